@@ -1,0 +1,1 @@
+# C++ test programs: plain executables that return non-zero on failure.
