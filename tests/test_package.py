@@ -1,0 +1,120 @@
+"""The package as a whole: what importing costs, what a build switch does, what stays out of the tree."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tdc_fast
+
+ROOT = Path(__file__).resolve().parent.parent
+OPTIONAL = ["triton", "cupy", "matplotlib", "tensorboard", "torchmetrics", "sklearn", "PIL", "tyro", "tqdm", "optuna"]
+
+
+def run_python(code: str) -> str:
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return result.stdout
+
+
+def test_import_pulls_in_no_optional_package():
+    """Whatever torch itself loads is torch's; nothing may come on top."""
+    code = f"import sys, torch; before = set(sys.modules); import tdc_fast; print(sorted(set({OPTIONAL}) & (set(sys.modules) - before)))"
+    assert run_python(code).strip() == "[]"
+
+
+def test_import_loads_no_submodule_until_a_name_is_used():
+    code = "import sys, tdc_fast; print(sorted(m for m in sys.modules if m.startswith('tdc_fast.')))"
+    assert run_python(code).strip() == "[]"
+
+
+@pytest.mark.parametrize("name", tdc_fast.__all__)
+def test_every_public_name_resolves(name):
+    assert getattr(tdc_fast, name).__name__ == name
+
+
+def test_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'routed_conv3d'"):
+        _ = tdc_fast.routed_conv3d
+
+
+def test_triton_kernels_install_below_the_package():
+    assert importlib_origin("tdc_fast.kernels").endswith(os.path.join("kernels", "__init__.py"))
+
+
+def importlib_origin(name: str) -> str:
+    return run_python(f"import importlib.util as u; print(u.find_spec({name!r}).origin)").strip()
+
+
+def cmake(tmp_path: Path, *flags: str, path: str | None = None) -> subprocess.CompletedProcess[str]:
+    """Configures (builds nothing) without the Python module, so that only the switches are under test."""
+    environment = dict(os.environ) if path is None else {**os.environ, "PATH": path}
+    for variable in ("CUDACXX", "CUDA_PATH", "CUDA_HOME"):
+        if path is not None:
+            environment.pop(variable, None)
+    command = [shutil.which("cmake") or "cmake", f"-S{ROOT}", f"-B{tmp_path}/build", "-DTDC_FAST_BUILD_PYTHON=OFF"]
+    return subprocess.run([*command, *flags], capture_output=True, text=True, env=environment)
+
+
+needs_cmake = pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is not on PATH")
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
+
+
+@needs_cmake
+def test_build_switch_rejects_an_unknown_mode(tmp_path):
+    result = cmake(tmp_path, "-DTDC_FAST_BUILD=gpu")
+    assert result.returncode != 0
+    assert "TDC_FAST_BUILD: got 'gpu'" in result.stderr
+
+
+@needs_cmake
+def test_build_switch_cuda_without_a_compiler_fails_with_the_reason(tmp_path):
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for tool in ("c++", "g++", "cc", "gcc", "as", "ld", "ar", "ranlib", "make", "sh", "uname", "nm", "strip"):
+        if found := shutil.which(tool):
+            (tools / tool).symlink_to(found)
+    result = cmake(tmp_path, "-DTDC_FAST_BUILD=cuda", "-DCMAKE_CUDA_COMPILER=NOTFOUND", path=str(tools))
+    assert result.returncode != 0
+    assert "no CUDA compiler was found" in " ".join(result.stderr.split())
+
+
+@needs_cmake
+def test_build_switch_cpu_leaves_cuda_out_even_with_nvcc(tmp_path):
+    result = cmake(tmp_path, "-DTDC_FAST_BUILD=cpu")
+    assert result.returncode == 0, result.stderr
+    assert "CUDA architectures ''" in result.stdout
+
+
+@needs_cmake
+@needs_nvcc
+def test_cuda_sources_compile_without_a_gpu(tmp_path):
+    result = cmake(tmp_path, "-DTDC_FAST_BUILD=cuda")
+    assert result.returncode == 0, result.stderr
+    assert "90a-real" in result.stdout
+    build = ["cmake", "--build", f"{tmp_path}/build", "--target", "tdc_cuda"]
+    assert subprocess.run(build, capture_output=True).returncode == 0
+
+
+def test_setup_rejects_an_unknown_build_switch():
+    result = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--build-temp", os.devnull],
+        cwd=ROOT,
+        env={**os.environ, "TDC_FAST_BUILD": "yes"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode != 0
+    assert "TDC_FAST_BUILD: got 'yes'" in result.stderr
+
+
+def test_build_requirements_hold_no_torch():
+    text = (ROOT / "pyproject.toml").read_text()
+    requires = re.search(r"^requires = \[(.*)\]", text, re.M)
+    assert requires is not None
+    assert "torch" not in requires[1]
