@@ -1,0 +1,112 @@
+"""How much of the base each group may spend: the budget law, and what makes a group difficult.
+
+Source: arXiv 2312.13307. With the N groups ranked from easiest (i = 1) to hardest (i = N), the base
+costing F and 0 < k <= 1, group i gets `FLOPs_g(i) = (i/N + (N - i)/N * k) * F`: the hardest keeps the whole
+base and k bounds the rest. The mean over groups is `(N+1)/(2N) + k * (N-1)/(2N)` of F.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Sequence
+from fractions import Fraction
+from typing import cast
+
+import numpy as np
+
+from tdc_fast.errors import invalid
+
+DIFFICULTIES = ("snr", "snr-reversed")
+
+
+def budget_law(num_groups: int, k: float) -> tuple[float, ...]:
+    """Shares of the base's MACs, easiest group first, hardest (always 1.0) last.
+
+    `k` in (0, 1] is the share that bounds the easy groups from below; 1 means no pruning.
+    """
+    if isinstance(num_groups, bool) or not isinstance(num_groups, int) or num_groups < 1:
+        raise invalid("num_groups", num_groups, "an integer of at least 1")
+    if isinstance(k, bool) or not isinstance(k, (int, float, np.number)) or not 0 < k <= 1:
+        raise invalid("k", k, "a number with 0 < k <= 1 (1 leaves every group whole)")
+    bound = Fraction(str(float(k)))  # the decimal that was written, so that equal shares come out equal
+    return tuple(
+        float(Fraction(i, num_groups) + Fraction(num_groups - i, num_groups) * bound)
+        for i in range(1, num_groups + 1)
+    )
+
+
+def difficulty_order(
+    groups: Iterable[tuple[int, int]], snr_db: Sequence[float], difficulty: str | Sequence[float] = "snr"
+) -> tuple[int, ...]:
+    """Group indices from easiest to hardest.
+
+    `groups` holds (start, stop) per group (a TimestepGroups does), `snr_db` the signal-to-noise ratio in
+    decibels of every timestep (T,). `difficulty` is one of
+      'snr'            rises with the mean SNR: predicting noise is hard where there is little to see,
+      'snr-reversed'   falls with it,
+      N numbers        rises with them, e.g. each group's measured loss.
+    Ties go to the lower index, as the easier one.
+    """
+    intervals = list(groups)
+    if isinstance(difficulty, str):
+        if difficulty not in DIFFICULTIES:
+            raise invalid("difficulty", difficulty, f"one of {DIFFICULTIES}, or one number per group")
+        snr = np.asarray(snr_db, dtype=np.float64)
+        if snr.ndim != 1 or not intervals or intervals[-1][1] > len(snr):
+            raise invalid("snr_db", snr.shape, "one value for every timestep that the groups cover")
+        level = np.array([snr[start:stop].mean() for start, stop in intervals])
+        score = level if difficulty == "snr" else -level
+    else:
+        score = np.asarray(difficulty, dtype=np.float64)
+        if score.shape != (len(intervals),) or not np.isfinite(score).all():
+            raise invalid("difficulty", difficulty, f"{len(intervals)} finite numbers, one per group")
+    return tuple(int(group) for group in np.argsort(score, kind="stable"))
+
+
+def group_fractions(
+    groups: Iterable[tuple[int, int]],
+    snr_db: Sequence[float],
+    k: float | Sequence[float],
+    difficulty: str | Sequence[float] = "snr",
+) -> tuple[float, ...]:
+    """The share of the base's MACs that each group may spend, in the order of the groups.
+
+    A number `k` applies the budget law along the order of difficulty; a sequence gives every group's share
+    directly (see `keep_fractions`), and the order of difficulty has no say.
+    """
+    count = len(list(groups))
+    if np.ndim(k) == 1:
+        return explicit_fractions(cast(Sequence[float], k), count)
+    law = budget_law(count, cast(float, k))
+    fractions = [0.0] * count
+    for group, fraction in zip(difficulty_order(groups, snr_db, difficulty), law, strict=True):
+        fractions[group] = fraction
+    return tuple(fractions)
+
+
+def explicit_fractions(fractions: Sequence[float], num_groups: int) -> tuple[float, ...]:
+    """Check shares given by hand: one per group, each in (0, 1]."""
+    given = tuple(float(fraction) for fraction in fractions)
+    if len(given) != num_groups:
+        raise invalid("k", given, f"a share for each of the {num_groups} groups, or one number for the law")
+    for group, fraction in enumerate(given):
+        if not 0 < fraction <= 1:
+            raise invalid(f"k[{group}]", fraction, "a share of the base's MACs in (0, 1]")
+    return given
+
+
+def keep_fractions(num_groups: int, keep: float, whole: Collection[int] = ()) -> tuple[float, ...]:
+    """Uniform shares `keep`, except for the groups in `whole` (indices), which keep the entire base.
+
+    At small scale, keeping the high-SNR groups whole and the others at 0.7 did better than the law at
+    equal cost.
+    """
+    strangers = sorted(set(whole) - set(range(num_groups)))
+    if strangers:
+        raise invalid("whole", strangers, f"group indices from 0 to {num_groups - 1}")
+    return explicit_fractions([1.0 if group in whole else keep for group in range(num_groups)], num_groups)
+
+
+def budget_macs(fraction: float, base_macs: int) -> int:
+    """The budget in MACs: the largest integer not above `fraction * base_macs`."""
+    return math.floor(Fraction(str(float(fraction))) * base_macs)

@@ -1,0 +1,222 @@
+"""The widest network a budget buys: an exact integer solve over the units' widths.
+
+Each unit offers a short list of widths; each width has an integer cost in MACs and a value (kept importance,
+or minus the distance from a proposal). We look for one width per unit so that the sum of the values is
+largest while the sum of the MACs lies in `[floor, budget]`: the multiple-choice knapsack problem with a lower
+bound on the load.
+
+The method is dynamic programming over the exact sums of MACs (one state per distinct sum, never rounded),
+made small by upper bounds: what the units still to be decided could add is bounded by the concave hulls of
+their tables (the linear relaxation, solved once per suffix of units), and a state whose bound does not beat a
+solution already in hand is dropped (D. Pisinger, "A minimal algorithm for the multiple-choice knapsack
+problem", 1995). Passes with a limited number of states supply that solution; the first pass that never meets
+its limit is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tdc_fast.errors import invalid
+
+_FIRST_LIMIT = 512
+_LIMIT_GROWTH = 16
+
+
+@dataclass(frozen=True)
+class UnitTable:
+    """The choices of one unit: `widths` (channels), their `macs` (integers >= 0) and `values` (finite)."""
+
+    name: str
+    widths: tuple[int, ...]
+    macs: tuple[int, ...]
+    values: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not self.widths or not len(self.widths) == len(self.macs) == len(self.values):
+            lengths = (len(self.widths), len(self.macs), len(self.values))
+            raise invalid(f"tables[{self.name!r}]", lengths, "one MAC count and one value for each width")
+        if any(cost < 0 for cost in self.macs) or not np.isfinite(self.values).all():
+            raise invalid(f"tables[{self.name!r}]", (self.macs, self.values), "MACs >= 0 and finite values")
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The chosen width of every unit, in channels.
+
+    `macs` counts the fixed part too; `floor` is the least count that was asked for; `reached` says whether
+    `floor <= macs <= budget`, and is False only when no choice of widths lands there.
+    """
+
+    widths: dict[str, int]
+    macs: int
+    value: float
+    budget: int
+    floor: int
+
+    @property
+    def reached(self) -> bool:
+        return self.floor <= self.macs <= self.budget
+
+    def statement(self) -> str:
+        """One sentence for people: where the solution lies relative to its budget."""
+        share = self.macs / self.budget if self.budget else 1.0
+        if self.reached:
+            return f"{self.macs} MACs, {share:.4%} of the budget of {self.budget}"
+        return (
+            f"no choice of widths lands between {self.floor} and {self.budget} MACs; the best below the "
+            f"budget has {self.macs} ({share:.4%}): finer units (a smaller step) or another k come closer"
+        )
+
+
+def solve(
+    tables: Sequence[UnitTable], budget: int, *, fixed_macs: int = 0, tolerance: float = 0.01
+) -> Solution:
+    """Choose one width per unit: greatest total value with `(1 - tolerance) * budget <= MACs <= budget`.
+
+    `fixed_macs` is the cost of everything outside the units. When no choice lands in that window, the
+    choice of greatest value at or below the budget is returned, with `Solution.reached` False.
+
+    Raises ValueError when even the cheapest choice exceeds the budget, naming the smallest budget that works.
+    The result depends on the arguments alone; of equally good choices the same one is returned every time.
+    """
+    if not 0 <= tolerance < 1:
+        raise invalid("tolerance", tolerance, "a share of the budget in [0, 1), such as 0.01")
+    budget = int(budget)
+    floor = budget - int(tolerance * budget)
+    least = fixed_macs + sum(min(table.macs) for table in tables)
+    if least > budget:
+        raise invalid(
+            "budget", budget, f"at least {least}, the smallest reachable budget (every unit at its cheapest)"
+        )
+    room = budget - least  # MACs to spend above the cheapest choice
+    search = _Search(tables)
+    picks = search.best(max(floor - least, 0), room)
+    if picks is None:
+        picks = search.best(0, room)
+    assert picks is not None  # the cheapest choice is always below the budget
+    chosen = list(zip(tables, picks, strict=True))
+    return Solution(
+        widths={table.name: table.widths[pick] for table, pick in chosen},
+        macs=fixed_macs + sum(table.macs[pick] for table, pick in chosen),
+        value=float(sum(table.values[pick] for table, pick in chosen)),
+        budget=budget,
+        floor=floor,
+    )
+
+
+@dataclass(frozen=True)
+class _Bound:
+    """Upper bound on what a set of units adds, as a concave function of the MACs given to it."""
+
+    macs: np.ndarray  # (points,) float64, ascending, from 0
+    value: np.ndarray  # (points,) float64, concave in macs
+
+    @classmethod
+    def of(cls, units: Sequence[tuple[np.ndarray, np.ndarray]]) -> _Bound:
+        """Merge the units' concave hulls, steepest segments first: the linear relaxation for every load."""
+        start, runs, rises = 0.0, [np.zeros(0)], [np.zeros(0)]
+        for costs, values in units:
+            hull = _concave_hull(costs, values)
+            start += values[hull[0]]
+            runs.append(np.diff(costs[hull]).astype(np.float64))
+            rises.append(np.diff(values[hull]))
+        run, rise = np.concatenate(runs), np.concatenate(rises)
+        steepest = np.argsort(-rise / run, kind="stable")
+        return cls(np.r_[0.0, np.cumsum(run[steepest])], start + np.r_[0.0, np.cumsum(rise[steepest])])
+
+    def at(self, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+        """The greatest bound over loads in [low, high]; -inf where that interval holds no reachable load."""
+        peak = self.macs[int(np.argmax(self.value))]
+        low, high = np.maximum(low, 0.0), np.minimum(high, self.macs[-1])
+        bound = np.interp(np.clip(peak, low, np.maximum(low, high)), self.macs, self.value)
+        return np.where(low <= high, bound, -np.inf)
+
+
+def _concave_hull(costs: np.ndarray, values: np.ndarray) -> list[int]:
+    """Indices of the upper concave hull of the points, by ascending cost; one point per cost."""
+    hull: list[int] = []
+    for i in np.lexsort((-values, costs)):
+        if hull and costs[i] == costs[hull[-1]]:
+            continue  # a dearer point of the same cost
+        while len(hull) >= 2:
+            a, b = hull[-2], hull[-1]
+            slope_to_b = (values[b] - values[a]) / float(costs[b] - costs[a])
+            slope_past_b = (values[i] - values[b]) / float(costs[i] - costs[b])
+            if slope_to_b > slope_past_b:
+                break
+            hull.pop()
+        hull.append(int(i))
+    return hull
+
+
+class _Search:
+    """Bounded dynamic programming over one set of tables; costs count from each unit's cheapest width."""
+
+    def __init__(self, tables: Sequence[UnitTable]) -> None:
+        units = []
+        for table in tables:
+            costs = np.asarray(table.macs, dtype=np.int64)
+            units.append((costs - costs.min(), np.asarray(table.values, dtype=np.float64)))
+        # Dear units first: the cheap ones left for the end then fill the remaining room closely,
+        # which keeps the bounds tight while there are many states.
+        self.order = sorted(range(len(units)), key=lambda u: -int(units[u][0].max()))
+        self.units = [units[u] for u in self.order]
+        self.bounds = [_Bound.of(self.units[u:]) for u in range(len(self.units) + 1)]
+        self.rounding = 1e-12 * (1.0 + sum(float(np.abs(values).max()) for _, values in units))
+
+    def best(self, low: int, high: int) -> list[int] | None:
+        """The picks (an index per table) of greatest value with low <= cost <= high; None without any."""
+        picks: list[int] | None = None
+        incumbent, limit = -np.inf, _FIRST_LIMIT
+        while True:
+            found, exact = self._pass(low, high, incumbent, limit)
+            if found is not None:
+                incumbent, picks = found
+            if exact:
+                break
+            limit *= _LIMIT_GROWTH
+        if picks is None:
+            return None
+        in_order = [0] * len(picks)
+        for position, pick in zip(self.order, picks, strict=True):
+            in_order[position] = pick
+        return in_order
+
+    def _pass(
+        self, low: int, high: int, incumbent: float, limit: int
+    ) -> tuple[tuple[float, list[int]] | None, bool]:
+        """One sweep over the units keeping at most `limit` states.
+
+        Returns what it found above the incumbent, (value, picks), if anything, and whether no state was
+        dropped for lack of room, in which case nothing better exists.
+        """
+        cost, value = np.zeros(1, dtype=np.int64), np.zeros(1)
+        trail: list[tuple[np.ndarray, np.ndarray]] = []  # per unit: parent state, pick
+        exact = True
+        for unit, (costs, values) in enumerate(self.units):
+            parts = []
+            for pick in range(len(costs)):
+                new_cost, new_value = cost + costs[pick], value + values[pick]
+                bound = new_value + self.bounds[unit + 1].at(low - new_cost, high - new_cost)
+                keep = np.flatnonzero(bound > incumbent + self.rounding)
+                parts.append((new_cost[keep], new_value[keep], keep, np.full(len(keep), pick), bound[keep]))
+            cost, value, parent, picked, bound = (np.concatenate(part) for part in zip(*parts, strict=True))
+            if not len(cost):
+                return None, exact
+            best_first = np.lexsort((-value, cost))
+            distinct = best_first[np.r_[True, np.diff(cost[best_first]) > 0]]
+            if len(distinct) > limit:
+                exact = False
+                distinct = distinct[np.sort(np.argsort(-bound[distinct], kind="stable")[:limit])]
+            cost, value = cost[distinct], value[distinct]
+            trail.append((parent[distinct].astype(np.int32), picked[distinct].astype(np.int16)))
+        state = int(np.argmax(value))
+        total, picks = float(value[state]), []
+        for parent, picked in reversed(trail):
+            picks.append(int(picked[state]))
+            state = int(parent[state])
+        return (total, picks[::-1]), exact
