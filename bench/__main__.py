@@ -1,0 +1,116 @@
+"""``python -m bench``: runs the suites and writes a JSON file and a Markdown table of medians and ratios."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+from datetime import date
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder for the two files")
+    parser.add_argument("--only", default="", help="pytest -k expression: the cases to run (default: all)")
+    parser.add_argument("--name", default="", help="file name without ending (default: from the processor)")
+    options = parser.parse_args()
+
+    with tempfile.TemporaryDirectory() as folder:
+        raw = Path(folder) / "raw.json"
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "bench",
+            "-q",
+            f"--benchmark-json={raw}",
+            "--benchmark-quiet",
+        ]
+        code = subprocess.run([*command, "-k", options.only], cwd=ROOT).returncode
+        if code != 0:
+            return code
+        results = summarise(json.loads(raw.read_text()))
+    name = options.name or "cpu-" + slug(results["machine"]["processor"])
+    options.out.mkdir(parents=True, exist_ok=True)
+    table = as_markdown(results)
+    (options.out / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
+    (options.out / f"{name}.md").write_text(table)
+    print(table)
+    print(f"written: {options.out / name}.json and .md")
+    return 0
+
+
+def summarise(raw: dict) -> dict:
+    """What a reader needs of pytest-benchmark's JSON: where, with what, and per case medians and ratios."""
+    from tdc_fast import _native
+
+    rows = [
+        {
+            "suite": Path(bench["fullname"].partition("::")[0]).stem.removeprefix("test_"),
+            "test": bench["name"].partition("[")[0].removeprefix("test_").replace("_", " "),
+            "case": bench["param"] or "",
+            "rounds": bench["stats"]["rounds"],
+            **bench["extra_info"],
+        }
+        for bench in raw["benchmarks"]
+    ]
+    machine = {
+        "processor": raw["machine_info"].get("cpu", {}).get("brand_raw") or platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "instruction_set": _native.cpu_isa(),
+        "torch_instruction_set": torch.backends.cpu.get_cpu_capability(),
+        "system": platform.system(),
+    }
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    return {
+        "date": date.today().isoformat(),
+        "command": "make bench",
+        "machine": machine,
+        "versions": versions,
+        "rows": rows,
+    }
+
+
+def as_markdown(results: dict) -> str:
+    machine = results["machine"]
+    lines = [
+        f"# Throughput on {machine['processor']}, {machine['threads']} threads",
+        "",
+        f"{results['date']}, `{results['command']}`; kernels: {machine['instruction_set']}; "
+        f"torch {results['versions']['torch']} ({machine['torch_instruction_set']}), "
+        f"Python {results['versions']['python']}.",
+        "",
+        "Medians in milliseconds; `x` columns are ours / peer, the median over interleaved rounds: below 1 is faster.",
+    ]
+    for suite in dict.fromkeys(row["suite"] for row in results["rows"]):
+        for test in dict.fromkeys(r["test"] for r in results["rows"] if r["suite"] == suite):
+            rows = [r for r in results["rows"] if (r["suite"], r["test"]) == (suite, test)]
+            peers = list(rows[0]["peers_ms"])
+            header = ["case", "ours ms", *(f"{p} ms" for p in peers), *(f"x {p}" for p in peers)]
+            lines += ["", f"## {suite}: {test}", "", _row(header), _row(["---"] * len(header))]
+            for r in rows:
+                times = [f"{r['peers_ms'][p]:.3f}" for p in peers]
+                ratios = [f"{r['ratios'][p]:.2f}" for p in peers]
+                lines.append(_row([str(r["case"]), f"{r['ours_ms']:.3f}", *times, *ratios]))
+    return "\n".join(lines) + "\n"
+
+
+def _row(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "unknown"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

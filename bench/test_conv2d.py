@@ -1,0 +1,72 @@
+"""Routed convolution against one dense convolution, a loop over groups, and the grouped-convolution trick; fp32."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bench import peers
+from bench.cases import CONV_CASES, ConvCase, ConvProblem
+from bench.compare import compare
+from tdc_fast import routed_conv2d
+
+by_case = pytest.mark.parametrize("case", CONV_CASES, ids=str)
+
+
+@by_case
+def test_forward(benchmark, case: ConvCase):
+    p = ConvProblem(case)
+    with torch.no_grad():
+        compare(
+            benchmark,
+            lambda: routed_conv2d(p.sorted_x, p.weight, p.bias, p.plan, padding=p.padding),
+            {
+                "dense": lambda: peers.dense(p.x, p.weight[0], p.bias[0], p.padding),
+                "loop": lambda: peers.loop(p.x, p.weight, p.bias, p.groups, p.padding),
+                "grouped": lambda: peers.grouped(p.x, p.weight, p.bias, p.groups, p.padding),
+            },
+        )
+
+
+@by_case
+def test_backward(benchmark, case: ConvCase):
+    """dgrad + wgrad + bias gradient of a forward that is not timed."""
+    p = ConvProblem(case)
+
+    def backward_of(forward, *leaves):
+        leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+        y = forward(*leaves)
+        return lambda: torch.autograd.grad(y, leaves, p.dy, retain_graph=True)
+
+    compare(
+        benchmark,
+        backward_of(lambda x, w, b: routed_conv2d(x, w, b, p.plan, padding=p.padding), p.sorted_x, p.weight, p.bias),
+        {
+            "dense": backward_of(lambda x, w, b: peers.dense(x, w, b, p.padding), p.x, p.weight[0], p.bias[0]),
+            "loop": backward_of(lambda x, w, b: loop_backward(x, w, b, p), p.x, p.weight, p.bias),
+        },
+    )
+
+
+def loop_backward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, p: ConvProblem) -> torch.Tensor:
+    """The loop peer in a form that autograd can follow: its results are put together by concatenation."""
+    indices = [(p.groups == g).nonzero().squeeze(1) for g in range(weight.shape[0])]
+    parts = [
+        peers.dense(x.index_select(0, i), weight[g], bias[g], p.padding) for g, i in enumerate(indices) if i.numel()
+    ]
+    return torch.cat(parts).index_select(0, torch.cat(indices).argsort())
+
+
+@by_case
+def test_half_widths(benchmark, case: ConvCase):
+    """Half of the input and half of the output channels live, against the same call at full width."""
+    p = ConvProblem(case)
+    half = p.half_widths()
+    with torch.no_grad():
+        compare(
+            benchmark,
+            lambda: routed_conv2d(
+                p.sorted_x, p.weight, p.bias, p.plan, padding=p.padding, in_widths=half, out_widths=half
+            ),
+            {"full width": lambda: routed_conv2d(p.sorted_x, p.weight, p.bias, p.plan, padding=p.padding)},
+        )
