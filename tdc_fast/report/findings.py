@@ -1,0 +1,94 @@
+"""The sentences of a report: what the numbers show, in whichever direction, and what they cannot show."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from tdc_fast.evaluation import compare
+from tdc_fast.report.numbers import Comparison, ModelResult
+
+# Two standard errors: about one chance in twenty that the metric's own noise makes a difference this large.
+CLEAR = 2.0
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`outcome` is "better", "worse" or "level" (inside the spread); `sentence` says by how much."""
+
+    outcome: str
+    sentence: str
+
+
+def heldout_verdict(candidate: ModelResult, baseline: ModelResult) -> Verdict:
+    """Held-out loss over all timesteps, paired over images."""
+    overall, _ = compare(candidate.heldout, baseline.heldout)
+    size = f"{abs(overall.relative):.2%} ± {overall.standard_error:.2%}"
+    if abs(overall.relative) <= CLEAR * overall.standard_error:
+        return Verdict(
+            "level", f"level on held-out loss ({overall.relative:+.2%} ± {overall.standard_error:.2%})"
+        )
+    if overall.relative < 0:
+        return Verdict("better", f"better on held-out loss (lower by {size})")
+    return Verdict("worse", f"worse on held-out loss (higher by {size})")
+
+
+def frechet_verdict(candidate: ModelResult, baseline: ModelResult) -> Verdict:
+    """Mean distance over draws, against the standard error that the draws show."""
+    ours, theirs = candidate.frechet, baseline.frechet
+    difference = ours.mean - theirs.mean
+    error = math.hypot(ours.standard_deviation, theirs.standard_deviation) / math.sqrt(
+        min(len(ours.values), len(theirs.values))
+    )
+    values = f"{ours.mean:.3g} against {theirs.mean:.3g}"
+    if not abs(difference) > CLEAR * error:  # also where one draw leaves the error unknown
+        return Verdict("level", f"level on Fréchet distance, within the spread of the draws ({values})")
+    outcome = "better" if difference < 0 else "worse"
+    return Verdict(outcome, f"{outcome} on Fréchet distance ({values})")
+
+
+def versus(comparison: Comparison, candidate_key: str, baseline_key: str) -> str:
+    """One sentence on two models: cost, held-out loss, Fréchet distance."""
+    candidate, baseline = comparison.model(candidate_key), comparison.model(baseline_key)
+    cost = comparison.training_cost(candidate) / comparison.training_cost(baseline)
+    spent = "the same training compute" if abs(cost - 1) < 0.01 else f"{cost:.2f} times its training compute"
+    sampling = candidate.sampling_macs / baseline.sampling_macs
+    per_image = "the same" if abs(sampling - 1) < 0.005 else f"{sampling:.2f} times the"
+    loss, distance = heldout_verdict(candidate, baseline), frechet_verdict(candidate, baseline)
+    joint = "and" if loss.outcome == distance.outcome else "but"
+    return (
+        f"{candidate.label} against {baseline.label}: with {spent} and {per_image} compute per image, "
+        f"{loss.sentence}, {joint} {distance.sentence}."
+    )
+
+
+def headline(comparison: Comparison, candidate_key: str, baseline_key: str) -> str:
+    """The method's claim (better samples for less training compute), and whether this run shows it."""
+    candidate, baseline = comparison.model(candidate_key), comparison.model(baseline_key)
+    outcomes = {heldout_verdict(candidate, baseline).outcome, frechet_verdict(candidate, baseline).outcome}
+    saved = 1 - comparison.training_cost(candidate) / comparison.training_cost(baseline)
+    less = f"With {saved:.0%} less training compute, the pruned experts"
+    shown = {
+        frozenset({"better"}): f"{less} beat the uniform baseline on both measures",
+        frozenset(
+            {"better", "level"}
+        ): f"{less} beat the uniform baseline on one measure and are level on the other",
+        frozenset({"level"}): f"{less} are level with the uniform baseline on both measures",
+        frozenset({"better", "worse"}): f"{less} are better on one measure and worse on the other",
+        frozenset(
+            {"level", "worse"}
+        ): f"The claim does not show. {less} are worse on one measure, level on the other",
+        frozenset({"worse"}): f"The claim does not show. {less} are worse on both measures",
+    }
+    return f"{shown[frozenset(outcomes)]}, in this run."
+
+
+def group_sentence(comparison: Comparison, candidate_key: str, baseline_key: str) -> str:
+    """Where along the timesteps the candidate gains and loses."""
+    candidate, baseline = comparison.model(candidate_key), comparison.model(baseline_key)
+    _, per_group = compare(candidate.heldout, baseline.heldout)
+    parts = []
+    for i, difference in enumerate(per_group):
+        clear = abs(difference.relative) > CLEAR * difference.standard_error
+        parts.append(f"group {i} {difference.relative:+.1%}{'' if clear else ' (not clear)'}")
+    return f"Held-out loss of {candidate.label} against {baseline.label} by group: {', '.join(parts)}."

@@ -1,0 +1,276 @@
+"""One HTML page from a `Comparison`: styles, figures and images are inline, so it reads offline and alone."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from tdc_fast.report import findings, plots
+from tdc_fast.report.numbers import Comparison, ModelResult
+from tdc_fast.report.style import STYLE
+
+
+def write_report(comparison: Comparison, directory: Path, candidate: str, baselines: tuple[str, ...]) -> Path:
+    """Write report.html and report.json to `directory`; returns the page's path.
+
+    `candidate` is the key of the model that the headline is about, `baselines` those it is held against
+    (the first one carries the headline). Both files appear whole or not at all.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    _write_whole(directory / "report.json", json.dumps(comparison.to_json(), indent=1, allow_nan=True) + "\n")
+    page = directory / "report.html"
+    _write_whole(page, render_report(comparison, candidate, baselines))
+    return page
+
+
+def _write_whole(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def render_report(comparison: Comparison, candidate: str, baselines: tuple[str, ...]) -> str:
+    """The page as text."""
+    body = "\n".join(
+        (
+            _header(comparison, candidate, baselines),
+            _section("numbers", "The numbers", _numbers(comparison)),
+            _section("samples", "Samples side by side", _samples(comparison)),
+            _section("heldout", "Held-out loss by group", _heldout(comparison)),
+            _section("distance", "Fréchet distance and its spread", _distance(comparison)),
+            _section("groups", "SNR, groups and budgets", _groups(comparison)),
+            _section("widths", "Widths by layer and expert", _widths(comparison)),
+            _section("curves", "Training loss by group", _curves(comparison)),
+            _section("compute", "Where the compute went", _compute(comparison)),
+            _section("limits", "What this run cannot show", _limits(comparison)),
+            _section("settings", "Settings and versions", _settings(comparison)),
+        )
+    )
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{html.escape(comparison.title)}</title>\n<style>{STYLE}</style>\n</head>\n"
+        f"<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
+    )
+
+
+def _header(comparison: Comparison, candidate: str, baselines: tuple[str, ...]) -> str:
+    sentences = [findings.versus(comparison, candidate, baseline) for baseline in baselines]
+    others = [m.key for m in comparison.models if m.key != candidate and m.key not in baselines]
+    sentences += [findings.versus(comparison, key, baselines[0]) for key in others]
+    sentences.append(findings.group_sentence(comparison, candidate, baselines[0]))
+    items = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in sentences)
+    return (
+        f"<header><h1>{html.escape(comparison.title)}</h1>"
+        f'<p class="sub">{html.escape(comparison.subtitle)}</p>'
+        f'<p class="headline">{html.escape(findings.headline(comparison, candidate, baselines[0]))}</p>'
+        f"<ul>{items}</ul>"
+        "<p class='note'>One training seed is shown. “Level” means that the difference is within twice the "
+        "standard "
+        "error that the measure itself has.</p></header>"
+    )
+
+
+def _section(anchor: str, title: str, content: str) -> str:
+    return f'<section id="{anchor}"><h2>{html.escape(title)}</h2>{content}</section>'
+
+
+def _figure(source: str, alt: str, caption: str = "", css: str = "") -> str:
+    text = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
+    return f'<figure class="{css}"><img src="{source}" alt="{html.escape(alt)}">{text}</figure>'
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[str]], css: str = "") -> str:
+    """Cells are HTML already: callers escape what comes from outside."""
+    columns = "".join(f"<th>{cell}</th>" for cell in head)
+    lines = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    return (
+        f'<div class="scroll"><table class="{css}"><thead><tr>{columns}</tr></thead>'
+        f"<tbody>{lines}</tbody></table></div>"
+    )
+
+
+def _swatch(comparison: Comparison, model: ModelResult) -> str:
+    tint = plots.colour(comparison.models.index(model))
+    return f'<span class="swatch" style="background:{tint}"></span>{html.escape(model.label)}'
+
+
+def _plus_minus(value: float, spread: float, digits: str) -> str:
+    spread_text = "" if math.isnan(spread) else f' <span class="pm">± {spread:{digits}}</span>'
+    return f"{value:{digits}}{spread_text}"
+
+
+def _numbers(comparison: Comparison) -> str:
+    groups = range(len(comparison.boundaries) - 1)
+    rows = []
+    for model in comparison.models:
+        overall, _ = findings.compare(model.heldout, comparison.yardstick.heldout)
+        against = "—" if model is comparison.yardstick else (
+            _plus_minus(100 * overall.relative, 100 * overall.standard_error, ".2f") + " %"
+        )  # fmt: skip
+        rows.append(
+            [
+                _swatch(comparison, model),
+                f"{comparison.training_cost(model):.3f} C",
+                f"{comparison.sampling_cost(model):.3f}",
+                f"{model.heldout.mean:.5f}",
+                against,
+                *(f"{model.heldout.per_group[g]:.4f}" for g in groups),
+                _plus_minus(model.frechet.mean, model.frechet.standard_deviation, ".3g"),
+            ]
+        )
+    head = [
+        "model", "training cost", "cost per image", "held-out loss", "against the first",
+        *(f"group {g}" for g in groups), "Fréchet distance",
+    ]  # fmt: skip
+    first = comparison.models[0]
+    floors = "; ".join(
+        f"{floor.kind}, n = {floor.n}: {min(floor.values):.3g} to {max(floor.values):.3g}"
+        for floor in comparison.floors
+    )
+    note = (
+        f"Lower is better throughout. C is the measured training compute of the first model, "
+        f"{first.training_macs:.3e} multiply-accumulates; cost per image counts every step of the sampler "
+        f"with the "
+        f"expert that serves it ({first.sampling_macs / 1e6:.1f} M for the first model). Held-out loss: "
+        f"{first.heldout.num_images} images, fixed noise, {len(first.heldout.timesteps[0])} fixed timesteps "
+        f"for each group, "
+        f"the same draws for all; ± is the standard error of the paired difference. Fréchet distance: "
+        f"{len(first.frechet.values)} draws of {first.frechet.n} samples against {comparison.reference}; ± "
+        f"is the standard "
+        f"deviation over the draws. Real against real: {floors}."
+    )
+    return _table(head, rows, "numbers") + f'<p class="note">{html.escape(note)}</p>'
+
+
+def _samples(comparison: Comparison) -> str:
+    cards = [_figure(plots.sample_grid(comparison.real_images), "real images", "real images", "grid")]
+    for model in comparison.models:
+        cards.append(
+            _figure(plots.sample_grid(model.samples), f"samples of {model.label}", model.label, "grid")
+        )
+    note = (
+        f"Not selected: the first images of the first draw. {comparison.sampler}; "
+        "all models start from the same noise."
+    )
+    return f'<div class="grids">{"".join(cards)}</div><p class="note">{html.escape(note)}</p>'
+
+
+def _heldout(comparison: Comparison) -> str:
+    note = (
+        "Each point is a model's loss relative to the first one, on the same noisy images; the bars are two "
+        "standard "
+        "errors over images. The overall loss is dominated by the groups with little noise, where losses are "
+        "largest."
+    )
+    return (
+        _figure(plots.heldout_differences(comparison), "held-out loss differences")
+        + f'<p class="note">{note}</p>'
+    )
+
+
+def _distance(comparison: Comparison) -> str:
+    note = (
+        f"Feature space: {comparison.feature_space}. This is not the published Inception-based score, and it "
+        f"compares "
+        f"only with numbers of the same feature space, reference and n. Each dot is one independent draw of "
+        f"{comparison.models[0].frechet.n} samples; the bar is their mean. Ticks: sets of real images. "
+        f"“bootstrap” draws "
+        "with replacement from the reference itself, “halves” are disjoint and much smaller."
+    )
+    return (
+        _figure(plots.frechet_draws(comparison), "Fréchet distances")
+        + f'<p class="note">{html.escape(note)}</p>'
+    )
+
+
+def _groups(comparison: Comparison) -> str:
+    note = (
+        "SNR(t) = 10 log10(ᾱ / (1 − ᾱ)). Difficulty rises with SNR: there is little noise to see. The "
+        "hardest group keeps "
+        "the whole base model. Bars: the share of the base's compute that each pruned expert may use, and "
+        "what its "
+        "solved widths measure."
+    )
+    return (
+        _figure(plots.snr_curve(comparison), "SNR curve, groups and budgets") + f'<p class="note">{note}</p>'
+    )
+
+
+def _widths(comparison: Comparison) -> str:
+    note = (
+        "Live channels of all channels, for each unit that can be pruned (the inner width of a residual "
+        "block, heads of an "
+        "attention layer) and each expert. 0 leaves only the skip path."
+    )
+    return (
+        _figure(plots.width_heatmap(comparison), "live widths", css="narrow") + f'<p class="note">{note}</p>'
+    )
+
+
+def _curves(comparison: Comparison) -> str:
+    note = (
+        "Running means of the training loss. Lines that share a stage lie on each other until they part. "
+        "Training losses carry the noise of their draws: compare models by the held-out loss."
+    )
+    return _figure(plots.loss_curves(comparison), "loss curves") + f'<p class="note">{note}</p>'
+
+
+def _compute(comparison: Comparison) -> str:
+    phases: list[str] = []
+    for model in comparison.models:
+        phases += [phase for phase in model.phases if phase not in phases]
+    total = comparison.yardstick.training_macs
+    rows = []
+    for model in comparison.models:
+        shares = [f"{model.phases[phase] / total:.4f}" if phase in model.phases else "—" for phase in phases]
+        steps = ", ".join(f"{name} {count}" for name, count in model.steps.items())
+        rows.append(
+            [
+                _swatch(comparison, model), *shares, f"{comparison.training_cost(model):.4f}",
+                html.escape(steps), f"{model.parameters:,}",
+            ]
+        )  # fmt: skip
+    head = ["model", *(html.escape(phase) for phase in phases), "total (C)", "steps", "parameters"]
+    note = (
+        "In units of C, counted by torch's FlopCounterMode, forward and backward, with pruned channels not "
+        "counted. " + " ".join(f"{model.label}: {model.description}" for model in comparison.models)
+    )
+    return _table(head, rows, "numbers") + f'<p class="note">{html.escape(note)}</p>'
+
+
+def _limits(comparison: Comparison) -> str:
+    points = [
+        "One training seed. Other seeds move the Fréchet distance by more than the spread of the draws that "
+        "is shown here.",
+        "A small data set of small images, and a network small enough for a laptop: the published gains are "
+        "for far larger ones.",
+        *comparison.missing,
+    ]
+    return "<ul>" + "".join(f"<li>{html.escape(point)}</li>" for point in points) + "</ul>"
+
+
+def _settings(comparison: Comparison) -> str:
+    parts = []
+    for title, values in comparison.settings.items():
+        rows = [
+            [html.escape(str(name)), f"<code>{html.escape(str(value))}</code>"]
+            for name, value in values.items()
+        ]
+        parts.append(f"<div><h3>{html.escape(title)}</h3>{_table(('setting', 'value'), rows)}</div>")
+    rows = [
+        [html.escape(name), f"<code>{html.escape(value)}</code>"]
+        for name, value in comparison.environment.items()
+    ]
+    parts.append(f"<div><h3>versions and machine</h3>{_table(('what', 'value'), rows)}</div>")
+    if comparison.seconds:
+        times = [[html.escape(name), f"{value:.1f} s"] for name, value in comparison.seconds.items()]
+        parts.append(f"<div><h3>time taken</h3>{_table(('phase', 'wall time'), times)}</div>")
+    return f'<div class="settings">{"".join(parts)}</div>'

@@ -1,0 +1,238 @@
+"""The figures of a report. Each function returns a data URI, so that the page needs no file beside it."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+
+from tdc_fast.errors import require
+from tdc_fast.evaluation import compare
+from tdc_fast.report.numbers import Comparison, Curve
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK, MUTED, RULE = "#1d2733", "#66717f", "#d9dee5"
+# Told apart by lightness as well as by hue: baselines are greys, experts are colours.
+MODEL_COLOURS = ("#2f3a48", "#94a0ad", "#0f7f8c", "#d9662b", "#7a58a6", "#5c8a2d")
+GROUP_SHADES = ("#eef3f8", "#f8f5ee")
+
+
+def _figure(
+    width: float, height: float, rows: int = 1, columns: int = 1, **layout: Any
+) -> tuple[Figure, Any]:
+    """A figure without pyplot: no global state, no display."""
+    require("matplotlib", "demo")
+    from matplotlib import rcParams
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rcParams["svg.hashsalt"] = "tdc_fast"  # element ids that repeat from run to run
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False, **layout)
+    for axis in axes.flat:
+        _style(axis)
+    return figure, axes
+
+
+def _style(axis: Axes) -> None:
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.spines[["left", "bottom"]].set_color(RULE)
+    axis.tick_params(colors=MUTED, labelsize=9, length=0)
+    axis.title.set_color(INK)
+    axis.title.set_fontsize(10)
+    axis.xaxis.label.set_color(MUTED)
+    axis.yaxis.label.set_color(MUTED)
+    axis.grid(True, color=RULE, linewidth=0.6, alpha=0.7)
+    axis.set_axisbelow(True)
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def smooth(values: Sequence[float | None], window: int) -> np.ndarray:
+    """Running mean over the last `window` values (fewer at the start); missing values are left out."""
+    array = np.array([np.nan if value is None else value for value in values], dtype=float)
+    known = np.isfinite(array)
+    sums = np.cumsum(np.where(known, array, 0.0))
+    counts = np.cumsum(known).astype(float)
+    sums[window:] -= sums[:-window].copy()
+    counts[window:] -= counts[:-window].copy()
+    return np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)
+
+
+def colour(index: int) -> str:
+    return MODEL_COLOURS[index % len(MODEL_COLOURS)]
+
+
+def loss_curves(comparison: Comparison) -> str:
+    """Training loss of each group against compute, one panel for each group."""
+    num_groups = len(comparison.boundaries) - 1
+    columns = min(4, num_groups)
+    rows = -(-num_groups // columns)
+    figure, axes = _figure(11, 2.9 * rows + 0.5, rows, columns, sharex=True)
+    total = comparison.yardstick.training_macs
+    for group in range(num_groups):
+        axis = axes.flat[group]
+        for index, model in enumerate(comparison.models):
+            _draw_curve(axis, model.curve, group, total, colour(index), model.label if group == 0 else None)
+        start, stop = comparison.boundaries[group], comparison.boundaries[group + 1]
+        axis.set_title(f"group {group}: t {start} to {stop - 1}")
+    for axis in axes.flat[num_groups:]:
+        axis.set_visible(False)
+    figure.supxlabel("training compute (C)", color=MUTED, fontsize=10)
+    figure.supylabel("training loss", color=MUTED, fontsize=10)
+    figure.legend(loc="outside upper center", ncols=min(4, len(comparison.models)), frameon=False, fontsize=9)
+    return _svg(figure)
+
+
+def _draw_curve(axis: Axes, curve: Curve, group: int, total: float, tint: str, label: str | None) -> None:
+    losses = smooth(curve.losses[group], max(1, len(curve.macs) // 25))
+    x = np.array(curve.macs) / total
+    shown = np.isfinite(losses) & (x > 0.1)  # the first fall would flatten all that follows
+    axis.plot(x[shown], losses[shown], color=tint, linewidth=1.5, label=label)
+
+
+def snr_curve(comparison: Comparison) -> str:
+    """SNR in decibels over the timesteps, with the groups' boundaries; below, what each expert may cost."""
+    figure, axes = _figure(11, 4.4, 2, 1, sharex=True, height_ratios=[1.7, 1])
+    top, bottom = axes[0, 0], axes[1, 0]
+    boundaries, plan = comparison.boundaries, comparison.widths
+    top.plot(range(len(comparison.snr_db)), comparison.snr_db, color=INK, linewidth=1.8)
+    top.set_ylabel("SNR (dB)", fontsize=9)
+    for group, (start, stop) in enumerate(zip(boundaries[:-1], boundaries[1:], strict=True)):
+        for axis in (top, bottom):
+            axis.axvspan(start, stop, color=GROUP_SHADES[group % 2], zorder=0, linewidth=0)
+        middle = (start + stop) / 2
+        top.annotate(
+            f"group {group}", (middle, 0.94), xycoords=("data", "axes fraction"), ha="center", va="top",
+            color=MUTED, fontsize=9,
+        )  # fmt: skip
+        label = {"budget": "budget", "measured": "measured"} if group == 0 else {}
+        bottom.bar(
+            middle,
+            plan.budgets[group],
+            width=0.82 * (stop - start),
+            color="#cfd8e1",
+            label=label.get("budget"),
+        )
+        bottom.bar(
+            middle, plan.macs[group], width=0.46 * (stop - start), color=MODEL_COLOURS[3],
+            label=label.get("measured"),
+        )  # fmt: skip
+        bottom.annotate(
+            f"{plan.macs[group]:.3f} of {plan.budgets[group]:.3f}", (middle, plan.budgets[group]),
+            ha="center", va="bottom", color=INK, fontsize=9, xytext=(0, 2), textcoords="offset points",
+        )  # fmt: skip
+    for axis in (top, bottom):
+        axis.grid(False)
+        axis.set_xlim(0, boundaries[-1])
+    bottom.set_ylim(0, 1.3)
+    bottom.set_ylabel("expert's MACs / base", fontsize=9)
+    bottom.set_xlabel("timestep t (0: almost clean, right end: noise)", fontsize=9)
+    bottom.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=9)
+    return _svg(figure)
+
+
+def width_heatmap(comparison: Comparison) -> str:
+    """Live share of each prunable unit, a row for each unit and a column for each expert."""
+    plan = comparison.widths
+    num_units, num_experts = len(plan.units), len(plan.widths[0])
+    figure, axes = _figure(max(6.0, 2.6 + 1.25 * num_experts), 1.0 + 0.36 * num_units)
+    axis = axes[0, 0]
+    share = np.array(plan.widths, dtype=float) / np.array(plan.channels, dtype=float)[:, None]
+    image = axis.imshow(share, cmap="YlGnBu", vmin=0, vmax=1, aspect="auto")
+    for unit in range(num_units):
+        for expert in range(num_experts):
+            text = f"{plan.widths[unit][expert]} / {plan.channels[unit]}"
+            tint = "white" if share[unit, expert] > 0.6 else INK
+            axis.text(expert, unit, text, ha="center", va="center", color=tint, fontsize=9)
+    axis.set_xticks(range(num_experts), [f"expert {i}" for i in range(num_experts)])
+    axis.set_yticks(range(num_units), plan.units)
+    axis.grid(False)
+    bar = figure.colorbar(image, ax=axis, shrink=0.8, pad=0.02)
+    bar.set_label("live channels", color=MUTED, fontsize=9)
+    bar.ax.tick_params(colors=MUTED, labelsize=8, length=0)
+    bar.outline.set_visible(False)
+    return _svg(figure)
+
+
+def heldout_differences(comparison: Comparison) -> str:
+    """Held-out loss against the yardstick, overall and by group, with two standard errors either side."""
+    figure, axes = _figure(11, 3.2)
+    axis = axes[0, 0]
+    others = list(enumerate(comparison.models))[1:]
+    num_groups = len(comparison.boundaries) - 1
+    labels = ["all timesteps", *(f"group {g}" for g in range(num_groups))]
+    for place, (index, model) in enumerate(others):
+        overall, per_group = compare(model.heldout, comparison.yardstick.heldout)
+        differences = [overall, *per_group]
+        x = np.arange(len(labels)) + (place - (len(others) - 1) / 2) * 0.16
+        axis.errorbar(
+            x,
+            [100 * d.relative for d in differences],
+            yerr=[200 * d.standard_error for d in differences],
+            fmt="o", markersize=6, capsize=3, linewidth=1.4, color=colour(index), label=model.label,
+        )  # fmt: skip
+    axis.axhline(0, color=colour(0), linewidth=1.4)
+    axis.axvline(0.5, color=RULE, linewidth=1)
+    axis.set_xticks(range(len(labels)), labels)
+    axis.set_xlim(-0.6, len(labels) - 0.4)
+    axis.set_ylabel(f"loss against {comparison.yardstick.label} (%)", fontsize=9)
+    figure.legend(loc="outside upper center", ncols=len(others), frameon=False, fontsize=9)
+    return _svg(figure)
+
+
+def frechet_draws(comparison: Comparison) -> str:
+    """Every draw's distance, its mean, and what two sets of real images have."""
+    figure, axes = _figure(11, 0.75 + 0.42 * len(comparison.models) + 0.42 * len(comparison.floors))
+    axis = axes[0, 0]
+    names = [model.label for model in comparison.models]
+    for row, model in enumerate(comparison.models):
+        values = model.frechet.values
+        axis.plot(
+            values, [row] * len(values), "o", color=colour(row), alpha=0.55, markersize=7, markeredgewidth=0
+        )
+        axis.plot([model.frechet.mean] * 2, [row - 0.28, row + 0.28], color=colour(row), linewidth=2.4)
+    for place, floor in enumerate(comparison.floors):
+        row = len(comparison.models) + place
+        names.append(f"real, {floor.kind} (n = {floor.n})")
+        axis.plot(floor.values, [row] * len(floor.values), "|", color=MUTED, markersize=10)
+    axis.set_yticks(range(len(names)), names)
+    axis.set_ylim(len(names) - 0.4, -0.6)
+    axis.set_xlim(left=0)
+    axis.set_xlabel("Fréchet distance (lower is better)", fontsize=9)
+    return _svg(figure)
+
+
+def sample_grid(images: Tensor, columns: int = 10, scale: int = 4, gap: int = 1) -> str:
+    """A PNG of uint8 images (M, C, H, W), each pixel drawn `scale` times, as a data URI."""
+    buffer = io.BytesIO()
+    grid_image(images, columns, scale, gap).save(buffer, format="PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def grid_image(images: Tensor, columns: int = 10, scale: int = 1, gap: int = 1) -> Any:
+    """A PIL image with uint8 images (M, C, H, W), C 1 or 3, in rows of `columns`."""
+    pillow = require("PIL.Image", "demo")
+    count, channels, height, width = images.shape
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    canvas = np.full(
+        (rows * (height + gap) + gap, columns * (width + gap) + gap, channels), 255, dtype=np.uint8
+    )
+    for i, image in enumerate(images.permute(0, 2, 3, 1).cpu().numpy()):
+        top, left = (i // columns) * (height + gap) + gap, (i % columns) * (width + gap) + gap
+        canvas[top : top + height, left : left + width] = image
+    picture = pillow.fromarray(canvas[..., 0] if channels == 1 else canvas)
+    return picture.resize((picture.width * scale, picture.height * scale), resample=0)
