@@ -1,0 +1,31 @@
+"""Gaussian diffusion: schedules, the process, losses, likelihood terms, respacing, samplers and timestep samplers."""
+
+from __future__ import annotations
+
+from tdc_fast.diffusion.create import create_diffusion
+from tdc_fast.diffusion.diffusion import Diffusion
+from tdc_fast.diffusion.samplers import Dpm2mHistory, ddim_step, ddpm_step, dpmpp_2m_step, sample
+from tdc_fast.diffusion.schedules import named_betas
+from tdc_fast.diffusion.timestep_samplers import (
+    LossSecondMomentSampler,
+    StratifiedSampler,
+    TimestepSampler,
+    UniformSampler,
+    create_timestep_sampler,
+)
+
+__all__ = [
+    "Diffusion",
+    "Dpm2mHistory",
+    "LossSecondMomentSampler",
+    "StratifiedSampler",
+    "TimestepSampler",
+    "UniformSampler",
+    "create_diffusion",
+    "create_timestep_sampler",
+    "ddim_step",
+    "ddpm_step",
+    "dpmpp_2m_step",
+    "named_betas",
+    "sample",
+]

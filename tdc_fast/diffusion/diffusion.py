@@ -1,0 +1,299 @@
+"""The Gaussian diffusion process: forward marginals, posterior, and the reverse step a denoiser's output implies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tdc_fast.diffusion.respacing import Spacing, respaced_betas, spaced_timesteps
+from tdc_fast.errors import invalid
+
+Denoiser = Callable[..., Tensor]
+"""model(x, original_timesteps, **kwargs) -> (B, C, ...), or (B, 2C, ...) when the variance is learned."""
+Prediction = Literal["epsilon", "x0"]
+Variance = Literal["fixed_small", "fixed_large", "learned_range"]
+Loss = Literal["mse", "rescaled_mse", "kl", "rescaled_kl"]
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """A diagonal Gaussian over x_{t-1}; each field broadcasts against x."""
+
+    mean: Tensor
+    variance: Tensor
+    log_variance: Tensor
+
+
+@dataclass(frozen=True)
+class ReverseStep(Gaussian):
+    """p(x_{t-1} | x_t) together with the x0 (B, C, ...) that it rests on."""
+
+    x0: Tensor
+
+
+class Diffusion:
+    """A forward process of T steps and how a denoiser's output is read (Ho et al. 2020; Nichol and Dhariwal 2021).
+
+    Timesteps `t` are int64 (B,) indices into *this* process's T steps, one per sample. The denoiser gets
+    `timestep_map[t]`, the index in the process it was trained on; the two differ after `respaced`.
+
+    Tables are float64 numpy arrays (T,). Arithmetic on tensors is float64 for float64 inputs and float32
+    otherwise, whatever dtype the denoiser answers in.
+
+    Attributes:
+        num_timesteps: T.
+        original_num_timesteps: length of the process that `timestep_map` points into.
+        timestep_map: tuple of T original indices, increasing.
+        timestep_scale: what the denoiser should multiply timesteps with before embedding them (1000 / original T when
+            timesteps are rescaled, else 1). Applied by the denoiser, never here.
+        betas, alphas_cumprod, alphas_cumprod_prev, posterior_variance, ...: the tables.
+    """
+
+    def __init__(
+        self,
+        betas: np.ndarray,
+        *,
+        prediction: Prediction = "epsilon",
+        variance: Variance = "fixed_small",
+        loss: Loss = "mse",
+        timestep_map: tuple[int, ...] | None = None,
+        original_num_timesteps: int | None = None,
+        timestep_scale: float = 1.0,
+    ) -> None:
+        """Raises ValueError for betas outside (0, 1], an unknown option or a map of another length."""
+        betas = np.array(betas, dtype=np.float64)
+        if betas.ndim != 1 or betas.size == 0:
+            raise invalid("betas", f"shape {betas.shape}", "give a non-empty one-dimensional array")
+        if not ((betas > 0) & (betas <= 1)).all():
+            raise invalid("betas", f"range {betas.min()} to {betas.max()}", "keep every beta in (0, 1]")
+        _check_option("prediction", prediction, Prediction)
+        _check_option("variance", variance, Variance)
+        _check_option("loss", loss, Loss)
+        self.prediction, self.variance, self.loss = prediction, variance, loss
+        self.timestep_scale = timestep_scale
+        self.num_timesteps = len(betas)
+        self.timestep_map = tuple(range(len(betas))) if timestep_map is None else tuple(timestep_map)
+        if len(self.timestep_map) != self.num_timesteps:
+            raise invalid(
+                "timestep_map", f"{len(self.timestep_map)} entries", f"give one per beta ({self.num_timesteps})"
+            )
+        self.original_num_timesteps = original_num_timesteps or self.timestep_map[-1] + 1
+        self._build_tables(betas)
+        self._on_device: dict[tuple[str, torch.device], Tensor] = {}
+
+    def _build_tables(self, betas: np.ndarray) -> None:
+        alphas = 1.0 - betas
+        self.betas = betas
+        self.alphas_cumprod = np.cumprod(alphas)
+        self.alphas_cumprod_prev = np.append(1.0, self.alphas_cumprod[:-1])
+        self.sqrt_alphas_cumprod = np.sqrt(self.alphas_cumprod)
+        self.sqrt_one_minus_alphas_cumprod = np.sqrt(1.0 - self.alphas_cumprod)
+        self.sqrt_recip_alphas_cumprod = np.sqrt(1.0 / self.alphas_cumprod)
+        self.sqrt_recipm1_alphas_cumprod = np.sqrt(1.0 / self.alphas_cumprod - 1)
+        remaining = 1.0 - self.alphas_cumprod
+        self.posterior_variance = betas * (1.0 - self.alphas_cumprod_prev) / remaining
+        # The variance at t = 0 is zero; its logarithm takes the value of t = 1.
+        self.posterior_log_variance_clipped = np.log(_first_replaced(self.posterior_variance))
+        self.posterior_mean_coef_x0 = betas * np.sqrt(self.alphas_cumprod_prev) / remaining
+        self.posterior_mean_coef_xt = (1.0 - self.alphas_cumprod_prev) * np.sqrt(alphas) / remaining
+        self.log_betas = np.log(betas)
+        self.large_variance = np.append(_first_replaced(self.posterior_variance)[0], betas[1:])
+        self.large_log_variance = np.log(self.large_variance)
+
+    @cached_property
+    def _original_timesteps(self) -> np.ndarray:
+        return np.asarray(self.timestep_map, dtype=np.int64)
+
+    # alpha_bar and t shifted by one, so that index t + 1 also serves t = -1: the clean sample.
+    @cached_property
+    def _alphas_cumprod_from_clean(self) -> np.ndarray:
+        return np.append(1.0, self.alphas_cumprod)
+
+    def __repr__(self) -> str:
+        return (
+            f"Diffusion({self.num_timesteps} of {self.original_num_timesteps} steps, prediction={self.prediction!r}, "
+            f"variance={self.variance!r}, loss={self.loss!r})"
+        )
+
+    @property
+    def learns_variance(self) -> bool:
+        """Whether the denoiser answers with 2C channels, the second C interpolating the log variance."""
+        return self.variance == "learned_range"
+
+    def snr_db(self) -> np.ndarray:
+        """Signal-to-noise ratio 10 * log10(alpha_bar / (1 - alpha_bar)) in decibels, float64 (T,)."""
+        return 10.0 * (np.log10(self.alphas_cumprod) - np.log10(1.0 - self.alphas_cumprod))
+
+    def respaced(self, spacing: Spacing) -> Diffusion:
+        """The process that visits only some of this one's steps; see `respacing.spaced_timesteps` for the notation."""
+        return self.with_timesteps(spaced_timesteps(self.num_timesteps, spacing))
+
+    def with_timesteps(self, kept: tuple[int, ...]) -> Diffusion:
+        """The process that visits only `kept` (increasing indices of this one) with unchanged marginals there."""
+        if not kept or any(a >= b for a, b in zip(kept, kept[1:], strict=False)):
+            raise invalid("kept", kept, "give increasing timesteps")
+        if kept[0] < 0 or kept[-1] >= self.num_timesteps:
+            raise invalid("kept", kept, f"keep timesteps within 0..{self.num_timesteps - 1}")
+        return Diffusion(
+            respaced_betas(self.alphas_cumprod, kept),
+            prediction=self.prediction,
+            variance=self.variance,
+            loss=self.loss,
+            timestep_map=tuple(self.timestep_map[t] for t in kept),
+            original_num_timesteps=self.original_num_timesteps,
+            timestep_scale=self.timestep_scale,
+        )
+
+    def table(self, name: str, t: Tensor) -> Tensor:
+        """Entries of the table `name` at `t` (B,), float64 (int64 for the timestep map) on t's device, shape (B,)."""
+        key = (name, t.device)
+        if key not in self._on_device:
+            self._on_device[key] = torch.from_numpy(getattr(self, name)).to(t.device)
+        return self._on_device[key][t]
+
+    def coefficient(self, name: str, t: Tensor, x: Tensor) -> Tensor:
+        """`table(name, t)` in x's arithmetic dtype, shaped (B, 1, ..., 1) to broadcast against x (B, C, ...)."""
+        return broadcast_to_samples(self.table(name, t), x)
+
+    def original_timesteps(self, t: Tensor) -> Tensor:
+        """The integer timesteps (B,) that the denoiser is to be given for steps `t` (B,)."""
+        return self.table("_original_timesteps", t)
+
+    def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """A draw of q(x_t | x0) = N(sqrt(alpha_bar) x0, 1 - alpha_bar) (Ho et al. 2020, equation 4), like x0."""
+        check_timesteps(t, x0, self.num_timesteps)
+        if noise.shape != x0.shape:
+            raise invalid("noise", f"shape {tuple(noise.shape)}", f"give the shape of x0, {tuple(x0.shape)}")
+        return (
+            self.coefficient("sqrt_alphas_cumprod", t, x0) * x0
+            + self.coefficient("sqrt_one_minus_alphas_cumprod", t, x0) * noise
+        )
+
+    def q_posterior(self, x0: Tensor, x_t: Tensor, t: Tensor) -> Gaussian:
+        """q(x_{t-1} | x_t, x0) (Ho et al. 2020, equations 6 and 7); the log variance is clipped at t = 0."""
+        return Gaussian(
+            mean=self.coefficient("posterior_mean_coef_x0", t, x_t) * x0
+            + self.coefficient("posterior_mean_coef_xt", t, x_t) * x_t,
+            variance=self.coefficient("posterior_variance", t, x_t),
+            log_variance=self.coefficient("posterior_log_variance_clipped", t, x_t),
+        )
+
+    def x0_from_epsilon(self, x_t: Tensor, t: Tensor, epsilon: Tensor) -> Tensor:
+        """The clean sample implied by noise `epsilon` in `x_t`."""
+        return (
+            self.coefficient("sqrt_recip_alphas_cumprod", t, x_t) * x_t
+            - self.coefficient("sqrt_recipm1_alphas_cumprod", t, x_t) * epsilon
+        )
+
+    def epsilon_from_x0(self, x_t: Tensor, t: Tensor, x0: Tensor) -> Tensor:
+        """The noise in `x_t` implied by the clean sample `x0`."""
+        return (self.coefficient("sqrt_recip_alphas_cumprod", t, x_t) * x_t - x0) / self.coefficient(
+            "sqrt_recipm1_alphas_cumprod", t, x_t
+        )
+
+    def split_output(self, model_output: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The denoiser's prediction like x and, when the variance is learned, its variance values like x.
+
+        Raises ValueError when the output has another shape than `variance` asks for.
+        """
+        channels = x.shape[1] * (2 if self.learns_variance else 1)
+        expected = (x.shape[0], channels, *x.shape[2:])
+        if tuple(model_output.shape) != expected:
+            remedy = f"a denoiser with variance={self.variance!r} must answer with shape {expected}"
+            raise invalid("model_output", f"shape {tuple(model_output.shape)}", remedy)
+        model_output = model_output.to(arithmetic_dtype(x))
+        if not self.learns_variance:
+            return model_output, None
+        prediction, values = model_output.split(x.shape[1], dim=1)
+        return prediction, values
+
+    def p_mean_variance(self, model_output: Tensor, x: Tensor, t: Tensor, clip_denoised: bool = True) -> ReverseStep:
+        """p(x_{t-1} | x_t) and the predicted x0, from the denoiser's output at x (B, C, ...) and steps t (B,).
+
+        A learned variance interpolates between the posterior variance and beta in the log domain (Nichol and Dhariwal
+        2021, equation 15). `clip_denoised` limits the predicted x0 to [-1, 1].
+        """
+        check_timesteps(t, x, self.num_timesteps)
+        prediction, values = self.split_output(model_output, x)
+        x = x.to(arithmetic_dtype(x))
+        if values is not None:
+            lowest = self.coefficient("posterior_log_variance_clipped", t, x)
+            highest = self.coefficient("log_betas", t, x)
+            fraction = (values + 1) / 2
+            log_variance = fraction * highest + (1 - fraction) * lowest
+            variance = torch.exp(log_variance)
+        elif self.variance == "fixed_large":
+            variance = self.coefficient("large_variance", t, x)
+            log_variance = self.coefficient("large_log_variance", t, x)
+        else:
+            variance = self.coefficient("posterior_variance", t, x)
+            log_variance = self.coefficient("posterior_log_variance_clipped", t, x)
+        x0 = prediction if self.prediction == "x0" else self.x0_from_epsilon(x, t, prediction)
+        if clip_denoised:
+            x0 = x0.clamp(-1, 1)
+        mean = self.q_posterior(x0, x, t).mean
+        return ReverseStep(mean=mean, variance=variance, log_variance=log_variance, x0=x0)
+
+    def training_losses(
+        self,
+        model: Denoiser,
+        x0: Tensor,
+        t: Tensor,
+        noise: Tensor | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+    ) -> dict[str, Tensor]:
+        """Per-sample losses (B,); see `losses.training_losses`."""
+        from tdc_fast.diffusion.losses import training_losses
+
+        return training_losses(self, model, x0, t, noise, model_kwargs)
+
+    def prior_bpd(self, x0: Tensor) -> Tensor:
+        """KL(q(x_T | x0) || N(0, 1)) in bits per dimension (B,)."""
+        from tdc_fast.diffusion.likelihood import prior_bpd
+
+        return prior_bpd(self, x0)
+
+    def vb_terms(self, model_output: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, clip_denoised: bool = True) -> Tensor:
+        """The variational bound's term for step t in bits per dimension (B,); see `likelihood.vb_terms`."""
+        from tdc_fast.diffusion.likelihood import vb_terms
+
+        return vb_terms(self, model_output, x0, x_t, t, clip_denoised)
+
+
+def arithmetic_dtype(x: Tensor) -> torch.dtype:
+    """float64 for float64, else float32: low precision is for the denoiser, not for the process."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def broadcast_to_samples(values: Tensor, x: Tensor) -> Tensor:
+    """(B,) values as (B, 1, ..., 1) in x's arithmetic dtype."""
+    return values.to(arithmetic_dtype(x)).view(-1, *([1] * (x.dim() - 1)))
+
+
+def check_timesteps(t: Tensor, x: Tensor, num_timesteps: int, lowest: int = 0) -> None:
+    """Raises ValueError unless t is integer (B,) with one entry per sample, in range (checked on the CPU only)."""
+    if t.dtype not in (torch.int64, torch.int32):
+        raise invalid("t", f"dtype {t.dtype}", "give int64 timesteps")
+    if t.dim() != 1 or t.shape[0] != x.shape[0]:
+        raise invalid("t", f"shape {tuple(t.shape)}", f"give one timestep per sample, shape ({x.shape[0]},)")
+    # Reading the values of a device tensor would stall the device, so only host tensors are looked at.
+    if t.device.type == "cpu" and t.numel() and not torch.compiler.is_compiling():
+        low, high = int(t.min()), int(t.max())
+        if low < lowest or high >= num_timesteps:
+            raise invalid("t", f"range {low}..{high}", f"keep timesteps within {lowest}..{num_timesteps - 1}")
+
+
+def _check_option(argument: str, value: str, options: Any) -> None:
+    if value not in get_args(options):
+        raise invalid(argument, value, "use one of " + ", ".join(get_args(options)))
+
+
+def _first_replaced(table: np.ndarray) -> np.ndarray:
+    """The table with entry 0 replaced by entry 1 (a process of one step keeps a tiny positive value)."""
+    return np.append(table[1] if len(table) > 1 else 1e-20, table[1:])

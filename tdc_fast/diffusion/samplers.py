@@ -1,0 +1,250 @@
+"""Samplers: DDPM ancestral, DDIM and DPM-Solver++(2M), every one at a timestep per sample.
+
+A step takes x (B, C, ...) and t (B,), where sample b stands at x_{t_b}; samples of one batch may be at different steps
+and on their way to different next steps. A sample with t = -1 is finished and comes back unchanged, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from tdc_fast.diffusion.diffusion import Denoiser, Diffusion, ReverseStep, broadcast_to_samples, check_timesteps
+from tdc_fast.errors import invalid, require
+
+SamplerName = Literal["ddpm", "ddim", "dpm++2m"]
+FINISHED = -1
+LOWEST_LOG_SNR = -5.1
+"""Half log SNR below which DPM-Solver++ does not start: the cosine schedule ends where x0 is not to be told from noise,
+and a second-order step would extrapolate from that."""
+
+
+@torch.no_grad()
+def ddpm_step(
+    diffusion: Diffusion,
+    model: Denoiser,
+    x: Tensor,
+    t: Tensor,
+    *,
+    noise: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    clip_denoised: bool = True,
+    model_kwargs: Mapping[str, Any] | None = None,
+) -> Tensor:
+    """One ancestral step x_t -> x_{t-1} (Ho et al. 2020, algorithm 2); t = 0 returns the mean, without noise."""
+    step = _predict(diffusion, model, x, t, clip_denoised, model_kwargs)
+    noise = draw_noise(x, generator) if noise is None else noise
+    deviation = torch.exp(0.5 * step.log_variance) * broadcast_to_samples(t > 0, x)
+    return _keep_finished(step.mean + deviation * noise, x, t)
+
+
+@torch.no_grad()
+def ddim_step(
+    diffusion: Diffusion,
+    model: Denoiser,
+    x: Tensor,
+    t: Tensor,
+    t_next: Tensor | None = None,
+    *,
+    eta: float = 0.0,
+    noise: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    clip_denoised: bool = True,
+    model_kwargs: Mapping[str, Any] | None = None,
+) -> Tensor:
+    """One DDIM step x_t -> x_{t_next} (Song et al. 2021, equation 12).
+
+    `t_next` (B,) defaults to t - 1 and may be any earlier step, -1 being the clean sample. `eta` 0 is deterministic and draws
+    no noise; eta 1 has the variance of `fixed_small`.
+    """
+    t_next = _next_steps(t, t_next)
+    step = _predict(diffusion, model, x, t, clip_denoised, model_kwargs)
+    epsilon = diffusion.epsilon_from_x0(x, t.clamp(min=0), step.x0)
+    now = diffusion.table("_alphas_cumprod_from_clean", t + 1)
+    after = diffusion.table("_alphas_cumprod_from_clean", t_next + 1)
+    # A finished sample has alpha_bar 1 on both sides; the clamps keep its unused numbers finite.
+    variance = (eta**2 * (1 - after) / (1 - now).clamp(min=1e-20) * (1 - now / after)).clamp(min=0)
+    direction = (1 - after - variance).clamp(min=0).sqrt()
+    result = broadcast_to_samples(after.sqrt(), x) * step.x0 + broadcast_to_samples(direction, x) * epsilon
+    if eta > 0:
+        noise = draw_noise(x, generator) if noise is None else noise
+        result = result + broadcast_to_samples(variance.sqrt(), x) * noise
+    return _keep_finished(result, x, t)
+
+
+@dataclass(frozen=True)
+class Dpm2mHistory:
+    """What DPM-Solver++(2M) remembers of each sample: its last predicted x0 (B, C, ...) and the step t (B,) it was made
+    at, -1 where there is none yet."""
+
+    x0: Tensor
+    t: Tensor
+
+    @classmethod
+    def empty(cls, x: Tensor) -> Dpm2mHistory:
+        """The history of samples x (B, C, ...) that have not made a step."""
+        return cls(torch.zeros_like(x), torch.full((x.shape[0],), FINISHED, device=x.device, dtype=torch.int64))
+
+    def select(self, index: Tensor) -> Dpm2mHistory:
+        """The history of the samples x[index], for a batch whose members come and go."""
+        return Dpm2mHistory(self.x0[index], self.t[index])
+
+    @staticmethod
+    def concat(histories: Sequence[Dpm2mHistory]) -> Dpm2mHistory:
+        """The history of torch.cat of the samples."""
+        return Dpm2mHistory(torch.cat([h.x0 for h in histories]), torch.cat([h.t for h in histories]))
+
+
+@torch.no_grad()
+def dpmpp_2m_step(
+    diffusion: Diffusion,
+    model: Denoiser,
+    x: Tensor,
+    t: Tensor,
+    t_next: Tensor | None = None,
+    *,
+    history: Dpm2mHistory | None = None,
+    clip_denoised: bool = True,
+    model_kwargs: Mapping[str, Any] | None = None,
+) -> tuple[Tensor, Dpm2mHistory]:
+    """One step of DPM-Solver++(2M) x_t -> x_{t_next} (Lu et al. 2022, algorithm 2), and the history to hand to the next one.
+
+    `t_next` (B,) defaults to t - 1. A sample without history (its first step) makes a first-order step, as does a step to the
+    clean sample (t_next = -1), which returns the predicted x0.
+    """
+    t_next = _next_steps(t, t_next)
+    history = Dpm2mHistory.empty(x) if history is None else history
+    x0 = _predict(diffusion, model, x, t, clip_denoised, model_kwargs).x0
+    now = diffusion.table("_alphas_cumprod_from_clean", t + 1)
+    after = diffusion.table("_alphas_cumprod_from_clean", t_next + 1)
+    before = diffusion.table("_alphas_cumprod_from_clean", history.t + 1)
+    step = _half_log_snr(after) - _half_log_snr(now)
+    last_step = _half_log_snr(now) - _half_log_snr(before)
+    second_order = (history.t > t) & (t_next >= 0)
+    # 1 / (2 r) with r = last_step / step; zero makes the step first order.
+    slope = torch.where(second_order, step / (2 * last_step), 0.0)
+    data = x0 + broadcast_to_samples(slope, x) * (x0 - history.x0)
+    keep = ((1 - after) / (1 - now).clamp(min=1e-20)).sqrt()
+    gain = -after.sqrt() * torch.expm1(-step)
+    result = _keep_finished(broadcast_to_samples(keep, x) * x + broadcast_to_samples(gain, x) * data, x, t)
+    return result, Dpm2mHistory(_keep_finished(x0, history.x0, t), torch.where(t < 0, history.t, t))
+
+
+@torch.no_grad()
+def sample(
+    diffusion: Diffusion,
+    model: Denoiser,
+    shape: Sequence[int],
+    *,
+    sampler: SamplerName = "ddim",
+    steps: int | None = None,
+    generator: torch.Generator | None = None,
+    clip_denoised: bool = True,
+    model_kwargs: Mapping[str, Any] | None = None,
+    progress: bool = False,
+    eta: float = 0.0,
+    device: torch.device | str | None = None,
+    noise: Tensor | None = None,
+) -> Tensor:
+    """Draw samples of `shape` (B, C, ...), float32, in [-1, 1] when `clip_denoised`.
+
+    `steps` None visits every step of `diffusion` (respace it for improved-diffusion's own spacings); a number visits that
+    many of them, spread as suits the sampler (`sampling_steps`). `generator` makes the result reproducible; it may live on
+    the CPU whatever `device` is. `noise` (shape) replaces the first draw x_T. One image batch is held at a time, no
+    trajectory. Raises ValueError for an unknown sampler, or steps that the process does not have.
+    """
+    visited = sampling_steps(diffusion, sampler, steps)
+    process = diffusion if len(visited) == diffusion.num_timesteps else diffusion.with_timesteps(visited)
+    x = torch.empty(tuple(shape), device=device, memory_format=_memory_format(len(shape)))
+    x = draw_noise(x, generator) if noise is None else noise.to(x)
+    options: dict[str, Any] = {"clip_denoised": clip_denoised, "model_kwargs": model_kwargs}
+    history = Dpm2mHistory.empty(x) if sampler == "dpm++2m" else None
+    indices: Any = range(process.num_timesteps - 1, -1, -1)
+    if progress:
+        indices = require("tqdm", extra="demo").tqdm(indices, desc=f"sampling ({sampler})", unit="step")
+    for index in indices:
+        t = torch.full((x.shape[0],), index, device=x.device, dtype=torch.int64)
+        if sampler == "ddpm":
+            x = ddpm_step(process, model, x, t, generator=generator, **options)
+        elif sampler == "ddim":
+            x = ddim_step(process, model, x, t, eta=eta, generator=generator, **options)
+        else:
+            x, history = dpmpp_2m_step(process, model, x, t, history=history, **options)
+    return x
+
+
+def sampling_steps(diffusion: Diffusion, sampler: SamplerName, steps: int | None = None) -> tuple[int, ...]:
+    """The increasing steps of `diffusion` that `sample` visits.
+
+    ddpm: evenly spread with both ends, as the spacing "25". ddim: a multiple of T / steps each, starting at 0, as the spacing
+    "ddim25" but for any count. dpm++2m: evenly spread from 0 to the last step whose half log SNR is above -5.1.
+    """
+    if sampler not in get_args(SamplerName):
+        raise invalid("sampler", sampler, "use one of " + ", ".join(get_args(SamplerName)))
+    total = diffusion.num_timesteps
+    if steps is None:
+        return tuple(range(total))
+    if not 1 <= steps <= total:
+        raise invalid("steps", steps, f"ask for 1 to {total} steps")
+    if sampler == "ddim":
+        return tuple(index * total // steps for index in range(steps))
+    last = total - 1
+    if sampler == "dpm++2m":
+        usable = _half_log_snr(torch.from_numpy(diffusion.alphas_cumprod)) >= LOWEST_LOG_SNR
+        last = max(int(usable.sum()) - 1, steps - 1)
+    if steps == 1:
+        return (last,)
+    return tuple(round(index * last / (steps - 1)) for index in range(steps))
+
+
+def draw_noise(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Standard normal noise like x, drawn on the generator's own device so that a seed means the same on every device."""
+    source = x.device if generator is None else generator.device
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    noise = torch.randn(x.shape, generator=generator, device=source, dtype=dtype)
+    channels_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    return noise.to(device=x.device, memory_format=torch.channels_last if channels_last else torch.preserve_format)
+
+
+def _predict(
+    diffusion: Diffusion,
+    model: Denoiser,
+    x: Tensor,
+    t: Tensor,
+    clip_denoised: bool,
+    model_kwargs: Mapping[str, Any] | None,
+) -> ReverseStep:
+    check_timesteps(t, x, diffusion.num_timesteps, lowest=FINISHED)
+    # Finished samples ride along at step 0: leaving them out would change the batch's shape and wait for the device.
+    index = t.clamp(min=0)
+    output = model(x, diffusion.original_timesteps(index), **(model_kwargs or {}))
+    return diffusion.p_mean_variance(output, x, index, clip_denoised)
+
+
+def _keep_finished(result: Tensor, x: Tensor, t: Tensor) -> Tensor:
+    return torch.where((t < 0).view(-1, *([1] * (x.dim() - 1))), x, result)
+
+
+def _next_steps(t: Tensor, t_next: Tensor | None) -> Tensor:
+    if t_next is None:
+        return (t - 1).clamp(min=FINISHED)
+    if t_next.shape != t.shape:
+        raise invalid(
+            "t_next", f"shape {tuple(t_next.shape)}", f"give one next step per sample, shape {tuple(t.shape)}"
+        )
+    if t.device.type == "cpu" and bool((((t_next >= t) & (t >= 0)) | (t_next < FINISHED)).any()):
+        raise invalid("t_next", t_next.tolist(), f"step to an earlier timestep than {t.tolist()}, or to -1")
+    return torch.where(t < 0, t, t_next)
+
+
+def _half_log_snr(alphas_cumprod: Tensor) -> Tensor:
+    """lambda = log(alpha / sigma), the time in which DPM-Solver++ steps; infinite for the clean sample."""
+    return 0.5 * (torch.log(alphas_cumprod) - torch.log1p(-alphas_cumprod))
+
+
+def _memory_format(dimensions: int) -> torch.memory_format:
+    return torch.channels_last if dimensions == 4 else torch.contiguous_format

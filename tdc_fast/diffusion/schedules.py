@@ -1,0 +1,38 @@
+"""Noise schedules: the variance beta_t added at each of the T steps of the forward process."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from tdc_fast.errors import invalid
+
+MAX_BETA = 0.999
+"""The cosine schedule destroys all signal in its last step; the cap keeps that step invertible."""
+
+
+def named_betas(name: str, num_timesteps: int) -> np.ndarray:
+    """The betas of a named schedule, float64 (T,).
+
+    `linear` runs from 1e-4 to 0.02 for T = 1000 (Ho et al. 2020, section 4), its ends scaled by 1000 / T so that the
+    total noise does not depend on T. `cosine` is alpha_bar(s) = cos((s + 0.008) / 1.008 * pi / 2)**2 (Nichol and
+    Dhariwal 2021, equation 17). Raises ValueError for an unknown name or a T below 1.
+    """
+    if num_timesteps < 1:
+        raise invalid("num_timesteps", num_timesteps, "give at least one step")
+    if name == "linear":
+        scale = 1000 / num_timesteps
+        return np.linspace(scale * 0.0001, scale * 0.02, num_timesteps, dtype=np.float64)
+    if name == "cosine":
+        return betas_for_alpha_bar(num_timesteps, lambda s: math.cos((s + 0.008) / 1.008 * math.pi / 2) ** 2)
+    raise invalid("noise_schedule", name, "use 'linear' or 'cosine'")
+
+
+def betas_for_alpha_bar(
+    num_timesteps: int, alpha_bar: Callable[[float], float], max_beta: float = MAX_BETA
+) -> np.ndarray:
+    """Betas whose cumulative product of (1 - beta) follows `alpha_bar` sampled on [0, 1], float64 (T,)."""
+    edges = [alpha_bar(step / num_timesteps) for step in range(num_timesteps + 1)]
+    return np.array([min(1 - after / before, max_beta) for before, after in zip(edges, edges[1:], strict=False)])

@@ -1,0 +1,263 @@
+"""Which timesteps a training batch gets: uniform, by the loss's second moment, or in fixed shares per group."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from fractions import Fraction
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tdc_fast.errors import invalid
+
+Weighting = Literal["unbiased", "per_group", "none"]
+
+
+class Groups(Protocol):
+    """What is needed of TimestepGroups: the intervals [boundaries[i], boundaries[i + 1])."""
+
+    @property
+    def boundaries(self) -> tuple[int, ...]: ...
+
+
+class TimestepSampler:
+    """Draws timesteps t (B,) and loss weights (B,); the training loss is mean(weights * losses).
+
+    Randomness comes only from the generator handed in; everything else a resumed run needs is in `state_dict`, which holds
+    plain numbers, lists and tensors.
+    """
+
+    num_timesteps: int
+
+    def sample(
+        self, batch_size: int, *, generator: torch.Generator | None = None, device: torch.device | str | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """int64 timesteps (B,) and float32 weights (B,) on `device`, drawn on the generator's device."""
+        raise NotImplementedError
+
+    def update(self, t: Tensor, losses: Tensor) -> None:
+        """Report the unweighted losses (B,) met at timesteps t (B,). Only samplers that adapt listen."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises ValueError when the state belongs to a sampler of other settings."""
+        _check_keys(state, set())
+
+
+class UniformSampler(TimestepSampler):
+    """Every timestep equally likely, every weight one."""
+
+    def __init__(self, num_timesteps: int) -> None:
+        if num_timesteps < 1:
+            raise invalid("num_timesteps", num_timesteps, "give at least one timestep")
+        self.num_timesteps = num_timesteps
+
+    def sample(
+        self, batch_size: int, *, generator: torch.Generator | None = None, device: torch.device | str | None = None
+    ) -> tuple[Tensor, Tensor]:
+        t = torch.randint(self.num_timesteps, (batch_size,), generator=generator, device=_home(generator))
+        return t.to(device), torch.ones(batch_size, device=device)
+
+
+class LossSecondMomentSampler(TimestepSampler):
+    """Importance sampling with probability proportional to sqrt(E[loss**2]) (Nichol and Dhariwal 2021, section 3.3).
+
+    Uniform until every timestep has met `history_per_term` losses; from then on the last so many count, and
+    `uniform_prob` of the probability stays uniform. The weights 1 / (T p) keep the loss unbiased. In a distributed run `update`
+    gathers the losses of all ranks, so that every rank keeps the same probabilities.
+    """
+
+    def __init__(self, num_timesteps: int, history_per_term: int = 10, uniform_prob: float = 0.001) -> None:
+        if num_timesteps < 1:
+            raise invalid("num_timesteps", num_timesteps, "give at least one timestep")
+        if history_per_term < 1:
+            raise invalid("history_per_term", history_per_term, "keep at least one loss")
+        self.num_timesteps = num_timesteps
+        self.history_per_term = history_per_term
+        self.uniform_prob = uniform_prob
+        self._history = np.zeros((num_timesteps, history_per_term), dtype=np.float64)  # [T, last losses]
+        self._counts = np.zeros(num_timesteps, dtype=np.int64)
+
+    def probabilities(self) -> np.ndarray:
+        """The present probability of each timestep, float64 (T,)."""
+        if (self._counts < self.history_per_term).any():
+            return np.full(self.num_timesteps, 1 / self.num_timesteps)
+        weights = np.sqrt((self._history**2).mean(axis=-1))
+        weights = weights / weights.sum() * (1 - self.uniform_prob) + self.uniform_prob / len(weights)
+        return weights / weights.sum()
+
+    def sample(
+        self, batch_size: int, *, generator: torch.Generator | None = None, device: torch.device | str | None = None
+    ) -> tuple[Tensor, Tensor]:
+        p = torch.from_numpy(self.probabilities())
+        u = torch.rand(batch_size, generator=generator, device=_home(generator), dtype=torch.float64).cpu()
+        t = torch.searchsorted(p.cumsum(0), u, right=True).clamp(max=self.num_timesteps - 1)
+        weights = (1 / (self.num_timesteps * p[t])).float()
+        return t.to(device), weights.to(device)
+
+    def update(self, t: Tensor, losses: Tensor) -> None:
+        for step, loss in _gathered(t.detach(), losses.detach()):
+            if self._counts[step] == self.history_per_term:
+                self._history[step, :-1] = self._history[step, 1:]
+                self._history[step, -1] = loss
+            else:
+                self._history[step, self._counts[step]] = loss
+                self._counts[step] += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": torch.from_numpy(self._history.copy()), "counts": torch.from_numpy(self._counts.copy())}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        _check_keys(state, {"history", "counts"})
+        expected = tuple(self._history.shape)
+        if tuple(state["history"].shape) != expected or tuple(state["counts"].shape) != expected[:1]:
+            raise invalid("state", f"history of shape {tuple(state['history'].shape)}", f"this sampler has {expected}")
+        self._history = state["history"].cpu().numpy().copy()
+        self._counts = state["counts"].cpu().numpy().copy()
+
+
+class StratifiedSampler(TimestepSampler):
+    """Fixed shares of every batch per group of timesteps, uniform inside the group.
+
+    Shares are equal unless given. A batch they do not divide gives the remainder in turn, such that at any time no group
+    is one whole sample or more away from its exact share of all samples so far. The groups alternate along the
+    batch, so any contiguous microbatch is balanced as well.
+
+    Weights: "unbiased" makes the expected loss that of uniform timesteps, (group size / T) / share; "per_group" gives every
+    group the same total, 1 / (N * share); "none" leaves ones, so that a group counts by its share.
+    """
+
+    def __init__(
+        self, groups: Groups, shares: Sequence[float] | None = None, *, weighting: Weighting = "unbiased"
+    ) -> None:
+        edges = [int(edge) for edge in groups.boundaries]
+        count = len(edges) - 1
+        if shares is None:
+            shares = [1.0] * count
+        if len(shares) != count:
+            raise invalid("shares", list(shares), f"give one share per group ({count})")
+        if not all(np.isfinite(share) and share > 0 for share in shares):
+            raise invalid("shares", list(shares), "every share must be positive")
+        if weighting not in ("unbiased", "per_group", "none"):
+            raise invalid("weighting", weighting, "use 'unbiased', 'per_group' or 'none'")
+        self.num_timesteps = edges[-1]
+        self.num_groups = count
+        self._starts = torch.tensor(edges[:-1])
+        self._sizes = torch.tensor(edges[1:]) - self._starts
+        self._parts = _whole_parts(shares)  # integers (N,): the shares over their sum
+        self._total = int(self._parts.sum())
+        exact = torch.from_numpy(self._parts / self._total)
+        weights = {
+            "unbiased": self._sizes / self.num_timesteps / exact,
+            "per_group": 1 / (count * exact),
+            "none": torch.ones(count, dtype=torch.float64),
+        }
+        self._weights = weights[weighting].float()
+        # Samples owed to each group, in units of 1 / total: integers, so that no rounding ever adds up.
+        self._owed = np.zeros(count, dtype=np.int64)
+
+    def next_counts(self, batch_size: int) -> np.ndarray:
+        """How many of the next batch's samples each group gets, int64 (N,), summing to `batch_size`; advances the rotation."""
+        counts, fractions = np.divmod(batch_size * self._parts, self._total)
+        remainder = batch_size - int(counts.sum())
+        # Tijdeman's chairman assignment (1980): each left-over sample goes, of the groups that are owed something by then, to
+        # the one that would be owed a whole sample first.
+        scale, whole = max(remainder, 1), max(remainder, 1) * self._total
+        owed = self._owed * scale
+        for _ in range(remainder):
+            owed = owed + fractions
+            slots_left = np.full(self.num_groups, np.iinfo(np.int64).max)
+            due = (owed > 0) & (fractions > 0)
+            slots_left[due] = -((owed[due] - whole) // fractions[due])
+            # After a change of batch size nobody with a fraction may be owed anything: then the most owed is next.
+            chosen = int(slots_left.argmin()) if due.any() else int(owed.argmax())
+            owed[chosen] -= whole
+            counts[chosen] += 1
+        self._owed = owed // scale if remainder else self._owed
+        return counts
+
+    def sample(
+        self, batch_size: int, *, generator: torch.Generator | None = None, device: torch.device | str | None = None
+    ) -> tuple[Tensor, Tensor]:
+        counts = self.next_counts(batch_size)
+        group = torch.from_numpy(_interleaved(counts))
+        u = torch.rand(batch_size, generator=generator, device=_home(generator), dtype=torch.float64).cpu()
+        t = self._starts[group] + (u * self._sizes[group]).long().minimum(self._sizes[group] - 1)
+        return t.to(device), self._weights[group].to(device)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"owed": self._owed.tolist(), "parts": self._parts.tolist(), "starts": self._starts.tolist()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        _check_keys(state, {"owed", "parts", "starts"})
+        for key, mine in (("parts", self._parts.tolist()), ("starts", self._starts.tolist())):
+            if list(state[key]) != mine:
+                raise invalid(f"state[{key!r}]", state[key], f"this sampler has {mine}: use the same groups and shares")
+        self._owed = np.asarray(state["owed"], dtype=np.int64)
+
+
+def create_timestep_sampler(
+    name: str,
+    num_timesteps: int,
+    *,
+    groups: Groups | None = None,
+    shares: Sequence[float] | None = None,
+    weighting: Weighting = "unbiased",
+) -> TimestepSampler:
+    """A sampler by name: 'uniform', 'loss-second-moment' or 'stratified' (which needs groups)."""
+    if name == "uniform":
+        return UniformSampler(num_timesteps)
+    if name == "loss-second-moment":
+        return LossSecondMomentSampler(num_timesteps)
+    if name == "stratified":
+        if groups is None:
+            raise invalid("groups", groups, "a stratified sampler needs the timestep groups")
+        if groups.boundaries[-1] != num_timesteps:
+            raise invalid("groups", f"{groups.boundaries[-1]} timesteps", f"give groups of {num_timesteps} timesteps")
+        return StratifiedSampler(groups, shares, weighting=weighting)
+    raise invalid("schedule_sampler", name, "use 'uniform', 'loss-second-moment' or 'stratified'")
+
+
+def _home(generator: torch.Generator | None) -> torch.device:
+    return torch.device("cpu") if generator is None else generator.device
+
+
+def _whole_parts(shares: Sequence[float]) -> np.ndarray:
+    """Shares as integers in the same ratio: exact for ratios of small numbers, else to a millionth of the total."""
+    total = sum(Fraction(share) for share in shares)
+    parts = [(Fraction(share) / total).limit_denominator(10_000) for share in shares]
+    if sum(parts) != 1:
+        parts = [max(Fraction(round(Fraction(share) / total * 1_000_000)), Fraction(1)) for share in shares]
+    denominator = int(np.lcm.reduce([part.denominator for part in parts]))
+    if denominator > 1_000_000:
+        parts = [max(Fraction(round(part * 1_000_000)), Fraction(1)) for part in parts]
+        denominator = 1
+    whole = np.array([int(part * denominator) for part in parts], dtype=np.int64)
+    return whole // np.gcd.reduce(whole)
+
+
+def _interleaved(counts: np.ndarray) -> np.ndarray:
+    """Group of each slot of a batch, int64 (B,), the members of every group spread evenly along it."""
+    group = np.repeat(np.arange(len(counts)), counts)
+    place = np.concatenate([(np.arange(count) + 0.5) / count for count in counts if count] or [np.zeros(0)])
+    return group[np.argsort(place, kind="stable")]
+
+
+def _gathered(t: Tensor, losses: Tensor) -> Iterable[tuple[int, float]]:
+    pairs: list[tuple[list[int], list[float]]] = [(t.tolist(), losses.double().tolist())]
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        everyone: list[Any] = [None] * distributed.get_world_size()
+        distributed.all_gather_object(everyone, pairs[0])
+        pairs = everyone
+    for steps, values in pairs:
+        yield from zip(steps, values, strict=True)
+
+
+def _check_keys(state: dict[str, Any], expected: set[str]) -> None:
+    if set(state) != expected:
+        raise invalid("state", sorted(state), f"expected the entries {sorted(expected)}: it is another sampler's state")

@@ -1,0 +1,310 @@
+"""Image datasets by name or path, and the endless shuffled stream of batches that training reads."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tdc_fast.errors import invalid, require
+from tdc_fast.training.image_sources import (
+    ArraySource,
+    FolderSource,
+    ImageSource,
+    OnCorrupt,
+    PhotoSource,
+    fit_images,
+    list_images,
+)
+
+DIGITS = "digits"
+PHOTOS = "photos"
+CACHE_BYTES = 512 * 2**20
+"""A folder whose decoded images fit is decoded once, on loading; a larger one when its images are asked for."""
+
+
+@dataclass(frozen=True)
+class ImageDataset:
+    """N square images with optional classes; a view of a source, so that splits share memory.
+
+    Attributes:
+        source: where the pixels come from.
+        indices: int64 (N,), the source's images this dataset holds.
+        labels: int64 (N,) or None when not class conditional.
+        num_classes: classes of the whole source (0 without labels); a split keeps it.
+    """
+
+    source: ImageSource
+    indices: np.ndarray
+    labels: np.ndarray | None = None
+    num_classes: int = 0
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @property
+    def image_size(self) -> int:
+        """Height and width in pixels."""
+        return self.source.image_size
+
+    @property
+    def channels(self) -> int:
+        """Colour channels: 3 for folders and photographs, whatever an array has otherwise."""
+        return self.source.channels
+
+    @property
+    def skipped(self) -> int:
+        """Corrupt files left out so far. A folder too large to decode on loading finds them as it reads."""
+        return self.source.skipped
+
+    def images(self, indices: Any = None) -> Tensor:
+        """Images in [-1, 1], float32 (B, C, H, W) in channels_last memory; `indices` (B,) or a slice, all by default."""
+        chosen = self.indices if indices is None else self.indices[indices]
+        pixels = self.source.fetch(np.atleast_1d(chosen))
+        return torch.from_numpy(to_unit_range(pixels)).permute(0, 3, 1, 2)
+
+    def batch(self, indices: np.ndarray) -> tuple[Tensor, dict[str, Tensor]]:
+        """`images(indices)` and the model's keyword arguments: {'y': int64 (B,)} when class conditional, else {}."""
+        x = self.images(indices)
+        return x, {} if self.labels is None else {"y": torch.from_numpy(self.labels[indices])}
+
+    def split(self, fraction: float, seed: int = 0) -> tuple[ImageDataset, ImageDataset]:
+        """The training part and the held-out part, `fraction` of the images (at least one); the same for the same seed.
+
+        Photographs are held out by region, so that no held-out patch overlaps a training patch. Raises ValueError when
+        either part would be empty.
+        """
+        if not 0 < fraction < 1:
+            raise invalid("fraction", fraction, "hold out a share between 0 and 1")
+        blocks = self.source.blocks(self.indices)
+        names = np.unique(blocks)
+        count = max(1, round(fraction * len(names)))
+        if count >= len(names):
+            raise invalid("fraction", fraction, f"{len(self)} images cannot be split so: hold out less")
+        held_names = np.random.default_rng(seed).permutation(names)[:count]
+        held = np.isin(blocks, held_names)
+        return self._take(np.flatnonzero(~held)), self._take(np.flatnonzero(held))
+
+    def _take(self, positions: np.ndarray) -> ImageDataset:
+        labels = None if self.labels is None else self.labels[positions]
+        return replace(self, indices=self.indices[positions], labels=labels)
+
+
+def load_dataset(
+    name_or_path: str | Path,
+    *,
+    image_size: int | None = None,
+    class_cond: bool = False,
+    on_corrupt: OnCorrupt = "error",
+    cache_bytes: int = CACHE_BYTES,
+) -> ImageDataset:
+    """Open a dataset.
+
+    - 'digits': scikit-learn's 1797 handwritten digits, 8x8, one channel, 10 classes.
+    - 'photos': 8192 patches of scikit-learn's two sample photographs, `image_size` pixels (32 by default), 2 classes.
+    - a folder: every jpg, jpeg, png and gif below it in sorted order, as RGB; the class is the base name up to the first "_", the
+      classes numbered in sorted order, directories ignored. Needs `image_size`.
+    - an .npz (`arr_0` or `images`, labels in `arr_1` or `labels`) or .npy file: (N, H, W, C) or (N, H, W), uint8, or
+      float in [-1, 1] or, when nothing is negative, in [0, 1].
+
+    Names win over paths: write './digits' for a folder called that. Images of another size than `image_size` are halved
+    with a box filter while at least twice as large, scaled so that the short side fits (bicubic) and cropped at the centre.
+
+    `on_corrupt`: a file that does not decode is an 'error' naming it, or is left out with 'skip' and counted in `skipped`. A
+    folder of at most `cache_bytes` decoded bytes is decoded, and so checked, at once; a larger one as it is read, and there
+    'skip' puts the next good image of the listing in the place of a corrupt one.
+
+    Raises ValueError for what is missing, empty, corrupt or of a wrong shape, and ImportError naming the extra for
+    'digits', 'photos' and image files when scikit-learn or Pillow is missing.
+    """
+    if on_corrupt not in ("error", "skip"):
+        raise invalid("on_corrupt", on_corrupt, "use 'error' or 'skip'")
+    if image_size is not None and image_size < 1:
+        raise invalid("image_size", image_size, "give a positive number of pixels")
+    path = Path(name_or_path)
+    labels: np.ndarray | None
+    source: ImageSource
+    if str(name_or_path) == DIGITS:
+        source, labels = _load_digits(image_size)
+    elif str(name_or_path) == PHOTOS:
+        source = PhotoSource(image_size or 32)
+        labels = source.photo_ids
+    elif path.is_dir():
+        source, labels = _load_folder(path, image_size, on_corrupt, cache_bytes)
+    elif path.is_file() and path.suffix in (".npz", ".npy"):
+        source, labels = _load_array(path, image_size)
+    else:
+        remedy = "give 'digits', 'photos', a folder of images, or an .npz or .npy file that exists"
+        raise invalid("data_dir", str(name_or_path), remedy)
+    if not class_cond:
+        labels = None
+    elif labels is None:
+        raise invalid("class_cond", class_cond, f"{path} holds no labels: add 'arr_1' or 'labels', or turn it off")
+    num_classes = 0 if labels is None else int(labels.max()) + 1
+    return ImageDataset(source, np.arange(len(source)), labels, num_classes)
+
+
+def to_unit_range(pixels: np.ndarray) -> np.ndarray:
+    """uint8 0..255 to float32 -1..1; floats are in that range already."""
+    if pixels.dtype == np.uint8:
+        return pixels.astype(np.float32) / 127.5 - 1
+    return pixels.astype(np.float32, copy=False)
+
+
+class BatchStream:
+    """Endless shuffled batches: x (B, C, H, W) float32 in [-1, 1], channels_last, and {'y': labels (B,)} or {}.
+
+    Epoch e visits the images in an order that depends on (seed, e) alone. With several ranks each takes every
+    world_size-th image of that order, so that all see the same number of batches. A last batch that would not be full is dropped.
+    A dataset smaller than a batch (per rank) repeats inside the batch: every image appears equally often, up to one.
+
+    `state_dict` is the position after the last batch handed out, whatever was read ahead, so a restored stream continues
+    with exactly the batches that were to come.
+    """
+
+    def __init__(
+        self, dataset: ImageDataset, batch_size: int, seed: int = 0, *, rank: int = 0, world_size: int = 1
+    ) -> None:
+        if batch_size < 1:
+            raise invalid("batch_size", batch_size, "give at least one image")
+        if not 0 <= rank < world_size:
+            raise invalid("rank", rank, f"give a rank within 0..{world_size - 1}")
+        if len(dataset) < world_size:
+            raise invalid("world_size", world_size, f"the dataset has {len(dataset)} images: one per rank at least")
+        self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
+        self.rank, self.world_size = rank, world_size
+        self.epoch, self.index = 0, 0
+        self._order_of: tuple[int, np.ndarray] | None = None
+        self._reader: ThreadPoolExecutor | None = None
+        self._ahead: tuple[tuple[int, int], Future[tuple[Tensor, dict[str, Tensor]]]] | None = None
+
+    @property
+    def batches_per_epoch(self) -> int:
+        return max(1, len(self.dataset) // self.world_size // self.batch_size)
+
+    def __iter__(self) -> BatchStream:
+        return self
+
+    def __next__(self) -> tuple[Tensor, dict[str, Tensor]]:
+        position = (self.epoch, self.index)
+        if self._ahead is not None and self._ahead[0] == position:
+            batch = self._ahead[1].result()
+        else:
+            batch = self.dataset.batch(self._indices(*position))
+        self.epoch, self.index = self._after(*position)
+        if self.dataset.source.slow:
+            self._read_ahead((self.epoch, self.index))
+        return batch
+
+    def state_dict(self) -> dict[str, int]:
+        """The position and what it is a position in; plain integers."""
+        return {**self._identity(), "epoch": self.epoch, "index": self.index}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue where `state` was taken. Raises ValueError when the dataset, batch size, seed or ranks differ."""
+        for name, mine in self._identity().items():
+            if state.get(name) != mine:
+                raise invalid(f"state[{name!r}]", state.get(name), f"this stream has {mine}: use the same settings")
+        epoch, index = state.get("epoch", -1), state.get("index", -1)
+        if epoch < 0 or not 0 <= index < self.batches_per_epoch:
+            raise invalid("state", state, "it is no position in this stream")
+        self.epoch, self.index = int(epoch), int(index)
+
+    def close(self) -> None:
+        """Stop reading ahead; the stream may still be read."""
+        if self._reader is not None:
+            self._reader.shutdown(wait=True, cancel_futures=True)
+        self._reader = self._ahead = None
+
+    def _identity(self) -> dict[str, int]:
+        return {
+            "seed": self.seed,
+            "images": len(self.dataset),
+            "batch_size": self.batch_size,
+            "rank": self.rank,
+            "world_size": self.world_size,
+        }
+
+    def _after(self, epoch: int, index: int) -> tuple[int, int]:
+        return (epoch, index + 1) if index + 1 < self.batches_per_epoch else (epoch + 1, 0)
+
+    def _indices(self, epoch: int, index: int) -> np.ndarray:
+        if self._order_of is None or self._order_of[0] != epoch:
+            self._order_of = (epoch, self._order(epoch))
+        return self._order_of[1][index * self.batch_size : (index + 1) * self.batch_size]
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """This rank's images of an epoch in order, at least one batch of them."""
+        rng = np.random.default_rng([self.seed, epoch])
+        per_rank = len(self.dataset) // self.world_size
+        rounds = -(-self.batch_size // per_rank) if per_rank < self.batch_size else 1
+        shards = [rng.permutation(len(self.dataset))[self.rank :: self.world_size][:per_rank] for _ in range(rounds)]
+        return np.concatenate(shards)
+
+    def _read_ahead(self, position: tuple[int, int]) -> None:
+        if self._reader is None:
+            self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead")
+        indices = self._indices(*position)
+        self._ahead = (position, self._reader.submit(self.dataset.batch, indices))
+
+
+def _load_digits(image_size: int | None) -> tuple[ImageSource, np.ndarray]:
+    digits = require("sklearn.datasets", extra="demo").load_digits()
+    sixteenths = digits.images[..., None].astype(np.float32)  # (1797, 8, 8, 1), 0..16
+    labels = digits.target.astype(np.int64)
+    if image_size in (None, 8):
+        return ArraySource(sixteenths / 8 - 1), labels
+    pixels = np.rint(sixteenths * (255 / 16)).astype(np.uint8)
+    return ArraySource(fit_images(pixels, image_size, DIGITS)), labels
+
+
+def _load_folder(
+    folder: Path, image_size: int | None, on_corrupt: OnCorrupt, cache_bytes: int
+) -> tuple[ImageSource, np.ndarray]:
+    if image_size is None:
+        raise invalid("image_size", image_size, "a folder of images needs the size to scale them to")
+    files = list_images(folder)
+    if not files:
+        raise invalid("data_dir", str(folder), "it holds no jpg, jpeg, png or gif file")
+    source: ImageSource = FolderSource(files, image_size, on_corrupt)
+    classes = [file.name.split("_")[0] for file in files]
+    if len(files) * image_size * image_size * 3 <= cache_bytes:
+        source, kept = source.decoded()
+        classes = [classes[position] for position in kept]
+        if not classes:
+            raise invalid("data_dir", str(folder), f"none of its {len(files)} images can be decoded")
+    ids = {name: number for number, name in enumerate(sorted(set(classes)))}
+    return source, np.array([ids[name] for name in classes], dtype=np.int64)
+
+
+def _load_array(path: Path, image_size: int | None) -> tuple[ImageSource, np.ndarray | None]:
+    try:
+        # Mapped, so that a large .npy is read as it is used; never a pickle, which can run code.
+        loaded = np.load(path, mmap_mode="r", allow_pickle=False)
+        if isinstance(loaded, np.lib.npyio.NpzFile):
+            with loaded:
+                arrays = {name: loaded[name] for name in ("arr_0", "images", "arr_1", "labels") if name in loaded.files}
+        else:
+            arrays = {"images": loaded}
+    except Exception as error:
+        remedy = f"it cannot be read as arrays of equal images ({error}): write it again with numpy.savez"
+        raise invalid("data_dir", str(path), remedy) from error
+    images = arrays.get("arr_0", arrays.get("images"))
+    if images is None:
+        raise invalid("data_dir", str(path), "it has neither 'arr_0' nor 'images'")
+    source = ArraySource.checked(images, str(path), image_size)
+    return source, _checked_labels(arrays.get("arr_1", arrays.get("labels")), len(source), path)
+
+
+def _checked_labels(labels: np.ndarray | None, count: int, path: Path) -> np.ndarray | None:
+    if labels is None:
+        return None
+    if labels.shape != (count,) or labels.dtype.kind not in "iu" or (count and labels.min() < 0):
+        remedy = f"give {count} integers from 0 up"
+        raise invalid("labels", f"{path}: shape {labels.shape}, dtype {labels.dtype}", remedy)
+    return labels.astype(np.int64)

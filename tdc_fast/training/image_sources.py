@@ -1,0 +1,249 @@
+"""Where pixels come from: an array in memory, a folder of files, or patches of photographs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from tdc_fast.errors import invalid, require
+
+OnCorrupt = Literal["error", "skip"]
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".gif"})
+PHOTO_PATCHES = 8192
+DECODING_THREADS = min(8, os.cpu_count() or 1)
+
+
+class ImageSource(Protocol):
+    """N square images of one size; `slow` when fetching is worth doing ahead of time."""
+
+    image_size: int
+    channels: int
+    skipped: int
+    slow: bool
+
+    def __len__(self) -> int: ...
+
+    def fetch(self, indices: np.ndarray) -> np.ndarray:
+        """Images (B, H, W, C), uint8, or float32 in [-1, 1]."""
+        ...
+
+    def blocks(self, indices: np.ndarray) -> np.ndarray:
+        """int64 (B,): images of equal number share pixels and must not be split apart."""
+        ...
+
+
+class ArraySource:
+    """Images (N, H, W, C) in memory or mapped from a file: uint8, or float in [-1, 1]."""
+
+    slow = False
+
+    def __init__(self, images: np.ndarray, skipped: int = 0, *, from_zero: bool = False) -> None:
+        self._images = images
+        self._from_zero = from_zero
+        self.image_size, self.channels, self.skipped = images.shape[1], images.shape[3], skipped
+
+    @classmethod
+    def checked(cls, images: np.ndarray, name: str, image_size: int | None) -> ArraySource:
+        """Of an array of the user's, checked and scaled to `image_size`. Raises ValueError naming `name`."""
+        found = f"{name}: shape {images.shape}, dtype {images.dtype}"
+        if images.ndim == 3:
+            images = images[..., None]  # (N, H, W) is grey
+        if images.ndim != 4 or not 1 <= images.shape[-1] <= 4:
+            raise invalid("images", found, "give (N, H, W, C) with 1 to 4 channels last, or (N, H, W)")
+        if 0 in images.shape:
+            raise invalid("images", found, "give at least one image with at least one pixel")
+        if images.dtype != np.uint8 and images.dtype.kind != "f":
+            raise invalid("images", found, "give uint8, or float in [-1, 1] or [0, 1]")
+        from_zero = False
+        if images.dtype.kind == "f":
+            low, high = float(images.min()), float(images.max())
+            if not (-1.001 <= low and high <= 1.001):  # also refuses NaN
+                raise invalid("images", f"{name}: range {low} to {high}", "scale floats to [-1, 1] or [0, 1]")
+            from_zero = low >= 0
+        height, width = images.shape[1:3]
+        if height != width or (image_size is not None and image_size != height):
+            if image_size is None:
+                raise invalid("images", found, "give image_size to crop images that are not square")
+            if images.dtype != np.uint8:
+                raise invalid("images", found, f"floats are not resized: give uint8, or {image_size} pixels square")
+            images = fit_images(images, image_size, name)
+        return cls(images, from_zero=from_zero)
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def fetch(self, indices: np.ndarray) -> np.ndarray:
+        images = self._images[indices]
+        if images.dtype == np.uint8:
+            return images
+        images = images.astype(np.float32)
+        return images * 2 - 1 if self._from_zero else images
+
+    def blocks(self, indices: np.ndarray) -> np.ndarray:
+        return indices
+
+
+class FolderSource:
+    """Image files decoded to RGB when asked for, by a few threads."""
+
+    slow = True
+    channels = 3
+
+    def __init__(self, files: Sequence[Path], image_size: int, on_corrupt: OnCorrupt = "error") -> None:
+        self._files = files
+        self._on_corrupt = on_corrupt
+        self._corrupt: set[int] = set()
+        self.image_size = image_size
+        self._image_module = require("PIL.Image", extra="demo")
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    @property
+    def skipped(self) -> int:  # type: ignore[override]
+        return len(self._corrupt)
+
+    def fetch(self, indices: np.ndarray) -> np.ndarray:
+        return np.stack(self._in_threads(self._decode_or_next, indices))
+
+    def blocks(self, indices: np.ndarray) -> np.ndarray:
+        return indices
+
+    def decoded(self) -> tuple[ArraySource, list[int]]:
+        """All images in memory, and the positions of those that decode."""
+        images = self._in_threads(self._decode_or_none, range(len(self._files)))
+        kept = [position for position, image in enumerate(images) if image is not None]
+        shape = (0, self.image_size, self.image_size, 3)
+        stacked = np.stack([images[position] for position in kept]) if kept else np.zeros(shape, np.uint8)
+        return ArraySource(stacked, skipped=len(images) - len(kept)), kept
+
+    def _in_threads(self, decode: Callable[[int], Any], indices: Any) -> list[Any]:
+        with ThreadPoolExecutor(DECODING_THREADS, thread_name_prefix="decode") as pool:
+            return list(pool.map(decode, indices))
+
+    def _decode_or_next(self, position: int) -> np.ndarray:
+        for step in range(len(self._files)):
+            image = self._decode_or_none((position + step) % len(self._files))
+            if image is not None:
+                return image
+        raise invalid("data_dir", str(self._files[0].parent), "none of its images can be decoded")
+
+    def _decode_or_none(self, position: int) -> np.ndarray | None:
+        if position in self._corrupt:
+            return None
+        file = self._files[position]
+        try:
+            with self._image_module.open(file) as image:
+                image.load()
+                return fit_image(image.convert("RGB"), self.image_size)
+        # Pillow's decoders raise many kinds of error for damaged files, some of them its own, some SyntaxError.
+        except Exception as error:
+            if self._on_corrupt == "error":
+                remedy = f"it cannot be decoded ({error}): remove it, or set on_corrupt='skip'"
+                raise invalid("image", str(file), remedy) from error
+            self._corrupt.add(position)
+            return None
+
+
+class PhotoSource:
+    """Patches of scikit-learn's two sample photographs, at positions that depend on the size alone.
+
+    Each photograph is cut into square blocks of four patch widths (or its whole height where that is less) and a patch
+    lies within one block, so that holding out blocks holds out pixels. Photographs lower than a patch are enlarged.
+    """
+
+    slow = False
+    channels = 3
+    skipped = 0
+
+    def __init__(self, image_size: int, patches: int = PHOTO_PATCHES) -> None:
+        require("PIL.Image", extra="demo")
+        self.image_size = image_size
+        self._photos = [
+            _at_least(photo, image_size)
+            for photo in require("sklearn.datasets", extra="demo").load_sample_images().images
+        ]
+        blocks = []  # (photo, top, left, height, width)
+        for number, photo in enumerate(self._photos):
+            height, width = photo.shape[:2]
+            side = min(4 * image_size, height, width)
+            blocks += [
+                (number, top, left, side)
+                for top in range(0, height - side + 1, side)
+                for left in range(0, width - side + 1, side)
+            ]
+        rng = np.random.default_rng(image_size)
+        self._block_ids = np.arange(patches) % len(blocks)
+        corners = np.array(blocks)[self._block_ids]  # (N, 4)
+        self.photo_ids = corners[:, 0].astype(np.int64)
+        spare = corners[:, 3] - image_size + 1
+        self._tops = corners[:, 1] + rng.integers(spare)
+        self._lefts = corners[:, 2] + rng.integers(spare)
+
+    def __len__(self) -> int:
+        return len(self._block_ids)
+
+    def fetch(self, indices: np.ndarray) -> np.ndarray:
+        size = self.image_size
+        patches = [
+            self._photos[self.photo_ids[i]][
+                self._tops[i] : self._tops[i] + size, self._lefts[i] : self._lefts[i] + size
+            ]
+            for i in indices
+        ]
+        return np.stack(patches) if patches else np.zeros((0, size, size, 3), np.uint8)
+
+    def blocks(self, indices: np.ndarray) -> np.ndarray:
+        return self._block_ids[indices]
+
+
+def list_images(folder: Path) -> list[Path]:
+    """Every image file below `folder`: each directory's entries in sorted order, descending where a directory stands."""
+    found: list[Path] = []
+    for entry in sorted(folder.iterdir(), key=lambda entry: entry.name):
+        if entry.is_dir():
+            found += list_images(entry)
+        elif entry.suffix.lower() in SUFFIXES:
+            found.append(entry)
+    return found
+
+
+def fit_image(image: Any, size: int) -> np.ndarray:
+    """A PIL image as uint8 (size, size, C): halved by box filter while at least twice `size`, then bicubic to a short side
+    of `size`, then cropped at the centre."""
+    resampling = require("PIL.Image", extra="demo").Resampling
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), resample=resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), resample=resampling.BICUBIC)
+    pixels = np.asarray(image)
+    top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
+    pixels = pixels[top : top + size, left : left + size]
+    return pixels[..., None] if pixels.ndim == 2 else pixels
+
+
+def fit_images(images: np.ndarray, size: int, name: str) -> np.ndarray:
+    """`fit_image` over a uint8 array (N, H, W, C) of 1, 3 or 4 channels."""
+    pillow = require("PIL.Image", extra="demo")
+    if images.shape[-1] == 2:
+        raise invalid("images", f"{name}: 2 channels", "images of two channels are not resized")
+    fitted = [
+        fit_image(pillow.fromarray(np.squeeze(image, -1) if image.shape[-1] == 1 else image), size) for image in images
+    ]
+    return np.stack(fitted)
+
+
+def _at_least(photo: np.ndarray, size: int) -> np.ndarray:
+    """The photograph enlarged until a patch of `size` fits."""
+    height, width = photo.shape[:2]
+    if min(height, width) >= size:
+        return photo
+    pillow = require("PIL.Image", extra="demo")
+    scale = size / min(height, width)
+    enlarged = pillow.fromarray(photo).resize((round(width * scale), round(height * scale)), pillow.Resampling.BICUBIC)
+    return np.asarray(enlarged)
