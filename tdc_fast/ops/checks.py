@@ -1,0 +1,265 @@
+"""Validation of operator arguments, and the problem they describe.
+
+Shapes, dtypes and devices are checked once per distinct combination (the operators keep the resulting problem).
+Numbers that live in tensors (offsets, weight_index, widths) are checked on every call when they are in host memory,
+because native code indexes with them; on a GPU reading them would stall it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tdc_fast.errors import invalid
+
+_FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True, slots=True)
+class ConvProblem:
+    """Geometry of one routed convolution; `op` is the registered operator that runs (forward, dgrad or wgrad)."""
+
+    op: str
+    device: torch.device
+    dtype: torch.dtype
+    batch: int
+    height: int
+    width: int
+    in_channels: int
+    out_channels: int
+    filter: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    out_height: int
+    out_width: int
+    num_groups: int
+    num_experts: int
+
+
+@dataclass(frozen=True, slots=True)
+class NormProblem:
+    """Geometry of one routed group norm; `op` is the registered operator that runs (forward or backward)."""
+
+    op: str
+    device: torch.device
+    dtype: torch.dtype
+    batch: int
+    height: int
+    width: int
+    channels: int
+    num_norm_groups: int
+    eps: float
+    silu: bool
+    num_groups: int
+    num_experts: int
+
+    @property
+    def channels_per_group(self) -> int:
+        return self.channels // self.num_norm_groups
+
+
+def pair(name: str, value: int | tuple[int, int] | list[int], minimum: int) -> tuple[int, int]:
+    """An int or a pair of ints as a pair, each at least `minimum`."""
+    values = (
+        (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, (tuple, list)) else ()
+    )
+    if len(values) != 2 or not all(isinstance(v, int) and v >= minimum for v in values):
+        raise invalid(name, value, f"an int or a pair of ints, each at least {minimum}")
+    return values[0], values[1]
+
+
+def conv_problem(
+    op: str,
+    like: Tensor,
+    image: tuple[int, ...],
+    weight: Tensor,
+    offsets: Tensor,
+    weight_index: Tensor,
+    in_widths: Tensor | None,
+    out_widths: Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    *,
+    bias: Tensor | None = None,
+    sample_bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    dy: Tensor | None = None,
+) -> ConvProblem:
+    """Checks the arguments of a convolution whose input has shape `image`, the dtype and the device of `like`.
+
+    Raises ValueError naming argument, value and remedy.
+    """
+    _check_activation("x", image, like.dtype)
+    if weight.dim() != 5:
+        raise invalid("weight", tuple(weight.shape), "rank 5: (E, C_out, C_in, R, S)")
+    batch, in_channels, height, width = image
+    experts, out_channels, weight_channels, rows, columns = weight.shape
+    _check_like("weight", weight, like)
+    if weight_channels != in_channels:
+        raise invalid("weight", tuple(weight.shape), f"C_in to be the {in_channels} channels of x")
+    for name, size in (("E", experts), ("C_out", out_channels), ("R", rows), ("S", columns)):
+        if size < 1:
+            raise invalid("weight", tuple(weight.shape), f"{name} of at least 1")
+    if height + 2 * padding[0] < rows or width + 2 * padding[1] < columns:
+        raise invalid(
+            "x",
+            tuple(image),
+            f"an image that, with padding {padding}, holds the {rows}x{columns} filter once",
+        )
+    out_height = (height + 2 * padding[0] - rows) // stride[0] + 1
+    out_width = (width + 2 * padding[1] - columns) // stride[1] + 1
+    out_shape = (batch, out_channels, out_height, out_width)
+    for argument, tensor, shape in (
+        ("bias", bias, (experts, out_channels)),
+        ("sample_bias", sample_bias, (batch, out_channels)),
+        ("residual", residual, out_shape),
+        ("dy", dy, out_shape),
+    ):
+        if tensor is not None:
+            _check_shaped(argument, tensor, shape, like)
+    groups = _check_routing(offsets, weight_index, like)
+    _check_widths("in_widths", in_widths, groups, like)
+    _check_widths("out_widths", out_widths, groups, like)
+    return ConvProblem(
+        op, like.device, like.dtype, batch, height, width, in_channels, out_channels, (rows, columns), stride,
+        padding, out_height, out_width, groups, experts,
+    )  # fmt: skip
+
+
+def norm_problem(
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    offsets: Tensor,
+    weight_index: Tensor,
+    widths: Tensor | None,
+    num_groups: int,
+    eps: float,
+    silu: bool,
+    *,
+    dy: Tensor | None = None,
+    mean: Tensor | None = None,
+    rstd: Tensor | None = None,
+) -> NormProblem:
+    """Checks the arguments of a group norm. Raises ValueError naming argument, value and remedy."""
+    _check_activation("x", x.shape, x.dtype)
+    batch, channels, height, width = x.shape
+    if num_groups < 1 or channels % num_groups:
+        raise invalid("num_groups", num_groups, f"a divisor of the {channels} channels of x")
+    if not eps > 0:
+        raise invalid("eps", eps, "a positive number")
+    if weight.dim() != 2 or weight.shape[0] < 1:
+        raise invalid("weight", tuple(weight.shape), f"shape (E, {channels}) with E at least 1")
+    experts = weight.shape[0]
+    _check_shaped("weight", weight, (experts, channels), x)
+    _check_shaped("bias", bias, (experts, channels), x)
+    for argument, tensor, shape in (
+        ("scale", scale, (batch, channels)),
+        ("shift", shift, (batch, channels)),
+        ("dy", dy, tuple(x.shape)),
+    ):
+        if tensor is not None:
+            _check_shaped(argument, tensor, shape, x)
+    for argument, tensor in (("mean", mean), ("rstd", rstd)):
+        if tensor is not None and (
+            tuple(tensor.shape) != (batch, num_groups)
+            or tensor.dtype != accumulate_dtype(x.dtype)
+            or tensor.device != x.device
+        ):
+            raise invalid(argument, _describe(tensor), "what the forward returned")
+    groups = _check_routing(offsets, weight_index, x)
+    _check_widths("widths", widths, groups, x)
+    return NormProblem(
+        op, x.device, x.dtype, batch, height, width, channels, num_groups, eps, silu, groups, experts
+    )
+
+
+def signature(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """What validation of these tensors depends on, hashable."""
+    return tuple([None if t is None else (t.shape, t.dtype, t.device) for t in tensors])
+
+
+def check_routing_values(batch: int, num_experts: int, offsets: Tensor, weight_index: Tensor) -> None:
+    """Host tensors only: offsets rise from 0 to B, and every expert named exists."""
+    values = offsets.tolist()
+    if values[0] != 0 or values[-1] != batch or (values != sorted(values)):
+        raise invalid("plan", f"offsets {values}", f"the plan of this batch, of {batch} samples")
+    experts = weight_index.tolist()
+    if min(experts) < 0 or max(experts) >= num_experts:
+        bad = next(e for e in experts if not 0 <= e < num_experts)
+        raise invalid("weight_index", bad, f"indices in [0, {num_experts}), the experts that weight holds")
+
+
+def check_width_values(name: str, widths: Tensor | None, channels: int, step: int = 1) -> None:
+    """Host tensors only: 0 <= width <= channels, each a multiple of `step`."""
+    if widths is None:
+        return
+    values = widths.tolist()
+    if min(values) < 0 or max(values) > channels:
+        bad = next(w for w in values if not 0 <= w <= channels)
+        raise invalid(name, bad, f"widths from 0 to the {channels} channels")
+    if step > 1:
+        for value in values:
+            if value % step:
+                raise invalid(name, value, f"multiples of the {step} channels per norm group")
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums and statistics: fp32, or fp64 for fp64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _check_activation(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if len(shape) != 4:
+        raise invalid(name, tuple(shape), "rank 4: (B, C, H, W)")
+    if dtype not in _FLOAT_DTYPES:
+        raise invalid(name, dtype, "float32, bfloat16, float16 or float64")
+    if shape[1] < 1 or shape[2] < 1 or shape[3] < 1:
+        raise invalid(name, tuple(shape), "channels, height and width of at least 1")
+
+
+def _check_like(name: str, tensor: Tensor, x: Tensor) -> None:
+    if tensor.dtype != x.dtype:
+        raise invalid(
+            name, tensor.dtype, f"{x.dtype}, the dtype of x: convert it, or run under torch.autocast"
+        )
+    if tensor.device != x.device:
+        raise invalid(name, tensor.device, f"{x.device}, where x is: move it there")
+
+
+def _check_shaped(name: str, tensor: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
+    if tensor.dim() != len(shape) or tuple(tensor.shape) != shape:
+        raise invalid(name, tuple(tensor.shape), f"shape {shape}")
+    _check_like(name, tensor, x)
+
+
+def _check_routing(offsets: Tensor, weight_index: Tensor, x: Tensor) -> int:
+    """Returns N."""
+    if weight_index.dim() != 1 or weight_index.shape[0] < 1 or weight_index.dtype != torch.int32:
+        raise invalid("weight_index", _describe(weight_index), "int32 of shape (N,)")
+    groups = weight_index.shape[0]
+    if offsets.dim() != 1 or offsets.shape[0] != groups + 1 or offsets.dtype != torch.int32:
+        raise invalid("plan", f"offsets {_describe(offsets)}", f"int32 of shape ({groups + 1},)")
+    for tensor in (offsets, weight_index):
+        if tensor.device != x.device:
+            raise invalid("plan", tensor.device, f"a plan built on {x.device}, where x is")
+    return groups
+
+
+def _check_widths(name: str, widths: Tensor | None, groups: int, x: Tensor) -> None:
+    if widths is None:
+        return
+    if widths.dim() != 1 or widths.shape[0] != groups or widths.dtype != torch.int32:
+        raise invalid(name, _describe(widths), f"int32 of shape ({groups},), one width per group")
+    if widths.device != x.device:
+        raise invalid(name, widths.device, f"{x.device}, where x is: move it there")
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{tensor.dtype} of shape {tuple(tensor.shape)}"

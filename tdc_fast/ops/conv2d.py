@@ -1,0 +1,362 @@
+"""routed_conv2d: contract, registration, gradient.
+
+Registered operators: tdc_fast::routed_conv2d, tdc_fast::routed_conv2d_dgrad, tdc_fast::routed_conv2d_wgrad.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from tdc_fast.ops import backends, library
+from tdc_fast.ops.checks import (
+    ConvProblem,
+    check_routing_values,
+    check_width_values,
+    conv_problem,
+    pair,
+    signature,
+)
+from tdc_fast.ops.plan import RoutingPlan, check_plan
+from tdc_fast.ops.reference import live_channels
+
+
+def routed_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    plan: RoutingPlan,
+    *,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    in_widths: Tensor | None = None,
+    out_widths: Tensor | None = None,
+    sample_bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Convolves every sample with the weights of its group's expert, in one launch.
+
+    y[b] = conv2d(x[b], weight[e(b)]) + bias[e(b)] + sample_bias[b] + residual[b], where e(b) is
+    plan.weight_index of the group of sample b, and samples are sorted by `plan`.
+
+    x: (B, C_in, H, W), any strides (channels_last is free, others are copied).
+    weight: (E, C_out, C_in, R, S). bias: (E, C_out). sample_bias: (B, C_out). residual: (B, C_out, OH, OW).
+        All of the dtype of x, fp32, bf16, fp16 or fp64; sums are in fp32 (fp64 for fp64).
+    in_widths, out_widths: int32 (N,), per group how many input and output channels are live, from 0 to all.
+        Dead inputs are not read; dead outputs are exact zeros whatever the other arguments hold. Gradients of
+        everything dead are exact zeros. Numbers outside the range are an error on the CPU only.
+    backend: "reference", "cpu", ...; None picks the fastest that supports the call.
+    Returns (B, C_out, OH, OW) in channels_last memory, OH = (H + 2 padding - R) // stride + 1.
+
+    Under torch.autocast all floating arguments but fp64 ones are cast, as torch's own convolution does; that
+    includes the residual, so a residual stream fused here is in the low precision.
+    Differentiable once. Raises ValueError naming argument, value and remedy.
+    """
+    check_plan(x, plan)
+    return _forward_op(
+        x,
+        weight,
+        bias,
+        sample_bias,
+        residual,
+        plan.offsets,
+        plan.weight_index,
+        in_widths,
+        out_widths,
+        pair("stride", stride, 1),
+        pair("padding", padding, 0),
+        backend or "",
+    )
+
+
+@backends.describes("routed_conv2d")
+def _describe(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    plan: RoutingPlan,
+    *,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    in_widths: Tensor | None = None,
+    out_widths: Tensor | None = None,
+    sample_bias: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> ConvProblem:
+    check_plan(x, plan)
+    routing = (plan.offsets, plan.weight_index, in_widths, out_widths)
+    stride, padding = pair("stride", stride, 1), pair("padding", padding, 0)
+    extras = {"bias": bias, "sample_bias": sample_bias, "residual": residual}
+    problem = conv_problem("routed_conv2d", x, x.shape, weight, *routing, stride, padding, **extras)
+    _check_values(problem, *routing)
+    return problem
+
+
+def _check_values(
+    problem: ConvProblem,
+    offsets: Tensor,
+    weight_index: Tensor,
+    in_widths: Tensor | None,
+    out_widths: Tensor | None,
+) -> None:
+    if problem.device.type == "cpu":
+        check_routing_values(problem.batch, problem.num_experts, offsets, weight_index)
+        check_width_values("in_widths", in_widths, problem.in_channels)
+        check_width_values("out_widths", out_widths, problem.out_channels)
+
+
+_ROUTING_SCHEMA = "Tensor offsets, Tensor weight_index, Tensor? in_widths, Tensor? out_widths"
+_SETTINGS_SCHEMA = "int[2] stride, int[2] padding"
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    sample_bias: Tensor | None,
+    residual: Tensor | None,
+    offsets: Tensor,
+    weight_index: Tensor,
+    in_widths: Tensor | None,
+    out_widths: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    backend: str,
+) -> Tensor:
+    settings = tuple(stride), tuple(padding)
+    routing = (offsets, weight_index, in_widths, out_widths)
+
+    def describe() -> ConvProblem:
+        extras = {"bias": bias, "sample_bias": sample_bias, "residual": residual}
+        return conv_problem("routed_conv2d", x, x.shape, weight, *routing, *settings, **extras)  # type: ignore[arg-type]
+
+    key = ("conv2d", settings, signature(x, weight, bias, sample_bias, residual, *routing))
+    problem, chosen = backends.remembered(key, describe, backend)
+    _check_values(problem, *routing)
+    return chosen.conv2d(problem, x, weight, bias, sample_bias, residual, *routing)
+
+
+def _forward_fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    sample_bias: Tensor | None,
+    residual: Tensor | None,
+    offsets: Tensor,
+    weight_index: Tensor,
+    in_widths: Tensor | None,
+    out_widths: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    backend: str,
+) -> Tensor:
+    p = conv_problem(
+        "routed_conv2d", x, x.shape, weight, offsets, weight_index, in_widths, out_widths,
+        tuple(stride), tuple(padding), bias=bias, sample_bias=sample_bias, residual=residual,  # type: ignore[arg-type]
+    )  # fmt: skip
+    return _empty_nhwc(x, p.batch, p.out_channels, p.out_height, p.out_width)
+
+
+def _empty_nhwc(like: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
+_forward_op = library.define(
+    "routed_conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor? sample_bias, Tensor? residual, "
+    f"{_ROUTING_SCHEMA}, {_SETTINGS_SCHEMA}, str backend) -> Tensor",
+    _forward,
+    _forward_fake,
+)
+
+
+def _dgrad(
+    dy: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    weight_index: Tensor,
+    in_widths: Tensor | None,
+    out_widths: Tensor | None,
+    image_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    backend: str,
+) -> Tensor:
+    settings = tuple(image_size), tuple(stride), tuple(padding)
+    routing = (offsets, weight_index, in_widths, out_widths)
+
+    def describe() -> ConvProblem:
+        return _dgrad_problem(dy, weight, routing, *settings)
+
+    key = ("dgrad", settings, signature(dy, weight, *routing))
+    problem, chosen = backends.remembered(key, describe, backend)
+    _check_values(problem, *routing)
+    return chosen.conv2d_dgrad(problem, dy, weight, *routing)
+
+
+def _dgrad_problem(
+    dy: Tensor, weight: Tensor, routing: tuple[Any, ...], image_size: Any, stride: Any, padding: Any
+) -> ConvProblem:
+    channels = weight.shape[2] if weight.dim() == 5 else 0
+    image = (dy.shape[0], channels, *image_size)
+    return conv_problem(
+        "routed_conv2d_dgrad", dy, image, weight, *routing, tuple(stride), tuple(padding), dy=dy
+    )
+
+
+def _dgrad_fake(
+    dy: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    weight_index: Tensor,
+    in_widths: Tensor | None,
+    out_widths: Tensor | None,
+    image_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    backend: str,
+) -> Tensor:
+    p = _dgrad_problem(
+        dy, weight, (offsets, weight_index, in_widths, out_widths), image_size, stride, padding
+    )
+    return _empty_nhwc(dy, p.batch, p.in_channels, p.height, p.width)
+
+
+_dgrad_op = library.define(
+    f"routed_conv2d_dgrad(Tensor dy, Tensor weight, {_ROUTING_SCHEMA}, SymInt[2] image_size, {_SETTINGS_SCHEMA}, "
+    "str backend) -> Tensor",
+    _dgrad,
+    _dgrad_fake,
+)
+
+
+def _wgrad(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    weight_index: Tensor,
+    in_widths: Tensor | None,
+    out_widths: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    mask: list[bool],
+    backend: str,
+) -> tuple[Tensor, ...]:
+    settings = tuple(stride), tuple(padding)
+    routing = (offsets, weight_index, in_widths, out_widths)
+
+    def describe() -> ConvProblem:
+        return conv_problem("routed_conv2d_wgrad", x, x.shape, weight, *routing, *settings, dy=dy)  # type: ignore[arg-type]
+
+    key = ("wgrad", settings, signature(dy, x, weight, *routing))
+    problem, chosen = backends.remembered(key, describe, backend)
+    _check_values(problem, *routing)
+    grads = chosen.conv2d_wgrad(problem, dy, x, weight, *routing, tuple(mask))
+    return tuple(dy.new_empty(0) if grad is None else grad for grad in grads)
+
+
+def _wgrad_fake(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    weight_index: Tensor,
+    in_widths: Tensor | None,
+    out_widths: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    mask: list[bool],
+    backend: str,
+) -> tuple[Tensor, ...]:
+    p = conv_problem(
+        "routed_conv2d_wgrad", x, x.shape, weight, offsets, weight_index, in_widths, out_widths,
+        tuple(stride), tuple(padding), dy=dy,  # type: ignore[arg-type]
+    )  # fmt: skip
+    return (
+        torch.empty_like(weight) if mask[0] else dy.new_empty(0),
+        dy.new_empty((p.num_experts, p.out_channels) if mask[1] else 0),
+        dy.new_empty((p.batch, p.out_channels) if mask[2] else 0),
+    )
+
+
+# Gradients that `mask` does not ask for come back as empty tensors: a schema has no optional results.
+_wgrad_op = library.define(
+    f"routed_conv2d_wgrad(Tensor dy, Tensor x, Tensor weight, {_ROUTING_SCHEMA}, {_SETTINGS_SCHEMA}, "
+    "bool[3] mask, str backend) -> (Tensor, Tensor, Tensor)",
+    _wgrad,
+    _wgrad_fake,
+)
+
+
+class _RoutedConv2d(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        sample_bias: Tensor | None,
+        residual: Tensor | None,
+        offsets: Tensor,
+        weight_index: Tensor,
+        in_widths: Tensor | None,
+        out_widths: Tensor | None,
+        stride: list[int],
+        padding: list[int],
+        backend: str,
+    ) -> Tensor:
+        needs = ctx.needs_input_grad
+        ctx.image_size, ctx.settings, ctx.backend = x.shape[2:], (stride, padding), backend
+        # Only wgrad reads x.
+        ctx.save_for_backward(
+            x if needs[1] or needs[2] or needs[3] else None,
+            weight,
+            offsets,
+            weight_index,
+            in_widths,
+            out_widths,
+        )
+        return library.below_autograd(
+            _forward_op, x, weight, bias, sample_bias, residual, offsets, weight_index, in_widths, out_widths,
+            stride, padding, backend,
+        )  # fmt: skip
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, offsets, weight_index, in_widths, out_widths = ctx.saved_tensors
+        routing = (offsets, weight_index, in_widths, out_widths)
+        needs = ctx.needs_input_grad
+        dx = dweight = dbias = dsample_bias = dresidual = None
+        if needs[0]:
+            dx = _dgrad_op(dy, weight, *routing, ctx.image_size, *ctx.settings, ctx.backend)
+        if needs[1] or needs[2] or needs[3]:
+            mask = needs[1:4]
+            grads = _wgrad_op(dy, x, weight, *routing, *ctx.settings, mask, ctx.backend)
+            dweight, dbias, dsample_bias = (
+                grad if wanted else None for grad, wanted in zip(grads, mask, strict=True)
+            )
+        if needs[4]:
+            dresidual = dy
+            if out_widths is not None:
+                live = live_channels(out_widths, offsets, dy.shape[0], dy.shape[1])
+                dresidual = torch.where(live[:, :, None, None], dy, 0)
+        return dx, dweight, dbias, dsample_bias, dresidual, *(None,) * 7
+
+
+def _cast(device_type: str, *args: Any) -> tuple[Any, ...]:
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(
+        arg.to(dtype)
+        if isinstance(arg, Tensor) and arg.is_floating_point() and arg.dtype != torch.float64
+        else arg
+        for arg in args
+    )
+
+
+library.add_autograd(_forward_op, _RoutedConv2d)
+library.add_autocast(_forward_op, _cast)

@@ -1,0 +1,78 @@
+"""Registration of operators with torch.library: one place that knows torch's dispatch keys.
+
+An operator is registered in four layers, outermost first, each of which calls the same operator again
+below its own key (so that nothing registered is ever nested in something else registered):
+
+    Autocast    casts the arguments (`add_autocast`)
+    Autograd    one autograd.Function, or straight through when no gradient is wanted (`add_autograd`)
+    Python key  torch's modes live here: FlopCounterMode, FakeTensorMode, torch.compile's tracing
+    CPU, CUDA   the implementation, which checks its arguments and picks a backend
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+NAMESPACE = "tdc_fast"
+_library = torch.library.Library(NAMESPACE, "DEF")
+_AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.AutocastCUDA
+)
+
+
+def define(
+    schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]
+) -> torch._ops.OpOverload:
+    """Registers `schema` ("name(Tensor x, ...) -> Tensor") with its implementation and its fake (shapes only).
+
+    Returns the overload to call.
+    """
+    name = schema.split("(", 1)[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def add_autograd(op: torch._ops.OpOverload, function: type[torch.autograd.Function]) -> None:
+    """Gives `op` its gradient: `function.forward(ctx, *args)` must end in `below_autograd(op, *args)`.
+
+    Without grad mode or without an input that requires a gradient the Function is skipped.
+    """
+    apply = function.apply
+    is_grad_enabled = torch.is_grad_enabled
+    tensor = torch.Tensor
+
+    def autograd(*args: Any) -> Any:
+        if is_grad_enabled():
+            for arg in args:
+                if isinstance(arg, tensor) and arg.requires_grad:
+                    return apply(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    _library.impl(op._schema.name.split("::")[1], autograd, "Autograd")
+
+
+def below_autograd(op: torch._ops.OpOverload, *args: Any) -> Any:
+    """Calls `op` under its Autograd layer."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
+
+
+def add_autocast(op: torch._ops.OpOverload, cast: Callable[..., tuple[Any, ...]]) -> None:
+    """Under torch.autocast `op` receives `cast(device_type, *args)`."""
+
+    def kernel(device_type: str) -> Callable[..., Any]:
+        def autocast(*args: Any) -> Any:
+            with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
+                return op(*cast(device_type, *args))
+
+        return autocast
+
+    name = op._schema.name.split("::")[1]
+    _library.impl(name, kernel("cpu"), "AutocastCPU")
+    _library.impl(name, kernel("cuda"), "AutocastCUDA")

@@ -1,0 +1,74 @@
+"""routed_linear: the routed convolution of T tokens seen as an image of T x 1 pixels (views, no copy)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from tdc_fast.errors import invalid
+from tdc_fast.ops import backends
+from tdc_fast.ops.checks import ConvProblem
+from tdc_fast.ops.conv2d import _describe as _describe_conv2d
+from tdc_fast.ops.conv2d import routed_conv2d
+from tdc_fast.ops.plan import RoutingPlan
+
+
+def routed_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    plan: RoutingPlan,
+    *,
+    in_widths: Tensor | None = None,
+    out_widths: Tensor | None = None,
+    residual: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Applies to every sample the linear layer of its group's expert, in one launch.
+
+    x: (B, C_in) or (B, T, C_in). weight: (E, C_out, C_in). bias: (E, C_out). residual: the shape of the result.
+    Returns (B, C_out) or (B, T, C_out), contiguous. Everything else as in `routed_conv2d`.
+    """
+    _check(x, weight, residual)
+    y = routed_conv2d(
+        _as_image(x),
+        weight[:, :, :, None, None],
+        bias,
+        plan,
+        in_widths=in_widths,
+        out_widths=out_widths,
+        residual=None if residual is None else _as_image(residual),
+        backend=backend,
+    )
+    return y[:, :, 0, 0] if x.dim() == 2 else y[..., 0].transpose(1, 2)
+
+
+def _check(x: Tensor, weight: Tensor, residual: Tensor | None) -> None:
+    if x.dim() not in (2, 3):
+        raise invalid("x", tuple(x.shape), "shape (B, C_in) or (B, T, C_in)")
+    if weight.dim() != 3:
+        raise invalid("weight", tuple(weight.shape), "rank 3: (E, C_out, C_in)")
+    if residual is not None and (residual.dim() != x.dim() or residual.shape[:-1] != x.shape[:-1]):
+        shape = (*x.shape[:-1], weight.shape[1])
+        raise invalid("residual", tuple(residual.shape), f"shape {shape}")
+
+
+def _as_image(x: Tensor) -> Tensor:
+    """(B, C) -> (B, C, 1, 1); (B, T, C) -> (B, C, T, 1), channels_last when x is contiguous."""
+    return x[:, :, None, None] if x.dim() == 2 else x.transpose(1, 2)[..., None]
+
+
+@backends.describes("routed_linear")
+def _describe(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    plan: RoutingPlan,
+    *,
+    residual: Tensor | None = None,
+    **rest: Any,
+) -> ConvProblem:
+    _check(x, weight, residual)
+    image = None if residual is None else _as_image(residual)
+    return _describe_conv2d(_as_image(x), weight[:, :, :, None, None], bias, plan, residual=image, **rest)

@@ -1,0 +1,225 @@
+"""RoutingPlan and its operators: a stable counting sort of the samples of a batch by group.
+
+`tdc_fast::routing_plan(groups, num_groups) -> (order, inverse, offsets, sorted_groups)` and
+`tdc_fast::permute_samples(x, index, inverse) -> x[index]`, whose gradient is the opposite permutation (a
+gather: deterministic, and no atomics).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree
+
+from tdc_fast.errors import invalid
+from tdc_fast.ops import cpu, library
+
+INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def _plan(groups: Tensor, num_groups: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check_groups(groups, num_groups)
+    if groups.device.type == "cpu":
+        return _plan_on_host(groups, num_groups)
+    return _plan_on_device(groups, num_groups)
+
+
+def _check_groups(groups: Tensor, num_groups: int) -> None:
+    if groups.dim() != 1:
+        raise invalid("groups", tuple(groups.shape), "a tensor of shape (B,)")
+    if groups.dtype != torch.int64:
+        raise invalid("groups", groups.dtype, "int64 group ids")
+    if num_groups < 1:
+        raise invalid("num_groups", num_groups, "at least 1")
+
+
+def _bad_group(value: int, sample: int, num_groups: int) -> ValueError:
+    return invalid("groups", f"{value} for sample {sample}", f"group ids in [0, {num_groups})")
+
+
+def _plan_on_host(groups: Tensor, num_groups: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Group ids are checked here, before anything is indexed with them."""
+    if cpu.native is None:
+        if groups.numel():
+            bad = ((groups < 0) | (groups >= num_groups)).nonzero()
+            if len(bad):
+                raise _bad_group(int(groups[bad[0]]), int(bad[0]), num_groups)
+        return _plan_on_device(groups, num_groups)
+    order, inverse, offsets, bad_sample = cpu.routing_plan(groups, num_groups)
+    if bad_sample >= 0:
+        raise _bad_group(int(groups[bad_sample]), bad_sample, num_groups)
+    return order, inverse, offsets, groups.index_select(0, order)
+
+
+def _plan_on_device(groups: Tensor, num_groups: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same in torch operators, none of which waits for the host."""
+    sorted_groups, order = torch.sort(groups, stable=True)
+    inverse = torch.empty_like(order)
+    inverse.scatter_(0, order, torch.arange(len(order), device=order.device))
+    bounds = torch.arange(num_groups + 1, device=groups.device)
+    offsets = torch.searchsorted(sorted_groups, bounds, out_int32=True)
+    if groups.device.type == "cuda":
+        torch._assert_async(
+            ((groups >= 0) & (groups < num_groups)).all(), "groups: a group id is out of range"
+        )
+    return order, inverse, offsets, sorted_groups
+
+
+def _plan_fake(groups: Tensor, num_groups: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check_groups(groups, num_groups)
+    order = torch.empty_like(groups)
+    offsets = groups.new_empty((num_groups + 1,), dtype=torch.int32)
+    return order, torch.empty_like(groups), offsets, torch.empty_like(groups)
+
+
+routing_plan = library.define(
+    "routing_plan(Tensor groups, int num_groups) -> (Tensor, Tensor, Tensor, Tensor)", _plan, _plan_fake
+)
+
+
+def _permute(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return x.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2)
+    return x.index_select(0, index)
+
+
+def _permute_fake(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return torch.empty_like(x, memory_format=torch.channels_last)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+permute_samples = library.define(
+    "permute_samples(Tensor x, Tensor index, Tensor inverse) -> Tensor", _permute, _permute_fake
+)
+
+
+class _PermuteSamples(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(index, inverse)
+        return library.below_autograd(permute_samples, x, index, inverse)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        index, inverse = ctx.saved_tensors
+        return permute_samples(grads[0], inverse, index), None, None
+
+
+library.add_autograd(permute_samples, _PermuteSamples)
+
+
+class RoutingPlan:
+    """A batch of B samples sorted by group: what every routed operator takes.
+
+    order (B,) int64: position in the sorted batch -> sample of the original batch (a stable sort)
+    inverse (B,) int64: the opposite permutation
+    offsets (N + 1,) int32: group g occupies sorted positions [offsets[g], offsets[g + 1])
+    groups (B,) int64: group of each sorted position
+    weight_index (N,) int32: the expert whose weights a group uses (the identity by default)
+
+    Build it with `from_groups`. Nothing here waits for a GPU.
+    """
+
+    __slots__ = ("groups", "inverse", "num_groups", "offsets", "order", "weight_index")
+
+    def __init__(
+        self,
+        order: Tensor,
+        inverse: Tensor,
+        offsets: Tensor,
+        groups: Tensor,
+        weight_index: Tensor,
+        num_groups: int,
+    ) -> None:
+        self.order = order
+        self.inverse = inverse
+        self.offsets = offsets
+        self.groups = groups
+        self.weight_index = weight_index
+        self.num_groups = num_groups
+
+    @classmethod
+    def from_groups(
+        cls,
+        groups: Tensor,
+        num_groups: int,
+        weight_index: Tensor | None = None,
+        *,
+        validate: bool = False,
+    ) -> RoutingPlan:
+        """Sorts samples by group.
+
+        groups: (B,), any integer dtype: the group of each sample. B = 0 and groups without samples are fine.
+        weight_index: (N,) int32 on the same device: expert per group; None is the identity.
+        validate: on a GPU, wait for it and check the group ids now. On the CPU they are always checked now.
+        Raises ValueError for a group id outside [0, N), a wrong rank or dtype.
+        """
+        if groups.dtype not in INTEGER_DTYPES:
+            raise invalid("groups", groups.dtype, "integer group ids")
+        if weight_index is None:
+            weight_index = torch.arange(num_groups, dtype=torch.int32, device=groups.device)
+        else:
+            _check_weight_index(weight_index, num_groups, groups.device)
+        if validate and groups.device.type != "cpu" and groups.numel():
+            low, high = (int(v) for v in torch.aminmax(groups))
+            if low < 0 or high >= num_groups:
+                raise invalid("groups", low if low < 0 else high, f"group ids in [0, {num_groups})")
+        order, inverse, offsets, sorted_groups = routing_plan(groups.to(torch.int64), num_groups)
+        return cls(order, inverse, offsets, sorted_groups, weight_index, num_groups)
+
+    @property
+    def batch_size(self) -> int:
+        return self.order.shape[0]
+
+    def sort(self, x: Tensor) -> Tensor:
+        """x[order] for x (B, ...): samples of one group become contiguous. Differentiable, keeps channels_last."""
+        self._check_batch(x)
+        return permute_samples(x, self.order, self.inverse)
+
+    def unsort(self, x: Tensor) -> Tensor:
+        """The opposite of `sort`: samples return to the order in which they came."""
+        self._check_batch(x)
+        return permute_samples(x, self.inverse, self.order)
+
+    def with_weight_index(self, weight_index: Tensor) -> RoutingPlan:
+        """The same sort with other experts per group, (N,) int32."""
+        _check_weight_index(weight_index, self.num_groups, self.order.device)
+        return RoutingPlan(self.order, self.inverse, self.offsets, self.groups, weight_index, self.num_groups)
+
+    def _check_batch(self, x: Tensor) -> None:
+        if x.dim() < 1 or x.shape[0] != self.order.shape[0]:
+            raise invalid("x", tuple(x.shape), f"{self.order.shape[0]} samples, the batch of this plan")
+
+    def __repr__(self) -> str:
+        return f"RoutingPlan(batch_size={self.batch_size}, num_groups={self.num_groups})"
+
+
+def check_plan(x: Tensor, plan: RoutingPlan) -> None:
+    """ValueError unless `plan` is a plan of the batch x."""
+    if not isinstance(plan, RoutingPlan):
+        raise invalid("plan", type(plan).__name__, "a RoutingPlan")
+    if x.dim() and x.shape[0] != plan.order.shape[0]:
+        raise invalid("plan", plan, f"the plan of this batch, of {x.shape[0]} samples")
+
+
+def _check_weight_index(weight_index: Tensor, num_groups: int, device: torch.device) -> None:
+    if weight_index.dim() != 1 or weight_index.shape[0] != num_groups:
+        raise invalid("weight_index", tuple(weight_index.shape), f"shape ({num_groups},)")
+    if weight_index.dtype != torch.int32:
+        raise invalid("weight_index", weight_index.dtype, "int32")
+    if weight_index.device != device:
+        raise invalid("weight_index", weight_index.device, f"{device}, where the groups are")
+
+
+def _flatten(plan: RoutingPlan) -> tuple[list[Any], Any]:
+    return [plan.order, plan.inverse, plan.offsets, plan.groups, plan.weight_index], plan.num_groups
+
+
+def _unflatten(tensors: Any, num_groups: Any) -> RoutingPlan:
+    return RoutingPlan(*tensors, num_groups)
+
+
+_pytree.register_pytree_node(RoutingPlan, _flatten, _unflatten, serialized_type_name="tdc_fast.RoutingPlan")

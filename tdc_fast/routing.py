@@ -1,0 +1,225 @@
+"""Routing of a mixed batch: which group a timestep belongs to, and the sort of a batch by group."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tdc_fast.errors import invalid
+from tdc_fast.ops.plan import INTEGER_DTYPES, RoutingPlan
+
+__all__ = ["RoutingPlan", "TimestepGroups"]
+
+_FORMAT_VERSION = 1
+
+
+class TimestepGroups:
+    """N contiguous, non-empty intervals that cover the timesteps [0, T); group 0 holds timestep 0.
+
+    `boundaries` has N + 1 entries, from 0 to T, strictly increasing: group g is
+    [boundaries[g], boundaries[g + 1]). `strategy` records how they came about. Immutable.
+    """
+
+    __slots__ = ("_inner", "boundaries", "strategy")
+
+    boundaries: tuple[int, ...]
+    strategy: str
+
+    def __init__(self, boundaries: Sequence[int], strategy: str = "boundaries") -> None:
+        values = []
+        for value in boundaries:
+            if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+                raise invalid("boundaries", value, "integers")
+            values.append(int(value))
+        if len(values) < 2 or values[0] != 0 or any(a >= b for a, b in itertools.pairwise(values)):
+            raise invalid(
+                "boundaries", values, "values that start at 0, increase strictly and end at num_timesteps"
+            )
+        if not isinstance(strategy, str):
+            raise invalid("strategy", strategy, "a string")
+        self.boundaries = tuple(values)
+        self.strategy = strategy
+        self._inner: dict[torch.device, Tensor] = {}  # first timestep of groups 1..N-1, per device
+
+    @classmethod
+    def from_boundaries(cls, boundaries: Sequence[int], *, strategy: str = "boundaries") -> TimestepGroups:
+        """Groups with the given N + 1 boundaries, 0 first and T last. ValueError unless they increase strictly."""
+        return cls(boundaries, strategy)
+
+    @classmethod
+    def uniform(cls, num_timesteps: int, num_groups: int) -> TimestepGroups:
+        """Groups of equal width in t, as equal as T and N allow. ValueError unless 1 <= N <= T."""
+        _check_counts(num_timesteps, num_groups)
+        return cls([num_timesteps * g // num_groups for g in range(num_groups + 1)], "uniform")
+
+    @classmethod
+    def snr(
+        cls, schedule: Any, num_groups: int, *, clip_db: tuple[float, float] | None = (-20.0, 20.0)
+    ) -> TimestepGroups:
+        """Groups of equal width in decibels of SNR(t) = 10 log10(alpha_bar_t / (1 - alpha_bar_t)).
+
+        schedule: alpha_bar per timestep, (T,), falling; or any object with it as `.alphas_cumprod`.
+        clip_db: the interior boundaries divide this range of decibels, narrowed to what the schedule covers;
+            timesteps beyond it belong to the first or the last group. None divides the whole range, and then a
+            cosine schedule (T = 1000, +44 to -56 dB) gets 4 groups of 65, 641, 276 and 18 steps, whose ends
+            hold almost nothing to learn. Within the default +-20 dB, where signal and noise are both more than
+            1% of the power, the same schedule gets 195, 305, 305 and 195.
+        Every group has at least one timestep. Source of the measure: arXiv 2312.13307, section on grouping.
+        Raises ValueError for a schedule that does not fall, for N > T and for an empty range.
+        """
+        alpha_bar = _alpha_bar(schedule)
+        num_timesteps = len(alpha_bar)
+        _check_counts(num_timesteps, num_groups)
+        with np.errstate(divide="ignore"):
+            snr_db = 10.0 * (np.log10(alpha_bar) - np.log10(1.0 - alpha_bar))
+        high, low = float(snr_db[0]), float(snr_db[-1])
+        if clip_db is not None:
+            clip_low, clip_high = (float(v) for v in clip_db)
+            if not clip_low < clip_high:
+                raise invalid("clip_db", clip_db, "(low, high) with low < high")
+            high, low = min(high, clip_high), max(low, clip_low)
+        if num_groups > 1 and not (math.isfinite(low) and math.isfinite(high) and low < high):
+            raise invalid("clip_db", clip_db, "a finite range that the schedule crosses")
+        steps = (high - low) / num_groups
+        edges = [high - steps * g for g in range(1, num_groups)]
+        inner = [int(np.searchsorted(-snr_db, -edge, side="left")) for edge in edges]
+        return cls(_spread([0, *inner, num_timesteps]), "snr")
+
+    @property
+    def num_timesteps(self) -> int:
+        return self.boundaries[-1]
+
+    @property
+    def num_groups(self) -> int:
+        return len(self.boundaries) - 1
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Number of timesteps per group."""
+        return tuple(stop - start for start, stop in self)
+
+    def group_of(self, t: Tensor) -> Tensor:
+        """Group ids (int64, t's shape and device) of integer timesteps t.
+
+        A timestep outside [0, T) is a ValueError on the CPU outside torch.compile; elsewhere, where the check would
+        have to wait for the device, it counts as the nearest group.
+        """
+        if t.dtype not in INTEGER_DTYPES:
+            raise invalid("t", t.dtype, "integer timesteps (the original index, not a rescaled one)")
+        compiling = torch.compiler.is_compiling()
+        if not compiling and t.device.type == "cpu" and t.numel():
+            low, high = (int(v) for v in torch.aminmax(t))
+            if low < 0 or high >= self.num_timesteps:
+                raise invalid("t", low if low < 0 else high, f"timesteps in [0, {self.num_timesteps})")
+        inner = None if compiling else self._inner.get(t.device)
+        if inner is None:
+            inner = torch.tensor(self.boundaries[1:-1], dtype=torch.int64, device=t.device)
+            if not compiling:
+                self._inner[t.device] = inner
+        return torch.searchsorted(inner, t.to(torch.int64), right=True)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"version": _FORMAT_VERSION, "strategy": self.strategy, "boundaries": list(self.boundaries)}
+
+    @classmethod
+    def from_json(cls, data: Any) -> TimestepGroups:
+        """The opposite of `to_json`. ValueError for a missing or unknown field, a wrong type or version."""
+        if not isinstance(data, dict):
+            raise invalid("groups file", type(data).__name__, "one JSON object")
+        expected = {"version", "strategy", "boundaries"}
+        if set(data) != expected:
+            raise invalid("groups file fields", sorted(map(str, data)), f"exactly {sorted(expected)}")
+        if type(data["version"]) is not int or data["version"] != _FORMAT_VERSION:
+            raise invalid("version", data["version"], f"version {_FORMAT_VERSION}, which this release reads")
+        if not isinstance(data["boundaries"], list):
+            raise invalid("boundaries", data["boundaries"], "a list of integers")
+        return cls(data["boundaries"], data["strategy"])
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes JSON atomically: a reader sees the old file or the whole new one."""
+        target = Path(path)
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump(self.to_json(), file, indent=1)
+                file.write("\n")
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)  # mkstemp makes it private; a run directory is shared
+            os.replace(temporary, target)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> TimestepGroups:
+        """Reads what `save` wrote. ValueError names the file when it is damaged."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:  # not UTF-8, or not JSON
+            raise invalid(f"groups file {path}", str(error), "JSON: restore it, or write it again") from error
+        try:
+            return cls.from_json(data)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    def __len__(self) -> int:
+        return self.num_groups
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return itertools.pairwise(self.boundaries)
+
+    def __eq__(self, other: object) -> bool:
+        """Same intervals; how they were found does not matter."""
+        return isinstance(other, TimestepGroups) and self.boundaries == other.boundaries
+
+    def __hash__(self) -> int:
+        return hash(self.boundaries)
+
+    def __repr__(self) -> str:
+        return f"TimestepGroups({list(self.boundaries)}, strategy={self.strategy!r})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.to_json()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["boundaries"], state["strategy"])  # type: ignore[misc]
+
+
+def _check_counts(num_timesteps: int, num_groups: int) -> None:
+    if num_timesteps < 1:
+        raise invalid("num_timesteps", num_timesteps, "at least 1")
+    if not 1 <= num_groups <= num_timesteps:
+        raise invalid("num_groups", num_groups, f"1 to num_timesteps = {num_timesteps}")
+
+
+def _alpha_bar(schedule: Any) -> np.ndarray:
+    values = getattr(schedule, "alphas_cumprod", schedule)
+    if isinstance(values, Tensor):
+        values = values.detach().cpu().numpy()
+    alpha_bar = np.asarray(values, dtype=np.float64)
+    if alpha_bar.ndim != 1 or not len(alpha_bar):
+        raise invalid("schedule", f"alpha_bar of shape {alpha_bar.shape}", "alpha_bar of shape (T,)")
+    if not (np.all(alpha_bar >= 0) and np.all(alpha_bar <= 1) and np.all(np.diff(alpha_bar) <= 0)):
+        raise invalid("schedule", "alpha_bar that leaves [0, 1] or rises", "alpha_bar falling within [0, 1]")
+    return alpha_bar
+
+
+def _spread(boundaries: list[int]) -> list[int]:
+    """Moves interior boundaries as little as needed for every group to have a timestep."""
+    count = len(boundaries) - 1
+    for g in range(1, count):
+        boundaries[g] = max(boundaries[g], boundaries[g - 1] + 1)
+    for g in range(count - 1, 0, -1):
+        boundaries[g] = min(boundaries[g], boundaries[g + 1] - 1)
+    return boundaries
