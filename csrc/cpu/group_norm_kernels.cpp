@@ -1,0 +1,388 @@
+#include "cpu/group_norm_kernels.h"
+
+#include "cpu/vec_math.h"
+
+namespace tdc {
+namespace TDC_FAST_ISA {
+namespace {
+
+// A row is read in vectors of L lanes, and its last vector ends at the last live channel, so it may overlap the one
+// before. Nothing past the live channels is touched, and no row needs a scalar remainder as long as live >= L.
+
+// Calls body.template run<T, L>() with the longest vector that fits the live channels.
+template <typename T, typename Body>
+TDC_INLINE void with_lanes(int64_t live, Body body) {
+  if (live >= kLanes) {
+    body.template run<T, kLanes>();
+  } else if (kLanes > 4 && live >= 4) {
+    body.template run<T, 4>();
+  } else {
+    body.template run<T, 1>();
+  }
+}
+
+// Sums of K adjacent vectors of channels over the rows. U interleaved partial sums per vector hide the latency of
+// the addition and shorten its chain.
+template <typename T, int L, int K, int U>
+TDC_INLINE void sum_strip(const T* x, int64_t rows, int64_t stride, float* sums) {
+  Float<L> partial[U][K] = {};
+  int64_t r = 0;
+  for (; r + U <= rows; r += U) {
+    for (int u = 0; u < U; ++u) {
+      for (int k = 0; k < K; ++k) partial[u][k] += load<L>(x + (r + u) * stride + k * L);
+    }
+  }
+  for (; r < rows; ++r) {
+    for (int k = 0; k < K; ++k) partial[0][k] += load<L>(x + r * stride + k * L);
+  }
+  for (int k = 0; k < K; ++k) {
+    for (int u = 1; u < U; ++u) partial[0][k] += partial[u][k];
+    store<L>(sums + k * L, partial[0][k]);
+  }
+}
+
+template <typename T, int L>
+TDC_INLINE void column_sums(const T* x, int64_t rows, const NormLayout& layout, float* sums) {
+  const int64_t stride = layout.stride, live = layout.live;
+  int64_t c = 0;
+  for (; c + 8 * L <= live; c += 8 * L) sum_strip<T, L, 8, 1>(x + c, rows, stride, sums + c);
+  for (; c + 2 * L <= live; c += 2 * L) sum_strip<T, L, 2, 4>(x + c, rows, stride, sums + c);
+  if (c + L <= live) sum_strip<T, L, 1, 8>(x + c, rows, stride, sums + c), c += L;
+  if (c < live) sum_strip<T, L, 1, 8>(x + live - L, rows, stride, sums + live - L);
+}
+
+// As sum_strip, for the first and second powers of x - pivot.
+template <typename T, int L, int K, int U>
+TDC_INLINE void centred_strip(const T* x, int64_t rows, int64_t stride, const float* pivot, float* first,
+                              float* second) {
+  Float<L> centre[K], sum[U][K] = {}, squares[U][K] = {};
+  for (int k = 0; k < K; ++k) centre[k] = load<L>(pivot + k * L);
+  int64_t r = 0;
+  for (; r + U <= rows; r += U) {
+    for (int u = 0; u < U; ++u) {
+      for (int k = 0; k < K; ++k) {
+        const Float<L> d = load<L>(x + (r + u) * stride + k * L) - centre[k];
+        sum[u][k] += d;
+        squares[u][k] += d * d;
+      }
+    }
+  }
+  for (; r < rows; ++r) {
+    for (int k = 0; k < K; ++k) {
+      const Float<L> d = load<L>(x + r * stride + k * L) - centre[k];
+      sum[0][k] += d;
+      squares[0][k] += d * d;
+    }
+  }
+  for (int k = 0; k < K; ++k) {
+    for (int u = 1; u < U; ++u) sum[0][k] += sum[u][k], squares[0][k] += squares[u][k];
+    store<L>(first + k * L, sum[0][k]);
+    store<L>(second + k * L, squares[0][k]);
+  }
+}
+
+template <typename T, int L>
+TDC_INLINE void centred_sums(const T* x, int64_t rows, const NormLayout& layout, const float* pivot, float* first,
+                             float* second) {
+  const int64_t stride = layout.stride, live = layout.live;
+  int64_t c = 0;
+  for (; c + 4 * L <= live; c += 4 * L) {
+    centred_strip<T, L, 4, 1>(x + c, rows, stride, pivot + c, first + c, second + c);
+  }
+  for (; c + 2 * L <= live; c += 2 * L) {
+    centred_strip<T, L, 2, 2>(x + c, rows, stride, pivot + c, first + c, second + c);
+  }
+  if (c + L <= live) {
+    centred_strip<T, L, 1, 4>(x + c, rows, stride, pivot + c, first + c, second + c);
+    c += L;
+  }
+  if (c < live) {
+    c = live - L;
+    centred_strip<T, L, 1, 4>(x + c, rows, stride, pivot + c, first + c, second + c);
+  }
+}
+
+TDC_INLINE double group_sum(const float* values, int64_t count) {
+  double sum = 0;
+  for (int64_t i = 0; i < count; ++i) sum += values[i];
+  return sum;
+}
+
+struct Moments {
+  const void* x;
+  int64_t rows;
+  const NormLayout& layout;
+  float* scratch;
+  double* mean;
+  double* squares;
+
+  // Two passes over a block that stays in cache: the mean, then the squares about it. What rounding left in the
+  // mean shows in the first powers of the second pass and is taken out.
+  template <typename T, int L>
+  TDC_INLINE void run() const {
+    const int64_t per_group = layout.per_group, groups = layout.groups();
+    const double count = static_cast<double>(rows) * static_cast<double>(per_group);
+    float* first = scratch;
+    float* second = scratch + layout.live;
+    float* pivot = scratch + 2 * layout.live;
+    column_sums<T, L>(static_cast<const T*>(x), rows, layout, first);
+    for (int64_t g = 0; g < groups; ++g) {
+      const float centre = static_cast<float>(group_sum(first + g * per_group, per_group) / count);
+      for (int64_t i = 0; i < per_group; ++i) pivot[g * per_group + i] = centre;
+    }
+    centred_sums<T, L>(static_cast<const T*>(x), rows, layout, pivot, first, second);
+    for (int64_t g = 0; g < groups; ++g) {
+      const double excess = group_sum(first + g * per_group, per_group);
+      const double centred = group_sum(second + g * per_group, per_group) - excess * excess / count;
+      mean[g] = pivot[g * per_group] + excess / count;
+      squares[g] = centred < 0 ? 0 : centred;  // not max(): NaN must pass
+    }
+  }
+};
+
+template <typename T>
+void moments(const void* x, int64_t rows, const NormLayout& layout, float* scratch, double* mean, double* squares) {
+  with_lanes<T>(layout.live, Moments{x, rows, layout, scratch, mean, squares});
+}
+
+template <typename T>
+TDC_INLINE float element(const void* row, int64_t i, float absent) {
+  return row ? load<1>(static_cast<const T*>(row) + i)[0] : absent;
+}
+
+template <typename T>
+TDC_INLINE void set_element(void* row, int64_t i, float value) {
+  store<1>(static_cast<T*>(row) + i, Float<1>{value});
+}
+
+template <typename T>
+void affine(const NormLayout& layout, const NormSampleParameters& p, const float* mean, const float* rstd,
+            const float* mean_error, const NormAffine& out) {
+  for (int64_t g = 0, c = 0; g < layout.groups(); ++g) {
+    const float error = mean_error ? mean_error[g] : 0.0f;
+    for (int64_t i = 0; i < layout.per_group; ++i, ++c) {
+      const float gain = 1.0f + element<T>(p.scale, c, 0.0f);
+      const float slope = rstd[g] * element<T>(p.weight, c, 1.0f);
+      out.mean[c] = mean[g];
+      out.multiplier[c] = slope * gain;
+      out.offset[c] = (element<T>(p.bias, c, 0.0f) + error * slope) * gain + element<T>(p.shift, c, 0.0f);
+    }
+  }
+}
+
+template <int L>
+TDC_INLINE Float<L> centred(Float<L> x, const NormAffine& a, int64_t c) {
+  return x - load<L>(a.mean + c);
+}
+
+template <int L>
+TDC_INLINE Float<L> affine_of(Float<L> centred_x, const NormAffine& a, int64_t c) {
+  return centred_x * load<L>(a.multiplier + c) + load<L>(a.offset + c);
+}
+
+template <typename T>
+TDC_INLINE void clear_dead(T* row, const NormLayout& layout) {
+  if (layout.live < layout.stride) __builtin_memset(row + layout.live, 0, (layout.stride - layout.live) * sizeof(T));
+}
+
+template <bool kSilu>
+struct Normalize {
+  const void* x;
+  void* y;
+  int64_t rows;
+  const NormLayout& layout;
+  const NormAffine& a;
+
+  template <int L>
+  TDC_INLINE Float<L> value(Float<L> x_value, int64_t c) const {
+    const Float<L> z = affine_of<L>(centred<L>(x_value, a, c), a, c);
+    return kSilu ? z * sigmoid<L>(z) : z;
+  }
+
+  template <typename T, int L>
+  TDC_INLINE void run() const {
+    const T* from = static_cast<const T*>(x);
+    T* to = static_cast<T*>(y);
+    const int64_t live = layout.live, last = live - L;
+    for (int64_t r = 0; r < rows; ++r, from += layout.stride, to += layout.stride) {
+      for (int64_t c = 0; c < last; c += L) store<L>(to + c, value<L>(load<L>(from + c), c));
+      store<L>(to + last, value<L>(load<L>(from + last), last));
+      clear_dead(to, layout);
+    }
+  }
+};
+
+template <typename T>
+void normalize(const void* x, void* y, int64_t rows, const NormLayout& layout, const NormAffine& a, bool silu) {
+  if (layout.live == 0) {
+    __builtin_memset(y, 0, rows * layout.stride * sizeof(T));
+  } else if (silu) {
+    with_lanes<T>(layout.live, Normalize<true>{x, y, rows, layout, a});
+  } else {
+    with_lanes<T>(layout.live, Normalize<false>{x, y, rows, layout, a});
+  }
+}
+
+// dz = dy * act'(z), from the centred x.
+template <int L, bool kSilu>
+TDC_INLINE Float<L> affine_grad(Float<L> dy, Float<L> centred_x, const NormAffine& a, int64_t c) {
+  if (!kSilu) return dy;
+  const Float<L> z = affine_of<L>(centred_x, a, c);
+  const Float<L> s = sigmoid<L>(z);
+  return dy * (s * (1.0f + z * (1.0f - s)));
+}
+
+template <bool kSilu>
+struct BackwardSums {
+  const void* x;
+  const void* dy;
+  int64_t rows;
+  const NormLayout& layout;
+  const NormAffine& a;
+  float* sum_dz;
+  float* sum_dz_centred;
+
+  template <typename T, int L, int K>
+  TDC_INLINE void strip(int64_t c) const {
+    const T* x_row = static_cast<const T*>(x) + c;
+    const T* dy_row = static_cast<const T*>(dy) + c;
+    Float<L> sum[K] = {}, sum_centred[K] = {};
+    for (int64_t r = 0; r < rows; ++r, x_row += layout.stride, dy_row += layout.stride) {
+      for (int k = 0; k < K; ++k) {
+        const Float<L> d = centred<L>(load<L>(x_row + k * L), a, c + k * L);
+        const Float<L> dz = affine_grad<L, kSilu>(load<L>(dy_row + k * L), d, a, c + k * L);
+        sum[k] += dz;
+        sum_centred[k] += dz * d;
+      }
+    }
+    for (int k = 0; k < K; ++k) {
+      store<L>(sum_dz + c + k * L, sum[k]);
+      store<L>(sum_dz_centred + c + k * L, sum_centred[k]);
+    }
+  }
+
+  template <typename T, int L>
+  TDC_INLINE void run() const {
+    const int64_t live = layout.live;
+    int64_t c = 0;
+    for (; c + 2 * L <= live; c += 2 * L) strip<T, L, 2>(c);
+    for (; c + L <= live; c += L) strip<T, L, 1>(c);
+    if (c < live) strip<T, L, 1>(live - L);
+  }
+};
+
+template <typename T>
+void backward_sums(const void* x, const void* dy, int64_t rows, const NormLayout& layout, const NormAffine& a,
+                   bool silu, float* sum_dz, float* sum_dz_centred) {
+  if (silu) {
+    with_lanes<T>(layout.live, BackwardSums<true>{x, dy, rows, layout, a, sum_dz, sum_dz_centred});
+  } else {
+    with_lanes<T>(layout.live, BackwardSums<false>{x, dy, rows, layout, a, sum_dz, sum_dz_centred});
+  }
+}
+
+template <typename T>
+void backward_factors(const NormLayout& layout, const NormSampleParameters& p, const float* rstd, int64_t pixels,
+                      const double* sum_dz, const double* sum_dz_centred, const NormSampleGrads& grads,
+                      const NormInputGrad& out) {
+  const double count = static_cast<double>(pixels) * static_cast<double>(layout.per_group);
+  for (int64_t g = 0; g < layout.groups(); ++g) {
+    const int64_t begin = g * layout.per_group, end = begin + layout.per_group;
+    const double scale_of_x = rstd[g];
+    double mean_grad = 0, mean_grad_xhat = 0;
+    for (int64_t c = begin; c < end; ++c) {
+      const float weight = element<T>(p.weight, c, 1.0f);
+      const float gain = 1.0f + element<T>(p.scale, c, 0.0f);
+      const double sum_xhat = sum_dz_centred[c] * scale_of_x;
+      const double slope = static_cast<double>(weight) * gain;
+      mean_grad += slope * sum_dz[c];
+      mean_grad_xhat += slope * sum_xhat;
+      out.dz_factor[c] = static_cast<float>(slope * scale_of_x);
+      if (grads.dweight_share) grads.dweight_share[c] = static_cast<float>(gain * sum_xhat);
+      if (grads.dbias_share) grads.dbias_share[c] = static_cast<float>(gain * sum_dz[c]);
+      if (grads.dshift) set_element<T>(grads.dshift, c, static_cast<float>(sum_dz[c]));
+      if (grads.dscale) {
+        const float bias = element<T>(p.bias, c, 0.0f);
+        set_element<T>(grads.dscale, c, static_cast<float>(weight * sum_xhat + bias * sum_dz[c]));
+      }
+    }
+    const float constant = static_cast<float>(scale_of_x * mean_grad / count);
+    const float centred_factor = static_cast<float>(scale_of_x * scale_of_x * mean_grad_xhat / count);
+    for (int64_t c = begin; c < end; ++c) {
+      out.constant[c] = constant;
+      out.centred_factor[c] = centred_factor;
+    }
+  }
+  if (grads.dshift) clear_dead(static_cast<T*>(grads.dshift), layout);
+  if (grads.dscale) clear_dead(static_cast<T*>(grads.dscale), layout);
+}
+
+template <bool kSilu>
+struct BackwardApply {
+  const void* x;
+  const void* dy;
+  void* dx;
+  int64_t rows;
+  const NormLayout& layout;
+  const NormAffine& a;
+  const NormInputGrad& f;
+
+  template <int L>
+  TDC_INLINE Float<L> value(Float<L> x_value, Float<L> dy_value, int64_t c) const {
+    const Float<L> d = centred<L>(x_value, a, c);
+    const Float<L> dz = affine_grad<L, kSilu>(dy_value, d, a, c);
+    return dz * load<L>(f.dz_factor + c) - d * load<L>(f.centred_factor + c) - load<L>(f.constant + c);
+  }
+
+  template <typename T, int L>
+  TDC_INLINE void run() const {
+    const T* x_row = static_cast<const T*>(x);
+    const T* dy_row = static_cast<const T*>(dy);
+    T* to = static_cast<T*>(dx);
+    const int64_t last = layout.live - L, stride = layout.stride;
+    for (int64_t r = 0; r < rows; ++r, x_row += stride, dy_row += stride, to += stride) {
+      for (int64_t c = 0; c < last; c += L) store<L>(to + c, value<L>(load<L>(x_row + c), load<L>(dy_row + c), c));
+      store<L>(to + last, value<L>(load<L>(x_row + last), load<L>(dy_row + last), last));
+      clear_dead(to, layout);
+    }
+  }
+};
+
+template <typename T>
+void backward_apply(const void* x, const void* dy, void* dx, int64_t rows, const NormLayout& layout,
+                    const NormAffine& a, const NormInputGrad& f, bool silu) {
+  if (layout.live == 0) {
+    __builtin_memset(dx, 0, rows * layout.stride * sizeof(T));
+  } else if (silu) {
+    with_lanes<T>(layout.live, BackwardApply<true>{x, dy, dx, rows, layout, a, f});
+  } else {
+    with_lanes<T>(layout.live, BackwardApply<false>{x, dy, dx, rows, layout, a, f});
+  }
+}
+
+void accumulate(const float* part, int64_t count, double* total) {
+  for (int64_t i = 0; i < count; ++i) total[i] += part[i];
+}
+
+template <typename T>
+void round(const double* value, int64_t count, void* out) {
+  for (int64_t i = 0; i < count; ++i) set_element<T>(out, i, static_cast<float>(value[i]));
+}
+
+template <typename T>
+constexpr NormKernels table() {
+  return {&moments<T>,          &affine<T>,         &normalize<T>, &backward_sums<T>,
+          &backward_factors<T>, &backward_apply<T>, &accumulate,   &round<T>};
+}
+
+constexpr NormKernels kFloat32Kernels = table<float>();
+constexpr NormKernels kBFloat16Kernels = table<BFloat16>();
+
+}  // namespace
+
+const NormKernels& norm_kernels(DType dtype) {
+  return dtype == DType::kBFloat16 ? kBFloat16Kernels : kFloat32Kernels;
+}
+
+}  // namespace TDC_FAST_ISA
+}  // namespace tdc
