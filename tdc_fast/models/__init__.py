@@ -1,0 +1,1 @@
+"""Denoisers whose layers can be routed."""

@@ -1,0 +1,189 @@
+"""The blocks of improved-diffusion's UNet: residual block, attention, resampling, timestep embedding.
+
+A block whose unit is pruned to width 0 is only its skip path. Leaves are called with what the routed
+operators fuse, so the
+same blocks serve dense and routed models.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tdc_fast.errors import invalid
+from tdc_fast.nn.layers import (
+    Conv2d,
+    GroupNorm,
+    Linear,
+    TokenConv1d,
+    from_tokens,
+    group_count,
+    qkv_attention,
+    to_tokens,
+)
+from tdc_fast.nn.plan_scope import Routing, checkpoint
+from tdc_fast.nn.units import PruningUnit, UnitSlice, width_step
+
+
+def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
+    """Sinusoidal embedding, cosines first: timesteps (B,), integers or not -> (B, dim) fp32 (an odd last
+    column is 0)."""
+    half = dim // 2
+    steps = torch.arange(half, dtype=torch.float32, device=timesteps.device)
+    angles = timesteps[:, None].float() * torch.exp(-math.log(max_period) * steps / half)[None]
+    return F.pad(torch.cat([angles.cos(), angles.sin()], dim=-1), (0, dim % 2))
+
+
+def zeroed(layer: nn.Module) -> nn.Module:
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
+
+
+def group_norm(channels: int, groups: int | None = None) -> GroupNorm:
+    return GroupNorm(groups or group_count(channels), channels)
+
+
+class ResBlock(nn.Module):
+    """norm-SiLU-conv, the timestep embedding (added, or as scale and shift), norm-SiLU-dropout-conv, and a
+    skip path.
+
+    ``width`` channels live between the two convolutions (all ``out_channels`` unless pruned, in whole
+    normalisation
+    groups); at width 0 the block is only its skip path.
+    """
+
+    def __init__(
+        self, channels: int, emb_channels: int, out_channels: int, dropout: float, use_checkpoint: bool,
+        use_scale_shift_norm: bool, width: int | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        width = out_channels if width is None else width
+        self.out_channels, self.width = out_channels, width
+        self.atom = out_channels // group_count(out_channels)
+        self.use_checkpoint, self.use_scale_shift_norm = use_checkpoint, use_scale_shift_norm
+        self.routing: Routing | None = None
+        if width:
+            emb_width = 2 * width if use_scale_shift_norm else width
+            self.in_layers = nn.Sequential(group_norm(channels), nn.SiLU(), Conv2d(channels, width, 3, padding=1))
+            self.emb_layers = nn.Sequential(nn.SiLU(), Linear(emb_channels, emb_width))
+            self.out_layers = nn.Sequential(
+                group_norm(width, width // self.atom), nn.SiLU(), nn.Dropout(dropout),
+                zeroed(Conv2d(width, out_channels, 3, padding=1)),
+            )  # fmt: skip
+        same = channels == out_channels
+        self.skip_connection = nn.Identity() if same else Conv2d(channels, out_channels, 1)
+
+    def become_skip(self) -> None:
+        """Drop everything but the skip path (width 0)."""
+        del self.in_layers, self.emb_layers, self.out_layers
+        self.width = 0
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """x (B, C_in, H, W), emb (B, emb_channels) after its SiLU -> (B, C_out, H, W)."""
+        if not self.width:
+            return self.skip_connection(x)
+        if self.use_checkpoint and torch.is_grad_enabled():
+            return checkpoint(self._forward, self.routing, x, emb)
+        return self._forward(x, emb)
+
+    def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        norm_in, _, conv_in = self.in_layers
+        norm_out, _, dropout, conv_out = self.out_layers
+        h = norm_in(x, activation="silu")
+        if self.use_scale_shift_norm:
+            h = conv_in(h)
+            scale, shift = self.emb_layers[1].chunks(emb, 2)
+            h = norm_out(h, scale=scale.to(h.dtype), shift=shift.to(h.dtype), activation="silu")
+        else:
+            h = conv_in(h, sample_bias=self.emb_layers[1](emb).to(h.dtype))
+            h = norm_out(h, activation="silu")
+        return conv_out(dropout(h), residual=self.skip_connection(x))
+
+    def pruning_unit(self, name: str) -> PruningUnit:
+        """The inner width, in whole normalisation groups, most of them a multiple of 8 channels."""
+        slices = (
+            UnitSlice(f"{name}.in_layers.2", "out"),
+            UnitSlice(f"{name}.emb_layers.1", "out", copies=2 if self.use_scale_shift_norm else 1),
+            UnitSlice(f"{name}.out_layers.0", "out"),
+            UnitSlice(f"{name}.out_layers.3", "in"),
+        )
+        return PruningUnit(name, "resblock", self.width, self.atom, width_step(self.width, self.atom), slices)
+
+
+class AttentionBlock(nn.Module):
+    """Residual self-attention over all positions. ``width`` channels (whole heads) live inside; 0 heads =
+    identity."""
+
+    def __init__(self, channels: int, num_heads: int, use_checkpoint: bool, width: int | None = None) -> None:
+        super().__init__()
+        if num_heads < 1 or channels % num_heads:
+            raise invalid("num_heads", num_heads, f"a divisor of the {channels} channels of the attention")
+        width = channels if width is None else width
+        self.width, self.head_dim, self.use_checkpoint = width, channels // num_heads, use_checkpoint
+        self.routing: Routing | None = None
+        if width:
+            self.norm = group_norm(channels)
+            self.qkv = TokenConv1d(channels, 3 * width)
+            self.proj_out = zeroed(TokenConv1d(width, channels))
+
+    def become_skip(self) -> None:
+        """Drop everything but the skip path (no heads)."""
+        del self.norm, self.qkv, self.proj_out
+        self.width = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        if not self.width:
+            return x
+        if self.use_checkpoint and torch.is_grad_enabled():
+            return checkpoint(self._forward, self.routing, x)
+        return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(to_tokens(self.norm(x)))
+        h = qkv_attention(qkv, self.head_dim)
+        return from_tokens(self.proj_out(h, residual=to_tokens(x)), x.shape[2], x.shape[3])
+
+    def pruning_unit(self, name: str) -> PruningUnit:
+        """The heads."""
+        slices = (UnitSlice(f"{name}.qkv", "out", scale=3), UnitSlice(f"{name}.proj_out", "in"))
+        return PruningUnit(name, "attention", self.width, self.head_dim, self.head_dim, slices)
+
+
+class Downsample(nn.Module):
+    """Halve the resolution: a convolution of stride 2, or the mean of 2x2."""
+
+    def __init__(self, channels: int, use_conv: bool) -> None:
+        super().__init__()
+        self.op = Conv2d(channels, channels, 3, stride=2, padding=1) if use_conv else nn.AvgPool2d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H/2, W/2)."""
+        return self.op(x)
+
+
+class Upsample(nn.Module):
+    """Double the resolution by repetition, then (``use_conv``) a convolution."""
+
+    def __init__(self, channels: int, use_conv: bool) -> None:
+        super().__init__()
+        self.conv = Conv2d(channels, channels, 3, padding=1) if use_conv else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, 2H, 2W)."""
+        x = F.interpolate(x, scale_factor=2, mode="nearest")
+        return x if self.conv is None else self.conv(x)
+
+
+class TimestepBlocks(nn.Sequential):
+    """Layers in a row, of which the ResBlocks also get the timestep embedding."""
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:  # type: ignore[override]
+        """x (B, C, H, W), emb (B, emb_channels)."""
+        for layer in self:
+            x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
+        return x

@@ -1,0 +1,293 @@
+"""The UNet of improved-diffusion: the same state-dict keys, shapes and numerics, built of leaves that can be
+routed.
+
+Source: Nichol and Dhariwal, "Improved Denoising Diffusion Probabilistic Models" (arXiv 2102.09672), and the
+public
+checkpoints of its reference implementation. Activations are channels_last throughout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tdc_fast.errors import invalid
+from tdc_fast.models.blocks import (
+    AttentionBlock,
+    Downsample,
+    ResBlock,
+    TimestepBlocks,
+    Upsample,
+    group_norm,
+    timestep_embedding,
+    zeroed,
+)
+from tdc_fast.nn.layers import Conv2d, Linear, group_count
+from tdc_fast.nn.units import PruningUnit
+
+
+class UNet(nn.Module):
+    """Denoiser with improved-diffusion's UNetModel arguments, keys, shapes and numerics.
+
+    image_size            : H = W of the images; every level but the last halves it, so 2 ** (levels - 1)
+                            must divide it.
+    attention_resolutions : downsampling factors (1, 2, 4, ...) at which there is attention.
+    num_classes           : size of the label table, None for an unconditional model.
+    widths                : {unit name: channels} of a pruned denoiser (see ``pruning_units``); what is not
+                            named is whole.
+
+    Attribute ``timestep_scale`` (default 1.0): the embedding sees ``timesteps * timestep_scale``, so that
+    callers always
+    pass original integer timesteps (improved-diffusion's rescaled ones have the scale 1000 / T).
+    GroupNorm has 32 groups where 32 divides the channels, else the largest number below that does.
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        in_channels: int,
+        model_channels: int,
+        out_channels: int,
+        num_res_blocks: int,
+        attention_resolutions: Sequence[int],
+        dropout: float = 0,
+        channel_mult: Sequence[int] = (1, 2, 4, 8),
+        conv_resample: bool = True,
+        dims: int = 2,
+        num_classes: int | None = None,
+        use_checkpoint: bool = False,
+        num_heads: int = 1,
+        num_heads_upsample: int = -1,
+        use_scale_shift_norm: bool = False,
+        widths: Mapping[str, int] | None = None,
+    ) -> None:
+        super().__init__()
+        if dims != 2:
+            raise invalid("dims", dims, "2 (images)")
+        if not channel_mult or min(channel_mult) < 1:
+            raise invalid("channel_mult", channel_mult, "one multiplier of at least 1 per level")
+        self.stride = 2 ** (len(channel_mult) - 1)
+        if image_size < 1 or image_size % self.stride:
+            raise invalid("image_size", image_size, f"a multiple of {self.stride} for {len(channel_mult)} levels")
+        if num_heads_upsample == -1:
+            num_heads_upsample = num_heads
+        self.architecture: dict[str, Any] = {
+            "image_size": image_size, "in_channels": in_channels, "model_channels": model_channels,
+            "out_channels": out_channels, "num_res_blocks": num_res_blocks,
+            "attention_resolutions": sorted(attention_resolutions), "dropout": dropout,
+            "channel_mult": list(channel_mult), "conv_resample": conv_resample, "num_classes": num_classes,
+            "use_checkpoint": use_checkpoint, "num_heads": num_heads, "num_heads_upsample":
+            num_heads_upsample,
+            "use_scale_shift_norm": use_scale_shift_norm,
+        }  # fmt: skip
+        self.image_size, self.in_channels, self.model_channels = image_size, in_channels, model_channels
+        self.out_channels, self.num_classes, self.timestep_scale = out_channels, num_classes, 1.0
+        self.widths = dict(widths or {})
+
+        unnamed = dict(self.widths)
+        emb_channels = model_channels * 4
+
+        def res_block(name: str, channels: int, out: int) -> ResBlock:
+            atom = out // group_count(out)
+            width = _checked_width(name, unnamed, out, atom)
+            return ResBlock(channels, emb_channels, out, dropout, use_checkpoint, use_scale_shift_norm, width)
+
+        def attention(name: str, channels: int, heads: int) -> AttentionBlock:
+            width = _checked_width(name, unnamed, channels, max(channels // max(heads, 1), 1))
+            return AttentionBlock(channels, heads, use_checkpoint, width)
+
+        self.time_embed = nn.Sequential(
+            Linear(model_channels, emb_channels), nn.SiLU(), Linear(emb_channels, emb_channels)
+        )
+        if num_classes is not None:
+            self.label_emb = nn.Embedding(num_classes, emb_channels)
+
+        ch, factor = model_channels, 1
+        self.input_blocks = nn.ModuleList([TimestepBlocks(Conv2d(in_channels, ch, 3, padding=1))])
+        skips = [ch]
+        for level, mult in enumerate(channel_mult):
+            for _ in range(num_res_blocks):
+                name = f"input_blocks.{len(self.input_blocks)}"
+                layers: list[nn.Module] = [res_block(f"{name}.0", ch, mult * model_channels)]
+                ch = mult * model_channels
+                if factor in attention_resolutions:
+                    layers.append(attention(f"{name}.1", ch, num_heads))
+                self.input_blocks.append(TimestepBlocks(*layers))
+                skips.append(ch)
+            if level != len(channel_mult) - 1:
+                self.input_blocks.append(TimestepBlocks(Downsample(ch, conv_resample)))
+                skips.append(ch)
+                factor *= 2
+
+        self.middle_block = TimestepBlocks(
+            res_block("middle_block.0", ch, ch),
+            attention("middle_block.1", ch, num_heads),
+            res_block("middle_block.2", ch, ch),
+        )
+
+        self.output_blocks = nn.ModuleList()
+        for level, mult in reversed(list(enumerate(channel_mult))):
+            for index in range(num_res_blocks + 1):
+                name = f"output_blocks.{len(self.output_blocks)}"
+                layers = [res_block(f"{name}.0", ch + skips.pop(), mult * model_channels)]
+                ch = mult * model_channels
+                if factor in attention_resolutions:
+                    layers.append(attention(f"{name}.1", ch, num_heads_upsample))
+                if level and index == num_res_blocks:
+                    layers.append(Upsample(ch, conv_resample))
+                    factor //= 2
+                self.output_blocks.append(TimestepBlocks(*layers))
+
+        self.out = nn.Sequential(group_norm(ch), nn.SiLU(), zeroed(Conv2d(ch, out_channels, 3, padding=1)))
+        if unnamed:
+            raise invalid("widths", sorted(unnamed), "names of units of this architecture (see pruning_units)")
+
+    def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
+        """x (B, in_channels, H, W), timesteps (B,), y (B,) class ids iff class-conditional -> (B,
+        out_channels, H, W)."""
+        if (y is None) != (self.num_classes is None):
+            raise invalid("y", y, "labels if, and only if, the model has num_classes")
+        if x.shape[2] % self.stride or x.shape[3] % self.stride:
+            raise invalid("x", tuple(x.shape), f"a height and width that are multiples of {self.stride}")
+        steps = timesteps if self.timestep_scale == 1 else timesteps.float() * self.timestep_scale
+        dtype = self.time_embed[0].weight.dtype
+        emb = self.time_embed[0](timestep_embedding(steps, self.model_channels).to(dtype))
+        emb = self.time_embed[2](F.silu(emb))
+        if y is not None:
+            emb = emb + self.label_emb(y)
+        emb = F.silu(emb)  # every ResBlock's emb_layers begin with it
+
+        h = x.to(dtype).contiguous(memory_format=torch.channels_last)
+        skips = []
+        for block in self.input_blocks:
+            h = block(h, emb)
+            skips.append(h)
+        h = self.middle_block(h, emb)
+        for block in self.output_blocks:
+            h = block(torch.cat([h, skips.pop()], dim=1), emb)
+        return self.out[2](self.out[0](h, activation="silu"))
+
+    def pruning_units(self) -> list[PruningUnit]:
+        """What can be pruned, in the order of ``named_modules``; blocks that are only their skip path have
+        no unit."""
+        return [
+            module.pruning_unit(name)
+            for name, module in self.named_modules()
+            if isinstance(module, ResBlock | AttentionBlock) and module.width
+        ]
+
+    def recipe(self) -> dict[str, Any]:
+        """JSON-able description that ``from_recipe`` rebuilds this module from (weights apart)."""
+        return {
+            "architecture": dict(self.architecture),
+            "timestep_scale": self.timestep_scale,
+            "widths": dict(self.widths),
+        }
+
+    @classmethod
+    def from_recipe(cls, recipe: Mapping[str, Any]) -> UNet:
+        """The module ``recipe()`` describes, freshly initialised. ValueError names what does not belong."""
+        expected = {"architecture", "timestep_scale", "widths"}
+        if set(recipe) != expected:
+            raise invalid("recipe", sorted(recipe), f"the keys {sorted(expected)}")
+        try:
+            model = cls(**recipe["architecture"], widths=recipe["widths"])
+        except TypeError as error:
+            raise invalid("recipe['architecture']", recipe["architecture"], f"UNet's arguments ({error})") from error
+        model.timestep_scale = float(recipe["timestep_scale"])
+        return model
+
+    def with_widths(self, widths: Mapping[str, int]) -> UNet:
+        """A fresh UNet of this architecture whose units are as wide as ``widths`` says (uninitialised, same
+        device)."""
+        first = next(self.parameters())
+        with torch.device("meta"):
+            model = UNet.from_recipe({**self.recipe(), "widths": {**self.widths, **widths}})
+        return model.to(first.dtype).to_empty(device=first.device).train(self.training)
+
+
+def _checked_width(name: str, unnamed: dict[str, int], channels: int, atom: int) -> int:
+    width = unnamed.pop(name, channels)
+    if not 0 <= width <= channels or width % atom:
+        raise invalid(f"widths[{name!r}]", width, f"a multiple of {atom} from 0 to {channels}")
+    return width
+
+
+def default_channel_mult(image_size: int) -> tuple[int, ...]:
+    """improved-diffusion's multipliers for 32, 64 and 256; for any other size as many of the nearest set as
+    it allows.
+
+    Up to 32 pixels the lowest level keeps at least 4 x 4 pixels, above that 8 x 8; levels end where the size
+    stops being even.
+    """
+    if image_size <= 32:
+        mult, smallest = (1, 2, 2, 2), 4
+    elif image_size < 128:
+        mult, smallest = (1, 2, 3, 4), 8
+    elif image_size < 256:
+        mult, smallest = (1, 1, 2, 3, 4), 8
+    else:
+        mult, smallest = (1, 1, 2, 2, 4, 4), 8
+    levels = 1
+    while levels < len(mult) and image_size % 2**levels == 0 and image_size >> levels >= smallest:
+        levels += 1
+    return mult[:levels]
+
+
+def create_unet(
+    *,
+    image_size: int = 64,
+    num_channels: int = 128,
+    num_res_blocks: int = 2,
+    num_heads: int = 4,
+    num_heads_upsample: int = -1,
+    attention_resolutions: str = "16,8",
+    dropout: float = 0.0,
+    learn_sigma: bool = False,
+    class_cond: bool = False,
+    use_checkpoint: bool = False,
+    use_scale_shift_norm: bool = True,
+    channel_mult: str | Sequence[int] = "",
+    num_classes: int = 1000,
+    in_channels: int = 3,
+) -> UNet:
+    """A UNet from improved-diffusion's flags (same names and defaults).
+
+    attention_resolutions: image sizes with attention, "16,8" ("" for none but the middle block's).
+    channel_mult: "1,2,2,2" or a sequence; "" means ``default_channel_mult(image_size)``.
+    learn_sigma doubles the output channels. ValueError names a flag that cannot be read.
+    """
+    if isinstance(channel_mult, str):
+        mult = _integers("channel_mult", channel_mult) or default_channel_mult(image_size)
+    else:
+        mult = tuple(channel_mult) or default_channel_mult(image_size)
+    resolutions = _integers("attention_resolutions", attention_resolutions)
+    return UNet(
+        image_size=image_size,
+        in_channels=in_channels,
+        model_channels=num_channels,
+        out_channels=in_channels * (2 if learn_sigma else 1),
+        num_res_blocks=num_res_blocks,
+        attention_resolutions=tuple(sorted({image_size // size for size in resolutions if size <= image_size})),
+        dropout=dropout,
+        channel_mult=mult,
+        num_classes=num_classes if class_cond else None,
+        use_checkpoint=use_checkpoint,
+        num_heads=num_heads,
+        num_heads_upsample=num_heads_upsample,
+        use_scale_shift_norm=use_scale_shift_norm,
+    )
+
+
+def _integers(argument: str, text: str) -> tuple[int, ...]:
+    try:
+        numbers = tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError as error:
+        raise invalid(argument, text, "integers separated by commas") from error
+    if any(number < 1 for number in numbers):
+        raise invalid(argument, text, "integers of at least 1")
+    return numbers

@@ -1,0 +1,274 @@
+"""Packing N experts into one model, and taking one out again."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree
+
+from tdc_fast.errors import invalid
+from tdc_fast.nn import layers
+from tdc_fast.nn.plan_scope import Routing
+from tdc_fast.nn.routed import LiveAxis, RoutedLeaf, routed_twin
+from tdc_fast.nn.units import PruningUnit, UnitSlice
+from tdc_fast.nn.width_plan import WidthPlan, base_hash
+from tdc_fast.routing import RoutingPlan, TimestepGroups
+
+_LEAVES = (
+    nn.Conv2d, nn.Conv1d, nn.Linear, nn.GroupNorm, nn.Embedding,
+    layers.Conv2d, layers.TokenConv1d, layers.Linear, layers.GroupNorm,
+)  # fmt: skip
+
+
+class RoutedModel(nn.Module):
+    """One model that computes every sample with the expert of its timestep's group. Made by ``pack_experts``.
+
+    model       : the base's structure with routed leaves; their parameters stack the experts, (E, ...).
+    groups      : which expert a timestep belongs to.
+    widths      : the WidthPlan of pruned experts, else None.
+    num_experts : N, one per group.
+
+    A state dict also holds the group boundaries and the units' widths; loading one that differs is an error
+    that says so.
+    """
+
+    group_boundaries: Tensor
+    unit_widths: Tensor
+
+    def __init__(self, model: nn.Module, groups: TimestepGroups, widths: WidthPlan | None, routing: Routing) -> None:
+        super().__init__()
+        self.model, self.groups, self.widths, self.routing = model, groups, widths, routing
+        self.num_experts = groups.num_groups
+        live = [] if widths is None else [list(widths.expert_widths(i).values()) for i in range(self.num_experts)]
+        self.register_buffer("group_boundaries", torch.tensor(groups.boundaries, dtype=torch.int64))
+        self.register_buffer("unit_widths", torch.tensor(live, dtype=torch.int32).reshape(self.num_experts, -1))
+
+    def forward(self, x: Tensor, t: Tensor, **kwargs: Any) -> Any:
+        """x (B, ...), t (B,) original integer timesteps in any mix -> the model's output, in the order of x.
+
+        Keyword tensors whose first dimension is B are per sample and routed along (``y=labels``). ValueError
+        for timesteps
+        that are not integers or out of range.
+        """
+        if t.dim() != 1 or t.shape[0] != x.shape[0]:
+            raise invalid("t", tuple(t.shape), f"one timestep for each of the {x.shape[0]} samples")
+        if t.dtype.is_floating_point:
+            raise invalid("t", t.dtype, "original integer timesteps (the model rescales them itself)")
+        plan = RoutingPlan.from_groups(self.groups.group_of(t), self.num_experts)
+        batch = x.shape[0]
+        kwargs = {
+            name: plan.sort(value) if isinstance(value, Tensor) and value.shape[:1] == (batch,) else value
+            for name, value in kwargs.items()
+        }
+        routing, before = self.routing, self.routing.plan
+        routing.plan = plan
+        try:
+            out = self.model(plan.sort(x), plan.sort(t), **kwargs)
+        finally:
+            routing.plan = before
+        if isinstance(out, Tensor):
+            return plan.unsort(out)
+        return _pytree.tree_map_only(
+            Tensor, lambda value: plan.unsort(value) if value.shape[:1] == (batch,) else value, out
+        )
+
+    def routed_leaves(self) -> dict[str, RoutedLeaf]:
+        """{path in the dense model: routed leaf}."""
+        return {name: leaf for name, leaf in self.model.named_modules() if isinstance(leaf, RoutedLeaf)}
+
+    def expert(self, index: int) -> nn.Module:
+        """Expert ``index`` as an ordinary module of the base's class with its own copy of the weights.
+
+        A pruned one is physically smaller; a unit of width 0 leaves only the skip path. Its output is this
+        model's for the
+        timesteps of group ``index``.
+        """
+        self._check_expert(index)
+        if self.widths is not None:
+            dense: nn.Module = self.model.with_widths(self.widths.expert_widths(index))  # type: ignore[operator]
+            dense.load_state_dict(self.expert_state(index))
+        else:
+            memo: dict[int, Any] = {id(leaf): leaf.dense(index) for leaf in self.routed_leaves().values()}
+            memo[id(self.routing)] = self.routing  # not part of the expert, so nothing to copy
+            dense = copy.deepcopy(self.model, memo)
+            _set_routing(dense, None)
+        return dense
+
+    def expert_state(self, index: int) -> dict[str, Tensor]:
+        """The state dict of ``expert(index)``: ordinary keys, its own live sizes (copies)."""
+        self._check_expert(index)
+        state = {
+            f"{name}.{key}": value
+            for name, leaf in self._leaves_of(index).items()
+            for key, value in leaf.expert_state(index).items()
+        }
+        own = self._buffers_of_model()
+        return {**state, **{name: value.clone() for name, value in own.items()}}
+
+    def load_expert_state(self, index: int, state: Mapping[str, Tensor]) -> None:
+        """Write a state dict as ``expert_state(index)`` gives it into the stacked parameters.
+
+        ValueError names a missing key, a foreign one or a wrong shape; nothing is written then.
+        """
+        expected = self.expert_state(index)
+        for name in sorted(expected.keys() ^ state.keys()):
+            raise invalid("state", name, "exactly the keys of expert_state(index): this one is missing or foreign")
+        for name, value in expected.items():
+            if value.shape != state[name].shape:
+                raise invalid(f"state[{name!r}]", tuple(state[name].shape), f"shape {tuple(value.shape)}")
+        for name, leaf in self._leaves_of(index).items():
+            leaf.load_expert(index, {key: state[f"{name}.{key}"] for key, _ in leaf.named_parameters()})
+
+    def _leaves_of(self, expert: int) -> dict[str, RoutedLeaf]:
+        """The routed leaves this expert has: not those inside a unit it does without."""
+        leaves = self.routed_leaves()
+        if self.widths is None or all(unit.width for unit in self.widths.experts[expert].values()):
+            return leaves
+        dense = self.model.with_widths(self.widths.expert_widths(expert))  # type: ignore[operator]
+        present = {name for name, _ in dense.named_modules()}
+        return {name: leaf for name, leaf in leaves.items() if name in present}
+
+    def _buffers_of_model(self) -> dict[str, Tensor]:
+        """Persistent buffers outside the leaves: the experts share them."""
+        parameters = {name for name, _ in self.model.named_parameters()}
+        return {name: value for name, value in self.model.state_dict().items() if name not in parameters}
+
+    def _check_expert(self, index: int) -> None:
+        if not 0 <= index < self.num_experts:
+            raise invalid("index", index, f"an expert from 0 to {self.num_experts - 1}")
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:  # type: ignore[override]
+        errors = args[-1]
+        for name in ("group_boundaries", "unit_widths"):
+            saved, own = state_dict.get(prefix + name), getattr(self, name)
+            if saved is not None and (saved.shape != own.shape or not torch.equal(saved.to(own.device), own)):
+                errors.append(
+                    f"{prefix}{name}: got {saved.tolist()}; expected {own.tolist()}: the file is of other experts"
+                )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def pack_experts(
+    base_or_experts: nn.Module | Sequence[nn.Module], groups: TimestepGroups, widths: WidthPlan | None = None
+) -> RoutedModel:
+    """One RoutedModel out of N copies of a base, or of N models of one architecture (expert i serves group
+    i).
+
+    Any module made of Conv2d, Linear, GroupNorm, Embedding and 1x1 Conv1d layers can be packed. With
+    ``widths`` each expert's
+    own weights are permuted by its unit orders and cut to its widths; the module then has to offer
+    ``pruning_units()``
+    and ``with_widths()``, as the UNet does. The inputs stay as they are.
+
+    Raises ValueError naming a layer that cannot be routed, experts that do not match, or what in ``widths``
+    does not fit
+    (other base, other boundaries, unknown unit, bad order or width).
+    """
+    count = groups.num_groups
+    shared = isinstance(base_or_experts, nn.Module)
+    experts = [base_or_experts] * count if shared else list(base_or_experts)  # type: ignore[arg-type]
+    if len(experts) != count:
+        raise invalid("base_or_experts", f"{len(experts)} experts", f"one for each of the {count} groups")
+    base = experts[0]
+    units: list[PruningUnit] = []
+    if widths is not None:
+        if not hasattr(base, "pruning_units") or not hasattr(base, "with_widths"):
+            raise invalid("widths", type(base).__name__, "a module with pruning_units() and with_widths(), or None")
+        units = base.pruning_units()
+        widths.check(units, base=base_hash(base) if shared else None, boundaries=groups.boundaries)
+    dense_leaves = _find_leaves(base)
+    if not shared:
+        _check_same(experts)
+
+    slices = _slices_by_leaf(units)
+    routing, memo = Routing(), {}
+    for name, layer in dense_leaves.items():
+        axes = {
+            dim: LiveAxis(tuple(expert[unit.name].width * part.scale for expert in widths.experts), part.copies)
+            for dim, (unit, part) in slices.get(name, {}).items()
+            if widths is not None
+        }
+        leaf = routed_twin(name, layer, count, axes.get("out"), axes.get("in"))
+        for index, expert in enumerate(experts):
+            leaf.load_expert(index, _cut(expert.get_submodule(name), slices.get(name, {}), widths, index))
+        if "in" in axes and 0 in axes["in"].counts:
+            gate = torch.tensor([[float(live > 0)] for live in axes["in"].counts])
+            leaf.closing_gate = gate.to(next(leaf.parameters()))
+        memo[id(layer)] = leaf
+    model = copy.deepcopy(base, memo)
+    for unit in units:
+        block = model.get_submodule(unit.name)
+        block.width = widths.max_width(unit.name)  # type: ignore[union-attr,assignment]
+        if not block.width:
+            block.become_skip()  # type: ignore[operator]
+    _set_routing(model, routing)
+    return RoutedModel(model, groups, widths, routing).train(base.training)
+
+
+def _find_leaves(base: nn.Module) -> dict[str, nn.Module]:
+    """{path: layer} of every layer with parameters. ValueError names what cannot be routed."""
+    leaves, owner = {}, {}
+    for name, module in base.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        if not own:
+            continue
+        if type(module) not in _LEAVES:
+            kinds = sorted({kind.__name__ for kind in _LEAVES})
+            raise invalid(f"module {name!r}", type(module).__name__, f"parameters only in layers of {kinds}")
+        for key, parameter in own.items():
+            if id(parameter) in owner:
+                raise invalid(f"parameter {name}.{key}", f"shared with {owner[id(parameter)]}", "parameters of its own")
+            owner[id(parameter)] = f"{name}.{key}"
+        leaves[name] = module
+    return leaves
+
+
+def _check_same(experts: Sequence[nn.Module]) -> None:
+    """ValueError naming the first state-dict entry in which an expert differs in kind from expert 0."""
+    first = experts[0].state_dict()
+    parameters = {name for name, _ in experts[0].named_parameters()}
+    for index, expert in enumerate(experts):
+        state = expert.state_dict()
+        for name in sorted(first.keys() ^ state.keys()):
+            raise invalid(f"experts[{index}]", name, "the same layers as experts[0]: this key only one of them has")
+        for name, value in state.items():
+            if value.shape != first[name].shape:
+                raise invalid(f"experts[{index}].{name}", tuple(value.shape), f"{tuple(first[name].shape)}")
+            if name not in parameters and not torch.equal(value, first[name]):
+                raise invalid(f"experts[{index}].{name}", "another buffer", "the buffer of experts[0]")
+
+
+def _slices_by_leaf(units: Sequence[PruningUnit]) -> dict[str, dict[str, tuple[PruningUnit, UnitSlice]]]:
+    """{leaf: {'out' | 'in': (unit, slice)}}."""
+    found: dict[str, dict[str, tuple[PruningUnit, UnitSlice]]] = {}
+    for unit in units:
+        for part in unit.slices:
+            entry = found.setdefault(part.module, {})
+            if part.dim in entry:
+                raise invalid(f"unit {unit.name!r}", part.module, "channels that no other unit has")
+            entry[part.dim] = (unit, part)
+    return found
+
+
+def _cut(
+    layer: nn.Module, slices: Mapping[str, tuple[PruningUnit, UnitSlice]], widths: WidthPlan | None, expert: int
+) -> dict[str, Tensor]:
+    """The layer's parameters with the expert's kept channels only, most important first."""
+    state = {name: parameter.detach() for name, parameter in layer.named_parameters()}
+    for dim, (unit, part) in slices.items():
+        assert widths is not None
+        entry = widths.experts[expert][unit.name]
+        rows = torch.cat(unit.kept_rows(entry.order, entry.width, part)).to(state["weight"].device)
+        for name in state if dim == "out" else ("weight",):
+            state[name] = state[name].index_select(0 if dim == "out" else 1, rows)
+    return state
+
+
+def _set_routing(model: nn.Module, routing: Routing | None) -> None:
+    for module in model.modules():
+        if hasattr(module, "routing"):
+            module.routing = routing
