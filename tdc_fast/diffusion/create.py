@@ -33,4 +33,5 @@ def create_diffusion(
         loss=loss,
         timestep_scale=1000.0 / diffusion_steps if rescale_timesteps else 1.0,
     )
-    return diffusion.respaced(timestep_respacing) if timestep_respacing else diffusion
+    # Without respacing too: betas recomputed from their product differ in the last bits, and a drop-in has those bits.
+    return diffusion.respaced(timestep_respacing or [diffusion_steps])

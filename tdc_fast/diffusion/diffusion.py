@@ -69,9 +69,13 @@ class Diffusion:
         """Raises ValueError for betas outside (0, 1], an unknown option or a map of another length."""
         betas = np.array(betas, dtype=np.float64)
         if betas.ndim != 1 or betas.size == 0:
-            raise invalid("betas", f"shape {betas.shape}", "give a non-empty one-dimensional array")
+            raise invalid("betas", f"shape {betas.shape}", "a non-empty one-dimensional array")
         if not ((betas > 0) & (betas <= 1)).all():
-            raise invalid("betas", f"range {betas.min()} to {betas.max()}", "keep every beta in (0, 1]")
+            raise invalid(
+                "betas",
+                f"range {betas.min()} to {betas.max()}",
+                "every beta within (0, 1]; a linear schedule needs 20 steps or more",
+            )
         _check_option("prediction", prediction, Prediction)
         _check_option("variance", variance, Variance)
         _check_option("loss", loss, Loss)
@@ -80,9 +84,7 @@ class Diffusion:
         self.num_timesteps = len(betas)
         self.timestep_map = tuple(range(len(betas))) if timestep_map is None else tuple(timestep_map)
         if len(self.timestep_map) != self.num_timesteps:
-            raise invalid(
-                "timestep_map", f"{len(self.timestep_map)} entries", f"give one per beta ({self.num_timesteps})"
-            )
+            raise invalid("timestep_map", f"{len(self.timestep_map)} entries", f"one per beta ({self.num_timesteps})")
         self.original_num_timesteps = original_num_timesteps or self.timestep_map[-1] + 1
         self._build_tables(betas)
         self._on_device: dict[tuple[str, torch.device], Tensor] = {}
@@ -137,9 +139,9 @@ class Diffusion:
     def with_timesteps(self, kept: tuple[int, ...]) -> Diffusion:
         """The process that visits only `kept` (increasing indices of this one) with unchanged marginals there."""
         if not kept or any(a >= b for a, b in zip(kept, kept[1:], strict=False)):
-            raise invalid("kept", kept, "give increasing timesteps")
+            raise invalid("kept", kept, "increasing timesteps")
         if kept[0] < 0 or kept[-1] >= self.num_timesteps:
-            raise invalid("kept", kept, f"keep timesteps within 0..{self.num_timesteps - 1}")
+            raise invalid("kept", kept, f"timesteps within 0..{self.num_timesteps - 1}")
         return Diffusion(
             respaced_betas(self.alphas_cumprod, kept),
             prediction=self.prediction,
@@ -169,7 +171,7 @@ class Diffusion:
         """A draw of q(x_t | x0) = N(sqrt(alpha_bar) x0, 1 - alpha_bar) (Ho et al. 2020, equation 4), like x0."""
         check_timesteps(t, x0, self.num_timesteps)
         if noise.shape != x0.shape:
-            raise invalid("noise", f"shape {tuple(noise.shape)}", f"give the shape of x0, {tuple(x0.shape)}")
+            raise invalid("noise", f"shape {tuple(noise.shape)}", f"the shape of x0, {tuple(x0.shape)}")
         return (
             self.coefficient("sqrt_alphas_cumprod", t, x0) * x0
             + self.coefficient("sqrt_one_minus_alphas_cumprod", t, x0) * noise
@@ -205,7 +207,7 @@ class Diffusion:
         channels = x.shape[1] * (2 if self.learns_variance else 1)
         expected = (x.shape[0], channels, *x.shape[2:])
         if tuple(model_output.shape) != expected:
-            remedy = f"a denoiser with variance={self.variance!r} must answer with shape {expected}"
+            remedy = f"shape {expected} from a denoiser with variance={self.variance!r}"
             raise invalid("model_output", f"shape {tuple(model_output.shape)}", remedy)
         model_output = model_output.to(arithmetic_dtype(x))
         if not self.learns_variance:
@@ -279,19 +281,19 @@ def broadcast_to_samples(values: Tensor, x: Tensor) -> Tensor:
 def check_timesteps(t: Tensor, x: Tensor, num_timesteps: int, lowest: int = 0) -> None:
     """Raises ValueError unless t is integer (B,) with one entry per sample, in range (checked on the CPU only)."""
     if t.dtype not in (torch.int64, torch.int32):
-        raise invalid("t", f"dtype {t.dtype}", "give int64 timesteps")
+        raise invalid("t", f"dtype {t.dtype}", "int64 timesteps")
     if t.dim() != 1 or t.shape[0] != x.shape[0]:
-        raise invalid("t", f"shape {tuple(t.shape)}", f"give one timestep per sample, shape ({x.shape[0]},)")
+        raise invalid("t", f"shape {tuple(t.shape)}", f"one timestep per sample, shape ({x.shape[0]},)")
     # Reading the values of a device tensor would stall the device, so only host tensors are looked at.
     if t.device.type == "cpu" and t.numel() and not torch.compiler.is_compiling():
         low, high = int(t.min()), int(t.max())
         if low < lowest or high >= num_timesteps:
-            raise invalid("t", f"range {low}..{high}", f"keep timesteps within {lowest}..{num_timesteps - 1}")
+            raise invalid("t", f"range {low}..{high}", f"timesteps within {lowest}..{num_timesteps - 1}")
 
 
 def _check_option(argument: str, value: str, options: Any) -> None:
     if value not in get_args(options):
-        raise invalid(argument, value, "use one of " + ", ".join(get_args(options)))
+        raise invalid(argument, value, "one of " + ", ".join(get_args(options)))
 
 
 def _first_replaced(table: np.ndarray) -> np.ndarray:

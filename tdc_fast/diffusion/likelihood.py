@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 class Bound:
     """The bound of B samples and its terms per step; steps run from T - 1 down to 0 along the last axis.
 
-    total (B,) = prior (B,) + sum of vb (B, T), all in bits per dimension; xstart_mse and mse (B, T) are the squared errors
-    of the predicted x0 and noise.
+    total (B,) = prior (B,) + sum of vb (B, T), all in bits per dimension; xstart_mse and mse (B, T) are the squared
+    errors of the predicted x0 and noise.
     """
 
     total: Tensor

@@ -29,10 +29,11 @@ def training_losses(
 
     Returns 'loss' (B,), and for the mse losses 'mse' (B,) and, when the variance is learned, 'vb' (B,):
 
-    - mse, rescaled_mse: mean squared error of the predicted noise (or x0). With a learned variance the hybrid loss mse +
-      vb (Nichol and Dhariwal 2021, section 3.1): the bound then trains the variance only, its mean being detached.
-      rescaled_mse multiplies vb by T / 1000.
-    - kl, rescaled_kl: the bound's term in bits per dimension; rescaled_kl multiplies it by T, which estimates the whole bound.
+    - mse, rescaled_mse: mean squared error of the predicted noise (or x0). With a learned variance the hybrid loss
+      mse + vb (Nichol and Dhariwal 2021, section 3.1): the bound then trains the variance only, its mean being
+      detached. rescaled_mse multiplies vb by T / 1000.
+    - kl, rescaled_kl: the bound's term in bits per dimension; rescaled_kl multiplies it by T, which estimates the
+      whole bound.
     """
     from tdc_fast.diffusion.likelihood import vb_terms
 
@@ -76,8 +77,8 @@ def normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2
 def discretized_gaussian_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
     """Log probability, in nats and elementwise, that N(mean, exp(log_scale)**2) rounds to the 8-bit pixel x in [-1, 1].
 
-    The two end pixels take the whole tail beyond them (Ho et al. 2020, equation 13). The normal's distribution function is
-    the tanh approximation of Page (1977), whose error is below 3e-4, as in the published IDDPM numbers.
+    The two end pixels take the whole tail beyond them (Ho et al. 2020, equation 13). The normal's distribution function
+    is the tanh approximation of Page (1977), whose error is below 3e-4, as in the published IDDPM numbers.
     """
     centered = x - mean
     inverse_scale = torch.exp(-log_scale)

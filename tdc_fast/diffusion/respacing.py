@@ -32,7 +32,7 @@ def spaced_timesteps(num_timesteps: int, spacing: Spacing) -> tuple[int, ...]:
             raise invalid(
                 "timestep_respacing",
                 spacing,
-                f"section {section} has {size} timesteps and cannot keep {count}: ask for {size} or fewer",
+                f"at most {size} steps for section {section}, not {count}: it has no more timesteps",
             )
         # Summed, not multiplied: the running sum decides how halves round.
         stride = (size - 1) / (count - 1) if count > 1 else 1.0
@@ -54,12 +54,14 @@ def _fixed_stride(num_timesteps: int, spacing: str) -> tuple[int, ...]:
     try:
         wanted = int(spacing[len("ddim") :])
     except ValueError:
-        raise invalid("timestep_respacing", spacing, "write a count after 'ddim', such as 'ddim25'") from None
+        raise invalid("timestep_respacing", spacing, "a count after 'ddim', such as 'ddim25'") from None
     for stride in range(1, num_timesteps):
         if len(range(0, num_timesteps, stride)) == wanted:
             return tuple(range(0, num_timesteps, stride))
     raise invalid(
-        "timestep_respacing", spacing, f"no integer stride over {num_timesteps} timesteps gives {wanted} steps"
+        "timestep_respacing",
+        spacing,
+        f"a count that an integer stride over {num_timesteps} timesteps gives; {wanted} is none",
     )
 
 
@@ -72,5 +74,5 @@ def _section_counts(spacing: Spacing) -> list[int]:
     except (TypeError, ValueError):
         counts = []
     if not counts or min(counts) < 0 or sum(counts) == 0:
-        raise invalid("timestep_respacing", spacing, "use 'ddim25', a count such as '25', or counts such as '10,20'")
+        raise invalid("timestep_respacing", spacing, "'ddim25', a count such as '25', or counts such as '10,20'")
     return counts

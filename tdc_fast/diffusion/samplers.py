@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tdc_fast.diffusion.diffusion import Denoiser, Diffusion, ReverseStep, broadcast_to_samples, check_timesteps
-from tdc_fast.errors import invalid, require
+from tdc_fast.errors import invalid
 
 SamplerName = Literal["ddpm", "ddim", "dpm++2m"]
 FINISHED = -1
@@ -58,8 +58,8 @@ def ddim_step(
 ) -> Tensor:
     """One DDIM step x_t -> x_{t_next} (Song et al. 2021, equation 12).
 
-    `t_next` (B,) defaults to t - 1 and may be any earlier step, -1 being the clean sample. `eta` 0 is deterministic and draws
-    no noise; eta 1 has the variance of `fixed_small`.
+    `t_next` (B,) defaults to t - 1 and may be any earlier step, -1 being the clean sample. `eta` 0 is deterministic and
+    draws no noise; eta 1 has the variance of `fixed_small`.
     """
     t_next = _next_steps(t, t_next)
     step = _predict(diffusion, model, x, t, clip_denoised, model_kwargs)
@@ -111,10 +111,10 @@ def dpmpp_2m_step(
     clip_denoised: bool = True,
     model_kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[Tensor, Dpm2mHistory]:
-    """One step of DPM-Solver++(2M) x_t -> x_{t_next} (Lu et al. 2022, algorithm 2), and the history to hand to the next one.
+    """One step of DPM-Solver++(2M) x_t -> x_{t_next} (Lu et al. 2022, algorithm 2), and the history for the next one.
 
-    `t_next` (B,) defaults to t - 1. A sample without history (its first step) makes a first-order step, as does a step to the
-    clean sample (t_next = -1), which returns the predicted x0.
+    `t_next` (B,) defaults to t - 1. A sample without history (its first step) makes a first-order step, as does a step
+    to the clean sample (t_next = -1), which returns the predicted x0.
     """
     t_next = _next_steps(t, t_next)
     history = Dpm2mHistory.empty(x) if history is None else history
@@ -152,10 +152,10 @@ def sample(
 ) -> Tensor:
     """Draw samples of `shape` (B, C, ...), float32, in [-1, 1] when `clip_denoised`.
 
-    `steps` None visits every step of `diffusion` (respace it for improved-diffusion's own spacings); a number visits that
-    many of them, spread as suits the sampler (`sampling_steps`). `generator` makes the result reproducible; it may live on
-    the CPU whatever `device` is. `noise` (shape) replaces the first draw x_T. One image batch is held at a time, no
-    trajectory. Raises ValueError for an unknown sampler, or steps that the process does not have.
+    `steps` None visits every step of `diffusion` (respace it for improved-diffusion's own spacings); a number visits
+    that many of them, spread as suits the sampler (`sampling_steps`). `generator` makes the result reproducible; it may
+    live on the CPU whatever `device` is. `noise` (shape) replaces the first draw x_T. One image batch is held at a
+    time, no trajectory. Raises ValueError for an unknown sampler, or steps that the process does not have.
     """
     visited = sampling_steps(diffusion, sampler, steps)
     process = diffusion if len(visited) == diffusion.num_timesteps else diffusion.with_timesteps(visited)
@@ -165,7 +165,9 @@ def sample(
     history = Dpm2mHistory.empty(x) if sampler == "dpm++2m" else None
     indices: Any = range(process.num_timesteps - 1, -1, -1)
     if progress:
-        indices = require("tqdm", extra="demo").tqdm(indices, desc=f"sampling ({sampler})", unit="step")
+        from tqdm import tqdm
+
+        indices = tqdm(indices, desc=f"sampling ({sampler})", unit="step")
     for index in indices:
         t = torch.full((x.shape[0],), index, device=x.device, dtype=torch.int64)
         if sampler == "ddpm":
@@ -180,16 +182,16 @@ def sample(
 def sampling_steps(diffusion: Diffusion, sampler: SamplerName, steps: int | None = None) -> tuple[int, ...]:
     """The increasing steps of `diffusion` that `sample` visits.
 
-    ddpm: evenly spread with both ends, as the spacing "25". ddim: a multiple of T / steps each, starting at 0, as the spacing
-    "ddim25" but for any count. dpm++2m: evenly spread from 0 to the last step whose half log SNR is above -5.1.
+    ddpm: evenly spread with both ends, as the spacing "25". ddim: a multiple of T / steps each, starting at 0, as the
+    spacing "ddim25" but for any count. dpm++2m: evenly spread from 0 to the last step whose half log SNR is above -5.1.
     """
     if sampler not in get_args(SamplerName):
-        raise invalid("sampler", sampler, "use one of " + ", ".join(get_args(SamplerName)))
+        raise invalid("sampler", sampler, "one of " + ", ".join(get_args(SamplerName)))
     total = diffusion.num_timesteps
     if steps is None:
         return tuple(range(total))
     if not 1 <= steps <= total:
-        raise invalid("steps", steps, f"ask for 1 to {total} steps")
+        raise invalid("steps", steps, f"1 to {total} steps")
     if sampler == "ddim":
         return tuple(index * total // steps for index in range(steps))
     last = total - 1
@@ -202,7 +204,7 @@ def sampling_steps(diffusion: Diffusion, sampler: SamplerName, steps: int | None
 
 
 def draw_noise(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Standard normal noise like x, drawn on the generator's own device so that a seed means the same on every device."""
+    """Standard normal noise like x, drawn on the generator's own device so that seeds mean the same everywhere."""
     source = x.device if generator is None else generator.device
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     noise = torch.randn(x.shape, generator=generator, device=source, dtype=dtype)
@@ -233,11 +235,9 @@ def _next_steps(t: Tensor, t_next: Tensor | None) -> Tensor:
     if t_next is None:
         return (t - 1).clamp(min=FINISHED)
     if t_next.shape != t.shape:
-        raise invalid(
-            "t_next", f"shape {tuple(t_next.shape)}", f"give one next step per sample, shape {tuple(t.shape)}"
-        )
+        raise invalid("t_next", f"shape {tuple(t_next.shape)}", f"one next step per sample, shape {tuple(t.shape)}")
     if t.device.type == "cpu" and bool((((t_next >= t) & (t >= 0)) | (t_next < FINISHED)).any()):
-        raise invalid("t_next", t_next.tolist(), f"step to an earlier timestep than {t.tolist()}, or to -1")
+        raise invalid("t_next", t_next.tolist(), f"earlier timesteps than {t.tolist()}, or -1")
     return torch.where(t < 0, t, t_next)
 
 

@@ -21,13 +21,13 @@ def named_betas(name: str, num_timesteps: int) -> np.ndarray:
     Dhariwal 2021, equation 17). Raises ValueError for an unknown name or a T below 1.
     """
     if num_timesteps < 1:
-        raise invalid("num_timesteps", num_timesteps, "give at least one step")
+        raise invalid("num_timesteps", num_timesteps, "at least one step")
     if name == "linear":
         scale = 1000 / num_timesteps
         return np.linspace(scale * 0.0001, scale * 0.02, num_timesteps, dtype=np.float64)
     if name == "cosine":
         return betas_for_alpha_bar(num_timesteps, lambda s: math.cos((s + 0.008) / 1.008 * math.pi / 2) ** 2)
-    raise invalid("noise_schedule", name, "use 'linear' or 'cosine'")
+    raise invalid("noise_schedule", name, "'linear' or 'cosine'")
 
 
 def betas_for_alpha_bar(

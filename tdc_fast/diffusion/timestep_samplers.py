@@ -25,8 +25,8 @@ class Groups(Protocol):
 class TimestepSampler:
     """Draws timesteps t (B,) and loss weights (B,); the training loss is mean(weights * losses).
 
-    Randomness comes only from the generator handed in; everything else a resumed run needs is in `state_dict`, which holds
-    plain numbers, lists and tensors.
+    Randomness comes only from the generator handed in; everything else a resumed run needs is in `state_dict`, which
+    holds plain numbers, lists and tensors.
     """
 
     num_timesteps: int
@@ -53,7 +53,7 @@ class UniformSampler(TimestepSampler):
 
     def __init__(self, num_timesteps: int) -> None:
         if num_timesteps < 1:
-            raise invalid("num_timesteps", num_timesteps, "give at least one timestep")
+            raise invalid("num_timesteps", num_timesteps, "at least one timestep")
         self.num_timesteps = num_timesteps
 
     def sample(
@@ -67,15 +67,15 @@ class LossSecondMomentSampler(TimestepSampler):
     """Importance sampling with probability proportional to sqrt(E[loss**2]) (Nichol and Dhariwal 2021, section 3.3).
 
     Uniform until every timestep has met `history_per_term` losses; from then on the last so many count, and
-    `uniform_prob` of the probability stays uniform. The weights 1 / (T p) keep the loss unbiased. In a distributed run `update`
-    gathers the losses of all ranks, so that every rank keeps the same probabilities.
+    `uniform_prob` of the probability stays uniform. The weights 1 / (T p) keep the loss unbiased. In a distributed run
+    `update` gathers the losses of all ranks, so that every rank keeps the same probabilities.
     """
 
     def __init__(self, num_timesteps: int, history_per_term: int = 10, uniform_prob: float = 0.001) -> None:
         if num_timesteps < 1:
-            raise invalid("num_timesteps", num_timesteps, "give at least one timestep")
+            raise invalid("num_timesteps", num_timesteps, "at least one timestep")
         if history_per_term < 1:
-            raise invalid("history_per_term", history_per_term, "keep at least one loss")
+            raise invalid("history_per_term", history_per_term, "at least one loss")
         self.num_timesteps = num_timesteps
         self.history_per_term = history_per_term
         self.uniform_prob = uniform_prob
@@ -115,7 +115,9 @@ class LossSecondMomentSampler(TimestepSampler):
         _check_keys(state, {"history", "counts"})
         expected = tuple(self._history.shape)
         if tuple(state["history"].shape) != expected or tuple(state["counts"].shape) != expected[:1]:
-            raise invalid("state", f"history of shape {tuple(state['history'].shape)}", f"this sampler has {expected}")
+            raise invalid(
+                "state", f"history of shape {tuple(state['history'].shape)}", f"{expected}, as this sampler has"
+            )
         self._history = state["history"].cpu().numpy().copy()
         self._counts = state["counts"].cpu().numpy().copy()
 
@@ -123,12 +125,12 @@ class LossSecondMomentSampler(TimestepSampler):
 class StratifiedSampler(TimestepSampler):
     """Fixed shares of every batch per group of timesteps, uniform inside the group.
 
-    Shares are equal unless given. A batch they do not divide gives the remainder in turn, such that at any time no group
-    is one whole sample or more away from its exact share of all samples so far. The groups alternate along the
-    batch, so any contiguous microbatch is balanced as well.
+    Shares are equal unless given. A batch they do not divide gives the remainder in turn, such that (at a constant
+    batch size) no group is ever a whole sample away from its exact share of all samples so far. The groups alternate
+    along the batch, so that any contiguous microbatch is balanced as well.
 
-    Weights: "unbiased" makes the expected loss that of uniform timesteps, (group size / T) / share; "per_group" gives every
-    group the same total, 1 / (N * share); "none" leaves ones, so that a group counts by its share.
+    Weights: "unbiased" makes the expected loss that of uniform timesteps, (group size / T) / share; "per_group" gives
+    every group the same total, 1 / (N * share); "none" leaves ones, so that a group counts by its share.
     """
 
     def __init__(
@@ -139,11 +141,11 @@ class StratifiedSampler(TimestepSampler):
         if shares is None:
             shares = [1.0] * count
         if len(shares) != count:
-            raise invalid("shares", list(shares), f"give one share per group ({count})")
+            raise invalid("shares", list(shares), f"one share per group ({count})")
         if not all(np.isfinite(share) and share > 0 for share in shares):
-            raise invalid("shares", list(shares), "every share must be positive")
+            raise invalid("shares", list(shares), "positive shares")
         if weighting not in ("unbiased", "per_group", "none"):
-            raise invalid("weighting", weighting, "use 'unbiased', 'per_group' or 'none'")
+            raise invalid("weighting", weighting, "'unbiased', 'per_group' or 'none'")
         self.num_timesteps = edges[-1]
         self.num_groups = count
         self._starts = torch.tensor(edges[:-1])
@@ -161,11 +163,11 @@ class StratifiedSampler(TimestepSampler):
         self._owed = np.zeros(count, dtype=np.int64)
 
     def next_counts(self, batch_size: int) -> np.ndarray:
-        """How many of the next batch's samples each group gets, int64 (N,), summing to `batch_size`; advances the rotation."""
+        """How many of the next batch's samples each group gets, int64 (N,); advances the rotation."""
         counts, fractions = np.divmod(batch_size * self._parts, self._total)
         remainder = batch_size - int(counts.sum())
-        # Tijdeman's chairman assignment (1980): each left-over sample goes, of the groups that are owed something by then, to
-        # the one that would be owed a whole sample first.
+        # Tijdeman's chairman assignment (1980): each left-over sample goes, of the groups that are owed something by
+        # then, to the one that would be owed a whole sample first.
         scale, whole = max(remainder, 1), max(remainder, 1) * self._total
         owed = self._owed * scale
         for _ in range(remainder):
@@ -196,7 +198,7 @@ class StratifiedSampler(TimestepSampler):
         _check_keys(state, {"owed", "parts", "starts"})
         for key, mine in (("parts", self._parts.tolist()), ("starts", self._starts.tolist())):
             if list(state[key]) != mine:
-                raise invalid(f"state[{key!r}]", state[key], f"this sampler has {mine}: use the same groups and shares")
+                raise invalid(f"state[{key!r}]", state[key], f"{mine}, from the same groups and shares")
         self._owed = np.asarray(state["owed"], dtype=np.int64)
 
 
@@ -215,11 +217,11 @@ def create_timestep_sampler(
         return LossSecondMomentSampler(num_timesteps)
     if name == "stratified":
         if groups is None:
-            raise invalid("groups", groups, "a stratified sampler needs the timestep groups")
+            raise invalid("groups", groups, "the timestep groups, which a stratified sampler needs")
         if groups.boundaries[-1] != num_timesteps:
-            raise invalid("groups", f"{groups.boundaries[-1]} timesteps", f"give groups of {num_timesteps} timesteps")
+            raise invalid("groups", f"{groups.boundaries[-1]} timesteps", f"groups of {num_timesteps} timesteps")
         return StratifiedSampler(groups, shares, weighting=weighting)
-    raise invalid("schedule_sampler", name, "use 'uniform', 'loss-second-moment' or 'stratified'")
+    raise invalid("schedule_sampler", name, "'uniform', 'loss-second-moment' or 'stratified'")
 
 
 def _home(generator: torch.Generator | None) -> torch.device:
@@ -260,4 +262,4 @@ def _gathered(t: Tensor, losses: Tensor) -> Iterable[tuple[int, float]]:
 
 def _check_keys(state: dict[str, Any], expected: set[str]) -> None:
     if set(state) != expected:
-        raise invalid("state", sorted(state), f"expected the entries {sorted(expected)}: it is another sampler's state")
+        raise invalid("state", sorted(state), f"the entries {sorted(expected)}: this is another sampler's state")

@@ -63,15 +63,14 @@ class ImageDataset:
         return self.source.skipped
 
     def images(self, indices: Any = None) -> Tensor:
-        """Images in [-1, 1], float32 (B, C, H, W) in channels_last memory; `indices` (B,) or a slice, all by default."""
-        chosen = self.indices if indices is None else self.indices[indices]
-        pixels = self.source.fetch(np.atleast_1d(chosen))
-        return torch.from_numpy(to_unit_range(pixels)).permute(0, 3, 1, 2)
+        """Images in [-1, 1], float32 (B, C, H, W), channels_last memory; `indices` (B,) or a slice, all by default."""
+        return self.batch(slice(None) if indices is None else indices)[0]
 
-    def batch(self, indices: np.ndarray) -> tuple[Tensor, dict[str, Tensor]]:
+    def batch(self, indices: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """`images(indices)` and the model's keyword arguments: {'y': int64 (B,)} when class conditional, else {}."""
-        x = self.images(indices)
-        return x, {} if self.labels is None else {"y": torch.from_numpy(self.labels[indices])}
+        pixels, positions = self._read(np.arange(len(self))[indices].reshape(-1))
+        x = torch.from_numpy(to_unit_range(pixels)).permute(0, 3, 1, 2)
+        return x, {} if self.labels is None else {"y": torch.from_numpy(self.labels[positions])}
 
     def split(self, fraction: float, seed: int = 0) -> tuple[ImageDataset, ImageDataset]:
         """The training part and the held-out part, `fraction` of the images (at least one); the same for the same seed.
@@ -80,15 +79,26 @@ class ImageDataset:
         either part would be empty.
         """
         if not 0 < fraction < 1:
-            raise invalid("fraction", fraction, "hold out a share between 0 and 1")
+            raise invalid("fraction", fraction, "a share between 0 and 1")
         blocks = self.source.blocks(self.indices)
         names = np.unique(blocks)
         count = max(1, round(fraction * len(names)))
         if count >= len(names):
-            raise invalid("fraction", fraction, f"{len(self)} images cannot be split so: hold out less")
+            raise invalid("fraction", fraction, f"a share that leaves some of {len(names)} parts to train on")
         held_names = np.random.default_rng(seed).permutation(names)[:count]
         held = np.isin(blocks, held_names)
         return self._take(np.flatnonzero(~held)), self._take(np.flatnonzero(held))
+
+    def _read(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Pixels (B, H, W, C) and the positions they are of: a corrupt image gives way to the next good one here."""
+        pixels = self.source.fetch(self.indices[positions])
+        for _ in range(len(self)):
+            corrupt = np.isin(self.indices[positions], list(self.source.corrupt))
+            if not corrupt.any():
+                return pixels, positions
+            positions[corrupt] = (positions[corrupt] + 1) % len(self)
+            pixels[corrupt] = self.source.fetch(self.indices[positions[corrupt]])
+        raise invalid("data_dir", f"{len(self)} images", "at least one that can be decoded")
 
     def _take(self, positions: np.ndarray) -> ImageDataset:
         labels = None if self.labels is None else self.labels[positions]
@@ -107,44 +117,45 @@ def load_dataset(
 
     - 'digits': scikit-learn's 1797 handwritten digits, 8x8, one channel, 10 classes.
     - 'photos': 8192 patches of scikit-learn's two sample photographs, `image_size` pixels (32 by default), 2 classes.
-    - a folder: every jpg, jpeg, png and gif below it in sorted order, as RGB; the class is the base name up to the first "_", the
-      classes numbered in sorted order, directories ignored. Needs `image_size`.
+    - a folder: every jpg, jpeg, png and gif below it in sorted order, as RGB; the class is the base name up to the
+      first "_", the classes numbered in sorted order, directories ignored. Needs `image_size`.
     - an .npz (`arr_0` or `images`, labels in `arr_1` or `labels`) or .npy file: (N, H, W, C) or (N, H, W), uint8, or
       float in [-1, 1] or, when nothing is negative, in [0, 1].
 
     Names win over paths: write './digits' for a folder called that. Images of another size than `image_size` are halved
-    with a box filter while at least twice as large, scaled so that the short side fits (bicubic) and cropped at the centre.
+    with a box filter while at least twice as large, scaled so that the short side fits (bicubic) and cropped at the
+    centre.
 
-    `on_corrupt`: a file that does not decode is an 'error' naming it, or is left out with 'skip' and counted in `skipped`. A
-    folder of at most `cache_bytes` decoded bytes is decoded, and so checked, at once; a larger one as it is read, and there
-    'skip' puts the next good image of the listing in the place of a corrupt one.
+    `on_corrupt`: a file that does not decode is an 'error' naming it, or is left out with 'skip' and counted in
+    `skipped`. A folder of at most `cache_bytes` decoded bytes is decoded, and so checked, at once; a larger one as it
+    is read, and there 'skip' puts the next good image and its class in the place of a corrupt one.
 
     Raises ValueError for what is missing, empty, corrupt or of a wrong shape, and ImportError naming the extra for
-    'digits', 'photos' and image files when scikit-learn or Pillow is missing.
+    'digits' and 'photos' when scikit-learn is missing.
     """
     if on_corrupt not in ("error", "skip"):
-        raise invalid("on_corrupt", on_corrupt, "use 'error' or 'skip'")
+        raise invalid("on_corrupt", on_corrupt, "'error' or 'skip'")
     if image_size is not None and image_size < 1:
-        raise invalid("image_size", image_size, "give a positive number of pixels")
+        raise invalid("image_size", image_size, "a positive number of pixels")
     path = Path(name_or_path)
     labels: np.ndarray | None
     source: ImageSource
     if str(name_or_path) == DIGITS:
         source, labels = _load_digits(image_size)
     elif str(name_or_path) == PHOTOS:
-        source = PhotoSource(image_size or 32)
-        labels = source.photo_ids
+        photos = PhotoSource(image_size or 32)
+        source, labels = photos, photos.photo_ids
     elif path.is_dir():
         source, labels = _load_folder(path, image_size, on_corrupt, cache_bytes)
     elif path.is_file() and path.suffix in (".npz", ".npy"):
         source, labels = _load_array(path, image_size)
     else:
-        remedy = "give 'digits', 'photos', a folder of images, or an .npz or .npy file that exists"
+        remedy = "'digits', 'photos', a folder of images, or an .npz or .npy file that exists"
         raise invalid("data_dir", str(name_or_path), remedy)
     if not class_cond:
         labels = None
     elif labels is None:
-        raise invalid("class_cond", class_cond, f"{path} holds no labels: add 'arr_1' or 'labels', or turn it off")
+        raise invalid("class_cond", class_cond, f"False, or labels as 'arr_1' or 'labels' in {path}")
     num_classes = 0 if labels is None else int(labels.max()) + 1
     return ImageDataset(source, np.arange(len(source)), labels, num_classes)
 
@@ -160,22 +171,23 @@ class BatchStream:
     """Endless shuffled batches: x (B, C, H, W) float32 in [-1, 1], channels_last, and {'y': labels (B,)} or {}.
 
     Epoch e visits the images in an order that depends on (seed, e) alone. With several ranks each takes every
-    world_size-th image of that order, so that all see the same number of batches. A last batch that would not be full is dropped.
-    A dataset smaller than a batch (per rank) repeats inside the batch: every image appears equally often, up to one.
+    world_size-th image of that order, so that all see the same number of batches. A last batch that would not be full
+    is dropped. A dataset smaller than a batch (per rank) repeats inside it: an epoch is then one batch, in which every
+    image appears equally often, give or take one.
 
-    `state_dict` is the position after the last batch handed out, whatever was read ahead, so a restored stream continues
-    with exactly the batches that were to come.
+    `state_dict` is the position after the last batch handed out, whatever was read ahead, so a restored stream
+    continues with exactly the batches that were to come.
     """
 
     def __init__(
         self, dataset: ImageDataset, batch_size: int, seed: int = 0, *, rank: int = 0, world_size: int = 1
     ) -> None:
         if batch_size < 1:
-            raise invalid("batch_size", batch_size, "give at least one image")
+            raise invalid("batch_size", batch_size, "at least one image")
         if not 0 <= rank < world_size:
-            raise invalid("rank", rank, f"give a rank within 0..{world_size - 1}")
+            raise invalid("rank", rank, f"a rank within 0..{world_size - 1}")
         if len(dataset) < world_size:
-            raise invalid("world_size", world_size, f"the dataset has {len(dataset)} images: one per rank at least")
+            raise invalid("world_size", world_size, f"at most one rank per image ({len(dataset)})")
         self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
         self.rank, self.world_size = rank, world_size
         self.epoch, self.index = 0, 0
@@ -209,10 +221,12 @@ class BatchStream:
         """Continue where `state` was taken. Raises ValueError when the dataset, batch size, seed or ranks differ."""
         for name, mine in self._identity().items():
             if state.get(name) != mine:
-                raise invalid(f"state[{name!r}]", state.get(name), f"this stream has {mine}: use the same settings")
+                raise invalid(
+                    f"state[{name!r}]", state.get(name), f"{mine}, as this stream has: the same data and settings"
+                )
         epoch, index = state.get("epoch", -1), state.get("index", -1)
         if epoch < 0 or not 0 <= index < self.batches_per_epoch:
-            raise invalid("state", state, "it is no position in this stream")
+            raise invalid("state", state, f"an epoch from 0 and an index below {self.batches_per_epoch}")
         self.epoch, self.index = int(epoch), int(index)
 
     def close(self) -> None:
@@ -267,17 +281,18 @@ def _load_folder(
     folder: Path, image_size: int | None, on_corrupt: OnCorrupt, cache_bytes: int
 ) -> tuple[ImageSource, np.ndarray]:
     if image_size is None:
-        raise invalid("image_size", image_size, "a folder of images needs the size to scale them to")
+        raise invalid("image_size", image_size, "the size to scale a folder's images to")
     files = list_images(folder)
     if not files:
-        raise invalid("data_dir", str(folder), "it holds no jpg, jpeg, png or gif file")
-    source: ImageSource = FolderSource(files, image_size, on_corrupt)
+        raise invalid("data_dir", str(folder), "a folder with jpg, jpeg, png or gif files in it or below")
+    folder_source = FolderSource(files, image_size, on_corrupt)
+    source: ImageSource = folder_source
     classes = [file.name.split("_")[0] for file in files]
     if len(files) * image_size * image_size * 3 <= cache_bytes:
-        source, kept = source.decoded()
+        source, kept = folder_source.decoded()
         classes = [classes[position] for position in kept]
         if not classes:
-            raise invalid("data_dir", str(folder), f"none of its {len(files)} images can be decoded")
+            raise invalid("data_dir", str(folder), f"images that can be decoded; none of the {len(files)} can")
     ids = {name: number for number, name in enumerate(sorted(set(classes)))}
     return source, np.array([ids[name] for name in classes], dtype=np.int64)
 
@@ -292,11 +307,11 @@ def _load_array(path: Path, image_size: int | None) -> tuple[ImageSource, np.nda
         else:
             arrays = {"images": loaded}
     except Exception as error:
-        remedy = f"it cannot be read as arrays of equal images ({error}): write it again with numpy.savez"
+        remedy = f"arrays of equal images, as numpy.savez writes them ({error})"
         raise invalid("data_dir", str(path), remedy) from error
     images = arrays.get("arr_0", arrays.get("images"))
     if images is None:
-        raise invalid("data_dir", str(path), "it has neither 'arr_0' nor 'images'")
+        raise invalid("data_dir", str(path), "a file with 'arr_0' or 'images' in it")
     source = ArraySource.checked(images, str(path), image_size)
     return source, _checked_labels(arrays.get("arr_1", arrays.get("labels")), len(source), path)
 
@@ -305,6 +320,6 @@ def _checked_labels(labels: np.ndarray | None, count: int, path: Path) -> np.nda
     if labels is None:
         return None
     if labels.shape != (count,) or labels.dtype.kind not in "iu" or (count and labels.min() < 0):
-        remedy = f"give {count} integers from 0 up"
+        remedy = f"{count} integers from 0 up"
         raise invalid("labels", f"{path}: shape {labels.shape}, dtype {labels.dtype}", remedy)
     return labels.astype(np.int64)

@@ -23,13 +23,18 @@ class ImageSource(Protocol):
 
     image_size: int
     channels: int
-    skipped: int
     slow: bool
+    corrupt: set[int]
+
+    @property
+    def skipped(self) -> int:
+        """Corrupt images left out so far."""
+        ...
 
     def __len__(self) -> int: ...
 
     def fetch(self, indices: np.ndarray) -> np.ndarray:
-        """Images (B, H, W, C), uint8, or float32 in [-1, 1]."""
+        """Images (B, H, W, C), uint8, or float32 in [-1, 1]; zeros for those that are in `corrupt` afterwards."""
         ...
 
     def blocks(self, indices: np.ndarray) -> np.ndarray:
@@ -45,7 +50,9 @@ class ArraySource:
     def __init__(self, images: np.ndarray, skipped: int = 0, *, from_zero: bool = False) -> None:
         self._images = images
         self._from_zero = from_zero
-        self.image_size, self.channels, self.skipped = images.shape[1], images.shape[3], skipped
+        self.skipped = skipped
+        self.corrupt: set[int] = set()
+        self.image_size, self.channels = images.shape[1], images.shape[3]
 
     @classmethod
     def checked(cls, images: np.ndarray, name: str, image_size: int | None) -> ArraySource:
@@ -54,23 +61,23 @@ class ArraySource:
         if images.ndim == 3:
             images = images[..., None]  # (N, H, W) is grey
         if images.ndim != 4 or not 1 <= images.shape[-1] <= 4:
-            raise invalid("images", found, "give (N, H, W, C) with 1 to 4 channels last, or (N, H, W)")
+            raise invalid("images", found, "(N, H, W, C) with 1 to 4 channels last, or (N, H, W)")
         if 0 in images.shape:
-            raise invalid("images", found, "give at least one image with at least one pixel")
+            raise invalid("images", found, "at least one image with at least one pixel")
         if images.dtype != np.uint8 and images.dtype.kind != "f":
-            raise invalid("images", found, "give uint8, or float in [-1, 1] or [0, 1]")
+            raise invalid("images", found, "uint8, or float in [-1, 1] or [0, 1]")
         from_zero = False
         if images.dtype.kind == "f":
             low, high = float(images.min()), float(images.max())
-            if not (-1.001 <= low and high <= 1.001):  # also refuses NaN
-                raise invalid("images", f"{name}: range {low} to {high}", "scale floats to [-1, 1] or [0, 1]")
+            if not (low >= -1.001 and high <= 1.001):  # also refuses NaN
+                raise invalid("images", f"{name}: range {low} to {high}", "floats in [-1, 1] or [0, 1]")
             from_zero = low >= 0
         height, width = images.shape[1:3]
         if height != width or (image_size is not None and image_size != height):
             if image_size is None:
-                raise invalid("images", found, "give image_size to crop images that are not square")
+                raise invalid("images", found, "square images, or image_size to crop them to")
             if images.dtype != np.uint8:
-                raise invalid("images", found, f"floats are not resized: give uint8, or {image_size} pixels square")
+                raise invalid("images", found, f"uint8, as floats are not resized, or {image_size} pixels square")
             images = fit_images(images, image_size, name)
         return cls(images, from_zero=from_zero)
 
@@ -97,19 +104,23 @@ class FolderSource:
     def __init__(self, files: Sequence[Path], image_size: int, on_corrupt: OnCorrupt = "error") -> None:
         self._files = files
         self._on_corrupt = on_corrupt
-        self._corrupt: set[int] = set()
+        self.corrupt: set[int] = set()
         self.image_size = image_size
-        self._image_module = require("PIL.Image", extra="demo")
 
     def __len__(self) -> int:
         return len(self._files)
 
     @property
-    def skipped(self) -> int:  # type: ignore[override]
-        return len(self._corrupt)
+    def skipped(self) -> int:
+        return len(self.corrupt)
 
     def fetch(self, indices: np.ndarray) -> np.ndarray:
-        return np.stack(self._in_threads(self._decode_or_next, indices))
+        size = self.image_size
+        pixels = np.zeros((len(indices), size, size, self.channels), np.uint8)
+        for row, image in enumerate(self._in_threads(self._decode_or_none, indices)):
+            if image is not None:
+                pixels[row] = image
+        return pixels
 
     def blocks(self, indices: np.ndarray) -> np.ndarray:
         return indices
@@ -126,27 +137,22 @@ class FolderSource:
         with ThreadPoolExecutor(DECODING_THREADS, thread_name_prefix="decode") as pool:
             return list(pool.map(decode, indices))
 
-    def _decode_or_next(self, position: int) -> np.ndarray:
-        for step in range(len(self._files)):
-            image = self._decode_or_none((position + step) % len(self._files))
-            if image is not None:
-                return image
-        raise invalid("data_dir", str(self._files[0].parent), "none of its images can be decoded")
-
     def _decode_or_none(self, position: int) -> np.ndarray | None:
-        if position in self._corrupt:
+        from PIL import Image
+
+        if position in self.corrupt:
             return None
         file = self._files[position]
         try:
-            with self._image_module.open(file) as image:
+            with Image.open(file) as image:
                 image.load()
-                return fit_image(image.convert("RGB"), self.image_size)
+                return fit_image(image, self.image_size, mode="RGB")
         # Pillow's decoders raise many kinds of error for damaged files, some of them its own, some SyntaxError.
         except Exception as error:
             if self._on_corrupt == "error":
-                remedy = f"it cannot be decoded ({error}): remove it, or set on_corrupt='skip'"
+                remedy = f"an image that can be decoded ({error}): remove it, or set on_corrupt='skip'"
                 raise invalid("image", str(file), remedy) from error
-            self._corrupt.add(position)
+            self.corrupt.add(position)
             return None
 
 
@@ -162,13 +168,11 @@ class PhotoSource:
     skipped = 0
 
     def __init__(self, image_size: int, patches: int = PHOTO_PATCHES) -> None:
-        require("PIL.Image", extra="demo")
+        photos = require("sklearn.datasets", extra="demo").load_sample_images().images
         self.image_size = image_size
-        self._photos = [
-            _at_least(photo, image_size)
-            for photo in require("sklearn.datasets", extra="demo").load_sample_images().images
-        ]
-        blocks = []  # (photo, top, left, height, width)
+        self.corrupt: set[int] = set()
+        self._photos = [_at_least(photo, image_size) for photo in photos]
+        blocks: list[tuple[int, int, int, int]] = []  # photo, top, left, side
         for number, photo in enumerate(self._photos):
             height, width = photo.shape[:2]
             side = min(4 * image_size, height, width)
@@ -190,20 +194,18 @@ class PhotoSource:
 
     def fetch(self, indices: np.ndarray) -> np.ndarray:
         size = self.image_size
-        patches = [
-            self._photos[self.photo_ids[i]][
-                self._tops[i] : self._tops[i] + size, self._lefts[i] : self._lefts[i] + size
-            ]
-            for i in indices
-        ]
-        return np.stack(patches) if patches else np.zeros((0, size, size, 3), np.uint8)
+        patches = np.empty((len(indices), size, size, 3), np.uint8)
+        for row, i in enumerate(indices):
+            top, left = self._tops[i], self._lefts[i]
+            patches[row] = self._photos[self.photo_ids[i]][top : top + size, left : left + size]
+        return patches
 
     def blocks(self, indices: np.ndarray) -> np.ndarray:
         return self._block_ids[indices]
 
 
 def list_images(folder: Path) -> list[Path]:
-    """Every image file below `folder`: each directory's entries in sorted order, descending where a directory stands."""
+    """Every image file below `folder`: entries in sorted order, a directory's files where the directory stands."""
     found: list[Path] = []
     for entry in sorted(folder.iterdir(), key=lambda entry: entry.name):
         if entry.is_dir():
@@ -213,15 +215,16 @@ def list_images(folder: Path) -> list[Path]:
     return found
 
 
-def fit_image(image: Any, size: int) -> np.ndarray:
-    """A PIL image as uint8 (size, size, C): halved by box filter while at least twice `size`, then bicubic to a short side
-    of `size`, then cropped at the centre."""
-    resampling = require("PIL.Image", extra="demo").Resampling
+def fit_image(image: Any, size: int, mode: str | None = None) -> np.ndarray:
+    """A PIL image as uint8 (size, size, C): halved by box filter while at least twice `size`, then bicubic to a short
+    side of `size`, then cropped at the centre. `mode` converts it, after scaling as improved-diffusion does."""
+    from PIL.Image import Resampling
+
     while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), resample=resampling.BOX)
+        image = image.resize((image.width // 2, image.height // 2), resample=Resampling.BOX)
     scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), resample=resampling.BICUBIC)
-    pixels = np.asarray(image)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), resample=Resampling.BICUBIC)
+    pixels = np.asarray(image if mode is None else image.convert(mode))
     top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
     pixels = pixels[top : top + size, left : left + size]
     return pixels[..., None] if pixels.ndim == 2 else pixels
@@ -229,13 +232,12 @@ def fit_image(image: Any, size: int) -> np.ndarray:
 
 def fit_images(images: np.ndarray, size: int, name: str) -> np.ndarray:
     """`fit_image` over a uint8 array (N, H, W, C) of 1, 3 or 4 channels."""
-    pillow = require("PIL.Image", extra="demo")
+    from PIL import Image
+
     if images.shape[-1] == 2:
-        raise invalid("images", f"{name}: 2 channels", "images of two channels are not resized")
-    fitted = [
-        fit_image(pillow.fromarray(np.squeeze(image, -1) if image.shape[-1] == 1 else image), size) for image in images
-    ]
-    return np.stack(fitted)
+        raise invalid("images", f"{name}: 2 channels", f"{size} pixels, as two channels cannot be resized")
+    planes = images[..., 0] if images.shape[-1] == 1 else images
+    return np.stack([fit_image(Image.fromarray(image), size) for image in planes])
 
 
 def _at_least(photo: np.ndarray, size: int) -> np.ndarray:
@@ -243,7 +245,8 @@ def _at_least(photo: np.ndarray, size: int) -> np.ndarray:
     height, width = photo.shape[:2]
     if min(height, width) >= size:
         return photo
-    pillow = require("PIL.Image", extra="demo")
+    from PIL import Image
+
     scale = size / min(height, width)
-    enlarged = pillow.fromarray(photo).resize((round(width * scale), round(height * scale)), pillow.Resampling.BICUBIC)
-    return np.asarray(enlarged)
+    shape = (round(width * scale), round(height * scale))
+    return np.asarray(Image.fromarray(photo).resize(shape, Image.Resampling.BICUBIC))
