@@ -30,8 +30,7 @@ def budget_law(num_groups: int, k: float) -> tuple[float, ...]:
         raise invalid("k", k, "a number with 0 < k <= 1 (1 leaves every group whole)")
     bound = Fraction(str(float(k)))  # the decimal that was written, so that equal shares come out equal
     return tuple(
-        float(Fraction(i, num_groups) + Fraction(num_groups - i, num_groups) * bound)
-        for i in range(1, num_groups + 1)
+        float(Fraction(i, num_groups) + Fraction(num_groups - i, num_groups) * bound) for i in range(1, num_groups + 1)
     )
 
 

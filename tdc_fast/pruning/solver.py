@@ -72,9 +72,7 @@ class Solution:
         )
 
 
-def solve(
-    tables: Sequence[UnitTable], budget: int, *, fixed_macs: int = 0, tolerance: float = 0.01
-) -> Solution:
+def solve(tables: Sequence[UnitTable], budget: int, *, fixed_macs: int = 0, tolerance: float = 0.01) -> Solution:
     """Choose one width per unit: greatest total value with `(1 - tolerance) * budget <= MACs <= budget`.
 
     `fixed_macs` is the cost of everything outside the units. When no choice lands in that window, the
@@ -83,15 +81,11 @@ def solve(
     Raises ValueError when even the cheapest choice exceeds the budget, naming the smallest budget that works.
     The result depends on the arguments alone; of equally good choices the same one is returned every time.
     """
-    if not 0 <= tolerance < 1:
-        raise invalid("tolerance", tolerance, "a share of the budget in [0, 1), such as 0.01")
     budget = int(budget)
-    floor = budget - int(tolerance * budget)
+    floor = lowest_macs(budget, tolerance)
     least = fixed_macs + sum(min(table.macs) for table in tables)
     if least > budget:
-        raise invalid(
-            "budget", budget, f"at least {least}, the smallest reachable budget (every unit at its cheapest)"
-        )
+        raise invalid("budget", budget, f"at least {least}, the smallest reachable budget (every unit at its cheapest)")
     room = budget - least  # MACs to spend above the cheapest choice
     search = _Search(tables)
     picks = search.best(max(floor - least, 0), room)
@@ -106,6 +100,13 @@ def solve(
         budget=budget,
         floor=floor,
     )
+
+
+def lowest_macs(budget: int, tolerance: float) -> int:
+    """The least MACs that still meet the budget: no integer from it to `budget` is below (1 - tolerance) * budget."""
+    if not 0 <= tolerance < 1:
+        raise invalid("tolerance", tolerance, "a share of the budget in [0, 1), such as 0.01")
+    return budget - int(tolerance * budget)
 
 
 @dataclass(frozen=True)
@@ -186,9 +187,7 @@ class _Search:
             in_order[position] = pick
         return in_order
 
-    def _pass(
-        self, low: int, high: int, incumbent: float, limit: int
-    ) -> tuple[tuple[float, list[int]] | None, bool]:
+    def _pass(self, low: int, high: int, incumbent: float, limit: int) -> tuple[tuple[float, list[int]] | None, bool]:
         """One sweep over the units keeping at most `limit` states.
 
         Returns what it found above the incumbent, (value, picks), if anything, and whether no state was

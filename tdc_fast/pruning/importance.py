@@ -1,0 +1,160 @@
+"""How much each atom of each unit matters: Taylor importance on a group's own timesteps, and weight magnitude.
+
+An atom is what is kept or dropped as one: a normalisation group of channels, an attention head. Its parameters are
+the rows and columns that its unit's slices name: in a ResBlock the rows of the first convolution and of the
+embedding layer, the affine pair of the norm, and the columns of the second convolution.
+
+    Taylor      I(a) = sum over batches of | sum over the atom's parameters of w * dL/dw |
+    magnitude   I(a) = sqrt(sum over the atom's parameters of w ** 2)
+
+with L the training loss on the batch at timesteps of one group. The inner sum is the first-order change of L when
+the whole atom goes to zero, so an atom's importance is in units of loss (P. Molchanov et al., "Importance
+Estimation for Neural Network Pruning", arXiv 1906.10771, with the absolute value in place of the square; summed over
+timesteps as in G. Fang et al., "Structural Pruning for Diffusion Models", arXiv 2305.10924).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tdc_fast.errors import invalid
+from tdc_fast.nn.units import PruningUnit, UnitSlice
+
+Batch = Tensor | tuple[Tensor, Mapping[str, Any]]
+Importance = dict[str, np.ndarray]  # unit name -> (atoms,) float64
+
+
+def taylor_importance(
+    model: nn.Module,
+    units: Sequence[PruningUnit],
+    batches: Iterable[Batch],
+    diffusion: Any,
+    group: tuple[int, int],
+    *,
+    seed: int = 0,
+) -> Importance:
+    """First-order importance of every atom on the timesteps [start, stop) of `group`.
+
+    batches   : x0 (B, ...) or (x0, model_kwargs); see `calibration_losses` for timesteps and noise.
+    diffusion : offers `training_losses(model, x0, t, noise, model_kwargs)['loss']` (B,).
+    The model is left as it was: weights, gradients and mode. Returns {unit name: (atoms,) float64 >= 0}.
+    """
+    start, stop = group
+    if not 0 <= start < stop:
+        raise invalid("group", group, "the interval (start, stop) of at least one timestep")
+    axes = [(unit, part, tensor) for unit in units for part, tensor in _slice_tensors(model, unit)]
+    tensors = list({id(tensor): tensor for *_, tensor in axes}.values())
+    scores = {unit.name: np.zeros(unit.num_atoms) for unit in units}
+    with _evaluating(model), _requiring_grad(tensors), torch.enable_grad():
+        for losses in calibration_losses(model, batches, diffusion, group, seed=seed):
+            grads = torch.autograd.grad(losses.mean(), tensors, allow_unused=True)
+            products = {
+                id(tensor): tensor.detach().double() * grad.double()
+                for tensor, grad in zip(tensors, grads, strict=True)
+                if grad is not None
+            }
+            change = {unit.name: np.zeros(unit.num_atoms) for unit in units}
+            for unit, part, tensor in axes:
+                if id(tensor) in products:
+                    change[unit.name] += _per_atom(products[id(tensor)], unit, part)
+            for name, signed in change.items():
+                scores[name] += np.abs(signed)
+    return scores
+
+
+def magnitude_importance(model: nn.Module, units: Sequence[PruningUnit]) -> Importance:
+    """Euclidean norm of every atom's parameters: {unit name: (atoms,) float64}. Blind to data and timesteps."""
+    squares = {unit.name: np.zeros(unit.num_atoms) for unit in units}
+    for unit in units:
+        for part, tensor in _slice_tensors(model, unit):
+            squares[unit.name] += _per_atom(tensor.detach().double() ** 2, unit, part)
+    return {name: np.sqrt(total) for name, total in squares.items()}
+
+
+def calibration_losses(
+    model: nn.Module, batches: Iterable[Batch], diffusion: Any, group: tuple[int, int], *, seed: int = 0
+) -> Iterator[Tensor]:
+    """The training loss (B,) of each batch at timesteps of `group`, on the model's device.
+
+    Each batch spreads its timesteps evenly over [start, stop). Timesteps and noise depend on `seed` and the batches'
+    shapes alone, so that groups and models are compared on the same draws.
+    """
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
+    for x0, kwargs in map(split_batch, batches):
+        t, noise = draw_timesteps(x0, group, generator)
+        kwargs = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in kwargs.items()}
+        x0, t, noise = x0.to(device), t.to(device), noise.to(device)
+        yield diffusion.training_losses(model, x0, t, noise=noise, model_kwargs=kwargs)["loss"]
+
+
+def split_batch(batch: Batch) -> tuple[Tensor, Mapping[str, Any]]:
+    """(x0, model_kwargs) of a batch given as x0 alone or as the pair."""
+    if isinstance(batch, Tensor):
+        return batch, {}
+    x0, kwargs = batch
+    return x0, kwargs or {}
+
+
+def draw_timesteps(x0: Tensor, group: tuple[int, int], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Timesteps (B,) int64 spread evenly over [start, stop), one draw per B-th of it, and noise like x0."""
+    start, stop = group
+    count = x0.shape[0]
+    shares = (torch.arange(count, dtype=torch.float64) + torch.rand(count, generator=generator)) / max(count, 1)
+    t = start + (shares * (stop - start)).long().clamp_(max=stop - start - 1)
+    t = t[torch.randperm(count, generator=generator)]
+    return t, torch.randn(x0.shape, generator=generator, dtype=x0.dtype)
+
+
+def _slice_tensors(model: nn.Module, unit: PruningUnit) -> Iterator[tuple[UnitSlice, Tensor]]:
+    """The parameters that hold the unit: weights, and on the side of the outputs also biases."""
+    for part in unit.slices:
+        leaf = model.get_submodule(part.module)
+        names = ("weight", "bias") if part.dim == "out" else ("weight",)
+        for name in names:
+            tensor = getattr(leaf, name, None)
+            if tensor is not None:
+                yield part, tensor
+
+
+def _per_atom(values: Tensor, unit: PruningUnit, part: UnitSlice) -> np.ndarray:
+    """Sum a parameter-shaped tensor over everything but the unit's atoms: (atoms,) float64."""
+    axis = 1 if part.dim == "in" else 0
+    per_entry = values.movedim(axis, 0).flatten(1).sum(1) if values.dim() > 1 else values
+    span = unit.atom * part.scale
+    if per_entry.numel() != part.copies * unit.num_atoms * span:
+        raise invalid(
+            f"slices of {unit.name}", (part, per_entry.numel()), f"{part.copies} x {unit.num_atoms} x {span} entries"
+        )
+    return per_entry.view(part.copies, unit.num_atoms, span).sum((0, 2)).cpu().numpy()
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout off inside; every module's mode is as it was afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def _requiring_grad(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Gradients on inside, also for a frozen copy such as an EMA."""
+    flags = [tensor.requires_grad for tensor in tensors]
+    for tensor in tensors:
+        tensor.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for tensor, flag in zip(tensors, flags, strict=True):
+            tensor.requires_grad_(flag)

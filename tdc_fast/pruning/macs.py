@@ -1,0 +1,157 @@
+"""What a network costs, by measurement: multiply-accumulates (MACs) as torch's FlopCounterMode counts them.
+
+A model that can be pruned offers `pruning_units()` and `with_widths({unit: channels})`, which builds the model of
+the same architecture whose units are that wide. Its MACs must be a constant plus one function of each unit's
+width; `unit_costs` measures these functions and checks that they add up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from tdc_fast.errors import invalid
+from tdc_fast.nn.units import PruningUnit
+
+
+class Prunable(Protocol):
+    """A denoiser whose units can be made narrower."""
+
+    def pruning_units(self) -> Sequence[PruningUnit]:
+        """The units, with their full widths and where they sit."""
+
+    def with_widths(self, widths: Mapping[str, int]) -> nn.Module:
+        """A model of the same architecture and device with these widths; units that are not named keep theirs."""
+
+
+@dataclass(frozen=True)
+class UnitCosts:
+    """MACs of one sample: `fixed` for all that is not a unit, plus `tables[unit][width]`, in channels, per unit."""
+
+    fixed: int
+    tables: dict[str, dict[int, int]]
+
+    def total(self, widths: Mapping[str, int]) -> int:
+        """MACs per sample of the model with these widths; every unit must be named."""
+        return self.fixed + sum(table[widths[name]] for name, table in self.tables.items())
+
+    def full(self) -> int:
+        """MACs per sample of the whole model."""
+        return self.fixed + sum(table[max(table)] for table in self.tables.values())
+
+    def least(self) -> int:
+        """MACs per sample of the cheapest choice of widths."""
+        return self.fixed + sum(min(table.values()) for table in self.tables.values())
+
+
+class MacCounter:
+    """Context manager: after it, `macs` is what ran inside, forward and backward (half of FlopCounterMode's FLOPs)."""
+
+    def __init__(self) -> None:
+        self.macs = 0
+        self._counter = FlopCounterMode(display=False)
+
+    def __enter__(self) -> MacCounter:
+        self._counter.__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._counter.__exit__(*exception)
+        self.macs = self._counter.get_total_flops() // 2
+
+    def inside(self, module: str) -> int:
+        """MACs counted within a module, by its name under which FlopCounterMode knows it; 0 if it never ran."""
+        return sum(self._counter.get_flop_counts().get(module, {}).values()) // 2
+
+
+def measure_macs(model: nn.Module, x: Tensor, t: Tensor, **model_kwargs: Any) -> int:
+    """MACs of one forward pass of `model(x, t, **model_kwargs)` over the whole batch, without gradients."""
+    with torch.no_grad(), MacCounter() as counter:
+        model(x, t, **model_kwargs)
+    return counter.macs
+
+
+def one_sample_on_meta(x: Tensor, model_kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """A batch of one without data, (x, t, model_kwargs), of the shapes that a batch x (B, ...) has.
+
+    The device 'meta' computes shapes only, which is all that counting takes.
+    """
+    kwargs = {
+        name: value[:1].to("meta") if isinstance(value, Tensor) else value for name, value in model_kwargs.items()
+    }
+    return x[:1].to("meta"), torch.zeros(1, dtype=torch.int64, device="meta"), kwargs
+
+
+def unit_costs(model: Prunable, x: Tensor, model_kwargs: Mapping[str, Any] | None = None) -> UnitCosts:
+    """Measure the MACs per sample of every unit at each of its widths.
+
+    `x` (B, ...) and `model_kwargs` (e.g. {'y': labels}) only give shapes and dtypes. Where every unit is named after
+    the module it lives in, all units are measured in the same forward passes, each by its module's count; otherwise
+    one unit is changed at a time. ValueError when the measured costs do not add up.
+    """
+    units = list(model.pruning_units())
+    sample = one_sample_on_meta(x, model_kwargs or {})
+    template: Any = model.with_widths({}).to("meta")
+    costs = _costs_by_module(template, units, sample) or _costs_one_by_one(template, units, sample)
+    for shift in range(2):  # widths that differ from unit to unit, low and high by turns
+        mixed = {unit.name: unit.widths()[::-1][-(i + shift) % 2 :][0] for i, unit in enumerate(units)}
+        measured = _measure(template, mixed, sample)
+        if measured != costs.total(mixed):
+            raise invalid(
+                "model",
+                f"{measured} MACs where its units' costs add up to {costs.total(mixed)}",
+                "a model whose MACs are a constant plus one function of each unit's width",
+            )
+    return costs
+
+
+Sample = tuple[Tensor, Tensor, dict[str, Any]]
+
+
+def _measure(template: Any, widths: Mapping[str, int], sample: Sample) -> int:
+    x, t, kwargs = sample
+    return measure_macs(template.with_widths(widths), x, t, **kwargs)
+
+
+def _costs_one_by_one(template: Any, units: Sequence[PruningUnit], sample: Sample) -> UnitCosts:
+    """Each unit alone at each width, all others at full width; costs count from width 0."""
+    whole = _measure(template, {}, sample)
+    tables: dict[str, dict[int, int]] = {}
+    saved = 0
+    for unit in units:
+        totals = {width: _measure(template, {unit.name: width}, sample) for width in unit.widths()}
+        tables[unit.name] = {width: total - totals[0] for width, total in totals.items()}
+        saved += whole - totals[0]
+    return UnitCosts(whole - saved, tables)
+
+
+def _costs_by_module(template: Any, units: Sequence[PruningUnit], sample: Sample) -> UnitCosts | None:
+    """All units at their j-th width at once, told apart by the MACs counted inside the module of the unit's name.
+
+    None when the names are not those of separate modules, or what is left for the rest of the model varies.
+    """
+    names = [unit.name for unit in units]
+    modules = {name for name, _ in template.named_modules()}
+    if not set(names) <= modules or any(a != b and b.startswith(a + ".") for a in names for b in names):
+        return None
+    x, t, kwargs = sample
+    counts: dict[str, dict[int, int]] = {name: {} for name in names}
+    rest = set()
+    for j in range(max((len(unit.widths()) for unit in units), default=1)):
+        widths = {unit.name: unit.widths()[min(j, len(unit.widths()) - 1)] for unit in units}
+        model = template.with_widths(widths)
+        with torch.no_grad(), MacCounter() as counter:
+            model(x, t, **kwargs)
+        for name in names:
+            counts[name][widths[name]] = counter.inside(f"{type(model).__name__}.{name}")
+        rest.add(counter.macs - sum(counts[name][widths[name]] for name in names))
+    if len(rest) != 1:
+        return None
+    base = {name: counts[name][0] for name in names}  # e.g. a block's skip path, which pruning leaves
+    tables = {name: {w: macs - base[name] for w, macs in counts[name].items()} for name in names}
+    return UnitCosts(rest.pop() + sum(base.values()), tables)
