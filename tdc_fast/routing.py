@@ -42,9 +42,7 @@ class TimestepGroups:
                 raise invalid("boundaries", value, "integers")
             values.append(int(value))
         if len(values) < 2 or values[0] != 0 or any(a >= b for a, b in itertools.pairwise(values)):
-            raise invalid(
-                "boundaries", values, "values that start at 0, increase strictly and end at num_timesteps"
-            )
+            raise invalid("boundaries", values, "values that start at 0, increase strictly and end at num_timesteps")
         if not isinstance(strategy, str):
             raise invalid("strategy", strategy, "a string")
         self.boundaries = tuple(values)
@@ -53,7 +51,9 @@ class TimestepGroups:
 
     @classmethod
     def from_boundaries(cls, boundaries: Sequence[int], *, strategy: str = "boundaries") -> TimestepGroups:
-        """Groups with the given N + 1 boundaries, 0 first and T last. ValueError unless they increase strictly."""
+        """Groups with the given N + 1 boundaries, 0 first and T last. ValueError unless they increase
+        strictly.
+        """
         return cls(boundaries, strategy)
 
     @classmethod
@@ -70,10 +70,10 @@ class TimestepGroups:
 
         schedule: alpha_bar per timestep, (T,), falling; or any object with it as `.alphas_cumprod`.
         clip_db: the interior boundaries divide this range of decibels, narrowed to what the schedule covers;
-            timesteps beyond it belong to the first or the last group. None divides the whole range, and then a
-            cosine schedule (T = 1000, +44 to -56 dB) gets 4 groups of 65, 641, 276 and 18 steps, whose ends
-            hold almost nothing to learn. Within the default +-20 dB, where signal and noise are both more than
-            1% of the power, the same schedule gets 195, 305, 305 and 195.
+            timesteps beyond it belong to the first or the last group. None divides the whole range, and then
+            a cosine schedule (T = 1000, +44 to -56 dB) gets 4 groups of 65, 641, 276 and 18 steps, whose ends
+            hold almost nothing to learn. Within the default +-20 dB, where signal and noise are both more
+            than 1% of the power, the same schedule gets 195, 305, 305 and 195.
         Every group has at least one timestep. Source of the measure: arXiv 2312.13307, section on grouping.
         Raises ValueError for a schedule that does not fall, for N > T and for an empty range.
         """
@@ -111,8 +111,8 @@ class TimestepGroups:
     def group_of(self, t: Tensor) -> Tensor:
         """Group ids (int64, t's shape and device) of integer timesteps t.
 
-        A timestep outside [0, T) is a ValueError on the CPU outside torch.compile; elsewhere, where the check would
-        have to wait for the device, it counts as the nearest group.
+        A timestep outside [0, T) is a ValueError on the CPU outside torch.compile; elsewhere, where the
+        check would have to wait for the device, it counts as the nearest group.
         """
         if t.dtype not in INTEGER_DTYPES:
             raise invalid("t", t.dtype, "integer timesteps (the original index, not a rescaled one)")

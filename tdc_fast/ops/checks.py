@@ -1,8 +1,8 @@
 """Validation of operator arguments, and the problem they describe.
 
-Shapes, dtypes and devices are checked once per distinct combination (the operators keep the resulting problem).
-Numbers that live in tensors (offsets, weight_index, widths) are checked on every call when they are in host memory,
-because native code indexes with them; on a GPU reading them would stall it.
+Shapes, dtypes and devices are checked once per distinct combination (the operators keep the resulting
+problem). Numbers that live in tensors (offsets, weight_index, widths) are checked on every call when they
+are in host memory, because native code indexes with them; on a GPU reading them would stall it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ _FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 @dataclass(frozen=True, slots=True)
 class ConvProblem:
-    """Geometry of one routed convolution; `op` is the registered operator that runs (forward, dgrad or wgrad)."""
+    """Geometry of one routed convolution; `op` is the registered operator that runs (forward, dgrad or
+    wgrad).
+    """
 
     op: str
     device: torch.device
@@ -63,9 +65,7 @@ class NormProblem:
 
 def pair(name: str, value: int | tuple[int, int] | list[int], minimum: int) -> tuple[int, int]:
     """An int or a pair of ints as a pair, each at least `minimum`."""
-    values = (
-        (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, (tuple, list)) else ()
-    )
+    values = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, (tuple, list)) else ()
     if len(values) != 2 or not all(isinstance(v, int) and v >= minimum for v in values):
         raise invalid(name, value, f"an int or a pair of ints, each at least {minimum}")
     return values[0], values[1]
@@ -88,7 +88,8 @@ def conv_problem(
     residual: Tensor | None = None,
     dy: Tensor | None = None,
 ) -> ConvProblem:
-    """Checks the arguments of a convolution whose input has shape `image`, the dtype and the device of `like`.
+    """Checks the arguments of a convolution whose input has shape `image`, the dtype and the device of
+    `like`.
 
     Raises ValueError naming argument, value and remedy.
     """
@@ -175,9 +176,7 @@ def norm_problem(
             raise invalid(argument, _describe(tensor), "what the forward returned")
     groups = _check_routing(offsets, weight_index, x)
     _check_widths("widths", widths, groups, x)
-    return NormProblem(
-        op, x.device, x.dtype, batch, height, width, channels, num_groups, eps, silu, groups, experts
-    )
+    return NormProblem(op, x.device, x.dtype, batch, height, width, channels, num_groups, eps, silu, groups, experts)
 
 
 def signature(*tensors: Tensor | None) -> tuple[Any, ...]:
@@ -226,9 +225,7 @@ def _check_activation(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> 
 
 def _check_like(name: str, tensor: Tensor, x: Tensor) -> None:
     if tensor.dtype != x.dtype:
-        raise invalid(
-            name, tensor.dtype, f"{x.dtype}, the dtype of x: convert it, or run under torch.autocast"
-        )
+        raise invalid(name, tensor.dtype, f"{x.dtype}, the dtype of x: convert it, or run under torch.autocast")
     if tensor.device != x.device:
         raise invalid(name, tensor.device, f"{x.device}, where x is: move it there")
 

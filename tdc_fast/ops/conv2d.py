@@ -90,7 +90,7 @@ def _describe(
     check_plan(x, plan)
     routing = (plan.offsets, plan.weight_index, in_widths, out_widths)
     stride, padding = pair("stride", stride, 1), pair("padding", padding, 0)
-    extras = {"bias": bias, "sample_bias": sample_bias, "residual": residual}
+    extras: dict[str, Any] = {"bias": bias, "sample_bias": sample_bias, "residual": residual}
     problem = conv_problem("routed_conv2d", x, x.shape, weight, *routing, stride, padding, **extras)
     _check_values(problem, *routing)
     return problem
@@ -109,6 +109,11 @@ def _check_values(
         check_width_values("out_widths", out_widths, problem.out_channels)
 
 
+def _pair(values: Any) -> tuple[int, int]:
+    """The dispatcher hands lists of ints over as lists; a problem is hashable."""
+    return values[0], values[1]
+
+
 _ROUTING_SCHEMA = "Tensor offsets, Tensor weight_index, Tensor? in_widths, Tensor? out_widths"
 _SETTINGS_SCHEMA = "int[2] stride, int[2] padding"
 
@@ -123,16 +128,17 @@ def _forward(
     weight_index: Tensor,
     in_widths: Tensor | None,
     out_widths: Tensor | None,
-    stride: list[int],
-    padding: list[int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
     backend: str,
 ) -> Tensor:
-    settings = tuple(stride), tuple(padding)
+    stride, padding = _pair(stride), _pair(padding)
+    settings = (stride, padding)
     routing = (offsets, weight_index, in_widths, out_widths)
 
     def describe() -> ConvProblem:
-        extras = {"bias": bias, "sample_bias": sample_bias, "residual": residual}
-        return conv_problem("routed_conv2d", x, x.shape, weight, *routing, *settings, **extras)  # type: ignore[arg-type]
+        extras: dict[str, Any] = {"bias": bias, "sample_bias": sample_bias, "residual": residual}
+        return conv_problem("routed_conv2d", x, x.shape, weight, *routing, *settings, **extras)
 
     key = ("conv2d", settings, signature(x, weight, bias, sample_bias, residual, *routing))
     problem, chosen = backends.remembered(key, describe, backend)
@@ -150,13 +156,13 @@ def _forward_fake(
     weight_index: Tensor,
     in_widths: Tensor | None,
     out_widths: Tensor | None,
-    stride: list[int],
-    padding: list[int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
     backend: str,
 ) -> Tensor:
     p = conv_problem(
         "routed_conv2d", x, x.shape, weight, offsets, weight_index, in_widths, out_widths,
-        tuple(stride), tuple(padding), bias=bias, sample_bias=sample_bias, residual=residual,  # type: ignore[arg-type]
+        _pair(stride), _pair(padding), bias=bias, sample_bias=sample_bias, residual=residual,
     )  # fmt: skip
     return _empty_nhwc(x, p.batch, p.out_channels, p.out_height, p.out_width)
 
@@ -181,11 +187,11 @@ def _dgrad(
     in_widths: Tensor | None,
     out_widths: Tensor | None,
     image_size: list[int],
-    stride: list[int],
-    padding: list[int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
     backend: str,
 ) -> Tensor:
-    settings = tuple(image_size), tuple(stride), tuple(padding)
+    settings = tuple(image_size), _pair(stride), _pair(padding)
     routing = (offsets, weight_index, in_widths, out_widths)
 
     def describe() -> ConvProblem:
@@ -198,13 +204,11 @@ def _dgrad(
 
 
 def _dgrad_problem(
-    dy: Tensor, weight: Tensor, routing: tuple[Any, ...], image_size: Any, stride: Any, padding: Any
+    dy: Tensor, weight: Tensor, routing: tuple[Any, Any, Any, Any], image_size: Any, stride: Any, padding: Any
 ) -> ConvProblem:
     channels = weight.shape[2] if weight.dim() == 5 else 0
     image = (dy.shape[0], channels, *image_size)
-    return conv_problem(
-        "routed_conv2d_dgrad", dy, image, weight, *routing, tuple(stride), tuple(padding), dy=dy
-    )
+    return conv_problem("routed_conv2d_dgrad", dy, image, weight, *routing, _pair(stride), _pair(padding), dy=dy)
 
 
 def _dgrad_fake(
@@ -215,13 +219,11 @@ def _dgrad_fake(
     in_widths: Tensor | None,
     out_widths: Tensor | None,
     image_size: list[int],
-    stride: list[int],
-    padding: list[int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
     backend: str,
 ) -> Tensor:
-    p = _dgrad_problem(
-        dy, weight, (offsets, weight_index, in_widths, out_widths), image_size, stride, padding
-    )
+    p = _dgrad_problem(dy, weight, (offsets, weight_index, in_widths, out_widths), image_size, stride, padding)
     return _empty_nhwc(dy, p.batch, p.in_channels, p.height, p.width)
 
 
@@ -241,16 +243,17 @@ def _wgrad(
     weight_index: Tensor,
     in_widths: Tensor | None,
     out_widths: Tensor | None,
-    stride: list[int],
-    padding: list[int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
     mask: list[bool],
     backend: str,
 ) -> tuple[Tensor, ...]:
-    settings = tuple(stride), tuple(padding)
+    stride, padding = _pair(stride), _pair(padding)
+    settings = (stride, padding)
     routing = (offsets, weight_index, in_widths, out_widths)
 
     def describe() -> ConvProblem:
-        return conv_problem("routed_conv2d_wgrad", x, x.shape, weight, *routing, *settings, dy=dy)  # type: ignore[arg-type]
+        return conv_problem("routed_conv2d_wgrad", x, x.shape, weight, *routing, *settings, dy=dy)
 
     key = ("wgrad", settings, signature(dy, x, weight, *routing))
     problem, chosen = backends.remembered(key, describe, backend)
@@ -267,14 +270,14 @@ def _wgrad_fake(
     weight_index: Tensor,
     in_widths: Tensor | None,
     out_widths: Tensor | None,
-    stride: list[int],
-    padding: list[int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
     mask: list[bool],
     backend: str,
 ) -> tuple[Tensor, ...]:
     p = conv_problem(
         "routed_conv2d_wgrad", x, x.shape, weight, offsets, weight_index, in_widths, out_widths,
-        tuple(stride), tuple(padding), dy=dy,  # type: ignore[arg-type]
+        _pair(stride), _pair(padding), dy=dy,
     )  # fmt: skip
     return (
         torch.empty_like(weight) if mask[0] else dy.new_empty(0),
@@ -305,8 +308,8 @@ class _RoutedConv2d(torch.autograd.Function):
         weight_index: Tensor,
         in_widths: Tensor | None,
         out_widths: Tensor | None,
-        stride: list[int],
-        padding: list[int],
+        stride: tuple[int, int],
+        padding: tuple[int, int],
         backend: str,
     ) -> Tensor:
         needs = ctx.needs_input_grad
@@ -337,9 +340,7 @@ class _RoutedConv2d(torch.autograd.Function):
         if needs[1] or needs[2] or needs[3]:
             mask = needs[1:4]
             grads = _wgrad_op(dy, x, weight, *routing, *ctx.settings, mask, ctx.backend)
-            dweight, dbias, dsample_bias = (
-                grad if wanted else None for grad, wanted in zip(grads, mask, strict=True)
-            )
+            dweight, dbias, dsample_bias = (grad if wanted else None for grad, wanted in zip(grads, mask, strict=True))
         if needs[4]:
             dresidual = dy
             if out_widths is not None:
@@ -351,9 +352,7 @@ class _RoutedConv2d(torch.autograd.Function):
 def _cast(device_type: str, *args: Any) -> tuple[Any, ...]:
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(
-        arg.to(dtype)
-        if isinstance(arg, Tensor) and arg.is_floating_point() and arg.dtype != torch.float64
-        else arg
+        arg.to(dtype) if isinstance(arg, Tensor) and arg.is_floating_point() and arg.dtype != torch.float64 else arg
         for arg in args
     )
 

@@ -1,7 +1,7 @@
 """The `cpu` backend: hands addresses to the native kernels of tdc_fast._native.
 
-fp32 and bf16 in host memory. Everything native code indexes with has been checked before it comes here, except the
-numbers inside offsets, weight_index and widths, which are checked here on every call.
+fp32 and bf16 in host memory. Everything native code indexes with has been checked before it comes here,
+except the numbers inside offsets, weight_index and widths, which are checked here on every call.
 """
 
 from __future__ import annotations

@@ -40,18 +40,20 @@ def routed_group_norm(
 ) -> Tensor:
     """Group norm with the affine of every sample's expert, then the sample's own scale and shift, then SiLU.
 
-    y[b] = act((norm(x[b]) * weight[e(b)] + bias[e(b)]) * (1 + scale[b]) + shift[b]); samples are sorted by `plan`.
+    y[b] = act((norm(x[b]) * weight[e(b)] + bias[e(b)]) * (1 + scale[b]) + shift[b]); samples are sorted by
+    `plan`.
 
-    x: (B, C, H, W), any strides. weight, bias: (E, C). scale, shift: (B, C). All of the dtype of x; statistics are
-        in fp32 (fp64 for fp64), per sample over C // num_groups channels.
+    x: (B, C, H, W), any strides. weight, bias: (E, C). scale, shift: (B, C). All of the dtype of x;
+        statistics are in fp32 (fp64 for fp64), per sample over C // num_groups channels.
     num_groups: norm groups of the full width; must divide C.
-    widths: int32 (N,), live channels per routing group, multiples of C // num_groups, so that the statistics of what
-        is kept do not change. Dead channels are not read, come out as exact zeros, and have gradients of exact zero.
+    widths: int32 (N,), live channels per routing group, multiples of C // num_groups, so that the statistics
+        of what is kept do not change. Dead channels are not read, come out as exact zeros, and have
+        gradients of exact zero.
     activation: None or "silu".
     Returns (B, C, H, W) in channels_last memory.
 
-    Under torch.autocast the dtype of x stays as it is and the other arguments follow it: the statistics are in fp32
-    anyway, and what comes next casts back to the low precision.
+    Under torch.autocast the dtype of x stays as it is and the other arguments follow it: the statistics are
+    in fp32 anyway, and what comes next casts back to the low precision.
     Differentiable once. Raises ValueError naming argument, value and remedy.
     """
     check_plan(x, plan)
@@ -281,10 +283,7 @@ class _RoutedGroupNorm(torch.autograd.Function):
 
 def _cast(device_type: str, x: Tensor, *args: Any) -> tuple[Any, ...]:
     low = x.dtype in (torch.bfloat16, torch.float16, torch.float32)
-    return x, *(
-        arg.to(x.dtype) if low and isinstance(arg, Tensor) and arg.is_floating_point() else arg
-        for arg in args
-    )
+    return x, *(arg.to(x.dtype) if low and isinstance(arg, Tensor) and arg.is_floating_point() else arg for arg in args)
 
 
 library.add_autograd(_forward_op, _RoutedGroupNorm)

@@ -23,10 +23,9 @@ _AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | tor
 )
 
 
-def define(
-    schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]
-) -> torch._ops.OpOverload:
-    """Registers `schema` ("name(Tensor x, ...) -> Tensor") with its implementation and its fake (shapes only).
+def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> torch._ops.OpOverload:
+    """Registers `schema` ("name(Tensor x, ...) -> Tensor") with its implementation and its fake (shapes
+    only).
 
     Returns the overload to call.
     """

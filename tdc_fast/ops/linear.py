@@ -8,7 +8,6 @@ from torch import Tensor
 
 from tdc_fast.errors import invalid
 from tdc_fast.ops import backends
-from tdc_fast.ops.checks import ConvProblem
 from tdc_fast.ops.conv2d import _describe as _describe_conv2d
 from tdc_fast.ops.conv2d import routed_conv2d
 from tdc_fast.ops.plan import RoutingPlan
@@ -27,8 +26,8 @@ def routed_linear(
 ) -> Tensor:
     """Applies to every sample the linear layer of its group's expert, in one launch.
 
-    x: (B, C_in) or (B, T, C_in). weight: (E, C_out, C_in). bias: (E, C_out). residual: the shape of the result.
-    Returns (B, C_out) or (B, T, C_out), contiguous. Everything else as in `routed_conv2d`.
+    x: (B, C_in) or (B, T, C_in). weight: (E, C_out, C_in). bias: (E, C_out). residual: the shape of the
+    result. Returns (B, C_out) or (B, T, C_out), contiguous. Everything else as in `routed_conv2d`.
     """
     _check(x, weight, residual)
     y = routed_conv2d(
@@ -68,7 +67,7 @@ def _describe(
     *,
     residual: Tensor | None = None,
     **rest: Any,
-) -> ConvProblem:
+) -> Any:
     _check(x, weight, residual)
     image = None if residual is None else _as_image(residual)
     return _describe_conv2d(_as_image(x), weight[:, :, :, None, None], bias, plan, residual=image, **rest)

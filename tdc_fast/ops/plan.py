@@ -61,9 +61,7 @@ def _plan_on_device(groups: Tensor, num_groups: int) -> tuple[Tensor, Tensor, Te
     bounds = torch.arange(num_groups + 1, device=groups.device)
     offsets = torch.searchsorted(sorted_groups, bounds, out_int32=True)
     if groups.device.type == "cuda":
-        torch._assert_async(
-            ((groups >= 0) & (groups < num_groups)).all(), "groups: a group id is out of range"
-        )
+        torch._assert_async(((groups >= 0) & (groups < num_groups)).all(), "groups: a group id is out of range")
     return order, inverse, offsets, sorted_groups
 
 
@@ -175,7 +173,9 @@ class RoutingPlan:
         return self.order.shape[0]
 
     def sort(self, x: Tensor) -> Tensor:
-        """x[order] for x (B, ...): samples of one group become contiguous. Differentiable, keeps channels_last."""
+        """x[order] for x (B, ...): samples of one group become contiguous. Differentiable, keeps
+        channels_last.
+        """
         self._check_batch(x)
         return permute_samples(x, self.order, self.inverse)
 
@@ -219,7 +219,8 @@ def _flatten(plan: RoutingPlan) -> tuple[list[Any], Any]:
 
 
 def _unflatten(tensors: Any, num_groups: Any) -> RoutingPlan:
-    return RoutingPlan(*tensors, num_groups)
+    order, inverse, offsets, groups, weight_index = tensors
+    return RoutingPlan(order, inverse, offsets, groups, weight_index, num_groups)
 
 
 _pytree.register_pytree_node(RoutingPlan, _flatten, _unflatten, serialized_type_name="tdc_fast.RoutingPlan")

@@ -1,7 +1,7 @@
 """The oracle: every operator in plain torch, for any float dtype on any device.
 
-Convolutions go segment by segment, the group norm sample by sample. Sums are in fp32 (fp64 for fp64) and results are
-rounded once. Reading the segments waits for the device; that is the price of being readable.
+Convolutions go segment by segment, the group norm sample by sample. Sums are in fp32 (fp64 for fp64) and
+results are rounded once. Reading the segments waits for the device; that is the price of being readable.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import grad as conv_grad
 
 from tdc_fast.ops.checks import ConvProblem, NormProblem, accumulate_dtype
 
@@ -89,9 +90,9 @@ def conv2d_dgrad(
         filters = weight[expert, :live_out, :live_in].to(acc)
         grads = dy[samples, :live_out].to(acc)
         shape = [grads.shape[0], live_in, problem.height, problem.width]
-        dx[samples, :live_in] = torch.nn.grad.conv2d_input(
-            shape, filters, grads, problem.stride, problem.padding
-        ).to(dy.dtype)
+        dx[samples, :live_in] = conv_grad.conv2d_input(shape, filters, grads, problem.stride, problem.padding).to(
+            dy.dtype
+        )
     return dx
 
 
@@ -117,7 +118,7 @@ def conv2d_wgrad(
         if mask[0] and live_in and live_out:
             shape = [live_out, live_in, *problem.filter]
             inputs = x[samples, :live_in].to(acc)
-            dweight[expert, :live_out, :live_in] += torch.nn.grad.conv2d_weight(
+            dweight[expert, :live_out, :live_in] += conv_grad.conv2d_weight(
                 inputs, shape, grads, problem.stride, problem.padding
             )
     grads_out = (dweight, dbias, dsample_bias)
@@ -125,7 +126,9 @@ def conv2d_wgrad(
 
 
 def live_channels(widths: Tensor, offsets: Tensor, batch: int, channels: int) -> Tensor:
-    """(B, C) bool: is this channel of this sample within the width of its group? Does not wait for the device."""
+    """(B, C) bool: is this channel of this sample within the width of its group? Does not wait for the
+    device.
+    """
     positions = torch.arange(batch, device=offsets.device, dtype=torch.int32)
     group = torch.searchsorted(offsets[1:], positions, right=True)
     return torch.arange(channels, device=widths.device) < widths.index_select(0, group)[:, None]
@@ -144,7 +147,9 @@ def _live(problem: NormProblem, x: Tensor, offsets: Tensor, widths: Tensor | Non
 
 
 def _zero_dead(tensor: Tensor, live: Tensor) -> Tensor:
-    """In the accumulation dtype, with exact zeros where dead (a product would keep NaN). tensor (B, C, ...)."""
+    """In the accumulation dtype, with exact zeros where dead (a product would keep NaN). tensor (B, C,
+    ...).
+    """
     tensor = tensor.to(accumulate_dtype(tensor.dtype))
     return tensor.where(live.view(live.shape + (1,) * (tensor.dim() - 2)), 0)
 
