@@ -1,0 +1,97 @@
+"""``python -m tdc_fast.train``: train a denoiser as improved-diffusion does, or a TDC model with --groups N.
+
+From Python::
+
+    from tdc_fast.train import TrainConfig, train
+
+    config = TrainConfig(data_dir="digits", image_size=8, num_channels=16, groups=4, stage1_steps=500, stage2_steps=500)
+    run = train(config)
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tdc_fast.errors import invalid
+from tdc_fast.training.build import build_data, build_groups
+from tdc_fast.training.cli import parse_command_line, refuse_changed_options
+from tdc_fast.training.config import TrainConfig
+from tdc_fast.training.interrupts import TrainingInterrupted
+from tdc_fast.training.run import RunDirectory, default_directory
+from tdc_fast.training.stages import prune_base, train_base, train_experts
+
+__all__ = ["TrainConfig", "main", "open_run", "train"]
+
+
+def train(config: TrainConfig, dataset: Any = None) -> RunDirectory:
+    """Run all phases that the configuration asks for, or the rest of them with ``config.resume``.
+
+    Args:
+        dataset: images to train on instead of what ``config.data_dir`` names.
+
+    Returns:
+        The run directory; :func:`tdc_fast.training.load_run` reads models from it.
+
+    Raises:
+        ValueError: an impossible configuration, or a checkpoint that is damaged or foreign.
+        TrainingInterrupted: stopped by Ctrl-C after saving.
+    """
+    if config.num_threads:
+        torch.set_num_threads(config.num_threads)
+    dataset = build_data(config) if dataset is None else dataset
+    run = open_run(config, dataset.channels)
+    print(f"run directory: {run.path}", flush=True)
+    base = train_base(run, dataset)
+    if config.groups:
+        widths = prune_base(run, base, dataset)
+        train_experts(run, base, widths, dataset)
+    return run
+
+
+def open_run(config: TrainConfig, in_channels: int) -> RunDirectory:
+    """The run directory of a configuration: a new one, or with ``config.resume`` the one that is continued.
+
+    Raises:
+        ValueError: the directory holds another run, or nothing that could be resumed.
+    """
+    if not config.resume:
+        run = RunDirectory.create(config, in_channels)
+    else:
+        path = Path(config.resume if config.resume != "latest" else config.run_dir or default_directory() or "")
+        if config.resume == "latest" and not (config.run_dir or default_directory()):
+            raise invalid("resume", config.resume, "a run directory, or --run_dir beside it")
+        if (path / "config.json").is_file():
+            refuse_changed_options(RunDirectory.open(path).config, config)
+            run = RunDirectory.open(path, config)
+            if run.in_channels != in_channels:
+                raise invalid("data_dir", config.data_dir, f"images of {run.in_channels} channels, as the run had")
+        else:
+            run = RunDirectory.create(config.replace(run_dir=str(path)), in_channels)
+    groups = build_groups(config)
+    if groups is not None:
+        groups.save(run.path / "groups.json")
+    return run
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, train, print; returns the exit status (2 for a refused flag, 130 after Ctrl-C)."""
+    try:
+        config = parse_command_line(sys.argv[1:] if argv is None else argv)
+        run = train(config)
+    except (ValueError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except TrainingInterrupted as interrupted:
+        print(interrupted, file=sys.stderr)
+        return 130
+    print(f"finished: {run.path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

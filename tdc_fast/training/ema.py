@@ -1,0 +1,45 @@
+"""Exponential moving averages of a model's weights, several rates at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class WeightAverages:
+    """``average = rate * average + (1 - rate) * weight`` after every step, one average per rate.
+
+    Args:
+        model: its parameters are averaged; its buffers are taken as they are.
+        rates: as written on the command line, since file names carry them.
+        ramp: use ``min(rate, (1 + n) / (10 + n))`` at the n-th update (n from 1), so that a short run forgets its
+        start.
+    """
+
+    def __init__(self, model: nn.Module, rates: Sequence[str], ramp: bool = False) -> None:
+        self._model = model
+        self._names = [name for name, _ in model.named_parameters()]
+        self._weights = [parameter.detach() for parameter in model.parameters()]
+        self._ramp = ramp
+        self.averages: dict[str, list[Tensor]] = {rate: [weight.clone() for weight in self._weights] for rate in rates}
+
+    @torch.no_grad()
+    def update(self, n: int) -> None:
+        """Take in the weights after step ``n`` (counted from 1)."""
+        for rate, average in self.averages.items():
+            effective = min(float(rate), (1 + n) / (10 + n)) if self._ramp else float(rate)
+            torch._foreach_lerp_(average, self._weights, 1.0 - effective)
+
+    def state_dict(self, rate: str) -> dict[str, Tensor]:
+        """The model's state dict with one rate's averages in place of the parameters, fp32; it shares their memory."""
+        state = dict(self._model.state_dict())
+        for name, average in zip(self._names, self.averages[rate], strict=True):
+            state[name] = average
+        return state
+
+    def load_state_dict(self, rate: str, state: Mapping[str, Tensor]) -> None:
+        """Take one rate's averages from a state dict of the model."""
+        for name, average in zip(self._names, self.averages[rate], strict=True):
+            average.copy_(state[name])

@@ -1,0 +1,287 @@
+"""The training loop of a stage: steps, averages, rows, checkpoints; and going on from a checkpoint bit for bit."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tdc_fast.diffusion import Diffusion
+from tdc_fast.errors import require
+from tdc_fast.routing import TimestepGroups
+from tdc_fast.training.checkpoint import (
+    choose_checkpoint,
+    discard_after,
+    ema_file,
+    load_tensors,
+    model_file,
+    optimizer_file,
+    save_checkpoint,
+    state_file,
+)
+from tdc_fast.training.ema import WeightAverages
+from tdc_fast.training.interrupts import StopRequest, TrainingInterrupted
+from tdc_fast.training.optimization import LearningRate, create_optimizer, gradient_norm
+from tdc_fast.training.random_state import random_state, restore_random_state
+from tdc_fast.training.run import RunDirectory
+from tdc_fast.training.telemetry import QUARTILES, ProgressLog, RunningMeans
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """What distinguishes one stage's training from another's.
+
+    steps          : number of steps; None trains until it is stopped.
+    macs_per_sample: forward and backward MACs, per group or one entry for all timesteps.
+    macs_before    : MACs that the run had spent when the stage began.
+    num_experts    : E where every parameter has a leading dimension E, else None.
+    group_weights  : weights (N,) of the groups' means in the overall mean loss, None for the plain mean.
+    loss_scale     : factor on the mean weighted loss.
+    origin         : JSON values naming what the stage started from; checkpoints carry them.
+    """
+
+    name: str
+    steps: int | None
+    batch_size: int
+    learning_rate: LearningRate
+    macs_per_sample: Sequence[int]
+    macs_before: int = 0
+    num_experts: int | None = None
+    group_weights: Sequence[float] | None = None
+    loss_scale: float = 1.0
+    origin: dict[str, Any]
+
+
+class StageLoop:
+    """Trains ``model`` on ``data`` with timesteps from ``sampler``; model, data and sampler are continued in place.
+
+    The caller has seeded torch's generators; every draw of the stage comes from them. Continues from the run's
+    latest checkpoint of the stage where there is one (``config.resume_step`` chooses another).
+
+    Attributes:
+        step: finished steps.
+        averages: the WeightAverages.
+    """
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        stage: Stage,
+        model: nn.Module,
+        diffusion: Diffusion,
+        data: Any,
+        sampler: Any,
+        groups: TimestepGroups | None,
+    ) -> None:
+        config = run.config
+        self.run, self.stage, self.model, self.diffusion = run, stage, model, diffusion
+        self.data, self.sampler, self.groups = data, sampler, groups
+        self.device = next(model.parameters()).device
+        self.step = 0
+        self.parameters = list(model.parameters())
+        self.optimizer = create_optimizer(model, config.lr, config.weight_decay)
+        self.averages = WeightAverages(model, config.ema_rates, config.ema_ramp)
+        num_groups = groups.num_groups if groups else 0
+        self.means = RunningMeans(num_groups, self.device, stage.group_weights)
+        self.samples_per_group = torch.zeros(max(num_groups, 1), dtype=torch.int64, device=self.device)
+        self.wall_seconds = 0.0
+        self._resumed_at = 0
+        self._denoise = _in_bf16(model, self.device) if config.mixed_precision else model
+
+    @property
+    def directory(self) -> Path:
+        return self.run.stage_directory(self.stage.name)
+
+    @property
+    def finished(self) -> bool:
+        return self.stage.steps is not None and self.step >= self.stage.steps
+
+    @property
+    def macs(self) -> int:
+        """MACs that this stage has spent so far."""
+        samples = self.samples_per_group.tolist()
+        if len(self.stage.macs_per_sample) == 1:
+            return sum(samples) * self.stage.macs_per_sample[0]
+        return sum(count * macs for count, macs in zip(samples, self.stage.macs_per_sample, strict=True))
+
+    def train(self) -> None:
+        """Run to the end of the stage.
+
+        Raises:
+            TrainingInterrupted: Ctrl-C or SIGTERM came; everything up to the last finished step is saved.
+            FloatingPointError: the loss is no longer finite.
+        """
+        config = self.run.config
+        shown = config.progress == "always" or (config.progress == "auto" and sys.stderr.isatty())
+        self.model.train()
+        board = self.run.path / "tensorboard" / self.stage.name if config.tensorboard else None
+        log = ProgressLog(self.run.log_directory(self.stage.name), self.step, board, quiet=shown)
+        bar = _progress_bar(self.stage.name, self.step, self.stage.steps) if shown else None
+        self._clock = time.perf_counter()
+        self._resumed_at = self.step
+        try:
+            with StopRequest() as stop:
+                while not self.finished:
+                    self._train_step()
+                    if bar is not None:
+                        bar.update()
+                    if self.step % config.log_interval == 0 or self.finished:
+                        self._report(log, bar)
+                    if self.step % config.save_interval == 0 or self.finished or stop.requested:
+                        log.sync()
+                        self.save()
+                    if stop.requested and not self.finished:
+                        raise TrainingInterrupted(
+                            f"stopped after step {self.step}; "
+                            f"continue with: python -m tdc_fast.train --resume {self.run.path}"
+                        )
+        finally:
+            log.close()
+            if bar is not None:
+                bar.close()
+
+    def _train_step(self) -> None:
+        config, stage = self.run.config, self.stage
+        x, condition = next(self.data)
+        x = x.to(self.device, non_blocking=True)
+        condition = {name: value.to(self.device, non_blocking=True) for name, value in condition.items()}
+        t, weights = self.sampler.sample(len(x), device=self.device)
+        noise = torch.randn_like(x)
+        self.optimizer.zero_grad(set_to_none=True)
+        piece = config.microbatch if config.microbatch > 0 else len(x)
+        parts: list[dict[str, Tensor]] = []
+        for start in range(0, len(x), piece):
+            part = slice(start, start + piece)
+            labels = {name: value[part] for name, value in condition.items()}
+            losses = self.diffusion.training_losses(self._denoise, x[part], t[part], noise[part], labels)
+            # Sums over the whole batch's size: pieces add up to the gradient of the unsplit batch.
+            ((losses["loss"] * weights[part]).sum() * (stage.loss_scale / len(x))).backward()
+            parts.append({name: value.detach() for name, value in losses.items()})
+        losses = parts[0] if len(parts) == 1 else {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
+        self.sampler.update(t, losses["loss"])
+        self._count(t, weights, losses)
+        self.means.add_gradient_norm(gradient_norm(self.parameters, config.grad_clip, stage.num_experts))
+        rate = stage.learning_rate(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.step += 1
+        self.averages.update(self.step)
+
+    def _count(self, t: Tensor, weights: Tensor, losses: dict[str, Tensor]) -> None:
+        group = self.groups.group_of(t) if self.groups else None
+        if group is None:
+            self.samples_per_group += len(t)
+        else:
+            self.samples_per_group += torch.bincount(group, minlength=len(self.samples_per_group))
+        # improved-diffusion logs weighted losses; per group of a stratified batch the plain loss is the meaningful one.
+        if self.stage.group_weights is None:
+            losses = {name: value * weights for name, value in losses.items()}
+        self.means.add(losses, (t * QUARTILES).div(self.diffusion.num_timesteps, rounding_mode="floor"), group)
+
+    def _report(self, log: ProgressLog, bar: Any) -> None:
+        means = self.means.take()
+        loss = means.get("loss")
+        if loss is not None and not math.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss of stage {self.stage.name} is {loss} at step {self.step}; lower --lr or set --grad_clip, "
+                f"and continue from the last checkpoint in {self.directory} or begin anew"
+            )
+        self.wall_seconds += self._lap()
+        row: dict[str, float | int | None] = {
+            "step": self.step,
+            "samples": self.step * self.stage.batch_size,
+            **means,
+            "lr": self.stage.learning_rate(self.step - 1),
+            "macs": self.stage.macs_before + self.macs,
+        }
+        if self.run.config.mixed_precision:
+            row["lg_loss_scale"] = 0  # bf16 has fp32's range: the loss is not scaled
+        row["wall_seconds"] = round(self.wall_seconds, 3)
+        log.row(row)
+        if bar is not None and loss is not None:
+            bar.set_postfix(loss=f"{loss:.4f}")
+
+    def _lap(self) -> float:
+        now = time.perf_counter()
+        passed, self._clock = now - self._clock, now
+        return passed
+
+    def description(self) -> dict[str, Any]:
+        """What every checkpoint of this stage says about itself and must say when it is loaded."""
+        return self.run.description(self.stage.name, **self.stage.origin)
+
+    def save(self) -> None:
+        """Write a checkpoint of the present step."""
+        self.wall_seconds += self._lap()
+        contents: dict[str, Any] = {model_file(self.step): self.model.state_dict()}
+        for rate in self.averages.averages:
+            contents[ema_file(rate, self.step)] = self.averages.state_dict(rate)
+        contents[optimizer_file(self.step)] = self.optimizer.state_dict()
+        contents[state_file(self.step)] = {
+            "step": self.step,
+            "random": random_state(),
+            "data": self.data.state_dict(),
+            "sampler": self.sampler.state_dict(),
+            "means": self.means.state_dict(),
+            "samples_per_group": self.samples_per_group,
+            "wall_seconds": self.wall_seconds,
+        }
+        macs = self.stage.macs_before + self.macs
+        save_checkpoint(self.directory, self.step, contents, {**self.description(), "macs": macs})
+
+    def resume(self) -> bool:
+        """Continue from the stage's checkpoint in the run directory; False where there is none and the stage begins
+        at step 0.
+
+        Raises:
+            ValueError: the checkpoint is damaged or foreign; names the file and the last good checkpoint.
+        """
+        expected = {key: value for key, value in self.description().items() if key != "config"}
+        step = choose_checkpoint(self.directory, expected, self.run.config.resume_step, self.run.path)
+        if step is None:
+            discard_after(self.directory, 0)
+            return False
+        discard_after(self.directory, step)
+        self.restore(self.directory, step, exact=True)
+        return True
+
+    def restore(self, directory: Path, step: int, exact: bool) -> None:
+        """Take model, averages and optimizer of a checkpoint; with ``exact`` also random numbers, data position and
+        the rest."""
+        self.model.load_state_dict(load_tensors(directory / model_file(step), self.device))
+        for rate in self.averages.averages:
+            self.averages.load_state_dict(rate, load_tensors(directory / ema_file(rate, step), self.device))
+        self.optimizer.load_state_dict(load_tensors(directory / optimizer_file(step), self.device))
+        self.step = step
+        if exact:
+            state = load_tensors(directory / state_file(step))
+            self.data.load_state_dict(state["data"])
+            self.sampler.load_state_dict(state["sampler"])
+            self.means.load_state_dict(state["means"])
+            self.samples_per_group.copy_(state["samples_per_group"])
+            self.wall_seconds = state["wall_seconds"]
+            restore_random_state(state["random"])
+
+
+def _in_bf16(model: nn.Module, device: torch.device) -> Callable[..., Tensor]:
+    """The model under autocast, its output in fp32: the diffusion's own arithmetic stays exact."""
+
+    def denoise(x: Tensor, t: Tensor, **condition: Tensor) -> Tensor:
+        with torch.autocast(device.type, dtype=torch.bfloat16) if device.type != "meta" else nullcontext():
+            return model(x, t, **condition).float()
+
+    return denoise
+
+
+def _progress_bar(name: str, step: int, steps: int | None) -> Any:
+    tqdm = require("tqdm", extra="demo").tqdm
+    return tqdm(total=steps, initial=step, desc=f"training {name}", unit="step", dynamic_ncols=True, smoothing=0.05)

@@ -1,0 +1,69 @@
+"""AdamW, its learning-rate schedule, and gradient norms over a model or per expert."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class LearningRate:
+    """Linear rise over ``warmup`` steps, then ``peak``, then a linear fall to 0 from step ``anneal_start`` to
+    ``anneal_end``.
+
+    ``anneal_end`` 0 means no fall. Steps count from 0.
+    """
+
+    peak: float
+    warmup: int = 0
+    anneal_start: int = 0
+    anneal_end: int = 0
+
+    def __call__(self, step: int) -> float:
+        rate = self.peak
+        if self.anneal_end and step > self.anneal_start:
+            rate *= max(0.0, 1.0 - (step - self.anneal_start) / (self.anneal_end - self.anneal_start))
+        if step < self.warmup:
+            rate *= (step + 1) / self.warmup
+        return rate
+
+
+def create_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW as improved-diffusion uses it, in torch's fused form (one kernel for all parameters)."""
+    return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
+
+
+@torch.no_grad()
+def gradient_norm(parameters: Sequence[nn.Parameter], limit: float, num_experts: int | None = None) -> Tensor:
+    """The norm of all gradients, before clipping them to ``limit`` (0: they stay as they are).
+
+    With ``num_experts`` E every gradient has a leading dimension E, and each expert is scaled by its own norm: one
+    expert's outlier does not shrink the steps of the others.
+
+    Returns:
+        0-dim tensor; nothing is read back to the host.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not limit or num_experts is None:
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        if limit:
+            torch._foreach_mul_(gradients, _scale(norm, limit))
+        return norm
+    norms = expert_norms(gradients, num_experts)
+    scale = _scale(norms, limit)
+    for gradient in gradients:
+        gradient.mul_(scale.view(-1, *([1] * (gradient.dim() - 1))))
+    return torch.linalg.vector_norm(norms)
+
+
+def expert_norms(gradients: Iterable[Tensor], num_experts: int) -> Tensor:
+    """Norm (E,) over everything that belongs to each expert, of gradients (E, ...)."""
+    parts = [torch.linalg.vector_norm(gradient.reshape(num_experts, -1), dim=1) for gradient in gradients]
+    return torch.linalg.vector_norm(torch.stack(parts), dim=0)
+
+
+def _scale(norm: Tensor, limit: float) -> Tensor:
+    return (limit / (norm + 1e-6)).clamp(max=1.0)

@@ -1,0 +1,39 @@
+"""A few images at the end of a stage, so that a run shows what it has learned."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from tdc_fast.diffusion import Diffusion
+from tdc_fast.errors import require
+from tdc_fast.training.atomic import atomic_file
+from tdc_fast.training.random_state import derived_seed
+from tdc_fast.training.run import RunDirectory
+
+STEPS = 25
+
+
+def write_preview(run: RunDirectory, stage: str, step: int, model: nn.Module, diffusion: Diffusion) -> None:
+    """Write ``--preview`` DDIM samples to samples/{stage}_{step}.png as one row of images."""
+    from tdc_fast.diffusion.samplers import sample
+
+    config = run.config
+    generator = torch.Generator().manual_seed(derived_seed(config.seed, "preview"))
+    size, device = config.image_size, next(model.parameters()).device
+    labels: dict[str, Any] = {}
+    if config.class_cond:
+        labels["y"] = torch.randint(config.num_classes, (config.preview,), generator=generator).to(device)
+    steps = min(STEPS, diffusion.num_timesteps)
+    shape = (config.preview, run.in_channels, size, size)
+    images = sample(diffusion, model, shape, steps=steps, generator=generator, model_kwargs=labels, device=device)
+    pixels = ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu().numpy()  # (B, C, H, W)
+    row = np.concatenate(list(pixels.transpose(0, 2, 3, 1)), axis=1)  # (H, B * W, C)
+    directory = run.path / "samples"
+    directory.mkdir(exist_ok=True)
+    image = require("PIL.Image", extra="demo").fromarray(row if run.in_channels == 3 else row[..., 0])
+    with atomic_file(directory / f"{stage}_{step:06d}.png") as file:
+        image.save(file, format="PNG")

@@ -1,0 +1,72 @@
+"""improved-diffusion's ``--resume_checkpoint``: go on from model{step}.pt and the files beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tdc_fast.errors import invalid
+from tdc_fast.training.base_file import load_base_file
+from tdc_fast.training.checkpoint import (
+    ema_file,
+    finished_steps,
+    load_verified,
+    model_file,
+    optimizer_file,
+    read_description,
+    state_file,
+    step_of,
+)
+from tdc_fast.training.loop import StageLoop
+
+SAME_DRAWS = (
+    "data_dir",
+    "image_size",
+    "class_cond",
+    "batch_size",
+    "seed",
+    "heldout",
+    "heldout_seed",
+    "schedule_sampler",
+)
+
+
+def continue_from(path: Path, loop: StageLoop) -> None:
+    """Take step, weights, averages and optimizer from a checkpoint of improved-diffusion or of another run of ours.
+
+    A checkpoint of ours also gives random numbers and data position when data, batch size and seed are the same;
+    otherwise the draws begin anew.
+
+    Raises:
+        ValueError: the name has no step, a file beside it is missing or damaged, or the flags describe another
+        model. Nothing is
+            ever restarted in silence.
+    """
+    step = step_of(path)
+    directory = path.parent
+    if path.name != model_file(step):
+        raise invalid("resume_checkpoint", str(path), f"the weights' own file, {directory / model_file(step)}")
+    config = loop.run.config
+    needed = [model_file(step), *(ema_file(rate, step) for rate in config.ema_rates), optimizer_file(step)]
+    for name in needed:
+        if not (directory / name).is_file():
+            raise invalid(
+                "resume_checkpoint",
+                str(path),
+                f"{name} beside it; without it averages or optimizer would restart (see --ema_rate, or use --base)",
+            )
+        load_verified(directory / name)
+    load_base_file(path, config, loop.model)
+    exact = step in finished_steps(directory) and _same_draws(directory / state_file(step), loop)
+    try:
+        loop.restore(directory, step, exact=exact)
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise invalid(
+            "resume_checkpoint", str(path), f"files of the same model and optimizer beside it: {error}"
+        ) from error
+    print(f"continuing from {path} at step {step}" + ("" if exact else "; data order and random numbers begin anew"))
+
+
+def _same_draws(path: Path, loop: StageLoop) -> bool:
+    description = read_description(path) or {}
+    made_with = description.get("config", {})
+    return all(made_with.get(name) == getattr(loop.run.config, name) for name in SAME_DRAWS)

@@ -1,0 +1,212 @@
+"""What a stage reports: progress.csv, log.txt, the terminal, TensorBoard; and the running means behind each row."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from torch import Tensor
+
+from tdc_fast.errors import invalid
+from tdc_fast.training.atomic import atomic_file
+
+QUARTILES = 4
+
+
+class RunningMeans:
+    """Means of the per-sample losses since the last row: over all samples, per quartile of the timesteps, per group.
+
+    Everything stays in tensors on the device until :meth:`take`, so that a step never waits for the numbers.
+    """
+
+    def __init__(self, num_groups: int, device: torch.device, group_weights: Sequence[float] | None = None) -> None:
+        """``group_weights`` (N,), summing to 1: the overall mean becomes the mean of the groups' means in these
+        weights, which undoes stratified drawing."""
+        self._bins = 1 + QUARTILES + num_groups
+        self._group_weights = group_weights
+        self._device = device
+        self._sums: dict[str, Tensor] = {}  # (bins,) float64
+        self._counts = torch.zeros(self._bins, dtype=torch.float64, device=device)
+        self._norms = torch.zeros(2, dtype=torch.float64, device=device)  # sum of gradient norms, steps
+
+    def add(self, losses: dict[str, Tensor], quartiles: Tensor, groups: Tensor | None) -> None:
+        """Take in a batch: values (B,) by name, timestep quartile (B,) and group (B,) of every sample."""
+        ones = torch.ones_like(quartiles, dtype=torch.float64)
+        columns = [torch.zeros_like(quartiles), quartiles + 1]
+        if groups is not None:
+            columns.append(groups + 1 + QUARTILES)
+        where = torch.cat(columns)
+        copies = len(columns)
+        self._counts.index_add_(0, where, ones.repeat(copies))
+        for name, values in losses.items():
+            if name not in self._sums:
+                self._sums[name] = torch.zeros(self._bins, dtype=torch.float64, device=self._device)
+            self._sums[name].index_add_(0, where, values.detach().double().repeat(copies))
+
+    def add_gradient_norm(self, norm: Tensor) -> None:
+        self._norms[0] += norm.detach()
+        self._norms[1] += 1
+
+    def take(self) -> dict[str, float | None]:
+        """The means by column name, None where no sample fell into a bin; then begins anew."""
+        counts = self._counts.tolist()
+        norm, steps = self._norms.tolist()
+        suffixes = ["", *(f"_q{i}" for i in range(QUARTILES)), *(f"_g{i}" for i in range(self._bins - 1 - QUARTILES))]
+        row: dict[str, float | None] = {"grad_norm": norm / steps if steps else None}
+        for name, sums in self._sums.items():
+            for suffix, total, count in zip(suffixes, sums.tolist(), counts, strict=True):
+                row[name + suffix] = total / count if count else None
+            if self._group_weights is not None:
+                means = [row[f"{name}_g{i}"] for i in range(len(self._group_weights))]
+                whole = all(mean is not None for mean in means)
+                row[name] = (
+                    sum(w * (m or 0.0) for w, m in zip(self._group_weights, means, strict=True)) if whole else None
+                )
+        for tensor in (self._counts, self._norms, *self._sums.values()):
+            tensor.zero_()
+        return row
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sums": dict(self._sums), "counts": self._counts, "norms": self._norms}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._sums = {name: value.to(self._device) for name, value in state["sums"].items()}
+        self._counts.copy_(state["counts"])
+        self._norms.copy_(state["norms"])
+
+
+class ProgressLog:
+    """Appends one row per interval to everything that OPENAI_LOG_FORMAT asks for (default stdout,log,csv) and
+    TensorBoard.
+
+    Args:
+        directory: receives progress.csv, log.txt and, when asked for, progress.json.
+        step: rows of later steps are dropped: a run that continues from a checkpoint writes them again.
+        tensorboard: directory of event files, or None.
+        quiet: do not print rows (a progress bar is shown instead).
+    """
+
+    def __init__(self, directory: Path, step: int, tensorboard: Path | None = None, quiet: bool = False) -> None:
+        formats = [name for name in os.environ.get("OPENAI_LOG_FORMAT", "stdout,log,csv").split(",") if name]
+        unknown = set(formats) - {"stdout", "log", "csv", "json", "tensorboard"}
+        if unknown:
+            raise invalid("OPENAI_LOG_FORMAT", ",".join(formats), "a list of stdout, log, csv, json, tensorboard")
+        directory.mkdir(parents=True, exist_ok=True)
+        self._csv_path = directory / "progress.csv" if "csv" in formats else None
+        self._columns = _drop_later_rows(self._csv_path, step) if self._csv_path else []
+        self._csv: TextIO | None = None
+        self._json = _json_lines(directory / "progress.json", step) if "json" in formats else None
+        self._texts: list[TextIO] = [sys.stdout] if "stdout" in formats and not quiet else []
+        self._log = open(directory / "log.txt", "a", encoding="utf-8") if "log" in formats else None  # noqa: SIM115
+        self._board = _summary_writer(tensorboard, step) if tensorboard else None
+        if step:
+            self.say(f"resumed at step {step}")
+
+    def say(self, text: str) -> None:
+        """One line for log.txt."""
+        if self._log:
+            self._log.write(text + "\n")
+            self._log.flush()
+
+    def row(self, values: dict[str, float | int | None]) -> None:
+        """Write one row; the columns of the first row are those of the file."""
+        if self._csv_path:
+            self._append_csv(values)
+        if self._json:
+            self._json.write(json.dumps(values) + "\n")
+            self._json.flush()
+        table = _table(values)
+        for text in self._texts:
+            print(table, file=text, flush=True)
+        self.say(table)
+        if self._board:
+            for name, value in values.items():
+                if name != "step" and value is not None:
+                    self._board.add_scalar(name, value, values["step"])
+
+    def sync(self) -> None:
+        """Have everything on the disk: what a checkpoint counts as written must be there."""
+        for file in (self._csv, self._json, self._log):
+            if file:
+                file.flush()
+                os.fsync(file.fileno())
+
+    def close(self) -> None:
+        for file in (self._csv, self._json, self._log, self._board):
+            if file:
+                file.close()
+
+    def _append_csv(self, values: dict[str, float | int | None]) -> None:
+        assert self._csv_path is not None
+        if not self._columns:
+            self._columns = list(values)
+            with atomic_file(self._csv_path) as file:
+                file.write((",".join(self._columns) + "\n").encode())
+        if self._csv is None:
+            self._csv = open(self._csv_path, "a", encoding="utf-8", newline="")  # noqa: SIM115
+        line = io.StringIO()
+        csv.writer(line, lineterminator="\n").writerow(
+            ["" if values.get(c) is None else values[c] for c in self._columns]
+        )
+        self._csv.write(line.getvalue())
+        self._csv.flush()
+
+
+def _drop_later_rows(path: Path, step: int) -> list[str]:
+    """Rewrite a progress.csv without rows after ``step`` (and without half a row); its columns, or [] where it is
+    new."""
+    if not path.is_file():
+        return []
+    text = path.read_text(encoding="utf-8")
+    lines = text.splitlines() if text.endswith("\n") else text.splitlines()[:-1]
+    if step == 0 or not lines:
+        path.unlink()
+        return []
+    columns = lines[0].split(",")
+    if "step" not in columns:
+        raise invalid("run_dir", str(path), "a progress.csv with a column 'step', or none")
+    position = columns.index("step")
+    rows = [row for row in csv.reader(lines[1:]) if len(row) == len(columns) and int(row[position]) <= step]
+    with atomic_file(path) as file:
+        file.write("".join(",".join(row) + "\n" for row in [columns, *rows]).encode())
+    return columns
+
+
+def _json_lines(path: Path, step: int) -> TextIO:
+    kept = []
+    if path.is_file() and step:
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            if line.endswith("\n") and json.loads(line)["step"] <= step:
+                kept.append(line)
+    with atomic_file(path) as file:
+        file.write("".join(kept).encode())
+    return open(path, "a", encoding="utf-8")
+
+
+def _summary_writer(directory: Path, step: int) -> Any:
+    """A TensorBoard writer, or None when the package is not installed (event files are a convenience)."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(directory), purge_step=step + 1 if step else None)
+
+
+def _table(values: dict[str, float | int | None]) -> str:
+    shown = {
+        name: f"{value:.4g}" if isinstance(value, float) else str(value)
+        for name, value in values.items()
+        if value is not None
+    }
+    left = max(map(len, shown))
+    right = max(map(len, shown.values()))
+    line = "-" * (left + right + 7)
+    body: Sequence[str] = [f"| {name:<{left}} | {value:<{right}} |" for name, value in shown.items()]
+    return "\n".join([line, *body, line])
