@@ -77,6 +77,15 @@ def magnitude_importance(model: nn.Module, units: Sequence[PruningUnit]) -> Impo
     return {name: np.sqrt(total) for name, total in squares.items()}
 
 
+def balanced(importance: Importance, weights: Mapping[str, float]) -> Importance:
+    """Scale every unit's scores so that they sum to its weight; a unit of zeros stays.
+
+    Magnitudes have no common scale across layers. Weighted with the MACs of their units, an average atom of any unit
+    is worth what it costs, and only the order and the contrast within a unit count.
+    """
+    return {name: scores * (weights[name] / (scores.sum() or 1.0)) for name, scores in importance.items()}
+
+
 def calibration_losses(
     model: nn.Module, batches: Iterable[Batch], diffusion: Any, group: tuple[int, int], *, seed: int = 0
 ) -> Iterator[Tensor]:

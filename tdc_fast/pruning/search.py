@@ -23,6 +23,7 @@ from tdc_fast.pruning.budget import budget_macs, group_fractions
 from tdc_fast.pruning.importance import (
     Batch,
     Importance,
+    balanced,
     magnitude_importance,
     split_batch,
     taylor_importance,
@@ -80,8 +81,9 @@ def plan_pruning(
     diffusion   : offers `num_timesteps`, `snr_db()` (T,) and `training_losses`.
     batches     : calibration data, x0 (B, ...) or (x0, model_kwargs); `max_batches` of them are read, once.
     k           : 0 < k <= 1 of the budget law, or one share of the base's MACs for each group.
-    importance  : 'taylor' (on the group's own timesteps), 'magnitude' (of the weights), or a function from the
-                  group's index to {unit: (atoms,)}.
+    importance  : 'taylor' (on the group's own timesteps, in units of loss across all units), 'magnitude' (of the
+                  weights, `balanced` by the units' MACs), or a function from the group's index to
+                  {unit: (atoms,)}.
     difficulty  : 'snr', 'snr-reversed', or one number per group, e.g. losses (see `difficulty_order`).
     proposer, scorer, rounds : the search within each group; more than one round needs a scorer.
     strict      : raise instead of warn where the units are too coarse to land within the tolerance.
@@ -112,7 +114,8 @@ def plan_pruning(
         if callable(importance):
             return importance(group)
         if importance == "magnitude":
-            return magnitude_importance(base, units)
+            whole = {unit.name: float(costs.tables[unit.name][unit.channels]) for unit in units}
+            return balanced(magnitude_importance(base, units), whole)
         return taylor_importance(base, units, data, diffusion, interval, seed=seed)
 
     experts: list[dict[str, ExpertUnit]] = []
