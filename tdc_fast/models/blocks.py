@@ -96,7 +96,7 @@ class ResBlock(nn.Module):
         h = norm_in(x, activation="silu")
         if self.use_scale_shift_norm:
             h = conv_in(h)
-            scale, shift = self.emb_layers[1].chunks(emb, 2)
+            scale, shift = self.emb_layers[1].chunks(emb, 2)  # type: ignore[operator]
             h = norm_out(h, scale=scale.to(h.dtype), shift=shift.to(h.dtype), activation="silu")
         else:
             h = conv_in(h, sample_bias=self.emb_layers[1](emb).to(h.dtype))
@@ -114,16 +114,21 @@ class ResBlock(nn.Module):
         return PruningUnit(name, "resblock", self.width, self.atom, width_step(self.width, self.atom), slices)
 
 
+def head_dim(channels: int, num_heads: int) -> int:
+    """Channels per attention head. ValueError unless the heads divide the channels."""
+    if num_heads < 1 or channels % num_heads:
+        raise invalid("num_heads", num_heads, f"a divisor of the {channels} channels of the attention")
+    return channels // num_heads
+
+
 class AttentionBlock(nn.Module):
     """Residual self-attention over all positions. ``width`` channels (whole heads) live inside; 0 heads =
     identity."""
 
     def __init__(self, channels: int, num_heads: int, use_checkpoint: bool, width: int | None = None) -> None:
         super().__init__()
-        if num_heads < 1 or channels % num_heads:
-            raise invalid("num_heads", num_heads, f"a divisor of the {channels} channels of the attention")
         width = channels if width is None else width
-        self.width, self.head_dim, self.use_checkpoint = width, channels // num_heads, use_checkpoint
+        self.width, self.head_dim, self.use_checkpoint = width, head_dim(channels, num_heads), use_checkpoint
         self.routing: Routing | None = None
         if width:
             self.norm = group_norm(channels)

@@ -23,6 +23,7 @@ from tdc_fast.models.blocks import (
     TimestepBlocks,
     Upsample,
     group_norm,
+    head_dim,
     timestep_embedding,
     zeroed,
 )
@@ -97,7 +98,7 @@ class UNet(nn.Module):
             return ResBlock(channels, emb_channels, out, dropout, use_checkpoint, use_scale_shift_norm, width)
 
         def attention(name: str, channels: int, heads: int) -> AttentionBlock:
-            width = _checked_width(name, unnamed, channels, max(channels // max(heads, 1), 1))
+            width = _checked_width(name, unnamed, channels, head_dim(channels, heads))
             return AttentionBlock(channels, heads, use_checkpoint, width)
 
         self.time_embed = nn.Sequential(
@@ -154,7 +155,7 @@ class UNet(nn.Module):
         if x.shape[2] % self.stride or x.shape[3] % self.stride:
             raise invalid("x", tuple(x.shape), f"a height and width that are multiples of {self.stride}")
         steps = timesteps if self.timestep_scale == 1 else timesteps.float() * self.timestep_scale
-        dtype = self.time_embed[0].weight.dtype
+        dtype = next(self.time_embed.parameters()).dtype
         emb = self.time_embed[0](timestep_embedding(steps, self.model_channels).to(dtype))
         emb = self.time_embed[2](F.silu(emb))
         if y is not None:
@@ -224,6 +225,7 @@ def default_channel_mult(image_size: int) -> tuple[int, ...]:
     Up to 32 pixels the lowest level keeps at least 4 x 4 pixels, above that 8 x 8; levels end where the size
     stops being even.
     """
+    mult: tuple[int, ...]
     if image_size <= 32:
         mult, smallest = (1, 2, 2, 2), 4
     elif image_size < 128:

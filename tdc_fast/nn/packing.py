@@ -141,7 +141,7 @@ class RoutedModel(nn.Module):
         if not 0 <= index < self.num_experts:
             raise invalid("index", index, f"an expert from 0 to {self.num_experts - 1}")
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:  # type: ignore[override]
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         errors = args[-1]
         for name in ("group_boundaries", "unit_widths"):
             saved, own = state_dict.get(prefix + name), getattr(self, name)
@@ -170,7 +170,7 @@ def pack_experts(
     """
     count = groups.num_groups
     shared = isinstance(base_or_experts, nn.Module)
-    experts = [base_or_experts] * count if shared else list(base_or_experts)  # type: ignore[arg-type]
+    experts = [base_or_experts] * count if isinstance(base_or_experts, nn.Module) else list(base_or_experts)
     if len(experts) != count:
         raise invalid("base_or_experts", f"{len(experts)} experts", f"one for each of the {count} groups")
     base = experts[0]
@@ -178,7 +178,7 @@ def pack_experts(
     if widths is not None:
         if not hasattr(base, "pruning_units") or not hasattr(base, "with_widths"):
             raise invalid("widths", type(base).__name__, "a module with pruning_units() and with_widths(), or None")
-        units = base.pruning_units()
+        units = base.pruning_units()  # type: ignore[operator]
         widths.check(units, base=base_hash(base) if shared else None, boundaries=groups.boundaries)
     dense_leaves = _find_leaves(base)
     if not shared:
@@ -211,7 +211,8 @@ def pack_experts(
 
 def _find_leaves(base: nn.Module) -> dict[str, nn.Module]:
     """{path: layer} of every layer with parameters. ValueError names what cannot be routed."""
-    leaves, owner = {}, {}
+    leaves: dict[str, nn.Module] = {}
+    owner: dict[int, str] = {}
     for name, module in base.named_modules():
         own = dict(module.named_parameters(recurse=False))
         if not own:
@@ -271,4 +272,4 @@ def _cut(
 def _set_routing(model: nn.Module, routing: Routing | None) -> None:
     for module in model.modules():
         if hasattr(module, "routing"):
-            module.routing = routing
+            module.routing = routing  # type: ignore[assignment]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,9 +43,9 @@ class LiveAxis:
         """Live prefix per expert, int32 (E,)."""
         return torch.tensor([count * self.copies for count in self.counts], dtype=torch.int32, device=device)
 
-    def positions(self, expert: int, device: torch.device) -> Tensor:
+    def positions(self, expert: int) -> Tensor:
         """Stacked position of every entry of the expert's dense axis, int64."""
-        entries = torch.arange(self.counts[expert], device=device)
+        entries = torch.arange(self.counts[expert])
         return torch.cat([entries * self.copies + copy for copy in range(self.copies)])
 
 
@@ -71,14 +71,6 @@ class RoutedLeaf(nn.Module):
         self.register_buffer("out_widths", None, persistent=False)
         self.register_buffer("in_widths", None, persistent=False)
 
-    def reset_parameters(self) -> None:
-        """torch's initialisation of the dense layer, per expert."""
-        weight, bias = self.weight, self.bias  # type: ignore[has-type]
-        bound = 1 / math.sqrt(max(math.prod(weight.shape[2:]), 1))  # fan-in
-        nn.init.uniform_(weight, -bound, bound)
-        if bias is not None:
-            nn.init.uniform_(bias, -bound, bound)
-
     def set_live(self, out: LiveAxis | None, in_: LiveAxis | None) -> None:
         """Give the leaf the widths of pruned experts. The parameters already have the stacked sizes."""
         self.live_out, self.live_in = out, in_
@@ -99,32 +91,21 @@ class RoutedLeaf(nn.Module):
         """{'weight', 'bias'} of one expert in the dense layer's layout and its own live size (copies)."""
         state = {}
         for name, parameter in self.named_parameters():
-            value = parameter[expert]
-            if self.live_out is not None:
-                value = value[self.live_out.positions(expert, value.device)]
-            if self.live_in is not None and name == "weight":
-                value = value[:, self.live_in.positions(expert, value.device)]
-            state[name] = value.reshape(self._dense_shape(name, value)).clone()
+            value = parameter[expert][self._live_index(parameter, expert)]
+            state[name] = value.reshape(self._dense_shape(name, value.shape))
         return state
 
     @torch.no_grad()
     def load_expert(self, expert: int, state: Mapping[str, Tensor]) -> None:
         """The opposite of ``expert_state``; what is past the expert's widths becomes zero."""
         for name, parameter in self.named_parameters():
-            value = state[name].to(parameter.device, parameter.dtype)
-            target = parameter[expert]
-            index: list[Tensor] = []
-            for dim, axis in enumerate((self.live_out, self.live_in)[: 2 if name == "weight" else 1]):
-                size = target.shape[dim] if dim < target.dim() else 0
-                if dim < target.dim():
-                    whole = torch.arange(size, device=target.device)
-                    index.append(whole if axis is None else axis.positions(expert, target.device))
-            shape = (*(len(part) for part in index), *target.shape[len(index) :])
-            if value.shape != self._dense_shape(name, torch.empty(shape, device="meta")):
-                raise invalid(name, tuple(value.shape), f"the shape {shape} that expert {expert} has")
+            target, index = parameter[expert], self._live_index(parameter, expert)
+            shape = (*index[0].shape, *target.shape[index[0].dim() :])
+            if state[name].shape != self._dense_shape(name, shape):
+                raise invalid(name, tuple(state[name].shape), f"the shape {shape} that expert {expert} has")
+            value = state[name].to(parameter.device, parameter.dtype).reshape(shape)
             target.zero_()
-            grid = torch.meshgrid(*index, indexing="ij") if len(index) > 1 else tuple(index)
-            target[grid] = value.reshape(shape)
+            target[index] = value
 
     def dense(self, expert: int) -> nn.Module:
         """The layer of one expert as the ordinary layer this leaf was packed from (never pruned)."""
@@ -133,8 +114,17 @@ class RoutedLeaf(nn.Module):
         layer.load_state_dict(self.expert_state(expert))
         return layer.train(self.training)
 
-    def _dense_shape(self, name: str, value: Tensor) -> torch.Size:
-        return value.shape
+    def _live_index(self, parameter: Tensor, expert: int) -> tuple[Tensor, ...]:
+        """Indices of the expert's live entries on the channel axes of its slice of a parameter."""
+        axes = (self.live_out, self.live_in)[: parameter.dim() - 1]
+        positions = [
+            torch.arange(size) if axis is None else axis.positions(expert)
+            for size, axis in zip(parameter.shape[1:3], axes, strict=True)
+        ]
+        return tuple(index.to(parameter.device) for index in torch.meshgrid(*positions, indexing="ij"))
+
+    def _dense_shape(self, name: str, shape: Sequence[int]) -> tuple[int, ...]:
+        return tuple(shape)
 
 
 class RoutedConv2d(RoutedLeaf):
@@ -159,7 +149,7 @@ class RoutedConv2d(RoutedLeaf):
         self.weight = nn.Parameter(torch.empty(num_experts, out_channels, in_channels, *filter_size))
         self.bias = nn.Parameter(torch.empty(num_experts, out_channels)) if bias else None
         self.register_buffer("closing_gate", None, persistent=False)
-        self.reset_parameters()
+        _initialise(self.weight, self.bias)
 
     def forward(
         self,
@@ -204,7 +194,7 @@ class RoutedLinear(RoutedLeaf):
         self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features))
         self.bias = nn.Parameter(torch.empty(num_experts, out_features)) if bias else None
         self.register_buffer("closing_gate", None, persistent=False)
-        self.reset_parameters()
+        _initialise(self.weight, self.bias)
 
     def forward(self, x: Tensor, plan: RoutingPlan | None = None, *, residual: Tensor | None = None) -> Tensor:
         """x (B, C_in) or (B, ..., C_in) sorted, residual (B, ..., C_out) -> (B, ..., C_out)."""
@@ -233,8 +223,8 @@ class RoutedLinear(RoutedLeaf):
     def extra_repr(self) -> str:
         return f"{self.num_experts}, {self.in_features}, {self.out_features}"
 
-    def _dense_shape(self, name: str, value: Tensor) -> torch.Size:
-        return torch.Size((*value.shape, 1)) if self.filter_axis and name == "weight" else value.shape
+    def _dense_shape(self, name: str, shape: Sequence[int]) -> tuple[int, ...]:
+        return (*shape, 1) if self.filter_axis and name == "weight" else tuple(shape)
 
 
 class RoutedConv1d(RoutedLinear):
@@ -312,6 +302,14 @@ class RoutedEmbedding(RoutedLeaf):
 
     def extra_repr(self) -> str:
         return f"{self.num_experts}, {self.num_embeddings}, {self.embedding_dim}"
+
+
+def _initialise(weight: Tensor, bias: Tensor | None) -> None:
+    """torch's initialisation of the dense layer, for every expert."""
+    bound = 1 / math.sqrt(max(math.prod(weight.shape[2:]), 1))  # the product is the fan-in
+    nn.init.uniform_(weight, -bound, bound)
+    if bias is not None:
+        nn.init.uniform_(bias, -bound, bound)
 
 
 def _gated(bias: Tensor | None, gate: Tensor) -> Tensor | None:

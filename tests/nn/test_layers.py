@@ -1,0 +1,72 @@
+"""Dense leaves are torch's layers plus what the routed operators fuse."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tdc_fast.nn.layers import (
+    Conv2d,
+    GroupNorm,
+    Linear,
+    TokenConv1d,
+    from_tokens,
+    group_count,
+    qkv_attention,
+    to_tokens,
+)
+
+
+def test_norm_groups_are_the_largest_divisor_up_to_32():
+    counts = {8: 8, 16: 16, 32: 32, 48: 24, 64: 32, 96: 32, 37: 1, 100: 25, 1: 1}
+    assert {channels: group_count(channels) for channels in counts} == counts
+
+
+def test_a_convolution_adds_a_bias_per_sample_and_a_residual():
+    conv, x = Conv2d(3, 5, 3, padding=1), torch.randn(2, 3, 4, 4)
+    bias, residual = torch.randn(2, 5), torch.randn(2, 5, 4, 4)
+    plain = F.conv2d(x, conv.weight, conv.bias, padding=1)
+    torch.testing.assert_close(conv(x, sample_bias=bias, residual=residual), plain + bias[:, :, None, None] + residual)
+
+
+def test_a_norm_scales_shifts_and_activates_with_fp32_statistics():
+    norm, x = GroupNorm(2, 4), torch.randn(3, 4, 4, 4) + 50
+    scale, shift = torch.randn(3, 4), torch.randn(3, 4)
+    plain = F.group_norm(x, 2) * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
+    torch.testing.assert_close(norm(x, scale=scale, shift=shift, activation="silu"), plain * plain.sigmoid())
+    low = norm.bfloat16()(x.bfloat16())
+    assert low.dtype == torch.bfloat16
+    torch.testing.assert_close(low, F.group_norm(x.bfloat16().float(), 2).bfloat16(), rtol=0, atol=0)
+    with pytest.raises(ValueError, match="activation: got 'relu'"):
+        norm(x, activation="relu")
+
+
+def test_tokens_are_a_view_of_channels_last_activations():
+    x = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    tokens = to_tokens(x)
+    assert tokens.data_ptr() == x.data_ptr() and tokens.is_contiguous()
+    back = from_tokens(tokens, 4, 5)
+    assert back.data_ptr() == x.data_ptr() and torch.equal(back, x)
+
+
+def test_a_token_convolution_is_a_1x1_convolution_and_a_linear_layer_adds_a_residual():
+    conv, x, residual = TokenConv1d(3, 6), torch.randn(2, 5, 3), torch.randn(2, 5, 6)
+    expected = F.conv1d(x.transpose(1, 2), conv.weight, conv.bias).transpose(1, 2)
+    torch.testing.assert_close(conv(x, residual=residual), expected + residual)
+    linear = Linear(3, 6)
+    torch.testing.assert_close(linear(x, residual=residual), F.linear(x, linear.weight, linear.bias) + residual)
+    torch.testing.assert_close(torch.cat(linear.chunks(x, 2), -1), linear(x))
+
+
+def test_attention_is_head_major_and_scales_queries_and_keys():
+    heads, dim, tokens = 2, 4, 6
+    qkv = torch.randn(3, tokens, heads * 3 * dim)
+    expected = []
+    for h in range(heads):
+        q, k, v = qkv[:, :, h * 3 * dim : (h + 1) * 3 * dim].split(dim, dim=-1)
+        weights = torch.softmax(q @ k.transpose(1, 2) / math.sqrt(dim), dim=-1)
+        expected.append(weights @ v)
+    torch.testing.assert_close(qkv_attention(qkv, dim), torch.cat(expected, dim=-1))
