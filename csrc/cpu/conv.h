@@ -1,0 +1,48 @@
+// Routed 2-D convolution on the CPU: forward, dgrad and wgrad over samples sorted by group.
+//
+// Group g holds samples offsets[g] .. offsets[g + 1] and uses expert weight_index[g]; only its first in_widths[g] input
+// and out_widths[g] output channels are live. Dead inputs are never read, dead outputs and gradients are exact zeros.
+// Sums are fp32 whatever the dtype, and no result depends on the number of threads.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/dtype.h"
+
+namespace tdc {
+
+struct Conv2dProblem {
+  DType dtype;
+  int64_t batch, height, width, in_channels, out_channels;
+  int64_t filter_height, filter_width, stride_height, stride_width, pad_height, pad_width;
+  int64_t num_groups, num_experts;
+  int64_t weight_strides[5];    // in elements, of (expert, out channel, in channel, row, column)
+  const int32_t* offsets;       // (num_groups + 1), from 0 to batch
+  const int32_t* weight_index;  // (num_groups), null: group g uses expert g
+  const int32_t* in_widths;     // (num_groups), null: all channels
+  const int32_t* out_widths;    // (num_groups), null: all channels
+  int threads;
+
+  int64_t out_height() const { return (height + 2 * pad_height - filter_height) / stride_height + 1; }
+  int64_t out_width() const { return (width + 2 * pad_width - filter_width) / stride_width + 1; }
+  int64_t expert(int64_t group) const { return weight_index ? weight_index[group] : group; }
+  int64_t live_in(int64_t group) const { return in_widths ? in_widths[group] : in_channels; }
+  int64_t live_out(int64_t group) const { return out_widths ? out_widths[group] : out_channels; }
+
+  // Throws std::invalid_argument when a size, an offset, an expert or a width is out of range.
+  void check() const;
+};
+
+// Activations are dense NHWC. bias (experts, C_out), sample_bias (B, C_out), residual like y; each may be null.
+void conv2d_forward(const Conv2dProblem& problem, const void* x, const void* weight, const void* bias,
+                    const void* sample_bias, const void* residual, void* y);
+
+// dx (B, H, W, C_in) is written completely.
+void conv2d_dgrad(const Conv2dProblem& problem, const void* dy, const void* weight, void* dx);
+
+// dweight has the strides of the weight; dbias (experts, C_out); dsample_bias (B, C_out). Each may be null; each is
+// written completely. An expert that several groups use gets the sum over them, in group order.
+void conv2d_wgrad(const Conv2dProblem& problem, const void* x, const void* dy, void* dweight, void* dbias,
+                  void* dsample_bias);
+
+}  // namespace tdc

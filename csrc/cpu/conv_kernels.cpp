@@ -1,0 +1,56 @@
+#include "cpu/conv_kernels.h"
+
+#include "cpu/conv_tiles.h"
+#include "cpu/pack.h"
+
+namespace tdc {
+namespace TDC_FAST_ISA {
+namespace {
+
+using GatherFn = void (*)(const GatherTile&);
+using OuterFn = void (*)(const OuterTile&);
+
+template <typename T, int V, int... P>
+GatherFn choose_gather(int pixels, std::integer_sequence<int, P...>) {
+  static constexpr GatherFn table[] = {gather_tile<T, P + 1, V>...};
+  return table[pixels - 1];
+}
+
+template <int V, int... P>
+OuterFn choose_outer(int rows, std::integer_sequence<int, P...>) {
+  static constexpr OuterFn table[] = {outer_tile<P + 1, V>...};
+  return table[rows - 1];
+}
+
+using TileSizes = std::make_integer_sequence<int, kPixels>;
+
+template <typename T>
+void gather(const GatherTile& tile) {
+  (tile.vectors == 2 ? choose_gather<T, 2>(tile.num_pixels, TileSizes{})
+                     : choose_gather<T, 1>(tile.num_pixels, TileSizes{}))(tile);
+}
+
+void outer(const OuterTile& tile) {
+  (tile.vectors == 2 ? choose_outer<2>(tile.rows, TileSizes{}) : choose_outer<1>(tile.rows, TileSizes{}))(tile);
+}
+
+}  // namespace
+
+const ConvKernels& conv_kernels() {
+  static constexpr ConvKernels table = {
+      kLanes,
+      kPixels,
+      {gather<float>, gather<Bf16>},
+      outer,
+      {pack_panel<float>, pack_panel<Bf16>},
+      {unpack_panel<float>, unpack_panel<Bf16>},
+      {copy_rows<float>, copy_rows<Bf16>},
+      {sum_rows<float>, sum_rows<Bf16>},
+      {narrow_row<float>, narrow_row<Bf16>},
+      add_row,
+  };
+  return table;
+}
+
+}  // namespace TDC_FAST_ISA
+}  // namespace tdc

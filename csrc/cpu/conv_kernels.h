@@ -1,0 +1,93 @@
+// The inner loops of the convolution, one table per instruction set. Everything around them is compiled once.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "common/cpu_isa.h"
+
+namespace tdc {
+
+// A panel is up to kPanelVectors vectors of adjacent output channels: the width of one register tile.
+constexpr int kPanelVectors = 2;
+constexpr int kMaxLanes = 16;
+constexpr int kMaxPanel = kPanelVectors * kMaxLanes;
+
+// One output pixel of a gather tile.
+struct ConvPixel {
+  const float* source;    // its input pixel, before tap offsets
+  const float* init;      // (padded channels): bias of this sample, zero past the live width
+  const void* residual;   // (channels) or null
+  void* out;              // (channels)
+};
+
+// out[p, k] = init[p, k] + sum over taps t and depth c of source[p][taps[t] + c] * weights[t, c, k]  (+ residual).
+struct GatherTile {
+  const ConvPixel* pixels;
+  int num_pixels;         // 1 .. ConvKernels::pixels
+  int vectors;            // 1 .. kPanelVectors
+  int64_t channel;        // first output channel of the panel
+  const ptrdiff_t* taps;  // element offsets into the source
+  int64_t num_taps, depth;
+  const float* weights;   // rows of `row` floats, tap after tap
+  int64_t row, tap_jump;  // floats from row to row, and skipped between two taps
+  int64_t live;           // output channels in use; the last panel also zeroes [live, channels)
+  int64_t channels;       // of an output pixel
+  bool last;              // the panel that ends at `live`
+};
+
+// sums[m, k] (+)= sum over pixels i of source[m][offsets[i]] * dy[i, k]   for m < rows.
+struct OuterTile {
+  const float* const* sources;
+  int rows;               // 1 .. ConvKernels::pixels
+  int vectors;
+  const ptrdiff_t* offsets;
+  int64_t num_pixels;
+  const float* dy;
+  float* sums;
+  int64_t row;            // floats from row to row of dy and of sums
+};
+
+// A panel of packed weights: packed[t * depth + d][lane] = weights[lane * lane_stride + d * depth_stride + taps[t]].
+struct PanelPack {
+  const void* weights;
+  const void* end;        // one past the last readable element
+  int64_t lanes;          // live lanes, 1 .. row
+  int64_t lane_stride, depth_stride, depth;
+  const int64_t* taps;    // element offsets
+  const int32_t* tap_at;  // inverse of taps where those are a permutation of 0 .. num_taps - 1, else null
+  int64_t num_taps;
+  float* packed;
+  int64_t row;            // floats per packed row: a multiple of the vector length
+};
+
+// The way back for weight gradients: weights[lane * lane_stride + c * depth_stride + taps[t]] = sums[t * depth + c][lane].
+struct PanelUnpack {
+  const float* sums;
+  int64_t row, depth;
+  const int64_t* taps;
+  bool taps_dense;        // taps[t] == t
+  int64_t num_taps, lanes, lane_stride, depth_stride;
+  void* weights;
+};
+
+struct ConvKernels {
+  int lanes;
+  int pixels;             // pixels (rows) of a full register tile
+  // Tables indexed by dtype where the types in memory matter.
+  void (*gather[2])(const GatherTile&);
+  void (*outer)(const OuterTile&);
+  void (*pack[2])(const PanelPack&);
+  void (*unpack[2])(const PanelUnpack&);
+  // `rows` rows of `count` elements to fp32; destination elements count .. padded of each row become zero.
+  void (*copy[2])(const void* from, int64_t from_stride, float* to, int64_t to_stride, int64_t rows, int64_t count,
+                  int64_t padded);
+  // sums[k] = sum over rows of from[row * stride + k].
+  void (*sum_rows[2])(const void* from, int64_t stride, int64_t rows, int64_t count, float* sums);
+  void (*narrow[2])(const float* from, void* to, int64_t count);
+  void (*add)(const float* from, float* to, int64_t count);
+};
+
+TDC_ISA_DECLARE(const ConvKernels& conv_kernels();)
+
+}  // namespace tdc

@@ -1,0 +1,119 @@
+// Register tiles of the convolution: P pixels by V vectors of output channels, sums held in registers throughout.
+#pragma once
+
+#include "cpu/conv_kernels.h"
+#include "cpu/simd.h"
+
+namespace tdc {
+namespace TDC_FAST_ISA {
+namespace {  // internal linkage: code built for one set must never be linked into another
+
+// P * kPanelVectors sums, a broadcast and the weights fill the register file; P pointers fit the general registers.
+#if defined(TDC_FAST_ISA_avx512) || defined(__aarch64__)
+constexpr int kPixels = 8;
+#else
+constexpr int kPixels = 6;
+#endif
+
+template <int P, int V>
+inline void accumulate(Vec (&sums)[P][V], const float* const (&source)[P], ptrdiff_t at, const float* weights) {
+  Vec w[V];
+#pragma GCC unroll 4
+  for (int v = 0; v < V; ++v) w[v] = load(weights + v * kLanes);
+#pragma GCC unroll 8
+  for (int p = 0; p < P; ++p) {
+    const float x = source[p][at];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) sums[p][v] += w[v] * x;
+  }
+}
+
+// The last panel of a pixel: residual, rounding, and zeros past the live width.
+template <typename T, int V>
+inline void finish_partial(const GatherTile& tile, const ConvPixel& pixel, const Vec (&sums)[V]) {
+  T* out = static_cast<T*>(pixel.out);
+  const T* residual = static_cast<const T*>(pixel.residual);
+#pragma GCC unroll 4
+  for (int v = 0; v < V; ++v) {
+    const int64_t channel = tile.channel + v * kLanes;
+    const int count = static_cast<int>(tile.live - channel < kLanes ? tile.live - channel : kLanes);
+    if (count <= 0) break;
+    Vec sum = sums[v];
+    if (residual) sum += load_upto(residual + channel, count);
+    store_upto(out + channel, sum, count);
+  }
+}
+
+template <typename T>
+inline void zero_tail(const GatherTile& tile) {
+  const size_t bytes = static_cast<size_t>(tile.channels - tile.live) * sizeof(T);
+  for (int p = 0; p < tile.num_pixels; ++p) std::memset(static_cast<T*>(tile.pixels[p].out) + tile.live, 0, bytes);
+}
+
+template <typename T, int P, int V>
+void gather_tile(const GatherTile& tile) {
+  Vec sums[P][V];
+#pragma GCC unroll 8
+  for (int p = 0; p < P; ++p)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) sums[p][v] = load(tile.pixels[p].init + tile.channel + v * kLanes);
+
+  const float* weights = tile.weights;
+  for (int64_t t = 0; t < tile.num_taps; ++t) {
+    const float* source[P];
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p) source[p] = tile.pixels[p].source + tile.taps[t];
+    for (ptrdiff_t c = 0; c < tile.depth; ++c) {
+      accumulate<P, V>(sums, source, c, weights);
+      weights += tile.row;
+    }
+    weights += tile.tap_jump;
+  }
+
+  const bool whole = tile.channel + V * kLanes <= tile.live;
+#pragma GCC unroll 8
+  for (int p = 0; p < P; ++p) {
+    const ConvPixel& pixel = tile.pixels[p];
+    if (whole) {
+      T* out = static_cast<T*>(pixel.out) + tile.channel;
+      if (pixel.residual) {
+        const T* residual = static_cast<const T*>(pixel.residual) + tile.channel;
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) sums[p][v] += load(residual + v * kLanes);
+      }
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) store(out + v * kLanes, sums[p][v]);
+    } else {
+      finish_partial<T, V>(tile, pixel, sums[p]);
+    }
+  }
+  if (tile.last && tile.channels > tile.live) zero_tail<T>(tile);
+}
+
+template <int P, int V>
+void outer_tile(const OuterTile& tile) {
+  Vec sums[P][V];
+#pragma GCC unroll 8
+  for (int p = 0; p < P; ++p)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) sums[p][v] = load(tile.sums + p * tile.row + v * kLanes);
+
+  const float* source[P];
+#pragma GCC unroll 8
+  for (int p = 0; p < P; ++p) source[p] = tile.sources[p];
+  const float* dy = tile.dy;
+  const ptrdiff_t row = tile.row;
+  for (const ptrdiff_t *offset = tile.offsets, *end = offset + tile.num_pixels; offset != end; ++offset) {
+    accumulate<P, V>(sums, source, *offset, dy);
+    dy += row;
+  }
+
+#pragma GCC unroll 8
+  for (int p = 0; p < P; ++p)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) store(tile.sums + p * tile.row + v * kLanes, sums[p][v]);
+}
+
+}  // namespace
+}  // namespace TDC_FAST_ISA
+}  // namespace tdc

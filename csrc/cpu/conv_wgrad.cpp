@@ -1,0 +1,405 @@
+// The host side of wgrad: dweight[k, c, tap] = sum over pixels of x[pixel + tap, c] * dy[pixel, k].
+//
+// A unit is one panel of output channels by a range of 16-channel input blocks of one expert. Its sums live in a buffer
+// that fits the cache; units with many pixels are split into a number of parts fixed by the shapes, and whoever
+// finishes last adds the parts in order. So the result depends on neither the threads nor their timing.
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <new>
+#include <vector>
+
+#include "common/parallel.h"
+#include "cpu/conv.h"
+#include "cpu/conv_kernels.h"
+#include "cpu/conv_scratch.h"
+
+namespace tdc {
+namespace {
+
+constexpr int64_t kDepthBlock = 16;                  // input channels per block of x: a cache line of fp32
+constexpr int64_t kChunkPixels = 128;                // dy panel and x block of a chunk share L1
+constexpr int64_t kSumsLimit = int64_t{384} << 10;   // bytes of sums per task: they stay in L2
+constexpr int64_t kPartsLimit = int64_t{4} << 20;    // bytes of partial sums
+constexpr int64_t kTasksWanted = 32;
+constexpr int64_t kBiasParts = 8;
+constexpr int64_t kParallelMacs = int64_t{1} << 19;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+struct Expert {
+  int64_t lanes = 0, depth = 0, samples = 0, chunks = 0;  // widest of its groups; all of its samples
+};
+
+struct Unit {
+  int64_t expert, panel, block_begin, block_end;
+  int64_t parts, memory, counter;  // first float of the partial sums when parts > 1
+};
+
+struct Task {
+  int64_t unit, part;
+};
+
+struct BiasTask {
+  int64_t expert, part, parts;
+};
+
+struct Workspace {
+  std::vector<Expert> experts;
+  std::vector<std::vector<int32_t>> groups;  // of each expert, in order
+  std::vector<Unit> units;
+  std::vector<Task> tasks;
+  std::vector<BiasTask> bias_tasks;
+  std::vector<int64_t> taps;
+  Scratch parts, bias_parts, counters;
+};
+
+struct LocalMemory {
+  Scratch source, dy, sums, offsets, pointers, bias;
+};
+
+struct Operands {
+  const void *x, *dy;
+  void *dweight, *dbias, *dsample_bias;
+};
+
+// A piece of one group's pixels: whole samples, or rows of one.
+struct Chunk {
+  int64_t group, sample_begin, sample_end, row_begin, row_end;
+};
+
+class Wgrad {
+ public:
+  Wgrad(const Conv2dProblem& problem, const Operands& operands, Workspace& work)
+      : p_(problem), op_(operands), work_(work), kernels_(TDC_ISA_CALL(conv_kernels)) {
+    panel_ = kernels_.lanes * kPanelVectors;
+    type_ = static_cast<int>(p_.dtype);
+    element_ = p_.dtype == DType::kFloat32 ? 4 : 2;
+    out_h_ = p_.out_height(), out_w_ = p_.out_width();
+    taps_ = p_.filter_height * p_.filter_width;
+    image_ = out_h_ * out_w_;
+    if (image_ >= kChunkPixels) {
+      bands_ = ceil_div(out_h_, std::max<int64_t>(1, kChunkPixels / out_w_));
+      chunk_samples_ = 1;
+    } else {
+      chunk_samples_ = std::max<int64_t>(1, kChunkPixels / image_);
+    }
+    band_width_ = (out_w_ - 1) * p_.stride_width + p_.filter_width;
+  }
+
+  void run() {
+    plan_experts();
+    plan_units();
+    plan_bias();
+    const int64_t products = static_cast<int64_t>(work_.tasks.size());
+    const int64_t sums = products + static_cast<int64_t>(work_.bias_tasks.size());
+    const int64_t tasks = sums + (op_.dweight ? p_.num_experts : 0);
+    parallel_for(tasks, macs_ < kParallelMacs ? 1 : p_.threads, [&](int64_t task, int) {
+      if (task < products)
+        multiply(work_.tasks[task]);
+      else if (task < sums)
+        sum_bias(work_.bias_tasks[task - products]);
+      else
+        zero_dead(task - sums);
+    });
+  }
+
+ private:
+  int64_t blocks(const Expert& e) const { return ceil_div(e.depth, kDepthBlock); }
+  int64_t block_depth(const Expert& e, int64_t block) const {
+    return std::min(kDepthBlock, e.depth - block * kDepthBlock);
+  }
+  int64_t panel_row(const Expert& e, int64_t panel) const {
+    return std::min<int64_t>(panel_, ceil_div(e.lanes - panel * panel_, kernels_.lanes) * kernels_.lanes);
+  }
+  // Sums of block b of a unit start here, in rows; all blocks but an expert's last are full.
+  int64_t block_rows(int64_t blocks) const { return blocks * kDepthBlock * taps_; }
+  int64_t unit_floats(const Unit& u) const {
+    const Expert& e = work_.experts[u.expert];
+    return block_rows(u.block_end - u.block_begin) * panel_row(e, u.panel);
+  }
+  int64_t group_chunks(int64_t g) const {
+    return ceil_div(p_.offsets[g + 1] - p_.offsets[g], chunk_samples_) * bands_;
+  }
+
+  void plan_experts() {
+    work_.experts.assign(p_.num_experts, {});
+    work_.groups.resize(p_.num_experts);
+    for (auto& list : work_.groups) list.clear();
+    for (int64_t g = 0; g < p_.num_groups; ++g) {
+      const int64_t samples = p_.offsets[g + 1] - p_.offsets[g];
+      if (samples == 0) continue;
+      Expert& e = work_.experts[p_.expert(g)];
+      e.lanes = std::max(e.lanes, p_.live_out(g));
+      e.depth = std::max(e.depth, p_.live_in(g));
+      e.samples += samples;
+      e.chunks += group_chunks(g);
+      work_.groups[p_.expert(g)].push_back(static_cast<int32_t>(g));
+      macs_ += samples * image_ * taps_ * p_.live_in(g) * p_.live_out(g);
+    }
+    for (Expert& e : work_.experts)
+      if (e.depth == 0 || e.lanes == 0) e.depth = e.lanes = 0;
+  }
+
+  void plan_units() {
+    work_.units.clear();
+    work_.tasks.clear();
+    work_.taps.clear();
+    for (int64_t r = 0; r < p_.filter_height; ++r)
+      for (int64_t s = 0; s < p_.filter_width; ++s)
+        work_.taps.push_back(r * p_.weight_strides[3] + s * p_.weight_strides[4]);
+    if (!op_.dweight) return;
+    int64_t cost = 0;
+    for (const Expert& e : work_.experts) cost += e.chunks * ceil_div(e.lanes, panel_) * blocks(e);
+    const int64_t share = std::max<int64_t>(1, cost / kTasksWanted);
+    const int64_t most_blocks = std::max<int64_t>(1, kSumsLimit / (4 * block_rows(1) * panel_));
+    int64_t floats = 0, counters = 0;
+    for (int64_t x = 0; x < p_.num_experts; ++x) {
+      const Expert& e = work_.experts[x];
+      const int64_t all = blocks(e);
+      if (all == 0) continue;
+      const int64_t pieces = ceil_div(e.chunks * all, share);
+      const int64_t ranges = std::min(all, std::max(pieces, ceil_div(all, most_blocks)));
+      for (int64_t panel = 0; panel < ceil_div(e.lanes, panel_); ++panel) {
+        for (int64_t i = 0; i < ranges; ++i) {
+          Unit u = {x, panel, all * i / ranges, all * (i + 1) / ranges, 1, floats, counters};
+          u.parts = std::min(e.chunks, std::max<int64_t>(1, ceil_div(pieces, ranges)));
+          if (u.parts > 1) {
+            u.parts = std::max<int64_t>(1, std::min(u.parts, (kPartsLimit / 4 - floats) / unit_floats(u)));
+            if (u.parts > 1) floats += u.parts * unit_floats(u), ++counters;
+          }
+          for (int64_t part = 0; part < u.parts; ++part)
+            work_.tasks.push_back({static_cast<int64_t>(work_.units.size()), part});
+          work_.units.push_back(u);
+        }
+      }
+    }
+    parts_ = work_.parts.get<float>(floats + 1);
+    first_bias_counter_ = counters;
+  }
+
+  void plan_bias() {
+    work_.bias_tasks.clear();
+    if (op_.dbias || op_.dsample_bias) {
+      for (int64_t x = 0; x < p_.num_experts; ++x) {
+        const int64_t parts = std::max<int64_t>(1, std::min(kBiasParts, work_.experts[x].samples));
+        for (int64_t part = 0; part < parts; ++part) work_.bias_tasks.push_back({x, part, parts});
+      }
+      bias_parts_ = work_.bias_parts.get<float>(p_.num_experts * kBiasParts * p_.out_channels);
+    }
+    const int64_t counters = first_bias_counter_ + p_.num_experts;
+    counters_ = work_.counters.get<std::atomic<int64_t>>(counters);
+    for (int64_t i = 0; i < counters; ++i) new (counters_ + i) std::atomic<int64_t>(0);
+  }
+
+  static LocalMemory& local() {
+    static thread_local LocalMemory memory;
+    return memory;
+  }
+
+  void multiply(const Task& task) const {
+    const Unit& u = work_.units[task.unit];
+    const Expert& e = work_.experts[u.expert];
+    LocalMemory& memory = local();
+    const int64_t floats = unit_floats(u);
+    float* sums = u.parts > 1 ? parts_ + u.memory + task.part * floats : memory.sums.get<float>(floats);
+    std::memset(sums, 0, floats * sizeof(float));
+    const int64_t begin = e.chunks * task.part / u.parts, end = e.chunks * (task.part + 1) / u.parts;
+    int64_t first = 0;  // chunk number of the group's first chunk
+    for (int32_t g : work_.groups[u.expert]) {
+      const int64_t chunks = group_chunks(g);
+      for (int64_t c = std::max(begin, first); c < std::min(end, first + chunks); ++c)
+        multiply_chunk(u, chunk(g, c - first, chunks), sums, memory);
+      first += chunks;
+    }
+    if (u.parts > 1) {
+      if (counters_[u.counter].fetch_add(1, std::memory_order_acq_rel) + 1 < u.parts) return;
+      sums = parts_ + u.memory;
+      for (int64_t part = 1; part < u.parts; ++part) kernels_.add(sums + part * floats, sums, floats);
+    }
+    unpack(u, sums);
+  }
+
+  Chunk chunk(int64_t g, int64_t index, int64_t chunks) const {
+    const int64_t first = p_.offsets[g], samples = p_.offsets[g + 1] - first;
+    const int64_t pieces = chunks / bands_, piece = index / bands_, band = index % bands_;
+    return {g, first + samples * piece / pieces, first + samples * (piece + 1) / pieces, out_h_ * band / bands_,
+            out_h_ * (band + 1) / bands_};
+  }
+
+  void multiply_chunk(const Unit& u, const Chunk& chunk, float* sums, LocalMemory& memory) const {
+    const Expert& e = work_.experts[u.expert];
+    const int64_t row = panel_row(e, u.panel);
+    const int64_t lanes = std::min(row, p_.live_out(chunk.group) - u.panel * panel_);
+    if (lanes <= 0) return;
+    const int64_t rows = chunk.row_end - chunk.row_begin, samples = chunk.sample_end - chunk.sample_begin;
+    const int64_t count = samples * rows * out_w_;
+    const int64_t band_rows = (rows - 1) * p_.stride_height + p_.filter_height;
+
+    float* dy = memory.dy.get<float>(count * row);
+    for (int64_t n = 0; n < samples; ++n) {
+      const int64_t pixel = ((chunk.sample_begin + n) * out_h_ + chunk.row_begin) * out_w_;
+      kernels_.copy[type_](
+          static_cast<const char*>(op_.dy) + (pixel * p_.out_channels + u.panel * panel_) * element_, p_.out_channels,
+          dy + n * rows * out_w_ * row, row, rows * out_w_, lanes, row);
+    }
+    ptrdiff_t* offsets = memory.offsets.get<ptrdiff_t>(count);
+    int64_t at = 0;
+    for (int64_t n = 0; n < samples; ++n)
+      for (int64_t i = 0; i < rows; ++i)
+        for (int64_t j = 0; j < out_w_; ++j)
+          offsets[at++] =
+              ((n * band_rows + i * p_.stride_height) * band_width_ + j * p_.stride_width) * kDepthBlock;
+
+    float* source = memory.source.get<float>(samples * band_rows * band_width_ * kDepthBlock);
+    for (int64_t block = u.block_begin; block < u.block_end; ++block) {
+      if (block * kDepthBlock >= p_.live_in(chunk.group)) break;
+      const int64_t depth = block_depth(e, block);
+      copy_source(chunk, block, depth, band_rows, source);
+      OuterTile tile;
+      tile.vectors = static_cast<int>(ceil_div(lanes, kernels_.lanes));
+      tile.offsets = offsets;
+      tile.num_pixels = count;
+      tile.dy = dy;
+      tile.row = row;
+      float* to = sums + block_rows(block - u.block_begin) * row;
+      const float** pointers = memory.pointers.get<const float*>(taps_ * depth);
+      int64_t total = 0;
+      for (int64_t r = 0; r < p_.filter_height; ++r)
+        for (int64_t s = 0; s < p_.filter_width; ++s)
+          for (int64_t c = 0; c < depth; ++c)
+            pointers[total++] = source + (r * band_width_ + s) * kDepthBlock + c;
+      for (int64_t m = 0; m < total; m += kernels_.pixels) {
+        tile.sources = pointers + m;
+        tile.rows = static_cast<int>(std::min<int64_t>(kernels_.pixels, total - m));
+        tile.sums = to + m * row;
+        kernels_.outer(tile);
+      }
+    }
+  }
+
+  // One block of input channels of the chunk in fp32, 16 floats per pixel, zeros around the image and past the width.
+  void copy_source(const Chunk& chunk, int64_t block, int64_t depth, int64_t band_rows, float* to) const {
+    const int64_t line = band_width_ * kDepthBlock;
+    const int64_t live = std::min(depth, p_.live_in(chunk.group) - block * kDepthBlock);
+    const int64_t left = std::min(p_.pad_width, band_width_);
+    const int64_t copied = std::min(band_width_ - left, p_.width);
+    const int64_t right = band_width_ - left - copied;
+    for (int64_t n = chunk.sample_begin; n < chunk.sample_end; ++n) {
+      for (int64_t r = 0; r < band_rows; ++r, to += line) {
+        const int64_t row = chunk.row_begin * p_.stride_height - p_.pad_height + r;
+        if (row < 0 || row >= p_.height || copied == 0) {
+          std::memset(to, 0, line * sizeof(float));
+          continue;
+        }
+        const int64_t pixel = (n * p_.height + row) * p_.width;
+        std::memset(to, 0, left * kDepthBlock * sizeof(float));
+        kernels_.copy[type_](
+            static_cast<const char*>(op_.x) + (pixel * p_.in_channels + block * kDepthBlock) * element_,
+            p_.in_channels, to + left * kDepthBlock, kDepthBlock, copied, live, depth);
+        std::memset(to + (left + copied) * kDepthBlock, 0, right * kDepthBlock * sizeof(float));
+      }
+    }
+  }
+
+  void unpack(const Unit& u, const float* sums) const {
+    const Expert& e = work_.experts[u.expert];
+    PanelUnpack out;
+    out.row = panel_row(e, u.panel);
+    out.taps = work_.taps.data();
+    out.num_taps = taps_;
+    out.taps_dense = true;
+    for (int64_t t = 0; t < taps_; ++t) out.taps_dense = out.taps_dense && work_.taps[t] == t;
+    out.lanes = std::min<int64_t>(panel_, e.lanes - u.panel * panel_);
+    out.lane_stride = p_.weight_strides[1];
+    out.depth_stride = p_.weight_strides[2];
+    for (int64_t block = u.block_begin; block < u.block_end; ++block) {
+      out.sums = sums + block_rows(block - u.block_begin) * out.row;
+      out.depth = block_depth(e, block);
+      out.weights = static_cast<char*>(op_.dweight) +
+                    (u.expert * p_.weight_strides[0] + u.panel * panel_ * out.lane_stride +
+                     block * kDepthBlock * out.depth_stride) * element_;
+      kernels_.unpack[type_](out);
+    }
+  }
+
+  // Exact zeros where an expert has no live channel.
+  void zero_dead(int64_t expert) const {
+    const Expert& e = work_.experts[expert];
+    if (e.lanes == p_.out_channels && e.depth == p_.in_channels) return;
+    char* base = static_cast<char*>(op_.dweight) + expert * p_.weight_strides[0] * element_;
+    const int64_t* stride = p_.weight_strides;
+    for (int64_t k = 0; k < p_.out_channels; ++k) {
+      const int64_t first = k < e.lanes ? e.depth : 0, dead = p_.in_channels - first;
+      char* row = base + (k * stride[1] + first * stride[2]) * element_;
+      bool taps_dense = stride[2] == taps_;
+      for (int64_t t = 0; t < taps_ && taps_dense; ++t) taps_dense = work_.taps[t] == t;
+      if (taps_dense) {
+        std::memset(row, 0, dead * taps_ * element_);
+        continue;
+      }
+      for (int64_t t = 0; t < taps_; ++t) {
+        char* tap = row + work_.taps[t] * element_;
+        if (stride[2] == 1)
+          std::memset(tap, 0, dead * element_);
+        else
+          for (int64_t c = 0; c < dead; ++c) std::memset(tap + c * stride[2] * element_, 0, element_);
+      }
+    }
+  }
+
+  void sum_bias(const BiasTask& task) const {
+    const Expert& e = work_.experts[task.expert];
+    const int64_t channels = p_.out_channels;
+    float* part = bias_parts_ + (task.expert * kBiasParts + task.part) * channels;
+    std::memset(part, 0, channels * sizeof(float));
+    float* sums = local().bias.get<float>(channels);
+    const int64_t begin = e.samples * task.part / task.parts, end = e.samples * (task.part + 1) / task.parts;
+    int64_t first = 0;
+    for (int32_t g : work_.groups[task.expert]) {
+      const int64_t samples = p_.offsets[g + 1] - p_.offsets[g], live = p_.live_out(g);
+      for (int64_t i = std::max(begin, first); i < std::min(end, first + samples); ++i) {
+        const int64_t n = p_.offsets[g] + i - first;
+        kernels_.sum_rows[type_](static_cast<const char*>(op_.dy) + n * image_ * channels * element_, channels, image_,
+                                 live, sums);
+        if (op_.dsample_bias) {
+          char* out = static_cast<char*>(op_.dsample_bias) + n * channels * element_;
+          kernels_.narrow[type_](sums, out, live);
+          std::memset(out + live * element_, 0, (channels - live) * element_);
+        }
+        kernels_.add(sums, part, live);
+      }
+      first += samples;
+    }
+    if (!op_.dbias) return;
+    if (counters_[first_bias_counter_ + task.expert].fetch_add(1, std::memory_order_acq_rel) + 1 < task.parts) return;
+    part = bias_parts_ + task.expert * kBiasParts * channels;
+    for (int64_t i = 1; i < task.parts; ++i) kernels_.add(part + i * channels, part, channels);
+    kernels_.narrow[type_](part, static_cast<char*>(op_.dbias) + task.expert * channels * element_, channels);
+  }
+
+  const Conv2dProblem& p_;
+  const Operands op_;
+  Workspace& work_;
+  const ConvKernels& kernels_;
+  int panel_, type_;
+  int64_t element_, out_h_, out_w_, taps_, image_, band_width_;
+  int64_t bands_ = 1, chunk_samples_ = 1, macs_ = 0, first_bias_counter_ = 0;
+  float *parts_ = nullptr, *bias_parts_ = nullptr;
+  std::atomic<int64_t>* counters_ = nullptr;
+};
+
+Workspace& workspace() {
+  static thread_local Workspace work;
+  return work;
+}
+
+}  // namespace
+
+void conv2d_wgrad(const Conv2dProblem& problem, const void* x, const void* dy, void* dweight, void* dbias,
+                  void* dsample_bias) {
+  problem.check();
+  Wgrad(problem, {x, dy, dweight, dbias, dsample_bias}, workspace()).run();
+}
+
+}  // namespace tdc
