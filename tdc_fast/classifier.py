@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tdc_fast.errors import invalid, require
+from tdc_fast.errors import invalid
+from tdc_fast.frechet import to_uint8
+from tdc_fast.training.data import load_dataset
 
 
 class DigitsClassifier(nn.Module):
@@ -57,9 +58,9 @@ class TrainedClassifier:
 
 def digits_uint8() -> tuple[Tensor, Tensor]:
     """All 1797 digits as uint8 (1797, 1, 8, 8), the 17 grey levels spread over 0..255, with int64 labels."""
-    digits = require("sklearn.datasets", "demo").load_digits()
-    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
-    return torch.from_numpy(images)[:, None], torch.from_numpy(digits.target.astype(np.int64))
+    dataset = load_dataset("digits", class_cond=True)
+    assert dataset.labels is not None
+    return to_uint8(dataset.images()), torch.from_numpy(dataset.labels)
 
 
 def train_classifier(*, seed: int = 0, epochs: int = 30, heldout_fraction: float = 0.2) -> TrainedClassifier:
@@ -85,9 +86,7 @@ def train_classifier(*, seed: int = 0, epochs: int = 30, heldout_fraction: float
     return TrainedClassifier(model, accuracy, len(train), num_heldout)
 
 
-def _fit(
-    model: DigitsClassifier, images: Tensor, labels: Tensor, epochs: int, generator: torch.Generator
-) -> None:
+def _fit(model: DigitsClassifier, images: Tensor, labels: Tensor, epochs: int, generator: torch.Generator) -> None:
     batch_size = 64
     steps = epochs * (len(images) // batch_size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tdc_fast.errors import invalid
+from tdc_fast.pruning.macs import measure_macs
 
 if TYPE_CHECKING:
     from tdc_fast.diffusion import Diffusion
@@ -155,9 +156,7 @@ def _losses_at(
         batch = x0[rows]
         t = torch.full((len(batch),), timestep, dtype=torch.int64, device=x0.device)
         kwargs = {name: value[rows] for name, value in model_kwargs.items()}
-        terms = diffusion.training_losses(
-            model, batch, t, noise=noise[rows].to(x0.device), model_kwargs=kwargs
-        )
+        terms = diffusion.training_losses(model, batch, t, noise=noise[rows].to(x0.device), model_kwargs=kwargs)
         parts.append(terms["mse"] if "mse" in terms else terms["loss"])
     return torch.cat(parts).double().cpu()
 
@@ -170,13 +169,9 @@ def compare(candidate: HeldoutLosses, baseline: HeldoutLosses) -> tuple[Differen
     Raises ValueError if the two were not measured on the same draws.
     """
     if (candidate.timesteps, candidate.seed) != (baseline.timesteps, baseline.seed):
-        raise invalid(
-            "candidate", f"seed {candidate.seed}", "losses measured with the baseline's seed and timesteps"
-        )
+        raise invalid("candidate", f"seed {candidate.seed}", "losses measured with the baseline's seed and timesteps")
     if candidate.num_images != baseline.num_images:
-        raise invalid(
-            "candidate", f"{candidate.num_images} images", f"the baseline's {baseline.num_images} images"
-        )
+        raise invalid("candidate", f"{candidate.num_images} images", f"the baseline's {baseline.num_images} images")
     overall = _paired(candidate.weighted_per_image(), baseline.weighted_per_image())
     per_group = tuple(
         _paired(ours, theirs) for ours, theirs in zip(candidate.per_image, baseline.per_image, strict=True)
@@ -196,7 +191,7 @@ def sampling_macs(
     timesteps: Tensor,
     image_shape: tuple[int, int, int],
     model_kwargs: Mapping[str, Tensor] | None = None,
-) -> float:
+) -> int:
     """Multiply-accumulates of one image's whole sampling chain, counted by torch's FlopCounterMode.
 
     `timesteps` (S,) int64 holds the original timesteps at which the sampler calls the model (a chain that
@@ -204,12 +199,8 @@ def sampling_macs(
     at each of those timesteps, so a routed model spends on each exactly what that step's expert costs.
     `model_kwargs` holds tensors of leading dimension S. The result divided by S is the mean cost of a step.
     """
-    from torch.utils.flop_counter import FlopCounterMode
-
     if timesteps.dim() != 1 or len(timesteps) == 0:
         raise invalid("timesteps", tuple(timesteps.shape), "the sampler's timesteps, as a (S,) tensor")
     x = torch.zeros(len(timesteps), *image_shape, device=timesteps.device)
-    counter = FlopCounterMode(display=False)
-    with evaluating(model), counter:
-        model(x, timesteps, **(model_kwargs or {}))
-    return counter.get_total_flops() / 2  # a multiply-accumulate counts as two floating-point operations
+    with evaluating(model):
+        return measure_macs(model, x, timesteps, **(model_kwargs or {}))

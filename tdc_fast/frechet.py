@@ -42,9 +42,7 @@ class RandomConvFeatures(nn.Module):
     """
 
     num_features = 64
-    description = (
-        "64 features of a fixed random convolutional network (seed 0): texture and coarse shape only"
-    )
+    description = "64 features of a fixed random convolutional network (seed 0): texture and coarse shape only"
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -128,9 +126,7 @@ class Floor:
         }
 
 
-def real_floors(
-    features: Tensor, *, bootstrap_n: int, repetitions: int = 8, seed: int = 0
-) -> tuple[Floor, Floor]:
+def real_floors(features: Tensor, *, bootstrap_n: int, repetitions: int = 8, seed: int = 0) -> tuple[Floor, Floor]:
     """Both floors of a reference set, given its features (M, F)."""
     if len(features) < 4:
         raise invalid("features", f"{len(features)} images", "a reference of at least 4 images")
@@ -165,4 +161,9 @@ class DistanceSpread:
         return float(np.std(self.values, ddof=1)) if len(self.values) > 1 else float("nan")
 
     def to_json(self) -> dict[str, Any]:
-        return {"n": self.n, "draws": list(self.values), "mean": self.mean, "sd": self.standard_deviation}
+        return {
+            "n": self.n,
+            "draws": list(self.values),
+            "mean": self.mean,
+            "sd": self.standard_deviation if len(self.values) > 1 else None,
+        }

@@ -25,9 +25,7 @@ def heldout_verdict(candidate: ModelResult, baseline: ModelResult) -> Verdict:
     overall, _ = compare(candidate.heldout, baseline.heldout)
     size = f"{abs(overall.relative):.2%} ± {overall.standard_error:.2%}"
     if abs(overall.relative) <= CLEAR * overall.standard_error:
-        return Verdict(
-            "level", f"level on held-out loss ({overall.relative:+.2%} ± {overall.standard_error:.2%})"
-        )
+        return Verdict("level", f"level on held-out loss ({overall.relative:+.2%} ± {overall.standard_error:.2%})")
     if overall.relative < 0:
         return Verdict("better", f"better on held-out loss (lower by {size})")
     return Verdict("worse", f"worse on held-out loss (higher by {size})")
@@ -70,14 +68,10 @@ def headline(comparison: Comparison, candidate_key: str, baseline_key: str) -> s
     less = f"With {saved:.0%} less training compute, the pruned experts"
     shown = {
         frozenset({"better"}): f"{less} beat the uniform baseline on both measures",
-        frozenset(
-            {"better", "level"}
-        ): f"{less} beat the uniform baseline on one measure and are level on the other",
+        frozenset({"better", "level"}): f"{less} beat the uniform baseline on one measure and are level on the other",
         frozenset({"level"}): f"{less} are level with the uniform baseline on both measures",
         frozenset({"better", "worse"}): f"{less} are better on one measure and worse on the other",
-        frozenset(
-            {"level", "worse"}
-        ): f"The claim does not show. {less} are worse on one measure, level on the other",
+        frozenset({"level", "worse"}): f"The claim does not show. {less} are worse on one measure, level on the other",
         frozenset({"worse"}): f"The claim does not show. {less} are worse on both measures",
     }
     return f"{shown[frozenset(outcomes)]}, in this run."

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import html
-import json
 import math
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
 from tdc_fast.report import findings, plots
 from tdc_fast.report.numbers import Comparison, ModelResult
 from tdc_fast.report.style import STYLE
+from tdc_fast.training.atomic import atomic_file, write_json
 
 
 def write_report(comparison: Comparison, directory: Path, candidate: str, baselines: tuple[str, ...]) -> Path:
@@ -21,19 +20,11 @@ def write_report(comparison: Comparison, directory: Path, candidate: str, baseli
     (the first one carries the headline). Both files appear whole or not at all.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    _write_whole(directory / "report.json", json.dumps(comparison.to_json(), indent=1, allow_nan=True) + "\n")
+    write_json(directory / "report.json", comparison.to_json())
     page = directory / "report.html"
-    _write_whole(page, render_report(comparison, candidate, baselines))
+    with atomic_file(page) as file:
+        file.write(render_report(comparison, candidate, baselines).encode())
     return page
-
-
-def _write_whole(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def render_report(comparison: Comparison, candidate: str, baselines: tuple[str, ...]) -> str:
@@ -153,12 +144,9 @@ def _numbers(comparison: Comparison) -> str:
 def _samples(comparison: Comparison) -> str:
     cards = [_figure(plots.sample_grid(comparison.real_images), "real images", "real images", "grid")]
     for model in comparison.models:
-        cards.append(
-            _figure(plots.sample_grid(model.samples), f"samples of {model.label}", model.label, "grid")
-        )
+        cards.append(_figure(plots.sample_grid(model.samples), f"samples of {model.label}", model.label, "grid"))
     note = (
-        f"Not selected: the first images of the first draw. {comparison.sampler}; "
-        "all models start from the same noise."
+        f"Not selected: the first images of the first draw. {comparison.sampler}; all models start from the same noise."
     )
     return f'<div class="grids">{"".join(cards)}</div><p class="note">{html.escape(note)}</p>'
 
@@ -170,10 +158,7 @@ def _heldout(comparison: Comparison) -> str:
         "errors over images. The overall loss is dominated by the groups with little noise, where losses are "
         "largest."
     )
-    return (
-        _figure(plots.heldout_differences(comparison), "held-out loss differences")
-        + f'<p class="note">{note}</p>'
-    )
+    return _figure(plots.heldout_differences(comparison), "held-out loss differences") + f'<p class="note">{note}</p>'
 
 
 def _distance(comparison: Comparison) -> str:
@@ -185,10 +170,7 @@ def _distance(comparison: Comparison) -> str:
         f"“bootstrap” draws "
         "with replacement from the reference itself, “halves” are disjoint and much smaller."
     )
-    return (
-        _figure(plots.frechet_draws(comparison), "Fréchet distances")
-        + f'<p class="note">{html.escape(note)}</p>'
-    )
+    return _figure(plots.frechet_draws(comparison), "Fréchet distances") + f'<p class="note">{html.escape(note)}</p>'
 
 
 def _groups(comparison: Comparison) -> str:
@@ -199,9 +181,7 @@ def _groups(comparison: Comparison) -> str:
         "what its "
         "solved widths measure."
     )
-    return (
-        _figure(plots.snr_curve(comparison), "SNR curve, groups and budgets") + f'<p class="note">{note}</p>'
-    )
+    return _figure(plots.snr_curve(comparison), "SNR curve, groups and budgets") + f'<p class="note">{note}</p>'
 
 
 def _widths(comparison: Comparison) -> str:
@@ -210,9 +190,7 @@ def _widths(comparison: Comparison) -> str:
         "block, heads of an "
         "attention layer) and each expert. 0 leaves only the skip path."
     )
-    return (
-        _figure(plots.width_heatmap(comparison), "live widths", css="narrow") + f'<p class="note">{note}</p>'
-    )
+    return _figure(plots.width_heatmap(comparison), "live widths", css="narrow") + f'<p class="note">{note}</p>'
 
 
 def _curves(comparison: Comparison) -> str:
@@ -260,15 +238,9 @@ def _limits(comparison: Comparison) -> str:
 def _settings(comparison: Comparison) -> str:
     parts = []
     for title, values in comparison.settings.items():
-        rows = [
-            [html.escape(str(name)), f"<code>{html.escape(str(value))}</code>"]
-            for name, value in values.items()
-        ]
+        rows = [[html.escape(str(name)), f"<code>{html.escape(str(value))}</code>"] for name, value in values.items()]
         parts.append(f"<div><h3>{html.escape(title)}</h3>{_table(('setting', 'value'), rows)}</div>")
-    rows = [
-        [html.escape(name), f"<code>{html.escape(value)}</code>"]
-        for name, value in comparison.environment.items()
-    ]
+    rows = [[html.escape(name), f"<code>{html.escape(value)}</code>"] for name, value in comparison.environment.items()]
     parts.append(f"<div><h3>versions and machine</h3>{_table(('what', 'value'), rows)}</div>")
     if comparison.seconds:
         times = [[html.escape(name), f"{value:.1f} s"] for name, value in comparison.seconds.items()]

@@ -24,9 +24,7 @@ MODEL_COLOURS = ("#2f3a48", "#94a0ad", "#0f7f8c", "#d9662b", "#7a58a6", "#5c8a2d
 GROUP_SHADES = ("#eef3f8", "#f8f5ee")
 
 
-def _figure(
-    width: float, height: float, rows: int = 1, columns: int = 1, **layout: Any
-) -> tuple[Figure, Any]:
+def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **layout: Any) -> tuple[Figure, Any]:
     """A figure without pyplot: no global state, no display."""
     require("matplotlib", "demo")
     from matplotlib import rcParams
@@ -200,9 +198,7 @@ def frechet_draws(comparison: Comparison) -> str:
     names = [model.label for model in comparison.models]
     for row, model in enumerate(comparison.models):
         values = model.frechet.values
-        axis.plot(
-            values, [row] * len(values), "o", color=colour(row), alpha=0.55, markersize=7, markeredgewidth=0
-        )
+        axis.plot(values, [row] * len(values), "o", color=colour(row), alpha=0.55, markersize=7, markeredgewidth=0)
         axis.plot([model.frechet.mean] * 2, [row - 0.28, row + 0.28], color=colour(row), linewidth=2.4)
     for place, floor in enumerate(comparison.floors):
         row = len(comparison.models) + place
@@ -228,9 +224,7 @@ def grid_image(images: Tensor, columns: int = 10, scale: int = 1, gap: int = 1) 
     count, channels, height, width = images.shape
     columns = min(columns, count)
     rows = -(-count // columns)
-    canvas = np.full(
-        (rows * (height + gap) + gap, columns * (width + gap) + gap, channels), 255, dtype=np.uint8
-    )
+    canvas = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, channels), 255, dtype=np.uint8)
     for i, image in enumerate(images.permute(0, 2, 3, 1).cpu().numpy()):
         top, left = (i // columns) * (height + gap) + gap, (i % columns) * (width + gap) + gap
         canvas[top : top + height, left : left + width] = image

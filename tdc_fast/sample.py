@@ -1,0 +1,195 @@
+"""Draw images from a trained model: `python -m tdc_fast.sample --run DIR`.
+
+Also takes improved-diffusion's `image_sample.py` command lines: `--model_path ema_0.9999_010000.pt`, the model's
+flags, `--num_samples --batch_size --use_ddim --clip_denoised --timestep_respacing`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tdc_fast.denoisers import TrainedDenoiser, from_checkpoint, from_run, refuse_mismatch, stored_facts
+from tdc_fast.errors import invalid
+from tdc_fast.flags import parse_flags, value_of
+from tdc_fast.frechet import to_uint8
+from tdc_fast.training.config import comma_numbers
+from tdc_fast.training.options import DiffusionOptions, ModelOptions
+from tdc_fast.training.run import default_directory
+
+GRID_IMAGES = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleOptions:
+    """What to draw, from which model."""
+
+    run: str = ""
+    """Run directory to sample from."""
+    which: Literal["auto", "experts", "base"] = "auto"
+    """With --run: its experts, its base, or (auto) the experts if there are any."""
+    model_path: str = ""
+    """Instead of --run: one file of weights, of ours or of improved-diffusion. A configuration beside it is used, and
+    flags that contradict it are refused; without one, the model's flags must be given."""
+    num_samples: int = 10000
+    """Number of images."""
+    batch_size: int = 16
+    """Images that are drawn at once."""
+    sampler: Literal["auto", "ddpm", "ddim", "dpm++2m"] = "auto"
+    """auto: ddim with --use_ddim True, else ddpm."""
+    use_ddim: bool = False
+    """improved-diffusion's switch for DDIM."""
+    steps: int = 0
+    """Sampling steps; 0 takes all that --timestep_respacing leaves."""
+    clip_denoised: bool = True
+    """Clip every predicted image to [-1, 1]."""
+    classes: str = ""
+    """For class-conditional models: comma list of the classes to draw from; empty draws from all."""
+    seed: int = 0
+    """Seed of noise and classes."""
+    num_threads: int = 0
+    """CPU threads; 0 leaves the setting of the process."""
+    device: str = "cpu"
+    """cpu, cuda or cuda:N."""
+    out: str = ""
+    """Folder for the .npz and the .png; empty takes samples/ of the run, else DIFFUSION_BLOB_LOGDIR, OPENAI_LOGDIR or a
+    new temporary folder."""
+
+
+def draw_samples(
+    denoiser: TrainedDenoiser,
+    num_samples: int,
+    *,
+    sampler: Literal["ddpm", "ddim", "dpm++2m"] = "ddim",
+    steps: int | None = None,
+    batch_size: int = 500,
+    seed: int = 0,
+    clip_denoised: bool = True,
+    classes: Sequence[int] = (),
+    device: str = "cpu",
+    progress: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """`num_samples` images, uint8 (M, C, H, W) on the CPU, and their classes, int64 (M,) or None.
+
+    The same seed and batch size give every model the same starting noise. `classes` limits what a
+    class-conditional model draws. Raises ValueError for a class that the model does not have.
+    """
+    from tdc_fast.diffusion import sample
+
+    for value in classes:
+        if not 0 <= value < denoiser.num_classes:
+            raise invalid("classes", value, f"classes of the model, which has {denoiser.num_classes}")
+    allowed = torch.tensor(classes or range(denoiser.num_classes), dtype=torch.int64)
+    generator = torch.Generator().manual_seed(seed)
+    images, labels = [], []
+    for first in range(0, num_samples, batch_size):
+        count = min(batch_size, num_samples - first)
+        kwargs = {}
+        if denoiser.num_classes:
+            labels.append(allowed[torch.randint(len(allowed), (count,), generator=generator)])
+            kwargs["y"] = labels[-1].to(device)
+        drawn = sample(
+            denoiser.diffusion,
+            denoiser.model,
+            (count, *denoiser.image_shape),
+            sampler=sampler,
+            steps=steps,
+            generator=generator,
+            clip_denoised=clip_denoised,
+            model_kwargs=kwargs,
+            device=device,
+        )
+        images.append(to_uint8(drawn).cpu())
+        if progress:
+            print(f"drew {first + count} of {num_samples} images", flush=True)
+    return torch.cat(images), torch.cat(labels) if labels else None
+
+
+def write_samples(directory: Path, images: Tensor, labels: Tensor | None) -> tuple[Path, Path]:
+    """Write `samples_{N}x{H}x{W}x{C}.npz` (arr_0 uint8 NHWC, arr_1 labels) and a .png of the first 100; their paths."""
+    from tdc_fast.report.plots import grid_image
+    from tdc_fast.training.atomic import atomic_file
+
+    directory.mkdir(parents=True, exist_ok=True)
+    pixels = images.permute(0, 2, 3, 1).contiguous().numpy()
+    name = "samples_" + "x".join(str(size) for size in pixels.shape)
+    arrays = [pixels] if labels is None else [pixels, labels.numpy()]
+    archive, picture = directory / f"{name}.npz", directory / f"{name}.png"
+    with atomic_file(archive) as file:
+        np.savez(file, *arrays)
+    scale = max(1, 64 // images.shape[2])
+    with atomic_file(picture) as file:
+        grid_image(images[:GRID_IMAGES], columns=10, scale=scale).save(file, format="PNG")
+    return archive, picture
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line; see `--help`."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        denoiser, options = _from_command_line(arguments)
+        archive, picture = _run(denoiser, options)
+    except (ValueError, ImportError) as error:
+        raise SystemExit(f"tdc_fast.sample: {error}") from error
+    print(f"samples: {archive}\ngrid:    {picture}")
+
+
+def _from_command_line(argv: Sequence[str]) -> tuple[TrainedDenoiser, dict[str, Any]]:
+    run, model_path = value_of(argv, "run"), value_of(argv, "model_path")
+    stored = stored_facts(run=run, model_path=model_path) if run or model_path else {}
+    options = parse_flags(
+        {"sampling": SampleOptions, "model": ModelOptions, "diffusion": DiffusionOptions},
+        argv,
+        defaults=stored,
+        prog="python -m tdc_fast.sample",
+        description="Draw images from a run directory or from a file of weights.",
+    )
+    if bool(options["run"]) == bool(options["model_path"]):
+        raise invalid("run", options["run"], "either --run DIR or --model_path FILE")
+    for name in ("num_samples", "batch_size"):
+        if options[name] < 1:
+            raise invalid(name, options[name], "a number above 0")
+    refuse_mismatch(run or model_path, stored, options)
+    if run:
+        return from_run(run, options["which"], options["timestep_respacing"]), options
+    return from_checkpoint(model_path, options), options
+
+
+def _run(denoiser: TrainedDenoiser, options: dict[str, Any]) -> tuple[Path, Path]:
+    if options["num_threads"]:
+        torch.set_num_threads(options["num_threads"])
+    sampler = options["sampler"]
+    if sampler == "auto":
+        sampler = "ddim" if options["use_ddim"] else "ddpm"
+    denoiser.model.to(options["device"])
+    images, labels = draw_samples(
+        denoiser,
+        options["num_samples"],
+        sampler=sampler,
+        steps=options["steps"] or None,
+        batch_size=options["batch_size"],
+        seed=options["seed"],
+        clip_denoised=options["clip_denoised"],
+        classes=comma_numbers("classes", options["classes"], int),
+        device=options["device"],
+        progress=True,
+    )
+    return write_samples(_output_directory(options), images, labels)
+
+
+def _output_directory(options: dict[str, Any]) -> Path:
+    chosen = options["out"] or (options["run"] and os.path.join(options["run"], "samples")) or default_directory()
+    return Path(chosen or tempfile.mkdtemp(prefix="tdc-fast-samples-"))
+
+
+if __name__ == "__main__":
+    main()
