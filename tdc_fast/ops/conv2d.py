@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from tdc_fast.ops import backends, library
 from tdc_fast.ops.checks import (
@@ -329,7 +328,7 @@ class _RoutedConv2d(torch.autograd.Function):
         )  # fmt: skip
 
     @staticmethod
-    @once_differentiable
+    @library.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, offsets, weight_index, in_widths, out_widths = ctx.saved_tensors
         routing = (offsets, weight_index, in_widths, out_widths)

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from tdc_fast.errors import invalid
 from tdc_fast.ops import backends, library
@@ -271,7 +270,7 @@ class _RoutedGroupNorm(torch.autograd.Function):
         return y, mean, rstd
 
     @staticmethod
-    @once_differentiable
+    @library.once_differentiable
     def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if dy is None:
             return (None,) * 12

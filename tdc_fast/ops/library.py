@@ -11,6 +11,7 @@ below its own key (so that nothing registered is ever nested in something else r
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -60,6 +61,21 @@ def below_autograd(op: torch._ops.OpOverload, *args: Any) -> Any:
     """Calls `op` under its Autograd layer."""
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """For the `backward` of a Function: with create_graph=True it raises, instead of losing terms silently.
+
+    (torch's decorator of that name complains only when the incoming gradient itself requires one.)
+    """
+
+    @functools.wraps(backward)
+    def wrapper(ctx: Any, *grads: Any) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError("tdc_fast operators are differentiable once: call backward without create_graph=True")
+        return backward(ctx, *grads)
+
+    return wrapper
 
 
 def add_autocast(op: torch._ops.OpOverload, cast: Callable[..., tuple[Any, ...]]) -> None:
