@@ -165,15 +165,15 @@ def group_norm(
     weight_index: Tensor,
     widths: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    batch, groups = problem.batch, problem.num_norm_groups
+    shape = (problem.batch, problem.num_norm_groups, problem.channels_per_group * problem.height * problem.width)
     live = _live(problem, x, offsets, widths)
-    grouped = _zero_dead(x, live).reshape(batch, groups, -1)  # (B, groups, channels_per_group * H * W)
+    grouped = _zero_dead(x, live).reshape(shape)
     group_live = live[:, :: problem.channels_per_group]
     mean = grouped.mean(2)
     variance = (grouped - mean[:, :, None]).square().mean(2)
     rstd = _zero_dead((variance + problem.eps).rsqrt(), group_live)
     normal = ((grouped - mean[:, :, None]) * rstd[:, :, None]).reshape(x.shape)
-    y, _ = _affine(normal, weight, bias, scale, shift, live, expert_per_sample(offsets, weight_index, batch))
+    y, _ = _affine(normal, weight, bias, scale, shift, live, expert_per_sample(offsets, weight_index, problem.batch))
     y = F.silu(y) if problem.silu else y
     return y.to(x.dtype).contiguous(memory_format=torch.channels_last), mean, rstd
 
@@ -213,10 +213,10 @@ def group_norm_backward(
     widths: Tensor | None,
     mask: tuple[bool, bool, bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    batch, groups = problem.batch, problem.num_norm_groups
+    shape = (problem.batch, problem.num_norm_groups, problem.channels_per_group * problem.height * problem.width)
     live = _live(problem, x, offsets, widths)
-    expert = expert_per_sample(offsets, weight_index, batch)
-    grouped = _zero_dead(x, live).reshape(batch, groups, -1)
+    expert = expert_per_sample(offsets, weight_index, problem.batch)
+    grouped = _zero_dead(x, live).reshape(shape)
     normal = ((grouped - mean[:, :, None]) * rstd[:, :, None]).reshape(x.shape)
     y, affine = _affine(normal, weight, bias, scale, shift, live, expert)
     grad = _zero_dead(dy, live)
@@ -230,7 +230,7 @@ def group_norm_backward(
     dweight = _sum_per_expert((grad * normal).sum((2, 3)), offsets, weight_index, weight)
     dbias = _sum_per_expert(grad.sum((2, 3)), offsets, weight_index, weight)
     grad = grad * _zero_dead(weight.index_select(0, expert), live)[:, :, None, None]
-    grad, flat = grad.reshape(batch, groups, -1), normal.reshape(batch, groups, -1)
+    grad, flat = grad.reshape(shape), normal.reshape(shape)
     projection = (grad * flat).mean(2, keepdim=True)
     dx = rstd[:, :, None] * (grad - grad.mean(2, keepdim=True) - flat * projection)
     dx = dx.reshape(x.shape).contiguous(memory_format=torch.channels_last)
