@@ -98,8 +98,8 @@ def unit_costs(model: Prunable, x: Tensor, model_kwargs: Mapping[str, Any] | Non
     sample = one_sample_on_meta(x, model_kwargs or {})
     template: Any = model.with_widths({}).to("meta")
     costs = _costs_by_module(template, units, sample) or _costs_one_by_one(template, units, sample)
-    for shift in range(2):  # widths that differ from unit to unit, low and high by turns
-        mixed = {unit.name: unit.widths()[::-1][-(i + shift) % 2 :][0] for i, unit in enumerate(units)}
+    for whole in range(2):  # units that are whole and units that are gone, by turns
+        mixed = {unit.name: unit.widths()[-((i + whole) % 2)] for i, unit in enumerate(units)}
         measured = _measure(template, mixed, sample)
         if measured != costs.total(mixed):
             raise invalid(

@@ -207,7 +207,7 @@ def _report_coarse_units(task: Task, best: Trial, strict: bool) -> None:
         return
     message = f"group {task.group}: {statement.statement()}"
     if strict:
-        raise invalid("k", task.budget, message)
+        raise invalid("k", f"a budget of {task.budget} MACs", f"one that the units can meet ({message})")
     warnings.warn(message, stacklevel=3)
 
 

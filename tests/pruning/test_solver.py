@@ -37,9 +37,7 @@ def best_by_trying_all(units: list[UnitTable], fixed: int, low: int, high: int) 
 
 @settings(max_examples=200, deadline=None)
 @given(tables(), st.integers(0, 10), st.integers(0, 250), st.sampled_from([0.0, 0.01, 0.1, 0.5]))
-def test_agrees_with_trying_every_choice(
-    units: list[UnitTable], fixed: int, budget: int, tolerance: float
-) -> None:
+def test_agrees_with_trying_every_choice(units: list[UnitTable], fixed: int, budget: int, tolerance: float) -> None:
     if best_by_trying_all(units, fixed, 0, budget) is None:
         least = fixed + sum(min(unit.macs) for unit in units)
         with pytest.raises(ValueError, match=f"at least {least}, the smallest reachable"):
