@@ -184,8 +184,25 @@ def signature(*tensors: Tensor | None) -> tuple[Any, ...]:
     return tuple([None if t is None else (t.shape, t.dtype, t.device) for t in tensors])
 
 
-def check_routing_values(batch: int, num_experts: int, offsets: Tensor, weight_index: Tensor) -> None:
-    """Host tensors only: offsets rise from 0 to B, and every expert named exists."""
+def check_conv_values(
+    problem: ConvProblem, offsets: Tensor, weight_index: Tensor, in_widths: Tensor | None, out_widths: Tensor | None
+) -> None:
+    """Checks the numbers in host tensors; does nothing for tensors on a device."""
+    if problem.device.type == "cpu":
+        _check_routing_values(problem.batch, problem.num_experts, offsets, weight_index)
+        _check_width_values("in_widths", in_widths, problem.in_channels)
+        _check_width_values("out_widths", out_widths, problem.out_channels)
+
+
+def check_norm_values(problem: NormProblem, offsets: Tensor, weight_index: Tensor, widths: Tensor | None) -> None:
+    """Checks the numbers in host tensors; does nothing for tensors on a device."""
+    if problem.device.type == "cpu":
+        _check_routing_values(problem.batch, problem.num_experts, offsets, weight_index)
+        _check_width_values("widths", widths, problem.channels, problem.channels_per_group)
+
+
+def _check_routing_values(batch: int, num_experts: int, offsets: Tensor, weight_index: Tensor) -> None:
+    """Offsets rise from 0 to B, and every expert named exists."""
     values = offsets.tolist()
     if values[0] != 0 or values[-1] != batch or (values != sorted(values)):
         raise invalid("plan", f"offsets {values}", f"the plan of this batch, of {batch} samples")
@@ -195,8 +212,8 @@ def check_routing_values(batch: int, num_experts: int, offsets: Tensor, weight_i
         raise invalid("weight_index", bad, f"indices in [0, {num_experts}), the experts that weight holds")
 
 
-def check_width_values(name: str, widths: Tensor | None, channels: int, step: int = 1) -> None:
-    """Host tensors only: 0 <= width <= channels, each a multiple of `step`."""
+def _check_width_values(name: str, widths: Tensor | None, channels: int, step: int = 1) -> None:
+    """0 <= width <= channels, each a multiple of `step`."""
     if widths is None:
         return
     values = widths.tolist()

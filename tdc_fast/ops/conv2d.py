@@ -5,6 +5,7 @@ Registered operators: tdc_fast::routed_conv2d, tdc_fast::routed_conv2d_dgrad, td
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,8 +14,7 @@ from torch import Tensor
 from tdc_fast.ops import backends, library
 from tdc_fast.ops.checks import (
     ConvProblem,
-    check_routing_values,
-    check_width_values,
+    check_conv_values,
     conv_problem,
     pair,
     signature,
@@ -91,26 +91,22 @@ def _describe(
     stride, padding = pair("stride", stride, 1), pair("padding", padding, 0)
     extras: dict[str, Any] = {"bias": bias, "sample_bias": sample_bias, "residual": residual}
     problem = conv_problem("routed_conv2d", x, x.shape, weight, *routing, stride, padding, **extras)
-    _check_values(problem, *routing)
+    check_conv_values(problem, *routing)
     return problem
-
-
-def _check_values(
-    problem: ConvProblem,
-    offsets: Tensor,
-    weight_index: Tensor,
-    in_widths: Tensor | None,
-    out_widths: Tensor | None,
-) -> None:
-    if problem.device.type == "cpu":
-        check_routing_values(problem.batch, problem.num_experts, offsets, weight_index)
-        check_width_values("in_widths", in_widths, problem.in_channels)
-        check_width_values("out_widths", out_widths, problem.out_channels)
 
 
 def _pair(values: Any) -> tuple[int, int]:
     """The dispatcher hands lists of ints over as lists; a problem is hashable."""
     return values[0], values[1]
+
+
+def _run(kernel: Callable[..., Any], problem: ConvProblem, routing: tuple[Any, Any, Any, Any], *args: Any) -> Any:
+    """Backends check the numbers that they index with; on a refusal ours says more."""
+    try:
+        return kernel(problem, *args)
+    except ValueError:
+        check_conv_values(problem, *routing)
+        raise
 
 
 _ROUTING_SCHEMA = "Tensor offsets, Tensor weight_index, Tensor? in_widths, Tensor? out_widths"
@@ -141,8 +137,7 @@ def _forward(
 
     key = ("conv2d", settings, signature(x, weight, bias, sample_bias, residual, *routing))
     problem, chosen = backends.remembered(key, describe, backend)
-    _check_values(problem, *routing)
-    return chosen.conv2d(problem, x, weight, bias, sample_bias, residual, *routing)
+    return _run(chosen.conv2d, problem, routing, x, weight, bias, sample_bias, residual, *routing)
 
 
 def _forward_fake(
@@ -198,8 +193,7 @@ def _dgrad(
 
     key = ("dgrad", settings, signature(dy, weight, *routing))
     problem, chosen = backends.remembered(key, describe, backend)
-    _check_values(problem, *routing)
-    return chosen.conv2d_dgrad(problem, dy, weight, *routing)
+    return _run(chosen.conv2d_dgrad, problem, routing, dy, weight, *routing)
 
 
 def _dgrad_problem(
@@ -256,8 +250,7 @@ def _wgrad(
 
     key = ("wgrad", settings, signature(dy, x, weight, *routing))
     problem, chosen = backends.remembered(key, describe, backend)
-    _check_values(problem, *routing)
-    grads = chosen.conv2d_wgrad(problem, dy, x, weight, *routing, tuple(mask))
+    grads = _run(chosen.conv2d_wgrad, problem, routing, dy, x, weight, *routing, tuple(mask))
     return tuple(dy.new_empty(0) if grad is None else grad for grad in grads)
 
 
@@ -298,6 +291,7 @@ class _RoutedConv2d(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        run: Any,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -311,7 +305,7 @@ class _RoutedConv2d(torch.autograd.Function):
         padding: tuple[int, int],
         backend: str,
     ) -> Tensor:
-        needs = ctx.needs_input_grad
+        needs = ctx.needs_input_grad[1:]
         ctx.image_size, ctx.settings, ctx.backend = x.shape[2:], (stride, padding), backend
         # Only wgrad reads x.
         ctx.save_for_backward(
@@ -322,17 +316,18 @@ class _RoutedConv2d(torch.autograd.Function):
             in_widths,
             out_widths,
         )
-        return library.below_autograd(
-            _forward_op, x, weight, bias, sample_bias, residual, offsets, weight_index, in_widths, out_widths,
-            stride, padding, backend,
-        )  # fmt: skip
+        with library.below_autograd():
+            return run(
+                x, weight, bias, sample_bias, residual, offsets, weight_index, in_widths, out_widths,
+                stride, padding, backend,
+            )  # fmt: skip
 
     @staticmethod
     @library.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, offsets, weight_index, in_widths, out_widths = ctx.saved_tensors
         routing = (offsets, weight_index, in_widths, out_widths)
-        needs = ctx.needs_input_grad
+        needs = ctx.needs_input_grad[1:]
         dx = dweight = dbias = dsample_bias = dresidual = None
         if needs[0]:
             dx = _dgrad_op(dy, weight, *routing, ctx.image_size, *ctx.settings, ctx.backend)
@@ -345,7 +340,7 @@ class _RoutedConv2d(torch.autograd.Function):
             if out_widths is not None:
                 live = live_channels(out_widths, offsets, dy.shape[0], dy.shape[1])
                 dresidual = torch.where(live[:, :, None, None], dy, 0)
-        return dx, dweight, dbias, dsample_bias, dresidual, *(None,) * 7
+        return None, dx, dweight, dbias, dsample_bias, dresidual, *(None,) * 7
 
 
 def _cast(device_type: str, *args: Any) -> tuple[Any, ...]:

@@ -1,7 +1,7 @@
 """The `cpu` backend: hands addresses to the native kernels of tdc_fast._native.
 
-fp32 and bf16 in host memory. Everything native code indexes with has been checked before it comes here,
-except the numbers inside offsets, weight_index and widths, which are checked here on every call.
+fp32 and bf16 in host memory. Shapes have been checked before they come here; the numbers inside offsets, weight_index
+and widths are checked by native code before it indexes with them (it raises ValueError).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tdc_fast.ops.checks import ConvProblem, NormProblem, check_routing_values, check_width_values
+from tdc_fast.ops.checks import ConvProblem, NormProblem, check_conv_values, check_norm_values
 
 name = "cpu"
 native: Any = None
@@ -72,14 +72,6 @@ def _nhwc(tensor: Tensor) -> Tensor:
     return tensor.contiguous(memory_format=_NHWC)
 
 
-def _checked_conv(
-    p: ConvProblem, offsets: Tensor, weight_index: Tensor, in_widths: Tensor | None, out_widths: Tensor | None
-) -> None:
-    check_routing_values(p.batch, p.num_experts, offsets, weight_index)
-    check_width_values("in_widths", in_widths, p.in_channels)
-    check_width_values("out_widths", out_widths, p.out_channels)
-
-
 def _geometry(p: ConvProblem, weight_strides: tuple[int, ...]) -> dict[str, Any]:
     return {
         "dtype": _DTYPE_CODES[p.dtype],
@@ -115,9 +107,9 @@ def conv2d(
 ) -> Tensor:
     offsets, weight_index = offsets.contiguous(), weight_index.contiguous()
     in_widths, out_widths = _dense(in_widths), _dense(out_widths)
-    _checked_conv(p, offsets, weight_index, in_widths, out_widths)
     y = torch.empty((p.batch, p.out_channels, p.out_height, p.out_width), dtype=p.dtype, memory_format=_NHWC)
     if p.batch == 0:
+        check_conv_values(p, offsets, weight_index, in_widths, out_widths)
         return y
     x, bias, sample_bias = _nhwc(x), _dense(bias), _dense(sample_bias)
     residual = None if residual is None else _nhwc(residual)
@@ -148,9 +140,9 @@ def conv2d_dgrad(
 ) -> Tensor:
     offsets, weight_index = offsets.contiguous(), weight_index.contiguous()
     in_widths, out_widths = _dense(in_widths), _dense(out_widths)
-    _checked_conv(p, offsets, weight_index, in_widths, out_widths)
     dx = torch.empty((p.batch, p.in_channels, p.height, p.width), dtype=p.dtype, memory_format=_NHWC)
     if p.batch == 0:
+        check_conv_values(p, offsets, weight_index, in_widths, out_widths)
         return dx
     dy = _nhwc(dy)
     native.conv2d_dgrad(
@@ -179,7 +171,6 @@ def conv2d_wgrad(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     offsets, weight_index = offsets.contiguous(), weight_index.contiguous()
     in_widths, out_widths = _dense(in_widths), _dense(out_widths)
-    _checked_conv(p, offsets, weight_index, in_widths, out_widths)
     make = torch.zeros if p.batch == 0 else torch.empty
     dweight = None
     if mask[0]:
@@ -187,6 +178,7 @@ def conv2d_wgrad(
     dbias = make((p.num_experts, p.out_channels), dtype=p.dtype) if mask[1] else None
     dsample_bias = make((p.batch, p.out_channels), dtype=p.dtype) if mask[2] else None
     if p.batch == 0:
+        check_conv_values(p, offsets, weight_index, in_widths, out_widths)
         return dweight, dbias, dsample_bias
     dy, x = _nhwc(dy), _nhwc(x)
     native.conv2d_wgrad(
@@ -209,8 +201,6 @@ def _norm_arguments(
 ) -> tuple[dict[str, Any], tuple[Tensor | None, ...]]:
     """Keyword arguments shared by forward and backward, and the tensors that own the addresses in them."""
     offsets, weight_index, widths = offsets.contiguous(), weight_index.contiguous(), _dense(widths)
-    check_routing_values(p.batch, p.num_experts, offsets, weight_index)
-    check_width_values("widths", widths, p.channels, p.channels_per_group)
     arguments = {
         "offsets": offsets.data_ptr(),
         "weight_index": weight_index.data_ptr(),
@@ -246,6 +236,7 @@ def group_norm(
     mean = torch.empty((p.batch, p.num_norm_groups), dtype=torch.float32)
     rstd = torch.empty((p.batch, p.num_norm_groups), dtype=torch.float32)
     if p.batch == 0:
+        check_norm_values(p, offsets, weight_index, widths)
         return y, mean, rstd
     x, weight, bias = _nhwc(x), weight.contiguous(), bias.contiguous()
     scale, shift = _dense(scale), _dense(shift)
@@ -288,6 +279,7 @@ def group_norm_backward(
     if mask[0]:
         dx = torch.empty((p.batch, p.channels, p.height, p.width), dtype=p.dtype, memory_format=_NHWC)
     if p.batch == 0:
+        check_norm_values(p, offsets, weight_index, widths)
         return dx, dweight, dbias, dscale, dshift
     dy, x, weight, bias = _nhwc(dy), _nhwc(x), weight.contiguous(), bias.contiguous()
     scale, shift, mean, rstd = _dense(scale), _dense(shift), mean.contiguous(), rstd.contiguous()

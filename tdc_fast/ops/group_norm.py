@@ -15,8 +15,7 @@ from tdc_fast.ops import backends, library
 from tdc_fast.ops.checks import (
     NormProblem,
     accumulate_dtype,
-    check_routing_values,
-    check_width_values,
+    check_norm_values,
     norm_problem,
     signature,
 )
@@ -96,14 +95,8 @@ def _describe(
     check_plan(x, plan)
     tensors = (x, weight, bias, scale, shift, plan.offsets, plan.weight_index, widths)
     problem = norm_problem("routed_group_norm", *tensors, num_groups, eps, _is_silu(activation))
-    _check_values(problem, plan.offsets, plan.weight_index, widths)
+    check_norm_values(problem, plan.offsets, plan.weight_index, widths)
     return problem
-
-
-def _check_values(problem: NormProblem, offsets: Tensor, weight_index: Tensor, widths: Tensor | None) -> None:
-    if problem.device.type == "cpu":
-        check_routing_values(problem.batch, problem.num_experts, offsets, weight_index)
-        check_width_values("widths", widths, problem.channels, problem.channels_per_group)
 
 
 _SETTINGS_SCHEMA = "int num_groups, float eps, bool silu"
@@ -130,8 +123,11 @@ def _forward(
 
     key = ("group_norm", num_groups, eps, silu, signature(*tensors))
     problem, chosen = backends.remembered(key, describe, backend)
-    _check_values(problem, offsets, weight_index, widths)
-    return chosen.group_norm(problem, *tensors)
+    try:
+        return chosen.group_norm(problem, *tensors)
+    except ValueError:  # backends check the numbers that they index with; ours says more
+        check_norm_values(problem, offsets, weight_index, widths)
+        raise
 
 
 def _forward_fake(
@@ -190,10 +186,13 @@ def _backward(
 
     key = ("group_norm_backward", settings, signature(dy, mean, rstd, *tensors))
     problem, chosen = backends.remembered(key, describe, backend)
-    _check_values(problem, offsets, weight_index, widths)
-    grads = chosen.group_norm_backward(
-        problem, dy, x, weight, bias, scale, shift, mean, rstd, offsets, weight_index, widths, tuple(mask)
-    )
+    try:
+        grads = chosen.group_norm_backward(
+            problem, dy, x, weight, bias, scale, shift, mean, rstd, offsets, weight_index, widths, tuple(mask)
+        )
+    except ValueError:
+        check_norm_values(problem, offsets, weight_index, widths)
+        raise
     return tuple(dy.new_empty(0) if grad is None else grad for grad in grads)
 
 
@@ -235,6 +234,7 @@ class _RoutedGroupNorm(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        run: Any,
         x: Tensor,
         weight: Tensor,
         bias: Tensor,
@@ -248,21 +248,10 @@ class _RoutedGroupNorm(torch.autograd.Function):
         silu: bool,
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        y, mean, rstd = library.below_autograd(
-            _forward_op,
-            x,
-            weight,
-            bias,
-            scale,
-            shift,
-            offsets,
-            weight_index,
-            widths,
-            num_groups,
-            eps,
-            silu,
-            backend,
-        )
+        with library.below_autograd():
+            y, mean, rstd = run(
+                x, weight, bias, scale, shift, offsets, weight_index, widths, num_groups, eps, silu, backend
+            )
         ctx.save_for_backward(x, weight, bias, scale, shift, mean, rstd, offsets, weight_index, widths)
         ctx.settings, ctx.backend = (num_groups, eps, silu), backend
         ctx.mark_non_differentiable(mean, rstd)
@@ -273,11 +262,11 @@ class _RoutedGroupNorm(torch.autograd.Function):
     @library.once_differentiable
     def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if dy is None:
-            return (None,) * 12
-        mask = ctx.needs_input_grad[:5]
+            return (None,) * 13
+        mask = ctx.needs_input_grad[1:6]
         grads = _backward_op(dy, *ctx.saved_tensors, *ctx.settings, mask, ctx.backend)
         wanted = (grad if needed else None for grad, needed in zip(grads, mask, strict=True))
-        return (*wanted, *(None,) * 7)
+        return (None, *wanted, *(None,) * 7)
 
 
 def _cast(device_type: str, x: Tensor, *args: Any) -> tuple[Any, ...]:

@@ -19,6 +19,9 @@ import torch
 
 NAMESPACE = "tdc_fast"
 _library = torch.library.Library(NAMESPACE, "DEF")
+_implementations: dict[str, Callable[..., Any]] = {}
+_BELOW_AUTOGRAD = torch._C._after_ADInplaceOrView_keyset
+_DEVICE_KEYS = (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)
 _AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
     torch._C.DispatchKey.AutocastCUDA
 )
@@ -33,34 +36,43 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
     name = schema.split("(", 1)[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, implementation, "CompositeExplicitAutograd")
+    _implementations[name] = implementation
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
-def add_autograd(op: torch._ops.OpOverload, function: type[torch.autograd.Function]) -> None:
-    """Gives `op` its gradient: `function.forward(ctx, *args)` must end in `below_autograd(op, *args)`.
+def _name(op: torch._ops.OpOverload) -> str:
+    return op._schema.name.split("::")[1]
 
-    Without grad mode or without an input that requires a gradient the Function is skipped.
+
+def add_autograd(op: torch._ops.OpOverload, function: type[torch.autograd.Function]) -> None:
+    """Gives `op` its gradient.
+
+    `function.forward(ctx, run, *args)` receives what runs the operator below its Autograd layer, and must call it
+    under `below_autograd()`; `function.backward` returns a None for it first. Without grad mode, or without an
+    input that requires a gradient, the Function is skipped.
     """
+    name = _name(op)
+    implementation = _implementations[name]
     apply = function.apply
     is_grad_enabled = torch.is_grad_enabled
     tensor = torch.Tensor
 
-    def autograd(*args: Any) -> Any:
+    def autograd(keys: torch._C.DispatchKeySet, *args: Any) -> Any:
+        # Where no mode or subclass waits below, the second trip through the dispatcher (5 us) has nothing to do.
+        direct = (keys & _BELOW_AUTOGRAD).highestPriorityTypeId() in _DEVICE_KEYS
+        run = implementation if direct else op
         if is_grad_enabled():
             for arg in args:
                 if isinstance(arg, tensor) and arg.requires_grad:
-                    return apply(*args)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*args)
+                    return apply(run, *args)
+        with below_autograd():
+            return run(*args)
 
-    _library.impl(op._schema.name.split("::")[1], autograd, "Autograd")
+    _library.impl(name, autograd, "Autograd", with_keyset=True)
 
 
-def below_autograd(op: torch._ops.OpOverload, *args: Any) -> Any:
-    """Calls `op` under its Autograd layer."""
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*args)
+below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -88,6 +100,6 @@ def add_autocast(op: torch._ops.OpOverload, cast: Callable[..., tuple[Any, ...]]
 
         return autocast
 
-    name = op._schema.name.split("::")[1]
+    name = _name(op)
     _library.impl(name, kernel("cpu"), "AutocastCPU")
     _library.impl(name, kernel("cuda"), "AutocastCUDA")

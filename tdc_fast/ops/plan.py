@@ -96,14 +96,15 @@ permute_samples = library.define(
 
 class _PermuteSamples(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+    def forward(ctx: Any, run: Any, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
         ctx.save_for_backward(index, inverse)
-        return library.below_autograd(permute_samples, x, index, inverse)
+        with library.below_autograd():
+            return run(x, index, inverse)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         index, inverse = ctx.saved_tensors
-        return permute_samples(grads[0], inverse, index), None, None
+        return None, permute_samples(grads[0], inverse, index), None, None
 
 
 library.add_autograd(permute_samples, _PermuteSamples)

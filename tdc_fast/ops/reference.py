@@ -13,7 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import grad as conv_grad
 
-from tdc_fast.ops.checks import ConvProblem, NormProblem, accumulate_dtype
+from tdc_fast.ops.checks import (
+    ConvProblem,
+    NormProblem,
+    accumulate_dtype,
+    check_conv_values,
+    check_norm_values,
+)
 
 name = "reference"
 
@@ -52,6 +58,7 @@ def conv2d(
     in_widths: Tensor | None,
     out_widths: Tensor | None,
 ) -> Tensor:
+    check_conv_values(problem, offsets, weight_index, in_widths, out_widths)
     acc = accumulate_dtype(x.dtype)
     y = _empty_nhwc(x, problem.out_channels, problem.out_height, problem.out_width)
     for samples, expert, live_in, live_out in _segments(offsets, weight_index, in_widths, out_widths, weight):
@@ -82,6 +89,7 @@ def conv2d_dgrad(
     in_widths: Tensor | None,
     out_widths: Tensor | None,
 ) -> Tensor:
+    check_conv_values(problem, offsets, weight_index, in_widths, out_widths)
     acc = accumulate_dtype(dy.dtype)
     dx = _empty_nhwc(dy, problem.in_channels, problem.height, problem.width)
     for samples, expert, live_in, live_out in _segments(offsets, weight_index, in_widths, out_widths, weight):
@@ -107,6 +115,7 @@ def conv2d_wgrad(
     out_widths: Tensor | None,
     mask: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    check_conv_values(problem, offsets, weight_index, in_widths, out_widths)
     acc = accumulate_dtype(dy.dtype)
     dweight = torch.zeros_like(weight, dtype=acc)
     dbias = torch.zeros(weight.shape[:2], dtype=acc, device=dy.device)
@@ -165,6 +174,7 @@ def group_norm(
     weight_index: Tensor,
     widths: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    check_norm_values(problem, offsets, weight_index, widths)
     shape = (problem.batch, problem.num_norm_groups, problem.channels_per_group * problem.height * problem.width)
     live = _live(problem, x, offsets, widths)
     grouped = _zero_dead(x, live).reshape(shape)
@@ -213,6 +223,7 @@ def group_norm_backward(
     widths: Tensor | None,
     mask: tuple[bool, bool, bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    check_norm_values(problem, offsets, weight_index, widths)
     shape = (problem.batch, problem.num_norm_groups, problem.channels_per_group * problem.height * problem.width)
     live = _live(problem, x, offsets, widths)
     expert = expert_per_sample(offsets, weight_index, problem.batch)
