@@ -44,6 +44,13 @@ class ImageDataset:
     labels: np.ndarray | None = None
     num_classes: int = 0
 
+    @classmethod
+    def from_array(cls, images: np.ndarray, labels: np.ndarray | None = None) -> ImageDataset:
+        """Of arrays in memory, as an .npz file would hold them; see `load_dataset` for shapes and ranges."""
+        source = ArraySource.checked(images, "array", None)
+        labels = _checked_labels(labels, len(source), "array")
+        return cls(source, np.arange(len(source)), labels, 0 if labels is None else int(labels.max()) + 1)
+
     def __len__(self) -> int:
         return len(self.indices)
 
@@ -315,13 +322,13 @@ def _load_array(path: Path, image_size: int | None) -> tuple[ImageSource, np.nda
     if images is None:
         raise invalid("data_dir", str(path), "a file with 'arr_0' or 'images' in it")
     source = ArraySource.checked(images, str(path), image_size)
-    return source, _checked_labels(arrays.get("arr_1", arrays.get("labels")), len(source), path)
+    return source, _checked_labels(arrays.get("arr_1", arrays.get("labels")), len(source), str(path))
 
 
-def _checked_labels(labels: np.ndarray | None, count: int, path: Path) -> np.ndarray | None:
+def _checked_labels(labels: np.ndarray | None, count: int, name: str) -> np.ndarray | None:
     if labels is None:
         return None
     if labels.shape != (count,) or labels.dtype.kind not in "iu" or (count and labels.min() < 0):
         remedy = f"{count} integers from 0 up"
-        raise invalid("labels", f"{path}: shape {labels.shape}, dtype {labels.dtype}", remedy)
+        raise invalid("labels", f"{name}: shape {labels.shape}, dtype {labels.dtype}", remedy)
     return labels.astype(np.int64)

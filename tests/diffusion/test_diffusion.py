@@ -110,6 +110,7 @@ def test_low_precision_outputs_are_read_in_float32(variance):
     again = diffusion.p_mean_variance(output.float(), x, torch.tensor([3, 40]))
     assert step.mean.dtype == step.log_variance.dtype == torch.float32
     assert torch.equal(step.mean, again.mean)
+    assert torch.equal(step.log_variance, again.log_variance)
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,17 @@ def test_a_pixels_probability_is_the_normals_mass_around_it():
     torch.testing.assert_close(ours.exp(), expected, rtol=0, atol=3e-4)
 
 
+def test_an_end_pixel_has_the_whole_tail_to_the_approximations_accuracy():
+    mean = torch.linspace(-1.9, 1.9, 200, dtype=torch.float64)
+    normal = Normal(mean, 0.3)
+    log_scale = torch.full_like(mean, 0.3).log()
+    bottom = discretized_gaussian_log_likelihood(-torch.ones_like(mean), mean, log_scale)
+    top = discretized_gaussian_log_likelihood(torch.ones_like(mean), mean, log_scale)
+    edge = torch.tensor(1 - 1 / 255, dtype=torch.float64)
+    torch.testing.assert_close(bottom.exp(), normal.cdf(-edge), rtol=0, atol=3e-4)
+    torch.testing.assert_close(top.exp(), 1 - normal.cdf(edge), rtol=0, atol=3e-4)
+
+
 @pytest.mark.parametrize("loss", ["mse", "rescaled_mse"])
 @pytest.mark.parametrize(("prediction", "variance"), [("epsilon", "fixed_small"), ("x0", "fixed_large")])
 def test_with_a_fixed_variance_mse_is_the_squared_error_alone(loss, prediction, variance):

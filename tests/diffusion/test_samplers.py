@@ -236,9 +236,7 @@ def test_sampling_is_reproducible_bounded_and_leaves_no_graph(name, learn_sigma)
     x = run(0)
     assert torch.equal(x, run(0)) and not torch.equal(x, run(1))
     assert x.dtype == torch.float32 and x.is_contiguous(memory_format=torch.channels_last) and not x.requires_grad
-    assert x.isfinite().all()
-    if name != "ddpm":
-        assert x.abs().max() <= 1
+    assert x.abs().max() <= 1
 
 
 def test_ddim_draws_no_noise_after_the_first():

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tdc_fast.training.data import BatchStream, load_dataset
+from tdc_fast.training.data import BatchStream, ImageDataset, load_dataset
 from tdc_fast.training.image_sources import fit_image, list_images
 
 
@@ -145,6 +145,16 @@ def test_an_npz_holds_images_and_labels_under_either_pair_of_names(tmp_path, nam
     x, kwargs = dataset.batch([0, 4])
     torch.testing.assert_close(x.permute(0, 2, 3, 1), unit_range(images[[0, 4]]))
     assert kwargs["y"].tolist() == [3, 2] and dataset.channels == channels and dataset.num_classes == 4
+
+
+def test_arrays_in_memory_are_a_dataset_like_any_other():
+    images, labels = pixels(5, 4, 4, 3), np.array([1, 0, 2, 1, 0])
+    x, kwargs = ImageDataset.from_array(images, labels).batch([2, 3])
+    torch.testing.assert_close(x.permute(0, 2, 3, 1), unit_range(images[2:4]))
+    assert kwargs["y"].tolist() == [2, 1]
+    assert ImageDataset.from_array(images).batch([2])[1] == {}
+    with pytest.raises(ValueError, match="labels"):
+        ImageDataset.from_array(images, labels[:3])
 
 
 def test_an_npy_of_grey_images_needs_no_channel_axis(tmp_path):
