@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from tdc_fast.denoisers import TrainedDenoiser, from_checkpoint, from_run, refuse_mismatch, stored_facts
+from tdc_fast.diffusion.samplers import SamplerName
 from tdc_fast.errors import invalid
 from tdc_fast.flags import parse_flags, value_of
 from tdc_fast.frechet import to_uint8
@@ -69,7 +70,7 @@ def draw_samples(
     denoiser: TrainedDenoiser,
     num_samples: int,
     *,
-    sampler: Literal["ddpm", "ddim", "dpm++2m"] = "ddim",
+    sampler: SamplerName = "ddim",
     steps: int | None = None,
     batch_size: int = 500,
     seed: int = 0,

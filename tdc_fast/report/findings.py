@@ -55,7 +55,7 @@ def versus(comparison: Comparison, candidate_key: str, baseline_key: str) -> str
     loss, distance = heldout_verdict(candidate, baseline), frechet_verdict(candidate, baseline)
     joint = "and" if loss.outcome == distance.outcome else "but"
     return (
-        f"{candidate.label} against {baseline.label}: with {spent} and {per_image} compute per image, "
+        f"“{candidate.label}” against “{baseline.label}”: with {spent} and {per_image} compute per image, "
         f"{loss.sentence}, {joint} {distance.sentence}."
     )
 
@@ -85,4 +85,4 @@ def group_sentence(comparison: Comparison, candidate_key: str, baseline_key: str
     for i, difference in enumerate(per_group):
         clear = abs(difference.relative) > CLEAR * difference.standard_error
         parts.append(f"group {i} {difference.relative:+.1%}{'' if clear else ' (not clear)'}")
-    return f"Held-out loss of {candidate.label} against {baseline.label} by group: {', '.join(parts)}."
+    return f"Held-out loss of “{candidate.label}” against “{baseline.label}” by group: {', '.join(parts)}."

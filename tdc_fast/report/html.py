@@ -89,7 +89,7 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[str]], css: str = "") ->
 
 
 def _swatch(comparison: Comparison, model: ModelResult) -> str:
-    tint = plots.colour(comparison.models.index(model))
+    tint = plots.colour(comparison, model)
     return f'<span class="swatch" style="background:{tint}"></span>{html.escape(model.label)}'
 
 
@@ -203,7 +203,7 @@ def _curves(comparison: Comparison) -> str:
 
 def _compute(comparison: Comparison) -> str:
     phases: list[str] = []
-    for model in comparison.models:
+    for model in sorted(comparison.models, key=lambda model: -len(model.phases)):
         phases += [phase for phase in model.phases if phase not in phases]
     total = comparison.yardstick.training_macs
     rows = []
@@ -217,16 +217,16 @@ def _compute(comparison: Comparison) -> str:
             ]
         )  # fmt: skip
     head = ["model", *(html.escape(phase) for phase in phases), "total (C)", "steps", "parameters"]
-    note = (
-        "In units of C, counted by torch's FlopCounterMode, forward and backward, with pruned channels not "
-        "counted. " + " ".join(f"{model.label}: {model.description}" for model in comparison.models)
+    note = "In units of C, counted by torch's FlopCounterMode, forward and backward, with pruned channels not counted."
+    descriptions = "".join(
+        f"<li>{_swatch(comparison, model)}: {html.escape(model.description)}</li>" for model in comparison.models
     )
-    return _table(head, rows, "numbers") + f'<p class="note">{html.escape(note)}</p>'
+    return _table(head, rows, "numbers") + f'<p class="note">{note}</p><ul class="models">{descriptions}</ul>'
 
 
 def _limits(comparison: Comparison) -> str:
     points = [
-        "One training seed. Other seeds move the Fréchet distance by more than the spread of the draws that "
+        "One training seed. Another seed can move the Fréchet distance by more than the spread of the draws that "
         "is shown here.",
         "A small data set of small images, and a network small enough for a laptop: the published gains are "
         "for far larger ones.",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -32,6 +32,7 @@ class ModelResult:
 
     key: str
     label: str
+    family: Literal["uniform", "experts"]
     description: str
     phases: dict[str, float]
     steps: dict[str, int]
@@ -95,6 +96,10 @@ class Comparison:
 
     def model(self, key: str) -> ModelResult:
         return next(model for model in self.models if model.key == key)
+
+    def place_in_family(self, model: ModelResult) -> int:
+        """How many models of its family stand before it."""
+        return [other for other in self.models if other.family == model.family].index(model)
 
     def training_cost(self, model: ModelResult) -> float:
         """Training MACs as a fraction of the yardstick's."""

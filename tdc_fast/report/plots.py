@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tdc_fast.errors import require
 from tdc_fast.evaluation import compare
-from tdc_fast.report.numbers import Comparison, Curve
+from tdc_fast.report.numbers import Comparison, Curve, ModelResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 INK, MUTED, RULE = "#1d2733", "#66717f", "#d9dee5"
 # Told apart by lightness as well as by hue: baselines are greys, experts are colours.
-MODEL_COLOURS = ("#2f3a48", "#94a0ad", "#0f7f8c", "#d9662b", "#7a58a6", "#5c8a2d")
+FAMILY_COLOURS = {"uniform": ("#2f3a48", "#8f9baa", "#c2a14d"), "experts": ("#0f7f8c", "#d9662b", "#7a58a6")}
+MEASURED = "#d9662b"
 GROUP_SHADES = ("#eef3f8", "#f8f5ee")
 
 
@@ -69,8 +70,10 @@ def smooth(values: Sequence[float | None], window: int) -> np.ndarray:
     return np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)
 
 
-def colour(index: int) -> str:
-    return MODEL_COLOURS[index % len(MODEL_COLOURS)]
+def colour(comparison: Comparison, model: ModelResult) -> str:
+    """The model's colour in every figure and table."""
+    tints = FAMILY_COLOURS[model.family]
+    return tints[comparison.place_in_family(model) % len(tints)]
 
 
 def loss_curves(comparison: Comparison) -> str:
@@ -82,8 +85,9 @@ def loss_curves(comparison: Comparison) -> str:
     total = comparison.yardstick.training_macs
     for group in range(num_groups):
         axis = axes.flat[group]
-        for index, model in enumerate(comparison.models):
-            _draw_curve(axis, model.curve, group, total, colour(index), model.label if group == 0 else None)
+        for model in comparison.models:
+            label = model.label if group == 0 else None
+            _draw_curve(axis, model.curve, group, total, colour(comparison, model), label)
         start, stop = comparison.boundaries[group], comparison.boundaries[group + 1]
         axis.set_title(f"group {group}: t {start} to {stop - 1}")
     for axis in axes.flat[num_groups:]:
@@ -125,7 +129,7 @@ def snr_curve(comparison: Comparison) -> str:
             label=label.get("budget"),
         )
         bottom.bar(
-            middle, plan.macs[group], width=0.46 * (stop - start), color=MODEL_COLOURS[3],
+            middle, plan.macs[group], width=0.46 * (stop - start), color=MEASURED,
             label=label.get("measured"),
         )  # fmt: skip
         bottom.annotate(
@@ -169,10 +173,10 @@ def heldout_differences(comparison: Comparison) -> str:
     """Held-out loss against the yardstick, overall and by group, with two standard errors either side."""
     figure, axes = _figure(11, 3.2)
     axis = axes[0, 0]
-    others = list(enumerate(comparison.models))[1:]
+    others = comparison.models[1:]
     num_groups = len(comparison.boundaries) - 1
     labels = ["all timesteps", *(f"group {g}" for g in range(num_groups))]
-    for place, (index, model) in enumerate(others):
+    for place, model in enumerate(others):
         overall, per_group = compare(model.heldout, comparison.yardstick.heldout)
         differences = [overall, *per_group]
         x = np.arange(len(labels)) + (place - (len(others) - 1) / 2) * 0.16
@@ -180,9 +184,9 @@ def heldout_differences(comparison: Comparison) -> str:
             x,
             [100 * d.relative for d in differences],
             yerr=[200 * d.standard_error for d in differences],
-            fmt="o", markersize=6, capsize=3, linewidth=1.4, color=colour(index), label=model.label,
+            fmt="o", markersize=6, capsize=3, linewidth=1.4, color=colour(comparison, model), label=model.label,
         )  # fmt: skip
-    axis.axhline(0, color=colour(0), linewidth=1.4)
+    axis.axhline(0, color=colour(comparison, comparison.yardstick), linewidth=1.4)
     axis.axvline(0.5, color=RULE, linewidth=1)
     axis.set_xticks(range(len(labels)), labels)
     axis.set_xlim(-0.6, len(labels) - 0.4)
@@ -197,9 +201,9 @@ def frechet_draws(comparison: Comparison) -> str:
     axis = axes[0, 0]
     names = [model.label for model in comparison.models]
     for row, model in enumerate(comparison.models):
-        values = model.frechet.values
-        axis.plot(values, [row] * len(values), "o", color=colour(row), alpha=0.55, markersize=7, markeredgewidth=0)
-        axis.plot([model.frechet.mean] * 2, [row - 0.28, row + 0.28], color=colour(row), linewidth=2.4)
+        values, tint = model.frechet.values, colour(comparison, model)
+        axis.plot(values, [row] * len(values), "o", color=tint, alpha=0.55, markersize=7, markeredgewidth=0)
+        axis.plot([model.frechet.mean] * 2, [row - 0.28, row + 0.28], color=tint, linewidth=2.4)
     for place, floor in enumerate(comparison.floors):
         row = len(comparison.models) + place
         names.append(f"real, {floor.kind} (n = {floor.n})")

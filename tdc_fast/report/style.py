@@ -29,6 +29,7 @@ tbody tr:last-child td { border-bottom: none; }
 .numbers td { font-variant-numeric: tabular-nums; white-space: nowrap; }
 .numbers th:not(:first-child), .numbers td:not(:first-child) { text-align: right; }
 .pm { color: var(--muted); font-size: 12.5px; }
+.models { list-style: none; padding: 0; margin: 12px 0 0; font-size: 14px; }
 .swatch { display: inline-block; width: 11px; height: 11px; border-radius: 3px; margin-right: 8px; }
 figure { margin: 0; }
 figure img { width: 100%; height: auto; display: block; }

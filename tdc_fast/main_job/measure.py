@@ -1,0 +1,154 @@
+"""What is measured of each finished model, the same for all: losses, samples, distances, cost of an image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tdc_fast.classifier import DigitsClassifier, digits_uint8, train_classifier
+from tdc_fast.denoisers import from_run
+from tdc_fast.diffusion.samplers import SamplerName, sampling_steps
+from tdc_fast.evaluation import HeldoutLosses, heldout_losses, sampling_macs
+from tdc_fast.frechet import Floor, extract, frechet_distance, real_floors
+from tdc_fast.nn.packing import RoutedModel
+from tdc_fast.routing import TimestepGroups
+from tdc_fast.sample import draw_samples, write_samples
+from tdc_fast.training.atomic import atomic_file
+from tdc_fast.training.build import split_data
+from tdc_fast.training.checkpoint import load_tensors
+
+SAMPLER: SamplerName = "ddim"
+GRID_IMAGES = 100
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How every model is measured."""
+
+    draws: int
+    samples: int
+    sampling_steps: int
+    points_per_group: int
+    boundaries: tuple[int, ...]
+    first_seed: int = 1000
+    loss_seed: int = 2000
+
+
+@dataclass(frozen=True)
+class Measured:
+    """All that the report needs of one model."""
+
+    heldout: HeldoutLosses
+    distances: tuple[float, ...]
+    samples: Tensor  # (<= 100, C, H, W) uint8
+    macs_per_image: int
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Yardsticks:
+    """The feature space and the floors of the distance in it."""
+
+    classifier: DigitsClassifier
+    accuracy: float
+    floors: tuple[Floor, ...]
+
+
+def prepare_yardsticks(path: Path, samples: int) -> None:
+    """Train the classifier, measure the floors for draws of `samples` images, and write both to `path`."""
+    trained = train_classifier()
+    reference, _ = digits_uint8()
+    floors = real_floors(extract(reference, trained.model), bootstrap_n=samples)
+    content = {
+        "classifier": trained.model.state_dict(),
+        "accuracy": trained.accuracy,
+        "floors": [(floor.kind, floor.n, list(floor.values)) for floor in floors],
+    }
+    _save(path, content)
+
+
+def load_yardsticks(path: Path) -> Yardsticks:
+    content = load_tensors(path)
+    classifier = DigitsClassifier().eval().requires_grad_(False)
+    classifier.load_state_dict(content["classifier"])
+    floors = tuple(Floor(kind, n, tuple(values)) for kind, n, values in content["floors"])
+    return Yardsticks(classifier, content["accuracy"], floors)
+
+
+def measure(run_directory: Path, yardsticks: Path, protocol: Protocol, path: Path) -> None:
+    """Measure the run's model and write the result to `path`; the first draw's images go to the run's samples/."""
+    denoiser = from_run(run_directory)
+    classifier = load_yardsticks(yardsticks).classifier
+    heldout_images = split_data(denoiser.config)[1]
+    assert heldout_images is not None
+    losses = heldout_losses(
+        denoiser.model,
+        denoiser.diffusion,
+        heldout_images.images(),
+        TimestepGroups.from_boundaries(protocol.boundaries),
+        points_per_group=protocol.points_per_group,
+        seed=protocol.loss_seed,
+    )
+    reference, _ = digits_uint8()
+    distances: list[float] = []
+    shown: Tensor | None = None
+    for draw in range(protocol.draws):
+        images, labels = draw_samples(
+            denoiser,
+            protocol.samples,
+            sampler=SAMPLER,
+            steps=protocol.sampling_steps,
+            seed=protocol.first_seed + draw,
+        )
+        distances.append(frechet_distance(reference, images, classifier))
+        if shown is None:
+            shown = images[:GRID_IMAGES]
+            write_samples(run_directory / "samples", images, labels)
+    assert shown is not None
+    steps = sampling_steps(denoiser.diffusion, SAMPLER, protocol.sampling_steps)
+    timesteps = denoiser.diffusion.original_timesteps(torch.tensor(steps))
+    content: dict[str, Any] = {
+        "per_image": losses.per_image,
+        "weights": list(losses.weights),
+        "timesteps": [list(points) for points in losses.timesteps],
+        "seed": losses.seed,
+        "distances": distances,
+        "samples": shown,
+        "macs_per_image": sampling_macs(denoiser.model, timesteps, denoiser.image_shape),
+        "parameters": count_parameters(denoiser.model),
+    }
+    _save(path, content)
+
+
+def load_measured(path: Path) -> Measured:
+    content = load_tensors(path)
+    heldout = HeldoutLosses(
+        per_image=content["per_image"],
+        weights=tuple(content["weights"]),
+        timesteps=tuple(tuple(points) for points in content["timesteps"]),
+        seed=content["seed"],
+    )
+    return Measured(
+        heldout=heldout,
+        distances=tuple(content["distances"]),
+        samples=content["samples"],
+        macs_per_image=content["macs_per_image"],
+        parameters=content["parameters"],
+    )
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Parameters in use: those of the experts as separate modules, so that pruned channels do not count."""
+    if isinstance(model, RoutedModel):
+        return sum(count_parameters(model.expert(i)) for i in range(model.num_experts))
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _save(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as file:
+        torch.save(content, file)
