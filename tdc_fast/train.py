@@ -21,7 +21,7 @@ from tdc_fast.errors import invalid
 from tdc_fast.training.build import build_data, build_groups
 from tdc_fast.training.cli import parse_command_line, refuse_changed_options
 from tdc_fast.training.config import TrainConfig
-from tdc_fast.training.interrupts import TrainingInterrupted
+from tdc_fast.training.interrupts import TrainingInterrupted, how_to_continue
 from tdc_fast.training.run import RunDirectory, default_directory
 from tdc_fast.training.stages import prune_base, train_base, train_experts
 
@@ -46,10 +46,15 @@ def train(config: TrainConfig, dataset: Any = None) -> RunDirectory:
     dataset = build_data(config) if dataset is None else dataset
     run = open_run(config, dataset.channels)
     print(f"run directory: {run.path}", flush=True)
-    base = train_base(run, dataset)
-    if config.groups:
-        widths = prune_base(run, base, dataset)
-        train_experts(run, base, widths, dataset)
+    try:
+        base = train_base(run, dataset)
+        if config.groups:
+            widths = prune_base(run, base, dataset)
+            train_experts(run, base, widths, dataset)
+    except TrainingInterrupted:
+        raise
+    except KeyboardInterrupt as interrupt:  # outside the loops, where nothing is lost that a checkpoint would hold
+        raise TrainingInterrupted("stopped between two stages; " + how_to_continue(run.path)) from interrupt
     return run
 
 
@@ -68,6 +73,7 @@ def open_run(config: TrainConfig, in_channels: int) -> RunDirectory:
         if (path / "config.json").is_file():
             refuse_changed_options(RunDirectory.open(path).config, config)
             run = RunDirectory.open(path, config)
+            run.clean()
             if run.in_channels != in_channels:
                 raise invalid("data_dir", config.data_dir, f"images of {run.in_channels} channels, as the run had")
         else:

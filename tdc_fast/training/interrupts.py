@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import signal
 import threading
+from pathlib import Path
 from types import FrameType, TracebackType
 
 
 class TrainingInterrupted(KeyboardInterrupt):
     """Training stopped on request after saving; the message says how to go on."""
+
+
+def how_to_continue(run: Path) -> str:
+    """The command that goes on with a run."""
+    return f"continue with: python -m tdc_fast.train --resume {run}"
 
 
 class StopRequest:

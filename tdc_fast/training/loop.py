@@ -28,7 +28,7 @@ from tdc_fast.training.checkpoint import (
     state_file,
 )
 from tdc_fast.training.ema import WeightAverages
-from tdc_fast.training.interrupts import StopRequest, TrainingInterrupted
+from tdc_fast.training.interrupts import StopRequest, TrainingInterrupted, how_to_continue
 from tdc_fast.training.optimization import LearningRate, create_optimizer, gradient_norm
 from tdc_fast.training.random_state import random_state, restore_random_state
 from tdc_fast.training.run import RunDirectory
@@ -140,8 +140,8 @@ class StageLoop:
                         self.save()
                     if stop.requested and not self.finished:
                         raise TrainingInterrupted(
-                            f"stopped after step {self.step}; "
-                            f"continue with: python -m tdc_fast.train --resume {self.run.path}"
+                            f"stopped after step {self.step} of stage {self.stage.name}, which is saved; "
+                            + how_to_continue(self.run.path)
                         )
         finally:
             log.close()

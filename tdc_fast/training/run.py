@@ -98,7 +98,6 @@ class RunDirectory:
             raise invalid(
                 "run", str(path / "config.json"), "the options the run began with; the file was changed since"
             )
-        remove_leftovers(path)
         logs = facts.get("logs")
         return cls(path, config or stored, int(facts["in_channels"]), Path(logs) if logs else None)
 
@@ -113,6 +112,11 @@ class RunDirectory:
     def log_directory(self, stage: str) -> Path:
         """progress.csv and log.txt of a stage."""
         return self._logs or self.stage_directory(stage)
+
+    def clean(self) -> None:
+        """Delete what a killed process left half written; only for the one process that goes on with the run."""
+        for directory in {self.path, *(self.stage_directory(stage) for stage in ("base", "experts"))}:
+            remove_leftovers(directory)
 
     def write(self, name: str, value: Mapping[str, Any]) -> None:
         """Write one of the run's JSON files atomically."""

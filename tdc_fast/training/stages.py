@@ -92,7 +92,7 @@ def prune_base(run: RunDirectory, base_state: State, dataset: Any = None) -> Wid
     groups = _groups(run)
     base = build_base(run, base_state)
     path = run.path / "widths.json"
-    macs = cost.measure(base, build_diffusion(config), _shape(run), None, _classes(config))
+    macs = _base_macs(run, base)
     if path.is_file():
         plan = WidthPlan.load(path)
         plan.check(base.pruning_units(), base=base_hash(base), boundaries=groups.boundaries)
@@ -138,7 +138,7 @@ def train_experts(
     with seeded(derived_seed(config.seed, "experts")):
         base = build_base(run, base_state)
         digest = base_hash(base)
-        base_macs = cost.measure(base, diffusion, _shape(run), None, _classes(config))
+        base_macs = _base_macs(run, base)
         model = pack_experts(base.train(), groups, widths).to(device)
         macs = cost.measure(model, diffusion, _shape(run), groups, _classes(config))
         spent = _spent(run, ("stage1", "pruning"), config, base_macs)
@@ -188,6 +188,15 @@ def build_base(run: RunDirectory, state: State) -> UNet:
     model.load_state_dict(state)
     placed: UNet = place(model, build_device(run.config)).eval()
     return placed
+
+
+def _base_macs(run: RunDirectory, base: UNet) -> cost.SampleMacs:
+    """What a sample costs in the base, from macs.json where stage 1 has entered it."""
+    known = run.read("macs.json")
+    if known is None:
+        return cost.measure(base, build_diffusion(run.config), _shape(run), None, _classes(run.config))
+    per_sample = known["per_sample"]
+    return cost.SampleMacs((per_sample["forward"]["base"],), (per_sample["forward_backward"]["base"],))
 
 
 def _take_base(run: RunDirectory, model: nn.Module, macs: cost.SampleMacs) -> State:

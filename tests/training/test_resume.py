@@ -1,0 +1,200 @@
+"""Runs that die: by kill -9 at any moment, by Ctrl-C, or with a file damaged afterwards."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from small_run import TWO_STAGES, differences, flags, rows, small_config, train_in_child
+
+from tdc_fast.train import main, train
+from tdc_fast.training import RunDirectory, load_run
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """Processes that start within a tenth of a second: forked from one that has imported everything."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["tdc_fast.train", "tdc_fast.training.data", "tdc_fast.pruning.search", "tyro", "torch._dynamo"]
+    )
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+    def start(argv: list[str], output: Path, kill_at_rename: int = 0):
+        process = context.Process(target=train_in_child, args=(argv, str(output), kill_at_rename))
+        process.start()
+        return process
+
+    yield start
+    if before is None:
+        del os.environ["OMP_NUM_THREADS"]
+    else:
+        os.environ["OMP_NUM_THREADS"] = before
+
+
+@pytest.fixture(scope="module")
+def unkilled(tmp_path_factory, processes):
+    """A finished two-stage run with everything random switched on, and the time it took."""
+    folder = tmp_path_factory.mktemp("unkilled")
+    config = small_config(folder, dropout=0.2, grad_clip=1.0, schedule_sampler="loss-second-moment", **TWO_STAGES)
+    began = time.monotonic()
+    process = processes(flags(config), folder / "output.txt")
+    process.join()
+    assert process.exitcode == 0, (folder / "output.txt").read_text()
+    return folder, config, time.monotonic() - began
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_run_killed_again_and_again_ends_bit_for_bit_like_one_never_killed(unkilled, processes, tmp_path, seed):
+    folder, config, duration = unkilled
+    choose = random.Random(seed)
+    # Instead of the n-th rename: in the middle of a save, of a log's rewriting, of the run's first files.
+    deaths: list[tuple[str, float]] = [("rename", choose.randint(1, 40)) for _ in range(4)]
+    deaths += [("seconds", choose.uniform(0.1, 0.8) * duration) for _ in range(3)]
+    choose.shuffle(deaths)
+    argv = [*flags(config.replace(run_dir=str(tmp_path / "run"))), "--resume"]
+    killed = 0
+    for kind, when in deaths:
+        process = processes(argv, tmp_path / "output.txt", int(when) if kind == "rename" else 0)
+        process.join(when if kind == "seconds" else None)
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+        assert process.exitcode in (0, -signal.SIGKILL), (tmp_path / "output.txt").read_text()
+        killed += process.exitcode != 0
+    process = processes(argv, tmp_path / "output.txt")
+    process.join()
+    assert process.exitcode == 0, (tmp_path / "output.txt").read_text()
+    assert killed >= 3
+    assert differences(folder / "run", tmp_path / "run") == []
+
+
+def test_ctrl_c_saves_at_the_next_step_and_says_how_to_go_on(unkilled, processes, tmp_path):
+    folder, config, _ = unkilled
+    run = tmp_path / "run"
+    process = processes(flags(config.replace(run_dir=str(run), save_interval=1000)), tmp_path / "output.txt")
+    while not (run / "base" / "progress.csv").exists():
+        assert process.is_alive(), (tmp_path / "output.txt").read_text()
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGINT)
+    process.join()
+    output = (tmp_path / "output.txt").read_text()
+    assert process.exitcode == 130, output
+    assert f"python -m tdc_fast.train --resume {run}" in output
+    saved = sorted((run / "base").glob("state*.pt"))
+    assert len(saved) == 1 and saved[0].name != "state000010.pt"
+    process = processes(["--resume", str(run)], tmp_path / "output.txt")
+    process.join()
+    assert process.exitcode == 0, (tmp_path / "output.txt").read_text()
+    for name in ("base/model000010.pt", "experts/ema_0.99_000010.pt"):
+        assert (run / name).read_bytes() == (folder / "run" / name).read_bytes()
+    assert rows(run / "experts/progress.csv") == rows(folder / "run/experts/progress.csv")
+
+
+@pytest.fixture
+def interrupted(unkilled, tmp_path) -> Path:
+    """A run that stopped after step 8 of 10 of its second stage, with checkpoints of steps 4 and 8."""
+    folder, _, _ = unkilled
+    shutil.copytree(folder / "run", tmp_path / "run")
+    for path in (tmp_path / "run" / "experts").glob("*000010.*"):
+        path.unlink()
+    return tmp_path / "run"
+
+
+def refusal(run: Path, *more: str) -> str:
+    """What the command line says when it refuses to resume."""
+    import contextlib
+    import io
+
+    with contextlib.redirect_stderr(io.StringIO()) as output:
+        assert main(["--resume", str(run), *more]) == 2
+    return output.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("model000008.pt", "truncated"),
+        ("ema_0.9_000008.pt", "flipped"),
+        ("opt000008.pt", "missing"),
+        ("state000008.pt", "flipped"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_by_name_with_the_last_good_one(interrupted, name, damage):
+    path = interrupted / "experts" / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    if damage == "flipped":
+        path.write_bytes(content)
+    elif damage == "truncated":
+        path.write_bytes(content[: len(content) // 2])
+    else:
+        path.unlink()
+    message = refusal(interrupted)
+    assert str(path) in message
+    assert f"--resume {interrupted} --resume_step 4" in message
+
+
+def test_the_offered_checkpoint_leads_to_the_same_end(interrupted, unkilled):
+    (interrupted / "experts" / "opt000008.pt").write_bytes(b"")
+    assert main(["--resume", str(interrupted), "--resume_step", "4"]) == 0
+    assert differences(unkilled[0] / "run", interrupted) == []
+
+
+def test_a_checkpoint_of_another_run_is_refused_by_name(interrupted, unkilled, tmp_path):
+    other = train(small_config(tmp_path, "other", seed=5, **TWO_STAGES))
+    for path in (other.path / "experts").glob("*000008.*"):
+        shutil.copy(path, interrupted / "experts")
+    message = refusal(interrupted)
+    assert "state000008.json belongs to another run" in message
+    assert "--resume_step 4" in message
+
+
+def test_a_weight_file_swapped_for_another_runs_is_refused_by_name(interrupted, unkilled):
+    shutil.copy(interrupted / "experts" / "model000004.pt", interrupted / "experts" / "model000008.pt")
+    assert "model000008.pt is damaged or from another run" in refusal(interrupted)
+
+
+def test_an_unfinished_checkpoint_is_no_damage(interrupted, unkilled):
+    (interrupted / "experts" / "state000008.json").unlink()
+    (interrupted / "experts" / "model000008.pt").write_bytes(b"half")
+    assert main(["--resume", str(interrupted)]) == 0
+    assert differences(unkilled[0] / "run", interrupted) == []
+
+
+def test_the_options_of_a_run_cannot_change_under_it(interrupted):
+    assert "batch_size: got 7; expected 6" in refusal(interrupted, "--batch_size", "7")
+    description = json.loads((interrupted / "config.json").read_text())
+    (interrupted / "config.json").write_text(json.dumps({**description, "lr": 0.5}))
+    assert "config.json" in refusal(interrupted)
+
+
+def test_a_directory_without_a_run_is_not_resumed(tmp_path):
+    assert str(tmp_path / "nothing") in refusal(tmp_path / "nothing")
+
+
+def test_a_new_run_never_writes_into_an_old_one(interrupted):
+    with pytest.raises(ValueError, match="--resume"):
+        RunDirectory.create(small_config(interrupted.parent), 1)
+
+
+def test_code_in_a_checkpoint_is_never_run(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "exploded"),))
+
+    run = train(small_config(tmp_path, lr_anneal_steps=4))
+    torch.save({"weights": Bomb()}, run.path / "ema_0.9_000004.pt")
+    (run.path / "ema_0.9_000004.json").unlink()
+    with pytest.raises(ValueError, match="ema_0.9_000004.pt"):
+        load_run(run.path).base()
+    assert not (tmp_path / "exploded").exists()
