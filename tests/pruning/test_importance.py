@@ -135,6 +135,18 @@ def test_the_model_is_left_as_it_was() -> None:
     assert not net.layers[1].up.weight.requires_grad and net.layers[1].up.bias.requires_grad
 
 
+def test_dropout_is_off_while_measuring() -> None:
+    net = tiny_net().train()
+    modes = []
+
+    def loss(model: nn.Module, x0: Tensor, t: Tensor) -> Tensor:
+        modes.append(any(module.training for module in model.modules()))
+        return model(x0, t).square().mean(1)
+
+    taylor_importance(net, net.pruning_units(), tiny_batches(1), RecordedDiffusion(loss), (0, 100))
+    assert modes == [False]
+
+
 def test_the_seed_decides_the_draws() -> None:
     net, batches = tiny_net(), tiny_batches()
     runs = []

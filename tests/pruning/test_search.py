@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
 
@@ -16,7 +17,7 @@ from tdc_fast.diffusion import Diffusion, create_diffusion
 from tdc_fast.models.iddpm import UNet, create_unet
 from tdc_fast.nn.packing import pack_experts
 from tdc_fast.nn.width_plan import WidthPlan
-from tdc_fast.pruning.agents import DenoisingLoss, MostImportant, Task, Widths
+from tdc_fast.pruning.agents import DenoisingLoss, MostImportant, Task, Widths, importance_tables
 from tdc_fast.pruning.budget import budget_law, budget_macs
 from tdc_fast.pruning.macs import UnitCosts, measure_macs, unit_costs
 from tdc_fast.pruning.narrow import narrow
@@ -107,6 +108,15 @@ def test_atoms_are_ordered_by_importance_and_the_first_ones_kept() -> None:
     assert plan.experts[0]["layers.0"].order == (1, 3, 2, 0)
     assert plan.experts[0]["layers.1"].order == (0, 1, 2, 3, 4, 5)
     assert plan.expert_widths(0) == {"layers.0": 4, "layers.1": 2}  # 9 + 24 + 12 of 69 MACs: all that 0.7 allows
+
+
+def test_a_width_is_worth_the_most_important_atoms_that_fit_in_it() -> None:
+    scores = {"layers.0": np.array([1.0, 4.0, 0.0, 2.0]), "layers.1": np.zeros(6)}
+    first, second = importance_tables(dataclasses.replace(tiny_task(60), importance=scores))
+    assert first.widths == (0, 1, 2, 3, 4) and first.macs == (0, 6, 12, 18, 24)
+    assert first.values == pytest.approx([0.0, 4.0, 6.0, 7.0, 7.0], abs=1e-4)
+    assert first.values[4] > first.values[3]  # an atom without importance is still better kept than dropped
+    assert second.values == pytest.approx([0.0] * 7, abs=1e-4) and sorted(second.values) == list(second.values)
 
 
 def test_the_calibration_cost_is_that_of_the_forward_and_backward_passes() -> None:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tdc_fast.pruning import solver
 from tdc_fast.pruning.solver import UnitTable, solve
 
 
@@ -35,9 +36,19 @@ def best_by_trying_all(units: list[UnitTable], fixed: int, low: int, high: int) 
     return best
 
 
-@settings(max_examples=200, deadline=None)
-@given(tables(), st.integers(0, 10), st.integers(0, 250), st.sampled_from([0.0, 0.01, 0.1, 0.5]))
-def test_agrees_with_trying_every_choice(units: list[UnitTable], fixed: int, budget: int, tolerance: float) -> None:
+# A small limit sends small problems through the bounds and the repeated passes that large ones need.
+@settings(max_examples=300, deadline=None)
+@given(tables(), st.integers(0, 10), st.integers(0, 250), st.sampled_from([0.0, 0.01, 0.1, 0.5]), st.booleans())
+def test_agrees_with_trying_every_choice(
+    units: list[UnitTable], fixed: int, budget: int, tolerance: float, small_limit: bool
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(solver, "_FIRST_LIMIT", 2 if small_limit else 512)
+        patch.setattr(solver, "_LIMIT_GROWTH", 2)
+        check_against_trying_every_choice(units, fixed, budget, tolerance)
+
+
+def check_against_trying_every_choice(units: list[UnitTable], fixed: int, budget: int, tolerance: float) -> None:
     if best_by_trying_all(units, fixed, 0, budget) is None:
         least = fixed + sum(min(unit.macs) for unit in units)
         with pytest.raises(ValueError, match=f"at least {least}, the smallest reachable"):
