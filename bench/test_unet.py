@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.compare import compare
-from tdc_fast import TimestepGroups, pack_experts
+from tdc_fast import TimestepGroups, WidthPlan, pack_experts
 from tdc_fast.models.iddpm import UNet
 
 BATCH, NUM_GROUPS, NUM_TIMESTEPS = 64, 8, 1000
@@ -56,14 +56,8 @@ class Problem:
         self.t = torch.randint(0, NUM_TIMESTEPS, (BATCH,))
 
     def routed(self, *, half: bool = False) -> nn.Module:
-        return pack_experts(self.base, self.groups, half_width_plan(self.base, self.groups) if half else None)
-
-
-def half_width_plan(base: UNet, groups: TimestepGroups):
-    """Every unit of every expert at half width."""
-    from tdc_fast.nn.packing import uniform_width_plan
-
-    return uniform_width_plan(base, groups, 0.5)
+        widths = WidthPlan.uniform(self.base, self.groups.boundaries, 0.5) if half else None
+        return pack_experts(self.base, self.groups, widths)
 
 
 def loop_over(experts: nn.ModuleList, groups: TimestepGroups):
