@@ -88,7 +88,6 @@ class Comparison:
     environment: dict[str, str]
     missing: tuple[str, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
-    image_levels: int = 256
 
     @property
     def yardstick(self) -> ModelResult:

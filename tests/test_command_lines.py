@@ -1,0 +1,186 @@
+"""The command lines sample, evaluate and nll: the files they write and what they refuse."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tdc_fast import evaluate, nll, sample
+from tdc_fast.models.iddpm import create_unet
+from tdc_fast.train import TrainConfig, train
+
+MODEL = [
+    *(["--image_size", "8", "--num_channels", "8", "--num_res_blocks", "1", "--channel_mult", "1,2"]),
+    *(["--attention_resolutions", "4", "--num_heads", "1", "--diffusion_steps", "100"]),
+]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A class-conditional run of two experts, trained for two steps."""
+    directory = tmp_path_factory.mktemp("runs") / "run"
+    config = TrainConfig(
+        data_dir="digits", image_size=8, num_channels=8, channel_mult="1,2", num_res_blocks=1, num_heads=1,
+        attention_resolutions="", diffusion_steps=20, noise_schedule="cosine", batch_size=8, heldout=0.2, groups=2,
+        class_cond=True, num_classes=10, k=1.0, stage1_steps=2, stage2_steps=2, tensorboard=False, progress="never",
+        run_dir=str(directory),
+    )  # fmt: skip
+    train(config)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def foreign_weights(tmp_path_factory) -> Path:
+    """A state dict as improved-diffusion saves it: RGB, with no description beside it."""
+    path = tmp_path_factory.mktemp("foreign") / "ema_0.9999_000010.pt"
+    torch.manual_seed(0)
+    model = create_unet(
+        image_size=8, num_channels=8, num_res_blocks=1, channel_mult="1,2", attention_resolutions="4", num_heads=1
+    )
+    torch.save(model.state_dict(), path)
+    return path
+
+
+def test_sampling_a_run_writes_the_grid_and_the_archive_with_labels(run, tmp_path, capsys):
+    sample.main(["--run", str(run), "--num_samples", "5", "--batch-size=3", "--use_ddim", "true", "--steps", "4",
+                 "--out", str(tmp_path), "--classes", "3,7"])  # fmt: skip
+    archive = np.load(tmp_path / "samples_5x8x8x1.npz")
+    assert archive["arr_0"].shape == (5, 8, 8, 1) and archive["arr_0"].dtype == np.uint8
+    assert archive["arr_1"].shape == (5,) and set(archive["arr_1"]) <= {3, 7}
+    with Image.open(tmp_path / "samples_5x8x8x1.png") as picture:
+        assert picture.width > 5 * 8
+    assert "samples_5x8x8x1.npz" in capsys.readouterr().out
+
+
+def test_the_same_seed_gives_the_same_images_and_another_one_others(run, tmp_path):
+    images = []
+    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        sample.main(["--run", str(run), "--num_samples", "4", "--sampler", "ddim", "--steps", "3", "--seed", seed,
+                     "--out", str(tmp_path / name)])  # fmt: skip
+        images.append(np.load(tmp_path / name / "samples_4x8x8x1.npz")["arr_0"])
+    assert np.array_equal(images[0], images[1])
+    assert not np.array_equal(images[0], images[2])
+
+
+def test_a_command_line_of_image_sample_runs_on_foreign_weights(foreign_weights, tmp_path):
+    sample.main([*MODEL, "--model_path", str(foreign_weights), "--num_samples", "3", "--batch_size", "2",
+                 "--clip_denoised", "True", "--use_ddim", "True", "--timestep_respacing", "ddim5",
+                 "--out", str(tmp_path)])  # fmt: skip
+    archive = np.load(tmp_path / "samples_3x8x8x3.npz")
+    assert archive["arr_0"].shape == (3, 8, 8, 3)
+    assert "arr_1" not in archive.files
+
+
+def test_weights_that_do_not_fit_the_flags_are_refused_with_the_flags_that_would(foreign_weights, tmp_path):
+    flags = [*MODEL, "--num_channels", "16"]
+    with pytest.raises(SystemExit, match="--num_channels 8"):
+        sample.main([*flags, "--model_path", str(foreign_weights), "--out", str(tmp_path)])
+
+
+def test_a_flag_that_contradicts_the_run_is_refused_by_name(run, tmp_path):
+    with pytest.raises(SystemExit, match="num_channels: got 16; expected 8"):
+        sample.main(["--run", str(run), "--num_channels", "16", "--out", str(tmp_path)])
+    base = next((run / "base").glob("ema_*.pt"))
+    with pytest.raises(SystemExit, match="noise_schedule: got 'linear'"):
+        sample.main(["--model_path", str(base), "--noise_schedule", "linear", "--out", str(tmp_path)])
+
+
+def test_a_checkpoint_of_ours_needs_no_flags_and_experts_are_sampled_by_run(run, tmp_path):
+    base, experts = (next((run / stage).glob("ema_*.pt")) for stage in ("base", "experts"))
+    sample.main(["--model_path", str(base), "--num_samples", "2", "--timestep_respacing", "3", "--out", str(tmp_path)])
+    assert (tmp_path / "samples_2x8x8x1.npz").is_file()
+    with pytest.raises(SystemExit, match="--run"):
+        sample.main(["--model_path", str(experts), "--out", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "either --run DIR or --model_path FILE"),
+        (["--run", "nowhere"], "run: got 'nowhere'"),
+        (["--model_path", "nowhere.pt"], "nowhere.pt"),
+        (["--run", "RUN", "--num_samples", "0"], "num_samples: got 0"),
+        (["--run", "RUN", "--classes", "10", "--num_samples", "1"], "classes: got 10"),
+        (["--run", "RUN", "--use_ddim", "maybe"], "use_ddim: got 'maybe'"),
+    ],
+)
+def test_sample_refuses_what_it_cannot_do(run, flags, message, tmp_path):
+    flags = [str(run) if flag == "RUN" else flag for flag in flags]
+    with pytest.raises(SystemExit, match=message):
+        sample.main([*flags, "--out", str(tmp_path)])
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory) -> Path:
+    """A folder of grey images as png, and the same images as npz."""
+    directory = tmp_path_factory.mktemp("sets")
+    images = np.random.default_rng(0).integers(0, 256, (30, 12, 12), dtype=np.uint8)
+    (directory / "folder").mkdir()
+    for number, image in enumerate(images):
+        Image.fromarray(image).save(directory / "folder" / f"{number:02d}.png")
+    np.savez(directory / "same.npz", images[..., None])
+    np.savez(directory / "rgb.npz", np.random.default_rng(1).integers(0, 256, (25, 12, 12, 3), dtype=np.uint8))
+    return directory
+
+
+def test_a_folder_and_an_archive_of_the_same_images_have_no_distance(sets, tmp_path, capsys):
+    out = tmp_path / "numbers" / "e.json"
+    evaluate.main([str(sets / "folder"), str(sets / "same.npz"), "--out", str(out)])
+    numbers = json.loads(out.read_text())
+    assert numbers["frechet_distance"] == pytest.approx(0.0, abs=1e-3)
+    assert "random convolutional" in numbers["feature_space"]
+    assert numbers["few_images"]
+    shown = capsys.readouterr().out
+    assert "Fréchet distance" in shown and "halves of 15" in shown
+    assert "FID" not in shown + out.read_text()
+
+
+def test_different_images_have_a_distance_above_zero(sets, tmp_path):
+    result = evaluate.evaluate(str(sets / "rgb.npz"), str(sets / "folder"), evaluate.EvaluateOptions())
+    assert result["frechet_distance"] > 0.01
+    assert (result["a"]["images"], result["b"]["images"]) == (25, 30)
+
+
+def test_a_run_is_sampled_and_its_held_out_loss_measured(run, tmp_path, capsys, monkeypatch):
+    real = evaluate.train_classifier
+    monkeypatch.setattr(evaluate, "train_classifier", lambda: real(epochs=2))
+    out = tmp_path / "e.json"
+    evaluate.main([str(run), "digits", "--num_samples=20", "--steps", "2", "--loss_images", "16", "--out", str(out)])
+    numbers = json.loads(out.read_text())
+    assert numbers["a"] == {"name": str(run), "images": 20, "is_run": True}
+    losses = numbers["losses"][str(run)]
+    assert len(losses["per_group"]) == 2 and losses["num_images"] == 16
+    assert "held out" in losses["images"]
+    assert numbers["floors_of"] == "digits"
+    assert "denoising loss" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["digits"], "two of"),
+        (["digits", "no/such.npz"], "no/such.npz"),
+        (["SETS/same.npz", "digits"], r"\(1, 8, 8\)"),
+        (["SETS/rgb.npz", "SETS/rgb.npz", "--features", "digits"], "random-conv"),
+    ],
+)
+def test_evaluate_refuses_what_does_not_compare(sets, names, message, tmp_path):
+    names = [name.replace("SETS", str(sets)) for name in names]
+    with pytest.raises(SystemExit, match=message):
+        evaluate.main([*names, "--out", str(tmp_path / "e.json")])
+    assert not (tmp_path / "e.json").exists()
+
+
+def test_likelihood_terms_are_written_from_the_last_timestep_down_and_add_up(run, tmp_path):
+    nll.main(["--run", str(run), "--num_samples", "6", "--batch_size", "4", "--out", str(tmp_path)])
+    terms = {name: np.load(tmp_path / f"{name}_terms.npz")["arr_0"] for name in ("vb", "mse", "xstart_mse")}
+    numbers = json.loads((tmp_path / "nll.json").read_text())
+    assert all(values.shape == (20,) for values in terms.values())
+    assert numbers["images"] == 6
+    assert numbers["bits_per_dimension"] == pytest.approx(terms["vb"].sum() + numbers["prior"], rel=1e-5)
+    assert terms["xstart_mse"][0] > terms["xstart_mse"][-1]  # x0 is hardest to see where there is most noise

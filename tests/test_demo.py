@@ -1,0 +1,128 @@
+"""The main job in miniature: complete, honest about cost, the same twice, and continued rather than repeated."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tdc_fast import demo
+from tdc_fast.classifier import train_classifier
+from tdc_fast.main_job import DemoOptions, measure, run_demo, tasks
+from tdc_fast.main_job.contestants import contestants
+
+TINY = DemoOptions(scale=0.01, samples=60, draws=2, sampling_steps=2, loss_points=1)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """The job's own setting; the numbers of a module-scoped run must not depend on the machine's."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, one_thread) -> Path:
+    out = tmp_path_factory.mktemp("demo") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure, "train_classifier", lambda: train_classifier(epochs=2))
+        run_demo(replace(TINY, out=str(out)), in_process=True)
+    return out
+
+
+@pytest.fixture(scope="module")
+def numbers(finished) -> dict:
+    return json.loads((finished / "report.json").read_text())
+
+
+def test_every_model_is_trained_at_the_cost_it_stands_for(numbers):
+    cost = {key: model["training_cost"] for key, model in numbers["models"].items()}
+    assert cost["uniform"] == 1
+    assert cost["uniform-80"] == pytest.approx(0.8)
+    assert cost["uniform-80-small"] == pytest.approx(0.8)
+    # Experts stop at the last whole step within their budget, pruning included.
+    step = 1 / numbers["models"]["uniform"]["steps"]["uniform training"]
+    assert 1 - step < cost["experts"] <= 1
+    assert 0.8 - step < cost["pruned"] <= 0.8
+    assert numbers["models"]["pruned"]["training_macs_by_phase"]["pruning"] > 0
+
+
+def test_the_first_stage_is_shared(numbers):
+    shared = {model["training_macs_by_phase"]["stage 1"] for model in numbers["models"].values()}
+    assert len(shared) == 1
+    first_points = [model["loss_curve"]["losses"][0][0] for model in numbers["models"].values()]
+    assert len(set(first_points)) == 1
+
+
+def test_pruned_experts_cost_less_per_image_and_whole_ones_the_same(numbers):
+    cost = {key: model["sampling_cost"] for key, model in numbers["models"].items()}
+    assert cost["experts"] == cost["uniform"] == 1
+    assert 0.7 < cost["pruned"] < 1
+    plan = numbers["widths"]
+    assert all(0.99 * budget <= macs <= budget for budget, macs in zip(plan["budgets"], plan["macs"], strict=True))
+
+
+def test_all_are_measured_alike(numbers):
+    for model in numbers["models"].values():
+        assert model["frechet_distance"]["n"] == 60
+        assert len(model["frechet_distance"]["draws"]) == 2
+        assert model["heldout_loss"]["num_images"] == 359
+        assert len(model["heldout_loss"]["per_group"]) == 4
+
+
+def test_runs_and_samples_are_left_behind(finished):
+    assert (finished / "report.html").stat().st_size > 100_000
+    for key in ("uniform", "experts", "pruned"):
+        assert (finished / key / "samples" / "samples_60x8x8x1.npz").is_file()
+    assert (finished / "pruned" / "widths.json").is_file()
+
+
+def test_a_second_call_keeps_what_is_finished(finished, numbers, monkeypatch, capsys, one_thread):
+    monkeypatch.setattr(tasks, "measure", lambda *_: pytest.fail("measured again"))
+    checkpoints = sorted(finished.glob("**/ema_*.pt"))
+    before = [path.stat().st_mtime_ns for path in checkpoints]
+    run_demo(replace(TINY, out=str(finished)), in_process=True)
+    assert sorted(finished.glob("**/ema_*.pt")) == checkpoints
+    assert [path.stat().st_mtime_ns for path in checkpoints] == before
+    again = json.loads((finished / "report.json").read_text())
+    assert {**again, "seconds": {}} == {**numbers, "seconds": {}}
+    assert "continuing" in capsys.readouterr().out
+
+
+def test_one_model_made_again_elsewhere_has_the_same_numbers(finished, numbers, tmp_path, one_thread):
+    from tdc_fast.main_job.contestants import stage1
+    from tdc_fast.main_job.measure import Protocol, load_measured
+
+    out = tmp_path / "again"
+    tasks.train_contestant(stage1(out, 40, 0))
+    pruned = next(model for model in contestants(out, 40, 0, control=False) if model.key == "pruned")
+    protocol = Protocol(draws=2, samples=60, sampling_steps=2, points_per_group=1, boundaries=(0, 250, 500, 750, 1000))
+    tasks.train_and_measure(pruned, finished / "measured" / "yardsticks.pt", protocol, out / "pruned.pt")
+    measured = load_measured(out / "pruned.pt")
+    first = numbers["models"]["pruned"]
+    assert list(measured.distances) == first["frechet_distance"]["draws"]
+    assert list(measured.heldout.per_group) == first["heldout_loss"]["per_group"]
+
+
+def test_a_folder_with_another_job_or_with_foreign_files_is_refused(finished, tmp_path):
+    with pytest.raises(ValueError, match="seed: got 7; expected 0"):
+        run_demo(replace(TINY, out=str(finished), seed=7), in_process=True)
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(SystemExit, match="out: got"):
+        demo.main(["--out", str(tmp_path)])
+
+
+def test_the_worker_pool_runs_tasks_and_raises_their_errors(tmp_path):
+    said: list[str] = []
+    good = tasks.Task("good", Path.write_text, (tmp_path / "f", "done"))
+    assert tasks.run_tasks([good], 1, said.append).keys() == {"good"}
+    assert (tmp_path / "f").read_text() == "done"
+    assert said[0].startswith("good: done in")
+    bad = tasks.Task("bad", Path.read_text, (tmp_path / "missing",))
+    with pytest.raises(FileNotFoundError):
+        tasks.run_tasks([bad], 1, said.append)

@@ -1,0 +1,62 @@
+"""Command lines in improved-diffusion's syntax."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+
+from tdc_fast.flags import parse_flags, value_of
+
+
+@dataclass(frozen=True)
+class First:
+    """Some."""
+
+    use_ddim: bool = False
+    """A switch."""
+    batch_size: int = 4
+    """A number."""
+
+
+@dataclass(frozen=True)
+class Second:
+    """Others."""
+
+    name: str = "x"
+    """A text."""
+
+
+def _parse(*argv: str, **defaults):
+    return parse_flags({"one": First, "two": Second}, argv, defaults=defaults, prog="p", description="d")
+
+
+@pytest.mark.parametrize("text", ["True", "true", "1", "yes", "y", "t"])
+def test_booleans_are_values(text):
+    assert _parse("--use_ddim", text)["use_ddim"] is True
+
+
+def test_dashes_underscores_and_equal_signs_are_one_syntax():
+    wanted = {"use_ddim": False, "batch_size": 7, "name": "x=y"}
+    assert _parse("--batch-size=7", "--name", "x=y") == wanted
+    assert _parse("--batch_size", "7", "--name=x=y") == wanted
+
+
+def test_given_defaults_replace_those_of_the_dataclass_and_unknown_ones_are_left_out():
+    assert _parse("--name", "z", batch_size=9, unrelated=1) == {"use_ddim": False, "batch_size": 9, "name": "z"}
+
+
+def test_a_word_that_is_no_boolean_is_refused_by_flag():
+    with pytest.raises(ValueError, match="--use_ddim: got 'maybe'"):
+        _parse("--use_ddim", "maybe")
+
+
+def test_unknown_flags_end_the_program():
+    with pytest.raises(SystemExit):
+        _parse("--no_such", "1")
+
+
+def test_a_value_can_be_read_before_the_rest_is_parsed():
+    assert value_of(["--a", "1", "--model-path", "f.pt"], "model_path") == "f.pt"
+    assert value_of(["--model_path=f.pt"], "model_path") == "f.pt"
+    assert value_of(["--a", "1"], "model_path") == ""
