@@ -104,17 +104,17 @@ def qkv_attention(qkv: Tensor, head_dim: int) -> Tensor:
     """Self-attention over head-major channels (improved-diffusion's QKVAttention), softmax in fp32.
 
     qkv (B, T, heads * 3 * head_dim), each head's channels being its q, k and v -> (B, T, heads * head_dim).
-    q and k are each scaled by head_dim ** -0.25. On a GPU torch's fused attention does the same; elsewhere
-    plain matrix
-    products do, because torch's FLOP counter does not see its fused CPU kernel.
+    Scores are scaled by head_dim ** -0.5 (there: its square root on q and on k). On a GPU torch's fused attention
+    does the same; elsewhere batched products do, because torch's FLOP counter does not see its fused CPU kernel.
     """
     batch, tokens, channels = qkv.shape
     heads = channels // (3 * head_dim)
-    q, k, v = qkv.view(batch, tokens, heads, 3, head_dim).permute(3, 0, 2, 1, 4)  # each (B, heads, T, head_dim)
+    # one copy gives all three in the layout of the batched products; each is (B * heads, T, head_dim)
+    split = qkv.view(batch, tokens, heads, 3, head_dim).permute(3, 0, 2, 1, 4)
+    q, k, v = split.reshape(3, batch * heads, tokens, head_dim).unbind(0)
     if qkv.is_cuda:
         out = F.scaled_dot_product_attention(q, k, v)
     else:
-        scale = head_dim**-0.25
-        weights = (q * scale) @ (k * scale).transpose(-1, -2)
-        out = torch.softmax(weights.float(), dim=-1).to(v.dtype) @ v
-    return out.transpose(1, 2).reshape(batch, tokens, heads * head_dim)
+        scores = torch.bmm(q * head_dim**-0.5, k.transpose(1, 2))
+        out = torch.bmm(torch.softmax(scores.float(), dim=-1).to(v.dtype), v)
+    return out.view(batch, heads, tokens, head_dim).transpose(1, 2).reshape(batch, tokens, heads * head_dim)
