@@ -78,6 +78,12 @@ def open_run(config: TrainConfig, in_channels: int) -> RunDirectory:
                 raise invalid("data_dir", config.data_dir, f"images of {run.in_channels} channels, as the run had")
         else:
             run = RunDirectory.create(config.replace(run_dir=str(path)), in_channels)
+    threads = (run.read("run.json") or {}).get("threads")
+    if threads != torch.get_num_threads():
+        print(
+            f"note: the run began with {threads} threads and goes on with {torch.get_num_threads()}; the last bits may differ",
+            file=sys.stderr,
+        )
     groups = build_groups(config)
     if groups is not None:
         groups.save(run.path / "groups.json")

@@ -60,6 +60,8 @@ class RunDirectory:
             raise invalid(
                 "run_dir", str(path), f"a directory without a run; continue the one there with --resume {path}"
             )
+        if (path / "progress.csv").exists() and not config.resume_checkpoint:
+            raise invalid("run_dir", str(path), "a directory without another program's progress.csv")
         path.mkdir(parents=True, exist_ok=True)
         logs = (
             os.environ.get("OPENAI_LOGDIR") if not config.run_dir and os.environ.get("DIFFUSION_BLOB_LOGDIR") else None

@@ -77,7 +77,7 @@ class RunningMeans:
         return {"sums": dict(self._sums), "counts": self._counts, "norms": self._norms}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._sums = {name: value.to(self._device) for name, value in state["sums"].items()}
+        self._sums = {name: value.to(self._device, copy=True) for name, value in state["sums"].items()}
         self._counts.copy_(state["counts"])
         self._norms.copy_(state["norms"])
 
@@ -173,7 +173,7 @@ def _drop_later_rows(path: Path, step: int) -> list[str]:
     if "step" not in columns:
         raise invalid("run_dir", str(path), "a progress.csv with a column 'step', or none")
     position = columns.index("step")
-    rows = [row for row in csv.reader(lines[1:]) if len(row) == len(columns) and int(row[position]) <= step]
+    rows = [row for row in csv.reader(lines[1:]) if len(row) == len(columns) and float(row[position]) <= step]
     with atomic_file(path) as file:
         file.write("".join(",".join(row) + "\n" for row in [columns, *rows]).encode())
     return columns
