@@ -132,6 +132,20 @@ def test_ddim_at_eta_one_is_ancestral_sampling_with_the_small_variance():
     torch.testing.assert_close(one, ddpm_step(diffusion, lambda x, t: 0.3 * x, x, t, noise=noise))
 
 
+def test_ddims_noise_grows_in_proportion_to_eta():
+    diffusion = Diffusion(named_betas("cosine", 50))
+    x, noise = (torch.randn(49, 2, dtype=torch.float64) for _ in range(2))
+    t = torch.arange(1, 50)
+
+    def drawn(eta):
+        with_noise, without = (
+            ddim_step(diffusion, lambda x, t: 0.3 * x, x, t, eta=eta, noise=n) for n in (noise, 0 * noise)
+        )
+        return with_noise - without
+
+    torch.testing.assert_close(drawn(0.25), drawn(1.0) / 4)
+
+
 @pytest.mark.parametrize(("sampler", "steps"), [("ddpm", 250), ("ddim", 100), ("dpm++2m", 25)])
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_every_sampler_draws_the_gaussian_it_was_given_the_denoiser_of(gaussian_data, sampler, steps, schedule):
@@ -216,6 +230,26 @@ def test_histories_follow_their_samples_through_joining_and_leaving_batches():
     moved, _ = one_step("dpm++2m", diffusion, torch.cat([x[index], x[:1]]), full(30, 3), full(20, 3), None, joined)
     torch.testing.assert_close(moved[:2], together[index])
     assert not torch.allclose(moved[2], together[0])  # the newcomer has no history: first order
+
+
+def test_a_paused_sample_continues_at_second_order():
+    diffusion = create_diffusion(100)
+    start = torch.randn(1, 1, 2, 2)
+    plain, paused, history, own = start, start, None, None
+    for t, t_next in [(50, 30), (30, 20), (20, 10)]:
+        plain, history = one_step("dpm++2m", diffusion, plain, full(t, 1), full(t_next, 1), None, history)
+        paused, own = one_step("dpm++2m", diffusion, paused, full(t, 1), full(t_next, 1), None, own)
+        paused, own = one_step("dpm++2m", diffusion, paused, full(-1, 1), full(-1, 1), None, own)
+    assert torch.equal(plain, paused)
+
+
+def test_a_new_sample_in_the_place_of_a_finished_one_starts_without_its_history():
+    diffusion = create_diffusion(100)
+    x = torch.randn(1, 1, 2, 2)
+    _, stale = one_step("dpm++2m", diffusion, x, full(10, 1), full(5, 1), None, None)
+    for t in (10, 50):
+        moved, _ = one_step("dpm++2m", diffusion, x, full(t, 1), full(t - 5, 1), None, stale)
+        assert torch.equal(moved, one_step("dpm++2m", diffusion, x, full(t, 1), full(t - 5, 1), None, None)[0])
 
 
 @pytest.mark.parametrize(("name", "learn_sigma"), list(itertools.product(SAMPLERS, [False, True])))
