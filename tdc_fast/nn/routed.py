@@ -39,8 +39,10 @@ class LiveAxis:
         """Physical length of the stacked axis: what the widest expert needs."""
         return max(self.counts) * self.copies
 
-    def widths(self, device: torch.device | None = None) -> Tensor:
-        """Live prefix per expert, int32 (E,)."""
+    def widths(self, device: torch.device | None = None) -> Tensor | None:
+        """Live prefix per expert, int32 (E,); None when every expert uses the whole stacked axis."""
+        if min(self.counts) == max(self.counts):
+            return None
         return torch.tensor([count * self.copies for count in self.counts], dtype=torch.int32, device=device)
 
     def positions(self, expert: int) -> Tensor:

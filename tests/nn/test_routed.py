@@ -87,6 +87,7 @@ def test_copies_are_interleaved_so_that_the_live_part_is_a_prefix(plan):
     axis = LiveAxis((3, 1, 0, 2), copies=2)
     assert axis.widths().tolist() == [6, 2, 0, 4]
     assert axis.positions(3).tolist() == [0, 2, 1, 3]
+    assert LiveAxis((3, 3)).widths() is None  # nothing is dead once the axis is as long as that
     dense = layers.Linear(4, 6)
     leaf = routed_twin("emb", dense, 4, axis, None)
     state = {"weight": torch.randn(2, 4), "bias": torch.randn(2)}  # expert 1: one channel in two copies
