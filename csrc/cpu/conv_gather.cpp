@@ -8,17 +8,17 @@
 #include <new>
 #include <thread>
 
-#include "common/parallel.h"
 #include "cpu/conv_kernels.h"
 #include "cpu/conv_scratch.h"
+#include "cpu/conv_shares.h"
 
 namespace tdc {
 namespace {
 
 constexpr int64_t kPackedLimit = int64_t{6} << 20;    // bytes of packed weights at a time
-constexpr int64_t kSourceLimit = int64_t{192} << 10;  // bytes of padded source per task: it shares L2 with a panel
+constexpr int64_t kSourceLimit = int64_t{192} << 10;  // bytes of source per task: it shares L2 with a panel
 constexpr int64_t kBlockPixels = 128;
-constexpr int64_t kTasksWanted = 64;                  // enough for an even load, from shapes alone
+constexpr int64_t kTasksWanted = 32;                  // enough for an even load, from shapes alone
 constexpr int64_t kParallelMacs = int64_t{1} << 19;   // below, waking a thread costs more than it saves
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -27,12 +27,11 @@ struct Panels {          // an expert's packed weights in this wave: panels [beg
   int64_t lanes = 0, depth = 0;  // the widest of the groups that use it
   int64_t begin = 0, end = 0;
   int64_t memory = 0;    // first float
-  int64_t flag = 0;      // ready[flag + panel - begin]
+  int64_t state = 0;     // states[state + panel - begin]
 };
 
-struct PackTask {
-  int64_t expert, panel;
-};
+// A panel is packed by the first thread that needs it.
+enum PanelState : uint32_t { kUnpacked, kBeingPacked, kReady };
 
 struct BlockTask {
   int64_t group, sample_begin, sample_end, row_begin, row_end, panel_begin, panel_end;
@@ -41,13 +40,14 @@ struct BlockTask {
 struct Workspace {       // of the calling thread, read by all
   GatherGeometry geometry;
   std::vector<Panels> experts;
-  std::vector<PackTask> packs;
   std::vector<BlockTask> blocks;
-  Scratch packed, ready;
+  std::vector<int64_t> costs;  // of the blocks
+  WorkShares shares;
+  Scratch packed, states;
 };
 
 struct LocalMemory {     // of each thread
-  Scratch source, pixels, taps, init;
+  Scratch source, pixels, classes, taps, init;
 };
 
 struct Operands {
@@ -62,15 +62,7 @@ class Gather {
     panel_ = kernels_.lanes * kPanelVectors;
     type_ = static_cast<int>(p_.dtype);
     element_ = p_.dtype == DType::kFloat32 ? 4 : 2;
-    if (dgrad)
-      geo_.set_dgrad(p_);
-    else
-      geo_.set_forward(p_);
-    // Source pixels can be read in place when no tap leaves the image.
-    direct_ = type_ == 0 && geo_.min_row >= 0 && geo_.min_column >= 0 &&
-              (geo_.rows - 1) * geo_.source_step_h + geo_.max_row < geo_.source_height &&
-              (geo_.columns - 1) * geo_.source_step_w + geo_.max_column < geo_.source_width;
-    band_width_ = (geo_.columns - 1) * geo_.source_step_w + geo_.max_column - geo_.min_column + 1;
+    geo_.set(p_, dgrad);
     weight_end_ = 1;
     const int64_t sizes[5] = {p_.num_experts, p_.out_channels, p_.in_channels, p_.filter_height, p_.filter_width};
     for (int d = 0; d < 5; ++d) weight_end_ += (sizes[d] - 1) * p_.weight_strides[d];
@@ -90,7 +82,7 @@ class Gather {
  private:
   int64_t live_source(int64_t g) const { return dgrad_ ? p_.live_out(g) : p_.live_in(g); }
   int64_t live_dest(int64_t g) const { return dgrad_ ? p_.live_in(g) : p_.live_out(g); }
-  int64_t num_taps() const { return static_cast<int64_t>(geo_.taps.size()); }
+  int64_t num_taps() const { return static_cast<int64_t>(geo_.tap_weights.size()); }
   int64_t panel_row(const Panels& e, int64_t panel) const {
     return std::min<int64_t>(panel_, ceil_div(e.lanes - panel * panel_, kernels_.lanes) * kernels_.lanes);
   }
@@ -104,43 +96,42 @@ class Gather {
       Panels& e = work_.experts[p_.expert(g)];
       e.lanes = std::max(e.lanes, live_dest(g));
       e.depth = std::max(e.depth, live_source(g));
-      macs_ += samples * geo_.rows * geo_.columns * num_taps() * live_source(g) * live_dest(g);
+      macs_ += samples * geo_.rows.indices * geo_.columns.indices * num_taps() * live_source(g) * live_dest(g);
     }
   }
 
   // Blocks of whole small images or of rows of a large one, sized by shapes alone.
   void plan_blocks() {
-    const int64_t image = geo_.rows * geo_.columns;
+    const int64_t rows = geo_.rows.indices, image = rows * geo_.columns.indices;
     const int64_t pixels = p_.batch * image;
-    block_pixels_ = std::min(kBlockPixels, std::max<int64_t>(kernels_.pixels * 4, pixels / kTasksWanted));
+    const int64_t wanted = std::min(kBlockPixels, std::max<int64_t>(kernels_.pixels * 4, pixels / kTasksWanted));
     int64_t depth = 1, lanes = 1;
     for (const Panels& e : work_.experts) depth = std::max(depth, e.depth), lanes = std::max(lanes, e.lanes);
-    const int64_t line = band_width_ * depth * 4;  // bytes of a source row in fp32
-    if (image >= block_pixels_) {
-      block_samples_ = 1;
-      int64_t rows = std::max<int64_t>(1, block_pixels_ / geo_.columns);
-      const int64_t extra = geo_.max_row - geo_.min_row;
-      while (rows > 1 && ((rows - 1) * geo_.source_step_h + extra + 1) * line > kSourceLimit) --rows;
-      block_rows_ = ceil_div(geo_.rows, ceil_div(geo_.rows, rows));
+    const int64_t line = geo_.columns.source_size * depth * 4;  // bytes of a source row in fp32
+    block_samples_ = 1;
+    block_rows_ = rows;
+    if (image >= wanted) {
+      int64_t band = std::max<int64_t>(1, wanted / geo_.columns.indices);
+      const int64_t extra = geo_.rows.max_tap - geo_.rows.min_tap;
+      while (band > 1 && ((band - 1) * geo_.rows.source_step + extra + 1) * line > kSourceLimit) --band;
+      block_rows_ = ceil_div(rows, ceil_div(rows, band));
     } else {
-      block_rows_ = geo_.rows;
-      const int64_t band = ((geo_.rows - 1) * geo_.source_step_h + geo_.max_row - geo_.min_row + 1) * line;
-      block_samples_ = std::max<int64_t>(1, block_pixels_ / image);
-      block_samples_ = std::max<int64_t>(1, std::min(block_samples_, kSourceLimit / band));
+      const int64_t samples = std::min(wanted / image, kSourceLimit / (geo_.rows.source_size * line));
+      block_samples_ = std::max<int64_t>(1, samples);
       if (op_.sample_bias) block_samples_ = std::max<int64_t>(1, std::min(block_samples_, (int64_t{1} << 15) / lanes));
     }
     // Few blocks: spread the panels over tasks as well.
     int64_t blocks = 0;
     for (int64_t g = 0; g < p_.num_groups; ++g)
-      blocks += ceil_div(p_.offsets[g + 1] - p_.offsets[g], block_samples_) * ceil_div(geo_.rows, block_rows_);
-    panel_splits_ = blocks >= kTasksWanted / 2 ? 1 : ceil_div(kTasksWanted / 2, std::max<int64_t>(blocks, 1));
+      blocks += ceil_div(p_.offsets[g + 1] - p_.offsets[g], block_samples_) * ceil_div(rows, block_rows_);
+    panel_splits_ = ceil_div(kTasksWanted * 4, std::max<int64_t>(blocks, 1));
   }
 
   // Takes panels from (expert, panel) on until the packed weights fill their limit.
   void next_wave(int64_t& expert, int64_t& panel) {
-    work_.packs.clear();
     work_.blocks.clear();
-    int64_t floats = 0;
+    work_.costs.clear();
+    int64_t floats = 0, panels = 0;
     first_expert_ = expert;
     last_expert_ = expert;
     for (bool full = false; expert < p_.num_experts && !full;) {
@@ -148,7 +139,7 @@ class Gather {
       const int64_t total = ceil_div(e.lanes, panel_);
       e.begin = panel;
       e.memory = floats;
-      e.flag = static_cast<int64_t>(work_.packs.size());
+      e.state = panels;
       while (panel < total) {
         const int64_t size = num_taps() * e.depth * panel_row(e, panel);
         if (floats > 0 && (floats + size) * 4 > kPackedLimit) {
@@ -156,15 +147,15 @@ class Gather {
           break;
         }
         floats += size;
-        work_.packs.push_back({expert, panel++});
+        ++panel, ++panels;
       }
       e.end = panel;
       last_expert_ = expert;
       if (!full) ++expert, panel = 0;
     }
     packed_ = work_.packed.get<float>(std::max<int64_t>(floats, 1));
-    ready_ = work_.ready.get<std::atomic<uint32_t>>(work_.packs.size() + 1);
-    for (size_t i = 0; i < work_.packs.size(); ++i) new (ready_ + i) std::atomic<uint32_t>(0);
+    states_ = work_.states.get<std::atomic<uint32_t>>(panels + 1);
+    for (int64_t i = 0; i < panels; ++i) new (states_ + i) std::atomic<uint32_t>(kUnpacked);
     for (int64_t g = 0; g < p_.num_groups; ++g)
       if (p_.expert(g) >= first_expert_ && p_.expert(g) <= last_expert_) plan_group(g);
   }
@@ -176,46 +167,59 @@ class Gather {
     if (begin == end && !(total == 0 && e.begin == 0)) return;
     const int64_t splits = std::max<int64_t>(1, std::min(panel_splits_, end - begin));
     const int64_t first = p_.offsets[g], samples = p_.offsets[g + 1] - first;
-    const int64_t pieces = ceil_div(samples, block_samples_), bands = ceil_div(geo_.rows, block_rows_);
+    const int64_t pieces = ceil_div(samples, block_samples_), bands = ceil_div(geo_.rows.indices, block_rows_);
     for (int64_t i = 0; i < pieces; ++i)
       for (int64_t b = 0; b < bands; ++b)
         for (int64_t s = 0; s < splits; ++s)
-          work_.blocks.push_back({g, first + samples * i / pieces, first + samples * (i + 1) / pieces,
-                                  geo_.rows * b / bands, geo_.rows * (b + 1) / bands,
-                                  begin + (end - begin) * s / splits, begin + (end - begin) * (s + 1) / splits});
+          add_block({g, first + samples * i / pieces, first + samples * (i + 1) / pieces,
+                     geo_.rows.indices * b / bands, geo_.rows.indices * (b + 1) / bands,
+                     begin + (end - begin) * s / splits, begin + (end - begin) * (s + 1) / splits});
+  }
+
+  void add_block(const BlockTask& task) {
+    work_.blocks.push_back(task);
+    const int64_t rows = (task.sample_end - task.sample_begin) * (task.row_end - task.row_begin);
+    work_.costs.push_back(rows * (live_source(task.group) + 4) * (task.panel_end - task.panel_begin + 1));
   }
 
   void run_wave() {
-    const int64_t packs = static_cast<int64_t>(work_.packs.size());
-    const int64_t tasks = packs + static_cast<int64_t>(work_.blocks.size());
-    const int threads = macs_ < kParallelMacs ? 1 : p_.threads;
-    // Tasks are handed out in order, so whoever waits for a panel knows that a thread is packing it.
-    parallel_for(tasks, threads, [&](int64_t task, int) {
-      if (task < packs)
-        pack(task);
-      else
-        compute(work_.blocks[task - packs]);
-    });
+    work_.shares.run(work_.costs, macs_ < kParallelMacs ? 1 : p_.threads,
+                     [&](int64_t task) { compute(work_.blocks[task]); });
   }
 
-  void pack(int64_t index) {
-    const PackTask& task = work_.packs[index];
-    const Panels& e = work_.experts[task.expert];
+  // Packs those panels of the task that nobody has begun, then waits for the others.
+  void prepare_panels(const BlockTask& task) const {
+    const int64_t expert = p_.expert(task.group);
+    const Panels& e = work_.experts[expert];
+    std::atomic<uint32_t>* states = states_ + e.state - e.begin;
+    for (int64_t panel = task.panel_begin; panel < task.panel_end; ++panel) {
+      uint32_t seen = states[panel].load(std::memory_order_relaxed);
+      if (seen == kUnpacked && states[panel].compare_exchange_strong(seen, kBeingPacked, std::memory_order_relaxed)) {
+        pack(expert, panel);
+        states[panel].store(kReady, std::memory_order_release);
+      }
+    }
+    for (int64_t panel = task.panel_begin; panel < task.panel_end; ++panel)
+      for (int spins = 0; states[panel].load(std::memory_order_acquire) != kReady;)
+        if (++spins > 256) std::this_thread::yield();
+  }
+
+  void pack(int64_t expert, int64_t panel) const {
+    const Panels& e = work_.experts[expert];
     PanelPack pack;
     const char* base = static_cast<const char*>(op_.weight);
-    pack.weights = base + (task.expert * p_.weight_strides[0] + task.panel * panel_ * geo_.lane_stride) * element_;
+    pack.weights = base + (expert * p_.weight_strides[0] + panel * panel_ * geo_.lane_stride) * element_;
     pack.end = base + weight_end_ * element_;
-    pack.lanes = std::min<int64_t>(panel_, e.lanes - task.panel * panel_);
+    pack.lanes = std::min<int64_t>(panel_, e.lanes - panel * panel_);
     pack.lane_stride = geo_.lane_stride;
     pack.depth_stride = geo_.depth_stride;
     pack.depth = e.depth;
     pack.taps = geo_.tap_weights.data();
     pack.tap_at = geo_.tap_at.empty() ? nullptr : geo_.tap_at.data();
     pack.num_taps = num_taps();
-    pack.packed = packed_ + panel_memory(e, task.panel);
-    pack.row = panel_row(e, task.panel);
+    pack.packed = packed_ + panel_memory(e, panel);
+    pack.row = panel_row(e, panel);
     kernels_.pack[type_](pack);
-    ready_[index].store(1, std::memory_order_release);
   }
 
   // All panels but the last have the same size.
@@ -223,118 +227,152 @@ class Gather {
     return e.memory + (panel - e.begin) * num_taps() * e.depth * panel_;
   }
 
-  void wait(int64_t flag) const {
-    for (int spins = 0; !ready_[flag].load(std::memory_order_acquire);)
-      if (++spins > 256) std::this_thread::yield();
-  }
-
   static LocalMemory& local() {
     static thread_local LocalMemory memory;
     return memory;
   }
 
+  // Pixels and taps of a task that go together.
+  struct Class {
+    int64_t pixel_begin, pixel_end, tap_begin, tap_end;
+  };
+
+  // Where the source pixels of a task are.
+  struct SourceView {
+    const float* base;  // pixel (0, 0) of the first sample, which may lie outside what is there
+    int64_t pixel, line, image;  // floats from pixel to pixel, row to row, sample to sample
+  };
+
   void compute(const BlockTask& task) const {
     if (task.panel_begin == task.panel_end) return zero_rows(task);
+    prepare_panels(task);
     LocalMemory& memory = local();
-    const int64_t depth = live_source(task.group);
-    const float* source = nullptr;  // at (first sample, first row, tap origin)
-    int64_t pitch = 0, line = 0, image = 0;  // floats from pixel to pixel, row to row, sample to sample
-    if (direct_) {
-      pitch = geo_.source_channels;
-      line = pitch * geo_.source_width;
-      image = line * geo_.source_height;
-      source = static_cast<const float*>(op_.source) + task.sample_begin * image +
-               (task.row_begin * geo_.source_step_h + geo_.min_row) * line + geo_.min_column * pitch;
-    } else {
-      pitch = depth;
-      line = pitch * band_width_;
-      image = line * band_rows(task);
-      source = copy_source(task, depth, memory);
-    }
-    ptrdiff_t* taps = memory.taps.get<ptrdiff_t>(geo_.taps.size() + 1);
-    for (size_t t = 0; t < geo_.taps.size(); ++t)
-      taps[t] = (geo_.taps[t].row - geo_.min_row) * line + (geo_.taps[t].column - geo_.min_column) * pitch;
+    const SourceView source = type_ == 0 ? view_source(task) : copy_source(task, memory);
     int64_t init_stride = 0;
     const float* init = initial_rows(task, memory, init_stride);
 
-    const int64_t block = (task.sample_end - task.sample_begin) * (task.row_end - task.row_begin) * geo_.columns;
-    ConvPixel* pixels = memory.pixels.get<ConvPixel>(block);
-    for (const GatherPhase& phase : geo_.phases) {
-      int64_t count = 0;
-      for (int64_t n = task.sample_begin; n < task.sample_end; ++n) {
-        const int64_t local_sample = n - task.sample_begin;
-        for (int64_t i = task.row_begin; i < std::min(task.row_end, phase.rows); ++i) {
-          const float* from = source + local_sample * image + (i - task.row_begin) * geo_.source_step_h * line;
-          const int64_t row = n * geo_.dest_height + i * geo_.dest_step_h + phase.row;
-          int64_t to = (row * geo_.dest_width + phase.column) * geo_.dest_channels * element_;
-          for (int64_t j = 0; j < phase.columns; ++j) {
-            ConvPixel& pixel = pixels[count++];
+    const int64_t samples = task.sample_end - task.sample_begin, rows = task.row_end - task.row_begin;
+    ConvPixel* pixels = memory.pixels.get<ConvPixel>(samples * rows * geo_.rows.dest_step * geo_.columns.dest_size);
+    Counts counts = count_classes(task);
+    Class* classes = memory.classes.get<Class>(counts.classes + 1);
+    GatherTap* taps = memory.taps.get<GatherTap>(counts.taps + 1);
+    counts = {};
+    int64_t pixel_count = 0;
+    each_class(task, [&](size_t phase, const AxisPhase& row, const AxisRun& i_run, int64_t i_begin, int64_t i_end,
+                         const AxisPhase& column, const AxisRun& j_run) {
+      Class& c = classes[counts.classes++];
+      c.pixel_begin = pixel_count;
+      for (int64_t n = 0; n < samples; ++n) {
+        for (int64_t i = i_begin; i < i_end; ++i) {
+          const float* from = source.base + n * source.image + i * geo_.rows.source_step * source.line +
+                              j_run.begin * geo_.columns.source_step * source.pixel;
+          const int64_t line = (task.sample_begin + n) * geo_.rows.dest_size + i * geo_.rows.dest_step + row.phase;
+          int64_t to = (line * geo_.columns.dest_size + j_run.begin * geo_.columns.dest_step + column.phase) *
+                       geo_.dest_channels * element_;
+          for (int64_t j = j_run.begin; j < j_run.end; ++j) {
+            ConvPixel& pixel = pixels[pixel_count++];
             pixel.source = from;
-            pixel.init = init + local_sample * init_stride;
+            pixel.init = init + n * init_stride;
             pixel.residual = op_.residual ? static_cast<const char*>(op_.residual) + to : nullptr;
             pixel.out = static_cast<char*>(op_.dest) + to;
-            from += geo_.source_step_w * pitch;
-            to += geo_.dest_step_w * geo_.dest_channels * element_;
+            from += geo_.columns.source_step * source.pixel;
+            to += geo_.columns.dest_step * geo_.dest_channels * element_;
           }
         }
       }
-      run_tiles(task, phase, pixels, count, taps + phase.tap_begin, depth);
+      c.pixel_end = pixel_count;
+      c.tap_begin = counts.taps;
+      const int64_t depth = work_.experts[p_.expert(task.group)].depth;
+      for (int r = i_run.tap_begin; r < i_run.tap_end; ++r)
+        for (int s = j_run.tap_begin; s < j_run.tap_end; ++s)
+          taps[counts.taps++] = {row.taps[r] * source.line + column.taps[s] * source.pixel,
+                                 (geo_.first_tap[phase] + r * static_cast<int64_t>(column.taps.size()) + s) * depth};
+      c.tap_end = counts.taps;
+    });
+    run_tiles(task, classes, counts.classes, pixels, taps);
+  }
+
+  struct Counts {
+    int64_t classes = 0, taps = 0;
+  };
+
+  Counts count_classes(const BlockTask& task) const {
+    Counts counts;
+    each_class(task, [&](size_t, const AxisPhase&, const AxisRun& i_run, int64_t, int64_t, const AxisPhase&,
+                         const AxisRun& j_run) {
+      ++counts.classes;
+      counts.taps += (i_run.tap_end - i_run.tap_begin) * (j_run.tap_end - j_run.tap_begin);
+    });
+    return counts;
+  }
+
+  template <typename Fn>
+  void each_class(const BlockTask& task, Fn&& fn) const {
+    size_t phase = 0;
+    for (const AxisPhase& row : geo_.rows.phases) {
+      for (const AxisPhase& column : geo_.columns.phases) {
+        for (const AxisRun& i_run : row.runs) {
+          const int64_t begin = std::max(i_run.begin, task.row_begin), end = std::min(i_run.end, task.row_end);
+          if (begin >= end) continue;
+          for (const AxisRun& j_run : column.runs) fn(phase, row, i_run, begin, end, column, j_run);
+        }
+        ++phase;
+      }
     }
   }
 
-  void run_tiles(const BlockTask& task, const GatherPhase& phase, const ConvPixel* pixels, int64_t count,
-                 const ptrdiff_t* taps, int64_t depth) const {
+  void run_tiles(const BlockTask& task, const Class* classes, int64_t num_classes, const ConvPixel* pixels,
+                 const GatherTap* taps) const {
     const Panels& e = work_.experts[p_.expert(task.group)];
     GatherTile tile;
-    tile.taps = taps;
-    tile.num_taps = depth == 0 ? 0 : phase.tap_end - phase.tap_begin;
-    tile.depth = depth;
+    tile.depth = live_source(task.group);
     tile.live = live_dest(task.group);
     tile.channels = geo_.dest_channels;
     for (int64_t panel = task.panel_begin; panel < task.panel_end; ++panel) {
-      wait(e.flag + panel - e.begin);
       tile.channel = panel * panel_;
       tile.row = panel_row(e, panel);
-      tile.tap_jump = (e.depth - depth) * tile.row;
-      tile.weights = packed_ + panel_memory(e, panel) + phase.tap_begin * e.depth * tile.row;
+      tile.weights = packed_ + panel_memory(e, panel);
       tile.vectors = static_cast<int>(std::min<int64_t>(kPanelVectors, ceil_div(tile.live - tile.channel, kernels_.lanes)));
       tile.last = tile.channel + panel_ >= tile.live;
-      for (int64_t i = 0; i < count; i += kernels_.pixels) {
-        tile.pixels = pixels + i;
-        tile.num_pixels = static_cast<int>(std::min<int64_t>(kernels_.pixels, count - i));
-        kernels_.gather[type_](tile);
-      }
-    }
-  }
-
-  int64_t band_rows(const BlockTask& task) const {
-    return (task.row_end - task.row_begin - 1) * geo_.source_step_h + geo_.max_row - geo_.min_row + 1;
-  }
-
-  // The live channels of the block's source pixels in fp32, with zeros where a tap leaves the image.
-  const float* copy_source(const BlockTask& task, int64_t depth, LocalMemory& memory) const {
-    const int64_t rows = band_rows(task), line = band_width_ * depth;
-    float* buffer = memory.source.get<float>((task.sample_end - task.sample_begin) * rows * line + 1);
-    float* to = buffer;
-    const int64_t left = std::min(std::max<int64_t>(0, -geo_.min_column), band_width_);
-    const int64_t first = std::max<int64_t>(0, geo_.min_column);
-    const int64_t copied = std::max<int64_t>(0, std::min(band_width_ - left, geo_.source_width - first));
-    const int64_t right = band_width_ - left - copied;
-    for (int64_t n = task.sample_begin; n < task.sample_end; ++n) {
-      for (int64_t r = 0; r < rows; ++r, to += line) {
-        const int64_t row = task.row_begin * geo_.source_step_h + geo_.min_row + r;
-        if (row < 0 || row >= geo_.source_height || copied == 0) {
-          std::memset(to, 0, line * sizeof(float));
-          continue;
+      for (const Class* c = classes; c != classes + num_classes; ++c) {
+        tile.taps = taps + c->tap_begin;
+        tile.num_taps = tile.depth == 0 ? 0 : c->tap_end - c->tap_begin;
+        // Tiles of like size: a lone last pixel would wait for its own sums.
+        const int64_t count = c->pixel_end - c->pixel_begin, tiles = ceil_div(count, kernels_.pixels);
+        for (int64_t i = 0; i < tiles; ++i) {
+          const int64_t begin = count * i / tiles;
+          tile.pixels = pixels + c->pixel_begin + begin;
+          tile.num_pixels = static_cast<int>(count * (i + 1) / tiles - begin);
+          kernels_.gather[type_](tile);
         }
-        const int64_t pixel = (n * geo_.source_height + row) * geo_.source_width + first;
-        std::memset(to, 0, left * depth * sizeof(float));
-        kernels_.copy[type_](static_cast<const char*>(op_.source) + pixel * geo_.source_channels * element_,
-                             geo_.source_channels, to + left * depth, depth, copied, depth, depth);
-        std::memset(to + (left + copied) * depth, 0, right * depth * sizeof(float));
       }
     }
-    return buffer;
+  }
+
+  SourceView view_source(const BlockTask& task) const {
+    SourceView view = {nullptr, geo_.source_channels, 0, 0};
+    view.line = view.pixel * geo_.columns.source_size;
+    view.image = view.line * geo_.rows.source_size;
+    view.base = static_cast<const float*>(op_.source) + task.sample_begin * view.image;
+    return view;
+  }
+
+  // The live channels of the source rows that the task reads, in fp32.
+  SourceView copy_source(const BlockTask& task, LocalMemory& memory) const {
+    const Axis& rows = geo_.rows;
+    const int64_t depth = live_source(task.group), columns = geo_.columns.source_size;
+    const int64_t begin = std::max<int64_t>(0, task.row_begin * rows.source_step + rows.min_tap);
+    const int64_t end =
+        std::max(begin, std::min(rows.source_size, (task.row_end - 1) * rows.source_step + rows.max_tap + 1));
+    SourceView view = {nullptr, depth, depth * columns, depth * columns * (end - begin)};
+    float* buffer = memory.source.get<float>((task.sample_end - task.sample_begin) * view.image + 1);
+    for (int64_t n = task.sample_begin; n < task.sample_end; ++n)
+      kernels_.copy[type_](static_cast<const char*>(op_.source) +
+                               (n * rows.source_size + begin) * columns * geo_.source_channels * element_,
+                           geo_.source_channels, buffer + (n - task.sample_begin) * view.image, depth,
+                           (end - begin) * columns, depth, depth);
+    view.base = buffer - begin * view.line;
+    return view;
   }
 
   // bias (+ sample_bias) of the task's panels in fp32, zero past the live width: one row, or one per sample.
@@ -363,11 +401,11 @@ class Gather {
   }
 
   void zero_rows(const BlockTask& task) const {
-    const int64_t line = geo_.dest_width * geo_.dest_channels * element_;
-    const int64_t begin = task.row_begin * geo_.dest_step_h;
-    const int64_t end = std::min(task.row_end * geo_.dest_step_h, geo_.dest_height);
+    const int64_t line = geo_.columns.dest_size * geo_.dest_channels * element_;
+    const int64_t begin = task.row_begin * geo_.rows.dest_step;
+    const int64_t end = std::min(task.row_end * geo_.rows.dest_step, geo_.rows.dest_size);
     for (int64_t n = task.sample_begin; n < task.sample_end; ++n)
-      std::memset(static_cast<char*>(op_.dest) + (n * geo_.dest_height + begin) * line, 0, (end - begin) * line);
+      std::memset(static_cast<char*>(op_.dest) + (n * geo_.rows.dest_size + begin) * line, 0, (end - begin) * line);
   }
 
   const Conv2dProblem& p_;
@@ -377,12 +415,11 @@ class Gather {
   GatherGeometry& geo_;
   const ConvKernels& kernels_;
   int panel_, type_;
-  int64_t element_, band_width_, weight_end_, macs_ = 0;
-  int64_t block_pixels_ = 0, block_rows_ = 0, block_samples_ = 0, panel_splits_ = 1;
+  int64_t element_, weight_end_, macs_ = 0;
+  int64_t block_rows_ = 0, block_samples_ = 0, panel_splits_ = 1;
   int64_t first_expert_ = 0, last_expert_ = 0;
-  bool direct_;
   float* packed_ = nullptr;
-  std::atomic<uint32_t>* ready_ = nullptr;
+  std::atomic<uint32_t>* states_ = nullptr;
 };
 
 Workspace& workspace() {

@@ -8,37 +8,47 @@
 
 namespace tdc {
 
-struct GatherTap {
-  int64_t row, column;   // source = destination index * source_step + this
-  int64_t weight;        // element offset of the filter tap
-};
-
-// Destination pixels (i * dest_step + phase) that share a list of taps: taps [tap_begin, tap_end).
-struct GatherPhase {
-  int64_t row, column;   // phase
-  int64_t rows, columns; // how many destination rows and columns it has
+// Destination indices [begin, end) of one axis whose taps [tap_begin, tap_end) stay inside the source; the others
+// would only add zeros of the padding and are left out.
+struct AxisRun {
+  int64_t begin, end;
   int tap_begin, tap_end;
 };
 
-struct GatherGeometry {
-  int64_t source_height, source_width, source_channels;
-  int64_t dest_height, dest_width, dest_channels;
-  int64_t source_step_h, source_step_w, dest_step_h, dest_step_w;
-  int64_t rows, columns;  // of the index space: ceil(destination / step)
-  int64_t lane_stride, depth_stride;  // of the weight along destination and source channels
-  int64_t min_row, max_row, min_column, max_column;  // over all taps; 0 when there is none
-  std::vector<GatherTap> taps;
-  std::vector<GatherPhase> phases;
-  std::vector<int64_t> tap_weights;  // taps[t].weight
-  std::vector<int32_t> tap_at;       // where memory offset m's tap stands, if the taps fill 0 .. n - 1; else empty
+// One axis of destination positions (index * dest_step + phase) that share a list of taps:
+// source position = index * source_step + tap.
+struct AxisPhase {
+  int64_t phase;
+  std::vector<int64_t> taps;
+  std::vector<int64_t> filter;  // the filter row or column of each tap
+  std::vector<AxisRun> runs;
+};
+
+struct Axis {
+  int64_t source_size, dest_size, source_step, dest_step;
+  int64_t indices;              // ceil(dest_size / dest_step)
+  int64_t min_tap, max_tap;     // over all phases
+  std::vector<AxisPhase> phases;
 
   // y from x: stride steps through the source.
-  void set_forward(const Conv2dProblem& problem);
+  void set_forward(int64_t source, int64_t dest, int64_t filter, int64_t stride, int64_t pad);
   // dx from dy: stride splits the destination into phases, each with the taps that reach it.
-  void set_dgrad(const Conv2dProblem& problem);
+  void set_dgrad(int64_t source, int64_t dest, int64_t filter, int64_t stride, int64_t pad);
 
  private:
   void finish();
+};
+
+struct GatherGeometry {
+  Axis rows, columns;
+  int64_t source_channels, dest_channels;
+  int64_t lane_stride, depth_stride;  // of the weight along destination and source channels
+  // Taps in packed order: by phase (row phase slowest), then row, then column.
+  std::vector<int64_t> first_tap;     // of each phase
+  std::vector<int64_t> tap_weights;   // element offset of each tap
+  std::vector<int32_t> tap_at;        // which tap lies at memory offset m, if the taps fill 0 .. n - 1; else empty
+
+  void set(const Conv2dProblem& problem, bool dgrad);
 };
 
 }  // namespace tdc

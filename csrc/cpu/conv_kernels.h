@@ -21,31 +21,42 @@ struct ConvPixel {
   void* out;              // (channels)
 };
 
-// out[p, k] = init[p, k] + sum over taps t and depth c of source[p][taps[t] + c] * weights[t, c, k]  (+ residual).
+struct GatherTap {
+  ptrdiff_t source;       // element offset from a pixel's source
+  ptrdiff_t weight;       // first packed row
+};
+
+// out[p, k] = init[p, k] + sum over taps and depth c of source[p][tap.source + c] * weights[tap.weight + c, k]
+// (+ residual).
 struct GatherTile {
   const ConvPixel* pixels;
   int num_pixels;         // 1 .. ConvKernels::pixels
   int vectors;            // 1 .. kPanelVectors
   int64_t channel;        // first output channel of the panel
-  const ptrdiff_t* taps;  // element offsets into the source
+  const GatherTap* taps;
   int64_t num_taps, depth;
-  const float* weights;   // rows of `row` floats, tap after tap
-  int64_t row, tap_jump;  // floats from row to row, and skipped between two taps
+  const float* weights;   // rows of `row` floats
+  int64_t row;
   int64_t live;           // output channels in use; the last panel also zeroes [live, channels)
   int64_t channels;       // of an output pixel
   bool last;              // the panel that ends at `live`
 };
 
-// sums[m, k] (+)= sum over pixels i of source[m][offsets[i]] * dy[i, k]   for m < rows.
+// Elements of one output pixel in the operands of an outer tile.
+struct PixelPair {
+  int32_t x, dy;
+};
+
+// sums[m, k] += sum over pixels i of source[m][pixels[i].x] * dy[pixels[i].dy + k]   for m < rows.
 struct OuterTile {
-  const float* const* sources;
+  const float* source;    // rows are adjacent: source[m] = source + m
   int rows;               // 1 .. ConvKernels::pixels
   int vectors;
-  const ptrdiff_t* offsets;
+  const PixelPair* pixels;
   int64_t num_pixels;
   const float* dy;
   float* sums;
-  int64_t row;            // floats from row to row of dy and of sums
+  int64_t row;            // floats from row to row of sums
 };
 
 // A panel of packed weights: packed[t * depth + d][lane] = weights[lane * lane_stride + d * depth_stride + taps[t]].

@@ -15,16 +15,17 @@ constexpr int kPixels = 8;
 constexpr int kPixels = 6;
 #endif
 
-template <int P, int V>
-inline void accumulate(Vec (&sums)[P][V], const float* const (&source)[P], ptrdiff_t at, const float* weights) {
+// sums[p] += x(p) * (weights[0], .., weights[V - 1])
+template <int P, int V, typename Source>
+inline void accumulate(Vec (&sums)[P][V], const float* weights, Source x) {
   Vec w[V];
 #pragma GCC unroll 4
   for (int v = 0; v < V; ++v) w[v] = load(weights + v * kLanes);
 #pragma GCC unroll 8
   for (int p = 0; p < P; ++p) {
-    const float x = source[p][at];
+    const float scalar = x(p);
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) sums[p][v] += w[v] * x;
+    for (int v = 0; v < V; ++v) sums[p][v] += w[v] * scalar;
   }
 }
 
@@ -58,16 +59,19 @@ void gather_tile(const GatherTile& tile) {
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) sums[p][v] = load(tile.pixels[p].init + tile.channel + v * kLanes);
 
-  const float* weights = tile.weights;
-  for (int64_t t = 0; t < tile.num_taps; ++t) {
-    const float* source[P];
+  const float* source[P];
 #pragma GCC unroll 8
-    for (int p = 0; p < P; ++p) source[p] = tile.pixels[p].source + tile.taps[t];
-    for (ptrdiff_t c = 0; c < tile.depth; ++c) {
-      accumulate<P, V>(sums, source, c, weights);
-      weights += tile.row;
+  for (int p = 0; p < P; ++p) source[p] = tile.pixels[p].source;
+  const ptrdiff_t row = tile.row;
+  for (const GatherTap *tap = tile.taps, *last = tap + tile.num_taps; tap != last; ++tap) {
+    const float* weights = tile.weights + tap->weight * row;
+    ptrdiff_t at = tap->source;
+    for (const ptrdiff_t end = at + tile.depth; at != end; ++at) {
+      // One opaque index for all pixels: else compilers keep a pointer per pixel and spill them at every tap.
+      asm("" : "+r"(at));
+      accumulate<P, V>(sums, weights, [&](int p) { return source[p][at]; });
+      weights += row;
     }
-    weights += tile.tap_jump;
   }
 
   const bool whole = tile.channel + V * kLanes <= tile.live;
@@ -98,14 +102,9 @@ void outer_tile(const OuterTile& tile) {
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) sums[p][v] = load(tile.sums + p * tile.row + v * kLanes);
 
-  const float* source[P];
-#pragma GCC unroll 8
-  for (int p = 0; p < P; ++p) source[p] = tile.sources[p];
-  const float* dy = tile.dy;
-  const ptrdiff_t row = tile.row;
-  for (const ptrdiff_t *offset = tile.offsets, *end = offset + tile.num_pixels; offset != end; ++offset) {
-    accumulate<P, V>(sums, source, *offset, dy);
-    dy += row;
+  for (const PixelPair *pixel = tile.pixels, *end = pixel + tile.num_pixels; pixel != end; ++pixel) {
+    const float* source = tile.source + pixel->x;
+    accumulate<P, V>(sums, tile.dy + pixel->dy, [&](int p) { return source[p]; });
   }
 
 #pragma GCC unroll 8

@@ -9,10 +9,10 @@
 #include <new>
 #include <vector>
 
-#include "common/parallel.h"
 #include "cpu/conv.h"
 #include "cpu/conv_kernels.h"
 #include "cpu/conv_scratch.h"
+#include "cpu/conv_shares.h"
 
 namespace tdc {
 namespace {
@@ -51,11 +51,13 @@ struct Workspace {
   std::vector<Task> tasks;
   std::vector<BiasTask> bias_tasks;
   std::vector<int64_t> taps;
+  std::vector<int64_t> costs;  // of units' parts, then of bias parts, then of clearing each expert
+  WorkShares shares;
   Scratch parts, bias_parts, counters;
 };
 
 struct LocalMemory {
-  Scratch source, dy, sums, offsets, pointers, bias;
+  Scratch source, dy, sums, pairs, bias;
 };
 
 struct Operands {
@@ -84,17 +86,16 @@ class Wgrad {
     } else {
       chunk_samples_ = std::max<int64_t>(1, kChunkPixels / image_);
     }
-    band_width_ = (out_w_ - 1) * p_.stride_width + p_.filter_width;
   }
 
   void run() {
     plan_experts();
     plan_units();
     plan_bias();
+    plan_costs();
     const int64_t products = static_cast<int64_t>(work_.tasks.size());
     const int64_t sums = products + static_cast<int64_t>(work_.bias_tasks.size());
-    const int64_t tasks = sums + (op_.dweight ? p_.num_experts : 0);
-    parallel_for(tasks, macs_ < kParallelMacs ? 1 : p_.threads, [&](int64_t task, int) {
+    work_.shares.run(work_.costs, macs_ < kParallelMacs ? 1 : p_.threads, [&](int64_t task) {
       if (task < products)
         multiply(work_.tasks[task]);
       else if (task < sums)
@@ -192,6 +193,17 @@ class Wgrad {
     for (int64_t i = 0; i < counters; ++i) new (counters_ + i) std::atomic<int64_t>(0);
   }
 
+  void plan_costs() {
+    work_.costs.clear();
+    for (const Task& task : work_.tasks) {
+      const Unit& u = work_.units[task.unit];
+      work_.costs.push_back(work_.experts[u.expert].chunks * (u.block_end - u.block_begin) * taps_ * 64 / u.parts + 1);
+    }
+    for (const BiasTask& task : work_.bias_tasks)
+      work_.costs.push_back(work_.experts[task.expert].chunks * 8 / task.parts + 1);
+    if (op_.dweight) work_.costs.insert(work_.costs.end(), p_.num_experts, 1);
+  }
+
   static LocalMemory& local() {
     static thread_local LocalMemory memory;
     return memory;
@@ -205,11 +217,12 @@ class Wgrad {
     float* sums = u.parts > 1 ? parts_ + u.memory + task.part * floats : memory.sums.get<float>(floats);
     std::memset(sums, 0, floats * sizeof(float));
     const int64_t begin = e.chunks * task.part / u.parts, end = e.chunks * (task.part + 1) / u.parts;
+    PixelLists lists;
     int64_t first = 0;  // chunk number of the group's first chunk
     for (int32_t g : work_.groups[u.expert]) {
       const int64_t chunks = group_chunks(g);
       for (int64_t c = std::max(begin, first); c < std::min(end, first + chunks); ++c)
-        multiply_chunk(u, chunk(g, c - first, chunks), sums, memory);
+        multiply_chunk(u, chunk(g, c - first, chunks), sums, memory, lists);
       first += chunks;
     }
     if (u.parts > 1) {
@@ -220,84 +233,102 @@ class Wgrad {
     unpack(u, sums);
   }
 
+  // Chunks of the same rows follow each other, so that they can share a list of pixel pairs.
   Chunk chunk(int64_t g, int64_t index, int64_t chunks) const {
     const int64_t first = p_.offsets[g], samples = p_.offsets[g + 1] - first;
-    const int64_t pieces = chunks / bands_, piece = index / bands_, band = index % bands_;
+    const int64_t pieces = chunks / bands_, piece = index % pieces, band = index / pieces;
     return {g, first + samples * piece / pieces, first + samples * (piece + 1) / pieces, out_h_ * band / bands_,
             out_h_ * (band + 1) / bands_};
   }
 
-  void multiply_chunk(const Unit& u, const Chunk& chunk, float* sums, LocalMemory& memory) const {
+  // For every tap the output pixels of a chunk whose input pixel is inside the image; the others multiply padding.
+  struct PixelLists {
+    int64_t samples = -1, row_begin = -1, row_end = -1, row = -1;
+    int64_t input_begin = 0, input_end = 0;  // input rows that are read
+    PixelPair* pairs = nullptr;              // tap t: [t * capacity, t * capacity + counts[t])
+    int64_t* counts = nullptr;
+    int64_t capacity = 0;
+  };
+
+  void list_pixels(const Chunk& chunk, int64_t row, LocalMemory& memory, PixelLists& lists) const {
+    const int64_t samples = chunk.sample_end - chunk.sample_begin, rows = chunk.row_end - chunk.row_begin;
+    if (lists.samples == samples && lists.row_begin == chunk.row_begin && lists.row_end == chunk.row_end &&
+        lists.row == row)
+      return;
+    lists.samples = samples, lists.row_begin = chunk.row_begin, lists.row_end = chunk.row_end, lists.row = row;
+    lists.input_begin = std::max<int64_t>(0, chunk.row_begin * p_.stride_height - p_.pad_height);
+    lists.input_end = std::max(lists.input_begin, std::min(p_.height, (chunk.row_end - 1) * p_.stride_height -
+                                                                          p_.pad_height + p_.filter_height));
+    lists.capacity = samples * rows * out_w_;
+    char* memory_ = static_cast<char*>(
+        memory.pairs.reserve(taps_ * (sizeof(int64_t) + lists.capacity * sizeof(PixelPair))));
+    lists.counts = reinterpret_cast<int64_t*>(memory_);
+    lists.pairs = reinterpret_cast<PixelPair*>(memory_ + taps_ * sizeof(int64_t));
+    const int64_t input_image = (lists.input_end - lists.input_begin) * p_.width;
+    for (int64_t t = 0; t < taps_; ++t) {
+      const int64_t r = t / p_.filter_width - p_.pad_height, s = t % p_.filter_width - p_.pad_width;
+      // Output columns whose input column is inside.
+      const int64_t j_begin = s < 0 ? ceil_div(-s, p_.stride_width) : 0;
+      const int64_t j_end = s >= p_.width ? 0 : std::min(out_w_, (p_.width - 1 - s) / p_.stride_width + 1);
+      PixelPair* pair = lists.pairs + t * lists.capacity;
+      for (int64_t n = 0; n < samples; ++n) {
+        for (int64_t i = chunk.row_begin; i < chunk.row_end; ++i) {
+          const int64_t y = i * p_.stride_height + r;
+          if (y < 0 || y >= p_.height) continue;
+          const int64_t x = n * input_image + (y - lists.input_begin) * p_.width + s;
+          const int64_t dy = (n * rows + i - chunk.row_begin) * out_w_;
+          for (int64_t j = j_begin; j < j_end; ++j)
+            *pair++ = {static_cast<int32_t>((x + j * p_.stride_width) * kDepthBlock),
+                       static_cast<int32_t>((dy + j) * row)};
+        }
+      }
+      lists.counts[t] = pair - (lists.pairs + t * lists.capacity);
+    }
+  }
+
+  void multiply_chunk(const Unit& u, const Chunk& chunk, float* sums, LocalMemory& memory, PixelLists& lists) const {
     const Expert& e = work_.experts[u.expert];
     const int64_t row = panel_row(e, u.panel);
     const int64_t lanes = std::min(row, p_.live_out(chunk.group) - u.panel * panel_);
     if (lanes <= 0) return;
     const int64_t rows = chunk.row_end - chunk.row_begin, samples = chunk.sample_end - chunk.sample_begin;
-    const int64_t count = samples * rows * out_w_;
-    const int64_t band_rows = (rows - 1) * p_.stride_height + p_.filter_height;
+    list_pixels(chunk, row, memory, lists);
 
-    float* dy = memory.dy.get<float>(count * row);
+    float* dy = memory.dy.get<float>(samples * rows * out_w_ * row);
     for (int64_t n = 0; n < samples; ++n) {
       const int64_t pixel = ((chunk.sample_begin + n) * out_h_ + chunk.row_begin) * out_w_;
       kernels_.copy[type_](
           static_cast<const char*>(op_.dy) + (pixel * p_.out_channels + u.panel * panel_) * element_, p_.out_channels,
           dy + n * rows * out_w_ * row, row, rows * out_w_, lanes, row);
     }
-    ptrdiff_t* offsets = memory.offsets.get<ptrdiff_t>(count);
-    int64_t at = 0;
-    for (int64_t n = 0; n < samples; ++n)
-      for (int64_t i = 0; i < rows; ++i)
-        for (int64_t j = 0; j < out_w_; ++j)
-          offsets[at++] =
-              ((n * band_rows + i * p_.stride_height) * band_width_ + j * p_.stride_width) * kDepthBlock;
-
-    float* source = memory.source.get<float>(samples * band_rows * band_width_ * kDepthBlock);
+    const int64_t input_image = (lists.input_end - lists.input_begin) * p_.width;
+    float* source = memory.source.get<float>(samples * input_image * kDepthBlock + 1);
     for (int64_t block = u.block_begin; block < u.block_end; ++block) {
-      if (block * kDepthBlock >= p_.live_in(chunk.group)) break;
-      const int64_t depth = block_depth(e, block);
-      copy_source(chunk, block, depth, band_rows, source);
+      const int64_t live = std::min(kDepthBlock, p_.live_in(chunk.group) - block * kDepthBlock);
+      if (live <= 0) break;
+      for (int64_t n = 0; n < samples; ++n) {
+        const int64_t pixel = ((chunk.sample_begin + n) * p_.height + lists.input_begin) * p_.width;
+        kernels_.copy[type_](
+            static_cast<const char*>(op_.x) + (pixel * p_.in_channels + block * kDepthBlock) * element_,
+            p_.in_channels, source + n * input_image * kDepthBlock, kDepthBlock, input_image, live, live);
+      }
       OuterTile tile;
       tile.vectors = static_cast<int>(ceil_div(lanes, kernels_.lanes));
-      tile.offsets = offsets;
-      tile.num_pixels = count;
       tile.dy = dy;
       tile.row = row;
       float* to = sums + block_rows(block - u.block_begin) * row;
-      const float** pointers = memory.pointers.get<const float*>(taps_ * depth);
-      int64_t total = 0;
-      for (int64_t r = 0; r < p_.filter_height; ++r)
-        for (int64_t s = 0; s < p_.filter_width; ++s)
-          for (int64_t c = 0; c < depth; ++c)
-            pointers[total++] = source + (r * band_width_ + s) * kDepthBlock + c;
-      for (int64_t m = 0; m < total; m += kernels_.pixels) {
-        tile.sources = pointers + m;
-        tile.rows = static_cast<int>(std::min<int64_t>(kernels_.pixels, total - m));
-        tile.sums = to + m * row;
-        kernels_.outer(tile);
-      }
-    }
-  }
-
-  // One block of input channels of the chunk in fp32, 16 floats per pixel, zeros around the image and past the width.
-  void copy_source(const Chunk& chunk, int64_t block, int64_t depth, int64_t band_rows, float* to) const {
-    const int64_t line = band_width_ * kDepthBlock;
-    const int64_t live = std::min(depth, p_.live_in(chunk.group) - block * kDepthBlock);
-    const int64_t left = std::min(p_.pad_width, band_width_);
-    const int64_t copied = std::min(band_width_ - left, p_.width);
-    const int64_t right = band_width_ - left - copied;
-    for (int64_t n = chunk.sample_begin; n < chunk.sample_end; ++n) {
-      for (int64_t r = 0; r < band_rows; ++r, to += line) {
-        const int64_t row = chunk.row_begin * p_.stride_height - p_.pad_height + r;
-        if (row < 0 || row >= p_.height || copied == 0) {
-          std::memset(to, 0, line * sizeof(float));
-          continue;
+      const int64_t depth = block_depth(e, block), tiles = ceil_div(live, kernels_.pixels);
+      for (int64_t t = 0; t < taps_; ++t, to += depth * row) {
+        tile.pixels = lists.pairs + t * lists.capacity;
+        tile.num_pixels = lists.counts[t];
+        if (tile.num_pixels == 0) continue;
+        for (int64_t i = 0; i < tiles; ++i) {
+          const int64_t begin = live * i / tiles;
+          tile.source = source + begin;
+          tile.rows = static_cast<int>(live * (i + 1) / tiles - begin);
+          tile.sums = to + begin * row;
+          kernels_.outer(tile);
         }
-        const int64_t pixel = (n * p_.height + row) * p_.width;
-        std::memset(to, 0, left * kDepthBlock * sizeof(float));
-        kernels_.copy[type_](
-            static_cast<const char*>(op_.x) + (pixel * p_.in_channels + block * kDepthBlock) * element_,
-            p_.in_channels, to + left * kDepthBlock, kDepthBlock, copied, live, depth);
-        std::memset(to + (left + copied) * kDepthBlock, 0, right * kDepthBlock * sizeof(float));
       }
     }
   }
@@ -383,7 +414,7 @@ class Wgrad {
   Workspace& work_;
   const ConvKernels& kernels_;
   int panel_, type_;
-  int64_t element_, out_h_, out_w_, taps_, image_, band_width_;
+  int64_t element_, out_h_, out_w_, taps_, image_;
   int64_t bands_ = 1, chunk_samples_ = 1, macs_ = 0, first_bias_counter_ = 0;
   float *parts_ = nullptr, *bias_parts_ = nullptr;
   std::atomic<int64_t>* counters_ = nullptr;

@@ -89,14 +89,9 @@ inline void pack_run(const PanelPack& pack, const T* from, int64_t length, Rows 
       }
     }
     transpose(block);
-    if (columns == kLanes) {
 #pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) store(pack.packed + rows.next() * pack.row + lane, block[i]);
-    } else {
-      Vec spilled[kLanes];
-      std::memcpy(spilled, block, sizeof(block));
-      for (int i = 0; i < columns; ++i) store(pack.packed + rows.next() * pack.row + lane, spilled[i]);
-    }
+    for (int i = 0; i < kLanes; ++i)
+      if (i < columns) store(pack.packed + rows.next() * pack.row + lane, block[i]);
   }
 }
 
