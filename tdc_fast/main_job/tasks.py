@@ -10,6 +10,7 @@ import csv
 import io
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -62,7 +63,7 @@ def run_tasks(tasks: Sequence[Task], processes: int, say: Callable[[str], None])
     seconds: dict[str, float] = {}
     shown: dict[str, int] = {}
     try:
-        pending: dict[Future[float], Task] = {pool.submit(_timed, task): task for task in tasks}
+        pending: dict[Future[float], Task] = {pool.submit(_in_worker, task): task for task in tasks}
         while pending:
             done, _ = wait(pending, timeout=REPORT_EVERY_SECONDS, return_when=FIRST_COMPLETED)
             for future in done:
@@ -84,8 +85,17 @@ def run_tasks(tasks: Sequence[Task], processes: int, say: Callable[[str], None])
 
 
 def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a worker that waits has nothing to save
     torch.set_num_threads(1)
     os.environ["OPENAI_LOG_FORMAT"] = "csv,log"
+
+
+def _in_worker(task: Task) -> float:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return _timed(task)
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _timed(task: Task) -> float:

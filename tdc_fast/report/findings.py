@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from tdc_fast.evaluation import compare
 from tdc_fast.report.numbers import Comparison, ModelResult
 
-# Two standard errors: about one chance in twenty that the metric's own noise makes a difference this large.
-CLEAR = 2.0
+# A difference counts as clear where the measure's own noise alone would make one as large 1 time in 20.
+CLEAR = 1.96  # standard errors, where they are known well
+# Student's t for the few draws of a distance: degrees of freedom -> standard errors.
+CLEAR_BY_FREEDOM = {2: 4.30, 4: 2.78, 6: 2.45, 8: 2.31, 10: 2.23}
 
 
 @dataclass(frozen=True)
@@ -35,11 +37,11 @@ def frechet_verdict(candidate: ModelResult, baseline: ModelResult) -> Verdict:
     """Mean distance over draws, against the standard error that the draws show."""
     ours, theirs = candidate.frechet, baseline.frechet
     difference = ours.mean - theirs.mean
-    error = math.hypot(ours.standard_deviation, theirs.standard_deviation) / math.sqrt(
-        min(len(ours.values), len(theirs.values))
-    )
+    draws = min(len(ours.values), len(theirs.values))
+    error = math.hypot(ours.standard_deviation, theirs.standard_deviation) / math.sqrt(draws)
+    clear = CLEAR_BY_FREEDOM.get(2 * (draws - 1), CLEAR) * error
     values = f"{ours.mean:.3g} against {theirs.mean:.3g}"
-    if not abs(difference) > CLEAR * error:  # also where one draw leaves the error unknown
+    if not abs(difference) > clear:  # also where one draw leaves the error unknown
         return Verdict("level", f"level on Fréchet distance, within the spread of the draws ({values})")
     outcome = "better" if difference < 0 else "worse"
     return Verdict(outcome, f"{outcome} on Fréchet distance ({values})")

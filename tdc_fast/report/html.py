@@ -12,6 +12,11 @@ from tdc_fast.report.numbers import Comparison, ModelResult
 from tdc_fast.report.style import STYLE
 from tdc_fast.training.atomic import atomic_file, write_json
 
+LEVEL_NOTE = (
+    "One training seed is shown. “Level” means that the difference lies within what the measure's own noise makes "
+    "19 times in 20: other held-out images, other samples. Other training seeds add to that; see the limits below."
+)
+
 
 def write_report(comparison: Comparison, directory: Path, candidate: str, baselines: tuple[str, ...]) -> Path:
     """Write report.html and report.json to `directory`; returns the page's path.
@@ -63,9 +68,7 @@ def _header(comparison: Comparison, candidate: str, baselines: tuple[str, ...]) 
         f'<p class="sub">{html.escape(comparison.subtitle)}</p>'
         f'<p class="headline">{html.escape(findings.headline(comparison, candidate, baselines[0]))}</p>'
         f"<ul>{items}</ul>"
-        "<p class='note'>One training seed is shown. “Level” means that the difference is within twice the "
-        "standard "
-        "error that the measure itself has.</p></header>"
+        f'<p class="note">{html.escape(LEVEL_NOTE)}</p></header>'
     )
 
 
@@ -127,16 +130,13 @@ def _numbers(comparison: Comparison) -> str:
         for floor in comparison.floors
     )
     note = (
-        f"Lower is better throughout. C is the measured training compute of the first model, "
-        f"{first.training_macs:.3e} multiply-accumulates; cost per image counts every step of the sampler "
-        f"with the "
+        "Lower is better throughout. C is the measured training compute of the first model, "
+        f"{first.training_macs:.3e} multiply-accumulates; cost per image counts every step of the sampler with the "
         f"expert that serves it ({first.sampling_macs / 1e6:.1f} M for the first model). Held-out loss: "
-        f"{first.heldout.num_images} images, fixed noise, {len(first.heldout.timesteps[0])} fixed timesteps "
-        f"for each group, "
-        f"the same draws for all; ± is the standard error of the paired difference. Fréchet distance: "
-        f"{len(first.frechet.values)} draws of {first.frechet.n} samples against {comparison.reference}; ± "
-        f"is the standard "
-        f"deviation over the draws. Real against real: {floors}."
+        f"{first.heldout.num_images} images, fixed noise, {len(first.heldout.timesteps[0])} fixed timesteps for each "
+        "group, the same draws for all; ± is the standard error of the paired difference. Fréchet distance: "
+        f"{len(first.frechet.values)} draws of {first.frechet.n} samples against {comparison.reference}; ± is the "
+        f"standard deviation over the draws. Real against real: {floors}."
     )
     return _table(head, rows, "numbers") + f'<p class="note">{html.escape(note)}</p>'
 
@@ -154,9 +154,8 @@ def _samples(comparison: Comparison) -> str:
 def _heldout(comparison: Comparison) -> str:
     note = (
         "Each point is a model's loss relative to the first one, on the same noisy images; the bars are two "
-        "standard "
-        "errors over images. The overall loss is dominated by the groups with little noise, where losses are "
-        "largest."
+        "standard errors over images. The overall loss is dominated by the groups with little noise, where losses "
+        "are largest."
     )
     return _figure(plots.heldout_differences(comparison), "held-out loss differences") + f'<p class="note">{note}</p>'
 
@@ -164,39 +163,34 @@ def _heldout(comparison: Comparison) -> str:
 def _distance(comparison: Comparison) -> str:
     note = (
         f"Feature space: {comparison.feature_space}. This is not the published Inception-based score, and it "
-        f"compares "
-        f"only with numbers of the same feature space, reference and n. Each dot is one independent draw of "
-        f"{comparison.models[0].frechet.n} samples; the bar is their mean. Ticks: sets of real images. "
-        f"“bootstrap” draws "
-        "with replacement from the reference itself, “halves” are disjoint and much smaller."
+        "compares only with numbers of the same feature space, reference and n. Each dot is one independent draw of "
+        f"{comparison.models[0].frechet.n} samples; the bar is their mean. Ticks: sets of real images. “bootstrap” "
+        "draws with replacement from the reference itself, “halves” are disjoint and much smaller."
     )
     return _figure(plots.frechet_draws(comparison), "Fréchet distances") + f'<p class="note">{html.escape(note)}</p>'
 
 
 def _groups(comparison: Comparison) -> str:
     note = (
-        "SNR(t) = 10 log10(ᾱ / (1 − ᾱ)). Difficulty rises with SNR: there is little noise to see. The "
-        "hardest group keeps "
-        "the whole base model. Bars: the share of the base's compute that each pruned expert may use, and "
-        "what its "
-        "solved widths measure."
+        "SNR(t) = 10 log10(ᾱ / (1 − ᾱ)). Difficulty rises with SNR: there is little noise to see. The hardest group "
+        "keeps the whole base model. Bars: the share of the base's compute that each pruned expert may use, and "
+        "what its solved widths measure."
     )
     return _figure(plots.snr_curve(comparison), "SNR curve, groups and budgets") + f'<p class="note">{note}</p>'
 
 
 def _widths(comparison: Comparison) -> str:
     note = (
-        "Live channels of all channels, for each unit that can be pruned (the inner width of a residual "
-        "block, heads of an "
-        "attention layer) and each expert. 0 leaves only the skip path."
+        "Live channels of all channels, for each unit that can be pruned (the inner width of a residual block, "
+        "heads of an attention layer) and each expert. 0 leaves only the skip path."
     )
     return _figure(plots.width_heatmap(comparison), "live widths", css="narrow") + f'<p class="note">{note}</p>'
 
 
 def _curves(comparison: Comparison) -> str:
     note = (
-        "Running means of the training loss. Lines that share a stage lie on each other until they part. "
-        "Training losses carry the noise of their draws: compare models by the held-out loss."
+        "Running means of the training loss. Lines that share a stage lie on each other until they part. Training "
+        "losses carry the noise of their draws: compare models by the held-out loss."
     )
     return _figure(plots.loss_curves(comparison), "loss curves") + f'<p class="note">{note}</p>'
 
@@ -226,10 +220,11 @@ def _compute(comparison: Comparison) -> str:
 
 def _limits(comparison: Comparison) -> str:
     points = [
-        "One training seed. Another seed can move the Fréchet distance by more than the spread of the draws that "
-        "is shown here.",
-        "A small data set of small images, and a network small enough for a laptop: the published gains are "
-        "for far larger ones.",
+        "One training seed is shown. "
+        + comparison.seed_note
+        + " Differences of that size may go the other way with another seed.",
+        "A small data set of small images, and a network small enough for a laptop: the published gains are for "
+        "far larger ones.",
         *comparison.missing,
     ]
     return "<ul>" + "".join(f"<li>{html.escape(point)}</li>" for point in points) + "</ul>"

@@ -59,6 +59,7 @@ def comparison() -> Comparison:
         real_images=torch.zeros(4, 1, 8, 8, dtype=torch.uint8),
         settings={"model": {"lr": 0.002}},
         environment={"torch": "2.x"},
+        seed_note="Seeds matter.",
         missing=("A missing control.",),
         seconds={"all": 12.0},
     )
