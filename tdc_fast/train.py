@@ -81,7 +81,8 @@ def open_run(config: TrainConfig, in_channels: int) -> RunDirectory:
     threads = (run.read("run.json") or {}).get("threads")
     if threads != torch.get_num_threads():
         print(
-            f"note: the run began with {threads} threads and goes on with {torch.get_num_threads()}; the last bits may differ",
+            f"note: the run began with {threads} threads and goes on with {torch.get_num_threads()}: "
+            "the last bits may differ",
             file=sys.stderr,
         )
     groups = build_groups(config)

@@ -11,12 +11,10 @@ from typing import Any
 
 from tdc_fast.errors import invalid, require
 from tdc_fast.training.config import MAY_CHANGE_ON_RESUME, TrainConfig, read_options
-from tdc_fast.training.options import SECTIONS
+from tdc_fast.training.options import SECTIONS, help_texts
 
 _DESCRIPTION = """Train a denoiser as improved-diffusion does, or (with --groups N) a TDC model: one base for all
-noise levels, split into N experts that are pruned to their budget and fine-tuned on their own timesteps.
-
-Values may also come from a YAML or JSON file, --config PATH; flags on the command line win."""
+noise levels, split into N experts that are pruned to their budget and fine-tuned on their own timesteps."""
 
 
 def parse_command_line(argv: Sequence[str]) -> TrainConfig:
@@ -37,19 +35,23 @@ def parse_command_line(argv: Sequence[str]) -> TrainConfig:
     if run_config is not None:
         values = {**run_config.to_dict(), **values}
     defaults = TrainConfig.from_dict(values)
+    kind = _command_line_type(tyro)
     parsed = tyro.cli(
-        _command_line_type(tyro),
+        kind,
         args=arguments,
-        default=_in_sections(tyro, defaults),
+        default=_in_sections(kind, defaults),
         prog="python -m tdc_fast.train",
         description=_DESCRIPTION,
         use_underscores=True,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
     )
-    flat: dict[str, Any] = {}
-    for section in SECTIONS:
-        flat.update(dataclasses.asdict(getattr(parsed, section)))
-    config = TrainConfig.from_dict(flat)
+    config = TrainConfig.from_dict(
+        {
+            field.name: getattr(getattr(parsed, name), field.name)
+            for name, section in SECTIONS.items()
+            for field in dataclasses.fields(section)
+        }
+    )
     if run_config is not None:
         refuse_changed_options(run_config, config)
         config = config.replace(run_dir=str(_resumed_directory(arguments)))
@@ -64,17 +66,34 @@ def refuse_changed_options(run: TrainConfig, wanted: TrainConfig) -> None:
 
 
 def _command_line_type(tyro: Any) -> type:
-    fields = [(name, section, dataclasses.field(default_factory=section)) for name, section in SECTIONS.items()]
+    """A dataclass of the sections, each field with its help text, and --config for the help's sake."""
+    fields: list[Any] = []
+    for name, section in SECTIONS.items():
+        kinds, texts = typing.get_type_hints(section), help_texts(section)
+        options: list[Any] = [
+            (field.name, typing.Annotated[kinds[field.name], tyro.conf.arg(help=texts[field.name])], field)
+            for field in dataclasses.fields(section)
+        ]
+        if name == "run":
+            about = "YAML or JSON file of flag names and values; flags on the command line win."
+            options.insert(
+                0, ("config", typing.Annotated[str, tyro.conf.arg(help=about)], dataclasses.field(default=""))
+            )
+        options = [(key, kind, dataclasses.field(default=field.default)) for key, kind, field in options]
+        kind = dataclasses.make_dataclass(name.capitalize(), options, namespace={"__doc__": section.__doc__})
+        fields.append((name, kind, dataclasses.field(default_factory=kind)))
     return dataclasses.make_dataclass("Options", fields)
 
 
-def _in_sections(tyro: Any, config: TrainConfig) -> Any:
+def _in_sections(kind: type, config: TrainConfig) -> Any:
+    """The configuration's values as an instance of the command line's type."""
     values = config.to_dict()
-    sections = {
-        name: section(**{field.name: values[field.name] for field in dataclasses.fields(section)})
-        for name, section in SECTIONS.items()
-    }
-    return _command_line_type(tyro)(**sections)
+    sections = {}
+    for name, section in SECTIONS.items():
+        part = getattr(kind(), name)
+        own = {field.name: values[field.name] for field in dataclasses.fields(section)}
+        sections[name] = dataclasses.replace(part, **own)
+    return kind(**sections)
 
 
 def _normalise(argv: Sequence[str]) -> tuple[list[str], str]:

@@ -246,7 +246,15 @@ class StageLoop:
             ValueError: the checkpoint is damaged or foreign; names the file and the last good checkpoint.
         """
         expected = {key: value for key, value in self.description().items() if key != "config"}
-        step = choose_checkpoint(self.directory, expected, self.run.config.resume_step, self.run.path)
+        later = self.run.path / "experts"
+        split_already = self.stage.name == "base" and self.run.config.groups and later.exists()
+        wanted = -1 if split_already else self.run.config.resume_step  # it names a checkpoint of the later stage
+        try:
+            step = choose_checkpoint(self.directory, expected, wanted, self.run.path)
+        except ValueError as error:
+            if split_already:
+                raise ValueError(f"{error} (move {later} away first: its experts came from that base)") from error
+            raise
         if step is None:
             discard_after(self.directory, 0)
             return False

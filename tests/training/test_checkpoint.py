@@ -78,7 +78,7 @@ def test_a_file_that_is_not_the_one_described_does_not_load(tmp_path):
     save(tmp_path, 5)
     path = tmp_path / "model000005.pt"
     assert load_verified(path)["w"].tolist() == [5, 5, 5]
-    path.write_bytes(path.read_bytes()[:-1] + b"\0")
+    path.write_bytes(path.read_bytes()[:-1] + b"\1")
     with pytest.raises(ValueError, match="model000005.pt.*sha256"):
         load_verified(path)
 
