@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_run import TWO_STAGES, differences, flags, rows, small_config, train_in_child
 
 from tdc_fast.train import main, train
 from tdc_fast.training import RunDirectory, load_run
+from tests.training.small_run import TWO_STAGES, differences, flags, rows, small_config, train_in_child
 
 
 @pytest.fixture(scope="module")

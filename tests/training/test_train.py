@@ -6,7 +6,6 @@ import json
 
 import pytest
 import torch
-from small_run import TWO_STAGES, flags, rows, small_config, write_images
 from torch.utils.flop_counter import FlopCounterMode
 
 from tdc_fast.routing import TimestepGroups
@@ -15,6 +14,7 @@ from tdc_fast.training import load_run, prune_base, train_base, train_experts
 from tdc_fast.training.base_file import flags_of
 from tdc_fast.training.build import build_unet
 from tdc_fast.training.checkpoint import load_tensors
+from tests.training.small_run import TWO_STAGES, flags, rows, small_config, write_images
 
 
 @pytest.fixture(scope="module")
