@@ -65,6 +65,8 @@ class NormProblem:
 
 def pair(name: str, value: int | tuple[int, int] | list[int], minimum: int) -> tuple[int, int]:
     """An int or a pair of ints as a pair, each at least `minimum`."""
+    if type(value) is int and value >= minimum:
+        return value, value
     values = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, (tuple, list)) else ()
     if len(values) != 2 or not all(isinstance(v, int) and v >= minimum for v in values):
         raise invalid(name, value, f"an int or a pair of ints, each at least {minimum}")

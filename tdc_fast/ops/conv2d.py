@@ -330,10 +330,10 @@ class _RoutedConv2d(torch.autograd.Function):
         needs = ctx.needs_input_grad[1:]
         dx = dweight = dbias = dsample_bias = dresidual = None
         if needs[0]:
-            dx = _dgrad_op(dy, weight, *routing, ctx.image_size, *ctx.settings, ctx.backend)
+            dx = library.call_in_backward(_dgrad_op, dy, weight, *routing, ctx.image_size, *ctx.settings, ctx.backend)
         if needs[1] or needs[2] or needs[3]:
             mask = needs[1:4]
-            grads = _wgrad_op(dy, x, weight, *routing, *ctx.settings, mask, ctx.backend)
+            grads = library.call_in_backward(_wgrad_op, dy, x, weight, *routing, *ctx.settings, mask, ctx.backend)
             dweight, dbias, dsample_bias = (grad if wanted else None for grad, wanted in zip(grads, mask, strict=True))
         if needs[4]:
             dresidual = dy

@@ -264,7 +264,7 @@ class _RoutedGroupNorm(torch.autograd.Function):
         if dy is None:
             return (None,) * 13
         mask = ctx.needs_input_grad[1:6]
-        grads = _backward_op(dy, *ctx.saved_tensors, *ctx.settings, mask, ctx.backend)
+        grads = library.call_in_backward(_backward_op, dy, *ctx.saved_tensors, *ctx.settings, mask, ctx.backend)
         wanted = (grad if needed else None for grad, needed in zip(grads, mask, strict=True))
         return (None, *wanted, *(None,) * 7)
 

@@ -42,7 +42,7 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
 
 
 def _name(op: torch._ops.OpOverload) -> str:
-    return op._schema.name.split("::")[1]
+    return op._opname
 
 
 def add_autograd(op: torch._ops.OpOverload, function: type[torch.autograd.Function]) -> None:
@@ -73,6 +73,19 @@ def add_autograd(op: torch._ops.OpOverload, function: type[torch.autograd.Functi
 
 
 below_autograd = torch._C._AutoDispatchBelowAutograd
+
+
+def call_in_backward(op: torch._ops.OpOverload, dy: torch.Tensor, *args: Any) -> Any:
+    """op(dy, *args) for the `backward` of a Function, past the dispatcher where nothing waits in it."""
+    plain = (
+        torch._C._len_torch_dispatch_stack() == 0
+        and not torch.autograd._profiler_enabled()
+        and (torch._C._dispatch_keys(dy) & _BELOW_AUTOGRAD).highestPriorityTypeId() in _DEVICE_KEYS
+    )
+    if not plain:
+        return op(dy, *args)
+    with below_autograd():
+        return _implementations[_name(op)](dy, *args)
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:

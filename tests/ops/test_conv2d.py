@@ -101,6 +101,23 @@ def test_the_result_is_channels_last(backend: str, dtype: torch.dtype) -> None:
 
 
 @served
+def test_weights_may_have_any_strides(backend: str, dtype: torch.dtype) -> None:
+    case = random_case()
+    plain = case.tensors(dtype)
+    expected = gradients(routed(case, plain, backend=backend), plain)
+    views = case.tensors(dtype)
+    for name, by in (("weight", (3, 4, 1, 0, 2)), ("bias", (1, 0)), ("sample_bias", (1, 0))):
+        inverse = sorted(range(len(by)), key=by.__getitem__)
+        views[name] = plain[name].detach().permute(by).contiguous().permute(inverse).requires_grad_()
+    actual = gradients(routed(case, views, backend=backend), views)
+    for name in expected:
+        assert torch.equal(actual[name], expected[name]), name
+    shared = plain["weight"].detach()[:1].expand(3, -1, -1, -1, -1)  # one expert's weights for all
+    y = routed(case, plain | {"weight": shared}, backend=backend)
+    assert torch.equal(y, routed(case, plain | {"weight": shared.contiguous()}, backend=backend))
+
+
+@served
 def test_everything_past_the_widths_is_exactly_zero(backend: str, dtype: torch.dtype, nan_filled_memory: None) -> None:
     case = random_case()
     tensors = case.tensors(dtype)
