@@ -190,7 +190,10 @@ def _extractor(images: Tensor, features: str) -> tuple[nn.Module, str]:
 def _losses(denoiser: TrainedDenoiser, other: ImageSet, options: EvaluateOptions) -> dict[str, Any]:
     """The denoising loss by group: on the run's held-out images, else on the other set's."""
     config = denoiser.config
-    groups = build_groups(config) or TimestepGroups.uniform(denoiser.diffusion.num_timesteps, 4)
+    steps = denoiser.diffusion.num_timesteps
+    groups = build_groups(config)
+    if groups is None or groups.num_timesteps != steps:  # uniform training, or on a subset of the timesteps
+        groups = TimestepGroups.uniform(steps, min(4, steps))
     if config.heldout:
         heldout = split_data(config)[1]
         assert heldout is not None

@@ -28,6 +28,7 @@ from tdc_fast.training.options import DiffusionOptions, ModelOptions
 from tdc_fast.training.run import default_directory
 
 GRID_IMAGES = 100
+QUICK_STEPS = 50
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,12 +42,13 @@ class SampleOptions:
     model_path: str = ""
     """Instead of --run: one file of weights, of ours or of improved-diffusion. A configuration beside it is used, and
     flags that contradict it are refused; without one, the model's flags must be given."""
-    num_samples: int = 10000
-    """Number of images."""
-    batch_size: int = 16
-    """Images that are drawn at once."""
+    num_samples: int = 0
+    """Number of images; 0 takes 100 with --run, and improved-diffusion's 10000 with --model_path."""
+    batch_size: int = 0
+    """Images that are drawn at once; 0 takes 100 with --run, and improved-diffusion's 16 with --model_path."""
     sampler: Literal["auto", "ddpm", "ddim", "dpm++2m"] = "auto"
-    """auto: ddim with --use_ddim True, else ddpm."""
+    """auto: ddim with --use_ddim True, else ddpm; with --run and neither --steps nor --timestep_respacing, ddim in 50
+    steps."""
     use_ddim: bool = False
     """improved-diffusion's switch for DDIM."""
     steps: int = 0
@@ -156,26 +158,37 @@ def _from_command_line(argv: Sequence[str]) -> tuple[TrainedDenoiser, dict[str, 
     )
     if bool(options["run"]) == bool(options["model_path"]):
         raise invalid("run", options["run"], "either --run DIR or --model_path FILE")
-    for name in ("num_samples", "batch_size"):
-        if options[name] < 1:
-            raise invalid(name, options[name], "a number above 0")
+    for name in ("num_samples", "batch_size", "steps"):
+        if options[name] < 0:
+            raise invalid(name, options[name], "0 or a number above it")
     refuse_mismatch(run or model_path, stored, options)
+    _fill_in(options)
     if run:
         return from_run(run, options["which"], options["timestep_respacing"]), options
     return from_checkpoint(model_path, options), options
 
 
+def _fill_in(options: dict[str, Any]) -> None:
+    """Replace what was left open: short and quick for a run, improved-diffusion's own for a file of weights."""
+    is_run = bool(options["run"])
+    options["num_samples"] = options["num_samples"] or (100 if is_run else 10000)
+    options["batch_size"] = options["batch_size"] or (100 if is_run else 16)
+    if options["sampler"] != "auto":
+        return
+    all_steps = not options["steps"] and not options["timestep_respacing"]
+    options["sampler"] = "ddim" if options["use_ddim"] or (is_run and all_steps) else "ddpm"
+    if is_run and all_steps:
+        options["steps"] = min(QUICK_STEPS, options["diffusion_steps"])
+
+
 def _run(denoiser: TrainedDenoiser, options: dict[str, Any]) -> tuple[Path, Path]:
     if options["num_threads"]:
         torch.set_num_threads(options["num_threads"])
-    sampler = options["sampler"]
-    if sampler == "auto":
-        sampler = "ddim" if options["use_ddim"] else "ddpm"
     denoiser.model.to(options["device"])
     images, labels = draw_samples(
         denoiser,
         options["num_samples"],
-        sampler=sampler,
+        sampler=options["sampler"],
         steps=options["steps"] or None,
         batch_size=options["batch_size"],
         seed=options["seed"],

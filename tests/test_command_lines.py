@@ -98,13 +98,18 @@ def test_a_checkpoint_of_ours_needs_no_flags_and_experts_are_sampled_by_run(run,
         sample.main(["--model_path", str(experts), "--out", str(tmp_path)])
 
 
+def test_a_run_alone_gives_a_hundred_images_in_few_steps(run, tmp_path):
+    sample.main(["--run", str(run), "--out", str(tmp_path)])
+    assert np.load(tmp_path / "samples_100x8x8x1.npz")["arr_0"].shape == (100, 8, 8, 1)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         ([], "either --run DIR or --model_path FILE"),
         (["--run", "nowhere"], "run: got 'nowhere'"),
         (["--model_path", "nowhere.pt"], "nowhere.pt"),
-        (["--run", "RUN", "--num_samples", "0"], "num_samples: got 0"),
+        (["--run", "RUN", "--num_samples", "-1"], "num_samples: got -1"),
         (["--run", "RUN", "--classes", "10", "--num_samples", "1"], "classes: got 10"),
         (["--run", "RUN", "--use_ddim", "maybe"], "use_ddim: got 'maybe'"),
     ],
