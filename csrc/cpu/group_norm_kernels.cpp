@@ -232,52 +232,68 @@ TDC_INLINE Float<L> affine_grad(Float<L> dy, Float<L> centred_x, const NormAffin
   return dy * (s * (1.0f + z * (1.0f - s)));
 }
 
-template <bool kSilu>
+template <bool kSilu, bool kKeep>
 struct BackwardSums {
   const void* x;
   const void* dy;
+  void* dz;
   int64_t rows;
   const NormLayout& layout;
   const NormAffine& a;
   float* sum_dz;
   float* sum_dz_centred;
 
-  template <typename T, int L, int K>
+  // U rows at a time over K vectors of channels; see sum_strip.
+  template <typename T, int L, int K, int U>
   TDC_INLINE void strip(int64_t c) const {
+    const int64_t stride = layout.stride;
     const T* x_row = static_cast<const T*>(x) + c;
     const T* dy_row = static_cast<const T*>(dy) + c;
-    Float<L> sum[K] = {}, sum_centred[K] = {};
-    for (int64_t r = 0; r < rows; ++r, x_row += layout.stride, dy_row += layout.stride) {
-      for (int k = 0; k < K; ++k) {
-        const Float<L> d = centred<L>(load<L>(x_row + k * L), a, c + k * L);
-        const Float<L> dz = affine_grad<L, kSilu>(load<L>(dy_row + k * L), d, a, c + k * L);
-        sum[k] += dz;
-        sum_centred[k] += dz * d;
+    T* dz_row = static_cast<T*>(dz) + (kKeep ? c : 0);
+    Float<L> sum[U][K] = {}, sum_centred[U][K] = {};
+    const auto add = [&](int u, int k, int64_t r) TDC_LAMBDA_INLINE {
+      const Float<L> d = centred<L>(load<L>(x_row + r * stride + k * L), a, c + k * L);
+      const Float<L> grad = affine_grad<L, kSilu>(load<L>(dy_row + r * stride + k * L), d, a, c + k * L);
+      if (kKeep) store<L>(dz_row + r * stride + k * L, grad);
+      sum[u][k] += grad;
+      sum_centred[u][k] += grad * d;
+    };
+    int64_t r = 0;
+    for (; r + U <= rows; r += U) {
+      for (int u = 0; u < U; ++u) {
+        for (int k = 0; k < K; ++k) add(u, k, r + u);
       }
     }
+    for (; r < rows; ++r) {
+      for (int k = 0; k < K; ++k) add(0, k, r);
+    }
     for (int k = 0; k < K; ++k) {
-      store<L>(sum_dz + c + k * L, sum[k]);
-      store<L>(sum_dz_centred + c + k * L, sum_centred[k]);
+      for (int u = 1; u < U; ++u) sum[0][k] += sum[u][k], sum_centred[0][k] += sum_centred[u][k];
+      store<L>(sum_dz + c + k * L, sum[0][k]);
+      store<L>(sum_dz_centred + c + k * L, sum_centred[0][k]);
     }
   }
 
   template <typename T, int L>
   TDC_INLINE void run() const {
+    constexpr int U = kSilu ? 1 : 2;  // the sigmoid hides the latency of the sums
     const int64_t live = layout.live;
     int64_t c = 0;
-    for (; c + 2 * L <= live; c += 2 * L) strip<T, L, 2>(c);
-    for (; c + L <= live; c += L) strip<T, L, 1>(c);
-    if (c < live) strip<T, L, 1>(live - L);
+    for (; c + 2 * L <= live; c += 2 * L) strip<T, L, 2, U>(c);
+    for (; c + L <= live; c += L) strip<T, L, 1, 2 * U>(c);
+    if (c < live) strip<T, L, 1, 2 * U>(live - L);
   }
 };
 
 template <typename T>
-void backward_sums(const void* x, const void* dy, int64_t rows, const NormLayout& layout, const NormAffine& a,
-                   bool silu, float* sum_dz, float* sum_dz_centred) {
-  if (silu) {
-    with_lanes<T>(layout.live, BackwardSums<true>{x, dy, rows, layout, a, sum_dz, sum_dz_centred});
+void backward_sums(const void* x, const void* dy, void* dz, int64_t rows, const NormLayout& layout,
+                   const NormAffine& a, bool silu, float* sum_dz, float* sum_dz_centred) {
+  if (silu && dz) {
+    with_lanes<T>(layout.live, BackwardSums<true, true>{x, dy, dz, rows, layout, a, sum_dz, sum_dz_centred});
+  } else if (silu) {
+    with_lanes<T>(layout.live, BackwardSums<true, false>{x, dy, dz, rows, layout, a, sum_dz, sum_dz_centred});
   } else {
-    with_lanes<T>(layout.live, BackwardSums<false>{x, dy, rows, layout, a, sum_dz, sum_dz_centred});
+    with_lanes<T>(layout.live, BackwardSums<false, false>{x, dy, dz, rows, layout, a, sum_dz, sum_dz_centred});
   }
 }
 
@@ -341,8 +357,9 @@ struct BackwardApply {
     T* to = static_cast<T*>(dx);
     const int64_t last = layout.live - L, stride = layout.stride;
     for (int64_t r = 0; r < rows; ++r, x_row += stride, dy_row += stride, to += stride) {
+      const Float<L> last_dy = load<L>(dy_row + last);  // before dx overwrites what overlaps, should it be dy
       for (int64_t c = 0; c < last; c += L) store<L>(to + c, value<L>(load<L>(x_row + c), load<L>(dy_row + c), c));
-      store<L>(to + last, value<L>(load<L>(x_row + last), load<L>(dy_row + last), last));
+      store<L>(to + last, value<L>(load<L>(x_row + last), last_dy, last));
       clear_dead(to, layout);
     }
   }

@@ -59,16 +59,17 @@ struct NormKernels {
   // y = act(z); zeros past the live channels.
   void (*normalize)(const void* x, void* y, int64_t rows, const NormLayout&, const NormAffine&, bool silu);
 
-  // sum_dz[c] = sum of dz, sum_dz_centred[c] = sum of dz * (x - mean), over the rows, with dz = dy * act'(z).
-  void (*backward_sums)(const void* x, const void* dy, int64_t rows, const NormLayout&, const NormAffine&, bool silu,
-                        float* sum_dz, float* sum_dz_centred);
+  // sum_dz[c] = sum of dz, sum_dz_centred[c] = sum of dz * (x - mean), over the rows, with dz = dy * act'(z). Also
+  // writes dz where that is not null.
+  void (*backward_sums)(const void* x, const void* dy, void* dz, int64_t rows, const NormLayout&, const NormAffine&,
+                        bool silu, float* sum_dz, float* sum_dz_centred);
 
   // From the sums over all pixels of one sample to its gradients and to the factors of dx.
   void (*backward_factors)(const NormLayout&, const NormSampleParameters&, const float* rstd, int64_t pixels,
                            const double* sum_dz, const double* sum_dz_centred, const NormSampleGrads&,
                            const NormInputGrad& out);
 
-  // dx; zeros past the live channels.
+  // dx, which may be the same memory as dy; zeros past the live channels.
   void (*backward_apply)(const void* x, const void* dy, void* dx, int64_t rows, const NormLayout&, const NormAffine&,
                          const NormInputGrad&, bool silu);
 

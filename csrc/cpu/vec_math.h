@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #define TDC_INLINE inline __attribute__((always_inline))
+#define TDC_LAMBDA_INLINE __attribute__((always_inline))
 
 namespace tdc {
 namespace TDC_FAST_ISA {
@@ -64,6 +65,18 @@ TDC_INLINE void store(BFloat16* to, Float<L> value) {
   __builtin_memcpy(to, &half, sizeof half);
 }
 
+// The same value, unknown to the optimiser. A comparison with such a value followed by a selection becomes one min or
+// max instruction; with a constant that GCC sees it becomes two.
+template <int L>
+TDC_INLINE Float<L> opaque(Float<L> value) {
+#if defined(__x86_64__)
+  if constexpr (L >= 4) asm("" : "+x"(value));
+#elif defined(__aarch64__)
+  if constexpr (L >= 4) asm("" : "+w"(value));
+#endif
+  return value;
+}
+
 // 1 / (1 + exp(-z)), to about 2 ulp. The exponential reaches infinity at z = -88.4, where the exact result is below
 // 4e-39; NaN stays NaN.
 template <int L>
@@ -71,24 +84,29 @@ TDC_INLINE Float<L> sigmoid(Float<L> z) {
   typedef Float<L> F;
   typedef typename Lanes<L>::Bits Bits;
   const F zero = {};
+  const F highest = opaque<L>(zero + 88.9f), lowest = opaque<L>(zero - 87.0f);
   F t = -z;
-  t = t > 88.9f ? zero + 88.9f : t;
-  t = t < -87.0f ? zero - 87.0f : t;  // below it exp(t) is lost beside the 1
+  t = highest < t ? highest : t;  // false for NaN, which stays
+  t = t < lowest ? lowest : t;    // below it exp(t) is lost beside the 1
   // exp(t) = 2^n * exp(r) with |r| <= ln(2) / 2. Adding 1.5 * 2^23 rounds to an integer in the low mantissa bits.
-  const F magic = zero + 12582912.0f;
-  const F shifted = t * 1.44269504088896341f + magic;
-  const F n = shifted - magic;
+  const F shifted = t * 1.44269504088896341f + 12582912.0f;
+  const F n = shifted - 12582912.0f;
+#if defined(__FP_FAST_FMAF)
+  const F r = t - n * 0.693147180559945309f;  // one rounding: off by 2e-9 * n
+#else
   F r = t - n * 0.693359375f;  // the leading 9 bits of ln(2): the product is exact
   r = r + n * 2.12194440e-4f;
+#endif
   // exp(r) = 1 + r + r^2 q(r): q is the minimax polynomial of degree 4, relative error 4e-9.
-  F q = zero + 0x1.6a2256p-10f;
-  q = q * r + 0x1.123b02p-7f;
-  q = q * r + 0x1.5558f8p-5f;
-  q = q * r + 0x1.555490p-3f;
-  q = q * r + 0x1.fffffcp-2f;
-  const F exp_r = (q * r) * r + r + 1.0f;
-  const Bits power = ((Bits)shifted - (Bits)magic + 127u) << 23;  // n = 128 gives infinity
-  return 1.0f / (1.0f + exp_r * (F)power);
+  F p = zero + 0x1.6a2256p-10f;
+  p = p * r + 0x1.123b02p-7f;
+  p = p * r + 0x1.5558f8p-5f;
+  p = p * r + 0x1.555490p-3f;
+  p = p * r + 0x1.fffffcp-2f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  const Bits power = ((Bits)shifted + (127u - 0x4b400000u)) << 23;  // 0x4b400000: bits of 1.5 * 2^23; n = 128: infinity
+  return 1.0f / (1.0f + p * (F)power);
 }
 
 }  // namespace TDC_FAST_ISA
