@@ -18,6 +18,7 @@ namespace {
 constexpr int64_t kPackedLimit = int64_t{6} << 20;    // bytes of packed weights at a time
 constexpr int64_t kSourceLimit = int64_t{192} << 10;  // bytes of source per task: it shares L2 with a panel
 constexpr int64_t kBlockPixels = 128;
+constexpr int64_t kLeastPixels = 64;                  // fewer would leave tiles of image corners too small
 constexpr int64_t kTasksWanted = 32;                  // enough for an even load, from shapes alone
 constexpr int64_t kParallelMacs = int64_t{1} << 19;   // below, waking a thread costs more than it saves
 
@@ -87,6 +88,9 @@ class Gather {
     return std::min<int64_t>(panel_, ceil_div(e.lanes - panel * panel_, kernels_.lanes) * kernels_.lanes);
   }
 
+  // An odd number, so that the taps of a channel do not all fall on the same cache sets.
+  static int64_t tap_rows(const Panels& e) { return e.depth | 1; }
+
   void plan_experts() {
     work_.experts.assign(p_.num_experts, {});
     macs_ = 0;
@@ -104,7 +108,7 @@ class Gather {
   void plan_blocks() {
     const int64_t rows = geo_.rows.indices, image = rows * geo_.columns.indices;
     const int64_t pixels = p_.batch * image;
-    const int64_t wanted = std::min(kBlockPixels, std::max<int64_t>(kernels_.pixels * 4, pixels / kTasksWanted));
+    const int64_t wanted = std::min(kBlockPixels, std::max<int64_t>(kLeastPixels, pixels / kTasksWanted));
     int64_t depth = 1, lanes = 1;
     for (const Panels& e : work_.experts) depth = std::max(depth, e.depth), lanes = std::max(lanes, e.lanes);
     const int64_t line = geo_.columns.source_size * depth * 4;  // bytes of a source row in fp32
@@ -141,7 +145,7 @@ class Gather {
       e.memory = floats;
       e.state = panels;
       while (panel < total) {
-        const int64_t size = num_taps() * e.depth * panel_row(e, panel);
+        const int64_t size = num_taps() * tap_rows(e) * panel_row(e, panel);
         if (floats > 0 && (floats + size) * 4 > kPackedLimit) {
           full = true;
           break;
@@ -184,7 +188,7 @@ class Gather {
 
   void run_wave() {
     work_.shares.run(work_.costs, macs_ < kParallelMacs ? 1 : p_.threads,
-                     [&](int64_t task) { compute(work_.blocks[task]); });
+                     [&](int64_t task) { compute(task); });
   }
 
   // Packs those panels of the task that nobody has begun, then waits for the others.
@@ -218,13 +222,14 @@ class Gather {
     pack.tap_at = geo_.tap_at.empty() ? nullptr : geo_.tap_at.data();
     pack.num_taps = num_taps();
     pack.packed = packed_ + panel_memory(e, panel);
+    pack.tap_rows = tap_rows(e);
     pack.row = panel_row(e, panel);
     kernels_.pack[type_](pack);
   }
 
   // All panels but the last have the same size.
   int64_t panel_memory(const Panels& e, int64_t panel) const {
-    return e.memory + (panel - e.begin) * num_taps() * e.depth * panel_;
+    return e.memory + (panel - e.begin) * num_taps() * tap_rows(e) * panel_;
   }
 
   static LocalMemory& local() {
@@ -243,7 +248,8 @@ class Gather {
     int64_t pixel, line, image;  // floats from pixel to pixel, row to row, sample to sample
   };
 
-  void compute(const BlockTask& task) const {
+  void compute(int64_t index) const {
+    const BlockTask& task = work_.blocks[index];
     if (task.panel_begin == task.panel_end) return zero_rows(task);
     prepare_panels(task);
     LocalMemory& memory = local();
@@ -282,15 +288,46 @@ class Gather {
       }
       c.pixel_end = pixel_count;
       c.tap_begin = counts.taps;
-      const int64_t depth = work_.experts[p_.expert(task.group)].depth;
+      const int64_t tap_size = tap_rows(work_.experts[p_.expert(task.group)]);
       for (int r = i_run.tap_begin; r < i_run.tap_end; ++r)
         for (int s = j_run.tap_begin; s < j_run.tap_end; ++s)
           taps[counts.taps++] = {row.taps[r] * source.line + column.taps[s] * source.pixel,
-                                 (geo_.first_tap[phase] + r * static_cast<int64_t>(column.taps.size()) + s) * depth};
+                                 (geo_.first_tap[phase] + r * static_cast<int64_t>(column.taps.size()) + s) * tap_size};
       c.tap_end = counts.taps;
     });
-    run_tiles(task, classes, counts.classes, pixels, taps);
+    // Most often this thread goes on with the next block.
+    Prefetch next(*this, index + 1, task.panel_end - task.panel_begin, pixel_count);
+    run_tiles(task, classes, counts.classes, pixels, taps, next);
   }
+
+  // Fetches the source of a coming block into the cache, a little after every tile.
+  class Prefetch {
+   public:
+    Prefetch(const Gather& gather, int64_t index, int64_t panels, int64_t pixels) {
+      if (gather.type_ != 0 || index >= static_cast<int64_t>(gather.work_.blocks.size())) return;
+      const BlockTask& task = gather.work_.blocks[index];
+      const Axis& rows = gather.geo_.rows;
+      const int64_t line = gather.geo_.columns.source_size;
+      const int64_t begin = std::max<int64_t>(0, task.row_begin * rows.source_step + rows.min_tap);
+      const int64_t end = std::min(rows.source_size, (task.row_end - 1) * rows.source_step + rows.max_tap + 1);
+      const int64_t last = (task.sample_end - 1) * rows.source_size + end;
+      stride_ = gather.geo_.source_channels;
+      live_ = gather.live_source(task.group);
+      at_ = static_cast<const float*>(gather.op_.source) + (task.sample_begin * rows.source_size + begin) * line * stride_;
+      left_ = live_ == 0 ? 0 : std::max<int64_t>(0, (last - task.sample_begin * rows.source_size - begin) * line);
+      per_pixel_ = ceil_div(left_ * 64, std::max<int64_t>(1, panels * pixels));
+    }
+
+    void advance(int64_t pixels) {
+      credit_ += pixels * per_pixel_;
+      for (; left_ > 0 && credit_ >= 64; credit_ -= 64, --left_, at_ += stride_)
+        for (int64_t c = 0; c < live_; c += 16) __builtin_prefetch(at_ + c, 0, 2);
+    }
+
+   private:
+    const float* at_ = nullptr;
+    int64_t stride_ = 0, live_ = 0, left_ = 0, per_pixel_ = 0, credit_ = 0;  // credit: 64ths of a pixel
+  };
 
   struct Counts {
     int64_t classes = 0, taps = 0;
@@ -322,7 +359,7 @@ class Gather {
   }
 
   void run_tiles(const BlockTask& task, const Class* classes, int64_t num_classes, const ConvPixel* pixels,
-                 const GatherTap* taps) const {
+                 const GatherTap* taps, Prefetch& next) const {
     const Panels& e = work_.experts[p_.expert(task.group)];
     GatherTile tile;
     tile.depth = live_source(task.group);
@@ -344,6 +381,7 @@ class Gather {
           tile.pixels = pixels + c->pixel_begin + begin;
           tile.num_pixels = static_cast<int>(count * (i + 1) / tiles - begin);
           kernels_.gather[type_](tile);
+          next.advance(tile.num_pixels);
         }
       }
     }

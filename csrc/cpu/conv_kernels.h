@@ -59,7 +59,8 @@ struct OuterTile {
   int64_t row;            // floats from row to row of sums
 };
 
-// A panel of packed weights: packed[t * depth + d][lane] = weights[lane * lane_stride + d * depth_stride + taps[t]].
+// A panel of packed weights:
+// packed[t * tap_rows + d][lane] = weights[lane * lane_stride + d * depth_stride + taps[t]], zero for lanes not live.
 struct PanelPack {
   const void* weights;
   const void* end;        // one past the last readable element
@@ -69,6 +70,7 @@ struct PanelPack {
   const int32_t* tap_at;  // inverse of taps where those are a permutation of 0 .. num_taps - 1, else null
   int64_t num_taps;
   float* packed;
+  int64_t tap_rows;       // packed rows from tap to tap
   int64_t row;            // floats per packed row: a multiple of the vector length
 };
 

@@ -54,44 +54,92 @@ inline void add_row(const float* from, float* to, int64_t count) {
   for (; i < count; ++i) to[i] += from[i];
 }
 
-// Walks the packed rows of a run of memory that holds num_taps adjacent taps per channel: tap fastest.
-struct TapMajorRun {
-  const int32_t* tap_at;
-  int64_t num_taps, depth, tap, d;
-  int64_t next() {
-    const int64_t row = tap_at[tap] * depth + d;
-    if (++tap == num_taps) tap = 0, ++d;
-    return row;
-  }
-};
-// The same for a run of adjacent channels of one tap.
-struct ChannelRun {
-  int64_t row;
-  int64_t next() { return row++; }
+// Where the elements of a run of adjacent memory go: element j to packed row (j / period) * step + table[j % period].
+// One tap's channels: period 1. Channels with num_taps adjacent taps each: period num_taps, in whatever order.
+struct RunRows {
+  const ptrdiff_t* table;
+  int64_t period, step;
 };
 
-// Transposes a run of `length` adjacent elements of each of `lanes` strided rows into packed rows.
-template <typename T, typename Rows>
-inline void pack_run(const PanelPack& pack, const T* from, int64_t length, Rows rows, int64_t lane, int lanes) {
-  const T* end = static_cast<const T*>(pack.end);
-  for (int64_t j = 0; j < length; j += kLanes) {
-    const int columns = static_cast<int>(length - j < kLanes ? length - j : kLanes);
-    // Elements after the run belong to the same tensor and are not kept, so only its end needs care.
-    const bool readable = end - (from + (lanes - 1) * pack.lane_stride + j) >= kLanes;
-    Vec block[kLanes];
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) {
-      if (i < lanes) {
-        const T* row = from + i * pack.lane_stride + j;
-        block[i] = readable ? load(row) : load_partial(row, columns);
-      } else {
-        block[i] = Vec{};
-      }
+constexpr int kTableTaps = 49;  // larger filters take the general path
+
+// The packed offsets of kLanes columns at a time repeat after `period` steps.
+class RowWalker {
+ public:
+  RowWalker(const RunRows& rows, int64_t row) : step_(rows.step * row), period_(rows.period) {
+    if (period_ == 1) {
+      for (int i = 0; i < kLanes; ++i) table_[i] = i * step_;
+      return;
     }
-    transpose(block);
-#pragma GCC unroll 16
+    ptrdiff_t* to = table_;
     for (int i = 0; i < kLanes; ++i)
-      if (i < columns) store(pack.packed + rows.next() * pack.row + lane, block[i]);
+      for (int64_t m = 0; m < period_; ++m) *to++ = i * step_ + rows.table[m] * row;
+  }
+  // Offsets of the next kLanes columns, relative to base().
+  const ptrdiff_t* offsets() const { return table_ + at_ * kLanes; }
+  ptrdiff_t base() const { return base_; }
+  void advance() {
+    if (period_ == 1) {
+      base_ += kLanes * step_;
+    } else if (++at_ == period_) {
+      at_ = 0;
+      base_ += kLanes * step_;
+    }
+  }
+  void restart() { at_ = 0, base_ = 0; }
+
+ private:
+  ptrdiff_t step_, base_ = 0;
+  int64_t period_, at_ = 0;
+  ptrdiff_t table_[kTableTaps * kLanes];
+};
+
+template <typename T>
+inline void load_block(const PanelPack& pack, const T* from, int columns, int lanes, Vec (&block)[kLanes]) {
+  // Elements after the run belong to the same tensor and are not kept, so only its end needs care.
+  const bool readable = static_cast<const T*>(pack.end) - (from + (lanes - 1) * pack.lane_stride) >= kLanes;
+  if (readable && lanes == kLanes) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) block[i] = load(from + i * pack.lane_stride);
+    return;
+  }
+  for (int i = 0; i < kLanes; ++i) {
+    const T* row = from + i * pack.lane_stride;
+    block[i] = i >= lanes ? Vec{} : readable ? load(row) : load_partial(row, columns);
+  }
+}
+
+template <int Columns>
+inline void store_block(float* to, const ptrdiff_t* offsets, const Vec (&block)[kLanes]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < Columns; ++i) store(to + offsets[i], block[i]);
+}
+
+// Transposes a run of `length` adjacent elements of each of `lanes` strided rows into packed rows.
+template <typename T>
+inline void pack_run(const PanelPack& pack, const T* from, int64_t length, RowWalker& rows, float* to, int lanes) {
+  constexpr int kFilter = 9;  // one 3x3 filter, the common run when channels are far apart
+  for (int64_t j = 0; j < length; j += kLanes, rows.advance()) {
+    const int columns = static_cast<int>(length - j < kLanes ? length - j : kLanes);
+    Vec block[kLanes];
+    load_block(pack, from + j, columns, lanes, block);
+    float* base = to + rows.base();
+    const ptrdiff_t* offsets = rows.offsets();
+    if (columns == kLanes) {
+      transpose(block);
+      store_block<kLanes>(base, offsets, block);
+    } else if (kFilter < kLanes && columns == kFilter) {
+      transpose(block);
+      store_block<kFilter < kLanes ? kFilter : kLanes>(base, offsets, block);
+    } else if (columns == 1) {
+      transpose(block);
+      store_block<1>(base, offsets, block);
+    } else {
+      transpose(block);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i)
+        if (i < columns) store(base + offsets[i], block[i]);
+    }
   }
 }
 
@@ -99,27 +147,32 @@ template <typename T>
 inline void pack_lanes(const PanelPack& pack, int64_t lane, int lanes) {
   const T* from = static_cast<const T*>(pack.weights) + lane * pack.lane_stride;
   if (lanes <= 0) {
-    for (int64_t r = 0; r < pack.num_taps * pack.depth; ++r) store(pack.packed + r * pack.row + lane, Vec{});
+    for (int64_t t = 0; t < pack.num_taps; ++t)
+      for (int64_t d = 0; d < pack.depth; ++d) store(pack.packed + (t * pack.tap_rows + d) * pack.row + lane, Vec{});
   } else if (pack.lane_stride == 1) {
-    float* to = pack.packed + lane;
     for (int64_t t = 0; t < pack.num_taps; ++t)
-      for (int64_t d = 0; d < pack.depth; ++d, to += pack.row)
-        store(to, load_upto(from + pack.taps[t] + d * pack.depth_stride, lanes));
+      for (int64_t d = 0; d < pack.depth; ++d)
+        store(pack.packed + (t * pack.tap_rows + d) * pack.row + lane,
+              load_upto(from + pack.taps[t] + d * pack.depth_stride, lanes));
   } else if (pack.depth_stride == 1) {
-    for (int64_t t = 0; t < pack.num_taps; ++t)
-      pack_run(pack, from + pack.taps[t], pack.depth, ChannelRun{t * pack.depth}, lane, lanes);
-  } else if (pack.tap_at && pack.depth_stride == pack.num_taps) {
-    pack_run(pack, from, pack.depth * pack.num_taps,
-             TapMajorRun{pack.tap_at, pack.num_taps, pack.depth, 0, 0}, lane, lanes);
-  } else if (pack.tap_at) {
-    for (int64_t d = 0; d < pack.depth; ++d)
-      pack_run(pack, from + d * pack.depth_stride, pack.num_taps,
-               TapMajorRun{pack.tap_at, pack.num_taps, pack.depth, 0, d}, lane, lanes);
+    RowWalker rows({nullptr, 1, 1}, pack.row);
+    for (int64_t t = 0; t < pack.num_taps; ++t, rows.restart())
+      pack_run(pack, from + pack.taps[t], pack.depth, rows, pack.packed + t * pack.tap_rows * pack.row + lane, lanes);
+  } else if (pack.tap_at && pack.num_taps <= kTableTaps) {
+    ptrdiff_t table[kTableTaps];
+    for (int64_t m = 0; m < pack.num_taps; ++m) table[m] = pack.tap_at[m] * pack.tap_rows;
+    RowWalker rows({table, pack.num_taps, 1}, pack.row);
+    if (pack.depth_stride == pack.num_taps) {
+      pack_run(pack, from, pack.depth * pack.num_taps, rows, pack.packed + lane, lanes);
+    } else {
+      for (int64_t d = 0; d < pack.depth; ++d, rows.restart())
+        pack_run(pack, from + d * pack.depth_stride, pack.num_taps, rows, pack.packed + d * pack.row + lane, lanes);
+    }
   } else {
     for (int64_t t = 0; t < pack.num_taps; ++t)
       for (int64_t d = 0; d < pack.depth; ++d)
         for (int i = 0; i < kLanes; ++i)
-          pack.packed[(t * pack.depth + d) * pack.row + lane + i] =
+          pack.packed[(t * pack.tap_rows + d) * pack.row + lane + i] =
               i < lanes ? to_float(from[i * pack.lane_stride + d * pack.depth_stride + pack.taps[t]]) : 0.0f;
   }
 }
@@ -133,39 +186,43 @@ void pack_panel(const PanelPack& pack) {
 }
 
 // The reverse of pack_run: packed rows become a run of adjacent elements in each of `lanes` strided rows.
-template <typename T, typename Rows>
-inline void unpack_run(const PanelUnpack& unpack, T* to, int64_t length, Rows rows, int64_t lane, int lanes) {
-  for (int64_t j = 0; j < length; j += kLanes) {
+template <typename T>
+inline void unpack_run(const PanelUnpack& unpack, const float* from, int64_t length, RowWalker& rows, T* to,
+                       int lanes) {
+  for (int64_t j = 0; j < length; j += kLanes, rows.advance()) {
     const int columns = static_cast<int>(length - j < kLanes ? length - j : kLanes);
+    const float* base = from + rows.base();
+    const ptrdiff_t* offsets = rows.offsets();
     Vec block[kLanes];
     if (columns == kLanes) {
 #pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) block[i] = load(unpack.sums + rows.next() * unpack.row + lane);
+      for (int i = 0; i < kLanes; ++i) block[i] = load(base + offsets[i]);
     } else {
-      for (int i = 0; i < kLanes; ++i)
-        block[i] = i < columns ? load(unpack.sums + rows.next() * unpack.row + lane) : Vec{};
+      for (int i = 0; i < kLanes; ++i) block[i] = i < columns ? load(base + offsets[i]) : Vec{};
     }
     transpose(block);
-    for (int i = 0; i < lanes; ++i) store_upto(to + i * unpack.lane_stride + j, block[i], columns);
+    if (columns == kLanes && lanes == kLanes) {
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) store(to + i * unpack.lane_stride + j, block[i]);
+    } else {
+      for (int i = 0; i < lanes; ++i) store_upto(to + i * unpack.lane_stride + j, block[i], columns);
+    }
   }
 }
 
 template <typename T>
 inline void unpack_lanes(const PanelUnpack& unpack, int64_t lane, int lanes) {
   T* to = static_cast<T*>(unpack.weights) + lane * unpack.lane_stride;
+  const float* from = unpack.sums + lane;
   if (unpack.depth_stride == 1) {
-    for (int64_t t = 0; t < unpack.num_taps; ++t)
-      unpack_run(unpack, to + unpack.taps[t], unpack.depth, ChannelRun{t * unpack.depth}, lane, lanes);
-  } else if (unpack.taps_dense && unpack.depth_stride == unpack.num_taps) {
-    struct Run {
-      int64_t num_taps, depth, tap, d;
-      int64_t next() {
-        const int64_t row = tap * depth + d;
-        if (++tap == num_taps) tap = 0, ++d;
-        return row;
-      }
-    };
-    unpack_run(unpack, to, unpack.depth * unpack.num_taps, Run{unpack.num_taps, unpack.depth, 0, 0}, lane, lanes);
+    RowWalker rows({nullptr, 1, 1}, unpack.row);
+    for (int64_t t = 0; t < unpack.num_taps; ++t, rows.restart())
+      unpack_run(unpack, from + t * unpack.depth * unpack.row, unpack.depth, rows, to + unpack.taps[t], lanes);
+  } else if (unpack.taps_dense && unpack.depth_stride == unpack.num_taps && unpack.num_taps <= kTableTaps) {
+    ptrdiff_t table[kTableTaps];
+    for (int64_t t = 0; t < unpack.num_taps; ++t) table[t] = t * unpack.depth;
+    RowWalker rows({table, unpack.num_taps, 1}, unpack.row);
+    unpack_run(unpack, from, unpack.depth * unpack.num_taps, rows, to, lanes);
   } else {
     for (int64_t t = 0; t < unpack.num_taps; ++t)
       for (int64_t d = 0; d < unpack.depth; ++d)

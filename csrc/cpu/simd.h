@@ -85,16 +85,17 @@ inline void exchange(Vec& a, Vec& b, std::integer_sequence<int, I...>) {
 
 template <int Step>
 inline void transpose_stage(Vec (&rows)[kLanes]) {
-  if constexpr (Step < kLanes) {
+  if constexpr (Step > 0) {
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; ++i)
       if ((i & Step) == 0) exchange<Step>(rows[i], rows[i + Step], std::make_integer_sequence<int, kLanes>{});
-    transpose_stage<Step * 2>(rows);
+    transpose_stage<Step / 2>(rows);
   }
 }
 
-// rows[i][j] <-> rows[j][i] of a kLanes x kLanes block.
-inline void transpose(Vec (&rows)[kLanes]) { transpose_stage<1>(rows); }
+// rows[i][j] <-> rows[j][i] of a kLanes x kLanes block. Large steps come first: then compilers can leave out most of
+// the work for results that are not used.
+inline void transpose(Vec (&rows)[kLanes]) { transpose_stage<kLanes / 2>(rows); }
 
 }  // namespace
 }  // namespace TDC_FAST_ISA
