@@ -144,6 +144,10 @@ def _field_types() -> dict[str, Any]:
     return typing.get_type_hints(TrainConfig)
 
 
+def _default(name: str) -> Any:
+    return next(field.default for field in dataclasses.fields(TrainConfig) if field.name == name)
+
+
 def _unknown_remedy(name: str) -> str:
     close = difflib.get_close_matches(name, _field_types(), n=1)
     return f"a known flag; did you mean {close[0]!r}?" if close else "a known flag; --help lists all of them"
@@ -208,8 +212,10 @@ def _check_ranges(config: TrainConfig) -> None:
         raise invalid("lr_anneal_start", config.lr_anneal_start, "a step before the last one, --lr_anneal_steps")
     if config.groups:
         _check_tdc(config)
-    elif config.base:
-        raise invalid("base", config.base, "--groups N beside it, since a base is there to be split into experts")
+    else:
+        for name in ("base", "boundaries", "budgets", "grouping", "k", "stage2_steps", "stage2_shares"):
+            if values[name] != _default(name):
+                raise invalid(name, values[name], "--groups N beside it, since it is about experts")
 
 
 def _check_tdc(config: TrainConfig) -> None:

@@ -15,7 +15,6 @@ from tdc_fast.models.iddpm import UNet
 from tdc_fast.nn.packing import RoutedModel, pack_experts
 from tdc_fast.nn.width_plan import WidthPlan, base_hash
 from tdc_fast.routing import TimestepGroups
-from tdc_fast.training.base_file import find_base_file, load_base_file
 from tdc_fast.training.build import build_diffusion, build_groups, build_unet, place
 from tdc_fast.training.checkpoint import ema_file, finished_steps, load_verified, model_file
 from tdc_fast.training.config import TrainConfig
@@ -79,10 +78,7 @@ class Run:
         """
         with torch.random.fork_rng():
             model = build_unet(self.config, self.in_channels)
-        if self.config.base:
-            load_base_file(find_base_file(self.config.base), self.config, model)
-        else:
-            model.load_state_dict(self._weights("base", ema, step))
+        model.load_state_dict(self._weights("base", ema, step))
         base: UNet = place(model, torch.device("cpu")).eval()
         return base
 

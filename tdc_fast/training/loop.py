@@ -181,7 +181,7 @@ class StageLoop:
         if group is None:
             self.samples_per_group += len(t)
         else:
-            self.samples_per_group += torch.bincount(group, minlength=len(self.samples_per_group))
+            self.samples_per_group.index_add_(0, group, torch.ones_like(group))
         # improved-diffusion logs weighted losses; per group of a stratified batch the plain loss is the meaningful one.
         if self.stage.group_weights is None:
             losses = {name: value * weights for name, value in losses.items()}

@@ -26,6 +26,7 @@ SAME_DRAWS = (
     "seed",
     "heldout",
     "heldout_seed",
+    "groups",
     "schedule_sampler",
 )
 
@@ -63,6 +64,10 @@ def continue_from(path: Path, loop: StageLoop) -> None:
         raise invalid(
             "resume_checkpoint", str(path), f"files of the same model and optimizer beside it: {error}"
         ) from error
+    if not exact:  # what was spent before counts as samples of the same network
+        spent = (read_description(path) or {}).get("macs")
+        samples = step * loop.stage.batch_size if spent is None else round(spent / loop.stage.macs_per_sample[0])
+        loop.samples_per_group[0] = samples
     print(f"continuing from {path} at step {step}" + ("" if exact else "; data order and random numbers begin anew"))
 
 

@@ -22,6 +22,7 @@ from tdc_fast.routing import TimestepGroups
 from tdc_fast.training import cost
 from tdc_fast.training.base_file import cpu_state, find_base_file, load_base_file
 from tdc_fast.training.build import build_data, build_device, build_diffusion, build_groups, build_unet, place
+from tdc_fast.training.checkpoint import choose_checkpoint, ema_file, load_verified, save_checkpoint, state_file
 from tdc_fast.training.config import TrainConfig, comma_numbers
 from tdc_fast.training.loop import Stage, StageLoop
 from tdc_fast.training.optimization import LearningRate
@@ -200,11 +201,20 @@ def _base_macs(run: RunDirectory, base: UNet) -> cost.SampleMacs:
 
 
 def _take_base(run: RunDirectory, model: nn.Module, macs: cost.SampleMacs) -> State:
+    """The weights that ``--base`` names, kept as the run's own base so that the run is complete without that file."""
+    directory, rate = run.stage_directory("base"), run.config.ema_rates[0]
+    step = choose_checkpoint(directory, {"stage": "base", "identity": run.identity}, -1, run.path)
+    if step is not None:
+        state: State = load_verified(directory / ema_file(rate, step))
+        return state
     path = find_base_file(run.config.base)
-    description = load_base_file(path, run.config, model)
-    spent = description.get("macs") if description else None
-    _write_phase(run, macs, None, "stage1", taken_from=str(path), steps=description and description["step"], macs=spent)
-    return cpu_state(model.state_dict())
+    source = load_base_file(path, run.config, model) or {}
+    step, spent = source.get("step", 0), source.get("macs")
+    state = cpu_state(model.state_dict())
+    _write_phase(run, macs, None, "stage1", taken_from=str(path), steps=source.get("step"), macs=spent)
+    contents = {ema_file(rate, step): state, state_file(step): {"step": step}}
+    save_checkpoint(directory, step, contents, run.description("base", macs=spent, taken_from=str(path)))
+    return state
 
 
 def _spent(run: RunDirectory, phases: tuple[str, ...], config: TrainConfig, base: cost.SampleMacs) -> int:

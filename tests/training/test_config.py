@@ -110,7 +110,8 @@ def test_a_configuration_survives_json():
         ({"groups": 2, "stage1_steps": 5, "stage2_steps": 5, "boundaries": "0,1000"}, "boundaries"),
         ({"groups": 2, "stage1_steps": 5, "stage2_steps": 5, "stage2_shares": "1,2,3"}, "stage2_shares"),
         ({"groups": 2, "stage1_steps": 5, "stage2_steps": 5, "timestep_respacing": "25"}, "timestep_respacing"),
-        ({"base": "model.pt"}, "base"),
+        ({"base": "model.pt"}, "base: got 'model.pt'; expected --groups N"),
+        ({"k": 0.5}, "k: got 0.5; expected --groups N"),
     ],
 )
 def test_what_cannot_be_is_refused_by_name_with_a_remedy(values, said):

@@ -202,7 +202,8 @@ def test_a_weight_file_and_its_flags_stand_in_for_stage_1(folder, tmp_path):
     model = build_unet(config, 1)
     torch.save(model.state_dict(), tmp_path / "ema_0.9999_500000.pt")
     run = train(config)
-    assert not (run.path / "base").exists()
+    (tmp_path / "ema_0.9999_500000.pt").unlink()  # the run has its own copy
+    assert torch.equal(load_run(run.path).experts(ema=False).groups.group_of(torch.tensor([59])), torch.tensor([2]))
     assert torch.equal(load_run(run.path).base().state_dict()["out.0.weight"], model.state_dict()["out.0.weight"])
     assert load_run(run.path).macs["phases"]["stage1"]["macs"] is None
 
