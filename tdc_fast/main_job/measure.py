@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from tdc_fast.classifier import DigitsClassifier, digits_uint8, train_classifier
-from tdc_fast.denoisers import from_run
+from tdc_fast.denoisers import TrainedDenoiser, from_run
 from tdc_fast.diffusion.samplers import SamplerName, sampling_steps
 from tdc_fast.evaluation import HeldoutLosses, heldout_losses, sampling_macs
 from tdc_fast.frechet import Floor, extract, frechet_distance, real_floors
-from tdc_fast.nn.packing import RoutedModel
+from tdc_fast.nn.packing import RoutedModel, pack_experts
 from tdc_fast.routing import TimestepGroups
 from tdc_fast.sample import draw_samples, write_samples
 from tdc_fast.training.atomic import atomic_file
@@ -81,7 +81,9 @@ def load_yardsticks(path: Path) -> Yardsticks:
 
 def measure(run_directory: Path, yardsticks: Path, protocol: Protocol, path: Path) -> None:
     """Measure the run's model and write the result to `path`; the first draw's images go to the run's samples/."""
-    denoiser = from_run(run_directory)
+    trained = from_run(run_directory)
+    # A single denoiser goes through the routed operators too: the same kernels for all, and the faster ones.
+    denoiser = replace(trained, model=_routed(trained))
     classifier = load_yardsticks(yardsticks).classifier
     heldout_images = split_data(denoiser.config)[1]
     assert heldout_images is not None
@@ -119,7 +121,7 @@ def measure(run_directory: Path, yardsticks: Path, protocol: Protocol, path: Pat
         "distances": distances,
         "samples": shown,
         "macs_per_image": sampling_macs(denoiser.model, timesteps, denoiser.image_shape),
-        "parameters": count_parameters(denoiser.model),
+        "parameters": count_parameters(trained.model),
     }
     _save(path, content)
 
@@ -139,6 +141,13 @@ def load_measured(path: Path) -> Measured:
         macs_per_image=content["macs_per_image"],
         parameters=content["parameters"],
     )
+
+
+def _routed(denoiser: TrainedDenoiser) -> nn.Module:
+    if isinstance(denoiser.model, RoutedModel):
+        return denoiser.model
+    groups = TimestepGroups.uniform(denoiser.diffusion.original_num_timesteps, 1)
+    return pack_experts(denoiser.model, groups).eval()
 
 
 def count_parameters(model: nn.Module) -> int:
