@@ -202,10 +202,10 @@ def _check_reachable(k: object, budgets: Sequence[int], costs: UnitCosts) -> Non
 
 def _report_coarse_units(task: Task, best: Trial, strict: bool) -> None:
     """Raise or warn when the chosen widths miss the window below the budget."""
-    statement = Solution(best.widths, best.macs, 0.0, task.budget, lowest_macs(task.budget, task.tolerance))
-    if statement.reached:
+    outcome = Solution(best.widths, best.macs, 0.0, task.budget, lowest_macs(task.budget, task.tolerance))
+    if outcome.reached:
         return
-    message = f"group {task.group}: {statement.statement()}"
+    message = f"group {task.group}: {outcome.statement()}"
     if strict:
         raise invalid("k", f"a budget of {task.budget} MACs", f"one that the units can meet ({message})")
     warnings.warn(message, stacklevel=3)
