@@ -1,8 +1,7 @@
 """The blocks of improved-diffusion's UNet: residual block, attention, resampling, timestep embedding.
 
-A block whose unit is pruned to width 0 is only its skip path. Leaves are called with what the routed
-operators fuse, so the
-same blocks serve dense and routed models.
+A block whose unit is pruned to width 0 is only its skip path. Leaves are called with what the routed operators
+fuse, so the same blocks serve dense and routed models.
 """
 
 from __future__ import annotations
@@ -29,8 +28,7 @@ from tdc_fast.nn.units import PruningUnit, UnitSlice, width_step
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
-    """Sinusoidal embedding, cosines first: timesteps (B,), integers or not -> (B, dim) fp32 (an odd last
-    column is 0)."""
+    """Sinusoidal embedding, cosines first: timesteps (B,) of any dtype -> (B, dim) fp32; an odd last column is 0."""
     half = dim // 2
     steps = torch.arange(half, dtype=torch.float32, device=timesteps.device)
     angles = timesteps[:, None].float() * torch.exp(-math.log(max_period) * steps / half)[None]
@@ -48,12 +46,10 @@ def group_norm(channels: int, groups: int | None = None) -> GroupNorm:
 
 
 class ResBlock(nn.Module):
-    """norm-SiLU-conv, the timestep embedding (added, or as scale and shift), norm-SiLU-dropout-conv, and a
-    skip path.
+    """norm-SiLU-conv, the timestep embedding (added, or as scale and shift), norm-SiLU-dropout-conv, a skip path.
 
-    ``width`` channels live between the two convolutions (all ``out_channels`` unless pruned, in whole
-    normalisation
-    groups); at width 0 the block is only its skip path.
+    ``width`` channels live between the two convolutions (all ``out_channels`` unless pruned, in whole normalisation
+    groups). At width 0 the block is only its skip path.
     """
 
     def __init__(

@@ -1,8 +1,7 @@
 """The UNet of improved-diffusion: the same state-dict keys, shapes and numerics, built of leaves that can be
 routed.
 
-Source: Nichol and Dhariwal, "Improved Denoising Diffusion Probabilistic Models" (arXiv 2102.09672), and the
-public
+Source: Nichol and Dhariwal, "Improved Denoising Diffusion Probabilistic Models" (arXiv 2102.09672), and the public
 checkpoints of its reference implementation. Activations are channels_last throughout.
 """
 
@@ -41,10 +40,9 @@ class UNet(nn.Module):
     widths                : {unit name: channels} of a pruned denoiser (see ``pruning_units``); what is not
                             named is whole.
 
-    Attribute ``timestep_scale`` (default 1.0): the embedding sees ``timesteps * timestep_scale``, so that
-    callers always
-    pass original integer timesteps (improved-diffusion's rescaled ones have the scale 1000 / T).
-    GroupNorm has 32 groups where 32 divides the channels, else the largest number below that does.
+    Attribute ``timestep_scale`` (default 1.0): the embedding sees ``timesteps * timestep_scale``, so that callers
+    always pass original integer timesteps (improved-diffusion's rescaled ones have the scale 1000 / T). GroupNorm
+    has 32 groups where 32 divides the channels, else the largest number below that does.
     """
 
     def __init__(
@@ -148,8 +146,7 @@ class UNet(nn.Module):
             raise invalid("widths", sorted(unnamed), "names of units of this architecture (see pruning_units)")
 
     def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
-        """x (B, in_channels, H, W), timesteps (B,), y (B,) class ids iff class-conditional -> (B,
-        out_channels, H, W)."""
+        """x (B, C_in, H, W), timesteps (B,), y (B,) class ids iff class-conditional -> (B, C_out, H, W)."""
         if (y is None) != (self.num_classes is None):
             raise invalid("y", y, "labels if, and only if, the model has num_classes")
         if x.shape[2] % self.stride or x.shape[3] % self.stride:
@@ -173,8 +170,7 @@ class UNet(nn.Module):
         return self.out[2](self.out[0](h, activation="silu"))
 
     def pruning_units(self) -> list[PruningUnit]:
-        """What can be pruned, in the order of ``named_modules``; blocks that are only their skip path have
-        no unit."""
+        """What can be pruned, in the order of ``named_modules``; a block that is only its skip path has no unit."""
         return [
             module.pruning_unit(name)
             for name, module in self.named_modules()
@@ -219,11 +215,10 @@ def _checked_width(name: str, unnamed: dict[str, int], channels: int, atom: int)
 
 
 def default_channel_mult(image_size: int) -> tuple[int, ...]:
-    """improved-diffusion's multipliers for 32, 64 and 256; for any other size as many of the nearest set as
-    it allows.
+    """improved-diffusion's multipliers for 32, 64 and 256; for another size as many of the nearest set as it allows.
 
-    Up to 32 pixels the lowest level keeps at least 4 x 4 pixels, above that 8 x 8; levels end where the size
-    stops being even.
+    Up to 32 pixels the lowest level keeps at least 4 x 4 pixels, above that 8 x 8; levels end where the size stops
+    being even.
     """
     mult: tuple[int, ...]
     if image_size <= 32:

@@ -1,10 +1,8 @@
 """The dense leaves a denoiser is built of, with the call signatures of their routed twins.
 
-Every leaf is the torch layer of the same name (same parameters, same state-dict keys) whose ``forward`` also
-takes
-what the routed operators fuse: a per-sample bias, a residual, a scale and shift, an activation. One model
-forward then
-serves the dense model and the routed one; only the leaves differ (``tdc_fast.nn.routed``).
+Every leaf is the torch layer of the same name (same parameters, same state-dict keys) whose ``forward`` also takes
+what the routed operators fuse: a per-sample bias, a residual, a scale and shift, an activation. One model forward
+then serves the dense model and the routed one; only the leaves differ (``tdc_fast.nn.routed``).
 """
 
 from __future__ import annotations
@@ -19,8 +17,8 @@ from tdc_fast.errors import invalid
 def group_count(channels: int, limit: int = 32) -> int:
     """Largest number of normalisation groups that is at most ``limit`` and divides ``channels``.
 
-    It is 32 wherever improved-diffusion's GroupNorm(32) is defined, and lets any other channel count work
-    (8 -> 8 groups, 48 -> 24 groups).
+    It is 32 wherever improved-diffusion's GroupNorm(32) is defined, and lets any other channel count work (8 -> 8
+    groups, 48 -> 24 groups).
     """
     return next(groups for groups in range(min(limit, channels), 0, -1) if channels % groups == 0)
 
@@ -76,8 +74,7 @@ class Linear(nn.Linear):
 
 
 class TokenConv1d(nn.Conv1d):
-    """A 1x1 Conv1d (weight (C_out, C_in, 1)) applied to tokens (B, T, C_in), so that NHWC activations are
-    used in place."""
+    """A 1x1 Conv1d (weight (C_out, C_in, 1)) applied to tokens (B, T, C_in): NHWC activations, used in place."""
 
     def __init__(self, in_channels: int, out_channels: int, bias: bool = True) -> None:
         super().__init__(in_channels, out_channels, 1, bias=bias)

@@ -32,8 +32,8 @@ class RoutedModel(nn.Module):
     widths      : the WidthPlan of pruned experts, else None.
     num_experts : N, one per group.
 
-    A state dict also holds the group boundaries and the units' widths; loading one that differs is an error
-    that says so.
+    A state dict also holds the group boundaries and the units' widths; loading one that differs is an error that
+    says so.
     """
 
     group_boundaries: Tensor
@@ -43,16 +43,16 @@ class RoutedModel(nn.Module):
         super().__init__()
         self.model, self.groups, self.widths, self.routing = model, groups, widths, routing
         self.num_experts = groups.num_groups
-        live = [] if widths is None else [list(widths.expert_widths(i).values()) for i in range(self.num_experts)]
+        experts = () if widths is None else widths.experts
+        live = [[expert[name].width for name in sorted(expert)] for expert in experts]
         self.register_buffer("group_boundaries", torch.tensor(groups.boundaries, dtype=torch.int64))
         self.register_buffer("unit_widths", torch.tensor(live, dtype=torch.int32).reshape(self.num_experts, -1))
 
     def forward(self, x: Tensor, t: Tensor, **kwargs: Any) -> Any:
         """x (B, ...), t (B,) original integer timesteps in any mix -> the model's output, in the order of x.
 
-        Keyword tensors whose first dimension is B are per sample and routed along (``y=labels``). ValueError
-        for timesteps
-        that are not integers or out of range.
+        Keyword tensors whose first dimension is B are per sample and routed along (``y=labels``). ValueError for
+        timesteps that are not integers or out of range.
         """
         if t.dim() != 1 or t.shape[0] != x.shape[0]:
             raise invalid("t", tuple(t.shape), f"one timestep for each of the {x.shape[0]} samples")
@@ -83,9 +83,8 @@ class RoutedModel(nn.Module):
     def expert(self, index: int) -> nn.Module:
         """Expert ``index`` as an ordinary module of the base's class with its own copy of the weights.
 
-        A pruned one is physically smaller; a unit of width 0 leaves only the skip path. Its output is this
-        model's for the
-        timesteps of group ``index``.
+        A pruned one is physically smaller; a unit of width 0 leaves only the skip path. Its output is this model's
+        for the timesteps of group ``index``.
         """
         self._check_expert(index)
         if self.widths is not None:
@@ -155,18 +154,14 @@ class RoutedModel(nn.Module):
 def pack_experts(
     base_or_experts: nn.Module | Sequence[nn.Module], groups: TimestepGroups, widths: WidthPlan | None = None
 ) -> RoutedModel:
-    """One RoutedModel out of N copies of a base, or of N models of one architecture (expert i serves group
-    i).
+    """One RoutedModel out of N copies of a base, or of N models of one architecture (expert i serves group i).
 
-    Any module made of Conv2d, Linear, GroupNorm, Embedding and 1x1 Conv1d layers can be packed. With
-    ``widths`` each expert's
-    own weights are permuted by its unit orders and cut to its widths; the module then has to offer
-    ``pruning_units()``
-    and ``with_widths()``, as the UNet does. The inputs stay as they are.
+    Any module made of Conv2d, Linear, GroupNorm, Embedding and 1x1 Conv1d layers can be packed. With ``widths``
+    each expert's own weights are permuted by its unit orders and cut to its widths; the module then has to offer
+    ``pruning_units()`` and ``with_widths()``, as the UNet does. The inputs stay as they are.
 
-    Raises ValueError naming a layer that cannot be routed, experts that do not match, or what in ``widths``
-    does not fit
-    (other base, other boundaries, unknown unit, bad order or width).
+    Raises ValueError naming a layer that cannot be routed, experts that do not match, or what in ``widths`` does
+    not fit (other base, other boundaries, unknown unit, bad order or width).
     """
     count = groups.num_groups
     shared = isinstance(base_or_experts, nn.Module)

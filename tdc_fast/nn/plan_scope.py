@@ -14,8 +14,7 @@ if TYPE_CHECKING:
 
 
 class Routing:
-    """The one holder of the plan that all routed layers of a model share; ``plan`` is None outside its
-    forward."""
+    """The one holder of the plan that all routed layers of a model share; ``plan`` is None outside its forward."""
 
     def __init__(self) -> None:
         self.plan: RoutingPlan | None = None
@@ -31,11 +30,10 @@ class Routing:
 
 
 def checkpoint(function: Callable[..., Any], routing: Routing | None, *args: Any) -> Any:
-    """``function(*args)`` without keeping its activations: it runs again in the backward, under the plan of
-    this forward.
+    """``function(*args)`` without keeping activations: it runs again in the backward, under this forward's plan.
 
-    Another forward may have run in between, hence the plan is held here instead of read from ``routing``
-    when recomputing.
+    Another forward may have run in between, hence the plan is held here instead of read from ``routing`` when
+    recomputing.
     """
     if routing is None or torch.compiler.is_compiling():  # a compiled graph recomputes from its own values
         return torch_checkpoint(function, *args, use_reentrant=False)

@@ -1,8 +1,7 @@
 """The routed leaves: E experts' weights in one layer, each sample computed with its own group's expert.
 
-A routed leaf has the call signature of its dense twin in ``tdc_fast.nn.layers`` and reads the plan of the
-running forward
-from the ``Routing`` its model shares, unless a plan is passed. Samples must be sorted by that plan.
+A routed leaf has the call signature of its dense twin in ``tdc_fast.nn.layers`` and reads the plan of the running
+forward from the ``Routing`` its model shares, unless a plan is passed. Samples must be sorted by that plan.
 """
 
 from __future__ import annotations
@@ -26,9 +25,8 @@ from tdc_fast.routing import RoutingPlan
 class LiveAxis:
     """Which entries of a channel axis each expert uses.
 
-    A dense axis is ``copies`` consecutive blocks; the stacked one interleaves them (entry i of copy c at i *
-    copies + c), so
-    that what is live is a prefix whatever the number of copies. ``counts`` (E) are live entries per copy.
+    A dense axis is ``copies`` consecutive blocks; the stacked one interleaves them (entry i of copy c at i * copies
+    + c), so that what is live is a prefix whatever the number of copies. ``counts`` (E) are live entries per copy.
     """
 
     counts: tuple[int, ...]
@@ -54,8 +52,8 @@ class LiveAxis:
 class RoutedLeaf(nn.Module):
     """What all routed leaves share: the plan, the live axes, and moving one expert's weights in and out.
 
-    ``out_widths`` and ``in_widths`` are int32 buffers (N,) in units of channels, or None where every expert
-    is whole.
+    ``out_widths`` and ``in_widths`` are int32 buffers (N,) in units of channels, or None where all
+    experts are alike.
     """
 
     out_widths: Tensor | None
@@ -161,8 +159,7 @@ class RoutedConv2d(RoutedLeaf):
         sample_bias: Tensor | None = None,
         residual: Tensor | None = None,
     ) -> Tensor:
-        """x (B, C_in, H, W) sorted, sample_bias (B, C_out), residual (B, C_out, OH, OW) -> (B, C_out, OH,
-        OW)."""
+        """x (B, C_in, H, W) sorted, sample_bias (B, C_out), residual (B, C_out, OH, OW) -> (B, C_out, OH, OW)."""
         bias = self.bias if self.closing_gate is None else _gated(self.bias, self.closing_gate)
         return routed_conv2d(
             x,
@@ -240,9 +237,8 @@ class RoutedConv1d(RoutedLinear):
 class RoutedGroupNorm(RoutedLeaf):
     """``routed_group_norm`` with parameters weight and bias (E, C).
 
-    A pruned expert keeps whole normalisation groups: ``num_groups`` counts those of the widest expert, and
-    every group has
-    the channels it had before pruning.
+    A pruned expert keeps whole normalisation groups: ``num_groups`` counts those of the widest expert, and every
+    group has the channels it had before pruning.
     """
 
     def __init__(self, num_experts: int, num_groups: int, num_channels: int, eps: float = 1e-5) -> None:
@@ -324,9 +320,8 @@ def routed_twin(
 ) -> RoutedLeaf:
     """The routed leaf that holds ``num_experts`` experts of a dense layer, uninitialised.
 
-    ``out`` and ``in_`` say which channels are live when experts are pruned. ValueError names a layer with a
-    setting that
-    routed operators do not have.
+    ``out`` and ``in_`` say which channels are live when experts are pruned. ValueError names a layer with a setting
+    that routed operators do not have.
     """
     with torch.device("meta"):
         leaf = _twin(name, layer, num_experts, out, in_)

@@ -14,11 +14,9 @@ from torch import Tensor
 class UnitSlice:
     """Where a unit's channels sit on one axis of one leaf.
 
-    ``module`` is the leaf's path; ``dim`` is ``'out'`` (rows of the weight, the bias, a norm's affine) or
-    ``'in'``
-    (columns). The axis holds ``copies`` consecutive blocks of ``channels * scale`` entries; atom a of the
-    unit occupies
-    entries [a * atom * scale, (a + 1) * atom * scale) of every block.
+    ``module`` is the leaf's path; ``dim`` is ``'out'`` (rows of the weight, the bias, a norm's affine) or ``'in'``
+    (columns). The axis holds ``copies`` consecutive blocks of ``channels * scale`` entries; atom a of the unit
+    occupies entries [a * atom * scale, (a + 1) * atom * scale) of every block.
     """
 
     module: str
@@ -54,8 +52,8 @@ class PruningUnit:
         return tuple(range(0, self.channels + 1, self.step))
 
     def kept_rows(self, order: Sequence[int], width: int, part: UnitSlice) -> list[Tensor]:
-        """Indices (int64) into ``part``'s axis of the ``width`` channels that come first in ``order``, one
-        tensor per copy."""
+        """Indices (int64) into ``part``'s axis of the ``width`` channels that come first in ``order``, one tensor
+        per copy."""
         atoms = torch.as_tensor(list(order[: width // self.atom]), dtype=torch.int64)
         span = self.atom * part.scale
         rows = (atoms[:, None] * span + torch.arange(span)).flatten()
@@ -63,8 +61,8 @@ class PruningUnit:
 
 
 def width_step(channels: int, atom: int) -> int:
-    """Width granularity of a convolution: a multiple of the atom and of 8 channels (16-byte loads), else the
-    atom alone.
+    """Width granularity of a convolution: a multiple of the atom and of 8 channels (16-byte loads), else the atom
+    alone.
 
     Layers of at most 8 channels, and those that such steps do not divide, go by single atoms.
     """

@@ -1,5 +1,4 @@
-"""The width plan: for every expert, the order and width of every pruning unit. A JSON file, checked on
-load."""
+"""The width plan: for every expert, the order and width of every pruning unit. A JSON file, checked on load."""
 
 from __future__ import annotations
 
@@ -35,8 +34,8 @@ def base_hash(module: nn.Module) -> str:
 
 @dataclass(frozen=True)
 class ExpertUnit:
-    """One unit of one expert: ``order`` is a permutation of its atoms, most important first; ``width`` the
-    live channels."""
+    """One unit of one expert: ``order`` is a permutation of its atoms, most important first; ``width`` the live
+    channels."""
 
     order: tuple[int, ...]
     width: int
@@ -77,8 +76,8 @@ class WidthPlan:
 
     @classmethod
     def uniform(cls, base: nn.Module, boundaries: Sequence[int], fraction: float | Sequence[float] = 1.0) -> WidthPlan:
-        """Every unit at ``fraction`` of its width (rounded down to its step), first channels kept; one
-        fraction or one per group."""
+        """Every unit at ``fraction`` of its width (rounded down to its step), first channels kept; one fraction or
+        one per group."""
         units = base.pruning_units()  # type: ignore[operator]
         count = len(boundaries) - 1
         fractions = [fraction] * count if isinstance(fraction, int | float) else list(fraction)

@@ -196,8 +196,10 @@ def test_two_forwards_before_the_backward_do_not_mix(use_checkpoint):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
 
 
-def test_a_forward_compiles_into_one_graph():
-    routed = pack_experts([unet(seed) for seed in range(3)], GROUPS)
+@pytest.mark.parametrize("use_checkpoint", [False, True])
+def test_a_forward_compiles_into_one_graph(use_checkpoint):
+    small = {"channel_mult": (1,), "attention_resolutions": (), "use_checkpoint": use_checkpoint}
+    routed = pack_experts([unet(seed, **small) for seed in range(3)], GROUPS)
     x, t, y = batch()
     expected = routed(x, t, y=y)
     expected.square().sum().backward()
