@@ -128,7 +128,7 @@ class Gather {
     int64_t blocks = 0;
     for (int64_t g = 0; g < p_.num_groups; ++g)
       blocks += ceil_div(p_.offsets[g + 1] - p_.offsets[g], block_samples_) * ceil_div(rows, block_rows_);
-    panel_splits_ = ceil_div(kTasksWanted * 4, std::max<int64_t>(blocks, 1));
+    panel_splits_ = ceil_div(kTasksWanted, std::max<int64_t>(blocks, 1));
   }
 
   // Takes panels from (expert, panel) on until the packed weights fill their limit.
