@@ -45,7 +45,7 @@ def processes():
 def unkilled(tmp_path_factory, processes):
     """A finished two-stage run with everything random switched on, and the time it took."""
     folder = tmp_path_factory.mktemp("unkilled")
-    # Three timesteps, so that the loss-aware sampler leaves its warm-up; seven images, which three groups do not divide.
+    # Three timesteps: the loss-aware sampler leaves its warm-up. Seven images: three groups do not divide them.
     random_parts = {"dropout": 0.2, "schedule_sampler": "loss-second-moment", "diffusion_steps": 3, "batch_size": 7}
     config = small_config(folder, grad_clip=1.0, **random_parts, **TWO_STAGES)
     began = time.monotonic()
