@@ -130,7 +130,7 @@ def _numbers(comparison: Comparison) -> str:
         for floor in comparison.floors
     )
     note = (
-        "Lower is better throughout. C is the measured training compute of the first model, "
+        "Lower is better throughout; group 0 has the least noise. C is the measured training compute of the first model, "
         f"{first.training_macs:.3e} multiply-accumulates; cost per image counts every step of the sampler with the "
         f"expert that serves it ({first.sampling_macs / 1e6:.1f} M for the first model). Held-out loss: "
         f"{first.heldout.num_images} images, fixed noise, {len(first.heldout.timesteps[0])} fixed timesteps for each "

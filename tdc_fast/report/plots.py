@@ -94,7 +94,7 @@ def loss_curves(comparison: Comparison) -> str:
         axis.set_visible(False)
     figure.supxlabel("training compute (C)", color=MUTED, fontsize=10)
     figure.supylabel("training loss", color=MUTED, fontsize=10)
-    figure.legend(loc="outside upper center", ncols=min(4, len(comparison.models)), frameon=False, fontsize=9)
+    figure.legend(loc="outside upper center", ncols=min(5, len(comparison.models)), frameon=False, fontsize=9)
     return _svg(figure)
 
 
