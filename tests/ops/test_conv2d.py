@@ -168,6 +168,16 @@ def test_an_expert_that_nobody_uses_has_zero_gradient(
 
 
 @served
+def test_an_expert_shared_by_groups_of_other_widths_sums_their_gradients(backend: str, dtype: torch.dtype) -> None:
+    case = random_case(routing=Routing((0, 2, 2, 1, 0, 2), 3, 2, (1, 0, 1)))
+    tensors, copies, exact = case.tensors(dtype), case.tensors(dtype), case.tensors(torch.float64)
+    ours = gradients(routed(case, tensors, backend=backend), tensors)
+    torchs, plain = gradients(case.plain(copies), copies), gradients(case.plain(exact), exact)
+    for name in ours:
+        assert_as_accurate_as_torch(ours[name], torchs[name], plain[name], name, terms=128)
+
+
+@served
 def test_two_backward_runs_are_bitwise_equal(backend: str, dtype: torch.dtype) -> None:
     case = random_case(routing=Routing(tuple(i * 7 % 5 for i in range(24)), 5, 2, (0, 1, 1, 0, 1)), size=(9, 9),
                        in_widths=None, out_widths=None)  # fmt: skip
