@@ -74,9 +74,10 @@ def run_tasks(tasks: Sequence[Task], processes: int, say: Callable[[str], None])
                 line = _progress_line(task, shown)
                 if line:
                     say(line)
-    except BaseException:
+    except BaseException as error:
         for future in pending:
             future.cancel()
+        say(f"{type(error).__name__}: the job ends as soon as the tasks now running have saved or finished")
         raise
     finally:
         # Workers that still train get Ctrl-C with this process and save before they end.

@@ -130,9 +130,9 @@ def _numbers(comparison: Comparison) -> str:
         for floor in comparison.floors
     )
     note = (
-        "Lower is better throughout; group 0 has the least noise. C is the measured training compute of the first model, "
-        f"{first.training_macs:.3e} multiply-accumulates; cost per image counts every step of the sampler with the "
-        f"expert that serves it ({first.sampling_macs / 1e6:.1f} M for the first model). Held-out loss: "
+        "Lower is better throughout; group 0 has the least noise. C is the measured training compute of the first "
+        f"model, {first.training_macs:.3e} multiply-accumulates; cost per image counts every step of the sampler with "
+        f"the expert that serves it ({first.sampling_macs / 1e6:.1f} M for the first model). Held-out loss: "
         f"{first.heldout.num_images} images, fixed noise, {len(first.heldout.timesteps[0])} fixed timesteps for each "
         "group, the same draws for all; ± is the standard error of the paired difference. Fréchet distance: "
         f"{len(first.frechet.values)} draws of {first.frechet.n} samples against {comparison.reference}; ± is the "
