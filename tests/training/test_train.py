@@ -8,12 +8,15 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from tdc_fast.diffusion import Diffusion
+from tdc_fast.diffusion.losses import training_losses
 from tdc_fast.routing import TimestepGroups
 from tdc_fast.train import main, open_run, train
 from tdc_fast.training import load_run, prune_base, train_base, train_experts
 from tdc_fast.training.base_file import flags_of
 from tdc_fast.training.build import build_unet
 from tdc_fast.training.checkpoint import load_tensors
+from tdc_fast.training.stages import build_base
 from tests.training.small_run import TWO_STAGES, flags, rows, small_config, write_images
 
 
@@ -156,6 +159,31 @@ def test_experts_start_from_the_bases_averaged_weights_unpruned_at_k_1(folder):
     experts = train_experts(run, base, None)
     torch.testing.assert_close(experts.expert_state(1)["out.2.weight"], base["out.2.weight"])
     assert torch.equal(base["out.2.weight"], load_tensors(run.path / "base" / "ema_0.9_000003.pt")["out.2.weight"])
+
+
+def test_an_experts_gradient_is_that_of_the_mean_loss_over_its_own_samples(folder, monkeypatch):
+    """So that clipping, and the optimizer's epsilon, mean the same as in training that expert alone."""
+    config = small_config(folder, "alone", groups=2, stage1_steps=2, stage2_steps=1, stage2_shares="1,2", k=1.0)
+    run = open_run(config, 1)
+    base = train_base(run)
+    seen: list = []
+
+    def recorded(self, model, x0, t, noise=None, model_kwargs=None):
+        seen.append((x0, t, noise))
+        return training_losses(self, model, x0, t, noise, model_kwargs)
+
+    monkeypatch.setattr(Diffusion, "training_losses", recorded)
+    experts = train_experts(run, base, None)
+    x0, t, noise = seen[-1]
+    assert sorted((t >= 30).tolist()) == [False] * 2 + [True] * 4
+    dense, diffusion = build_base(run, base).train(), load_run(run.path).diffusion
+    training_losses(diffusion, dense, x0[t >= 30], t[t >= 30], noise[t >= 30])["loss"].mean().backward()
+    names = [name for name, _ in experts.named_parameters()]
+    moments = load_tensors(run.path / "experts" / "opt000001.pt")["state"]
+    for name in ("out.2.bias", "out.2.weight", "middle_block.0.out_layers.3.bias"):
+        first_moment = moments[names.index(f"model.{name}")]["exp_avg"][1]  # a tenth of the gradient
+        expected = dense.get_parameter(name).grad / 10
+        torch.testing.assert_close(first_moment.reshape(expected.shape), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_microbatches_give_the_gradient_of_the_whole_batch(folder):
