@@ -15,12 +15,24 @@ constexpr int kPixels = 8;
 constexpr int kPixels = 6;
 #endif
 
+// Compilers like to fold a load into each multiplication, and small tiles then wait for loads.
+inline __attribute__((always_inline)) void keep_in_register([[maybe_unused]] Vec& value) {
+#if defined(__x86_64__)
+  asm("" : "+v"(value));
+#elif defined(__aarch64__)
+  asm("" : "+w"(value));
+#endif
+}
+
 // sums[p] += x(p) * (weights[0], .., weights[V - 1])
 template <int P, int V, typename Source>
 inline void accumulate(Vec (&sums)[P][V], const float* weights, Source x) {
   Vec w[V];
 #pragma GCC unroll 4
-  for (int v = 0; v < V; ++v) w[v] = load(weights + v * kLanes);
+  for (int v = 0; v < V; ++v) {
+    w[v] = load(weights + v * kLanes);
+    keep_in_register(w[v]);
+  }
 #pragma GCC unroll 8
   for (int p = 0; p < P; ++p) {
     const float scalar = x(p);
@@ -51,9 +63,15 @@ inline void zero_tail(const GatherTile& tile) {
   for (int p = 0; p < tile.num_pixels; ++p) std::memset(static_cast<T*>(tile.pixels[p].out) + tile.live, 0, bytes);
 }
 
+// A multiply-add takes about four cycles and two can start in each, so a small tile sums in several chains at a time.
+template <int P, int V>
+constexpr int kChains = P * V >= 8 ? 1 : P * V > 2 ? (7 + P * V) / (P * V) : 4;
+
 template <typename T, int P, int V>
 void gather_tile(const GatherTile& tile) {
-  Vec sums[P][V];
+  constexpr int kC = kChains<P, V>;
+  Vec chains[kC][P][V] = {};
+  Vec(&sums)[P][V] = chains[0];
 #pragma GCC unroll 8
   for (int p = 0; p < P; ++p)
 #pragma GCC unroll 4
@@ -66,13 +84,28 @@ void gather_tile(const GatherTile& tile) {
   for (const GatherTap *tap = tile.taps, *last = tap + tile.num_taps; tap != last; ++tap) {
     const float* weights = tile.weights + tap->weight * row;
     ptrdiff_t at = tap->source;
-    for (const ptrdiff_t end = at + tile.depth; at != end; ++at) {
+    const ptrdiff_t end = at + tile.depth;
+    if constexpr (kC > 1) {
+      for (; end - at >= kC; at += kC) {
+        asm("" : "+r"(at));
+#pragma GCC unroll 4
+        for (int c = 0; c < kC; ++c, weights += row)
+          accumulate<P, V>(chains[c], weights, [&](int p) { return source[p][at + c]; });
+      }
+    }
+    for (; at != end; ++at) {
       // One opaque index for all pixels: else compilers keep a pointer per pixel and spill them at every tap.
       asm("" : "+r"(at));
       accumulate<P, V>(sums, weights, [&](int p) { return source[p][at]; });
       weights += row;
     }
   }
+#pragma GCC unroll 4
+  for (int c = 1; c < kC; ++c)
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) sums[p][v] += chains[c][p][v];
 
   const bool whole = tile.channel + V * kLanes <= tile.live;
 #pragma GCC unroll 8
