@@ -117,6 +117,13 @@ def test_a_folder_with_another_job_or_with_foreign_files_is_refused(finished, tm
         demo.main(["--out", str(tmp_path)])
 
 
+@pytest.mark.parametrize(("flag", "value"), [("--scale", "0"), ("--samples", "1"), ("--draws", "0")])
+def test_impossible_options_are_refused_before_anything_is_written(flag, value, tmp_path):
+    with pytest.raises(SystemExit, match=f"{flag[2:]}: got"):
+        demo.main(["--out", str(tmp_path / "out"), flag, value])
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_worker_pool_runs_tasks_and_raises_their_errors(tmp_path):
     said: list[str] = []
     good = tasks.Task("good", Path.write_text, (tmp_path / "f", "done"))

@@ -25,7 +25,7 @@ FULL_STEPS = 4000
 
 @dataclass(frozen=True, kw_only=True)
 class DemoOptions:
-    """The main job: four models on scikit-learn's digits and a report that compares them."""
+    """The main job: baselines and experts on scikit-learn's digits, and a report that compares them."""
 
     out: str = "runs/demo"
     """Folder for the runs and the report."""
@@ -59,6 +59,7 @@ def run_demo(options: DemoOptions, *, in_process: bool = False) -> Path:
         minutes, seconds = divmod(int(time.monotonic() - began), 60)
         print(f"[{minutes}:{seconds:02d}] {text}", flush=True)
 
+    _check(options)
     out = Path(options.out)
     _claim(out, options)
     steps = max(8, round(FULL_STEPS * options.scale))
@@ -90,6 +91,14 @@ def run_demo(options: DemoOptions, *, in_process: bool = False) -> Path:
     page = write_report(comparison, out, "pruned", ("uniform", *_other_baselines(models)))
     say(f"report: {page.resolve()}")
     return page
+
+
+def _check(options: DemoOptions) -> None:
+    if not 0 < options.scale <= 1000:
+        raise invalid("scale", options.scale, "a number above 0, 1 for the full job")
+    for name, least in (("samples", 2), ("draws", 1), ("sampling_steps", 1), ("loss_points", 1), ("processes", 0)):
+        if getattr(options, name) < least:
+            raise invalid(name, getattr(options, name), f"{least} or more")
 
 
 def _claim(out: Path, options: DemoOptions) -> None:
