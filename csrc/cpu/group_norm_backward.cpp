@@ -88,7 +88,8 @@ void group_norm_backward(const GroupNormProblem& problem, const GroupNormInputs&
     const NormLayout layout = view.layout(b);
     if (layout.live == 0) return;
     float* out = block_sums[slot] + k * 2 * channels;
-    kernels.backward_sums(view.block(in.x, b, k), view.block(dy, b, k), keeps_dz ? view.block(grads.dx, b, k) : nullptr,
+    void* kept = keeps_dz ? view.block(grads.dx, b, k) : nullptr;
+    kernels.backward_sums(view.block(in.x, b, k), view.block(dy, b, k), kept,
                           blocks.size(k), layout, affine_of(slot), problem.silu, out, out + channels);
   };
   const auto finish = [&](int64_t b, int64_t slot) {

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler (g++, 
 
 def run(command: list[str | Path], **changes: str) -> subprocess.CompletedProcess[str]:
     environment = dict(os.environ, **changes)
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
 
 
 def built_with(flags: list[str], sources: list[str], program: Path) -> None:
