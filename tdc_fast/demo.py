@@ -5,8 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-import torch
-
 from tdc_fast.flags import parse_flags
 from tdc_fast.main_job import DemoOptions, run_demo
 from tdc_fast.training.interrupts import TrainingInterrupted
@@ -22,7 +20,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             prog="python -m tdc_fast.demo",
             description="Train baselines and experts on scikit-learn's digits, compare them and write report.html.",
         )
-        torch.set_num_threads(1)
         run_demo(DemoOptions(**values))
     except (ValueError, ImportError) as error:
         raise SystemExit(f"tdc_fast.demo: {error}") from error
