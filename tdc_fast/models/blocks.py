@@ -146,8 +146,16 @@ class AttentionBlock(nn.Module):
 
     def _forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(to_tokens(self.norm(x)))
-        h = qkv_attention(qkv, self.head_dim)
+        h = qkv_attention(qkv, self.head_dim, self._live_heads())
         return from_tokens(self.proj_out(h, residual=to_tokens(x)), x.shape[2], x.shape[3])
+
+    def _live_heads(self) -> Tensor | None:
+        """Which heads each sample of the running plan has, (B, heads) bool; None where all have all."""
+        widths = getattr(self.qkv, "out_widths", None)
+        if widths is None or self.routing is None or self.routing.plan is None:
+            return None
+        heads = torch.arange(self.width // self.head_dim, device=widths.device)
+        return heads < widths[self.routing.plan.groups, None] // (3 * self.head_dim)
 
     def pruning_unit(self, name: str) -> PruningUnit:
         """The heads."""

@@ -97,21 +97,31 @@ def from_tokens(tokens: Tensor, height: int, width: int) -> Tensor:
     return tokens.view(batch, height, width, channels).permute(0, 3, 1, 2)
 
 
-def qkv_attention(qkv: Tensor, head_dim: int) -> Tensor:
+def qkv_attention(qkv: Tensor, head_dim: int, live: Tensor | None = None) -> Tensor:
     """Self-attention over head-major channels (improved-diffusion's QKVAttention), softmax in fp32.
 
     qkv (B, T, heads * 3 * head_dim), each head's channels being its q, k and v -> (B, T, heads * head_dim).
     Scores are scaled by head_dim ** -0.5 (there: its square root on q and on k). On a GPU torch's fused attention
     does the same; elsewhere batched products do, because torch's FLOP counter does not see its fused CPU kernel.
+    ``live`` (B, heads) bool: heads that a sample does without are not computed on the CPU, their output is zero.
     """
     batch, tokens, channels = qkv.shape
     heads = channels // (3 * head_dim)
     # one copy gives all three in the layout of the batched products; each is (B * heads, T, head_dim)
     split = qkv.view(batch, tokens, heads, 3, head_dim).permute(3, 0, 2, 1, 4)
-    q, k, v = split.reshape(3, batch * heads, tokens, head_dim).unbind(0)
-    if qkv.is_cuda:
-        out = F.scaled_dot_product_attention(q, k, v)
-    else:
-        scores = torch.bmm(q * head_dim**-0.5, k.transpose(1, 2))
-        out = torch.bmm(torch.softmax(scores.float(), dim=-1).to(v.dtype), v)
+    if live is not None and not qkv.is_cuda and not torch.compiler.is_compiling():
+        sample, head = live.nonzero(as_tuple=True)  # the only size that depends on data; free on the CPU
+        out = _attend(split[:, sample, head], head_dim)
+        out = out.new_zeros(batch, heads, tokens, head_dim).index_put((sample, head), out)
+        return out.transpose(1, 2).reshape(batch, tokens, heads * head_dim)
+    out = _attend(split.reshape(3, batch * heads, tokens, head_dim), head_dim)
     return out.view(batch, heads, tokens, head_dim).transpose(1, 2).reshape(batch, tokens, heads * head_dim)
+
+
+def _attend(qkv: Tensor, head_dim: int) -> Tensor:
+    """qkv (3, heads of all samples, T, head_dim) -> (heads of all samples, T, head_dim)."""
+    q, k, v = qkv.unbind(0)
+    if qkv.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v)
+    scores = torch.bmm(q * head_dim**-0.5, k.transpose(1, 2))
+    return torch.bmm(torch.softmax(scores.float(), dim=-1).to(v.dtype), v)

@@ -329,6 +329,7 @@ class _RoutedConv2d(torch.autograd.Function):
         routing = (offsets, weight_index, in_widths, out_widths)
         needs = ctx.needs_input_grad[1:]
         dx = dweight = dbias = dsample_bias = dresidual = None
+        dy = dy.contiguous(memory_format=torch.channels_last)  # once, for dgrad and wgrad
         if needs[0]:
             dx = library.call_in_backward(_dgrad_op, dy, weight, *routing, ctx.image_size, *ctx.settings, ctx.backend)
         if needs[1] or needs[2] or needs[3]:

@@ -40,7 +40,8 @@ def routed_linear(
         residual=None if residual is None else _as_image(residual),
         backend=backend,
     )
-    return y[:, :, 0, 0] if x.dim() == 2 else y[..., 0].transpose(1, 2)
+    y = y.squeeze(-1)  # not an index: the gradient of squeeze is a view, that of an index a zero-filled copy
+    return y.squeeze(-1) if x.dim() == 2 else y.transpose(1, 2)
 
 
 def _check(x: Tensor, weight: Tensor, residual: Tensor | None) -> None:
