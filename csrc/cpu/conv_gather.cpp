@@ -3,19 +3,16 @@
 #include "cpu/conv_gather.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cstring>
-#include <new>
-#include <thread>
 
 #include "cpu/conv_kernels.h"
+#include "cpu/conv_panels.h"
 #include "cpu/conv_scratch.h"
 #include "cpu/conv_shares.h"
 
 namespace tdc {
 namespace {
 
-constexpr int64_t kPackedLimit = int64_t{6} << 20;    // bytes of packed weights at a time
 constexpr int64_t kSourceLimit = int64_t{192} << 10;  // bytes of source per task: it shares L2 with a panel
 constexpr int64_t kBlockPixels = 128;
 constexpr int64_t kLeastPixels = 64;                  // fewer would leave tiles of image corners too small
@@ -24,27 +21,16 @@ constexpr int64_t kParallelMacs = int64_t{1} << 19;   // below, waking a thread 
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-struct Panels {          // an expert's packed weights in this wave: panels [begin, end)
-  int64_t lanes = 0, depth = 0;  // the widest of the groups that use it
-  int64_t begin = 0, end = 0;
-  int64_t memory = 0;    // first float
-  int64_t state = 0;     // states[state + panel - begin]
-};
-
-// A panel is packed by the first thread that needs it.
-enum PanelState : uint32_t { kUnpacked, kBeingPacked, kReady };
-
 struct BlockTask {
   int64_t group, sample_begin, sample_end, row_begin, row_end, panel_begin, panel_end;
 };
 
 struct Workspace {       // of the calling thread, read by all
   GatherGeometry geometry;
-  std::vector<Panels> experts;
+  PackedPanels panels;
   std::vector<BlockTask> blocks;
   std::vector<int64_t> costs;  // of the blocks
   WorkShares shares;
-  Scratch packed, states;
 };
 
 struct LocalMemory {     // of each thread
@@ -59,47 +45,39 @@ struct Operands {
 class Gather {
  public:
   Gather(const Conv2dProblem& problem, bool dgrad, const Operands& operands, Workspace& work)
-      : p_(problem), dgrad_(dgrad), op_(operands), work_(work), geo_(work.geometry), kernels_(TDC_ISA_CALL(conv_kernels)) {
-    panel_ = kernels_.lanes * kPanelVectors;
+      : p_(problem), dgrad_(dgrad), op_(operands), work_(work), geo_(work.geometry), panels_(work.panels),
+        kernels_(TDC_ISA_CALL(conv_kernels)) {
     type_ = static_cast<int>(p_.dtype);
     element_ = p_.dtype == DType::kFloat32 ? 4 : 2;
     geo_.set(p_, dgrad);
-    weight_end_ = 1;
-    const int64_t sizes[5] = {p_.num_experts, p_.out_channels, p_.in_channels, p_.filter_height, p_.filter_width};
-    for (int d = 0; d < 5; ++d) weight_end_ += (sizes[d] - 1) * p_.weight_strides[d];
+    panels_.reset(p_, geo_, kernels_, operands.weight);
+    panel_ = panels_.lanes_per_panel();
   }
 
   void run() {
     if (p_.batch == 0) return;
     plan_experts();
     plan_blocks();
-    int64_t expert = 0, panel = 0;
-    do {
-      next_wave(expert, panel);
-      run_wave();
-    } while (expert < p_.num_experts);
+    while (panels_.next_wave()) {
+      work_.blocks.clear();
+      work_.costs.clear();
+      for (int64_t g = 0; g < p_.num_groups; ++g)
+        if (p_.expert(g) >= panels_.first_expert() && p_.expert(g) <= panels_.last_expert()) plan_group(g);
+      work_.shares.run(work_.costs, macs_ < kParallelMacs ? 1 : p_.threads, [&](int64_t task) { compute(task); });
+    }
   }
 
  private:
   int64_t live_source(int64_t g) const { return dgrad_ ? p_.live_out(g) : p_.live_in(g); }
   int64_t live_dest(int64_t g) const { return dgrad_ ? p_.live_in(g) : p_.live_out(g); }
   int64_t num_taps() const { return static_cast<int64_t>(geo_.tap_weights.size()); }
-  int64_t panel_row(const Panels& e, int64_t panel) const {
-    return std::min<int64_t>(panel_, ceil_div(e.lanes - panel * panel_, kernels_.lanes) * kernels_.lanes);
-  }
-
-  // An odd number, so that the taps of a channel do not all fall on the same cache sets.
-  static int64_t tap_rows(const Panels& e) { return e.depth | 1; }
 
   void plan_experts() {
-    work_.experts.assign(p_.num_experts, {});
-    macs_ = 0;
     for (int64_t g = 0; g < p_.num_groups; ++g) {
       const int64_t samples = p_.offsets[g + 1] - p_.offsets[g];
       if (samples == 0) continue;
-      Panels& e = work_.experts[p_.expert(g)];
-      e.lanes = std::max(e.lanes, live_dest(g));
-      e.depth = std::max(e.depth, live_source(g));
+      panels_.widen(p_.expert(g), live_dest(g), live_source(g));
+      depth_ = std::max(depth_, live_source(g)), lanes_ = std::max(lanes_, live_dest(g));
       macs_ += samples * geo_.rows.indices * geo_.columns.indices * num_taps() * live_source(g) * live_dest(g);
     }
   }
@@ -109,9 +87,7 @@ class Gather {
     const int64_t rows = geo_.rows.indices, image = rows * geo_.columns.indices;
     const int64_t pixels = p_.batch * image;
     const int64_t wanted = std::min(kBlockPixels, std::max<int64_t>(kLeastPixels, pixels / kTasksWanted));
-    int64_t depth = 1, lanes = 1;
-    for (const Panels& e : work_.experts) depth = std::max(depth, e.depth), lanes = std::max(lanes, e.lanes);
-    const int64_t line = geo_.columns.source_size * depth * 4;  // bytes of a source row in fp32
+    const int64_t line = geo_.columns.source_size * depth_ * 4;  // bytes of a source row in fp32
     block_samples_ = 1;
     block_rows_ = rows;
     if (image >= wanted) {
@@ -122,7 +98,7 @@ class Gather {
     } else {
       const int64_t samples = std::min(wanted / image, kSourceLimit / (geo_.rows.source_size * line));
       block_samples_ = std::max<int64_t>(1, samples);
-      if (op_.sample_bias) block_samples_ = std::max<int64_t>(1, std::min(block_samples_, (int64_t{1} << 15) / lanes));
+      if (op_.sample_bias) block_samples_ = std::max<int64_t>(1, std::min(block_samples_, (int64_t{1} << 15) / lanes_));
     }
     // Few blocks: spread the panels over tasks as well.
     int64_t blocks = 0;
@@ -131,42 +107,9 @@ class Gather {
     panel_splits_ = ceil_div(kTasksWanted, std::max<int64_t>(blocks, 1));
   }
 
-  // Takes panels from (expert, panel) on until the packed weights fill their limit.
-  void next_wave(int64_t& expert, int64_t& panel) {
-    work_.blocks.clear();
-    work_.costs.clear();
-    int64_t floats = 0, panels = 0;
-    first_expert_ = expert;
-    last_expert_ = expert;
-    for (bool full = false; expert < p_.num_experts && !full;) {
-      Panels& e = work_.experts[expert];
-      const int64_t total = ceil_div(e.lanes, panel_);
-      e.begin = panel;
-      e.memory = floats;
-      e.state = panels;
-      while (panel < total) {
-        const int64_t size = num_taps() * tap_rows(e) * panel_row(e, panel);
-        if (floats > 0 && (floats + size) * 4 > kPackedLimit) {
-          full = true;
-          break;
-        }
-        floats += size;
-        ++panel, ++panels;
-      }
-      e.end = panel;
-      last_expert_ = expert;
-      if (!full) ++expert, panel = 0;
-    }
-    packed_ = work_.packed.get<float>(std::max<int64_t>(floats, 1));
-    states_ = work_.states.get<std::atomic<uint32_t>>(panels + 1);
-    for (int64_t i = 0; i < panels; ++i) new (states_ + i) std::atomic<uint32_t>(kUnpacked);
-    for (int64_t g = 0; g < p_.num_groups; ++g)
-      if (p_.expert(g) >= first_expert_ && p_.expert(g) <= last_expert_) plan_group(g);
-  }
-
   void plan_group(int64_t g) {
-    const Panels& e = work_.experts[p_.expert(g)];
-    const int64_t total = ceil_div(live_dest(g), panel_);
+    const PackedPanels::Expert& e = panels_.expert(p_.expert(g));
+    const int64_t total = panels_.count(live_dest(g));
     const int64_t begin = std::min(e.begin, total), end = std::min(e.end, total);
     if (begin == end && !(total == 0 && e.begin == 0)) return;
     const int64_t splits = std::max<int64_t>(1, std::min(panel_splits_, end - begin));
@@ -184,52 +127,6 @@ class Gather {
     work_.blocks.push_back(task);
     const int64_t rows = (task.sample_end - task.sample_begin) * (task.row_end - task.row_begin);
     work_.costs.push_back(rows * (live_source(task.group) + 4) * (task.panel_end - task.panel_begin + 1));
-  }
-
-  void run_wave() {
-    work_.shares.run(work_.costs, macs_ < kParallelMacs ? 1 : p_.threads,
-                     [&](int64_t task) { compute(task); });
-  }
-
-  // Packs those panels of the task that nobody has begun, then waits for the others.
-  void prepare_panels(const BlockTask& task) const {
-    const int64_t expert = p_.expert(task.group);
-    const Panels& e = work_.experts[expert];
-    std::atomic<uint32_t>* states = states_ + e.state - e.begin;
-    for (int64_t panel = task.panel_begin; panel < task.panel_end; ++panel) {
-      uint32_t seen = states[panel].load(std::memory_order_relaxed);
-      if (seen == kUnpacked && states[panel].compare_exchange_strong(seen, kBeingPacked, std::memory_order_relaxed)) {
-        pack(expert, panel);
-        states[panel].store(kReady, std::memory_order_release);
-      }
-    }
-    for (int64_t panel = task.panel_begin; panel < task.panel_end; ++panel)
-      for (int spins = 0; states[panel].load(std::memory_order_acquire) != kReady;)
-        if (++spins > 256) std::this_thread::yield();
-  }
-
-  void pack(int64_t expert, int64_t panel) const {
-    const Panels& e = work_.experts[expert];
-    PanelPack pack;
-    const char* base = static_cast<const char*>(op_.weight);
-    pack.weights = base + (expert * p_.weight_strides[0] + panel * panel_ * geo_.lane_stride) * element_;
-    pack.end = base + weight_end_ * element_;
-    pack.lanes = std::min<int64_t>(panel_, e.lanes - panel * panel_);
-    pack.lane_stride = geo_.lane_stride;
-    pack.depth_stride = geo_.depth_stride;
-    pack.depth = e.depth;
-    pack.taps = geo_.tap_weights.data();
-    pack.tap_at = geo_.tap_at.empty() ? nullptr : geo_.tap_at.data();
-    pack.num_taps = num_taps();
-    pack.packed = packed_ + panel_memory(e, panel);
-    pack.tap_rows = tap_rows(e);
-    pack.row = panel_row(e, panel);
-    kernels_.pack[type_](pack);
-  }
-
-  // All panels but the last have the same size.
-  int64_t panel_memory(const Panels& e, int64_t panel) const {
-    return e.memory + (panel - e.begin) * num_taps() * tap_rows(e) * panel_;
   }
 
   static LocalMemory& local() {
@@ -251,7 +148,7 @@ class Gather {
   void compute(int64_t index) const {
     const BlockTask& task = work_.blocks[index];
     if (task.panel_begin == task.panel_end) return zero_rows(task);
-    prepare_panels(task);
+    panels_.prepare(p_.expert(task.group), task.panel_begin, task.panel_end);
     LocalMemory& memory = local();
     const SourceView source = type_ == 0 ? view_source(task) : copy_source(task, memory);
     int64_t init_stride = 0;
@@ -288,7 +185,7 @@ class Gather {
       }
       c.pixel_end = pixel_count;
       c.tap_begin = counts.taps;
-      const int64_t tap_size = tap_rows(work_.experts[p_.expert(task.group)]);
+      const int64_t tap_size = panels_.tap_rows(panels_.expert(p_.expert(task.group)));
       for (int r = i_run.tap_begin; r < i_run.tap_end; ++r)
         for (int s = j_run.tap_begin; s < j_run.tap_end; ++s)
           taps[counts.taps++] = {row.taps[r] * source.line + column.taps[s] * source.pixel,
@@ -313,7 +210,8 @@ class Gather {
       const int64_t last = (task.sample_end - 1) * rows.source_size + end;
       stride_ = gather.geo_.source_channels;
       live_ = gather.live_source(task.group);
-      at_ = static_cast<const float*>(gather.op_.source) + (task.sample_begin * rows.source_size + begin) * line * stride_;
+      at_ = static_cast<const float*>(gather.op_.source) +
+            (task.sample_begin * rows.source_size + begin) * line * stride_;
       left_ = live_ == 0 ? 0 : std::max<int64_t>(0, (last - task.sample_begin * rows.source_size - begin) * line);
       per_pixel_ = ceil_div(left_ * 64, std::max<int64_t>(1, panels * pixels));
     }
@@ -360,16 +258,17 @@ class Gather {
 
   void run_tiles(const BlockTask& task, const Class* classes, int64_t num_classes, const ConvPixel* pixels,
                  const GatherTap* taps, Prefetch& next) const {
-    const Panels& e = work_.experts[p_.expert(task.group)];
+    const PackedPanels::Expert& e = panels_.expert(p_.expert(task.group));
     GatherTile tile;
     tile.depth = live_source(task.group);
     tile.live = live_dest(task.group);
     tile.channels = geo_.dest_channels;
     for (int64_t panel = task.panel_begin; panel < task.panel_end; ++panel) {
       tile.channel = panel * panel_;
-      tile.row = panel_row(e, panel);
-      tile.weights = packed_ + panel_memory(e, panel);
-      tile.vectors = static_cast<int>(std::min<int64_t>(kPanelVectors, ceil_div(tile.live - tile.channel, kernels_.lanes)));
+      tile.row = panels_.row(e, panel);
+      tile.weights = panels_.weights(e, panel);
+      const int64_t vectors = ceil_div(tile.live - tile.channel, kernels_.lanes);
+      tile.vectors = static_cast<int>(std::min<int64_t>(kPanelVectors, vectors));
       tile.last = tile.channel + panel_ >= tile.live;
       for (const Class* c = classes; c != classes + num_classes; ++c) {
         tile.taps = taps + c->tap_begin;
@@ -451,13 +350,12 @@ class Gather {
   const Operands op_;
   Workspace& work_;
   GatherGeometry& geo_;
+  PackedPanels& panels_;
   const ConvKernels& kernels_;
-  int panel_, type_;
-  int64_t element_, weight_end_, macs_ = 0;
+  int type_;
+  int64_t panel_, element_, macs_ = 0;
+  int64_t depth_ = 1, lanes_ = 1;  // the widest group's
   int64_t block_rows_ = 0, block_samples_ = 0, panel_splits_ = 1;
-  int64_t first_expert_ = 0, last_expert_ = 0;
-  float* packed_ = nullptr;
-  std::atomic<uint32_t>* states_ = nullptr;
 };
 
 Workspace& workspace() {

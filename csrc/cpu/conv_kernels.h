@@ -74,7 +74,8 @@ struct PanelPack {
   int64_t row;            // floats per packed row: a multiple of the vector length
 };
 
-// The way back for weight gradients: weights[lane * lane_stride + c * depth_stride + taps[t]] = sums[t * depth + c][lane].
+// The way back for weight gradients:
+// weights[lane * lane_stride + c * depth_stride + taps[t]] = sums[t * depth + c][lane].
 struct PanelUnpack {
   const float* sums;
   int64_t row, depth;

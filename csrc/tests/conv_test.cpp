@@ -83,7 +83,8 @@ void run_case(Case& c, uint32_t seed) {
   for (int64_t g = 0; g < p.num_groups; ++g)
     for (int64_t n = p.offsets[g]; n < p.offsets[g + 1]; ++n) {
       for (int64_t i = 0; i < p.height * p.width; ++i)
-        for (int64_t k = 0; k < p.live_in(g); ++k) x.set((n * p.height * p.width + i) * p.in_channels + k, random.normal());
+        for (int64_t k = 0; k < p.live_in(g); ++k)
+          x.set((n * p.height * p.width + i) * p.in_channels + k, random.normal());
       for (int64_t k = 0; k < p.live_out(g); ++k) {
         sample_bias.set(n * p.out_channels + k, random.normal());
         for (int64_t i = 0; i < oh * ow; ++i) {
@@ -110,7 +111,8 @@ void run_case(Case& c, uint32_t seed) {
             dsample_bias.add(n * p.out_channels + k, dy[at]);
             for (int64_t r = 0; r < p.filter_height; ++r)
               for (int64_t s = 0; s < p.filter_width; ++s) {
-                const int64_t row = i * p.stride_height + r - p.pad_height, column = j * p.stride_width + s - p.pad_width;
+                const int64_t row = i * p.stride_height + r - p.pad_height;
+                const int64_t column = j * p.stride_width + s - p.pad_width;
                 if (row < 0 || row >= p.height || column < 0 || column >= p.width) continue;
                 for (int64_t m = 0; m < p.live_in(g); ++m) {
                   const int64_t from = ((n * p.height + row) * p.width + column) * p.in_channels + m;
@@ -146,8 +148,8 @@ Case generated(Random& random) {
   Case c;
   const int64_t filter = 1 + 2 * random.below(3), pad = random.below(filter);
   const int64_t least = std::max<int64_t>(1, filter - 2 * pad);
-  c.problem = shape(least + random.below(5), least + random.below(7), 1 + random.below(40), 1 + random.below(40), filter,
-                    1 + random.below(2), pad);
+  c.problem = shape(least + random.below(5), least + random.below(7), 1 + random.below(40), 1 + random.below(40),
+                    filter, 1 + random.below(2), pad);
   c.problem.dtype = random.below(3) ? tdc::DType::kFloat32 : tdc::DType::kBFloat16;
   const int64_t groups = 1 + random.below(4);
   c.offsets.push_back(0);

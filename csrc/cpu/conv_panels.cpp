@@ -1,0 +1,102 @@
+#include "cpu/conv_panels.h"
+
+#include <algorithm>
+#include <new>
+#include <thread>
+
+namespace tdc {
+namespace {
+
+constexpr int64_t kPackedLimit = int64_t{6} << 20;  // bytes of packed weights at a time
+
+// A panel is packed by the first thread that needs it.
+enum PanelState : uint32_t { kUnpacked, kBeingPacked, kReady };
+
+}  // namespace
+
+void PackedPanels::reset(const Conv2dProblem& problem, const GatherGeometry& geometry, const ConvKernels& kernels,
+                         const void* weight) {
+  problem_ = &problem, geometry_ = &geometry, kernels_ = &kernels;
+  weight_ = static_cast<const char*>(weight);
+  const int64_t sizes[5] = {problem.num_experts, problem.out_channels, problem.in_channels, problem.filter_height,
+                            problem.filter_width};
+  int64_t last = 0;
+  for (int d = 0; d < 5; ++d) last += (sizes[d] - 1) * problem.weight_strides[d];
+  weight_end_ = weight_ + (last + 1) * (problem.dtype == DType::kFloat32 ? 4 : 2);
+  lanes_per_panel_ = kernels.lanes * kPanelVectors;
+  next_expert_ = next_panel_ = 0;
+  experts_.assign(problem.num_experts, {});
+}
+
+void PackedPanels::widen(int64_t expert, int64_t lanes, int64_t depth) {
+  Expert& e = experts_[expert];
+  e.lanes = std::max(e.lanes, lanes);
+  e.depth = std::max(e.depth, depth);
+}
+
+int64_t PackedPanels::row(const Expert& e, int64_t panel) const {
+  const int64_t lanes = std::min(lanes_per_panel_, e.lanes - panel * lanes_per_panel_);
+  return (lanes + kernels_->lanes - 1) / kernels_->lanes * kernels_->lanes;
+}
+
+bool PackedPanels::next_wave() {
+  if (next_expert_ >= problem_->num_experts) return false;
+  first_ = next_expert_;
+  int64_t floats = 0, panels = 0;
+  for (bool full = false; next_expert_ < problem_->num_experts && !full;) {
+    Expert& e = experts_[next_expert_];
+    last_ = next_expert_;
+    e.begin = next_panel_, e.memory = floats, e.state = panels;
+    const int64_t total = count(e.lanes);
+    for (; next_panel_ < total; ++next_panel_, ++panels) {
+      const int64_t size = num_taps() * tap_rows(e) * row(e, next_panel_);
+      full = floats > 0 && (floats + size) * 4 > kPackedLimit;
+      if (full) break;
+      floats += size;
+    }
+    e.end = next_panel_;
+    if (!full) ++next_expert_, next_panel_ = 0;
+  }
+  packed_ = packed_memory_.get<float>(std::max<int64_t>(floats, 1));
+  states_ = states_memory_.get<std::atomic<uint32_t>>(panels + 1);
+  for (int64_t i = 0; i < panels; ++i) new (states_ + i) std::atomic<uint32_t>(kUnpacked);
+  return true;
+}
+
+void PackedPanels::prepare(int64_t expert, int64_t begin, int64_t end) const {
+  const Expert& e = experts_[expert];
+  std::atomic<uint32_t>* states = states_ + e.state;
+  for (int64_t panel = begin; panel < end; ++panel) {
+    std::atomic<uint32_t>& state = states[panel - e.begin];
+    uint32_t seen = state.load(std::memory_order_relaxed);
+    if (seen == kUnpacked && state.compare_exchange_strong(seen, kBeingPacked, std::memory_order_relaxed)) {
+      pack(expert, panel);
+      state.store(kReady, std::memory_order_release);
+    }
+  }
+  for (int64_t panel = begin; panel < end; ++panel)
+    for (int spins = 0; states[panel - e.begin].load(std::memory_order_acquire) != kReady;)
+      if (++spins > 256) std::this_thread::yield();
+}
+
+void PackedPanels::pack(int64_t expert, int64_t panel) const {
+  const Expert& e = experts_[expert];
+  const int64_t element = problem_->dtype == DType::kFloat32 ? 4 : 2;
+  const int64_t first = expert * problem_->weight_strides[0] + panel * lanes_per_panel_ * geometry_->lane_stride;
+  PanelPack pack;
+  pack.weights = weight_ + first * element;
+  pack.end = weight_end_;
+  pack.lanes = std::min(lanes_per_panel_, e.lanes - panel * lanes_per_panel_);
+  pack.lane_stride = geometry_->lane_stride;
+  pack.depth_stride = geometry_->depth_stride;
+  pack.depth = e.depth;
+  pack.taps = geometry_->tap_weights.data();
+  pack.tap_at = geometry_->tap_at.empty() ? nullptr : geometry_->tap_at.data();
+  pack.num_taps = num_taps();
+  pack.packed = packed_ + offset(e, panel);
+  pack.tap_rows = tap_rows(e);
+  pack.row = row(e, panel);
+  kernels_->pack[static_cast<int>(problem_->dtype)](pack);
+}
+
+}  // namespace tdc

@@ -1,0 +1,65 @@
+// The live weights of all experts as packed panels, a bounded number of bytes at a time.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <vector>
+
+#include "cpu/conv_gather.h"
+#include "cpu/conv_kernels.h"
+#include "cpu/conv_scratch.h"
+
+namespace tdc {
+
+class PackedPanels {
+ public:
+  struct Expert {
+    int64_t lanes = 0, depth = 0;   // the widest of the groups that use it
+    int64_t begin = 0, end = 0;     // panels [begin, end) are in this wave
+    int64_t memory = 0, state = 0;  // first float; states_[state + panel - begin]
+  };
+
+  // Forgets everything; then widen() every expert in use, then next_wave() until it returns false.
+  void reset(const Conv2dProblem& problem, const GatherGeometry& geometry, const ConvKernels& kernels,
+             const void* weight);
+  void widen(int64_t expert, int64_t lanes, int64_t depth);
+  // Moves on to the next panels that fit in memory together; none of them is packed yet.
+  bool next_wave();
+
+  int64_t first_expert() const { return first_; }  // of the wave
+  int64_t last_expert() const { return last_; }
+  const Expert& expert(int64_t index) const { return experts_[index]; }
+  int64_t lanes_per_panel() const { return lanes_per_panel_; }
+  int64_t count(int64_t lanes) const { return (lanes + lanes_per_panel_ - 1) / lanes_per_panel_; }
+
+  // Packs those panels [begin, end) that no thread has begun, then waits for the others.
+  void prepare(int64_t expert, int64_t begin, int64_t end) const;
+
+  // Floats per packed row: whole vectors, fewer in an expert's last panel.
+  int64_t row(const Expert& e, int64_t panel) const;
+  // Packed rows per tap: an odd number, so that the taps of a channel do not all fall on the same cache sets.
+  static int64_t tap_rows(const Expert& e) { return e.depth | 1; }
+  const float* weights(const Expert& e, int64_t panel) const { return packed_ + offset(e, panel); }
+
+ private:
+  // All panels but the last have the same size.
+  int64_t offset(const Expert& e, int64_t panel) const {
+    return e.memory + (panel - e.begin) * num_taps() * tap_rows(e) * lanes_per_panel_;
+  }
+  int64_t num_taps() const { return static_cast<int64_t>(geometry_->tap_weights.size()); }
+  void pack(int64_t expert, int64_t panel) const;
+
+  const Conv2dProblem* problem_ = nullptr;
+  const GatherGeometry* geometry_ = nullptr;
+  const ConvKernels* kernels_ = nullptr;
+  const char* weight_ = nullptr;
+  const char* weight_end_ = nullptr;
+  int64_t lanes_per_panel_ = 1, first_ = 0, last_ = 0;
+  int64_t next_expert_ = 0, next_panel_ = 0;
+  std::vector<Expert> experts_;
+  Scratch packed_memory_, states_memory_;
+  float* packed_ = nullptr;
+  std::atomic<uint32_t>* states_ = nullptr;
+};
+
+}  // namespace tdc
