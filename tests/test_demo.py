@@ -133,3 +133,11 @@ def test_the_worker_pool_runs_tasks_and_raises_their_errors(tmp_path):
     bad = tasks.Task("bad", Path.read_text, (tmp_path / "missing",))
     with pytest.raises(FileNotFoundError):
         tasks.run_tasks([bad], 1, said.append)
+
+
+def test_an_error_ends_the_job_before_another_task_begins(tmp_path):
+    never = tmp_path / "never"
+    queue = [tasks.Task("bad", Path.read_text, (tmp_path / "missing",)), tasks.Task("next", Path.touch, (never,))]
+    with pytest.raises(FileNotFoundError):
+        tasks.run_tasks(queue, 1, print)
+    assert not never.exists()

@@ -59,12 +59,18 @@ def run_tasks(tasks: Sequence[Task], processes: int, say: Callable[[str], None])
     if processes == 0:
         return {task.name: _timed(task) for task in tasks}
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(min(processes, len(tasks)), mp_context=context, initializer=_start_worker)
+    workers = min(processes, len(tasks))
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
     seconds: dict[str, float] = {}
     shown: dict[str, int] = {}
+    waiting = list(tasks)
+    pending: dict[Future[float], Task] = {}
     try:
-        pending: dict[Future[float], Task] = {pool.submit(_in_worker, task): task for task in tasks}
-        while pending:
+        while pending or waiting:
+            # Never more than the workers can begin: a task that is queued could not be called back after Ctrl-C.
+            while waiting and len(pending) < workers:
+                task = waiting.pop(0)
+                pending[pool.submit(_in_worker, task)] = task
             done, _ = wait(pending, timeout=REPORT_EVERY_SECONDS, return_when=FIRST_COMPLETED)
             for future in done:
                 task = pending.pop(future)
@@ -75,13 +81,11 @@ def run_tasks(tasks: Sequence[Task], processes: int, say: Callable[[str], None])
                 if line:
                     say(line)
     except BaseException as error:
-        for future in pending:
-            future.cancel()
         say(f"{type(error).__name__}: the job ends as soon as the tasks now running have saved or finished")
         raise
     finally:
         # Workers that still train get Ctrl-C with this process and save before they end.
-        pool.shutdown(wait=True, cancel_futures=True)
+        pool.shutdown(wait=True)
     return seconds
 
 
