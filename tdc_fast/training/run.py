@@ -56,7 +56,7 @@ class RunDirectory:
         path = (
             Path(chosen) if chosen else Path(tempfile.gettempdir()) / f"tdc-fast-{datetime.now():%Y-%m-%d-%H-%M-%S-%f}"
         )
-        if (path / "config.json").exists():
+        if (path / "config.json").exists() and _has_begun(path):
             raise invalid(
                 "run_dir", str(path), f"a directory without a run; continue the one there with --resume {path}"
             )
@@ -137,6 +137,11 @@ class RunDirectory:
             **more,
             "config": self.config.to_dict(),
         }
+
+
+def _has_begun(path: Path) -> bool:
+    """Whether a run directory holds anything worth keeping: one that was refused right after its start does not."""
+    return any(next(path.rglob(kind), None) is not None for kind in ("*.pt", "progress.csv"))
 
 
 def default_directory() -> str:

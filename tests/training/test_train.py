@@ -287,6 +287,15 @@ def test_resume_checkpoint_never_restarts_in_silence(folder, plain, tmp_path, ca
         assert said in capsys.readouterr().err
 
 
+def test_a_run_refused_at_its_start_can_be_begun_again_in_the_same_place(folder):
+    config = small_config(folder, "again", **{**TWO_STAGES, "stage1_steps": 1, "stage2_steps": 1, "k": 1.0})
+    with pytest.raises(ValueError, match="base: got 'nowhere.pt'"):
+        train(config.replace(base="nowhere.pt"))
+    train(config)
+    with pytest.raises(ValueError, match="--resume"):
+        train(config)
+
+
 def test_training_without_data_says_what_to_give(tmp_path, capsys):
     assert main(["--run_dir", str(tmp_path / "run")]) == 2
     assert "data_dir" in capsys.readouterr().err
