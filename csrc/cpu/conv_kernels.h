@@ -26,7 +26,7 @@ struct GatherTap {
   ptrdiff_t weight;       // first packed row
 };
 
-// out[p, k] = init[p, k] + sum over taps and depth c of source[p][tap.source + c] * weights[tap.weight + c, k]
+// out[p, k] = sum over taps and depth c of source[p][tap.source + c] * weights[tap.weight + c, k] + init[p, k]
 // (+ residual).
 struct GatherTile {
   const ConvPixel* pixels;

@@ -72,10 +72,6 @@ void gather_tile(const GatherTile& tile) {
   constexpr int kC = kChains<P, V>;
   Vec chains[kC][P][V] = {};
   Vec(&sums)[P][V] = chains[0];
-#pragma GCC unroll 8
-  for (int p = 0; p < P; ++p)
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) sums[p][v] = load(tile.pixels[p].init + tile.channel + v * kLanes);
 
   const float* source[P];
 #pragma GCC unroll 8
@@ -111,6 +107,9 @@ void gather_tile(const GatherTile& tile) {
 #pragma GCC unroll 8
   for (int p = 0; p < P; ++p) {
     const ConvPixel& pixel = tile.pixels[p];
+    // The bias comes last: products added to a sum that begins there would be rounded to its magnitude.
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) sums[p][v] += load(pixel.init + tile.channel + v * kLanes);
     if (whole) {
       T* out = static_cast<T*>(pixel.out) + tile.channel;
       if (pixel.residual) {
@@ -129,12 +128,8 @@ void gather_tile(const GatherTile& tile) {
 
 template <int P, int V>
 void outer_tile(const OuterTile& tile) {
-  Vec sums[P][V];
-#pragma GCC unroll 8
-  for (int p = 0; p < P; ++p)
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) sums[p][v] = load(tile.sums + p * tile.row + v * kLanes);
-
+  // A chunk sums from zero and is added as a whole: rounding grows with its length, not with that of the batch.
+  Vec sums[P][V] = {};
   for (const PixelPair *pixel = tile.pixels, *end = pixel + tile.num_pixels; pixel != end; ++pixel) {
     const float* source = tile.source + pixel->x;
     accumulate<P, V>(sums, tile.dy + pixel->dy, [&](int p) { return source[p]; });
@@ -143,7 +138,10 @@ void outer_tile(const OuterTile& tile) {
 #pragma GCC unroll 8
   for (int p = 0; p < P; ++p)
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) store(tile.sums + p * tile.row + v * kLanes, sums[p][v]);
+    for (int v = 0; v < V; ++v) {
+      float* total = tile.sums + p * tile.row + v * kLanes;
+      store(total, load(total) + sums[p][v]);
+    }
 }
 
 }  // namespace
