@@ -1,7 +1,7 @@
 """The improved-diffusion UNet routed over 8 experts, against one dense model over the same batch and a loop.
 
-Both are in fp32 and channels_last; a mixed batch of 64. ``training step`` is forward, loss and backward;
-``with optimizer`` adds a fused AdamW step, which for the routed model updates all eight experts' parameters.
+Both are in fp32 and channels_last; a mixed batch of 64. A training step is forward, loss and backward (gradients);
+with a fused AdamW step on top the routed model updates all eight experts' parameters.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def test_forward(benchmark, case: UNetCase):
 
 
 @by_case
-@pytest.mark.parametrize("optimizer", [False, True], ids=["", "with optimizer"])
+@pytest.mark.parametrize("optimizer", [False, True], ids=["gradients", "gradients + AdamW"])
 def test_training_step(benchmark, case: UNetCase, optimizer: bool):
     p = Problem(case)
     routed = p.routed()
