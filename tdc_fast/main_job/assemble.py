@@ -23,8 +23,8 @@ from tdc_fast.report.numbers import Comparison, Curve, ExpertWidths, ModelResult
 from tdc_fast.training.load import Run, load_run
 
 SEED_NOTE = (
-    "In trials of this set-up with three seeds, the same recipe varied by about 0.2% in held-out loss and by 10 to 20% "
-    "in Fréchet distance (standard deviation): more than the spreads in the table."
+    "The intervals on this page are those of measuring. What another training seed would change is not in them: the "
+    "same command with --seed 1 shows it."
 )
 NO_SMALL_BATCH_CONTROL = (
     "The uniform baseline at small batches is missing. Stage 2 gives each expert few images in each of many steps, "

@@ -220,9 +220,7 @@ def _compute(comparison: Comparison) -> str:
 
 def _limits(comparison: Comparison) -> str:
     points = [
-        "One training seed is shown. "
-        + comparison.seed_note
-        + " Differences of that size may go the other way with another seed.",
+        "One training seed is shown. " + comparison.seed_note,
         "A small data set of small images, and a network small enough for a laptop: the published gains are for "
         "far larger ones.",
         *comparison.missing,

@@ -86,7 +86,7 @@ class Comparison:
     real_images: Tensor
     settings: dict[str, dict[str, Any]]
     environment: dict[str, str]
-    seed_note: str  # how far training seeds are known to move the measures
+    seed_note: str  # what is known of how training seeds move the measures
     missing: tuple[str, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
 
