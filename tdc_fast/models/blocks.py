@@ -118,8 +118,7 @@ def head_dim(channels: int, num_heads: int) -> int:
 
 
 class AttentionBlock(nn.Module):
-    """Residual self-attention over all positions. ``width`` channels (whole heads) live inside; 0 heads =
-    identity."""
+    """Residual self-attention over all positions. ``width`` channels (whole heads) live inside; 0 heads = identity."""
 
     def __init__(self, channels: int, num_heads: int, use_checkpoint: bool, width: int | None = None) -> None:
         super().__init__()

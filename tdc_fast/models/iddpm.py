@@ -1,5 +1,4 @@
-"""The UNet of improved-diffusion: the same state-dict keys, shapes and numerics, built of leaves that can be
-routed.
+"""The UNet of improved-diffusion: the same state-dict keys, shapes and numerics, built of leaves that can be routed.
 
 Source: Nichol and Dhariwal, "Improved Denoising Diffusion Probabilistic Models" (arXiv 2102.09672), and the public
 checkpoints of its reference implementation. Activations are channels_last throughout.
@@ -199,8 +198,7 @@ class UNet(nn.Module):
         return model
 
     def with_widths(self, widths: Mapping[str, int]) -> UNet:
-        """A fresh UNet of this architecture whose units are as wide as ``widths`` says (uninitialised, same
-        device)."""
+        """A fresh UNet of this architecture whose units are as wide as ``widths`` says (uninitialised, same device)."""
         first = next(self.parameters())
         with torch.device("meta"):
             model = UNet.from_recipe({**self.recipe(), "widths": {**self.widths, **widths}})

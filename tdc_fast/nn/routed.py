@@ -52,8 +52,7 @@ class LiveAxis:
 class RoutedLeaf(nn.Module):
     """What all routed leaves share: the plan, the live axes, and moving one expert's weights in and out.
 
-    ``out_widths`` and ``in_widths`` are int32 buffers (N,) in units of channels, or None where all
-    experts are alike.
+    ``out_widths`` and ``in_widths`` are int32 buffers (N,) in units of channels, or None where all experts are alike.
     """
 
     out_widths: Tensor | None
@@ -258,8 +257,7 @@ class RoutedGroupNorm(RoutedLeaf):
         shift: Tensor | None = None,
         activation: str | None = None,
     ) -> Tensor:
-        """x (B, C), (B, C, T) or (B, C, H, W) sorted: ``act(norm(x) * (1 + scale) + shift)``, same shape and
-        dtype."""
+        """x (B, C), (B, C, T) or (B, C, H, W) sorted: ``act(norm(x) * (1 + scale) + shift)``, same shape and dtype."""
         image = x if x.dim() == 4 else x.reshape(x.shape[0], x.shape[1], -1, 1)
         y = routed_group_norm(
             image,

@@ -52,8 +52,7 @@ class PruningUnit:
         return tuple(range(0, self.channels + 1, self.step))
 
     def kept_rows(self, order: Sequence[int], width: int, part: UnitSlice) -> list[Tensor]:
-        """Indices (int64) into ``part``'s axis of the ``width`` channels that come first in ``order``, one tensor
-        per copy."""
+        """Indices (int64) into ``part``'s axis of the first ``width`` channels of ``order``, one tensor per copy."""
         atoms = torch.as_tensor(list(order[: width // self.atom]), dtype=torch.int64)
         span = self.atom * part.scale
         rows = (atoms[:, None] * span + torch.arange(span)).flatten()
@@ -61,8 +60,7 @@ class PruningUnit:
 
 
 def width_step(channels: int, atom: int) -> int:
-    """Width granularity of a convolution: a multiple of the atom and of 8 channels (16-byte loads), else the atom
-    alone.
+    """Width granularity of a convolution: a multiple of the atom and of 8 channels (16-byte loads), else the atom.
 
     Layers of at most 8 channels, and those that such steps do not divide, go by single atoms.
     """

@@ -22,8 +22,7 @@ _FIELDS = {"version", "base_hash", "boundaries", "experts", "macs", "budgets"}
 
 
 def base_hash(module: nn.Module) -> str:
-    """sha256 (hex) over the state dict's names, dtypes, shapes and bytes; independent of device and memory
-    format."""
+    """sha256 (hex) over the state dict's names, dtypes, shapes and bytes; independent of device and memory format."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         value = tensor.detach().to("cpu").contiguous()
@@ -34,8 +33,7 @@ def base_hash(module: nn.Module) -> str:
 
 @dataclass(frozen=True)
 class ExpertUnit:
-    """One unit of one expert: ``order`` is a permutation of its atoms, most important first; ``width`` the live
-    channels."""
+    """One unit of one expert: ``order`` permutes its atoms, most important first; ``width`` counts live channels."""
 
     order: tuple[int, ...]
     width: int
@@ -76,8 +74,7 @@ class WidthPlan:
 
     @classmethod
     def uniform(cls, base: nn.Module, boundaries: Sequence[int], fraction: float | Sequence[float] = 1.0) -> WidthPlan:
-        """Every unit at ``fraction`` of its width (rounded down to its step), first channels kept; one fraction or
-        one per group."""
+        """Every unit at ``fraction`` (or one per group) of its width, rounded down to a step; first channels kept."""
         units = base.pruning_units()  # type: ignore[operator]
         count = len(boundaries) - 1
         fractions = [fraction] * count if isinstance(fraction, int | float) else list(fraction)
@@ -107,8 +104,7 @@ class WidthPlan:
         base: str | None = None,
         boundaries: Sequence[int] | None = None,
     ) -> None:
-        """ValueError naming the field unless this plan fits these units, this ``base_hash`` and these
-        boundaries."""
+        """ValueError naming the field unless this plan fits these units, this ``base_hash`` and these boundaries."""
         if base is not None and base != self.base_hash:
             raise invalid(
                 "base_hash",
