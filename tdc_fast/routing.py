@@ -26,8 +26,8 @@ _FORMAT_VERSION = 1
 class TimestepGroups:
     """N contiguous, non-empty intervals that cover the timesteps [0, T); group 0 holds timestep 0.
 
-    `boundaries` has N + 1 entries, from 0 to T, strictly increasing: group g is
-    [boundaries[g], boundaries[g + 1]). `strategy` records how they came about. Immutable.
+    `boundaries` has N + 1 entries, from 0 to T, strictly increasing: group g is [boundaries[g], boundaries[g + 1]).
+    `strategy` records how they came about. Immutable.
     """
 
     __slots__ = ("_inner", "boundaries", "strategy")
@@ -51,9 +51,7 @@ class TimestepGroups:
 
     @classmethod
     def from_boundaries(cls, boundaries: Sequence[int], *, strategy: str = "boundaries") -> TimestepGroups:
-        """Groups with the given N + 1 boundaries, 0 first and T last. ValueError unless they increase
-        strictly.
-        """
+        """Groups with the given N + 1 boundaries, 0 first and T last. ValueError unless they increase strictly."""
         return cls(boundaries, strategy)
 
     @classmethod
@@ -111,8 +109,8 @@ class TimestepGroups:
     def group_of(self, t: Tensor) -> Tensor:
         """Group ids (int64, t's shape and device) of integer timesteps t.
 
-        A timestep outside [0, T) is a ValueError on the CPU outside torch.compile; elsewhere, where the
-        check would have to wait for the device, it counts as the nearest group.
+        A timestep outside [0, T) is a ValueError on the CPU outside torch.compile; elsewhere, where the check would
+        have to wait for the device, it counts as the nearest group.
         """
         if t.dtype not in INTEGER_DTYPES:
             raise invalid("t", t.dtype, "integer timesteps (the original index, not a rescaled one)")

@@ -1,7 +1,7 @@
 """The one generator of routed problems for all tests, and the plain torch computation each is compared with.
 
-A case holds shapes and a seed; `tensors(dtype)` makes the same values in any dtype (drawn in bf16, so that no
-dtype sees rounded inputs), with NaN wherever the widths say that nothing may be read.
+A case holds shapes and a seed; `tensors(dtype)` makes the same values in any dtype (drawn in bf16, so that no dtype
+sees rounded inputs), with NaN wherever the widths say that nothing may be read.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
 """Backends and the choice between them.
 
-A backend is a module (or object) with a `name`, `supports(problem) -> None | reason` and one function per
-operator it serves, as `reference` has them: conv2d, conv2d_dgrad, conv2d_wgrad, group_norm,
-group_norm_backward. The order of choice: the `backend` argument, then the environment variable
-TDC_FAST_BACKEND, then the first registered one that supports the problem. A backend asked for by name that
-cannot serve raises with its reason.
+A backend is a module (or object) with a `name`, `supports(problem) -> None | reason` and one function per operator it
+serves, as `reference` has them: conv2d, conv2d_dgrad, conv2d_wgrad, group_norm, group_norm_backward. The order of
+choice: the `backend` argument, then the environment variable TDC_FAST_BACKEND, then the first registered one that
+supports the problem. A backend asked for by name that cannot serve raises with its reason.
 """
 
 from __future__ import annotations
@@ -50,9 +49,7 @@ def register(backend: Any) -> None:
 
 
 def select(problem: Problem, requested: str) -> Any:
-    """The backend that serves `problem`; `requested` is a name or "" for any. Raises ValueError with the
-    reason.
-    """
+    """The backend that serves `problem`; `requested` is a name or "" for any. Raises ValueError with the reason."""
     asked_by = "backend"
     if not requested:
         requested, asked_by = os.environ.get(ENVIRONMENT, ""), ENVIRONMENT
@@ -87,9 +84,7 @@ def remembered(key: Any, describe: Callable[[], Problem], requested: str) -> tup
 
 
 def describes(operator: str) -> Callable[[Callable[..., Problem]], Callable[..., Problem]]:
-    """Registers the function that turns the arguments of a public operator into its problem, for
-    `explain`.
-    """
+    """Registers the function that turns the arguments of a public operator into its problem, for `explain`."""
 
     def register_describer(describe: Callable[..., Problem]) -> Callable[..., Problem]:
         _describers[operator] = describe
@@ -117,8 +112,7 @@ class Explanation:
 
 
 def explain(operator: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
-    """Says which backend the call `operator(*args, **kwargs)` would run, why, and why each other one would
-    not.
+    """Says which backend the call `operator(*args, **kwargs)` would run, why, and why each other one would not.
 
     operator: routed_conv2d, routed_linear or routed_group_norm, or its name. Nothing is computed.
     Raises the ValueError that the call itself would raise for wrong arguments.

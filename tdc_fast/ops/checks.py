@@ -1,8 +1,8 @@
 """Validation of operator arguments, and the problem they describe.
 
-Shapes, dtypes and devices are checked once per distinct combination (the operators keep the resulting
-problem). Numbers that live in tensors (offsets, weight_index, widths) are checked on every call when they
-are in host memory, because native code indexes with them; on a GPU reading them would stall it.
+Shapes, dtypes and devices are checked once per distinct combination (the operators keep the resulting problem). Numbers
+that live in tensors (offsets, weight_index, widths) are checked on every call when they are in host memory, because
+native code indexes with them; on a GPU reading them would stall it.
 """
 
 from __future__ import annotations
@@ -20,9 +20,7 @@ _FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 @dataclass(frozen=True, slots=True)
 class ConvProblem:
-    """Geometry of one routed convolution; `op` is the registered operator that runs (forward, dgrad or
-    wgrad).
-    """
+    """Geometry of one routed convolution; `op` is the registered operator that runs (forward, dgrad or wgrad)."""
 
     op: str
     device: torch.device
@@ -90,8 +88,7 @@ def conv_problem(
     residual: Tensor | None = None,
     dy: Tensor | None = None,
 ) -> ConvProblem:
-    """Checks the arguments of a convolution whose input has shape `image`, the dtype and the device of
-    `like`.
+    """Checks the arguments of a convolution whose input has shape `image`, the dtype and the device of `like`.
 
     Raises ValueError naming argument, value and remedy.
     """

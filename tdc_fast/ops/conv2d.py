@@ -39,8 +39,8 @@ def routed_conv2d(
 ) -> Tensor:
     """Convolves every sample with the weights of its group's expert, in one launch.
 
-    y[b] = conv2d(x[b], weight[e(b)]) + bias[e(b)] + sample_bias[b] + residual[b], where e(b) is
-    plan.weight_index of the group of sample b, and samples are sorted by `plan`.
+    y[b] = conv2d(x[b], weight[e(b)]) + bias[e(b)] + sample_bias[b] + residual[b], where e(b) is plan.weight_index of
+    the group of sample b, and samples are sorted by `plan`.
 
     x: (B, C_in, H, W), any strides (channels_last is free, others are copied).
     weight: (E, C_out, C_in, R, S). bias: (E, C_out). sample_bias: (B, C_out). residual: (B, C_out, OH, OW).

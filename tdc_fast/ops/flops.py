@@ -1,8 +1,8 @@
 """FLOPs of the routed operators for torch's FlopCounterMode, counted over live widths.
 
-Two per multiply-add, as torch counts a convolution: twice n_g * OH * OW * R * S * live_in_g * live_out_g
-summed over the groups, the same for forward, dgrad and wgrad. The group norm has no formula, as torch's own
-has none. Widths that cannot be read (fake tensors) count as full.
+Two per multiply-add, as torch counts a convolution: twice n_g * OH * OW * R * S * live_in_g * live_out_g summed over
+the groups, the same for forward, dgrad and wgrad. The group norm has no formula, as torch's own has none. Widths that
+cannot be read (fake tensors) count as full.
 """
 
 from __future__ import annotations

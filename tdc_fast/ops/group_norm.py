@@ -38,8 +38,7 @@ def routed_group_norm(
 ) -> Tensor:
     """Group norm with the affine of every sample's expert, then the sample's own scale and shift, then SiLU.
 
-    y[b] = act((norm(x[b]) * weight[e(b)] + bias[e(b)]) * (1 + scale[b]) + shift[b]); samples are sorted by
-    `plan`.
+    y[b] = act((norm(x[b]) * weight[e(b)] + bias[e(b)]) * (1 + scale[b]) + shift[b]); samples are sorted by `plan`.
 
     x: (B, C, H, W), any strides. weight, bias: (E, C). scale, shift: (B, C). All of the dtype of x;
         statistics are in fp32 (fp64 for fp64), per sample over C // num_groups channels.
@@ -50,9 +49,9 @@ def routed_group_norm(
     activation: None or "silu".
     Returns (B, C, H, W) in channels_last memory.
 
-    Under torch.autocast the dtype of x stays as it is and the other arguments follow it: the statistics are
-    in fp32 anyway, and what comes next casts back to the low precision.
-    Differentiable once. Raises ValueError naming argument, value and remedy.
+    Under torch.autocast the dtype of x stays as it is and the other arguments follow it: the statistics are in fp32
+    anyway, and what comes next casts back to the low precision. Differentiable once. Raises ValueError naming argument,
+    value and remedy.
     """
     check_plan(x, plan)
     y, _, _ = _forward_op(

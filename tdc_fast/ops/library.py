@@ -1,7 +1,7 @@
 """Registration of operators with torch.library: one place that knows torch's dispatch keys.
 
-An operator is registered in four layers, outermost first, each of which calls the same operator again
-below its own key (so that nothing registered is ever nested in something else registered):
+An operator is registered in four layers, outermost first, each of which calls the same operator again below its own key
+(so that nothing registered is ever nested in something else registered):
 
     Autocast    casts the arguments (`add_autocast`)
     Autograd    one autograd.Function, or straight through when no gradient is wanted (`add_autograd`)
@@ -28,8 +28,7 @@ _AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | tor
 
 
 def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> torch._ops.OpOverload:
-    """Registers `schema` ("name(Tensor x, ...) -> Tensor") with its implementation and its fake (shapes
-    only).
+    """Registers `schema` ("name(Tensor x, ...) -> Tensor") with its implementation and its fake (shapes only).
 
     Returns the overload to call.
     """

@@ -26,8 +26,8 @@ def routed_linear(
 ) -> Tensor:
     """Applies to every sample the linear layer of its group's expert, in one launch.
 
-    x: (B, C_in) or (B, T, C_in). weight: (E, C_out, C_in). bias: (E, C_out). residual: the shape of the
-    result. Returns (B, C_out) or (B, T, C_out), contiguous. Everything else as in `routed_conv2d`.
+    x: (B, C_in) or (B, T, C_in). weight: (E, C_out, C_in). bias: (E, C_out). residual: the shape of the result. Returns
+    (B, C_out) or (B, T, C_out), contiguous. Everything else as in `routed_conv2d`.
     """
     _check(x, weight, residual)
     y = routed_conv2d(

@@ -1,8 +1,8 @@
 """RoutingPlan and its operators: a stable counting sort of the samples of a batch by group.
 
 `tdc_fast::routing_plan(groups, num_groups) -> (order, inverse, offsets, sorted_groups)` and
-`tdc_fast::permute_samples(x, index, inverse) -> x[index]`, whose gradient is the opposite permutation (a
-gather: deterministic, and no atomics).
+`tdc_fast::permute_samples(x, index, inverse) -> x[index]`, whose gradient is the opposite permutation (a gather:
+deterministic, and no atomics).
 """
 
 from __future__ import annotations
@@ -174,9 +174,7 @@ class RoutingPlan:
         return self.order.shape[0]
 
     def sort(self, x: Tensor) -> Tensor:
-        """x[order] for x (B, ...): samples of one group become contiguous. Differentiable, keeps
-        channels_last.
-        """
+        """x[order] for x (B, ...): samples of one group become contiguous. Differentiable, keeps channels_last."""
         self._check_batch(x)
         return permute_samples(x, self.order, self.inverse)
 

@@ -1,7 +1,7 @@
 """The oracle: every operator in plain torch, for any float dtype on any device.
 
-Convolutions go segment by segment, the group norm sample by sample. Sums are in fp32 (fp64 for fp64) and
-results are rounded once. Reading the segments waits for the device; that is the price of being readable.
+Convolutions go segment by segment, the group norm sample by sample. Sums are in fp32 (fp64 for fp64) and results are
+rounded once. Reading the segments waits for the device; that is the price of being readable.
 """
 
 from __future__ import annotations
@@ -135,9 +135,7 @@ def conv2d_wgrad(
 
 
 def live_channels(widths: Tensor, offsets: Tensor, batch: int, channels: int) -> Tensor:
-    """(B, C) bool: is this channel of this sample within the width of its group? Does not wait for the
-    device.
-    """
+    """(B, C) bool: is this channel of this sample within the width of its group? Does not wait for the device."""
     positions = torch.arange(batch, device=offsets.device, dtype=torch.int32)
     group = torch.searchsorted(offsets[1:], positions, right=True)
     return torch.arange(channels, device=widths.device) < widths.index_select(0, group)[:, None]
@@ -156,9 +154,7 @@ def _live(problem: NormProblem, x: Tensor, offsets: Tensor, widths: Tensor | Non
 
 
 def _zero_dead(tensor: Tensor, live: Tensor) -> Tensor:
-    """In the accumulation dtype, with exact zeros where dead (a product would keep NaN). tensor (B, C,
-    ...).
-    """
+    """tensor (B, C, ...) in the accumulation dtype, with exact zeros where dead (a product would keep NaN)."""
     tensor = tensor.to(accumulate_dtype(tensor.dtype))
     return tensor.where(live.view(live.shape + (1,) * (tensor.dim() - 2)), 0)
 
