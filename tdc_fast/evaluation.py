@@ -1,8 +1,8 @@
 """How good is a denoiser: its loss on held-out images, and what a forward pass of its sampler costs.
 
-The held-out loss draws its noise and timesteps once from a seed, in an order that depends neither on the
-model nor on the batch size. Two models evaluated with the same arguments therefore see the same noisy images,
-and their difference is far more precise than either loss alone: `compare` gives it with its standard error.
+The held-out loss draws its noise and timesteps once from a seed, in an order that depends neither on the model nor on
+the batch size. Two models evaluated with the same arguments therefore see the same noisy images, and their difference
+is far more precise than either loss alone: `compare` gives it with its standard error.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ Denoiser = Callable[..., Tensor]
 class HeldoutLosses:
     """Denoising loss on images that took no part in training.
 
-    `per_image` (num_groups, M) float64 averages each image's loss over the group's timesteps; `per_group` and
-    `mean` are its averages. `mean` weights each group by its number of timesteps, so it estimates the loss
-    under timesteps drawn uniformly, whatever the groups.
+    `per_image` (num_groups, M) float64 averages each image's loss over the group's timesteps; `per_group` and `mean`
+    are its averages. `mean` weights each group by its number of timesteps, so it estimates the loss under timesteps
+    drawn uniformly, whatever the groups.
     """
 
     per_image: Tensor
@@ -117,10 +117,10 @@ def heldout_losses(
 ) -> HeldoutLosses:
     """Denoising loss of `model` on `x0` (M, C, H, W) float32 in [-1, 1], for each of `groups`.
 
-    Every image is noised once at every timestep of `timestep_grid(groups, points_per_group)`. Where the loss
-    also holds a variational term (learned variance), only its mean squared error is reported, so that models
-    with and without it compare. `model_kwargs` holds tensors of leading dimension M (class labels as `y`).
-    Raises ValueError if `x0` is empty or not four-dimensional.
+    Every image is noised once at every timestep of `timestep_grid(groups, points_per_group)`. Where the loss also holds
+    a variational term (learned variance), only its mean squared error is reported, so that models with and without it
+    compare. `model_kwargs` holds tensors of leading dimension M (class labels as `y`). Raises ValueError if `x0` is
+    empty or not four-dimensional.
     """
     if x0.dim() != 4 or len(x0) == 0:
         raise invalid("x0", tuple(x0.shape), "at least one image, as a (M, C, H, W) tensor")
@@ -131,8 +131,8 @@ def heldout_losses(
         for points in grid:
             total = torch.zeros(len(x0), dtype=torch.float64)
             for timestep in points:
-                # Noise comes from one CPU generator for all images at once: neither the batch size nor the
-                # device changes what is drawn.
+                # Noise comes from one CPU generator for all images at once: neither the batch size nor the device
+                # changes what is drawn.
                 noise = torch.randn(x0.shape, generator=generator)
                 total += _losses_at(model, diffusion, x0, noise, timestep, model_kwargs or {}, batch_size)
             rows.append(total / len(points))
@@ -164,9 +164,9 @@ def _losses_at(
 def compare(candidate: HeldoutLosses, baseline: HeldoutLosses) -> tuple[Difference, tuple[Difference, ...]]:
     """(overall, per group) relative difference `candidate / baseline - 1`, paired over images.
 
-    The standard error is that of the mean paired difference, divided by the baseline's loss: it says how far
-    other held-out images would move the number, not how far another training seed would.
-    Raises ValueError if the two were not measured on the same draws.
+    The standard error is that of the mean paired difference, divided by the baseline's loss: it says how far other
+    held-out images would move the number, not how far another training seed would. Raises ValueError if the two were
+    not measured on the same draws.
     """
     if (candidate.timesteps, candidate.seed) != (baseline.timesteps, baseline.seed):
         raise invalid("candidate", f"seed {candidate.seed}", "losses measured with the baseline's seed and timesteps")
@@ -194,10 +194,10 @@ def sampling_macs(
 ) -> int:
     """Multiply-accumulates of one image's whole sampling chain, counted by torch's FlopCounterMode.
 
-    `timesteps` (S,) int64 holds the original timesteps at which the sampler calls the model (a chain that
-    calls it twice at one step lists that step twice); `image_shape` is (C, H, W). One batch holds one image
-    at each of those timesteps, so a routed model spends on each exactly what that step's expert costs.
-    `model_kwargs` holds tensors of leading dimension S. The result divided by S is the mean cost of a step.
+    `timesteps` (S,) int64 holds the original timesteps at which the sampler calls the model (a chain that calls it
+    twice at one step lists that step twice); `image_shape` is (C, H, W). One batch holds one image at each of those
+    timesteps, so a routed model spends on each exactly what that step's expert costs. `model_kwargs` holds tensors of
+    leading dimension S. The result divided by S is the mean cost of a step.
     """
     if timesteps.dim() != 1 or len(timesteps) == 0:
         raise invalid("timesteps", tuple(timesteps.shape), "the sampler's timesteps, as a (S,) tensor")

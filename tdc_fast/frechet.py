@@ -1,7 +1,7 @@
 """Fréchet distance between two sets of images, in a feature space that the caller names.
 
-The number compares only with others of the same feature space, reference set and number of samples. It is not
-the published "FID", which is defined by one particular Inception network: nothing here uses that name.
+The number compares only with others of the same feature space, reference set and number of samples. It is not the
+published "FID", which is defined by one particular Inception network: nothing here uses that name.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ class PrecomputedFeatures(nn.Module):
 class RandomConvFeatures(nn.Module):
     """64 features of a small convolutional network with fixed random weights, for other images.
 
-    Three 3x3 convolutions with ReLU and pooling, weights orthogonal from a fixed seed; the features are mean
-    and standard deviation of 32 channels over the image. They follow texture, contrast and coarse shape, and
-    know nothing of meaning. The weights depend on the number of channels and on nothing else, so that results
-    of different days compare. Input (M, C, H, W) uint8 of any size from 4x4; output (M, 64) float32.
+    Three 3x3 convolutions with ReLU and pooling, weights orthogonal from a fixed seed; the features are mean and
+    standard deviation of 32 channels over the image. They follow texture, contrast and coarse shape, and know nothing
+    of meaning. The weights depend on the number of channels and on nothing else, so that results of different days
+    compare. Input (M, C, H, W) uint8 of any size from 4x4; output (M, 64) float32.
     """
 
     num_features = 64
@@ -73,9 +73,9 @@ def extract(images: Tensor, extractor: nn.Module, batch_size: int = 512) -> Tens
 def frechet_distance(a: Tensor, b: Tensor, extractor: nn.Module, *, batch_size: int = 512) -> float:
     """||mean_a - mean_b||^2 + trace(cov_a + cov_b - 2 (cov_a cov_b)^(1/2)) of the features of two image sets.
 
-    a (M, C, H, W) and b (K, C, H, W) are what `extractor` takes (uint8 images for the extractors of this
-    package); it returns (M, F) and has an integer `num_features` = F. torchmetrics does the arithmetic, in
-    float64. Raises ValueError if a set has fewer than two members.
+    a (M, C, H, W) and b (K, C, H, W) are what `extractor` takes (uint8 images for the extractors of this package); it
+    returns (M, F) and has an integer `num_features` = F. torchmetrics does the arithmetic, in float64. Raises
+    ValueError if a set has fewer than two members.
     """
     image_metrics = require("torchmetrics.image.fid", "demo")
     for name, images in (("a", a), ("b", b)):
@@ -106,9 +106,9 @@ class _Double(nn.Module):
 class Floor:
     """The distance that two sets of *real* images have, for want of infinite data.
 
-    kind "bootstrap": `n` images drawn with replacement from the reference against the whole reference; what a
-    perfect generator of the reference's own distribution would reach. kind "halves": two random halves of
-    `n` images each, which share nothing. `values` holds one distance for each repetition.
+    kind "bootstrap": `n` images drawn with replacement from the reference against the whole reference; what a perfect
+    generator of the reference's own distribution would reach. kind "halves": two random halves of `n` images each,
+    which share nothing. `values` holds one distance for each repetition.
     """
 
     kind: str

@@ -83,8 +83,8 @@ def draw_samples(
 ) -> tuple[Tensor, Tensor | None]:
     """`num_samples` images, uint8 (M, C, H, W) on the CPU, and their classes, int64 (M,) or None.
 
-    The same seed and batch size give every model the same starting noise. `classes` limits what a
-    class-conditional model draws. Raises ValueError for a class that the model does not have.
+    The same seed and batch size give every model the same starting noise. `classes` limits what a class-conditional
+    model draws. Raises ValueError for a class that the model does not have.
     """
     from tdc_fast.diffusion import sample
 

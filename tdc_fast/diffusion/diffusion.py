@@ -43,8 +43,8 @@ class Diffusion:
     Timesteps `t` are int64 (B,) indices into *this* process's T steps, one per sample. The denoiser gets
     `timestep_map[t]`, the index in the process it was trained on; the two differ after `respaced`.
 
-    Tables are float64 numpy arrays (T,). Arithmetic on tensors is float64 for float64 inputs and float32
-    otherwise, whatever dtype the denoiser answers in.
+    Tables are float64 numpy arrays (T,). Arithmetic on tensors is float64 for float64 inputs and float32 otherwise,
+    whatever dtype the denoiser answers in.
 
     Attributes:
         num_timesteps: T.

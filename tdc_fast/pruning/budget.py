@@ -1,8 +1,8 @@
 """How much of the base each group may spend: the budget law, and what makes a group difficult.
 
-Source: arXiv 2312.13307. With the N groups ranked from easiest (i = 1) to hardest (i = N), the base
-costing F and 0 < k <= 1, group i gets `FLOPs_g(i) = (i/N + (N - i)/N * k) * F`: the hardest keeps the whole
-base and k bounds the rest. The mean over groups is `(N+1)/(2N) + k * (N-1)/(2N)` of F.
+Source: arXiv 2312.13307. With the N groups ranked from easiest (i = 1) to hardest (i = N), the base costing F and
+0 < k <= 1, group i gets `FLOPs_g(i) = (i/N + (N - i)/N * k) * F`: the hardest keeps the whole base and k bounds the
+rest. The mean over groups is `(N+1)/(2N) + k * (N-1)/(2N)` of F.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ def group_fractions(
 ) -> tuple[float, ...]:
     """The share of the base's MACs that each group may spend, in the order of the groups.
 
-    A number `k` applies the budget law along the order of difficulty; a sequence gives every group's share
-    directly (see `keep_fractions`), and the order of difficulty has no say.
+    A number `k` applies the budget law along the order of difficulty; a sequence gives every group's share directly
+    (see `keep_fractions`), and the order of difficulty has no say.
     """
     count = len(list(groups))
     if np.ndim(k) == 1:
@@ -97,8 +97,7 @@ def explicit_fractions(fractions: Sequence[float], num_groups: int) -> tuple[flo
 def keep_fractions(num_groups: int, keep: float, whole: Collection[int] = ()) -> tuple[float, ...]:
     """Uniform shares `keep`, except for the groups in `whole` (indices), which keep the entire base.
 
-    At small scale, keeping the high-SNR groups whole and the others at 0.7 did better than the law at
-    equal cost.
+    At small scale, keeping the high-SNR groups whole and the others at 0.7 did better than the law at equal cost.
     """
     strangers = sorted(set(whole) - set(range(num_groups)))
     if strangers:

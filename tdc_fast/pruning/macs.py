@@ -1,8 +1,8 @@
 """What a network costs, by measurement: multiply-accumulates (MACs) as torch's FlopCounterMode counts them.
 
-A model that can be pruned offers `pruning_units()` and `with_widths({unit: channels})`, which builds the model of
-the same architecture whose units are that wide. Its MACs must be a constant plus one function of each unit's
-width; `unit_costs` measures these functions and checks that they add up.
+A model that can be pruned offers `pruning_units()` and `with_widths({unit: channels})`, which builds the model of the
+same architecture whose units are that wide. Its MACs must be a constant plus one function of each unit's width;
+`unit_costs` measures these functions and checks that they add up.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """From a trained base to one width plan: budgets, importance, widths, and rounds of proposing and scoring.
 
-Source: arXiv 2312.13307 (Proxy-based Pruning). Each round a proposer answers with widths, which are moved onto
-the group's budget and, when there is a scorer, scored; the memory of the rounds goes back to the proposer, and
-the best scored widths win. By default there is one round, its proposer is the exact solve for kept importance,
-and nothing needs scoring.
+Source: arXiv 2312.13307 (Proxy-based Pruning). Each round a proposer answers with widths, which are moved onto the
+group's budget and, when there is a scorer, scored; the memory of the rounds goes back to the proposer, and the best
+scored widths win. By default there is one round, its proposer is the exact solve for kept importance, and nothing
+needs scoring.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ def plan_pruning(
     proposer, scorer, rounds : the search within each group; more than one round needs a scorer.
     strict      : raise instead of warn where the units are too coarse to land within the tolerance.
 
-    MACs are FlopCounterMode's, per sample, of the pruned model itself. A group whose budget is the whole base
-    keeps it as it is. The result depends on the arguments (with the proposer and the scorer) alone.
+    MACs are FlopCounterMode's, per sample, of the pruned model itself. A group whose budget is the whole base keeps it
+    as it is. The result depends on the arguments (with the proposer and the scorer) alone.
 
     Raises ValueError for arguments out of range, and for a budget below the smallest that the units reach.
     """

@@ -1,16 +1,14 @@
 """The widest network a budget buys: an exact integer solve over the units' widths.
 
-Each unit offers a short list of widths; each width has an integer cost in MACs and a value (kept importance,
-or minus the distance from a proposal). We look for one width per unit so that the sum of the values is
-largest while the sum of the MACs lies in `[floor, budget]`: the multiple-choice knapsack problem with a lower
-bound on the load.
+Each unit offers a short list of widths; each width has an integer cost in MACs and a value (kept importance, or minus
+the distance from a proposal). We look for one width per unit so that the sum of the values is largest while the sum of
+the MACs lies in `[floor, budget]`: the multiple-choice knapsack problem with a lower bound on the load.
 
-The method is dynamic programming over the exact sums of MACs (one state per distinct sum, never rounded),
-made small by upper bounds: what the units still to be decided could add is bounded by the concave hulls of
-their tables (the linear relaxation, solved once per suffix of units), and a state whose bound does not beat a
-solution already in hand is dropped (D. Pisinger, "A minimal algorithm for the multiple-choice knapsack
-problem", 1995). Passes with a limited number of states supply that solution; the first pass that never meets
-its limit is exact.
+The method is dynamic programming over the exact sums of MACs (one state per distinct sum, never rounded), made small by
+upper bounds: what the units still to be decided could add is bounded by the concave hulls of their tables (the linear
+relaxation, solved once per suffix of units), and a state whose bound does not beat a solution already in hand is
+dropped (D. Pisinger, "A minimal algorithm for the multiple-choice knapsack problem", 1995). Passes with a limited
+number of states supply that solution; the first pass that never meets its limit is exact.
 """
 
 from __future__ import annotations
@@ -75,8 +73,8 @@ class Solution:
 def solve(tables: Sequence[UnitTable], budget: int, *, fixed_macs: int = 0, tolerance: float = 0.01) -> Solution:
     """Choose one width per unit: greatest total value with `(1 - tolerance) * budget <= MACs <= budget`.
 
-    `fixed_macs` is the cost of everything outside the units. When no choice lands in that window, the
-    choice of greatest value at or below the budget is returned, with `Solution.reached` False.
+    `fixed_macs` is the cost of everything outside the units. When no choice lands in that window, the choice of
+    greatest value at or below the budget is returned, with `Solution.reached` False.
 
     Raises ValueError when even the cheapest choice exceeds the budget, naming the smallest budget that works.
     The result depends on the arguments alone; of equally good choices the same one is returned every time.
@@ -162,8 +160,8 @@ class _Search:
         for table in tables:
             costs = np.asarray(table.macs, dtype=np.int64)
             units.append((costs - costs.min(), np.asarray(table.values, dtype=np.float64)))
-        # Dear units first: the cheap ones left for the end then fill the remaining room closely,
-        # which keeps the bounds tight while there are many states.
+        # Dear units first: the cheap ones left for the end then fill the remaining room closely, which keeps the bounds
+        # tight while there are many states.
         self.order = sorted(range(len(units)), key=lambda u: -int(units[u][0].max()))
         self.units = [units[u] for u in self.order]
         self.bounds = [_Bound.of(self.units[u:]) for u in range(len(self.units) + 1)]
@@ -190,8 +188,8 @@ class _Search:
     def _pass(self, low: int, high: int, incumbent: float, limit: int) -> tuple[tuple[float, list[int]] | None, bool]:
         """One sweep over the units keeping at most `limit` states.
 
-        Returns what it found above the incumbent, (value, picks), if anything, and whether no state was
-        dropped for lack of room, in which case nothing better exists.
+        Returns what it found above the incumbent, (value, picks), if anything, and whether no state was dropped for
+        lack of room, in which case nothing better exists.
         """
         cost, value = np.zeros(1, dtype=np.int64), np.zeros(1)
         trail: list[tuple[np.ndarray, np.ndarray]] = []  # per unit: parent state, pick

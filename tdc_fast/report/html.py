@@ -21,8 +21,8 @@ LEVEL_NOTE = (
 def write_report(comparison: Comparison, directory: Path, candidate: str, baselines: tuple[str, ...]) -> Path:
     """Write report.html and report.json to `directory`; returns the page's path.
 
-    `candidate` is the key of the model that the headline is about, `baselines` those it is held against
-    (the first one carries the headline). Both files appear whole or not at all.
+    `candidate` is the key of the model that the headline is about, `baselines` those it is held against (the first one
+    carries the headline). Both files appear whole or not at all.
     """
     directory.mkdir(parents=True, exist_ok=True)
     write_json(directory / "report.json", comparison.to_json())

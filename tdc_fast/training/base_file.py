@@ -1,5 +1,4 @@
-"""A finished stage 1 from outside: an improved-diffusion (or our own) weight file, checked against the flags that
-describe it."""
+"""A finished stage 1 from outside: a weight file of improved-diffusion or our own, checked against its flags."""
 
 from __future__ import annotations
 

@@ -170,8 +170,7 @@ def load_tensors(path: Path, device: str | torch.device = "cpu") -> Any:
 
 
 def load_verified(path: Path, device: str | torch.device = "cpu") -> Any:
-    """:func:`load_tensors` after comparing the file with the checksum in the description beside it, where there is
-    one."""
+    """:func:`load_tensors` after comparing the file with the checksum in the description beside it, if there is one."""
     description = read_description(path)
     if description is not None and path.is_file():
         with open(path, "rb") as file:

@@ -129,9 +129,9 @@ def load_dataset(
     - an .npz (`arr_0` or `images`, labels in `arr_1` or `labels`) or .npy file: (N, H, W, C) or (N, H, W), uint8, or
       float in [-1, 1] or, when nothing is negative, in [0, 1].
 
-    Names win over paths: write './digits' for a folder called that. Images of another size than `image_size` are halved
-    with a box filter while at least twice as large, scaled so that the short side fits (bicubic) and cropped at the
-    centre.
+    Names win over paths: write './digits' for a folder called that. Images of another size than `image_size` are
+    halved with a box filter while at least twice as large, scaled so that the short side fits (bicubic) and cropped at
+    the centre.
 
     `on_corrupt`: a file that does not decode is an 'error' naming it, or is left out with 'skip' and counted in
     `skipped`. A folder of at most `cache_bytes` decoded bytes is decoded, and so checked, at once; a larger one as it

@@ -239,8 +239,7 @@ class StageLoop:
         save_checkpoint(self.directory, self.step, contents, {**self.description(), "macs": macs})
 
     def resume(self) -> bool:
-        """Continue from the stage's checkpoint in the run directory; False where there is none and the stage begins
-        at step 0.
+        """Continue from the stage's checkpoint in the run directory; False where there is none, to begin at step 0.
 
         Raises:
             ValueError: the checkpoint is damaged or foreign; names the file and the last good checkpoint.
@@ -263,8 +262,7 @@ class StageLoop:
         return True
 
     def restore(self, directory: Path, step: int, exact: bool) -> None:
-        """Take model, averages and optimizer of a checkpoint; with ``exact`` also random numbers, data position and
-        the rest."""
+        """Take model, averages and optimizer of a checkpoint; if ``exact``, random numbers, data position and all."""
         self.model.load_state_dict(load_tensors(directory / model_file(step), self.device))
         for rate in self.averages.averages:
             self.averages.load_state_dict(rate, load_tensors(directory / ema_file(rate, step), self.device))

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class LearningRate:
-    """Linear rise over ``warmup`` steps, then ``peak``, then a linear fall to 0 from step ``anneal_start`` to
-    ``anneal_end``.
+    """Linear rise over ``warmup`` steps, then ``peak``, then a linear fall to 0.
 
-    ``anneal_end`` 0 means no fall. Steps count from 0.
+    The fall lasts from step ``anneal_start`` to ``anneal_end``; 0 for the latter means none. Steps count from 0.
     """
 
     peak: float

@@ -32,8 +32,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def random_state() -> dict[str, Any]:
-    """State of the global generators of torch (CPU and CUDA), numpy and Python, in types that need no unpickling of
-    code."""
+    """State of the global generators of torch (CPU and CUDA), numpy and Python, in types that unpickle no code."""
     name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     return {
         "torch": torch.get_rng_state(),

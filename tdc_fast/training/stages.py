@@ -81,8 +81,7 @@ def train_base(run: RunDirectory, dataset: Any = None) -> State:
 
 
 def prune_base(run: RunDirectory, base_state: State, dataset: Any = None) -> WidthPlan | None:
-    """Choose every expert's widths within its budget and write widths.json; None when every expert keeps the whole
-    base.
+    """Choose every expert's widths within its budget and write widths.json; None when every expert keeps all of them.
 
     A plan that widths.json already holds is taken, once it is checked to be of this base.
     """
@@ -126,8 +125,7 @@ def prune_base(run: RunDirectory, base_state: State, dataset: Any = None) -> Wid
 def train_experts(
     run: RunDirectory, base_state: State, widths: WidthPlan | None = None, dataset: Any = None
 ) -> nn.Module:
-    """Stage 2: every expert starts from the base's averaged weights and trains on its own timesteps, all in one
-    routed batch.
+    """Stage 2: every expert starts from the base's averaged weights and trains on its timesteps, in one routed batch.
 
     Returns:
         The RoutedModel with the first moving average as its weights, on the training device.

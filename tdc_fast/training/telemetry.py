@@ -83,8 +83,7 @@ class RunningMeans:
 
 
 class ProgressLog:
-    """Appends one row per interval to everything that OPENAI_LOG_FORMAT asks for (default stdout,log,csv) and
-    TensorBoard.
+    """Appends one row per interval to what OPENAI_LOG_FORMAT asks for (default stdout,log,csv) and to TensorBoard.
 
     Args:
         directory: receives progress.csv, log.txt and, when asked for, progress.json.
@@ -160,8 +159,7 @@ class ProgressLog:
 
 
 def _drop_later_rows(path: Path, step: int) -> list[str]:
-    """Rewrite a progress.csv without rows after ``step`` (and without half a row); its columns, or [] where it is
-    new."""
+    """Rewrite a progress.csv without rows after ``step`` and without half a row; its columns, or [] where it is new."""
     if not path.is_file():
         return []
     text = path.read_text(encoding="utf-8")
