@@ -34,10 +34,11 @@ demo: $(STAMP)
 	@$(BIN)/python -m tdc_fast.demo --out $(DEMO_OUT)
 
 lint: $(STAMP)
-	@echo "==> ruff and mypy"
+	@echo "==> ruff, mypy and clang-format"
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/clang-format --dry-run --Werror $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
 test: lint
 	@echo "==> pytest"

@@ -26,9 +26,7 @@ bool supported(CpuIsa isa) {
 #endif
 }
 
-const char* name(CpuIsa isa) {
-  return isa == CpuIsa::kAvx512 ? "avx512" : isa == CpuIsa::kAvx2 ? "avx2" : "portable";
-}
+const char* name(CpuIsa isa) { return isa == CpuIsa::kAvx512 ? "avx512" : isa == CpuIsa::kAvx2 ? "avx2" : "portable"; }
 
 CpuIsa choose() {
   const CpuIsa best_first[] = {CpuIsa::kAvx512, CpuIsa::kAvx2, CpuIsa::kPortable};

@@ -19,15 +19,15 @@ const char* cpu_isa_name();
   (::tdc::cpu_isa() == ::tdc::CpuIsa::kAvx512 ? ::tdc::avx512::name(__VA_ARGS__) \
    : ::tdc::cpu_isa() == ::tdc::CpuIsa::kAvx2 ? ::tdc::avx2::name(__VA_ARGS__)   \
                                               : ::tdc::portable::name(__VA_ARGS__))
-#define TDC_ISA_DECLARE(declarations)        \
-  namespace avx512 {                         \
-  declarations                               \
-  }                                          \
-  namespace avx2 {                           \
-  declarations                               \
-  }                                          \
-  namespace portable {                       \
-  declarations                               \
+#define TDC_ISA_DECLARE(declarations) \
+  namespace avx512 {                  \
+  declarations                        \
+  }                                   \
+  namespace avx2 {                    \
+  declarations                        \
+  }                                   \
+  namespace portable {                \
+  declarations                        \
   }
 #else
 #define TDC_ISA_CALL(name, ...) ::tdc::portable::name(__VA_ARGS__)

@@ -23,8 +23,7 @@ template <typename Fn>
 void parallel_for(int64_t tasks, int threads, Fn&& fn) {
   using Body = std::remove_reference_t<Fn>;
   parallel_run(
-      tasks, threads,
-      [](void* context, int64_t task, int thread) { (*static_cast<Body*>(context))(task, thread); },
+      tasks, threads, [](void* context, int64_t task, int thread) { (*static_cast<Body*>(context))(task, thread); },
       const_cast<void*>(static_cast<const void*>(&fn)));
 }
 

@@ -45,14 +45,14 @@ void bind_group_norm(py::module_& module) {
          int64_t height, int64_t width, int64_t channels, int64_t num_norm_groups, double eps, bool silu,
          int64_t num_groups, int64_t num_experts, int threads) {
         const GroupNormProblem problem =
-            problem_of(offsets, weight_index, widths, dtype, batch, height, width, channels, num_norm_groups, eps,
-                       silu, num_groups, num_experts, threads);
+            problem_of(offsets, weight_index, widths, dtype, batch, height, width, channels, num_norm_groups, eps, silu,
+                       num_groups, num_experts, threads);
         const GroupNormInputs inputs{at(x), at(weight), at(bias), at(scale), at(shift)};
         py::gil_scoped_release release;
         group_norm_forward(problem, inputs, at(y), at<float>(mean), at<float>(rstd));
       },
-      py::kw_only(), py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("scale"), py::arg("shift"),
-      py::arg("y"), py::arg("mean"), py::arg("rstd"), py::arg("offsets"), py::arg("weight_index"), py::arg("widths"),
+      py::kw_only(), py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("scale"), py::arg("shift"), py::arg("y"),
+      py::arg("mean"), py::arg("rstd"), py::arg("offsets"), py::arg("weight_index"), py::arg("widths"),
       py::arg("dtype"), py::arg("batch"), py::arg("height"), py::arg("width"), py::arg("channels"),
       py::arg("num_norm_groups"), py::arg("eps"), py::arg("silu"), py::arg("num_groups"), py::arg("num_experts"),
       py::arg("threads"),
@@ -65,8 +65,8 @@ void bind_group_norm(py::module_& module) {
          int64_t width, int64_t channels, int64_t num_norm_groups, double eps, bool silu, int64_t num_groups,
          int64_t num_experts, int threads) {
         const GroupNormProblem problem =
-            problem_of(offsets, weight_index, widths, dtype, batch, height, width, channels, num_norm_groups, eps,
-                       silu, num_groups, num_experts, threads);
+            problem_of(offsets, weight_index, widths, dtype, batch, height, width, channels, num_norm_groups, eps, silu,
+                       num_groups, num_experts, threads);
         const GroupNormInputs inputs{at(x), at(weight), at(bias), at(scale), at(shift)};
         const GroupNormGrads grads{at(dx), at(dweight), at(dbias), at(dscale), at(dshift)};
         py::gil_scoped_release release;

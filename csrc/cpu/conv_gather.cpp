@@ -15,9 +15,9 @@ namespace {
 
 constexpr int64_t kSourceLimit = int64_t{192} << 10;  // bytes of source per task: it shares L2 with a panel
 constexpr int64_t kBlockPixels = 128;
-constexpr int64_t kLeastPixels = 64;                  // fewer would leave tiles of image corners too small
-constexpr int64_t kTasksWanted = 32;                  // enough for an even load, from shapes alone
-constexpr int64_t kParallelMacs = int64_t{1} << 19;   // below, waking a thread costs more than it saves
+constexpr int64_t kLeastPixels = 64;                 // fewer would leave tiles of image corners too small
+constexpr int64_t kTasksWanted = 32;                 // enough for an even load, from shapes alone
+constexpr int64_t kParallelMacs = int64_t{1} << 19;  // below, waking a thread costs more than it saves
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -25,7 +25,7 @@ struct BlockTask {
   int64_t group, sample_begin, sample_end, row_begin, row_end, panel_begin, panel_end;
 };
 
-struct Workspace {       // of the calling thread, read by all
+struct Workspace {  // of the calling thread, read by all
   GatherGeometry geometry;
   PackedPanels panels;
   std::vector<BlockTask> blocks;
@@ -33,7 +33,7 @@ struct Workspace {       // of the calling thread, read by all
   WorkShares shares;
 };
 
-struct LocalMemory {     // of each thread
+struct LocalMemory {  // of each thread
   Scratch source, pixels, classes, taps, init;
 };
 
@@ -118,9 +118,9 @@ class Gather {
     for (int64_t i = 0; i < pieces; ++i)
       for (int64_t b = 0; b < bands; ++b)
         for (int64_t s = 0; s < splits; ++s)
-          add_block({g, first + samples * i / pieces, first + samples * (i + 1) / pieces,
-                     geo_.rows.indices * b / bands, geo_.rows.indices * (b + 1) / bands,
-                     begin + (end - begin) * s / splits, begin + (end - begin) * (s + 1) / splits});
+          add_block({g, first + samples * i / pieces, first + samples * (i + 1) / pieces, geo_.rows.indices * b / bands,
+                     geo_.rows.indices * (b + 1) / bands, begin + (end - begin) * s / splits,
+                     begin + (end - begin) * (s + 1) / splits});
   }
 
   void add_block(const BlockTask& task) {
@@ -141,7 +141,7 @@ class Gather {
 
   // Where the source pixels of a task are.
   struct SourceView {
-    const float* base;  // pixel (0, 0) of the first sample, which may lie outside what is there
+    const float* base;           // pixel (0, 0) of the first sample, which may lie outside what is there
     int64_t pixel, line, image;  // floats from pixel to pixel, row to row, sample to sample
   };
 
@@ -322,9 +322,9 @@ class Gather {
     float* bias = init + rows * width;
     if (!op_.sample_bias) bias = init;
     if (op_.bias)
-      kernels_.copy[type_](static_cast<const char*>(op_.bias) +
-                               (p_.expert(task.group) * geo_.dest_channels + begin) * element_,
-                           0, bias, 0, 1, live, width);
+      kernels_.copy[type_](
+          static_cast<const char*>(op_.bias) + (p_.expert(task.group) * geo_.dest_channels + begin) * element_, 0, bias,
+          0, 1, live, width);
     else
       std::memset(bias, 0, width * sizeof(float));
     if (op_.sample_bias) {

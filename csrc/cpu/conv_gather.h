@@ -26,8 +26,8 @@ struct AxisPhase {
 
 struct Axis {
   int64_t source_size, dest_size, source_step, dest_step;
-  int64_t indices;              // ceil(dest_size / dest_step)
-  int64_t min_tap, max_tap;     // over all phases
+  int64_t indices;           // ceil(dest_size / dest_step)
+  int64_t min_tap, max_tap;  // over all phases
   std::vector<AxisPhase> phases;
 
   // y from x: stride steps through the source.
@@ -44,9 +44,9 @@ struct GatherGeometry {
   int64_t source_channels, dest_channels;
   int64_t lane_stride, depth_stride;  // of the weight along destination and source channels
   // Taps in packed order: by phase (row phase slowest), then row, then column.
-  std::vector<int64_t> first_tap;     // of each phase
-  std::vector<int64_t> tap_weights;   // element offset of each tap
-  std::vector<int32_t> tap_at;        // which tap lies at memory offset m, if the taps fill 0 .. n - 1; else empty
+  std::vector<int64_t> first_tap;    // of each phase
+  std::vector<int64_t> tap_weights;  // element offset of each tap
+  std::vector<int32_t> tap_at;       // which tap lies at memory offset m, if the taps fill 0 .. n - 1; else empty
 
   void set(const Conv2dProblem& problem, bool dgrad);
 };

@@ -15,31 +15,31 @@ constexpr int kMaxPanel = kPanelVectors * kMaxLanes;
 
 // One output pixel of a gather tile.
 struct ConvPixel {
-  const float* source;    // its input pixel, before tap offsets
-  const float* init;      // (padded channels): bias of this sample, zero past the live width
-  const void* residual;   // (channels) or null
-  void* out;              // (channels)
+  const float* source;   // its input pixel, before tap offsets
+  const float* init;     // (padded channels): bias of this sample, zero past the live width
+  const void* residual;  // (channels) or null
+  void* out;             // (channels)
 };
 
 struct GatherTap {
-  ptrdiff_t source;       // element offset from a pixel's source
-  ptrdiff_t weight;       // first packed row
+  ptrdiff_t source;  // element offset from a pixel's source
+  ptrdiff_t weight;  // first packed row
 };
 
 // out[p, k] = sum over taps and depth c of source[p][tap.source + c] * weights[tap.weight + c, k] + init[p, k]
 // (+ residual).
 struct GatherTile {
   const ConvPixel* pixels;
-  int num_pixels;         // 1 .. ConvKernels::pixels
-  int vectors;            // 1 .. kPanelVectors
-  int64_t channel;        // first output channel of the panel
+  int num_pixels;   // 1 .. ConvKernels::pixels
+  int vectors;      // 1 .. kPanelVectors
+  int64_t channel;  // first output channel of the panel
   const GatherTap* taps;
   int64_t num_taps, depth;
-  const float* weights;   // rows of `row` floats
+  const float* weights;  // rows of `row` floats
   int64_t row;
-  int64_t live;           // output channels in use; the last panel also zeroes [live, channels)
-  int64_t channels;       // of an output pixel
-  bool last;              // the panel that ends at `live`
+  int64_t live;      // output channels in use; the last panel also zeroes [live, channels)
+  int64_t channels;  // of an output pixel
+  bool last;         // the panel that ends at `live`
 };
 
 // Elements of one output pixel in the operands of an outer tile.
@@ -49,29 +49,29 @@ struct PixelPair {
 
 // sums[m, k] += sum over pixels i of source[m][pixels[i].x] * dy[pixels[i].dy + k]   for m < rows.
 struct OuterTile {
-  const float* source;    // rows are adjacent: source[m] = source + m
-  int rows;               // 1 .. ConvKernels::pixels
+  const float* source;  // rows are adjacent: source[m] = source + m
+  int rows;             // 1 .. ConvKernels::pixels
   int vectors;
   const PixelPair* pixels;
   int64_t num_pixels;
   const float* dy;
   float* sums;
-  int64_t row;            // floats from row to row of sums
+  int64_t row;  // floats from row to row of sums
 };
 
 // A panel of packed weights:
 // packed[t * tap_rows + d][lane] = weights[lane * lane_stride + d * depth_stride + taps[t]], zero for lanes not live.
 struct PanelPack {
   const void* weights;
-  const void* end;        // one past the last readable element
-  int64_t lanes;          // live lanes, 1 .. row
+  const void* end;  // one past the last readable element
+  int64_t lanes;    // live lanes, 1 .. row
   int64_t lane_stride, depth_stride, depth;
   const int64_t* taps;    // element offsets
   const int32_t* tap_at;  // inverse of taps where those are a permutation of 0 .. num_taps - 1, else null
   int64_t num_taps;
   float* packed;
-  int64_t tap_rows;       // packed rows from tap to tap
-  int64_t row;            // floats per packed row: a multiple of the vector length
+  int64_t tap_rows;  // packed rows from tap to tap
+  int64_t row;       // floats per packed row: a multiple of the vector length
 };
 
 // The way back for weight gradients:
@@ -80,14 +80,14 @@ struct PanelUnpack {
   const float* sums;
   int64_t row, depth;
   const int64_t* taps;
-  bool taps_dense;        // taps[t] == t
+  bool taps_dense;  // taps[t] == t
   int64_t num_taps, lanes, lane_stride, depth_stride;
   void* weights;
 };
 
 struct ConvKernels {
   int lanes;
-  int pixels;             // pixels (rows) of a full register tile
+  int pixels;  // pixels (rows) of a full register tile
   // Tables indexed by dtype where the types in memory matter.
   void (*gather[2])(const GatherTile&);
   void (*outer)(const OuterTile&);

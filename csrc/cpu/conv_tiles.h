@@ -65,7 +65,9 @@ inline void zero_tail(const GatherTile& tile) {
 
 // A multiply-add takes about four cycles and two can start in each, so a small tile sums in several chains at a time.
 template <int P, int V>
-constexpr int kChains = P * V >= 8 ? 1 : P * V > 2 ? (7 + P * V) / (P * V) : 4;
+constexpr int kChains = P * V >= 8  ? 1
+                        : P * V > 2 ? (7 + P * V) / (P * V)
+                                    : 4;
 
 template <typename T, int P, int V>
 void gather_tile(const GatherTile& tile) {

@@ -17,10 +17,10 @@
 namespace tdc {
 namespace {
 
-constexpr int64_t kDepthBlock = 16;                  // input channels per block of x: a cache line of fp32
-constexpr int64_t kChunkPixels = 128;                // dy panel and x block of a chunk share L1
-constexpr int64_t kSumsLimit = int64_t{384} << 10;   // bytes of sums per task: they stay in L2
-constexpr int64_t kPartsLimit = int64_t{4} << 20;    // bytes of partial sums
+constexpr int64_t kDepthBlock = 16;                 // input channels per block of x: a cache line of fp32
+constexpr int64_t kChunkPixels = 128;               // dy panel and x block of a chunk share L1
+constexpr int64_t kSumsLimit = int64_t{384} << 10;  // bytes of sums per task: they stay in L2
+constexpr int64_t kPartsLimit = int64_t{4} << 20;   // bytes of partial sums
 constexpr int64_t kTasksWanted = 32;
 constexpr int64_t kBiasParts = 8;
 constexpr int64_t kParallelMacs = int64_t{1} << 19;
@@ -119,9 +119,7 @@ class Wgrad {
     const Expert& e = work_.experts[u.expert];
     return block_rows(u.block_end - u.block_begin) * panel_row(e, u.panel);
   }
-  int64_t group_chunks(int64_t g) const {
-    return ceil_div(p_.offsets[g + 1] - p_.offsets[g], chunk_samples_) * bands_;
-  }
+  int64_t group_chunks(int64_t g) const { return ceil_div(p_.offsets[g + 1] - p_.offsets[g], chunk_samples_) * bands_; }
 
   void plan_experts() {
     work_.experts.assign(p_.num_experts, {});
@@ -260,10 +258,10 @@ class Wgrad {
     lists.input_end = std::max(lists.input_begin, std::min(p_.height, (chunk.row_end - 1) * p_.stride_height -
                                                                           p_.pad_height + p_.filter_height));
     lists.capacity = samples * rows * out_w_;
-    char* memory_ = static_cast<char*>(
-        memory.pairs.reserve(taps_ * (sizeof(int64_t) + lists.capacity * sizeof(PixelPair))));
-    lists.counts = reinterpret_cast<int64_t*>(memory_);
-    lists.pairs = reinterpret_cast<PixelPair*>(memory_ + taps_ * sizeof(int64_t));
+    char* storage =
+        static_cast<char*>(memory.pairs.reserve(taps_ * (sizeof(int64_t) + lists.capacity * sizeof(PixelPair))));
+    lists.counts = reinterpret_cast<int64_t*>(storage);
+    lists.pairs = reinterpret_cast<PixelPair*>(storage + taps_ * sizeof(int64_t));
     const int64_t input_image = (lists.input_end - lists.input_begin) * p_.width;
     for (int64_t t = 0; t < taps_; ++t) {
       const int64_t r = t / p_.filter_width - p_.pad_height, s = t % p_.filter_width - p_.pad_width;
@@ -297,9 +295,8 @@ class Wgrad {
     float* dy = memory.dy.get<float>(samples * rows * out_w_ * row);
     for (int64_t n = 0; n < samples; ++n) {
       const int64_t pixel = ((chunk.sample_begin + n) * out_h_ + chunk.row_begin) * out_w_;
-      kernels_.copy[type_](
-          static_cast<const char*>(op_.dy) + (pixel * p_.out_channels + u.panel * panel_) * element_, p_.out_channels,
-          dy + n * rows * out_w_ * row, row, rows * out_w_, lanes, row);
+      kernels_.copy[type_](static_cast<const char*>(op_.dy) + (pixel * p_.out_channels + u.panel * panel_) * element_,
+                           p_.out_channels, dy + n * rows * out_w_ * row, row, rows * out_w_, lanes, row);
     }
     const int64_t input_image = (lists.input_end - lists.input_begin) * p_.width;
     float* source = memory.source.get<float>(samples * input_image * kDepthBlock + 1);
@@ -309,8 +306,8 @@ class Wgrad {
       for (int64_t n = 0; n < samples; ++n) {
         const int64_t pixel = ((chunk.sample_begin + n) * p_.height + lists.input_begin) * p_.width;
         kernels_.copy[type_](
-            static_cast<const char*>(op_.x) + (pixel * p_.in_channels + block * kDepthBlock) * element_,
-            p_.in_channels, source + n * input_image * kDepthBlock, kDepthBlock, input_image, live, live);
+            static_cast<const char*>(op_.x) + (pixel * p_.in_channels + block * kDepthBlock) * element_, p_.in_channels,
+            source + n * input_image * kDepthBlock, kDepthBlock, input_image, live, live);
       }
       OuterTile tile;
       tile.vectors = static_cast<int>(ceil_div(lanes, kernels_.lanes));
@@ -347,9 +344,9 @@ class Wgrad {
     for (int64_t block = u.block_begin; block < u.block_end; ++block) {
       out.sums = sums + block_rows(block - u.block_begin) * out.row;
       out.depth = block_depth(e, block);
-      out.weights = static_cast<char*>(op_.dweight) +
-                    (u.expert * p_.weight_strides[0] + u.panel * panel_ * out.lane_stride +
-                     block * kDepthBlock * out.depth_stride) * element_;
+      const int64_t first =
+          u.expert * p_.weight_strides[0] + u.panel * panel_ * out.lane_stride + block * kDepthBlock * out.depth_stride;
+      out.weights = static_cast<char*>(op_.dweight) + first * element_;
       kernels_.unpack[type_](out);
     }
   }

@@ -64,11 +64,11 @@ void group_norm_backward(const GroupNormProblem& problem, const GroupNormInputs&
   const SlotStorage<float> block_sums(schedule.slots(), blocks.count * 2 * channels);
   const SlotStorage<double> sums(schedule.slots(), 2 * channels);
   const SlotStorage<float> factors(schedule.slots(), 6 * channels);
-  // The gradient through SiLU is kept in dx between its two uses while a sample stays in cache; with more memory traffic
-  // than that it is cheaper to compute it twice, and bf16 would round it.
+  // The gradient through SiLU is kept in dx between its two uses while a sample stays in cache; with more memory
+  // traffic than that it is cheaper to compute it twice, and bf16 would round it.
   constexpr int64_t kKeptFloats = 1 << 17;
-  const bool keeps_dz = grads.dx && problem.silu && problem.dtype == DType::kFloat32 &&
-                        blocks.rows * channels <= kKeptFloats;
+  const bool keeps_dz =
+      grads.dx && problem.silu && problem.dtype == DType::kFloat32 && blocks.rows * channels <= kKeptFloats;
   ExpertSums experts(problem, view, kernels, wants_affine);
 
   const auto affine_of = [&](int64_t slot) {
@@ -89,8 +89,8 @@ void group_norm_backward(const GroupNormProblem& problem, const GroupNormInputs&
     if (layout.live == 0) return;
     float* out = block_sums[slot] + k * 2 * channels;
     void* kept = keeps_dz ? view.block(grads.dx, b, k) : nullptr;
-    kernels.backward_sums(view.block(in.x, b, k), view.block(dy, b, k), kept,
-                          blocks.size(k), layout, affine_of(slot), problem.silu, out, out + channels);
+    kernels.backward_sums(view.block(in.x, b, k), view.block(dy, b, k), kept, blocks.size(k), layout, affine_of(slot),
+                          problem.silu, out, out + channels);
   };
   const auto finish = [&](int64_t b, int64_t slot) {
     const NormLayout layout = view.layout(b);
@@ -110,8 +110,8 @@ void group_norm_backward(const GroupNormProblem& problem, const GroupNormInputs&
   const auto spread = [&](int64_t b, int64_t k, int64_t slot) {
     if (!grads.dx) return;
     const void* upstream = keeps_dz ? view.block(grads.dx, b, k) : view.block(dy, b, k);
-    kernels.backward_apply(view.block(in.x, b, k), upstream, view.block(grads.dx, b, k), blocks.size(k),
-                           view.layout(b), affine_of(slot), input_grad_of(slot), problem.silu && !keeps_dz);
+    kernels.backward_apply(view.block(in.x, b, k), upstream, view.block(grads.dx, b, k), blocks.size(k), view.layout(b),
+                           affine_of(slot), input_grad_of(slot), problem.silu && !keeps_dz);
   };
   for (; begin < problem.batch; begin += window) {
     const int64_t end = std::min(begin + window, problem.batch);

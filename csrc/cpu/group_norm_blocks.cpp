@@ -40,8 +40,9 @@ void check_group_norm(const GroupNormProblem& p) {
     }
     const int64_t width = p.widths ? p.widths[g] : p.channels;
     if (width < 0 || width > p.channels || width % p.channels_per_group()) {
-      refuse("widths", width, "a multiple of " + std::to_string(p.channels_per_group()) + " up to the " +
-                                  std::to_string(p.channels) + " channels");
+      refuse("widths", width,
+             "a multiple of " + std::to_string(p.channels_per_group()) + " up to the " + std::to_string(p.channels) +
+                 " channels");
     }
   }
 }

@@ -36,8 +36,7 @@ struct RowBlocks {
 // The tensors as one sample sees them.
 class SampleView {
  public:
-  explicit SampleView(const GroupNormProblem& p)
-      : p_(p), element_(p.dtype == DType::kBFloat16 ? 2 : 4), blocks(p) {}
+  explicit SampleView(const GroupNormProblem& p) : p_(p), element_(p.dtype == DType::kBFloat16 ? 2 : 4), blocks(p) {}
 
   int64_t group(int64_t b) const {
     return std::upper_bound(p_.offsets, p_.offsets + p_.num_groups + 1, static_cast<int32_t>(b)) - p_.offsets - 1;
@@ -56,7 +55,9 @@ class SampleView {
   const void* block(const void* tensor, int64_t b, int64_t block) const {
     return row(tensor, b * blocks.rows + blocks.first(block));
   }
-  void* block(void* tensor, int64_t b, int64_t block) const { return row(tensor, b * blocks.rows + blocks.first(block)); }
+  void* block(void* tensor, int64_t b, int64_t block) const {
+    return row(tensor, b * blocks.rows + blocks.first(block));
+  }
 
   // Row i of a tensor of `channels` columns; null stays null.
   const void* row(const void* tensor, int64_t i) const {
@@ -104,9 +105,8 @@ class BlockSchedule {
       return;
     }
     parallel_for(samples, threads_, [&](int64_t i, int) { prepare(begin + i, i); });
-    parallel_for(samples * blocks_, threads_, [&](int64_t i, int thread) {
-      gather(begin + i / blocks_, i % blocks_, i / blocks_, thread);
-    });
+    parallel_for(samples * blocks_, threads_,
+                 [&](int64_t i, int thread) { gather(begin + i / blocks_, i % blocks_, i / blocks_, thread); });
     parallel_for(samples, threads_, [&](int64_t i, int) { finish(begin + i, i); });
     parallel_for(samples * blocks_, threads_, [&](int64_t i, int) {
       const int64_t j = samples * blocks_ - 1 - i;

@@ -286,8 +286,8 @@ struct BackwardSums {
 };
 
 template <typename T>
-void backward_sums(const void* x, const void* dy, void* dz, int64_t rows, const NormLayout& layout,
-                   const NormAffine& a, bool silu, float* sum_dz, float* sum_dz_centred) {
+void backward_sums(const void* x, const void* dy, void* dz, int64_t rows, const NormLayout& layout, const NormAffine& a,
+                   bool silu, float* sum_dz, float* sum_dz_centred) {
   if (silu && dz) {
     with_lanes<T>(layout.live, BackwardSums<true, true>{x, dy, dz, rows, layout, a, sum_dz, sum_dz_centred});
   } else if (silu) {
@@ -397,9 +397,7 @@ constexpr NormKernels kBFloat16Kernels = table<BFloat16>();
 
 }  // namespace
 
-const NormKernels& norm_kernels(DType dtype) {
-  return dtype == DType::kBFloat16 ? kBFloat16Kernels : kFloat32Kernels;
-}
+const NormKernels& norm_kernels(DType dtype) { return dtype == DType::kBFloat16 ? kBFloat16Kernels : kFloat32Kernels; }
 
 }  // namespace TDC_FAST_ISA
 }  // namespace tdc

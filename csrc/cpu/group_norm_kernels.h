@@ -42,10 +42,10 @@ struct NormSampleParameters {
 
 // What the backward of one sample leaves per channel; null where not wanted.
 struct NormSampleGrads {
-  void* dscale;           // (stride), zero past the live channels
-  void* dshift;           // (stride)
-  float* dweight_share;   // (live): this sample's term of its expert's dweight
-  float* dbias_share;     // (live)
+  void* dscale;          // (stride), zero past the live channels
+  void* dshift;          // (stride)
+  float* dweight_share;  // (live): this sample's term of its expert's dweight
+  float* dbias_share;    // (live)
 };
 
 struct NormKernels {

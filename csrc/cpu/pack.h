@@ -130,7 +130,7 @@ inline void pack_run(const PanelPack& pack, const T* from, int64_t length, RowWa
       store_block<kLanes>(base, offsets, block);
     } else if (kFilter < kLanes && columns == kFilter) {
       transpose(block);
-      store_block<kFilter < kLanes ? kFilter : kLanes>(base, offsets, block);
+      store_block<(kFilter < kLanes ? kFilter : kLanes)>(base, offsets, block);
     } else if (columns == 1) {
       transpose(block);
       store_block<1>(base, offsets, block);

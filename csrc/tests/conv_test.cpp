@@ -62,10 +62,8 @@ void compare(const char* name, const Tensor& got, const Sums& want, bool bf16) {
 
 struct Results {
   Results(const tdc::Conv2dProblem& p, bool bf16, int64_t out_pixels)
-      : y(p.batch * out_pixels * p.out_channels, bf16),
-        dx(p.batch * p.height * p.width * p.in_channels, bf16),
-        dweight(p.num_experts * p.weight_strides[0], bf16),
-        dbias(p.num_experts * p.out_channels, bf16),
+      : y(p.batch * out_pixels * p.out_channels, bf16), dx(p.batch * p.height * p.width * p.in_channels, bf16),
+        dweight(p.num_experts * p.weight_strides[0], bf16), dbias(p.num_experts * p.out_channels, bf16),
         dsample_bias(p.batch * p.out_channels, bf16) {}
   Tensor y, dx, dweight, dbias, dsample_bias;
 };

@@ -227,8 +227,8 @@ int main(int argc, char** argv) {
   if (planted(argc, argv, "read-past-the-end")) plant_read_past_the_end();
   if (planted(argc, argv, "overflow")) plant_overflow();
   Random random(2);
-  const int64_t shapes[][5] = {{2, 1, 3, 1, 1},   {4, 1, 1, 12, 3},  {5, 3, 2, 3, 1},    {3, 4, 4, 5, 5},
-                               {6, 3, 5, 20, 4},  {2, 9, 9, 33, 11}, {3, 2, 7, 64, 1},   {4, 3, 3, 128, 32},
+  const int64_t shapes[][5] = {{2, 1, 3, 1, 1},    {4, 1, 1, 12, 3},    {5, 3, 2, 3, 1},  {3, 4, 4, 5, 5},
+                               {6, 3, 5, 20, 4},   {2, 9, 9, 33, 11},   {3, 2, 7, 64, 1}, {4, 3, 3, 128, 32},
                                {3, 24, 30, 48, 6}, {1, 40, 40, 17, 17}, {2, 5, 5, 136, 8}};
   for (const auto& s : shapes) {
     for (int variant = 0; variant < 16; ++variant) {
