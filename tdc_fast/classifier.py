@@ -1,7 +1,7 @@
 """A small digit classifier: its 64 features are the space in which 8x8 grey samples are compared.
 
-It is trained afresh where it is needed, in seconds and deterministically, from scikit-learn's digits. So no
-downloaded weights stand behind the distance, and the same machine gives the same features each time.
+It is trained afresh where it is needed, in seconds and deterministically, from scikit-learn's digits. So no downloaded
+weights stand behind the distance, and the same machine gives the same features each time.
 """
 
 from __future__ import annotations

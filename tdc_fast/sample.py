@@ -1,7 +1,7 @@
 """Draw images from a trained model: `python -m tdc_fast.sample --run DIR`.
 
-Also takes improved-diffusion's `image_sample.py` command lines: `--model_path ema_0.9999_010000.pt`, the model's
-flags, `--num_samples --batch_size --use_ddim --clip_denoised --timestep_respacing`.
+Also takes improved-diffusion's `image_sample.py` command lines: `--model_path ema_0.9999_010000.pt`, the model's flags,
+`--num_samples --batch_size --use_ddim --clip_denoised --timestep_respacing`.
 """
 
 from __future__ import annotations

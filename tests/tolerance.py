@@ -17,8 +17,8 @@ def max_error(actual: Tensor, exact: Tensor) -> float:
 def rounding_floor(dtype: torch.dtype, exact: Tensor, terms: int) -> float:
     """What remains when torch happens to be exact.
 
-    Two units in the last place of the largest exact value, and the random walk of a sum of `terms` products of
-    order one (which test inputs are) in the accumulation dtype: a sum that cancels keeps the rounding of its terms.
+    Two units in the last place of the largest exact value, and the random walk of a sum of `terms` products of order
+    one (which test inputs are) in the accumulation dtype: a sum that cancels keeps the rounding of its terms.
     """
     largest = exact.detach().abs().max().item() if exact.numel() else 0.0
     accumulation = torch.float64 if dtype == torch.float64 else torch.float32

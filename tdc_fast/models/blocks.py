@@ -1,7 +1,7 @@
 """The blocks of improved-diffusion's UNet: residual block, attention, resampling, timestep embedding.
 
-A block whose unit is pruned to width 0 is only its skip path. Leaves are called with what the routed operators
-fuse, so the same blocks serve dense and routed models.
+A block whose unit is pruned to width 0 is only its skip path. Leaves are called with what the routed operators fuse, so
+the same blocks serve dense and routed models.
 """
 
 from __future__ import annotations

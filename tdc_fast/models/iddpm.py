@@ -40,8 +40,8 @@ class UNet(nn.Module):
                             named is whole.
 
     Attribute ``timestep_scale`` (default 1.0): the embedding sees ``timesteps * timestep_scale``, so that callers
-    always pass original integer timesteps (improved-diffusion's rescaled ones have the scale 1000 / T). GroupNorm
-    has 32 groups where 32 divides the channels, else the largest number below that does.
+    always pass original integer timesteps (improved-diffusion's rescaled ones have the scale 1000 / T). GroupNorm has
+    32 groups where 32 divides the channels, else the largest number below that does.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
 """The dense leaves a denoiser is built of, with the call signatures of their routed twins.
 
-Every leaf is the torch layer of the same name (same parameters, same state-dict keys) whose ``forward`` also takes
-what the routed operators fuse: a per-sample bias, a residual, a scale and shift, an activation. One model forward
-then serves the dense model and the routed one; only the leaves differ (``tdc_fast.nn.routed``).
+Every leaf is the torch layer of the same name (same parameters, same state-dict keys) whose ``forward`` also takes what
+the routed operators fuse: a per-sample bias, a residual, a scale and shift, an activation. One model forward then
+serves the dense model and the routed one; only the leaves differ (``tdc_fast.nn.routed``).
 """
 
 from __future__ import annotations
@@ -100,10 +100,10 @@ def from_tokens(tokens: Tensor, height: int, width: int) -> Tensor:
 def qkv_attention(qkv: Tensor, head_dim: int, live: Tensor | None = None) -> Tensor:
     """Self-attention over head-major channels (improved-diffusion's QKVAttention), softmax in fp32.
 
-    qkv (B, T, heads * 3 * head_dim), each head's channels being its q, k and v -> (B, T, heads * head_dim).
-    Scores are scaled by head_dim ** -0.5 (there: its square root on q and on k). On a GPU torch's fused attention
-    does the same; elsewhere batched products do, because torch's FLOP counter does not see its fused CPU kernel.
-    ``live`` (B, heads) bool: heads that a sample does without are not computed on the CPU, their output is zero.
+    qkv (B, T, heads * 3 * head_dim), each head's channels being its q, k and v -> (B, T, heads * head_dim). Scores are
+    scaled by head_dim ** -0.5 (there: its square root on q and on k). On a GPU torch's fused attention does the same;
+    elsewhere batched products do, because torch's FLOP counter does not see its fused CPU kernel. ``live`` (B, heads)
+    bool: heads that a sample does without are not computed on the CPU, their output is zero.
     """
     batch, tokens, channels = qkv.shape
     heads = channels // (3 * head_dim)

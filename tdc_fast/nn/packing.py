@@ -32,8 +32,8 @@ class RoutedModel(nn.Module):
     widths      : the WidthPlan of pruned experts, else None.
     num_experts : N, one per group.
 
-    A state dict also holds the group boundaries and the units' widths; loading one that differs is an error that
-    says so.
+    A state dict also holds the group boundaries and the units' widths; loading one that differs is an error
+    that says so.
     """
 
     group_boundaries: Tensor
@@ -83,8 +83,8 @@ class RoutedModel(nn.Module):
     def expert(self, index: int) -> nn.Module:
         """Expert ``index`` as an ordinary module of the base's class with its own copy of the weights.
 
-        A pruned one is physically smaller; a unit of width 0 leaves only the skip path. Its output is this model's
-        for the timesteps of group ``index``.
+        A pruned one is physically smaller; a unit of width 0 leaves only the skip path. Its output is this model's for
+        the timesteps of group ``index``.
         """
         self._check_expert(index)
         if self.widths is not None:
@@ -156,12 +156,12 @@ def pack_experts(
 ) -> RoutedModel:
     """One RoutedModel out of N copies of a base, or of N models of one architecture (expert i serves group i).
 
-    Any module made of Conv2d, Linear, GroupNorm, Embedding and 1x1 Conv1d layers can be packed. With ``widths``
-    each expert's own weights are permuted by its unit orders and cut to its widths; the module then has to offer
+    Any module made of Conv2d, Linear, GroupNorm, Embedding and 1x1 Conv1d layers can be packed. With ``widths`` each
+    expert's own weights are permuted by its unit orders and cut to its widths; the module then has to offer
     ``pruning_units()`` and ``with_widths()``, as the UNet does. The inputs stay as they are.
 
-    Raises ValueError naming a layer that cannot be routed, experts that do not match, or what in ``widths`` does
-    not fit (other base, other boundaries, unknown unit, bad order or width).
+    Raises ValueError naming a layer that cannot be routed, experts that do not match, or what in ``widths`` does not
+    fit (other base, other boundaries, unknown unit, bad order or width).
     """
     count = groups.num_groups
     shared = isinstance(base_or_experts, nn.Module)

@@ -236,8 +236,8 @@ class RoutedConv1d(RoutedLinear):
 class RoutedGroupNorm(RoutedLeaf):
     """``routed_group_norm`` with parameters weight and bias (E, C).
 
-    A pruned expert keeps whole normalisation groups: ``num_groups`` counts those of the widest expert, and every
-    group has the channels it had before pruning.
+    A pruned expert keeps whole normalisation groups: ``num_groups`` counts those of the widest expert, and every group
+    has the channels it had before pruning.
     """
 
     def __init__(self, num_experts: int, num_groups: int, num_channels: int, eps: float = 1e-5) -> None:

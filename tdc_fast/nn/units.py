@@ -15,8 +15,8 @@ class UnitSlice:
     """Where a unit's channels sit on one axis of one leaf.
 
     ``module`` is the leaf's path; ``dim`` is ``'out'`` (rows of the weight, the bias, a norm's affine) or ``'in'``
-    (columns). The axis holds ``copies`` consecutive blocks of ``channels * scale`` entries; atom a of the unit
-    occupies entries [a * atom * scale, (a + 1) * atom * scale) of every block.
+    (columns). The axis holds ``copies`` consecutive blocks of ``channels * scale`` entries; atom a of the unit occupies
+    entries [a * atom * scale, (a + 1) * atom * scale) of every block.
     """
 
     module: str

@@ -69,8 +69,7 @@ def select(problem: Problem, requested: str) -> Any:
 def remembered(key: Any, describe: Callable[[], Problem], requested: str) -> tuple[Any, Any]:
     """(problem, backend) for a call whose shapes, dtypes and settings are `key`.
 
-    Checking and choosing take longer than a small layer does, and depend on nothing but the key and the
-    environment.
+    Checking and choosing take longer than a small layer does, and depend on nothing but the key and the environment.
     """
     key = (key, requested, os.environ.get(ENVIRONMENT))
     found = _memo.get(key)

@@ -51,9 +51,9 @@ def routed_conv2d(
     backend: "reference", "cpu", ...; None picks the fastest that supports the call.
     Returns (B, C_out, OH, OW) in channels_last memory, OH = (H + 2 padding - R) // stride + 1.
 
-    Under torch.autocast all floating arguments but fp64 ones are cast, as torch's own convolution does; that
-    includes the residual, so a residual stream fused here is in the low precision.
-    Differentiable once. Raises ValueError naming argument, value and remedy.
+    Under torch.autocast all floating arguments but fp64 ones are cast, as torch's own convolution does; that includes
+    the residual, so a residual stream fused here is in the low precision. Differentiable once. Raises ValueError naming
+    argument, value and remedy.
     """
     check_plan(x, plan)
     return _forward_op(

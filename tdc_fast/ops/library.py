@@ -47,9 +47,9 @@ def _name(op: torch._ops.OpOverload) -> str:
 def add_autograd(op: torch._ops.OpOverload, function: type[torch.autograd.Function]) -> None:
     """Gives `op` its gradient.
 
-    `function.forward(ctx, run, *args)` receives what runs the operator below its Autograd layer, and must call it
-    under `below_autograd()`; `function.backward` returns a None for it first. Without grad mode, or without an
-    input that requires a gradient, the Function is skipped.
+    `function.forward(ctx, run, *args)` receives what runs the operator below its Autograd layer, and must call it under
+    `below_autograd()`; `function.backward` returns a None for it first. Without grad mode, or without an input that
+    requires a gradient, the Function is skipped.
     """
     name = _name(op)
     implementation = _implementations[name]

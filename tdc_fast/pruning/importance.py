@@ -1,16 +1,16 @@
 """How much each atom of each unit matters: Taylor importance on a group's own timesteps, and weight magnitude.
 
-An atom is what is kept or dropped as one: a normalisation group of channels, an attention head. Its parameters are
-the rows and columns that its unit's slices name: in a ResBlock the rows of the first convolution and of the
-embedding layer, the affine pair of the norm, and the columns of the second convolution.
+An atom is what is kept or dropped as one: a normalisation group of channels, an attention head. Its parameters are the
+rows and columns that its unit's slices name: in a ResBlock the rows of the first convolution and of the embedding
+layer, the affine pair of the norm, and the columns of the second convolution.
 
     Taylor      I(a) = sum over batches of | sum over the atom's parameters of w * dL/dw |
     magnitude   I(a) = sqrt(sum over the atom's parameters of w ** 2)
 
-with L the training loss on the batch at timesteps of one group. The inner sum is the first-order change of L when
-the whole atom goes to zero, so an atom's importance is in units of loss (P. Molchanov et al., "Importance
-Estimation for Neural Network Pruning", arXiv 1906.10771, with the absolute value in place of the square; summed over
-timesteps as in G. Fang et al., "Structural Pruning for Diffusion Models", arXiv 2305.10924).
+with L the training loss on the batch at timesteps of one group. The inner sum is the first-order change of L when the
+whole atom goes to zero, so an atom's importance is in units of loss (P. Molchanov et al., "Importance Estimation for
+Neural Network Pruning", arXiv 1906.10771, with the absolute value in place of the square; summed over timesteps as in
+G. Fang et al., "Structural Pruning for Diffusion Models", arXiv 2305.10924).
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ def magnitude_importance(model: nn.Module, units: Sequence[PruningUnit]) -> Impo
 def balanced(importance: Importance, weights: Mapping[str, float]) -> Importance:
     """Scale every unit's scores so that they sum to its weight; a unit of zeros stays.
 
-    Magnitudes have no common scale across layers. Weighted with the MACs of their units, an average atom of any unit
-    is worth what it costs, and only the order and the contrast within a unit count.
+    Magnitudes have no common scale across layers. Weighted with the MACs of their units, an average atom of any unit is
+    worth what it costs, and only the order and the contrast within a unit count.
     """
     return {name: scores * (weights[name] / (scores.sum() or 1.0)) for name, scores in importance.items()}
 

@@ -91,8 +91,8 @@ def unit_costs(model: Prunable, x: Tensor, model_kwargs: Mapping[str, Any] | Non
     """Measure the MACs per sample of every unit at each of its widths.
 
     `x` (B, ...) and `model_kwargs` (e.g. {'y': labels}) only give shapes and dtypes. Where every unit is named after
-    the module it lives in, all units are measured in the same forward passes, each by its module's count; otherwise
-    one unit is changed at a time. ValueError when the measured costs do not add up.
+    the module it lives in, all units are measured in the same forward passes, each by its module's count; otherwise one
+    unit is changed at a time. ValueError when the measured costs do not add up.
     """
     units = list(model.pruning_units())
     sample = one_sample_on_meta(x, model_kwargs or {})

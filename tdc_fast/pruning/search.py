@@ -169,8 +169,8 @@ def project(task: Task, proposal: Widths, weights: Mapping[str, float] | None = 
     """The allowed widths nearest to a proposal whose MACs lie within the tolerance below the task's budget.
 
     Distance is the sum over units of weight * |width - proposed| / channels, every weight 1 unless given. A proposal
-    that is allowed and within the budget's window comes back as it is. ValueError for a unit that is missing,
-    unknown, or proposed outside [0, channels].
+    that is allowed and within the budget's window comes back as it is. ValueError for a unit that is missing, unknown,
+    or proposed outside [0, channels].
     """
     names = {unit.name for unit in task.units}
     if set(proposal) != names:

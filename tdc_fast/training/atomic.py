@@ -13,8 +13,8 @@ from typing import IO, Any
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file that takes its name only when it is complete and on the disk: temporary file, fsync, rename,
-    fsync of the directory. When the block raises, nothing changes."""
+    """A binary file that takes its name only when it is complete and on the disk: temporary file, fsync, rename, fsync
+    of the directory. When the block raises, nothing changes."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "w+b") as file:

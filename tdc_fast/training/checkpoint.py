@@ -1,9 +1,9 @@
 """Checkpoints: improved-diffusion's file names, each file with its description and checksum beside it.
 
 One checkpoint of step s is ``model{s}.pt``, ``ema_{rate}_{s}.pt`` and ``opt{s}.pt`` (readable by anything that reads
-improved-diffusion's) and ``state{s}.pt`` (random numbers, data position and the rest that an exact continuation
-needs). Every ``X.pt`` has ``X.json``: configuration, stage, step, run identity, size and sha256. ``state{s}.json``
-is written last: a checkpoint without it was being written when the process died, and does not count.
+improved-diffusion's) and ``state{s}.pt`` (random numbers, data position and the rest that an exact continuation needs).
+Every ``X.pt`` has ``X.json``: configuration, stage, step, run identity, size and sha256. ``state{s}.json`` is written
+last: a checkpoint without it was being written when the process died, and does not count.
 """
 
 from __future__ import annotations

@@ -63,8 +63,8 @@ class Stage:
 class StageLoop:
     """Trains ``model`` on ``data`` with timesteps from ``sampler``; model, data and sampler are continued in place.
 
-    The caller has seeded torch's generators; every draw of the stage comes from them. Continues from the run's
-    latest checkpoint of the stage where there is one (``config.resume_step`` chooses another).
+    The caller has seeded torch's generators; every draw of the stage comes from them. Continues from the run's latest
+    checkpoint of the stage where there is one (``config.resume_step`` chooses another).
 
     Attributes:
         step: finished steps.

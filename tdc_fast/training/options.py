@@ -1,8 +1,8 @@
 """Every option of a training run, in the sections that ``--help`` shows.
 
-Names, meaning, defaults and value syntax of the options that improved-diffusion's ``image_train.py`` also has are
-the same as there; an option that only this library has says so by its subject (groups, pruning, budgets, run
-directory). The sections are joined into one flat dataclass, :class:`tdc_fast.training.config.TrainConfig`.
+Names, meaning, defaults and value syntax of the options that improved-diffusion's ``image_train.py`` also has are the
+same as there; an option that only this library has says so by its subject (groups, pruning, budgets, run directory).
+The sections are joined into one flat dataclass, :class:`tdc_fast.training.config.TrainConfig`.
 
 The string under a field is its help text on the command line.
 """

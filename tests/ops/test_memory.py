@@ -12,8 +12,8 @@ from tdc_fast.ops import cpu
 
 # In its own process, so that the peak of another test does not hide this one's. The peak is the high-water mark of
 # resident memory, reset just before the call. A small call comes first (threads, code); the measured one is the first
-# of its size, so that scratch kept from call to call counts. malloc is told to return every block of 64 KiB at once,
-# or freed memory of an earlier case would serve as free scratch.
+# of its size, so that scratch kept from call to call counts. malloc is told to return every block of 64 KiB at once, or
+# freed memory of an earlier case would serve as free scratch.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_TOP_PAD_": "0"}
 PROGRAM = """
 import re, torch

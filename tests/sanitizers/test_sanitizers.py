@@ -1,7 +1,7 @@
 """All of the native CPU code under sanitizers, on every instruction set of this processor, without torch.
 
-CMake builds the C++ test programs and everything they link with `-fsanitize=address,undefined`; CTest runs each
-program once per instruction set. The thread pool runs under the thread sanitizer as well.
+CMake builds the C++ test programs and everything they link with `-fsanitize=address,undefined`; CTest runs each program
+once per instruction set. The thread pool runs under the thread sanitizer as well.
 """
 
 from __future__ import annotations
