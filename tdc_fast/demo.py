@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             description="Train baselines and experts on scikit-learn's digits, compare them and write report.html.",
         )
         run_demo(DemoOptions(**values))
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, OSError) as error:
         raise SystemExit(f"tdc_fast.demo: {error}") from error
     except (KeyboardInterrupt, TrainingInterrupted) as stopped:
         raise SystemExit("tdc_fast.demo: stopped; the same command continues where it was") from stopped

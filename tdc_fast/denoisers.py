@@ -83,7 +83,7 @@ def from_run(path: str | Path, which: Which = "auto", timestep_respacing: str = 
     model = run.experts() if use_experts else run.base()
     return TrainedDenoiser(
         model=model.eval(),
-        diffusion=build_diffusion(config.replace(timestep_respacing=timestep_respacing or config.timestep_respacing)),
+        diffusion=build_diffusion(config, timestep_respacing),
         image_size=config.image_size,
         channels=run.in_channels,
         num_classes=config.num_classes if config.class_cond else 0,
@@ -98,8 +98,8 @@ def from_checkpoint(path: str | Path, facts: Mapping[str, Any]) -> TrainedDenois
 
     Raises ValueError when the file is missing or damaged, or holds other weights than the flags describe.
     """
-    config = TrainConfig.from_dict({name: facts[name] for name in FACTS})
-    channels = config.in_channels or 3
+    channels = facts["in_channels"] or 3  # as all of improved-diffusion's
+    config = TrainConfig.from_dict({**{name: facts[name] for name in FACTS}, "in_channels": channels})
     model = build_unet(config, channels)
     load_base_file(Path(path), config, model)
     return TrainedDenoiser(

@@ -13,15 +13,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from tdc_fast.atomic import write_json
 from tdc_fast.classifier import train_classifier
 from tdc_fast.denoisers import TrainedDenoiser, from_run
 from tdc_fast.errors import invalid, require
 from tdc_fast.evaluation import heldout_losses
-from tdc_fast.flags import parse_flags
+from tdc_fast.flags import parse_flags, use_threads
 from tdc_fast.frechet import RandomConvFeatures, extract, frechet_distance, real_floors, to_uint8
 from tdc_fast.routing import TimestepGroups
 from tdc_fast.sample import draw_samples
-from tdc_fast.training.atomic import write_json
 from tdc_fast.training.build import build_groups, split_data
 from tdc_fast.training.data import load_dataset
 from tdc_fast.training.image_sources import list_images
@@ -74,6 +74,9 @@ def evaluate(a: str, b: str, options: EvaluateOptions | None = None) -> dict[str
     Raises ValueError naming the set that is missing or does not fit the other.
     """
     options = options or EvaluateOptions()
+    for name in ("num_samples", "steps", "batch_size", "loss_images"):
+        if getattr(options, name) < 1:
+            raise invalid(name, getattr(options, name), "a number above 0")
     first, second = load_pair(a, b, options)
     extractor, description = _extractor(first.images, options.features)
     reference = first if second.denoiser is not None and first.denoiser is None else second
@@ -258,12 +261,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         options = EvaluateOptions(**values)
         if len(names) != 2:
             raise invalid("A B", names, "two of: folder, .npz or .npy file, digits, photos, run directory")
-        if options.num_threads:
-            torch.set_num_threads(options.num_threads)
-        result = evaluate(names[0], names[1], options)
+        use_threads(options.num_threads)
         Path(options.out).parent.mkdir(parents=True, exist_ok=True)
+        result = evaluate(names[0], names[1], options)
         write_json(Path(options.out), result)
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, OSError) as error:
         raise SystemExit(f"tdc_fast.evaluate: {error}") from error
     print(describe(result))
     print(f"written to {options.out}")

@@ -7,6 +7,8 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
 from tdc_fast.errors import invalid, require
 
 _TRUE, _FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
@@ -54,6 +56,14 @@ def value_of(argv: Sequence[str], flag: str) -> str:
         if name.replace("-", "_") == "__" + flag:
             value = rest if equals else (argv[position + 1] if position + 1 < len(argv) else "")
     return value
+
+
+def use_threads(count: int) -> None:
+    """Set torch's CPU threads; 0 leaves them. ValueError for a negative count."""
+    if count < 0:
+        raise invalid("num_threads", count, "0 or a number above it")
+    if count:
+        torch.set_num_threads(count)
 
 
 def _of_section(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:

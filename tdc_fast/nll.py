@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tdc_fast.atomic import atomic_file, write_json
 from tdc_fast.denoisers import TrainedDenoiser, from_checkpoint, from_run, refuse_mismatch, stored_facts
 from tdc_fast.diffusion.likelihood import bound
 from tdc_fast.errors import invalid
-from tdc_fast.flags import parse_flags, value_of
-from tdc_fast.training.atomic import atomic_file, write_json
+from tdc_fast.flags import parse_flags, use_threads, value_of
 from tdc_fast.training.build import split_data
 from tdc_fast.training.data import load_dataset
 from tdc_fast.training.options import DiffusionOptions, ModelOptions
@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         directory = _run(arguments)
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, OSError) as error:
         raise SystemExit(f"tdc_fast.nll: {error}") from error
     print(f"written to {directory}")
 
@@ -114,8 +114,8 @@ def _run(argv: Sequence[str]) -> Path:
         if options[name] < 1:
             raise invalid(name, options[name], "a number above 0")
     refuse_mismatch(run or model_path, stored, options)
-    if options["num_threads"]:
-        torch.set_num_threads(options["num_threads"])
+    use_threads(options["num_threads"])
+    directory = _output_directory(options)
     denoiser = (
         from_run(run, options["which"], options["timestep_respacing"]) if run else from_checkpoint(model_path, options)
     )
@@ -128,7 +128,7 @@ def _run(argv: Sequence[str]) -> Path:
         clip_denoised=options["clip_denoised"],
         seed=options["seed"],
     )
-    return _write(terms, len(x0), options)
+    return _write(terms, len(x0), directory)
 
 
 def _images(denoiser: TrainedDenoiser, options: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
@@ -146,10 +146,14 @@ def _images(denoiser: TrainedDenoiser, options: dict[str, Any]) -> tuple[Tensor,
     return x0, kwargs.get("y")
 
 
-def _write(terms: dict[str, np.ndarray], count: int, options: dict[str, Any]) -> Path:
+def _output_directory(options: dict[str, Any]) -> Path:
     chosen = options["out"] or (options["run"] and os.path.join(options["run"], "nll")) or default_directory()
     directory = Path(chosen or tempfile.mkdtemp(prefix="tdc-fast-nll-"))
     directory.mkdir(parents=True, exist_ok=True)
+    return directory
+
+
+def _write(terms: dict[str, np.ndarray], count: int, directory: Path) -> Path:
     for name in ("vb", "mse", "xstart_mse"):
         with atomic_file(directory / f"{name}_terms.npz") as file:
             np.savez(file, terms[name])

@@ -6,7 +6,6 @@ import itertools
 import json
 import math
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tdc_fast.atomic import write_json
 from tdc_fast.errors import invalid
 from tdc_fast.ops.plan import INTEGER_DTYPES, RoutingPlan
 
@@ -145,19 +145,7 @@ class TimestepGroups:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes JSON atomically: a reader sees the old file or the whole new one."""
-        target = Path(path)
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(self.to_json(), file, indent=1)
-                file.write("\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)  # mkstemp makes it private; a run directory is shared
-            os.replace(temporary, target)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        write_json(Path(path), self.to_json())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> TimestepGroups:

@@ -21,8 +21,9 @@ from torch import Tensor
 from tdc_fast.denoisers import TrainedDenoiser, from_checkpoint, from_run, refuse_mismatch, stored_facts
 from tdc_fast.diffusion.samplers import SamplerName
 from tdc_fast.errors import invalid
-from tdc_fast.flags import parse_flags, value_of
+from tdc_fast.flags import parse_flags, use_threads, value_of
 from tdc_fast.frechet import to_uint8
+from tdc_fast.training.build import named_device
 from tdc_fast.training.config import comma_numbers
 from tdc_fast.training.options import DiffusionOptions, ModelOptions
 from tdc_fast.training.run import default_directory
@@ -119,8 +120,8 @@ def draw_samples(
 
 def write_samples(directory: Path, images: Tensor, labels: Tensor | None) -> tuple[Path, Path]:
     """Write `samples_{N}x{H}x{W}x{C}.npz` (arr_0 uint8 NHWC, arr_1 labels) and a .png of the first 100; their paths."""
+    from tdc_fast.atomic import atomic_file
     from tdc_fast.report.plots import grid_image
-    from tdc_fast.training.atomic import atomic_file
 
     directory.mkdir(parents=True, exist_ok=True)
     pixels = images.permute(0, 2, 3, 1).contiguous().numpy()
@@ -141,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         denoiser, options = _from_command_line(arguments)
         archive, picture = _run(denoiser, options)
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, OSError) as error:
         raise SystemExit(f"tdc_fast.sample: {error}") from error
     print(f"samples: {archive}\ngrid:    {picture}")
 
@@ -182,9 +183,11 @@ def _fill_in(options: dict[str, Any]) -> None:
 
 
 def _run(denoiser: TrainedDenoiser, options: dict[str, Any]) -> tuple[Path, Path]:
-    if options["num_threads"]:
-        torch.set_num_threads(options["num_threads"])
-    denoiser.model.to(options["device"])
+    use_threads(options["num_threads"])
+    directory = _output_directory(options)
+    directory.mkdir(parents=True, exist_ok=True)  # before hours of sampling, should it be impossible
+    device = named_device(options["device"])
+    denoiser.model.to(device)
     images, labels = draw_samples(
         denoiser,
         options["num_samples"],
@@ -194,10 +197,10 @@ def _run(denoiser: TrainedDenoiser, options: dict[str, Any]) -> tuple[Path, Path
         seed=options["seed"],
         clip_denoised=options["clip_denoised"],
         classes=comma_numbers("classes", options["classes"], int),
-        device=options["device"],
+        device=str(device),
         progress=True,
     )
-    return write_samples(_output_directory(options), images, labels)
+    return write_samples(directory, images, labels)
 
 
 def _output_directory(options: dict[str, Any]) -> Path:

@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = parse_command_line(sys.argv[1:] if argv is None else argv)
         run = train(config)
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, FloatingPointError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except TrainingInterrupted as interrupted:

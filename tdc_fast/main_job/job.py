@@ -9,6 +9,7 @@ from os import cpu_count
 from pathlib import Path
 from typing import Any
 
+from tdc_fast.atomic import write_json
 from tdc_fast.errors import invalid
 from tdc_fast.main_job.assemble import compare_runs
 from tdc_fast.main_job.contestants import Contestant, contestants, stage1
@@ -16,7 +17,6 @@ from tdc_fast.main_job.measure import Protocol, load_measured, load_yardsticks, 
 from tdc_fast.main_job.tasks import Task, run_tasks, train_and_measure, train_contestant
 from tdc_fast.report import write_report
 from tdc_fast.routing import TimestepGroups
-from tdc_fast.training.atomic import write_json
 from tdc_fast.training.build import build_groups
 from tdc_fast.training.config import read_options
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tdc_fast.atomic import atomic_file
 from tdc_fast.classifier import DigitsClassifier, digits_uint8, train_classifier
 from tdc_fast.denoisers import TrainedDenoiser, from_run
 from tdc_fast.diffusion.samplers import SamplerName, sampling_steps
@@ -17,7 +18,6 @@ from tdc_fast.frechet import Floor, extract, frechet_distance, real_floors
 from tdc_fast.nn.packing import RoutedModel, pack_experts
 from tdc_fast.routing import TimestepGroups
 from tdc_fast.sample import draw_samples, write_samples
-from tdc_fast.training.atomic import atomic_file
 from tdc_fast.training.build import split_data
 from tdc_fast.training.checkpoint import load_tensors
 

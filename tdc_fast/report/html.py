@@ -7,10 +7,10 @@ import math
 from collections.abc import Iterable
 from pathlib import Path
 
+from tdc_fast.atomic import atomic_file, write_json
 from tdc_fast.report import findings, plots
 from tdc_fast.report.numbers import Comparison, ModelResult
 from tdc_fast.report.style import STYLE
-from tdc_fast.training.atomic import atomic_file, write_json
 
 LEVEL_NOTE = (
     "One training seed is shown. “Level” means that the difference lies within what the measure's own noise makes "

@@ -15,14 +15,21 @@ from tdc_fast.training.config import TrainConfig, comma_numbers
 
 def build_device(config: TrainConfig) -> torch.device:
     """The device of a run; ValueError when it is not there."""
-    if config.device == "auto":
+    return named_device(config.device)
+
+
+def named_device(name: str) -> torch.device:
+    """The device that a flag names: auto, cpu, cuda or cuda:N; ValueError when it is not there."""
+    if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(config.device)
+        device = torch.device(name)
     except RuntimeError as error:
-        raise invalid("device", config.device, "auto, cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise invalid("device", config.device, "cpu or auto, as torch sees no GPU here")
+        raise invalid("device", name, "auto, cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise invalid("device", name, "auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise invalid("device", name, f"cpu or auto, as torch sees {torch.cuda.device_count() or 'no'} GPU here")
     return device
 
 
@@ -51,7 +58,8 @@ def split_data(config: TrainConfig) -> tuple[Any, Any | None]:
     return dataset.split(config.heldout, config.heldout_seed) if config.heldout else (dataset, None)
 
 
-def build_diffusion(config: TrainConfig) -> Diffusion:
+def build_diffusion(config: TrainConfig, timestep_respacing: str = "") -> Diffusion:
+    """The process of a configuration; ``timestep_respacing``, where given, replaces the configuration's own."""
     return create_diffusion(
         diffusion_steps=config.diffusion_steps,
         learn_sigma=config.learn_sigma,
@@ -61,7 +69,7 @@ def build_diffusion(config: TrainConfig) -> Diffusion:
         predict_xstart=config.predict_xstart,
         rescale_timesteps=config.rescale_timesteps,
         rescale_learned_sigmas=config.rescale_learned_sigmas,
-        timestep_respacing=config.timestep_respacing,
+        timestep_respacing=timestep_respacing or config.timestep_respacing,
     )
 
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
+from tdc_fast.atomic import atomic_file, sha256_of, write_json
 from tdc_fast.errors import invalid
-from tdc_fast.training.atomic import atomic_file, sha256_of, write_json
 
 FORMAT = 1
 

@@ -90,7 +90,13 @@ class Run:
         if self.widths is not None:
             self.widths.check(base.pruning_units(), base=base_hash(base), boundaries=self.groups.boundaries)
         model = pack_experts(base, self.groups, self.widths)
-        model.load_state_dict(self._weights("experts", ema, step))
+        weights = self._weights("experts", ema, step)
+        try:
+            model.load_state_dict(weights)
+        except RuntimeError as error:
+            plan = self.path / "widths.json"
+            remedy = f"the plan of these experts: --resume {self.path} finds it anew"
+            raise invalid("widths", f"{plan}{'' if plan.is_file() else ' (missing)'}", remedy) from error
         return model.eval()
 
     def model(self, ema: bool | str = True, step: int = -1) -> nn.Module:

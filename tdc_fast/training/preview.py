@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from tdc_fast.atomic import atomic_file
 from tdc_fast.diffusion import Diffusion
 from tdc_fast.errors import require
-from tdc_fast.training.atomic import atomic_file
 from tdc_fast.training.random_state import derived_seed
 from tdc_fast.training.run import RunDirectory
 

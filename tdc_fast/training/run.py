@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 
+from tdc_fast.atomic import remove_leftovers, write_json
 from tdc_fast.errors import invalid
-from tdc_fast.training.atomic import remove_leftovers, write_json
 from tdc_fast.training.config import TrainConfig, read_options
 
 FORMAT = 1

@@ -14,8 +14,8 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
+from tdc_fast.atomic import atomic_file
 from tdc_fast.errors import invalid
-from tdc_fast.training.atomic import atomic_file
 
 QUARTILES = 4
 

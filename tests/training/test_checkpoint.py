@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tdc_fast.training.atomic import atomic_file, remove_leftovers
+from tdc_fast.atomic import atomic_file, remove_leftovers
 from tdc_fast.training.checkpoint import (
     choose_checkpoint,
     finished_steps,
