@@ -7,8 +7,7 @@ is far more precise than either loss alone: `compare` gives it with its standard
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tdc_fast.errors import invalid
+from tdc_fast.pruning.importance import evaluating
 from tdc_fast.pruning.macs import measure_macs
 
 if TYPE_CHECKING:
@@ -90,20 +90,6 @@ def timestep_grid(groups: TimestepGroups, points_per_group: int) -> tuple[tuple[
     return tuple(grid)
 
 
-@contextmanager
-def evaluating(model: object) -> Iterator[None]:
-    """Evaluation mode without gradients; the model's own mode comes back afterwards."""
-    was_training = isinstance(model, nn.Module) and model.training
-    if isinstance(model, nn.Module):
-        model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        if was_training and isinstance(model, nn.Module):
-            model.train()
-
-
 def heldout_losses(
     model: Denoiser,
     diffusion: Diffusion,
@@ -127,7 +113,7 @@ def heldout_losses(
     generator = torch.Generator().manual_seed(seed)
     grid = timestep_grid(groups, points_per_group)
     rows = []
-    with evaluating(model):
+    with evaluating(model), torch.no_grad():
         for points in grid:
             total = torch.zeros(len(x0), dtype=torch.float64)
             for timestep in points:

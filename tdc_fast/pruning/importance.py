@@ -51,7 +51,7 @@ def taylor_importance(
     axes = [(unit, part, tensor) for unit in units for part, tensor in _slice_tensors(model, unit)]
     tensors = list({id(tensor): tensor for *_, tensor in axes}.values())
     scores = {unit.name: np.zeros(unit.num_atoms) for unit in units}
-    with _evaluating(model), _requiring_grad(tensors), torch.enable_grad():
+    with evaluating(model), _requiring_grad(tensors), torch.enable_grad():
         for losses in calibration_losses(model, batches, diffusion, group, seed=seed):
             grads = torch.autograd.grad(losses.mean(), tensors, allow_unused=True)
             products = {
@@ -145,14 +145,16 @@ def _per_atom(values: Tensor, unit: PruningUnit, part: UnitSlice) -> np.ndarray:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout off inside; every module's mode is as it was afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+def evaluating(model: object) -> Iterator[None]:
+    """Dropout off inside; every module's mode is as it was afterwards. A model that is no module has no mode."""
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    modes = [module.training for module in modules]
+    for module in modules:
+        module.training = False
     try:
         yield
     finally:
-        for module, mode in modes:
+        for module, mode in zip(modules, modes, strict=True):
             module.training = mode
 
 

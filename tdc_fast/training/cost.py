@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from tdc_fast.diffusion import Diffusion
 from tdc_fast.errors import invalid
+from tdc_fast.pruning.macs import MacCounter, measure_macs
 from tdc_fast.routing import TimestepGroups
 from tdc_fast.training.config import TrainConfig, comma_numbers
 
@@ -36,8 +36,10 @@ def measure(
     groups: TimestepGroups | None,
     num_classes: int | None,
 ) -> SampleMacs:
-    """Count one sample of ``shape`` (C, H, W) per group; parameters' gradients are None afterwards, random numbers
-    untouched."""
+    """Count one sample of ``shape`` (C, H, W) per group.
+
+    Parameters' gradients are None afterwards; random numbers are untouched.
+    """
     device = next(model.parameters()).device
     starts = [start for start, _ in groups] if groups else [0]
     forward, training = [], []
@@ -46,12 +48,10 @@ def measure(
             x = torch.zeros(1, *shape, device=device).contiguous(memory_format=torch.channels_last)
             t = torch.tensor([start], device=device)
             labels = {"y": torch.zeros(1, dtype=torch.int64, device=device)} if num_classes else {}
-            with FlopCounterMode(display=False) as counter, torch.no_grad():
-                model(x, t, **labels)
-            forward.append(counter.get_total_flops() // 2)
-            with FlopCounterMode(display=False) as counter:
+            forward.append(measure_macs(model, x, t, **labels))
+            with MacCounter() as counter:
                 diffusion.training_losses(model, x, t, model_kwargs=labels)["loss"].sum().backward()
-            training.append(counter.get_total_flops() // 2)
+            training.append(counter.macs)
     for parameter in model.parameters():
         parameter.grad = None
     return SampleMacs(tuple(forward), tuple(training))
