@@ -82,8 +82,7 @@ def plan_pruning(
     batches     : calibration data, x0 (B, ...) or (x0, model_kwargs); `max_batches` of them are read, once.
     k           : 0 < k <= 1 of the budget law, or one share of the base's MACs for each group.
     importance  : 'taylor' (on the group's own timesteps, in units of loss across all units), 'magnitude' (of the
-                  weights, `balanced` by the units' MACs), or a function from the group's index to
-                  {unit: (atoms,)}.
+                  weights, `balanced` by the units' MACs), or a function from the group's index to {unit: (atoms,)}.
     difficulty  : 'snr', 'snr-reversed', or one number per group, e.g. losses (see `difficulty_order`).
     proposer, scorer, rounds : the search within each group; more than one round needs a scorer.
     strict      : raise instead of warn where the units are too coarse to land within the tolerance.

@@ -38,9 +38,8 @@ def continue_from(path: Path, loop: StageLoop) -> None:
     otherwise the draws begin anew.
 
     Raises:
-        ValueError: the name has no step, a file beside it is missing or damaged, or the flags describe another
-        model. Nothing is
-            ever restarted in silence.
+        ValueError: the name has no step, a file beside it is missing or damaged, or the flags describe another model.
+            Nothing is ever restarted in silence.
     """
     step = step_of(path)
     directory = path.parent
