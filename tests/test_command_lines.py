@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -112,12 +113,32 @@ def test_a_run_alone_gives_a_hundred_images_in_few_steps(run, tmp_path):
         (["--run", "RUN", "--num_samples", "-1"], "num_samples: got -1"),
         (["--run", "RUN", "--classes", "10", "--num_samples", "1"], "classes: got 10"),
         (["--run", "RUN", "--use_ddim", "maybe"], "use_ddim: got 'maybe'"),
+        (["--run", "RUN", "--device", "toaster"], "device: got 'toaster'"),
+        (["--run", "RUN", "--device", "cuda:9"], "device: got 'cuda:9'"),
+        (["--run", "RUN", "--num_threads", "-2"], "num_threads: got -2"),
+        (["--run", "RUN", "--out", "RUN/config.json"], "config.json"),
     ],
 )
 def test_sample_refuses_what_it_cannot_do(run, flags, message, tmp_path):
-    flags = [str(run) if flag == "RUN" else flag for flag in flags]
+    flags = [flag.replace("RUN", str(run)) for flag in flags]
     with pytest.raises(SystemExit, match=message):
-        sample.main([*flags, "--out", str(tmp_path)])
+        sample.main(["--out", str(tmp_path), *flags])
+
+
+def test_experts_are_sampled_and_measured_on_respaced_timesteps(run, tmp_path):
+    few = ["--run", str(run), "--num_samples", "2", "--timestep_respacing", "5", "--out", str(tmp_path)]
+    sample.main(few)
+    assert (tmp_path / "samples_2x8x8x1.npz").is_file()
+    nll.main(few)
+    assert np.load(tmp_path / "vb_terms.npz")["arr_0"].shape == (5,)
+
+
+@pytest.mark.parametrize("name", ["groups.json", "config.json", "run.json"])
+def test_a_run_that_lacks_a_file_is_refused_by_the_name_of_the_file(run, name, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / name).unlink()
+    with pytest.raises(SystemExit, match=name):
+        sample.main(["--run", str(tmp_path / "run")])
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +193,8 @@ def test_a_run_is_sampled_and_its_held_out_loss_measured(run, tmp_path, capsys, 
         (["digits", "no/such.npz"], "no/such.npz"),
         (["SETS/same.npz", "digits"], r"\(1, 8, 8\)"),
         (["SETS/rgb.npz", "SETS/rgb.npz", "--features", "digits"], "random-conv"),
+        (["SETS/rgb.npz", "SETS/rgb.npz", "--batch_size", "0"], "batch_size: got 0"),
+        (["SETS/rgb.npz", "SETS/rgb.npz", "--num_threads", "-1"], "num_threads: got -1"),
     ],
 )
 def test_evaluate_refuses_what_does_not_compare(sets, names, message, tmp_path):
