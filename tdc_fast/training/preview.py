@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from tdc_fast.atomic import atomic_file
 from tdc_fast.diffusion import Diffusion
-from tdc_fast.errors import require
+from tdc_fast.frechet import to_uint8
 from tdc_fast.training.random_state import derived_seed
 from tdc_fast.training.run import RunDirectory
 
@@ -20,6 +19,7 @@ STEPS = 25
 def write_preview(run: RunDirectory, stage: str, step: int, model: nn.Module, diffusion: Diffusion) -> None:
     """Write ``--preview`` DDIM samples to samples/{stage}_{step}.png as one row of images."""
     from tdc_fast.diffusion.samplers import sample
+    from tdc_fast.report.plots import grid_image
 
     config = run.config
     generator = torch.Generator().manual_seed(derived_seed(config.seed, "preview"))
@@ -30,10 +30,8 @@ def write_preview(run: RunDirectory, stage: str, step: int, model: nn.Module, di
     steps = min(STEPS, diffusion.num_timesteps)
     shape = (config.preview, run.in_channels, size, size)
     images = sample(diffusion, model, shape, steps=steps, generator=generator, model_kwargs=labels, device=device)
-    pixels = ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu().numpy()  # (B, C, H, W)
-    row = np.concatenate(list(pixels.transpose(0, 2, 3, 1)), axis=1)  # (H, B * W, C)
     directory = run.path / "samples"
     directory.mkdir(exist_ok=True)
-    image = require("PIL.Image", extra="demo").fromarray(row if run.in_channels == 3 else row[..., 0])
+    image = grid_image(to_uint8(images), columns=config.preview, gap=0)
     with atomic_file(directory / f"{stage}_{step:06d}.png") as file:
         image.save(file, format="PNG")
