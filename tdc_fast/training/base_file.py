@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tdc_fast.errors import invalid
+from tdc_fast.models.iddpm import default_channel_mult
 from tdc_fast.training.checkpoint import finished_steps, load_verified, read_description
 from tdc_fast.training.config import TrainConfig
 from tdc_fast.training.options import DiffusionOptions, ModelOptions
@@ -134,15 +136,11 @@ def _agrees(name: str, value: Any, config: TrainConfig) -> bool:
         levels = {config.image_size >> level for level in range(12)}
         return {int(r) for r in mine.split(",") if r} & levels == {int(r) for r in str(value).split(",") if r}
     if name == "channel_mult" and not mine:
-        from tdc_fast.models.iddpm import default_channel_mult
-
         mine = ",".join(map(str, default_channel_mult(config.image_size)))
     return bool(mine == value)
 
 
 def _refuse_other_options(path: Path, made_with: Mapping[str, Any], config: TrainConfig) -> None:
-    import dataclasses
-
     values = config.to_dict()
     for section in (ModelOptions, DiffusionOptions):
         for field in dataclasses.fields(section):
