@@ -30,7 +30,7 @@ class Backend(Protocol):
     def supports(self, problem: Any, /) -> str | None: ...
 
 
-_backends: list[Any] = [cpu, reference]  # fastest first
+_backends: list[Backend] = [cpu, reference]  # fastest first
 _memo: dict[Any, tuple[Any, Any]] = {}
 _describers: dict[str, Callable[..., Problem]] = {}
 
@@ -40,7 +40,7 @@ def available_backends() -> list[str]:
     return [backend.name for backend in _backends]
 
 
-def register(backend: Any) -> None:
+def register(backend: Backend) -> None:
     """Adds a backend ahead of those there are."""
     if backend.name in available_backends():
         raise invalid("backend", backend.name, "a name that is not taken yet")

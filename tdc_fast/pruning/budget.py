@@ -95,10 +95,7 @@ def explicit_fractions(fractions: Sequence[float], num_groups: int) -> tuple[flo
 
 
 def keep_fractions(num_groups: int, keep: float, whole: Collection[int] = ()) -> tuple[float, ...]:
-    """Uniform shares `keep`, except for the groups in `whole` (indices), which keep the entire base.
-
-    At small scale, keeping the high-SNR groups whole and the others at 0.7 did better than the law at equal cost.
-    """
+    """Uniform shares `keep`, except for the groups in `whole` (indices), which keep the entire base."""
     strangers = sorted(set(whole) - set(range(num_groups)))
     if strangers:
         raise invalid("whole", strangers, f"group indices from 0 to {num_groups - 1}")
