@@ -152,7 +152,7 @@ def load_dataset(
     elif str(name_or_path) == PHOTOS:
         photos = PhotoSource(image_size or 32)
         source, labels = photos, photos.photo_ids
-    elif path.is_dir():
+    elif str(name_or_path) and path.is_dir():  # Path("") would be the working directory
         source, labels = _load_folder(path, image_size, on_corrupt, cache_bytes)
     elif path.is_file() and path.suffix in (".npz", ".npy"):
         source, labels = _load_array(path, image_size)

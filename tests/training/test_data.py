@@ -210,7 +210,8 @@ def test_a_damaged_array_file_is_refused_by_name(tmp_path, content, suffix):
         load_dataset(path)
 
 
-def test_what_is_no_dataset_is_refused_by_name(tmp_path, folder):
+def test_what_is_no_dataset_is_refused_by_name(tmp_path, folder, monkeypatch):
+    monkeypatch.chdir(folder)  # an empty name must not mean the images that happen to be here
     for path in (tmp_path / "missing", folder / "notes.txt", "", "cifar10"):
         with pytest.raises(ValueError, match="data_dir"):
             load_dataset(path, image_size=8)
