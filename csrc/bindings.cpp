@@ -1,5 +1,5 @@
-// tdc_fast._native: the torch-free core. Functions take addresses (0 = absent), sizes and a thread count; the
-// callers in tdc_fast/ops check every shape and range before they call.
+// tdc_fast._native: the torch-free core. Functions take addresses (0 = absent), sizes and a thread count. The callers
+// in tdc_fast/ops check shapes and dtypes; numbers that kernels index with are checked here.
 #include <pybind11/pybind11.h>
 
 #include "common/cpu_isa.h"

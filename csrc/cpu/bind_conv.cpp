@@ -1,8 +1,8 @@
 // Python bindings of the routed convolution: addresses as integers, 0 for an absent array.
 #include <pybind11/pybind11.h>
 
-#include <array>
 #include <cstdint>
+#include <tuple>
 
 #include "cpu/conv.h"
 

@@ -10,8 +10,6 @@ namespace tdc {
 
 // A panel is up to kPanelVectors vectors of adjacent output channels: the width of one register tile.
 constexpr int kPanelVectors = 2;
-constexpr int kMaxLanes = 16;
-constexpr int kMaxPanel = kPanelVectors * kMaxLanes;
 
 // One output pixel of a gather tile.
 struct ConvPixel {
