@@ -185,8 +185,7 @@ def sampling_steps(diffusion: Diffusion, sampler: SamplerName, steps: int | None
 
     ddpm: evenly spread with both ends, as the spacing "25". ddim: a multiple of T / steps each, starting at 0, as the
     spacing "ddim25" but for any count. dpm++2m: evenly spread in half log SNR, its own time, from step 0 to the last
-    step above -5.1; its error on Gaussians is a tenth of that of an even spread in t. With `steps` None it, too, leaves
-    out the steps beyond that.
+    step above -5.1. With `steps` None it, too, leaves out the steps beyond that.
     """
     if sampler not in get_args(SamplerName):
         raise invalid("sampler", sampler, "one of " + ", ".join(get_args(SamplerName)))

@@ -104,9 +104,8 @@ class DenoisingLoss:
 def importance_tables(task: Task) -> list[UnitTable]:
     """The solver's tables: value of a width = importance of the atoms it keeps.
 
-    Scores count as they are across units: Taylor importance has one unit, loss, everywhere, and dividing it by each
-    unit's sum, maximum or norm made held-out losses after pruning worse. A millionth of the total, in proportion to the
-    width, is added, so that among equally important choices the wider wins.
+    Scores count as they are across units: Taylor importance has one unit, loss, everywhere. A millionth of the total,
+    in proportion to the width, is added, so that among equally important choices the wider wins.
     """
     total = sum(float(scores.sum()) for scores in task.importance.values()) or 1.0
     tables = []
