@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tdc_fast.atomic import write_json
 from tdc_fast.errors import invalid
+from tdc_fast.ops.checks import require_integer, require_tensors
 from tdc_fast.ops.plan import INTEGER_DTYPES, RoutingPlan
 
 __all__ = ["RoutingPlan", "TimestepGroups"]
@@ -37,6 +38,8 @@ class TimestepGroups:
 
     def __init__(self, boundaries: Sequence[int], strategy: str = "boundaries") -> None:
         values = []
+        if not isinstance(boundaries, Iterable):
+            raise invalid("boundaries", boundaries, "a sequence of integers")
         for value in boundaries:
             if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
                 raise invalid("boundaries", value, "integers")
@@ -82,7 +85,10 @@ class TimestepGroups:
             snr_db = 10.0 * (np.log10(alpha_bar) - np.log10(1.0 - alpha_bar))
         high, low = float(snr_db[0]), float(snr_db[-1])
         if clip_db is not None:
-            clip_low, clip_high = (float(v) for v in clip_db)
+            try:
+                clip_low, clip_high = (float(v) for v in clip_db)
+            except (TypeError, ValueError) as error:
+                raise invalid("clip_db", clip_db, "(low, high) in decibels, or None") from error
             if not clip_low < clip_high:
                 raise invalid("clip_db", clip_db, "(low, high) with low < high")
             high, low = min(high, clip_high), max(low, clip_low)
@@ -112,6 +118,7 @@ class TimestepGroups:
         A timestep outside [0, T) is a ValueError on the CPU outside torch.compile; elsewhere, where the check would
         have to wait for the device, it counts as the nearest group.
         """
+        require_tensors(t=t)
         if t.dtype not in INTEGER_DTYPES:
             raise invalid("t", t.dtype, "integer timesteps (the original index, not a rescaled one)")
         compiling = torch.compiler.is_compiling()
@@ -149,9 +156,11 @@ class TimestepGroups:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> TimestepGroups:
-        """Reads what `save` wrote. ValueError names the file when it is damaged."""
+        """Reads what `save` wrote. ValueError names the file when it is missing or damaged."""
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise invalid("groups file", str(path), f"a file that can be read ({error.strerror})") from error
         except ValueError as error:  # not UTF-8, or not JSON
             raise invalid(f"groups file {path}", str(error), "JSON: restore it, or write it again") from error
         try:
@@ -183,6 +192,8 @@ class TimestepGroups:
 
 
 def _check_counts(num_timesteps: int, num_groups: int) -> None:
+    require_integer("num_timesteps", num_timesteps)
+    require_integer("num_groups", num_groups)
     if num_timesteps < 1:
         raise invalid("num_timesteps", num_timesteps, "at least 1")
     if not 1 <= num_groups <= num_timesteps:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from tdc_fast.errors import invalid
 from tdc_fast.ops import cpu, reference
-from tdc_fast.ops.checks import ConvProblem, NormProblem
+from tdc_fast.ops.checks import ConvProblem, NormProblem, require_backend_name
 
 ENVIRONMENT = "TDC_FAST_BACKEND"
 _MEMO_LIMIT = 4096
@@ -119,7 +119,8 @@ def explain(operator: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Ex
     name = operator if isinstance(operator, str) else getattr(operator, "__name__", repr(operator))
     if name not in _describers:
         raise invalid("operator", name, f"one of {sorted(_describers)}")
-    requested = kwargs.pop("backend", None) or ""
+    requested = kwargs.pop("backend", None)
+    require_backend_name(requested)
     problem = _describers[name](*args, **kwargs)
     reasons = {backend.name: backend.supports(problem) for backend in _backends}
     environment = os.environ.get(ENVIRONMENT, "")

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,6 +60,28 @@ class NormProblem:
     @property
     def channels_per_group(self) -> int:
         return self.channels // self.num_norm_groups
+
+
+def require_tensors(optional: tuple[str, ...] = (), **arguments: Any) -> None:
+    """ValueError for the first argument that is no dense tensor; those named in `optional` may be None."""
+    for name, value in arguments.items():
+        if isinstance(value, Tensor):
+            if value.layout != torch.strided:
+                raise invalid(name, value.layout, "a dense tensor: convert it with to_dense()")
+        elif value is not None or name not in optional:
+            raise invalid(name, value, "a torch tensor" + (" or None" if name in optional else ""))
+
+
+def require_integer(name: str, value: Any) -> None:
+    """ValueError for what is no integer of at most 32 bits."""
+    if not isinstance(value, (int, np.integer)) or not -(2**31) <= value < 2**31:
+        raise invalid(name, value, "an integer")
+
+
+def require_backend_name(backend: Any) -> None:
+    """ValueError for a backend that is neither a name nor None."""
+    if backend is not None and not isinstance(backend, str):
+        raise invalid("backend", backend, "the name of a backend, or None")
 
 
 def pair(name: str, value: int | tuple[int, int] | list[int], minimum: int) -> tuple[int, int]:

@@ -17,10 +17,14 @@ from tdc_fast.ops.checks import (
     check_conv_values,
     conv_problem,
     pair,
+    require_backend_name,
+    require_tensors,
     signature,
 )
 from tdc_fast.ops.plan import RoutingPlan, check_plan
 from tdc_fast.ops.reference import live_channels
+
+_OPTIONAL = ("bias", "sample_bias", "residual", "in_widths", "out_widths")
 
 
 def routed_conv2d(
@@ -56,6 +60,16 @@ def routed_conv2d(
     argument, value and remedy.
     """
     check_plan(x, plan)
+    require_tensors(
+        _OPTIONAL,
+        weight=weight,
+        bias=bias,
+        sample_bias=sample_bias,
+        residual=residual,
+        in_widths=in_widths,
+        out_widths=out_widths,
+    )
+    require_backend_name(backend)
     return _forward_op(
         x,
         weight,
@@ -87,6 +101,15 @@ def _describe(
     residual: Tensor | None = None,
 ) -> ConvProblem:
     check_plan(x, plan)
+    require_tensors(
+        _OPTIONAL,
+        weight=weight,
+        bias=bias,
+        sample_bias=sample_bias,
+        residual=residual,
+        in_widths=in_widths,
+        out_widths=out_widths,
+    )
     routing = (plan.offsets, plan.weight_index, in_widths, out_widths)
     stride, padding = pair("stride", stride, 1), pair("padding", padding, 0)
     extras: dict[str, Any] = {"bias": bias, "sample_bias": sample_bias, "residual": residual}

@@ -17,6 +17,9 @@ from tdc_fast.ops.checks import (
     accumulate_dtype,
     check_norm_values,
     norm_problem,
+    require_backend_name,
+    require_integer,
+    require_tensors,
     signature,
 )
 from tdc_fast.ops.plan import RoutingPlan, check_plan
@@ -53,7 +56,8 @@ def routed_group_norm(
     anyway, and what comes next casts back to the low precision. Differentiable once. Raises ValueError naming argument,
     value and remedy.
     """
-    check_plan(x, plan)
+    _check_kinds(x, weight, bias, plan, num_groups, eps, widths, scale, shift)
+    require_backend_name(backend)
     y, _, _ = _forward_op(
         x,
         weight,
@@ -69,6 +73,17 @@ def routed_group_norm(
         backend or "",
     )
     return y
+
+
+def _check_kinds(
+    x: Any, weight: Any, bias: Any, plan: Any, num_groups: Any, eps: Any, widths: Any, scale: Any, shift: Any
+) -> None:
+    """ValueError for an argument of another type than it should have."""
+    check_plan(x, plan)
+    require_tensors(("widths", "scale", "shift"), weight=weight, bias=bias, widths=widths, scale=scale, shift=shift)
+    require_integer("num_groups", num_groups)
+    if not isinstance(eps, (float, int)):
+        raise invalid("eps", eps, "a positive number")
 
 
 def _is_silu(activation: str | None) -> bool:
@@ -91,7 +106,7 @@ def _describe(
     shift: Tensor | None = None,
     activation: str | None = None,
 ) -> NormProblem:
-    check_plan(x, plan)
+    _check_kinds(x, weight, bias, plan, num_groups, eps, widths, scale, shift)
     tensors = (x, weight, bias, scale, shift, plan.offsets, plan.weight_index, widths)
     problem = norm_problem("routed_group_norm", *tensors, num_groups, eps, _is_silu(activation))
     check_norm_values(problem, plan.offsets, plan.weight_index, widths)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tdc_fast.errors import invalid
 from tdc_fast.ops import backends
+from tdc_fast.ops.checks import require_tensors
 from tdc_fast.ops.conv2d import _describe as _describe_conv2d
 from tdc_fast.ops.conv2d import routed_conv2d
 from tdc_fast.ops.plan import RoutingPlan
@@ -45,6 +46,7 @@ def routed_linear(
 
 
 def _check(x: Tensor, weight: Tensor, residual: Tensor | None) -> None:
+    require_tensors(("residual",), x=x, weight=weight, residual=residual)
     if x.dim() not in (2, 3):
         raise invalid("x", tuple(x.shape), "shape (B, C_in) or (B, T, C_in)")
     if weight.dim() != 3:

@@ -15,6 +15,7 @@ from torch.utils import _pytree
 
 from tdc_fast.errors import invalid
 from tdc_fast.ops import cpu, library
+from tdc_fast.ops.checks import require_integer, require_tensors
 
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -156,8 +157,12 @@ class RoutingPlan:
         validate: on a GPU, wait for it and check the group ids now. On the CPU they are always checked now.
         Raises ValueError for a group id outside [0, N), a wrong rank or dtype.
         """
+        require_tensors(("weight_index",), groups=groups, weight_index=weight_index)
+        require_integer("num_groups", num_groups)
         if groups.dtype not in INTEGER_DTYPES:
             raise invalid("groups", groups.dtype, "integer group ids")
+        if num_groups < 1:
+            raise invalid("num_groups", num_groups, "at least 1")
         if weight_index is None:
             weight_index = torch.arange(num_groups, dtype=torch.int32, device=groups.device)
         else:
@@ -189,6 +194,7 @@ class RoutingPlan:
         return RoutingPlan(self.order, self.inverse, self.offsets, self.groups, weight_index, self.num_groups)
 
     def _check_batch(self, x: Tensor) -> None:
+        require_tensors(x=x)
         if x.dim() < 1 or x.shape[0] != self.order.shape[0]:
             raise invalid("x", tuple(x.shape), f"{self.order.shape[0]} samples, the batch of this plan")
 
@@ -198,6 +204,7 @@ class RoutingPlan:
 
 def check_plan(x: Tensor, plan: RoutingPlan) -> None:
     """ValueError unless `plan` is a plan of the batch x."""
+    require_tensors(x=x)
     if not isinstance(plan, RoutingPlan):
         raise invalid("plan", type(plan).__name__, "a RoutingPlan")
     if x.dim() and x.shape[0] != plan.order.shape[0]:

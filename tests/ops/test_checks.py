@@ -75,6 +75,11 @@ BAD_CONV = {
     "dtype of widths": ("out_widths", {"out_widths": torch.tensor([6, 1, 1])}, "int64.*int32"),
     "stride 0": ("stride", {"stride": 0}, "got 0.*at least 1"),
     "stride of three numbers": ("stride", {"stride": (1, 1, 1)}, "pair"),
+    "x that is no tensor": ("x", {"x": [[1.0]]}, "a torch tensor$"),
+    "no weight": ("weight", {"weight": None}, "a torch tensor$"),
+    "bias that is no tensor": ("bias", {"bias": [1.0]}, "a torch tensor or None"),
+    "widths that are no tensor": ("in_widths", {"in_widths": [1, 2, 3]}, "a torch tensor or None"),
+    "sparse x": ("x", {"x": torch.zeros(4, 6, 5, 5).to_sparse()}, "sparse_coo.*to_dense"),
     "negative padding": ("padding", {"padding": (1, -1)}, r"\(1, -1\).*at least 0"),
 }
 
@@ -88,6 +93,10 @@ BAD_NORM = {
     "dtype mix": ("bias", {"bias": torch.zeros(3, 6).double()}, "float64.*float32"),
     "shape of scale": ("scale", {"scale": torch.zeros(4, 6, 1, 1)}, r"\(4, 6, 1, 1\).*\(4, 6\)"),
     "shape of shift": ("shift", {"shift": torch.zeros(3, 6)}, r"\(3, 6\).*\(4, 6\)"),
+    "no bias": ("bias", {"bias": None}, "a torch tensor$"),
+    "scale that is no tensor": ("scale", {"scale": 2.0}, "a torch tensor or None"),
+    "half a group": ("num_groups", {"num_groups": 1.5}, "an integer"),
+    "eps that is no number": ("eps", {"eps": "tiny"}, "tiny.*positive"),
     "eps": ("eps", {"eps": 0.0}, "got 0.0.*positive"),
     "activation": ("activation", {"activation": "relu"}, "relu.*silu"),
     "plan of another batch": ("plan", {"plan": RoutingPlan.from_groups(GROUPS[:3], 3)}, "batch_size=3.*4 samples"),
@@ -116,6 +125,13 @@ def test_a_bad_group_norm_is_refused_by_name(case: str, backend: str | None) -> 
     with pytest.raises(ValueError, match=f"^{argument}: got .*") as caught:
         routed_group_norm(**(norm_arguments() | change), backend=backend)
     assert caught.match(message)
+
+
+def test_a_backend_that_is_no_name_is_refused() -> None:
+    with pytest.raises(ValueError, match="^backend: got 3; expected the name"):
+        routed_conv2d(**conv_arguments(), backend=3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="^backend: got 3; expected the name"):
+        routed_group_norm(**norm_arguments(), backend=3)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

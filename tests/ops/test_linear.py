@@ -82,6 +82,9 @@ def test_widths_apply_to_tokens_as_to_pixels() -> None:
     [
         ("x", {"x": torch.zeros(2, 3, 4, 1)}),
         ("weight", {"weight": torch.zeros(2, 6, 4, 1)}),
+        ("x", {"x": None}),
+        ("weight", {"weight": None}),
+        ("residual", {"residual": 1.0}),
         ("residual", {"residual": torch.zeros(2, 6)}),
         ("residual", {"residual": torch.zeros(2, 3, 5)}),
     ],
