@@ -75,6 +75,16 @@ def _normalised(argv: Sequence[str], sections: Mapping[str, type]) -> list[str]:
     booleans = {
         name for kind in sections.values() for name, hint in typing.get_type_hints(kind).items() if hint is bool
     }
+    tokens = split_tokens(argv)
+    for position in range(1, len(tokens)):
+        flag = tokens[position - 1]
+        if flag.startswith("--") and flag[2:] in booleans and not tokens[position].startswith("--"):
+            tokens[position] = boolean_word(flag, tokens[position])
+    return tokens
+
+
+def split_tokens(argv: Sequence[str]) -> list[str]:
+    """argv with underscores in flags' names, and `--flag=value` as two tokens."""
     tokens: list[str] = []
     for token in argv:
         flag, equals, value = token.partition("=")
@@ -84,14 +94,11 @@ def _normalised(argv: Sequence[str], sections: Mapping[str, type]) -> list[str]:
         tokens.append("--" + flag[2:].replace("-", "_"))
         if equals:
             tokens.append(value)
-    for position in range(1, len(tokens)):
-        flag = tokens[position - 1]
-        if flag.startswith("--") and flag[2:] in booleans and not tokens[position].startswith("--"):
-            tokens[position] = _boolean(flag, tokens[position])
     return tokens
 
 
-def _boolean(flag: str, text: str) -> str:
+def boolean_word(flag: str, text: str) -> str:
+    """The word True or False for any of improved-diffusion's spellings; ValueError naming the flag for another word."""
     if text.lower() in _TRUE:
         return "True"
     if text.lower() in _FALSE:

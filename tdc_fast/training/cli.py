@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tdc_fast.errors import invalid, require
+from tdc_fast.flags import boolean_word, split_tokens
 from tdc_fast.training.config import MAY_CHANGE_ON_RESUME, TrainConfig, read_options
 from tdc_fast.training.options import SECTIONS, help_texts
 
@@ -99,15 +100,7 @@ def _in_sections(kind: type, config: TrainConfig) -> Any:
 def _normalise(argv: Sequence[str]) -> tuple[list[str], str]:
     """argv with one spelling per thing, and the value of ``--config`` taken out of it."""
     booleans = {name for name, kind in typing.get_type_hints(TrainConfig).items() if kind is bool}
-    tokens: list[str] = []
-    for token in argv:
-        flag, equals, value = token.partition("=")
-        if token.startswith("--"):
-            tokens.append("--" + flag[2:].replace("-", "_"))
-            if equals:
-                tokens.append(value)
-        else:
-            tokens.append(token)
+    tokens = split_tokens(argv)
     result: list[str] = []
     config_file = ""
     position = 0
@@ -124,19 +117,11 @@ def _normalise(argv: Sequence[str]) -> tuple[list[str], str]:
         elif token == "--resume" and not has_value:
             result += [token, "latest"]
         elif token[2:] in booleans and has_value:
-            result += [token, _boolean(token, str(following))]
+            result += [token, boolean_word(token, str(following))]
             position += 1
         else:
             result.append(token)
     return result, config_file
-
-
-def _boolean(flag: str, text: str) -> str:
-    if text.lower() in ("yes", "true", "t", "y", "1"):
-        return "True"
-    if text.lower() in ("no", "false", "f", "n", "0"):
-        return "False"
-    raise invalid(flag, text, "True or False")
 
 
 def _value_of(arguments: Sequence[str], flag: str) -> str | None:
