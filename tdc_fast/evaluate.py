@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from tdc_fast.atomic import write_json
 from tdc_fast.classifier import train_classifier
-from tdc_fast.denoisers import TrainedDenoiser, from_run
+from tdc_fast.denoisers import TrainedDenoiser, Which, from_run
+from tdc_fast.diffusion.samplers import SamplerName
 from tdc_fast.errors import invalid, require
 from tdc_fast.evaluation import heldout_losses
 from tdc_fast.flags import parse_flags, use_threads
@@ -39,9 +40,9 @@ class EvaluateOptions:
     """Size that photos and the images of a folder are scaled to; 0 takes the other set's, or their own."""
     num_samples: int = 5000
     """Images drawn from a run."""
-    which: Literal["auto", "experts", "base"] = "auto"
+    which: Which = "auto"
     """With a run: its experts, its base, or (auto) the experts if there are any."""
-    sampler: Literal["ddpm", "ddim", "dpm++2m"] = "ddim"
+    sampler: SamplerName = "ddim"
     """Sampler for a run."""
     steps: int = 25
     """Sampling steps for a run."""

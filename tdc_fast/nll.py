@@ -11,14 +11,14 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tdc_fast.atomic import atomic_file, write_json
-from tdc_fast.denoisers import TrainedDenoiser, from_checkpoint, from_run, refuse_mismatch, stored_facts
+from tdc_fast.denoisers import TrainedDenoiser, Which, from_checkpoint, from_run, refuse_mismatch, stored_facts
 from tdc_fast.diffusion.likelihood import bound
 from tdc_fast.errors import invalid
 from tdc_fast.flags import parse_flags, use_threads, value_of
@@ -34,7 +34,7 @@ class NllOptions:
 
     run: str = ""
     """Run directory."""
-    which: Literal["auto", "experts", "base"] = "auto"
+    which: Which = "auto"
     """With --run: its experts, its base, or (auto) the experts if there are any."""
     model_path: str = ""
     """Instead of --run: one file of weights, of ours or of improved-diffusion."""

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tdc_fast.denoisers import TrainedDenoiser, from_checkpoint, from_run, refuse_mismatch, stored_facts
+from tdc_fast.denoisers import TrainedDenoiser, Which, from_checkpoint, from_run, refuse_mismatch, stored_facts
 from tdc_fast.diffusion.samplers import SamplerName
 from tdc_fast.errors import invalid
 from tdc_fast.flags import parse_flags, use_threads, value_of
@@ -38,7 +38,7 @@ class SampleOptions:
 
     run: str = ""
     """Run directory to sample from."""
-    which: Literal["auto", "experts", "base"] = "auto"
+    which: Which = "auto"
     """With --run: its experts, its base, or (auto) the experts if there are any."""
     model_path: str = ""
     """Instead of --run: one file of weights, of ours or of improved-diffusion. A configuration beside it is used, and
