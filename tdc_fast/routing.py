@@ -72,8 +72,8 @@ class TimestepGroups:
         schedule: alpha_bar per timestep, (T,), falling; or any object with it as `.alphas_cumprod`.
         clip_db: the interior boundaries divide this range of decibels, narrowed to what the schedule covers;
             timesteps beyond it belong to the first or the last group. None divides the whole range, and then the
-            cosine schedule (T = 1000, +44 to -86 dB) gets 4 groups of 161, 782, 55 and 2 steps; over +44 to -56 dB
-            they are 65, 641, 276 and 18. The default of +-20 dB, where signal and noise both hold more than 1% of
+            cosine schedule (T = 1000, +44 to -86 dB) gets 4 groups of 161, 782, 55 and 2 steps; over +44 to -56.15
+            dB they are 65, 641, 276 and 18. The default of +-20 dB, where signal and noise both hold more than 1% of
             the power, gives 188, 308, 307 and 197.
         Every group has at least one timestep. Source of the measure: arXiv 2312.13307, section on grouping.
         Raises ValueError for a schedule that does not fall, for N > T and for an empty range.

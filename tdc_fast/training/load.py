@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tdc_fast.diffusion import Diffusion
 from tdc_fast.errors import invalid
@@ -98,10 +98,6 @@ class Run:
             remedy = f"the plan of these experts: --resume {self.path} finds it anew"
             raise invalid("widths", f"{plan}{'' if plan.is_file() else ' (missing)'}", remedy) from error
         return model.eval()
-
-    def model(self, ema: bool | str = True, step: int = -1) -> nn.Module:
-        """What the run is for: the experts where they are trained, otherwise the base."""
-        return self.experts(ema, step) if self.config.groups and self.steps("experts") else self.base(ema, step)
 
     def _weights(self, stage: str, ema: bool | str, step: int) -> dict[str, Tensor]:
         directory = self.directory.stage_directory(stage)
