@@ -1,4 +1,4 @@
-"""Files that are whole or absent, names that carry steps, and generators that come back."""
+"""Checkpoints that are whole or do not count, names that carry steps, and generators that come back."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from tdc_fast.atomic import atomic_file, remove_leftovers
 from tdc_fast.training.checkpoint import (
     choose_checkpoint,
     finished_steps,
@@ -18,23 +17,6 @@ from tdc_fast.training.checkpoint import (
     step_of,
 )
 from tdc_fast.training.random_state import derived_seed, random_state, restore_random_state, seeded
-
-
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
-    path = tmp_path / "file"
-    path.write_text("old")
-    with pytest.raises(RuntimeError), atomic_file(path) as file:
-        file.write(b"new")
-        raise RuntimeError
-    assert path.read_text() == "old"
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
-
-
-def test_what_a_killed_writer_left_is_cleared_away(tmp_path):
-    (tmp_path / ".model.pt.123.tmp").write_bytes(b"half")
-    (tmp_path / "model.pt").write_bytes(b"whole")
-    remove_leftovers(tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == ["model.pt"]
 
 
 @pytest.mark.parametrize(
