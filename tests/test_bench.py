@@ -1,0 +1,46 @@
+"""The throughput suites run, and report what they measured (how fast is not a matter for tests)."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench.compare import compare
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class OneRound:
+    """Stands in for the pytest-benchmark fixture."""
+
+    def __init__(self) -> None:
+        self.extra_info: dict = {}
+
+    def pedantic(self, target, setup, rounds, warmup_rounds):
+        for _ in range(warmup_rounds + rounds):
+            setup()
+            target()
+
+
+def test_candidates_take_turns_and_warm_up_rounds_do_not_count():
+    calls: list[str] = []
+    benchmark = OneRound()
+    peers = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
+    compare(benchmark, lambda: calls.append("ours"), peers, rounds=2)
+    assert calls == ["a", "b", "ours"] * 4
+    assert benchmark.extra_info["peers_ms"].keys() == benchmark.extra_info["ratios"].keys() == {"a", "b"}
+
+
+@pytest.mark.parametrize("only", ["conv2d and C32-8x8", "group_norm and 64x32x8x8", "unet and 8x8 and forward"])
+def test_a_suite_writes_its_results(tmp_path, only):
+    command = [sys.executable, "-m", "bench", "--out", str(tmp_path), "--name", "here", "--only", only]
+    subprocess.run(command, cwd=ROOT, env={**os.environ, "TDC_FAST_BENCH_ROUNDS": "1"}, check=True, capture_output=True)
+    results = json.loads((tmp_path / "here.json").read_text())
+    assert results["rows"] and all(row["ours_ms"] > 0 and row["ratios"] for row in results["rows"])
+    table = (tmp_path / "here.md").read_text()
+    assert all(f"| {row['case']} |" in table for row in results["rows"])
