@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tdc_fast.atomic import atomic_file, write_json
+from tdc_fast.evaluation import compare
 from tdc_fast.report import findings, plots
 from tdc_fast.report.numbers import Comparison, ModelResult
 from tdc_fast.report.style import STYLE
@@ -105,7 +106,7 @@ def _numbers(comparison: Comparison) -> str:
     groups = range(len(comparison.boundaries) - 1)
     rows = []
     for model in comparison.models:
-        overall, _ = findings.compare(model.heldout, comparison.yardstick.heldout)
+        overall, _ = compare(model.heldout, comparison.yardstick.heldout)
         against = "—" if model is comparison.yardstick else (
             _plus_minus(100 * overall.relative, 100 * overall.standard_error, ".2f") + " %"
         )  # fmt: skip
