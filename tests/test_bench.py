@@ -39,7 +39,8 @@ def test_candidates_take_turns_and_warm_up_rounds_do_not_count():
 @pytest.mark.parametrize("only", ["conv2d and C32-8x8", "group_norm and 64x32x8x8", "unet and 8x8 and forward"])
 def test_a_suite_writes_its_results(tmp_path, only):
     command = [sys.executable, "-m", "bench", "--out", str(tmp_path), "--name", "here", "--only", only]
-    subprocess.run(command, cwd=ROOT, env={**os.environ, "TDC_FAST_BENCH_ROUNDS": "1"}, check=True, capture_output=True)
+    environment = {**os.environ, "TDC_FAST_BENCH_ROUNDS": "1", "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
     results = json.loads((tmp_path / "here.json").read_text())
     assert results["rows"] and all(row["ours_ms"] > 0 and row["ratios"] for row in results["rows"])
     table = (tmp_path / "here.md").read_text()
