@@ -46,6 +46,7 @@ def train(config: TrainConfig, dataset: Any = None) -> RunDirectory:
     dataset = build_data(config) if dataset is None else dataset
     run = open_run(config, dataset.channels)
     print(f"run directory: {run.path}", flush=True)
+    skipped = _report_skipped(dataset, 0)
     try:
         base = train_base(run, dataset)
         if config.groups:
@@ -55,7 +56,17 @@ def train(config: TrainConfig, dataset: Any = None) -> RunDirectory:
         raise
     except KeyboardInterrupt as interrupt:  # outside the loops, where nothing is lost that a checkpoint would hold
         raise TrainingInterrupted("stopped between two stages; " + how_to_continue(run.path)) from interrupt
+    finally:  # a folder too large for memory finds its corrupt files on the way
+        _report_skipped(dataset, skipped)
     return run
+
+
+def _report_skipped(dataset: Any, known: int) -> int:
+    """Print how many images were left out, where there are more than `known`; their number."""
+    skipped: int = dataset.skipped
+    if skipped > known:
+        print(f"left out {skipped} corrupt image{'s' if skipped > 1 else ''}", flush=True)
+    return skipped
 
 
 def open_run(config: TrainConfig, in_channels: int) -> RunDirectory:
@@ -101,6 +112,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except TrainingInterrupted as interrupted:
         print(interrupted, file=sys.stderr)
+        return 130
+    except KeyboardInterrupt:
+        print("stopped before the run began", file=sys.stderr)
         return 130
     print(f"finished: {run.path}")
     return 0

@@ -118,13 +118,14 @@ def read_options(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise invalid("config", str(path), "an existing .yaml, .yml or .json file")
-    text = path.read_text(encoding="utf-8")
     try:
+        text = path.read_text(encoding="utf-8")
         values = json.loads(text) if path.suffix == ".json" else require("yaml", extra="demo").safe_load(text)
     except Exception as error:
         if isinstance(error, ImportError):
             raise
-        raise invalid("config", str(path), f"'flag: value' lines; it does not parse: {error}") from error
+        reason = " ".join(str(error).split())
+        raise invalid("config", str(path), f"'flag: value' lines; it does not parse: {reason}") from error
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise invalid("config", str(path), "a mapping of flag names to values")
@@ -199,8 +200,8 @@ def _check_ranges(config: TrainConfig) -> None:
     for name in ("heldout", "dropout"):
         if not 0 <= values[name] < 1:
             raise invalid(name, values[name], "a share from 0 to below 1")
-    if config.microbatch < -1 or config.microbatch == 0:
-        raise invalid("microbatch", config.microbatch, "-1 (do not split) or a number of images")
+    if config.microbatch < -1:
+        raise invalid("microbatch", config.microbatch, "a number of images, or -1 or 0 (do not split)")
     for rate in comma_numbers("ema_rate", config.ema_rate, float) or [-1.0]:
         if not 0 <= rate < 1:
             raise invalid("ema_rate", config.ema_rate, "rates from 0 to below 1, such as 0.9999 or 0.999,0.9999")

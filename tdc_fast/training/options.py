@@ -94,7 +94,7 @@ class OptimizerOptions:
     batch_size: int = 1
     """Images per step."""
     microbatch: int = -1
-    """Split each step's batch into pieces of this many images to save memory; -1 does not split."""
+    """Split each step's batch into pieces of this many images to save memory; -1 or 0 does not split."""
     lr: float = 1e-4
     """Learning rate of AdamW."""
     weight_decay: float = 0.0

@@ -101,7 +101,7 @@ def test_a_configuration_survives_json():
         ({"ema_rate": "0.9,x"}, "ema_rate"),
         ({"ema_rate": "1.5"}, "ema_rate: got '1.5'"),
         ({"ema_rate": "0.9,0.9"}, "ema_rate"),
-        ({"microbatch": 0}, "microbatch"),
+        ({"microbatch": -2}, "microbatch"),
         ({"lr": float("nan")}, "lr: got nan"),
         ({"groups": 4, "stage2_steps": 5}, "stage1_steps"),
         ({"groups": 4, "stage1_steps": 5}, "stage2_steps"),

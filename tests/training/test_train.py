@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 import torch
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from tdc_fast.diffusion import Diffusion
 from tdc_fast.diffusion.losses import training_losses
 from tdc_fast.routing import TimestepGroups
 from tdc_fast.train import main, open_run, train
-from tdc_fast.training import load_run, prune_base, train_base, train_experts
+from tdc_fast.training import data, load_run, prune_base, train_base, train_experts
 from tdc_fast.training.base_file import flags_of
 from tdc_fast.training.build import build_unet
 from tdc_fast.training.checkpoint import load_tensors
@@ -294,6 +296,22 @@ def test_a_run_refused_at_its_start_can_be_begun_again_in_the_same_place(folder)
     train(config)
     with pytest.raises(ValueError, match="--resume"):
         train(config)
+
+
+@pytest.mark.parametrize("cache_bytes", [2**20, 0])
+def test_corrupt_images_stop_the_run_or_are_left_out_and_counted(cache_bytes, tmp_path, capsys, monkeypatch):
+    """Whether the folder fits the memory and is read at once, or is read as training goes."""
+    opened = partial(data.load_dataset, cache_bytes=cache_bytes)
+    monkeypatch.setattr(data, "load_dataset", opened)
+    (tmp_path / "images").mkdir()
+    for number in range(5):
+        Image.new("RGB", (8, 8), (50 * number, 0, 0)).save(tmp_path / "images" / f"{number}.png")
+    (tmp_path / "images" / "9.png").write_bytes(b"no image")
+    changes = {"data_dir": str(tmp_path / "images"), "lr_anneal_steps": 1}
+    assert main(flags(small_config(tmp_path, "error", **changes))) == 2
+    assert "9.png" in capsys.readouterr().err
+    assert main(flags(small_config(tmp_path, "skip", on_corrupt="skip", **changes))) == 0
+    assert "left out 1 corrupt image\n" in capsys.readouterr().out
 
 
 def test_training_without_data_says_what_to_give(tmp_path, capsys):
