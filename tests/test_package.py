@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import tdc_fast
 
@@ -116,6 +117,17 @@ def test_cuda_sources_compile_without_a_gpu(tmp_path):
     assert "90a-real" in result.stdout
     build = ["cmake", "--build", f"{tmp_path}/build", "--target", "tdc_cuda"]
     assert subprocess.run(build, capture_output=True).returncode == 0
+
+
+def test_the_native_module_says_what_it_was_built_with():
+    from tdc_fast import _native
+
+    assert _native.cpu_isa() in ("avx512", "avx2", "portable")
+    if _native.cuda_architectures:
+        assert _native.cuda_runtime_version() >= 12000
+        assert _native.cuda_device_count() >= torch.cuda.device_count()  # torch may be a CPU build
+    else:
+        assert not hasattr(_native, "cuda_device_count")
 
 
 def test_setup_rejects_an_unknown_build_switch():
