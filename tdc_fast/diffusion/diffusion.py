@@ -179,6 +179,9 @@ class Diffusion:
 
     def q_posterior(self, x0: Tensor, x_t: Tensor, t: Tensor) -> Gaussian:
         """q(x_{t-1} | x_t, x0) (Ho et al. 2020, equations 6 and 7); the log variance is clipped at t = 0."""
+        check_timesteps(t, x_t, self.num_timesteps)
+        if x0.shape != x_t.shape:
+            raise invalid("x0", f"shape {tuple(x0.shape)}", f"the shape of x_t, {tuple(x_t.shape)}")
         return Gaussian(
             mean=self.coefficient("posterior_mean_coef_x0", t, x_t) * x0
             + self.coefficient("posterior_mean_coef_xt", t, x_t) * x_t,

@@ -158,6 +158,10 @@ def sample(
     live on the CPU whatever `device` is. `noise` (shape) replaces the first draw x_T. One image batch is held at a
     time, no trajectory. Raises ValueError for an unknown sampler, or steps that the process does not have.
     """
+    if not isinstance(shape, Sequence) or len(shape) < 2 or any(size < 0 for size in shape):
+        raise invalid("shape", shape, "sizes (B, C, ...)")
+    if eta < 0:
+        raise invalid("eta", eta, "0 (deterministic) or a number above it")
     visited = sampling_steps(diffusion, sampler, steps)
     process = diffusion if len(visited) == diffusion.num_timesteps else diffusion.with_timesteps(visited)
     x = torch.empty(tuple(shape), device=device, memory_format=_memory_format(len(shape)))
@@ -190,7 +194,7 @@ def sampling_steps(diffusion: Diffusion, sampler: SamplerName, steps: int | None
     if sampler not in get_args(SamplerName):
         raise invalid("sampler", sampler, "one of " + ", ".join(get_args(SamplerName)))
     total = diffusion.num_timesteps
-    if steps is not None and not 1 <= steps <= total:
+    if steps is not None and not (isinstance(steps, int) and 1 <= steps <= total):
         raise invalid("steps", steps, f"1 to {total} steps")
     if sampler == "dpm++2m":
         return _even_in_log_snr(diffusion, steps)

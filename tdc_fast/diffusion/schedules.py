@@ -20,7 +20,7 @@ def named_betas(name: str, num_timesteps: int) -> np.ndarray:
     total noise does not depend on T. `cosine` is alpha_bar(s) = cos((s + 0.008) / 1.008 * pi / 2)**2 (Nichol and
     Dhariwal 2021, equation 17). Raises ValueError for an unknown name or a T below 1.
     """
-    if num_timesteps < 1:
+    if not isinstance(num_timesteps, int) or num_timesteps < 1:
         raise invalid("num_timesteps", num_timesteps, "at least one step")
     if name == "linear":
         scale = 1000 / num_timesteps

@@ -66,7 +66,17 @@ class UNet(nn.Module):
         super().__init__()
         if dims != 2:
             raise invalid("dims", dims, "2 (images)")
-        if not channel_mult or min(channel_mult) < 1:
+        sizes = {
+            "image_size": image_size, "in_channels": in_channels, "model_channels": model_channels,
+            "out_channels": out_channels, "num_classes": 1 if num_classes is None else num_classes,
+            "num_heads": num_heads, "num_res_blocks": num_res_blocks,
+        }  # fmt: skip
+        for name, size in sizes.items():
+            if not isinstance(size, int) or size < 1:
+                raise invalid(name, size, "an integer of at least 1")
+        if not 0 <= dropout < 1:
+            raise invalid("dropout", dropout, "a probability from 0 to below 1")
+        if not channel_mult or not all(isinstance(mult, int) and mult >= 1 for mult in channel_mult):
             raise invalid("channel_mult", channel_mult, "one multiplier of at least 1 per level")
         self.stride = 2 ** (len(channel_mult) - 1)
         if image_size < 1 or image_size % self.stride:
@@ -146,10 +156,7 @@ class UNet(nn.Module):
 
     def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
         """x (B, C_in, H, W), timesteps (B,), y (B,) class ids iff class-conditional -> (B, C_out, H, W)."""
-        if (y is None) != (self.num_classes is None):
-            raise invalid("y", y, "labels if, and only if, the model has num_classes")
-        if x.shape[2] % self.stride or x.shape[3] % self.stride:
-            raise invalid("x", tuple(x.shape), f"a height and width that are multiples of {self.stride}")
+        self._check_inputs(x, timesteps, y)
         steps = timesteps if self.timestep_scale == 1 else timesteps.float() * self.timestep_scale
         dtype = next(self.time_embed.parameters()).dtype
         emb = self.time_embed[0](timestep_embedding(steps, self.model_channels).to(dtype))
@@ -167,6 +174,28 @@ class UNet(nn.Module):
         for block in self.output_blocks:
             h = block(torch.cat([h, skips.pop()], dim=1), emb)
         return self.out[2](self.out[0](h, activation="silu"))
+
+    def _check_inputs(self, x: Tensor, timesteps: Tensor, y: Tensor | None) -> None:
+        """ValueError naming what cannot be an input. Labels are read on the CPU only: on a GPU that would stall it."""
+        for name, value in (("x", x), ("timesteps", timesteps)):
+            if not isinstance(value, Tensor):
+                raise invalid(name, value, "a torch tensor")
+        if x.dim() != 4 or x.shape[1] != self.in_channels:
+            raise invalid("x", tuple(x.shape), f"shape (B, {self.in_channels}, H, W)")
+        if not (x.shape[2] and x.shape[3]) or x.shape[2] % self.stride or x.shape[3] % self.stride:
+            raise invalid("x", tuple(x.shape), f"a height and width that are multiples of {self.stride}")
+        if tuple(timesteps.shape) != (x.shape[0],):
+            raise invalid("timesteps", tuple(timesteps.shape), f"one for each of the {x.shape[0]} samples")
+        if (y is None) != (self.num_classes is None):
+            raise invalid("y", y, "labels if, and only if, the model has num_classes")
+        if y is None or self.num_classes is None:
+            return
+        if tuple(y.shape) != (x.shape[0],) or y.dtype not in (torch.int64, torch.int32):
+            raise invalid("y", f"{y.dtype} of shape {tuple(y.shape)}", f"integer labels of shape ({x.shape[0]},)")
+        if y.device.type == "cpu" and y.numel() and not torch.compiler.is_compiling():
+            low, high = (int(value) for value in torch.aminmax(y))
+            if low < 0 or high >= self.num_classes:
+                raise invalid("y", low if low < 0 else high, f"labels from 0 to {self.num_classes - 1}")
 
     def pruning_units(self) -> list[PruningUnit]:
         """What can be pruned, in the order of ``named_modules``; a block that is only its skip path has no unit."""

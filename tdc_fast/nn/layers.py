@@ -48,7 +48,8 @@ class GroupNorm(nn.GroupNorm):
         """x (B, C, H, W), scale and shift (B, C): ``act(norm(x) * (1 + scale) + shift)``, in x's dtype."""
         weight = None if self.weight is None else self.weight.float()
         bias = None if self.bias is None else self.bias.float()
-        y = F.group_norm(x.float(), self.num_groups, weight, bias, self.eps).to(x.dtype)
+        # Not F.group_norm, which refuses a single sample with one value per group (1x1 pixels of few channels).
+        y = torch.group_norm(x.float(), self.num_groups, weight, bias, self.eps).to(x.dtype)
         if scale is not None:
             y = y * (1 + scale[:, :, None, None])
         if shift is not None:

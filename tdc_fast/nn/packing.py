@@ -54,6 +54,9 @@ class RoutedModel(nn.Module):
         Keyword tensors whose first dimension is B are per sample and routed along (``y=labels``). ValueError for
         timesteps that are not integers or out of range.
         """
+        for name, value in (("x", x), ("t", t)):
+            if not isinstance(value, Tensor) or not value.dim():
+                raise invalid(name, value, "a torch tensor with one entry per sample")
         if t.dim() != 1 or t.shape[0] != x.shape[0]:
             raise invalid("t", tuple(t.shape), f"one timestep for each of the {x.shape[0]} samples")
         if t.dtype.is_floating_point:
@@ -64,12 +67,8 @@ class RoutedModel(nn.Module):
             name: plan.sort(value) if isinstance(value, Tensor) and value.shape[:1] == (batch,) else value
             for name, value in kwargs.items()
         }
-        routing, before = self.routing, self.routing.plan
-        routing.plan = plan
-        try:
+        with self.routing.using(plan):
             out = self.model(plan.sort(x), plan.sort(t), **kwargs)
-        finally:
-            routing.plan = before
         if isinstance(out, Tensor):
             return plan.unsort(out)
         return _pytree.tree_map_only(
@@ -137,7 +136,7 @@ class RoutedModel(nn.Module):
         return {name: value for name, value in self.model.state_dict().items() if name not in parameters}
 
     def _check_expert(self, index: int) -> None:
-        if not 0 <= index < self.num_experts:
+        if not hasattr(index, "__index__") or not 0 <= index < self.num_experts:
             raise invalid("index", index, f"an expert from 0 to {self.num_experts - 1}")
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
@@ -163,6 +162,13 @@ def pack_experts(
     Raises ValueError naming a layer that cannot be routed, experts that do not match, or what in ``widths`` does not
     fit (other base, other boundaries, unknown unit, bad order or width).
     """
+    if not isinstance(groups, TimestepGroups):
+        raise invalid("groups", groups, "TimestepGroups, such as TimestepGroups.uniform(1000, 4)")
+    if widths is not None and not isinstance(widths, WidthPlan):
+        raise invalid("widths", widths, "a WidthPlan, or None")
+    many = base_or_experts if isinstance(base_or_experts, Sequence) else [base_or_experts]
+    if not all(isinstance(module, nn.Module) for module in many):
+        raise invalid("base_or_experts", base_or_experts, "a module, or a sequence of modules")
     count = groups.num_groups
     shared = isinstance(base_or_experts, nn.Module)
     experts = [base_or_experts] * count if isinstance(base_or_experts, nn.Module) else list(base_or_experts)

@@ -308,6 +308,12 @@ def test_what_cannot_be_sampled_is_refused_by_name():
         sample(diffusion, image_model, x.shape, sampler="euler")
     with pytest.raises(ValueError, match="steps"):
         sample(diffusion, image_model, x.shape, steps=101)
+    with pytest.raises(ValueError, match="steps: got 2.5"):
+        sample(diffusion, image_model, x.shape, steps=2.5)
+    with pytest.raises(ValueError, match="shape: got 3"):
+        sample(diffusion, image_model, 3)
+    with pytest.raises(ValueError, match="eta: got -1"):
+        sample(diffusion, image_model, x.shape, eta=-1)
     with pytest.raises(ValueError, match="t_next"):
         ddim_step(diffusion, image_model, x, torch.tensor([5, 5]), torch.tensor([5, 4]))
     with pytest.raises(ValueError, match="t_next"):

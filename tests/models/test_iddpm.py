@@ -162,6 +162,11 @@ def test_a_recipe_and_a_state_dict_rebuild_the_model():
         ({"image_size": 9}, "image_size: got 9"),
         ({"num_heads": 3}, "num_heads: got 3"),
         ({"dims": 3}, "dims: got 3"),
+        ({"image_size": 8.0}, "image_size: got 8.0"),
+        ({"model_channels": 0}, "model_channels: got 0"),
+        ({"num_res_blocks": -1}, "num_res_blocks: got -1"),
+        ({"dropout": 1.5}, "dropout: got 1.5"),
+        ({"channel_mult": (1.5, 2)}, "channel_mult"),
         ({"channel_mult": ()}, "channel_mult"),
         ({"widths": {"nowhere": 8}}, "widths.*nowhere"),
         ({"widths": {"middle_block.0": 3}}, r"widths\['middle_block.0'\]: got 3"),
@@ -177,8 +182,21 @@ def test_inputs_that_do_not_fit_are_named():
     x, t = inputs(model)
     with pytest.raises(ValueError, match="y: got None"):
         model(x, t)
+    y = t % 3
     with pytest.raises(ValueError, match="x: got"):
-        model(x[..., :7], t, y=t % 3)
+        model(x[..., :7], t, y=y)
+    with pytest.raises(ValueError, match="x: got .*expected shape"):
+        model(x[0], t, y=y)
+    with pytest.raises(ValueError, match="x: got .*expected shape"):
+        model(x.repeat(1, 2, 1, 1), t, y=y)
+    with pytest.raises(ValueError, match="timesteps: got"):
+        model(x, t[:, None], y=y)
+    with pytest.raises(ValueError, match="timesteps: got 3; expected a torch tensor"):
+        model(x, 3, y=y)
+    with pytest.raises(ValueError, match="y: got 3; expected labels from 0 to 2"):
+        model(x, t, y=torch.full_like(y, 3))
+    with pytest.raises(ValueError, match="y: got .*float32"):
+        model(x, t, y=y.float())
 
 
 def test_flags_mean_what_improved_diffusion_means():

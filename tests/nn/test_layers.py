@@ -46,6 +46,12 @@ def test_a_norm_scales_shifts_and_activates_with_fp32_statistics():
         norm(x, activation="relu")
 
 
+def test_a_single_value_per_norm_group_becomes_the_bias():
+    norm = GroupNorm(4, 4)
+    torch.nn.init.normal_(norm.bias)
+    torch.testing.assert_close(norm(torch.randn(1, 4, 1, 1)).flatten(), norm.bias, rtol=0, atol=1e-3)
+
+
 def test_tokens_are_a_view_of_channels_last_activations():
     x = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
     tokens = to_tokens(x)

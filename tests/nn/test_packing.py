@@ -308,6 +308,12 @@ def test_what_cannot_be_packed_is_named():
         pack_experts(tied, GROUPS)
     with pytest.raises(ValueError, match="base_or_experts: got '2 experts'"):
         pack_experts([Foreign(), Foreign()], GROUPS)
+    with pytest.raises(ValueError, match="base_or_experts: got None; expected a module"):
+        pack_experts(None, GROUPS)
+    with pytest.raises(ValueError, match="groups: got 3; expected TimestepGroups"):
+        pack_experts(unet(), 3)
+    with pytest.raises(ValueError, match="widths: got 3; expected a WidthPlan"):
+        pack_experts(unet(), GROUPS, 3)
     with pytest.raises(ValueError, match=r"experts\[2\]"):
         pack_experts([unet(), unet(), unet(num_classes=6)], GROUPS)
     with pytest.raises(ValueError, match="widths: got 'Foreign'"):
@@ -326,7 +332,12 @@ def test_a_width_plan_of_another_base_or_grouping_is_refused_by_name():
 def test_bad_timesteps_are_named():
     routed = pack_experts(unet(), GROUPS)
     x, t, y = batch()
-    for bad, named in [(t.float(), "t: got torch.float32"), (t[:3], "t: got"), (t + 1, "t: got 1000")]:
+    for bad, named in [
+        (t.float(), "t: got torch.float32"),
+        (t[:3], "t: got"),
+        (t + 1, "t: got 1000"),
+        (None, "t: got None; expected a torch tensor"),
+    ]:
         with pytest.raises(ValueError, match=named):
             routed(x, bad, y=y)
 
