@@ -111,6 +111,10 @@ def heldout_losses(
     if x0.dim() != 4 or len(x0) == 0:
         raise invalid("x0", tuple(x0.shape), "at least one image, as a (M, C, H, W) tensor")
     generator = torch.Generator().manual_seed(seed)
+    if groups.num_timesteps != diffusion.num_timesteps:
+        raise invalid("groups", groups, f"groups of the {diffusion.num_timesteps} timesteps of diffusion")
+    if batch_size < 1:
+        raise invalid("batch_size", batch_size, "at least 1")
     grid = timestep_grid(groups, points_per_group)
     rows = []
     with evaluating(model), torch.no_grad():

@@ -81,6 +81,8 @@ def frechet_distance(a: Tensor, b: Tensor, extractor: nn.Module, *, batch_size: 
     for name, images in (("a", a), ("b", b)):
         if len(images) < 2:
             raise invalid(name, f"{len(images)} images", "at least 2, the fewest that have a covariance")
+    if batch_size < 1:
+        raise invalid("batch_size", batch_size, "at least 1")
     metric = image_metrics.FrechetInceptionDistance(feature=_Double(extractor), normalize=False)
     for images, real in ((a, True), (b, False)):
         for batch in images.split(batch_size):

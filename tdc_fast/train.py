@@ -43,7 +43,14 @@ def train(config: TrainConfig, dataset: Any = None) -> RunDirectory:
     """
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
-    dataset = build_data(config) if dataset is None else dataset
+    if dataset is None:
+        dataset = build_data(config)
+    elif dataset.image_size != config.image_size:
+        raise invalid("image_size", config.image_size, f"{dataset.image_size}, as the images of dataset have")
+    elif config.class_cond and dataset.labels is None:
+        raise invalid("class_cond", config.class_cond, "False, as dataset has no labels")
+    elif dataset.num_classes > config.num_classes:
+        raise invalid("num_classes", config.num_classes, f"at least the {dataset.num_classes} classes of dataset")
     run = open_run(config, dataset.channels)
     print(f"run directory: {run.path}", flush=True)
     skipped = _report_skipped(dataset, 0)

@@ -179,7 +179,7 @@ class WidthPlan:
         """Read what ``save`` wrote. ValueError names the file and what is wrong in it."""
         try:
             return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             raise ValueError(f"{path} is no valid width plan: {error}") from error
 
 

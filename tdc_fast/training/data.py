@@ -142,7 +142,7 @@ def load_dataset(
     """
     if on_corrupt not in ("error", "skip"):
         raise invalid("on_corrupt", on_corrupt, "'error' or 'skip'")
-    if image_size is not None and image_size < 1:
+    if image_size is not None and not (isinstance(image_size, int) and image_size >= 1):
         raise invalid("image_size", image_size, "a positive number of pixels")
     path = Path(name_or_path)
     labels: np.ndarray | None

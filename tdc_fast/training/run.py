@@ -62,7 +62,10 @@ class RunDirectory:
             )
         if (path / "progress.csv").exists() and not config.resume_checkpoint:
             raise invalid("run_dir", str(path), "a directory without another program's progress.csv")
-        path.mkdir(parents=True, exist_ok=True)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise invalid("run_dir", str(path), f"a directory that can be made ({error.strerror})") from error
         logs = (
             os.environ.get("OPENAI_LOGDIR") if not config.run_dir and os.environ.get("DIFFUSION_BLOB_LOGDIR") else None
         )

@@ -314,6 +314,18 @@ def test_corrupt_images_stop_the_run_or_are_left_out_and_counted(cache_bytes, tm
     assert "left out 1 corrupt image\n" in capsys.readouterr().out
 
 
+def test_a_given_dataset_has_to_fit_the_configuration(folder):
+    images = data.load_dataset(str(small_config(folder).data_dir), image_size=8)
+    for changes, said in (({"image_size": 16}, "image_size: got 16; expected 8"), ({"class_cond": True}, "class_cond")):
+        with pytest.raises(ValueError, match=said):
+            train(small_config(folder, "given", **changes), images)
+
+
+def test_a_run_directory_that_cannot_be_made_is_refused_by_name(folder):
+    with pytest.raises(ValueError, match="run_dir: got .*images.npz"):
+        train(small_config(folder, "images.npz"))
+
+
 def test_training_without_data_says_what_to_give(tmp_path, capsys):
     assert main(["--run_dir", str(tmp_path / "run")]) == 2
     assert "data_dir" in capsys.readouterr().err
