@@ -63,7 +63,7 @@ class SampleOptions:
     num_threads: int = 0
     """CPU threads; 0 leaves the setting of the process."""
     device: str = "cpu"
-    """cpu, cuda or cuda:N."""
+    """auto, cpu, cuda or cuda:N."""
     out: str = ""
     """Folder for the .npz and the .png; empty takes samples/ of the run, else DIFFUSION_BLOB_LOGDIR, OPENAI_LOGDIR or a
     new temporary folder."""
