@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import re
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+SETTINGS = ("TDC_FAST_CPU_ISA", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "OMP_NUM_THREADS", "TDC_FAST_BENCH_ROUNDS")
 
 
 def main() -> int:
@@ -39,7 +41,8 @@ def main() -> int:
         if code != 0:
             return code
         results = summarise(json.loads(raw.read_text()))
-    name = options.name or "cpu-" + slug(results["machine"]["processor"])
+    machine = results["machine"]
+    name = options.name or slug(f"cpu-{machine['processor']}-{machine['instruction_set']}")
     options.out.mkdir(parents=True, exist_ok=True)
     table = as_markdown(results)
     (options.out / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
@@ -70,10 +73,11 @@ def summarise(raw: dict) -> dict:
         "torch_instruction_set": torch.backends.cpu.get_cpu_capability(),
         "system": platform.system(),
     }
+    settings = [f"{name}={os.environ[name]}" for name in SETTINGS if name in os.environ]
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     return {
         "date": date.today().isoformat(),
-        "command": "make bench",
+        "command": " ".join([*settings, "make bench"]),
         "machine": machine,
         "versions": versions,
         "rows": rows,
