@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from torch import Tensor
 
@@ -232,3 +233,23 @@ def test_a_second_derivative_says_that_there_is_none() -> None:
     tensors = case.tensors(torch.float64)
     with pytest.raises(RuntimeError, match="differentiable once"):
         torch.autograd.grad(routed(case, tensors).sum(), tensors["x"], create_graph=True)
+
+
+@pytest.mark.parametrize("channels", [32, 128])
+def test_long_sums_round_no_worse_than_torchs(channels):
+    """At a layer's real size: a bias that comes first, or one sum over a whole batch, would double the error."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = (64, channels, 8, 8), (1, channels, channels, 3, 3), (1, channels), (64, channels, 8, 8)
+    x, weight, bias, dy = (torch.randn(shape, generator=generator) for shape in shapes)
+    plan = RoutingPlan.from_groups(torch.zeros(64, dtype=torch.int64), 1)
+
+    def results(dtype: torch.dtype, routed: bool) -> list[Tensor]:
+        leaves = [leaf.to(dtype).requires_grad_() for leaf in (x, weight, bias)]
+        a, w, b = leaves
+        y = routed_conv2d(a, w, b, plan, padding=1) if routed else F.conv2d(a, w[0], b[0], padding=1)
+        return [y.detach(), *torch.autograd.grad(y, leaves, dy.to(dtype))]
+
+    exact = results(torch.float64, routed=False)
+    for ours, torchs, truth in zip(results(torch.float32, True), results(torch.float32, False), exact, strict=True):
+        error, allowed = ((value.double() - truth).square().mean().sqrt() for value in (ours, torchs))
+        assert error <= 1.25 * allowed
