@@ -69,6 +69,9 @@ constexpr int kChains = P * V >= 8  ? 1
                         : P * V > 2 ? (7 + P * V) / (P * V)
                                     : 4;
 
+// Rounding grows with the length of a sum: taps with at least so many products are summed apart.
+constexpr ptrdiff_t kRun = 128;
+
 template <typename T, int P, int V>
 void gather_tile(const GatherTile& tile) {
   constexpr int kC = kChains<P, V>;
@@ -79,6 +82,13 @@ void gather_tile(const GatherTile& tile) {
 #pragma GCC unroll 8
   for (int p = 0; p < P; ++p) source[p] = tile.pixels[p].source;
   const ptrdiff_t row = tile.row;
+  // Finished runs wait in memory: the registers are for the run that goes on.
+  alignas(64) float memory[P * V * kLanes];
+  float* totals = memory;
+  asm("" : "+r"(totals) : : "memory");
+  const bool in_runs = tile.num_taps * tile.depth > kRun;
+  ptrdiff_t left = in_runs ? kRun : PTRDIFF_MAX;
+  if (in_runs) std::memset(totals, 0, sizeof(memory));
   for (const GatherTap *tap = tile.taps, *last = tap + tile.num_taps; tap != last; ++tap) {
     const float* weights = tile.weights + tap->weight * row;
     ptrdiff_t at = tap->source;
@@ -97,6 +107,23 @@ void gather_tile(const GatherTile& tile) {
       accumulate<P, V>(sums, weights, [&](int p) { return source[p][at]; });
       weights += row;
     }
+    if ((left -= tile.depth) <= 0) {
+      left = kRun;
+#pragma GCC unroll 8
+      for (int p = 0; p < P; ++p)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) {
+          float* total = totals + (p * V + v) * kLanes;
+          store(total, load(total) + sums[p][v]);
+          sums[p][v] = Vec{};
+        }
+    }
+  }
+  if (in_runs) {
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) sums[p][v] += load(totals + (p * V + v) * kLanes);
   }
 #pragma GCC unroll 4
   for (int c = 1; c < kC; ++c)
