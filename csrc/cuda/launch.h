@@ -1,0 +1,39 @@
+// What a launch planner returns: everything that starts one kernel, as plain data. No CUDA: any host compiler builds
+// it. Three things take it: the registry of kernels built ahead of time, NVRTC through Python, and the emulator.
+#pragma once
+
+#include <cstddef>
+#include <cstring>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+namespace tdc {
+
+// The GPU that a launch is planned for.
+struct Device {
+  int arch;             // compute capability * 10: 80, 90, 100
+  int multiprocessors;  // number of SMs
+  int shared_limit;     // bytes of shared memory that one block may opt in to
+};
+
+// One kernel launch. Grid entries are at least 1; a planner returns no launch at all where there is nothing to do.
+struct Launch {
+  std::string kernel;                 // extern "C" name
+  unsigned grid[3];                   // blocks in x, y, z
+  unsigned threads;                   // per block, all in x
+  unsigned shared_bytes;              // dynamic shared memory
+  std::vector<unsigned char> params;  // the kernel's one parameter struct, byte for byte
+  std::string shapes;                 // for error messages, such as "x (8, 64, 32, 32) bf16, weight (4, 64, 64, 3, 3)"
+};
+
+// A parameter struct as the bytes that the kernel receives. `P p{}` before filling it makes the padding zeros.
+template <class P>
+std::vector<unsigned char> bytes_of(const P& params) {
+  static_assert(std::is_trivially_copyable<P>::value, "kernel parameters are plain data");
+  std::vector<unsigned char> bytes(sizeof(P));
+  std::memcpy(bytes.data(), &params, sizeof(P));
+  return bytes;
+}
+
+}  // namespace tdc
