@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tdc_fast.errors import invalid
+from tdc_fast.ops.tiles import total_rows
 
 _FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -38,6 +39,7 @@ class ConvProblem:
     out_width: int
     num_groups: int
     num_experts: int
+    tf32: bool = False  # fp32 products may be rounded to tf32; the CPU backends never do
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +108,7 @@ def conv_problem(
     stride: tuple[int, int],
     padding: tuple[int, int],
     *,
+    tiles: Tensor | None = None,
     bias: Tensor | None = None,
     sample_bias: Tensor | None = None,
     residual: Tensor | None = None,
@@ -144,11 +147,13 @@ def conv_problem(
         if tensor is not None:
             _check_shaped(argument, tensor, shape, like)
     groups = _check_routing(offsets, weight_index, like)
+    if tiles is not None:
+        _check_tiles(tiles, batch, groups, like)
     _check_widths("in_widths", in_widths, groups, like)
     _check_widths("out_widths", out_widths, groups, like)
     return ConvProblem(
         op, like.device, like.dtype, batch, height, width, in_channels, out_channels, (rows, columns), stride,
-        padding, out_height, out_width, groups, experts,
+        padding, out_height, out_width, groups, experts, like.dtype == torch.float32 and tf32_is_allowed(),
     )  # fmt: skip
 
 
@@ -199,6 +204,14 @@ def norm_problem(
     groups = _check_routing(offsets, weight_index, x)
     _check_widths("widths", widths, groups, x)
     return NormProblem(op, x.device, x.dtype, batch, height, width, channels, num_groups, eps, silu, groups, experts)
+
+
+def tf32_is_allowed() -> bool:
+    """Whether torch.set_float32_matmul_precision lets fp32 products be rounded to tf32 (not by default)."""
+    try:
+        return torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:  # it was set through torch.backends.cuda.matmul.fp32_precision, torch's newer name
+        return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def signature(*tensors: Tensor | None) -> tuple[Any, ...]:
@@ -286,6 +299,14 @@ def _check_routing(offsets: Tensor, weight_index: Tensor, x: Tensor) -> int:
         if tensor.device != x.device:
             raise invalid("plan", tensor.device, f"a plan built on {x.device}, where x is")
     return groups
+
+
+def _check_tiles(tiles: Tensor, batch: int, groups: int, x: Tensor) -> None:
+    if tiles.device != x.device:
+        raise invalid("plan", tiles.device, f"a plan built on {x.device}, where x is")
+    rows = 0 if x.device.type == "cpu" else total_rows(batch, groups)
+    if tiles.dim() != 2 or tuple(tiles.shape) != (rows, 3) or tiles.dtype != torch.int32:
+        raise invalid("plan", f"tiles {_describe(tiles)}", f"the plan of this batch: int32 of shape ({rows}, 3)")
 
 
 def _check_widths(name: str, widths: Tensor | None, groups: int, x: Tensor) -> None:

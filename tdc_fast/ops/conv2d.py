@@ -20,6 +20,7 @@ from tdc_fast.ops.checks import (
     require_backend_name,
     require_tensors,
     signature,
+    tf32_is_allowed,
 )
 from tdc_fast.ops.plan import RoutingPlan, check_plan
 from tdc_fast.ops.reference import live_channels
@@ -77,6 +78,7 @@ def routed_conv2d(
         sample_bias,
         residual,
         plan.offsets,
+        plan.tiles,
         plan.weight_index,
         in_widths,
         out_widths,
@@ -113,7 +115,7 @@ def _describe(
     routing = (plan.offsets, plan.weight_index, in_widths, out_widths)
     stride, padding = pair("stride", stride, 1), pair("padding", padding, 0)
     extras: dict[str, Any] = {"bias": bias, "sample_bias": sample_bias, "residual": residual}
-    problem = conv_problem("routed_conv2d", x, x.shape, weight, *routing, stride, padding, **extras)
+    problem = conv_problem("routed_conv2d", x, x.shape, weight, *routing, stride, padding, tiles=plan.tiles, **extras)
     check_conv_values(problem, *routing)
     return problem
 
@@ -132,7 +134,9 @@ def _run(kernel: Callable[..., Any], problem: ConvProblem, routing: tuple[Any, A
         raise
 
 
-_ROUTING_SCHEMA = "Tensor offsets, Tensor weight_index, Tensor? in_widths, Tensor? out_widths"
+_WIDTHS_SCHEMA = "Tensor weight_index, Tensor? in_widths, Tensor? out_widths"
+_ROUTING_SCHEMA = f"Tensor offsets, {_WIDTHS_SCHEMA}"
+_TILED_SCHEMA = f"Tensor offsets, Tensor tiles, {_WIDTHS_SCHEMA}"
 _SETTINGS_SCHEMA = "int[2] stride, int[2] padding"
 
 
@@ -143,6 +147,7 @@ def _forward(
     sample_bias: Tensor | None,
     residual: Tensor | None,
     offsets: Tensor,
+    tiles: Tensor,
     weight_index: Tensor,
     in_widths: Tensor | None,
     out_widths: Tensor | None,
@@ -156,11 +161,12 @@ def _forward(
 
     def describe() -> ConvProblem:
         extras: dict[str, Any] = {"bias": bias, "sample_bias": sample_bias, "residual": residual}
-        return conv_problem("routed_conv2d", x, x.shape, weight, *routing, *settings, **extras)
+        return conv_problem("routed_conv2d", x, x.shape, weight, *routing, *settings, tiles=tiles, **extras)
 
-    key = ("conv2d", settings, signature(x, weight, bias, sample_bias, residual, *routing))
+    key = ("conv2d", settings, tf32_is_allowed(), signature(x, weight, bias, sample_bias, residual, tiles, *routing))
     problem, chosen = backends.remembered(key, describe, backend)
-    return _run(chosen.conv2d, problem, routing, x, weight, bias, sample_bias, residual, *routing)
+    rest = (offsets, tiles, weight_index, in_widths, out_widths)
+    return _run(chosen.conv2d, problem, routing, x, weight, bias, sample_bias, residual, *rest)
 
 
 def _forward_fake(
@@ -170,6 +176,7 @@ def _forward_fake(
     sample_bias: Tensor | None,
     residual: Tensor | None,
     offsets: Tensor,
+    tiles: Tensor,
     weight_index: Tensor,
     in_widths: Tensor | None,
     out_widths: Tensor | None,
@@ -179,7 +186,7 @@ def _forward_fake(
 ) -> Tensor:
     p = conv_problem(
         "routed_conv2d", x, x.shape, weight, offsets, weight_index, in_widths, out_widths,
-        _pair(stride), _pair(padding), bias=bias, sample_bias=sample_bias, residual=residual,
+        _pair(stride), _pair(padding), tiles=tiles, bias=bias, sample_bias=sample_bias, residual=residual,
     )  # fmt: skip
     return _empty_nhwc(x, p.batch, p.out_channels, p.out_height, p.out_width)
 
@@ -190,7 +197,7 @@ def _empty_nhwc(like: Tensor, *shape: int) -> Tensor:
 
 _forward_op = library.define(
     "routed_conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor? sample_bias, Tensor? residual, "
-    f"{_ROUTING_SCHEMA}, {_SETTINGS_SCHEMA}, str backend) -> Tensor",
+    f"{_TILED_SCHEMA}, {_SETTINGS_SCHEMA}, str backend) -> Tensor",
     _forward,
     _forward_fake,
 )
@@ -200,6 +207,7 @@ def _dgrad(
     dy: Tensor,
     weight: Tensor,
     offsets: Tensor,
+    tiles: Tensor,
     weight_index: Tensor,
     in_widths: Tensor | None,
     out_widths: Tensor | None,
@@ -212,25 +220,33 @@ def _dgrad(
     routing = (offsets, weight_index, in_widths, out_widths)
 
     def describe() -> ConvProblem:
-        return _dgrad_problem(dy, weight, routing, *settings)
+        return _dgrad_problem(dy, weight, routing, tiles, *settings)
 
-    key = ("dgrad", settings, signature(dy, weight, *routing))
+    key = ("dgrad", settings, tf32_is_allowed(), signature(dy, weight, tiles, *routing))
     problem, chosen = backends.remembered(key, describe, backend)
-    return _run(chosen.conv2d_dgrad, problem, routing, dy, weight, *routing)
+    return _run(chosen.conv2d_dgrad, problem, routing, dy, weight, offsets, tiles, weight_index, in_widths, out_widths)
 
 
 def _dgrad_problem(
-    dy: Tensor, weight: Tensor, routing: tuple[Any, Any, Any, Any], image_size: Any, stride: Any, padding: Any
+    dy: Tensor,
+    weight: Tensor,
+    routing: tuple[Any, Any, Any, Any],
+    tiles: Tensor,
+    image_size: Any,
+    stride: Any,
+    padding: Any,
 ) -> ConvProblem:
     channels = weight.shape[2] if weight.dim() == 5 else 0
     image = (dy.shape[0], channels, *image_size)
-    return conv_problem("routed_conv2d_dgrad", dy, image, weight, *routing, _pair(stride), _pair(padding), dy=dy)
+    settings = (_pair(stride), _pair(padding))
+    return conv_problem("routed_conv2d_dgrad", dy, image, weight, *routing, *settings, tiles=tiles, dy=dy)
 
 
 def _dgrad_fake(
     dy: Tensor,
     weight: Tensor,
     offsets: Tensor,
+    tiles: Tensor,
     weight_index: Tensor,
     in_widths: Tensor | None,
     out_widths: Tensor | None,
@@ -239,12 +255,13 @@ def _dgrad_fake(
     padding: tuple[int, int],
     backend: str,
 ) -> Tensor:
-    p = _dgrad_problem(dy, weight, (offsets, weight_index, in_widths, out_widths), image_size, stride, padding)
+    routing = (offsets, weight_index, in_widths, out_widths)
+    p = _dgrad_problem(dy, weight, routing, tiles, image_size, stride, padding)
     return _empty_nhwc(dy, p.batch, p.in_channels, p.height, p.width)
 
 
 _dgrad_op = library.define(
-    f"routed_conv2d_dgrad(Tensor dy, Tensor weight, {_ROUTING_SCHEMA}, SymInt[2] image_size, {_SETTINGS_SCHEMA}, "
+    f"routed_conv2d_dgrad(Tensor dy, Tensor weight, {_TILED_SCHEMA}, SymInt[2] image_size, {_SETTINGS_SCHEMA}, "
     "str backend) -> Tensor",
     _dgrad,
     _dgrad_fake,
@@ -271,7 +288,7 @@ def _wgrad(
     def describe() -> ConvProblem:
         return conv_problem("routed_conv2d_wgrad", x, x.shape, weight, *routing, *settings, dy=dy)
 
-    key = ("wgrad", settings, signature(dy, x, weight, *routing))
+    key = ("wgrad", settings, tf32_is_allowed(), signature(dy, x, weight, *routing))
     problem, chosen = backends.remembered(key, describe, backend)
     grads = _run(chosen.conv2d_wgrad, problem, routing, dy, x, weight, *routing, tuple(mask))
     return tuple(dy.new_empty(0) if grad is None else grad for grad in grads)
@@ -321,6 +338,7 @@ class _RoutedConv2d(torch.autograd.Function):
         sample_bias: Tensor | None,
         residual: Tensor | None,
         offsets: Tensor,
+        tiles: Tensor,
         weight_index: Tensor,
         in_widths: Tensor | None,
         out_widths: Tensor | None,
@@ -335,36 +353,39 @@ class _RoutedConv2d(torch.autograd.Function):
             x if needs[1] or needs[2] or needs[3] else None,
             weight,
             offsets,
+            tiles,
             weight_index,
             in_widths,
             out_widths,
         )
         with library.below_autograd():
             return run(
-                x, weight, bias, sample_bias, residual, offsets, weight_index, in_widths, out_widths,
+                x, weight, bias, sample_bias, residual, offsets, tiles, weight_index, in_widths, out_widths,
                 stride, padding, backend,
             )  # fmt: skip
 
     @staticmethod
     @library.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, offsets, weight_index, in_widths, out_widths = ctx.saved_tensors
-        routing = (offsets, weight_index, in_widths, out_widths)
+        x, weight, offsets, tiles, *rest = ctx.saved_tensors
+        out_widths = rest[-1]
         needs = ctx.needs_input_grad[1:]
         dx = dweight = dbias = dsample_bias = dresidual = None
         dy = dy.contiguous(memory_format=torch.channels_last)  # once, for dgrad and wgrad
         if needs[0]:
-            dx = library.call_in_backward(_dgrad_op, dy, weight, *routing, ctx.image_size, *ctx.settings, ctx.backend)
+            settings = (ctx.image_size, *ctx.settings, ctx.backend)
+            dx = library.call_in_backward(_dgrad_op, dy, weight, offsets, tiles, *rest, *settings)
         if needs[1] or needs[2] or needs[3]:
             mask = needs[1:4]
-            grads = library.call_in_backward(_wgrad_op, dy, x, weight, *routing, *ctx.settings, mask, ctx.backend)
+            settings = (*ctx.settings, mask, ctx.backend)
+            grads = library.call_in_backward(_wgrad_op, dy, x, weight, offsets, *rest, *settings)
             dweight, dbias, dsample_bias = (grad if wanted else None for grad, wanted in zip(grads, mask, strict=True))
         if needs[4]:
             dresidual = dy
             if out_widths is not None:
                 live = live_channels(out_widths, offsets, dy.shape[0], dy.shape[1])
                 dresidual = torch.where(live[:, :, None, None], dy, 0)
-        return None, dx, dweight, dbias, dsample_bias, dresidual, *(None,) * 7
+        return None, dx, dweight, dbias, dsample_bias, dresidual, *(None,) * 8
 
 
 def _cast(device_type: str, *args: Any) -> tuple[Any, ...]:

@@ -47,14 +47,15 @@ def _convolution(
 
 
 def _forward(
-    x: Tensor, weight: Tensor, bias: Any, sample_bias: Any, residual: Any, offsets: Tensor, weight_index: Tensor,
-    in_widths: Tensor | None, out_widths: Tensor | None, *settings: Any, out_val: Tensor, **_: Any,
+    x: Tensor, weight: Tensor, bias: Any, sample_bias: Any, residual: Any, offsets: Tensor, tiles: Tensor,
+    weight_index: Tensor, in_widths: Tensor | None, out_widths: Tensor | None, *settings: Any, out_val: Tensor,
+    **_: Any,
 ) -> int:  # fmt: skip
     return _convolution(out_val.shape, weight, offsets, in_widths, out_widths)
 
 
 def _dgrad(
-    dy: Tensor, weight: Tensor, offsets: Tensor, weight_index: Tensor, in_widths: Tensor | None,
+    dy: Tensor, weight: Tensor, offsets: Tensor, tiles: Tensor, weight_index: Tensor, in_widths: Tensor | None,
     out_widths: Tensor | None, *settings: Any, **_: Any,
 ) -> int:  # fmt: skip
     return _convolution(dy.shape, weight, offsets, in_widths, out_widths)

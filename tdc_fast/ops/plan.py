@@ -1,6 +1,6 @@
 """RoutingPlan and its operators: a stable counting sort of the samples of a batch by group.
 
-`tdc_fast::routing_plan(groups, num_groups) -> (order, inverse, offsets, sorted_groups)` and
+`tdc_fast::routing_plan(groups, num_groups) -> (order, inverse, offsets, sorted_groups, tiles)` and
 `tdc_fast::permute_samples(x, index, inverse) -> x[index]`, whose gradient is the opposite permutation (a gather:
 deterministic, and no atomics).
 """
@@ -16,14 +16,18 @@ from torch.utils import _pytree
 from tdc_fast.errors import invalid
 from tdc_fast.ops import cpu, library
 from tdc_fast.ops.checks import require_integer, require_tensors
+from tdc_fast.ops.tiles import no_tiles, tile_table, total_rows
 
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-def _plan(groups: Tensor, num_groups: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+_Plan = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # order, inverse, offsets, sorted_groups, tiles
+
+
+def _plan(groups: Tensor, num_groups: int) -> _Plan:
     _check_groups(groups, num_groups)
     if groups.device.type == "cpu":
-        return _plan_on_host(groups, num_groups)
+        return *_plan_on_host(groups, num_groups), no_tiles(groups.device)
     return _plan_on_device(groups, num_groups)
 
 
@@ -47,34 +51,42 @@ def _plan_on_host(groups: Tensor, num_groups: int) -> tuple[Tensor, Tensor, Tens
             bad = ((groups < 0) | (groups >= num_groups)).nonzero()
             if len(bad):
                 raise _bad_group(int(groups[bad[0]]), int(bad[0]), num_groups)
-        return _plan_on_device(groups, num_groups)
+        return _sort(groups, num_groups)
     order, inverse, offsets, bad_sample = cpu.routing_plan(groups, num_groups)
     if bad_sample >= 0:
         raise _bad_group(int(groups[bad_sample]), bad_sample, num_groups)
     return order, inverse, offsets, groups.index_select(0, order)
 
 
-def _plan_on_device(groups: Tensor, num_groups: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The same in torch operators, none of which waits for the host."""
+def _plan_on_device(groups: Tensor, num_groups: int) -> _Plan:
+    """Nothing here waits for the device."""
+    if groups.device.type == "cuda":
+        torch._assert_async(((groups >= 0) & (groups < num_groups)).all(), "groups: a group id is out of range")
+    order, inverse, offsets, sorted_groups = _sort(groups, num_groups)
+    return order, inverse, offsets, sorted_groups, tile_table(offsets, len(groups))
+
+
+def _sort(groups: Tensor, num_groups: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The sort in torch operators."""
     sorted_groups, order = torch.sort(groups, stable=True)
     inverse = torch.empty_like(order)
     inverse.scatter_(0, order, torch.arange(len(order), device=order.device))
     bounds = torch.arange(num_groups + 1, device=groups.device)
     offsets = torch.searchsorted(sorted_groups, bounds, out_int32=True)
-    if groups.device.type == "cuda":
-        torch._assert_async(((groups >= 0) & (groups < num_groups)).all(), "groups: a group id is out of range")
     return order, inverse, offsets, sorted_groups
 
 
-def _plan_fake(groups: Tensor, num_groups: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _plan_fake(groups: Tensor, num_groups: int) -> _Plan:
     _check_groups(groups, num_groups)
     order = torch.empty_like(groups)
     offsets = groups.new_empty((num_groups + 1,), dtype=torch.int32)
-    return order, torch.empty_like(groups), offsets, torch.empty_like(groups)
+    rows = 0 if groups.device.type == "cpu" else total_rows(groups.shape[0], num_groups)
+    tiles = groups.new_empty((rows, 3), dtype=torch.int32)
+    return order, torch.empty_like(groups), offsets, torch.empty_like(groups), tiles
 
 
 routing_plan = library.define(
-    "routing_plan(Tensor groups, int num_groups) -> (Tensor, Tensor, Tensor, Tensor)", _plan, _plan_fake
+    "routing_plan(Tensor groups, int num_groups) -> (Tensor, Tensor, Tensor, Tensor, Tensor)", _plan, _plan_fake
 )
 
 
@@ -118,12 +130,13 @@ class RoutingPlan:
     inverse (B,) int64: the opposite permutation
     offsets (N + 1,) int32: group g occupies sorted positions [offsets[g], offsets[g + 1])
     groups (B,) int64: group of each sorted position
+    tiles (rows, 3) int32: what each program of a GPU kernel works on (`tdc_fast.ops.tiles`); no rows in host memory
     weight_index (N,) int32: the expert whose weights a group uses (the identity by default)
 
     Build it with `from_groups`. Nothing here waits for a GPU.
     """
 
-    __slots__ = ("groups", "inverse", "num_groups", "offsets", "order", "weight_index")
+    __slots__ = ("groups", "inverse", "num_groups", "offsets", "order", "tiles", "weight_index")
 
     def __init__(
         self,
@@ -131,6 +144,7 @@ class RoutingPlan:
         inverse: Tensor,
         offsets: Tensor,
         groups: Tensor,
+        tiles: Tensor,
         weight_index: Tensor,
         num_groups: int,
     ) -> None:
@@ -138,6 +152,7 @@ class RoutingPlan:
         self.inverse = inverse
         self.offsets = offsets
         self.groups = groups
+        self.tiles = tiles
         self.weight_index = weight_index
         self.num_groups = num_groups
 
@@ -171,8 +186,8 @@ class RoutingPlan:
             low, high = (int(v) for v in torch.aminmax(groups))
             if low < 0 or high >= num_groups:
                 raise invalid("groups", low if low < 0 else high, f"group ids in [0, {num_groups})")
-        order, inverse, offsets, sorted_groups = routing_plan(groups.to(torch.int64), num_groups)
-        return cls(order, inverse, offsets, sorted_groups, weight_index, num_groups)
+        order, inverse, offsets, sorted_groups, tiles = routing_plan(groups.to(torch.int64), num_groups)
+        return cls(order, inverse, offsets, sorted_groups, tiles, weight_index, num_groups)
 
     @property
     def batch_size(self) -> int:
@@ -191,7 +206,8 @@ class RoutingPlan:
     def with_weight_index(self, weight_index: Tensor) -> RoutingPlan:
         """The same sort with other experts per group, (N,) int32."""
         _check_weight_index(weight_index, self.num_groups, self.order.device)
-        return RoutingPlan(self.order, self.inverse, self.offsets, self.groups, weight_index, self.num_groups)
+        sort = (self.order, self.inverse, self.offsets, self.groups, self.tiles)
+        return RoutingPlan(*sort, weight_index, self.num_groups)
 
     def _check_batch(self, x: Tensor) -> None:
         require_tensors(x=x)
@@ -221,12 +237,13 @@ def _check_weight_index(weight_index: Tensor, num_groups: int, device: torch.dev
 
 
 def _flatten(plan: RoutingPlan) -> tuple[list[Any], Any]:
-    return [plan.order, plan.inverse, plan.offsets, plan.groups, plan.weight_index], plan.num_groups
+    sort = [plan.order, plan.inverse, plan.offsets, plan.groups, plan.tiles]
+    return [*sort, plan.weight_index], plan.num_groups
 
 
 def _unflatten(tensors: Any, num_groups: Any) -> RoutingPlan:
-    order, inverse, offsets, groups, weight_index = tensors
-    return RoutingPlan(order, inverse, offsets, groups, weight_index, num_groups)
+    order, inverse, offsets, groups, tiles, weight_index = tensors
+    return RoutingPlan(order, inverse, offsets, groups, tiles, weight_index, num_groups)
 
 
 _pytree.register_pytree_node(RoutingPlan, _flatten, _unflatten, serialized_type_name="tdc_fast.RoutingPlan")

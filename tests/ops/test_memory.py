@@ -29,13 +29,14 @@ def cases(batch, channels, size, groups=8):
     w, b, dy = torch.randn(groups, channels, channels, 3, 3), torch.randn(groups, channels), torch.randn_like(x)
     op, routing, geometry = torch.ops.tdc_fast, (plan.offsets, plan.weight_index), ([1, 1], [1, 1])
     widths = (None, None)
+    tiled = (plan.offsets, plan.tiles, plan.weight_index)
     norm = (x, b, b, None, None)
     statistics = torch.zeros(2, batch, 32)
     rest = (*routing, None, 32, 1e-5, True)
     return {
         "conv forward": ([x, w, b], lambda: [routed_conv2d(x, w, b, plan, padding=1)]),
         "conv dgrad": (
-            [dy, w], lambda: [op.routed_conv2d_dgrad(dy, w, *routing, *widths, [size, size], *geometry, "cpu")]
+            [dy, w], lambda: [op.routed_conv2d_dgrad(dy, w, *tiled, *widths, [size, size], *geometry, "cpu")]
         ),
         "conv wgrad": (
             [dy, x, w], lambda: op.routed_conv2d_wgrad(dy, x, w, *routing, *widths, *geometry, [True] * 3, "cpu")

@@ -119,5 +119,5 @@ def test_several_groups_may_share_an_expert() -> None:
 def test_a_plan_is_a_pytree() -> None:
     plan = RoutingPlan.from_groups(torch.tensor([1, 0]), 2)
     leaves, spec = _pytree.tree_flatten(plan)
-    assert len(leaves) == 5
+    assert len(leaves) == 6
     assert torch.equal(_pytree.tree_unflatten(leaves, spec).order, plan.order)

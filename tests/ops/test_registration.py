@@ -22,6 +22,7 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[Any, tuple[Any, ...]]]:
     conv, norm = random_case(stride=(2, 1)), some_case()
     plan = conv.routing.plan()
     routing = (plan.offsets, plan.weight_index)
+    tiled = (plan.offsets, plan.tiles, plan.weight_index)
 
     def clean(case: Any) -> dict[str, Tensor]:
         return {k: v.detach().nan_to_num().contiguous(memory_format=torch.channels_last) if v.dim() == 4
@@ -36,14 +37,14 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[Any, tuple[Any, ...]]]:
     dy = torch.randn(6, 9, *conv.out_size, dtype=dtype).to(memory_format=torch.channels_last)
     yield ops.routing_plan.default, (torch.tensor([1, 0, 2]), 4)
     yield ops.permute_samples.default, (torch.randn(6, 2, dtype=dtype, requires_grad=True), plan.order, plan.inverse)
-    yield ops.routed_conv2d_dgrad.default, (dy, c["weight"], *routing, *widths, list(conv.size), *geometry, "")
+    yield ops.routed_conv2d_dgrad.default, (dy, c["weight"], *tiled, *widths, list(conv.size), *geometry, "")
     for mask in ([True, True, True], [False, True, False]):
         yield ops.routed_conv2d_wgrad.default, (dy, c["x"], c["weight"], *routing, *widths, *geometry, mask, "")
     plain = clean(conv)
-    yield ops.routed_conv2d.default, (*wanting(clean(conv)), *routing, *widths, *geometry, "")
+    yield ops.routed_conv2d.default, (*wanting(clean(conv)), *tiled, *widths, *geometry, "")
     yield (
         ops.routed_conv2d.default,
-        (plain["x"], plain["weight"], None, None, None, *routing, None, None, *geometry, ""),
+        (plain["x"], plain["weight"], None, None, None, *tiled, None, None, *geometry, ""),
     )
     n, rest = clean(norm), (4, 1e-5, True)
     yield ops.routed_group_norm.default, (*wanting(clean(norm)), *routing, norm.settings()["widths"], *rest, "")

@@ -1,0 +1,36 @@
+"""Memory orders that GPU kernels ask for: NHWC activations, channel-innermost weights, 16-byte aligned addresses."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_ALIGNMENT = 16  # bytes: of one vector load, and of a TMA address
+
+
+def channel_innermost(weight: Tensor) -> Tensor:
+    """weight (E, C_out, C_in, R, S) in memory order [E, C_out, R, S, C_in]: itself when it is so already, else a copy.
+
+    The same shape and values either way. 1x1 filters and single input channels are always so.
+    """
+    ordered = weight.permute(0, 1, 3, 4, 2)
+    return weight if ordered.is_contiguous() else ordered.contiguous().permute(0, 1, 4, 2, 3)
+
+
+def empty_channel_innermost(
+    shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: torch.device | None = None
+) -> Tensor:
+    """Uninitialised weight of shape (E, C_out, C_in, R, S) in memory order [E, C_out, R, S, C_in]."""
+    experts, out_channels, in_channels, rows, columns = shape
+    memory = torch.empty((experts, out_channels, rows, columns, in_channels), dtype=dtype, device=device)
+    return memory.permute(0, 1, 4, 2, 3)
+
+
+def nhwc(x: Tensor) -> Tensor:
+    """x (B, C, H, W) dense in memory order [B, H, W, C]: itself when it is so already, else a copy."""
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of a dense one whose first element lies between 16-byte addresses."""
+    return tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone()
