@@ -1,0 +1,130 @@
+"""The best division of a line of items into contiguous intervals, exactly; and how many intervals are enough.
+
+The cost of a division is the sum over its intervals of a cost that depends on the interval alone, such as the scatter
+of what it holds around its mean. Dynamic programming finds the cheapest division into each number of intervals:
+    best(n, j) = min over i < j of best(n - 1, i) + cost(i, j)
+(W. D. Fisher, "On Grouping for Maximum Homogeneity", 1958).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tdc_fast.errors import invalid
+from tdc_fast.ops.checks import require_integer
+
+
+@dataclass(frozen=True)
+class Division:
+    """The cheapest division of P items into contiguous intervals.
+
+    cuts  : (N + 1,) from 0 to P; interval g holds the items [cuts[g], cuts[g + 1]).
+    costs : the cheapest total for 1, 2, ... intervals, as far as it was asked for; never rises.
+    """
+
+    cuts: tuple[int, ...]
+    costs: tuple[float, ...]
+
+    @property
+    def num_intervals(self) -> int:
+        return len(self.cuts) - 1
+
+
+def scatter_of_similarity(similarity: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+    """Cost of every interval [i, j) of unit vectors with these inner products: (P + 1, P + 1), infinite for j <= i.
+
+    The weighted squared distance of the vectors from their mean: W - (sum of w_a w_b <u_a, u_b>) / W, with W the sum
+    of the weights. `similarity` (P, P) holds cosines.
+    """
+    matrix = np.asarray(similarity, dtype=np.float64)
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not len(matrix) or not np.isfinite(matrix).all():
+        raise invalid("similarity", f"shape {matrix.shape}", "a square matrix of finite cosines")
+    w = _weights(weights, len(matrix))
+    block = np.zeros((len(matrix) + 1,) * 2)
+    block[1:, 1:] = (matrix * w[:, None] * w[None]).cumsum(0).cumsum(1)
+    total = np.concatenate([[0.0], w.cumsum()])
+    corner = block.diagonal()
+    inside = corner[None] - block - block.T + corner[:, None]  # sum over [i, j) x [i, j)
+    return _per_interval(total[None] - total[:, None], lambda mass: mass - inside / mass)
+
+
+def scatter_of_values(values: Sequence[float] | np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+    """Cost of every interval [i, j) of numbers, (P + 1, P + 1): weighted squared distance from their mean."""
+    v = np.asarray(values, dtype=np.float64)
+    if v.ndim != 1 or not len(v) or not np.isfinite(v).all():
+        raise invalid("values", f"shape {v.shape}", "a line of finite numbers")
+    w = _weights(weights, len(v))
+    v = v - np.average(v, weights=w)  # sums of squares around zero lose digits
+    total, first, second = (np.concatenate([[0.0], s.cumsum()]) for s in (w, w * v, w * v * v))
+
+    def scatter(mass: np.ndarray) -> np.ndarray:
+        return (second[None] - second[:, None]) - (first[None] - first[:, None]) ** 2 / mass
+
+    return _per_interval(total[None] - total[:, None], scatter)
+
+
+def divide(
+    cost: np.ndarray, num_intervals: int | None, *, max_intervals: int = 10, near: Sequence[int] = (), within: int = 0
+) -> Division:
+    """The cheapest division of the items whose intervals cost `cost` (P + 1, P + 1).
+
+    num_intervals : N, or None for the elbow among 1 .. max_intervals (see `elbow`).
+    near, within  : cuts (N + 1,) given by hand; every inner cut stays within so many items of them.
+    Among equally cheap divisions the one with the earlier cuts, from the last cut back. Raises ValueError for N out of
+    [1, P].
+    """
+    items = len(cost) - 1
+    choosing = num_intervals is None
+    require_integer("max_intervals" if choosing else "num_groups", max_intervals if choosing else num_intervals)
+    most = min(max_intervals, items) if num_intervals is None else num_intervals
+    if not 1 <= most <= items:
+        raise invalid("max_groups" if choosing else "num_groups", most, f"1 to {items}, the number of probes")
+    if near and (choosing or len(near) != most + 1 or within < 0):
+        raise invalid("near", near, f"{most + 1} cuts, and a distance of at least 0")
+    best = np.full((most + 1, items + 1), np.inf)
+    start = np.zeros((most + 1, items + 1), dtype=np.int64)
+    best[0, 0] = 0.0
+    for n in range(1, most + 1):
+        totals = best[n - 1][:, None] + cost  # [start, end)
+        start[n] = totals.argmin(0)
+        best[n] = totals.min(0)
+        if near and n < most:
+            away = np.abs(np.arange(items + 1) - near[n]) > within
+            best[n, away] = np.inf
+    costs = tuple(max(float(total), 0.0) for total in best[1:, items])
+    chosen = elbow(costs) if choosing else most
+    cuts = [items]
+    for n in range(chosen, 0, -1):
+        cuts.append(int(start[n, cuts[-1]]))
+    return Division(tuple(reversed(cuts)), costs)
+
+
+def elbow(costs: Sequence[float]) -> int:
+    """The number of intervals past which more of them save little.
+
+    costs[n - 1] is the cheapest total for n intervals. Drawn from (1, costs[0]) to the last point, the elbow is the
+    point furthest below the straight line; 1 where no point lies below it.
+    """
+    values = np.asarray(costs, dtype=np.float64)
+    if values.ndim != 1 or not len(values):
+        raise invalid("costs", costs, "the cheapest total for 1, 2, ... intervals")
+    below = np.linspace(values[0], values[-1], len(values)) - values
+    return int(below.argmax()) + 1
+
+
+def _weights(weights: np.ndarray | None, count: int) -> np.ndarray:
+    w = np.ones(count) if weights is None else np.asarray(weights, dtype=np.float64)
+    if w.shape != (count,) or not (w > 0).all():
+        raise invalid("weights", f"shape {w.shape}", f"{count} numbers above 0")
+    return w
+
+
+def _per_interval(mass: np.ndarray, scatter: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """scatter(mass) where the interval [i, j) is not empty, at least 0; infinite elsewhere."""
+    size = len(mass)
+    filled = np.triu(np.ones((size, size), dtype=bool), 1)
+    values = scatter(np.where(filled, mass, 1.0))
+    return np.where(filled, np.maximum(values, 0.0), np.inf)

@@ -1,0 +1,154 @@
+"""Task similarity: which timesteps pull the base's weights the same way.
+
+For every probe p (a short interval of timesteps) g_p is the gradient of the base's training loss over the calibration
+data. Two probes are as similar as the cosine of their gradients (arXiv 2312.13307 groups by similarity; gradients as the
+measure: H. Go et al., "Addressing Negative Transfer in Diffusion Models", arXiv 2306.00354). All probes see the same
+images and the same noise, so what the choice of data adds to a gradient is shared and cancels in the comparison.
+
+A gradient is as large as the model. Only its image under a fixed random map to D numbers is kept: with random signs
+s_i, element i is added to number i mod D. Signs are independent, so the inner product of two images is that of the
+gradients plus zero-mean noise of relative size about D ** -0.5 (the sketch of M. Charikar et al., 2002, with a fixed
+assignment in place of the hash: no scatter, so the sums are deterministic on any device).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tdc_fast.atomic import write_json
+from tdc_fast.errors import invalid
+from tdc_fast.grouping.intervals import Division, divide, scatter_of_similarity
+from tdc_fast.grouping.probes import Probes
+from tdc_fast.ops.checks import require_integer
+from tdc_fast.pruning.importance import Batch, calibration_losses, evaluating
+from tdc_fast.routing import TimestepGroups
+
+_FORMAT_VERSION = 1
+SKETCH_SIZE = 4099  # a prime: no layer's shape lines up with it
+
+
+@dataclass(frozen=True)
+class TaskSimilarity:
+    """Cosine similarity of the gradients at P probes: `matrix` float64 (P, P), symmetric, ones on the diagonal."""
+
+    probes: Probes
+    matrix: np.ndarray
+
+    def divide(self, num_groups: int | None = None, *, max_groups: int = 10) -> Division:
+        """The exact division of the probes; N = None takes the elbow of the costs up to `max_groups`."""
+        return divide(self._scatter(), num_groups, max_intervals=max_groups)
+
+    def groups(self, num_groups: int | None = None, *, max_groups: int = 10) -> TimestepGroups:
+        """N groups of timesteps that are as alike inside as possible (see `divide`)."""
+        return self.probes.groups(self.divide(num_groups, max_groups=max_groups).cuts, "similarity")
+
+    def refine(self, groups: TimestepGroups | Sequence[int], within: int) -> TimestepGroups:
+        """The best groups whose inner boundaries each lie within `within` timesteps of those given by hand.
+
+        To the resolution of the probes: a boundary moves to the nearest probe's edge first.
+        """
+        require_integer("within", within)
+        if within < 0:
+            raise invalid("within", within, "a number of timesteps, 0 or more")
+        boundaries = groups.boundaries if isinstance(groups, TimestepGroups) else groups
+        cuts = self.probes.nearest_cuts(boundaries)
+        step = self.probes.num_timesteps / len(self.probes)
+        found = divide(self._scatter(), len(cuts) - 1, near=cuts, within=int(within / step))
+        return self.probes.groups(found.cuts, "similarity")
+
+    def _scatter(self) -> np.ndarray:
+        return scatter_of_similarity(self.matrix, self.probes.sizes)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes JSON atomically."""
+        rows = [[round(float(value), 6) for value in row] for row in self.matrix]
+        write_json(Path(path), {"version": _FORMAT_VERSION, "edges": list(self.probes.edges), "cosines": rows})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> TaskSimilarity:
+        """Reads what `save` wrote. ValueError names the file when it is missing, damaged or of another version."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            if set(data) != {"version", "edges", "cosines"} or data["version"] != _FORMAT_VERSION:
+                raise ValueError(f"not a similarity of version {_FORMAT_VERSION}")
+            probes, matrix = Probes(tuple(data["edges"])), np.array(data["cosines"], dtype=np.float64)
+            if matrix.shape != (len(probes), len(probes)) or not np.isfinite(matrix).all():
+                raise ValueError(f"{len(probes)} probes and cosines of shape {matrix.shape}")
+        except (OSError, ValueError, TypeError) as error:
+            raise invalid("similarity file", f"{path}: {error}", "a file that TaskSimilarity.save wrote") from error
+        return cls(probes, matrix)
+
+
+def measure_similarity(
+    model: nn.Module,
+    diffusion: Any,
+    batches: Iterable[Batch],
+    *,
+    num_probes: int = 50,
+    max_batches: int = 4,
+    seed: int = 0,
+) -> TaskSimilarity:
+    """Cosine similarity of the base's loss gradients at `num_probes` intervals of equal width.
+
+    model     : the base; left as it was. diffusion : offers `num_timesteps` and `training_losses`.
+    batches   : x0 (B, ...) or (x0, model_kwargs); `max_batches` of them are read, once.
+    Raises ValueError for more probes than timesteps, no data, or a gradient that is zero or not finite.
+    """
+    probes = Probes.evenly(diffusion.num_timesteps, num_probes)
+    data = list(islice(batches, max_batches))
+    if not data:
+        raise invalid("batches", data, "at least one batch of calibration data")
+    sketches = torch.stack([gradient_sketch(model, diffusion, data, probe, seed=seed) for probe in probes])
+    norms = sketches.norm(dim=1)
+    for probe, norm in zip(probes, norms.tolist(), strict=True):
+        if not 0 < norm < float("inf"):
+            raise invalid("model", f"a gradient of norm {norm} at timesteps {probe}", "a trained base of finite loss")
+    units = (sketches / norms[:, None]).cpu().numpy()
+    matrix = np.clip(units @ units.T, -1.0, 1.0)
+    np.fill_diagonal(matrix, 1.0)
+    return TaskSimilarity(probes, (matrix + matrix.T) / 2)
+
+
+def gradient_sketch(
+    model: nn.Module, diffusion: Any, batches: Sequence[Batch], probe: tuple[int, int], *, seed: int = 0
+) -> Tensor:
+    """The random image (SKETCH_SIZE,) float64 of the loss gradient at the timesteps [start, stop) of `probe`."""
+    parameters = list(model.parameters())
+    flags = [parameter.requires_grad for parameter in parameters]
+    sketch = torch.zeros(SKETCH_SIZE, dtype=torch.float64, device=parameters[0].device)
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        with evaluating(model), torch.enable_grad():
+            for losses in calibration_losses(model, batches, diffusion, probe, seed=seed):
+                grads = torch.autograd.grad(losses.mean(), parameters, allow_unused=True)
+                sketch += _sketch(grads, parameters, seed)
+    finally:
+        for parameter, flag in zip(parameters, flags, strict=True):
+            parameter.requires_grad_(flag)
+    return sketch
+
+
+def _sketch(grads: Sequence[Tensor | None], parameters: Sequence[Tensor], seed: int) -> Tensor:
+    signs = torch.Generator().manual_seed(seed)
+    total = torch.zeros(SKETCH_SIZE, dtype=torch.float64, device=parameters[0].device)
+    begin = 0
+    for grad, parameter in zip(grads, parameters, strict=True):
+        count = parameter.numel()
+        sign = torch.randint(0, 2, (count,), generator=signs, dtype=torch.int8)  # drawn on the CPU: one map everywhere
+        if grad is not None:
+            values = grad.reshape(-1).double() * (sign.to(grad.device) * 2 - 1)
+            padded = torch.nn.functional.pad(values, (begin % SKETCH_SIZE, -(begin + count) % SKETCH_SIZE))
+            total += padded.view(-1, SKETCH_SIZE).sum(0)
+        begin += count
+    return total
