@@ -1,0 +1,151 @@
+"""From a problem and a tile to the launch of a convolution kernel: what forward and dgrad have in common.
+
+`conv_launch` computes from shapes alone, so that nothing waits for the GPU; compile-only tests use its arguments too.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tdc_fast.kernels import tile_shapes
+from tdc_fast.kernels.conv_pointer import conv_pointer_kernel
+from tdc_fast.kernels.conv_tma import conv_tma_kernel, source_descriptor, weight_descriptor
+from tdc_fast.kernels.tile_shapes import ConvTile
+from tdc_fast.ops.tiles import level_start
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """A kernel, its grid, its arguments by name, and the compiler's options."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    options: dict[str, int]
+
+    def run(self) -> None:
+        if self.grid[0]:
+            self.kernel[self.grid](**self.arguments, **self.options)
+
+
+def conv_supported(problem: Any) -> str | None:
+    """None, or why these kernels cannot run forward and dgrad of the problem."""
+    if problem.dtype not in _DTYPES:
+        return f"it has float32, bfloat16 and float16, not {problem.dtype}"
+    if problem.filter[0] % 2 == 0 or problem.filter[1] % 2 == 0:
+        return f"it has odd filters, not {problem.filter}"
+    if max(problem.stride) > 2:
+        return f"it has strides 1 and 2, not {problem.stride}"
+    # Offsets within a tile are 32-bit; those of samples and experts are 64-bit.
+    pixels = max((problem.height + 1) * (problem.width + 1), problem.out_height * problem.out_width)
+    taps = problem.filter[0] * problem.filter[1]
+    if (
+        max(pixels, taps * min(problem.in_channels, problem.out_channels))
+        * max(problem.in_channels, problem.out_channels)
+        >= 2**31
+    ):
+        return "it indexes a sample and an expert with 32 bits: 2**31 elements are too many"
+    return None
+
+
+@functools.lru_cache(maxsize=4096)
+def _constants(op: str, p: Any, tile: ConvTile, widths: bool) -> tuple[tuple[int, ...], dict[str, Any]]:
+    """(grid, the arguments that are no tensors)."""
+    grid = tile_shapes.pixel_grid(op, p)
+    samples = tile_shapes.samples_per_tile(tile, *grid)
+    chunks = tile_shapes.chunks_of(tile, *grid)
+    dgrad = op == "dgrad"
+    image, result = (p.height, p.width), (p.out_height, p.out_width)
+    source_size, out_size = (result, image) if dgrad else (image, result)
+    source_channels, out_channels = tile_shapes.source_channels(op, p), tile_shapes.output_channels(op, p)
+    classes = tile_shapes.pixel_classes(op, p)
+    halved = tile.path == "tma" and not dgrad and p.stride == (2, 2)
+    # A tensor map fills what lies past the last channel with zeros; halved, the next pixel lies there.
+    filled = tile.path == "tma" and not halved
+    channel_tiles = -(-out_channels // tile.block_channels)
+    constants = {
+        "source_channels": source_channels,
+        "out_channels": out_channels,
+        "source_height": source_size[0],
+        "source_width": source_size[1],
+        "out_height": out_size[0],
+        "out_width": out_size[1],
+        "grid_height": grid[0],
+        "grid_width": grid[1],
+        "chunks": chunks,
+        "pad_height": p.padding[0],
+        "pad_width": p.padding[1],
+        "num_experts": p.num_experts,
+        "tile_row": level_start(p.batch, p.num_groups, samples),
+        "R": p.filter[0],
+        "S": p.filter[1],
+        "STRIDE_H": p.stride[0],
+        "STRIDE_W": p.stride[1],
+        "DGRAD": dgrad,
+        # The longer loop goes inside: it is the one that is pipelined.
+        "TAPS_INNER": p.filter[0] * p.filter[1] > 2 * classes,
+        "TAIL": widths or (source_channels % tile.block_k != 0 and not filled),
+        "BN": tile.block_channels,
+        "BK": tile.block_k,
+    }
+    if tile.path == "tma":
+        _, rows, columns = tile_shapes.box_of(tile.block_pixels, *grid)
+        constants |= {"NB": samples, "TH": rows, "TW": columns, "HALVED": halved}
+        del constants["source_height"], constants["source_width"]
+    else:
+        constants |= {"BM": tile.block_pixels, "PRECISION": tile_shapes.precision_of(p)}
+    programs = tile_shapes.grid_rows(p, samples) * chunks * channel_tiles
+    return (programs, classes), constants
+
+
+def conv_launch(
+    op: str,
+    problem: Any,
+    source: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    sample_bias: Tensor | None,
+    residual: Tensor | None,
+    out: Tensor,
+    tiles: Tensor,
+    weight_index: Tensor,
+    source_widths: Tensor | None,
+    out_widths: Tensor | None,
+    tile: ConvTile | None = None,
+) -> Launch:
+    """op: "forward" (source x, out y) or "dgrad" (source dy, out dx). `tile` overrides the choice.
+
+    Without an override, memory that a tensor map cannot address (no 16-byte alignment) takes the pointer path.
+    """
+    if tile is None:
+        aligned = source.data_ptr() % 16 == 0 and weight.data_ptr() % 16 == 0
+        device = tile_shapes.device_of(problem.device)
+        tile = tile_shapes.choose_tile(op, problem, device, None if aligned else "pointer")
+    grid, constants = _constants(op, problem, tile, source_widths is not None)
+    arguments = {
+        "source": source,
+        "weight": weight,
+        "bias": bias,
+        "sample_bias": sample_bias,
+        "residual": residual,
+        "out": out,
+        "tiles": tiles,
+        "weight_index": weight_index,
+        "source_widths": source_widths,
+        "out_widths": out_widths,
+        **constants,
+    }
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    if tile.path == "pointer":
+        return Launch(conv_pointer_kernel, grid, arguments, options)
+    if problem.batch:
+        arguments["source"] = source_descriptor(source, constants)
+        arguments["weight"] = weight_descriptor(weight, constants)
+    return Launch(conv_tma_kernel, grid, arguments, options)

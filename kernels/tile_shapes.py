@@ -1,0 +1,225 @@
+"""Which tile a routed convolution runs with: a short function of the problem and the device.
+
+Every tile that fits is given a cost, waves x area / rate, and the cheapest one runs. A wave is one program per
+multiprocessor; `rate` says how busy the tensor cores are kept relative to the best tile. The rates are a model, not yet
+measured on a GPU: bench/tune.py times the candidates and writes kernels/tuned/<device>.json, whose entries go first.
+
+`op` is "forward" or "dgrad" everywhere; `problem` is a tdc_fast.ops.checks.ConvProblem.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tdc_fast.ops.tiles import tile_rows
+
+TABLE_VERSION = 1  # of the kernels: raise it when their speed changes, and measured tables are made anew
+TUNED = Path(__file__).parent / "tuned"
+LARGEST_SAMPLES_PER_TILE = 256  # the last level of the tile table
+
+_HALVES = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """arch: 80, 90, 100, ...; shared_limit: bytes of shared memory that a program may have."""
+
+    arch: int
+    multiprocessors: int
+    shared_limit: int
+    name: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ConvTile:
+    """path: "tma" or "pointer". A program computes block_pixels x block_channels, block_k source channels at a time."""
+
+    path: str
+    block_pixels: int
+    block_channels: int
+    block_k: int
+    stages: int
+    warps: int
+
+    def shared_bytes(self, itemsize: int) -> int:
+        """What the pipeline holds; compilers add a kilobyte or so for barriers and the epilogue."""
+        return self.stages * (self.block_pixels + self.block_channels) * self.block_k * itemsize
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+# Tile -> rate. Large tiles read less per product; of equal ones the TMA form spends no registers on addresses.
+_TMA = {
+    ConvTile("tma", 256, 128, 64, 3, 8): 1.0,
+    ConvTile("tma", 128, 128, 64, 3, 8): 0.85,
+    ConvTile("tma", 128, 64, 64, 4, 4): 0.6,
+}
+_POINTER_HALF = {
+    ConvTile("pointer", 128, 128, 32, 4, 8): 0.6,
+    ConvTile("pointer", 64, 64, 32, 4, 4): 0.35,
+}
+_POINTER_TF32 = {
+    ConvTile("pointer", 128, 64, 32, 3, 8): 0.25,
+    ConvTile("pointer", 64, 64, 32, 3, 4): 0.2,
+}
+_POINTER_IEEE = {ConvTile("pointer", 64, 64, 16, 3, 8): 0.03}
+
+
+@functools.cache
+def device_of(device: torch.device) -> Device:
+    """The device as tiles see it; asks the driver once. A CPU (the interpreter) stands in as a small sm_80."""
+    if device.type != "cuda":
+        return Device(80, 4, 166912, "interpreter")
+    properties = torch.cuda.get_device_properties(device)
+    limit = properties.shared_memory_per_block_optin
+    return Device(properties.major * 10 + properties.minor, properties.multi_processor_count, limit, properties.name)
+
+
+def precision_of(problem: Any) -> str:
+    """Triton's input_precision: exact fp32 products unless the problem asks for TF32."""
+    return "tf32" if problem.tf32 else "ieee"
+
+
+def source_channels(op: str, problem: Any) -> int:
+    return problem.out_channels if op == "dgrad" else problem.in_channels
+
+
+def output_channels(op: str, problem: Any) -> int:
+    return problem.in_channels if op == "dgrad" else problem.out_channels
+
+
+def pixel_classes(op: str, problem: Any) -> int:
+    """Dgrad with a stride has one class of pixels per parity: each is reached by its own taps."""
+    return problem.stride[0] * problem.stride[1] if op == "dgrad" else 1
+
+
+def pixel_grid(op: str, problem: Any) -> tuple[int, int]:
+    """The pixels that one class of programs serves."""
+    if op == "dgrad":
+        return -(-problem.height // problem.stride[0]), -(-problem.width // problem.stride[1])
+    return problem.out_height, problem.out_width
+
+
+def box_of(pixels: int, height: int, width: int) -> tuple[int, int, int]:
+    """(samples, rows, columns), powers of two of product `pixels`: the box that covers images with the fewest boxes."""
+    best = (0, 1, 1, pixels)
+    for columns in _powers_of_two(min(pixels, _round_up(width))):
+        rows = min(pixels // columns, _round_up(height))
+        samples = pixels // columns // rows
+        if samples > 1 and (rows < height or columns < width):
+            continue  # what is left over of a box that holds no whole image would be idle
+        boxes = -(-height // rows) * -(-width // columns)
+        best = max(best, (samples / boxes, columns, rows, samples))
+    return best[3], best[2], best[1]
+
+
+def samples_per_tile(tile: ConvTile, height: int, width: int) -> int:
+    """How many whole images a tile takes: a power of two, 1 for images that fill it."""
+    if tile.path == "tma":
+        return box_of(tile.block_pixels, height, width)[0]
+    fitting = max(1, tile.block_pixels // (height * width))
+    return min(LARGEST_SAMPLES_PER_TILE, 1 << (fitting.bit_length() - 1))
+
+
+def chunks_of(tile: ConvTile, height: int, width: int) -> int:
+    """Tiles that cover the pixels of an image (of as many images as a tile takes)."""
+    if tile.path == "tma":
+        _, rows, columns = box_of(tile.block_pixels, height, width)
+        return -(-height // rows) * -(-width // columns)
+    return -(-height * width // tile.block_pixels)
+
+
+def tma_can_serve(op: str, problem: Any, device: Device) -> bool:
+    """Tensor maps want 16-byte strides; two pixels per source step want images that halve."""
+    if device.arch < 90 or problem.dtype not in _HALVES:
+        return False
+    if problem.in_channels % 8 or source_channels(op, problem) % 8:
+        return False
+    if op == "dgrad" or problem.stride == (1, 1):
+        return True
+    return problem.stride == (2, 2) and problem.height % 2 == 0 and problem.width % 2 == 0
+
+
+def _rated(op: str, problem: Any, device: Device) -> dict[ConvTile, float]:
+    if problem.dtype in _HALVES:
+        tiles = {**_TMA, **_POINTER_HALF} if tma_can_serve(op, problem, device) else _POINTER_HALF
+    else:
+        tiles = _POINTER_TF32 if precision_of(problem) == "tf32" else _POINTER_IEEE
+    itemsize = problem.dtype.itemsize
+    return {tile: rate for tile, rate in tiles.items() if tile.shared_bytes(itemsize) + 2048 <= device.shared_limit}
+
+
+def candidates(op: str, problem: Any, device: Device, path: str | None = None) -> list[ConvTile]:
+    """Every tile that can serve the problem on the device (by one path, where given); each is compile-tested."""
+    return [tile for tile in _rated(op, problem, device) if path in (None, tile.path)]
+
+
+def programs(op: str, problem: Any, tile: ConvTile) -> int:
+    """Programs with work, for groups of equal size."""
+    grid = pixel_grid(op, problem)
+    groups = max(1, min(problem.num_groups, problem.batch))
+    rows = groups * -(-problem.batch // (groups * samples_per_tile(tile, *grid)))
+    channel_tiles = -(-output_channels(op, problem) // tile.block_channels)
+    return rows * chunks_of(tile, *grid) * channel_tiles * pixel_classes(op, problem)
+
+
+@functools.lru_cache(maxsize=4096)
+def choose_tile(op: str, problem: Any, device: Device, path: str | None = None) -> ConvTile:
+    """The measured tile where the device's table has one, else the cheapest by the model."""
+    usable = candidates(op, problem, device, path)
+    measured = load_tuned(device.name).get(problem_key(op, problem))
+    if measured in usable:
+        return measured
+    rated = _rated(op, problem, device)
+
+    def cost(tile: ConvTile) -> float:
+        waves = -(-programs(op, problem, tile) // device.multiprocessors)
+        return waves * tile.block_pixels * tile.block_channels / rated[tile]
+
+    return min(usable, key=cost)
+
+
+def grid_rows(problem: Any, samples: int) -> int:
+    """Rows of the tile table's level for `samples` per tile: an upper bound, known without the group sizes."""
+    return tile_rows(problem.batch, problem.num_groups, samples)
+
+
+def problem_key(op: str, p: Any) -> str:
+    """The name of a problem in a tuned table."""
+    dtype = "tf32" if p.tf32 and p.dtype == torch.float32 else str(p.dtype).removeprefix("torch.")
+    image = f"b{p.batch} {p.height}x{p.width} {p.in_channels}->{p.out_channels}"
+    taps = f"{p.filter[0]}x{p.filter[1]} s{p.stride[0]},{p.stride[1]} p{p.padding[0]},{p.padding[1]}"
+    return f"{op} {dtype} {image} {taps} n{p.num_groups}"
+
+
+def table_name(device_name: str) -> str:
+    """ "NVIDIA H200" -> "nvidia_h200"."""
+    return re.sub(r"[^a-z0-9]+", "_", device_name.lower()).strip("_")
+
+
+@functools.cache
+def load_tuned(device_name: str) -> dict[str, ConvTile]:
+    """Measured tiles of a device by `problem_key`; empty without a table, or with one of other kernels."""
+    path = TUNED / f"{table_name(device_name)}.json"
+    if not path.is_file():
+        return {}
+    table = json.loads(path.read_text())
+    if table.get("version") != TABLE_VERSION:
+        return {}
+    return {key: ConvTile(**tile) for key, tile in table["tiles"].items()}
+
+
+def _round_up(value: int) -> int:
+    return 1 << (value - 1).bit_length()
+
+
+def _powers_of_two(largest: int) -> list[int]:
+    return [1 << power for power in range(largest.bit_length())]
