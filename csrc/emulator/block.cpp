@@ -1,0 +1,327 @@
+#include "emulator/block.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+namespace tdc::emulator {
+
+Block block;
+
+namespace {
+
+// Sanitized frames are several times as large.
+constexpr size_t kStackBytes = TDC_EMULATOR_ASAN ? 512 << 10 : 128 << 10;
+constexpr size_t kSharedAlignment = 1024;
+constexpr unsigned char kPoison = 0xFF;
+
+std::string number_text(const Index3& i) {
+  return "(" + std::to_string(i.x) + ", " + std::to_string(i.y) + ", " + std::to_string(i.z) + ")";
+}
+
+// "0-31, 64" of an ascending list.
+std::string ranges(const std::vector<int>& numbers) {
+  std::string text;
+  for (size_t i = 0; i < numbers.size();) {
+    size_t j = i;
+    while (j + 1 < numbers.size() && numbers[j + 1] == numbers[j] + 1) ++j;
+    text += (text.empty() ? "" : ", ") + std::to_string(numbers[i]);
+    if (j > i) text += "-" + std::to_string(numbers[j]);
+    i = j + 1;
+  }
+  return text;
+}
+
+}  // namespace
+
+bool Site::operator==(const Site& other) const {
+  return line == other.line && (file == other.file || std::strcmp(file, other.file) == 0) &&
+         std::strcmp(operation, other.operation) == 0;
+}
+
+std::string Site::text() const {
+  const char* slash = std::strrchr(file, '/');
+  return std::string(operation) + " at " + (slash ? slash + 1 : file) + ":" + std::to_string(line);
+}
+
+int ThreadSet::first(int start) const {
+  for (int word = start >> 6; word < kMaxThreads / 64; ++word) {
+    uint64_t bits = words_[word];
+    if (word == start >> 6) bits &= ~uint64_t{0} << (start & 63);
+    if (bits) return word * 64 + __builtin_ctzll(bits);
+  }
+  return -1;
+}
+
+void Thread::deliver(int in_flight) {
+  size_t copies_done = 0, groups_done = 0;
+  for (; groups.size() - groups_done > static_cast<size_t>(in_flight); ++groups_done) {
+    for (unsigned i = 0; i < groups[groups_done]; ++i, ++copies_done) {
+      const Copy& copy = copies[copies_done];
+      std::memcpy(copy.destination, copy.data, copy.bytes);
+    }
+  }
+  copies.erase(copies.begin(), copies.begin() + static_cast<std::ptrdiff_t>(copies_done));
+  groups.erase(groups.begin(), groups.begin() + static_cast<std::ptrdiff_t>(groups_done));
+}
+
+uint64_t Schedule::random() {
+  state_ ^= state_ << 13;
+  state_ ^= state_ >> 7;
+  state_ ^= state_ << 17;
+  return state_ >> 16;
+}
+
+template <class T>
+void Schedule::shuffle(std::vector<T>& items) {
+  for (size_t i = items.size(); i > 1; --i) std::swap(items[i - 1], items[random() % i]);
+}
+
+std::vector<unsigned> Schedule::block_order(unsigned blocks) {
+  std::vector<unsigned> order(blocks);
+  for (unsigned i = 0; i < blocks; ++i) order[i] = seed_ == 1 ? blocks - 1 - i : i;
+  if (seed_ > 1) shuffle(order);
+  return order;
+}
+
+void Schedule::arrange_threads(int threads) {
+  thread_at_.clear();
+  std::vector<int> warps((threads + kWarp - 1) / kWarp), lanes;
+  for (size_t w = 0; w < warps.size(); ++w) warps[w] = static_cast<int>(w);
+  if (seed_ > 1) shuffle(warps);
+  for (int warp : warps) {
+    lanes.clear();
+    for (int t = warp * kWarp; t < std::min(threads, (warp + 1) * kWarp); ++t) lanes.push_back(t);
+    if (seed_ > 1) shuffle(lanes);
+    thread_at_.insert(thread_at_.end(), lanes.begin(), lanes.end());
+  }
+  if (seed_ == 1) std::reverse(thread_at_.begin(), thread_at_.end());
+  rank_of_.resize(thread_at_.size());
+  for (size_t rank = 0; rank < thread_at_.size(); ++rank) {
+    rank_of_[static_cast<size_t>(thread_at_[rank])] = static_cast<int>(rank);
+  }
+}
+
+void Block::Free::operator()(unsigned char* bytes) const { std::free(bytes); }
+
+std::string Block::run(const Kernel& kernel, const Index3& grid, int threads, size_t shared_bytes, const void* params,
+                       unsigned seed) {
+  Fiber caller;
+  kernel_ = &kernel;
+  params_ = params;
+  grid_ = grid;
+  size_ = {static_cast<unsigned>(threads), 1, 1};
+  seed_ = seed;
+  schedule_ = Schedule(seed);
+  main_ = &caller;
+  num_threads_ = threads;
+  failure_.clear();
+  while (threads_.size() < static_cast<size_t>(threads)) threads_.push_back(std::make_unique<Thread>(kStackBytes));
+  for (unsigned b : schedule_.block_order(grid.x * grid.y * grid.z)) {
+    index_ = {b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y};
+    run_block(shared_bytes);
+    if (!failure_.empty()) break;
+  }
+  shared_.clear();
+  main_ = nullptr;
+  return failure_;
+}
+
+void Block::run_block(size_t shared_bytes) {
+  schedule_.arrange_threads(num_threads_);
+  shared_.clear();
+  add_shared(nullptr, shared_bytes, "the dynamic shared memory");
+  warps_.assign(static_cast<size_t>((num_threads_ + kWarp - 1) / kWarp), Warp());
+  for (Barrier& barrier : barriers_) barrier = Barrier();
+  ready_.clear();
+  done_ = 0;
+  for (int t = 0; t < num_threads_; ++t) {
+    Thread& thread = *threads_[static_cast<size_t>(t)];
+    thread.index = {static_cast<unsigned>(t), 0, 0};
+    thread.number = t;
+    thread.copies.clear();
+    thread.groups.clear();
+    thread.open = 0;
+    thread.fiber.prepare(&Block::thread_main);
+    wake(t);
+  }
+  current_ = next();
+  main_->switch_to(current_->fiber);
+  current_ = nullptr;
+  if (failure_.empty() && done_ < num_threads_) failure_ = stuck();
+}
+
+void Block::thread_main() {
+  block.kernel_->call(block.params_);
+  Thread& self = *block.current_;
+  self.state = Thread::State::kDone;
+  block.ready_.erase(block.schedule_.rank_of(self.number));
+  ++block.done_;
+  block.current_ = block.next();
+  self.fiber.leave_for(block.current_ ? block.current_->fiber : *block.main_);
+}
+
+Thread* Block::next() {
+  const int start = schedule_.start(num_threads_);
+  int rank = ready_.first(start);
+  if (rank < 0 && start > 0) rank = ready_.first();
+  return rank < 0 ? nullptr : threads_[static_cast<size_t>(schedule_.thread_at(rank))].get();
+}
+
+void Block::wake(int thread) {
+  threads_[static_cast<size_t>(thread)]->state = Thread::State::kReady;
+  ready_.insert(schedule_.rank_of(thread));
+}
+
+void Block::wait(Thread::State state, const Site& site) {
+  Thread& self = *current_;
+  self.state = state;
+  self.site = site;
+  ready_.erase(schedule_.rank_of(self.number));
+  current_ = next();
+  self.fiber.switch_to(current_ ? current_->fiber : *main_);
+}
+
+void Block::fail(const Site& site, const std::string& what) {
+  failure_ = site.text() + ", thread " + std::to_string(current_->number) + ": " + what + where();
+  Thread& self = *current_;
+  self.fiber.leave_for(*main_);
+  std::abort();
+}
+
+int Block::lanes_of(int warp) const { return std::min(kWarp, num_threads_ - warp * kWarp); }
+
+void Block::warp_collective(const Site& site, Complete complete, void* operand) {
+  Thread& self = *current_;
+  const int number = self.number / kWarp;
+  Warp& warp = warps_[static_cast<size_t>(number)];
+  if (warp.arrived == 0) {
+    warp.complete = complete;
+    warp.site = site;
+    warp.first_lane = self.lane();
+  } else if (warp.complete != complete || warp.site != site) {
+    fail(site, "divergence in warp " + std::to_string(number) + ": lane " + std::to_string(self.lane()) +
+                   " came here while lane " + std::to_string(warp.first_lane) + " waits for its warp in " +
+                   warp.site.text());
+  }
+  warp.operands[self.lane()] = operand;
+  const int lanes = lanes_of(number);
+  if (++warp.arrived < lanes) {
+    wait(Thread::State::kWarp, site);
+    return;
+  }
+  complete(warp.operands, lanes);
+  warp.arrived = 0;
+  for (int lane = 0; lane < lanes; ++lane) wake(number * kWarp + lane);
+}
+
+void Block::whole_warp_collective(const Site& site, Complete complete, void* operand) {
+  const int lanes = lanes_of(current_->number / kWarp);
+  if (lanes < kWarp) fail(site, "needs a whole warp; this one has " + std::to_string(lanes) + " lanes");
+  warp_collective(site, complete, operand);
+}
+
+void Block::barrier(const Site& site, int id, int threads, bool wait_here) {
+  Barrier& at = barriers_[id];
+  const int self = current_->number;
+  if (at.arrived == 0) at.expected = threads;
+  if (at.expected != threads) {
+    fail(site, "barrier " + std::to_string(id) + " was opened for " + std::to_string(at.expected) +
+                   " threads; this one comes with " + std::to_string(threads));
+  }
+  if (at.who.contains(self)) fail(site, "came twice to barrier " + std::to_string(id) + " in one phase");
+  at.who.insert(self);
+  ++at.arrived;
+  if (wait_here) {
+    at.waiting.insert(self);
+    current_->barrier = id;
+    current_->site = site;
+  }
+  if (at.arrived == at.expected) {
+    release(site, id);
+  } else if (wait_here) {
+    wait(Thread::State::kBarrier, site);
+  }
+}
+
+// A warp comes to a barrier as a whole, from one place in the kernel.
+void Block::release(const Site& site, int id) {
+  Barrier& at = barriers_[id];
+  for (int first = at.who.first(); first >= 0; first = at.who.first((first / kWarp + 1) * kWarp)) {
+    const int warp = first / kWarp;
+    for (int t = warp * kWarp; t < warp * kWarp + lanes_of(warp); ++t) {
+      if (!at.who.contains(t)) {
+        fail(site, "divergence in warp " + std::to_string(warp) + ": lane " + std::to_string(first % kWarp) +
+                       " came to barrier " + std::to_string(id) + ", lane " + std::to_string(t % kWarp) + " did not");
+      }
+      const Site &one = threads_[static_cast<size_t>(first)]->site, &other = threads_[static_cast<size_t>(t)]->site;
+      if (at.waiting.contains(t) && at.waiting.contains(first) && one != other) {
+        fail(site, "divergence in warp " + std::to_string(warp) + ": its lanes came to barrier " + std::to_string(id) +
+                       " from " + one.text() + " and from " + other.text());
+      }
+    }
+  }
+  for (int t = at.waiting.first(); t >= 0; t = at.waiting.first(t + 1)) wake(t);
+  at = Barrier();
+}
+
+void Block::add_shared(const void* key, size_t bytes, const std::string& name) {
+  void* memory = nullptr;
+  if (posix_memalign(&memory, kSharedAlignment, bytes) != 0) throw std::bad_alloc();
+  std::memset(memory, kPoison, bytes);
+  shared_.push_back({key, bytes, name, std::unique_ptr<unsigned char, Free>(static_cast<unsigned char*>(memory))});
+}
+
+unsigned char* Block::static_shared(const void* key, size_t bytes, const char* name) {
+  for (Shared& shared : shared_) {
+    if (shared.key == key) return shared.bytes.get();
+  }
+  add_shared(key, bytes, std::string("the shared array ") + name);
+  return shared_.back().bytes.get();
+}
+
+void Block::check_shared(const Site& site, const void* address, size_t bytes, size_t alignment) {
+  const auto at = reinterpret_cast<uintptr_t>(address);
+  for (const Shared& shared : shared_) {
+    const auto begin = reinterpret_cast<uintptr_t>(shared.bytes.get());
+    if (at < begin || at >= begin + shared.size) continue;
+    const std::string which = "byte " + std::to_string(at - begin) + " of " + shared.name;
+    if (at % alignment) fail(site, "misaligned: " + which + " is no multiple of " + std::to_string(alignment));
+    if (at + bytes <= begin + shared.size) return;
+    fail(site, std::to_string(bytes) + " bytes from " + which + " on, which has " + std::to_string(shared.size));
+  }
+  fail(site, "the address does not lie in shared memory");
+}
+
+std::string Block::where() const {
+  return "\nin kernel " + std::string(kernel_->name) + ", block " + number_text(index_) + " of " + number_text(grid_) +
+         ", " + std::to_string(num_threads_) + " threads, schedule " + std::to_string(seed_);
+}
+
+// Who waits on what, threads that wait alike together.
+std::string Block::stuck() const {
+  std::vector<std::pair<std::string, std::vector<int>>> kinds;
+  for (int t = 0; t < num_threads_; ++t) {
+    const Thread& thread = *threads_[static_cast<size_t>(t)];
+    std::string kind = "exited";
+    if (thread.state == Thread::State::kWarp) {
+      const int warp = t / kWarp;
+      kind = "wait for warp " + std::to_string(warp) + " in " + thread.site.text() + " (" +
+             std::to_string(warps_[static_cast<size_t>(warp)].arrived) + " of " + std::to_string(lanes_of(warp)) +
+             " lanes came)";
+    } else if (thread.state == Thread::State::kBarrier) {
+      const Barrier& at = barriers_[thread.barrier];
+      kind = "wait at barrier " + std::to_string(thread.barrier) + " in " + thread.site.text() + " (" +
+             std::to_string(at.arrived) + " of " + std::to_string(at.expected) + " threads came)";
+    }
+    auto same = std::find_if(kinds.begin(), kinds.end(), [&](const auto& known) { return known.first == kind; });
+    if (same == kinds.end()) same = kinds.insert(kinds.end(), {kind, {}});
+    same->second.push_back(t);
+  }
+  std::string text = "deadlock:";
+  for (const auto& [kind, numbers] : kinds) text += "\n  threads " + ranges(numbers) + " " + kind;
+  return text + where();
+}
+
+}  // namespace tdc::emulator

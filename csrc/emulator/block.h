@@ -1,0 +1,189 @@
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "emulator/fiber.h"
+
+namespace tdc::emulator {
+
+constexpr int kMaxThreads = 1024;
+constexpr int kWarp = 32;
+constexpr int kBarriers = 16;  // 0 is block_sync's
+
+struct Index3 {
+  unsigned x = 0, y = 0, z = 0;
+};
+
+// Where in a kernel a wrapper was called, and which one.
+struct Site {
+  const char* operation = "";
+  const char* file = "";
+  int line = 0;
+
+  bool operator==(const Site& other) const;
+  bool operator!=(const Site& other) const { return !(*this == other); }
+  std::string text() const;
+};
+
+// One asynchronous copy under way: the bytes were read at issue and are written at delivery.
+struct Copy {
+  unsigned char* destination;
+  unsigned bytes;
+  alignas(16) unsigned char data[16];
+};
+
+// One CUDA thread.
+struct Thread {
+  explicit Thread(size_t stack_bytes) : fiber(stack_bytes) {}
+
+  enum class State { kReady, kWarp, kBarrier, kDone };
+
+  Fiber fiber;
+  Index3 index;
+  int number = 0;  // in the block
+  State state = State::kReady;
+  Site site;        // of the wait
+  int barrier = 0;  // waited at
+  std::vector<Copy> copies;
+  std::vector<unsigned> groups;  // copies per committed group, oldest first
+  unsigned open = 0;             // copies since the last commit
+
+  int lane() const { return number % kWarp; }
+  // Writes what was copied, but for the `in_flight` newest groups and what is in no group yet.
+  void deliver(int in_flight);
+};
+
+// A set of numbers below kMaxThreads.
+class ThreadSet {
+ public:
+  void insert(int i) { words_[i >> 6] |= uint64_t{1} << (i & 63); }
+  void erase(int i) { words_[i >> 6] &= ~(uint64_t{1} << (i & 63)); }
+  bool contains(int i) const { return words_[i >> 6] >> (i & 63) & 1; }
+  void clear() { *this = ThreadSet(); }
+  // The smallest member that is at least `start`, or -1.
+  int first(int start = 0) const;
+
+ private:
+  uint64_t words_[kMaxThreads / 64] = {};
+};
+
+// Which ready thread goes on, and the order of blocks. 0: always the first, so that early warps run as far ahead as
+// the barriers let them; 1: always the last; any other: a random order of warps and lanes, with random turns.
+class Schedule {
+ public:
+  explicit Schedule(unsigned seed) : seed_(seed), state_(seed * 0x9E3779B97F4A7C15u + 0x1234567u) {}
+
+  std::vector<unsigned> block_order(unsigned blocks);
+  // Ranks of the threads of a block: thread_at(rank) is preferred to those of higher rank.
+  void arrange_threads(int threads);
+  int thread_at(int rank) const { return thread_at_[static_cast<size_t>(rank)]; }
+  int rank_of(int thread) const { return rank_of_[static_cast<size_t>(thread)]; }
+  // A rank to begin the search for the next thread at.
+  int start(int threads) { return seed_ < 2 || random() % 8 != 0 ? 0 : static_cast<int>(random() % threads); }
+
+ private:
+  uint64_t random();
+  template <class T>
+  void shuffle(std::vector<T>& items);
+
+  unsigned seed_;
+  uint64_t state_;
+  std::vector<int> thread_at_, rank_of_;
+};
+
+struct Kernel {
+  const char* name;
+  int max_threads;  // its launch bound
+  unsigned params_bytes;
+  void (*call)(const void* params);
+};
+
+// The running block: its threads, barriers and shared memory. Blocks run one after another; a thread runs until it has
+// to wait, then the schedule picks the next. Hopper's mbarriers would be one more Thread::State with its own list of
+// waiters beside `barriers_`, TMA boxes a list of pending copies like Thread::copies that belongs to an mbarrier, and
+// wgmma a list of pending products that a wait_group carries out.
+class Block {
+ public:
+  // Runs every block of a grid. Returns what went wrong, or "".
+  std::string run(const Kernel& kernel, const Index3& grid, int threads, size_t shared_bytes, const void* params,
+                  unsigned seed);
+
+  // For the running thread.
+  Thread& current() { return *current_; }
+  const Index3& block_index() const { return index_; }
+  const Index3& block_size() const { return size_; }
+  const Index3& grid_size() const { return grid_; }
+
+  // Waits until all lanes of the warp have brought their operand; the last to come calls complete(operands, lanes).
+  using Complete = void (*)(void* const* operands, int lanes);
+  void warp_collective(const Site& site, Complete complete, void* operand);
+  // The same, of 32 lanes: fails in a block's last warp where that has fewer.
+  void whole_warp_collective(const Site& site, Complete complete, void* operand);
+  void barrier(const Site& site, int id, int threads, bool wait);
+
+  // The dynamic shared memory; the static array that `key` stands for, made when first asked for.
+  unsigned char* dynamic_shared() { return shared_.front().bytes.get(); }
+  unsigned char* static_shared(const void* key, size_t bytes, const char* name);
+  // Fails unless the bytes lie in shared memory, at a multiple of `alignment`.
+  void check_shared(const Site& site, const void* address, size_t bytes, size_t alignment);
+
+  // Ends the launch with a message. Never returns.
+  [[noreturn]] void fail(const Site& site, const std::string& what);
+
+ private:
+  struct Warp {
+    int arrived = 0;
+    Complete complete = nullptr;
+    Site site;
+    int first_lane = 0;  // the first to come
+    void* operands[kWarp] = {};
+  };
+  struct Barrier {
+    int expected = 0;
+    int arrived = 0;
+    ThreadSet who, waiting;
+  };
+  struct Free {
+    void operator()(unsigned char* bytes) const;
+  };
+  struct Shared {
+    const void* key;
+    size_t size;
+    std::string name;
+    std::unique_ptr<unsigned char, Free> bytes;
+  };
+
+  static void thread_main();
+  void run_block(size_t shared_bytes);
+  void add_shared(const void* key, size_t bytes, const std::string& name);
+  Thread* next();
+  void wait(Thread::State state, const Site& site);
+  void wake(int thread);
+  void release(const Site& site, int id);
+  int lanes_of(int warp) const;
+  std::string where() const;
+  std::string stuck() const;
+
+  const Kernel* kernel_ = nullptr;
+  const void* params_ = nullptr;
+  Index3 grid_, size_, index_;
+  unsigned seed_ = 0;
+  Schedule schedule_{0};
+  Fiber* main_ = nullptr;
+  std::vector<std::unique_ptr<Thread>> threads_;
+  int num_threads_ = 0;
+  int done_ = 0;
+  Thread* current_ = nullptr;
+  ThreadSet ready_;  // of ranks
+  std::vector<Warp> warps_;
+  Barrier barriers_[kBarriers];
+  std::vector<Shared> shared_;
+  std::string failure_;
+};
+
+extern Block block;
+
+}  // namespace tdc::emulator

@@ -1,0 +1,12 @@
+#pragma once
+
+#include "emulator/block.h"
+
+namespace tdc::emulator {
+
+// Makes a kernel known by its name before main; TDC_KERNEL defines one.
+struct Registration {
+  explicit Registration(const Kernel& kernel);
+};
+
+}  // namespace tdc::emulator
