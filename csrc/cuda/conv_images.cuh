@@ -1,0 +1,233 @@
+// Forward and dgrad: the convolutions whose result is a batch of images.
+//
+//   rows of the tile     pixels of the result, of up to NB samples of one group (a row of the tile table)
+//   columns              its channels
+//   depth                for every tap the live channels of the source, kConvDepth at a time
+//
+// Forward gathers y[i] from x[i * stride - pad + r]. dgrad gathers dx[i] from dy[(i + pad - r) / stride] where that
+// divides: pixels of one parity need the same taps, so each parity is a smaller image of its own with every stride-th
+// tap, and no product is wasted. Both become: row i of the image reads source row i * step + first + t * direction at
+// its t-th tap.
+#pragma once
+
+#include "cuda/device.cuh"
+#include "cuda/conv_epilogue.cuh"
+#include "cuda/conv_pipeline.cuh"
+#include "cuda/conv_routing.cuh"
+
+namespace tdc {
+
+enum class ConvPass { kForward, kDgrad };
+
+// One dimension of the image that a block computes.
+struct ConvAxis {
+  int size;                    // pixels
+  int result, result_step;     // pixel i is the result's pixel result + i * result_step
+  int first, step, direction;  // see above
+  int tap, tap_step, taps;     // the t-th tap is the filter's tap + t * tap_step
+
+  __device__ __forceinline__ static ConvAxis forward(int out_size, int filter, int stride, int pad) {
+    return {out_size, 0, 1, -pad, stride, 1, 0, 1, filter};
+  }
+  // The pixels parity, parity + stride, ... of x.
+  __device__ __forceinline__ static ConvAxis dgrad(int in_size, int filter, int stride, int pad, int parity) {
+    const int tap = (parity + pad) % stride, taps = tap < filter ? (filter - tap + stride - 1) / stride : 0;
+    return {(in_size - parity + stride - 1) / stride,
+            parity,
+            stride,
+            (parity + pad - tap) / stride,
+            1,
+            -1,
+            tap,
+            stride,
+            taps};
+  }
+};
+
+// What one block computes.
+struct ConvImageTile {
+  ConvAxis rows, columns;  // of the image
+  int first_sample, num_samples;
+  int first_pixel;    // of all pixels of the samples, of the tile's first row
+  int first_channel;  // of the result, of the tile's first column
+  int expert, live_source, live_result;
+
+  __device__ __forceinline__ bool row_exists(int row) const {
+    return first_pixel + row < num_samples * rows.size * columns.size;
+  }
+};
+
+// False when the block has nothing to do.
+template <class Tile, ConvPass kPass>
+__device__ __forceinline__ bool find_tile(const ConvImageParams& p, ConvImageTile& tile) {
+  const ConvGeometry& g = p.geometry;
+  // Blocks of one row of the table are neighbours, so that they find its samples in the L2 cache.
+  unsigned block = blockIdx.x;
+  tile.first_channel = block % p.channel_tiles * Tile::kColumns;
+  block /= p.channel_tiles;
+  if (kPass == ConvPass::kForward) {
+    tile.rows = ConvAxis::forward(g.out_height, g.filter_height, g.stride_height, g.pad_height);
+    tile.columns = ConvAxis::forward(g.out_width, g.filter_width, g.stride_width, g.pad_width);
+  } else {
+    const int across = block % g.stride_width, down = block / g.stride_width % g.stride_height;
+    block /= g.stride_width * g.stride_height;
+    tile.rows = ConvAxis::dgrad(g.height, g.filter_height, g.stride_height, g.pad_height, down);
+    tile.columns = ConvAxis::dgrad(g.width, g.filter_width, g.stride_width, g.pad_width, across);
+  }
+  tile.first_pixel = block % p.chunks * Tile::kRows;
+  const int* entry = p.tiles + 3LL * (block / p.chunks);
+  const int group = entry[0];
+  if (group < 0 || group >= p.routing.num_groups) return false;
+  tile.first_sample = clamp_to(entry[1], p.routing.batch);
+  tile.num_samples = clamp_to(entry[2], p.routing.batch - tile.first_sample);
+  tile.expert = expert_of_group(p.routing, group);
+  const int live_in = live_width(p.routing.in_widths, group, g.in_channels);
+  const int live_out = live_width(p.routing.out_widths, group, g.out_channels);
+  tile.live_source = kPass == ConvPass::kForward ? live_in : live_out;
+  tile.live_result = kPass == ConvPass::kForward ? live_out : live_in;
+  return tile.row_exists(0);
+}
+
+// Copies pixels of the source and weights into a stage, step after step: taps outside, channels inside.
+template <class P, ConvPass kPass, bool kVector>
+class ConvImageLoader {
+  using T = typename P::Element;
+  using Pixels = CopyShare<P, typename P::A>;
+  using Weights = CopyShare<P, typename P::B>;
+
+ public:
+  __device__ __forceinline__ ConvImageLoader(const ConvImageParams& p, const ConvImageTile& tile)
+      : tile_(tile), geometry_(p.geometry), source_(static_cast<const T*>(p.source)) {
+    const bool forward = kPass == ConvPass::kForward;
+    height_ = forward ? geometry_.height : geometry_.out_height;
+    width_ = forward ? geometry_.width : geometry_.out_width;
+    channels_ = forward ? geometry_.in_channels : geometry_.out_channels;
+    const int taps = geometry_.filter_height * geometry_.filter_width;
+    weight_ = static_cast<const T*>(p.weight) +
+              static_cast<long long>(tile.expert) * geometry_.out_channels * taps * geometry_.in_channels;
+#pragma unroll
+    for (int i = 0; i < Pixels::kCopies; ++i) {
+      const int row = Pixels::line(i), index = tile.first_pixel + row, per_row = tile.columns.size;
+      const int per_sample = tile.rows.size * per_row, sample = index / per_sample;
+      top_[i] = index % per_sample / per_row * tile.rows.step + tile.rows.first;
+      left_[i] = index % per_row * tile.columns.step + tile.columns.first;
+      pixel_[i] = static_cast<long long>(tile.first_sample + sample) * height_ * width_;
+      if (!tile.row_exists(row)) top_[i] = kOutside;
+    }
+  }
+
+  __device__ __forceinline__ int steps() const {
+    const int live = tile_.first_channel < tile_.live_result ? tile_.live_source : 0;
+    return tile_.rows.taps * tile_.columns.taps * ((live + kConvDepth - 1) / kConvDepth);
+  }
+
+  __device__ __forceinline__ void load(unsigned char* stage) {
+    load_pixels(stage);
+    load_weights(stage + P::A::kBytes);
+    advance();
+  }
+
+ private:
+  static constexpr int kOutside = -(1 << 30);
+
+  __device__ __forceinline__ void load_pixels(unsigned char* shared) {
+    const int channel = channel_ + Pixels::chunk() * kPerChunk<T>;
+    const int down = (tap_row_ + (TDC_PLANTED(CONV_WRONG_TAP) ? 1 : 0)) * tile_.rows.direction;
+    const int across = tap_column_ * tile_.columns.direction;
+#pragma unroll
+    for (int i = 0; i < Pixels::kCopies; ++i) {
+      const int row = top_[i] + down, column = left_[i] + across;
+      const bool inside = static_cast<unsigned>(row) < static_cast<unsigned>(height_) &&
+                          static_cast<unsigned>(column) < static_cast<unsigned>(width_);
+      const long long index = (pixel_[i] + row * width_ + column) * channels_ + channel;
+      copy_chunk<T, kVector>(shared + Pixels::offset(i), source_, index, inside ? tile_.live_source - channel : 0);
+    }
+  }
+
+  __device__ __forceinline__ void load_weights(unsigned char* shared) {
+    const int tap_row = tile_.rows.tap + tap_row_ * tile_.rows.tap_step;
+    const int tap = tap_row * geometry_.filter_width + tile_.columns.tap + tap_column_ * tile_.columns.tap_step;
+    const int taps = geometry_.filter_height * geometry_.filter_width;
+    const int chunk = Weights::chunk() * kPerChunk<T>;
+#pragma unroll
+    for (int i = 0; i < Weights::kCopies; ++i) {
+      int out, in, live;
+      if (kPass == ConvPass::kForward) {
+        out = tile_.first_channel + Weights::line(i), in = channel_ + chunk;
+        live = out < tile_.live_result ? tile_.live_source - in : 0;
+      } else {
+        out = channel_ + Weights::line(i), in = tile_.first_channel + chunk;
+        live = out < tile_.live_source ? tile_.live_result - in : 0;
+      }
+      const long long index = (static_cast<long long>(out) * taps + tap) * geometry_.in_channels + in;
+      copy_chunk<T, kVector>(shared + Weights::offset(i), weight_, index, live);
+    }
+  }
+
+  __device__ __forceinline__ void advance() {
+    channel_ += kConvDepth;
+    if (channel_ < tile_.live_source) return;
+    channel_ = 0;
+    if (++tap_column_ < tile_.columns.taps) return;
+    tap_column_ = 0;
+    ++tap_row_;
+  }
+
+  const ConvImageTile& tile_;
+  const ConvGeometry& geometry_;
+  const T* source_;
+  const T* weight_;  // of the expert
+  int height_, width_, channels_;
+  long long pixel_[Pixels::kCopies];                  // the first pixel of the row's sample in the source
+  int top_[Pixels::kCopies], left_[Pixels::kCopies];  // the source pixel of its first tap
+  int tap_row_ = 0, tap_column_ = 0, channel_ = 0;    // of the next step
+};
+
+template <class T, class Tile, ConvPass kPass>
+struct ConvImageProduct : ConvProduct<T, Tile, DepthInner, DepthInner> {};
+template <class T, class Tile>
+struct ConvImageProduct<T, Tile, ConvPass::kDgrad> : ConvProduct<T, Tile, DepthInner, DepthOuter> {};
+
+// kVector: channels of all sources come in whole, aligned chunks of 16 bytes.
+template <class T, class Tile, ConvPass kPass, bool kVector>
+__device__ __forceinline__ void conv_images(const ConvImageParams& p) {
+  using P = ConvImageProduct<T, Tile, kPass>;
+  ConvImageTile tile;
+  if (!find_tile<Tile, kPass>(p, tile)) return;
+
+  TDC_DYNAMIC_SHARED(shared);
+  typename P::Sums sums = {};
+  {
+    ConvImageLoader<P, kPass, kVector> loader(p, tile);
+    run_pipeline<P>(loader, loader.steps(), shared, sums);
+  }
+
+  const ConvGeometry& g = p.geometry;
+  const bool forward = kPass == ConvPass::kForward;
+  const int height = forward ? g.out_height : g.height, width = forward ? g.out_width : g.width;
+  const int channels = forward ? g.out_channels : g.in_channels;
+  drain<P>(sums, shared, [&](int row, int column, float (&values)[kPerChunk<T>]) {
+    const int channel = tile.first_channel + column, count = channels - channel;
+    if (!tile.row_exists(row) || count <= 0) return;
+    const int index = tile.first_pixel + row, per_row = tile.columns.size, per_sample = tile.rows.size * per_row;
+    const long long sample = tile.first_sample + index / per_sample;
+    const int y = tile.rows.result + index % per_sample / per_row * tile.rows.result_step;
+    const int x = tile.columns.result + index % per_row * tile.columns.result_step;
+    const long long place = ((sample * height + y) * width + x) * channels + channel;
+    if (p.bias) {
+      const long long of_expert = static_cast<long long>(tile.expert) * channels + channel;
+      add_chunk(values, static_cast<const T*>(p.bias) + of_expert, count, p.vector_result);
+    }
+    if (p.sample_bias) {
+      add_chunk(values, static_cast<const T*>(p.sample_bias) + sample * channels + channel, count, p.vector_result);
+    }
+    if (p.residual) add_chunk(values, static_cast<const T*>(p.residual) + place, count, p.vector_result);
+#pragma unroll
+    for (int v = 0; v < kPerChunk<T>; ++v) {
+      if (channel + v >= tile.live_result) values[v] = 0.0f;
+    }
+    store_chunk(static_cast<T*>(p.result) + place, values, count, p.vector_result);
+  });
+}
+
+}  // namespace tdc
