@@ -1,0 +1,306 @@
+"""Routed convolution, weight gradient: dweight[e] = sum over the samples of e's groups of dy x (shifted x).
+
+A program owns one tile of one expert's gradient, BM output channels x BN input channels at one tap, and one of S equal
+shares of the pixels of every group that uses the expert. It steps through its share BK pixels at a time:
+
+    acc[BM, BN] += dy[BK pixels, BM]^T @ x[the same pixels, shifted by the tap, BN]
+
+Both operands have pixels in rows, as memory has them; channels are the free dimensions of the product, so what a dead
+channel holds (NaN perhaps) stays in its own row or column, and one mask per group, on the finished sums, drops it.
+With S = 1 the tile is final. Otherwise it is an fp32 partial, and a second launch adds the S partials in ascending order.
+
+Operands come through pointers, or (BOXED, sm_90 and later) as TMA boxes [1, TH, TW, channels] of TH * TW = BK pixels, whose
+zero fill outside the image is the padding; wgmma then reads both from shared memory.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from tdc_fast.kernels import wgrad_tiles
+from tdc_fast.kernels.common import expert_of, live_width, multiply
+from tdc_fast.kernels.conv_launch import Launch
+from tdc_fast.kernels.expert_sums import segment_of
+from tdc_fast.kernels.tile_shapes import device_of, precision_of
+from tdc_fast.kernels.wgrad_tiles import WgradTile
+
+_SUM_BLOCK = 1024
+_GEOMETRY = (
+    "batch", "height", "width", "in_channels", "out_height", "out_width", "out_channels", "pad_height", "pad_width",
+    "filter_width", "taps", "num_groups", "num_experts", "splits",
+)  # fmt: skip
+
+
+@triton.jit
+def _operands(
+    dy,
+    x,
+    step,
+    first,  # sample
+    past,  # sample
+    column_out,
+    column_in,
+    shift_y,  # input row of output row 0 at this tap
+    shift_x,
+    height,
+    width,
+    in_channels,
+    out_height,
+    out_width,
+    out_channels,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    BOXED: tl.constexpr,
+    TH: tl.constexpr,
+    TW: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """dy [BK, BM] and x [BK, BN] of the group's pixels step * BK ..."""
+    if BOXED:
+        columns = out_width // TW
+        boxes = out_height // TH * columns
+        sample = first + step // boxes
+        box = step % boxes
+        row, column = box // columns * TH, box % columns * TW
+        grad = dy.load([sample, row, column, column_out]).reshape(BK, BM)
+        value = x.load([sample, row + shift_y, column + shift_x, column_in]).reshape(BK, BN)
+    else:
+        pixels = out_height * out_width
+        flat = step * BK + tl.arange(0, BK)
+        valid = flat < (past - first) * pixels
+        sample, pixel = flat // pixels, flat % pixels
+        row = pixel // out_width * STRIDE_H + shift_y
+        column = pixel % out_width * STRIDE_W + shift_x
+        inside = valid & (row >= 0) & (row < height) & (column >= 0) & (column < width)
+        outs = column_out + tl.arange(0, BM)
+        ins = column_in + tl.arange(0, BN)
+        grads = dy + first.to(tl.int64) * pixels * out_channels
+        values = x + first.to(tl.int64) * height * width * in_channels
+        # Of a group, 32 bits hold the pixels but not the elements.
+        place = flat.to(tl.int64)[:, None] * out_channels + outs[None, :]
+        grad = tl.load(grads + place, mask=valid[:, None] & (outs < out_channels)[None, :], other=0.0)
+        place = ((sample * height + row) * width + column).to(tl.int64)[:, None] * in_channels + ins[None, :]
+        value = tl.load(values + place, mask=inside[:, None] & (ins < in_channels)[None, :], other=0.0)
+    return grad, value
+
+
+@triton.jit(do_not_specialize=_GEOMETRY)
+def wgrad_kernel(
+    dy,  # (B, out_height, out_width, out_channels), or its boxes
+    x,  # (B, height, width, in_channels), or its boxes
+    out,  # (splits, E, C_out, taps, C_in), fp32 unless there is one split
+    offsets,
+    weight_index,
+    in_widths,  # (N,) or None
+    out_widths,  # (N,) or None
+    batch,
+    height,
+    width,
+    in_channels,
+    out_height,
+    out_width,
+    out_channels,
+    pad_height,
+    pad_width,
+    filter_width,
+    taps,
+    num_groups,
+    num_experts,
+    splits,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    VECTOR_IN: tl.constexpr,  # divides in_channels: lets a masked load be one access of so many channels
+    VECTOR_OUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BOXED: tl.constexpr,
+    TH: tl.constexpr,
+    TW: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    in_channels = (in_channels // VECTOR_IN) * VECTOR_IN
+    out_channels = (out_channels // VECTOR_OUT) * VECTOR_OUT
+    tiles_in, tiles_out = tl.cdiv(in_channels, BN), tl.cdiv(out_channels, BM)
+    program, split = tl.program_id(0), tl.program_id(1)
+    column_in = program % tiles_in * BN
+    tap = program // tiles_in % taps
+    column_out = program // (tiles_in * taps) % tiles_out * BM
+    expert = program // (tiles_in * taps * tiles_out)
+    shift_y, shift_x = tap // filter_width - pad_height, tap % filter_width - pad_width
+
+    outs = column_out + tl.arange(0, BM)
+    ins = column_in + tl.arange(0, BN)
+    number = tl.arange(0, GROUPS)
+    exists = number < num_groups
+    named = tl.load(weight_index + number, mask=exists, other=0)
+    mine = exists & (tl.minimum(tl.maximum(named, 0), num_experts - 1) == expert)
+    group = -1
+    total = tl.zeros([BM, BN], tl.float32)
+    for _ in range(tl.sum(mine.to(tl.int32), 0)):
+        group = tl.min(tl.where(mine & (number > group), number, GROUPS), 0)
+        first, past = segment_of(offsets, group, batch)
+        out_live = live_width(out_widths, group, out_channels)
+        in_live = live_width(in_widths, group, in_channels)
+        steps = tl.cdiv((past - first) * (out_height * out_width), BK)
+        steps = tl.where((column_out < out_live) & (column_in < in_live), steps, 0)
+        acc = tl.zeros([BM, BN], tl.float32)
+        for step in range(steps * split // splits, steps * (split + 1) // splits):
+            grad, value = _operands(
+                dy, x, step, first, past, column_out, column_in, shift_y, shift_x, height, width, in_channels,
+                out_height, out_width, out_channels, STRIDE_H, STRIDE_W, BOXED, TH, TW, BM, BN, BK,
+            )  # fmt: skip
+            acc = multiply(tl.trans(grad), value, acc, PRECISION)
+        total += tl.where((outs < out_live)[:, None] & (ins < in_live)[None, :], acc, 0.0)
+
+    slab = split.to(tl.int64) * num_experts + expert
+    place = (slab * out_channels + outs[:, None]) * taps + tap  # [BM, 1]
+    stored = (outs < out_channels)[:, None] & (ins < in_channels)[None, :]
+    tl.store(out + place * in_channels + ins[None, :], total.to(out.dtype.element_ty), mask=stored)
+
+
+@triton.jit(do_not_specialize=("elements", "splits"))
+def sum_splits_kernel(partial, out, elements, splits, BLOCK: tl.constexpr):
+    """out[i] = sum of partial[s, i], s ascending."""
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for split in range(splits):
+        total += tl.load(partial + split * elements.to(tl.int64) + place, mask=place < elements, other=0.0)
+    tl.store(out + place, total.to(out.dtype.element_ty), mask=place < elements)
+
+
+@functools.lru_cache(maxsize=4096)
+def _constants(p: Any, tile: WgradTile, splits: int) -> tuple[tuple[int, int], dict[str, Any]]:
+    """(grid, the arguments that are no tensors)."""
+    rows, columns = wgrad_tiles.box_of(tile, p) if tile.path == "tma" else (1, tile.block_pixels)
+    constants = {
+        "batch": p.batch,
+        "height": p.height,
+        "width": p.width,
+        "in_channels": p.in_channels,
+        "out_height": p.out_height,
+        "out_width": p.out_width,
+        "out_channels": p.out_channels,
+        "pad_height": p.padding[0],
+        "pad_width": p.padding[1],
+        "filter_width": p.filter[1],
+        "taps": p.filter[0] * p.filter[1],
+        "num_groups": p.num_groups,
+        "num_experts": p.num_experts,
+        "splits": splits,
+        "STRIDE_H": p.stride[0],
+        "STRIDE_W": p.stride[1],
+        "VECTOR_IN": _vector(p.in_channels, p.dtype.itemsize),
+        "VECTOR_OUT": _vector(p.out_channels, p.dtype.itemsize),
+        "PRECISION": precision_of(p),
+        "GROUPS": triton.next_power_of_2(p.num_groups),
+        "BOXED": tile.path == "tma",
+        "TH": rows,
+        "TW": columns,
+        "BM": tile.block_out,
+        "BN": tile.block_in,
+        "BK": tile.block_pixels,
+    }
+    return (wgrad_tiles.tiles_of_gradient(p, tile), splits), constants
+
+
+def _vector(channels: int, itemsize: int) -> int:
+    """The most channels, up to 16 bytes, that rows of so many channels can be cut into."""
+    vector = 16 // itemsize
+    while channels % vector:
+        vector //= 2
+    return vector
+
+
+def _boxes(tensor: Tensor, rows: int, columns: int, channels: int) -> TensorDescriptor:
+    """Boxes [1, rows, columns, channels] of (B, C, H, W) in channels_last memory."""
+    batch, depth, height, width = tensor.shape
+    shape, strides = [batch, height, width, depth], [height * width * depth, width * depth, depth, 1]
+    return TensorDescriptor(tensor, shape, strides, [1, rows, columns, channels])
+
+
+def wgrad_launches(
+    problem: Any,
+    dy: Tensor,
+    x: Tensor,
+    dweight: Tensor,
+    offsets: Tensor,
+    weight_index: Tensor,
+    in_widths: Tensor | None,
+    out_widths: Tensor | None,
+    tile: WgradTile | None = None,
+    splits: int | None = None,
+) -> list[Launch]:
+    """The launches of `conv_wgrad`, computed from shapes alone; compile-only tests read their arguments."""
+    if tile is None:
+        aligned = dy.data_ptr() % 16 == 0 and x.data_ptr() % 16 == 0
+        tile = wgrad_tiles.choose_wgrad_tile(problem, device_of(problem.device), None if aligned else "pointer")
+    if splits is None:
+        splits = wgrad_tiles.choose_splits(problem, tile, device_of(problem.device))
+    grid, constants = _constants(problem, tile, splits)
+    out = dweight
+    if splits > 1:
+        out = torch.empty((splits, dweight.numel()), dtype=torch.float32, device=dweight.device)
+    arguments = {
+        "dy": dy,
+        "x": x,
+        "out": out,
+        "offsets": offsets,
+        "weight_index": weight_index,
+        "in_widths": in_widths,
+        "out_widths": out_widths,
+        **constants,
+    }
+    if tile.path == "tma":
+        arguments["dy"] = _boxes(dy, constants["TH"], constants["TW"], tile.block_out)
+        arguments["x"] = _boxes(x, constants["TH"], constants["TW"], tile.block_in)
+    launches = [Launch(wgrad_kernel, grid, arguments, {"num_warps": tile.warps, "num_stages": tile.stages})]
+    if splits > 1:
+        elements = dweight.numel()
+        sums = {"partial": out, "out": dweight, "elements": elements, "splits": splits, "BLOCK": _SUM_BLOCK}
+        launches.append(Launch(sum_splits_kernel, (triton.cdiv(elements, _SUM_BLOCK),), sums, {"num_warps": 4}))
+    return launches
+
+
+def conv_wgrad(
+    problem: Any,
+    dy: Tensor,
+    x: Tensor,
+    dweight: Tensor,
+    offsets: Tensor,
+    weight_index: Tensor,
+    in_widths: Tensor | None,
+    out_widths: Tensor | None,
+    *,
+    tile: WgradTile | None = None,
+    splits: int | None = None,
+) -> None:
+    """Writes every element of dweight, in one launch or two; sums in fp32 and in one order; nothing is read back.
+
+    problem: a ConvProblem of at least one sample, that `wgrad_supported`. dy (B, C_out, OH, OW) and x (B, C_in, H, W)
+    in channels_last memory; dweight (E, C_out, C_in, R, S) in memory order E, C_out, R, S, C_in; offsets (N + 1,),
+    weight_index and widths (N,) int32, all contiguous.
+    tile, splits: run these instead of the chosen ones (benches and tests).
+    """
+    for launch in wgrad_launches(problem, dy, x, dweight, offsets, weight_index, in_widths, out_widths, tile, splits):
+        launch.run()
+
+
+def wgrad_supported(problem: Any) -> str | None:
+    """None, or why the kernel cannot serve a problem whose forward is served."""
+    pixels = problem.batch * max(problem.out_height * problem.out_width, problem.height * problem.width)
+    if pixels >= 2**30:
+        return f"it counts pixels with 32 bits: {pixels} in a batch are too many"
+    if problem.num_experts * problem.out_channels * problem.filter[0] * problem.filter[1] >= 2**31:
+        return "it counts the filters of all experts with 32 bits: 2**31 are too many"
+    return None

@@ -1,0 +1,89 @@
+"""Sums over the samples of an expert: what one launch left per sample, (B, C) fp32, becomes (E, C), in one fixed order.
+
+Groups come in ascending order, their samples in chunks of ascending order: the result does not depend on the device.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_BLOCK_SAMPLES = 8
+_BLOCK_CHANNELS = 128
+_INTEGERS = ("batch", "channels", "num_groups", "num_experts")
+
+
+@triton.jit
+def group_of_sample(offsets, sample, num_groups, GROUPS: tl.constexpr):
+    """The group of a sorted sample; GROUPS is the number of groups rounded up to a power of two."""
+    group = tl.arange(0, GROUPS)
+    past = tl.load(offsets + 1 + group, mask=group < num_groups, other=2147483647)
+    return tl.minimum(tl.sum((past <= sample).to(tl.int32), 0), num_groups - 1)
+
+
+@triton.jit
+def segment_of(offsets, group, batch):
+    """First sample of a group and the one past its last, within the batch whatever the offsets hold."""
+    first = tl.minimum(tl.maximum(tl.load(offsets + group), 0), batch)
+    past = tl.minimum(tl.maximum(tl.load(offsets + group + 1), first), batch)
+    return first, past
+
+
+@triton.jit
+def _sum_samples(partial, expert, columns, channels, batch, offsets, weight_index, num_groups, BLOCK: tl.constexpr):
+    """[BC] sum of partial (B, C) over the samples of every group of `expert`."""
+    rows = tl.arange(0, BLOCK)
+    total = tl.zeros_like(columns).to(tl.float32)
+    for group in range(num_groups):
+        if tl.load(weight_index + group) == expert:
+            first, past = segment_of(offsets, group, batch)
+            for start in range(first, past, BLOCK):
+                sample = (start + rows)[:, None]  # [BB, 1]
+                live = (sample < past) & (columns < channels)[None, :]
+                values = tl.load(partial + sample.to(tl.int64) * channels + columns[None, :], mask=live, other=0.0)
+                total += tl.sum(values, 0)
+    return total
+
+
+@triton.jit(do_not_specialize=_INTEGERS)
+def _sum_per_expert(
+    first_partial,  # (B, C) fp32
+    second_partial,  # (B, C) fp32, or None
+    first_out,  # (E, C)
+    second_out,  # (E, C), or None
+    offsets,
+    weight_index,
+    batch,
+    channels,
+    num_groups,
+    num_experts,
+    BLOCK_SAMPLES: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+):
+    expert = tl.program_id(0)
+    columns = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)  # [BC]
+    place = expert.to(tl.int64) * channels + columns
+    routing = (offsets, weight_index, num_groups)
+    total = _sum_samples(first_partial, expert, columns, channels, batch, *routing, BLOCK_SAMPLES)
+    tl.store(first_out + place, total.to(first_out.dtype.element_ty), mask=columns < channels)
+    if second_partial is not None:
+        total = _sum_samples(second_partial, expert, columns, channels, batch, *routing, BLOCK_SAMPLES)
+        tl.store(second_out + place, total.to(second_out.dtype.element_ty), mask=columns < channels)
+
+
+def sum_per_expert(
+    partials: tuple[Tensor, ...], outs: tuple[Tensor, ...], offsets: Tensor, weight_index: Tensor
+) -> None:
+    """Writes into each of `outs` (E, C) the sums of its partial (B, C) fp32; one or two of them, in one launch.
+
+    Experts without samples get zeros. offsets: (N + 1,) int32; weight_index: (N,) int32; all dense, on one device.
+    """
+    num_experts, channels = outs[0].shape
+    partial, out = (*partials, None)[:2], (*outs, None)[:2]
+    grid = (num_experts, triton.cdiv(channels, _BLOCK_CHANNELS))
+    _sum_per_expert[grid](
+        *partial, *out, offsets, weight_index,
+        partials[0].shape[0], channels, weight_index.shape[0], num_experts,
+        BLOCK_SAMPLES=_BLOCK_SAMPLES, BLOCK_CHANNELS=_BLOCK_CHANNELS,
+    )  # fmt: skip

@@ -1,0 +1,98 @@
+"""Which tile, and how many shares of the pixels, a weight gradient runs with: short functions of problem and device.
+
+Not yet measured on a GPU; what was measured goes into kernels/tuned/<device>.json and comes first.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tdc_fast.kernels.tile_shapes import Device, precision_of
+
+_MAX_SPLITS = 64
+_STEPS_PER_SPLIT = 8  # fewer, and the pipeline never fills
+_MAX_PARTIAL_BYTES = 2**28
+_HALVES = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, slots=True)
+class WgradTile:
+    """path: "tma" or "pointer". A program computes block_out x block_in channels of one tap, block_pixels at a time."""
+
+    path: str
+    block_out: int
+    block_in: int
+    block_pixels: int
+    stages: int
+    warps: int
+
+    def shared_bytes(self, itemsize: int) -> int:
+        """What the pipeline holds; compilers add a kilobyte or so for barriers and the epilogue."""
+        return self.stages * (self.block_out + self.block_in) * self.block_pixels * itemsize
+
+
+def wgrad_candidates(problem: Any, device: Device, path: str | None = None) -> list[WgradTile]:
+    """Every tile that can serve the problem on the device (by one path, where given), the largest first."""
+    if problem.dtype in _HALVES:
+        sizes = [(128, 128, 8), (128, 64, 4), (64, 128, 4), (64, 64, 4), (128, 16, 4)]
+        tiles = [WgradTile("pointer", m, n, 64, 3, warps) for m, n, warps in sizes]
+        if device.arch >= 90:
+            boxed = [WgradTile("tma", m, n, 64, 4, warps) for m, n, warps in sizes]
+            tiles = [tile for tile in boxed if tma_can_serve(problem, tile)] + tiles
+    elif precision_of(problem) == "tf32":
+        tiles = [WgradTile("pointer", 64, 64, 32, 3, 4)]
+    else:
+        tiles = [WgradTile("pointer", 64, 64, 16, 3, 8)]
+    itemsize = problem.dtype.itemsize
+    return [t for t in tiles if path in (None, t.path) and t.shared_bytes(itemsize) + 2048 <= device.shared_limit]
+
+
+def tma_can_serve(problem: Any, tile: WgradTile) -> bool:
+    """Boxes of whole rows, or whole parts of one, that cut every image without remainder; 16-byte strides; stride 1."""
+    rows, columns = box_of(tile, problem)
+    return (
+        problem.stride == (1, 1)
+        and problem.in_channels % 8 == 0
+        and problem.out_channels % 8 == 0
+        and rows * columns == tile.block_pixels
+        and problem.out_height % rows == 0
+        and problem.out_width % columns == 0
+    )
+
+
+def box_of(tile: WgradTile, problem: Any) -> tuple[int, int]:
+    """(rows, columns) of a box of block_pixels pixels: as wide as the image, at most."""
+    columns = min(problem.out_width, tile.block_pixels)
+    return tile.block_pixels // columns, columns
+
+
+@functools.lru_cache(maxsize=4096)
+def choose_wgrad_tile(problem: Any, device: Device, path: str | None = None) -> WgradTile:
+    """Of the tiles that cover the channels with the least padding the largest, through TMA where that can serve."""
+
+    def cost(tile: WgradTile) -> tuple[int, int, bool]:
+        outs, ins = -(-problem.out_channels // tile.block_out), -(-problem.in_channels // tile.block_in)
+        return outs * tile.block_out * ins * tile.block_in, outs * ins, tile.path == "pointer"
+
+    return min(wgrad_candidates(problem, device, path), key=cost)
+
+
+def tiles_of_gradient(problem: Any, tile: WgradTile) -> int:
+    """Tiles of the gradients of all experts."""
+    outs, ins = -(-problem.out_channels // tile.block_out), -(-problem.in_channels // tile.block_in)
+    return problem.num_experts * outs * ins * problem.filter[0] * problem.filter[1]
+
+
+@functools.lru_cache(maxsize=4096)
+def choose_splits(problem: Any, tile: WgradTile, device: Device) -> int:
+    """Shares of the pixels: as many as two waves of programs want, as long as each has steps enough to be worth it."""
+    used = max(1, min(problem.num_experts, problem.num_groups, problem.batch))
+    tiles = tiles_of_gradient(problem, tile) * used // problem.num_experts
+    steps = problem.batch * problem.out_height * problem.out_width // (used * tile.block_pixels)
+    weights = problem.num_experts * problem.out_channels * problem.in_channels * problem.filter[0] * problem.filter[1]
+    wanted = 2 * device.multiprocessors // max(1, tiles)
+    return max(1, min(wanted, steps // _STEPS_PER_SPLIT, _MAX_PARTIAL_BYTES // (4 * weights), _MAX_SPLITS))
