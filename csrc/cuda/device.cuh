@@ -14,6 +14,7 @@
 //   TDC_PLANTED(NAME)                  false, unless compiled with -DTDC_PLANT_NAME: a bug that the tests must catch
 //
 //   bf16, half                         2-byte storage; to_float, from_float<T> (nearest even), pack<T>(low, high)
+//   reciprocal                         1 / x within 1 ulp, subnormals as zero; the emulator divides
 //   load_16, store_16                  16 bytes at once, shared or global; the emulator reports a misaligned address
 //   cp_async_16, cp_async_4            asynchronous copy to shared memory, zeros unless `live`; from issue on the
 //                                      emulator holds 0xFF at the destination; it delivers in the cp_async_wait that
@@ -119,6 +120,12 @@ __device__ __forceinline__ unsigned pack<half>(float low, float high) {
 __device__ __forceinline__ unsigned to_tf32(float value) {
   unsigned result;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(result) : "f"(value));
+  return result;
+}
+
+__device__ __forceinline__ float reciprocal(float value) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
   return result;
 }
 

@@ -282,16 +282,21 @@ unsigned char* Block::static_shared(const void* key, size_t bytes, const char* n
 }
 
 void Block::check_shared(const Site& site, const void* address, size_t bytes, size_t alignment) {
+  constexpr size_t kNear = 1 << 16;
   const auto at = reinterpret_cast<uintptr_t>(address);
+  std::string nearest;
   for (const Shared& shared : shared_) {
     const auto begin = reinterpret_cast<uintptr_t>(shared.bytes.get());
-    if (at < begin || at >= begin + shared.size) continue;
+    const auto end = begin + shared.size;
+    if (at >= end && at - end < kNear)
+      nearest = ": it is " + std::to_string(at - end) + " past the end of " + shared.name;
+    if (at < begin || at >= end) continue;
     const std::string which = "byte " + std::to_string(at - begin) + " of " + shared.name;
     if (at % alignment) fail(site, "misaligned: " + which + " is no multiple of " + std::to_string(alignment));
-    if (at + bytes <= begin + shared.size) return;
+    if (at + bytes <= end) return;
     fail(site, std::to_string(bytes) + " bytes from " + which + " on, which has " + std::to_string(shared.size));
   }
-  fail(site, "the address does not lie in shared memory");
+  fail(site, "the address does not lie in shared memory" + nearest);
 }
 
 std::string Block::where() const {

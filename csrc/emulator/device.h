@@ -121,6 +121,8 @@ inline unsigned pack(float low, float high) {
 
 inline unsigned to_tf32(float value) { return emulator::tf32_bits(value); }
 
+inline float reciprocal(float value) { return 1.0f / value; }
+
 // Memory.
 
 inline void check_aligned(const emulator::Site& site, const void* address, size_t alignment) {

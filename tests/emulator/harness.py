@@ -1,0 +1,211 @@
+"""Builds kernels for the CPU emulator and launches them.
+
+A family is a header `csrc/cuda/<family>_kernels.cuh` that defines kernels (or `self_test`, of the emulator itself).
+Each builds into a shared library, once per run of the tests, in a temporary folder; variants are sanitized builds and
+builds with a planted bug (`-DTDC_PLANT_<NAME>`, see TDC_PLANTED in csrc/cuda/device.cuh).
+
+    launcher = EmulatorLauncher(emulated("plan"))
+    with tdc_fast.ops.cuda.use_launcher(launcher): ...
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+CSRC = ROOT / "csrc"
+RUNTIME = ("block", "emulate", "fiber", "matrix")
+COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+# Schedules worth running a kernel under: first thread first, last thread first, two random ones.
+SCHEDULES = (0, 1, 2, 3)
+# What the emulated device says of itself: compute capability * 10, number of SMs, bytes of shared memory of a block.
+FACTS = (80, 4, 166912)
+
+# Set for the sanitized run of a test file, see run_sanitized.
+SANITIZED = os.environ.get("TDC_EMULATOR_SANITIZE") == "1"
+plain_only = pytest.mark.skipif(SANITIZED, reason="says nothing more under sanitizers")
+
+_FLAGS = [
+    *("-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-DTDC_EMULATOR", f"-I{CSRC}"),
+    *("-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror=return-type"),
+    # Libraries that live side by side share nothing; a register that nobody wrote holds a pattern (-1.7e38).
+    *("-fno-gnu-unique", "-ftrivial-auto-var-init=pattern"),
+]
+_SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g1"]
+
+
+class EmulatorError(RuntimeError):
+    """A kernel that failed in the emulator: deadlock, divergence, misalignment, trap, or a wrong launch."""
+
+
+class EmulatedLibrary:
+    """The kernels of one family."""
+
+    def __init__(self, path: Path) -> None:
+        self._library = ctypes.CDLL(str(path))
+        self._library.tdc_emulated_kernels.restype = ctypes.c_char_p
+        self.kernels = tuple(self._library.tdc_emulated_kernels().decode().split())
+
+    def launch(
+        self, kernel: str, grid: Sequence[int], threads: int, shared_bytes: int, params: bytes, schedule: int
+    ) -> None:
+        """Runs a grid to its end; raises EmulatorError with what the emulator says."""
+        message = ctypes.create_string_buffer(1 << 14)
+        failed = self._library.tdc_emulate(
+            kernel.encode(),
+            (ctypes.c_uint * 3)(*grid),
+            ctypes.c_uint(threads),
+            ctypes.c_uint(shared_bytes),
+            params,
+            ctypes.c_uint(len(params)),
+            ctypes.c_uint(schedule),
+            message,
+            len(message),
+        )
+        if failed:
+            raise EmulatorError(message.value.decode(errors="replace"))
+
+
+class EmulatorLauncher:
+    """A launcher for tdc_fast.ops.cuda.use_launcher: runs launches, in order, in the emulator.
+
+    schedule: which thread goes first, see SCHEDULES; may be changed between runs. `launched` lists the kernels run.
+    """
+
+    name = "emulator"
+
+    def __init__(self, *libraries: EmulatedLibrary, schedule: int = 0, facts: tuple[int, int, int] = FACTS) -> None:
+        self._library_of = {kernel: library for library in libraries for kernel in library.kernels}
+        self.schedule = schedule
+        self.facts = facts
+        self.launched: list[str] = []
+
+    def device_facts(self, device: torch.device) -> tuple[int, int, int]:
+        return self.facts
+
+    def run(self, launches: Iterable[Any], device: torch.device | None = None) -> None:
+        for launch in launches:
+            library = self._library_of.get(launch.kernel)
+            if library is None:
+                known = ", ".join(sorted(self._library_of))
+                raise EmulatorError(f"no emulated kernel {launch.kernel!r} ({launch.shapes}); there are: {known}")
+            params, shared = bytes(launch.params), launch.shared_bytes
+            try:
+                library.launch(launch.kernel, launch.grid, launch.threads, shared, params, self.schedule)
+            except EmulatorError as error:
+                raise EmulatorError(f"{error}\nshapes: {launch.shapes}") from None
+            self.launched.append(launch.kernel)
+
+    def __call__(self, launches: Iterable[Any], stream: Any = None) -> None:
+        self.run(launches)
+
+
+def families() -> list[str]:
+    """Every family there is a kernel header of, the emulator's own last."""
+    return [*sorted(p.name.removesuffix("_kernels.cuh") for p in (CSRC / "cuda").glob("*_kernels.cuh")), "self_test"]
+
+
+def emulated(family: str, *plants: str, sanitize: bool = SANITIZED) -> EmulatedLibrary:
+    """The library of a family, built on first use; `plants` are names of planted bugs. Skips without a compiler."""
+    return _load(build(family, plants, sanitize))
+
+
+def build(family: str, plants: tuple[str, ...] = (), sanitize: bool = False) -> Path:
+    """Path of the shared library of a family. Fails with the compiler's text."""
+    if COMPILER is None:
+        pytest.skip("no C++ compiler (g++, c++ or $CXX) to build the emulator with")
+    kind = "sanitized" if sanitize else "plain"
+    library = _folder() / f"{'-'.join([family, kind, *plants])}.so"
+    if library.exists():
+        return library
+    folder = "emulator" if family == "self_test" else "cuda"
+    header = CSRC / folder / f"{family}_kernels.cuh"
+    jobs = {
+        _folder() / f"{name}-{kind}.o": ["-O1" if sanitize else "-O2", str(CSRC / "emulator" / f"{name}.cpp")]
+        for name in RUNTIME
+    }
+    jobs = {target: job for target, job in jobs.items() if not target.exists()}
+    target = library.with_suffix(".o")
+    planted = [f"-DTDC_PLANT_{plant}=1" for plant in plants]
+    jobs[target] = [*planted, "-x", "c++", "-include", str(header), os.devnull]
+    extra = _SANITIZE if sanitize else []
+    with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
+        list(pool.map(lambda job: _compile(job[1], job[0], ["-c", *extra]), jobs.items()))
+    runtime = [str(_folder() / f"{name}-{kind}.o") for name in RUNTIME]
+    _compile([str(target), *runtime], library, ["-shared", *extra])
+    return library
+
+
+def run_sanitized(test_file: Path) -> None:
+    """Runs a test file again, in a process of its own, with every library built under ASan and UBSan.
+
+    Fails with the end of what that process says, which holds the sanitizer's report.
+    """
+    environment = sanitized_environment(sanitizer_runtime())
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", str(test_file)]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    said = result.stdout + result.stderr
+    assert result.returncode in (0, 5), f"{test_file.name} fails under sanitizers:\n{said[-6000:]}"
+
+
+def sanitizer_runtime() -> str:
+    """Path of the address sanitizer's shared library; skips where the compiler has none."""
+    if COMPILER is None:
+        pytest.skip("no C++ compiler (g++, c++ or $CXX) to build the emulator with")
+    said = subprocess.run([COMPILER, "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
+    if not os.path.isabs(said):
+        pytest.skip(f"{COMPILER} has no shared library of the address sanitizer")
+    return said
+
+
+def sanitized_environment(runtime: str) -> dict[str, str]:
+    """Environment of a process that loads sanitized libraries; builds are shared with this one."""
+    return {
+        **os.environ,
+        "LD_PRELOAD": runtime,
+        "TDC_EMULATOR_SANITIZE": "1",
+        "TDC_EMULATOR_BUILD": str(_folder()),
+        "OMP_NUM_THREADS": "1",
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
+
+
+@functools.cache
+def _folder() -> Path:
+    given = os.environ.get("TDC_EMULATOR_BUILD")
+    if given:
+        return Path(given)
+    _folder_owner.append(tempfile.TemporaryDirectory(prefix="tdc_emulator_"))
+    return Path(_folder_owner[0].name)
+
+
+_folder_owner: list[tempfile.TemporaryDirectory[str]] = []  # removed at exit
+
+
+@functools.cache
+def _load(path: Path) -> EmulatedLibrary:
+    return EmulatedLibrary(path)
+
+
+def _compile(arguments: list[str], target: Path, mode: list[str]) -> None:
+    partial = target.with_name(f"{target.name}.{os.getpid()}")
+    command = [str(COMPILER), *_FLAGS, *mode, *arguments, "-o", str(partial)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, f"{' '.join(command)}\n{result.stderr[-6000:]}"
+    partial.replace(target)

@@ -1,0 +1,163 @@
+"""What the emulator must notice: waits without end, divergence, bad addresses, and data used before it is there."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.emulator.harness import ROOT, SANITIZED, SCHEDULES, EmulatorError, emulated, plain_only, sanitizer_runtime
+from tests.emulator.harness import sanitized_environment as environment
+from tests.emulator.self_test import run
+
+FAULTS = {
+    "threads that leave before a block barrier": (
+        0,
+        r"deadlock:\s+threads 0-63 wait at barrier 0 in block_sync at self_test_kernels\.cuh:\d+ \(64 of 128 threads "
+        r"came\)\s+threads 64-127 exited",
+    ),
+    "a named barrier that too few come to": (
+        1,
+        r"deadlock:\s+threads 0-31 wait at barrier 3 in named_barrier_sync at .* \(64 of 96 threads came\)",
+    ),
+    "lanes that leave before a shuffle": (2, r"threads 0-15 wait for warp 0 in shfl_xor at .* \(16 of 32 lanes came\)"),
+    "shuffles in both branches of a warp": (3, r"shfl_xor at .*: divergence in warp \d: lane \d+ came here while lane"),
+    "block barriers in both branches of a warp": (4, r"divergence in warp 0: its lanes came to barrier 0 from block_s"),
+    "part of a warp at a barrier": (5, r"divergence in warp 0: lane 0 came to barrier 1, lane 16 did not"),
+    "two counts for one barrier": (6, r"barrier 1 was opened for (128|96) threads; this one comes with (128|96)"),
+    "a misaligned 16-byte store": (7, r"store_16 at .*, thread \d+: misaligned: the address is 8 past a multiple"),
+    "a copy to a misaligned place": (
+        8,
+        r"cp_async_16 at .*: misaligned: byte \d+ of the dynamic shared memory is no m",
+    ),
+    "a copy from a misaligned place": (9, r"cp_async_16 at .*: misaligned: the address is 4 past a multiple of 16"),
+    "a copy past the end of shared memory": (10, r"it is \d+ past the end of the dynamic shared memory"),
+    "a matrix row at a misaligned place": (11, r"ldmatrix_x4 at .*: misaligned: byte \d+ of the dynamic shared memory"),
+    "a matrix row outside shared memory": (12, r"ldmatrix_x4 at .*: the address does not lie in shared memory"),
+    "a trap": (13, r"trap at .*, thread 77: the kernel trapped"),
+    "a barrier id out of range": (14, r"barrier ids go from 1 to 15, not 0"),
+    "a barrier of a part of a warp": (15, r"a barrier counts whole warps, not 100 threads"),
+    "warps that wait for each other": (
+        16,
+        r"deadlock:\s+threads 0-63 wait at barrier 1 in .* \(64 of 128 threads came\)\s+"
+        r"threads 64-127 wait at barrier 2 in .* \(64 of 128 threads came\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_reported_with_its_place(fault: str, schedule: int) -> None:
+    mode, message = FAULTS[fault]
+    with pytest.raises(EmulatorError) as error:
+        run("faults", torch.empty(4), torch.zeros(8), mode=mode, threads=128, shared=1024, schedule=schedule)
+    assert re.search(message, str(error.value))
+    assert f"in kernel self_test_faults, block (0, 0, 0) of (1, 1, 1), 128 threads, schedule {schedule}" in str(
+        error.value
+    )
+
+
+def test_a_launch_after_a_fault_starts_afresh() -> None:
+    for mode in (0, 1, 2):
+        with pytest.raises(EmulatorError):
+            run("faults", torch.empty(4), torch.zeros(8), mode=mode, threads=128, shared=1024)
+        values = torch.arange(128.0)
+        assert torch.equal(run("reverse", torch.empty(128), values, threads=128), values.flip(0))
+
+
+@pytest.mark.parametrize(
+    "kernel, settings, message",
+    [
+        ("nothing", {}, "no kernel 'self_test_nothing' in this library"),
+        ("reverse", {"threads": 129}, "got 129 threads, its launch bound is 128"),
+        ("reverse", {"shared": 232449}, "got 232449 bytes of shared memory, a block has 232448"),
+        ("reverse", {"grid": (1, 0, 1)}, r"got a grid of \(1, 0, 1\)"),
+    ],
+)
+def test_a_wrong_launch_is_refused(kernel: str, settings: dict, message: str) -> None:
+    with pytest.raises(EmulatorError, match=message):
+        run(kernel, torch.empty(128), torch.empty(128), **settings)
+
+
+def test_parameters_of_the_wrong_size_are_refused() -> None:
+    with pytest.raises(EmulatorError, match="got 8 bytes of parameters, its struct has 32"):
+        emulated("self_test").launch("self_test_reverse", (1, 1, 1), 32, 0, bytes(8), 0)
+
+
+@pytest.mark.parametrize("mode", [0, 1])
+def test_shared_memory_that_nobody_wrote_is_nan(mode: int) -> None:
+    assert run("unwritten", torch.zeros(32), mode=mode, shared=128).isnan().all()
+
+
+def test_a_register_that_nobody_wrote_is_no_plausible_value() -> None:
+    out = run("unwritten", torch.zeros(32), mode=2, shared=128)
+    assert (out.isnan() | (out.abs() > 1e37)).all()
+
+
+def stages_are_right(schedule: int, *plants: str) -> bool:
+    rows = (torch.arange(9 * 128).view(9, 128) % 37).float()
+    out = run("stages", torch.empty(32), rows, count=9, shared=3 * 512, schedule=schedule, plants=plants)
+    return torch.equal(out, rows.view(9, 32, 4).sum((0, 2)).flip(0))
+
+
+@plain_only
+@pytest.mark.parametrize("plant", ["SELF_NO_WAIT", "SELF_NO_COMMIT", "SELF_WRONG_STAGE"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_data_used_before_its_copy_is_awaited_shows_under_every_schedule(plant: str, schedule: int) -> None:
+    assert not stages_are_right(schedule, plant)
+
+
+@plain_only
+def test_a_missing_barrier_shows_under_some_schedule() -> None:
+    assert not all(stages_are_right(schedule, "SELF_NO_STAGE_BARRIER") for schedule in SCHEDULES)
+
+    def reversed_right(schedule: int) -> bool:
+        values = torch.arange(128.0)
+        out = run("reverse", torch.empty(128), values, threads=128, schedule=schedule, plants=("SELF_NO_BARRIER",))
+        return torch.equal(out, values.flip(0))
+
+    assert not any(reversed_right(schedule) for schedule in SCHEDULES)
+
+
+@plain_only
+def test_a_buffer_overwritten_while_it_is_read_shows_under_some_schedule() -> None:
+    rows = torch.arange(7 * 32.0).view(7, 32)
+
+    def right(schedule: int) -> bool:
+        plants = ("SELF_NO_EMPTY_WAIT",)
+        try:
+            out = run("producer", torch.empty(7, 32), rows, count=7, threads=64, schedule=schedule, plants=plants)
+        except EmulatorError:
+            return False
+        return torch.equal(out, 2 * rows.flip(1))
+
+    assert not all(right(schedule) for schedule in SCHEDULES)
+
+
+# Without torch, whose import takes seconds under ASan; of a size that Python takes from malloc.
+BOUNDS = """
+import ctypes
+from tests.emulator.self_test import launch
+buffer = ctypes.addressof(memory := ctypes.create_string_buffer(4096))
+launch("bounds", buffer, buffer, buffer, mode={mode}, count={at}, shared=40)
+print("not noticed")
+"""
+
+
+@plain_only
+@pytest.mark.parametrize(
+    "mode, at, access", [(0, 40, "WRITE"), (0, -1, "WRITE"), (1, 4096, "WRITE"), (2, 4096, "READ")], ids=str
+)
+def test_asan_stops_an_access_out_of_bounds(mode: int, at: int, access: str) -> None:
+    """One byte past shared memory, one before it, and one past other memory."""
+    assert not SANITIZED
+    command = [sys.executable, "-c", BOUNDS.format(mode=mode, at=at)]
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment(sanitizer_runtime()), capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode != 0 and "not noticed" not in result.stdout
+    assert "heap-buffer-overflow" in result.stderr, result.stderr[-3000:]
+    assert re.search(rf"{access} of size 1.*\n\s+#0 .*self_test_bounds", result.stderr), result.stderr[-3000:]
