@@ -194,7 +194,7 @@ def _losses(denoiser: TrainedDenoiser, other: ImageSet, options: EvaluateOptions
     """The denoising loss by group: on the run's held-out images, else on the other set's."""
     config = denoiser.config
     steps = denoiser.diffusion.num_timesteps
-    groups = build_groups(config)
+    groups = denoiser.run.groups if denoiser.run else build_groups(config)
     if groups is None or groups.num_timesteps != steps:  # uniform training, or on a subset of the timesteps
         groups = TimestepGroups.uniform(steps, min(4, steps))
     if config.heldout:

@@ -112,6 +112,16 @@ class TimestepGroups:
         """Number of timesteps per group."""
         return tuple(stop - start for start, stop in self)
 
+    def overlapping(self, share: float) -> tuple[tuple[int, int], ...]:
+        """Every group's interval (start, stop), reaching into each neighbour by `share` (0 to 1) of its timesteps."""
+        if not isinstance(share, (int, float)) or not 0 <= share <= 1:
+            raise invalid("overlap", share, "a share of the neighbours from 0 to 1")
+        reach = [round(share * size) for size in self.sizes]
+        return tuple(
+            (start - (reach[g - 1] if g else 0), stop + (reach[g + 1] if g + 1 < self.num_groups else 0))
+            for g, (start, stop) in enumerate(self)
+        )
+
     def group_of(self, t: Tensor) -> Tensor:
         """Group ids (int64, t's shape and device) of integer timesteps t.
 

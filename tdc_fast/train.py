@@ -23,7 +23,7 @@ from tdc_fast.training.cli import parse_command_line, refuse_changed_options
 from tdc_fast.training.config import TrainConfig
 from tdc_fast.training.interrupts import TrainingInterrupted, how_to_continue
 from tdc_fast.training.run import RunDirectory, default_directory
-from tdc_fast.training.stages import prune_base, train_base, train_experts
+from tdc_fast.training.stages import group_timesteps, prune_base, train_base, train_experts
 
 __all__ = ["TrainConfig", "main", "open_run", "train"]
 
@@ -57,6 +57,7 @@ def train(config: TrainConfig, dataset: Any = None) -> RunDirectory:
     try:
         base = train_base(run, dataset)
         if config.groups:
+            group_timesteps(run, base, dataset)
             widths = prune_base(run, base, dataset)
             train_experts(run, base, widths, dataset)
     except TrainingInterrupted:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from typing import Any, Literal, Protocol
@@ -16,10 +17,12 @@ Weighting = Literal["unbiased", "per_group", "none"]
 
 
 class Groups(Protocol):
-    """What is needed of TimestepGroups: the intervals [boundaries[i], boundaries[i + 1])."""
+    """What is needed of TimestepGroups: the intervals [boundaries[i], boundaries[i + 1]), and those that overlap."""
 
     @property
     def boundaries(self) -> tuple[int, ...]: ...
+
+    def overlapping(self, share: float) -> tuple[tuple[int, int], ...]: ...
 
 
 class TimestepSampler:
@@ -131,10 +134,18 @@ class StratifiedSampler(TimestepSampler):
 
     Weights: "unbiased" makes the expected loss that of uniform timesteps, (group size / T) / share; "per_group" gives
     every group the same total, 1 / (N * share); "none" leaves ones, so that a group counts by its share.
+
+    overlap: each group's timesteps reach into its neighbours by this share of theirs (soft boundaries), so that a
+        timestep may belong to either of two groups; `sample_groups` says to which. Not with "unbiased".
     """
 
     def __init__(
-        self, groups: Groups, shares: Sequence[float] | None = None, *, weighting: Weighting = "unbiased"
+        self,
+        groups: Groups,
+        shares: Sequence[float] | None = None,
+        *,
+        weighting: Weighting = "unbiased",
+        overlap: float = 0.0,
     ) -> None:
         edges = [int(edge) for edge in groups.boundaries]
         count = len(edges) - 1
@@ -146,10 +157,13 @@ class StratifiedSampler(TimestepSampler):
             raise invalid("shares", list(shares), "positive shares")
         if weighting not in ("unbiased", "per_group", "none"):
             raise invalid("weighting", weighting, "'unbiased', 'per_group' or 'none'")
+        if overlap and weighting == "unbiased":
+            raise invalid("overlap", overlap, 'weighting "per_group" or "none": shared timesteps have no one density')
         self.num_timesteps = edges[-1]
         self.num_groups = count
-        self._starts = torch.tensor(edges[:-1])
-        self._sizes = torch.tensor(edges[1:]) - self._starts
+        intervals = torch.tensor(groups.overlapping(overlap) if overlap else list(itertools.pairwise(edges)))
+        self._starts = intervals[:, 0]
+        self._sizes = intervals[:, 1] - intervals[:, 0]
         self._parts = _whole_parts(shares)  # integers (N,): the shares over their sum
         self._total = int(self._parts.sum())
         exact = torch.from_numpy(self._parts / self._total)
@@ -185,11 +199,18 @@ class StratifiedSampler(TimestepSampler):
     def sample(
         self, batch_size: int, *, generator: torch.Generator | None = None, device: torch.device | str | None = None
     ) -> tuple[Tensor, Tensor]:
+        t, weights, _ = self.sample_groups(batch_size, generator=generator, device=device)
+        return t, weights
+
+    def sample_groups(
+        self, batch_size: int, *, generator: torch.Generator | None = None, device: torch.device | str | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`sample`, and the group (B,) int64 that each timestep was drawn for."""
         counts = self.next_counts(batch_size)
         group = torch.from_numpy(_interleaved(counts))
         u = torch.rand(batch_size, generator=generator, device=_home(generator), dtype=torch.float64).cpu()
         t = self._starts[group] + (u * self._sizes[group]).long().minimum(self._sizes[group] - 1)
-        return t.to(device), self._weights[group].to(device)
+        return t.to(device), self._weights[group].to(device), group.to(device)
 
     def state_dict(self) -> dict[str, Any]:
         return {"owed": self._owed.tolist(), "parts": self._parts.tolist(), "starts": self._starts.tolist()}
@@ -209,6 +230,7 @@ def create_timestep_sampler(
     groups: Groups | None = None,
     shares: Sequence[float] | None = None,
     weighting: Weighting = "unbiased",
+    overlap: float = 0.0,
 ) -> TimestepSampler:
     """A sampler by name: 'uniform', 'loss-second-moment' or 'stratified' (which needs groups)."""
     if name == "uniform":
@@ -220,7 +242,7 @@ def create_timestep_sampler(
             raise invalid("groups", groups, "the timestep groups, which a stratified sampler needs")
         if groups.boundaries[-1] != num_timesteps:
             raise invalid("groups", f"{groups.boundaries[-1]} timesteps", f"groups of {num_timesteps} timesteps")
-        return StratifiedSampler(groups, shares, weighting=weighting)
+        return StratifiedSampler(groups, shares, weighting=weighting, overlap=overlap)
     raise invalid("schedule_sampler", name, "'uniform', 'loss-second-moment' or 'stratified'")
 
 

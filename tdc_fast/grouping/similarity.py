@@ -1,9 +1,9 @@
 """Task similarity: which timesteps pull the base's weights the same way.
 
 For every probe p (a short interval of timesteps) g_p is the gradient of the base's training loss over the calibration
-data. Two probes are as similar as the cosine of their gradients (arXiv 2312.13307 groups by similarity; gradients as the
-measure: H. Go et al., "Addressing Negative Transfer in Diffusion Models", arXiv 2306.00354). All probes see the same
-images and the same noise, so what the choice of data adds to a gradient is shared and cancels in the comparison.
+data. Two probes are as similar as the cosine of their gradients (arXiv 2312.13307 groups by similarity; gradients as
+the measure: H. Go et al., "Addressing Negative Transfer in Diffusion Models", arXiv 2306.00354). All probes see the
+same images and the same noise, so what the choice of data adds to a gradient is shared and cancels in the comparison.
 
 A gradient is as large as the model. Only its image under a fixed random map to D numbers is kept: with random signs
 s_i, element i is added to number i mod D. Signs are independent, so the inner product of two images is that of the

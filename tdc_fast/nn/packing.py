@@ -48,9 +48,11 @@ class RoutedModel(nn.Module):
         self.register_buffer("group_boundaries", torch.tensor(groups.boundaries, dtype=torch.int64))
         self.register_buffer("unit_widths", torch.tensor(live, dtype=torch.int32).reshape(self.num_experts, -1))
 
-    def forward(self, x: Tensor, t: Tensor, **kwargs: Any) -> Any:
+    def forward(self, x: Tensor, t: Tensor, *, expert_ids: Tensor | None = None, **kwargs: Any) -> Any:
         """x (B, ...), t (B,) original integer timesteps in any mix -> the model's output, in the order of x.
 
+        expert_ids: (B,) integers, the expert of each sample where it is not that of its timestep's group (training
+            across soft boundaries).
         Keyword tensors whose first dimension is B are per sample and routed along (``y=labels``). ValueError for
         timesteps that are not integers or out of range.
         """
@@ -61,7 +63,10 @@ class RoutedModel(nn.Module):
             raise invalid("t", tuple(t.shape), f"one timestep for each of the {x.shape[0]} samples")
         if t.dtype.is_floating_point:
             raise invalid("t", t.dtype, "original integer timesteps (the model rescales them itself)")
-        plan = RoutingPlan.from_groups(self.groups.group_of(t), self.num_experts)
+        ids = self.groups.group_of(t) if expert_ids is None else expert_ids
+        if ids.shape != t.shape:
+            raise invalid("expert_ids", tuple(ids.shape), f"one expert for each of the {x.shape[0]} samples")
+        plan = RoutingPlan.from_groups(ids, self.num_experts)
         batch = x.shape[0]
         kwargs = {
             name: plan.sort(value) if isinstance(value, Tensor) and value.shape[:1] == (batch,) else value

@@ -1,4 +1,4 @@
-"""The figures of a report. Each function returns a data URI, so that the page needs no file beside it."""
+"""The figures of a report, as data URIs, so that the page needs no file beside it; and what all figures share."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MEASURED = "#d9662b"
 GROUP_SHADES = ("#eef3f8", "#f8f5ee")
 
 
-def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **layout: Any) -> tuple[Figure, Any]:
+def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **layout: Any) -> tuple[Figure, Any]:
     """A figure without pyplot: no global state, no display."""
     require("matplotlib", "demo")
     from matplotlib import rcParams
@@ -51,6 +51,13 @@ def _style(axis: Axes) -> None:
     axis.yaxis.label.set_color(MUTED)
     axis.grid(True, color=RULE, linewidth=0.6, alpha=0.7)
     axis.set_axisbelow(True)
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as a file of its own."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+    return buffer.getvalue()
 
 
 def _svg(figure: Figure) -> str:
@@ -81,7 +88,7 @@ def loss_curves(comparison: Comparison) -> str:
     num_groups = len(comparison.boundaries) - 1
     columns = min(4, num_groups)
     rows = -(-num_groups // columns)
-    figure, axes = _figure(11, 2.9 * rows + 0.5, rows, columns, sharex=True)
+    figure, axes = new_figure(11, 2.9 * rows + 0.5, rows, columns, sharex=True)
     total = comparison.yardstick.training_macs
     for group in range(num_groups):
         axis = axes.flat[group]
@@ -107,7 +114,7 @@ def _draw_curve(axis: Axes, curve: Curve, group: int, total: float, tint: str, l
 
 def snr_curve(comparison: Comparison) -> str:
     """SNR in decibels over the timesteps, with the groups' boundaries; below, what each expert may cost."""
-    figure, axes = _figure(11, 4.4, 2, 1, sharex=True, height_ratios=[1.7, 1])
+    figure, axes = new_figure(11, 4.4, 2, 1, sharex=True, height_ratios=[1.7, 1])
     top, bottom = axes[0, 0], axes[1, 0]
     boundaries, plan = comparison.boundaries, comparison.widths
     top.plot(range(len(comparison.snr_db)), comparison.snr_db, color=INK, linewidth=1.8)
@@ -150,7 +157,7 @@ def width_heatmap(comparison: Comparison) -> str:
     """Live share of each prunable unit, a row for each unit and a column for each expert."""
     plan = comparison.widths
     num_units, num_experts = len(plan.units), len(plan.widths[0])
-    figure, axes = _figure(max(6.0, 2.6 + 1.25 * num_experts), 1.0 + 0.36 * num_units)
+    figure, axes = new_figure(max(6.0, 2.6 + 1.25 * num_experts), 1.0 + 0.36 * num_units)
     axis = axes[0, 0]
     share = np.array(plan.widths, dtype=float) / np.array(plan.channels, dtype=float)[:, None]
     image = axis.imshow(share, cmap="YlGnBu", vmin=0, vmax=1, aspect="auto")
@@ -171,7 +178,7 @@ def width_heatmap(comparison: Comparison) -> str:
 
 def heldout_differences(comparison: Comparison) -> str:
     """Held-out loss against the yardstick, overall and by group, with two standard errors either side."""
-    figure, axes = _figure(11, 3.2)
+    figure, axes = new_figure(11, 3.2)
     axis = axes[0, 0]
     others = comparison.models[1:]
     num_groups = len(comparison.boundaries) - 1
@@ -197,7 +204,7 @@ def heldout_differences(comparison: Comparison) -> str:
 
 def frechet_draws(comparison: Comparison) -> str:
     """Every draw's distance, its mean, and what two sets of real images have."""
-    figure, axes = _figure(11, 0.75 + 0.42 * len(comparison.models) + 0.42 * len(comparison.floors))
+    figure, axes = new_figure(11, 0.75 + 0.42 * len(comparison.models) + 0.42 * len(comparison.floors))
     axis = axes[0, 0]
     names = [model.label for model in comparison.models]
     for row, model in enumerate(comparison.models):

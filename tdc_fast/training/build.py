@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 
 from tdc_fast.diffusion import Diffusion, create_diffusion
 from tdc_fast.errors import invalid
+from tdc_fast.grouping import Probes
+from tdc_fast.grouping.difficulty import mean_over_probes
 from tdc_fast.models.iddpm import UNet, create_unet
 from tdc_fast.routing import TimestepGroups
 from tdc_fast.training.config import TrainConfig, comma_numbers
+from tdc_fast.training.grouping import difficulty_groups, needs_base
 
 
 def build_device(config: TrainConfig) -> torch.device:
@@ -74,8 +78,8 @@ def build_diffusion(config: TrainConfig, timestep_respacing: str = "") -> Diffus
 
 
 def build_groups(config: TrainConfig) -> TimestepGroups | None:
-    """The timestep groups, or None for plain training."""
-    if not config.groups:
+    """The timestep groups; None for plain training, and for groups that a base must be measured for."""
+    if not config.groups or needs_base(config):
         return None
     if config.boundaries:
         bounds = comma_numbers("boundaries", config.boundaries, int)
@@ -87,8 +91,15 @@ def build_groups(config: TrainConfig) -> TimestepGroups | None:
     if config.grouping == "uniform":
         return TimestepGroups.uniform(config.diffusion_steps, config.groups)
     limits = comma_numbers("snr_range", config.snr_range, float)
-    clip = (limits[0], limits[1]) if limits else None
-    return TimestepGroups.snr(build_diffusion(config), config.groups, clip_db=clip)
+    diffusion = build_diffusion(config)
+    if config.grouping == "difficulty":
+        probes = Probes.evenly(config.diffusion_steps, min(config.probes, config.diffusion_steps))
+        return difficulty_groups(config, probes, mean_over_probes(_clipped(diffusion.snr_db(), limits), probes))
+    return TimestepGroups.snr(diffusion, config.groups, clip_db=(limits[0], limits[1]) if limits else None)
+
+
+def _clipped(values: np.ndarray, limits: list[float]) -> np.ndarray:
+    return values.clip(limits[0], limits[1]) if limits else values
 
 
 def place(model: Any, device: torch.device) -> Any:

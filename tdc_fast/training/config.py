@@ -46,10 +46,10 @@ MAY_CHANGE_ON_RESUME = frozenset(
 
 _POSITIVE = (
     "image_size num_channels num_res_blocks num_heads num_classes diffusion_steps batch_size "
-    "log_interval save_interval calibration_batches"
+    "log_interval save_interval calibration_batches max_groups probes"
 )
 _NOT_NEGATIVE = (
-    "in_channels lr fp16_scale_growth weight_decay lr_anneal_steps lr_anneal_start warmup_steps grad_clip groups "
+    "in_channels lr fp16_scale_growth weight_decay lr_anneal_steps lr_anneal_start warmup_steps grad_clip refine "
     "stage1_steps stage2_steps baseline_steps stage2_batch stage2_lr num_threads preview"
 )
 
@@ -214,14 +214,33 @@ def _check_ranges(config: TrainConfig) -> None:
     if config.groups:
         _check_tdc(config)
     else:
-        for name in ("base", "boundaries", "budgets", "grouping", "k", "stage2_steps", "stage2_shares"):
+        for name in ("base", "boundaries", "budgets", "grouping", "k", "overlap", "stage2_steps", "stage2_shares"):
             if values[name] != _default(name):
                 raise invalid(name, values[name], "--groups N beside it, since it is about experts")
+
+
+def _check_chosen_groups(config: TrainConfig) -> None:
+    """--groups -1: the number comes from the base, so nothing may be given per group."""
+    if config.groups != -1:
+        raise invalid("groups", config.groups, "a number of groups, 0 for none, or -1 for the elbow")
+    if config.grouping not in ("similarity", "difficulty"):
+        raise invalid("groups", config.groups, "--grouping similarity or difficulty beside it, which have an elbow")
+    for name in ("boundaries", "budgets", "stage2_shares"):
+        if getattr(config, name):
+            raise invalid(
+                name, getattr(config, name), "a number of --groups beside it: it is a list with one per group"
+            )
 
 
 def _check_tdc(config: TrainConfig) -> None:
     if not 0 < config.k <= 1:
         raise invalid("k", config.k, "a share of the base's MACs above 0 and at most 1")
+    if config.groups < 0:
+        _check_chosen_groups(config)
+    if not 0 <= config.overlap <= 1:
+        raise invalid("overlap", config.overlap, "a share of the neighbours' timesteps from 0 to 1")
+    if config.refine and not config.boundaries:
+        raise invalid("refine", config.refine, "--boundaries beside it, which it refines")
     if config.groups > config.diffusion_steps:
         raise invalid("groups", config.groups, f"at most one group per timestep ({config.diffusion_steps})")
     if config.boundaries:

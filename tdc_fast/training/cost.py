@@ -64,9 +64,9 @@ def stage1_steps(config: TrainConfig) -> int | None:
     return config.stage1_steps or config.lr_anneal_steps or None
 
 
-def stage2_shares(config: TrainConfig) -> list[float]:
+def stage2_shares(config: TrainConfig, num_groups: int) -> list[float]:
     """Each group's share of the stage-2 batches, summing to 1."""
-    weights = comma_numbers("stage2_shares", config.stage2_shares, float) or [1.0] * config.groups
+    weights = comma_numbers("stage2_shares", config.stage2_shares, float) or [1.0] * num_groups
     return [weight / sum(weights) for weight in weights]
 
 
@@ -82,7 +82,7 @@ def stage2_steps(config: TrainConfig, base: SampleMacs, experts: SampleMacs, spe
     if config.stage2_steps:
         return config.stage2_steps
     budget = config.total_share * baseline_macs(config, base)
-    shares = stage2_shares(config)
+    shares = stage2_shares(config, len(experts.training))
     per_sample = sum(share * macs for share, macs in zip(shares, experts.training, strict=True))
     steps = int((budget - spent) / (per_sample * (config.stage2_batch or config.batch_size)))
     if steps < 1:

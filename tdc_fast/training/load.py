@@ -18,6 +18,7 @@ from tdc_fast.routing import TimestepGroups
 from tdc_fast.training.build import build_diffusion, build_groups, build_unet, place
 from tdc_fast.training.checkpoint import ema_file, finished_steps, load_verified, model_file
 from tdc_fast.training.config import TrainConfig
+from tdc_fast.training.grouping import load_groups
 from tdc_fast.training.run import RunDirectory
 
 
@@ -48,9 +49,10 @@ class Run:
         """The timestep groups of groups.json; None for plain training."""
         if not self.config.groups:
             return None
-        path = self.path / "groups.json"
-        groups = TimestepGroups.load(path)
-        if groups != build_groups(self.config):
+        groups = load_groups(self.directory)
+        described = build_groups(self.config)
+        if described is not None and groups != described:
+            path = self.path / "groups.json"
             raise invalid("groups", str(path), "the groups that config.json describes; the file is of another run")
         return groups
 

@@ -45,6 +45,7 @@ class Stage:
     num_experts    : E where every parameter has a leading dimension E, else None.
     group_weights  : weights (N,) of the groups' means in the overall mean loss, None for the plain mean.
     loss_scale     : factor on the mean weighted loss.
+    soft_boundaries: the sampler says which expert trains on a timestep, as neighbours share some.
     origin         : JSON values naming what the stage started from; checkpoints carry them.
     """
 
@@ -57,6 +58,7 @@ class Stage:
     num_experts: int | None = None
     group_weights: Sequence[float] | None = None
     loss_scale: float = 1.0
+    soft_boundaries: bool = False
     origin: dict[str, Any]
 
 
@@ -153,7 +155,12 @@ class StageLoop:
         x, condition = next(self.data)
         x = x.to(self.device, non_blocking=True)
         condition = {name: value.to(self.device, non_blocking=True) for name, value in condition.items()}
-        t, weights = self.sampler.sample(len(x), device=self.device)
+        if stage.soft_boundaries:
+            t, weights, group = self.sampler.sample_groups(len(x), device=self.device)
+            condition["expert_ids"] = group
+        else:
+            t, weights = self.sampler.sample(len(x), device=self.device)
+            group = self.groups.group_of(t) if self.groups else None
         noise = torch.randn_like(x)
         self.optimizer.zero_grad(set_to_none=True)
         piece = config.microbatch if config.microbatch > 0 else len(x)
@@ -167,7 +174,7 @@ class StageLoop:
             parts.append({name: value.detach() for name, value in losses.items()})
         losses = parts[0] if len(parts) == 1 else {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
         self.sampler.update(t, losses["loss"])
-        self._count(t, weights, losses)
+        self._count(t, group, weights, losses)
         self.means.add_gradient_norm(gradient_norm(self.parameters, config.grad_clip, stage.num_experts))
         rate = stage.learning_rate(self.step)
         for group in self.optimizer.param_groups:
@@ -176,8 +183,7 @@ class StageLoop:
         self.step += 1
         self.averages.update(self.step)
 
-    def _count(self, t: Tensor, weights: Tensor, losses: dict[str, Tensor]) -> None:
-        group = self.groups.group_of(t) if self.groups else None
+    def _count(self, t: Tensor, group: Tensor | None, weights: Tensor, losses: dict[str, Tensor]) -> None:
         if group is None:
             self.samples_per_group += len(t)
         else:

@@ -131,16 +131,30 @@ class TdcOptions:
     """TDC: groups, pruning, experts and their budgets. Everything here waits for --groups above 0."""
 
     groups: int = 0
-    """Number N of timestep groups and of experts; 0 is plain improved-diffusion training without a second stage."""
-    grouping: Literal["uniform", "snr"] = "uniform"
-    """Groups of equal width in timesteps or in decibels of the signal-to-noise ratio."""
+    """Number N of timestep groups and of experts; 0 is plain improved-diffusion training without a second stage; -1
+    takes the elbow of --grouping similarity or difficulty, at most --max_groups."""
+    grouping: Literal["uniform", "snr", "difficulty", "similarity"] = "uniform"
+    """Groups of equal width in timesteps or in decibels of the signal-to-noise ratio; or what is found best once the
+    base is trained: timesteps of like difficulty (see --difficulty), or those whose loss gradients are similar."""
+    max_groups: int = 10
+    """With --groups -1: the largest number that may be chosen."""
+    probes: int = 50
+    """Intervals of timesteps at which the base is measured for --grouping similarity and difficulty; boundaries lie
+    between them."""
     snr_range: str = "-20,20"
     """With --grouping snr: "lo,hi" in decibels; what lies outside belongs to the outermost groups. Empty divides the
     whole range of the schedule."""
     boundaries: str = ""
     """Comma list of the N + 1 boundaries from 0 to the number of timesteps, instead of --grouping."""
-    difficulty: Literal["snr", "snr-reversed"] = "snr"
-    """Which groups count as hard and keep more of the base: those of high SNR, or those of low SNR."""
+    refine: int = 0
+    """With --boundaries: let every inner one move by up to this many timesteps to where gradients are most similar
+    inside the groups."""
+    overlap: float = 0.0
+    """Soft boundaries: in stage 2 each expert also trains on this share (0 to 1) of each neighbour's timesteps, the
+    nearest ones."""
+    difficulty: Literal["snr", "snr-reversed", "loss", "loss-reversed"] = "snr"
+    """Which groups count as hard and keep more of the base: those of high SNR or of high measured loss; reversed,
+    those of low. It is also what --grouping difficulty divides by."""
     k: float = 0.6
     """Budget of the (imagined) easiest group as a share of the base's MACs, 0 < k <= 1; group i of N from easy to
     hard gets i/N + (N - i)/N * k. 1 does not prune."""

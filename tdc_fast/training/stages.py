@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,18 @@ from torch import Tensor, nn
 
 from tdc_fast.diffusion.timestep_samplers import create_timestep_sampler
 from tdc_fast.errors import invalid
+from tdc_fast.grouping import probe_losses
 from tdc_fast.models.iddpm import UNet
 from tdc_fast.nn.packing import pack_experts
 from tdc_fast.nn.width_plan import WidthPlan, base_hash
+from tdc_fast.pruning.macs import MacCounter
 from tdc_fast.routing import TimestepGroups
 from tdc_fast.training import cost
 from tdc_fast.training.base_file import cpu_state, find_base_file, load_base_file
 from tdc_fast.training.build import build_data, build_device, build_diffusion, build_groups, build_unet, place
 from tdc_fast.training.checkpoint import choose_checkpoint, ema_file, load_verified, save_checkpoint, state_file
 from tdc_fast.training.config import TrainConfig, comma_numbers
+from tdc_fast.training.grouping import load_groups, measured_groups
 from tdc_fast.training.loop import Stage, StageLoop
 from tdc_fast.training.optimization import LearningRate
 from tdc_fast.training.preview import write_preview
@@ -80,6 +84,29 @@ def train_base(run: RunDirectory, dataset: Any = None) -> State:
     return state
 
 
+def group_timesteps(run: RunDirectory, base_state: State, dataset: Any = None) -> TimestepGroups:
+    """The groups of the run: those that groups.json holds, else measured on the base and written there."""
+    from tdc_fast.training.data import BatchStream
+
+    config = run.config
+    path = run.path / "groups.json"
+    if path.is_file():
+        return load_groups(run)
+    base = build_base(run, base_state)
+    macs = _base_macs(run, base)
+    with seeded(derived_seed(config.seed, "grouping")), MacCounter() as counter:
+        stream = BatchStream(
+            dataset or build_data(config), config.batch_size, derived_seed(config.seed, "data", "grouping")
+        )
+        batches = list(islice(stream, config.calibration_batches))
+        stream.close()
+        seed = derived_seed(config.seed, "probes") % 2**31
+        groups = measured_groups(run, base, build_diffusion(config), batches, seed)
+    _write_phase(run, macs, None, "grouping", macs=counter.macs)
+    groups.save(path)  # after the cost: a run with groups.json has both
+    return groups
+
+
 def prune_base(run: RunDirectory, base_state: State, dataset: Any = None) -> WidthPlan | None:
     """Choose every expert's widths within its budget and write widths.json; None when every expert keeps all of them.
 
@@ -105,6 +132,7 @@ def prune_base(run: RunDirectory, base_state: State, dataset: Any = None) -> Wid
         stream = BatchStream(
             dataset or build_data(config), config.batch_size, derived_seed(config.seed, "data", "pruning")
         )
+        difficulty, spent = _difficulty(run, base, groups, dataset)
         found = plan_pruning(
             base,
             groups,
@@ -112,12 +140,12 @@ def prune_base(run: RunDirectory, base_state: State, dataset: Any = None) -> Wid
             stream,
             k=shares or config.k,
             importance=config.importance,
-            difficulty=config.difficulty,
+            difficulty=difficulty,
             max_batches=config.calibration_batches,
             seed=derived_seed(config.seed, "importance") % 2**31,
         )
         stream.close()
-    _write_phase(run, macs, None, "pruning", macs=found.calibration_macs)
+    _write_phase(run, macs, None, "pruning", macs=found.calibration_macs + spent)
     found.plan.save(path)  # after the cost: a run with widths.json has both
     return found.plan
 
@@ -140,9 +168,9 @@ def train_experts(
         base_macs = _base_macs(run, base)
         model = pack_experts(base.train(), groups, widths).to(device)
         macs = cost.measure(model, diffusion, _shape(run), groups, _classes(config))
-        spent = _spent(run, ("stage1", "pruning"), config, base_macs)
+        spent = _spent(run, ("stage1", "grouping", "pruning"), config, base_macs)
         steps = cost.stage2_steps(config, base_macs, macs, spent)
-        shares = cost.stage2_shares(config)
+        shares = cost.stage2_shares(config, groups.num_groups)
         stage = Stage(
             name="experts",
             steps=steps,
@@ -157,13 +185,19 @@ def train_experts(
             # Weights "per_group" give each group 1/N of the mean: times N, an expert's gradient is that of its own
             # mean loss.
             loss_scale=float(groups.num_groups),
+            soft_boundaries=config.overlap > 0,
             origin={"base_hash": digest, "widths_hash": _plan_hash(widths), "boundaries": list(groups.boundaries)},
         )
         stream = BatchStream(
             dataset or build_data(config), stage.batch_size, derived_seed(config.seed, "data", "experts")
         )
         sampler = create_timestep_sampler(
-            "stratified", diffusion.num_timesteps, groups=groups, shares=shares, weighting="per_group"
+            "stratified",
+            diffusion.num_timesteps,
+            groups=groups,
+            shares=shares,
+            weighting="per_group",
+            overlap=config.overlap,
         )
         loop = StageLoop(run, stage, model, diffusion, stream, sampler, groups)
         loop.resume()
@@ -233,11 +267,34 @@ def _write_phase(
     run.write("macs.json", cost.summary(run.config, base, experts, {**phases, phase: facts}))
 
 
+def _difficulty(run: RunDirectory, base: UNet, groups: TimestepGroups, dataset: Any) -> tuple[str | list[float], int]:
+    """What ranks the groups: the name of an order by SNR, or each group's measured loss; and the MACs it took."""
+    from tdc_fast.training.data import BatchStream
+
+    config = run.config
+    if "loss" not in config.difficulty:
+        return config.difficulty, 0
+    stream = BatchStream(
+        dataset or build_data(config), config.batch_size, derived_seed(config.seed, "data", "difficulty")
+    )
+    with MacCounter() as counter:
+        losses = probe_losses(
+            base,
+            groups,
+            build_diffusion(config),
+            stream,
+            max_batches=config.calibration_batches,
+            seed=derived_seed(config.seed, "difficulty") % 2**31,
+        )
+    stream.close()
+    sign = -1 if config.difficulty.endswith("reversed") else 1
+    return [sign * float(loss) for loss in losses], counter.macs
+
+
 def _groups(run: RunDirectory) -> TimestepGroups:
-    groups = build_groups(run.config)
-    if groups is None:
+    if not run.config.groups:
         raise invalid("groups", run.config.groups, "at least 1 for a stage of experts")
-    return groups
+    return load_groups(run)
 
 
 def _shape(run: RunDirectory) -> tuple[int, int, int]:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -15,14 +14,10 @@ from tdc_fast.diffusion import (
     UniformSampler,
     create_timestep_sampler,
 )
+from tdc_fast.routing import TimestepGroups
 
-
-@dataclass(frozen=True)
-class Groups:
-    boundaries: tuple[int, ...]
-
-
-GROUPS = Groups((0, 10, 40, 100))
+edges = TimestepGroups.from_boundaries
+GROUPS = edges([0, 10, 40, 100])
 ALL = {
     "uniform": lambda: UniformSampler(100),
     "loss-second-moment": lambda: LossSecondMomentSampler(100, history_per_term=2),
@@ -133,7 +128,7 @@ def test_importance_sampling_draws_by_its_probabilities():
     steps=st.integers(1, 60),
 )
 def test_no_group_is_ever_a_whole_sample_away_from_its_share(shares, batch, steps):
-    groups = Groups(tuple(range(0, 10 * len(shares) + 1, 10)))
+    groups = edges(tuple(range(0, 10 * len(shares) + 1, 10)))
     sampler = StratifiedSampler(groups, shares)
     exact, total = np.array(shares) / sum(shares), np.zeros(len(shares))
     for step in range(1, steps + 1):
@@ -144,14 +139,14 @@ def test_no_group_is_ever_a_whole_sample_away_from_its_share(shares, batch, step
 
 
 def test_shares_are_exact_after_as_many_steps_as_make_them_whole():
-    sampler = StratifiedSampler(Groups((0, 1, 2, 3, 4, 5)))
+    sampler = StratifiedSampler(edges((0, 1, 2, 3, 4, 5)))
     counts = [sampler.next_counts(7) for _ in range(5)]
     assert np.array_equal(np.sum(counts, axis=0), [7] * 5)
     assert all(count.max() - count.min() == 1 for count in counts)
 
 
 def test_a_changing_batch_size_still_evens_out():
-    sampler, total, drawn = StratifiedSampler(Groups((0, 1, 2, 3)), [0.2, 0.3, 0.5]), np.zeros(3), 0
+    sampler, total, drawn = StratifiedSampler(edges((0, 1, 2, 3)), [0.2, 0.3, 0.5]), np.zeros(3), 0
     for step in range(200):
         size = 1 + step * 7 % 13
         total, drawn = total + sampler.next_counts(size), drawn + size
@@ -182,9 +177,9 @@ def test_weights_are_as_documented(weighting, expected):
 
 
 def test_float_shares_mean_what_they_say():
-    sampler = StratifiedSampler(Groups((0, 1, 2, 3)), [0.1, 0.2, 0.7])
+    sampler = StratifiedSampler(edges((0, 1, 2, 3)), [0.1, 0.2, 0.7])
     assert sampler.next_counts(10).tolist() == [1, 2, 7]
-    wide = StratifiedSampler(Groups(tuple(range(9))), [1 / 3 + i * 0.0123456789 for i in range(8)])
+    wide = StratifiedSampler(edges(tuple(range(9))), [1 / 3 + i * 0.0123456789 for i in range(8)])
     assert wide.next_counts(1000).sum() == 1000
 
 
@@ -210,3 +205,22 @@ def test_samplers_are_found_by_the_names_of_the_command_line():
     assert isinstance(create_timestep_sampler("uniform", 10), UniformSampler)
     assert isinstance(create_timestep_sampler("loss-second-moment", 10), LossSecondMomentSampler)
     assert isinstance(create_timestep_sampler("stratified", 100, groups=GROUPS), StratifiedSampler)
+
+
+def test_overlap_draws_from_the_neighbours_and_says_for_which_group():
+    groups = edges([0, 40, 60, 100])
+    assert groups.overlapping(0.25) == ((0, 45), (30, 70), (55, 100))
+    sampler = StratifiedSampler(groups, weighting="per_group", overlap=0.25)
+    t, weights, group = sampler.sample_groups(3000, generator=torch.Generator().manual_seed(0))
+    assert group.bincount().tolist() == [1000] * 3 and (weights == 1).all()
+    for g, (start, stop) in enumerate(groups.overlapping(0.25)):
+        drawn = t[group == g]
+        assert set(drawn.tolist()) == set(range(start, stop))
+
+
+def test_overlap_has_no_unbiased_weights():
+    groups = TimestepGroups.uniform(100, 2)
+    with pytest.raises(ValueError, match="overlap.*0.1"):
+        StratifiedSampler(groups, overlap=0.1)
+    with pytest.raises(ValueError, match="overlap.*-1"):
+        groups.overlapping(-1)

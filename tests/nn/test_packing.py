@@ -329,6 +329,18 @@ def test_a_width_plan_of_another_base_or_grouping_is_refused_by_name():
         pack_experts(model, TimestepGroups.uniform(1000, 3), plan)
 
 
+def test_a_sample_may_be_sent_to_another_expert_than_its_timesteps():
+    model = pack_experts([unet(seed) for seed in range(3)], GROUPS)
+    x, t, y = batch()
+    ids = torch.tensor([2, 0, 1, 1, 2, 0, 0])
+    out = model(x, t, y=y, expert_ids=ids)
+    for i in range(3):
+        mine = ids == i
+        torch.testing.assert_close(out[mine], model.expert(i)(x[mine], t[mine], y=y[mine]), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="expert_ids"):
+        model(x, t, y=y, expert_ids=ids[:3])
+
+
 def test_bad_timesteps_are_named():
     routed = pack_experts(unet(), GROUPS)
     x, t, y = batch()
