@@ -1,0 +1,213 @@
+"""Routed convolution on a GPU, layer by layer: forward, dgrad and wgrad against cuDNN in every form of the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench import gpu_peers
+from bench.gpu_layers import ConvLayer
+from bench.gpu_rows import OURS, OURS_GRAPH, Run, measure, relative_error
+from bench.gpu_timing import Budget, Candidate
+from tdc_fast import RoutingPlan, explain, routed_conv2d
+
+DIRECTIONS = ("forward", "dgrad", "wgrad")
+NUM_GROUPS = (8, 1, 4, 16)
+WIDTHS = (1.0, 0.5, 0.75)
+WRONG = 2e-2  # relative error past which a row is reported as wrong: bf16 results of one sum differ by about 4e-3
+
+
+@dataclass(frozen=True)
+class Case:
+    layer: ConvLayer
+    num_groups: int
+    uneven: bool
+    width: float
+    direction: str
+
+
+def cases(design: list[ConvLayer], models: list[ConvLayer]) -> Iterator[Case]:
+    """Every layer, number of groups, spread, width and direction; what the goals are about comes first."""
+    for layer in design:
+        yield from (Case(layer, 8, False, width, d) for width in WIDTHS for d in DIRECTIONS)
+    for layer in models:
+        yield from (Case(layer, 8, False, 1.0, d) for d in DIRECTIONS)
+    for layer in models:
+        yield Case(layer, 8, False, 0.5, "forward")
+    for source in (design, models):
+        for num_groups in NUM_GROUPS:
+            for uneven in (False, True) if num_groups > 1 else (False,):
+                for width in WIDTHS:
+                    for direction in DIRECTIONS:
+                        for layer in source:
+                            case = Case(layer, num_groups, uneven, width, direction)
+                            if not _earlier(case, in_design=source is design):
+                                yield case
+
+
+def _earlier(case: Case, *, in_design: bool) -> bool:
+    """Was this case among the first ones already?"""
+    if case.num_groups != 8 or case.uneven:
+        return False
+    return in_design or case.width == 1.0 or (case.width == 0.5 and case.direction == "forward")
+
+
+class Problem:
+    """The tensors of a case: x and dy channels_last and sorted, weights (N, C_out, C_in, R, R) channel-innermost."""
+
+    def __init__(self, run: Run, case: Case) -> None:
+        layer, n = case.layer, case.num_groups
+        generator = run.generator()
+        taps = layer.filter
+        self.run, self.case, self.layer = run, case, layer
+        self.settings: dict[str, Any] = {"stride": layer.stride, "padding": taps // 2}
+        fan_in = layer.in_channels * taps * taps
+        x = run.random(layer.batch, layer.in_channels, layer.height, layer.width, generator=generator)
+        dy = run.random(layer.batch, layer.out_channels, *layer.out_size, generator=generator)
+        self.x, self.dy = (t.contiguous(memory_format=torch.channels_last) for t in (x, dy))
+        weight = run.random(
+            n, layer.out_channels, taps, taps, layer.in_channels, scale=fan_in**-0.5, generator=generator
+        )
+        self.weight = weight.permute(0, 1, 4, 2, 3)
+        self.bias = run.random(n, layer.out_channels, generator=generator)
+        self.sizes = gpu_peers.group_sizes(layer.batch, n, uneven=case.uneven)
+        groups = torch.arange(n).repeat_interleave(torch.tensor(self.sizes)).to(run.machine.device)
+        self.plan = RoutingPlan.from_groups(groups, n)
+        self.live_in = live_channels(layer.in_channels, case.width)
+        self.live_out = live_channels(layer.out_channels, case.width)
+
+    def widths(self) -> dict[str, Tensor]:
+        """in_widths and out_widths (N,), or nothing at full width."""
+        if self.case.width == 1.0:
+            return {}
+        whole = torch.ones(self.case.num_groups, dtype=torch.int32, device=self.x.device)
+        return {"in_widths": whole * self.live_in, "out_widths": whole * self.live_out}
+
+    def ours(self, backend: str | None, widths: dict[str, Tensor]) -> Candidate:
+        if self.case.direction == "forward":
+            return lambda: routed_conv2d(
+                self.x, self.weight, self.bias, self.plan, **self.settings, **widths, backend=backend
+            )
+        pair = {name: [value, value] for name, value in self.settings.items()}
+        routing = {
+            "offsets": self.plan.offsets, "tiles": self.plan.tiles, "weight_index": self.plan.weight_index,
+            "in_widths": widths.get("in_widths"), "out_widths": widths.get("out_widths"),
+            "backend": backend or "", **pair,
+        }  # fmt: skip
+        if self.case.direction == "dgrad":
+            op, size = torch.ops.tdc_fast.routed_conv2d_dgrad, [self.layer.height, self.layer.width]
+            return lambda: op(dy=self.dy, weight=self.weight, image_size=size, **routing)
+        wgrad, mask = torch.ops.tdc_fast.routed_conv2d_wgrad, [True, True, False]
+        del routing["tiles"]
+        return lambda: wgrad(dy=self.dy, x=self.x, weight=self.weight, mask=mask, **routing)
+
+    def conv(self, x: Tensor, dy: Tensor, weight: Tensor, bias: Tensor) -> Callable[[], Any]:
+        """cuDNN's call for these tensors, in the direction of the case."""
+        stride, padding = [self.layer.stride] * 2, [self.settings["padding"]] * 2
+        if self.case.direction == "forward":
+            return lambda: F.conv2d(x, weight, bias, stride, padding)
+        mask = [True, False, False] if self.case.direction == "dgrad" else [False, True, True]
+        backward = torch.ops.aten.convolution_backward
+        sizes = [weight.shape[0]]
+        return lambda: backward(dy, x, weight, sizes, stride, padding, [1, 1], False, [0, 0], 1, mask)
+
+    def dense(self) -> Callable[[], Any]:
+        """One expert's full-width convolution over the whole batch."""
+        weight = self.weight[0].contiguous(memory_format=torch.channels_last)
+        return self.conv(self.x, self.dy, weight, self.bias[0])
+
+    def segments(self) -> list[Callable[[], Any]]:
+        """One call per expert, as narrow as its widths: the experts of the loop are physically smaller models."""
+        x, dy = self.x[:, : self.live_in], self.dy[:, : self.live_out]
+        x, dy = (t.contiguous(memory_format=torch.channels_last) for t in (x, dy))
+        calls = []
+        for expert, samples in gpu_peers.segments_of(self.sizes):
+            weight = self.weight[expert, : self.live_out, : self.live_in]
+            weight = weight.contiguous(memory_format=torch.channels_last)
+            calls.append(self.conv(x[samples], dy[samples], weight, self.bias[expert, : self.live_out].contiguous()))
+        return calls
+
+    def error(self, backend: str | None) -> float:
+        """Relative difference of ours from the loop's result."""
+        direction = self.case.direction
+        ours, parts = self.ours(backend, self.widths())(), [call() for call in self.segments()]
+        if direction == "wgrad":
+            used = [expert for expert, _ in gpu_peers.segments_of(self.sizes)]
+            expected = torch.stack([part[1] for part in parts])
+            return relative_error(ours[0][used, : self.live_out, : self.live_in], expected)
+        expected = torch.cat(parts if direction == "forward" else [part[0] for part in parts])
+        return relative_error(ours[:, : expected.shape[1]], expected)
+
+
+def live_channels(channels: int, width: float) -> int:
+    """Channels that live at this width: a multiple of 8, and all of those a pruning leaves alone (image channels)."""
+    if width == 1.0 or channels < 16:
+        return channels
+    return max(8, int(channels * width) // 8 * 8)
+
+
+def explained(problem: Problem, backend: str | None) -> tuple[str | None, list[str]]:
+    """The backend that the forward runs on, and the other ones of a GPU that would serve it."""
+    what = explain(
+        routed_conv2d, problem.x, problem.weight, problem.bias, problem.plan, **problem.settings, **problem.widths(),
+        backend=backend,
+    )  # fmt: skip
+    others = [name for name in ("triton", "cuda") if name != what.backend and what.reasons.get(name, "absent") is None]
+    return what.backend, others
+
+
+def row_of(run: Run, case: Case) -> dict[str, Any]:
+    problem = Problem(run, case)
+    machine, widths = run.machine, problem.widths()
+    chosen, others = explained(problem, run.backend)
+    ours = problem.ours(run.backend, widths)
+    makers: dict[str, Callable[[], Candidate]] = {OURS: lambda: ours, OURS_GRAPH: lambda: machine.captured(ours)}
+    for name in others:
+        makers[f"{name}, graph"] = lambda name=name: machine.captured(problem.ours(name, widths))
+    if widths:
+        full = problem.ours(run.backend, {})
+        makers["full width, graph"] = lambda: machine.captured(full)
+    dense = problem.dense()
+    makers |= {"dense": lambda: dense, "dense, graph": lambda: machine.captured(dense)}
+    makers |= gpu_peers.loop_peers(machine, problem.segments())
+    headline = case.layer.source == "design" and case.num_groups == 8 and not case.uneven and case.width == 1.0
+    if case.direction == "forward" and case.width == 1.0:
+        makers["grouped_mm"] = lambda: gpu_peers.grouped_matmul(
+            problem.x, problem.weight, problem.sizes, case.layer.stride
+        )
+        if headline:
+            makers["compiled loop"] = lambda: gpu_peers.compiled(machine, gpu_peers.sequence(problem.segments()))
+    result = measure(run, makers, compiles=("compiled loop",))
+    error = problem.error(run.backend)
+    flops = case.layer.flops(problem.live_in, problem.live_out)
+    best = min(result["ms"][OURS], result["ms"][OURS_GRAPH])
+    return {
+        "source": case.layer.source,
+        "uses": case.layer.uses,
+        "filter": case.layer.filter,
+        "stride": case.layer.stride,
+        "channels": [case.layer.in_channels, case.layer.out_channels],
+        "backend": chosen,
+        "error": error,
+        "wrong": not error <= WRONG,
+        "TFLOPps": flops / best / 1e9,
+        **result,
+    }
+
+
+def run_section(run: Run, design: list[ConvLayer], models: list[ConvLayer], budget: Budget) -> None:
+    """Adds rows in order of importance until all are done or the budget is."""
+    torch.backends.cudnn.benchmark = True
+    for case in cases(design, models):
+        labels = {
+            "num_groups": case.num_groups,
+            "uneven": case.uneven,
+            "width": case.width,
+            "direction": case.direction,
+        }
+        run.row("conv", str(case.layer), labels, budget, lambda case=case: row_of(run, case))

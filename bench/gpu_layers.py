@@ -1,0 +1,126 @@
+"""Which layers the GPU bench times: five shapes that bound the design, and every distinct layer of two public UNets.
+
+The UNets' layers are read off the models themselves: a forward on the meta device records what every leaf receives.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from tdc_fast.models.iddpm import create_unet
+from tdc_fast.nn import layers
+
+# improved-diffusion's flags for its CIFAR-10 and ImageNet 64x64 models.
+UNETS: dict[str, dict[str, Any]] = {
+    "CIFAR-10": {"image_size": 32, "num_channels": 128, "num_res_blocks": 3, "learn_sigma": True},
+    "ImageNet64": {"image_size": 64, "num_channels": 128, "num_res_blocks": 3, "learn_sigma": True},
+}
+TINY_UNETS: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "image_size": 8, "num_channels": 16, "num_res_blocks": 1, "num_heads": 2,
+        "attention_resolutions": "4", "channel_mult": "1,2",
+    },
+}  # fmt: skip
+UNET_BATCH = 64
+
+
+@dataclass(frozen=True)
+class ConvLayer:
+    """A convolution with "same" padding over `batch` images; `uses` counts it in the model it comes from."""
+
+    source: str
+    batch: int
+    in_channels: int
+    out_channels: int
+    height: int
+    width: int
+    filter: int = 3
+    stride: int = 1
+    uses: int = 1
+
+    def __str__(self) -> str:
+        step = "" if self.stride == 1 else f" /{self.stride}"
+        channels = f"{self.in_channels}-{self.out_channels}"
+        return f"{self.source}: B{self.batch} {channels} {self.height}x{self.width} {self.filter}x{self.filter}{step}"
+
+    @property
+    def out_size(self) -> tuple[int, int]:
+        pad = self.filter // 2
+        height, width = ((n + 2 * pad - self.filter) // self.stride + 1 for n in (self.height, self.width))
+        return height, width
+
+    def flops(self, live_in: int | None = None, live_out: int | None = None) -> int:
+        """Floating-point operations of one pass (forward, dgrad or wgrad), two per multiply-add, at these widths."""
+        pairs = (live_in or self.in_channels) * (live_out or self.out_channels)
+        return 2 * self.batch * self.out_size[0] * self.out_size[1] * self.filter**2 * pairs
+
+
+@dataclass(frozen=True)
+class NormLayer:
+    """A group norm with SiLU where `silu`, with a scale and a shift per sample where `modulated`."""
+
+    source: str
+    batch: int
+    channels: int
+    height: int
+    width: int
+    num_groups: int
+    silu: bool
+    modulated: bool
+    uses: int = 1
+
+    def __str__(self) -> str:
+        fused = "".join((" scale-shift" * self.modulated, " SiLU" * self.silu))
+        return f"{self.source}: B{self.batch} C{self.channels} {self.height}x{self.width}{fused}"
+
+    @property
+    def elements(self) -> int:
+        return self.batch * self.channels * self.height * self.width
+
+
+# (B, H = W, C) as in the design notes: large images, small images, few and many channels; all 3x3, C in, C out.
+DESIGN_SHAPES = ((128, 32, 128), (128, 16, 256), (256, 8, 256), (64, 64, 192), (64, 8, 512))
+TINY_SHAPES = ((4, 6, 8),)
+
+
+def design_layers(*, tiny: bool = False) -> list[ConvLayer]:
+    """The shapes that the kernels were designed for."""
+    return [ConvLayer("design", b, c, c, size, size) for b, size, c in (TINY_SHAPES if tiny else DESIGN_SHAPES)]
+
+
+def unet_layers(name: str, flags: dict[str, Any], batch: int) -> tuple[list[ConvLayer], list[NormLayer]]:
+    """Distinct convolutions (with the 1x1 ones over tokens) and group norms of a UNet, costliest use first."""
+    convs: dict[tuple[Any, ...], int] = {}
+    norms: dict[tuple[Any, ...], int] = {}
+
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0]
+        if isinstance(module, layers.Conv2d):
+            key = (
+                module.in_channels, module.out_channels, x.shape[2], x.shape[3],
+                module.kernel_size[0], module.stride[0],
+            )  # fmt: skip
+            convs[key] = convs.get(key, 0) + 1
+        elif isinstance(module, layers.TokenConv1d):
+            key = (module.in_channels, module.out_channels, x.shape[1], 1, 1, 1)
+            convs[key] = convs.get(key, 0) + 1
+        elif isinstance(module, layers.GroupNorm):
+            fused = (kwargs.get("activation") == "silu", kwargs.get("scale") is not None)
+            key = (*x.shape[1:], module.num_groups, *fused)
+            norms[key] = norms.get(key, 0) + 1
+
+    with torch.device("meta"), torch.no_grad():
+        model = create_unet(**flags)
+        for module in model.modules():
+            module.register_forward_pre_hook(record, with_kwargs=True)
+        size = flags["image_size"]
+        model(torch.empty(batch, model.in_channels, size, size), torch.zeros(batch, dtype=torch.int64))
+    conv_layers = [ConvLayer(name, batch, *key, uses=uses) for key, uses in convs.items()]
+    norm_layers = [NormLayer(name, batch, *key, uses=uses) for key, uses in norms.items()]
+    conv_layers.sort(key=lambda layer: -layer.uses * layer.flops())
+    norm_layers.sort(key=lambda layer: -layer.uses * layer.elements)
+    return conv_layers, norm_layers

@@ -1,0 +1,166 @@
+"""Routed group norm + scale-shift + SiLU on a GPU: time, and bandwidth against a measured copy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench import gpu_peers
+from bench.gpu_layers import NormLayer
+from bench.gpu_rows import OURS, OURS_GRAPH, Run, measure, relative_error
+from bench.gpu_timing import Budget, Candidate
+from tdc_fast import RoutingPlan, explain, routed_group_norm
+from tdc_fast.nn import layers
+
+NUM_GROUPS = 8
+EPS = 1e-5
+DIRECTIONS = ("forward", "backward")
+WRONG = 2e-2
+
+
+class Problem:
+    """x and dy (B, C, H, W) channels_last, weight and bias (N, C), scale and shift (B, C) where the layer has them."""
+
+    def __init__(self, run: Run, layer: NormLayer, width: float) -> None:
+        generator = run.generator()
+        shape = (layer.batch, layer.channels, layer.height, layer.width)
+        self.layer, self.machine = layer, run.machine
+        x, dy = (run.random(*shape, generator=generator) for _ in range(2))
+        self.x, self.dy = (t.contiguous(memory_format=torch.channels_last) for t in (x, dy))
+        self.weight, self.bias = (run.random(NUM_GROUPS, layer.channels, generator=generator) for _ in range(2))
+        modulation = [run.random(layer.batch, layer.channels, generator=generator) for _ in range(2 * layer.modulated)]
+        self.scale, self.shift = modulation or (None, None)
+        sizes = gpu_peers.group_sizes(layer.batch, NUM_GROUPS, uneven=False)
+        groups = torch.arange(NUM_GROUPS).repeat_interleave(torch.tensor(sizes)).to(self.x.device)
+        self.plan = RoutingPlan.from_groups(groups, NUM_GROUPS)
+        per_group = layer.channels // layer.num_groups
+        live = int(layer.num_groups * width) * per_group
+        self.width = live / layer.channels
+        whole = torch.ones(NUM_GROUPS, dtype=torch.int32, device=self.x.device)
+        self.widths = None if width == 1.0 else whole * live
+
+    def routed(self, backend: str | None) -> Tensor:
+        return routed_group_norm(
+            self.x, self.weight, self.bias, self.plan, num_groups=self.layer.num_groups, eps=EPS, widths=self.widths,
+            scale=self.scale, shift=self.shift, activation="silu" if self.layer.silu else None, backend=backend,
+        )  # fmt: skip
+
+    def ours(self, direction: str, backend: str | None) -> Candidate:
+        if direction == "forward":
+            return lambda: self.routed(backend)
+        ops = torch.ops.tdc_fast
+        tensors = {
+            "x": self.x, "weight": self.weight, "bias": self.bias, "scale": self.scale, "shift": self.shift,
+            "offsets": self.plan.offsets, "weight_index": self.plan.weight_index, "widths": self.widths,
+        }  # fmt: skip
+        settings = {"num_groups": self.layer.num_groups, "eps": EPS, "silu": self.layer.silu, "backend": backend or ""}
+        _, mean, rstd = ops.routed_group_norm(**tensors, **settings)
+        mask = [True, True, True, self.scale is not None, self.shift is not None]
+        backward = ops.routed_group_norm_backward
+        return lambda: backward(dy=self.dy, mean=mean, rstd=rstd, mask=mask, **tensors, **settings)
+
+    def dense(self, function: Callable[..., Tensor], direction: str) -> Candidate:
+        """`function(x, weight, bias, scale, shift)` with one expert's affine, or its gradients."""
+        inputs = [self.x, self.weight[0].clone(), self.bias[0].clone(), self.scale, self.shift]
+        if direction == "forward":
+            return lambda: function(*inputs)
+        leaves = [None if t is None else t.detach().requires_grad_() for t in inputs]
+        with torch.enable_grad():
+            y = function(*leaves)
+        wanted = [leaf for leaf in leaves if leaf is not None]
+        return lambda: torch.autograd.grad(y, wanted, self.dy, retain_graph=True)
+
+    def layer_sequence(self) -> Callable[..., Tensor]:
+        """What the dense model runs: statistics in fp32, then scale, shift and SiLU one by one."""
+        norm = layers.GroupNorm(self.layer.num_groups, self.layer.channels, eps=EPS, affine=False)
+        silu = self.layer.silu
+
+        def sequence(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+            y = F.group_norm(x.float(), norm.num_groups, weight.float(), bias.float(), EPS).to(x.dtype)
+            if scale is not None and shift is not None:
+                y = y * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
+            return F.silu(y) if silu else y
+
+        return sequence
+
+    def low_precision_sequence(self) -> Callable[..., Tensor]:
+        """The same without a cast to fp32: torch's kernel keeps its statistics in fp32 by itself."""
+
+        def sequence(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+            y = F.group_norm(x, self.layer.num_groups, weight, bias, EPS)
+            if scale is not None and shift is not None:
+                y = y * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
+            return F.silu(y) if self.layer.silu else y
+
+        return sequence
+
+    def bytes_moved(self, direction: str) -> float:
+        """The fewest bytes: x and y once; in the backward x, dy and dx once."""
+        passes = 2 if direction == "forward" else 3
+        return passes * self.layer.elements * self.width * self.x.element_size()
+
+    def error(self, backend: str | None) -> float:
+        """Relative difference of the routed forward from torch's fp32 one, expert after expert."""
+        calls, sequence = self.routed(backend), self.layer_sequence()
+        sizes = gpu_peers.group_sizes(self.layer.batch, NUM_GROUPS, uneven=False)
+        if self.widths is not None:
+            return 0.0 if not calls[:, int(self.width * self.layer.channels) :].any() else float("inf")
+        parts = [
+            sequence(
+                self.x[s].float(), self.weight[e].float(), self.bias[e].float(),
+                None if self.scale is None else self.scale[s].float(),
+                None if self.shift is None else self.shift[s].float(),
+            )
+            for e, s in gpu_peers.segments_of(sizes)
+        ]  # fmt: skip
+        return relative_error(calls, torch.cat(parts))
+
+
+def row_of(run: Run, layer: NormLayer, direction: str, width: float, copy_rate: float) -> dict[str, Any]:
+    problem = Problem(run, layer, width)
+    machine = run.machine
+    what = explain(
+        routed_group_norm, problem.x, problem.weight, problem.bias, problem.plan, num_groups=layer.num_groups,
+        widths=problem.widths, scale=problem.scale, shift=problem.shift, backend=run.backend,
+    )  # fmt: skip
+    ours = problem.ours(direction, run.backend)
+    makers: dict[str, Callable[[], Candidate]] = {OURS: lambda: ours, OURS_GRAPH: lambda: machine.captured(ours)}
+    for name in ("triton", "cuda"):
+        if name != what.backend and what.reasons.get(name, "absent") is None:
+            makers[f"{name}, graph"] = lambda name=name: machine.captured(problem.ours(direction, name))
+    fp32, low = problem.layer_sequence(), problem.low_precision_sequence()
+    makers["torch"] = lambda: problem.dense(fp32, direction)
+    makers["torch, low precision"] = lambda: problem.dense(low, direction)
+    if direction == "forward":
+        makers["torch, graph"] = lambda: machine.captured(problem.dense(fp32, direction))
+    result = measure(run, makers)
+    best = min(result["ms"][OURS], result["ms"][OURS_GRAPH])
+    rate = problem.bytes_moved(direction) / best / 1e9
+    error = problem.error(run.backend)
+    return {
+        "uses": layer.uses,
+        "backend": what.backend,
+        "error": error,
+        "wrong": not error <= WRONG,
+        "TBps": rate,
+        "of_copy": rate / copy_rate,
+        **result,
+    }
+
+
+def run_section(run: Run, norms: list[NormLayer], budget: Budget, copy_rate: float) -> None:
+    """Adds rows until all are done or the budget is. copy_rate: TB/s of a measured copy."""
+    for width in (1.0, 0.5):
+        for layer in norms:
+            for direction in DIRECTIONS:
+                labels = {"num_groups": NUM_GROUPS, "width": width, "direction": direction}
+                run.row(
+                    "group norm", str(layer), labels, budget,
+                    lambda layer=layer, direction=direction, width=width: row_of(
+                        run, layer, direction, width, copy_rate
+                    ),
+                )  # fmt: skip

@@ -1,0 +1,125 @@
+"""One row of the GPU bench: the candidates of a case, timed interleaved, as medians and like-for-like ratios."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.gpu_timing import Budget, Candidate, Machine, TookTooLong, at_most, median_ratio
+
+OURS, OURS_GRAPH = "ours", "ours, graph"
+Makers = Mapping[str, Callable[[], Candidate]]
+# What a peer may fail with: shapes it does not take, memory, a compiler's limits, a capture that is not allowed.
+FAILURES = (RuntimeError, ValueError, TypeError, TookTooLong)
+
+
+@dataclass
+class Run:
+    """What every section needs: the device, the backend asked for (None: the fastest), and how long a row may take."""
+
+    machine: Machine
+    backend: str | None
+    dtype: torch.dtype
+    row_seconds: float
+    compile_seconds: float
+    tiny: bool
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    not_run: dict[str, int] = field(default_factory=dict)
+
+    def row(
+        self, section: str, layer: str, labels: dict[str, Any], budget: Budget, measured: Callable[[], dict[str, Any]]
+    ) -> None:
+        """Adds one row, or counts it as not run when the budget is spent. A failure is kept as a row and printed."""
+        if budget.left() <= 0:
+            self.not_run[section] = self.not_run.get(section, 0) + 1
+            return
+        row: dict[str, Any] = {"section": section, "layer": layer, **labels}
+        try:
+            row |= measured()
+        except FAILURES as error:
+            row["failed"] = " ".join(f"{type(error).__name__}: {error}".split())[:400]
+            print(f"failed: {section}, {layer}, {labels}: {row['failed']}", flush=True)
+        self.rows.append(row)
+
+    def generator(self) -> torch.Generator:
+        return torch.Generator(self.machine.device).manual_seed(0)
+
+    def random(self, *shape: int, scale: float = 1.0, generator: torch.Generator) -> Tensor:
+        """Normal values in the dtype of the run."""
+        values = torch.randn(shape, generator=generator, device=self.machine.device)
+        return (values * scale).to(self.dtype)
+
+
+def is_graph(name: str) -> bool:
+    return name.endswith(", graph")
+
+
+def measure(
+    run: Run,
+    makers: Makers,
+    *,
+    flush: bool = True,
+    compiles: tuple[str, ...] = (),
+    like: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Makes and times the candidates. Our own failing is an error; a peer's failing is noted with its reason.
+
+    Returns `ms` (median per candidate), `spread` (interquartile range over median), `ratios` (ours / peer; a peer in a
+    graph is compared with ours in a graph; `like` names another of our candidates to compare a peer with), `absent`
+    (reason per peer) and `first_call_s` (compilation and capture of ours).
+    """
+    like = like or {}
+    candidates: dict[str, Candidate] = {}
+    absent: dict[str, str] = {}
+    start = time.perf_counter()
+    for name, make in makers.items():
+        if name.startswith(OURS):
+            candidates[name] = make()
+            if name == OURS:
+                candidates[name]()
+                run.machine.synchronize()
+            first_call = time.perf_counter() - start
+            continue
+        try:
+            if name in compiles:
+                with at_most(run.compile_seconds):
+                    candidates[name] = make()
+            else:
+                candidates[name] = make()
+                candidates[name]()
+            run.machine.synchronize()
+        except FAILURES as error:
+            candidates.pop(name, None)
+            absent[name] = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+    least = 2 if run.tiny else 5
+    times = run.machine.times(candidates, flush=flush, seconds=run.row_seconds, least=least)
+    ratios = {}
+    for name in candidates:
+        ours = like.get(name, OURS_GRAPH if is_graph(name) and OURS_GRAPH in candidates else OURS)
+        if not name.startswith(OURS) and ours in times:
+            ratios[name] = median_ratio(times[ours], times[name])
+    return {
+        "ms": {name: statistics.median(values) for name, values in times.items()},
+        "spread": {name: _spread(values) for name, values in times.items()},
+        "ratios": ratios,
+        "absent": absent,
+        "rounds": len(times[OURS]),
+        "first_call_s": round(first_call, 3),
+    }
+
+
+def _spread(values: list[float]) -> float:
+    low, _, high = statistics.quantiles(values, n=4)
+    return (high - low) / statistics.median(values)
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """|actual - expected| / |expected| in fp64; NaN stays NaN, so that it passes no comparison."""
+    difference = (actual.double() - expected.double()).norm()
+    return (difference / expected.double().norm().clamp_min(1e-300)).item()

@@ -1,0 +1,185 @@
+"""The whole UNet on a GPU, routed over N experts: forward and training step, against one dense model and the loop.
+
+The routed model gets the mixed batch as it comes (plan, sort and unsort are inside its time); the loop gets its samples
+sorted, with the segments' bounds known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench import gpu_peers
+from bench.gpu_rows import OURS, OURS_GRAPH, Run, measure, relative_error
+from bench.gpu_timing import Budget, Candidate
+from tdc_fast import TimestepGroups, WidthPlan, pack_experts
+from tdc_fast.models.iddpm import create_unet
+
+NUM_TIMESTEPS = 1000
+WRONG = 5e-2  # relative error of a whole bf16 network past which its row is reported as wrong
+
+
+@dataclass(frozen=True)
+class Case:
+    model: str
+    what: str  # "forward", "training step", "training step + AdamW"
+    num_groups: int = 8
+    uneven: bool = False
+    width: float = 1.0
+
+
+class Problem:
+    """A dense base, its routed model, its experts one by one, and a batch that spans all groups."""
+
+    def __init__(self, run: Run, flags: dict[str, Any], batch: int, case: Case) -> None:
+        torch.manual_seed(0)
+        device, n = run.machine.device, case.num_groups
+        self.run, self.case = run, case
+        base = create_unet(**flags)
+        for parameter in base.parameters():  # zero-initialised layers would hide errors and run on zeros
+            if not parameter.any():
+                nn.init.normal_(parameter, std=0.02)
+        self.base = base.to(device, run.dtype).to(memory_format=torch.channels_last)
+        self.groups = TimestepGroups.uniform(NUM_TIMESTEPS, n)
+        widths = None if case.width == 1.0 else WidthPlan.uniform(self.base, self.groups.boundaries, case.width)
+        self.routed = pack_experts(self.base, self.groups, widths)
+        self.full = self.routed if widths is None else pack_experts(self.base, self.groups)
+        self.experts = nn.ModuleList(self.routed.expert(i) for i in range(n))
+        for expert in self.experts:
+            expert.to(memory_format=torch.channels_last)
+        sizes = gpu_peers.group_sizes(batch, n, uneven=case.uneven)
+        self.segments = gpu_peers.segments_of(sizes)
+        ids = torch.arange(n).repeat_interleave(torch.tensor(sizes))
+        starts = torch.tensor(self.groups.boundaries[:-1])
+        self.sorted_t = (starts[ids] + torch.arange(batch) % min(self.groups.sizes)).to(device)
+        generator = run.generator()
+        shape = (batch, base.in_channels, flags["image_size"], flags["image_size"])
+        x, target = (run.random(*shape, generator=generator) for _ in range(2))
+        if base.out_channels != base.in_channels:
+            target = target.repeat(1, base.out_channels // base.in_channels, 1, 1)
+        self.sorted_x, self.sorted_target = (t.contiguous(memory_format=torch.channels_last) for t in (x, target))
+        order = torch.randperm(batch, generator=torch.Generator().manual_seed(0)).to(device)
+        self.x, self.t, self.target = self.sorted_x[order], self.sorted_t[order], self.sorted_target[order]
+        self.order = order
+
+    def forwards(self, function: Callable[..., Tensor] | None = None) -> list[Callable[[], Tensor]]:
+        """One call per expert over its own samples."""
+        call = function or (lambda expert, x, t: expert(x, t))
+        return [
+            lambda e=self.experts[e], x=self.sorted_x[s], t=self.sorted_t[s]: call(e, x, t) for e, s in self.segments
+        ]
+
+    def steps(self) -> list[Callable[[], None]]:
+        """Forward, loss and gradients of one expert after the other, each over its own samples."""
+        batch = self.x.shape[0]
+
+        def step(expert: nn.Module, samples: slice) -> None:
+            clear(expert.parameters())
+            y = expert(self.sorted_x[samples], self.sorted_t[samples])
+            share = (samples.stop - samples.start) / batch
+            (nn.functional.mse_loss(y, self.sorted_target[samples]) * share).backward()
+
+        return [lambda e=self.experts[e], s=s: step(e, s) for e, s in self.segments]
+
+    def step_of(self, model: nn.Module) -> Callable[[], None]:
+        """Forward, loss and gradients of a model over the mixed batch."""
+        parameters = list(model.parameters())
+
+        def step() -> None:
+            clear(parameters)
+            nn.functional.mse_loss(model(self.x, self.t), self.target).backward()
+
+        return step
+
+    def error(self) -> float:
+        """Relative difference of the routed forward from the loop's."""
+        with torch.no_grad():
+            expected = torch.cat([call() for call in self.forwards()])[self.order]
+            return relative_error(self.routed(self.x, self.t), expected)
+
+
+def clear(parameters: Iterable[nn.Parameter]) -> None:
+    for parameter in parameters:
+        parameter.grad = None
+
+
+def with_adam(step: Callable[[], Any], parameters: Iterable[nn.Parameter]) -> Callable[[], None]:
+    """The step, then one fused AdamW update (eager: its state is made by the first call)."""
+    adam = torch.optim.AdamW(list(parameters), lr=1e-4, fused=True)
+
+    def both() -> None:
+        step()
+        adam.step()
+
+    return both
+
+
+def candidates(p: Problem) -> dict[str, Callable[[], Candidate]]:
+    machine, what = p.run.machine, p.case.what
+    ours: Candidate
+    dense: Candidate
+    if what == "forward":
+        ours, dense = (lambda: p.routed(p.x, p.t)), (lambda: p.base(p.x, p.t))
+        full: Candidate = lambda: p.full(p.x, p.t)  # noqa: E731
+        calls: list[Callable[[], Any]] = list(p.forwards())
+    else:
+        ours, dense, full, calls = p.step_of(p.routed), p.step_of(p.base), p.step_of(p.full), list(p.steps())
+    if what.endswith("AdamW"):
+        loop = with_adam(gpu_peers.sequence(calls), p.experts.parameters())
+        ours, dense = with_adam(ours, p.routed.parameters()), with_adam(dense, p.base.parameters())
+        return {OURS: lambda: ours, "dense": lambda: dense, "loop": lambda: loop}
+    makers: dict[str, Callable[[], Candidate]] = {OURS: lambda: ours, OURS_GRAPH: lambda: machine.captured(ours)}
+    makers |= {"dense": lambda: dense, "dense, graph": lambda: machine.captured(dense)}
+    if p.full is not p.routed:
+        makers |= {"full width": lambda: full, "full width, graph": lambda: machine.captured(full)}
+    makers |= gpu_peers.loop_peers(machine, calls)
+    return makers
+
+
+def compiled_loop(p: Problem) -> Candidate:
+    """Every expert through one compiled function: equal segments share one graph."""
+    torch._dynamo.reset()
+    backend = "inductor" if p.run.machine.is_cuda else "eager"
+    fast = torch.compile(lambda expert, x, t: expert(x, t), backend=backend)
+    calls = gpu_peers.sequence(p.forwards(fast))
+    calls()
+    return calls
+
+
+def row_of(run: Run, flags: dict[str, Any], batch: int, case: Case) -> dict[str, Any]:
+    problem = Problem(run, flags, batch, case)
+    makers = candidates(problem)
+    if case.what == "forward" and case.width == 1.0 and case.num_groups == 8 and not case.uneven:
+        makers["compiled loop"] = lambda: compiled_loop(problem)
+    with torch.set_grad_enabled(case.what != "forward"):
+        result = measure(run, makers, flush=False, compiles=("compiled loop",))
+    error = problem.error()
+    return {"batch": batch, "backend": run.backend or "fastest", "error": error, "wrong": not error <= WRONG, **result}
+
+
+def cases(models: Iterable[str]) -> list[Case]:
+    """What the goals are about first."""
+    names = list(models)
+    result = [Case(names[0], "forward"), Case(names[0], "training step")]
+    result += [Case(names[0], "forward", width=0.5), Case(names[0], "training step", width=0.5)]
+    result += [Case(name, what) for name in names[1:] for what in ("forward", "training step")]
+    result += [Case(names[0], "forward", uneven=True), Case(names[0], "training step", uneven=True)]
+    result += [Case(names[0], "forward", n) for n in (4, 16, 1)] + [Case(names[0], "forward", width=0.75)]
+    result += [Case(names[0], "training step + AdamW")]
+    return result
+
+
+def run_section(run: Run, unets: dict[str, dict[str, Any]], batch: int, budget: Budget) -> None:
+    torch.backends.cudnn.benchmark = True
+    wanted = cases(unets)
+    for case in [*wanted[:3], wanted[-1]] if run.tiny else wanted:
+        labels = {
+            "num_groups": case.num_groups, "uneven": case.uneven, "width": case.width, "direction": case.what,
+        }  # fmt: skip
+        run.row("unet", case.model, labels, budget, lambda case=case: row_of(run, unets[case.model], batch, case))
+        if run.machine.is_cuda:
+            torch.cuda.empty_cache()

@@ -1,0 +1,153 @@
+"""The GPU bench runs from end to end (on the CPU, with tiny shapes), compares equal things, and judges its goals."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import gpu, gpu_conv, gpu_peers, gpu_report
+from bench.gpu_layers import UNETS, ConvLayer, design_layers, unet_layers
+from bench.gpu_rows import Run
+from bench.gpu_timing import Machine, TookTooLong, at_most
+
+
+def dry_run(folder: Path, *arguments: str) -> tuple[int, dict, str]:
+    code = gpu.main(["--dry-run", "--out", str(folder), "--name", "here", *arguments])
+    return code, json.loads((folder / "here.json").read_text()), (folder / "here.md").read_text()
+
+
+def test_a_dry_run_times_every_section_and_peer(tmp_path: Path) -> None:
+    code, results, table = dry_run(tmp_path)
+    assert code == 0
+    rows = results["rows"]
+    assert {row["section"] for row in rows} == {"unet", "conv", "group norm"}
+    for row in rows:
+        assert row["rounds"] >= 2 and all(value > 0 for value in row["ms"].values())
+        assert {"ours", "ours, graph"} <= row["ms"].keys() or row["direction"].endswith("AdamW")
+        assert row["ratios"] and row["error"] < 0.02
+        assert set(row["absent"]) <= {"grouped_mm"}, "only im2col may refuse a shape"
+    peers = {name for row in rows if row["section"] == "conv" for name in row["ratios"]}
+    loops = {"loop", "loop, graph", "streams", "streams, graph", "compiled loop"}
+    assert peers == loops | {"dense", "dense, graph", "grouped_mm", "full width, graph"}
+    assert {(r["num_groups"], r["uneven"], r["width"], r["direction"]) for r in rows if r["section"] == "conv"} == {
+        *itertools.product((4, 8, 16), (False, True), (1.0, 0.75, 0.5), gpu_conv.DIRECTIONS),
+        *itertools.product((1,), (False,), (1.0, 0.75, 0.5), gpu_conv.DIRECTIONS),
+    }
+    for goal in results["goals"]:
+        assert goal["rows"] > 0 and f"| {goal['goal']} |" in table
+    assert table.count("| tiny") + table.count("| design") == len(rows)
+    assert "A dry run" in table and not results["not_run"]
+
+
+def test_what_there_was_no_time_for_is_counted(tmp_path: Path) -> None:
+    code, results, table = dry_run(tmp_path, "--seconds", "0")
+    assert code == 0 and not results["rows"]
+    assert set(results["not_run"]) == {"unet", "conv", "group norm"}
+    assert "not run for want of time" in table and "not measured" in table
+
+
+def test_a_failing_row_is_kept_and_fails_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> dict:
+        raise RuntimeError("conv_forward: out of registers")
+
+    monkeypatch.setattr(gpu_conv, "row_of", broken)
+    code, results, table = dry_run(tmp_path, "--only", "conv")
+    assert code == 1 and all("out of registers" in row["failed"] for row in results["rows"])
+    assert "* failed: conv" in table
+
+
+def test_without_a_gpu_it_says_how_to_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert gpu.main(["--out", str(tmp_path)]) == 2
+    assert "--dry-run" in capsys.readouterr().out
+
+
+def test_the_unets_layers_are_those_of_the_published_models() -> None:
+    """GMACs of all convolutions per image, which the models' published totals include."""
+    for name, gmacs in (("CIFAR-10", 8.13), ("ImageNet64", 39.34)):
+        convs, norms = unet_layers(name, UNETS[name], batch=64)
+        assert sum(layer.uses * layer.flops() for layer in convs) / 64 / 2e9 == pytest.approx(gmacs, abs=0.01)
+        assert len(set(convs)) == len(convs) and len(set(norms)) == len(norms)
+        assert {(layer.filter, layer.stride) for layer in convs} == {(3, 1), (3, 2), (1, 1)}
+    assert design_layers()[0].flops() == 2 * 128 * 32 * 32 * 9 * 128 * 128
+
+
+def test_every_combination_is_a_case_once_and_the_goals_come_first() -> None:
+    design, models = design_layers(), unet_layers("CIFAR-10", UNETS["CIFAR-10"], 64)[0]
+    cases = list(gpu_conv.cases(design, models))
+    assert len(set(cases)) == len(cases) == (len(design) + len(models)) * 7 * 3 * 3
+    first = cases[: len(design) * 9 + len(models) * 4]
+    assert all(case.num_groups == 8 and not case.uneven for case in first)
+    assert {case.layer for case in first if case.width == 1.0 and case.direction == "forward"} == {*design, *models}
+
+
+@pytest.mark.parametrize("uneven", [False, True])
+@pytest.mark.parametrize("num_groups", [1, 4, 8, 16])
+def test_groups_share_out_the_batch(num_groups: int, uneven: bool) -> None:
+    sizes = gpu_peers.group_sizes(64, num_groups, uneven=uneven)
+    assert len(sizes) == num_groups and sum(sizes) == 64
+    assert sizes[0] == (32 if uneven and num_groups > 1 else 64 // num_groups)
+
+
+@pytest.mark.parametrize("layer", [ConvLayer("a", 5, 8, 16, 6, 6), ConvLayer("b", 5, 8, 8, 6, 6, 3, 2)], ids=str)
+def test_im2col_and_a_grouped_product_are_the_same_convolution(layer: ConvLayer) -> None:
+    run = Run(Machine("cpu"), "reference", torch.bfloat16, 0.0, 5.0, tiny=True)
+    problem = gpu_conv.Problem(run, gpu_conv.Case(layer, 3, True, 1.0, "forward"))
+    rows = gpu_peers.grouped_matmul(problem.x, problem.weight, problem.sizes, layer.stride)()
+    problem.bias.zero_()
+    expected = torch.cat([call() for call in problem.segments()])
+    actual = rows.view(layer.batch, *layer.out_size, layer.out_channels).permute(0, 3, 1, 2)
+    torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2)
+
+
+def row(section: str, direction: str, width: float = 1.0, **ms: float) -> dict:
+    """A row of the design's size with these times; dashes in names stand for ", "."""
+    times = {name.replace("_", ", "): value for name, value in ms.items()}
+    ratios = {name: times["ours"] / value for name, value in times.items() if not name.startswith("ours")}
+    return {
+        "section": section, "layer": "x", "direction": direction, "width": width, "num_groups": 8, "uneven": False,
+        "filter": 3, "stride": 1, "channels": [128, 128], "ms": times, "ratios": ratios, "wrong": False,
+        "error": 0.0, "absent": {}, "of_copy": 0.9,
+    }  # fmt: skip
+
+
+def test_goals_are_met_or_missed_by_the_rows_they_are_about() -> None:
+    rows = [
+        row("unet", "forward", ours=5.0, ours_graph=3.0, dense=4.0, loop=9.0, loop_graph=5.9),
+        row("unet", "training step", ours=10.0, ours_graph=10.0, dense=9.0, loop=16.0, loop_graph=15.0),
+        row("conv", "forward", ours=1.0, ours_graph=1.0, dense_graph=0.95),
+        row("conv", "forward", ours=1.0, ours_graph=1.0, dense_graph=0.5),
+        row("group norm", "forward", ours=1.0, ours_graph=1.0),
+    ]
+    verdicts = {v["goal"]: v for v in gpu_report.judge(rows)}
+    met = {name: (v["met"], v["rows"]) for name, v in verdicts.items()}
+    cudnn = "3x3 layers: speed of dense cuDNN, forward, both in a graph"
+    assert met == {
+        "UNet forward, N = 8: time / dense, both eager": (0, 1),  # 5 / 4
+        "UNet forward, N = 8: in a graph / dense, eager": (1, 1),  # 3 / 4
+        "UNet forward, N = 8: best loop peer / ours at best": (0, 1),  # 5.9 / 3
+        "UNet training step, N = 8: best loop peer / ours": (1, 1),
+        cudnn: (1, 2),
+        "Convolutions at 50% widths: cost / full width": (0, 0),
+        "Group norm: bandwidth / measured copy": (1, 1),
+    }
+    assert verdicts[cudnn]["worst"] == 0.5
+    assert [miss["value"] for miss in verdicts[cudnn]["missed"]] == [0.5]
+    rows[2]["wrong"] = True
+    assert next(v for v in gpu_report.judge(rows) if v["goal"].startswith("3x3"))["rows"] == 1, (
+        "a wrong row is no proof"
+    )
+
+
+def test_a_step_that_takes_too_long_is_interrupted() -> None:
+    start = time.monotonic()
+    with pytest.raises(TookTooLong), at_most(0.05):
+        time.sleep(5)
+    assert time.monotonic() - start < 2
+    time.sleep(0.06)  # and nothing strikes later
