@@ -72,7 +72,7 @@ struct ChannelCoefficients {
 template <class T, int V, bool kKeep>
 __device__ __forceinline__ void sum_grads(const GroupNormParams& p, const NormBlock& block, const NormThread& thread,
                                           const BackwardArrays& arrays, T* x_tile, T* dy_tile, float* row_sums) {
-  constexpr int kLoads = 2;
+  constexpr int kLoads = V == 1 ? 4 : 2;  // in flight per thread and tensor
   const T* x = activations<T>(p, block, p.x);
   const T* dy = activations<T>(p, block, p.dy);
   for (int strip = 0; strip < block.channels; strip += thread.lanes * V) {
@@ -197,7 +197,7 @@ __device__ __forceinline__ void finish_grads(const GroupNormParams& p, const Nor
 template <class T, int V, bool kFromTile>
 __device__ __forceinline__ void input_grads(const GroupNormParams& p, const NormBlock& block, const NormThread& thread,
                                             const BackwardArrays& arrays, const T* x_tile, const T* dy_tile) {
-  constexpr int kLoads = 2;
+  constexpr int kLoads = V == 1 ? 4 : 2;  // in flight per thread and tensor
   const T* x = activations<T>(p, block, p.x);
   const T* dy = activations<T>(p, block, p.dy);
   T* dx = activations<T>(p, block, p.dx);
