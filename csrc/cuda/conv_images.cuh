@@ -111,7 +111,7 @@ class ConvImageLoader {
       const int per_sample = tile.rows.size * per_row, sample = index / per_sample;
       top_[i] = index % per_sample / per_row * tile.rows.step + tile.rows.first;
       left_[i] = index % per_row * tile.columns.step + tile.columns.first;
-      pixel_[i] = static_cast<long long>(tile.first_sample + sample) * height_ * width_;
+      pixel_[i] = (tile.first_sample + sample) * height_ * width_;
       if (!tile.row_exists(row)) top_[i] = kOutside;
     }
   }
@@ -139,7 +139,8 @@ class ConvImageLoader {
       const int row = top_[i] + down, column = left_[i] + across;
       const bool inside = static_cast<unsigned>(row) < static_cast<unsigned>(height_) &&
                           static_cast<unsigned>(column) < static_cast<unsigned>(width_);
-      const long long index = (pixel_[i] + row * width_ + column) * channels_ + channel;
+      const int pixel = inside ? pixel_[i] + row * width_ + column : 0;
+      const long long index = static_cast<long long>(pixel) * channels_ + channel;
       copy_chunk<T, kVector>(shared + Pixels::offset(i), source_, index, inside ? tile_.live_source - channel : 0);
     }
   }
@@ -178,7 +179,7 @@ class ConvImageLoader {
   const T* source_;
   const T* weight_;  // of the expert
   int height_, width_, channels_;
-  long long pixel_[Pixels::kCopies];                  // the first pixel of the row's sample in the source
+  int pixel_[Pixels::kCopies];                        // the first pixel of the row's sample in the source
   int top_[Pixels::kCopies], left_[Pixels::kCopies];  // the source pixel of its first tap
   int tap_row_ = 0, tap_column_ = 0, channel_ = 0;    // of the next step
 };

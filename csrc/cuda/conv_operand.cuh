@@ -33,7 +33,7 @@ struct DepthInner {
   static constexpr int kLines = kExtent, kChunks = kConvDepth / kPerChunk<T>;
   static constexpr int kBytes = kLines * kChunks * kChunkBytes;
 
-  static __device__ __forceinline__ int offset(int line, int chunk) {
+  static __device__ __forceinline__ constexpr int offset(int line, int chunk) {
     // Four chunks: two lines share the 32 banks.
     const int swizzled = kChunks == 4 ? chunk ^ ((line >> 1) & 3) : chunk ^ (line & 7);
     return (line * kChunks + swizzled) * kChunkBytes;
@@ -53,7 +53,7 @@ struct DepthOuter {
   static constexpr int kLines = kConvDepth, kChunks = kExtent / kPerChunk<T>;
   static constexpr int kBytes = kLines * kChunks * kChunkBytes;
 
-  static __device__ __forceinline__ int offset(int line, int chunk) {
+  static __device__ __forceinline__ constexpr int offset(int line, int chunk) {
     return (line * kChunks + (chunk ^ (line & 7))) * kChunkBytes;
   }
 
@@ -71,7 +71,7 @@ struct DepthOuter<float, kExtent> {
   static constexpr int kLines = kConvDepth, kChunks = kExtent / kPerChunk<float>;
   static constexpr int kBytes = kLines * kChunks * kChunkBytes;
 
-  static __device__ __forceinline__ int offset(int line, int chunk) {
+  static __device__ __forceinline__ constexpr int offset(int line, int chunk) {
     return (line * kChunks + (chunk ^ (line % 4 * 2))) * kChunkBytes;
   }
 
@@ -85,6 +85,24 @@ struct DepthOuter<float, kExtent> {
     }
   }
 };
+
+// Whether the chunks that a warp reads at once, of so many lines, side by side, lie in different banks.
+template <class Operand>
+__device__ constexpr bool fills_banks(int lines, int chunks) {
+  for (int line = 0; line < Operand::kLines; line += lines) {
+    for (int chunk = 0; chunk < Operand::kChunks; chunk += chunks) {
+      unsigned banks = 0;  // groups of four banks: 16 bytes
+      for (int i = 0; i < lines * chunks; ++i) {
+        banks |= 1u << Operand::offset(line + i / chunks, chunk + i % chunks) / kChunkBytes % 8;
+      }
+      if (banks != 0xffu) return false;
+    }
+  }
+  return true;
+}
+static_assert(fills_banks<DepthInner<bf16, 128>>(8, 1) && fills_banks<DepthInner<float, 128>>(8, 1), "ldmatrix");
+static_assert(fills_banks<DepthOuter<bf16, 128>>(8, 1) && fills_banks<DepthOuter<bf16, 64>>(8, 1), "ldmatrix, trans");
+static_assert(fills_banks<DepthOuter<float, 128>>(4, 2) && fills_banks<DepthOuter<float, 64>>(4, 2), "single words");
 
 // The first `live` elements of a chunk, zeros after them.
 template <class T, bool kVector>
@@ -118,16 +136,12 @@ __device__ __forceinline__ uint4 partial_chunk(const T* global, int live) {
 // and, unless a 16-byte load covers them, are not read. `base` is an address that is always good.
 template <class T, bool kVector>
 __device__ __forceinline__ void copy_chunk(unsigned char* shared, const T* base, long long index, int live) {
-  if (live <= 0) {
-    if (kVector) {
-      cp_async_16(shared, base, false);
-    } else {
-      store_16(shared, make_uint4(0, 0, 0, 0));
-    }
-  } else if (kVector && live >= kPerChunk<T>) {
-    cp_async_16(shared, base + index, true);
+  if (!kVector) {
+    store_16(shared, partial_chunk<T, false>(base + (live > 0 ? index : 0), live));
+  } else if (live <= 0 || live >= kPerChunk<T>) {
+    cp_async_16(shared, base + (live > 0 ? index : 0), live > 0);
   } else {
-    store_16(shared, partial_chunk<T, kVector>(base + index, live));
+    store_16(shared, partial_chunk<T, true>(base + index, live));
   }
 }
 
