@@ -1,0 +1,51 @@
+"""What compute-sanitizer watches: every kernel of one backend once, on shapes that end in the middle of a tile.
+
+``python -m tests.gpu.sanitized BACKEND [DEVICE]``. Results are compared with the reference, so that the program also
+ends badly when the sanitizer sees nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from tdc_fast import RoutingPlan
+from tests.cases import ConvCase, NormCase
+from tests.gpu.problems import Target, gradients, moved, refusal, routed, upstream
+from tests.gpu.shapes import THREE, UNEVEN, conv, norm
+
+CASES: list[ConvCase | NormCase] = [
+    conv(UNEVEN, (40, 72), (7, 6)),
+    conv(THREE, (16, 24), (6, 6), stride=(2, 2), in_widths=(16, 8, 0), out_widths=(24, 0, 8)),
+    conv(THREE, (64, 64), (5, 1), filter=(1, 1), padding=(0, 0)),
+    norm(THREE, 24, 6, (7, 5), widths=(24, 8, 12)),
+    norm(THREE, 64, 2, (48, 48)),
+]
+
+
+def main(backend: str, device: str = "cuda") -> None:
+    groups = torch.arange(50, device=device) * 7 % 5
+    assert torch.equal(RoutingPlan.from_groups(groups, 5).order, torch.sort(groups, stable=True).indices)
+    ran = 0
+    for case in CASES:
+        target, oracle = Target(device, backend), Target("cpu", "reference")
+        leaves = moved(case.tensors(torch.bfloat16), device, case.layout)
+        if (reason := refusal(case, leaves, target)) is not None:
+            print(f"not run: {case}: {reason}")
+            continue
+        on_host = moved(case.tensors(torch.bfloat16), "cpu", case.layout)
+        expected, y = routed(case, on_host, oracle), routed(case, leaves, target)
+        dy = upstream(case, y.shape, torch.bfloat16)
+        ours, theirs = gradients(y, leaves, dy), gradients(expected, on_host, dy)
+        for name in ours:
+            torch.testing.assert_close(
+                ours[name], theirs[name], rtol=3e-2, atol=3e-2, msg=lambda m, n=name: f"{n}: {m}"
+            )
+        ran += 1
+    assert ran >= 3, f"{backend} served {ran} of {len(CASES)} cases"
+    print(f"ran {ran} cases on {backend}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

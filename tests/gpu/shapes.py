@@ -1,0 +1,81 @@
+"""The shapes that every backend is held to on a GPU, by name: what tiles, routing and widths can get wrong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.cases import ConvCase, NormCase, Routing
+
+UNEVEN = Routing((0, 2, 0, 0, 2, 0, 1), 4, 4, None)  # group 3 has no samples
+THREE = Routing((0, 2, 2, 1, 0, 2), 3, 3, None)
+ALL = ("bias", "sample_bias", "residual")
+
+
+def conv(routing: Routing, channels: tuple[int, int], size: tuple[int, int], **changes: Any) -> ConvCase:
+    settings: dict[str, Any] = {
+        "filter": (3, 3), "stride": (1, 1), "padding": (1, 1), "in_widths": None, "out_widths": None, "extras": ALL,
+        "layout": "channels_last", "seed": 1,
+    }  # fmt: skip
+    return ConvCase(routing, *channels, size, **(settings | changes))
+
+
+def norm(routing: Routing, channels: int, groups: int, size: tuple[int, int], **changes: Any) -> NormCase:
+    settings: dict[str, Any] = {
+        "widths": None, "extras": ("scale", "shift"), "activation": "silu", "layout": "channels_last", "seed": 1,
+    }  # fmt: skip
+    return NormCase(routing, channels, groups, size, **(settings | changes))
+
+
+CONV_CASES: dict[str, ConvCase] = {
+    "several tiles and K-steps": conv(UNEVEN, (96, 136), (16, 16)),
+    "odd channels": conv(THREE, (11, 9), (7, 5), in_widths=(11, 4, 7), out_widths=(3, 9, 5)),
+    "stride 2": conv(UNEVEN, (32, 64), (16, 16), stride=(2, 2)),
+    "tokens": conv(UNEVEN, (64, 192), (64, 1), filter=(1, 1), padding=(0, 0)),
+    "widths": conv(
+        Routing((0, 1, 1, 2, 3, 3, 3, 0, 1), 4, 4, None),
+        (72, 136),
+        (8, 8),
+        in_widths=(72, 40, 0, 8),
+        out_widths=(136, 72, 16, 0),
+    ),
+    "stride 2 and an odd image": conv(THREE, (24, 16), (9, 7), stride=(2, 2), extras=("bias",)),
+    "5x5": conv(THREE, (16, 24), (9, 9), filter=(5, 5), padding=(2, 2), extras=()),
+    "1x3, strides 1 and 2, no padding": conv(
+        THREE, (16, 8), (5, 9), filter=(1, 3), stride=(1, 2), padding=(0, 0), extras=("residual",)
+    ),
+    "more padding than filter": conv(THREE, (8, 8), (4, 5), padding=(3, 3)),
+    "more groups than samples": conv(Routing((5, 2), 9, 9, None), (16, 16), (6, 6)),
+    "one sample": conv(Routing((0,), 1, 1, None), (32, 32), (8, 8)),
+    "no samples": conv(Routing((), 3, 3, None), (16, 16), (6, 6)),
+    "experts shared at other widths": conv(
+        Routing((0, 2, 2, 1, 0, 2), 3, 2, (1, 0, 1)), (32, 32), (6, 6), in_widths=(32, 16, 8), out_widths=(8, 32, 24)
+    ),
+    "an expert that nobody uses": conv(Routing((0, 2), 3, 4, (3, 1, 0)), (16, 16), (5, 5)),
+    "many small images": conv(Routing(tuple(i * 7 % 5 for i in range(40)), 5, 5, None), (32, 48), (4, 4)),
+    "one large group": conv(Routing((1,) * 9, 3, 3, None), (40, 24), (12, 12)),
+    "image channels in": conv(UNEVEN, (3, 32), (8, 8), extras=("bias",)),
+    "image channels out": conv(UNEVEN, (32, 6), (8, 8), extras=("bias",)),
+    "a strided input": conv(THREE, (16, 16), (6, 6), layout="strided"),
+    "a contiguous input": conv(THREE, (16, 16), (6, 6), layout="contiguous"),
+}
+# What a dtype can get wrong that another does not: the forms of loads and products, not the routing.
+CONV_FORMS = ("several tiles and K-steps", "odd channels", "stride 2", "tokens", "widths")
+
+NORM_CASES: dict[str, NormCase] = {
+    "scale, shift and SiLU": norm(UNEVEN, 64, 32, (16, 16)),
+    "odd": norm(THREE, 15, 5, (7, 5), widths=(15, 3, 6)),
+    "more than shared memory holds": norm(Routing((0, 1), 2, 2, None), 64, 2, (48, 48)),
+    "nothing fused": norm(THREE, 24, 6, (6, 6), extras=(), activation=None),
+    "shift alone": norm(THREE, 24, 6, (6, 6), extras=("shift",)),
+    "scale alone": norm(THREE, 24, 6, (6, 6), extras=("scale",), activation=None),
+    "widths": norm(Routing((0, 1, 1, 2, 3, 0), 4, 4, None), 128, 32, (8, 8), widths=(128, 64, 0, 4)),
+    "one pixel": norm(THREE, 24, 6, (1, 1)),
+    "one channel per group": norm(THREE, 16, 16, (5, 5)),
+    "more groups than samples": norm(Routing((5, 2), 9, 9, None), 32, 8, (6, 6)),
+    "no samples": norm(Routing((), 3, 3, None), 32, 8, (6, 6)),
+    "experts shared at other widths": norm(
+        Routing((0, 2, 2, 1, 0, 2), 3, 2, (1, 0, 1)), 32, 8, (6, 6), widths=(8, 32, 24)
+    ),
+    "a strided input": norm(THREE, 32, 8, (6, 6), layout="strided"),
+}
+NORM_FORMS = ("scale, shift and SiLU", "odd", "more than shared memory holds", "widths")

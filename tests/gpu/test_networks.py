@@ -1,0 +1,124 @@
+"""A whole routed UNet on a GPU: never waits for the host, is captured in a CUDA graph, works under autocast."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from tdc_fast.nn.packing import RoutedModel
+from tests.gpu.networks import NUM_GROUPS, batch_for, no_synchronisation, recorded, routed_unet
+from tests.gpu.problems import on_device
+from tests.tolerance import max_error
+
+pruned = pytest.mark.parametrize("pruned", [False, True], ids=["whole", "pruned"])
+
+
+def gradients_of(model: nn.Module, x: Tensor, t: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad()
+    loss = nn.functional.mse_loss(model(x, t).float(), target.float())
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@on_device
+@pruned
+def test_every_sample_gets_its_experts_result(device: str, pruned: bool) -> None:
+    """The routed model against each expert as an ordinary module, in fp64 on the CPU."""
+    model = routed_unet(device, torch.bfloat16, pruned=pruned)
+    x, t, _ = batch_for(model, seed=1)
+    groups = model.groups.group_of(t.cpu())
+    with torch.no_grad():
+        ours = model(x, t).cpu()
+        plain, exact = torch.empty_like(ours), ours.double()
+        for index in range(NUM_GROUPS):
+            expert = model.expert(index).to(ours.dtype)
+            chosen = (groups == index).nonzero().squeeze(1)
+            there = chosen.to(x.device)
+            plain[chosen] = expert(x[there], t[there]).cpu()
+            exact[chosen] = expert.cpu().double()(x[there].cpu().double(), t[there].cpu())
+    assert max_error(ours, exact) <= 2 * max_error(plain, exact) + 2 * torch.finfo(torch.bfloat16).eps
+
+
+@on_device
+@pruned
+def test_forward_and_backward_never_wait_for_the_gpu(device: str, pruned: bool) -> None:
+    model = routed_unet(device, torch.bfloat16, pruned=pruned)
+    gradients_of(model, *batch_for(model, seed=0))  # compiles, autotunes, allocates
+    batch = batch_for(model, seed=1)
+    with no_synchronisation(device):
+        loss, grads = gradients_of(model, *batch)
+    assert loss.isfinite() and all(grad.isfinite().all() for grad in grads.values())
+
+
+@on_device
+@pruned
+def test_a_captured_forward_follows_the_timesteps_it_is_given(device: str, pruned: bool) -> None:
+    """Between replays the group ids change: other segments, other tiles, the same graph and the same bits as eager."""
+    model = routed_unet(device, torch.bfloat16, pruned=pruned)
+    x, t, _ = (v.clone() for v in batch_for(model, seed=0))
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        replay, out = recorded(device, lambda: model(x, t))
+        for seed in (1, 2, 3):
+            new_x, new_t, _ = batch_for(model, seed)
+            x.copy_(new_x), t.copy_(new_t)
+            replay()
+            assert torch.equal(out, model(new_x, new_t)), f"batch {seed}"
+
+
+@on_device
+def test_a_captured_training_step_trains_as_the_eager_one(device: str) -> None:
+    eager = routed_unet(device, torch.bfloat16, pruned=True)
+    captured = copy.deepcopy(eager)
+    start = {name: value.clone() for name, value in captured.state_dict().items()}
+
+    def step_of(model: RoutedModel, x: Tensor, t: Tensor, target: Tensor) -> Tensor:
+        loss, grads = gradients_of(model, x, t, target)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name in grads:
+                    parameter.sub_(grads[name], alpha=0.05)
+        return loss
+
+    x, t, target = (v.clone() for v in batch_for(captured, seed=0))
+    with sdpa_kernel(SDPBackend.MATH):
+        replay, loss = recorded(device, lambda: step_of(captured, x, t, target))
+        captured.load_state_dict(start)  # in place: the graph reads the same memory
+        for seed in (1, 2, 3):
+            batch = batch_for(captured, seed)
+            for static, new in zip((x, t, target), batch, strict=True):
+                static.copy_(new)
+            replay()
+            expected = step_of(eager, *batch)
+            torch.testing.assert_close(loss, expected, rtol=1e-3, atol=1e-5, msg=lambda m, s=seed: f"batch {s}: {m}")
+    for (name, ours), theirs in zip(captured.named_parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, msg=lambda m, n=name: f"{n}: {m}")
+    assert any(not torch.equal(start[name], value) for name, value in captured.state_dict().items())
+
+
+@on_device
+def test_two_training_steps_give_the_same_bits(device: str) -> None:
+    model = routed_unet(device, torch.bfloat16, pruned=True)
+    batch = batch_for(model, seed=1)
+    with sdpa_kernel(SDPBackend.MATH):
+        runs = [gradients_of(model, *batch) for _ in range(2)]
+    assert torch.equal(runs[0][0], runs[1][0])
+    for name in runs[0][1]:
+        assert torch.equal(runs[0][1][name], runs[1][1][name]), name
+
+
+@on_device
+def test_autocast_computes_in_bf16_and_gives_fp32_gradients(device: str) -> None:
+    model = routed_unet(device, torch.float32, pruned=False)
+    batch = batch_for(model, seed=1)
+    wide_loss, wide = gradients_of(model, *batch)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        assert model(*batch[:2]).dtype == torch.bfloat16
+        loss, grads = gradients_of(model, *batch)
+    torch.testing.assert_close(loss, wide_loss, rtol=2e-2, atol=1e-3)
+    assert all(grad.dtype == torch.float32 for grad in grads.values())
+    norm = lambda g: torch.stack([v.double().square().sum() for v in g.values()]).sum().sqrt()  # noqa: E731
+    assert norm({k: grads[k] - wide[k] for k in wide}) < 0.05 * norm(wide)

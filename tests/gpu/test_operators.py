@@ -1,0 +1,142 @@
+"""On a GPU every operator of every backend errs, against fp64, at most twice as much as torch's own of that dtype."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tdc_fast import routed_linear
+from tests.cases import ConvCase, NormCase
+from tests.gpu.problems import (
+    BF16,
+    FP16,
+    FP32,
+    TF32,
+    Precision,
+    Target,
+    gradients,
+    moved,
+    on_every_backend,
+    plan_on,
+    refusal,
+    routed,
+    truncated_to_tf32,
+    upstream,
+)
+from tests.gpu.shapes import CONV_CASES, CONV_FORMS, NORM_CASES, NORM_FORMS, UNEVEN
+from tests.tolerance import assert_as_accurate_as_torch
+
+CONVOLUTIONS = [(name, BF16) for name in CONV_CASES] + [(n, p) for p in (FP16, FP32, TF32) for n in CONV_FORMS]
+NORMS = [(name, BF16) for name in NORM_CASES] + [(name, p) for p in (FP16, FP32) for name in NORM_FORMS]
+
+
+def named(cases: list[tuple[str, Precision]]):
+    return pytest.mark.parametrize(("name", "precision"), cases, ids=[f"{p}-{n.replace(' ', '_')}" for n, p in cases])
+
+
+def inputs(case: ConvCase | NormCase, precision: Precision) -> dict[str, Tensor]:
+    """The case's values; for TF32 with bits that it drops, which values drawn in bf16 do not have."""
+    tensors = {name: t.detach() for name, t in case.tensors(precision.dtype).items()}
+    if precision.tf32:
+        generator = torch.Generator().manual_seed(7)
+        noise = {name: 1 + 1e-3 * torch.randn(t.shape, generator=generator) for name, t in tensors.items()}
+        tensors = {name: t * noise[name] for name, t in tensors.items()}
+    return tensors
+
+
+def torchs_own(case: ConvCase | NormCase, tensors: dict[str, Tensor], dy: Tensor, precision: Precision, device: str):
+    """What torch computes in that dtype on that device. TF32: exact products of truncated inputs, as tensor cores do
+    them; cuDNN has no TF32 kernel for many of the shapes and would be exact there."""
+    if not precision.tf32:
+        leaves = moved(tensors, device, case.layout)
+        return gradients(case.plain(leaves), leaves, dy)
+    products = ("x", "weight")
+    leaves = {k: truncated_to_tf32(t) if k in products else t for k, t in tensors.items()}
+    leaves = moved(leaves, "cpu", "channels_last")
+    return gradients(case.plain(leaves), leaves, truncated_to_tf32(dy))
+
+
+def check(case: ConvCase | NormCase, precision: Precision, target: Target, terms: dict[str, int]) -> None:
+    with precision.active():
+        tensors = inputs(case, precision)
+        wide = moved({k: t.double() for k, t in tensors.items()}, "cpu", "channels_last")
+        result = case.plain(wide)
+        dy = upstream(case, result.shape, precision.dtype)
+        exact = gradients(result, wide, dy.double())
+        torchs = torchs_own(case, tensors, dy, precision, target.device)
+        leaves = moved(tensors, target.device, case.layout)
+        if (reason := refusal(case, leaves, target)) is not None:
+            pytest.skip(f"{target.backend} refuses: {reason}")
+        ours = gradients(routed(case, leaves, target), leaves, dy)
+    for key in ours:
+        what = f"{key} of {case} in {precision}"
+        assert_as_accurate_as_torch(ours[key], torchs[key], exact[key], what, max(64, terms.get(key, terms["sums"])))
+        dead = (exact[key] == 0) & (torchs[key] == 0)
+        assert not ours[key][dead].any(), f"{what}: what is dead is not exactly zero"
+
+
+@on_every_backend
+@named(CONVOLUTIONS)
+def test_convolution(name: str, precision: Precision, target: Target, nan_filled_memory: None) -> None:
+    case = CONV_CASES[name]
+    products = case.filter[0] * case.filter[1] * max(case.in_channels, case.out_channels)
+    pixels = case.out_size[0] * case.out_size[1]
+    check(case, precision, target, {"y": products, "dx": products, "sums": case.routing.batch * pixels})
+
+
+@on_every_backend
+@named(NORMS)
+def test_group_norm(name: str, precision: Precision, target: Target, nan_filled_memory: None) -> None:
+    case = NORM_CASES[name]
+    # Terms are products of dy, 1 + scale and the slope of SiLU, about 2 in size: as noisy as four of size 1.
+    check(case, precision, target, {"sums": 4 * case.routing.batch * case.size[0] * case.size[1]})
+
+
+@on_every_backend
+@pytest.mark.parametrize("tokens", [None, 5], ids=["rows", "tokens"])
+def test_linear(tokens: int | None, target: Target, nan_filled_memory: None) -> None:
+    generator, middle = torch.Generator().manual_seed(0), () if tokens is None else (tokens,)
+    shapes = {
+        "x": (UNEVEN.batch, *middle, 48),
+        "weight": (4, 80, 48),
+        "bias": (4, 80),
+        "residual": (UNEVEN.batch, *middle, 80),
+    }
+    values = {k: torch.randn(shape, generator=generator).to(torch.bfloat16) for k, shape in shapes.items()}
+    dy = torch.randn(shapes["residual"], generator=generator).to(torch.bfloat16)
+
+    def run(dtype: torch.dtype, device: str, ours: bool) -> dict[str, Tensor]:
+        t = {k: v.to(device, dtype).requires_grad_() for k, v in values.items()}
+        if ours:
+            y = routed_linear(
+                t["x"], t["weight"], t["bias"], plan_on(UNEVEN, device), residual=t["residual"], backend=target.backend
+            )
+        else:
+            pieces = [
+                F.linear(t["x"][start:stop], t["weight"][e], t["bias"][e]) + t["residual"][start:stop]
+                for _, e, start, stop in UNEVEN.segments()
+            ]
+            y = torch.cat(pieces)
+        return gradients(y, t, dy.to(dtype))
+
+    ours, torchs = run(torch.bfloat16, target.device, True), run(torch.bfloat16, target.device, False)
+    exact = run(torch.float64, "cpu", False)
+    for key in ours:
+        assert_as_accurate_as_torch(ours[key], torchs[key], exact[key], key)
+
+
+@on_every_backend
+@pytest.mark.parametrize(
+    "case", [CONV_CASES["several tiles and K-steps"], NORM_CASES["scale, shift and SiLU"]], ids=["conv", "norm"]
+)
+def test_the_same_bits_twice(case: ConvCase | NormCase, target: Target, nan_filled_memory: None) -> None:
+    """Forward and every gradient: no float atomics, no order that depends on timing."""
+    leaves = moved(case.tensors(torch.bfloat16), target.device, case.layout)
+    runs = []
+    for _ in range(2):
+        y = routed(case, leaves, target)
+        runs.append(gradients(y, leaves, upstream(case, y.shape, torch.bfloat16)))
+    for key in runs[0]:
+        assert torch.equal(runs[0][key], runs[1][key]), key
