@@ -1,24 +1,24 @@
-"""From a trained base to one width plan: budgets, importance, widths, and rounds of proposing and scoring.
+"""From a trained base to one width plan: budgets, importance, and a search in every group that must be pruned.
 
-Source: arXiv 2312.13307 (Proxy-based Pruning). Each round a proposer answers with widths, which are moved onto the
-group's budget and, when there is a scorer, scored; the memory of the rounds goes back to the proposer, and the best
-scored widths win. By default there is one round, its proposer is the exact solve for kept importance, and nothing
-needs scoring.
+Source: arXiv 2312.13307 (Proxy-based Pruning). In each round an agent proposes candidates; they are moved onto the
+group's budget and scored together; the memory of the rounds goes back to the agent; the best scored widths win. By
+default there is one round, its agent is the exact solve for kept importance, and nothing needs scoring.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from tdc_fast.errors import invalid
 from tdc_fast.nn.width_plan import ExpertUnit, WidthPlan, base_hash
-from tdc_fast.pruning.agents import MostImportant, Proposer, Scorer, Task, Trial, Widths
+from tdc_fast.pruning.agents import Agent, make_agent
 from tdc_fast.pruning.budget import budget_macs, group_fractions
 from tdc_fast.pruning.importance import (
     Batch,
@@ -29,7 +29,12 @@ from tdc_fast.pruning.importance import (
     taylor_importance,
 )
 from tdc_fast.pruning.macs import MacCounter, UnitCosts, measure_macs, one_sample_on_meta, unit_costs
-from tdc_fast.pruning.solver import Solution, UnitTable, lowest_macs, solve
+from tdc_fast.pruning.memory import Memory
+from tdc_fast.pruning.progress import Progress
+from tdc_fast.pruning.rounds import search_widths
+from tdc_fast.pruning.scoring import DenoisingLoss, Scorer
+from tdc_fast.pruning.solver import Solution, lowest_macs
+from tdc_fast.pruning.task import Task, Trial
 
 IMPORTANCES = ("taylor", "magnitude")
 
@@ -42,7 +47,7 @@ class Pruning:
         scorer), measured; they belong to the total cost of the training.
     base_macs        : MACs per sample of the whole base.
     fractions        : the share of it that each group was allowed.
-    trials           : per group the memory of its rounds; empty for a group that keeps the base.
+    trials           : per group what was tried; empty for a group that keeps the base.
     """
 
     plan: WidthPlan
@@ -68,9 +73,14 @@ def plan_pruning(
     difficulty: str | Sequence[float] = "snr",
     tolerance: float = 0.01,
     max_batches: int = 8,
-    proposer: Proposer | None = None,
-    scorer: Scorer | None = None,
+    agent: str | Agent = "auto",
     rounds: int = 1,
+    candidates: int = 8,
+    scorer: Scorer | None = None,
+    memory_file: str | Path | None = None,
+    use_memory: bool = True,
+    stand_in: Agent | None = None,
+    progress: Progress | None = None,
     strict: bool = False,
     seed: int = 0,
 ) -> Pruning:
@@ -83,23 +93,32 @@ def plan_pruning(
     k           : 0 < k <= 1 of the budget law, or one share of the base's MACs for each group.
     importance  : 'taylor' (on the group's own timesteps, in units of loss across all units), 'magnitude' (of the
                   weights, `balanced` by the units' MACs), or a function from the group's index to {unit: (atoms,)}.
+                  It decides which atoms of a unit are kept first, whoever chooses the widths.
     difficulty  : 'snr', 'snr-reversed', or one number per group, e.g. losses (see `difficulty_order`).
-    proposer, scorer, rounds : the search within each group; more than one round needs a scorer.
+    agent       : who proposes widths: a name of `agents.AGENTS` or any object with the protocol. 'auto' is the exact
+                  solve for kept importance when there is one round, and 'tpe' for more.
+    rounds, candidates, use_memory, stand_in, progress : see `search_widths`.
+    scorer      : None scores by the denoising loss on the same calibration data, and not at all for an agent of a
+                  single proposal.
+    memory_file : JSON lines of everything that was tried (`memory.Memory`); a search whose file is there goes on.
     strict      : raise instead of warn where the units are too coarse to land within the tolerance.
 
-    MACs are FlopCounterMode's, per sample, of the pruned model itself. A group whose budget is the whole base keeps it
-    as it is. The result depends on the arguments (with the proposer and the scorer) alone.
+    Groups are searched in their order, each seeing what the earlier ones found. MACs are FlopCounterMode's, per sample,
+    of the pruned model itself. A group whose budget is the whole base keeps it as it is. The result depends on the
+    arguments (with the agent and the scorer) alone.
 
-    Raises ValueError for arguments out of range, and for a budget below the smallest that the units reach.
+    Raises ValueError for arguments out of range, for a budget below the smallest that the units reach, and for a memory
+    of another search.
     """
     if isinstance(importance, str) and importance not in IMPORTANCES:
         raise invalid("importance", importance, f"one of {IMPORTANCES}, or a function of the group's index")
-    if rounds < 1 or (rounds > 1 and scorer is None):
-        raise invalid("rounds", rounds, "at least 1, and a scorer for more than 1")
     if max_batches < 1:
         raise invalid("max_batches", max_batches, "at least 1")
     if diffusion.num_timesteps != groups.num_timesteps:
         raise invalid("groups", groups, f"groups of the diffusion's {diffusion.num_timesteps} timesteps")
+    chosen = resolved_agent(agent, rounds)
+    if chosen.name == "magnitude":
+        importance = "magnitude"
     fractions = group_fractions(groups, diffusion.snr_db(), k, difficulty)
     data = list(islice(batches, max_batches))
     if not data:
@@ -108,6 +127,9 @@ def plan_pruning(
     costs = unit_costs(base, *split_batch(data[0]))
     budgets = tuple(budget_macs(fraction, costs.full()) for fraction in fractions)
     _check_reachable(k, budgets, costs)
+    if scorer is None and not getattr(chosen, "one_shot", False):
+        scorer = DenoisingLoss(base, diffusion, data, seed=seed)
+    digest = base_hash(base)
 
     def importance_of(group: int, interval: tuple[int, int]) -> Importance:
         if callable(importance):
@@ -117,74 +139,60 @@ def plan_pruning(
             return balanced(magnitude_importance(base, units), whole)
         return taylor_importance(base, units, data, diffusion, interval, seed=seed)
 
+    identity = {
+        "base_hash": digest,
+        "boundaries": list(groups.boundaries),
+        "budgets": list(budgets),
+        "tolerance": tolerance,
+        "agent": chosen.name,
+        "importance": importance if isinstance(importance, str) else "given",
+        "candidates": candidates,
+        "use_memory": use_memory,
+        "seed": seed,
+        "scored_samples": 0 if scorer is None else scorer.samples,
+    }
     experts: list[dict[str, ExpertUnit]] = []
     macs: list[int] = []
-    memories: list[tuple[Trial, ...]] = []
     calibration = 0
-    for group, (interval, budget) in enumerate(zip(groups, budgets, strict=True)):
-        if budget >= costs.full():
-            experts.append({u.name: ExpertUnit(tuple(range(u.num_atoms)), u.channels) for u in units})
-            macs.append(costs.full())
-            memories.append(())
-            continue
-        with MacCounter() as counter:
-            scores = importance_of(group, interval)
-            task = Task(group, interval, units, costs, budget, tolerance, scores)
-            best = search_widths(task, proposer or MostImportant(), scorer, rounds)
-        calibration += counter.macs
-        _report_coarse_units(task, best, strict)
-        experts.append({u.name: ExpertUnit(task.order(u.name), best.widths[u.name]) for u in units})
-        macs.append(_measured(base, best, data[0]))
-        memories.append(tuple(task.memory))
+    with Memory(None if memory_file is None else Path(memory_file), identity) as memory:
+        for group, (interval, budget) in enumerate(zip(groups, budgets, strict=True)):
+            if budget >= costs.full():
+                experts.append({u.name: ExpertUnit(tuple(range(u.num_atoms)), u.channels) for u in units})
+                macs.append(costs.full())
+                continue
+            with MacCounter() as counter:
+                scores = importance_of(group, interval)
+            calibration += counter.macs
+            task = Task(group, interval, units, costs, budget, tolerance, scores, seed=seed)
+            best = search_widths(
+                task,
+                chosen,
+                scorer,
+                rounds=rounds,
+                candidates=candidates,
+                memory=memory,
+                use_memory=use_memory,
+                stand_in=stand_in,
+                progress=progress,
+            )
+            _report_coarse_units(task, best, strict)
+            experts.append({u.name: ExpertUnit(task.order(u.name), best.widths[u.name]) for u in units})
+            macs.append(_measured(base, best, data[0]))
+        trials = tuple(memory.of_group(group) for group in range(len(budgets)))
+        calibration += memory.spent
     plan = WidthPlan(
-        base_hash=base_hash(base),
-        boundaries=groups.boundaries,
-        experts=tuple(experts),
-        macs=tuple(macs),
-        budgets=budgets,
+        base_hash=digest, boundaries=groups.boundaries, experts=tuple(experts), macs=tuple(macs), budgets=budgets
     )
-    return Pruning(plan, calibration, costs.full(), fractions, tuple(memories))
+    return Pruning(plan, calibration, costs.full(), fractions, trials)
 
 
-def search_widths(task: Task, proposer: Proposer, scorer: Scorer | None = None, rounds: int = 1) -> Trial:
-    """Rounds of proposing, moving onto the budget and scoring; the trial of lowest score, the first of equals.
-
-    Every trial goes into `task.memory`. A candidate that was scored before is not scored again.
-    """
-    known: dict[tuple[int, ...], float] = {}
-    for _ in range(rounds):
-        solution = project(task, proposer.propose(task))
-        score = None
-        if scorer is not None:
-            key = tuple(solution.widths[unit.name] for unit in task.units)
-            if key not in known:
-                known[key] = float(scorer.score(task, [solution.widths])[0])
-            score = known[key]
-        task.memory.append(Trial(solution.widths, solution.macs, score))
-    return min(task.memory, key=lambda trial: trial.score or 0.0)
-
-
-def project(task: Task, proposal: Widths, weights: Mapping[str, float] | None = None) -> Solution:
-    """The allowed widths nearest to a proposal whose MACs lie within the tolerance below the task's budget.
-
-    Distance is the sum over units of weight * |width - proposed| / channels, every weight 1 unless given. A proposal
-    that is allowed and within the budget's window comes back as it is. ValueError for a unit that is missing, unknown,
-    or proposed outside [0, channels].
-    """
-    names = {unit.name for unit in task.units}
-    if set(proposal) != names:
-        odd = sorted(names.symmetric_difference(proposal))
-        raise invalid("proposal", odd, "one width for each unit of the task, and no others")
-    tables = []
-    for unit in task.units:
-        wanted, weight = proposal[unit.name], 1.0 if weights is None else weights.get(unit.name, 1.0)
-        if not 0 <= wanted <= unit.channels:
-            raise invalid(f"proposal[{unit.name!r}]", wanted, f"a width from 0 to {unit.channels}")
-        widths = unit.widths()
-        macs = tuple(task.costs.tables[unit.name][width] for width in widths)
-        nearness = tuple(-weight * abs(width - wanted) / unit.channels for width in widths)
-        tables.append(UnitTable(unit.name, widths, macs, nearness))
-    return solve(tables, task.budget, fixed_macs=task.costs.fixed, tolerance=task.tolerance)
+def resolved_agent(agent: str | Agent, rounds: int) -> Agent:
+    """The agent itself; 'auto' by the number of rounds."""
+    if not isinstance(agent, str):
+        return agent
+    if agent == "auto":
+        return make_agent("taylor" if rounds == 1 else "tpe")
+    return make_agent(agent)
 
 
 def _check_reachable(k: object, budgets: Sequence[int], costs: UnitCosts) -> None:

@@ -4,63 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
-from tdc_fast.diffusion import Diffusion, create_diffusion
-from tdc_fast.models.iddpm import UNet, create_unet
+from tdc_fast.diffusion import Diffusion
+from tdc_fast.models.iddpm import UNet
 from tdc_fast.nn.packing import pack_experts
 from tdc_fast.nn.width_plan import WidthPlan
-from tdc_fast.pruning.agents import DenoisingLoss, MostImportant, Task, Widths, importance_tables
+from tdc_fast.pruning.agents import MostImportant
 from tdc_fast.pruning.budget import budget_law, budget_macs
-from tdc_fast.pruning.macs import UnitCosts, measure_macs, unit_costs
+from tdc_fast.pruning.macs import MacCounter, UnitCosts, measure_macs
 from tdc_fast.pruning.narrow import narrow
-from tdc_fast.pruning.search import plan_pruning, project, prune, search_widths
+from tdc_fast.pruning.rounds import search_widths
+from tdc_fast.pruning.search import plan_pruning, prune, resolved_agent
+from tdc_fast.pruning.task import importance_tables
 from tdc_fast.routing import TimestepGroups
-from tests.pruning.tiny import RecordedDiffusion, tiny_batches, tiny_net
+from tests.pruning.tiny import RecordedDiffusion, TinyNet, task_of, tiny_batches, tiny_net, tiny_task
 
 # The tiny net has units so coarse that most budgets are missed; the tests that care look at the warning.
 pytestmark = pytest.mark.filterwarnings("ignore:group .. no choice of widths")
-
-
-@pytest.fixture(scope="module")
-def unet() -> UNet:
-    torch.manual_seed(0)
-    model = create_unet(
-        image_size=8, num_channels=8, num_res_blocks=1, num_heads=2, channel_mult="1,2", in_channels=1,
-        attention_resolutions="4",
-    )  # fmt: skip
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.1)
-    return model
-
-
-@pytest.fixture(scope="module")
-def diffusion() -> Diffusion:
-    return create_diffusion(noise_schedule="cosine")
-
-
-@pytest.fixture(scope="module")
-def images() -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randn(8, 1, 8, 8, generator=generator) for _ in range(2)]
-
-
-@pytest.fixture(scope="module")
-def unet_costs(unet: UNet, images: list[Tensor]) -> UnitCosts:
-    return unit_costs(unet, images[0])
-
-
-def task_of(units: Sequence, costs: UnitCosts, budget: int, seed: int = 0) -> Task:
-    rng = np.random.default_rng(seed)
-    scores = {unit.name: rng.exponential(size=unit.num_atoms) for unit in units}
-    return Task(0, (0, 10), tuple(units), costs, budget, 0.01, scores)
 
 
 @settings(max_examples=60, deadline=None)
@@ -179,7 +147,7 @@ def test_a_budget_that_no_width_reaches_is_refused_with_the_smallest_that_is_rea
     ("argument", "value"),
     [
         ("k", 0.0), ("k", 1.5), ("k", (0.5, 0.5, 0.5)), ("importance", "hessian"), ("difficulty", "size"),
-        ("tolerance", 1.5), ("max_batches", 0), ("rounds", 0), ("rounds", 2),
+        ("tolerance", 1.5), ("max_batches", 0), ("rounds", 0), ("candidates", 0),
     ],
 )  # fmt: skip
 def test_an_argument_out_of_range_is_refused_by_name(argument: str, value: object) -> None:
@@ -195,94 +163,50 @@ def test_missing_data_and_groups_of_another_schedule_are_refused() -> None:
         prune(tiny_net(), TimestepGroups.uniform(50, 2), RecordedDiffusion(), tiny_batches(), k=0.5)
 
 
-def tiny_task(budget: int) -> Task:
-    net = tiny_net()
-    return task_of(net.pruning_units(), unit_costs(net, tiny_batches()[0]), budget)
-
-
-def test_a_proposal_is_moved_to_the_nearest_widths_within_the_budget() -> None:
-    task = tiny_task(9 + 6 * 5)
-    assert project(task, {"layers.0": 2, "layers.1": 3}).widths == {"layers.0": 2, "layers.1": 3}
-    near = project(task, {"layers.0": 4, "layers.1": 3}, weights={"layers.0": 9.0}).widths
-    assert near == {"layers.0": 4, "layers.1": 1}
-    near = project(task, {"layers.0": 4, "layers.1": 3}, weights={"layers.1": 9.0}).widths
-    assert near == {"layers.0": 2, "layers.1": 3}
-    low = project(task, {"layers.0": 0, "layers.1": 0})
-    assert low.reached and low.macs == task.budget
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.data(), st.floats(0.25, 1.0))
-def test_any_proposal_can_be_moved_onto_a_unets_budget(
-    unet: UNet, unet_costs: UnitCosts, data: st.DataObject, share: float
-) -> None:
-    task = task_of(unet.pruning_units(), unet_costs, budget_macs(share, unet_costs.full()))
-    proposal = {unit.name: data.draw(st.integers(0, unit.channels)) for unit in task.units}
-    solution = project(task, proposal)
-    assert solution.reached
-    if unet_costs.full() == task.budget or not all(proposal[u.name] in u.widths() for u in task.units):
-        return
-    if solution.floor <= unet_costs.total(proposal) <= task.budget:
-        assert solution.widths == proposal
-
-
-@pytest.mark.parametrize("proposal", [{"layers.0": 1}, {"layers.0": 1, "layers.1": 7}, {"layers.0": -1, "layers.1": 1}])
-def test_a_proposal_of_other_units_or_impossible_widths_is_refused(proposal: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match="proposal"):
-        project(tiny_task(40), proposal)
-
-
-class Script:
-    """Proposes from a list, and notes how long the memory was each time."""
-
-    def __init__(self, *proposals: Widths) -> None:
-        self.proposals, self.lengths = list(proposals), []
-
-    def propose(self, task: Task) -> Widths:
-        self.lengths.append(len(task.memory))
-        return self.proposals[len(task.memory) % len(self.proposals)]
-
-
-class Narrowest:
-    """Prefers a narrow first layer, and counts its calls."""
-
-    def __init__(self) -> None:
-        self.calls = 0
-
-    def score(self, task: Task, candidates: Sequence[Widths]) -> list[float]:
-        self.calls += 1
-        return [float(widths["layers.0"]) - 2 for widths in candidates]
-
-
-def test_the_best_scored_trial_of_all_rounds_wins_and_the_memory_holds_them_all() -> None:
-    task = tiny_task(9 + 6 * 6)
-    script = Script({"layers.0": 3, "layers.1": 3}, {"layers.0": 1, "layers.1": 5}, {"layers.0": 4, "layers.1": 2})
-    scorer = Narrowest()
-    best = search_widths(task, script, scorer, rounds=5)
-    assert best.widths == {"layers.0": 1, "layers.1": 5} and best.score == -1.0
-    assert [trial.widths["layers.0"] for trial in task.memory] == [3, 1, 4, 3, 1]
-    assert script.lengths == [0, 1, 2, 3, 4]
-    assert scorer.calls == 3  # what was scored before is remembered
-
-
-def test_the_denoising_score_is_the_loss_of_the_narrowed_model_on_the_groups_timesteps() -> None:
-    net, diffusion, batches = tiny_net(), RecordedDiffusion(), tiny_batches(2)
-    task = tiny_task(60)
-    full = {"layers.0": 4, "layers.1": 6}
-    scores = DenoisingLoss(net, diffusion, batches).score(task, [full, {"layers.0": 0, "layers.1": 0}])
-    with torch.no_grad():
-        whole = torch.cat([diffusion.loss(net, x, t) for x, t in zip(batches, diffusion.timesteps[:2], strict=True)])
-    assert scores[0] == pytest.approx(float(whole.mean())) and scores[1] != pytest.approx(scores[0])
-    assert all(((t >= 0) & (t < 10)).all() for t in diffusion.timesteps)
-    assert torch.equal(diffusion.timesteps[0], diffusion.timesteps[2])  # candidates share their draws
-
-
-def test_scoring_counts_as_calibration() -> None:
-    net, groups, batches = tiny_net(), TimestepGroups.uniform(100, 2), tiny_batches(1, size=8)
-    diffusion = RecordedDiffusion()
+@pytest.mark.parametrize("agent", ["random", "greedy"])
+def test_the_calibration_cost_is_what_the_passes_of_all_candidates_count(agent: str) -> None:
+    net, groups, batches = tiny_net(), TimestepGroups.uniform(100, 2), tiny_batches(2, size=8)
     found = plan_pruning(
-        net, groups, diffusion, batches, k=(1.0, 0.7), importance="magnitude",
-        scorer=DenoisingLoss(net, diffusion, batches), rounds=2,
+        net, groups, RecordedDiffusion(), batches, k=(1.0, 0.7), importance="magnitude", agent=agent, rounds=2,
+        candidates=2,
     )  # fmt: skip
-    assert found.calibration_macs == 8 * found.plan.macs[1]  # the second round proposes the same, scored once
-    assert [len(trials) for trials in found.trials] == [0, 2]
+    with MacCounter() as counter:
+        plan_pruning(
+            net, groups, RecordedDiffusion(), batches, k=(1.0, 0.7), importance="magnitude", agent=agent, rounds=2,
+            candidates=2,
+        )  # fmt: skip
+    everything = counter.macs - measured_without_a_search(net, groups, batches)
+    assert found.calibration_macs == everything > 0
+    assert [len(trials) for trials in found.trials] == [0, 4]
+
+
+def measured_without_a_search(net: TinyNet, groups: TimestepGroups, batches: list[Tensor]) -> int:
+    """What measuring costs and the pruned model takes; it does not depend on the widths' being found by a search."""
+    with MacCounter() as counter:
+        plan_pruning(net, groups, RecordedDiffusion(), batches, k=(1.0, 0.7), importance="magnitude")
+    return counter.macs
+
+
+def test_agents_search_with_several_rounds_and_one_shot_ones_answer_at_once() -> None:
+    net, groups = tiny_net(), TimestepGroups.uniform(100, 2)
+    assert resolved_agent("auto", 1).name == "taylor" and resolved_agent("auto", 2).name == "tpe"
+    found = plan_pruning(net, groups, RecordedDiffusion(), tiny_batches(), k=(1.0, 0.7), agent="magnitude", rounds=3)
+    by_magnitude = prune(net, groups, RecordedDiffusion(), tiny_batches(), k=(1.0, 0.7), importance="magnitude")
+    assert found.plan == by_magnitude and [len(trials) for trials in found.trials] == [0, 1]
+    with pytest.raises(ValueError, match="agent: got 'gpt'; expected one of taylor, magnitude, random"):
+        plan_pruning(net, groups, RecordedDiffusion(), tiny_batches(), k=0.7, agent="gpt")
+
+
+def test_the_plan_has_the_best_widths_of_the_search_in_the_order_of_importance(
+    unet: UNet, diffusion: Diffusion, images: list[Tensor]
+) -> None:
+    groups = TimestepGroups.uniform(1000, 2)
+    found = plan_pruning(unet, groups, diffusion, images, k=0.5, agent="evolution", rounds=2, candidates=4)
+    whole, tried = found.trials
+    assert whole == () and len(tried) == 8
+    best = min(tried, key=lambda trial: trial.score)
+    assert found.plan.expert_widths(1) == best.widths and found.plan.macs[1] == best.macs
+    first = prune(unet, groups, diffusion, images, k=0.5)
+    assert tried[0].widths == first.expert_widths(1)  # searches begin with the one-shot answer
+    orders = {name: unit.order for name, unit in found.plan.experts[1].items()}
+    assert orders == {name: unit.order for name, unit in first.experts[1].items()}

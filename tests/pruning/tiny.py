@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from tdc_fast.nn.units import PruningUnit, UnitSlice
+from tdc_fast.pruning.macs import UnitCosts, unit_costs
+from tdc_fast.pruning.task import Task
 
 
 class ResidualMlp(nn.Module):
@@ -94,3 +96,15 @@ def tiny_net(**arguments: object) -> TinyNet:
 def tiny_batches(count: int = 2, size: int = 8, features: int = 3) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
     return [torch.randn(size, features, generator=generator, dtype=torch.float64) for _ in range(count)]
+
+
+def task_of(units: Sequence[PruningUnit], costs: UnitCosts, budget: int, seed: int = 0) -> Task:
+    """A task of random importance."""
+    rng = np.random.default_rng(seed)
+    scores = {unit.name: rng.exponential(size=unit.num_atoms) for unit in units}
+    return Task(0, (0, 10), tuple(units), costs, budget, 0.01, scores)
+
+
+def tiny_task(budget: int) -> Task:
+    net = tiny_net()
+    return task_of(net.pruning_units(), unit_costs(net, tiny_batches()[0]), budget)

@@ -1,0 +1,74 @@
+"""Where searching agents begin: the most important widths, what earlier groups found, and variations of both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from tdc_fast.pruning.task import Proposal, Task, Trial, as_key, best_of
+
+SPREAD = 0.7
+"""Standard deviation of the logarithm of the factors on the units' importance."""
+
+
+def starting_proposals(task: Task, count: int) -> list[Proposal]:
+    """`count` proposals for a first round, all different as far as the budget allows.
+
+    The most important widths; the best widths of each earlier group, latest first, for up to half of the round; and
+    for the rest the most important widths under random factors on the units' importance.
+    """
+    first = [Proposal(task.most_important().widths, "keeps the most importance")] if task.round == 0 else []
+    inherited = list(_inherited(task))[: count // 2]
+    return distinct(task, [*first, *inherited], _reweighted(task), count)
+
+
+def distinct(task: Task, first: list[Proposal], more: Iterator[Proposal], count: int) -> list[Proposal]:
+    """`count` of the proposals, those in `first` before those of `more`, without what lands on widths tried before.
+
+    After 8 draws per place repetitions are let through: a small space may have nothing new.
+    """
+    seen = {as_key(task.units, trial.widths) for trial in task.memory}
+    chosen: list[Proposal] = []
+    for proposal in first:
+        key = as_key(task.units, task.project(proposal.widths).widths)
+        if key not in seen:
+            seen.add(key)
+            chosen.append(proposal)
+    tries = 0
+    while len(chosen) < count:
+        proposal = next(more)
+        key = as_key(task.units, task.project(proposal.widths).widths)
+        tries += 1
+        if key not in seen or tries > 8 * count:
+            seen.add(key)
+            chosen.append(proposal)
+    return chosen[:count]
+
+
+def _reweighted(task: Task) -> Iterator[Proposal]:
+    rng = task.rng()
+    while True:
+        factors = np.exp(SPREAD * rng.standard_normal(len(task.units)))
+        named = {unit.name: float(factor) for unit, factor in zip(task.units, factors, strict=True)}
+        yield Proposal(task.most_important(named).widths, "most importance, with the units' weights shaken")
+
+
+def _inherited(task: Task) -> Iterator[Proposal]:
+    for group in sorted({trial.group for trial in task.earlier}, reverse=True):
+        best = best_of([trial for trial in task.earlier if trial.group == group])
+        if best is not None:
+            yield Proposal(rescaled(task, best), f"the best of group {group}, scaled to this budget")
+
+
+def rescaled(task: Task, trial: Trial) -> dict[str, int]:
+    """A trial's widths times the one factor that brings their MACs nearest to the task's budget."""
+
+    def scaled(factor: float) -> dict[str, int]:
+        return {
+            unit.name: min(int(factor * trial.widths[unit.name] / unit.step + 0.5) * unit.step, unit.channels)
+            for unit in task.units
+        }
+
+    factors = np.linspace(0.0, 2.0, 201)
+    return min((scaled(float(f)) for f in factors), key=lambda widths: abs(task.costs.total(widths) - task.budget))

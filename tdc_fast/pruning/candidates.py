@@ -1,0 +1,96 @@
+"""Many pruned candidates of one base as one model: they share its weights and differ in their widths.
+
+Candidates of one group keep their atoms in the same order, most important first, so a candidate is nothing but a width
+per unit. The base's weights, in that order and at full width, are held once; every candidate is a group of the routing
+plan, `weight_index` sends all of them to these weights, and the layers' widths say what each one has of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tdc_fast.nn.packing import pack_experts
+from tdc_fast.nn.routed import RoutedConv1d, RoutedConv2d, RoutedLeaf
+from tdc_fast.nn.units import PruningUnit
+from tdc_fast.nn.width_plan import ExpertUnit, WidthPlan
+from tdc_fast.pruning.importance import evaluating
+from tdc_fast.routing import RoutingPlan, TimestepGroups
+
+
+class CandidateModel:
+    """The base with its atoms ordered by importance, computing several candidates' widths side by side.
+
+    base   : offers `pruning_units()`, its units named after modules, and can be packed (`pack_experts`). Not changed.
+    orders : {unit: atoms, most important first}.
+    """
+
+    def __init__(self, base: Any, orders: Mapping[str, Sequence[int]]) -> None:
+        self.units: tuple[PruningUnit, ...] = tuple(base.pruning_units())
+        whole = {unit.name: ExpertUnit(tuple(orders[unit.name]), unit.channels) for unit in self.units}
+        plan = WidthPlan(base_hash="", boundaries=(0, 1), experts=(whole,))
+        packed = pack_experts([base], TimestepGroups([0, 1]), plan)
+        self._model: nn.Module = packed.model.requires_grad_(False)
+        self._routing = packed.routing
+        self._device = next(self._model.parameters()).device
+        self._open: dict[str, Tensor] = {}  # unit -> (K,), 0 where a candidate does without it
+        for unit in self.units:
+            for part in unit.slices:
+                if part.dim == "in":
+                    self._let_close(unit.name, self._model.get_submodule(part.module))
+
+    @contextmanager
+    def of_widths(self, candidates: Sequence[Mapping[str, int]]) -> Iterator[Callable[..., Any]]:
+        """A denoiser of K candidates: (x, t, **kwargs) of K equal blocks of samples, block k for candidate k.
+
+        Keyword tensors whose first dimension is the number of samples are per sample, as everywhere.
+        """
+        for unit in self.units:
+            live = [widths[unit.name] for widths in candidates]
+            self._open[unit.name] = torch.tensor([float(width > 0) for width in live], device=self._device)
+            for part in unit.slices:
+                leaf = self._model.get_submodule(part.module)
+                assert isinstance(leaf, RoutedLeaf)
+                entries = [width * part.scale * part.copies for width in live]
+                widths = torch.tensor(entries, dtype=torch.int32, device=self._device)
+                setattr(leaf, "out_widths" if part.dim == "out" else "in_widths", widths)
+        weights = torch.zeros(len(candidates), dtype=torch.int32, device=self._device)
+
+        def denoiser(x: Tensor, t: Tensor, **kwargs: Any) -> Any:
+            groups = torch.arange(len(candidates), device=x.device).repeat_interleave(len(x) // len(candidates))
+            plan = RoutingPlan.from_groups(groups, len(candidates), weights)  # sorted already: nothing to permute
+            with self._routing.using(plan):
+                return self._model(x, t, **kwargs)
+
+        with evaluating(self._model):
+            yield denoiser
+
+    def _let_close(self, unit: str, leaf: nn.Module) -> None:
+        """Make the bias of a unit's last layer vanish for the samples of candidates without the unit.
+
+        The weights' bias belongs to all candidates, so it is taken out of the layer and added per sample.
+        """
+        assert isinstance(leaf, RoutedLeaf)
+        if leaf.bias is None:
+            return
+        bias = leaf.get_parameter("bias").detach()  # (1, C_out)
+        leaf.register_parameter("bias", None)
+
+        def add_bias(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            x, plan = args[0], self._routing.plan
+            assert plan is not None
+            per_sample = (bias * self._open[unit][plan.groups, None]).to(x.dtype)  # (B, C_out)
+            if isinstance(layer, RoutedConv2d):
+                return args, {**kwargs, "sample_bias": per_sample}
+            tokens = [1] * (x.dim() - 2)
+            added = per_sample.view(len(x), *tokens, -1)
+            if kwargs.get("residual") is not None:
+                return args, {**kwargs, "residual": kwargs["residual"] + added}
+            positions = x.shape[2:] if isinstance(layer, RoutedConv1d) else x.shape[1:-1]
+            return args, {**kwargs, "residual": added.expand(len(x), *positions, added.shape[-1]).contiguous()}
+
+        leaf.register_forward_pre_hook(add_bias, with_kwargs=True)

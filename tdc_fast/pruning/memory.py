@@ -1,0 +1,210 @@
+"""The memory of a search: append-only JSON lines that survive a kill and can be replayed.
+
+The first line says which search it is of. After it every line is one event:
+
+    proposed     a round's proposals, written before anything is scored: round, group, agent, seed, the proposed widths
+                 with their reasons, and notes (what went wrong with the agent, who stood in for it)
+    scored       one candidate: round, group, candidate, agent, seed, proposal, projected widths, MACs, score, reason
+    sensitivity  the measured loss rise of a group's units
+
+Every line is on the disk before the search goes on. A process that is killed can leave half a line at the end: it is
+dropped, with a note, and the search writes it again. A search that goes on takes what is there instead of asking the
+agent again, so a memory replays without its agent, even if that was a language model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from tdc_fast.atomic import sync_directory
+from tdc_fast.errors import invalid
+from tdc_fast.pruning.task import LossRise, Proposal, Trial
+
+VERSION = 1
+_TRIAL = tuple(entry.name for entry in fields(Trial))
+
+
+@dataclass(frozen=True)
+class Round:
+    """What the agent answered in one round of one group."""
+
+    group: int
+    round: int
+    agent: str
+    seed: int
+    proposals: tuple[Proposal, ...]
+    notes: tuple[str, ...] = ()
+    calls: int = 0
+    """Calls to a service that the agent made for it."""
+
+
+@dataclass
+class Memory:
+    """Rounds and trials of one search, in the order in which they came; in a file as well where it has a path.
+
+    identity : JSON values that say which search this is (base, groups, budgets, seed, ...). A file of another search is
+               refused by the name of what differs.
+    say      : receives notes for people.
+
+    Raises ValueError for a file that is no memory, is damaged other than by half a last line, or of another search.
+    """
+
+    path: Path | None = None
+    identity: Mapping[str, Any] = field(default_factory=dict)
+    say: Callable[[str], None] = lambda text: print(text, file=sys.stderr)
+    rounds: dict[tuple[int, int], Round] = field(default_factory=dict, init=False)
+    trials: list[Trial] = field(default_factory=list, init=False)
+    sensitivity: dict[int, LossRise] = field(default_factory=dict, init=False)
+    probing: dict[int, int] = field(default_factory=dict, init=False)
+    _file: int | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.path is None:
+            return
+        self.path = Path(self.path)
+        header = {"event": "search", "version": VERSION, **json.loads(json.dumps(dict(self.identity)))}
+        whole = self._read_whole_lines() if self.path.is_file() else []
+        if whole:
+            _refuse_other_search(self.path, whole[0], header)
+        for number, event in enumerate(whole[1:], start=2):
+            self._take(event, number)
+        self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        if not whole:
+            self._write(header)
+            sync_directory(self.path.parent)
+
+    @property
+    def spent(self) -> int:
+        """MACs that all scoring took."""
+        return sum(trial.spent for trial in self.trials) + sum(self.probing.values())
+
+    @property
+    def calls(self) -> int:
+        """Calls to services so far, over the whole search."""
+        return sum(answer.calls for answer in self.rounds.values())
+
+    def of_group(self, group: int) -> tuple[Trial, ...]:
+        return tuple(trial for trial in self.trials if trial.group == group)
+
+    def of_round(self, group: int, number: int) -> tuple[Trial, ...]:
+        return tuple(trial for trial in self.trials if (trial.group, trial.round) == (group, number))
+
+    def before_round(self, group: int, number: int) -> tuple[Trial, ...]:
+        """The group's trials of earlier rounds."""
+        return tuple(trial for trial in self.trials if trial.group == group and trial.round < number)
+
+    def add_round(self, answer: Round) -> None:
+        """Keep an agent's answer, before its candidates are scored."""
+        self.rounds[answer.group, answer.round] = answer
+        proposals = [{"widths": p.widths, "reason": p.reason} for p in answer.proposals]
+        facts = {name: getattr(answer, name) for name in ("round", "group", "agent", "seed", "calls")}
+        self._write({"event": "proposed", **facts, "proposals": proposals, "notes": list(answer.notes)})
+
+    def add_trial(self, trial: Trial) -> None:
+        """Keep a candidate's result. One that is known already stays as it is, and is not written twice."""
+        if any(known.place == trial.place for known in self.trials):
+            return
+        self.trials.append(trial)
+        self._write({"event": "scored", **_in_order(trial)})
+
+    def add_sensitivity(self, group: int, rise: LossRise, spent: int) -> None:
+        """Keep a group's measured loss rises, and the MACs that measuring them took."""
+        self.sensitivity[group] = rise
+        self.probing[group] = spent
+        entries = {unit: [[width, value] for width, value in table.items()] for unit, table in rise.items()}
+        self._write({"event": "sensitivity", "group": group, "spent": spent, "loss_rise": entries})
+
+    def close(self) -> None:
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+    def __enter__(self) -> Memory:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.close()
+
+    def _write(self, event: Mapping[str, Any]) -> None:
+        """One line, complete and on the disk."""
+        if self._file is None:
+            return
+        line = (json.dumps(event) + "\n").encode()
+        while line:
+            line = line[os.write(self._file, line) :]
+        os.fsync(self._file)
+
+    def _read_whole_lines(self) -> list[dict[str, Any]]:
+        """The events of the file; half a line at its end is cut off, so that the next one begins a line."""
+        assert self.path is not None
+        content = self.path.read_bytes()
+        end = content.rfind(b"\n") + 1
+        if end < len(content):
+            self.say(f"note: {self.path}: its last line was cut off by a kill and is written anew")
+            with open(self.path, "r+b") as file:
+                file.truncate(end)
+                os.fsync(file.fileno())
+        events = []
+        for number, line in enumerate(content[:end].splitlines(), start=1):
+            try:
+                events.append(json.loads(line))
+                if not isinstance(events[-1], dict):
+                    raise ValueError("not an object")
+            except ValueError as error:
+                where = f"{self.path}, line {number}"
+                raise invalid(where, line[:80], "one JSON object; the file is damaged") from error
+        return events
+
+    def _take(self, event: Mapping[str, Any], number: int) -> None:
+        try:
+            if event["event"] == "proposed":
+                proposals = tuple(Proposal(entry["widths"], entry["reason"]) for entry in event["proposals"])
+                facts = {name: event[name] for name in ("group", "round", "agent", "seed", "calls")}
+                answer = Round(**facts, proposals=proposals, notes=tuple(event["notes"]))
+                self.rounds[answer.group, answer.round] = answer
+            elif event["event"] == "scored":
+                self.trials.append(Trial(**{name: event[name] for name in _TRIAL}))
+            elif event["event"] == "sensitivity":
+                rise = event["loss_rise"]
+                self.sensitivity[event["group"]] = {unit: dict(rise[unit]) for unit in rise}
+                self.probing[event["group"]] = event["spent"]
+            else:
+                raise KeyError(event["event"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise invalid(f"{self.path}, line {number}", dict(event), "an event of a search's memory") from error
+
+
+def read_trials(path: str | Path) -> list[Trial]:
+    """The trials in a memory file, whichever search it is of. The file is not touched.
+
+    Raises ValueError naming the line that is no event.
+    """
+    path = Path(path)
+    lines = path.read_text(encoding="utf-8").split("\n")[1:-1]  # whole lines but the first
+    trials = []
+    for number, line in enumerate(lines, start=2):
+        try:
+            event = json.loads(line)
+            if event["event"] == "scored":
+                trials.append(Trial(**{name: event[name] for name in _TRIAL}))
+        except (ValueError, KeyError, TypeError) as error:
+            raise invalid(f"{path}, line {number}", line[:80], "an event of a search's memory") from error
+    return trials
+
+
+def _in_order(trial: Trial) -> dict[str, Any]:
+    first = ("round", "group", "candidate", "agent", "seed", "proposal", "widths", "macs", "score", "reason")
+    return {name: getattr(trial, name) for name in (*first, *(name for name in _TRIAL if name not in first))}
+
+
+def _refuse_other_search(path: Path, found: Mapping[str, Any], header: Mapping[str, Any]) -> None:
+    for name in [*header, *found]:
+        if found.get(name) != header.get(name):
+            remedy = f"{header.get(name)!r} as in this search; the file is of another one: move it away to begin anew"
+            raise invalid(f"{path}: {name}", found.get(name), remedy)

@@ -1,0 +1,71 @@
+"""What a search shows while it runs: a bar per round and a table of the best so far."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from tdc_fast.errors import require
+from tdc_fast.pruning.task import Task, Trial
+
+SHOWN = 5
+
+
+class Progress:
+    """Receives what happens in a search. Shows nothing but notes, on stderr; `BarAndTable` shows the rest."""
+
+    def say(self, text: str) -> None:
+        """A note about something unusual."""
+        print(text, file=sys.stderr, flush=True)
+
+    @contextmanager
+    def round(
+        self, group: int, number: int, rounds: int, candidates: int, best: Trial | None
+    ) -> Iterator[Callable[[int], None]]:
+        """Around the scoring of a round; what it gives is told how many more candidates are done."""
+        yield lambda count: None
+
+    def finished_round(self, task: Task, trials: Sequence[Trial]) -> None:
+        """After a round, with all trials of its group."""
+
+
+class BarAndTable(Progress):
+    """A progress bar on stderr for each round (only on a terminal unless `always`) and the table after each."""
+
+    def __init__(self, always: bool = False, bars: bool = True) -> None:
+        self.tqdm = require("tqdm", extra="demo").tqdm
+        self.disable = not bars or (None if not always else False)
+
+    def say(self, text: str) -> None:
+        self.tqdm.write(text, file=sys.stderr)
+
+    @contextmanager
+    def round(
+        self, group: int, number: int, rounds: int, candidates: int, best: Trial | None
+    ) -> Iterator[Callable[[int], None]]:
+        about = f"group {group}, round {number + 1}/{rounds}"
+        with self.tqdm(total=candidates, desc=about, unit="candidate", disable=self.disable, leave=False) as bar:
+            if best is not None:
+                bar.set_postfix_str(f"best {best.score:.5g}")
+            yield lambda count: bar.update(count) and None
+
+    def finished_round(self, task: Task, trials: Sequence[Trial]) -> None:
+        self.tqdm.write(best_table(task, trials), file=sys.stdout)
+        sys.stdout.flush()
+
+
+def best_table(task: Task, trials: Sequence[Trial], shown: int = SHOWN) -> str:
+    """The best trials of a group as text: rank, score, share of the budget, where they come from, and why."""
+    scored = sorted((trial for trial in trials if trial.score is not None), key=lambda trial: trial.score or 0.0)
+    distinct = list({tuple(trial.widths.items()): trial for trial in reversed(scored)}.values())[::-1]
+    last = max((trial.round for trial in trials), default=0)
+    start, stop = task.interval
+    head = f"group {task.group} (t {start} to {stop - 1}), after round {last + 1}: {len(distinct)} candidates scored"
+    rows = [("", "score", "of budget", "round", "agent", "why")]
+    for rank, trial in enumerate(distinct[:shown], start=1):
+        share = f"{trial.macs / task.budget:.2%}"
+        rows.append((str(rank), f"{trial.score:.6g}", share, str(trial.round + 1), trial.agent, trial.reason[:60]))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([head, *("  " + line for line in lines)])

@@ -1,0 +1,47 @@
+"""Moving any proposal exactly onto a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from tdc_fast.errors import invalid
+from tdc_fast.nn.units import PruningUnit
+from tdc_fast.pruning.macs import UnitCosts
+from tdc_fast.pruning.solver import Solution, UnitTable, solve
+
+
+def project(
+    units: Sequence[PruningUnit],
+    costs: UnitCosts,
+    budget: int,
+    tolerance: float,
+    proposal: Mapping[str, int],
+    weights: Mapping[str, float] | None = None,
+) -> Solution:
+    """The allowed widths nearest to a proposal whose MACs lie within `tolerance` below the budget.
+
+    Distance is the sum over units of weight * |width - proposed| / channels, every weight 1 unless given. A proposal
+    that is allowed and within the budget's window comes back as it is. ValueError for a unit that is missing, unknown,
+    or proposed outside [0, channels].
+    """
+    check_proposal(units, proposal)
+    tables = []
+    for unit in units:
+        wanted, weight = proposal[unit.name], 1.0 if weights is None else weights.get(unit.name, 1.0)
+        widths = unit.widths()
+        macs = tuple(costs.tables[unit.name][width] for width in widths)
+        nearness = tuple(-weight * abs(width - wanted) / unit.channels for width in widths)
+        tables.append(UnitTable(unit.name, widths, macs, nearness))
+    return solve(tables, budget, fixed_macs=costs.fixed, tolerance=tolerance)
+
+
+def check_proposal(units: Sequence[PruningUnit], proposal: Mapping[str, int]) -> None:
+    """ValueError unless there is one integer from 0 to the unit's channels for each of the units."""
+    names = {unit.name for unit in units}
+    if set(proposal) != names:
+        odd = sorted(names.symmetric_difference(proposal))
+        raise invalid("proposal", odd, "one width for each unit of the task, and no others")
+    for unit in units:
+        wanted = proposal[unit.name]
+        if isinstance(wanted, bool) or not isinstance(wanted, int) or not 0 <= wanted <= unit.channels:
+            raise invalid(f"proposal[{unit.name!r}]", wanted, f"an integer width from 0 to {unit.channels}")

@@ -1,0 +1,176 @@
+"""The rounds of a search within one group: propose, move onto the budget, score, remember."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from tdc_fast.errors import invalid
+from tdc_fast.nn.units import PruningUnit
+from tdc_fast.pruning.agents.protocol import Agent, AgentFailed
+from tdc_fast.pruning.memory import Memory, Round
+from tdc_fast.pruning.progress import Progress
+from tdc_fast.pruning.scoring import Scorer
+from tdc_fast.pruning.solver import Solution
+from tdc_fast.pruning.task import Answer, LossRise, Proposal, Task, Trial, Widths, as_key, best_of
+
+PROBED = (0.0, 0.5)
+"""Shares of a unit's channels at which its loss rise is measured; between them and the whole it is interpolated."""
+
+
+def search_widths(
+    task: Task,
+    agent: Agent,
+    scorer: Scorer | None = None,
+    *,
+    rounds: int = 1,
+    candidates: int = 8,
+    memory: Memory | None = None,
+    use_memory: bool = True,
+    stand_in: Agent | None = None,
+    progress: Progress | None = None,
+) -> Trial:
+    """The trial of lowest score over all rounds, the first of equals.
+
+    task       : the group's task; what it holds of a memory is replaced, round by round.
+    candidates : how many proposals a round may have. They are scored together; widths that were scored before are not
+                 scored again.
+    memory     : receives every round and trial, and supplies those it has already: the search goes on where it was.
+    use_memory : False hides from the agent what was tried, in this group and in earlier ones.
+    stand_in   : proposes in a round in which the agent fails; without one the failure ends the search.
+
+    Without a scorer there is nothing to learn, so there is one round, and its first trial is the answer.
+    """
+    if candidates < 1:
+        raise invalid("candidates", candidates, "at least 1")
+    one_shot = getattr(agent, "one_shot", False)
+    if rounds < 1 or (rounds > 1 and scorer is None and not one_shot):
+        raise invalid("rounds", rounds, "at least 1, and a scorer for more than 1")
+    memory = Memory() if memory is None else memory
+    progress = Progress() if progress is None else progress
+    if one_shot:
+        rounds = candidates = 1
+    measured = _measured(task, scorer, memory) if getattr(agent, "measures", False) and scorer else task.measured
+    for number in range(rounds):
+        known = memory.before_round(task.group, number)
+        view = dataclasses.replace(
+            task,
+            memory=known if use_memory else (),
+            earlier=tuple(trial for trial in memory.trials if trial.group < task.group) if use_memory else (),
+            measured=measured,
+            round=number,
+            calls=memory.calls,
+        )
+        answer = memory.rounds.get((task.group, number)) or _ask(view, agent, stand_in, candidates, memory, progress)
+        if len(memory.of_round(task.group, number)) == len(answer.proposals):
+            continue
+        solutions = [task.project(proposal.widths) for proposal in answer.proposals]
+        with progress.round(task.group, number, rounds, len(solutions), best_of(known)) as advance:
+            scores, spent = _score(task, scorer, solutions, known, advance)
+        for place, (proposal, solution) in enumerate(zip(answer.proposals, solutions, strict=True)):
+            memory.add_trial(
+                Trial(
+                    widths=solution.widths,
+                    macs=solution.macs,
+                    score=scores[place],
+                    proposal=dict(proposal.widths),
+                    group=task.group,
+                    round=number,
+                    candidate=place,
+                    agent=answer.agent,
+                    seed=answer.seed,
+                    reason=proposal.reason,
+                    spent=spent[place],
+                )
+            )
+        progress.finished_round(task, memory.of_group(task.group))
+    trials = [trial for trial in memory.of_group(task.group) if trial.round < rounds]
+    return best_of(trials) or trials[0]
+
+
+def _ask(
+    task: Task, agent: Agent, stand_in: Agent | None, candidates: int, memory: Memory, progress: Progress
+) -> Round:
+    """The agent's answer for this round, or its stand-in's, checked and kept."""
+    name, notes, calls = agent.name, tuple[str, ...](), 0
+    try:
+        answer = agent.propose(task, candidates)
+    except AgentFailed as failure:
+        if stand_in is None:
+            raise
+        notes = (*failure.notes, f"{agent.name} had no proposal ({failure.reason}); {stand_in.name} stands in")
+        name, calls = stand_in.name, failure.calls
+        answer = stand_in.propose(task, candidates)
+    if not isinstance(answer, Answer):
+        answer = Answer(tuple(answer))
+    if not 1 <= len(answer.proposals) <= candidates:
+        raise invalid(f"proposals of {name}", len(answer.proposals), f"1 to {candidates} of them")
+    proposals = tuple(_plain(proposal) for proposal in answer.proposals)
+    asked = Round(task.group, task.round, name, task.seed, proposals, (*notes, *answer.notes), calls + answer.calls)
+    for note in asked.notes:
+        progress.say(f"group {task.group}, round {task.round}: {note}")
+    memory.add_round(asked)
+    return asked
+
+
+def _plain(proposal: Proposal) -> Proposal:
+    """Without numpy's integers, which JSON does not know."""
+    return Proposal({name: int(width) for name, width in proposal.widths.items()}, str(proposal.reason))
+
+
+def _score(
+    task: Task,
+    scorer: Scorer | None,
+    solutions: Sequence[Solution],
+    known: Sequence[Trial],
+    advance: object,
+) -> tuple[list[float | None], list[int]]:
+    """Scores of a round's candidates, and the MACs that each of them cost.
+
+    All that are new are scored together, also when part of them is in the memory already: a candidate's last bits may
+    depend on its company, and a search that goes on must find the numbers it had.
+    """
+    if scorer is None:
+        return [None] * len(solutions), [0] * len(solutions)
+    found: dict[tuple[int, ...], float] = {
+        as_key(task.units, trial.widths): trial.score for trial in known if trial.score is not None
+    }
+    fresh: dict[tuple[int, ...], Solution] = {}
+    for solution in solutions:
+        key = as_key(task.units, solution.widths)
+        if key not in found:
+            fresh.setdefault(key, solution)
+    if fresh:
+        scores = scorer.score(task, [solution.widths for solution in fresh.values()], advance)  # type: ignore[arg-type]
+        found.update(zip(fresh, map(float, scores), strict=True))
+    keys = [as_key(task.units, solution.widths) for solution in solutions]
+    first = [key in fresh and key not in keys[:place] for place, key in enumerate(keys)]
+    spent = [scorer.samples * solution.macs if new else 0 for solution, new in zip(solutions, first, strict=True)]
+    return [found[key] for key in keys], spent
+
+
+def _measured(task: Task, scorer: Scorer, memory: Memory) -> LossRise:
+    """Each unit alone narrower, all others whole, scored together."""
+    if task.group not in memory.sensitivity:
+        whole = {unit.name: unit.channels for unit in task.units}
+        probes: list[Widths] = [whole]
+        places: list[tuple[PruningUnit, int]] = []
+        for unit in task.units:
+            for width in sorted({int(share * unit.channels / unit.step) * unit.step for share in PROBED}):
+                probes.append({**whole, unit.name: width})
+                places.append((unit, width))
+        loss, *losses = scorer.score(task, probes)
+        rise: dict[str, dict[int, float]] = {}
+        for unit in task.units:
+            points = sorted((w, max(v - loss, 0.0)) for (u, w), v in zip(places, losses, strict=True) if u is unit)
+            rise[unit.name] = _interpolated(unit, [*points, (unit.channels, 0.0)])
+        spent = scorer.samples * sum(task.costs.total(probe) for probe in probes)
+        memory.add_sensitivity(task.group, rise, spent)
+    return memory.sensitivity[task.group]
+
+
+def _interpolated(unit: PruningUnit, points: Sequence[tuple[int, float]]) -> dict[int, float]:
+    import numpy as np
+
+    known, values = zip(*points, strict=True)
+    return {width: float(np.interp(width, known, values)) for width in unit.widths()}
