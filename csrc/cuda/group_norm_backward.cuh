@@ -4,7 +4,7 @@
 //   dx = multiplier * dz - centred * d - constant    with factors of the norm group from the same sums.
 // The sample's terms of dweight and dbias go to memory; group_norm_expert_sums.cuh adds them up.
 //
-//   whole    x and dy are read once and kept in shared memory
+//   whole    x and dy are read once and kept in shared memory; dy twice where both do not fit
 //   partial  where that does not fit: the sums over the block's pixels
 //   apply    adds the sums of all runs of pixels, then reads x and dy again
 #pragma once
@@ -32,11 +32,10 @@ __device__ __forceinline__ void backward_coefficients(const GroupNormParams& p, 
     if (c < block.live) {
       const long long group =
           static_cast<long long>(block.sample) * p.norm_groups + block.first_group + c / p.channels_per_group;
-      const float gain = 1.0f + coefficient<T>(p, block, p.scale, block.sample, c, 0.0f);
+      const NormCoefficients<T> of(p, block, c);
       centre = p.mean[group];
-      multiplier = p.rstd[group] * coefficient<T>(p, block, p.weight, block.expert, c, 1.0f) * gain;
-      offset = coefficient<T>(p, block, p.bias, block.expert, c, 0.0f) * gain +
-               coefficient<T>(p, block, p.shift, block.sample, c, 0.0f);
+      multiplier = p.rstd[group] * of.weight * of.gain;
+      offset = of.bias * of.gain + of.shift;
     }
     arrays.multiplier[c] = multiplier;
     arrays.offset[c] = offset;
@@ -101,7 +100,7 @@ __device__ __forceinline__ void sum_grads(const GroupNormParams& p, const NormBl
           }
           if (kKeep) {
             x_lanes[u].store(x_tile + pixel * block.channels + c);
-            dy_lanes[u].store(dy_tile + pixel * block.channels + c);
+            if (p.keeps_dy) dy_lanes[u].store(dy_tile + pixel * block.channels + c);
           }
           float x_value[V], dy_value[V];
           x_lanes[u].unpack(x_value);
@@ -150,12 +149,11 @@ __device__ __forceinline__ void write_channel_grads(const GroupNormParams& p, co
   float dscale = 0, dshift = 0;
   if (live) {
     const float sum_normal = arrays.sum_dz_centred[c] * rstd;
-    const float gain = 1.0f + coefficient<T>(p, block, p.scale, block.sample, c, 0.0f);
+    const NormCoefficients<T> of(p, block, c);
     dshift = arrays.sum_dz[c];
-    dscale = coefficient<T>(p, block, p.weight, block.expert, c, 1.0f) * sum_normal +
-             coefficient<T>(p, block, p.bias, block.expert, c, 0.0f) * dshift;
-    if (p.dweight_share) p.dweight_share[at] = gain * sum_normal;
-    if (p.dbias_share) p.dbias_share[at] = gain * dshift;
+    dscale = of.weight * sum_normal + of.bias * dshift;
+    if (p.dweight_share) p.dweight_share[at] = of.gain * sum_normal;
+    if (p.dbias_share) p.dbias_share[at] = of.gain * dshift;
   }
   if (p.dscale) static_cast<T*>(p.dscale)[at] = from_float<T>(dscale);
   if (p.dshift) static_cast<T*>(p.dshift)[at] = from_float<T>(dshift);
@@ -221,9 +219,12 @@ __device__ __forceinline__ void input_grads(const GroupNormParams& p, const Norm
         if (live == 0 || pixel >= block.pixels) continue;
         if (kFromTile) {
           x_lanes[u].load(x_tile + pixel * block.channels + c);
-          dy_lanes[u].load(dy_tile + pixel * block.channels + c);
         } else {
           x_lanes[u].load(x + static_cast<long long>(pixel) * p.channels + c);
+        }
+        if (kFromTile && p.keeps_dy) {
+          dy_lanes[u].load(dy_tile + pixel * block.channels + c);
+        } else {
           dy_lanes[u].load(dy + static_cast<long long>(pixel) * p.channels + c);
         }
       }
@@ -231,7 +232,7 @@ __device__ __forceinline__ void input_grads(const GroupNormParams& p, const Norm
       for (int u = 0; u < kLoads; ++u) {
         const int pixel = first + u * thread.rows;
         if (pixel >= block.pixels) break;
-        if (!kFromTile && live < V) {
+        if (live < V) {
           x_lanes[u].clear_from(live);
           dy_lanes[u].clear_from(live);
         }

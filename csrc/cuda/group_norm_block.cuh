@@ -143,13 +143,20 @@ __device__ __forceinline__ T* activations(const GroupNormParams& p, const NormBl
   return static_cast<T*>(const_cast<void*>(tensor)) + row * p.channels + block.first_channel;
 }
 
-// Element (row, first channel of the chunk + c) of a (rows, channels) tensor; null stands for `absent`.
+// The coefficients of channel c of the chunk. Absent tensors stand for a weight of ones, any other zeros.
 template <class T>
-__device__ __forceinline__ float coefficient(const GroupNormParams& p, const NormBlock& block, const void* tensor,
-                                             int row, int c, float absent) {
-  if (!tensor) return absent;
-  return to_float(static_cast<const T*>(tensor)[static_cast<long long>(row) * p.channels + block.first_channel + c]);
-}
+struct NormCoefficients {
+  float weight = 1, bias = 0, gain = 1, shift = 0;
+
+  __device__ __forceinline__ NormCoefficients(const GroupNormParams& p, const NormBlock& block, int c) {
+    const long long of_expert = static_cast<long long>(block.expert) * p.channels + block.first_channel + c;
+    const int channel = block.first_channel + c;
+    if (p.weight) weight = to_float(static_cast<const T*>(p.weight)[of_expert]);
+    if (p.bias) bias = to_float(static_cast<const T*>(p.bias)[of_expert]);
+    if (p.scale) gain = 1.0f + to_float(static_cast<const T*>(p.scale)[block.sample * p.scale_stride + channel]);
+    if (p.shift) shift = to_float(static_cast<const T*>(p.shift)[block.sample * p.shift_stride + channel]);
+  }
+};
 
 // A thread's place in the block: which vector of a pixel, and which of the pixels that the block takes at a time.
 struct NormThread {

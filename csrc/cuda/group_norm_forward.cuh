@@ -185,11 +185,10 @@ __device__ __forceinline__ void finish_group(const GroupNormParams& p, const Nor
   for (int c = g * per_group + lane; c < (g + 1) * per_group; c += kNormWarp) {
     float multiplier = 0, offset = 0;
     if (live) {
-      const float gain = 1.0f + coefficient<T>(p, block, p.scale, block.sample, c, 0.0f);
-      const float slope = rstd * coefficient<T>(p, block, p.weight, block.expert, c, 1.0f);
-      multiplier = slope * gain;
-      offset = (coefficient<T>(p, block, p.bias, block.expert, c, 0.0f) + error * slope) * gain +
-               coefficient<T>(p, block, p.shift, block.sample, c, 0.0f);
+      const NormCoefficients<T> of(p, block, c);
+      const float slope = rstd * of.weight;
+      multiplier = slope * of.gain;
+      offset = (of.bias + error * slope) * of.gain + of.shift;
     }
     arrays.multiplier[c] = multiplier;
     arrays.offset[c] = offset;

@@ -75,6 +75,8 @@ GroupNormParams params_of(const NormArguments& a, const NormSplit& s) {
   p.weight_index = at<const int>(a.weight_index);
   p.widths = at<const int>(a.widths);
   p.partials = at<float>(a.workspace);
+  p.scale_stride = a.scale_stride ? a.scale_stride : a.channels;
+  p.shift_stride = a.shift_stride ? a.shift_stride : a.channels;
   p.batch = static_cast<int>(a.batch);
   p.pixels = static_cast<int>(a.height * a.width);
   p.channels = static_cast<int>(a.channels);
@@ -92,6 +94,7 @@ GroupNormParams params_of(const NormArguments& a, const NormSplit& s) {
   p.channel_arrays = 0;
   p.row_sums = static_cast<int>(s.row_sums);
   p.tile = static_cast<int>(s.tile);
+  p.keeps_dy = s.tensors == 2;
   return p;
 }
 

@@ -7,7 +7,7 @@ struct GroupNormParams {
   const void* x;
   const void* weight;  // (num_experts, channels)
   const void* bias;
-  const void* scale;  // (batch, channels) or null, as are shift, dscale, dshift
+  const void* scale;  // (batch, channels) or null, as are shift, dscale, dshift; rows may lie further apart
   const void* shift;
   void* y;
   float* mean;  // (batch, norm_groups)
@@ -24,6 +24,8 @@ struct GroupNormParams {
   const int* offsets;       // (num_groups + 1)
   const int* weight_index;  // (num_groups)
   const int* widths;        // (num_groups) or null
+  long long scale_stride;   // elements between rows
+  long long shift_stride;
   int batch;
   int pixels;
   int channels;
@@ -43,7 +45,8 @@ struct GroupNormParams {
   // Byte offsets into shared memory.
   int channel_arrays;  // float per channel of the chunk, one array after the other
   int row_sums;        // scratch of the sums over threads
-  int tile;            // the block's activations
+  int tile;            // the block's activations, x and then dy
+  int keeps_dy;        // 0: too large, dy is read twice; what a block has just read is still in the L2 cache
 };
 
 }  // namespace tdc

@@ -11,6 +11,7 @@ namespace tdc {
 struct NormSplit {
   bool vector = false;  // 16-byte accesses
   bool whole = false;   // one launch, with all pixels of a chunk in one block
+  int tensors = 0;      // activations kept in shared memory: x; in backward dy too, where it fits
   int64_t chunk_channels = 0, chunks = 0;
   int64_t pixels_per_block = 0, splits = 1;
   int lanes_log2 = 0;
