@@ -92,28 +92,24 @@ __device__ __forceinline__ bool find_tile(const ConvImageParams& p, ConvImageTil
 template <class P, ConvPass kPass, bool kVector>
 class ConvImageLoader {
   using T = typename P::Element;
-  using Pixels = CopyShare<P, typename P::A>;
-  using Weights = CopyShare<P, typename P::B>;
+  using Pixels = typename P::ShareA;
+  using Weights = typename P::ShareB;
 
  public:
   __device__ __forceinline__ ConvImageLoader(const ConvImageParams& p, const ConvImageTile& tile)
-      : tile_(tile), geometry_(p.geometry), source_(static_cast<const T*>(p.source)) {
+      : tile_(tile), source_(static_cast<const T*>(p.source)), weight_(static_cast<const T*>(p.weight)) {
+    const ConvGeometry& g = p.geometry;
     const bool forward = kPass == ConvPass::kForward;
-    height_ = forward ? geometry_.height : geometry_.out_height;
-    width_ = forward ? geometry_.width : geometry_.out_width;
-    channels_ = forward ? geometry_.in_channels : geometry_.out_channels;
-    const int taps = geometry_.filter_height * geometry_.filter_width;
-    weight_ = static_cast<const T*>(p.weight) +
-              static_cast<long long>(tile.expert) * geometry_.out_channels * taps * geometry_.in_channels;
-#pragma unroll
-    for (int i = 0; i < Pixels::kCopies; ++i) {
-      const int row = Pixels::line(i), index = tile.first_pixel + row, per_row = tile.columns.size;
-      const int per_sample = tile.rows.size * per_row, sample = index / per_sample;
-      top_[i] = index % per_sample / per_row * tile.rows.step + tile.rows.first;
-      left_[i] = index % per_row * tile.columns.step + tile.columns.first;
-      pixel_[i] = (tile.first_sample + sample) * height_ * width_;
-      if (!tile.row_exists(row)) top_[i] = kOutside;
-    }
+    height_ = forward ? g.height : g.out_height;
+    width_ = forward ? g.width : g.out_width;
+    channels_ = forward ? g.in_channels : g.out_channels;
+    filter_width_ = g.filter_width;
+    weight_channels_ = g.in_channels;
+    taps_ = g.filter_height * g.filter_width;
+    weight_ += static_cast<long long>(tile.expert) * g.out_channels * taps_ * g.in_channels;
+    find_pixels();
+    find_weights();
+    enter_tap();
   }
 
   __device__ __forceinline__ int steps() const {
@@ -124,64 +120,100 @@ class ConvImageLoader {
   __device__ __forceinline__ void load(unsigned char* stage) {
     load_pixels(stage);
     load_weights(stage + P::A::kBytes);
-    advance();
+    channel_ += kConvDepth;
+    if (channel_ < tile_.live_source) return;
+    channel_ = 0;
+    if (++tap_column_ == tile_.columns.taps) {
+      tap_column_ = 0;
+      ++tap_row_;
+    }
+    enter_tap();
   }
 
  private:
   static constexpr int kOutside = -(1 << 30);
 
-  __device__ __forceinline__ void load_pixels(unsigned char* shared) {
-    const int channel = channel_ + Pixels::chunk() * kPerChunk<T>;
+  // Where the lines of the pixel operand begin in the source, at the first tap.
+  __device__ __forceinline__ void find_pixels() {
+#pragma unroll
+    for (int i = 0; i < Pixels::kCopies; ++i) {
+      const int row = Pixels::line(i), index = tile_.first_pixel + row, per_row = tile_.columns.size;
+      const int per_sample = tile_.rows.size * per_row, sample = index / per_sample;
+      top_[i] = index % per_sample / per_row * tile_.rows.step + tile_.rows.first;
+      left_[i] = index % per_row * tile_.columns.step + tile_.columns.first;
+      first_[i] = (tile_.first_sample + sample) * height_ * width_;
+      if (!tile_.row_exists(row)) top_[i] = kOutside;
+    }
+  }
+
+  // The same for the weights: lines are channels of the result in forward, of the source in dgrad.
+  __device__ __forceinline__ void find_weights() {
+    const int chunk = Weights::chunk() * kPerChunk<T>;
+#pragma unroll
+    for (int i = 0; i < Weights::kCopies; ++i) {
+      const int line = Weights::line(i);
+      const int out = kPass == ConvPass::kForward ? tile_.first_channel + line : line;
+      const int in = kPass == ConvPass::kForward ? chunk : tile_.first_channel + chunk;
+      lines_[i] = weight_ + (static_cast<long long>(out) * taps_ * weight_channels_ + in);
+    }
+  }
+
+  // The pixels that this tap sees stay the same for all its channels.
+  __device__ __forceinline__ void enter_tap() {
     const int down = (tap_row_ + (TDC_PLANTED(CONV_WRONG_TAP) ? 1 : 0)) * tile_.rows.direction;
     const int across = tap_column_ * tile_.columns.direction;
+    inside_ = 0;
 #pragma unroll
     for (int i = 0; i < Pixels::kCopies; ++i) {
       const int row = top_[i] + down, column = left_[i] + across;
       const bool inside = static_cast<unsigned>(row) < static_cast<unsigned>(height_) &&
                           static_cast<unsigned>(column) < static_cast<unsigned>(width_);
-      const int pixel = inside ? pixel_[i] + row * width_ + column : 0;
-      const long long index = static_cast<long long>(pixel) * channels_ + channel;
-      copy_chunk<T, kVector>(shared + Pixels::offset(i), source_, index, inside ? tile_.live_source - channel : 0);
+      const int pixel = inside ? first_[i] + row * width_ + column : 0;
+      pixels_[i] = source_ + (static_cast<long long>(pixel) * channels_ + Pixels::chunk() * kPerChunk<T>);
+      inside_ |= inside ? 1u << i : 0u;
     }
+    tap_ = (tile_.rows.tap + tap_row_ * tile_.rows.tap_step) * filter_width_ + tile_.columns.tap +
+           tap_column_ * tile_.columns.tap_step;
+  }
+
+  __device__ __forceinline__ void load_pixels(unsigned char* shared) {
+    const T* from[Pixels::kCopies];
+#pragma unroll
+    for (int i = 0; i < Pixels::kCopies; ++i) from[i] = pixels_[i] + channel_;
+    const int live = tile_.live_source - channel_ - Pixels::chunk() * kPerChunk<T>;
+    copy_share<Pixels, kVector>(shared, source_, from, inside_, live);
   }
 
   __device__ __forceinline__ void load_weights(unsigned char* shared) {
-    const int tap_row = tile_.rows.tap + tap_row_ * tile_.rows.tap_step;
-    const int tap = tap_row * geometry_.filter_width + tile_.columns.tap + tap_column_ * tile_.columns.tap_step;
-    const int taps = geometry_.filter_height * geometry_.filter_width;
+    const bool forward = kPass == ConvPass::kForward;
     const int chunk = Weights::chunk() * kPerChunk<T>;
+    const long long step = forward ? static_cast<long long>(tap_) * weight_channels_ + channel_
+                                   : (static_cast<long long>(channel_) * taps_ + tap_) * weight_channels_;
+    const int live = forward ? tile_.live_source - channel_ - chunk : tile_.live_result - tile_.first_channel - chunk;
+    const int lines = forward ? tile_.live_result - tile_.first_channel : tile_.live_source - channel_;
+    const T* from[Weights::kCopies];
+    unsigned exists = 0;
 #pragma unroll
     for (int i = 0; i < Weights::kCopies; ++i) {
-      int out, in, live;
-      if (kPass == ConvPass::kForward) {
-        out = tile_.first_channel + Weights::line(i), in = channel_ + chunk;
-        live = out < tile_.live_result ? tile_.live_source - in : 0;
-      } else {
-        out = channel_ + Weights::line(i), in = tile_.first_channel + chunk;
-        live = out < tile_.live_source ? tile_.live_result - in : 0;
-      }
-      const long long index = (static_cast<long long>(out) * taps + tap) * geometry_.in_channels + in;
-      copy_chunk<T, kVector>(shared + Weights::offset(i), weight_, index, live);
+      from[i] = lines_[i] + step;
+      exists |= Weights::line(i) < lines ? 1u << i : 0u;
     }
-  }
-
-  __device__ __forceinline__ void advance() {
-    channel_ += kConvDepth;
-    if (channel_ < tile_.live_source) return;
-    channel_ = 0;
-    if (++tap_column_ < tile_.columns.taps) return;
-    tap_column_ = 0;
-    ++tap_row_;
+    copy_share<Weights, kVector>(shared, weight_, from, exists, live);
   }
 
   const ConvImageTile& tile_;
-  const ConvGeometry& geometry_;
   const T* source_;
-  const T* weight_;  // of the expert
-  int height_, width_, channels_;
-  int pixel_[Pixels::kCopies];                        // the first pixel of the row's sample in the source
-  int top_[Pixels::kCopies], left_[Pixels::kCopies];  // the source pixel of its first tap
-  int tap_row_ = 0, tap_column_ = 0, channel_ = 0;    // of the next step
+  const T* weight_;                // of the expert
+  int height_, width_, channels_;  // of the source
+  int filter_width_, weight_channels_, taps_;
+  int first_[Pixels::kCopies];                        // per line the first pixel of its sample
+  int top_[Pixels::kCopies], left_[Pixels::kCopies];  // and what its first tap sees there
+  const T* lines_[Weights::kCopies];
+  // The next step:
+  int tap_row_ = 0, tap_column_ = 0, channel_ = 0;
+  int tap_;                           // of the filter
+  const T* pixels_[Pixels::kCopies];  // what it sees
+  unsigned inside_;                   // bit i: pixels_[i] lies in the image
 };
 
 template <class T, class Tile, ConvPass kPass>

@@ -132,16 +132,37 @@ __device__ __forceinline__ uint4 partial_chunk(const T* global, int live) {
   return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-// Copies a chunk of which `live` elements count (any number: none or less, or more than fit); the others become zeros
-// and, unless a 16-byte load covers them, are not read. `base` is an address that is always good.
-template <class T, bool kVector>
-__device__ __forceinline__ void copy_chunk(unsigned char* shared, const T* base, long long index, int live) {
-  if (!kVector) {
-    store_16(shared, partial_chunk<T, false>(base + (live > 0 ? index : 0), live));
-  } else if (live <= 0 || live >= kPerChunk<T>) {
-    cp_async_16(shared, base + (live > 0 ? index : 0), live > 0);
+// Lines and chunks of an operand that one thread copies: the same chunk of every kLinesApart-th line.
+template <class Operand, int kThreads>
+struct CopyShare {
+  static constexpr int kLinesApart = kThreads / Operand::kChunks;
+  static constexpr int kCopies = Operand::kLines / kLinesApart;
+  static_assert(kLinesApart * kCopies == Operand::kLines, "the threads share the copies evenly");
+
+  static __device__ __forceinline__ int chunk() { return threadIdx.x % Operand::kChunks; }
+  static __device__ __forceinline__ int line(int copy) { return threadIdx.x / Operand::kChunks + copy * kLinesApart; }
+  static __device__ __forceinline__ int offset(int copy) { return Operand::offset(line(copy), chunk()); }
+};
+
+// Copies a thread's share: its chunk of line i from `from[i]` where bit i of `exists` is set, zeros elsewhere. The
+// first `live` elements of a chunk count (none or less, more than fit: any number); the others become zeros and, unless
+// 16 bytes are loaded at once, are not read. `base` is any address that may be read.
+template <class Share, bool kVector, class T>
+__device__ __forceinline__ void copy_share(unsigned char* shared, const T* base, const T* const (&from)[Share::kCopies],
+                                           unsigned exists, int live) {
+  if (live <= 0) exists = 0;
+  if (kVector && (live <= 0 || live >= kPerChunk<T>)) {
+#pragma unroll
+    for (int i = 0; i < Share::kCopies; ++i) {
+      const bool copied = exists >> i & 1;
+      cp_async_16(shared + Share::offset(i), copied ? from[i] : base, copied);
+    }
   } else {
-    store_16(shared, partial_chunk<T, true>(base + index, live));
+#pragma unroll
+    for (int i = 0; i < Share::kCopies; ++i) {
+      const uint4 chunk = exists >> i & 1 ? partial_chunk<T, kVector>(from[i], live) : make_uint4(0, 0, 0, 0);
+      store_16(shared + Share::offset(i), chunk);
+    }
   }
 }
 

@@ -19,6 +19,8 @@ struct ConvProduct {
   using A = OperandA<T, Tile::kRows>;
   using B = OperandB<T, Tile::kColumns>;
   static constexpr int kThreads = Tile::kThreads, kWarps = kThreads / 32;
+  using ShareA = CopyShare<A, kThreads>;
+  using ShareB = CopyShare<B, kThreads>;
   static constexpr int kWarpRows = Tile::kWarpRows, kWarpColumns = 32;
   static constexpr int kWarpsAcross = Tile::kColumns / kWarpColumns;
   static constexpr int kRowFragments = kWarpRows / 16, kColumnFragments = kWarpColumns / 8;
@@ -65,18 +67,6 @@ __device__ __forceinline__ void multiply_stage(const unsigned char* stage, typen
     }
   }
 }
-
-// Lines and chunks of an operand that one thread copies: the same chunk of every kLinesApart-th line.
-template <class P, class Operand>
-struct CopyShare {
-  static constexpr int kLinesApart = P::kThreads / Operand::kChunks;
-  static constexpr int kCopies = Operand::kLines / kLinesApart;
-  static_assert(kLinesApart * kCopies == Operand::kLines, "the threads share the copies evenly");
-
-  static __device__ __forceinline__ int chunk() { return threadIdx.x % Operand::kChunks; }
-  static __device__ __forceinline__ int line(int copy) { return threadIdx.x / Operand::kChunks + copy * kLinesApart; }
-  static __device__ __forceinline__ int offset(int copy) { return Operand::offset(line(copy), chunk()); }
-};
 
 // Runs `steps` steps of a loader, whose load(stage) copies both operands of the next step. On return all threads are
 // past their last use of shared memory.

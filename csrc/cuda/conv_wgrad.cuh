@@ -95,8 +95,8 @@ class ConvPixelWalk {
 template <class P, bool kVector>
 class ConvWgradLoader {
   using T = typename P::Element;
-  using Grads = CopyShare<P, typename P::A>;
-  using Pixels = CopyShare<P, typename P::B>;
+  using Grads = typename P::ShareA;
+  using Pixels = typename P::ShareB;
 
  public:
   __device__ __forceinline__ ConvWgradLoader(const ConvWgradParams& p, const ConvWgradTile& tile)
@@ -114,33 +114,38 @@ class ConvWgradLoader {
 
  private:
   __device__ __forceinline__ void load_grads(unsigned char* shared) {
+    const T* dy = static_cast<const T*>(p_.dy);
     const int channel = tile_.first_out + Grads::chunk() * kPerChunk<T>;
+    const T* from[Grads::kCopies];
+    unsigned exists = 0;
 #pragma unroll
     for (int i = 0; i < Grads::kCopies; ++i) {
       const int pixel = walk_.pixel() + Grads::line(i);
-      const long long index = static_cast<long long>(pixel) * p_.geometry.out_channels + channel;
-      copy_chunk<T, kVector>(shared + Grads::offset(i), static_cast<const T*>(p_.dy), index,
-                             pixel < walk_.end() ? walk_.live_out() - channel : 0);
+      from[i] = dy + (static_cast<long long>(pixel) * p_.geometry.out_channels + channel);
+      exists |= pixel < walk_.end() ? 1u << i : 0u;
     }
+    copy_share<Grads, kVector>(shared, dy, from, exists, walk_.live_out() - channel);
   }
 
   __device__ __forceinline__ void load_pixels(unsigned char* shared) {
     const ConvGeometry& g = p_.geometry;
+    const T* x = static_cast<const T*>(p_.x);
     const int channel = tile_.first_in + Pixels::chunk() * kPerChunk<T>;
+    const T* from[Pixels::kCopies];
+    unsigned exists = 0;
 #pragma unroll
     for (int i = 0; i < Pixels::kCopies; ++i) {
       const int pixel = walk_.pixel() + Pixels::line(i), sample = quotient(pixel, p_.by_pixels);
-      const int within = pixel - sample * static_cast<int>(p_.by_pixels.divisor),
-                out_row = quotient(within, p_.by_width);
-      const int row = out_row * g.stride_height + top_;
-      const int column = (within - out_row * g.out_width) * g.stride_width + left_;
+      const int within = pixel - sample * static_cast<int>(p_.by_pixels.divisor);
+      const int out_row = quotient(within, p_.by_width), out_column = within - out_row * g.out_width;
+      const int row = out_row * g.stride_height + top_, column = out_column * g.stride_width + left_;
       const bool inside = pixel < walk_.end() && static_cast<unsigned>(row) < static_cast<unsigned>(g.height) &&
                           static_cast<unsigned>(column) < static_cast<unsigned>(g.width);
-      const long long index =
-          ((static_cast<long long>(sample) * g.height + row) * g.width + column) * g.in_channels + channel;
-      copy_chunk<T, kVector>(shared + Pixels::offset(i), static_cast<const T*>(p_.x), index,
-                             inside ? walk_.live_in() - channel : 0);
+      const int source = inside ? (sample * g.height + row) * g.width + column : 0;
+      from[i] = x + (static_cast<long long>(source) * g.in_channels + channel);
+      exists |= inside ? 1u << i : 0u;
     }
+    copy_share<Pixels, kVector>(shared, x, from, exists, walk_.live_in() - channel);
   }
 
   const ConvWgradParams& p_;
