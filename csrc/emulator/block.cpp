@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <numeric>
 
 namespace tdc::emulator {
 
@@ -52,18 +53,6 @@ int ThreadSet::first(int start) const {
     if (bits) return word * 64 + __builtin_ctzll(bits);
   }
   return -1;
-}
-
-void Thread::deliver(int in_flight) {
-  size_t copies_done = 0, groups_done = 0;
-  for (; groups.size() - groups_done > static_cast<size_t>(in_flight); ++groups_done) {
-    for (unsigned i = 0; i < groups[groups_done]; ++i, ++copies_done) {
-      const Copy& copy = copies[copies_done];
-      std::memcpy(copy.destination, copy.data, copy.bytes);
-    }
-  }
-  copies.erase(copies.begin(), copies.begin() + static_cast<std::ptrdiff_t>(copies_done));
-  groups.erase(groups.begin(), groups.begin() + static_cast<std::ptrdiff_t>(groups_done));
 }
 
 uint64_t Schedule::random() {
@@ -131,6 +120,7 @@ std::string Block::run(const Kernel& kernel, const Index3& grid, int threads, si
 void Block::run_block(size_t shared_bytes) {
   schedule_.arrange_threads(num_threads_);
   shared_.clear();
+  races_.begin_block(num_threads_);
   add_shared(nullptr, shared_bytes, "the dynamic shared memory");
   warps_.assign(static_cast<size_t>((num_threads_ + kWarp - 1) / kWarp), Warp());
   for (Barrier& barrier : barriers_) barrier = Barrier();
@@ -149,6 +139,7 @@ void Block::run_block(size_t shared_bytes) {
   current_ = next();
   main_->switch_to(current_->fiber);
   current_ = nullptr;
+  races_.end_block();
   if (failure_.empty() && done_ < num_threads_) failure_ = stuck();
 }
 
@@ -184,7 +175,11 @@ void Block::wait(Thread::State state, const Site& site) {
 }
 
 void Block::fail(const Site& site, const std::string& what) {
-  failure_ = site.text() + ", thread " + std::to_string(current_->number) + ": " + what + where();
+  fail(site.text() + ", thread " + std::to_string(current_->number) + ": " + what);
+}
+
+void Block::fail(const std::string& what) {
+  failure_ = what + where();
   Thread& self = *current_;
   self.fiber.leave_for(*main_);
   std::abort();
@@ -222,6 +217,56 @@ void Block::whole_warp_collective(const Site& site, Complete complete, void* ope
   warp_collective(site, complete, operand);
 }
 
+void Block::warp_sync(const Site& site) {
+  warp_collective(
+      site,
+      [](void* const*, int lanes) {
+        const int first = block.current().number / kWarp * kWarp;
+        RaceCheck::Clock clock;
+        for (int t = first; t < first + lanes; ++t) block.races().release(t, clock);
+        for (int t = first; t < first + lanes; ++t) block.races().acquire(t, clock);
+      },
+      nullptr);
+}
+
+void Block::copy(const Site& site, void* shared, const void* global, unsigned bytes, bool live) {
+  check_shared(site, shared, bytes, bytes);
+  if (RaceCheck::enabled) {
+    const std::string wrong = races_.issue_copy(current_->number, shared, bytes, __builtin_return_address(0));
+    if (!wrong.empty()) fail(wrong);
+  }
+  Copy made{static_cast<unsigned char*>(shared), bytes, {}};
+  if (live) std::memcpy(made.data, global, bytes);
+  std::memset(shared, kPoison, bytes);
+  current_->copies.push_back(made);
+  ++current_->open;
+}
+
+void Block::commit_copies() {
+  current_->groups.push_back(current_->open);
+  current_->open = 0;
+}
+
+void Block::wait_for_copies(int in_flight) {
+  std::vector<Copy>& copies = current_->copies;
+  std::vector<unsigned>& groups = current_->groups;
+  if (groups.size() <= static_cast<size_t>(in_flight)) return;
+  const auto done = static_cast<std::ptrdiff_t>(groups.size() - static_cast<size_t>(in_flight));
+  const auto written = std::accumulate(groups.begin(), groups.begin() + done, std::ptrdiff_t{0});
+  for (auto copy = copies.begin(); copy != copies.begin() + written; ++copy) {
+    std::memcpy(copy->destination, copy->data, copy->bytes);
+    races_.deliver_copy(current_->number, copy->destination, copy->bytes);
+  }
+  copies.erase(copies.begin(), copies.begin() + written);
+  groups.erase(groups.begin(), groups.begin() + done);
+}
+
+void Block::note(const void* address, size_t bytes, RaceCheck::Access kind, const void* place) {
+  if (!RaceCheck::enabled || !races_.near(address)) return;
+  const std::string wrong = races_.access(current_->number, address, bytes, kind, place);
+  if (!wrong.empty()) fail(wrong);
+}
+
 void Block::barrier(const Site& site, int id, int threads, bool wait_here) {
   Barrier& at = barriers_[id];
   const int self = current_->number;
@@ -233,6 +278,7 @@ void Block::barrier(const Site& site, int id, int threads, bool wait_here) {
   if (at.who.contains(self)) fail(site, "came twice to barrier " + std::to_string(id) + " in one phase");
   at.who.insert(self);
   ++at.arrived;
+  races_.release(self, at.clock);
   if (wait_here) {
     at.waiting.insert(self);
     current_->barrier = id;
@@ -262,7 +308,10 @@ void Block::release(const Site& site, int id) {
       }
     }
   }
-  for (int t = at.waiting.first(); t >= 0; t = at.waiting.first(t + 1)) wake(t);
+  for (int t = at.waiting.first(); t >= 0; t = at.waiting.first(t + 1)) {
+    races_.acquire(t, at.clock);
+    wake(t);
+  }
   at = Barrier();
 }
 
@@ -270,6 +319,7 @@ void Block::add_shared(const void* key, size_t bytes, const std::string& name) {
   void* memory = nullptr;
   if (posix_memalign(&memory, kSharedAlignment, bytes) != 0) throw std::bad_alloc();
   std::memset(memory, kPoison, bytes);
+  races_.add_region(memory, bytes, name);
   shared_.push_back({key, bytes, name, std::unique_ptr<unsigned char, Free>(static_cast<unsigned char*>(memory))});
 }
 

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "emulator/fiber.h"
+#include "emulator/races.h"
 
 namespace tdc::emulator {
 
@@ -52,8 +53,6 @@ struct Thread {
   unsigned open = 0;             // copies since the last commit
 
   int lane() const { return number % kWarp; }
-  // Writes what was copied, but for the `in_flight` newest groups and what is in no group yet.
-  void deliver(int in_flight);
 };
 
 // A set of numbers below kMaxThreads.
@@ -123,6 +122,12 @@ class Block {
   // The same, of 32 lanes: fails in a block's last warp where that has fewer.
   void whole_warp_collective(const Site& site, Complete complete, void* operand);
   void barrier(const Site& site, int id, int threads, bool wait);
+  void warp_sync(const Site& site);
+
+  // Asynchronous copies of the running thread; a wait writes all but the `in_flight` newest groups.
+  void copy(const Site& site, void* shared, const void* global, unsigned bytes, bool live);
+  void commit_copies();
+  void wait_for_copies(int in_flight);
 
   // The dynamic shared memory; the static array that `key` stands for, made when first asked for.
   unsigned char* dynamic_shared() { return shared_.front().bytes.get(); }
@@ -130,7 +135,15 @@ class Block {
   // Fails unless the bytes lie in shared memory, at a multiple of `alignment`.
   void check_shared(const Site& site, const void* address, size_t bytes, size_t alignment);
 
+  RaceCheck& races() { return races_; }
+  // Tells the race check of an access of the running thread.
+  void note(const void* address, size_t bytes, RaceCheck::Access kind, const void* place);
+  __attribute__((noinline)) void note_read(const void* address, size_t bytes) {
+    note(address, bytes, RaceCheck::Access::kRead, __builtin_return_address(0));
+  }
+
   // Ends the launch with a message. Never returns.
+  [[noreturn]] void fail(const std::string& what);
   [[noreturn]] void fail(const Site& site, const std::string& what);
 
  private:
@@ -145,6 +158,7 @@ class Block {
     int expected = 0;
     int arrived = 0;
     ThreadSet who, waiting;
+    RaceCheck::Clock clock;  // what those that came did before
   };
   struct Free {
     void operator()(unsigned char* bytes) const;
@@ -181,6 +195,7 @@ class Block {
   std::vector<Warp> warps_;
   Barrier barriers_[kBarriers];
   std::vector<Shared> shared_;
+  RaceCheck races_;
   std::string failure_;
 };
 

@@ -134,40 +134,25 @@ inline void check_aligned(const emulator::Site& site, const void* address, size_
 
 inline uint4 load_16(const void* address, TDC_CALLER) {
   check_aligned(TDC_SITE("load_16"), address, 16);
-  uint4 value;
-  std::memcpy(&value, address, 16);
-  return value;
+  return *static_cast<const uint4*>(address);
 }
 inline void store_16(void* address, uint4 value, TDC_CALLER) {
   check_aligned(TDC_SITE("store_16"), address, 16);
-  std::memcpy(address, &value, 16);
+  *static_cast<uint4*>(address) = value;
 }
 
-template <unsigned kBytes>
-inline void cp_async(const emulator::Site& site, void* shared, const void* global, bool live) {
-  emulator::block.check_shared(site, shared, kBytes, kBytes);
-  check_aligned(site, global, kBytes);
-  emulator::Copy copy{static_cast<unsigned char*>(shared), kBytes, {}};
-  if (live) std::memcpy(copy.data, global, kBytes);
-  std::memset(shared, 0xFF, kBytes);
-  emulator::Thread& self = emulator::block.current();
-  self.copies.push_back(copy);
-  ++self.open;
-}
 inline void cp_async_16(void* shared, const void* global, bool live, TDC_CALLER) {
-  cp_async<16>(TDC_SITE("cp_async_16"), shared, global, live);
+  check_aligned(TDC_SITE("cp_async_16"), global, 16);
+  emulator::block.copy(TDC_SITE("cp_async_16"), shared, global, 16, live);
 }
 inline void cp_async_4(void* shared, const void* global, bool live, TDC_CALLER) {
-  cp_async<4>(TDC_SITE("cp_async_4"), shared, global, live);
+  check_aligned(TDC_SITE("cp_async_4"), global, 4);
+  emulator::block.copy(TDC_SITE("cp_async_4"), shared, global, 4, live);
 }
-inline void cp_async_commit() {
-  emulator::Thread& self = emulator::block.current();
-  self.groups.push_back(self.open);
-  self.open = 0;
-}
+inline void cp_async_commit() { emulator::block.commit_copies(); }
 template <int kInFlight>
 inline void cp_async_wait() {
-  emulator::block.current().deliver(kInFlight);
+  emulator::block.wait_for_copies(kInFlight);
 }
 
 // Matrix fragments.
@@ -175,7 +160,10 @@ inline void cp_async_wait() {
 template <int kMatrices, bool kTrans>
 inline void ldmatrix(const emulator::Site& site, unsigned (&r)[kMatrices], const void* shared_row) {
   const bool used = emulator::block.current().lane() < 8 * kMatrices;
-  if (used) emulator::block.check_shared(site, shared_row, 16, 16);
+  if (used) {
+    emulator::block.check_shared(site, shared_row, 16, 16);
+    emulator::block.note_read(shared_row, 16);
+  }
   emulator::MatrixLoad own{r, shared_row};
   emulator::block.whole_warp_collective(site, emulator::load_matrices<kMatrices, kTrans>, &own);
 }
@@ -210,9 +198,7 @@ inline void mma_16x8x8_tf32(float (&d)[4], const unsigned (&a)[4], const unsigne
 inline void block_sync(TDC_CALLER) {
   emulator::block.barrier(TDC_SITE("block_sync"), 0, static_cast<int>(blockDim.x), true);
 }
-inline void warp_sync(TDC_CALLER) {
-  emulator::block.warp_collective(TDC_SITE("warp_sync"), [](void* const*, int) {}, nullptr);
-}
+inline void warp_sync(TDC_CALLER) { emulator::block.warp_sync(TDC_SITE("warp_sync")); }
 inline void named_barrier(const emulator::Site& site, int id, int threads, bool wait) {
   if (id < 1 || id >= emulator::kBarriers)
     emulator::block.fail(site, "barrier ids go from 1 to 15, not " + std::to_string(id));
@@ -279,18 +265,25 @@ inline unsigned ballot(bool predicate, TDC_CALLER) {
   return own.result;
 }
 
-// A thread runs undisturbed between waits, so plain operations are atomic.
+// A thread runs undisturbed between waits, so plain operations are atomic; the race check is told that they are.
+#define TDC_ATOMIC __attribute__((noinline, unused, no_sanitize("thread"))) static
 template <class T>
-inline T exchange(T* address, T value) {
+TDC_ATOMIC T exchange(T* address, T value, const void* place) {
+  emulator::block.note(address, sizeof(T), emulator::RaceCheck::Access::kAtomic, place);
   const T old = *address;
   *address = value;
   return old;
 }
-inline int atomic_add_int(int* address, int value) {
-  return exchange(address, static_cast<int>(static_cast<unsigned>(*address) + static_cast<unsigned>(value)));
+TDC_ATOMIC int atomic_add_int(int* address, int value) {
+  const int sum = static_cast<int>(static_cast<unsigned>(*address) + static_cast<unsigned>(value));
+  return exchange(address, sum, __builtin_return_address(0));
 }
-inline float atomic_add_float(float* address, float value) { return exchange(address, *address + value); }
-inline int atomic_max_int(int* address, int value) { return exchange(address, max(*address, value)); }
+TDC_ATOMIC float atomic_add_float(float* address, float value) {
+  return exchange(address, *address + value, __builtin_return_address(0));
+}
+TDC_ATOMIC int atomic_max_int(int* address, int value) {
+  return exchange(address, max(*address, value), __builtin_return_address(0));
+}
 inline void device_fence() {}
 [[noreturn]] inline void trap(TDC_CALLER) { emulator::block.fail(TDC_SITE("trap"), "the kernel trapped"); }
 

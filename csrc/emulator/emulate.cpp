@@ -70,6 +70,9 @@ TDC_EXPORT int tdc_emulate(const char* kernel, const unsigned grid[3], unsigned 
   return failure.empty() ? 0 : 1;
 }
 
+// Turns the race check off and on again: without it, what a race does to the data shows, as on a GPU.
+TDC_EXPORT void tdc_check_races(int on) { tdc::emulator::RaceCheck::enabled = on != 0; }
+
 // The names of all kernels of this library, one per line.
 TDC_EXPORT const char* tdc_emulated_kernels() {
   static std::string names;

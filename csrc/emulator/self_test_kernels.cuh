@@ -91,6 +91,14 @@ TDC_KERNEL(self_test_reverse, 128, SelfTestParams) {
   static_cast<float*>(p.out)[self_test_thread()] = values[blockDim.x - 1 - threadIdx.x];
 }
 
+// The same within a warp.
+TDC_KERNEL(self_test_warp_reverse, 32, SelfTestParams) {
+  TDC_SHARED(float, values, 32);
+  values[threadIdx.x] = static_cast<const float*>(p.in)[threadIdx.x];
+  if (!TDC_PLANTED(SELF_NO_WARP_SYNC)) warp_sync();
+  static_cast<float*>(p.out)[threadIdx.x] = values[31 - threadIdx.x];
+}
+
 // Sums `count` rows of 128 floats, each row multiplied by the one before it in the ring (so that threads read what
 // others copied), through a ring of three stages filled by cp_async. A block of 32 threads.
 TDC_KERNEL(self_test_stages, 32, SelfTestParams) {
@@ -158,6 +166,20 @@ TDC_KERNEL(self_test_atomics, 128, SelfTestParams) {
   atomic_add_float(static_cast<float*>(const_cast<void*>(p.other)), static_cast<float>(value));
   block_sync();
   if (threadIdx.x == 0) atomic_add_int(&out[1], count[0]);
+}
+
+// Accesses that do not conflict (mode 0), an atomic and a plain read that do (1), a byte of two writers (2).
+TDC_KERNEL(self_test_conflicts, 64, SelfTestParams) {
+  TDC_SHARED(int, count, 1);
+  TDC_SHARED(unsigned char, bytes, 64);
+  const int thread = static_cast<int>(threadIdx.x);
+  if (thread == 0) count[0] = 0;
+  block_sync();
+  atomic_add_int(&count[0], 1);
+  if (p.mode == 1 && thread == 5) static_cast<int*>(p.out)[0] = count[0];
+  bytes[p.mode == 2 ? thread / 2 : thread] = 1;
+  block_sync();
+  static_cast<int*>(p.out)[thread] = count[0] + bytes[63 - thread];
 }
 
 // What nobody wrote: mode 0 dynamic shared memory, 1 a static array, 2 a local array.

@@ -2,7 +2,8 @@
 
 A family is a header `csrc/cuda/<family>_kernels.cuh` that defines kernels (or `self_test`, of the emulator itself).
 Each builds into a shared library, once per run of the tests, in a temporary folder; variants are sanitized builds and
-builds with a planted bug (`-DTDC_PLANT_<NAME>`, see TDC_PLANTED in csrc/cuda/device.cuh).
+builds with a planted bug (`-DTDC_PLANT_<NAME>`, see TDC_PLANTED in csrc/cuda/device.cuh). Builds without sanitizers
+check shared memory for races.
 
     launcher = EmulatorLauncher(emulated("plan"))
     with tdc_fast.ops.cuda.use_launcher(launcher): ...
@@ -10,14 +11,16 @@ builds with a planted bug (`-DTDC_PLANT_<NAME>`, see TDC_PLANTED in csrc/cuda/de
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +32,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
-RUNTIME = ("block", "emulate", "fiber", "matrix")
+RUNTIME = ("block", "emulate", "fiber", "matrix", "races")
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
 # Schedules worth running a kernel under: first thread first, last thread first, two random ones.
 SCHEDULES = (0, 1, 2, 3)
@@ -46,7 +49,9 @@ _FLAGS = [
     # Libraries that live side by side share nothing; a register that nobody wrote holds a pattern (-1.7e38).
     *("-fno-gnu-unique", "-ftrivial-auto-var-init=pattern"),
 ]
-_SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g1"]
+_SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+# The calls this compiles in at every access are answered by csrc/emulator/races.cpp, not by the sanitizer's library.
+_RACE_CHECK = ["-fsanitize=thread"]
 
 
 class EmulatorError(RuntimeError):
@@ -57,6 +62,7 @@ class EmulatedLibrary:
     """The kernels of one family."""
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         self._library = ctypes.CDLL(str(path))
         self._library.tdc_emulated_kernels.restype = ctypes.c_char_p
         self.kernels = tuple(self._library.tdc_emulated_kernels().decode().split())
@@ -78,7 +84,27 @@ class EmulatedLibrary:
             len(message),
         )
         if failed:
-            raise EmulatorError(message.value.decode(errors="replace"))
+            raise EmulatorError(self._with_lines(message.value.decode(errors="replace")))
+
+    @contextlib.contextmanager
+    def without_race_check(self) -> Iterator[None]:
+        """Races are not reported but have their effect, as on a GPU (sanitized libraries are always so)."""
+        self._library.tdc_check_races(0)
+        try:
+            yield
+        finally:
+            self._library.tdc_check_races(int(not SANITIZED))
+
+    def _with_lines(self, message: str) -> str:
+        """Puts "at file:line" for the code addresses "[+0x...]" of a message, callers last, if addr2line is there."""
+
+        def line_of(match: re.Match[str]) -> str:
+            command = ["addr2line", "--inlines", "--basenames", f"--exe={self._path}", match[1]]
+            places = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout.splitlines()
+            outside = [place.split()[0] for place in places if not place.startswith(("device.h:", "??"))]
+            return f"at {' in '.join(outside)}" if outside else match[0]
+
+        return re.sub(r"\[\+(0x[0-9a-f]+)\]", line_of, message) if shutil.which("addr2line") else message
 
 
 class EmulatorLauncher:
@@ -135,19 +161,18 @@ def build(family: str, plants: tuple[str, ...] = (), sanitize: bool = False) -> 
         return library
     folder = "emulator" if family == "self_test" else "cuda"
     header = CSRC / folder / f"{family}_kernels.cuh"
-    jobs = {
-        _folder() / f"{name}-{kind}.o": ["-O1" if sanitize else "-O2", str(CSRC / "emulator" / f"{name}.cpp")]
-        for name in RUNTIME
-    }
+    # The undefined-behaviour sanitizer is for kernels: it triples the time that the emulator itself compiles.
+    own = ["-O1", "-fsanitize=address"] if sanitize else ["-O2"]
+    jobs = {_folder() / f"{name}-{kind}.o": [*own, str(CSRC / "emulator" / f"{name}.cpp")] for name in RUNTIME}
     jobs = {target: job for target, job in jobs.items() if not target.exists()}
     target = library.with_suffix(".o")
+    checks = _SANITIZE if sanitize else _RACE_CHECK
     planted = [f"-DTDC_PLANT_{plant}=1" for plant in plants]
-    jobs[target] = [*planted, "-x", "c++", "-include", str(header), os.devnull]
-    extra = _SANITIZE if sanitize else []
+    jobs[target] = ["-g1", *checks, *planted, "-x", "c++", "-include", str(header), os.devnull]
     with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
-        list(pool.map(lambda job: _compile(job[1], job[0], ["-c", *extra]), jobs.items()))
+        list(pool.map(lambda job: _compile(["-c", *job[1]], job[0]), jobs.items()))
     runtime = [str(_folder() / f"{name}-{kind}.o") for name in RUNTIME]
-    _compile([str(target), *runtime], library, ["-shared", *extra])
+    _compile(["-shared", *(_SANITIZE if sanitize else []), str(target), *runtime, "-ldl"], library)
     return library
 
 
@@ -203,9 +228,9 @@ def _load(path: Path) -> EmulatedLibrary:
     return EmulatedLibrary(path)
 
 
-def _compile(arguments: list[str], target: Path, mode: list[str]) -> None:
+def _compile(arguments: list[str], target: Path) -> None:
     partial = target.with_name(f"{target.name}.{os.getpid()}")
-    command = [str(COMPILER), *_FLAGS, *mode, *arguments, "-o", str(partial)]
+    command = [str(COMPILER), *_FLAGS, *arguments, "-o", str(partial)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, f"{' '.join(command)}\n{result.stderr[-6000:]}"
     partial.replace(target)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 
@@ -103,38 +104,85 @@ def stages_are_right(schedule: int, *plants: str) -> bool:
     return torch.equal(out, rows.view(9, 32, 4).sum((0, 2)).flip(0))
 
 
-@plain_only
-@pytest.mark.parametrize("plant", ["SELF_NO_WAIT", "SELF_NO_COMMIT", "SELF_WRONG_STAGE"])
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_data_used_before_its_copy_is_awaited_shows_under_every_schedule(plant: str, schedule: int) -> None:
-    assert not stages_are_right(schedule, plant)
+def reverse_is_right(schedule: int, *plants: str) -> bool:
+    values = torch.arange(128.0)
+    out = run("reverse", torch.empty(128), values, threads=128, schedule=schedule, plants=plants)
+    return torch.equal(out, values.flip(0))
 
 
-@plain_only
-def test_a_missing_barrier_shows_under_some_schedule() -> None:
-    assert not all(stages_are_right(schedule, "SELF_NO_STAGE_BARRIER") for schedule in SCHEDULES)
-
-    def reversed_right(schedule: int) -> bool:
-        values = torch.arange(128.0)
-        out = run("reverse", torch.empty(128), values, threads=128, schedule=schedule, plants=("SELF_NO_BARRIER",))
-        return torch.equal(out, values.flip(0))
-
-    assert not any(reversed_right(schedule) for schedule in SCHEDULES)
-
-
-@plain_only
-def test_a_buffer_overwritten_while_it_is_read_shows_under_some_schedule() -> None:
+def producer_is_right(schedule: int, *plants: str) -> bool:
     rows = torch.arange(7 * 32.0).view(7, 32)
+    out = run("producer", torch.empty(7, 32), rows, count=7, threads=64, schedule=schedule, plants=plants)
+    return torch.equal(out, 2 * rows.flip(1))
 
-    def right(schedule: int) -> bool:
-        plants = ("SELF_NO_EMPTY_WAIT",)
+
+def warp_reverse_is_right(schedule: int, *plants: str) -> bool:
+    values = torch.arange(32.0)
+    out = run("warp_reverse", torch.empty(32), values, schedule=schedule, plants=plants)
+    return torch.equal(out, values.flip(0))
+
+
+PLANTS = {
+    "SELF_NO_WAIT": (stages_are_right, r"thread \d+ reads .* while the copy that thread \d+ issued .* is in flight"),
+    "SELF_NO_COMMIT": (stages_are_right, r"thread \d+ reads .* while the copy that thread \d+ issued .* is in flight"),
+    "SELF_WRONG_STAGE": (stages_are_right, r"while the copy that thread \d+ issued .* is in flight"),
+    "SELF_NO_STAGE_BARRIER": (stages_are_right, r"race on byte \d+ of the dynamic shared memory|in flight"),
+    "SELF_NO_BARRIER": (reverse_is_right, r"race on byte \d+ of the shared array values"),
+    "SELF_NO_EMPTY_WAIT": (producer_is_right, r"race on byte \d+ of the shared array buffer|came twice to barrier 1"),
+    "SELF_NO_WARP_SYNC": (warp_reverse_is_right, r"race on byte \d+ of the shared array values"),
+}
+
+
+@plain_only
+@pytest.mark.parametrize("plant", PLANTS)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_missing_wait_or_barrier_is_reported_under_every_schedule(plant: str, schedule: int) -> None:
+    is_right, message = PLANTS[plant]
+    assert is_right(schedule)
+    with pytest.raises(EmulatorError, match=message):
+        is_right(schedule, plant)
+
+
+@plain_only
+@pytest.mark.parametrize("plant", PLANTS)
+def test_a_missing_wait_or_barrier_spoils_the_result_under_some_schedule(plant: str) -> None:
+    """Poison alone shows it, as it must in sanitized builds, which have no race check."""
+    is_right, _ = PLANTS[plant]
+
+    def spoiled(schedule: int) -> bool:
         try:
-            out = run("producer", torch.empty(7, 32), rows, count=7, threads=64, schedule=schedule, plants=plants)
-        except EmulatorError:
-            return False
-        return torch.equal(out, 2 * rows.flip(1))
+            return not is_right(schedule, plant)
+        except EmulatorError as error:
+            return "race" not in str(error)
 
-    assert not all(right(schedule) for schedule in SCHEDULES)
+    with emulated("self_test", plant).without_race_check():
+        assert any(spoiled(schedule) for schedule in SCHEDULES)
+
+
+@plain_only
+def test_a_race_is_reported_with_both_places() -> None:
+    if shutil.which("addr2line") is None:
+        pytest.skip("no addr2line on PATH: places are code addresses")
+    with pytest.raises(EmulatorError) as error:
+        reverse_is_right(0, "SELF_NO_BARRIER")
+    place = r"at self_test_kernels\.cuh:(\d+)"
+    pattern = rf"thread \d+ (\w+) {place} what thread \d+ (\w+) {place}, and no barrier is between"
+    found = re.search(pattern, str(error.value))
+    assert found, str(error.value)
+    lines = (ROOT / "csrc/emulator/self_test_kernels.cuh").read_text().splitlines()
+    for verb, line in ((found[1], found[2]), (found[3], found[4])):
+        code = "  values[threadIdx.x] =" if verb in ("writes", "wrote") else "  static_cast<float*>(p.out)[self_test"
+        assert lines[int(line) - 1].startswith(code)
+
+
+@plain_only
+@pytest.mark.parametrize("mode", [1, 2], ids=["an atomic and a plain read", "a byte written twice"])
+def test_conflicts_are_races_and_nothing_else_is(mode: int) -> None:
+    """Mode 0 has atomics of many threads, reads by all, and neighbouring bytes, none of which conflict."""
+    out = torch.empty(64, dtype=torch.int32)
+    assert run("conflicts", out, mode=0, threads=64).eq(65).all()
+    with pytest.raises(EmulatorError, match="race on byte"):
+        run("conflicts", out, mode=mode, threads=64)
 
 
 # Without torch, whose import takes seconds under ASan; of a size that Python takes from malloc.
