@@ -94,7 +94,7 @@ class Machine:
         `least` rounds are run, at most `rounds`. Each round begins with another candidate.
         """
         names = list(candidates)
-        for _ in range(2):
+        for _ in range(min(2, least - 1)):
             for name in names:
                 candidates[name]()
         self.synchronize()

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -151,3 +154,26 @@ def test_a_step_that_takes_too_long_is_interrupted() -> None:
         time.sleep(5)
     assert time.monotonic() - start < 2
     time.sleep(0.06)  # and nothing strikes later
+
+
+def test_tuning_writes_the_table_that_the_kernels_read(tmp_path: Path) -> None:
+    """In a process of its own: Triton's interpreter has to be asked for before the kernels are imported."""
+    script = (
+        "import sys\n"
+        "from bench import tune\n"
+        "tune.GAIN = float('inf')  # every winner is noted\n"
+        "assert tune.main(['--dry-run', '--out', sys.argv[1]]) == 0\n"
+        "from tdc_fast.kernels import tile_shapes\n"
+        "from pathlib import Path\n"
+        "tile_shapes.TUNED = Path(sys.argv[1])\n"
+        "print(sorted(tile_shapes.load_tuned('interpreter')))\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    result = subprocess.run(
+        command, cwd=gpu.ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    table = json.loads((tmp_path / "interpreter.json").read_text())
+    assert {key.partition(" ")[0] for key in table["tiles"]} == {"forward", "dgrad"}
+    assert {key.partition(" ")[0] for key in table["wgrad"]} == {"wgrad"}
+    assert result.stdout.splitlines()[-1] == str(sorted(table["tiles"]))

@@ -1,0 +1,240 @@
+"""``python -m bench.tune``: times the tiles that a Triton convolution may run with, and writes the device's table.
+
+For every shape each candidate of kernels/tile_shapes.py (for wgrad: of kernels/wgrad_tiles.py) is first compared with
+cuDNN's result and then timed, interleaved, in a CUDA graph, with the L2 flushed. Where one beats the choice that the
+functions there make by more than a hair, it goes into ``kernels/tuned/<device>.json``, which they read first:
+
+    {"version": ..., "device": ..., "date": ..., "torch": ..., "triton": ...,
+     "tiles": {key: tile}, "wgrad": {key: {"tile": tile, "splits": ...}}}
+
+``--dry-run`` runs tiny shapes on the CPU through Triton's interpreter; its numbers mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from datetime import date
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.gpu_conv import Case, Problem
+from bench.gpu_layers import UNET_BATCH, UNETS, ConvLayer, design_layers, unet_layers
+from bench.gpu_rows import Run
+from bench.gpu_timing import Budget, Machine
+from tdc_fast.ops.checks import ConvProblem, conv_problem
+
+OPS = ("forward", "dgrad", "wgrad")
+GAIN = 0.98  # a tile goes into the table when its time is at most this part of the chosen one's
+WRONG = 2e-2  # relative error past which a candidate is reported and never chosen
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A configuration as the table has it, and the call that runs it."""
+
+    entry: dict[str, Any]
+    run: Callable[[], Any]
+    chosen: bool  # what runs without a table
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    if options.dry_run:
+        os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
+    elif not torch.cuda.is_available():
+        print("bench.tune needs an NVIDIA GPU; --dry-run runs tiny shapes on the CPU through Triton's interpreter")
+        return 2
+    dtype = torch.float16 if options.dry_run else getattr(torch, options.dtype)
+    machine = Machine("cpu" if options.dry_run else "cuda")
+    run = Run(machine, "triton", dtype, 0.0 if options.dry_run else 0.2, 0.0, tiny=options.dry_run)
+    device = facts(machine)
+    budget, wrong = Budget(options.seconds), 0
+    table = Table.load(options.out, device.name)
+    with torch.no_grad():
+        for case in cases(options):
+            if budget.left() <= 0:
+                print("time is up; the table holds what was measured")
+                break
+            wrong += tune(run, case, device, table)
+    path = table.save(options.out)
+    print(f"written: {path} ({len(table.tiles)} + {len(table.wgrad)} entries)")
+    return 1 if wrong else 0
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.tune", description=__doc__)
+    from tdc_fast import kernels
+
+    folder = Path(kernels.__file__).parent / "tuned"
+    parser.add_argument("--out", type=Path, default=folder, help="folder of the tables (default: %(default)s)")
+    parser.add_argument("--layers", nargs="+", default=["design", *UNETS], choices=["design", *UNETS])
+    parser.add_argument("--ops", nargs="+", default=list(OPS), choices=list(OPS))
+    parser.add_argument("--num-groups", nargs="+", type=int, default=[8])
+    parser.add_argument("--batch", type=int, default=UNET_BATCH, help="of the UNets' layers (default: %(default)s)")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
+    parser.add_argument("--seconds", type=float, default=500.0, help="stop after so long (default: %(default)s)")
+    parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU, Triton's interpreter")
+    return parser.parse_args(arguments)
+
+
+def cases(options: argparse.Namespace) -> Iterator[Case]:
+    """Every layer, number of groups and pass asked for; the costliest layers of a model first."""
+    layers: list[ConvLayer] = []
+    if options.dry_run:
+        layers = [ConvLayer("tiny", 3, 8, 8, 4, 4)]
+    else:
+        for name in options.layers:
+            layers += design_layers() if name == "design" else unet_layers(name, UNETS[name], options.batch)[0]
+    for layer in layers:
+        for num_groups in [2] if options.dry_run else options.num_groups:
+            yield from (Case(layer, num_groups, False, 1.0, op) for op in options.ops)
+
+
+def facts(machine: Machine) -> Any:
+    """The device as the tile functions see it."""
+    from tdc_fast.kernels import tile_shapes
+
+    return tile_shapes.device_of(machine.device)
+
+
+def problem_of(problem: Problem) -> ConvProblem:
+    """What the operator layer would describe this case as."""
+    op = "routed_conv2d" if problem.case.direction == "forward" else f"routed_conv2d_{problem.case.direction}"
+    settings = tuple((value, value) for value in problem.settings.values())
+    routing = (problem.plan.offsets, problem.plan.weight_index, None, None)
+    return conv_problem(op, problem.x, tuple(problem.x.shape), problem.weight, *routing, *settings)
+
+
+def candidates(problem: Problem, p: ConvProblem, device: Any) -> list[Candidate]:
+    """Every configuration for this case. The device goes without its name, so that no table decides what is chosen."""
+    from tdc_fast.kernels import tile_shapes, wgrad_tiles
+    from tdc_fast.kernels.conv_dgrad import conv_dgrad
+    from tdc_fast.kernels.conv_forward import conv_forward
+    from tdc_fast.kernels.conv_wgrad import conv_wgrad
+
+    from tdc_fast.ops.tiles import tiles_of
+
+    plan, op, device = problem.plan, problem.case.direction, replace(device, name="")
+    index = plan.weight_index
+    result = []
+    if op == "wgrad":
+        best = wgrad_tiles.choose_wgrad_tile(p, device)
+        for tile in wgrad_tiles.wgrad_candidates(p, device):
+            usual = wgrad_tiles.choose_splits(p, tile, device)
+            for splits in sorted({max(1, usual // 2), usual, usual * 2}):
+                out = torch.empty_like(problem.weight)
+
+                def run(tile: Any = tile, splits: int = splits, out: torch.Tensor = out) -> torch.Tensor:
+                    conv_wgrad(p, problem.dy, problem.x, out, plan.offsets, index, None, None, tile=tile, splits=splits)
+                    return out
+
+                entry = {"tile": asdict(tile), "splits": splits}
+                result.append(Candidate(entry, run, tile == best and splits == usual))
+        return result
+    tiles = tiles_of(plan.tiles, plan.offsets, p.batch)
+    best = tile_shapes.choose_tile(op, p, device)
+    for tile in tile_shapes.candidates(op, p, device):
+        if op == "forward":
+            call = lambda tile=tile: conv_forward(  # noqa: E731
+                p, problem.x, problem.weight, problem.bias, None, None, tiles, index, None, None, tile=tile
+            )
+        else:
+            call = lambda tile=tile: conv_dgrad(p, problem.dy, problem.weight, tiles, index, None, None, tile=tile)  # noqa: E731
+        result.append(Candidate(tile.as_json(), call, tile == best))
+    return result
+
+
+def tune(run: Run, case: Case, device: Any, table: Table) -> int:
+    """Times the candidates of a case and notes the winner. Returns how many gave a wrong result."""
+    from tdc_fast.kernels import tile_shapes
+
+    problem = Problem(run, case)
+    p = problem_of(problem)
+    key = tile_shapes.problem_key(case.direction, p)
+    right: dict[str, Candidate] = {}
+    wrong = 0
+    for candidate in candidates(problem, p, device)[: 2 if run.tiny else None]:
+        name = json.dumps(candidate.entry)
+        try:
+            error = problem.error(candidate.run())
+        except RuntimeError as failure:
+            print(f"failed: {key}: {name}: {str(failure)[:300]}")
+            wrong += 1
+            continue
+        if error <= WRONG:
+            right[name] = candidate
+        else:
+            print(f"wrong by {error:.2g}: {key}: {name}")
+            wrong += 1
+    if not right:
+        return wrong
+    calls = {name: run.machine.captured(candidate.run) for name, candidate in right.items()}
+    times = run.machine.times(calls, flush=True, seconds=run.row_seconds, least=1 if run.tiny else 5)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    fastest = min(medians, key=medians.__getitem__)
+    chosen = next((name for name, candidate in right.items() if candidate.chosen), None)
+    usual = medians[chosen] if chosen else float("inf")
+    section = table.wgrad if case.direction == "wgrad" else table.tiles
+    section.pop(key, None)
+    if medians[fastest] <= GAIN * usual:
+        section[key] = right[fastest].entry
+    gain = f"{usual / medians[fastest]:.2f}x over the choice" if key in section else "the choice stands"
+    print(f"{key}: {medians[fastest]:.4f} ms, {gain}; {len(right)} candidates", flush=True)
+    return wrong
+
+
+@dataclass
+class Table:
+    """The measured configurations of one device, by problem."""
+
+    device: str
+    tiles: dict[str, dict[str, Any]]
+    wgrad: dict[str, dict[str, Any]]
+
+    @classmethod
+    def load(cls, folder: Path, device: str) -> Table:
+        """The device's table, or an empty one where there is none for these kernels."""
+        from tdc_fast.kernels import tile_shapes
+
+        path = folder / f"{tile_shapes.table_name(device)}.json"
+        if path.is_file():
+            found = json.loads(path.read_text())
+            if found.get("version") == tile_shapes.TABLE_VERSION:
+                return cls(device, found["tiles"], found.get("wgrad", {}))
+        return cls(device, {}, {})
+
+    def save(self, folder: Path) -> Path:
+        from tdc_fast.kernels import tile_shapes
+
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{tile_shapes.table_name(self.device)}.json"
+        facts = {
+            "version": tile_shapes.TABLE_VERSION,
+            "device": self.device,
+            "date": date.today().isoformat(),
+            "torch": torch.__version__,
+            "triton": metadata.version("triton"),
+        }
+        lines = [f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in facts.items()]
+        lines += [f"  {json.dumps(name)}: {_by_line(getattr(self, name))}" for name in ("tiles", "wgrad")]
+        path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+        return path
+
+
+def _by_line(entries: dict[str, Any]) -> str:
+    """One entry per line: a table that a person reviews in a diff."""
+    lines: Iterable[str] = (f"    {json.dumps(key)}: {json.dumps(entries[key])}" for key in sorted(entries))
+    return "{\n" + ",\n".join(lines) + "\n  }" if entries else "{}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
