@@ -64,18 +64,19 @@ def _operands(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """dy [BK, BM] and x [BK, BN] of the group's pixels step * BK ..."""
+    """dy [BM, BK] and x [BK, BN] of the group's pixels step * BK ..."""
     if BOXED:
         columns = out_width // TW
         boxes = out_height // TH * columns
         sample = first + step // boxes
         box = step % boxes
         row, column = box // columns * TH, box % columns * TW
-        grad = dy.load([sample, row, column, column_out]).reshape(BK, BM)
+        grad = tl.trans(dy.load([sample, row, column, column_out]).reshape(BK, BM))
         value = x.load([sample, row + shift_y, column + shift_x, column_in]).reshape(BK, BN)
     else:
         pixels = out_height * out_width
-        flat = step * BK + tl.arange(0, BK)
+        near = tl.arange(0, BK)
+        flat = step * BK + near
         valid = flat < (past - first) * pixels
         sample, pixel = flat // pixels, flat % pixels
         row = pixel // out_width * STRIDE_H + shift_y
@@ -83,13 +84,16 @@ def _operands(
         inside = valid & (row >= 0) & (row < height) & (column >= 0) & (column < width)
         outs = column_out + tl.arange(0, BM)
         ins = column_in + tl.arange(0, BN)
-        grads = dy + first.to(tl.int64) * pixels * out_channels
-        values = x + first.to(tl.int64) * height * width * in_channels
-        # Of a group, 32 bits hold the pixels but not the elements.
-        place = flat.to(tl.int64)[:, None] * out_channels + outs[None, :]
-        grad = tl.load(grads + place, mask=valid[:, None] & (outs < out_channels)[None, :], other=0.0)
-        place = ((sample * height + row) * width + column).to(tl.int64)[:, None] * in_channels + ins[None, :]
-        value = tl.load(values + place, mask=inside[:, None] & (ins < in_channels)[None, :], other=0.0)
+        # 64 bits for where the step begins, 32 for what lies within it. dy is addressed transposed: an operand that is
+        # transposed after its load is not copied asynchronously on sm_80.
+        grads = dy + (first.to(tl.int64) * pixels + step * BK) * out_channels
+        grad_mask = (outs < out_channels)[:, None] & valid[None, :]
+        grad = tl.load(grads + (near * out_channels)[None, :] + outs[:, None], mask=grad_mask, other=0.0)
+        begin = step * BK // pixels
+        values = x + (first + begin).to(tl.int64) * (height * width * in_channels)
+        place = (((sample - begin) * height + row) * width + column) * in_channels
+        value_mask = inside[:, None] & (ins < in_channels)[None, :]
+        value = tl.load(values + place[:, None] + ins[None, :], mask=value_mask, other=0.0)
     return grad, value
 
 
@@ -160,7 +164,7 @@ def wgrad_kernel(
                 dy, x, step, first, past, column_out, column_in, shift_y, shift_x, height, width, in_channels,
                 out_height, out_width, out_channels, STRIDE_H, STRIDE_W, BOXED, TH, TW, BM, BN, BK,
             )  # fmt: skip
-            acc = multiply(tl.trans(grad), value, acc, PRECISION)
+            acc = multiply(grad, value, acc, PRECISION)
         total += tl.where((outs < out_live)[:, None] & (ins < in_live)[None, :], acc, 0.0)
 
     slab = split.to(tl.int64) * num_experts + expert
@@ -301,6 +305,9 @@ def wgrad_supported(problem: Any) -> str | None:
     pixels = problem.batch * max(problem.out_height * problem.out_width, problem.height * problem.width)
     if pixels >= 2**30:
         return f"it counts pixels with 32 bits: {pixels} in a batch are too many"
+    step_images = 2 + 64 // (problem.out_height * problem.out_width)  # that the pixels of one step may touch
+    if step_images * problem.height * problem.width * problem.in_channels >= 2**31:
+        return "it indexes the images of one step with 32 bits: 2**31 elements are too many"
     if problem.num_experts * problem.out_channels * problem.filter[0] * problem.filter[1] >= 2**31:
         return "it counts the filters of all experts with 32 bits: 2**31 are too many"
     return None

@@ -38,13 +38,15 @@ class WgradTile:
 def wgrad_candidates(problem: Any, device: Device, path: str | None = None) -> list[WgradTile]:
     """Every tile that can serve the problem on the device (by one path, where given), the largest first."""
     if problem.dtype in _HALVES:
-        sizes = [(128, 128, 8), (128, 64, 4), (64, 128, 4), (64, 64, 4), (128, 16, 4)]
-        tiles = [WgradTile("pointer", m, n, 64, 3, warps) for m, n, warps in sizes]
+        sizes = [(128, 128), (128, 64), (64, 128), (64, 64), (128, 16)]
+        # mma.sync keeps operands in registers, wgmma does not: it affords twice the pixels in a step.
+        pixels, stages = (64, 3) if device.arch >= 90 else (32, 4)
+        tiles = [WgradTile("pointer", m, n, pixels, stages, 4 if m * n <= 64 * 64 else 8) for m, n in sizes]
         if device.arch >= 90:
-            boxed = [WgradTile("tma", m, n, 64, 4, warps) for m, n, warps in sizes]
+            boxed = [WgradTile("tma", m, n, 64, 4, 8 if m * n > 128 * 64 else 4) for m, n in sizes]
             tiles = [tile for tile in boxed if tma_can_serve(problem, tile)] + tiles
     elif precision_of(problem) == "tf32":
-        tiles = [WgradTile("pointer", 64, 64, 32, 3, 4)]
+        tiles = [WgradTile("pointer", 64, 64, 32, 3, 8)]
     else:
         tiles = [WgradTile("pointer", 64, 64, 16, 3, 8)]
     itemsize = problem.dtype.itemsize

@@ -1,0 +1,110 @@
+"""Bias gradients of a routed convolution: sums of dy over the pixels of each sample, and over the samples of each expert.
+
+A program adds up one sample's pixels for a block of neighbouring channels, every element of its tile for itself, and the
+tile's rows by a tree at the end: one fixed order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tdc_fast.kernels.common import live_width
+from tdc_fast.kernels.expert_sums import group_of_sample, sum_per_expert
+
+_BLOCK_CHANNELS = 64
+_BLOCK_PIXELS = 64
+_INTEGERS = ("channels", "pixels", "num_groups")
+
+
+@triton.jit(do_not_specialize=_INTEGERS)
+def channel_sums_kernel(
+    dy,  # (B, pixels, C)
+    rounded,  # (B, C) of the dtype of dy, or None
+    exact,  # (B, C) fp32, or None
+    offsets,
+    widths,  # (N,) or None
+    channels,
+    pixels,
+    num_groups,
+    VECTOR: tl.constexpr,  # divides channels: lets a masked load be one access of so many
+    GROUPS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+    BLOCK_PIXELS: tl.constexpr,
+):
+    sample = tl.program_id(0)
+    column = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    row = tl.arange(0, BLOCK_PIXELS)
+    stride = (channels // VECTOR) * VECTOR
+    start = sample.to(tl.int64) * pixels * stride
+    tile = row[:, None] * stride + column[None, :]
+    total = tl.zeros([BLOCK_PIXELS, BLOCK_CHANNELS], tl.float32)
+    for pixel in range(0, pixels, BLOCK_PIXELS):
+        mask = (row < pixels - pixel)[:, None] & (column < stride)[None, :]
+        total += tl.load(dy + start + pixel * stride + tile, mask=mask, other=0.0).to(tl.float32)
+    live = live_width(widths, group_of_sample(offsets, sample, num_groups, GROUPS), channels)
+    value = tl.where(column < live, tl.sum(total, 0), 0.0)
+    place = sample.to(tl.int64) * channels + column
+    if rounded is not None:
+        tl.store(rounded + place, value.to(rounded.dtype.element_ty), mask=column < channels)
+    if exact is not None:
+        tl.store(exact + place, value, mask=column < channels)
+
+
+def channel_sums(
+    problem: Any,
+    dy: Tensor,
+    offsets: Tensor,
+    weight_index: Tensor,
+    out_widths: Tensor | None,
+    want_bias: bool,
+    want_sample_bias: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """dbias (E, C_out) and dsample_bias (B, C_out), or None where not wanted; dead channels are exact zeros.
+
+    problem: a ConvProblem of at least one sample. dy (B, C_out, OH, OW) in channels_last memory; the rest dense int32.
+    Sums are in fp32. dbias takes a second launch, which adds the samples' fp32 sums.
+    """
+    shape = (problem.batch, problem.out_channels)
+    dsample_bias = dy.new_empty(shape) if want_sample_bias else None
+    shares = dy.new_empty(shape, dtype=torch.float32) if want_bias else None
+    channel_sums_kernel[(problem.batch, triton.cdiv(problem.out_channels, _BLOCK_CHANNELS))](
+        **sums_arguments(problem, dy, dsample_bias, shares, offsets, out_widths)
+    )
+    if shares is None:
+        return None, dsample_bias
+    dbias = dy.new_empty((problem.num_experts, problem.out_channels))
+    sum_per_expert((shares,), (dbias,), offsets, weight_index)
+    return dbias, dsample_bias
+
+
+def sums_arguments(
+    problem: Any,
+    dy: Tensor,
+    rounded: Tensor | None,
+    exact: Tensor | None,
+    offsets: Tensor,
+    widths: Tensor | None,
+) -> dict[str, Any]:
+    """The kernel's arguments by name."""
+    vector = 16 // dy.element_size()
+    while problem.out_channels % vector:
+        vector //= 2
+    return {
+        "dy": dy,
+        "rounded": rounded,
+        "exact": exact,
+        "offsets": offsets,
+        "widths": widths,
+        "channels": problem.out_channels,
+        "pixels": problem.out_height * problem.out_width,
+        "num_groups": problem.num_groups,
+        "VECTOR": vector,
+        "GROUPS": triton.next_power_of_2(problem.num_groups),
+        "BLOCK_CHANNELS": _BLOCK_CHANNELS,
+        "BLOCK_PIXELS": _BLOCK_PIXELS,
+    }

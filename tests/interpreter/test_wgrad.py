@@ -1,0 +1,232 @@
+"""The Triton weight gradient and bias gradients, run by Triton's interpreter, against the fp64 reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import Tensor
+
+from tdc_fast.kernels.channel_sums import channel_sums
+from tdc_fast.kernels.conv_wgrad import conv_wgrad
+from tdc_fast.kernels.tile_shapes import Device
+from tdc_fast.kernels.wgrad_tiles import (
+    WgradTile,
+    choose_splits,
+    choose_wgrad_tile,
+    tiles_of_gradient,
+    wgrad_candidates,
+)
+from tdc_fast.ops import reference
+from tdc_fast.ops.checks import ConvProblem, conv_problem
+from tdc_fast.ops.layout import empty_channel_innermost, nhwc
+from tests.cases import ConvCase, Routing, conv_cases
+from tests.tolerance import assert_as_accurate_as_torch
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+SMALL_STEP = WgradTile("pointer", 16, 16, 16, 2, 4)  # several tiles and steps even in a tiny problem
+BOXED = WgradTile("tma", 16, 16, 16, 2, 4)
+
+
+def some_case(**changes: Any) -> ConvCase:
+    settings = {
+        "routing": Routing((0, 2, 2, 1, 0, 2), 3, 3, None),
+        "in_channels": 11,
+        "out_channels": 9,
+        "size": (6, 5),
+        "filter": (3, 3),
+        "stride": (1, 1),
+        "padding": (1, 1),
+        "in_widths": (11, 4, 7),
+        "out_widths": (3, 9, 5),
+        "extras": (),
+        "layout": "channels_last",
+        "seed": 3,
+    }
+    return ConvCase(**(settings | changes))
+
+
+class Backward:
+    """dy and x of a case with NaN in everything dead, and the gradients by kernel, by torch, and in fp64."""
+
+    def __init__(self, case: ConvCase, dtype: torch.dtype) -> None:
+        tensors, settings = case.tensors(dtype), case.settings()
+        self.x, self.weight = nhwc(tensors["x"].detach()), tensors["weight"].detach()
+        draw = torch.Generator().manual_seed(0)
+        dy = torch.randn(case.routing.batch, case.out_channels, *case.out_size, generator=draw)
+        dy = dy.to(torch.bfloat16).to(dtype)
+        for group, _, start, stop in case.routing.segments():
+            if case.out_widths is not None:
+                dy[start:stop, case.out_widths[group] :] = float("nan")
+        self.dy = nhwc(dy)
+        plan = case.routing.plan()
+        self.routing = (plan.offsets, plan.weight_index, settings["in_widths"], settings["out_widths"])
+        geometry = (case.stride, case.padding)
+        op, image = "routed_conv2d_wgrad", self.x.shape
+        self.problem: ConvProblem = conv_problem(op, self.x, image, self.weight, *self.routing, *geometry, dy=self.dy)
+
+    def dweight(self, tile: WgradTile | None = None, splits: int | None = None) -> Tensor:
+        out = empty_channel_innermost(self.weight.shape, self.weight.dtype)
+        conv_wgrad(self.problem, self.dy, self.x, out, *self.routing, tile=tile, splits=splits)
+        return out
+
+    def sums(self) -> tuple[Tensor | None, Tensor | None]:
+        offsets, weight_index, _, out_widths = self.routing
+        return channel_sums(self.problem, self.dy, offsets, weight_index, out_widths, True, True)
+
+    def reference(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        tensors = (t.to(dtype) for t in (self.dy, self.x, self.weight))
+        return reference.conv2d_wgrad(self.problem, *tensors, *self.routing, (True, True, True))
+
+
+def assert_accurate(case: ConvCase, dtype: torch.dtype, tile: WgradTile | None, splits: int | None) -> None:
+    run = Backward(case, dtype)
+    exact, torchs = run.reference(torch.float64), run.reference(dtype)
+    terms = max(64, case.routing.batch * case.out_size[0] * case.out_size[1])
+    for name, ours, theirs, right in zip(
+        ("dweight", "dbias", "dsample_bias"), (run.dweight(tile, splits), *run.sums()), torchs, exact, strict=True
+    ):
+        assert_as_accurate_as_torch(ours, theirs, right, f"{name} of {case}", terms)
+
+
+@DTYPES
+def test_any_problem_is_as_accurate_as_torch(dtype: torch.dtype, nan_filled_memory: None) -> None:
+    """Odd filters, strides, paddings, widths, shared experts, empty groups; one share of the pixels and several."""
+
+    @given(case=conv_cases().filter(lambda case: case.routing.batch > 0))
+    @settings(max_examples=10, deadline=None, derandomize=True)
+    def check(case: ConvCase) -> None:
+        assert_accurate(case, dtype, SMALL_STEP, 1 + case.seed % 3)
+
+    check()
+
+
+@DTYPES
+def test_the_chosen_tile_and_splits_are_accurate(dtype: torch.dtype, nan_filled_memory: None) -> None:
+    assert_accurate(some_case(), dtype, None, None)
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize(
+    ("size", "changes"),
+    [
+        ((4, 4), {}),  # a box is an image
+        ((4, 8), {"filter": (1, 1), "padding": (0, 0)}),  # a box is some rows
+        ((2, 32), {"filter": (1, 3), "padding": (0, 1)}),  # a box is part of a row
+        ((6, 6), {"padding": (0, 0)}),  # the result is smaller than the image
+    ],
+)
+def test_boxes_see_what_pointers_see(
+    size: tuple[int, int], changes: dict[str, Any], splits: int, nan_filled_memory: None
+) -> None:
+    widths = {"in_channels": 24, "out_channels": 8, "in_widths": (24, 0, 13), "out_widths": (8, 8, 5)}
+    case = some_case(size=size, **widths, **changes)
+    assert_accurate(case, torch.float16, BOXED, splits)
+
+
+def test_groups_that_share_an_expert_add_up_although_each_has_its_own_dead_channels(nan_filled_memory: None) -> None:
+    """A channel that is dead (NaN) in one group and live in the next counts where it lives."""
+    case = some_case(routing=Routing((0, 2, 2, 1, 0, 2), 3, 2, (1, 0, 1)))
+    assert_accurate(case, torch.float32, SMALL_STEP, 2)
+    assert_accurate(case, torch.float32, None, 1)
+
+
+def test_what_is_dead_or_unused_has_a_gradient_of_exact_zero(nan_filled_memory: None) -> None:
+    case = some_case(routing=Routing((0, 2, 2, 0, 2), 3, 4, (3, 1, 0)), in_widths=(4, 11, 0), out_widths=(9, 9, 5))
+    run = Backward(case, torch.float32)
+    for splits in (1, 2):
+        dweight = run.dweight(SMALL_STEP, splits)
+        for zero in (dweight[0], dweight[1], dweight[2], dweight[3, :, 4:]):
+            assert torch.equal(zero, torch.zeros_like(zero))
+        assert dweight[3, :, :4].abs().min() > 0
+    dbias, dsample_bias = run.sums()
+    assert dbias is not None and dsample_bias is not None
+    for zero in (dbias[1:3], dbias[0, 5:], dsample_bias[2:, 5:]):
+        assert torch.equal(zero, torch.zeros_like(zero))
+
+
+def test_two_runs_are_bitwise_equal_and_splits_change_the_rounding_only() -> None:
+    run = Backward(some_case(filter=(1, 3), padding=(0, 1)), torch.float32)
+    split = run.dweight(SMALL_STEP, 3)
+    assert torch.equal(split, run.dweight(SMALL_STEP, 3))
+    torch.testing.assert_close(run.dweight(SMALL_STEP, 1), split, rtol=1e-5, atol=1e-5)
+    assert all(torch.equal(a, b) for a, b in zip(run.sums(), run.sums(), strict=True))
+
+
+def test_numbers_out_of_range_index_nothing_out_of_bounds() -> None:
+    """On a GPU nobody checks widths and experts; kernels clamp them."""
+    run = Backward(some_case(in_widths=(11, 11, 11), out_widths=(9, 9, 9)), torch.float32)
+    expected, sums = run.dweight(SMALL_STEP), run.sums()
+    offsets, weight_index, in_widths, out_widths = run.routing
+    run.routing = (offsets, weight_index * 1000, in_widths * 1000, out_widths * 1000)
+    wild, wild_sums = run.dweight(SMALL_STEP), run.sums()
+    assert torch.equal(wild[0], expected[0])
+    torch.testing.assert_close(wild[2], expected[1] + expected[2])
+    assert torch.equal(wild[1], torch.zeros_like(wild[1]))
+    assert torch.equal(wild_sums[1], sums[1])
+    run.routing = (offsets, weight_index, -in_widths, -out_widths)
+    assert not run.dweight(SMALL_STEP).any()
+    run.routing = (offsets * 1000, weight_index, in_widths, out_widths)
+    assert not run.dweight(SMALL_STEP)[1:].any()  # every sample seems to be the first group's
+
+
+# --- the choice of tiles: functions of shapes, no kernel runs ---
+
+A100, H100 = Device(80, 108, 166912), Device(90, 132, 232448)
+
+
+def layer(batch: int, size: int, in_channels: int, out_channels: int, **changes: Any) -> ConvProblem:
+    fields = {
+        "op": "routed_conv2d_wgrad", "device": torch.device("cpu"), "dtype": torch.bfloat16, "batch": batch,
+        "height": size, "width": size, "in_channels": in_channels, "out_channels": out_channels, "filter": (3, 3),
+        "stride": (1, 1), "padding": (1, 1), "out_height": size, "out_width": size, "num_groups": 8,
+        "num_experts": 8, "tf32": False,
+    }  # fmt: skip
+    return ConvProblem(**(fields | changes))
+
+
+@pytest.mark.parametrize("size", [8, 16, 32, 64])
+def test_the_layers_of_a_unet_go_through_tma_on_hopper(size: int) -> None:
+    assert choose_wgrad_tile(layer(128, size, 256, 256), H100) == WgradTile("tma", 128, 128, 64, 4, 8)
+    assert choose_wgrad_tile(layer(128, size, 256, 256), A100).path == "pointer"
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        layer(8, 32, 3, 128),
+        layer(8, 32, 128, 6),
+        layer(8, 4, 128, 128),
+        layer(8, 24, 128, 128),
+        layer(8, 32, 128, 128, stride=(2, 2), out_height=16, out_width=16),
+        layer(8, 32, 128, 128, dtype=torch.float32),
+    ],
+    ids=["3 channels in", "6 channels out", "4x4", "24x24", "stride 2", "fp32"],
+)
+def test_what_boxes_cannot_serve_goes_through_pointers(problem: ConvProblem) -> None:
+    assert choose_wgrad_tile(problem, H100).path == "pointer"
+    assert all(tile.path == "pointer" for tile in wgrad_candidates(problem, H100))
+
+
+def test_narrow_layers_get_narrow_tiles() -> None:
+    assert choose_wgrad_tile(layer(8, 32, 3, 128), H100).block_in == 16
+    assert choose_wgrad_tile(layer(8, 32, 64, 64), H100).block_out == 64
+
+
+def test_splits_fill_the_device_where_tiles_alone_do_not() -> None:
+    few, many = layer(128, 32, 128, 128), layer(64, 8, 512, 512)
+    tile = choose_wgrad_tile(few, H100)
+    assert tiles_of_gradient(few, tile) == 8 * 9
+    assert choose_splits(few, tile, H100) == 3
+    assert choose_splits(many, choose_wgrad_tile(many, H100), H100) == 1
+    assert choose_splits(layer(1, 4, 128, 128), tile, H100) == 1  # too few pixels to share
+    assert choose_splits(layer(0, 32, 128, 128), tile, H100) == 1
+
+
+def test_every_candidate_fits_into_shared_memory() -> None:
+    for device in (A100, H100, Device(86, 84, 101376)):
+        for dtype in (torch.bfloat16, torch.float32):
+            for tile in wgrad_candidates(layer(8, 32, 128, 128, dtype=dtype), device):
+                assert tile.shared_bytes(dtype.itemsize) <= device.shared_limit
