@@ -6,6 +6,7 @@
 // Pointers to shared memory are ordinary pointers: a wrapper converts them to the shared window itself.
 //
 //   TDC_KERNEL(name, threads, Params) { ... p ... }   kernel of one plain struct `p`; the emulator registers it by name
+//   TDC_KERNEL_PER_SM(name, threads, blocks, Params)  the same, with registers capped so that `blocks` fit on one SM
 //   TDC_SHARED(type, name, count)      static shared array, 16-byte aligned; in the emulator an allocation of its own
 //   TDC_DYNAMIC_SHARED(name)           `unsigned char* name`: the launch's shared_bytes, 16-byte aligned; in the
 //                                      emulator a fresh heap block of exactly that size, so that ASan sees both ends
@@ -60,6 +61,8 @@ struct half {
 
 #define TDC_KERNEL(name, threads, Params) \
   extern "C" __global__ void __launch_bounds__(threads) name(const __grid_constant__ Params p)
+#define TDC_KERNEL_PER_SM(name, threads, blocks, Params) \
+  extern "C" __global__ void __launch_bounds__(threads, blocks) name(const __grid_constant__ Params p)
 #define TDC_SHARED(type, name, count) __shared__ __align__(16) type name[count]
 #define TDC_DYNAMIC_SHARED(name)                                         \
   extern __shared__ __align__(16) unsigned char tdc_dynamic_shared_16[]; \

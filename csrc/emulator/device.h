@@ -79,6 +79,8 @@ T __ldg(const T* address) {
       {#name, threads, sizeof(Params), [](const void* p) { name(*static_cast<const Params*>(p)); }}); \
   extern "C" void name(const Params& p)
 
+#define TDC_KERNEL_PER_SM(name, threads, blocks, Params) TDC_KERNEL(name, threads, Params)
+
 #define TDC_SHARED(type, name, count)                     \
   static const char name##_key = 0;                       \
   type(&name)[count] = *reinterpret_cast<type(*)[count]>( \
