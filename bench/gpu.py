@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -65,16 +66,20 @@ def main(arguments: list[str] | None = None) -> int:
     results: dict[str, Any] = {"clocks_before": run.machine.clocks(), "ceilings": run.machine.ceilings()}
     if options.warm_processes:
         start_warming(options, budget.part(WARM_SECONDS))
-    with torch.no_grad():
-        if "unet" in options.only:
-            gpu_unet.run_section(run, unets, batch, budget.part(UNET_SECONDS))
-        if "norm" in options.only:
-            rate = results["ceilings"]["copy_TBps"]
-            gpu_norm.run_section(run, norms, budget.part(NORM_SECONDS), rate)
-        if "conv" in options.only:
-            gpu_conv.run_section(run, design, convs, budget)
-    results |= facts(run, start)
-    write(results, options.out, options.name or slug(f"gpu-{results['device']['name']}"))
+    sections = {
+        "unet": lambda: gpu_unet.run_section(run, unets, batch, budget.part(UNET_SECONDS)),
+        "norm": lambda: gpu_norm.run_section(run, norms, budget.part(NORM_SECONDS), results["ceilings"]["copy_TBps"]),
+        "conv": lambda: gpu_conv.run_section(run, design, convs, budget),
+    }
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
+    try:
+        with torch.no_grad():
+            for name in SECTIONS:
+                if name in options.only:
+                    sections[name]()
+    finally:  # also when stopped from outside: what was measured is written
+        results |= facts(run, start)
+        write(results, options.out, options.name or slug(f"gpu-{results['device']['name']}"))
     return 1 if any("failed" in row or row["wrong"] for row in run.rows) else 0
 
 
@@ -83,7 +88,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder for the JSON file and the Markdown table")
     parser.add_argument("--name", default="", help="file name without ending (default: from the device)")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="sections to run")
-    parser.add_argument("--seconds", type=float, default=520.0, help="time for everything (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=500.0, help="time for everything (default: %(default)s)")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--backend", default="", help="triton, cuda or reference (default: the fastest)")
     parser.add_argument("--compile-seconds", type=float, default=45.0, help="limit for one torch.compile peer")
@@ -135,10 +140,17 @@ def start_warming(options: argparse.Namespace, budget: Budget) -> None:
 
 def warm(run: Run, design: list[ConvLayer], convs: list[ConvLayer], norms: list[NormLayer], index: int, of: int) -> int:
     """Launches once what the first rows of the sections launch. Failures are left to the sections to report."""
-    wanted = [case for case in gpu_conv.cases(design, convs) if case.num_groups == 8 and not case.uneven]
-    for case in wanted[index::of]:
+    models = [gpu_unet.Case("CIFAR-10", "training step"), gpu_unet.Case("CIFAR-10", "training step", width=0.5)]
+    models.append(gpu_unet.Case("ImageNet64", "training step"))
+    for case in models[index::of]:
         try:
-            problem = gpu_conv.Problem(run, case)
+            gpu_unet.Problem(run, UNETS[case.model], UNET_BATCH, case).warm()
+        except (RuntimeError, ValueError) as error:
+            print(error, file=sys.stderr)
+    wanted = [case for case in gpu_conv.cases(design, convs) if case.num_groups == 8 and not case.uneven]
+    for layer_case in wanted[index::of]:
+        try:
+            problem = gpu_conv.Problem(run, layer_case)
             problem.ours(run.backend, problem.widths())()
         except (RuntimeError, ValueError) as error:
             print(error, file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -46,6 +47,15 @@ class Run:
             row["failed"] = " ".join(f"{type(error).__name__}: {error}".split())[:400]
             print(f"failed: {section}, {layer}, {labels}: {row['failed']}", flush=True)
         self.rows.append(row)
+        self._give_memory_back()
+
+    def _give_memory_back(self) -> None:
+        """Pools of graphs that are gone stay reserved until someone asks."""
+        if self.machine.is_cuda:
+            free, total = torch.cuda.mem_get_info()
+            if free < total // 2:
+                gc.collect()
+                torch.cuda.empty_cache()
 
     def generator(self) -> torch.Generator:
         return torch.Generator(self.machine.device).manual_seed(0)

@@ -21,7 +21,7 @@ import torch
 Candidate = Callable[[], object]
 
 WARMUP_CALLS = 3  # before a graph is captured: lazy initialisation, autotuning and allocation must be over
-FLUSH_BYTES = 256 << 20  # several times the L2 of any GPU; also gives the host time to queue the next call
+FLUSH_BYTES = 256 << 20  # several times the L2 of any GPU; gives every candidate the same lead to queue its call
 CLOCKS = "clocks.sm,clocks.mem,temperature.gpu,power.draw"
 
 
@@ -119,6 +119,7 @@ class Machine:
         events = {}
         for name in names:
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.synchronize()  # a long queue would hide what the next candidate costs the host
             if flush and self._flush is not None:
                 self._flush.zero_()
             begin.record()

@@ -45,7 +45,9 @@ class Problem:
                 nn.init.normal_(parameter, std=0.02)
         self.base = base.to(device, run.dtype).to(memory_format=torch.channels_last)
         self.groups = TimestepGroups.uniform(NUM_TIMESTEPS, n)
-        widths = None if case.width == 1.0 else WidthPlan.uniform(self.base, self.groups.boundaries, case.width)
+        widths = None
+        if case.width < 1.0:
+            widths = WidthPlan.uniform(self.base, self.groups.boundaries, spread_around(case.width, n))
         self.routed = pack_experts(self.base, self.groups, widths)
         self.full = self.routed if widths is None else pack_experts(self.base, self.groups)
         self.experts = nn.ModuleList(self.routed.expert(i) for i in range(n))
@@ -95,11 +97,23 @@ class Problem:
 
         return step
 
+    def warm(self) -> None:
+        """One training step and one forward of ours: compiles all that the rows will launch."""
+        with torch.enable_grad():
+            self.step_of(self.routed)()
+        with torch.no_grad():
+            self.routed(self.x, self.t)
+
     def error(self) -> float:
         """Relative difference of the routed forward from the loop's."""
         with torch.no_grad():
             expected = torch.cat([call() for call in self.forwards()])[self.order]
             return relative_error(self.routed(self.x, self.t), expected)
+
+
+def spread_around(width: float, num_groups: int) -> list[float]:
+    """A width per expert, by turns 0.25 below and above this mean: experts of one width would need none."""
+    return [width + (0.25 if g % 2 else -0.25) * (num_groups > 1) for g in range(num_groups)]
 
 
 def clear(parameters: Iterable[nn.Parameter]) -> None:
@@ -181,5 +195,3 @@ def run_section(run: Run, unets: dict[str, dict[str, Any]], batch: int, budget: 
             "num_groups": case.num_groups, "uneven": case.uneven, "width": case.width, "direction": case.what,
         }  # fmt: skip
         run.row("unet", case.model, labels, budget, lambda case=case: row_of(run, unets[case.model], batch, case))
-        if run.machine.is_cuda:
-            torch.cuda.empty_cache()

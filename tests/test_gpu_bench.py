@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu, gpu_conv, gpu_peers, gpu_report
+from bench import gpu, gpu_conv, gpu_peers, gpu_report, profile_gpu
 from bench.gpu_layers import UNETS, ConvLayer, design_layers, unet_layers
 from bench.gpu_rows import Run
 from bench.gpu_timing import Machine, TookTooLong, at_most
@@ -177,3 +177,13 @@ def test_tuning_writes_the_table_that_the_kernels_read(tmp_path: Path) -> None:
     assert {key.partition(" ")[0] for key in table["tiles"]} == {"forward", "dgrad"}
     assert {key.partition(" ")[0] for key in table["wgrad"]} == {"wgrad"}
     assert result.stdout.splitlines()[-1] == str(sorted(table["tiles"]))
+
+
+@pytest.mark.parametrize("layer", ["conv 4 8 8 6 3 1 --direction wgrad", "norm 4 8 6 4 --direction backward"])
+def test_a_profile_reads_ncus_report(layer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert profile_gpu.main([*layer.split(), "--dry-run", "--out", str(tmp_path / "figures.json")]) == 0
+    (kernel,) = json.loads((tmp_path / "figures.json").read_text())["kernels"]
+    assert kernel["time us"] == 12.5 and kernel["tensor pipe %"] == 50.0 and kernel["L2 throughput %"] is None
+    assert list(kernel["stalls"].items()) == [("wait", 1.5), ("barrier", 0.25)]
+    printed = capsys.readouterr().out
+    assert "tensor pipe %      50.0" in printed and "stalls             wait 1.50, barrier 0.25" in printed
