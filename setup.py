@@ -68,8 +68,8 @@ def _run(step: str, command: list[str]) -> None:
 
 
 setup(
-    packages=[*find_packages(include=["tdc_fast", "tdc_fast.*"]), "tdc_fast.kernels"],
-    package_dir={"tdc_fast.kernels": "kernels"},
+    packages=[*find_packages(include=["tdc_fast", "tdc_fast.*"]), "tdc_fast.kernels", "tdc_fast.cuda_sources"],
+    package_dir={"tdc_fast.kernels": "kernels", "tdc_fast.cuda_sources": "csrc/cuda"},
     ext_modules=[Extension("tdc_fast._native", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )

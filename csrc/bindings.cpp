@@ -4,9 +4,6 @@
 
 #include "common/cpu_isa.h"
 #include "common/parallel.h"
-#ifdef TDC_FAST_CUDA
-#include "cuda/runtime.h"
-#endif
 
 namespace py = pybind11;
 
@@ -14,18 +11,14 @@ namespace tdc {
 void bind_plan(py::module_& module);
 void bind_conv(py::module_& module);
 void bind_group_norm(py::module_& module);
+void bind_cuda(py::module_& module);
 }  // namespace tdc
 
 PYBIND11_MODULE(_native, module) {
-  // What the build has of CUDA: "" and no functions without nvcc.
-  module.attr("cuda_architectures") = TDC_FAST_CUDA_ARCHITECTURES;
-#ifdef TDC_FAST_CUDA
-  module.def("cuda_device_count", &tdc::cuda_device_count, "GPUs that can be used now; 0 without a driver.");
-  module.def("cuda_runtime_version", &tdc::cuda_runtime_version, "CUDART_VERSION of the build, such as 13000.");
-#endif
   module.def("cpu_isa", &tdc::cpu_isa_name, "Instruction set in use: 'avx512', 'avx2' or 'portable'.");
   module.def("parallel_backend", &tdc::parallel_backend, "'openmp' (the process's pool) or 'threads' (our own).");
   tdc::bind_plan(module);
   tdc::bind_conv(module);
   tdc::bind_group_norm(module);
+  tdc::bind_cuda(module);
 }

@@ -2,19 +2,26 @@
 
 A backend is a module (or object) with a `name`, `supports(problem) -> None | reason` and one function per operator it
 serves, as `reference` has them: conv2d, conv2d_dgrad, conv2d_wgrad, group_norm, group_norm_backward. The order of
-choice: the `backend` argument, then the environment variable TDC_FAST_BACKEND, then the first registered one that
-supports the problem. A backend asked for by name that cannot serve raises with its reason.
+choice: the `backend` argument, then the environment variable TDC_FAST_BACKEND, then the fastest one that supports the
+problem, where what is fastest depends on the operator. A backend asked for by name that cannot serve raises with its
+reason.
+
+    cpu        C++ for host memory: fp32, bf16
+    triton     kernels of tdc_fast.kernels, on NVIDIA GPUs from sm_80 on: fp32, bf16, fp16
+    cuda       CUDA C++, likewise: convolutions in bf16, fp16 and (where allowed) tf32; group norms in all three
+    reference  plain torch, anywhere, any float dtype; the oracle
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from tdc_fast.errors import invalid
-from tdc_fast.ops import cpu, reference
+from tdc_fast.ops import cpu, cuda, reference
 from tdc_fast.ops.checks import ConvProblem, NormProblem, require_backend_name
 
 ENVIRONMENT = "TDC_FAST_BACKEND"
@@ -30,13 +37,39 @@ class Backend(Protocol):
     def supports(self, problem: Any, /) -> str | None: ...
 
 
-_backends: list[Backend] = [cpu, reference]  # fastest first
+class _Triton:
+    """The `triton` backend, imported only when a problem comes that it might serve: importing triton takes seconds."""
+
+    name = "triton"
+
+    def supports(self, problem: Problem) -> str | None:
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # what tests set to run kernels in host memory
+        if problem.device.type != "cuda" and not (interpreted and problem.device.type == "cpu"):
+            return f"its tensors live on a CUDA device, not on {problem.device}"
+        try:
+            return self.module().supports(problem)
+        except ImportError as error:
+            return f"triton cannot be imported: pip install 'tdc_fast[gpu]' ({error})"
+
+    def module(self) -> Any:
+        return importlib.import_module("tdc_fast.ops.triton")
+
+    def __getattr__(self, function: str) -> Any:
+        return getattr(self.module(), function)
+
+
+_backends: list[Backend] = [cpu, _Triton(), cuda, reference]
+# Fastest first, by the kind of problem; what was registered later comes before these.
+_ORDER: dict[type, tuple[str, ...]] = {
+    ConvProblem: ("cpu", "triton", "cuda", "reference"),
+    NormProblem: ("cpu", "cuda", "triton", "reference"),
+}
 _memo: dict[Any, tuple[Any, Any]] = {}
 _describers: dict[str, Callable[..., Problem]] = {}
 
 
 def available_backends() -> list[str]:
-    """Names of the registered backends, fastest first."""
+    """Names of the registered backends, fastest first for a convolution."""
     return [backend.name for backend in _backends]
 
 
@@ -45,7 +78,18 @@ def register(backend: Backend) -> None:
     if backend.name in available_backends():
         raise invalid("backend", backend.name, "a name that is not taken yet")
     _backends.insert(0, backend)
+    forget()
+
+
+def forget() -> None:
+    """Drops every choice made so far: what backends support has changed."""
     _memo.clear()
+
+
+def _ordered(problem: Problem) -> list[Backend]:
+    """The backends, fastest for this kind of problem first."""
+    order = _ORDER[type(problem)]
+    return sorted(_backends, key=lambda backend: order.index(backend.name) if backend.name in order else -1)
 
 
 def select(problem: Problem, requested: str) -> Any:
@@ -53,7 +97,7 @@ def select(problem: Problem, requested: str) -> Any:
     asked_by = "backend"
     if not requested:
         requested, asked_by = os.environ.get(ENVIRONMENT, ""), ENVIRONMENT
-    for backend in _backends:
+    for backend in _ordered(problem):
         if requested and backend.name != requested:
             continue
         reason = backend.supports(problem)
@@ -113,8 +157,17 @@ class Explanation:
 def explain(operator: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     """Says which backend the call `operator(*args, **kwargs)` would run, why, and why each other one would not.
 
-    operator: routed_conv2d, routed_linear or routed_group_norm, or its name. Nothing is computed.
+    operator: routed_conv2d, routed_linear or routed_group_norm, or its name. Nothing is computed, no kernel is
+    compiled, and the GPU is not waited for.
     Raises the ValueError that the call itself would raise for wrong arguments.
+
+    Fake tensors will do, so what a call on a GPU would need can be asked on a machine that has none:
+
+        with torch._subclasses.FakeTensorMode():
+            x = torch.empty(8, 64, 32, 32, dtype=torch.bfloat16, device="cuda")
+            weight = torch.empty(4, 64, 64, 3, 3, dtype=torch.bfloat16, device="cuda")
+            plan = RoutingPlan.from_groups(torch.zeros(8, dtype=torch.int64, device="cuda"), 4)
+            print(explain(routed_conv2d, x, weight, None, plan, padding=1))
     """
     name = operator if isinstance(operator, str) else getattr(operator, "__name__", repr(operator))
     if name not in _describers:
@@ -122,7 +175,7 @@ def explain(operator: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Ex
     requested = kwargs.pop("backend", None)
     require_backend_name(requested)
     problem = _describers[name](*args, **kwargs)
-    reasons = {backend.name: backend.supports(problem) for backend in _backends}
+    reasons = {backend.name: backend.supports(problem) for backend in _ordered(problem)}
     environment = os.environ.get(ENVIRONMENT, "")
     asked, origin = (requested, "backend") if requested else (environment, ENVIRONMENT)
     if asked:

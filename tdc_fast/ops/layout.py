@@ -13,8 +13,14 @@ def channel_innermost(weight: Tensor) -> Tensor:
 
     The same shape and values either way. 1x1 filters and single input channels are always so.
     """
-    ordered = weight.permute(0, 1, 3, 4, 2)
-    return weight if ordered.is_contiguous() else ordered.contiguous().permute(0, 1, 4, 2, 3)
+    if is_channel_innermost(weight):
+        return weight
+    return weight.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+
+
+def is_channel_innermost(weight: Tensor) -> bool:
+    """Whether the memory order of weight (E, C_out, C_in, R, S) is [E, C_out, R, S, C_in], dense."""
+    return weight.permute(0, 1, 3, 4, 2).is_contiguous()
 
 
 def empty_channel_innermost(

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree
 
 from tdc_fast.errors import invalid
-from tdc_fast.ops import cpu, library
+from tdc_fast.ops import cpu, cuda, library
 from tdc_fast.ops.checks import require_integer, require_tensors
 from tdc_fast.ops.tiles import no_tiles, tile_table, total_rows
 
@@ -59,8 +59,11 @@ def _plan_on_host(groups: Tensor, num_groups: int) -> tuple[Tensor, Tensor, Tens
 
 
 def _plan_on_device(groups: Tensor, num_groups: int) -> _Plan:
-    """Nothing here waits for the device."""
+    """Nothing here waits for the device. The kernel checks the group ids itself."""
     if groups.device.type == "cuda":
+        planned = cuda.routing_plan(groups, num_groups)
+        if planned is not None:
+            return planned
         torch._assert_async(((groups >= 0) & (groups < num_groups)).all(), "groups: a group id is out of range")
     order, inverse, offsets, sorted_groups = _sort(groups, num_groups)
     return order, inverse, offsets, sorted_groups, tile_table(offsets, len(groups))

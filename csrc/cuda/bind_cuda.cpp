@@ -1,0 +1,221 @@
+// Python bindings of the launch planners (in every build) and of what runs their launches (with nvcc). A planner takes
+// the fields of its argument struct as keywords, addresses as integers (0 = absent), and `device`, the tuple
+// (arch, multiprocessors, shared_limit).
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <type_traits>
+
+#include "cuda/conv_launch.h"
+#include "cuda/families.h"
+#include "cuda/group_norm_launch.h"
+#include "cuda/launch.h"
+#include "cuda/pack_launch.h"
+#include "cuda/plan_launch.h"
+#ifdef TDC_FAST_CUDA
+#include "cuda/registry.h"
+#include "cuda/runtime.h"
+#endif
+
+namespace py = pybind11;
+
+namespace tdc {
+namespace {
+
+// Keyword arguments on their way into a struct: each is taken once, and none may be left.
+class Keywords {
+ public:
+  explicit Keywords(const py::kwargs& given) : left_(given.attr("copy")()) {}
+
+  template <class T>
+  void take(const char* name, T& field) {
+    if (!left_.contains(name)) throw py::type_error(std::string("missing keyword argument '") + name + "'");
+    const py::object value = left_.attr("pop")(name);
+    if constexpr (std::is_pointer<T>::value)
+      field = reinterpret_cast<T>(value.cast<uintptr_t>());
+    else
+      field = value.cast<T>();
+  }
+
+  template <class T>
+  void take_if_given(const char* name, T& field) {
+    if (left_.contains(name)) take(name, field);
+  }
+
+  Device take_device() {
+    py::tuple device;
+    take("device", device);
+    if (device.size() != 3) throw py::type_error("device: expected (arch, multiprocessors, shared_limit)");
+    return {device[0].cast<int>(), device[1].cast<int>(), device[2].cast<int>()};
+  }
+
+  void finish() const {
+    for (const auto& item : left_)
+      throw py::type_error("unknown keyword argument '" + item.first.cast<std::string>() + "'");
+  }
+
+ private:
+  py::dict left_;
+};
+
+#define TAKE(field) keywords.take(#field, arguments.field)
+#define TAKE_IF_GIVEN(field) keywords.take_if_given(#field, arguments.field)
+
+// def(name): calls function(arguments, device) with what `read` takes from the keywords.
+template <class Arguments, class Read, class Function>
+void define(py::module_& module, const char* name, const char* doc, Read read, Function function) {
+  module.def(
+      name,
+      [read, function](const py::kwargs& given) {
+        Keywords keywords(given);
+        Arguments arguments{};
+        read(keywords, arguments);
+        const Device device = keywords.take_device();
+        keywords.finish();
+        return function(arguments, device);
+      },
+      doc);
+}
+
+void bind_launch(py::module_& module) {
+  py::class_<Launch>(module, "Launch", "One kernel launch: everything that starts it, as plain data.")
+      .def(py::init([](std::string kernel, const std::array<unsigned, 3>& grid, unsigned threads, unsigned shared_bytes,
+                       const py::bytes& params, std::string shapes) {
+             const std::string bytes = params;
+             return Launch{std::move(kernel),
+                           {grid[0], grid[1], grid[2]},
+                           threads,
+                           shared_bytes,
+                           std::vector<unsigned char>(bytes.begin(), bytes.end()),
+                           std::move(shapes)};
+           }),
+           py::kw_only(), py::arg("kernel"), py::arg("grid"), py::arg("threads"), py::arg("shared_bytes"),
+           py::arg("params"), py::arg("shapes"))
+      .def_readonly("kernel", &Launch::kernel)
+      .def_property_readonly("grid", [](const Launch& l) { return py::make_tuple(l.grid[0], l.grid[1], l.grid[2]); })
+      .def_readonly("threads", &Launch::threads)
+      .def_readonly("shared_bytes", &Launch::shared_bytes)
+      .def_property_readonly(
+          "params",
+          [](const Launch& l) { return py::bytes(reinterpret_cast<const char*>(l.params.data()), l.params.size()); })
+      .def_readonly("shapes", &Launch::shapes)
+      .def("__repr__", [](const Launch& l) {
+        return "Launch(" + l.kernel + ", grid=(" + std::to_string(l.grid[0]) + ", " + std::to_string(l.grid[1]) + ", " +
+               std::to_string(l.grid[2]) + "), threads=" + std::to_string(l.threads) +
+               ", shared_bytes=" + std::to_string(l.shared_bytes) + ", " + l.shapes + ")";
+      });
+}
+
+void bind_planner_of_plans(py::module_& module) {
+  const auto read = [](Keywords& keywords, PlanArguments& arguments) {
+    TAKE(groups), TAKE(order), TAKE(inverse), TAKE(sorted_groups), TAKE(offsets), TAKE(tiles);
+    TAKE(batch), TAKE(num_groups);
+  };
+  define<PlanArguments>(module, "cuda_launches_routing_plan", "Launches that make a routing plan and its tile table.",
+                        read, launch_routing_plan);
+  define<PlanArguments>(
+      module, "cuda_routing_plan_supported", "Whether a kernel can count so many groups.",
+      [](Keywords& keywords, PlanArguments& arguments) { TAKE(num_groups); },
+      [](const PlanArguments& arguments, const Device& device) {
+        return routing_plan_supported(arguments.num_groups, device);
+      });
+}
+
+void take_convolution(Keywords& keywords, ConvArguments& arguments) {
+  TAKE(offsets), TAKE(weight_index), TAKE(in_widths), TAKE(out_widths), TAKE(dtype), TAKE(tf32), TAKE(batch);
+  TAKE(height), TAKE(width), TAKE(in_channels), TAKE(out_channels), TAKE(filter_height), TAKE(filter_width);
+  TAKE(stride_height), TAKE(stride_width), TAKE(pad_height), TAKE(pad_width), TAKE(num_groups), TAKE(num_experts);
+}
+
+void bind_planners_of_convolutions(py::module_& module) {
+  const auto forward = [](Keywords& keywords, ConvArguments& arguments) {
+    TAKE(x), TAKE(weight), TAKE(bias), TAKE(sample_bias), TAKE(residual), TAKE(y), TAKE(tiles);
+    take_convolution(keywords, arguments);
+  };
+  const auto dgrad = [](Keywords& keywords, ConvArguments& arguments) {
+    TAKE(dy), TAKE(weight), TAKE(dx), TAKE(tiles);
+    take_convolution(keywords, arguments);
+  };
+  const auto wgrad = [](Keywords& keywords, ConvArguments& arguments) {
+    TAKE(x), TAKE(dy), TAKE(dweight), TAKE(dbias), TAKE(dsample_bias), TAKE(workspace);
+    take_convolution(keywords, arguments);
+  };
+  define<ConvArguments>(module, "cuda_launches_conv_forward", "Launches of the routed convolution.", forward,
+                        launch_conv_forward);
+  define<ConvArguments>(module, "cuda_launches_conv_dgrad", "Launches of its gradient by x.", dgrad, launch_conv_dgrad);
+  define<ConvArguments>(module, "cuda_launches_conv_wgrad", "Launches of its gradients by weight, bias, sample bias.",
+                        wgrad, launch_conv_wgrad);
+  define<ConvArguments>(module, "cuda_conv_wgrad_workspace", "Bytes of workspace that wgrad wants.", wgrad,
+                        conv_wgrad_workspace);
+}
+
+void take_norm(Keywords& keywords, NormArguments& arguments) {
+  TAKE(x), TAKE(weight), TAKE(bias), TAKE(scale), TAKE(shift), TAKE(mean), TAKE(rstd), TAKE(offsets);
+  TAKE(weight_index), TAKE(widths), TAKE(workspace);
+  TAKE_IF_GIVEN(scale_stride), TAKE_IF_GIVEN(shift_stride);
+}
+
+void take_norm_sizes(Keywords& keywords, NormArguments& arguments) {
+  TAKE(dtype), TAKE(batch), TAKE(height), TAKE(width), TAKE(channels), TAKE(num_norm_groups), TAKE(eps), TAKE(silu);
+  TAKE(num_groups), TAKE(num_experts);
+}
+
+void bind_planners_of_norms(py::module_& module) {
+  const auto forward = [](Keywords& keywords, NormArguments& arguments) {
+    TAKE(y);
+    take_norm(keywords, arguments), take_norm_sizes(keywords, arguments);
+  };
+  const auto backward = [](Keywords& keywords, NormBackwardArguments& arguments) {
+    TAKE(dy), TAKE(dx), TAKE(dweight), TAKE(dbias), TAKE(dscale), TAKE(dshift);
+    take_norm(keywords, arguments), take_norm_sizes(keywords, arguments);
+  };
+  define<NormArguments>(module, "cuda_launches_group_norm_forward", "Launches of the routed group norm.", forward,
+                        launch_group_norm_forward);
+  define<NormArguments>(module, "cuda_group_norm_forward_workspace", "Bytes of workspace that it wants.", forward,
+                        group_norm_forward_workspace);
+  define<NormBackwardArguments>(module, "cuda_launches_group_norm_backward", "Launches of its gradients.", backward,
+                                launch_group_norm_backward);
+  define<NormBackwardArguments>(module, "cuda_group_norm_backward_workspace", "Bytes of workspace that they want.",
+                                backward, group_norm_backward_workspace);
+  for (const bool gradients : {false, true})
+    define<NormArguments>(module, gradients ? "cuda_group_norm_backward_refusal" : "cuda_group_norm_forward_refusal",
+                          "Why no kernel serves these sizes, or ''.", take_norm_sizes,
+                          [gradients](const NormArguments& arguments, const Device& device) {
+                            return group_norm_refusal(arguments, device, gradients);
+                          });
+}
+
+void bind_planner_of_packing(py::module_& module) {
+  const auto read = [](Keywords& keywords, PackArguments& arguments) {
+    TAKE(source), TAKE(target), TAKE(out_order), TAKE(in_order), TAKE(out_widths), TAKE(in_widths);
+    TAKE(element_size), TAKE(num_experts), TAKE(out_channels), TAKE(in_channels), TAKE(taps);
+    TAKE(source_out_channels), TAKE(source_in_channels);
+    TAKE(source_expert_stride), TAKE(source_out_stride), TAKE(source_in_stride), TAKE(source_tap_stride);
+    TAKE(target_expert_stride), TAKE(target_out_stride), TAKE(target_in_stride), TAKE(target_tap_stride);
+  };
+  define<PackArguments>(module, "cuda_launches_pack_experts", "Launches that permute and compact experts' channels.",
+                        read, launch_pack_experts);
+}
+
+}  // namespace
+
+void bind_cuda(py::module_& module) {
+  // What the build has of CUDA: "" and no functions that need a driver without nvcc.
+  module.attr("cuda_architectures") = TDC_FAST_CUDA_ARCHITECTURES;
+  module.attr("cuda_kernels") = kernel_families();
+  bind_launch(module);
+  bind_planner_of_plans(module);
+  bind_planners_of_convolutions(module);
+  bind_planners_of_norms(module);
+  bind_planner_of_packing(module);
+#ifdef TDC_FAST_CUDA
+  module.def("cuda_device_count", &cuda_device_count, "GPUs that can be used now; 0 without a driver.");
+  module.def("cuda_runtime_version", &cuda_runtime_version, "CUDART_VERSION of the build, such as 13000.");
+  module.def("cuda_launch", &cuda_launch, py::arg("launches"), py::arg("device"), py::arg("stream"),
+             "Starts launches in order on a stream (its address, 0 = default) of a device number. Raises RuntimeError "
+             "naming kernel, shapes and CUDA's message.");
+#endif
+}
+
+}  // namespace tdc

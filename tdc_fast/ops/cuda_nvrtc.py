@@ -1,0 +1,211 @@
+"""CUDA kernels compiled on the spot: the shipped sources through NVRTC, for a machine with a GPU and without nvcc.
+
+A family of kernels is compiled at its first use (some seconds) and kept in a cache on disk, TDC_FAST_CACHE or
+~/.cache/tdc_fast, by the hash of its sources and options, the architecture and the compiler's version. cupy brings the
+bindings of NVRTC and of the driver; compiling asks for neither a GPU nor a driver.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import importlib.resources
+import os
+import re
+import threading
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tdc_fast.atomic import atomic_file
+from tdc_fast.ops import cpu
+from tdc_fast.ops.cuda_launch import Facts, device_facts, device_index
+
+CACHE_VARIABLE = "TDC_FAST_CACHE"
+SOURCES = "tdc_fast.cuda_sources"  # csrc/cuda, installed as package data
+_INCLUDE = re.compile(r'^\s*#\s*include\s+"cuda/([^"]+)"', re.MULTILINE)
+_OPTIONS = ("--std=c++17", "--restrict")
+_DIGEST_BYTES = hashlib.sha256().digest_size
+_SHARED_WITHOUT_ASKING = 48 * 1024
+
+
+def cache_directory() -> Path:
+    """TDC_FAST_CACHE, else ~/.cache/tdc_fast."""
+    given = os.environ.get(CACHE_VARIABLE)
+    return Path(given) if given else Path.home() / ".cache" / "tdc_fast"
+
+
+def target(arch: int) -> str:
+    """NVRTC's name of an architecture: compute capability 9.0 with the instructions that only it has."""
+    return "sm_90a" if arch == 90 else f"sm_{arch}"
+
+
+def unavailable(arch: int) -> str | None:
+    """None when kernels can be compiled for compute capability `arch` here, else why not."""
+    try:
+        from cupy_backends.cuda.libs import nvrtc
+    except ImportError as error:
+        return f"NVRTC needs cupy: pip install 'tdc_fast[gpu]' ({error})"
+    try:
+        known = nvrtc.getSupportedArchs()
+        version = nvrtc.getVersion()
+    except Exception as error:  # no library: cupy says so in its own words
+        return f"NVRTC cannot be loaded: pip install nvidia-cuda-nvrtc ({error})"
+    if arch not in known:
+        return f"NVRTC {version[0]}.{version[1]} knows sm_{known[0]} to sm_{known[-1]}, not sm_{arch}"
+    return None
+
+
+def read_sources(family: str) -> dict[str, str]:
+    """{include name: text} of a family's translation unit, which comes first, and of all that it includes."""
+    folder = importlib.resources.files(SOURCES)
+    found: dict[str, str] = {}
+    waiting = [f"{family}_kernels.cuh"]
+    while waiting:
+        name = waiting.pop(0)
+        if f"cuda/{name}" not in found:
+            text = folder.joinpath(name).read_text(encoding="utf-8")
+            found[f"cuda/{name}"] = text
+            waiting += _INCLUDE.findall(text)
+    return found
+
+
+def compile_family(family: str, arch_name: str, options: Sequence[str] = ()) -> tuple[bytes, str]:
+    """(cubin, compiler's log) of a family for an architecture such as "sm_90a".
+
+    Raises RuntimeError with the family, its kernels and the compiler's log.
+    """
+    from cupy_backends.cuda.libs import nvrtc
+
+    sources = read_sources(family)
+    unit = next(iter(sources))
+    headers = {name: text for name, text in sources.items() if name != unit}
+    program = nvrtc.createProgram(sources[unit], unit, list(headers.values()), list(headers))
+    try:
+        try:
+            nvrtc.compileProgram(program, (f"--gpu-architecture={arch_name}", *_OPTIONS, *options))
+        except nvrtc.NVRTCError as error:
+            log = nvrtc.getProgramLog(program)
+            kernels = ", ".join(cpu.native.cuda_kernels.get(family, [family]))
+            raise RuntimeError(f"NVRTC could not compile {kernels} for {arch_name} ({error}):\n{log}") from error
+        return nvrtc.getCUBIN(program), nvrtc.getProgramLog(program)
+    finally:
+        nvrtc.destroyProgram(program)
+
+
+def cache_path(family: str, arch_name: str) -> Path:
+    """Where the cubin of a family belongs: the name holds all that decides its content."""
+    from cupy_backends.cuda.libs import nvrtc
+
+    digest = hashlib.sha256(repr((nvrtc.getVersion(), arch_name, _OPTIONS)).encode())
+    for name, text in read_sources(family).items():
+        digest.update(f"\0{name}\0{len(text)}\0{text}".encode())
+    return cache_directory() / f"{family}-{arch_name}-{digest.hexdigest()[:32]}.cubin"
+
+
+def cubin_of(family: str, arch_name: str) -> bytes:
+    """The cubin, from the cache or compiled and put there. A damaged entry is compiled again."""
+    path = cache_path(family, arch_name)
+    found = _read_entry(path)
+    if found is not None:
+        return found
+    cubin, _ = compile_family(family, arch_name)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(path) as file:
+            file.write(hashlib.sha256(cubin).digest() + cubin)
+    except OSError as error:
+        warnings.warn(
+            f"compiled kernels cannot be kept in {path.parent}, so every process compiles anew; set {CACHE_VARIABLE} "
+            f"to a writable folder ({error})",
+            stacklevel=2,
+        )
+    return cubin
+
+
+def _read_entry(path: Path) -> bytes | None:
+    """The cubin of an entry: a sha256, then what it is the sum of. None where that does not hold."""
+    try:
+        entry = path.read_bytes()
+    except OSError:
+        return None
+    digest, cubin = entry[:_DIGEST_BYTES], entry[_DIGEST_BYTES:]
+    return cubin if cubin and hashlib.sha256(cubin).digest() == digest else None
+
+
+@functools.cache
+def _family_of() -> dict[str, str]:
+    return {kernel: family for family, kernels in cpu.native.cuda_kernels.items() for kernel in kernels}
+
+
+class Nvrtc:
+    """Runs kernels that NVRTC compiled, through the driver; modules stay loaded per device."""
+
+    name = "nvrtc"
+
+    def __init__(self) -> None:
+        self._functions: dict[tuple[int, str], Any] = {}
+        self._shared: dict[Any, int] = {}
+        self._modules: dict[tuple[int, str], Any] = {}
+        self._lock = threading.Lock()
+
+    def device_facts(self, device: torch.device) -> Facts:
+        return device_facts(device)
+
+    def run(self, launches: Sequence[Any], device: torch.device) -> None:
+        from cupy_backends.cuda.api import driver
+
+        index = device_index(device)
+        with torch.cuda.device(index):  # the driver's calls go to the current context: that of torch on this device
+            stream = torch.cuda.current_stream(index).cuda_stream
+            for launch in launches:
+                function = self._function(index, device, launch, driver)
+                params = ctypes.create_string_buffer(launch.params, len(launch.params))
+                arguments = (ctypes.c_void_p * 1)(ctypes.addressof(params))  # one struct, copied by the call
+                _checked(
+                    launch, "cuLaunchKernel", driver.launchKernel, function, *launch.grid, launch.threads, 1, 1,
+                    launch.shared_bytes, stream, ctypes.addressof(arguments), 0,
+                )  # fmt: skip
+
+    def _function(self, index: int, device: torch.device, launch: Any, driver: Any) -> Any:
+        function = self._functions.get((index, launch.kernel))
+        if function is None:
+            with self._lock:
+                module = self._module(index, device, launch, driver)
+                function = _checked(launch, "cuModuleGetFunction", driver.moduleGetFunction, module, launch.kernel)
+                self._functions[index, launch.kernel] = function
+        if launch.shared_bytes > self._shared.get(function, _SHARED_WITHOUT_ASKING):
+            attribute = driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            _checked(launch, "cuFuncSetAttribute", driver.funcSetAttribute, function, attribute, launch.shared_bytes)
+            self._shared[function] = launch.shared_bytes
+        return function
+
+    def _module(self, index: int, device: torch.device, launch: Any, driver: Any) -> Any:
+        family = _family_of().get(launch.kernel)
+        if family is None:
+            raise RuntimeError(f"no kernel of that name in the sources: {describe(launch)}")
+        module = self._modules.get((index, family))
+        if module is None:
+            cubin = cubin_of(family, target(device_facts(device)[0]))
+            module = _checked(launch, "cuModuleLoadData", driver.moduleLoadData, cubin)
+            self._modules[index, family] = module
+        return module
+
+
+def describe(launch: Any) -> str:
+    """A launch as error messages show it."""
+    return (
+        f"kernel {launch.kernel}, grid {tuple(launch.grid)}, {launch.threads} threads, {launch.shared_bytes} bytes of "
+        f"dynamic shared memory, for {launch.shapes}"
+    )
+
+
+def _checked(launch: Any, call: str, function: Any, *args: Any) -> Any:
+    try:
+        return function(*args)
+    except Exception as error:  # the driver's error in cupy's own class
+        raise RuntimeError(f"{call} failed: {error}; {describe(launch)}") from error
