@@ -23,11 +23,7 @@ def load_tile_row(tiles, row):
 @triton.jit
 def live_width(widths, group, channels):
     """Live channels of a group: all of them without widths."""
-    if widths is None:
-        width = channels
-    else:
-        width = tl.minimum(tl.maximum(tl.load(widths + group), 0), channels)
-    return width
+    return channels if widths is None else tl.minimum(tl.maximum(tl.load(widths + group), 0), channels)
 
 
 @triton.jit
@@ -64,6 +60,12 @@ def axis_taps(parity, padding, FILTER: tl.constexpr, STRIDE: tl.constexpr, DGRAD
 
 
 @triton.jit
+def halves(acc):
+    """[M, N] -> its left and right halves, in registers: an epilogue by halves needs half as many of them."""
+    return tl.split(acc.reshape(acc.shape[0], 2, acc.shape[1] // 2).permute(0, 2, 1))
+
+
+@triton.jit
 def finish_tile(
     acc,  # [BN, BM] fp32
     out,
@@ -82,18 +84,19 @@ def finish_tile(
 ):
     """Adds what there is to add in fp32 and stores the tile to NHWC memory; dead channels become exact zeros."""
     value = tl.trans(acc)  # [BM, BN]
-    alive = columns < live
-    loaded = valid[:, None] & alive[None, :]
+    # Masked by the channels there are, not by the live ones, whose number has no known alignment: loads stay wide.
+    there = columns < channels
+    inside = valid[:, None] & there[None, :]
     begin = first.to(tl.int64)
     if bias is not None:
         row = bias + expert.to(tl.int64) * channels
-        value += tl.load(row + columns, mask=alive, other=0.0).to(tl.float32)[None, :]
+        value += tl.load(row + columns, mask=there, other=0.0).to(tl.float32)[None, :]
     if sample_bias is not None:
         rows = sample_bias + begin * channels + (sample * channels)[:, None] + columns[None, :]
-        value += tl.load(rows, mask=loaded, other=0.0).to(tl.float32)
+        value += tl.load(rows, mask=inside, other=0.0).to(tl.float32)
     start = begin * (pixels * channels)
     place = ((sample * pixels + pixel) * channels)[:, None] + columns[None, :]  # [BM, BN]
     if residual is not None:
-        value += tl.load(residual + start + place, mask=loaded, other=0.0).to(tl.float32)
-    value = tl.where(alive[None, :], value, 0.0)
-    tl.store(out + start + place, value.to(out.dtype.element_ty), mask=valid[:, None] & (columns < channels)[None, :])
+        value += tl.load(residual + start + place, mask=inside, other=0.0).to(tl.float32)
+    value = tl.where((columns < live)[None, :], value, 0.0)
+    tl.store(out + start + place, value.to(out.dtype.element_ty), mask=inside)

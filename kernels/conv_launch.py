@@ -67,8 +67,9 @@ def _constants(op: str, p: Any, tile: ConvTile, widths: bool) -> tuple[tuple[int
     source_channels, out_channels = tile_shapes.source_channels(op, p), tile_shapes.output_channels(op, p)
     classes = tile_shapes.pixel_classes(op, p)
     halved = tile.path == "tma" and not dgrad and p.stride == (2, 2)
-    # A tensor map fills what lies past the last channel with zeros; halved, the next pixel lies there.
-    filled = tile.path == "tma" and not halved
+    # Past the last source channel a box of x holds zeros, unless the next pixel lies there (halved). In dgrad the box
+    # of weights runs on into the next expert, whose numbers, perhaps not finite, are to be masked.
+    filled = tile.path == "tma" and not halved and not dgrad
     channel_tiles = -(-out_channels // tile.block_channels)
     constants = {
         "source_channels": source_channels,
@@ -97,7 +98,7 @@ def _constants(op: str, p: Any, tile: ConvTile, widths: bool) -> tuple[tuple[int
     }
     if tile.path == "tma":
         _, rows, columns = tile_shapes.box_of(tile.block_pixels, *grid)
-        constants |= {"NB": samples, "TH": rows, "TW": columns, "HALVED": halved}
+        constants |= {"NB": samples, "TH": rows, "TW": columns, "HALVED": halved, "FILLED": filled}
         del constants["source_height"], constants["source_width"]
     else:
         constants |= {"BM": tile.block_pixels, "PRECISION": tile_shapes.precision_of(p)}

@@ -38,8 +38,8 @@ def _step(
     out_channels,
     first_h,
     first_w,
+    taps,  # of the filter
     S: tl.constexpr,
-    TAPS: tl.constexpr,
     STRIDE_H: tl.constexpr,
     STRIDE_W: tl.constexpr,
     DGRAD: tl.constexpr,
@@ -52,13 +52,13 @@ def _step(
     if DGRAD:
         y, x, shift = y - tap_h, x - tap_w, -(tap_h * source_width + tap_w)
         tap = (first_h + tap_h * STRIDE_H) * S + first_w + tap_w * STRIDE_W
-        offsets = steps[:, None] * (TAPS * out_channels) + tap * out_channels + columns[None, :]  # [BK, BN]
+        offsets = steps[:, None] * (taps * out_channels) + tap * out_channels + columns[None, :]  # [BK, BN]
         inside = (columns < out_channels)[None, :]
         k_axis: tl.constexpr = 1
     else:
         y, x, shift = y + tap_h, x + tap_w, tap_h * source_width + tap_w
         tap = tap_h * S + tap_w
-        offsets = columns[:, None] * (TAPS * source_channels) + tap * source_channels + steps[None, :]  # [BN, BK]
+        offsets = columns[:, None] * (taps * source_channels) + tap * source_channels + steps[None, :]  # [BN, BK]
         inside = (columns < out_channels)[:, None]
         k_axis: tl.constexpr = 0
     reach = valid & (y >= 0) & (y < source_height) & (x >= 0) & (x < source_width)
@@ -81,7 +81,7 @@ def _step(
 
 _GEOMETRY = [
     "source_height", "source_width", "out_height", "out_width", "grid_height", "grid_width", "chunks",
-    "pad_height", "pad_width", "num_experts", "tile_row",
+    "pad_height", "pad_width", "num_experts", "tile_row", "R",
 ]  # fmt: skip
 
 
@@ -110,7 +110,7 @@ def conv_pointer_kernel(
     pad_width,
     num_experts,
     tile_row,  # where the table's level begins
-    R: tl.constexpr,
+    R,  # not a constant: a loop over a known number of taps is unrolled, which takes twice the registers
     S: tl.constexpr,
     STRIDE_H: tl.constexpr,
     STRIDE_W: tl.constexpr,
@@ -164,14 +164,14 @@ def conv_pointer_kernel(
             k = (outer if TAPS_INNER else inner) * BK
             acc = _step(
                 acc, source, weight, tap // taps_w, tap % taps_w, k, row, y, x, valid, columns, live, source_height,
-                source_width, source_channels, out_channels, first_h, first_w, S, R * S, STRIDE_H, STRIDE_W, DGRAD, BK,
+                source_width, source_channels, out_channels, first_h, first_w, R * S, S, STRIDE_H, STRIDE_W, DGRAD, BK,
                 PRECISION, False,
             )  # fmt: skip
     if TAIL:
         for tap in range(tl.where(blocks * BK < live, taps, 0)):
             acc = _step(
                 acc, source, weight, tap // taps_w, tap % taps_w, blocks * BK, row, y, x, valid, columns, live,
-                source_height, source_width, source_channels, out_channels, first_h, first_w, S, R * S, STRIDE_H,
+                source_height, source_width, source_channels, out_channels, first_h, first_w, R * S, S, STRIDE_H,
                 STRIDE_W, DGRAD, BK, PRECISION, True,
             )  # fmt: skip
     finish_tile(

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from tdc_fast.kernels.common import axis_taps, expert_of, finish_tile, live_width, load_tile_row, multiply
+from tdc_fast.kernels.common import axis_taps, expert_of, finish_tile, halves, live_width, load_tile_row, multiply
 
 
 def source_descriptor(source: Tensor, constants: dict[str, Any]) -> TensorDescriptor:
@@ -35,12 +35,15 @@ def source_descriptor(source: Tensor, constants: dict[str, Any]) -> TensorDescri
 
 
 def weight_descriptor(weight: Tensor, constants: dict[str, Any]) -> TensorDescriptor:
-    """The boxes of weight (E, C_out, C_in, R, S) in memory order E, C_out, R, S, C_in."""
+    """The boxes of weight (E, C_out, C_in, R, S) in memory order E, C_out, R, S, C_in, as a matrix (E C_out, R S C_in).
+
+    Two dimensions, not four: a reshape would cost the left operand its place in shared memory.
+    """
     experts, c_out, c_in, rows, columns = weight.shape
     bn, bk = constants["BN"], constants["BK"]
-    taps = rows * columns
-    block = [1, bk, 1, bn] if constants["DGRAD"] else [1, bn, 1, bk]
-    return TensorDescriptor(weight, [experts, c_out, taps, c_in], [c_out * taps * c_in, taps * c_in, c_in, 1], block)
+    length = rows * columns * c_in
+    block = [bk, bn] if constants["DGRAD"] else [bn, bk]
+    return TensorDescriptor(weight, [experts * c_out, length], [length, 1], block)
 
 
 @triton.jit
@@ -54,10 +57,11 @@ def _step(
     first,
     y,  # source coordinates of the box at tap (0, 0)
     x,
-    expert,
+    weight_row,
     column,
     live,
     source_channels,
+    out_channels,
     first_h,
     first_w,
     S: tl.constexpr,
@@ -74,7 +78,7 @@ def _step(
     if DGRAD:
         tap = (first_h + tap_h * STRIDE_H) * S + first_w + tap_w * STRIDE_W
         box = source.load([first, y - tap_h, x - tap_w, k])
-        a = weight.load([expert, k, tap, column]).reshape(BK, BN)
+        a = weight.load([weight_row + k, tap * out_channels + column])
     else:
         tap = tap_h * S + tap_w
         if HALVED:
@@ -83,7 +87,7 @@ def _step(
             box = source.load([first, row >> 1, row & 1, col >> 1, (col & 1) * source_channels + k])
         else:
             box = source.load([first, y + tap_h, x + tap_w, k])
-        a = weight.load([expert, column, tap, k]).reshape(BN, BK)
+        a = weight.load([weight_row, tap * source_channels + k])
     b = box.reshape(BM, BK)
     if MASKED:
         alive = k + tl.arange(0, BK) < live
@@ -92,6 +96,48 @@ def _step(
     if DGRAD:
         a = tl.trans(a)
     return multiply(a, tl.trans(b), acc, "ieee")
+
+
+@triton.jit
+def _finish(
+    acc,  # [BN, ROWS]
+    out,
+    bias,
+    sample_bias,
+    residual,
+    expert,
+    first,
+    count,
+    begin,  # of these rows within the box
+    box_y,
+    box_x,
+    parity_h,
+    parity_w,
+    column,
+    out_live,
+    out_channels,
+    out_height,
+    out_width,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    DGRAD: tl.constexpr,
+    TH: tl.constexpr,
+    TW: tl.constexpr,
+    ROWS: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """Stores rows of the box to the pixels they stand for."""
+    place = begin + tl.arange(0, ROWS)
+    sample = place // (TH * TW)
+    y = box_y + place // TW % TH
+    x = box_x + place % TW
+    if DGRAD:
+        y, x = y * STRIDE_H + parity_h, x * STRIDE_W + parity_w
+    valid = (sample < count) & (y < out_height) & (x < out_width)
+    finish_tile(
+        acc, out, bias, sample_bias, residual, expert, first, sample, y * out_width + x, valid,
+        column + tl.arange(0, BN), out_live, out_channels, out_height * out_width,
+    )  # fmt: skip
 
 
 _GEOMETRY = [
@@ -103,7 +149,7 @@ _GEOMETRY = [
 @triton.jit(do_not_specialize=_GEOMETRY)
 def conv_tma_kernel(
     source,  # boxes of (B, H, W, source_channels)
-    weight,  # boxes of (E, C_out, R * S, C_in)
+    weight,  # boxes of (E C_out, R S C_in)
     bias,  # (E, C_out) or None
     sample_bias,  # (B, C_out) or None
     residual,  # like out, or None
@@ -129,6 +175,7 @@ def conv_tma_kernel(
     STRIDE_W: tl.constexpr,
     DGRAD: tl.constexpr,
     HALVED: tl.constexpr,
+    FILLED: tl.constexpr,  # boxes hold zeros past the last source channel
     TAPS_INNER: tl.constexpr,
     TAIL: tl.constexpr,
     NB: tl.constexpr,
@@ -158,36 +205,40 @@ def conv_tma_kernel(
     live = live_width(source_widths, group, source_channels)
     live = tl.where(column < out_live, live, 0)  # a dead tile has no steps
     expert = expert_of(weight_index, group, num_experts)
+    weight_row = expert * source_channels if DGRAD else expert * out_channels + column
 
     acc = tl.zeros([BN, BM], tl.float32)
     taps = taps_h * taps_w
     blocks = live // BK
-    if not HALVED:
-        blocks = tl.where(live == source_channels, tl.cdiv(live, BK), blocks)  # past the last channel are zeros
+    if FILLED:
+        blocks = tl.where(live == source_channels, tl.cdiv(live, BK), blocks)
     for outer in range(blocks if TAPS_INNER else taps):
         for inner in range(taps if TAPS_INNER else blocks):
             tap = inner if TAPS_INNER else outer
             k = (outer if TAPS_INNER else inner) * BK
             acc = _step(
-                acc, source, weight, tap // taps_w, tap % taps_w, k, first, y, x, expert, column, live,
-                source_channels, first_h, first_w, S, STRIDE_H, STRIDE_W, DGRAD, HALVED, BM, BN, BK, False,
+                acc, source, weight, tap // taps_w, tap % taps_w, k, first, y, x, weight_row, column, live,
+                source_channels, out_channels, first_h, first_w, S, STRIDE_H, STRIDE_W, DGRAD, HALVED, BM, BN, BK, False,
             )  # fmt: skip
     if TAIL:
         for tap in range(tl.where(blocks * BK < live, taps, 0)):
             acc = _step(
-                acc, source, weight, tap // taps_w, tap % taps_w, blocks * BK, first, y, x, expert, column, live,
-                source_channels, first_h, first_w, S, STRIDE_H, STRIDE_W, DGRAD, HALVED, BM, BN, BK, True,
+                acc, source, weight, tap // taps_w, tap % taps_w, blocks * BK, first, y, x, weight_row, column, live,
+                source_channels, out_channels, first_h, first_w, S, STRIDE_H, STRIDE_W, DGRAD, HALVED, BM, BN, BK, True,
             )  # fmt: skip
 
-    place = tl.arange(0, BM)
-    sample = place // (TH * TW)
-    grid_y = box_y + place // TW % TH
-    grid_x = box_x + place % TW
-    out_y, out_x = grid_y, grid_x
-    if DGRAD:
-        out_y, out_x = grid_y * STRIDE_H + parity_h, grid_x * STRIDE_W + parity_w
-    valid = (sample < count) & (out_y < out_height) & (out_x < out_width)
-    finish_tile(
-        acc, out, bias, sample_bias, residual, expert, first, sample, out_y * out_width + out_x, valid,
-        column + tl.arange(0, BN), out_live, out_channels, out_height * out_width,
-    )  # fmt: skip
+    if BM > 128:
+        left, right = halves(acc)
+        _finish(
+            left, out, bias, sample_bias, residual, expert, first, count, 0, box_y, box_x, parity_h, parity_w, column,
+            out_live, out_channels, out_height, out_width, STRIDE_H, STRIDE_W, DGRAD, TH, TW, BM // 2, BN,
+        )  # fmt: skip
+        _finish(
+            right, out, bias, sample_bias, residual, expert, first, count, BM // 2, box_y, box_x, parity_h, parity_w,
+            column, out_live, out_channels, out_height, out_width, STRIDE_H, STRIDE_W, DGRAD, TH, TW, BM // 2, BN,
+        )  # fmt: skip
+    else:
+        _finish(
+            acc, out, bias, sample_bias, residual, expert, first, count, 0, box_y, box_x, parity_h, parity_w, column,
+            out_live, out_channels, out_height, out_width, STRIDE_H, STRIDE_W, DGRAD, TH, TW, BM, BN,
+        )  # fmt: skip

@@ -58,7 +58,7 @@ class ConvTile:
 
 # Tile -> rate. Large tiles read less per product; of equal ones the TMA form spends no registers on addresses.
 _TMA = {
-    ConvTile("tma", 256, 128, 64, 3, 8): 1.0,
+    ConvTile("tma", 256, 128, 64, 4, 8): 1.0,
     ConvTile("tma", 128, 128, 64, 3, 8): 0.85,
     ConvTile("tma", 128, 64, 64, 4, 4): 0.6,
 }
@@ -70,7 +70,7 @@ _POINTER_TF32 = {
     ConvTile("pointer", 128, 64, 32, 3, 8): 0.25,
     ConvTile("pointer", 64, 64, 32, 3, 4): 0.2,
 }
-_POINTER_IEEE = {ConvTile("pointer", 64, 64, 16, 3, 8): 0.03}
+_POINTER_IEEE = {ConvTile("pointer", 64, 64, 16, 3, 4): 0.03}
 
 
 @functools.cache

@@ -1,0 +1,194 @@
+"""The Triton convolution equals one convolution per group, forward and dgrad, on both of its paths."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import Tensor
+
+from tdc_fast.kernels.conv_dgrad import conv_dgrad
+from tdc_fast.kernels.conv_forward import conv_forward
+from tdc_fast.kernels.tile_shapes import ConvTile, samples_per_tile
+from tdc_fast.ops.checks import conv_problem
+from tdc_fast.ops.tiles import tile_table
+from tests.cases import ConvCase, Routing, conv_cases
+from tests.tolerance import assert_as_accurate_as_torch
+
+# Small tiles: every loop turns more than once, and the interpreter stays quick.
+POINTER = ConvTile("pointer", 32, 16, 16, 2, 4)
+TMA = ConvTile("tma", 32, 16, 16, 2, 4)
+UNEVEN = Routing((0, 0, 0, 1, 2), 4, 3, (2, 0, 1, 0))
+WIDTHS: dict[str, Any] = {"in_widths": (24, 9, 20, 0), "out_widths": (24, 16, 7, 0)}
+
+
+def case_of(**changes: Any) -> ConvCase:
+    """Channels past a block of 16, tiles of several samples, a group without samples, shared experts."""
+    standard = {
+        "routing": UNEVEN,
+        "in_channels": 24,
+        "out_channels": 24,
+        "size": (3, 4),
+        "filter": (3, 3),
+        "stride": (1, 1),
+        "padding": (1, 1),
+        "in_widths": None,
+        "out_widths": None,
+        "extras": ("bias", "sample_bias", "residual"),
+        "layout": "channels_last",
+        "seed": 5,
+    }
+    return ConvCase(**(standard | changes))
+
+
+CASES = {
+    "3x3": case_of(),
+    "3x3 widths": case_of(**WIDTHS),
+    "3x3 widths of whole blocks": case_of(in_widths=(16, 0, 24, 8), out_widths=(16, 8, 0, 24)),
+    "3x3 larger than a tile": case_of(size=(6, 7), routing=Routing((1, 0), 2, 2, None), extras=()),
+    "3x3 stride 2": case_of(size=(4, 6), stride=(2, 2)),
+    "3x3 stride 2 widths": case_of(size=(4, 6), stride=(2, 2), **WIDTHS),
+    "1x1 stride 2": case_of(size=(4, 6), stride=(2, 2), filter=(1, 1), padding=(0, 0), **WIDTHS),
+    "1x1 of one pixel": case_of(size=(1, 1), filter=(1, 1), padding=(0, 0), **WIDTHS),
+    "5x1 padded": case_of(size=(3, 2), filter=(5, 1), padding=(3, 2), extras=("bias",)),
+}
+POINTER_ONLY = {
+    "three channels": case_of(in_channels=3, out_channels=17, size=(5, 5)),
+    "odd everything": case_of(
+        in_channels=19, out_channels=5, size=(5, 7), stride=(2, 1), in_widths=(19, 3, 17, 0), out_widths=(5, 0, 2, 1)
+    ),
+    "odd image, stride 2": case_of(size=(5, 3), stride=(2, 2), padding=(0, 2)),
+}
+RUNS = [
+    *(pytest.param(case, POINTER, torch.float32, id=f"pointer-fp32-{name}") for name, case in CASES.items()),
+    *(pytest.param(case, POINTER, torch.float32, id=f"pointer-fp32-{name}") for name, case in POINTER_ONLY.items()),
+    pytest.param(POINTER_ONLY["odd everything"], POINTER, torch.float16, id="pointer-fp16-odd everything"),
+    *(pytest.param(case, TMA, torch.float16, id=f"tma-fp16-{name}") for name, case in CASES.items()),
+]
+
+
+def upstream(case: ConvCase, dtype: torch.dtype) -> Tensor:
+    """dy (B, C_out, OH, OW), NaN where it is dead."""
+    shape = (case.routing.batch, case.out_channels, *case.out_size)
+    dy = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16).to(dtype)
+    if case.out_widths is not None:
+        for group, _, start, stop in case.routing.segments():
+            dy[start:stop, case.out_widths[group] :] = float("nan")
+    return dy.contiguous(memory_format=torch.channels_last)
+
+
+def run(case: ConvCase, tensors: dict[str, Tensor], dy: Tensor, tile: ConvTile, **overrides: Any) -> dict[str, Tensor]:
+    """y and dx by the kernels."""
+    plan = case.routing.plan()
+    given = {name: tensor.detach() for name, tensor in tensors.items()}
+    x = given["x"].contiguous(memory_format=torch.channels_last)
+    weight = given["weight"].permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+    residual = given.get("residual")
+    if residual is not None:
+        residual = residual.contiguous(memory_format=torch.channels_last)
+    arguments = case.settings() | {"weight_index": plan.weight_index} | overrides
+    widths = arguments["in_widths"], arguments["out_widths"]
+    index = arguments["weight_index"]
+    problem = conv_problem(
+        "routed_conv2d", x, x.shape, weight, plan.offsets, index, *widths, case.stride, case.padding
+    )  # fmt: skip
+    table = tile_table(plan.offsets, problem.batch)
+    extras = (given.get("bias"), given.get("sample_bias"), residual)
+    return {
+        "y": conv_forward(problem, x, weight, *extras, table, index, *widths, tile=tile),
+        "dx": conv_dgrad(problem, dy, weight, table, index, *widths, tile=tile),
+    }
+
+
+def plain(case: ConvCase, dtype: torch.dtype, dy: Tensor) -> dict[str, Tensor]:
+    """The same by torch, one convolution per group."""
+    tensors = case.tensors(dtype)
+    y = case.plain(tensors)
+    if not y.requires_grad:
+        return {"y": y, "dx": torch.zeros_like(tensors["x"])}
+    (dx,) = torch.autograd.grad(y, tensors["x"], dy.nan_to_num().to(dtype), allow_unused=True, materialize_grads=True)
+    return {"y": y.detach(), "dx": dx}
+
+
+def check(case: ConvCase, tile: ConvTile, dtype: torch.dtype) -> None:
+    dy = upstream(case, dtype)
+    ours = run(case, case.tensors(dtype), dy, tile)
+    torchs, exact = plain(case, dtype, dy), plain(case, torch.float64, dy)
+    terms = case.filter[0] * case.filter[1] * max(case.in_channels, case.out_channels)
+    for name in ours:
+        assert_as_accurate_as_torch(ours[name], torchs[name], exact[name], f"{name} of {case}", max(terms, 64))
+        assert ours[name].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(("case", "tile", "dtype"), RUNS)
+def test_forward_and_dgrad_are_as_accurate_as_torch(
+    case: ConvCase, tile: ConvTile, dtype: torch.dtype, nan_filled_memory: None
+) -> None:
+    check(case, tile, dtype)
+
+
+def test_the_pointer_path_serves_any_problem(nan_filled_memory: None) -> None:
+    @given(case=conv_cases())
+    @settings(max_examples=10, deadline=None, derandomize=True)
+    def check_any(case: ConvCase) -> None:
+        check(case, POINTER, torch.float32)
+
+    check_any()
+
+
+def test_a_box_that_runs_into_the_next_group_drops_its_rows(nan_filled_memory: None) -> None:
+    """Also where the neighbour holds NaN."""
+    case = case_of(routing=Routing((0, 1, 1), 2, 2, None), size=(2, 2))
+    assert samples_per_tile(TMA, 2, 2) == 8
+    dy = upstream(case, torch.float16)
+    tensors = {name: tensor.detach() for name, tensor in case.tensors(torch.float16).items()}
+    expected = run(case, tensors, dy, TMA)
+    for poisoned in (tensors["x"], tensors["residual"], dy):
+        poisoned[0] = float("nan")
+    actual = run(case, tensors, dy, TMA)
+    for name in expected:
+        assert torch.equal(actual[name][1:], expected[name][1:]), name
+
+
+@pytest.mark.parametrize("tile", [POINTER, TMA], ids=lambda tile: tile.path)
+def test_an_expert_that_holds_nan_harms_no_other(tile: ConvTile) -> None:
+    """Blocks of weights run past the last channel of an expert into the next one's memory."""
+    case = case_of(routing=Routing((0, 2), 3, 3, None))
+    dy = upstream(case, torch.float16)
+    tensors = {name: tensor.detach() for name, tensor in case.tensors(torch.float16).items()}
+    tensors["weight"][1] = float("nan")
+    for result in run(case, tensors, dy, tile).values():
+        assert result.isfinite().all()
+
+
+@pytest.mark.parametrize("tile", [POINTER, TMA], ids=lambda tile: tile.path)
+def test_dead_channels_of_the_weights_are_not_used(tile: ConvTile) -> None:
+    case = case_of(routing=Routing((0, 1), 2, 2, None), in_widths=(20, 3), out_widths=(21, 24))
+    dy = upstream(case, torch.float16)
+    tensors = {name: tensor.detach() for name, tensor in case.tensors(torch.float16).items()}
+    expected = run(case, tensors, dy, tile)
+    for expert, (live_in, live_out) in enumerate(((20, 21), (3, 24))):
+        tensors["weight"][expert, :, live_in:] = float("nan")
+        tensors["weight"][expert, live_out:] = float("nan")
+        tensors["bias"][expert, live_out:] = float("nan")
+    actual = run(case, tensors, dy, tile)
+    for name in expected:
+        assert torch.equal(actual[name], expected[name]), name
+
+
+def test_numbers_out_of_range_are_clamped() -> None:
+    """A GPU cannot raise for them, so nothing may be indexed with them."""
+    sane = case_of(in_widths=(24, 0, 20, 0), out_widths=(0, 24, 7, 0))
+    dy = upstream(replace(sane, out_widths=None), torch.float32)
+    tensors = sane.tensors(torch.float32)
+    wild = {
+        "in_widths": torch.tensor([10**6, -5, 20, 0], dtype=torch.int32),
+        "out_widths": torch.tensor([-(10**6), 99, 7, 0], dtype=torch.int32),
+        "weight_index": torch.tensor([99, -1, 1, 0], dtype=torch.int32),
+    }
+    expected, actual = run(sane, tensors, dy, POINTER), run(sane, tensors, dy, POINTER, **wild)
+    for name in expected:
+        assert torch.equal(actual[name], expected[name]), name
