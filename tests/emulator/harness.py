@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 RUNTIME = ("block", "emulate", "fiber", "matrix", "races")
-COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+COMPILER = shutil.which("g++")
 # Schedules worth running a kernel under: first thread first, last thread first, two random ones.
 SCHEDULES = (0, 1, 2, 3)
 # What the emulated device says of itself: compute capability * 10, number of SMs, bytes of shared memory of a block.
@@ -151,28 +151,38 @@ def emulated(family: str, *plants: str, sanitize: bool = SANITIZED) -> EmulatedL
     return _load(build(family, plants, sanitize))
 
 
+def compiler() -> str:
+    """g++, or a skip with the reason."""
+    if COMPILER is None:
+        pytest.skip("no g++ on PATH to build the emulator with")
+    if sys.platform != "linux":
+        pytest.skip(f"the emulator switches stacks as Linux on x86-64 or arm64 does, not {sys.platform}")
+    return COMPILER
+
+
+def kernel_header(family: str) -> Path:
+    return CSRC / ("emulator" if family == "self_test" else "cuda") / f"{family}_kernels.cuh"
+
+
 def build(family: str, plants: tuple[str, ...] = (), sanitize: bool = False) -> Path:
     """Path of the shared library of a family. Fails with the compiler's text."""
-    if COMPILER is None:
-        pytest.skip("no C++ compiler (g++, c++ or $CXX) to build the emulator with")
+    compiler()
     kind = "sanitized" if sanitize else "plain"
-    library = _folder() / f"{'-'.join([family, kind, *plants])}.so"
+    library = build_folder() / f"{'-'.join([family, kind, *plants])}.so"
     if library.exists():
         return library
-    folder = "emulator" if family == "self_test" else "cuda"
-    header = CSRC / folder / f"{family}_kernels.cuh"
     # The undefined-behaviour sanitizer is for kernels: it triples the time that the emulator itself compiles.
     own = ["-O1", "-fsanitize=address"] if sanitize else ["-O2"]
-    jobs = {_folder() / f"{name}-{kind}.o": [*own, str(CSRC / "emulator" / f"{name}.cpp")] for name in RUNTIME}
+    jobs = {build_folder() / f"{name}-{kind}.o": [*own, str(CSRC / "emulator" / f"{name}.cpp")] for name in RUNTIME}
     jobs = {target: job for target, job in jobs.items() if not target.exists()}
     target = library.with_suffix(".o")
     checks = _SANITIZE if sanitize else _RACE_CHECK
     planted = [f"-DTDC_PLANT_{plant}=1" for plant in plants]
-    jobs[target] = ["-g1", *checks, *planted, "-x", "c++", "-include", str(header), os.devnull]
+    jobs[target] = ["-g1", *checks, *planted, "-x", "c++", "-include", str(kernel_header(family)), os.devnull]
     with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
-        list(pool.map(lambda job: _compile(["-c", *job[1]], job[0]), jobs.items()))
-    runtime = [str(_folder() / f"{name}-{kind}.o") for name in RUNTIME]
-    _compile(["-shared", *(_SANITIZE if sanitize else []), str(target), *runtime, "-ldl"], library)
+        list(pool.map(lambda job: compile_to(["-c", *job[1]], job[0]), jobs.items()))
+    runtime = [str(build_folder() / f"{name}-{kind}.o") for name in RUNTIME]
+    compile_to(["-shared", *(_SANITIZE if sanitize else []), str(target), *runtime, "-ldl"], library)
     return library
 
 
@@ -190,11 +200,9 @@ def run_sanitized(test_file: Path) -> None:
 
 def sanitizer_runtime() -> str:
     """Path of the address sanitizer's shared library; skips where the compiler has none."""
-    if COMPILER is None:
-        pytest.skip("no C++ compiler (g++, c++ or $CXX) to build the emulator with")
-    said = subprocess.run([COMPILER, "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
+    said = subprocess.run([compiler(), "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
     if not os.path.isabs(said):
-        pytest.skip(f"{COMPILER} has no shared library of the address sanitizer")
+        pytest.skip("g++ has no shared library of the address sanitizer")
     return said
 
 
@@ -204,7 +212,7 @@ def sanitized_environment(runtime: str) -> dict[str, str]:
         **os.environ,
         "LD_PRELOAD": runtime,
         "TDC_EMULATOR_SANITIZE": "1",
-        "TDC_EMULATOR_BUILD": str(_folder()),
+        "TDC_EMULATOR_BUILD": str(build_folder()),
         "OMP_NUM_THREADS": "1",
         "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
@@ -212,7 +220,8 @@ def sanitized_environment(runtime: str) -> dict[str, str]:
 
 
 @functools.cache
-def _folder() -> Path:
+def build_folder() -> Path:
+    """Where this run's builds are; a sanitized run shares the folder of the run that started it."""
     given = os.environ.get("TDC_EMULATOR_BUILD")
     if given:
         return Path(given)
@@ -228,9 +237,10 @@ def _load(path: Path) -> EmulatedLibrary:
     return EmulatedLibrary(path)
 
 
-def _compile(arguments: list[str], target: Path) -> None:
+def compile_to(arguments: list[str], target: Path) -> None:
+    """Runs g++; the target appears whole or not at all."""
     partial = target.with_name(f"{target.name}.{os.getpid()}")
-    command = [str(COMPILER), *_FLAGS, *arguments, "-o", str(partial)]
+    command = [compiler(), *_FLAGS, *arguments, "-o", str(partial)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, f"{' '.join(command)}\n{result.stderr[-6000:]}"
     partial.replace(target)
