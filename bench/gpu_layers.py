@@ -22,7 +22,7 @@ UNETS: dict[str, dict[str, Any]] = {
 TINY_UNETS: dict[str, dict[str, Any]] = {
     "tiny": {
         "image_size": 8, "num_channels": 16, "num_res_blocks": 1, "num_heads": 2,
-        "attention_resolutions": "4", "channel_mult": "1,2",
+        "attention_resolutions": "", "channel_mult": "1,2",
     },
 }  # fmt: skip
 UNET_BATCH = 64

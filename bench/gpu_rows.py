@@ -107,7 +107,7 @@ def measure(
         except FAILURES as error:
             candidates.pop(name, None)
             absent[name] = " ".join(f"{type(error).__name__}: {error}".split())[:160]
-    least = 2 if run.tiny else 5
+    least = 1 if run.tiny else 5
     times = run.machine.times(candidates, flush=flush, seconds=run.row_seconds, least=least)
     ratios = {}
     for name in candidates:
@@ -125,6 +125,8 @@ def measure(
 
 
 def _spread(values: list[float]) -> float:
+    if len(values) < 2:
+        return 0.0
     low, _, high = statistics.quantiles(values, n=4)
     return (high - low) / statistics.median(values)
 

@@ -30,7 +30,7 @@ def test_a_dry_run_times_every_section_and_peer(tmp_path: Path) -> None:
     rows = results["rows"]
     assert {row["section"] for row in rows} == {"unet", "conv", "group norm"}
     for row in rows:
-        assert row["rounds"] >= 2 and all(value > 0 for value in row["ms"].values())
+        assert row["rounds"] >= 1 and all(value > 0 for value in row["ms"].values())
         assert {"ours", "ours, graph"} <= row["ms"].keys() or row["direction"].endswith("AdamW")
         assert row["ratios"] and row["error"] < 0.02
         assert set(row["absent"]) <= {"grouped_mm"}, "only im2col may refuse a shape"
