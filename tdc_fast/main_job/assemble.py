@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 import tdc_fast
-from tdc_fast.classifier import digits_uint8
 from tdc_fast.frechet import DistanceSpread
 from tdc_fast.main_job.contestants import SETTINGS, Contestant
 from tdc_fast.main_job.measure import Measured, Protocol, Yardsticks
@@ -44,7 +43,7 @@ def compare_runs(
     """All numbers of the job; `first` is stage 1, `models` the contestants with the yardstick in front."""
     stage1 = load_run(first.directory)
     results = tuple(_result(stage1, model, measured[model.key], protocol) for model in models)
-    reference, _ = digits_uint8()
+    reference = yardsticks.reference
     chosen = torch.randperm(len(reference), generator=torch.Generator().manual_seed(0))[:100]
     missing = () if any(model.key == "uniform-80-small" for model in models) else (NO_SMALL_BATCH_CONTROL,)
     return Comparison(
@@ -58,9 +57,7 @@ def compare_runs(
         snr_db=tuple(float(value) for value in stage1.diffusion.snr_db()),
         widths=_widths(load_run(next(m for m in models if m.key == "pruned").directory)),
         floors=yardsticks.floors,
-        feature_space=(
-            f"{yardsticks.classifier.description}, {yardsticks.accuracy:.1%} of whose held-out digits are named right"
-        ),
+        feature_space=yardsticks.feature_space,
         reference=f"all {len(reference)} real digits",
         sampler=f"DDIM, {protocol.sampling_steps} steps",
         real_images=reference[chosen],
@@ -69,7 +66,7 @@ def compare_runs(
             "this job": job,
             "experts": _expert_settings(models),
         },
-        environment=_environment(),
+        environment=describe_environment(),
         seed_note=SEED_NOTE,
         missing=missing,
         seconds=seconds,
@@ -78,23 +75,15 @@ def compare_runs(
 
 def _result(stage1: Run, model: Contestant, measured: Measured, protocol: Protocol) -> ModelResult:
     run = load_run(model.directory)
-    shared, own = _phases(stage1)["stage1"], _phases(run)
-    phases: dict[str, float] = {"stage 1": shared["macs"]}
+    phases, steps = training_phases(stage1, run)
+    shared = _phases(stage1)["stage1"]
     before = _Rows(stage1.path / "progress.csv", "q", 0, 0.0, shared["macs"] / shared["steps"])
+    *_, last = phases.values()
     if run.config.groups:
-        steps = own["stage2"]["steps"]
-        if own["pruning"]["macs"]:
-            phases["pruning"] = own["pruning"]["macs"]
-        start = sum(phases.values())
-        phases["stage 2"] = own["stage2"]["macs"]
-        after = _Rows(run.path / "experts" / "progress.csv", "g", 0, start, phases["stage 2"] / steps)
+        start = sum(phases.values()) - last
+        after = _Rows(run.path / "experts" / "progress.csv", "g", 0, start, last / steps)
     else:
-        steps = own["stage1"]["steps"] - shared["steps"]
-        per_sample = (run.macs or {})["per_sample"]["forward_backward"]["base"]
-        phases["uniform training"] = steps * run.config.batch_size * per_sample
-        after = _Rows(
-            run.path / "progress.csv", "q", shared["steps"], shared["macs"], phases["uniform training"] / steps
-        )
+        after = _Rows(run.path / "progress.csv", "q", shared["steps"], shared["macs"], last / steps)
     return ModelResult(
         key=model.key,
         label=model.label,
@@ -109,6 +98,22 @@ def _result(stage1: Run, model: Contestant, measured: Measured, protocol: Protoc
         curve=_curve((before, after), len(protocol.boundaries) - 1),
         samples=measured.samples,
     )
+
+
+def training_phases(stage1: Run, run: Run) -> tuple[dict[str, float], int]:
+    """What a run that went on from `stage1` has cost, in MACs by phase, `stage1` included; and its own steps."""
+    shared, own = _phases(stage1)["stage1"], _phases(run)
+    phases: dict[str, float] = {"stage 1": shared["macs"]}
+    if run.config.groups:
+        for phase in ("grouping", "pruning"):
+            if own.get(phase, {}).get("macs"):
+                phases[phase] = own[phase]["macs"]
+        phases["stage 2"] = own["stage2"]["macs"]
+        return phases, own["stage2"]["steps"]
+    steps = own["stage1"]["steps"] - shared["steps"]
+    per_sample = (run.macs or {})["per_sample"]["forward_backward"]["base"]
+    phases["uniform training"] = steps * run.config.batch_size * per_sample
+    return phases, steps
 
 
 def _phases(run: Run) -> dict[str, Any]:
@@ -163,7 +168,7 @@ def _expert_settings(models: Sequence[Contestant]) -> dict[str, Any]:
     return {name: getattr(config, name) for name in names}
 
 
-def _environment() -> dict[str, str]:
+def describe_environment() -> dict[str, str]:
     found = {"tdc_fast": tdc_fast.__version__, "python": platform.python_version(), "torch": torch.__version__}
     for package in ("numpy", "scikit-learn", "torchmetrics", "matplotlib"):
         try:

@@ -10,16 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from tdc_fast.atomic import atomic_file
-from tdc_fast.classifier import DigitsClassifier, digits_uint8, train_classifier
+from tdc_fast.classifier import DigitsClassifier, train_classifier
 from tdc_fast.denoisers import TrainedDenoiser, from_run
 from tdc_fast.diffusion.samplers import SamplerName, sampling_steps
 from tdc_fast.evaluation import HeldoutLosses, heldout_losses, sampling_macs
-from tdc_fast.frechet import Floor, extract, frechet_distance, real_floors
+from tdc_fast.frechet import Floor, RandomConvFeatures, extract, frechet_distance, real_floors, to_uint8
 from tdc_fast.nn.packing import RoutedModel, pack_experts
 from tdc_fast.routing import TimestepGroups
 from tdc_fast.sample import draw_samples, write_samples
 from tdc_fast.training.build import split_data
 from tdc_fast.training.checkpoint import load_tensors
+from tdc_fast.training.data import load_dataset
 
 SAMPLER: SamplerName = "ddim"
 GRID_IMAGES = 100
@@ -51,32 +52,50 @@ class Measured:
 
 @dataclass(frozen=True)
 class Yardsticks:
-    """The feature space and the floors of the distance in it."""
+    """What samples are compared with: real images (M, C, H, W) uint8, a feature space, the distance's floors in it."""
 
-    classifier: DigitsClassifier
-    accuracy: float
+    reference: Tensor
+    extractor: nn.Module
+    feature_space: str
     floors: tuple[Floor, ...]
 
 
-def prepare_yardsticks(path: Path, samples: int) -> None:
-    """Train the classifier, measure the floors for draws of `samples` images, and write both to `path`."""
-    trained = train_classifier()
-    reference, _ = digits_uint8()
-    floors = real_floors(extract(reference, trained.model), bootstrap_n=samples)
-    content = {
-        "classifier": trained.model.state_dict(),
-        "accuracy": trained.accuracy,
-        "floors": [(floor.kind, floor.n, list(floor.values)) for floor in floors],
-    }
+def prepare_yardsticks(path: Path, samples: int, data_dir: str = "digits", image_size: int = 8) -> None:
+    """Choose the feature space, measure the floors for draws of `samples` images, and write both to `path`.
+
+    8x8 digits are compared by a classifier trained on them, other images by fixed random features.
+    """
+    content: dict[str, Any] = {"data_dir": data_dir, "image_size": image_size, "classifier": None}
+    reference = _real_images(data_dir, image_size)
+    extractor: nn.Module
+    if (data_dir, image_size) == ("digits", 8):
+        trained = train_classifier()
+        extractor, content["classifier"] = trained.model, trained.model.state_dict()
+        content["feature_space"] = (
+            f"{trained.model.description}, {trained.accuracy:.1%} of whose held-out digits are named right"
+        )
+    else:
+        extractor = RandomConvFeatures(reference.shape[1])
+        content["feature_space"] = extractor.description
+    floors = real_floors(extract(reference, extractor), bootstrap_n=samples)
+    content["floors"] = [(floor.kind, floor.n, list(floor.values)) for floor in floors]
     _save(path, content)
 
 
 def load_yardsticks(path: Path) -> Yardsticks:
     content = load_tensors(path)
-    classifier = DigitsClassifier().eval().requires_grad_(False)
-    classifier.load_state_dict(content["classifier"])
+    reference = _real_images(content["data_dir"], content["image_size"])
+    extractor: nn.Module = RandomConvFeatures(reference.shape[1])
+    if content["classifier"] is not None:
+        extractor = DigitsClassifier().eval().requires_grad_(False)
+        extractor.load_state_dict(content["classifier"])
     floors = tuple(Floor(kind, n, tuple(values)) for kind, n, values in content["floors"])
-    return Yardsticks(classifier, content["accuracy"], floors)
+    return Yardsticks(reference, extractor, content["feature_space"], floors)
+
+
+def _real_images(data_dir: str, image_size: int) -> Tensor:
+    """All images of a named dataset, training and held out, as uint8 (M, C, H, W)."""
+    return to_uint8(load_dataset(data_dir, image_size=image_size).images())
 
 
 def measure(run_directory: Path, yardsticks: Path, protocol: Protocol, path: Path) -> None:
@@ -84,7 +103,7 @@ def measure(run_directory: Path, yardsticks: Path, protocol: Protocol, path: Pat
     trained = from_run(run_directory)
     # A single denoiser goes through the routed operators too: the same kernels for all, and the faster ones.
     denoiser = replace(trained, model=_routed(trained))
-    classifier = load_yardsticks(yardsticks).classifier
+    compared_with = load_yardsticks(yardsticks)
     heldout_images = split_data(denoiser.config)[1]
     assert heldout_images is not None
     losses = heldout_losses(
@@ -95,7 +114,6 @@ def measure(run_directory: Path, yardsticks: Path, protocol: Protocol, path: Pat
         points_per_group=protocol.points_per_group,
         seed=protocol.loss_seed,
     )
-    reference, _ = digits_uint8()
     distances: list[float] = []
     shown: Tensor | None = None
     for draw in range(protocol.draws):
@@ -106,7 +124,7 @@ def measure(run_directory: Path, yardsticks: Path, protocol: Protocol, path: Pat
             steps=protocol.sampling_steps,
             seed=protocol.first_seed + draw,
         )
-        distances.append(frechet_distance(reference, images, classifier))
+        distances.append(frechet_distance(compared_with.reference, images, compared_with.extractor))
         if shown is None:
             shown = images[:GRID_IMAGES]
             write_samples(run_directory / "samples", images, labels)

@@ -56,7 +56,7 @@ def run_tasks(tasks: Sequence[Task], processes: int, say: Callable[[str], None])
 
     `processes` 0 runs them in this process, one after another. The first error ends the job and is raised.
     """
-    if processes == 0:
+    if processes == 0 or not tasks:
         return {task.name: _timed(task) for task in tasks}
     context = multiprocessing.get_context("spawn")
     workers = min(processes, len(tasks))

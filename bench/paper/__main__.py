@@ -1,0 +1,65 @@
+"""``python -m bench.paper main|stages|settings|agents|all``: the paper's tables at small scale.
+
+Resumable: stop it at any time and call it again. Runs go to --runs, tables to --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+
+from bench.paper.recipes import STUDIES
+from bench.paper.run import protocol, run_rows
+from bench.paper.summary import as_markdown, summarise
+from bench.paper.tables import TABLES
+from tdc_fast.atomic import write_json
+from tdc_fast.main_job.assemble import describe_environment
+from tdc_fast.main_job.measure import load_yardsticks
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    parser = argparse.ArgumentParser(prog="python -m bench.paper", description=__doc__)
+    parser.add_argument("table", choices=[*TABLES, "all"])
+    parser.add_argument("--study", choices=sorted(STUDIES), default="digits", help="data and denoiser")
+    parser.add_argument("--seeds", type=int, default=3, help="training seeds 0 to this many")
+    parser.add_argument("--samples", type=int, default=5000, help="images per draw for the Fréchet distance")
+    parser.add_argument("--draws", type=int, default=1, help="draws per model")
+    parser.add_argument("--scale", type=float, default=1.0, help="length of training; 1 is what the study says")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="workers of one thread each")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "paper", help="folder for the runs")
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "paper", help="folder for the tables")
+    options = parser.parse_args(arguments)
+    if options.seeds < 1 or options.samples < 2 or options.draws < 1 or options.scale <= 0:
+        parser.error("--seeds and --draws start at 1, --samples at 2, --scale above 0")
+    study = STUDIES[options.study].scaled(options.scale)
+    for name in TABLES if options.table == "all" else [options.table]:
+        began = time.monotonic()
+        table, seeds = TABLES[name], range(options.seeds)
+        how = protocol(study, options.samples, options.draws)
+        folder = options.runs / f"{study.name}-{study.baseline_steps}"
+        print(f"== {name}: {table.question}", flush=True)
+        outcomes = run_rows(
+            study, table.rows, seeds, folder, how, options.processes, lambda text: print(text, flush=True)
+        )
+        yardsticks = load_yardsticks(folder / f"yardsticks-{how.samples}.pt")
+        seconds = time.monotonic() - began
+        result = summarise(table, study, outcomes, seeds, how, yardsticks, describe_environment(), seconds)
+        result |= {"date": date.today().isoformat(), "command": " ".join(["python -m bench.paper", *arguments])}
+        options.out.mkdir(parents=True, exist_ok=True)
+        write_json(options.out / f"{name}-{study.name}.json", result)
+        text = as_markdown(result)
+        (options.out / f"{name}-{study.name}.md").write_text(text, encoding="utf-8")
+        print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

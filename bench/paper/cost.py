@@ -1,0 +1,63 @@
+"""``python -m bench.paper.cost``: what the configurations at the paper's scale would cost, from measured MACs.
+
+MACs of a sample are counted by torch's FlopCounterMode on the denoiser itself, without its weights (meta device); steps
+and shares come from the configuration. Hours assume a GPU count, a peak and the share of it that training reaches, all
+printed beside them: nothing here was run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from tdc_fast.pruning.budget import budget_law
+from tdc_fast.training import cost
+from tdc_fast.training.build import build_diffusion, build_unet
+from tdc_fast.training.config import TrainConfig
+
+CONFIGS = Path(__file__).parent / "configs"
+
+
+def training_macs(config: TrainConfig, channels: int = 3) -> tuple[int, int]:
+    """(forward, forward and backward) MACs of one sample of the configuration's denoiser."""
+    with torch.device("meta"):
+        model = build_unet(config, channels)
+    shape = (channels, config.image_size, config.image_size)
+    classes = config.num_classes if config.class_cond else None
+    macs = cost.measure(model, build_diffusion(config), shape, None, classes)
+    return macs.forward[0], macs.training[0]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.paper.cost", description=__doc__.splitlines()[0])
+    parser.add_argument("configs", nargs="*", type=Path, default=sorted(CONFIGS.glob("*.yaml")))
+    parser.add_argument("--gpu", default="H200", help="name of the GPU, for the heading")
+    parser.add_argument("--peak", type=float, default=989e12, help="its dense bf16 FLOP/s (H200: 989e12)")
+    parser.add_argument("--gpus", type=int, default=8)
+    parser.add_argument("--reached", type=float, default=0.35, help="assumed share of the peak")
+    options = parser.parse_args(argv)
+    rate = options.peak / 2 * options.gpus * options.reached  # MACs per second
+    print(
+        f"Assumed: {options.gpus} x {options.gpu}, {options.peak:.3g} FLOP/s each, {options.reached:.0%} of it reached. "
+        "Not run.\n\n| configuration | GMACs per image, forward | training C | TDC | hours for C | hours for TDC "
+        "| mean sampling cost |\n|---|---|---|---|---|---|---|"
+    )
+    for path in options.configs:
+        config = TrainConfig.from_file(path)
+        forward, training = training_macs(config)
+        whole = config.baseline_steps * config.batch_size * training
+        share = sum(budget_law(config.groups, config.k)) / config.groups
+        hours = whole / rate / 3600
+        print(
+            f"| {path.stem} | {forward / 1e9:.3f} | {whole / 1e18:.3f} exa-MACs | {config.total_share:.2f} C "
+            f"| {hours:.1f} | {hours * config.total_share:.1f} | {share:.2f} |"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

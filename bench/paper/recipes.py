@@ -1,0 +1,140 @@
+"""How the models of the tables are trained: a study (data, denoiser, cost C) and recipes within it.
+
+All models of one seed go on from the same stage 1 where they have one, so that differences are those of what follows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tdc_fast.main_job.contestants import Contestant
+from tdc_fast.training.checkpoint import model_file
+from tdc_fast.training.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Study:
+    """A dataset, a denoiser, and what cost C means: `baseline_steps` steps of `batch_size` images."""
+
+    name: str
+    baseline_steps: int
+    settings: Mapping[str, Any]
+    experts: Mapping[str, Any]  # what every TDC row starts from
+
+    def scaled(self, scale: float) -> Study:
+        """The same with `scale` times the steps."""
+        return dataclasses.replace(self, baseline_steps=max(16, round(scale * self.baseline_steps)))
+
+    @property
+    def small_batch(self) -> int:
+        """What one of four experts sees of a batch: the fair control for stage 2."""
+        return int(self.settings["batch_size"]) // 4
+
+
+_SHARED = {
+    "heldout": 0.2,
+    "num_heads": 1,
+    "attention_resolutions": "",
+    "noise_schedule": "cosine",
+    "batch_size": 64,
+    "lr": 2e-3,
+    "ema_rate": "0.999",
+    "ema_ramp": True,
+    "num_threads": 1,
+    "log_interval": 50,
+    "save_interval": 1000000,  # the end of a stage is always saved
+    "tensorboard": False,
+    "progress": "never",
+}
+_EXPERTS = {"groups": 4, "grouping": "uniform", "stage2_shares": "0.33,0.25,0.21,0.21", "stage1_share": 0.5}
+
+STUDIES = {
+    "digits": Study(
+        "digits",
+        4000,
+        {
+            **_SHARED,
+            "data_dir": "digits",
+            "image_size": 8,
+            "num_channels": 8,
+            "channel_mult": "1,2",
+            "num_res_blocks": 1,
+        },
+        {**_EXPERTS, "budgets": "0.7,0.7,1,1"},
+    ),
+    "photos": Study(
+        "photos",
+        3000,
+        {
+            **_SHARED,
+            "data_dir": "photos",
+            "image_size": 16,
+            "num_channels": 8,
+            "channel_mult": "1,2",
+            "num_res_blocks": 1,
+        },
+        {**_EXPERTS, "budgets": "0.7,0.7,1,1"},
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One way to spend `cost` (a share of C). `key` names its folder; equal keys are trained once.
+
+    experts      : None for one uniform denoiser, else changes to the study's TDC settings ({} for none).
+    small_batch  : after stage 1, a quarter of the batch and four times the steps.
+    from_scratch : no stage 1: the experts begin from fresh weights.
+    """
+
+    key: str
+    label: str
+    cost: float = 1.0
+    experts: Mapping[str, Any] | None = None
+    small_batch: bool = False
+    from_scratch: bool = False
+    note: str = field(default="", compare=False)
+
+
+def stage1(study: Study, seed: int, folder: Path, share: float, *, from_scratch: bool = False) -> Contestant:
+    """Uniform training at a constant learning rate for `share` of C; a single step where experts start from scratch."""
+    steps = 1 if from_scratch else round(share * study.baseline_steps)
+    name = f"stage1-{steps}"
+    settings = {**study.settings, "seed": seed, "run_dir": str(folder / name), "stage1_steps": steps}
+    return Contestant(name, name, "", TrainConfig.from_dict(settings))
+
+
+def contestant(study: Study, recipe: Recipe, seed: int, folder: Path) -> tuple[Contestant, Contestant]:
+    """(its stage 1, the model) of a recipe at one seed; `folder` holds the seed's runs."""
+    share = float((recipe.experts or {}).get("stage1_share", study.experts["stage1_share"]))
+    first = stage1(study, seed, folder, share, from_scratch=recipe.from_scratch)
+    start = first.config.stage1_steps
+    directory = str(folder / recipe.key)
+    if recipe.experts is None:
+        end = round(recipe.cost * study.baseline_steps)
+        factor = int(study.settings["batch_size"]) // study.small_batch if recipe.small_batch else 1
+        config = first.config.replace(
+            run_dir=directory,
+            resume_checkpoint=str(first.directory / model_file(start)),
+            stage1_steps=0,
+            lr_anneal_start=start,
+            lr_anneal_steps=start + factor * (end - start),
+            batch_size=study.small_batch if recipe.small_batch else study.settings["batch_size"],
+        )
+    else:
+        config = first.config.replace(
+            **{
+                **study.experts,
+                **recipe.experts,
+                "run_dir": directory,
+                "base": str(first.directory),
+                "stage1_steps": 0,
+                "baseline_steps": study.baseline_steps,
+                "total_share": recipe.cost,
+            }
+        )
+    return first, Contestant(recipe.key, recipe.label, recipe.note, config)

@@ -1,0 +1,86 @@
+"""Training and measuring what a table needs; what an earlier call finished is kept."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.paper.recipes import Recipe, Study, contestant
+from tdc_fast.main_job.assemble import training_phases
+from tdc_fast.main_job.contestants import Contestant
+from tdc_fast.main_job.measure import Measured, Protocol, load_measured, prepare_yardsticks
+from tdc_fast.main_job.tasks import Task, run_tasks, train_and_measure, train_contestant
+from tdc_fast.routing import TimestepGroups
+from tdc_fast.training.load import load_run
+
+LOSS_INTERVALS = 4  # held-out loss is told for the quarters of the timesteps, whatever groups a model has
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One model of one seed: what was measured and what its training cost, in MACs by phase."""
+
+    measured: Measured
+    phases: dict[str, float]
+    boundaries: tuple[int, ...]  # of its groups; empty for a uniform model
+
+    @property
+    def training_macs(self) -> float:
+        return sum(self.phases.values())
+
+
+def protocol(study: Study, samples: int, draws: int) -> Protocol:
+    steps = int(study.settings.get("diffusion_steps", 1000))
+    return Protocol(
+        draws=draws,
+        samples=samples,
+        sampling_steps=25,
+        points_per_group=25,
+        boundaries=TimestepGroups.uniform(steps, LOSS_INTERVALS).boundaries,
+    )
+
+
+def run_rows(
+    study: Study,
+    rows: Sequence[Recipe],
+    seeds: Sequence[int],
+    folder: Path,
+    how: Protocol,
+    processes: int,
+    say: Callable[[str], None],
+) -> dict[str, list[Outcome]]:
+    """Outcomes by recipe key, one per seed."""
+    yardsticks = folder / f"yardsticks-{how.samples}.pt"
+    plan: dict[tuple[str, int], tuple[Contestant, Contestant, Path]] = {}
+    opening: dict[Path, Task] = {}
+    if not yardsticks.exists():
+        settings = study.settings
+        opening[yardsticks] = Task(
+            "yardsticks", prepare_yardsticks, (yardsticks, how.samples, settings["data_dir"], settings["image_size"])
+        )
+    for seed in seeds:
+        home = folder / f"seed{seed}"
+        for recipe in rows:
+            first, model = contestant(study, recipe, seed, home)
+            result = home / "measured" / f"{recipe.key}-{how.samples}x{how.draws}.pt"
+            plan[recipe.key, seed] = first, model, result
+            if not result.exists():
+                opening[first.directory] = Task(f"seed {seed}, {first.key}", train_contestant, (first,))
+    run_tasks(list(opening.values()), processes, say)
+    work = [
+        Task(f"seed {seed}, {key}", train_and_measure, (model, yardsticks, how, result))
+        for (key, seed), (_, model, result) in plan.items()
+        if not result.exists()
+    ]
+    began = time.monotonic()
+    run_tasks(work, processes, say)
+    say(f"{len(work)} models trained and measured in {(time.monotonic() - began) / 60:.1f} minutes")
+    return {recipe.key: [_outcome(*plan[recipe.key, seed]) for seed in seeds] for recipe in rows}
+
+
+def _outcome(first: Contestant, model: Contestant, result: Path) -> Outcome:
+    run = load_run(model.directory)
+    phases, _ = training_phases(load_run(first.directory), run)
+    return Outcome(load_measured(result), phases, run.groups.boundaries if run.groups else ())

@@ -1,0 +1,127 @@
+"""From outcomes to a table: means and spreads over seeds, and how often a row beats the yardstick, seed by seed."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from bench.paper.recipes import Study
+from bench.paper.run import Outcome
+from bench.paper.tables import Table
+from tdc_fast.evaluation import compare
+from tdc_fast.main_job.measure import Protocol, Yardsticks
+
+
+def summarise(
+    table: Table,
+    study: Study,
+    outcomes: dict[str, list[Outcome]],
+    seeds: Sequence[int],
+    how: Protocol,
+    yardsticks: Yardsticks,
+    environment: dict[str, str],
+    seconds: float,
+) -> dict[str, Any]:
+    """All numbers of a table, as its JSON file holds them."""
+    first = outcomes[table.rows[0].key]
+    rows = [_row(recipe.label, outcomes[recipe.key], first) for recipe in table.rows]
+    return {
+        "table": table.name,
+        "question": table.question,
+        "study": study.name,
+        "seeds": list(seeds),
+        "C": {"steps": study.baseline_steps, "macs": first[0].training_macs},
+        "rows": rows,
+        "frechet": {
+            "feature_space": yardsticks.feature_space,
+            "samples": how.samples,
+            "draws": how.draws,
+            "sampler": f"DDIM, {how.sampling_steps} steps",
+            "floors": [floor.to_json() for floor in yardsticks.floors],
+        },
+        "settings": {"model and training": dict(study.settings), "TDC": dict(study.experts)},
+        "recipes": {
+            recipe.label: {"cost": recipe.cost, "changes": dict(recipe.experts or {})} for recipe in table.rows
+        },
+        "environment": environment,
+        "seconds": round(seconds, 1),
+    }
+
+
+def _row(label: str, ours: Sequence[Outcome], yardstick: Sequence[Outcome]) -> dict[str, Any]:
+    losses = [outcome.measured.heldout.mean for outcome in ours]
+    relative = [
+        compare(a.measured.heldout, b.measured.heldout)[0].relative for a, b in zip(ours, yardstick, strict=True)
+    ]
+    distances = [statistics.mean(outcome.measured.distances) for outcome in ours]
+    theirs = [statistics.mean(outcome.measured.distances) for outcome in yardstick]
+    quarters = zip(*(outcome.measured.heldout.per_group for outcome in ours), strict=True)
+    return {
+        "label": label,
+        "training_cost": statistics.mean(
+            a.training_macs / b.training_macs for a, b in zip(ours, yardstick, strict=True)
+        ),
+        "sampling_cost": statistics.mean(
+            a.measured.macs_per_image / b.measured.macs_per_image for a, b in zip(ours, yardstick, strict=True)
+        ),
+        "sampling_macs_per_image": [outcome.measured.macs_per_image for outcome in ours],
+        "heldout_loss": losses,
+        "heldout_loss_by_quarter": [statistics.mean(quarter) for quarter in quarters],
+        "heldout_against_yardstick": relative,
+        "frechet_distance": distances,
+        "frechet_draws": [list(outcome.measured.distances) for outcome in ours],
+        "better_on_loss": sum(value < 0 for value in relative),
+        "better_on_frechet": sum(a < b for a, b in zip(distances, theirs, strict=True)),
+        "phases_macs": [outcome.phases for outcome in ours],
+        "boundaries": [list(outcome.boundaries) for outcome in ours],
+    }
+
+
+def as_markdown(result: dict[str, Any]) -> str:
+    """The table with mean ± standard deviation over seeds, and what it was measured with."""
+    seeds = len(result["seeds"])
+    lines = [
+        f"# {result['table']}: {result['study']}",
+        "",
+        result["question"],
+        "",
+        "| model | training cost | sampling MACs | held-out loss | against the first row | by quarter, high to low SNR "
+        "| Fréchet distance | better on loss / distance |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        quarters = " ".join(f"{value:.4f}".lstrip("0") for value in row["heldout_loss_by_quarter"])
+        relative = [100 * value for value in row["heldout_against_yardstick"]]
+        lines.append(
+            f"| {row['label']} | {row['training_cost']:.2f} C | {row['sampling_cost']:.2f} "
+            f"| {spread(row['heldout_loss'], 5)} | {spread(relative, 2)} % | {quarters} "
+            f"| {spread(row['frechet_distance'], 3)} "
+            f"| {row['better_on_loss']} / {row['better_on_frechet']} of {seeds} |"
+        )
+    frechet = result["frechet"]
+    floors = "; ".join(f"{floor['kind']} {floor['mean']:.3g}" for floor in frechet["floors"])
+    lines += [
+        "",
+        f"Seeds {', '.join(map(str, result['seeds']))}; mean ± standard deviation over them. C is "
+        f"{result['C']['steps']} uniform steps, {result['C']['macs']:.3g} MACs; costs are counted MACs, pruning and "
+        f"calibration included. "
+        f"Fréchet distance: {frechet['samples']} samples, {frechet['draws']} draw(s), {frechet['sampler']}, in "
+        f"{frechet['feature_space']}; real against real: {floors}.",
+        "",
+        f"{result['environment']['machine']}; torch {result['environment']['torch']}, "
+        f"tdc_fast {result['environment']['tdc_fast']}; {result['date']}; `{result['command']}`.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """mean ± standard deviation."""
+    if len(values) < 2:
+        return f"{values[0]:.{digits}f}"
+    return f"{_mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+
+
+def _mean(values: Sequence[float]) -> float:
+    return statistics.mean(values)

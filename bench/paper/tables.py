@@ -1,0 +1,77 @@
+"""The tables: which recipes stand beside each other, and what the comparison answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bench.paper.recipes import Recipe
+
+WHOLE = {"k": 1.0, "budgets": ""}
+ONE = {"groups": 1, "stage2_shares": "", **WHOLE}
+
+UNIFORM = Recipe("uniform", "uniform, C")
+UNIFORM_80 = Recipe("uniform-80", "uniform, 0.8 C", 0.8)
+SMALL = Recipe("uniform-small", "uniform, small batch, C", small_batch=True)
+SMALL_80 = Recipe("uniform-small-80", "uniform, small batch, 0.8 C", 0.8, small_batch=True)
+TDC_WHOLE = Recipe("tdc-whole", "TDC, whole experts, C", experts=WHOLE)
+TDC = Recipe("tdc", "TDC, pruned, 0.8 C", 0.8, experts={})
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of models, the yardstick first."""
+
+    name: str
+    question: str
+    rows: tuple[Recipe, ...]
+
+
+def _settings() -> tuple[Recipe, ...]:
+    def row(key: str, label: str, **changes: object) -> Recipe:
+        return Recipe(f"settings-{key}", label, 0.8, experts={"budgets": "", "stage2_shares": "", "k": 0.6, **changes})
+
+    return (
+        *(row(f"k{k}", f"k = {k}, N = 4", k=k) for k in (0.4, 0.6, 0.8, 1.0)),
+        *(row(f"n{n}", f"N = {n}, k = 0.6", groups=n) for n in (2, 8)),
+        *(row(g, f"grouping by {g}", grouping=g) for g in ("snr", "difficulty", "similarity")),
+        row("snr-reversed", "low SNR counts as hard", difficulty="snr-reversed"),
+        row("loss", "high loss counts as hard", difficulty="loss"),
+        row("loss-reversed", "low loss counts as hard", difficulty="loss-reversed"),
+    )
+
+
+TABLES = {
+    table.name: table
+    for table in (
+        Table(
+            "main",
+            "Does TDC at 0.8 C beat one uniform model at C, and every control?",
+            (
+                UNIFORM,
+                UNIFORM_80,
+                SMALL,
+                SMALL_80,
+                Recipe("one", "N = 1, the experts' recipe, C", experts=ONE),
+                Recipe("one-pruned", "N = 1, pruned, 0.8 C", 0.8, experts={**ONE, "budgets": "0.82"}),
+                TDC_WHOLE,
+                TDC,
+            ),
+        ),
+        Table(
+            "stages",
+            "Are two stages better than experts from scratch at equal cost?",
+            (
+                UNIFORM,
+                TDC_WHOLE,
+                Recipe("scratch", "experts from scratch, C", experts=WHOLE, from_scratch=True),
+                TDC,
+                Recipe("scratch-80", "experts from scratch, 0.8 C", 0.8, experts=WHOLE, from_scratch=True),
+            ),
+        ),
+        Table(
+            "settings",
+            "How much do k, the number of groups, the grouping and the order of difficulty matter? (all at 0.8 C)",
+            (UNIFORM, UNIFORM_80, *_settings()),
+        ),
+    )
+}

@@ -1,0 +1,90 @@
+"""The paper's tables: what they compare, that they resume, and what the configurations at full scale would cost."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from bench.paper import __main__ as command
+from bench.paper import cost
+from bench.paper.recipes import STUDIES, Recipe, contestant
+from bench.paper.run import protocol, run_rows
+from bench.paper.summary import summarise
+from bench.paper.tables import TABLES, Table
+from tdc_fast.main_job.measure import load_yardsticks
+from tdc_fast.training.config import TrainConfig
+
+STUDY = STUDIES["digits"].scaled(0.01)
+
+
+@pytest.mark.parametrize("study", STUDIES.values(), ids=STUDIES)
+@pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
+def test_every_recipe_is_a_run_that_could_be_trained(study, table, tmp_path):
+    keys = [recipe.key for recipe in table.rows]
+    assert len(set(keys)) == len(keys) and table.rows[0].experts is None and table.rows[0].cost == 1
+    for recipe in table.rows:
+        first, model = contestant(study, recipe, 3, tmp_path)
+        assert isinstance(model.config, TrainConfig) and model.config.seed == first.config.seed == 3
+        if recipe.experts is None:
+            assert str(first.directory) in model.config.resume_checkpoint
+        else:
+            assert model.config.base == str(first.directory) and model.config.total_share == recipe.cost
+
+
+def test_equal_keys_mean_equal_runs(tmp_path):
+    """A table may take another's result only if it would train the same."""
+    configs: dict[str, dict] = {}
+    for table in TABLES.values():
+        for recipe in table.rows:
+            config = contestant(STUDY, recipe, 0, tmp_path)[1].config.to_dict()
+            assert configs.setdefault(recipe.key, config) == config
+
+
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("paper")
+    rows = (Recipe("uniform", "uniform, C"), Recipe("tdc", "TDC", 0.8, experts={"budgets": "0.7,0.7,1,1"}))
+    how = dataclasses.replace(protocol(STUDY, 64, 1), points_per_group=2, sampling_steps=3)
+    said: list[str] = []
+    outcomes = run_rows(STUDY, rows, range(2), folder, how, 0, said.append)
+    again = run_rows(STUDY, rows, range(2), folder, how, 0, said.append)
+    yardsticks = load_yardsticks(folder / "yardsticks-64.pt")
+    table = Table("small", "Does it run?", rows)
+    environment = {"machine": "here", "torch": "2", "tdc_fast": "0"}
+    return outcomes, again, said, summarise(table, STUDY, outcomes, range(2), how, yardsticks, environment, 1.0)
+
+
+def test_a_second_call_trains_nothing(outcome):
+    outcomes, again, said, _ = outcome
+    assert said[0].startswith("4 models") and said[1].startswith("0 models")
+    assert [o.measured.distances for o in outcomes["tdc"]] == [o.measured.distances for o in again["tdc"]]
+
+
+def test_costs_are_measured_macs_with_pruning_counted(outcome):
+    outcomes, _, _, result = outcome
+    phases = outcomes["tdc"][0].phases
+    assert set(phases) == {"stage 1", "pruning", "stage 2"} and all(phases.values())
+    uniform, tdc = result["rows"]
+    assert uniform["training_cost"] == 1 and tdc["training_cost"] == pytest.approx(0.8, abs=0.05)
+    assert uniform["heldout_against_yardstick"] == [0, 0] and tdc["sampling_cost"] < 1
+
+
+def test_the_table_tells_every_seed_and_wins_are_counted_seed_by_seed(outcome):
+    _, _, _, result = outcome
+    tdc = result["rows"][1]
+    assert len(tdc["heldout_loss"]) == len(tdc["frechet_distance"]) == 2
+    assert tdc["better_on_loss"] == sum(value < 0 for value in tdc["heldout_against_yardstick"])
+    json.dumps(result)
+    text = command.as_markdown({**result, "date": "2000-01-01", "command": "x"})
+    assert f"| {tdc['better_on_loss']} / {tdc['better_on_frechet']} of 2 |" in text and "C is 40 uniform steps" in text
+
+
+def test_configurations_at_full_scale_say_that_they_were_not_run(capsys):
+    for path in cost.CONFIGS.glob("*.yaml"):
+        assert "NOT RUN" in path.read_text()
+        assert TrainConfig.from_file(path).total_share == 0.8
+    assert cost.main([str(cost.CONFIGS / "cifar10.yaml"), "--gpus", "4"]) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert "| cifar10 | 8.387 |" in line  # the published size of this denoiser
