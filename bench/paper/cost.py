@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     rate = options.peak / 2 * options.gpus * options.reached  # MACs per second
     print(
-        f"Assumed: {options.gpus} x {options.gpu}, {options.peak:.3g} FLOP/s each, {options.reached:.0%} of it reached. "
+        f"Assumed: {options.gpus} x {options.gpu}, {options.peak:.3g} FLOP/s each, {options.reached:.0%} reached. "
         "Not run.\n\n| configuration | GMACs per image, forward | training C | TDC | hours for C | hours for TDC "
         "| mean sampling cost |\n|---|---|---|---|---|---|---|"
     )
