@@ -150,7 +150,7 @@ __device__ __forceinline__ GroupMoments merged_moments(const GroupNormParams& p,
   for (int split = lane; split < p.splits; split += kNormWarp) {
     const float* part = partial_moments(p, block.sample, split, group);
     const int pixels = min(p.pixels_per_block, p.pixels - split * p.pixels_per_block);
-    sum += ((part[0] - merged.pivot) + part[1]) * pixels;
+    sum += ((part[0] - merged.pivot) + part[1]) * (TDC_PLANTED(NORM_ALL_RUNS_ALIKE) ? p.pixels_per_block : pixels);
   }
   merged.excess = warp_sum(sum) / p.pixels;
   float squares = 0;

@@ -75,8 +75,8 @@ GroupNormParams params_of(const NormArguments& a, const NormSplit& s) {
   p.weight_index = at<const int>(a.weight_index);
   p.widths = at<const int>(a.widths);
   p.partials = at<float>(a.workspace);
-  p.scale_stride = a.scale_stride ? a.scale_stride : a.channels;
-  p.shift_stride = a.shift_stride ? a.shift_stride : a.channels;
+  p.scale_stride = a.scale_stride < 0 ? a.channels : a.scale_stride;
+  p.shift_stride = a.shift_stride < 0 ? a.channels : a.shift_stride;
   p.batch = static_cast<int>(a.batch);
   p.pixels = static_cast<int>(a.height * a.width);
   p.channels = static_cast<int>(a.channels);

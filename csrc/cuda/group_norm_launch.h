@@ -35,8 +35,8 @@ struct NormArguments {
   bool silu = false;
   int64_t num_groups = 0;
   int64_t num_experts = 0;
-  int64_t scale_stride = 0;  // elements between the rows of scale and of shift; 0: channels
-  int64_t shift_stride = 0;
+  int64_t scale_stride = -1;  // elements between the rows of scale and of shift; negative: channels
+  int64_t shift_stride = -1;
 };
 
 // A gradient at address 0 is not computed.

@@ -116,10 +116,12 @@ class Splitter {
     const int64_t pixel_bytes = channels * element_;
     const int64_t blocks_per_run = std::max<int64_t>(1, a_.batch * (a_.channels / channels));
     const int64_t wanted_runs = ceil_div(4 * device_.multiprocessors, blocks_per_run);
-    const int64_t for_parallelism = std::max(ceil_div(pixels(), wanted_runs), ceil_div(kRunBytes / 4, pixel_bytes));
+    const int64_t for_parallelism = std::max(ceil_div(pixels(), wanted_runs), ceil_div(kRunBytes / 8, pixel_bytes));
     const int64_t for_space = std::max<int64_t>(1, kRunBytes / pixel_bytes);
-    const int64_t run = std::min({for_parallelism, for_space, std::max<int64_t>(pixels(), 1)});
-    return laid_out(channels, run, backward_ ? 0 : 1);
+    int64_t run = std::min({for_parallelism, for_space, std::max<int64_t>(pixels(), 1)});
+    NormSplit s = laid_out(channels, run, backward_ ? 0 : 1);
+    while (!s.refusal.empty() && run > 1) s = laid_out(channels, run /= 2, s.tensors);
+    return s.refusal.empty() || channels == unit_ ? s : laid_out(unit_, 1, s.tensors);
   }
 
   const NormArguments& a_;
