@@ -60,11 +60,13 @@ class ConvTile:
 _TMA = {
     ConvTile("tma", 256, 128, 64, 4, 8): 1.0,
     ConvTile("tma", 128, 128, 64, 3, 8): 0.85,
+    ConvTile("tma", 256, 64, 64, 4, 8): 0.78,
     ConvTile("tma", 128, 64, 64, 4, 4): 0.6,
+    ConvTile("tma", 64, 64, 64, 4, 4): 0.4,
 }
 _POINTER_HALF = {
     ConvTile("pointer", 128, 128, 32, 4, 8): 0.6,
-    ConvTile("pointer", 64, 64, 32, 4, 4): 0.35,
+    ConvTile("pointer", 64, 64, 32, 3, 4): 0.35,
 }
 _POINTER_TF32 = {
     ConvTile("pointer", 128, 64, 32, 3, 8): 0.25,

@@ -1,0 +1,145 @@
+"""Every tile of the Triton convolution compiles for GPUs that are not there, to the instructions it promises.
+
+sm_90 reads both operands of wgmma from shared memory, filled by the copy engine; sm_80 fills it with 16-byte cp.async;
+no tile spills or takes more shared memory than there is.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import multiprocessing
+import os
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+from tdc_fast.ops.checks import ConvProblem
+
+pytest.importorskip("triton")
+
+from tdc_fast.kernels.conv_launch import Launch, conv_launch
+from tdc_fast.kernels.tile_shapes import ConvTile, Device, candidates
+from tests.compile_only.triton_build import SHARED_LIMITS, Built, build
+
+DEVICES = {arch: Device(arch, 132, limit) for arch, limit in SHARED_LIMITS.items()}
+
+
+@dataclass(frozen=True)
+class Build:
+    """One kernel: what it computes, with which tile, for which GPU. `full` has widths and every addend."""
+
+    arch: int
+    op: str
+    problem: ConvProblem
+    tile: ConvTile
+    full: bool = True
+
+    def __str__(self) -> str:
+        p, t = self.problem, self.tile
+        dtype = "tf32" if p.tf32 else str(p.dtype).removeprefix("torch.")
+        kind = f"{p.filter[0]}x{p.filter[1]}s{p.stride[0]}" + ("" if self.full else "-plain")
+        return f"sm_{self.arch}-{self.op}-{dtype}-{kind}-{t.path}-{t.block_pixels}x{t.block_channels}x{t.block_k}"
+
+
+def problem_of(
+    dtype: torch.dtype, tf32: bool = False, taps: int = 3, stride: int = 1, channels: int = 128
+) -> ConvProblem:
+    padding = taps // 2
+    out = (32 + 2 * padding - taps) // stride + 1
+    return ConvProblem(
+        op="routed_conv2d", device=torch.device("meta"), dtype=dtype, batch=128, height=32, width=32,
+        in_channels=channels, out_channels=128, filter=(taps, taps), stride=(stride, stride),
+        padding=(padding, padding), out_height=out, out_width=out, num_groups=8, num_experts=8, tf32=tf32,
+    )  # fmt: skip
+
+
+def launch_of(case: Build) -> Launch:
+    """What the launcher would pass, on tensors without memory."""
+    p = case.problem
+
+    def made(*shape: int, dtype: torch.dtype = p.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    x, y = made(p.batch, p.in_channels, p.height, p.width), made(p.batch, p.out_channels, p.out_height, p.out_width)
+    weight = made(p.num_experts, p.out_channels, p.in_channels, *p.filter)
+    bias = sample_bias = residual = widths = None
+    if case.full:
+        widths = made(p.num_groups, dtype=torch.int32)
+    if case.full and case.op == "forward":
+        bias, sample_bias, residual = made(p.num_experts, p.out_channels), made(p.batch, p.out_channels), y
+    source, out = (y, x) if case.op == "dgrad" else (x, y)
+    table, index = made(2048, 3, dtype=torch.int32), made(p.num_groups, dtype=torch.int32)
+    return conv_launch(
+        case.op, p, source, weight, bias, sample_bias, residual, out, table, index, widths, widths, case.tile
+    )
+
+
+def built(case: Build) -> Built:
+    launch = launch_of(case)
+    return build(launch.kernel, launch.arguments, case.arch, case.tile.warps, case.tile.stages)
+
+
+def all_builds() -> list[Build]:
+    """Every tile that `choose_tile` can return, forward and dgrad, with strides where those change the kernel."""
+    half = problem_of(torch.bfloat16)
+    kinds = [half, replace(half, dtype=torch.float16), problem_of(torch.float32, True), problem_of(torch.float32)]
+    builds = [
+        Build(arch, op, problem, tile)
+        for arch in (80, 90)
+        for op in ("forward", "dgrad")
+        for problem in kinds
+        for tile in candidates(op, problem, DEVICES[arch])
+    ]
+    for op in ("forward", "dgrad"):
+        strided, pointwise = problem_of(torch.bfloat16, stride=2), problem_of(torch.bfloat16, taps=1)
+        builds += [Build(90, op, strided, tile) for tile in candidates(op, strided, DEVICES[90], "tma")]
+        builds += [Build(90, op, pointwise, tile, full=False) for tile in candidates(op, pointwise, DEVICES[90])[:1]]
+        builds += [Build(80, op, strided, tile) for tile in candidates(op, strided, DEVICES[80])[:1]]
+        builds += [Build(100, op, half, tile) for tile in candidates(op, half, DEVICES[100], "tma")[1:2]]
+    few = problem_of(torch.bfloat16, channels=3)
+    return [*builds, *(Build(80, "forward", few, tile) for tile in candidates("forward", few, DEVICES[80])[:1])]
+
+
+ALL = all_builds()
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[Build, Built | Exception]:
+    """All builds, made side by side: a compile takes a second or two of one core."""
+    workers = min(4, os.cpu_count() or 1)
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+        futures = {case: pool.submit(built, case) for case in ALL}
+        return {case: future.exception() or future.result() for case, future in futures.items()}  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("case", ALL, ids=str)
+def test_every_tile_compiles_to_what_it_promises(case: Build, results: dict[Build, Built | Exception]) -> None:
+    code = results[case]
+    if isinstance(code, Exception):
+        raise code
+    assert code.shared <= SHARED_LIMITS[case.arch]
+    assert code.stack == 0, f"{code.stack} bytes of local memory, {code.registers} registers"
+    exact = case.problem.dtype == torch.float32 and not case.problem.tf32
+    if case.tile.path == "tma":
+        assert code.tma >= 4, "boxes and weights are copied by the copy engine"
+        assert code.cp_async_16 == 0
+        if case.arch == 90:
+            steps = case.tile.block_k // 16 * max(1, case.tile.block_channels // (16 * case.tile.warps))
+            assert code.wgmma_from_shared >= steps, "the main loop reads both operands from shared memory"
+            assert code.count(r"wgmma\.wait_group\.sync\.aligned\s+1") > 0, "one product runs while the next is issued"
+        else:
+            assert code.count("tcgen05.mma") > 0
+    elif exact:
+        assert code.wgmma == code.mma == 0, "exact products do not run on tensor cores"
+        assert code.cp_async_16 > 0
+    else:
+        assert (code.wgmma if case.arch == 90 else code.mma) > 0
+        assert case.problem.in_channels % 8 or code.cp_async_16 > 0
+
+
+def test_the_pipeline_is_as_deep_as_the_tile_says(results: dict[Build, Built | Exception]) -> None:
+    for case, code in results.items():
+        if case.tile.path == "tma" and case.arch == 90 and isinstance(code, Built):
+            assert code.shared >= case.tile.shared_bytes(2), str(case)
