@@ -23,6 +23,7 @@ from tdc_fast.training.cli import parse_command_line, refuse_changed_options
 from tdc_fast.training.config import TrainConfig
 from tdc_fast.training.interrupts import TrainingInterrupted, how_to_continue
 from tdc_fast.training.run import RunDirectory, default_directory
+from tdc_fast.training.search import build_agents, prunes
 from tdc_fast.training.stages import group_timesteps, prune_base, train_base, train_experts
 
 __all__ = ["TrainConfig", "main", "open_run", "train"]
@@ -41,6 +42,8 @@ def train(config: TrainConfig, dataset: Any = None) -> RunDirectory:
         ValueError: an impossible configuration, or a checkpoint that is damaged or foreign.
         TrainingInterrupted: stopped by Ctrl-C after saving.
     """
+    if not isinstance(config, TrainConfig):
+        raise invalid("config", type(config).__name__, "a TrainConfig")
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     if dataset is None:
@@ -51,6 +54,8 @@ def train(config: TrainConfig, dataset: Any = None) -> RunDirectory:
         raise invalid("class_cond", config.class_cond, "False, as dataset has no labels")
     elif dataset.num_classes > config.num_classes:
         raise invalid("num_classes", config.num_classes, f"at least the {dataset.num_classes} classes of dataset")
+    if prunes(config):
+        build_agents(config)  # what the search needs and is not installed is missed now, not after stage 1
     run = open_run(config, dataset.channels)
     print(f"run directory: {run.path}", flush=True)
     skipped = _report_skipped(dataset, 0)

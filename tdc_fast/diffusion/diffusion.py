@@ -67,7 +67,10 @@ class Diffusion:
         timestep_scale: float = 1.0,
     ) -> None:
         """Raises ValueError for betas outside (0, 1], an unknown option or a map of another length."""
-        betas = np.array(betas, dtype=np.float64)
+        try:
+            betas = np.array(betas, dtype=np.float64)
+        except (TypeError, ValueError) as error:
+            raise invalid("betas", betas, "numbers, one per timestep") from error
         if betas.ndim != 1 or betas.size == 0:
             raise invalid("betas", f"shape {betas.shape}", "a non-empty one-dimensional array")
         if not ((betas > 0) & (betas <= 1)).all():

@@ -158,8 +158,14 @@ def sample(
     live on the CPU whatever `device` is. `noise` (shape) replaces the first draw x_T. One image batch is held at a
     time, no trajectory. Raises ValueError for an unknown sampler, or steps that the process does not have.
     """
-    if not isinstance(shape, Sequence) or len(shape) < 2 or any(size < 0 for size in shape):
+    if isinstance(shape, str) or not isinstance(shape, Sequence) or len(shape) < 2 or any(s < 0 for s in shape):
         raise invalid("shape", shape, "sizes (B, C, ...)")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise invalid("generator", generator, "a torch.Generator, such as torch.Generator().manual_seed(0)")
+    try:
+        device = None if device is None else torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise invalid("device", device, 'a device of torch, such as "cpu" or "cuda:0"') from error
     if eta < 0:
         raise invalid("eta", eta, "0 (deterministic) or a number above it")
     visited = sampling_steps(diffusion, sampler, steps)

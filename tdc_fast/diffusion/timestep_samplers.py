@@ -62,6 +62,7 @@ class UniformSampler(TimestepSampler):
     def sample(
         self, batch_size: int, *, generator: torch.Generator | None = None, device: torch.device | str | None = None
     ) -> tuple[Tensor, Tensor]:
+        _check_batch(batch_size)
         t = torch.randint(self.num_timesteps, (batch_size,), generator=generator, device=_home(generator))
         return t.to(device), torch.ones(batch_size, device=device)
 
@@ -96,6 +97,7 @@ class LossSecondMomentSampler(TimestepSampler):
     def sample(
         self, batch_size: int, *, generator: torch.Generator | None = None, device: torch.device | str | None = None
     ) -> tuple[Tensor, Tensor]:
+        _check_batch(batch_size)
         p = torch.from_numpy(self.probabilities())
         u = torch.rand(batch_size, generator=generator, device=_home(generator), dtype=torch.float64).cpu()
         t = torch.searchsorted(p.cumsum(0), u, right=True).clamp(max=self.num_timesteps - 1)
@@ -206,6 +208,7 @@ class StratifiedSampler(TimestepSampler):
         self, batch_size: int, *, generator: torch.Generator | None = None, device: torch.device | str | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`sample`, and the group (B,) int64 that each timestep was drawn for."""
+        _check_batch(batch_size)
         counts = self.next_counts(batch_size)
         group = torch.from_numpy(_interleaved(counts))
         u = torch.rand(batch_size, generator=generator, device=_home(generator), dtype=torch.float64).cpu()
@@ -244,6 +247,11 @@ def create_timestep_sampler(
             raise invalid("groups", f"{groups.boundaries[-1]} timesteps", f"groups of {num_timesteps} timesteps")
         return StratifiedSampler(groups, shares, weighting=weighting, overlap=overlap)
     raise invalid("schedule_sampler", name, "'uniform', 'loss-second-moment' or 'stratified'")
+
+
+def _check_batch(batch_size: int) -> None:
+    if not isinstance(batch_size, int) or batch_size < 0:
+        raise invalid("batch_size", batch_size, "a number of samples, 0 or more")
 
 
 def _home(generator: torch.Generator | None) -> torch.device:

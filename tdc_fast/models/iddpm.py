@@ -269,7 +269,7 @@ def create_unet(
     num_res_blocks: int = 2,
     num_heads: int = 4,
     num_heads_upsample: int = -1,
-    attention_resolutions: str = "16,8",
+    attention_resolutions: str | Sequence[int] = "16,8",
     dropout: float = 0.0,
     learn_sigma: bool = False,
     class_cond: bool = False,
@@ -281,14 +281,11 @@ def create_unet(
 ) -> UNet:
     """A UNet from improved-diffusion's flags (same names and defaults).
 
-    attention_resolutions: image sizes with attention, "16,8" ("" for none but the middle block's).
+    attention_resolutions: image sizes with attention, "16,8" or a sequence ("" for none but the middle block's).
     channel_mult: "1,2,2,2" or a sequence; "" means ``default_channel_mult(image_size)``.
     learn_sigma doubles the output channels. ValueError names a flag that cannot be read.
     """
-    if isinstance(channel_mult, str):
-        mult = _integers("channel_mult", channel_mult) or default_channel_mult(image_size)
-    else:
-        mult = tuple(channel_mult) or default_channel_mult(image_size)
+    mult = _integers("channel_mult", channel_mult) or default_channel_mult(image_size)
     resolutions = _integers("attention_resolutions", attention_resolutions)
     return UNet(
         image_size=image_size,
@@ -307,11 +304,12 @@ def create_unet(
     )
 
 
-def _integers(argument: str, text: str) -> tuple[int, ...]:
+def _integers(argument: str, value: str | Sequence[int]) -> tuple[int, ...]:
     try:
-        numbers = tuple(int(part) for part in text.split(",") if part.strip())
-    except ValueError as error:
-        raise invalid(argument, text, "integers separated by commas") from error
+        parts = [part for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+        numbers = tuple(int(part) for part in parts)
+    except (TypeError, ValueError) as error:
+        raise invalid(argument, value, "integers separated by commas, or a sequence of them") from error
     if any(number < 1 for number in numbers):
-        raise invalid(argument, text, "integers of at least 1")
+        raise invalid(argument, value, "integers of at least 1")
     return numbers

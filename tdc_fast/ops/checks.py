@@ -17,6 +17,7 @@ from torch import Tensor
 from tdc_fast.errors import invalid
 from tdc_fast.ops.tiles import total_rows
 
+_MOST = 2**20  # pixels that a stride or a padding may be
 _FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -88,11 +89,11 @@ def require_backend_name(backend: Any) -> None:
 
 def pair(name: str, value: int | tuple[int, int] | list[int], minimum: int) -> tuple[int, int]:
     """An int or a pair of ints as a pair, each at least `minimum`."""
-    if type(value) is int and value >= minimum:
+    if type(value) is int and minimum <= value < _MOST:
         return value, value
     values = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, (tuple, list)) else ()
-    if len(values) != 2 or not all(isinstance(v, int) and v >= minimum for v in values):
-        raise invalid(name, value, f"an int or a pair of ints, each at least {minimum}")
+    if len(values) != 2 or not all(isinstance(v, int) and minimum <= v < _MOST for v in values):
+        raise invalid(name, value, f"an int or a pair of ints, each from {minimum} to below {_MOST}")
     return values[0], values[1]
 
 

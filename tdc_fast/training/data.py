@@ -47,6 +47,8 @@ class ImageDataset:
     @classmethod
     def from_array(cls, images: np.ndarray, labels: np.ndarray | None = None) -> ImageDataset:
         """Of arrays in memory, as an .npz file would hold them; see `load_dataset` for shapes and ranges."""
+        if not isinstance(images, np.ndarray):
+            raise invalid("images", type(images).__name__, "a numpy array (N, H, W, C) or (N, H, W)")
         source = ArraySource.checked(images, "array", None)
         labels = _checked_labels(labels, len(source), "array")
         return cls(source, np.arange(len(source)), labels, 0 if labels is None else int(labels.max()) + 1)
@@ -85,7 +87,7 @@ class ImageDataset:
         Photographs are held out by region, so that no held-out patch overlaps a training patch. Raises ValueError when
         either part would be empty.
         """
-        if not 0 < fraction < 1:
+        if not isinstance(fraction, (int, float)) or not 0 < fraction < 1:
             raise invalid("fraction", fraction, "a share between 0 and 1")
         blocks = self.source.blocks(self.indices)
         names = np.unique(blocks)
@@ -144,6 +146,8 @@ def load_dataset(
         raise invalid("on_corrupt", on_corrupt, "'error' or 'skip'")
     if image_size is not None and not (isinstance(image_size, int) and image_size >= 1):
         raise invalid("image_size", image_size, "a positive number of pixels")
+    if not isinstance(name_or_path, (str, Path)):
+        raise invalid("data_dir", name_or_path, "a name or a path")
     path = Path(name_or_path)
     labels: np.ndarray | None
     source: ImageSource
