@@ -22,7 +22,7 @@ __device__ __forceinline__ void conv_sample_sums(const ConvSampleSumParams& p) {
   const int channel = first + across;
   const T* source = static_cast<const T*>(p.dy) + static_cast<long long>(sample) * p.pixels * p.channels + channel;
   if (channel < live) {
-#pragma unroll 4
+#pragma unroll 2
     for (int pixel = row; pixel < p.pixels; pixel += kRows) {
       add_chunk(sums, source + static_cast<long long>(pixel) * p.channels, live - channel, p.vector_source);
     }

@@ -14,8 +14,15 @@ struct Tile64 {
 // Terms of the sum that one pipeline stage holds.
 constexpr int kConvDepth = 32;
 
-// Stages in flight: what leaves two blocks of the larger tile per SM in 16 bits, and one within 100 KB in 32 bits.
+// Stages in flight: as many as leave room for what conv_blocks_per_sm says, on 164 KB of shared memory.
 constexpr int conv_stages(int element_bytes) { return element_bytes == 2 ? 4 : 3; }
+
+// Blocks that share an SM, one loading while another multiplies: caps their registers at 128 per thread. The larger
+// tile in 32 bits takes 96 KB, so that it has an SM for itself, and GPUs with 100 KB hold it too.
+template <class Tile>
+constexpr int conv_blocks_per_sm(int element_bytes) {
+  return Tile::kThreads == 256 ? (element_bytes == 2 ? 2 : 1) : (element_bytes == 2 ? 4 : 3);
+}
 
 // Dynamic shared memory of a kernel.
 template <class Tile>

@@ -5,8 +5,10 @@
 #include "cuda/conv_wgrad.cuh"
 #include "cuda/conv_wgrad_kernels.h"
 
-#define TDC_CONV_DEFINE(unused, name, T, Tile, whole) \
-  TDC_KERNEL(name, Tile::kThreads, tdc::ConvWgradParams) { tdc::conv_wgrad<T, Tile, whole>(p); }
+#define TDC_CONV_DEFINE(unused, name, T, Tile, whole)                                                       \
+  TDC_KERNEL_PER_SM(name, Tile::kThreads, tdc::conv_blocks_per_sm<Tile>(sizeof(T)), tdc::ConvWgradParams) { \
+    tdc::conv_wgrad<T, Tile, whole>(p);                                                                     \
+  }
 TDC_CONV_VARIANTS(TDC_CONV_DEFINE, , tdc_conv_wgrad)
 #undef TDC_CONV_DEFINE
 

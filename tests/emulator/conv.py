@@ -1,0 +1,89 @@
+"""Convolutions through the `cuda` backend with the emulator as its launcher, judged by the fp64 reference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tdc_fast.ops import cuda
+from tests.cases import ConvCase, Routing
+from tests.emulator.harness import EmulatorLauncher, emulated
+from tests.ops.test_conv2d import gradients, routed
+from tests.tolerance import assert_as_accurate_as_torch
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32}
+FAMILIES = ("conv_forward", "conv_dgrad", "conv_wgrad")
+# (compute capability * 10, SMs, bytes of shared memory of a block). One SM is full with one tile of 128, which makes
+# the planner choose it where the channels fill it; many SMs make it choose small tiles and splits.
+ONE_SM, MANY_SMS = (80, 1, 166912), (80, 1000, 166912)
+
+
+def conv_case(**changes: Any) -> ConvCase:
+    settings = {
+        "routing": uneven(2, 0, 1),
+        "in_channels": 24,
+        "out_channels": 16,
+        "size": (6, 5),
+        "filter": (3, 3),
+        "stride": (1, 1),
+        "padding": (1, 1),
+        "in_widths": None,
+        "out_widths": None,
+        "extras": ("bias", "sample_bias", "residual"),
+        "layout": "channels_last",
+        "seed": 3,
+    }
+    return ConvCase(**(settings | changes))
+
+
+def uneven(*samples: int, weight_index: tuple[int, ...] | None = None) -> Routing:
+    """Groups of so many samples."""
+    groups = tuple(group for group, count in enumerate(samples) for _ in range(count))
+    return Routing(groups, len(samples), 1 + max(weight_index) if weight_index else len(samples), weight_index)
+
+
+@contextmanager
+def emulator(facts: tuple[int, int, int] = MANY_SMS, **plants: str) -> Iterator[EmulatorLauncher]:
+    """The launcher of all kernels; within the block fp32 products may be rounded to tf32.
+
+    plants: family = bug builds that family with a bug planted.
+    """
+    libraries = [emulated(family, *filter(None, [plants.get(family)])) for family in FAMILIES]
+    launcher = EmulatorLauncher(*libraries, facts=facts)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        with cuda.use_launcher(launcher):
+            yield launcher
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def results(case: ConvCase, dtype: torch.dtype, wanted: Iterable[str] | None = None) -> dict[str, Tensor]:
+    """The output and the gradients of some inputs, of all by default, from the kernels."""
+    tensors = differentiable(case.tensors(dtype), wanted)
+    return outcome(routed(case, tensors, backend="cuda"), tensors)
+
+
+def assert_accurate(case: ConvCase, dtype: torch.dtype, wanted: Iterable[str] | None = None) -> None:
+    """What the kernels make of a case is as near to fp64 as what torch makes of it."""
+    ours = results(case, dtype, wanted)
+    plain, exact = (differentiable(case.tensors(d), wanted) for d in (dtype, torch.float64))
+    torchs = outcome(case.plain(plain), plain)
+    reference = outcome(routed(case, exact, backend="reference"), exact)
+    taps, pixels = case.filter[0] * case.filter[1], case.out_size[0] * case.out_size[1]
+    for name in ours:
+        terms = taps * max(case.in_channels, case.out_channels) if name in ("y", "dx") else case.routing.batch * pixels
+        assert_as_accurate_as_torch(ours[name], torchs[name], reference[name], f"{name} of {case}", max(terms, 64))
+
+
+def differentiable(tensors: dict[str, Tensor], wanted: Iterable[str] | None) -> dict[str, Tensor]:
+    return {n: t if wanted is None else t.detach().requires_grad_(n in wanted) for n, t in tensors.items()}
+
+
+def outcome(y: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return gradients(y, {name: t for name, t in tensors.items() if t.requires_grad})

@@ -1,0 +1,163 @@
+"""The CUDA convolution kernels, run in the emulator, equal one convolution per group."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+
+from tests.cases import ConvCase, conv_cases
+from tests.emulator.conv import (
+    DTYPES,
+    MANY_SMS,
+    ONE_SM,
+    assert_accurate,
+    conv_case,
+    emulator,
+    results,
+    uneven,
+)
+from tests.emulator.harness import SANITIZED, SCHEDULES
+from tests.ops.test_conv2d import gradients, routed
+
+pytestmark = pytest.mark.usefixtures("nan_filled_memory")
+
+# What crosses the edges of tiles, steps and stages: changes to a case, the device, kernels that must have run.
+EDGES: dict[str, tuple[dict[str, Any], tuple[int, int, int], set[str]]] = {
+    "several tiles of 64 each way": (
+        {"in_channels": 72, "out_channels": 72, "size": (9, 8), "filter": (1, 3), "padding": (0, 1)},
+        MANY_SMS,
+        {"forward_{}_64x64", "dgrad_{}_64x64"},
+    ),
+    "several tiles of 128 each way, more steps than stages": (
+        {"in_channels": 136, "out_channels": 136, "size": (12, 11), "filter": (1, 1), "padding": (0, 0)},
+        ONE_SM,
+        {"forward_{}_128x128", "dgrad_{}_128x128", "wgrad_{}_128x128"},
+    ),
+    "widths inside a tile of 128, of no multiple": (
+        {
+            "routing": uneven(1, 0, 2, 1, weight_index=(0, 0, 1, 1)),
+            "in_channels": 72,
+            "out_channels": 136,
+            "in_widths": (72, 8, 37, 0),
+            "out_widths": (75, 8, 131, 136),
+        },
+        ONE_SM,
+        {"forward_{}_128x128", "dgrad_{}_128x128", "wgrad_{}_128x128"},
+    ),
+    "widths inside a tile of 64, of no multiple": (
+        {
+            "routing": uneven(1, 2, 1, weight_index=(0, 0, 0)),
+            "in_channels": 40,
+            "out_channels": 72,
+            "in_widths": (33, 12, 1),
+            "out_widths": (3, 70, 0),
+        },
+        MANY_SMS,
+        {"forward_{}_64x64", "dgrad_{}_64x64", "wgrad_{}_64x64"},
+    ),
+    "small images share a tile": (
+        {"routing": uneven(5, 0, 1, 7), "in_channels": 16, "size": (4, 4)},
+        MANY_SMS,
+        {"forward_{}_64x64"},
+    ),
+    "single pixels share a tile": (
+        {"routing": uneven(70, 0, 30, 3), "size": (1, 1), "filter": (1, 1), "padding": (0, 0)},
+        MANY_SMS,
+        {"forward_{}_64x64"},
+    ),
+    "stride 2 in an odd image": (
+        {"size": (11, 9), "filter": (5, 3), "stride": (2, 2), "padding": (2, 1), "out_widths": (16, 0, 11)},
+        MANY_SMS,
+        {"dgrad_{}_64x64"},
+    ),
+    "stride 2 past a filter of one": (
+        {"size": (5, 6), "filter": (1, 1), "stride": (2, 2), "padding": (0, 0)},
+        MANY_SMS,
+        {"dgrad_{}_64x64"},
+    ),
+    "large taps": ({"size": (4, 5), "filter": (7, 7), "padding": (3, 3)}, MANY_SMS, {"wgrad_{}_64x64"}),
+    "split sums over shared experts": (
+        {
+            "routing": uneven(3, 0, 2, 1, weight_index=(1, 0, 1, 1)),
+            "size": (12, 16),
+            "filter": (1, 3),
+            "padding": (0, 1),
+            "in_widths": (24, 24, 9, 8),
+        },
+        MANY_SMS,
+        {"wgrad_{}_64x64", "reduce_{}"},
+    ),
+    "any channels": ({"in_channels": 35, "out_channels": 67}, ONE_SM, {"forward_{}_64x64_any", "wgrad_{}_64x64_any"}),
+    "few outputs": ({"in_channels": 40, "out_channels": 6}, ONE_SM, {"forward_{}_64x64", "dgrad_{}_64x64_any"}),
+}
+# fp16 differs from bf16 in what a product and a rounding is, not in where anything lies.
+edge_dtypes = pytest.mark.parametrize("dtype", ["bf16"] if SANITIZED else ["bf16", "tf32"])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_case_is_as_accurate_as_torch(dtype: str) -> None:
+    @given(case=conv_cases())
+    @settings(max_examples=8 if SANITIZED else 20, deadline=None, derandomize=True)
+    def check(case: ConvCase) -> None:
+        assert_accurate(case, DTYPES[dtype])
+
+    with emulator():
+        check()
+
+
+@edge_dtypes
+@pytest.mark.parametrize("edge", EDGES)
+def test_tile_edges_are_as_accurate_as_torch(edge: str, dtype: str) -> None:
+    changes, facts, kernels = EDGES[edge]
+    with emulator(facts=facts) as launcher:
+        assert_accurate(conv_case(**changes), DTYPES[dtype])
+    stored = "fp32" if dtype == "tf32" else dtype
+    expected = {f"tdc_conv_{k.format(stored if k.startswith('reduce') else dtype)}" for k in kernels}
+    assert expected <= set(launcher.launched)
+
+
+@edge_dtypes
+def test_results_do_not_depend_on_which_thread_goes_first(dtype: str) -> None:
+    changes, facts, _ = EDGES["split sums over shared experts"]
+    with emulator(facts=facts) as launcher:
+        first = results(conv_case(**changes), DTYPES[dtype])
+        for schedule in SCHEDULES[1:2] if SANITIZED else SCHEDULES[1:]:
+            launcher.schedule = schedule
+            again = results(conv_case(**changes), DTYPES[dtype])
+            for name, value in first.items():
+                assert torch.equal(again[name], value), name
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_what_is_added_to_the_product_is_rounded_with_it_once(dtype: str) -> None:
+    """Small integers and quarters: every sum is exact in fp32, so that only the rounding of the result is left."""
+    case = conv_case(in_widths=(24, 8, 13), out_widths=(16, 8, 11))
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        name: (torch.randint(-8, 9, t.shape, generator=generator) * (1 if name in ("x", "weight") else 0.25)).to(t)
+        for name, t in case.tensors(DTYPES[dtype]).items()
+    }
+    with emulator(), torch.no_grad():
+        ours = routed(case, tensors, backend="cuda")
+    assert torch.equal(ours, routed(case, tensors, backend="reference"))
+
+
+@pytest.mark.parametrize("channels", [8, 5])
+def test_fp32_is_rounded_to_the_nearest_tf32(channels: int) -> None:
+    """A tf32 number has 10 bits after the point: 1 + 2^-11 is a tie, which goes up; 1 + 2^-12 goes down."""
+    case = conv_case(in_channels=channels, out_channels=channels, filter=(1, 1), padding=(0, 0), extras=())
+    high, low = 1 + 2.0**-11, 1 + 2.0**-12
+    tensors = {name: torch.full_like(t, high).requires_grad_() for name, t in case.tensors(torch.float32).items()}
+    with torch.no_grad():
+        tensors["weight"].fill_(0)
+        for i in range(channels):
+            tensors["weight"][:, i, i] = low
+    with emulator():
+        ours = gradients(routed(case, tensors, backend="cuda"), tensors)
+        y = routed(case, tensors, backend="cuda")
+        dx, _ = torch.autograd.grad(y, list(tensors.values()), torch.full_like(y, high))
+    assert ours["y"].eq(1 + 2.0**-10).all()
+    assert dx.eq(1 + 2.0**-10).all()

@@ -1,0 +1,70 @@
+"""What must not go unnoticed in the convolution kernels, and what must not harm them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tdc_fast.ops import cuda
+from tdc_fast.ops.checks import conv_problem
+from tests.emulator.conv import assert_accurate, conv_case, emulator
+from tests.emulator.harness import SCHEDULES, EmulatorError, plain_only
+
+# More steps than stages, several warps, several taps.
+CASE = conv_case(in_channels=40, out_channels=40, size=(9, 8), filter=(3, 1), padding=(1, 0))
+
+
+def caught(family: str, plant: str, schedule: int) -> bool:
+    """Whether the emulator or the comparison with fp64 notices a bug planted in a family of kernels."""
+    with emulator(**{family: plant}) as launcher:
+        launcher.schedule = schedule
+        try:
+            assert_accurate(CASE, torch.bfloat16, ("weight",) if family == "conv_wgrad" else ())
+        except (AssertionError, EmulatorError):
+            return True
+    return False
+
+
+@plain_only
+@pytest.mark.parametrize(
+    "family, plant",
+    [
+        ("conv_forward", "CONV_NO_WAIT"),
+        ("conv_forward", "CONV_WRONG_STAGE"),
+        ("conv_forward", "CONV_WRONG_TAP"),
+        ("conv_wgrad", "CONV_WRONG_TAP"),
+    ],
+)
+def test_a_planted_bug_is_caught_under_every_schedule(family: str, plant: str) -> None:
+    assert all(caught(family, plant, schedule) for schedule in SCHEDULES)
+
+
+@plain_only
+def test_a_missing_barrier_is_caught_under_some_schedule() -> None:
+    assert any(caught("conv_forward", "CONV_NO_BARRIER", schedule) for schedule in SCHEDULES)
+
+
+GARBAGE = (-(2**31), -7, 5, 2**31 - 1)
+
+
+@pytest.mark.parametrize("garbage", GARBAGE)
+def test_no_number_in_device_memory_leads_out_of_bounds(garbage: int) -> None:
+    """Sanitizers see what is read and written; the values mean nothing then."""
+    tensors = {name: t.detach() for name, t in CASE.tensors(torch.bfloat16).items()}
+    x, weight, batch, groups = tensors["x"], tensors["weight"], CASE.routing.batch, CASE.routing.num_groups
+
+    def filled(*shape: int) -> torch.Tensor:
+        return torch.full(shape, garbage, dtype=torch.int32)
+
+    offsets, index, widths, tiles = filled(groups + 1), filled(groups), filled(groups), filled(100, 3)
+    tiles[:, 0] = torch.arange(100) % groups
+    for sound in range(4):
+        routing = [offsets, index, widths, widths]
+        routing[sound] = torch.zeros_like(routing[sound])
+        problem = conv_problem("conv2d", x, x.shape, weight, *routing, CASE.stride, CASE.padding)
+        dy = torch.ones((batch, CASE.out_channels, *CASE.out_size), dtype=x.dtype)
+        with emulator():
+            y = cuda.conv2d(problem, x, weight, None, None, None, routing[0], tiles, *routing[1:])
+            dx = cuda.conv2d_dgrad(problem, dy, weight, routing[0], tiles, *routing[1:])
+            grads = cuda.conv2d_wgrad(problem, dy, x, weight, *routing, (True, True, True))
+        assert y.shape == dy.shape and dx.shape == x.shape and grads[0].shape == weight.shape
