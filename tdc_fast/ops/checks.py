@@ -93,7 +93,7 @@ def pair(name: str, value: int | tuple[int, int] | list[int], minimum: int) -> t
         return value, value
     values = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, (tuple, list)) else ()
     if len(values) != 2 or not all(isinstance(v, int) and minimum <= v < _MOST for v in values):
-        raise invalid(name, value, f"an int or a pair of ints, each from {minimum} to below {_MOST}")
+        raise invalid(name, value, f"an int or a pair of ints, each at least {minimum} (and below {_MOST})")
     return values[0], values[1]
 
 
