@@ -1,0 +1,48 @@
+"""Finds compute-sanitizer and starts runs of `tests.gpu.sanitized` under it."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+BACKENDS, TOOLS = ("triton", "cuda"), ("memcheck", "racecheck")
+FOUND = 86  # the exit code asked of compute-sanitizer when it has found something
+
+
+def program() -> str | None:
+    """compute-sanitizer from the PATH, or where the CUDA toolkit puts it."""
+    installed = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin" / "compute-sanitizer"
+    return shutil.which("compute-sanitizer") or (str(installed) if installed.is_file() else None)
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A run under way and the file that it writes to."""
+
+    process: subprocess.Popen[bytes]
+    output: Path
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def start(backend: str, tool: str, output: Path) -> Watched:
+    """Without torch's cache every tensor is an allocation of its own, whose ends are watched."""
+    command = [str(program()), f"--tool={tool}", f"--error-exitcode={FOUND}", "--print-limit=5"]
+    command += [sys.executable, "-m", "tests.gpu.sanitized", backend]
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "CUDA_MODULE_LOADING": "LAZY"}
+    with output.open("wb") as file:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
+    return Watched(process, output)
+
+
+def start_all(folder: Path) -> dict[tuple[str, str], Watched]:
+    """All runs at once: they are slow and need little of the GPU."""
+    return {pair: start(*pair, folder / "-".join(pair)) for pair in itertools.product(BACKENDS, TOOLS)}
