@@ -154,6 +154,7 @@ def test_addresses_between_16_bytes_take_single_channels(tensor: str) -> None:
     assert planned("forward", **{tensor: (1 << 20) + 8})[0].kernel == "tdc_group_norm_partial_bf16_scalar"
 
 
+@plain_only
 def test_a_norm_group_too_large_for_shared_memory_is_refused_with_its_shapes() -> None:
     with pytest.raises(ValueError, match=r"shared memory does not hold .* x \(5, 40000, 9, 8\) bf16"):
         planned("forward", channels=40000, num_norm_groups=1)
