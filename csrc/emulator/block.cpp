@@ -92,6 +92,13 @@ void Schedule::arrange_threads(int threads) {
   }
 }
 
+Index3 Block::thread_index() const { return {static_cast<unsigned>(current_->number), 0, 0}; }
+Index3 Block::block_index() const { return index_; }
+Index3 Block::block_size() const { return size_; }
+Index3 Block::grid_size() const { return grid_; }
+int Block::lane() const { return current_->lane(); }
+unsigned char* Block::dynamic_shared() const { return shared_.front().bytes.get(); }
+
 void Block::Free::operator()(unsigned char* bytes) const { std::free(bytes); }
 
 std::string Block::run(const Kernel& kernel, const Index3& grid, int threads, size_t shared_bytes, const void* params,
@@ -106,10 +113,14 @@ std::string Block::run(const Kernel& kernel, const Index3& grid, int threads, si
   main_ = &caller;
   num_threads_ = threads;
   failure_.clear();
-  while (threads_.size() < static_cast<size_t>(threads)) threads_.push_back(std::make_unique<Thread>(kStackBytes));
+  if (!stacks_) stacks_ = std::make_unique<Stacks>(kMaxThreads, kStackBytes);
+  for (size_t t = threads_.size(); t < static_cast<size_t>(threads); ++t) {
+    threads_.push_back(std::make_unique<Thread>(stacks_->stack(t), kStackBytes));
+  }
+  races_.begin_launch(stacks_->begin(), stacks_->size());
   for (unsigned b : schedule_.block_order(grid.x * grid.y * grid.z)) {
     index_ = {b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y};
-    run_block(shared_bytes);
+    run_block(shared_bytes, b);
     if (!failure_.empty()) break;
   }
   shared_.clear();
@@ -117,10 +128,10 @@ std::string Block::run(const Kernel& kernel, const Index3& grid, int threads, si
   return failure_;
 }
 
-void Block::run_block(size_t shared_bytes) {
+void Block::run_block(size_t shared_bytes, unsigned block_number) {
   schedule_.arrange_threads(num_threads_);
   shared_.clear();
-  races_.begin_block(num_threads_);
+  races_.begin_block(num_threads_, block_number);
   add_shared(nullptr, shared_bytes, "the dynamic shared memory");
   warps_.assign(static_cast<size_t>((num_threads_ + kWarp - 1) / kWarp), Warp());
   for (Barrier& barrier : barriers_) barrier = Barrier();
@@ -128,7 +139,6 @@ void Block::run_block(size_t shared_bytes) {
   done_ = 0;
   for (int t = 0; t < num_threads_; ++t) {
     Thread& thread = *threads_[static_cast<size_t>(t)];
-    thread.index = {static_cast<unsigned>(t), 0, 0};
     thread.number = t;
     thread.copies.clear();
     thread.groups.clear();
@@ -137,9 +147,10 @@ void Block::run_block(size_t shared_bytes) {
     wake(t);
   }
   current_ = next();
+  RaceCheck::active = RaceCheck::enabled;
   main_->switch_to(current_->fiber);
   current_ = nullptr;
-  races_.end_block();
+  RaceCheck::active = false;
   if (failure_.empty() && done_ < num_threads_) failure_ = stuck();
 }
 
@@ -221,20 +232,20 @@ void Block::warp_sync(const Site& site) {
   warp_collective(
       site,
       [](void* const*, int lanes) {
-        const int first = block.current().number / kWarp * kWarp;
+        const int first = block.current_->number / kWarp * kWarp;
         RaceCheck::Clock clock;
-        for (int t = first; t < first + lanes; ++t) block.races().release(t, clock);
-        for (int t = first; t < first + lanes; ++t) block.races().acquire(t, clock);
+        for (int t = first; t < first + lanes; ++t) block.races_.release(t, clock);
+        for (int t = first; t < first + lanes; ++t) block.races_.acquire(t, clock);
       },
       nullptr);
 }
 
 void Block::copy(const Site& site, void* shared, const void* global, unsigned bytes, bool live) {
   check_shared(site, shared, bytes, bytes);
-  if (RaceCheck::enabled) {
-    const std::string wrong = races_.issue_copy(current_->number, shared, bytes, __builtin_return_address(0));
-    if (!wrong.empty()) fail(wrong);
-  }
+  const void* place = __builtin_return_address(0);
+  if (live) note(global, bytes, RaceCheck::Access::kRead, place);
+  const std::string wrong = races_.issue_copy(current_->number, shared, bytes, place);
+  if (!wrong.empty()) fail(wrong);
   Copy made{static_cast<unsigned char*>(shared), bytes, {}};
   if (live) std::memcpy(made.data, global, bytes);
   std::memset(shared, kPoison, bytes);
@@ -262,7 +273,6 @@ void Block::wait_for_copies(int in_flight) {
 }
 
 void Block::note(const void* address, size_t bytes, RaceCheck::Access kind, const void* place) {
-  if (!RaceCheck::enabled || !races_.near(address)) return;
   const std::string wrong = races_.access(current_->number, address, bytes, kind, place);
   if (!wrong.empty()) fail(wrong);
 }

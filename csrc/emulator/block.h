@@ -38,12 +38,11 @@ struct Copy {
 
 // One CUDA thread.
 struct Thread {
-  explicit Thread(size_t stack_bytes) : fiber(stack_bytes) {}
+  Thread(unsigned char* stack, size_t bytes) : fiber(stack, bytes) {}
 
   enum class State { kReady, kWarp, kBarrier, kDone };
 
   Fiber fiber;
-  Index3 index;
   int number = 0;  // in the block
   State state = State::kReady;
   Site site;        // of the wait
@@ -110,11 +109,12 @@ class Block {
   std::string run(const Kernel& kernel, const Index3& grid, int threads, size_t shared_bytes, const void* params,
                   unsigned seed);
 
-  // For the running thread.
-  Thread& current() { return *current_; }
-  const Index3& block_index() const { return index_; }
-  const Index3& block_size() const { return size_; }
-  const Index3& grid_size() const { return grid_; }
+  // For the running thread. Not inline, by value: kernels would be seen to read the emulator's own memory.
+  Index3 thread_index() const;
+  Index3 block_index() const;
+  Index3 block_size() const;
+  Index3 grid_size() const;
+  int lane() const;
 
   // Waits until all lanes of the warp have brought their operand; the last to come calls complete(operands, lanes).
   using Complete = void (*)(void* const* operands, int lanes);
@@ -130,13 +130,12 @@ class Block {
   void wait_for_copies(int in_flight);
 
   // The dynamic shared memory; the static array that `key` stands for, made when first asked for.
-  unsigned char* dynamic_shared() { return shared_.front().bytes.get(); }
+  unsigned char* dynamic_shared() const;
   unsigned char* static_shared(const void* key, size_t bytes, const char* name);
   // Fails unless the bytes lie in shared memory, at a multiple of `alignment`.
   void check_shared(const Site& site, const void* address, size_t bytes, size_t alignment);
 
-  RaceCheck& races() { return races_; }
-  // Tells the race check of an access of the running thread.
+  // Tells the race check, where it is on, of an access of the running thread.
   void note(const void* address, size_t bytes, RaceCheck::Access kind, const void* place);
   __attribute__((noinline)) void note_read(const void* address, size_t bytes) {
     note(address, bytes, RaceCheck::Access::kRead, __builtin_return_address(0));
@@ -171,7 +170,7 @@ class Block {
   };
 
   static void thread_main();
-  void run_block(size_t shared_bytes);
+  void run_block(size_t shared_bytes, unsigned block_number);
   void add_shared(const void* key, size_t bytes, const std::string& name);
   Thread* next();
   void wait(Thread::State state, const Site& site);
@@ -187,6 +186,7 @@ class Block {
   unsigned seed_ = 0;
   Schedule schedule_{0};
   Fiber* main_ = nullptr;
+  std::unique_ptr<Stacks> stacks_;
   std::vector<std::unique_ptr<Thread>> threads_;
   int num_threads_ = 0;
   int done_ = 0;

@@ -20,7 +20,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __align__(bytes) alignas(bytes)
-#define threadIdx (::tdc::emulator::block.current().index)
+#define threadIdx (::tdc::emulator::block.thread_index())
 #define blockIdx (::tdc::emulator::block.block_index())
 #define blockDim (::tdc::emulator::block.block_size())
 #define gridDim (::tdc::emulator::block.grid_size())
@@ -74,10 +74,10 @@ T __ldg(const T* address) {
 // Kernels and shared memory.
 
 #define TDC_KERNEL(name, threads, Params)                                                             \
-  extern "C" void name(const Params& p);                                                              \
+  extern "C" void name(const Params p);                                                               \
   static const ::tdc::emulator::Registration name##_registration(                                     \
       {#name, threads, sizeof(Params), [](const void* p) { name(*static_cast<const Params*>(p)); }}); \
-  extern "C" void name(const Params& p)
+  extern "C" void name(const Params p)
 
 #define TDC_KERNEL_PER_SM(name, threads, blocks, Params) TDC_KERNEL(name, threads, Params)
 
@@ -161,7 +161,7 @@ inline void cp_async_wait() {
 
 template <int kMatrices, bool kTrans>
 inline void ldmatrix(const emulator::Site& site, unsigned (&r)[kMatrices], const void* shared_row) {
-  const bool used = emulator::block.current().lane() < 8 * kMatrices;
+  const bool used = emulator::block.lane() < 8 * kMatrices;
   if (used) {
     emulator::block.check_shared(site, shared_row, 16, 16);
     emulator::block.note_read(shared_row, 16);
@@ -241,15 +241,15 @@ inline T shfl(T value, int lane, TDC_CALLER) {
 }
 template <class T>
 inline T shfl_xor(T value, int lane_mask, TDC_CALLER) {
-  return shuffle(TDC_SITE("shfl_xor"), value, emulator::block.current().lane() ^ lane_mask);
+  return shuffle(TDC_SITE("shfl_xor"), value, emulator::block.lane() ^ lane_mask);
 }
 template <class T>
 inline T shfl_down(T value, int delta, TDC_CALLER) {
-  return shuffle(TDC_SITE("shfl_down"), value, emulator::block.current().lane() + delta);
+  return shuffle(TDC_SITE("shfl_down"), value, emulator::block.lane() + delta);
 }
 template <class T>
 inline T shfl_up(T value, int delta, TDC_CALLER) {
-  return shuffle(TDC_SITE("shfl_up"), value, emulator::block.current().lane() - delta);
+  return shuffle(TDC_SITE("shfl_up"), value, emulator::block.lane() - delta);
 }
 inline unsigned ballot(bool predicate, TDC_CALLER) {
   struct Own {

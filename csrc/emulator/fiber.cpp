@@ -97,22 +97,21 @@ Fiber* leaving = nullptr;
 
 }  // namespace
 
-Fiber::Fiber(size_t bytes) : bytes_(bytes), owned_(true) {
+Stacks::Stacks(size_t count, size_t bytes) : count_(count), bytes_(bytes) {
   const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
-  void* memory =
-      mmap(nullptr, bytes + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  stride_ = bytes + page;
+  void* memory = mmap(nullptr, size(), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) throw std::bad_alloc();
-  mprotect(memory, page, PROT_NONE);
-  stack_ = static_cast<unsigned char*>(memory) + page;
+  memory_ = static_cast<unsigned char*>(memory);
+  for (size_t i = 0; i < count; ++i) mprotect(stack(i) - page, page, PROT_NONE);
 }
+
+Stacks::~Stacks() { munmap(memory_, size()); }
 
 Fiber::~Fiber() {
 #ifdef TDC_EMULATOR_UCONTEXT
   delete static_cast<ucontext_t*>(context_);
 #endif
-  if (!owned_) return;
-  const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
-  munmap(stack_ - page, bytes_ + page);
 }
 
 void Fiber::prepare(void (*entry)()) {
@@ -142,7 +141,7 @@ void Fiber::begin() {
   const void* bottom = nullptr;
   size_t bytes = 0;
   __sanitizer_finish_switch_fiber(nullptr, &bottom, &bytes);
-  if (!leaving->owned_) {
+  if (!leaving->own_) {
     leaving->stack_ = static_cast<unsigned char*>(const_cast<void*>(bottom));
     leaving->bytes_ = bytes;
   }

@@ -15,14 +15,32 @@
 
 namespace tdc::emulator {
 
+// Memory for a number of stacks, each with a page below it that must not be touched.
+class Stacks {
+ public:
+  // `bytes` of each: a multiple of the page. Memory is taken when it is touched.
+  Stacks(size_t count, size_t bytes);
+  ~Stacks();
+  Stacks(const Stacks&) = delete;
+  Stacks& operator=(const Stacks&) = delete;
+
+  unsigned char* stack(size_t i) const { return memory_ + i * stride_ + (stride_ - bytes_); }
+  size_t bytes() const { return bytes_; }
+  const unsigned char* begin() const { return memory_; }
+  size_t size() const { return count_ * stride_; }
+
+ private:
+  size_t count_, bytes_, stride_;
+  unsigned char* memory_;
+};
+
 // A call stack that can be left in the middle and taken up again, a few nanoseconds each way. One CUDA thread runs on
-// each. Stacks end in a page that must not be touched, and ASan is told of every change of stack.
+// each. ASan is told of every change of stack.
 class Fiber {
  public:
   // The stack of whoever makes this object: what the first fiber was started from.
   Fiber() = default;
-  // A stack of its own, of `bytes` bytes, a multiple of the page.
-  explicit Fiber(size_t bytes);
+  Fiber(unsigned char* stack, size_t bytes) : stack_(stack), bytes_(bytes), own_(true) {}
   ~Fiber();
   Fiber(const Fiber&) = delete;
   Fiber& operator=(const Fiber&) = delete;
@@ -43,8 +61,8 @@ class Fiber {
   size_t bytes_ = 0;
   void* context_ = nullptr;  // the saved stack pointer, or a ucontext_t
   void (*entry_)() = nullptr;
-  void* fake_stack_ = nullptr;  // ASan's
-  bool owned_ = false;
+  void* fake_stack_ = nullptr;         // ASan's
+  [[maybe_unused]] bool own_ = false;  // not the stack of whoever made this object
 };
 
 }  // namespace tdc::emulator

@@ -10,11 +10,18 @@
 
 namespace tdc::emulator {
 
-void RaceCheck::begin_block(int threads) {
+void RaceCheck::begin_launch(const void* begin, size_t bytes) {
+  stacks_ = reinterpret_cast<uintptr_t>(begin);
+  stacks_bytes_ = bytes;
+  pages_.clear();
+  last_page_ = ~uintptr_t{0};
+}
+
+void RaceCheck::begin_block(int threads, unsigned number) {
   if (!enabled) return;
-  ++block_;
+  ++era_;
+  number_ = number;
   num_regions_ = 0;
-  low_ = span_ = 0;
   const auto count = static_cast<size_t>(threads);
   clocks_.resize(count);
   for (size_t t = 0; t < count; ++t) {
@@ -31,9 +38,6 @@ void RaceCheck::add_region(const void* begin, size_t bytes, const std::string& n
   region.bytes = bytes;
   region.name = name;
   if (region.cells.size() < (bytes + kCell - 1) / kCell) region.cells.resize((bytes + kCell - 1) / kCell);
-  const uintptr_t high = std::max(low_ + span_, region.begin + bytes);
-  low_ = span_ == 0 ? region.begin : std::min(low_, region.begin);
-  span_ = high - low_;
 }
 
 RaceCheck::Region* RaceCheck::region_of(uintptr_t address) {
@@ -43,10 +47,10 @@ RaceCheck::Region* RaceCheck::region_of(uintptr_t address) {
   return nullptr;
 }
 
-RaceCheck::Cell& RaceCheck::cell(Region& region, size_t index) {
-  Cell& cell = region.cells[index];
-  if (cell.block != block_) {
-    cell.block = block_;
+RaceCheck::Cell& RaceCheck::shared_cell(Region& region, uintptr_t address) {
+  Cell& cell = region.cells[(address - region.begin) / kCell];
+  if (cell.era != era_) {
+    cell.era = era_;
     cell.write = Record();
     cell.reads.clear();
     cell.in_flight = false;
@@ -54,84 +58,102 @@ RaceCheck::Cell& RaceCheck::cell(Region& region, size_t index) {
   return cell;
 }
 
-std::string RaceCheck::report(const Region& region, size_t index, const char* does, const Record& now, const char* did,
-                              const Record& earlier) {
-  return "race on byte " + std::to_string(index * kCell) + " of " + region.name + ": thread " +
-         std::to_string(now.thread) + " " + does + " " + place_text(now.place) + " what thread " +
-         std::to_string(earlier.thread) + " " + did + " " + place_text(earlier.place) + ", and no barrier is between";
+RaceCheck::Cell& RaceCheck::global_cell(uintptr_t address) {
+  const uintptr_t page = address / kPage;
+  if (page != last_page_) {
+    std::vector<Cell>& cells = pages_[page];
+    if (cells.empty()) cells.resize(kPage / kCell);
+    last_page_ = page;
+    last_cells_ = cells.data();
+  }
+  return last_cells_[address % kPage / kCell];
 }
 
-std::string RaceCheck::touch(Region& region, size_t index, uint8_t bytes, Access kind, Record now) {
-  const char* does = kind == Access::kRead ? "reads" : kind == Access::kWrite ? "writes" : "changes by an atomic";
-  Cell& at = cell(region, index);
-  now.bytes = bytes;
-  now.atomic = kind == Access::kAtomic;
-  if (at.in_flight && at.write.bytes & bytes) {
-    return "thread " + std::to_string(now.thread) + " " + does + " " + place_text(now.place) + " byte " +
-           std::to_string(index * kCell) + " of " + region.name + " while the copy that thread " +
-           std::to_string(at.write.thread) + " issued " + place_text(at.write.place) +
-           " is in flight: no cp_async_wait covered it";
-  }
-  const auto unordered = [&](const Record& r) {
-    return r.thread != now.thread && r.bytes & bytes && !before(r, now.thread);
+std::string RaceCheck::who(const Record& record) const {
+  const std::string thread = "thread " + std::to_string(record.thread);
+  return record.block == number_ ? thread : thread + " of block number " + std::to_string(record.block);
+}
+
+std::string RaceCheck::what(const Region* region, uintptr_t address) {
+  if (region != nullptr) return "byte " + std::to_string(address - region->begin) + " of " + region->name;
+  char text[48];
+  std::snprintf(text, sizeof(text), "global memory at 0x%zx", static_cast<size_t>(address));
+  return text;
+}
+
+std::string RaceCheck::touch(Cell& cell, const Region* region, uintptr_t address, Access kind, const Record& now) {
+  const auto race = [&](const char* did, const Record& earlier) {
+    const char* does = kind == Access::kRead ? "reads" : kind == Access::kWrite ? "writes" : "changes by an atomic";
+    return "race on " + what(region, address) + ": " + who(now) + " " + does + " " + place_text(now.place) + " what " +
+           who(earlier) + " " + did + " " + place_text(earlier.place) + ", and " +
+           (earlier.block == number_ ? "no barrier is between" : "nothing orders two blocks");
   };
-  if (at.write.clock && unordered(at.write)) return report(region, index, does, now, "wrote", at.write);
-  for (const Record& earlier : at.reads) {
+  if (cell.in_flight && cell.write.bytes & now.bytes) {
+    return who(now) + " touches " + place_text(now.place) + " " + what(region, address) + " while the copy that " +
+           who(cell.write) + " issued " + place_text(cell.write.place) + " is in flight: no cp_async_wait covered it";
+  }
+  const auto same_thread = [&](const Record& r) { return r.thread == now.thread && r.block == now.block; };
+  const auto unordered = [&](const Record& r) {
+    return !same_thread(r) && r.bytes & now.bytes && !before(r, now.thread);
+  };
+  if (cell.write.clock && unordered(cell.write)) return race("wrote", cell.write);
+  for (const Record& earlier : cell.reads) {
     const bool conflict = kind == Access::kWrite || earlier.atomic != now.atomic;
-    if (conflict && unordered(earlier)) {
-      return report(region, index, does, now, earlier.atomic ? "changed by an atomic" : "read", earlier);
-    }
+    if (conflict && unordered(earlier)) return race(earlier.atomic ? "changed by an atomic" : "read", earlier);
   }
   if (kind == Access::kWrite) {
-    at.reads.clear();
-    at.write = now;
+    cell.reads.clear();
+    cell.write = now;
     return "";
   }
   // An earlier record of the same kind that is before this one says nothing that this one does not.
   const auto superseded = [&](const Record& r) {
-    return r.atomic == now.atomic && r.bytes == bytes && (r.thread == now.thread || before(r, now.thread));
+    return r.atomic == now.atomic && r.bytes == now.bytes && (same_thread(r) || before(r, now.thread));
   };
-  at.reads.erase(std::remove_if(at.reads.begin(), at.reads.end(), superseded), at.reads.end());
-  at.reads.push_back(now);
+  cell.reads.erase(std::remove_if(cell.reads.begin(), cell.reads.end(), superseded), cell.reads.end());
+  if (region == nullptr && cell.reads.size() >= kReaders) cell.reads.pop_back();
+  cell.reads.push_back(now);
   return "";
 }
 
 std::string RaceCheck::access(int thread, const void* address, size_t bytes, Access kind, const void* place) {
   const auto begin = reinterpret_cast<uintptr_t>(address);
+  if (!active || begin - stacks_ < stacks_bytes_) return "";
   Region* region = region_of(begin);
-  if (region == nullptr) return "";
-  const size_t offset = begin - region->begin, end = std::min(offset + bytes, region->bytes);
+  const uintptr_t end = region ? std::min(begin + bytes, region->begin + region->bytes) : begin + bytes;
   Record now;
   now.place = place;
   now.clock = clocks_[static_cast<size_t>(thread)][static_cast<size_t>(thread)];
+  now.block = number_;
   now.thread = static_cast<uint16_t>(thread);
-  for (size_t index = offset / kCell; index * kCell < end; ++index) {
-    const size_t first = std::max(offset, index * kCell), last = std::min(end, (index + 1) * kCell);
-    const auto mask = static_cast<uint8_t>(((1u << (last - first)) - 1) << (first - index * kCell));
-    std::string wrong = touch(*region, index, mask, kind, now);
+  now.atomic = kind == Access::kAtomic;
+  for (uintptr_t at = begin / kCell * kCell; at < end; at += kCell) {
+    const uintptr_t first = std::max(begin, at), last = std::min(end, at + kCell);
+    now.bytes = static_cast<uint8_t>(((1u << (last - first)) - 1) << (first - at));
+    Cell& cell = region ? shared_cell(*region, at) : global_cell(at);
+    std::string wrong = touch(cell, region, first, kind, now);
     if (!wrong.empty()) return wrong;
   }
   return "";
 }
 
 std::string RaceCheck::issue_copy(int thread, const void* address, size_t bytes, const void* place) {
+  if (!active) return "";
   std::string wrong = access(thread, address, bytes, Access::kWrite, place);
-  if (!wrong.empty()) return wrong;
   const auto begin = reinterpret_cast<uintptr_t>(address);
   Region* region = region_of(begin);
-  for (size_t i = 0; region != nullptr && i < bytes / kCell; ++i) {
-    cell(*region, (begin - region->begin) / kCell + i).in_flight = true;
-  }
-  return "";
+  for (size_t i = 0; wrong.empty() && i < bytes; i += kCell) shared_cell(*region, begin + i).in_flight = true;
+  return wrong;
 }
 
 void RaceCheck::deliver_copy(int thread, const void* address, size_t bytes) {
+  if (!active) return;
   const auto begin = reinterpret_cast<uintptr_t>(address);
-  Region* region = enabled ? region_of(begin) : nullptr;
-  for (size_t i = 0; region != nullptr && i < bytes / kCell; ++i) {
-    Cell& at = cell(*region, (begin - region->begin) / kCell + i);
-    at.in_flight = false;
-    at.write.clock = clocks_[static_cast<size_t>(thread)][static_cast<size_t>(thread)];
+  Region* region = region_of(begin);
+  for (size_t i = 0; i < bytes; i += kCell) {
+    Cell& cell = shared_cell(*region, begin + i);
+    cell.in_flight = false;
+    cell.write.clock = clocks_[static_cast<size_t>(thread)][static_cast<size_t>(thread)];
   }
 }
 
@@ -166,7 +188,7 @@ std::string place_text(const void* place) {
 #define TDC_HOOK extern "C" __attribute__((visibility("hidden"), noinline))
 #define TDC_ACCESS(kind, address, bytes)                                                             \
   using tdc::emulator::RaceCheck;                                                                    \
-  if (tdc::emulator::block.races().near(address)) {                                                  \
+  if (RaceCheck::active) {                                                                           \
     tdc::emulator::block.note(address, bytes, RaceCheck::Access::kind, __builtin_return_address(0)); \
   }
 #define TDC_HOOKS(bytes)                                                                              \

@@ -3,16 +3,18 @@
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 namespace tdc::emulator {
 
-// Races on shared memory, whatever the schedule: two accesses of different threads to one byte, one of them a write,
-// that no barrier orders. Every access is seen, because the kernels are compiled with -fsanitize=thread, whose calls
-// races.cpp answers in place of the sanitizer's own library. The method is that of FastTrack (Flanagan and Freund,
-// PLDI 2009): a vector clock per thread, the last write and the reads since then per cell of memory. Barriers and
-// warp_sync order memory; shuffles, ballots, ldmatrix and mma do not. A cp_async is a write that no thread may touch
-// from its issue to its wait.
+// Races, whatever the schedule: two accesses of different threads to one byte, one of them a write, that no barrier
+// orders. In shared memory, and in global memory within a launch, where nothing orders two blocks (so an element that
+// two blocks write is a race, even if they write the same). Every access is seen, because the kernels are compiled with
+// -fsanitize=thread, whose calls races.cpp answers in place of the sanitizer's own library. The method is that of
+// FastTrack (Flanagan and Freund, PLDI 2009): a vector clock per thread, the last write and the reads since then per
+// cell of memory. Barriers and warp_sync order memory; shuffles, ballots, ldmatrix and mma do not. A cp_async is a
+// write that no thread may touch from its issue to its wait.
 class RaceCheck {
  public:
   enum class Access { kRead, kWrite, kAtomic };
@@ -20,12 +22,14 @@ class RaceCheck {
 
   // Set before main where kernels were compiled for it, so constant-initialised; else every call returns at once.
   static inline bool enabled = false;
-  void begin_block(int threads);
-  void end_block() { low_ = span_ = 0; }
+  // While threads run.
+  static inline bool active = false;
+
+  // Accesses in [begin, begin + bytes), the threads' stacks, are not looked at.
+  void begin_launch(const void* begin, size_t bytes);
+  void begin_block(int threads, unsigned number);
   void add_region(const void* begin, size_t bytes, const std::string& name);
 
-  // Whether an address may lie in a region, at the cost of one comparison.
-  bool near(const void* address) const { return reinterpret_cast<uintptr_t>(address) - low_ < span_; }
   // Each returns what is wrong, or "". `place` is an address in the kernel's code.
   std::string access(int thread, const void* address, size_t bytes, Access kind, const void* place);
   std::string issue_copy(int thread, const void* address, size_t bytes, const void* place);
@@ -36,17 +40,20 @@ class RaceCheck {
   void acquire(int thread, const Clock& clock);
 
  private:
-  static constexpr size_t kCell = 2;  // bytes
+  static constexpr size_t kCell = 2;     // bytes
+  static constexpr size_t kPage = 4096;  // of global memory, shadowed at once
+  static constexpr size_t kReaders = 4;  // remembered per cell of global memory; shared memory remembers all
 
   struct Record {
     const void* place = nullptr;
     uint32_t clock = 0;  // of `thread` at the access; 0: no access
+    uint32_t block = 0;
     uint16_t thread = 0;
     uint8_t bytes = 0;  // bit i: byte i of the cell
     bool atomic = false;
   };
   struct Cell {
-    uint64_t block = 0;  // the number of the block it speaks of
+    uint64_t era = 0;  // it speaks of nothing that was before
     Record write;
     std::vector<Record> reads;  // since the write, and atomics
     bool in_flight = false;
@@ -59,19 +66,24 @@ class RaceCheck {
   };
 
   bool before(const Record& record, int thread) const {
-    return record.clock <= clocks_[static_cast<size_t>(thread)][record.thread];
+    return record.block == number_ && record.clock <= clocks_[static_cast<size_t>(thread)][record.thread];
   }
   Region* region_of(uintptr_t address);
-  Cell& cell(Region& region, size_t index);
-  std::string touch(Region& region, size_t index, uint8_t bytes, Access kind, Record now);
-  static std::string report(const Region& region, size_t index, const char* does, const Record& now, const char* did,
-                            const Record& earlier);
+  Cell& shared_cell(Region& region, uintptr_t address);
+  Cell& global_cell(uintptr_t address);
+  std::string touch(Cell& cell, const Region* region, uintptr_t address, Access kind, const Record& now);
+  std::string who(const Record& record) const;
+  static std::string what(const Region* region, uintptr_t address);
 
-  uint64_t block_ = 0;
+  uint64_t era_ = 0;     // counts blocks
+  uint32_t number_ = 0;  // of the block in its grid
+  uintptr_t stacks_ = 0, stacks_bytes_ = 0;
   std::vector<Clock> clocks_;  // [threads][threads]
   std::vector<Region> regions_;
   size_t num_regions_ = 0;
-  uintptr_t low_ = 0, span_ = 0;
+  std::unordered_map<uintptr_t, std::vector<Cell>> pages_;
+  uintptr_t last_page_ = ~uintptr_t{0};
+  Cell* last_cells_ = nullptr;
 };
 
 // "[+0x1234]": the place's offset in this library, which addr2line makes a line of source of.

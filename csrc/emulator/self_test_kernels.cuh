@@ -182,6 +182,20 @@ TDC_KERNEL(self_test_conflicts, 64, SelfTestParams) {
   static_cast<int*>(p.out)[thread] = count[0] + bytes[63 - thread];
 }
 
+// Through global memory: all read what is given and write their own (mode 0) and add their neighbour's, with barriers
+// (1) or without (2); every block writes one place (3); a block reads what the one before it wrote (4).
+TDC_KERNEL(self_test_global, 32, SelfTestParams) {
+  const int thread = self_test_thread(), neighbour = thread ^ 1;
+  int* out = static_cast<int*>(p.out);
+  out[thread] = static_cast<const int*>(p.in)[0];
+  if (p.mode == 1) block_sync();
+  const int theirs = p.mode == 1 || p.mode == 2 ? out[neighbour] : 0;
+  if (p.mode == 1) block_sync();
+  out[thread] += theirs;
+  if (p.mode == 3 && threadIdx.x == 0) out[gridDim.x * blockDim.x] = 1;
+  if (p.mode == 4 && blockIdx.x == 1) out[thread] += out[0];
+}
+
 // What nobody wrote: mode 0 dynamic shared memory, 1 a static array, 2 a local array.
 TDC_KERNEL(self_test_unwritten, 32, SelfTestParams) {
   TDC_DYNAMIC_SHARED(memory);

@@ -174,13 +174,13 @@ def build(family: str, plants: tuple[str, ...] = (), sanitize: bool = False) -> 
     # The undefined-behaviour sanitizer is for kernels: it triples the time that the emulator itself compiles.
     own = ["-O1", "-fsanitize=address"] if sanitize else ["-O2"]
     jobs = {build_folder() / f"{name}-{kind}.o": [*own, str(CSRC / "emulator" / f"{name}.cpp")] for name in RUNTIME}
-    jobs = {target: job for target, job in jobs.items() if not target.exists()}
     target = library.with_suffix(".o")
     checks = _SANITIZE if sanitize else _RACE_CHECK
     planted = [f"-DTDC_PLANT_{plant}=1" for plant in plants]
     jobs[target] = ["-g1", *checks, *planted, "-x", "c++", "-include", str(kernel_header(family)), os.devnull]
+    missing = [(["-c", *arguments], made) for made, arguments in jobs.items() if not made.exists()]
     with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
-        list(pool.map(lambda job: compile_to(["-c", *job[1]], job[0]), jobs.items()))
+        list(pool.map(lambda job: compile_to(*job), missing))
     runtime = [str(build_folder() / f"{name}-{kind}.o") for name in RUNTIME]
     compile_to(["-shared", *(_SANITIZE if sanitize else []), str(target), *runtime, "-ldl"], library)
     return library

@@ -123,8 +123,11 @@ def warp_reverse_is_right(schedule: int, *plants: str) -> bool:
 
 
 PLANTS = {
-    "SELF_NO_WAIT": (stages_are_right, r"thread \d+ reads .* while the copy that thread \d+ issued .* is in flight"),
-    "SELF_NO_COMMIT": (stages_are_right, r"thread \d+ reads .* while the copy that thread \d+ issued .* is in flight"),
+    "SELF_NO_WAIT": (stages_are_right, r"thread \d+ touches .* while the copy that thread \d+ issued .* is in flight"),
+    "SELF_NO_COMMIT": (
+        stages_are_right,
+        r"thread \d+ touches .* while the copy that thread \d+ issued .* is in flight",
+    ),
     "SELF_WRONG_STAGE": (stages_are_right, r"while the copy that thread \d+ issued .* is in flight"),
     "SELF_NO_STAGE_BARRIER": (stages_are_right, r"race on byte \d+ of the dynamic shared memory|in flight"),
     "SELF_NO_BARRIER": (reverse_is_right, r"race on byte \d+ of the shared array values"),
@@ -183,6 +186,18 @@ def test_conflicts_are_races_and_nothing_else_is(mode: int) -> None:
     assert run("conflicts", out, mode=0, threads=64).eq(65).all()
     with pytest.raises(EmulatorError, match="race on byte"):
         run("conflicts", out, mode=mode, threads=64)
+
+
+@plain_only
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("mode", [2, 3, 4], ids=["no barrier", "written by two blocks", "read from another block"])
+def test_races_on_global_memory_are_reported(mode: int, schedule: int) -> None:
+    out, source = torch.empty(65, dtype=torch.int32), torch.tensor([3], dtype=torch.int32)
+    assert run("global", out, source, mode=0, grid=(2, 1, 1), schedule=schedule)[:64].eq(3).all()
+    assert run("global", out, source, mode=1, grid=(2, 1, 1), schedule=schedule)[:64].eq(6).all()
+    order = "no barrier is between" if mode == 2 else "nothing orders two blocks"
+    with pytest.raises(EmulatorError, match=f"race on global memory at 0x.*, and {order}"):
+        run("global", out, source, mode=mode, grid=(2, 1, 1), schedule=schedule)
 
 
 # Without torch, whose import takes seconds under ASan; of a size that Python takes from malloc.
