@@ -30,6 +30,10 @@ VERSION = 1
 _TRIAL = tuple(entry.name for entry in fields(Trial))
 
 
+class OtherSearch(ValueError):
+    """A memory file holds another search than the one that is to go on."""
+
+
 @dataclass(frozen=True)
 class Round:
     """What the agent answered in one round of one group."""
@@ -52,7 +56,8 @@ class Memory:
                refused by the name of what differs.
     say      : receives notes for people.
 
-    Raises ValueError for a file that is no memory, is damaged other than by half a last line, or of another search.
+    Raises ValueError for a file that is no memory, or is damaged other than by half a last line, and OtherSearch, which
+    is one too, for the memory of another search.
     """
 
     path: Path | None = None
@@ -207,4 +212,4 @@ def _refuse_other_search(path: Path, found: Mapping[str, Any], header: Mapping[s
     for name in [*header, *found]:
         if found.get(name) != header.get(name):
             remedy = f"{header.get(name)!r} as in this search; the file is of another one: move it away to begin anew"
-            raise invalid(f"{path}: {name}", found.get(name), remedy)
+            raise OtherSearch(str(invalid(f"{path}: {name}", found.get(name), remedy)))

@@ -6,14 +6,13 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from tdc_fast.errors import require
 from tdc_fast.pruning.task import Task, Trial
 
 SHOWN = 5
 
 
 class Progress:
-    """Receives what happens in a search. Shows nothing but notes, on stderr; `BarAndTable` shows the rest."""
+    """Receives what happens in a search. Shows nothing but notes, on stderr; `BarAndTable` shows all of it."""
 
     def say(self, text: str) -> None:
         """A note about something unusual."""
@@ -34,8 +33,10 @@ class BarAndTable(Progress):
     """A progress bar on stderr for each round (only on a terminal unless `always`) and the table after each."""
 
     def __init__(self, always: bool = False, bars: bool = True) -> None:
-        self.tqdm = require("tqdm", extra="demo").tqdm
-        self.disable = not bars or (None if not always else False)
+        from tqdm import tqdm
+
+        self.tqdm = tqdm
+        self.disable = (False if always else None) if bars else True  # None: only on a terminal
 
     def say(self, text: str) -> None:
         self.tqdm.write(text, file=sys.stderr)
@@ -51,8 +52,9 @@ class BarAndTable(Progress):
             yield lambda count: bar.update(count) and None
 
     def finished_round(self, task: Task, trials: Sequence[Trial]) -> None:
-        self.tqdm.write(best_table(task, trials), file=sys.stdout)
-        sys.stdout.flush()
+        if any(trial.score is not None for trial in trials):
+            self.tqdm.write(best_table(task, trials), file=sys.stdout)
+            sys.stdout.flush()
 
 
 def best_table(task: Task, trials: Sequence[Trial], shown: int = SHOWN) -> str:

@@ -77,6 +77,7 @@ def plan_pruning(
     rounds: int = 1,
     candidates: int = 8,
     scorer: Scorer | None = None,
+    max_samples: int = 1024,
     memory_file: str | Path | None = None,
     use_memory: bool = True,
     stand_in: Agent | None = None,
@@ -99,7 +100,7 @@ def plan_pruning(
                   solve for kept importance when there is one round, and 'tpe' for more.
     rounds, candidates, use_memory, stand_in, progress : see `search_widths`.
     scorer      : None scores by the denoising loss on the same calibration data, and not at all for an agent of a
-                  single proposal.
+                  single proposal; `max_samples` bounds a pass of it.
     memory_file : JSON lines of everything that was tried (`memory.Memory`); a search whose file is there goes on.
     strict      : raise instead of warn where the units are too coarse to land within the tolerance.
 
@@ -116,7 +117,7 @@ def plan_pruning(
         raise invalid("max_batches", max_batches, "at least 1")
     if diffusion.num_timesteps != groups.num_timesteps:
         raise invalid("groups", groups, f"groups of the diffusion's {diffusion.num_timesteps} timesteps")
-    chosen = resolved_agent(agent, rounds)
+    chosen = resolved_agent(agent, rounds, importance)
     if chosen.name == "magnitude":
         importance = "magnitude"
     fractions = group_fractions(groups, diffusion.snr_db(), k, difficulty)
@@ -128,7 +129,7 @@ def plan_pruning(
     budgets = tuple(budget_macs(fraction, costs.full()) for fraction in fractions)
     _check_reachable(k, budgets, costs)
     if scorer is None and not getattr(chosen, "one_shot", False):
-        scorer = DenoisingLoss(base, diffusion, data, seed=seed)
+        scorer = DenoisingLoss(base, diffusion, data, seed=seed, max_samples=max_samples)
     digest = base_hash(base)
 
     def importance_of(group: int, interval: tuple[int, int]) -> Importance:
@@ -186,12 +187,12 @@ def plan_pruning(
     return Pruning(plan, calibration, costs.full(), fractions, trials)
 
 
-def resolved_agent(agent: str | Agent, rounds: int) -> Agent:
-    """The agent itself; 'auto' by the number of rounds."""
+def resolved_agent(agent: str | Agent, rounds: int, importance: object = "taylor") -> Agent:
+    """The agent itself; 'auto' is the one-shot answer by the importance for one round, else 'tpe'."""
     if not isinstance(agent, str):
         return agent
     if agent == "auto":
-        return make_agent("taylor" if rounds == 1 else "tpe")
+        agent = "tpe" if rounds > 1 else "magnitude" if importance == "magnitude" else "taylor"
     return make_agent(agent)
 
 

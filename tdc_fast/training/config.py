@@ -22,6 +22,7 @@ from tdc_fast.training.options import (
     ModelOptions,
     OptimizerOptions,
     RunOptions,
+    SearchOptions,
     TdcOptions,
 )
 
@@ -46,16 +47,17 @@ MAY_CHANGE_ON_RESUME = frozenset(
 
 _POSITIVE = (
     "image_size num_channels num_res_blocks num_heads num_classes diffusion_steps batch_size "
-    "log_interval save_interval calibration_batches max_groups probes"
+    "log_interval save_interval calibration_batches max_groups probes rounds candidates score_samples "
+    "llm_timeout llm_calls"
 )
 _NOT_NEGATIVE = (
     "in_channels lr fp16_scale_growth weight_decay lr_anneal_steps lr_anneal_start warmup_steps grad_clip refine "
-    "stage1_steps stage2_steps baseline_steps stage2_batch stage2_lr num_threads preview"
+    "stage1_steps stage2_steps baseline_steps stage2_batch stage2_lr num_threads preview llm_retries"
 )
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(DataOptions, ModelOptions, DiffusionOptions, OptimizerOptions, TdcOptions, RunOptions):
+class TrainConfig(DataOptions, ModelOptions, DiffusionOptions, OptimizerOptions, TdcOptions, SearchOptions, RunOptions):
     """Everything that defines a training run; :mod:`tdc_fast.training.options` documents every field.
 
     ``TrainConfig(data_dir="digits", image_size=8, groups=4)`` is the same run as ``--data_dir digits --image_size 8
@@ -232,7 +234,17 @@ def _check_chosen_groups(config: TrainConfig) -> None:
             )
 
 
+def _check_search(config: TrainConfig) -> None:
+    if config.agent == "taylor" and config.importance == "magnitude":
+        raise invalid("agent", config.agent, "magnitude, or --importance taylor: one importance decides both")
+    if config.agent == "llm" and not config.llm_model:
+        raise invalid("llm_model", config.llm_model, "the name of a model, which --agent llm asks")
+    if "@" in config.llm_url:
+        raise invalid("llm_url", "(not shown)", "a URL without a secret; the key belongs into OPENAI_API_KEY")
+
+
 def _check_tdc(config: TrainConfig) -> None:
+    _check_search(config)
     if not 0 < config.k <= 1:
         raise invalid("k", config.k, "a share of the base's MACs above 0 and at most 1")
     if config.groups < 0:

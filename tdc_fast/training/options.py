@@ -189,6 +189,38 @@ class TdcOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SearchOptions:
+    """The search for every expert's widths within its budget (proxy-based pruning)."""
+
+    agent: Literal["auto", "taylor", "magnitude", "random", "greedy", "evolution", "tpe", "llm"] = "auto"
+    """Who proposes widths. taylor and magnitude answer once, with what keeps most of that importance; the others search
+    with scored candidates: by chance, by loss per MAC, by evolution, by optuna's estimator, or by asking a language
+    model. auto is the one-shot answer by --importance for one round, and tpe for more."""
+    rounds: int = 1
+    """Rounds of proposing and scoring, for each group."""
+    candidates: int = 8
+    """Candidates per round; they are scored in one routed batch."""
+    memory: bool = True
+    """Let the agent see what was tried, in this group and in those before it. False hides it; memory.jsonl is written
+    either way."""
+    score_samples: int = 1024
+    """Samples that one pass of scoring may hold, over all candidates together: a bound on its memory."""
+    llm_model: str = ""
+    """With --agent llm: name of the model. The key is read from the environment, OPENAI_API_KEY, and kept nowhere."""
+    llm_url: str = ""
+    """Base URL of an OpenAI-compatible service, such as http://127.0.0.1:8000/v1; empty takes OPENAI_BASE_URL, else
+    OpenAI's."""
+    llm_timeout: float = 60.0
+    """Seconds after which a call counts as failed."""
+    llm_retries: int = 3
+    """How often a failed call or an unusable answer is asked again, in each round."""
+    llm_calls: int = 100
+    """Calls allowed in the whole search; later rounds are the --llm_fallback's."""
+    llm_fallback: Literal["random", "greedy", "evolution", "tpe"] = "evolution"
+    """Agent that stands in for a round in which the language model has no usable answer."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunOptions:
     """Where the run lives, what it records and how it goes on."""
 
@@ -226,6 +258,7 @@ SECTIONS: dict[str, type] = {
     "diffusion": DiffusionOptions,
     "optimizer": OptimizerOptions,
     "tdc": TdcOptions,
+    "search": SearchOptions,
     "run": RunOptions,
 }
 """Section title on the command line -> its dataclass, in the order of ``--help``."""

@@ -9,7 +9,7 @@ import hashlib
 import json
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from tdc_fast.training import cost
 from tdc_fast.training.base_file import cpu_state, find_base_file, load_base_file
 from tdc_fast.training.build import build_data, build_device, build_diffusion, build_groups, build_unet, place
 from tdc_fast.training.checkpoint import choose_checkpoint, ema_file, load_verified, save_checkpoint, state_file
-from tdc_fast.training.config import TrainConfig, comma_numbers
+from tdc_fast.training.config import TrainConfig
 from tdc_fast.training.grouping import load_groups, measured_groups
 from tdc_fast.training.loop import Stage, StageLoop
 from tdc_fast.training.optimization import LearningRate
@@ -34,6 +34,9 @@ from tdc_fast.training.preview import write_preview
 from tdc_fast.training.random_state import derived_seed, seeded
 from tdc_fast.training.resume_checkpoint import continue_from
 from tdc_fast.training.run import RunDirectory
+
+if TYPE_CHECKING:
+    from tdc_fast.pruning.search import Pruning
 
 State = dict[str, Tensor]
 
@@ -112,42 +115,45 @@ def prune_base(run: RunDirectory, base_state: State, dataset: Any = None) -> Wid
 
     A plan that widths.json already holds is taken, once it is checked to be of this base.
     """
-    from tdc_fast.pruning.search import plan_pruning
-    from tdc_fast.training.data import BatchStream
+    from tdc_fast.training.search import prunes
 
-    config = run.config
-    groups = _groups(run)
     base = build_base(run, base_state)
     path = run.path / "widths.json"
-    macs = _base_macs(run, base)
     if path.is_file():
         plan = WidthPlan.load(path)
-        plan.check(base.pruning_units(), base=base_hash(base), boundaries=groups.boundaries)
+        plan.check(base.pruning_units(), base=base_hash(base), boundaries=_groups(run).boundaries)
         return plan
-    shares = comma_numbers("budgets", config.budgets, float)
-    if (min(shares) if shares else config.k) == 1:
-        _write_phase(run, macs, None, "pruning", macs=0)
+    if not prunes(run.config):
+        _write_phase(run, _base_macs(run, base), None, "pruning", macs=0)
         return None
+    return search_widths(run, run.config, base, dataset).plan
+
+
+def search_widths(run: RunDirectory, config: TrainConfig, base: UNet, dataset: Any = None) -> Pruning:
+    """Search the experts' widths and write widths.json, whatever it held.
+
+    Args:
+        config: the run's own, or with other options of the search.
+        base: as ``build_base`` gives it.
+    """
+    from tdc_fast.training.data import BatchStream
+    from tdc_fast.training.search import search_run
+
+    groups = _groups(run)
+    macs = _base_macs(run, base)
     with seeded(derived_seed(config.seed, "pruning")):
         stream = BatchStream(
             dataset or build_data(config), config.batch_size, derived_seed(config.seed, "data", "pruning")
         )
         difficulty, spent = _difficulty(run, base, groups, dataset)
-        found = plan_pruning(
-            base,
-            groups,
-            build_diffusion(config),
-            stream,
-            k=shares or config.k,
-            importance=config.importance,
-            difficulty=difficulty,
-            max_batches=config.calibration_batches,
-            seed=derived_seed(config.seed, "importance") % 2**31,
-        )
-        stream.close()
-    _write_phase(run, macs, None, "pruning", macs=found.calibration_macs + spent)
-    found.plan.save(path)  # after the cost: a run with widths.json has both
-    return found.plan
+        try:
+            found = search_run(run, config, base, groups, stream, difficulty)
+        finally:
+            stream.close()
+    searched = {name: getattr(config, name) for name in ("agent", "rounds", "candidates", "memory")}
+    _write_phase(run, macs, None, "pruning", macs=found.calibration_macs + spent, **searched)
+    found.plan.save(run.path / "widths.json")  # after the cost: a run with widths.json has both
+    return found
 
 
 def train_experts(

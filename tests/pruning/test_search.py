@@ -189,7 +189,8 @@ def measured_without_a_search(net: TinyNet, groups: TimestepGroups, batches: lis
 
 def test_agents_search_with_several_rounds_and_one_shot_ones_answer_at_once() -> None:
     net, groups = tiny_net(), TimestepGroups.uniform(100, 2)
-    assert resolved_agent("auto", 1).name == "taylor" and resolved_agent("auto", 2).name == "tpe"
+    names = [resolved_agent("auto", *rest).name for rest in ((1,), (1, "magnitude"), (2,), (2, "magnitude"))]
+    assert names == ["taylor", "magnitude", "tpe", "tpe"]
     found = plan_pruning(net, groups, RecordedDiffusion(), tiny_batches(), k=(1.0, 0.7), agent="magnitude", rounds=3)
     by_magnitude = prune(net, groups, RecordedDiffusion(), tiny_batches(), k=(1.0, 0.7), importance="magnitude")
     assert found.plan == by_magnitude and [len(trials) for trials in found.trials] == [0, 1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 
 import numpy as np
 
@@ -29,21 +30,18 @@ def distinct(task: Task, first: list[Proposal], more: Iterator[Proposal], count:
     After 8 draws per place repetitions are let through: a small space may have nothing new.
     """
     seen = {as_key(task.units, trial.widths) for trial in task.memory}
+    landed: dict[tuple[int, ...], tuple[int, ...]] = {}  # proposed -> tried, since projecting takes longer than drawing
     chosen: list[Proposal] = []
-    for proposal in first:
-        key = as_key(task.units, task.project(proposal.widths).widths)
-        if key not in seen:
-            seen.add(key)
+    for place, proposal in enumerate(chain(first, more)):
+        if len(chosen) == count:
+            break
+        proposed = as_key(task.units, proposal.widths)
+        if proposed not in landed:
+            landed[proposed] = as_key(task.units, task.project(proposal.widths).widths)
+        if landed[proposed] not in seen or place >= len(first) + 8 * count:
+            seen.add(landed[proposed])
             chosen.append(proposal)
-    tries = 0
-    while len(chosen) < count:
-        proposal = next(more)
-        key = as_key(task.units, task.project(proposal.widths).widths)
-        tries += 1
-        if key not in seen or tries > 8 * count:
-            seen.add(key)
-            chosen.append(proposal)
-    return chosen[:count]
+    return chosen
 
 
 def _reweighted(task: Task) -> Iterator[Proposal]:
