@@ -81,7 +81,7 @@ def device_of(device: torch.device) -> Device:
     if device.type != "cuda":
         return Device(80, 4, 166912, "interpreter")
     properties = torch.cuda.get_device_properties(device)
-    limit = properties.shared_memory_per_block_optin
+    limit = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
     return Device(properties.major * 10 + properties.minor, properties.multi_processor_count, limit, properties.name)
 
 
@@ -112,7 +112,7 @@ def pixel_grid(op: str, problem: Any) -> tuple[int, int]:
 
 def box_of(pixels: int, height: int, width: int) -> tuple[int, int, int]:
     """(samples, rows, columns), powers of two of product `pixels`: the box that covers images with the fewest boxes."""
-    best = (0, 1, 1, pixels)
+    best = (0.0, 1, 1, pixels)
     for columns in _powers_of_two(min(pixels, _round_up(width))):
         rows = min(pixels // columns, _round_up(height))
         samples = pixels // columns // rows
