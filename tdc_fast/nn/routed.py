@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tdc_fast.errors import invalid
 from tdc_fast.nn.plan_scope import Routing
 from tdc_fast.ops import routed_conv2d, routed_group_norm, routed_linear
+from tdc_fast.ops.layout import empty_channel_innermost
 from tdc_fast.routing import RoutingPlan
 
 
@@ -91,7 +92,7 @@ class RoutedLeaf(nn.Module):
         state = {}
         for name, parameter in self.named_parameters():
             value = parameter[expert][self._live_index(parameter, expert)]
-            state[name] = value.reshape(self._dense_shape(name, value.shape))
+            state[name] = value.reshape(self._dense_shape(name, value.shape)).contiguous()
         return state
 
     @torch.no_grad()
@@ -108,8 +109,8 @@ class RoutedLeaf(nn.Module):
 
     def dense(self, expert: int) -> nn.Module:
         """The layer of one expert as the ordinary layer this leaf was packed from (never pruned)."""
-        device = next(self.parameters()).device
-        layer = copy.deepcopy(self.template[0]).to_empty(device=device)
+        like = next(self.parameters())  # the leaf may have moved since it was packed
+        layer = copy.deepcopy(self.template[0]).to(like.dtype).to_empty(device=like.device)
         layer.load_state_dict(self.expert_state(expert))
         return layer.train(self.training)
 
@@ -127,7 +128,11 @@ class RoutedLeaf(nn.Module):
 
 
 class RoutedConv2d(RoutedLeaf):
-    """``routed_conv2d`` with parameters weight (E, C_out, C_in, R, S) and bias (E, C_out)."""
+    """``routed_conv2d`` with parameters weight (E, C_out, C_in, R, S) and bias (E, C_out).
+
+    The weight lies in memory as [E, C_out, R, S, C_in], which GPU kernels read in place. Its gradient and what an
+    optimizer keeps of it follow; a state dict of any memory order loads.
+    """
 
     closing_gate: Tensor | None
 
@@ -145,7 +150,7 @@ class RoutedConv2d(RoutedLeaf):
         filter_size = (kernel_size, kernel_size) if isinstance(kernel_size, int) else tuple(kernel_size)
         self.in_channels, self.out_channels, self.kernel_size = in_channels, out_channels, filter_size
         self.stride, self.padding = stride, padding
-        self.weight = nn.Parameter(torch.empty(num_experts, out_channels, in_channels, *filter_size))
+        self.weight = nn.Parameter(empty_channel_innermost((num_experts, out_channels, in_channels, *filter_size)))
         self.bias = nn.Parameter(torch.empty(num_experts, out_channels)) if bias else None
         self.register_buffer("closing_gate", None, persistent=False)
         _initialise(self.weight, self.bias)

@@ -44,7 +44,7 @@ def device_facts(device: torch.device) -> Facts:
     if index not in _facts:
         found = torch.cuda.get_device_properties(index)
         arch = found.major * 10 + found.minor
-        _facts[index] = (arch, found.multi_processor_count, found.shared_memory_per_block_optin)
+        _facts[index] = (arch, found.multi_processor_count, found.shared_memory_per_block_optin)  # type: ignore[attr-defined]
     return _facts[index]
 
 

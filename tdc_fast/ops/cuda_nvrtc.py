@@ -28,7 +28,7 @@ from tdc_fast.ops.cuda_launch import Facts, device_facts, device_index
 CACHE_VARIABLE = "TDC_FAST_CACHE"
 SOURCES = "tdc_fast.cuda_sources"  # csrc/cuda, installed as package data
 _INCLUDE = re.compile(r'^\s*#\s*include\s+"cuda/([^"]+)"', re.MULTILINE)
-_OPTIONS = ("--std=c++17", "--restrict")
+_OPTIONS = ("--std=c++17", "--device-as-default-execution-space")  # constexpr helpers that the host shares
 _DIGEST_BYTES = hashlib.sha256().digest_size
 _SHARED_WITHOUT_ASKING = 48 * 1024
 
@@ -83,7 +83,7 @@ def compile_family(family: str, arch_name: str, options: Sequence[str] = ()) -> 
 
     sources = read_sources(family)
     unit = next(iter(sources))
-    headers = {name: text for name, text in sources.items() if name != unit}
+    headers = {name.encode(): text.encode() for name, text in sources.items() if name != unit}
     program = nvrtc.createProgram(sources[unit], unit, list(headers.values()), list(headers))
     try:
         try:

@@ -24,7 +24,7 @@ def is_channel_innermost(weight: Tensor) -> bool:
 
 
 def empty_channel_innermost(
-    shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: torch.device | None = None
+    shape: tuple[int, ...] | torch.Size, dtype: torch.dtype | None = None, device: torch.device | None = None
 ) -> Tensor:
     """Uninitialised weight of shape (E, C_out, C_in, R, S) in memory order [E, C_out, R, S, C_in]."""
     experts, out_channels, in_channels, rows, columns = shape

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -15,6 +17,7 @@ from tdc_fast.nn.routed import (
     RoutedLinear,
     routed_twin,
 )
+from tdc_fast.ops.layout import is_channel_innermost
 from tdc_fast.routing import RoutingPlan
 
 GROUPS = torch.tensor([2, 0, 2, 1, 0, 2])
@@ -127,3 +130,27 @@ def test_a_leaf_outside_a_forward_asks_for_a_plan():
 def test_a_setting_without_a_routed_form_is_named(layer, named):
     with pytest.raises(ValueError, match=named):
         routed_twin("leaf", layer, 2, None, None)
+
+
+def test_a_convolution_keeps_its_weight_channel_innermost_wherever_it_goes(plan, tmp_path):
+    """So that GPU kernels read it in place: weight, gradient and optimizer state, moved, copied, saved and loaded."""
+    leaf = routed_twin("convolution", layers.Conv2d(3, 5, 3, padding=1), 4, None, None)
+    nn.init.normal_(leaf.weight)
+    assert is_channel_innermost(leaf.weight) and not leaf.weight.is_contiguous()
+    assert is_channel_innermost(leaf.double().weight) and is_channel_innermost(copy.deepcopy(leaf).weight)
+    leaf.float()
+    torch.save(leaf.state_dict(), tmp_path / "state.pt")
+    leaf.load_state_dict({name: value.contiguous() for name, value in leaf.state_dict().items()})
+    assert is_channel_innermost(leaf.weight)
+    assert is_channel_innermost(torch.load(tmp_path / "state.pt", weights_only=True)["weight"])
+    optimizer = torch.optim.Adam(leaf.parameters())
+    leaf(plan.sort(torch.randn(6, 3, 6, 6)), plan).sum().backward()
+    optimizer.step()
+    assert is_channel_innermost(leaf.weight.grad)
+    assert is_channel_innermost(optimizer.state[leaf.weight]["exp_avg"])
+    assert leaf.expert_state(1)["weight"].is_contiguous()
+
+
+def test_an_expert_leaves_in_the_dtype_that_the_leaf_has_now():
+    leaf = routed_twin("linear", nn.Linear(3, 5), 2, None, None).to(torch.bfloat16)
+    assert leaf.dense(0).weight.dtype == torch.bfloat16
