@@ -1,7 +1,7 @@
-"""Bias gradients of a routed convolution: sums of dy over the pixels of each sample, and over the samples of each expert.
+"""Bias gradients of a routed convolution: sums of dy over each sample's pixels, and over each expert's samples.
 
-A program adds up one sample's pixels for a block of neighbouring channels, every element of its tile for itself, and the
-tile's rows by a tree at the end: one fixed order.
+A program adds up one sample's pixels for a block of neighbouring channels, every element of its tile for itself, and
+the tile's rows by a tree at the end: one fixed order.
 """
 
 from __future__ import annotations

@@ -7,10 +7,10 @@ shares of the pixels of every group that uses the expert. It steps through its s
 
 Both operands have pixels in rows, as memory has them; channels are the free dimensions of the product, so what a dead
 channel holds (NaN perhaps) stays in its own row or column, and one mask per group, on the finished sums, drops it.
-With S = 1 the tile is final. Otherwise it is an fp32 partial, and a second launch adds the S partials in ascending order.
+With S = 1 the tile is final. Otherwise it is an fp32 partial, and a second launch adds the S partials, s ascending.
 
-Operands come through pointers, or (BOXED, sm_90 and later) as TMA boxes [1, TH, TW, channels] of TH * TW = BK pixels, whose
-zero fill outside the image is the padding; wgmma then reads both from shared memory.
+Operands come through pointers, or (BOXED, sm_90 and later) as TMA boxes of TH * TW = BK pixels,
+whose zero fill outside the image is the padding; wgmma then reads both from shared memory.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tdc_fast.kernels import wgrad_tiles
-from tdc_fast.kernels.common import expert_of, live_width, multiply
+from tdc_fast.kernels.common import live_width, multiply
 from tdc_fast.kernels.conv_launch import Launch
 from tdc_fast.kernels.expert_sums import segment_of
 from tdc_fast.kernels.tile_shapes import device_of, precision_of
@@ -66,12 +66,14 @@ def _operands(
 ):
     """dy [BM, BK] and x [BK, BN] of the group's pixels step * BK ..."""
     if BOXED:
+        # The pixels of a box of dy are neighbours in memory, rows of a matrix: the left operand of tl.dot would lose
+        # its place in shared memory if it were reshaped from a 4-D box, as the right one may be.
         columns = out_width // TW
         boxes = out_height // TH * columns
         sample = first + step // boxes
         box = step % boxes
         row, column = box // columns * TH, box % columns * TW
-        grad = tl.trans(dy.load([sample, row, column, column_out]).reshape(BK, BM))
+        grad = tl.trans(dy.load([first * (boxes * BK) + step * BK, column_out]))
         value = x.load([sample, row + shift_y, column + shift_x, column_in]).reshape(BK, BN)
     else:
         pixels = out_height * out_width
@@ -99,8 +101,8 @@ def _operands(
 
 @triton.jit(do_not_specialize=_GEOMETRY)
 def wgrad_kernel(
-    dy,  # (B, out_height, out_width, out_channels), or its boxes
-    x,  # (B, height, width, in_channels), or its boxes
+    dy,  # (B, out_height, out_width, out_channels), or boxes [BK, BM] of its pixels
+    x,  # (B, height, width, in_channels), or boxes [1, TH, TW, BN] of it
     out,  # (splits, E, C_out, taps, C_in), fp32 unless there is one split
     offsets,
     weight_index,
@@ -174,8 +176,9 @@ def wgrad_kernel(
 
 
 @triton.jit(do_not_specialize=("elements", "splits"))
-def sum_splits_kernel(partial, out, elements, splits, BLOCK: tl.constexpr):
-    """out[i] = sum of partial[s, i], s ascending."""
+def sum_splits_kernel(partial, out, elements, splits, VECTOR: tl.constexpr, BLOCK: tl.constexpr):
+    """out[i] = sum of partial[s, i], s ascending. VECTOR divides elements."""
+    elements = (elements // VECTOR) * VECTOR
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     for split in range(splits):
@@ -226,11 +229,17 @@ def _vector(channels: int, itemsize: int) -> int:
     return vector
 
 
-def _boxes(tensor: Tensor, rows: int, columns: int, channels: int) -> TensorDescriptor:
-    """Boxes [1, rows, columns, channels] of (B, C, H, W) in channels_last memory."""
-    batch, depth, height, width = tensor.shape
+def _pixel_rows(dy: Tensor, pixels: int, channels: int) -> TensorDescriptor:
+    """Boxes [pixels, channels] of dy (B, C, H, W) in channels_last memory, seen as a matrix of B * H * W rows."""
+    batch, depth, height, width = dy.shape
+    return TensorDescriptor(dy, [batch * height * width, depth], [depth, 1], [pixels, channels])
+
+
+def _boxes(x: Tensor, rows: int, columns: int, channels: int) -> TensorDescriptor:
+    """Boxes [1, rows, columns, channels] of x (B, C, H, W) in channels_last memory."""
+    batch, depth, height, width = x.shape
     shape, strides = [batch, height, width, depth], [height * width * depth, width * depth, depth, 1]
-    return TensorDescriptor(tensor, shape, strides, [1, rows, columns, channels])
+    return TensorDescriptor(x, shape, strides, [1, rows, columns, channels])
 
 
 def wgrad_launches(
@@ -266,12 +275,13 @@ def wgrad_launches(
         **constants,
     }
     if tile.path == "tma":
-        arguments["dy"] = _boxes(dy, constants["TH"], constants["TW"], tile.block_out)
+        arguments["dy"] = _pixel_rows(dy, tile.block_pixels, tile.block_out)
         arguments["x"] = _boxes(x, constants["TH"], constants["TW"], tile.block_in)
     launches = [Launch(wgrad_kernel, grid, arguments, {"num_warps": tile.warps, "num_stages": tile.stages})]
     if splits > 1:
         elements = dweight.numel()
         sums = {"partial": out, "out": dweight, "elements": elements, "splits": splits, "BLOCK": _SUM_BLOCK}
+        sums["VECTOR"] = _vector(elements, itemsize=4)
         launches.append(Launch(sum_splits_kernel, (triton.cdiv(elements, _SUM_BLOCK),), sums, {"num_warps": 4}))
     return launches
 

@@ -1,9 +1,9 @@
 """The `triton` backend: prepares memory for the kernels of tdc_fast.kernels and launches them.
 
 fp32 (tf32 where the problem allows it), bf16 and fp16 on NVIDIA GPUs from sm_80 on; host memory only where
-TRITON_INTERPRET=1 has Triton's interpreter run the kernels, which is for tests. Shapes have been checked before they come
-here. The numbers inside offsets, tiles, weight_index and widths stay on the device, where kernels clamp them: nothing
-here waits for it. Importing this module imports triton.
+TRITON_INTERPRET=1 has Triton's interpreter run the kernels, which is for tests. Shapes have been checked before they
+come here. The numbers inside offsets, tiles, weight_index and widths stay on the device, where kernels clamp them:
+nothing here waits for it. Importing this module imports triton.
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ def group_norm_backward(
     weight_index: Tensor,
     widths: Tensor | None,
     mask: tuple[bool, bool, bool, bool, bool],
-) -> tuple[Tensor | None, ...]:
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     check_norm_values(p, offsets, weight_index, widths)
     with _on(x.device):
         return norm_backward(

@@ -13,7 +13,7 @@ from tdc_fast import RoutingPlan, explain, routed_conv2d, routed_group_norm, rou
 from tdc_fast.nn.packing import RoutedModel, pack_experts
 from tdc_fast.ops.layout import channel_innermost
 from tests.cases import ConvCase, Routing
-from tests.nn.test_packing import GROUPS, PRUNED, shuffled_plan, unet
+from tests.nn.test_packing import GROUPS, shuffled_plan, unet
 from tests.tolerance import assert_as_accurate_as_torch
 
 ROUTING = Routing((0, 2, 2, 1, 2), 3, 2, (1, 0, 1))
@@ -107,16 +107,19 @@ def test_a_batch_of_nothing_has_gradients_of_zero(nan_filled_memory: None) -> No
 
 # --- a whole network ---
 
-TINY = {"image_size": 4, "in_channels": 1, "out_channels": 2, "use_scale_shift_norm": True}
+TINY = {"image_size": 4, "in_channels": 1, "out_channels": 2, "channel_mult": (1, 1), "use_scale_shift_norm": True}
+
+
+PRUNED = {"input_blocks.1.0": 8, "middle_block.0": 16, "middle_block.1": 16, "output_blocks.0.0": 0}
 
 
 def step(model: RoutedModel, monkeypatch: pytest.MonkeyPatch, backend: str) -> dict[str, Tensor]:
-    """Output and all gradients of one forward and backward."""
+    """Output and all gradients of one forward and backward; the middle group has no sample."""
     monkeypatch.setenv("TDC_FAST_BACKEND", backend)
     draw = torch.Generator().manual_seed(5)
-    x = torch.randn(3, 1, 4, 4, generator=draw).requires_grad_()
+    x = torch.randn(2, 1, 4, 4, generator=draw).requires_grad_()
     model.zero_grad()
-    out = model(x, torch.tensor([999, 3, 150]), y=torch.tensor([0, 4, 1]))
+    out = model(x, torch.tensor([999, 3]), y=torch.tensor([0, 4]))
     (out * torch.randn(out.shape, generator=draw)).sum().backward()
     grads = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     return {"out": out.detach(), "dx": x.grad, **grads}
@@ -125,10 +128,12 @@ def step(model: RoutedModel, monkeypatch: pytest.MonkeyPatch, backend: str) -> d
 def test_a_whole_pruned_unet_forward_and_backward(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every layer goes through the backend: what it refused would raise."""
     model = unet(**TINY)
-    routed_model = pack_experts(model, GROUPS, shuffled_plan(model, PRUNED))
+    routed_model = pack_experts(model, GROUPS, shuffled_plan(model, [{}, {}, PRUNED]))
     expected, actual = (step(routed_model, monkeypatch, backend) for backend in ("reference", "triton"))
     for name in expected:
-        torch.testing.assert_close(actual[name], expected[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            actual[name], expected[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 # --- what it refuses ---
@@ -158,9 +163,9 @@ def conv_plan() -> RoutingPlan:
 
 
 def test_norm_groups_too_wide_for_one_program_are_refused() -> None:
-    x = torch.zeros(1, 4097, 1, 2)
-    reason = explain("routed_group_norm", x, *torch.zeros(2, 1, 4097), conv_plan(), num_groups=1).reasons["triton"]
-    assert reason is not None and "at most 4096 channels" in reason
+    x = torch.zeros(1, 2049, 1, 2)
+    reason = explain("routed_group_norm", x, *torch.zeros(2, 1, 2049), conv_plan(), num_groups=1).reasons["triton"]
+    assert reason is not None and "at most 2048 channels" in reason
 
 
 def test_bad_numbers_in_host_memory_are_named() -> None:

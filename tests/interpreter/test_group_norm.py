@@ -188,4 +188,5 @@ def test_numbers_out_of_range_index_nothing_out_of_bounds() -> None:
 def test_a_program_reads_whole_groups_in_rows_of_64_bytes(
     channels: int, per_group: int, pixels: int, itemsize: int, tile: NormTile
 ) -> None:
-    assert norm_tile(channels, per_group, pixels, itemsize) == tile
+    assert norm_tile(channels, per_group, pixels, itemsize, backward=False) == tile
+    assert norm_tile(channels, per_group, pixels, itemsize, backward=True).num_warps == max(8, tile.num_warps)

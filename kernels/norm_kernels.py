@@ -1,0 +1,247 @@
+"""Device code of the routed group norm: a program owns one sample and a block of whole norm groups.
+
+It walks the image in tiles of [BLOCK_PIXELS, BLOCK_CHANNELS], every element keeping its own running sums; what belongs
+together is combined once, at the end: pixels by a tree, then channels into norm groups by a small membership matrix.
+The image is walked twice; the second time it comes from the cache.
+
+    pixels |  tile 0  | c0 .. c1 |        running mean and M2 of every element (Welford)
+           |  tile 1  | c0 .. c1 |   ->   channel: mean, M2   ->   norm group: mean, rstd
+           |   ...    | c0 .. c1 |        second walk: (x - mean) * rstd, affine, scale, shift, SiLU
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from tdc_fast.kernels.common import expert_of, live_width
+from tdc_fast.kernels.expert_sums import group_of_sample
+
+_INTEGERS = ("channels", "pixels", "per_group", "span", "norm_groups", "num_groups", "num_experts", "eps")
+
+
+@triton.jit
+def _affine_rows(weight, bias, scale, shift, expert, sample, columns, channels, live):
+    """[BC] fp32, zero where dead: expert's weight and bias, 1 + the sample's scale, its shift."""
+    place = expert.to(tl.int64) * channels + columns
+    gain = tl.load(weight + place, mask=live, other=0.0).to(tl.float32)
+    offset = tl.load(bias + place, mask=live, other=0.0).to(tl.float32)
+    place = sample.to(tl.int64) * channels + columns
+    factor = tl.zeros_like(gain) + 1.0
+    if scale is not None:
+        factor += tl.load(scale + place, mask=live, other=0.0).to(tl.float32)
+    addend = tl.zeros_like(gain)
+    if shift is not None:
+        addend += tl.load(shift + place, mask=live, other=0.0).to(tl.float32)
+    return gain, offset, factor, addend
+
+
+@triton.jit
+def _group_sums(values, member):
+    """[BC] values -> [BG] sums over the channels of each norm group."""
+    return tl.sum(tl.where(member, values[None, :], 0.0), 1)
+
+
+@triton.jit
+def _of_channels(values, member):
+    """[BG] values of norm groups -> [BC], each channel that of its group."""
+    return tl.sum(tl.where(member, values[:, None], 0.0), 0)
+
+
+@triton.jit
+def _block(span, per_group, channels, VECTOR: tl.constexpr, BLOCK_GROUPS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
+    """This program's channels: (first, [BC] column from there, [BC] inside the block, [BG, BC] member of a norm group).
+
+    VECTOR divides channels and span; saying so lets a thread's masked load stay one 16-byte access.
+    """
+    first = tl.program_id(1) * ((span // VECTOR) * VECTOR)
+    size = tl.minimum((span // VECTOR) * VECTOR, ((channels - first) // VECTOR) * VECTOR)
+    column = tl.arange(0, BLOCK_CHANNELS)
+    inside = column < size
+    member = (column // per_group)[None, :] == tl.arange(0, BLOCK_GROUPS)[:, None]
+    return first, column, inside, member & inside[None, :]
+
+
+@triton.jit(do_not_specialize=_INTEGERS)
+def norm_forward_kernel(
+    x,  # (B, pixels, C)
+    weight,  # (E, C)
+    bias,  # (E, C)
+    scale,  # (B, C) or None
+    shift,  # (B, C) or None
+    y,  # (B, pixels, C)
+    mean,  # (B, norm groups) fp32
+    rstd,  # (B, norm groups) fp32
+    offsets,
+    weight_index,
+    widths,
+    channels,
+    pixels,
+    per_group,  # channels of a norm group
+    span,  # channels of a program
+    norm_groups,
+    num_groups,
+    num_experts,
+    eps,
+    SILU: tl.constexpr,
+    VECTOR: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK_GROUPS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+    BLOCK_PIXELS: tl.constexpr,
+):
+    sample = tl.program_id(0)
+    group = group_of_sample(offsets, sample, num_groups, GROUPS)
+    expert = expert_of(weight_index, group, num_experts)
+    first, column, inside, member = _block(span, per_group, channels, VECTOR, BLOCK_GROUPS, BLOCK_CHANNELS)
+    live = inside & (first + column < live_width(widths, group, channels))
+    row = tl.arange(0, BLOCK_PIXELS)
+    stride = (channels // VECTOR) * VECTOR
+    start = sample.to(tl.int64) * pixels * stride + first
+    tile = row[:, None] * stride + column[None, :]  # [BP, BC]
+
+    running = tl.zeros([BLOCK_PIXELS, BLOCK_CHANNELS], tl.float32)
+    spread = tl.zeros([BLOCK_PIXELS, BLOCK_CHANNELS], tl.float32)
+    seen = 0.0
+    for pixel in range(0, pixels, BLOCK_PIXELS):
+        valid = (row < pixels - pixel)[:, None]
+        at = start + pixel * stride
+        value = tl.load(x + at + tile, mask=valid & inside[None, :], other=0.0).to(tl.float32)
+        value = tl.where(live[None, :], value, 0.0)
+        seen += 1.0
+        delta = tl.where(valid, value - running, 0.0)
+        running += delta / seen
+        spread += delta * tl.where(valid, value - running, 0.0)
+    count = ((pixels - row + BLOCK_PIXELS - 1) // BLOCK_PIXELS).to(tl.float32)[:, None]  # pixels seen by each row
+    channel_mean = tl.sum(running * count, 0) / pixels  # [BC]
+    away = running - channel_mean[None, :]
+    channel_spread = tl.sum(spread + tl.where(count > 0, away * away * count, 0.0), 0)
+    group_mean = _group_sums(channel_mean, member) / per_group  # [BG]
+    away_from_group = channel_mean - _of_channels(group_mean, member)
+    variance = _group_sums(channel_spread + away_from_group * away_from_group * pixels, member) / per_group / pixels
+    group_live = _group_sums(tl.where(live, 1.0, 0.0), member) > 0.0
+    group_rstd = tl.where(group_live, 1.0 / tl.sqrt(variance + eps), 0.0)
+
+    norm_group = first // per_group + tl.arange(0, BLOCK_GROUPS)
+    place = sample.to(tl.int64) * norm_groups + norm_group
+    owned = (tl.arange(0, BLOCK_GROUPS) < span // per_group) & (norm_group < norm_groups)
+    tl.store(mean + place, group_mean, mask=owned)
+    tl.store(rstd + place, group_rstd, mask=owned)
+
+    gain, offset, factor, addend = _affine_rows(
+        weight, bias, scale, shift, expert, sample, first + column, channels, live
+    )
+    center = _of_channels(group_mean, member)[None, :]
+    slope = (_of_channels(group_rstd, member) * gain * factor)[None, :]
+    base = (offset * factor + addend)[None, :]
+    for pixel in range(0, pixels, BLOCK_PIXELS):
+        mask = (row < pixels - pixel)[:, None] & inside[None, :]
+        at = start + pixel * stride
+        value = tl.load(x + at + tile, mask=mask, other=0.0).to(tl.float32)
+        value = (value - center) * slope + base
+        if SILU:
+            value = value / (1.0 + tl.exp(-value))
+        value = tl.where(live[None, :], value, 0.0)
+        tl.store(y + at + tile, value.to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _upstream(dy, value, center, inverse, slope, base, live, SILU: tl.constexpr):
+    """[BP, BC]: the gradient in front of the activation, and the normalised input; zeros where dead."""
+    normal = tl.where(live[None, :], (value - center) * inverse, 0.0)
+    grad = tl.where(live[None, :], dy, 0.0)
+    if SILU:
+        before = normal * slope + base
+        sigmoid = 1.0 / (1.0 + tl.exp(-before))
+        grad = grad * sigmoid * (1.0 + before * (1.0 - sigmoid))
+    return grad, normal
+
+
+@triton.jit(do_not_specialize=_INTEGERS)
+def norm_backward_kernel(
+    dy,  # (B, pixels, C)
+    x,  # (B, pixels, C)
+    weight,  # (E, C)
+    bias,  # (E, C)
+    scale,  # (B, C) or None
+    shift,  # (B, C) or None
+    mean,  # (B, norm groups) fp32
+    rstd,  # (B, norm groups) fp32
+    dx,  # (B, pixels, C) or None
+    dscale,  # (B, C) or None
+    dshift,  # (B, C) or None
+    dweight,  # (B, C) fp32, each sample's share, or None
+    dbias,  # (B, C) fp32, each sample's share, or None
+    offsets,
+    weight_index,
+    widths,
+    channels,
+    pixels,
+    per_group,
+    span,
+    norm_groups,
+    num_groups,
+    num_experts,
+    SILU: tl.constexpr,
+    VECTOR: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK_GROUPS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+    BLOCK_PIXELS: tl.constexpr,
+):
+    sample = tl.program_id(0)
+    group = group_of_sample(offsets, sample, num_groups, GROUPS)
+    expert = expert_of(weight_index, group, num_experts)
+    first, column, inside, member = _block(span, per_group, channels, VECTOR, BLOCK_GROUPS, BLOCK_CHANNELS)
+    live = inside & (first + column < live_width(widths, group, channels))
+    row = tl.arange(0, BLOCK_PIXELS)
+    stride = (channels // VECTOR) * VECTOR
+    start = sample.to(tl.int64) * pixels * stride + first
+    tile = row[:, None] * stride + column[None, :]  # [BP, BC]
+    gain, offset, factor, addend = _affine_rows(
+        weight, bias, scale, shift, expert, sample, first + column, channels, live
+    )
+    place = sample.to(tl.int64) * norm_groups + (first + column) // per_group
+    center = tl.load(mean + place, mask=live, other=0.0)[None, :]
+    inverse = tl.load(rstd + place, mask=live, other=0.0)[None, :]
+    slope = (gain * factor)[None, :]  # of the normalised input, in front of the activation
+    base = (offset * factor + addend)[None, :]
+
+    grads = tl.zeros([BLOCK_PIXELS, BLOCK_CHANNELS], tl.float32)
+    products = tl.zeros([BLOCK_PIXELS, BLOCK_CHANNELS], tl.float32)
+    for pixel in range(0, pixels, BLOCK_PIXELS):
+        mask = (row < pixels - pixel)[:, None] & inside[None, :]
+        at = start + pixel * stride
+        above = tl.load(dy + at + tile, mask=mask, other=0.0).to(tl.float32)
+        value = tl.load(x + at + tile, mask=mask, other=0.0).to(tl.float32)
+        grad, normal = _upstream(above, value, center, inverse, slope, base, live, SILU)
+        grads += grad
+        products += grad * normal
+    sum_grad = tl.sum(grads, 0)  # [BC]
+    sum_product = tl.sum(products, 0)
+
+    place = sample.to(tl.int64) * channels + first + column
+    if dscale is not None:
+        sum_affine = sum_product * gain + sum_grad * offset
+        tl.store(dscale + place, sum_affine.to(dscale.dtype.element_ty), mask=inside)
+    if dshift is not None:
+        tl.store(dshift + place, sum_grad.to(dshift.dtype.element_ty), mask=inside)
+    if dweight is not None:
+        tl.store(dweight + place, sum_product * factor, mask=inside)
+    if dbias is not None:
+        tl.store(dbias + place, sum_grad * factor, mask=inside)
+    if dx is None:
+        return
+
+    elements = per_group * pixels.to(tl.float32)
+    mean_grad = _of_channels(_group_sums(sum_grad * gain * factor, member) / elements, member)[None, :]
+    mean_product = _of_channels(_group_sums(sum_product * gain * factor, member) / elements, member)[None, :]
+    for pixel in range(0, pixels, BLOCK_PIXELS):
+        mask = (row < pixels - pixel)[:, None] & inside[None, :]
+        at = start + pixel * stride
+        above = tl.load(dy + at + tile, mask=mask, other=0.0).to(tl.float32)
+        value = tl.load(x + at + tile, mask=mask, other=0.0).to(tl.float32)
+        grad, normal = _upstream(above, value, center, inverse, slope, base, live, SILU)
+        value = inverse * (grad * slope - mean_grad - normal * mean_product)
+        value = tl.where(live[None, :], value, 0.0)
+        tl.store(dx + at + tile, value.to(dx.dtype.element_ty), mask=mask)

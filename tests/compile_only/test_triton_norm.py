@@ -1,0 +1,58 @@
+"""The Triton group norm compiles for GPUs that are not there: no spills, 16-byte accesses, no atomics."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tdc_fast.ops.checks import NormProblem
+
+pytest.importorskip("triton")
+
+from tdc_fast.kernels.conv_launch import Launch
+from tdc_fast.kernels.group_norm import norm_backward_launch, norm_forward_launch
+from tests.compile_only.triton_build import SHARED_LIMITS, build
+
+# (channels, norm groups, height and width, dtype): layers of UNets, groups of no power of two, the widest group served
+LAYERS = [
+    (128, 32, 32, torch.bfloat16),
+    (192, 32, 64, torch.float16),
+    (512, 32, 8, torch.bfloat16),
+    (128, 32, 32, torch.float32),
+    (2048, 1, 8, torch.bfloat16),
+]
+
+
+def launch_of(channels: int, norm_groups: int, size: int, dtype: torch.dtype, backward: bool) -> Launch:
+    """The launch with everything optional given, on tensors without memory."""
+    p = NormProblem(
+        op="routed_group_norm", device=torch.device("meta"), dtype=dtype, batch=128, height=size, width=size,
+        channels=channels, num_norm_groups=norm_groups, eps=1e-5, silu=True, num_groups=8, num_experts=8,
+    )  # fmt: skip
+
+    def made(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    image, rows, experts = made(128, channels, size, size), made(128, channels), made(8, channels)
+    statistics, shares = made(128, norm_groups, dtype=torch.float32), made(128, channels, dtype=torch.float32)
+    tensors = {"x": image, "weight": experts, "bias": experts, "scale": rows, "shift": rows}
+    tensors |= {"mean": statistics, "rstd": statistics, "offsets": made(9, dtype=torch.int32)}
+    tensors |= {name: made(8, dtype=torch.int32) for name in ("weight_index", "widths")}
+    if not backward:
+        return norm_forward_launch(p, tensors | {"y": image})
+    grads = {"dy": image, "dx": image, "dscale": rows, "dshift": rows, "dweight": shares, "dbias": shares}
+    return norm_backward_launch(p, tensors | grads)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: "-".join(str(v).removeprefix("torch.") for v in layer))
+def test_a_layer_compiles(layer: tuple[int, int, int, torch.dtype], backward: bool, arch: int) -> None:
+    launch = launch_of(*layer, backward)
+    built = build(launch.kernel, launch.arguments, arch, launch.options["num_warps"], 3)
+    assert built.stack == 0, f"{built.stack} bytes of local memory per thread"
+    assert built.shared <= SHARED_LIMITS[arch]
+    assert not built.count(r"\b(red|atom)\.")  # gradients are sums in one order
+    if layer[0] < 2048:
+        assert built.count(r"ld\.global[.\w]*\.v4") and built.count(r"st\.global[.\w]*\.v4")
+    assert not built.count(r"\.f64")

@@ -1,0 +1,111 @@
+"""Every tile of the Triton weight gradient compiles for GPUs that are not there, to the instructions it promises."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from tdc_fast.ops.checks import ConvProblem
+
+pytest.importorskip("triton")
+
+from tdc_fast.kernels.channel_sums import channel_sums_kernel, sums_arguments
+from tdc_fast.kernels.conv_wgrad import wgrad_launches
+from tdc_fast.kernels.tile_shapes import Device
+from tdc_fast.kernels.wgrad_tiles import WgradTile, wgrad_candidates
+from tests.compile_only.triton_build import SHARED_LIMITS, Built, build
+
+DEVICES = {arch: Device(arch, 132, SHARED_LIMITS[arch]) for arch in (80, 90)}
+
+
+def layer(dtype: torch.dtype = torch.bfloat16, size: int = 32, stride: int = 1, tf32: bool = False) -> ConvProblem:
+    """A 3x3 convolution of 128 samples, of 128 channels to 128."""
+    result = (size - 1) // stride + 1
+    return ConvProblem(
+        op="routed_conv2d_wgrad", device=torch.device("meta"), dtype=dtype, batch=128, height=size, width=size,
+        in_channels=128, out_channels=128, filter=(3, 3), stride=(stride, stride), padding=(1, 1), out_height=result,
+        out_width=result, num_groups=8, num_experts=8, tf32=tf32,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Build:
+    arch: int
+    problem: ConvProblem
+    tile: WgradTile
+    splits: int
+
+    def __str__(self) -> str:
+        p, t = self.problem, self.tile
+        dtype = "tf32" if p.tf32 else str(p.dtype).removeprefix("torch.")
+        return f"sm_{self.arch}-{dtype}-s{p.stride[0]}-{p.width}-{t.path}-{t.block_out}x{t.block_in}-k{self.splits}"
+
+
+def everything_that_can_be_chosen() -> list[Build]:
+    """Each tile once; halves in both forms and with boxes of every shape; the other settings are spread over them."""
+    builds = []
+    for arch, device in DEVICES.items():
+        tiles = wgrad_candidates(layer(), device)
+        for index, tile in enumerate(tiles):
+            dtype = (torch.bfloat16, torch.float16)[index % 2]
+            if tile.path == "tma":
+                problem = layer(dtype, size=(32, 16, 64, 8)[index % 4])
+            else:
+                problem = layer(dtype, size=(32, 7)[index % 2], stride=1 + index % 2)
+            builds.append(Build(arch, problem, tile, 1 + index % 3))
+        for problem in (layer(torch.float32), layer(torch.float32, tf32=True)):
+            builds += [Build(arch, problem, tile, 2) for tile in wgrad_candidates(problem, device)]
+    return builds
+
+
+def meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def tensors_of(p: ConvProblem) -> tuple[torch.Tensor, ...]:
+    """dy, x, dweight, offsets, weight_index and widths, without memory."""
+    return (
+        meta(p.batch, p.out_channels, p.out_height, p.out_width, dtype=p.dtype),
+        meta(p.batch, p.in_channels, p.height, p.width, dtype=p.dtype),
+        meta(p.num_experts, p.out_channels, p.in_channels, *p.filter, dtype=p.dtype),
+        meta(p.num_groups + 1, dtype=torch.int32),
+        *(meta(p.num_groups, dtype=torch.int32) for _ in range(3)),
+    )
+
+
+@pytest.mark.parametrize("case", everything_that_can_be_chosen(), ids=str)
+def test_a_tile_compiles_to_what_it_promises(case: Build) -> None:
+    launch = wgrad_launches(case.problem, *tensors_of(case.problem), tile=case.tile, splits=case.splits)[0]
+    built = build(launch.kernel, launch.arguments, case.arch, case.tile.warps, case.tile.stages)
+    assert_fits(built, case.arch)
+    halves = case.problem.dtype != torch.float32
+    if case.tile.path == "tma":
+        assert built.tma >= 2 and built.wgmma_from_shared == built.wgmma > 0
+    elif halves and case.arch >= 90:
+        assert built.cp_async_16 > 0 and built.wgmma_from_shared == built.wgmma > 0
+    elif halves or case.problem.tf32:
+        assert built.cp_async_16 > 0 or case.arch >= 90
+        assert (built.wgmma if case.arch >= 90 else built.mma) > 0
+    else:
+        assert built.mma == built.wgmma == 0  # exact products
+
+
+def assert_fits(built: Built, arch: int) -> None:
+    assert built.stack == 0, f"{built.stack} bytes of local memory per thread"
+    assert built.shared <= SHARED_LIMITS[arch]
+    assert not built.count(r"\b(red|atom)\.")  # gradients are sums in one order
+
+
+def test_the_sums_of_splits_and_channels_compile() -> None:
+    problem = layer()
+    dy, x, dweight, offsets, weight_index, widths, _ = tensors_of(problem)
+    tile = wgrad_candidates(problem, DEVICES[90])[0]
+    sums = wgrad_launches(problem, dy, x, dweight, offsets, weight_index, None, None, tile, splits=2)[1]
+    rounded, exact = (meta(problem.batch, 128, dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
+    channels = sums_arguments(problem, dy, rounded, exact, offsets, widths)
+    for kernel, arguments in ((sums.kernel, sums.arguments), (channel_sums_kernel, channels)):
+        built = build(kernel, arguments, 90, 4, 3)
+        assert_fits(built, 90)
+        assert built.count(r"(ld|st)\.global[.\w]*\.v4")  # 16 bytes at once
