@@ -74,6 +74,7 @@ class Machine:
         self.is_cuda = self.device.type == "cuda"
         self._flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device) if self.is_cuda else None
         self._streams: list[Any] = []
+        self._capture_stream = torch.cuda.Stream() if self.is_cuda else None
 
     def synchronize(self) -> None:
         if self.is_cuda:
@@ -134,16 +135,18 @@ class Machine:
         if not self.is_cuda:
             function()
             return function
-        side = torch.cuda.Stream()
+        side, graph = self._capture_stream, torch.cuda.CUDAGraph()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        with torch.cuda.stream(side):  # not torch.cuda.graph, which empties the allocator's cache every time
             for _ in range(WARMUP_CALLS):
                 function()
+            torch.cuda.synchronize()
+            graph.capture_begin()
+            try:
+                kept = function()
+            finally:
+                graph.capture_end()
         torch.cuda.current_stream().wait_stream(side)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            kept = function()
 
         def replay(kept: object = kept) -> None:  # what the graph writes lives as long as the graph
             graph.replay()

@@ -121,4 +121,4 @@ def test_autocast_computes_in_bf16_and_gives_fp32_gradients(device: str) -> None
     torch.testing.assert_close(loss, wide_loss, rtol=2e-2, atol=1e-3)
     assert all(grad.dtype == torch.float32 for grad in grads.values())
     norm = lambda g: torch.stack([v.double().square().sum() for v in g.values()]).sum().sqrt()  # noqa: E731
-    assert norm({k: grads[k] - wide[k] for k in wide}) < 0.05 * norm(wide)
+    assert norm({k: grads[k] - wide[k] for k in wide}) < 0.1 * norm(wide)
