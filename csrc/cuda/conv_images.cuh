@@ -55,6 +55,20 @@ struct ConvImageTile {
   __device__ __forceinline__ bool row_exists(int row) const {
     return first_pixel + row < num_samples * rows.size * columns.size;
   }
+
+  // The sample of a row of the tile, counted through the batch.
+  __device__ __forceinline__ int sample(int row) const {
+    return num_samples == 1 ? first_sample : first_sample + (first_pixel + row) / (rows.size * columns.size);
+  }
+
+  // The pixel of a row of the tile in a result of so many rows and columns, counted through the batch.
+  __device__ __forceinline__ int result_pixel(int row, int height, int width) const {
+    const int index = first_pixel + row, per_row = columns.size, per_sample = rows.size * per_row;
+    if (rows.result_step == 1 && columns.result_step == 1) return first_sample * per_sample + index;
+    const int y = rows.result + index % per_sample / per_row * rows.result_step;
+    const int x = columns.result + index % per_row * columns.result_step;
+    return (sample(row) * height + y) * width + x;
+  }
 };
 
 // False when the block has nothing to do.
@@ -242,19 +256,16 @@ __device__ __forceinline__ void conv_images(const ConvImageParams& p) {
   drain<P>(sums, shared, [&](int row, int column, float (&values)[kPerChunk<T>]) {
     const int channel = tile.first_channel + column, count = channels - channel;
     if (!tile.row_exists(row) || count <= 0) return;
-    const int index = tile.first_pixel + row, per_row = tile.columns.size, per_sample = tile.rows.size * per_row;
-    const long long sample = tile.first_sample + index / per_sample;
-    const int y = tile.rows.result + index % per_sample / per_row * tile.rows.result_step;
-    const int x = tile.columns.result + index % per_row * tile.columns.result_step;
-    const long long place = ((sample * height + y) * width + x) * channels + channel;
-    if (p.bias) {
+    const long long place = static_cast<long long>(tile.result_pixel(row, height, width)) * channels + channel;
+    if (forward && p.bias) {
       const long long of_expert = static_cast<long long>(tile.expert) * channels + channel;
       add_chunk(values, static_cast<const T*>(p.bias) + of_expert, count, p.vector_result);
     }
-    if (p.sample_bias) {
-      add_chunk(values, static_cast<const T*>(p.sample_bias) + sample * channels + channel, count, p.vector_result);
+    if (forward && p.sample_bias) {
+      const long long of_sample = static_cast<long long>(tile.sample(row)) * channels + channel;
+      add_chunk(values, static_cast<const T*>(p.sample_bias) + of_sample, count, p.vector_result);
     }
-    if (p.residual) add_chunk(values, static_cast<const T*>(p.residual) + place, count, p.vector_result);
+    if (forward && p.residual) add_chunk(values, static_cast<const T*>(p.residual) + place, count, p.vector_result);
 #pragma unroll
     for (int v = 0; v < kPerChunk<T>; ++v) {
       if (channel + v >= tile.live_result) values[v] = 0.0f;

@@ -23,7 +23,7 @@ ONE_SM, MANY_SMS = (80, 1, 166912), (80, 1000, 166912)
 
 
 def conv_case(**changes: Any) -> ConvCase:
-    settings = {
+    settings: dict[str, Any] = {
         "routing": uneven(2, 0, 1),
         "in_channels": 24,
         "out_channels": 16,
