@@ -1,0 +1,238 @@
+"""The command that searches widths: on a finished stage 1, on weights from elsewhere, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import tdc_fast.train as train_module
+import tdc_fast.training.search as search_module
+from tdc_fast.diffusion import create_diffusion
+from tdc_fast.models.iddpm import create_unet
+from tdc_fast.nn.units import PruningUnit
+from tdc_fast.nn.width_plan import ExpertUnit, WidthPlan
+from tdc_fast.prune import main, prune_run
+from tdc_fast.pruning.memory import read_trials
+from tdc_fast.pruning.task import Trial
+from tdc_fast.report.search_plots import agent_comparison, best_so_far, search_plot, widths_plot
+from tdc_fast.routing import TimestepGroups
+from tdc_fast.train import TrainConfig, train
+from tdc_fast.training import load_run
+from tdc_fast.training.search import searches_of
+from tests.training.small_run import SETTINGS, TWO_STAGES, flags, small_config, write_images
+
+SEARCH = ["--rounds", "2", "--candidates", "3", "--progress", "never"]
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def finished_stage1(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was stopped between stage 1 and pruning."""
+    folder = tmp_path_factory.mktemp("runs")
+
+    def stop(*_: object) -> None:
+        raise Stopped
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(train_module, "prune_base", stop)
+        train(small_config(folder, "stage1", **TWO_STAGES))
+    return folder / "stage1"
+
+
+@pytest.fixture
+def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take longer than the search of so small a net."""
+    monkeypatch.setattr(search_module, "_draw", lambda *_: None)
+
+
+@pytest.fixture
+def run(finished_stage1: Path, tmp_path: Path) -> Path:
+    shutil.copytree(finished_stage1, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_a_finished_stage_1_is_searched_by_itself_and_stage_2_takes_the_widths(
+    run: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert main(["--run", str(run), "--agent", "tpe", *SEARCH]) == 0
+    shown = capsys.readouterr().out
+    assert "group 2 (t 40 to 59), after round 2: 6 candidates scored" in shown
+    assert f"python -m tdc_fast.train --resume {run}" in shown
+    plan = WidthPlan.load(run / "widths.json")
+    trials = read_trials(run / "memory.jsonl")
+    assert {trial.group for trial in trials} == {1, 2} and {trial.agent for trial in trials} == {"tpe"}
+    for group in (1, 2):
+        best = min((trial for trial in trials if trial.group == group), key=lambda trial: trial.score)
+        assert plan.expert_widths(group) == best.widths
+        assert 0.99 * plan.budgets[group] <= plan.macs[group] <= plan.budgets[group]
+    phase = json.loads((run / "macs.json").read_text())["phases"]["pruning"]
+    assert phase["agent"] == "tpe" and phase["macs"] > sum(trial.spent for trial in trials) > 0
+    for picture in ("search.png", "widths.png"):
+        assert (run / picture).read_bytes().startswith(b"\x89PNG")
+    train(TrainConfig.from_file(run / "config.json").replace(run_dir=str(run), resume="latest"))
+    assert load_run(run).experts().widths == plan
+    assert main(["--run", str(run), "--agent", "tpe", *SEARCH]) == 2
+    refused = capsys.readouterr().err
+    assert "experts with checkpoints" in refused and f"--base {run} --run_dir NEW" in refused
+    assert WidthPlan.load(run / "widths.json") == plan
+
+
+@pytest.mark.usefixtures("without_pictures")
+def test_a_search_that_was_cut_off_goes_on_to_the_same_files(run: Path) -> None:
+    shutil.copytree(run, run.parent / "other")
+    prune_run(run, agent="evolution", rounds=2, candidates=3, progress="never")
+    lines = (run / "memory.jsonl").read_bytes().splitlines(keepends=True)
+    (run.parent / "other" / "memory.jsonl").write_bytes(b"".join(lines[:6]) + lines[6][:20])
+    prune_run(run.parent / "other", agent="evolution", rounds=2, candidates=3, progress="never")
+    for name in ("memory.jsonl", "widths.json", "macs.json"):
+        assert (run / name).read_bytes() == (run.parent / "other" / name).read_bytes()
+
+
+def test_another_search_keeps_the_memory_of_the_first_and_is_drawn_beside_it(
+    run: Path, capsys: pytest.CaptureFixture
+) -> None:
+    prune_run(run, agent="random", rounds=1, candidates=3, progress="never")
+    first = (run / "memory.jsonl").read_bytes()
+    prune_run(run, agent="random", rounds=2, candidates=3, progress="never")  # more rounds add to it
+    assert (run / "memory.jsonl").read_bytes() != first and not (run / "memory.1.jsonl").exists()
+    prune_run(run, agent="evolution", rounds=1, candidates=3, progress="never")
+    assert "kept as memory.1.jsonl" in capsys.readouterr().out
+    assert (run / "memory.1.jsonl").read_bytes().startswith(first.splitlines(keepends=True)[0])
+    assert list(searches_of(run)) == ["random", "evolution"]
+    assert (run / "agents.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.usefixtures("without_pictures")
+def test_weights_of_improved_diffusion_and_their_flags_are_enough(tmp_path: Path) -> None:
+    write_images(tmp_path)
+    torch.manual_seed(0)
+    model = create_unet(
+        image_size=8, num_channels=8, num_res_blocks=1, channel_mult="1,2", num_heads=2, attention_resolutions="4",
+        in_channels=1,
+    )  # fmt: skip
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    torch.save(model.state_dict(), tmp_path / "ema_0.9999_000010.pt")
+    config = small_config(
+        tmp_path, "new", groups=3, k=0.7, stage2_steps=4, calibration_batches=1, agent="greedy", rounds=2,
+        candidates=2, base=str(tmp_path / "ema_0.9999_000010.pt"),
+    )  # fmt: skip
+    assert main(flags(config)) == 0
+    assert {trial.agent for trial in read_trials(tmp_path / "new" / "memory.jsonl")} == {"greedy"}
+    assert (tmp_path / "new" / "widths.json").is_file()
+    resumed = train(TrainConfig.from_file(tmp_path / "new" / "config.json").replace(resume="latest"))
+    assert load_run(resumed.path).steps("experts")[-1] == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--run", "nowhere"], "nowhere"),
+        (["--run", "RUN", "--k", "0.5"], "k: got 0.5"),
+        (["--run", "RUN", "--num_channels", "16"], "num_channels: got 16"),
+        (["--run", "RUN", "--rounds", "0"], "rounds: got 0"),
+        (["--run", "RUN", "--agent", "llm"], "llm_model"),
+        (["--run", "RUN", "--agent", "llm", "--llm_model", "m", "--llm_url", "http://a:b@c"], "llm_url"),
+        (["--run", "RUN", "--agent", "taylor", "--importance", "magnitude"], "importance: got|agent: got"),
+        ([*flags(TrainConfig(**{**SETTINGS, **TWO_STAGES})), "--data_dir", "digits"], "--base FILE"),
+    ],
+)
+def test_what_cannot_be_searched_is_refused_by_name(
+    run: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture
+) -> None:
+    assert main([argument.replace("RUN", str(run)) for argument in arguments]) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not (run / "widths.json").exists()
+
+
+def test_a_stage_1_that_is_not_finished_is_refused_with_the_command_that_finishes_it(
+    run: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (run / "base" / "state000010.json").unlink()
+    assert main(["--run", str(run), "--agent", "random"]) == 2
+    assert re.search(f"step 8 of 10.*--resume {run}", capsys.readouterr().err)
+
+
+def test_a_missing_library_is_missed_before_stage_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(ImportError, match=r"tdc_fast\[search\]"):
+        train(small_config(tmp_path, "run", **TWO_STAGES, rounds=2))
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_is_grouped_and_has_the_search_first(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    shown = capsys.readouterr().out
+    places = [shown.index(f"{section} options") for section in ("prune", "search", "data", "tdc")]
+    assert places == sorted(places)
+
+
+def tried(group: int, place: int, score: float | None, width: int) -> Trial:
+    return Trial({"u": width}, 90 + width, score, {"u": width}, group=group, round=place // 2, candidate=place % 2)
+
+
+PLAN = WidthPlan(
+    base_hash="", boundaries=(0, 10, 30), macs=(100, 92), budgets=(100, 95),
+    experts=({"u": ExpertUnit((0, 1, 2, 3), 4)}, {"u": ExpertUnit((0, 1, 2, 3), 0)}),
+)  # fmt: skip
+
+
+def test_pictures_of_searches_are_drawn_and_of_nothing_scored_refused() -> None:
+    scored = [tried(1, place, score, width) for place, (score, width) in enumerate([(2.0, 0), (9.0, 1), (1.0, 3)])]
+    for picture in (
+        search_plot([[], scored], PLAN),
+        widths_plot(PLAN, [PruningUnit("u", "attention", 4, 1, 1, ())]),
+        agent_comparison({"tpe": scored, "random": scored[:1]}),
+    ):
+        assert picture.startswith(b"\x89PNG")
+    unscored = [tried(1, 0, None, 4)]
+    with pytest.raises(ValueError, match="trials"):
+        search_plot([[], unscored], PLAN)
+    with pytest.raises(ValueError, match="searches"):
+        agent_comparison({"taylor": unscored})
+
+
+def test_the_best_so_far_never_rises_and_counts_each_candidate_once() -> None:
+    trials = [tried(1, place, *pair) for place, pair in enumerate([(2.0, 0), (3.0, 1), (2.0, 0), (1.0, 3), (4.0, 2)])]
+    count, best = best_so_far(trials)
+    assert count.tolist() == [1, 2, 3, 4] and best.tolist() == [2.0, 2.0, 1.0, 1.0]
+
+
+def test_the_agent_in_the_documentation_runs(unet_and_images: tuple) -> None:
+    text = (Path(__file__).resolve().parent.parent / "docs" / "method.md").read_text(encoding="utf-8")
+    (block,) = [b for b in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "class Exchange" in b]
+    body = block[block.index("class") : block.index("found =")]
+    assert len([line for line in body.splitlines() if line.strip()]) <= 20
+    base, images = unet_and_images
+    names = {
+        "base": base, "batches": images, "groups": TimestepGroups.uniform(1000, 2),
+        "diffusion": create_diffusion(noise_schedule="cosine"),
+    }  # fmt: skip
+    exec(compile(block, "docs/method.md", "exec"), names)
+    trials = names["found"].trials[1]  # type: ignore[attr-defined]
+    assert len(trials) == 32 and trials[0].agent == "exchange"
+    bests = [min(t.score for t in trials if t.round <= number) for number in range(4)]
+    first = min((t for t in trials if t.round == 0), key=lambda trial: trial.score)
+    assert trials[8].widths == first.widths and bests[-1] <= bests[0]
+
+
+@pytest.fixture
+def unet_and_images() -> tuple:
+    torch.manual_seed(0)
+    base = create_unet(
+        image_size=8, num_channels=8, num_res_blocks=1, num_heads=2, channel_mult="1,2", in_channels=1,
+        attention_resolutions="4",
+    )  # fmt: skip
+    for parameter in base.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return base, [torch.randn(4, 1, 8, 8)]
