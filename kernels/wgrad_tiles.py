@@ -1,16 +1,19 @@
 """Which tile, and how many shares of the pixels, a weight gradient runs with: short functions of problem and device.
 
-Not yet measured on a GPU; what was measured goes into kernels/tuned/<device>.json and comes first.
+Not yet measured on a GPU: bench/tune.py times the candidates and writes kernels/tuned/<device>.json, whose entries for
+wgrad ({key: {"tile": ..., "splits": ...}}) go first.
 """
 
 from __future__ import annotations
 
 import functools
+import json
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from tdc_fast.kernels import tile_shapes
 from tdc_fast.kernels.tile_shapes import Device, precision_of
 
 _MAX_SPLITS = 64
@@ -74,13 +77,19 @@ def box_of(tile: WgradTile, problem: Any) -> tuple[int, int]:
 
 @functools.lru_cache(maxsize=4096)
 def choose_wgrad_tile(problem: Any, device: Device, path: str | None = None) -> WgradTile:
-    """Of the tiles that cover the channels with the least padding the largest, through TMA where that can serve."""
+    """The measured tile where the device's table has one; else, of the tiles that cover the channels with the least
+    padding, the largest, through TMA where that can serve.
+    """
+    usable = wgrad_candidates(problem, device, path)
+    measured = load_tuned_wgrad(device.name).get(tile_shapes.problem_key("wgrad", problem))
+    if measured is not None and measured[0] in usable:
+        return measured[0]
 
     def cost(tile: WgradTile) -> tuple[int, int, bool]:
         outs, ins = -(-problem.out_channels // tile.block_out), -(-problem.in_channels // tile.block_in)
         return outs * tile.block_out * ins * tile.block_in, outs * ins, tile.path == "pointer"
 
-    return min(wgrad_candidates(problem, device, path), key=cost)
+    return min(usable, key=cost)
 
 
 def tiles_of_gradient(problem: Any, tile: WgradTile) -> int:
@@ -91,10 +100,27 @@ def tiles_of_gradient(problem: Any, tile: WgradTile) -> int:
 
 @functools.lru_cache(maxsize=4096)
 def choose_splits(problem: Any, tile: WgradTile, device: Device) -> int:
-    """Shares of the pixels: as many as two waves of programs want, as long as each has steps enough to be worth it."""
+    """Shares of the pixels: what was measured with this tile, else as many as two waves of programs want, as long as
+    each has steps enough to be worth it.
+    """
+    measured = load_tuned_wgrad(device.name).get(tile_shapes.problem_key("wgrad", problem))
+    if measured is not None and measured[0] == tile:
+        return measured[1]
     used = max(1, min(problem.num_experts, problem.num_groups, problem.batch))
     tiles = tiles_of_gradient(problem, tile) * used // problem.num_experts
     steps = problem.batch * problem.out_height * problem.out_width // (used * tile.block_pixels)
     weights = problem.num_experts * problem.out_channels * problem.in_channels * problem.filter[0] * problem.filter[1]
     wanted = 2 * device.multiprocessors // max(1, tiles)
     return max(1, min(wanted, steps // _STEPS_PER_SPLIT, _MAX_PARTIAL_BYTES // (4 * weights), _MAX_SPLITS))
+
+
+@functools.cache
+def load_tuned_wgrad(device_name: str) -> dict[str, tuple[WgradTile, int]]:
+    """Measured tiles and splits of a device by `problem_key`; empty without a table, or with one of other kernels."""
+    path = tile_shapes.TUNED / f"{tile_shapes.table_name(device_name)}.json"
+    if not path.is_file():
+        return {}
+    table = json.loads(path.read_text())
+    if table.get("version") != tile_shapes.TABLE_VERSION:
+        return {}
+    return {key: (WgradTile(**entry["tile"]), entry["splits"]) for key, entry in table.get("wgrad", {}).items()}

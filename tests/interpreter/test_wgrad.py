@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
+from tdc_fast.kernels import tile_shapes
 from tdc_fast.kernels.channel_sums import channel_sums
 from tdc_fast.kernels.conv_wgrad import conv_wgrad
 from tdc_fast.kernels.tile_shapes import Device
@@ -226,6 +230,18 @@ def test_splits_fill_the_device_where_tiles_alone_do_not() -> None:
     assert choose_splits(many, choose_wgrad_tile(many, H100), H100) == 1
     assert choose_splits(layer(1, 4, 128, 128), tile, H100) == 1  # too few pixels to share
     assert choose_splits(layer(0, 32, 128, 128), tile, H100) == 1
+
+
+def test_what_was_measured_on_a_device_comes_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    problem, gpu = layer(128, 32, 128, 128), Device(90, 132, 232448, "NVIDIA Test 9000")
+    measured = WgradTile("tma", 64, 64, 64, 4, 4)
+    key = tile_shapes.problem_key("wgrad", problem)
+    table = {"version": tile_shapes.TABLE_VERSION, "tiles": {}, "wgrad": {key: {"tile": asdict(measured), "splits": 7}}}
+    (tmp_path / "nvidia_test_9000.json").write_text(json.dumps(table))
+    monkeypatch.setattr(tile_shapes, "TUNED", tmp_path)
+    assert choose_wgrad_tile(problem, gpu) == measured and choose_splits(problem, measured, gpu) == 7
+    other = choose_wgrad_tile(problem, H100)
+    assert other != measured and choose_splits(problem, other, gpu) == choose_splits(problem, other, H100)
 
 
 def test_every_candidate_fits_into_shared_memory() -> None:
