@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tdc_fast.kernels.common import live_width
+from tdc_fast.kernels.conv_launch import Launch
 from tdc_fast.kernels.expert_sums import group_of_sample, sum_per_expert
 
 _BLOCK_CHANNELS = 64
@@ -72,9 +73,7 @@ def channel_sums(
     shape = (problem.batch, problem.out_channels)
     dsample_bias = dy.new_empty(shape) if want_sample_bias else None
     shares = dy.new_empty(shape, dtype=torch.float32) if want_bias else None
-    channel_sums_kernel[(problem.batch, triton.cdiv(problem.out_channels, _BLOCK_CHANNELS))](
-        **sums_arguments(problem, dy, dsample_bias, shares, offsets, out_widths)
-    )
+    sums_launch(problem, dy, dsample_bias, shares, offsets, out_widths).run()
     if shares is None:
         return None, dsample_bias
     dbias = dy.new_empty((problem.num_experts, problem.out_channels))
@@ -82,19 +81,19 @@ def channel_sums(
     return dbias, dsample_bias
 
 
-def sums_arguments(
+def sums_launch(
     problem: Any,
     dy: Tensor,
     rounded: Tensor | None,
     exact: Tensor | None,
     offsets: Tensor,
     widths: Tensor | None,
-) -> dict[str, Any]:
-    """The kernel's arguments by name."""
+) -> Launch:
+    """The launch that sums over pixels, into what is not None."""
     vector = 16 // dy.element_size()
     while problem.out_channels % vector:
         vector //= 2
-    return {
+    arguments = {
         "dy": dy,
         "rounded": rounded,
         "exact": exact,
@@ -108,3 +107,5 @@ def sums_arguments(
         "BLOCK_CHANNELS": _BLOCK_CHANNELS,
         "BLOCK_PIXELS": _BLOCK_PIXELS,
     }
+    grid = (problem.batch, triton.cdiv(problem.out_channels, _BLOCK_CHANNELS))
+    return Launch(channel_sums_kernel, grid, arguments, {"num_warps": 4})

@@ -9,9 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tdc_fast.kernels.conv_launch import Launch
+
 _BLOCK_SAMPLES = 8
 _BLOCK_CHANNELS = 128
-_INTEGERS = ("batch", "channels", "num_groups", "num_experts")
+_INTEGERS = ("batch", "channels", "num_groups")
 
 
 @triton.jit
@@ -47,7 +49,7 @@ def _sum_samples(partial, expert, columns, channels, batch, offsets, weight_inde
 
 
 @triton.jit(do_not_specialize=_INTEGERS)
-def _sum_per_expert(
+def sum_per_expert_kernel(
     first_partial,  # (B, C) fp32
     second_partial,  # (B, C) fp32, or None
     first_out,  # (E, C)
@@ -57,7 +59,6 @@ def _sum_per_expert(
     batch,
     channels,
     num_groups,
-    num_experts,
     BLOCK_SAMPLES: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
@@ -80,10 +81,18 @@ def sum_per_expert(
     Experts without samples get zeros. offsets: (N + 1,) int32; weight_index: (N,) int32; all dense, on one device.
     """
     num_experts, channels = outs[0].shape
-    partial, out = (*partials, None)[:2], (*outs, None)[:2]
+    arguments = {
+        "first_partial": partials[0],
+        "second_partial": partials[1] if len(partials) > 1 else None,
+        "first_out": outs[0],
+        "second_out": outs[1] if len(outs) > 1 else None,
+        "offsets": offsets,
+        "weight_index": weight_index,
+        "batch": partials[0].shape[0],
+        "channels": channels,
+        "num_groups": weight_index.shape[0],
+        "BLOCK_SAMPLES": _BLOCK_SAMPLES,
+        "BLOCK_CHANNELS": _BLOCK_CHANNELS,
+    }
     grid = (num_experts, triton.cdiv(channels, _BLOCK_CHANNELS))
-    _sum_per_expert[grid](
-        *partial, *out, offsets, weight_index,
-        partials[0].shape[0], channels, weight_index.shape[0], num_experts,
-        BLOCK_SAMPLES=_BLOCK_SAMPLES, BLOCK_CHANNELS=_BLOCK_CHANNELS,
-    )  # fmt: skip
+    Launch(sum_per_expert_kernel, grid, arguments, {"num_warps": 4}).run()

@@ -11,7 +11,7 @@ from tdc_fast.ops.checks import ConvProblem
 
 pytest.importorskip("triton")
 
-from tdc_fast.kernels.channel_sums import channel_sums_kernel, sums_arguments
+from tdc_fast.kernels.channel_sums import sums_launch
 from tdc_fast.kernels.conv_wgrad import wgrad_launches
 from tdc_fast.kernels.tile_shapes import Device
 from tdc_fast.kernels.wgrad_tiles import WgradTile, wgrad_candidates
@@ -104,8 +104,8 @@ def test_the_sums_of_splits_and_channels_compile() -> None:
     tile = wgrad_candidates(problem, DEVICES[90])[0]
     sums = wgrad_launches(problem, dy, x, dweight, offsets, weight_index, None, None, tile, splits=2)[1]
     rounded, exact = (meta(problem.batch, 128, dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
-    channels = sums_arguments(problem, dy, rounded, exact, offsets, widths)
-    for kernel, arguments in ((sums.kernel, sums.arguments), (channel_sums_kernel, channels)):
-        built = build(kernel, arguments, 90, 4, 3)
+    channels = sums_launch(problem, dy, rounded, exact, offsets, widths)
+    for launch in (sums, channels):
+        built = build(launch.kernel, launch.arguments, 90, 4, 3)
         assert_fits(built, 90)
         assert built.count(r"(ld|st)\.global[.\w]*\.v4")  # 16 bytes at once
