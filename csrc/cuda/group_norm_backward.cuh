@@ -58,12 +58,17 @@ struct ChannelCoefficients {
     }
   }
 
-  // dy * act'(z) of channel i, with z from the centred x.
-  __device__ __forceinline__ float grad(float dy, float difference, int i, bool silu) const {
-    if (!silu) return dy;
-    const float z = difference * multiplier[i] + offset[i];
-    const float s = norm_sigmoid(z);
-    return dy * (s * (1.0f + z * (1.0f - s)));
+  // Turns x into x - mean, and dy into dy * act'(z).
+  __device__ __forceinline__ void to_grads(float (&x)[V], float (&dy)[V], bool silu) const {
+#pragma unroll
+    for (int i = 0; i < V; ++i) x[i] -= centre[i];
+    if (!silu) return;
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      const float z = x[i] * multiplier[i] + offset[i];
+      const float s = norm_sigmoid(z);
+      dy[i] *= s * (1.0f + z * (1.0f - s));
+    }
   }
 };
 
@@ -105,12 +110,11 @@ __device__ __forceinline__ void sum_grads(const GroupNormParams& p, const NormBl
           float x_value[V], dy_value[V];
           x_lanes[u].unpack(x_value);
           dy_lanes[u].unpack(dy_value);
+          of.to_grads(x_value, dy_value, p.silu);
 #pragma unroll
           for (int i = 0; i < V; ++i) {
-            const float difference = x_value[i] - of.centre[i];
-            const float grad = of.grad(dy_value[i], difference, i, p.silu);
-            sum[0][i] += grad;
-            sum[1][i] += grad * difference;
+            sum[0][i] += dy_value[i];
+            sum[1][i] += dy_value[i] * x_value[i];
           }
         }
       }
@@ -239,11 +243,10 @@ __device__ __forceinline__ void input_grads(const GroupNormParams& p, const Norm
         float x_value[V], dy_value[V];
         x_lanes[u].unpack(x_value);
         dy_lanes[u].unpack(dy_value);
+        of.to_grads(x_value, dy_value, p.silu);
 #pragma unroll
         for (int i = 0; i < V; ++i) {
-          const float difference = x_value[i] - of.centre[i];
-          const float grad = of.grad(dy_value[i], difference, i, p.silu);
-          x_value[i] = grad * of.multiplier[i] - difference * centred[i] - constant[i];
+          x_value[i] = dy_value[i] * of.multiplier[i] - x_value[i] * centred[i] - constant[i];
         }
         x_lanes[u].pack_from(x_value);
         x_lanes[u].store(dx + static_cast<long long>(pixel) * p.channels + c);

@@ -235,8 +235,11 @@ __device__ __forceinline__ void normalize(const GroupNormParams& p, const NormBl
         lanes[u].unpack(value);
 #pragma unroll
         for (int i = 0; i < V; ++i) {
-          const float z = (value[i] - centre[i]) * multiplier[i] + offset[i];
-          value[i] = p.silu ? z * norm_sigmoid(z) : z;
+          value[i] = (value[i] - centre[i]) * multiplier[i] + offset[i];
+        }
+        if (p.silu) {  // one branch for all channels: their chains of special functions overlap
+#pragma unroll
+          for (int i = 0; i < V; ++i) value[i] *= norm_sigmoid(value[i]);
         }
         lanes[u].pack_from(value);
         lanes[u].store(y + static_cast<long long>(pixel) * p.channels + c);

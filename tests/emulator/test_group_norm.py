@@ -86,7 +86,7 @@ def has_gradient(case: NormCase) -> bool:
 @every_dtype
 @pytest.mark.parametrize("facts", [ROOMY, TIGHT], ids=["roomy", "tight"])
 def test_any_problem_is_as_accurate_as_torch(dtype: str, facts: tuple[int, int, int]) -> None:
-    @settings(max_examples=6 if SANITIZED else 20, deadline=None, derandomize=True)
+    @settings(max_examples=6 if SANITIZED else 14, deadline=None, derandomize=True)
     @given(case=norm_cases().filter(has_gradient))
     def check(case: NormCase) -> None:
         launcher.schedule = SCHEDULES[case.seed % len(SCHEDULES)]
@@ -201,15 +201,14 @@ def test_everything_past_the_widths_is_exactly_zero(dtype: str, facts: tuple[int
         assert all(torch.equal(value, torch.zeros_like(value)) for value in dead)
 
 
-@every_dtype
 @pytest.mark.parametrize("path", PATHS)
-def test_no_schedule_changes_a_bit(path: str, dtype: str) -> None:
+def test_no_schedule_changes_a_bit(path: str) -> None:
     changes, facts, _, _ = PATHS[path]
     case = some_case(**changes)
     results = []
     for schedule in SCHEDULES:
-        tensors = case.tensors(DTYPES[dtype])
-        with emulator(for_dtype(facts, dtype), schedule):
+        tensors = case.tensors(torch.bfloat16)
+        with emulator(facts, schedule):
             results.append(gradients(case, routed(case, tensors), tensors))
     for other in results[1:]:
         assert all(torch.equal(results[0][name], other[name]) for name in other)
