@@ -31,8 +31,8 @@ class Study:
 
     @property
     def small_batch(self) -> int:
-        """What one of four experts sees of a batch: the fair control for stage 2."""
-        return int(self.settings["batch_size"]) // 4
+        """What an expert sees of a stage-2 batch: the fair control trains on no more."""
+        return int(self.experts["stage2_batch"]) // int(self.experts["groups"])
 
 
 _SHARED = {
@@ -50,35 +50,25 @@ _SHARED = {
     "tensorboard": False,
     "progress": "never",
 }
-_EXPERTS = {"groups": 4, "grouping": "uniform", "stage2_shares": "0.33,0.25,0.21,0.21", "stage1_share": 0.5}
+_EXPERTS = {
+    "groups": 4,
+    "grouping": "uniform",
+    "budgets": "0.7,0.7,1,1",
+    "stage1_share": 0.5,
+    "stage2_batch": 32,
+    "stage2_shares": "0.33,0.25,0.21,0.21",
+}
+_DIGITS = {**_SHARED, "data_dir": "digits", "image_size": 8, "channel_mult": "1,2", "num_res_blocks": 1}
+_PHOTOS = {**_SHARED, "data_dir": "photos", "image_size": 16, "channel_mult": "1,2", "num_res_blocks": 1}
 
 STUDIES = {
-    "digits": Study(
-        "digits",
-        4000,
-        {
-            **_SHARED,
-            "data_dir": "digits",
-            "image_size": 8,
-            "num_channels": 8,
-            "channel_mult": "1,2",
-            "num_res_blocks": 1,
-        },
-        {**_EXPERTS, "budgets": "0.7,0.7,1,1"},
-    ),
-    "photos": Study(
-        "photos",
-        3000,
-        {
-            **_SHARED,
-            "data_dir": "photos",
-            "image_size": 16,
-            "num_channels": 8,
-            "channel_mult": "1,2",
-            "num_res_blocks": 1,
-        },
-        {**_EXPERTS, "budgets": "0.7,0.7,1,1"},
-    ),
+    study.name: study
+    for study in (
+        # A denoiser that is short of capacity, as those are that the method is for; and one that is not.
+        Study("digits", 4000, {**_DIGITS, "num_channels": 4}, _EXPERTS),
+        Study("digits-wide", 4000, {**_DIGITS, "num_channels": 8}, _EXPERTS),
+        Study("photos", 3000, {**_PHOTOS, "num_channels": 4}, _EXPERTS),
+    )
 }
 
 
@@ -87,7 +77,7 @@ class Recipe:
     """One way to spend `cost` (a share of C). `key` names its folder; equal keys are trained once.
 
     experts      : None for one uniform denoiser, else changes to the study's TDC settings ({} for none).
-    small_batch  : after stage 1, a quarter of the batch and four times the steps.
+    small_batch  : after stage 1, steps as small as an expert's, and as many more of them.
     from_scratch : no stage 1: the experts begin from fresh weights.
     """
 

@@ -12,6 +12,7 @@ from tdc_fast.main_job.assemble import training_phases
 from tdc_fast.main_job.contestants import Contestant
 from tdc_fast.main_job.measure import Measured, Protocol, load_measured, prepare_yardsticks
 from tdc_fast.main_job.tasks import Task, run_tasks, train_and_measure, train_contestant
+from tdc_fast.pruning.memory import read_trials
 from tdc_fast.routing import TimestepGroups
 from tdc_fast.training.load import load_run
 
@@ -25,6 +26,7 @@ class Outcome:
     measured: Measured
     phases: dict[str, float]
     boundaries: tuple[int, ...]  # of its groups; empty for a uniform model
+    best_scores: tuple[float, ...] = ()  # of the search, per pruned group: loss before fine-tuning; empty without one
 
     @property
     def training_macs(self) -> float:
@@ -83,4 +85,15 @@ def run_rows(
 def _outcome(first: Contestant, model: Contestant, result: Path) -> Outcome:
     run = load_run(model.directory)
     phases, _ = training_phases(load_run(first.directory), run)
-    return Outcome(load_measured(result), phases, run.groups.boundaries if run.groups else ())
+    boundaries = run.groups.boundaries if run.groups else ()
+    return Outcome(load_measured(result), phases, boundaries, _best_scores(model.directory / "memory.jsonl"))
+
+
+def _best_scores(path: Path) -> tuple[float, ...]:
+    if not path.is_file():
+        return ()
+    best: dict[int, float] = {}
+    for trial in read_trials(path):
+        if trial.score is not None:
+            best[trial.group] = min(trial.score, best.get(trial.group, trial.score))
+    return tuple(best[group] for group in sorted(best))

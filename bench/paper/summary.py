@@ -73,6 +73,7 @@ def _row(label: str, ours: Sequence[Outcome], yardstick: Sequence[Outcome]) -> d
         "frechet_draws": [list(outcome.measured.distances) for outcome in ours],
         "better_on_loss": sum(value < 0 for value in relative),
         "better_on_frechet": sum(a < b for a, b in zip(distances, theirs, strict=True)),
+        "search_score": [statistics.mean(outcome.best_scores) for outcome in ours if outcome.best_scores],
         "phases_macs": [outcome.phases for outcome in ours],
         "boundaries": [list(outcome.boundaries) for outcome in ours],
     }
@@ -81,14 +82,15 @@ def _row(label: str, ours: Sequence[Outcome], yardstick: Sequence[Outcome]) -> d
 def as_markdown(result: dict[str, Any]) -> str:
     """The table with mean ± standard deviation over seeds, and what it was measured with."""
     seeds = len(result["seeds"])
+    searched = any(row["search_score"] for row in result["rows"])
     lines = [
         f"# {result['table']}: {result['study']}",
         "",
         result["question"],
         "",
         "| model | training cost | sampling MACs | held-out loss | against the first row | by quarter, high to low SNR "
-        "| Fréchet distance | better on loss / distance |",
-        "|---|---|---|---|---|---|---|---|",
+        "| Fréchet distance | better on loss / distance |" + (" best score found |" if searched else ""),
+        "|---|---|---|---|---|---|---|---|" + ("---|" if searched else ""),
     ]
     for row in result["rows"]:
         quarters = " ".join(f"{value:.4f}".lstrip("0") for value in row["heldout_loss_by_quarter"])
@@ -98,6 +100,7 @@ def as_markdown(result: dict[str, Any]) -> str:
             f"| {spread(row['heldout_loss'], 5)} | {spread(relative, 2)} % | {quarters} "
             f"| {spread(row['frechet_distance'], 3)} "
             f"| {row['better_on_loss']} / {row['better_on_frechet']} of {seeds} |"
+            + (f" {spread(row['search_score'], 5) if row['search_score'] else ''} |" if searched else "")
         )
     frechet = result["frechet"]
     floors = "; ".join(f"{floor['kind']} {floor['mean']:.3g}" for floor in frechet["floors"])
@@ -108,6 +111,7 @@ def as_markdown(result: dict[str, Any]) -> str:
         f"calibration included. "
         f"Fréchet distance: {frechet['samples']} samples, {frechet['draws']} draw(s), {frechet['sampler']}, in "
         f"{frechet['feature_space']}; real against real: {floors}.",
+        *(["", "Best score: loss of the pruned groups' experts before fine-tuning."] if searched else []),
         "",
         f"{result['environment']['machine']}; torch {result['environment']['torch']}, "
         f"tdc_fast {result['environment']['tdc_fast']}; {result['date']}; `{result['command']}`.",

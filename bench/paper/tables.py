@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from bench.paper.recipes import Recipe
 
 WHOLE = {"k": 1.0, "budgets": ""}
-ONE = {"groups": 1, "stage2_shares": "", **WHOLE}
+ONE = {"groups": 1, "stage2_shares": "", "stage2_batch": 8, **WHOLE}  # the batch of one expert
 
 UNIFORM = Recipe("uniform", "uniform, C")
 UNIFORM_80 = Recipe("uniform-80", "uniform, 0.8 C", 0.8)
@@ -37,6 +37,21 @@ def _settings() -> tuple[Recipe, ...]:
         row("snr-reversed", "low SNR counts as hard", difficulty="snr-reversed"),
         row("loss", "high loss counts as hard", difficulty="loss"),
         row("loss-reversed", "low loss counts as hard", difficulty="loss-reversed"),
+    )
+
+
+SEARCH = {"rounds": 4, "candidates": 8, "calibration_batches": 2}
+
+
+def _agents() -> tuple[Recipe, ...]:
+    def row(agent: str, label: str, **changes: object) -> Recipe:
+        key = f"agent-{agent}" + ("" if changes.get("memory", True) else "-forgetful")
+        return Recipe(key, label, 0.8, experts={**SEARCH, "agent": agent, **changes})
+
+    return (
+        *(row(agent, f"{agent}, one proposal") for agent in ("taylor", "magnitude")),
+        *(row(agent, f"{agent}, 32 candidates") for agent in ("random", "greedy", "evolution", "tpe")),
+        *(row(agent, f"{agent}, 32 candidates, no memory", memory=False) for agent in ("evolution", "tpe")),
     )
 
 
@@ -72,6 +87,11 @@ TABLES = {
             "settings",
             "How much do k, the number of groups, the grouping and the order of difficulty matter? (all at 0.8 C)",
             (UNIFORM, UNIFORM_80, *_settings()),
+        ),
+        Table(
+            "agents",
+            "Which agent finds the best widths with as many scored candidates, and what is its memory worth?",
+            (UNIFORM, *_agents()),
         ),
     )
 }
