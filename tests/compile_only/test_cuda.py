@@ -1,0 +1,96 @@
+"""Every CUDA kernel compiles for every architecture, ahead of time and by NVRTC, without spilling a register.
+
+What nvcc made is read back from the module that was installed; NVRTC compiles here, each family once per architecture.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+
+from tdc_fast.ops import cpu, cuda_nvrtc
+from tests.compile_only.cuda_resources import Resources, cuobjdump, resources_of, table
+
+pytestmark = pytest.mark.skipif(cpu.native is None, reason="the native module is not built")
+ARCHITECTURES = (80, 90, 100)
+KERNELS = set() if cpu.native is None else {name for names in cpu.native.cuda_kernels.values() for name in names}
+
+
+def tool() -> str:
+    found = cuobjdump()
+    if found is None:
+        pytest.skip("cuobjdump is neither on PATH nor bundled with triton")
+    return found
+
+
+def assert_nothing_spills(found: dict[str, Resources], arch: str) -> None:
+    spilling = {name: used for name, used in found.items() if used.stack or used.local}
+    assert not spilling, f"{arch}: {spilling}"
+    assert max(used.registers for used in found.values()) <= 255
+
+
+def show(title: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with capsys.disabled():
+        print(f"\n{title}\n{text}")
+
+
+def test_nvcc_built_every_kernel_for_every_architecture_without_spills(capsys: pytest.CaptureFixture[str]) -> None:
+    if not cpu.native.cuda_architectures:
+        pytest.skip("the native module was built without nvcc")
+    found = resources_of(Path(cpu.native.__file__), tool())
+    built = [a.removesuffix("-real") for a in cpu.native.cuda_architectures.split() if a.endswith("-real")]
+    assert {"80", "90a"} <= set(built)
+    for arch in built:
+        kernels = found[f"sm_{arch}"]
+        assert set(kernels) == KERNELS, f"sm_{arch}"
+        assert_nothing_spills(kernels, arch)
+    assert "virtual" in cpu.native.cuda_architectures  # PTX, for what comes after
+    show(f"nvcc, {cpu.native.cuda_runtime_version()}", table(found), capsys)
+
+
+@functools.cache
+def compiled() -> dict[tuple[str, int], tuple[bytes, str]]:
+    """(cubin, log) of every family for every architecture, two compilers at a time."""
+    reason = cuda_nvrtc.unavailable(ARCHITECTURES[0])
+    if reason is not None:
+        pytest.skip(reason)
+    jobs = list(itertools.product(sorted(cpu.native.cuda_kernels, reverse=True), known()))
+    with ProcessPoolExecutor(min(2, os.cpu_count() or 1), mp_context=get_context("spawn")) as pool:
+        made = pool.map(_compile, jobs)
+        return dict(zip(jobs, made, strict=True))
+
+
+def _compile(job: tuple[str, int]) -> tuple[bytes, str]:
+    return cuda_nvrtc.compile_family(job[0], cuda_nvrtc.target(job[1]))
+
+
+def known() -> list[int]:
+    return [arch for arch in ARCHITECTURES if cuda_nvrtc.unavailable(arch) is None]
+
+
+def test_nvrtc_compiles_every_kernel_for_every_architecture_without_spills(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found: dict[str, dict[str, Resources]] = {}
+    for (family, arch), (cubin, _) in compiled().items():
+        file = tmp_path / f"{family}-{arch}.cubin"
+        file.write_bytes(cubin)
+        [kernels] = resources_of(file, tool()).values()
+        assert set(kernels) == set(cpu.native.cuda_kernels[family])
+        found.setdefault(cuda_nvrtc.target(arch), {}).update(kernels)
+    assert {"sm_80", "sm_90a"} <= set(found)
+    for name, kernels in found.items():
+        assert set(kernels) == KERNELS
+        assert_nothing_spills(kernels, name)
+    show("NVRTC", table(found), capsys)
+
+
+def test_nvrtc_has_nothing_to_warn_about() -> None:
+    for job, (_, log) in compiled().items():
+        assert "warning" not in log, f"{job}: {log}"
