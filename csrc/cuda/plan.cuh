@@ -114,6 +114,17 @@ __device__ __forceinline__ void scan_counts(const RoutingPlanParams& p, int* cou
   block_sync();
 }
 
+// The lanes of the warp whose group is this lane's, bit by bit of the group's number; none for a group below 0.
+__device__ __forceinline__ unsigned lanes_of_group(int group, int num_groups) {
+  unsigned lanes = ballot(group >= 0);
+  for (int bit = 0; (num_groups - 1) >> bit; ++bit) {
+    const bool one = group >> bit & 1;
+    const unsigned ones = ballot(one);
+    lanes &= one ? ones : ~ones;
+  }
+  return group >= 0 ? lanes : 0;
+}
+
 // Each warp walks its slice in order; samples of one group within a step are ranked by lane, so the sort is stable.
 __device__ __forceinline__ void place_samples(const RoutingPlanParams& p, int* counters, const int* offsets) {
   const int lane = threadIdx.x % kWarp;
@@ -122,12 +133,9 @@ __device__ __forceinline__ void place_samples(const RoutingPlanParams& p, int* c
   for (int base = slice.begin; base < slice.end; base += kWarp) {
     const int sample = base + lane;
     const int group = sample < slice.end ? checked_group(p, sample) : -1;
-    int rank = 0, same = 0;
-    for (int other = 0; other < kWarp; ++other) {
-      const bool equal = shfl(group, other) == group;
-      same += equal;
-      rank += equal && (TDC_PLANTED(PLAN_UNSTABLE) ? other > lane : other < lane);
-    }
+    const unsigned peers = lanes_of_group(group, p.num_groups);
+    const unsigned earlier = TDC_PLANTED(PLAN_UNSTABLE) ? ~0u << lane << 1 : (1u << lane) - 1;
+    const int rank = __popc(peers & earlier), same = __popc(peers);
     int first = 0;
     if (group >= 0) first = own[group];
     warp_sync();  // all lanes have read the counter before one moves it
