@@ -37,6 +37,14 @@ def targets(*backends: str) -> list[Any]:
 
 on_every_backend = pytest.mark.parametrize("target", targets("triton", "cuda", "reference"))
 on_fast_backends = pytest.mark.parametrize("target", targets("triton", "cuda"))
+# What every operator of a network runs on: the choice that is made by itself, or one backend for all.
+on_every_choice = pytest.mark.parametrize(
+    ("device", "backend"),
+    [
+        *(pytest.param("cuda", name, marks=pytest.mark.gpu, id=name or "chosen") for name in ("", "triton", "cuda")),
+        pytest.param("cpu", "reference", id="dry-run"),
+    ],
+)
 on_device = pytest.mark.parametrize(
     "device", [pytest.param("cuda", marks=pytest.mark.gpu, id="gpu"), pytest.param("cpu", id="dry-run")]
 )
@@ -92,11 +100,17 @@ def settings_on(case: ConvCase | NormCase, device: str) -> dict[str, Any]:
     return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in case.settings().items()}
 
 
-def routed(case: ConvCase | NormCase, tensors: dict[str, Tensor], target: Target) -> Tensor:
-    """The routed operator of the case on the tensors' device."""
+def routed(
+    case: ConvCase | NormCase,
+    tensors: dict[str, Tensor],
+    target: Target,
+    plan: RoutingPlan | None = None,
+    settings: dict[str, Any] | None = None,
+) -> Tensor:
+    """The routed operator of the case on the tensors' device; `plan` and `settings` are made unless given."""
     device = target.device
-    arguments: dict[str, Any] = settings_on(case, device) | {"backend": target.backend}
-    plan = plan_on(case.routing, device)
+    arguments: dict[str, Any] = (settings or settings_on(case, device)) | {"backend": target.backend}
+    plan = plan or plan_on(case.routing, device)
     if isinstance(case, ConvCase):
         extras = {name: tensors.get(name) for name in ("sample_bias", "residual")}
         return routed_conv2d(tensors["x"], tensors["weight"], tensors.get("bias"), plan, **arguments, **extras)

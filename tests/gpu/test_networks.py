@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tdc_fast.nn.packing import RoutedModel
+from tdc_fast.ops.backends import ENVIRONMENT
 from tests.gpu.networks import NUM_GROUPS, batch_for, no_synchronisation, recorded, routed_unet
-from tests.gpu.problems import on_device
+from tests.gpu.problems import on_device, on_every_choice
 from tests.tolerance import max_error
 
 pruned = pytest.mark.parametrize("pruned", [False, True], ids=["whole", "pruned"])
@@ -43,9 +44,12 @@ def test_every_sample_gets_its_experts_result(device: str, pruned: bool) -> None
     assert max_error(ours, exact) <= 2 * max_error(plain, exact) + 2 * torch.finfo(torch.bfloat16).eps
 
 
-@on_device
+@on_every_choice
 @pruned
-def test_forward_and_backward_never_wait_for_the_gpu(device: str, pruned: bool) -> None:
+def test_forward_and_backward_never_wait_for_the_gpu(
+    device: str, backend: str, pruned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(ENVIRONMENT, backend)
     model = routed_unet(device, torch.bfloat16, pruned=pruned)
     gradients_of(model, *batch_for(model, seed=0))  # compiles, autotunes, allocates
     batch = batch_for(model, seed=1)
@@ -54,10 +58,13 @@ def test_forward_and_backward_never_wait_for_the_gpu(device: str, pruned: bool) 
     assert loss.isfinite() and all(grad.isfinite().all() for grad in grads.values())
 
 
-@on_device
+@on_every_choice
 @pruned
-def test_a_captured_forward_follows_the_timesteps_it_is_given(device: str, pruned: bool) -> None:
+def test_a_captured_forward_follows_the_timesteps_it_is_given(
+    device: str, backend: str, pruned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Between replays the group ids change: other segments, other tiles, the same graph and the same bits as eager."""
+    monkeypatch.setenv(ENVIRONMENT, backend)
     model = routed_unet(device, torch.bfloat16, pruned=pruned)
     x, t, _ = (v.clone() for v in batch_for(model, seed=0))
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
@@ -69,8 +76,11 @@ def test_a_captured_forward_follows_the_timesteps_it_is_given(device: str, prune
             assert torch.equal(out, model(new_x, new_t)), f"batch {seed}"
 
 
-@on_device
-def test_a_captured_training_step_trains_as_the_eager_one(device: str) -> None:
+@on_every_choice
+def test_a_captured_training_step_trains_as_the_eager_one(
+    device: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(ENVIRONMENT, backend)
     eager = routed_unet(device, torch.bfloat16, pruned=True)
     captured = copy.deepcopy(eager)
     start = {name: value.clone() for name, value in captured.state_dict().items()}

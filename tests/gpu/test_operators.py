@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tdc_fast import routed_linear
+from tdc_fast import RoutingPlan, routed_linear
 from tests.cases import ConvCase, NormCase
+from tests.gpu.networks import no_synchronisation
 from tests.gpu.problems import (
     BF16,
     FP16,
@@ -19,9 +20,11 @@ from tests.gpu.problems import (
     gradients,
     moved,
     on_every_backend,
+    on_fast_backends,
     plan_on,
     refusal,
     routed,
+    settings_on,
     truncated_to_tf32,
     upstream,
 )
@@ -143,3 +146,23 @@ def test_the_same_bits_twice(case: ConvCase | NormCase, target: Target, nan_fill
         runs.append(gradients(y, leaves, upstream(case, y.shape, torch.bfloat16)))
     for key in runs[0]:
         assert torch.equal(runs[0][key], runs[1][key]), key
+
+
+@on_fast_backends
+@pytest.mark.parametrize("name", ["widths", "stride 2", "scale, shift and SiLU"])
+def test_plan_forward_and_backward_never_wait_for_the_gpu(name: str, target: Target) -> None:
+    case = NORM_CASES[name] if name == "scale, shift and SiLU" else CONV_CASES[name]
+    leaves = moved(case.tensors(torch.bfloat16), target.device, case.layout)
+    settings = settings_on(case, target.device)
+    groups = torch.tensor(case.routing.groups, device=target.device)
+    dy = upstream(case, routed(case, leaves, target).shape, torch.bfloat16).to(target.device)
+
+    def step() -> tuple[Tensor, ...]:
+        plan = RoutingPlan.from_groups(groups, case.routing.num_groups)
+        y = routed(case, leaves, target, plan, settings)
+        return torch.autograd.grad(y, list(leaves.values()), dy)
+
+    expected = step()
+    with no_synchronisation(target.device):
+        grads = step()
+    assert all(torch.equal(a, b) for a, b in zip(grads, expected, strict=True))
