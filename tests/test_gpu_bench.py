@@ -163,10 +163,10 @@ def test_tuning_writes_the_table_that_the_kernels_read(tmp_path: Path) -> None:
         "from bench import tune\n"
         "tune.GAIN = float('inf')  # every winner is noted\n"
         "assert tune.main(['--dry-run', '--out', sys.argv[1]]) == 0\n"
-        "from tdc_fast.kernels import tile_shapes\n"
+        "from tdc_fast.kernels import tile_shapes, wgrad_tiles\n"
         "from pathlib import Path\n"
         "tile_shapes.TUNED = Path(sys.argv[1])\n"
-        "print(sorted(tile_shapes.load_tuned('interpreter')))\n"
+        "print(sorted([*tile_shapes.load_tuned('interpreter'), *wgrad_tiles.load_tuned_wgrad('interpreter')]))\n"
     )
     command = [sys.executable, "-c", script, str(tmp_path)]
     result = subprocess.run(
@@ -176,7 +176,7 @@ def test_tuning_writes_the_table_that_the_kernels_read(tmp_path: Path) -> None:
     table = json.loads((tmp_path / "interpreter.json").read_text())
     assert {key.partition(" ")[0] for key in table["tiles"]} == {"forward", "dgrad"}
     assert {key.partition(" ")[0] for key in table["wgrad"]} == {"wgrad"}
-    assert result.stdout.splitlines()[-1] == str(sorted(table["tiles"]))
+    assert result.stdout.splitlines()[-1] == str(sorted([*table["tiles"], *table["wgrad"]]))
 
 
 @pytest.mark.parametrize("layer", ["conv 4 8 8 6 3 1 --direction wgrad", "norm 4 8 6 4 --direction backward"])
