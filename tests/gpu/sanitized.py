@@ -11,6 +11,7 @@ import sys
 import torch
 
 from tdc_fast import RoutingPlan
+from tdc_fast.ops.pack import pack_channels
 from tests.cases import ConvCase, NormCase
 from tests.gpu.problems import Target, gradients, moved, refusal, routed, upstream
 from tests.gpu.shapes import THREE, UNEVEN, conv, norm
@@ -27,6 +28,12 @@ CASES: list[ConvCase | NormCase] = [
 def main(backend: str, device: str = "cuda") -> None:
     groups = torch.arange(50, device=device) * 7 % 5
     assert torch.equal(RoutingPlan.from_groups(groups, 5).order, torch.sort(groups, stable=True).indices)
+    source, order = (
+        torch.randn(1, 13, 5, 3, 3, device=device),
+        torch.arange(12, -1, -2, dtype=torch.int32, device=device),
+    )
+    packed = pack_channels(source, out_order=order.expand(2, -1))
+    assert torch.equal(packed, source[:, order.long()].expand(2, -1, -1, -1, -1))
     ran = 0
     for case in CASES:
         target, oracle = Target(device, backend), Target("cpu", "reference")
