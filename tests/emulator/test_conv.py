@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings
+from torch import Tensor
 
 from tests.cases import ConvCase, conv_cases
 from tests.emulator.conv import (
@@ -117,6 +118,49 @@ def test_tile_edges_are_as_accurate_as_torch(edge: str, dtype: str) -> None:
     stored = "fp32" if dtype == "tf32" else dtype
     expected = {f"tdc_conv_{k.format(stored if k.startswith('reduce') else dtype)}" for k in kernels}
     assert expected <= set(launcher.launched)
+
+
+@edge_dtypes
+@pytest.mark.parametrize("channels", [(40, 72), (37, 71)])
+def test_nothing_dead_is_used(channels: tuple[int, int], dtype: str) -> None:
+    """Results are the same bits whatever dead weights, biases and upstream gradients hold, and zeros where dead."""
+    live_in, live_out = (33, 8), (3, 70)
+    case = conv_case(
+        routing=uneven(1, 2),
+        in_channels=channels[0],
+        out_channels=channels[1],
+        in_widths=live_in,
+        out_widths=live_out,
+    )
+
+    def computed(filler: float) -> dict[str, Tensor]:
+        tensors = case.tensors(DTYPES[dtype])
+        with torch.no_grad():
+            for group in range(2):  # each with an expert of its own
+                tensors["weight"][group, live_out[group] :] = filler
+                tensors["weight"][group, :, live_in[group] :] = filler
+                tensors["bias"][group, live_out[group] :] = filler
+        y = routed(case, tensors, backend="cuda")
+        dy = torch.ones_like(y)
+        for group, _, start, stop in case.routing.segments():
+            dy[start:stop, live_out[group] :] = filler
+        grads = torch.autograd.grad(y, [tensors[n] for n in ("x", "weight", "bias", "sample_bias")], dy)
+        return dict(zip(("y", "dx", "dweight", "dbias", "dsample_bias"), (y.detach(), *grads), strict=True))
+
+    with emulator():
+        zeros, nans = computed(0.0), computed(float("nan"))
+    for name, value in zeros.items():
+        assert torch.equal(nans[name], value), name
+    for group, expert, start, stop in case.routing.segments():
+        dead = (
+            nans["y"][start:stop, live_out[group] :],
+            nans["dx"][start:stop, live_in[group] :],
+            nans["dsample_bias"][start:stop, live_out[group] :],
+            nans["dbias"][expert, live_out[group] :],
+            nans["dweight"][expert, live_out[group] :],
+            nans["dweight"][expert, :, live_in[group] :],
+        )
+        assert all(not values.any() for values in dead)
 
 
 @plain_only
