@@ -16,6 +16,7 @@
 //
 //   bf16, half                         2-byte storage; to_float, from_float<T> (nearest even), pack<T>(low, high)
 //   reciprocal                         1 / x within 1 ulp, subnormals as zero; the emulator divides
+//   exp_approx                         e^x by ex2.approx, subnormals as zero; the emulator takes expf
 //   load_16, store_16                  16 bytes at once, shared or global; the emulator reports a misaligned address
 //   cp_async_16, cp_async_4            asynchronous copy to shared memory, zeros unless `live`; from issue on the
 //                                      emulator holds 0xFF at the destination; it delivers in the cp_async_wait that
@@ -29,8 +30,11 @@
 //   shfl, shfl_xor, shfl_down, shfl_up, ballot    whole warp, 4-byte values
 //   atomic_add_int, atomic_add_float, atomic_max_int    return the old value
 //   device_fence, trap
+//     Builds for tests also check every access for races: block_sync, named barriers and warp_sync order memory;
+//     shuffles, ballot, ldmatrix and mma do not, and nothing orders two blocks.
 //     Everything from ldmatrix to ballot is collective: the emulator wants all lanes of the warp at the same call, else
 //     it reports a divergence; threads that wait for ever, or for threads that have exited, it reports as a deadlock.
+//     Blocks run one after another there, and a thread runs until it waits: spinning on memory never ends.
 //
 // Hopper's mbarriers, TMA boxes and wgmma belong here as further wrappers, in a file of their own (device_sm90.cuh)
 // with emulator/ counterparts: see emulator/block.h for where a wait on an mbarrier and a pending box would live.
@@ -129,6 +133,12 @@ __device__ __forceinline__ unsigned to_tf32(float value) {
 __device__ __forceinline__ float reciprocal(float value) {
   float result;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
+  return result;
+}
+
+__device__ __forceinline__ float exp_approx(float value) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value * 1.4426950408889634f));
   return result;
 }
 

@@ -244,8 +244,7 @@ void Block::copy(const Site& site, void* shared, const void* global, unsigned by
   check_shared(site, shared, bytes, bytes);
   const void* place = __builtin_return_address(0);
   if (live) note(global, bytes, RaceCheck::Access::kRead, place);
-  const std::string wrong = races_.issue_copy(current_->number, shared, bytes, place);
-  if (!wrong.empty()) fail(wrong);
+  if (!races_.issue_copy(current_->number, shared, bytes, place)) fail(races_.wrong());
   Copy made{static_cast<unsigned char*>(shared), bytes, {}};
   if (live) std::memcpy(made.data, global, bytes);
   std::memset(shared, kPoison, bytes);
@@ -273,8 +272,7 @@ void Block::wait_for_copies(int in_flight) {
 }
 
 void Block::note(const void* address, size_t bytes, RaceCheck::Access kind, const void* place) {
-  const std::string wrong = races_.access(current_->number, address, bytes, kind, place);
-  if (!wrong.empty()) fail(wrong);
+  if (!races_.access(current_->number, address, bytes, kind, place)) fail(races_.wrong());
 }
 
 void Block::barrier(const Site& site, int id, int threads, bool wait_here) {

@@ -124,6 +124,7 @@ inline unsigned pack(float low, float high) {
 inline unsigned to_tf32(float value) { return emulator::tf32_bits(value); }
 
 inline float reciprocal(float value) { return 1.0f / value; }
+inline float exp_approx(float value) { return expf(value); }
 
 // Memory.
 

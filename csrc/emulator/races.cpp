@@ -52,7 +52,8 @@ RaceCheck::Cell& RaceCheck::shared_cell(Region& region, uintptr_t address) {
   if (cell.era != era_) {
     cell.era = era_;
     cell.write = Record();
-    cell.reads.clear();
+    cell.read = Record();
+    cell.more.clear();
     cell.in_flight = false;
   }
   return cell;
@@ -81,44 +82,55 @@ std::string RaceCheck::what(const Region* region, uintptr_t address) {
   return text;
 }
 
-std::string RaceCheck::touch(Cell& cell, const Region* region, uintptr_t address, Access kind, const Record& now) {
-  const auto race = [&](const char* did, const Record& earlier) {
-    const char* does = kind == Access::kRead ? "reads" : kind == Access::kWrite ? "writes" : "changes by an atomic";
-    return "race on " + what(region, address) + ": " + who(now) + " " + does + " " + place_text(now.place) + " what " +
+bool RaceCheck::found_race(const Cell& cell, const Region* region, uintptr_t address, const Record& now,
+                           const Record& earlier) {
+  const bool wrote = &earlier == &cell.write;
+  if (wrote && cell.in_flight) {
+    wrong_ = who(now) + " touches " + place_text(now.place) + " " + what(region, address) + " while the copy that " +
+             who(earlier) + " issued " + place_text(earlier.place) + " is in flight: no cp_async_wait covered it";
+    return false;
+  }
+  const char* does = now.write ? "writes" : now.atomic ? "changes by an atomic" : "reads";
+  const char* did = wrote ? "wrote" : earlier.atomic ? "changed by an atomic" : "read";
+  wrong_ = "race on " + what(region, address) + ": " + who(now) + " " + does + " " + place_text(now.place) + " what " +
            who(earlier) + " " + did + " " + place_text(earlier.place) + ", and " +
            (earlier.block == number_ ? "no barrier is between" : "nothing orders two blocks");
+  return false;
+}
+
+bool RaceCheck::touch(Cell& cell, const Region* region, uintptr_t address, const Record& now) {
+  const auto race_with = [&](const Record& r) {
+    const bool conflict = now.write || r.write || r.atomic != now.atomic;
+    return r.clock && r.bytes & now.bytes && conflict && (!before(r, now) || (r.write && cell.in_flight));
   };
-  if (cell.in_flight && cell.write.bytes & now.bytes) {
-    return who(now) + " touches " + place_text(now.place) + " " + what(region, address) + " while the copy that " +
-           who(cell.write) + " issued " + place_text(cell.write.place) + " is in flight: no cp_async_wait covered it";
+  if (race_with(cell.write)) return found_race(cell, region, address, now, cell.write);
+  if (race_with(cell.read)) return found_race(cell, region, address, now, cell.read);
+  for (const Record& earlier : cell.more) {
+    if (race_with(earlier)) return found_race(cell, region, address, now, earlier);
   }
-  const auto same_thread = [&](const Record& r) { return r.thread == now.thread && r.block == now.block; };
-  const auto unordered = [&](const Record& r) {
-    return !same_thread(r) && r.bytes & now.bytes && !before(r, now.thread);
-  };
-  if (cell.write.clock && unordered(cell.write)) return race("wrote", cell.write);
-  for (const Record& earlier : cell.reads) {
-    const bool conflict = kind == Access::kWrite || earlier.atomic != now.atomic;
-    if (conflict && unordered(earlier)) return race(earlier.atomic ? "changed by an atomic" : "read", earlier);
-  }
-  if (kind == Access::kWrite) {
-    cell.reads.clear();
+  if (now.write) {
+    cell.read.clock = 0;
+    cell.more.clear();
     cell.write = now;
-    return "";
+    return true;
   }
   // An earlier record of the same kind that is before this one says nothing that this one does not.
   const auto superseded = [&](const Record& r) {
-    return r.atomic == now.atomic && r.bytes == now.bytes && (same_thread(r) || before(r, now.thread));
+    return r.clock == 0 || (r.atomic == now.atomic && r.bytes == now.bytes && before(r, now));
   };
-  cell.reads.erase(std::remove_if(cell.reads.begin(), cell.reads.end(), superseded), cell.reads.end());
-  if (region == nullptr && cell.reads.size() >= kReaders) cell.reads.pop_back();
-  cell.reads.push_back(now);
-  return "";
+  cell.more.erase(std::remove_if(cell.more.begin(), cell.more.end(), superseded), cell.more.end());
+  if (superseded(cell.read)) {
+    cell.read = now;
+    return true;
+  }
+  if (region == nullptr && cell.more.size() + 1 >= kReaders) cell.more.pop_back();
+  cell.more.push_back(now);
+  return true;
 }
 
-std::string RaceCheck::access(int thread, const void* address, size_t bytes, Access kind, const void* place) {
+bool RaceCheck::access(int thread, const void* address, size_t bytes, Access kind, const void* place) {
   const auto begin = reinterpret_cast<uintptr_t>(address);
-  if (!active || begin - stacks_ < stacks_bytes_) return "";
+  if (!active || begin - stacks_ < stacks_bytes_) return true;
   Region* region = region_of(begin);
   const uintptr_t end = region ? std::min(begin + bytes, region->begin + region->bytes) : begin + bytes;
   Record now;
@@ -126,24 +138,23 @@ std::string RaceCheck::access(int thread, const void* address, size_t bytes, Acc
   now.clock = clocks_[static_cast<size_t>(thread)][static_cast<size_t>(thread)];
   now.block = number_;
   now.thread = static_cast<uint16_t>(thread);
+  now.write = kind == Access::kWrite;
   now.atomic = kind == Access::kAtomic;
   for (uintptr_t at = begin / kCell * kCell; at < end; at += kCell) {
     const uintptr_t first = std::max(begin, at), last = std::min(end, at + kCell);
     now.bytes = static_cast<uint8_t>(((1u << (last - first)) - 1) << (first - at));
-    Cell& cell = region ? shared_cell(*region, at) : global_cell(at);
-    std::string wrong = touch(cell, region, first, kind, now);
-    if (!wrong.empty()) return wrong;
+    if (!touch(region ? shared_cell(*region, at) : global_cell(at), region, first, now)) return false;
   }
-  return "";
+  return true;
 }
 
-std::string RaceCheck::issue_copy(int thread, const void* address, size_t bytes, const void* place) {
-  if (!active) return "";
-  std::string wrong = access(thread, address, bytes, Access::kWrite, place);
+bool RaceCheck::issue_copy(int thread, const void* address, size_t bytes, const void* place) {
+  if (!active) return true;
+  if (!access(thread, address, bytes, Access::kWrite, place)) return false;
   const auto begin = reinterpret_cast<uintptr_t>(address);
   Region* region = region_of(begin);
-  for (size_t i = 0; wrong.empty() && i < bytes; i += kCell) shared_cell(*region, begin + i).in_flight = true;
-  return wrong;
+  for (size_t i = 0; i < bytes; i += kCell) shared_cell(*region, begin + i).in_flight = true;
+  return true;
 }
 
 void RaceCheck::deliver_copy(int thread, const void* address, size_t bytes) {

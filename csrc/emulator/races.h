@@ -30,10 +30,12 @@ class RaceCheck {
   void begin_block(int threads, unsigned number);
   void add_region(const void* begin, size_t bytes, const std::string& name);
 
-  // Each returns what is wrong, or "". `place` is an address in the kernel's code.
-  std::string access(int thread, const void* address, size_t bytes, Access kind, const void* place);
-  std::string issue_copy(int thread, const void* address, size_t bytes, const void* place);
+  // Each is false where something is wrong, which wrong() then says. `place` is an address in the kernel's code.
+  bool access(int thread, const void* address, size_t bytes, Access kind, const void* place);
+  bool issue_copy(int thread, const void* address, size_t bytes, const void* place);
   void deliver_copy(int thread, const void* address, size_t bytes);
+
+  const std::string& wrong() const { return wrong_; }
 
   // What `thread` did so far goes into `clock`; what `clock` holds is before what `thread` does next.
   void release(int thread, Clock& clock);
@@ -41,7 +43,7 @@ class RaceCheck {
 
  private:
   static constexpr size_t kCell = 2;     // bytes
-  static constexpr size_t kPage = 4096;  // of global memory, shadowed at once
+  static constexpr size_t kPage = 512;   // of global memory, shadowed at once
   static constexpr size_t kReaders = 4;  // remembered per cell of global memory; shared memory remembers all
 
   struct Record {
@@ -50,12 +52,13 @@ class RaceCheck {
     uint32_t block = 0;
     uint16_t thread = 0;
     uint8_t bytes = 0;  // bit i: byte i of the cell
-    bool atomic = false;
+    bool write = false, atomic = false;
   };
   struct Cell {
     uint64_t era = 0;  // it speaks of nothing that was before
     Record write;
-    std::vector<Record> reads;  // since the write, and atomics
+    Record read;               // since the write, or an atomic
+    std::vector<Record> more;  // such
     bool in_flight = false;
   };
   struct Region {
@@ -65,13 +68,16 @@ class RaceCheck {
     std::vector<Cell> cells;
   };
 
-  bool before(const Record& record, int thread) const {
-    return record.block == number_ && record.clock <= clocks_[static_cast<size_t>(thread)][record.thread];
+  // Whether a record is of this thread or before what it does now, and of this block.
+  bool before(const Record& record, const Record& now) const {
+    return record.block == number_ &&
+           (record.thread == now.thread || record.clock <= clocks_[now.thread][record.thread]);
   }
+  bool found_race(const Cell& cell, const Region* region, uintptr_t address, const Record& now, const Record& earlier);
   Region* region_of(uintptr_t address);
   Cell& shared_cell(Region& region, uintptr_t address);
   Cell& global_cell(uintptr_t address);
-  std::string touch(Cell& cell, const Region* region, uintptr_t address, Access kind, const Record& now);
+  bool touch(Cell& cell, const Region* region, uintptr_t address, const Record& now);
   std::string who(const Record& record) const;
   static std::string what(const Region* region, uintptr_t address);
 
@@ -84,6 +90,7 @@ class RaceCheck {
   std::unordered_map<uintptr_t, std::vector<Cell>> pages_;
   uintptr_t last_page_ = ~uintptr_t{0};
   Cell* last_cells_ = nullptr;
+  std::string wrong_;
 };
 
 // "[+0x1234]": the place's offset in this library, which addr2line makes a line of source of.

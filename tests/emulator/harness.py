@@ -199,11 +199,16 @@ def run_sanitized(test_file: Path) -> None:
 
 
 def sanitizer_runtime() -> str:
-    """Path of the address sanitizer's shared library; skips where the compiler has none."""
-    said = subprocess.run([compiler(), "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
-    if not os.path.isabs(said):
-        pytest.skip("g++ has no shared library of the address sanitizer")
-    return said
+    """What to preload: the address sanitizer's library, which must come first, and the C++ library, whose exceptions it
+    then knows how to throw. Skips where g++ has none."""
+    paths = []
+    for name in ("libasan.so", "libstdc++.so.6"):
+        command = [compiler(), f"-print-file-name={name}"]
+        path = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout.strip()
+        if not os.path.isabs(path):
+            pytest.skip(f"g++ has no shared {name}")
+        paths.append(path)
+    return " ".join(paths)
 
 
 def sanitized_environment(runtime: str) -> dict[str, str]:
