@@ -42,10 +42,12 @@ def wgrad_candidates(problem: Any, device: Device, path: str | None = None) -> l
     """Every tile that can serve the problem on the device (by one path, where given), the largest first."""
     if problem.dtype in _HALVES:
         sizes = [(128, 128), (128, 64), (64, 128), (64, 64), (128, 16)]
-        # mma.sync keeps operands in registers, wgmma does not: it affords twice the pixels in a step.
-        pixels, stages = (64, 3) if device.arch >= 90 else (32, 4)
+        # Tensor cores of data-center GPUs read operands from shared memory (wgmma, tcgen05). Others, among them sm_120,
+        # take them from registers, which are full with half the pixels in a step.
+        from_shared = 90 <= device.arch < 120
+        pixels, stages = (64, 3) if from_shared else (32, 4)
         tiles = [WgradTile("pointer", m, n, pixels, stages, 4 if m * n <= 64 * 64 else 8) for m, n in sizes]
-        if device.arch >= 90:
+        if from_shared:
             boxed = [WgradTile("tma", m, n, 64, 4, 8 if m * n > 128 * 64 else 4) for m, n in sizes]
             tiles = [tile for tile in boxed if tma_can_serve(problem, tile)] + tiles
     elif precision_of(problem) == "tf32":

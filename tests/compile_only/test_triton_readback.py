@@ -1,7 +1,7 @@
 """The Triton backend launches every operator without reading a single number of any tensor.
 
 It is run on "meta" tensors, which have shapes and no memory: `.item()`, `.tolist()`, `bool(tensor)`, `nonzero`, a copy
-to the host or an index by a tensor's value raises there. So grids and tiles come from shapes alone, and nothing can wait.
+to the host or an index by a tensor's value raises there. So grids and tiles come from shapes alone; nothing can wait.
 """
 
 from __future__ import annotations

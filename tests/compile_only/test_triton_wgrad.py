@@ -18,6 +18,7 @@ from tdc_fast.kernels.wgrad_tiles import WgradTile, wgrad_candidates
 from tests.compile_only.triton_build import SHARED_LIMITS, Built, build
 
 DEVICES = {arch: Device(arch, 132, SHARED_LIMITS[arch]) for arch in (80, 90)}
+NEWER = Device(100, 148, SHARED_LIMITS[100])
 
 
 def layer(dtype: torch.dtype = torch.bfloat16, size: int = 32, stride: int = 1, tf32: bool = False) -> ConvProblem:
@@ -57,7 +58,7 @@ def everything_that_can_be_chosen() -> list[Build]:
             builds.append(Build(arch, problem, tile, 1 + index % 3))
         for problem in (layer(torch.float32), layer(torch.float32, tf32=True)):
             builds += [Build(arch, problem, tile, 2) for tile in wgrad_candidates(problem, device)]
-    return builds
+    return [*builds, Build(100, layer(), wgrad_candidates(layer(), NEWER)[0], 2)]
 
 
 def meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -81,7 +82,9 @@ def test_a_tile_compiles_to_what_it_promises(case: Build) -> None:
     built = build(launch.kernel, launch.arguments, case.arch, case.tile.warps, case.tile.stages)
     assert_fits(built, case.arch)
     halves = case.problem.dtype != torch.float32
-    if case.tile.path == "tma":
+    if case.arch > 90:
+        assert built.tma >= 2 and built.count(r"tcgen05\.mma") > 0
+    elif case.tile.path == "tma":
         assert built.tma >= 2 and built.wgmma_from_shared == built.wgmma > 0
     elif halves and case.arch >= 90:
         assert built.cp_async_16 > 0 and built.wgmma_from_shared == built.wgmma > 0

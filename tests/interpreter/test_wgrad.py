@@ -245,7 +245,7 @@ def test_what_was_measured_on_a_device_comes_first(monkeypatch: pytest.MonkeyPat
 
 
 def test_every_candidate_fits_into_shared_memory() -> None:
-    for device in (A100, H100, Device(86, 84, 101376)):
+    for device in (A100, H100, Device(86, 84, 101376), Device(120, 170, 101376)):
         for dtype in (torch.bfloat16, torch.float32):
             for tile in wgrad_candidates(layer(8, 32, 128, 128, dtype=dtype), device):
                 assert tile.shared_bytes(dtype.itemsize) <= device.shared_limit
