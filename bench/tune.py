@@ -120,7 +120,6 @@ def candidates(problem: Problem, p: ConvProblem, device: Any) -> list[Candidate]
     from tdc_fast.kernels.conv_dgrad import conv_dgrad
     from tdc_fast.kernels.conv_forward import conv_forward
     from tdc_fast.kernels.conv_wgrad import conv_wgrad
-
     from tdc_fast.ops.tiles import tiles_of
 
     plan, op, device = problem.plan, problem.case.direction, replace(device, name="")
