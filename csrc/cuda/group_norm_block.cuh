@@ -209,6 +209,6 @@ __device__ __forceinline__ void sum_rows(float (&sum)[K][V], const NormThread& t
 }
 
 // 1 / (1 + exp(-z)); for z = -infinity the exponential overflows and the result is 0.
-__device__ __forceinline__ float norm_sigmoid(float z) { return reciprocal(1.0f + __expf(-z)); }
+__device__ __forceinline__ float norm_sigmoid(float z) { return reciprocal(1.0f + exp_approx(-z)); }
 
 }  // namespace tdc
