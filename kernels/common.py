@@ -51,7 +51,7 @@ def axis_taps(parity, padding, FILTER: tl.constexpr, STRIDE: tl.constexpr, DGRAD
     if DGRAD:
         first = (parity + padding) % STRIDE
         taps = (FILTER - first + STRIDE - 1) // STRIDE
-        base = (parity + padding - first) // STRIDE
+        base = (parity + padding) // STRIDE
     else:
         first = 0
         taps = FILTER

@@ -90,7 +90,8 @@ def _constants(op: str, p: Any, tile: ConvTile, widths: bool) -> tuple[tuple[int
         "STRIDE_H": p.stride[0],
         "STRIDE_W": p.stride[1],
         "DGRAD": dgrad,
-        # The longer loop goes inside: it is the one that is pipelined.
+        # The longer loop goes inside: it is the one that is pipelined. One loop flattened over taps and channels would
+        # never drain, but such loops have been miscompiled with 8 warps (pytorch issue 173068).
         "TAPS_INNER": p.filter[0] * p.filter[1] > 2 * classes,
         "TAIL": widths or (source_channels % tile.block_k != 0 and not filled),
         "BN": tile.block_channels,

@@ -218,7 +218,8 @@ def conv_tma_kernel(
             k = (outer if TAPS_INNER else inner) * BK
             acc = _step(
                 acc, source, weight, tap // taps_w, tap % taps_w, k, first, y, x, weight_row, column, live,
-                source_channels, out_channels, first_h, first_w, S, STRIDE_H, STRIDE_W, DGRAD, HALVED, BM, BN, BK, False,
+                source_channels, out_channels, first_h, first_w, S, STRIDE_H, STRIDE_W, DGRAD, HALVED, BM, BN, BK,
+                False,
             )  # fmt: skip
     if TAIL:
         for tap in range(tl.where(blocks * BK < live, taps, 0)):

@@ -181,12 +181,12 @@ def test_dead_channels_of_the_weights_are_not_used(tile: ConvTile) -> None:
 
 def test_numbers_out_of_range_are_clamped() -> None:
     """A GPU cannot raise for them, so nothing may be indexed with them."""
-    sane = case_of(in_widths=(24, 0, 20, 0), out_widths=(0, 24, 7, 0))
+    sane = case_of(in_widths=(24, 0, 20, 24), out_widths=(20, 24, 0, 24))
     dy = upstream(replace(sane, out_widths=None), torch.float32)
     tensors = sane.tensors(torch.float32)
     wild = {
-        "in_widths": torch.tensor([10**6, -5, 20, 0], dtype=torch.int32),
-        "out_widths": torch.tensor([-(10**6), 99, 7, 0], dtype=torch.int32),
+        "in_widths": torch.tensor([200, -5, 20, 99], dtype=torch.int32),
+        "out_widths": torch.tensor([20, 99, -(10**6), 99], dtype=torch.int32),
         "weight_index": torch.tensor([99, -1, 1, 0], dtype=torch.int32),
     }
     expected, actual = run(sane, tensors, dy, POINTER), run(sane, tensors, dy, POINTER, **wild)
