@@ -97,12 +97,13 @@ def test_without_memory_the_agent_sees_nothing_of_what_was_tried() -> None:
 
 def test_a_later_group_sees_what_earlier_groups_found() -> None:
     memory = Memory()
-    seen = []
+    seen: list[list[tuple[int, int, int]]] = []
     for group in range(2):
-        script = Script([widths(3, 3), widths(1, 5)])
-        search_widths(dataclasses.replace(tiny_task(BUDGET), group=group), script, Narrowest(), memory=memory)
-        seen.append(script.tasks[0].earlier)
-    assert seen[0] == () and [trial.place for trial in seen[1]] == [(0, 0, 0), (0, 0, 1)]
+        script = Script([widths(3, 3)], [widths(1, 5)])
+        task = dataclasses.replace(tiny_task(BUDGET), group=group)
+        search_widths(task, script, Narrowest(), rounds=2, memory=memory)
+        seen += [[trial.place for trial in task.earlier] for task in script.tasks]
+    assert seen == [[], [], [(0, 0, 0), (0, 1, 0)], [(0, 0, 0), (0, 1, 0)]]
 
 
 def test_without_a_scorer_the_first_proposal_is_the_answer() -> None:
