@@ -16,6 +16,7 @@ from tdc_fast.nn.plan_scope import Routing
 from tdc_fast.nn.routed import LiveAxis, RoutedLeaf, routed_twin
 from tdc_fast.nn.units import PruningUnit, UnitSlice
 from tdc_fast.nn.width_plan import WidthPlan, base_hash
+from tdc_fast.ops.pack import pack_channels
 from tdc_fast.routing import RoutingPlan, TimestepGroups
 
 _LEAVES = (
@@ -199,8 +200,8 @@ def pack_experts(
             if widths is not None
         }
         leaf = routed_twin(name, layer, count, axes.get("out"), axes.get("in"))
-        for index, expert in enumerate(experts):
-            leaf.load_expert(index, _cut(expert.get_submodule(name), slices.get(name, {}), widths, index))
+        layers_of_leaf = [layer] if shared else [expert.get_submodule(name) for expert in experts]
+        _fill(leaf, layers_of_leaf, slices.get(name, {}), widths)
         if "in" in axes and 0 in axes["in"].counts:
             gate = torch.tensor([[float(live > 0)] for live in axes["in"].counts])
             leaf.closing_gate = gate.to(next(leaf.parameters()))
@@ -261,18 +262,38 @@ def _slices_by_leaf(units: Sequence[PruningUnit]) -> dict[str, dict[str, tuple[P
     return found
 
 
-def _cut(
-    layer: nn.Module, slices: Mapping[str, tuple[PruningUnit, UnitSlice]], widths: WidthPlan | None, expert: int
-) -> dict[str, Tensor]:
-    """The layer's parameters with the expert's kept channels only, most important first."""
-    state = {name: parameter.detach() for name, parameter in layer.named_parameters()}
+@torch.no_grad()
+def _fill(
+    leaf: RoutedLeaf,
+    layers: Sequence[nn.Module],
+    slices: Mapping[str, tuple[PruningUnit, UnitSlice]],
+    widths: WidthPlan | None,
+) -> None:
+    """Write every expert's kept channels, most important first, into the stacked parameters: one launch for each.
+
+    layers: the dense layer of every expert, or one that all start from.
+    """
+    device = next(leaf.parameters()).device
+    cuts: dict[str, Tensor] = {}
     for dim, (unit, part) in slices.items():
-        assert widths is not None
-        entry = widths.experts[expert][unit.name]
-        rows = torch.cat(unit.kept_rows(entry.order, entry.width, part)).to(state["weight"].device)
-        for name in state if dim == "out" else ("weight",):
-            state[name] = state[name].index_select(0 if dim == "out" else 1, rows)
-    return state
+        axis = leaf.live_out if dim == "out" else leaf.live_in
+        assert widths is not None and axis is not None
+        order = torch.zeros(leaf.num_experts, axis.size, dtype=torch.int32)  # stacked position -> dense channel
+        for index, expert in enumerate(widths.experts):
+            entry = expert[unit.name]
+            rows = torch.cat(unit.kept_rows(entry.order, entry.width, part))
+            order[index, axis.positions(index)] = rows.to(torch.int32)
+        live = torch.tensor([count * axis.copies for count in axis.counts], dtype=torch.int32)
+        cuts |= {f"{dim}_order": order.to(device), f"{dim}_widths": live.to(device)}
+    for name, parameter in leaf.named_parameters():
+        dense = [layer.get_parameter(name).to(parameter.device, parameter.dtype) for layer in layers]
+        source = dense[0][None] if len(dense) == 1 else torch.stack(dense)
+        source = source.flatten(2) if parameter.dim() == 3 else source  # a 1x1 Conv1d's filter axis
+        own = {key: cut for key, cut in cuts.items() if key.startswith("out") or parameter.dim() > 2}
+        if own:
+            pack_channels(source, **own, out=parameter)
+        else:
+            parameter.copy_(source)
 
 
 def _set_routing(model: nn.Module, routing: Routing | None) -> None:

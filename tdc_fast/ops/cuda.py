@@ -51,6 +51,8 @@ def launcher_for(device: torch.device) -> tuple[Launcher | None, str]:
     """What runs kernels on a device, or None and why nothing does."""
     if _injected is not None:
         return _injected, ""
+    if device.type == "cuda" and device.index in _launchers:  # on the way of every launch
+        return _launchers[device.index]
     if cpu.native is None:
         return None, cpu._missing
     if device.type != "cuda":

@@ -1,0 +1,120 @@
+"""How launches reach CUDA, with a driver that only writes down what it is asked: no GPU is needed to see the calls."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tdc_fast.ops import cpu, cuda_launch, cuda_nvrtc
+
+pytestmark = pytest.mark.skipif(cpu.native is None, reason="the native module is not built")
+DEVICE, STREAM = torch.device("cuda", 1), 0xABC0
+
+
+@pytest.fixture(autouse=True)
+def pretended_device(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Device 1 of compute capability 9.0; the numbers of the devices that were made current."""
+    current: list[int] = []
+
+    def device(index: int) -> Any:
+        current.append(index)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda index: SimpleNamespace(cuda_stream=STREAM))
+    monkeypatch.setattr(cuda_launch, "_facts", {1: (90, 132, 232448)})
+    return current
+
+
+class Driver:
+    """The functions of cupy_backends.cuda.api.driver that are used, in its argument order."""
+
+    CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
+
+    def __init__(self, params_size: int) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+        self._params_size = params_size
+
+    def moduleLoadData(self, image: bytes) -> int:  # noqa: N802
+        self.calls.append(("load", image))
+        return 11
+
+    def moduleGetFunction(self, module: int, name: str) -> int:  # noqa: N802
+        self.calls.append(("function", module, name))
+        return 22
+
+    def funcSetAttribute(self, function: int, attribute: int, value: int) -> None:  # noqa: N802
+        self.calls.append(("attribute", function, attribute, value))
+
+    def launchKernel(self, function: int, *numbers: int) -> None:  # noqa: N802
+        *sizes, stream, params, extra = numbers
+        [struct] = (ctypes.c_void_p * 1).from_address(params)  # one pointer, to the struct itself
+        self.calls.append(("launch", function, *sizes, stream, ctypes.string_at(struct, self._params_size), extra))
+
+
+def launch(shared_bytes: int = 0, kernel: str = "tdc_routing_plan") -> Any:
+    settings = {"grid": (2, 3, 4), "threads": 96, "params": bytes(range(40)), "shapes": "groups (7,)"}
+    return cpu.native.Launch(kernel=kernel, shared_bytes=shared_bytes, **settings)
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
+    pytest.importorskip("cupy_backends.cuda.api.driver", reason="cupy is not installed")
+    from cupy_backends.cuda import api
+
+    made = Driver(params_size=40)
+    monkeypatch.setattr(api, "driver", made)
+    monkeypatch.setattr(cuda_nvrtc, "cubin_of", lambda family, arch_name: f"{family} for {arch_name}".encode())
+    return made
+
+
+def test_nvrtc_passes_the_struct_by_value_on_torchs_stream_of_the_device(
+    driver: Driver, pretended_device: list[int]
+) -> None:
+    cuda_nvrtc.Nvrtc().run([launch()], DEVICE)
+    assert pretended_device == [1]
+    assert driver.calls == [
+        ("load", b"plan for sm_90a"),
+        ("function", 11, "tdc_routing_plan"),
+        ("launch", 22, 2, 3, 4, 96, 1, 1, 0, STREAM, bytes(range(40)), 0),
+    ]
+
+
+def test_nvrtc_loads_once_and_raises_the_shared_memory_limit_only_where_it_must(driver: Driver) -> None:
+    launcher = cuda_nvrtc.Nvrtc()
+    for shared_bytes in (48 * 1024, 100_000, 100_000, 60_000, 200_000):
+        launcher.run([launch(shared_bytes)], DEVICE)
+    kinds = [call[0] for call in driver.calls]
+    assert kinds.count("load") == kinds.count("function") == 1
+    assert [call[3] for call in driver.calls if call[0] == "attribute"] == [100_000, 200_000]
+    assert [call[8] for call in driver.calls if call[0] == "launch"] == [49152, 100_000, 100_000, 60_000, 200_000]
+
+
+def test_nvrtc_names_kernel_and_shapes_when_a_call_fails(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise ValueError("CUDA_ERROR_INVALID_VALUE: invalid argument")
+
+    monkeypatch.setattr(driver, "launchKernel", refuse)
+    expected = r"cuLaunchKernel failed: CUDA_ERROR_INVALID_VALUE.*tdc_routing_plan, grid \(2, 3, 4\).*groups \(7,\)"
+    with pytest.raises(RuntimeError, match=expected):
+        cuda_nvrtc.Nvrtc().run([launch()], DEVICE)
+    with pytest.raises(RuntimeError, match="no kernel of that name in the sources: kernel nothing"):
+        cuda_nvrtc.Nvrtc().run([launch(kernel="nothing")], DEVICE)
+
+
+def test_native_launches_on_torchs_stream_of_the_device(
+    monkeypatch: pytest.MonkeyPatch, pretended_device: list[int]
+) -> None:
+    calls: list[Any] = []
+    build = SimpleNamespace(cuda_launch=lambda *arguments: calls.append(arguments))
+    made = launch()
+    monkeypatch.setattr(cpu, "native", build)
+    cuda_launch.Native().run((made,), DEVICE)
+    assert calls == [([made], 1, STREAM)]
+    assert pretended_device == [1]
+    assert cuda_launch.Native().device_facts(DEVICE) == (90, 132, 232448)
