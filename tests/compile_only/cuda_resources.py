@@ -1,4 +1,4 @@
-"""What compiled kernels use of a multiprocessor, read from machine code or from a module that holds it."""
+"""What compiled kernels use of a multiprocessor: read from a library that holds them, or from the assembler's log."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _FUNCTION = re.compile(r"Function (\w+):\s*\n\s*(REG:.*)")
+_LOGGED = re.compile(
+    r"Compiling entry function '(?P<name>\w+)'.*?(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
+    r"(?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
+    re.DOTALL,
+)
 _ARCH = re.compile(r"^arch = (\w+)", re.MULTILINE)
 
 
@@ -37,9 +42,9 @@ def cuobjdump() -> str | None:
 
 
 def resources_of(file: Path, tool: str) -> dict[str, dict[str, Resources]]:
-    """{architecture: {kernel: what it uses}} of a cubin, or of a library with device code for several."""
+    """{architecture: {kernel: what it uses}} of a library with device code for several."""
     text = subprocess.run([tool, "--dump-resource-usage", str(file)], capture_output=True, text=True, check=True).stdout
-    starts = [(match.start(), match[1]) for match in _ARCH.finditer(text)] or [(0, "cubin")]
+    starts = [(match.start(), match[1]) for match in _ARCH.finditer(text)]
     found: dict[str, dict[str, Resources]] = {}
     for (start, arch), end in zip(starts, [at for at, _ in starts[1:]] + [len(text)], strict=True):
         for match in _FUNCTION.finditer(text[start:end]):
@@ -47,6 +52,17 @@ def resources_of(file: Path, tool: str) -> dict[str, dict[str, Resources]]:
             found.setdefault(arch, {})[match[1]] = Resources(
                 int(values["REG"]), int(values["STACK"]), int(values["LOCAL"]), int(values["SHARED"])
             )
+    return found
+
+
+def resources_in_log(log: str) -> dict[str, Resources]:
+    """{kernel: what it uses} of a log that `--ptxas-options=-v` asked for; spilled bytes count as local memory."""
+    found = {}
+    for match in _LOGGED.finditer(log):
+        shared = re.search(r"(\d+) bytes smem", match["rest"])
+        spilled = int(match["stores"]) + int(match["loads"])
+        used = Resources(int(match["registers"]), int(match["stack"]), spilled, int(shared[1]) if shared else 0)
+        found[match["name"]] = used
     return found
 
 
