@@ -52,13 +52,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         yardsticks = load_yardsticks(folder / f"yardsticks-{how.samples}.pt")
         seconds = time.monotonic() - began
         result = summarise(table, study, outcomes, seeds, how, yardsticks, describe_environment(), seconds)
-        result |= {"date": date.today().isoformat(), "command": " ".join(["python -m bench.paper", *arguments])}
+        result |= {"date": date.today().isoformat(), "command": _command(name, options)}
         options.out.mkdir(parents=True, exist_ok=True)
         write_json(options.out / f"{name}-{study.name}.json", result)
         text = as_markdown(result)
         (options.out / f"{name}-{study.name}.md").write_text(text, encoding="utf-8")
         print(text)
     return 0
+
+
+def _command(table: str, options: argparse.Namespace) -> str:
+    """What repeats the table, without the folders of this machine."""
+    numbers = " ".join(f"--{name} {getattr(options, name)}" for name in ("seeds", "samples", "draws", "scale"))
+    return f"python -m bench.paper {table} --study {options.study} {numbers}"
 
 
 if __name__ == "__main__":
