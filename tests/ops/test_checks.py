@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from tdc_fast import RoutingPlan, routed_conv2d, routed_group_norm
-from tdc_fast.ops import available_backends, cpu
+from tdc_fast import RoutingPlan, explain, routed_conv2d, routed_group_norm
 
 int32 = torch.int32
-BACKENDS = [b for b in available_backends() if b != "cpu" or cpu.native is not None]
 GROUPS = torch.tensor([0, 2, 1, 0])
+HOST_TENSORS = torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1, 1), None, RoutingPlan.from_groups(torch.tensor([0]), 1)
+BACKENDS = [name for name, reason in explain("routed_conv2d", *HOST_TENSORS).reasons.items() if reason is None]
 
 
 def conv_arguments() -> dict[str, Any]:
