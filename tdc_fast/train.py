@@ -109,7 +109,7 @@ def open_run(config: TrainConfig, in_channels: int) -> RunDirectory:
             "the last bits may differ",
             file=sys.stderr,
         )
-    groups = build_groups(config)
+    groups = build_groups(config, report=True)
     if groups is not None:
         groups.save(run.path / "groups.json")
     return run

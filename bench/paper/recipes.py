@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tdc_fast.main_job.contestants import Contestant
+from tdc_fast.main_job.contestants import SETTINGS, Contestant
 from tdc_fast.training.checkpoint import model_file
 from tdc_fast.training.config import TrainConfig
 
@@ -35,21 +35,9 @@ class Study:
         return int(self.experts["stage2_batch"]) // int(self.experts["groups"])
 
 
-_SHARED = {
-    "heldout": 0.2,
-    "num_heads": 1,
-    "attention_resolutions": "",
-    "noise_schedule": "cosine",
-    "batch_size": 64,
-    "lr": 2e-3,
-    "ema_rate": "0.999",
-    "ema_ramp": True,
-    "num_threads": 1,
-    "log_interval": 50,
-    "save_interval": 1000000,  # the end of a stage is always saved
-    "tensorboard": False,
-    "progress": "never",
-}
+# As the demo trains, with fewer rows and checkpoints (the end of a stage is always saved).
+_DIGITS = {**SETTINGS, "log_interval": 50, "save_interval": 1000000}
+_PHOTOS = {**_DIGITS, "data_dir": "photos", "image_size": 16}
 _EXPERTS = {
     "groups": 4,
     "grouping": "uniform",
@@ -58,8 +46,6 @@ _EXPERTS = {
     "stage2_batch": 32,
     "stage2_shares": "0.33,0.25,0.21,0.21",
 }
-_DIGITS = {**_SHARED, "data_dir": "digits", "image_size": 8, "channel_mult": "1,2", "num_res_blocks": 1}
-_PHOTOS = {**_SHARED, "data_dir": "photos", "image_size": 16, "channel_mult": "1,2", "num_res_blocks": 1}
 
 STUDIES = {
     study.name: study
@@ -78,7 +64,7 @@ class Recipe:
 
     experts      : None for one uniform denoiser, else changes to the study's TDC settings ({} for none).
     small_batch  : after stage 1, steps as small as an expert's, and as many more of them.
-    from_scratch : no stage 1: the experts begin from fresh weights.
+    from_scratch : a stage 1 of a single step: the experts begin from what are as good as fresh weights.
     """
 
     key: str
@@ -87,7 +73,6 @@ class Recipe:
     experts: Mapping[str, Any] | None = None
     small_batch: bool = False
     from_scratch: bool = False
-    note: str = field(default="", compare=False)
 
 
 def stage1(study: Study, seed: int, folder: Path, share: float, *, from_scratch: bool = False) -> Contestant:
@@ -127,4 +112,4 @@ def contestant(study: Study, recipe: Recipe, seed: int, folder: Path) -> tuple[C
                 "total_share": recipe.cost,
             }
         )
-    return first, Contestant(recipe.key, recipe.label, recipe.note, config)
+    return first, Contestant(recipe.key, recipe.label, "", config)

@@ -124,8 +124,4 @@ def spread(values: Sequence[float], digits: int) -> str:
     """mean ± standard deviation."""
     if len(values) < 2:
         return f"{values[0]:.{digits}f}"
-    return f"{_mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
-
-
-def _mean(values: Sequence[float]) -> float:
-    return statistics.mean(values)
+    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"

@@ -77,8 +77,11 @@ def build_diffusion(config: TrainConfig, timestep_respacing: str = "") -> Diffus
     )
 
 
-def build_groups(config: TrainConfig) -> TimestepGroups | None:
-    """The timestep groups; None for plain training, and for groups that a base must be measured for."""
+def build_groups(config: TrainConfig, *, report: bool = False) -> TimestepGroups | None:
+    """The timestep groups; None for plain training, and for groups that a base must be measured for.
+
+    report: print what the elbow weighed, where it chose their number.
+    """
     if not config.groups or needs_base(config):
         return None
     if config.boundaries:
@@ -94,7 +97,8 @@ def build_groups(config: TrainConfig) -> TimestepGroups | None:
     diffusion = build_diffusion(config)
     if config.grouping == "difficulty":
         probes = Probes.evenly(config.diffusion_steps, min(config.probes, config.diffusion_steps))
-        return difficulty_groups(config, probes, mean_over_probes(_clipped(diffusion.snr_db(), limits), probes))
+        levels = mean_over_probes(_clipped(diffusion.snr_db(), limits), probes)
+        return difficulty_groups(config, probes, levels, report=report)
     return TimestepGroups.snr(diffusion, config.groups, clip_db=(limits[0], limits[1]) if limits else None)
 
 

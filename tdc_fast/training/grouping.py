@@ -48,13 +48,19 @@ def measured_groups(
     intervals = Probes.evenly(diffusion.num_timesteps, probes)
     losses = probe_losses(base, intervals, diffusion, batches, seed=seed)
     run.write("difficulty.json", {"edges": list(intervals.edges), "loss": [float(loss) for loss in losses]})
-    return difficulty_groups(config, intervals, in_decibels(losses))
+    return difficulty_groups(config, intervals, in_decibels(losses), report=True)
 
 
-def difficulty_groups(config: TrainConfig, probes: Probes, levels: np.ndarray) -> TimestepGroups:
-    """Groups of whole probes whose levels of difficulty (P,), in decibels, scatter least inside the groups."""
+def difficulty_groups(
+    config: TrainConfig, probes: Probes, levels: np.ndarray, *, report: bool = False
+) -> TimestepGroups:
+    """Groups of whole probes whose levels of difficulty (P,), in decibels, scatter least inside the groups.
+
+    report: print what the elbow weighed, where it chose.
+    """
     found = divide(scatter_of_values(levels, probes.sizes), _number(config), max_intervals=config.max_groups)
-    say_elbow(config, found)
+    if report:
+        say_elbow(config, found)
     return probes.groups(found.cuts, "difficulty")
 
 

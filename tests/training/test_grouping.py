@@ -62,6 +62,13 @@ def test_the_elbow_says_what_it_weighed(folder, capsys):
     assert len(json.loads((run.path / "difficulty.json").read_text())["loss"]) == 6
 
 
+def test_an_elbow_by_snr_is_told_once_and_not_when_a_run_is_read(folder, capsys):
+    settings = {**MEASURED, "groups": -1, "grouping": "difficulty", "max_groups": 4}
+    run = load_run(train(small_config(folder, "elbow_snr", **settings)).path)
+    assert run.groups.strategy == "difficulty" and run.experts().num_experts == run.groups.num_groups
+    assert capsys.readouterr().out.count("the elbow is at") == 1
+
+
 def test_boundaries_by_hand_are_refined_where_asked(folder):
     settings = {**MEASURED, "boundaries": "0,20,40,60", "refine": 10}
     refined = load_run(train(small_config(folder, "refined", **settings)).path).groups
