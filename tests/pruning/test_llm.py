@@ -165,6 +165,7 @@ MISBEHAVIOUR: dict[str, tuple[Reply, str]] = {
     "no choices": (raw(b'{"choices": []}'), "IndexError"),
     "no text": (says(None), "holds no text"),
     "text that is no JSON": (says("Sure! Here are some widths."), "not JSON"),
+    "lists without end": (says("[" * 100_000), "not JSON"),
     "wrong schema": (says('{"answers": []}'), "one key"),
     "no candidates": (says('{"candidates": []}'), "empty"),
     "a candidate too few keys": (says('{"candidates": [{"widths": {}}]}'), "keys"),
@@ -220,6 +221,31 @@ def test_a_refused_key_is_not_tried_again(server: Server) -> None:
     with pytest.raises(AgentFailed, match="AuthenticationError 401") as failed:
         agent_of(server, timeout=10).propose(the_task(), 2)
     assert len(server.requests) == 1 and KEY not in str(failed.value)
+
+
+def test_a_key_that_an_answer_repeats_is_kept_nowhere(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    unknown = {"widths": {**widths(1, 5), KEY: 1}, "reason": "odd"}
+    told = {"widths": widths(1, 5), "reason": f"your key is {KEY}"}
+    server.replies = [says(json.dumps({"candidates": [unknown]})), says(json.dumps({"candidates": [unknown, told]}))]
+    with Memory(tmp_path / "m.jsonl") as memory:
+        search_widths(the_task(), agent_of(server, timeout=10), Narrowest(), memory=memory)
+    kept = (tmp_path / "m.jsonl").read_text()
+    assert "your key is ***" in kept and KEY not in kept + capsys.readouterr().err
+    assert KEY not in json.dumps([request["messages"] for request in server.requests])
+
+
+def test_a_word_in_place_of_a_key_leaves_answers_whole(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "layers")
+    server.replies = [says(good(1, 5))]
+    assert agent_of(server, timeout=10).propose(the_task(), 2).proposals[0].widths == widths(1, 5)
+
+
+def test_a_reason_is_one_line_that_any_terminal_and_file_can_show(server: Server) -> None:
+    server.replies = [says(good(reason="\x1b[2Jthin\r\nfirst \ud800 für t"))]
+    (proposal,) = agent_of(server, timeout=10).propose(the_task(), 2).proposals
+    assert proposal.reason == "[2Jthin first für t"
 
 
 def test_without_a_key_nothing_is_sent(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

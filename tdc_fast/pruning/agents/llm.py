@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tdc_fast.errors import invalid
-from tdc_fast.pruning.agents.llm_client import ChatEndpoint, EndpointError
+from tdc_fast.pruning.agents.llm_client import ChatEndpoint, EndpointError, printable
 from tdc_fast.pruning.agents.llm_prompt import SCHEMA, SYSTEM, user_message
 from tdc_fast.pruning.agents.protocol import AgentFailed
 from tdc_fast.pruning.projection import check_proposal
@@ -81,7 +81,7 @@ def read_answer(task: Task, text: str, count: int) -> tuple[list[Proposal], list
     """
     try:
         answer = json.loads(_without_fence(text))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"it is not JSON ({error})") from None
     if not isinstance(answer, dict) or set(answer) != {"candidates"} or not isinstance(answer["candidates"], list):
         raise ValueError('it is not an object with the one key "candidates" and a list under it')
@@ -103,7 +103,7 @@ def _candidate(task: Task, candidate: Any) -> Proposal:
     if not isinstance(widths, dict) or not isinstance(reason, str):
         raise ValueError('"widths" is not an object, or "reason" is not text')
     check_proposal(task.units, widths)
-    return Proposal(widths, reason[:500])
+    return Proposal(widths, printable(reason)[:500])
 
 
 def _without_fence(text: str) -> str:

@@ -12,6 +12,8 @@ from urllib.parse import urlsplit
 from tdc_fast.errors import invalid, require
 
 KEY_VARIABLE = "OPENAI_API_KEY"
+SECRET_LENGTH = 8
+"""A shorter key is a word for a server that wants none, such as "none"; taken out, it would tear answers apart."""
 _WITHOUT_SCHEMA = (400, 404, 415, 422)  # what servers answer that do not know response_format
 
 
@@ -45,7 +47,9 @@ class ChatEndpoint:
         self._with_schema = True
 
     def ask(self, messages: Sequence[Mapping[str, str]], schema: Mapping[str, Any]) -> str:
-        """The text of the answer. EndpointError for everything that can go wrong outside this process."""
+        """The text of the answer, without the key if it repeats it. EndpointError for everything that can go wrong
+        outside this process.
+        """
         key = os.environ.get(KEY_VARIABLE, "")
         if not key:
             raise EndpointError(f"no key: set {KEY_VARIABLE} (any text for a server that wants none)", final=True)
@@ -70,7 +74,7 @@ class ChatEndpoint:
             client.close()
         if isinstance(answer, Exception):
             raise self._explained(answer, key) from None  # the cause may hold the request and with it the key
-        return str(answer)
+        return _without_key(str(answer), key)
 
     def _complete(self, client: Any, messages: Sequence[Mapping[str, str]], schema: Mapping[str, Any]) -> str:
         asked: dict[str, Any] = {"model": self.model, "messages": list(messages)}
@@ -94,6 +98,15 @@ class ChatEndpoint:
 
     def _explained(self, error: Exception, key: str) -> EndpointError:
         status = getattr(error, "status_code", None)
-        text = " ".join(str(error).replace(key, "***").split())[:200]
+        text = printable(_without_key(str(error), key))[:200]
         final = status in (401, 403, 404)
         return EndpointError(f"{type(error).__name__}{f' {status}' if status else ''}: {text}", final=final)
+
+
+def printable(text: str) -> str:
+    """A stranger's text on one line, without what a terminal would obey and what no file can hold."""
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
+
+
+def _without_key(text: str, key: str) -> str:
+    return text.replace(key, "***") if len(key) >= SECRET_LENGTH else text
