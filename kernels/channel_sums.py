@@ -14,8 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from tdc_fast.kernels.common import live_width
-from tdc_fast.kernels.conv_launch import Launch
 from tdc_fast.kernels.expert_sums import group_of_sample, sum_per_expert
+from tdc_fast.kernels.launch import Launch
 
 _BLOCK_CHANNELS = 64
 _BLOCK_PIXELS = 64
@@ -93,12 +93,8 @@ def sums_launch(
     vector = 16 // dy.element_size()
     while problem.out_channels % vector:
         vector //= 2
-    arguments = {
-        "dy": dy,
-        "rounded": rounded,
-        "exact": exact,
-        "offsets": offsets,
-        "widths": widths,
+    tensors = {"dy": dy, "rounded": rounded, "exact": exact, "offsets": offsets, "widths": widths}
+    constants = {
         "channels": problem.out_channels,
         "pixels": problem.out_height * problem.out_width,
         "num_groups": problem.num_groups,
@@ -108,4 +104,4 @@ def sums_launch(
         "BLOCK_PIXELS": _BLOCK_PIXELS,
     }
     grid = (problem.batch, triton.cdiv(problem.out_channels, _BLOCK_CHANNELS))
-    return Launch(channel_sums_kernel, grid, arguments, {"num_warps": 4})
+    return Launch(channel_sums_kernel, grid, tensors, constants, {"num_warps": 4}, key=problem)

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,24 +14,11 @@ from torch import Tensor
 from tdc_fast.kernels import tile_shapes
 from tdc_fast.kernels.conv_pointer import conv_pointer_kernel
 from tdc_fast.kernels.conv_tma import conv_tma_kernel, source_descriptor, weight_descriptor
+from tdc_fast.kernels.launch import Launch
 from tdc_fast.kernels.tile_shapes import ConvTile
 from tdc_fast.ops.tiles import level_start
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@dataclass(frozen=True, slots=True)
-class Launch:
-    """A kernel, its grid, its arguments by name, and the compiler's options."""
-
-    kernel: Any
-    grid: tuple[int, ...]
-    arguments: dict[str, Any]
-    options: dict[str, int]
-
-    def run(self) -> None:
-        if self.grid[0]:
-            self.kernel[self.grid](**self.arguments, **self.options)
 
 
 def conv_supported(problem: Any) -> str | None:
@@ -131,7 +117,7 @@ def conv_launch(
         device = tile_shapes.device_of(problem.device)
         tile = tile_shapes.choose_tile(op, problem, device, None if aligned else "pointer")
     grid, constants = _constants(op, problem, tile, source_widths is not None)
-    arguments = {
+    tensors = {
         "source": source,
         "weight": weight,
         "bias": bias,
@@ -142,12 +128,11 @@ def conv_launch(
         "weight_index": weight_index,
         "source_widths": source_widths,
         "out_widths": out_widths,
-        **constants,
     }
+    kernel = conv_pointer_kernel
+    if tile.path == "tma":
+        kernel = conv_tma_kernel
+        if problem.batch:
+            tensors |= {"source": source_descriptor(source, constants), "weight": weight_descriptor(weight, constants)}
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
-    if tile.path == "pointer":
-        return Launch(conv_pointer_kernel, grid, arguments, options)
-    if problem.batch:
-        arguments["source"] = source_descriptor(source, constants)
-        arguments["weight"] = weight_descriptor(weight, constants)
-    return Launch(conv_tma_kernel, grid, arguments, options)
+    return Launch(kernel, grid, tensors, constants, options, key=(op, problem, tile))

@@ -26,8 +26,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tdc_fast.kernels import wgrad_tiles
 from tdc_fast.kernels.common import live_width, multiply
-from tdc_fast.kernels.conv_launch import Launch
 from tdc_fast.kernels.expert_sums import segment_of
+from tdc_fast.kernels.launch import Launch
 from tdc_fast.kernels.tile_shapes import device_of, precision_of
 from tdc_fast.kernels.wgrad_tiles import WgradTile
 
@@ -264,7 +264,7 @@ def wgrad_launches(
     out = dweight
     if splits > 1:
         out = torch.empty((splits, dweight.numel()), dtype=torch.float32, device=dweight.device)
-    arguments = {
+    tensors = {
         "dy": dy,
         "x": x,
         "out": out,
@@ -272,17 +272,19 @@ def wgrad_launches(
         "weight_index": weight_index,
         "in_widths": in_widths,
         "out_widths": out_widths,
-        **constants,
     }
     if tile.path == "tma":
-        arguments["dy"] = _pixel_rows(dy, tile.block_pixels, tile.block_out)
-        arguments["x"] = _boxes(x, constants["TH"], constants["TW"], tile.block_in)
-    launches = [Launch(wgrad_kernel, grid, arguments, {"num_warps": tile.warps, "num_stages": tile.stages})]
+        tensors |= {
+            "dy": _pixel_rows(dy, tile.block_pixels, tile.block_out),
+            "x": _boxes(x, constants["TH"], constants["TW"], tile.block_in),
+        }
+    key, options = (problem, tile, splits), {"num_warps": tile.warps, "num_stages": tile.stages}
+    launches = [Launch(wgrad_kernel, grid, tensors, constants, options, key)]
     if splits > 1:
         elements = dweight.numel()
-        sums = {"partial": out, "out": dweight, "elements": elements, "splits": splits, "BLOCK": _SUM_BLOCK}
-        sums["VECTOR"] = _vector(elements, itemsize=4)
-        launches.append(Launch(sum_splits_kernel, (triton.cdiv(elements, _SUM_BLOCK),), sums, {"num_warps": 4}))
+        sums = {"elements": elements, "splits": splits, "BLOCK": _SUM_BLOCK, "VECTOR": _vector(elements, itemsize=4)}
+        sum_grid, shares = (triton.cdiv(elements, _SUM_BLOCK),), {"partial": out, "out": dweight}
+        launches.append(Launch(sum_splits_kernel, sum_grid, shares, sums, {"num_warps": 4}, key))
     return launches
 
 

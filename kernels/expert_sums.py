@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tdc_fast.kernels.conv_launch import Launch
+from tdc_fast.kernels.launch import Launch
 
 _BLOCK_SAMPLES = 8
 _BLOCK_CHANNELS = 128
@@ -81,13 +81,15 @@ def sum_per_expert(
     Experts without samples get zeros. offsets: (N + 1,) int32; weight_index: (N,) int32; all dense, on one device.
     """
     num_experts, channels = outs[0].shape
-    arguments = {
+    tensors = {
         "first_partial": partials[0],
         "second_partial": partials[1] if len(partials) > 1 else None,
         "first_out": outs[0],
         "second_out": outs[1] if len(outs) > 1 else None,
         "offsets": offsets,
         "weight_index": weight_index,
+    }
+    constants = {
         "batch": partials[0].shape[0],
         "channels": channels,
         "num_groups": weight_index.shape[0],
@@ -95,4 +97,5 @@ def sum_per_expert(
         "BLOCK_CHANNELS": _BLOCK_CHANNELS,
     }
     grid = (num_experts, triton.cdiv(channels, _BLOCK_CHANNELS))
-    Launch(sum_per_expert_kernel, grid, arguments, {"num_warps": 4}).run()
+    key = (outs[0].device, outs[0].dtype, num_experts, *constants.values())
+    Launch(sum_per_expert_kernel, grid, tensors, constants, {"num_warps": 4}, key).run()

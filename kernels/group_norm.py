@@ -6,6 +6,7 @@ one contiguous piece (norm_kernels.py). Nothing here is read back; grids come fr
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +14,8 @@ import torch
 import triton
 from torch import Tensor
 
-from tdc_fast.kernels.conv_launch import Launch
 from tdc_fast.kernels.expert_sums import sum_per_expert
+from tdc_fast.kernels.launch import Launch
 from tdc_fast.kernels.norm_kernels import norm_backward_kernel, norm_forward_kernel
 
 MAX_CHANNELS_PER_GROUP = 2048  # wider ones leave registers
@@ -61,18 +62,22 @@ def norm_supported(problem: Any) -> str | None:
 
 def norm_forward_launch(p: Any, tensors: dict[str, Tensor | None]) -> Launch:
     """The launch for what `tensors` names: all tensor arguments of the forward kernel."""
-    return _launch(norm_forward_kernel, p, {**tensors, "eps": p.eps}, backward=False)
+    grid, constants, options = _constants(p, backward=False)
+    return Launch(norm_forward_kernel, grid, tensors, constants, options, key=p)
 
 
 def norm_backward_launch(p: Any, tensors: dict[str, Tensor | None]) -> Launch:
     """The launch for what `tensors` names: all tensor arguments of the backward kernel."""
-    return _launch(norm_backward_kernel, p, tensors, backward=True)
+    grid, constants, options = _constants(p, backward=True)
+    return Launch(norm_backward_kernel, grid, tensors, constants, options, key=p)
 
 
-def _launch(kernel: Any, p: Any, arguments: dict[str, Any], backward: bool) -> Launch:
+@functools.lru_cache(maxsize=4096)
+def _constants(p: Any, backward: bool) -> tuple[tuple[int, int], dict[str, Any], dict[str, int]]:
+    """(grid, the arguments that are no tensors, the compiler's options)."""
     per_group, pixels = p.channels // p.num_norm_groups, p.height * p.width
     tile = norm_tile(p.channels, per_group, pixels, p.dtype.itemsize, backward)
-    arguments |= {
+    constants = {
         "channels": p.channels,
         "pixels": pixels,
         "per_group": per_group,
@@ -87,8 +92,9 @@ def _launch(kernel: Any, p: Any, arguments: dict[str, Any], backward: bool) -> L
         "BLOCK_CHANNELS": tile.block_channels,
         "BLOCK_PIXELS": tile.block_pixels,
     }
-    grid = (p.batch, triton.cdiv(p.channels, tile.span))
-    return Launch(kernel, grid, arguments, {"num_warps": tile.num_warps})
+    if not backward:
+        constants["eps"] = p.eps
+    return (p.batch, triton.cdiv(p.channels, tile.span)), constants, {"num_warps": tile.num_warps}
 
 
 def group_norm_forward(

@@ -19,7 +19,8 @@ from tdc_fast.ops.checks import ConvProblem
 
 pytest.importorskip("triton")
 
-from tdc_fast.kernels.conv_launch import Launch, conv_launch
+from tdc_fast.kernels.conv_launch import conv_launch
+from tdc_fast.kernels.launch import Launch
 from tdc_fast.kernels.tile_shapes import ConvTile, Device, candidates
 from tests.compile_only.triton_build import SHARED_LIMITS, Built, build
 

@@ -9,8 +9,8 @@ from tdc_fast.ops.checks import NormProblem
 
 pytest.importorskip("triton")
 
-from tdc_fast.kernels.conv_launch import Launch
 from tdc_fast.kernels.group_norm import norm_backward_launch, norm_forward_launch
+from tdc_fast.kernels.launch import Launch
 from tests.compile_only.triton_build import SHARED_LIMITS, build
 
 # (channels, norm groups, height and width, dtype): layers of UNets, groups of no power of two, the widest group served

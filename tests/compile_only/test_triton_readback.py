@@ -20,7 +20,7 @@ from tdc_fast.ops.tiles import no_tiles
 pytest.importorskip("triton")
 
 from tdc_fast.kernels import tile_shapes
-from tdc_fast.kernels.conv_launch import Launch
+from tdc_fast.kernels.launch import Launch
 from tdc_fast.kernels.tile_shapes import Device
 from tdc_fast.ops import triton as backend
 

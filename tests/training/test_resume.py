@@ -154,6 +154,18 @@ def test_the_offered_checkpoint_leads_to_the_same_end(interrupted, unkilled):
     assert differences(unkilled[0] / "run", interrupted) == []
 
 
+def test_a_checkpoint_chosen_in_stage_1_does_not_stop_stage_2(interrupted, unkilled, processes, tmp_path):
+    for later in ("experts", "widths.json", "groups.json", "macs.json"):
+        path = interrupted / later
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    (interrupted / "base" / "opt000010.pt").write_bytes(b"")
+    assert "--resume_step 8" in refusal(interrupted)
+    process = processes(["--resume", str(interrupted), "--resume_step", "8"], tmp_path / "output.txt")
+    process.join()
+    assert process.exitcode == 0, (tmp_path / "output.txt").read_text()
+    assert differences(unkilled[0] / "run", interrupted) == []
+
+
 def test_a_checkpoint_of_another_run_is_refused_by_name(interrupted, unkilled, tmp_path):
     other = train(small_config(tmp_path, "other", seed=5, **TWO_STAGES))
     for path in (other.path / "experts").glob("*000008.*"):

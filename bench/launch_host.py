@@ -1,0 +1,150 @@
+"""``python -m bench.launch_host``: host time of the Triton backend per operator, on a machine with or without a GPU.
+
+Kernels are compiled for sm_90; a stand-in for Triton's driver takes the launches and starts nothing. What is left is
+what Python spends before a kernel starts, all but the driver's own microseconds: a layer that computes for less long
+waits for it. Beside it the same launch made through Triton alone, every time.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BATCH, GROUPS, CHANNELS, SIZE = 64, 8, 128, 16
+ROUNDS, CALLS = 20, 100
+
+
+class StandInDriver:
+    """What Triton asks of a GPU's driver, for an H200 that is not there. `launched` holds (grid, arguments)."""
+
+    def __init__(self) -> None:
+        self.launched: list[tuple[tuple[int, ...], tuple[Any, ...]]] = []
+        self.utils = self
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
+        def launch(x: int, y: int, z: int, *rest: Any) -> None:
+            # rest: stream, function, packed metadata, launch metadata, two hooks, then the kernel's arguments
+            self.launched.append(((x, y, z), rest[6:]))
+
+        return launch
+
+    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[Any, ...]:
+        return name, name, 64, 0, 1024  # module, function, registers, spills, threads
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": 232448, "multiprocessor_count": 132}
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+
+@contextmanager
+def stand_in_gpu() -> Iterator[StandInDriver]:
+    """Launches of tensors in host memory go to a StandInDriver; tiles are those of an H200."""
+    from triton.runtime import driver
+
+    from tdc_fast.kernels import conv_wgrad, launch, tile_shapes
+
+    stand_in, device = StandInDriver(), tile_shapes.Device(90, 132, 232448)
+    active, asked = driver._active, tile_shapes.device_of  # to ask for driver.active would want a GPU
+    launch._compiled.clear()
+    tile_shapes.device_of = conv_wgrad.device_of = lambda _: device
+    driver.set_active(stand_in)
+    try:
+        yield stand_in
+    finally:
+        driver._active = active
+        tile_shapes.device_of = conv_wgrad.device_of = asked
+        launch._compiled.clear()
+
+
+def calls() -> dict[str, Callable[[], Any]]:
+    """The operators of a residual block's layer, as their backend is called."""
+    from tdc_fast import RoutingPlan
+    from tdc_fast.ops import triton as backend
+    from tdc_fast.ops.checks import conv_problem, norm_problem
+    from tdc_fast.ops.tiles import tiles_of
+
+    def made(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=torch.bfloat16)
+
+    plan = RoutingPlan.from_groups(torch.arange(BATCH) * GROUPS // BATCH, GROUPS)
+    tiles = tiles_of(plan.tiles, plan.offsets, BATCH)
+    x = made(BATCH, CHANNELS, SIZE, SIZE).to(memory_format=torch.channels_last)
+    weight = made(GROUPS, CHANNELS, 3, 3, CHANNELS).permute(0, 1, 4, 2, 3)
+    bias, scale, shift = made(GROUPS, CHANNELS), made(BATCH, CHANNELS), made(BATCH, CHANNELS)
+    routing = (plan.offsets, plan.weight_index, None, None)
+    tiled = (plan.offsets, tiles, plan.weight_index, None, None)
+
+    def conv(op: str) -> Any:
+        return conv_problem(op, x, x.shape, weight, *routing, (1, 1), (1, 1))
+
+    forward, dgrad, wgrad = (conv(f"routed_conv2d{suffix}") for suffix in ("", "_dgrad", "_wgrad"))
+    norm = norm_problem(
+        "routed_group_norm", x, bias, bias, scale, shift, plan.offsets, plan.weight_index, None, 32, 1e-5, True
+    )
+    norm_routing = (plan.offsets, plan.weight_index, None)
+    _, mean, rstd = backend.group_norm(norm, x, bias, bias, scale, shift, *norm_routing)
+    return {
+        "conv forward": lambda: backend.conv2d(forward, x, weight, bias, None, x, *tiled),
+        "conv dgrad": lambda: backend.conv2d_dgrad(dgrad, x, weight, *tiled),
+        "conv wgrad + bias": lambda: backend.conv2d_wgrad(wgrad, x, x, weight, *routing, (True, True, False)),
+        "norm forward": lambda: backend.group_norm(norm, x, bias, bias, scale, shift, *norm_routing),
+        "norm backward": lambda: backend.group_norm_backward(
+            norm, x, x, bias, bias, scale, shift, mean, rstd, *norm_routing, (True,) * 5
+        ),
+    }
+
+
+def through_triton(call: Callable[[], Any]) -> Callable[[], None]:
+    """The same call with nothing remembered between launches."""
+    from tdc_fast.kernels import launch
+
+    def forgetful() -> None:
+        launch._compiled.clear()
+        call()
+
+    return forgetful
+
+
+def main() -> int:
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        print("This bench needs Triton: pip install 'tdc_fast[gpu]'", file=sys.stderr)
+        return 2
+    with stand_in_gpu() as driver:
+        print(f"{'host microseconds per call':<28}{'here':>8}{'through Triton alone':>24}")
+        for name, call in calls().items():
+            peers = {"here": call, "triton": through_triton(call)}
+            medians: dict[str, list[float]] = {peer: [] for peer in peers}
+            for _ in range(ROUNDS):
+                for peer, run in peers.items():
+                    run()
+                    began = time.perf_counter()
+                    for _ in range(CALLS):
+                        run()
+                    medians[peer].append((time.perf_counter() - began) / CALLS * 1e6)
+                    driver.launched.clear()
+            here, alone = (statistics.median(values) for values in medians.values())
+            print(f"{name:<28}{here:8.1f}{alone:24.1f}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""What a remembered launch hands to the driver is what Triton's own launch hands over.
+
+A stand-in for Triton's driver records the launches; kernels are compiled for sm_90 and run nowhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from bench.launch_host import StandInDriver, calls, stand_in_gpu
+from tdc_fast.kernels import launch
+from tdc_fast.kernels.channel_sums import sums_launch
+from tdc_fast.ops.checks import conv_problem
+
+
+@pytest.fixture(scope="module")
+def driver() -> Iterator[StandInDriver]:
+    with stand_in_gpu() as stand_in:
+        yield stand_in
+
+
+def described(argument: Any) -> Any:
+    """Equal for the same memory: results are new tensors on every call, and so only their shapes can be compared."""
+    if isinstance(argument, Tensor):
+        return "tensor", argument.shape, argument.stride(), argument.dtype
+    if hasattr(argument, "block_shape"):
+        return "descriptor", argument.base.data_ptr(), argument.shape, argument.strides, argument.block_shape
+    return argument
+
+
+@pytest.mark.parametrize(
+    "operator", ["conv forward", "conv dgrad", "conv wgrad + bias", "norm forward", "norm backward"]
+)
+def test_a_remembered_launch_passes_what_triton_would(driver: StandInDriver, operator: str) -> None:
+    call = calls()[operator]
+    launch._compiled.clear()
+    driver.launched.clear()
+    call()
+    through_triton = [(grid, [described(a) for a in arguments]) for grid, arguments in driver.launched]
+    remembered = len(launch._compiled)
+    driver.launched.clear()
+    call()
+    assert len(launch._compiled) == remembered == len(through_triton) > 0
+    assert [(grid, [described(a) for a in arguments]) for grid, arguments in driver.launched] == through_triton
+
+
+def sums_of(dy: Tensor, exact: Tensor | None, rounded: Tensor | None) -> launch.Launch:
+    offsets, index = torch.tensor([0, 1, 2], dtype=torch.int32), torch.arange(2, dtype=torch.int32)
+    weight = torch.empty(2, dy.shape[1], 8, 1, 1, dtype=dy.dtype)
+    image = (dy.shape[0], 8, *dy.shape[2:])
+    problem = conv_problem("routed_conv2d_wgrad", dy, image, weight, offsets, index, None, None, (1, 1), (0, 0), dy=dy)
+    return sums_launch(problem, dy, rounded, exact, offsets, None)
+
+
+def test_what_triton_specialises_on_is_told_apart(driver: StandInDriver) -> None:
+    memory = torch.zeros(2 * 8 * 4 * 4 + 8, dtype=torch.bfloat16)
+    memory = memory[(-memory.data_ptr() % 16) // 2 :]
+    aligned = memory[: 2 * 8 * 16].view(2, 8, 4, 4)
+    odd = memory[1 : 1 + 2 * 8 * 16].view(2, 8, 4, 4)  # at no multiple of 16 bytes
+    total = torch.empty(2, 8)
+    launch._compiled.clear()
+    launches = [
+        (aligned, total, None),
+        (odd, total, None),  # alignment
+        (aligned, None, torch.empty(2, 8, dtype=torch.bfloat16)),  # which arguments there are
+        (aligned.float(), total, None),  # dtype
+        (aligned[:, :, :2], total, None),  # shape
+    ]
+    for dy, exact, rounded in launches:
+        sums_of(dy, exact, rounded).run()
+    assert len(launch._compiled) == len(launches)
+    compiled = {id(kernel) for kernel, _ in launch._compiled.values()}
+    assert len(compiled) == 4  # numbers are no reason to compile anew: the last shares the first one's machine code
+    driver.launched.clear()
+    for dy, exact, rounded in launches:
+        sums_of(dy, exact, rounded).run()
+    assert len(launch._compiled) == len(launches) == len(driver.launched)
+    assert [arguments[0].data_ptr() for _, arguments in driver.launched] == [dy.data_ptr() for dy, _, _ in launches]
+
+
+def test_an_empty_grid_starts_nothing(driver: StandInDriver) -> None:
+    launched = sums_of(torch.empty(2, 8, 4, 4, dtype=torch.bfloat16), torch.empty(2, 8), None)
+    driver.launched.clear()
+    launch.Launch(launched.kernel, (0, 1), launched.tensors, launched.constants, launched.options, "empty").run()
+    assert driver.launched == []
+
+
+def test_what_is_remembered_has_a_limit(driver: StandInDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_LIMIT", 2)
+    launch._compiled.clear()
+    for size in (1, 2, 3, 4, 5):
+        sums_of(torch.empty(2, 8, size, size, dtype=torch.bfloat16), torch.empty(2, 8), None).run()
+        assert 1 <= len(launch._compiled) <= 2
