@@ -253,7 +253,8 @@ class StageLoop:
         expected = {key: value for key, value in self.description().items() if key != "config"}
         later = self.run.path / "experts"
         split_already = self.stage.name == "base" and self.run.config.groups and later.exists()
-        wanted = -1 if split_already else self.run.config.resume_step  # it names a checkpoint of the later stage
+        # resume_step names a checkpoint of the stage that was interrupted: the last one that has a directory.
+        wanted = -1 if split_already or not self.directory.exists() else self.run.config.resume_step
         try:
             step = choose_checkpoint(self.directory, expected, wanted, self.run.path)
         except ValueError as error:
