@@ -34,6 +34,11 @@ class Study:
         """What an expert sees of a stage-2 batch: the fair control trains on no more."""
         return int(self.experts["stage2_batch"]) // int(self.experts["groups"])
 
+    @property
+    def small_factor(self) -> int:
+        """How many small steps cost as much as one of the study's own."""
+        return int(self.settings["batch_size"]) // self.small_batch
+
 
 # As the demo trains, with fewer rows and checkpoints (the end of a stage is always saved).
 _DIGITS = {**SETTINGS, "log_interval": 50, "save_interval": 1000000}
@@ -64,6 +69,7 @@ class Recipe:
 
     experts      : None for one uniform denoiser, else changes to the study's TDC settings ({} for none).
     small_batch  : after stage 1, steps as small as an expert's, and as many more of them.
+    small_stage1 : stage 1 itself in such steps.
     from_scratch : a stage 1 of a single step: the experts begin from what are as good as fresh weights.
     """
 
@@ -72,26 +78,32 @@ class Recipe:
     cost: float = 1.0
     experts: Mapping[str, Any] | None = None
     small_batch: bool = False
+    small_stage1: bool = False
     from_scratch: bool = False
 
 
-def stage1(study: Study, seed: int, folder: Path, share: float, *, from_scratch: bool = False) -> Contestant:
-    """Uniform training at a constant learning rate for `share` of C; a single step where experts start from scratch."""
-    steps = 1 if from_scratch else round(share * study.baseline_steps)
+def stage1(study: Study, recipe: Recipe, seed: int, folder: Path) -> Contestant:
+    """Uniform training at a constant learning rate for its share of C; one step where experts start from scratch."""
+    share = float((recipe.experts or {}).get("stage1_share", study.experts["stage1_share"]))
+    steps = 1 if recipe.from_scratch else round(share * study.baseline_steps)
+    settings = {**study.settings, "seed": seed}
     name = f"stage1-{steps}"
-    settings = {**study.settings, "seed": seed, "run_dir": str(folder / name), "stage1_steps": steps}
+    if recipe.small_stage1:
+        name += "-small"
+        steps *= study.small_factor
+        settings["batch_size"] = study.small_batch
+    settings |= {"run_dir": str(folder / name), "stage1_steps": steps}
     return Contestant(name, name, "", TrainConfig.from_dict(settings))
 
 
 def contestant(study: Study, recipe: Recipe, seed: int, folder: Path) -> tuple[Contestant, Contestant]:
     """(its stage 1, the model) of a recipe at one seed; `folder` holds the seed's runs."""
-    share = float((recipe.experts or {}).get("stage1_share", study.experts["stage1_share"]))
-    first = stage1(study, seed, folder, share, from_scratch=recipe.from_scratch)
+    first = stage1(study, recipe, seed, folder)
     start = first.config.stage1_steps
     directory = str(folder / recipe.key)
     if recipe.experts is None:
         end = round(recipe.cost * study.baseline_steps)
-        factor = int(study.settings["batch_size"]) // study.small_batch if recipe.small_batch else 1
+        factor = study.small_factor if recipe.small_batch else 1
         config = first.config.replace(
             run_dir=directory,
             resume_checkpoint=str(first.directory / model_file(start)),
@@ -107,6 +119,7 @@ def contestant(study: Study, recipe: Recipe, seed: int, folder: Path) -> tuple[C
                 **recipe.experts,
                 "run_dir": directory,
                 "base": str(first.directory),
+                "batch_size": study.settings["batch_size"],
                 "stage1_steps": 0,
                 "baseline_steps": study.baseline_steps,
                 "total_share": recipe.cost,

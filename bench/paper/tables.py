@@ -78,8 +78,12 @@ TABLES = {
             (
                 UNIFORM,
                 TDC_WHOLE,
+                Recipe(
+                    "tdc-whole-small", "TDC, whole experts, C, stage 1 in small steps", experts=WHOLE, small_stage1=True
+                ),
                 Recipe("scratch", "experts from scratch, C", experts=WHOLE, from_scratch=True),
                 TDC,
+                Recipe("tdc-small", "TDC, pruned, 0.8 C, stage 1 in small steps", 0.8, experts={}, small_stage1=True),
                 Recipe("scratch-80", "experts from scratch, 0.8 C", 0.8, experts=WHOLE, from_scratch=True),
             ),
         ),
