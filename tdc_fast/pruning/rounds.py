@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 
 from tdc_fast.errors import invalid
 from tdc_fast.nn.units import PruningUnit
 from tdc_fast.pruning.agents.protocol import Agent, AgentFailed
 from tdc_fast.pruning.memory import Memory, Round
 from tdc_fast.pruning.progress import Progress
+from tdc_fast.pruning.projection import check_proposal
 from tdc_fast.pruning.scoring import Scorer
 from tdc_fast.pruning.solver import Solution
 from tdc_fast.pruning.task import Answer, LossRise, Proposal, Task, Trial, Widths, as_key, best_of
@@ -102,15 +104,24 @@ def _ask(
         name, calls = stand_in.name, failure.calls
         answer = stand_in.propose(task, candidates)
     if not isinstance(answer, Answer):
-        answer = Answer(tuple(answer))
+        answer = Answer(_listed(name, answer))
     if not 1 <= len(answer.proposals) <= candidates:
         raise invalid(f"proposals of {name}", len(answer.proposals), f"1 to {candidates} of them")
     proposals = tuple(_plain(proposal) for proposal in answer.proposals)
+    for proposal in proposals:  # before it is kept, since what is kept is never asked for again
+        check_proposal(task.units, proposal.widths)
     asked = Round(task.group, task.round, name, task.seed, proposals, (*notes, *answer.notes), calls + answer.calls)
     for note in asked.notes:
-        progress.say(f"group {task.group}, round {task.round}: {note}")
+        progress.say(f"group {task.group}, round {task.round + 1}: {note}")
     memory.add_round(asked)
     return asked
+
+
+def _listed(name: str, answer: object) -> tuple[Proposal, ...]:
+    proposals = tuple(answer) if isinstance(answer, Iterable) else ()
+    if not isinstance(answer, Iterable) or not all(isinstance(proposal, Proposal) for proposal in proposals):
+        raise invalid(f"proposals of {name}", answer, "a list of Proposal, or an Answer")
+    return proposals
 
 
 def _plain(proposal: Proposal) -> Proposal:
@@ -142,7 +153,8 @@ def _score(
             fresh.setdefault(key, solution)
     if fresh:
         scores = scorer.score(task, [solution.widths for solution in fresh.values()], advance)  # type: ignore[arg-type]
-        found.update(zip(fresh, map(float, scores), strict=True))
+        losses = (math.inf if math.isnan(score) else float(score) for score in scores)  # a NaN is below nothing
+        found.update(zip(fresh, losses, strict=True))
     keys = [as_key(task.units, solution.widths) for solution in solutions]
     first = [key in fresh and key not in keys[:place] for place, key in enumerate(keys)]
     spent = [scorer.samples * solution.macs if new else 0 for solution, new in zip(solutions, first, strict=True)]

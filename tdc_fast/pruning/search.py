@@ -18,7 +18,7 @@ from torch import nn
 
 from tdc_fast.errors import invalid
 from tdc_fast.nn.width_plan import ExpertUnit, WidthPlan, base_hash
-from tdc_fast.pruning.agents import Agent, make_agent
+from tdc_fast.pruning.agents import AGENTS, Agent, make_agent
 from tdc_fast.pruning.budget import budget_macs, group_fractions
 from tdc_fast.pruning.importance import (
     Batch,
@@ -190,6 +190,8 @@ def plan_pruning(
 def resolved_agent(agent: str | Agent, rounds: int, importance: object = "taylor") -> Agent:
     """The agent itself; 'auto' is the one-shot answer by the importance for one round, else 'tpe'."""
     if not isinstance(agent, str):
+        if isinstance(agent, type) or not (hasattr(agent, "name") and callable(getattr(agent, "propose", None))):
+            raise invalid("agent", agent, f"one of {', '.join(AGENTS)}, or an object with a name and a method propose")
         return agent
     if agent == "auto":
         agent = "tpe" if rounds > 1 else "magnitude" if importance == "magnitude" else "taylor"

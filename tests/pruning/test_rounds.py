@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import multiprocessing
 import os
 import signal
@@ -117,6 +118,35 @@ def test_without_a_scorer_the_first_proposal_is_the_answer() -> None:
 def test_an_agent_with_no_or_too_many_proposals_is_refused(answer: list[Widths]) -> None:
     with pytest.raises(ValueError, match="proposals of script"):
         search_widths(tiny_task(BUDGET), Script(answer), Narrowest(), candidates=2)
+
+
+@pytest.mark.parametrize("answer", [None, widths(1, 5), Proposal(widths(1, 5)), [widths(1, 5)]])
+def test_an_answer_that_holds_no_proposals_is_refused(answer: object) -> None:
+    script = Script()
+    script.propose = lambda task, count: answer  # type: ignore[assignment, return-value]
+    with pytest.raises(ValueError, match="proposals of script: got .*; expected a list of Proposal"):
+        search_widths(tiny_task(BUDGET), script, Narrowest())
+
+
+def test_a_wrong_proposal_is_not_kept_so_that_its_agent_can_be_mended(tmp_path: Path) -> None:
+    for bad in (widths(9, 1), {"layers.0": 1}):
+        with Memory(tmp_path / "m.jsonl") as memory, pytest.raises(ValueError, match="proposal"):
+            search_widths(tiny_task(BUDGET), Script([bad]), Narrowest(), memory=memory)
+    with Memory(tmp_path / "m.jsonl") as memory:
+        assert memory.rounds == {}
+        assert search_widths(tiny_task(BUDGET), Script([widths(1, 5)]), Narrowest(), memory=memory).score == -1.0
+
+
+def test_a_score_that_is_no_number_never_wins() -> None:
+    class Diverges(Narrowest):
+        def score(self, task: Task, candidates: Sequence[Widths], advance: object = None) -> list[float]:
+            return [math.nan, *super().score(task, candidates)[1:]]
+
+    memory = Memory()
+    script = Script([widths(3, 3), widths(1, 5)], [widths(4, 2), widths(2, 4)])
+    best = search_widths(tiny_task(BUDGET), script, Diverges(), rounds=2, memory=memory)
+    assert best.widths == widths(1, 5)
+    assert [trial.score for trial in memory.trials] == [math.inf, -1.0, math.inf, 0.0]
 
 
 class Fails:

@@ -196,6 +196,9 @@ def test_agents_search_with_several_rounds_and_one_shot_ones_answer_at_once() ->
     assert found.plan == by_magnitude and [len(trials) for trials in found.trials] == [0, 1]
     with pytest.raises(ValueError, match="agent: got 'gpt'; expected one of taylor, magnitude, random"):
         plan_pruning(net, groups, RecordedDiffusion(), tiny_batches(), k=0.7, agent="gpt")
+    for other in (None, MostImportant, object()):
+        with pytest.raises(ValueError, match="agent: got .*an object with a name and a method propose"):
+            plan_pruning(net, groups, RecordedDiffusion(), tiny_batches(), k=0.7, agent=other)
 
 
 def test_the_plan_has_the_best_widths_of_the_search_in_the_order_of_importance(
