@@ -117,18 +117,33 @@ def test_training_step(benchmark, case: UNetCase, optimizer: bool):
 
 @by_case
 def test_half_width_forward(benchmark, case: UNetCase):
+    """Every pruning unit at half width, against full width; the dense model and its narrowed twin do the same."""
     p = Problem(case)
     full, half = p.routed(), p.routed(half=True)
+    narrow = half.expert(0).to(memory_format=torch.channels_last)
     with torch.no_grad():
-        compare(benchmark, lambda: half(p.x, p.t), {"full width": lambda: full(p.x, p.t)})
+        compare(
+            benchmark,
+            lambda: half(p.x, p.t),
+            {
+                "full width": lambda: full(p.x, p.t),
+                "dense": lambda: p.base(p.x, p.t),
+                "dense at half width": lambda: narrow(p.x, p.t),
+            },
+        )
 
 
 @by_case
 def test_half_width_training_step(benchmark, case: UNetCase):
     p = Problem(case)
     full, half = p.routed(), p.routed(half=True)
+    narrow = half.expert(0).to(memory_format=torch.channels_last)
     compare(
         benchmark,
         training_step(half, half.parameters(), p, optimizer=False),
-        {"full width": training_step(full, full.parameters(), p, optimizer=False)},
+        {
+            "full width": training_step(full, full.parameters(), p, optimizer=False),
+            "dense": training_step(p.base, p.base.parameters(), p, optimizer=False),
+            "dense at half width": training_step(narrow, narrow.parameters(), p, optimizer=False),
+        },
     )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bench.paper.recipes import Recipe
 
-WHOLE = {"k": 1.0, "budgets": ""}
-ONE = {"groups": 1, "stage2_shares": "", "stage2_batch": 8, **WHOLE}  # the batch of one expert
+WHOLE = {"k": 1.0}
+ONE = {"groups": 1, "stage2_batch": 8, **WHOLE}  # the batch of one expert
+# Low-SNR groups at 0.7 of the base, the others whole; more of each batch for high SNR, where losses are largest.
+BY_HAND = {"budgets": "0.7,0.7,1,1", "stage2_shares": "0.33,0.25,0.21,0.21"}
 
 UNIFORM = Recipe("uniform", "uniform, C")
 UNIFORM_80 = Recipe("uniform-80", "uniform, 0.8 C", 0.8)
@@ -28,15 +30,17 @@ class Table:
 
 def _settings() -> tuple[Recipe, ...]:
     def row(key: str, label: str, **changes: object) -> Recipe:
-        return Recipe(f"settings-{key}", label, 0.8, experts={"budgets": "", "stage2_shares": "", "k": 0.6, **changes})
+        return Recipe(f"settings-{key}", label, 0.8, experts=changes)
 
     return (
-        *(row(f"k{k}", f"k = {k}, N = 4", k=k) for k in (0.4, 0.6, 0.8, 1.0)),
-        *(row(f"n{n}", f"N = {n}, k = 0.6", groups=n) for n in (2, 8)),
+        replace(TDC, label="TDC: k = 0.6, N = 4, groups of equal width, 8 images per expert and step"),
+        *(row(f"k{k}", f"k = {k}", k=k) for k in (0.4, 0.8, 1.0)),
+        *(row(f"n{n}", f"N = {n}, {32 // n} images per expert and step", groups=n) for n in (2, 8)),
         *(row(g, f"grouping by {g}", grouping=g) for g in ("snr", "difficulty", "similarity")),
         row("snr-reversed", "low SNR counts as hard", difficulty="snr-reversed"),
         row("loss", "high loss counts as hard", difficulty="loss"),
         row("loss-reversed", "low loss counts as hard", difficulty="loss-reversed"),
+        row("by-hand", "budgets and shares of the batch by hand", **BY_HAND),
     )
 
 
@@ -46,7 +50,7 @@ SEARCH = {"rounds": 4, "candidates": 8, "calibration_batches": 2}
 def _agents() -> tuple[Recipe, ...]:
     def row(agent: str, label: str, **changes: object) -> Recipe:
         key = f"agent-{agent}" + ("" if changes.get("memory", True) else "-forgetful")
-        return Recipe(key, label, 0.8, experts={**SEARCH, "agent": agent, **changes})
+        return Recipe(key, label, 0.8, experts={**BY_HAND, **SEARCH, "agent": agent, **changes})
 
     return (
         *(row(agent, f"{agent}, one proposal") for agent in ("taylor", "magnitude")),
@@ -67,7 +71,7 @@ TABLES = {
                 SMALL,
                 SMALL_80,
                 Recipe("one", "N = 1, the experts' recipe, C", experts=ONE),
-                Recipe("one-pruned", "N = 1, pruned, 0.8 C", 0.8, experts={**ONE, "budgets": "0.82"}),
+                Recipe("one-pruned", "N = 1, pruned, 0.8 C", 0.8, experts={**ONE, "budgets": "0.85"}),
                 TDC_WHOLE,
                 TDC,
             ),
