@@ -11,7 +11,7 @@ from bench.paper import __main__ as command
 from bench.paper import cost
 from bench.paper.recipes import STUDIES, Recipe, contestant
 from bench.paper.run import protocol, run_rows
-from bench.paper.summary import summarise
+from bench.paper.summary import _score_against_loss, summarise
 from bench.paper.tables import TABLES, Table
 from tdc_fast.main_job.measure import load_yardsticks
 from tdc_fast.training.config import TrainConfig
@@ -88,3 +88,12 @@ def test_configurations_at_full_scale_say_that_they_were_not_run(capsys):
     assert cost.main([str(cost.CONFIGS / "cifar10.yaml"), "--gpus", "4"]) == 0
     line = capsys.readouterr().out.splitlines()[-1]
     assert "| cifar10 | 8.387 |" in line  # the published size of this denoiser
+
+
+def test_the_score_of_a_search_is_held_against_the_loss_that_fine_tuning_leaves():
+    def row(scores, losses):
+        return {"search_score": scores, "heldout_loss": losses}
+
+    rows = [row([], [9.0, 9.0]), row([1.0, 1.0], [1.0, 3.0]), row([2.0, 2.0], [2.0, 2.0]), row([3.0, 2.0], [7.0, 1.0])]
+    assert _score_against_loss(rows) == pytest.approx([1.0, -(0.75**0.5)])  # the second seed has a tie
+    assert _score_against_loss(rows[:3]) == []

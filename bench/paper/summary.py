@@ -33,6 +33,7 @@ def summarise(
         "seeds": list(seeds),
         "C": {"steps": study.baseline_steps, "macs": first[0].training_macs},
         "rows": rows,
+        "score_against_loss": _score_against_loss(rows),
         "frechet": {
             "feature_space": yardsticks.feature_space,
             "samples": how.samples,
@@ -79,6 +80,28 @@ def _row(label: str, ours: Sequence[Outcome], yardstick: Sequence[Outcome]) -> d
     }
 
 
+def _score_against_loss(rows: Sequence[dict[str, Any]]) -> list[float]:
+    """Per seed, the rank correlation of the search's best score with the held-out loss after fine-tuning, over the rows
+    that were searched; empty with fewer than three of them."""
+    searched = [row for row in rows if row["search_score"]]
+    if len(searched) < 3:
+        return []
+    seeds = range(len(searched[0]["heldout_loss"]))
+    pairs = [
+        (
+            _ranks([row["search_score"][seed] for row in searched]),
+            _ranks([row["heldout_loss"][seed] for row in searched]),
+        )
+        for seed in seeds
+    ]
+    return [statistics.correlation(*pair) if all(len(set(ranks)) > 1 for ranks in pair) else 0.0 for pair in pairs]
+
+
+def _ranks(values: list[float]) -> list[float]:
+    """1 for the smallest; equals share their mean rank."""
+    return [sum(other < value for other in values) + (values.count(value) + 1) / 2 for value in values]
+
+
 def as_markdown(result: dict[str, Any]) -> str:
     """The table with mean ± standard deviation over seeds, and what it was measured with."""
     seeds = len(result["seeds"])
@@ -111,13 +134,23 @@ def as_markdown(result: dict[str, Any]) -> str:
         f"calibration included. "
         f"Fréchet distance: {frechet['samples']} samples, {frechet['draws']} draw(s), {frechet['sampler']}, in "
         f"{frechet['feature_space']}; real against real: {floors}.",
-        *(["", "Best score: loss of the pruned groups' experts before fine-tuning."] if searched else []),
+        *(["", _about_scores(result["score_against_loss"])] if searched else []),
         "",
         f"{result['environment']['machine']}; torch {result['environment']['torch']}, "
         f"tdc_fast {result['environment']['tdc_fast']}; {result['date']}; `{result['command']}`.",
         "",
     ]
     return "\n".join(lines)
+
+
+def _about_scores(correlations: Sequence[float]) -> str:
+    text = "Best score: loss of the pruned groups' experts before fine-tuning."
+    if correlations:
+        text += (
+            " Its rank correlation with the held-out loss after fine-tuning, over the rows that have one: "
+            f"{', '.join(f'{value:.2f}' for value in correlations)} (a seed each)."
+        )
+    return text
 
 
 def spread(values: Sequence[float], digits: int) -> str:
