@@ -159,7 +159,7 @@ def load_dataset(
     elif str(name_or_path) and path.is_dir():  # Path("") would be the working directory
         source, labels = _load_folder(path, image_size, on_corrupt, cache_bytes)
     elif path.is_file() and path.suffix in (".npz", ".npy"):
-        source, labels = _load_array(path, image_size)
+        source, labels = _load_array(path, image_size, class_cond)
     else:
         remedy = "'digits', 'photos', a folder of images, or an .npz or .npy file that exists"
         raise invalid("data_dir", str(name_or_path), remedy)
@@ -310,13 +310,14 @@ def _load_folder(
     return source, labels
 
 
-def _load_array(path: Path, image_size: int | None) -> tuple[ImageSource, np.ndarray | None]:
+def _load_array(path: Path, image_size: int | None, class_cond: bool) -> tuple[ImageSource, np.ndarray | None]:
+    names = ("arr_0", "images", *(("arr_1", "labels") if class_cond else ()))
     try:
         # Mapped, so that a large .npy is read as it is used; never a pickle, which can run code.
         loaded = np.load(path, mmap_mode="r", allow_pickle=False)
         if isinstance(loaded, np.lib.npyio.NpzFile):
             with loaded:
-                arrays = {name: loaded[name] for name in ("arr_0", "images", "arr_1", "labels") if name in loaded.files}
+                arrays = {name: loaded[name] for name in names if name in loaded.files}
         else:
             arrays = {"images": loaded}
     except Exception as error:
@@ -332,6 +333,7 @@ def _load_array(path: Path, image_size: int | None) -> tuple[ImageSource, np.nda
 def _checked_labels(labels: np.ndarray | None, count: int, name: str) -> np.ndarray | None:
     if labels is None:
         return None
+    labels = np.asarray(labels)
     if labels.shape != (count,) or labels.dtype.kind not in "iu" or (count and labels.min() < 0):
         remedy = f"{count} integers from 0 up"
         raise invalid("labels", f"{name}: shape {labels.shape}, dtype {labels.dtype}", remedy)

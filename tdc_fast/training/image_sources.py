@@ -146,7 +146,7 @@ class FolderSource:
         try:
             with Image.open(file) as image:
                 image.load()
-                return fit_image(image, self.image_size, mode="RGB")
+                return fit_image(_eight_bits(image), self.image_size, mode="RGB")
         # Pillow's decoders raise many kinds of error for damaged files, some of them its own, some SyntaxError.
         except Exception as error:
             if self._on_corrupt == "error":
@@ -228,6 +228,15 @@ def fit_image(image: Any, size: int, mode: str | None = None) -> np.ndarray:
     top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
     pixels = pixels[top : top + size, left : left + size]
     return pixels[..., None] if pixels.ndim == 2 else pixels
+
+
+def _eight_bits(image: Any) -> Any:
+    """A 16-bit grey image in 8 bits, any other as it is: Pillow's conversion to RGB would turn all above 255 white."""
+    from PIL import Image
+
+    if not image.mode.startswith("I"):  # I, or I;16 of either byte order
+        return image
+    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
 
 
 def fit_images(images: np.ndarray, size: int, name: str) -> np.ndarray:

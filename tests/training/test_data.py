@@ -50,6 +50,13 @@ def test_a_folder_is_listed_recursively_in_sorted_order(folder):
 
 
 @BOTH_WAYS
+def test_a_16_bit_grey_image_keeps_its_shades(tmp_path, cache_bytes):
+    write(tmp_path / "ramp.png", np.linspace(0, 65535, 36).astype(np.uint16).reshape(6, 6))
+    shades = load_dataset(tmp_path, image_size=6, cache_bytes=cache_bytes).images()[0, 0]
+    torch.testing.assert_close(shades, torch.linspace(-1, 1, 36).view(6, 6), rtol=0, atol=1 / 127)
+
+
+@BOTH_WAYS
 def test_a_folders_class_is_the_file_name_up_to_the_first_underscore(folder, cache_bytes):
     dataset = load_dataset(folder, image_size=6, class_cond=True, cache_bytes=cache_bytes)
     x, kwargs = dataset.batch(slice(None))
@@ -155,6 +162,7 @@ def test_arrays_in_memory_are_a_dataset_like_any_other():
     assert ImageDataset.from_array(images).batch([2])[1] == {}
     with pytest.raises(ValueError, match="labels"):
         ImageDataset.from_array(images, labels[:3])
+    assert np.array_equal(ImageDataset.from_array(images, labels.tolist()).labels, labels)
 
 
 def test_an_npy_of_grey_images_needs_no_channel_axis(tmp_path):
@@ -199,6 +207,12 @@ def test_arrays_that_are_no_images_are_refused_by_name(tmp_path, arrays, argumen
     np.savez(tmp_path / "data.npz", **arrays)
     with pytest.raises(ValueError, match=f"^{argument}"):
         load_dataset(tmp_path / "data.npz", class_cond=True)
+
+
+def test_labels_that_nobody_asked_for_are_not_read(tmp_path):
+    for labels in (np.linspace(0, 1, 5), np.array(list("abcde"), dtype=object)):
+        np.savez(tmp_path / "data.npz", arr_0=pixels(5, 4, 4, 3), arr_1=labels)
+        assert load_dataset(tmp_path / "data.npz").labels is None
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 not a zip", b"\x93NUMPY\x01"])
