@@ -162,16 +162,21 @@ def _drop_later_rows(path: Path, step: int) -> list[str]:
     """Rewrite a progress.csv without rows after ``step`` and without half a row; its columns, or [] where it is new."""
     if not path.is_file():
         return []
-    text = path.read_text(encoding="utf-8")
-    lines = text.splitlines() if text.endswith("\n") else text.splitlines()[:-1]
-    if step == 0 or not lines:
+    if step == 0:
         path.unlink()
         return []
-    columns = lines[0].split(",")
-    if "step" not in columns:
-        raise invalid("run_dir", str(path), "a progress.csv with a column 'step', or none")
-    position = columns.index("step")
-    rows = [row for row in csv.reader(lines[1:]) if len(row) == len(columns) and float(row[position]) <= step]
+    try:
+        text = path.read_text(encoding="utf-8")
+        lines = text.splitlines() if text.endswith("\n") else text.splitlines()[:-1]
+        if not lines:
+            path.unlink()
+            return []
+        columns = lines[0].split(",")
+        position = columns.index("step")
+        rows = [row for row in csv.reader(lines[1:]) if len(row) == len(columns) and float(row[position]) <= step]
+    except (ValueError, csv.Error) as error:
+        remedy = f"a progress.csv with numbers in a column 'step' ({error}); move it away to go on without its rows"
+        raise invalid("run_dir", str(path), remedy) from error
     with atomic_file(path) as file:
         file.write("".join(",".join(row) + "\n" for row in [columns, *rows]).encode())
     return columns

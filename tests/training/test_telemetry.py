@@ -70,6 +70,14 @@ def test_a_resumed_log_drops_rows_after_the_checkpoint_and_half_rows_and_keeps_t
     assert "resumed at step 20" in (tmp_path / "log.txt").read_text()
 
 
+@pytest.mark.parametrize("content", [b"step,loss\nten,5.0\n", b"loss\n5.0\n", b"\xff\xfe\n"])
+def test_a_damaged_log_is_refused_by_name_when_a_run_goes_on(tmp_path, content):
+    (tmp_path / "progress.csv").write_bytes(content)
+    with pytest.raises(ValueError, match="run_dir: got '.*progress.csv'; expected .*move it away"):
+        ProgressLog(tmp_path, 10)
+    assert (tmp_path / "progress.csv").read_bytes() == content
+
+
 def test_openai_log_format_chooses_what_is_written(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("OPENAI_LOG_FORMAT", "stdout,json")
     log = ProgressLog(tmp_path, 0)
