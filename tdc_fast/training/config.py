@@ -183,7 +183,7 @@ def _checked_type(name: str, value: Any) -> Any:
             raise invalid(name, value, f"a number ({wanted.__name__})") from error
         if wanted is int and not number.is_integer():
             raise invalid(name, value, "a whole number")
-        return wanted(number)
+        value = number
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise invalid(name, value, f"a number ({wanted.__name__})")
     if not math.isfinite(value):

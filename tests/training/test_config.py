@@ -103,6 +103,8 @@ def test_a_configuration_survives_json():
         ({"ema_rate": "0.9,0.9"}, "ema_rate"),
         ({"microbatch": -2}, "microbatch"),
         ({"lr": float("nan")}, "lr: got nan"),
+        ({"lr": "nan"}, "lr: got nan"),
+        ({"grad_clip": "inf"}, "grad_clip: got inf"),
         ({"groups": 4, "stage2_steps": 5}, "stage1_steps"),
         ({"groups": 4, "stage1_steps": 5}, "stage2_steps"),
         ({"groups": 2, "stage1_steps": 5, "stage2_steps": 5, "k": 0.0}, "k: got 0.0"),
