@@ -33,7 +33,8 @@ def train(config: TrainConfig, dataset: Any = None) -> RunDirectory:
     """Run all phases that the configuration asks for, or the rest of them with ``config.resume``.
 
     Args:
-        dataset: images to train on instead of what ``config.data_dir`` names.
+        dataset: images to train on instead of what ``config.data_dir`` names, as an
+            :class:`~tdc_fast.training.data.ImageDataset`.
 
     Returns:
         The run directory; :func:`tdc_fast.training.load_run` reads models from it.
@@ -48,6 +49,8 @@ def train(config: TrainConfig, dataset: Any = None) -> RunDirectory:
         torch.set_num_threads(config.num_threads)
     if dataset is None:
         dataset = build_data(config)
+    elif not hasattr(dataset, "image_size"):
+        raise invalid("dataset", type(dataset).__name__, "an ImageDataset, such as ImageDataset.from_array(images)")
     elif dataset.image_size != config.image_size:
         raise invalid("image_size", config.image_size, f"{dataset.image_size}, as the images of dataset have")
     elif config.class_cond and dataset.labels is None:

@@ -25,7 +25,14 @@ from tdc_fast.routing import TimestepGroups
 from tdc_fast.training import cost
 from tdc_fast.training.base_file import cpu_state, find_base_file, load_base_file
 from tdc_fast.training.build import build_data, build_device, build_diffusion, build_groups, build_unet, place
-from tdc_fast.training.checkpoint import choose_checkpoint, ema_file, load_verified, save_checkpoint, state_file
+from tdc_fast.training.checkpoint import (
+    ema_file,
+    find_problem,
+    finished_steps,
+    load_verified,
+    save_checkpoint,
+    state_file,
+)
 from tdc_fast.training.config import TrainConfig
 from tdc_fast.training.grouping import load_groups, measured_groups
 from tdc_fast.training.loop import Stage, StageLoop
@@ -241,9 +248,12 @@ def _base_macs(run: RunDirectory, base: UNet) -> cost.SampleMacs:
 def _take_base(run: RunDirectory, model: nn.Module, macs: cost.SampleMacs) -> State:
     """The weights that ``--base`` names, kept as the run's own base so that the run is complete without that file."""
     directory, rate = run.stage_directory("base"), run.config.ema_rates[0]
-    step = choose_checkpoint(directory, {"stage": "base", "identity": run.identity}, -1, run.path)
-    if step is not None:
-        state: State = load_verified(directory / ema_file(rate, step))
+    steps = finished_steps(directory)
+    if steps:
+        problem = find_problem(directory, steps[-1], {"stage": "base", "identity": run.identity})
+        if problem:
+            raise ValueError(f"resume: {problem}; remove {directory} to take {run.config.base} anew")
+        state: State = load_verified(directory / ema_file(rate, steps[-1]))
         return state
     path = find_base_file(run.config.base)
     source = load_base_file(path, run.config, model) or {}

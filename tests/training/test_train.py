@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -269,6 +271,23 @@ def test_a_run_of_ours_stands_in_for_stage_1_and_brings_its_cost(folder, two_sta
     other = small_config(folder, "other_noise", base=str(two_stages.path), **{**TWO_STAGES, "noise_schedule": "linear"})
     with pytest.raises(ValueError, match="noise_schedule: got 'linear'; expected 'cosine'"):
         train(other)
+
+
+def test_a_damaged_copy_of_the_base_is_refused_with_how_to_take_it_anew(folder, two_stages):
+    run = train(small_config(folder, "copied", base=str(two_stages.path), **TWO_STAGES))
+    before = (run.path / "experts" / "model000010.pt").read_bytes()
+    (run.path / "base" / "ema_0.9_000010.pt").write_bytes(b"")
+    again = run.config.replace(resume=str(run.path))
+    with pytest.raises(ValueError, match=f"ema_0.9_000010.pt is damaged.*remove {run.path / 'base'}"):
+        train(again)
+    shutil.rmtree(run.path / "base")
+    assert load_run(train(again).path).base() is not None
+    assert (run.path / "experts" / "model000010.pt").read_bytes() == before
+
+
+def test_images_that_are_no_dataset_are_refused_with_how_to_make_one(folder):
+    with pytest.raises(ValueError, match="dataset: got 'ndarray'; expected .*ImageDataset.from_array"):
+        train(small_config(folder, "array"), np.zeros((4, 8, 8, 1), np.uint8))
 
 
 def test_resume_checkpoint_goes_on_with_optimizer_and_averages(folder, plain):
