@@ -40,7 +40,7 @@ def main() -> int:
         code = subprocess.run([*command, "-k", options.only], cwd=ROOT).returncode
         if code != 0:
             return code
-        results = summarise(json.loads(raw.read_text()))
+        results = summarise(json.loads(raw.read_text()), options.only)
     machine = results["machine"]
     name = options.name or slug(f"cpu-{machine['processor']}-{machine['instruction_set']}")
     options.out.mkdir(parents=True, exist_ok=True)
@@ -52,7 +52,7 @@ def main() -> int:
     return 0
 
 
-def summarise(raw: dict) -> dict:
+def summarise(raw: dict, only: str = "") -> dict:
     """What a reader needs of pytest-benchmark's JSON: where, with what, and per case medians and ratios."""
     from tdc_fast import _native
 
@@ -77,7 +77,7 @@ def summarise(raw: dict) -> dict:
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     return {
         "date": date.today().isoformat(),
-        "command": " ".join([*settings, "make bench"]),
+        "command": " ".join([*settings, f"python -m bench --only '{only}'" if only else "make bench"]),
         "machine": machine,
         "versions": versions,
         "rows": rows,

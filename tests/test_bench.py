@@ -42,6 +42,7 @@ def test_a_suite_writes_its_results(tmp_path, only):
     environment = {**os.environ, "TDC_FAST_BENCH_ROUNDS": "1", "OMP_NUM_THREADS": "1"}
     subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
     results = json.loads((tmp_path / "here.json").read_text())
+    assert results["command"].endswith(f"python -m bench --only '{only}'")
     assert results["rows"] and all(row["ours_ms"] > 0 and row["ratios"] for row in results["rows"])
     table = (tmp_path / "here.md").read_text()
     assert all(f"| {row['case']} |" in table for row in results["rows"])
