@@ -67,7 +67,8 @@ def prune_run(directory: str | Path, dataset: Any = None, **options: Any) -> Pru
 
 
 def prune_base_file(config: TrainConfig, dataset: Any = None) -> tuple[RunDirectory, Pruning]:
-    """Begin the run of ``config``, whose ``base`` names weights from elsewhere, and search its widths.
+    """Begin the run of ``config``, whose ``base`` names weights from elsewhere, and search its widths; go on with it
+    where the run directory holds it already.
 
     Raises:
         ValueError: the weights do not fit the flags, the directory holds another run, or there is nothing to prune.
@@ -80,6 +81,9 @@ def prune_base_file(config: TrainConfig, dataset: Any = None) -> tuple[RunDirect
         raise invalid("run_dir", config.run_dir, "--run_dir DIR, where the run with these weights is to live")
     dataset = dataset or build_data(config)
     _check_prunable(config)
+    path = Path(config.run_dir)
+    if (path / "config.json").is_file() and RunDirectory.open(path).identity == config.identity:
+        config = config.replace(resume=config.run_dir)
     run = open_run(config, dataset.channels)
     return run, _prune(run, config, dataset)
 
@@ -96,7 +100,12 @@ def _prune(run: RunDirectory, config: TrainConfig, dataset: Any) -> Pruning:
 
 def _check_prunable(config: TrainConfig) -> None:
     if not config.groups:
-        raise invalid("groups", config.groups, "--groups N: the run is plain training, without experts")
+        raise invalid(
+            "groups",
+            config.groups,
+            "a run with --groups N; a plain one is the base of a new run: --base DIR --run_dir NEW --config "
+            "DIR/config.json --groups N --stage2_steps STEPS",
+        )
     if not prunes(config):
         raise invalid("k", config.k, "below 1, or --budgets: every expert may keep the whole base, nothing is pruned")
     build_agents(config)

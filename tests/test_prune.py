@@ -109,6 +109,8 @@ def test_another_search_keeps_the_memory_of_the_first_and_is_drawn_beside_it(
     assert (run / "memory.1.jsonl").read_bytes().startswith(first.splitlines(keepends=True)[0])
     assert list(searches_of(run)) == ["random", "evolution"]
     assert (run / "agents.png").read_bytes().startswith(b"\x89PNG")
+    prune_run(run, agent="taylor", progress="never")  # scores nothing: the pictures of other widths go
+    assert not (run / "search.png").exists() and not (run / "widths.png").exists()
 
 
 @pytest.mark.usefixtures("without_pictures")
@@ -127,8 +129,15 @@ def test_weights_of_improved_diffusion_and_their_flags_are_enough(tmp_path: Path
         candidates=2, base=str(tmp_path / "ema_0.9999_000010.pt"),
     )  # fmt: skip
     assert main(flags(config)) == 0
-    assert {trial.agent for trial in read_trials(tmp_path / "new" / "memory.jsonl")} == {"greedy"}
-    assert (tmp_path / "new" / "widths.json").is_file()
+    memory, widths = tmp_path / "new" / "memory.jsonl", tmp_path / "new" / "widths.json"
+    assert {trial.agent for trial in read_trials(memory)} == {"greedy"}
+    whole = memory.read_bytes(), widths.read_bytes()
+    widths.unlink()
+    memory.write_bytes(whole[0][: len(whole[0]) // 2])
+    assert main(flags(config)) == 0  # the same command goes on after a kill
+    assert (memory.read_bytes(), widths.read_bytes()) == whole
+    assert main(flags(config.replace(k=0.8))) == 2  # and leaves another run alone
+    assert (memory.read_bytes(), widths.read_bytes()) == whole
     resumed = train(TrainConfig.from_file(tmp_path / "new" / "config.json").replace(resume="latest"))
     assert load_run(resumed.path).steps("experts")[-1] == 4
 
@@ -160,6 +169,17 @@ def test_a_stage_1_that_is_not_finished_is_refused_with_the_command_that_finishe
     (run / "base" / "state000010.json").unlink()
     assert main(["--run", str(run), "--agent", "random"]) == 2
     assert re.search(f"step 8 of 10.*--resume {run}", capsys.readouterr().err)
+
+
+def test_a_plain_run_is_refused_with_the_command_that_makes_it_a_base(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    plain = train(small_config(tmp_path, "plain", lr_anneal_steps=4)).path
+    assert main(["--run", str(plain)]) == 2
+    assert "--base DIR --run_dir NEW --config DIR/config.json --groups N" in capsys.readouterr().err
+    arguments = ["--base", plain, "--run_dir", tmp_path / "new", "--config", plain / "config.json"]
+    assert main([*map(str, arguments), "--groups", "2", "--stage2_steps", "4", "--calibration_batches", "1"]) == 0
+    assert (tmp_path / "new" / "widths.json").is_file()
 
 
 def test_a_missing_library_is_missed_before_stage_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -134,6 +134,8 @@ def refuse_trained_experts(run: RunDirectory) -> None:
 
 def _draw(directory: Path, found: Pruning, base: Any) -> None:
     if not any(trial.score is not None for trials in found.trials for trial in trials):
+        for picture in ("search.png", "widths.png"):
+            (directory / picture).unlink(missing_ok=True)  # an earlier search's, which shows other widths
         return
     try:
         from tdc_fast.report.search_plots import agent_comparison, search_plot, widths_plot
