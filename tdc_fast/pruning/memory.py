@@ -174,7 +174,7 @@ class Memory:
                 answer = Round(**facts, proposals=proposals, notes=tuple(event["notes"]))
                 self.rounds[answer.group, answer.round] = answer
             elif event["event"] == "scored":
-                self.trials.append(Trial(**{name: event[name] for name in _TRIAL}))
+                self.trials.append(_trial(event))
             elif event["event"] == "sensitivity":
                 rise = event["loss_rise"]
                 self.sensitivity[event["group"]] = {unit: dict(rise[unit]) for unit in rise}
@@ -197,10 +197,22 @@ def read_trials(path: str | Path) -> list[Trial]:
         try:
             event = json.loads(line)
             if event["event"] == "scored":
-                trials.append(Trial(**{name: event[name] for name in _TRIAL}))
+                trials.append(_trial(event))
         except (ValueError, KeyError, TypeError) as error:
             raise invalid(f"{path}, line {number}", line[:80], "an event of a search's memory") from error
     return trials
+
+
+def _trial(event: Mapping[str, Any]) -> Trial:
+    """The trial of an event; KeyError or TypeError where it is none."""
+    trial = Trial(**{name: event[name] for name in _TRIAL})
+    if not all(isinstance(number, int) for number in (*trial.place, trial.macs, trial.spent)):
+        raise TypeError("a place, MACs and what they cost are integers")
+    if trial.score is not None and not isinstance(trial.score, (int, float)):
+        raise TypeError("a score is a number or null")
+    if not all(isinstance(widths, dict) for widths in (trial.widths, trial.proposal)):
+        raise TypeError("widths are an object")
+    return trial
 
 
 def _in_order(trial: Trial) -> dict[str, Any]:

@@ -75,6 +75,17 @@ def test_a_damaged_line_is_refused_by_its_number(line: str, tmp_path: Path) -> N
         Memory(path, {"seed": 7, "budgets": [1, 2]})
 
 
+@pytest.mark.parametrize(("field", "value"), [("score", "low"), ("macs", None), ("round", 0.5), ("widths", [8, 0])])
+def test_a_result_of_the_wrong_kind_is_refused_by_its_line(field: str, value: object, tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    lines = written(path).splitlines(keepends=True)
+    lines[2] = (json.dumps({**json.loads(lines[2]), field: value}) + "\n").encode()
+    path.write_bytes(b"".join(lines))
+    for read in (lambda: Memory(path, {"seed": 7, "budgets": [1, 2]}), lambda: read_trials(path)):
+        with pytest.raises(ValueError, match="line 3"):
+            read()
+
+
 def test_a_result_that_is_known_is_not_written_twice(tmp_path: Path) -> None:
     whole = written(tmp_path / "m.jsonl")
     with Memory(tmp_path / "m.jsonl", {"seed": 7, "budgets": [1, 2]}) as memory:
