@@ -37,7 +37,8 @@ class EvaluateOptions:
     """Feature space of the distance. digits: 64 features of a classifier trained on scikit-learn's digits, for 8x8
     grey images; random-conv: 64 of a fixed random network; auto takes digits where it fits."""
     image_size: int = 0
-    """Size that photos and the images of a folder are scaled to; 0 takes the other set's, or their own."""
+    """Size that all images but a run's are scaled to; 0 takes the other set's for photos and a folder, else their
+    own."""
     num_samples: int = 5000
     """Images drawn from a run."""
     which: Which = "auto"
@@ -111,7 +112,8 @@ def load_pair(a: str, b: str, options: EvaluateOptions) -> tuple[ImageSet, Image
     scaled = [name for name in (a, b) if name == "photos" or _is_folder(name)]
     for name in dict.fromkeys((a, b)):
         if name not in scaled:
-            sets[name] = _run_samples(name, options) if _is_run(name) else _read_images(name, None)
+            own = options.image_size or None
+            sets[name] = _run_samples(name, options) if _is_run(name) else _read_images(name, own)
             size = size or sets[name].images.shape[-1]
     for name in scaled:
         size = size or _own_size(name)
@@ -121,7 +123,7 @@ def load_pair(a: str, b: str, options: EvaluateOptions) -> tuple[ImageSet, Image
         raise invalid(
             "b",
             f"{b}: images of shape {tuple(second.images.shape[1:])}",
-            f"{tuple(first.images.shape[1:])}, as {a} has",
+            f"{tuple(first.images.shape[1:])}, as {a} has; --image_size scales what no run draws",
         )
     for name, images in ((a, first.images), (b, second.images)):
         if len(images) < 2:

@@ -166,6 +166,15 @@ def test_a_folder_and_an_archive_of_the_same_images_have_no_distance(sets, tmp_p
     assert "FID" not in shown + out.read_text()
 
 
+def test_image_size_brings_sets_of_different_sizes_together(sets, tmp_path):
+    np.savez(tmp_path / "wide.npz", np.zeros((5, 9, 17, 3), np.uint8))
+    for name in ("digits", str(tmp_path / "wide.npz")):
+        with pytest.raises(ValueError, match="image_size"):
+            evaluate.load_pair(str(sets / "rgb.npz"), name, evaluate.EvaluateOptions())
+        pair = evaluate.load_pair(str(sets / "rgb.npz"), name, evaluate.EvaluateOptions(image_size=6))
+        assert [tuple(one.images.shape[1:]) for one in pair] == [(3, 6, 6), (3, 6, 6)]
+
+
 def test_different_images_have_a_distance_above_zero(sets, tmp_path):
     result = evaluate.evaluate(str(sets / "rgb.npz"), str(sets / "folder"), evaluate.EvaluateOptions())
     assert result["frechet_distance"] > 0.01
