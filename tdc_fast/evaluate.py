@@ -264,6 +264,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if len(names) != 2:
             raise invalid("A B", names, "two of: folder, .npz or .npy file, digits, photos, run directory")
         use_threads(options.num_threads)
+        if Path(options.out).is_dir():  # known before hours of sampling
+            raise invalid("out", options.out, "the name of a file, such as evaluation.json in that folder")
         Path(options.out).parent.mkdir(parents=True, exist_ok=True)
         result = evaluate(names[0], names[1], options)
         write_json(Path(options.out), result)

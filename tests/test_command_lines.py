@@ -204,12 +204,13 @@ def test_a_run_is_sampled_and_its_held_out_loss_measured(run, tmp_path, capsys, 
         (["SETS/rgb.npz", "SETS/rgb.npz", "--features", "digits"], "random-conv"),
         (["SETS/rgb.npz", "SETS/rgb.npz", "--batch_size", "0"], "batch_size: got 0"),
         (["SETS/rgb.npz", "SETS/rgb.npz", "--num_threads", "-1"], "num_threads: got -1"),
+        (["SETS/rgb.npz", "SETS/rgb.npz", "--out", "SETS/folder"], "out: got .*folder'; expected the name of a file"),
     ],
 )
 def test_evaluate_refuses_what_does_not_compare(sets, names, message, tmp_path):
     names = [name.replace("SETS", str(sets)) for name in names]
     with pytest.raises(SystemExit, match=message):
-        evaluate.main([*names, "--out", str(tmp_path / "e.json")])
+        evaluate.main(["--out", str(tmp_path / "e.json"), *names])
     assert not (tmp_path / "e.json").exists()
 
 
