@@ -46,8 +46,8 @@ def load_base_file(path: Path, config: TrainConfig, model: nn.Module) -> dict[st
     """Load weights into ``model`` strictly; returns the description beside the file, None for improved-diffusion's.
 
     Raises:
-        ValueError: the file is damaged, or was made with other flags; names them where the weights or the
-        description tell.
+        ValueError: the file is damaged, holds numbers that are not finite, or was made with other flags; names them
+        where the weights or the description tell.
     """
     description = read_description(path)
     if description is not None and isinstance(description.get("config"), Mapping):
@@ -56,6 +56,9 @@ def load_base_file(path: Path, config: TrainConfig, model: nn.Module) -> dict[st
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise invalid("base", str(path), "a state dict: names of parameters and their tensors")
     load_state(path, state, model, config)
+    diverged = next((name for name, value in state.items() if not value.isfinite().all()), None)
+    if diverged is not None:
+        raise invalid("base", str(path), f"finite weights; {diverged} holds infinities or NaN, as after a divergence")
     return description
 
 

@@ -262,6 +262,15 @@ def test_a_base_made_with_other_flags_is_refused_with_the_flags_that_fit(folder,
     assert flags_of(state, 8)["num_res_blocks"] == config.replace(**changed).num_res_blocks
 
 
+def test_a_base_that_diverged_is_refused_by_the_weights_that_tell(folder, tmp_path):
+    config = small_config(folder, "diverged", base=str(tmp_path / "ema.pt"), **TWO_STAGES)
+    state = build_unet(config, 1).state_dict()
+    state["out.2.bias"][0] = float("nan")
+    torch.save(state, tmp_path / "ema.pt")
+    with pytest.raises(ValueError, match=r"base: got '.*ema\.pt'; expected finite weights; out\.2\.bias holds"):
+        train(config)
+
+
 def test_a_run_of_ours_stands_in_for_stage_1_and_brings_its_cost(folder, two_stages):
     run = train(small_config(folder, "shared", base=str(two_stages.path), **{**TWO_STAGES, "k": 1.0}))
     assert (
