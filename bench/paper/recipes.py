@@ -78,8 +78,7 @@ class Recipe:
 
 def stage1(study: Study, recipe: Recipe, seed: int, folder: Path) -> Contestant:
     """Uniform training at a constant learning rate for its share of C; one step where experts start from scratch."""
-    share = float((recipe.experts or {}).get("stage1_share", study.experts["stage1_share"]))
-    steps = 1 if recipe.from_scratch else round(share * study.baseline_steps)
+    steps = 1 if recipe.from_scratch else round(_stage1_share(study, recipe) * study.baseline_steps)
     settings = {**study.settings, "seed": seed}
     name = f"stage1-{steps}"
     if recipe.small_stage1:
@@ -90,20 +89,25 @@ def stage1(study: Study, recipe: Recipe, seed: int, folder: Path) -> Contestant:
     return Contestant(name, name, "", TrainConfig.from_dict(settings))
 
 
+def _stage1_share(study: Study, recipe: Recipe) -> float:
+    return float((recipe.experts or {}).get("stage1_share", study.experts["stage1_share"]))
+
+
 def contestant(study: Study, recipe: Recipe, seed: int, folder: Path) -> tuple[Contestant, Contestant]:
     """(its stage 1, the model) of a recipe at one seed; `folder` holds the seed's runs."""
     first = stage1(study, recipe, seed, folder)
     start = first.config.stage1_steps
     directory = str(folder / recipe.key)
     if recipe.experts is None:
-        end = round(recipe.cost * study.baseline_steps)
-        factor = study.small_factor if recipe.small_batch else 1
+        left = round(recipe.cost * study.baseline_steps) - round(_stage1_share(study, recipe) * study.baseline_steps)
+        if recipe.small_batch:
+            left *= study.small_factor
         config = first.config.replace(
             run_dir=directory,
             resume_checkpoint=str(first.directory / model_file(start)),
             stage1_steps=0,
             lr_anneal_start=start,
-            lr_anneal_steps=start + factor * (end - start),
+            lr_anneal_steps=start + left,
             batch_size=study.small_batch if recipe.small_batch else study.settings["batch_size"],
         )
     else:

@@ -81,6 +81,12 @@ TABLES = {
             "Are two stages better than experts from scratch at equal cost?",
             (
                 UNIFORM,
+                Recipe(
+                    "uniform-small-throughout",
+                    "uniform, small steps throughout, C",
+                    small_batch=True,
+                    small_stage1=True,
+                ),
                 TDC_WHOLE,
                 Recipe(
                     "tdc-whole-small", "TDC, whole experts, C, stage 1 in small steps", experts=WHOLE, small_stage1=True
