@@ -90,6 +90,24 @@ def test_configurations_at_full_scale_say_that_they_were_not_run(capsys):
     assert "| cifar10 | 8.387 |" in line  # the published size of this denoiser
 
 
+@pytest.mark.parametrize(
+    ("text", "flags", "said"),
+    [
+        (None, [], "an existing .yaml"),
+        ("data_dir: digits", [], "plain: its cost follows from --groups N and --baseline_steps"),
+        ("{groups: 4, stage1_steps: 9, stage2_steps: 9}", [], "plain: its cost follows from"),
+        ("{groups: 4, baseline_steps: 9}", ["--gpus", "0"], "--gpus, --peak and --reached are above 0"),
+    ],
+)
+def test_a_configuration_without_a_cost_is_refused_by_name(text, flags, said, tmp_path, capsys):
+    path = tmp_path / "plain.yaml"
+    if text:
+        path.write_text(text)
+    with pytest.raises(SystemExit):
+        cost.main([str(path), *flags])
+    assert said in capsys.readouterr().err
+
+
 def test_the_score_of_a_search_is_held_against_the_loss_that_fine_tuning_leaves():
     def row(scores, losses):
         return {"search_score": scores, "heldout_loss": losses}

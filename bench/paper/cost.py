@@ -40,20 +40,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--gpus", type=int, default=8)
     parser.add_argument("--reached", type=float, default=0.35, help="assumed share of the peak")
     options = parser.parse_args(argv)
+    if min(options.gpus, options.peak, options.reached) <= 0:
+        parser.error("--gpus, --peak and --reached are above 0")
+    try:
+        configs = [(path.stem, TrainConfig.from_file(path)) for path in options.configs]
+    except ValueError as error:
+        parser.error(str(error))
+    for name, config in configs:
+        if config.groups < 1 or not config.baseline_steps:
+            parser.error(f"{name}: its cost follows from --groups N and --baseline_steps, which it has not")
     rate = options.peak / 2 * options.gpus * options.reached  # MACs per second
     print(
         f"Assumed: {options.gpus} x {options.gpu}, {options.peak:.3g} FLOP/s each, {options.reached:.0%} reached. "
         "Not run.\n\n| configuration | GMACs per image, forward | training C | TDC | hours for C | hours for TDC "
         "| mean sampling cost |\n|---|---|---|---|---|---|---|"
     )
-    for path in options.configs:
-        config = TrainConfig.from_file(path)
+    for name, config in configs:
         forward, training = training_macs(config)
         whole = config.baseline_steps * config.batch_size * training
         share = sum(budget_law(config.groups, config.k)) / config.groups
         hours = whole / rate / 3600
         print(
-            f"| {path.stem} | {forward / 1e9:.3f} | {whole / 1e18:.3f} exa-MACs | {config.total_share:.2f} C "
+            f"| {name} | {forward / 1e9:.3f} | {whole / 1e18:.3f} exa-MACs | {config.total_share:.2f} C "
             f"| {hours:.1f} | {hours * config.total_share:.1f} | {share:.2f} |"
         )
     return 0
