@@ -15,6 +15,7 @@ from bench.paper.summary import _score_against_loss, summarise
 from bench.paper.tables import TABLES, Table
 from tdc_fast.main_job.measure import load_yardsticks
 from tdc_fast.training.config import TrainConfig
+from tdc_fast.training.interrupts import TrainingInterrupted
 
 STUDY = STUDIES["digits"].scaled(0.01)
 
@@ -79,6 +80,23 @@ def test_the_table_tells_every_seed_and_wins_are_counted_seed_by_seed(outcome):
     json.dumps(result)
     text = command.as_markdown({**result, "date": "2000-01-01", "command": "x"})
     assert f"| {tdc['better_on_loss']} / {tdc['better_on_frechet']} of 2 |" in text and "C is 40 uniform steps" in text
+
+
+@pytest.mark.parametrize(
+    ("failure", "status", "said"),
+    [
+        (TrainingInterrupted("step 3 is saved"), 130, "stopped; the same command continues where it was"),
+        (KeyboardInterrupt(), 130, "stopped; the same command continues where it was"),
+        (ValueError("total_share: got 0.8"), 2, "error: total_share: got 0.8"),
+    ],
+)
+def test_a_table_that_is_not_finished_ends_in_a_sentence(failure, status, said, tmp_path, monkeypatch, capsys):
+    def stop(*_):
+        raise failure
+
+    monkeypatch.setattr(command, "run_rows", stop)
+    assert command.main(["main", "--runs", str(tmp_path), "--out", str(tmp_path / "out")]) == status
+    assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_configurations_at_full_scale_say_that_they_were_not_run(capsys):

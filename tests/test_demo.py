@@ -133,6 +133,7 @@ def test_the_worker_pool_runs_tasks_and_raises_their_errors(tmp_path):
     bad = tasks.Task("bad", Path.read_text, (tmp_path / "missing",))
     with pytest.raises(FileNotFoundError):
         tasks.run_tasks([bad], 1, said.append)
+    assert any(line.startswith("bad: ") and "missing" in line for line in said)
 
 
 def test_an_error_ends_the_job_before_another_task_begins(tmp_path):

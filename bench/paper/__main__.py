@@ -13,13 +13,14 @@ from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 
-from bench.paper.recipes import STUDIES
+from bench.paper.recipes import STUDIES, Study
 from bench.paper.run import protocol, run_rows
 from bench.paper.summary import as_markdown, summarise
 from bench.paper.tables import TABLES
 from tdc_fast.atomic import write_json
 from tdc_fast.main_job.assemble import describe_environment
 from tdc_fast.main_job.measure import load_yardsticks
+from tdc_fast.training.interrupts import TrainingInterrupted
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -40,25 +41,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.seeds < 1 or options.samples < 2 or options.draws < 1 or options.scale <= 0:
         parser.error("--seeds and --draws start at 1, --samples at 2, --scale above 0")
     study = STUDIES[options.study].scaled(options.scale)
-    for name in TABLES if options.table == "all" else [options.table]:
-        began = time.monotonic()
-        table, seeds = TABLES[name], range(options.seeds)
-        how = protocol(study, options.samples, options.draws)
-        folder = options.runs / f"{study.name}-{study.baseline_steps}"
-        print(f"== {name}: {table.question}", flush=True)
-        outcomes = run_rows(
-            study, table.rows, seeds, folder, how, options.processes, lambda text: print(text, flush=True)
-        )
-        yardsticks = load_yardsticks(folder / f"yardsticks-{how.samples}.pt")
-        seconds = time.monotonic() - began
-        result = summarise(table, study, outcomes, seeds, how, yardsticks, describe_environment(), seconds)
-        result |= {"date": date.today().isoformat(), "command": _command(name, options)}
-        options.out.mkdir(parents=True, exist_ok=True)
-        write_json(options.out / f"{name}-{study.name}.json", result)
-        text = as_markdown(result)
-        (options.out / f"{name}-{study.name}.md").write_text(text, encoding="utf-8")
-        print(text)
+    try:
+        for name in TABLES if options.table == "all" else [options.table]:
+            _make(name, study, options)
+    except (KeyboardInterrupt, TrainingInterrupted):
+        print("stopped; the same command continues where it was", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     return 0
+
+
+def _make(name: str, study: Study, options: argparse.Namespace) -> None:
+    """Train and measure what the table needs and is not there yet, and write it."""
+    began = time.monotonic()
+    table, seeds = TABLES[name], range(options.seeds)
+    how = protocol(study, options.samples, options.draws)
+    folder = options.runs / f"{study.name}-{study.baseline_steps}"
+    print(f"== {name}: {table.question}", flush=True)
+    outcomes = run_rows(study, table.rows, seeds, folder, how, options.processes, lambda text: print(text, flush=True))
+    yardsticks = load_yardsticks(folder / f"yardsticks-{how.samples}.pt")
+    seconds = time.monotonic() - began
+    result = summarise(table, study, outcomes, seeds, how, yardsticks, describe_environment(), seconds)
+    result |= {"date": date.today().isoformat(), "command": _command(name, options)}
+    options.out.mkdir(parents=True, exist_ok=True)
+    write_json(options.out / f"{name}-{study.name}.json", result)
+    text = as_markdown(result)
+    (options.out / f"{name}-{study.name}.md").write_text(text, encoding="utf-8")
+    print(text)
 
 
 def _command(table: str, options: argparse.Namespace) -> str:

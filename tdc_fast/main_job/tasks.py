@@ -74,7 +74,11 @@ def run_tasks(tasks: Sequence[Task], processes: int, say: Callable[[str], None])
             done, _ = wait(pending, timeout=REPORT_EVERY_SECONDS, return_when=FIRST_COMPLETED)
             for future in done:
                 task = pending.pop(future)
-                seconds[task.name] = future.result()
+                try:
+                    seconds[task.name] = future.result()
+                except Exception as error:
+                    say(f"{task.name}: {error}")
+                    raise
                 say(f"{task.name}: done in {seconds[task.name]:.0f} s")
             for task in pending.values():
                 line = _progress_line(task, shown)
