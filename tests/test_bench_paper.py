@@ -10,7 +10,7 @@ import pytest
 from bench.paper import __main__ as command
 from bench.paper import cost
 from bench.paper.recipes import STUDIES, Recipe, contestant
-from bench.paper.run import protocol, run_rows
+from bench.paper.run import cpu_minutes, protocol, run_rows
 from bench.paper.summary import _score_against_loss, summarise
 from bench.paper.tables import TABLES, Table
 from tdc_fast.main_job.measure import load_yardsticks
@@ -54,7 +54,8 @@ def outcome(tmp_path_factory):
     yardsticks = load_yardsticks(folder / "yardsticks-64.pt")
     table = Table("small", "Does it run?", rows)
     environment = {"machine": "here", "torch": "2", "tdc_fast": "0"}
-    return outcomes, again, said, summarise(table, STUDY, outcomes, range(2), how, yardsticks, environment, 1.0)
+    minutes = cpu_minutes(STUDY, rows, range(2), folder)
+    return outcomes, again, said, summarise(table, STUDY, outcomes, range(2), how, yardsticks, environment, minutes)
 
 
 def test_a_second_call_trains_nothing(outcome):
@@ -77,7 +78,8 @@ def test_the_table_tells_every_seed_and_wins_are_counted_seed_by_seed(outcome):
     tdc = result["rows"][1]
     assert len(tdc["heldout_loss"]) == len(tdc["frechet_distance"]) == 2
     assert tdc["better_on_loss"] == sum(value < 0 for value in tdc["heldout_against_yardstick"])
-    json.dumps(result)
+    assert 0 < result["cpu_minutes"] < 30
+    json.dumps(result, allow_nan=False)
     text = command.as_markdown({**result, "date": "2000-01-01", "command": "x"})
     assert f"| {tdc['better_on_loss']} / {tdc['better_on_frechet']} of 2 |" in text and "C is 40 uniform steps" in text
 

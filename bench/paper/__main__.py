@@ -8,13 +8,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 
 from bench.paper.recipes import STUDIES, Study
-from bench.paper.run import protocol, run_rows
+from bench.paper.run import cpu_minutes, protocol, run_rows
 from bench.paper.summary import as_markdown, summarise
 from bench.paper.tables import TABLES
 from tdc_fast.atomic import write_json
@@ -55,15 +54,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _make(name: str, study: Study, options: argparse.Namespace) -> None:
     """Train and measure what the table needs and is not there yet, and write it."""
-    began = time.monotonic()
     table, seeds = TABLES[name], range(options.seeds)
     how = protocol(study, options.samples, options.draws)
     folder = options.runs / f"{study.name}-{study.baseline_steps}"
     print(f"== {name}: {table.question}", flush=True)
     outcomes = run_rows(study, table.rows, seeds, folder, how, options.processes, lambda text: print(text, flush=True))
     yardsticks = load_yardsticks(folder / f"yardsticks-{how.samples}.pt")
-    seconds = time.monotonic() - began
-    result = summarise(table, study, outcomes, seeds, how, yardsticks, describe_environment(), seconds)
+    minutes = cpu_minutes(study, table.rows, seeds, folder)
+    result = summarise(table, study, outcomes, seeds, how, yardsticks, describe_environment(), minutes)
     result |= {"date": date.today().isoformat(), "command": _command(name, options)}
     options.out.mkdir(parents=True, exist_ok=True)
     write_json(options.out / f"{name}-{study.name}.json", result)

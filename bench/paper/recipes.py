@@ -52,7 +52,7 @@ STUDIES = {
         # A denoiser that is short of capacity, as those are that the method is for; and one that is not.
         Study("digits", 4000, {**_DIGITS, "num_channels": 4}, _EXPERTS),
         Study("digits-wide", 4000, {**_DIGITS, "num_channels": 8}, _EXPERTS),
-        Study("photos", 3000, {**_PHOTOS, "num_channels": 4}, _EXPERTS),
+        Study("photos", 1500, {**_PHOTOS, "num_channels": 4}, _EXPERTS),
     )
 }
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from bench.paper.recipes import Recipe, Study, contestant
+from tdc_fast.atomic import write_json
 from tdc_fast.main_job.assemble import training_phases
 from tdc_fast.main_job.contestants import Contestant
 from tdc_fast.main_job.measure import Measured, Protocol, load_measured, prepare_yardsticks
@@ -69,10 +72,10 @@ def run_rows(
             result = home / "measured" / f"{recipe.key}-{how.samples}x{how.draws}.pt"
             plan[recipe.key, seed] = first, model, result
             if not result.exists():
-                opening[first.directory] = Task(f"seed {seed}, {first.key}", train_contestant, (first,))
+                opening[first.directory] = Task(f"seed {seed}, {first.key}", train_clocked, (first,))
     run_tasks(list(opening.values()), processes, say)
     work = [
-        Task(f"seed {seed}, {key}", train_and_measure, (model, yardsticks, how, result))
+        Task(f"seed {seed}, {key}", measure_clocked, (model, yardsticks, how, result))
         for (key, seed), (_, model, result) in plan.items()
         if not result.exists()
     ]
@@ -80,6 +83,46 @@ def run_rows(
     run_tasks(work, processes, say)
     say(f"{len(work)} models trained and measured in {(time.monotonic() - began) / 60:.1f} minutes")
     return {recipe.key: [_outcome(*plan[recipe.key, seed]) for seed in seeds] for recipe in rows}
+
+
+def cpu_minutes(study: Study, rows: Sequence[Recipe], seeds: Sequence[int], folder: Path) -> float | None:
+    """CPU time that training and measuring the rows has taken, in all calls; None if not recorded."""
+    runs = {
+        run.directory
+        for seed in seeds
+        for recipe in rows
+        for run in contestant(study, recipe, seed, folder / f"seed{seed}")
+    }
+    clocks = [_clock_of(run) for run in runs]
+    if not all(clock.is_file() for clock in clocks):
+        return None
+    return sum(json.loads(clock.read_text(encoding="utf-8")) for clock in clocks) / 60
+
+
+def train_clocked(contestant: Contestant) -> None:
+    with _clock(contestant.directory):
+        train_contestant(contestant)
+
+
+def measure_clocked(contestant: Contestant, yardsticks: Path, how: Protocol, result: Path) -> None:
+    with _clock(contestant.directory):
+        train_and_measure(contestant, yardsticks, how, result)
+
+
+@contextmanager
+def _clock(run: Path) -> Iterator[None]:
+    """Add this process's CPU seconds to what earlier attempts at the run took (those that were killed add nothing)."""
+    began, clock = time.process_time(), _clock_of(run)
+    earlier = json.loads(clock.read_text(encoding="utf-8")) if clock.is_file() else 0.0
+    try:
+        yield
+    finally:
+        clock.parent.mkdir(parents=True, exist_ok=True)
+        write_json(clock, earlier + time.process_time() - began)
+
+
+def _clock_of(run: Path) -> Path:
+    return run.parent / "cpu_seconds" / f"{run.name}.json"
 
 
 def _outcome(first: Contestant, model: Contestant, result: Path) -> Outcome:

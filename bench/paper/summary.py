@@ -21,7 +21,7 @@ def summarise(
     how: Protocol,
     yardsticks: Yardsticks,
     environment: dict[str, str],
-    seconds: float,
+    cpu_minutes: float | None,
 ) -> dict[str, Any]:
     """All numbers of a table, as its JSON file holds them."""
     first = outcomes[table.rows[0].key]
@@ -46,7 +46,7 @@ def summarise(
             recipe.label: {"cost": recipe.cost, "changes": dict(recipe.experts or {})} for recipe in table.rows
         },
         "environment": environment,
-        "seconds": round(seconds, 1),
+        "cpu_minutes": cpu_minutes and round(cpu_minutes, 1),
     }
 
 
@@ -137,10 +137,15 @@ def as_markdown(result: dict[str, Any]) -> str:
         *(["", _about_scores(result["score_against_loss"])] if searched else []),
         "",
         f"{result['environment']['machine']}; torch {result['environment']['torch']}, "
-        f"tdc_fast {result['environment']['tdc_fast']}; {result['date']}; `{result['command']}`.",
+        f"tdc_fast {result['environment']['tdc_fast']}; {result['date']}; `{result['command']}`"
+        f"{_took(result['cpu_minutes'])}.",
         "",
     ]
     return "\n".join(lines)
+
+
+def _took(cpu_minutes: float | None) -> str:
+    return "" if cpu_minutes is None else f", {cpu_minutes:.0f} CPU minutes"
 
 
 def _about_scores(correlations: Sequence[float]) -> str:
