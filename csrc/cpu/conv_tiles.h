@@ -41,6 +41,17 @@ inline void accumulate(Vec (&sums)[P][V], const float* weights, Source x) {
   }
 }
 
+// Brings the lines that a tile will write, and its residual, into L1 while the tile multiplies.
+template <typename T, int V>
+inline void fetch_output(const GatherTile& tile, const ConvPixel& pixel) {
+#pragma GCC unroll 4
+  for (size_t byte = 0; byte < V * kLanes * sizeof(T); byte += 64) {
+    const size_t at = static_cast<size_t>(tile.channel) * sizeof(T) + byte;
+    __builtin_prefetch(static_cast<const char*>(pixel.out) + at, 1);
+    if (pixel.residual) __builtin_prefetch(static_cast<const char*>(pixel.residual) + at, 0);
+  }
+}
+
 // The last panel of a pixel: residual, rounding, and zeros past the live width.
 template <typename T, int V>
 inline void finish_partial(const GatherTile& tile, const ConvPixel& pixel, const Vec (&sums)[V]) {
@@ -80,7 +91,10 @@ void gather_tile(const GatherTile& tile) {
 
   const float* source[P];
 #pragma GCC unroll 8
-  for (int p = 0; p < P; ++p) source[p] = tile.pixels[p].source;
+  for (int p = 0; p < P; ++p) {
+    source[p] = tile.pixels[p].source;
+    fetch_output<T, V>(tile, tile.pixels[p]);
+  }
   const ptrdiff_t row = tile.row;
   // Finished runs wait in memory: the registers are for the run that goes on.
   alignas(64) float memory[P * V * kLanes];
