@@ -1,8 +1,8 @@
 // The host side of wgrad: dweight[k, c, tap] = sum over pixels of x[pixel + tap, c] * dy[pixel, k].
 //
-// A unit is one panel of output channels by a range of 16-channel input blocks of one expert. Its sums live in a buffer
-// that fits the cache; units with many pixels are split into a number of parts fixed by the shapes, and whoever
-// finishes last adds the parts in order. So the result depends on neither the threads nor their timing.
+// A unit is a range of panels of output channels by a range of 16-channel input blocks of one expert. Its sums live in
+// a buffer that fits the cache; units with many pixels are split into a number of parts fixed by the shapes, and
+// whoever finishes last adds the parts in order. So the result depends on neither the threads nor their timing.
 #include <algorithm>
 #include <atomic>
 #include <cstring>
@@ -22,6 +22,8 @@ constexpr int64_t kChunkPixels = 128;               // dy panel and x block of a
 constexpr int64_t kSumsLimit = int64_t{384} << 10;  // bytes of sums per task: they stay in L2
 constexpr int64_t kPartsLimit = int64_t{4} << 20;   // bytes of partial sums
 constexpr int64_t kTasksWanted = 32;
+constexpr int64_t kPanelTaps = 9;  // a copied block of x serves at least so many products of a tap and a panel,
+constexpr int64_t kDyLimit = int64_t{256} << 10;  // if the chunk's dy takes no more bytes than this
 constexpr int64_t kBiasParts = 8;
 constexpr int64_t kParallelMacs = int64_t{1} << 19;
 
@@ -32,7 +34,7 @@ struct Expert {
 };
 
 struct Unit {
-  int64_t expert, panel, block_begin, block_end;
+  int64_t expert, panel_begin, panel_end, block_begin, block_end;
   int64_t parts, memory, counter;  // first float of the partial sums when parts > 1
 };
 
@@ -110,14 +112,19 @@ class Wgrad {
   int64_t block_depth(const Expert& e, int64_t block) const {
     return std::min(kDepthBlock, e.depth - block * kDepthBlock);
   }
+  int64_t panels(const Expert& e) const { return ceil_div(e.lanes, panel_); }
   int64_t panel_row(const Expert& e, int64_t panel) const {
     return std::min<int64_t>(panel_, ceil_div(e.lanes - panel * panel_, kernels_.lanes) * kernels_.lanes);
   }
-  // Sums of block b of a unit start here, in rows; all blocks but an expert's last are full.
+  // Rows of sums in so many blocks; all blocks but an expert's last are full.
   int64_t block_rows(int64_t blocks) const { return blocks * kDepthBlock * taps_; }
+  // First float of a panel's sums in its unit; all panels but an expert's last are full.
+  int64_t panel_sums(const Unit& u, int64_t panel) const {
+    return block_rows(u.block_end - u.block_begin) * (panel - u.panel_begin) * panel_;
+  }
   int64_t unit_floats(const Unit& u) const {
-    const Expert& e = work_.experts[u.expert];
-    return block_rows(u.block_end - u.block_begin) * panel_row(e, u.panel);
+    const int64_t last = u.panel_end - 1;
+    return panel_sums(u, last) + block_rows(u.block_end - u.block_begin) * panel_row(work_.experts[u.expert], last);
   }
   int64_t group_chunks(int64_t g) const { return ceil_div(p_.offsets[g + 1] - p_.offsets[g], chunk_samples_) * bands_; }
 
@@ -149,19 +156,24 @@ class Wgrad {
         work_.taps.push_back(r * p_.weight_strides[3] + s * p_.weight_strides[4]);
     if (!op_.dweight) return;
     int64_t cost = 0;
-    for (const Expert& e : work_.experts) cost += e.chunks * ceil_div(e.lanes, panel_) * blocks(e);
+    for (const Expert& e : work_.experts) cost += e.chunks * panels(e) * blocks(e);
     const int64_t share = std::max<int64_t>(1, cost / kTasksWanted);
-    const int64_t most_blocks = std::max<int64_t>(1, kSumsLimit / (4 * block_rows(1) * panel_));
+    const int64_t panel_bytes = std::max(kChunkPixels, out_w_) * panel_ * 4;
+    const int64_t together = std::max<int64_t>(1, std::min(ceil_div(kPanelTaps, taps_), kDyLimit / panel_bytes));
     int64_t floats = 0, counters = 0;
     for (int64_t x = 0; x < p_.num_experts; ++x) {
       const Expert& e = work_.experts[x];
       const int64_t all = blocks(e);
       if (all == 0) continue;
-      const int64_t pieces = ceil_div(e.chunks * all, share);
-      const int64_t ranges = std::min(all, std::max(pieces, ceil_div(all, most_blocks)));
-      for (int64_t panel = 0; panel < ceil_div(e.lanes, panel_); ++panel) {
+      for (int64_t panel = 0; panel < panels(e); panel += together) {
+        const int64_t panel_end = std::min(panels(e), panel + together), width = panel_end - panel;
+        const int64_t pieces = ceil_div(e.chunks * all * width, share);
+        const int64_t most_blocks = std::max<int64_t>(1, kSumsLimit / (4 * block_rows(1) * panel_ * width));
+        // Ranges of blocks share no sums; with few taps, parts that share them copy less.
+        const int64_t wanted = together > 1 ? ceil_div(pieces, e.chunks) : pieces;
+        const int64_t ranges = std::min(all, std::max(wanted, ceil_div(all, most_blocks)));
         for (int64_t i = 0; i < ranges; ++i) {
-          Unit u = {x, panel, all * i / ranges, all * (i + 1) / ranges, 1, floats, counters};
+          Unit u = {x, panel, panel_end, all * i / ranges, all * (i + 1) / ranges, 1, floats, counters};
           u.parts = std::min(e.chunks, std::max<int64_t>(1, ceil_div(pieces, ranges)));
           if (u.parts > 1) {
             u.parts = std::max<int64_t>(1, std::min(u.parts, (kPartsLimit / 4 - floats) / unit_floats(u)));
@@ -195,7 +207,8 @@ class Wgrad {
     work_.costs.clear();
     for (const Task& task : work_.tasks) {
       const Unit& u = work_.units[task.unit];
-      work_.costs.push_back(work_.experts[u.expert].chunks * (u.block_end - u.block_begin) * taps_ * 64 / u.parts + 1);
+      const int64_t products = (u.panel_end - u.panel_begin) * (u.block_end - u.block_begin) * taps_;
+      work_.costs.push_back(work_.experts[u.expert].chunks * products * 64 / u.parts + 1);
     }
     for (const BiasTask& task : work_.bias_tasks)
       work_.costs.push_back(work_.experts[task.expert].chunks * 8 / task.parts + 1);
@@ -241,19 +254,17 @@ class Wgrad {
 
   // For every tap the output pixels of a chunk whose input pixel is inside the image; the others multiply padding.
   struct PixelLists {
-    int64_t samples = -1, row_begin = -1, row_end = -1, row = -1;
+    int64_t samples = -1, row_begin = -1, row_end = -1;
     int64_t input_begin = 0, input_end = 0;  // input rows that are read
     PixelPair* pairs = nullptr;              // tap t: [t * capacity, t * capacity + counts[t])
     int64_t* counts = nullptr;
     int64_t capacity = 0;
   };
 
-  void list_pixels(const Chunk& chunk, int64_t row, LocalMemory& memory, PixelLists& lists) const {
+  void list_pixels(const Chunk& chunk, LocalMemory& memory, PixelLists& lists) const {
     const int64_t samples = chunk.sample_end - chunk.sample_begin, rows = chunk.row_end - chunk.row_begin;
-    if (lists.samples == samples && lists.row_begin == chunk.row_begin && lists.row_end == chunk.row_end &&
-        lists.row == row)
-      return;
-    lists.samples = samples, lists.row_begin = chunk.row_begin, lists.row_end = chunk.row_end, lists.row = row;
+    if (lists.samples == samples && lists.row_begin == chunk.row_begin && lists.row_end == chunk.row_end) return;
+    lists.samples = samples, lists.row_begin = chunk.row_begin, lists.row_end = chunk.row_end;
     lists.input_begin = std::max<int64_t>(0, chunk.row_begin * p_.stride_height - p_.pad_height);
     lists.input_end = std::max(lists.input_begin, std::min(p_.height, (chunk.row_end - 1) * p_.stride_height -
                                                                           p_.pad_height + p_.filter_height));
@@ -277,7 +288,7 @@ class Wgrad {
           const int64_t dy = (n * rows + i - chunk.row_begin) * out_w_;
           for (int64_t j = j_begin; j < j_end; ++j)
             *pair++ = {static_cast<int32_t>((x + j * p_.stride_width) * kDepthBlock),
-                       static_cast<int32_t>((dy + j) * row)};
+                       static_cast<int32_t>((dy + j) * panel_)};
         }
       }
       lists.counts[t] = pair - (lists.pairs + t * lists.capacity);
@@ -286,68 +297,96 @@ class Wgrad {
 
   void multiply_chunk(const Unit& u, const Chunk& chunk, float* sums, LocalMemory& memory, PixelLists& lists) const {
     const Expert& e = work_.experts[u.expert];
-    const int64_t row = panel_row(e, u.panel);
-    const int64_t lanes = std::min(row, p_.live_out(chunk.group) - u.panel * panel_);
-    if (lanes <= 0) return;
-    const int64_t rows = chunk.row_end - chunk.row_begin, samples = chunk.sample_end - chunk.sample_begin;
-    list_pixels(chunk, row, memory, lists);
-
-    float* dy = memory.dy.get<float>(samples * rows * out_w_ * row);
-    for (int64_t n = 0; n < samples; ++n) {
-      const int64_t pixel = ((chunk.sample_begin + n) * out_h_ + chunk.row_begin) * out_w_;
-      kernels_.copy[type_](static_cast<const char*>(op_.dy) + (pixel * p_.out_channels + u.panel * panel_) * element_,
-                           p_.out_channels, dy + n * rows * out_w_ * row, row, rows * out_w_, lanes, row);
-    }
-    const int64_t input_image = (lists.input_end - lists.input_begin) * p_.width;
-    float* source = memory.source.get<float>(samples * input_image * kDepthBlock + 1);
+    const int64_t live_panels = std::min(u.panel_end, ceil_div(p_.live_out(chunk.group), panel_));
+    if (live_panels <= u.panel_begin) return;
+    list_pixels(chunk, memory, lists);
+    const float* dy = copy_dy(u, chunk, live_panels, memory);
+    const int64_t dy_panel =
+        (chunk.sample_end - chunk.sample_begin) * (chunk.row_end - chunk.row_begin) * out_w_ * panel_;
     for (int64_t block = u.block_begin; block < u.block_end; ++block) {
       const int64_t live = std::min(kDepthBlock, p_.live_in(chunk.group) - block * kDepthBlock);
       if (live <= 0) break;
-      for (int64_t n = 0; n < samples; ++n) {
-        const int64_t pixel = ((chunk.sample_begin + n) * p_.height + lists.input_begin) * p_.width;
-        kernels_.copy[type_](
-            static_cast<const char*>(op_.x) + (pixel * p_.in_channels + block * kDepthBlock) * element_, p_.in_channels,
-            source + n * input_image * kDepthBlock, kDepthBlock, input_image, live, live);
-      }
-      OuterTile tile;
-      tile.vectors = static_cast<int>(ceil_div(lanes, kernels_.lanes));
-      tile.dy = dy;
-      tile.row = row;
-      float* to = sums + block_rows(block - u.block_begin) * row;
+      const float* source = copy_source(chunk, block, live, memory, lists);
       const int64_t depth = block_depth(e, block), tiles = ceil_div(live, kernels_.pixels);
-      for (int64_t t = 0; t < taps_; ++t, to += depth * row) {
-        tile.pixels = lists.pairs + t * lists.capacity;
-        tile.num_pixels = lists.counts[t];
-        if (tile.num_pixels == 0) continue;
-        for (int64_t i = 0; i < tiles; ++i) {
-          const int64_t begin = live * i / tiles;
-          tile.source = source + begin;
-          tile.rows = static_cast<int>(live * (i + 1) / tiles - begin);
-          tile.sums = to + begin * row;
-          kernels_.outer(tile);
+      for (int64_t panel = u.panel_begin; panel < live_panels; ++panel) {
+        OuterTile tile;
+        tile.vectors = static_cast<int>(ceil_div(live_lanes(chunk, panel), kernels_.lanes));
+        tile.dy = dy + (panel - u.panel_begin) * dy_panel;
+        tile.row = panel_row(e, panel);
+        float* to = sums + panel_sums(u, panel) + block_rows(block - u.block_begin) * tile.row;
+        for (int64_t t = 0; t < taps_; ++t, to += depth * tile.row) {
+          tile.pixels = lists.pairs + t * lists.capacity;
+          tile.num_pixels = lists.counts[t];
+          if (tile.num_pixels == 0) continue;
+          for (int64_t i = 0; i < tiles; ++i) {
+            const int64_t begin = live * i / tiles;
+            tile.source = source + begin;
+            tile.rows = static_cast<int>(live * (i + 1) / tiles - begin);
+            tile.sums = to + begin * tile.row;
+            kernels_.outer(tile);
+          }
         }
       }
     }
   }
 
+  // Output channels of a panel that are live in the chunk's group.
+  int64_t live_lanes(const Chunk& chunk, int64_t panel) const {
+    return std::min<int64_t>(panel_, p_.live_out(chunk.group) - panel * panel_);
+  }
+
+  // The chunk's dy, panel by panel, pixels of panel_ floats: whole vectors of live lanes, zero past the live width.
+  const float* copy_dy(const Unit& u, const Chunk& chunk, int64_t live_panels, LocalMemory& memory) const {
+    const int64_t pixels = (chunk.row_end - chunk.row_begin) * out_w_;
+    float* to =
+        memory.dy.get<float>((live_panels - u.panel_begin) * (chunk.sample_end - chunk.sample_begin) * pixels * panel_);
+    const float* const first = to;
+    for (int64_t panel = u.panel_begin; panel < live_panels; ++panel) {
+      const int64_t lanes = live_lanes(chunk, panel);
+      for (int64_t n = chunk.sample_begin; n < chunk.sample_end; ++n, to += pixels * panel_) {
+        const int64_t pixel = (n * out_h_ + chunk.row_begin) * out_w_;
+        kernels_.copy[type_](static_cast<const char*>(op_.dy) + (pixel * p_.out_channels + panel * panel_) * element_,
+                             p_.out_channels, to, panel_, pixels, lanes,
+                             ceil_div(lanes, kernels_.lanes) * kernels_.lanes);
+      }
+    }
+    return first;
+  }
+
+  // A block of live channels of the input rows that the chunk reads.
+  const float* copy_source(const Chunk& chunk, int64_t block, int64_t live, LocalMemory& memory,
+                           const PixelLists& lists) const {
+    const int64_t pixels = (lists.input_end - lists.input_begin) * p_.width;
+    const int64_t samples = chunk.sample_end - chunk.sample_begin;
+    float* to = memory.source.get<float>(samples * pixels * kDepthBlock + 1);
+    for (int64_t n = 0; n < samples; ++n) {
+      const int64_t pixel = ((chunk.sample_begin + n) * p_.height + lists.input_begin) * p_.width;
+      kernels_.copy[type_](static_cast<const char*>(op_.x) + (pixel * p_.in_channels + block * kDepthBlock) * element_,
+                           p_.in_channels, to + n * pixels * kDepthBlock, kDepthBlock, pixels, live, live);
+    }
+    return to;
+  }
+
   void unpack(const Unit& u, const float* sums) const {
     const Expert& e = work_.experts[u.expert];
     PanelUnpack out;
-    out.row = panel_row(e, u.panel);
     out.taps = work_.taps.data();
     out.num_taps = taps_;
     out.taps_dense = true;
     for (int64_t t = 0; t < taps_; ++t) out.taps_dense = out.taps_dense && work_.taps[t] == t;
-    out.lanes = std::min<int64_t>(panel_, e.lanes - u.panel * panel_);
     out.lane_stride = p_.weight_strides[1];
     out.depth_stride = p_.weight_strides[2];
-    for (int64_t block = u.block_begin; block < u.block_end; ++block) {
-      out.sums = sums + block_rows(block - u.block_begin) * out.row;
-      out.depth = block_depth(e, block);
-      const int64_t first =
-          u.expert * p_.weight_strides[0] + u.panel * panel_ * out.lane_stride + block * kDepthBlock * out.depth_stride;
-      out.weights = static_cast<char*>(op_.dweight) + first * element_;
-      kernels_.unpack[type_](out);
+    for (int64_t panel = u.panel_begin; panel < u.panel_end; ++panel) {
+      out.row = panel_row(e, panel);
+      out.lanes = std::min<int64_t>(panel_, e.lanes - panel * panel_);
+      for (int64_t block = u.block_begin; block < u.block_end; ++block) {
+        out.sums = sums + panel_sums(u, panel) + block_rows(block - u.block_begin) * out.row;
+        out.depth = block_depth(e, block);
+        const int64_t first =
+            u.expert * p_.weight_strides[0] + panel * panel_ * out.lane_stride + block * kDepthBlock * out.depth_stride;
+        out.weights = static_cast<char*>(op_.dweight) + first * element_;
+        kernels_.unpack[type_](out);
+      }
     }
   }
 
