@@ -18,12 +18,13 @@ from tdc_fast.training.config import TrainConfig
 
 @dataclass(frozen=True)
 class Study:
-    """A dataset, a denoiser, and what cost C means: `baseline_steps` steps of `batch_size` images."""
+    """A dataset, a denoiser, what cost C means (`baseline_steps` steps of `batch_size` images), and DDIM's steps."""
 
     name: str
     baseline_steps: int
     settings: Mapping[str, Any]
     experts: Mapping[str, Any]  # what every TDC row starts from
+    sampling_steps: int = 25
 
     def scaled(self, scale: float) -> Study:
         """The same with `scale` times the steps."""
@@ -52,7 +53,7 @@ STUDIES = {
         # A denoiser that is short of capacity, as those are that the method is for; and one that is not.
         Study("digits", 4000, {**_DIGITS, "num_channels": 4}, _EXPERTS),
         Study("digits-wide", 4000, {**_DIGITS, "num_channels": 8}, _EXPERTS),
-        Study("photos", 1500, {**_PHOTOS, "num_channels": 4}, _EXPERTS),
+        Study("photos", 1500, {**_PHOTOS, "num_channels": 4}, _EXPERTS, sampling_steps=10),
     )
 }
 

@@ -41,7 +41,7 @@ def protocol(study: Study, samples: int, draws: int) -> Protocol:
     return Protocol(
         draws=draws,
         samples=samples,
-        sampling_steps=25,
+        sampling_steps=study.sampling_steps,
         points_per_group=25,
         boundaries=TimestepGroups.uniform(steps, LOSS_INTERVALS).boundaries,
     )
