@@ -119,7 +119,11 @@ def _check_stage1(run: RunDirectory) -> None:
     steps, wanted = finished_steps(run.stage_directory("base")), stage1_steps(run.config)
     if not steps or (wanted is not None and steps[-1] < wanted):
         have = f"step {steps[-1]} of {wanted}" if steps else "no checkpoint"
-        raise invalid("run", f"{run.path}, whose stage 1 has {have}", f"a finished one: --resume {run.path} trains it")
+        raise invalid(
+            "run",
+            f"{run.path}, whose stage 1 has {have}",
+            f"a finished one: python -m tdc_fast.train --resume {run.path} --stop_after stage1 trains it",
+        )
 
 
 def _refuse_other_than_search(stored: TrainConfig, wanted: TrainConfig) -> None:
@@ -133,6 +137,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         directory, file = value_of(arguments, "run"), value_of(arguments, "config")
+        if directory and value_of(arguments, "run_dir"):
+            raise invalid("run_dir", value_of(arguments, "run_dir"), f"none beside --run {directory}, the run itself")
         defaults = RunDirectory.open(directory).config.to_dict() if directory else {}
         defaults |= read_options(file) if file else {}
         TrainConfig.from_dict(defaults)  # names an unknown key of the file

@@ -64,10 +64,11 @@ def train(config: TrainConfig, dataset: Any = None) -> RunDirectory:
     skipped = _report_skipped(dataset, 0)
     try:
         base = train_base(run, dataset)
-        if config.groups:
+        if config.groups and config.stop_after != "stage1":
             group_timesteps(run, base, dataset)
             widths = prune_base(run, base, dataset)
-            train_experts(run, base, widths, dataset)
+            if config.stop_after != "pruning":
+                train_experts(run, base, widths, dataset)
     except TrainingInterrupted:
         raise
     except KeyboardInterrupt as interrupt:  # outside the loops, where nothing is lost that a checkpoint would hold
@@ -132,7 +133,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped before the run began", file=sys.stderr)
         return 130
-    print(f"finished: {run.path}")
+    if config.stop_after == "never":
+        print(f"finished: {run.path}")
+    else:
+        print(f"stopped after {config.stop_after}: {run.path}; --resume {run.path} goes on")
     return 0
 
 

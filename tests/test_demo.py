@@ -14,7 +14,7 @@ from tdc_fast.classifier import train_classifier
 from tdc_fast.main_job import DemoOptions, measure, run_demo, tasks
 from tdc_fast.main_job.contestants import contestants
 
-TINY = DemoOptions(scale=0.01, samples=60, draws=2, sampling_steps=2, loss_points=1)
+TINY = DemoOptions(scale=0.02, samples=60, draws=2, sampling_steps=2, loss_points=1)
 
 
 @pytest.fixture(scope="module")
@@ -96,11 +96,12 @@ def test_a_second_call_keeps_what_is_finished(finished, numbers, monkeypatch, ca
 
 def test_one_model_made_again_elsewhere_has_the_same_numbers(finished, numbers, tmp_path, one_thread):
     from tdc_fast.main_job.contestants import stage1
+    from tdc_fast.main_job.job import FULL_STEPS
     from tdc_fast.main_job.measure import Protocol, load_measured
 
-    out = tmp_path / "again"
-    tasks.train_contestant(stage1(out, 40, 0))
-    pruned = next(model for model in contestants(out, 40, 0, control=False) if model.key == "pruned")
+    out, steps = tmp_path / "again", round(FULL_STEPS * TINY.scale)
+    tasks.train_contestant(stage1(out, steps, 0))
+    pruned = next(model for model in contestants(out, steps, 0, control=False) if model.key == "pruned")
     protocol = Protocol(draws=2, samples=60, sampling_steps=2, points_per_group=1, boundaries=(0, 250, 500, 750, 1000))
     tasks.train_and_measure(pruned, finished / "measured" / "yardsticks.pt", protocol, out / "pruned.pt")
     measured = load_measured(out / "pruned.pt")

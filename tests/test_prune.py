@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import tdc_fast.train as train_module
 import tdc_fast.training.search as search_module
 from tdc_fast.diffusion import create_diffusion
 from tdc_fast.models.iddpm import create_unet
@@ -23,6 +22,7 @@ from tdc_fast.pruning.task import Trial
 from tdc_fast.report.search_plots import agent_comparison, best_so_far, search_plot, widths_plot
 from tdc_fast.routing import TimestepGroups
 from tdc_fast.train import TrainConfig, train
+from tdc_fast.train import main as train_command
 from tdc_fast.training import load_run
 from tdc_fast.training.search import searches_of
 from tests.training.small_run import SETTINGS, TWO_STAGES, flags, small_config, write_images
@@ -30,22 +30,9 @@ from tests.training.small_run import SETTINGS, TWO_STAGES, flags, small_config, 
 SEARCH = ["--rounds", "2", "--candidates", "3", "--progress", "never"]
 
 
-class Stopped(Exception):
-    pass
-
-
 @pytest.fixture(scope="module")
 def finished_stage1(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that was stopped between stage 1 and pruning."""
-    folder = tmp_path_factory.mktemp("runs")
-
-    def stop(*_: object) -> None:
-        raise Stopped
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(train_module, "prune_base", stop)
-        train(small_config(folder, "stage1", **TWO_STAGES))
-    return folder / "stage1"
+    return train(small_config(tmp_path_factory.mktemp("runs"), "stage1", **TWO_STAGES, stop_after="stage1")).path
 
 
 @pytest.fixture
@@ -149,6 +136,7 @@ def test_weights_of_improved_diffusion_and_their_flags_are_enough(tmp_path: Path
         (["--run", "RUN", "--k", "0.5"], "k: got 0.5"),
         (["--run", "RUN", "--num_channels", "16"], "num_channels: got 16"),
         (["--run", "RUN", "--rounds", "0"], "rounds: got 0"),
+        (["--run", "RUN", "--run_dir", "elsewhere"], "run_dir: got 'elsewhere'"),
         (["--run", "RUN", "--agent", "llm"], "llm_model"),
         (["--run", "RUN", "--agent", "llm", "--llm_model", "m", "--llm_url", "http://a:b@c"], "llm_url"),
         (["--run", "RUN", "--agent", "taylor", "--importance", "magnitude"], "importance: got|agent: got"),
@@ -168,7 +156,10 @@ def test_a_stage_1_that_is_not_finished_is_refused_with_the_command_that_finishe
 ) -> None:
     (run / "base" / "state000010.json").unlink()
     assert main(["--run", str(run), "--agent", "random"]) == 2
-    assert re.search(f"step 8 of 10.*--resume {run}", capsys.readouterr().err)
+    said = capsys.readouterr().err
+    assert "step 8 of 10" in said
+    assert train_command(said.partition("python -m tdc_fast.train ")[2].partition(" trains it")[0].split()) == 0
+    assert (run / "base" / "state000010.json").is_file() and not (run / "experts").exists()
 
 
 def test_a_plain_run_is_refused_with_the_command_that_makes_it_a_base(

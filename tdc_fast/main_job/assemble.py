@@ -164,7 +164,7 @@ def _widths(run: Run) -> ExpertWidths:
 
 def _expert_settings(models: Sequence[Contestant]) -> dict[str, Any]:
     config = next(model for model in models if model.key == "pruned").config
-    names = ("groups", "grouping", "difficulty", "k", "importance", "calibration_batches", "stage2_shares")
+    names = ("groups", "grouping", "difficulty", "k", "importance", "calibration_batches", "stage2_batch")
     return {name: getattr(config, name) for name in names}
 
 

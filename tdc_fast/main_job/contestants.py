@@ -13,13 +13,14 @@ STAGE1_SHARE = 0.5
 REDUCED_COST = 0.8
 NUM_GROUPS = 4
 PRUNED_K = 0.6
-SMALL_BATCH = 16  # what one expert of four sees of a batch of 64
+STAGE2_BATCH = 32
+SMALL_BATCH = STAGE2_BATCH // NUM_GROUPS  # what one expert sees of it
 
 SETTINGS = {
     "data_dir": "digits",
     "image_size": 8,
     "heldout": 0.2,
-    "num_channels": 8,
+    "num_channels": 4,
     "channel_mult": "1,2",
     "num_res_blocks": 1,
     "num_heads": 1,
@@ -88,10 +89,9 @@ def contestants(out: Path, baseline_steps: int, seed: int, control: bool) -> tup
             groups=NUM_GROUPS,
             grouping="uniform",
             k=k,
+            stage2_batch=STAGE2_BATCH,
             baseline_steps=baseline_steps,
             total_share=cost,
-            # More of each batch for the low-noise groups, whose losses are the largest.
-            stage2_shares="0.33,0.25,0.21,0.21",
         )
 
     found = [
@@ -121,7 +121,7 @@ def contestants(out: Path, baseline_steps: int, seed: int, control: bool) -> tup
         ),
     ]
     if control:
-        factor = 64 // SMALL_BATCH
+        factor = first.config.batch_size // SMALL_BATCH
         found.insert(
             2,
             Contestant(

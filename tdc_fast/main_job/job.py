@@ -20,7 +20,7 @@ from tdc_fast.routing import TimestepGroups
 from tdc_fast.training.build import build_groups
 from tdc_fast.training.config import read_options
 
-FULL_STEPS = 4000
+FULL_STEPS = 3000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class DemoOptions:
     out: str = "runs/demo"
     """Folder for the runs and the report."""
     scale: float = 1.0
-    """Length of training: 1 is a baseline of 4000 steps, 0.25 a quarter of that in about a quarter of the time."""
+    """Length of training: 1 is a baseline of 3000 steps, 0.25 a quarter of that in about a quarter of the time."""
     seed: int = 0
     """Training seed."""
     samples: int = 5000

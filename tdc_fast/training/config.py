@@ -31,6 +31,7 @@ MAY_CHANGE_ON_RESUME = frozenset(
         "run_dir",
         "resume",
         "resume_step",
+        "stop_after",
         "log_interval",
         "save_interval",
         "tensorboard",
@@ -216,7 +217,17 @@ def _check_ranges(config: TrainConfig) -> None:
     if config.groups:
         _check_tdc(config)
     else:
-        for name in ("base", "boundaries", "budgets", "grouping", "k", "overlap", "stage2_steps", "stage2_shares"):
+        for name in (
+            "base",
+            "boundaries",
+            "budgets",
+            "grouping",
+            "k",
+            "overlap",
+            "stage2_steps",
+            "stage2_shares",
+            "stop_after",
+        ):
             if values[name] != _default(name):
                 raise invalid(name, values[name], "--groups N beside it, since it is about experts")
 

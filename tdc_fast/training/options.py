@@ -234,6 +234,9 @@ class RunOptions:
     resume_checkpoint: str = ""
     """improved-diffusion's flag: continue from model{step}.pt, with the optimizer and the averages that lie beside
     it."""
+    stop_after: Literal["never", "stage1", "pruning"] = "never"
+    """End before the experts are trained: with stage 1 (python -m tdc_fast.prune can then search widths) or with the
+    widths. --resume goes on."""
     seed: int = 0
     """Seed of weights, data order, timesteps, noise and dropout."""
     device: str = "auto"

@@ -84,7 +84,8 @@ class RunDirectory:
                 "command": sys.argv,
             },
         )
-        run.write("config.json", config.to_dict())  # last: a directory with it is a run
+        stored = config.replace(stop_after="never")  # where this call ends says nothing of the next
+        run.write("config.json", stored.to_dict())  # last: a directory with it is a run
         return run
 
     @classmethod

@@ -80,6 +80,20 @@ def test_a_run_killed_again_and_again_ends_bit_for_bit_like_one_never_killed(unk
     assert differences(folder / "run", tmp_path / "run") == []
 
 
+def test_a_run_that_ends_before_its_experts_goes_on_like_one_that_never_did(unkilled, tmp_path, capsys):
+    folder, config, _ = unkilled
+    shutil.copy(folder / "images.npz", tmp_path)
+    run = Path(config.run_dir.replace(str(folder), str(tmp_path)))
+    there = config.replace(data_dir=str(tmp_path / "images.npz"), run_dir=str(run), num_threads=1)
+    assert main([*flags(there), "--stop_after", "stage1"]) == 0
+    assert f"stopped after stage1: {run}" in capsys.readouterr().out
+    assert not (run / "widths.json").exists()
+    assert main(["--resume", str(run), "--stop_after", "pruning"]) == 0
+    assert (run / "widths.json").exists() and not (run / "experts").exists()
+    assert main(["--resume", str(run)]) == 0
+    assert differences(Path(config.run_dir), run) == []
+
+
 def test_ctrl_c_saves_at_the_next_step_and_says_how_to_go_on(unkilled, processes, tmp_path):
     folder, config, _ = unkilled
     run = tmp_path / "run"
