@@ -18,13 +18,14 @@ from tdc_fast.training.config import TrainConfig
 
 @dataclass(frozen=True)
 class Study:
-    """A dataset, a denoiser, what cost C means (`baseline_steps` steps of `batch_size` images), and DDIM's steps."""
+    """A dataset, a denoiser, what cost C means (`baseline_steps` steps of `batch_size` images), how it is measured."""
 
     name: str
     baseline_steps: int
     settings: Mapping[str, Any]
     experts: Mapping[str, Any]  # what every TDC row starts from
-    sampling_steps: int = 25
+    sampling_steps: int = 25  # of DDIM
+    loss_points: int = 25  # timesteps of each quarter at which the held-out loss is measured
 
     def scaled(self, scale: float) -> Study:
         """The same with `scale` times the steps."""
@@ -53,7 +54,7 @@ STUDIES = {
         # A denoiser that is short of capacity, as those are that the method is for; and one that is not.
         Study("digits", 4000, {**_DIGITS, "num_channels": 4}, _EXPERTS),
         Study("digits-wide", 4000, {**_DIGITS, "num_channels": 8}, _EXPERTS),
-        Study("photos", 1500, {**_PHOTOS, "num_channels": 4}, _EXPERTS, sampling_steps=10),
+        Study("photos", 1000, {**_PHOTOS, "num_channels": 4}, _EXPERTS, sampling_steps=10, loss_points=10),
     )
 }
 

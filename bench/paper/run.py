@@ -42,7 +42,7 @@ def protocol(study: Study, samples: int, draws: int) -> Protocol:
         draws=draws,
         samples=samples,
         sampling_steps=study.sampling_steps,
-        points_per_group=25,
+        points_per_group=study.loss_points,
         boundaries=TimestepGroups.uniform(steps, LOSS_INTERVALS).boundaries,
     )
 
