@@ -30,7 +30,7 @@ $(STAMP): $(SOURCES) | $(BIN)/python
 install: $(STAMP)
 
 demo: $(STAMP)
-	@echo "==> running the main job on scikit-learn's digits (about 5 minutes on 2 cores) -> $(DEMO_OUT)"
+	@echo "==> running the main job on scikit-learn's digits (about 4 minutes on 2 cores) -> $(DEMO_OUT)"
 	@$(BIN)/python -m tdc_fast.demo --out $(DEMO_OUT)
 
 lint: $(STAMP)
