@@ -19,6 +19,7 @@ import torch
 
 from tdc_fast.errors import invalid
 from tdc_fast.training.build import build_data, build_groups
+from tdc_fast.training.checkpoint import step_of
 from tdc_fast.training.cli import parse_command_line, refuse_changed_options
 from tdc_fast.training.config import TrainConfig
 from tdc_fast.training.interrupts import TrainingInterrupted, how_to_continue
@@ -92,6 +93,7 @@ def open_run(config: TrainConfig, in_channels: int) -> RunDirectory:
     Raises:
         ValueError: the directory holds another run, or nothing that could be resumed.
     """
+    config = _continued_in_place(config)
     if not config.resume:
         run = RunDirectory.create(config, in_channels)
     else:
@@ -117,6 +119,19 @@ def open_run(config: TrainConfig, in_channels: int) -> RunDirectory:
     if groups is not None:
         groups.save(run.path / "groups.json")
     return run
+
+
+def _continued_in_place(config: TrainConfig) -> TrainConfig:
+    """improved-diffusion resumes in the very directory of --resume_checkpoint. Where a run of ours lives there, that is
+    what --resume and --resume_step do."""
+    directory = Path(config.run_dir or default_directory() or "")
+    checkpoint = Path(config.resume_checkpoint)
+    if config.resume or not config.resume_checkpoint or not (directory / "config.json").is_file():
+        return config
+    if checkpoint.parent.resolve() != directory.resolve():
+        return config
+    began_with = RunDirectory.open(directory).config.resume_checkpoint
+    return config.replace(resume=str(directory), resume_step=step_of(checkpoint), resume_checkpoint=began_with)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

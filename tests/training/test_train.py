@@ -21,7 +21,7 @@ from tdc_fast.training.base_file import flags_of
 from tdc_fast.training.build import build_unet
 from tdc_fast.training.checkpoint import load_tensors
 from tdc_fast.training.stages import build_base
-from tests.training.small_run import TWO_STAGES, flags, rows, small_config, write_images
+from tests.training.small_run import TWO_STAGES, differences, flags, rows, small_config, write_images
 
 
 @pytest.fixture(scope="module")
@@ -304,6 +304,18 @@ def test_resume_checkpoint_goes_on_with_optimizer_and_averages(folder, plain):
     run = train(going.replace(resume_checkpoint=str(plain.path / "model000004.pt")))
     for name in ("model000008.pt", "ema_0.99_000008.pt", "opt000008.pt"):
         assert (run.path / name).read_bytes() == (plain.path / name).read_bytes()
+
+
+def test_resume_checkpoint_in_its_own_directory_goes_on_there(folder, plain, monkeypatch, capsys):
+    """As improved-diffusion is resumed: the same command line and logs, and the checkpoint to go on from."""
+    config = small_config(folder, "same", lr_anneal_steps=8, learn_sigma=True).replace(run_dir="")
+    monkeypatch.setenv("OPENAI_LOGDIR", str(folder / "same"))
+    assert main(flags(config)) == 0
+    (folder / "same" / "model000008.pt").unlink()
+    assert main([*flags(config), "--resume_checkpoint", str(folder / "same" / "model000004.pt")]) == 0
+    assert differences(plain.path, folder / "same") == []
+    assert main([*flags(config), "--lr", "0.5", "--resume_checkpoint", str(folder / "same" / "model000004.pt")]) == 2
+    assert "lr: got 0.5" in capsys.readouterr().err
 
 
 def test_resume_checkpoint_never_restarts_in_silence(folder, plain, tmp_path, capsys):
