@@ -11,8 +11,6 @@
 namespace tdc {
 namespace {
 
-constexpr unsigned kSharedWithoutAsking = 48 * 1024;  // bytes of dynamic shared memory that need no attribute
-
 std::string describe(const Launch& launch) {
   const auto number = [](unsigned value) { return std::to_string(value); };
   return "kernel " + launch.kernel + ", grid (" + number(launch.grid[0]) + ", " + number(launch.grid[1]) + ", " +
@@ -23,12 +21,13 @@ std::string describe(const Launch& launch) {
 void check(cudaError_t status, const char* call, const Launch& launch) {
   if (status == cudaSuccess) return;
   throw std::runtime_error(std::string(call) + " failed: " + cudaGetErrorName(status) + ", " +
-                           cudaGetErrorString(status) + "; " + describe(launch));
+                           cudaGetErrorString(status) + "; " + describe(launch) +
+                           "; or an earlier kernel, whose error shows only now: CUDA_LAUNCH_BLOCKING=1 tells");
 }
 
-// Raises the kernel's limit of dynamic shared memory once per kernel, device and larger size.
+// Raises the kernel's limit of dynamic shared memory once per kernel, device and larger size. Without asking there are
+// 48 KB less what the kernel itself declares.
 void allow_shared(const void* kernel, int device, const Launch& launch) {
-  if (launch.shared_bytes <= kSharedWithoutAsking) return;
   static std::mutex mutex;
   static std::map<std::pair<const void*, int>, unsigned> allowed;
   std::lock_guard<std::mutex> lock(mutex);
@@ -51,7 +50,6 @@ void run(const Launch& launch, int device, cudaStream_t stream) {
   const dim3 grid(launch.grid[0], launch.grid[1], launch.grid[2]);
   check(cudaLaunchKernel(found->second, grid, dim3(launch.threads), &params, launch.shared_bytes, stream),
         "cudaLaunchKernel", launch);
-  check(cudaGetLastError(), "cudaGetLastError", launch);
 }
 
 }  // namespace

@@ -30,7 +30,6 @@ SOURCES = "tdc_fast.cuda_sources"  # csrc/cuda, installed as package data
 _INCLUDE = re.compile(r'^\s*#\s*include\s+"cuda/([^"]+)"', re.MULTILINE)
 _OPTIONS = ("--std=c++17", "--device-as-default-execution-space")  # constexpr helpers that the host shares
 _DIGEST_BYTES = hashlib.sha256().digest_size
-_SHARED_WITHOUT_ASKING = 48 * 1024
 
 
 def cache_directory() -> Path:
@@ -161,6 +160,8 @@ class Nvrtc:
 
         index = device_index(device)
         with torch.cuda.device(index):  # the driver's calls go to the current context: that of torch on this device
+            if not driver.ctxGetCurrent():  # a thread new to CUDA, such as autograd's: torch's first call makes it so
+                torch.cuda.mem_get_info(index)
             stream = torch.cuda.current_stream(index).cuda_stream
             for launch in launches:
                 function = self._function(index, device, launch, driver)
@@ -178,7 +179,8 @@ class Nvrtc:
                 module = self._module(index, device, launch, driver)
                 function = _checked(launch, "cuModuleGetFunction", driver.moduleGetFunction, module, launch.kernel)
                 self._functions[index, launch.kernel] = function
-        if launch.shared_bytes > self._shared.get(function, _SHARED_WITHOUT_ASKING):
+        # Without asking there are 48 KB less what the kernel itself declares.
+        if launch.shared_bytes > self._shared.get(function, 0):
             attribute = driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             _checked(launch, "cuFuncSetAttribute", driver.funcSetAttribute, function, attribute, launch.shared_bytes)
             self._shared[function] = launch.shared_bytes
@@ -208,4 +210,7 @@ def _checked(launch: Any, call: str, function: Any, *args: Any) -> Any:
     try:
         return function(*args)
     except Exception as error:  # the driver's error in cupy's own class
-        raise RuntimeError(f"{call} failed: {error}; {describe(launch)}") from error
+        raise RuntimeError(
+            f"{call} failed: {error}; {describe(launch)}; or an earlier kernel, whose error shows only now: "
+            "CUDA_LAUNCH_BLOCKING=1 tells"
+        ) from error
