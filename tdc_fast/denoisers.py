@@ -101,7 +101,7 @@ def from_checkpoint(path: str | Path, facts: Mapping[str, Any]) -> TrainedDenois
     channels = facts["in_channels"] or 3  # as all of improved-diffusion's
     config = TrainConfig.from_dict({**{name: facts[name] for name in FACTS}, "in_channels": channels})
     model = build_unet(config, channels)
-    load_base_file(Path(path), config, model)
+    load_base_file(Path(path), config, model, "model_path")
     return TrainedDenoiser(
         model=model.eval(),
         diffusion=build_diffusion(config),

@@ -92,10 +92,10 @@ def _prune(run: RunDirectory, config: TrainConfig, dataset: Any) -> Pruning:
     _check_prunable(config)
     refuse_trained_experts(run)
     _check_stage1(run)
-    run.clean()
-    state = train_base(run, dataset)
-    group_timesteps(run, state, dataset)
-    return search_widths(run, config, build_base(run, state), dataset)
+    with run.writing():
+        state = train_base(run, dataset)
+        group_timesteps(run, state, dataset)
+        return search_widths(run, config, build_base(run, state), dataset)
 
 
 def _check_prunable(config: TrainConfig) -> None:

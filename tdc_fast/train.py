@@ -61,21 +61,22 @@ def train(config: TrainConfig, dataset: Any = None) -> RunDirectory:
     if prunes(config):
         build_agents(config)  # what the search needs and is not installed is missed now, not after stage 1
     run = open_run(config, dataset.channels)
-    print(f"run directory: {run.path}", flush=True)
-    skipped = _report_skipped(dataset, 0)
-    try:
-        base = train_base(run, dataset)
-        if config.groups and config.stop_after != "stage1":
-            group_timesteps(run, base, dataset)
-            widths = prune_base(run, base, dataset)
-            if config.stop_after != "pruning":
-                train_experts(run, base, widths, dataset)
-    except TrainingInterrupted:
-        raise
-    except KeyboardInterrupt as interrupt:  # outside the loops, where nothing is lost that a checkpoint would hold
-        raise TrainingInterrupted("stopped between two stages; " + how_to_continue(run.path)) from interrupt
-    finally:  # a folder too large for memory finds its corrupt files on the way
-        _report_skipped(dataset, skipped)
+    with run.writing():
+        print(f"run directory: {run.path}", flush=True)
+        skipped = _report_skipped(dataset, 0)
+        try:
+            base = train_base(run, dataset)
+            if config.groups and config.stop_after != "stage1":
+                group_timesteps(run, base, dataset)
+                widths = prune_base(run, base, dataset)
+                if config.stop_after != "pruning":
+                    train_experts(run, base, widths, dataset)
+        except TrainingInterrupted:
+            raise
+        except KeyboardInterrupt as interrupt:  # outside the loops, where nothing is lost that a checkpoint would hold
+            raise TrainingInterrupted("stopped between two stages; " + how_to_continue(run.path)) from interrupt
+        finally:  # a folder too large for memory finds its corrupt files on the way
+            _report_skipped(dataset, skipped)
     return run
 
 
@@ -103,7 +104,6 @@ def open_run(config: TrainConfig, in_channels: int) -> RunDirectory:
         if (path / "config.json").is_file():
             refuse_changed_options(RunDirectory.open(path).config, config)
             run = RunDirectory.open(path, config)
-            run.clean()
             if run.in_channels != in_channels:
                 raise invalid("data_dir", config.data_dir, f"images of {run.in_channels} channels, as the run had")
         else:

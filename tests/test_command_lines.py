@@ -83,6 +83,12 @@ def test_weights_that_do_not_fit_the_flags_are_refused_with_the_flags_that_would
         sample.main([*flags, "--model_path", str(foreign_weights), "--out", str(tmp_path)])
 
 
+def test_an_optimizers_file_is_refused_under_the_name_of_the_flag(run, tmp_path):
+    optimizer = next((run / "base").glob("opt*.pt"))
+    with pytest.raises(SystemExit, match="model_path: .*state dict"):
+        sample.main(["--model_path", str(optimizer), "--out", str(tmp_path)])
+
+
 def test_a_flag_that_contradicts_the_run_is_refused_by_name(run, tmp_path):
     with pytest.raises(SystemExit, match="num_channels: got 16; expected 8"):
         sample.main(["--run", str(run), "--num_channels", "16", "--out", str(tmp_path)])

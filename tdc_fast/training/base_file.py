@@ -42,8 +42,11 @@ def find_base_file(path: str | Path) -> Path:
     return averages[0]
 
 
-def load_base_file(path: Path, config: TrainConfig, model: nn.Module) -> dict[str, Any] | None:
+def load_base_file(path: Path, config: TrainConfig, model: nn.Module, argument: str = "base") -> dict[str, Any] | None:
     """Load weights into ``model`` strictly; returns the description beside the file, None for improved-diffusion's.
+
+    Args:
+        argument: what named the file, for the errors.
 
     Raises:
         ValueError: the file is damaged, holds numbers that are not finite, or was made with other flags; names them
@@ -54,11 +57,11 @@ def load_base_file(path: Path, config: TrainConfig, model: nn.Module) -> dict[st
         _refuse_other_options(path, description["config"], config)
     state = load_verified(path)
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise invalid("base", str(path), "a state dict: names of parameters and their tensors")
+        raise invalid(argument, str(path), "a state dict: names of parameters and their tensors")
     load_state(path, state, model, config)
     diverged = next((name for name, value in state.items() if not value.isfinite().all()), None)
     if diverged is not None:
-        raise invalid("base", str(path), f"finite weights; {diverged} holds infinities or NaN, as after a divergence")
+        raise invalid(argument, str(path), f"finite weights; {diverged} holds infinities or NaN, as after a divergence")
     return description
 
 

@@ -334,7 +334,11 @@ def _checked_labels(labels: np.ndarray | None, count: int, name: str) -> np.ndar
     if labels is None:
         return None
     labels = np.asarray(labels)
-    if labels.shape != (count,) or labels.dtype.kind not in "iu" or (count and labels.min() < 0):
-        remedy = f"{count} integers from 0 up"
+    if (
+        labels.shape != (count,)
+        or labels.dtype.kind not in "iu"
+        or (count and not 0 <= int(labels.min()) <= int(labels.max()) < 2**31)
+    ):
+        remedy = f"{count} integers from 0 up, below 2**31"
         raise invalid("labels", f"{name}: shape {labels.shape}, dtype {labels.dtype}", remedy)
     return labels.astype(np.int64)

@@ -55,7 +55,7 @@ def continue_from(path: Path, loop: StageLoop) -> None:
                 f"{name} beside it; without it averages or optimizer would restart (see --ema_rate, or use --base)",
             )
         load_verified(directory / name)
-    load_base_file(path, config, loop.model)
+    load_base_file(path, config, loop.model, "resume_checkpoint")
     exact = step in finished_steps(directory) and _same_draws(directory / state_file(step), loop)
     try:
         loop.restore(directory, step, exact=exact)

@@ -12,11 +12,13 @@ improved-diffusion look for them.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import platform
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -70,22 +72,23 @@ class RunDirectory:
             os.environ.get("OPENAI_LOGDIR") if not config.run_dir and os.environ.get("DIFFUSION_BLOB_LOGDIR") else None
         )
         run = cls(path, config, in_channels, Path(logs) if logs else None)
-        run.write(
-            "run.json",
-            {
-                "format": FORMAT,
-                "identity": config.identity,
-                "in_channels": in_channels,
-                "logs": logs,
-                "created": datetime.now(UTC).isoformat(timespec="seconds"),
-                "versions": {"python": platform.python_version(), "torch": torch.__version__},
-                "threads": torch.get_num_threads(),
-                "machine": platform.platform(),
-                "command": sys.argv,
-            },
-        )
-        stored = config.replace(stop_after="never")  # where this call ends says nothing of the next
-        run.write("config.json", stored.to_dict())  # last: a directory with it is a run
+        with _sole_writer(path):
+            run.write(
+                "run.json",
+                {
+                    "format": FORMAT,
+                    "identity": config.identity,
+                    "in_channels": in_channels,
+                    "logs": logs,
+                    "created": datetime.now(UTC).isoformat(timespec="seconds"),
+                    "versions": {"python": platform.python_version(), "torch": torch.__version__},
+                    "threads": torch.get_num_threads(),
+                    "machine": platform.platform(),
+                    "command": sys.argv,
+                },
+            )
+            stored = config.replace(stop_after="never")  # where this call ends says nothing of the next
+            run.write("config.json", stored.to_dict())  # last: a directory with it is a run
         return run
 
     @classmethod
@@ -104,8 +107,10 @@ class RunDirectory:
             raise invalid(
                 "run", str(path / "config.json"), "the options the run began with; the file was changed since"
             )
-        logs = facts.get("logs")
-        return cls(path, config or stored, int(facts["in_channels"]), Path(logs) if logs else None)
+        in_channels, logs = facts.get("in_channels"), facts.get("logs")
+        if not isinstance(in_channels, int):
+            raise invalid("run", str(path / "run.json"), f"the file that the run wrote; in_channels is {in_channels!r}")
+        return cls(path, config or stored, in_channels, Path(logs) if logs else None)
 
     @property
     def identity(self) -> str:
@@ -119,10 +124,17 @@ class RunDirectory:
         """progress.csv and log.txt of a stage."""
         return self._logs or self.stage_directory(stage)
 
-    def clean(self) -> None:
-        """Delete what a killed process left half written; only for the one process that goes on with the run."""
-        for directory in {self.path, *(self.stage_directory(stage) for stage in ("base", "experts"))}:
-            remove_leftovers(directory)
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """For the one process that works on the run: keeps others out, and deletes what a killed one left half written.
+
+        Raises:
+            ValueError: another process works on it.
+        """
+        with _sole_writer(self.path):
+            for directory in {self.path, *(self.stage_directory(stage) for stage in ("base", "experts"))}:
+                remove_leftovers(directory)
+            yield
 
     def write(self, name: str, value: Mapping[str, Any]) -> None:
         """Write one of the run's JSON files atomically."""
@@ -141,6 +153,25 @@ class RunDirectory:
             **more,
             "config": self.config.to_dict(),
         }
+
+
+@contextmanager
+def _sole_writer(directory: Path) -> Iterator[None]:
+    """Locks a directory; the lock ends with the process, however that ends."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise invalid(
+            "run_dir", str(directory), "a run that no other process is working on: wait for it, or stop it"
+        ) from error
+    except OSError:
+        pass  # some network file systems lock no directories
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _has_begun(path: Path) -> bool:

@@ -162,6 +162,8 @@ def test_arrays_in_memory_are_a_dataset_like_any_other():
     assert ImageDataset.from_array(images).batch([2])[1] == {}
     with pytest.raises(ValueError, match="labels"):
         ImageDataset.from_array(images, labels[:3])
+    with pytest.raises(ValueError, match="labels"):
+        ImageDataset.from_array(images, np.full(5, 2**64 - 1, np.uint64))
     assert np.array_equal(ImageDataset.from_array(images, labels.tolist()).labels, labels)
 
 

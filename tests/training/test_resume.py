@@ -208,6 +208,13 @@ def test_the_options_of_a_run_cannot_change_under_it(interrupted):
     assert "config.json" in refusal(interrupted)
 
 
+def test_run_json_without_the_channels_is_named(interrupted):
+    facts = json.loads((interrupted / "run.json").read_text())
+    del facts["in_channels"]
+    (interrupted / "run.json").write_text(json.dumps(facts))
+    assert "run.json" in refusal(interrupted)
+
+
 def test_a_directory_without_a_run_is_not_resumed(tmp_path):
     assert str(tmp_path / "nothing") in refusal(tmp_path / "nothing")
 
@@ -215,6 +222,16 @@ def test_a_directory_without_a_run_is_not_resumed(tmp_path):
 def test_a_new_run_never_writes_into_an_old_one(interrupted):
     with pytest.raises(ValueError, match="--resume"):
         RunDirectory.create(small_config(interrupted.parent), 1)
+
+
+def test_a_run_that_another_process_works_on_is_left_alone(interrupted):
+    leftover = interrupted / "base" / ".half.tmp"  # of the process at work, perhaps
+    with RunDirectory.open(interrupted).writing():
+        leftover.touch()
+        assert "run_dir" in refusal(interrupted)
+        assert leftover.exists()
+    with RunDirectory.open(interrupted).writing():
+        assert not leftover.exists()
 
 
 def test_code_in_a_checkpoint_is_never_run(tmp_path):
