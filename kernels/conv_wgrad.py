@@ -99,6 +99,12 @@ def _operands(
     return grad, value
 
 
+@triton.jit
+def share_start(steps, split, splits):
+    """First step of a share; the remainder goes to the first shares. steps * splits may pass 32 bits."""
+    return steps // splits * split + tl.minimum(steps % splits, split)
+
+
 @triton.jit(do_not_specialize=_GEOMETRY)
 def wgrad_kernel(
     dy,  # (B, out_height, out_width, out_channels), or boxes [BK, BM] of its pixels
@@ -161,7 +167,7 @@ def wgrad_kernel(
         steps = tl.cdiv((past - first) * (out_height * out_width), BK)
         steps = tl.where((column_out < out_live) & (column_in < in_live), steps, 0)
         acc = tl.zeros([BM, BN], tl.float32)
-        for step in range(steps * split // splits, steps * (split + 1) // splits):
+        for step in range(share_start(steps, split, splits), share_start(steps, split + 1, splits)):
             grad, value = _operands(
                 dy, x, step, first, past, column_out, column_in, shift_y, shift_x, height, width, in_channels,
                 out_height, out_width, out_channels, STRIDE_H, STRIDE_W, BOXED, TH, TW, BM, BN, BK,

@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from hypothesis import given, settings
 from torch import Tensor
 
 from tdc_fast.kernels import tile_shapes
 from tdc_fast.kernels.channel_sums import channel_sums
-from tdc_fast.kernels.conv_wgrad import conv_wgrad
+from tdc_fast.kernels.conv_wgrad import conv_wgrad, share_start
 from tdc_fast.kernels.tile_shapes import Device
 from tdc_fast.kernels.wgrad_tiles import (
     WgradTile,
@@ -159,6 +161,21 @@ def test_two_runs_are_bitwise_equal_and_splits_change_the_rounding_only() -> Non
     assert torch.equal(split, run.dweight(SMALL_STEP, 3))
     torch.testing.assert_close(run.dweight(SMALL_STEP, 1), split, rtol=1e-5, atol=1e-5)
     assert all(torch.equal(a, b) for a, b in zip(run.sums(), run.sums(), strict=True))
+
+
+@triton.jit
+def starts_kernel(out, steps, splits):
+    tl.store(out + tl.program_id(0), share_start(steps, tl.program_id(0), splits))
+
+
+@pytest.mark.parametrize(("steps", "splits"), [(7, 3), (2, 5), (0, 4), (2**26 - 1, 64)])
+def test_shares_are_equal_and_leave_no_step_out(steps: int, splits: int) -> None:
+    """2**26 steps times 64 splits are more than 32 bits hold."""
+    starts = torch.empty(splits + 1, dtype=torch.int32)
+    starts_kernel[(splits + 1,)](starts, steps, splits)
+    assert starts[0] == 0 and starts[-1] == steps
+    sizes = starts.diff()
+    assert sizes.max() - sizes.min() <= 1 and sizes.min() == steps // splits
 
 
 def test_numbers_out_of_range_index_nothing_out_of_bounds() -> None:
