@@ -4,8 +4,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <string>
 #include <type_traits>
+#include <vector>
 
 #include "cuda/conv_launch.h"
 #include "cuda/families.h"
@@ -23,15 +25,17 @@ namespace py = pybind11;
 namespace tdc {
 namespace {
 
-// Keyword arguments on their way into a struct: each is taken once, and none may be left.
+// Keyword arguments on their way into a struct: each is taken once, and none may be left. Looked up without going
+// through Python's methods: some twenty of them are taken before every launch.
 class Keywords {
  public:
-  explicit Keywords(const py::kwargs& given) : left_(given.attr("copy")()) {}
+  explicit Keywords(const py::kwargs& given) : given_(given) {}
 
   template <class T>
   void take(const char* name, T& field) {
-    if (!left_.contains(name)) throw py::type_error(std::string("missing keyword argument '") + name + "'");
-    const py::object value = left_.attr("pop")(name);
+    const py::handle value = find(name);
+    if (!value) throw py::type_error(std::string("missing keyword argument '") + name + "'");
+    taken_.push_back(name);
     if constexpr (std::is_pointer<T>::value)
       field = reinterpret_cast<T>(value.cast<uintptr_t>());
     else
@@ -40,7 +44,7 @@ class Keywords {
 
   template <class T>
   void take_if_given(const char* name, T& field) {
-    if (left_.contains(name)) take(name, field);
+    if (find(name)) take(name, field);
   }
 
   Device take_device() {
@@ -51,12 +55,19 @@ class Keywords {
   }
 
   void finish() const {
-    for (const auto& item : left_)
-      throw py::type_error("unknown keyword argument '" + item.first.cast<std::string>() + "'");
+    if (taken_.size() == given_.size()) return;
+    for (const auto& item : given_) {
+      const std::string name = item.first.cast<std::string>();
+      if (std::find(taken_.begin(), taken_.end(), name) == taken_.end())
+        throw py::type_error("unknown keyword argument '" + name + "'");
+    }
   }
 
  private:
-  py::dict left_;
+  py::handle find(const char* name) const { return PyDict_GetItemString(given_.ptr(), name); }
+
+  const py::kwargs& given_;
+  std::vector<const char*> taken_;
 };
 
 #define TAKE(field) keywords.take(#field, arguments.field)
