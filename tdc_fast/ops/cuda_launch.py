@@ -87,9 +87,14 @@ def build_covers(architectures: str, arch: int) -> bool:
 def choose(arch: int) -> tuple[Launcher | None, str]:
     """The launcher for a GPU of compute capability `arch`, or None and why there is none."""
     built = cpu.native.cuda_architectures
-    if built and build_covers(built, arch):
+    if not built:
+        missing = "was built without nvcc"
+    elif not build_covers(built, arch):
+        missing = f"was built for {built}"
+    elif cpu.native.cuda_device_count() == 0:  # though torch has one
+        missing = f"was built with CUDA {cpu.native.cuda_runtime_version() // 1000}, which the driver does not serve"
+    else:
         return Native(), ""
-    missing = f"was built for {built}" if built else "was built without nvcc"
     from tdc_fast.ops import cuda_nvrtc
 
     reason = cuda_nvrtc.unavailable(arch)

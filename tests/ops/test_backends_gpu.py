@@ -235,6 +235,9 @@ def test_the_launcher_is_native_where_the_build_covers_the_device_else_nvrtc_els
 ) -> None:
     class Build:
         cuda_architectures = "80-real 90a-real"
+        devices = 1
+        cuda_device_count = classmethod(lambda build: build.devices)
+        cuda_runtime_version = staticmethod(lambda: 13000)
 
     monkeypatch.setattr(cpu, "native", Build)
     monkeypatch.setattr(cuda_nvrtc, "unavailable", lambda arch: None)
@@ -244,6 +247,8 @@ def test_the_launcher_is_native_where_the_build_covers_the_device_else_nvrtc_els
     launcher, reason = cuda_launch.choose(120)
     assert launcher is None
     assert reason == "the native module was built for 80-real 90a-real, the device is sm_120, and NVRTC needs cupy"
+    Build.devices = 0  # torch brings a runtime of its own, which an older driver may serve
+    assert "was built with CUDA 13, which the driver does not serve" in cuda_launch.choose(90)[1]
     Build.cuda_architectures = ""
     assert "was built without nvcc" in cuda_launch.choose(80)[1]
 
