@@ -32,11 +32,22 @@ def expert_of(weight_index, group, num_experts):
 
 
 @triton.jit
+def _nearest_tf32(value):
+    """fp32 rounded to tf32: a product alone would cut the low bits off, which errs to one side."""
+    return tl.inline_asm_elementwise(
+        "cvt.rna.tf32.f32 $0, $1;", "=r,r", [value], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
 def multiply(a, b, acc, PRECISION: tl.constexpr):
     """acc [M, N] fp32 + a [M, K] @ b [K, N]; PRECISION concerns fp32 operands: "ieee" or "tf32"."""
     if _INTERPRETED:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
+    elif PRECISION == "tf32":
+        a = _nearest_tf32(a)
+        b = _nearest_tf32(b)
     return tl.dot(a, b, acc, input_precision=PRECISION)
 
 

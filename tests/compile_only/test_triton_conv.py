@@ -146,6 +146,7 @@ def test_every_tile_compiles_to_what_it_promises(case: Build, results: dict[Buil
     else:
         assert (code.wgmma if case.arch == 90 else code.mma) > 0
         assert case.problem.in_channels % 8 or code.cp_async_16 > 0
+    assert bool(code.count(r"cvt\.rna\.tf32")) == case.problem.tf32, "factors are rounded to tf32, not cut"
 
 
 def test_the_pipeline_is_as_deep_as_the_tile_says(results: dict[Build, Built | BaseException]) -> None:

@@ -93,6 +93,7 @@ def test_a_tile_compiles_to_what_it_promises(case: Build) -> None:
         assert (built.wgmma if case.arch >= 90 else built.mma) > 0
     else:
         assert built.mma == built.wgmma == 0  # exact products
+    assert bool(built.count(r"cvt\.rna\.tf32")) == case.problem.tf32  # factors are rounded, not cut
 
 
 def assert_fits(built: Built, arch: int) -> None:
