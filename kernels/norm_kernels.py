@@ -5,7 +5,7 @@ together is combined once, at the end: pixels by a tree, then channels into norm
 The image is walked twice; the second time it comes from the cache.
 
     pixels |  tile 0  | c0 .. c1 |        running mean and M2 of every element (Welford)
-           |  tile 1  | c0 .. c1 |   ->   channel: mean, M2   ->   norm group: mean, rstd
+           |  tile 1  | c0 .. c1 |   ->   norm group: mean   ->   M2 about that mean: rstd
            |   ...    | c0 .. c1 |        second walk: (x - mean) * rstd, affine, scale, shift, SiLU
 """
 
@@ -113,32 +113,34 @@ def norm_forward_kernel(
         running += delta / seen
         spread += delta * tl.where(valid, value - running, 0.0)
     count = ((pixels - row + BLOCK_PIXELS - 1) // BLOCK_PIXELS).to(tl.float32)[:, None]  # pixels seen by each row
-    channel_mean = tl.sum(running * count, 0) / pixels  # [BC]
-    away = running - channel_mean[None, :]
-    channel_spread = tl.sum(spread + tl.where(count > 0, away * away * count, 0.0), 0)
-    group_mean = _group_sums(channel_mean, member) / per_group  # [BG]
-    away_from_group = channel_mean - _of_channels(group_mean, member)
-    variance = _group_sums(channel_spread + away_from_group * away_from_group * pixels, member) / per_group / pixels
+    # A mean far larger than the deviation is rounded as coarsely as it is large: what that left out is kept beside it.
+    elements = per_group * pixels.to(tl.float32)
+    pivot = _group_sums(tl.sum(running * count, 0), member) / elements  # [BG]
+    away = running - _of_channels(pivot, member)[None, :]
+    excess = _group_sums(tl.sum(away * count, 0), member) / elements  # [BG]
+    away -= _of_channels(excess, member)[None, :]
+    channel_spread = tl.sum(spread + tl.where(count > 0, away * away * count, 0.0), 0)  # [BC]
+    variance = _group_sums(channel_spread, member) / elements
     group_live = _group_sums(tl.where(live, 1.0, 0.0), member) > 0.0
     group_rstd = tl.where(group_live, 1.0 / tl.sqrt(variance + eps), 0.0)
 
     norm_group = first // per_group + tl.arange(0, BLOCK_GROUPS)
     place = sample.to(tl.int64) * norm_groups + norm_group
     owned = (tl.arange(0, BLOCK_GROUPS) < span // per_group) & (norm_group < norm_groups)
-    tl.store(mean + place, group_mean, mask=owned)
+    tl.store(mean + place, pivot + excess, mask=owned)
     tl.store(rstd + place, group_rstd, mask=owned)
 
     gain, offset, factor, addend = _affine_rows(
         weight, bias, scale, shift, expert, sample, first + column, channels, live
     )
-    center = _of_channels(group_mean, member)[None, :]
+    center, rest = _of_channels(pivot, member)[None, :], _of_channels(excess, member)[None, :]
     slope = (_of_channels(group_rstd, member) * gain * factor)[None, :]
     base = (offset * factor + addend)[None, :]
     for pixel in range(0, pixels, BLOCK_PIXELS):
         mask = (row < pixels - pixel)[:, None] & inside[None, :]
         at = start + pixel * stride
         value = tl.load(x + at + tile, mask=mask, other=0.0).to(tl.float32)
-        value = (value - center) * slope + base
+        value = (value - center - rest) * slope + base
         if SILU:
             value = value / (1.0 + tl.exp(-value))
         value = tl.where(live[None, :], value, 0.0)
