@@ -47,7 +47,8 @@ def norm_tile(channels: int, per_group: int, pixels: int, itemsize: int, backwar
         vector //= 2
     block_channels = triton.next_power_of_2(span)
     block_pixels = max(1, min(triton.next_power_of_2(pixels), TILE_ELEMENTS // block_channels))
-    num_warps = min(16, max(8 if backward else 4, block_channels // 128))  # a thread keeps some rows of channels, too
+    fewest, most = (8, 16) if backward else (4, 8)
+    num_warps = min(most, max(fewest, block_channels // 128))  # a thread keeps some rows of channels, too
     return NormTile(span, vector, triton.next_power_of_2(groups), block_channels, block_pixels, num_warps)
 
 
