@@ -10,9 +10,11 @@ import argparse
 import json
 import os
 import platform
+import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from datetime import date
@@ -26,12 +28,13 @@ from bench import gpu_conv, gpu_norm, gpu_unet
 from bench.__main__ import ROOT, slug
 from bench.gpu_layers import TINY_UNETS, UNET_BATCH, UNETS, ConvLayer, NormLayer, design_layers, unet_layers
 from bench.gpu_report import as_markdown, judge
-from bench.gpu_rows import Run
+from bench.gpu_rows import OURS_GRAPH, Run
 from bench.gpu_timing import Budget, Machine
 
 SECTIONS = ("unet", "norm", "conv")
 # Seconds; a section may not spend more. What others leave over goes to the convolutions, which come last.
 WARM_SECONDS, UNET_SECONDS, NORM_SECONDS, RESERVE_SECONDS = 75.0, 190.0, 40.0, 15.0
+GRACE_SECONDS = 20.0  # past the limit; then a kernel hangs, and what was measured is written without it
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -71,16 +74,41 @@ def main(arguments: list[str] | None = None) -> int:
         "norm": lambda: gpu_norm.run_section(run, norms, budget.part(NORM_SECONDS), results["ceilings"]["copy_TBps"]),
         "conv": lambda: gpu_conv.run_section(run, design, convs, budget),
     }
+    command = shlex.join(["python", "-m", "bench.gpu", *(sys.argv[1:] if arguments is None else arguments)])
+
+    def finish() -> None:
+        found = results | facts(run, start, command)
+        write(found, options.out, options.name or slug(f"gpu-{found['device']['name']}"))
+
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
+    hanging = when_it_hangs(start + options.seconds + GRACE_SECONDS, finish)
+    if run.machine.is_cuda:
+        hanging.start()
     try:
         with torch.no_grad():
             for name in SECTIONS:
                 if name in options.only:
                     sections[name]()
     finally:  # also when stopped from outside: what was measured is written
-        results |= facts(run, start)
-        write(results, options.out, options.name or slug(f"gpu-{results['device']['name']}"))
-    return 1 if any("failed" in row or row["wrong"] for row in run.rows) else 0
+        hanging.cancel()
+        finish()
+    return 1 if any("failed" in row or row["wrong"] or OURS_GRAPH in row["absent"] for row in run.rows) else 0
+
+
+def when_it_hangs(end: float, finish: Callable[[], None]) -> threading.Timer:
+    """A timer, not yet started, that calls `finish` at `end` and ends the process: the main thread waits in CUDA."""
+
+    def give_up() -> None:
+        try:
+            print("the device does not answer; what was measured until then:", flush=True)
+            finish()
+        finally:
+            sys.stdout.flush()
+            os._exit(3)
+
+    timer = threading.Timer(max(0.0, end - time.monotonic()), give_up)
+    timer.daemon = True
+    return timer
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -140,36 +168,42 @@ def start_warming(options: argparse.Namespace, budget: Budget) -> None:
 
 def warm(run: Run, design: list[ConvLayer], convs: list[ConvLayer], norms: list[NormLayer], index: int, of: int) -> int:
     """Launches once what the first rows of the sections launch. Failures are left to the sections to report."""
-    models = [gpu_unet.Case("CIFAR-10", "training step"), gpu_unet.Case("CIFAR-10", "training step", width=0.5)]
-    models.append(gpu_unet.Case("ImageNet64", "training step"))
-    for case in models[index::of]:
-        try:
-            gpu_unet.Problem(run, UNETS[case.model], UNET_BATCH, case).warm()
-        except (RuntimeError, ValueError) as error:
-            print(error, file=sys.stderr)
-    wanted = [case for case in gpu_conv.cases(design, convs) if case.num_groups == 8 and not case.uneven]
-    for layer_case in wanted[index::of]:
-        try:
-            problem = gpu_conv.Problem(run, layer_case)
-            problem.ours(run.backend, problem.widths())()
-        except (RuntimeError, ValueError) as error:
-            print(error, file=sys.stderr)
-    for layer in norms[index::of]:
+
+    def model(case: gpu_unet.Case) -> None:
+        problem = gpu_unet.Problem(run, UNETS[case.model], UNET_BATCH, case)
+        if case.what == "forward":
+            with torch.no_grad():
+                gpu_unet.compiled_loop(problem)  # the longest compilation of all; Inductor too keeps it on disk
+        else:
+            problem.warm()
+
+    def conv(case: gpu_conv.Case) -> None:
+        problem = gpu_conv.Problem(run, case)
+        problem.ours(run.backend, problem.widths())()
+
+    def norm(layer: NormLayer) -> None:
         for direction in gpu_norm.DIRECTIONS:
+            gpu_norm.Problem(run, layer, 1.0).ours(direction, run.backend)()
+
+    cifar, imagenet = UNETS
+    models = [gpu_unet.Case(cifar, "forward"), gpu_unet.Case(cifar, "training step")]
+    models += [gpu_unet.Case(cifar, "training step", width=0.5), gpu_unet.Case(imagenet, "training step")]
+    wanted = [case for case in gpu_conv.cases(design, convs) if case.num_groups == 8 and not case.uneven]
+    for launch, inputs in ((model, models), (conv, wanted), (norm, norms)):
+        for value in inputs[index::of]:
             try:
-                gpu_norm.Problem(run, layer, 1.0).ours(direction, run.backend)()
-            except (RuntimeError, ValueError) as error:
-                print(error, file=sys.stderr)
+                launch(value)
+            except Exception as error:
+                print(f"{value}: {error}", file=sys.stderr)
     run.machine.synchronize()
     return 0
 
 
-def facts(run: Run, start: float) -> dict[str, Any]:
+def facts(run: Run, start: float, command: str) -> dict[str, Any]:
     """What a reader needs beside the rows: where, when, with what, and what the rows say about the goals."""
-    arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--warm")]
     return {
         "date": date.today().isoformat(),
-        "command": " ".join(["python -m bench.gpu", *arguments]),
+        "command": command,
         "dry_run": run.tiny,
         "dtype": str(run.dtype).removeprefix("torch."),
         "seconds": time.monotonic() - start,

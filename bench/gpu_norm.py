@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bench import gpu_peers
 from bench.gpu_layers import NormLayer
-from bench.gpu_rows import OURS, OURS_GRAPH, Run, measure, relative_error
+from bench.gpu_rows import OURS, OURS_GRAPH, Run, best_of_ours, measure, relative_error
 from bench.gpu_timing import Budget, Candidate
 from tdc_fast import RoutingPlan, explain, routed_group_norm
 from tdc_fast.nn import layers
@@ -138,7 +138,7 @@ def row_of(run: Run, layer: NormLayer, direction: str, width: float, copy_rate: 
     if direction == "forward":
         makers["torch, graph"] = lambda: machine.captured(problem.dense(fp32, direction))
     result = measure(run, makers)
-    best = min(result["ms"][OURS], result["ms"][OURS_GRAPH])
+    best = best_of_ours(result)
     rate = problem.bytes_moved(direction) / best / 1e9
     error = problem.error(run.backend)
     return {

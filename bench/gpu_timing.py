@@ -13,7 +13,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -25,8 +25,8 @@ FLUSH_BYTES = 256 << 20  # several times the L2 of any GPU; gives every candidat
 CLOCKS = "clocks.sm,clocks.mem,temperature.gpu,power.draw"
 
 
-class TookTooLong(Exception):
-    """A step ran past the seconds it was given."""
+class TookTooLong(BaseException):
+    """A step ran past the seconds it was given. No `except Exception` on the way, such as a compiler's, stops it."""
 
 
 class Budget:
@@ -144,8 +144,11 @@ class Machine:
             graph.capture_begin()
             try:
                 kept = function()
-            finally:
-                graph.capture_end()
+            except BaseException:
+                with suppress(RuntimeError):  # which says only that the capture is spoilt
+                    graph.capture_end()
+                raise
+            graph.capture_end()
         torch.cuda.current_stream().wait_stream(side)
 
         def replay(kept: object = kept) -> None:  # what the graph writes lives as long as the graph

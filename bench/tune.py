@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -59,14 +60,22 @@ def main(arguments: list[str] | None = None) -> int:
     device = facts(machine)
     budget, wrong = Budget(options.seconds), 0
     table = Table.load(options.out, device.name)
-    with torch.no_grad():
-        for case in cases(options):
-            if budget.left() <= 0:
-                print("time is up; the table holds what was measured")
-                break
-            wrong += tune(run, case, device, table)
-    path = table.save(options.out)
-    print(f"written: {path} ({len(table.tiles)} + {len(table.wgrad)} entries)")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
+    try:
+        with torch.no_grad():
+            for case in cases(options):
+                if budget.left() <= 0:
+                    print("time is up; the table holds what was measured")
+                    break
+                try:
+                    wrong += tune(run, case, device, table)
+                    run.give_memory_back()
+                except Exception as failure:
+                    print(f"failed: {case}: {str(failure)[:300]}", flush=True)
+                    wrong += 1
+    finally:  # also when stopped from outside
+        path = table.save(options.out)
+        print(f"written: {path} ({len(table.tiles)} + {len(table.wgrad)} entries)")
     return 1 if wrong else 0
 
 
@@ -165,7 +174,7 @@ def tune(run: Run, case: Case, device: Any, table: Table) -> int:
         name = json.dumps(candidate.entry)
         try:
             error = problem.error(candidate.run())
-        except RuntimeError as failure:
+        except Exception as failure:  # Triton's own errors are no RuntimeError
             print(f"failed: {key}: {name}: {str(failure)[:300]}")
             wrong += 1
             continue

@@ -16,7 +16,7 @@ import torch
 from bench import gpu, gpu_conv, gpu_peers, gpu_report, profile_gpu
 from bench.gpu_layers import UNETS, ConvLayer, design_layers, unet_layers
 from bench.gpu_rows import Run
-from bench.gpu_timing import Machine, TookTooLong, at_most
+from bench.gpu_timing import Budget, Machine, TookTooLong, at_most
 
 
 def dry_run(folder: Path, *arguments: str) -> tuple[int, dict, str]:
@@ -55,13 +55,58 @@ def test_what_there_was_no_time_for_is_counted(tmp_path: Path) -> None:
 
 
 def test_a_failing_row_is_kept_and_fails_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class OutOfResources(Exception):
+        """As Triton's: no RuntimeError."""
+
     def broken(*_: object) -> dict:
-        raise RuntimeError("conv_forward: out of registers")
+        raise OutOfResources("conv_forward: out of registers")
 
     monkeypatch.setattr(gpu_conv, "row_of", broken)
     code, results, table = dry_run(tmp_path, "--only", "conv")
     assert code == 1 and all("out of registers" in row["failed"] for row in results["rows"])
     assert "* failed: conv" in table
+
+
+def test_a_capture_of_ours_that_fails_costs_no_more_than_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def captured(*_: object) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(Machine, "captured", captured)
+    code, results, table = dry_run(tmp_path, "--only", "unet", "norm")
+    assert code == 1 and results["rows"]
+    for row in results["rows"]:
+        assert row["ms"]["ours"] > 0 and row["ratios"] and not any("graph" in name for name in row["ms"])
+    assert "* absent: ours, graph: RuntimeError: operation not permitted" in table
+
+
+def test_a_device_that_no_longer_answers_fails_the_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost() -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    run = Run(Machine("cpu"), "reference", torch.bfloat16, 0.0, 5.0, tiny=True)
+    monkeypatch.setattr(run.machine, "is_cuda", True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lost)
+    run.row("conv", "layer", {}, Budget(60), lambda: {"error": 0.0})
+    assert "illegal memory access" in run.rows[0]["failed"]
+
+
+def test_a_device_that_hangs_ends_the_run_with_what_was_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log: list[object] = []
+    monkeypatch.setattr(os, "_exit", log.append)
+    timer = gpu.when_it_hangs(time.monotonic(), lambda: log.append("written"))
+    timer.start()
+    timer.join(10)
+    assert log == ["written", 3] and "does not answer" in capsys.readouterr().out
+
+
+def test_the_command_is_written_as_it_was_given(tmp_path: Path) -> None:
+    _, results, table = dry_run(tmp_path, "--only", "norm", "--warm-processes", "0", "--seconds", "0")
+    command = f"python -m bench.gpu --dry-run --out {tmp_path} --name here --only norm --warm-processes 0 --seconds 0"
+    assert results["command"] == command and f"`{command}`" in table
 
 
 def test_without_a_gpu_it_says_how_to_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -87,7 +132,9 @@ def test_every_combination_is_a_case_once_and_the_goals_come_first() -> None:
     assert len(set(cases)) == len(cases) == (len(design) + len(models)) * 7 * 3 * 3
     first = cases[: len(design) * 9 + len(models) * 4]
     assert all(case.num_groups == 8 and not case.uneven for case in first)
-    assert {case.layer for case in first if case.width == 1.0 and case.direction == "forward"} == {*design, *models}
+    goals = first[len(design) * 9 : len(design) * 9 + len(models) * 2]
+    assert {(case.layer, case.width) for case in goals} == {*itertools.product(models, (1.0, 0.5))}
+    assert {case.direction for case in goals} == {"forward"}
 
 
 @pytest.mark.parametrize("uneven", [False, True])
@@ -125,19 +172,23 @@ def test_goals_are_met_or_missed_by_the_rows_they_are_about() -> None:
         row("unet", "forward", ours=5.0, ours_graph=3.0, dense=4.0, loop=9.0, loop_graph=5.9),
         row("unet", "training step", ours=10.0, ours_graph=10.0, dense=9.0, loop=16.0, loop_graph=15.0),
         row("conv", "forward", ours=1.0, ours_graph=1.0, dense_graph=0.95),
-        row("conv", "forward", ours=1.0, ours_graph=1.0, dense_graph=0.5),
+        row("conv", "forward", ours=1.0, ours_graph=1.0, dense_graph=0.5) | {"stride": 2, "channels": [3, 128]},
+        row("conv", "dgrad", width=0.5, ours=1.0) | {"ratios": {"full width, graph": 0.3}},
         row("group norm", "forward", ours=1.0, ours_graph=1.0),
+    ]
+    rows += [
+        r | other for r in rows for other in ({"num_groups": 16}, {"uneven": True}) if r["section"] != "group norm"
     ]
     verdicts = {v["goal"]: v for v in gpu_report.judge(rows)}
     met = {name: (v["met"], v["rows"]) for name, v in verdicts.items()}
-    cudnn = "3x3 layers: speed of dense cuDNN, forward, both in a graph"
+    cudnn = "3x3 layers, N = 8: speed of dense cuDNN, forward, both in a graph"
     assert met == {
         "UNet forward, N = 8: time / dense, both eager": (0, 1),  # 5 / 4
         "UNet forward, N = 8: in a graph / dense, eager": (1, 1),  # 3 / 4
         "UNet forward, N = 8: best loop peer / ours at best": (0, 1),  # 5.9 / 3
         "UNet training step, N = 8: best loop peer / ours": (1, 1),
         cudnn: (1, 2),
-        "Convolutions at 50% widths: cost / full width": (0, 0),
+        "Convolutions at 50% widths, N = 8: cost / full width": (1, 1),
         "Group norm: bandwidth / measured copy": (1, 1),
     }
     assert verdicts[cudnn]["worst"] == 0.5
@@ -278,6 +329,23 @@ def test_on_a_gpu_a_function_is_warmed_up_then_captured_once_and_replayed(machin
     log.clear()
     with pytest.raises(RuntimeError, match="not while capturing"):
         machine.captured(fails)
+
+
+def test_on_a_gpu_a_failing_capture_ends_with_its_own_error(machine_with_a_pretended_gpu, monkeypatch) -> None:
+    machine, log = machine_with_a_pretended_gpu
+
+    def spoilt(_: object) -> None:
+        log.append("end")
+        raise RuntimeError("capture invalidated")
+
+    def fails() -> None:
+        if "begin" in log:
+            raise RuntimeError("not while capturing")
+
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "capture_end", spoilt)
+    with pytest.raises(RuntimeError, match="not while capturing"):
+        machine.captured(fails)
+    assert log[-3:] == ["begin", "end", "exit"]
 
 
 def test_on_a_gpu_streams_start_after_what_was_queued_and_are_joined(machine_with_a_pretended_gpu) -> None:
