@@ -44,11 +44,14 @@ class Run:
         row: dict[str, Any] = {"section": section, "layer": layer, **labels}
         try:
             row |= measured()
-            self.give_memory_back()
         except FAILURES as error:
             row["failed"] = " ".join(f"{type(error).__name__}: {error}".split())[:400]
             print(f"failed: {section}, {layer}, {labels}: {row['failed']}", flush=True)
         self.rows.append(row)
+        try:
+            self.give_memory_back()
+        except RuntimeError as error:  # after an error of CUDA's, or a capture that failed
+            print(f"memory is not given back: {error}", flush=True)
 
     def give_memory_back(self) -> None:
         """Pools of graphs that are gone stay reserved until someone asks."""
