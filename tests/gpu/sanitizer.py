@@ -7,11 +7,13 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 BACKENDS, TOOLS = ("triton", "cuda"), ("memcheck", "racecheck")
+SECONDS = 240  # for a run; all go on together, beside the other tests
 FOUND = 86  # the exit code asked of compute-sanitizer when it has found something
 
 
@@ -27,6 +29,11 @@ class Watched:
 
     process: subprocess.Popen[bytes]
     output: Path
+    end: float  # of time.monotonic(): when to wait no longer
+
+    def wait(self) -> int:
+        """The exit code. Raises subprocess.TimeoutExpired when the time is up."""
+        return self.process.wait(max(0.0, self.end - time.monotonic()))
 
     def stop(self) -> None:
         self.process.kill()
@@ -40,7 +47,7 @@ def start(backend: str, tool: str, output: Path) -> Watched:
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "CUDA_MODULE_LOADING": "LAZY"}
     with output.open("wb") as file:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
-    return Watched(process, output)
+    return Watched(process, output, time.monotonic() + SECONDS)
 
 
 def start_all(folder: Path) -> dict[tuple[str, str], Watched]:
