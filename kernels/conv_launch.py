@@ -42,7 +42,7 @@ def conv_supported(problem: Any) -> str | None:
 
 
 @functools.lru_cache(maxsize=4096)
-def _constants(op: str, p: Any, tile: ConvTile, widths: bool) -> tuple[tuple[int, ...], dict[str, Any]]:
+def _constants(op: str, p: Any, tile: ConvTile, widths: bool, narrow: bool) -> tuple[tuple[int, ...], dict[str, Any]]:
     """(grid, the arguments that are no tensors)."""
     grid = tile_shapes.pixel_grid(op, p)
     samples = tile_shapes.samples_per_tile(tile, *grid)
@@ -85,7 +85,7 @@ def _constants(op: str, p: Any, tile: ConvTile, widths: bool) -> tuple[tuple[int
     }
     if tile.path == "tma":
         _, rows, columns = tile_shapes.box_of(tile.block_pixels, *grid)
-        constants |= {"NB": samples, "TH": rows, "TW": columns, "HALVED": halved, "FILLED": filled}
+        constants |= {"NB": samples, "TH": rows, "TW": columns, "HALVED": halved, "FILLED": filled, "NARROW": narrow}
         del constants["source_height"], constants["source_width"]
     else:
         constants |= {"BM": tile.block_pixels, "PRECISION": tile_shapes.precision_of(p)}
@@ -116,7 +116,9 @@ def conv_launch(
         aligned = source.data_ptr() % 16 == 0 and weight.data_ptr() % 16 == 0
         device = tile_shapes.device_of(problem.device)
         tile = tile_shapes.choose_tile(op, problem, device, None if aligned else "pointer")
-    grid, constants = _constants(op, problem, tile, source_widths is not None)
+    # Half a tile of fewer channels would not fill wgmma's 64 rows.
+    narrow = tile.path == "tma" and tile.block_channels >= 128 and out_widths is not None
+    grid, constants = _constants(op, problem, tile, source_widths is not None, narrow)
     tensors = {
         "source": source,
         "weight": weight,
@@ -132,7 +134,11 @@ def conv_launch(
     kernel = conv_pointer_kernel
     if tile.path == "tma":
         kernel = conv_tma_kernel
+        tensors["narrow_weight"] = None
         if problem.batch:
-            tensors |= {"source": source_descriptor(source, constants), "weight": weight_descriptor(weight, constants)}
+            tensors["source"] = source_descriptor(source, constants)
+            tensors["weight"] = weight_descriptor(weight, constants, tile.block_channels)
+            if narrow:
+                tensors["narrow_weight"] = weight_descriptor(weight, constants, tile.block_channels // 2)
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
     return Launch(kernel, grid, tensors, constants, options, key=(op, problem, tile))

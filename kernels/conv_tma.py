@@ -34,15 +34,15 @@ def source_descriptor(source: Tensor, constants: dict[str, Any]) -> TensorDescri
     return TensorDescriptor(source, [batch, height, width, channels], [image, row, channels, 1], [nb, th, tw, bk])
 
 
-def weight_descriptor(weight: Tensor, constants: dict[str, Any]) -> TensorDescriptor:
-    """The boxes of weight (E, C_out, C_in, R, S) in memory order E, C_out, R, S, C_in, as a matrix (E C_out, R S C_in).
+def weight_descriptor(weight: Tensor, constants: dict[str, Any], channels: int) -> TensorDescriptor:
+    """The boxes, of so many output channels, of weight (E, C_out, C_in, R, S) in memory order E, C_out, R, S, C_in, as a matrix (E C_out, R S C_in).
 
     Two dimensions, not four: a reshape would cost the left operand its place in shared memory.
     """
     experts, c_out, c_in, rows, columns = weight.shape
-    bn, bk = constants["BN"], constants["BK"]
+    bk = constants["BK"]
     length = rows * columns * c_in
-    block = [bk, bn] if constants["DGRAD"] else [bn, bk]
+    block = [bk, channels] if constants["DGRAD"] else [channels, bk]
     return TensorDescriptor(weight, [experts * c_out, length], [length, 1], block)
 
 
@@ -140,42 +140,41 @@ def _finish(
     )  # fmt: skip
 
 
-_GEOMETRY = [
-    "out_height", "out_width", "grid_height", "grid_width", "chunks", "pad_height", "pad_width", "num_experts",
-    "tile_row",
-]  # fmt: skip
-
-
-@triton.jit(do_not_specialize=_GEOMETRY)
-def conv_tma_kernel(
-    source,  # boxes of (B, H, W, source_channels)
-    weight,  # boxes of (E C_out, R S C_in)
-    bias,  # (E, C_out) or None
-    sample_bias,  # (B, C_out) or None
-    residual,  # like out, or None
-    out,  # (B, out_height, out_width, out_channels)
-    tiles,
-    weight_index,
-    source_widths,  # (N,) or None
-    out_widths,  # (N,) or None
+@triton.jit
+def _tile(
+    source,
+    weight,  # boxes of BN channels
+    out,
+    bias,
+    sample_bias,
+    residual,
+    expert,
+    first,
+    count,
+    box_y,
+    box_x,
+    y,
+    x,
+    weight_row,
+    column,
+    live,
+    out_live,
     source_channels,
     out_channels,
     out_height,
     out_width,
-    grid_height,  # pixels that one class of programs serves: of out, or of every STRIDE-th pixel of it
-    grid_width,
-    chunks,
-    pad_height,
-    pad_width,
-    num_experts,
-    tile_row,  # where the table's level begins
-    R: tl.constexpr,
+    parity_h,
+    parity_w,
+    taps_h,
+    taps_w,
+    first_h,
+    first_w,
     S: tl.constexpr,
     STRIDE_H: tl.constexpr,
     STRIDE_W: tl.constexpr,
     DGRAD: tl.constexpr,
     HALVED: tl.constexpr,
-    FILLED: tl.constexpr,  # boxes hold zeros past the last source channel
+    FILLED: tl.constexpr,
     TAPS_INNER: tl.constexpr,
     TAIL: tl.constexpr,
     NB: tl.constexpr,
@@ -184,29 +183,8 @@ def conv_tma_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
+    """BN channels of the result, from `column` on."""
     BM: tl.constexpr = NB * TH * TW
-    channel_tiles = tl.cdiv(out_channels, BN)
-    program = tl.program_id(0)
-    column = program % channel_tiles * BN
-    chunk = (program // channel_tiles) % chunks
-    group, first, count = load_tile_row(tiles, tile_row + program // channel_tiles // chunks)
-    if group < 0:
-        return
-    pixel_class = tl.num_programs(1) - 1 - tl.program_id(1)
-    parity_h, parity_w = pixel_class // STRIDE_W, pixel_class % STRIDE_W
-    taps_h, first_h, base_h = axis_taps(parity_h, pad_height, R, STRIDE_H, DGRAD)
-    taps_w, first_w, base_w = axis_taps(parity_w, pad_width, S, STRIDE_W, DGRAD)
-    boxes_w = tl.cdiv(grid_width, TW)
-    box_y, box_x = chunk // boxes_w * TH, chunk % boxes_w * TW
-    y = (box_y if DGRAD else box_y * STRIDE_H) + base_h
-    x = (box_x if DGRAD else box_x * STRIDE_W) + base_w
-
-    out_live = live_width(out_widths, group, out_channels)
-    live = live_width(source_widths, group, source_channels)
-    live = tl.where(column < out_live, live, 0)  # a dead tile has no steps
-    expert = expert_of(weight_index, group, num_experts)
-    weight_row = expert * source_channels if DGRAD else expert * out_channels + column
-
     acc = tl.zeros([BN, BM], tl.float32)
     taps = taps_h * taps_w
     blocks = live // BK
@@ -242,4 +220,94 @@ def conv_tma_kernel(
         _finish(
             acc, out, bias, sample_bias, residual, expert, first, count, 0, box_y, box_x, parity_h, parity_w, column,
             out_live, out_channels, out_height, out_width, STRIDE_H, STRIDE_W, DGRAD, TH, TW, BM, BN,
+        )  # fmt: skip
+
+
+_GEOMETRY = [
+    "out_height", "out_width", "grid_height", "grid_width", "chunks", "pad_height", "pad_width", "num_experts",
+    "tile_row",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_GEOMETRY)
+def conv_tma_kernel(
+    source,  # boxes of (B, H, W, source_channels)
+    weight,  # boxes of (E C_out, R S C_in)
+    narrow_weight,  # boxes of half as many output channels where NARROW
+    bias,  # (E, C_out) or None
+    sample_bias,  # (B, C_out) or None
+    residual,  # like out, or None
+    out,  # (B, out_height, out_width, out_channels)
+    tiles,
+    weight_index,
+    source_widths,  # (N,) or None
+    out_widths,  # (N,) or None
+    source_channels,
+    out_channels,
+    out_height,
+    out_width,
+    grid_height,  # pixels that one class of programs serves: of out, or of every STRIDE-th pixel of it
+    grid_width,
+    chunks,
+    pad_height,
+    pad_width,
+    num_experts,
+    tile_row,  # where the table's level begins
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    DGRAD: tl.constexpr,
+    HALVED: tl.constexpr,
+    FILLED: tl.constexpr,  # boxes hold zeros past the last source channel
+    TAPS_INNER: tl.constexpr,
+    TAIL: tl.constexpr,
+    NARROW: tl.constexpr,  # a tile whose second half is dead is half a tile
+    NB: tl.constexpr,
+    TH: tl.constexpr,
+    TW: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    BM: tl.constexpr = NB * TH * TW
+    channel_tiles = tl.cdiv(out_channels, BN)
+    program = tl.program_id(0)
+    column = program % channel_tiles * BN
+    chunk = (program // channel_tiles) % chunks
+    group, first, count = load_tile_row(tiles, tile_row + program // channel_tiles // chunks)
+    if group < 0:
+        return
+    pixel_class = tl.num_programs(1) - 1 - tl.program_id(1)
+    parity_h, parity_w = pixel_class // STRIDE_W, pixel_class % STRIDE_W
+    taps_h, first_h, base_h = axis_taps(parity_h, pad_height, R, STRIDE_H, DGRAD)
+    taps_w, first_w, base_w = axis_taps(parity_w, pad_width, S, STRIDE_W, DGRAD)
+    boxes_w = tl.cdiv(grid_width, TW)
+    box_y, box_x = chunk // boxes_w * TH, chunk % boxes_w * TW
+    y = (box_y if DGRAD else box_y * STRIDE_H) + base_h
+    x = (box_x if DGRAD else box_x * STRIDE_W) + base_w
+
+    out_live = live_width(out_widths, group, out_channels)
+    live = live_width(source_widths, group, source_channels)
+    live = tl.where(column < out_live, live, 0)  # a dead tile has no steps
+    expert = expert_of(weight_index, group, num_experts)
+    weight_row = expert * source_channels if DGRAD else expert * out_channels + column
+
+    if NARROW and out_live - column <= BN // 2:
+        _tile(
+            source, narrow_weight, out, bias, sample_bias, residual, expert, first, count, box_y, box_x, y, x,
+            weight_row, column, live, out_live, source_channels, out_channels, out_height, out_width, parity_h,
+            parity_w, taps_h, taps_w, first_h, first_w, S, STRIDE_H, STRIDE_W, DGRAD, HALVED, FILLED, TAPS_INNER, TAIL,
+            NB, TH, TW, BN // 2, BK,
+        )  # fmt: skip
+        _finish(
+            tl.zeros([BN // 2, BM], tl.float32), out, None, None, None, expert, first, count, 0, box_y, box_x,
+            parity_h, parity_w, column + BN // 2, out_live, out_channels, out_height, out_width, STRIDE_H, STRIDE_W,
+            DGRAD, TH, TW, BM, BN // 2,
+        )  # fmt: skip
+    else:
+        _tile(
+            source, weight, out, bias, sample_bias, residual, expert, first, count, box_y, box_x, y, x, weight_row,
+            column, live, out_live, source_channels, out_channels, out_height, out_width, parity_h, parity_w, taps_h,
+            taps_w, first_h, first_w, S, STRIDE_H, STRIDE_W, DGRAD, HALVED, FILLED, TAPS_INNER, TAIL, NB, TH, TW, BN,
+            BK,
         )  # fmt: skip

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from torch import Tensor
+from triton.runtime.interpreter import InterpreterBuilder
 
 from tdc_fast.kernels.conv_dgrad import conv_dgrad
 from tdc_fast.kernels.conv_forward import conv_forward
@@ -21,6 +22,7 @@ from tests.tolerance import assert_as_accurate_as_torch
 # Small tiles: every loop turns more than once, and the interpreter stays quick.
 POINTER = ConvTile("pointer", 32, 16, 16, 2, 4)
 TMA = ConvTile("tma", 32, 16, 16, 2, 4)
+WIDE = ConvTile("tma", 16, 128, 16, 2, 4)  # whose second half is left out where it is dead
 UNEVEN = Routing((0, 0, 0, 1, 2), 4, 3, (2, 0, 1, 0))
 WIDTHS: dict[str, Any] = {"in_widths": (24, 9, 20, 0), "out_widths": (24, 16, 7, 0)}
 
@@ -62,7 +64,12 @@ POINTER_ONLY = {
     ),
     "odd image, stride 2": case_of(size=(5, 3), stride=(2, 2), padding=(0, 2)),
 }
+HALF_DEAD = case_of(
+    in_channels=200, out_channels=136, size=(2, 2), in_widths=(64, 65, 193, 0), out_widths=(65, 64, 129, 7)
+)
 RUNS = [
+    pytest.param(HALF_DEAD, WIDE, torch.float16, id="tma-fp16-half dead tiles"),
+    pytest.param(replace(HALF_DEAD, size=(4, 4), stride=(2, 2)), WIDE, torch.float16, id="tma-fp16-half dead, stride 2"),
     *(pytest.param(case, POINTER, torch.float32, id=f"pointer-fp32-{name}") for name, case in CASES.items()),
     *(pytest.param(case, POINTER, torch.float32, id=f"pointer-fp32-{name}") for name, case in POINTER_ONLY.items()),
     pytest.param(POINTER_ONLY["odd everything"], POINTER, torch.float16, id="pointer-fp16-odd everything"),
@@ -177,6 +184,42 @@ def test_dead_channels_of_the_weights_are_not_used(tile: ConvTile) -> None:
     actual = run(case, tensors, dy, tile)
     for name in expected:
         assert torch.equal(actual[name], expected[name]), name
+
+
+@pytest.mark.parametrize(
+    ("tile", "stride", "in_widths", "out_widths", "counted"),
+    [
+        (WIDE, (1, 1), None, None, 2 * 256 * 256),
+        (WIDE, (1, 1), (128, 64), (64, 128), 128 * 64 + 64 * 128),
+        (WIDE, (1, 1), (192, 0), (64, 256), 192 * 64),
+        (WIDE, (1, 1), (250, 256), (190, 0), 256 * 192),  # to whole blocks of channels
+        (WIDE, (2, 2), (128, 256), (192, 64), 128 * 192 + 256 * 64),
+        (replace(WIDE, path="pointer", block_channels=64), (1, 1), (128, 64), (60, 128), 128 * 64 + 64 * 128),
+    ],
+)
+def test_only_live_channels_and_taps_that_reach_are_multiplied(
+    tile: ConvTile,
+    stride: tuple[int, int],
+    in_widths: tuple[int, ...] | None,
+    out_widths: tuple[int, ...] | None,
+    counted: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """counted: input times output channels, per pixel of y and tap, of one sample of each group."""
+    case = case_of(
+        routing=Routing((0, 1), 2, 2, None), in_channels=256, out_channels=256, in_widths=in_widths,
+        out_widths=out_widths, size=(4 * stride[0], 4 * stride[1]), stride=stride, extras=(),
+    )  # fmt: skip
+    work: list[int] = []
+    multiply = InterpreterBuilder.create_dot
+
+    def counting(self: InterpreterBuilder, a: Any, b: Any, *more: Any) -> Any:
+        work.append(a.data.shape[0] * a.data.shape[1] * b.data.shape[1])
+        return multiply(self, a, b, *more)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", counting)
+    run(case, case.tensors(torch.float16), upstream(case, torch.float16), tile)
+    assert sum(work) == 2 * 16 * 9 * counted  # forward and dgrad
 
 
 def test_numbers_out_of_range_are_clamped() -> None:
