@@ -69,7 +69,9 @@ HALF_DEAD = case_of(
 )
 RUNS = [
     pytest.param(HALF_DEAD, WIDE, torch.float16, id="tma-fp16-half dead tiles"),
-    pytest.param(replace(HALF_DEAD, size=(4, 4), stride=(2, 2)), WIDE, torch.float16, id="tma-fp16-half dead, stride 2"),
+    pytest.param(
+        replace(HALF_DEAD, size=(4, 4), stride=(2, 2)), WIDE, torch.float16, id="tma-fp16-half dead, stride 2"
+    ),
     *(pytest.param(case, POINTER, torch.float32, id=f"pointer-fp32-{name}") for name, case in CASES.items()),
     *(pytest.param(case, POINTER, torch.float32, id=f"pointer-fp32-{name}") for name, case in POINTER_ONLY.items()),
     pytest.param(POINTER_ONLY["odd everything"], POINTER, torch.float16, id="pointer-fp16-odd everything"),
