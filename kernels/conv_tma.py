@@ -35,7 +35,7 @@ def source_descriptor(source: Tensor, constants: dict[str, Any]) -> TensorDescri
 
 
 def weight_descriptor(weight: Tensor, constants: dict[str, Any], channels: int) -> TensorDescriptor:
-    """The boxes, of so many output channels, of weight (E, C_out, C_in, R, S) in memory order E, C_out, R, S, C_in, as a
+    """Boxes of so many output channels of weight (E, C_out, C_in, R, S) in memory order E, C_out, R, S, C_in, seen as a
     matrix (E C_out, R S C_in).
 
     Two dimensions, not four: a reshape would cost the left operand its place in shared memory.
