@@ -141,4 +141,6 @@ def conv_launch(
             if narrow:
                 tensors["narrow_weight"] = weight_descriptor(weight, constants, tile.block_channels // 2)
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    if tile.registers < 255:
+        options["maxnreg"] = tile.registers
     return Launch(kernel, grid, tensors, constants, options, key=(op, problem, tile))

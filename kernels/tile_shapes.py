@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,9 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class ConvTile:
-    """path: "tma" or "pointer". A program computes block_pixels x block_channels, block_k source channels at a time."""
+    """path: "tma" or "pointer". A program computes block_pixels x block_channels, block_k source channels at a time.
+    registers: most that a thread may have.
+    """
 
     path: str
     block_pixels: int
@@ -47,6 +49,7 @@ class ConvTile:
     block_k: int
     stages: int
     warps: int
+    registers: int = 255
 
     def shared_bytes(self, itemsize: int) -> int:
         """What the pipeline holds; compilers add a kilobyte or so for barriers and the epilogue."""
@@ -59,7 +62,7 @@ class ConvTile:
 # Tile -> rate. Large tiles read less per product; of equal ones the TMA form spends no registers on addresses.
 _TMA = {
     ConvTile("tma", 256, 128, 64, 4, 8): 1.0,
-    ConvTile("tma", 128, 128, 64, 3, 8): 0.85,
+    ConvTile("tma", 128, 128, 64, 3, 8, registers=128): 0.85,  # so that two programs share an SM
     ConvTile("tma", 256, 64, 64, 4, 8): 0.78,
     ConvTile("tma", 128, 64, 64, 4, 4): 0.6,
     ConvTile("tma", 64, 64, 64, 4, 4): 0.4,
@@ -152,7 +155,11 @@ def tma_can_serve(op: str, problem: Any, device: Device) -> bool:
 
 def _rated(op: str, problem: Any, device: Device) -> dict[ConvTile, float]:
     if problem.dtype in _HALVES:
-        tiles = {**_TMA, **_POINTER_HALF} if tma_can_serve(op, problem, device) else _POINTER_HALF
+        tiles = _POINTER_HALF
+        if tma_can_serve(op, problem, device):
+            # Newer ones keep sums in a memory of their own, and would spill on the way from there.
+            boxed = _TMA if device.arch == 90 else {replace(tile, registers=255): rate for tile, rate in _TMA.items()}
+            tiles = {**boxed, **_POINTER_HALF}
     else:
         tiles = _POINTER_TF32 if precision_of(problem) == "tf32" else _POINTER_IEEE
     itemsize = problem.dtype.itemsize

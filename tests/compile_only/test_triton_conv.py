@@ -79,7 +79,7 @@ def launch_of(case: Build) -> Launch:
 
 def built(case: Build) -> Built:
     launch = launch_of(case)
-    return build(launch.kernel, launch.arguments, case.arch, case.tile.warps, case.tile.stages)
+    return build(launch.kernel, launch.arguments, case.arch, launch.options)
 
 
 def all_builds() -> list[Build]:
@@ -132,6 +132,7 @@ def test_every_tile_compiles_to_what_it_promises(case: Build, results: dict[Buil
     assert code.stack == 0, f"{code.stack} bytes of local memory, {code.registers} registers"
     exact = case.problem.dtype == torch.float32 and not case.problem.tf32
     if case.tile.path == "tma":
+        assert code.registers <= case.tile.registers
         assert code.tma >= 4, "boxes and weights are copied by the copy engine"
         assert code.cp_async_16 == 0
         if case.arch == 90:

@@ -49,7 +49,7 @@ def launch_of(channels: int, norm_groups: int, size: int, dtype: torch.dtype, ba
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: "-".join(str(v).removeprefix("torch.") for v in layer))
 def test_a_layer_compiles(layer: tuple[int, int, int, torch.dtype], backward: bool, arch: int) -> None:
     launch = launch_of(*layer, backward)
-    built = build(launch.kernel, launch.arguments, arch, launch.options["num_warps"], 3)
+    built = build(launch.kernel, launch.arguments, arch, launch.options)
     assert built.stack == 0, f"{built.stack} bytes of local memory per thread"
     assert built.shared <= SHARED_LIMITS[arch]
     assert not built.count(r"\b(red|atom)\.")  # gradients are sums in one order

@@ -79,7 +79,7 @@ def tensors_of(p: ConvProblem) -> tuple[torch.Tensor, ...]:
 @pytest.mark.parametrize("case", everything_that_can_be_chosen(), ids=str)
 def test_a_tile_compiles_to_what_it_promises(case: Build) -> None:
     launch = wgrad_launches(case.problem, *tensors_of(case.problem), tile=case.tile, splits=case.splits)[0]
-    built = build(launch.kernel, launch.arguments, case.arch, case.tile.warps, case.tile.stages)
+    built = build(launch.kernel, launch.arguments, case.arch, launch.options)
     assert_fits(built, case.arch)
     halves = case.problem.dtype != torch.float32
     if case.arch > 90:
@@ -110,6 +110,6 @@ def test_the_sums_of_splits_and_channels_compile() -> None:
     rounded, exact = (meta(problem.batch, 128, dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
     channels = sums_launch(problem, dy, rounded, exact, offsets, widths)
     for launch in (sums, channels):
-        built = build(launch.kernel, launch.arguments, 90, 4, 3)
+        built = build(launch.kernel, launch.arguments, 90, launch.options)
         assert_fits(built, 90)
         assert built.count(r"(ld|st)\.global[.\w]*\.v4")  # 16 bytes at once

@@ -65,7 +65,7 @@ class Built:
         return self.count(r"cp\.async\.c[ga]\.shared\.global[^;]*?, 0x10,")
 
 
-def build(kernel: Any, arguments: dict[str, Any], arch: int, warps: int, stages: int) -> Built:
+def build(kernel: Any, arguments: dict[str, Any], arch: int, options: dict[str, int]) -> Built:
     """Compiles for sm_<arch>; raises what Triton raises. Nothing is launched and no driver is asked."""
     signature: dict[str, str] = {}
     constants: dict[tuple[int, ...], Any] = {}
@@ -81,7 +81,7 @@ def build(kernel: Any, arguments: dict[str, Any], arch: int, warps: int, stages:
         ):
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
-    compiled = triton.compile(source, GPUTarget("cuda", arch, 32), {"num_warps": warps, "num_stages": stages})
+    compiled = triton.compile(source, GPUTarget("cuda", arch, 32), options)
     stack, registers = _resources(compiled.asm["cubin"])
     return Built(compiled.asm["ptx"], compiled.metadata.shared, stack, registers)
 
