@@ -246,7 +246,8 @@ __device__ __forceinline__ void conv_images(const ConvImageParams& p) {
   typename P::Sums sums = {};
   {
     ConvImageLoader<P, kPass, kVector> loader(p, tile);
-    run_pipeline<P>(loader, loader.steps(), shared, sums);
+    const bool live = tile.row_exists(P::warp_row()) && tile.first_channel + P::warp_column() < tile.live_result;
+    run_pipeline<P>(loader, loader.steps(), live, shared, sums);
   }
 
   const ConvGeometry& g = p.geometry;

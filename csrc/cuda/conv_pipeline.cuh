@@ -33,9 +33,26 @@ struct ConvProduct {
   // lane % 4 * 2 + e % 2.
   using Sums = float[kRowFragments][kColumnFragments][4];
 
-  static __device__ __forceinline__ int warp_row() { return threadIdx.x / 32 / kWarpsAcross * kWarpRows; }
-  static __device__ __forceinline__ int warp_column() { return threadIdx.x / 32 % kWarpsAcross * kWarpColumns; }
+  // Where the part of a warp begins.
+  static __device__ __forceinline__ constexpr int row_of(int warp) { return warp / kWarpsAcross * kWarpRows; }
+  static __device__ __forceinline__ constexpr int column_of(int warp) {
+    return (warp + warp / kWarpsAcross * 2) % kWarpsAcross * kWarpColumns;
+  }
+  static __device__ __forceinline__ int warp_row() { return row_of(threadIdx.x / 32); }
+  static __device__ __forceinline__ int warp_column() { return column_of(threadIdx.x / 32); }
 };
+
+// Warp w runs on sub-partition w % 4 of its SM. Whether all four have work where only half of the tile lives.
+template <class P>
+__device__ constexpr bool halves_spread() {
+  unsigned top = 0, left = 0;  // sub-partitions
+  for (int warp = 0; warp < P::kWarps; ++warp) {
+    if (P::row_of(warp) < P::Tile::kRows / 2) top |= 1u << warp % 4;
+    if (P::column_of(warp) < P::Tile::kColumns / 2) left |= 1u << warp % 4;
+  }
+  return top == 0xfu && left == 0xfu;
+}
+static_assert(halves_spread<ConvProduct<bf16, Tile128, DepthInner, DepthInner>>(), "sub-partitions of an SM");
 
 __device__ __forceinline__ void multiply(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], float) {
   mma_16x8x8_tf32(d, a, b);
@@ -68,10 +85,11 @@ __device__ __forceinline__ void multiply_stage(const unsigned char* stage, typen
   }
 }
 
-// Runs `steps` steps of a loader, whose load(stage) copies both operands of the next step. On return all threads are
-// past their last use of shared memory.
+// Runs `steps` steps of a loader, whose load(stage) copies both operands of the next step. A warp multiplies where its
+// part of the tile is `live`. On return all threads are past their last use of shared memory.
 template <class P, class Loader>
-__device__ __forceinline__ void run_pipeline(Loader& loader, int steps, unsigned char* stages, typename P::Sums& sums) {
+__device__ __forceinline__ void run_pipeline(Loader& loader, int steps, bool live, unsigned char* stages,
+                                             typename P::Sums& sums) {
 #pragma unroll
   for (int stage = 0; stage < P::kStages - 1; ++stage) {
     if (stage < steps) loader.load(stages + stage * P::kStageBytes);
@@ -83,7 +101,7 @@ __device__ __forceinline__ void run_pipeline(Loader& loader, int steps, unsigned
     if (!TDC_PLANTED(CONV_NO_BARRIER)) block_sync();
     if (step + P::kStages - 1 < steps) loader.load(stages + next * P::kStageBytes);
     cp_async_commit();
-    multiply_stage<P>(stages + (TDC_PLANTED(CONV_WRONG_STAGE) ? next : oldest) * P::kStageBytes, sums);
+    if (live) multiply_stage<P>(stages + (TDC_PLANTED(CONV_WRONG_STAGE) ? next : oldest) * P::kStageBytes, sums);
     oldest = oldest + 1 == P::kStages ? 0 : oldest + 1;
     next = next + 1 == P::kStages ? 0 : next + 1;
   }

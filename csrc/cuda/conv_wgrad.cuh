@@ -37,6 +37,11 @@ struct ConvWgradTile {
   }
 };
 
+// The steps of a block, and the most channels that live in any of them.
+struct ConvWgradWork {
+  int steps, live_out, live_in;
+};
+
 // Walks over the pixels of y that a block sums: its share of every group that uses the expert and has live channels in
 // the tile.
 class ConvPixelWalk {
@@ -56,11 +61,15 @@ class ConvPixelWalk {
     if (pixel_ >= end_) next_group();
   }
 
-  // Steps from here to the end; ends the walk.
-  __device__ __forceinline__ int count_steps() {
-    int steps = 0;
-    for (; pixel_ < end_; next_group()) steps += (end_ - pixel_ + kConvDepth - 1) / kConvDepth;
-    return steps;
+  // What there is from here to the end; ends the walk.
+  __device__ __forceinline__ ConvWgradWork count() {
+    ConvWgradWork work = {0, 0, 0};
+    for (; pixel_ < end_; next_group()) {
+      work.steps += (end_ - pixel_ + kConvDepth - 1) / kConvDepth;
+      work.live_out = max(work.live_out, live_out_);
+      work.live_in = max(work.live_in, live_in_);
+    }
+    return work;
   }
 
  private:
@@ -164,7 +173,9 @@ __device__ __forceinline__ void conv_wgrad(const ConvWgradParams& p) {
   typename P::Sums sums = {};
   {
     ConvWgradLoader<P, kVector> loader(p, tile);
-    run_pipeline<P>(loader, ConvPixelWalk(p, tile).count_steps(), shared, sums);
+    const ConvWgradWork work = ConvPixelWalk(p, tile).count();
+    const bool live = tile.first_out + P::warp_row() < work.live_out && tile.first_in + P::warp_column() < work.live_in;
+    run_pipeline<P>(loader, work.steps, live, shared, sums);
   }
 
   const ConvGeometry& g = p.geometry;

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "emulator/block.h"
+#include "emulator/matrix.h"
 #include "emulator/registry.h"
 
 namespace tdc::emulator {
@@ -72,6 +73,9 @@ TDC_EXPORT int tdc_emulate(const char* kernel, const unsigned grid[3], unsigned 
 
 // Turns the race check off and on again: without it, what a race does to the data shows, as on a GPU.
 TDC_EXPORT void tdc_check_races(int on) { tdc::emulator::RaceCheck::enabled = on != 0; }
+
+// Multiply-adds of the matrix instructions that this library has run.
+TDC_EXPORT unsigned long long tdc_multiply_adds() { return tdc::emulator::multiply_adds(); }
 
 // The names of all kernels of this library, one per line.
 TDC_EXPORT const char* tdc_emulated_kernels() {

@@ -11,11 +11,13 @@ namespace tdc::emulator {
 namespace {
 
 constexpr int kRows = 16, kColumns = 8;
+unsigned long long done = 0;  // multiply-adds
 
 // d += a b with one rounding per product, in the order of k.
 template <int kDepth>
 TDC_UNCHECKED void accumulate(void* const* operands, const float (&a)[kRows][kDepth],
                               const float (&b)[kDepth][kColumns]) {
+  done += kRows * kColumns * kDepth;
   for (int half = 0; half < 2; ++half) {
     for (int g = 0; g < 8; ++g) {
       const int row = g + 8 * half;
@@ -93,5 +95,7 @@ template void load_matrices<2, false>(void* const*, int);
 template void load_matrices<2, true>(void* const*, int);
 template void load_matrices<4, false>(void* const*, int);
 template void load_matrices<4, true>(void* const*, int);
+
+unsigned long long multiply_adds() { return done; }
 
 }  // namespace tdc::emulator

@@ -21,4 +21,7 @@ void product_bf16(void* const* operands, int lanes);
 void product_half(void* const* operands, int lanes);
 void product_tf32(void* const* operands, int lanes);
 
+// Multiply-adds of all products so far.
+unsigned long long multiply_adds();
+
 }  // namespace tdc::emulator

@@ -65,6 +65,7 @@ class EmulatedLibrary:
         self._path = path
         self._library = ctypes.CDLL(str(path))
         self._library.tdc_emulated_kernels.restype = ctypes.c_char_p
+        self._library.tdc_multiply_adds.restype = ctypes.c_ulonglong
         self.kernels = tuple(self._library.tdc_emulated_kernels().decode().split())
 
     def launch(
@@ -85,6 +86,10 @@ class EmulatedLibrary:
         )
         if failed:
             raise EmulatorError(self._with_lines(message.value.decode(errors="replace")))
+
+    def multiply_adds(self) -> int:
+        """Of the matrix instructions run so far."""
+        return int(self._library.tdc_multiply_adds())
 
     @contextlib.contextmanager
     def without_race_check(self) -> Iterator[None]:
@@ -120,6 +125,10 @@ class EmulatorLauncher:
         self.schedule = schedule
         self.facts = facts
         self.launched: list[str] = []
+
+    def multiply_adds(self) -> int:
+        """Of the matrix instructions run so far."""
+        return sum(library.multiply_adds() for library in set(self._library_of.values()))
 
     def device_facts(self, device: torch.device) -> tuple[int, int, int]:
         return self.facts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from tests.emulator.conv import (
     ONE_SM,
     assert_accurate,
     conv_case,
+    differentiable,
     emulator,
     results,
     uneven,
@@ -174,6 +176,80 @@ def test_results_do_not_depend_on_which_thread_goes_first(dtype: str) -> None:
             again = results(conv_case(**changes), DTYPES[dtype])
             for name, value in first.items():
                 assert torch.equal(again[name], value), name
+
+
+# Side of a tile, rows that a warp takes, a device that makes the planner choose it in every pass over 128 channels.
+TILES = {"64x64": (64, 32, (80, 1, 49152)), "128x128": (128, 64, ONE_SM)}
+WARP_COLUMNS = STEP = 32
+
+
+def up(count: int, unit: int) -> int:
+    return -(-count // unit) * unit
+
+
+def expected_multiply_adds(case: ConvCase, side: int, warp_rows: int) -> dict[str, int]:
+    """Of each pass: rows, columns and depth count in whole warps and steps, dead tiles not at all.
+
+    One sample per group; in dgrad with stride 2 every parity of the image has as many pixels as y, and taps of its own.
+    """
+    taps, pixels = case.filter[0] * case.filter[1], case.out_size[0] * case.out_size[1]
+    ins, outs = case.in_widths or (case.in_channels,) * 2, case.out_widths or (case.out_channels,) * 2
+    segments = [(expert, stop - start, ins[g], outs[g]) for g, expert, start, stop in case.routing.segments()]
+    expected = dict.fromkeys(("forward", "dgrad", "wgrad"), 0)
+    for _, samples, live_in, live_out in segments:
+        rows = up(samples * pixels, warp_rows) * taps
+        expected["forward"] += rows * up(live_out, WARP_COLUMNS) * up(live_in, STEP)
+        expected["dgrad"] += rows * up(live_in, WARP_COLUMNS) * up(live_out, STEP)
+    for expert, first_out, first_in in product(
+        range(case.routing.num_experts), range(0, case.out_channels, side), range(0, case.in_channels, side)
+    ):
+        summed = [  # steps of a tile, and what lives there
+            (up(samples * pixels, STEP), min(live_in - first_in, side), min(live_out - first_out, side))
+            for of, samples, live_in, live_out in segments
+            if of == expert and live_in > first_in and live_out > first_out
+        ]
+        if summed:
+            depths, widest_in, widest_out = zip(*summed, strict=True)
+            area = up(max(widest_out), warp_rows) * up(max(widest_in), WARP_COLUMNS)
+            expected["wgrad"] += taps * sum(depths) * area
+    return expected
+
+
+@plain_only
+@pytest.mark.parametrize("dtype", ["bf16", "tf32"])
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({}, id="all"),
+        pytest.param({"in_widths": (64, 64), "out_widths": (64, 64)}, id="half"),
+        pytest.param({"in_widths": (32, 96), "out_widths": (96, 33)}, id="parts of tiles"),
+        pytest.param({"in_widths": (128, 0), "out_widths": (128, 128)}, id="no input"),
+        pytest.param({"in_widths": (128, 128), "out_widths": (0, 64)}, id="no output"),
+        pytest.param(
+            {"in_widths": (128, 40), "out_widths": (70, 60), "routing": uneven(1, 1, weight_index=(0, 0))},
+            id="one expert at two widths",
+        ),
+        pytest.param(
+            {"in_widths": (64, 128), "out_widths": (128, 64), "stride": (2, 2), "size": (10, 12)}, id="stride 2"
+        ),
+    ],
+)
+def test_only_live_channels_and_taps_that_reach_are_multiplied(changes: dict[str, Any], tile: str, dtype: str) -> None:
+    side, warp_rows, facts = TILES[tile]
+    settings = {"routing": uneven(1, 1), "in_channels": 128, "out_channels": 128, "size": (5, 6), "extras": ()}
+    case = conv_case(**(settings | changes))
+    done = {}
+    with emulator(facts=facts) as launcher:
+        for wanted, backward in (("x", "dgrad"), ("weight", "wgrad")):
+            tensors = differentiable(case.tensors(DTYPES[dtype]), (wanted,))
+            before = launcher.multiply_adds()
+            y = routed(case, tensors, backend="cuda")
+            between = launcher.multiply_adds()
+            torch.autograd.grad(y, tensors[wanted], torch.ones_like(y))
+            done |= {"forward": between - before, backward: launcher.multiply_adds() - between}
+    assert set(launcher.launched) == {f"tdc_conv_{name}_{dtype}_{tile}" for name in done}
+    assert done == expected_multiply_adds(case, side, warp_rows)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
