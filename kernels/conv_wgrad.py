@@ -105,10 +105,100 @@ def share_start(steps, split, splits):
     return steps // splits * split + tl.minimum(steps % splits, split)
 
 
+@triton.jit
+def _most_live(widths, number, mine, channels):
+    """Live channels of the group that has the most, of those that are `mine`: all of them without widths."""
+    if widths is None:
+        live = channels
+    else:
+        live = tl.minimum(tl.maximum(tl.max(tl.load(widths + number, mask=mine, other=0), 0), 0), channels)
+    return live
+
+
+@triton.jit
+def _tile(
+    dy,  # boxes of BM channels where BOXED
+    x,  # boxes of BN channels where BOXED
+    out,
+    offsets,
+    in_widths,
+    out_widths,
+    number,  # [GROUPS]
+    mine,  # [GROUPS]
+    batch,
+    column_out,
+    column_in,
+    shift_y,
+    shift_x,
+    height,
+    width,
+    in_channels,
+    out_height,
+    out_width,
+    out_channels,
+    split,
+    splits,
+    slab,
+    tap,
+    taps,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PRECISION: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BOXED: tl.constexpr,
+    TH: tl.constexpr,
+    TW: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """BM x BN channels of the gradient; the others of ROWS x COLUMNS are dead, and zeros are written there."""
+    outs = column_out + tl.arange(0, BM)
+    ins = column_in + tl.arange(0, BN)
+    group = -1
+    total = tl.zeros([BM, BN], tl.float32)
+    for _ in range(tl.sum(mine.to(tl.int32), 0)):
+        group = tl.min(tl.where(mine & (number > group), number, GROUPS), 0)
+        first, past = segment_of(offsets, group, batch)
+        out_live = live_width(out_widths, group, out_channels)
+        in_live = live_width(in_widths, group, in_channels)
+        steps = tl.cdiv((past - first) * (out_height * out_width), BK)
+        steps = tl.where((column_out < out_live) & (column_in < in_live), steps, 0)
+        acc = tl.zeros([BM, BN], tl.float32)
+        for step in range(share_start(steps, split, splits), share_start(steps, split + 1, splits)):
+            grad, value = _operands(
+                dy, x, step, first, past, column_out, column_in, shift_y, shift_x, height, width, in_channels,
+                out_height, out_width, out_channels, STRIDE_H, STRIDE_W, BOXED, TH, TW, BM, BN, BK,
+            )  # fmt: skip
+            acc = multiply(grad, value, acc, PRECISION)
+        total += tl.where((outs < out_live)[:, None] & (ins < in_live)[None, :], acc, 0.0)
+    _store(total, out, outs, ins, slab, tap, taps, in_channels, out_channels)
+    if BM < ROWS:
+        dead = column_out + BM + tl.arange(0, ROWS - BM)
+        all_ins = column_in + tl.arange(0, COLUMNS)
+        _store(
+            tl.zeros([ROWS - BM, COLUMNS], tl.float32), out, dead, all_ins, slab, tap, taps, in_channels, out_channels
+        )
+    if BN < COLUMNS:
+        dead = column_in + BN + tl.arange(0, COLUMNS - BN)
+        _store(tl.zeros([BM, COLUMNS - BN], tl.float32), out, outs, dead, slab, tap, taps, in_channels, out_channels)
+
+
+@triton.jit
+def _store(values, out, outs, ins, slab, tap, taps, in_channels, out_channels):
+    place = (slab * out_channels + outs[:, None]) * taps + tap  # [BM, 1]
+    stored = (outs < out_channels)[:, None] & (ins < in_channels)[None, :]
+    tl.store(out + place * in_channels + ins[None, :], values.to(out.dtype.element_ty), mask=stored)
+
+
 @triton.jit(do_not_specialize=_GEOMETRY)
 def wgrad_kernel(
     dy,  # (B, out_height, out_width, out_channels), or boxes [BK, BM] of its pixels
     x,  # (B, height, width, in_channels), or boxes [1, TH, TW, BN] of it
+    narrow_dy,  # dy, or boxes of half as many channels where NARROW_OUT
+    narrow_x,  # x, or boxes of half as many channels where NARROW_IN
     out,  # (splits, E, C_out, taps, C_in), fp32 unless there is one split
     offsets,
     weight_index,
@@ -134,6 +224,8 @@ def wgrad_kernel(
     VECTOR_OUT: tl.constexpr,
     PRECISION: tl.constexpr,
     GROUPS: tl.constexpr,
+    NARROW_OUT: tl.constexpr,
+    NARROW_IN: tl.constexpr,
     BOXED: tl.constexpr,
     TH: tl.constexpr,
     TW: tl.constexpr,
@@ -151,34 +243,41 @@ def wgrad_kernel(
     expert = program // (tiles_in * taps * tiles_out)
     shift_y, shift_x = tap // filter_width - pad_height, tap % filter_width - pad_width
 
-    outs = column_out + tl.arange(0, BM)
-    ins = column_in + tl.arange(0, BN)
     number = tl.arange(0, GROUPS)
     exists = number < num_groups
     named = tl.load(weight_index + number, mask=exists, other=0)
     mine = exists & (tl.minimum(tl.maximum(named, 0), num_experts - 1) == expert)
-    group = -1
-    total = tl.zeros([BM, BN], tl.float32)
-    for _ in range(tl.sum(mine.to(tl.int32), 0)):
-        group = tl.min(tl.where(mine & (number > group), number, GROUPS), 0)
-        first, past = segment_of(offsets, group, batch)
-        out_live = live_width(out_widths, group, out_channels)
-        in_live = live_width(in_widths, group, in_channels)
-        steps = tl.cdiv((past - first) * (out_height * out_width), BK)
-        steps = tl.where((column_out < out_live) & (column_in < in_live), steps, 0)
-        acc = tl.zeros([BM, BN], tl.float32)
-        for step in range(share_start(steps, split, splits), share_start(steps, split + 1, splits)):
-            grad, value = _operands(
-                dy, x, step, first, past, column_out, column_in, shift_y, shift_x, height, width, in_channels,
-                out_height, out_width, out_channels, STRIDE_H, STRIDE_W, BOXED, TH, TW, BM, BN, BK,
-            )  # fmt: skip
-            acc = multiply(grad, value, acc, PRECISION)
-        total += tl.where((outs < out_live)[:, None] & (ins < in_live)[None, :], acc, 0.0)
-
     slab = split.to(tl.int64) * num_experts + expert
-    place = (slab * out_channels + outs[:, None]) * taps + tap  # [BM, 1]
-    stored = (outs < out_channels)[:, None] & (ins < in_channels)[None, :]
-    tl.store(out + place * in_channels + ins[None, :], total.to(out.dtype.element_ty), mask=stored)
+
+    # Of a tile whose second half is dead in all groups the first half is enough.
+    live_out = _most_live(out_widths, number, mine, out_channels) - column_out
+    live_in = _most_live(in_widths, number, mine, in_channels) - column_in
+    if NARROW_OUT and live_out <= BM // 2:
+        if NARROW_IN and live_in <= BN // 2:
+            _tile(
+                narrow_dy, narrow_x, out, offsets, in_widths, out_widths, number, mine, batch, column_out, column_in,
+                shift_y, shift_x, height, width, in_channels, out_height, out_width, out_channels, split, splits, slab,
+                tap, taps, STRIDE_H, STRIDE_W, PRECISION, GROUPS, BOXED, TH, TW, BM // 2, BN // 2, BK, BM, BN,
+            )  # fmt: skip
+        else:
+            _tile(
+                narrow_dy, x, out, offsets, in_widths, out_widths, number, mine, batch, column_out, column_in, shift_y,
+                shift_x, height, width, in_channels, out_height, out_width, out_channels, split, splits, slab, tap,
+                taps, STRIDE_H, STRIDE_W, PRECISION, GROUPS, BOXED, TH, TW, BM // 2, BN, BK, BM, BN,
+            )  # fmt: skip
+    else:
+        if NARROW_IN and live_in <= BN // 2:
+            _tile(
+                dy, narrow_x, out, offsets, in_widths, out_widths, number, mine, batch, column_out, column_in, shift_y,
+                shift_x, height, width, in_channels, out_height, out_width, out_channels, split, splits, slab, tap,
+                taps, STRIDE_H, STRIDE_W, PRECISION, GROUPS, BOXED, TH, TW, BM, BN // 2, BK, BM, BN,
+            )  # fmt: skip
+        else:
+            _tile(
+                dy, x, out, offsets, in_widths, out_widths, number, mine, batch, column_out, column_in, shift_y,
+                shift_x, height, width, in_channels, out_height, out_width, out_channels, split, splits, slab, tap,
+                taps, STRIDE_H, STRIDE_W, PRECISION, GROUPS, BOXED, TH, TW, BM, BN, BK, BM, BN,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=("elements", "splits"))
@@ -193,7 +292,9 @@ def sum_splits_kernel(partial, out, elements, splits, VECTOR: tl.constexpr, BLOC
 
 
 @functools.lru_cache(maxsize=4096)
-def _constants(p: Any, tile: WgradTile, splits: int) -> tuple[tuple[int, int], dict[str, Any]]:
+def _constants(
+    p: Any, tile: WgradTile, splits: int, in_widths: bool, out_widths: bool
+) -> tuple[tuple[int, int], dict[str, Any]]:
     """(grid, the arguments that are no tensors)."""
     rows, columns = wgrad_tiles.box_of(tile, p) if tile.path == "tma" else (1, tile.block_pixels)
     constants = {
@@ -216,6 +317,9 @@ def _constants(p: Any, tile: WgradTile, splits: int) -> tuple[tuple[int, int], d
         "VECTOR_IN": _vector(p.in_channels, p.dtype.itemsize),
         "VECTOR_OUT": _vector(p.out_channels, p.dtype.itemsize),
         "PRECISION": precision_of(p),
+        # Half a tile of fewer channels would not fill wgmma's 64 rows.
+        "NARROW_OUT": out_widths and tile.block_out >= 128,
+        "NARROW_IN": in_widths and tile.block_in >= 128,
         "GROUPS": triton.next_power_of_2(p.num_groups),
         "BOXED": tile.path == "tma",
         "TH": rows,
@@ -266,13 +370,15 @@ def wgrad_launches(
         tile = wgrad_tiles.choose_wgrad_tile(problem, device_of(problem.device), None if aligned else "pointer")
     if splits is None:
         splits = wgrad_tiles.choose_splits(problem, tile, device_of(problem.device))
-    grid, constants = _constants(problem, tile, splits)
+    grid, constants = _constants(problem, tile, splits, in_widths is not None, out_widths is not None)
     out = dweight
     if splits > 1:
         out = torch.empty((splits, dweight.numel()), dtype=torch.float32, device=dweight.device)
     tensors = {
         "dy": dy,
         "x": x,
+        "narrow_dy": dy if constants["NARROW_OUT"] else None,
+        "narrow_x": x if constants["NARROW_IN"] else None,
         "out": out,
         "offsets": offsets,
         "weight_index": weight_index,
@@ -280,10 +386,12 @@ def wgrad_launches(
         "out_widths": out_widths,
     }
     if tile.path == "tma":
-        tensors |= {
-            "dy": _pixel_rows(dy, tile.block_pixels, tile.block_out),
-            "x": _boxes(x, constants["TH"], constants["TW"], tile.block_in),
-        }
+        tensors["dy"] = _pixel_rows(dy, tile.block_pixels, tile.block_out)
+        tensors["x"] = _boxes(x, constants["TH"], constants["TW"], tile.block_in)
+        if constants["NARROW_OUT"]:
+            tensors["narrow_dy"] = _pixel_rows(dy, tile.block_pixels, tile.block_out // 2)
+        if constants["NARROW_IN"]:
+            tensors["narrow_x"] = _boxes(x, constants["TH"], constants["TW"], tile.block_in // 2)
     key, options = (problem, tile, splits), {"num_warps": tile.warps, "num_stages": tile.stages}
     launches = [Launch(wgrad_kernel, grid, tensors, constants, options, key)]
     if splits > 1:

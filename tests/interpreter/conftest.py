@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 collect_ignore = [
@@ -15,3 +18,19 @@ collect_ignore = [
     for path in Path(__file__).parent.glob("test_*.py")
     if (path.name == "test_interpreter.py") is INTERPRETING
 ]
+
+
+@pytest.fixture
+def multiply_adds(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Those of every product of tiles that the interpreter takes, from here on."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    taken: list[int] = []
+    multiply = InterpreterBuilder.create_dot
+
+    def counted(self: Any, a: Any, b: Any, *more: Any) -> Any:
+        taken.append(a.data.shape[0] * a.data.shape[1] * b.data.shape[1])
+        return multiply(self, a, b, *more)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", counted)
+    return taken

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from tests.tolerance import assert_as_accurate_as_torch
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 SMALL_STEP = WgradTile("pointer", 16, 16, 16, 2, 4)  # several tiles and steps even in a tiny problem
 BOXED = WgradTile("tma", 16, 16, 16, 2, 4)
+WIDE = WgradTile("pointer", 128, 128, 16, 2, 4)  # halves of which are left out where they are dead
 
 
 def some_case(**changes: Any) -> ConvCase:
@@ -129,6 +130,48 @@ def test_boxes_see_what_pointers_see(
     widths = {"in_channels": 24, "out_channels": 8, "in_widths": (24, 0, 13), "out_widths": (8, 8, 5)}
     case = some_case(size=size, filter=filter_, padding=padding, **widths)
     assert_accurate(case, torch.float16, BOXED, splits)
+
+
+@pytest.mark.parametrize("path", ["pointer", "tma"])
+@pytest.mark.parametrize(
+    "widths", [((24, 200), (65, 9)), ((64, 50), (64, 136)), ((65, 200), (3, 64)), ((2, 64), (7, 0))]
+)
+def test_dead_halves_of_a_tile_are_zeros(path: str, widths: tuple[Any, Any], nan_filled_memory: None) -> None:
+    """Also where an expert has several groups, the widest of which decides."""
+    for weight_index in ((0, 1), (1, 1)):
+        routing = Routing((0, 1, 1), 2, 2, weight_index)
+        case = some_case(
+            routing=routing, in_channels=200, out_channels=136, in_widths=widths[0], out_widths=widths[1], size=(4, 4),
+            filter=(1, 3), padding=(0, 1),
+        )  # fmt: skip
+        assert_accurate(case, torch.float16, replace(WIDE, path=path), 2)
+
+
+@pytest.mark.parametrize(
+    ("in_widths", "out_widths", "counted"),
+    [
+        (None, None, 2 * 256 * 256),
+        ((128, 64), (64, 128), 128 * 64 + 64 * 128),
+        ((64, 192), (64, 0), 64 * 64),
+        ((192, 256), (256, 129), 192 * 256 + 256 * 192),
+        ((250, 10), (190, 64), 256 * 192 + 64 * 64),  # to whole halves
+    ],
+)
+@pytest.mark.parametrize("path", ["pointer", "tma"])
+def test_only_live_channels_are_multiplied(
+    path: str,
+    in_widths: tuple[int, ...] | None,
+    out_widths: tuple[int, ...] | None,
+    counted: int,
+    multiply_adds: list[int],
+) -> None:
+    """counted: input times output channels, per pixel of y and tap, of one sample of each group."""
+    case = some_case(
+        routing=Routing((0, 1), 2, 2, None), in_channels=256, out_channels=256, in_widths=in_widths,
+        out_widths=out_widths, size=(4, 4),
+    )  # fmt: skip
+    Backward(case, torch.float16).dweight(replace(WIDE, path=path), 1)
+    assert sum(multiply_adds) == 16 * 9 * counted
 
 
 def test_groups_that_share_an_expert_add_up_although_each_has_its_own_dead_channels(nan_filled_memory: None) -> None:
