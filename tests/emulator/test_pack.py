@@ -114,9 +114,10 @@ def test_every_tensor_is_one_launch_under_any_schedule() -> None:
         assert launcher.launched == ["tdc_pack_experts_4"]
 
 
-def test_an_order_that_points_outside_stops_the_kernel() -> None:
+@pytest.mark.parametrize("outside", [-1, 10])
+def test_an_order_that_points_outside_stops_the_kernel(outside: int) -> None:
     problem = conv_problem()
-    problem["in_order"][2, 6] = 10
+    problem["in_order"][2, 6] = outside
     with with_kernels(), pytest.raises(EmulatorError, match="trap"):
         pack_channels(**problem)
     problem["in_widths"][2] = 6  # now nobody needs that entry
