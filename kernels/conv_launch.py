@@ -79,13 +79,14 @@ def _constants(op: str, p: Any, tile: ConvTile, widths: bool, narrow: bool) -> t
         # The longer loop goes inside: it is the one that is pipelined. One loop flattened over taps and channels would
         # never drain, but such loops have been miscompiled with 8 warps (pytorch issue 173068).
         "TAPS_INNER": p.filter[0] * p.filter[1] > 2 * classes,
+        "NARROW": narrow,
         "TAIL": widths or (source_channels % tile.block_k != 0 and not filled),
         "BN": tile.block_channels,
         "BK": tile.block_k,
     }
     if tile.path == "tma":
         _, rows, columns = tile_shapes.box_of(tile.block_pixels, *grid)
-        constants |= {"NB": samples, "TH": rows, "TW": columns, "HALVED": halved, "FILLED": filled, "NARROW": narrow}
+        constants |= {"NB": samples, "TH": rows, "TW": columns, "HALVED": halved, "FILLED": filled}
         del constants["source_height"], constants["source_width"]
     else:
         constants |= {"BM": tile.block_pixels, "PRECISION": tile_shapes.precision_of(p)}
@@ -117,7 +118,7 @@ def conv_launch(
         device = tile_shapes.device_of(problem.device)
         tile = tile_shapes.choose_tile(op, problem, device, None if aligned else "pointer")
     # Half a tile of fewer channels would not fill wgmma's 64 rows.
-    narrow = tile.path == "tma" and tile.block_channels >= 128 and out_widths is not None
+    narrow = tile.block_channels >= 128 and out_widths is not None
     grid, constants = _constants(op, problem, tile, source_widths is not None, narrow)
     tensors = {
         "source": source,

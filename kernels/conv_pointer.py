@@ -79,6 +79,70 @@ def _step(
     return multiply(a, tl.trans(b), acc, PRECISION)
 
 
+@triton.jit
+def _tile(
+    source,
+    weight,  # of the expert
+    out,
+    bias,
+    sample_bias,
+    residual,
+    expert,
+    first,
+    sample,  # [BM]
+    row,  # [BM]
+    y,  # [BM]
+    x,
+    pixel,  # [BM] of out
+    valid,
+    columns,
+    live,
+    out_live,
+    source_height,
+    source_width,
+    source_channels,
+    out_channels,
+    out_pixels,
+    first_h,
+    first_w,
+    taps_h,
+    taps_w,
+    taps,  # of the filter
+    S: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    DGRAD: tl.constexpr,
+    TAPS_INNER: tl.constexpr,
+    TAIL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """These columns of the result."""
+    acc = tl.zeros([columns.shape[0], sample.shape[0]], tl.float32)
+    reaching = taps_h * taps_w
+    blocks = live // BK
+    for outer in range(blocks if TAPS_INNER else reaching):
+        for inner in range(reaching if TAPS_INNER else blocks):
+            tap = inner if TAPS_INNER else outer
+            k = (outer if TAPS_INNER else inner) * BK
+            acc = _step(
+                acc, source, weight, tap // taps_w, tap % taps_w, k, row, y, x, valid, columns, live, source_height,
+                source_width, source_channels, out_channels, first_h, first_w, taps, S, STRIDE_H, STRIDE_W, DGRAD, BK,
+                PRECISION, False,
+            )  # fmt: skip
+    if TAIL:
+        for tap in range(tl.where(blocks * BK < live, reaching, 0)):
+            acc = _step(
+                acc, source, weight, tap // taps_w, tap % taps_w, blocks * BK, row, y, x, valid, columns, live,
+                source_height, source_width, source_channels, out_channels, first_h, first_w, taps, S, STRIDE_H,
+                STRIDE_W, DGRAD, BK, PRECISION, True,
+            )  # fmt: skip
+    finish_tile(
+        acc, out, bias, sample_bias, residual, expert, first, sample, pixel, valid, columns, out_live, out_channels,
+        out_pixels,
+    )  # fmt: skip
+
+
 _GEOMETRY = [
     "source_height", "source_width", "out_height", "out_width", "grid_height", "grid_width", "chunks",
     "pad_height", "pad_width", "num_experts", "tile_row", "R",
@@ -117,6 +181,7 @@ def conv_pointer_kernel(
     DGRAD: tl.constexpr,
     TAPS_INNER: tl.constexpr,
     TAIL: tl.constexpr,
+    NARROW: tl.constexpr,  # a tile whose second half is dead is half a tile
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -146,35 +211,32 @@ def conv_pointer_kernel(
         out_y, out_x = grid_y, grid_x
     valid = (sample < count) & (out_y < out_height) & (out_x < out_width)
 
-    columns = channel_tile * BN + tl.arange(0, BN)
+    column = channel_tile * BN
     out_live = live_width(out_widths, group, out_channels)
     live = live_width(source_widths, group, source_channels)
-    live = tl.where(channel_tile * BN < out_live, live, 0)  # a dead tile has no steps
+    live = tl.where(column < out_live, live, 0)  # a dead tile has no steps
     expert = expert_of(weight_index, group, num_experts)
     weight += expert.to(tl.int64) * (R * S * source_channels * out_channels)
     source += first.to(tl.int64) * (source_height * source_width * source_channels)
     row = ((sample * source_height + y) * source_width + x) * source_channels
+    pixel = out_y * out_width + out_x
+    out_pixels = out_height * out_width
 
-    acc = tl.zeros([BN, BM], tl.float32)
-    taps = taps_h * taps_w
-    blocks = live // BK
-    for outer in range(blocks if TAPS_INNER else taps):
-        for inner in range(taps if TAPS_INNER else blocks):
-            tap = inner if TAPS_INNER else outer
-            k = (outer if TAPS_INNER else inner) * BK
-            acc = _step(
-                acc, source, weight, tap // taps_w, tap % taps_w, k, row, y, x, valid, columns, live, source_height,
-                source_width, source_channels, out_channels, first_h, first_w, R * S, S, STRIDE_H, STRIDE_W, DGRAD, BK,
-                PRECISION, False,
-            )  # fmt: skip
-    if TAIL:
-        for tap in range(tl.where(blocks * BK < live, taps, 0)):
-            acc = _step(
-                acc, source, weight, tap // taps_w, tap % taps_w, blocks * BK, row, y, x, valid, columns, live,
-                source_height, source_width, source_channels, out_channels, first_h, first_w, R * S, S, STRIDE_H,
-                STRIDE_W, DGRAD, BK, PRECISION, True,
-            )  # fmt: skip
-    finish_tile(
-        acc, out, bias, sample_bias, residual, expert, first, sample, out_y * out_width + out_x, valid, columns,
-        out_live, out_channels, out_height * out_width,
-    )  # fmt: skip
+    if NARROW and out_live - column <= BN // 2:
+        half = column + tl.arange(0, BN // 2)
+        _tile(
+            source, weight, out, bias, sample_bias, residual, expert, first, sample, row, y, x, pixel, valid, half,
+            live, out_live, source_height, source_width, source_channels, out_channels, out_pixels, first_h, first_w,
+            taps_h, taps_w, R * S, S, STRIDE_H, STRIDE_W, DGRAD, TAPS_INNER, TAIL, PRECISION, BK,
+        )  # fmt: skip
+        finish_tile(
+            tl.zeros([BN // 2, BM], tl.float32), out, None, None, None, expert, first, sample, pixel, valid,
+            half + BN // 2, out_live, out_channels, out_pixels,
+        )  # fmt: skip
+    else:
+        columns = column + tl.arange(0, BN)
+        _tile(
+            source, weight, out, bias, sample_bias, residual, expert, first, sample, row, y, x, pixel, valid, columns,
+            live, out_live, source_height, source_width, source_channels, out_channels, out_pixels, first_h, first_w,
+            taps_h, taps_w, R * S, S, STRIDE_H, STRIDE_W, DGRAD, TAPS_INNER, TAIL, PRECISION, BK,
+        )  # fmt: skip

@@ -21,7 +21,7 @@ from tests.tolerance import assert_as_accurate_as_torch
 # Small tiles: every loop turns more than once, and the interpreter stays quick.
 POINTER = ConvTile("pointer", 32, 16, 16, 2, 4)
 TMA = ConvTile("tma", 32, 16, 16, 2, 4)
-WIDE = ConvTile("tma", 16, 128, 16, 2, 4)  # whose second half is left out where it is dead
+WIDE = [ConvTile(path, 16, 128, 16, 2, 4) for path in ("pointer", "tma")]  # with a second half that may be dead
 UNEVEN = Routing((0, 0, 0, 1, 2), 4, 3, (2, 0, 1, 0))
 WIDTHS: dict[str, Any] = {"in_widths": (24, 9, 20, 0), "out_widths": (24, 16, 7, 0)}
 
@@ -67,9 +67,10 @@ HALF_DEAD = case_of(
     in_channels=200, out_channels=136, size=(2, 2), in_widths=(64, 65, 193, 0), out_widths=(65, 64, 129, 7)
 )
 RUNS = [
-    pytest.param(HALF_DEAD, WIDE, torch.float16, id="tma-fp16-half dead tiles"),
-    pytest.param(
-        replace(HALF_DEAD, size=(4, 4), stride=(2, 2)), WIDE, torch.float16, id="tma-fp16-half dead, stride 2"
+    *(
+        pytest.param(replace(HALF_DEAD, **image), tile, torch.float16, id=f"{tile.path}-fp16-half dead tiles, {name}")
+        for tile in WIDE
+        for name, image in {"3x3": {}, "stride 2": {"size": (4, 4), "stride": (2, 2)}}.items()
     ),
     *(pytest.param(case, POINTER, torch.float32, id=f"pointer-fp32-{name}") for name, case in CASES.items()),
     *(pytest.param(case, POINTER, torch.float32, id=f"pointer-fp32-{name}") for name, case in POINTER_ONLY.items()),
@@ -187,15 +188,15 @@ def test_dead_channels_of_the_weights_are_not_used(tile: ConvTile) -> None:
         assert torch.equal(actual[name], expected[name]), name
 
 
+@pytest.mark.parametrize("tile", WIDE, ids=lambda tile: tile.path)
 @pytest.mark.parametrize(
-    ("tile", "stride", "in_widths", "out_widths", "counted"),
+    ("stride", "in_widths", "out_widths", "counted"),
     [
-        (WIDE, (1, 1), None, None, 2 * 256 * 256),
-        (WIDE, (1, 1), (128, 64), (64, 128), 128 * 64 + 64 * 128),
-        (WIDE, (1, 1), (192, 0), (64, 256), 192 * 64),
-        (WIDE, (1, 1), (250, 256), (190, 0), 256 * 192),  # to whole blocks of channels
-        (WIDE, (2, 2), (128, 256), (192, 64), 128 * 192 + 256 * 64),
-        (replace(WIDE, path="pointer", block_channels=64), (1, 1), (128, 64), (60, 128), 128 * 64 + 64 * 128),
+        ((1, 1), None, None, 2 * 256 * 256),
+        ((1, 1), (128, 64), (64, 128), 128 * 64 + 64 * 128),
+        ((1, 1), (192, 0), (64, 256), 192 * 64),
+        ((1, 1), (250, 256), (190, 0), 256 * 192),  # to whole blocks of channels
+        ((2, 2), (128, 256), (192, 64), 128 * 192 + 256 * 64),
     ],
 )
 def test_only_live_channels_and_taps_that_reach_are_multiplied(
