@@ -13,6 +13,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from bench.gpu_layers import UNET_BATCH, UNETS, unet_layers
 from tdc_fast.kernels import tile_shapes
 from tdc_fast.kernels.conv_launch import conv_launch, conv_supported
 from tdc_fast.kernels.tile_shapes import (
@@ -26,6 +27,7 @@ from tdc_fast.kernels.tile_shapes import (
     problem_key,
     samples_per_tile,
 )
+from tdc_fast.kernels.wgrad_tiles import choose_wgrad_tile
 from tdc_fast.ops.checks import ConvProblem
 from tdc_fast.ops.tiles import level_start, tile_rows
 
@@ -168,6 +170,34 @@ def write_table(folder: Path, version: int, tiles: dict[str, Any]) -> None:
     for cache in (load_tuned, choose_tile):
         cache.cache_clear()
     (folder / "nvidia_h200.json").write_text(json.dumps({"version": version, "tiles": tiles}))
+
+
+@pytest.mark.parametrize("name", UNETS)
+def test_half_widths_leave_a_quarter_of_the_products_of_a_unet(name: str) -> None:
+    """Blocks of channels that a tile multiplies, of its output and its input, as the kernels count them."""
+
+    def across(live: int, block: int) -> float:
+        tiles = -(-live // block)
+        return tiles - 0.5 if block >= 128 and live <= tiles * block - block // 2 else tiles
+
+    for layer in unet_layers(name, UNETS[name], UNET_BATCH)[0]:
+        channels = layer.in_channels, layer.out_channels
+        if layer.filter == 1 or min(channels) < 16:  # images' own channels are never pruned
+            continue
+        problem = problem_of(
+            layer.batch, layer.height, stride=layer.stride, in_channels=channels[0], out_channels=channels[1]
+        )
+        for op, (source, out) in (("forward", channels), ("dgrad", channels[::-1])):
+            tile = choose_tile(op, problem, H200)
+            whole, half = (
+                across(out // part, tile.block_channels) * -(-source // part // tile.block_k) for part in (1, 2)
+            )
+            assert half * 4 == whole, (op, str(layer), tile)
+        tile = choose_wgrad_tile(problem, H200)
+        whole, half = (
+            across(channels[1] // part, tile.block_out) * across(channels[0] // part, tile.block_in) for part in (1, 2)
+        )
+        assert half * 4 == whole, (str(layer), tile)
 
 
 def test_what_cannot_be_served_is_refused_with_a_reason() -> None:
