@@ -19,11 +19,17 @@ from tests.gpu.shapes import CONV_CASES, CONV_FORMS, conv
 from tests.tolerance import assert_as_accurate_as_torch
 
 OPS = {"forward": "y", "dgrad": "dx", "wgrad": "dweight"}
-RAGGED = conv(  # widths that end within a K-step and within a tile
-    Routing((0, 1, 1, 2, 3, 3, 3, 0, 1), 4, 4, None), (192, 128), (12, 12),
-    in_widths=(192, 100, 24, 136), out_widths=(128, 72, 0, 104),
-)  # fmt: skip
-CASES = {name: CONV_CASES[name] for name in CONV_FORMS if name != "odd channels"} | {"ragged widths": RAGGED}
+RAGGED = {
+    "ragged widths": conv(  # that end within a K-step and within a tile, in its first half and in its second
+        Routing((0, 1, 1, 2, 3, 3, 3, 0, 1), 4, 4, None), (192, 128), (12, 12),
+        in_widths=(192, 100, 24, 136), out_widths=(128, 56, 0, 104),
+    ),
+    "ragged widths, stride 2": conv(
+        Routing((0, 1, 1, 2), 3, 3, None), (136, 128), (16, 16), stride=(2, 2),
+        in_widths=(136, 64, 40), out_widths=(120, 64, 8),
+    ),
+}  # fmt: skip
+CASES = {name: CONV_CASES[name] for name in CONV_FORMS if name != "odd channels"} | RAGGED
 Runs = Iterator[tuple[str, Callable[[], Tensor]]]
 
 
