@@ -90,6 +90,7 @@ def calls() -> dict[str, Callable[[], Any]]:
     bias, scale, shift = made(GROUPS, CHANNELS), made(BATCH, CHANNELS), made(BATCH, CHANNELS)
     routing = (plan.offsets, plan.weight_index, None, None)
     tiled = (plan.offsets, tiles, plan.weight_index, None, None)
+    half = (torch.full((GROUPS,), CHANNELS // 2, dtype=torch.int32),) * 2
 
     def conv(op: str) -> Any:
         return conv_problem(op, x, x.shape, weight, *routing, (1, 1), (1, 1))
@@ -102,8 +103,12 @@ def calls() -> dict[str, Callable[[], Any]]:
     _, mean, rstd = backend.group_norm(norm, x, bias, bias, scale, shift, *norm_routing)
     return {
         "conv forward": lambda: backend.conv2d(forward, x, weight, bias, None, x, *tiled),
+        "conv forward, widths": lambda: backend.conv2d(forward, x, weight, bias, None, x, *tiled[:3], *half),
         "conv dgrad": lambda: backend.conv2d_dgrad(dgrad, x, weight, *tiled),
         "conv wgrad + bias": lambda: backend.conv2d_wgrad(wgrad, x, x, weight, *routing, (True, True, False)),
+        "conv wgrad, widths": lambda: backend.conv2d_wgrad(
+            wgrad, x, x, weight, *routing[:2], *half, (True, False, False)
+        ),
         "norm forward": lambda: backend.group_norm(norm, x, bias, bias, scale, shift, *norm_routing),
         "norm backward": lambda: backend.group_norm_backward(
             norm, x, x, bias, bias, scale, shift, mean, rstd, *norm_routing, (True,) * 5

@@ -36,7 +36,11 @@ def described(argument: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    "operator", ["conv forward", "conv dgrad", "conv wgrad + bias", "norm forward", "norm backward"]
+    "operator",
+    [
+        *("conv forward", "conv forward, widths", "conv dgrad", "conv wgrad + bias", "conv wgrad, widths"),
+        *("norm forward", "norm backward"),
+    ],
 )
 def test_a_remembered_launch_passes_what_triton_would(driver: StandInDriver, operator: str) -> None:
     call = calls()[operator]
