@@ -93,6 +93,12 @@ def all_builds() -> list[Build]:
         for problem in kinds
         for tile in candidates(op, problem, DEVICES[arch])
     ]
+    builds += [
+        Build(arch, op, half, tile, full=False)
+        for arch in (80, 90)
+        for op in ("forward", "dgrad")
+        for tile in candidates(op, half, DEVICES[arch])
+    ]
     for op in ("forward", "dgrad"):
         strided, pointwise = problem_of(torch.bfloat16, stride=2), problem_of(torch.bfloat16, taps=1)
         builds += [Build(90, op, strided, tile) for tile in candidates(op, strided, DEVICES[90], "tma")]

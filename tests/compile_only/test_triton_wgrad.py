@@ -37,15 +37,19 @@ class Build:
     problem: ConvProblem
     tile: WgradTile
     splits: int
+    pruned: bool = True  # with widths
 
     def __str__(self) -> str:
         p, t = self.problem, self.tile
         dtype = "tf32" if p.tf32 else str(p.dtype).removeprefix("torch.")
-        return f"sm_{self.arch}-{dtype}-s{p.stride[0]}-{p.width}-{t.path}-{t.block_out}x{t.block_in}-k{self.splits}"
+        kind = f"s{p.stride[0]}-{p.width}" + ("" if self.pruned else "-plain")
+        return f"sm_{self.arch}-{dtype}-{kind}-{t.path}-{t.block_out}x{t.block_in}-k{self.splits}"
 
 
 def everything_that_can_be_chosen() -> list[Build]:
-    """Each tile once; halves in both forms and with boxes of every shape; the other settings are spread over them."""
+    """Each tile with widths, and without; halves in both forms and with boxes of every shape; the other settings are
+    spread over them.
+    """
     builds = []
     for arch, device in DEVICES.items():
         tiles = wgrad_candidates(layer(), device)
@@ -58,6 +62,7 @@ def everything_that_can_be_chosen() -> list[Build]:
             builds.append(Build(arch, problem, tile, 1 + index % 3))
         for problem in (layer(torch.float32), layer(torch.float32, tf32=True)):
             builds += [Build(arch, problem, tile, 2) for tile in wgrad_candidates(problem, device)]
+    builds += [Build(90, layer(), tile, 1, pruned=False) for tile in wgrad_candidates(layer(), DEVICES[90])]
     return [*builds, Build(100, layer(), wgrad_candidates(layer(), NEWER)[0], 2)]
 
 
@@ -78,7 +83,9 @@ def tensors_of(p: ConvProblem) -> tuple[torch.Tensor, ...]:
 
 @pytest.mark.parametrize("case", everything_that_can_be_chosen(), ids=str)
 def test_a_tile_compiles_to_what_it_promises(case: Build) -> None:
-    launch = wgrad_launches(case.problem, *tensors_of(case.problem), tile=case.tile, splits=case.splits)[0]
+    *tensors, in_widths, out_widths = tensors_of(case.problem)
+    widths = (in_widths, out_widths) if case.pruned else (None, None)
+    launch = wgrad_launches(case.problem, *tensors, *widths, tile=case.tile, splits=case.splits)[0]
     built = build(launch.kernel, launch.arguments, case.arch, launch.options)
     assert_fits(built, case.arch)
     halves = case.problem.dtype != torch.float32
