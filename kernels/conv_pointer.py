@@ -120,20 +120,21 @@ def _tile(
     """These columns of the result."""
     acc = tl.zeros([columns.shape[0], sample.shape[0]], tl.float32)
     reaching = taps_h * taps_w
+    across = tl.maximum(taps_w, 1)  # pipelining divides before it knows that there is a tap
     blocks = live // BK
     for outer in range(blocks if TAPS_INNER else reaching):
         for inner in range(reaching if TAPS_INNER else blocks):
             tap = inner if TAPS_INNER else outer
             k = (outer if TAPS_INNER else inner) * BK
             acc = _step(
-                acc, source, weight, tap // taps_w, tap % taps_w, k, row, y, x, valid, columns, live, source_height,
+                acc, source, weight, tap // across, tap % across, k, row, y, x, valid, columns, live, source_height,
                 source_width, source_channels, out_channels, first_h, first_w, taps, S, STRIDE_H, STRIDE_W, DGRAD, BK,
                 PRECISION, False,
             )  # fmt: skip
     if TAIL:
         for tap in range(tl.where(blocks * BK < live, reaching, 0)):
             acc = _step(
-                acc, source, weight, tap // taps_w, tap % taps_w, blocks * BK, row, y, x, valid, columns, live,
+                acc, source, weight, tap // across, tap % across, blocks * BK, row, y, x, valid, columns, live,
                 source_height, source_width, source_channels, out_channels, first_h, first_w, taps, S, STRIDE_H,
                 STRIDE_W, DGRAD, BK, PRECISION, True,
             )  # fmt: skip

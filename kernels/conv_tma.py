@@ -188,6 +188,7 @@ def _tile(
     BM: tl.constexpr = NB * TH * TW
     acc = tl.zeros([BN, BM], tl.float32)
     taps = taps_h * taps_w
+    across = tl.maximum(taps_w, 1)  # pipelining divides before it knows that there is a tap
     blocks = live // BK
     if FILLED:
         blocks = tl.where(live == source_channels, tl.cdiv(live, BK), blocks)
@@ -196,14 +197,14 @@ def _tile(
             tap = inner if TAPS_INNER else outer
             k = (outer if TAPS_INNER else inner) * BK
             acc = _step(
-                acc, source, weight, tap // taps_w, tap % taps_w, k, first, y, x, weight_row, column, live,
+                acc, source, weight, tap // across, tap % across, k, first, y, x, weight_row, column, live,
                 source_channels, out_channels, first_h, first_w, S, STRIDE_H, STRIDE_W, DGRAD, HALVED, BM, BN, BK,
                 False,
             )  # fmt: skip
     if TAIL:
         for tap in range(tl.where(blocks * BK < live, taps, 0)):
             acc = _step(
-                acc, source, weight, tap // taps_w, tap % taps_w, blocks * BK, first, y, x, weight_row, column, live,
+                acc, source, weight, tap // across, tap % across, blocks * BK, first, y, x, weight_row, column, live,
                 source_channels, out_channels, first_h, first_w, S, STRIDE_H, STRIDE_W, DGRAD, HALVED, BM, BN, BK, True,
             )  # fmt: skip
 
