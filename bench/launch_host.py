@@ -76,9 +76,9 @@ def stand_in_gpu() -> Iterator[StandInDriver]:
 def calls() -> dict[str, Callable[[], Any]]:
     """The operators of a residual block's layer, as their backend is called."""
     from tdc_fast import RoutingPlan
+    from tdc_fast.kernels.tile_table import tiles_of
     from tdc_fast.ops import triton as backend
     from tdc_fast.ops.checks import conv_problem, norm_problem
-    from tdc_fast.ops.tiles import tiles_of
 
     def made(*shape: int) -> Tensor:
         return torch.randn(shape, dtype=torch.bfloat16)

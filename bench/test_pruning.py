@@ -17,8 +17,8 @@ from torch import nn
 
 from bench.compare import compare
 from tdc_fast.diffusion import create_diffusion
+from tdc_fast.diffusion.calibration import calibration_losses
 from tdc_fast.models.iddpm import UNet
-from tdc_fast.pruning.importance import calibration_losses
 from tdc_fast.pruning.macs import UnitCosts
 from tdc_fast.pruning.narrow import narrow
 from tdc_fast.pruning.scoring import DenoisingLoss

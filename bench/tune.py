@@ -31,7 +31,8 @@ from bench.gpu_conv import Case, Problem
 from bench.gpu_layers import UNET_BATCH, UNETS, ConvLayer, design_layers, unet_layers
 from bench.gpu_rows import Run
 from bench.gpu_timing import Budget, Machine
-from tdc_fast.ops.checks import ConvProblem, conv_problem
+from tdc_fast.kernels.problems import ConvProblem
+from tdc_fast.ops.checks import conv_problem
 
 OPS = ("forward", "dgrad", "wgrad")
 GAIN = 0.98  # a tile goes into the table when its time is at most this part of the chosen one's
@@ -129,7 +130,7 @@ def candidates(problem: Problem, p: ConvProblem, device: Any) -> list[Candidate]
     from tdc_fast.kernels.conv_dgrad import conv_dgrad
     from tdc_fast.kernels.conv_forward import conv_forward
     from tdc_fast.kernels.conv_wgrad import conv_wgrad
-    from tdc_fast.ops.tiles import tiles_of
+    from tdc_fast.kernels.tile_table import tiles_of
 
     plan, op, device = problem.plan, problem.case.direction, replace(device, name="")
     index = plan.weight_index

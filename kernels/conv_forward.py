@@ -30,7 +30,7 @@ def conv_forward(
 
     problem: a ConvProblem that `conv_supported`. x (B, C_in, H, W) and residual (B, C_out, OH, OW) in channels_last
     memory; weight (E, C_out, C_in, R, S) in memory order E, C_out, R, S, C_in; bias (E, C_out), sample_bias (B, C_out),
-    tiles (rows, 3) (tdc_fast.ops.tiles), weight_index and widths (N,) int32, all contiguous.
+    tiles (rows, 3) (tdc_fast.kernels.tile_table), weight_index and widths (N,) int32, all contiguous.
     tile: runs this one instead of the chosen one (benches and tests).
     Returns y (B, C_out, OH, OW), channels_last, its dead channels exact zeros.
     """

@@ -16,7 +16,7 @@ from tdc_fast.kernels.conv_pointer import conv_pointer_kernel
 from tdc_fast.kernels.conv_tma import conv_tma_kernel, source_descriptor, weight_descriptor
 from tdc_fast.kernels.launch import Launch
 from tdc_fast.kernels.tile_shapes import ConvTile
-from tdc_fast.ops.tiles import level_start
+from tdc_fast.kernels.tile_table import level_start
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

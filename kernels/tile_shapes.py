@@ -4,7 +4,7 @@ Every tile that fits is given a cost, waves x area / rate, and the cheapest one 
 multiprocessor; `rate` says how busy the tensor cores are kept relative to the best tile. The rates are a model, not yet
 measured on a GPU: bench/tune.py times the candidates and writes kernels/tuned/<device>.json, whose entries go first.
 
-`op` is "forward" or "dgrad" everywhere; `problem` is a tdc_fast.ops.checks.ConvProblem.
+`op` is "forward" or "dgrad" everywhere; `problem` is a tdc_fast.kernels.problems.ConvProblem.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from tdc_fast.ops.tiles import tile_rows
+from tdc_fast.kernels.tile_table import tile_rows
 
 TABLE_VERSION = 1  # of the kernels: raise it when their speed changes, and measured tables are made anew
 TUNED = Path(__file__).parent / "tuned"

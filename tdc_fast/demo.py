@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from tdc_fast.experiments import DemoOptions, run_demo
 from tdc_fast.flags import parse_flags
-from tdc_fast.main_job import DemoOptions, run_demo
 from tdc_fast.training.interrupts import TrainingInterrupted
 
 

@@ -13,18 +13,20 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from tdc_fast.atomic import write_json
-from tdc_fast.classifier import train_classifier
-from tdc_fast.denoisers import TrainedDenoiser, Which, from_run
+from tdc_fast.data.dataset import load_dataset
+from tdc_fast.data.image_sources import list_images
+from tdc_fast.data.pixels import to_uint8
 from tdc_fast.diffusion.samplers import SamplerName
 from tdc_fast.errors import invalid, require
-from tdc_fast.evaluation import heldout_losses
+from tdc_fast.evaluation.classifier import train_classifier
+from tdc_fast.evaluation.frechet import RandomConvFeatures, extract, frechet_distance, real_floors
+from tdc_fast.evaluation.heldout import heldout_losses
+from tdc_fast.evaluation.samples import draw_samples
 from tdc_fast.flags import parse_flags, use_threads
-from tdc_fast.frechet import RandomConvFeatures, extract, frechet_distance, real_floors, to_uint8
 from tdc_fast.routing import TimestepGroups
-from tdc_fast.sample import draw_samples
-from tdc_fast.training.build import build_groups, split_data
-from tdc_fast.training.data import load_dataset
-from tdc_fast.training.image_sources import list_images
+from tdc_fast.runs.build import split_data
+from tdc_fast.runs.denoisers import TrainedDenoiser, Which, from_run
+from tdc_fast.runs.groups import build_groups
 
 FEW_IMAGES = 5000
 

@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 
 from tdc_fast.atomic import atomic_file, write_json
-from tdc_fast.denoisers import TrainedDenoiser, Which, from_checkpoint, from_run, refuse_mismatch, stored_facts
+from tdc_fast.data.dataset import load_dataset
 from tdc_fast.diffusion.likelihood import bound
 from tdc_fast.errors import invalid
 from tdc_fast.flags import parse_flags, use_threads, value_of
-from tdc_fast.training.build import split_data
-from tdc_fast.training.data import load_dataset
-from tdc_fast.training.options import DiffusionOptions, ModelOptions
-from tdc_fast.training.run import default_directory
+from tdc_fast.runs.build import split_data
+from tdc_fast.runs.denoisers import TrainedDenoiser, Which, from_checkpoint, from_run, refuse_mismatch, stored_facts
+from tdc_fast.runs.directory import default_directory
+from tdc_fast.runs.options import DiffusionOptions, ModelOptions
 
 
 @dataclass(frozen=True, kw_only=True)

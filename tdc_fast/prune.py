@@ -20,12 +20,11 @@ from typing import Any
 from tdc_fast.errors import invalid
 from tdc_fast.flags import parse_flags, use_threads, value_of
 from tdc_fast.pruning.search import Pruning
-from tdc_fast.training.build import build_data
-from tdc_fast.training.cli import refuse_changed_options
-from tdc_fast.training.config import TrainConfig, read_options
+from tdc_fast.runs.build import build_data
+from tdc_fast.runs.config import TrainConfig, read_options, refuse_changed_options
+from tdc_fast.runs.directory import RunDirectory
+from tdc_fast.runs.options import SECTIONS, SearchOptions
 from tdc_fast.training.cost import stage1_steps
-from tdc_fast.training.options import SECTIONS, SearchOptions
-from tdc_fast.training.run import RunDirectory
 from tdc_fast.training.search import build_agents, prunes, refuse_trained_experts
 from tdc_fast.training.stages import build_base, group_timesteps, search_widths, train_base
 
@@ -52,7 +51,7 @@ def prune_run(directory: str | Path, dataset: Any = None, **options: Any) -> Pru
 
     Args:
         dataset: calibration images; None loads what the run's configuration names.
-        options: fields of :class:`~tdc_fast.training.options.SearchOptions` (agent, rounds, ...) and ``device``,
+        options: fields of :class:`~tdc_fast.runs.options.SearchOptions` (agent, rounds, ...) and ``device``,
             ``progress``; others are the run's.
 
     Raises:
@@ -73,7 +72,7 @@ def prune_base_file(config: TrainConfig, dataset: Any = None) -> tuple[RunDirect
     Raises:
         ValueError: the weights do not fit the flags, the directory holds another run, or there is nothing to prune.
     """
-    from tdc_fast.train import open_run
+    from tdc_fast.runs.opening import open_run
 
     if not config.base:
         raise invalid("base", config.base, "--base FILE with the model's flags, or --run DIR")
@@ -112,7 +111,7 @@ def _check_prunable(config: TrainConfig) -> None:
 
 
 def _check_stage1(run: RunDirectory) -> None:
-    from tdc_fast.training.checkpoint import finished_steps
+    from tdc_fast.runs.checkpoint import finished_steps
 
     if run.config.base:
         return

@@ -14,21 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from tdc_fast.denoisers import TrainedDenoiser, Which, from_checkpoint, from_run, refuse_mismatch, stored_facts
-from tdc_fast.diffusion.samplers import SamplerName
 from tdc_fast.errors import invalid
+from tdc_fast.evaluation.samples import draw_samples, write_samples
 from tdc_fast.flags import parse_flags, use_threads, value_of
-from tdc_fast.frechet import to_uint8
-from tdc_fast.training.build import named_device
-from tdc_fast.training.config import comma_numbers
-from tdc_fast.training.options import DiffusionOptions, ModelOptions
-from tdc_fast.training.run import default_directory
+from tdc_fast.runs.build import named_device
+from tdc_fast.runs.config import comma_numbers
+from tdc_fast.runs.denoisers import TrainedDenoiser, Which, from_checkpoint, from_run, refuse_mismatch, stored_facts
+from tdc_fast.runs.directory import default_directory
+from tdc_fast.runs.options import DiffusionOptions, ModelOptions
 
-GRID_IMAGES = 100
 QUICK_STEPS = 50
 
 
@@ -67,73 +61,6 @@ class SampleOptions:
     out: str = ""
     """Folder for the .npz and the .png; empty takes samples/ of the run, else DIFFUSION_BLOB_LOGDIR, OPENAI_LOGDIR or a
     new temporary folder."""
-
-
-def draw_samples(
-    denoiser: TrainedDenoiser,
-    num_samples: int,
-    *,
-    sampler: SamplerName = "ddim",
-    steps: int | None = None,
-    batch_size: int = 500,
-    seed: int = 0,
-    clip_denoised: bool = True,
-    classes: Sequence[int] = (),
-    device: str = "cpu",
-    progress: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """`num_samples` images, uint8 (M, C, H, W) on the CPU, and their classes, int64 (M,) or None.
-
-    The same seed and batch size give every model the same starting noise. `classes` limits what a class-conditional
-    model draws. Raises ValueError for a class that the model does not have.
-    """
-    from tdc_fast.diffusion import sample
-
-    for value in classes:
-        if not 0 <= value < denoiser.num_classes:
-            raise invalid("classes", value, f"classes of the model, which has {denoiser.num_classes}")
-    allowed = torch.tensor(classes or range(denoiser.num_classes), dtype=torch.int64)
-    generator = torch.Generator().manual_seed(seed)
-    images, labels = [], []
-    for first in range(0, num_samples, batch_size):
-        count = min(batch_size, num_samples - first)
-        kwargs = {}
-        if denoiser.num_classes:
-            labels.append(allowed[torch.randint(len(allowed), (count,), generator=generator)])
-            kwargs["y"] = labels[-1].to(device)
-        drawn = sample(
-            denoiser.diffusion,
-            denoiser.model,
-            (count, *denoiser.image_shape),
-            sampler=sampler,
-            steps=steps,
-            generator=generator,
-            clip_denoised=clip_denoised,
-            model_kwargs=kwargs,
-            device=device,
-        )
-        images.append(to_uint8(drawn).cpu())
-        if progress:
-            print(f"drew {first + count} of {num_samples} images", flush=True)
-    return torch.cat(images), torch.cat(labels) if labels else None
-
-
-def write_samples(directory: Path, images: Tensor, labels: Tensor | None) -> tuple[Path, Path]:
-    """Write `samples_{N}x{H}x{W}x{C}.npz` (arr_0 uint8 NHWC, arr_1 labels) and a .png of the first 100; their paths."""
-    from tdc_fast.atomic import atomic_file
-    from tdc_fast.report.plots import grid_image
-
-    directory.mkdir(parents=True, exist_ok=True)
-    pixels = images.permute(0, 2, 3, 1).contiguous().numpy()
-    name = "samples_" + "x".join(str(size) for size in pixels.shape)
-    arrays = [pixels] if labels is None else [pixels, labels.numpy()]
-    archive, picture = directory / f"{name}.npz", directory / f"{name}.png"
-    with atomic_file(archive) as file:
-        np.savez(file, *arrays)
-    scale = max(1, 64 // images.shape[2])
-    with atomic_file(picture) as file:
-        grid_image(images[:GRID_IMAGES], columns=10, scale=scale).save(file, format="PNG")
-    return archive, picture
 
 
 def main(argv: Sequence[str] | None = None) -> None:

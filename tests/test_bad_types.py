@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from tdc_fast import RoutingPlan, TimestepGroups, routed_conv2d
+from tdc_fast.data.dataset import ImageDataset, load_dataset
 from tdc_fast.diffusion import Diffusion, StratifiedSampler, UniformSampler, create_diffusion
 from tdc_fast.diffusion.samplers import sample
 from tdc_fast.models.iddpm import create_unet
 from tdc_fast.train import train
-from tdc_fast.training.data import ImageDataset, load_dataset
 
 PROCESS = create_diffusion(diffusion_steps=20)
 SHAPE = (2, 1, 4, 4)

@@ -13,8 +13,8 @@ from bench.paper.recipes import STUDIES, Recipe, contestant
 from bench.paper.run import cpu_minutes, protocol, run_rows
 from bench.paper.summary import _score_against_loss, summarise
 from bench.paper.tables import TABLES, Table
-from tdc_fast.main_job.measure import load_yardsticks
-from tdc_fast.training.config import TrainConfig
+from tdc_fast.experiments.measure import load_yardsticks
+from tdc_fast.runs.config import TrainConfig
 from tdc_fast.training.interrupts import TrainingInterrupted
 
 STUDY = STUDIES["digits"].scaled(0.01)

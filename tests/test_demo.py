@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from tdc_fast import demo
-from tdc_fast.classifier import train_classifier
-from tdc_fast.main_job import DemoOptions, measure, run_demo, tasks
-from tdc_fast.main_job.contestants import contestants
+from tdc_fast.evaluation.classifier import train_classifier
+from tdc_fast.experiments import DemoOptions, measure, run_demo
+from tdc_fast.experiments import jobs as tasks
+from tdc_fast.experiments.contestants import contestants
 
 TINY = DemoOptions(scale=0.02, samples=60, draws=2, sampling_steps=2, loss_points=1)
 
@@ -95,9 +96,9 @@ def test_a_second_call_keeps_what_is_finished(finished, numbers, monkeypatch, ca
 
 
 def test_one_model_made_again_elsewhere_has_the_same_numbers(finished, numbers, tmp_path, one_thread):
-    from tdc_fast.main_job.contestants import stage1
-    from tdc_fast.main_job.job import FULL_STEPS
-    from tdc_fast.main_job.measure import Protocol, load_measured
+    from tdc_fast.experiments.contestants import stage1
+    from tdc_fast.experiments.demo import FULL_STEPS
+    from tdc_fast.experiments.measure import Protocol, load_measured
 
     out, steps = tmp_path / "again", round(FULL_STEPS * TINY.scale)
     tasks.train_contestant(stage1(out, steps, 0))

@@ -18,8 +18,8 @@ from tdc_fast.nn.units import PruningUnit
 from tdc_fast.nn.width_plan import ExpertUnit, WidthPlan
 from tdc_fast.prune import main, prune_run
 from tdc_fast.pruning.memory import read_trials
+from tdc_fast.pruning.plots import agent_comparison, best_so_far, search_plot, widths_plot
 from tdc_fast.pruning.task import Trial
-from tdc_fast.report.search_plots import agent_comparison, best_so_far, search_plot, widths_plot
 from tdc_fast.routing import TimestepGroups
 from tdc_fast.train import TrainConfig, train
 from tdc_fast.train import main as train_command

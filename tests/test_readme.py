@@ -17,7 +17,7 @@ def test_the_python_example_runs():
 
 
 def test_every_option_that_the_readme_names_exists():
-    from tdc_fast.training.config import TrainConfig
+    from tdc_fast.runs.config import TrainConfig
 
     commands = re.findall(r"python -m tdc_fast\.train (.*?)(?=\n    python|\n\n)", README.read_text(), re.S)
     assert commands

@@ -17,8 +17,8 @@ from bench.paper.run import cpu_minutes, protocol, run_rows
 from bench.paper.summary import as_markdown, summarise
 from bench.paper.tables import TABLES
 from tdc_fast.atomic import write_json
-from tdc_fast.main_job.assemble import describe_environment
-from tdc_fast.main_job.measure import load_yardsticks
+from tdc_fast.experiments.assemble import describe_environment
+from tdc_fast.experiments.measure import load_yardsticks
 from tdc_fast.training.interrupts import TrainingInterrupted
 
 ROOT = Path(__file__).resolve().parents[2]

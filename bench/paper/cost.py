@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 
 from tdc_fast.pruning.budget import budget_law
+from tdc_fast.runs.build import build_diffusion, build_unet
+from tdc_fast.runs.config import TrainConfig
 from tdc_fast.training import cost
-from tdc_fast.training.build import build_diffusion, build_unet
-from tdc_fast.training.config import TrainConfig
 
 CONFIGS = Path(__file__).parent / "configs"
 

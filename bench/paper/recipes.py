@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tdc_fast.main_job.contestants import SETTINGS, Contestant
-from tdc_fast.training.checkpoint import model_file
-from tdc_fast.training.config import TrainConfig
+from tdc_fast.experiments.contestants import SETTINGS, Contestant
+from tdc_fast.runs.checkpoint import model_file
+from tdc_fast.runs.config import TrainConfig
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,13 @@ from pathlib import Path
 
 from bench.paper.recipes import Recipe, Study, contestant
 from tdc_fast.atomic import write_json
-from tdc_fast.main_job.assemble import training_phases
-from tdc_fast.main_job.contestants import Contestant
-from tdc_fast.main_job.measure import Measured, Protocol, load_measured, prepare_yardsticks
-from tdc_fast.main_job.tasks import Task, run_tasks, train_and_measure, train_contestant
+from tdc_fast.experiments.assemble import training_phases
+from tdc_fast.experiments.contestants import Contestant
+from tdc_fast.experiments.jobs import Task, run_tasks, train_and_measure, train_contestant
+from tdc_fast.experiments.measure import Measured, Protocol, load_measured, prepare_yardsticks
 from tdc_fast.pruning.memory import read_trials
 from tdc_fast.routing import TimestepGroups
-from tdc_fast.training.load import load_run
+from tdc_fast.runs.loading import load_run
 
 LOSS_INTERVALS = 4  # held-out loss is told for the quarters of the timesteps, whatever groups a model has
 

@@ -9,8 +9,8 @@ from typing import Any
 from bench.paper.recipes import Study
 from bench.paper.run import Outcome
 from bench.paper.tables import Table
-from tdc_fast.evaluation import compare
-from tdc_fast.main_job.measure import Protocol, Yardsticks
+from tdc_fast.evaluation.heldout import compare
+from tdc_fast.experiments.measure import Protocol, Yardsticks
 
 
 def summarise(

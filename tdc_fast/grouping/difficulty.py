@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from tdc_fast.diffusion.calibration import Batch, calibration_losses
 from tdc_fast.errors import invalid
 from tdc_fast.grouping.probes import Probes
-from tdc_fast.pruning.importance import Batch, calibration_losses, evaluating
+from tdc_fast.nn.modes import evaluating
 
 
 @torch.no_grad()

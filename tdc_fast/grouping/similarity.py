@@ -26,11 +26,12 @@ import torch
 from torch import Tensor, nn
 
 from tdc_fast.atomic import write_json
+from tdc_fast.diffusion.calibration import Batch, calibration_losses
 from tdc_fast.errors import invalid
 from tdc_fast.grouping.intervals import Division, divide, scatter_of_similarity
 from tdc_fast.grouping.probes import Probes
+from tdc_fast.nn.modes import evaluating
 from tdc_fast.ops.checks import require_integer
-from tdc_fast.pruning.importance import Batch, calibration_losses, evaluating
 from tdc_fast.routing import TimestepGroups
 
 _FORMAT_VERSION = 1

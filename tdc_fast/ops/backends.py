@@ -21,8 +21,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from tdc_fast.errors import invalid
+from tdc_fast.kernels.problems import ConvProblem, NormProblem
 from tdc_fast.ops import cpu, cuda, reference
-from tdc_fast.ops.checks import ConvProblem, NormProblem, require_backend_name
+from tdc_fast.ops.checks import require_backend_name
 
 ENVIRONMENT = "TDC_FAST_BACKEND"
 _MEMO_LIMIT = 4096

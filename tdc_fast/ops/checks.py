@@ -7,7 +7,6 @@ native code indexes with them; on a GPU reading them would stall it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,54 +14,11 @@ import torch
 from torch import Tensor
 
 from tdc_fast.errors import invalid
-from tdc_fast.ops.tiles import total_rows
+from tdc_fast.kernels.problems import ConvProblem, NormProblem
+from tdc_fast.kernels.tile_table import total_rows
 
 _MOST = 2**20  # pixels that a stride or a padding may be
 _FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-@dataclass(frozen=True, slots=True)
-class ConvProblem:
-    """Geometry of one routed convolution; `op` is the registered operator that runs (forward, dgrad or wgrad)."""
-
-    op: str
-    device: torch.device
-    dtype: torch.dtype
-    batch: int
-    height: int
-    width: int
-    in_channels: int
-    out_channels: int
-    filter: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    out_height: int
-    out_width: int
-    num_groups: int
-    num_experts: int
-    tf32: bool = False  # fp32 products may be rounded to tf32; the CPU backends never do
-
-
-@dataclass(frozen=True, slots=True)
-class NormProblem:
-    """Geometry of one routed group norm; `op` is the registered operator that runs (forward or backward)."""
-
-    op: str
-    device: torch.device
-    dtype: torch.dtype
-    batch: int
-    height: int
-    width: int
-    channels: int
-    num_norm_groups: int
-    eps: float
-    silu: bool
-    num_groups: int
-    num_experts: int
-
-    @property
-    def channels_per_group(self) -> int:
-        return self.channels // self.num_norm_groups
 
 
 def require_tensors(optional: tuple[str, ...] = (), **arguments: Any) -> None:

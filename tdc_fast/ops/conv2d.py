@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tdc_fast.kernels.problems import ConvProblem
 from tdc_fast.ops import backends, library
 from tdc_fast.ops.checks import (
-    ConvProblem,
     check_conv_values,
     conv_problem,
     pair,

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tdc_fast.ops.checks import ConvProblem, NormProblem, check_conv_values, check_norm_values
+from tdc_fast.kernels.problems import ConvProblem, NormProblem
+from tdc_fast.ops.checks import check_conv_values, check_norm_values
 
 name = "cpu"
 native: Any = None

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tdc_fast.kernels.problems import ConvProblem, NormProblem
+from tdc_fast.kernels.tile_table import tiles_of, total_rows
 from tdc_fast.ops import cpu, cuda_launch
-from tdc_fast.ops.checks import ConvProblem, NormProblem
 from tdc_fast.ops.cuda_launch import Facts, Launcher
 from tdc_fast.ops.layout import (
     aligned,
@@ -24,7 +25,6 @@ from tdc_fast.ops.layout import (
     is_channel_innermost,
     nhwc,
 )
-from tdc_fast.ops.tiles import tiles_of, total_rows
 
 name = "cuda"
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

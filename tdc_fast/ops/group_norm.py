@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from tdc_fast.errors import invalid
+from tdc_fast.kernels.problems import NormProblem
 from tdc_fast.ops import backends, library
 from tdc_fast.ops.checks import (
-    NormProblem,
     accumulate_dtype,
     check_norm_values,
     norm_problem,

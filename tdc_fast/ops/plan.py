@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.utils import _pytree
 
 from tdc_fast.errors import invalid
+from tdc_fast.kernels.tile_table import no_tiles, tile_table, total_rows
 from tdc_fast.ops import cpu, cuda, library
 from tdc_fast.ops.checks import require_integer, require_tensors
-from tdc_fast.ops.tiles import no_tiles, tile_table, total_rows
 
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -133,7 +133,7 @@ class RoutingPlan:
     inverse (B,) int64: the opposite permutation
     offsets (N + 1,) int32: group g occupies sorted positions [offsets[g], offsets[g + 1])
     groups (B,) int64: group of each sorted position
-    tiles (rows, 3) int32: what each program of a GPU kernel works on (`tdc_fast.ops.tiles`); no rows in host memory
+    tiles (rows, 3) int32: what each program of a GPU kernel works on (`kernels.tile_table`); no rows in host memory
     weight_index (N,) int32: the expert whose weights a group uses (the identity by default)
 
     Build it with `from_groups`. Nothing here waits for a GPU.

@@ -13,13 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import grad as conv_grad
 
-from tdc_fast.ops.checks import (
-    ConvProblem,
-    NormProblem,
-    accumulate_dtype,
-    check_conv_values,
-    check_norm_values,
-)
+from tdc_fast.kernels.problems import ConvProblem, NormProblem
+from tdc_fast.ops.checks import accumulate_dtype, check_conv_values, check_norm_values
 
 name = "reference"
 

@@ -21,10 +21,11 @@ from tdc_fast.kernels.conv_wgrad import conv_wgrad, wgrad_supported
 from tdc_fast.kernels.group_norm import group_norm_backward as norm_backward
 from tdc_fast.kernels.group_norm import group_norm_forward as norm_forward
 from tdc_fast.kernels.group_norm import norm_supported
+from tdc_fast.kernels.problems import ConvProblem, NormProblem
 from tdc_fast.kernels.tile_shapes import device_of
-from tdc_fast.ops.checks import ConvProblem, NormProblem, check_conv_values, check_norm_values
+from tdc_fast.kernels.tile_table import tiles_of
+from tdc_fast.ops.checks import check_conv_values, check_norm_values
 from tdc_fast.ops.layout import channel_innermost, empty_channel_innermost, is_channel_innermost, nhwc
-from tdc_fast.ops.tiles import tiles_of
 
 name = "triton"
 _OLDEST_ARCHITECTURE = 80

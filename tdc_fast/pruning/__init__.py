@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from tdc_fast.nn.macs import measure_macs
 from tdc_fast.pruning.agents import AGENTS, Agent, AgentFailed, MostImportant, make_agent
 from tdc_fast.pruning.budget import budget_law, difficulty_order, group_fractions, keep_fractions
 from tdc_fast.pruning.importance import magnitude_importance, taylor_importance
-from tdc_fast.pruning.macs import UnitCosts, measure_macs, unit_costs
+from tdc_fast.pruning.macs import UnitCosts, unit_costs
 from tdc_fast.pruning.memory import Memory, read_trials
 from tdc_fast.pruning.projection import project
 from tdc_fast.pruning.rounds import search_widths

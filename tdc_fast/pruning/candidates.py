@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tdc_fast.nn.modes import evaluating
 from tdc_fast.nn.packing import pack_experts
 from tdc_fast.nn.routed import RoutedConv1d, RoutedConv2d, RoutedLeaf
 from tdc_fast.nn.units import PruningUnit
 from tdc_fast.nn.width_plan import ExpertUnit, WidthPlan
-from tdc_fast.pruning.importance import evaluating
 from tdc_fast.routing import RoutingPlan, TimestepGroups
 
 

@@ -23,10 +23,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tdc_fast.diffusion.calibration import Batch, calibration_losses
 from tdc_fast.errors import invalid
+from tdc_fast.nn.modes import evaluating
 from tdc_fast.nn.units import PruningUnit, UnitSlice
 
-Batch = Tensor | tuple[Tensor, Mapping[str, Any]]
 Importance = dict[str, np.ndarray]  # unit name -> (atoms,) float64
 
 
@@ -86,41 +87,6 @@ def balanced(importance: Importance, weights: Mapping[str, float]) -> Importance
     return {name: scores * (weights[name] / (scores.sum() or 1.0)) for name, scores in importance.items()}
 
 
-def calibration_losses(
-    model: nn.Module, batches: Iterable[Batch], diffusion: Any, group: tuple[int, int], *, seed: int = 0
-) -> Iterator[Tensor]:
-    """The training loss (B,) of each batch at timesteps of `group`, on the model's device.
-
-    Each batch spreads its timesteps evenly over [start, stop). Timesteps and noise depend on `seed` and the batches'
-    shapes alone, so that groups and models are compared on the same draws.
-    """
-    device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(seed)
-    for x0, kwargs in map(split_batch, batches):
-        t, noise = draw_timesteps(x0, group, generator)
-        kwargs = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in kwargs.items()}
-        x0, t, noise = x0.to(device), t.to(device), noise.to(device)
-        yield diffusion.training_losses(model, x0, t, noise=noise, model_kwargs=kwargs)["loss"]
-
-
-def split_batch(batch: Batch) -> tuple[Tensor, Mapping[str, Any]]:
-    """(x0, model_kwargs) of a batch given as x0 alone or as the pair."""
-    if isinstance(batch, Tensor):
-        return batch, {}
-    x0, kwargs = batch
-    return x0, kwargs or {}
-
-
-def draw_timesteps(x0: Tensor, group: tuple[int, int], generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Timesteps (B,) int64 spread evenly over [start, stop), one draw per B-th of it, and noise like x0."""
-    start, stop = group
-    count = x0.shape[0]
-    shares = (torch.arange(count, dtype=torch.float64) + torch.rand(count, generator=generator)) / max(count, 1)
-    t = start + (shares * (stop - start)).long().clamp_(max=stop - start - 1)
-    t = t[torch.randperm(count, generator=generator)]
-    return t, torch.randn(x0.shape, generator=generator, dtype=x0.dtype)
-
-
 def _slice_tensors(model: nn.Module, unit: PruningUnit) -> Iterator[tuple[UnitSlice, Tensor]]:
     """The parameters that hold the unit: weights, and on the side of the outputs also biases."""
     for part in unit.slices:
@@ -142,20 +108,6 @@ def _per_atom(values: Tensor, unit: PruningUnit, part: UnitSlice) -> np.ndarray:
             f"slices of {unit.name}", (part, per_entry.numel()), f"{part.copies} x {unit.num_atoms} x {span} entries"
         )
     return per_entry.view(part.copies, unit.num_atoms, span).sum((0, 2)).cpu().numpy()
-
-
-@contextmanager
-def evaluating(model: object) -> Iterator[None]:
-    """Dropout off inside; every module's mode is as it was afterwards. A model that is no module has no mode."""
-    modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    modes = [module.training for module in modules]
-    for module in modules:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, mode in zip(modules, modes, strict=True):
-            module.training = mode
 
 
 @contextmanager

@@ -9,9 +9,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from tdc_fast.diffusion.calibration import Batch, draw_timesteps, split_batch
 from tdc_fast.errors import invalid
 from tdc_fast.pruning.candidates import CandidateModel
-from tdc_fast.pruning.importance import Batch, draw_timesteps, split_batch
 from tdc_fast.pruning.task import Task, Widths
 
 

@@ -16,19 +16,14 @@ from typing import Any
 
 from torch import nn
 
+from tdc_fast.diffusion.calibration import Batch, split_batch
 from tdc_fast.errors import invalid
+from tdc_fast.nn.macs import MacCounter, measure_macs
 from tdc_fast.nn.width_plan import ExpertUnit, WidthPlan, base_hash
 from tdc_fast.pruning.agents import AGENTS, Agent, make_agent
 from tdc_fast.pruning.budget import budget_macs, group_fractions
-from tdc_fast.pruning.importance import (
-    Batch,
-    Importance,
-    balanced,
-    magnitude_importance,
-    split_batch,
-    taylor_importance,
-)
-from tdc_fast.pruning.macs import MacCounter, UnitCosts, measure_macs, one_sample_on_meta, unit_costs
+from tdc_fast.pruning.importance import Importance, balanced, magnitude_importance, taylor_importance
+from tdc_fast.pruning.macs import UnitCosts, one_sample_on_meta, unit_costs
 from tdc_fast.pruning.memory import Memory
 from tdc_fast.pruning.progress import Progress
 from tdc_fast.pruning.rounds import search_widths

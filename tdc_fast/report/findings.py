@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from tdc_fast.evaluation import compare
+from tdc_fast.evaluation.heldout import compare
 from tdc_fast.report.numbers import Comparison, ModelResult
 
 # A difference counts as clear where the measure's own noise alone would make one as large 1 time in 20.

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tdc_fast.atomic import atomic_file, write_json
-from tdc_fast.evaluation import compare
+from tdc_fast.evaluation.heldout import compare
 from tdc_fast.report import findings, plots
 from tdc_fast.report.numbers import Comparison, ModelResult
 from tdc_fast.report.style import STYLE

@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from tdc_fast.evaluation import HeldoutLosses, compare
-from tdc_fast.frechet import DistanceSpread, Floor
+from tdc_fast.evaluation.frechet import DistanceSpread, Floor
+from tdc_fast.evaluation.heldout import HeldoutLosses, compare
 
 
 @dataclass(frozen=True)

@@ -5,59 +5,22 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
 
-from tdc_fast.errors import require
-from tdc_fast.evaluation import compare
+from tdc_fast.data.pixels import grid_image
+from tdc_fast.evaluation.heldout import compare
+from tdc_fast.figures import GROUP_SHADES, INK, MEASURED, MUTED, RULE, new_figure
 from tdc_fast.report.numbers import Comparison, Curve, ModelResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-INK, MUTED, RULE = "#1d2733", "#66717f", "#d9dee5"
 # Told apart by lightness as well as by hue: baselines are greys, experts are colours.
 FAMILY_COLOURS = {"uniform": ("#2f3a48", "#8f9baa", "#c2a14d"), "experts": ("#0f7f8c", "#d9662b", "#7a58a6")}
-MEASURED = "#d9662b"
-GROUP_SHADES = ("#eef3f8", "#f8f5ee")
-
-
-def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **layout: Any) -> tuple[Figure, Any]:
-    """A figure without pyplot: no global state, no display."""
-    require("matplotlib", "demo")
-    from matplotlib import rcParams
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    rcParams["svg.hashsalt"] = "tdc_fast"  # element ids that repeat from run to run
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, squeeze=False, **layout)
-    for axis in axes.flat:
-        _style(axis)
-    return figure, axes
-
-
-def _style(axis: Axes) -> None:
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.spines[["left", "bottom"]].set_color(RULE)
-    axis.tick_params(colors=MUTED, labelsize=9, length=0)
-    axis.title.set_color(INK)
-    axis.title.set_fontsize(10)
-    axis.xaxis.label.set_color(MUTED)
-    axis.yaxis.label.set_color(MUTED)
-    axis.grid(True, color=RULE, linewidth=0.6, alpha=0.7)
-    axis.set_axisbelow(True)
-
-
-def png(figure: Figure) -> bytes:
-    """The figure as a file of its own."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
-    return buffer.getvalue()
 
 
 def _svg(figure: Figure) -> str:
@@ -227,17 +190,3 @@ def sample_grid(images: Tensor, columns: int = 10, scale: int = 4, gap: int = 1)
     buffer = io.BytesIO()
     grid_image(images, columns, scale, gap).save(buffer, format="PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def grid_image(images: Tensor, columns: int = 10, scale: int = 1, gap: int = 1) -> Any:
-    """A PIL image with uint8 images (M, C, H, W), C 1 or 3, in rows of `columns`."""
-    pillow = require("PIL.Image", "demo")
-    count, channels, height, width = images.shape
-    columns = min(columns, count)
-    rows = -(-count // columns)
-    canvas = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, channels), 255, dtype=np.uint8)
-    for i, image in enumerate(images.permute(0, 2, 3, 1).cpu().numpy()):
-        top, left = (i // columns) * (height + gap) + gap, (i % columns) * (width + gap) + gap
-        canvas[top : top + height, left : left + width] = image
-    picture = pillow.fromarray(canvas[..., 0] if channels == 1 else canvas)
-    return picture.resize((picture.width * scale, picture.height * scale), resample=0)

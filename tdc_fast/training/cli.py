@@ -11,8 +11,8 @@ from typing import Any
 
 from tdc_fast.errors import invalid, require
 from tdc_fast.flags import boolean_word, split_tokens
-from tdc_fast.training.config import MAY_CHANGE_ON_RESUME, TrainConfig, read_options
-from tdc_fast.training.options import SECTIONS, help_texts
+from tdc_fast.runs.config import TrainConfig, read_options, refuse_changed_options
+from tdc_fast.runs.options import SECTIONS, help_texts
 
 _DESCRIPTION = """Train a denoiser as improved-diffusion does, or (with --groups N) a TDC model: one base for all
 noise levels, split into N experts that are pruned to their budget and fine-tuned on their own timesteps."""
@@ -57,13 +57,6 @@ def parse_command_line(argv: Sequence[str]) -> TrainConfig:
         refuse_changed_options(run_config, config)
         config = config.replace(run_dir=str(_resumed_directory(arguments)))
     return config
-
-
-def refuse_changed_options(run: TrainConfig, wanted: TrainConfig) -> None:
-    """ValueError naming the first option in which a resumed run would differ from what it was."""
-    for name, value in wanted.to_dict().items():
-        if name not in MAY_CHANGE_ON_RESUME and getattr(run, name) != value:
-            raise invalid(name, value, f"{getattr(run, name)!r} as the resumed run has it; a new run may differ")
 
 
 def _command_line_type(tyro: Any) -> type:
@@ -130,7 +123,7 @@ def _value_of(arguments: Sequence[str], flag: str) -> str | None:
 
 
 def _resumed_directory(arguments: Sequence[str]) -> Path | None:
-    from tdc_fast.training.run import default_directory
+    from tdc_fast.runs.directory import default_directory
 
     resume = _value_of(arguments, "--resume")
     if resume is None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tdc_fast.diffusion import Diffusion
 from tdc_fast.errors import require
 from tdc_fast.routing import TimestepGroups
-from tdc_fast.training.checkpoint import (
+from tdc_fast.runs.checkpoint import (
     choose_checkpoint,
     discard_after,
     ema_file,
@@ -27,11 +27,11 @@ from tdc_fast.training.checkpoint import (
     save_checkpoint,
     state_file,
 )
+from tdc_fast.runs.directory import RunDirectory
 from tdc_fast.training.ema import WeightAverages
 from tdc_fast.training.interrupts import StopRequest, TrainingInterrupted, how_to_continue
 from tdc_fast.training.optimization import LearningRate, create_optimizer, gradient_norm
 from tdc_fast.training.random_state import random_state, restore_random_state
-from tdc_fast.training.run import RunDirectory
 from tdc_fast.training.telemetry import QUARTILES, ProgressLog, RunningMeans
 
 

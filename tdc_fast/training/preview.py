@@ -8,18 +8,18 @@ import torch
 from torch import nn
 
 from tdc_fast.atomic import atomic_file
+from tdc_fast.data.pixels import to_uint8
 from tdc_fast.diffusion import Diffusion
-from tdc_fast.frechet import to_uint8
+from tdc_fast.runs.directory import RunDirectory
 from tdc_fast.training.random_state import derived_seed
-from tdc_fast.training.run import RunDirectory
 
 STEPS = 25
 
 
 def write_preview(run: RunDirectory, stage: str, step: int, model: nn.Module, diffusion: Diffusion) -> None:
     """Write ``--preview`` DDIM samples to samples/{stage}_{step}.png as one row of images."""
+    from tdc_fast.data.pixels import grid_image
     from tdc_fast.diffusion.samplers import sample
-    from tdc_fast.report.plots import grid_image
 
     config = run.config
     generator = torch.Generator().manual_seed(derived_seed(config.seed, "preview"))

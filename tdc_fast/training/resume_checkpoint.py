@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tdc_fast.errors import invalid
-from tdc_fast.training.base_file import load_base_file
-from tdc_fast.training.checkpoint import (
+from tdc_fast.runs.checkpoint import (
     ema_file,
     finished_steps,
     load_verified,
@@ -16,6 +15,7 @@ from tdc_fast.training.checkpoint import (
     state_file,
     step_of,
 )
+from tdc_fast.runs.weights import load_base_file
 from tdc_fast.training.loop import StageLoop
 
 SAME_DRAWS = (

@@ -13,10 +13,10 @@ from tdc_fast.pruning.progress import BarAndTable
 from tdc_fast.pruning.search import Pruning, plan_pruning, resolved_agent
 from tdc_fast.pruning.task import Trial
 from tdc_fast.routing import TimestepGroups
-from tdc_fast.training.build import build_diffusion
-from tdc_fast.training.config import TrainConfig, comma_numbers
+from tdc_fast.runs.build import build_diffusion
+from tdc_fast.runs.config import TrainConfig, comma_numbers
+from tdc_fast.runs.directory import RunDirectory
 from tdc_fast.training.random_state import derived_seed
-from tdc_fast.training.run import RunDirectory
 
 MEMORY = "memory.jsonl"
 
@@ -119,7 +119,7 @@ def searches_of(directory: Path) -> dict[str, list[Trial]]:
 
 def refuse_trained_experts(run: RunDirectory) -> None:
     """ValueError where stage 2 has a checkpoint: its experts have the widths they were trained with."""
-    from tdc_fast.training.checkpoint import finished_steps
+    from tdc_fast.runs.checkpoint import finished_steps
 
     directory = run.stage_directory("experts")
     steps = finished_steps(directory)
@@ -138,7 +138,7 @@ def _draw(directory: Path, found: Pruning, base: Any) -> None:
             (directory / picture).unlink(missing_ok=True)  # an earlier search's, which shows other widths
         return
     try:
-        from tdc_fast.report.search_plots import agent_comparison, search_plot, widths_plot
+        from tdc_fast.pruning.plots import agent_comparison, search_plot, widths_plot
 
         (directory / "search.png").write_bytes(search_plot(found.trials, found.plan))
         (directory / "widths.png").write_bytes(widths_plot(found.plan, base.pruning_units()))

@@ -18,14 +18,12 @@ from tdc_fast.diffusion.timestep_samplers import create_timestep_sampler
 from tdc_fast.errors import invalid
 from tdc_fast.grouping import probe_losses
 from tdc_fast.models.iddpm import UNet
+from tdc_fast.nn.macs import MacCounter
 from tdc_fast.nn.packing import pack_experts
 from tdc_fast.nn.width_plan import WidthPlan, base_hash
-from tdc_fast.pruning.macs import MacCounter
 from tdc_fast.routing import TimestepGroups
-from tdc_fast.training import cost
-from tdc_fast.training.base_file import cpu_state, find_base_file, load_base_file
-from tdc_fast.training.build import build_data, build_device, build_diffusion, build_groups, build_unet, place
-from tdc_fast.training.checkpoint import (
+from tdc_fast.runs.build import build_data, build_device, build_diffusion, build_unet, place
+from tdc_fast.runs.checkpoint import (
     ema_file,
     find_problem,
     finished_steps,
@@ -33,14 +31,17 @@ from tdc_fast.training.checkpoint import (
     save_checkpoint,
     state_file,
 )
-from tdc_fast.training.config import TrainConfig
-from tdc_fast.training.grouping import load_groups, measured_groups
+from tdc_fast.runs.config import TrainConfig
+from tdc_fast.runs.directory import RunDirectory
+from tdc_fast.runs.groups import build_groups, load_groups
+from tdc_fast.runs.weights import cpu_state, find_base_file, load_base_file
+from tdc_fast.training import cost
+from tdc_fast.training.grouping import measured_groups
 from tdc_fast.training.loop import Stage, StageLoop
 from tdc_fast.training.optimization import LearningRate
 from tdc_fast.training.preview import write_preview
 from tdc_fast.training.random_state import derived_seed, seeded
 from tdc_fast.training.resume_checkpoint import continue_from
-from tdc_fast.training.run import RunDirectory
 
 if TYPE_CHECKING:
     from tdc_fast.pruning.search import Pruning
@@ -57,7 +58,7 @@ def train_base(run: RunDirectory, dataset: Any = None) -> State:
     Returns:
         The state dict of the first moving average (or of the given base), on the CPU.
     """
-    from tdc_fast.training.data import BatchStream
+    from tdc_fast.data.stream import BatchStream
 
     config = run.config
     groups, diffusion, device = build_groups(config), build_diffusion(config), build_device(config)
@@ -96,7 +97,7 @@ def train_base(run: RunDirectory, dataset: Any = None) -> State:
 
 def group_timesteps(run: RunDirectory, base_state: State, dataset: Any = None) -> TimestepGroups:
     """The groups of the run: those that groups.json holds, else measured on the base and written there."""
-    from tdc_fast.training.data import BatchStream
+    from tdc_fast.data.stream import BatchStream
 
     config = run.config
     path = run.path / "groups.json"
@@ -143,7 +144,7 @@ def search_widths(run: RunDirectory, config: TrainConfig, base: UNet, dataset: A
         config: the run's own, or with other options of the search.
         base: as ``build_base`` gives it.
     """
-    from tdc_fast.training.data import BatchStream
+    from tdc_fast.data.stream import BatchStream
     from tdc_fast.training.search import search_run
 
     groups = _groups(run)
@@ -171,7 +172,7 @@ def train_experts(
     Returns:
         The RoutedModel with the first moving average as its weights, on the training device.
     """
-    from tdc_fast.training.data import BatchStream
+    from tdc_fast.data.stream import BatchStream
 
     config = run.config
     groups, diffusion, device = _groups(run), build_diffusion(config), build_device(config)
@@ -285,7 +286,7 @@ def _write_phase(
 
 def _difficulty(run: RunDirectory, base: UNet, groups: TimestepGroups, dataset: Any) -> tuple[str | list[float], int]:
     """What ranks the groups: the name of an order by SNR, or each group's measured loss; and the MACs it took."""
-    from tdc_fast.training.data import BatchStream
+    from tdc_fast.data.stream import BatchStream
 
     config = run.config
     if "loss" not in config.difficulty:

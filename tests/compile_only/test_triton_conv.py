@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from tdc_fast.ops.checks import ConvProblem
+from tdc_fast.kernels.problems import ConvProblem
 
 pytest.importorskip("triton")
 

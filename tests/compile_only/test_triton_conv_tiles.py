@@ -16,6 +16,7 @@ pytest.importorskip("triton")
 from bench.gpu_layers import UNET_BATCH, UNETS, unet_layers
 from tdc_fast.kernels import tile_shapes
 from tdc_fast.kernels.conv_launch import conv_launch, conv_supported
+from tdc_fast.kernels.problems import ConvProblem
 from tdc_fast.kernels.tile_shapes import (
     ConvTile,
     Device,
@@ -27,9 +28,8 @@ from tdc_fast.kernels.tile_shapes import (
     problem_key,
     samples_per_tile,
 )
+from tdc_fast.kernels.tile_table import level_start, tile_rows
 from tdc_fast.kernels.wgrad_tiles import choose_wgrad_tile
-from tdc_fast.ops.checks import ConvProblem
-from tdc_fast.ops.tiles import level_start, tile_rows
 
 H200 = Device(90, 132, 232448, "NVIDIA H200")
 A100 = Device(80, 108, 166912, "NVIDIA A100")

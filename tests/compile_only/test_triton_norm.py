@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tdc_fast.ops.checks import NormProblem
+from tdc_fast.kernels.problems import NormProblem
 
 pytest.importorskip("triton")
 

@@ -14,8 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tdc_fast.ops.checks import ConvProblem, NormProblem, conv_problem, norm_problem
-from tdc_fast.ops.tiles import no_tiles
+from tdc_fast.kernels.problems import ConvProblem, NormProblem
+from tdc_fast.kernels.tile_table import no_tiles
+from tdc_fast.ops.checks import conv_problem, norm_problem
 
 pytest.importorskip("triton")
 

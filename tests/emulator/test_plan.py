@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tdc_fast import _native
-from tdc_fast.ops import cuda, tiles
+from tdc_fast.kernels import tile_table as tiles
+from tdc_fast.ops import cuda
 from tests.emulator.harness import FACTS, SANITIZED, SCHEDULES, EmulatorError, EmulatorLauncher, emulated, plain_only
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tdc_fast import RoutingPlan, TimestepGroups
-from tdc_fast.ops.tiles import tile_table
+from tdc_fast.kernels.tile_table import tile_table
 from tests.gpu.networks import no_synchronisation
 from tests.gpu.problems import on_device, synchronize
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from tdc_fast.kernels.problems import ConvProblem
+from tdc_fast.kernels.tile_table import tiles_of
 from tdc_fast.ops import reference
-from tdc_fast.ops.checks import ConvProblem, conv_problem
+from tdc_fast.ops.checks import conv_problem
 from tdc_fast.ops.layout import channel_innermost, nhwc
-from tdc_fast.ops.tiles import tiles_of
 from tests.cases import ConvCase, Routing
 from tests.gpu.problems import gradients, moved, on_device, plan_on, settings_on, upstream
 from tests.gpu.shapes import CONV_CASES, CONV_FORMS, conv

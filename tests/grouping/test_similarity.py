@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tdc_fast.diffusion.calibration import calibration_losses
 from tdc_fast.grouping import Probes, TaskSimilarity, measure_similarity, probe_losses
 from tdc_fast.grouping.similarity import SKETCH_SIZE, gradient_sketch
-from tdc_fast.pruning.importance import calibration_losses
 from tests.pruning.tiny import RecordedDiffusion
 
 

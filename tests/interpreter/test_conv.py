@@ -13,8 +13,8 @@ from torch import Tensor
 from tdc_fast.kernels.conv_dgrad import conv_dgrad
 from tdc_fast.kernels.conv_forward import conv_forward
 from tdc_fast.kernels.tile_shapes import ConvTile, samples_per_tile
+from tdc_fast.kernels.tile_table import tile_table
 from tdc_fast.ops.checks import conv_problem
-from tdc_fast.ops.tiles import tile_table
 from tests.cases import ConvCase, Routing, conv_cases
 from tests.tolerance import assert_as_accurate_as_torch
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from tdc_fast.kernels import tile_shapes
 from tdc_fast.kernels.channel_sums import channel_sums
 from tdc_fast.kernels.conv_wgrad import conv_wgrad, share_start
+from tdc_fast.kernels.problems import ConvProblem
 from tdc_fast.kernels.tile_shapes import Device
 from tdc_fast.kernels.wgrad_tiles import (
     WgradTile,
@@ -26,7 +27,7 @@ from tdc_fast.kernels.wgrad_tiles import (
     wgrad_candidates,
 )
 from tdc_fast.ops import reference
-from tdc_fast.ops.checks import ConvProblem, conv_problem
+from tdc_fast.ops.checks import conv_problem
 from tdc_fast.ops.layout import empty_channel_innermost, nhwc
 from tests.cases import ConvCase, Routing, conv_cases
 from tests.tolerance import assert_as_accurate_as_torch

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tdc_fast import _native
-from tdc_fast.ops.tiles import tile_rows
+from tdc_fast.kernels.tile_table import tile_rows
 
 A100, H100, SMALL_SHARED = (80, 108, 166912), (90, 132, 232448), (86, 84, 101376)
 ALIGNED = 1 << 20  # an address that nothing reads

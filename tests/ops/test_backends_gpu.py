@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from tdc_fast import RoutingPlan, explain, routed_conv2d, routed_group_norm
+from tdc_fast.kernels.problems import ConvProblem, NormProblem
 from tdc_fast.ops import available_backends, backends, cpu, cuda, cuda_launch, cuda_nvrtc
-from tdc_fast.ops.checks import ConvProblem, NormProblem
 
 needs_native = pytest.mark.skipif(cpu.native is None, reason="the native module is not built")
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens where there is no GPU")

@@ -91,7 +91,7 @@ def test_every_slice_of_a_unet_counts_copies_and_heads_included() -> None:
     x0, labels = torch.randn(4, 1, 8, 8), torch.tensor([0, 1, 2, 0])
     found = taylor_importance(unet, list(units.values()), [(x0, {"y": labels})], diffusion, (100, 200), seed=3)
 
-    from tdc_fast.pruning.importance import draw_timesteps
+    from tdc_fast.diffusion.calibration import draw_timesteps
 
     t, noise = draw_timesteps(x0, (100, 200), torch.Generator().manual_seed(3))
     diffusion.training_losses(unet, x0, t, noise=noise, model_kwargs={"y": labels})["loss"].mean().backward()

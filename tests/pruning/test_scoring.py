@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from tdc_fast.diffusion import Diffusion
+from tdc_fast.diffusion.calibration import calibration_losses
 from tdc_fast.models.iddpm import UNet, create_unet
+from tdc_fast.nn.macs import MacCounter
+from tdc_fast.nn.modes import evaluating
 from tdc_fast.nn.units import PruningUnit
 from tdc_fast.pruning import candidates as candidates_module
-from tdc_fast.pruning.importance import calibration_losses, evaluating
-from tdc_fast.pruning.macs import MacCounter, UnitCosts, unit_costs
+from tdc_fast.pruning.macs import UnitCosts, unit_costs
 from tdc_fast.pruning.narrow import narrow
 from tdc_fast.pruning.scoring import DenoisingLoss
 from tdc_fast.pruning.task import Task, Widths

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from tdc_fast.diffusion import Diffusion
 from tdc_fast.models.iddpm import UNet
+from tdc_fast.nn.macs import MacCounter, measure_macs
 from tdc_fast.nn.packing import pack_experts
 from tdc_fast.nn.width_plan import WidthPlan
 from tdc_fast.pruning.agents import MostImportant
 from tdc_fast.pruning.budget import budget_law, budget_macs
-from tdc_fast.pruning.macs import MacCounter, UnitCosts, measure_macs
+from tdc_fast.pruning.macs import UnitCosts
 from tdc_fast.pruning.narrow import narrow
 from tdc_fast.pruning.rounds import search_widths
 from tdc_fast.pruning.search import plan_pruning, prune, resolved_agent

@@ -10,12 +10,13 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
-from tdc_fast.evaluation import HeldoutLosses
-from tdc_fast.frechet import DistanceSpread, Floor
+from tdc_fast.data.pixels import grid_image
+from tdc_fast.evaluation.frechet import DistanceSpread, Floor
+from tdc_fast.evaluation.heldout import HeldoutLosses
 from tdc_fast.report import Comparison, ModelResult, render_report, write_report
 from tdc_fast.report.findings import frechet_verdict, headline, heldout_verdict, versus
 from tdc_fast.report.numbers import Curve, ExpertWidths
-from tdc_fast.report.plots import grid_image, smooth
+from tdc_fast.report.plots import smooth
 
 SECTIONS = ["numbers", "samples", "heldout", "distance", "groups", "widths", "curves", "compute", "limits", "settings"]
 

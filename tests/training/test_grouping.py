@@ -9,9 +9,11 @@ import torch
 
 from tdc_fast.grouping import TaskSimilarity
 from tdc_fast.routing import TimestepGroups
-from tdc_fast.train import open_run, train
+from tdc_fast.runs.build import build_diffusion
+from tdc_fast.runs.groups import build_groups
+from tdc_fast.runs.opening import open_run
+from tdc_fast.train import train
 from tdc_fast.training import load_run
-from tdc_fast.training.build import build_diffusion, build_groups
 from tests.training.small_run import TWO_STAGES, differences, rows, small_config
 
 MEASURED = {**TWO_STAGES, "probes": 6}

@@ -24,7 +24,7 @@ def processes():
     """Processes that start within a tenth of a second: forked from one that has imported everything."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["tdc_fast.train", "tdc_fast.training.data", "tdc_fast.pruning.search", "tyro", "torch._dynamo"]
+        ["tdc_fast.train", "tdc_fast.data.dataset", "tdc_fast.pruning.search", "tyro", "torch._dynamo"]
     )
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"

@@ -12,14 +12,16 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
+from tdc_fast.data import dataset as data
 from tdc_fast.diffusion import Diffusion
 from tdc_fast.diffusion.losses import training_losses
 from tdc_fast.routing import TimestepGroups
-from tdc_fast.train import main, open_run, train
-from tdc_fast.training import data, load_run, prune_base, train_base, train_experts
-from tdc_fast.training.base_file import flags_of
-from tdc_fast.training.build import build_unet
-from tdc_fast.training.checkpoint import load_tensors
+from tdc_fast.runs.build import build_unet
+from tdc_fast.runs.checkpoint import load_tensors
+from tdc_fast.runs.opening import open_run
+from tdc_fast.runs.weights import flags_of
+from tdc_fast.train import main, train
+from tdc_fast.training import load_run, prune_base, train_base, train_experts
 from tdc_fast.training.stages import build_base
 from tests.training.small_run import TWO_STAGES, differences, flags, rows, small_config, write_images
 
@@ -372,7 +374,7 @@ def test_training_without_data_says_what_to_give(tmp_path, capsys):
 
 
 def test_held_out_images_are_not_trained_on(tmp_path):
-    from tdc_fast.training.build import split_data
+    from tdc_fast.runs.build import split_data
 
     write_images(tmp_path)
     training, heldout = split_data(small_config(tmp_path, heldout=0.25))

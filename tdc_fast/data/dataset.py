@@ -1,0 +1,237 @@
+"""Image datasets by name or path."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tdc_fast.data.image_sources import (
+    ArraySource,
+    FolderSource,
+    ImageSource,
+    OnCorrupt,
+    PhotoSource,
+    fit_images,
+    list_images,
+)
+from tdc_fast.data.pixels import to_unit_range
+from tdc_fast.errors import invalid, require
+
+DIGITS = "digits"
+PHOTOS = "photos"
+CACHE_BYTES = 512 * 2**20
+"""A folder whose decoded images fit is decoded once, on loading; a larger one when its images are asked for."""
+
+
+@dataclass(frozen=True)
+class ImageDataset:
+    """N square images with optional classes; a view of a source, so that splits share memory.
+
+    Attributes:
+        source: where the pixels come from.
+        indices: int64 (N,), the source's images this dataset holds.
+        labels: int64 (N,) or None when not class conditional.
+        num_classes: classes of the whole source (0 without labels); a split keeps it.
+    """
+
+    source: ImageSource
+    indices: np.ndarray
+    labels: np.ndarray | None = None
+    num_classes: int = 0
+
+    @classmethod
+    def from_array(cls, images: np.ndarray, labels: np.ndarray | None = None) -> ImageDataset:
+        """Of arrays in memory, as an .npz file would hold them; see `load_dataset` for shapes and ranges."""
+        if not isinstance(images, np.ndarray):
+            raise invalid("images", type(images).__name__, "a numpy array (N, H, W, C) or (N, H, W)")
+        source = ArraySource.checked(images, "array", None)
+        labels = _checked_labels(labels, len(source), "array")
+        return cls(source, np.arange(len(source)), labels, 0 if labels is None else int(labels.max()) + 1)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @property
+    def image_size(self) -> int:
+        """Height and width in pixels."""
+        return self.source.image_size
+
+    @property
+    def channels(self) -> int:
+        """Colour channels: 3 for folders and photographs, whatever an array has otherwise."""
+        return self.source.channels
+
+    @property
+    def skipped(self) -> int:
+        """Corrupt files left out so far. A folder too large to decode on loading finds them as it reads."""
+        return self.source.skipped
+
+    def images(self, indices: Any = None) -> Tensor:
+        """Images in [-1, 1], float32 (B, C, H, W), channels_last memory; `indices` (B,) or a slice, all by default."""
+        return self.batch(slice(None) if indices is None else indices)[0]
+
+    def batch(self, indices: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """`images(indices)` and the model's keyword arguments: {'y': int64 (B,)} when class conditional, else {}."""
+        pixels, positions = self._read(np.arange(len(self))[indices].reshape(-1))
+        x = torch.from_numpy(to_unit_range(pixels)).permute(0, 3, 1, 2)
+        return x, {} if self.labels is None else {"y": torch.from_numpy(self.labels[positions])}
+
+    def split(self, fraction: float, seed: int = 0) -> tuple[ImageDataset, ImageDataset]:
+        """The training part and the held-out part, `fraction` of the images (at least one); the same for the same seed.
+
+        Photographs are held out by region, so that no held-out patch overlaps a training patch. Raises ValueError when
+        either part would be empty.
+        """
+        if not isinstance(fraction, (int, float)) or not 0 < fraction < 1:
+            raise invalid("fraction", fraction, "a share between 0 and 1")
+        blocks = self.source.blocks(self.indices)
+        names = np.unique(blocks)
+        count = max(1, round(fraction * len(names)))
+        if count >= len(names):
+            raise invalid("fraction", fraction, f"a share that leaves some of {len(names)} parts to train on")
+        held_names = np.random.default_rng(seed).permutation(names)[:count]
+        held = np.isin(blocks, held_names)
+        return self._take(np.flatnonzero(~held)), self._take(np.flatnonzero(held))
+
+    def _read(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Pixels (B, H, W, C) and the positions they are of: a corrupt image gives way to the next good one here."""
+        pixels = self.source.fetch(self.indices[positions])
+        for _ in range(len(self)):
+            corrupt = np.isin(self.indices[positions], list(self.source.corrupt))
+            if not corrupt.any():
+                return pixels, positions
+            positions[corrupt] = (positions[corrupt] + 1) % len(self)
+            pixels[corrupt] = self.source.fetch(self.indices[positions[corrupt]])
+        raise invalid("data_dir", f"{len(self)} images", "at least one that can be decoded")
+
+    def _take(self, positions: np.ndarray) -> ImageDataset:
+        labels = None if self.labels is None else self.labels[positions]
+        return replace(self, indices=self.indices[positions], labels=labels)
+
+
+def load_dataset(
+    name_or_path: str | Path,
+    *,
+    image_size: int | None = None,
+    class_cond: bool = False,
+    on_corrupt: OnCorrupt = "error",
+    cache_bytes: int = CACHE_BYTES,
+) -> ImageDataset:
+    """Open a dataset.
+
+    - 'digits': scikit-learn's 1797 handwritten digits, 8x8, one channel, 10 classes.
+    - 'photos': 8192 patches of scikit-learn's two sample photographs, `image_size` pixels (32 by default), 2 classes.
+    - a folder: every jpg, jpeg, png and gif below it in sorted order, as RGB; the class is the base name up to the
+      first "_", the classes numbered in sorted order, directories ignored. Needs `image_size`.
+    - an .npz (`arr_0` or `images`, labels in `arr_1` or `labels`) or .npy file: (N, H, W, C) or (N, H, W), uint8, or
+      float in [-1, 1] or, when nothing is negative, in [0, 1].
+
+    Names win over paths: write './digits' for a folder called that. Images of another size than `image_size` are
+    halved with a box filter while at least twice as large, scaled so that the short side fits (bicubic) and cropped at
+    the centre.
+
+    `on_corrupt`: a file that does not decode is an 'error' naming it, or is left out with 'skip' and counted in
+    `skipped`. A folder of at most `cache_bytes` decoded bytes is decoded, and so checked, at once; a larger one as it
+    is read, and there 'skip' puts the next good image and its class in the place of a corrupt one.
+
+    Raises ValueError for what is missing, empty, corrupt or of a wrong shape, and ImportError naming the extra for
+    'digits' and 'photos' when scikit-learn is missing.
+    """
+    if on_corrupt not in ("error", "skip"):
+        raise invalid("on_corrupt", on_corrupt, "'error' or 'skip'")
+    if image_size is not None and not (isinstance(image_size, int) and image_size >= 1):
+        raise invalid("image_size", image_size, "a positive number of pixels")
+    if not isinstance(name_or_path, (str, Path)):
+        raise invalid("data_dir", name_or_path, "a name or a path")
+    path = Path(name_or_path)
+    labels: np.ndarray | None
+    source: ImageSource
+    if str(name_or_path) == DIGITS:
+        source, labels = _load_digits(image_size)
+    elif str(name_or_path) == PHOTOS:
+        photos = PhotoSource(image_size or 32)
+        source, labels = photos, photos.photo_ids
+    elif str(name_or_path) and path.is_dir():  # Path("") would be the working directory
+        source, labels = _load_folder(path, image_size, on_corrupt, cache_bytes)
+    elif path.is_file() and path.suffix in (".npz", ".npy"):
+        source, labels = _load_array(path, image_size, class_cond)
+    else:
+        remedy = "'digits', 'photos', a folder of images, or an .npz or .npy file that exists"
+        raise invalid("data_dir", str(name_or_path), remedy)
+    if not class_cond:
+        labels = None
+    elif labels is None:
+        raise invalid("class_cond", class_cond, f"False, or labels as 'arr_1' or 'labels' in {path}")
+    num_classes = 0 if labels is None else int(labels.max()) + 1
+    return ImageDataset(source, np.arange(len(source)), labels, num_classes)
+
+
+def _load_digits(image_size: int | None) -> tuple[ImageSource, np.ndarray]:
+    digits = require("sklearn.datasets", extra="demo").load_digits()
+    sixteenths = digits.images[..., None].astype(np.float32)  # (1797, 8, 8, 1), 0..16
+    labels = digits.target.astype(np.int64)
+    if image_size in (None, 8):
+        return ArraySource(sixteenths / 8 - 1), labels
+    pixels = np.rint(sixteenths * (255 / 16)).astype(np.uint8)
+    return ArraySource(fit_images(pixels, image_size, DIGITS)), labels
+
+
+def _load_folder(
+    folder: Path, image_size: int | None, on_corrupt: OnCorrupt, cache_bytes: int
+) -> tuple[ImageSource, np.ndarray]:
+    if image_size is None:
+        raise invalid("image_size", image_size, "the size to scale a folder's images to")
+    files = list_images(folder)
+    if not files:
+        raise invalid("data_dir", str(folder), "a folder with jpg, jpeg, png or gif files in it or below")
+    folder_source = FolderSource(files, image_size, on_corrupt)
+    source: ImageSource = folder_source
+    classes = [file.name.split("_")[0] for file in files]
+    # Numbered before corrupt files drop out, so that damage to one file never renumbers the others' classes.
+    ids = {name: number for number, name in enumerate(sorted(set(classes)))}
+    labels = np.array([ids[name] for name in classes], dtype=np.int64)
+    if len(files) * image_size * image_size * 3 <= cache_bytes:
+        source, kept = folder_source.decoded()
+        labels = labels[kept]
+        if not kept:
+            raise invalid("data_dir", str(folder), f"images that can be decoded; none of the {len(files)} can")
+    return source, labels
+
+
+def _load_array(path: Path, image_size: int | None, class_cond: bool) -> tuple[ImageSource, np.ndarray | None]:
+    names = ("arr_0", "images", *(("arr_1", "labels") if class_cond else ()))
+    try:
+        # Mapped, so that a large .npy is read as it is used; never a pickle, which can run code.
+        loaded = np.load(path, mmap_mode="r", allow_pickle=False)
+        if isinstance(loaded, np.lib.npyio.NpzFile):
+            with loaded:
+                arrays = {name: loaded[name] for name in names if name in loaded.files}
+        else:
+            arrays = {"images": loaded}
+    except Exception as error:
+        remedy = f"arrays of equal images, as numpy.savez writes them ({error})"
+        raise invalid("data_dir", str(path), remedy) from error
+    images = arrays.get("arr_0", arrays.get("images"))
+    if images is None:
+        raise invalid("data_dir", str(path), "a file with 'arr_0' or 'images' in it")
+    source = ArraySource.checked(images, str(path), image_size)
+    return source, _checked_labels(arrays.get("arr_1", arrays.get("labels")), len(source), str(path))
+
+
+def _checked_labels(labels: np.ndarray | None, count: int, name: str) -> np.ndarray | None:
+    if labels is None:
+        return None
+    labels = np.asarray(labels)
+    if (
+        labels.shape != (count,)
+        or labels.dtype.kind not in "iu"
+        or (count and not 0 <= int(labels.min()) <= int(labels.max()) < 2**31)
+    ):
+        remedy = f"{count} integers from 0 up, below 2**31"
+        raise invalid("labels", f"{name}: shape {labels.shape}, dtype {labels.dtype}", remedy)
+    return labels.astype(np.int64)

@@ -1,0 +1,37 @@
+"""Pixel values: between uint8 and [-1, 1], and many images as one picture."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tdc_fast.errors import require
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Images in [-1, 1], any shape and float dtype, to uint8 in [0, 255], rounded and clipped."""
+    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def grid_image(images: Tensor, columns: int = 10, scale: int = 1, gap: int = 1) -> Any:
+    """A PIL image with uint8 images (M, C, H, W), C 1 or 3, in rows of `columns`."""
+    pillow = require("PIL.Image", "demo")
+    count, channels, height, width = images.shape
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    canvas = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, channels), 255, dtype=np.uint8)
+    for i, image in enumerate(images.permute(0, 2, 3, 1).cpu().numpy()):
+        top, left = (i // columns) * (height + gap) + gap, (i % columns) * (width + gap) + gap
+        canvas[top : top + height, left : left + width] = image
+    picture = pillow.fromarray(canvas[..., 0] if channels == 1 else canvas)
+    return picture.resize((picture.width * scale, picture.height * scale), resample=0)
+
+
+def to_unit_range(pixels: np.ndarray) -> np.ndarray:
+    """uint8 0..255 to float32 -1..1; floats are in that range already."""
+    if pixels.dtype == np.uint8:
+        return pixels.astype(np.float32) / 127.5 - 1
+    return pixels.astype(np.float32, copy=False)

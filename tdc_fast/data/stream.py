@@ -1,0 +1,111 @@
+"""The endless shuffled stream of batches that training reads."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+from torch import Tensor
+
+from tdc_fast.data.dataset import ImageDataset
+from tdc_fast.errors import invalid
+
+
+class BatchStream:
+    """Endless shuffled batches: x (B, C, H, W) float32 in [-1, 1], channels_last, and {'y': labels (B,)} or {}.
+
+    Epoch e visits the images in an order that depends on (seed, e) alone. With several ranks each takes every
+    world_size-th image of that order, so that all see the same number of batches. A last batch that would not be full
+    is dropped. A dataset smaller than a batch (per rank) repeats inside it: an epoch is then one batch, in which every
+    image appears equally often, give or take one.
+
+    `state_dict` is the position after the last batch handed out, whatever was read ahead, so a restored stream
+    continues with exactly the batches that were to come.
+    """
+
+    def __init__(
+        self, dataset: ImageDataset, batch_size: int, seed: int = 0, *, rank: int = 0, world_size: int = 1
+    ) -> None:
+        if batch_size < 1:
+            raise invalid("batch_size", batch_size, "at least one image")
+        if not 0 <= rank < world_size:
+            raise invalid("rank", rank, f"a rank within 0..{world_size - 1}")
+        if len(dataset) < world_size:
+            raise invalid("world_size", world_size, f"at most one rank per image ({len(dataset)})")
+        self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
+        self.rank, self.world_size = rank, world_size
+        self.epoch, self.index = 0, 0
+        self._order_of: tuple[int, np.ndarray] | None = None
+        self._reader: ThreadPoolExecutor | None = None
+        self._ahead: tuple[tuple[int, int], Future[tuple[Tensor, dict[str, Tensor]]]] | None = None
+
+    @property
+    def batches_per_epoch(self) -> int:
+        return max(1, len(self.dataset) // self.world_size // self.batch_size)
+
+    def __iter__(self) -> BatchStream:
+        return self
+
+    def __next__(self) -> tuple[Tensor, dict[str, Tensor]]:
+        position = (self.epoch, self.index)
+        if self._ahead is not None and self._ahead[0] == position:
+            batch = self._ahead[1].result()
+        else:
+            batch = self.dataset.batch(self._indices(*position))
+        self.epoch, self.index = self._after(*position)
+        if self.dataset.source.slow:
+            self._read_ahead((self.epoch, self.index))
+        return batch
+
+    def state_dict(self) -> dict[str, int]:
+        """The position and what it is a position in; plain integers."""
+        return {**self._identity(), "epoch": self.epoch, "index": self.index}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue where `state` was taken. Raises ValueError when the dataset, batch size, seed or ranks differ."""
+        for name, mine in self._identity().items():
+            if state.get(name) != mine:
+                raise invalid(
+                    f"state[{name!r}]", state.get(name), f"{mine}, as this stream has: the same data and settings"
+                )
+        epoch, index = state.get("epoch", -1), state.get("index", -1)
+        if epoch < 0 or not 0 <= index < self.batches_per_epoch:
+            raise invalid("state", state, f"an epoch from 0 and an index below {self.batches_per_epoch}")
+        self.epoch, self.index = int(epoch), int(index)
+
+    def close(self) -> None:
+        """Stop reading ahead; the stream may still be read."""
+        if self._reader is not None:
+            self._reader.shutdown(wait=True, cancel_futures=True)
+        self._reader = self._ahead = None
+
+    def _identity(self) -> dict[str, int]:
+        return {
+            "seed": self.seed,
+            "images": len(self.dataset),
+            "batch_size": self.batch_size,
+            "rank": self.rank,
+            "world_size": self.world_size,
+        }
+
+    def _after(self, epoch: int, index: int) -> tuple[int, int]:
+        return (epoch, index + 1) if index + 1 < self.batches_per_epoch else (epoch + 1, 0)
+
+    def _indices(self, epoch: int, index: int) -> np.ndarray:
+        if self._order_of is None or self._order_of[0] != epoch:
+            self._order_of = (epoch, self._order(epoch))
+        return self._order_of[1][index * self.batch_size : (index + 1) * self.batch_size]
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """This rank's images of an epoch in order, at least one batch of them."""
+        rng = np.random.default_rng([self.seed, epoch])
+        per_rank = len(self.dataset) // self.world_size
+        rounds = -(-self.batch_size // per_rank) if per_rank < self.batch_size else 1
+        shards = [rng.permutation(len(self.dataset))[self.rank :: self.world_size][:per_rank] for _ in range(rounds)]
+        return np.concatenate(shards)
+
+    def _read_ahead(self, position: tuple[int, int]) -> None:
+        if self._reader is None:
+            self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead")
+        indices = self._indices(*position)
+        self._ahead = (position, self._reader.submit(self.dataset.batch, indices))

@@ -1,0 +1,46 @@
+"""Denoising losses on calibration data, with the same timesteps and noise for every model that is compared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Batch = Tensor | tuple[Tensor, Mapping[str, Any]]
+
+
+def calibration_losses(
+    model: nn.Module, batches: Iterable[Batch], diffusion: Any, group: tuple[int, int], *, seed: int = 0
+) -> Iterator[Tensor]:
+    """The training loss (B,) of each batch at timesteps of `group`, on the model's device.
+
+    Each batch spreads its timesteps evenly over [start, stop). Timesteps and noise depend on `seed` and the batches'
+    shapes alone, so that groups and models are compared on the same draws.
+    """
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
+    for x0, kwargs in map(split_batch, batches):
+        t, noise = draw_timesteps(x0, group, generator)
+        kwargs = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in kwargs.items()}
+        x0, t, noise = x0.to(device), t.to(device), noise.to(device)
+        yield diffusion.training_losses(model, x0, t, noise=noise, model_kwargs=kwargs)["loss"]
+
+
+def split_batch(batch: Batch) -> tuple[Tensor, Mapping[str, Any]]:
+    """(x0, model_kwargs) of a batch given as x0 alone or as the pair."""
+    if isinstance(batch, Tensor):
+        return batch, {}
+    x0, kwargs = batch
+    return x0, kwargs or {}
+
+
+def draw_timesteps(x0: Tensor, group: tuple[int, int], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Timesteps (B,) int64 spread evenly over [start, stop), one draw per B-th of it, and noise like x0."""
+    start, stop = group
+    count = x0.shape[0]
+    shares = (torch.arange(count, dtype=torch.float64) + torch.rand(count, generator=generator)) / max(count, 1)
+    t = start + (shares * (stop - start)).long().clamp_(max=stop - start - 1)
+    t = t[torch.randperm(count, generator=generator)]
+    return t, torch.randn(x0.shape, generator=generator, dtype=x0.dtype)

@@ -1,0 +1,135 @@
+"""Who takes part in the main job: one shared stage 1, and the models that go on from it at their own cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tdc_fast.runs.checkpoint import model_file
+from tdc_fast.runs.config import TrainConfig
+
+STAGE1_SHARE = 0.5
+REDUCED_COST = 0.8
+NUM_GROUPS = 4
+PRUNED_K = 0.6
+STAGE2_BATCH = 32
+SMALL_BATCH = STAGE2_BATCH // NUM_GROUPS  # what one expert sees of it
+
+SETTINGS = {
+    "data_dir": "digits",
+    "image_size": 8,
+    "heldout": 0.2,
+    "num_channels": 4,
+    "channel_mult": "1,2",
+    "num_res_blocks": 1,
+    "num_heads": 1,
+    "attention_resolutions": "",
+    "noise_schedule": "cosine",
+    "batch_size": 64,
+    "lr": 2e-3,
+    "ema_rate": "0.999",
+    "ema_ramp": True,
+    "num_threads": 1,
+    "log_interval": 10,
+    "save_interval": 500,
+    "tensorboard": False,
+    "progress": "never",
+}
+"""What all share. One thread each: tiny networks gain nothing from a second one, two models side by side do."""
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One model of the comparison and the run that trains it."""
+
+    key: str
+    label: str
+    description: str
+    config: TrainConfig
+
+    @property
+    def family(self) -> Literal["uniform", "experts"]:
+        return "experts" if self.config.groups else "uniform"
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.config.run_dir)
+
+
+def stage1(out: Path, baseline_steps: int, seed: int) -> Contestant:
+    """The uniform training that every contestant begins with, at a constant learning rate."""
+    steps = round(STAGE1_SHARE * baseline_steps)
+    config = TrainConfig.from_dict({**SETTINGS, "seed": seed, "run_dir": str(out / "stage1"), "stage1_steps": steps})
+    return Contestant("stage1", "stage 1", "shared by all", config)
+
+
+def contestants(out: Path, baseline_steps: int, seed: int, control: bool) -> tuple[Contestant, ...]:
+    """All models, the yardstick (cost C) first."""
+    first = stage1(out, baseline_steps, seed)
+    start = round(STAGE1_SHARE * baseline_steps)
+    checkpoint = str(first.directory / model_file(start))
+    reduced = round(REDUCED_COST * baseline_steps)
+
+    def uniform(name: str, end: int, **changes: int) -> TrainConfig:
+        return first.config.replace(
+            run_dir=str(out / name),
+            resume_checkpoint=checkpoint,
+            stage1_steps=0,
+            lr_anneal_start=start,
+            lr_anneal_steps=end,
+            **changes,
+        )
+
+    def experts(name: str, cost: float, k: float) -> TrainConfig:
+        return first.config.replace(
+            run_dir=str(out / name),
+            base=str(first.directory),
+            stage1_steps=0,
+            groups=NUM_GROUPS,
+            grouping="uniform",
+            k=k,
+            stage2_batch=STAGE2_BATCH,
+            baseline_steps=baseline_steps,
+            total_share=cost,
+        )
+
+    found = [
+        Contestant(
+            "uniform",
+            "uniform, C",
+            "One denoiser for all timesteps; the learning rate falls to 0 over the second half.",
+            uniform("uniform", baseline_steps),
+        ),
+        Contestant(
+            "uniform-80",
+            "uniform, 0.8 C",
+            "The same training stopped at 0.8 C, its learning rate falling to 0 by then.",
+            uniform("uniform-80", reduced),
+        ),
+        Contestant(
+            "experts",
+            "experts, whole, C",
+            f"{NUM_GROUPS} whole experts from stage 1, each fine-tuned on its own timesteps.",
+            experts("experts", 1.0, 1.0),
+        ),
+        Contestant(
+            "pruned",
+            "experts, pruned, 0.8 C",
+            f"{NUM_GROUPS} experts pruned to their budgets (k = {PRUNED_K}) and fine-tuned on their own timesteps.",
+            experts("pruned", REDUCED_COST, PRUNED_K),
+        ),
+    ]
+    if control:
+        factor = first.config.batch_size // SMALL_BATCH
+        found.insert(
+            2,
+            Contestant(
+                "uniform-80-small",
+                "uniform, 0.8 C, small batch",
+                f"As above, with {factor} times the steps on {SMALL_BATCH} images each after stage 1: an "
+                "expert's share of a batch is as small, and small batches alone help.",
+                uniform("uniform-80-small", start + factor * (reduced - start), batch_size=SMALL_BATCH),
+            ),
+        )
+    return tuple(found)

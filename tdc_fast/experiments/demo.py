@@ -1,0 +1,155 @@
+"""The main job from its options to the report; a second call continues or repeats only what is missing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from os import cpu_count
+from pathlib import Path
+from typing import Any
+
+from tdc_fast.atomic import write_json
+from tdc_fast.errors import invalid
+from tdc_fast.experiments.assemble import compare_runs
+from tdc_fast.experiments.contestants import Contestant, contestants, stage1
+from tdc_fast.experiments.jobs import Task, run_tasks, train_and_measure, train_contestant
+from tdc_fast.experiments.measure import Protocol, load_measured, load_yardsticks, prepare_yardsticks
+from tdc_fast.report import write_report
+from tdc_fast.routing import TimestepGroups
+from tdc_fast.runs.config import read_options
+from tdc_fast.runs.groups import build_groups
+
+FULL_STEPS = 3000
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoOptions:
+    """The main job: baselines and experts on scikit-learn's digits, and a report that compares them."""
+
+    out: str = "runs/demo"
+    """Folder for the runs and the report."""
+    scale: float = 1.0
+    """Length of training: 1 is a baseline of 3000 steps, 0.25 a quarter of that in about a quarter of the time."""
+    seed: int = 0
+    """Training seed."""
+    samples: int = 5000
+    """Images in each draw of a model."""
+    draws: int = 3
+    """Independent draws of each model; their spread is the distance's own noise."""
+    sampling_steps: int = 25
+    """DDIM steps."""
+    loss_points: int = 25
+    """Timesteps of each group at which the held-out loss is measured."""
+    control: bool = True
+    """Also train the uniform baseline on small batches, the fair rival of stage 2."""
+    processes: int = 0
+    """Worker processes of one thread each; 0 takes one for each core. Numbers do not depend on it."""
+
+
+def run_demo(options: DemoOptions, *, in_process: bool = False) -> Path:
+    """Train, measure and report; returns the path of report.html.
+
+    What `options.out` already holds of the same job is kept. `in_process` starts no workers (for tests).
+    Raises ValueError when the folder holds another job.
+    """
+    began = time.monotonic()
+
+    def say(text: str) -> None:
+        minutes, seconds = divmod(int(time.monotonic() - began), 60)
+        print(f"[{minutes}:{seconds:02d}] {text}", flush=True)
+
+    _check(options)
+    out = Path(options.out)
+    _claim(out, options)
+    steps = max(8, round(FULL_STEPS * options.scale))
+    first = stage1(out, steps, options.seed)
+    models = contestants(out, steps, options.seed, options.control)
+    groups = build_groups(next(model for model in models if model.key == "pruned").config)
+    assert groups is not None
+    protocol = _protocol(options, groups)
+    processes = 0 if in_process else options.processes or cpu_count() or 1
+    say(f"C is {steps} steps of a uniform baseline on 64 digits each; {len(models)} models, then the report")
+    yardsticks = out / "measured" / "yardsticks.pt"
+    results = {model.key: out / "measured" / f"{model.key}.pt" for model in models}
+    opening = [_training_task(first)]
+    if not yardsticks.exists():
+        opening.append(Task("classifier and floors", prepare_yardsticks, (yardsticks, options.samples)))
+    seconds = run_tasks(opening, processes, say)
+    tasks = [_contest_task(model, yardsticks, protocol, results[model.key]) for model in _longest_first(models)]
+    seconds.update(run_tasks(tasks, processes, say))
+    say("writing the report")
+    comparison = compare_runs(
+        first,
+        models,
+        {key: load_measured(path) for key, path in results.items()},
+        load_yardsticks(yardsticks),
+        protocol,
+        _job(options),
+        {**seconds, "all": time.monotonic() - began},
+    )
+    page = write_report(comparison, out, "pruned", ("uniform", *_other_baselines(models)))
+    say(f"report: {page.resolve()}")
+    return page
+
+
+def _check(options: DemoOptions) -> None:
+    if not 0 < options.scale <= 1000:
+        raise invalid("scale", options.scale, "a number above 0, 1 for the full job")
+    for name, least in (("samples", 2), ("draws", 1), ("sampling_steps", 1), ("loss_points", 1), ("processes", 0)):
+        if getattr(options, name) < least:
+            raise invalid(name, getattr(options, name), f"{least} or more")
+
+
+def _claim(out: Path, options: DemoOptions) -> None:
+    """Write what the folder is for, or check that it is for the same."""
+    job, path = _job(options), out / "demo.json"
+    if path.is_file():
+        for name, value in read_options(path).items():
+            if job.get(name) != value:
+                raise invalid(name, job.get(name), f"{value!r}, as the job in {out} was begun with, or another --out")
+        print(f"continuing the job in {out}: what is finished is kept")
+        return
+    if out.is_dir() and any(out.iterdir()):
+        raise invalid("out", str(out), "a new or empty folder, or that of an earlier demo")
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(path, job)
+
+
+def _job(options: DemoOptions) -> dict[str, Any]:
+    """The options that decide the numbers."""
+    return {name: value for name, value in asdict(options).items() if name not in ("out", "processes")}
+
+
+def _protocol(options: DemoOptions, groups: TimestepGroups) -> Protocol:
+    return Protocol(
+        draws=options.draws,
+        samples=options.samples,
+        sampling_steps=options.sampling_steps,
+        points_per_group=options.loss_points,
+        boundaries=groups.boundaries,
+    )
+
+
+def _training_task(contestant: Contestant) -> Task:
+    config = contestant.config
+    progress = contestant.directory / "progress.csv"
+    return Task(contestant.label, train_contestant, (contestant,), progress, config.stage1_steps)
+
+
+def _contest_task(contestant: Contestant, yardsticks: Path, protocol: Protocol, result: Path) -> Task:
+    config = contestant.config
+    stage = contestant.directory / "experts" if config.groups else contestant.directory
+    steps = 0 if config.groups else config.lr_anneal_steps
+    arguments = (contestant, yardsticks, protocol, result)
+    return Task(contestant.label, train_and_measure, arguments, stage / "progress.csv", steps)
+
+
+def _longest_first(models: Sequence[Contestant]) -> list[Contestant]:
+    """Long tasks first, so that the workers finish together."""
+    order = ("experts", "pruned", "uniform-80-small", "uniform", "uniform-80")
+    return sorted(models, key=lambda model: order.index(model.key))
+
+
+def _other_baselines(models: Sequence[Contestant]) -> list[str]:
+    return [model.key for model in models if model.key.startswith("uniform-")]

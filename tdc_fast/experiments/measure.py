@@ -1,0 +1,182 @@
+"""What is measured of each finished model, the same for all: losses, samples, distances, cost of an image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tdc_fast.atomic import atomic_file
+from tdc_fast.data.dataset import load_dataset
+from tdc_fast.data.pixels import to_uint8
+from tdc_fast.diffusion.samplers import SamplerName, sampling_steps
+from tdc_fast.evaluation.classifier import DigitsClassifier, train_classifier
+from tdc_fast.evaluation.frechet import Floor, RandomConvFeatures, extract, frechet_distance, real_floors
+from tdc_fast.evaluation.heldout import HeldoutLosses, heldout_losses, sampling_macs
+from tdc_fast.evaluation.samples import draw_samples, write_samples
+from tdc_fast.nn.packing import RoutedModel, pack_experts
+from tdc_fast.routing import TimestepGroups
+from tdc_fast.runs.build import split_data
+from tdc_fast.runs.checkpoint import load_tensors
+from tdc_fast.runs.denoisers import TrainedDenoiser, from_run
+
+SAMPLER: SamplerName = "ddim"
+GRID_IMAGES = 100
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How every model is measured."""
+
+    draws: int
+    samples: int
+    sampling_steps: int
+    points_per_group: int
+    boundaries: tuple[int, ...]
+    first_seed: int = 1000
+    loss_seed: int = 2000
+
+
+@dataclass(frozen=True)
+class Measured:
+    """All that the report needs of one model."""
+
+    heldout: HeldoutLosses
+    distances: tuple[float, ...]
+    samples: Tensor  # (<= 100, C, H, W) uint8
+    macs_per_image: int
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Yardsticks:
+    """What samples are compared with: real images (M, C, H, W) uint8, a feature space, the distance's floors in it."""
+
+    reference: Tensor
+    extractor: nn.Module
+    feature_space: str
+    floors: tuple[Floor, ...]
+
+
+def prepare_yardsticks(path: Path, samples: int, data_dir: str = "digits", image_size: int = 8) -> None:
+    """Choose the feature space, measure the floors for draws of `samples` images, and write both to `path`.
+
+    8x8 digits are compared by a classifier trained on them, other images by fixed random features.
+    """
+    content: dict[str, Any] = {"data_dir": data_dir, "image_size": image_size, "classifier": None}
+    reference = _real_images(data_dir, image_size)
+    extractor: nn.Module
+    if (data_dir, image_size) == ("digits", 8):
+        trained = train_classifier()
+        extractor, content["classifier"] = trained.model, trained.model.state_dict()
+        content["feature_space"] = (
+            f"{trained.model.description}, {trained.accuracy:.1%} of whose held-out digits are named right"
+        )
+    else:
+        extractor = RandomConvFeatures(reference.shape[1])
+        content["feature_space"] = extractor.description
+    floors = real_floors(extract(reference, extractor), bootstrap_n=samples)
+    content["floors"] = [(floor.kind, floor.n, list(floor.values)) for floor in floors]
+    _save(path, content)
+
+
+def load_yardsticks(path: Path) -> Yardsticks:
+    content = load_tensors(path)
+    reference = _real_images(content["data_dir"], content["image_size"])
+    extractor: nn.Module = RandomConvFeatures(reference.shape[1])
+    if content["classifier"] is not None:
+        extractor = DigitsClassifier().eval().requires_grad_(False)
+        extractor.load_state_dict(content["classifier"])
+    floors = tuple(Floor(kind, n, tuple(values)) for kind, n, values in content["floors"])
+    return Yardsticks(reference, extractor, content["feature_space"], floors)
+
+
+def _real_images(data_dir: str, image_size: int) -> Tensor:
+    """All images of a named dataset, training and held out, as uint8 (M, C, H, W)."""
+    return to_uint8(load_dataset(data_dir, image_size=image_size).images())
+
+
+def measure(run_directory: Path, yardsticks: Path, protocol: Protocol, path: Path) -> None:
+    """Measure the run's model and write the result to `path`; the first draw's images go to the run's samples/."""
+    trained = from_run(run_directory)
+    # A single denoiser goes through the routed operators too: the same kernels for all, and the faster ones.
+    denoiser = replace(trained, model=_routed(trained))
+    compared_with = load_yardsticks(yardsticks)
+    heldout_images = split_data(denoiser.config)[1]
+    assert heldout_images is not None
+    losses = heldout_losses(
+        denoiser.model,
+        denoiser.diffusion,
+        heldout_images.images(),
+        TimestepGroups.from_boundaries(protocol.boundaries),
+        points_per_group=protocol.points_per_group,
+        seed=protocol.loss_seed,
+    )
+    distances: list[float] = []
+    shown: Tensor | None = None
+    for draw in range(protocol.draws):
+        images, labels = draw_samples(
+            denoiser,
+            protocol.samples,
+            sampler=SAMPLER,
+            steps=protocol.sampling_steps,
+            seed=protocol.first_seed + draw,
+        )
+        distances.append(frechet_distance(compared_with.reference, images, compared_with.extractor))
+        if shown is None:
+            shown = images[:GRID_IMAGES]
+            write_samples(run_directory / "samples", images, labels)
+    assert shown is not None
+    steps = sampling_steps(denoiser.diffusion, SAMPLER, protocol.sampling_steps)
+    timesteps = denoiser.diffusion.original_timesteps(torch.tensor(steps))
+    content: dict[str, Any] = {
+        "per_image": losses.per_image,
+        "weights": list(losses.weights),
+        "timesteps": [list(points) for points in losses.timesteps],
+        "seed": losses.seed,
+        "distances": distances,
+        "samples": shown,
+        "macs_per_image": sampling_macs(denoiser.model, timesteps, denoiser.image_shape),
+        "parameters": count_parameters(trained.model),
+    }
+    _save(path, content)
+
+
+def load_measured(path: Path) -> Measured:
+    content = load_tensors(path)
+    heldout = HeldoutLosses(
+        per_image=content["per_image"],
+        weights=tuple(content["weights"]),
+        timesteps=tuple(tuple(points) for points in content["timesteps"]),
+        seed=content["seed"],
+    )
+    return Measured(
+        heldout=heldout,
+        distances=tuple(content["distances"]),
+        samples=content["samples"],
+        macs_per_image=content["macs_per_image"],
+        parameters=content["parameters"],
+    )
+
+
+def _routed(denoiser: TrainedDenoiser) -> nn.Module:
+    if isinstance(denoiser.model, RoutedModel):
+        return denoiser.model
+    groups = TimestepGroups.uniform(denoiser.diffusion.original_num_timesteps, 1)
+    return pack_experts(denoiser.model, groups).eval()
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Parameters in use: those of the experts as separate modules, so that pruned channels do not count."""
+    if isinstance(model, RoutedModel):
+        return sum(count_parameters(model.expert(i)) for i in range(model.num_experts))
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _save(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as file:
+        torch.save(content, file)

@@ -1,0 +1,28 @@
+"""The picture of a grouping by similarity."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tdc_fast.figures import INK, MUTED, new_figure, png
+from tdc_fast.grouping import TaskSimilarity
+
+
+def similarity_plot(similarity: TaskSimilarity, boundaries: Sequence[int]) -> bytes:
+    """A PNG: cosine similarity of the loss gradients between timesteps, the groups framed along the diagonal."""
+    figure, axes = new_figure(6.6, 5.6)
+    axis, edges = axes[0, 0], similarity.probes.edges
+    axis.grid(False)
+    image = axis.pcolormesh(edges, edges, similarity.matrix, cmap="YlGnBu", rasterized=True)  # whatever range it has
+    for start, stop in zip(boundaries[:-1], boundaries[1:], strict=True):
+        axis.plot([start, stop, stop, start, start], [start, start, stop, stop, start], color=INK, linewidth=1.6)
+    axis.set_aspect("equal")
+    axis.invert_yaxis()
+    axis.set_xlabel("timestep t (0: almost clean, right end: noise)", fontsize=9)
+    axis.set_ylabel("timestep t", fontsize=9)
+    axis.set_title(f"{len(boundaries) - 1} groups: {', '.join(map(str, boundaries))}")
+    bar = figure.colorbar(image, ax=axis, shrink=0.8, pad=0.02)
+    bar.set_label("cosine similarity of gradients", color=MUTED, fontsize=9)
+    bar.ax.tick_params(colors=MUTED, labelsize=8, length=0)
+    bar.outline.set_visible(False)
+    return png(figure)

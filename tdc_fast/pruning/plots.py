@@ -1,0 +1,147 @@
+"""The figures of a pruning search, as PNG files: scores against MACs, the chosen widths, agents side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tdc_fast.errors import invalid
+from tdc_fast.figures import GROUP_SHADES, INK, MEASURED, MUTED, new_figure, png
+from tdc_fast.nn.units import PruningUnit
+from tdc_fast.nn.width_plan import WidthPlan
+from tdc_fast.pruning.task import Trial
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+COLOURS = ("#0f7f8c", "#d9662b", "#7a58a6", "#2f3a48", "#c2a14d", "#5a8f3c", "#8f9baa")
+
+
+def search_plot(trials: Sequence[Sequence[Trial]], plan: WidthPlan) -> bytes:
+    """For each searched group: every candidate's score against its MACs by round, and the best score over rounds.
+
+    trials : per group, as in `Pruning.trials`; groups without scores are left out. ValueError where no group has any.
+    """
+    groups = [group for group, tried in enumerate(trials) if _scored(tried)]
+    if not groups:
+        raise invalid("trials", trials, "the trials of a search that scores its candidates")
+    figure, axes = new_figure(10, 0.6 + 2.5 * len(groups), len(groups), 2, width_ratios=[1.5, 1])
+    for (left, right), group in zip(axes, groups, strict=True):
+        scored = _scored(trials[group])
+        rounds = np.array([trial.round for trial in scored])
+        macs = np.array([trial.macs for trial in scored]) / plan.budgets[group]
+        scores = np.array([trial.score for trial in scored])
+        dots = left.scatter(macs, scores, c=rounds + 1, cmap=_shades(), edgecolors=MUTED, linewidths=0.4, s=28)
+        best = int(np.argmin(scores))
+        left.plot(macs[best], scores[best], "o", markersize=11, markerfacecolor="none", markeredgecolor=MEASURED,
+                  markeredgewidth=1.8, label="best")  # fmt: skip
+        left.set_title(f"group {group} (t {plan.boundaries[group]} to {plan.boundaries[group + 1] - 1})")
+        left.set_ylabel("score (loss)", fontsize=9)
+        _robust_limits(left, scores)
+        ticks = sorted({int(r) for r in np.linspace(1, rounds.max() + 1, 5)})
+        bar = figure.colorbar(dots, ax=left, shrink=0.85, pad=0.01, ticks=ticks)
+        bar.set_label("round", color=MUTED, fontsize=9)
+        bar.ax.tick_params(colors=MUTED, labelsize=8, length=0)
+        bar.outline.set_visible(False)
+        right.plot(*best_so_far(scored), color=MEASURED, linewidth=1.8, drawstyle="steps-post", label="best so far")
+        right.plot(np.arange(1, len(scored) + 1), scores, ".", color=MUTED, markersize=4, label="candidate")
+        _robust_limits(right, scores)
+        for start in np.flatnonzero(np.diff(rounds)) + 1.5:
+            right.axvline(start, color=GROUP_SHADES[0], linewidth=1.2, zorder=0)
+    axes[-1, 0].set_xlabel("MACs / budget", fontsize=9)
+    axes[-1, 1].set_xlabel("candidates scored", fontsize=9)
+    axes[0, 1].legend(loc="upper right", frameon=False, fontsize=9)
+    return png(figure)
+
+
+def widths_plot(plan: WidthPlan, units: Sequence[PruningUnit]) -> bytes:
+    """Live share of every unit in every expert: rows are units from input to output, columns experts."""
+    experts = range(len(plan.experts))
+    live = np.array([[plan.experts[e][unit.name].width for e in experts] for unit in units], dtype=float)
+    share = live / np.array([unit.channels for unit in units], dtype=float)[:, None]
+    figure, axes = new_figure(max(6.0, 3.0 + 1.0 * len(experts)), 1.2 + 0.3 * len(units))
+    axis = axes[0, 0]
+    image = axis.imshow(share, cmap="YlGnBu", vmin=0, vmax=1, aspect="auto")
+    for row, unit in enumerate(units):
+        for expert in experts:
+            tint = "white" if share[row, expert] > 0.6 else INK
+            text = f"{int(live[row, expert])} / {unit.channels}" if live[row, expert] else "skipped"
+            axis.text(expert, row, text, ha="center", va="center", color=tint, fontsize=8)
+    spans = zip(plan.boundaries, plan.boundaries[1:], strict=False)
+    axis.set_xticks(experts, [f"expert {e}\nt {a} to {b - 1}" for e, (a, b) in enumerate(spans)])
+    axis.set_yticks(
+        range(len(units)), [f"{unit.name}{' (heads)' if unit.kind == 'attention' else ''}" for unit in units]
+    )
+    axis.grid(False)
+    bar = figure.colorbar(image, ax=axis, shrink=0.8, pad=0.02)
+    bar.set_label("live channels", color=MUTED, fontsize=9)
+    bar.ax.tick_params(colors=MUTED, labelsize=8, length=0)
+    bar.outline.set_visible(False)
+    return png(figure)
+
+
+def agent_comparison(searches: Mapping[str, Sequence[Trial]]) -> bytes:
+    """How far above the best score of all each search still is after n scored candidates; one panel per group.
+
+    searches : {label: its trials}, e.g. of several memory files (`read_trials`). ValueError where nothing was scored.
+    """
+    groups = sorted({trial.group for trials in searches.values() for trial in _scored(trials)})
+    if not groups:
+        raise invalid("searches", list(searches), "searches that score their candidates")
+    columns = min(3, len(groups))
+    rows = -(-len(groups) // columns)
+    figure, axes = new_figure(3.7 * columns + 0.6, 2.8 * rows + 0.6, rows, columns)
+    lines: dict[str, Any] = {}
+    for axis, group in zip(axes.flat, groups, strict=False):
+        own = {label: [t for t in trials if t.group == group] for label, trials in searches.items()}
+        curves = {label: best_so_far(trials) for label, trials in own.items() if _scored(trials)}
+        least = min(best[-1] for _, best in curves.values())
+        for number, label in enumerate(searches):
+            if label in curves:
+                count, best = curves[label]
+                style = "-" if len(count) > 1 else "o"
+                (lines[label],) = axis.plot(
+                    count, 100 * (best / least - 1), style, color=COLOURS[number % len(COLOURS)], linewidth=1.8,
+                    drawstyle="steps-post",
+                )  # fmt: skip
+        axis.set_title(f"group {group}")
+        axis.set_xlabel("candidates scored", fontsize=9)
+        axis.set_ylim(bottom=-0.02 * axis.get_ylim()[1])
+    for axis in axes.flat[len(groups) :]:
+        axis.set_visible(False)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("best so far above the best of all (%)", fontsize=9)
+    figure.legend(lines.values(), lines.keys(), loc="outside upper center", ncols=len(lines), frameon=False, fontsize=9)
+    return png(figure)
+
+
+def best_so_far(trials: Sequence[Trial]) -> tuple[np.ndarray, np.ndarray]:
+    """How many candidates were scored (1, 2, ...) and the lowest score among them."""
+    scores = np.array([trial.score for trial in _scored(trials)], dtype=float)
+    return np.arange(1, len(scores) + 1), np.minimum.accumulate(scores)
+
+
+def _shades() -> Any:
+    """From pale to dark, without the shades that a white page swallows."""
+    from matplotlib import colormaps
+    from matplotlib.colors import ListedColormap
+
+    return ListedColormap(colormaps["YlGnBu"](np.linspace(0.25, 1.0, 128)))
+
+
+def _scored(trials: Sequence[Trial]) -> list[Trial]:
+    """Without trials that have no score, or repeat widths that were scored before."""
+    first: dict[tuple[object, ...], Trial] = {}
+    for trial in trials:
+        if trial.score is not None:
+            first.setdefault((trial.group, *sorted(trial.widths.items())), trial)
+    return list(first.values())
+
+
+def _robust_limits(axis: Axes, scores: np.ndarray) -> None:
+    """Leave out the worst tenth where it would squeeze all others together."""
+    low, high = float(scores.min()), float(np.quantile(scores, 0.9))
+    if float(scores.max()) > high + (high - low) and high > low:
+        axis.set_ylim(low - 0.08 * (high - low), high + 0.15 * (high - low))

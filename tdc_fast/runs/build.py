@@ -1,0 +1,107 @@
+"""The parts that a configuration describes: device, data, diffusion, denoiser."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from tdc_fast.diffusion import Diffusion, create_diffusion
+from tdc_fast.errors import invalid
+from tdc_fast.grouping import Probes
+from tdc_fast.grouping.difficulty import mean_over_probes
+from tdc_fast.models.iddpm import UNet, create_unet
+from tdc_fast.routing import TimestepGroups
+from tdc_fast.runs.config import TrainConfig, comma_numbers
+
+
+def build_device(config: TrainConfig) -> torch.device:
+    """The device of a run; ValueError when it is not there."""
+    return named_device(config.device)
+
+
+def named_device(name: str) -> torch.device:
+    """The device that a flag names: auto, cpu, cuda or cuda:N; ValueError when it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise invalid("device", name, "auto, cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise invalid("device", name, "auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise invalid("device", name, f"cpu or auto, as torch sees {torch.cuda.device_count() or 'no'} GPU here")
+    return device
+
+
+def build_data(config: TrainConfig) -> Any:
+    """The images that training sees: all of them, or all but the held-out share."""
+    return split_data(config)[0]
+
+
+def split_data(config: TrainConfig) -> tuple[Any, Any | None]:
+    """(training images, held-out images or None) as the configuration divides them."""
+    from tdc_fast.data.dataset import load_dataset
+
+    if not config.data_dir:
+        raise invalid("data_dir", "", "a folder of images, an .npz or .npy file, or one of digits, photos")
+    dataset = load_dataset(
+        config.data_dir, image_size=config.image_size, class_cond=config.class_cond, on_corrupt=config.on_corrupt
+    )
+    if config.in_channels not in (0, dataset.channels):
+        raise invalid(
+            "in_channels", config.in_channels, f"{dataset.channels}, as the images of {config.data_dir} have, or 0"
+        )
+    if dataset.num_classes > config.num_classes:
+        raise invalid(
+            "num_classes", config.num_classes, f"at least the {dataset.num_classes} classes of {config.data_dir}"
+        )
+    return dataset.split(config.heldout, config.heldout_seed) if config.heldout else (dataset, None)
+
+
+def build_diffusion(config: TrainConfig, timestep_respacing: str = "") -> Diffusion:
+    """The process of a configuration; ``timestep_respacing``, where given, replaces the configuration's own."""
+    return create_diffusion(
+        diffusion_steps=config.diffusion_steps,
+        learn_sigma=config.learn_sigma,
+        sigma_small=config.sigma_small,
+        noise_schedule=config.noise_schedule,
+        use_kl=config.use_kl,
+        predict_xstart=config.predict_xstart,
+        rescale_timesteps=config.rescale_timesteps,
+        rescale_learned_sigmas=config.rescale_learned_sigmas,
+        timestep_respacing=timestep_respacing or config.timestep_respacing,
+    )
+
+
+
+
+
+
+def place(model: Any, device: torch.device) -> Any:
+    """The model on a device, its filters in channels_last memory."""
+    return model.to(device=device, memory_format=torch.channels_last)
+
+
+def build_unet(config: TrainConfig, in_channels: int) -> UNet:
+    """The denoiser with fresh weights, drawn from torch's global generator."""
+    model = create_unet(
+        image_size=config.image_size,
+        num_channels=config.num_channels,
+        num_res_blocks=config.num_res_blocks,
+        num_heads=config.num_heads,
+        num_heads_upsample=config.num_heads_upsample,
+        attention_resolutions=config.attention_resolutions,
+        dropout=config.dropout,
+        learn_sigma=config.learn_sigma,
+        class_cond=config.class_cond,
+        use_checkpoint=config.use_checkpoint,
+        use_scale_shift_norm=config.use_scale_shift_norm,
+        channel_mult=config.channel_mult,
+        num_classes=config.num_classes,
+        in_channels=in_channels,
+    )
+    model.timestep_scale = 1000.0 / config.diffusion_steps if config.rescale_timesteps else 1.0
+    return model

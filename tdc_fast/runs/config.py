@@ -1,0 +1,300 @@
+"""TrainConfig: one flat, typed, checked description of a run; from Python, a mapping, a YAML or a JSON file."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import hashlib
+import json
+import math
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tdc_fast.errors import invalid, require
+from tdc_fast.runs.options import (
+    SECTIONS,
+    DataOptions,
+    DiffusionOptions,
+    ModelOptions,
+    OptimizerOptions,
+    RunOptions,
+    SearchOptions,
+    TdcOptions,
+)
+
+MAY_CHANGE_ON_RESUME = frozenset(
+    {
+        "run_dir",
+        "resume",
+        "resume_step",
+        "stop_after",
+        "log_interval",
+        "save_interval",
+        "tensorboard",
+        "progress",
+        "preview",
+        "num_threads",
+        "device",
+    }
+)
+"""Options that a resumed run may set anew: they do not enter the mathematics of training.
+
+(log_interval decides which rows progress.csv has; the weights do not depend on it.)
+"""
+
+_POSITIVE = (
+    "image_size num_channels num_res_blocks num_heads num_classes diffusion_steps batch_size "
+    "log_interval save_interval calibration_batches max_groups probes rounds candidates score_samples "
+    "llm_timeout llm_calls"
+)
+_NOT_NEGATIVE = (
+    "in_channels lr fp16_scale_growth weight_decay lr_anneal_steps lr_anneal_start warmup_steps grad_clip refine "
+    "stage1_steps stage2_steps baseline_steps stage2_batch stage2_lr num_threads preview llm_retries"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(DataOptions, ModelOptions, DiffusionOptions, OptimizerOptions, TdcOptions, SearchOptions, RunOptions):
+    """Everything that defines a training run; :mod:`tdc_fast.runs.options` documents every field.
+
+    ``TrainConfig(data_dir="digits", image_size=8, groups=4)`` is the same run as ``--data_dir digits --image_size 8
+    --groups 4``. Values are checked at once.
+
+    Raises:
+        ValueError: naming the field, its value and the remedy.
+    """
+
+    def __post_init__(self) -> None:
+        for name, value in self.to_dict().items():
+            object.__setattr__(self, name, _checked_type(name, value))
+        _check_ranges(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as JSON-compatible values, in the order of ``--help``."""
+        fields = (field for section in SECTIONS.values() for field in dataclasses.fields(section))
+        return {field.name: getattr(self, field.name) for field in fields}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """The configuration of a mapping; missing keys take their defaults. Unknown keys: ValueError."""
+        known = _field_types()
+        for name, value in values.items():
+            if name not in known:
+                raise invalid(str(name), value, _unknown_remedy(str(name)))
+        return cls(**values)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> TrainConfig:
+        """Read a YAML (.yaml, .yml) or JSON file of flag names and values."""
+        return cls.from_dict(read_options(path))
+
+    def replace(self, **changes: Any) -> TrainConfig:
+        """A copy with some fields changed, checked anew."""
+        return TrainConfig.from_dict({**self.to_dict(), **changes})
+
+    @property
+    def ema_rates(self) -> tuple[str, ...]:
+        """The rates as they were written, since file names carry them: ``ema_0.9999_000100.pt``."""
+        return tuple(part.strip() for part in self.ema_rate.split(","))
+
+    @property
+    def mixed_precision(self) -> bool:
+        return self.use_fp16 or self.precision == "bf16"
+
+    @property
+    def identity(self) -> str:
+        """sha256 over the fields that a resumed run may not change: equal identity, equal numbers."""
+        fixed = {name: value for name, value in self.to_dict().items() if name not in MAY_CHANGE_ON_RESUME}
+        return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
+
+
+def read_options(path: str | Path) -> dict[str, Any]:
+    """The flag names and values in a YAML or JSON file, unchecked.
+
+    Raises:
+        ValueError: the file is missing, unreadable as its kind, or not a mapping.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise invalid("config", str(path), "an existing .yaml, .yml or .json file")
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text) if path.suffix == ".json" else require("yaml", extra="demo").safe_load(text)
+    except Exception as error:
+        if isinstance(error, ImportError):
+            raise
+        reason = " ".join(str(error).split())
+        raise invalid("config", str(path), f"'flag: value' lines; it does not parse: {reason}") from error
+    values = {} if values is None else values
+    if not isinstance(values, dict):
+        raise invalid("config", str(path), "a mapping of flag names to values")
+    return values
+
+
+def comma_numbers(name: str, text: str, kind: type) -> list[Any]:
+    """The numbers of a comma list such as ``"16,8"``; ValueError naming the flag when one is not a number."""
+    try:
+        return [kind(part) for part in text.split(",")] if text.strip() else []
+    except ValueError as error:
+        raise invalid(name, text, f"a comma list of {kind.__name__} values") from error
+
+
+@functools.cache
+def _field_types() -> dict[str, Any]:
+    return typing.get_type_hints(TrainConfig)
+
+
+def _default(name: str) -> Any:
+    return next(field.default for field in dataclasses.fields(TrainConfig) if field.name == name)
+
+
+def _unknown_remedy(name: str) -> str:
+    close = difflib.get_close_matches(name, _field_types(), n=1)
+    return f"a known flag; did you mean {close[0]!r}?" if close else "a known flag; --help lists all of them"
+
+
+def _checked_type(name: str, value: Any) -> Any:
+    """The value in its field's type: whole floats and numeric text such as YAML's ``1e-4`` are taken as meant."""
+    wanted = _field_types()[name]
+    if typing.get_origin(wanted) is typing.Literal:
+        choices = typing.get_args(wanted)
+        if value not in choices:
+            raise invalid(name, value, f"one of {', '.join(choices)}")
+        return value
+    if wanted is bool:
+        if not isinstance(value, bool):
+            raise invalid(name, value, "True or False")
+        return value
+    if wanted is str:
+        if isinstance(value, Path):
+            return str(value)
+        if isinstance(value, (list, tuple)):
+            return ",".join(str(item) for item in value)
+        if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+            raise invalid(name, value, "text")
+        return str(value)
+    if isinstance(value, str) or (wanted is int and isinstance(value, float)):
+        try:
+            number = float(value)
+        except ValueError as error:
+            raise invalid(name, value, f"a number ({wanted.__name__})") from error
+        if wanted is int and not number.is_integer():
+            raise invalid(name, value, "a whole number")
+        value = number
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise invalid(name, value, f"a number ({wanted.__name__})")
+    if not math.isfinite(value):
+        raise invalid(name, value, "a finite number")
+    return wanted(value)
+
+
+def _check_ranges(config: TrainConfig) -> None:
+    values = config.to_dict()
+    for name in _POSITIVE.split():
+        if values[name] <= 0:
+            raise invalid(name, values[name], "a number above 0")
+    for name in _NOT_NEGATIVE.split():
+        if values[name] < 0:
+            raise invalid(name, values[name], "0 or a positive number")
+    for name in ("heldout", "dropout"):
+        if not 0 <= values[name] < 1:
+            raise invalid(name, values[name], "a share from 0 to below 1")
+    if config.microbatch < -1:
+        raise invalid("microbatch", config.microbatch, "a number of images, or -1 or 0 (do not split)")
+    for rate in comma_numbers("ema_rate", config.ema_rate, float) or [-1.0]:
+        if not 0 <= rate < 1:
+            raise invalid("ema_rate", config.ema_rate, "rates from 0 to below 1, such as 0.9999 or 0.999,0.9999")
+    if len(set(config.ema_rates)) != len(config.ema_rates):
+        raise invalid("ema_rate", config.ema_rate, "every rate once")
+    comma_numbers("attention_resolutions", config.attention_resolutions, int)
+    comma_numbers("channel_mult", config.channel_mult, int)
+    if config.lr_anneal_start and config.lr_anneal_start >= config.lr_anneal_steps:
+        raise invalid("lr_anneal_start", config.lr_anneal_start, "a step before the last one, --lr_anneal_steps")
+    if config.groups:
+        _check_tdc(config)
+    else:
+        for name in (
+            "base",
+            "boundaries",
+            "budgets",
+            "grouping",
+            "k",
+            "overlap",
+            "stage2_steps",
+            "stage2_shares",
+            "stop_after",
+        ):
+            if values[name] != _default(name):
+                raise invalid(name, values[name], "--groups N beside it, since it is about experts")
+
+
+def _check_chosen_groups(config: TrainConfig) -> None:
+    """--groups -1: the number comes from the base, so nothing may be given per group."""
+    if config.groups != -1:
+        raise invalid("groups", config.groups, "a number of groups, 0 for none, or -1 for the elbow")
+    if config.grouping not in ("similarity", "difficulty"):
+        raise invalid("groups", config.groups, "--grouping similarity or difficulty beside it, which have an elbow")
+    for name in ("boundaries", "budgets", "stage2_shares"):
+        if getattr(config, name):
+            raise invalid(
+                name, getattr(config, name), "a number of --groups beside it: it is a list with one per group"
+            )
+
+
+def _check_search(config: TrainConfig) -> None:
+    if config.agent == "taylor" and config.importance == "magnitude":
+        raise invalid("agent", config.agent, "magnitude, or --importance taylor: one importance decides both")
+    if config.agent == "llm" and not config.llm_model:
+        raise invalid("llm_model", config.llm_model, "the name of a model, which --agent llm asks")
+    if "@" in config.llm_url:
+        raise invalid("llm_url", "(not shown)", "a URL without a secret; the key belongs into OPENAI_API_KEY")
+
+
+def _check_tdc(config: TrainConfig) -> None:
+    _check_search(config)
+    if not 0 < config.k <= 1:
+        raise invalid("k", config.k, "a share of the base's MACs above 0 and at most 1")
+    if config.groups < 0:
+        _check_chosen_groups(config)
+    if not 0 <= config.overlap <= 1:
+        raise invalid("overlap", config.overlap, "a share of the neighbours' timesteps from 0 to 1")
+    if config.refine and not config.boundaries:
+        raise invalid("refine", config.refine, "--boundaries beside it, which it refines")
+    if config.groups > config.diffusion_steps:
+        raise invalid("groups", config.groups, f"at most one group per timestep ({config.diffusion_steps})")
+    if config.boundaries:
+        bounds = comma_numbers("boundaries", config.boundaries, int)
+        if len(bounds) != config.groups + 1:
+            raise invalid("boundaries", config.boundaries, f"{config.groups + 1} of them for --groups {config.groups}")
+    if config.snr_range:
+        lo_hi = comma_numbers("snr_range", config.snr_range, float)
+        if len(lo_hi) != 2 or not lo_hi[0] < lo_hi[1]:
+            raise invalid("snr_range", config.snr_range, "two decibel values, the lower first, such as=-20,20")
+    if config.stage2_shares:
+        shares = comma_numbers("stage2_shares", config.stage2_shares, float)
+        if len(shares) != config.groups or min(shares) <= 0:
+            raise invalid("stage2_shares", config.stage2_shares, f"{config.groups} numbers above 0, one per group")
+    if config.budgets:
+        budgets = comma_numbers("budgets", config.budgets, float)
+        if len(budgets) != config.groups or not all(0 < share <= 1 for share in budgets):
+            raise invalid("budgets", config.budgets, f"{config.groups} shares above 0 and at most 1, one per group")
+    if config.timestep_respacing:
+        raise invalid("timestep_respacing", config.timestep_respacing, "nothing, since groups divide all timesteps")
+    for name in ("stage1_share", "total_share"):
+        if getattr(config, name) <= 0:
+            raise invalid(name, getattr(config, name), "a share above 0 of the baseline's cost")
+    if not config.base and not (config.stage1_steps or config.lr_anneal_steps or config.baseline_steps):
+        raise invalid("stage1_steps", 0, "--stage1_steps, or --baseline_steps to have it computed, or --base PATH")
+    if not (config.stage2_steps or config.baseline_steps):
+        raise invalid("stage2_steps", 0, "--stage2_steps, or --baseline_steps to have it computed")
+
+
+def refuse_changed_options(run: TrainConfig, wanted: TrainConfig) -> None:
+    """ValueError naming the first option in which a resumed run would differ from what it was."""
+    for name, value in wanted.to_dict().items():
+        if name not in MAY_CHANGE_ON_RESUME and getattr(run, name) != value:
+            raise invalid(name, value, f"{getattr(run, name)!r} as the resumed run has it; a new run may differ")

@@ -1,0 +1,127 @@
+"""Reading a run: its configuration, process, groups, widths, and its models with averaged or raw weights."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tdc_fast.diffusion import Diffusion
+from tdc_fast.errors import invalid
+from tdc_fast.models.iddpm import UNet
+from tdc_fast.nn.packing import RoutedModel, pack_experts
+from tdc_fast.nn.width_plan import WidthPlan, base_hash
+from tdc_fast.routing import TimestepGroups
+from tdc_fast.runs.build import (build_diffusion, build_unet, place)
+from tdc_fast.runs.groups import build_groups
+from tdc_fast.runs.checkpoint import ema_file, finished_steps, load_verified, model_file
+from tdc_fast.runs.config import TrainConfig
+from tdc_fast.runs.groups import load_groups
+from tdc_fast.runs.directory import RunDirectory
+
+
+class Run:
+    """A run directory opened for reading; see :func:`load_run`."""
+
+    def __init__(self, directory: RunDirectory) -> None:
+        self.directory = directory
+
+    @property
+    def path(self) -> Path:
+        return self.directory.path
+
+    @property
+    def config(self) -> TrainConfig:
+        return self.directory.config
+
+    @property
+    def in_channels(self) -> int:
+        return self.directory.in_channels
+
+    @cached_property
+    def diffusion(self) -> Diffusion:
+        return build_diffusion(self.config)
+
+    @cached_property
+    def groups(self) -> TimestepGroups | None:
+        """The timestep groups of groups.json; None for plain training."""
+        if not self.config.groups:
+            return None
+        groups = load_groups(self.directory)
+        described = build_groups(self.config)
+        if described is not None and groups != described:
+            path = self.path / "groups.json"
+            raise invalid("groups", str(path), "the groups that config.json describes; the file is of another run")
+        return groups
+
+    @cached_property
+    def widths(self) -> WidthPlan | None:
+        """What each expert keeps; None when the experts are whole."""
+        path = self.path / "widths.json"
+        return WidthPlan.load(path) if path.is_file() else None
+
+    @property
+    def macs(self) -> dict[str, Any] | None:
+        """The content of macs.json; None before the first phase has ended."""
+        return self.directory.read("macs.json")
+
+    def steps(self, stage: str) -> list[int]:
+        """Steps of the stage's checkpoints ("base" or "experts"), ascending."""
+        return finished_steps(self.directory.stage_directory(stage))
+
+    def base(self, ema: bool | str = True, step: int = -1) -> UNet:
+        """The dense base in evaluation mode.
+
+        Args:
+            ema: True for the first rate's averages, a rate as written for its, False for the raw weights.
+            step: which checkpoint; -1 is the latest.
+        """
+        with torch.random.fork_rng():
+            model = build_unet(self.config, self.in_channels)
+        model.load_state_dict(self._weights("base", ema, step))
+        base: UNet = place(model, torch.device("cpu")).eval()
+        return base
+
+    def experts(self, ema: bool | str = True, step: int = -1) -> RoutedModel:
+        """The experts as one RoutedModel in evaluation mode; arguments as in :meth:`base`."""
+        if self.groups is None:
+            raise invalid("experts", str(self.path), "a run with --groups N; this one has a base alone")
+        base = self.base()
+        if self.widths is not None:
+            self.widths.check(base.pruning_units(), base=base_hash(base), boundaries=self.groups.boundaries)
+        model = pack_experts(base, self.groups, self.widths)
+        weights = self._weights("experts", ema, step)
+        try:
+            model.load_state_dict(weights)
+        except RuntimeError as error:
+            plan = self.path / "widths.json"
+            remedy = f"the plan of these experts: --resume {self.path} finds it anew"
+            raise invalid("widths", f"{plan}{'' if plan.is_file() else ' (missing)'}", remedy) from error
+        return model.eval()
+
+    def _weights(self, stage: str, ema: bool | str, step: int) -> dict[str, Tensor]:
+        directory = self.directory.stage_directory(stage)
+        steps = finished_steps(directory)
+        if not steps or (step != -1 and step not in steps):
+            raise invalid(
+                "run",
+                str(directory),
+                f"a finished checkpoint{'' if step == -1 else f' of step {step}'}; it has {steps}",
+            )
+        chosen = steps[-1] if step == -1 else step
+        rate = self.config.ema_rates[0] if ema is True else ema
+        name = ema_file(str(rate), chosen) if rate else model_file(chosen)
+        state: dict[str, Tensor] = load_verified(directory / name)
+        return state
+
+
+def load_run(path: str | Path) -> Run:
+    """Open a run directory for sampling, evaluation or a report.
+
+    Raises:
+        ValueError: there is no run, or its files do not belong together.
+    """
+    return Run(RunDirectory.open(path))

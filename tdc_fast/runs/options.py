@@ -1,0 +1,277 @@
+"""Every option of a training run, in the sections that ``--help`` shows.
+
+Names, meaning, defaults and value syntax of the options that improved-diffusion's ``image_train.py`` also has are the
+same as there; an option that only this library has says so by its subject (groups, pruning, budgets, run directory).
+The sections are joined into one flat dataclass, :class:`tdc_fast.runs.config.TrainConfig`.
+
+The string under a field is its help text on the command line.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import itertools
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """What to train on."""
+
+    data_dir: str = ""
+    """Folder of images (searched recursively; class = file name up to the first "_"), an .npz or .npy array, or the
+    name of a built-in set: digits, photos."""
+    on_corrupt: Literal["error", "skip"] = "error"
+    """What an unreadable image does: stop the run with its name, or be left out and counted."""
+    heldout: float = 0.0
+    """Share of the images (0 to below 1) that training never sees, chosen by --heldout_seed; evaluation uses it."""
+    heldout_seed: int = 0
+    """Seed of the choice of held-out images, apart from --seed so that runs of several seeds share the same split."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """The denoiser: improved-diffusion's UNet."""
+
+    image_size: int = 64
+    """Height and width of the images in pixels; any size that the levels of --channel_mult divide."""
+    in_channels: int = 0
+    """Channels of the images; 0 takes what the data has (3 for folders)."""
+    num_channels: int = 128
+    """Channels of the first level."""
+    channel_mult: str = ""
+    """Comma list, one multiple of --num_channels per level; empty chooses by image size as improved-diffusion does."""
+    num_res_blocks: int = 2
+    """Residual blocks per level."""
+    num_heads: int = 4
+    """Attention heads per attention layer."""
+    num_heads_upsample: int = -1
+    """Attention heads in the upsampling half; -1 means --num_heads."""
+    attention_resolutions: str = "16,8"
+    """Comma list of the resolutions (pixels) whose levels have attention."""
+    dropout: float = 0.0
+    """Dropout probability inside the residual blocks."""
+    class_cond: bool = False
+    """Condition on the class label of each image."""
+    num_classes: int = 1000
+    """Rows of the label embedding (improved-diffusion always has 1000); used with --class_cond True."""
+    use_checkpoint: bool = False
+    """Recompute activations in the backward pass: less memory, more MACs (they are counted)."""
+    use_scale_shift_norm: bool = True
+    """Let the timestep embedding scale and shift the normalised activations instead of being added."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionOptions:
+    """The diffusion process and its loss."""
+
+    diffusion_steps: int = 1000
+    """T, the number of timesteps."""
+    noise_schedule: Literal["linear", "cosine"] = "linear"
+    """How alpha_bar falls with the timestep."""
+    timestep_respacing: str = ""
+    """Train on a subset of the timesteps: a count, a comma list of counts per section, or "ddimN"; empty means all."""
+    learn_sigma: bool = False
+    """Let the model predict the variance too (range between the two fixed ones); doubles its output channels."""
+    sigma_small: bool = False
+    """With a fixed variance: the posterior's (True) or beta_t (False)."""
+    use_kl: bool = False
+    """Train on the variational bound alone instead of the mean squared error."""
+    predict_xstart: bool = False
+    """Predict the clean image instead of the noise."""
+    rescale_timesteps: bool = True
+    """Feed the timestep embedding t * 1000 / T, so that models of different T are comparable."""
+    rescale_learned_sigmas: bool = True
+    """With --learn_sigma True: scale the mean squared error and the variance term as improved-diffusion does."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerOptions:
+    """Optimizer, learning rate, averaging and precision."""
+
+    batch_size: int = 1
+    """Images per step."""
+    microbatch: int = -1
+    """Split each step's batch into pieces of this many images to save memory; -1 or 0 does not split."""
+    lr: float = 1e-4
+    """Learning rate of AdamW."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of AdamW."""
+    lr_anneal_steps: int = 0
+    """Train for this many steps while the learning rate falls linearly to 0; 0 trains without end (or to
+    --stage1_steps) at a constant rate. Applies to stage 1; see --stage2_anneal."""
+    lr_anneal_start: int = 0
+    """Step at which that fall begins; the learning rate is constant before. 0 is improved-diffusion's behaviour."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises linearly from 0 at the start of each stage."""
+    grad_clip: float = 0.0
+    """Largest gradient norm; 0 does not clip. In stage 2 every expert is clipped by its own norm, so that experts stay
+    independent."""
+    ema_rate: str = "0.9999"
+    """Comma list of rates of the exponential moving averages of the weights; the first is used for sampling and for
+    splitting the base into experts."""
+    ema_ramp: bool = False
+    """Limit the rate after n steps to (1 + n) / (10 + n), so that short runs forget their start; False is
+    improved-diffusion's plain average."""
+    schedule_sampler: Literal["uniform", "loss-second-moment"] = "uniform"
+    """How stage 1 draws timesteps."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16 runs the model under autocast with fp32 weights, optimizer and averages."""
+    use_fp16: bool = False
+    """improved-diffusion's switch for mixed precision; here it means --precision bf16, whose range needs no loss
+    scaling, so lg_loss_scale is always 0."""
+    fp16_scale_growth: float = 1e-3
+    """Accepted so that improved-diffusion's command lines run; without loss scaling it has no effect."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TdcOptions:
+    """TDC: groups, pruning, experts and their budgets. Everything here waits for --groups above 0."""
+
+    groups: int = 0
+    """Number N of timestep groups and of experts; 0 is plain improved-diffusion training without a second stage; -1
+    takes the elbow of --grouping similarity or difficulty, at most --max_groups."""
+    grouping: Literal["uniform", "snr", "difficulty", "similarity"] = "uniform"
+    """Groups of equal width in timesteps or in decibels of the signal-to-noise ratio; or what is found best once the
+    base is trained: timesteps of like difficulty (see --difficulty), or those whose loss gradients are similar."""
+    max_groups: int = 10
+    """With --groups -1: the largest number that may be chosen."""
+    probes: int = 50
+    """Intervals of timesteps at which the base is measured for --grouping similarity and difficulty; boundaries lie
+    between them."""
+    snr_range: str = "-20,20"
+    """With --grouping snr: "lo,hi" in decibels; what lies outside belongs to the outermost groups. Empty divides the
+    whole range of the schedule."""
+    boundaries: str = ""
+    """Comma list of the N + 1 boundaries from 0 to the number of timesteps, instead of --grouping."""
+    refine: int = 0
+    """With --boundaries: let every inner one move by up to this many timesteps to where gradients are most similar
+    inside the groups."""
+    overlap: float = 0.0
+    """Soft boundaries: in stage 2 each expert also trains on this share (0 to 1) of each neighbour's timesteps, the
+    nearest ones."""
+    difficulty: Literal["snr", "snr-reversed", "loss", "loss-reversed"] = "snr"
+    """Which groups count as hard and keep more of the base: those of high SNR or of high measured loss; reversed,
+    those of low. It is also what --grouping difficulty divides by."""
+    k: float = 0.6
+    """Budget of the (imagined) easiest group as a share of the base's MACs, 0 < k <= 1; group i of N from easy to
+    hard gets i/N + (N - i)/N * k. 1 does not prune."""
+    budgets: str = ""
+    """Comma list of N shares of the base's MACs, one per group from low to high timesteps, instead of the law with
+    --k."""
+    importance: Literal["taylor", "magnitude"] = "taylor"
+    """What decides which channels are kept: first-order loss change on the group's own timesteps, or weight norm."""
+    calibration_batches: int = 4
+    """Batches of --batch_size images on which importance is measured, for each group."""
+    base: str = ""
+    """Weights (.pt) that stand in for a finished stage 1, or a run directory whose base is used; the model flags
+    must describe them."""
+    stage1_steps: int = 0
+    """Steps of stage 1; 0 computes it from --baseline_steps, else takes --lr_anneal_steps."""
+    stage2_steps: int = 0
+    """Steps of stage 2; 0 computes it from --baseline_steps."""
+    baseline_steps: int = 0
+    """Steps of the uniform baseline whose cost the shares below refer to (same model and --batch_size)."""
+    stage1_share: float = 0.5
+    """Cost of stage 1 as a share of the baseline's cost."""
+    total_share: float = 1.0
+    """Cost of stage 1 + pruning + stage 2 as a share of the baseline's cost, in measured MACs."""
+    stage2_batch: int = 0
+    """Images per step of stage 2, over all experts together; 0 means --batch_size."""
+    stage2_shares: str = ""
+    """Comma list of N weights: how much of each stage-2 batch each group gets; empty is equal shares."""
+    stage2_lr: float = 0.0
+    """Learning rate of stage 2; 0 means --lr."""
+    stage2_anneal: bool = True
+    """Let the learning rate of stage 2 fall linearly to 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchOptions:
+    """The search for every expert's widths within its budget (proxy-based pruning)."""
+
+    agent: Literal["auto", "taylor", "magnitude", "random", "greedy", "evolution", "tpe", "llm"] = "auto"
+    """Who proposes widths. taylor and magnitude answer once, with what keeps most of that importance; the others search
+    with scored candidates: by chance, by loss per MAC, by evolution, by optuna's estimator, or by asking a language
+    model. auto is the one-shot answer by --importance for one round, and tpe for more."""
+    rounds: int = 1
+    """Rounds of proposing and scoring, for each group."""
+    candidates: int = 8
+    """Candidates per round; they are scored in one routed batch."""
+    memory: bool = True
+    """Let the agent see what was tried, in this group and in those before it. False hides it; memory.jsonl is written
+    either way."""
+    score_samples: int = 1024
+    """Samples that one pass of scoring may hold, over all candidates together: a bound on its memory."""
+    llm_model: str = ""
+    """With --agent llm: name of the model. The key is read from the environment, OPENAI_API_KEY, and kept nowhere."""
+    llm_url: str = ""
+    """Base URL of an OpenAI-compatible service, such as http://127.0.0.1:8000/v1; empty takes OPENAI_BASE_URL, else
+    OpenAI's."""
+    llm_timeout: float = 60.0
+    """Seconds after which a call counts as failed."""
+    llm_retries: int = 3
+    """How often a failed call or an unusable answer is asked again, in each round."""
+    llm_calls: int = 100
+    """Calls allowed in the whole search; later rounds are the --llm_fallback's."""
+    llm_fallback: Literal["random", "greedy", "evolution", "tpe"] = "evolution"
+    """Agent that stands in for a round in which the language model has no usable answer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Where the run lives, what it records and how it goes on."""
+
+    run_dir: str = ""
+    """Directory of the run; empty takes DIFFUSION_BLOB_LOGDIR, then OPENAI_LOGDIR, then a new temporary directory."""
+    resume: str = ""
+    """Continue the run in this directory bit for bit. Without a value: the run in --run_dir. All other flags may be
+    left out."""
+    resume_step: int = -1
+    """With --resume: the checkpoint of the interrupted stage to continue from; -1 is the latest."""
+    resume_checkpoint: str = ""
+    """improved-diffusion's flag: continue from model{step}.pt, with the optimizer and the averages that lie beside
+    it."""
+    stop_after: Literal["never", "stage1", "pruning"] = "never"
+    """End before the experts are trained: with stage 1 (python -m tdc_fast.prune can then search widths) or with the
+    widths. --resume goes on."""
+    seed: int = 0
+    """Seed of weights, data order, timesteps, noise and dropout."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N; auto takes a GPU where there is one."""
+    num_threads: int = 0
+    """CPU threads of torch and of the native kernels; 0 leaves the setting of the process."""
+    log_interval: int = 10
+    """Steps between two rows of progress.csv; the values are means over those steps."""
+    save_interval: int = 10000
+    """Steps between two checkpoints; the end of a stage is always saved."""
+    tensorboard: bool = True
+    """Write TensorBoard event files when the tensorboard package is installed."""
+    progress: Literal["auto", "always", "never"] = "auto"
+    """Progress bars with time left; auto shows them on a terminal."""
+    preview: int = 0
+    """Images sampled at the end of each stage into samples/; 0 samples none."""
+
+
+SECTIONS: dict[str, type] = {
+    "data": DataOptions,
+    "model": ModelOptions,
+    "diffusion": DiffusionOptions,
+    "optimizer": OptimizerOptions,
+    "tdc": TdcOptions,
+    "search": SearchOptions,
+    "run": RunOptions,
+}
+"""Section title on the command line -> its dataclass, in the order of ``--help``."""
+
+
+def help_texts(section: type) -> dict[str, str]:
+    """Field -> the string under it, on one line."""
+    body = ast.parse(inspect.getsource(section)).body[0].body  # type: ignore[attr-defined]
+    texts = {}
+    for field, text in itertools.pairwise(body):
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+            texts[ast.unparse(field.target)] = " ".join(ast.literal_eval(text.value).split())
+    return texts
