@@ -1,0 +1,60 @@
+"""Opening the run directory of a configuration: a new one, or one that is continued."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+from tdc_fast.errors import invalid
+from tdc_fast.runs.checkpoint import step_of
+from tdc_fast.runs.config import TrainConfig, refuse_changed_options
+from tdc_fast.runs.directory import RunDirectory, default_directory
+from tdc_fast.runs.groups import build_groups
+
+
+def open_run(config: TrainConfig, in_channels: int) -> RunDirectory:
+    """The run directory of a configuration: a new one, or with ``config.resume`` the one that is continued.
+
+    Raises:
+        ValueError: the directory holds another run, or nothing that could be resumed.
+    """
+    config = _continued_in_place(config)
+    if not config.resume:
+        run = RunDirectory.create(config, in_channels)
+    else:
+        path = Path(config.resume if config.resume != "latest" else config.run_dir or default_directory() or "")
+        if config.resume == "latest" and not (config.run_dir or default_directory()):
+            raise invalid("resume", config.resume, "a run directory, or --run_dir beside it")
+        if (path / "config.json").is_file():
+            refuse_changed_options(RunDirectory.open(path).config, config)
+            run = RunDirectory.open(path, config)
+            if run.in_channels != in_channels:
+                raise invalid("data_dir", config.data_dir, f"images of {run.in_channels} channels, as the run had")
+        else:
+            run = RunDirectory.create(config.replace(run_dir=str(path)), in_channels)
+    threads = (run.read("run.json") or {}).get("threads")
+    if threads != torch.get_num_threads():
+        print(
+            f"note: the run began with {threads} threads and goes on with {torch.get_num_threads()}: "
+            "the last bits may differ",
+            file=sys.stderr,
+        )
+    groups = build_groups(config, report=True)
+    if groups is not None:
+        groups.save(run.path / "groups.json")
+    return run
+
+
+def _continued_in_place(config: TrainConfig) -> TrainConfig:
+    """improved-diffusion resumes in the very directory of --resume_checkpoint. Where a run of ours lives there, that is
+    what --resume and --resume_step do."""
+    directory = Path(config.run_dir or default_directory() or "")
+    checkpoint = Path(config.resume_checkpoint)
+    if config.resume or not config.resume_checkpoint or not (directory / "config.json").is_file():
+        return config
+    if checkpoint.parent.resolve() != directory.resolve():
+        return config
+    began_with = RunDirectory.open(directory).config.resume_checkpoint
+    return config.replace(resume=str(directory), resume_step=step_of(checkpoint), resume_checkpoint=began_with)
