@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 
 from tdc_fast.diffusion import Diffusion, create_diffusion
 from tdc_fast.errors import invalid
-from tdc_fast.grouping import Probes
-from tdc_fast.grouping.difficulty import mean_over_probes
 from tdc_fast.models.iddpm import UNet, create_unet
-from tdc_fast.routing import TimestepGroups
-from tdc_fast.runs.config import TrainConfig, comma_numbers
+from tdc_fast.runs.config import TrainConfig
 
 
 def build_device(config: TrainConfig) -> torch.device:
@@ -74,10 +70,6 @@ def build_diffusion(config: TrainConfig, timestep_respacing: str = "") -> Diffus
         rescale_learned_sigmas=config.rescale_learned_sigmas,
         timestep_respacing=timestep_respacing or config.timestep_respacing,
     )
-
-
-
-
 
 
 def place(model: Any, device: torch.device) -> Any:

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import nn
 
 from tdc_fast.errors import invalid
-from tdc_fast.runs.weights import load_base_file
 from tdc_fast.runs.build import build_diffusion, build_unet
 from tdc_fast.runs.checkpoint import read_description
 from tdc_fast.runs.config import TrainConfig, read_options
 from tdc_fast.runs.loading import Run, load_run
 from tdc_fast.runs.options import DiffusionOptions, ModelOptions
+from tdc_fast.runs.weights import load_base_file
 
 if TYPE_CHECKING:
     from tdc_fast.diffusion import Diffusion

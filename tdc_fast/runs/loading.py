@@ -15,12 +15,11 @@ from tdc_fast.models.iddpm import UNet
 from tdc_fast.nn.packing import RoutedModel, pack_experts
 from tdc_fast.nn.width_plan import WidthPlan, base_hash
 from tdc_fast.routing import TimestepGroups
-from tdc_fast.runs.build import (build_diffusion, build_unet, place)
-from tdc_fast.runs.groups import build_groups
+from tdc_fast.runs.build import build_diffusion, build_unet, place
 from tdc_fast.runs.checkpoint import ema_file, finished_steps, load_verified, model_file
 from tdc_fast.runs.config import TrainConfig
-from tdc_fast.runs.groups import load_groups
 from tdc_fast.runs.directory import RunDirectory
+from tdc_fast.runs.groups import build_groups, load_groups
 
 
 class Run:
