@@ -58,6 +58,9 @@ class NormProblem:
         return self.channels // self.num_norm_groups
 
 
+Problem = ConvProblem | NormProblem
+
+
 class ConvTensors(NamedTuple):
     """The tensors of one routed convolution, samples sorted by group.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tdc_fast.ops import builtin as builtin
 from tdc_fast.ops import flops
 from tdc_fast.ops.backends import Explanation, available_backends, explain
 from tdc_fast.ops.conv2d import routed_conv2d

@@ -14,20 +14,17 @@ reason.
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from tdc_fast.errors import invalid
-from tdc_fast.kernels.problems import ConvProblem, NormProblem
-from tdc_fast.ops import cpu, cuda, reference
+from tdc_fast.kernels.problems import ConvProblem, NormProblem, Problem
 from tdc_fast.ops.checks import require_backend_name
 
 ENVIRONMENT = "TDC_FAST_BACKEND"
 _MEMO_LIMIT = 4096
-Problem = ConvProblem | NormProblem
 
 
 class Backend(Protocol):
@@ -38,28 +35,7 @@ class Backend(Protocol):
     def supports(self, problem: Any, /) -> str | None: ...
 
 
-class _Triton:
-    """The `triton` backend, imported only when a problem comes that it might serve: importing triton takes seconds."""
-
-    name = "triton"
-
-    def supports(self, problem: Problem) -> str | None:
-        interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # what tests set to run kernels in host memory
-        if problem.device.type != "cuda" and not (interpreted and problem.device.type == "cpu"):
-            return f"its tensors live on a CUDA device, not on {problem.device}"
-        try:
-            return self.module().supports(problem)
-        except ImportError as error:
-            return f"triton cannot be imported: pip install 'tdc_fast[gpu]' ({error})"
-
-    def module(self) -> Any:
-        return importlib.import_module("tdc_fast.ops.triton")
-
-    def __getattr__(self, function: str) -> Any:
-        return getattr(self.module(), function)
-
-
-_backends: list[Backend] = [cpu, _Triton(), cuda, reference]
+_backends: list[Backend] = []
 # Fastest first, by the kind of problem; what was registered later comes before these.
 _ORDER: dict[type, tuple[str, ...]] = {
     ConvProblem: ("cpu", "triton", "cuda", "reference"),

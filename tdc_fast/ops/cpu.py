@@ -12,25 +12,17 @@ import torch
 from torch import Tensor
 
 from tdc_fast.kernels.problems import ConvProblem, NormProblem
+from tdc_fast.ops import native
 from tdc_fast.ops.checks import check_conv_values, check_norm_values
 
 name = "cpu"
-native: Any = None
-_missing = ""
-try:
-    from tdc_fast import _native
-
-    native = _native
-except ImportError as error:
-    _missing = f"the native module is not there ({error}); install with TDC_FAST_BUILD=cpu to see why"
-
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
 _NHWC = torch.channels_last
 
 
 def supports(problem: ConvProblem | NormProblem) -> str | None:
-    if native is None:
-        return _missing
+    if native.module is None:
+        return native.why_missing
     if problem.device.type != "cpu":
         return f"its tensors live in host memory, not on {problem.device}"
     if problem.dtype not in _DTYPE_CODES:
@@ -50,7 +42,7 @@ def routing_plan(groups: Tensor, num_groups: int) -> tuple[Tensor, Tensor, Tenso
     order = torch.empty(batch, dtype=torch.int64)
     inverse = torch.empty(batch, dtype=torch.int64)
     offsets = torch.empty(num_groups + 1, dtype=torch.int32)
-    bad = native.routing_plan(
+    bad = native.module.routing_plan(
         groups=groups.data_ptr(),
         order=order.data_ptr(),
         inverse=inverse.data_ptr(),
@@ -115,7 +107,7 @@ def conv2d(
         return y
     x, bias, sample_bias = _nhwc(x), _dense(bias), _dense(sample_bias)
     residual = None if residual is None else _nhwc(residual)
-    native.conv2d_forward(
+    native.module.conv2d_forward(
         x=x.data_ptr(),
         weight=weight.data_ptr(),
         bias=_address(bias),
@@ -148,7 +140,7 @@ def conv2d_dgrad(
         check_conv_values(p, offsets, weight_index, in_widths, out_widths)
         return dx
     dy = _nhwc(dy)
-    native.conv2d_dgrad(
+    native.module.conv2d_dgrad(
         dy=dy.data_ptr(),
         weight=weight.data_ptr(),
         dx=dx.data_ptr(),
@@ -184,7 +176,7 @@ def conv2d_wgrad(
         check_conv_values(p, offsets, weight_index, in_widths, out_widths)
         return dweight, dbias, dsample_bias
     dy, x = _nhwc(dy), _nhwc(x)
-    native.conv2d_wgrad(
+    native.module.conv2d_wgrad(
         x=x.data_ptr(),
         dy=dy.data_ptr(),
         dweight=_address(dweight),
@@ -243,7 +235,7 @@ def group_norm(
         return y, mean, rstd
     x, weight, bias = _nhwc(x), weight.contiguous(), bias.contiguous()
     scale, shift = _dense(scale), _dense(shift)
-    native.group_norm_forward(
+    native.module.group_norm_forward(
         x=x.data_ptr(),
         weight=weight.data_ptr(),
         bias=bias.data_ptr(),
@@ -286,7 +278,7 @@ def group_norm_backward(
         return dx, dweight, dbias, dscale, dshift
     dy, x, weight, bias = _nhwc(dy), _nhwc(x), weight.contiguous(), bias.contiguous()
     scale, shift, mean, rstd = _dense(scale), _dense(shift), mean.contiguous(), rstd.contiguous()
-    native.group_norm_backward(
+    native.module.group_norm_backward(
         dy=dy.data_ptr(),
         x=x.data_ptr(),
         weight=weight.data_ptr(),

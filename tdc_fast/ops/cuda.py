@@ -7,8 +7,6 @@ waits for the device.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,8 +14,8 @@ from torch import Tensor
 
 from tdc_fast.kernels.problems import ConvProblem, NormProblem
 from tdc_fast.kernels.tile_table import tiles_of, total_rows
-from tdc_fast.ops import cpu, cuda_launch
-from tdc_fast.ops.cuda_launch import Facts, Launcher
+from tdc_fast.ops import native
+from tdc_fast.ops.cuda_launch import device_facts, launch, launcher_for, serves
 from tdc_fast.ops.layout import (
     aligned,
     channel_innermost,
@@ -28,48 +26,10 @@ from tdc_fast.ops.layout import (
 
 name = "cuda"
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_injected: Launcher | None = None
-_launchers: dict[int, tuple[Launcher | None, str]] = {}
-
-
-@contextmanager
-def use_launcher(launcher: Launcher) -> Iterator[None]:
-    """Within the block this launcher runs every kernel, also for tensors in host memory: how tests run an emulator."""
-    global _injected
-    from tdc_fast.ops import backends
-
-    before, _injected = _injected, launcher
-    backends.forget()
-    try:
-        yield
-    finally:
-        _injected = before
-        backends.forget()
-
-
-def launcher_for(device: torch.device) -> tuple[Launcher | None, str]:
-    """What runs kernels on a device, or None and why nothing does."""
-    if _injected is not None:
-        return _injected, ""
-    if device.type == "cuda" and device.index in _launchers:  # on the way of every launch
-        return _launchers[device.index]
-    if cpu.native is None:
-        return None, cpu._missing
-    if device.type != "cuda":
-        return None, f"its tensors live on a CUDA device, not on {device}"
-    if not torch.cuda.is_available():
-        return None, "there is no GPU that torch can use here"
-    index = cuda_launch.device_index(device)
-    if index not in _launchers:
-        arch, _, _ = cuda_launch.device_facts(device)
-        _launchers[index] = (
-            cuda_launch.choose(arch) if arch >= 80 else (None, f"it needs sm_80 or newer, not sm_{arch}")
-        )
-    return _launchers[index]
 
 
 def supports(problem: ConvProblem | NormProblem) -> str | None:
-    if problem.device.type != "cuda" and _injected is None:
+    if not serves(problem.device):
         return f"its tensors live on a CUDA device, not on {problem.device}"
     if problem.dtype not in _DTYPE_CODES:
         return f"it has float32, bfloat16 and float16, not {problem.dtype}"
@@ -88,28 +48,10 @@ def supports(problem: ConvProblem | NormProblem) -> str | None:
         return reason
     if isinstance(problem, NormProblem):
         backward = problem.op == "routed_group_norm_backward"
-        refuse = cpu.native.cuda_group_norm_backward_refusal if backward else cpu.native.cuda_group_norm_forward_refusal
+        core = native.module
+        refuse = core.cuda_group_norm_backward_refusal if backward else core.cuda_group_norm_forward_refusal
         return refuse(**_norm_sizes(problem), device=launcher.device_facts(problem.device)) or None
     return None
-
-
-def launch(launches: Sequence[Any], device: torch.device) -> None:
-    """Runs planned launches on torch's current stream of a device. RuntimeError names what failed, or why nothing can.
-
-    The addresses in them must stay valid until torch would reuse the memory, as for torch's own kernels.
-    """
-    launcher, reason = launcher_for(device)
-    if launcher is None:
-        raise RuntimeError(f"no kernel can be launched on {device}: {reason}")
-    launcher.run(launches, device)
-
-
-def device_facts(device: torch.device) -> Facts:
-    """(arch, multiprocessors, shared_limit) of a device, as planners take it. RuntimeError where nothing serves it."""
-    launcher, reason = launcher_for(device)
-    if launcher is None:
-        raise RuntimeError(f"no kernel can be launched on {device}: {reason}")
-    return launcher.device_facts(device)
 
 
 def _run(planner: Any, device: torch.device, arguments: dict[str, Any]) -> None:
@@ -147,7 +89,7 @@ def routing_plan(groups: Tensor, num_groups: int) -> tuple[Tensor, Tensor, Tenso
     if launcher is None:
         return None
     facts = launcher.device_facts(groups.device)
-    if not cpu.native.cuda_routing_plan_supported(num_groups=num_groups, device=facts):
+    if not native.module.cuda_routing_plan_supported(num_groups=num_groups, device=facts):
         return None
     groups = groups.contiguous()
     batch = groups.shape[0]
@@ -164,7 +106,7 @@ def routing_plan(groups: Tensor, num_groups: int) -> tuple[Tensor, Tensor, Tenso
         "batch": batch,
         "num_groups": num_groups,
     }
-    _run(cpu.native.cuda_launches_routing_plan, groups.device, arguments)
+    _run(native.module.cuda_launches_routing_plan, groups.device, arguments)
     return order, inverse, offsets, ordered, tiles
 
 
@@ -223,7 +165,7 @@ def conv2d(
         "out_widths": _address(out_widths),
         **_geometry(p),
     }
-    _run(cpu.native.cuda_launches_conv_forward, x.device, arguments)
+    _run(native.module.cuda_launches_conv_forward, x.device, arguments)
     return y
 
 
@@ -255,7 +197,7 @@ def conv2d_dgrad(
         "out_widths": _address(out_widths),
         **_geometry(p),
     }
-    _run(cpu.native.cuda_launches_conv_dgrad, dy.device, arguments)
+    _run(native.module.cuda_launches_conv_dgrad, dy.device, arguments)
     return dx
 
 
@@ -298,8 +240,8 @@ def conv2d_wgrad(
         "out_widths": _address(out_widths),
         **_geometry(p),
     }
-    workspace = _workspace(cpu.native.cuda_conv_wgrad_workspace, dy.device, arguments)
-    _run(cpu.native.cuda_launches_conv_wgrad, dy.device, arguments | {"workspace": _address(workspace)})
+    workspace = _workspace(native.module.cuda_conv_wgrad_workspace, dy.device, arguments)
+    _run(native.module.cuda_launches_conv_wgrad, dy.device, arguments | {"workspace": _address(workspace)})
     if dweight is not None and written is not None and written is not dweight:
         dweight.copy_(written)
     return dweight, dbias, dsample_bias
@@ -374,8 +316,8 @@ def group_norm(
         return y, mean, rstd
     arguments, owners = _norm_arguments(p, x, weight, bias, scale, shift, offsets, weight_index, widths)
     arguments |= {"y": y.data_ptr(), "mean": mean.data_ptr(), "rstd": rstd.data_ptr()}
-    workspace = _workspace(cpu.native.cuda_group_norm_forward_workspace, x.device, arguments)
-    planner = cpu.native.cuda_launches_group_norm_forward
+    workspace = _workspace(native.module.cuda_group_norm_forward_workspace, x.device, arguments)
+    planner = native.module.cuda_launches_group_norm_forward
     _run(planner, x.device, arguments | {"workspace": _address(workspace)})
     del owners
     return y, mean, rstd
@@ -417,8 +359,8 @@ def group_norm_backward(
         "dscale": _address(dscale),
         "dshift": _address(dshift),
     }
-    workspace = _workspace(cpu.native.cuda_group_norm_backward_workspace, dy.device, arguments)
-    planner = cpu.native.cuda_launches_group_norm_backward
+    workspace = _workspace(native.module.cuda_group_norm_backward_workspace, dy.device, arguments)
+    planner = native.module.cuda_launches_group_norm_backward
     _run(planner, dy.device, arguments | {"workspace": _address(workspace)})
     del owners
     return dx, dweight, dbias, dscale, dshift

@@ -1,103 +1,93 @@
-"""What runs the launches that the native planners return, and which of them serves a device.
+"""Which launcher serves a device, and launching through it.
 
-A launcher is an object with a `name`, `device_facts(device) -> (arch, multiprocessors, shared_limit)`, which planners
-are told, and `run(launches, device)`. `Native` runs the kernels that nvcc built into tdc_fast._native; `Nvrtc` (in
-tdc_fast.ops.cuda_nvrtc) compiles the same sources on the machine that has the GPU. Tests bring an emulator.
-
-Nothing here touches a GPU before a problem on one comes.
+`Native` runs the kernels that nvcc built into tdc_fast._native; `Nvrtc` compiles the same sources on the machine that
+has the GPU; tests inject an emulator. No GPU is touched before a problem on one comes.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 
-from tdc_fast.ops import cpu
+from tdc_fast.ops import backends, cuda_native, cuda_nvrtc, native
+from tdc_fast.ops.cuda_device import Facts, Launcher, device_index
+from tdc_fast.ops.cuda_device import device_facts as facts_from_torch
 
-Facts = tuple[int, int, int]
-
-
-class Launcher(Protocol):
-    """Runs kernels. `run` raises RuntimeError naming the kernel and the shapes."""
-
-    name: str
-
-    def device_facts(self, device: torch.device) -> Facts: ...
-
-    def run(self, launches: Sequence[Any], device: torch.device) -> None: ...
+_OLDEST_ARCHITECTURE = 80
+_injected: Launcher | None = None
+_launchers: dict[int, tuple[Launcher | None, str]] = {}
 
 
-def device_index(device: torch.device) -> int:
-    """The number of a CUDA device; "cuda" alone is the current one."""
-    return torch.cuda.current_device() if device.index is None else device.index
+@contextmanager
+def use_launcher(launcher: Launcher) -> Iterator[None]:
+    """Within the block this launcher runs every kernel, also for tensors in host memory: how tests run an emulator."""
+    global _injected
+    before, _injected = _injected, launcher
+    backends.forget()
+    try:
+        yield
+    finally:
+        _injected = before
+        backends.forget()
 
 
-_facts: dict[int, Facts] = {}
+def serves(device: torch.device) -> bool:
+    """Whether a device is of the kind that launchers run on; host memory is, while a test injects a launcher."""
+    return device.type == "cuda" or _injected is not None
 
 
-def device_facts(device: torch.device) -> Facts:
-    """(compute capability * 10, number of SMs, bytes of shared memory a block may opt in to) of a CUDA device."""
+def launcher_for(device: torch.device) -> tuple[Launcher | None, str]:
+    """What runs kernels on a device, or None and why nothing does."""
+    if _injected is not None:
+        return _injected, ""
+    if device.type == "cuda" and device.index in _launchers:  # on the way of every launch
+        return _launchers[device.index]
+    if native.module is None:
+        return None, native.why_missing
+    if device.type != "cuda":
+        return None, f"its tensors live on a CUDA device, not on {device}"
+    if not torch.cuda.is_available():
+        return None, "there is no GPU that torch can use here"
     index = device_index(device)
-    if index not in _facts:
-        found = torch.cuda.get_device_properties(index)
-        arch = found.major * 10 + found.minor
-        _facts[index] = (arch, found.multi_processor_count, found.shared_memory_per_block_optin)  # type: ignore[attr-defined]
-    return _facts[index]
-
-
-class Native:
-    """The kernels that nvcc compiled into tdc_fast._native."""
-
-    name = "native"
-
-    def device_facts(self, device: torch.device) -> Facts:
-        return device_facts(device)
-
-    def run(self, launches: Sequence[Any], device: torch.device) -> None:
-        index = device_index(device)
-        with torch.cuda.device(index):
-            cpu.native.cuda_launch(list(launches), index, torch.cuda.current_stream(index).cuda_stream)
-
-
-def build_covers(architectures: str, arch: int) -> bool:
-    """Whether a build runs on compute capability `arch` (86 for 8.6).
-
-    architectures: CMake's list, such as "80-real 90a-real 100-virtual". Machine code runs on the same major version
-    from its minor one on, that of an "a" architecture on itself only; PTX ("-virtual") on everything from there on.
-    """
-    for text in architectures.split():
-        parts = re.fullmatch(r"(\d+)([af]?)(?:-(real|virtual))?", text)
-        if parts is None:
-            continue
-        built, suffix, kind = int(parts[1]), parts[2], parts[3]
-        if suffix:
-            if built == arch:
-                return True
-            continue
-        if kind != "virtual" and built // 10 == arch // 10 and built <= arch:
-            return True
-        if kind != "real" and built <= arch:
-            return True
-    return False
+    if index not in _launchers:
+        _launchers[index] = choose(facts_from_torch(device)[0])
+    return _launchers[index]
 
 
 def choose(arch: int) -> tuple[Launcher | None, str]:
-    """The launcher for a GPU of compute capability `arch`, or None and why there is none."""
-    built = cpu.native.cuda_architectures
-    if not built:
-        missing = "was built without nvcc"
-    elif not build_covers(built, arch):
-        missing = f"was built for {built}"
-    elif cpu.native.cuda_device_count() == 0:  # though torch has one
-        missing = f"was built with CUDA {cpu.native.cuda_runtime_version() // 1000}, which the driver does not serve"
-    else:
-        return Native(), ""
-    from tdc_fast.ops import cuda_nvrtc
-
+    """The launcher for a GPU of compute capability `arch` (86 for 8.6), or None and why there is none."""
+    if arch < _OLDEST_ARCHITECTURE:
+        return None, f"it needs sm_{_OLDEST_ARCHITECTURE} or newer, not sm_{arch}"
+    missing = cuda_native.unavailable(arch)
+    if missing is None:
+        return cuda_native.Native(), ""
     reason = cuda_nvrtc.unavailable(arch)
     if reason is None:
         return cuda_nvrtc.Nvrtc(), ""
     return None, f"the native module {missing}, the device is sm_{arch}, and {reason}"
+
+
+def _require(device: torch.device) -> Launcher:
+    launcher, reason = launcher_for(device)
+    if launcher is None:
+        raise RuntimeError(f"no kernel can be launched on {device}: {reason}")
+    return launcher
+
+
+def launch(launches: Sequence[Any], device: torch.device) -> None:
+    """Runs planned launches on torch's current stream of a device.
+
+    The addresses in them must stay valid until torch would reuse the memory, as for torch's own kernels.
+
+    Raises:
+        RuntimeError: a launch failed (the message names it), or nothing can launch on the device.
+    """
+    _require(device).run(launches, device)
+
+
+def device_facts(device: torch.device) -> Facts:
+    """The facts of a device, as planners take them. RuntimeError where nothing can launch on it."""
+    return _require(device).device_facts(device)

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 
 from tdc_fast.atomic import atomic_file
-from tdc_fast.ops import cpu
-from tdc_fast.ops.cuda_launch import Facts, device_facts, device_index
+from tdc_fast.ops import native
+from tdc_fast.ops.cuda_device import Facts, device_facts, device_index
 
 CACHE_VARIABLE = "TDC_FAST_CACHE"
 SOURCES = "tdc_fast.cuda_sources"  # csrc/cuda, installed as package data
@@ -89,7 +89,7 @@ def compile_family(family: str, arch_name: str, options: Sequence[str] = ()) -> 
             nvrtc.compileProgram(program, (f"--gpu-architecture={arch_name}", *_OPTIONS, *options))
         except nvrtc.NVRTCError as error:
             log = nvrtc.getProgramLog(program)
-            kernels = ", ".join(cpu.native.cuda_kernels.get(family, [family]))
+            kernels = ", ".join(native.module.cuda_kernels.get(family, [family]))
             raise RuntimeError(f"NVRTC could not compile {kernels} for {arch_name} ({error}):\n{log}") from error
         return nvrtc.getCUBIN(program), nvrtc.getProgramLog(program)
     finally:
@@ -138,7 +138,7 @@ def _read_entry(path: Path) -> bytes | None:
 
 @functools.cache
 def _family_of() -> dict[str, str]:
-    return {kernel: family for family, kernels in cpu.native.cuda_kernels.items() for kernel in kernels}
+    return {kernel: family for family, kernels in native.module.cuda_kernels.items() for kernel in kernels}
 
 
 class Nvrtc:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tdc_fast.errors import invalid
-from tdc_fast.ops import cpu, cuda
+from tdc_fast.ops import cuda_launch, native
 from tdc_fast.ops.checks import require_tensors
 
 _ELEMENT_SIZES = (2, 4, 8)
@@ -86,7 +86,7 @@ def _launch(
 ) -> bool:
     """Whether a kernel did it."""
     device = source.device
-    launcher, _ = cuda.launcher_for(device)
+    launcher, _ = cuda_launch.launcher_for(device)
     if launcher is None or source.element_size() not in _ELEMENT_SIZES or out.numel() == 0:
         return False
     if out.is_complex() or source.is_conj() or source.is_neg():
@@ -120,7 +120,8 @@ def _launch(
         "target_in_stride": out.stride(2) if has_inputs else 1,
         "target_tap_stride": taps[1][1],
     }
-    cuda.launch(cpu.native.cuda_launches_pack_experts(**arguments, device=cuda.device_facts(device)), device)
+    planner = native.module.cuda_launches_pack_experts
+    cuda_launch.launch(planner(**arguments, device=cuda_launch.device_facts(device)), device)
     return True
 
 

@@ -15,7 +15,7 @@ from torch.utils import _pytree
 
 from tdc_fast.errors import invalid
 from tdc_fast.kernels.tile_table import no_tiles, tile_table, total_rows
-from tdc_fast.ops import cpu, cuda, library
+from tdc_fast.ops import cpu, cuda, library, native
 from tdc_fast.ops.checks import require_integer, require_tensors
 
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -46,7 +46,7 @@ def _bad_group(value: int, sample: int, num_groups: int) -> ValueError:
 
 def _plan_on_host(groups: Tensor, num_groups: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Group ids are checked here, before anything is indexed with them."""
-    if cpu.native is None:
+    if native.module is None:
         if groups.numel():
             bad = ((groups < 0) | (groups >= num_groups)).nonzero()
             if len(bad):

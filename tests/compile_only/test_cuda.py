@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from tdc_fast.ops import cpu, cuda_nvrtc
+from tdc_fast.ops import cuda_nvrtc, native
 from tests.compile_only.cuda_resources import Resources, cuobjdump, resources_in_log, resources_of, table
 
-pytestmark = pytest.mark.skipif(cpu.native is None, reason="the native module is not built")
+pytestmark = pytest.mark.skipif(native.module is None, reason="the native module is not built")
 ARCHITECTURES = (80, 90, 100)
-KERNELS = set() if cpu.native is None else {name for names in cpu.native.cuda_kernels.values() for name in names}
+KERNELS = set() if native.module is None else {name for names in native.module.cuda_kernels.values() for name in names}
 
 
 def tool() -> str:
@@ -41,17 +41,17 @@ def show(title: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_nvcc_built_every_kernel_for_every_architecture_without_spills(capsys: pytest.CaptureFixture[str]) -> None:
-    if not cpu.native.cuda_architectures:
+    if not native.module.cuda_architectures:
         pytest.skip("the native module was built without nvcc")
-    found = resources_of(Path(cpu.native.__file__), tool())
-    built = [a.removesuffix("-real") for a in cpu.native.cuda_architectures.split() if a.endswith("-real")]
+    found = resources_of(Path(native.module.__file__), tool())
+    built = [a.removesuffix("-real") for a in native.module.cuda_architectures.split() if a.endswith("-real")]
     assert {"80", "90a"} <= set(built)
     for arch in built:
         kernels = found[f"sm_{arch}"]
         assert set(kernels) == KERNELS, f"sm_{arch}"
         assert_nothing_spills(kernels, arch)
-    assert "virtual" in cpu.native.cuda_architectures  # PTX, for what comes after
-    show(f"nvcc, {cpu.native.cuda_runtime_version()}", table(found), capsys)
+    assert "virtual" in native.module.cuda_architectures  # PTX, for what comes after
+    show(f"nvcc, {native.module.cuda_runtime_version()}", table(found), capsys)
 
 
 @functools.cache
@@ -60,7 +60,7 @@ def compiled() -> dict[tuple[str, int], tuple[bytes, str]]:
     reason = cuda_nvrtc.unavailable(ARCHITECTURES[0])
     if reason is not None:
         pytest.skip(reason)
-    jobs = list(itertools.product(sorted(cpu.native.cuda_kernels, reverse=True), known()))
+    jobs = list(itertools.product(sorted(native.module.cuda_kernels, reverse=True), known()))
     with ProcessPoolExecutor(min(2, os.cpu_count() or 1), mp_context=get_context("spawn")) as pool:
         made = pool.map(_compile, jobs)
         return dict(zip(jobs, made, strict=True))
@@ -79,7 +79,7 @@ def test_nvrtc_compiles_every_kernel_for_every_architecture_without_spills(capsy
     for (family, arch), (cubin, log) in compiled().items():
         assert cubin.startswith(b"\x7fELF")
         kernels = resources_in_log(log)
-        assert set(kernels) == set(cpu.native.cuda_kernels[family])
+        assert set(kernels) == set(native.module.cuda_kernels[family])
         found.setdefault(cuda_nvrtc.target(arch), {}).update(kernels)
     assert {"sm_80", "sm_90a"} <= set(found)
     for name, kernels in found.items():

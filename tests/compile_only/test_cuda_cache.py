@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from tdc_fast.ops import cpu, cuda_nvrtc
+from tdc_fast.ops import cuda_nvrtc, native
 
 pytestmark = [
-    pytest.mark.skipif(cpu.native is None, reason="the native module is not built"),
+    pytest.mark.skipif(native.module is None, reason="the native module is not built"),
     pytest.mark.skipif(cuda_nvrtc.unavailable(80) is not None, reason=str(cuda_nvrtc.unavailable(80))),
 ]
 FAMILY = "plan"  # the one that compiles fastest
@@ -135,7 +135,7 @@ def test_the_sources_that_decide_an_entry_are_all_that_a_family_includes() -> No
 
 
 def test_every_family_is_shipped_with_the_package() -> None:
-    for family in cpu.native.cuda_kernels:
+    for family in native.module.cuda_kernels:
         assert cuda_nvrtc.read_sources(family)
 
 

@@ -24,7 +24,7 @@ ALLOWED = {
     ("tdc_fast/ops/plan.py", "_plan_on_host", "nonzero"): HOST,
     ("tdc_fast/ops/plan.py", "_plan_on_host", "int"): HOST,
     ("tdc_fast/ops/plan.py", "from_groups", "int"): "only with validate=True, which is documented to wait",
-    ("tdc_fast/ops/cuda_launch.py", "build_covers", "int"): "of a string",
+    ("tdc_fast/ops/cuda_native.py", "build_covers", "int"): "of a string",
     ("tdc_fast/ops/checks.py", "_check_routing_values", "tolist"): HOST,
     ("tdc_fast/ops/checks.py", "_check_width_values", "tolist"): HOST,
     ("tdc_fast/nn/routed.py", "widths", "tensor"): "while packing, not in a forward",
@@ -32,7 +32,8 @@ ALLOWED = {
     ("tdc_fast/nn/layers.py", "qkv_attention", "nonzero"): HOST,
 }
 DEVICE_PATH = [
-    *("tdc_fast/ops/cuda.py", "tdc_fast/ops/cuda_launch.py", "tdc_fast/ops/cuda_nvrtc.py", "tdc_fast/ops/triton.py"),
+    *("tdc_fast/ops/cuda.py", "tdc_fast/ops/cuda_launch.py", "tdc_fast/ops/cuda_device.py"),
+    *("tdc_fast/ops/cuda_native.py", "tdc_fast/ops/cuda_nvrtc.py", "tdc_fast/ops/triton.py", "tdc_fast/ops/pack.py"),
     *("tdc_fast/ops/conv2d.py", "tdc_fast/ops/group_norm.py", "tdc_fast/ops/linear.py", "tdc_fast/ops/plan.py"),
     *("kernels/tile_table.py", "tdc_fast/ops/layout.py", "tdc_fast/ops/library.py", "tdc_fast/ops/checks.py"),
     *("tdc_fast/nn/plan_scope.py", "tdc_fast/nn/routed.py", "tdc_fast/nn/layers.py"),

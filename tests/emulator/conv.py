@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tdc_fast.ops import cuda
+from tdc_fast.ops import cuda_launch
 from tests.cases import ConvCase, Routing
 from tests.emulator.harness import EmulatorLauncher, emulated
 from tests.ops.test_conv2d import gradients, routed
@@ -57,7 +57,7 @@ def emulator(facts: tuple[int, int, int] = MANY_SMS, **plants: str) -> Iterator[
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
-        with cuda.use_launcher(launcher):
+        with cuda_launch.use_launcher(launcher):
             yield launcher
     finally:
         torch.set_float32_matmul_precision(before)

@@ -6,7 +6,7 @@ builds with a planted bug (`-DTDC_PLANT_<NAME>`, see TDC_PLANTED in csrc/cuda/de
 check shared memory for races.
 
     launcher = EmulatorLauncher(emulated("plan"))
-    with tdc_fast.ops.cuda.use_launcher(launcher): ...
+    with tdc_fast.ops.cuda_launch.use_launcher(launcher): ...
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class EmulatedLibrary:
 
 
 class EmulatorLauncher:
-    """A launcher for tdc_fast.ops.cuda.use_launcher: runs launches, in order, in the emulator.
+    """A launcher for tdc_fast.ops.cuda_launch.use_launcher: runs launches, in order, in the emulator.
 
     schedule: which thread goes first, see SCHEDULES; may be changed between runs. `launched` lists the kernels run.
     """

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from tdc_fast import _native, routed_group_norm
-from tdc_fast.ops import cuda
+from tdc_fast.ops import cuda, cuda_launch
 from tdc_fast.ops.checks import norm_problem
 from tests.cases import NormCase, Routing, norm_cases
 from tests.emulator.harness import FACTS, SANITIZED, SCHEDULES, EmulatorError, EmulatorLauncher, emulated, plain_only
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 @contextmanager
 def emulator(facts: tuple[int, int, int] = ROOMY, schedule: int = 0, plant: str = "") -> Iterator[EmulatorLauncher]:
     launcher = EmulatorLauncher(emulated("group_norm", *([plant] if plant else [])), schedule=schedule, facts=facts)
-    with cuda.use_launcher(launcher):
+    with cuda_launch.use_launcher(launcher):
         yield launcher
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tdc_fast.ops import cuda
+from tdc_fast.ops import cuda_launch
 from tdc_fast.ops.layout import empty_channel_innermost
 from tdc_fast.ops.pack import pack_channels
 from tests.emulator.harness import SANITIZED, SCHEDULES, EmulatorError, EmulatorLauncher, emulated, plain_only
@@ -22,7 +22,7 @@ WAYS = ["kernel", "torch"]
 def with_kernels(way: str = "kernel", *plants: str, schedule: int = 0):
     if way == "torch":
         return nullcontext()
-    return cuda.use_launcher(EmulatorLauncher(emulated("pack", *plants), schedule=schedule))
+    return cuda_launch.use_launcher(EmulatorLauncher(emulated("pack", *plants), schedule=schedule))
 
 
 def expected(source: Tensor, orders: list[Tensor | None], widths: list[Tensor | None], experts: int) -> Tensor:
@@ -109,7 +109,7 @@ def test_every_tensor_is_one_launch_under_any_schedule() -> None:
     exact = pack_channels(**problem)
     for schedule in SCHEDULES:
         launcher = EmulatorLauncher(emulated("pack"), schedule=schedule)
-        with cuda.use_launcher(launcher):
+        with cuda_launch.use_launcher(launcher):
             assert torch.equal(pack_channels(**problem), exact)
         assert launcher.launched == ["tdc_pack_experts_4"]
 
@@ -129,7 +129,7 @@ def test_taps_at_no_even_distance_are_gathered_by_torch() -> None:
     problem = conv_problem()
     exact = pack_channels(**problem)
     launcher = EmulatorLauncher(emulated("pack"))
-    with cuda.use_launcher(launcher):
+    with cuda_launch.use_launcher(launcher):
         wide = torch.zeros(1, 6, 10, 3, 5)
         wide[..., :3] = problem["source"]
         assert torch.equal(pack_channels(**problem | {"source": wide[..., :3]}), exact)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tdc_fast import _native
 from tdc_fast.kernels import tile_table as tiles
-from tdc_fast.ops import cuda
+from tdc_fast.ops import cuda, cuda_launch
 from tests.emulator.harness import FACTS, SANITIZED, SCHEDULES, EmulatorError, EmulatorLauncher, emulated, plain_only
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
@@ -21,7 +21,7 @@ def planned(
     groups: Tensor, num_groups: int, *plants: str, schedule: int = 0, shared_limit: int = FACTS[2]
 ) -> dict[str, Tensor]:
     launcher = EmulatorLauncher(emulated("plan", *plants), schedule=schedule, facts=(*FACTS[:2], shared_limit))
-    with cuda.use_launcher(launcher):
+    with cuda_launch.use_launcher(launcher):
         made = cuda.routing_plan(groups, num_groups)
     assert made is not None and launcher.launched == ["tdc_routing_plan"]
     return dict(zip(NAMES, made, strict=True))
@@ -80,7 +80,7 @@ def test_support_ends_where_shared_memory_does(arch: tuple[int, int, int]) -> No
     most = arch[2] // 8
     assert _native.cuda_routing_plan_supported(num_groups=most - 200, device=arch)
     assert not _native.cuda_routing_plan_supported(num_groups=most, device=arch)
-    with cuda.use_launcher(EmulatorLauncher(emulated("plan"), facts=arch)):
+    with cuda_launch.use_launcher(EmulatorLauncher(emulated("plan"), facts=arch)):
         assert cuda.routing_plan(torch.zeros(1, dtype=torch.int64), most) is None
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tdc_fast import RoutingPlan
-from tdc_fast.ops import cpu, cuda, cuda_launch, cuda_nvrtc
+from tdc_fast.ops import cuda_device, cuda_launch, cuda_native, cuda_nvrtc, native
 from tests.cases import ConvCase, NormCase
 from tests.emulator.harness import EmulatorLauncher, emulated
 from tests.gpu.problems import Target, gradients, moved, on_device, routed, upstream
@@ -23,13 +23,13 @@ def both(device: str, operator: str) -> tuple[Any, Any]:
     if device == "cpu":
         libraries = [emulated(family) for family in ("plan", *FAMILIES[operator])]
         return tuple(EmulatorLauncher(*libraries, schedule=schedule) for schedule in (0, 1))
-    arch = cuda_launch.device_facts(torch.device("cuda"))[0]
-    built = cpu.native.cuda_architectures
-    if not built or not cuda_launch.build_covers(built, arch):
+    arch = cuda_device.device_facts(torch.device("cuda"))[0]
+    built = native.module.cuda_architectures
+    if not built or not cuda_native.build_covers(built, arch):
         pytest.skip(f"the native module has no kernels for sm_{arch} (built for: {built or 'nothing, without nvcc'})")
     if (reason := cuda_nvrtc.unavailable(arch)) is not None:
         pytest.skip(reason)
-    return cuda_launch.Native(), cuda_nvrtc.Nvrtc()
+    return cuda_native.Native(), cuda_nvrtc.Nvrtc()
 
 
 @on_device
@@ -38,7 +38,7 @@ def test_both_give_the_same_bits(name: str, device: str) -> None:
     case: ConvCase | NormCase = CASES[name]
     results = []
     for launcher in both(device, "conv" if isinstance(case, ConvCase) else "norm"):
-        with cuda.use_launcher(launcher):
+        with cuda_launch.use_launcher(launcher):
             leaves = moved(case.tensors(torch.bfloat16), device, case.layout)
             y = routed(case, leaves, Target(device, "cuda"))
             results.append(gradients(y, leaves, upstream(case, y.shape, torch.bfloat16)))
@@ -50,7 +50,7 @@ def test_both_give_the_same_bits(name: str, device: str) -> None:
 def test_both_sort_alike(device: str) -> None:
     groups, plans = torch.arange(77, device=device) * 5 % 7, []
     for launcher in both(device, "norm"):
-        with cuda.use_launcher(launcher):
+        with cuda_launch.use_launcher(launcher):
             plans.append(RoutingPlan.from_groups(groups, 7))
     for name in ("order", "inverse", "offsets", "groups", "tiles"):
         assert torch.equal(getattr(plans[0], name), getattr(plans[1], name)), name
@@ -59,7 +59,7 @@ def test_both_sort_alike(device: str) -> None:
 @pytest.mark.gpu
 def test_nvrtc_compiles_once_per_machine(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A second process (here: a second launcher) loads from the cache what the first one compiled."""
-    arch = cuda_launch.device_facts(torch.device("cuda"))[0]
+    arch = cuda_device.device_facts(torch.device("cuda"))[0]
     if (reason := cuda_nvrtc.unavailable(arch)) is not None:
         pytest.skip(reason)
     monkeypatch.setenv(cuda_nvrtc.CACHE_VARIABLE, str(tmp_path))
@@ -67,7 +67,7 @@ def test_nvrtc_compiles_once_per_machine(tmp_path, monkeypatch: pytest.MonkeyPat
     original = cuda_nvrtc.compile_family
     monkeypatch.setattr(cuda_nvrtc, "compile_family", lambda *a, **k: (compiled.append(a[0]), original(*a, **k))[1])
     for _ in range(2):
-        with cuda.use_launcher(cuda_nvrtc.Nvrtc()):
+        with cuda_launch.use_launcher(cuda_nvrtc.Nvrtc()):
             leaves = moved(case.tensors(torch.bfloat16), "cuda", case.layout)
             routed(case, leaves, Target("cuda", "cuda"))
     assert len(compiled) == len(set(compiled)) and "group_norm" in compiled

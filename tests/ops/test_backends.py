@@ -9,9 +9,9 @@ import torch
 
 import tdc_fast
 from tdc_fast import RoutingPlan, explain, routed_conv2d, routed_group_norm, routed_linear
-from tdc_fast.ops import available_backends, backends, cpu, reference
+from tdc_fast.ops import available_backends, backends, cpu, native, reference
 
-needs_native = pytest.mark.skipif(cpu.native is None, reason="the native module is not built")
+needs_native = pytest.mark.skipif(native.module is None, reason="the native module is not built")
 
 
 def conv(
@@ -113,8 +113,8 @@ def test_explain_raises_what_the_call_would_raise() -> None:
 def test_without_the_native_module_the_reference_serves_and_explain_says_so(
     calls: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpu, "native", None)
-    monkeypatch.setattr(cpu, "_missing", "the native module is not there")
+    monkeypatch.setattr(native, "module", None)
+    monkeypatch.setattr(native, "why_missing", "the native module is not there")
     backends._memo.clear()
     arguments, _ = conv()
     routed_conv2d(*arguments)

@@ -13,9 +13,9 @@ import torch
 
 from tdc_fast import RoutingPlan, explain, routed_conv2d, routed_group_norm
 from tdc_fast.kernels.problems import ConvProblem, NormProblem
-from tdc_fast.ops import available_backends, backends, cpu, cuda, cuda_launch, cuda_nvrtc
+from tdc_fast.ops import available_backends, backends, cuda, cuda_launch, cuda_native, cuda_nvrtc, native
 
-needs_native = pytest.mark.skipif(cpu.native is None, reason="the native module is not built")
+needs_native = pytest.mark.skipif(native.module is None, reason="the native module is not built")
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens where there is no GPU")
 
 
@@ -108,7 +108,7 @@ def test_what_only_a_gpu_is_missing_for_says_so(problem: Any) -> None:
 
 @needs_native
 def test_tf32_serves_fp32_convolutions_once_it_is_allowed() -> None:
-    with cuda.use_launcher(Recorder()):
+    with cuda_launch.use_launcher(Recorder()):
         assert cuda.supports(conv_problem(dtype=torch.float32)) is not None
         assert cuda.supports(conv_problem(dtype=torch.float32, tf32=True)) is None
 
@@ -123,7 +123,7 @@ def test_explain_describes_a_gpu_problem_with_fake_tensors() -> None:
         plan = RoutingPlan.from_groups(torch.empty(8, dtype=torch.int64, device="cuda"), 4, index)
         said = explain(routed_conv2d, x, weight, None, plan, padding=1)
         refused = explain(routed_conv2d, x, weight, None, plan, padding=1, backend="cpu")
-        with cuda.use_launcher(Recorder()):
+        with cuda_launch.use_launcher(Recorder()):
             norm = explain(routed_group_norm, x, *affine, plan, num_groups=4)
     assert said.reasons["cpu"] == "its tensors live in host memory, not on cuda:0"
     assert said.reasons["reference"] is None
@@ -161,11 +161,11 @@ def test_an_injected_launcher_gets_the_launches_of_a_call_and_is_forgotten_after
     plan = RoutingPlan.from_groups(torch.tensor([0, 1, 1]), 2)
     x, weight = torch.zeros(3, 8, 4, 4).bfloat16(), torch.zeros(2, 16, 8, 3, 3).bfloat16()
     recorder = Recorder()
-    with cuda.use_launcher(recorder):
+    with cuda_launch.use_launcher(recorder):
         y = routed_conv2d(x, weight, None, plan, padding=1, backend="cuda")
     assert y.shape == (3, 16, 4, 4)
     [launch] = recorder.launches
-    assert launch.kernel in cpu.native.cuda_kernels["conv_forward"]
+    assert launch.kernel in native.module.cuda_kernels["conv_forward"]
     assert min(launch.grid) >= 1 and launch.threads >= 32 and len(launch.params) > 0
     assert "16" in launch.shapes  # the channels, for an error message
     with pytest.raises(ValueError, match="live on a CUDA device"):
@@ -177,7 +177,7 @@ def test_an_empty_batch_launches_nothing_and_leaves_zero_gradients() -> None:
     plan = RoutingPlan.from_groups(torch.zeros(0, dtype=torch.int64), 2)
     x, weight = torch.zeros(0, 8, 4, 4).bfloat16(), torch.ones(2, 16, 8, 3, 3).bfloat16().requires_grad_()
     recorder = Recorder()
-    with cuda.use_launcher(recorder):
+    with cuda_launch.use_launcher(recorder):
         routed_conv2d(x, weight, None, plan, padding=1, backend="cuda").sum().backward()
     assert recorder.launches == []
     assert weight.grad is not None and not weight.grad.any()
@@ -187,27 +187,27 @@ def test_an_empty_batch_launches_nothing_and_leaves_zero_gradients() -> None:
 def test_planners_name_a_keyword_that_is_missing_or_unknown() -> None:
     facts = (90, 132, 232448)
     with pytest.raises(TypeError, match="missing keyword argument 'num_groups'"):
-        cpu.native.cuda_routing_plan_supported(device=facts)
+        native.module.cuda_routing_plan_supported(device=facts)
     with pytest.raises(TypeError, match="unknown keyword argument 'groups'"):
-        cpu.native.cuda_routing_plan_supported(num_groups=3, groups=0, device=facts)
+        native.module.cuda_routing_plan_supported(num_groups=3, groups=0, device=facts)
     with pytest.raises(TypeError, match="device: expected"):
-        cpu.native.cuda_routing_plan_supported(num_groups=3, device=(90, 132))
+        native.module.cuda_routing_plan_supported(num_groups=3, device=(90, 132))
 
 
 @needs_native
 @without_gpu
-@pytest.mark.skipif(not hasattr(cpu.native, "cuda_launch"), reason="built without nvcc")
+@pytest.mark.skipif(not hasattr(native.module, "cuda_launch"), reason="built without nvcc")
 def test_a_launch_that_fails_names_the_kernel_and_the_shapes() -> None:
     def launch(kernel: str) -> Any:
         settings = {"grid": (1, 2, 3), "threads": 128, "shared_bytes": 99, "params": b"\0" * 8}
-        return cpu.native.Launch(kernel=kernel, shapes="x (4, 8) bf16", **settings)
+        return native.module.Launch(kernel=kernel, shapes="x (4, 8) bf16", **settings)
 
     with pytest.raises(
         RuntimeError, match=r"no kernel of that name.*kernel nothing, grid \(1, 2, 3\).*x \(4, 8\) bf16"
     ):
-        cpu.native.cuda_launch([launch("nothing")], 0, 0)
+        native.module.cuda_launch([launch("nothing")], 0, 0)
     with pytest.raises(RuntimeError, match=r"cuda\w+ failed: cudaError.*kernel tdc_routing_plan.*x \(4, 8\) bf16"):
-        cpu.native.cuda_launch([launch("tdc_routing_plan")], 0, 0)
+        native.module.cuda_launch([launch("tdc_routing_plan")], 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -227,7 +227,7 @@ def test_a_launch_that_fails_names_the_kernel_and_the_shapes() -> None:
     ],
 )
 def test_a_build_covers_what_its_machine_code_and_its_ptx_run_on(architectures: str, arch: int, covered: bool) -> None:
-    assert cuda_launch.build_covers(architectures, arch) is covered
+    assert cuda_native.build_covers(architectures, arch) is covered
 
 
 def test_the_launcher_is_native_where_the_build_covers_the_device_else_nvrtc_else_a_reason(
@@ -239,9 +239,9 @@ def test_the_launcher_is_native_where_the_build_covers_the_device_else_nvrtc_els
         cuda_device_count = classmethod(lambda build: build.devices)
         cuda_runtime_version = staticmethod(lambda: 13000)
 
-    monkeypatch.setattr(cpu, "native", Build)
+    monkeypatch.setattr(native, "module", Build)
     monkeypatch.setattr(cuda_nvrtc, "unavailable", lambda arch: None)
-    assert isinstance(cuda_launch.choose(90)[0], cuda_launch.Native)
+    assert isinstance(cuda_launch.choose(90)[0], cuda_native.Native)
     assert isinstance(cuda_launch.choose(120)[0], cuda_nvrtc.Nvrtc)
     monkeypatch.setattr(cuda_nvrtc, "unavailable", lambda arch: "NVRTC needs cupy")
     launcher, reason = cuda_launch.choose(120)

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from tdc_fast.ops import cpu, cuda_launch, cuda_nvrtc
+from tdc_fast.ops import cuda_device, cuda_native, cuda_nvrtc, native
 from tests.emulator.harness import CSRC, compiler
 
-pytestmark = pytest.mark.skipif(cpu.native is None, reason="the native module is not built")
+pytestmark = pytest.mark.skipif(native.module is None, reason="the native module is not built")
 DEVICE, STREAM = torch.device("cuda", 1), 0xABC0
 
 
@@ -31,7 +31,7 @@ def pretended_device(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(torch.cuda, "device", device)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda index: SimpleNamespace(cuda_stream=STREAM))
-    monkeypatch.setattr(cuda_launch, "_facts", {1: (90, 132, 232448)})
+    monkeypatch.setattr(cuda_device, "_facts", {1: (90, 132, 232448)})
     return current
 
 
@@ -67,7 +67,7 @@ class Driver:
 
 def launch(shared_bytes: int = 0, kernel: str = "tdc_routing_plan") -> Any:
     settings = {"grid": (2, 3, 4), "threads": 96, "params": bytes(range(40)), "shapes": "groups (7,)"}
-    return cpu.native.Launch(kernel=kernel, shared_bytes=shared_bytes, **settings)
+    return native.module.Launch(kernel=kernel, shared_bytes=shared_bytes, **settings)
 
 
 @pytest.fixture
@@ -136,11 +136,11 @@ def test_native_launches_on_torchs_stream_of_the_device(
     calls: list[Any] = []
     build = SimpleNamespace(cuda_launch=lambda *arguments: calls.append(arguments))
     made = launch()
-    monkeypatch.setattr(cpu, "native", build)
-    cuda_launch.Native().run((made,), DEVICE)
+    monkeypatch.setattr(native, "module", build)
+    cuda_native.Native().run((made,), DEVICE)
     assert calls == [([made], 1, STREAM)]
     assert pretended_device == [1]
-    assert cuda_launch.Native().device_facts(DEVICE) == (90, 132, 232448)
+    assert cuda_native.Native().device_facts(DEVICE) == (90, 132, 232448)
 
 
 RUNTIME = r"""

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tdc_fast.ops import cpu
+from tdc_fast.ops import native
 
 # In its own process, so that the peak of another test does not hide this one's. The peak is the high-water mark of
 # resident memory, reset just before the call. A small call comes first (threads, code); the measured one is the first
@@ -62,7 +62,7 @@ for name, (inputs, function) in cases(64, 64, 32).items():
 """
 
 
-@pytest.mark.skipif(cpu.native is None, reason="the native module is not built")
+@pytest.mark.skipif(native.module is None, reason="the native module is not built")
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_scratch_stays_within_a_tenth_plus_8_mib() -> None:
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=os.environ | MALLOC)

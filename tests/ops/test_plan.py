@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.utils import _pytree
 
 from tdc_fast import RoutingPlan
-from tdc_fast.ops import cpu
+from tdc_fast.ops import native
 
 INTEGERS = [torch.int64, torch.int32, torch.int16, torch.uint8]
 
@@ -32,7 +32,7 @@ def test_it_is_a_stable_sort_with_offsets(problem: tuple[int, list[int]]) -> Non
 def test_without_the_native_module_the_plan_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     groups = torch.tensor([3, 0, 2, 2, 0, 3, 3])
     with_native = RoutingPlan.from_groups(groups, 5)
-    monkeypatch.setattr(cpu, "native", None)
+    monkeypatch.setattr(native, "module", None)
     without = RoutingPlan.from_groups(groups, 5)
     for name in ("order", "inverse", "offsets", "groups"):
         assert torch.equal(getattr(with_native, name), getattr(without, name)), name

@@ -1,0 +1,37 @@
+"""Registers the backends that come with the library."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import Any
+
+from tdc_fast.kernels.problems import Problem
+from tdc_fast.ops import backends, cpu, cuda, reference
+
+
+class LazyTriton:
+    """The `triton` backend, imported only when a problem comes that it might serve: importing triton takes seconds."""
+
+    name = "triton"
+
+    def supports(self, problem: Problem) -> str | None:
+        """None, or why not."""
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # what tests set to run kernels in host memory
+        if problem.device.type != "cuda" and not (interpreted and problem.device.type == "cpu"):
+            return f"its tensors live on a CUDA device, not on {problem.device}"
+        try:
+            return self.module().supports(problem)
+        except ImportError as error:
+            return f"triton cannot be imported: pip install 'tdc_fast[gpu]' ({error})"
+
+    def module(self) -> Any:
+        """tdc_fast.ops.triton. ImportError where triton is not installed."""
+        return importlib.import_module("tdc_fast.ops.triton")
+
+    def __getattr__(self, function: str) -> Any:
+        return getattr(self.module(), function)
+
+
+for _backend in (reference, cuda, LazyTriton(), cpu):  # each goes before those registered earlier
+    backends.register(_backend)

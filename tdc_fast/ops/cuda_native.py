@@ -1,0 +1,66 @@
+"""The launcher of the kernels that nvcc compiled into tdc_fast._native."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from tdc_fast.ops import native
+from tdc_fast.ops.cuda_device import Facts, device_facts, device_index
+
+
+class Native:
+    """Runs kernels through the CUDA runtime of the native module."""
+
+    name = "native"
+
+    def device_facts(self, device: torch.device) -> Facts:
+        """What planners are told about a device."""
+        return device_facts(device)
+
+    def run(self, launches: Sequence[Any], device: torch.device) -> None:
+        """Starts the launches in order on torch's current stream."""
+        index = device_index(device)
+        with torch.cuda.device(index):
+            native.module.cuda_launch(list(launches), index, torch.cuda.current_stream(index).cuda_stream)
+
+
+def unavailable(arch: int) -> str | None:
+    """None when the build has kernels for compute capability `arch` (86 for 8.6), else why not."""
+    built = native.module.cuda_architectures
+    if not built:
+        return "was built without nvcc"
+    if not build_covers(built, arch):
+        return f"was built for {built}"
+    if native.module.cuda_device_count() == 0:  # though torch has one
+        return f"was built with CUDA {native.module.cuda_runtime_version() // 1000}, which the driver does not serve"
+    return None
+
+
+def build_covers(architectures: str, arch: int) -> bool:
+    """Whether a build runs on compute capability `arch` (86 for 8.6).
+
+    Machine code runs on the same major version from its minor one on, that of an "a" architecture on itself only;
+    PTX ("-virtual") runs on everything from there on.
+
+    Args:
+        architectures: CMake's list, such as "80-real 90a-real 100-virtual".
+        arch: the device's compute capability * 10.
+    """
+    for text in architectures.split():
+        parts = re.fullmatch(r"(\d+)([af]?)(?:-(real|virtual))?", text)
+        if parts is None:
+            continue
+        built, suffix, kind = int(parts[1]), parts[2], parts[3]
+        if suffix:
+            if built == arch:
+                return True
+            continue
+        if kind != "virtual" and built // 10 == arch // 10 and built <= arch:
+            return True
+        if kind != "real" and built <= arch:
+            return True
+    return False
