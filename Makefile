@@ -37,6 +37,7 @@ lint: $(STAMP)
 	@echo "==> ruff, mypy and clang-format"
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@mkdir -p build/mypy/tdc_fast && ln -sfn ../../../kernels build/mypy/tdc_fast/kernels
 	@$(BIN)/mypy
 	@$(BIN)/clang-format --dry-run --Werror $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 

@@ -54,7 +54,7 @@ def main() -> int:
 
 def summarise(raw: dict, only: str = "") -> dict:
     """What a reader needs of pytest-benchmark's JSON: where, with what, and per case medians and ratios."""
-    from tdc_fast import _native
+    from tdc_fast._native import cpu_isa
 
     rows = [
         {
@@ -69,7 +69,7 @@ def summarise(raw: dict, only: str = "") -> dict:
     machine = {
         "processor": raw["machine_info"].get("cpu", {}).get("brand_raw") or platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
-        "instruction_set": _native.cpu_isa(),
+        "instruction_set": cpu_isa(),
         "torch_instruction_set": torch.backends.cpu.get_cpu_capability(),
         "system": platform.system(),
     }

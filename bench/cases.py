@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
+from torch import nn
 
 from tdc_fast import RoutingPlan
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,12 @@ def group_ids(batch: int, num_groups: int, *, uneven: bool = False) -> torch.Ten
     return ids[torch.randperm(batch, generator=generator)]
 
 
-class ConvProblem:
+def channels_last(model: Model) -> Model:
+    """The model itself, its convolution weights in channels_last memory."""
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in torch's annotations
+
+
+class ConvInputs:
     """The tensors of a case: x (B, C, H, W) channels_last, weight (N, C, C, R, R), bias (N, C), dy like x; fp32."""
 
     def __init__(self, case: ConvCase) -> None:

@@ -10,8 +10,9 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
-Candidate = Callable[[], object]
+Candidate = Callable[[], Any]
 
 WARMUP_ROUNDS = 3
 

@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import date
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -189,12 +190,13 @@ def warm(run: Run, design: list[ConvLayer], convs: list[ConvLayer], norms: list[
     models = [gpu_unet.Case(cifar, "forward"), gpu_unet.Case(cifar, "training step")]
     models += [gpu_unet.Case(cifar, "training step", width=0.5), gpu_unet.Case(imagenet, "training step")]
     wanted = [case for case in gpu_conv.cases(design, convs) if case.num_groups == 8 and not case.uneven]
-    for launch, inputs in ((model, models), (conv, wanted), (norm, norms)):
-        for value in inputs[index::of]:
-            try:
-                launch(value)
-            except Exception as error:
-                print(f"{value}: {error}", file=sys.stderr)
+    jobs = [[partial(model, case) for case in models], [partial(conv, case) for case in wanted]]
+    jobs.append([partial(norm, layer) for layer in norms])
+    for job in (job for kind in jobs for job in kind[index::of]):
+        try:
+            job()
+        except Exception as error:
+            print(f"{job.args[0]}: {error}", file=sys.stderr)
     run.machine.synchronize()
     return 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -80,14 +81,14 @@ class Problem:
         self.live_in = live_channels(layer.in_channels, case.width)
         self.live_out = live_channels(layer.out_channels, case.width)
 
-    def widths(self) -> dict[str, Tensor]:
+    def widths(self) -> dict[str, Any]:
         """in_widths and out_widths (N,), or nothing at full width."""
         if self.case.width == 1.0:
             return {}
         whole = torch.ones(self.case.num_groups, dtype=torch.int32, device=self.x.device)
         return {"in_widths": whole * self.live_in, "out_widths": whole * self.live_out}
 
-    def ours(self, backend: str | None, widths: dict[str, Tensor]) -> Candidate:
+    def ours(self, backend: str | None, widths: dict[str, Any]) -> Candidate:
         if self.case.direction == "forward":
             return lambda: routed_conv2d(
                 self.x, self.weight, self.bias, self.plan, **self.settings, **widths, backend=backend
@@ -165,12 +166,14 @@ def row_of(run: Run, case: Case) -> dict[str, Any]:
     machine, widths = run.machine, problem.widths()
     chosen, others = explained(problem, run.backend)
     ours = problem.ours(run.backend, widths)
+
+    def in_graph(backend: str | None, widths: dict[str, Any]) -> Callable[[], Candidate]:
+        return lambda: machine.captured(problem.ours(backend, widths))
+
     makers: dict[str, Callable[[], Candidate]] = {OURS: lambda: ours, OURS_GRAPH: lambda: machine.captured(ours)}
-    for name in others:
-        makers[f"{name}, graph"] = lambda name=name: machine.captured(problem.ours(name, widths))
+    makers |= {f"{name}, graph": in_graph(name, widths) for name in others}
     if widths:
-        full = problem.ours(run.backend, {})
-        makers["full width, graph"] = lambda: machine.captured(full)
+        makers["full width, graph"] = in_graph(run.backend, {})
     dense = problem.dense()
     makers |= {"dense": lambda: dense, "dense, graph": lambda: machine.captured(dense)}
     makers |= gpu_peers.loop_peers(machine, problem.segments())
@@ -210,4 +213,4 @@ def run_section(run: Run, design: list[ConvLayer], models: list[ConvLayer], budg
             "width": case.width,
             "direction": case.direction,
         }
-        run.row("conv", str(case.layer), labels, budget, lambda case=case: row_of(run, case))
+        run.row("conv", str(case.layer), labels, budget, partial(row_of, run, case))

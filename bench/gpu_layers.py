@@ -5,7 +5,8 @@ The UNets' layers are read off the models themselves: a forward on the meta devi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -94,24 +95,21 @@ def design_layers(*, tiny: bool = False) -> list[ConvLayer]:
 
 def unet_layers(name: str, flags: dict[str, Any], batch: int) -> tuple[list[ConvLayer], list[NormLayer]]:
     """Distinct convolutions (with the 1x1 ones over tokens) and group norms of a UNet, costliest use first."""
-    convs: dict[tuple[Any, ...], int] = {}
-    norms: dict[tuple[Any, ...], int] = {}
+    convs: Counter[ConvLayer] = Counter()
+    norms: Counter[NormLayer] = Counter()
 
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0]
         if isinstance(module, layers.Conv2d):
-            key = (
-                module.in_channels, module.out_channels, x.shape[2], x.shape[3],
-                module.kernel_size[0], module.stride[0],
-            )  # fmt: skip
-            convs[key] = convs.get(key, 0) + 1
+            height, width = x.shape[2:]
+            taps, stride = module.kernel_size[0], module.stride[0]
+            convs[ConvLayer(name, batch, module.in_channels, module.out_channels, height, width, taps, stride)] += 1
         elif isinstance(module, layers.TokenConv1d):
-            key = (module.in_channels, module.out_channels, x.shape[1], 1, 1, 1)
-            convs[key] = convs.get(key, 0) + 1
+            convs[ConvLayer(name, batch, module.in_channels, module.out_channels, x.shape[1], 1, 1, 1)] += 1
         elif isinstance(module, layers.GroupNorm):
-            fused = (kwargs.get("activation") == "silu", kwargs.get("scale") is not None)
-            key = (*x.shape[1:], module.num_groups, *fused)
-            norms[key] = norms.get(key, 0) + 1
+            channels, height, width = x.shape[1:]
+            silu, modulated = kwargs.get("activation") == "silu", kwargs.get("scale") is not None
+            norms[NormLayer(name, batch, channels, height, width, module.num_groups, silu, modulated)] += 1
 
     with torch.device("meta"), torch.no_grad():
         model = create_unet(**flags)
@@ -119,8 +117,8 @@ def unet_layers(name: str, flags: dict[str, Any], batch: int) -> tuple[list[Conv
             module.register_forward_pre_hook(record, with_kwargs=True)
         size = flags["image_size"]
         model(torch.empty(batch, model.in_channels, size, size), torch.zeros(batch, dtype=torch.int64))
-    conv_layers = [ConvLayer(name, batch, *key, uses=uses) for key, uses in convs.items()]
-    norm_layers = [NormLayer(name, batch, *key, uses=uses) for key, uses in norms.items()]
+    conv_layers = [replace(layer, uses=uses) for layer, uses in convs.items()]
+    norm_layers = [replace(layer, uses=uses) for layer, uses in norms.items()]
     conv_layers.sort(key=lambda layer: -layer.uses * layer.flops())
     norm_layers.sort(key=lambda layer: -layer.uses * layer.elements)
     return conv_layers, norm_layers

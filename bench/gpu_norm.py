@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,8 +33,10 @@ class Problem:
         x, dy = (run.random(*shape, generator=generator) for _ in range(2))
         self.x, self.dy = (t.contiguous(memory_format=torch.channels_last) for t in (x, dy))
         self.weight, self.bias = (run.random(NUM_GROUPS, layer.channels, generator=generator) for _ in range(2))
-        modulation = [run.random(layer.batch, layer.channels, generator=generator) for _ in range(2 * layer.modulated)]
-        self.scale, self.shift = modulation or (None, None)
+        self.scale: Tensor | None = None
+        self.shift: Tensor | None = None
+        if layer.modulated:
+            self.scale, self.shift = (run.random(*shape[:2], generator=generator) for _ in range(2))
         sizes = gpu_peers.group_sizes(layer.batch, NUM_GROUPS, uneven=False)
         groups = torch.arange(NUM_GROUPS).repeat_interleave(torch.tensor(sizes)).to(self.x.device)
         self.plan = RoutingPlan.from_groups(groups, NUM_GROUPS)
@@ -128,10 +131,14 @@ def row_of(run: Run, layer: NormLayer, direction: str, width: float, copy_rate: 
         widths=problem.widths, scale=problem.scale, shift=problem.shift, backend=run.backend,
     )  # fmt: skip
     ours = problem.ours(direction, run.backend)
+
+    def in_graph(backend: str) -> Callable[[], Candidate]:
+        return lambda: machine.captured(problem.ours(direction, backend))
+
     makers: dict[str, Callable[[], Candidate]] = {OURS: lambda: ours, OURS_GRAPH: lambda: machine.captured(ours)}
     for name in ("triton", "cuda"):
         if name != what.backend and what.reasons.get(name, "absent") is None:
-            makers[f"{name}, graph"] = lambda name=name: machine.captured(problem.ours(direction, name))
+            makers[f"{name}, graph"] = in_graph(name)
     fp32, low = problem.layer_sequence(), problem.low_precision_sequence()
     makers["torch"] = lambda: problem.dense(fp32, direction)
     makers["torch, low precision"] = lambda: problem.dense(low, direction)
@@ -158,9 +165,5 @@ def run_section(run: Run, norms: list[NormLayer], budget: Budget, copy_rate: flo
         for layer in norms:
             for direction in DIRECTIONS:
                 labels = {"num_groups": NUM_GROUPS, "width": width, "direction": direction}
-                run.row(
-                    "group norm", str(layer), labels, budget,
-                    lambda layer=layer, direction=direction, width=width: row_of(
-                        run, layer, direction, width, copy_rate
-                    ),
-                )  # fmt: skip
+                measured = partial(row_of, run, layer, direction, width, copy_rate)
+                run.row("group norm", str(layer), labels, budget, measured)

@@ -12,13 +12,13 @@ import statistics
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
 
-Candidate = Callable[[], object]
+from bench.compare import Candidate
 
 WARMUP_CALLS = 3  # before a graph is captured: lazy initialisation, autotuning and allocation must be over
 FLUSH_BYTES = 256 << 20  # several times the L2 of any GPU; gives every candidate the same lead to queue its call
@@ -74,7 +74,7 @@ class Machine:
         self.is_cuda = self.device.type == "cuda"
         self._flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device) if self.is_cuda else None
         self._streams: list[Any] = []
-        self._capture_stream = torch.cuda.Stream() if self.is_cuda else None
+        self._capture_stream: Any = torch.cuda.Stream() if self.is_cuda else None
 
     def synchronize(self) -> None:
         if self.is_cuda:

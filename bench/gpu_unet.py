@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bench import gpu_peers
+from bench.cases import channels_last
 from bench.gpu_rows import OURS, OURS_GRAPH, Run, measure, relative_error
 from bench.gpu_timing import Budget, Candidate
 from tdc_fast import TimestepGroups, WidthPlan, pack_experts
@@ -43,7 +45,7 @@ class Problem:
         for parameter in base.parameters():  # zero-initialised layers would hide errors and run on zeros
             if not parameter.any():
                 nn.init.normal_(parameter, std=0.02)
-        self.base = base.to(device, run.dtype).to(memory_format=torch.channels_last)
+        self.base = channels_last(base.to(device, run.dtype))
         self.groups = TimestepGroups.uniform(NUM_TIMESTEPS, n)
         widths = None
         if case.width < 1.0:
@@ -55,7 +57,7 @@ class Problem:
         self.full = self.routed if widths is None else pack_experts(self.base, self.groups)
         self.experts = nn.ModuleList(self.routed.expert(i) for i in range(n))
         for expert in self.experts:
-            expert.to(memory_format=torch.channels_last)
+            channels_last(expert)
         sizes = gpu_peers.group_sizes(batch, n, uneven=case.uneven)
         self.segments = gpu_peers.segments_of(sizes)
         ids = torch.arange(n).repeat_interleave(torch.tensor(sizes))
@@ -74,9 +76,7 @@ class Problem:
     def forwards(self, function: Callable[..., Tensor] | None = None) -> list[Callable[[], Tensor]]:
         """One call per expert over its own samples."""
         call = function or (lambda expert, x, t: expert(x, t))
-        return [
-            lambda e=self.experts[e], x=self.sorted_x[s], t=self.sorted_t[s]: call(e, x, t) for e, s in self.segments
-        ]
+        return [partial(call, self.experts[e], self.sorted_x[s], self.sorted_t[s]) for e, s in self.segments]
 
     def steps(self) -> list[Callable[[], None]]:
         """Forward, loss and gradients of one expert after the other, each over its own samples."""
@@ -88,7 +88,7 @@ class Problem:
             share = (samples.stop - samples.start) / batch
             (nn.functional.mse_loss(y, self.sorted_target[samples]) * share).backward()
 
-        return [lambda e=self.experts[e], s=s: step(e, s) for e, s in self.segments]
+        return [partial(step, self.experts[e], s) for e, s in self.segments]
 
     def step_of(self, model: nn.Module) -> Callable[[], None]:
         """Forward, loss and gradients of a model over the mixed batch."""
@@ -197,4 +197,4 @@ def run_section(run: Run, unets: dict[str, dict[str, Any]], batch: int, budget: 
         labels = {
             "num_groups": case.num_groups, "uneven": case.uneven, "width": case.width, "direction": case.what,
         }  # fmt: skip
-        run.row("unet", case.model, labels, budget, lambda case=case: row_of(run, unets[case.model], batch, case))
+        run.row("unet", case.model, labels, budget, partial(row_of, run, unets[case.model], batch, case))

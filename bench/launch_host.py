@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -61,15 +62,17 @@ def stand_in_gpu() -> Iterator[StandInDriver]:
     from tdc_fast.kernels import conv_wgrad, launch, tile_shapes
 
     stand_in, device = StandInDriver(), tile_shapes.Device(90, 132, 232448)
-    active, asked = driver._active, tile_shapes.device_of  # to ask for driver.active would want a GPU
+    active = driver._active  # to ask for driver.active would want a GPU
     launch._compiled.clear()
-    tile_shapes.device_of = conv_wgrad.device_of = lambda _: device
     driver.set_active(stand_in)
     try:
-        yield stand_in
+        with (
+            patch.object(tile_shapes, "device_of", lambda _: device),
+            patch.object(conv_wgrad, "device_of", lambda _: device),
+        ):
+            yield stand_in
     finally:
         driver._active = active
-        tile_shapes.device_of = conv_wgrad.device_of = asked
         launch._compiled.clear()
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench import peers
-from bench.cases import CONV_CASES, ConvCase, ConvProblem
+from bench.cases import CONV_CASES, ConvCase, ConvInputs
 from bench.compare import compare
 from tdc_fast import routed_conv2d
 
@@ -15,7 +15,7 @@ by_case = pytest.mark.parametrize("case", CONV_CASES, ids=str)
 
 @by_case
 def test_forward(benchmark, case: ConvCase):
-    p = ConvProblem(case)
+    p = ConvInputs(case)
     with torch.no_grad():
         compare(
             benchmark,
@@ -31,10 +31,10 @@ def test_forward(benchmark, case: ConvCase):
 @by_case
 def test_backward(benchmark, case: ConvCase):
     """dgrad + wgrad + bias gradient of a forward that is not timed."""
-    p = ConvProblem(case)
+    p = ConvInputs(case)
 
-    def backward_of(forward, *leaves):
-        leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+    def backward_of(forward, *tensors):
+        leaves = [tensor.detach().clone().requires_grad_() for tensor in tensors]
         y = forward(*leaves)
         return lambda: torch.autograd.grad(y, leaves, p.dy, retain_graph=True)
 
@@ -48,7 +48,7 @@ def test_backward(benchmark, case: ConvCase):
     )
 
 
-def loop_backward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, p: ConvProblem) -> torch.Tensor:
+def loop_backward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, p: ConvInputs) -> torch.Tensor:
     """The loop peer in a form that autograd can follow: its results are put together by concatenation."""
     indices = [(p.groups == g).nonzero().squeeze(1) for g in range(weight.shape[0])]
     parts = [
@@ -60,7 +60,7 @@ def loop_backward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, p: 
 @by_case
 def test_half_widths(benchmark, case: ConvCase):
     """Half of the input and half of the output channels live, against the same call at full width."""
-    p = ConvProblem(case)
+    p = ConvInputs(case)
     half = p.half_widths()
     with torch.no_grad():
         compare(

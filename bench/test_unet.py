@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bench.cases import channels_last
 from bench.compare import compare
-from tdc_fast import TimestepGroups, WidthPlan, pack_experts
+from tdc_fast import RoutedModel, TimestepGroups, WidthPlan, pack_experts
 from tdc_fast.models.iddpm import UNet
 
 BATCH, NUM_GROUPS, NUM_TIMESTEPS = 64, 8, 1000
@@ -37,7 +38,7 @@ class Problem:
     def __init__(self, case: UNetCase) -> None:
         torch.manual_seed(0)
         self.groups = TimestepGroups.uniform(NUM_TIMESTEPS, NUM_GROUPS)
-        self.base = UNet(
+        base = UNet(
             image_size=case.size,
             in_channels=3,
             model_channels=32,
@@ -47,7 +48,8 @@ class Problem:
             channel_mult=(1, 2),
             num_heads=4,
             use_scale_shift_norm=True,
-        ).to(memory_format=torch.channels_last)
+        )
+        self.base = channels_last(base)
         for parameter in self.base.parameters():  # zero-initialised layers would make some products trivial
             if not parameter.any():
                 nn.init.normal_(parameter, std=0.02)
@@ -55,7 +57,7 @@ class Problem:
         self.target = torch.randn_like(self.x)
         self.t = torch.randint(0, NUM_TIMESTEPS, (BATCH,))
 
-    def routed(self, *, half: bool = False) -> nn.Module:
+    def routed(self, *, half: bool = False) -> RoutedModel:
         widths = WidthPlan.uniform(self.base, self.groups.boundaries, 0.5) if half else None
         return pack_experts(self.base, self.groups, widths)
 
@@ -120,7 +122,7 @@ def test_half_width_forward(benchmark, case: UNetCase):
     """Every pruning unit at half width, against full width; the dense model and its narrowed twin do the same."""
     p = Problem(case)
     full, half = p.routed(), p.routed(half=True)
-    narrow = half.expert(0).to(memory_format=torch.channels_last)
+    narrow = channels_last(half.expert(0))
     with torch.no_grad():
         compare(
             benchmark,
@@ -137,7 +139,7 @@ def test_half_width_forward(benchmark, case: UNetCase):
 def test_half_width_training_step(benchmark, case: UNetCase):
     p = Problem(case)
     full, half = p.routed(), p.routed(half=True)
-    narrow = half.expert(0).to(memory_format=torch.channels_last)
+    narrow = channels_last(half.expert(0))
     compare(
         benchmark,
         training_step(half, half.parameters(), p, optimizer=False),

@@ -21,6 +21,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from datetime import date
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -126,39 +127,46 @@ def problem_of(problem: Problem) -> ConvProblem:
 
 def candidates(problem: Problem, p: ConvProblem, device: Any) -> list[Candidate]:
     """Every configuration for this case. The device goes without its name, so that no table decides what is chosen."""
-    from tdc_fast.kernels import tile_shapes, wgrad_tiles
+    from tdc_fast.kernels import tile_shapes
     from tdc_fast.kernels.conv_dgrad import conv_dgrad
     from tdc_fast.kernels.conv_forward import conv_forward
-    from tdc_fast.kernels.conv_wgrad import conv_wgrad
     from tdc_fast.kernels.tile_table import tiles_of
 
     plan, op, device = problem.plan, problem.case.direction, replace(device, name="")
-    index = plan.weight_index
-    result = []
     if op == "wgrad":
-        best = wgrad_tiles.choose_wgrad_tile(p, device)
-        for tile in wgrad_tiles.wgrad_candidates(p, device):
-            usual = wgrad_tiles.choose_splits(p, tile, device)
-            for splits in sorted({max(1, usual // 2), usual, usual * 2}):
-                out = torch.empty_like(problem.weight)
-
-                def run(tile: Any = tile, splits: int = splits, out: torch.Tensor = out) -> torch.Tensor:
-                    conv_wgrad(p, problem.dy, problem.x, out, plan.offsets, index, None, None, tile=tile, splits=splits)
-                    return out
-
-                entry = {"tile": asdict(tile), "splits": splits}
-                result.append(Candidate(entry, run, tile == best and splits == usual))
-        return result
+        return wgrad_candidates(problem, p, device)
     tiles = tiles_of(plan.tiles, plan.offsets, p.batch)
+    if op == "forward":
+        call = partial(conv_forward, p, problem.x, problem.weight, problem.bias, None, None)
+    else:
+        call = partial(conv_dgrad, p, problem.dy, problem.weight)
     best = tile_shapes.choose_tile(op, p, device)
-    for tile in tile_shapes.candidates(op, p, device):
-        if op == "forward":
-            call = lambda tile=tile: conv_forward(  # noqa: E731
-                p, problem.x, problem.weight, problem.bias, None, None, tiles, index, None, None, tile=tile
-            )
-        else:
-            call = lambda tile=tile: conv_dgrad(p, problem.dy, problem.weight, tiles, index, None, None, tile=tile)  # noqa: E731
-        result.append(Candidate(tile.as_json(), call, tile == best))
+    return [
+        Candidate(tile.as_json(), partial(call, tiles, plan.weight_index, None, None, tile=tile), tile == best)
+        for tile in tile_shapes.candidates(op, p, device)
+    ]
+
+
+def wgrad_candidates(problem: Problem, p: ConvProblem, device: Any) -> list[Candidate]:
+    """Every tile of wgrad, each at half, once and twice the splits that are chosen for it."""
+    from tdc_fast.kernels import wgrad_tiles
+    from tdc_fast.kernels.conv_wgrad import conv_wgrad
+
+    plan = problem.plan
+
+    def run(tile: Any, splits: int, out: torch.Tensor) -> torch.Tensor:
+        routing = (plan.offsets, plan.weight_index, None, None)
+        conv_wgrad(p, problem.dy, problem.x, out, *routing, tile=tile, splits=splits)
+        return out
+
+    result = []
+    best = wgrad_tiles.choose_wgrad_tile(p, device)
+    for tile in wgrad_tiles.wgrad_candidates(p, device):
+        usual = wgrad_tiles.choose_splits(p, tile, device)
+        for splits in sorted({max(1, usual // 2), usual, usual * 2}):
+            call = partial(run, tile, splits, torch.empty_like(problem.weight))
+            entry = {"tile": asdict(tile), "splits": splits}
+            result.append(Candidate(entry, call, tile == best and splits == usual))
     return result
 
 

@@ -48,19 +48,18 @@ def _step(
     MASKED: tl.constexpr,
 ):
     """One block of BK source channels at one tap."""
+    k_axis: tl.constexpr = 1 if DGRAD else 0
     steps = k + tl.arange(0, BK)
     if DGRAD:
         y, x, shift = y - tap_h, x - tap_w, -(tap_h * source_width + tap_w)
         tap = (first_h + tap_h * STRIDE_H) * S + first_w + tap_w * STRIDE_W
         offsets = steps[:, None] * (taps * out_channels) + tap * out_channels + columns[None, :]  # [BK, BN]
         inside = (columns < out_channels)[None, :]
-        k_axis: tl.constexpr = 1
     else:
         y, x, shift = y + tap_h, x + tap_w, tap_h * source_width + tap_w
         tap = tap_h * S + tap_w
         offsets = columns[:, None] * (taps * source_channels) + tap * source_channels + steps[None, :]  # [BN, BK]
         inside = (columns < out_channels)[:, None]
-        k_axis: tl.constexpr = 0
     reach = valid & (y >= 0) & (y < source_height) & (x >= 0) & (x < source_width)
     pixels = source + (row + shift * source_channels)[:, None] + steps[None, :]  # [BM, BK]
     if MASKED:

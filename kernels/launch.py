@@ -7,7 +7,7 @@ their memory is aligned. So the first launch of a problem goes through Triton, a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
@@ -29,7 +29,7 @@ class Launch:
 
     kernel: Any
     grid: tuple[int, ...]
-    tensors: dict[str, Tensor | TensorDescriptor | None]
+    tensors: Mapping[str, Tensor | TensorDescriptor | None]
     constants: dict[str, Any]
     options: dict[str, int]
     key: Hashable
