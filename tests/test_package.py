@@ -64,7 +64,8 @@ def test_triton_kernels_install_below_the_package():
 def test_cuda_sources_install_below_the_package():
     """NVRTC compiles them on a machine that has a GPU and no nvcc."""
     folder = Path(importlib_origin("tdc_fast.cuda_sources")).parent
-    assert {"device.cuh", "conv_forward_kernels.cuh", "conv_params.h"} <= {path.name for path in folder.iterdir()}
+    shipped = {str(path.relative_to(folder)) for path in folder.rglob("*")}
+    assert {"families.def", "device.cuh", "conv/images.cuh", "conv/params.h", "plan/kernels.h"} <= shipped
 
 
 def importlib_origin(name: str) -> str:

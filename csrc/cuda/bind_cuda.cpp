@@ -9,15 +9,15 @@
 #include <type_traits>
 #include <vector>
 
-#include "cuda/conv_launch.h"
-#include "cuda/families.h"
-#include "cuda/group_norm_launch.h"
-#include "cuda/launch.h"
-#include "cuda/pack_launch.h"
-#include "cuda/plan_launch.h"
+#include "cuda/conv/launch.h"
+#include "cuda/launch/families.h"
+#include "cuda/group_norm/launch.h"
+#include "cuda/launch/launch.h"
+#include "cuda/pack/launch.h"
+#include "cuda/plan/launch.h"
 #ifdef TDC_FAST_CUDA
-#include "cuda/registry.h"
-#include "cuda/runtime.h"
+#include "cuda/launch/registry.h"
+#include "cuda/launch/runtime.h"
 #endif
 
 namespace py = pybind11;

@@ -5,8 +5,10 @@
 // Besides these names a kernel uses threadIdx, blockIdx, blockDim, gridDim and C's float functions; blocks are 1-D.
 // Pointers to shared memory are ordinary pointers: a wrapper converts them to the shared window itself.
 //
-//   TDC_KERNEL(name, threads, Params) { ... p ... }   kernel of one plain struct `p`; the emulator registers it by name
-//   TDC_KERNEL_PER_SM(name, threads, blocks, Params)  the same, with registers capped so that `blocks` fit on one SM
+//   TDC_KERNEL(name, Params, threads[, blocks]) { ... p ... }   kernel of one plain struct `p`, with registers capped
+//   so
+//                                      that `blocks` fit on one SM; the emulator registers it by name
+//   TDC_DEFINE_KERNEL(name, Params, (function), threads[, blocks])   the same, which calls function(p)
 //   TDC_SHARED(type, name, count)      static shared array, 16-byte aligned; in the emulator an allocation of its own
 //   TDC_DYNAMIC_SHARED(name)           `unsigned char* name`: the launch's shared_bytes, 16-byte aligned; in the
 //                                      emulator a fresh heap block of exactly that size, so that ASan sees both ends
@@ -63,10 +65,8 @@ struct half {
 #include "emulator/device.h"
 #else
 
-#define TDC_KERNEL(name, threads, Params) \
-  extern "C" __global__ void __launch_bounds__(threads) name(const __grid_constant__ Params p)
-#define TDC_KERNEL_PER_SM(name, threads, blocks, Params) \
-  extern "C" __global__ void __launch_bounds__(threads, blocks) name(const __grid_constant__ Params p)
+#define TDC_KERNEL(name, Params, ...) \
+  extern "C" __global__ void __launch_bounds__(__VA_ARGS__) name(const __grid_constant__ Params p)
 #define TDC_SHARED(type, name, count) __shared__ __align__(16) type name[count]
 #define TDC_DYNAMIC_SHARED(name)                                         \
   extern __shared__ __align__(16) unsigned char tdc_dynamic_shared_16[]; \
@@ -255,3 +255,6 @@ __device__ __forceinline__ void trap() { __trap(); }
 }  // namespace tdc
 
 #endif  // TDC_EMULATOR
+
+#define TDC_DEFINE_KERNEL(name, Params, function, ...) \
+  TDC_KERNEL(name, Params, __VA_ARGS__) { function(p); }

@@ -73,13 +73,13 @@ T __ldg(const T* address) {
 
 // Kernels and shared memory.
 
-#define TDC_KERNEL(name, threads, Params)                                                             \
-  extern "C" void name(const Params p);                                                               \
-  static const ::tdc::emulator::Registration name##_registration(                                     \
-      {#name, threads, sizeof(Params), [](const void* p) { name(*static_cast<const Params*>(p)); }}); \
+#define TDC_KERNEL_THREADS(threads, ...) threads
+#define TDC_KERNEL(name, Params, ...)                                 \
+  extern "C" void name(const Params p);                               \
+  static const ::tdc::emulator::Registration name##_registration(     \
+      {#name, TDC_KERNEL_THREADS(__VA_ARGS__, ), sizeof(Params),      \
+       [](const void* p) { name(*static_cast<const Params*>(p)); }}); \
   extern "C" void name(const Params p)
-
-#define TDC_KERNEL_PER_SM(name, threads, blocks, Params) TDC_KERNEL(name, threads, Params)
 
 #define TDC_SHARED(type, name, count)                     \
   static const char name##_key = 0;                       \

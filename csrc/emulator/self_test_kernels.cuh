@@ -17,14 +17,14 @@ struct SelfTestParams {
 __device__ inline int self_test_thread() { return static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x); }
 
 // out[thread] = its x, block and the sizes, of a grid in three dimensions.
-TDC_KERNEL(self_test_indices, 64, SelfTestParams) {
+TDC_KERNEL(self_test_indices, SelfTestParams, 64) {
   const unsigned block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
   store_16(static_cast<uint4*>(p.out) + block * blockDim.x + threadIdx.x,
            make_uint4(threadIdx.x, block, blockDim.x, gridDim.x * gridDim.y * gridDim.z));
 }
 
 // Six results per thread of what each does to in[thread].
-TDC_KERNEL(self_test_shuffles, 64, SelfTestParams) {
+TDC_KERNEL(self_test_shuffles, SelfTestParams, 64) {
   const int thread = self_test_thread();
   const int value = static_cast<const int*>(p.in)[thread];
   int* out = static_cast<int*>(p.out) + 6 * thread;
@@ -37,7 +37,7 @@ TDC_KERNEL(self_test_shuffles, 64, SelfTestParams) {
 }
 
 // 32 rows of 16 bytes through shared memory into registers: mode 0 and 1 x4, 2 and 3 x2, odd ones transposed.
-TDC_KERNEL(self_test_ldmatrix, 32, SelfTestParams) {
+TDC_KERNEL(self_test_ldmatrix, SelfTestParams, 32) {
   TDC_SHARED(uint4, rows, 32);
   const int lane = static_cast<int>(threadIdx.x);
   rows[lane] = load_16(static_cast<const uint4*>(p.in) + lane);
@@ -52,7 +52,7 @@ TDC_KERNEL(self_test_ldmatrix, 32, SelfTestParams) {
 }
 
 // d += a b on registers as given: in (32, 4), other (32, 2), out (32, 4). mode 0 bf16, 1 half, 2 tf32.
-TDC_KERNEL(self_test_mma, 32, SelfTestParams) {
+TDC_KERNEL(self_test_mma, SelfTestParams, 32) {
   const int lane = static_cast<int>(threadIdx.x);
   unsigned a[4], b[2];
   float d[4];
@@ -67,7 +67,7 @@ TDC_KERNEL(self_test_mma, 32, SelfTestParams) {
 }
 
 // float -> bits (mode 0 bf16, 1 half, 2 tf32) and bits -> float (3 bf16, 4 half); pack (5 bf16, 6 half).
-TDC_KERNEL(self_test_convert, 64, SelfTestParams) {
+TDC_KERNEL(self_test_convert, SelfTestParams, 64) {
   const int i = self_test_thread();
   if (i >= p.count) return;
   const float value = static_cast<const float*>(p.in)[i];
@@ -84,7 +84,7 @@ TDC_KERNEL(self_test_convert, 64, SelfTestParams) {
 }
 
 // Reverses each block's values through shared memory.
-TDC_KERNEL(self_test_reverse, 128, SelfTestParams) {
+TDC_KERNEL(self_test_reverse, SelfTestParams, 128) {
   TDC_SHARED(float, values, 128);
   values[threadIdx.x] = static_cast<const float*>(p.in)[self_test_thread()];
   if (!TDC_PLANTED(SELF_NO_BARRIER)) block_sync();
@@ -92,7 +92,7 @@ TDC_KERNEL(self_test_reverse, 128, SelfTestParams) {
 }
 
 // The same within a warp.
-TDC_KERNEL(self_test_warp_reverse, 32, SelfTestParams) {
+TDC_KERNEL(self_test_warp_reverse, SelfTestParams, 32) {
   TDC_SHARED(float, values, 32);
   values[threadIdx.x] = static_cast<const float*>(p.in)[threadIdx.x];
   if (!TDC_PLANTED(SELF_NO_WARP_SYNC)) warp_sync();
@@ -101,7 +101,7 @@ TDC_KERNEL(self_test_warp_reverse, 32, SelfTestParams) {
 
 // Sums `count` rows of 128 floats, each row multiplied by the one before it in the ring (so that threads read what
 // others copied), through a ring of three stages filled by cp_async. A block of 32 threads.
-TDC_KERNEL(self_test_stages, 32, SelfTestParams) {
+TDC_KERNEL(self_test_stages, SelfTestParams, 32) {
   TDC_DYNAMIC_SHARED(memory);
   constexpr int kStages = 3, kRow = 128;
   float* ring = reinterpret_cast<float*>(memory);  // [stages, 128]
@@ -125,7 +125,7 @@ TDC_KERNEL(self_test_stages, 32, SelfTestParams) {
 }
 
 // out[i] = in[i] where other[i] is set, else 0, by 4-byte copies.
-TDC_KERNEL(self_test_copy_4, 32, SelfTestParams) {
+TDC_KERNEL(self_test_copy_4, SelfTestParams, 32) {
   TDC_SHARED(int, values, 32);
   const int lane = static_cast<int>(threadIdx.x);
   cp_async_4(&values[lane], static_cast<const int*>(p.in) + lane, static_cast<const int*>(p.other)[lane] != 0);
@@ -135,7 +135,7 @@ TDC_KERNEL(self_test_copy_4, 32, SelfTestParams) {
 }
 
 // Warp 0 makes `count` rows of 32 for warp 1 through one buffer: barrier 1 says full, barrier 2 says empty.
-TDC_KERNEL(self_test_producer, 64, SelfTestParams) {
+TDC_KERNEL(self_test_producer, SelfTestParams, 64) {
   TDC_SHARED(float, buffer, 32);
   const int lane = static_cast<int>(threadIdx.x) % 32;
   if (threadIdx.x < 32) {
@@ -154,7 +154,7 @@ TDC_KERNEL(self_test_producer, 64, SelfTestParams) {
 }
 
 // out[0] += every in[thread], out[1] counts threads, out[2] = the largest; as a float too, in other[0].
-TDC_KERNEL(self_test_atomics, 128, SelfTestParams) {
+TDC_KERNEL(self_test_atomics, SelfTestParams, 128) {
   TDC_SHARED(int, count, 1);
   if (threadIdx.x == 0) count[0] = 0;
   block_sync();
@@ -169,7 +169,7 @@ TDC_KERNEL(self_test_atomics, 128, SelfTestParams) {
 }
 
 // Accesses that do not conflict (mode 0), an atomic and a plain read that do (1), a byte of two writers (2).
-TDC_KERNEL(self_test_conflicts, 64, SelfTestParams) {
+TDC_KERNEL(self_test_conflicts, SelfTestParams, 64) {
   TDC_SHARED(int, count, 1);
   TDC_SHARED(unsigned char, bytes, 64);
   const int thread = static_cast<int>(threadIdx.x);
@@ -184,7 +184,7 @@ TDC_KERNEL(self_test_conflicts, 64, SelfTestParams) {
 
 // Through global memory: all read what is given and write their own (mode 0) and add their neighbour's, with barriers
 // (1) or without (2); every block writes one place (3); a block reads what the one before it wrote (4).
-TDC_KERNEL(self_test_global, 32, SelfTestParams) {
+TDC_KERNEL(self_test_global, SelfTestParams, 32) {
   const int thread = self_test_thread(), neighbour = thread ^ 1;
   int* out = static_cast<int*>(p.out);
   out[thread] = static_cast<const int*>(p.in)[0];
@@ -197,7 +197,7 @@ TDC_KERNEL(self_test_global, 32, SelfTestParams) {
 }
 
 // What nobody wrote: mode 0 dynamic shared memory, 1 a static array, 2 a local array.
-TDC_KERNEL(self_test_unwritten, 32, SelfTestParams) {
+TDC_KERNEL(self_test_unwritten, SelfTestParams, 32) {
   TDC_DYNAMIC_SHARED(memory);
   TDC_SHARED(float, values, 32);
   float locals[32];
@@ -209,7 +209,7 @@ TDC_KERNEL(self_test_unwritten, 32, SelfTestParams) {
 }
 
 // Writes one byte at shared[count] (mode 0) or at out[count] (mode 1), or reads one at in[count] (mode 2).
-TDC_KERNEL(self_test_bounds, 32, SelfTestParams) {
+TDC_KERNEL(self_test_bounds, SelfTestParams, 32) {
   TDC_DYNAMIC_SHARED(memory);
   if (threadIdx.x != 0) return;
   if (p.mode == 0) memory[p.count] = 1;
@@ -218,7 +218,7 @@ TDC_KERNEL(self_test_bounds, 32, SelfTestParams) {
 }
 
 // One fault for each mode; see tests/emulator/test_faults.py, which has their names.
-TDC_KERNEL(self_test_faults, 128, SelfTestParams) {
+TDC_KERNEL(self_test_faults, SelfTestParams, 128) {
   TDC_DYNAMIC_SHARED(memory);
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
   unsigned r[4];

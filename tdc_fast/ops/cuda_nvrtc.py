@@ -10,9 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
-import importlib.resources
 import os
-import re
 import threading
 import warnings
 from collections.abc import Sequence
@@ -24,10 +22,9 @@ import torch
 from tdc_fast.atomic import atomic_file
 from tdc_fast.ops import native
 from tdc_fast.ops.cuda_device import Facts, device_facts, device_index
+from tdc_fast.ops.cuda_families import read_sources
 
 CACHE_VARIABLE = "TDC_FAST_CACHE"
-SOURCES = "tdc_fast.cuda_sources"  # csrc/cuda, installed as package data
-_INCLUDE = re.compile(r'^\s*#\s*include\s+"cuda/([^"]+)"', re.MULTILINE)
 _OPTIONS = ("--std=c++17", "--device-as-default-execution-space")  # constexpr helpers that the host shares
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
@@ -57,20 +54,6 @@ def unavailable(arch: int) -> str | None:
     if arch not in known:
         return f"NVRTC {version[0]}.{version[1]} knows sm_{known[0]} to sm_{known[-1]}, not sm_{arch}"
     return None
-
-
-def read_sources(family: str) -> dict[str, str]:
-    """{include name: text} of a family's translation unit, which comes first, and of all that it includes."""
-    folder = importlib.resources.files(SOURCES)
-    found: dict[str, str] = {}
-    waiting = [f"{family}_kernels.cuh"]
-    while waiting:
-        name = waiting.pop(0)
-        if f"cuda/{name}" not in found:
-            text = folder.joinpath(name).read_text(encoding="utf-8")
-            found[f"cuda/{name}"] = text
-            waiting += _INCLUDE.findall(text)
-    return found
 
 
 def compile_family(family: str, arch_name: str, options: Sequence[str] = ()) -> tuple[bytes, str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tdc_fast.ops import cuda_nvrtc, native
+from tdc_fast.ops import cuda_families, cuda_nvrtc, native
 
 pytestmark = [
     pytest.mark.skipif(native.module is None, reason="the native module is not built"),
@@ -128,15 +128,16 @@ def test_a_kernel_that_does_not_compile_is_named_with_the_compilers_words(
 
 
 def test_the_sources_that_decide_an_entry_are_all_that_a_family_includes() -> None:
-    sources = cuda_nvrtc.read_sources("conv_forward")
-    assert next(iter(sources)) == "cuda/conv_forward_kernels.cuh"
-    assert {"cuda/device.cuh", "cuda/conv_params.h"} <= set(sources)
+    sources = cuda_families.read_sources("conv_forward")
+    assert next(iter(sources)) == "conv_forward.cu"
+    assert {"cuda/device.cuh", "cuda/conv/params.h"} <= set(sources)
     assert not any("launch" in name or "group_norm" in name for name in sources)
 
 
 def test_every_family_is_shipped_with_the_package() -> None:
+    assert set(cuda_families.families()) == set(native.module.cuda_kernels)
     for family in native.module.cuda_kernels:
-        assert cuda_nvrtc.read_sources(family)
+        assert cuda_families.read_sources(family)
 
 
 def test_an_architecture_that_the_compiler_does_not_know_is_a_reason() -> None:

@@ -1,9 +1,9 @@
 """Builds kernels for the CPU emulator and launches them.
 
-A family is a header `csrc/cuda/<family>_kernels.cuh` that defines kernels (or `self_test`, of the emulator itself).
-Each builds into a shared library, once per run of the tests, in a temporary folder; variants are sanitized builds and
-builds with a planted bug (`-DTDC_PLANT_<NAME>`, see TDC_PLANTED in csrc/cuda/device.cuh). Builds without sanitizers
-check shared memory for races.
+A family is a row of `csrc/cuda/families.def` (or `self_test`, of the emulator itself). Each builds into a shared
+library, once per run of the tests, in a temporary folder; variants are sanitized builds and builds with a planted bug
+(`-DTDC_PLANT_<NAME>`, see TDC_PLANTED in csrc/cuda/device.cuh). Builds without sanitizers check shared memory for
+races.
 
     launcher = EmulatorLauncher(emulated("plan"))
     with tdc_fast.ops.cuda_launch.use_launcher(launcher): ...
@@ -27,11 +27,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tdc_fast.ops import cuda_families
+
 if TYPE_CHECKING:
     import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
+SELF_TEST = CSRC / "emulator" / "self_test_kernels.cuh"  # kernels that use every wrapper of device.cuh
 RUNTIME = ("block", "emulate", "fiber", "matrix", "races")
 COMPILER = shutil.which("g++")
 # Schedules worth running a kernel under: first thread first, last thread first, two random ones.
@@ -150,11 +153,6 @@ class EmulatorLauncher:
         self.run(launches)
 
 
-def families() -> list[str]:
-    """Every family there is a kernel header of, the emulator's own last."""
-    return [*sorted(p.name.removesuffix("_kernels.cuh") for p in (CSRC / "cuda").glob("*_kernels.cuh")), "self_test"]
-
-
 def emulated(family: str, *plants: str, sanitize: bool = SANITIZED) -> EmulatedLibrary:
     """The library of a family, built on first use; `plants` are names of planted bugs. Skips without a compiler."""
     return _load(build(family, plants, sanitize))
@@ -169,8 +167,14 @@ def compiler() -> str:
     return COMPILER
 
 
-def kernel_header(family: str) -> Path:
-    return CSRC / ("emulator" if family == "self_test" else "cuda") / f"{family}_kernels.cuh"
+def _unit(family: str) -> Path:
+    """The translation unit of a family, written to the build folder where it comes from families.def."""
+    if family == "self_test":
+        return SELF_TEST
+    unit = build_folder() / f"{family}.cu"
+    partial = unit.with_name(f"{unit.name}.{os.getpid()}")
+    partial.write_text(cuda_families.translation_unit(family))
+    return partial.replace(unit)
 
 
 def build(family: str, plants: tuple[str, ...] = (), sanitize: bool = False) -> Path:
@@ -186,7 +190,7 @@ def build(family: str, plants: tuple[str, ...] = (), sanitize: bool = False) -> 
     target = library.with_suffix(".o")
     checks = _SANITIZE if sanitize else _RACE_CHECK
     planted = [f"-DTDC_PLANT_{plant}=1" for plant in plants]
-    jobs[target] = ["-g1", *checks, *planted, "-x", "c++", "-include", str(kernel_header(family)), os.devnull]
+    jobs[target] = ["-g1", *checks, *planted, "-x", "c++", str(_unit(family))]
     missing = [(["-c", *arguments], made) for made, arguments in jobs.items() if not made.exists()]
     with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
         list(pool.map(lambda job: compile_to(*job), missing))

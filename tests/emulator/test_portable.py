@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.emulator.harness import CSRC, RUNTIME, EmulatedLibrary, build, build_folder, compile_to, kernel_header
+from tests.emulator.harness import CSRC, RUNTIME, SELF_TEST, EmulatedLibrary, build, build_folder, compile_to
 from tests.emulator.harness import plain_only as pytestmark  # noqa: F401  the name is what pytest looks for
 
-KERNELS = kernel_header("self_test")  # they use every wrapper
 ARCHITECTURES = ("80", "90a")
 
 
@@ -36,7 +35,7 @@ def test_the_emulator_compiles_elsewhere(name: str) -> None:
     if shutil.which(name) is None:
         pytest.skip(f"no {name} on PATH")
     assembly = ["-c", str(CSRC / "emulator/fiber.cpp"), "-o", os.devnull]
-    kernels = ["-fsyntax-only", "-x", "c++", "-include", str(KERNELS), os.devnull]
+    kernels = ["-fsyntax-only", "-x", "c++", "-include", str(SELF_TEST), os.devnull]
     for arguments in (assembly, kernels):
         command = [name, "-std=c++17", "-O1", "-DTDC_EMULATOR", f"-I{CSRC}", "-Wall", "-Werror", *arguments]
         result = subprocess.run(command, capture_output=True, text=True, timeout=200)
@@ -49,7 +48,7 @@ def test_every_wrapper_compiles_with_nvcc(arch: str, tmp_path: Path) -> None:
         pytest.skip("no nvcc on PATH")
     target = f"-gencode=arch=compute_{arch},code=sm_{arch}"
     source = tmp_path / "self_test.cu"
-    source.write_text(f'#include "{KERNELS}"\n')
+    source.write_text(f'#include "{SELF_TEST}"\n')
     options = ["-std=c++17", target, f"-I{CSRC}", "-Werror=all-warnings", "-cubin", "-o", str(tmp_path / "cubin")]
     result = subprocess.run(["nvcc", *options, str(source)], capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -59,7 +58,7 @@ def test_every_wrapper_compiles_with_nvcc(arch: str, tmp_path: Path) -> None:
 def test_every_wrapper_compiles_with_nvrtc(arch: str) -> None:
     nvrtc = pytest.importorskip("cupy_backends.cuda.libs.nvrtc", reason="no cupy: pip install tdc_fast[gpu]")
     header = (CSRC / "cuda/device.cuh").read_bytes()
-    program = nvrtc.createProgram(KERNELS.read_text(), "self_test.cu", [header], [b"cuda/device.cuh"])
+    program = nvrtc.createProgram(SELF_TEST.read_text(), "self_test.cu", [header], [b"cuda/device.cuh"])
     try:
         nvrtc.compileProgram(program, [f"--gpu-architecture=sm_{arch}", "-std=c++17"])
     except nvrtc.NVRTCError:

@@ -157,7 +157,7 @@ const char* cudaGetErrorName(cudaError_t);
 const char* cudaGetErrorString(cudaError_t);
 """
 PROGRAM = r"""
-#include "cuda/registry.h"
+#include "cuda/launch/registry.h"
 #include "cuda_runtime_api.h"
 #include <cstdio>
 #include <stdexcept>
@@ -200,7 +200,7 @@ def test_native_asks_for_shared_memory_and_blames_no_launch_for_the_one_before(t
     """The host code as it is, with a runtime that remembers errors until asked, as CUDA's does."""
     (tmp_path / "cuda_runtime_api.h").write_text(RUNTIME)
     (tmp_path / "program.cpp").write_text(PROGRAM)
-    sources = ["-x", "c++", str(CSRC / "cuda" / "launch.cu"), str(tmp_path / "program.cpp")]
+    sources = ["-x", "c++", str(CSRC / "cuda" / "launch" / "launch.cu"), str(tmp_path / "program.cpp")]
     command = [compiler(), "-std=c++17", f"-I{tmp_path}", f"-I{CSRC}", *sources, "-o", str(tmp_path / "program")]
     subprocess.run(command, check=True, timeout=300)
     said = subprocess.run([tmp_path / "program"], check=True, timeout=60, capture_output=True, text=True).stdout

@@ -1,0 +1,341 @@
+#include "cuda/conv/launch.h"
+
+#include <algorithm>
+#include <limits>
+#include <stdexcept>
+#include <string>
+
+#include "cuda/conv/params.h"
+
+namespace tdc {
+namespace {
+
+constexpr int64_t kMostSamplesPerTile = 256;  // of the tile table
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// How a convolution is computed on an architecture. Hopper's form, TMA boxes and wgmma, takes its place here: with a
+// planner of its own, for the problems whose channels and strides TMA can serve.
+enum class ConvForm { kMmaSync };
+
+ConvForm conv_form(int arch) {
+  if (arch < 80) {
+    throw std::invalid_argument("routed convolution: the GPU has compute capability " + std::to_string(arch / 10) +
+                                "." + std::to_string(arch % 10) + "; the kernels need 8.0 or newer");
+  }
+  return ConvForm::kMmaSync;
+}
+
+// Element type.
+
+int element_bytes(const ConvArguments& a) { return a.dtype == 0 ? 4 : 2; }
+int per_chunk(const ConvArguments& a) { return 16 / element_bytes(a); }
+const char* storage_name(const ConvArguments& a) { return a.dtype == 0 ? "fp32" : a.dtype == 1 ? "bf16" : "fp16"; }
+const char* product_name(const ConvArguments& a) { return a.dtype == 0 ? "tf32" : storage_name(a); }
+
+// Checks and descriptions.
+
+std::string shape_of(std::initializer_list<int64_t> sizes) {
+  std::string text;
+  for (int64_t size : sizes) text += (text.empty() ? "(" : ", ") + std::to_string(size);
+  return text + ")";
+}
+
+std::string describe(const ConvArguments& a) {
+  return "x " + shape_of({a.batch, a.in_channels, a.height, a.width}) + " " + product_name(a) + ", weight " +
+         shape_of({a.num_experts, a.out_channels, a.in_channels, a.filter_height, a.filter_width}) + ", stride " +
+         shape_of({a.stride_height, a.stride_width}) + ", padding " + shape_of({a.pad_height, a.pad_width}) + ", " +
+         std::to_string(a.num_groups) + " groups";
+}
+
+void require(bool holds, const char* what, const ConvArguments& a) {
+  if (!holds) throw std::invalid_argument(std::string("routed convolution: ") + what + ": " + describe(a));
+}
+
+// Kernels count pixels and channels in 32 bits, elements in 64.
+void check(const ConvArguments& a) {
+  constexpr int64_t kMost = std::numeric_limits<int>::max() / 2;
+  for (int64_t size : {a.height, a.width, a.in_channels, a.out_channels, a.filter_height, a.filter_width,
+                       a.stride_height, a.stride_width, a.num_groups, a.num_experts}) {
+    require(size >= 1 && size <= kMost, "a size is out of range", a);
+  }
+  for (int64_t size : {a.batch, a.pad_height, a.pad_width}) {
+    require(size >= 0 && size <= kMost, "a size is out of range", a);
+  }
+  require(a.out_height() >= 1 && a.out_width() >= 1, "the filter is larger than the padded image", a);
+  require(a.dtype == 1 || a.dtype == 2 || (a.dtype == 0 && a.tf32), "dtypes are bf16, fp16 and fp32 as tf32", a);
+  const int64_t most_pixels = kMost / std::max<int64_t>(a.batch, 1);
+  require(a.height <= most_pixels / a.width && a.out_height() <= most_pixels / a.out_width(),
+          "the batch has more than 2^30 pixels", a);
+  require(a.filter_height <= kMost / a.filter_width, "the filter has too many taps", a);
+}
+
+unsigned blocks_of(std::initializer_list<int64_t> factors, const ConvArguments& a) {
+  int64_t blocks = 1;
+  for (int64_t factor : factors) {
+    require(factor <= std::numeric_limits<int>::max() / blocks, "the grid is too large", a);
+    blocks *= factor;
+  }
+  return static_cast<unsigned>(blocks);
+}
+
+// Parameters that all kernels share.
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+ConvRouting routing_of(const ConvArguments& a) {
+  return {pointer<const int>(a.offsets),    pointer<const int>(a.weight_index), pointer<const int>(a.in_widths),
+          pointer<const int>(a.out_widths), static_cast<int>(a.batch),          static_cast<int>(a.num_groups),
+          static_cast<int>(a.num_experts)};
+}
+
+ConvGeometry geometry_of(const ConvArguments& a) {
+  return {static_cast<int>(a.height),        static_cast<int>(a.width),        static_cast<int>(a.in_channels),
+          static_cast<int>(a.out_height()),  static_cast<int>(a.out_width()),  static_cast<int>(a.out_channels),
+          static_cast<int>(a.filter_height), static_cast<int>(a.filter_width), static_cast<int>(a.stride_height),
+          static_cast<int>(a.stride_width),  static_cast<int>(a.pad_height),   static_cast<int>(a.pad_width)};
+}
+
+// Whether rows of so many channels, at these addresses (0: absent), consist of whole 16-byte chunks.
+bool whole_chunks(int64_t channels, std::initializer_list<uintptr_t> addresses, const ConvArguments& a) {
+  bool aligned = channels % per_chunk(a) == 0;
+  for (uintptr_t address : addresses) aligned = aligned && address % 16 == 0;
+  return aligned;
+}
+
+template <class Params>
+Launch launch_of(std::string kernel, unsigned blocks, int threads, int shared_bytes, const Params& params,
+                 const ConvArguments& a) {
+  return {std::move(kernel), {blocks, 1, 1}, static_cast<unsigned>(threads), static_cast<unsigned>(shared_bytes),
+          bytes_of(params),  describe(a)};
+}
+
+// Tiles.
+
+struct TileChoice {
+  const char* name;
+  int rows, columns, threads, shared_bytes;
+};
+
+template <class Tile>
+TileChoice choice_of(const char* name, const ConvArguments& a) {
+  return {name, Tile::kRows, Tile::kColumns, Tile::kThreads, conv_shared_bytes<Tile>(element_bytes(a))};
+}
+
+// The larger tile where it fills the GPU at least once and fits; `tiles` counts the blocks of a tile size. Partial
+// chunks are for the smaller tile.
+template <class CountTiles>
+TileChoice choose_tile(const ConvArguments& a, const Device& device, bool whole, CountTiles&& tiles) {
+  const TileChoice large = choice_of<Tile128>("128x128", a), small = choice_of<Tile64>("64x64", a);
+  if (!whole) return choice_of<Tile64>("64x64_any", a);
+  return large.shared_bytes <= device.shared_limit && tiles(large) >= device.multiprocessors ? large : small;
+}
+
+// Forward and dgrad.
+
+// How the pixels of a batch are cut into rows of tiles.
+struct PixelTiles {
+  int64_t samples;  // per row of the tile table, at most
+  int64_t chunks;   // blocks that share the pixels of such a row
+  int64_t rows;     // of that level of the table
+
+  PixelTiles(const ConvArguments& a, int64_t pixels, int64_t tile_rows)
+      : samples(1), chunks(ceil_div(pixels, tile_rows)) {
+    while (samples < kMostSamplesPerTile && 2 * samples * pixels <= tile_rows) samples *= 2;
+    rows = level_rows(a, samples);
+  }
+
+  static int64_t level_rows(const ConvArguments& a, int64_t samples) {
+    return std::min(a.batch, a.batch / samples + std::min(a.num_groups, a.batch));
+  }
+  int64_t first_row(const ConvArguments& a) const {
+    int64_t before = 0;
+    for (int64_t level = 1; level < samples; level *= 2) before += level_rows(a, level);
+    return before;
+  }
+};
+
+std::vector<Launch> launch_images(const ConvArguments& a, const Device& device, bool forward) {
+  check(a);
+  if (a.batch == 0) return {};
+  ConvImageParams p{};
+  p.source = pointer<const void>(forward ? a.x : a.dy);
+  p.result = pointer<void>(forward ? a.y : a.dx);
+  p.weight = pointer<const void>(a.weight);
+  if (forward) {
+    p.bias = pointer<const void>(a.bias);
+    p.sample_bias = pointer<const void>(a.sample_bias);
+    p.residual = pointer<const void>(a.residual);
+  }
+  p.routing = routing_of(a);
+  p.geometry = geometry_of(a);
+
+  // dgrad computes the pixels of each parity as an image of its own; the first is the largest.
+  const int64_t images = forward ? 1 : a.stride_height * a.stride_width;
+  const int64_t pixels = forward ? a.out_height() * a.out_width()
+                                 : ceil_div(a.height, a.stride_height) * ceil_div(a.width, a.stride_width);
+  const int64_t channels = forward ? a.out_channels : a.in_channels;
+  const bool whole = whole_chunks(forward ? a.in_channels : a.out_channels, {forward ? a.x : a.dy}, a) &&
+                     whole_chunks(a.in_channels, {a.weight}, a);
+  const TileChoice tile = choose_tile(a, device, whole, [&](const TileChoice& t) {
+    const PixelTiles tiles(a, pixels, t.rows);
+    return channels <= t.columns / 2 ? 0 : tiles.rows * tiles.chunks * images * ceil_div(channels, t.columns);
+  });
+  const PixelTiles tiles(a, pixels, tile.rows);
+  p.tiles = pointer<const int>(a.tiles) + 3 * tiles.first_row(a);
+  p.chunks = static_cast<int>(tiles.chunks);
+  p.channel_tiles = static_cast<int>(ceil_div(channels, tile.columns));
+  p.vector_result =
+      forward ? whole_chunks(channels, {a.y, a.bias, a.sample_bias, a.residual}, a) : whole_chunks(channels, {a.dx}, a);
+  const std::string kernel =
+      std::string(forward ? "tdc_conv_forward_" : "tdc_conv_dgrad_") + product_name(a) + "_" + tile.name;
+  const unsigned blocks = blocks_of({tiles.rows, tiles.chunks, images, p.channel_tiles}, a);
+  return {launch_of(kernel, blocks, tile.threads, tile.shared_bytes, p, a)};
+}
+
+// wgrad.
+
+// n / d = (n * multiplier) >> 32 >> shift for all 0 <= n < 2^31: multiplier = ceil(2^(31 + l) / d), l = ceil(log2 d).
+FastDivisor fast_divisor(int64_t divisor) {
+  int log = 0;
+  while ((int64_t{1} << log) < divisor) ++log;
+  if (log == 0) return {1, 0, 0};
+  const uint64_t multiplier = ((uint64_t{1} << (31 + log)) + static_cast<uint64_t>(divisor) - 1) / divisor;
+  return {static_cast<unsigned>(divisor), static_cast<unsigned>(multiplier), static_cast<unsigned>(log - 1)};
+}
+
+struct WgradPlan {
+  bool whole;
+  TileChoice tile;
+  int64_t out_tiles, in_tiles, splits;
+};
+
+int64_t taps_of(const ConvArguments& a) { return a.filter_height * a.filter_width; }
+int64_t weight_elements(const ConvArguments& a) { return a.num_experts * a.out_channels * taps_of(a) * a.in_channels; }
+
+// Shares of the sum until two blocks per SM have work, but none of fewer than eight steps on average.
+int64_t choose_splits(const ConvArguments& a, const Device& device, int64_t blocks) {
+  constexpr int64_t kBlocksPerMultiprocessor = 2, kLeastSteps = 8, kMostSplits = 32;
+  const int64_t steps = ceil_div(a.batch * a.out_height() * a.out_width(), kConvDepth);
+  const int64_t experts = std::min({a.num_experts, a.num_groups, std::max<int64_t>(a.batch, 1)});
+  const int64_t wanted = kBlocksPerMultiprocessor * device.multiprocessors / blocks;
+  return std::max<int64_t>(1, std::min({wanted, steps / (experts * kLeastSteps), kMostSplits}));
+}
+
+WgradPlan plan_wgrad(const ConvArguments& a, const Device& device) {
+  WgradPlan plan;
+  plan.whole = whole_chunks(a.in_channels, {a.x}, a) && whole_chunks(a.out_channels, {a.dy}, a);
+  const int64_t per_tile = a.num_experts * taps_of(a);
+  // Splits fill the GPU: what counts is that the tile is not larger than the weight.
+  plan.tile = choose_tile(a, device, plan.whole, [&](const TileChoice& t) {
+    return std::min(a.out_channels, a.in_channels) > t.rows / 2 ? device.multiprocessors : 0;
+  });
+  plan.out_tiles = ceil_div(a.out_channels, plan.tile.rows);
+  plan.in_tiles = ceil_div(a.in_channels, plan.tile.columns);
+  plan.splits = choose_splits(a, device, per_tile * plan.out_tiles * plan.in_tiles);
+  return plan;
+}
+
+size_t partial_bytes(const ConvArguments& a, const WgradPlan& plan) {
+  return a.dweight && plan.splits > 1 ? static_cast<size_t>(plan.splits * ceil_div(weight_elements(a), 4) * 16) : 0;
+}
+
+void add_dweight(const ConvArguments& a, const Device& device, std::vector<Launch>& launches) {
+  const WgradPlan plan = plan_wgrad(a, device);
+  ConvWgradParams p{};
+  p.x = pointer<const void>(a.x);
+  p.dy = pointer<const void>(a.dy);
+  p.dweight = pointer<void>(a.dweight);
+  p.partials = pointer<float>(a.workspace);
+  p.routing = routing_of(a);
+  p.geometry = geometry_of(a);
+  p.by_pixels = fast_divisor(a.out_height() * a.out_width());
+  p.by_width = fast_divisor(a.out_width());
+  p.splits = static_cast<int>(plan.splits);
+  p.out_tiles = static_cast<int>(plan.out_tiles);
+  p.in_tiles = static_cast<int>(plan.in_tiles);
+  p.vector_result = whole_chunks(a.in_channels, {a.dweight}, a);
+  const std::string kernel = std::string("tdc_conv_wgrad_") + product_name(a) + "_" + plan.tile.name;
+  const unsigned blocks = blocks_of({plan.splits, a.num_experts, taps_of(a), plan.out_tiles, plan.in_tiles}, a);
+  launches.push_back(launch_of(kernel, blocks, plan.tile.threads, plan.tile.shared_bytes, p, a));
+  if (plan.splits == 1) return;
+
+  ConvReduceParams r{};
+  r.partials = p.partials;
+  r.dweight = p.dweight;
+  r.count = weight_elements(a);
+  r.splits = p.splits;
+  launches.push_back(launch_of(std::string("tdc_conv_reduce_") + storage_name(a),
+                               blocks_of({ceil_div(r.count, kConvSumThreads)}, a), kConvSumThreads, 0, r, a));
+}
+
+void add_channel_sums(const ConvArguments& a, float* sums, std::vector<Launch>& launches) {
+  if (a.batch > 0) {
+    ConvSampleSumParams p{};
+    p.dy = pointer<const void>(a.dy);
+    p.dsample_bias = pointer<void>(a.dsample_bias);
+    p.sums = a.dbias ? sums : nullptr;
+    p.routing = routing_of(a);
+    p.pixels = static_cast<int>(a.out_height() * a.out_width());
+    p.channels = static_cast<int>(a.out_channels);
+    p.channel_tiles = static_cast<int>(ceil_div(a.out_channels, kSampleSumChunks * per_chunk(a)));
+    p.vector_source = whole_chunks(a.out_channels, {a.dy}, a);
+    launches.push_back(launch_of(std::string("tdc_conv_sample_sums_") + storage_name(a),
+                                 blocks_of({a.batch, p.channel_tiles}, a), kConvSumThreads, 0, p, a));
+  }
+  if (!a.dbias) return;
+
+  ConvExpertSumParams p{};
+  p.sums = sums;
+  p.dbias = pointer<void>(a.dbias);
+  p.routing = routing_of(a);
+  p.channels = static_cast<int>(a.out_channels);
+  p.channel_tiles = static_cast<int>(ceil_div(a.out_channels, kExpertSumChannels));
+  launches.push_back(launch_of(std::string("tdc_conv_expert_sums_") + storage_name(a),
+                               blocks_of({a.num_experts, p.channel_tiles}, a), kConvSumThreads, 0, p, a));
+}
+
+}  // namespace
+
+std::vector<Launch> launch_conv_forward(const ConvArguments& arguments, const Device& device) {
+  switch (conv_form(device.arch)) {
+    case ConvForm::kMmaSync:
+      return launch_images(arguments, device, /*forward=*/true);
+  }
+  return {};
+}
+
+std::vector<Launch> launch_conv_dgrad(const ConvArguments& arguments, const Device& device) {
+  switch (conv_form(device.arch)) {
+    case ConvForm::kMmaSync:
+      return launch_images(arguments, device, /*forward=*/false);
+  }
+  return {};
+}
+
+std::vector<Launch> launch_conv_wgrad(const ConvArguments& arguments, const Device& device) {
+  check(arguments);
+  std::vector<Launch> launches;
+  size_t partials = 0;
+  switch (conv_form(device.arch)) {
+    case ConvForm::kMmaSync:
+      if (arguments.dweight) add_dweight(arguments, device, launches);
+      partials = partial_bytes(arguments, plan_wgrad(arguments, device));
+  }
+  if (arguments.dbias || arguments.dsample_bias) {
+    add_channel_sums(arguments, pointer<float>(arguments.workspace + partials), launches);
+  }
+  return launches;
+}
+
+size_t conv_wgrad_workspace(const ConvArguments& arguments, const Device& device) {
+  check(arguments);
+  const size_t sums =
+      arguments.dbias ? static_cast<size_t>(arguments.batch * arguments.out_channels) * sizeof(float) : 0;
+  return partial_bytes(arguments, plan_wgrad(arguments, device)) + sums;
+}
+
+}  // namespace tdc

@@ -1,0 +1,41 @@
+// Plans the launches of the routed convolution on a GPU: which kernel, which grid, its parameters. No CUDA needed.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "cuda/launch/launch.h"
+
+namespace tdc {
+
+// Device addresses, 0 where absent. Activations are dense NHWC, weights [E, C_out, R, S, C_in]; `tiles` is the whole
+// tile table of the plan. dtype: 0 fp32 (only with tf32), 1 bf16, 2 fp16.
+struct ConvArguments {
+  uintptr_t x = 0, weight = 0, bias = 0, sample_bias = 0, residual = 0, y = 0;  // forward
+  uintptr_t dy = 0, dx = 0;                                                     // dgrad
+  uintptr_t dweight = 0, dbias = 0, dsample_bias = 0, workspace = 0;            // wgrad
+  uintptr_t offsets = 0, tiles = 0, weight_index = 0, in_widths = 0, out_widths = 0;
+  int dtype = 0;
+  bool tf32 = false;
+  int64_t batch = 0, height = 0, width = 0, in_channels = 0, out_channels = 0;
+  int64_t filter_height = 0, filter_width = 0, stride_height = 1, stride_width = 1, pad_height = 0, pad_width = 0;
+  int64_t num_groups = 0, num_experts = 0;
+
+  int64_t out_height() const { return (height + 2 * pad_height - filter_height) / stride_height + 1; }
+  int64_t out_width() const { return (width + 2 * pad_width - filter_width) / stride_width + 1; }
+};
+
+// y = routed conv2d of x, plus bias, sample_bias and residual where given. All throw std::invalid_argument for sizes
+// and dtypes that no kernel takes. A batch of nothing needs no launch.
+std::vector<Launch> launch_conv_forward(const ConvArguments& arguments, const Device& device);
+
+// dx is written completely.
+std::vector<Launch> launch_conv_dgrad(const ConvArguments& arguments, const Device& device);
+
+// Those of dweight, dbias, dsample_bias that are there, each written completely. `workspace` has conv_wgrad_workspace
+// bytes, 16-byte aligned.
+std::vector<Launch> launch_conv_wgrad(const ConvArguments& arguments, const Device& device);
+size_t conv_wgrad_workspace(const ConvArguments& arguments, const Device& device);
+
+}  // namespace tdc

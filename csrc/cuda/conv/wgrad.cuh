@@ -1,0 +1,213 @@
+// wgrad: dweight[co, tap, ci] = sum over the samples of an expert and the pixels of y of dy[pixel, co] x[its tap, ci].
+//
+//   rows of the tile     output channels of the expert's weight
+//   columns              input channels, at one tap
+//   depth                pixels of y of all groups that use the expert, group after group, kConvDepth at a time
+//
+// Split-K: split s of S takes the s-th equal share of every group's steps and writes its own partial array; a second
+// launch adds those in order, so that no result depends on who comes first.
+#pragma once
+
+#include "cuda/device.cuh"
+#include "cuda/conv/epilogue.cuh"
+#include "cuda/conv/pipeline.cuh"
+#include "cuda/conv/routing.cuh"
+
+namespace tdc {
+
+// What one block sums.
+struct ConvWgradTile {
+  int split, expert, tap, first_out, first_in;
+
+  template <class Tile>
+  __device__ __forceinline__ static ConvWgradTile find(const ConvWgradParams& p) {
+    // Blocks that read the same pixels are neighbours, so that they find them in the L2 cache.
+    const int taps = p.geometry.filter_height * p.geometry.filter_width;
+    unsigned block = blockIdx.x;
+    ConvWgradTile tile;
+    tile.first_in = block % p.in_tiles * Tile::kColumns;
+    block /= p.in_tiles;
+    tile.first_out = block % p.out_tiles * Tile::kRows;
+    block /= p.out_tiles;
+    tile.tap = block % taps;
+    block /= taps;
+    tile.expert = block % p.routing.num_experts;
+    tile.split = block / p.routing.num_experts;
+    return tile;
+  }
+};
+
+// The steps of a block, and the most channels that live in any of them.
+struct ConvWgradWork {
+  int steps, live_out, live_in;
+};
+
+// Walks over the pixels of y that a block sums: its share of every group that uses the expert and has live channels in
+// the tile.
+class ConvPixelWalk {
+ public:
+  __device__ __forceinline__ ConvPixelWalk(const ConvWgradParams& p, const ConvWgradTile& tile) : p_(p), tile_(tile) {
+    next_group();
+  }
+
+  // The pixels of a step are pixel() .. end(), counted through the batch; empty at the end of the walk.
+  __device__ __forceinline__ int pixel() const { return pixel_; }
+  __device__ __forceinline__ int end() const { return end_; }
+  __device__ __forceinline__ int live_out() const { return live_out_; }
+  __device__ __forceinline__ int live_in() const { return live_in_; }
+
+  __device__ __forceinline__ void advance() {
+    pixel_ += kConvDepth;
+    if (pixel_ >= end_) next_group();
+  }
+
+  // What there is from here to the end; ends the walk.
+  __device__ __forceinline__ ConvWgradWork count() {
+    ConvWgradWork work = {0, 0, 0};
+    for (; pixel_ < end_; next_group()) {
+      work.steps += (end_ - pixel_ + kConvDepth - 1) / kConvDepth;
+      work.live_out = max(work.live_out, live_out_);
+      work.live_in = max(work.live_in, live_in_);
+    }
+    return work;
+  }
+
+ private:
+  __device__ __forceinline__ void next_group() {
+    const ConvRouting& routing = p_.routing;
+    pixel_ = end_ = 0;
+    for (++group_; group_ < routing.num_groups; ++group_) {
+      if (expert_of_group(routing, group_) != tile_.expert) continue;
+      live_out_ = live_width(routing.out_widths, group_, p_.geometry.out_channels);
+      live_in_ = live_width(routing.in_widths, group_, p_.geometry.in_channels);
+      if (tile_.first_out >= live_out_ || tile_.first_in >= live_in_) continue;
+      take_share(clamp_to(routing.offsets[group_], routing.batch),
+                 clamp_to(routing.offsets[group_ + 1], routing.batch));
+      if (pixel_ < end_) return;
+    }
+  }
+
+  __device__ __forceinline__ void take_share(int first_sample, int past_sample) {
+    const int pixels = static_cast<int>(p_.by_pixels.divisor);
+    const int first = first_sample * pixels, past = past_sample * pixels;
+    const long long steps = (past - first + kConvDepth - 1) / kConvDepth;
+    pixel_ = first + static_cast<int>(steps * tile_.split / p_.splits) * kConvDepth;
+    end_ = min(past, first + static_cast<int>(steps * (tile_.split + 1) / p_.splits) * kConvDepth);
+  }
+
+  const ConvWgradParams& p_;
+  const ConvWgradTile& tile_;
+  int group_ = -1, pixel_ = 0, end_ = 0, live_out_ = 0, live_in_ = 0;
+};
+
+// Copies rows of dy and the pixels of x that the tap sees from there.
+template <class P, bool kVector>
+class ConvWgradLoader {
+  using T = typename P::Element;
+  using Grads = typename P::ShareA;
+  using Pixels = typename P::ShareB;
+
+ public:
+  __device__ __forceinline__ ConvWgradLoader(const ConvWgradParams& p, const ConvWgradTile& tile)
+      : p_(p), tile_(tile), walk_(p, tile) {
+    const int tap = tile.tap + (TDC_PLANTED(CONV_WRONG_TAP) ? 1 : 0);
+    top_ = tap / p.geometry.filter_width - p.geometry.pad_height;
+    left_ = tap % p.geometry.filter_width - p.geometry.pad_width;
+  }
+
+  __device__ __forceinline__ void load(unsigned char* stage) {
+    load_grads(stage);
+    load_pixels(stage + P::A::kBytes);
+    walk_.advance();
+  }
+
+ private:
+  __device__ __forceinline__ void load_grads(unsigned char* shared) {
+    const T* dy = static_cast<const T*>(p_.dy);
+    const int channel = tile_.first_out + Grads::chunk() * kPerChunk<T>;
+    const T* from[Grads::kCopies];
+    unsigned exists = 0;
+#pragma unroll
+    for (int i = 0; i < Grads::kCopies; ++i) {
+      const int pixel = walk_.pixel() + Grads::line(i);
+      from[i] = dy + (static_cast<long long>(pixel) * p_.geometry.out_channels + channel);
+      exists |= pixel < walk_.end() ? 1u << i : 0u;
+    }
+    copy_share<Grads, kVector>(shared, dy, from, exists, walk_.live_out() - channel);
+  }
+
+  __device__ __forceinline__ void load_pixels(unsigned char* shared) {
+    const ConvGeometry& g = p_.geometry;
+    const T* x = static_cast<const T*>(p_.x);
+    const int channel = tile_.first_in + Pixels::chunk() * kPerChunk<T>;
+    const T* from[Pixels::kCopies];
+    unsigned exists = 0;
+#pragma unroll
+    for (int i = 0; i < Pixels::kCopies; ++i) {
+      const int pixel = walk_.pixel() + Pixels::line(i), sample = quotient(pixel, p_.by_pixels);
+      const int within = pixel - sample * static_cast<int>(p_.by_pixels.divisor);
+      const int out_row = quotient(within, p_.by_width), out_column = within - out_row * g.out_width;
+      const int row = out_row * g.stride_height + top_, column = out_column * g.stride_width + left_;
+      const bool inside = pixel < walk_.end() && static_cast<unsigned>(row) < static_cast<unsigned>(g.height) &&
+                          static_cast<unsigned>(column) < static_cast<unsigned>(g.width);
+      const int source = inside ? (sample * g.height + row) * g.width + column : 0;
+      from[i] = x + (static_cast<long long>(source) * g.in_channels + channel);
+      exists |= inside ? 1u << i : 0u;
+    }
+    copy_share<Pixels, kVector>(shared, x, from, exists, walk_.live_in() - channel);
+  }
+
+  const ConvWgradParams& p_;
+  const ConvWgradTile& tile_;
+  ConvPixelWalk walk_;
+  int top_, left_;  // the pixel of x that the tap sees from pixel (0, 0) of y
+};
+
+// kVector: the channels of x and of dy come in whole, aligned chunks of 16 bytes.
+template <class T, class Tile, bool kVector>
+__device__ __forceinline__ void conv_wgrad(const ConvWgradParams& p) {
+  using P = ConvProduct<T, Tile, DepthOuter, DepthOuter>;
+  const ConvWgradTile tile = ConvWgradTile::find<Tile>(p);
+
+  TDC_DYNAMIC_SHARED(shared);
+  typename P::Sums sums = {};
+  {
+    ConvWgradLoader<P, kVector> loader(p, tile);
+    const ConvWgradWork work = ConvPixelWalk(p, tile).count();
+    const bool live = tile.first_out + P::warp_row() < work.live_out && tile.first_in + P::warp_column() < work.live_in;
+    run_pipeline<P>(loader, work.steps, live, shared, sums);
+  }
+
+  const ConvGeometry& g = p.geometry;
+  const int taps = g.filter_height * g.filter_width;
+  const long long experts_before = static_cast<long long>(tile.split) * p.routing.num_experts + tile.expert;
+  drain<P>(sums, shared, [&](int row, int column, float (&values)[kPerChunk<T>]) {
+    const int out = tile.first_out + row, in = tile.first_in + column, count = g.in_channels - in;
+    if (out >= g.out_channels || count <= 0) return;
+    if (p.splits == 1) {
+      const long long place =
+          ((static_cast<long long>(tile.expert) * g.out_channels + out) * taps + tile.tap) * g.in_channels + in;
+      store_chunk(static_cast<T*>(p.dweight) + place, values, count, p.vector_result);
+    } else {
+      const long long place = ((experts_before * g.out_channels + out) * taps + tile.tap) * g.in_channels + in;
+#pragma unroll
+      for (int v = 0; v < kPerChunk<T>; v += 4) {
+        const float four[4] = {values[v], values[v + 1], values[v + 2], values[v + 3]};
+        store_chunk(p.partials + place + v, four, count - v, kVector);
+      }
+    }
+  });
+}
+
+// One element per thread.
+template <class T>
+__device__ __forceinline__ void conv_reduce(const ConvReduceParams& p) {
+  const long long index = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (index >= p.count) return;
+  float sum = 0.0f;
+#pragma unroll 4
+  for (int split = 0; split < p.splits; ++split) sum += p.partials[split * p.count + index];
+  static_cast<T*>(p.dweight)[index] = from_float<T>(sum);
+}
+
+}  // namespace tdc

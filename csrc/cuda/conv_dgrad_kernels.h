@@ -1,6 +1,0 @@
-// The kernels of dgrad: X(name, threads, Params).
-#pragma once
-
-#include "cuda/conv_kernels.h"
-
-#define TDC_CONV_DGRAD_KERNELS(X) TDC_CONV_VARIANTS(TDC_CONV_IMAGE_ENTRY, X, tdc_conv_dgrad)

@@ -1,0 +1,214 @@
+// What the group norm kernels share: a block's place in the problem, vectors of channels, and sums over the block.
+//
+// A block owns a chunk of channels (whole norm groups) of a run of pixels of one sample:
+//
+//            chunk of channels
+//           +--+--+--+--+           2^lanes_log2 neighbouring threads take the vectors of one pixel,
+//   pixel 0 |t0|t1|t2|t3|           the next ones those of the next pixel: a thread keeps its channels,
+//   pixel 1 |t4|t5|t6|t7|  ...      so sums and coefficients per channel stay in registers. Chunks with
+//           +--+--+--+--+           more vectors than threads are taken strip by strip.
+#pragma once
+
+#include "cuda/device.cuh"
+#include "cuda/group_norm/params.h"
+
+namespace tdc {
+
+constexpr int kNormWarp = 32;
+constexpr int kNormThreads = 512;  // most threads of a block
+
+// V neighbouring channels as they lie in memory.
+template <class T, int V>
+struct Lanes;
+
+template <class T>
+struct Lanes<T, 1> {
+  T raw;
+  __device__ __forceinline__ void load(const T* from) { raw = *from; }
+  __device__ __forceinline__ void store(T* to) const { *to = raw; }
+  __device__ __forceinline__ void clear() { raw = from_float<T>(0.0f); }
+  __device__ __forceinline__ void clear_from(int) {}
+  __device__ __forceinline__ void unpack(float (&value)[1]) const { value[0] = to_float(raw); }
+  __device__ __forceinline__ void pack_from(const float (&value)[1]) { raw = from_float<T>(value[0]); }
+};
+
+template <>
+struct Lanes<float, 4> {
+  uint4 raw;
+  __device__ __forceinline__ void load(const float* from) { raw = load_16(from); }
+  __device__ __forceinline__ void store(float* to) const { store_16(to, raw); }
+  __device__ __forceinline__ void clear() { raw.x = raw.y = raw.z = raw.w = 0; }
+  // Zeros for the channels from `live` on.
+  __device__ __forceinline__ void clear_from(int live) {
+    if (live <= 1) raw.y = 0;
+    if (live <= 2) raw.z = 0;
+    if (live <= 3) raw.w = 0;
+  }
+  __device__ __forceinline__ void unpack(float (&value)[4]) const {
+    value[0] = __uint_as_float(raw.x);
+    value[1] = __uint_as_float(raw.y);
+    value[2] = __uint_as_float(raw.z);
+    value[3] = __uint_as_float(raw.w);
+  }
+  __device__ __forceinline__ void pack_from(const float (&value)[4]) {
+    raw.x = __float_as_uint(value[0]);
+    raw.y = __float_as_uint(value[1]);
+    raw.z = __float_as_uint(value[2]);
+    raw.w = __float_as_uint(value[3]);
+  }
+};
+
+template <class T>
+struct Lanes<T, 8> {
+  uint4 raw;
+  __device__ __forceinline__ void load(const T* from) { raw = load_16(from); }
+  __device__ __forceinline__ void store(T* to) const { store_16(to, raw); }
+  __device__ __forceinline__ void clear() { raw.x = raw.y = raw.z = raw.w = 0; }
+  __device__ __forceinline__ void clear_from(int live) {
+    raw.x = live_pair(raw.x, live);
+    raw.y = live_pair(raw.y, live - 2);
+    raw.z = live_pair(raw.z, live - 4);
+    raw.w = live_pair(raw.w, live - 6);
+  }
+  __device__ __forceinline__ void unpack(float (&value)[8]) const {
+    unpack_pair(raw.x, value[0], value[1]);
+    unpack_pair(raw.y, value[2], value[3]);
+    unpack_pair(raw.z, value[4], value[5]);
+    unpack_pair(raw.w, value[6], value[7]);
+  }
+  __device__ __forceinline__ void pack_from(const float (&value)[8]) {
+    raw.x = pack<T>(value[0], value[1]);
+    raw.y = pack<T>(value[2], value[3]);
+    raw.z = pack<T>(value[4], value[5]);
+    raw.w = pack<T>(value[6], value[7]);
+  }
+
+ private:
+  static __device__ __forceinline__ unsigned live_pair(unsigned pair, int live) {
+    return live >= 2 ? pair : live == 1 ? pair & 0xffffu : 0u;
+  }
+  static __device__ __forceinline__ void unpack_pair(unsigned pair, float& low, float& high) {
+    low = to_float(T{static_cast<unsigned short>(pair & 0xffffu)});
+    high = to_float(T{static_cast<unsigned short>(pair >> 16)});
+  }
+};
+
+// Which sample, channels and pixels a block owns. Dead channels are those past the width of the sample's group.
+struct NormBlock {
+  int sample, expert;
+  int first_channel, channels, live;  // of the chunk
+  int groups, live_groups;            // norm groups of the chunk
+  int first_group;
+  int first_pixel, pixels;
+};
+
+__device__ __forceinline__ int clamped(int value, int low, int high) { return min(max(value, low), high); }
+
+// The routing group that owns the sample; -1 when the offsets are no partition. All threads look at once: a binary
+// search would wait for memory at every step. The two barriers also keep `slot` from being reused too early.
+__device__ __forceinline__ int group_of_sample(const GroupNormParams& p, int sample) {
+  TDC_SHARED(int, slot, 1);
+  if (threadIdx.x == 0) slot[0] = -1;
+  block_sync();
+  for (int g = threadIdx.x; g < p.num_groups; g += blockDim.x) {
+    if (p.offsets[g] <= sample && sample < p.offsets[g + 1]) slot[0] = g;
+  }
+  block_sync();
+  return slot[0];
+}
+
+__device__ __forceinline__ NormBlock norm_block(const GroupNormParams& p) {
+  NormBlock block;
+  block.sample = blockIdx.x / p.chunks;
+  block.first_channel = (blockIdx.x % p.chunks) * p.chunk_channels;
+  block.channels = min(p.chunk_channels, p.channels - block.first_channel);
+  block.groups = block.channels / p.channels_per_group;
+  block.first_group = block.first_channel / p.channels_per_group;
+  block.first_pixel = blockIdx.y * p.pixels_per_block;
+  block.pixels = min(p.pixels_per_block, p.pixels - block.first_pixel);
+
+  const int group = group_of_sample(p, block.sample);
+  int live = 0;
+  if (group >= 0) live = p.widths ? p.widths[group] : p.channels;
+  block.expert = group >= 0 ? clamped(p.weight_index[group], 0, p.num_experts - 1) : 0;
+  block.live_groups = clamped(live / p.channels_per_group - block.first_group, 0, block.groups);
+  block.live = block.live_groups * p.channels_per_group;
+  return block;
+}
+
+// Start of the block's pixels and channels within an activation tensor.
+template <class T>
+__device__ __forceinline__ T* activations(const GroupNormParams& p, const NormBlock& block, const void* tensor) {
+  const long long row = static_cast<long long>(block.sample) * p.pixels + block.first_pixel;
+  return static_cast<T*>(const_cast<void*>(tensor)) + row * p.channels + block.first_channel;
+}
+
+// The coefficients of channel c of the chunk. Absent tensors stand for a weight of ones, any other zeros.
+template <class T>
+struct NormCoefficients {
+  float weight = 1, bias = 0, gain = 1, shift = 0;
+
+  __device__ __forceinline__ NormCoefficients(const GroupNormParams& p, const NormBlock& block, int c) {
+    const long long of_expert = static_cast<long long>(block.expert) * p.channels + block.first_channel + c;
+    const int channel = block.first_channel + c;
+    if (p.weight) weight = to_float(static_cast<const T*>(p.weight)[of_expert]);
+    if (p.bias) bias = to_float(static_cast<const T*>(p.bias)[of_expert]);
+    if (p.scale) gain = 1.0f + to_float(static_cast<const T*>(p.scale)[block.sample * p.scale_stride + channel]);
+    if (p.shift) shift = to_float(static_cast<const T*>(p.shift)[block.sample * p.shift_stride + channel]);
+  }
+};
+
+// A thread's place in the block: which vector of a pixel, and which of the pixels that the block takes at a time.
+struct NormThread {
+  int lane, lanes, row, rows;
+
+  __device__ __forceinline__ explicit NormThread(const GroupNormParams& p)
+      : lane(threadIdx.x & ((1 << p.lanes_log2) - 1)), lanes(1 << p.lanes_log2), row(threadIdx.x >> p.lanes_log2),
+        rows(blockDim.x >> p.lanes_log2) {}
+};
+
+__device__ __forceinline__ float warp_sum(float value) {
+  for (int distance = kNormWarp / 2; distance > 0; distance /= 2) value += shfl_xor(value, distance);
+  return value;
+}
+
+// Adds up, over the threads that hold the same channels, K sums per channel, always in the same order:
+// totals[k * stride + c] for the `width` channels c of the strip. All threads call it; it ends with a barrier.
+template <int V, int K>
+__device__ __forceinline__ void sum_rows(float (&sum)[K][V], const NormThread& thread, float* row_sums, float* totals,
+                                         int stride, int width) {
+#pragma unroll
+  for (int distance = kNormWarp / 2; distance > 0; distance /= 2) {
+    if (distance < thread.lanes) break;
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+#pragma unroll
+      for (int i = 0; i < V; ++i) sum[k][i] += shfl_xor(sum[k][i], distance);
+    }
+  }
+  const bool within_warp = thread.lanes < kNormWarp;
+  const int rows = within_warp ? blockDim.x / kNormWarp : thread.rows;
+  const int row = within_warp ? threadIdx.x / kNormWarp : thread.row;
+  const int columns = thread.lanes * V;
+  if (!within_warp || threadIdx.x % kNormWarp < thread.lanes) {
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+#pragma unroll
+      for (int i = 0; i < V; ++i) row_sums[(k * rows + row) * columns + thread.lane * V + i] = sum[k][i];
+    }
+  }
+  if (!TDC_PLANTED(NORM_NO_SUM_BARRIER)) block_sync();
+  for (int j = threadIdx.x; j < K * columns; j += blockDim.x) {
+    const int k = j / columns, c = j % columns;
+    if (c >= width) continue;
+    float total = 0;
+    for (int r = 0; r < rows; ++r) total += row_sums[(k * rows + r) * columns + c];
+    totals[k * stride + c] = total;
+  }
+  block_sync();
+}
+
+// 1 / (1 + exp(-z)); for z = -infinity the exponential overflows and the result is 0.
+__device__ __forceinline__ float norm_sigmoid(float z) { return reciprocal(1.0f + exp_approx(-z)); }
+
+}  // namespace tdc

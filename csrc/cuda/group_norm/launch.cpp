@@ -1,0 +1,197 @@
+#include "cuda/group_norm/launch.h"
+
+#include <initializer_list>
+#include <stdexcept>
+
+#include "cuda/group_norm/params.h"
+#include "cuda/group_norm/split.h"
+
+namespace tdc {
+namespace {
+
+constexpr int64_t kMostInt = 2147483647;
+constexpr unsigned kSumThreads = 512, kSumChannels = 32;
+
+bool all_aligned(std::initializer_list<uintptr_t> addresses) {
+  for (const uintptr_t address : addresses) {
+    if (address % 16) return false;
+  }
+  return true;
+}
+
+const char* dtype_name(int dtype) { return dtype == 0 ? "fp32" : dtype == 1 ? "bf16" : "fp16"; }
+
+std::string shapes_of(const NormArguments& a) {
+  const auto text = [](int64_t n) { return std::to_string(n); };
+  return "x (" + text(a.batch) + ", " + text(a.channels) + ", " + text(a.height) + ", " + text(a.width) + ") " +
+         dtype_name(a.dtype) + ", " + text(a.num_norm_groups) + " norm groups, weight (" + text(a.num_experts) + ", " +
+         text(a.channels) + "), " + text(a.num_groups) + " groups";
+}
+
+// Sizes that do not fit the kernels' 32-bit numbers, or make no sense.
+std::string bad_sizes(const NormArguments& a) {
+  if (a.dtype < 0 || a.dtype > 2) return "unknown dtype code " + std::to_string(a.dtype);
+  if (a.batch < 0 || a.height < 0 || a.width < 0 || a.channels < 1 || a.num_groups < 1 || a.num_experts < 1) {
+    return "negative or empty sizes";
+  }
+  if (a.num_norm_groups < 1 || a.channels % a.num_norm_groups) return "norm groups that do not divide the channels";
+  if (a.num_experts > 65535) return "more than 65535 experts";
+  if (a.batch > kMostInt / a.channels || a.height * a.width > kMostInt / a.channels) return "too large for 32 bits";
+  return "";
+}
+
+NormSplit forward_split(const NormArguments& a, const Device& device) {
+  return split_group_norm(a, device, false, all_aligned({a.x, a.y}));
+}
+
+NormSplit backward_split(const NormBackwardArguments& a, const Device& device) {
+  return split_group_norm(a, device, true, all_aligned({a.x, a.dy, a.dx}));
+}
+
+int64_t moment_floats(const NormArguments& a, const NormSplit& s) {
+  return s.whole ? 0 : a.batch * s.splits * a.num_norm_groups * 3;
+}
+
+int64_t sum_floats(const NormArguments& a, const NormSplit& s) {
+  return s.whole ? 0 : a.batch * s.splits * 2 * a.channels;
+}
+
+template <class T>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+GroupNormParams params_of(const NormArguments& a, const NormSplit& s) {
+  GroupNormParams p{};
+  p.x = at<const void>(a.x);
+  p.weight = at<const void>(a.weight);
+  p.bias = at<const void>(a.bias);
+  p.scale = at<const void>(a.scale);
+  p.shift = at<const void>(a.shift);
+  p.y = at<void>(a.y);
+  p.mean = at<float>(a.mean);
+  p.rstd = at<float>(a.rstd);
+  p.offsets = at<const int>(a.offsets);
+  p.weight_index = at<const int>(a.weight_index);
+  p.widths = at<const int>(a.widths);
+  p.partials = at<float>(a.workspace);
+  p.scale_stride = a.scale_stride < 0 ? a.channels : a.scale_stride;
+  p.shift_stride = a.shift_stride < 0 ? a.channels : a.shift_stride;
+  p.batch = static_cast<int>(a.batch);
+  p.pixels = static_cast<int>(a.height * a.width);
+  p.channels = static_cast<int>(a.channels);
+  p.norm_groups = static_cast<int>(a.num_norm_groups);
+  p.channels_per_group = static_cast<int>(a.channels / a.num_norm_groups);
+  p.num_groups = static_cast<int>(a.num_groups);
+  p.num_experts = static_cast<int>(a.num_experts);
+  p.eps = static_cast<float>(a.eps);
+  p.silu = a.silu;
+  p.chunks = static_cast<int>(s.chunks);
+  p.chunk_channels = static_cast<int>(s.chunk_channels);
+  p.pixels_per_block = static_cast<int>(s.pixels_per_block);
+  p.splits = static_cast<int>(s.splits);
+  p.lanes_log2 = s.lanes_log2;
+  p.channel_arrays = 0;
+  p.row_sums = static_cast<int>(s.row_sums);
+  p.tile = static_cast<int>(s.tile);
+  p.keeps_dy = s.tensors == 2;
+  return p;
+}
+
+Launch launch_stage(const char* stage, const NormArguments& a, const NormSplit& s, const GroupNormParams& p,
+                    int64_t splits, int64_t shared_bytes) {
+  Launch launch;
+  launch.kernel =
+      std::string("tdc_group_norm_") + stage + "_" + dtype_name(a.dtype) + (s.vector ? "_vector" : "_scalar");
+  launch.grid[0] = static_cast<unsigned>(a.batch * s.chunks);
+  launch.grid[1] = static_cast<unsigned>(splits);
+  launch.grid[2] = 1;
+  launch.threads = static_cast<unsigned>(s.threads);
+  launch.shared_bytes = static_cast<unsigned>(shared_bytes);
+  launch.params = bytes_of(p);
+  launch.shapes = shapes_of(a);
+  return launch;
+}
+
+Launch launch_expert_sums(const NormArguments& a, const GroupNormParams& p) {
+  Launch launch;
+  launch.kernel = std::string("tdc_group_norm_expert_sums_") + dtype_name(a.dtype);
+  launch.grid[0] = static_cast<unsigned>((a.channels + kSumChannels - 1) / kSumChannels);
+  launch.grid[1] = static_cast<unsigned>(a.num_experts);
+  launch.grid[2] = 1;
+  launch.threads = kSumThreads;
+  launch.shared_bytes = 0;
+  launch.params = bytes_of(p);
+  launch.shapes = shapes_of(a);
+  return launch;
+}
+
+void require_served(const NormArguments& a, const std::string& refusal) {
+  if (!refusal.empty()) throw std::invalid_argument("group_norm: " + refusal + ": " + shapes_of(a));
+}
+
+std::string refusal_of(const NormSplit& s) {
+  if (!s.refusal.empty()) return s.refusal;
+  return s.splits > 65535 ? "too many pixels" : "";
+}
+
+}  // namespace
+
+std::string group_norm_refusal(const NormArguments& a, const Device& device, bool backward) {
+  const std::string bad = bad_sizes(a);
+  return bad.empty() ? refusal_of(split_group_norm(a, device, backward, all_aligned({a.x, a.y}))) : bad;
+}
+
+size_t group_norm_forward_workspace(const NormArguments& a, const Device& device) {
+  require_served(a, bad_sizes(a));
+  return moment_floats(a, forward_split(a, device)) * sizeof(float);
+}
+
+size_t group_norm_backward_workspace(const NormBackwardArguments& a, const Device& device) {
+  require_served(a, bad_sizes(a));
+  const int64_t shares = (a.dweight ? 1 : 0) + (a.dbias ? 1 : 0);
+  return (sum_floats(a, backward_split(a, device)) + shares * a.batch * a.channels) * sizeof(float);
+}
+
+std::vector<Launch> launch_group_norm_forward(const NormArguments& a, const Device& device) {
+  require_served(a, bad_sizes(a));
+  if (a.batch == 0) return {};
+  const NormSplit s = forward_split(a, device);
+  require_served(a, refusal_of(s));
+  const GroupNormParams p = params_of(a, s);
+  if (s.whole) return {launch_stage("whole", a, s, p, 1, s.shared_bytes)};
+  return {launch_stage("partial", a, s, p, s.splits, s.shared_bytes),
+          launch_stage("apply", a, s, p, s.splits, s.row_sums)};  // needs the channel arrays alone
+}
+
+std::vector<Launch> launch_group_norm_backward(const NormBackwardArguments& a, const Device& device) {
+  require_served(a, bad_sizes(a));
+  const NormSplit s = backward_split(a, device);
+  require_served(a, refusal_of(s));
+  GroupNormParams p = params_of(a, s);
+  p.dy = at<const void>(a.dy);
+  p.dx = at<void>(a.dx);
+  p.dweight = at<void>(a.dweight);
+  p.dbias = at<void>(a.dbias);
+  p.dscale = at<void>(a.dscale);
+  p.dshift = at<void>(a.dshift);
+  float* shares = p.partials + sum_floats(a, s);
+  if (a.dweight) p.dweight_share = shares;
+  if (a.dbias) p.dbias_share = shares + (a.dweight ? a.batch * a.channels : 0);
+
+  std::vector<Launch> launches;
+  const bool wants_any = a.dx || a.dweight || a.dbias || a.dscale || a.dshift;
+  if (a.batch > 0 && wants_any) {
+    if (s.whole) {
+      launches.push_back(launch_stage("backward_whole", a, s, p, 1, s.shared_bytes));
+    } else {
+      launches.push_back(launch_stage("backward_partial", a, s, p, s.splits, s.shared_bytes));
+      // Without dx only the first run's block has something to write.
+      launches.push_back(launch_stage("backward_apply", a, s, p, a.dx ? s.splits : 1, s.row_sums));
+    }
+  }
+  if (a.dweight || a.dbias) launches.push_back(launch_expert_sums(a, p));
+  return launches;
+}
+
+}  // namespace tdc

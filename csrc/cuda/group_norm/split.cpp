@@ -1,0 +1,139 @@
+#include "cuda/group_norm/split.h"
+
+#include <algorithm>
+#include <numeric>
+
+namespace tdc {
+namespace {
+
+constexpr int64_t kWarpThreads = 32, kFewestThreads = 64, kMostThreads = 512;
+// Threads of an SM together: what registers allow (backward holds more coefficients).
+constexpr int64_t kForwardThreadsPerSm = 1024, kBackwardThreadsPerSm = 512;
+constexpr int64_t kVectorsPerThread = 8;  // with fewer, a block does little between its barriers
+constexpr int64_t kSector = 64;           // bytes of a pixel that a block should read at least: two sectors of L2
+constexpr int64_t kLine = 128;            // and better: a whole line
+constexpr int64_t kBlocksPerSm = 3;       // while one reads, another computes and a third writes
+constexpr int64_t kRunBytes = 32768;      // of a run of pixels, where one block does not take them all
+constexpr int64_t kStaticShared = 16;     // what kernels declare themselves
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+int log2_at_least(int64_t value) {
+  int log2 = 0;
+  while ((int64_t{1} << log2) < value) ++log2;
+  return log2;
+}
+
+class Splitter {
+ public:
+  Splitter(const NormArguments& a, const Device& device, bool backward, bool aligned)
+      : a_(a), device_(device), backward_(backward), element_(a.dtype == 0 ? 4 : 2) {
+    const int64_t per_vector = 16 / element_;
+    vector_ = aligned && a.channels % per_vector == 0;
+    lane_channels_ = vector_ ? per_vector : 1;
+    // Chunks are whole norm groups and whole vectors.
+    unit_ = std::lcm(a.channels / a.num_norm_groups, lane_channels_);
+  }
+
+  NormSplit split() const {
+    if (vector_) {
+      for (int tensors = backward_ ? 2 : 1; tensors > 0; --tensors) {
+        const NormSplit whole = best_whole(tensors);
+        if (whole.refusal.empty() && !starves(whole)) return whole;
+      }
+    }
+    return best_runs();
+  }
+
+ private:
+  int64_t pixels() const { return a_.height * a_.width; }
+  int64_t blocks(const NormSplit& s) const { return a_.batch * s.chunks; }
+
+  // The split with chunks of this many channels, runs of this many pixels, and `tensors` activations kept.
+  NormSplit laid_out(int64_t chunk_channels, int64_t pixels_per_block, int tensors) const {
+    NormSplit s;
+    s.vector = vector_;
+    s.tensors = tensors;
+    s.chunk_channels = chunk_channels;
+    s.chunks = a_.channels / chunk_channels;
+    s.pixels_per_block = std::max<int64_t>(pixels_per_block, 1);
+    s.splits = std::max<int64_t>(1, ceil_div(pixels(), s.pixels_per_block));
+    const int64_t arrays = (backward_ ? 5 : 3) * chunk_channels * 4;
+    const int64_t tiles = tensors * s.pixels_per_block * chunk_channels * element_;
+    const int64_t vectors = chunk_channels / lane_channels_;
+    s.threads = threads_for(vectors, vectors * s.pixels_per_block, arrays + tiles, blocks(s) * s.splits);
+    s.lanes_log2 = std::min(log2_at_least(vectors), log2_at_least(s.threads));
+
+    const int64_t sums = 2, lanes = int64_t{1} << s.lanes_log2;
+    const int64_t rows = lanes < kWarpThreads ? s.threads / kWarpThreads : s.threads / lanes;
+    s.row_sums = round_up(arrays, 16);
+    s.tile = s.row_sums + round_up(sums * rows * lanes * lane_channels_ * 4, 16);
+    s.shared_bytes = s.tile + tiles;
+    if (s.shared_bytes + kStaticShared > device_.shared_limit) {
+      s.refusal = "shared memory does not hold the pixels of " + std::to_string(chunk_channels) + " channels";
+    }
+    return s;
+  }
+
+  int64_t threads_for(int64_t vectors_per_pixel, int64_t vectors, int64_t shared, int64_t blocks) const {
+    const int64_t per_sm = backward_ ? kBackwardThreadsPerSm : kForwardThreadsPerSm;
+    const int64_t fit = device_.shared_limit / std::max<int64_t>(shared, 1);
+    const int64_t blocks_per_sm = std::max<int64_t>(1, std::min(fit, ceil_div(blocks, device_.multiprocessors)));
+    const int64_t wanted = std::max(ceil_div(vectors, kVectorsPerThread), vectors_per_pixel);
+    int64_t threads = kFewestThreads;
+    while (threads < kMostThreads && threads < wanted && threads * 2 * blocks_per_sm <= per_sm) threads *= 2;
+    return threads;
+  }
+
+  // All pixels of a chunk in one block. Chunks grow to whole lines of memory while several blocks still fit on an SM
+  // and there are enough of them to go round.
+  NormSplit best_whole(int tensors) const {
+    NormSplit best = laid_out(unit_, pixels(), tensors);
+    for (int64_t units = 2; units * unit_ <= a_.channels && units * unit_ * element_ <= kLine; ++units) {
+      if (a_.channels % (units * unit_)) continue;
+      const NormSplit next = laid_out(units * unit_, pixels(), tensors);
+      const bool narrow = best.chunk_channels * element_ < kSector;
+      if (next.shared_bytes * (narrow ? kBlocksPerSm - 1 : kBlocksPerSm) > device_.shared_limit) break;
+      if (blocks(next) < (narrow ? 1 : 2) * device_.multiprocessors) break;
+      best = next;
+    }
+    best.whole = true;
+    return best;
+  }
+
+  // So few blocks, each with so much to do, that a second launch costs less than idle SMs.
+  bool starves(const NormSplit& s) const {
+    return blocks(s) * 4 <= device_.multiprocessors && s.shared_bytes > 2 * kRunBytes;
+  }
+
+  // Runs of pixels of at most kRunBytes, shorter where there would be too few blocks.
+  NormSplit best_runs() const {
+    int64_t channels = unit_;
+    for (int64_t units = 2; units * unit_ <= a_.channels && units * unit_ * element_ <= kLine; ++units) {
+      if (a_.channels % (units * unit_) == 0) channels = units * unit_;
+    }
+    const int64_t pixel_bytes = channels * element_;
+    const int64_t blocks_per_run = std::max<int64_t>(1, a_.batch * (a_.channels / channels));
+    const int64_t wanted_runs = ceil_div(4 * device_.multiprocessors, blocks_per_run);
+    const int64_t for_parallelism = std::max(ceil_div(pixels(), wanted_runs), ceil_div(kRunBytes / 8, pixel_bytes));
+    const int64_t for_space = std::max<int64_t>(1, kRunBytes / pixel_bytes);
+    int64_t run = std::min({for_parallelism, for_space, std::max<int64_t>(pixels(), 1)});
+    NormSplit s = laid_out(channels, run, backward_ ? 0 : 1);
+    while (!s.refusal.empty() && run > 1) s = laid_out(channels, run /= 2, s.tensors);
+    return s.refusal.empty() || channels == unit_ ? s : laid_out(unit_, 1, s.tensors);
+  }
+
+  const NormArguments& a_;
+  const Device& device_;
+  bool backward_, vector_;
+  int64_t element_, lane_channels_, unit_;
+};
+
+}  // namespace
+
+NormSplit split_group_norm(const NormArguments& arguments, const Device& device, bool backward, bool aligned) {
+  return Splitter(arguments, device, backward, aligned).split();
+}
+
+}  // namespace tdc

@@ -1,0 +1,26 @@
+// How group norm is shared out among blocks: a function of sizes, alignment and the device.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "cuda/group_norm/launch.h"
+
+namespace tdc {
+
+struct NormSplit {
+  bool vector = false;  // 16-byte accesses
+  bool whole = false;   // one launch, with all pixels of a chunk in one block
+  int tensors = 0;      // activations kept in shared memory: x; in backward dy too, where it fits
+  int64_t chunk_channels = 0, chunks = 0;
+  int64_t pixels_per_block = 0, splits = 1;
+  int lanes_log2 = 0;
+  int64_t threads = 0;
+  int64_t row_sums = 0, tile = 0, shared_bytes = 0;  // bytes: where the parts of shared memory start, and all of it
+  std::string refusal;                               // not empty: no kernel fits
+};
+
+// aligned: all activation addresses are multiples of 16.
+NormSplit split_group_norm(const NormArguments& arguments, const Device& device, bool backward, bool aligned);
+
+}  // namespace tdc
