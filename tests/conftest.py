@@ -1,18 +1,44 @@
-"""Shared set-up: the gpu marker, and threads that leave a small machine usable."""
+"""Shared set-up: the gpu marker, threads that leave a small machine usable, and what parallel test processes share."""
 
 from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if WORKERS > 1:  # before torch is imported: test processes, and what they start, share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // WORKERS)))
 
 import pytest
 import torch
 
+FOLDER = Path(__file__).parent
+# Files that take longest begin first, so that parallel processes end together (`-n 2 --dist loadfile`).
+LONGEST = ("emulator/test_sanitized.py", "interpreter", "sanitizers", "compile_only", "emulator", "training")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Gives all test processes one folder for the emulator's builds, which exist once whole or not at all."""
+    if "TDC_EMULATOR_BUILD" not in os.environ:
+        folder = tempfile.TemporaryDirectory(prefix="tdc_emulator_")
+        os.environ["TDC_EMULATOR_BUILD"] = folder.name
+        config.add_cleanup(folder.cleanup)
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=_turn)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs an NVIDIA GPU; torch.cuda.is_available() is False")
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+def _turn(item: pytest.Item) -> int:
+    path = item.path.relative_to(FOLDER).as_posix() if item.path.is_relative_to(FOLDER) else ""
+    return next((turn for turn, start in enumerate(LONGEST) if path.startswith(start)), len(LONGEST))
 
 
 @pytest.fixture
