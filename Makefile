@@ -1,5 +1,6 @@
 # make demo   the main job: train, prune, specialise, sample and compare on real images
 # make test   all tests and lint
+# make test-fast   the tests of the inner loop, in two minutes
 # make bench  throughput suites -> bench/results/
 # Each makes or reuses .venv and installs this checkout into it.
 
@@ -7,13 +8,16 @@ PYTHON ?= python3
 VENV ?= .venv
 DEMO_OUT ?= runs/demo
 BENCH_OUT ?= bench/results
+# Test processes that run side by side; each takes its share of the cores.
+JOBS ?= auto
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # Everything that decides what is installed or built; a change reinstalls.
 SOURCES := setup.py pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f -name '*.[ch]*' -o -type f -name '*.cu*' -o -type f -name '*.cmake')
 STAMP := $(VENV)/.installed-dev
 
-.PHONY: help install demo test lint bench clean
+.PHONY: help install demo test test-fast lint bench clean
 help:
 	@sed -n 's/^# \(make.*\)/\1/p' Makefile
 
@@ -43,7 +47,11 @@ lint: $(STAMP)
 
 test: lint
 	@echo "==> pytest"
-	@$(BIN)/python -m pytest
+	@$(PYTEST)
+
+test-fast: $(STAMP)
+	@echo "==> pytest, without the tests marked slow"
+	@$(PYTEST) -m "not slow"
 
 bench: $(STAMP)
 	@echo "==> throughput suites -> $(BENCH_OUT)"
