@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import platform
-import re
 import subprocess
 import sys
 import tempfile
@@ -15,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+from bench.files import ROOT, markdown_rows, slug, write_results
+
 SETTINGS = ("TDC_FAST_CPU_ISA", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "OMP_NUM_THREADS", "TDC_FAST_BENCH_ROUNDS")
 
 
@@ -43,10 +43,8 @@ def main() -> int:
         results = summarise(json.loads(raw.read_text()), options.only)
     machine = results["machine"]
     name = options.name or slug(f"cpu-{machine['processor']}-{machine['instruction_set']}")
-    options.out.mkdir(parents=True, exist_ok=True)
     table = as_markdown(results)
-    (options.out / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
-    (options.out / f"{name}.md").write_text(table)
+    write_results(results, table, options.out, name)
     print(table)
     print(f"written: {options.out / name}.json and .md")
     return 0
@@ -100,20 +98,13 @@ def as_markdown(results: dict) -> str:
             rows = [r for r in results["rows"] if (r["suite"], r["test"]) == (suite, test)]
             peers = list(rows[0]["peers_ms"])
             header = ["case", "ours ms", *(f"{p} ms" for p in peers), *(f"x {p}" for p in peers)]
-            lines += ["", f"## {suite}: {test}", "", _row(header), _row(["---"] * len(header))]
+            cells = []
             for r in rows:
                 times = [f"{r['peers_ms'][p]:.3f}" for p in peers]
                 ratios = [f"{r['ratios'][p]:.2f}" for p in peers]
-                lines.append(_row([str(r["case"]), f"{r['ours_ms']:.3f}", *times, *ratios]))
+                cells.append([str(r["case"]), f"{r['ours_ms']:.3f}", *times, *ratios])
+            lines += ["", f"## {suite}: {test}", "", *markdown_rows(header, cells)]
     return "\n".join(lines) + "\n"
-
-
-def _row(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
-def slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "unknown"
 
 
 if __name__ == "__main__":

@@ -26,11 +26,11 @@ from typing import Any
 
 import torch
 
-from bench import gpu_conv, gpu_norm
-from bench.__main__ import ROOT
-from bench.gpu_layers import ConvLayer, NormLayer
-from bench.gpu_rows import Run
-from bench.gpu_timing import Machine
+from bench.files import ROOT
+from bench.gpu import conv, norm
+from bench.gpu.layers import ConvLayer, NormLayer
+from bench.gpu.rows import Run
+from bench.gpu.timing import Machine
 
 # Names of metrics differ between chips: whole sections are collected, and figures are looked up by pattern. Where
 # several metrics fit a pattern the largest counts (tensor pipes: one per kind of product).
@@ -99,16 +99,17 @@ def launch(options: argparse.Namespace) -> None:
     if kind == "conv":
         batch, c_in, c_out, size, taps, stride = numbers
         layer = ConvLayer("profile", batch, c_in, c_out, size, size, taps, stride)
-        case = gpu_conv.Case(layer, options.num_groups, False, options.width, options.direction)
-        problem = gpu_conv.Problem(run, case)
+        case = conv.Case(layer, options.num_groups, False, options.width, options.direction)
+        problem = conv.Problem(run, case)
         call = problem.dense() if options.dense else problem.ours(backend, problem.widths())
     else:
         batch, channels, size, groups = numbers
-        norm = gpu_norm.Problem(
-            run, NormLayer("profile", batch, channels, size, size, groups, True, True), options.width
-        )
-        sequence = norm.layer_sequence()
-        call = norm.dense(sequence, options.direction) if options.dense else norm.ours(options.direction, backend)
+        modulated = NormLayer("profile", batch, channels, size, size, groups, silu=True, modulated=True)
+        inputs = norm.Problem(run, modulated, options.width)
+        if options.dense:
+            call = inputs.dense(inputs.layer_sequence(), options.direction)
+        else:
+            call = inputs.ours(options.direction, backend)
     call()
     machine.synchronize()
     if machine.is_cuda:

@@ -28,10 +28,10 @@ from typing import Any
 
 import torch
 
-from bench.gpu_conv import Case, Problem
-from bench.gpu_layers import UNET_BATCH, UNETS, ConvLayer, design_layers, unet_layers
-from bench.gpu_rows import Run
-from bench.gpu_timing import Budget, Machine
+from bench.gpu.conv import Case, Problem
+from bench.gpu.layers import UNET_BATCH, UNETS, ConvLayer, design_layers, unet_layers
+from bench.gpu.rows import Run
+from bench.gpu.timing import Budget, Machine
 from tdc_fast.kernels.problems import ConvProblem
 from tdc_fast.ops.checks import conv_problem
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 
+from bench.files import ROOT
 from bench.paper.recipes import STUDIES, Study
 from bench.paper.run import cpu_minutes, protocol, run_rows
 from bench.paper.summary import as_markdown, summarise
@@ -20,8 +21,6 @@ from tdc_fast.atomic import write_json
 from tdc_fast.experiments.assemble import describe_environment
 from tdc_fast.experiments.measure import load_yardsticks
 from tdc_fast.training.interrupts import TrainingInterrupted
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

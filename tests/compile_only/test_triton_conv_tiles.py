@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from bench.gpu_layers import UNET_BATCH, UNETS, unet_layers
+from bench.gpu.layers import UNET_BATCH, UNETS, unet_layers
 from tdc_fast.kernels import tile_shapes
 from tdc_fast.kernels.conv_launch import conv_launch, conv_supported
 from tdc_fast.kernels.problems import ConvProblem

@@ -6,13 +6,11 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from bench.compare import compare
-
-ROOT = Path(__file__).resolve().parent.parent
+from bench.files import ROOT
 
 
 class OneRound:

@@ -6,8 +6,9 @@ The UNets' layers are read off the models themselves: a forward on the meta devi
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -27,6 +28,7 @@ TINY_UNETS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 UNET_BATCH = 64
+Layer = TypeVar("Layer")
 
 
 @dataclass(frozen=True)
@@ -122,3 +124,48 @@ def unet_layers(name: str, flags: dict[str, Any], batch: int) -> tuple[list[Conv
     conv_layers.sort(key=lambda layer: -layer.uses * layer.flops())
     norm_layers.sort(key=lambda layer: -layer.uses * layer.elements)
     return conv_layers, norm_layers
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What the bench times.
+
+    Attributes:
+        unets: keyword arguments of `create_unet` by name.
+        batch: samples of a batch of the UNets.
+        design: the convolutions that the kernels were designed for.
+        convs: the distinct convolutions of all UNets.
+        norms: the distinct group norms of all UNets.
+    """
+
+    unets: dict[str, dict[str, Any]]
+    batch: int
+    design: list[ConvLayer]
+    convs: list[ConvLayer]
+    norms: list[NormLayer]
+
+
+def workload(*, tiny: bool) -> Workload:
+    """The UNets and their layers; tiny ones, and one layer of each kind, for a dry run."""
+    unets, batch = (TINY_UNETS, 8) if tiny else (UNETS, UNET_BATCH)
+    convs, norms = layers_of(unets, batch)
+    if tiny:
+        convs = _one_of_each(convs, lambda conv: (conv.filter, conv.stride))
+        norms = _one_of_each(norms, lambda norm: (norm.silu, norm.modulated))
+    return Workload(unets, batch, design_layers(tiny=tiny), convs, norms)
+
+
+def layers_of(unets: dict[str, dict[str, Any]], batch: int) -> tuple[list[ConvLayer], list[NormLayer]]:
+    """The layers of all UNets; a layer that several have is listed with the first."""
+    convs: dict[tuple[Any, ...], ConvLayer] = {}
+    norms: dict[tuple[Any, ...], NormLayer] = {}
+    for name, flags in unets.items():
+        for conv in unet_layers(name, flags, batch)[0]:
+            convs.setdefault((conv.in_channels, conv.out_channels, conv.height, conv.filter, conv.stride), conv)
+        for norm in unet_layers(name, flags, batch)[1]:
+            norms.setdefault((norm.channels, norm.height, norm.width, norm.silu, norm.modulated), norm)
+    return list(convs.values()), list(norms.values())
+
+
+def _one_of_each(layers: list[Layer], kind: Callable[[Layer], object]) -> list[Layer]:
+    return list({kind(layer): layer for layer in reversed(layers)}.values())

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench import gpu_peers
 from bench.cases import channels_last
-from bench.gpu_rows import OURS, OURS_GRAPH, Run, measure, relative_error
-from bench.gpu_timing import Budget, Candidate
+from bench.gpu import peers
+from bench.gpu.rows import OURS, OURS_GRAPH, Run, measure, relative_error
+from bench.gpu.timing import Budget, Candidate
 from tdc_fast import TimestepGroups, WidthPlan, pack_experts
 from tdc_fast.models.iddpm import create_unet
 
@@ -58,8 +58,8 @@ class Problem:
         self.experts = nn.ModuleList(self.routed.expert(i) for i in range(n))
         for expert in self.experts:
             channels_last(expert)
-        sizes = gpu_peers.group_sizes(batch, n, uneven=case.uneven)
-        self.segments = gpu_peers.segments_of(sizes)
+        sizes = peers.group_sizes(batch, n, uneven=case.uneven)
+        self.segments = peers.segments_of(sizes)
         ids = torch.arange(n).repeat_interleave(torch.tensor(sizes))
         starts = torch.tensor(self.groups.boundaries[:-1])
         self.sorted_t = (starts[ids] + torch.arange(batch) % min(self.groups.sizes)).to(device)
@@ -146,14 +146,14 @@ def candidates(p: Problem) -> dict[str, Callable[[], Candidate]]:
     else:
         ours, dense, full, calls = p.step_of(p.routed), p.step_of(p.base), p.step_of(p.full), list(p.steps())
     if what.endswith("AdamW"):
-        loop = with_adam(gpu_peers.sequence(calls), p.experts.parameters())
+        loop = with_adam(peers.sequence(calls), p.experts.parameters())
         ours, dense = with_adam(ours, p.routed.parameters()), with_adam(dense, p.base.parameters())
         return {OURS: lambda: ours, "dense": lambda: dense, "loop": lambda: loop}
     makers: dict[str, Callable[[], Candidate]] = {OURS: lambda: ours, OURS_GRAPH: lambda: machine.captured(ours)}
     makers |= {"dense": lambda: dense, "dense, graph": lambda: machine.captured(dense)}
     if p.full is not p.routed:
         makers |= {"full width": lambda: full, "full width, graph": lambda: machine.captured(full)}
-    makers |= gpu_peers.loop_peers(machine, calls)
+    makers |= peers.loop_peers(machine, calls)
     return makers
 
 
@@ -162,7 +162,7 @@ def compiled_loop(p: Problem) -> Candidate:
     torch._dynamo.reset()
     backend = "inductor" if p.run.machine.is_cuda else "eager"
     fast = torch.compile(lambda expert, x, t: expert(x, t), backend=backend)
-    calls = gpu_peers.sequence(p.forwards(fast))
+    calls = peers.sequence(p.forwards(fast))
     calls()
     return calls
 

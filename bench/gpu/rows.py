@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.gpu_timing import Budget, Candidate, Machine, TookTooLong, at_most, median_ratio
+from bench.gpu.timing import Budget, Candidate, Machine, TookTooLong, at_most, median_ratio
 
 OURS, OURS_GRAPH = "ours", "ours, graph"
+Row = dict[str, Any]
 Makers = Mapping[str, Callable[[], Candidate]]
 # One candidate or row that fails must not end the run, whatever it fails with: Triton's errors, for one, are no
 # RuntimeError.
@@ -68,6 +69,12 @@ class Run:
         """Normal values in the dtype of the run."""
         values = torch.randn(shape, generator=generator, device=self.machine.device)
         return (values * scale).to(self.dtype)
+
+
+def row_name(row: Row) -> str:
+    """A row's layer, direction, groups and width, in one line."""
+    uneven = ", uneven" if row.get("uneven") else ""
+    return f"{row['layer']} {row['direction']}, N {row['num_groups']}{uneven}, {row['width']:.0%}"
 
 
 def is_graph(name: str) -> bool:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.gpu_timing import Candidate, Machine
+from bench.gpu.timing import Candidate, Machine
 
 Segment = tuple[int, slice]  # expert, samples
 

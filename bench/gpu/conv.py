@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench import gpu_peers
-from bench.gpu_layers import ConvLayer
-from bench.gpu_rows import OURS, OURS_GRAPH, Run, best_of_ours, measure, relative_error
-from bench.gpu_timing import Budget, Candidate
+from bench.gpu import peers
+from bench.gpu.layers import ConvLayer
+from bench.gpu.rows import OURS, OURS_GRAPH, Run, best_of_ours, measure, relative_error
+from bench.gpu.timing import Budget, Candidate
 from tdc_fast import RoutingPlan, explain, routed_conv2d
 
 DIRECTIONS = ("forward", "dgrad", "wgrad")
@@ -75,7 +75,7 @@ class Problem:
         )
         self.weight = weight.permute(0, 1, 4, 2, 3)
         self.bias = run.random(n, layer.out_channels, generator=generator)
-        self.sizes = gpu_peers.group_sizes(layer.batch, n, uneven=case.uneven)
+        self.sizes = peers.group_sizes(layer.batch, n, uneven=case.uneven)
         groups = torch.arange(n).repeat_interleave(torch.tensor(self.sizes)).to(run.machine.device)
         self.plan = RoutingPlan.from_groups(groups, n)
         self.live_in = live_channels(layer.in_channels, case.width)
@@ -126,7 +126,7 @@ class Problem:
         x, dy = self.x[:, : self.live_in], self.dy[:, : self.live_out]
         x, dy = (t.contiguous(memory_format=torch.channels_last) for t in (x, dy))
         calls = []
-        for expert, samples in gpu_peers.segments_of(self.sizes):
+        for expert, samples in peers.segments_of(self.sizes):
             weight = self.weight[expert, : self.live_out, : self.live_in]
             weight = weight.contiguous(memory_format=torch.channels_last)
             calls.append(self.conv(x[samples], dy[samples], weight, self.bias[expert, : self.live_out].contiguous()))
@@ -137,7 +137,7 @@ class Problem:
         direction = self.case.direction
         parts = [call() for call in self.segments()]
         if direction == "wgrad":
-            used = [expert for expert, _ in gpu_peers.segments_of(self.sizes)]
+            used = [expert for expert, _ in peers.segments_of(self.sizes)]
             expected = torch.stack([part[1] for part in parts])
             return relative_error(ours[used, : self.live_out, : self.live_in], expected)
         expected = torch.cat(parts if direction == "forward" else [part[0] for part in parts])
@@ -176,14 +176,12 @@ def row_of(run: Run, case: Case) -> dict[str, Any]:
         makers["full width, graph"] = in_graph(run.backend, {})
     dense = problem.dense()
     makers |= {"dense": lambda: dense, "dense, graph": lambda: machine.captured(dense)}
-    makers |= gpu_peers.loop_peers(machine, problem.segments())
+    makers |= peers.loop_peers(machine, problem.segments())
     headline = case.layer.source == "design" and case.num_groups == 8 and not case.uneven and case.width == 1.0
     if case.direction == "forward" and case.width == 1.0:
-        makers["grouped_mm"] = lambda: gpu_peers.grouped_matmul(
-            problem.x, problem.weight, problem.sizes, case.layer.stride
-        )
+        makers["grouped_mm"] = lambda: peers.grouped_matmul(problem.x, problem.weight, problem.sizes, case.layer.stride)
         if headline:
-            makers["compiled loop"] = lambda: gpu_peers.compiled(machine, gpu_peers.sequence(problem.segments()))
+            makers["compiled loop"] = lambda: peers.compiled(machine, peers.sequence(problem.segments()))
     result = measure(run, makers, compiles=("compiled loop",))
     outcome = ours()
     error = problem.error(outcome[0] if case.direction == "wgrad" else outcome)

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench import gpu_peers
-from bench.gpu_layers import NormLayer
-from bench.gpu_rows import OURS, OURS_GRAPH, Run, best_of_ours, measure, relative_error
-from bench.gpu_timing import Budget, Candidate
+from bench.gpu import peers
+from bench.gpu.layers import NormLayer
+from bench.gpu.rows import OURS, OURS_GRAPH, Run, best_of_ours, measure, relative_error
+from bench.gpu.timing import Budget, Candidate
 from tdc_fast import RoutingPlan, explain, routed_group_norm
 from tdc_fast.nn import layers
 
@@ -37,7 +37,7 @@ class Problem:
         self.shift: Tensor | None = None
         if layer.modulated:
             self.scale, self.shift = (run.random(*shape[:2], generator=generator) for _ in range(2))
-        sizes = gpu_peers.group_sizes(layer.batch, NUM_GROUPS, uneven=False)
+        sizes = peers.group_sizes(layer.batch, NUM_GROUPS, uneven=False)
         groups = torch.arange(NUM_GROUPS).repeat_interleave(torch.tensor(sizes)).to(self.x.device)
         self.plan = RoutingPlan.from_groups(groups, NUM_GROUPS)
         per_group = layer.channels // layer.num_groups
@@ -109,7 +109,7 @@ class Problem:
     def error(self, backend: str | None) -> float:
         """Relative difference of the routed forward from torch's fp32 one, expert after expert."""
         calls, sequence = self.routed(backend), self.layer_sequence()
-        sizes = gpu_peers.group_sizes(self.layer.batch, NUM_GROUPS, uneven=False)
+        sizes = peers.group_sizes(self.layer.batch, NUM_GROUPS, uneven=False)
         if self.widths is not None:
             return 0.0 if not calls[:, int(self.width * self.layer.channels) :].any() else float("inf")
         parts = [
@@ -118,7 +118,7 @@ class Problem:
                 None if self.scale is None else self.scale[s].float(),
                 None if self.shift is None else self.shift[s].float(),
             )
-            for e, s in gpu_peers.segments_of(sizes)
+            for e, s in peers.segments_of(sizes)
         ]  # fmt: skip
         return relative_error(calls, torch.cat(parts))
 

@@ -1,0 +1,106 @@
+"""The goals of the GPU bench: ratios of times that rows should reach, and which of them do."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from bench.gpu.rows import OURS, OURS_GRAPH, Row, best_of_ours, row_name
+
+EIGHT_EVEN = {"num_groups": 8, "uneven": False}  # the groups that goals are about
+LOOPS = ("loop", "loop, graph", "streams", "streams, graph", "compiled loop")
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A ratio that rows should reach.
+
+    Attributes:
+        name: what the ratio is, as the table shows it.
+        value: the ratio of a row; None for a row that the goal is not about or that lacks a peer.
+        limit: the ratio to reach.
+        at_least: whether a larger ratio is better.
+    """
+
+    name: str
+    value: Callable[[Row], float | None]
+    limit: float
+    at_least: bool
+
+    def met(self, value: float) -> bool:
+        """Whether the ratio `value` reaches the limit."""
+        return value >= self.limit if self.at_least else value <= self.limit
+
+
+def _best_loop(row: Row) -> float | None:
+    times = [row["ms"][name] for name in LOOPS if name in row["ms"]]
+    return min(times, default=None)
+
+
+def _is(row: Row, section: str, **labels: Any) -> bool:
+    return row["section"] == section and all(row.get(key) == value for key, value in labels.items())
+
+
+def _unet(what: str, measure: Callable[[Row], float | None]) -> Callable[[Row], float | None]:
+    return lambda row: measure(row) if _is(row, "unet", **EIGHT_EVEN, width=1.0, direction=what) else None
+
+
+def _over_best_loop(row: Row) -> float | None:
+    loop = _best_loop(row)
+    return None if loop is None else loop / best_of_ours(row)
+
+
+def _quotient(name: str, ours: str = OURS) -> Callable[[Row], float | None]:
+    return lambda row: row["ms"][ours] / row["ms"][name] if {name, ours} <= row["ms"].keys() else None
+
+
+def _speed_of_cudnn(row: Row) -> float | None:
+    if not _is(row, "conv", **EIGHT_EVEN, width=1.0, filter=3, direction="forward"):
+        return None
+    times = row["ms"]
+    return times["dense, graph"] / times[OURS_GRAPH] if {"dense, graph", OURS_GRAPH} <= times.keys() else None
+
+
+def _half_width_cost(row: Row) -> float | None:
+    concerned = _is(row, "conv", **EIGHT_EVEN, width=0.5) and min(row["channels"]) >= 16  # image channels stay
+    return row["ratios"].get("full width, graph") if concerned else None
+
+
+def _of_copy(row: Row) -> float | None:
+    return row["of_copy"] if _is(row, "group norm", width=1.0) else None
+
+
+GOALS = (
+    Goal("UNet forward, N = 8: time / dense, both eager", _unet("forward", _quotient("dense")), 1.0, False),
+    Goal(
+        "UNet forward, N = 8: in a graph / dense, eager", _unet("forward", _quotient("dense", OURS_GRAPH)), 1.0, False
+    ),
+    Goal("UNet forward, N = 8: best loop peer / ours at best", _unet("forward", _over_best_loop), 2.0, True),
+    Goal("UNet training step, N = 8: best loop peer / ours", _unet("training step", _over_best_loop), 1.5, True),
+    Goal("3x3 layers, N = 8: speed of dense cuDNN, forward, both in a graph", _speed_of_cudnn, 0.9, True),
+    Goal("Convolutions at 50% widths, N = 8: cost / full width", _half_width_cost, 0.35, False),
+    Goal("Group norm: bandwidth / measured copy", _of_copy, 0.85, True),
+)
+
+
+def judge(rows: Iterable[Row]) -> list[dict[str, Any]]:
+    """Per goal: how many rows it concerns, how many meet it, median and worst, and the rows that miss it."""
+    usable = [row for row in rows if "failed" not in row and not row["wrong"]]
+    verdicts = []
+    for goal in GOALS:
+        values = [(value, row) for row in usable if (value := goal.value(row)) is not None]
+        missed = [(value, row) for value, row in values if not goal.met(value)]
+        missed.sort(key=lambda pair: pair[0], reverse=not goal.at_least)
+        numbers = [value for value, _ in values]
+        verdicts.append({
+            "goal": goal.name,
+            "limit": f"{'>=' if goal.at_least else '<='} {goal.limit}",
+            "rows": len(values),
+            "met": len(values) - len(missed),
+            "median": statistics.median(numbers) if numbers else None,
+            "worst": (min(numbers) if goal.at_least else max(numbers)) if numbers else None,
+            "missed": [{"row": row_name(row), "value": value} for value, row in missed[:12]],
+        })  # fmt: skip
+    return verdicts

@@ -1,0 +1,46 @@
+"""Goals of the GPU bench: which rows they are about, and when they are met."""
+
+from __future__ import annotations
+
+from bench.gpu.goals import judge
+
+
+def row(section: str, direction: str, width: float = 1.0, **ms: float) -> dict:
+    """A row of the design's size with these times; dashes in names stand for ", "."""
+    times = {name.replace("_", ", "): value for name, value in ms.items()}
+    ratios = {name: times["ours"] / value for name, value in times.items() if not name.startswith("ours")}
+    return {
+        "section": section, "layer": "x", "direction": direction, "width": width, "num_groups": 8, "uneven": False,
+        "filter": 3, "stride": 1, "channels": [128, 128], "ms": times, "ratios": ratios, "wrong": False,
+        "error": 0.0, "absent": {}, "of_copy": 0.9,
+    }  # fmt: skip
+
+
+def test_goals_are_met_or_missed_by_the_rows_they_are_about() -> None:
+    rows = [
+        row("unet", "forward", ours=5.0, ours_graph=3.0, dense=4.0, loop=9.0, loop_graph=5.9),
+        row("unet", "training step", ours=10.0, ours_graph=10.0, dense=9.0, loop=16.0, loop_graph=15.0),
+        row("conv", "forward", ours=1.0, ours_graph=1.0, dense_graph=0.95),
+        row("conv", "forward", ours=1.0, ours_graph=1.0, dense_graph=0.5) | {"stride": 2, "channels": [3, 128]},
+        row("conv", "dgrad", width=0.5, ours=1.0) | {"ratios": {"full width, graph": 0.3}},
+        row("group norm", "forward", ours=1.0, ours_graph=1.0),
+    ]
+    rows += [
+        r | other for r in rows for other in ({"num_groups": 16}, {"uneven": True}) if r["section"] != "group norm"
+    ]
+    verdicts = {v["goal"]: v for v in judge(rows)}
+    met = {name: (v["met"], v["rows"]) for name, v in verdicts.items()}
+    cudnn = "3x3 layers, N = 8: speed of dense cuDNN, forward, both in a graph"
+    assert met == {
+        "UNet forward, N = 8: time / dense, both eager": (0, 1),  # 5 / 4
+        "UNet forward, N = 8: in a graph / dense, eager": (1, 1),  # 3 / 4
+        "UNet forward, N = 8: best loop peer / ours at best": (0, 1),  # 5.9 / 3
+        "UNet training step, N = 8: best loop peer / ours": (1, 1),
+        cudnn: (1, 2),
+        "Convolutions at 50% widths, N = 8: cost / full width": (1, 1),
+        "Group norm: bandwidth / measured copy": (1, 1),
+    }
+    assert verdicts[cudnn]["worst"] == 0.5
+    assert [miss["value"] for miss in verdicts[cudnn]["missed"]] == [0.5]
+    rows[2]["wrong"] = True
+    assert next(v for v in judge(rows) if v["goal"].startswith("3x3"))["rows"] == 1, "a wrong row is no proof"

@@ -1,0 +1,53 @@
+"""What the GPU bench times: layers, cases and peers that compute the same."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from bench.gpu import conv, peers
+from bench.gpu.layers import UNETS, ConvLayer, design_layers, unet_layers
+from bench.gpu.rows import Run
+from bench.gpu.timing import Machine
+
+
+def test_the_unets_layers_are_those_of_the_published_models() -> None:
+    """GMACs of all convolutions per image, which the models' published totals include."""
+    for name, gmacs in (("CIFAR-10", 8.13), ("ImageNet64", 39.34)):
+        convs, norms = unet_layers(name, UNETS[name], batch=64)
+        assert sum(layer.uses * layer.flops() for layer in convs) / 64 / 2e9 == pytest.approx(gmacs, abs=0.01)
+        assert len(set(convs)) == len(convs) and len(set(norms)) == len(norms)
+        assert {(layer.filter, layer.stride) for layer in convs} == {(3, 1), (3, 2), (1, 1)}
+    assert design_layers()[0].flops() == 2 * 128 * 32 * 32 * 9 * 128 * 128
+
+
+def test_every_combination_is_a_case_once_and_the_goals_come_first() -> None:
+    design, models = design_layers(), unet_layers("CIFAR-10", UNETS["CIFAR-10"], 64)[0]
+    cases = list(conv.cases(design, models))
+    assert len(set(cases)) == len(cases) == (len(design) + len(models)) * 7 * 3 * 3
+    first = cases[: len(design) * 9 + len(models) * 4]
+    assert all(case.num_groups == 8 and not case.uneven for case in first)
+    goals = first[len(design) * 9 : len(design) * 9 + len(models) * 2]
+    assert {(case.layer, case.width) for case in goals} == {*itertools.product(models, (1.0, 0.5))}
+    assert {case.direction for case in goals} == {"forward"}
+
+
+@pytest.mark.parametrize("uneven", [False, True])
+@pytest.mark.parametrize("num_groups", [1, 4, 8, 16])
+def test_groups_share_out_the_batch(num_groups: int, uneven: bool) -> None:
+    sizes = peers.group_sizes(64, num_groups, uneven=uneven)
+    assert len(sizes) == num_groups and sum(sizes) == 64
+    assert sizes[0] == (32 if uneven and num_groups > 1 else 64 // num_groups)
+
+
+@pytest.mark.parametrize("layer", [ConvLayer("a", 5, 8, 16, 6, 6), ConvLayer("b", 5, 8, 8, 6, 6, 3, 2)], ids=str)
+def test_im2col_and_a_grouped_product_are_the_same_convolution(layer: ConvLayer) -> None:
+    run = Run(Machine("cpu"), "reference", torch.bfloat16, 0.0, 5.0, tiny=True)
+    problem = conv.Problem(run, conv.Case(layer, 3, True, 1.0, "forward"))
+    rows = peers.grouped_matmul(problem.x, problem.weight, problem.sizes, layer.stride)()
+    problem.bias.zero_()
+    expected = torch.cat([call() for call in problem.segments()])
+    actual = rows.view(layer.batch, *layer.out_size, layer.out_channels).permute(0, 3, 1, 2)
+    torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2)

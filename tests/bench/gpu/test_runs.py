@@ -1,0 +1,114 @@
+"""The GPU bench runs from end to end on the CPU, with tiny shapes, and keeps what it measured whatever fails."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.gpu import __main__ as command
+from bench.gpu import conv
+from bench.gpu.rows import Run
+from bench.gpu.timing import Budget, Machine
+
+
+def dry_run(folder: Path, *arguments: str) -> tuple[int, dict, str]:
+    code = command.main(["--dry-run", "--out", str(folder), "--name", "here", *arguments])
+    return code, json.loads((folder / "here.json").read_text()), (folder / "here.md").read_text()
+
+
+def test_a_dry_run_times_every_section_and_peer(tmp_path: Path) -> None:
+    code, results, table = dry_run(tmp_path)
+    assert code == 0
+    rows = results["rows"]
+    assert {row["section"] for row in rows} == {"unet", "conv", "group norm"}
+    for row in rows:
+        assert row["rounds"] >= 1 and all(value > 0 for value in row["ms"].values())
+        assert {"ours", "ours, graph"} <= row["ms"].keys() or row["direction"].endswith("AdamW")
+        assert row["ratios"] and row["error"] < (0.1 if row["section"] == "unet" else 0.02)
+        assert set(row["absent"]) <= {"grouped_mm"}, "only im2col may refuse a shape"
+    peers = {name for row in rows if row["section"] == "conv" for name in row["ratios"]}
+    loops = {"loop", "loop, graph", "streams", "streams, graph", "compiled loop"}
+    assert peers == loops | {"dense", "dense, graph", "grouped_mm", "full width, graph"}
+    assert {(r["num_groups"], r["uneven"], r["width"], r["direction"]) for r in rows if r["section"] == "conv"} == {
+        *itertools.product((4, 8, 16), (False, True), (1.0, 0.75, 0.5), conv.DIRECTIONS),
+        *itertools.product((1,), (False,), (1.0, 0.75, 0.5), conv.DIRECTIONS),
+    }
+    for goal in results["goals"]:
+        assert goal["rows"] > 0 and f"| {goal['goal']} |" in table
+    assert table.count("| tiny") + table.count("| design") == len(rows)
+    assert "A dry run" in table and not results["not_run"]
+
+
+def test_what_there_was_no_time_for_is_counted(tmp_path: Path) -> None:
+    code, results, table = dry_run(tmp_path, "--seconds", "0")
+    assert code == 0 and not results["rows"]
+    assert set(results["not_run"]) == {"unet", "conv", "group norm"}
+    assert "not run for want of time" in table and "not measured" in table
+
+
+def test_a_failing_row_is_kept_and_fails_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class OutOfResources(Exception):
+        """As Triton's: no RuntimeError."""
+
+    def broken(*_: object) -> dict:
+        raise OutOfResources("conv_forward: out of registers")
+
+    monkeypatch.setattr(conv, "row_of", broken)
+    code, results, table = dry_run(tmp_path, "--only", "conv")
+    assert code == 1 and all("out of registers" in row["failed"] for row in results["rows"])
+    assert "* failed: conv" in table
+
+
+def test_a_capture_of_ours_that_fails_costs_no_more_than_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def captured(*_: object) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(Machine, "captured", captured)
+    code, results, table = dry_run(tmp_path, "--only", "unet", "norm")
+    assert code == 1 and results["rows"]
+    for row in results["rows"]:
+        assert row["ms"]["ours"] > 0 and row["ratios"] and not any("graph" in name for name in row["ms"])
+    assert "* absent: ours, graph: RuntimeError: operation not permitted" in table
+
+
+def test_a_device_that_no_longer_answers_does_not_take_the_measured_rows_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost() -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    run = Run(Machine("cpu"), "reference", torch.bfloat16, 0.0, 5.0, tiny=True)
+    monkeypatch.setattr(run.machine, "is_cuda", True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lost)
+    run.row("conv", "layer", {}, Budget(60), lambda: {"error": 0.0})
+    assert [row["error"] for row in run.rows] == [0.0]
+
+
+def test_a_device_that_hangs_ends_the_run_with_what_was_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log: list[object] = []
+    monkeypatch.setattr(os, "_exit", log.append)
+    timer = command.when_it_hangs(time.monotonic(), lambda: log.append("written"))
+    timer.start()
+    timer.join(10)
+    assert log == ["written", 3] and "does not answer" in capsys.readouterr().out
+
+
+def test_the_command_is_written_as_it_was_given(tmp_path: Path) -> None:
+    _, results, table = dry_run(tmp_path, "--only", "norm", "--warm-processes", "0", "--seconds", "0")
+    command = f"python -m bench.gpu --dry-run --out {tmp_path} --name here --only norm --warm-processes 0 --seconds 0"
+    assert results["command"] == command and f"`{command}`" in table
+
+
+def test_without_a_gpu_it_says_how_to_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert command.main(["--out", str(tmp_path)]) == 2
+    assert "--dry-run" in capsys.readouterr().out
