@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tdc_fast.command_line import parse_flags, run_command, use_threads, value_of
 from tdc_fast.errors import invalid
-from tdc_fast.flags import parse_flags, use_threads, value_of
 from tdc_fast.pruning.search import Pruning
 from tdc_fast.runs.build import build_data
 from tdc_fast.runs.config import TrainConfig, read_options, refuse_changed_options
@@ -131,41 +131,6 @@ def _refuse_other_than_search(stored: TrainConfig, wanted: TrainConfig) -> None:
     refuse_changed_options(stored, wanted.replace(**own))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, search, print; returns the exit status (2 for a refused flag, 130 after Ctrl-C)."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    try:
-        directory, file = value_of(arguments, "run"), value_of(arguments, "config")
-        if directory and value_of(arguments, "run_dir"):
-            raise invalid("run_dir", value_of(arguments, "run_dir"), f"none beside --run {directory}, the run itself")
-        defaults = RunDirectory.open(directory).config.to_dict() if directory else {}
-        defaults |= read_options(file) if file else {}
-        TrainConfig.from_dict(defaults)  # names an unknown key of the file
-        sections = {"prune": PruneOptions, "search": SearchOptions, **SECTIONS}
-        values = parse_flags(
-            sections, arguments, defaults=defaults, prog="python -m tdc_fast.prune", description=_DESCRIPTION
-        )
-        for name in ("run", "config"):
-            values.pop(name)
-        config = TrainConfig.from_dict(values)
-        use_threads(config.num_threads)
-        if directory:
-            _refuse_other_than_search(RunDirectory.open(directory).config, config)
-            path = Path(directory)
-            found = prune_run(path, **{name: values[name] for name in _FREE})
-        else:
-            run, found = prune_base_file(config)
-            path = run.path
-    except (ValueError, ImportError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on with what memory.jsonl holds", file=sys.stderr)
-        return 130
-    print(_summary(path, found))
-    return 0
-
-
 _FREE = (*(field.name for field in dataclasses.fields(SearchOptions)), "device", "progress")
 
 
@@ -178,6 +143,36 @@ def _summary(path: Path, found: Pruning) -> str:
             f"group {group}: {macs / found.base_macs:.4f} of the base's MACs, {macs / budget:.2%} of budget{best}"
         )
     return "\n".join([*rows, f"written: {path / 'widths.json'}", f"next: python -m tdc_fast.train --resume {path}"])
+
+
+def _prune_command(arguments: list[str]) -> None:
+    directory, file = value_of(arguments, "run"), value_of(arguments, "config")
+    if directory and value_of(arguments, "run_dir"):
+        raise invalid("run_dir", value_of(arguments, "run_dir"), f"none beside --run {directory}, the run itself")
+    defaults = RunDirectory.open(directory).config.to_dict() if directory else {}
+    defaults |= read_options(file) if file else {}
+    TrainConfig.from_dict(defaults)  # refuses an unknown key of the file by name
+    sections = {"prune": PruneOptions, "search": SearchOptions, **SECTIONS}
+    values = parse_flags(
+        sections, arguments, defaults=defaults, prog="python -m tdc_fast.prune", description=_DESCRIPTION
+    )
+    for name in ("run", "config"):
+        values.pop(name)
+    config = TrainConfig.from_dict(values)
+    use_threads(config.num_threads)
+    if directory:
+        _refuse_other_than_search(RunDirectory.open(directory).config, config)
+        path = Path(directory)
+        found = prune_run(path, **{name: values[name] for name in _FREE})
+    else:
+        run, found = prune_base_file(config)
+        path = run.path
+    print(_summary(path, found))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, search, print; returns the exit status (2 for a refusal, 130 after Ctrl-C)."""
+    return run_command(_prune_command, argv, stopped="stopped; the same command continues from memory.jsonl")
 
 
 if __name__ == "__main__":

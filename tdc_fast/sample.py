@@ -14,14 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from tdc_fast.command_line import parse_flags, run_command, use_threads, value_of
 from tdc_fast.errors import invalid
 from tdc_fast.evaluation.samples import draw_samples, write_samples
-from tdc_fast.flags import parse_flags, use_threads, value_of
 from tdc_fast.runs.build import named_device
 from tdc_fast.runs.config import comma_numbers
-from tdc_fast.runs.denoisers import TrainedDenoiser, Which, from_checkpoint, from_run, refuse_mismatch, stored_facts
+from tdc_fast.runs.denoisers import Which, from_checkpoint, from_run, refuse_mismatch, stored_facts
 from tdc_fast.runs.directory import default_directory
 from tdc_fast.runs.options import DiffusionOptions, ModelOptions
+
+__all__ = ["SampleOptions", "draw_samples", "main", "write_samples"]
 
 QUICK_STEPS = 50
 
@@ -63,23 +65,12 @@ class SampleOptions:
     new temporary folder."""
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line; see `--help`."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    try:
-        denoiser, options = _from_command_line(arguments)
-        archive, picture = _run(denoiser, options)
-    except (ValueError, ImportError, OSError) as error:
-        raise SystemExit(f"tdc_fast.sample: {error}") from error
-    print(f"samples: {archive}\ngrid:    {picture}")
-
-
-def _from_command_line(argv: Sequence[str]) -> tuple[TrainedDenoiser, dict[str, Any]]:
-    run, model_path = value_of(argv, "run"), value_of(argv, "model_path")
+def _parse(arguments: list[str]) -> dict[str, Any]:
+    run, model_path = value_of(arguments, "run"), value_of(arguments, "model_path")
     stored = stored_facts(run=run, model_path=model_path) if run or model_path else {}
     options = parse_flags(
         {"sampling": SampleOptions, "model": ModelOptions, "diffusion": DiffusionOptions},
-        argv,
+        arguments,
         defaults=stored,
         prog="python -m tdc_fast.sample",
         description="Draw images from a run directory or from a file of weights.",
@@ -91,9 +82,7 @@ def _from_command_line(argv: Sequence[str]) -> tuple[TrainedDenoiser, dict[str, 
             raise invalid(name, options[name], "0 or a number above it")
     refuse_mismatch(run or model_path, stored, options)
     _fill_in(options)
-    if run:
-        return from_run(run, options["which"], options["timestep_respacing"]), options
-    return from_checkpoint(model_path, options), options
+    return options
 
 
 def _fill_in(options: dict[str, Any]) -> None:
@@ -109,7 +98,12 @@ def _fill_in(options: dict[str, Any]) -> None:
         options["steps"] = min(QUICK_STEPS, options["diffusion_steps"])
 
 
-def _run(denoiser: TrainedDenoiser, options: dict[str, Any]) -> tuple[Path, Path]:
+def _sample(arguments: list[str]) -> None:
+    options = _parse(arguments)
+    run, model_path = options["run"], options["model_path"]
+    denoiser = (
+        from_run(run, options["which"], options["timestep_respacing"]) if run else from_checkpoint(model_path, options)
+    )
     use_threads(options["num_threads"])
     directory = _output_directory(options)
     directory.mkdir(parents=True, exist_ok=True)  # before hours of sampling, should it be impossible
@@ -127,7 +121,8 @@ def _run(denoiser: TrainedDenoiser, options: dict[str, Any]) -> tuple[Path, Path
         device=str(device),
         progress=True,
     )
-    return write_samples(directory, images, labels)
+    archive, picture = write_samples(directory, images, labels)
+    print(f"samples: {archive}\ngrid:    {picture}")
 
 
 def _output_directory(options: dict[str, Any]) -> Path:
@@ -135,5 +130,10 @@ def _output_directory(options: dict[str, Any]) -> Path:
     return Path(chosen or tempfile.mkdtemp(prefix="tdc-fast-samples-"))
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, sample, print; returns the exit status (2 for a refusal, 130 after Ctrl-C)."""
+    return run_command(_sample, argv, stopped="stopped; nothing was written")
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

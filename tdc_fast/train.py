@@ -12,16 +12,19 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from tdc_fast.command_line import parse_flags, run_command, value_of, with_bare_value
 from tdc_fast.errors import invalid
 from tdc_fast.runs.build import build_data
-from tdc_fast.runs.config import TrainConfig
-from tdc_fast.runs.directory import RunDirectory
+from tdc_fast.runs.config import TrainConfig, read_options, refuse_changed_options
+from tdc_fast.runs.directory import RunDirectory, default_directory
 from tdc_fast.runs.opening import open_run
-from tdc_fast.training.cli import parse_command_line
+from tdc_fast.runs.options import SECTIONS, RunOptions
 from tdc_fast.training.interrupts import TrainingInterrupted, how_to_continue
 from tdc_fast.training.search import build_agents, prunes
 from tdc_fast.training.stages import group_timesteps, prune_base, train_base, train_experts
@@ -87,25 +90,83 @@ def _report_skipped(dataset: Any, known: int) -> int:
     return skipped
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, train, print; returns the exit status (2 for a refused flag, 130 after Ctrl-C)."""
-    try:
-        config = parse_command_line(sys.argv[1:] if argv is None else argv)
-        run = train(config)
-    except (ValueError, FloatingPointError, ImportError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except TrainingInterrupted as interrupted:
-        print(interrupted, file=sys.stderr)
-        return 130
-    except KeyboardInterrupt:
-        print("stopped before the run began", file=sys.stderr)
-        return 130
+_DESCRIPTION = """Train a denoiser as improved-diffusion does, or (with --groups N) a TDC model: one base for all
+noise levels, split into N experts that are pruned to their budget and fine-tuned on their own timesteps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _RunFlags(RunOptions):
+    """Where the run lives, what it records and how it goes on."""
+
+    config: str = ""
+    """YAML or JSON file of flag names and values; flags on the command line win."""
+
+
+def parse_command_line(argv: Sequence[str]) -> TrainConfig:
+    """The configuration of a command line.
+
+    Flags, values and spelling are improved-diffusion's (``--learn_sigma True``, ``--ema_rate "0.9999,0.999"``). With
+    ``--resume RUN`` the run's own configuration supplies every flag that is not given.
+
+    Raises:
+        ValueError: a value is impossible, or contradicts the run that is resumed.
+        SystemExit: ``--help``, or a flag that does not exist.
+    """
+    arguments = with_bare_value(argv, "resume", "latest")
+    directory, file = _resumed_directory(arguments), value_of(arguments, "config")
+    resumed = _stored_config(directory, arguments) if directory else None
+    values = {**(resumed.to_dict() if resumed else {}), **(read_options(file) if file else {})}
+    defaults = TrainConfig.from_dict(values).to_dict()  # refuses unknown and impossible values of the file by name
+    parsed = parse_flags(
+        {**SECTIONS, "run": _RunFlags},
+        arguments,
+        defaults=defaults,
+        prog="python -m tdc_fast.train",
+        description=_DESCRIPTION,
+    )
+    parsed.pop("config")
+    config = TrainConfig.from_dict(parsed)
+    if resumed is None:
+        return config
+    refuse_changed_options(resumed, config)
+    return config.replace(run_dir=str(directory))
+
+
+def _resumed_directory(arguments: Sequence[str]) -> Path | None:
+    resume = value_of(arguments, "resume")
+    if resume != "latest":
+        return Path(resume) if resume else None
+    directory = value_of(arguments, "run_dir") or default_directory()
+    if not directory:
+        raise invalid("--resume", "", "the run's directory after it, or --run_dir DIR")
+    return Path(directory)
+
+
+def _stored_config(directory: Path, arguments: Sequence[str]) -> TrainConfig | None:
+    """The configuration of the run to resume; None where the arguments are enough to begin it."""
+    path = directory / "config.json"
+    if path.is_file():
+        return TrainConfig.from_dict(read_options(path))
+    if not value_of(arguments, "data_dir"):
+        raise invalid(
+            "--resume", str(directory), "a run directory (it has a config.json), or all flags of a run to begin there"
+        )
+    print(f"nothing to resume in {directory} yet: the run begins at step 0", file=sys.stderr)
+    return None
+
+
+def _train(arguments: list[str]) -> None:
+    config = parse_command_line(arguments)
+    run = train(config)
     if config.stop_after == "never":
         print(f"finished: {run.path}")
     else:
-        print(f"stopped after {config.stop_after}: {run.path}; --resume {run.path} goes on")
-    return 0
+        print(f"stopped after {config.stop_after}: {run.path}; --resume {run.path} continues it")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, train, print; returns the exit status (2 for a refusal, 130 after Ctrl-C)."""
+    return run_command(_train, argv, stopped="stopped before the run began")
 
 
 if __name__ == "__main__":

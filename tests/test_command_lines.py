@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -12,6 +15,8 @@ import torch
 from PIL import Image
 
 from tdc_fast import evaluate, nll, sample
+from tdc_fast.evaluation import comparison, train_classifier
+from tdc_fast.evaluation.image_sets import load_pair
 from tdc_fast.models.iddpm import create_unet
 from tdc_fast.train import TrainConfig, train
 
@@ -19,6 +24,19 @@ MODEL = [
     *(["--image_size", "8", "--num_channels", "8", "--num_res_blocks", "1", "--channel_mult", "1,2"]),
     *(["--attention_resolutions", "4", "--num_heads", "1", "--diffusion_steps", "100"]),
 ]
+
+
+@pytest.fixture
+def assert_refused(capsys) -> Callable[[str, ModuleType, list[str]], None]:
+    """Asserts that a command refuses its arguments: exit status 2 and one error on stderr that matches a pattern."""
+
+    def assert_refused(pattern: str, command: ModuleType, arguments: list[str]) -> None:
+        assert command.main(arguments) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("error: ") and said.count("\n") == 1
+        assert re.search(pattern, said)
+
+    return assert_refused
 
 
 @pytest.fixture(scope="module")
@@ -77,32 +95,35 @@ def test_a_command_line_of_image_sample_runs_on_foreign_weights(foreign_weights,
     assert "arr_1" not in archive.files
 
 
-def test_weights_that_do_not_fit_the_flags_are_refused_with_the_flags_that_would(foreign_weights, tmp_path):
+def test_weights_that_do_not_fit_the_flags_are_refused_with_the_flags_that_would(
+    foreign_weights, tmp_path, assert_refused
+):
     flags = [*MODEL, "--num_channels", "16"]
-    with pytest.raises(SystemExit, match="--num_channels 8"):
-        sample.main([*flags, "--model_path", str(foreign_weights), "--out", str(tmp_path)])
+    assert_refused("--num_channels 8", sample, [*flags, "--model_path", str(foreign_weights), "--out", str(tmp_path)])
 
 
-def test_an_optimizers_file_is_refused_under_the_name_of_the_flag(run, tmp_path):
+def test_an_optimizers_file_is_refused_under_the_name_of_the_flag(run, tmp_path, assert_refused):
     optimizer = next((run / "base").glob("opt*.pt"))
-    with pytest.raises(SystemExit, match="model_path: .*state dict"):
-        sample.main(["--model_path", str(optimizer), "--out", str(tmp_path)])
+    assert_refused("model_path: .*state dict", sample, ["--model_path", str(optimizer), "--out", str(tmp_path)])
 
 
-def test_a_flag_that_contradicts_the_run_is_refused_by_name(run, tmp_path):
-    with pytest.raises(SystemExit, match="num_channels: got 16; expected 8"):
-        sample.main(["--run", str(run), "--num_channels", "16", "--out", str(tmp_path)])
+def test_a_flag_that_contradicts_the_run_is_refused_by_name(run, tmp_path, assert_refused):
+    assert_refused(
+        "num_channels: got 16; expected 8", sample, ["--run", str(run), "--num_channels", "16", "--out", str(tmp_path)]
+    )
     base = next((run / "base").glob("ema_*.pt"))
-    with pytest.raises(SystemExit, match="noise_schedule: got 'linear'"):
-        sample.main(["--model_path", str(base), "--noise_schedule", "linear", "--out", str(tmp_path)])
+    assert_refused(
+        "noise_schedule: got 'linear'",
+        sample,
+        ["--model_path", str(base), "--noise_schedule", "linear", "--out", str(tmp_path)],
+    )
 
 
-def test_a_checkpoint_of_ours_needs_no_flags_and_experts_are_sampled_by_run(run, tmp_path):
+def test_a_checkpoint_of_ours_needs_no_flags_and_experts_are_sampled_by_run(run, tmp_path, assert_refused):
     base, experts = (next((run / stage).glob("ema_*.pt")) for stage in ("base", "experts"))
     sample.main(["--model_path", str(base), "--num_samples", "2", "--timestep_respacing", "3", "--out", str(tmp_path)])
     assert (tmp_path / "samples_2x8x8x1.npz").is_file()
-    with pytest.raises(SystemExit, match="--run"):
-        sample.main(["--model_path", str(experts), "--out", str(tmp_path)])
+    assert_refused("--run", sample, ["--model_path", str(experts), "--out", str(tmp_path)])
 
 
 def test_a_run_alone_gives_a_hundred_images_in_few_steps(run, tmp_path):
@@ -125,10 +146,9 @@ def test_a_run_alone_gives_a_hundred_images_in_few_steps(run, tmp_path):
         (["--run", "RUN", "--out", "RUN/config.json"], "config.json"),
     ],
 )
-def test_sample_refuses_what_it_cannot_do(run, flags, message, tmp_path):
+def test_sample_refuses_what_it_cannot_do(run, flags, message, tmp_path, assert_refused):
     flags = [flag.replace("RUN", str(run)) for flag in flags]
-    with pytest.raises(SystemExit, match=message):
-        sample.main(["--out", str(tmp_path), *flags])
+    assert_refused(message, sample, ["--out", str(tmp_path), *flags])
 
 
 def test_experts_are_sampled_and_measured_on_respaced_timesteps(run, tmp_path):
@@ -140,11 +160,10 @@ def test_experts_are_sampled_and_measured_on_respaced_timesteps(run, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["groups.json", "config.json", "run.json"])
-def test_a_run_that_lacks_a_file_is_refused_by_the_name_of_the_file(run, name, tmp_path):
+def test_a_run_that_lacks_a_file_is_refused_by_the_name_of_the_file(run, name, tmp_path, assert_refused):
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / name).unlink()
-    with pytest.raises(SystemExit, match=name):
-        sample.main(["--run", str(tmp_path / "run")])
+    assert_refused(name, sample, ["--run", str(tmp_path / "run")])
 
 
 @pytest.fixture(scope="module")
@@ -176,8 +195,8 @@ def test_image_size_brings_sets_of_different_sizes_together(sets, tmp_path):
     np.savez(tmp_path / "wide.npz", np.zeros((5, 9, 17, 3), np.uint8))
     for name in ("digits", str(tmp_path / "wide.npz")):
         with pytest.raises(ValueError, match="image_size"):
-            evaluate.load_pair(str(sets / "rgb.npz"), name, evaluate.EvaluateOptions())
-        pair = evaluate.load_pair(str(sets / "rgb.npz"), name, evaluate.EvaluateOptions(image_size=6))
+            load_pair(str(sets / "rgb.npz"), name, evaluate.EvaluateOptions())
+        pair = load_pair(str(sets / "rgb.npz"), name, evaluate.EvaluateOptions(image_size=6))
         assert [tuple(one.images.shape[1:]) for one in pair] == [(3, 6, 6), (3, 6, 6)]
 
 
@@ -188,8 +207,7 @@ def test_different_images_have_a_distance_above_zero(sets, tmp_path):
 
 
 def test_a_run_is_sampled_and_its_held_out_loss_measured(run, tmp_path, capsys, monkeypatch):
-    real = evaluate.train_classifier
-    monkeypatch.setattr(evaluate, "train_classifier", lambda: real(epochs=2))
+    monkeypatch.setattr(comparison, "train_classifier", lambda: train_classifier(epochs=2))
     out = tmp_path / "e.json"
     evaluate.main([str(run), "digits", "--num_samples=20", "--steps", "2", "--loss_images", "16", "--out", str(out)])
     numbers = json.loads(out.read_text())
@@ -213,10 +231,9 @@ def test_a_run_is_sampled_and_its_held_out_loss_measured(run, tmp_path, capsys, 
         (["SETS/rgb.npz", "SETS/rgb.npz", "--out", "SETS/folder"], "out: got .*folder'; expected the name of a file"),
     ],
 )
-def test_evaluate_refuses_what_does_not_compare(sets, names, message, tmp_path):
+def test_evaluate_refuses_what_does_not_compare(sets, names, message, tmp_path, assert_refused):
     names = [name.replace("SETS", str(sets)) for name in names]
-    with pytest.raises(SystemExit, match=message):
-        evaluate.main(["--out", str(tmp_path / "e.json"), *names])
+    assert_refused(message, evaluate, ["--out", str(tmp_path / "e.json"), *names])
     assert not (tmp_path / "e.json").exists()
 
 

@@ -18,13 +18,17 @@ from bench.paper.run import cpu_minutes, protocol, run_rows
 from bench.paper.summary import as_markdown, summarise
 from bench.paper.tables import TABLES
 from tdc_fast.atomic import write_json
+from tdc_fast.command_line import run_command
 from tdc_fast.experiments.assemble import describe_environment
 from tdc_fast.experiments.measure import load_yardsticks
-from tdc_fast.training.interrupts import TrainingInterrupted
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = sys.argv[1:] if argv is None else list(argv)
+    """Parse, train and measure, write; returns the exit status (2 for a refusal, 130 after Ctrl-C)."""
+    return run_command(_tables, argv, stopped="stopped; the same command continues where it was")
+
+
+def _tables(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.paper", description=__doc__)
     parser.add_argument("table", choices=[*TABLES, "all"])
     parser.add_argument("--study", choices=sorted(STUDIES), default="digits", help="data and denoiser")
@@ -39,16 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.seeds < 1 or options.samples < 2 or options.draws < 1 or options.scale <= 0:
         parser.error("--seeds and --draws start at 1, --samples at 2, --scale above 0")
     study = STUDIES[options.study].scaled(options.scale)
-    try:
-        for name in TABLES if options.table == "all" else [options.table]:
-            _make(name, study, options)
-    except (KeyboardInterrupt, TrainingInterrupted):
-        print("stopped; the same command continues where it was", file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    for name in TABLES if options.table == "all" else [options.table]:
+        _make(name, study, options)
 
 
 def _make(name: str, study: Study, options: argparse.Namespace) -> None:

@@ -13,7 +13,7 @@ from bench.paper.recipes import Recipe, Study, contestant
 from tdc_fast.atomic import write_json
 from tdc_fast.experiments.assemble import training_phases
 from tdc_fast.experiments.contestants import Contestant
-from tdc_fast.experiments.jobs import Task, run_tasks, train_and_measure, train_contestant
+from tdc_fast.experiments.jobs import Job, run_jobs, train_and_measure, train_contestant
 from tdc_fast.experiments.measure import Measured, Protocol, load_measured, prepare_yardsticks
 from tdc_fast.pruning.memory import read_trials
 from tdc_fast.routing import TimestepGroups
@@ -59,10 +59,10 @@ def run_rows(
     """Outcomes by recipe key, one per seed."""
     yardsticks = folder / f"yardsticks-{how.samples}.pt"
     plan: dict[tuple[str, int], tuple[Contestant, Contestant, Path]] = {}
-    opening: dict[Path, Task] = {}
+    opening: dict[Path, Job] = {}
     if not yardsticks.exists():
         settings = study.settings
-        opening[yardsticks] = Task(
+        opening[yardsticks] = Job(
             "yardsticks", prepare_yardsticks, (yardsticks, how.samples, settings["data_dir"], settings["image_size"])
         )
     for seed in seeds:
@@ -72,15 +72,15 @@ def run_rows(
             result = home / "measured" / f"{recipe.key}-{how.samples}x{how.draws}.pt"
             plan[recipe.key, seed] = first, model, result
             if not result.exists():
-                opening[first.directory] = Task(f"seed {seed}, {first.key}", train_clocked, (first,))
-    run_tasks(list(opening.values()), processes, say)
+                opening[first.directory] = Job(f"seed {seed}, {first.key}", train_clocked, (first,))
+    run_jobs(list(opening.values()), processes, say)
     work = [
-        Task(f"seed {seed}, {key}", measure_clocked, (model, yardsticks, how, result))
+        Job(f"seed {seed}, {key}", measure_clocked, (model, yardsticks, how, result))
         for (key, seed), (_, model, result) in plan.items()
         if not result.exists()
     ]
     began = time.monotonic()
-    run_tasks(work, processes, say)
+    run_jobs(work, processes, say)
     say(f"{len(work)} models trained and measured in {(time.monotonic() - began) / 60:.1f} minutes")
     return {recipe.key: [_outcome(*plan[recipe.key, seed]) for seed in seeds] for recipe in rows}
 

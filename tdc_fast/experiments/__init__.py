@@ -1,4 +1,4 @@
-"""The main job: train baselines and experts on digits, compare them, write a report. `tdc_fast.demo` starts it."""
+"""Experiments that train, measure and compare models; `run_demo` is what ``make demo`` runs."""
 
 from __future__ import annotations
 

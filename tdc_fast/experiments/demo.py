@@ -13,7 +13,7 @@ from tdc_fast.atomic import write_json
 from tdc_fast.errors import invalid
 from tdc_fast.experiments.assemble import compare_runs
 from tdc_fast.experiments.contestants import Contestant, contestants, stage1
-from tdc_fast.experiments.jobs import Task, run_tasks, train_and_measure, train_contestant
+from tdc_fast.experiments.jobs import Job, run_jobs, train_and_measure, train_contestant
 from tdc_fast.experiments.measure import Protocol, load_measured, load_yardsticks, prepare_yardsticks
 from tdc_fast.report import write_report
 from tdc_fast.routing import TimestepGroups
@@ -72,12 +72,12 @@ def run_demo(options: DemoOptions, *, in_process: bool = False) -> Path:
     say(f"C is {steps} steps of a uniform baseline on 64 digits each; {len(models)} models, then the report")
     yardsticks = out / "measured" / "yardsticks.pt"
     results = {model.key: out / "measured" / f"{model.key}.pt" for model in models}
-    opening = [_training_task(first)]
+    opening = [_training_job(first)]
     if not yardsticks.exists():
-        opening.append(Task("classifier and floors", prepare_yardsticks, (yardsticks, options.samples)))
-    seconds = run_tasks(opening, processes, say)
-    tasks = [_contest_task(model, yardsticks, protocol, results[model.key]) for model in _longest_first(models)]
-    seconds.update(run_tasks(tasks, processes, say))
+        opening.append(Job("classifier and floors", prepare_yardsticks, (yardsticks, options.samples)))
+    seconds = run_jobs(opening, processes, say)
+    jobs = [_contest_job(model, yardsticks, protocol, results[model.key]) for model in _longest_first(models)]
+    seconds.update(run_jobs(jobs, processes, say))
     say("writing the report")
     comparison = compare_runs(
         first,
@@ -85,7 +85,7 @@ def run_demo(options: DemoOptions, *, in_process: bool = False) -> Path:
         {key: load_measured(path) for key, path in results.items()},
         load_yardsticks(yardsticks),
         protocol,
-        _job(options),
+        _deciding_options(options),
         {**seconds, "all": time.monotonic() - began},
     )
     page = write_report(comparison, out, "pruned", ("uniform", *_other_baselines(models)))
@@ -103,20 +103,22 @@ def _check(options: DemoOptions) -> None:
 
 def _claim(out: Path, options: DemoOptions) -> None:
     """Write what the folder is for, or check that it is for the same."""
-    job, path = _job(options), out / "demo.json"
+    deciding, path = _deciding_options(options), out / "demo.json"
     if path.is_file():
         for name, value in read_options(path).items():
-            if job.get(name) != value:
-                raise invalid(name, job.get(name), f"{value!r}, as the job in {out} was begun with, or another --out")
+            if deciding.get(name) != value:
+                raise invalid(
+                    name, deciding.get(name), f"{value!r}, as the job in {out} was begun with, or another --out"
+                )
         print(f"continuing the job in {out}: what is finished is kept")
         return
     if out.is_dir() and any(out.iterdir()):
         raise invalid("out", str(out), "a new or empty folder, or that of an earlier demo")
     out.mkdir(parents=True, exist_ok=True)
-    write_json(path, job)
+    write_json(path, deciding)
 
 
-def _job(options: DemoOptions) -> dict[str, Any]:
+def _deciding_options(options: DemoOptions) -> dict[str, Any]:
     """The options that decide the numbers."""
     return {name: value for name, value in asdict(options).items() if name not in ("out", "processes")}
 
@@ -131,22 +133,22 @@ def _protocol(options: DemoOptions, groups: TimestepGroups) -> Protocol:
     )
 
 
-def _training_task(contestant: Contestant) -> Task:
+def _training_job(contestant: Contestant) -> Job:
     config = contestant.config
     progress = contestant.directory / "progress.csv"
-    return Task(contestant.label, train_contestant, (contestant,), progress, config.stage1_steps)
+    return Job(contestant.label, train_contestant, (contestant,), progress, config.stage1_steps)
 
 
-def _contest_task(contestant: Contestant, yardsticks: Path, protocol: Protocol, result: Path) -> Task:
+def _contest_job(contestant: Contestant, yardsticks: Path, protocol: Protocol, result: Path) -> Job:
     config = contestant.config
     stage = contestant.directory / "experts" if config.groups else contestant.directory
     steps = 0 if config.groups else config.lr_anneal_steps
     arguments = (contestant, yardsticks, protocol, result)
-    return Task(contestant.label, train_and_measure, arguments, stage / "progress.csv", steps)
+    return Job(contestant.label, train_and_measure, arguments, stage / "progress.csv", steps)
 
 
 def _longest_first(models: Sequence[Contestant]) -> list[Contestant]:
-    """Long tasks first, so that the workers finish together."""
+    """Long jobs first, so that the workers finish together."""
     order = ("experts", "pruned", "uniform-80-small", "uniform", "uniform-80")
     return sorted(models, key=lambda model: order.index(model.key))
 

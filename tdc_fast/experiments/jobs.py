@@ -1,6 +1,6 @@
-"""The job's tasks, run side by side in worker processes of one thread each.
+"""Jobs of an experiment, run side by side in worker processes of one thread each.
 
-A task's numbers depend on its arguments alone, so it does not matter how many run at once or in which order.
+A job's numbers depend on its arguments alone, so it does not matter how many run at once or in which order.
 """
 
 from __future__ import annotations
@@ -23,13 +23,22 @@ import torch
 from tdc_fast.experiments.contestants import Contestant
 from tdc_fast.experiments.measure import Protocol, measure
 from tdc_fast.train import train
+from tdc_fast.training.interrupts import TrainingInterrupted
 
 REPORT_EVERY_SECONDS = 15.0
 
 
 @dataclass(frozen=True)
-class Task:
-    """A function to call in a worker, and where its training progress can be read (None: it shows none)."""
+class Job:
+    """A function to call in a worker process.
+
+    Attributes:
+        name: names the job in progress lines and in the seconds taken.
+        call: the function; it and its arguments must be picklable.
+        arguments: what to call it with.
+        progress: the progress.csv of its training, from which its progress is reported; None reports none.
+        steps: the step at which that training ends; 0 where it is not known.
+    """
 
     name: str
     call: Callable[..., None]
@@ -39,9 +48,17 @@ class Task:
 
 
 def train_contestant(contestant: Contestant) -> None:
-    """Train a run, or what is left of it."""
-    with contextlib.redirect_stdout(io.StringIO()):  # the job speaks for all its runs, a line at a time
-        train(contestant.config.replace(resume=contestant.config.run_dir))
+    """Train a run, or what is left of it.
+
+    Raises:
+        KeyboardInterrupt: after Ctrl-C, without a message: the experiment's command continues its runs, not the
+            command that the run's own message names.
+    """
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # the experiment reports on its runs, a line at a time
+            train(contestant.config.replace(resume=contestant.config.run_dir))
+    except TrainingInterrupted as interrupted:
+        raise KeyboardInterrupt from interrupted
 
 
 def train_and_measure(contestant: Contestant, yardsticks: Path, protocol: Protocol, measured: Path) -> None:
@@ -51,41 +68,46 @@ def train_and_measure(contestant: Contestant, yardsticks: Path, protocol: Protoc
         measure(contestant.directory, yardsticks, protocol, measured)
 
 
-def run_tasks(tasks: Sequence[Task], processes: int, say: Callable[[str], None]) -> dict[str, float]:
-    """Run all tasks, at most `processes` at once, in the order given; seconds of each by name.
+def run_jobs(jobs: Sequence[Job], processes: int, say: Callable[[str], None]) -> dict[str, float]:
+    """Run all jobs in the order given and return the seconds that each took, by name.
 
-    `processes` 0 runs them in this process, one after another. The first error ends the job and is raised.
+    The first error ends the experiment and is raised.
+
+    Args:
+        jobs: what to run.
+        processes: how many may run at once; 0 runs them in this process, one after another.
+        say: prints a line of progress.
     """
-    if processes == 0 or not tasks:
-        return {task.name: _timed(task) for task in tasks}
+    if processes == 0 or not jobs:
+        return {job.name: _timed(job) for job in jobs}
     context = multiprocessing.get_context("spawn")
-    workers = min(processes, len(tasks))
+    workers = min(processes, len(jobs))
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
     seconds: dict[str, float] = {}
     shown: dict[str, int] = {}
-    waiting = list(tasks)
-    pending: dict[Future[float], Task] = {}
+    waiting = list(jobs)
+    pending: dict[Future[float], Job] = {}
     try:
         while pending or waiting:
-            # Never more than the workers can begin: a task that is queued could not be called back after Ctrl-C.
+            # Submit no more than the workers can start: a queued job could not be cancelled after Ctrl-C.
             while waiting and len(pending) < workers:
-                task = waiting.pop(0)
-                pending[pool.submit(_in_worker, task)] = task
+                job = waiting.pop(0)
+                pending[pool.submit(_in_worker, job)] = job
             done, _ = wait(pending, timeout=REPORT_EVERY_SECONDS, return_when=FIRST_COMPLETED)
             for future in done:
-                task = pending.pop(future)
+                job = pending.pop(future)
                 try:
-                    seconds[task.name] = future.result()
+                    seconds[job.name] = future.result()
                 except Exception as error:
-                    say(f"{task.name}: {error}")
+                    say(f"{job.name}: {error}")
                     raise
-                say(f"{task.name}: done in {seconds[task.name]:.0f} s")
-            for task in pending.values():
-                line = _progress_line(task, shown)
+                say(f"{job.name}: done in {seconds[job.name]:.0f} s")
+            for job in pending.values():
+                line = _progress_line(job, shown)
                 if line:
                     say(line)
     except BaseException as error:
-        say(f"{type(error).__name__}: the job ends as soon as the tasks now running have saved or finished")
+        say(f"{type(error).__name__}: the experiment ends as soon as the running jobs have saved or finished")
         raise
     finally:
         # Workers that still train get Ctrl-C with this process and save before they end.
@@ -99,35 +121,35 @@ def _start_worker() -> None:
     os.environ["OPENAI_LOG_FORMAT"] = "csv,log"
 
 
-def _in_worker(task: Task) -> float:
+def _in_worker(job: Job) -> float:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        return _timed(task)
+        return _timed(job)
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _timed(task: Task) -> float:
+def _timed(job: Job) -> float:
     start = time.perf_counter()
-    task.call(*task.arguments)
+    job.call(*job.arguments)
     return time.perf_counter() - start
 
 
-def _progress_line(task: Task, shown: dict[str, int]) -> str:
-    """Where the task's training is, if it has moved since the last time."""
-    if task.progress is None or not task.progress.is_file():
+def _progress_line(job: Job, shown: dict[str, int]) -> str:
+    """Where the job's training is, if it has moved since the last time."""
+    if job.progress is None or not job.progress.is_file():
         return ""
-    rows = read_progress(task.progress)
+    rows = read_progress(job.progress)
     if not rows:
         return ""
     step = int(rows[-1]["step"])
-    if shown.get(task.name) == step:
+    if shown.get(job.name) == step:
         return ""
-    shown[task.name] = step
-    if step == task.steps:
-        return f"{task.name}: trained, now drawing and comparing samples"
-    of = f" of {task.steps}" if task.steps else ""
-    return f"{task.name}: step {step}{of}, loss {float(rows[-1]['loss']):.4f}"
+    shown[job.name] = step
+    if step == job.steps:
+        return f"{job.name}: trained, now drawing and comparing samples"
+    of = f" of {job.steps}" if job.steps else ""
+    return f"{job.name}: step {step}{of}, loss {float(rows[-1]['loss']):.4f}"
 
 
 def read_progress(path: Path) -> list[dict[str, str]]:

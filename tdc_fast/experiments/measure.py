@@ -14,7 +14,8 @@ from tdc_fast.data.dataset import load_dataset
 from tdc_fast.data.pixels import to_uint8
 from tdc_fast.diffusion.samplers import SamplerName, sampling_steps
 from tdc_fast.evaluation.classifier import DigitsClassifier, train_classifier
-from tdc_fast.evaluation.frechet import Floor, RandomConvFeatures, extract, frechet_distance, real_floors
+from tdc_fast.evaluation.features import RandomConvFeatures, extract
+from tdc_fast.evaluation.frechet import Floor, frechet_distance, real_floors
 from tdc_fast.evaluation.heldout import HeldoutLosses, heldout_losses, sampling_macs
 from tdc_fast.evaluation.samples import draw_samples, write_samples
 from tdc_fast.nn.packing import RoutedModel, pack_experts

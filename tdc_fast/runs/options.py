@@ -9,9 +9,6 @@ The string under a field is its help text on the command line.
 
 from __future__ import annotations
 
-import ast
-import inspect
-import itertools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -265,13 +262,3 @@ SECTIONS: dict[str, type] = {
     "run": RunOptions,
 }
 """Section title on the command line -> its dataclass, in the order of ``--help``."""
-
-
-def help_texts(section: type) -> dict[str, str]:
-    """Field -> the string under it, on one line."""
-    body = ast.parse(inspect.getsource(section)).body[0].body  # type: ignore[attr-defined]
-    texts = {}
-    for field, text in itertools.pairwise(body):
-        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
-            texts[ast.unparse(field.target)] = " ".join(ast.literal_eval(text.value).split())
-    return texts

@@ -15,7 +15,6 @@ from bench.paper.summary import _score_against_loss, summarise
 from bench.paper.tables import TABLES, Table
 from tdc_fast.experiments.measure import load_yardsticks
 from tdc_fast.runs.config import TrainConfig
-from tdc_fast.training.interrupts import TrainingInterrupted
 
 STUDY = STUDIES["digits"].scaled(0.01)
 
@@ -87,7 +86,6 @@ def test_the_table_tells_every_seed_and_wins_are_counted_seed_by_seed(outcome):
 @pytest.mark.parametrize(
     ("failure", "status", "said"),
     [
-        (TrainingInterrupted("step 3 is saved"), 130, "stopped; the same command continues where it was"),
         (KeyboardInterrupt(), 130, "stopped; the same command continues where it was"),
         (ValueError("total_share: got 0.8"), 2, "error: total_share: got 0.8"),
     ],

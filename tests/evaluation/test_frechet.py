@@ -8,14 +8,8 @@ import pytest
 import torch
 
 from tdc_fast.data.pixels import to_uint8
-from tdc_fast.evaluation.frechet import (
-    DistanceSpread,
-    PrecomputedFeatures,
-    RandomConvFeatures,
-    extract,
-    frechet_distance,
-    real_floors,
-)
+from tdc_fast.evaluation.features import PrecomputedFeatures, RandomConvFeatures, extract
+from tdc_fast.evaluation.frechet import DistanceSpread, frechet_distance, real_floors
 
 
 def _with_moments(mean: torch.Tensor, factor: torch.Tensor, count: int, seed: int) -> torch.Tensor:

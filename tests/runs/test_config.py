@@ -7,8 +7,8 @@ import json
 import pytest
 
 from tdc_fast.runs.config import MAY_CHANGE_ON_RESUME
+from tdc_fast.train import parse_command_line
 from tdc_fast.training import TrainConfig
-from tdc_fast.training.cli import parse_command_line
 
 # Flags of improved-diffusion's image_train.py with their defaults: data and training, then model and diffusion.
 IMAGE_TRAIN = {

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from tdc_fast.flags import parse_flags, value_of
+from tdc_fast.command_line import parse_flags, run_command, value_of, with_bare_value
 
 
 @dataclass(frozen=True)
@@ -60,3 +60,39 @@ def test_a_value_can_be_read_before_the_rest_is_parsed():
     assert value_of(["--a", "1", "--model-path", "f.pt"], "model_path") == "f.pt"
     assert value_of(["--model_path=f.pt"], "model_path") == "f.pt"
     assert value_of(["--a", "1"], "model_path") == ""
+    with pytest.raises(ValueError, match="--model_path: got ''; expected a value"):
+        value_of(["--model_path", "--a", "1"], "model_path")
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--resume"], ["--resume", "latest"]),
+        (["--resume", "--a=1"], ["--resume", "latest", "--a", "1"]),
+        (["--resume", "run", "--b", ""], ["--resume", "run", "--b", ""]),
+    ],
+)
+def test_a_flag_may_have_a_value_for_when_none_is_given(argv, expected):
+    assert with_bare_value(argv, "resume", "latest") == expected
+
+
+@pytest.mark.parametrize(
+    ("failure", "status", "said"),
+    [
+        (ValueError("k: got 2"), 2, "error: k: got 2\n"),
+        (FloatingPointError("the loss is not finite"), 2, "error: the loss is not finite\n"),
+        (KeyboardInterrupt(), 130, "stopped\n"),
+        (KeyboardInterrupt("continue with X"), 130, "continue with X\n"),
+    ],
+)
+def test_a_command_that_fails_prints_one_line_and_returns_its_status(failure, status, said, capsys):
+    def command(arguments):
+        raise failure
+
+    assert run_command(command, [], stopped="stopped") == status
+    assert capsys.readouterr().err == said
+
+
+def test_a_command_that_ends_well_returns_0_and_gets_its_arguments():
+    seen = []
+    assert run_command(seen.extend, ["a", "--b"], stopped="") == 0 and seen == ["a", "--b"]

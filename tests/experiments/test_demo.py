@@ -1,4 +1,4 @@
-"""The main job in miniature: complete, honest about cost, the same twice, and continued rather than repeated."""
+"""The demo in miniature: complete, honest about cost, the same twice, and continued rather than repeated."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import torch
 
 from tdc_fast import demo
 from tdc_fast.evaluation.classifier import train_classifier
-from tdc_fast.experiments import DemoOptions, measure, run_demo
-from tdc_fast.experiments import jobs as tasks
+from tdc_fast.experiments import DemoOptions, jobs, measure, run_demo
 from tdc_fast.experiments.contestants import contestants
+from tdc_fast.training.interrupts import TrainingInterrupted
 
 TINY = DemoOptions(scale=0.02, samples=60, draws=2, sampling_steps=2, loss_points=1)
 
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """The job's own setting; the numbers of a module-scoped run must not depend on the machine's."""
+    """The demo's own setting; the numbers of a module-scoped run must not depend on the machine's."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -84,7 +84,7 @@ def test_runs_and_samples_are_left_behind(finished):
 
 
 def test_a_second_call_keeps_what_is_finished(finished, numbers, monkeypatch, capsys, one_thread):
-    monkeypatch.setattr(tasks, "measure", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(jobs, "measure", lambda *_: pytest.fail("measured again"))
     checkpoints = sorted(finished.glob("**/ema_*.pt"))
     before = [path.stat().st_mtime_ns for path in checkpoints]
     run_demo(replace(TINY, out=str(finished)), in_process=True)
@@ -101,46 +101,56 @@ def test_one_model_made_again_elsewhere_has_the_same_numbers(finished, numbers, 
     from tdc_fast.experiments.measure import Protocol, load_measured
 
     out, steps = tmp_path / "again", round(FULL_STEPS * TINY.scale)
-    tasks.train_contestant(stage1(out, steps, 0))
+    jobs.train_contestant(stage1(out, steps, 0))
     pruned = next(model for model in contestants(out, steps, 0, control=False) if model.key == "pruned")
     protocol = Protocol(draws=2, samples=60, sampling_steps=2, points_per_group=1, boundaries=(0, 250, 500, 750, 1000))
-    tasks.train_and_measure(pruned, finished / "measured" / "yardsticks.pt", protocol, out / "pruned.pt")
+    jobs.train_and_measure(pruned, finished / "measured" / "yardsticks.pt", protocol, out / "pruned.pt")
     measured = load_measured(out / "pruned.pt")
     first = numbers["models"]["pruned"]
     assert list(measured.distances) == first["frechet_distance"]["draws"]
     assert list(measured.heldout.per_group) == first["heldout_loss"]["per_group"]
 
 
-def test_a_folder_with_another_job_or_with_foreign_files_is_refused(finished, tmp_path):
+def test_a_folder_of_another_demo_or_with_other_files_is_refused(finished, tmp_path, capsys):
     with pytest.raises(ValueError, match="seed: got 7; expected 0"):
         run_demo(replace(TINY, out=str(finished), seed=7), in_process=True)
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(SystemExit, match="out: got"):
-        demo.main(["--out", str(tmp_path)])
+    assert demo.main(["--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith("error: out: got")
 
 
 @pytest.mark.parametrize(("flag", "value"), [("--scale", "0"), ("--samples", "1"), ("--draws", "0")])
-def test_impossible_options_are_refused_before_anything_is_written(flag, value, tmp_path):
-    with pytest.raises(SystemExit, match=f"{flag[2:]}: got"):
-        demo.main(["--out", str(tmp_path / "out"), flag, value])
+def test_impossible_options_are_refused_before_anything_is_written(flag, value, tmp_path, capsys):
+    assert demo.main(["--out", str(tmp_path / "out"), flag, value]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {flag[2:]}: got")
     assert not (tmp_path / "out").exists()
 
 
-def test_the_worker_pool_runs_tasks_and_raises_their_errors(tmp_path):
+def test_the_worker_pool_runs_jobs_and_raises_their_errors(tmp_path):
     said: list[str] = []
-    good = tasks.Task("good", Path.write_text, (tmp_path / "f", "done"))
-    assert tasks.run_tasks([good], 1, said.append).keys() == {"good"}
+    good = jobs.Job("good", Path.write_text, (tmp_path / "f", "done"))
+    assert jobs.run_jobs([good], 1, said.append).keys() == {"good"}
     assert (tmp_path / "f").read_text() == "done"
     assert said[0].startswith("good: done in")
-    bad = tasks.Task("bad", Path.read_text, (tmp_path / "missing",))
+    bad = jobs.Job("bad", Path.read_text, (tmp_path / "missing",))
     with pytest.raises(FileNotFoundError):
-        tasks.run_tasks([bad], 1, said.append)
+        jobs.run_jobs([bad], 1, said.append)
     assert any(line.startswith("bad: ") and "missing" in line for line in said)
 
 
-def test_an_error_ends_the_job_before_another_task_begins(tmp_path):
+def test_an_error_ends_the_experiment_before_another_job_begins(tmp_path):
     never = tmp_path / "never"
-    queue = [tasks.Task("bad", Path.read_text, (tmp_path / "missing",)), tasks.Task("next", Path.touch, (never,))]
+    queue = [jobs.Job("bad", Path.read_text, (tmp_path / "missing",)), jobs.Job("next", Path.touch, (never,))]
     with pytest.raises(FileNotFoundError):
-        tasks.run_tasks(queue, 1, print)
+        jobs.run_jobs(queue, 1, print)
     assert not never.exists()
+
+
+def test_an_interrupted_run_leaves_it_to_the_experiment_to_say_how_to_continue(tmp_path, monkeypatch):
+    def stop(config):
+        raise TrainingInterrupted(f"continue with: --resume {config.run_dir}")
+
+    monkeypatch.setattr(jobs, "train", stop)
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        jobs.train_contestant(contestants(tmp_path, 10, 0, control=False)[0])
+    assert str(stopped.value) == ""

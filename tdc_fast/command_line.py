@@ -1,0 +1,178 @@
+"""What all command lines share: flags in improved-diffusion's syntax (``--use_ddim True``), and how a command ends."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import itertools
+import sys
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from tdc_fast.errors import invalid, require
+
+_TRUE, _FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
+
+
+def run_command(command: Callable[[list[str]], None], argv: Sequence[str] | None, *, stopped: str) -> int:
+    """Run a command and return its exit status: 0, 2 when it refuses or fails, 130 after Ctrl-C.
+
+    Args:
+        command: parses its arguments, does the work and prints the result.
+        argv: the arguments; None takes those of the process.
+        stopped: what to print after Ctrl-C, unless the interrupt carries a message of its own.
+    """
+    try:
+        command(list(sys.argv[1:] if argv is None else argv))
+    except (ValueError, FloatingPointError, ImportError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as interrupt:
+        print(str(interrupt) or stopped, file=sys.stderr)
+        return 130
+    return 0
+
+
+def parse_flags(
+    sections: Mapping[str, type],
+    argv: Sequence[str],
+    *,
+    defaults: Mapping[str, Any],
+    prog: str,
+    description: str,
+) -> dict[str, Any]:
+    """Parse a command line into the values of all flags, by name.
+
+    Dashes and underscores in a flag's name are the same, ``--flag=value`` works, booleans are values.
+
+    Args:
+        sections: heading in ``--help`` -> frozen dataclass whose fields are the flags and whose field docstrings are
+            their help.
+        argv: the arguments.
+        defaults: values that replace the dataclasses' own defaults; names that are no flag are ignored.
+        prog: the command's name in ``--help``.
+        description: what the command does, for ``--help``.
+
+    Raises:
+        ValueError: a boolean flag has another value.
+        SystemExit: after ``--help`` (status 0) and for a flag or value that does not exist (status 2; tyro prints the
+            nearest flags).
+    """
+    tyro = require("tyro", "demo")
+    fields = []
+    for name, section in sections.items():
+        kind = _flag_class(tyro, section, defaults)
+        fields.append((name, kind, dataclasses.field(default_factory=kind)))
+    parsed = tyro.cli(
+        dataclasses.make_dataclass("Flags", fields),
+        args=_with_boolean_words(argv, sections),
+        prog=prog,
+        description=description,
+        use_underscores=True,
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
+    )
+    values: dict[str, Any] = {}
+    for name in sections:
+        values.update(dataclasses.asdict(getattr(parsed, name)))
+    return values
+
+
+def value_of(argv: Sequence[str], flag: str) -> str:
+    """The value of a flag that must be known before the rest is parsed; "" where it is not given.
+
+    Raises:
+        ValueError: no value follows the flag.
+    """
+    value = ""
+    for token, following in _pairs(argv):
+        if token == f"--{flag}":
+            if following.startswith("--"):
+                raise invalid(token, "", "a value after it")
+            value = following
+    return value
+
+
+def with_bare_value(argv: Sequence[str], flag: str, value: str) -> list[str]:
+    """The arguments, where a flag that no value follows gets this one."""
+    tokens: list[str] = []
+    for token, following in _pairs(argv):
+        tokens.append(token)
+        if token == f"--{flag}" and following.startswith("--"):
+            tokens.append(value)
+    return tokens
+
+
+def use_threads(count: int) -> None:
+    """Set the number of CPU threads of torch; 0 leaves it as it is.
+
+    Raises:
+        ValueError: the count is negative.
+    """
+    if count < 0:
+        raise invalid("num_threads", count, "0 or a positive number")
+    if count:
+        torch.set_num_threads(count)
+
+
+def _split_tokens(argv: Sequence[str]) -> list[str]:
+    """The arguments with underscores in the names of flags, and ``--flag=value`` as two."""
+    tokens: list[str] = []
+    for token in argv:
+        flag, equals, value = token.partition("=")
+        if not token.startswith("--"):
+            tokens.append(token)
+            continue
+        tokens.append("--" + flag[2:].replace("-", "_"))
+        if equals:
+            tokens.append(value)
+    return tokens
+
+
+def _pairs(argv: Sequence[str]) -> list[tuple[str, str]]:
+    """Each argument and the one after it; "--" after the last."""
+    tokens = _split_tokens(argv)
+    return list(zip(tokens, [*tokens[1:], "--"], strict=True))
+
+
+def _flag_class(tyro: Any, section: type, defaults: Mapping[str, Any]) -> type:
+    """The section with other defaults, and help texts without the line breaks of the source, which tyro would keep."""
+    kinds, texts = typing.get_type_hints(section), _help_texts(section)
+    fields: list[Any] = [
+        (
+            field.name,
+            typing.Annotated[kinds[field.name], tyro.conf.arg(help=texts.get(field.name))],
+            dataclasses.field(default=defaults.get(field.name, field.default)),
+        )
+        for field in dataclasses.fields(section)
+    ]
+    return dataclasses.make_dataclass(section.__name__, fields, namespace={"__doc__": section.__doc__})
+
+
+def _help_texts(section: type) -> dict[str, str]:
+    """The string under each field of a dataclass and of its bases, on one line."""
+    texts = {}
+    for kind in filter(dataclasses.is_dataclass, reversed(section.__mro__)):
+        body = ast.parse(inspect.getsource(kind)).body[0].body  # type: ignore[attr-defined]
+        for field, text in itertools.pairwise(body):
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+                texts[ast.unparse(field.target)] = " ".join(ast.literal_eval(text.value).split())
+    return texts
+
+
+def _with_boolean_words(argv: Sequence[str], sections: Mapping[str, type]) -> list[str]:
+    """The arguments with True or False for any of improved-diffusion's spellings of them."""
+    booleans = {
+        name for kind in sections.values() for name, hint in typing.get_type_hints(kind).items() if hint is bool
+    }
+    tokens = _split_tokens(argv)
+    for position in range(1, len(tokens)):
+        flag, text = tokens[position - 1], tokens[position]
+        if flag.startswith("--") and flag[2:] in booleans and not text.startswith("--"):
+            if text.lower() not in _TRUE + _FALSE:
+                raise invalid(flag, text, "True or False")
+            tokens[position] = str(text.lower() in _TRUE)
+    return tokens

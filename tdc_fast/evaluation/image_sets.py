@@ -1,0 +1,102 @@
+"""Sets of images to compare: read from a dataset, or drawn from a run; brought to one size and number of channels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from tdc_fast.data.dataset import load_dataset
+from tdc_fast.data.image_sources import list_images
+from tdc_fast.data.pixels import to_uint8
+from tdc_fast.errors import invalid, require
+from tdc_fast.evaluation.options import EvaluateOptions
+from tdc_fast.evaluation.samples import draw_samples
+from tdc_fast.runs.denoisers import TrainedDenoiser, from_run
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images to compare, uint8 (M, C, H, W), and the denoiser that drew them, if one did."""
+
+    name: str
+    images: Tensor
+    denoiser: TrainedDenoiser | None = None
+
+
+def load_pair(a: str, b: str, options: EvaluateOptions) -> tuple[ImageSet, ImageSet]:
+    """Both sets at one size and number of channels."""
+    sets: dict[str, ImageSet] = {}
+    size = options.image_size or None
+    scaled = [name for name in (a, b) if name == "photos" or _is_folder(name)]
+    for name in dict.fromkeys((a, b)):
+        if name not in scaled:
+            own = options.image_size or None
+            sets[name] = _run_samples(name, options) if _is_run(name) else _read_images(name, own)
+            size = size or sets[name].images.shape[-1]
+    for name in scaled:
+        size = size or _own_size(name)
+        sets[name] = _read_images(name, size)
+    first, second = _same_channels(sets[a], sets[b])
+    if first.images.shape[1:] != second.images.shape[1:]:
+        raise invalid(
+            "b",
+            f"{b}: images of shape {tuple(second.images.shape[1:])}",
+            f"{tuple(first.images.shape[1:])}, as {a} has; --image_size scales what no run draws",
+        )
+    for name, images in ((a, first.images), (b, second.images)):
+        if len(images) < 2:
+            raise invalid(name, f"{len(images)} image", "at least 2 images")
+    return first, second
+
+
+def _is_run(name: str) -> bool:
+    return (Path(name) / "config.json").is_file()
+
+
+def _is_folder(name: str) -> bool:
+    return name not in ("digits", "photos") and Path(name).is_dir() and not _is_run(name)
+
+
+def _own_size(folder: str) -> int | None:
+    if folder == "photos":
+        return None
+    files = list_images(Path(folder))
+    if not files:
+        raise invalid("folder", folder, "a folder with jpg, jpeg, png or gif files, or a run directory")
+    with require("PIL.Image", "demo").open(files[0]) as image:
+        return min(image.size)
+
+
+def _read_images(name: str, size: int | None) -> ImageSet:
+    return ImageSet(name, to_uint8(load_dataset(name, image_size=size).images()))
+
+
+def _run_samples(name: str, options: EvaluateOptions) -> ImageSet:
+    denoiser = from_run(name, options.which)
+    print(f"drawing {options.num_samples} images from {denoiser.name}: {options.sampler}, {options.steps} steps")
+    images, _ = draw_samples(
+        denoiser,
+        options.num_samples,
+        sampler=options.sampler,
+        steps=min(options.steps, denoiser.diffusion.num_timesteps),
+        batch_size=options.batch_size,
+        seed=options.seed,
+    )
+    return ImageSet(name, images, denoiser)
+
+
+def _same_channels(first: ImageSet, second: ImageSet) -> tuple[ImageSet, ImageSet]:
+    """A grey set beside an RGB one: as grey, where the RGB set holds grey images (a folder always reads as RGB)."""
+    channels = {first.images.shape[1], second.images.shape[1]}
+    if channels != {1, 3}:
+        return first, second
+    rgb = first if first.images.shape[1] == 3 else second
+    is_grey = bool((rgb.images == rgb.images[:, :1]).all())
+
+    def fitted(group: ImageSet) -> ImageSet:
+        images = group.images[:, :1] if is_grey else group.images.expand(-1, 3, -1, -1)
+        return ImageSet(group.name, images.contiguous(), group.denoiser)
+
+    return fitted(first), fitted(second)

@@ -1,0 +1,92 @@
+"""The variational bound of a denoiser on images, in bits per dimension, and the files that hold its terms."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tdc_fast.atomic import atomic_file, write_json
+from tdc_fast.data.dataset import load_dataset
+from tdc_fast.diffusion.likelihood import bound
+from tdc_fast.errors import invalid
+from tdc_fast.runs.build import split_data
+from tdc_fast.runs.denoisers import TrainedDenoiser
+
+
+def bits_per_dimension(
+    denoiser: TrainedDenoiser,
+    x0: Tensor,
+    labels: Tensor | None,
+    *,
+    batch_size: int,
+    clip_denoised: bool = True,
+    seed: int = 0,
+) -> dict[str, np.ndarray]:
+    """Means over x0 (M, C, H, W) in [-1, 1]: `total` and `prior` (), and `vb`, `mse`, `xstart_mse` (T,).
+
+    The last three go step by step from T - 1 down to 0, as in improved-diffusion's files.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    sums: dict[str, Tensor] = {}
+    for first in range(0, len(x0), batch_size):
+        rows = slice(first, first + batch_size)
+        kwargs = {} if labels is None else {"y": labels[rows]}
+        terms = bound(
+            denoiser.diffusion,
+            denoiser.model,
+            x0[rows],
+            clip_denoised=clip_denoised,
+            model_kwargs=kwargs,
+            generator=generator,
+        )
+        for name in ("total", "prior", "vb", "mse", "xstart_mse"):
+            sums[name] = sums.get(name, torch.zeros(())) + getattr(terms, name).double().sum(dim=0)
+        done = min(first + batch_size, len(x0))
+        print(f"{done} of {len(x0)} images: {float(sums['total']) / done:.4f} bits per dimension", flush=True)
+    return {name: (value / len(x0)).cpu().numpy() for name, value in sums.items()}
+
+
+def images_to_measure(denoiser: TrainedDenoiser, data_dir: str, limit: int) -> tuple[Tensor, Tensor | None]:
+    """The first images of a dataset that fits the denoiser, and their labels where it is class conditional.
+
+    Args:
+        denoiser: what the images are for.
+        data_dir: folder, array file or name of a dataset; "" takes the images that the denoiser's run held out.
+        limit: the most images to take.
+
+    Returns:
+        Images (M, C, H, W) float32 in [-1, 1] and labels (M,) int64 or None.
+
+    Raises:
+        ValueError: there are no such images, or they have another shape than the denoiser's.
+    """
+    config = denoiser.config
+    if data_dir:
+        data = load_dataset(data_dir, image_size=denoiser.image_size, class_cond=bool(denoiser.num_classes))
+    else:
+        heldout = split_data(config)[1] if config.data_dir and config.heldout else None
+        if heldout is None:
+            raise invalid("data_dir", "", "images to measure: the run held none out")
+        data = heldout
+    x0, kwargs = data.batch(np.arange(min(limit, len(data))))
+    if tuple(x0.shape[1:]) != denoiser.image_shape:
+        raise invalid("data_dir", data_dir, f"images of shape {denoiser.image_shape}, as the model takes")
+    return x0, kwargs.get("y")
+
+
+def write_terms(directory: Path, terms: dict[str, np.ndarray], count: int) -> None:
+    """Write improved-diffusion's ``{vb,mse,xstart_mse}_terms.npz``, and ``nll.json`` with the total.
+
+    Args:
+        directory: an existing folder.
+        terms: what :func:`bits_per_dimension` returned.
+        count: how many images the means are over.
+    """
+    for name in ("vb", "mse", "xstart_mse"):
+        with atomic_file(directory / f"{name}_terms.npz") as file:
+            np.savez(file, terms[name])
+    numbers = {"bits_per_dimension": float(terms["total"]), "prior": float(terms["prior"]), "images": count}
+    write_json(directory / "nll.json", numbers)
