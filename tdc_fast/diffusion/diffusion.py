@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tdc_fast.diffusion.gaussian import (
+    Gaussian,
+    arithmetic_dtype,
+    broadcast_to_samples,
+    discretized_gaussian_log_likelihood,
+    mean_flat,
+    normal_kl,
+)
 from tdc_fast.diffusion.respacing import Spacing, respaced_betas, spaced_timesteps
 from tdc_fast.errors import invalid
 
@@ -19,15 +28,6 @@ Denoiser = Callable[..., Tensor]
 Prediction = Literal["epsilon", "x0"]
 Variance = Literal["fixed_small", "fixed_large", "learned_range"]
 Loss = Literal["mse", "rescaled_mse", "kl", "rescaled_kl"]
-
-
-@dataclass(frozen=True)
-class Gaussian:
-    """A diagonal Gaussian over x_{t-1}; each field broadcasts against x."""
-
-    mean: Tensor
-    variance: Tensor
-    log_variance: Tensor
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class Diffusion:
 
     # alpha_bar and t shifted by one, so that index t + 1 also serves t = -1: the clean sample.
     @cached_property
-    def _alphas_cumprod_from_clean(self) -> np.ndarray:
+    def alphas_cumprod_from_clean(self) -> np.ndarray:
         return np.append(1.0, self.alphas_cumprod)
 
     def __repr__(self) -> str:
@@ -256,32 +256,64 @@ class Diffusion:
         noise: Tensor | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
     ) -> dict[str, Tensor]:
-        """Per-sample losses (B,); see `losses.training_losses`."""
-        from tdc_fast.diffusion.losses import training_losses
+        """Losses per sample, differentiable in the model's parameters.
 
-        return training_losses(self, model, x0, t, noise, model_kwargs)
+        With the mse losses a learned variance adds vb to mse, the hybrid loss of Nichol and Dhariwal (2021, section
+        3.1): there the bound trains the variance only, since its mean is detached.
 
-    def prior_bpd(self, x0: Tensor) -> Tensor:
-        """KL(q(x_T | x0) || N(0, 1)) in bits per dimension (B,)."""
-        from tdc_fast.diffusion.likelihood import prior_bpd
+        Args:
+            model: the denoiser.
+            x0: clean samples (B, C, ...).
+            t: timesteps (B,).
+            noise: what noises x0 to step t, like x0; drawn when None.
+            model_kwargs: further arguments of the model.
 
-        return prior_bpd(self, x0)
+        Returns:
+            "loss" (B,), and for the mse losses "mse" (B,) and, when the variance is learned, "vb" (B,). By `loss`:
+            mse, rescaled_mse: mean squared error of the predicted noise (or x0); rescaled_mse multiplies vb by
+            T / 1000. kl, rescaled_kl: the bound's term in bits per dimension; rescaled_kl multiplies it by T, which
+            estimates the whole bound.
+        """
+        if noise is None:
+            noise = torch.randn_like(x0)
+        x_t = self.q_sample(x0, t, noise)
+        output = model(x_t, self.original_timesteps(t), **(model_kwargs or {}))
+        if self.loss in ("kl", "rescaled_kl"):
+            loss = self.vb_terms(output, x0, x_t, t, clip_denoised=False)
+            return {"loss": loss * self.num_timesteps if self.loss == "rescaled_kl" else loss}
+
+        prediction, values = self.split_output(output, x_t)
+        target = noise if self.prediction == "epsilon" else x0
+        mse = mean_flat((target - prediction) ** 2)
+        if values is None:
+            return {"loss": mse, "mse": mse}
+        frozen_mean = torch.cat([prediction.detach(), values], dim=1)
+        vb = self.vb_terms(frozen_mean, x0, x_t, t, clip_denoised=False)
+        if self.loss == "rescaled_mse":
+            # T times the term would estimate the whole bound; this is 1000 times less, lest vb outweigh mse.
+            vb = vb * (self.num_timesteps / 1000.0)
+        return {"loss": mse + vb, "mse": mse, "vb": vb}
 
     def vb_terms(self, model_output: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, clip_denoised: bool = True) -> Tensor:
-        """The variational bound's term for step t in bits per dimension (B,); see `likelihood.vb_terms`."""
-        from tdc_fast.diffusion.likelihood import vb_terms
+        """The variational bound's term of each sample's step t (B,), in bits per dimension (B,).
 
-        return vb_terms(self, model_output, x0, x_t, t, clip_denoised)
+        KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t)) for t > 0; the negative log likelihood of the 8-bit pixels for
+        t = 0 (Ho et al. 2020, equation 5).
+        """
+        truth = self.q_posterior(x0, x_t, t)
+        step = self.p_mean_variance(model_output, x_t, t, clip_denoised)
+        kl = mean_flat(normal_kl(truth.mean, truth.log_variance, step.mean, step.log_variance))
+        log_scale = (0.5 * step.log_variance).expand_as(step.mean)
+        decoder = -mean_flat(discretized_gaussian_log_likelihood(x0, step.mean, log_scale))
+        return torch.where(t == 0, decoder, kl) / math.log(2.0)
 
-
-def arithmetic_dtype(x: Tensor) -> torch.dtype:
-    """float64 for float64, else float32: low precision is for the denoiser, not for the process."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def broadcast_to_samples(values: Tensor, x: Tensor) -> Tensor:
-    """(B,) values as (B, 1, ..., 1) in x's arithmetic dtype."""
-    return values.to(arithmetic_dtype(x)).view(-1, *([1] * (x.dim() - 1)))
+    def prior_bpd(self, x0: Tensor) -> Tensor:
+        """KL(q(x_T | x0) || N(0, 1)) in bits per dimension (B,); no denoiser can change it."""
+        last = torch.full((x0.shape[0],), self.num_timesteps - 1, device=x0.device, dtype=torch.int64)
+        mean = self.coefficient("sqrt_alphas_cumprod", last, x0) * x0
+        log_variance = torch.log(self.coefficient("sqrt_one_minus_alphas_cumprod", last, x0) ** 2)
+        zero = torch.zeros_like(mean)
+        return mean_flat(normal_kl(mean, log_variance, zero, zero)) / math.log(2.0)
 
 
 def check_timesteps(t: Tensor, x: Tensor, num_timesteps: int, lowest: int = 0) -> None:

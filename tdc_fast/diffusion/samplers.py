@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tdc_fast.diffusion.diffusion import Denoiser, Diffusion, ReverseStep, broadcast_to_samples, check_timesteps
+from tdc_fast.diffusion.diffusion import Denoiser, Diffusion, ReverseStep, check_timesteps
+from tdc_fast.diffusion.gaussian import broadcast_to_samples, draw_noise
 from tdc_fast.errors import invalid
 
 SamplerName = Literal["ddpm", "ddim", "dpm++2m"]
@@ -65,8 +66,8 @@ def ddim_step(
     t_next = _next_steps(t, t_next)
     step = _predict(diffusion, model, x, t, clip_denoised, model_kwargs)
     epsilon = diffusion.epsilon_from_x0(x, t.clamp(min=0), step.x0)
-    now = diffusion.table("_alphas_cumprod_from_clean", t + 1)
-    after = diffusion.table("_alphas_cumprod_from_clean", t_next + 1)
+    now = diffusion.table("alphas_cumprod_from_clean", t + 1)
+    after = diffusion.table("alphas_cumprod_from_clean", t_next + 1)
     # A finished sample has alpha_bar 1 on both sides; the clamps keep its unused numbers finite.
     variance = (eta**2 * (1 - after) / (1 - now).clamp(min=1e-20) * (1 - now / after)).clamp(min=0)
     direction = (1 - after - variance).clamp(min=0).sqrt()
@@ -120,9 +121,9 @@ def dpmpp_2m_step(
     t_next = _next_steps(t, t_next)
     history = Dpm2mHistory.empty(x) if history is None else history
     x0 = _predict(diffusion, model, x, t, clip_denoised, model_kwargs).x0
-    now = diffusion.table("_alphas_cumprod_from_clean", t + 1)
-    after = diffusion.table("_alphas_cumprod_from_clean", t_next + 1)
-    before = diffusion.table("_alphas_cumprod_from_clean", history.t + 1)
+    now = diffusion.table("alphas_cumprod_from_clean", t + 1)
+    after = diffusion.table("alphas_cumprod_from_clean", t_next + 1)
+    before = diffusion.table("alphas_cumprod_from_clean", history.t + 1)
     step = _half_log_snr(after) - _half_log_snr(now)
     last_step = _half_log_snr(now) - _half_log_snr(before)
     second_order = (history.t > t) & (t_next >= 0)
@@ -225,15 +226,6 @@ def _even_in_log_snr(diffusion: Diffusion, steps: int | None) -> tuple[int, ...]
     rank = np.arange(steps)
     distinct = np.maximum.accumulate(nearest - rank) + rank
     return tuple(int(t) for t in np.minimum(distinct, last - rank[::-1]))
-
-
-def draw_noise(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Standard normal noise like x, drawn on the generator's own device so that seeds mean the same everywhere."""
-    source = x.device if generator is None else generator.device
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    noise = torch.randn(x.shape, generator=generator, device=source, dtype=dtype)
-    channels_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
-    return noise.to(device=x.device, memory_format=torch.channels_last if channels_last else torch.preserve_format)
 
 
 def _predict(

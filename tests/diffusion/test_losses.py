@@ -8,8 +8,8 @@ import torch
 from torch.distributions import Normal, kl_divergence
 
 from tdc_fast.diffusion import Diffusion, named_betas
+from tdc_fast.diffusion.gaussian import discretized_gaussian_log_likelihood, normal_kl
 from tdc_fast.diffusion.likelihood import bound
-from tdc_fast.diffusion.losses import discretized_gaussian_log_likelihood, normal_kl
 
 T = 40
 LOG2 = torch.log(torch.tensor(2.0, dtype=torch.float64))

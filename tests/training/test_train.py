@@ -14,7 +14,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tdc_fast.data import dataset as data
 from tdc_fast.diffusion import Diffusion
-from tdc_fast.diffusion.losses import training_losses
 from tdc_fast.routing import TimestepGroups
 from tdc_fast.runs.build import build_unet
 from tdc_fast.runs.checkpoint import load_tensors
@@ -173,6 +172,7 @@ def test_an_experts_gradient_is_that_of_the_mean_loss_over_its_own_samples(folde
     run = open_run(config, 1)
     base = train_base(run)
     seen: list = []
+    training_losses = Diffusion.training_losses
 
     def recorded(self, model, x0, t, noise=None, model_kwargs=None):
         seen.append((x0, t, noise))
