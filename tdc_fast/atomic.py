@@ -1,4 +1,4 @@
-"""Files that are either the old ones or the new ones, whenever the process or the machine stops."""
+"""Atomic writes: whenever the process or the machine stops, a file has its old content or its new one."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ from typing import IO, Any
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file that takes its name only when it is complete and on the disk: temporary file, fsync, rename, fsync
-    of the directory. When the block raises, nothing changes."""
+    """Open a binary file for writing that gets its name when it is complete and on the disk.
+
+    It is written under a temporary name, synced and renamed, and then the directory is synced. If the block raises, the
+    old file stays.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "w+b") as file:
@@ -34,7 +37,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def sync_directory(directory: Path) -> None:
-    """Make renames in a directory survive a crash of the machine."""
+    """Sync a directory, so that renames in it survive a crash of the machine."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -43,13 +46,13 @@ def sync_directory(directory: Path) -> None:
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Delete temporary files that a killed process left in a directory."""
+    """Delete the temporary files of killed processes from a directory."""
     for leftover in directory.glob(".*.tmp"):
         leftover.unlink(missing_ok=True)
 
 
 def sha256_of(file: IO[bytes]) -> str:
-    """sha256 (hex) of a whole open file; the position ends at its end."""
+    """The sha256 of a whole open file, in hex; leaves the position at its end."""
     file.seek(0)
     digest = hashlib.sha256()
     while block := file.read(1 << 20):

@@ -1,4 +1,4 @@
-"""The two ways in which tdc_fast tells a caller what is wrong."""
+"""How tdc_fast reports a bad argument and a missing optional package."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from types import ModuleType
 
 
 def invalid(argument: str, value: object, remedy: str) -> ValueError:
-    """Returns (does not raise) the ValueError for a bad argument.
+    """Return (not raise) the ValueError for a bad argument.
 
     Args:
-        argument: the argument's name as the caller wrote it.
-        value: what it was; shown by its ``repr``, cut to one readable line.
-        remedy: what it should be, or what to do, as a clause that follows "expected".
+        argument: its name, as the caller wrote it.
+        value: its value; the message shows the ``repr``, shortened to one line.
+        remedy: what it should be, or what to do: the message continues with it after "expected".
     """
     shown = " ".join(repr(value).split())
     if len(shown) > 160:
@@ -21,14 +21,14 @@ def invalid(argument: str, value: object, remedy: str) -> ValueError:
 
 
 def require(module: str, extra: str) -> ModuleType:
-    """Imports an optional dependency.
+    """Import an optional dependency.
 
     Args:
         module: dotted name, such as ``"matplotlib.pyplot"``.
         extra: the extra of this package that installs it.
 
     Raises:
-        ImportError: naming the extra, when the module is not installed.
+        ImportError: the module is not installed; the message names the extra.
     """
     try:
         return importlib.import_module(module)

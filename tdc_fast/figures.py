@@ -1,4 +1,4 @@
-"""The style that all figures share: an empty figure without pyplot, its colours, and its PNG."""
+"""The style of all figures: an empty figure without pyplot, its colours, and its PNG."""
 
 from __future__ import annotations
 
@@ -17,13 +17,24 @@ GROUP_SHADES = ("#eef3f8", "#f8f5ee")
 
 
 def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **layout: Any) -> tuple[Figure, Any]:
-    """A figure without pyplot: no global state, no display."""
+    """Create a figure without pyplot: no global state, no display.
+
+    Args:
+        width: in inches.
+        height: in inches.
+        rows: rows of axes.
+        columns: columns of axes.
+        layout: arguments of matplotlib's ``Figure.subplots``.
+
+    Returns:
+        The figure and its axes, an array (rows, columns).
+    """
     require("matplotlib", "demo")
     from matplotlib import rcParams
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rcParams["svg.hashsalt"] = "tdc_fast"  # element ids that repeat from run to run
+    rcParams["svg.hashsalt"] = "tdc_fast"  # element ids are the same in every run
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False, **layout)
@@ -45,7 +56,7 @@ def _style(axis: Axes) -> None:
 
 
 def png(figure: Figure) -> bytes:
-    """The figure as a file of its own."""
+    """The bytes of a PNG file of the figure."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
     return buffer.getvalue()

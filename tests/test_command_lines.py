@@ -214,7 +214,7 @@ def test_a_run_is_sampled_and_its_held_out_loss_measured(run, tmp_path, capsys, 
     assert numbers["a"] == {"name": str(run), "images": 20, "is_run": True}
     losses = numbers["losses"][str(run)]
     assert len(losses["per_group"]) == 2 and losses["num_images"] == 16
-    assert "held out" in losses["images"]
+    assert "held-out" in losses["images"]
     assert numbers["floors_of"] == "digits"
     assert "denoising loss" in capsys.readouterr().out
 

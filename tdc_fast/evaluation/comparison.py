@@ -1,4 +1,4 @@
-"""Two sets of images compared: their Fréchet distance with its noise floors, and the denoising loss of runs."""
+"""Compare two sets of images: their Fréchet distance with its noise floors, and the denoising loss of runs."""
 
 from __future__ import annotations
 
@@ -22,10 +22,20 @@ FEW_IMAGES = 5000
 
 
 def evaluate(a: str, b: str, options: EvaluateOptions | None = None) -> dict[str, Any]:
-    """All numbers about two sets, ready for JSON.
+    """Compare two sets of images.
 
-    The reference of the real-against-real floors is the set that is no run; of two alike, the second.
-    Raises ValueError naming the set that is missing or does not fit the other.
+    The floors of the distance are measured on the set that is not a run; if both or neither are runs, on the second.
+
+    Args:
+        a: folder, array file, name of a dataset, or run directory; a run is sampled, and its denoising loss measured.
+        b: the same.
+        options: how to sample and compare; None takes the defaults.
+
+    Returns:
+        All numbers, as evaluation.json holds them.
+
+    Raises:
+        ValueError: a set is missing or does not fit the other one, or an option is out of range.
     """
     options = options or EvaluateOptions()
     for name in ("num_samples", "steps", "batch_size", "loss_images"):
@@ -69,7 +79,7 @@ def _extractor(images: Tensor, features: str) -> tuple[nn.Module, str]:
 
 
 def _losses(denoiser: TrainedDenoiser, other: ImageSet, options: EvaluateOptions) -> dict[str, Any]:
-    """The denoising loss by group: on the run's held-out images, else on the other set's."""
+    """The denoising loss of a run by group: on its held-out images if it has any, else on the other set."""
     config = denoiser.config
     steps = denoiser.diffusion.num_timesteps
     groups = denoiser.run.groups if denoiser.run else build_groups(config)
@@ -79,14 +89,14 @@ def _losses(denoiser: TrainedDenoiser, other: ImageSet, options: EvaluateOptions
         heldout = split_data(config)[1]
         assert heldout is not None
         x0, kwargs = heldout.batch(slice(0, options.loss_images))
-        images = f"the {len(x0)} first images that {config.data_dir} held out"
+        images = f"the first {len(x0)} held-out images of {config.data_dir}"
     elif denoiser.num_classes or other.denoiser is not None:
-        return {"skipped": "the run held no images out (--heldout 0)"}
+        return {"skipped": "the run has no held-out images (--heldout 0)"}
     else:
         x0, kwargs = other.images[: options.loss_images].float() / 127.5 - 1, {}
-        images = f"the first {len(x0)} images of {other.name} (the run held none out)"
+        images = f"the first {len(x0)} images of {other.name} (the run has no held-out images)"
     if tuple(x0.shape[1:]) != denoiser.image_shape:
-        return {"skipped": f"the images of {other.name} have another shape than the run's"}
+        return {"skipped": f"the images of {other.name} differ in shape from the run's"}
     losses = heldout_losses(
         denoiser.model,
         denoiser.diffusion,
@@ -100,7 +110,7 @@ def _losses(denoiser: TrainedDenoiser, other: ImageSet, options: EvaluateOptions
 
 
 def describe(result: dict[str, Any]) -> str:
-    """The numbers as lines of text."""
+    """The numbers that :func:`evaluate` returned, as lines of text."""
     lines = [
         f"A: {result['a']['name']} ({result['a']['images']} images)",
         f"B: {result['b']['name']} ({result['b']['images']} images)",
@@ -113,7 +123,7 @@ def describe(result: dict[str, Any]) -> str:
             f"{floor['mean']:.4f} ({floor['min']:.4f} to {floor['max']:.4f})"
         )
     if result["few_images"]:
-        lines.append(f"  fewer than {FEW_IMAGES} images on a side: compare only with distances of the same numbers")
+        lines.append(f"  a set has fewer than {FEW_IMAGES} images: compare only with distances of equally large sets")
     for name, losses in result["losses"].items():
         if "skipped" in losses:
             lines.append(f"denoising loss of {name}: not measured, {losses['skipped']}")

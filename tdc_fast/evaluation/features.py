@@ -1,4 +1,4 @@
-"""Feature spaces in which image sets are compared: a fixed random network, or features that are at hand already."""
+"""Feature extractors for the Fréchet distance: a fixed random network, or none for features computed already."""
 
 from __future__ import annotations
 
@@ -9,23 +9,34 @@ from tdc_fast.errors import invalid
 
 
 class PrecomputedFeatures(nn.Module):
-    """Stands in for a feature extractor where the features (M, F) are at hand already."""
+    """Extractor for features (M, F) that are computed already: returns them unchanged.
+
+    Args:
+        num_features: F.
+    """
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
         self.num_features = num_features
 
     def forward(self, features: Tensor) -> Tensor:
+        """The features (M, F) themselves."""
         return features
 
 
 class RandomConvFeatures(nn.Module):
-    """64 features of a small convolutional network with fixed random weights, for other images.
+    """64 features of a small convolutional network with fixed random weights, for images of any size and kind.
 
-    Three 3x3 convolutions with ReLU and pooling, weights orthogonal from a fixed seed; the features are mean and
-    standard deviation of 32 channels over the image. They follow texture, contrast and coarse shape, and know nothing
-    of meaning. The weights depend on the number of channels and on nothing else, so that results of different days
-    compare. Input (M, C, H, W) uint8 of any size from 4x4; output (M, 64) float32.
+    Three 3x3 convolutions with ReLU and pooling; the features are the mean and the standard deviation of 32 channels
+    over the image. They measure texture, contrast and coarse shape, not what the image shows. The weights are
+    orthogonal, from a fixed seed, and depend only on the number of channels, so results of different runs compare.
+
+    Args:
+        channels: C, the channels of the images.
+
+    Attributes:
+        num_features: length of a feature vector, 64.
+        description: names the feature space in reports.
     """
 
     num_features = 64
@@ -45,12 +56,25 @@ class RandomConvFeatures(nn.Module):
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
+        """Features (M, 64) float32 of images (M, C, H, W) uint8, at least 4x4 pixels."""
         maps = self.layers(images.float() / 127.5 - 1).flatten(2)
         return torch.cat([maps.mean(dim=2), maps.std(dim=2, correction=0)], dim=1)
 
 
 def extract(images: Tensor, extractor: nn.Module, batch_size: int = 512) -> Tensor:
-    """Features (M, F) of uint8 images (M, C, H, W), in float64 for the covariances that follow."""
+    """Extract the features of a set of images in batches.
+
+    Args:
+        images: (M, C, H, W) uint8.
+        extractor: module that maps a batch of images to features (B, F).
+        batch_size: images at once.
+
+    Returns:
+        Features (M, F) float64, the precision that their covariance needs.
+
+    Raises:
+        ValueError: the images have another dtype or shape.
+    """
     if images.dtype != torch.uint8 or images.dim() != 4:
         raise invalid("images", f"{images.dtype} {tuple(images.shape)}", "uint8 images (M, C, H, W)")
     with torch.no_grad():

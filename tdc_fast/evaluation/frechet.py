@@ -1,7 +1,7 @@
-"""Fréchet distance between two sets of images, in a feature space that the caller names.
+"""Fréchet distance between two sets of images, in a feature space that the caller chooses.
 
-The number compares only with others of the same feature space, reference set and number of samples. It is not the
-published "FID", which is defined by one particular Inception network: nothing here uses that name.
+Distances compare only if they have the same feature space, reference set and number of samples. This is not the
+published "FID", which is defined by one particular Inception network; the name is not used here.
 """
 
 from __future__ import annotations
@@ -18,11 +18,19 @@ from tdc_fast.evaluation.features import PrecomputedFeatures
 
 
 def frechet_distance(a: Tensor, b: Tensor, extractor: nn.Module, *, batch_size: int = 512) -> float:
-    """||mean_a - mean_b||^2 + trace(cov_a + cov_b - 2 (cov_a cov_b)^(1/2)) of the features of two image sets.
+    """The Fréchet distance between the features of two image sets.
 
-    a (M, C, H, W) and b (K, C, H, W) are what `extractor` takes (uint8 images for the extractors of this package); it
-    returns (M, F) and has an integer `num_features` = F. torchmetrics does the arithmetic, in float64. Raises
-    ValueError if a set has fewer than two members.
+    It is ``||mean_a - mean_b||^2 + trace(cov_a + cov_b - 2 (cov_a cov_b)^(1/2))``, computed by torchmetrics in float64.
+
+    Args:
+        a: (M, C, H, W), whatever the extractor takes: uint8 images for the extractors of this package.
+        b: (K, C, H, W), the same.
+        extractor: module that maps images to features (M, F), with an integer attribute ``num_features`` = F.
+        batch_size: images at once.
+
+    Raises:
+        ValueError: a set has fewer than two members.
+        ImportError: torchmetrics is not installed.
     """
     image_metrics = require("torchmetrics.image.fid", "demo")
     for name, images in (("a", a), ("b", b)):
@@ -34,12 +42,12 @@ def frechet_distance(a: Tensor, b: Tensor, extractor: nn.Module, *, batch_size: 
     for images, real in ((a, True), (b, False)):
         for batch in images.split(batch_size):
             metric.update(batch, real=real)
-    # Rounding may leave a value just below zero for equal sets; the distance itself never is.
+    # For equal sets rounding may give a value just below zero.
     return max(0.0, float(metric.compute()))
 
 
 class _Double(nn.Module):
-    """torchmetrics returns the dtype that the features had: float64 features keep the result in float64."""
+    """An extractor with float64 features: torchmetrics computes in the dtype of the features."""
 
     def __init__(self, extractor: nn.Module) -> None:
         super().__init__()
@@ -53,11 +61,13 @@ class _Double(nn.Module):
 
 @dataclass(frozen=True)
 class Floor:
-    """The distance that two sets of *real* images have, for want of infinite data.
+    """The distance between two sets of real images: what a perfect generator would still show with so few images.
 
-    kind "bootstrap": `n` images drawn with replacement from the reference against the whole reference; what a perfect
-    generator of the reference's own distribution would reach. kind "halves": two random halves of `n` images each,
-    which share nothing. `values` holds one distance for each repetition.
+    Attributes:
+        kind: "bootstrap" compares ``n`` images, drawn from the reference with replacement, with the whole reference;
+            "halves" compares two disjoint random halves of the reference.
+        n: images drawn, or in each half.
+        values: one distance per repetition.
     """
 
     kind: str
@@ -65,6 +75,7 @@ class Floor:
     values: tuple[float, ...]
 
     def to_json(self) -> dict[str, Any]:
+        """The floor as report.json holds it."""
         return {
             "kind": self.kind,
             "n": self.n,
@@ -76,7 +87,20 @@ class Floor:
 
 
 def real_floors(features: Tensor, *, bootstrap_n: int, repetitions: int = 8, seed: int = 0) -> tuple[Floor, Floor]:
-    """Both floors of a reference set, given its features (M, F)."""
+    """Both floors of a reference set.
+
+    Args:
+        features: (M, F), features of the reference images.
+        bootstrap_n: images in each bootstrap draw: as many as the samples that are compared with the reference.
+        repetitions: distances per floor.
+        seed: seed of the draws.
+
+    Returns:
+        The bootstrap floor and the floor of the halves.
+
+    Raises:
+        ValueError: there are fewer than four images.
+    """
     if len(features) < 4:
         raise invalid("features", f"{len(features)} images", "a reference of at least 4 images")
     generator = torch.Generator().manual_seed(seed)
@@ -93,9 +117,13 @@ def real_floors(features: Tensor, *, bootstrap_n: int, repetitions: int = 8, see
 
 @dataclass(frozen=True)
 class DistanceSpread:
-    """Distances of several independent draws of one model against one reference.
+    """Distances of several independent draws of one model from one reference.
 
-    Their standard deviation is the metric's own noise at this `n`; it does not cover training seeds.
+    Their standard deviation is the noise of the metric at this number of images; it does not cover training seeds.
+
+    Attributes:
+        n: images in each draw.
+        values: one distance per draw.
     """
 
     n: int
@@ -103,13 +131,16 @@ class DistanceSpread:
 
     @property
     def mean(self) -> float:
+        """Mean over the draws."""
         return float(np.mean(self.values))
 
     @property
     def standard_deviation(self) -> float:
+        """Sample standard deviation over the draws; NaN for a single one."""
         return float(np.std(self.values, ddof=1)) if len(self.values) > 1 else float("nan")
 
     def to_json(self) -> dict[str, Any]:
+        """The distances as report.json holds them."""
         return {
             "n": self.n,
             "draws": list(self.values),

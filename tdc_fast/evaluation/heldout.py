@@ -1,8 +1,8 @@
-"""How good is a denoiser: its loss on held-out images, and what a forward pass of its sampler costs.
+"""The loss of a denoiser on held-out images, and the cost of sampling an image with it.
 
-The held-out loss draws its noise and timesteps once from a seed, in an order that depends neither on the model nor on
-the batch size. Two models evaluated with the same arguments therefore see the same noisy images, and their difference
-is far more precise than either loss alone: `compare` gives it with its standard error.
+Noise comes from a seed, in an order that depends neither on the model nor on the batch size. Two models evaluated with
+the same arguments therefore see the same noisy images, and their difference is far more precise than either loss alone:
+:func:`compare` returns it with its standard error.
 """
 
 from __future__ import annotations
@@ -27,11 +27,13 @@ Denoiser = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class HeldoutLosses:
-    """Denoising loss on images that took no part in training.
+    """Denoising loss on images that were not trained on.
 
-    `per_image` (num_groups, M) float64 averages each image's loss over the group's timesteps; `per_group` and `mean`
-    are its averages. `mean` weights each group by its number of timesteps, so it estimates the loss under timesteps
-    drawn uniformly, whatever the groups.
+    Attributes:
+        per_image: (N, M) float64, the loss of each image, averaged over the measured timesteps of each group.
+        weights: share of each group in all timesteps.
+        timesteps: the measured timesteps of each group.
+        seed: seed of the noise.
     """
 
     per_image: Tensor
@@ -41,21 +43,29 @@ class HeldoutLosses:
 
     @property
     def per_group(self) -> tuple[float, ...]:
+        """Mean loss of each group."""
         return tuple(self.per_image.mean(dim=1).tolist())
 
     @property
     def mean(self) -> float:
+        """Mean loss over all timesteps.
+
+        Each group is weighted by its number of timesteps, so this estimates the loss at uniformly drawn timesteps for
+        any groups.
+        """
         return float(self.weighted_per_image().mean())
 
     @property
     def num_images(self) -> int:
+        """Number of images M."""
         return self.per_image.shape[1]
 
     def weighted_per_image(self) -> Tensor:
-        """(M,) loss of each image over all timesteps."""
+        """Loss of each image over all timesteps, (M,) float64."""
         return torch.tensor(self.weights, dtype=torch.float64) @ self.per_image
 
     def to_json(self) -> dict[str, Any]:
+        """The losses as report.json holds them, without those of single images."""
         return {
             "mean": self.mean,
             "per_group": list(self.per_group),
@@ -67,19 +77,30 @@ class HeldoutLosses:
 
 @dataclass(frozen=True)
 class Difference:
-    """Relative difference of two losses, with the standard error over the images that both models saw."""
+    """Relative difference of two losses.
+
+    Attributes:
+        relative: ``candidate / baseline - 1``.
+        standard_error: its standard error over the images.
+    """
 
     relative: float
     standard_error: float
 
     def to_json(self) -> dict[str, float]:
+        """The difference as report.json holds it."""
         return {"relative": self.relative, "standard_error": self.standard_error}
 
 
 def timestep_grid(groups: TimestepGroups, points_per_group: int) -> tuple[tuple[int, ...], ...]:
-    """Evenly spaced timesteps of each group: the middles of `points_per_group` equal parts of its interval.
+    """Evenly spaced timesteps of each group: the middles of equal parts of its interval.
 
-    A group with fewer timesteps than that is covered completely.
+    Args:
+        groups: the groups of timesteps.
+        points_per_group: how many timesteps per group; a group with fewer contributes all of its timesteps.
+
+    Raises:
+        ValueError: ``points_per_group`` is below 1.
     """
     if points_per_group < 1:
         raise invalid("points_per_group", points_per_group, "at least 1 timestep for each group")
@@ -101,12 +122,24 @@ def heldout_losses(
     seed: int = 0,
     batch_size: int = 512,
 ) -> HeldoutLosses:
-    """Denoising loss of `model` on `x0` (M, C, H, W) float32 in [-1, 1], for each of `groups`.
+    """Denoising loss of a model on held-out images, for each group of timesteps.
 
-    Every image is noised once at every timestep of `timestep_grid(groups, points_per_group)`. Where the loss also holds
-    a variational term (learned variance), only its mean squared error is reported, so that models with and without it
-    compare. `model_kwargs` holds tensors of leading dimension M (class labels as `y`). Raises ValueError if `x0` is
-    empty or not four-dimensional.
+    Every image is noised once at every timestep of ``timestep_grid(groups, points_per_group)``. For a model with
+    learned variance only the mean squared error is measured, not the variational term, so that it compares with other
+    models.
+
+    Args:
+        model: called as ``model(x, t, **model_kwargs)``.
+        diffusion: the diffusion process.
+        x0: images (M, C, H, W) float32 in [-1, 1].
+        groups: groups of all timesteps of ``diffusion``.
+        model_kwargs: tensors with leading dimension M, such as class labels ``y``.
+        points_per_group: timesteps measured in each group.
+        seed: seed of the noise.
+        batch_size: images at once; does not change the result.
+
+    Raises:
+        ValueError: ``x0`` is empty or not four-dimensional, or the groups do not match the diffusion's timesteps.
     """
     if x0.dim() != 4 or len(x0) == 0:
         raise invalid("x0", tuple(x0.shape), "at least one image, as a (M, C, H, W) tensor")
@@ -121,8 +154,7 @@ def heldout_losses(
         for points in grid:
             total = torch.zeros(len(x0), dtype=torch.float64)
             for timestep in points:
-                # Noise comes from one CPU generator for all images at once: neither the batch size nor the device
-                # changes what is drawn.
+                # Drawn for all images at once on the CPU, so that it depends on neither batch size nor device.
                 noise = torch.randn(x0.shape, generator=generator)
                 total += _losses_at(model, diffusion, x0, noise, timestep, model_kwargs or {}, batch_size)
             rows.append(total / len(points))
@@ -152,11 +184,20 @@ def _losses_at(
 
 
 def compare(candidate: HeldoutLosses, baseline: HeldoutLosses) -> tuple[Difference, tuple[Difference, ...]]:
-    """(overall, per group) relative difference `candidate / baseline - 1`, paired over images.
+    """Relative difference of two models' losses, paired over images.
 
-    The standard error is that of the mean paired difference, divided by the baseline's loss: it says how far other
-    held-out images would move the number, not how far another training seed would. Raises ValueError if the two were
-    not measured on the same draws.
+    The standard error is that of the mean paired difference, divided by the baseline's loss. It covers the choice of
+    held-out images, not the training seed.
+
+    Args:
+        candidate: losses of the model in question.
+        baseline: losses of the model it is compared with.
+
+    Returns:
+        The difference over all timesteps, and the differences of the groups.
+
+    Raises:
+        ValueError: the losses were not measured on the same images, timesteps and noise.
     """
     if (candidate.timesteps, candidate.seed) != (baseline.timesteps, baseline.seed):
         raise invalid("candidate", f"seed {candidate.seed}", "losses measured with the baseline's seed and timesteps")
@@ -182,12 +223,23 @@ def sampling_macs(
     image_shape: tuple[int, int, int],
     model_kwargs: Mapping[str, Tensor] | None = None,
 ) -> int:
-    """Multiply-accumulates of one image's whole sampling chain, counted by torch's FlopCounterMode.
+    """MACs of sampling one image, counted by torch's FlopCounterMode.
 
-    `timesteps` (S,) int64 holds the original timesteps at which the sampler calls the model (a chain that calls it
-    twice at one step lists that step twice); `image_shape` is (C, H, W). One batch holds one image at each of those
-    timesteps, so a routed model spends on each exactly what that step's expert costs. `model_kwargs` holds tensors of
-    leading dimension S. The result divided by S is the mean cost of a step.
+    The model is called once on a batch with one image at each timestep, so a routed model spends on each timestep what
+    the expert of that timestep costs.
+
+    Args:
+        model: the denoiser, dense or routed.
+        timesteps: (S,) int64, the original timesteps at which the sampler calls the model; a timestep at which it calls
+            the model twice appears twice.
+        image_shape: (C, H, W).
+        model_kwargs: tensors with leading dimension S.
+
+    Returns:
+        MACs of the whole chain; divided by S, the mean cost of a step.
+
+    Raises:
+        ValueError: ``timesteps`` is empty or not one-dimensional.
     """
     if timesteps.dim() != 1 or len(timesteps) == 0:
         raise invalid("timesteps", tuple(timesteps.shape), "the sampler's timesteps, as a (S,) tensor")

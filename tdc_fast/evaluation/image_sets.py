@@ -18,7 +18,13 @@ from tdc_fast.runs.denoisers import TrainedDenoiser, from_run
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images to compare, uint8 (M, C, H, W), and the denoiser that drew them, if one did."""
+    """Images to compare.
+
+    Attributes:
+        name: the dataset, path or run directory they come from.
+        images: (M, C, H, W) uint8.
+        denoiser: the denoiser that they were sampled from; None for a dataset.
+    """
 
     name: str
     images: Tensor
@@ -26,7 +32,16 @@ class ImageSet:
 
 
 def load_pair(a: str, b: str, options: EvaluateOptions) -> tuple[ImageSet, ImageSet]:
-    """Both sets at one size and number of channels."""
+    """Load two sets of images with the same size and number of channels.
+
+    Args:
+        a: folder, array file, name of a dataset, or run directory; a run is sampled.
+        b: the same.
+        options: size of the images, and how runs are sampled.
+
+    Raises:
+        ValueError: a set is missing, has fewer than two images, or has another shape than the other set.
+    """
     sets: dict[str, ImageSet] = {}
     size = options.image_size or None
     scaled = [name for name in (a, b) if name == "photos" or _is_folder(name)]
@@ -43,7 +58,7 @@ def load_pair(a: str, b: str, options: EvaluateOptions) -> tuple[ImageSet, Image
         raise invalid(
             "b",
             f"{b}: images of shape {tuple(second.images.shape[1:])}",
-            f"{tuple(first.images.shape[1:])}, as {a} has; --image_size scales what no run draws",
+            f"{tuple(first.images.shape[1:])}, as {a} has; --image_size scales all images but a run's",
         )
     for name, images in ((a, first.images), (b, second.images)):
         if len(images) < 2:
@@ -88,7 +103,10 @@ def _run_samples(name: str, options: EvaluateOptions) -> ImageSet:
 
 
 def _same_channels(first: ImageSet, second: ImageSet) -> tuple[ImageSet, ImageSet]:
-    """A grey set beside an RGB one: as grey, where the RGB set holds grey images (a folder always reads as RGB)."""
+    """Convert a grey and an RGB set to the same channels: grey if the RGB set has only grey images, else RGB.
+
+    A folder is always read as RGB, so its images may well be grey.
+    """
     channels = {first.images.shape[1], second.images.shape[1]}
     if channels != {1, 3}:
         return first, second

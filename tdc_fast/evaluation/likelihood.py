@@ -25,9 +25,20 @@ def bits_per_dimension(
     clip_denoised: bool = True,
     seed: int = 0,
 ) -> dict[str, np.ndarray]:
-    """Means over x0 (M, C, H, W) in [-1, 1]: `total` and `prior` (), and `vb`, `mse`, `xstart_mse` (T,).
+    """The variational bound of a denoiser and its terms, averaged over images.
 
-    The last three go step by step from T - 1 down to 0, as in improved-diffusion's files.
+    Args:
+        denoiser: the model and its diffusion process.
+        x0: images (M, C, H, W) in [-1, 1].
+        labels: (M,) int64 for a class-conditional model, else None.
+        batch_size: images at once.
+        clip_denoised: clip every predicted image to [-1, 1].
+        seed: seed of the noise.
+
+    Returns:
+        In bits per dimension, ``total`` and ``prior`` (scalars) and ``vb`` (T,); ``mse`` and ``xstart_mse`` (T,), the
+        squared errors of the predicted noise and image. Those of shape (T,) run from timestep T - 1 down to 0, as in
+        improved-diffusion's files.
     """
     generator = torch.Generator().manual_seed(seed)
     sums: dict[str, Tensor] = {}
@@ -69,7 +80,7 @@ def images_to_measure(denoiser: TrainedDenoiser, data_dir: str, limit: int) -> t
     else:
         heldout = split_data(config)[1] if config.data_dir and config.heldout else None
         if heldout is None:
-            raise invalid("data_dir", "", "images to measure: the run held none out")
+            raise invalid("data_dir", "", "images to measure, as the run has no held-out images")
         data = heldout
     x0, kwargs = data.batch(np.arange(min(limit, len(data))))
     if tuple(x0.shape[1:]) != denoiser.image_shape:

@@ -1,4 +1,4 @@
-"""How two sets of images are compared."""
+"""Options of comparing two sets of images."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ class EvaluateOptions:
     """How two sets are compared."""
 
     features: Literal["auto", "digits", "random-conv"] = "auto"
-    """Feature space of the distance. digits: 64 features of a classifier trained on scikit-learn's digits, for 8x8
-    grey images; random-conv: 64 of a fixed random network; auto takes digits where it fits."""
+    """Feature space of the Fréchet distance. digits: 64 features of a classifier trained on scikit-learn's digits, for
+    8x8 grey images; random-conv: 64 features of a fixed random network; auto: digits for 8x8 grey images, else
+    random-conv."""
     image_size: int = 0
-    """Size that all images but a run's are scaled to; 0 takes the other set's for photos and a folder, else their
-    own."""
+    """Size in pixels to which all images but a run's are scaled; 0 scales photos and folders to the size of the other
+    set, and leaves other images as they are."""
     num_samples: int = 5000
     """Images drawn from a run."""
     which: Which = "auto"
-    """With a run: its experts, its base, or (auto) the experts if there are any."""
+    """Which model of a run to sample: its experts, its base, or (auto) the experts if there are any."""
     sampler: SamplerName = "ddim"
     """Sampler for a run."""
     steps: int = 25
@@ -30,10 +31,10 @@ class EvaluateOptions:
     batch_size: int = 500
     """Images per batch, for sampling, features and losses."""
     loss_images: int = 512
-    """At most this many images for a run's denoising loss."""
+    """Maximum number of images for a run's denoising loss."""
     seed: int = 0
-    """Seed of sampling and of the loss's noise."""
+    """Seed of the samples and of the noise of the loss."""
     num_threads: int = 0
-    """CPU threads; 0 leaves the setting of the process."""
+    """CPU threads; 0 keeps the default of torch."""
     out: str = "evaluation.json"
-    """File for the numbers."""
+    """JSON file to write the numbers to."""

@@ -31,10 +31,27 @@ def draw_samples(
     device: str = "cpu",
     progress: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """`num_samples` images, uint8 (M, C, H, W) on the CPU, and their classes, int64 (M,) or None.
+    """Sample images from a denoiser.
 
-    The same seed and batch size give every model the same starting noise. `classes` limits what a class-conditional
-    model draws. Raises ValueError for a class that the model does not have.
+    The same seed and batch size give every model the same starting noise.
+
+    Args:
+        denoiser: the model and its diffusion process.
+        num_samples: M, how many images.
+        sampler: which sampler.
+        steps: sampling steps; None takes all timesteps.
+        batch_size: images at once.
+        seed: seed of noise and classes.
+        clip_denoised: clip every predicted image to [-1, 1].
+        classes: classes that a class-conditional model draws from; empty for all.
+        device: where the model is.
+        progress: print a line per batch.
+
+    Returns:
+        Images (M, C, H, W) uint8 on the CPU, and their classes (M,) int64, None for an unconditional model.
+
+    Raises:
+        ValueError: the model does not have one of the classes.
     """
     from tdc_fast.diffusion import sample
 
@@ -68,8 +85,16 @@ def draw_samples(
 
 
 def write_samples(directory: Path, images: Tensor, labels: Tensor | None) -> tuple[Path, Path]:
-    """Write `samples_{N}x{H}x{W}x{C}.npz` (arr_0 uint8 NHWC, arr_1 labels) and a .png of the first 100; their paths."""
+    """Write images as an archive, ``samples_{M}x{H}x{W}x{C}.npz``, and the first 100 of them as a picture.
 
+    Args:
+        directory: where to write; created if it does not exist.
+        images: (M, C, H, W) uint8.
+        labels: (M,) int64 or None.
+
+    Returns:
+        The paths of the archive (``arr_0`` the images (M, H, W, C), ``arr_1`` the labels) and of the .png.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     pixels = images.permute(0, 2, 3, 1).contiguous().numpy()
     name = "samples_" + "x".join(str(size) for size in pixels.shape)

@@ -1,4 +1,4 @@
-"""From finished runs and measurements to the comparison that the report shows."""
+"""Collect finished runs and their measurements into the comparison that the report shows."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from tdc_fast.report.numbers import Comparison, Curve, ExpertWidths, ModelResult
 from tdc_fast.runs.loading import Run, load_run
 
 SEED_NOTE = (
-    "The intervals on this page are those of measuring. What another training seed would change is not in them: the "
-    "same command with --seed 1 shows it."
+    "The intervals on this page cover the noise of measuring, not that of training: run the same command with --seed 1 "
+    "to see what another training seed changes."
 )
 NO_SMALL_BATCH_CONTROL = (
-    "The uniform baseline at small batches is missing. Stage 2 gives each expert few images in each of many steps, "
-    "and that alone also helps a uniform model; part of what the experts gain may come from it."
+    "The uniform baseline with small batches is missing. Stage 2 trains each expert in many steps on few images, which "
+    "also helps a uniform model; part of the experts' gain may come from it."
 )
 
 
@@ -37,10 +37,20 @@ def compare_runs(
     measured: dict[str, Measured],
     yardsticks: Yardsticks,
     protocol: Protocol,
-    job: dict[str, Any],
+    options: dict[str, Any],
     seconds: dict[str, float],
 ) -> Comparison:
-    """All numbers of the job; `first` is stage 1, `models` the contestants with the yardstick in front."""
+    """Collect all numbers of the demo.
+
+    Args:
+        first: the shared stage 1.
+        models: the compared models, the yardstick first.
+        measured: measurements by the key of the model.
+        yardsticks: what the samples were compared with.
+        protocol: how the models were measured.
+        options: the demo's options, for the report's settings.
+        seconds: time taken, by job.
+    """
     stage1 = load_run(first.directory)
     results = tuple(_result(stage1, model, measured[model.key], protocol) for model in models)
     reference = yardsticks.reference
@@ -63,7 +73,7 @@ def compare_runs(
         real_images=reference[chosen],
         settings={
             "model and training": {name: value for name, value in SETTINGS.items() if value != ""},
-            "this job": job,
+            "this job": options,
             "experts": _expert_settings(models),
         },
         environment=describe_environment(),
@@ -101,7 +111,15 @@ def _result(stage1: Run, model: Contestant, measured: Measured, protocol: Protoc
 
 
 def training_phases(stage1: Run, run: Run) -> tuple[dict[str, float], int]:
-    """What a run that went on from `stage1` has cost, in MACs by phase, `stage1` included; and its own steps."""
+    """The training cost of a run that continued from a stage 1.
+
+    Args:
+        stage1: the run that holds stage 1.
+        run: the run that started from its weights.
+
+    Returns:
+        MACs by phase, those of stage 1 included, and the number of steps of the run itself.
+    """
     shared, own = _phases(stage1)["stage1"], _phases(run)
     phases: dict[str, float] = {"stage 1": shared["macs"]}
     if run.config.groups:
@@ -122,10 +140,19 @@ def _phases(run: Run) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Rows:
-    """A progress.csv whose loss columns end in `suffix` and the group, and the compute that its steps stand for."""
+    """The rows of a progress.csv, and the training cost that they correspond to.
+
+    Attributes:
+        path: the progress.csv.
+        suffix: letter before the group in the names of the loss columns: "g" for groups, "q" for the quartiles that
+            uniform training logs; both are the same intervals here.
+        first_step: rows up to this step are left out.
+        start_macs: MACs spent up to that step.
+        macs_per_step: MACs of each step after it.
+    """
 
     path: Path
-    suffix: str  # "g" for groups, "q" for the quartiles that uniform training logs: here the same intervals
+    suffix: str
     first_step: int
     start_macs: float
     macs_per_step: float
@@ -169,6 +196,7 @@ def _expert_settings(models: Sequence[Contestant]) -> dict[str, Any]:
 
 
 def describe_environment() -> dict[str, str]:
+    """Versions of the packages that decide the numbers, the kernels in use, and the machine."""
     found = {"tdc_fast": tdc_fast.__version__, "python": platform.python_version(), "torch": torch.__version__}
     for package in ("numpy", "scikit-learn", "torchmetrics", "matplotlib"):
         try:

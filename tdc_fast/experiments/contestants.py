@@ -1,4 +1,4 @@
-"""Who takes part in the main job: one shared stage 1, and the models that go on from it at their own cost."""
+"""The models that the demo compares: one shared stage 1, and what continues from it at a given training cost."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ REDUCED_COST = 0.8
 NUM_GROUPS = 4
 PRUNED_K = 0.6
 STAGE2_BATCH = 32
-SMALL_BATCH = STAGE2_BATCH // NUM_GROUPS  # what one expert sees of it
+SMALL_BATCH = STAGE2_BATCH // NUM_GROUPS  # images per expert in it
 
 SETTINGS = {
     "data_dir": "digits",
@@ -36,12 +36,20 @@ SETTINGS = {
     "tensorboard": False,
     "progress": "never",
 }
-"""What all share. One thread each: tiny networks gain nothing from a second one, two models side by side do."""
+"""Settings of all models. One thread each: such small networks gain nothing from a second one, while two models train
+side by side."""
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """One model of the comparison and the run that trains it."""
+    """One model of the comparison and the run that trains it.
+
+    Attributes:
+        key: short name, in file names and JSON.
+        label: name in tables and figures.
+        description: how it is trained, in one sentence.
+        config: the configuration of its run.
+    """
 
     key: str
     label: str
@@ -50,22 +58,37 @@ class Contestant:
 
     @property
     def family(self) -> Literal["uniform", "experts"]:
+        """Whether it is one denoiser for all timesteps, or experts."""
         return "experts" if self.config.groups else "uniform"
 
     @property
     def directory(self) -> Path:
+        """Its run directory."""
         return Path(self.config.run_dir)
 
 
 def stage1(out: Path, baseline_steps: int, seed: int) -> Contestant:
-    """The uniform training that every contestant begins with, at a constant learning rate."""
+    """The uniform training at a constant learning rate that every model starts from.
+
+    Args:
+        out: folder of the runs.
+        baseline_steps: steps of the uniform baseline at cost C.
+        seed: training seed.
+    """
     steps = round(STAGE1_SHARE * baseline_steps)
     config = TrainConfig.from_dict({**SETTINGS, "seed": seed, "run_dir": str(out / "stage1"), "stage1_steps": steps})
     return Contestant("stage1", "stage 1", "shared by all", config)
 
 
 def contestants(out: Path, baseline_steps: int, seed: int, control: bool) -> tuple[Contestant, ...]:
-    """All models, the yardstick (cost C) first."""
+    """All models of the demo, the yardstick (the uniform baseline at cost C) first.
+
+    Args:
+        out: folder of the runs.
+        baseline_steps: steps of the uniform baseline at cost C.
+        seed: training seed.
+        control: include the uniform baseline with small batches.
+    """
     first = stage1(out, baseline_steps, seed)
     start = round(STAGE1_SHARE * baseline_steps)
     checkpoint = str(first.directory / model_file(start))
@@ -104,13 +127,13 @@ def contestants(out: Path, baseline_steps: int, seed: int, control: bool) -> tup
         Contestant(
             "uniform-80",
             "uniform, 0.8 C",
-            "The same training stopped at 0.8 C, its learning rate falling to 0 by then.",
+            "The same training, but its learning rate falls to 0 at 0.8 C, where it ends.",
             uniform("uniform-80", reduced),
         ),
         Contestant(
             "experts",
             "experts, whole, C",
-            f"{NUM_GROUPS} whole experts from stage 1, each fine-tuned on its own timesteps.",
+            f"{NUM_GROUPS} whole copies of stage 1 as experts, each fine-tuned on its own timesteps.",
             experts("experts", 1.0, 1.0),
         ),
         Contestant(
@@ -127,8 +150,8 @@ def contestants(out: Path, baseline_steps: int, seed: int, control: bool) -> tup
             Contestant(
                 "uniform-80-small",
                 "uniform, 0.8 C, small batch",
-                f"As above, with {factor} times the steps on {SMALL_BATCH} images each after stage 1: an "
-                "expert's share of a batch is as small, and small batches alone help.",
+                f"As above, but after stage 1 with {factor} times the steps on {SMALL_BATCH} images each, as many as "
+                "an expert gets in a step: small batches alone help.",
                 uniform("uniform-80-small", start + factor * (reduced - start), batch_size=SMALL_BATCH),
             ),
         )

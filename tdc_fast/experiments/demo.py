@@ -1,4 +1,4 @@
-"""The main job from its options to the report; a second call continues or repeats only what is missing."""
+"""The demo, from its options to the report; a second call only does what is missing."""
 
 from __future__ import annotations
 
@@ -25,33 +25,41 @@ FULL_STEPS = 3000
 
 @dataclass(frozen=True, kw_only=True)
 class DemoOptions:
-    """The main job: baselines and experts on scikit-learn's digits, and a report that compares them."""
+    """Baselines and experts on scikit-learn's digits, and a report that compares them."""
 
     out: str = "runs/demo"
     """Folder for the runs and the report."""
     scale: float = 1.0
-    """Length of training: 1 is a baseline of 3000 steps, 0.25 a quarter of that in about a quarter of the time."""
+    """Length of training: 1 is a baseline of 3000 steps; 0.25 takes about a quarter of the time."""
     seed: int = 0
     """Training seed."""
     samples: int = 5000
-    """Images in each draw of a model."""
+    """Images per draw of a model."""
     draws: int = 3
-    """Independent draws of each model; their spread is the distance's own noise."""
+    """Independent draws of each model; their spread is the noise of the Fréchet distance."""
     sampling_steps: int = 25
     """DDIM steps."""
     loss_points: int = 25
-    """Timesteps of each group at which the held-out loss is measured."""
+    """Timesteps per group at which the held-out loss is measured."""
     control: bool = True
-    """Also train the uniform baseline on small batches, the fair rival of stage 2."""
+    """Also train the uniform baseline with small batches, the fair comparison for stage 2."""
     processes: int = 0
-    """Worker processes of one thread each; 0 takes one for each core. Numbers do not depend on it."""
+    """Worker processes of one thread each; 0 starts one per core. The numbers do not depend on it."""
 
 
 def run_demo(options: DemoOptions, *, in_process: bool = False) -> Path:
-    """Train, measure and report; returns the path of report.html.
+    """Train, measure and write the report; what ``options.out`` already holds of the same demo is kept.
 
-    What `options.out` already holds of the same job is kept. `in_process` starts no workers (for tests).
-    Raises ValueError when the folder holds another job.
+    Args:
+        options: what to train and measure, and where.
+        in_process: start no worker processes (for tests).
+
+    Returns:
+        The path of report.html.
+
+    Raises:
+        ValueError: an option is out of range, or the folder holds something else.
+        KeyboardInterrupt: stopped by Ctrl-C after saving.
     """
     began = time.monotonic()
 
@@ -85,7 +93,7 @@ def run_demo(options: DemoOptions, *, in_process: bool = False) -> Path:
         {key: load_measured(path) for key, path in results.items()},
         load_yardsticks(yardsticks),
         protocol,
-        _deciding_options(options),
+        _recorded_options(options),
         {**seconds, "all": time.monotonic() - began},
     )
     page = write_report(comparison, out, "pruned", ("uniform", *_other_baselines(models)))
@@ -95,30 +103,28 @@ def run_demo(options: DemoOptions, *, in_process: bool = False) -> Path:
 
 def _check(options: DemoOptions) -> None:
     if not 0 < options.scale <= 1000:
-        raise invalid("scale", options.scale, "a number above 0, 1 for the full job")
+        raise invalid("scale", options.scale, "a number above 0 and at most 1000; 1 is the full demo")
     for name, least in (("samples", 2), ("draws", 1), ("sampling_steps", 1), ("loss_points", 1), ("processes", 0)):
         if getattr(options, name) < least:
             raise invalid(name, getattr(options, name), f"{least} or more")
 
 
 def _claim(out: Path, options: DemoOptions) -> None:
-    """Write what the folder is for, or check that it is for the same."""
-    deciding, path = _deciding_options(options), out / "demo.json"
+    """Record the options in the folder, or check that it was begun with the same."""
+    recorded, path = _recorded_options(options), out / "demo.json"
     if path.is_file():
         for name, value in read_options(path).items():
-            if deciding.get(name) != value:
-                raise invalid(
-                    name, deciding.get(name), f"{value!r}, as the job in {out} was begun with, or another --out"
-                )
-        print(f"continuing the job in {out}: what is finished is kept")
+            if recorded.get(name) != value:
+                raise invalid(name, recorded.get(name), f"{value!r}, as in the demo begun in {out}, or another --out")
+        print(f"continuing the demo in {out}: what is finished is kept")
         return
     if out.is_dir() and any(out.iterdir()):
         raise invalid("out", str(out), "a new or empty folder, or that of an earlier demo")
     out.mkdir(parents=True, exist_ok=True)
-    write_json(path, deciding)
+    write_json(path, recorded)
 
 
-def _deciding_options(options: DemoOptions) -> dict[str, Any]:
+def _recorded_options(options: DemoOptions) -> dict[str, Any]:
     """The options that decide the numbers."""
     return {name: value for name, value in asdict(options).items() if name not in ("out", "processes")}
 

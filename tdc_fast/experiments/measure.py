@@ -1,4 +1,4 @@
-"""What is measured of each finished model, the same for all: losses, samples, distances, cost of an image."""
+"""Measure every finished model in the same way: held-out loss, samples, Fréchet distance, MACs per image."""
 
 from __future__ import annotations
 
@@ -30,7 +30,17 @@ GRID_IMAGES = 100
 
 @dataclass(frozen=True)
 class Protocol:
-    """How every model is measured."""
+    """How every model is measured.
+
+    Attributes:
+        draws: independent draws of samples.
+        samples: images per draw.
+        sampling_steps: DDIM steps.
+        points_per_group: timesteps per interval at which the held-out loss is measured.
+        boundaries: intervals of timesteps of the held-out loss.
+        first_seed: seed of the first draw; the next ones count up.
+        loss_seed: seed of the noise of the held-out loss.
+    """
 
     draws: int
     samples: int
@@ -43,18 +53,33 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Measured:
-    """All that the report needs of one model."""
+    """The measurements of one model.
+
+    Attributes:
+        heldout: loss on held-out images.
+        distances: Fréchet distance of each draw.
+        samples: the first images of the first draw, (M, C, H, W) uint8, M at most 100.
+        macs_per_image: MACs of sampling one image.
+        parameters: parameters in use.
+    """
 
     heldout: HeldoutLosses
     distances: tuple[float, ...]
-    samples: Tensor  # (<= 100, C, H, W) uint8
+    samples: Tensor
     macs_per_image: int
     parameters: int
 
 
 @dataclass(frozen=True)
 class Yardsticks:
-    """What samples are compared with: real images (M, C, H, W) uint8, a feature space, the distance's floors in it."""
+    """What samples are compared with.
+
+    Attributes:
+        reference: real images (M, C, H, W) uint8.
+        extractor: the feature extractor.
+        feature_space: its description.
+        floors: distances between real images in this feature space.
+    """
 
     reference: Tensor
     extractor: nn.Module
@@ -63,9 +88,15 @@ class Yardsticks:
 
 
 def prepare_yardsticks(path: Path, samples: int, data_dir: str = "digits", image_size: int = 8) -> None:
-    """Choose the feature space, measure the floors for draws of `samples` images, and write both to `path`.
+    """Choose the feature space, measure the floors of the distance, and write both to a file.
 
-    8x8 digits are compared by a classifier trained on them, other images by fixed random features.
+    The features of 8x8 digits come from a classifier trained on them, those of other images from a random network.
+
+    Args:
+        path: the file to write.
+        samples: images per draw, which the floors depend on.
+        data_dir: dataset of the real images.
+        image_size: their size in pixels.
     """
     content: dict[str, Any] = {"data_dir": data_dir, "image_size": image_size, "classifier": None}
     reference = _real_images(data_dir, image_size)
@@ -73,9 +104,7 @@ def prepare_yardsticks(path: Path, samples: int, data_dir: str = "digits", image
     if (data_dir, image_size) == ("digits", 8):
         trained = train_classifier()
         extractor, content["classifier"] = trained.model, trained.model.state_dict()
-        content["feature_space"] = (
-            f"{trained.model.description}, {trained.accuracy:.1%} of whose held-out digits are named right"
-        )
+        content["feature_space"] = f"{trained.model.description}, {trained.accuracy:.1%} accurate on held-out digits"
     else:
         extractor = RandomConvFeatures(reference.shape[1])
         content["feature_space"] = extractor.description
@@ -85,6 +114,7 @@ def prepare_yardsticks(path: Path, samples: int, data_dir: str = "digits", image
 
 
 def load_yardsticks(path: Path) -> Yardsticks:
+    """Read what :func:`prepare_yardsticks` wrote."""
     content = load_tensors(path)
     reference = _real_images(content["data_dir"], content["image_size"])
     extractor: nn.Module = RandomConvFeatures(reference.shape[1])
@@ -101,9 +131,16 @@ def _real_images(data_dir: str, image_size: int) -> Tensor:
 
 
 def measure(run_directory: Path, yardsticks: Path, protocol: Protocol, path: Path) -> None:
-    """Measure the run's model and write the result to `path`; the first draw's images go to the run's samples/."""
+    """Measure the model of a run and write the result to a file; the first draw goes to the run's samples/.
+
+    Args:
+        run_directory: the run.
+        yardsticks: file that :func:`prepare_yardsticks` wrote.
+        protocol: how to measure.
+        path: the file to write.
+    """
     trained = from_run(run_directory)
-    # A single denoiser goes through the routed operators too: the same kernels for all, and the faster ones.
+    # A dense denoiser is routed as well, so that all models run on the same, faster kernels.
     denoiser = replace(trained, model=_routed(trained))
     compared_with = load_yardsticks(yardsticks)
     heldout_images = split_data(denoiser.config)[1]
@@ -147,6 +184,7 @@ def measure(run_directory: Path, yardsticks: Path, protocol: Protocol, path: Pat
 
 
 def load_measured(path: Path) -> Measured:
+    """Read what :func:`measure` wrote."""
     content = load_tensors(path)
     heldout = HeldoutLosses(
         per_image=content["per_image"],
@@ -171,7 +209,7 @@ def _routed(denoiser: TrainedDenoiser) -> nn.Module:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Parameters in use: those of the experts as separate modules, so that pruned channels do not count."""
+    """Number of parameters; of a routed model those of its experts as separate modules, without pruned channels."""
     if isinstance(model, RoutedModel):
         return sum(count_parameters(model.expert(i)) for i in range(model.num_experts))
     return sum(parameter.numel() for parameter in model.parameters())

@@ -1,4 +1,4 @@
-"""The report of a comparison: numbers as JSON, and one self-contained HTML page that reads offline."""
+"""The report of a comparison: its numbers as JSON, and one self-contained HTML page."""
 
 from __future__ import annotations
 

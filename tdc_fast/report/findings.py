@@ -1,4 +1,4 @@
-"""The sentences of a report: what the numbers show, in whichever direction, and what they cannot show."""
+"""The sentences of a report: which differences the numbers show, whether better, worse or too small to tell."""
 
 from __future__ import annotations
 
@@ -8,22 +8,27 @@ from dataclasses import dataclass
 from tdc_fast.evaluation.heldout import compare
 from tdc_fast.report.numbers import Comparison, ModelResult
 
-# A difference counts as clear where the measure's own noise alone would make one as large 1 time in 20.
-CLEAR = 1.96  # standard errors, where they are known well
-# Student's t for the few draws of a distance: degrees of freedom -> standard errors.
+# A difference is clear if noise alone would cause one as large less than 1 time in 20.
+CLEAR = 1.96  # standard errors, for a normal distribution
+# The same for few draws of a distance, by Student's t: degrees of freedom -> standard errors.
 CLEAR_BY_FREEDOM = {2: 4.30, 4: 2.78, 6: 2.45, 8: 2.31, 10: 2.23}
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """`outcome` is "better", "worse" or "level" (inside the spread); `sentence` says by how much."""
+    """How a model compares with another one on one measure.
+
+    Attributes:
+        outcome: "better", "worse", or "level" if the difference is within the noise.
+        sentence: the outcome in words, with numbers.
+    """
 
     outcome: str
     sentence: str
 
 
 def heldout_verdict(candidate: ModelResult, baseline: ModelResult) -> Verdict:
-    """Held-out loss over all timesteps, paired over images."""
+    """Compare the held-out loss over all timesteps, paired over images."""
     overall, _ = compare(candidate.heldout, baseline.heldout)
     size = f"{abs(overall.relative):.2%} ± {overall.standard_error:.2%}"
     if abs(overall.relative) <= CLEAR * overall.standard_error:
@@ -34,15 +39,15 @@ def heldout_verdict(candidate: ModelResult, baseline: ModelResult) -> Verdict:
 
 
 def frechet_verdict(candidate: ModelResult, baseline: ModelResult) -> Verdict:
-    """Mean distance over draws, against the standard error that the draws show."""
+    """Compare the mean Fréchet distance, with the standard error over the draws."""
     ours, theirs = candidate.frechet, baseline.frechet
     difference = ours.mean - theirs.mean
     draws = min(len(ours.values), len(theirs.values))
     error = math.hypot(ours.standard_deviation, theirs.standard_deviation) / math.sqrt(draws)
     clear = CLEAR_BY_FREEDOM.get(2 * (draws - 1), CLEAR) * error
     values = f"{ours.mean:.3g} against {theirs.mean:.3g}"
-    if not abs(difference) > clear:  # also where one draw leaves the error unknown
-        return Verdict("level", f"level on Fréchet distance, within the spread of the draws ({values})")
+    if not abs(difference) > clear:  # also for a single draw, whose error is NaN
+        return Verdict("level", f"level on Fréchet distance, within the noise of the draws ({values})")
     outcome = "better" if difference < 0 else "worse"
     return Verdict(outcome, f"{outcome} on Fréchet distance ({values})")
 
@@ -63,7 +68,7 @@ def versus(comparison: Comparison, candidate_key: str, baseline_key: str) -> str
 
 
 def headline(comparison: Comparison, candidate_key: str, baseline_key: str) -> str:
-    """The method's claim (better samples for less training compute), and whether this run shows it."""
+    """Whether this run shows the method's claim: better samples for less training compute."""
     candidate, baseline = comparison.model(candidate_key), comparison.model(baseline_key)
     outcomes = {heldout_verdict(candidate, baseline).outcome, frechet_verdict(candidate, baseline).outcome}
     saved = 1 - comparison.training_cost(candidate) / comparison.training_cost(baseline)
@@ -80,7 +85,7 @@ def headline(comparison: Comparison, candidate_key: str, baseline_key: str) -> s
 
 
 def group_sentence(comparison: Comparison, candidate_key: str, baseline_key: str) -> str:
-    """Where along the timesteps the candidate gains and loses."""
+    """One sentence on the difference in held-out loss by group."""
     candidate, baseline = comparison.model(candidate_key), comparison.model(baseline_key)
     _, per_group = compare(candidate.heldout, baseline.heldout)
     parts = []

@@ -1,4 +1,4 @@
-"""One HTML page from a `Comparison`: styles, figures and images are inline, so it reads offline and alone."""
+"""One HTML page from a `Comparison`, with styles, figures and images inline: it needs no other file and no network."""
 
 from __future__ import annotations
 
@@ -14,16 +14,22 @@ from tdc_fast.report.numbers import Comparison, ModelResult
 from tdc_fast.report.style import STYLE
 
 LEVEL_NOTE = (
-    "One training seed is shown. “Level” means that the difference lies within what the measure's own noise makes "
-    "19 times in 20: other held-out images, other samples. Other training seeds add to that; see the limits below."
+    "One training seed is shown. “Level” means that the difference is within the noise of measuring (other held-out "
+    "images, other samples) 19 times in 20. Training seeds add to it; see the limits below."
 )
 
 
 def write_report(comparison: Comparison, directory: Path, candidate: str, baselines: tuple[str, ...]) -> Path:
-    """Write report.html and report.json to `directory`; returns the page's path.
+    """Write report.html and report.json, each atomically.
 
-    `candidate` is the key of the model that the headline is about, `baselines` those it is held against (the first one
-    carries the headline). Both files appear whole or not at all.
+    Args:
+        comparison: the numbers.
+        directory: where to write; created if it does not exist.
+        candidate: key of the model that the headline is about.
+        baselines: keys of the models that it is compared with; the headline is about the first.
+
+    Returns:
+        The path of report.html.
     """
     directory.mkdir(parents=True, exist_ok=True)
     write_json(directory / "report.json", comparison.to_json())
@@ -34,7 +40,7 @@ def write_report(comparison: Comparison, directory: Path, candidate: str, baseli
 
 
 def render_report(comparison: Comparison, candidate: str, baselines: tuple[str, ...]) -> str:
-    """The page as text."""
+    """The page as HTML text; arguments as in :func:`write_report`."""
     body = "\n".join(
         (
             _header(comparison, candidate, baselines),
@@ -83,7 +89,7 @@ def _figure(source: str, alt: str, caption: str = "", css: str = "") -> str:
 
 
 def _table(head: Iterable[str], rows: Iterable[Iterable[str]], css: str = "") -> str:
-    """Cells are HTML already: callers escape what comes from outside."""
+    """An HTML table; cells are HTML already, so callers escape their text."""
     columns = "".join(f"<th>{cell}</th>" for cell in head)
     lines = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
     return (
@@ -132,10 +138,10 @@ def _numbers(comparison: Comparison) -> str:
     )
     note = (
         "Lower is better throughout; group 0 has the least noise. C is the measured training compute of the first "
-        f"model, {first.training_macs:.3e} multiply-accumulates; cost per image counts every step of the sampler with "
-        f"the expert that serves it ({first.sampling_macs / 1e6:.1f} M for the first model). Held-out loss: "
-        f"{first.heldout.num_images} images, fixed noise, {len(first.heldout.timesteps[0])} fixed timesteps for each "
-        "group, the same draws for all; ± is the standard error of the paired difference. Fréchet distance: "
+        f"model, {first.training_macs:.3e} MACs; cost per image counts every step of the sampler with the expert of "
+        f"that step ({first.sampling_macs / 1e6:.1f} M MACs for the first model). Held-out loss: "
+        f"{first.heldout.num_images} images, {len(first.heldout.timesteps[0])} fixed timesteps for each group, the "
+        "same noise for all models; ± is the standard error of the paired difference. Fréchet distance: "
         f"{len(first.frechet.values)} draws of {first.frechet.n} samples against {comparison.reference}; ± is the "
         f"standard deviation over the draws. Real against real: {floors}."
     )
@@ -154,18 +160,17 @@ def _samples(comparison: Comparison) -> str:
 
 def _heldout(comparison: Comparison) -> str:
     note = (
-        "Each point is a model's loss relative to the first one, on the same noisy images; the bars are two "
-        "standard errors over images. The overall loss is dominated by the groups with little noise, where losses "
-        "are largest."
+        "Each point is a model's loss relative to that of the first model, on the same noisy images; the bars are two "
+        "standard errors over images. Groups with little noise have the largest losses and dominate the overall loss."
     )
     return _figure(plots.heldout_differences(comparison), "held-out loss differences") + f'<p class="note">{note}</p>'
 
 
 def _distance(comparison: Comparison) -> str:
     note = (
-        f"Feature space: {comparison.feature_space}. This is not the published Inception-based score, and it "
-        "compares only with numbers of the same feature space, reference and n. Each dot is one independent draw of "
-        f"{comparison.models[0].frechet.n} samples; the bar is their mean. Ticks: sets of real images. “bootstrap” "
+        f"Feature space: {comparison.feature_space}. This is not the published Inception-based score; compare it only "
+        "with distances of the same feature space, reference and n. Each dot is one independent draw of "
+        f"{comparison.models[0].frechet.n} samples; the bar is their mean. Ticks are sets of real images: “bootstrap” "
         "draws with replacement from the reference itself, “halves” are disjoint and much smaller."
     )
     return _figure(plots.frechet_draws(comparison), "Fréchet distances") + f'<p class="note">{html.escape(note)}</p>'
@@ -173,25 +178,25 @@ def _distance(comparison: Comparison) -> str:
 
 def _groups(comparison: Comparison) -> str:
     note = (
-        "SNR(t) = 10 log10(ᾱ / (1 − ᾱ)). Difficulty rises with SNR: there is little noise to see. The hardest group "
-        "keeps the whole base model. Bars: the share of the base's compute that each pruned expert may use, and "
-        "what its solved widths measure."
+        "SNR(t) = 10 log10(ᾱ / (1 − ᾱ)). The higher the SNR, the harder the noise is to predict. The hardest group "
+        "keeps the whole base model. Bars: the share of the base's compute that each pruned expert may use, and the "
+        "share that its widths take."
     )
     return _figure(plots.snr_curve(comparison), "SNR curve, groups and budgets") + f'<p class="note">{note}</p>'
 
 
 def _widths(comparison: Comparison) -> str:
     note = (
-        "Live channels of all channels, for each unit that can be pruned (the inner width of a residual block, "
-        "heads of an attention layer) and each expert. 0 leaves only the skip path."
+        "Channels kept of all channels, for each expert and each unit that can be pruned (the inner width of a "
+        "residual block, the heads of an attention layer). 0 leaves only the skip path."
     )
     return _figure(plots.width_heatmap(comparison), "live widths", css="narrow") + f'<p class="note">{note}</p>'
 
 
 def _curves(comparison: Comparison) -> str:
     note = (
-        "Running means of the training loss. Lines that share a stage lie on each other until they part. Training "
-        "losses carry the noise of their draws: compare models by the held-out loss."
+        "Running means of the training loss. Models that share stage 1 share its line. Training losses are noisy: "
+        "compare models by the held-out loss."
     )
     return _figure(plots.loss_curves(comparison), "loss curves") + f'<p class="note">{note}</p>'
 
@@ -212,7 +217,7 @@ def _compute(comparison: Comparison) -> str:
             ]
         )  # fmt: skip
     head = ["model", *(html.escape(phase) for phase in phases), "total (C)", "steps", "parameters"]
-    note = "In units of C, counted by torch's FlopCounterMode, forward and backward, with pruned channels not counted."
+    note = "In units of C, counted by torch's FlopCounterMode, forward and backward, without pruned channels."
     descriptions = "".join(
         f"<li>{_swatch(comparison, model)}: {html.escape(model.description)}</li>" for model in comparison.models
     )
@@ -222,8 +227,7 @@ def _compute(comparison: Comparison) -> str:
 def _limits(comparison: Comparison) -> str:
     points = [
         "One training seed is shown. " + comparison.seed_note,
-        "A small data set of small images, and a network small enough for a laptop: the published gains are for "
-        "far larger ones.",
+        "The data set, its images and the networks are small; the published gains are for far larger ones.",
         *comparison.missing,
     ]
     return "<ul>" + "".join(f"<li>{html.escape(point)}</li>" for point in points) + "</ul>"

@@ -1,4 +1,4 @@
-"""What a report knows: plain numbers, in the shape in which report.json holds them."""
+"""The numbers of a report, in the structure of report.json."""
 
 from __future__ import annotations
 
@@ -13,21 +13,38 @@ from tdc_fast.evaluation.heldout import HeldoutLosses, compare
 
 @dataclass(frozen=True)
 class Curve:
-    """Training loss against compute spent: `macs` (P,), `losses[g]` (P,), None where a group was not seen."""
+    """Training loss against compute.
+
+    Attributes:
+        macs: MACs spent up to each of P points.
+        losses: for each group, its loss at each point; None where the group was not trained.
+    """
 
     macs: tuple[float, ...]
     losses: tuple[tuple[float | None, ...], ...]
 
     def to_json(self) -> dict[str, Any]:
+        """The curve as report.json holds it."""
         return {"macs": list(self.macs), "losses": [list(values) for values in self.losses]}
 
 
 @dataclass(frozen=True)
 class ModelResult:
-    """One trained model and all that was measured of it.
+    """One trained model and its measurements.
 
-    `phases` names what its training spent, in MACs, shared stages included. `sampling_macs` is one image.
-    `samples` (M, C, H, W) uint8 fills its sample grid.
+    Attributes:
+        key: short name, in report.json.
+        label: name in tables and figures.
+        family: one denoiser for all timesteps, or experts.
+        description: how it was trained, in one sentence.
+        phases: training MACs by phase, those of shared phases included.
+        steps: training steps by phase.
+        parameters: number of parameters in use.
+        sampling_macs: MACs of sampling one image.
+        heldout: loss on held-out images.
+        frechet: Fréchet distances of its draws.
+        curve: training loss against compute.
+        samples: images (M, C, H, W) uint8 for the grid.
     """
 
     key: str
@@ -45,20 +62,30 @@ class ModelResult:
 
     @property
     def training_macs(self) -> float:
+        """MACs of the whole training."""
         return sum(self.phases.values())
 
 
 @dataclass(frozen=True)
 class ExpertWidths:
-    """Live widths of one width plan: `widths[unit][expert]` of `channels[unit]` channels."""
+    """The widths of a width plan, and the MACs of its experts as shares of the base's.
+
+    Attributes:
+        units: names of the prunable units.
+        channels: channels of each unit in the base.
+        widths: for each unit, the channels that each expert keeps.
+        budgets: MACs that each expert may use.
+        macs: MACs that each expert uses.
+    """
 
     units: tuple[str, ...]
     channels: tuple[int, ...]
     widths: tuple[tuple[int, ...], ...]
-    budgets: tuple[float, ...]  # allowed MACs of each expert, as a fraction of the base
-    macs: tuple[float, ...]  # measured MACs of each expert, as a fraction of the base
+    budgets: tuple[float, ...]
+    macs: tuple[float, ...]
 
     def to_json(self) -> dict[str, Any]:
+        """The widths as report.json holds them."""
         return {
             "units": [
                 {"name": name, "channels": channels, "widths": list(widths)}
@@ -71,7 +98,26 @@ class ExpertWidths:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Models trained on the same data, measured alike. `models[0]` is the yardstick: its cost is 1 C."""
+    """Models trained on the same data and measured in the same way.
+
+    Attributes:
+        title: heading of the report.
+        subtitle: what is compared, in one sentence.
+        models: the models; the first is the yardstick, whose training cost is C.
+        boundaries: boundaries of the groups of timesteps, from 0 to T.
+        snr_db: signal-to-noise ratio of each timestep in decibels.
+        widths: widths of the pruned experts.
+        floors: Fréchet distances between real images.
+        feature_space: description of the feature space of the distance.
+        reference: description of the real images that samples are compared with.
+        sampler: description of the sampler.
+        real_images: real images (M, C, H, W) uint8 for the grid.
+        settings: settings to list, by heading.
+        environment: versions and machine.
+        seed_note: what the report says about training seeds.
+        missing: sentences on controls that were left out.
+        seconds: time taken, by job.
+    """
 
     title: str
     subtitle: str
@@ -86,19 +132,21 @@ class Comparison:
     real_images: Tensor
     settings: dict[str, dict[str, Any]]
     environment: dict[str, str]
-    seed_note: str  # what is known of how training seeds move the measures
+    seed_note: str
     missing: tuple[str, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
     def yardstick(self) -> ModelResult:
+        """The model that the others are compared with."""
         return self.models[0]
 
     def model(self, key: str) -> ModelResult:
+        """The model with this key."""
         return next(model for model in self.models if model.key == key)
 
     def place_in_family(self, model: ModelResult) -> int:
-        """How many models of its family stand before it."""
+        """Number of models of the same family before this one."""
         return [other for other in self.models if other.family == model.family].index(model)
 
     def training_cost(self, model: ModelResult) -> float:
@@ -110,7 +158,7 @@ class Comparison:
         return model.sampling_macs / self.yardstick.sampling_macs
 
     def to_json(self) -> dict[str, Any]:
-        """Every number of the report. Times stand apart under `seconds`: all else repeats from run to run."""
+        """Every number of the report; all but ``seconds`` are the same each time."""
         models = {}
         for model in self.models:
             overall, per_group = compare(model.heldout, self.yardstick.heldout)

@@ -1,4 +1,4 @@
-"""The figures of a report, as data URIs, so that the page needs no file beside it; and what all figures share."""
+"""The figures of a report as data URIs, so that the page needs no other file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Told apart by lightness as well as by hue: baselines are greys, experts are colours.
+# They differ in lightness as well as in hue: baselines are grey, experts coloured.
 FAMILY_COLOURS = {"uniform": ("#2f3a48", "#8f9baa", "#c2a14d"), "experts": ("#0f7f8c", "#d9662b", "#7a58a6")}
 
 
@@ -30,7 +30,7 @@ def _svg(figure: Figure) -> str:
 
 
 def smooth(values: Sequence[float | None], window: int) -> np.ndarray:
-    """Running mean over the last `window` values (fewer at the start); missing values are left out."""
+    """Running mean over the last ``window`` values, fewer at the start; missing values are left out."""
     array = np.array([np.nan if value is None else value for value in values], dtype=float)
     known = np.isfinite(array)
     sums = np.cumsum(np.where(known, array, 0.0))
@@ -47,7 +47,7 @@ def colour(comparison: Comparison, model: ModelResult) -> str:
 
 
 def loss_curves(comparison: Comparison) -> str:
-    """Training loss of each group against compute, one panel for each group."""
+    """Training loss against compute, one panel per group."""
     num_groups = len(comparison.boundaries) - 1
     columns = min(4, num_groups)
     rows = -(-num_groups // columns)
@@ -71,12 +71,12 @@ def loss_curves(comparison: Comparison) -> str:
 def _draw_curve(axis: Axes, curve: Curve, group: int, total: float, tint: str, label: str | None) -> None:
     losses = smooth(curve.losses[group], max(1, len(curve.macs) // 25))
     x = np.array(curve.macs) / total
-    shown = np.isfinite(losses) & (x > 0.1)  # the first fall would flatten all that follows
+    shown = np.isfinite(losses) & (x > 0.1)  # the steep start would flatten the rest
     axis.plot(x[shown], losses[shown], color=tint, linewidth=1.5, label=label)
 
 
 def snr_curve(comparison: Comparison) -> str:
-    """SNR in decibels over the timesteps, with the groups' boundaries; below, what each expert may cost."""
+    """SNR over the timesteps with the groups; below it the MACs of each expert and its budget."""
     figure, axes = new_figure(11, 4.4, 2, 1, sharex=True, height_ratios=[1.7, 1])
     top, bottom = axes[0, 0], axes[1, 0]
     boundaries, plan = comparison.boundaries, comparison.widths
@@ -117,7 +117,7 @@ def snr_curve(comparison: Comparison) -> str:
 
 
 def width_heatmap(comparison: Comparison) -> str:
-    """Live share of each prunable unit, a row for each unit and a column for each expert."""
+    """Share of channels kept, a row per prunable unit and a column per expert."""
     plan = comparison.widths
     num_units, num_experts = len(plan.units), len(plan.widths[0])
     figure, axes = new_figure(max(6.0, 2.6 + 1.25 * num_experts), 1.0 + 0.36 * num_units)
@@ -140,7 +140,7 @@ def width_heatmap(comparison: Comparison) -> str:
 
 
 def heldout_differences(comparison: Comparison) -> str:
-    """Held-out loss against the yardstick, overall and by group, with two standard errors either side."""
+    """Held-out loss relative to the yardstick, overall and by group, with two standard errors either side."""
     figure, axes = new_figure(11, 3.2)
     axis = axes[0, 0]
     others = comparison.models[1:]
@@ -166,7 +166,7 @@ def heldout_differences(comparison: Comparison) -> str:
 
 
 def frechet_draws(comparison: Comparison) -> str:
-    """Every draw's distance, its mean, and what two sets of real images have."""
+    """Distances of all draws, their means, and distances between real images."""
     figure, axes = new_figure(11, 0.75 + 0.42 * len(comparison.models) + 0.42 * len(comparison.floors))
     axis = axes[0, 0]
     names = [model.label for model in comparison.models]
@@ -186,7 +186,14 @@ def frechet_draws(comparison: Comparison) -> str:
 
 
 def sample_grid(images: Tensor, columns: int = 10, scale: int = 4, gap: int = 1) -> str:
-    """A PNG of uint8 images (M, C, H, W), each pixel drawn `scale` times, as a data URI."""
+    """A picture of images in rows, as a data URI.
+
+    Args:
+        images: (M, C, H, W) uint8, C 1 or 3.
+        columns: images per row.
+        scale: pixels of the picture per pixel of an image, in each direction.
+        gap: pixels between images, before scaling.
+    """
     buffer = io.BytesIO()
     grid_image(images, columns, scale, gap).save(buffer, format="PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

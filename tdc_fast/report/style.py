@@ -1,4 +1,4 @@
-"""The style sheet of a report: system fonts, one column, tables that scroll rather than squeeze."""
+"""The style sheet of a report."""
 
 from __future__ import annotations
 
