@@ -21,7 +21,7 @@ struct Region {
   std::atomic<bool> failed{false};
   std::exception_ptr error;
 
-  // A task that throws stops the hand-out; the first exception is kept. It must not cross the OpenMP runtime.
+  // After an exception no more tasks are handed out; the first one is kept. It must not cross the OpenMP runtime.
   void work(int thread) noexcept {
     for (;;) {
       const int64_t task = next.fetch_add(1, std::memory_order_relaxed);
@@ -53,7 +53,7 @@ struct OpenMP {
   }
 };
 
-// Resolved at the first parallel region, when whoever uses us has imported torch.
+// Resolved at the first parallel region, when the process has usually imported torch.
 const OpenMP& openmp() {
   static const OpenMP omp = OpenMP::resolve();
   return omp;

@@ -1,9 +1,9 @@
 // parallel_for: one parallel region over independent tasks.
 //
 // torch's own operators run on an OpenMP pool, and that pool's idle workers spin for milliseconds. A second pool
-// would fight them for the cores, so when the process already holds an OpenMP runtime (torch loads it with global
-// visibility) its workers are used, through the stable entry points GOMP_parallel and omp_get_thread_num that both
-// libgomp and libomp export. Without one, a pool of std::thread does the work.
+// would compete with them for the cores, so when the process already holds an OpenMP runtime (torch loads it with
+// global visibility) its workers are used, through the stable entry points GOMP_parallel and omp_get_thread_num that
+// both libgomp and libomp export. Without one, a pool of std::thread does the work.
 #pragma once
 
 #include <cstdint>

@@ -3,6 +3,15 @@
 // Group g holds samples offsets[g] .. offsets[g + 1] and uses expert weight_index[g]; only its first in_widths[g] input
 // and out_widths[g] output channels are live. Dead inputs are never read, dead outputs and gradients are exact zeros.
 // Sums are fp32 whatever the dtype, and no result depends on the number of threads.
+//
+// Words used throughout cpu/conv*:
+//   panel        up to kPanelVectors vectors of adjacent channels of the result: the width of a register tile
+//   tile         sums held in registers: some pixels (wgrad: input channels) by the channels of one panel
+//   chunk        pixels of one group that a task works on: whole samples, or a range of rows of one sample
+//   block        wgrad: kDepthBlock adjacent input channels
+//   weight tile  wgrad: a range of panels by a range of blocks of one expert's dweight, whose sums stay in the cache
+//   split        wgrad: one of the tasks that divide the chunks of a weight tile, as in split-K
+//   partial sums wgrad: the sums of one split
 #pragma once
 
 #include <cstdint>

@@ -1,6 +1,6 @@
-// The host side of forward and dgrad: packs the live weights of every expert into panels, then computes blocks of
+// The host side of forward and dgrad: packs the live weights of every expert into panels, then computes chunks of
 // pixels of all groups, in one parallel region.
-#include "cpu/conv_gather.h"
+#include "cpu/conv_geometry.h"
 
 #include <algorithm>
 #include <cstring>
@@ -14,22 +14,22 @@ namespace tdc {
 namespace {
 
 constexpr int64_t kSourceLimit = int64_t{192} << 10;  // bytes of source per task: it shares L2 with a panel
-constexpr int64_t kBlockPixels = 128;
+constexpr int64_t kChunkPixels = 128;
 constexpr int64_t kLeastPixels = 64;                 // fewer would leave tiles of image corners too small
 constexpr int64_t kTasksWanted = 32;                 // enough for an even load, from shapes alone
 constexpr int64_t kParallelMacs = int64_t{1} << 19;  // below, waking a thread costs more than it saves
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-struct BlockTask {
+struct Task {
   int64_t group, sample_begin, sample_end, row_begin, row_end, panel_begin, panel_end;
 };
 
 struct Workspace {  // of the calling thread, read by all
   GatherGeometry geometry;
   PackedPanels panels;
-  std::vector<BlockTask> blocks;
-  std::vector<int64_t> costs;  // of the blocks
+  std::vector<Task> tasks;
+  std::vector<int64_t> costs;  // of the tasks
   WorkShares shares;
 };
 
@@ -57,9 +57,9 @@ class Gather {
   void run() {
     if (p_.batch == 0) return;
     plan_experts();
-    plan_blocks();
+    plan_chunks();
     while (panels_.next_wave()) {
-      work_.blocks.clear();
+      work_.tasks.clear();
       work_.costs.clear();
       for (int64_t g = 0; g < p_.num_groups; ++g)
         if (p_.expert(g) >= panels_.first_expert() && p_.expert(g) <= panels_.last_expert()) plan_group(g);
@@ -82,29 +82,29 @@ class Gather {
     }
   }
 
-  // Blocks of whole small images or of rows of a large one, sized by shapes alone.
-  void plan_blocks() {
+  // Chunks of whole small images or of rows of a large one, sized by shapes alone.
+  void plan_chunks() {
     const int64_t rows = geo_.rows.indices, image = rows * geo_.columns.indices;
     const int64_t pixels = p_.batch * image;
-    const int64_t wanted = std::min(kBlockPixels, std::max<int64_t>(kLeastPixels, pixels / kTasksWanted));
+    const int64_t wanted = std::min(kChunkPixels, std::max<int64_t>(kLeastPixels, pixels / kTasksWanted));
     const int64_t line = geo_.columns.source_size * depth_ * 4;  // bytes of a source row in fp32
-    block_samples_ = 1;
-    block_rows_ = rows;
+    chunk_samples_ = 1;
+    chunk_rows_ = rows;
     if (image >= wanted) {
-      int64_t band = std::max<int64_t>(1, wanted / geo_.columns.indices);
+      int64_t most_rows = std::max<int64_t>(1, wanted / geo_.columns.indices);
       const int64_t extra = geo_.rows.max_tap - geo_.rows.min_tap;
-      while (band > 1 && ((band - 1) * geo_.rows.source_step + extra + 1) * line > kSourceLimit) --band;
-      block_rows_ = ceil_div(rows, ceil_div(rows, band));
+      while (most_rows > 1 && ((most_rows - 1) * geo_.rows.source_step + extra + 1) * line > kSourceLimit) --most_rows;
+      chunk_rows_ = ceil_div(rows, ceil_div(rows, most_rows));
     } else {
       const int64_t samples = std::min(wanted / image, kSourceLimit / (geo_.rows.source_size * line));
-      block_samples_ = std::max<int64_t>(1, samples);
-      if (op_.sample_bias) block_samples_ = std::max<int64_t>(1, std::min(block_samples_, (int64_t{1} << 15) / lanes_));
+      chunk_samples_ = std::max<int64_t>(1, samples);
+      if (op_.sample_bias) chunk_samples_ = std::max<int64_t>(1, std::min(chunk_samples_, (int64_t{1} << 15) / lanes_));
     }
-    // Few blocks: spread the panels over tasks as well.
-    int64_t blocks = 0;
+    // With few chunks, the panels are divided among tasks as well.
+    int64_t chunks = 0;
     for (int64_t g = 0; g < p_.num_groups; ++g)
-      blocks += ceil_div(p_.offsets[g + 1] - p_.offsets[g], block_samples_) * ceil_div(rows, block_rows_);
-    panel_splits_ = ceil_div(kTasksWanted, std::max<int64_t>(blocks, 1));
+      chunks += ceil_div(p_.offsets[g + 1] - p_.offsets[g], chunk_samples_) * ceil_div(rows, chunk_rows_);
+    panel_ranges_ = ceil_div(kTasksWanted, std::max<int64_t>(chunks, 1));
   }
 
   void plan_group(int64_t g) {
@@ -112,19 +112,20 @@ class Gather {
     const int64_t total = panels_.count(live_dest(g));
     const int64_t begin = std::min(e.begin, total), end = std::min(e.end, total);
     if (begin == end && !(total == 0 && e.begin == 0)) return;
-    const int64_t splits = std::max<int64_t>(1, std::min(panel_splits_, end - begin));
+    const int64_t ranges = std::max<int64_t>(1, std::min(panel_ranges_, end - begin));
     const int64_t first = p_.offsets[g], samples = p_.offsets[g + 1] - first;
-    const int64_t pieces = ceil_div(samples, block_samples_), bands = ceil_div(geo_.rows.indices, block_rows_);
-    for (int64_t i = 0; i < pieces; ++i)
-      for (int64_t b = 0; b < bands; ++b)
-        for (int64_t s = 0; s < splits; ++s)
-          add_block({g, first + samples * i / pieces, first + samples * (i + 1) / pieces, geo_.rows.indices * b / bands,
-                     geo_.rows.indices * (b + 1) / bands, begin + (end - begin) * s / splits,
-                     begin + (end - begin) * (s + 1) / splits});
+    const int64_t sample_ranges = ceil_div(samples, chunk_samples_),
+                  row_ranges = ceil_div(geo_.rows.indices, chunk_rows_);
+    for (int64_t i = 0; i < sample_ranges; ++i)
+      for (int64_t b = 0; b < row_ranges; ++b)
+        for (int64_t s = 0; s < ranges; ++s)
+          add_task({g, first + samples * i / sample_ranges, first + samples * (i + 1) / sample_ranges,
+                    geo_.rows.indices * b / row_ranges, geo_.rows.indices * (b + 1) / row_ranges,
+                    begin + (end - begin) * s / ranges, begin + (end - begin) * (s + 1) / ranges});
   }
 
-  void add_block(const BlockTask& task) {
-    work_.blocks.push_back(task);
+  void add_task(const Task& task) {
+    work_.tasks.push_back(task);
     const int64_t rows = (task.sample_end - task.sample_begin) * (task.row_end - task.row_begin);
     work_.costs.push_back(rows * (live_source(task.group) + 4) * (task.panel_end - task.panel_begin + 1));
   }
@@ -134,19 +135,19 @@ class Gather {
     return memory;
   }
 
-  // Pixels and taps of a task that go together.
+  // Pixels of a task that share a list of taps.
   struct Class {
     int64_t pixel_begin, pixel_end, tap_begin, tap_end;
   };
 
   // Where the source pixels of a task are.
   struct SourceView {
-    const float* base;           // pixel (0, 0) of the first sample, which may lie outside what is there
+    const float* base;           // pixel (0, 0) of the first sample, which may lie outside the buffer
     int64_t pixel, line, image;  // floats from pixel to pixel, row to row, sample to sample
   };
 
   void compute(int64_t index) const {
-    const BlockTask& task = work_.blocks[index];
+    const Task& task = work_.tasks[index];
     if (task.panel_begin == task.panel_end) return zero_rows(task);
     panels_.prepare(p_.expert(task.group), task.panel_begin, task.panel_end);
     LocalMemory& memory = local();
@@ -192,17 +193,17 @@ class Gather {
                                  (geo_.first_tap[phase] + r * static_cast<int64_t>(column.taps.size()) + s) * tap_size};
       c.tap_end = counts.taps;
     });
-    // Most often this thread goes on with the next block.
+    // Usually this thread continues with the next task.
     Prefetch next(*this, index + 1, task.panel_end - task.panel_begin, pixel_count);
     run_tiles(task, classes, counts.classes, pixels, taps, next);
   }
 
-  // Fetches the source of a coming block into the cache, a little after every tile.
+  // Fetches the source of the next task into the cache, a little after every tile.
   class Prefetch {
    public:
     Prefetch(const Gather& gather, int64_t index, int64_t panels, int64_t pixels) {
-      if (gather.type_ != 0 || index >= static_cast<int64_t>(gather.work_.blocks.size())) return;
-      const BlockTask& task = gather.work_.blocks[index];
+      if (gather.type_ != 0 || index >= static_cast<int64_t>(gather.work_.tasks.size())) return;
+      const Task& task = gather.work_.tasks[index];
       const Axis& rows = gather.geo_.rows;
       const int64_t line = gather.geo_.columns.source_size;
       const int64_t begin = std::max<int64_t>(0, task.row_begin * rows.source_step + rows.min_tap);
@@ -231,7 +232,7 @@ class Gather {
     int64_t classes = 0, taps = 0;
   };
 
-  Counts count_classes(const BlockTask& task) const {
+  Counts count_classes(const Task& task) const {
     Counts counts;
     each_class(task, [&](size_t, const AxisPhase&, const AxisRun& i_run, int64_t, int64_t, const AxisPhase&,
                          const AxisRun& j_run) {
@@ -242,7 +243,7 @@ class Gather {
   }
 
   template <typename Fn>
-  void each_class(const BlockTask& task, Fn&& fn) const {
+  void each_class(const Task& task, Fn&& fn) const {
     size_t phase = 0;
     for (const AxisPhase& row : geo_.rows.phases) {
       for (const AxisPhase& column : geo_.columns.phases) {
@@ -256,7 +257,7 @@ class Gather {
     }
   }
 
-  void run_tiles(const BlockTask& task, const Class* classes, int64_t num_classes, const ConvPixel* pixels,
+  void run_tiles(const Task& task, const Class* classes, int64_t num_classes, const ConvPixel* pixels,
                  const GatherTap* taps, Prefetch& next) const {
     const PackedPanels::Expert& e = panels_.expert(p_.expert(task.group));
     GatherTile tile;
@@ -273,7 +274,7 @@ class Gather {
       for (const Class* c = classes; c != classes + num_classes; ++c) {
         tile.taps = taps + c->tap_begin;
         tile.num_taps = tile.depth == 0 ? 0 : c->tap_end - c->tap_begin;
-        // Tiles of like size: a lone last pixel would wait for its own sums.
+        // Tiles of about equal size: a last tile of one pixel would have too few independent sums.
         const int64_t count = c->pixel_end - c->pixel_begin, tiles = ceil_div(count, kernels_.pixels);
         for (int64_t i = 0; i < tiles; ++i) {
           const int64_t begin = count * i / tiles;
@@ -286,7 +287,7 @@ class Gather {
     }
   }
 
-  SourceView view_source(const BlockTask& task) const {
+  SourceView view_source(const Task& task) const {
     SourceView view = {nullptr, geo_.source_channels, 0, 0};
     view.line = view.pixel * geo_.columns.source_size;
     view.image = view.line * geo_.rows.source_size;
@@ -295,7 +296,7 @@ class Gather {
   }
 
   // The live channels of the source rows that the task reads, in fp32.
-  SourceView copy_source(const BlockTask& task, LocalMemory& memory) const {
+  SourceView copy_source(const Task& task, LocalMemory& memory) const {
     const Axis& rows = geo_.rows;
     const int64_t depth = live_source(task.group), columns = geo_.columns.source_size;
     const int64_t begin = std::max<int64_t>(0, task.row_begin * rows.source_step + rows.min_tap);
@@ -313,7 +314,7 @@ class Gather {
   }
 
   // bias (+ sample_bias) of the task's panels in fp32, zero past the live width: one row, or one per sample.
-  const float* initial_rows(const BlockTask& task, LocalMemory& memory, int64_t& stride) const {
+  const float* initial_rows(const Task& task, LocalMemory& memory, int64_t& stride) const {
     const int64_t begin = task.panel_begin * panel_, width = (task.panel_end - task.panel_begin) * panel_;
     const int64_t live = std::min(width, live_dest(task.group) - begin);
     const int64_t rows = op_.sample_bias ? task.sample_end - task.sample_begin : 1;
@@ -337,7 +338,7 @@ class Gather {
     return init - begin;
   }
 
-  void zero_rows(const BlockTask& task) const {
+  void zero_rows(const Task& task) const {
     const int64_t line = geo_.columns.dest_size * geo_.dest_channels * element_;
     const int64_t begin = task.row_begin * geo_.rows.dest_step;
     const int64_t end = std::min(task.row_end * geo_.rows.dest_step, geo_.rows.dest_size);
@@ -355,7 +356,7 @@ class Gather {
   int type_;
   int64_t panel_, element_, macs_ = 0;
   int64_t depth_ = 1, lanes_ = 1;  // the widest group's
-  int64_t block_rows_ = 0, block_samples_ = 0, panel_splits_ = 1;
+  int64_t chunk_rows_ = 0, chunk_samples_ = 0, panel_ranges_ = 1;
 };
 
 Workspace& workspace() {

@@ -8,7 +8,7 @@
 
 namespace tdc {
 
-// A panel is up to kPanelVectors vectors of adjacent output channels: the width of one register tile.
+// Vectors in a panel; see cpu/conv.h for the words used here.
 constexpr int kPanelVectors = 2;
 
 // One output pixel of a gather tile.
@@ -72,7 +72,7 @@ struct PanelPack {
   int64_t row;       // floats per packed row: a multiple of the vector length
 };
 
-// The way back for weight gradients:
+// The reverse, for weight gradients:
 // weights[lane * lane_stride + c * depth_stride + taps[t]] = sums[t * depth + c][lane].
 struct PanelUnpack {
   const float* sums;

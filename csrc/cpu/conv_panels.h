@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "cpu/conv_gather.h"
+#include "cpu/conv_geometry.h"
 #include "cpu/conv_kernels.h"
 #include "cpu/conv_scratch.h"
 
@@ -19,7 +19,7 @@ class PackedPanels {
     int64_t memory = 0, state = 0;  // first float; states_[state + panel - begin]
   };
 
-  // Forgets everything; then widen() every expert in use, then next_wave() until it returns false.
+  // Starts over. Then call widen() for every expert in use, then next_wave() until it returns false.
   void reset(const Conv2dProblem& problem, const GatherGeometry& geometry, const ConvKernels& kernels,
              const void* weight);
   void widen(int64_t expert, int64_t lanes, int64_t depth);
@@ -32,12 +32,12 @@ class PackedPanels {
   int64_t lanes_per_panel() const { return lanes_per_panel_; }
   int64_t count(int64_t lanes) const { return (lanes + lanes_per_panel_ - 1) / lanes_per_panel_; }
 
-  // Packs those panels [begin, end) that no thread has begun, then waits for the others.
+  // Packs the panels [begin, end) that no other thread has started on, then waits for the others to be ready.
   void prepare(int64_t expert, int64_t begin, int64_t end) const;
 
   // Floats per packed row: whole vectors, fewer in an expert's last panel.
   int64_t row(const Expert& e, int64_t panel) const;
-  // Packed rows per tap: an odd number, so that the taps of a channel do not all fall on the same cache sets.
+  // Packed rows per tap: an odd number, so that the taps of a channel do not all map to the same cache sets.
   static int64_t tap_rows(const Expert& e) { return e.depth | 1; }
   const float* weights(const Expert& e, int64_t panel) const { return packed_ + offset(e, panel); }
 

@@ -13,7 +13,7 @@
 namespace tdc {
 
 // Every thread starts on its own adjacent share of the tasks, equal by cost, so that a sample's activations stay in
-// that core's cache from operator to operator; who is done takes tasks from the end of the others' shares.
+// that core's cache from operator to operator; a thread that is done takes tasks from the end of another's share.
 class WorkShares {
  public:
   // costs.size() < 2^32 tasks.
@@ -43,7 +43,7 @@ class WorkShares {
     for (int64_t cost : costs) total += cost;
     uint64_t begin = 0, end = 0;
     for (int t = 0; t < threads_; ++t) {
-      // A task belongs to the share that holds its middle.
+      // A task belongs to the share that contains its midpoint.
       const double limit = static_cast<double>(total) * (t + 1) / threads_;
       while (end < costs.size() && (t + 1 == threads_ || before + costs[end] * 0.5 < limit)) before += costs[end++];
       new (&shares_[t].range) std::atomic<uint64_t>(begin << 32 | end);

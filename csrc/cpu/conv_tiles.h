@@ -8,14 +8,14 @@ namespace tdc {
 namespace TDC_FAST_ISA {
 namespace {  // internal linkage: code built for one set must never be linked into another
 
-// P * kPanelVectors sums, a broadcast and the weights fill the register file; P pointers fit the general registers.
+// P * kPanelVectors sums, a broadcast and the weights fill the vector registers; P pointers fit the general ones.
 #if defined(TDC_FAST_ISA_avx512) || defined(__aarch64__)
 constexpr int kPixels = 8;
 #else
 constexpr int kPixels = 6;
 #endif
 
-// Compilers like to fold a load into each multiplication, and small tiles then wait for loads.
+// Keeps compilers from folding a load into each multiplication, which makes small tiles wait for loads.
 inline __attribute__((always_inline)) void keep_in_register([[maybe_unused]] Vec& value) {
 #if defined(__x86_64__)
   asm("" : "+v"(value));
@@ -80,7 +80,7 @@ constexpr int kChains = P * V >= 8  ? 1
                         : P * V > 2 ? (7 + P * V) / (P * V)
                                     : 4;
 
-// Rounding grows with the length of a sum: taps with at least so many products are summed apart.
+// Rounding errors grow with the length of a sum, so runs of at least so many products are summed separately.
 constexpr ptrdiff_t kRun = 128;
 
 template <typename T, int P, int V>
@@ -96,7 +96,7 @@ void gather_tile(const GatherTile& tile) {
     fetch_output<T, V>(tile, tile.pixels[p]);
   }
   const ptrdiff_t row = tile.row;
-  // Finished runs wait in memory: the registers are for the run that goes on.
+  // Sums of finished runs are kept in memory: the registers hold the current run.
   alignas(64) float memory[P * V * kLanes];
   float* totals = memory;
   asm("" : "+r"(totals) : : "memory");
@@ -116,7 +116,7 @@ void gather_tile(const GatherTile& tile) {
       }
     }
     for (; at != end; ++at) {
-      // One opaque index for all pixels: else compilers keep a pointer per pixel and spill them at every tap.
+      // One opaque index for all pixels: otherwise compilers keep a pointer per pixel and spill them at every tap.
       asm("" : "+r"(at));
       accumulate<P, V>(sums, weights, [&](int p) { return source[p][at]; });
       weights += row;
@@ -150,7 +150,7 @@ void gather_tile(const GatherTile& tile) {
 #pragma GCC unroll 8
   for (int p = 0; p < P; ++p) {
     const ConvPixel& pixel = tile.pixels[p];
-    // The bias comes last: products added to a sum that begins there would be rounded to its magnitude.
+    // The bias is added last: a sum that started from it would round every product to its magnitude.
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) sums[p][v] += load(pixel.init + tile.channel + v * kLanes);
     if (whole) {
@@ -171,7 +171,7 @@ void gather_tile(const GatherTile& tile) {
 
 template <int P, int V>
 void outer_tile(const OuterTile& tile) {
-  // A chunk sums from zero and is added as a whole: rounding grows with its length, not with that of the batch.
+  // A chunk is summed from zero and added as a whole, so that rounding errors grow with its length, not the batch's.
   Vec sums[P][V] = {};
   for (const PixelPair *pixel = tile.pixels, *end = pixel + tile.num_pixels; pixel != end; ++pixel) {
     const float* source = tile.source + pixel->x;

@@ -27,6 +27,9 @@ struct GroupNormProblem {
 
   int64_t pixels() const { return height * width; }
   int64_t channels_per_group() const { return channels / num_norm_groups; }
+
+  // Throws std::invalid_argument when a size, an offset, an expert or a width is out of range.
+  void check() const;
 };
 
 // Null stands for an absent tensor: a weight of ones, any other zeros.

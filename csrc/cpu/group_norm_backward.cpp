@@ -49,14 +49,14 @@ class ExpertSums {
 
 void group_norm_backward(const GroupNormProblem& problem, const GroupNormInputs& in, const void* dy, const float* mean,
                          const float* rstd, const GroupNormGrads& grads) {
-  check_group_norm(problem);
+  problem.check();
   const NormKernels& kernels = TDC_ISA_CALL(norm_kernels, problem.dtype);
   const SampleView view(problem);
   const RowBlocks& blocks = view.blocks;
   const int64_t channels = problem.channels, norm_groups = problem.num_norm_groups;
   const bool wants_affine = grads.dweight || grads.dbias;
 
-  // Each sample leaves its share of dweight and dbias; a window of samples bounds the memory for that.
+  // Each sample writes its terms of dweight and dbias; a window of samples bounds the memory for them.
   constexpr int64_t kShareFloats = 1 << 20;
   const int64_t window = std::min(problem.batch, std::max<int64_t>(1, kShareFloats / (2 * channels)));
   const BlockSchedule schedule(window, blocks.count, problem.threads);
@@ -64,8 +64,8 @@ void group_norm_backward(const GroupNormProblem& problem, const GroupNormInputs&
   const SlotStorage<float> block_sums(schedule.slots(), blocks.count * 2 * channels);
   const SlotStorage<double> sums(schedule.slots(), 2 * channels);
   const SlotStorage<float> factors(schedule.slots(), 6 * channels);
-  // The gradient through SiLU is kept in dx between its two uses while a sample stays in cache; with more memory
-  // traffic than that it is cheaper to compute it twice, and bf16 would round it.
+  // The gradient through SiLU is kept in dx between its two uses if a sample fits in cache. Otherwise it is computed
+  // twice, which is cheaper than the memory traffic; bf16 would also round it.
   constexpr int64_t kKeptFloats = 1 << 17;
   const bool keeps_dz =
       grads.dx && problem.silu && problem.dtype == DType::kFloat32 && blocks.rows * channels <= kKeptFloats;

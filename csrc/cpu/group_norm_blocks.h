@@ -1,5 +1,5 @@
 // How group norm splits its work: samples, and blocks of rows within a sample. The split depends on shapes alone,
-// and partial results are combined in block order, so the number of threads never shows in a result.
+// and partial results are combined in block order, so no result depends on the number of threads.
 #pragma once
 
 #include <algorithm>
@@ -11,9 +11,6 @@
 #include "cpu/group_norm_kernels.h"
 
 namespace tdc {
-
-// Throws std::invalid_argument when the geometry, offsets, weight_index or widths are impossible.
-void check_group_norm(const GroupNormProblem& problem);
 
 // Rows are pixels. A block is small enough for the second-level cache and has enough rows to be worth its overhead.
 struct RowBlocks {
@@ -59,7 +56,7 @@ class SampleView {
     return row(tensor, b * blocks.rows + blocks.first(block));
   }
 
-  // Row i of a tensor of `channels` columns; null stays null.
+  // Row i of a tensor of `channels` columns, or null for a null tensor.
   const void* row(const void* tensor, int64_t i) const {
     return tensor ? static_cast<const char*>(tensor) + i * p_.channels * element_ : nullptr;
   }
@@ -121,7 +118,7 @@ class BlockSchedule {
   int64_t slots_;
 };
 
-// Uninitialised storage of `slots` pieces, each padded to whole cache lines.
+// Uninitialised storage of `slots` slots, each padded to whole cache lines.
 template <typename T>
 class SlotStorage {
  public:

@@ -30,7 +30,7 @@ void merge_blocks(double* moments, const RowBlocks& blocks, const NormLayout& la
 }  // namespace
 
 void group_norm_forward(const GroupNormProblem& problem, const GroupNormInputs& in, void* y, float* mean, float* rstd) {
-  check_group_norm(problem);
+  problem.check();
   const NormKernels& kernels = TDC_ISA_CALL(norm_kernels, problem.dtype);
   const SampleView view(problem);
   const RowBlocks& blocks = view.blocks;

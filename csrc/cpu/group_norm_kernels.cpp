@@ -1,5 +1,6 @@
 #include "cpu/group_norm_kernels.h"
 
+#include "cpu/group_norm_sums.h"
 #include "cpu/vec_math.h"
 
 namespace tdc {
@@ -21,87 +22,6 @@ TDC_INLINE void with_lanes(int64_t live, Body body) {
   }
 }
 
-// Sums of K adjacent vectors of channels over the rows. U interleaved partial sums per vector hide the latency of
-// the addition and shorten its chain.
-template <typename T, int L, int K, int U>
-TDC_INLINE void sum_strip(const T* x, int64_t rows, int64_t stride, float* sums) {
-  Float<L> partial[U][K] = {};
-  int64_t r = 0;
-  for (; r + U <= rows; r += U) {
-    for (int u = 0; u < U; ++u) {
-      for (int k = 0; k < K; ++k) partial[u][k] += load<L>(x + (r + u) * stride + k * L);
-    }
-  }
-  for (; r < rows; ++r) {
-    for (int k = 0; k < K; ++k) partial[0][k] += load<L>(x + r * stride + k * L);
-  }
-  for (int k = 0; k < K; ++k) {
-    for (int u = 1; u < U; ++u) partial[0][k] += partial[u][k];
-    store<L>(sums + k * L, partial[0][k]);
-  }
-}
-
-template <typename T, int L>
-TDC_INLINE void column_sums(const T* x, int64_t rows, const NormLayout& layout, float* sums) {
-  const int64_t stride = layout.stride, live = layout.live;
-  int64_t c = 0;
-  for (; c + 8 * L <= live; c += 8 * L) sum_strip<T, L, 8, 1>(x + c, rows, stride, sums + c);
-  for (; c + 2 * L <= live; c += 2 * L) sum_strip<T, L, 2, 4>(x + c, rows, stride, sums + c);
-  if (c + L <= live) sum_strip<T, L, 1, 8>(x + c, rows, stride, sums + c), c += L;
-  if (c < live) sum_strip<T, L, 1, 8>(x + live - L, rows, stride, sums + live - L);
-}
-
-// As sum_strip, for the first and second powers of x - pivot.
-template <typename T, int L, int K, int U>
-TDC_INLINE void centred_strip(const T* x, int64_t rows, int64_t stride, const float* pivot, float* first,
-                              float* second) {
-  Float<L> centre[K], sum[U][K] = {}, squares[U][K] = {};
-  for (int k = 0; k < K; ++k) centre[k] = load<L>(pivot + k * L);
-  int64_t r = 0;
-  for (; r + U <= rows; r += U) {
-    for (int u = 0; u < U; ++u) {
-      for (int k = 0; k < K; ++k) {
-        const Float<L> d = load<L>(x + (r + u) * stride + k * L) - centre[k];
-        sum[u][k] += d;
-        squares[u][k] += d * d;
-      }
-    }
-  }
-  for (; r < rows; ++r) {
-    for (int k = 0; k < K; ++k) {
-      const Float<L> d = load<L>(x + r * stride + k * L) - centre[k];
-      sum[0][k] += d;
-      squares[0][k] += d * d;
-    }
-  }
-  for (int k = 0; k < K; ++k) {
-    for (int u = 1; u < U; ++u) sum[0][k] += sum[u][k], squares[0][k] += squares[u][k];
-    store<L>(first + k * L, sum[0][k]);
-    store<L>(second + k * L, squares[0][k]);
-  }
-}
-
-template <typename T, int L>
-TDC_INLINE void centred_sums(const T* x, int64_t rows, const NormLayout& layout, const float* pivot, float* first,
-                             float* second) {
-  const int64_t stride = layout.stride, live = layout.live;
-  int64_t c = 0;
-  for (; c + 4 * L <= live; c += 4 * L) {
-    centred_strip<T, L, 4, 1>(x + c, rows, stride, pivot + c, first + c, second + c);
-  }
-  for (; c + 2 * L <= live; c += 2 * L) {
-    centred_strip<T, L, 2, 2>(x + c, rows, stride, pivot + c, first + c, second + c);
-  }
-  if (c + L <= live) {
-    centred_strip<T, L, 1, 4>(x + c, rows, stride, pivot + c, first + c, second + c);
-    c += L;
-  }
-  if (c < live) {
-    c = live - L;
-    centred_strip<T, L, 1, 4>(x + c, rows, stride, pivot + c, first + c, second + c);
-  }
-}
-
 TDC_INLINE double group_sum(const float* values, int64_t count) {
   double sum = 0;
   for (int64_t i = 0; i < count; ++i) sum += values[i];
@@ -116,8 +36,8 @@ struct Moments {
   double* mean;
   double* squares;
 
-  // Two passes over a block that stays in cache: the mean, then the squares about it. What rounding left in the
-  // mean shows in the first powers of the second pass and is taken out.
+  // Two passes over a block that stays in cache: the mean, then the squares about it. The sum of differences in the
+  // second pass shows the rounding error of the mean, which is removed.
   template <typename T, int L>
   TDC_INLINE void run() const {
     const int64_t per_group = layout.per_group, groups = layout.groups();
@@ -135,7 +55,7 @@ struct Moments {
       const double excess = group_sum(first + g * per_group, per_group);
       const double centred = group_sum(second + g * per_group, per_group) - excess * excess / count;
       mean[g] = pivot[g * per_group] + excess / count;
-      squares[g] = centred < 0 ? 0 : centred;  // not max(): NaN must pass
+      squares[g] = centred < 0 ? 0 : centred;  // not max(), which would drop NaN
     }
   }
 };
@@ -357,7 +277,8 @@ struct BackwardApply {
     T* to = static_cast<T*>(dx);
     const int64_t last = layout.live - L, stride = layout.stride;
     for (int64_t r = 0; r < rows; ++r, x_row += stride, dy_row += stride, to += stride) {
-      const Float<L> last_dy = load<L>(dy_row + last);  // before dx overwrites what overlaps, should it be dy
+      // Read first: dx may be the memory of dy, and the last two vectors overlap.
+      const Float<L> last_dy = load<L>(dy_row + last);
       for (int64_t c = 0; c < last; c += L) store<L>(to + c, value<L>(load<L>(x_row + c), load<L>(dy_row + c), c));
       store<L>(to + last, value<L>(load<L>(x_row + last), last_dy, last));
       clear_dead(to, layout);
@@ -377,8 +298,8 @@ void backward_apply(const void* x, const void* dy, void* dx, int64_t rows, const
   }
 }
 
-void accumulate(const float* part, int64_t count, double* total) {
-  for (int64_t i = 0; i < count; ++i) total[i] += part[i];
+void accumulate(const float* values, int64_t count, double* total) {
+  for (int64_t i = 0; i < count; ++i) total[i] += values[i];
 }
 
 template <typename T>

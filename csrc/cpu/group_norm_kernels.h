@@ -1,5 +1,5 @@
-// The vectorised pieces of group norm, each over one block of rows of one sample. They are reached through a table
-// of functions, so every way to schedule the blocks runs the same machine code and gives the same bits.
+// The vectorised steps of group norm, each over one block of rows of one sample. They are called through a table of
+// functions, so every schedule of the blocks runs the same machine code and gives the same bits.
 #pragma once
 
 #include <cstdint>
@@ -40,7 +40,7 @@ struct NormSampleParameters {
   const void* shift;
 };
 
-// What the backward of one sample leaves per channel; null where not wanted.
+// The gradients per channel from one sample; null where not wanted.
 struct NormSampleGrads {
   void* dscale;          // (stride), zero past the live channels
   void* dshift;          // (stride)
@@ -52,7 +52,7 @@ struct NormKernels {
   // Mean and sum of centred squares of each live group over `rows` pixels. scratch: 3 * live floats.
   void (*moments)(const void* x, int64_t rows, const NormLayout&, float* scratch, double* mean, double* squares);
 
-  // The affine of one sample. mean_error (per group, may be null) is what rounding added to mean.
+  // The affine of one sample. mean_error (per group, may be null) is the rounding error of the mean.
   void (*affine)(const NormLayout&, const NormSampleParameters&, const float* mean, const float* rstd,
                  const float* mean_error, const NormAffine& out);
 
@@ -73,8 +73,8 @@ struct NormKernels {
   void (*backward_apply)(const void* x, const void* dy, void* dx, int64_t rows, const NormLayout&, const NormAffine&,
                          const NormInputGrad&, bool silu);
 
-  // total[i] += part[i]
-  void (*accumulate)(const float* part, int64_t count, double* total);
+  // total[i] += values[i]
+  void (*accumulate)(const float* values, int64_t count, double* total);
 
   // out[i] = value[i], rounded to the dtype
   void (*round)(const double* value, int64_t count, void* out);

@@ -55,7 +55,7 @@ inline void add_row(const float* from, float* to, int64_t count) {
 }
 
 // Where the elements of a run of adjacent memory go: element j to packed row (j / period) * step + table[j % period].
-// One tap's channels: period 1. Channels with num_taps adjacent taps each: period num_taps, in whatever order.
+// One tap's channels: period 1. Channels with num_taps adjacent taps each: period num_taps, in any order.
 struct RunRows {
   const ptrdiff_t* table;
   int64_t period, step;
@@ -95,24 +95,24 @@ class RowWalker {
 };
 
 template <typename T>
-inline void load_block(const PanelPack& pack, const T* from, int columns, int lanes, Vec (&block)[kLanes]) {
-  // Elements after the run belong to the same tensor and are not kept, so only its end needs care.
+inline void load_square(const PanelPack& pack, const T* from, int columns, int lanes, Vec (&square)[kLanes]) {
+  // Elements after the run are in the same tensor and are not kept, so only the end of the tensor needs care.
   const bool readable = static_cast<const T*>(pack.end) - (from + (lanes - 1) * pack.lane_stride) >= kLanes;
   if (readable && lanes == kLanes) {
 #pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) block[i] = load(from + i * pack.lane_stride);
+    for (int i = 0; i < kLanes; ++i) square[i] = load(from + i * pack.lane_stride);
     return;
   }
   for (int i = 0; i < kLanes; ++i) {
     const T* row = from + i * pack.lane_stride;
-    block[i] = i >= lanes ? Vec{} : readable ? load(row) : load_partial(row, columns);
+    square[i] = i >= lanes ? Vec{} : readable ? load(row) : load_partial(row, columns);
   }
 }
 
 template <int Columns>
-inline void store_block(float* to, const ptrdiff_t* offsets, const Vec (&block)[kLanes]) {
+inline void store_square(float* to, const ptrdiff_t* offsets, const Vec (&square)[kLanes]) {
 #pragma GCC unroll 16
-  for (int i = 0; i < Columns; ++i) store(to + offsets[i], block[i]);
+  for (int i = 0; i < Columns; ++i) store(to + offsets[i], square[i]);
 }
 
 // Transposes a run of `length` adjacent elements of each of `lanes` strided rows into packed rows.
@@ -121,24 +121,24 @@ inline void pack_run(const PanelPack& pack, const T* from, int64_t length, RowWa
   constexpr int kFilter = 9;  // one 3x3 filter, the common run when channels are far apart
   for (int64_t j = 0; j < length; j += kLanes, rows.advance()) {
     const int columns = static_cast<int>(length - j < kLanes ? length - j : kLanes);
-    Vec block[kLanes];
-    load_block(pack, from + j, columns, lanes, block);
+    Vec square[kLanes];
+    load_square(pack, from + j, columns, lanes, square);
     float* base = to + rows.base();
     const ptrdiff_t* offsets = rows.offsets();
     if (columns == kLanes) {
-      transpose(block);
-      store_block<kLanes>(base, offsets, block);
+      transpose(square);
+      store_square<kLanes>(base, offsets, square);
     } else if (kFilter < kLanes && columns == kFilter) {
-      transpose(block);
-      store_block<(kFilter < kLanes ? kFilter : kLanes)>(base, offsets, block);
+      transpose(square);
+      store_square<(kFilter < kLanes ? kFilter : kLanes)>(base, offsets, square);
     } else if (columns == 1) {
-      transpose(block);
-      store_block<1>(base, offsets, block);
+      transpose(square);
+      store_square<1>(base, offsets, square);
     } else {
-      transpose(block);
+      transpose(square);
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i)
-        if (i < columns) store(base + offsets[i], block[i]);
+        if (i < columns) store(base + offsets[i], square[i]);
     }
   }
 }
@@ -193,19 +193,19 @@ inline void unpack_run(const PanelUnpack& unpack, const float* from, int64_t len
     const int columns = static_cast<int>(length - j < kLanes ? length - j : kLanes);
     const float* base = from + rows.base();
     const ptrdiff_t* offsets = rows.offsets();
-    Vec block[kLanes];
+    Vec square[kLanes];
     if (columns == kLanes) {
 #pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) block[i] = load(base + offsets[i]);
+      for (int i = 0; i < kLanes; ++i) square[i] = load(base + offsets[i]);
     } else {
-      for (int i = 0; i < kLanes; ++i) block[i] = i < columns ? load(base + offsets[i]) : Vec{};
+      for (int i = 0; i < kLanes; ++i) square[i] = i < columns ? load(base + offsets[i]) : Vec{};
     }
-    transpose(block);
+    transpose(square);
     if (columns == kLanes && lanes == kLanes) {
 #pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) store(to + i * unpack.lane_stride + j, block[i]);
+      for (int i = 0; i < kLanes; ++i) store(to + i * unpack.lane_stride + j, square[i]);
     } else {
-      for (int i = 0; i < lanes; ++i) store_upto(to + i * unpack.lane_stride + j, block[i], columns);
+      for (int i = 0; i < lanes; ++i) store_upto(to + i * unpack.lane_stride + j, square[i], columns);
     }
   }
 }

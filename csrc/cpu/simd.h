@@ -93,8 +93,8 @@ inline void transpose_stage(Vec (&rows)[kLanes]) {
   }
 }
 
-// rows[i][j] <-> rows[j][i] of a kLanes x kLanes block. Large steps come first: then compilers can leave out most of
-// the work for results that are not used.
+// rows[i][j] <-> rows[j][i] of a kLanes x kLanes block. Large steps come first, which lets compilers omit most of
+// the work for unused results.
 inline void transpose(Vec (&rows)[kLanes]) { transpose_stage<kLanes / 2>(rows); }
 
 }  // namespace

@@ -4,12 +4,14 @@ list(APPEND TDC_FAST_ISA_SOURCES
   csrc/cpu/group_norm_kernels.cpp
 )
 list(APPEND TDC_FAST_SOURCES
+  csrc/cpu/conv.cpp
   csrc/cpu/conv_gather.cpp
   csrc/cpu/conv_geometry.cpp
   csrc/cpu/conv_panels.cpp
   csrc/cpu/conv_wgrad.cpp
+  csrc/cpu/conv_wgrad_plan.cpp
+  csrc/cpu/group_norm.cpp
   csrc/cpu/group_norm_backward.cpp
-  csrc/cpu/group_norm_blocks.cpp
   csrc/cpu/group_norm_forward.cpp
   csrc/cpu/plan.cpp
 )

@@ -65,8 +65,8 @@ TDC_INLINE void store(BFloat16* to, Float<L> value) {
   __builtin_memcpy(to, &half, sizeof half);
 }
 
-// The same value, unknown to the optimiser. A comparison with such a value followed by a selection becomes one min or
-// max instruction; with a constant that GCC sees it becomes two.
+// The same value, hidden from the optimiser. A comparison with a hidden value followed by a selection becomes one min
+// or max instruction; with a constant that GCC knows it becomes two.
 template <int L>
 TDC_INLINE Float<L> opaque(Float<L> value) {
 #if defined(__x86_64__)
@@ -87,7 +87,7 @@ TDC_INLINE Float<L> sigmoid(Float<L> z) {
   const F highest = opaque<L>(zero + 88.9f), lowest = opaque<L>(zero - 87.0f);
   F t = -z;
   t = highest < t ? highest : t;  // false for NaN, which stays
-  t = t < lowest ? lowest : t;    // below it exp(t) is lost beside the 1
+  t = t < lowest ? lowest : t;    // below it, adding exp(t) to 1 has no effect
   // exp(t) = 2^n * exp(r) with |r| <= ln(2) / 2. Adding 1.5 * 2^23 rounds to an integer in the low mantissa bits.
   const F shifted = t * 1.44269504088896341f + 12582912.0f;
   const F n = shifted - 12582912.0f;

@@ -1,6 +1,6 @@
-// Python bindings of the launch planners (in every build) and of what runs their launches (with nvcc). A planner takes
-// the fields of its argument struct as keywords, addresses as integers (0 = absent), and `device`, the tuple
-// (arch, multiprocessors, shared_limit).
+// Python bindings of the launch planners (in every build) and of cuda_launch, which runs their launches (with nvcc). A
+// planner takes the fields of its argument struct as keywords, addresses as integers (0 = absent), and `device`, the
+// tuple (arch, multiprocessors, shared_limit).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -25,8 +25,8 @@ namespace py = pybind11;
 namespace tdc {
 namespace {
 
-// Keyword arguments on their way into a struct: each is taken once, and none may be left. Looked up without going
-// through Python's methods: some twenty of them are taken before every launch.
+// Reads keyword arguments into a struct: each is taken once, and none may be left. Lookup bypasses Python's methods
+// because some twenty arguments are read before every launch.
 class Keywords {
  public:
   explicit Keywords(const py::kwargs& given) : given_(given) {}
@@ -126,7 +126,7 @@ void bind_planner_of_plans(py::module_& module) {
   define<PlanArguments>(module, "cuda_launches_routing_plan", "Launches that make a routing plan and its tile table.",
                         read, launch_routing_plan);
   define<PlanArguments>(
-      module, "cuda_routing_plan_supported", "Whether a kernel can count so many groups.",
+      module, "cuda_routing_plan_supported", "Whether the kernel can count this many groups.",
       [](Keywords& keywords, PlanArguments& arguments) { TAKE(num_groups); },
       [](const PlanArguments& arguments, const Device& device) {
         return routing_plan_supported(arguments.num_groups, device);
@@ -154,10 +154,10 @@ void bind_planners_of_convolutions(py::module_& module) {
   };
   define<ConvArguments>(module, "cuda_launches_conv_forward", "Launches of the routed convolution.", forward,
                         launch_conv_forward);
-  define<ConvArguments>(module, "cuda_launches_conv_dgrad", "Launches of its gradient by x.", dgrad, launch_conv_dgrad);
-  define<ConvArguments>(module, "cuda_launches_conv_wgrad", "Launches of its gradients by weight, bias, sample bias.",
+  define<ConvArguments>(module, "cuda_launches_conv_dgrad", "Launches of its dgrad.", dgrad, launch_conv_dgrad);
+  define<ConvArguments>(module, "cuda_launches_conv_wgrad", "Launches of its wgrad: dweight, dbias, dsample_bias.",
                         wgrad, launch_conv_wgrad);
-  define<ConvArguments>(module, "cuda_conv_wgrad_workspace", "Bytes of workspace that wgrad wants.", wgrad,
+  define<ConvArguments>(module, "cuda_conv_wgrad_workspace", "Bytes of workspace that wgrad needs.", wgrad,
                         conv_wgrad_workspace);
 }
 
@@ -183,11 +183,11 @@ void bind_planners_of_norms(py::module_& module) {
   };
   define<NormArguments>(module, "cuda_launches_group_norm_forward", "Launches of the routed group norm.", forward,
                         launch_group_norm_forward);
-  define<NormArguments>(module, "cuda_group_norm_forward_workspace", "Bytes of workspace that it wants.", forward,
+  define<NormArguments>(module, "cuda_group_norm_forward_workspace", "Bytes of workspace that it needs.", forward,
                         group_norm_forward_workspace);
   define<NormBackwardArguments>(module, "cuda_launches_group_norm_backward", "Launches of its gradients.", backward,
                                 launch_group_norm_backward);
-  define<NormBackwardArguments>(module, "cuda_group_norm_backward_workspace", "Bytes of workspace that they want.",
+  define<NormBackwardArguments>(module, "cuda_group_norm_backward_workspace", "Bytes of workspace that they need.",
                                 backward, group_norm_backward_workspace);
   for (const bool gradients : {false, true})
     define<NormArguments>(module, gradients ? "cuda_group_norm_backward_refusal" : "cuda_group_norm_forward_refusal",
@@ -212,7 +212,7 @@ void bind_planner_of_packing(py::module_& module) {
 }  // namespace
 
 void bind_cuda(py::module_& module) {
-  // What the build has of CUDA: "" and no functions that need a driver without nvcc.
+  // A build without nvcc has "" here and none of the functions that need a driver.
   module.attr("cuda_architectures") = TDC_FAST_CUDA_ARCHITECTURES;
   module.attr("cuda_kernels") = kernel_families();
   bind_launch(module);

@@ -1,14 +1,15 @@
 #pragma once
 
-// What a kernel may use: one source, three compilers. nvcc and NVRTC take the PTX below (sm_80 or newer), g++ with
-// -DTDC_EMULATOR takes emulator/device.h, which gives the same names the same meaning on the CPU. No std headers here.
+// What a kernel may use: one source, three compilers. nvcc and NVRTC compile the PTX below (sm_80 or newer); g++ with
+// -DTDC_EMULATOR includes emulator/device.h, which implements the same names on the CPU. No std headers here.
 // Besides these names a kernel uses threadIdx, blockIdx, blockDim, gridDim and C's float functions; blocks are 1-D.
-// Pointers to shared memory are ordinary pointers: a wrapper converts them to the shared window itself.
+// Pointers to shared memory are ordinary pointers: the wrappers convert them to shared-window addresses.
 //
-//   TDC_KERNEL(name, Params, threads[, blocks]) { ... p ... }   kernel of one plain struct `p`, with registers capped
-//   so
-//                                      that `blocks` fit on one SM; the emulator registers it by name
-//   TDC_DEFINE_KERNEL(name, Params, (function), threads[, blocks])   the same, which calls function(p)
+//   TDC_KERNEL(name, Params, threads[, blocks]) { ... p ... }
+//                                      kernel that takes one plain struct `p`; registers are capped so that `blocks`
+//                                      fit on one SM; the emulator registers it by name
+//   TDC_DEFINE_KERNEL(name, Params, (function), threads[, blocks])
+//                                      a kernel that calls function(p)
 //   TDC_SHARED(type, name, count)      static shared array, 16-byte aligned; in the emulator an allocation of its own
 //   TDC_DYNAMIC_SHARED(name)           `unsigned char* name`: the launch's shared_bytes, 16-byte aligned; in the
 //                                      emulator a fresh heap block of exactly that size, so that ASan sees both ends
@@ -20,13 +21,13 @@
 //   reciprocal                         1 / x within 1 ulp, subnormals as zero; the emulator divides
 //   exp_approx                         e^x by ex2.approx, subnormals as zero; the emulator takes expf
 //   load_16, store_16                  16 bytes at once, shared or global; the emulator reports a misaligned address
-//   cp_async_16, cp_async_4            asynchronous copy to shared memory, zeros unless `live`; from issue on the
-//                                      emulator holds 0xFF at the destination; it delivers in the cp_async_wait that
-//                                      covers the group, so both a missing wait and a stage still being read show
+//   cp_async_16, cp_async_4            asynchronous copy to shared memory, zeros unless `live`; the emulator fills the
+//                                      destination with 0xFF at issue and delivers the data in the cp_async_wait that
+//                                      covers the group, so a missing wait or a stage still in use is noticed
 //   cp_async_commit, cp_async_wait<N>  close a group; wait until at most the N newest groups are in flight (own copies)
 //   ldmatrix_x{2,4}[_trans]            8x8 matrices of 16-bit elements, one 16-byte aligned row address per lane
 //   mma_16x8x16(d, a, b, bf16()|half()), mma_16x8x8_tf32(d, a, b)   d += a b, fp32 sums, PTX's fragment layout
-//   to_tf32                            nearest, ties away; what mma_16x8x8_tf32 wants (it ignores the low 13 bits)
+//   to_tf32                            nearest, ties away; as mma_16x8x8_tf32 expects (it ignores the low 13 bits)
 //   block_sync, warp_sync              whole block, whole warp
 //   named_barrier_sync|arrive(id, n)   id 1 to 15, n threads in all, a multiple of 32; give id as a constant
 //   shfl, shfl_xor, shfl_down, shfl_up, ballot    whole warp, 4-byte values
@@ -34,15 +35,15 @@
 //   device_fence, trap
 //     Builds for tests also check every access for races: block_sync, named barriers and warp_sync order memory;
 //     shuffles, ballot, ldmatrix and mma do not, and nothing orders two blocks.
-//     Everything from ldmatrix to ballot is collective: the emulator wants all lanes of the warp at the same call, else
-//     it reports a divergence; threads that wait for ever, or for threads that have exited, it reports as a deadlock.
-//     Blocks run one after another there, and a thread runs until it waits: spinning on memory never ends.
+//     Everything from ldmatrix to ballot is collective: the emulator reports a divergence unless all lanes of the warp
+//     make the same call, and a deadlock when threads wait forever or for threads that have exited. The emulator runs
+//     blocks one after another, and a thread until it waits: spinning on memory never ends.
 //
 // Hopper's mbarriers, TMA boxes and wgmma belong here as further wrappers, in a file of their own (device_sm90.cuh)
-// with emulator/ counterparts: see emulator/block.h for where a wait on an mbarrier and a pending box would live.
+// with emulator/ counterparts: emulator/block.h says where their waits and pending copies would go.
 
-// TDC_PLANTED(X) looks at what TDC_PLANT_X expands to: 1 (planted) makes TDC_PLANT_SHIFT_1, which moves `true` into
-// second place.
+// TDC_PLANTED(X) depends on what TDC_PLANT_X expands to: 1 (planted) gives TDC_PLANT_SHIFT_1, which moves `true` to the
+// second argument.
 #define TDC_PLANT_SHIFT_1 0,
 #define TDC_PLANT_SECOND(first, second, ...) second
 #define TDC_PLANT_CHOOSE(...) TDC_PLANT_SECOND(__VA_ARGS__)
@@ -108,7 +109,7 @@ __device__ __forceinline__ half from_float<half>(float value) {
   return result;
 }
 
-// Two values in one register, the first in the low half, as memory order and mma fragments want it.
+// Two values in one register, the first in the low half, as in memory and in mma fragments.
 template <class T>
 __device__ __forceinline__ unsigned pack(float low, float high);
 template <>

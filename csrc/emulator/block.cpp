@@ -299,7 +299,7 @@ void Block::barrier(const Site& site, int id, int threads, bool wait_here) {
   }
 }
 
-// A warp comes to a barrier as a whole, from one place in the kernel.
+// A warp must arrive at a barrier as a whole, from one place in the kernel.
 void Block::release(const Site& site, int id) {
   Barrier& at = barriers_[id];
   for (int first = at.who.first(); first >= 0; first = at.who.first((first / kWarp + 1) * kWarp)) {
@@ -362,7 +362,7 @@ std::string Block::where() const {
          ", " + std::to_string(num_threads_) + " threads, schedule " + std::to_string(seed_);
 }
 
-// Who waits on what, threads that wait alike together.
+// Which threads wait for what; threads that wait for the same thing are listed together.
 std::string Block::stuck() const {
   std::vector<std::pair<std::string, std::vector<int>>> kinds;
   for (int t = 0; t < num_threads_; ++t) {

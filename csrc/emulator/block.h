@@ -68,8 +68,8 @@ class ThreadSet {
   uint64_t words_[kMaxThreads / 64] = {};
 };
 
-// Which ready thread goes on, and the order of blocks. 0: always the first, so that early warps run as far ahead as
-// the barriers let them; 1: always the last; any other: a random order of warps and lanes, with random turns.
+// Which ready thread continues, and the order of blocks. 0: always the first, so that early warps run as far ahead as
+// the barriers allow; 1: always the last; any other: a random order of warps and lanes, with random turns.
 class Schedule {
  public:
   explicit Schedule(unsigned seed) : seed_(seed), state_(seed * 0x9E3779B97F4A7C15u + 0x1234567u) {}
@@ -79,7 +79,7 @@ class Schedule {
   void arrange_threads(int threads);
   int thread_at(int rank) const { return thread_at_[static_cast<size_t>(rank)]; }
   int rank_of(int thread) const { return rank_of_[static_cast<size_t>(thread)]; }
-  // A rank to begin the search for the next thread at.
+  // The rank at which the search for the next thread begins.
   int start(int threads) { return seed_ < 2 || random() % 8 != 0 ? 0 : static_cast<int>(random() % threads); }
 
  private:
@@ -109,14 +109,14 @@ class Block {
   std::string run(const Kernel& kernel, const Index3& grid, int threads, size_t shared_bytes, const void* params,
                   unsigned seed);
 
-  // For the running thread. Not inline, by value: kernels would be seen to read the emulator's own memory.
+  // For the running thread. By value and not inline: the race check would count reads of the emulator's own memory.
   Index3 thread_index() const;
   Index3 block_index() const;
   Index3 block_size() const;
   Index3 grid_size() const;
   int lane() const;
 
-  // Waits until all lanes of the warp have brought their operand; the last to come calls complete(operands, lanes).
+  // Waits until all lanes of the warp have given their operand; the last one calls complete(operands, lanes).
   using Complete = void (*)(void* const* operands, int lanes);
   void warp_collective(const Site& site, Complete complete, void* operand);
   // The same, of 32 lanes: fails in a block's last warp where that has fewer.
@@ -150,14 +150,14 @@ class Block {
     int arrived = 0;
     Complete complete = nullptr;
     Site site;
-    int first_lane = 0;  // the first to come
+    int first_lane = 0;  // the first to arrive
     void* operands[kWarp] = {};
   };
   struct Barrier {
     int expected = 0;
     int arrived = 0;
     ThreadSet who, waiting;
-    RaceCheck::Clock clock;  // what those that came did before
+    RaceCheck::Clock clock;  // what the arrived threads did before
   };
   struct Free {
     void operator()(unsigned char* bytes) const;

@@ -42,7 +42,7 @@ std::string launch(const char* name, const unsigned grid[3], unsigned threads, u
     return which + "got a grid of (" + std::to_string(grid[0]) + ", " + std::to_string(grid[1]) + ", " +
            std::to_string(grid[2]) + "); each is at least 1, the second and third at most 65535";
   }
-  // Aligned as a parameter struct is.
+  // Aligned like a parameter struct.
   struct alignas(16) Chunk {
     unsigned char bytes[16];
   };
@@ -59,7 +59,7 @@ Registration::Registration(const Kernel& kernel) { kernels().emplace(kernel.name
 
 #define TDC_EXPORT extern "C" __attribute__((visibility("default")))
 
-// Runs a whole grid. schedule_seed: see Schedule. Returns 0, or 1 with what went wrong in `message`, cut to fit.
+// Runs a whole grid. schedule_seed: see Schedule. Returns 0, or 1 with what went wrong in `message`, truncated to fit.
 TDC_EXPORT int tdc_emulate(const char* kernel, const unsigned grid[3], unsigned threads, unsigned shared_bytes,
                            const void* params, unsigned params_bytes, unsigned schedule_seed, char* message,
                            int message_size) {
@@ -71,7 +71,7 @@ TDC_EXPORT int tdc_emulate(const char* kernel, const unsigned grid[3], unsigned 
   return failure.empty() ? 0 : 1;
 }
 
-// Turns the race check off and on again: without it, what a race does to the data shows, as on a GPU.
+// Turns the race check off and on: without it a race has its effect on the data, as on a GPU.
 TDC_EXPORT void tdc_check_races(int on) { tdc::emulator::RaceCheck::enabled = on != 0; }
 
 // Multiply-adds of the matrix instructions that this library has run.

@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <new>
 
-// The registers that a callee must keep are all that a switch saves. Elsewhere (or with -DTDC_EMULATOR_UCONTEXT)
+// A switch saves only the registers that a callee must preserve. On other processors (or with -DTDC_EMULATOR_UCONTEXT)
 // ucontext does it, with a system call per switch.
 #if !defined(TDC_EMULATOR_UCONTEXT) && !defined(__x86_64__) && !defined(__aarch64__)
 #define TDC_EMULATOR_UCONTEXT
@@ -118,7 +118,7 @@ void Fiber::prepare(void (*entry)()) {
   entry_ = entry;
   fake_stack_ = nullptr;
 #if TDC_EMULATOR_ASAN
-  __asan_unpoison_memory_region(stack_, bytes_);  // frames that were left for good poisoned parts of it
+  __asan_unpoison_memory_region(stack_, bytes_);  // abandoned frames have poisoned parts of it
 #endif
 #ifdef TDC_EMULATOR_UCONTEXT
   if (context_ == nullptr) context_ = new ucontext_t;

@@ -34,23 +34,23 @@ class Stacks {
   unsigned char* memory_;
 };
 
-// A call stack that can be left in the middle and taken up again, a few nanoseconds each way. One CUDA thread runs on
-// each. ASan is told of every change of stack.
+// A call stack that can be suspended and resumed in a few nanoseconds. One CUDA thread runs on each. ASan is told of
+// every change of stack.
 class Fiber {
  public:
-  // The stack of whoever makes this object: what the first fiber was started from.
+  // The stack of the code that makes this object, from which the first fiber is started.
   Fiber() = default;
   Fiber(unsigned char* stack, size_t bytes) : stack_(stack), bytes_(bytes), own_(true) {}
   ~Fiber();
   Fiber(const Fiber&) = delete;
   Fiber& operator=(const Fiber&) = delete;
 
-  // The next switch to this fiber calls `entry`, which must never return. Whatever ran on the stack is forgotten.
+  // The next switch to this fiber calls `entry`, which must never return. What ran on the stack before is discarded.
   void prepare(void (*entry)());
 
-  // Leaves this fiber, which must be the running one, for `next`. Returns when somebody switches back.
+  // Leaves this fiber, which must be the running one, for `next`. Returns when a fiber switches back.
   void switch_to(Fiber& next) { change(next, false); }
-  // The same, for good.
+  // The same, without return.
   void leave_for(Fiber& next) { change(next, true); }
 
  private:
@@ -62,7 +62,7 @@ class Fiber {
   void* context_ = nullptr;  // the saved stack pointer, or a ucontext_t
   void (*entry_)() = nullptr;
   void* fake_stack_ = nullptr;         // ASan's
-  [[maybe_unused]] bool own_ = false;  // not the stack of whoever made this object
+  [[maybe_unused]] bool own_ = false;  // not the stack of the code that made this object
 };
 
 }  // namespace tdc::emulator

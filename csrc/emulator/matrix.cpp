@@ -4,7 +4,7 @@
 
 #include "emulator/numbers.h"
 
-// The operands were checked when the lanes brought them, and these loops are most of the time of an emulated kernel.
+// The operands were checked when the lanes gave them, and these loops take most of the time of an emulated kernel.
 #define TDC_UNCHECKED __attribute__((no_sanitize("address", "undefined")))
 
 namespace tdc::emulator {
@@ -65,7 +65,7 @@ TDC_UNCHECKED void product_bf16(void* const* operands, int) { product_16<bf16_va
 TDC_UNCHECKED void product_half(void* const* operands, int) { product_16<half_value>(operands); }
 
 TDC_UNCHECKED void product_tf32(void* const* operands, int) {
-  constexpr unsigned kUsed = 0xFFFFE000u;  // the hardware does not look at the low 13 bits
+  constexpr unsigned kUsed = 0xFFFFE000u;  // the hardware ignores the low 13 bits
   float a[kRows][8], b[8][kColumns];
   for (int lane = 0; lane < 32; ++lane) {
     const auto& own = *static_cast<const MatrixProduct*>(operands[lane]);

@@ -114,7 +114,7 @@ bool RaceCheck::touch(Cell& cell, const Region* region, uintptr_t address, const
     cell.write = now;
     return true;
   }
-  // An earlier record of the same kind that is before this one says nothing that this one does not.
+  // An earlier record of the same kind that is ordered before this one adds no information.
   const auto superseded = [&](const Record& r) {
     return r.clock == 0 || (r.atomic == now.atomic && r.bytes == now.bytes && before(r, now));
   };

@@ -20,24 +20,24 @@ class RaceCheck {
   enum class Access { kRead, kWrite, kAtomic };
   using Clock = std::vector<uint32_t>;
 
-  // Set before main where kernels were compiled for it, so constant-initialised; else every call returns at once.
+  // Set before main where kernels were compiled for it, so constant-initialised; otherwise every call returns at once.
   static inline bool enabled = false;
   // While threads run.
   static inline bool active = false;
 
-  // Accesses in [begin, begin + bytes), the threads' stacks, are not looked at.
+  // Accesses in [begin, begin + bytes), the threads' stacks, are not checked.
   void begin_launch(const void* begin, size_t bytes);
   void begin_block(int threads, unsigned number);
   void add_region(const void* begin, size_t bytes, const std::string& name);
 
-  // Each is false where something is wrong, which wrong() then says. `place` is an address in the kernel's code.
+  // Each returns false at a race, which wrong() then describes. `place` is an address in the kernel's code.
   bool access(int thread, const void* address, size_t bytes, Access kind, const void* place);
   bool issue_copy(int thread, const void* address, size_t bytes, const void* place);
   void deliver_copy(int thread, const void* address, size_t bytes);
 
   const std::string& wrong() const { return wrong_; }
 
-  // What `thread` did so far goes into `clock`; what `clock` holds is before what `thread` does next.
+  // Release: `clock` covers what `thread` did so far. Acquire: what `clock` covers is ordered before its next accesses.
   void release(int thread, Clock& clock);
   void acquire(int thread, const Clock& clock);
 
@@ -55,7 +55,7 @@ class RaceCheck {
     bool write = false, atomic = false;
   };
   struct Cell {
-    uint64_t era = 0;  // it speaks of nothing that was before
+    uint64_t era = 0;  // of the records; older ones are void
     Record write;
     Record read;               // since the write, or an atomic
     std::vector<Record> more;  // such
@@ -68,7 +68,7 @@ class RaceCheck {
     std::vector<Cell> cells;
   };
 
-  // Whether a record is of this thread or before what it does now, and of this block.
+  // Whether a record is of this block, and of this thread or ordered before its current access.
   bool before(const Record& record, const Record& now) const {
     return record.block == number_ &&
            (record.thread == now.thread || record.clock <= clocks_[now.thread][record.thread]);

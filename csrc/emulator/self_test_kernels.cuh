@@ -168,7 +168,7 @@ TDC_KERNEL(self_test_atomics, SelfTestParams, 128) {
   if (threadIdx.x == 0) atomic_add_int(&out[1], count[0]);
 }
 
-// Accesses that do not conflict (mode 0), an atomic and a plain read that do (1), a byte of two writers (2).
+// Accesses that do not conflict (mode 0), an atomic and a plain read that do (1), two writers of one byte (2).
 TDC_KERNEL(self_test_conflicts, SelfTestParams, 64) {
   TDC_SHARED(int, count, 1);
   TDC_SHARED(unsigned char, bytes, 64);
@@ -196,7 +196,7 @@ TDC_KERNEL(self_test_global, SelfTestParams, 32) {
   if (p.mode == 4 && blockIdx.x == 1) out[thread] += out[0];
 }
 
-// What nobody wrote: mode 0 dynamic shared memory, 1 a static array, 2 a local array.
+// Reads of unwritten memory: mode 0 dynamic shared memory, 1 a static array, 2 a local array.
 TDC_KERNEL(self_test_unwritten, SelfTestParams, 32) {
   TDC_DYNAMIC_SHARED(memory);
   TDC_SHARED(float, values, 32);
@@ -227,7 +227,7 @@ TDC_KERNEL(self_test_faults, SelfTestParams, 128) {
       if (thread >= 64) return;
       block_sync();
       break;
-    case 1:  // a named barrier that too few come to
+    case 1:  // a named barrier that too few threads reach
       if (thread < 32) named_barrier_sync(3, 96);
       if (thread >= 96) named_barrier_arrive(3, 96);
       break;
@@ -252,7 +252,7 @@ TDC_KERNEL(self_test_faults, SelfTestParams, 128) {
     case 5:  // part of a warp at a named barrier
       if (lane < 16) named_barrier_sync(1, 64);
       break;
-    case 6:  // two opinions of how many come
+    case 6:  // two thread counts for one barrier
       named_barrier_arrive(1, thread < 64 ? 128 : 96);
       break;
     case 7:

@@ -39,7 +39,7 @@ inline bool isa_available() {
   }
 }
 
-// The program ends in an uncaught error when planted(name) is asked for: what proves that a sanitizer is watching.
+// With --plant=NAME the program runs into that error, which proves that the sanitizers are on.
 inline bool planted(int argc, char** argv, const char* name) {
   return argc > 1 && std::string(argv[1]) == std::string("--plant=") + name;
 }

@@ -77,7 +77,7 @@ void run_case(Case& c, uint32_t seed) {
   Tensor x(want.dx.size(), bf16), dy(want.y.size(), bf16), residual(want.y.size(), bf16);
   Tensor weight(want.dweight.size(), bf16), bias(want.dbias.size(), bf16), sample_bias(want.dsample_bias.size(), bf16);
   random.fill(weight), random.fill(bias);
-  // What is not live stays NaN: nothing may read it.
+  // Dead channels stay NaN: nothing may read them.
   for (int64_t g = 0; g < p.num_groups; ++g)
     for (int64_t n = p.offsets[g]; n < p.offsets[g + 1]; ++n) {
       for (int64_t i = 0; i < p.height * p.width; ++i)
@@ -189,11 +189,11 @@ int main() {
     Case c = generated(random);
     run_case(c, seed);
   }
-  Case bands;  // an image large enough for several blocks of rows
-  bands.problem = shape(23, 17, 9, 33, 3, 1, 1);
-  bands.offsets = {0, 1, 1, 3};
-  run_case(bands, 100);
-  Case split;  // one expert with most samples: its weight gradient is summed in parts
+  Case chunks;  // an image large enough for several chunks of rows
+  chunks.problem = shape(23, 17, 9, 33, 3, 1, 1);
+  chunks.offsets = {0, 1, 1, 3};
+  run_case(chunks, 100);
+  Case split;  // one expert with most samples: its weight gradient is summed in several splits
   split.problem = shape(8, 8, 16, 8, 3, 1, 1);
   split.offsets = {0, 24, 25};
   run_case(split, 101);

@@ -94,7 +94,7 @@ Outputs run(const Case& c, const Tensors& t, int threads) {
   return out;
 }
 
-constexpr double kDead = std::numeric_limits<double>::quiet_NaN();  // what no live channel has touched
+constexpr double kDead = std::numeric_limits<double>::quiet_NaN();  // a value that no live channel has touched
 
 struct Reference {
   explicit Reference(const Case& c)
@@ -205,7 +205,7 @@ void plant_read_past_the_end() {
   Tensors t = make_tensors(c, random);
   Tensor shorter(t.x.size() - 1, false);
   random.fill(shorter);
-  t.x = std::move(shorter);  // moved, for a copy would keep the longer allocation
+  t.x = std::move(shorter);  // moved: a copy would keep the longer allocation
   run(c, t, 1);
 }
 

@@ -1,5 +1,5 @@
-// dsample_bias and dbias: sums of dy over the pixels of each sample, and of those over the samples of each expert.
-// A fixed tree of fp32 sums: the result never depends on timing.
+// dsample_bias and dbias: sums of dy over the pixels of each sample, and sums of those over the samples of each
+// expert. The order of the fp32 additions is fixed, so the result never depends on timing.
 #pragma once
 
 #include "cuda/device.cuh"
@@ -8,8 +8,8 @@
 
 namespace tdc {
 
-// A block sums the pixels of one sample for eight chunks of channels: eight threads side by side read 128 bytes of a
-// pixel, 32 rows of threads share the pixels.
+// A block sums the pixels of one sample for eight chunks of channels: eight adjacent threads read 128 bytes of a
+// pixel, and 32 rows of threads share the pixels.
 template <class T>
 __device__ __forceinline__ void conv_sample_sums(const ConvSampleSumParams& p) {
   constexpr int kAcross = kSampleSumChunks, kRows = kConvSumThreads / kAcross, kChannels = kAcross * kPerChunk<T>;

@@ -1,4 +1,4 @@
-// From the sums of the warps to rows of the result in device memory, 16 bytes per thread.
+// Writes the sums of the warps to rows of the result in device memory, 16 bytes per thread.
 #pragma once
 
 #include "cuda/device.cuh"
@@ -7,10 +7,10 @@
 namespace tdc {
 
 // Calls write(row, column, values) for every chunk of the tile: kPerChunk adjacent columns, fp32. Each warp passes its
-// sums through a corner of shared memory of its own, 16 rows at a time, to turn fragments into rows.
+// sums through its own part of shared memory, 16 rows at a time, to turn fragments into rows.
 template <class P, class Write>
 __device__ __forceinline__ void drain(const typename P::Sums& sums, unsigned char* shared, const Write& write) {
-  constexpr int kRows = 16, kPitch = P::kWarpColumns + 8;  // floats; the padding keeps the writes free of conflicts
+  constexpr int kRows = 16, kPitch = P::kWarpColumns + 8;  // floats; the padding avoids bank conflicts
   constexpr int kValues = kPerChunk<typename P::Element>, kChunks = P::kWarpColumns / kValues;
   static_assert(P::kWarps * kRows * kPitch * 4 <= P::kStages * P::kStageBytes, "the corners fit into the stages");
   const int lane = threadIdx.x % 32;
@@ -46,7 +46,7 @@ __device__ __forceinline__ void unpack(unsigned word, float (&values)[2], T) {
   values[1] = to_float(T{static_cast<unsigned short>(word >> 16)});
 }
 
-// values += the first `count` elements at an address; `vector`: a whole 16 bytes may be read there.
+// values += the first `count` elements at an address; `vector`: all 16 bytes may be read.
 template <class T>
 __device__ __forceinline__ void add_chunk(float (&values)[kPerChunk<T>], const T* global, int count, bool vector) {
   constexpr int kPerWord = 4 / static_cast<int>(sizeof(T));

@@ -4,10 +4,10 @@
 //   columns              its channels
 //   depth                for every tap the live channels of the source, kConvDepth at a time
 //
-// Forward gathers y[i] from x[i * stride - pad + r]. dgrad gathers dx[i] from dy[(i + pad - r) / stride] where that
-// divides: pixels of one parity need the same taps, so each parity is a smaller image of its own with every stride-th
-// tap, and no product is wasted. Both become: row i of the image reads source row i * step + first + t * direction at
-// its t-th tap.
+// Forward gathers y[i] from x[i * stride - pad + r]. dgrad gathers dx[i] from dy[(i + pad - r) / stride] where the
+// division is exact: pixels of one parity need the same taps, so each parity is computed as a smaller image with every
+// stride-th tap, and no product is wasted. In both, row i of the image reads source row i * step + first + t *
+// direction at its t-th tap.
 #pragma once
 
 #include "cuda/device.cuh"
@@ -71,11 +71,11 @@ struct ConvImageTile {
   }
 };
 
-// False when the block has nothing to do.
+// Returns false when the block has nothing to do.
 template <class Tile, ConvPass kPass>
 __device__ __forceinline__ bool find_tile(const ConvImageParams& p, ConvImageTile& tile) {
   const ConvGeometry& g = p.geometry;
-  // Blocks of one row of the table are neighbours, so that they find its samples in the L2 cache.
+  // Blocks of one row of the table are neighbours, so that its samples are in the L2 cache.
   unsigned block = blockIdx.x;
   tile.first_channel = block % p.channel_tiles * Tile::kColumns;
   block /= p.channel_tiles;
@@ -88,8 +88,8 @@ __device__ __forceinline__ bool find_tile(const ConvImageParams& p, ConvImageTil
     tile.rows = ConvAxis::dgrad(g.height, g.filter_height, g.stride_height, g.pad_height, down);
     tile.columns = ConvAxis::dgrad(g.width, g.filter_width, g.stride_width, g.pad_width, across);
   }
-  tile.first_pixel = block % p.chunks * Tile::kRows;
-  const int* entry = p.tiles + 3LL * (block / p.chunks);
+  tile.first_pixel = block % p.pixel_tiles * Tile::kRows;
+  const int* entry = p.tiles + 3LL * (block / p.pixel_tiles);
   const int group = entry[0];
   if (group < 0 || group >= p.routing.num_groups) return false;
   tile.first_sample = clamp_to(entry[1], p.routing.batch);
@@ -102,7 +102,8 @@ __device__ __forceinline__ bool find_tile(const ConvImageParams& p, ConvImageTil
   return tile.row_exists(0);
 }
 
-// Copies pixels of the source and weights into a stage, step after step: taps outside, channels inside.
+// Copies pixels of the source and weights into a stage, step after step: taps in the outer loop, channels in the inner
+// one.
 template <class P, ConvPass kPass, bool kVector>
 class ConvImageLoader {
   using T = typename P::Element;
@@ -172,7 +173,7 @@ class ConvImageLoader {
     }
   }
 
-  // The pixels that this tap sees stay the same for all its channels.
+  // A tap reads the same pixels for all its channels.
   __device__ __forceinline__ void enter_tap() {
     const int down = (tap_row_ + (TDC_PLANTED(CONV_WRONG_TAP) ? 1 : 0)) * tile_.rows.direction;
     const int across = tap_column_ * tile_.columns.direction;
@@ -221,12 +222,12 @@ class ConvImageLoader {
   int height_, width_, channels_;  // of the source
   int filter_width_, weight_channels_, taps_;
   int first_[Pixels::kCopies];                        // per line the first pixel of its sample
-  int top_[Pixels::kCopies], left_[Pixels::kCopies];  // and what its first tap sees there
+  int top_[Pixels::kCopies], left_[Pixels::kCopies];  // and the pixel that its first tap reads
   const T* lines_[Weights::kCopies];
   // The next step:
   int tap_row_ = 0, tap_column_ = 0, channel_ = 0;
   int tap_;                           // of the filter
-  const T* pixels_[Pixels::kCopies];  // what it sees
+  const T* pixels_[Pixels::kCopies];  // the pixels that it reads
   unsigned inside_;                   // bit i: pixels_[i] lies in the image
 };
 
@@ -235,7 +236,7 @@ struct ConvImageProduct : ConvProduct<T, Tile, DepthInner, DepthInner> {};
 template <class T, class Tile>
 struct ConvImageProduct<T, Tile, ConvPass::kDgrad> : ConvProduct<T, Tile, DepthInner, DepthOuter> {};
 
-// kVector: channels of all sources come in whole, aligned chunks of 16 bytes.
+// kVector: the channels of all sources are whole, aligned chunks of 16 bytes.
 template <class T, class Tile, ConvPass kPass, bool kVector>
 __device__ __forceinline__ void conv_images(const ConvImageParams& p) {
   using P = ConvImageProduct<T, Tile, kPass>;

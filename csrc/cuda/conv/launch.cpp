@@ -14,8 +14,8 @@ constexpr int64_t kMostSamplesPerTile = 256;  // of the tile table
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// How a convolution is computed on an architecture. Hopper's form, TMA boxes and wgmma, takes its place here: with a
-// planner of its own, for the problems whose channels and strides TMA can serve.
+// How a convolution is computed on an architecture. A Hopper form (TMA and wgmma) belongs here, with its own
+// planner, for the problems whose channels and strides TMA can serve.
 enum class ConvForm { kMmaSync };
 
 ConvForm conv_form(int arch) {
@@ -125,8 +125,8 @@ TileChoice choice_of(const char* name, const ConvArguments& a) {
   return {name, Tile::kRows, Tile::kColumns, Tile::kThreads, conv_shared_bytes<Tile>(element_bytes(a))};
 }
 
-// The larger tile where it fills the GPU at least once and fits; `tiles` counts the blocks of a tile size. Partial
-// chunks are for the smaller tile.
+// The larger tile where it fits and there are blocks for every SM; `tiles` counts the blocks of a tile size. Problems
+// with partial chunks use the smaller tile.
 template <class CountTiles>
 TileChoice choose_tile(const ConvArguments& a, const Device& device, bool whole, CountTiles&& tiles) {
   const TileChoice large = choice_of<Tile128>("128x128", a), small = choice_of<Tile64>("64x64", a);
@@ -136,14 +136,14 @@ TileChoice choose_tile(const ConvArguments& a, const Device& device, bool whole,
 
 // Forward and dgrad.
 
-// How the pixels of a batch are cut into rows of tiles.
+// How the pixels of a batch are divided into tiles.
 struct PixelTiles {
   int64_t samples;  // per row of the tile table, at most
-  int64_t chunks;   // blocks that share the pixels of such a row
+  int64_t per_row;  // blocks that share the pixels of such a row
   int64_t rows;     // of that level of the table
 
   PixelTiles(const ConvArguments& a, int64_t pixels, int64_t tile_rows)
-      : samples(1), chunks(ceil_div(pixels, tile_rows)) {
+      : samples(1), per_row(ceil_div(pixels, tile_rows)) {
     while (samples < kMostSamplesPerTile && 2 * samples * pixels <= tile_rows) samples *= 2;
     rows = level_rows(a, samples);
   }
@@ -173,7 +173,7 @@ std::vector<Launch> launch_images(const ConvArguments& a, const Device& device, 
   p.routing = routing_of(a);
   p.geometry = geometry_of(a);
 
-  // dgrad computes the pixels of each parity as an image of its own; the first is the largest.
+  // dgrad computes the pixels of each parity as a separate image; the first is the largest.
   const int64_t images = forward ? 1 : a.stride_height * a.stride_width;
   const int64_t pixels = forward ? a.out_height() * a.out_width()
                                  : ceil_div(a.height, a.stride_height) * ceil_div(a.width, a.stride_width);
@@ -182,17 +182,17 @@ std::vector<Launch> launch_images(const ConvArguments& a, const Device& device, 
                      whole_chunks(a.in_channels, {a.weight}, a);
   const TileChoice tile = choose_tile(a, device, whole, [&](const TileChoice& t) {
     const PixelTiles tiles(a, pixels, t.rows);
-    return channels <= t.columns / 2 ? 0 : tiles.rows * tiles.chunks * images * ceil_div(channels, t.columns);
+    return channels <= t.columns / 2 ? 0 : tiles.rows * tiles.per_row * images * ceil_div(channels, t.columns);
   });
   const PixelTiles tiles(a, pixels, tile.rows);
   p.tiles = pointer<const int>(a.tiles) + 3 * tiles.first_row(a);
-  p.chunks = static_cast<int>(tiles.chunks);
+  p.pixel_tiles = static_cast<int>(tiles.per_row);
   p.channel_tiles = static_cast<int>(ceil_div(channels, tile.columns));
   p.vector_result =
       forward ? whole_chunks(channels, {a.y, a.bias, a.sample_bias, a.residual}, a) : whole_chunks(channels, {a.dx}, a);
   const std::string kernel =
       std::string(forward ? "tdc_conv_forward_" : "tdc_conv_dgrad_") + product_name(a) + "_" + tile.name;
-  const unsigned blocks = blocks_of({tiles.rows, tiles.chunks, images, p.channel_tiles}, a);
+  const unsigned blocks = blocks_of({tiles.rows, tiles.per_row, images, p.channel_tiles}, a);
   return {launch_of(kernel, blocks, tile.threads, tile.shared_bytes, p, a)};
 }
 
@@ -207,7 +207,7 @@ FastDivisor fast_divisor(int64_t divisor) {
   return {static_cast<unsigned>(divisor), static_cast<unsigned>(multiplier), static_cast<unsigned>(log - 1)};
 }
 
-struct WgradPlan {
+struct WgradTiling {
   bool whole;
   TileChoice tile;
   int64_t out_tiles, in_tiles, splits;
@@ -216,7 +216,7 @@ struct WgradPlan {
 int64_t taps_of(const ConvArguments& a) { return a.filter_height * a.filter_width; }
 int64_t weight_elements(const ConvArguments& a) { return a.num_experts * a.out_channels * taps_of(a) * a.in_channels; }
 
-// Shares of the sum until two blocks per SM have work, but none of fewer than eight steps on average.
+// Enough splits to give every SM two blocks, but with at least eight steps per split on average.
 int64_t choose_splits(const ConvArguments& a, const Device& device, int64_t blocks) {
   constexpr int64_t kBlocksPerMultiprocessor = 2, kLeastSteps = 8, kMostSplits = 32;
   const int64_t steps = ceil_div(a.batch * a.out_height() * a.out_width(), kConvDepth);
@@ -225,26 +225,26 @@ int64_t choose_splits(const ConvArguments& a, const Device& device, int64_t bloc
   return std::max<int64_t>(1, std::min({wanted, steps / (experts * kLeastSteps), kMostSplits}));
 }
 
-WgradPlan plan_wgrad(const ConvArguments& a, const Device& device) {
-  WgradPlan plan;
-  plan.whole = whole_chunks(a.in_channels, {a.x}, a) && whole_chunks(a.out_channels, {a.dy}, a);
+WgradTiling tile_wgrad(const ConvArguments& a, const Device& device) {
+  WgradTiling tiling;
+  tiling.whole = whole_chunks(a.in_channels, {a.x}, a) && whole_chunks(a.out_channels, {a.dy}, a);
   const int64_t per_tile = a.num_experts * taps_of(a);
-  // Splits fill the GPU: what counts is that the tile is not larger than the weight.
-  plan.tile = choose_tile(a, device, plan.whole, [&](const TileChoice& t) {
+  // Splits fill the GPU, so the larger tile is right unless it is larger than the weight.
+  tiling.tile = choose_tile(a, device, tiling.whole, [&](const TileChoice& t) {
     return std::min(a.out_channels, a.in_channels) > t.rows / 2 ? device.multiprocessors : 0;
   });
-  plan.out_tiles = ceil_div(a.out_channels, plan.tile.rows);
-  plan.in_tiles = ceil_div(a.in_channels, plan.tile.columns);
-  plan.splits = choose_splits(a, device, per_tile * plan.out_tiles * plan.in_tiles);
-  return plan;
+  tiling.out_tiles = ceil_div(a.out_channels, tiling.tile.rows);
+  tiling.in_tiles = ceil_div(a.in_channels, tiling.tile.columns);
+  tiling.splits = choose_splits(a, device, per_tile * tiling.out_tiles * tiling.in_tiles);
+  return tiling;
 }
 
-size_t partial_bytes(const ConvArguments& a, const WgradPlan& plan) {
-  return a.dweight && plan.splits > 1 ? static_cast<size_t>(plan.splits * ceil_div(weight_elements(a), 4) * 16) : 0;
+size_t partial_bytes(const ConvArguments& a, const WgradTiling& tiling) {
+  return a.dweight && tiling.splits > 1 ? static_cast<size_t>(tiling.splits * ceil_div(weight_elements(a), 4) * 16) : 0;
 }
 
 void add_dweight(const ConvArguments& a, const Device& device, std::vector<Launch>& launches) {
-  const WgradPlan plan = plan_wgrad(a, device);
+  const WgradTiling tiling = tile_wgrad(a, device);
   ConvWgradParams p{};
   p.x = pointer<const void>(a.x);
   p.dy = pointer<const void>(a.dy);
@@ -254,14 +254,14 @@ void add_dweight(const ConvArguments& a, const Device& device, std::vector<Launc
   p.geometry = geometry_of(a);
   p.by_pixels = fast_divisor(a.out_height() * a.out_width());
   p.by_width = fast_divisor(a.out_width());
-  p.splits = static_cast<int>(plan.splits);
-  p.out_tiles = static_cast<int>(plan.out_tiles);
-  p.in_tiles = static_cast<int>(plan.in_tiles);
+  p.splits = static_cast<int>(tiling.splits);
+  p.out_tiles = static_cast<int>(tiling.out_tiles);
+  p.in_tiles = static_cast<int>(tiling.in_tiles);
   p.vector_result = whole_chunks(a.in_channels, {a.dweight}, a);
-  const std::string kernel = std::string("tdc_conv_wgrad_") + product_name(a) + "_" + plan.tile.name;
-  const unsigned blocks = blocks_of({plan.splits, a.num_experts, taps_of(a), plan.out_tiles, plan.in_tiles}, a);
-  launches.push_back(launch_of(kernel, blocks, plan.tile.threads, plan.tile.shared_bytes, p, a));
-  if (plan.splits == 1) return;
+  const std::string kernel = std::string("tdc_conv_wgrad_") + product_name(a) + "_" + tiling.tile.name;
+  const unsigned blocks = blocks_of({tiling.splits, a.num_experts, taps_of(a), tiling.out_tiles, tiling.in_tiles}, a);
+  launches.push_back(launch_of(kernel, blocks, tiling.tile.threads, tiling.tile.shared_bytes, p, a));
+  if (tiling.splits == 1) return;
 
   ConvReduceParams r{};
   r.partials = p.partials;
@@ -323,7 +323,7 @@ std::vector<Launch> launch_conv_wgrad(const ConvArguments& arguments, const Devi
   switch (conv_form(device.arch)) {
     case ConvForm::kMmaSync:
       if (arguments.dweight) add_dweight(arguments, device, launches);
-      partials = partial_bytes(arguments, plan_wgrad(arguments, device));
+      partials = partial_bytes(arguments, tile_wgrad(arguments, device));
   }
   if (arguments.dbias || arguments.dsample_bias) {
     add_channel_sums(arguments, pointer<float>(arguments.workspace + partials), launches);
@@ -335,7 +335,7 @@ size_t conv_wgrad_workspace(const ConvArguments& arguments, const Device& device
   check(arguments);
   const size_t sums =
       arguments.dbias ? static_cast<size_t>(arguments.batch * arguments.out_channels) * sizeof(float) : 0;
-  return partial_bytes(arguments, plan_wgrad(arguments, device)) + sums;
+  return partial_bytes(arguments, tile_wgrad(arguments, device)) + sums;
 }
 
 }  // namespace tdc

@@ -27,13 +27,13 @@ struct ConvArguments {
 };
 
 // y = routed conv2d of x, plus bias, sample_bias and residual where given. All throw std::invalid_argument for sizes
-// and dtypes that no kernel takes. A batch of nothing needs no launch.
+// and dtypes that no kernel takes. An empty batch needs no launch.
 std::vector<Launch> launch_conv_forward(const ConvArguments& arguments, const Device& device);
 
 // dx is written completely.
 std::vector<Launch> launch_conv_dgrad(const ConvArguments& arguments, const Device& device);
 
-// Those of dweight, dbias, dsample_bias that are there, each written completely. `workspace` has conv_wgrad_workspace
+// Each of dweight, dbias and dsample_bias that is not 0 is written completely. `workspace` has conv_wgrad_workspace
 // bytes, 16-byte aligned.
 std::vector<Launch> launch_conv_wgrad(const ConvArguments& arguments, const Device& device);
 size_t conv_wgrad_workspace(const ConvArguments& arguments, const Device& device);

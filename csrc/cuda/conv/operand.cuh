@@ -23,7 +23,7 @@ constexpr int kChunksPerStep = 2;  // of depth, in one mma
 template <class T>
 constexpr int kPerChunk = kChunkBytes / static_cast<int>(sizeof(T));
 
-// mma wants tf32 rounded; 16-bit elements are as they should be.
+// mma expects rounded tf32; 16-bit elements need no conversion.
 __device__ __forceinline__ unsigned fragment_word(unsigned word, bf16) { return word; }
 __device__ __forceinline__ unsigned fragment_word(unsigned word, half) { return word; }
 __device__ __forceinline__ unsigned fragment_word(unsigned word, float) { return to_tf32(__uint_as_float(word)); }
@@ -86,7 +86,7 @@ struct DepthOuter<float, kExtent> {
   }
 };
 
-// Whether the chunks that a warp reads at once, of so many lines, side by side, lie in different banks.
+// Whether the adjacent chunks of several lines that a warp reads at once lie in different banks.
 template <class Operand>
 __device__ constexpr bool fills_banks(int lines, int chunks) {
   for (int line = 0; line < Operand::kLines; line += lines) {
@@ -145,8 +145,8 @@ struct CopyShare {
 };
 
 // Copies a thread's share: its chunk of line i from `from[i]` where bit i of `exists` is set, zeros elsewhere. The
-// first `live` elements of a chunk count (none or less, more than fit: any number); the others become zeros and, unless
-// 16 bytes are loaded at once, are not read. `base` is any address that may be read.
+// first `live` elements of a chunk are kept (`live` may be negative or larger than a chunk); the others become zeros
+// and, unless 16 bytes are loaded at once, are not read. `base` is any readable address.
 template <class Share, bool kVector, class T>
 __device__ __forceinline__ void copy_share(unsigned char* shared, const T* base, const T* const (&from)[Share::kCopies],
                                            unsigned exists, int live) {

@@ -14,11 +14,11 @@ struct Tile64 {
 // Terms of the sum that one pipeline stage holds.
 constexpr int kConvDepth = 32;
 
-// Stages in flight: as many as leave room for what conv_blocks_per_sm says, on 164 KB of shared memory.
+// Stages in flight: as many as let conv_blocks_per_sm blocks share 164 KB of shared memory.
 constexpr int conv_stages(int element_bytes) { return element_bytes == 2 ? 4 : 3; }
 
 // Blocks that share an SM, one loading while another multiplies: caps their registers at 128 per thread. The larger
-// tile in 32 bits takes 96 KB, so that it has an SM for itself, and GPUs with 100 KB hold it too.
+// tile in fp32 takes 96 KB, so one block fills an SM, also on GPUs with 100 KB.
 template <class Tile>
 constexpr int conv_blocks_per_sm(int element_bytes) {
   return Tile::kThreads == 256 ? (element_bytes == 2 ? 2 : 1) : (element_bytes == 2 ? 4 : 3);
@@ -35,8 +35,8 @@ struct FastDivisor {
   unsigned divisor, multiplier, shift;
 };
 
-// Where the samples of a group begin, which expert they use, how many channels live. Numbers in device memory are
-// clamped before use, whatever they hold.
+// Where the samples of a group begin, which expert they use, how many channels are live. These numbers are in device
+// memory and are clamped before use.
 struct ConvRouting {
   const int* offsets;       // (num_groups + 1)
   const int* weight_index;  // (num_groups), null: group g uses expert g
@@ -62,12 +62,12 @@ struct ConvImageParams {
   const int* tiles;         // the rows (group, first sample, samples) of the level that this launch uses
   ConvRouting routing;
   ConvGeometry geometry;
-  int chunks;         // blocks that share the pixels of one row of `tiles`
+  int pixel_tiles;    // blocks that share the pixels of one row of `tiles`
   int channel_tiles;  // blocks that share the channels of the result
-  int vector_result;  // all that the epilogue touches allows 16-byte accesses
+  int vector_result;  // everything that the epilogue touches allows 16-byte accesses
 };
 
-// wgrad: one block sums one share of the samples for one tile of (C_out, C_in) at one tap of one expert.
+// wgrad: one block sums one split of the pixels for one tile of (C_out, C_in) at one tap of one expert.
 struct ConvWgradParams {
   const void* x;
   const void* dy;
@@ -81,7 +81,7 @@ struct ConvWgradParams {
   int vector_result;        // dweight allows 16-byte stores
 };
 
-// The kernels below have blocks of so many threads.
+// Threads per block of the kernels below.
 constexpr int kConvSumThreads = 256;
 
 // dweight = the sum of `splits` arrays of `count` elements, in order.
@@ -92,7 +92,7 @@ struct ConvReduceParams {
   int splits;
 };
 
-// Sums of dy over the pixels of every sample. A block takes so many 16-byte chunks of channels of one sample.
+// Sums of dy over the pixels of every sample. A block takes kSampleSumChunks 16-byte chunks of channels of one sample.
 constexpr int kSampleSumChunks = 8;
 struct ConvSampleSumParams {
   const void* dy;
@@ -104,7 +104,7 @@ struct ConvSampleSumParams {
   int vector_source;  // dy allows 16-byte loads
 };
 
-// dbias = the sums of all samples that use an expert. A block takes so many channels of one expert.
+// dbias = the sums of all samples that use an expert. A block takes kExpertSumChannels channels of one expert.
 constexpr int kExpertSumChannels = 32;
 struct ConvExpertSumParams {
   const float* sums;  // (B, C_out)

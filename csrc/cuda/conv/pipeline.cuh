@@ -1,9 +1,9 @@
 // The main loop of all convolution kernels: a pipeline of stages from device memory to mma.sync.
 //
 //   stage     0       1       2       3       0       1        A loader fills a stage with cp.async, the warps multiply
-//   copy    |step 0 |step 1 |step 2 |step 3 |step 4 |step 5    out of the oldest one. One barrier per step: past it the
-//   multiply                        |step 0 |step 1 |step 2    copies of its step are there, for all threads, and
-//                                                              nobody reads the stage that the next copies overwrite.
+//   copy    |step 0 |step 1 |step 2 |step 3 |step 4 |step 5    out of the oldest one. One barrier per step: after it
+//   multiply                        |step 0 |step 1 |step 2    all threads see the copies of that step, and no thread
+//                                                              reads the stage that the next copies overwrite.
 #pragma once
 
 #include "cuda/device.cuh"
@@ -33,7 +33,7 @@ struct ConvProduct {
   // lane % 4 * 2 + e % 2.
   using Sums = float[kRowFragments][kColumnFragments][4];
 
-  // Where the part of a warp begins.
+  // Where a warp's part of the tile begins.
   static __device__ __forceinline__ constexpr int row_of(int warp) { return warp / kWarpsAcross * kWarpRows; }
   static __device__ __forceinline__ constexpr int column_of(int warp) {
     return (warp + warp / kWarpsAcross * 2) % kWarpsAcross * kWarpColumns;
@@ -42,7 +42,7 @@ struct ConvProduct {
   static __device__ __forceinline__ int warp_column() { return column_of(threadIdx.x / 32); }
 };
 
-// Warp w runs on sub-partition w % 4 of its SM. Whether all four have work where only half of the tile lives.
+// Warp w runs on sub-partition w % 4 of its SM. Whether all four have work when only half of the tile is live.
 template <class P>
 __device__ constexpr bool halves_spread() {
   unsigned top = 0, left = 0;  // sub-partitions
@@ -86,7 +86,7 @@ __device__ __forceinline__ void multiply_stage(const unsigned char* stage, typen
 }
 
 // Runs `steps` steps of a loader, whose load(stage) copies both operands of the next step. A warp multiplies where its
-// part of the tile is `live`. On return all threads are past their last use of shared memory.
+// part of the tile is `live`. On return all threads have finished with shared memory.
 template <class P, class Loader>
 __device__ __forceinline__ void run_pipeline(Loader& loader, int steps, bool live, unsigned char* stages,
                                              typename P::Sums& sums) {

@@ -1,4 +1,4 @@
-// Reads the routing of a batch from device memory, clamped so that no index leaves its array whatever the memory holds.
+// Reads the routing of a batch from device memory, clamped so that no index can leave its array.
 #pragma once
 
 #include "cuda/device.cuh"

@@ -5,7 +5,7 @@
 //   depth                pixels of y of all groups that use the expert, group after group, kConvDepth at a time
 //
 // Split-K: split s of S takes the s-th equal share of every group's steps and writes its own partial array; a second
-// launch adds those in order, so that no result depends on who comes first.
+// launch adds those in order, so the result does not depend on timing.
 #pragma once
 
 #include "cuda/device.cuh"
@@ -21,7 +21,7 @@ struct ConvWgradTile {
 
   template <class Tile>
   __device__ __forceinline__ static ConvWgradTile find(const ConvWgradParams& p) {
-    // Blocks that read the same pixels are neighbours, so that they find them in the L2 cache.
+    // Blocks that read the same pixels are neighbours, so that the pixels are in the L2 cache.
     const int taps = p.geometry.filter_height * p.geometry.filter_width;
     unsigned block = blockIdx.x;
     ConvWgradTile tile;
@@ -37,12 +37,12 @@ struct ConvWgradTile {
   }
 };
 
-// The steps of a block, and the most channels that live in any of them.
+// The steps of a block, and the largest number of live channels in any of them.
 struct ConvWgradWork {
   int steps, live_out, live_in;
 };
 
-// Walks over the pixels of y that a block sums: its share of every group that uses the expert and has live channels in
+// Walks over the pixels of y that a block sums: its split of every group that uses the expert and has live channels in
 // the tile.
 class ConvPixelWalk {
  public:
@@ -61,7 +61,7 @@ class ConvPixelWalk {
     if (pixel_ >= end_) next_group();
   }
 
-  // What there is from here to the end; ends the walk.
+  // Counts what is left of the walk and ends it.
   __device__ __forceinline__ ConvWgradWork count() {
     ConvWgradWork work = {0, 0, 0};
     for (; pixel_ < end_; next_group()) {
@@ -100,7 +100,7 @@ class ConvPixelWalk {
   int group_ = -1, pixel_ = 0, end_ = 0, live_out_ = 0, live_in_ = 0;
 };
 
-// Copies rows of dy and the pixels of x that the tap sees from there.
+// Copies rows of dy and the pixels of x that the tap pairs with them.
 template <class P, bool kVector>
 class ConvWgradLoader {
   using T = typename P::Element;
@@ -160,10 +160,10 @@ class ConvWgradLoader {
   const ConvWgradParams& p_;
   const ConvWgradTile& tile_;
   ConvPixelWalk walk_;
-  int top_, left_;  // the pixel of x that the tap sees from pixel (0, 0) of y
+  int top_, left_;  // the pixel of x that the tap pairs with pixel (0, 0) of y
 };
 
-// kVector: the channels of x and of dy come in whole, aligned chunks of 16 bytes.
+// kVector: the channels of x and of dy are whole, aligned chunks of 16 bytes.
 template <class T, class Tile, bool kVector>
 __device__ __forceinline__ void conv_wgrad(const ConvWgradParams& p) {
   using P = ConvProduct<T, Tile, DepthOuter, DepthOuter>;

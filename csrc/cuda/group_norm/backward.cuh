@@ -1,10 +1,10 @@
-// Group norm backward. With d = x - mean, z the input of the activation and dz = dy * act'(z), all that is needed of
-// the pixels are two sums per channel, of dz and of dz * d. Then
+// Group norm backward. With d = x - mean, z the input of the activation and dz = dy * act'(z), two sums over the
+// pixels are needed per channel, of dz and of dz * d. Then
 //   dshift = S(dz)    dscale = weight * rstd * S(dz d) + bias * S(dz)
 //   dx = multiplier * dz - centred * d - constant    with factors of the norm group from the same sums.
-// The sample's terms of dweight and dbias go to memory; group_norm_expert_sums.cuh adds them up.
+// The sample's terms of dweight and dbias go to memory; expert_sums.cuh adds them up.
 //
-//   whole    x and dy are read once and kept in shared memory; dy twice where both do not fit
+//   whole    x and dy are read once and kept in shared memory; dy is read twice where both do not fit
 //   partial  where that does not fit: the sums over the block's pixels
 //   apply    adds the sums of all runs of pixels, then reads x and dy again
 #pragma once
@@ -145,7 +145,7 @@ __device__ __forceinline__ void merge_sums(const GroupNormParams& p, const NormB
   block_sync();
 }
 
-// The small gradients of channel c; `live` false writes their zeros.
+// Writes the gradients per channel of channel c, zeros unless `live`.
 template <class T>
 __device__ __forceinline__ void write_channel_grads(const GroupNormParams& p, const NormBlock& block, int c,
                                                     const BackwardArrays& arrays, float rstd, bool live) {
@@ -163,7 +163,7 @@ __device__ __forceinline__ void write_channel_grads(const GroupNormParams& p, co
   if (p.dshift) static_cast<T*>(p.dshift)[at] = from_float<T>(dshift);
 }
 
-// From the sums of each channel to the small gradients and the factors of dx, one warp per norm group:
+// From the sums of each channel to the gradients per channel and the factors of dx, one warp per norm group:
 // sum_dz becomes `constant`, sum_dz_centred becomes `centred`.
 template <class T>
 __device__ __forceinline__ void finish_grads(const GroupNormParams& p, const NormBlock& block,

@@ -104,8 +104,8 @@ struct NormBlock {
 
 __device__ __forceinline__ int clamped(int value, int low, int high) { return min(max(value, low), high); }
 
-// The routing group that owns the sample; -1 when the offsets are no partition. All threads look at once: a binary
-// search would wait for memory at every step. The two barriers also keep `slot` from being reused too early.
+// The routing group that owns the sample; -1 when the offsets do not cover it. All threads search at once: a
+// binary search would wait for memory at every step. The two barriers also keep `slot` from being reused too early.
 __device__ __forceinline__ int group_of_sample(const GroupNormParams& p, int sample) {
   TDC_SHARED(int, slot, 1);
   if (threadIdx.x == 0) slot[0] = -1;

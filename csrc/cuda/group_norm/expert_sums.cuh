@@ -1,6 +1,6 @@
 // dweight and dbias of every expert: the sums of the samples' terms over all groups that use the expert. Block (x, e)
 // takes 32 channels of expert e; warp r adds samples r, r + warps, ... of each group, group after group, and the warps'
-// sums are added in their order: the same bits on every run.
+// sums are added in a fixed order, so every run gives the same bits.
 #pragma once
 
 #include "cuda/group_norm/block.cuh"

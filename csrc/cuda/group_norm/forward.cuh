@@ -1,12 +1,13 @@
 // Group norm forward: y = act(((x - mean) * rstd * weight + bias) * (1 + scale) + shift).
 //
 //   whole    one block sees all pixels of its chunk: x is read once, kept in shared memory, y written
-//   moments  where that does not fit: the moments of the block's pixels, for `apply` to merge
+//   partial  where that does not fit: the moments of the block's pixels, for `apply` to merge
 //   apply    merges the moments of all runs of pixels, then reads x again and writes y
 //
 // Statistics take two passes over the copy in shared memory: the sum (while x arrives), then squares about that mean.
-// What rounding left in the mean shows as the sum of the differences and is taken out of mean and variance, so a mean
-// far larger than the deviation costs no accuracy (the corrected two-pass algorithm: Chan, Golub and LeVeque 1983).
+// The sum of the differences from it shows the rounding error of the mean, which is removed from mean and variance, so
+// a mean far larger than the deviation costs no accuracy (the corrected two-pass algorithm: Chan, Golub and LeVeque
+// 1983).
 #pragma once
 
 #include "cuda/group_norm/block.cuh"
@@ -15,7 +16,7 @@ namespace tdc {
 
 enum class NormStage { kWhole, kPartial, kApply };
 
-constexpr int kMomentFloats = 3;  // pivot, excess, squares: mean = pivot + excess, kept apart for their low bits
+constexpr int kMomentFloats = 3;  // pivot, excess, squares: mean = pivot + excess, kept apart to preserve the low bits
 
 // Per channel of the chunk; the sums of the statistics become the coefficients of y.
 struct ForwardArrays {
@@ -26,7 +27,7 @@ struct ForwardArrays {
         centre(offset + p.chunk_channels) {}
 };
 
-// Copies the live part of the block's share into the tile and leaves the sum of each channel in `totals`.
+// Copies the live part of the block's share into the tile and writes the sum of each channel to `totals`.
 template <class T, int V>
 __device__ __forceinline__ void load_and_sum(const GroupNormParams& p, const NormBlock& block, const NormThread& thread,
                                              T* tile, float* row_sums, float* totals) {
@@ -73,7 +74,7 @@ __device__ __forceinline__ void group_means(const GroupNormParams& p, const Norm
   block_sync();
 }
 
-// Sums of x - centre and of its square per channel, from the tile. A thread reads what it wrote itself.
+// Sums of x - centre and of its square per channel, from the tile. A thread reads only what it wrote.
 template <class T, int V>
 __device__ __forceinline__ void sum_centred(const NormBlock& block, const NormThread& thread, const T* tile,
                                             float* row_sums, const float* centre, float* first_power, int stride) {
@@ -119,7 +120,7 @@ __device__ __forceinline__ GroupMoments block_moments(const GroupNormParams& p, 
   moments.pivot = arrays.centre[begin];
   moments.excess = warp_sum(first) / count;
   const float squares = warp_sum(second) - moments.excess * moments.excess * count;
-  moments.squares = squares < 0 ? 0.0f : squares;  // not fmaxf: NaN must pass
+  moments.squares = squares < 0 ? 0.0f : squares;  // not fmaxf, which would drop NaN
   return moments;
 }
 
@@ -237,7 +238,7 @@ __device__ __forceinline__ void normalize(const GroupNormParams& p, const NormBl
         for (int i = 0; i < V; ++i) {
           value[i] = (value[i] - centre[i]) * multiplier[i] + offset[i];
         }
-        if (p.silu) {  // one branch for all channels: their chains of special functions overlap
+        if (p.silu) {  // one branch for all channels, so that their special functions overlap
 #pragma unroll
           for (int i = 0; i < V; ++i) value[i] *= norm_sigmoid(value[i]);
         }

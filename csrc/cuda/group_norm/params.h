@@ -18,7 +18,7 @@ struct GroupNormParams {
   void* dbias;
   void* dscale;
   void* dshift;
-  float* partials;       // what the blocks of one sample leave for each other, see the kernels
+  float* partials;       // what the blocks of one sample pass to each other, see the kernels
   float* dweight_share;  // (batch, channels): each sample's terms of dweight and dbias; null: not wanted
   float* dbias_share;
   const int* offsets;       // (num_groups + 1)
@@ -35,7 +35,7 @@ struct GroupNormParams {
   int num_experts;
   float eps;
   int silu;
-  // The share of one block: `chunk_channels` channels (whole norm groups) of `pixels_per_block` pixels of one sample.
+  // The part of one block: `chunk_channels` channels (whole norm groups) of `pixels_per_block` pixels of one sample.
   // Block x takes chunk x % chunks of sample x / chunks; block y takes pixels from y * pixels_per_block.
   int chunks;
   int chunk_channels;

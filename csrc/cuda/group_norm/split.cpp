@@ -7,14 +7,14 @@ namespace tdc {
 namespace {
 
 constexpr int64_t kWarpThreads = 32, kFewestThreads = 64, kMostThreads = 512;
-// Threads of an SM together: what registers allow (backward holds more coefficients).
+// Threads per SM that registers allow (backward holds more coefficients).
 constexpr int64_t kForwardThreadsPerSm = 1024, kBackwardThreadsPerSm = 512;
 constexpr int64_t kVectorsPerThread = 8;  // with fewer, a block does little between its barriers
 constexpr int64_t kSector = 64;           // bytes of a pixel that a block should read at least: two sectors of L2
 constexpr int64_t kLine = 128;            // and better: a whole line
 constexpr int64_t kBlocksPerSm = 3;       // while one reads, another computes and a third writes
-constexpr int64_t kRunBytes = 32768;      // of a run of pixels, where one block does not take them all
-constexpr int64_t kStaticShared = 16;     // what kernels declare themselves
+constexpr int64_t kRunBytes = 32768;      // of a run of pixels, where one block does not hold them all
+constexpr int64_t kStaticShared = 16;     // static shared memory of the kernels
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -87,7 +87,7 @@ class Splitter {
   }
 
   // All pixels of a chunk in one block. Chunks grow to whole lines of memory while several blocks still fit on an SM
-  // and there are enough of them to go round.
+  // and every SM has a block.
   NormSplit best_whole(int tensors) const {
     NormSplit best = laid_out(unit_, pixels(), tensors);
     for (int64_t units = 2; units * unit_ <= a_.channels && units * unit_ * element_ <= kLine; ++units) {
@@ -102,7 +102,7 @@ class Splitter {
     return best;
   }
 
-  // So few blocks, each with so much to do, that a second launch costs less than idle SMs.
+  // Whether blocks are so few and large that a second launch costs less than idle SMs.
   bool starves(const NormSplit& s) const {
     return blocks(s) * 4 <= device_.multiprocessors && s.shared_bytes > 2 * kRunBytes;
   }

@@ -1,4 +1,4 @@
-// How group norm is shared out among blocks: a function of sizes, alignment and the device.
+// How group norm is divided among blocks: a function of sizes, alignment and the device.
 #pragma once
 
 #include <cstdint>

@@ -20,13 +20,14 @@ std::string describe(const Launch& launch) {
 
 void check(cudaError_t status, const char* call, const Launch& launch) {
   if (status == cudaSuccess) return;
-  throw std::runtime_error(std::string(call) + " failed: " + cudaGetErrorName(status) + ", " +
-                           cudaGetErrorString(status) + "; " + describe(launch) +
-                           "; or an earlier kernel, whose error shows only now: CUDA_LAUNCH_BLOCKING=1 tells");
+  throw std::runtime_error(
+      std::string(call) + " failed: " + cudaGetErrorName(status) + ", " + cudaGetErrorString(status) + "; " +
+      describe(launch) +
+      "; or an earlier kernel failed and the error shows only now: CUDA_LAUNCH_BLOCKING=1 tells which");
 }
 
-// Raises the kernel's limit of dynamic shared memory once per kernel, device and larger size. Without asking there are
-// 48 KB less what the kernel itself declares.
+// Raises the kernel's limit of dynamic shared memory once per kernel, device and larger size. By default it is
+// 48 KB less the kernel's static shared memory.
 void allow_shared(const void* kernel, int device, const Launch& launch) {
   static std::mutex mutex;
   static std::map<std::pair<const void*, int>, unsigned> allowed;
@@ -43,7 +44,7 @@ void run(const Launch& launch, int device, cudaStream_t stream) {
   const auto found = kernel_table().find(launch.kernel);
   if (found == kernel_table().end())
     throw std::runtime_error("no kernel of that name in this build: " + describe(launch));
-  // The runtime linked into this module has a current device of its own.
+  // The runtime linked into this module keeps its own current device.
   check(cudaSetDevice(device), "cudaSetDevice", launch);
   allow_shared(found->second, device, launch);
   void* params = const_cast<unsigned char*>(launch.params.data());  // copied by the call

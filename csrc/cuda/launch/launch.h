@@ -1,5 +1,5 @@
-// What a launch planner returns: everything that starts one kernel, as plain data. No CUDA: any host compiler builds
-// it. Three things take it: the registry of kernels built ahead of time, NVRTC through Python, and the emulator.
+// What a launch planner returns: everything that starts one kernel, as plain data. It needs no CUDA: any host
+// compiler builds it. It is run by the kernels built ahead of time, by NVRTC through Python, or by the emulator.
 #pragma once
 
 #include <cstddef>
@@ -17,7 +17,7 @@ struct Device {
   int shared_limit;     // bytes of shared memory that one block may opt in to
 };
 
-// One kernel launch. Grid entries are at least 1; a planner returns no launch at all where there is nothing to do.
+// One kernel launch. Grid entries are at least 1; where there is nothing to do, a planner returns no launch.
 struct Launch {
   std::string kernel;                 // extern "C" name
   unsigned grid[3];                   // blocks in x, y, z

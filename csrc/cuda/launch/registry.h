@@ -1,5 +1,5 @@
-// The kernels that nvcc built into this module by name, and what starts them. NVRTC and the emulator have their own
-// ways.
+// The kernels that nvcc built into this module by name, and what starts them. NVRTC and the emulator do
+// not use it.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@ namespace tdc {
 // extern "C" name -> the host's handle of the kernel, as cudaLaunchKernel takes it.
 using KernelTable = std::unordered_map<std::string, const void*>;
 
-// Every kernel compiled in, of all families of families.def.
+// The kernels of all families of families.def.
 const KernelTable& kernel_table();
 
 // Starts the launches in order on `stream` of device number `device`. Raises std::runtime_error with the kernel's name,

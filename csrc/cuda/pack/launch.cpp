@@ -57,7 +57,7 @@ std::vector<Launch> launch_pack_experts(const PackArguments& a, const Device& de
 
   Launch launch;
   launch.kernel = "tdc_pack_experts_" + std::to_string(a.element_size);
-  // A few waves; blocks stride over the rest.
+  // At most a few waves; blocks loop over the rest.
   const int64_t most_blocks = std::max<int64_t>(1, 16 * device.multiprocessors);
   launch.grid[0] = static_cast<unsigned>(std::min((elements + kThreads - 1) / kThreads, most_blocks));
   launch.grid[1] = static_cast<unsigned>(a.num_experts);

@@ -11,7 +11,7 @@ namespace {
 
 constexpr int64_t kWarpThreads = 32, kMostWarps = 32, kMostRows = int64_t{1} << 26;
 
-// Ints of shared memory per group, beside the offsets: as many counters as `tables` asks for.
+// Ints of shared memory with `tables` counters per group.
 int64_t shared_ints(int64_t num_groups, int64_t tables) {
   return kTileLevels * kWarpThreads + num_groups + 1 + tables * num_groups;
 }

@@ -1,4 +1,4 @@
-// Plans the launch that sorts a batch by group and tables its tiles.
+// Plans the launch that sorts a batch by group and writes its tile tables.
 #pragma once
 
 #include <cstdint>
@@ -23,9 +23,9 @@ struct PlanArguments {
 // Whether shared memory holds the counters of so many groups: about 20,000 of them on sm_80, 29,000 on sm_90.
 bool routing_plan_supported(int64_t num_groups, const Device& device);
 
-// One launch of one block, which makes one pass over the batch to count, one to place and one to table. Its time is
-// that of a few barriers up to some thousand samples and grows with the batch from there on: a batch of 65536 is 64
-// steps for each of 32 warps. Throws std::invalid_argument for sizes that do not fit. On the device a group id out of
+// One launch of one block, which makes three passes over the batch: count, place, write tiles. Up to some thousand
+// samples its time is that of a few barriers; beyond, it grows with the batch: 65536 samples are 64 steps for each of
+// 32 warps. Throws std::invalid_argument for sizes that do not fit. On the device a group id out of
 // range traps.
 std::vector<Launch> launch_routing_plan(const PlanArguments& arguments, const Device& device);
 

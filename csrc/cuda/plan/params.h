@@ -15,7 +15,7 @@ struct RoutingPlanParams {
   int* tiles;                // (rows of all levels, 3): group or -1, first sorted position, number of samples
   int batch;
   int num_groups;
-  int counting_warps;   // warps that count and place samples, each a slice of the batch of its own
+  int counting_warps;   // warps that count and place samples, each its own slice of the batch
   int levels_per_pass;  // tile levels scanned at once: what shared memory holds
 };
 

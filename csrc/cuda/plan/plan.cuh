@@ -1,5 +1,6 @@
 // The routing plan in one block: a stable counting sort of the samples by group, and the tile tables of the sorted
-// batch. Only integers are added, and every position follows from the sample's place in the batch: no schedule shows.
+// batch. Only integers are added, and every position follows from the sample's place in the batch, so the result does
+// not depend on timing.
 //
 // Shared memory, in ints:
 //   warp_sums  kTileLevels x 32       totals of each warp within a scan
@@ -67,7 +68,7 @@ __device__ __forceinline__ int tile_rows(const RoutingPlanParams& p, int level) 
   return min(p.batch, (p.batch >> level) + min(p.num_groups, p.batch));
 }
 
-// A group id that is checked before anything is indexed with it: a wrong one stops the kernel with an error.
+// A group id, checked before it is used as an index: a wrong one stops the kernel with an error.
 __device__ __forceinline__ int checked_group(const RoutingPlanParams& p, int sample) {
   const long long group = p.groups[sample];
   if (group < 0 || group >= p.num_groups) {

@@ -9,7 +9,7 @@
 namespace tdc {
 
 // Destination indices [begin, end) of one axis whose taps [tap_begin, tap_end) stay inside the source; the others
-// would only add zeros of the padding and are left out.
+// would only add zeros from the padding and are left out.
 struct AxisRun {
   int64_t begin, end;
   int tap_begin, tap_end;

@@ -1,0 +1,125 @@
+#include "cpu/conv_wgrad_plan.h"
+
+namespace tdc {
+namespace {
+
+constexpr int64_t kChunkPixels = 128;                // a panel of dy and a block of x of one chunk fit in L1 together
+constexpr int64_t kSumsLimit = int64_t{384} << 10;   // bytes of sums per task: they stay in L2
+constexpr int64_t kPartialLimit = int64_t{4} << 20;  // bytes of partial sums
+constexpr int64_t kTasksWanted = 32;
+constexpr int64_t kPanelTaps = 9;  // a copied block of x is used for at least so many pairs of a tap and a panel,
+constexpr int64_t kDyLimit = int64_t{256} << 10;  // unless the chunk's dy would take more bytes than this
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace
+
+void WgradPlan::make(const Conv2dProblem& problem, int vector_lanes, bool dweight, bool biases) {
+  problem_ = &problem;
+  vector_lanes_ = vector_lanes;
+  panel_lanes = vector_lanes * kPanelVectors;
+  tiles.clear(), tasks.clear(), taps.clear(), bias_tasks.clear(), costs.clear();
+  macs = partial_floats = tile_counters = 0;
+  for (int64_t r = 0; r < problem.filter_height; ++r)
+    for (int64_t s = 0; s < problem.filter_width; ++s)
+      taps.push_back(r * problem.weight_strides[3] + s * problem.weight_strides[4]);
+  plan_chunks();
+  plan_experts();
+  if (dweight) plan_tiles();
+  if (biases) plan_biases();
+  plan_costs(dweight);
+}
+
+void WgradPlan::plan_chunks() {
+  out_height = problem_->out_height(), out_width = problem_->out_width();
+  image_ = out_height * out_width;
+  chunk_samples_ = row_ranges_ = 1;
+  if (image_ >= kChunkPixels)
+    row_ranges_ = ceil_div(out_height, std::max<int64_t>(1, kChunkPixels / out_width));
+  else
+    chunk_samples_ = std::max<int64_t>(1, kChunkPixels / image_);
+}
+
+int64_t WgradPlan::group_chunks(int64_t group) const {
+  return ceil_div(problem_->offsets[group + 1] - problem_->offsets[group], chunk_samples_) * row_ranges_;
+}
+
+WgradPlan::Chunk WgradPlan::chunk(int64_t group, int64_t index) const {
+  const int64_t first = problem_->offsets[group], samples = problem_->offsets[group + 1] - first;
+  const int64_t sample_ranges = ceil_div(samples, chunk_samples_);
+  const int64_t i = index % sample_ranges, j = index / sample_ranges;
+  return {group, first + samples * i / sample_ranges, first + samples * (i + 1) / sample_ranges,
+          out_height * j / row_ranges_, out_height * (j + 1) / row_ranges_};
+}
+
+void WgradPlan::plan_experts() {
+  const Conv2dProblem& p = *problem_;
+  experts.assign(p.num_experts, {});
+  groups.resize(p.num_experts);
+  for (auto& list : groups) list.clear();
+  for (int64_t g = 0; g < p.num_groups; ++g) {
+    const int64_t samples = p.offsets[g + 1] - p.offsets[g];
+    if (samples == 0) continue;
+    Expert& e = experts[p.expert(g)];
+    e.lanes = std::max(e.lanes, p.live_out(g));
+    e.depth = std::max(e.depth, p.live_in(g));
+    e.samples += samples;
+    e.chunks += group_chunks(g);
+    groups[p.expert(g)].push_back(static_cast<int32_t>(g));
+    macs += samples * image_ * num_taps() * p.live_in(g) * p.live_out(g);
+  }
+  for (Expert& e : experts)
+    if (e.depth == 0 || e.lanes == 0) e.depth = e.lanes = 0;
+}
+
+void WgradPlan::plan_tiles() {
+  int64_t total = 0;  // products of a chunk, a panel and a block
+  for (const Expert& e : experts) total += e.chunks * panels(e) * blocks(e);
+  const int64_t per_task = std::max<int64_t>(1, total / kTasksWanted);
+  const int64_t panel_bytes = std::max(kChunkPixels, out_width) * panel_lanes * 4;
+  const int64_t tile_panels = std::max<int64_t>(1, std::min(ceil_div(kPanelTaps, num_taps()), kDyLimit / panel_bytes));
+  for (int64_t expert = 0; expert < problem_->num_experts; ++expert) {
+    const Expert& e = experts[expert];
+    const int64_t all = blocks(e);
+    if (all == 0) continue;
+    for (int64_t panel = 0; panel < panels(e); panel += tile_panels) {
+      const int64_t panel_end = std::min(panels(e), panel + tile_panels), width = panel_end - panel;
+      const int64_t wanted = ceil_div(e.chunks * all * width, per_task);  // tasks
+      const int64_t most_blocks = std::max<int64_t>(1, kSumsLimit / (4 * block_rows(1) * panel_lanes * width));
+      // Tiles of different blocks share no sums. With few taps, copying x costs more: the splits of one tile copy less.
+      const int64_t wanted_tiles = tile_panels > 1 ? ceil_div(wanted, e.chunks) : wanted;
+      const int64_t count = std::min(all, std::max(wanted_tiles, ceil_div(all, most_blocks)));
+      for (int64_t i = 0; i < count; ++i) {
+        WeightTile tile = {expert, panel,          panel_end,    all * i / count, all * (i + 1) / count,
+                           1,      partial_floats, tile_counters};
+        const int64_t floats = tile_floats(tile);
+        tile.splits = std::min(e.chunks, std::max<int64_t>(1, ceil_div(wanted, count)));
+        if (tile.splits > 1)
+          tile.splits = std::max<int64_t>(1, std::min(tile.splits, (kPartialLimit / 4 - partial_floats) / floats));
+        if (tile.splits > 1) partial_floats += tile.splits * floats, ++tile_counters;
+        for (int64_t split = 0; split < tile.splits; ++split)
+          tasks.push_back({static_cast<int64_t>(tiles.size()), split});
+        tiles.push_back(tile);
+      }
+    }
+  }
+}
+
+void WgradPlan::plan_biases() {
+  for (int64_t expert = 0; expert < problem_->num_experts; ++expert) {
+    const int64_t splits = std::max<int64_t>(1, std::min(kBiasSplits, experts[expert].samples));
+    for (int64_t split = 0; split < splits; ++split) bias_tasks.push_back({expert, split, splits});
+  }
+}
+
+void WgradPlan::plan_costs(bool dweight) {
+  for (const Task& task : tasks) {
+    const WeightTile& tile = tiles[task.tile];
+    const int64_t products = (tile.panel_end - tile.panel_begin) * (tile.block_end - tile.block_begin) * num_taps();
+    costs.push_back(experts[tile.expert].chunks * products * 64 / tile.splits + 1);
+  }
+  for (const BiasTask& task : bias_tasks) costs.push_back(experts[task.expert].chunks * 8 / task.splits + 1);
+  if (dweight) costs.insert(costs.end(), problem_->num_experts, 1);
+}
+
+}  // namespace tdc
