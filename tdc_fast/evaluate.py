@@ -43,7 +43,7 @@ def _evaluate(arguments: list[str]) -> None:
 
 
 def _split_names(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The two sets, wherever they stand among the flags, and the flags: every flag but --help takes one value."""
+    """Separate the names of the two sets from the flags, of which each but --help takes one value."""
     names: list[str] = []
     flags: list[str] = []
     wants_value = False

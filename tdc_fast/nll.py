@@ -1,6 +1,7 @@
 """Measure the variational bound of a model on images, in bits per dimension: ``python -m tdc_fast.nll --run DIR``.
 
-Also takes improved-diffusion's ``image_nll.py`` command lines, and writes its files ``{vb,mse,xstart_mse}_terms.npz``.
+Also takes the command lines of improved-diffusion's ``image_nll.py``, and writes its files
+``{vb,mse,xstart_mse}_terms.npz``.
 """
 
 from __future__ import annotations
@@ -25,18 +26,18 @@ __all__ = ["NllOptions", "bits_per_dimension", "main"]
 
 @dataclass(frozen=True, kw_only=True)
 class NllOptions:
-    """Which model, on which images."""
+    """Which model to measure, on which images."""
 
     run: str = ""
     """Run directory."""
     which: Which = "auto"
-    """With --run: its experts, its base, or (auto) the experts if there are any."""
+    """Which model of --run: its experts, its base, or (auto) the experts if there are any."""
     model_path: str = ""
-    """Instead of --run: one file of weights, of ours or of improved-diffusion."""
+    """Instead of --run: a weight file of tdc_fast or improved-diffusion."""
     data_dir: str = ""
-    """Images: folder, .npz, .npy, digits or photos; empty takes what the run held out."""
+    """Images: a folder, an .npz or .npy file, digits or photos; empty takes the held-out images of the run."""
     num_samples: int = 1000
-    """At most this many images."""
+    """Maximum number of images."""
     batch_size: int = 1
     """Images at once."""
     clip_denoised: bool = True
@@ -44,10 +45,10 @@ class NllOptions:
     seed: int = 0
     """Seed of the noise."""
     num_threads: int = 0
-    """CPU threads; 0 leaves the setting of the process."""
+    """CPU threads; 0 keeps the default of torch."""
     out: str = ""
-    """Folder for the files; empty takes nll/ of the run, else DIFFUSION_BLOB_LOGDIR, OPENAI_LOGDIR or a new
-    temporary one."""
+    """Folder for the files; empty takes nll/ of the run, or with --model_path DIFFUSION_BLOB_LOGDIR, OPENAI_LOGDIR or
+    a new temporary folder."""
 
 
 def _measure(arguments: list[str]) -> None:

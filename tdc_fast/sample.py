@@ -1,7 +1,7 @@
-"""Draw images from a trained model: `python -m tdc_fast.sample --run DIR`.
+"""Sample images from a trained model: ``python -m tdc_fast.sample --run DIR``.
 
-Also takes improved-diffusion's `image_sample.py` command lines: `--model_path ema_0.9999_010000.pt`, the model's flags,
-`--num_samples --batch_size --use_ddim --clip_denoised --timestep_respacing`.
+Also takes the command lines of improved-diffusion's ``image_sample.py``: ``--model_path ema_0.9999_010000.pt``, the
+flags of the model, ``--num_samples --batch_size --use_ddim --clip_denoised --timestep_respacing``.
 """
 
 from __future__ import annotations
@@ -30,39 +30,39 @@ QUICK_STEPS = 50
 
 @dataclass(frozen=True, kw_only=True)
 class SampleOptions:
-    """What to draw, from which model."""
+    """How many images to sample, from which model, and how."""
 
     run: str = ""
     """Run directory to sample from."""
     which: Which = "auto"
-    """With --run: its experts, its base, or (auto) the experts if there are any."""
+    """Which model of --run: its experts, its base, or (auto) the experts if there are any."""
     model_path: str = ""
-    """Instead of --run: one file of weights, of ours or of improved-diffusion. A configuration beside it is used, and
-    flags that contradict it are refused; without one, the model's flags must be given."""
+    """Instead of --run: a weight file of tdc_fast or improved-diffusion. The configuration stored beside a file of
+    tdc_fast is used, and flags that contradict it are refused; for others, the flags of the model must be given."""
     num_samples: int = 0
     """Number of images; 0 takes 100 with --run, and improved-diffusion's 10000 with --model_path."""
     batch_size: int = 0
-    """Images that are drawn at once; 0 takes 100 with --run, and improved-diffusion's 16 with --model_path."""
+    """Images sampled at once; 0 takes 100 with --run, and improved-diffusion's 16 with --model_path."""
     sampler: Literal["auto", "ddpm", "ddim", "dpm++2m"] = "auto"
-    """auto: ddim with --use_ddim True, else ddpm; with --run and neither --steps nor --timestep_respacing, ddim in 50
-    steps."""
+    """auto takes ddim with --use_ddim True, else ddpm; but with --run and neither --steps nor --timestep_respacing,
+    ddim in 50 steps."""
     use_ddim: bool = False
     """improved-diffusion's switch for DDIM."""
     steps: int = 0
-    """Sampling steps; 0 takes all that --timestep_respacing leaves."""
+    """Sampling steps; 0 takes all timesteps, or those of --timestep_respacing."""
     clip_denoised: bool = True
     """Clip every predicted image to [-1, 1]."""
     classes: str = ""
-    """For class-conditional models: comma list of the classes to draw from; empty draws from all."""
+    """For class-conditional models: comma list of the classes to sample; empty samples all classes."""
     seed: int = 0
-    """Seed of noise and classes."""
+    """Seed of the noise and the classes."""
     num_threads: int = 0
-    """CPU threads; 0 leaves the setting of the process."""
+    """CPU threads; 0 keeps the default of torch."""
     device: str = "cpu"
     """auto, cpu, cuda or cuda:N."""
     out: str = ""
-    """Folder for the .npz and the .png; empty takes samples/ of the run, else DIFFUSION_BLOB_LOGDIR, OPENAI_LOGDIR or a
-    new temporary folder."""
+    """Folder for the .npz and the .png file; empty takes samples/ of the run, or with --model_path
+    DIFFUSION_BLOB_LOGDIR, OPENAI_LOGDIR or a new temporary folder."""
 
 
 def _parse(arguments: list[str]) -> dict[str, Any]:
@@ -73,20 +73,20 @@ def _parse(arguments: list[str]) -> dict[str, Any]:
         arguments,
         defaults=stored,
         prog="python -m tdc_fast.sample",
-        description="Draw images from a run directory or from a file of weights.",
+        description="Sample images from a run directory or from a file of weights.",
     )
     if bool(options["run"]) == bool(options["model_path"]):
         raise invalid("run", options["run"], "either --run DIR or --model_path FILE")
     for name in ("num_samples", "batch_size", "steps"):
         if options[name] < 0:
-            raise invalid(name, options[name], "0 or a number above it")
+            raise invalid(name, options[name], "0 or a positive number")
     refuse_mismatch(run or model_path, stored, options)
     _fill_in(options)
     return options
 
 
 def _fill_in(options: dict[str, Any]) -> None:
-    """Replace what was left open: short and quick for a run, improved-diffusion's own for a file of weights."""
+    """Choose what was left open: quick settings for a run, those of improved-diffusion for a file of weights."""
     is_run = bool(options["run"])
     options["num_samples"] = options["num_samples"] or (100 if is_run else 10000)
     options["batch_size"] = options["batch_size"] or (100 if is_run else 16)
@@ -106,7 +106,7 @@ def _sample(arguments: list[str]) -> None:
     )
     use_threads(options["num_threads"])
     directory = _output_directory(options)
-    directory.mkdir(parents=True, exist_ok=True)  # before hours of sampling, should it be impossible
+    directory.mkdir(parents=True, exist_ok=True)  # fails before hours of sampling, not after
     device = named_device(options["device"])
     denoiser.model.to(device)
     images, labels = draw_samples(

@@ -1,5 +1,5 @@
 """The paper's tables at small scale: `python -m bench.paper main` (or stages, settings, agents, all).
 
-Every row is trained from several seeds on a laptop-sized problem and measured alike: training cost in counted MACs,
-pruning and calibration included; held-out loss by group at fixed noise; Fréchet distance of samples.
+Every model is trained from several seeds on a laptop-sized problem and measured in the same way: training cost in
+counted MACs, pruning and calibration included; held-out loss by group at fixed noise; Fréchet distance of samples.
 """

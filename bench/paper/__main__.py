@@ -1,6 +1,6 @@
 """``python -m bench.paper main|stages|settings|agents|all``: the paper's tables at small scale.
 
-Resumable: stop it at any time and call it again. Runs go to --runs, tables to --out.
+It may be stopped at any time; the same command continues. Runs go to --runs, tables to --out.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def _tables(arguments: list[str]) -> None:
 
 
 def _make(name: str, study: Study, options: argparse.Namespace) -> None:
-    """Train and measure what the table needs and is not there yet, and write it."""
+    """Train and measure what a table still lacks, and write the table."""
     table, seeds = TABLES[name], range(options.seeds)
     how = protocol(study, options.samples, options.draws)
     folder = options.runs / f"{study.name}-{study.baseline_steps}"
@@ -66,7 +66,7 @@ def _make(name: str, study: Study, options: argparse.Namespace) -> None:
 
 
 def _command(table: str, options: argparse.Namespace) -> str:
-    """What repeats the table, without the folders of this machine."""
+    """The command that makes the table again, without folders."""
     numbers = " ".join(f"--{name} {getattr(options, name)}" for name in ("seeds", "samples", "draws", "scale"))
     return f"python -m bench.paper {table} --study {options.study} {numbers}"
 

@@ -1,8 +1,8 @@
-"""``python -m bench.paper.cost``: what the configurations at the paper's scale would cost, from measured MACs.
+"""``python -m bench.paper.cost``: what training at the paper's scale would cost, from measured MACs.
 
-MACs of a sample are counted by torch's FlopCounterMode on the denoiser itself, without its weights (meta device); steps
-and shares come from the configuration. Hours assume a GPU count, a peak and the share of it that training reaches, all
-printed beside them: nothing here was run.
+The MACs of a sample are counted by torch's FlopCounterMode on the denoiser, without weights (meta device); steps and
+shares come from the configuration. Hours assume a number of GPUs, their peak and the share of it that training reaches,
+which are printed with them. Nothing here was run.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CONFIGS = Path(__file__).parent / "configs"
 
 
 def training_macs(config: TrainConfig, channels: int = 3) -> tuple[int, int]:
-    """(forward, forward and backward) MACs of one sample of the configuration's denoiser."""
+    """MACs of one sample through a configuration's denoiser: forward, and forward plus backward."""
     with torch.device("meta"):
         model = build_unet(config, channels)
     shape = (channels, config.image_size, config.image_size)
@@ -33,6 +33,7 @@ def training_macs(config: TrainConfig, channels: int = 3) -> tuple[int, int]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Print the table of costs; returns 0."""
     parser = argparse.ArgumentParser(prog="python -m bench.paper.cost", description=__doc__.splitlines()[0])
     parser.add_argument("configs", nargs="*", type=Path, default=sorted(CONFIGS.glob("*.yaml")))
     parser.add_argument("--gpu", default="H200", help="name of the GPU, for the heading")
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     for name, config in configs:
         if config.groups < 1 or not config.baseline_steps:
-            parser.error(f"{name}: its cost follows from --groups N and --baseline_steps, which it has not")
+            parser.error(f"{name}: its cost follows from --groups N and --baseline_steps, which it lacks")
     rate = options.peak / 2 * options.gpus * options.reached  # MACs per second
     print(
         f"Assumed: {options.gpus} x {options.gpu}, {options.peak:.3g} FLOP/s each, {options.reached:.0%} reached. "

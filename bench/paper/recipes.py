@@ -1,6 +1,6 @@
-"""How the models of the tables are trained: a study (data, denoiser, cost C) and recipes within it.
+"""How the models of the tables are trained: a study (data, denoiser, cost C) and the recipes of its models.
 
-All models of one seed go on from the same stage 1 where they have one, so that differences are those of what follows.
+Models of one seed that have the same stage 1 share it, so that they differ only in what follows.
 """
 
 from __future__ import annotations
@@ -18,41 +18,50 @@ from tdc_fast.runs.config import TrainConfig
 
 @dataclass(frozen=True)
 class Study:
-    """A dataset, a denoiser, what cost C means (`baseline_steps` steps of `batch_size` images), how it is measured."""
+    """A dataset, a denoiser, the training cost C, and how models are measured.
+
+    Attributes:
+        name: name of the study on the command line.
+        baseline_steps: C is this many uniform steps of ``batch_size`` images.
+        settings: settings of all models.
+        experts: further settings of the TDC models.
+        sampling_steps: DDIM steps.
+        loss_points: timesteps in each quarter at which the held-out loss is measured.
+    """
 
     name: str
     baseline_steps: int
     settings: Mapping[str, Any]
-    experts: Mapping[str, Any]  # what every TDC row starts from
-    sampling_steps: int = 25  # of DDIM
-    loss_points: int = 25  # timesteps of each quarter at which the held-out loss is measured
+    experts: Mapping[str, Any]
+    sampling_steps: int = 25
+    loss_points: int = 25
 
     def scaled(self, scale: float) -> Study:
-        """The same with `scale` times the steps."""
+        """The same study with ``scale`` times the steps."""
         return dataclasses.replace(self, baseline_steps=max(16, round(scale * self.baseline_steps)))
 
     @property
     def small_batch(self) -> int:
-        """What an expert sees of a stage-2 batch: the fair control trains on no more."""
+        """Images of a stage-2 batch per expert: the batch size of the fair uniform baseline."""
         return int(self.experts["stage2_batch"]) // int(self.experts["groups"])
 
     @property
     def small_factor(self) -> int:
-        """How many small steps cost as much as one of the study's own."""
+        """Number of steps on a small batch that cost as much as one of the study's steps."""
         return int(self.settings["batch_size"]) // self.small_batch
 
 
-# As the demo trains, with fewer rows and checkpoints (the end of a stage is always saved).
+# The demo's settings with less logging and fewer checkpoints (the end of a stage is always saved).
 _DIGITS = {**SETTINGS, "log_interval": 50, "save_interval": 1000000}
 _PHOTOS = {**_DIGITS, "data_dir": "photos", "image_size": 16}
-# The defaults of tdc_fast.train, but for the number of groups and a small batch.
+# The defaults of tdc_fast.train, except for the number of groups and a small batch.
 _EXPERTS = {"groups": 4, "grouping": "uniform", "k": 0.6, "stage1_share": 0.5, "stage2_batch": 32}
 
 STUDIES = {
     study.name: study
     for study in (
-        # A denoiser that is short of capacity, as those are that the method is for; and one that is not. Photos for as
-        # long as leaves a table within 40 CPU minutes, and three times as long.
+        # A denoiser with too little capacity, for which the method is meant, and one with enough. Photos for as many
+        # steps as keep a table within 40 CPU minutes, and for three times as many.
         Study("digits", 4000, {**_DIGITS, "num_channels": 4}, _EXPERTS),
         Study("digits-wide", 4000, {**_DIGITS, "num_channels": 8}, _EXPERTS),
         Study("photos", 1000, {**_PHOTOS, "num_channels": 4}, _EXPERTS, sampling_steps=10, loss_points=10),
@@ -63,12 +72,16 @@ STUDIES = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """One way to spend `cost` (a share of C). `key` names its folder; equal keys are trained once.
+    """How one model is trained.
 
-    experts      : None for one uniform denoiser, else changes to the study's TDC settings ({} for none).
-    small_batch  : after stage 1, steps as small as an expert's, and as many more of them.
-    small_stage1 : stage 1 itself in such steps.
-    from_scratch : a stage 1 of a single step: the experts begin from what are as good as fresh weights.
+    Attributes:
+        key: names its folder; models of equal key are trained once.
+        label: name in the table.
+        cost: training cost as a share of C.
+        experts: None for one uniform denoiser, else changes to the study's TDC settings ({} for none).
+        small_batch: after stage 1, train on an expert's batch size, with more steps for the same cost.
+        small_stage1: train stage 1 in the same way.
+        from_scratch: a stage 1 of a single step, so that the experts start from practically untrained weights.
     """
 
     key: str
@@ -81,7 +94,7 @@ class Recipe:
 
 
 def stage1(study: Study, recipe: Recipe, seed: int, folder: Path) -> Contestant:
-    """Uniform training at a constant learning rate for its share of C; one step where experts start from scratch."""
+    """The stage 1 of a recipe: uniform training at a constant learning rate."""
     steps = 1 if recipe.from_scratch else round(_stage1_share(study, recipe) * study.baseline_steps)
     settings = {**study.settings, "seed": seed}
     name = f"stage1-{steps}"
@@ -98,7 +111,7 @@ def _stage1_share(study: Study, recipe: Recipe) -> float:
 
 
 def contestant(study: Study, recipe: Recipe, seed: int, folder: Path) -> tuple[Contestant, Contestant]:
-    """(its stage 1, the model) of a recipe at one seed; `folder` holds the seed's runs."""
+    """The stage 1 and the model of a recipe, trained with one seed in a folder of their own."""
     first = stage1(study, recipe, seed, folder)
     start = first.config.stage1_steps
     directory = str(folder / recipe.key)

@@ -1,4 +1,4 @@
-"""Training and measuring what a table needs; what an earlier call finished is kept."""
+"""Train and measure the models of a table; what an earlier call finished is kept."""
 
 from __future__ import annotations
 
@@ -19,24 +19,34 @@ from tdc_fast.pruning.memory import read_trials
 from tdc_fast.routing import TimestepGroups
 from tdc_fast.runs.loading import load_run
 
-LOSS_INTERVALS = 4  # held-out loss is told for the quarters of the timesteps, whatever groups a model has
+LOSS_INTERVALS = 4  # the held-out loss is measured by quarter of the timesteps, for any groups
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One model of one seed: what was measured and what its training cost, in MACs by phase."""
+    """One trained and measured model of one seed.
+
+    Attributes:
+        measured: its measurements.
+        phases: training MACs by phase.
+        boundaries: boundaries of its groups; empty for a uniform model.
+        best_scores: best score (loss before fine-tuning) that the search found in each pruned group; empty without a
+            search.
+    """
 
     measured: Measured
     phases: dict[str, float]
-    boundaries: tuple[int, ...]  # of its groups; empty for a uniform model
-    best_scores: tuple[float, ...] = ()  # of the search, per pruned group: loss before fine-tuning; empty without one
+    boundaries: tuple[int, ...]
+    best_scores: tuple[float, ...] = ()
 
     @property
     def training_macs(self) -> float:
+        """MACs of the whole training."""
         return sum(self.phases.values())
 
 
 def protocol(study: Study, samples: int, draws: int) -> Protocol:
+    """How the models of a study are measured, with ``draws`` draws of ``samples`` images."""
     steps = int(study.settings.get("diffusion_steps", 1000))
     return Protocol(
         draws=draws,
@@ -56,7 +66,7 @@ def run_rows(
     processes: int,
     say: Callable[[str], None],
 ) -> dict[str, list[Outcome]]:
-    """Outcomes by recipe key, one per seed."""
+    """Train and measure all rows with all seeds; returns the outcomes by recipe key, one per seed."""
     yardsticks = folder / f"yardsticks-{how.samples}.pt"
     plan: dict[tuple[str, int], tuple[Contestant, Contestant, Path]] = {}
     opening: dict[Path, Job] = {}
@@ -86,7 +96,7 @@ def run_rows(
 
 
 def cpu_minutes(study: Study, rows: Sequence[Recipe], seeds: Sequence[int], folder: Path) -> float | None:
-    """CPU time that training and measuring the rows has taken, in all calls; None if not recorded."""
+    """CPU minutes that training and measuring the rows took, over all calls; None if some were not recorded."""
     runs = {
         run.directory
         for seed in seeds
@@ -100,18 +110,20 @@ def cpu_minutes(study: Study, rows: Sequence[Recipe], seeds: Sequence[int], fold
 
 
 def train_clocked(contestant: Contestant) -> None:
+    """Train a run and record its CPU time."""
     with _clock(contestant.directory):
         train_contestant(contestant)
 
 
 def measure_clocked(contestant: Contestant, yardsticks: Path, how: Protocol, result: Path) -> None:
+    """Train and measure a run and record its CPU time."""
     with _clock(contestant.directory):
         train_and_measure(contestant, yardsticks, how, result)
 
 
 @contextmanager
 def _clock(run: Path) -> Iterator[None]:
-    """Add this process's CPU seconds to what earlier attempts at the run took (those that were killed add nothing)."""
+    """Add the CPU seconds of this block to those recorded for the run; a killed attempt records nothing."""
     began, clock = time.process_time(), _clock_of(run)
     earlier = json.loads(clock.read_text(encoding="utf-8")) if clock.is_file() else 0.0
     try:

@@ -1,4 +1,4 @@
-"""From outcomes to a table: means and spreads over seeds, and how often a row beats the yardstick, seed by seed."""
+"""A table from its outcomes: means and spreads over seeds, and in how many seeds a row beats the yardstick."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def summarise(
     environment: dict[str, str],
     cpu_minutes: float | None,
 ) -> dict[str, Any]:
-    """All numbers of a table, as its JSON file holds them."""
+    """Collect all numbers of a table, as its JSON file holds them."""
     first = outcomes[table.rows[0].key]
     rows = [_row(recipe.label, outcomes[recipe.key], first) for recipe in table.rows]
     return {
@@ -81,8 +81,10 @@ def _row(label: str, ours: Sequence[Outcome], yardstick: Sequence[Outcome]) -> d
 
 
 def _score_against_loss(rows: Sequence[dict[str, Any]]) -> list[float]:
-    """Per seed, the rank correlation of the search's best score with the held-out loss after fine-tuning, over the rows
-    that were searched; empty with fewer than three of them."""
+    """Rank correlation of the best score with the held-out loss after fine-tuning, for each seed.
+
+    It is taken over the rows with a search; empty if there are fewer than three.
+    """
     searched = [row for row in rows if row["search_score"]]
     if len(searched) < 3:
         return []
@@ -98,12 +100,12 @@ def _score_against_loss(rows: Sequence[dict[str, Any]]) -> list[float]:
 
 
 def _ranks(values: list[float]) -> list[float]:
-    """1 for the smallest; equals share their mean rank."""
+    """Ranks from 1 for the smallest; equal values share their mean rank."""
     return [sum(other < value for other in values) + (values.count(value) + 1) / 2 for value in values]
 
 
 def as_markdown(result: dict[str, Any]) -> str:
-    """The table with mean ± standard deviation over seeds, and what it was measured with."""
+    """The table as Markdown, with mean ± standard deviation over seeds and how it was measured."""
     seeds = len(result["seeds"])
     searched = any(row["search_score"] for row in result["rows"])
     lines = [
@@ -152,14 +154,14 @@ def _about_scores(correlations: Sequence[float]) -> str:
     text = "Best score: loss of the pruned groups' experts before fine-tuning."
     if correlations:
         text += (
-            " Its rank correlation with the held-out loss after fine-tuning, over the rows that have one: "
-            f"{', '.join(f'{value:.2f}' for value in correlations)} (a seed each)."
+            " Its rank correlation with the held-out loss after fine-tuning, over the rows with a search: "
+            f"{', '.join(f'{value:.2f}' for value in correlations)} (one per seed)."
         )
     return text
 
 
 def spread(values: Sequence[float], digits: int) -> str:
-    """mean ± standard deviation."""
+    """Mean ± standard deviation, or the value itself if there is only one."""
     if len(values) < 2:
         return f"{values[0]:.{digits}f}"
     return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"

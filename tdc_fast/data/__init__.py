@@ -1,1 +1,1 @@
-"""Images to train on and to compare with: datasets, where their pixels come from, and the stream of batches."""
+"""Image datasets: loading them, the sources of their pixels, and the stream of training batches."""

@@ -25,18 +25,18 @@ from tdc_fast.errors import invalid, require
 DIGITS = "digits"
 PHOTOS = "photos"
 CACHE_BYTES = 512 * 2**20
-"""A folder whose decoded images fit is decoded once, on loading; a larger one when its images are asked for."""
+"""A folder whose decoded images take at most this much is decoded on loading, a larger one as its images are read."""
 
 
 @dataclass(frozen=True)
 class ImageDataset:
-    """N square images with optional classes; a view of a source, so that splits share memory.
+    """N square images with optional classes: a view of a source, so that splits share memory.
 
     Attributes:
         source: where the pixels come from.
-        indices: int64 (N,), the source's images this dataset holds.
-        labels: int64 (N,) or None when not class conditional.
-        num_classes: classes of the whole source (0 without labels); a split keeps it.
+        indices: (N,) int64, the images of the source that the dataset holds.
+        labels: (N,) int64, or None if not class conditional.
+        num_classes: number of classes in the whole source, also for a split; 0 without labels.
     """
 
     source: ImageSource
@@ -46,7 +46,15 @@ class ImageDataset:
 
     @classmethod
     def from_array(cls, images: np.ndarray, labels: np.ndarray | None = None) -> ImageDataset:
-        """Of arrays in memory, as an .npz file would hold them; see `load_dataset` for shapes and ranges."""
+        """A dataset of arrays in memory, which may be the same as in an .npz file: see :func:`load_dataset`.
+
+        Args:
+            images: (N, H, W, C) or (N, H, W), uint8, or float in [-1, 1] or [0, 1].
+            labels: (N,) integers from 0; None for none.
+
+        Raises:
+            ValueError: another type, shape, dtype or range.
+        """
         if not isinstance(images, np.ndarray):
             raise invalid("images", type(images).__name__, "a numpy array (N, H, W, C) or (N, H, W)")
         source = ArraySource.checked(images, "array", None)
@@ -63,7 +71,7 @@ class ImageDataset:
 
     @property
     def channels(self) -> int:
-        """Colour channels: 3 for folders and photographs, whatever an array has otherwise."""
+        """Colour channels: 3 for folders and photographs, 1 for digits, those of the array otherwise."""
         return self.source.channels
 
     @property
@@ -72,20 +80,40 @@ class ImageDataset:
         return self.source.skipped
 
     def images(self, indices: Any = None) -> Tensor:
-        """Images in [-1, 1], float32 (B, C, H, W), channels_last memory; `indices` (B,) or a slice, all by default."""
+        """Read images.
+
+        Args:
+            indices: positions (B,) or a slice; None for all.
+
+        Returns:
+            (B, C, H, W) float32 in [-1, 1], in channels_last memory.
+        """
         return self.batch(slice(None) if indices is None else indices)[0]
 
     def batch(self, indices: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """`images(indices)` and the model's keyword arguments: {'y': int64 (B,)} when class conditional, else {}."""
+        """Read images with the keyword arguments that the model gets with them.
+
+        Args:
+            indices: positions (B,) or a slice.
+
+        Returns:
+            Images as :meth:`images` returns them, and ``{"y": labels (B,) int64}`` if class conditional, else ``{}``.
+        """
         pixels, positions = self._read(np.arange(len(self))[indices].reshape(-1))
         x = torch.from_numpy(to_unit_range(pixels)).permute(0, 3, 1, 2)
         return x, {} if self.labels is None else {"y": torch.from_numpy(self.labels[positions])}
 
     def split(self, fraction: float, seed: int = 0) -> tuple[ImageDataset, ImageDataset]:
-        """The training part and the held-out part, `fraction` of the images (at least one); the same for the same seed.
+        """Split into a training part and a held-out part.
 
-        Photographs are held out by region, so that no held-out patch overlaps a training patch. Raises ValueError when
-        either part would be empty.
+        Photographs are held out by region, so that no held-out patch overlaps a training patch.
+
+        Args:
+            fraction: share of the images to hold out, at least one.
+            seed: seed of the choice.
+
+        Raises:
+            ValueError: a part would be empty.
         """
         if not isinstance(fraction, (int, float)) or not 0 < fraction < 1:
             raise invalid("fraction", fraction, "a share between 0 and 1")
@@ -99,7 +127,7 @@ class ImageDataset:
         return self._take(np.flatnonzero(~held)), self._take(np.flatnonzero(held))
 
     def _read(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Pixels (B, H, W, C) and the positions they are of: a corrupt image gives way to the next good one here."""
+        """Pixels (B, H, W, C) and their positions; a corrupt image is replaced by the next good one of the dataset."""
         pixels = self.source.fetch(self.indices[positions])
         for _ in range(len(self)):
             corrupt = np.isin(self.indices[positions], list(self.source.corrupt))
@@ -124,23 +152,27 @@ def load_dataset(
 ) -> ImageDataset:
     """Open a dataset.
 
-    - 'digits': scikit-learn's 1797 handwritten digits, 8x8, one channel, 10 classes.
-    - 'photos': 8192 patches of scikit-learn's two sample photographs, `image_size` pixels (32 by default), 2 classes.
-    - a folder: every jpg, jpeg, png and gif below it in sorted order, as RGB; the class is the base name up to the
-      first "_", the classes numbered in sorted order, directories ignored. Needs `image_size`.
-    - an .npz (`arr_0` or `images`, labels in `arr_1` or `labels`) or .npy file: (N, H, W, C) or (N, H, W), uint8, or
-      float in [-1, 1] or, when nothing is negative, in [0, 1].
+    - "digits": scikit-learn's 1797 handwritten digits, 8x8, one channel, 10 classes.
+    - "photos": 8192 patches of scikit-learn's two sample photographs, ``image_size`` pixels (32 by default), 2 classes.
+    - A folder: every jpg, jpeg, png and gif file below it in sorted order, as RGB. The class is the file name up to the
+      first "_"; classes are numbered in sorted order, and directories do not matter. Needs ``image_size``.
+    - An .npz file (``arr_0`` or ``images``, labels in ``arr_1`` or ``labels``) or .npy file: (N, H, W, C) or (N, H, W),
+      uint8, or float in [-1, 1] or, if no value is negative, in [0, 1].
 
-    Names win over paths: write './digits' for a folder called that. Images of another size than `image_size` are
-    halved with a box filter while at least twice as large, scaled so that the short side fits (bicubic) and cropped at
-    the centre.
+    Images of another size are halved with a box filter while at least twice as large, scaled (bicubic) so that the
+    short side fits, and cropped at the centre.
 
-    `on_corrupt`: a file that does not decode is an 'error' naming it, or is left out with 'skip' and counted in
-    `skipped`. A folder of at most `cache_bytes` decoded bytes is decoded, and so checked, at once; a larger one as it
-    is read, and there 'skip' puts the next good image and its class in the place of a corrupt one.
+    Args:
+        name_or_path: one of the above. Names take precedence over paths: write "./digits" for a folder of that name.
+        image_size: height and width in pixels; None takes the images as they are.
+        class_cond: load labels too.
+        on_corrupt: "error" refuses a file that cannot be decoded by name; "skip" leaves it out and counts it.
+        cache_bytes: a folder of at most this many decoded bytes is decoded, and so checked, at once. A larger one is
+            decoded as it is read; "skip" then replaces a corrupt image and its class by the next good one.
 
-    Raises ValueError for what is missing, empty, corrupt or of a wrong shape, and ImportError naming the extra for
-    'digits' and 'photos' when scikit-learn is missing.
+    Raises:
+        ValueError: the data is missing, empty, corrupt or of a wrong shape.
+        ImportError: "digits" and "photos" need scikit-learn; the message names the extra that installs it.
     """
     if on_corrupt not in ("error", "skip"):
         raise invalid("on_corrupt", on_corrupt, "'error' or 'skip'")
@@ -192,7 +224,7 @@ def _load_folder(
     folder_source = FolderSource(files, image_size, on_corrupt)
     source: ImageSource = folder_source
     classes = [file.name.split("_")[0] for file in files]
-    # Numbered before corrupt files drop out, so that damage to one file never renumbers the others' classes.
+    # Numbered before corrupt files are left out, so that a damaged file does not change the classes of the others.
     ids = {name: number for number, name in enumerate(sorted(set(classes)))}
     labels = np.array([ids[name] for name in classes], dtype=np.int64)
     if len(files) * image_size * image_size * 3 <= cache_bytes:
@@ -206,7 +238,7 @@ def _load_folder(
 def _load_array(path: Path, image_size: int | None, class_cond: bool) -> tuple[ImageSource, np.ndarray | None]:
     names = ("arr_0", "images", *(("arr_1", "labels") if class_cond else ()))
     try:
-        # Mapped, so that a large .npy is read as it is used; never a pickle, which can run code.
+        # Memory-mapped, so that a large .npy is read as it is used; no pickles, which can run code.
         loaded = np.load(path, mmap_mode="r", allow_pickle=False)
         if isinstance(loaded, np.lib.npyio.NpzFile):
             with loaded:

@@ -1,4 +1,4 @@
-"""Where pixels come from: an array in memory, a folder of files, or patches of photographs."""
+"""Sources of pixels: an array, a folder of image files, or patches of photographs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,14 @@ DECODING_THREADS = min(8, os.cpu_count() or 1)
 
 
 class ImageSource(Protocol):
-    """N square images of one size; `slow` when fetching is worth doing ahead of time."""
+    """N square images of one size.
+
+    Attributes:
+        image_size: height and width in pixels.
+        channels: colour channels C.
+        slow: whether fetching takes long enough to be done ahead of time.
+        corrupt: positions of images found to be corrupt so far.
+    """
 
     image_size: int
     channels: int
@@ -28,22 +35,38 @@ class ImageSource(Protocol):
 
     @property
     def skipped(self) -> int:
-        """Corrupt images left out so far."""
+        """Number of corrupt images left out so far."""
         ...
 
     def __len__(self) -> int: ...
 
     def fetch(self, indices: np.ndarray) -> np.ndarray:
-        """Images (B, H, W, C), uint8, or float32 in [-1, 1]; zeros for those that are in `corrupt` afterwards."""
+        """Read images (B, H, W, C), uint8 or float32 in [-1, 1].
+
+        A corrupt image is all zeros, and its position is in ``corrupt`` afterwards.
+
+        Args:
+            indices: (B,) int64, positions of the images.
+        """
         ...
 
     def blocks(self, indices: np.ndarray) -> np.ndarray:
-        """int64 (B,): images of equal number share pixels and must not be split apart."""
+        """Block of each image (B,) int64: images of one block may share pixels, so a split keeps them together.
+
+        Args:
+            indices: (B,) int64, positions of the images.
+        """
         ...
 
 
 class ArraySource:
-    """Images (N, H, W, C) in memory or mapped from a file: uint8, or float in [-1, 1]."""
+    """Images in memory or mapped from a file.
+
+    Args:
+        images: (N, H, W, C), uint8, or float in [-1, 1].
+        skipped: number of corrupt images that were left out of them.
+        from_zero: the values are floats in [0, 1] instead.
+    """
 
     slow = False
 
@@ -56,7 +79,16 @@ class ArraySource:
 
     @classmethod
     def checked(cls, images: np.ndarray, name: str, image_size: int | None) -> ArraySource:
-        """Of an array of the user's, checked and scaled to `image_size`. Raises ValueError naming `name`."""
+        """A source of a user's array, checked and scaled.
+
+        Args:
+            images: (N, H, W, C) or (N, H, W), uint8, or float in [-1, 1] or [0, 1].
+            name: where the array comes from, for error messages.
+            image_size: size to scale uint8 images to; None takes them as they are.
+
+        Raises:
+            ValueError: another shape, dtype or range, or images that cannot be scaled.
+        """
         found = f"{name}: shape {images.shape}, dtype {images.dtype}"
         if images.ndim == 3:
             images = images[..., None]  # (N, H, W) is grey
@@ -85,6 +117,7 @@ class ArraySource:
         return len(self._images)
 
     def fetch(self, indices: np.ndarray) -> np.ndarray:
+        """See :class:`ImageSource`."""
         images = self._images[indices]
         if images.dtype == np.uint8:
             return images
@@ -92,11 +125,18 @@ class ArraySource:
         return images * 2 - 1 if self._from_zero else images
 
     def blocks(self, indices: np.ndarray) -> np.ndarray:
+        """See :class:`ImageSource`."""
         return indices
 
 
 class FolderSource:
-    """Image files decoded to RGB when asked for, by a few threads."""
+    """Image files, decoded to RGB by a few threads when they are fetched.
+
+    Args:
+        files: the image files.
+        image_size: size in pixels to scale and crop them to.
+        on_corrupt: whether a file that cannot be decoded is an error or is left out.
+    """
 
     slow = True
     channels = 3
@@ -112,9 +152,11 @@ class FolderSource:
 
     @property
     def skipped(self) -> int:
+        """Number of corrupt images left out so far."""
         return len(self.corrupt)
 
     def fetch(self, indices: np.ndarray) -> np.ndarray:
+        """See :class:`ImageSource`."""
         size = self.image_size
         pixels = np.zeros((len(indices), size, size, self.channels), np.uint8)
         for row, image in enumerate(self._in_threads(self._decode_or_none, indices)):
@@ -123,10 +165,11 @@ class FolderSource:
         return pixels
 
     def blocks(self, indices: np.ndarray) -> np.ndarray:
+        """See :class:`ImageSource`."""
         return indices
 
     def decoded(self) -> tuple[ArraySource, list[int]]:
-        """All images in memory, and the positions of those that decode."""
+        """Decode all images into memory; also returns the positions of those that could be decoded."""
         images = self._in_threads(self._decode_or_none, range(len(self._files)))
         kept = [position for position, image in enumerate(images) if image is not None]
         shape = (0, self.image_size, self.image_size, 3)
@@ -157,10 +200,14 @@ class FolderSource:
 
 
 class PhotoSource:
-    """Patches of scikit-learn's two sample photographs, at positions that depend on the size alone.
+    """Patches of scikit-learn's two sample photographs, at random positions that depend only on the size.
 
-    Each photograph is cut into square blocks of four patch widths (or its whole height where that is less) and a patch
-    lies within one block, so that holding out blocks holds out pixels. Photographs lower than a patch are enlarged.
+    Each photograph is cut into square blocks, four patches wide or as high as the photograph if that is less. A patch
+    lies within one block, so holding out blocks holds out pixels. Photographs smaller than a patch are enlarged.
+
+    Args:
+        image_size: size of a patch in pixels.
+        patches: number of patches.
     """
 
     slow = False
@@ -193,6 +240,7 @@ class PhotoSource:
         return len(self._block_ids)
 
     def fetch(self, indices: np.ndarray) -> np.ndarray:
+        """See :class:`ImageSource`."""
         size = self.image_size
         patches = np.empty((len(indices), size, size, 3), np.uint8)
         for row, i in enumerate(indices):
@@ -201,11 +249,12 @@ class PhotoSource:
         return patches
 
     def blocks(self, indices: np.ndarray) -> np.ndarray:
+        """See :class:`ImageSource`."""
         return self._block_ids[indices]
 
 
 def list_images(folder: Path) -> list[Path]:
-    """Every image file below `folder`: entries in sorted order, a directory's files where the directory stands."""
+    """All image files below a folder, in depth-first order with the entries of each directory sorted by name."""
     found: list[Path] = []
     for entry in sorted(folder.iterdir(), key=lambda entry: entry.name):
         if entry.is_dir():
@@ -216,8 +265,19 @@ def list_images(folder: Path) -> list[Path]:
 
 
 def fit_image(image: Any, size: int, mode: str | None = None) -> np.ndarray:
-    """A PIL image as uint8 (size, size, C): halved by box filter while at least twice `size`, then bicubic to a short
-    side of `size`, then cropped at the centre. `mode` converts it, after scaling as improved-diffusion does."""
+    """Scale and crop an image to a square, as improved-diffusion does.
+
+    It is halved with a box filter while it is at least twice as large, scaled bicubically so that its short side fits,
+    and cropped at the centre.
+
+    Args:
+        image: a PIL image.
+        size: height and width of the result in pixels.
+        mode: PIL mode to convert to after scaling; None keeps the image's.
+
+    Returns:
+        Pixels (size, size, C) uint8.
+    """
     from PIL.Image import Resampling
 
     while min(image.size) >= 2 * size:
@@ -231,7 +291,7 @@ def fit_image(image: Any, size: int, mode: str | None = None) -> np.ndarray:
 
 
 def _eight_bits(image: Any) -> Any:
-    """A 16-bit grey image in 8 bits, any other as it is: Pillow's conversion to RGB would turn all above 255 white."""
+    """Convert a 16-bit grey image to 8 bits: Pillow's conversion to RGB would clip its values at 255."""
     from PIL import Image
 
     if not image.mode.startswith("I"):  # I, or I;16 of either byte order
@@ -240,7 +300,16 @@ def _eight_bits(image: Any) -> Any:
 
 
 def fit_images(images: np.ndarray, size: int, name: str) -> np.ndarray:
-    """`fit_image` over a uint8 array (N, H, W, C) of 1, 3 or 4 channels."""
+    """Apply :func:`fit_image` to an array of images.
+
+    Args:
+        images: (N, H, W, C) uint8 with 1, 3 or 4 channels.
+        size: height and width of the result in pixels.
+        name: where the array comes from, for error messages.
+
+    Raises:
+        ValueError: the images have two channels.
+    """
     from PIL import Image
 
     if images.shape[-1] == 2:
@@ -250,7 +319,7 @@ def fit_images(images: np.ndarray, size: int, name: str) -> np.ndarray:
 
 
 def _at_least(photo: np.ndarray, size: int) -> np.ndarray:
-    """The photograph enlarged until a patch of `size` fits."""
+    """The photograph (H, W, 3), enlarged if a patch of ``size`` pixels does not fit."""
     height, width = photo.shape[:2]
     if min(height, width) >= size:
         return photo

@@ -1,4 +1,4 @@
-"""Pixel values: between uint8 and [-1, 1], and many images as one picture."""
+"""Pixel values as uint8 or in [-1, 1], and pictures of many images."""
 
 from __future__ import annotations
 
@@ -12,12 +12,22 @@ from tdc_fast.errors import require
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Images in [-1, 1], any shape and float dtype, to uint8 in [0, 255], rounded and clipped."""
+    """Convert images in [-1, 1], of any shape and float dtype, to uint8, rounded and clipped."""
     return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def grid_image(images: Tensor, columns: int = 10, scale: int = 1, gap: int = 1) -> Any:
-    """A PIL image with uint8 images (M, C, H, W), C 1 or 3, in rows of `columns`."""
+    """Arrange images in rows on one picture.
+
+    Args:
+        images: (M, C, H, W) uint8, C 1 or 3.
+        columns: images per row.
+        scale: pixels of the picture per pixel of an image, in each direction.
+        gap: white pixels between images, before scaling.
+
+    Returns:
+        A PIL image.
+    """
     pillow = require("PIL.Image", "demo")
     count, channels, height, width = images.shape
     columns = min(columns, count)
@@ -31,7 +41,7 @@ def grid_image(images: Tensor, columns: int = 10, scale: int = 1, gap: int = 1) 
 
 
 def to_unit_range(pixels: np.ndarray) -> np.ndarray:
-    """uint8 0..255 to float32 -1..1; floats are in that range already."""
+    """Convert uint8 to float32 in [-1, 1]; floats are taken to be in that range already."""
     if pixels.dtype == np.uint8:
         return pixels.astype(np.float32) / 127.5 - 1
     return pixels.astype(np.float32, copy=False)

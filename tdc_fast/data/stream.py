@@ -12,15 +12,22 @@ from tdc_fast.errors import invalid
 
 
 class BatchStream:
-    """Endless shuffled batches: x (B, C, H, W) float32 in [-1, 1], channels_last, and {'y': labels (B,)} or {}.
+    """Endless shuffled batches, each as :meth:`Dataset.batch` returns it.
 
-    Epoch e visits the images in an order that depends on (seed, e) alone. With several ranks each takes every
-    world_size-th image of that order, so that all see the same number of batches. A last batch that would not be full
-    is dropped. A dataset smaller than a batch (per rank) repeats inside it: an epoch is then one batch, in which every
-    image appears equally often, give or take one.
+    The order of the images in an epoch depends only on the seed and the number of the epoch. Of several ranks each
+    takes every world_size-th image of that order, so that all have the same number of batches. An incomplete last batch
+    is dropped. If a rank has fewer images than a batch, they repeat inside it: an epoch is then one batch, in which
+    every image appears equally often, give or take one.
 
-    `state_dict` is the position after the last batch handed out, whatever was read ahead, so a restored stream
-    continues with exactly the batches that were to come.
+    Args:
+        dataset: the images.
+        batch_size: images per batch and rank.
+        seed: seed of the order.
+        rank: number of this process.
+        world_size: number of processes.
+
+    Raises:
+        ValueError: a number is out of range, or there are fewer images than ranks.
     """
 
     def __init__(
@@ -41,6 +48,7 @@ class BatchStream:
 
     @property
     def batches_per_epoch(self) -> int:
+        """Batches per epoch and rank, at least one."""
         return max(1, len(self.dataset) // self.world_size // self.batch_size)
 
     def __iter__(self) -> BatchStream:
@@ -58,11 +66,18 @@ class BatchStream:
         return batch
 
     def state_dict(self) -> dict[str, int]:
-        """The position and what it is a position in; plain integers."""
+        """The position after the last batch returned, whatever was read ahead, and the settings it belongs to."""
         return {**self._identity(), "epoch": self.epoch, "index": self.index}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue where `state` was taken. Raises ValueError when the dataset, batch size, seed or ranks differ."""
+        """Continue with the batch that would have come next.
+
+        Args:
+            state: what :meth:`state_dict` returned.
+
+        Raises:
+            ValueError: the state is of another dataset, batch size, seed or rank.
+        """
         for name, mine in self._identity().items():
             if state.get(name) != mine:
                 raise invalid(
@@ -74,7 +89,7 @@ class BatchStream:
         self.epoch, self.index = int(epoch), int(index)
 
     def close(self) -> None:
-        """Stop reading ahead; the stream may still be read."""
+        """Stop the thread that reads ahead; the stream can still be read."""
         if self._reader is not None:
             self._reader.shutdown(wait=True, cancel_futures=True)
         self._reader = self._ahead = None
@@ -97,7 +112,7 @@ class BatchStream:
         return self._order_of[1][index * self.batch_size : (index + 1) * self.batch_size]
 
     def _order(self, epoch: int) -> np.ndarray:
-        """This rank's images of an epoch in order, at least one batch of them."""
+        """This rank's images of an epoch in order, at least as many as a batch."""
         rng = np.random.default_rng([self.seed, epoch])
         per_rank = len(self.dataset) // self.world_size
         rounds = -(-self.batch_size // per_rank) if per_rank < self.batch_size else 1
