@@ -17,6 +17,21 @@ FOLDER = Path(__file__).parent
 # Files that take longest begin first, so that parallel processes end together (`-n 2 --dist loadfile`).
 LONGEST = ("emulator/test_sanitized.py", "interpreter", "sanitizers", "compile_only", "emulator", "training")
 
+# What `make test-fast` leaves out: compilers, emulators, benches, and runs that are trained from end to end.
+SLOW = (
+    "bench",
+    "compile_only",
+    "emulator",
+    "examples",
+    "experiments",
+    "interpreter",
+    "native",
+    "sanitizers",
+    "test_prune.py",
+    "training/test_grouping.py",
+    "training/test_resume.py",
+)
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Gives all test processes one folder for the emulator's builds, which exist once whole or not at all."""
@@ -28,6 +43,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=_turn)
+    for item in items:
+        if _place(item).startswith(SLOW):
+            item.add_marker(pytest.mark.slow)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs an NVIDIA GPU; torch.cuda.is_available() is False")
@@ -36,9 +54,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(skip)
 
 
+def _place(item: pytest.Item) -> str:
+    """The path of an item's file below tests/."""
+    return item.path.relative_to(FOLDER).as_posix() if item.path.is_relative_to(FOLDER) else ""
+
+
 def _turn(item: pytest.Item) -> int:
-    path = item.path.relative_to(FOLDER).as_posix() if item.path.is_relative_to(FOLDER) else ""
-    return next((turn for turn, start in enumerate(LONGEST) if path.startswith(start)), len(LONGEST))
+    return next((turn for turn, start in enumerate(LONGEST) if _place(item).startswith(start)), len(LONGEST))
 
 
 @pytest.fixture
