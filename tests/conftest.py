@@ -6,12 +6,14 @@ import os
 import tempfile
 from pathlib import Path
 
-WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-if WORKERS > 1:  # before torch is imported: test processes, and what they start, share the cores
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // WORKERS)))
-
 import pytest
 import torch
+
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if WORKERS > 1:  # test processes, and what they start, share the cores
+    threads = max(1, (os.cpu_count() or 1) // WORKERS)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    torch.set_num_threads(threads)
 
 FOLDER = Path(__file__).parent
 # Files that take longest begin first, so that parallel processes end together (`-n 2 --dist loadfile`).
