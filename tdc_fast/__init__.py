@@ -1,6 +1,6 @@
 """tdc_fast: two-stage divide-and-conquer training for diffusion models, on group-routed kernels.
 
-The names below load on first use, so that ``import tdc_fast`` costs little beyond importing torch.
+The names below load on first use, so that `import tdc_fast` takes little more than importing torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Routing of a mixed batch: which group a timestep belongs to, and the sort of a batch by group."""
+"""Routing of a mixed batch: which group a timestep belongs to, and sorting a batch by group."""
 
 from __future__ import annotations
 
@@ -27,8 +27,11 @@ _FORMAT_VERSION = 1
 class TimestepGroups:
     """N contiguous, non-empty intervals that cover the timesteps [0, T); group 0 holds timestep 0.
 
-    `boundaries` has N + 1 entries, from 0 to T, strictly increasing: group g is [boundaries[g], boundaries[g + 1]).
-    `strategy` records how they came about. Immutable.
+    Immutable. Iterating gives (start, stop) of each group; groups with the same intervals are equal.
+
+    Attributes:
+        boundaries: N + 1 strictly increasing integers from 0 to T; group g is [boundaries[g], boundaries[g + 1]).
+        strategy: how they were found.
     """
 
     __slots__ = ("_inner", "boundaries", "strategy")
@@ -54,12 +57,12 @@ class TimestepGroups:
 
     @classmethod
     def from_boundaries(cls, boundaries: Sequence[int], *, strategy: str = "boundaries") -> TimestepGroups:
-        """Groups with the given N + 1 boundaries, 0 first and T last. ValueError unless they increase strictly."""
+        """Groups with the given N + 1 boundaries, from 0 to T; ValueError unless they increase strictly."""
         return cls(boundaries, strategy)
 
     @classmethod
     def uniform(cls, num_timesteps: int, num_groups: int) -> TimestepGroups:
-        """Groups of equal width in t, as equal as T and N allow. ValueError unless 1 <= N <= T."""
+        """Groups of equal width in t, as equal as T and N allow; ValueError unless 1 <= N <= T."""
         _check_counts(num_timesteps, num_groups)
         return cls([num_timesteps * g // num_groups for g in range(num_groups + 1)], "uniform")
 
@@ -69,14 +72,19 @@ class TimestepGroups:
     ) -> TimestepGroups:
         """Groups of equal width in decibels of SNR(t) = 10 log10(alpha_bar_t / (1 - alpha_bar_t)).
 
-        schedule: alpha_bar per timestep, (T,), falling; or any object with it as `.alphas_cumprod`.
-        clip_db: the interior boundaries divide this range of decibels, narrowed to what the schedule covers;
-            timesteps beyond it belong to the first or the last group. None divides the whole range, and then the
-            cosine schedule (T = 1000, +44 to -86 dB) gets 4 groups of 161, 782, 55 and 2 steps; over +44 to -56.15
-            dB they are 65, 641, 276 and 18. The default of +-20 dB, where signal and noise both hold more than 1% of
-            the power, gives 188, 308, 307 and 197.
         Every group has at least one timestep. Source of the measure: arXiv 2312.13307, section on grouping.
-        Raises ValueError for a schedule that does not fall, for N > T and for an empty range.
+
+        Args:
+            schedule: alpha_bar per timestep, (T,), falling; or any object with it as `.alphas_cumprod`.
+            num_groups: N.
+            clip_db: (low, high), the range of decibels that the interior boundaries divide, narrowed to what the
+                schedule covers; timesteps outside it belong to the first or the last group. None divides the whole
+                range: the cosine schedule (T = 1000, +44 to -86 dB) then gets 4 groups of 161, 782, 55 and 2 steps;
+                over +44 to -56.15 dB they are 65, 641, 276 and 18. The default of +-20 dB, where signal and noise both
+                have more than 1% of the power, gives 188, 308, 307 and 197.
+
+        Raises:
+            ValueError: for a schedule that does not fall, for N > T, and for an empty range.
         """
         alpha_bar = _alpha_bar(schedule)
         num_timesteps = len(alpha_bar)
@@ -101,10 +109,12 @@ class TimestepGroups:
 
     @property
     def num_timesteps(self) -> int:
+        """T, the number of timesteps."""
         return self.boundaries[-1]
 
     @property
     def num_groups(self) -> int:
+        """N, the number of groups."""
         return len(self.boundaries) - 1
 
     @property
@@ -113,7 +123,7 @@ class TimestepGroups:
         return tuple(stop - start for start, stop in self)
 
     def overlapping(self, share: float) -> tuple[tuple[int, int], ...]:
-        """Every group's interval (start, stop), reaching into each neighbour by `share` (0 to 1) of its timesteps."""
+        """Every group's interval (start, stop), extended into each neighbour by `share` (0 to 1) of its timesteps."""
         if not isinstance(share, (int, float)) or not 0 <= share <= 1:
             raise invalid("overlap", share, "a share of the neighbours from 0 to 1")
         reach = [round(share * size) for size in self.sizes]
@@ -125,8 +135,8 @@ class TimestepGroups:
     def group_of(self, t: Tensor) -> Tensor:
         """Group ids (int64, t's shape and device) of integer timesteps t.
 
-        A timestep outside [0, T) is a ValueError on the CPU outside torch.compile; elsewhere, where the check would
-        have to wait for the device, it counts as the nearest group.
+        A timestep outside [0, T) raises ValueError on the CPU outside torch.compile. Elsewhere the check would have to
+        wait for the device, and such a timestep belongs to the nearest group.
         """
         require_tensors(t=t)
         if t.dtype not in INTEGER_DTYPES:
@@ -144,11 +154,12 @@ class TimestepGroups:
         return torch.searchsorted(inner, t.to(torch.int64), right=True)
 
     def to_json(self) -> dict[str, Any]:
+        """The groups as plain JSON values, which `from_json` reads."""
         return {"version": _FORMAT_VERSION, "strategy": self.strategy, "boundaries": list(self.boundaries)}
 
     @classmethod
     def from_json(cls, data: Any) -> TimestepGroups:
-        """The opposite of `to_json`. ValueError for a missing or unknown field, a wrong type or version."""
+        """The groups that `to_json` gave; ValueError for a missing or unknown field, a wrong type or version."""
         if not isinstance(data, dict):
             raise invalid("groups file", type(data).__name__, "one JSON object")
         expected = {"version", "strategy", "boundaries"}
@@ -166,7 +177,7 @@ class TimestepGroups:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> TimestepGroups:
-        """Reads what `save` wrote. ValueError names the file when it is missing or damaged."""
+        """Reads what `save` wrote; ValueError names a file that is missing or damaged."""
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
@@ -185,7 +196,7 @@ class TimestepGroups:
         return itertools.pairwise(self.boundaries)
 
     def __eq__(self, other: object) -> bool:
-        """Same intervals; how they were found does not matter."""
+        """Whether the intervals are the same; `strategy` does not count."""
         return isinstance(other, TimestepGroups) and self.boundaries == other.boundaries
 
     def __hash__(self) -> int:
@@ -223,7 +234,7 @@ def _alpha_bar(schedule: Any) -> np.ndarray:
 
 
 def _spread(boundaries: list[int]) -> list[int]:
-    """Moves interior boundaries as little as needed for every group to have a timestep."""
+    """Moves interior boundaries as little as possible so that every group has a timestep."""
     count = len(boundaries) - 1
     for g in range(1, count):
         boundaries[g] = max(boundaries[g], boundaries[g - 1] + 1)

@@ -1,7 +1,7 @@
 """The blocks of improved-diffusion's UNet: residual block, attention, resampling, timestep embedding.
 
-A block whose unit is pruned to width 0 is only its skip path. Leaves are called with what the routed operators fuse, so
-the same blocks serve dense and routed models.
+A block whose unit is pruned to width 0 is only its skip path. Leaves are called with what the routed operators fuse
+(biases, residuals, scale and shift, activations), so dense and routed models have the same blocks.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tdc_fast.nn.units import PruningUnit, UnitSlice, width_step
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
-    """Sinusoidal embedding, cosines first: timesteps (B,) of any dtype -> (B, dim) fp32; an odd last column is 0."""
+    """Sinusoidal embedding of timesteps (B,), cosines first: fp32 (B, dim), the last column of an odd dim being 0."""
     half = dim // 2
     steps = torch.arange(half, dtype=torch.float32, device=timesteps.device)
     angles = timesteps[:, None].float() * torch.exp(-math.log(max_period) * steps / half)[None]
@@ -36,20 +36,28 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0)
 
 
 def zeroed(layer: nn.Module) -> nn.Module:
+    """The layer itself, its parameters set to zero."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer
 
 
 def group_norm(channels: int, groups: int | None = None) -> GroupNorm:
+    """A `GroupNorm` with as many groups as improved-diffusion's, unless told otherwise."""
     return GroupNorm(groups or group_count(channels), channels)
 
 
 class ResBlock(nn.Module):
-    """norm-SiLU-conv, the timestep embedding (added, or as scale and shift), norm-SiLU-dropout-conv, a skip path.
+    """Residual block with the timestep embedding between its two convolutions.
 
-    ``width`` channels live between the two convolutions (all ``out_channels`` unless pruned, in whole normalisation
-    groups). At width 0 the block is only its skip path.
+    It computes norm, SiLU, convolution; adds the embedding, or applies it as scale and shift of the second norm; then
+    norm, SiLU, dropout, convolution, and adds the skip path.
+
+    Attributes:
+        width: channels between the two convolutions: `out_channels` unless pruned, in whole normalisation groups. At
+            width 0 the block is only its skip path.
+        atom: channels of one normalisation group.
+        routing: holds the plan of the running forward in a routed model.
     """
 
     def __init__(
@@ -74,12 +82,20 @@ class ResBlock(nn.Module):
         self.skip_connection = nn.Identity() if same else Conv2d(channels, out_channels, 1)
 
     def become_skip(self) -> None:
-        """Drop everything but the skip path (width 0)."""
+        """Drop everything but the skip path: width 0."""
         del self.in_layers, self.emb_layers, self.out_layers
         self.width = 0
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """x (B, C_in, H, W), emb (B, emb_channels) after its SiLU -> (B, C_out, H, W)."""
+        """Compute the block.
+
+        Args:
+            x: (B, C_in, H, W).
+            emb: the embedding after its SiLU, (B, emb_channels).
+
+        Returns:
+            (B, C_out, H, W).
+        """
         if not self.width:
             return self.skip_connection(x)
         if self.use_checkpoint and torch.is_grad_enabled():
@@ -100,7 +116,7 @@ class ResBlock(nn.Module):
         return conv_out(dropout(h), residual=self.skip_connection(x))
 
     def pruning_unit(self, name: str) -> PruningUnit:
-        """The inner width, in whole normalisation groups, most of them a multiple of 8 channels."""
+        """The inner width as a pruning unit, in whole normalisation groups and, where possible, 8 channels."""
         slices = (
             UnitSlice(f"{name}.in_layers.2", "out"),
             UnitSlice(f"{name}.emb_layers.1", "out", copies=2 if self.use_scale_shift_norm else 1),
@@ -118,7 +134,13 @@ def head_dim(channels: int, num_heads: int) -> int:
 
 
 class AttentionBlock(nn.Module):
-    """Residual self-attention over all positions. ``width`` channels (whole heads) live inside; 0 heads = identity."""
+    """Residual self-attention over all positions.
+
+    Attributes:
+        width: channels of all heads together; at width 0 the block is the identity.
+        head_dim: channels per head.
+        routing: holds the plan of the running forward in a routed model.
+    """
 
     def __init__(self, channels: int, num_heads: int, use_checkpoint: bool, width: int | None = None) -> None:
         super().__init__()
@@ -131,12 +153,12 @@ class AttentionBlock(nn.Module):
             self.proj_out = zeroed(TokenConv1d(width, channels))
 
     def become_skip(self) -> None:
-        """Drop everything but the skip path (no heads)."""
+        """Drop everything but the skip path: no heads."""
         del self.norm, self.qkv, self.proj_out
         self.width = 0
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W)."""
+        """Compute the block: (B, C, H, W) -> (B, C, H, W)."""
         if not self.width:
             return x
         if self.use_checkpoint and torch.is_grad_enabled():
@@ -149,7 +171,7 @@ class AttentionBlock(nn.Module):
         return from_tokens(self.proj_out(h, residual=to_tokens(x)), x.shape[2], x.shape[3])
 
     def _live_heads(self) -> Tensor | None:
-        """Which heads each sample of the running plan has, (B, heads) bool; None where all have all."""
+        """Which heads each sample of the running plan has, bool (B, heads); None where all have all."""
         widths = getattr(self.qkv, "out_widths", None)
         if widths is None or self.routing is None or self.routing.plan is None:
             return None
@@ -157,41 +179,41 @@ class AttentionBlock(nn.Module):
         return heads < widths[self.routing.plan.groups, None] // (3 * self.head_dim)
 
     def pruning_unit(self, name: str) -> PruningUnit:
-        """The heads."""
+        """The heads as a pruning unit."""
         slices = (UnitSlice(f"{name}.qkv", "out", scale=3), UnitSlice(f"{name}.proj_out", "in"))
         return PruningUnit(name, "attention", self.width, self.head_dim, self.head_dim, slices)
 
 
 class Downsample(nn.Module):
-    """Halve the resolution: a convolution of stride 2, or the mean of 2x2."""
+    """Halves the resolution: a convolution of stride 2, or the mean of 2x2 pixels."""
 
     def __init__(self, channels: int, use_conv: bool) -> None:
         super().__init__()
         self.op = Conv2d(channels, channels, 3, stride=2, padding=1) if use_conv else nn.AvgPool2d(2)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, H/2, W/2)."""
+        """Halve the resolution: (B, C, H, W) -> (B, C, H/2, W/2)."""
         return self.op(x)
 
 
 class Upsample(nn.Module):
-    """Double the resolution by repetition, then (``use_conv``) a convolution."""
+    """Doubles the resolution by repeating pixels; with `use_conv` a convolution follows."""
 
     def __init__(self, channels: int, use_conv: bool) -> None:
         super().__init__()
         self.conv = Conv2d(channels, channels, 3, padding=1) if use_conv else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, 2H, 2W)."""
+        """Double the resolution: (B, C, H, W) -> (B, C, 2H, 2W)."""
         x = F.interpolate(x, scale_factor=2, mode="nearest")
         return x if self.conv is None else self.conv(x)
 
 
 class TimestepBlocks(nn.Sequential):
-    """Layers in a row, of which the ResBlocks also get the timestep embedding."""
+    """A sequence of layers; its ResBlocks also get the timestep embedding."""
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:  # type: ignore[override]
-        """x (B, C, H, W), emb (B, emb_channels)."""
+        """Run the layers over x (B, C, H, W) with the embedding emb (B, emb_channels)."""
         for layer in self:
             x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
         return x

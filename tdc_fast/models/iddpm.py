@@ -1,4 +1,4 @@
-"""The UNet of improved-diffusion: the same state-dict keys, shapes and numerics, built of leaves that can be routed.
+"""The UNet of improved-diffusion, with the same state-dict keys, shapes and numerics, from leaves that can be routed.
 
 Source: Nichol and Dhariwal, "Improved Denoising Diffusion Probabilistic Models" (arXiv 2102.09672), and the public
 checkpoints of its reference implementation. Activations are channels_last throughout.
@@ -30,18 +30,16 @@ from tdc_fast.nn.units import PruningUnit
 
 
 class UNet(nn.Module):
-    """Denoiser with improved-diffusion's UNetModel arguments, keys, shapes and numerics.
+    """Denoiser with the constructor arguments, keys, shapes and numerics of improved-diffusion's UNetModel.
 
-    image_size            : H = W of the images; every level but the last halves it, so 2 ** (levels - 1)
-                            must divide it.
-    attention_resolutions : downsampling factors (1, 2, 4, ...) at which there is attention.
-    num_classes           : size of the label table, None for an unconditional model.
-    widths                : {unit name: channels} of a pruned denoiser (see ``pruning_units``); what is not
-                            named is whole.
+    GroupNorm has 32 groups where 32 divides the channels, else the largest number below 32 that does.
 
-    Attribute ``timestep_scale`` (default 1.0): the embedding sees ``timesteps * timestep_scale``, so that callers
-    always pass original integer timesteps (improved-diffusion's rescaled ones have the scale 1000 / T). GroupNorm has
-    32 groups where 32 divides the channels, else the largest number below that does.
+    Attributes:
+        timestep_scale: the embedding gets `timesteps * timestep_scale`, so that callers always pass original integer
+            timesteps; 1.0 by default. improved-diffusion's rescaled timesteps have the scale 1000 / T.
+        architecture: the constructor's arguments except `widths`.
+        widths: channels by unit name of a pruned denoiser.
+        stride: a number that must divide the height and width of images.
     """
 
     def __init__(
@@ -63,6 +61,29 @@ class UNet(nn.Module):
         use_scale_shift_norm: bool = False,
         widths: Mapping[str, int] | None = None,
     ) -> None:
+        """Build the network with random weights.
+
+        Args:
+            image_size: H = W of the images. Every level but the last halves it, so 2 ** (levels - 1) must divide it.
+            in_channels: channels of the images.
+            model_channels: channels of the first level.
+            out_channels: channels of the output; twice `in_channels` when the variance is learned.
+            num_res_blocks: ResBlocks per level on the way down.
+            attention_resolutions: downsampling factors (1, 2, 4, ...) of the levels that have attention.
+            dropout: dropout probability in the ResBlocks.
+            channel_mult: multiple of `model_channels` per level.
+            conv_resample: whether down- and upsampling have a convolution.
+            dims: 2, for images.
+            num_classes: size of the label table; None for an unconditional model.
+            use_checkpoint: recompute the blocks' activations in the backward.
+            num_heads: attention heads.
+            num_heads_upsample: attention heads on the way up; -1 takes `num_heads`.
+            use_scale_shift_norm: apply the timestep embedding as scale and shift, not as a bias.
+            widths: channels by unit name of a pruned denoiser (see `pruning_units`); units not named are whole.
+
+        Raises:
+            ValueError: naming the argument that is out of range.
+        """
         super().__init__()
         if dims != 2:
             raise invalid("dims", dims, "2 (images)")
@@ -155,7 +176,19 @@ class UNet(nn.Module):
             raise invalid("widths", sorted(unnamed), "names of units of this architecture (see pruning_units)")
 
     def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
-        """x (B, C_in, H, W), timesteps (B,), y (B,) class ids iff class-conditional -> (B, C_out, H, W)."""
+        """Compute the denoiser's output.
+
+        Args:
+            x: noisy images (B, C_in, H, W).
+            timesteps: (B,).
+            y: class ids (B,), if and only if the model has classes.
+
+        Returns:
+            (B, C_out, H, W).
+
+        Raises:
+            ValueError: naming an input of a wrong shape or type.
+        """
         self._check_inputs(x, timesteps, y)
         steps = timesteps if self.timestep_scale == 1 else timesteps.float() * self.timestep_scale
         dtype = next(self.time_embed.parameters()).dtype
@@ -176,7 +209,7 @@ class UNet(nn.Module):
         return self.out[2](self.out[0](h, activation="silu"))
 
     def _check_inputs(self, x: Tensor, timesteps: Tensor, y: Tensor | None) -> None:
-        """ValueError naming what cannot be an input. Labels are read on the CPU only: on a GPU that would stall it."""
+        """Raises ValueError naming a wrong input; label values are checked on the CPU only, lest the GPU wait."""
         for name, value in (("x", x), ("timesteps", timesteps)):
             if not isinstance(value, Tensor):
                 raise invalid(name, value, "a torch tensor")
@@ -198,7 +231,7 @@ class UNet(nn.Module):
                 raise invalid("y", low if low < 0 else high, f"labels from 0 to {self.num_classes - 1}")
 
     def pruning_units(self) -> list[PruningUnit]:
-        """What can be pruned, in the order of ``named_modules``; a block that is only its skip path has no unit."""
+        """The units that can be pruned, in the order of `named_modules`; a block of width 0 has none."""
         return [
             module.pruning_unit(name)
             for name, module in self.named_modules()
@@ -206,7 +239,7 @@ class UNet(nn.Module):
         ]
 
     def recipe(self) -> dict[str, Any]:
-        """JSON-able description that ``from_recipe`` rebuilds this module from (weights apart)."""
+        """A description in plain JSON values, from which `from_recipe` rebuilds this module without its weights."""
         return {
             "architecture": dict(self.architecture),
             "timestep_scale": self.timestep_scale,
@@ -215,7 +248,7 @@ class UNet(nn.Module):
 
     @classmethod
     def from_recipe(cls, recipe: Mapping[str, Any]) -> UNet:
-        """The module ``recipe()`` describes, freshly initialised. ValueError names what does not belong."""
+        """The module that a `recipe()` describes, with random weights; ValueError names what is wrong in it."""
         expected = {"architecture", "timestep_scale", "widths"}
         if set(recipe) != expected:
             raise invalid("recipe", sorted(recipe), f"the keys {sorted(expected)}")
@@ -227,7 +260,7 @@ class UNet(nn.Module):
         return model
 
     def with_widths(self, widths: Mapping[str, int]) -> UNet:
-        """A fresh UNet of this architecture whose units are as wide as ``widths`` says (uninitialised, same device)."""
+        """A new UNet of this architecture with the widths `widths` by unit name, uninitialised, on the same device."""
         first = next(self.parameters())
         with torch.device("meta"):
             model = UNet.from_recipe({**self.recipe(), "widths": {**self.widths, **widths}})
@@ -242,10 +275,10 @@ def _checked_width(name: str, unnamed: dict[str, int], channels: int, atom: int)
 
 
 def default_channel_mult(image_size: int) -> tuple[int, ...]:
-    """improved-diffusion's multipliers for 32, 64 and 256; for another size as many of the nearest set as it allows.
+    """Channel multipliers of improved-diffusion for images of 32, 64 and 256 pixels, and like them for other sizes.
 
-    Up to 32 pixels the lowest level keeps at least 4 x 4 pixels, above that 8 x 8; levels end where the size stops
-    being even.
+    For another size, levels end where the lowest would have fewer than 4 x 4 pixels (8 x 8 above 32 pixels), or where
+    the size is odd.
     """
     mult: tuple[int, ...]
     if image_size <= 32:
@@ -279,11 +312,26 @@ def create_unet(
     num_classes: int = 1000,
     in_channels: int = 3,
 ) -> UNet:
-    """A UNet from improved-diffusion's flags (same names and defaults).
+    """A UNet from improved-diffusion's flags, with the same names and defaults.
 
-    attention_resolutions: image sizes with attention, "16,8" or a sequence ("" for none but the middle block's).
-    channel_mult: "1,2,2,2" or a sequence; "" means ``default_channel_mult(image_size)``.
-    learn_sigma doubles the output channels. ValueError names a flag that cannot be read.
+    Args:
+        image_size: H = W of the images.
+        num_channels: channels of the first level.
+        num_res_blocks: ResBlocks per level on the way down.
+        num_heads: attention heads.
+        num_heads_upsample: attention heads on the way up; -1 takes `num_heads`.
+        attention_resolutions: image sizes with attention, "16,8" or a sequence; "" leaves the middle block's only.
+        dropout: dropout probability in the ResBlocks.
+        learn_sigma: double the output channels, for a learned variance.
+        class_cond: condition on class labels.
+        use_checkpoint: recompute the blocks' activations in the backward.
+        use_scale_shift_norm: apply the timestep embedding as scale and shift, not as a bias.
+        channel_mult: "1,2,2,2" or a sequence; "" takes `default_channel_mult(image_size)`.
+        num_classes: number of classes when `class_cond`.
+        in_channels: channels of the images.
+
+    Raises:
+        ValueError: naming a flag that cannot be read.
     """
     mult = _integers("channel_mult", channel_mult) or default_channel_mult(image_size)
     resolutions = _integers("attention_resolutions", attention_resolutions)

@@ -1,1 +1,1 @@
-"""Dense leaves, their routed twins, pruning units, width plans, and packing experts into one routed model."""
+"""Dense layers, their routed twins, pruning units, width plans, and packing experts into one routed model."""

@@ -1,8 +1,8 @@
-"""The dense leaves a denoiser is built of, with the call signatures of their routed twins.
+"""The dense leaves (layers with parameters) of a denoiser, with the call signatures of their routed twins.
 
-Every leaf is the torch layer of the same name (same parameters, same state-dict keys) whose ``forward`` also takes what
-the routed operators fuse: a per-sample bias, a residual, a scale and shift, an activation. One model forward then
-serves the dense model and the routed one; only the leaves differ (``tdc_fast.nn.routed``).
+Every leaf is the torch layer of the same name, with the same parameters and state-dict keys. Its `forward` also takes
+what the routed operators fuse: a per-sample bias, a residual, a scale and shift, an activation. So a model has one
+`forward` for its dense and its routed form; only the leaves differ (`tdc_fast.nn.routed`).
 """
 
 from __future__ import annotations
@@ -15,19 +15,28 @@ from tdc_fast.errors import invalid
 
 
 def group_count(channels: int, limit: int = 32) -> int:
-    """Largest number of normalisation groups that is at most ``limit`` and divides ``channels``.
+    """Largest number of normalisation groups that is at most `limit` and divides `channels`.
 
-    It is 32 wherever improved-diffusion's GroupNorm(32) is defined, and lets any other channel count work (8 -> 8
-    groups, 48 -> 24 groups).
+    It is 32 wherever improved-diffusion's GroupNorm(32) is defined; other channel counts work too (8 channels have 8
+    groups, 48 have 24).
     """
     return next(groups for groups in range(min(limit, channels), 0, -1) if channels % groups == 0)
 
 
 class Conv2d(nn.Conv2d):
-    """Convolution, plus a bias per sample, plus a residual."""
+    """Convolution, with an optional bias per sample and residual."""
 
     def forward(self, x: Tensor, *, sample_bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
-        """x (B, C_in, H, W), sample_bias (B, C_out), residual (B, C_out, OH, OW) -> (B, C_out, OH, OW)."""
+        """Convolve, then add what is given.
+
+        Args:
+            x: images (B, C_in, H, W).
+            sample_bias: bias per sample (B, C_out).
+            residual: (B, C_out, OH, OW).
+
+        Returns:
+            (B, C_out, OH, OW).
+        """
         y = super().forward(x)
         if sample_bias is not None:
             y = y + sample_bias[:, :, None, None]
@@ -35,7 +44,7 @@ class Conv2d(nn.Conv2d):
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group normalisation with fp32 statistics, plus a per-sample scale and shift, plus SiLU."""
+    """Group normalisation with fp32 statistics, with an optional scale and shift per sample and SiLU."""
 
     def forward(
         self,
@@ -45,7 +54,20 @@ class GroupNorm(nn.GroupNorm):
         shift: Tensor | None = None,
         activation: str | None = None,
     ) -> Tensor:
-        """x (B, C, H, W), scale and shift (B, C): ``act(norm(x) * (1 + scale) + shift)``, in x's dtype."""
+        """Compute `activation(norm(x) * (1 + scale) + shift)`.
+
+        Args:
+            x: images (B, C, H, W).
+            scale: (B, C).
+            shift: (B, C).
+            activation: "silu", or None for none.
+
+        Returns:
+            Like x, in its dtype.
+
+        Raises:
+            ValueError: for another activation.
+        """
         weight = None if self.weight is None else self.weight.float()
         bias = None if self.bias is None else self.bias.float()
         # Not F.group_norm, which refuses a single sample with one value per group (1x1 pixels of few channels).
@@ -62,56 +84,64 @@ class GroupNorm(nn.GroupNorm):
 
 
 class Linear(nn.Linear):
-    """Linear layer, plus a residual; its output may be asked for in equal chunks."""
+    """Linear layer with an optional residual; `chunks` gives its output in equal parts."""
 
     def forward(self, x: Tensor, *, residual: Tensor | None = None) -> Tensor:
-        """x (..., C_in), residual (..., C_out) -> (..., C_out)."""
+        """Map x (..., C_in) to (..., C_out) and add the residual (..., C_out)."""
         y = super().forward(x)
         return y if residual is None else residual + y
 
     def chunks(self, x: Tensor, count: int) -> tuple[Tensor, ...]:
-        """The output's channels in ``count`` consecutive blocks, each (..., C_out / count)."""
+        """The output of x in `count` consecutive blocks of channels, each (..., C_out / count)."""
         return self(x).chunk(count, dim=-1)
 
 
 class TokenConv1d(nn.Conv1d):
-    """A 1x1 Conv1d (weight (C_out, C_in, 1)) applied to tokens (B, T, C_in): NHWC activations, used in place."""
+    """A 1x1 Conv1d, weight (C_out, C_in, 1), on tokens (B, T, C_in): a view of channels_last images."""
 
     def __init__(self, in_channels: int, out_channels: int, bias: bool = True) -> None:
         super().__init__(in_channels, out_channels, 1, bias=bias)
 
     def forward(self, x: Tensor, *, residual: Tensor | None = None) -> Tensor:
-        """x (B, T, C_in), residual (B, T, C_out) -> (B, T, C_out)."""
+        """Map x (B, T, C_in) to (B, T, C_out) and add the residual (B, T, C_out)."""
         y = F.linear(x, self.weight.squeeze(-1), self.bias)
         return y if residual is None else residual + y
 
 
 def to_tokens(x: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, H*W, C); a view when x is channels_last."""
+    """Images (B, C, H, W) as tokens (B, H*W, C); a view when x is channels_last."""
     batch, channels, height, width = x.shape
     return x.permute(0, 2, 3, 1).reshape(batch, height * width, channels)
 
 
 def from_tokens(tokens: Tensor, height: int, width: int) -> Tensor:
-    """(B, H*W, C) -> (B, C, H, W) in channels_last; a view."""
+    """Tokens (B, H*W, C) as images (B, C, H, W) in channels_last; a view."""
     batch, _, channels = tokens.shape
     return tokens.view(batch, height, width, channels).permute(0, 3, 1, 2)
 
 
 def qkv_attention(qkv: Tensor, head_dim: int, live: Tensor | None = None) -> Tensor:
-    """Self-attention over head-major channels (improved-diffusion's QKVAttention), softmax in fp32.
+    """Self-attention with a softmax in fp32 (improved-diffusion's QKVAttention).
 
-    qkv (B, T, heads * 3 * head_dim), each head's channels being its q, k and v -> (B, T, heads * head_dim). Scores are
-    scaled by head_dim ** -0.5 (there: its square root on q and on k). On a GPU torch's fused attention does the same;
-    elsewhere batched products do, because torch's FLOP counter does not see its fused CPU kernel. ``live`` (B, heads)
-    bool: heads that a sample does without are not computed on the CPU, their output is zero.
+    Scores are scaled by head_dim ** -0.5 (improved-diffusion scales q and k by its square root). On a GPU this is
+    torch's fused attention; elsewhere it is batched products, because torch's FLOP counter does not count its fused
+    CPU kernel.
+
+    Args:
+        qkv: (B, T, heads * 3 * head_dim); the channels of a head are its q, k and v.
+        head_dim: channels per head.
+        live: bool (B, heads), the heads that each sample has; None for all. On the CPU the other heads are not
+            computed, and their output is zero.
+
+    Returns:
+        (B, T, heads * head_dim).
     """
     batch, tokens, channels = qkv.shape
     heads = channels // (3 * head_dim)
-    # one copy gives all three in the layout of the batched products; each is (B * heads, T, head_dim)
+    # One copy puts q, k and v into the layout of the batched products, (B * heads, T, head_dim) each.
     split = qkv.view(batch, tokens, heads, 3, head_dim).permute(3, 0, 2, 1, 4)
     if live is not None and not qkv.is_cuda and not torch.compiler.is_compiling():
-        sample, head = live.nonzero(as_tuple=True)  # the only size that depends on data; free on the CPU
+        sample, head = live.nonzero(as_tuple=True)  # a size that depends on data: a GPU would wait here
         out = _attend(split[:, sample, head], head_dim)
         out = out.new_zeros(batch, heads, tokens, head_dim).index_put((sample, head), out)
         return out.transpose(1, 2).reshape(batch, tokens, heads * head_dim)
@@ -120,7 +150,7 @@ def qkv_attention(qkv: Tensor, head_dim: int, live: Tensor | None = None) -> Ten
 
 
 def _attend(qkv: Tensor, head_dim: int) -> Tensor:
-    """qkv (3, heads of all samples, T, head_dim) -> (heads of all samples, T, head_dim)."""
+    """Attention of each head: (3, heads of all samples, T, head_dim) -> (heads of all samples, T, head_dim)."""
     q, k, v = qkv.unbind(0)
     if qkv.is_cuda:
         return F.scaled_dot_product_attention(q, k, v)

@@ -1,4 +1,4 @@
-"""What a forward pass costs: multiply-accumulates (MACs), counted by torch's FlopCounterMode."""
+"""Counting multiply-accumulates (MACs) with torch's FlopCounterMode."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 class MacCounter:
-    """Context manager: after it, `macs` is what ran inside, forward and backward (half of FlopCounterMode's FLOPs)."""
+    """Context manager that counts the MACs of what runs inside it, forward and backward.
+
+    Attributes:
+        macs: the count, after the block; half of FlopCounterMode's FLOPs.
+    """
 
     def __init__(self) -> None:
         self.macs = 0
@@ -25,7 +29,7 @@ class MacCounter:
         self.macs = self._counter.get_total_flops() // 2
 
     def inside(self, module: str) -> int:
-        """MACs counted within a module, by its name under which FlopCounterMode knows it; 0 if it never ran."""
+        """MACs counted within a module, given the name that FlopCounterMode has for it; 0 if it never ran."""
         return sum(self._counter.get_flop_counts().get(module, {}).values()) // 2
 
 

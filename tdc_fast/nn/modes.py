@@ -1,4 +1,4 @@
-"""Evaluation mode for the length of a `with` block."""
+"""Evaluation mode within a `with` block."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 @contextmanager
 def evaluating(model: object) -> Iterator[None]:
-    """Dropout off inside; every module's mode is as it was afterwards. A model that is no module has no mode."""
+    """Switches dropout off in the block, then restores the mode of every module; does nothing for a plain function."""
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     modes = [module.training for module in modules]
     for module in modules:

@@ -13,7 +13,8 @@ from torch.utils import _pytree
 from tdc_fast.errors import invalid
 from tdc_fast.nn import layers
 from tdc_fast.nn.plan_scope import Routing
-from tdc_fast.nn.routed import LiveAxis, RoutedLeaf, routed_twin
+from tdc_fast.nn.routed import LiveAxis, RoutedLeaf
+from tdc_fast.nn.twins import routed_twin
 from tdc_fast.nn.units import PruningUnit, UnitSlice
 from tdc_fast.nn.width_plan import WidthPlan, base_hash
 from tdc_fast.ops.pack import pack_channels
@@ -26,15 +27,16 @@ _LEAVES = (
 
 
 class RoutedModel(nn.Module):
-    """One model that computes every sample with the expert of its timestep's group. Made by ``pack_experts``.
+    """One model that computes every sample with the expert of its timestep's group; `pack_experts` makes it.
 
-    model       : the base's structure with routed leaves; their parameters stack the experts, (E, ...).
-    groups      : which expert a timestep belongs to.
-    widths      : the WidthPlan of pruned experts, else None.
-    num_experts : N, one per group.
+    A state dict also holds the group boundaries and the units' widths; loading one that differs in them is an error.
 
-    A state dict also holds the group boundaries and the units' widths; loading one that differs is an error
-    that says so.
+    Attributes:
+        model: the base's structure with routed leaves, whose parameters stack the experts, (E, ...).
+        groups: which expert a timestep belongs to.
+        widths: the `WidthPlan` of pruned experts, else None.
+        routing: holds the plan of the running forward.
+        num_experts: N, one per group.
     """
 
     group_boundaries: Tensor
@@ -50,12 +52,21 @@ class RoutedModel(nn.Module):
         self.register_buffer("unit_widths", torch.tensor(live, dtype=torch.int32).reshape(self.num_experts, -1))
 
     def forward(self, x: Tensor, t: Tensor, *, expert_ids: Tensor | None = None, **kwargs: Any) -> Any:
-        """x (B, ...), t (B,) original integer timesteps in any mix -> the model's output, in the order of x.
+        """Compute a batch of samples from any mix of groups.
 
-        expert_ids: (B,) integers, the expert of each sample where it is not that of its timestep's group (training
-            across soft boundaries).
-        Keyword tensors whose first dimension is B are per sample and routed along (``y=labels``). ValueError for
-        timesteps that are not integers or out of range.
+        Args:
+            x: samples (B, ...).
+            t: original integer timesteps (B,).
+            expert_ids: the expert of each sample, integers (B,); None takes that of its timestep's group. Training
+                with soft group boundaries passes them.
+            **kwargs: further arguments of the model. A tensor whose first dimension is B has an entry per sample, such
+                as `y=labels`, and is sorted with x.
+
+        Returns:
+            The model's output, in the order of x.
+
+        Raises:
+            ValueError: for timesteps that are not integers or are out of range, and for wrong shapes.
         """
         for name, value in (("x", x), ("t", t)):
             if not isinstance(value, Tensor) or not value.dim():
@@ -82,14 +93,14 @@ class RoutedModel(nn.Module):
         )
 
     def routed_leaves(self) -> dict[str, RoutedLeaf]:
-        """{path in the dense model: routed leaf}."""
+        """The routed leaves by their path in the dense model."""
         return {name: leaf for name, leaf in self.model.named_modules() if isinstance(leaf, RoutedLeaf)}
 
     def expert(self, index: int) -> nn.Module:
-        """Expert ``index`` as an ordinary module of the base's class with its own copy of the weights.
+        """Expert `index` as an ordinary module of the base's class, with a copy of its weights.
 
-        A pruned one is physically smaller; a unit of width 0 leaves only the skip path. Its output is this model's for
-        the timesteps of group ``index``.
+        A pruned expert is physically smaller; a unit of width 0 leaves only the skip path. For timesteps of group
+        `index` its output equals this model's.
         """
         self._check_expert(index)
         if self.widths is not None:
@@ -103,7 +114,7 @@ class RoutedModel(nn.Module):
         return dense
 
     def expert_state(self, index: int) -> dict[str, Tensor]:
-        """The state dict of ``expert(index)``: ordinary keys, its own live sizes (copies)."""
+        """The state dict of `expert(index)`: the dense model's keys, copies at their own live sizes."""
         self._check_expert(index)
         state = {
             f"{name}.{key}": value
@@ -114,13 +125,14 @@ class RoutedModel(nn.Module):
         return {**state, **{name: value.clone() for name, value in own.items()}}
 
     def load_expert_state(self, index: int, state: Mapping[str, Tensor]) -> None:
-        """Write a state dict as ``expert_state(index)`` gives it into the stacked parameters.
+        """Write what `expert_state(index)` gives into the stacked parameters.
 
-        ValueError names a missing key, a foreign one or a wrong shape; nothing is written then.
+        Raises:
+            ValueError: naming a missing key, an unknown key or a wrong shape; nothing is written then.
         """
         expected = self.expert_state(index)
         for name in sorted(expected.keys() ^ state.keys()):
-            raise invalid("state", name, "exactly the keys of expert_state(index): this one is missing or foreign")
+            raise invalid("state", name, "exactly the keys of expert_state(index); this key is missing or unknown")
         for name, value in expected.items():
             if value.shape != state[name].shape:
                 raise invalid(f"state[{name!r}]", tuple(state[name].shape), f"shape {tuple(value.shape)}")
@@ -128,7 +140,7 @@ class RoutedModel(nn.Module):
             leaf.load_expert(index, {key: state[f"{name}.{key}"] for key, _ in leaf.named_parameters()})
 
     def _leaves_of(self, expert: int) -> dict[str, RoutedLeaf]:
-        """The routed leaves this expert has: not those inside a unit it does without."""
+        """The routed leaves that this expert has: all but those inside a unit of width 0."""
         leaves = self.routed_leaves()
         if self.widths is None or all(unit.width for unit in self.widths.experts[expert].values()):
             return leaves
@@ -137,7 +149,7 @@ class RoutedModel(nn.Module):
         return {name: leaf for name, leaf in leaves.items() if name in present}
 
     def _buffers_of_model(self) -> dict[str, Tensor]:
-        """Persistent buffers outside the leaves: the experts share them."""
+        """Persistent buffers outside the leaves, which the experts share."""
         parameters = {name for name, _ in self.model.named_parameters()}
         return {name: value for name, value in self.model.state_dict().items() if name not in parameters}
 
@@ -159,14 +171,20 @@ class RoutedModel(nn.Module):
 def pack_experts(
     base_or_experts: nn.Module | Sequence[nn.Module], groups: TimestepGroups, widths: WidthPlan | None = None
 ) -> RoutedModel:
-    """One RoutedModel out of N copies of a base, or of N models of one architecture (expert i serves group i).
+    """One `RoutedModel` from N copies of a base, or from N models of one architecture.
 
-    Any module made of Conv2d, Linear, GroupNorm, Embedding and 1x1 Conv1d layers can be packed. With ``widths`` each
-    expert's own weights are permuted by its unit orders and cut to its widths; the module then has to offer
-    ``pruning_units()`` and ``with_widths()``, as the UNet does. The inputs stay as they are.
+    Any module made of Conv2d, Linear, GroupNorm, Embedding and 1x1 Conv1d layers can be packed. The inputs are not
+    changed.
 
-    Raises ValueError naming a layer that cannot be routed, experts that do not match, or what in ``widths`` does not
-    fit (other base, other boundaries, unknown unit, bad order or width).
+    Args:
+        base_or_experts: the base, or a sequence of N models; model i serves group i.
+        groups: the N groups of timesteps.
+        widths: for pruned experts: each expert's weights are permuted by the orders of its units and cut to its
+            widths. The module must then have `pruning_units()` and `with_widths()`, as the UNet does.
+
+    Raises:
+        ValueError: naming a layer that cannot be routed, experts that do not match, or what in `widths` does not fit
+            (another base, other boundaries, an unknown unit, a wrong order or width).
     """
     if not isinstance(groups, TimestepGroups):
         raise invalid("groups", groups, "TimestepGroups, such as TimestepGroups.uniform(1000, 4)")
@@ -217,7 +235,7 @@ def pack_experts(
 
 
 def _find_leaves(base: nn.Module) -> dict[str, nn.Module]:
-    """{path: layer} of every layer with parameters. ValueError names what cannot be routed."""
+    """Every layer with parameters by its path. ValueError names what cannot be routed."""
     leaves: dict[str, nn.Module] = {}
     owner: dict[int, str] = {}
     for name, module in base.named_modules():
@@ -236,13 +254,13 @@ def _find_leaves(base: nn.Module) -> dict[str, nn.Module]:
 
 
 def _check_same(experts: Sequence[nn.Module]) -> None:
-    """ValueError naming the first state-dict entry in which an expert differs in kind from expert 0."""
+    """Raises ValueError naming the first state-dict entry whose name, shape or buffer differs from expert 0's."""
     first = experts[0].state_dict()
     parameters = {name for name, _ in experts[0].named_parameters()}
     for index, expert in enumerate(experts):
         state = expert.state_dict()
         for name in sorted(first.keys() ^ state.keys()):
-            raise invalid(f"experts[{index}]", name, "the same layers as experts[0]: this key only one of them has")
+            raise invalid(f"experts[{index}]", name, "the same layers as experts[0]; only one of them has this key")
         for name, value in state.items():
             if value.shape != first[name].shape:
                 raise invalid(f"experts[{index}].{name}", tuple(value.shape), f"{tuple(first[name].shape)}")
@@ -251,7 +269,7 @@ def _check_same(experts: Sequence[nn.Module]) -> None:
 
 
 def _slices_by_leaf(units: Sequence[PruningUnit]) -> dict[str, dict[str, tuple[PruningUnit, UnitSlice]]]:
-    """{leaf: {'out' | 'in': (unit, slice)}}."""
+    """The unit and slice on each axis, "out" or "in", of every leaf that has one."""
     found: dict[str, dict[str, tuple[PruningUnit, UnitSlice]]] = {}
     for unit in units:
         for part in unit.slices:
@@ -269,9 +287,9 @@ def _fill(
     slices: Mapping[str, tuple[PruningUnit, UnitSlice]],
     widths: WidthPlan | None,
 ) -> None:
-    """Write every expert's kept channels, most important first, into the stacked parameters: one launch for each.
+    """Write every expert's kept channels, most important first, into the stacked parameters, one launch for each.
 
-    layers: the dense layer of every expert, or one that all start from.
+    `layers` holds the dense layer of every expert, or one that all experts start from.
     """
     device = next(leaf.parameters()).device
     cuts: dict[str, Tensor] = {}

@@ -1,27 +1,30 @@
-"""Which routing plan the layers of a model run under, also when a checkpoint recomputes them later."""
+"""Which routing plan the layers of a model run under, also when a gradient checkpoint recomputes them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
-if TYPE_CHECKING:
-    from tdc_fast.routing import RoutingPlan
+from tdc_fast.routing import RoutingPlan
 
 
 class Routing:
-    """The one holder of the plan that all routed layers of a model share; ``plan`` is None outside its forward."""
+    """Holds the plan that all routed layers of a model share.
+
+    Attributes:
+        plan: the plan of the running forward; None outside it.
+    """
 
     def __init__(self) -> None:
         self.plan: RoutingPlan | None = None
 
     @contextmanager
     def using(self, plan: RoutingPlan | None) -> Iterator[None]:
-        """Run the layers under ``plan``, then under what it was before."""
+        """Sets `plan` for the block and restores the earlier one after it."""
         before, self.plan = self.plan, plan
         try:
             yield
@@ -30,12 +33,11 @@ class Routing:
 
 
 def checkpoint(function: Callable[..., Any], routing: Routing | None, *args: Any) -> Any:
-    """``function(*args)`` without keeping activations: it runs again in the backward, under this forward's plan.
+    """`function(*args)` without keeping activations: it runs again in the backward, under this forward's plan.
 
-    Another forward may have run in between, hence the plan is held here instead of read from ``routing`` when
-    recomputing.
+    Another forward may run in between, so the plan is kept here and not read from `routing` again.
     """
-    if routing is None or torch.compiler.is_compiling():  # a compiled graph recomputes from its own values
+    if routing is None or torch.compiler.is_compiling():  # a compiled graph holds the plan itself
         return torch_checkpoint(function, *args, use_reentrant=False)
     plan = routing.plan
 

@@ -1,7 +1,7 @@
-"""The routed leaves: E experts' weights in one layer, each sample computed with its own group's expert.
+"""The routed leaves: one layer that holds E experts' weights and computes each sample with its own group's expert.
 
-A routed leaf has the call signature of its dense twin in ``tdc_fast.nn.layers`` and reads the plan of the running
-forward from the ``Routing`` its model shares, unless a plan is passed. Samples must be sorted by that plan.
+A routed leaf has the call signature of its dense twin in `tdc_fast.nn.layers`. Unless a plan is passed, it takes the
+plan of the running forward from the `Routing` that all leaves of the model share. Samples must be sorted by that plan.
 """
 
 from __future__ import annotations
@@ -26,8 +26,12 @@ from tdc_fast.routing import RoutingPlan
 class LiveAxis:
     """Which entries of a channel axis each expert uses.
 
-    A dense axis is ``copies`` consecutive blocks; the stacked one interleaves them (entry i of copy c at i * copies
-    + c), so that what is live is a prefix whatever the number of copies. ``counts`` (E) are live entries per copy.
+    A dense axis is `copies` consecutive blocks. The stacked axis interleaves them (entry i of copy c is at
+    i * copies + c), so that the live entries are a prefix for any number of copies.
+
+    Attributes:
+        counts: live entries per copy, for each of the E experts.
+        copies: blocks of the dense axis.
     """
 
     counts: tuple[int, ...]
@@ -53,7 +57,13 @@ class LiveAxis:
 class RoutedLeaf(nn.Module):
     """What all routed leaves share: the plan, the live axes, and moving one expert's weights in and out.
 
-    ``out_widths`` and ``in_widths`` are int32 buffers (N,) in units of channels, or None where all experts are alike.
+    Attributes:
+        out_widths: live output channels per expert, an int32 buffer (N,); None where all experts have the same.
+        in_widths: the same for input channels.
+        routing: the holder of the running forward's plan.
+        live_out: the live entries of the output axis; None where no expert is pruned.
+        live_in: the same for the input axis.
+        template: the dense twin on the meta device, in a tuple so that it is not a submodule.
     """
 
     out_widths: Tensor | None
@@ -67,19 +77,19 @@ class RoutedLeaf(nn.Module):
         self.routing: Routing | None = None
         self.live_out: LiveAxis | None = None
         self.live_in: LiveAxis | None = None
-        self.template: tuple[nn.Module, ...] = ()  # in a tuple, so that it is no submodule: the dense twin, on meta
+        self.template: tuple[nn.Module, ...] = ()
         self.register_buffer("out_widths", None, persistent=False)
         self.register_buffer("in_widths", None, persistent=False)
 
     def set_live(self, out: LiveAxis | None, in_: LiveAxis | None) -> None:
-        """Give the leaf the widths of pruned experts. The parameters already have the stacked sizes."""
+        """Gives the leaf the widths of pruned experts; the parameters already have the stacked sizes."""
         self.live_out, self.live_in = out, in_
         device = next(self.parameters()).device
         self.out_widths = None if out is None else out.widths(device)
         self.in_widths = None if in_ is None else in_.widths(device)
 
     def current_plan(self, plan: RoutingPlan | None) -> RoutingPlan:
-        """The plan passed, else the one of the model's running forward."""
+        """The given plan, else that of the running forward; ValueError if there is none."""
         if plan is not None:
             return plan
         if self.routing is None or self.routing.plan is None:
@@ -88,7 +98,7 @@ class RoutedLeaf(nn.Module):
 
     @torch.no_grad()
     def expert_state(self, expert: int) -> dict[str, Tensor]:
-        """{'weight', 'bias'} of one expert in the dense layer's layout and its own live size (copies)."""
+        """Copies of one expert's parameters by name, in the dense layer's layout and at their own live size."""
         state = {}
         for name, parameter in self.named_parameters():
             value = parameter[expert][self._live_index(parameter, expert)]
@@ -97,7 +107,7 @@ class RoutedLeaf(nn.Module):
 
     @torch.no_grad()
     def load_expert(self, expert: int, state: Mapping[str, Tensor]) -> None:
-        """The opposite of ``expert_state``; what is past the expert's widths becomes zero."""
+        """Writes what `expert_state` gives into the parameters; entries past the expert's widths become zero."""
         for name, parameter in self.named_parameters():
             target, index = parameter[expert], self._live_index(parameter, expert)
             shape = (*index[0].shape, *target.shape[index[0].dim() :])
@@ -108,7 +118,7 @@ class RoutedLeaf(nn.Module):
             target[index] = value
 
     def dense(self, expert: int) -> nn.Module:
-        """The layer of one expert as the ordinary layer this leaf was packed from (never pruned)."""
+        """One expert's layer as the ordinary layer that this leaf was packed from; not for pruned experts."""
         like = next(self.parameters())  # the leaf may have moved since it was packed
         layer = copy.deepcopy(self.template[0]).to(like.dtype).to_empty(device=like.device)
         layer.load_state_dict(self.expert_state(expert))
@@ -128,10 +138,10 @@ class RoutedLeaf(nn.Module):
 
 
 class RoutedConv2d(RoutedLeaf):
-    """``routed_conv2d`` with parameters weight (E, C_out, C_in, R, S) and bias (E, C_out).
+    """`routed_conv2d` with parameters weight (E, C_out, C_in, R, S) and bias (E, C_out).
 
-    The weight lies in memory as [E, C_out, R, S, C_in], which GPU kernels read in place. Its gradient and what an
-    optimizer keeps of it follow; a state dict of any memory order loads.
+    The memory order of the weight is [E, C_out, R, S, C_in], which GPU kernels read in place. Its gradient and its
+    optimizer state have the same order; a state dict of any order can be loaded.
     """
 
     closing_gate: Tensor | None
@@ -163,7 +173,17 @@ class RoutedConv2d(RoutedLeaf):
         sample_bias: Tensor | None = None,
         residual: Tensor | None = None,
     ) -> Tensor:
-        """x (B, C_in, H, W) sorted, sample_bias (B, C_out), residual (B, C_out, OH, OW) -> (B, C_out, OH, OW)."""
+        """Convolve each sample with its expert's weight, then add what is given.
+
+        Args:
+            x: images (B, C_in, H, W), sorted by the plan.
+            plan: the plan; None takes that of the running forward.
+            sample_bias: bias per sample (B, C_out).
+            residual: (B, C_out, OH, OW).
+
+        Returns:
+            (B, C_out, OH, OW).
+        """
         bias = self.bias if self.closing_gate is None else _gated(self.bias, self.closing_gate)
         return routed_conv2d(
             x,
@@ -179,6 +199,7 @@ class RoutedConv2d(RoutedLeaf):
         )
 
     def extra_repr(self) -> str:
+        """The sizes, for `repr`."""
         return (
             f"{self.num_experts}, {self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
             f"stride={self.stride}, padding={self.padding}"
@@ -186,7 +207,7 @@ class RoutedConv2d(RoutedLeaf):
 
 
 class RoutedLinear(RoutedLeaf):
-    """``routed_linear`` with parameters weight (E, C_out, C_in) and bias (E, C_out)."""
+    """`routed_linear` with parameters weight (E, C_out, C_in) and bias (E, C_out)."""
 
     closing_gate: Tensor | None
 
@@ -200,7 +221,7 @@ class RoutedLinear(RoutedLeaf):
         _initialise(self.weight, self.bias)
 
     def forward(self, x: Tensor, plan: RoutingPlan | None = None, *, residual: Tensor | None = None) -> Tensor:
-        """x (B, C_in) or (B, ..., C_in) sorted, residual (B, ..., C_out) -> (B, ..., C_out)."""
+        """Map x (B, ..., C_in), sorted by the plan, to (B, ..., C_out) and add the residual (B, ..., C_out)."""
         bias = self.bias if self.closing_gate is None else _gated(self.bias, self.closing_gate)
         if x.dim() > 3:
             tokens = x.flatten(1, -2)
@@ -217,13 +238,14 @@ class RoutedLinear(RoutedLeaf):
         )
 
     def chunks(self, x: Tensor, count: int, plan: RoutingPlan | None = None) -> tuple[Tensor, ...]:
-        """The output's channels in ``count`` blocks of the dense layout, each (..., C_out / count)."""
+        """The output of x in the `count` blocks of channels of the dense layout, each (..., C_out / count)."""
         y = self(x, plan)
         if self.live_out is not None and self.live_out.copies == count:
             return y.unflatten(-1, (-1, count)).unbind(-1)
         return y.chunk(count, dim=-1)
 
     def extra_repr(self) -> str:
+        """The sizes, for `repr`."""
         return f"{self.num_experts}, {self.in_features}, {self.out_features}"
 
     def _dense_shape(self, name: str, shape: Sequence[int]) -> tuple[int, ...]:
@@ -234,15 +256,15 @@ class RoutedConv1d(RoutedLinear):
     """A routed 1x1 Conv1d on (B, C, T)."""
 
     def forward(self, x: Tensor, plan: RoutingPlan | None = None, **fused: Tensor | None) -> Tensor:
-        """x (B, C_in, T) sorted -> (B, C_out, T)."""
+        """Map x (B, C_in, T), sorted by the plan, to (B, C_out, T)."""
         return super().forward(x.transpose(1, 2).contiguous(), plan, **fused).transpose(1, 2)
 
 
 class RoutedGroupNorm(RoutedLeaf):
-    """``routed_group_norm`` with parameters weight and bias (E, C).
+    """`routed_group_norm` with parameters weight and bias (E, C).
 
-    A pruned expert keeps whole normalisation groups: ``num_groups`` counts those of the widest expert, and every group
-    has the channels it had before pruning.
+    A pruned expert keeps whole normalisation groups, each with as many channels as before pruning; `num_groups` counts
+    those of the widest expert.
     """
 
     def __init__(self, num_experts: int, num_groups: int, num_channels: int, eps: float = 1e-5) -> None:
@@ -262,7 +284,18 @@ class RoutedGroupNorm(RoutedLeaf):
         shift: Tensor | None = None,
         activation: str | None = None,
     ) -> Tensor:
-        """x (B, C), (B, C, T) or (B, C, H, W) sorted: ``act(norm(x) * (1 + scale) + shift)``, same shape and dtype."""
+        """Compute `activation(norm(x) * (1 + scale) + shift)` with each sample's expert.
+
+        Args:
+            x: (B, C), (B, C, T) or (B, C, H, W), sorted by the plan.
+            plan: the plan; None takes that of the running forward.
+            scale: (B, C).
+            shift: (B, C).
+            activation: "silu", or None for none.
+
+        Returns:
+            Like x, in its dtype.
+        """
         image = x if x.dim() == 4 else x.reshape(x.shape[0], x.shape[1], -1, 1)
         y = routed_group_norm(
             image,
@@ -279,6 +312,7 @@ class RoutedGroupNorm(RoutedLeaf):
         return y if x.dim() == 4 else y.reshape(x.shape)
 
     def extra_repr(self) -> str:
+        """The sizes, for `repr`."""
         return f"{self.num_experts}, {self.num_groups}, {self.num_channels}, eps={self.eps}"
 
 
@@ -291,7 +325,7 @@ class RoutedEmbedding(RoutedLeaf):
         self.weight = nn.Parameter(torch.randn(num_experts, num_embeddings, embedding_dim))
 
     def forward(self, index: Tensor, plan: RoutingPlan | None = None) -> Tensor:
-        """index (B, ...) integer, sorted -> (B, ..., D)."""
+        """Look up integer ids `index` (B, ...), sorted by the plan, in each sample's table: (B, ..., D)."""
         plan = self.current_plan(plan)
         if index.device.type == "cpu" and not torch.compiler.is_compiling() and index.numel():
             low, high = (int(bound) for bound in torch.aminmax(index))
@@ -302,11 +336,12 @@ class RoutedEmbedding(RoutedLeaf):
         return F.embedding(rows, self.weight.flatten(0, 1))
 
     def extra_repr(self) -> str:
+        """The sizes, for `repr`."""
         return f"{self.num_experts}, {self.num_embeddings}, {self.embedding_dim}"
 
 
 def _initialise(weight: Tensor, bias: Tensor | None) -> None:
-    """torch's initialisation of the dense layer, for every expert."""
+    """Initialises every expert as torch initialises the dense layer."""
     bound = 1 / math.sqrt(max(math.prod(weight.shape[2:]), 1))  # the product is the fan-in
     nn.init.uniform_(weight, -bound, bound)
     if bias is not None:
@@ -314,61 +349,5 @@ def _initialise(weight: Tensor, bias: Tensor | None) -> None:
 
 
 def _gated(bias: Tensor | None, gate: Tensor) -> Tensor | None:
-    """Bias (E, C) with the experts whose unit has width 0 silenced: such a block is only its skip path."""
+    """Bias (E, C) with zeros for experts whose unit has width 0, since such a block is only its skip path."""
     return None if bias is None else bias * gate
-
-
-def routed_twin(
-    name: str, layer: nn.Module, num_experts: int, out: LiveAxis | None, in_: LiveAxis | None
-) -> RoutedLeaf:
-    """The routed leaf that holds ``num_experts`` experts of a dense layer, uninitialised.
-
-    ``out`` and ``in_`` say which channels are live when experts are pruned. ValueError names a layer with a setting
-    that routed operators do not have.
-    """
-    with torch.device("meta"):
-        leaf = _twin(name, layer, num_experts, out, in_)
-    leaf.template = (copy.deepcopy(layer).to("meta"),)
-    original = next(layer.parameters())
-    leaf.to(original.dtype).to_empty(device=original.device)
-    leaf.set_live(out, in_)
-    leaf.train(layer.training)
-    for key, parameter in leaf.named_parameters():
-        parameter.requires_grad_(layer.get_parameter(key).requires_grad)
-    return leaf
-
-
-def _twin(name: str, layer: nn.Module, experts: int, out: LiveAxis | None, in_: LiveAxis | None) -> RoutedLeaf:
-    def sized(axis: LiveAxis | None, channels: int) -> int:
-        return channels if axis is None else axis.size
-
-    if isinstance(layer, nn.Conv2d):
-        _require(name, layer, groups=1, dilation=(1, 1), padding_mode="zeros")
-        if isinstance(layer.padding, str):
-            raise invalid(f"{name}.padding", layer.padding, "numbers")
-        channels = sized(in_, layer.in_channels), sized(out, layer.out_channels)
-        return RoutedConv2d(experts, *channels, layer.kernel_size, layer.stride, layer.padding, layer.bias is not None)  # type: ignore[arg-type]
-    if isinstance(layer, nn.Conv1d):
-        _require(name, layer, kernel_size=(1,), stride=(1,), padding=(0,), groups=1)
-        kind = RoutedLinear if type(layer) is not nn.Conv1d else RoutedConv1d
-        channels = sized(in_, layer.in_channels), sized(out, layer.out_channels)
-        leaf = kind(experts, *channels, layer.bias is not None)
-        leaf.filter_axis = True
-        return leaf
-    if isinstance(layer, nn.Linear):
-        channels = sized(in_, layer.in_features), sized(out, layer.out_features)
-        return RoutedLinear(experts, *channels, layer.bias is not None)
-    if isinstance(layer, nn.GroupNorm):
-        size = sized(out, layer.num_channels)
-        per_group = layer.num_channels // layer.num_groups
-        return RoutedGroupNorm(experts, max(size // per_group, 1), size, layer.eps)
-    if isinstance(layer, nn.Embedding):
-        _require(name, layer, padding_idx=None, max_norm=None, scale_grad_by_freq=False, sparse=False)
-        return RoutedEmbedding(experts, layer.num_embeddings, layer.embedding_dim)
-    raise invalid(name, type(layer).__name__, "a layer that has a routed twin")
-
-
-def _require(name: str, layer: nn.Module, **settings: object) -> None:
-    for setting, value in settings.items():
-        if getattr(layer, setting) != value:
-            raise invalid(f"{name}.{setting}", getattr(layer, setting), f"{value}, all that routed layers have")

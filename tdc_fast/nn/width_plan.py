@@ -1,4 +1,4 @@
-"""The width plan: for every expert, the order and width of every pruning unit. A JSON file, checked on load."""
+"""The width plan: the order and width of every pruning unit of every expert, in a JSON file that is checked on load."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _FIELDS = {"version", "base_hash", "boundaries", "experts", "macs", "budgets"}
 
 
 def base_hash(module: nn.Module) -> str:
-    """sha256 (hex) over the state dict's names, dtypes, shapes and bytes; independent of device and memory format."""
+    """The sha256 (hex) of the state dict's names, dtypes, shapes and bytes; independent of device and memory format."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         value = tensor.detach().to("cpu").contiguous()
@@ -33,7 +33,12 @@ def base_hash(module: nn.Module) -> str:
 
 @dataclass(frozen=True)
 class ExpertUnit:
-    """One unit of one expert: ``order`` permutes its atoms, most important first; ``width`` counts live channels."""
+    """One unit of one expert.
+
+    Attributes:
+        order: a permutation of the unit's atoms, most important first.
+        width: number of live channels.
+    """
 
     order: tuple[int, ...]
     width: int
@@ -43,11 +48,13 @@ class ExpertUnit:
 class WidthPlan:
     """How wide every unit of every expert is.
 
-    base_hash  : ``base_hash`` of the model the orders refer to.
-    boundaries : the timestep groups' boundaries, N + 1 integers from 0 to T.
-    experts    : per group, {unit name: ExpertUnit}, all units of the model.
-    macs       : measured forward MACs per sample of each expert; () when not measured.
-    budgets    : the MACs each expert was allowed; () when there was no budget.
+    Attributes:
+        base_hash: `base_hash` of the model that the orders refer to.
+        boundaries: the timestep groups' boundaries, N + 1 integers from 0 to T.
+        experts: for each group, all units of the model by name.
+        macs: measured forward MACs per sample of each expert; () when not measured.
+        budgets: the MACs that each expert was allowed; () without a budget.
+        version: version of the file's format.
     """
 
     base_hash: str
@@ -74,7 +81,16 @@ class WidthPlan:
 
     @classmethod
     def uniform(cls, base: nn.Module, boundaries: Sequence[int], fraction: float | Sequence[float] = 1.0) -> WidthPlan:
-        """Every unit at ``fraction`` (or one per group) of its width, rounded down to a step; first channels kept."""
+        """Every unit at a fraction of its width, rounded down to a step; the first channels are kept.
+
+        Args:
+            base: a model with `pruning_units()`.
+            boundaries: the timestep groups' boundaries, N + 1 integers.
+            fraction: a number from 0 to 1, or one per group.
+
+        Raises:
+            ValueError: for a fraction outside 0 to 1, or another number of them.
+        """
         units = base.pruning_units()  # type: ignore[operator]
         count = len(boundaries) - 1
         fractions = [fraction] * count if isinstance(fraction, int | float) else list(fraction)
@@ -90,11 +106,11 @@ class WidthPlan:
         return cls(base_hash=base_hash(base), boundaries=tuple(boundaries), experts=tuple(experts))
 
     def max_width(self, unit: str) -> int:
-        """The widest this unit is in any expert, in channels."""
+        """The width of a unit in the expert where it is widest, in channels."""
         return max(expert[unit].width for expert in self.experts)
 
     def expert_widths(self, index: int) -> dict[str, int]:
-        """{unit name: live channels} of one expert."""
+        """Live channels of one expert by unit name."""
         return {name: unit.width for name, unit in self.experts[index].items()}
 
     def check(
@@ -104,15 +120,24 @@ class WidthPlan:
         base: str | None = None,
         boundaries: Sequence[int] | None = None,
     ) -> None:
-        """ValueError naming the field unless this plan fits these units, this ``base_hash`` and these boundaries."""
+        """Check that this plan fits a model.
+
+        Args:
+            units: the model's units.
+            base: the model's `base_hash`; None does not compare it.
+            boundaries: the boundaries of its groups; None does not compare them.
+
+        Raises:
+            ValueError: naming the first field that does not fit.
+        """
         if base is not None and base != self.base_hash:
             raise invalid(
                 "base_hash",
                 self.base_hash,
-                f"{base}, the hash of the model at hand: the plan is of another one",
+                f"{base}, the hash of this model: the plan is of another one",
             )
         if boundaries is not None and tuple(boundaries) != self.boundaries:
-            raise invalid("boundaries", self.boundaries, f"{tuple(boundaries)}, the boundaries of the groups at hand")
+            raise invalid("boundaries", self.boundaries, f"{tuple(boundaries)}, the boundaries of these groups")
         known = {unit.name: unit for unit in units}
         for index, expert in enumerate(self.experts):
             for name in expert.keys() ^ known.keys():
@@ -125,7 +150,7 @@ class WidthPlan:
                     raise invalid(f"{where}.width", entry.width, f"one of {unit.widths()}")
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values; ``from_json`` is its inverse."""
+        """The plan as plain JSON values, which `from_json` reads."""
         return {
             "version": self.version,
             "base_hash": self.base_hash,
@@ -140,7 +165,7 @@ class WidthPlan:
 
     @classmethod
     def from_json(cls, data: Any) -> WidthPlan:
-        """Strict: a missing, unknown or mistyped field is a ValueError that names it."""
+        """The plan that `to_json` gave; ValueError names a field that is missing, unknown or of a wrong type."""
         _check_keys("width plan", data, _FIELDS)
         if type(data["version"]) is not int or data["version"] != _VERSION:
             raise invalid("version", data["version"], f"{_VERSION}, the version of width plans this release reads")
@@ -170,17 +195,17 @@ class WidthPlan:
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write JSON atomically: readers see the old file or the whole new one."""
+        """Write JSON atomically: a reader sees the old file or the whole new one."""
         with atomic_file(Path(path)) as file:
             file.write(json.dumps(self.to_json()).encode())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> WidthPlan:
-        """Read what ``save`` wrote. ValueError names the file and what is wrong in it."""
+        """Read what `save` wrote; ValueError names the file and what is wrong in it."""
         try:
             return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
         except (ValueError, OSError) as error:
-            raise ValueError(f"{path} is no valid width plan: {error}") from error
+            raise ValueError(f"{path} is not a valid width plan: {error}") from error
 
 
 def _check_keys(where: str, data: Any, expected: set[str]) -> None:

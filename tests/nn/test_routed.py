@@ -15,8 +15,8 @@ from tdc_fast.nn.routed import (
     RoutedEmbedding,
     RoutedGroupNorm,
     RoutedLinear,
-    routed_twin,
 )
+from tdc_fast.nn.twins import routed_twin
 from tdc_fast.ops.layout import is_channel_innermost
 from tdc_fast.routing import RoutingPlan
 
