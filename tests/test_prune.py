@@ -7,24 +7,22 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-import tdc_fast.training.search as search_module
-from tdc_fast.diffusion import create_diffusion
+import tdc_fast.training.pruning as pruning_phase
 from tdc_fast.models.iddpm import create_unet
 from tdc_fast.nn.units import PruningUnit
 from tdc_fast.nn.width_plan import ExpertUnit, WidthPlan
 from tdc_fast.prune import main, prune_run
-from tdc_fast.pruning.memory import read_trials
+from tdc_fast.pruning.memory import read_trials, searches_of
 from tdc_fast.pruning.plots import agent_comparison, best_so_far, search_plot, widths_plot
 from tdc_fast.pruning.task import Trial
-from tdc_fast.routing import TimestepGroups
 from tdc_fast.train import TrainConfig, train
 from tdc_fast.train import main as train_command
 from tdc_fast.training import load_run
-from tdc_fast.training.search import searches_of
 from tests.training.small_run import SETTINGS, TWO_STAGES, flags, small_config, write_images
 
 SEARCH = ["--rounds", "2", "--candidates", "3", "--progress", "never"]
@@ -38,7 +36,7 @@ def finished_stage1(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """They take longer than the search of so small a net."""
-    monkeypatch.setattr(search_module, "_draw", lambda *_: None)
+    monkeypatch.setattr(pruning_phase, "draw_search", lambda *_: None)
 
 
 @pytest.fixture
@@ -219,31 +217,16 @@ def test_the_best_so_far_never_rises_and_counts_each_candidate_once() -> None:
     assert count.tolist() == [1, 2, 3, 4] and best.tolist() == [2.0, 2.0, 1.0, 1.0]
 
 
-def test_the_agent_in_the_documentation_runs(unet_and_images: tuple) -> None:
+def test_the_agent_in_the_documentation_runs_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_LOGDIR", str(tmp_path))
     text = (Path(__file__).resolve().parent.parent / "docs" / "method.md").read_text(encoding="utf-8")
     (block,) = [b for b in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "class Exchange" in b]
-    body = block[block.index("class") : block.index("found =")]
+    body = block[block.index("class") : block.index("model =")]
     assert len([line for line in body.splitlines() if line.strip()]) <= 20
-    base, images = unet_and_images
-    names = {
-        "base": base, "batches": images, "groups": TimestepGroups.uniform(1000, 2),
-        "diffusion": create_diffusion(noise_schedule="cosine"),
-    }  # fmt: skip
+    names: dict[str, Any] = {}
     exec(compile(block, "docs/method.md", "exec"), names)
-    trials = names["found"].trials[1]  # type: ignore[attr-defined]
+    trials = names["found"].trials[1]
     assert len(trials) == 32 and trials[0].agent == "exchange"
     bests = [min(t.score for t in trials if t.round <= number) for number in range(4)]
     first = min((t for t in trials if t.round == 0), key=lambda trial: trial.score)
     assert trials[8].widths == first.widths and bests[-1] <= bests[0]
-
-
-@pytest.fixture
-def unet_and_images() -> tuple:
-    torch.manual_seed(0)
-    base = create_unet(
-        image_size=8, num_channels=8, num_res_blocks=1, num_heads=2, channel_mult="1,2", in_channels=1,
-        attention_resolutions="4",
-    )  # fmt: skip
-    for parameter in base.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    return base, [torch.randn(4, 1, 8, 8)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -26,6 +26,39 @@ DIGITS = "digits"
 PHOTOS = "photos"
 CACHE_BYTES = 512 * 2**20
 """A folder whose decoded images take at most this much is decoded on loading, a larger one as its images are read."""
+
+
+class Dataset(Protocol):
+    """What training reads its images from; :class:`ImageDataset` is one."""
+
+    @property
+    def image_size(self) -> int:
+        """Height and width in pixels."""
+
+    @property
+    def channels(self) -> int:
+        """Colour channels."""
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """Classes, int64 (N,); None when not class conditional."""
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, 0 without labels."""
+
+    @property
+    def skipped(self) -> int:
+        """Corrupt images left out so far."""
+
+    @property
+    def slow(self) -> bool:
+        """Whether reading a batch takes long enough that it is worth reading ahead."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """Images in [-1, 1], float32 (B, C, H, W), and the model's keyword arguments: {"y": int64 (B,)} or {}."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +111,11 @@ class ImageDataset:
     def skipped(self) -> int:
         """Corrupt files left out so far. A folder too large to decode on loading finds them as it reads."""
         return self.source.skipped
+
+    @property
+    def slow(self) -> bool:
+        """Whether images are decoded when they are read."""
+        return self.source.slow
 
     def images(self, indices: Any = None) -> Tensor:
         """Read images.

@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 from torch import Tensor
 
-from tdc_fast.data.dataset import ImageDataset
+from tdc_fast.data.dataset import Dataset
 from tdc_fast.errors import invalid
 
 
@@ -30,9 +30,7 @@ class BatchStream:
         ValueError: a number is out of range, or there are fewer images than ranks.
     """
 
-    def __init__(
-        self, dataset: ImageDataset, batch_size: int, seed: int = 0, *, rank: int = 0, world_size: int = 1
-    ) -> None:
+    def __init__(self, dataset: Dataset, batch_size: int, seed: int = 0, *, rank: int = 0, world_size: int = 1) -> None:
         if batch_size < 1:
             raise invalid("batch_size", batch_size, "at least one image")
         if not 0 <= rank < world_size:
@@ -61,7 +59,7 @@ class BatchStream:
         else:
             batch = self.dataset.batch(self._indices(*position))
         self.epoch, self.index = self._after(*position)
-        if self.dataset.source.slow:
+        if self.dataset.slow:
             self._read_ahead((self.epoch, self.index))
         return batch
 

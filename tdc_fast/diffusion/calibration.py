@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tdc_fast.diffusion.protocols import DiffusionProcess
+
 Batch = Tensor | tuple[Tensor, Mapping[str, Any]]
 
 
 def calibration_losses(
-    model: nn.Module, batches: Iterable[Batch], diffusion: Any, group: tuple[int, int], *, seed: int = 0
+    model: nn.Module, batches: Iterable[Batch], diffusion: DiffusionProcess, group: tuple[int, int], *, seed: int = 0
 ) -> Iterator[Tensor]:
     """The training loss (B,) of each batch at timesteps of `group`, on the model's device.
 

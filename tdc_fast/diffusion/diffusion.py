@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, get_args
@@ -20,11 +20,10 @@ from tdc_fast.diffusion.gaussian import (
     mean_flat,
     normal_kl,
 )
+from tdc_fast.diffusion.protocols import Denoiser
 from tdc_fast.diffusion.respacing import Spacing, respaced_betas, spaced_timesteps
 from tdc_fast.errors import invalid
 
-Denoiser = Callable[..., Tensor]
-"""model(x, original_timesteps, **kwargs) -> (B, C, ...), or (B, 2C, ...) when the variance is learned."""
 Prediction = Literal["epsilon", "x0"]
 Variance = Literal["fixed_small", "fixed_large", "learned_range"]
 Loss = Literal["mse", "rescaled_mse", "kl", "rescaled_kl"]

@@ -21,8 +21,8 @@ from tdc_fast.evaluation.samples import draw_samples, write_samples
 from tdc_fast.nn.packing import RoutedModel, pack_experts
 from tdc_fast.routing import TimestepGroups
 from tdc_fast.runs.build import split_data
-from tdc_fast.runs.checkpoint import load_tensors
 from tdc_fast.runs.denoisers import TrainedDenoiser, from_run
+from tdc_fast.runs.weights import load_tensors
 
 SAMPLER: SamplerName = "ddim"
 GRID_IMAGES = 100

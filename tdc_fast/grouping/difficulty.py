@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import islice
-from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from tdc_fast.diffusion.calibration import Batch, calibration_losses
+from tdc_fast.diffusion.protocols import DiffusionProcess
 from tdc_fast.errors import invalid
 from tdc_fast.grouping.probes import Probes
 from tdc_fast.nn.modes import evaluating
@@ -20,7 +20,7 @@ from tdc_fast.nn.modes import evaluating
 def probe_losses(
     model: nn.Module,
     probes: Iterable[tuple[int, int]],
-    diffusion: Any,
+    diffusion: DiffusionProcess,
     batches: Iterable[Batch],
     *,
     max_batches: int = 4,

@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from tdc_fast.figures import INK, MUTED, new_figure, png
-from tdc_fast.grouping import TaskSimilarity
+from tdc_fast.grouping.similarity import TaskSimilarity
+
+
+def draw_similarity(directory: Path, similarity: TaskSimilarity, boundaries: Sequence[int]) -> None:
+    """Write similarity.png; without matplotlib, say that it is left out."""
+    try:
+        (directory / "similarity.png").write_bytes(similarity_plot(similarity, boundaries))
+    except ImportError:
+        print("similarity.png is left out: it needs matplotlib (pip install 'tdc_fast[demo]')")
 
 
 def similarity_plot(similarity: TaskSimilarity, boundaries: Sequence[int]) -> bytes:

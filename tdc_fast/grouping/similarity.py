@@ -19,7 +19,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 
 from tdc_fast.atomic import write_json
 from tdc_fast.diffusion.calibration import Batch, calibration_losses
+from tdc_fast.diffusion.protocols import DiffusionProcess
 from tdc_fast.errors import invalid
 from tdc_fast.grouping.intervals import Division, divide, scatter_of_similarity
 from tdc_fast.grouping.probes import Probes
@@ -92,7 +92,7 @@ class TaskSimilarity:
 
 def measure_similarity(
     model: nn.Module,
-    diffusion: Any,
+    diffusion: DiffusionProcess,
     batches: Iterable[Batch],
     *,
     num_probes: int = 50,
@@ -121,7 +121,7 @@ def measure_similarity(
 
 
 def gradient_sketch(
-    model: nn.Module, diffusion: Any, batches: Sequence[Batch], probe: tuple[int, int], *, seed: int = 0
+    model: nn.Module, diffusion: DiffusionProcess, batches: Sequence[Batch], probe: tuple[int, int], *, seed: int = 0
 ) -> Tensor:
     """The random image (SKETCH_SIZE,) float64 of the loss gradient at the timesteps [start, stop) of `probe`."""
     parameters = list(model.parameters())

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from tdc_fast.errors import invalid
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,34 @@ class PruningUnit:
         span = self.atom * part.scale
         rows = (atoms[:, None] * span + torch.arange(span)).flatten()
         return [rows + copy * self.channels * part.scale for copy in range(part.copies)]
+
+
+class Prunable(Protocol):
+    """A denoiser whose units can be made narrower, such as :class:`tdc_fast.models.iddpm.UNet`.
+
+    It is an ``nn.Module`` too, which a protocol cannot say: see :func:`module_of`.
+    """
+
+    def pruning_units(self) -> Sequence[PruningUnit]:
+        """Return the units, with their full widths and where they sit."""
+
+    def with_widths(self, widths: Mapping[str, int]) -> nn.Module:
+        """Return a model of the same architecture and device with these widths, itself prunable.
+
+        Args:
+            widths: channels by name of the unit; units that are not named keep their width.
+        """
+
+
+def module_of(base: Prunable) -> nn.Module:
+    """The same object as the module that it is.
+
+    Raises:
+        ValueError: it is no ``nn.Module``.
+    """
+    if not isinstance(base, nn.Module):
+        raise invalid("base", type(base).__name__, "an nn.Module with pruning_units() and with_widths()")
+    return base
 
 
 def width_step(channels: int, atom: int) -> int:

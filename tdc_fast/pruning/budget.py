@@ -35,7 +35,7 @@ def budget_law(num_groups: int, k: float) -> tuple[float, ...]:
 
 
 def difficulty_order(
-    groups: Iterable[tuple[int, int]], snr_db: Sequence[float], difficulty: str | Sequence[float] = "snr"
+    groups: Iterable[tuple[int, int]], snr_db: Sequence[float] | np.ndarray, difficulty: str | Sequence[float] = "snr"
 ) -> tuple[int, ...]:
     """Group indices from easiest to hardest.
 
@@ -64,7 +64,7 @@ def difficulty_order(
 
 def group_fractions(
     groups: Iterable[tuple[int, int]],
-    snr_db: Sequence[float],
+    snr_db: Sequence[float] | np.ndarray,
     k: float | Sequence[float],
     difficulty: str | Sequence[float] = "snr",
 ) -> tuple[float, ...]:

@@ -7,17 +7,18 @@ plan, `weight_index` sends all of them to these weights, and the layers' widths 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tdc_fast.diffusion.protocols import Denoiser
 from tdc_fast.nn.modes import evaluating
 from tdc_fast.nn.packing import pack_experts
 from tdc_fast.nn.routed import RoutedConv1d, RoutedConv2d, RoutedLeaf
-from tdc_fast.nn.units import PruningUnit
+from tdc_fast.nn.units import Prunable, PruningUnit, module_of
 from tdc_fast.nn.width_plan import ExpertUnit, WidthPlan
 from tdc_fast.routing import RoutingPlan, TimestepGroups
 
@@ -29,11 +30,11 @@ class CandidateModel:
     orders : {unit: atoms, most important first}.
     """
 
-    def __init__(self, base: Any, orders: Mapping[str, Sequence[int]]) -> None:
+    def __init__(self, base: Prunable, orders: Mapping[str, Sequence[int]]) -> None:
         self.units: tuple[PruningUnit, ...] = tuple(base.pruning_units())
         whole = {unit.name: ExpertUnit(tuple(orders[unit.name]), unit.channels) for unit in self.units}
         plan = WidthPlan(base_hash="", boundaries=(0, 1), experts=(whole,))
-        packed = pack_experts([base], TimestepGroups([0, 1]), plan)
+        packed = pack_experts([module_of(base)], TimestepGroups([0, 1]), plan)
         self._model: nn.Module = packed.model.requires_grad_(False)
         self._routing = packed.routing
         self._device = next(self._model.parameters()).device
@@ -44,7 +45,7 @@ class CandidateModel:
                     self._let_close(unit.name, self._model.get_submodule(part.module))
 
     @contextmanager
-    def of_widths(self, candidates: Sequence[Mapping[str, int]]) -> Iterator[Callable[..., Any]]:
+    def of_widths(self, candidates: Sequence[Mapping[str, int]]) -> Iterator[Denoiser]:
         """A denoiser of K candidates: (x, t, **kwargs) of K equal blocks of samples, block k for candidate k.
 
         Keyword tensors whose first dimension is the number of samples are per sample, as everywhere.
@@ -60,11 +61,12 @@ class CandidateModel:
                 setattr(leaf, "out_widths" if part.dim == "out" else "in_widths", widths)
         weights = torch.zeros(len(candidates), dtype=torch.int32, device=self._device)
 
-        def denoiser(x: Tensor, t: Tensor, **kwargs: Any) -> Any:
+        def denoiser(x: Tensor, t: Tensor, /, **kwargs: Any) -> Tensor:
             groups = torch.arange(len(candidates), device=x.device).repeat_interleave(len(x) // len(candidates))
             plan = RoutingPlan.from_groups(groups, len(candidates), weights)  # sorted already: nothing to permute
             with self._routing.using(plan):
-                return self._model(x, t, **kwargs)
+                prediction: Tensor = self._model(x, t, **kwargs)
+                return prediction
 
         with evaluating(self._model):
             yield denoiser

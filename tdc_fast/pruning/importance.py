@@ -17,13 +17,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from tdc_fast.diffusion.calibration import Batch, calibration_losses
+from tdc_fast.diffusion.protocols import DiffusionProcess
 from tdc_fast.errors import invalid
 from tdc_fast.nn.modes import evaluating
 from tdc_fast.nn.units import PruningUnit, UnitSlice
@@ -35,7 +35,7 @@ def taylor_importance(
     model: nn.Module,
     units: Sequence[PruningUnit],
     batches: Iterable[Batch],
-    diffusion: Any,
+    diffusion: DiffusionProcess,
     group: tuple[int, int],
     *,
     seed: int = 0,

@@ -27,6 +27,8 @@ from tdc_fast.errors import invalid
 from tdc_fast.pruning.task import LossRise, Proposal, Trial
 
 VERSION = 1
+MEMORY_FILE = "memory.jsonl"
+"""The memory of a run's latest search, in its directory; those of earlier ones are memory.N.jsonl."""
 _TRIAL = tuple(entry.name for entry in fields(Trial))
 
 
@@ -201,6 +203,32 @@ def read_trials(path: str | Path) -> list[Trial]:
         except (ValueError, KeyError, TypeError) as error:
             raise invalid(f"{path}, line {number}", line[:80], "an event of a search's memory") from error
     return trials
+
+
+def set_aside(directory: Path) -> Path:
+    """Rename the memory in a run directory to the first free memory.N.jsonl, so that another search can begin."""
+    number = 1
+    while (kept := directory / f"memory.{number}.jsonl").exists():
+        number += 1
+    (directory / MEMORY_FILE).rename(kept)
+    return kept
+
+
+def searches_of(directory: Path) -> dict[str, list[Trial]]:
+    """The trials of every search that a run directory holds and that scored anything, oldest first: {label: trials}.
+
+    The label is the agent's name, with a number where several searches had the same.
+    """
+    files = sorted(directory.glob("memory.*.jsonl"), key=lambda path: int(path.suffixes[0][1:]))
+    found: dict[str, list[Trial]] = {}
+    for path in [*files, directory / MEMORY_FILE]:
+        trials = read_trials(path) if path.is_file() else []
+        if not any(trial.score is not None for trial in trials):
+            continue
+        name = trials[0].agent
+        repeated = sum(label == name or label.startswith(name + " ") for label in found)
+        found[name if not repeated else f"{name} {repeated + 1}"] = trials
+    return found
 
 
 def _trial(event: Mapping[str, Any]) -> Trial:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,12 +12,34 @@ from tdc_fast.errors import invalid
 from tdc_fast.figures import GROUP_SHADES, INK, MEASURED, MUTED, new_figure, png
 from tdc_fast.nn.units import PruningUnit
 from tdc_fast.nn.width_plan import WidthPlan
+from tdc_fast.pruning.memory import searches_of
+from tdc_fast.pruning.search import Pruning
 from tdc_fast.pruning.task import Trial
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 COLOURS = ("#0f7f8c", "#d9662b", "#7a58a6", "#2f3a48", "#c2a14d", "#5a8f3c", "#8f9baa")
+
+
+def draw_search(directory: Path, found: Pruning, units: Sequence[PruningUnit]) -> None:
+    """Draw a run's search into search.png and widths.png, and beside earlier ones into agents.png.
+
+    Without matplotlib it says that the pictures are left out; pictures of an earlier search are deleted where this one
+    scored nothing.
+    """
+    if not any(_scored(trials) for trials in found.trials):
+        for picture in ("search.png", "widths.png"):
+            (directory / picture).unlink(missing_ok=True)  # an earlier search's, which shows other widths
+        return
+    try:
+        (directory / "search.png").write_bytes(search_plot(found.trials, found.plan))
+        (directory / "widths.png").write_bytes(widths_plot(found.plan, units))
+        searches = searches_of(directory)
+        if len(searches) > 1:
+            (directory / "agents.png").write_bytes(agent_comparison(searches))
+    except ImportError:
+        print("search.png and widths.png are left out: they need matplotlib (pip install 'tdc_fast[demo]')")
 
 
 def search_plot(trials: Sequence[Sequence[Trial]], plan: WidthPlan) -> bytes:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import numpy as np
 
 from tdc_fast.errors import invalid
 from tdc_fast.nn.units import PruningUnit
@@ -34,14 +36,22 @@ def search_widths(
 ) -> Trial:
     """The trial of lowest score over all rounds, the first of equals.
 
-    task       : the group's task; what it holds of a memory is replaced, round by round.
-    candidates : how many proposals a round may have. They are scored together; widths that were scored before are not
-                 scored again.
-    memory     : receives every round and trial, and supplies those it has already: the search goes on where it was.
-    use_memory : False hides from the agent what was tried, in this group and in earlier ones.
-    stand_in   : proposes in a round in which the agent fails; without one the failure ends the search.
-
     Without a scorer there is nothing to learn, so there is one round, and its first trial is the answer.
+
+    Args:
+        task: the group's task; what it holds of a memory is replaced, round by round.
+        agent: proposes the candidates.
+        scorer: scores them.
+        rounds: rounds of proposing and scoring; an agent with ``one_shot`` has one.
+        candidates: how many proposals a round may have. They are scored together; widths that were scored before are
+            not scored again.
+        memory: receives every round and trial, and supplies those it has already: the search goes on where it was.
+        use_memory: False hides from the agent what was tried, in this group and in earlier ones.
+        stand_in: proposes in a round in which the agent fails; without one the failure ends the search.
+        progress: receives what happens.
+
+    Raises:
+        ValueError: an argument is out of range, or a proposal is unusable.
     """
     if candidates < 1:
         raise invalid("candidates", candidates, "at least 1")
@@ -52,42 +62,53 @@ def search_widths(
     progress = Progress() if progress is None else progress
     if one_shot:
         rounds = candidates = 1
-    measured = _measured(task, scorer, memory) if getattr(agent, "measures", False) and scorer else task.measured
+    if getattr(agent, "measures", False) and scorer:
+        task = dataclasses.replace(task, measured=_measured(task, scorer, memory))
     for number in range(rounds):
-        known = memory.before_round(task.group, number)
-        view = dataclasses.replace(
-            task,
-            memory=known if use_memory else (),
-            earlier=tuple(trial for trial in memory.trials if trial.group < task.group) if use_memory else (),
-            measured=measured,
-            round=number,
-            calls=memory.calls,
-        )
+        view = _view(task, number, memory, use_memory)
         answer = memory.rounds.get((task.group, number)) or _ask(view, agent, stand_in, candidates, memory, progress)
         if len(memory.of_round(task.group, number)) == len(answer.proposals):
             continue
+        known = memory.before_round(task.group, number)
         solutions = [task.project(proposal.widths) for proposal in answer.proposals]
         with progress.round(task.group, number, rounds, len(solutions), best_of(known)) as advance:
             scores, spent = _score(task, scorer, solutions, known, advance)
-        for place, (proposal, solution) in enumerate(zip(answer.proposals, solutions, strict=True)):
-            memory.add_trial(
-                Trial(
-                    widths=solution.widths,
-                    macs=solution.macs,
-                    score=scores[place],
-                    proposal=dict(proposal.widths),
-                    group=task.group,
-                    round=number,
-                    candidate=place,
-                    agent=answer.agent,
-                    seed=answer.seed,
-                    reason=proposal.reason,
-                    spent=spent[place],
-                )
-            )
+        for trial in _trials(answer, solutions, scores, spent):
+            memory.add_trial(trial)
         progress.finished_round(task, memory.of_group(task.group))
     trials = [trial for trial in memory.of_group(task.group) if trial.round < rounds]
     return best_of(trials) or trials[0]
+
+
+def _view(task: Task, number: int, memory: Memory, use_memory: bool) -> Task:
+    """The task as the agent sees it in a round."""
+    return dataclasses.replace(
+        task,
+        memory=memory.before_round(task.group, number) if use_memory else (),
+        earlier=tuple(trial for trial in memory.trials if trial.group < task.group) if use_memory else (),
+        round=number,
+        calls=memory.calls,
+    )
+
+
+def _trials(
+    answer: Round, solutions: Sequence[Solution], scores: Sequence[float | None], spent: Sequence[int]
+) -> Iterator[Trial]:
+    """What became of the proposals of a round, in their order."""
+    for place, (proposal, solution) in enumerate(zip(answer.proposals, solutions, strict=True)):
+        yield Trial(
+            widths=solution.widths,
+            macs=solution.macs,
+            score=scores[place],
+            proposal=dict(proposal.widths),
+            group=answer.group,
+            round=answer.round,
+            candidate=place,
+            agent=answer.agent,
+            seed=answer.seed,
+            reason=proposal.reason,
+            spent=spent[place],
+        )
 
 
 def _ask(
@@ -134,7 +155,7 @@ def _score(
     scorer: Scorer | None,
     solutions: Sequence[Solution],
     known: Sequence[Trial],
-    advance: object,
+    advance: Callable[[int], None],
 ) -> tuple[list[float | None], list[int]]:
     """Scores of a round's candidates, and the MACs that each of them cost.
 
@@ -152,7 +173,7 @@ def _score(
         if key not in found:
             fresh.setdefault(key, solution)
     if fresh:
-        scores = scorer.score(task, [solution.widths for solution in fresh.values()], advance)  # type: ignore[arg-type]
+        scores = scorer.score(task, [solution.widths for solution in fresh.values()], advance)
         losses = (math.inf if math.isnan(score) else float(score) for score in scores)  # a NaN is below nothing
         found.update(zip(fresh, losses, strict=True))
     keys = [as_key(task.units, solution.widths) for solution in solutions]
@@ -182,7 +203,5 @@ def _measured(task: Task, scorer: Scorer, memory: Memory) -> LossRise:
 
 
 def _interpolated(unit: PruningUnit, points: Sequence[tuple[int, float]]) -> dict[int, float]:
-    import numpy as np
-
     known, values = zip(*points, strict=True)
     return {width: float(np.interp(width, known, values)) for width in unit.widths()}

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from tdc_fast.diffusion.calibration import Batch, draw_timesteps, split_batch
+from tdc_fast.diffusion.protocols import DiffusionProcess
 from tdc_fast.errors import invalid
+from tdc_fast.nn.units import Prunable, module_of
 from tdc_fast.pruning.candidates import CandidateModel
 from tdc_fast.pruning.task import Task, Widths
 
@@ -38,8 +40,8 @@ class DenoisingLoss:
 
     def __init__(
         self,
-        base: Any,
-        diffusion: Any,
+        base: Prunable,
+        diffusion: DiffusionProcess,
         batches: Iterable[Batch],
         *,
         max_batches: int = 8,
@@ -76,7 +78,7 @@ class DenoisingLoss:
         return self._model
 
     def _losses(self, model: CandidateModel, chunk: Sequence[Widths], interval: tuple[int, int]) -> list[float]:
-        count, device = len(chunk), next(self.base.parameters()).device
+        count, device = len(chunk), next(module_of(self.base).parameters()).device
         generator = torch.Generator().manual_seed(self.seed)
         total = torch.zeros(count, dtype=torch.float64, device=device)
         with model.of_widths(chunk) as denoiser:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypeVar
 
 import torch
+from torch import nn
 
+from tdc_fast.data.dataset import ImageDataset, load_dataset
 from tdc_fast.diffusion import Diffusion, create_diffusion
 from tdc_fast.errors import invalid
 from tdc_fast.models.iddpm import UNet, create_unet
 from tdc_fast.runs.config import TrainConfig
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def build_device(config: TrainConfig) -> torch.device:
@@ -32,15 +36,13 @@ def named_device(name: str) -> torch.device:
     return device
 
 
-def build_data(config: TrainConfig) -> Any:
+def build_data(config: TrainConfig) -> ImageDataset:
     """The images that training sees: all of them, or all but the held-out share."""
     return split_data(config)[0]
 
 
-def split_data(config: TrainConfig) -> tuple[Any, Any | None]:
+def split_data(config: TrainConfig) -> tuple[ImageDataset, ImageDataset | None]:
     """(training images, held-out images or None) as the configuration divides them."""
-    from tdc_fast.data.dataset import load_dataset
-
     if not config.data_dir:
         raise invalid("data_dir", "", "a folder of images, an .npz or .npy file, or one of digits, photos")
     dataset = load_dataset(
@@ -72,9 +74,10 @@ def build_diffusion(config: TrainConfig, timestep_respacing: str = "") -> Diffus
     )
 
 
-def place(model: Any, device: torch.device) -> Any:
+def place(model: M, device: torch.device) -> M:
     """The model on a device, its filters in channels_last memory."""
-    return model.to(device=device, memory_format=torch.channels_last)
+    placed: M = model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return placed
 
 
 def build_unet(config: TrainConfig, in_channels: int) -> UNet:

@@ -5,20 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from torch import nn
 
+from tdc_fast.diffusion import Diffusion
 from tdc_fast.errors import invalid
 from tdc_fast.runs.build import build_diffusion, build_unet
-from tdc_fast.runs.checkpoint import read_description
 from tdc_fast.runs.config import TrainConfig, read_options
 from tdc_fast.runs.loading import Run, load_run
 from tdc_fast.runs.options import DiffusionOptions, ModelOptions
-from tdc_fast.runs.weights import load_base_file
-
-if TYPE_CHECKING:
-    from tdc_fast.diffusion import Diffusion
+from tdc_fast.runs.weights import load_weights, read_description
 
 Which = Literal["auto", "experts", "base"]
 FACTS = tuple(field.name for section in (ModelOptions, DiffusionOptions) for field in fields(section))
@@ -101,7 +98,7 @@ def from_checkpoint(path: str | Path, facts: Mapping[str, Any]) -> TrainedDenois
     channels = facts["in_channels"] or 3  # as all of improved-diffusion's
     config = TrainConfig.from_dict({**{name: facts[name] for name in FACTS}, "in_channels": channels})
     model = build_unet(config, channels)
-    load_base_file(Path(path), config, model, "model_path")
+    load_weights(Path(path), config, model, "model_path")
     return TrainedDenoiser(
         model=model.eval(),
         diffusion=build_diffusion(config),

@@ -27,7 +27,7 @@ def difficulty_groups(
 
     report: print what the elbow weighed, where it chose.
     """
-    found = divide(scatter_of_values(levels, probes.sizes), _number(config), max_intervals=config.max_groups)
+    found = divide(scatter_of_values(levels, probes.sizes), given_number(config), max_intervals=config.max_groups)
     if report:
         say_elbow(config, found)
     return probes.groups(found.cuts, "difficulty")
@@ -49,7 +49,8 @@ def load_groups(run: RunDirectory) -> TimestepGroups:
     return groups
 
 
-def _number(config: TrainConfig) -> int | None:
+def given_number(config: TrainConfig) -> int | None:
+    """The number of groups; None where the elbow is to choose it."""
     return None if config.groups == -1 else config.groups
 
 

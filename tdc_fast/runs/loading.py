@@ -15,11 +15,12 @@ from tdc_fast.models.iddpm import UNet
 from tdc_fast.nn.packing import RoutedModel, pack_experts
 from tdc_fast.nn.width_plan import WidthPlan, base_hash
 from tdc_fast.routing import TimestepGroups
-from tdc_fast.runs.build import build_diffusion, build_unet, place
-from tdc_fast.runs.checkpoint import ema_file, finished_steps, load_verified, model_file
+from tdc_fast.runs.build import build_diffusion
+from tdc_fast.runs.checkpoint import ema_file, finished_steps, model_file
 from tdc_fast.runs.config import TrainConfig
 from tdc_fast.runs.directory import RunDirectory
 from tdc_fast.runs.groups import build_groups, load_groups
+from tdc_fast.runs.weights import base_with_weights, load_verified
 
 
 class Run:
@@ -78,11 +79,7 @@ class Run:
             ema: True for the first rate's averages, a rate as written for its, False for the raw weights.
             step: which checkpoint; -1 is the latest.
         """
-        with torch.random.fork_rng():
-            model = build_unet(self.config, self.in_channels)
-        model.load_state_dict(self._weights("base", ema, step))
-        base: UNet = place(model, torch.device("cpu")).eval()
-        return base
+        return base_with_weights(self.directory, self._weights("base", ema, step), torch.device("cpu"))
 
     def experts(self, ema: bool | str = True, step: int = -1) -> RoutedModel:
         """The experts as one RoutedModel in evaluation mode; arguments as in :meth:`base`."""

@@ -1,8 +1,13 @@
-"""A finished stage 1 from outside: a weight file of improved-diffusion or our own, checked against its flags."""
+"""Reading weights: files of tensors, checked against their checksums and against the flags of the model.
+
+Every file of weights is read by :func:`load_tensors`, which runs no code, or by :func:`load_verified`, which compares
+it with its checksum first. :func:`load_weights` also checks that the file is of the model that the flags describe.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,14 +15,59 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tdc_fast.atomic import sha256_of
 from tdc_fast.errors import invalid
-from tdc_fast.models.iddpm import default_channel_mult
-from tdc_fast.runs.checkpoint import finished_steps, load_verified, read_description
+from tdc_fast.models.iddpm import UNet
+from tdc_fast.runs.build import build_unet, place
+from tdc_fast.runs.checkpoint import finished_steps
 from tdc_fast.runs.config import TrainConfig
+from tdc_fast.runs.directory import RunDirectory
 from tdc_fast.runs.options import DiffusionOptions, ModelOptions
+from tdc_fast.runs.unet_flags import differing_flags
 
 NOT_IN_THE_WEIGHTS = frozenset({"dropout", "use_checkpoint", "in_channels", "sigma_small", "timestep_respacing"})
 """Options of model and diffusion that a split of the base may set anew: its weights mean the same under any of them."""
+
+
+def load_tensors(path: Path, device: str | torch.device = "cpu") -> Any:
+    """What ``torch.save`` wrote, without ever unpickling code.
+
+    Raises:
+        ValueError: naming the file when it is missing, damaged, or needs code to be unpickled.
+    """
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError as error:
+        raise invalid("checkpoint", str(path), "an existing file") from error
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise invalid("checkpoint", str(path), f"a whole file of tensors; it does not load: {reason}") from error
+
+
+def load_verified(path: Path, device: str | torch.device = "cpu") -> Any:
+    """:func:`load_tensors` after comparing the file with the checksum in the description beside it, if there is one."""
+    description = read_description(path)
+    if description is not None and path.is_file():
+        with open(path, "rb") as file:
+            if sha256_of(file) != description.get("sha256"):
+                raise invalid(
+                    "checkpoint", str(path), "the file its .json describes; the sha256 differs: damaged or foreign"
+                )
+    return load_tensors(path, device)
+
+
+def read_description(path: Path) -> dict[str, Any] | None:
+    """The description beside a checkpoint file, or None where there is none (a file of improved-diffusion)."""
+    beside = path.with_suffix(".json")
+    if not beside.is_file():
+        return None
+    try:
+        description = json.loads(beside.read_text())
+    except ValueError as error:
+        raise invalid("checkpoint", str(beside), "a JSON description; it is damaged") from error
+    if not isinstance(description, dict):
+        raise invalid("checkpoint", str(beside), "a JSON description; it is damaged")
+    return description
 
 
 def find_base_file(path: str | Path) -> Path:
@@ -42,7 +92,7 @@ def find_base_file(path: str | Path) -> Path:
     return averages[0]
 
 
-def load_base_file(path: Path, config: TrainConfig, model: nn.Module, argument: str = "base") -> dict[str, Any] | None:
+def load_weights(path: Path, config: TrainConfig, model: nn.Module, argument: str = "base") -> dict[str, Any] | None:
     """Load weights into ``model`` strictly; returns the description beside the file, None for improved-diffusion's.
 
     Args:
@@ -88,62 +138,17 @@ def load_state(path: Path, state: Mapping[str, Tensor], model: nn.Module, config
     raise ValueError(f"{path} does not fit the model of the flags: {example}; {remedy}")
 
 
-def differing_flags(state: Mapping[str, Tensor], config: TrainConfig) -> list[str]:
-    """The flags, with values, that a UNet state dict gives away and that the configuration has otherwise."""
-    try:
-        found = flags_of(state, config.image_size)
-    except (KeyError, IndexError, ValueError, ZeroDivisionError):
-        return []
-    return [f"--{name} {value}" for name, value in found.items() if not _agrees(name, value, config)]
+def base_with_weights(run: RunDirectory, state: Mapping[str, Tensor], device: torch.device) -> UNet:
+    """The dense base of a run with the given weights, in evaluation mode; random numbers are untouched."""
+    with torch.random.fork_rng():
+        model = build_unet(run.config, run.in_channels)
+    model.load_state_dict(dict(state))
+    return place(model, device).eval()
 
 
-def flags_of(state: Mapping[str, Tensor], image_size: int) -> dict[str, Any]:
-    """What the names and shapes of improved-diffusion's UNet say about the flags it was built with.
-
-    num_heads, dropout and the diffusion's flags leave no trace in them.
-
-    Raises:
-        KeyError: it is no such UNet.
-    """
-    first = state["input_blocks.0.0.weight"]
-    channels, in_channels = first.shape[:2]
-    count = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("input_blocks."))
-    levels: list[list[int]] = [[]]
-    attention: set[int] = set()
-    for index in range(1, count):
-        if f"input_blocks.{index}.0.in_layers.2.weight" in state:
-            levels[-1].append(state[f"input_blocks.{index}.0.in_layers.2.weight"].shape[0])
-            if f"input_blocks.{index}.1.qkv.weight" in state:
-                attention.add(image_size >> (len(levels) - 1))
-        else:
-            levels.append([])
-    embedding = state["input_blocks.1.0.emb_layers.1.weight"].shape[0]
-    flags: dict[str, Any] = {
-        "in_channels": in_channels,
-        "num_channels": channels,
-        "channel_mult": ",".join(str(widths[0] // channels) for widths in levels),
-        "num_res_blocks": len(levels[0]),
-        "attention_resolutions": ",".join(map(str, sorted(attention, reverse=True))),
-        "learn_sigma": state["out.2.weight"].shape[0] == 2 * in_channels,
-        "class_cond": "label_emb.weight" in state,
-        "use_scale_shift_norm": embedding == 2 * levels[0][0],
-    }
-    if flags["class_cond"]:
-        flags["num_classes"] = state["label_emb.weight"].shape[0]
-    return flags
-
-
-def _agrees(name: str, value: Any, config: TrainConfig) -> bool:
-    mine = getattr(config, name)
-    if name == "in_channels":
-        return mine in (0, value)
-    if name == "attention_resolutions":
-        # Resolutions that no level has change nothing.
-        levels = {config.image_size >> level for level in range(12)}
-        return {int(r) for r in mine.split(",") if r} & levels == {int(r) for r in str(value).split(",") if r}
-    if name == "channel_mult" and not mine:
-        mine = ",".join(map(str, default_channel_mult(config.image_size)))
-    return bool(mine == value)
+def cpu_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict's own copy on the CPU."""
+    return {name: value.detach().to("cpu", copy=True) for name, value in state.items() if torch.is_tensor(value)}
 
 
 def _refuse_other_options(path: Path, made_with: Mapping[str, Any], config: TrainConfig) -> None:
@@ -153,8 +158,3 @@ def _refuse_other_options(path: Path, made_with: Mapping[str, Any], config: Trai
             name = field.name
             if name in made_with and name not in NOT_IN_THE_WEIGHTS and made_with[name] != values[name]:
                 raise invalid(name, values[name], f"{made_with[name]!r}, with which {path} was made")
-
-
-def cpu_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict's own copy on the CPU."""
-    return {name: value.detach().to("cpu", copy=True) for name, value in state.items() if torch.is_tensor(value)}

@@ -1,22 +1,54 @@
-"""The groups that only a trained base can tell: by similarity, by measured difficulty, or refined from given ones."""
+"""Phase "grouping": the groups that only a trained base can tell, measured and written to groups.json."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
+from itertools import islice
 
 from torch import nn
 
+from tdc_fast.data.dataset import Dataset
 from tdc_fast.diffusion import Diffusion
 from tdc_fast.diffusion.calibration import Batch
-from tdc_fast.grouping import Probes, TaskSimilarity, measure_similarity, probe_losses
+from tdc_fast.grouping import Probes, measure_similarity, probe_losses
 from tdc_fast.grouping.difficulty import in_decibels
+from tdc_fast.grouping.plot import draw_similarity
+from tdc_fast.nn.macs import MacCounter
 from tdc_fast.routing import TimestepGroups
+from tdc_fast.runs.build import build_diffusion
 from tdc_fast.runs.config import comma_numbers
 from tdc_fast.runs.directory import RunDirectory
-from tdc_fast.runs.groups import _number, difficulty_groups, say_elbow
+from tdc_fast.runs.groups import difficulty_groups, given_number, load_groups, say_elbow
+from tdc_fast.training.phase import State, base_macs, build_base, open_stream, write_phase
+from tdc_fast.training.random_state import derived_seed, seeded
 
 
-def measured_groups(
+def group_timesteps(run: RunDirectory, base_state: State, dataset: Dataset | None = None) -> TimestepGroups:
+    """The groups of the run: those that groups.json holds, else measured on the base and written there.
+
+    Args:
+        run: the run.
+        base_state: what ``train_base`` returned.
+        dataset: images to measure on; None loads what the configuration names.
+    """
+    config = run.config
+    path = run.path / "groups.json"
+    if path.is_file():
+        return load_groups(run)
+    base = build_base(run, base_state)
+    macs = base_macs(run, base)
+    with seeded(derived_seed(config.seed, "grouping")), MacCounter() as counter:
+        with closing(open_stream(config, dataset, "grouping")) as stream:
+            batches = list(islice(stream, config.calibration_batches))
+        seed = derived_seed(config.seed, "probes") % 2**31
+        groups = _measured_groups(run, base, build_diffusion(config), batches, seed)
+    write_phase(run, macs, "grouping", macs=counter.macs)
+    groups.save(path)  # after the cost: a run with groups.json has both
+    return groups
+
+
+def _measured_groups(
     run: RunDirectory, base: nn.Module, diffusion: Diffusion, batches: Sequence[Batch], seed: int
 ) -> TimestepGroups:
     """Measure the base and divide its timesteps as the run's configuration says.
@@ -32,21 +64,12 @@ def measured_groups(
         if config.boundaries:
             groups = similarity.refine(comma_numbers("boundaries", config.boundaries, int), config.refine)
         else:
-            found = similarity.divide(_number(config), max_groups=config.max_groups)
+            found = similarity.divide(given_number(config), max_groups=config.max_groups)
             say_elbow(config, found)
             groups = similarity.probes.groups(found.cuts, "similarity")
-        _plot(run, similarity, groups)
+        draw_similarity(run.path, similarity, groups.boundaries)
         return groups
     intervals = Probes.evenly(diffusion.num_timesteps, probes)
     losses = probe_losses(base, intervals, diffusion, batches, seed=seed)
     run.write("difficulty.json", {"edges": list(intervals.edges), "loss": [float(loss) for loss in losses]})
     return difficulty_groups(config, intervals, in_decibels(losses), report=True)
-
-
-def _plot(run: RunDirectory, similarity: TaskSimilarity, groups: TimestepGroups) -> None:
-    try:
-        from tdc_fast.grouping.plot import similarity_plot
-
-        (run.path / "similarity.png").write_bytes(similarity_plot(similarity, groups.boundaries))
-    except ImportError:
-        print("similarity.png is left out: it needs matplotlib (pip install 'tdc_fast[demo]')")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,20 +14,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tdc_fast.data.stream import BatchStream
 from tdc_fast.diffusion import Diffusion
+from tdc_fast.diffusion.protocols import Denoiser
+from tdc_fast.diffusion.timestep_samplers import StratifiedSampler, TimestepSampler
 from tdc_fast.errors import require
 from tdc_fast.routing import TimestepGroups
 from tdc_fast.runs.checkpoint import (
     choose_checkpoint,
     discard_after,
     ema_file,
-    load_tensors,
     model_file,
     optimizer_file,
     save_checkpoint,
     state_file,
 )
 from tdc_fast.runs.directory import RunDirectory
+from tdc_fast.runs.weights import load_tensors
 from tdc_fast.training.ema import WeightAverages
 from tdc_fast.training.interrupts import StopRequest, TrainingInterrupted, how_to_continue
 from tdc_fast.training.optimization import LearningRate, create_optimizer, gradient_norm
@@ -79,8 +82,8 @@ class StageLoop:
         stage: Stage,
         model: nn.Module,
         diffusion: Diffusion,
-        data: Any,
-        sampler: Any,
+        data: BatchStream,
+        sampler: TimestepSampler,
         groups: TimestepGroups | None,
     ) -> None:
         config = run.config
@@ -155,33 +158,44 @@ class StageLoop:
         x, condition = next(self.data)
         x = x.to(self.device, non_blocking=True)
         condition = {name: value.to(self.device, non_blocking=True) for name, value in condition.items()}
-        if stage.soft_boundaries:
-            t, weights, group = self.sampler.sample_groups(len(x), device=self.device)
+        t, weights, group = self._draw_timesteps(len(x))
+        if stage.soft_boundaries and group is not None:
             condition["expert_ids"] = group
-        else:
-            t, weights = self.sampler.sample(len(x), device=self.device)
-            group = self.groups.group_of(t) if self.groups else None
-        noise = torch.randn_like(x)
         self.optimizer.zero_grad(set_to_none=True)
-        piece = config.microbatch if config.microbatch > 0 else len(x)
-        parts: list[dict[str, Tensor]] = []
-        for start in range(0, len(x), piece):
-            part = slice(start, start + piece)
-            labels = {name: value[part] for name, value in condition.items()}
-            losses = self.diffusion.training_losses(self._denoise, x[part], t[part], noise[part], labels)
-            # Sums over the whole batch's size: pieces add up to the gradient of the unsplit batch.
-            ((losses["loss"] * weights[part]).sum() * (stage.loss_scale / len(x))).backward()
-            parts.append({name: value.detach() for name, value in losses.items()})
-        losses = parts[0] if len(parts) == 1 else {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
+        losses = self._backward(x, t, torch.randn_like(x), weights, condition)
         self.sampler.update(t, losses["loss"])
         self._count(t, group, weights, losses)
         self.means.add_gradient_norm(gradient_norm(self.parameters, config.grad_clip, stage.num_experts))
         rate = stage.learning_rate(self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        for parameter_group in self.optimizer.param_groups:
+            parameter_group["lr"] = rate
         self.optimizer.step()
         self.step += 1
         self.averages.update(self.step)
+
+    def _draw_timesteps(self, count: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Timesteps, loss weights, and groups where there are any, each (count,)."""
+        if self.stage.soft_boundaries:
+            assert isinstance(self.sampler, StratifiedSampler)
+            return self.sampler.sample_groups(count, device=self.device)
+        t, weights = self.sampler.sample(count, device=self.device)
+        return t, weights, self.groups.group_of(t) if self.groups else None
+
+    def _backward(
+        self, x: Tensor, t: Tensor, noise: Tensor, weights: Tensor, condition: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Add the gradient of the batch's mean loss, microbatch by microbatch; the losses (B,) by name."""
+        microbatch = self.run.config.microbatch
+        size = microbatch if microbatch > 0 else len(x)
+        parts: list[dict[str, Tensor]] = []
+        for start in range(0, len(x), size):
+            part = slice(start, start + size)
+            labels = {name: value[part] for name, value in condition.items()}
+            losses = self.diffusion.training_losses(self._denoise, x[part], t[part], noise[part], labels)
+            # Divided by the whole batch's size: the parts add up to the gradient of the unsplit batch.
+            ((losses["loss"] * weights[part]).sum() * (self.stage.loss_scale / len(x))).backward()
+            parts.append({name: value.detach() for name, value in losses.items()})
+        return parts[0] if len(parts) == 1 else {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
 
     def _count(self, t: Tensor, group: Tensor | None, weights: Tensor, losses: dict[str, Tensor]) -> None:
         if group is None:
@@ -285,12 +299,13 @@ class StageLoop:
             restore_random_state(state["random"])
 
 
-def _in_bf16(model: nn.Module, device: torch.device) -> Callable[..., Tensor]:
+def _in_bf16(model: nn.Module, device: torch.device) -> Denoiser:
     """The model under autocast, its output in fp32: the diffusion's own arithmetic stays exact."""
 
-    def denoise(x: Tensor, t: Tensor, **condition: Tensor) -> Tensor:
+    def denoise(x: Tensor, t: Tensor, /, **condition: Any) -> Tensor:
         with torch.autocast(device.type, dtype=torch.bfloat16) if device.type != "meta" else nullcontext():
-            return model(x, t, **condition).float()
+            prediction: Tensor = model(x, t, **condition)
+            return prediction.float()
 
     return denoise
 

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from tdc_fast.atomic import atomic_file
-from tdc_fast.data.pixels import to_uint8
+from tdc_fast.data.pixels import grid_image, to_uint8
 from tdc_fast.diffusion import Diffusion
+from tdc_fast.diffusion.samplers import sample
 from tdc_fast.runs.directory import RunDirectory
 from tdc_fast.training.random_state import derived_seed
 
@@ -18,9 +19,6 @@ STEPS = 25
 
 def write_preview(run: RunDirectory, stage: str, step: int, model: nn.Module, diffusion: Diffusion) -> None:
     """Write ``--preview`` DDIM samples to samples/{stage}_{step}.png as one row of images."""
-    from tdc_fast.data.pixels import grid_image
-    from tdc_fast.diffusion.samplers import sample
-
     config = run.config
     generator = torch.Generator().manual_seed(derived_seed(config.seed, "preview"))
     size, device = config.image_size, next(model.parameters()).device

@@ -8,14 +8,12 @@ from tdc_fast.errors import invalid
 from tdc_fast.runs.checkpoint import (
     ema_file,
     finished_steps,
-    load_verified,
     model_file,
     optimizer_file,
-    read_description,
     state_file,
     step_of,
 )
-from tdc_fast.runs.weights import load_base_file
+from tdc_fast.runs.weights import load_verified, load_weights, read_description
 from tdc_fast.training.loop import StageLoop
 
 SAME_DRAWS = (
@@ -55,7 +53,7 @@ def continue_from(path: Path, loop: StageLoop) -> None:
                 f"{name} beside it; without it averages or optimizer would restart (see --ema_rate, or use --base)",
             )
         load_verified(directory / name)
-    load_base_file(path, config, loop.model, "resume_checkpoint")
+    load_weights(path, config, loop.model, "resume_checkpoint")
     exact = step in finished_steps(directory) and _same_draws(directory / state_file(step), loop)
     try:
         loop.restore(directory, step, exact=exact)

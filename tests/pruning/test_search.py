@@ -18,14 +18,14 @@ from tdc_fast.models.iddpm import UNet
 from tdc_fast.nn.macs import MacCounter, measure_macs
 from tdc_fast.nn.packing import pack_experts
 from tdc_fast.nn.width_plan import WidthPlan
-from tdc_fast.pruning.agents import MostImportant
+from tdc_fast.pruning.agents import MostImportant, resolved_agent
 from tdc_fast.pruning.budget import budget_law, budget_macs
-from tdc_fast.pruning.macs import UnitCosts
-from tdc_fast.pruning.narrow import narrow
 from tdc_fast.pruning.rounds import search_widths
-from tdc_fast.pruning.search import plan_pruning, prune, resolved_agent
+from tdc_fast.pruning.search import plan_pruning, prune
 from tdc_fast.pruning.task import importance_tables
+from tdc_fast.pruning.unit_costs import UnitCosts
 from tdc_fast.routing import TimestepGroups
+from tests.pruning.narrow import narrow
 from tests.pruning.tiny import RecordedDiffusion, TinyNet, task_of, tiny_batches, tiny_net, tiny_task
 
 # The tiny net has units so coarse that most budgets are missed; the tests that care look at the warning.

@@ -11,11 +11,11 @@ import torch
 from tdc_fast.runs.checkpoint import (
     choose_checkpoint,
     finished_steps,
-    load_verified,
     save_checkpoint,
     state_file,
     step_of,
 )
+from tdc_fast.runs.weights import load_verified
 from tdc_fast.training.random_state import derived_seed, random_state, restore_random_state, seeded
 
 

@@ -15,13 +15,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from tdc_fast.data import dataset as data
 from tdc_fast.diffusion import Diffusion
 from tdc_fast.routing import TimestepGroups
+from tdc_fast.runs import build
 from tdc_fast.runs.build import build_unet
-from tdc_fast.runs.checkpoint import load_tensors
 from tdc_fast.runs.opening import open_run
-from tdc_fast.runs.weights import flags_of
+from tdc_fast.runs.unet_flags import flags_of
+from tdc_fast.runs.weights import load_tensors
 from tdc_fast.train import main, train
 from tdc_fast.training import load_run, prune_base, train_base, train_experts
-from tdc_fast.training.stages import build_base
+from tdc_fast.training.phase import build_base
 from tests.training.small_run import TWO_STAGES, differences, flags, rows, small_config, write_images
 
 
@@ -344,7 +345,7 @@ def test_a_run_refused_at_its_start_can_be_begun_again_in_the_same_place(folder)
 def test_corrupt_images_stop_the_run_or_are_left_out_and_counted(cache_bytes, tmp_path, capsys, monkeypatch):
     """Whether the folder fits the memory and is read at once, or is read as training goes."""
     opened = partial(data.load_dataset, cache_bytes=cache_bytes)
-    monkeypatch.setattr(data, "load_dataset", opened)
+    monkeypatch.setattr(build, "load_dataset", opened)
     (tmp_path / "images").mkdir()
     for number in range(5):
         Image.new("RGB", (8, 8), (50 * number, 0, 0)).save(tmp_path / "images" / f"{number}.png")

@@ -27,6 +27,7 @@ __all__ = [
     "MostImportant",
     "Tpe",
     "make_agent",
+    "resolved_agent",
 ]
 
 
@@ -53,3 +54,23 @@ def make_agent(name: str, **settings: Any) -> Agent:
     if name not in AGENTS:
         raise invalid("agent", name, f"one of {', '.join(AGENTS)}")
     return AGENTS[name](**settings)
+
+
+def resolved_agent(agent: str | Agent, rounds: int, importance: object = "taylor") -> Agent:
+    """The agent itself; "auto" is the one-shot answer by the importance for one round, else "tpe".
+
+    Args:
+        agent: a name of ``AGENTS``, "auto", or an agent.
+        rounds: rounds of the search.
+        importance: the search's importance.
+
+    Raises:
+        ValueError: it is neither a known name nor an agent.
+    """
+    if not isinstance(agent, str):
+        if isinstance(agent, type) or not (hasattr(agent, "name") and callable(getattr(agent, "propose", None))):
+            raise invalid("agent", agent, f"one of {', '.join(AGENTS)}, or an object with a name and a method propose")
+        return agent
+    if agent == "auto":
+        agent = "tpe" if rounds > 1 else "magnitude" if importance == "magnitude" else "taylor"
+    return make_agent(agent)

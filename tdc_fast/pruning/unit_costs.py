@@ -1,32 +1,21 @@
-"""What a network costs, by measurement: multiply-accumulates (MACs) as torch's FlopCounterMode counts them.
+"""What each unit of a model costs at each of its widths: multiply-accumulates (MACs), measured.
 
-A model that can be pruned offers `pruning_units()` and `with_widths({unit: channels})`, which builds the model of the
-same architecture whose units are that wide. Its MACs must be a constant plus one function of each unit's width;
-`unit_costs` measures these functions and checks that they add up.
+The MACs of a prunable model must be a constant plus one function of each unit's width; :func:`unit_costs` measures
+these functions and checks that they add up.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tdc_fast.errors import invalid
 from tdc_fast.nn.macs import MacCounter, measure_macs
-from tdc_fast.nn.units import PruningUnit
-
-
-class Prunable(Protocol):
-    """A denoiser whose units can be made narrower."""
-
-    def pruning_units(self) -> Sequence[PruningUnit]:
-        """The units, with their full widths and where they sit."""
-
-    def with_widths(self, widths: Mapping[str, int]) -> nn.Module:
-        """A model of the same architecture and device with these widths; units that are not named keep theirs."""
+from tdc_fast.nn.units import Prunable, PruningUnit
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,54 @@
+"""The settings of a pruning search."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from tdc_fast.errors import invalid
+from tdc_fast.pruning.importance import Importance
+
+IMPORTANCES = ("taylor", "magnitude")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruningSettings:
+    """What decides the outcome of a search, apart from model, groups, data, agent and scorer.
+
+    Attributes:
+        k: 0 < k <= 1 of the budget law, or for each group its share of the base's MACs.
+        importance: "taylor" (on the group's own timesteps, in units of loss across all units), "magnitude" (of the
+            weights, balanced by the units' MACs), or a function from the group's index to {unit: (atoms,)}. It decides
+            which atoms of a unit are kept first, whoever chooses the widths.
+        difficulty: "snr", "snr-reversed", or one number per group, such as losses; see
+            :func:`~tdc_fast.pruning.budget.difficulty_order`.
+        tolerance: share of a budget that the chosen widths may leave unused.
+        max_batches: calibration batches that are read.
+        rounds: rounds of proposing and scoring in each group.
+        candidates: candidates per round.
+        use_memory: whether the agent sees what was tried before.
+        max_samples: samples that one pass of the default scorer may hold.
+        strict: raise instead of warn where the units are too coarse to land within the tolerance.
+        seed: seed of everything that is drawn.
+
+    Raises:
+        ValueError: naming a setting that is impossible. Those that need the groups are checked by the search.
+    """
+
+    k: float | Sequence[float]
+    importance: str | Callable[[int], Importance] = "taylor"
+    difficulty: str | Sequence[float] = "snr"
+    tolerance: float = 0.01
+    max_batches: int = 8
+    rounds: int = 1
+    candidates: int = 8
+    use_memory: bool = True
+    max_samples: int = 1024
+    strict: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.importance, str) and self.importance not in IMPORTANCES:
+            raise invalid("importance", self.importance, f"one of {IMPORTANCES}, or a function of the group's index")
+        if self.max_batches < 1:
+            raise invalid("max_batches", self.max_batches, "at least 1")

@@ -1,0 +1,69 @@
+"""The model flags that the names and shapes in a UNet's state dict give away."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from tdc_fast.models.iddpm import default_channel_mult
+from tdc_fast.runs.config import TrainConfig
+
+
+def differing_flags(state: Mapping[str, Tensor], config: TrainConfig) -> list[str]:
+    """The flags, with values, that a UNet state dict gives away and that the configuration has otherwise."""
+    try:
+        found = flags_of(state, config.image_size)
+    except (KeyError, IndexError, ValueError, ZeroDivisionError):
+        return []
+    return [f"--{name} {value}" for name, value in found.items() if not _agrees(name, value, config)]
+
+
+def flags_of(state: Mapping[str, Tensor], image_size: int) -> dict[str, Any]:
+    """What the names and shapes of improved-diffusion's UNet say about the flags it was built with.
+
+    num_heads, dropout and the diffusion's flags leave no trace in them.
+
+    Raises:
+        KeyError: it is no such UNet.
+    """
+    first = state["input_blocks.0.0.weight"]
+    channels, in_channels = first.shape[:2]
+    count = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("input_blocks."))
+    levels: list[list[int]] = [[]]
+    attention: set[int] = set()
+    for index in range(1, count):
+        if f"input_blocks.{index}.0.in_layers.2.weight" in state:
+            levels[-1].append(state[f"input_blocks.{index}.0.in_layers.2.weight"].shape[0])
+            if f"input_blocks.{index}.1.qkv.weight" in state:
+                attention.add(image_size >> (len(levels) - 1))
+        else:
+            levels.append([])
+    embedding = state["input_blocks.1.0.emb_layers.1.weight"].shape[0]
+    flags: dict[str, Any] = {
+        "in_channels": in_channels,
+        "num_channels": channels,
+        "channel_mult": ",".join(str(widths[0] // channels) for widths in levels),
+        "num_res_blocks": len(levels[0]),
+        "attention_resolutions": ",".join(map(str, sorted(attention, reverse=True))),
+        "learn_sigma": state["out.2.weight"].shape[0] == 2 * in_channels,
+        "class_cond": "label_emb.weight" in state,
+        "use_scale_shift_norm": embedding == 2 * levels[0][0],
+    }
+    if flags["class_cond"]:
+        flags["num_classes"] = state["label_emb.weight"].shape[0]
+    return flags
+
+
+def _agrees(name: str, value: Any, config: TrainConfig) -> bool:
+    mine = getattr(config, name)
+    if name == "in_channels":
+        return mine in (0, value)
+    if name == "attention_resolutions":
+        # Resolutions that no level has change nothing.
+        levels = {config.image_size >> level for level in range(12)}
+        return {int(r) for r in mine.split(",") if r} & levels == {int(r) for r in str(value).split(",") if r}
+    if name == "channel_mult" and not mine:
+        mine = ",".join(map(str, default_channel_mult(config.image_size)))
+    return bool(mine == value)

@@ -1,0 +1,113 @@
+"""Stage 2: all experts, each on its own timesteps, in one routed batch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from contextlib import closing
+
+from torch import nn
+
+from tdc_fast.data.dataset import Dataset
+from tdc_fast.diffusion.timestep_samplers import TimestepSampler, create_timestep_sampler
+from tdc_fast.nn.packing import pack_experts
+from tdc_fast.nn.width_plan import WidthPlan, base_hash
+from tdc_fast.routing import TimestepGroups
+from tdc_fast.runs.build import build_device, build_diffusion
+from tdc_fast.runs.config import TrainConfig
+from tdc_fast.runs.directory import RunDirectory
+from tdc_fast.training import cost
+from tdc_fast.training.loop import Stage, StageLoop
+from tdc_fast.training.optimization import LearningRate
+from tdc_fast.training.phase import (
+    State,
+    base_macs,
+    build_base,
+    groups_of,
+    image_shape,
+    num_classes,
+    open_stream,
+    spent_macs,
+    write_phase,
+)
+from tdc_fast.training.preview import write_preview
+from tdc_fast.training.random_state import derived_seed, seeded
+
+
+def train_experts(
+    run: RunDirectory, base_state: State, widths: WidthPlan | None = None, dataset: Dataset | None = None
+) -> nn.Module:
+    """Stage 2: train every expert on its timesteps, starting from the base's averaged weights.
+
+    Args:
+        run: goes on where its directory has a checkpoint of stage 2.
+        base_state: what ``train_base`` returned.
+        widths: what ``prune_base`` returned; None leaves every expert whole.
+        dataset: what to train on; None loads what the configuration names.
+
+    Returns:
+        The RoutedModel with the first moving average as its weights, on the training device.
+    """
+    config = run.config
+    groups, diffusion = groups_of(run), build_diffusion(config)
+    with seeded(derived_seed(config.seed, "experts")):
+        base = build_base(run, base_state)
+        origin = {
+            "base_hash": base_hash(base),
+            "widths_hash": _plan_hash(widths),
+            "boundaries": list(groups.boundaries),
+        }
+        of_base = base_macs(run, base)
+        model = pack_experts(base.train(), groups, widths).to(build_device(config))
+        of_experts = cost.measure(model, diffusion, image_shape(run), groups, num_classes(config))
+        spent = spent_macs(run, of_base)
+        steps = cost.stage2_steps(config, of_base, of_experts, spent)
+        stage = Stage(
+            name="experts",
+            steps=steps,
+            batch_size=config.stage2_batch or config.batch_size,
+            learning_rate=_learning_rate(config, steps),
+            macs_per_sample=of_experts.training,
+            macs_before=spent,
+            num_experts=groups.num_groups,
+            group_weights=[size / groups.num_timesteps for size in groups.sizes],
+            # Weights "per_group" give each group 1/N of the mean: times N, an expert's gradient is that of its own
+            # mean loss.
+            loss_scale=float(groups.num_groups),
+            soft_boundaries=config.overlap > 0,
+            origin=origin,
+        )
+        sampler = _sampler(config, groups)
+        with closing(open_stream(config, dataset, "experts", stage.batch_size)) as stream:
+            loop = StageLoop(run, stage, model, diffusion, stream, sampler, groups)
+            loop.resume()
+            new = not loop.finished
+            loop.train()
+    samples = loop.step * stage.batch_size
+    write_phase(run, of_base, "stage2", experts=of_experts, steps=loop.step, samples=samples, macs=loop.macs)
+    model.load_state_dict(loop.averages.state_dict(config.ema_rates[0]))
+    model.eval()
+    if new and config.preview:
+        write_preview(run, "experts", loop.step, model, diffusion)
+    return model
+
+
+def _learning_rate(config: TrainConfig, steps: int) -> LearningRate:
+    end = steps if config.stage2_anneal else 0
+    return LearningRate(config.stage2_lr or config.lr, config.warmup_steps, anneal_end=end)
+
+
+def _sampler(config: TrainConfig, groups: TimestepGroups) -> TimestepSampler:
+    """Timesteps stratified over the groups."""
+    return create_timestep_sampler(
+        "stratified",
+        groups.num_timesteps,
+        groups=groups,
+        shares=cost.stage2_shares(config, groups.num_groups),
+        weighting="per_group",
+        overlap=config.overlap,
+    )
+
+
+def _plan_hash(widths: WidthPlan | None) -> str | None:
+    return hashlib.sha256(json.dumps(widths.to_json(), sort_keys=True).encode()).hexdigest() if widths else None

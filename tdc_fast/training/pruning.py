@@ -1,0 +1,266 @@
+"""Phase "pruning": every expert's widths within its budget, in a run or by the command ``tdc_fast.prune`` alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from contextlib import closing
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from tdc_fast.data.dataset import Dataset
+from tdc_fast.diffusion.calibration import Batch
+from tdc_fast.errors import invalid
+from tdc_fast.grouping import probe_losses
+from tdc_fast.models.iddpm import UNet
+from tdc_fast.nn.macs import MacCounter
+from tdc_fast.nn.width_plan import WidthPlan, base_hash
+from tdc_fast.pruning import Agent, Pruning, PruningSettings, make_agent, plan_pruning
+from tdc_fast.pruning.agents import resolved_agent
+from tdc_fast.pruning.memory import MEMORY_FILE, OtherSearch, set_aside
+from tdc_fast.pruning.plots import draw_search
+from tdc_fast.pruning.progress import BarAndTable
+from tdc_fast.routing import TimestepGroups
+from tdc_fast.runs.build import build_data, build_diffusion
+from tdc_fast.runs.checkpoint import finished_steps
+from tdc_fast.runs.config import TrainConfig, comma_numbers, refuse_changed_options
+from tdc_fast.runs.directory import RunDirectory
+from tdc_fast.runs.opening import open_run
+from tdc_fast.runs.options import SearchOptions
+from tdc_fast.training.base import train_base
+from tdc_fast.training.cost import stage1_steps
+from tdc_fast.training.grouping import group_timesteps
+from tdc_fast.training.phase import State, base_macs, build_base, groups_of, open_stream, write_phase
+from tdc_fast.training.random_state import derived_seed, seeded
+
+
+def prune_base(run: RunDirectory, base_state: State, dataset: Dataset | None = None) -> WidthPlan | None:
+    """Choose every expert's widths within its budget and write widths.json; None when every expert keeps all of them.
+
+    A plan that widths.json already holds is taken, once it is checked to be of this base.
+
+    Args:
+        run: the run.
+        base_state: what ``train_base`` returned.
+        dataset: images to calibrate on; None loads what the configuration names.
+    """
+    base = build_base(run, base_state)
+    path = run.path / "widths.json"
+    if path.is_file():
+        plan = WidthPlan.load(path)
+        plan.check(base.pruning_units(), base=base_hash(base), boundaries=groups_of(run).boundaries)
+        return plan
+    if not prunes(run.config):
+        write_phase(run, base_macs(run, base), "pruning", macs=0)
+        return None
+    return search_run(run, run.config, base, dataset).plan
+
+
+def prune_run(directory: str | Path, dataset: Dataset | None = None, **options: Any) -> Pruning:
+    """Search the widths for a run with a finished stage 1 and write them where stage 2 finds them.
+
+    A search of the same settings that was cut off goes on; more rounds add to a finished one.
+
+    Args:
+        directory: the run.
+        dataset: images to calibrate on; None loads what the run's configuration names.
+        **options: fields of :class:`~tdc_fast.runs.options.SearchOptions` (agent, rounds, ...) and ``device``,
+            ``progress``; others are the run's.
+
+    Raises:
+        ValueError: stage 1 is not finished, experts are trained already, or there is nothing to prune.
+        ImportError: naming the extra that installs what the agent needs.
+    """
+    stored = RunDirectory.open(directory).config
+    config = stored.replace(**options)
+    refuse_other_than_search(stored, config)
+    run = RunDirectory.open(directory, stored.replace(device=config.device, progress=config.progress))
+    return _search_finished_base(run, config, dataset or build_data(config))
+
+
+def prune_base_file(config: TrainConfig, dataset: Dataset | None = None) -> tuple[RunDirectory, Pruning]:
+    """Begin a run on weights from elsewhere and search its widths, or go on with it.
+
+    Args:
+        config: its ``base`` names the weights, its ``run_dir`` the directory of the run.
+        dataset: images to calibrate on; None loads what the configuration names.
+
+    Raises:
+        ValueError: the weights do not fit the flags, the directory holds another run, or there is nothing to prune.
+    """
+    if not config.base:
+        raise invalid("base", config.base, "--base FILE with the model's flags, or --run DIR")
+    if not config.run_dir:
+        raise invalid("run_dir", config.run_dir, "--run_dir DIR, where the run with these weights is to live")
+    dataset = dataset or build_data(config)
+    _check_prunable(config)
+    path = Path(config.run_dir)
+    if (path / "config.json").is_file() and RunDirectory.open(path).identity == config.identity:
+        config = config.replace(resume=config.run_dir)
+    run = open_run(config, dataset.channels)
+    return run, _search_finished_base(run, config, dataset)
+
+
+def search_run(run: RunDirectory, config: TrainConfig, base: UNet, dataset: Dataset | None = None) -> Pruning:
+    """Search the experts' widths on the run's base and write widths.json, whatever it held.
+
+    Goes on with the memory.jsonl that the run directory holds, if it is of this search; that of another one is kept as
+    memory.N.jsonl. Draws the search into search.png and widths.png, and beside earlier ones into agents.png.
+
+    Args:
+        run: the run.
+        config: the run's own, or with other options of the search.
+        base: as ``build_base`` gives it.
+        dataset: images to calibrate on; None loads what the configuration names.
+    """
+    groups = groups_of(run)
+    macs = base_macs(run, base)
+    with seeded(derived_seed(config.seed, "pruning")):
+        difficulty, spent = _difficulty(run, base, groups, dataset)
+        with closing(open_stream(config, dataset, "pruning")) as stream:
+            batches = list(islice(stream, config.calibration_batches))
+        try:
+            found = _search(run, config, base, groups, batches, difficulty)
+        except OtherSearch as other:
+            kept = set_aside(run.path)
+            print(f"note: {other}; that one is kept as {kept.name}, and a new search begins", flush=True)
+            found = _search(run, config, base, groups, batches, difficulty)
+        draw_search(run.path, found, base.pruning_units())
+    searched = {name: getattr(config, name) for name in ("agent", "rounds", "candidates", "memory")}
+    write_phase(run, macs, "pruning", macs=found.calibration_macs + spent, **searched)
+    found.plan.save(run.path / "widths.json")  # after the cost: a run with widths.json has both
+    return found
+
+
+def build_agents(config: TrainConfig) -> tuple[Agent, Agent | None]:
+    """The agent that the options name, and the one that stands in where it fails.
+
+    Raises:
+        ImportError: naming the extra that installs what the agent needs.
+    """
+    if config.agent != "llm":
+        return resolved_agent(config.agent, config.rounds, config.importance), None
+    agent = make_agent(
+        "llm",
+        model=config.llm_model,
+        url=config.llm_url,
+        timeout=config.llm_timeout,
+        retries=config.llm_retries,
+        max_calls=config.llm_calls,
+    )
+    return agent, make_agent(config.llm_fallback)
+
+
+def prunes(config: TrainConfig) -> bool:
+    """Whether any group's budget is below the whole base."""
+    shares = comma_numbers("budgets", config.budgets, float)
+    return bool(config.groups) and (min(shares) if shares else config.k) < 1
+
+
+def refuse_other_than_search(stored: TrainConfig, wanted: TrainConfig) -> None:
+    """Refuse an option that is neither the search's nor free to change, and differs from the run's.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    own = {field.name: getattr(stored, field.name) for field in dataclasses.fields(SearchOptions)}
+    refuse_changed_options(stored, wanted.replace(**own))
+
+
+def _search(
+    run: RunDirectory,
+    config: TrainConfig,
+    base: UNet,
+    groups: TimestepGroups,
+    batches: Sequence[Batch],
+    difficulty: str | Sequence[float],
+) -> Pruning:
+    agent, stand_in = build_agents(config)
+    settings = PruningSettings(
+        k=comma_numbers("budgets", config.budgets, float) or config.k,
+        importance=config.importance,
+        difficulty=difficulty,
+        max_batches=config.calibration_batches,
+        rounds=config.rounds,
+        candidates=config.candidates,
+        use_memory=config.memory,
+        max_samples=config.score_samples,
+        seed=derived_seed(config.seed, "importance") % 2**31,
+    )
+    return plan_pruning(
+        base,
+        groups,
+        build_diffusion(config),
+        batches,
+        settings,
+        agent=agent,
+        stand_in=stand_in,
+        memory_file=run.path / MEMORY_FILE,
+        progress=BarAndTable(always=config.progress == "always", bars=config.progress != "never"),
+    )
+
+
+def _difficulty(
+    run: RunDirectory, base: UNet, groups: TimestepGroups, dataset: Dataset | None
+) -> tuple[str | list[float], int]:
+    """What ranks the groups: the name of an order by SNR, or each group's measured loss; and the MACs it took."""
+    config = run.config
+    if "loss" not in config.difficulty:
+        return config.difficulty, 0
+    seed = derived_seed(config.seed, "difficulty") % 2**31
+    with closing(open_stream(config, dataset, "difficulty")) as stream, MacCounter() as counter:
+        losses = probe_losses(
+            base, groups, build_diffusion(config), stream, max_batches=config.calibration_batches, seed=seed
+        )
+    sign = -1 if config.difficulty.endswith("reversed") else 1
+    return [sign * float(loss) for loss in losses], counter.macs
+
+
+def _search_finished_base(run: RunDirectory, config: TrainConfig, dataset: Dataset) -> Pruning:
+    _check_prunable(config)
+    _refuse_trained_experts(run)
+    _check_stage1(run)
+    with run.writing():
+        state = train_base(run, dataset)
+        group_timesteps(run, state, dataset)
+        return search_run(run, config, build_base(run, state), dataset)
+
+
+def _check_prunable(config: TrainConfig) -> None:
+    if not config.groups:
+        raise invalid(
+            "groups",
+            config.groups,
+            "a run with --groups N; a plain one is the base of a new run: --base DIR --run_dir NEW --config "
+            "DIR/config.json --groups N --stage2_steps STEPS",
+        )
+    if not prunes(config):
+        raise invalid("k", config.k, "below 1, or --budgets: every expert may keep the whole base, nothing is pruned")
+    build_agents(config)
+
+
+def _check_stage1(run: RunDirectory) -> None:
+    if run.config.base:
+        return
+    steps, wanted = finished_steps(run.stage_directory("base")), stage1_steps(run.config)
+    if not steps or (wanted is not None and steps[-1] < wanted):
+        have = f"step {steps[-1]} of {wanted}" if steps else "no checkpoint"
+        raise invalid(
+            "run",
+            f"{run.path}, whose stage 1 has {have}",
+            f"a finished one: python -m tdc_fast.train --resume {run.path} --stop_after stage1 trains it",
+        )
+
+
+def _refuse_trained_experts(run: RunDirectory) -> None:
+    """ValueError where stage 2 has a checkpoint: its experts have the widths they were trained with."""
+    directory = run.stage_directory("experts")
+    steps = finished_steps(directory)
+    if steps:
+        raise invalid(
+            "run",
+            f"{directory} with checkpoints of steps {steps}",
+            "a run whose experts are not trained yet, since other widths would not fit them; split its base anew with "
+            f"python -m tdc_fast.prune --base {run.path} --run_dir NEW --config {run.path / 'config.json'}",
+        )

@@ -1,0 +1,86 @@
+"""A whole training run: every phase that its configuration asks for, in order."""
+
+from __future__ import annotations
+
+import torch
+
+from tdc_fast.data.dataset import Dataset
+from tdc_fast.errors import invalid
+from tdc_fast.runs.build import build_data
+from tdc_fast.runs.config import TrainConfig
+from tdc_fast.runs.directory import RunDirectory
+from tdc_fast.runs.opening import open_run
+from tdc_fast.training.base import train_base
+from tdc_fast.training.experts import train_experts
+from tdc_fast.training.grouping import group_timesteps
+from tdc_fast.training.interrupts import TrainingInterrupted, how_to_continue
+from tdc_fast.training.pruning import build_agents, prune_base, prunes
+
+
+def train(config: TrainConfig, dataset: Dataset | None = None) -> RunDirectory:
+    """Run all phases that the configuration asks for, or the rest of them with ``config.resume``.
+
+    Args:
+        config: describes the run.
+        dataset: images to train on instead of what ``config.data_dir`` names, such as an
+            :class:`~tdc_fast.data.dataset.ImageDataset`.
+
+    Returns:
+        The run directory; :func:`tdc_fast.training.load_run` reads models from it.
+
+    Raises:
+        ValueError: an impossible configuration, or a checkpoint that is damaged or foreign.
+        TrainingInterrupted: stopped by Ctrl-C after saving.
+    """
+    if not isinstance(config, TrainConfig):
+        raise invalid("config", type(config).__name__, "a TrainConfig")
+    if config.num_threads:
+        torch.set_num_threads(config.num_threads)
+    if dataset is None:
+        dataset = build_data(config)
+    else:
+        _check_dataset(dataset, config)
+    if prunes(config):
+        build_agents(config)  # a library that the search needs is missed here, not after stage 1
+    run = open_run(config, dataset.channels)
+    with run.writing():
+        print(f"run directory: {run.path}", flush=True)
+        skipped = _report_skipped(dataset, 0)
+        try:
+            _run_phases(run, dataset)
+        except TrainingInterrupted:
+            raise
+        except KeyboardInterrupt as interrupt:  # outside the loops, where nothing is lost that a checkpoint would hold
+            raise TrainingInterrupted("stopped between two stages; " + how_to_continue(run.path)) from interrupt
+        finally:  # a folder too large for memory finds its corrupt files on the way
+            _report_skipped(dataset, skipped)
+    return run
+
+
+def _run_phases(run: RunDirectory, dataset: Dataset) -> None:
+    base = train_base(run, dataset)
+    if not run.config.groups or run.config.stop_after == "stage1":
+        return
+    group_timesteps(run, base, dataset)
+    widths = prune_base(run, base, dataset)
+    if run.config.stop_after != "pruning":
+        train_experts(run, base, widths, dataset)
+
+
+def _check_dataset(dataset: Dataset, config: TrainConfig) -> None:
+    if not hasattr(dataset, "image_size"):
+        raise invalid("dataset", type(dataset).__name__, "an ImageDataset, such as ImageDataset.from_array(images)")
+    if dataset.image_size != config.image_size:
+        raise invalid("image_size", config.image_size, f"{dataset.image_size}, as the images of dataset have")
+    if config.class_cond and dataset.labels is None:
+        raise invalid("class_cond", config.class_cond, "False, as dataset has no labels")
+    if dataset.num_classes > config.num_classes:
+        raise invalid("num_classes", config.num_classes, f"at least the {dataset.num_classes} classes of dataset")
+
+
+def _report_skipped(dataset: Dataset, known: int) -> int:
+    """Print how many images were left out, where there are more than ``known``; their number."""
+    skipped = dataset.skipped
+    if skipped > known:
+        print(f"left out {skipped} corrupt image{'s' if skipped > 1 else ''}", flush=True)
+    return skipped
