@@ -22,8 +22,8 @@ import torch
 
 from tdc_fast.experiments.contestants import Contestant
 from tdc_fast.experiments.measure import Protocol, measure
-from tdc_fast.train import train
 from tdc_fast.training.interrupts import TrainingInterrupted
+from tdc_fast.training.train import train
 
 REPORT_EVERY_SECONDS = 15.0
 
