@@ -1,8 +1,5 @@
-# make demo   the main job: train, prune, specialise, sample and compare on real images
-# make test   all tests and lint
-# make test-fast   the tests of the inner loop, in two minutes
-# make bench  throughput suites -> bench/results/
-# Each makes or reuses .venv and installs this checkout into it.
+# make demo and make test are the two commands; make help lists all. Each target makes or reuses .venv and installs this
+# checkout into it. The text after ## is what make help prints.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -17,9 +14,9 @@ PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reor
 SOURCES := setup.py pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f -name '*.[ch]*' -o -type f -name '*.cu*' -o -type f -name '*.cmake' -o -type f -name '*.def')
 STAMP := $(VENV)/.installed-dev
 
-.PHONY: help install demo test test-fast lint bench clean
-help:
-	@sed -n 's/^# \(make.*\)/\1/p' Makefile
+.PHONY: help install demo test test-fast lint types docs bench clean
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
 
 $(BIN)/python:
 	@echo "==> creating $(VENV) with $$($(PYTHON) --version)"
@@ -31,31 +28,38 @@ $(STAMP): $(SOURCES) | $(BIN)/python
 	@$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	@touch $(STAMP)
 
-install: $(STAMP)
+install: $(STAMP) ## install this checkout, with what its tests, demo and benches need
 
-demo: $(STAMP)
+demo: $(STAMP) ## the main job: train, prune, fine-tune, sample and compare on real images -> runs/demo/report.html
 	@echo "==> running the main job on scikit-learn's digits (about 4 minutes on 2 cores) -> $(DEMO_OUT)"
 	@$(BIN)/python -m tdc_fast.demo --out $(DEMO_OUT)
 
-lint: $(STAMP)
+lint: $(STAMP) ## ruff, mypy and clang-format
 	@echo "==> ruff, mypy and clang-format"
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@mkdir -p build/mypy/tdc_fast && ln -sfn ../../../kernels build/mypy/tdc_fast/kernels
-	@$(BIN)/mypy
+	@$(MAKE) --no-print-directory types
 	@$(BIN)/clang-format --dry-run --Werror $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-test: lint
+types: $(STAMP) ## mypy, which finds kernels/ under its installed name
+	@mkdir -p build/mypy/tdc_fast && ln -sfn ../../../kernels build/mypy/tdc_fast/kernels
+	@$(BIN)/mypy
+
+test: lint ## all tests and lint
 	@echo "==> pytest"
 	@$(PYTEST)
 
-test-fast: $(STAMP)
+test-fast: $(STAMP) ## the tests of the inner loop, in two minutes
 	@echo "==> pytest, without the tests marked slow"
 	@$(PYTEST) -m "not slow"
 
-bench: $(STAMP)
+docs: $(STAMP) ## the documentation, with the API reference -> build/site/index.html
+	@echo "==> mkdocs, where a warning is an error -> build/site"
+	@$(BIN)/mkdocs build --quiet --strict
+
+bench: $(STAMP) ## throughput suites -> bench/results/
 	@echo "==> throughput suites -> $(BENCH_OUT)"
 	@$(BIN)/python -m bench --out $(BENCH_OUT)
 
-clean:
+clean: ## remove .venv and everything that was built
 	rm -rf $(VENV) build *.egg-info tdc_fast/_native*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
