@@ -1,4 +1,4 @@
-"""A process from the flags that improved-diffusion's command lines have."""
+"""A `Diffusion` from the flags of improved-diffusion's command lines."""
 
 from __future__ import annotations
 
@@ -20,9 +20,19 @@ def create_diffusion(
 ) -> Diffusion:
     """The `Diffusion` that improved-diffusion's flags of the same names describe.
 
-    `use_kl` trains on the rescaled bound; otherwise the loss is mse, rescaled when `rescale_learned_sigmas`.
-    `rescale_timesteps` is for the denoiser to apply: it ends up in `Diffusion.timestep_scale`. An empty
-    `timestep_respacing` keeps all steps. Raises ValueError for an unknown schedule or an impossible spacing.
+    Args:
+        diffusion_steps: T.
+        learn_sigma: the denoiser also predicts the variance.
+        sigma_small: a fixed variance is that of the posterior, not beta.
+        noise_schedule: "linear" or "cosine".
+        use_kl: train on the rescaled bound; otherwise on mse.
+        predict_xstart: the denoiser predicts x0, not the noise.
+        rescale_timesteps: set `Diffusion.timestep_scale` to 1000 / T; the denoiser applies it.
+        rescale_learned_sigmas: the loss is rescaled_mse instead of mse.
+        timestep_respacing: which steps to keep (see `respacing.spaced_timesteps`); "" keeps all.
+
+    Raises:
+        ValueError: for an unknown schedule or an impossible spacing.
     """
     loss: Loss = "rescaled_kl" if use_kl else ("rescaled_mse" if rescale_learned_sigmas else "mse")
     variance: Variance = "learned_range" if learn_sigma else ("fixed_small" if sigma_small else "fixed_large")
@@ -33,5 +43,5 @@ def create_diffusion(
         loss=loss,
         timestep_scale=1000.0 / diffusion_steps if rescale_timesteps else 1.0,
     )
-    # Without respacing too: betas recomputed from their product differ in the last bits, and a drop-in has those bits.
+    # Also when all steps are kept: improved-diffusion then recomputes betas, which changes their last bits.
     return diffusion.respaced(timestep_respacing or [diffusion_steps])

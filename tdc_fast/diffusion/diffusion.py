@@ -31,27 +31,33 @@ Loss = Literal["mse", "rescaled_mse", "kl", "rescaled_kl"]
 
 @dataclass(frozen=True)
 class ReverseStep(Gaussian):
-    """p(x_{t-1} | x_t) together with the x0 (B, C, ...) that it rests on."""
+    """p(x_{t-1} | x_t).
+
+    Attributes:
+        x0: the predicted clean sample (B, C, ...) that it was computed from.
+    """
 
     x0: Tensor
 
 
 class Diffusion:
-    """A forward process of T steps and how a denoiser's output is read (Ho et al. 2020; Nichol and Dhariwal 2021).
+    """A forward process of T steps and how to read a denoiser's output (Ho et al. 2020; Nichol and Dhariwal 2021).
 
     Timesteps `t` are int64 (B,) indices into *this* process's T steps, one per sample. The denoiser gets
     `timestep_map[t]`, the index in the process it was trained on; the two differ after `respaced`.
 
-    Tables are float64 numpy arrays (T,). Arithmetic on tensors is float64 for float64 inputs and float32 otherwise,
-    whatever dtype the denoiser answers in.
+    Tables (`betas`, `alphas_cumprod`, `posterior_variance` and so on) are float64 numpy arrays (T,). Arithmetic on
+    tensors is float64 for float64 inputs and float32 otherwise, whatever the dtype of the denoiser's output.
 
     Attributes:
         num_timesteps: T.
         original_num_timesteps: length of the process that `timestep_map` points into.
-        timestep_map: tuple of T original indices, increasing.
-        timestep_scale: what the denoiser should multiply timesteps with before embedding them (1000 / original T when
-            timesteps are rescaled, else 1). Applied by the denoiser, never here.
-        betas, alphas_cumprod, alphas_cumprod_prev, posterior_variance, ...: the tables.
+        timestep_map: T increasing original indices.
+        timestep_scale: the factor that the denoiser applies to timesteps before embedding them: 1000 / original T when
+            timesteps are rescaled, else 1. Never applied here.
+        prediction: what the denoiser predicts, "epsilon" (the noise) or "x0".
+        variance: "fixed_small", "fixed_large" or "learned_range".
+        loss: which loss `training_losses` returns.
     """
 
     def __init__(
@@ -65,7 +71,20 @@ class Diffusion:
         original_num_timesteps: int | None = None,
         timestep_scale: float = 1.0,
     ) -> None:
-        """Raises ValueError for betas outside (0, 1], an unknown option or a map of another length."""
+        """Build the tables.
+
+        Args:
+            betas: the variance added at each step, (T,).
+            prediction: what the denoiser predicts, "epsilon" (the noise) or "x0".
+            variance: "fixed_small" (that of the posterior), "fixed_large" (beta) or "learned_range".
+            loss: "mse", "rescaled_mse", "kl" or "rescaled_kl" (see `training_losses`).
+            timestep_map: T original timesteps; None for 0 to T - 1.
+            original_num_timesteps: length of the original process; None takes the last mapped timestep plus 1.
+            timestep_scale: the factor that the denoiser applies to timesteps.
+
+        Raises:
+            ValueError: for betas outside (0, 1], an unknown option or a map of another length.
+        """
         try:
             betas = np.array(betas, dtype=np.float64)
         except (TypeError, ValueError) as error:
@@ -102,7 +121,7 @@ class Diffusion:
         self.sqrt_recipm1_alphas_cumprod = np.sqrt(1.0 / self.alphas_cumprod - 1)
         remaining = 1.0 - self.alphas_cumprod
         self.posterior_variance = betas * (1.0 - self.alphas_cumprod_prev) / remaining
-        # The variance at t = 0 is zero; its logarithm takes the value of t = 1.
+        # The variance at t = 0 is zero; its logarithm takes the value at t = 1.
         self.posterior_log_variance_clipped = np.log(_first_replaced(self.posterior_variance))
         self.posterior_mean_coef_x0 = betas * np.sqrt(self.alphas_cumprod_prev) / remaining
         self.posterior_mean_coef_xt = (1.0 - self.alphas_cumprod_prev) * np.sqrt(alphas) / remaining
@@ -114,9 +133,9 @@ class Diffusion:
     def _original_timesteps(self) -> np.ndarray:
         return np.asarray(self.timestep_map, dtype=np.int64)
 
-    # alpha_bar and t shifted by one, so that index t + 1 also serves t = -1: the clean sample.
     @cached_property
     def alphas_cumprod_from_clean(self) -> np.ndarray:
+        """alpha_bar at index t + 1, float64 (T + 1,); index 0 is the clean sample, t = -1."""
         return np.append(1.0, self.alphas_cumprod)
 
     def __repr__(self) -> str:
@@ -127,7 +146,7 @@ class Diffusion:
 
     @property
     def learns_variance(self) -> bool:
-        """Whether the denoiser answers with 2C channels, the second C interpolating the log variance."""
+        """Whether the denoiser's output has 2C channels, of which the second C interpolate the log variance."""
         return self.variance == "learned_range"
 
     def snr_db(self) -> np.ndarray:
@@ -135,11 +154,11 @@ class Diffusion:
         return 10.0 * (np.log10(self.alphas_cumprod) - np.log10(1.0 - self.alphas_cumprod))
 
     def respaced(self, spacing: Spacing) -> Diffusion:
-        """The process that visits only some of this one's steps; see `respacing.spaced_timesteps` for the notation."""
+        """The process of only some of these steps; see `respacing.spaced_timesteps` for `spacing`."""
         return self.with_timesteps(spaced_timesteps(self.num_timesteps, spacing))
 
     def with_timesteps(self, kept: tuple[int, ...]) -> Diffusion:
-        """The process that visits only `kept` (increasing indices of this one) with unchanged marginals there."""
+        """The process of only the steps `kept`, increasing indices of this one, with the same marginals there."""
         if not kept or any(a >= b for a, b in zip(kept, kept[1:], strict=False)):
             raise invalid("kept", kept, "increasing timesteps")
         if kept[0] < 0 or kept[-1] >= self.num_timesteps:
@@ -155,7 +174,7 @@ class Diffusion:
         )
 
     def table(self, name: str, t: Tensor) -> Tensor:
-        """Entries of the table `name` at `t` (B,), float64 (int64 for the timestep map) on t's device, shape (B,)."""
+        """Entries (B,) of the table `name` at `t` (B,), on t's device; float64, int64 for the timestep map."""
         key = (name, t.device)
         if key not in self._on_device:
             self._on_device[key] = torch.from_numpy(getattr(self, name)).to(t.device)
@@ -166,11 +185,22 @@ class Diffusion:
         return broadcast_to_samples(self.table(name, t), x)
 
     def original_timesteps(self, t: Tensor) -> Tensor:
-        """The integer timesteps (B,) that the denoiser is to be given for steps `t` (B,)."""
+        """The integer timesteps (B,) that the denoiser gets for steps `t` (B,)."""
         return self.table("_original_timesteps", t)
 
     def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """A draw of q(x_t | x0) = N(sqrt(alpha_bar) x0, 1 - alpha_bar) (Ho et al. 2020, equation 4), like x0."""
+        """x0 noised to step t: a draw of q(x_t | x0) = N(sqrt(alpha_bar) x0, 1 - alpha_bar), like x0.
+
+        Source: Ho et al. 2020, equation 4.
+
+        Args:
+            x0: clean samples (B, C, ...).
+            t: timesteps (B,).
+            noise: standard normal noise like x0.
+
+        Raises:
+            ValueError: for wrong timesteps or a wrong shape.
+        """
         check_timesteps(t, x0, self.num_timesteps)
         if noise.shape != x0.shape:
             raise invalid("noise", f"shape {tuple(noise.shape)}", f"the shape of x0, {tuple(x0.shape)}")
@@ -180,7 +210,7 @@ class Diffusion:
         )
 
     def q_posterior(self, x0: Tensor, x_t: Tensor, t: Tensor) -> Gaussian:
-        """q(x_{t-1} | x_t, x0) (Ho et al. 2020, equations 6 and 7); the log variance is clipped at t = 0."""
+        """The posterior q(x_{t-1} | x_t, x0) (Ho et al. 2020, equations 6 and 7); log variance clipped at t = 0."""
         check_timesteps(t, x_t, self.num_timesteps)
         if x0.shape != x_t.shape:
             raise invalid("x0", f"shape {tuple(x0.shape)}", f"the shape of x_t, {tuple(x_t.shape)}")
@@ -192,22 +222,23 @@ class Diffusion:
         )
 
     def x0_from_epsilon(self, x_t: Tensor, t: Tensor, epsilon: Tensor) -> Tensor:
-        """The clean sample implied by noise `epsilon` in `x_t`."""
+        """The clean sample when `epsilon` is the noise in `x_t`."""
         return (
             self.coefficient("sqrt_recip_alphas_cumprod", t, x_t) * x_t
             - self.coefficient("sqrt_recipm1_alphas_cumprod", t, x_t) * epsilon
         )
 
     def epsilon_from_x0(self, x_t: Tensor, t: Tensor, x0: Tensor) -> Tensor:
-        """The noise in `x_t` implied by the clean sample `x0`."""
+        """The noise in `x_t` when `x0` is the clean sample."""
         return (self.coefficient("sqrt_recip_alphas_cumprod", t, x_t) * x_t - x0) / self.coefficient(
             "sqrt_recipm1_alphas_cumprod", t, x_t
         )
 
     def split_output(self, model_output: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The denoiser's prediction like x and, when the variance is learned, its variance values like x.
+        """The denoiser's prediction and, when the variance is learned, its variance values, each like x.
 
-        Raises ValueError when the output has another shape than `variance` asks for.
+        Raises:
+            ValueError: when the output does not have the shape that `variance` requires.
         """
         channels = x.shape[1] * (2 if self.learns_variance else 1)
         expected = (x.shape[0], channels, *x.shape[2:])
@@ -221,10 +252,19 @@ class Diffusion:
         return prediction, values
 
     def p_mean_variance(self, model_output: Tensor, x: Tensor, t: Tensor, clip_denoised: bool = True) -> ReverseStep:
-        """p(x_{t-1} | x_t) and the predicted x0, from the denoiser's output at x (B, C, ...) and steps t (B,).
+        """p(x_{t-1} | x_t) and the predicted x0, from the denoiser's output.
 
         A learned variance interpolates between the posterior variance and beta in the log domain (Nichol and Dhariwal
-        2021, equation 15). `clip_denoised` limits the predicted x0 to [-1, 1].
+        2021, equation 15).
+
+        Args:
+            model_output: the denoiser's output (B, C, ...), or (B, 2C, ...) when the variance is learned.
+            x: noisy samples x_t (B, C, ...).
+            t: timesteps (B,).
+            clip_denoised: limit the predicted x0 to [-1, 1].
+
+        Raises:
+            ValueError: for wrong timesteps or a wrong shape.
         """
         check_timesteps(t, x, self.num_timesteps)
         prediction, values = self.split_output(model_output, x)
@@ -264,7 +304,7 @@ class Diffusion:
             model: the denoiser.
             x0: clean samples (B, C, ...).
             t: timesteps (B,).
-            noise: what noises x0 to step t, like x0; drawn when None.
+            noise: noise like x0; drawn when None.
             model_kwargs: further arguments of the model.
 
         Returns:
@@ -294,10 +334,17 @@ class Diffusion:
         return {"loss": mse + vb, "mse": mse, "vb": vb}
 
     def vb_terms(self, model_output: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, clip_denoised: bool = True) -> Tensor:
-        """The variational bound's term of each sample's step t (B,), in bits per dimension (B,).
+        """The variational bound's term of each sample's step, in bits per dimension (B,).
 
         KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t)) for t > 0; the negative log likelihood of the 8-bit pixels for
         t = 0 (Ho et al. 2020, equation 5).
+
+        Args:
+            model_output: the denoiser's output at x_t.
+            x0: clean samples (B, C, ...).
+            x_t: noisy samples like x0.
+            t: timesteps (B,).
+            clip_denoised: limit the predicted x0 to [-1, 1].
         """
         truth = self.q_posterior(x0, x_t, t)
         step = self.p_mean_variance(model_output, x_t, t, clip_denoised)
@@ -307,7 +354,7 @@ class Diffusion:
         return torch.where(t == 0, decoder, kl) / math.log(2.0)
 
     def prior_bpd(self, x0: Tensor) -> Tensor:
-        """KL(q(x_T | x0) || N(0, 1)) in bits per dimension (B,); no denoiser can change it."""
+        """KL(q(x_T | x0) || N(0, 1)) in bits per dimension (B,); it does not depend on the denoiser."""
         last = torch.full((x0.shape[0],), self.num_timesteps - 1, device=x0.device, dtype=torch.int64)
         mean = self.coefficient("sqrt_alphas_cumprod", last, x0) * x0
         log_variance = torch.log(self.coefficient("sqrt_one_minus_alphas_cumprod", last, x0) ** 2)
@@ -316,12 +363,21 @@ class Diffusion:
 
 
 def check_timesteps(t: Tensor, x: Tensor, num_timesteps: int, lowest: int = 0) -> None:
-    """Raises ValueError unless t is integer (B,) with one entry per sample, in range (checked on the CPU only)."""
+    """Check timesteps.
+
+    Args:
+        t: timesteps; their values are checked on the CPU only, so that no device has to wait.
+        x: samples (B, C, ...).
+        num_timesteps: T; every timestep must be below it.
+        lowest: the lowest timestep allowed.
+
+    Raises:
+        ValueError: unless t is integer (B,), with one entry per sample, in range.
+    """
     if t.dtype not in (torch.int64, torch.int32):
         raise invalid("t", f"dtype {t.dtype}", "int64 timesteps")
     if t.dim() != 1 or t.shape[0] != x.shape[0]:
         raise invalid("t", f"shape {tuple(t.shape)}", f"one timestep per sample, shape ({x.shape[0]},)")
-    # Reading the values of a device tensor would stall the device, so only host tensors are looked at.
     if t.device.type == "cpu" and t.numel() and not torch.compiler.is_compiling():
         low, high = int(t.min()), int(t.max())
         if low < lowest or high >= num_timesteps:
@@ -334,5 +390,5 @@ def _check_option(argument: str, value: str, options: Any) -> None:
 
 
 def _first_replaced(table: np.ndarray) -> np.ndarray:
-    """The table with entry 0 replaced by entry 1 (a process of one step keeps a tiny positive value)."""
+    """The table with entry 0 replaced by entry 1, or by a tiny positive value when there is only one."""
     return np.append(table[1] if len(table) > 1 else 1e-20, table[1:])

@@ -17,8 +17,12 @@ from tdc_fast.diffusion.gaussian import draw_noise, mean_flat
 class Bound:
     """The bound of B samples and its terms per step; steps run from T - 1 down to 0 along the last axis.
 
-    total (B,) = prior (B,) + sum of vb (B, T), all in bits per dimension; xstart_mse and mse (B, T) are the squared
-    errors of the predicted x0 and noise.
+    Attributes:
+        total: the bound, prior plus the sum of vb, in bits per dimension (B,).
+        prior: the term of the prior, in bits per dimension (B,).
+        vb: the terms of the steps, in bits per dimension (B, T).
+        xstart_mse: mean squared error of the predicted x0 (B, T).
+        mse: mean squared error of the predicted noise (B, T).
     """
 
     total: Tensor
@@ -38,7 +42,16 @@ def bound(
     model_kwargs: Mapping[str, Any] | None = None,
     generator: torch.Generator | None = None,
 ) -> Bound:
-    """The whole bound of x0 (B, C, ...), one denoiser call per step."""
+    """The whole bound of clean samples, with one denoiser call per step.
+
+    Args:
+        diffusion: the process.
+        model: the denoiser.
+        x0: clean samples (B, C, ...).
+        clip_denoised: limit the predicted x0 to [-1, 1].
+        model_kwargs: further arguments of the model.
+        generator: where the noise comes from; None for torch's default generator.
+    """
     vb, xstart_mse, mse = [], [], []
     for step in reversed(range(diffusion.num_timesteps)):
         t = torch.full((x0.shape[0],), step, device=x0.device, dtype=torch.int64)

@@ -12,14 +12,17 @@ Spacing = str | int | Sequence[int]
 
 
 def spaced_timesteps(num_timesteps: int, spacing: Spacing) -> tuple[int, ...]:
-    """The sorted timesteps that `spacing` keeps out of `num_timesteps`.
+    """The sorted timesteps that `spacing` keeps.
 
-    - "ddim25": every k-th step starting at 0, for the smallest k that gives exactly 25 steps (Song et al. 2021).
-    - "10,20" or [10, 20]: the range is cut into as many equal sections as there are counts (the first ones take
-      the remainder), and each section keeps its count, evenly spread with both ends included.
-    - "25" or 25: the same with one section.
+    Args:
+        num_timesteps: T.
+        spacing: "ddim25" keeps every k-th step starting at 0, for the smallest k that gives exactly 25 steps (Song et
+            al. 2021). "10,20" or [10, 20] cuts the range into as many equal sections as there are counts (the first
+            ones take the remainder); each section keeps its count, evenly spread with both ends included. "25" or 25
+            is the same with one section.
 
-    Raises ValueError when a count cannot be met.
+    Raises:
+        ValueError: when a count cannot be met.
     """
     if isinstance(spacing, str) and spacing.startswith("ddim"):
         return _fixed_stride(num_timesteps, spacing)
@@ -32,9 +35,9 @@ def spaced_timesteps(num_timesteps: int, spacing: Spacing) -> tuple[int, ...]:
             raise invalid(
                 "timestep_respacing",
                 spacing,
-                f"at most {size} steps for section {section}, not {count}: it has no more timesteps",
+                f"at most {size} steps for section {section}, not {count}: it has only {size} timesteps",
             )
-        # Summed, not multiplied: the running sum decides how halves round.
+        # A running sum, as in improved-diffusion: a product would round some halves differently.
         stride = (size - 1) / (count - 1) if count > 1 else 1.0
         position = 0.0
         for _ in range(count):
@@ -45,7 +48,7 @@ def spaced_timesteps(num_timesteps: int, spacing: Spacing) -> tuple[int, ...]:
 
 
 def respaced_betas(alphas_cumprod: np.ndarray, kept: Sequence[int]) -> np.ndarray:
-    """Betas of the process that visits only `kept` and has the same marginals there, float64 (len(kept),)."""
+    """Betas of the process of only the steps `kept` with the same marginals there, float64 (len(kept),)."""
     marginals = np.asarray(alphas_cumprod, dtype=np.float64)[list(kept)]
     return 1 - marginals / np.append(1.0, marginals[:-1])
 
@@ -61,7 +64,7 @@ def _fixed_stride(num_timesteps: int, spacing: str) -> tuple[int, ...]:
     raise invalid(
         "timestep_respacing",
         spacing,
-        f"a count that an integer stride over {num_timesteps} timesteps gives; {wanted} is none",
+        f"a count that an integer stride over {num_timesteps} timesteps gives; {wanted} is not one",
     )
 
 

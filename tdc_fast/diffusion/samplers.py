@@ -1,7 +1,7 @@
 """Samplers: DDPM ancestral, DDIM and DPM-Solver++(2M), every one at a timestep per sample.
 
-A step takes x (B, C, ...) and t (B,), where sample b stands at x_{t_b}; samples of one batch may be at different steps
-and on their way to different next steps. A sample with t = -1 is finished and comes back unchanged, bit for bit.
+A step takes x (B, C, ...) and t (B,): sample b is x at step t[b]. Samples of one batch may be at different steps and go
+to different next steps. A sample with t = -1 is finished and is returned unchanged, bit for bit.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from tdc_fast.errors import invalid
 SamplerName = Literal["ddpm", "ddim", "dpm++2m"]
 FINISHED = -1
 LOWEST_LOG_SNR = -5.1
-"""Half log SNR below which DPM-Solver++ does not start: the cosine schedule ends where x0 is not to be told from noise,
-and a second-order step would extrapolate from that."""
+"""Half log SNR below which DPM-Solver++ does not start: at the end of the cosine schedule nothing of x0 is left in x_t,
+and a second-order step would extrapolate from a prediction made there."""
 
 
 @torch.no_grad()
@@ -37,7 +37,18 @@ def ddpm_step(
     clip_denoised: bool = True,
     model_kwargs: Mapping[str, Any] | None = None,
 ) -> Tensor:
-    """One ancestral step x_t -> x_{t-1} (Ho et al. 2020, algorithm 2); t = 0 returns the mean, without noise."""
+    """One ancestral step x_t -> x_{t-1} (Ho et al. 2020, algorithm 2); t = 0 returns the mean, without noise.
+
+    Args:
+        diffusion: the process.
+        model: the denoiser.
+        x: samples (B, C, ...).
+        t: step of each sample (B,), -1 for a finished one.
+        noise: noise like x; drawn when None.
+        generator: where drawn noise comes from; None for torch's default generator.
+        clip_denoised: limit the predicted x0 to [-1, 1].
+        model_kwargs: further arguments of the model.
+    """
     step = _predict(diffusion, model, x, t, clip_denoised, model_kwargs)
     noise = draw_noise(x, generator) if noise is None else noise
     deviation = torch.exp(0.5 * step.log_variance) * broadcast_to_samples(t > 0, x)
@@ -60,8 +71,20 @@ def ddim_step(
 ) -> Tensor:
     """One DDIM step x_t -> x_{t_next} (Song et al. 2021, equation 12).
 
-    `t_next` (B,) defaults to t - 1 and may be any earlier step, -1 being the clean sample. `eta` 0 is deterministic and
-    draws no noise; eta 1 has the variance of `fixed_small`.
+    Args:
+        diffusion: the process.
+        model: the denoiser.
+        x: samples (B, C, ...).
+        t: step of each sample (B,), -1 for a finished one.
+        t_next: the step to go to (B,), any earlier one, -1 being the clean sample; None takes t - 1.
+        eta: 0 is deterministic and draws no noise; 1 has the variance of `fixed_small`.
+        noise: noise like x; drawn when None.
+        generator: where drawn noise comes from; None for torch's default generator.
+        clip_denoised: limit the predicted x0 to [-1, 1].
+        model_kwargs: further arguments of the model.
+
+    Raises:
+        ValueError: for wrong timesteps.
     """
     t_next = _next_steps(t, t_next)
     step = _predict(diffusion, model, x, t, clip_denoised, model_kwargs)
@@ -80,24 +103,28 @@ def ddim_step(
 
 @dataclass(frozen=True)
 class Dpm2mHistory:
-    """What DPM-Solver++(2M) remembers of each sample: its last predicted x0 (B, C, ...) and the step t (B,) it was made
-    at, -1 where there is none yet."""
+    """What DPM-Solver++(2M) remembers of each sample.
+
+    Attributes:
+        x0: its last predicted x0 (B, C, ...).
+        t: the step (B,) of that prediction, -1 where there is none yet.
+    """
 
     x0: Tensor
     t: Tensor
 
     @classmethod
     def empty(cls, x: Tensor) -> Dpm2mHistory:
-        """The history of samples x (B, C, ...) that have not made a step."""
+        """The history of samples x (B, C, ...) before their first step."""
         return cls(torch.zeros_like(x), torch.full((x.shape[0],), FINISHED, device=x.device, dtype=torch.int64))
 
     def select(self, index: Tensor) -> Dpm2mHistory:
-        """The history of the samples x[index], for a batch whose members come and go."""
+        """The history of the samples x[index], for a batch that samples join and leave."""
         return Dpm2mHistory(self.x0[index], self.t[index])
 
     @staticmethod
     def concat(histories: Sequence[Dpm2mHistory]) -> Dpm2mHistory:
-        """The history of torch.cat of the samples."""
+        """The history of concatenated batches."""
         return Dpm2mHistory(torch.cat([h.x0 for h in histories]), torch.cat([h.t for h in histories]))
 
 
@@ -113,10 +140,26 @@ def dpmpp_2m_step(
     clip_denoised: bool = True,
     model_kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[Tensor, Dpm2mHistory]:
-    """One step of DPM-Solver++(2M) x_t -> x_{t_next} (Lu et al. 2022, algorithm 2), and the history for the next one.
+    """One step of DPM-Solver++(2M) x_t -> x_{t_next} (Lu et al. 2022, algorithm 2).
 
-    `t_next` (B,) defaults to t - 1. A sample without history (its first step) makes a first-order step, as does a step
-    to the clean sample (t_next = -1), which returns the predicted x0.
+    The step is of first order for a sample without history (its first step), and to the clean sample (t_next = -1),
+    where it returns the predicted x0.
+
+    Args:
+        diffusion: the process.
+        model: the denoiser.
+        x: samples (B, C, ...).
+        t: step of each sample (B,), -1 for a finished one.
+        t_next: the step to go to (B,); None takes t - 1.
+        history: what the last call returned; None at the first.
+        clip_denoised: limit the predicted x0 to [-1, 1].
+        model_kwargs: further arguments of the model.
+
+    Returns:
+        The samples, and the history for the next step.
+
+    Raises:
+        ValueError: for wrong timesteps.
     """
     t_next = _next_steps(t, t_next)
     history = Dpm2mHistory.empty(x) if history is None else history
@@ -152,12 +195,28 @@ def sample(
     device: torch.device | str | None = None,
     noise: Tensor | None = None,
 ) -> Tensor:
-    """Draw samples of `shape` (B, C, ...), float32, in [-1, 1] when `clip_denoised`.
+    """Draw samples.
 
-    `steps` None visits the steps of `diffusion` (respace it for improved-diffusion's own spacings); a number visits
-    that many of them, spread as suits the sampler (`sampling_steps`). `generator` makes the result reproducible; it may
-    live on the CPU whatever `device` is. `noise` (shape) replaces the first draw x_T. One image batch is held at a
-    time, no trajectory. Raises ValueError for an unknown sampler, or steps that the process does not have.
+    Args:
+        diffusion: the process.
+        model: the denoiser.
+        shape: (B, C, ...).
+        sampler: "ddpm", "ddim" or "dpm++2m".
+        steps: how many steps to visit, spread as suits the sampler (see `sampling_steps`); None visits those of
+            `diffusion` (respace it for improved-diffusion's spacings).
+        generator: makes the result reproducible; it may be on the CPU whatever `device` is.
+        clip_denoised: limit the predicted x0 to [-1, 1].
+        model_kwargs: further arguments of the model.
+        progress: show a progress bar.
+        eta: noise of DDIM, 0 for none.
+        device: where to sample; None for torch's default device.
+        noise: x_T (shape), instead of a draw.
+
+    Returns:
+        float32 samples (B, C, ...), in [-1, 1] when `clip_denoised`.
+
+    Raises:
+        ValueError: for an unknown sampler, or steps that the process does not have.
     """
     if isinstance(shape, str) or not isinstance(shape, Sequence) or len(shape) < 2 or any(s < 0 for s in shape):
         raise invalid("shape", shape, "sizes (B, C, ...)")
@@ -194,9 +253,15 @@ def sample(
 def sampling_steps(diffusion: Diffusion, sampler: SamplerName, steps: int | None = None) -> tuple[int, ...]:
     """The increasing steps of `diffusion` that `sample` visits.
 
-    ddpm: evenly spread with both ends, as the spacing "25". ddim: a multiple of T / steps each, starting at 0, as the
-    spacing "ddim25" but for any count. dpm++2m: evenly spread in half log SNR, its own time, from step 0 to the last
-    step above -5.1. With `steps` None it, too, leaves out the steps beyond that.
+    Args:
+        diffusion: the process.
+        sampler: "ddpm" spreads the steps evenly with both ends, as the spacing "25". "ddim" takes multiples of
+            T / steps, starting at 0, as the spacing "ddim25" but for any count. "dpm++2m" spreads them evenly in half
+            log SNR, which is the time of that solver, from step 0 to the last step above -5.1.
+        steps: how many; None for all of them ("dpm++2m": all above -5.1).
+
+    Raises:
+        ValueError: for an unknown sampler, or more steps than the process has.
     """
     if sampler not in get_args(SamplerName):
         raise invalid("sampler", sampler, "one of " + ", ".join(get_args(SamplerName)))
@@ -222,7 +287,7 @@ def _even_in_log_snr(diffusion: Diffusion, steps: int | None) -> tuple[int, ...]
         return (last,)
     targets = np.linspace(half_log_snr[0], half_log_snr[last], steps)
     nearest = np.interp(-targets, -half_log_snr, np.arange(diffusion.num_timesteps)).round().astype(int)
-    # Where the targets lie denser than timesteps, neighbours are taken instead: each index once, none past the last.
+    # Where targets are closer together than timesteps, take neighbours: each index once, none past the last.
     rank = np.arange(steps)
     distinct = np.maximum.accumulate(nearest - rank) + rank
     return tuple(int(t) for t in np.minimum(distinct, last - rank[::-1]))
@@ -237,7 +302,7 @@ def _predict(
     model_kwargs: Mapping[str, Any] | None,
 ) -> ReverseStep:
     check_timesteps(t, x, diffusion.num_timesteps, lowest=FINISHED)
-    # Finished samples ride along at step 0: leaving them out would change the batch's shape and wait for the device.
+    # Finished samples are computed at step 0: to leave them out would change the batch's shape and wait for the device.
     index = t.clamp(min=0)
     output = model(x, diffusion.original_timesteps(index), **(model_kwargs or {}))
     return diffusion.p_mean_variance(output, x, index, clip_denoised)
@@ -258,7 +323,7 @@ def _next_steps(t: Tensor, t_next: Tensor | None) -> Tensor:
 
 
 def _half_log_snr(alphas_cumprod: Tensor) -> Tensor:
-    """lambda = log(alpha / sigma), the time in which DPM-Solver++ steps; infinite for the clean sample."""
+    """Half log SNR, log(alpha / sigma): the time of DPM-Solver++; infinite for the clean sample."""
     return 0.5 * (torch.log(alphas_cumprod) - torch.log1p(-alphas_cumprod))
 
 

@@ -10,15 +10,20 @@ import numpy as np
 from tdc_fast.errors import invalid
 
 MAX_BETA = 0.999
-"""The cosine schedule destroys all signal in its last step; the cap keeps that step invertible."""
+"""Largest beta of the cosine schedule: its last step would remove all signal, which no step could reverse."""
 
 
 def named_betas(name: str, num_timesteps: int) -> np.ndarray:
     """The betas of a named schedule, float64 (T,).
 
-    `linear` runs from 1e-4 to 0.02 for T = 1000 (Ho et al. 2020, section 4), its ends scaled by 1000 / T so that the
-    total noise does not depend on T. `cosine` is alpha_bar(s) = cos((s + 0.008) / 1.008 * pi / 2)**2 (Nichol and
-    Dhariwal 2021, equation 17). Raises ValueError for an unknown name or a T below 1.
+    Args:
+        name: "linear" runs from 1e-4 to 0.02 for T = 1000 (Ho et al. 2020, section 4), both scaled by 1000 / T so that
+            the total noise does not depend on T. "cosine" is alpha_bar(s) = cos((s + 0.008) / 1.008 * pi / 2)**2
+            (Nichol and Dhariwal 2021, equation 17).
+        num_timesteps: T.
+
+    Raises:
+        ValueError: for an unknown name or a T below 1.
     """
     if not isinstance(num_timesteps, int) or num_timesteps < 1:
         raise invalid("num_timesteps", num_timesteps, "at least one step")
@@ -33,6 +38,15 @@ def named_betas(name: str, num_timesteps: int) -> np.ndarray:
 def betas_for_alpha_bar(
     num_timesteps: int, alpha_bar: Callable[[float], float], max_beta: float = MAX_BETA
 ) -> np.ndarray:
-    """Betas whose cumulative product of (1 - beta) follows `alpha_bar` sampled on [0, 1], float64 (T,)."""
+    """The betas whose cumulative product of (1 - beta) follows a function.
+
+    Args:
+        num_timesteps: T.
+        alpha_bar: the product at time 0 to 1.
+        max_beta: largest beta.
+
+    Returns:
+        float64 (T,).
+    """
     edges = [alpha_bar(step / num_timesteps) for step in range(num_timesteps + 1)]
     return np.array([min(1 - after / before, max_beta) for before, after in zip(edges, edges[1:], strict=False)])

@@ -1,4 +1,4 @@
-"""Which timesteps a training batch gets: uniform, by the loss's second moment, or in fixed shares per group."""
+"""Which timesteps a training batch has: uniform, by the loss's second moment, or in fixed shares per group."""
 
 from __future__ import annotations
 
@@ -17,19 +17,24 @@ Weighting = Literal["unbiased", "per_group", "none"]
 
 
 class Groups(Protocol):
-    """What is needed of TimestepGroups: the intervals [boundaries[i], boundaries[i + 1]), and those that overlap."""
+    """The part of `TimestepGroups` that stratified sampling needs."""
 
     @property
-    def boundaries(self) -> tuple[int, ...]: ...
+    def boundaries(self) -> tuple[int, ...]:
+        """Boundaries (N + 1,): group i is [boundaries[i], boundaries[i + 1])."""
 
-    def overlapping(self, share: float) -> tuple[tuple[int, int], ...]: ...
+    def overlapping(self, share: float) -> tuple[tuple[int, int], ...]:
+        """Each group's interval (start, stop), extended into its neighbours by `share` of their timesteps."""
 
 
 class TimestepSampler:
     """Draws timesteps t (B,) and loss weights (B,); the training loss is mean(weights * losses).
 
-    Randomness comes only from the generator handed in; everything else a resumed run needs is in `state_dict`, which
-    holds plain numbers, lists and tensors.
+    Random numbers come only from the generator passed in. Everything else that a resumed run needs is in `state_dict`,
+    as plain numbers, lists and tensors.
+
+    Attributes:
+        num_timesteps: T.
     """
 
     num_timesteps: int
@@ -37,22 +42,32 @@ class TimestepSampler:
     def sample(
         self, batch_size: int, *, generator: torch.Generator | None = None, device: torch.device | str | None = None
     ) -> tuple[Tensor, Tensor]:
-        """int64 timesteps (B,) and float32 weights (B,) on `device`, drawn on the generator's device."""
+        """Draw a batch.
+
+        Args:
+            batch_size: B.
+            generator: where random numbers come from; None for torch's default generator.
+            device: where to put the result; None for the CPU.
+
+        Returns:
+            Timesteps, int64 (B,), and weights, float32 (B,).
+        """
         raise NotImplementedError
 
     def update(self, t: Tensor, losses: Tensor) -> None:
-        """Report the unweighted losses (B,) met at timesteps t (B,). Only samplers that adapt listen."""
+        """Learn from the unweighted losses (B,) at timesteps t (B,); only adaptive samplers do."""
 
     def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises ValueError when the state belongs to a sampler of other settings."""
+        """Go on from a `state_dict`; ValueError when it is that of a sampler with other settings."""
         _check_keys(state, set())
 
 
 class UniformSampler(TimestepSampler):
-    """Every timestep equally likely, every weight one."""
+    """All timesteps equally likely, all weights 1."""
 
     def __init__(self, num_timesteps: int) -> None:
         if num_timesteps < 1:
@@ -62,6 +77,7 @@ class UniformSampler(TimestepSampler):
     def sample(
         self, batch_size: int, *, generator: torch.Generator | None = None, device: torch.device | str | None = None
     ) -> tuple[Tensor, Tensor]:
+        """Draw a batch; see `TimestepSampler.sample`."""
         _check_batch(batch_size)
         t = torch.randint(self.num_timesteps, (batch_size,), generator=generator, device=_home(generator))
         return t.to(device), torch.ones(batch_size, device=device)
@@ -70,7 +86,7 @@ class UniformSampler(TimestepSampler):
 class LossSecondMomentSampler(TimestepSampler):
     """Importance sampling with probability proportional to sqrt(E[loss**2]) (Nichol and Dhariwal 2021, section 3.3).
 
-    Uniform until every timestep has met `history_per_term` losses; from then on the last so many count, and
+    Uniform until every timestep has `history_per_term` losses; from then on the last `history_per_term` count, and
     `uniform_prob` of the probability stays uniform. The weights 1 / (T p) keep the loss unbiased. In a distributed run
     `update` gathers the losses of all ranks, so that every rank keeps the same probabilities.
     """
@@ -87,7 +103,7 @@ class LossSecondMomentSampler(TimestepSampler):
         self._counts = np.zeros(num_timesteps, dtype=np.int64)
 
     def probabilities(self) -> np.ndarray:
-        """The present probability of each timestep, float64 (T,)."""
+        """The current probability of each timestep, float64 (T,)."""
         if (self._counts < self.history_per_term).any():
             return np.full(self.num_timesteps, 1 / self.num_timesteps)
         weights = np.sqrt((self._history**2).mean(axis=-1))
@@ -97,6 +113,7 @@ class LossSecondMomentSampler(TimestepSampler):
     def sample(
         self, batch_size: int, *, generator: torch.Generator | None = None, device: torch.device | str | None = None
     ) -> tuple[Tensor, Tensor]:
+        """Draw a batch; see `TimestepSampler.sample`."""
         _check_batch(batch_size)
         p = torch.from_numpy(self.probabilities())
         u = torch.rand(batch_size, generator=generator, device=_home(generator), dtype=torch.float64).cpu()
@@ -105,6 +122,7 @@ class LossSecondMomentSampler(TimestepSampler):
         return t.to(device), weights.to(device)
 
     def update(self, t: Tensor, losses: Tensor) -> None:
+        """Add the losses (B,) at timesteps t (B,), of all ranks, to the history."""
         for step, loss in _gathered(t.detach(), losses.detach()):
             if self._counts[step] == self.history_per_term:
                 self._history[step, :-1] = self._history[step, 1:]
@@ -114,9 +132,11 @@ class LossSecondMomentSampler(TimestepSampler):
                 self._counts[step] += 1
 
     def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs."""
         return {"history": torch.from_numpy(self._history.copy()), "counts": torch.from_numpy(self._counts.copy())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a `state_dict`; ValueError when it is that of a sampler with other settings."""
         _check_keys(state, {"history", "counts"})
         expected = tuple(self._history.shape)
         if tuple(state["history"].shape) != expected or tuple(state["counts"].shape) != expected[:1]:
@@ -128,17 +148,11 @@ class LossSecondMomentSampler(TimestepSampler):
 
 
 class StratifiedSampler(TimestepSampler):
-    """Fixed shares of every batch per group of timesteps, uniform inside the group.
+    """Fixed shares of every batch per group of timesteps, uniform within the group.
 
-    Shares are equal unless given. A batch they do not divide gives the remainder in turn, such that (at a constant
-    batch size) no group is ever a whole sample away from its exact share of all samples so far. The groups alternate
-    along the batch, so that any contiguous microbatch is balanced as well.
-
-    Weights: "unbiased" makes the expected loss that of uniform timesteps, (group size / T) / share; "per_group" gives
-    every group the same total, 1 / (N * share); "none" leaves ones, so that a group counts by its share.
-
-    overlap: each group's timesteps reach into its neighbours by this share of theirs (soft boundaries), so that a
-        timestep may belong to either of two groups; `sample_groups` says to which. Not with "unbiased".
+    When the shares do not divide a batch, the groups take turns with the remainder: at a constant batch size no group
+    is ever a whole sample away from its exact share of all samples so far. Groups alternate along the batch, so that
+    contiguous microbatches are balanced too.
     """
 
     def __init__(
@@ -149,6 +163,19 @@ class StratifiedSampler(TimestepSampler):
         weighting: Weighting = "unbiased",
         overlap: float = 0.0,
     ) -> None:
+        """Set the shares.
+
+        Args:
+            groups: the N groups.
+            shares: share of the batch per group, relative to their sum; None for equal shares.
+            weighting: "unbiased" gives the expected loss of uniform timesteps, (group size / T) / share; "per_group"
+                gives every group the same total, 1 / (N * share); "none" gives ones: a group counts by its share.
+            overlap: how far each group's timesteps reach into its neighbours (soft boundaries), as a share of theirs. A
+                timestep may then belong to either of two groups; `sample_groups` says to which. Not with "unbiased".
+
+        Raises:
+            ValueError: for shares that are not positive or not one per group, or an unknown weighting.
+        """
         edges = [int(edge) for edge in groups.boundaries]
         count = len(edges) - 1
         if shares is None:
@@ -160,7 +187,9 @@ class StratifiedSampler(TimestepSampler):
         if weighting not in ("unbiased", "per_group", "none"):
             raise invalid("weighting", weighting, "'unbiased', 'per_group' or 'none'")
         if overlap and weighting == "unbiased":
-            raise invalid("overlap", overlap, 'weighting "per_group" or "none": shared timesteps have no one density')
+            raise invalid(
+                "overlap", overlap, 'weighting "per_group" or "none": timesteps in two groups have no single density'
+            )
         self.num_timesteps = edges[-1]
         self.num_groups = count
         intervals = torch.tensor(groups.overlapping(overlap) if overlap else list(itertools.pairwise(edges)))
@@ -175,15 +204,15 @@ class StratifiedSampler(TimestepSampler):
             "none": torch.ones(count, dtype=torch.float64),
         }
         self._weights = weights[weighting].float()
-        # Samples owed to each group, in units of 1 / total: integers, so that no rounding ever adds up.
+        # Samples owed to each group, in units of 1 / total: integers, so that rounding errors cannot add up.
         self._owed = np.zeros(count, dtype=np.int64)
 
     def next_counts(self, batch_size: int) -> np.ndarray:
         """How many of the next batch's samples each group gets, int64 (N,); advances the rotation."""
         counts, fractions = np.divmod(batch_size * self._parts, self._total)
         remainder = batch_size - int(counts.sum())
-        # Tijdeman's chairman assignment (1980): each left-over sample goes, of the groups that are owed something by
-        # then, to the one that would be owed a whole sample first.
+        # Tijdeman's chairman assignment (1980): among the groups that are owed something, each left-over sample goes
+        # to the one that would be owed a whole sample first.
         scale, whole = max(remainder, 1), max(remainder, 1) * self._total
         owed = self._owed * scale
         for _ in range(remainder):
@@ -191,7 +220,7 @@ class StratifiedSampler(TimestepSampler):
             slots_left = np.full(self.num_groups, np.iinfo(np.int64).max)
             due = (owed > 0) & (fractions > 0)
             slots_left[due] = -((owed[due] - whole) // fractions[due])
-            # After a change of batch size nobody with a fraction may be owed anything: then the most owed is next.
+            # After a change of batch size no group with a fraction may be owed anything: then take the most owed.
             chosen = int(slots_left.argmin()) if due.any() else int(owed.argmax())
             owed[chosen] -= whole
             counts[chosen] += 1
@@ -201,13 +230,23 @@ class StratifiedSampler(TimestepSampler):
     def sample(
         self, batch_size: int, *, generator: torch.Generator | None = None, device: torch.device | str | None = None
     ) -> tuple[Tensor, Tensor]:
+        """Draw a batch; see `TimestepSampler.sample`."""
         t, weights, _ = self.sample_groups(batch_size, generator=generator, device=device)
         return t, weights
 
     def sample_groups(
         self, batch_size: int, *, generator: torch.Generator | None = None, device: torch.device | str | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """`sample`, and the group (B,) int64 that each timestep was drawn for."""
+        """Draw a batch, as `sample` does, with the group that each timestep was drawn for.
+
+        Args:
+            batch_size: B.
+            generator: where random numbers come from; None for torch's default generator.
+            device: where to put the result; None for the CPU.
+
+        Returns:
+            Timesteps, int64 (B,), weights, float32 (B,), and groups, int64 (B,).
+        """
         _check_batch(batch_size)
         counts = self.next_counts(batch_size)
         group = torch.from_numpy(_interleaved(counts))
@@ -216,9 +255,11 @@ class StratifiedSampler(TimestepSampler):
         return t.to(device), self._weights[group].to(device), group.to(device)
 
     def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs."""
         return {"owed": self._owed.tolist(), "parts": self._parts.tolist(), "starts": self._starts.tolist()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a `state_dict`; ValueError when it is that of a sampler with other settings."""
         _check_keys(state, {"owed", "parts", "starts"})
         for key, mine in (("parts", self._parts.tolist()), ("starts", self._starts.tolist())):
             if list(state[key]) != mine:
@@ -235,7 +276,19 @@ def create_timestep_sampler(
     weighting: Weighting = "unbiased",
     overlap: float = 0.0,
 ) -> TimestepSampler:
-    """A sampler by name: 'uniform', 'loss-second-moment' or 'stratified' (which needs groups)."""
+    """A sampler by name.
+
+    Args:
+        name: "uniform", "loss-second-moment" or "stratified".
+        num_timesteps: T.
+        groups: the groups, for "stratified".
+        shares: see `StratifiedSampler`, as for the others below.
+        weighting: which loss weights.
+        overlap: soft boundaries.
+
+    Raises:
+        ValueError: for an unknown name, or groups that are missing or of another T.
+    """
     if name == "uniform":
         return UniformSampler(num_timesteps)
     if name == "loss-second-moment":
@@ -259,7 +312,7 @@ def _home(generator: torch.Generator | None) -> torch.device:
 
 
 def _whole_parts(shares: Sequence[float]) -> np.ndarray:
-    """Shares as integers in the same ratio: exact for ratios of small numbers, else to a millionth of the total."""
+    """Shares as integers in the same ratio, exact for ratios of small numbers, else to a millionth of the total."""
     total = sum(Fraction(share) for share in shares)
     parts = [(Fraction(share) / total).limit_denominator(10_000) for share in shares]
     if sum(parts) != 1:
@@ -273,7 +326,7 @@ def _whole_parts(shares: Sequence[float]) -> np.ndarray:
 
 
 def _interleaved(counts: np.ndarray) -> np.ndarray:
-    """Group of each slot of a batch, int64 (B,), the members of every group spread evenly along it."""
+    """Group of each position in a batch, int64 (B,), with every group spread evenly along it."""
     group = np.repeat(np.arange(len(counts)), counts)
     place = np.concatenate([(np.arange(count) + 0.5) / count for count in counts if count] or [np.zeros(0)])
     return group[np.argsort(place, kind="stable")]
