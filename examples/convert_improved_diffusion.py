@@ -32,6 +32,7 @@ def write_stand_in(path: Path) -> Path:
 
 
 def main(folder: Path, checkpoint: Path) -> None:
+    """Sample from the checkpoint, then train two experts from it and write the first as a checkpoint again."""
     state = torch.load(checkpoint, weights_only=True)
     print(f"{checkpoint.name}: {len(state)} tensors, the first {next(iter(state))}")
 

@@ -24,6 +24,7 @@ class Exchange:
     name = "exchange"
 
     def propose(self, task: Task, count: int) -> list[Proposal]:
+        """The best widths so far, and `count` - 1 variations of them."""
         best = task.best()  # None in the first round, when nothing has a score
         widths = best.widths if best else task.most_important().widths
         rng, units = task.rng(), {unit.name: unit for unit in task.units}
@@ -38,6 +39,7 @@ class Exchange:
 
 
 def main(folder: Path) -> None:
+    """Search widths for three groups, save them and the memory of the search, and pack the pruned experts."""
     torch.manual_seed(0)
     base = UNet(image_size=8, in_channels=1, model_channels=16, out_channels=1, num_res_blocks=1,
                 attention_resolutions=(), channel_mult=(1, 2), num_heads=1, use_scale_shift_norm=True)  # fmt: skip

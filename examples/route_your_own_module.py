@@ -23,6 +23,7 @@ class SmallDenoiser(nn.Module):
         self.leave = nn.Conv2d(channels, 3, 3, padding=1)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """Predict the noise in x (B, 3, H, W) at timesteps t (B,)."""
         h = self.norm(self.enter(x)) + self.time(t[:, None].float() / 1000)[:, :, None, None]
         return self.leave(nn.functional.silu(h))
 
@@ -37,6 +38,7 @@ def one_by_one(experts: list[SmallDenoiser], groups: TimestepGroups, x: Tensor, 
 
 
 def main() -> None:
+    """Compare the routed model with its experts, run backward, and take one expert out."""
     torch.manual_seed(0)
     groups = TimestepGroups.uniform(num_timesteps=1000, num_groups=4)
     experts = [SmallDenoiser() for _ in range(groups.num_groups)]

@@ -17,6 +17,7 @@ STEPS = list(range(190, -1, -10)) + [-1]  # the timesteps that every request vis
 
 
 def main() -> None:
+    """Serve six requests that arrive at different ticks, then check one of them on its own."""
     torch.manual_seed(0)
     base = UNet(image_size=8, in_channels=1, model_channels=16, out_channels=1, num_res_blocks=1,
                 attention_resolutions=(), channel_mult=(1, 2), num_heads=1, use_scale_shift_norm=True)  # fmt: skip

@@ -26,6 +26,7 @@ def discs(count: int, size: int = 8) -> np.ndarray:
 
 
 def main(run_dir: str) -> None:
+    """Train three experts on discs and print what the run directory holds."""
     config = TrainConfig(
         run_dir=run_dir,
         image_size=8,
