@@ -5,12 +5,57 @@ Widths and expert indices come from the caller's tensors: they are clamped to wh
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 # Triton's interpreter multiplies the raw bits of bf16 operands: there, products are taken in fp32.
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 _INTERPRETED: tl.constexpr = tl.constexpr(INTERPRETED)
+
+
+class Image(NamedTuple):
+    """An NHWC tensor in memory."""
+
+    pointer: Any
+    height: Any
+    width: Any
+    channels: Any
+
+
+class Output(NamedTuple):
+    """Where a convolution's epilogue stores: an NHWC tensor."""
+
+    pointer: Any
+    pixels: Any  # of one image
+    channels: Any
+
+
+class Addends(NamedTuple):
+    """What a convolution's epilogue adds; each may be None."""
+
+    bias: Any  # (E, C_out)
+    sample_bias: Any  # (B, C_out)
+    residual: Any  # like the output
+
+
+class Samples(NamedTuple):
+    """The samples of a tile, all of one group, and the group's widths."""
+
+    expert: Any
+    first: Any
+    count: Any
+    live: Any  # source channels to multiply; 0 where the whole tile is dead
+    out_live: Any  # live output channels
+
+
+class Taps(NamedTuple):
+    """The taps that a program walks along one axis."""
+
+    count: Any
+    first: Any
+    base: Any  # source coordinate of the first tap, relative to the grid's coordinate
 
 
 @triton.jit
@@ -53,7 +98,7 @@ def multiply(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def axis_taps(parity, padding, FILTER: tl.constexpr, STRIDE: tl.constexpr, DGRAD: tl.constexpr):
-    """How one axis walks its taps: (number of taps, first tap, first source coordinate relative to the grid's).
+    """The taps of one axis.
 
     Forward: output g reads source g * STRIDE - padding + j through tap j.
     Dgrad: a program serves the pixels STRIDE * g + parity, which only every STRIDE-th tap reaches: the j-th of them is
@@ -61,13 +106,13 @@ def axis_taps(parity, padding, FILTER: tl.constexpr, STRIDE: tl.constexpr, DGRAD
     """
     if DGRAD:
         first = (parity + padding) % STRIDE
-        taps = (FILTER - first + STRIDE - 1) // STRIDE
+        count = (FILTER - first + STRIDE - 1) // STRIDE
         base = (parity + padding) // STRIDE
     else:
         first = 0
-        taps = FILTER
+        count = FILTER
         base = -padding
-    return taps, first, base
+    return Taps(count=count, first=first, base=base)
 
 
 @triton.jit
@@ -79,35 +124,31 @@ def halves(acc):
 @triton.jit
 def finish_tile(
     acc,  # [BN, BM] fp32
-    out,
-    bias,
-    sample_bias,
-    residual,
-    expert,
-    first,  # first sample of the tile
+    output,
+    addends,
+    samples,
     sample,  # [BM] sample within the tile
     pixel,  # [BM] pixel of the output image
     valid,  # [BM]
     columns,  # [BN] output channels
-    live,  # live output channels
-    channels,
-    pixels,  # of an output image
 ):
-    """Adds what there is to add in fp32 and stores the tile to NHWC memory; dead channels become exact zeros."""
+    """Adds the addends in fp32 and stores the tile; dead channels become exact zeros."""
+    channels, pixels = output.channels, output.pixels
     value = tl.trans(acc)  # [BM, BN]
-    # Masked by the channels there are, not by the live ones, whose number has no known alignment: loads stay wide.
+    # Masked by the number of channels, not of live ones, whose alignment is unknown: loads stay wide.
     there = columns < channels
     inside = valid[:, None] & there[None, :]
-    begin = first.to(tl.int64)
-    if bias is not None:
-        row = bias + expert.to(tl.int64) * channels
+    begin = samples.first.to(tl.int64)
+    if addends.bias is not None:
+        row = addends.bias + samples.expert.to(tl.int64) * channels
         value += tl.load(row + columns, mask=there, other=0.0).to(tl.float32)[None, :]
-    if sample_bias is not None:
-        rows = sample_bias + begin * channels + (sample * channels)[:, None] + columns[None, :]
+    if addends.sample_bias is not None:
+        rows = addends.sample_bias + begin * channels + (sample * channels)[:, None] + columns[None, :]
         value += tl.load(rows, mask=inside, other=0.0).to(tl.float32)
     start = begin * (pixels * channels)
     place = ((sample * pixels + pixel) * channels)[:, None] + columns[None, :]  # [BM, BN]
-    if residual is not None:
-        value += tl.load(residual + start + place, mask=inside, other=0.0).to(tl.float32)
-    value = tl.where((columns < live)[None, :], value, 0.0)
+    if addends.residual is not None:
+        value += tl.load(addends.residual + start + place, mask=inside, other=0.0).to(tl.float32)
+    value = tl.where((columns < samples.out_live)[None, :], value, 0.0)
+    out = output.pointer
     tl.store(out + start + place, value.to(out.dtype.element_ty), mask=inside)

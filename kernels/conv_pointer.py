@@ -12,135 +12,132 @@ that they stay 16 bytes wide whatever the width is; channels past the width are 
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-from tdc_fast.kernels.common import axis_taps, expert_of, finish_tile, live_width, load_tile_row, multiply
+from tdc_fast.kernels.common import (
+    Addends,
+    Image,
+    Output,
+    Samples,
+    axis_taps,
+    expert_of,
+    finish_tile,
+    live_width,
+    load_tile_row,
+    multiply,
+)
+
+
+class Pixels(NamedTuple):
+    """The pixels of a tile, [BM] each."""
+
+    sample: Any  # within the tile
+    row: Any  # offset of the source pixel at the first tap
+    y: Any  # its coordinates
+    x: Any
+    out: Any  # pixel of the output image
+    valid: Any
+
+
+class Form(NamedTuple):
+    """What the compiler knows: see the kernel's arguments of these names."""
+
+    S: Any
+    STRIDE_H: Any
+    STRIDE_W: Any
+    DGRAD: Any
+    TAPS_INNER: Any
+    TAIL: Any
+    PRECISION: Any
+    BK: Any
 
 
 @triton.jit
 def _step(
-    acc,
+    acc,  # [BN, BM]
     source,
-    weight,
+    weight,  # of the expert
+    filter_taps,
+    out_channels,
+    live,
+    pixels,
+    columns,  # [BN]
+    taps_h,
+    taps_w,
     tap_h,
     tap_w,
     k,
-    row,  # [BM] offset of a pixel's source at tap (0, 0)
-    y,  # [BM] its coordinates there
-    x,
-    valid,
-    columns,
-    live,
-    source_height,
-    source_width,
-    source_channels,
-    out_channels,
-    first_h,
-    first_w,
-    taps,  # of the filter
-    S: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    DGRAD: tl.constexpr,
-    BK: tl.constexpr,
-    PRECISION: tl.constexpr,
+    FORM: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """One block of BK source channels at one tap."""
-    k_axis: tl.constexpr = 1 if DGRAD else 0
-    steps = k + tl.arange(0, BK)
-    if DGRAD:
-        y, x, shift = y - tap_h, x - tap_w, -(tap_h * source_width + tap_w)
-        tap = (first_h + tap_h * STRIDE_H) * S + first_w + tap_w * STRIDE_W
-        offsets = steps[:, None] * (taps * out_channels) + tap * out_channels + columns[None, :]  # [BK, BN]
+    """Multiplies one block of BK source channels at one tap."""
+    k_axis: tl.constexpr = 1 if FORM.DGRAD else 0
+    steps = k + tl.arange(0, FORM.BK)
+    if FORM.DGRAD:
+        y, x, shift = pixels.y - tap_h, pixels.x - tap_w, -(tap_h * source.width + tap_w)
+        tap = (taps_h.first + tap_h * FORM.STRIDE_H) * FORM.S + taps_w.first + tap_w * FORM.STRIDE_W
+        offsets = steps[:, None] * (filter_taps * out_channels) + tap * out_channels + columns[None, :]  # [BK, BN]
         inside = (columns < out_channels)[None, :]
     else:
-        y, x, shift = y + tap_h, x + tap_w, tap_h * source_width + tap_w
-        tap = tap_h * S + tap_w
-        offsets = columns[:, None] * (taps * source_channels) + tap * source_channels + steps[None, :]  # [BN, BK]
+        y, x, shift = pixels.y + tap_h, pixels.x + tap_w, tap_h * source.width + tap_w
+        tap = tap_h * FORM.S + tap_w
+        offsets = columns[:, None] * (filter_taps * source.channels) + tap * source.channels + steps[None, :]
         inside = (columns < out_channels)[:, None]
-    reach = valid & (y >= 0) & (y < source_height) & (x >= 0) & (x < source_width)
-    pixels = source + (row + shift * source_channels)[:, None] + steps[None, :]  # [BM, BK]
+    reach = pixels.valid & (y >= 0) & (y < source.height) & (x >= 0) & (x < source.width)
+    values = source.pointer + (pixels.row + shift * source.channels)[:, None] + steps[None, :]  # [BM, BK]
     if MASKED:
-        there = steps < source_channels
+        there = steps < source.channels
         alive = steps < live
         a = tl.load(weight + offsets, mask=inside & tl.expand_dims(there, k_axis), other=0.0)
-        b = tl.load(pixels, mask=reach[:, None] & there[None, :], other=0.0)
-        # Chosen after the load: a mask of no known alignment would make it a load of single elements.
+        b = tl.load(values, mask=reach[:, None] & there[None, :], other=0.0)
+        # Selected after the load: a mask of unknown alignment would make it a load of single elements.
         a = tl.where(tl.expand_dims(alive, k_axis), a, 0.0)
         b = tl.where(alive[None, :], b, 0.0)
     else:
         a = tl.load(weight + offsets, mask=inside, other=0.0)
-        b = tl.load(pixels, mask=reach[:, None], other=0.0)
-    if DGRAD:
+        b = tl.load(values, mask=reach[:, None], other=0.0)
+    if FORM.DGRAD:
         a = tl.trans(a)
-    return multiply(a, tl.trans(b), acc, PRECISION)
+    return multiply(a, tl.trans(b), acc, FORM.PRECISION)
 
 
 @triton.jit
 def _tile(
     source,
     weight,  # of the expert
-    out,
-    bias,
-    sample_bias,
-    residual,
-    expert,
-    first,
-    sample,  # [BM]
-    row,  # [BM]
-    y,  # [BM]
-    x,
-    pixel,  # [BM] of out
-    valid,
-    columns,
-    live,
-    out_live,
-    source_height,
-    source_width,
-    source_channels,
-    out_channels,
-    out_pixels,
-    first_h,
-    first_w,
+    filter_taps,
+    output,
+    addends,
+    samples,
+    pixels,
+    columns,  # [BN]
     taps_h,
     taps_w,
-    taps,  # of the filter
-    S: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    DGRAD: tl.constexpr,
-    TAPS_INNER: tl.constexpr,
-    TAIL: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BK: tl.constexpr,
+    FORM: tl.constexpr,
 ):
-    """These columns of the result."""
-    acc = tl.zeros([columns.shape[0], sample.shape[0]], tl.float32)
-    reaching = taps_h * taps_w
-    across = tl.maximum(taps_w, 1)  # pipelining divides before it knows that there is a tap
-    blocks = live // BK
-    for outer in range(blocks if TAPS_INNER else reaching):
-        for inner in range(reaching if TAPS_INNER else blocks):
-            tap = inner if TAPS_INNER else outer
-            k = (outer if TAPS_INNER else inner) * BK
+    """Computes these columns of the result."""
+    acc = tl.zeros([columns.shape[0], pixels.sample.shape[0]], tl.float32)
+    taps = taps_h.count * taps_w.count
+    across = tl.maximum(taps_w.count, 1)  # pipelining divides before it knows that there is a tap
+    blocks = samples.live // FORM.BK
+    for outer in range(blocks if FORM.TAPS_INNER else taps):
+        for inner in range(taps if FORM.TAPS_INNER else blocks):
+            tap = inner if FORM.TAPS_INNER else outer
+            k = (outer if FORM.TAPS_INNER else inner) * FORM.BK
             acc = _step(
-                acc, source, weight, tap // across, tap % across, k, row, y, x, valid, columns, live, source_height,
-                source_width, source_channels, out_channels, first_h, first_w, taps, S, STRIDE_H, STRIDE_W, DGRAD, BK,
-                PRECISION, False,
+                acc, source, weight, filter_taps, output.channels, samples.live, pixels, columns, taps_h, taps_w,
+                tap // across, tap % across, k, FORM, False,
             )  # fmt: skip
-    if TAIL:
-        for tap in range(tl.where(blocks * BK < live, reaching, 0)):
+    if FORM.TAIL:
+        for tap in range(tl.where(blocks * FORM.BK < samples.live, taps, 0)):
             acc = _step(
-                acc, source, weight, tap // across, tap % across, blocks * BK, row, y, x, valid, columns, live,
-                source_height, source_width, source_channels, out_channels, first_h, first_w, taps, S, STRIDE_H,
-                STRIDE_W, DGRAD, BK, PRECISION, True,
+                acc, source, weight, filter_taps, output.channels, samples.live, pixels, columns, taps_h, taps_w,
+                tap // across, tap % across, blocks * FORM.BK, FORM, True,
             )  # fmt: skip
-    finish_tile(
-        acc, out, bias, sample_bias, residual, expert, first, sample, pixel, valid, columns, out_live, out_channels,
-        out_pixels,
-    )  # fmt: skip
+    finish_tile(acc, output, addends, samples, pixels.sample, pixels.out, pixels.valid, columns)
 
 
 _GEOMETRY = [
@@ -195,19 +192,19 @@ def conv_pointer_kernel(
     if group < 0:
         return
     pixel_class = tl.num_programs(1) - 1 - tl.program_id(1)
-    taps_h, first_h, base_h = axis_taps(pixel_class // STRIDE_W, pad_height, R, STRIDE_H, DGRAD)
-    taps_w, first_w, base_w = axis_taps(pixel_class % STRIDE_W, pad_width, S, STRIDE_W, DGRAD)
+    taps_h = axis_taps(pixel_class // STRIDE_W, pad_height, R, STRIDE_H, DGRAD)
+    taps_w = axis_taps(pixel_class % STRIDE_W, pad_width, S, STRIDE_W, DGRAD)
 
     flat = chunk * BM + tl.arange(0, BM)
-    pixels = grid_height * grid_width
-    sample = flat // pixels
-    grid_y = flat % pixels // grid_width
-    grid_x = flat % pixels % grid_width
+    grid_pixels = grid_height * grid_width
+    sample = flat // grid_pixels
+    grid_y = flat % grid_pixels // grid_width
+    grid_x = flat % grid_pixels % grid_width
     if DGRAD:
-        y, x = grid_y + base_h, grid_x + base_w
+        y, x = grid_y + taps_h.base, grid_x + taps_w.base
         out_y, out_x = grid_y * STRIDE_H + pixel_class // STRIDE_W, grid_x * STRIDE_W + pixel_class % STRIDE_W
     else:
-        y, x = grid_y * STRIDE_H + base_h, grid_x * STRIDE_W + base_w
+        y, x = grid_y * STRIDE_H + taps_h.base, grid_x * STRIDE_W + taps_w.base
         out_y, out_x = grid_y, grid_x
     valid = (sample < count) & (out_y < out_height) & (out_x < out_width)
 
@@ -219,24 +216,21 @@ def conv_pointer_kernel(
     weight += expert.to(tl.int64) * (R * S * source_channels * out_channels)
     source += first.to(tl.int64) * (source_height * source_width * source_channels)
     row = ((sample * source_height + y) * source_width + x) * source_channels
-    pixel = out_y * out_width + out_x
-    out_pixels = out_height * out_width
 
+    pixels = Pixels(sample=sample, row=row, y=y, x=x, out=out_y * out_width + out_x, valid=valid)
+    image = Image(pointer=source, height=source_height, width=source_width, channels=source_channels)
+    output = Output(pointer=out, pixels=out_height * out_width, channels=out_channels)
+    addends = Addends(bias=bias, sample_bias=sample_bias, residual=residual)
+    samples = Samples(expert=expert, first=first, count=count, live=live, out_live=out_live)
+    FORM: tl.constexpr = Form(
+        S=S, STRIDE_H=STRIDE_H, STRIDE_W=STRIDE_W, DGRAD=DGRAD, TAPS_INNER=TAPS_INNER, TAIL=TAIL, PRECISION=PRECISION,
+        BK=BK,
+    )  # fmt: skip
     if NARROW and out_live - column <= BN // 2:
         half = column + tl.arange(0, BN // 2)
-        _tile(
-            source, weight, out, bias, sample_bias, residual, expert, first, sample, row, y, x, pixel, valid, half,
-            live, out_live, source_height, source_width, source_channels, out_channels, out_pixels, first_h, first_w,
-            taps_h, taps_w, R * S, S, STRIDE_H, STRIDE_W, DGRAD, TAPS_INNER, TAIL, PRECISION, BK,
-        )  # fmt: skip
-        finish_tile(
-            tl.zeros([BN // 2, BM], tl.float32), out, None, None, None, expert, first, sample, pixel, valid,
-            half + BN // 2, out_live, out_channels, out_pixels,
-        )  # fmt: skip
+        _tile(image, weight, R * S, output, addends, samples, pixels, half, taps_h, taps_w, FORM)
+        zeros, nothing = tl.zeros([BN // 2, BM], tl.float32), Addends(bias=None, sample_bias=None, residual=None)
+        finish_tile(zeros, output, nothing, samples, sample, pixels.out, valid, half + BN // 2)
     else:
         columns = column + tl.arange(0, BN)
-        _tile(
-            source, weight, out, bias, sample_bias, residual, expert, first, sample, row, y, x, pixel, valid, columns,
-            live, out_live, source_height, source_width, source_channels, out_channels, out_pixels, first_h, first_w,
-            taps_h, taps_w, R * S, S, STRIDE_H, STRIDE_W, DGRAD, TAPS_INNER, TAIL, PRECISION, BK,
-        )  # fmt: skip
+        _tile(image, weight, R * S, output, addends, samples, pixels, columns, taps_h, taps_w, FORM)

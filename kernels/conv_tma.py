@@ -13,14 +13,26 @@ and dropped, since rows do not mix.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from tdc_fast.kernels.common import axis_taps, expert_of, finish_tile, halves, live_width, load_tile_row, multiply
+from tdc_fast.kernels.common import (
+    Addends,
+    Image,
+    Output,
+    Samples,
+    axis_taps,
+    expert_of,
+    finish_tile,
+    halves,
+    live_width,
+    load_tile_row,
+    multiply,
+)
 
 
 def source_descriptor(source: Tensor, constants: dict[str, Any]) -> TensorDescriptor:
@@ -47,54 +59,80 @@ def weight_descriptor(weight: Tensor, constants: dict[str, Any], channels: int) 
     return TensorDescriptor(weight, [experts * c_out, length], [length, 1], block)
 
 
+class Operands(NamedTuple):
+    """The tensors that a tile multiplies."""
+
+    source: Any  # boxes of (B, H, W, source channels)
+    weight: Any  # boxes of (E C_out, R S C_in), of as many output channels as the tile has
+    channels: Any  # of the source
+
+
+class Corner(NamedTuple):
+    """Where a tile begins."""
+
+    y: Any  # pixel of the grid
+    x: Any
+    source_y: Any  # pixel of the source at the first tap
+    source_x: Any
+    parity_h: Any  # which of every STRIDE pixels a program of dgrad serves
+    parity_w: Any
+    weight_row: Any
+
+
+class Form(NamedTuple):
+    """What the compiler knows: see the kernel's arguments of these names."""
+
+    S: Any
+    STRIDE_H: Any
+    STRIDE_W: Any
+    DGRAD: Any
+    HALVED: Any
+    FILLED: Any
+    TAPS_INNER: Any
+    TAIL: Any
+    TH: Any
+    TW: Any
+    BM: Any
+    BK: Any
+
+
 @triton.jit
 def _step(
-    acc,
-    source,
-    weight,
+    acc,  # [BN, BM]
+    operands,
+    samples,
+    corner,
+    column,
+    out_channels,
+    taps_h,
+    taps_w,
     tap_h,
     tap_w,
     k,
-    first,
-    y,  # source coordinates of the box at tap (0, 0)
-    x,
-    weight_row,
-    column,
-    live,
-    source_channels,
-    out_channels,
-    first_h,
-    first_w,
-    S: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    DGRAD: tl.constexpr,
-    HALVED: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
+    FORM: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """One box at one tap."""
-    if DGRAD:
-        tap = (first_h + tap_h * STRIDE_H) * S + first_w + tap_w * STRIDE_W
-        box = source.load([first, y - tap_h, x - tap_w, k])
-        a = weight.load([weight_row + k, tap * out_channels + column])
+    """Multiplies one box at one tap."""
+    y, x = corner.source_y, corner.source_x
+    if FORM.DGRAD:
+        tap = (taps_h.first + tap_h * FORM.STRIDE_H) * FORM.S + taps_w.first + tap_w * FORM.STRIDE_W
+        box = operands.source.load([samples.first, y - tap_h, x - tap_w, k])
+        a = operands.weight.load([corner.weight_row + k, tap * out_channels + column])
     else:
-        tap = tap_h * S + tap_w
-        if HALVED:
+        tap = tap_h * FORM.S + tap_w
+        if FORM.HALVED:
             # Coordinates may be -1: shifts and masks round them down, where a division would round up.
             row, col = y + tap_h, x + tap_w
-            box = source.load([first, row >> 1, row & 1, col >> 1, (col & 1) * source_channels + k])
+            box = operands.source.load([samples.first, row >> 1, row & 1, col >> 1, (col & 1) * operands.channels + k])
         else:
-            box = source.load([first, y + tap_h, x + tap_w, k])
-        a = weight.load([weight_row, tap * source_channels + k])
-    b = box.reshape(BM, BK)
+            box = operands.source.load([samples.first, y + tap_h, x + tap_w, k])
+        a = operands.weight.load([corner.weight_row, tap * operands.channels + k])
+    b = box.reshape(FORM.BM, FORM.BK)
     if MASKED:
-        alive = k + tl.arange(0, BK) < live
-        a = tl.where(alive[:, None] if DGRAD else alive[None, :], a, 0.0)
+        alive = k + tl.arange(0, FORM.BK) < samples.live
+        a = tl.where(alive[:, None] if FORM.DGRAD else alive[None, :], a, 0.0)
         b = tl.where(alive[None, :], b, 0.0)
-    if DGRAD:
+    if FORM.DGRAD:
         a = tl.trans(a)
     return multiply(a, tl.trans(b), acc, "ieee")
 
@@ -102,127 +140,71 @@ def _step(
 @triton.jit
 def _finish(
     acc,  # [BN, ROWS]
-    out,
-    bias,
-    sample_bias,
-    residual,
-    expert,
-    first,
-    count,
-    begin,  # of these rows within the box
-    box_y,
-    box_x,
-    parity_h,
-    parity_w,
+    image,
+    addends,
+    samples,
+    corner,
     column,
-    out_live,
-    out_channels,
-    out_height,
-    out_width,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    DGRAD: tl.constexpr,
-    TH: tl.constexpr,
-    TW: tl.constexpr,
-    ROWS: tl.constexpr,
-    BN: tl.constexpr,
+    begin,  # of these rows within the box
+    FORM: tl.constexpr,
 ):
     """Stores rows of the box to the pixels they stand for."""
-    place = begin + tl.arange(0, ROWS)
-    sample = place // (TH * TW)
-    y = box_y + place // TW % TH
-    x = box_x + place % TW
-    if DGRAD:
-        y, x = y * STRIDE_H + parity_h, x * STRIDE_W + parity_w
-    valid = (sample < count) & (y < out_height) & (x < out_width)
-    finish_tile(
-        acc, out, bias, sample_bias, residual, expert, first, sample, y * out_width + x, valid,
-        column + tl.arange(0, BN), out_live, out_channels, out_height * out_width,
-    )  # fmt: skip
+    place = begin + tl.arange(0, acc.shape[1])
+    sample = place // (FORM.TH * FORM.TW)
+    y = corner.y + place // FORM.TW % FORM.TH
+    x = corner.x + place % FORM.TW
+    if FORM.DGRAD:
+        y, x = y * FORM.STRIDE_H + corner.parity_h, x * FORM.STRIDE_W + corner.parity_w
+    valid = (sample < samples.count) & (y < image.height) & (x < image.width)
+    pixel = y * image.width + x
+    columns = column + tl.arange(0, acc.shape[0])
+    output = Output(pointer=image.pointer, pixels=image.height * image.width, channels=image.channels)
+    finish_tile(acc, output, addends, samples, sample, pixel, valid, columns)
 
 
 @triton.jit
 def _tile(
-    source,
-    weight,  # boxes of BN channels
-    out,
-    bias,
-    sample_bias,
-    residual,
-    expert,
-    first,
-    count,
-    box_y,
-    box_x,
-    y,
-    x,
-    weight_row,
+    operands,
+    image,  # of the result
+    addends,
+    samples,
+    corner,
     column,
-    live,
-    out_live,
-    source_channels,
-    out_channels,
-    out_height,
-    out_width,
-    parity_h,
-    parity_w,
     taps_h,
     taps_w,
-    first_h,
-    first_w,
-    S: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    DGRAD: tl.constexpr,
-    HALVED: tl.constexpr,
-    FILLED: tl.constexpr,
-    TAPS_INNER: tl.constexpr,
-    TAIL: tl.constexpr,
-    NB: tl.constexpr,
-    TH: tl.constexpr,
-    TW: tl.constexpr,
+    FORM: tl.constexpr,
     BN: tl.constexpr,
-    BK: tl.constexpr,
 ):
-    """BN channels of the result, from `column` on."""
-    BM: tl.constexpr = NB * TH * TW
+    """Computes BN channels of the result, from `column` on."""
+    BM: tl.constexpr = FORM.BM
+    BK: tl.constexpr = FORM.BK
     acc = tl.zeros([BN, BM], tl.float32)
-    taps = taps_h * taps_w
-    across = tl.maximum(taps_w, 1)  # pipelining divides before it knows that there is a tap
-    blocks = live // BK
-    if FILLED:
-        blocks = tl.where(live == source_channels, tl.cdiv(live, BK), blocks)
-    for outer in range(blocks if TAPS_INNER else taps):
-        for inner in range(taps if TAPS_INNER else blocks):
-            tap = inner if TAPS_INNER else outer
-            k = (outer if TAPS_INNER else inner) * BK
+    taps = taps_h.count * taps_w.count
+    across = tl.maximum(taps_w.count, 1)  # pipelining divides before it knows that there is a tap
+    blocks = samples.live // BK
+    if FORM.FILLED:
+        blocks = tl.where(samples.live == operands.channels, tl.cdiv(samples.live, BK), blocks)
+    for outer in range(blocks if FORM.TAPS_INNER else taps):
+        for inner in range(taps if FORM.TAPS_INNER else blocks):
+            tap = inner if FORM.TAPS_INNER else outer
+            k = (outer if FORM.TAPS_INNER else inner) * BK
             acc = _step(
-                acc, source, weight, tap // across, tap % across, k, first, y, x, weight_row, column, live,
-                source_channels, out_channels, first_h, first_w, S, STRIDE_H, STRIDE_W, DGRAD, HALVED, BM, BN, BK,
-                False,
+                acc, operands, samples, corner, column, image.channels, taps_h, taps_w, tap // across, tap % across,
+                k, FORM, False,
             )  # fmt: skip
-    if TAIL:
-        for tap in range(tl.where(blocks * BK < live, taps, 0)):
+    if FORM.TAIL:
+        for tap in range(tl.where(blocks * BK < samples.live, taps, 0)):
             acc = _step(
-                acc, source, weight, tap // across, tap % across, blocks * BK, first, y, x, weight_row, column, live,
-                source_channels, out_channels, first_h, first_w, S, STRIDE_H, STRIDE_W, DGRAD, HALVED, BM, BN, BK, True,
+                acc, operands, samples, corner, column, image.channels, taps_h, taps_w, tap // across, tap % across,
+                blocks * BK, FORM, True,
             )  # fmt: skip
 
     if BM > 128:
         left, right = halves(acc)
-        _finish(
-            left, out, bias, sample_bias, residual, expert, first, count, 0, box_y, box_x, parity_h, parity_w, column,
-            out_live, out_channels, out_height, out_width, STRIDE_H, STRIDE_W, DGRAD, TH, TW, BM // 2, BN,
-        )  # fmt: skip
-        _finish(
-            right, out, bias, sample_bias, residual, expert, first, count, BM // 2, box_y, box_x, parity_h, parity_w,
-            column, out_live, out_channels, out_height, out_width, STRIDE_H, STRIDE_W, DGRAD, TH, TW, BM // 2, BN,
-        )  # fmt: skip
+        _finish(left, image, addends, samples, corner, column, 0, FORM)
+        _finish(right, image, addends, samples, corner, column, BM // 2, FORM)
     else:
-        _finish(
-            acc, out, bias, sample_bias, residual, expert, first, count, 0, box_y, box_x, parity_h, parity_w, column,
-            out_live, out_channels, out_height, out_width, STRIDE_H, STRIDE_W, DGRAD, TH, TW, BM, BN,
-        )  # fmt: skip
+        _finish(acc, image, addends, samples, corner, column, 0, FORM)
 
 
 _GEOMETRY = [
@@ -281,12 +263,12 @@ def conv_tma_kernel(
         return
     pixel_class = tl.num_programs(1) - 1 - tl.program_id(1)
     parity_h, parity_w = pixel_class // STRIDE_W, pixel_class % STRIDE_W
-    taps_h, first_h, base_h = axis_taps(parity_h, pad_height, R, STRIDE_H, DGRAD)
-    taps_w, first_w, base_w = axis_taps(parity_w, pad_width, S, STRIDE_W, DGRAD)
+    taps_h = axis_taps(parity_h, pad_height, R, STRIDE_H, DGRAD)
+    taps_w = axis_taps(parity_w, pad_width, S, STRIDE_W, DGRAD)
     boxes_w = tl.cdiv(grid_width, TW)
     box_y, box_x = chunk // boxes_w * TH, chunk % boxes_w * TW
-    y = (box_y if DGRAD else box_y * STRIDE_H) + base_h
-    x = (box_x if DGRAD else box_x * STRIDE_W) + base_w
+    y = (box_y if DGRAD else box_y * STRIDE_H) + taps_h.base
+    x = (box_x if DGRAD else box_x * STRIDE_W) + taps_w.base
 
     out_live = live_width(out_widths, group, out_channels)
     live = live_width(source_widths, group, source_channels)
@@ -294,22 +276,21 @@ def conv_tma_kernel(
     expert = expert_of(weight_index, group, num_experts)
     weight_row = expert * source_channels if DGRAD else expert * out_channels + column
 
+    image = Image(pointer=out, height=out_height, width=out_width, channels=out_channels)
+    addends = Addends(bias=bias, sample_bias=sample_bias, residual=residual)
+    samples = Samples(expert=expert, first=first, count=count, live=live, out_live=out_live)
+    corner = Corner(
+        y=box_y, x=box_x, source_y=y, source_x=x, parity_h=parity_h, parity_w=parity_w, weight_row=weight_row
+    )
+    FORM: tl.constexpr = Form(
+        S=S, STRIDE_H=STRIDE_H, STRIDE_W=STRIDE_W, DGRAD=DGRAD, HALVED=HALVED, FILLED=FILLED, TAPS_INNER=TAPS_INNER,
+        TAIL=TAIL, TH=TH, TW=TW, BM=BM, BK=BK,
+    )  # fmt: skip
+    whole = Operands(source=source, weight=weight, channels=source_channels)
+    half = Operands(source=source, weight=narrow_weight, channels=source_channels)
     if NARROW and out_live - column <= BN // 2:
-        _tile(
-            source, narrow_weight, out, bias, sample_bias, residual, expert, first, count, box_y, box_x, y, x,
-            weight_row, column, live, out_live, source_channels, out_channels, out_height, out_width, parity_h,
-            parity_w, taps_h, taps_w, first_h, first_w, S, STRIDE_H, STRIDE_W, DGRAD, HALVED, FILLED, TAPS_INNER, TAIL,
-            NB, TH, TW, BN // 2, BK,
-        )  # fmt: skip
-        _finish(
-            tl.zeros([BN // 2, BM], tl.float32), out, None, None, None, expert, first, count, 0, box_y, box_x,
-            parity_h, parity_w, column + BN // 2, out_live, out_channels, out_height, out_width, STRIDE_H, STRIDE_W,
-            DGRAD, TH, TW, BM, BN // 2,
-        )  # fmt: skip
+        _tile(half, image, addends, samples, corner, column, taps_h, taps_w, FORM, BN // 2)
+        zeros, nothing = tl.zeros([BN // 2, BM], tl.float32), Addends(bias=None, sample_bias=None, residual=None)
+        _finish(zeros, image, nothing, samples, corner, column + BN // 2, 0, FORM)
     else:
-        _tile(
-            source, weight, out, bias, sample_bias, residual, expert, first, count, box_y, box_x, y, x, weight_row,
-            column, live, out_live, source_channels, out_channels, out_height, out_width, parity_h, parity_w, taps_h,
-            taps_w, first_h, first_w, S, STRIDE_H, STRIDE_W, DGRAD, HALVED, FILLED, TAPS_INNER, TAIL, NB, TH, TW, BN,
-            BK,
-        )  # fmt: skip
+        _tile(whole, image, addends, samples, corner, column, taps_h, taps_w, FORM, BN)

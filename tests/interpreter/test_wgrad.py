@@ -16,9 +16,10 @@ from torch import Tensor
 
 from tdc_fast.kernels import tile_shapes
 from tdc_fast.kernels.channel_sums import channel_sums
-from tdc_fast.kernels.conv_wgrad import conv_wgrad, share_start
+from tdc_fast.kernels.conv_wgrad import conv_wgrad
 from tdc_fast.kernels.problems import ConvProblem
 from tdc_fast.kernels.tile_shapes import Device
+from tdc_fast.kernels.wgrad_kernels import share_start
 from tdc_fast.kernels.wgrad_tiles import (
     WgradTile,
     choose_splits,
