@@ -1,7 +1,7 @@
-"""Bias gradients of a routed convolution: sums of dy over each sample's pixels, and over each expert's samples.
+"""Bias gradients of a routed convolution: sums of dy over each sample's pixels, then over each expert's samples.
 
-A program adds up one sample's pixels for a block of neighbouring channels, every element of its tile for itself, and
-the tile's rows by a tree at the end: one fixed order.
+A program sums one sample's pixels for a block of neighbouring channels. Each element of its tile keeps its own sum; the
+tile's rows are added by a tree at the end, so the order of the additions is fixed.
 """
 
 from __future__ import annotations
@@ -32,11 +32,12 @@ def channel_sums_kernel(
     channels,
     pixels,
     num_groups,
-    VECTOR: tl.constexpr,  # divides channels: lets a masked load be one access of so many
+    VECTOR: tl.constexpr,  # divides channels: a masked load may access this many at once
     GROUPS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
 ):
+    """Sums dy over the pixels: program sample, block of channels."""
     sample = tl.program_id(0)
     column = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     row = tl.arange(0, BLOCK_PIXELS)
@@ -65,10 +66,19 @@ def channel_sums(
     want_bias: bool,
     want_sample_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """dbias (E, C_out) and dsample_bias (B, C_out), or None where not wanted; dead channels are exact zeros.
+    """Computes the bias gradients, summed in fp32. dbias takes a second launch, which adds the samples' sums.
 
-    problem: a ConvProblem of at least one sample. dy (B, C_out, OH, OW) in channels_last memory; the rest dense int32.
-    Sums are in fp32. dbias takes a second launch, which adds the samples' fp32 sums.
+    Args:
+        problem: A ConvProblem of at least one sample.
+        dy: (B, C_out, OH, OW) in channels_last memory.
+        offsets: (N + 1,) int32, contiguous.
+        weight_index: (N,) int32, contiguous.
+        out_widths: (N,) int32, contiguous, or None.
+        want_bias: Whether to compute dbias.
+        want_sample_bias: Whether to compute dsample_bias.
+
+    Returns:
+        dbias (E, C_out) and dsample_bias (B, C_out), None where not wanted; dead channels are exact zeros.
     """
     shape = (problem.batch, problem.out_channels)
     dsample_bias = dy.new_empty(shape) if want_sample_bias else None
@@ -89,7 +99,7 @@ def sums_launch(
     offsets: Tensor,
     widths: Tensor | None,
 ) -> Launch:
-    """The launch that sums over pixels, into what is not None."""
+    """The launch that sums over pixels, into `rounded` and `exact` where they are not None."""
     vector = 16 // dy.element_size()
     while problem.out_channels % vector:
         vector //= 2

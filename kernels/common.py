@@ -1,6 +1,9 @@
-"""What every Triton kernel of a routed operator shares: the tile table, widths, the product, the tap arithmetic.
+"""Device code that the Triton kernels share: tile table, widths, products, taps, and the convolution's epilogue.
 
-Widths and expert indices come from the caller's tensors: they are clamped to what may be indexed, whatever they hold.
+Widths and expert indices come from the caller's tensors, so they are clamped to the valid range before use.
+
+Helpers with many arguments take named tuples. Build these with keywords: Triton's cache of compiled kernels is keyed by
+the source of the jit functions, which does not show a change in the order of a tuple's fields.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-# Triton's interpreter multiplies the raw bits of bf16 operands: there, products are taken in fp32.
+# Triton's interpreter multiplies the raw bits of bf16 operands: convert them to fp32 there.
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 _INTERPRETED: tl.constexpr = tl.constexpr(INTERPRETED)
 
@@ -60,25 +63,26 @@ class Taps(NamedTuple):
 
 @triton.jit
 def load_tile_row(tiles, row):
-    """Row of the tile table -> (group or -1, first sorted sample, number of samples)."""
+    """Reads one row of the tile table: (group or -1, first sorted sample, number of samples)."""
     entry = tiles + row * 3
     return tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
 
 
 @triton.jit
 def live_width(widths, group, channels):
-    """Live channels of a group: all of them without widths."""
+    """Live channels of a group; all of them if there are no widths."""
     return channels if widths is None else tl.minimum(tl.maximum(tl.load(widths + group), 0), channels)
 
 
 @triton.jit
 def expert_of(weight_index, group, num_experts):
+    """The expert of a group."""
     return tl.minimum(tl.maximum(tl.load(weight_index + group), 0), num_experts - 1)
 
 
 @triton.jit
 def _nearest_tf32(value):
-    """fp32 rounded to tf32: a product alone would cut the low bits off, which errs to one side."""
+    """Rounds fp32 to tf32. The tensor core alone would truncate, which biases the sums."""
     return tl.inline_asm_elementwise(
         "cvt.rna.tf32.f32 $0, $1;", "=r,r", [value], dtype=tl.float32, is_pure=True, pack=1
     )
@@ -86,7 +90,7 @@ def _nearest_tf32(value):
 
 @triton.jit
 def multiply(a, b, acc, PRECISION: tl.constexpr):
-    """acc [M, N] fp32 + a [M, K] @ b [K, N]; PRECISION concerns fp32 operands: "ieee" or "tf32"."""
+    """Returns acc [M, N] fp32 + a [M, K] @ b [K, N]. PRECISION is for fp32 operands: "ieee" or "tf32"."""
     if _INTERPRETED:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
@@ -101,8 +105,8 @@ def axis_taps(parity, padding, FILTER: tl.constexpr, STRIDE: tl.constexpr, DGRAD
     """The taps of one axis.
 
     Forward: output g reads source g * STRIDE - padding + j through tap j.
-    Dgrad: a program serves the pixels STRIDE * g + parity, which only every STRIDE-th tap reaches: the j-th of them is
-    tap first + STRIDE * j, and it comes from dy at g + base - j. No product is wasted on taps that do not reach.
+    Dgrad: a program computes the pixels STRIDE * g + parity, which only every STRIDE-th tap reaches: the j-th of them
+    is tap first + STRIDE * j, and it reads dy at g + base - j. No product is spent on the other taps.
     """
     if DGRAD:
         first = (parity + padding) % STRIDE
@@ -117,7 +121,7 @@ def axis_taps(parity, padding, FILTER: tl.constexpr, STRIDE: tl.constexpr, DGRAD
 
 @triton.jit
 def halves(acc):
-    """[M, N] -> its left and right halves, in registers: an epilogue by halves needs half as many of them."""
+    """Splits acc [M, N] into its left and right halves: an epilogue by halves needs half as many registers."""
     return tl.split(acc.reshape(acc.shape[0], 2, acc.shape[1] // 2).permute(0, 2, 1))
 
 

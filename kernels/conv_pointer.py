@@ -1,13 +1,13 @@
 """Routed convolution through pointers: forward and dgrad on any GPU, for any channels and any image.
 
-A program computes a tile of BM pixels x BN channels, accumulated transposed, acc[BN, BM] = weights @ pixels^T, so that
-the tile and the epilogue are those of the TMA kernel:
+A program computes a tile of BM pixels x BN channels, accumulated transposed, acc[BN, BM] = weights @ pixels^T, like the
+TMA kernel, whose epilogue it shares:
 
     program -> (channel tile, chunk of pixels, row of the tile table) and, in dgrad with a stride, a class of pixels
     loop over taps and blocks of BK source channels: two loads, one product; then one masked block for the tail
 
-"Source" is x in forward and dy in dgrad; "out" is y and dx. Loads of the main loop carry no mask along the channels, so
-that they stay 16 bytes wide whatever the width is; channels past the width are masked in the tail alone.
+"Source" is x in forward and dy in dgrad; "out" is y and dx. Loads of the main loop have no mask along the channels, so
+that they stay 16 bytes wide for any width; only the tail masks channels past the width.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Pixels(NamedTuple):
 
 
 class Form(NamedTuple):
-    """What the compiler knows: see the kernel's arguments of these names."""
+    """Compile-time constants; the kernel's arguments of the same names explain them."""
 
     S: Any
     STRIDE_H: Any
@@ -164,26 +164,27 @@ def conv_pointer_kernel(
     source_width,
     out_height,
     out_width,
-    grid_height,  # pixels that one class of programs serves: of out, or of every STRIDE-th pixel of it
+    grid_height,  # of the pixels that the programs of one class compute: all of out, or every STRIDE-th one
     grid_width,
     chunks,
     pad_height,
     pad_width,
     num_experts,
-    tile_row,  # where the table's level begins
-    R,  # not a constant: a loop over a known number of taps is unrolled, which takes twice the registers
+    tile_row,  # first row of the table's level
+    R,  # not a constant: with a constant number of taps the loop is unrolled, which takes twice the registers
     S: tl.constexpr,
     STRIDE_H: tl.constexpr,
     STRIDE_W: tl.constexpr,
     DGRAD: tl.constexpr,
     TAPS_INNER: tl.constexpr,
     TAIL: tl.constexpr,
-    NARROW: tl.constexpr,  # a tile whose second half is dead is half a tile
+    NARROW: tl.constexpr,  # where the second half of a tile's channels is dead, only the first is computed
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
+    """Computes one tile: program (row of the table, chunk of pixels, channel tile), class of pixels."""
     channel_tiles = tl.cdiv(out_channels, BN)
     program = tl.program_id(0)
     channel_tile = program % channel_tiles

@@ -1,14 +1,14 @@
 """Routed convolution through tensor descriptors: forward and dgrad on sm_90 and later, bf16 and fp16.
 
-The tile is a box of NB samples x TH rows x TW columns of the source, loaded as one box [NB, TH, TW, BK] per tap and
-block of BK channels. The copy engine fills what lies outside the image with zeros: that is the padding.
+A tile covers NB samples x TH rows x TW columns. Its source is loaded as a box [NB, TH, TW, BK] per tap and block of BK
+channels. The copy engine fills pixels outside the image with zeros, which is the padding.
 
     acc[BN, BM] += weights[BN, BK] @ box[BM, BK]^T
 
-The operands are in this order so that wgmma reads both from shared memory, where the copies put them: the left operand
-of tl.dot loses that form when a 4-D box is reshaped, the right one keeps it. Stride 2 loads every other pixel through
-the view [B, H/2, 2, W/2, 2 C] (HALVED). A box may straddle the end of its group: the rows of other samples are computed
-and dropped, since rows do not mix.
+With this order of operands wgmma reads both from shared memory, where the copies put them: in tl.dot the right operand
+stays there when a 4-D box is reshaped, the left one does not. Stride 2 loads every other pixel through the view
+[B, H/2, 2, W/2, 2 C] (HALVED). A box may reach past the end of its group: the rows of other samples are computed and
+dropped.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from tdc_fast.kernels.common import (
 
 
 def source_descriptor(source: Tensor, constants: dict[str, Any]) -> TensorDescriptor:
-    """The boxes of x or dy, (B, C, H, W) in channels_last memory."""
+    """Boxes of x or dy, (B, C, H, W) in channels_last memory."""
     batch, channels, height, width = source.shape
     nb, th, tw, bk = (constants[name] for name in ("NB", "TH", "TW", "BK"))
     image, row = height * width * channels, width * channels
@@ -47,10 +47,14 @@ def source_descriptor(source: Tensor, constants: dict[str, Any]) -> TensorDescri
 
 
 def weight_descriptor(weight: Tensor, constants: dict[str, Any], channels: int) -> TensorDescriptor:
-    """Boxes of so many output channels of weight (E, C_out, C_in, R, S) in memory order E, C_out, R, S, C_in, seen as a
-    matrix (E C_out, R S C_in).
+    """Boxes of the weights, seen as a matrix (E C_out, R S C_in).
 
-    Two dimensions, not four: a reshape would cost the left operand its place in shared memory.
+    A matrix, because the left operand of tl.dot would have to leave shared memory if it were reshaped.
+
+    Args:
+        weight: (E, C_out, C_in, R, S) in memory order E, C_out, R, S, C_in.
+        constants: The kernel's constants, of which BK and DGRAD are read.
+        channels: Output channels (DGRAD: input channels) of a box.
     """
     experts, c_out, c_in, rows, columns = weight.shape
     bk = constants["BK"]
@@ -74,13 +78,13 @@ class Corner(NamedTuple):
     x: Any
     source_y: Any  # pixel of the source at the first tap
     source_x: Any
-    parity_h: Any  # which of every STRIDE pixels a program of dgrad serves
+    parity_h: Any  # dgrad: pixel coordinate modulo the stride
     parity_w: Any
     weight_row: Any
 
 
 class Form(NamedTuple):
-    """What the compiler knows: see the kernel's arguments of these names."""
+    """Compile-time constants; the kernel's arguments of the same names explain them."""
 
     S: Any
     STRIDE_H: Any
@@ -145,10 +149,10 @@ def _finish(
     samples,
     corner,
     column,
-    begin,  # of these rows within the box
+    begin,  # first of these rows within the box
     FORM: tl.constexpr,
 ):
-    """Stores rows of the box to the pixels they stand for."""
+    """Stores some rows of the box to their pixels of the result."""
     place = begin + tl.arange(0, acc.shape[1])
     sample = place // (FORM.TH * FORM.TW)
     y = corner.y + place // FORM.TW % FORM.TH
@@ -230,13 +234,13 @@ def conv_tma_kernel(
     out_channels,
     out_height,
     out_width,
-    grid_height,  # pixels that one class of programs serves: of out, or of every STRIDE-th pixel of it
+    grid_height,  # of the pixels that the programs of one class compute: all of out, or every STRIDE-th one
     grid_width,
     chunks,
     pad_height,
     pad_width,
     num_experts,
-    tile_row,  # where the table's level begins
+    tile_row,  # first row of the table's level
     R: tl.constexpr,
     S: tl.constexpr,
     STRIDE_H: tl.constexpr,
@@ -246,13 +250,14 @@ def conv_tma_kernel(
     FILLED: tl.constexpr,  # boxes hold zeros past the last source channel
     TAPS_INNER: tl.constexpr,
     TAIL: tl.constexpr,
-    NARROW: tl.constexpr,  # a tile whose second half is dead is half a tile
+    NARROW: tl.constexpr,  # where the second half of a tile's channels is dead, only the first is computed
     NB: tl.constexpr,
     TH: tl.constexpr,
     TW: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
+    """Computes one tile: program (row of the table, chunk of pixels, channel tile), class of pixels."""
     BM: tl.constexpr = NB * TH * TW
     channel_tiles = tl.cdiv(out_channels, BN)
     program = tl.program_id(0)

@@ -1,6 +1,6 @@
-"""Sums over the samples of an expert: what one launch left per sample, (B, C) fp32, becomes (E, C), in one fixed order.
+"""Sums over the samples of each expert: values per sample (B, C) fp32 become values per expert (E, C).
 
-Groups come in ascending order, their samples in chunks of ascending order: the result does not depend on the device.
+The order is fixed: groups ascending, and within a group chunks of samples ascending.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def group_of_sample(offsets, sample, num_groups, GROUPS: tl.constexpr):
 
 @triton.jit
 def segment_of(offsets, group, batch):
-    """First sample of a group and the one past its last, within the batch whatever the offsets hold."""
+    """First sample of a group and the one past its last, clamped to the batch."""
     first = tl.minimum(tl.maximum(tl.load(offsets + group), 0), batch)
     past = tl.minimum(tl.maximum(tl.load(offsets + group + 1), first), batch)
     return first, past
@@ -34,7 +34,7 @@ def segment_of(offsets, group, batch):
 
 @triton.jit
 def _sum_samples(partial, expert, columns, channels, batch, offsets, weight_index, num_groups, BLOCK: tl.constexpr):
-    """[BC] sum of partial (B, C) over the samples of every group of `expert`."""
+    """Sums partial (B, C) over the samples of every group of `expert`: [BC]."""
     rows = tl.arange(0, BLOCK)
     total = tl.zeros_like(columns).to(tl.float32)
     for group in range(num_groups):
@@ -62,6 +62,7 @@ def sum_per_expert_kernel(
     BLOCK_SAMPLES: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
+    """Sums one or two partials: program expert, block of channels."""
     expert = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)  # [BC]
     place = expert.to(tl.int64) * channels + columns
@@ -76,9 +77,13 @@ def sum_per_expert_kernel(
 def sum_per_expert(
     partials: tuple[Tensor, ...], outs: tuple[Tensor, ...], offsets: Tensor, weight_index: Tensor
 ) -> None:
-    """Writes into each of `outs` (E, C) the sums of its partial (B, C) fp32; one or two of them, in one launch.
+    """Sums one or two partials over the samples of each expert, in one launch; experts without samples get zeros.
 
-    Experts without samples get zeros. offsets: (N + 1,) int32; weight_index: (N,) int32; all dense, on one device.
+    Args:
+        partials: One or two tensors (B, C) fp32, contiguous.
+        outs: As many tensors (E, C), written.
+        offsets: (N + 1,) int32.
+        weight_index: (N,) int32.
     """
     num_experts, channels = outs[0].shape
     tensors = {

@@ -1,8 +1,9 @@
 """Launching a Triton kernel with little host time.
 
-Triton's own launch looks at every argument to find the compiled kernel: several times what the launch itself takes, and
-small layers wait for it. What it looks at is fixed here by a problem, but for which arguments are there and whether
-their memory is aligned. So the first launch of a problem goes through Triton, and later ones call what that compiled.
+Triton inspects every argument to find the compiled kernel, which takes several times as long as the launch itself and
+delays small layers. Here the problem fixes everything that Triton inspects, except which tensors are given and whether
+their memory is aligned. So the first launch of a problem goes through Triton, and later ones call the kernel that it
+compiled.
 """
 
 from __future__ import annotations
@@ -21,10 +22,16 @@ _compiled: dict[Hashable, tuple[Any, Callable[[dict[str, Any]], tuple[Any, ...]]
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """A kernel, its grid, its arguments by name (those in memory, None where absent, and the others), and options.
+    """One launch of a kernel.
 
-    `key` stands for the device, the dtypes and shapes of `tensors`, `constants` and `options`: launches of a kernel
-    that differ in any of them differ in it.
+    Attributes:
+        kernel: The jit function.
+        grid: Programs along each axis.
+        tensors: The arguments in memory by name, None where absent.
+        constants: The other arguments by name.
+        options: Triton's compile options (num_warps, num_stages, maxnreg).
+        key: Differs between launches of a kernel that differ in device, in dtypes or shapes of `tensors`, in
+            `constants` or in `options`.
     """
 
     kernel: Any
@@ -36,10 +43,11 @@ class Launch:
 
     @property
     def arguments(self) -> dict[str, Any]:
+        """All arguments by name."""
         return {**self.tensors, **self.constants}
 
     def run(self) -> None:
-        """Starts the kernel on the current stream of the current device; an empty grid starts nothing."""
+        """Starts the kernel on the current stream of the current device, unless the grid is empty."""
         if not self.grid[0]:
             return
         seen = (self.kernel, self.key, tuple([_alignment(tensor) for tensor in self.tensors.values()]))
@@ -57,7 +65,7 @@ class Launch:
 
 
 def _alignment(tensor: Tensor | TensorDescriptor | None) -> bool | None:
-    """Whether the compiler may count on 16 bytes; None where nothing is. Descriptors are always aligned."""
+    """Whether the memory is aligned to 16 bytes (descriptors always are); None for no tensor."""
     if tensor is None:
         return None
     return not isinstance(tensor, Tensor) or tensor.data_ptr() % 16 == 0

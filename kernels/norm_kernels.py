@@ -1,8 +1,8 @@
-"""Device code of the routed group norm: a program owns one sample and a block of whole norm groups.
+"""Device code of the routed group norm: a program computes one sample's block of whole norm groups.
 
-It walks the image in tiles of [BLOCK_PIXELS, BLOCK_CHANNELS], every element keeping its own running sums; what belongs
-together is combined once, at the end: pixels by a tree, then channels into norm groups by a small membership matrix.
-The image is walked twice; the second time it comes from the cache.
+It walks the image in tiles of [BLOCK_PIXELS, BLOCK_CHANNELS]; each element of the tile keeps its own running sums. They
+are combined once, at the end: pixels by a tree, then channels into norm groups through a small membership matrix. The
+image is read twice, the second time from the cache.
 
     pixels |  tile 0  | c0 .. c1 |        running mean and M2 of every element (Welford)
            |  tile 1  | c0 .. c1 |   ->   norm group: mean   ->   M2 about that mean: rstd
@@ -22,7 +22,7 @@ _INTEGERS = ("channels", "pixels", "per_group", "span", "norm_groups", "num_grou
 
 @triton.jit
 def _affine_rows(weight, bias, scale, shift, expert, sample, columns, channels, live):
-    """[BC] fp32, zero where dead: expert's weight and bias, 1 + the sample's scale, its shift."""
+    """Loads [BC] fp32 each, 0 where dead: the expert's weight and bias, 1 + the sample's scale, its shift."""
     place = expert.to(tl.int64) * channels + columns
     gain = tl.load(weight + place, mask=live, other=0.0).to(tl.float32)
     offset = tl.load(bias + place, mask=live, other=0.0).to(tl.float32)
@@ -38,21 +38,21 @@ def _affine_rows(weight, bias, scale, shift, expert, sample, columns, channels, 
 
 @triton.jit
 def _group_sums(values, member):
-    """[BC] values -> [BG] sums over the channels of each norm group."""
+    """Sums values [BC] over the channels of each norm group: [BG]."""
     return tl.sum(tl.where(member, values[None, :], 0.0), 1)
 
 
 @triton.jit
 def _of_channels(values, member):
-    """[BG] values of norm groups -> [BC], each channel that of its group."""
+    """Spreads values [BG] of norm groups to their channels: [BC]."""
     return tl.sum(tl.where(member, values[:, None], 0.0), 0)
 
 
 @triton.jit
 def _block(span, per_group, channels, VECTOR: tl.constexpr, BLOCK_GROUPS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
-    """This program's channels: (first, [BC] column from there, [BC] inside the block, [BG, BC] member of a norm group).
+    """This program's channels: (first, column [BC] from there, inside the block [BC], member of a norm group [BG, BC]).
 
-    VECTOR divides channels and span; saying so lets a thread's masked load stay one 16-byte access.
+    VECTOR divides channels and span; the compiler has to see that to keep a thread's masked load one 16-byte access.
     """
     first = tl.program_id(1) * ((span // VECTOR) * VECTOR)
     size = tl.minimum((span // VECTOR) * VECTOR, ((channels - first) // VECTOR) * VECTOR)
@@ -90,6 +90,7 @@ def norm_forward_kernel(
     BLOCK_CHANNELS: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
 ):
+    """Normalises one block: program sample, block of norm groups."""
     sample = tl.program_id(0)
     group = group_of_sample(offsets, sample, num_groups, GROUPS)
     expert = expert_of(weight_index, group, num_experts)
@@ -113,7 +114,7 @@ def norm_forward_kernel(
         running += delta / seen
         spread += delta * tl.where(valid, value - running, 0.0)
     count = ((pixels - row + BLOCK_PIXELS - 1) // BLOCK_PIXELS).to(tl.float32)[:, None]  # pixels seen by each row
-    # A mean far larger than the deviation is rounded as coarsely as it is large: what that left out is kept beside it.
+    # The mean is kept as pivot + excess: where it is far larger than the deviation, one fp32 number is too coarse.
     elements = per_group * pixels.to(tl.float32)
     pivot = _group_sums(tl.sum(running * count, 0), member) / elements  # [BG]
     away = running - _of_channels(pivot, member)[None, :]
@@ -149,7 +150,7 @@ def norm_forward_kernel(
 
 @triton.jit
 def _upstream(dy, value, center, inverse, slope, base, live, SILU: tl.constexpr):
-    """[BP, BC]: the gradient in front of the activation, and the normalised input; zeros where dead."""
+    """The gradient before the activation and the normalised input, [BP, BC] each; 0 where dead."""
     normal = tl.where(live[None, :], (value - center) * inverse, 0.0)
     grad = tl.where(live[None, :], dy, 0.0)
     if SILU:
@@ -191,6 +192,7 @@ def norm_backward_kernel(
     BLOCK_CHANNELS: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
 ):
+    """Computes the gradients of one block: program sample, block of norm groups."""
     sample = tl.program_id(0)
     group = group_of_sample(offsets, sample, num_groups, GROUPS)
     expert = expert_of(weight_index, group, num_experts)
@@ -206,7 +208,7 @@ def norm_backward_kernel(
     place = sample.to(tl.int64) * norm_groups + (first + column) // per_group
     center = tl.load(mean + place, mask=live, other=0.0)[None, :]
     inverse = tl.load(rstd + place, mask=live, other=0.0)[None, :]
-    slope = (gain * factor)[None, :]  # of the normalised input, in front of the activation
+    slope = (gain * factor)[None, :]  # of the normalised input, before the activation
     base = (offset * factor + addend)[None, :]
 
     grads = tl.zeros([BLOCK_PIXELS, BLOCK_CHANNELS], tl.float32)

@@ -1,8 +1,8 @@
 """Which tile a routed convolution runs with: a short function of the problem and the device.
 
-Every tile that fits is given a cost, waves x area / rate, and the cheapest one runs. A wave is one program per
-multiprocessor; `rate` says how busy the tensor cores are kept relative to the best tile. The rates are a model, not yet
-measured on a GPU: bench/tune.py times the candidates and writes kernels/tuned/<device>.json, whose entries go first.
+Every tile that fits has a cost, waves x area / rate, and the cheapest one runs. A wave is one program per
+multiprocessor; `rate` is how busy the tile keeps the tensor cores relative to the best tile. The rates are estimates.
+bench/tune.py times the candidates and writes kernels/tuned/<device>.json, whose entries take precedence.
 
 `op` is "forward" or "dgrad" everywhere; `problem` is a tdc_fast.kernels.problems.ConvProblem.
 """
@@ -20,7 +20,7 @@ import torch
 
 from tdc_fast.kernels.tile_table import tile_rows
 
-TABLE_VERSION = 1  # of the kernels: raise it when their speed changes, and measured tables are made anew
+TABLE_VERSION = 1  # raise it when the kernels' speed changes: tables measured with another version are ignored
 TUNED = Path(__file__).parent / "tuned"
 LARGEST_SAMPLES_PER_TILE = 256  # the last level of the tile table
 
@@ -29,7 +29,14 @@ _HALVES = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """arch: 80, 90, 100, ...; shared_limit: bytes of shared memory that a program may have."""
+    """What the choice of a tile depends on.
+
+    Attributes:
+        arch: 80, 90, 100, ...
+        multiprocessors: Their number.
+        shared_limit: Bytes of shared memory that a program may use.
+        name: The driver's name of the device.
+    """
 
     arch: int
     multiprocessors: int
@@ -39,8 +46,16 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class ConvTile:
-    """path: "tma" or "pointer". A program computes block_pixels x block_channels, block_k source channels at a time.
-    registers: most that a thread may have.
+    """The tile of one program.
+
+    Attributes:
+        path: "tma" or "pointer".
+        block_pixels: Pixels of the result.
+        block_channels: Output channels of the result.
+        block_k: Source channels of one step.
+        stages: Steps in the pipeline.
+        warps: Warps of a program.
+        registers: The most registers a thread may have.
     """
 
     path: str
@@ -52,14 +67,15 @@ class ConvTile:
     registers: int = 255
 
     def shared_bytes(self, itemsize: int) -> int:
-        """What the pipeline holds; compilers add a kilobyte or so for barriers and the epilogue."""
+        """Size of the pipeline; the compiler adds about a kilobyte for barriers and the epilogue."""
         return self.stages * (self.block_pixels + self.block_channels) * self.block_k * itemsize
 
     def as_json(self) -> dict[str, Any]:
+        """The tile as a tuned table stores it."""
         return asdict(self)
 
 
-# Tile -> rate. Large tiles read less per product; of equal ones the TMA form spends no registers on addresses.
+# Tile -> rate. Large tiles read less per product; the TMA path spends no registers on addresses.
 _TMA = {
     ConvTile("tma", 256, 128, 64, 4, 8): 1.0,
     ConvTile("tma", 128, 128, 64, 3, 8, registers=128): 0.85,  # so that two programs share an SM
@@ -80,7 +96,7 @@ _POINTER_IEEE = {ConvTile("pointer", 64, 64, 16, 3, 4): 0.03}
 
 @functools.cache
 def device_of(device: torch.device) -> Device:
-    """The device as tiles see it; asks the driver once. A CPU (the interpreter) stands in as a small sm_80."""
+    """Describes a device; asks the driver once. A CPU (the interpreter) counts as a small sm_80."""
     if device.type != "cuda":
         return Device(80, 4, 166912, "interpreter")
     properties = torch.cuda.get_device_properties(device)
@@ -94,40 +110,42 @@ def precision_of(problem: Any) -> str:
 
 
 def source_channels(op: str, problem: Any) -> int:
+    """Channels of x in the forward, of dy in dgrad."""
     return problem.out_channels if op == "dgrad" else problem.in_channels
 
 
 def output_channels(op: str, problem: Any) -> int:
+    """Channels of y in the forward, of dx in dgrad."""
     return problem.in_channels if op == "dgrad" else problem.out_channels
 
 
 def pixel_classes(op: str, problem: Any) -> int:
-    """Dgrad with a stride has one class of pixels per parity: each is reached by its own taps."""
+    """Classes of pixels: dgrad with a stride has one per parity, each reached by its own taps."""
     return problem.stride[0] * problem.stride[1] if op == "dgrad" else 1
 
 
 def pixel_grid(op: str, problem: Any) -> tuple[int, int]:
-    """The pixels that one class of programs serves."""
+    """(height, width) of the pixels that the programs of one class compute."""
     if op == "dgrad":
         return -(-problem.height // problem.stride[0]), -(-problem.width // problem.stride[1])
     return problem.out_height, problem.out_width
 
 
 def box_of(pixels: int, height: int, width: int) -> tuple[int, int, int]:
-    """(samples, rows, columns), powers of two of product `pixels`: the box that covers images with the fewest boxes."""
+    """(samples, rows, columns), powers of two whose product is `pixels`, that cover an image with the fewest boxes."""
     best = (0.0, 1, 1, pixels)
     for columns in _powers_of_two(min(pixels, _round_up(width))):
         rows = min(pixels // columns, _round_up(height))
         samples = pixels // columns // rows
         if samples > 1 and (rows < height or columns < width):
-            continue  # what is left over of a box that holds no whole image would be idle
+            continue  # a box of several samples must hold whole images
         boxes = -(-height // rows) * -(-width // columns)
         best = max(best, (samples / boxes, columns, rows, samples))
     return best[3], best[2], best[1]
 
 
 def samples_per_tile(tile: ConvTile, height: int, width: int) -> int:
-    """How many whole images a tile takes: a power of two, 1 for images that fill it."""
+    """Whole images in a tile: a power of two; 1 for images that fill it."""
     if tile.path == "tma":
         return box_of(tile.block_pixels, height, width)[0]
     fitting = max(1, tile.block_pixels // (height * width))
@@ -135,7 +153,7 @@ def samples_per_tile(tile: ConvTile, height: int, width: int) -> int:
 
 
 def chunks_of(tile: ConvTile, height: int, width: int) -> int:
-    """Tiles that cover the pixels of an image (of as many images as a tile takes)."""
+    """Tiles that cover one image, or as many images as fit in a tile."""
     if tile.path == "tma":
         _, rows, columns = box_of(tile.block_pixels, height, width)
         return -(-height // rows) * -(-width // columns)
@@ -143,7 +161,7 @@ def chunks_of(tile: ConvTile, height: int, width: int) -> int:
 
 
 def tma_can_serve(op: str, problem: Any, device: Device) -> bool:
-    """Tensor maps want 16-byte strides; two pixels per source step want images that halve."""
+    """Whether TMA can serve: tensor maps need 16-byte strides, and stride 2 needs images of even size."""
     if device.arch < 90 or problem.dtype not in _HALVES:
         return False
     if problem.in_channels % 8 or source_channels(op, problem) % 8:
@@ -157,7 +175,7 @@ def _rated(op: str, problem: Any, device: Device) -> dict[ConvTile, float]:
     if problem.dtype in _HALVES:
         tiles = _POINTER_HALF
         if tma_can_serve(op, problem, device):
-            # Newer ones keep sums in a memory of their own, and would spill on the way from there.
+            # Newer devices accumulate in tensor memory; reading it with fewer registers would spill.
             boxed = _TMA if device.arch == 90 else {replace(tile, registers=255): rate for tile, rate in _TMA.items()}
             tiles = {**boxed, **_POINTER_HALF}
     else:
@@ -172,7 +190,7 @@ def candidates(op: str, problem: Any, device: Device, path: str | None = None) -
 
 
 def programs(op: str, problem: Any, tile: ConvTile) -> int:
-    """Programs with work, for groups of equal size."""
+    """Programs that have work to do, if groups are of equal size."""
     grid = pixel_grid(op, problem)
     groups = max(1, min(problem.num_groups, problem.batch))
     rows = groups * -(-problem.batch // (groups * samples_per_tile(tile, *grid)))
@@ -182,7 +200,7 @@ def programs(op: str, problem: Any, tile: ConvTile) -> int:
 
 @functools.lru_cache(maxsize=4096)
 def choose_tile(op: str, problem: Any, device: Device, path: str | None = None) -> ConvTile:
-    """The measured tile where the device's table has one, else the cheapest by the model."""
+    """The measured tile if the device's table has one, else the one of least cost."""
     usable = candidates(op, problem, device, path)
     measured = load_tuned(device.name).get(problem_key(op, problem))
     if measured in usable:
@@ -210,13 +228,13 @@ def problem_key(op: str, p: Any) -> str:
 
 
 def table_name(device_name: str) -> str:
-    """ "NVIDIA H200" -> "nvidia_h200"."""
+    """File name of a device's table: "NVIDIA H200" becomes "nvidia_h200"."""
     return re.sub(r"[^a-z0-9]+", "_", device_name.lower()).strip("_")
 
 
 @functools.cache
 def load_tuned(device_name: str) -> dict[str, ConvTile]:
-    """Measured tiles of a device by `problem_key`; empty without a table, or with one of other kernels."""
+    """Measured tiles of a device by `problem_key`; empty if there is no table of this TABLE_VERSION."""
     path = TUNED / f"{table_name(device_name)}.json"
     if not path.is_file():
         return {}

@@ -1,9 +1,9 @@
 """The tile table: which samples each program of a GPU convolution works on, known on the device alone.
 
 An int32 table (rows, 3) of (group, first_sample, num_samples). Level k = 0..8 holds tiles of at most 2**k samples of
-one group, groups in order, samples ascending. How many tiles a level has depends on the sizes of the groups, which live
-on the device; so every level has as many rows as any sizes could need, a number that the host knows, and the rows past
-the last tile are (-1, 0, 0). A program whose group is -1 returns at once.
+one group, groups in order, samples ascending. The number of tiles in a level depends on the group sizes, which only the
+device knows. So every level has as many rows as any sizes could need, and rows past the last tile are (-1, 0, 0); a
+program whose group is -1 returns at once.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def tile_rows(batch: int, num_groups: int, samples_per_tile: int) -> int:
 
 
 def level_start(batch: int, num_groups: int, samples_per_tile: int) -> int:
-    """First row of the level with this many samples per tile: what the levels below it take."""
+    """First row of the level with this many samples per tile."""
     return sum(tile_rows(batch, num_groups, n) for n in SAMPLES_PER_TILE if n < samples_per_tile)
 
 
@@ -35,9 +35,14 @@ def total_rows(batch: int, num_groups: int) -> int:
 
 
 def tile_table(offsets: Tensor, batch: int) -> Tensor:
-    """The table of a plan, in torch operators that never wait for the device.
+    """Builds the table with torch operators that never wait for the device.
 
-    offsets: int32 (N + 1,). Returns int32 (total_rows(batch, N), 3) on its device.
+    Args:
+        offsets: (N + 1,) int32, first sorted sample of each group and the batch size.
+        batch: Number of samples.
+
+    Returns:
+        (total_rows(batch, N), 3) int32, on the device of `offsets`.
     """
     device, groups = offsets.device, offsets.shape[0] - 1
     samples = torch.ones(LEVELS, dtype=torch.int64, device=device).cumsum(0)  # 1..9; no copy from the host
@@ -67,10 +72,10 @@ def tile_table(offsets: Tensor, batch: int) -> Tensor:
 
 
 def no_tiles(device: torch.device) -> Tensor:
-    """What a plan in host memory holds: nothing there reads tiles."""
+    """The empty table of a plan in host memory, where nothing reads tiles."""
     return torch.empty((0, 3), dtype=torch.int32, device=device)
 
 
 def tiles_of(tiles: Tensor, offsets: Tensor, batch: int) -> Tensor:
-    """The plan's table; made here where the plan has none (a GPU backend that a test runs on host memory)."""
+    """The plan's table; built here if the plan has none (when a test runs a GPU backend on host memory)."""
     return tile_table(offsets, batch) if tiles.shape[0] == 0 else tiles

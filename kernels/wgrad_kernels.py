@@ -1,16 +1,16 @@
 """Routed convolution, weight gradient: dweight[e] = sum over the samples of e's groups of dy x (shifted x).
 
-A program owns one tile of one expert's gradient, BM output channels x BN input channels at one tap, and one of S equal
-shares of the pixels of every group that uses the expert. It steps through its share BK pixels at a time:
+A program computes one tile of one expert's gradient, BM output channels x BN input channels at one tap, over one of S
+equal shares of the pixels of every group that uses the expert. It steps through its share BK pixels at a time:
 
     acc[BM, BN] += dy[BK pixels, BM]^T @ x[the same pixels, shifted by the tap, BN]
 
-Both operands have pixels in rows, as memory has them; channels are the free dimensions of the product, so what a dead
-channel holds (NaN perhaps) stays in its own row or column, and one mask per group, on the finished sums, drops it.
-With S = 1 the tile is final. Otherwise it is an fp32 partial, and a second launch adds the S partials, s ascending.
+Pixels are the rows of both operands, as in memory. Channels are the free dimensions of the product, so a NaN in a dead
+channel stays in its own row or column, and one mask per group on the finished sums drops it. With S = 1 the tile is
+final; otherwise it is an fp32 partial, and a second launch adds the S partials in ascending order.
 
-Operands come through pointers, or (BOXED, sm_90 and later) as TMA boxes of TH * TW = BK pixels,
-whose zero fill outside the image is the padding; wgmma then reads both from shared memory.
+Operands are loaded through pointers, or (BOXED, sm_90 and later) as TMA boxes of TH * TW = BK pixels, whose zero fill
+outside the image is the padding; wgmma then reads both from shared memory.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Place(NamedTuple):
 
 
 class Form(NamedTuple):
-    """What the compiler knows: see the kernel's arguments of these names."""
+    """Compile-time constants; the kernel's arguments of the same names explain them."""
 
     STRIDE_H: Any
     STRIDE_W: Any
@@ -127,13 +127,13 @@ def _operands(
 
 @triton.jit
 def share_start(steps, split, splits):
-    """First step of a share; the remainder goes to the first shares. steps * splits may pass 32 bits."""
+    """First step of a share; the first shares get the remainder. No product: steps * splits may not fit 32 bits."""
     return steps // splits * split + tl.minimum(steps % splits, split)
 
 
 @triton.jit
 def _most_live(widths, number, mine, channels):
-    """Live channels of the group that has the most, of those that are `mine`: all of them without widths."""
+    """The largest width of the groups that are `mine`; all channels if there are no widths."""
     if widths is None:
         live = channels
     else:
@@ -223,7 +223,7 @@ def wgrad_kernel(
     splits,
     STRIDE_H: tl.constexpr,
     STRIDE_W: tl.constexpr,
-    VECTOR_IN: tl.constexpr,  # divides in_channels: lets a masked load be one access of so many channels
+    VECTOR_IN: tl.constexpr,  # divides in_channels: a masked load may access this many channels at once
     VECTOR_OUT: tl.constexpr,
     PRECISION: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -236,6 +236,7 @@ def wgrad_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
+    """Computes one tile: program (expert, output tile, tap, input tile), split."""
     in_channels = (in_channels // VECTOR_IN) * VECTOR_IN
     out_channels = (out_channels // VECTOR_OUT) * VECTOR_OUT
     tiles_in, tiles_out = tl.cdiv(in_channels, BN), tl.cdiv(out_channels, BM)
@@ -285,7 +286,7 @@ def wgrad_kernel(
 
 @triton.jit(do_not_specialize=("elements", "splits"))
 def sum_splits_kernel(partial, out, elements, splits, VECTOR: tl.constexpr, BLOCK: tl.constexpr):
-    """out[i] = sum of partial[s, i], s ascending. VECTOR divides elements."""
+    """Sums partial (splits, elements) over the splits, in ascending order. VECTOR divides elements."""
     elements = (elements // VECTOR) * VECTOR
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)

@@ -1,7 +1,7 @@
-"""Which tile, and how many shares of the pixels, a weight gradient runs with: short functions of problem and device.
+"""Which tile and how many splits a weight gradient runs with: short functions of the problem and the device.
 
-Not yet measured on a GPU: bench/tune.py times the candidates and writes kernels/tuned/<device>.json, whose entries for
-wgrad ({key: {"tile": ..., "splits": ...}}) go first.
+bench/tune.py times the candidates and writes kernels/tuned/<device>.json, whose entries for wgrad
+({key: {"tile": ..., "splits": ...}}) take precedence.
 """
 
 from __future__ import annotations
@@ -17,14 +17,23 @@ from tdc_fast.kernels import tile_shapes
 from tdc_fast.kernels.tile_shapes import Device, precision_of
 
 _MAX_SPLITS = 64
-_STEPS_PER_SPLIT = 8  # fewer, and the pipeline never fills
+_STEPS_PER_SPLIT = 8  # with fewer the pipeline never fills
 _MAX_PARTIAL_BYTES = 2**28
 _HALVES = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, slots=True)
 class WgradTile:
-    """path: "tma" or "pointer". A program computes block_out x block_in channels of one tap, block_pixels at a time."""
+    """The tile of one program.
+
+    Attributes:
+        path: "tma" or "pointer".
+        block_out: Output channels of the gradient.
+        block_in: Input channels of the gradient.
+        block_pixels: Pixels of one step.
+        stages: Steps in the pipeline.
+        warps: Warps of a program.
+    """
 
     path: str
     block_out: int
@@ -34,7 +43,7 @@ class WgradTile:
     warps: int
 
     def shared_bytes(self, itemsize: int) -> int:
-        """What the pipeline holds; compilers add a kilobyte or so for barriers and the epilogue."""
+        """Size of the pipeline; the compiler adds about a kilobyte for barriers and the epilogue."""
         return self.stages * (self.block_out + self.block_in) * self.block_pixels * itemsize
 
 
@@ -42,8 +51,8 @@ def wgrad_candidates(problem: Any, device: Device, path: str | None = None) -> l
     """Every tile that can serve the problem on the device (by one path, where given), the largest first."""
     if problem.dtype in _HALVES:
         sizes = [(128, 128), (128, 64), (64, 128), (64, 64), (128, 16)]
-        # Tensor cores of data-center GPUs read operands from shared memory (wgmma, tcgen05). Others, among them sm_120,
-        # take them from registers, which are full with half the pixels in a step.
+        # Tensor cores of data-center GPUs read operands from shared memory (wgmma, tcgen05). Those of other GPUs
+        # (sm_120, for one) read them from registers, which hold only half as many pixels per step.
         from_shared = 90 <= device.arch < 120
         pixels, stages = (64, 3) if from_shared else (32, 4)
         tiles = [WgradTile("pointer", m, n, pixels, stages, 4 if m * n <= 64 * 64 else 8) for m, n in sizes]
@@ -59,7 +68,7 @@ def wgrad_candidates(problem: Any, device: Device, path: str | None = None) -> l
 
 
 def tma_can_serve(problem: Any, tile: WgradTile) -> bool:
-    """Boxes of whole rows, or whole parts of one, that cut every image without remainder; 16-byte strides; stride 1."""
+    """Whether TMA can serve: stride 1, 16-byte strides in memory, boxes that divide an image without remainder."""
     rows, columns = box_of(tile, problem)
     return (
         problem.stride == (1, 1)
@@ -72,15 +81,16 @@ def tma_can_serve(problem: Any, tile: WgradTile) -> bool:
 
 
 def box_of(tile: WgradTile, problem: Any) -> tuple[int, int]:
-    """(rows, columns) of a box of block_pixels pixels: as wide as the image, at most."""
+    """(rows, columns) of a box of block_pixels pixels, at most as wide as the image."""
     columns = min(problem.out_width, tile.block_pixels)
     return tile.block_pixels // columns, columns
 
 
 @functools.lru_cache(maxsize=4096)
 def choose_wgrad_tile(problem: Any, device: Device, path: str | None = None) -> WgradTile:
-    """The measured tile where the device's table has one; else, of the tiles that cover the channels with the least
-    padding, the largest, through TMA where that can serve.
+    """The measured tile if the device's table has one, else the one of least cost.
+
+    That is, of the tiles that cover the channels with the least padding, the largest; TMA before pointers.
     """
     usable = wgrad_candidates(problem, device, path)
     measured = load_tuned_wgrad(device.name).get(tile_shapes.problem_key("wgrad", problem))
@@ -95,15 +105,16 @@ def choose_wgrad_tile(problem: Any, device: Device, path: str | None = None) -> 
 
 
 def tiles_of_gradient(problem: Any, tile: WgradTile) -> int:
-    """Tiles of the gradients of all experts."""
+    """Number of tiles of all experts' gradients."""
     outs, ins = -(-problem.out_channels // tile.block_out), -(-problem.in_channels // tile.block_in)
     return problem.num_experts * outs * ins * problem.filter[0] * problem.filter[1]
 
 
 @functools.lru_cache(maxsize=4096)
 def choose_splits(problem: Any, tile: WgradTile, device: Device) -> int:
-    """Shares of the pixels: what was measured with this tile, else as many as two waves of programs want, as long as
-    each has steps enough to be worth it.
+    """Splits of the pixels: the measured number for this tile, else enough for two waves of programs.
+
+    Every split keeps enough steps to fill its pipeline, and the fp32 partials stay within a limit.
     """
     measured = load_tuned_wgrad(device.name).get(tile_shapes.problem_key("wgrad", problem))
     if measured is not None and measured[0] == tile:
@@ -118,7 +129,7 @@ def choose_splits(problem: Any, tile: WgradTile, device: Device) -> int:
 
 @functools.cache
 def load_tuned_wgrad(device_name: str) -> dict[str, tuple[WgradTile, int]]:
-    """Measured tiles and splits of a device by `problem_key`; empty without a table, or with one of other kernels."""
+    """Measured (tile, splits) of a device by `problem_key`; empty if there is no table of this TABLE_VERSION."""
     path = tile_shapes.TUNED / f"{tile_shapes.table_name(device_name)}.json"
     if not path.is_file():
         return {}

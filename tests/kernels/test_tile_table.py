@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import itertools
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tdc_fast import RoutingPlan
 from tdc_fast.kernels.tile_table import SAMPLES_PER_TILE, level_start, tile_rows, tile_table, tiles_of, total_rows
-from tdc_fast.ops.layout import aligned, channel_innermost, empty_channel_innermost, nhwc
 
 sizes_of_groups = st.lists(st.sampled_from([0, 0, 1, 2, 5, 17, 64, 300]), min_size=1, max_size=9)
 
@@ -74,25 +72,3 @@ def test_a_plan_on_a_device_has_a_table_whose_size_needs_no_look_at_the_groups()
         plan = RoutingPlan.from_groups(groups, 5, weight_index)
         assert plan.tiles.shape == (total_rows(12, 5), 3)
         assert (plan.tiles.dtype, plan.tiles.device.type) == (torch.int32, "cuda")
-
-
-@pytest.mark.parametrize("shape", [(2, 3, 4, 3, 3), (2, 3, 1, 3, 3), (2, 3, 4, 1, 1), (1, 1, 5, 1, 3)])
-def test_channel_innermost_keeps_values_and_copies_only_what_is_not_so(shape: tuple[int, ...]) -> None:
-    weight = torch.randn(shape)
-    ordered = channel_innermost(weight)
-    assert torch.equal(ordered, weight)
-    assert ordered.permute(0, 1, 3, 4, 2).is_contiguous()
-    assert channel_innermost(ordered) is ordered
-    made = empty_channel_innermost(shape, weight.dtype)
-    assert made.shape == shape and channel_innermost(made) is made
-
-
-def test_nhwc_and_alignment_copy_only_where_they_must() -> None:
-    x = torch.randn(2, 3, 4, 5)
-    ordered = nhwc(x)
-    assert ordered.stride() == (60, 1, 15, 3) and torch.equal(ordered, x)
-    assert nhwc(ordered).data_ptr() == ordered.data_ptr()
-    memory = torch.randn(64)
-    assert aligned(memory) is memory
-    moved = aligned(memory[1:])
-    assert moved.data_ptr() % 16 == 0 and torch.equal(moved, memory[1:])
