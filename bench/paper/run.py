@@ -14,7 +14,7 @@ from tdc_fast.atomic import write_json
 from tdc_fast.experiments.assemble import training_phases
 from tdc_fast.experiments.contestants import Contestant
 from tdc_fast.experiments.jobs import Job, run_jobs, train_and_measure, train_contestant
-from tdc_fast.experiments.measure import Measured, Protocol, load_measured, prepare_yardsticks
+from tdc_fast.experiments.measure import Measured, MeasuringProtocol, load_measured, prepare_yardsticks
 from tdc_fast.pruning.memory import read_trials
 from tdc_fast.routing import TimestepGroups
 from tdc_fast.runs.loading import load_run
@@ -45,10 +45,10 @@ class Outcome:
         return sum(self.phases.values())
 
 
-def protocol(study: Study, samples: int, draws: int) -> Protocol:
+def protocol(study: Study, samples: int, draws: int) -> MeasuringProtocol:
     """How the models of a study are measured, with ``draws`` draws of ``samples`` images."""
     steps = int(study.settings.get("diffusion_steps", 1000))
-    return Protocol(
+    return MeasuringProtocol(
         draws=draws,
         samples=samples,
         sampling_steps=study.sampling_steps,
@@ -62,7 +62,7 @@ def run_rows(
     rows: Sequence[Recipe],
     seeds: Sequence[int],
     folder: Path,
-    how: Protocol,
+    how: MeasuringProtocol,
     processes: int,
     say: Callable[[str], None],
 ) -> dict[str, list[Outcome]]:
@@ -115,7 +115,7 @@ def train_clocked(contestant: Contestant) -> None:
         train_contestant(contestant)
 
 
-def measure_clocked(contestant: Contestant, yardsticks: Path, how: Protocol, result: Path) -> None:
+def measure_clocked(contestant: Contestant, yardsticks: Path, how: MeasuringProtocol, result: Path) -> None:
     """Train and measure a run and record its CPU time."""
     with _clock(contestant.directory):
         train_and_measure(contestant, yardsticks, how, result)

@@ -10,7 +10,7 @@ from bench.paper.recipes import Study
 from bench.paper.run import Outcome
 from bench.paper.tables import Table
 from tdc_fast.evaluation.heldout import compare
-from tdc_fast.experiments.measure import Protocol, Yardsticks
+from tdc_fast.experiments.measure import MeasuringProtocol, Yardsticks
 
 
 def summarise(
@@ -18,7 +18,7 @@ def summarise(
     study: Study,
     outcomes: dict[str, list[Outcome]],
     seeds: Sequence[int],
-    how: Protocol,
+    how: MeasuringProtocol,
     yardsticks: Yardsticks,
     environment: dict[str, str],
     cpu_minutes: float | None,

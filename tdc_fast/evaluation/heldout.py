@@ -7,22 +7,18 @@ the same arguments therefore see the same noisy images, and their difference is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tdc_fast.diffusion.protocols import Denoiser, DiffusionProcess
 from tdc_fast.errors import invalid
 from tdc_fast.nn.macs import measure_macs
 from tdc_fast.nn.modes import evaluating
-
-if TYPE_CHECKING:
-    from tdc_fast.diffusion import Diffusion
-    from tdc_fast.routing import TimestepGroups
-
-Denoiser = Callable[..., Tensor]
+from tdc_fast.routing import TimestepGroups
 
 
 @dataclass(frozen=True)
@@ -113,7 +109,7 @@ def timestep_grid(groups: TimestepGroups, points_per_group: int) -> tuple[tuple[
 
 def heldout_losses(
     model: Denoiser,
-    diffusion: Diffusion,
+    diffusion: DiffusionProcess,
     x0: Tensor,
     groups: TimestepGroups,
     *,
@@ -165,7 +161,7 @@ def heldout_losses(
 
 def _losses_at(
     model: Denoiser,
-    diffusion: Diffusion,
+    diffusion: DiffusionProcess,
     x0: Tensor,
     noise: Tensor,
     timestep: int,

@@ -17,7 +17,7 @@ import tdc_fast
 from tdc_fast.evaluation.frechet import DistanceSpread
 from tdc_fast.experiments.contestants import SETTINGS, Contestant
 from tdc_fast.experiments.jobs import read_progress
-from tdc_fast.experiments.measure import Measured, Protocol, Yardsticks
+from tdc_fast.experiments.measure import Measured, MeasuringProtocol, Yardsticks
 from tdc_fast.report.numbers import Comparison, Curve, ExpertWidths, ModelResult
 from tdc_fast.runs.loading import Run, load_run
 
@@ -36,7 +36,7 @@ def compare_runs(
     models: Sequence[Contestant],
     measured: dict[str, Measured],
     yardsticks: Yardsticks,
-    protocol: Protocol,
+    protocol: MeasuringProtocol,
     options: dict[str, Any],
     seconds: dict[str, float],
 ) -> Comparison:
@@ -83,7 +83,7 @@ def compare_runs(
     )
 
 
-def _result(stage1: Run, model: Contestant, measured: Measured, protocol: Protocol) -> ModelResult:
+def _result(stage1: Run, model: Contestant, measured: Measured, protocol: MeasuringProtocol) -> ModelResult:
     run = load_run(model.directory)
     phases, steps = training_phases(stage1, run)
     shared = _phases(stage1)["stage1"]

@@ -14,7 +14,7 @@ from tdc_fast.errors import invalid
 from tdc_fast.experiments.assemble import compare_runs
 from tdc_fast.experiments.contestants import Contestant, contestants, stage1
 from tdc_fast.experiments.jobs import Job, run_jobs, train_and_measure, train_contestant
-from tdc_fast.experiments.measure import Protocol, load_measured, load_yardsticks, prepare_yardsticks
+from tdc_fast.experiments.measure import MeasuringProtocol, load_measured, load_yardsticks, prepare_yardsticks
 from tdc_fast.report import write_report
 from tdc_fast.routing import TimestepGroups
 from tdc_fast.runs.config import read_options
@@ -129,8 +129,8 @@ def _recorded_options(options: DemoOptions) -> dict[str, Any]:
     return {name: value for name, value in asdict(options).items() if name not in ("out", "processes")}
 
 
-def _protocol(options: DemoOptions, groups: TimestepGroups) -> Protocol:
-    return Protocol(
+def _protocol(options: DemoOptions, groups: TimestepGroups) -> MeasuringProtocol:
+    return MeasuringProtocol(
         draws=options.draws,
         samples=options.samples,
         sampling_steps=options.sampling_steps,
@@ -145,7 +145,7 @@ def _training_job(contestant: Contestant) -> Job:
     return Job(contestant.label, train_contestant, (contestant,), progress, config.stage1_steps)
 
 
-def _contest_job(contestant: Contestant, yardsticks: Path, protocol: Protocol, result: Path) -> Job:
+def _contest_job(contestant: Contestant, yardsticks: Path, protocol: MeasuringProtocol, result: Path) -> Job:
     config = contestant.config
     stage = contestant.directory / "experts" if config.groups else contestant.directory
     steps = 0 if config.groups else config.lr_anneal_steps

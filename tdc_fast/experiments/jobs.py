@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from tdc_fast.experiments.contestants import Contestant
-from tdc_fast.experiments.measure import Protocol, measure
+from tdc_fast.experiments.measure import MeasuringProtocol, measure
 from tdc_fast.training.interrupts import TrainingInterrupted
 from tdc_fast.training.train import train
 
@@ -61,7 +61,7 @@ def train_contestant(contestant: Contestant) -> None:
         raise KeyboardInterrupt from interrupted
 
 
-def train_and_measure(contestant: Contestant, yardsticks: Path, protocol: Protocol, measured: Path) -> None:
+def train_and_measure(contestant: Contestant, yardsticks: Path, protocol: MeasuringProtocol, measured: Path) -> None:
     """Train a contestant, then measure it; what an earlier attempt has finished is kept."""
     train_contestant(contestant)
     if not measured.exists():

@@ -29,7 +29,7 @@ GRID_IMAGES = 100
 
 
 @dataclass(frozen=True)
-class Protocol:
+class MeasuringProtocol:
     """How every model is measured.
 
     Attributes:
@@ -130,7 +130,7 @@ def _real_images(data_dir: str, image_size: int) -> Tensor:
     return to_uint8(load_dataset(data_dir, image_size=image_size).images())
 
 
-def measure(run_directory: Path, yardsticks: Path, protocol: Protocol, path: Path) -> None:
+def measure(run_directory: Path, yardsticks: Path, protocol: MeasuringProtocol, path: Path) -> None:
     """Measure the model of a run and write the result to a file; the first draw goes to the run's samples/.
 
     Args:

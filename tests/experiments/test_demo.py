@@ -13,7 +13,6 @@ from tdc_fast import demo
 from tdc_fast.evaluation.classifier import train_classifier
 from tdc_fast.experiments import DemoOptions, jobs, measure, run_demo
 from tdc_fast.experiments.contestants import contestants
-from tdc_fast.training.interrupts import TrainingInterrupted
 
 TINY = DemoOptions(scale=0.02, samples=60, draws=2, sampling_steps=2, loss_points=1)
 
@@ -98,12 +97,14 @@ def test_a_second_call_keeps_what_is_finished(finished, numbers, monkeypatch, ca
 def test_one_model_made_again_elsewhere_has_the_same_numbers(finished, numbers, tmp_path, one_thread):
     from tdc_fast.experiments.contestants import stage1
     from tdc_fast.experiments.demo import FULL_STEPS
-    from tdc_fast.experiments.measure import Protocol, load_measured
+    from tdc_fast.experiments.measure import MeasuringProtocol, load_measured
 
     out, steps = tmp_path / "again", round(FULL_STEPS * TINY.scale)
     jobs.train_contestant(stage1(out, steps, 0))
     pruned = next(model for model in contestants(out, steps, 0, control=False) if model.key == "pruned")
-    protocol = Protocol(draws=2, samples=60, sampling_steps=2, points_per_group=1, boundaries=(0, 250, 500, 750, 1000))
+    protocol = MeasuringProtocol(
+        draws=2, samples=60, sampling_steps=2, points_per_group=1, boundaries=(0, 250, 500, 750, 1000)
+    )
     jobs.train_and_measure(pruned, finished / "measured" / "yardsticks.pt", protocol, out / "pruned.pt")
     measured = load_measured(out / "pruned.pt")
     first = numbers["models"]["pruned"]
@@ -124,33 +125,3 @@ def test_impossible_options_are_refused_before_anything_is_written(flag, value, 
     assert demo.main(["--out", str(tmp_path / "out"), flag, value]) == 2
     assert capsys.readouterr().err.startswith(f"error: {flag[2:]}: got")
     assert not (tmp_path / "out").exists()
-
-
-def test_the_worker_pool_runs_jobs_and_raises_their_errors(tmp_path):
-    said: list[str] = []
-    good = jobs.Job("good", Path.write_text, (tmp_path / "f", "done"))
-    assert jobs.run_jobs([good], 1, said.append).keys() == {"good"}
-    assert (tmp_path / "f").read_text() == "done"
-    assert said[0].startswith("good: done in")
-    bad = jobs.Job("bad", Path.read_text, (tmp_path / "missing",))
-    with pytest.raises(FileNotFoundError):
-        jobs.run_jobs([bad], 1, said.append)
-    assert any(line.startswith("bad: ") and "missing" in line for line in said)
-
-
-def test_an_error_ends_the_experiment_before_another_job_begins(tmp_path):
-    never = tmp_path / "never"
-    queue = [jobs.Job("bad", Path.read_text, (tmp_path / "missing",)), jobs.Job("next", Path.touch, (never,))]
-    with pytest.raises(FileNotFoundError):
-        jobs.run_jobs(queue, 1, print)
-    assert not never.exists()
-
-
-def test_an_interrupted_run_leaves_it_to_the_experiment_to_say_how_to_continue(tmp_path, monkeypatch):
-    def stop(config):
-        raise TrainingInterrupted(f"continue with: --resume {config.run_dir}")
-
-    monkeypatch.setattr(jobs, "train", stop)
-    with pytest.raises(KeyboardInterrupt) as stopped:
-        jobs.train_contestant(contestants(tmp_path, 10, 0, control=False)[0])
-    assert str(stopped.value) == ""

@@ -1,7 +1,6 @@
-from __future__ import annotations
+"""Datasets: what a folder, an array file and a built-in set read as, how they split, and what is refused."""
 
-import itertools
-from pathlib import Path
+from __future__ import annotations
 
 import numpy as np
 import pytest
@@ -12,32 +11,11 @@ from PIL import Image
 
 from tdc_fast.data.dataset import ImageDataset, load_dataset
 from tdc_fast.data.image_sources import fit_image, list_images
-from tdc_fast.data.stream import BatchStream
-
-
-def pixels(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
-
-
-def write(path: Path, image: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(image).save(path)
+from tests.data.images import pixels, write
 
 
 def unit_range(image: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(image.astype(np.float32) / 127.5 - 1)
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """Eight 6x6 images of the classes ant, bee, cat, spread over directories."""
-    names = ["b/cat_1.png", "b/ant_2.PNG", "a/bee_1.png", "a/deep/ant_1.gif", "cat_3.png", "bee_2_x.png"]
-    for number, name in enumerate(names):
-        write(tmp_path / name, pixels(6, 6, 3, seed=number))
-    write(tmp_path / "c" / "cat_4.jpeg", pixels(6, 6, 3, seed=7))
-    write(tmp_path / "c" / "cat_5.jpg", pixels(6, 6, seed=8))  # grey
-    (tmp_path / "notes.txt").write_text("not an image")
-    return tmp_path
 
 
 # Both ways to read a folder: decoded on loading, and as it is used.
@@ -257,91 +235,3 @@ def test_a_split_is_the_same_for_the_same_seed_and_covers_everything_once():
     for fraction in (0, 1, -0.1, 0.9999):
         with pytest.raises(ValueError, match="fraction"):
             dataset.split(fraction)
-
-
-@pytest.fixture
-def numbered(tmp_path):
-    """A maker of datasets whose image i is labelled i."""
-
-    def make(count: int):
-        np.savez(tmp_path / "n.npz", arr_0=pixels(count, 2, 2, 1), arr_1=np.arange(count))
-        return load_dataset(tmp_path / "n.npz", class_cond=True)
-
-    return make
-
-
-def labels(stream: BatchStream, batches: int) -> list[list[int]]:
-    return [kwargs["y"].tolist() for _, kwargs in itertools.islice(stream, batches)]
-
-
-def test_an_epoch_shows_every_image_once_shuffled_and_drops_the_last_short_batch(numbered):
-    stream = BatchStream(numbered(11), 3, seed=1)
-    epochs = [sum(labels(stream, 3), []) for _ in range(3)]
-    assert all(len(set(epoch)) == 9 for epoch in epochs)
-    assert epochs[0] != epochs[1] != epochs[2] and epochs[0] != sorted(epochs[0])
-    assert labels(BatchStream(numbered(11), 3, seed=1), 1)[0] == epochs[0][:3]
-    assert labels(BatchStream(numbered(11), 3, seed=2), 1)[0] != epochs[0][:3]
-
-
-def test_ranks_share_an_epoch_without_overlap(numbered):
-    shares = [sum(labels(BatchStream(numbered(13), 2, 5, rank=rank, world_size=3), 2), []) for rank in range(3)]
-    assert sorted(len(share) for share in shares) == [4, 4, 4]
-    assert len(set(sum(shares, []))) == 12
-
-
-@settings(deadline=None, max_examples=30)
-@given(size=st.integers(1, 12), batch=st.integers(1, 40))
-def test_a_batch_larger_than_the_dataset_repeats_it_evenly(size, batch):
-    dataset = load_dataset("digits")._take(np.arange(size))
-    stream = BatchStream(dataset, batch)
-    for epoch in range(2):
-        x, _ = next(stream)
-        assert x.shape == (batch, 1, 8, 8)
-        if batch >= size:
-            counts = np.bincount(stream._order(epoch)[:batch], minlength=size)
-            assert counts.max() - counts.min() <= 1
-
-
-@settings(deadline=None, max_examples=20)
-@given(before=st.integers(0, 20), batch=st.integers(1, 15))
-def test_a_restored_stream_continues_bit_for_bit(before, batch):
-    dataset = load_dataset("digits", class_cond=True)._take(np.arange(11))
-    stream = BatchStream(dataset, batch, seed=4)
-    labels(stream, before)
-    state = stream.state_dict()
-    restored = BatchStream(dataset, batch, seed=4)
-    restored.load_state_dict(state)
-    assert labels(stream, 8) == labels(restored, 8)
-
-
-def test_reading_ahead_does_not_move_the_position(folder):
-    dataset = load_dataset(folder, image_size=6, class_cond=True, cache_bytes=0)
-    stream, plain = BatchStream(dataset, 3), BatchStream(load_dataset(folder, image_size=6, class_cond=True), 3)
-    for _ in range(5):
-        (x, kwargs), (x_plain, kwargs_plain) = next(stream), next(plain)
-        assert torch.equal(x, x_plain) and torch.equal(kwargs["y"], kwargs_plain["y"])
-        assert stream.state_dict() == plain.state_dict()
-    restored = BatchStream(dataset, 3)
-    next(restored)  # has read ahead from another position
-    restored.load_state_dict(stream.state_dict())
-    assert torch.equal(next(restored)[0], next(plain)[0])
-    stream.close()
-    assert next(stream)[0].shape == (3, 3, 6, 6)
-
-
-@pytest.mark.parametrize(
-    "change", [{"seed": 9}, {"images": 12}, {"batch_size": 2}, {"rank": 1}, {"index": 99}, {"epoch": -1}]
-)
-def test_the_position_of_another_stream_is_refused(numbered, change):
-    stream = BatchStream(numbered(11), 3)
-    with pytest.raises(ValueError, match="state"):
-        stream.load_state_dict({**stream.state_dict(), **change})
-
-
-@pytest.mark.parametrize(
-    ("options", "argument"),
-    [({"batch_size": 0}, "batch_size"), ({"rank": 2, "world_size": 2}, "rank"), ({"world_size": 99}, "world_size")],
-)
-def test_streams_that_cannot_be_are_refused_by_name(numbered, options, argument):
-    with pytest.raises(ValueError, match=f"^{argument}"):
-        BatchStream(numbered(5), **{"batch_size": 1, **options})

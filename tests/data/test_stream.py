@@ -1,0 +1,103 @@
+"""The stream of training batches: order, ranks, and a position that can be restored."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tdc_fast.data.dataset import load_dataset
+from tdc_fast.data.stream import BatchStream
+from tests.data.images import pixels
+
+
+@pytest.fixture
+def numbered(tmp_path):
+    """A maker of datasets whose image i is labelled i."""
+
+    def make(count: int):
+        np.savez(tmp_path / "n.npz", arr_0=pixels(count, 2, 2, 1), arr_1=np.arange(count))
+        return load_dataset(tmp_path / "n.npz", class_cond=True)
+
+    return make
+
+
+def labels(stream: BatchStream, batches: int) -> list[list[int]]:
+    return [kwargs["y"].tolist() for _, kwargs in itertools.islice(stream, batches)]
+
+
+def test_an_epoch_shows_every_image_once_shuffled_and_drops_the_last_short_batch(numbered):
+    stream = BatchStream(numbered(11), 3, seed=1)
+    epochs = [sum(labels(stream, 3), []) for _ in range(3)]
+    assert all(len(set(epoch)) == 9 for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] and epochs[0] != sorted(epochs[0])
+    assert labels(BatchStream(numbered(11), 3, seed=1), 1)[0] == epochs[0][:3]
+    assert labels(BatchStream(numbered(11), 3, seed=2), 1)[0] != epochs[0][:3]
+
+
+def test_ranks_share_an_epoch_without_overlap(numbered):
+    shares = [sum(labels(BatchStream(numbered(13), 2, 5, rank=rank, world_size=3), 2), []) for rank in range(3)]
+    assert sorted(len(share) for share in shares) == [4, 4, 4]
+    assert len(set(sum(shares, []))) == 12
+
+
+@settings(deadline=None, max_examples=30)
+@given(size=st.integers(1, 12), batch=st.integers(1, 40))
+def test_a_batch_larger_than_the_dataset_repeats_it_evenly(size, batch):
+    dataset = load_dataset("digits")._take(np.arange(size))
+    stream = BatchStream(dataset, batch)
+    for epoch in range(2):
+        x, _ = next(stream)
+        assert x.shape == (batch, 1, 8, 8)
+        if batch >= size:
+            counts = np.bincount(stream._order(epoch)[:batch], minlength=size)
+            assert counts.max() - counts.min() <= 1
+
+
+@settings(deadline=None, max_examples=20)
+@given(before=st.integers(0, 20), batch=st.integers(1, 15))
+def test_a_restored_stream_continues_bit_for_bit(before, batch):
+    dataset = load_dataset("digits", class_cond=True)._take(np.arange(11))
+    stream = BatchStream(dataset, batch, seed=4)
+    labels(stream, before)
+    state = stream.state_dict()
+    restored = BatchStream(dataset, batch, seed=4)
+    restored.load_state_dict(state)
+    assert labels(stream, 8) == labels(restored, 8)
+
+
+def test_reading_ahead_does_not_move_the_position(folder):
+    dataset = load_dataset(folder, image_size=6, class_cond=True, cache_bytes=0)
+    stream, plain = BatchStream(dataset, 3), BatchStream(load_dataset(folder, image_size=6, class_cond=True), 3)
+    for _ in range(5):
+        (x, kwargs), (x_plain, kwargs_plain) = next(stream), next(plain)
+        assert torch.equal(x, x_plain) and torch.equal(kwargs["y"], kwargs_plain["y"])
+        assert stream.state_dict() == plain.state_dict()
+    restored = BatchStream(dataset, 3)
+    next(restored)  # has read ahead from another position
+    restored.load_state_dict(stream.state_dict())
+    assert torch.equal(next(restored)[0], next(plain)[0])
+    stream.close()
+    assert next(stream)[0].shape == (3, 3, 6, 6)
+
+
+@pytest.mark.parametrize(
+    "change", [{"seed": 9}, {"images": 12}, {"batch_size": 2}, {"rank": 1}, {"index": 99}, {"epoch": -1}]
+)
+def test_the_position_of_another_stream_is_refused(numbered, change):
+    stream = BatchStream(numbered(11), 3)
+    with pytest.raises(ValueError, match="state"):
+        stream.load_state_dict({**stream.state_dict(), **change})
+
+
+@pytest.mark.parametrize(
+    ("options", "argument"),
+    [({"batch_size": 0}, "batch_size"), ({"rank": 2, "world_size": 2}, "rank"), ({"world_size": 99}, "world_size")],
+)
+def test_streams_that_cannot_be_are_refused_by_name(numbered, options, argument):
+    with pytest.raises(ValueError, match=f"^{argument}"):
+        BatchStream(numbered(5), **{"batch_size": 1, **options})

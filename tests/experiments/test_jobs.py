@@ -1,0 +1,41 @@
+"""Jobs in worker processes: results, errors and interrupts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tdc_fast.experiments import jobs
+from tdc_fast.experiments.contestants import contestants
+from tdc_fast.training.interrupts import TrainingInterrupted
+
+
+def test_the_worker_pool_runs_jobs_and_raises_their_errors(tmp_path):
+    said: list[str] = []
+    good = jobs.Job("good", Path.write_text, (tmp_path / "f", "done"))
+    assert jobs.run_jobs([good], 1, said.append).keys() == {"good"}
+    assert (tmp_path / "f").read_text() == "done"
+    assert said[0].startswith("good: done in")
+    bad = jobs.Job("bad", Path.read_text, (tmp_path / "missing",))
+    with pytest.raises(FileNotFoundError):
+        jobs.run_jobs([bad], 1, said.append)
+    assert any(line.startswith("bad: ") and "missing" in line for line in said)
+
+
+def test_an_error_ends_the_experiment_before_another_job_begins(tmp_path):
+    never = tmp_path / "never"
+    queue = [jobs.Job("bad", Path.read_text, (tmp_path / "missing",)), jobs.Job("next", Path.touch, (never,))]
+    with pytest.raises(FileNotFoundError):
+        jobs.run_jobs(queue, 1, print)
+    assert not never.exists()
+
+
+def test_an_interrupted_run_leaves_it_to_the_experiment_to_say_how_to_continue(tmp_path, monkeypatch):
+    def stop(config):
+        raise TrainingInterrupted(f"continue with: --resume {config.run_dir}")
+
+    monkeypatch.setattr(jobs, "train", stop)
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        jobs.train_contestant(contestants(tmp_path, 10, 0, control=False)[0])
+    assert str(stopped.value) == ""
