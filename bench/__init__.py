@@ -1,1 +1,1 @@
-"""Throughput suites: ours against its peers, interleaved in one run. ``python -m bench --help``."""
+"""Throughput suites: ours against its peers, interleaved in one run; `python -m bench --help`."""

@@ -1,4 +1,4 @@
-"""``python -m bench``: runs the suites and writes a JSON file and a Markdown table of medians and ratios."""
+"""`python -m bench`: runs the suites and writes a JSON file and a Markdown table of medians and ratios."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ SETTINGS = ("TDC_FAST_CPU_ISA", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "OM
 
 
 def main() -> int:
+    """Run the suites, write the two files and return the exit code: that of pytest if it fails, else 0."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder for the two files")
     parser.add_argument("--only", default="", help="pytest -k expression: the cases to run (default: all)")
@@ -51,7 +52,7 @@ def main() -> int:
 
 
 def summarise(raw: dict, only: str = "") -> dict:
-    """What a reader needs of pytest-benchmark's JSON: where, with what, and per case medians and ratios."""
+    """The machine, the versions, and medians and ratios per case, from pytest-benchmark's JSON."""
     from tdc_fast._native import cpu_isa
 
     rows = [
@@ -83,6 +84,7 @@ def summarise(raw: dict, only: str = "") -> dict:
 
 
 def as_markdown(results: dict) -> str:
+    """The Markdown file: conditions, and a table per test."""
     machine = results["machine"]
     lines = [
         f"# Throughput on {machine['processor']}, {machine['threads']} threads",

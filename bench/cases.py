@@ -1,4 +1,4 @@
-"""Problems that the suites time: shapes, groups and tensors, the same for every candidate."""
+"""What the CPU suites time: shapes, groups and tensors, the same for every candidate."""
 
 from __future__ import annotations
 
@@ -15,7 +15,16 @@ Model = TypeVar("Model", bound=nn.Module)
 
 @dataclass(frozen=True)
 class ConvCase:
-    """A 3x3, stride 1, same-padding convolution over a batch that spans all groups. Sizes in samples and channels."""
+    """A convolution of stride 1 with "same" padding, over a batch that spans all groups.
+
+    Attributes:
+        batch: B.
+        channels: input and output channels.
+        size: H = W.
+        num_groups: N.
+        filter_size: R = S.
+        uneven: half of the batch is in group 0.
+    """
 
     batch: int
     channels: int
@@ -41,7 +50,7 @@ CONV_CASES = [
 
 
 def group_ids(batch: int, num_groups: int, *, uneven: bool = False) -> torch.Tensor:
-    """Group of each sample (batch,), shuffled: equal shares, or half of the batch in group 0 and the rest spread."""
+    """Group of each sample (batch,), shuffled: equal shares, or half of the batch in group 0 and the rest anywhere."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.arange(batch) % num_groups
     if uneven:
@@ -55,7 +64,18 @@ def channels_last(model: Model) -> Model:
 
 
 class ConvInputs:
-    """The tensors of a case: x (B, C, H, W) channels_last, weight (N, C, C, R, R), bias (N, C), dy like x; fp32."""
+    """The tensors of a case, fp32.
+
+    Attributes:
+        x: images (B, C, H, W), channels_last.
+        weight: (N, C, C, R, R).
+        bias: (N, C).
+        dy: gradient of the output, like x.
+        groups: group of each sample (B,).
+        plan: the plan of these groups.
+        sorted_x: x sorted by the plan.
+        padding: pixels on each side.
+    """
 
     def __init__(self, case: ConvCase) -> None:
         torch.manual_seed(0)
@@ -71,4 +91,5 @@ class ConvInputs:
         self.sorted_x = self.plan.sort(self.x)
 
     def half_widths(self) -> torch.Tensor:
+        """Half of the channels for every group, int32 (N,)."""
         return torch.full((self.case.num_groups,), self.case.channels // 2, dtype=torch.int32)

@@ -1,7 +1,7 @@
-"""The one timing helper of all suites: candidates run interleaved, medians and their ratios are reported.
+"""The timing helper of the CPU suites: candidates run interleaved; medians and ratios are reported.
 
-On a shared machine speed drifts by the second. Timing one candidate to the end and then the next would compare two
-moments; here every round times each candidate once, so drift hits all of them alike and the ratio survives it.
+The speed of a shared machine changes from second to second, so candidates that are timed one after the other are not
+comparable. Here every round times each candidate once: changes of speed affect all of them alike, and cancel in ratios.
 """
 
 from __future__ import annotations
@@ -18,15 +18,21 @@ WARMUP_ROUNDS = 3
 
 
 def default_rounds() -> int:
-    """Rounds per case; ``TDC_FAST_BENCH_ROUNDS`` overrides (1 for a smoke run)."""
+    """Rounds per case: `TDC_FAST_BENCH_ROUNDS` (1 for a smoke run), else 30."""
     return int(os.environ.get("TDC_FAST_BENCH_ROUNDS", "30"))
 
 
 def compare(benchmark, ours: Candidate, peers: Mapping[str, Candidate], *, rounds: int | None = None) -> None:
-    """Benchmarks ``ours`` with the pytest-benchmark fixture and times every peer between its rounds.
+    """Benchmark `ours` with the pytest-benchmark fixture and time every peer between its rounds.
 
-    Leaves in ``benchmark.extra_info``: ``peers_ms`` (median per peer) and ``ratios`` (median of the per-round quotients
+    It sets in `benchmark.extra_info`: `ours_ms`, `peers_ms` (median per peer) and `ratios` (median over rounds of
     ours / peer; below 1 is faster than the peer).
+
+    Args:
+        benchmark: the fixture.
+        ours: what is benchmarked.
+        peers: what it is compared with, by name.
+        rounds: number of rounds; None for `default_rounds()`.
     """
     rounds = rounds or default_rounds()
     seconds: dict[str, list[float]] = {name: [] for name in peers}

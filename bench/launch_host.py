@@ -1,8 +1,8 @@
-"""``python -m bench.launch_host``: host time of the Triton backend per operator, on a machine with or without a GPU.
+"""`python -m bench.launch_host`: host time of the Triton backend per operator, on a machine with or without a GPU.
 
-Kernels are compiled for sm_90; a stand-in for Triton's driver takes the launches and starts nothing. What is left is
-what Python spends before a kernel starts, all but the driver's own microseconds: a layer that computes for less long
-waits for it. Beside it the same launch made through Triton alone, every time.
+Kernels are compiled for sm_90; a stand-in for Triton's driver receives the launches and starts nothing. What remains is
+the time that Python takes before a kernel starts, without the driver's own microseconds; the GPU waits for it when a
+layer computes faster. The second column is the same launch when every launch goes through Triton.
 """
 
 from __future__ import annotations
@@ -23,13 +23,19 @@ ROUNDS, CALLS = 20, 100
 
 
 class StandInDriver:
-    """What Triton asks of a GPU's driver, for an H200 that is not there. `launched` holds (grid, arguments)."""
+    """What Triton calls of a GPU's driver, with the properties of an H200.
+
+    Attributes:
+        launched: grid and arguments of each launch.
+    """
 
     def __init__(self) -> None:
         self.launched: list[tuple[tuple[int, ...], tuple[Any, ...]]] = []
         self.utils = self
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
+        """A launcher that notes its launches."""
+
         def launch(x: int, y: int, z: int, *rest: Any) -> None:
             # rest: stream, function, packed metadata, launch metadata, two hooks, then the kernel's arguments
             self.launched.append(((x, y, z), rest[6:]))
@@ -37,18 +43,23 @@ class StandInDriver:
         return launch
 
     def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[Any, ...]:
+        """What loading a kernel returns."""
         return name, name, 64, 0, 1024  # module, function, registers, spills, threads
 
     def get_device_properties(self, device: int) -> dict[str, int]:
+        """Shared memory (bytes) and multiprocessors of an H200."""
         return {"max_shared_mem": 232448, "multiprocessor_count": 132}
 
     def get_current_device(self) -> int:
+        """Device 0."""
         return 0
 
     def get_current_stream(self, device: int) -> int:
+        """Stream 0."""
         return 0
 
     def get_current_target(self) -> Any:
+        """The target sm_90."""
         from triton.backends.compiler import GPUTarget
 
         return GPUTarget("cuda", 90, 32)
@@ -62,7 +73,7 @@ def stand_in_gpu() -> Iterator[StandInDriver]:
     from tdc_fast.kernels import conv_wgrad, launch, tile_shapes
 
     stand_in, device = StandInDriver(), tile_shapes.Device(90, 132, 232448)
-    active = driver._active  # to ask for driver.active would want a GPU
+    active = driver._active  # the property driver.active needs a GPU
     launch._compiled.clear()
     driver.set_active(stand_in)
     try:
@@ -77,7 +88,7 @@ def stand_in_gpu() -> Iterator[StandInDriver]:
 
 
 def calls() -> dict[str, Callable[[], Any]]:
-    """The operators of a residual block's layer, as their backend is called."""
+    """Calls of the Triton backend: the operators of one layer of a residual block."""
     from tdc_fast import RoutingPlan
     from tdc_fast.kernels.tile_table import tiles_of
     from tdc_fast.ops import triton as backend
@@ -120,7 +131,7 @@ def calls() -> dict[str, Callable[[], Any]]:
 
 
 def through_triton(call: Callable[[], Any]) -> Callable[[], None]:
-    """The same call with nothing remembered between launches."""
+    """The same call, forgetting compiled kernels between launches."""
     from tdc_fast.kernels import launch
 
     def forgetful() -> None:
@@ -131,6 +142,7 @@ def through_triton(call: Callable[[], Any]) -> Callable[[], None]:
 
 
 def main() -> int:
+    """Print the table and return the exit code: 0, or 2 without Triton."""
     try:
         import triton  # noqa: F401
     except ImportError:

@@ -8,12 +8,12 @@ from torch import Tensor
 
 
 def dense(x: Tensor, weight: Tensor, bias: Tensor, padding: int) -> Tensor:
-    """One expert for the whole batch: less work than routing, and so the yardstick. weight (C_out, C_in, R, S)."""
+    """One expert for the whole batch, weight (C_out, C_in, R, S): less work than routing, so a lower bound."""
     return F.conv2d(x, weight, bias, padding=padding)
 
 
 def loop(x: Tensor, weight: Tensor, bias: Tensor, groups: Tensor, padding: int) -> Tensor:
-    """For each group: gather its samples, convolve, scatter the result. weight (N, C_out, C_in, R, S)."""
+    """For each group gather its samples, convolve, scatter the result; weight (N, C_out, C_in, R, S)."""
     y = torch.empty_like(x)
     for g in range(weight.shape[0]):
         index = (groups == g).nonzero().squeeze(1)
@@ -23,7 +23,7 @@ def loop(x: Tensor, weight: Tensor, bias: Tensor, groups: Tensor, padding: int) 
 
 
 def grouped(x: Tensor, weight: Tensor, bias: Tensor, groups: Tensor, padding: int) -> Tensor:
-    """One grouped convolution with a copy of the weights per sample, the batch folded into the channels."""
+    """One grouped convolution, with a copy of the weights per sample and the batch folded into the channels."""
     b, c, h, w = x.shape
     per_sample = weight.index_select(0, groups).flatten(0, 1)
     y = F.conv2d(

@@ -1,13 +1,13 @@
-"""``python -m bench.profile_gpu LAYER``: what keeps one operator busy, from Nsight Compute (ncu).
+"""`python -m bench.profile_gpu LAYER`: what one operator spends its time on, from Nsight Compute (ncu).
 
-Runs itself under ncu, with the clocks as they are, and prints per kernel: time, tensor-pipe use, L2 and device-memory
-throughput, registers, shared memory, occupancy, and the stalls that cost most. LAYER is "conv BATCH C_IN C_OUT SIZE
-FILTER STRIDE" or "norm BATCH C SIZE GROUPS"; for example
+It runs itself under ncu, without changing the clocks, and prints per kernel: time, tensor-pipe use, L2 and
+device-memory throughput, registers, shared memory, occupancy, and the stalls that cost most. LAYER is "conv BATCH C_IN
+C_OUT SIZE FILTER STRIDE" or "norm BATCH C SIZE GROUPS"; for example
 
     python -m bench.profile_gpu conv 64 128 128 32 3 1 --direction forward --backend triton --num-groups 8
     python -m bench.profile_gpu norm 64 256 32 32 --direction backward --backend cuda
 
-With ``--dry-run`` the operator runs once on the CPU without ncu, and a canned report is read.
+With `--dry-run` the operator runs on the CPU without ncu, and a canned report is read.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from bench.gpu.layers import ConvLayer, NormLayer
 from bench.gpu.rows import Run
 from bench.gpu.timing import Machine
 
-# Names of metrics differ between chips: whole sections are collected, and figures are looked up by pattern. Where
-# several metrics fit a pattern the largest counts (tensor pipes: one per kind of product).
+# Names of metrics differ between chips: whole sections are collected, and figures are found by pattern. Where several
+# metrics match a pattern the largest counts (tensor pipes have one per kind of product).
 SECTIONS = (
     "SpeedOfLight", "ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis", "WarpStateStats", "Occupancy", "LaunchStats",
 )  # fmt: skip
@@ -53,6 +53,14 @@ STALL = r"smsp__average_warps?_(?:latency_)?issue_stalled_(\w+?)(?:_per_\w+)?\.r
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Profile the layer and print the figures.
+
+    Args:
+        arguments: the command line without the program's name; None for the process's own.
+
+    Returns:
+        The exit code: 0, 1 when no kernel ran, 2 when ncu is missing or fails.
+    """
     options = parse(arguments)
     if options.run or options.dry_run:
         launch(options)
@@ -70,6 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The options of a command line."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.profile_gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -90,7 +99,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def launch(options: argparse.Namespace) -> None:
-    """Runs the operator twice; ncu is told of the second time, when everything is compiled."""
+    """Runs the operator twice; ncu profiles the second call, when everything is compiled."""
     machine = Machine("cpu" if options.dry_run else "cuda")
     dtype, backend = torch.bfloat16, "reference" if options.dry_run else options.backend or None
     run = Run(machine, backend, dtype, 0.0, 0.0, tiny=options.dry_run)
@@ -121,7 +130,7 @@ def launch(options: argparse.Namespace) -> None:
 
 
 def profiled(arguments: list[str]) -> str | None:
-    """ncu's report of this command as CSV; None, with a word why, where ncu is missing or refuses."""
+    """The report of ncu on this command, as CSV; None, after printing why, when ncu is missing or fails."""
     installed = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin" / "ncu"
     ncu = shutil.which("ncu") or (str(installed) if installed.is_file() else None)
     if ncu is None:
@@ -138,18 +147,19 @@ def profiled(arguments: list[str]) -> str | None:
 
 
 def read_report(text: str) -> list[dict[str, Any]]:
-    """Per kernel its name, the figures above (None: not collected), and its stalls, largest first."""
+    """For each kernel its name, the figures of METRICS (None if not collected), and its stalls, largest first."""
     rows = list(csv.DictReader(io.StringIO(text[text.index('"ID"') :])))
     units = next((row for row in rows if not is_kernel(row)), {})
     return [kernel_of(row, units) for row in rows if is_kernel(row)]
 
 
 def is_kernel(row: dict[str, Any]) -> bool:
-    """A row of figures, not the row of units below the header."""
+    """Whether this is a row of figures, not the row of units below the header."""
     return (row.get("ID") or "").strip().isdigit()
 
 
 def kernel_of(row: dict[str, Any], units: dict[str, Any]) -> dict[str, Any]:
+    """Name, figures and stalls of a kernel, from its row and the row of units."""
     kernel: dict[str, Any] = {"kernel": row["Kernel Name"]}
     for name, pattern in METRICS.items():
         found = [key for key in row if key and re.fullmatch(pattern, key) and _number(row[key]) is not None]
@@ -173,7 +183,7 @@ def _number(text: str | None) -> float | None:
 
 
 def as_table(kernels: list[dict[str, Any]]) -> str:
-    """One block per kernel: name, figures, the five stalls that cost most."""
+    """A block per kernel: name, figures, the five stalls that cost most."""
     lines: list[str] = []
     for kernel in kernels:
         lines.append(kernel["kernel"])
@@ -184,7 +194,7 @@ def as_table(kernels: list[dict[str, Any]]) -> str:
         lines.append(
             "  stalls             " + (", ".join(f"{name} {value:.2f}" for name, value in worst) or "not known")
         )
-    return "\n".join(lines) or "ncu saw no kernel"
+    return "\n".join(lines) or "ncu recorded no kernel"
 
 
 DRY_REPORT = """==PROF== Connected to process 1 (python)

@@ -30,7 +30,7 @@ def test_forward(benchmark, case: ConvCase):
 
 @by_case
 def test_backward(benchmark, case: ConvCase):
-    """dgrad + wgrad + bias gradient of a forward that is not timed."""
+    """Gradients of x, weight and bias; the forward is not timed."""
     p = ConvInputs(case)
 
     def backward_of(forward, *tensors):
@@ -49,7 +49,7 @@ def test_backward(benchmark, case: ConvCase):
 
 
 def loop_backward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, p: ConvInputs) -> torch.Tensor:
-    """The loop peer in a form that autograd can follow: its results are put together by concatenation."""
+    """The loop peer in a form that autograd supports: results are concatenated, not written into a tensor."""
     indices = [(p.groups == g).nonzero().squeeze(1) for g in range(weight.shape[0])]
     parts = [
         peers.dense(x.index_select(0, i), weight[g], bias[g], p.padding) for g, i in enumerate(indices) if i.numel()

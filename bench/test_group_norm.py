@@ -17,6 +17,8 @@ by_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(s
 
 
 class Problem:
+    """The tensors of a shape, fp32 and channels_last, and the two functions that are compared."""
+
     def __init__(self, shape: tuple[int, int, int, int]) -> None:
         torch.manual_seed(0)
         batch, channels = shape[:2]
@@ -27,6 +29,7 @@ class Problem:
         self.plan = RoutingPlan.from_groups(group_ids(batch, NUM_GROUPS), NUM_GROUPS)
 
     def routed(self, x, weight, bias, scale, shift):
+        """The fused operator."""
         return routed_group_norm(
             x,
             weight,
@@ -39,10 +42,12 @@ class Problem:
         )
 
     def dense(self, x, weight, bias, scale, shift):
+        """Torch's sequence with one expert's weight and bias."""
         h = F.group_norm(x, NUM_NORM_GROUPS, weight[0], bias[0])
         return F.silu(h * (1 + scale[:, :, None, None]) + shift[:, :, None, None])
 
     def leaves(self):
+        """Copies of the inputs that take gradients."""
         return [t.detach().clone().requires_grad_() for t in (self.x, self.weight, self.bias, self.scale, self.shift)]
 
 

@@ -1,8 +1,9 @@
 """Scoring a round of 8 pruning candidates: one routed batch, against 8 separately built pruned models.
 
-Both measure the denoising loss of every candidate on the same calibration data, timesteps and noise, set-up included:
-ours packs the base by importance and sets widths, the peer builds each pruned model with its own weights. A search of
-several rounds packs once ("next round" is a round after the first). Candidates keep 0.5 to 1 of each unit; fp32.
+Both measure the denoising loss of every candidate on the same calibration data, timesteps and noise. Set-up is
+included: ours packs the base by importance and sets widths; the peer builds each pruned model with its own weights. A
+search packs once for all rounds, so "next round" times a round after the first. Candidates keep 0.5 to 1 of each unit;
+fp32.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ CANDIDATES, BATCHES, INTERVAL = 8, 4, (250, 500)
 
 @dataclass(frozen=True)
 class ScoringCase:
+    """Image size, channels of the first level, ResBlocks per level, and batch."""
+
     size: int
     channels: int
     blocks: int
@@ -74,13 +77,16 @@ class Problem:
         self.diffusion = create_diffusion(noise_schedule="cosine")
 
     def scorer(self) -> DenoisingLoss:
+        """A scorer that has packed nothing yet."""
         return DenoisingLoss(self.base, self.diffusion, self.batches)
 
     def routed(self) -> list[float]:
+        """The candidates' scores, all from one routed batch."""
         return self.scorer().score(self.task, self.widths)
 
     @torch.no_grad()
     def separate(self) -> list[float]:
+        """The candidates' scores, each from its own pruned model."""
         orders = {unit.name: self.task.order(unit.name) for unit in self.task.units}
         scores = []
         for widths in self.widths:

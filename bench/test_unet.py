@@ -22,6 +22,8 @@ BATCH, NUM_GROUPS, NUM_TIMESTEPS = 64, 8, 1000
 
 @dataclass(frozen=True)
 class UNetCase:
+    """Image size and ResBlocks per level."""
+
     size: int
     blocks: int
 
@@ -58,6 +60,7 @@ class Problem:
         self.t = torch.randint(0, NUM_TIMESTEPS, (BATCH,))
 
     def routed(self, *, half: bool = False) -> RoutedModel:
+        """The routed model, every pruning unit at half width if `half`."""
         widths = WidthPlan.uniform(self.base, self.groups.boundaries, 0.5) if half else None
         return pack_experts(self.base, self.groups, widths)
 
@@ -75,6 +78,7 @@ def loop_over(experts: nn.ModuleList, groups: TimestepGroups):
 
 
 def training_step(forward, parameters, p: Problem, *, optimizer: bool):
+    """A call that runs forward, loss and backward, and an AdamW update if `optimizer`."""
     parameters = list(parameters)
     adam = torch.optim.AdamW(parameters, lr=1e-4, fused=True) if optimizer else None
 

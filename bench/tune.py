@@ -1,13 +1,13 @@
-"""``python -m bench.tune``: times the tiles that a Triton convolution may run with, and writes the device's table.
+"""`python -m bench.tune`: times the tiles that a Triton convolution may run with, and writes the device's table.
 
-For every shape each candidate of kernels/tile_shapes.py (for wgrad: of kernels/wgrad_tiles.py) is first compared with
-cuDNN's result and then timed, interleaved, in a CUDA graph, with the L2 flushed. Where one beats the choice that the
-functions there make by more than a hair, it goes into ``kernels/tuned/<device>.json``, which they read first:
+For every shape each candidate of kernels/tile_shapes.py (for wgrad, of kernels/wgrad_tiles.py) is first compared with
+cuDNN's result and then timed, interleaved, in a CUDA graph, with the L2 flushed. A candidate that is at least 2% faster
+than the one that those files choose goes into `kernels/tuned/<device>.json`, which they read first:
 
     {"version": ..., "device": ..., "date": ..., "torch": ..., "triton": ...,
      "tiles": {key: tile}, "wgrad": {key: {"tile": tile, "splits": ...}}}
 
-``--dry-run`` runs tiny shapes on the CPU through Triton's interpreter; its numbers mean nothing.
+`--dry-run` runs tiny shapes on the CPU through Triton's interpreter; its numbers mean nothing.
 """
 
 from __future__ import annotations
@@ -36,20 +36,34 @@ from tdc_fast.kernels.problems import ConvProblem
 from tdc_fast.ops.checks import conv_problem
 
 OPS = ("forward", "dgrad", "wgrad")
-GAIN = 0.98  # a tile goes into the table when its time is at most this part of the chosen one's
-WRONG = 2e-2  # relative error past which a candidate is reported and never chosen
+GAIN = 0.98  # a tile goes into the table when its time is at most this fraction of the chosen tile's
+WRONG = 2e-2  # relative error above which a candidate is reported and not timed
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A configuration as the table has it, and the call that runs it."""
+    """A configuration and the call that runs it.
+
+    Attributes:
+        entry: the configuration as the table has it.
+        run: launches the operator and returns its result.
+        chosen: whether it is what runs without a table.
+    """
 
     entry: dict[str, Any]
     run: Callable[[], Any]
-    chosen: bool  # what runs without a table
+    chosen: bool
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Time the candidates of all cases and write the table.
+
+    Args:
+        arguments: the command line without the program's name; None for the process's own.
+
+    Returns:
+        The exit code: 0, 1 when a candidate failed or was wrong, 2 without a GPU.
+    """
     options = parse(arguments)
     if options.dry_run:
         os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
@@ -82,6 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The options of a command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.tune", description=__doc__)
     from tdc_fast import kernels
 
@@ -98,7 +113,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def cases(options: argparse.Namespace) -> Iterator[Case]:
-    """Every layer, number of groups and pass asked for; the costliest layers of a model first."""
+    """Every requested layer, number of groups and direction; the costliest layers of a model first."""
     layers: list[ConvLayer] = []
     if options.dry_run:
         layers = [ConvLayer("tiny", 3, 8, 8, 4, 4)]
@@ -111,14 +126,14 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
 
 
 def facts(machine: Machine) -> Any:
-    """The device as the tile functions see it."""
+    """The device's properties, as the functions that choose tiles take them."""
     from tdc_fast.kernels import tile_shapes
 
     return tile_shapes.device_of(machine.device)
 
 
 def problem_of(problem: Problem) -> ConvProblem:
-    """What the operator layer would describe this case as."""
+    """The description of this case that the operators give to kernels."""
     op = "routed_conv2d" if problem.case.direction == "forward" else f"routed_conv2d_{problem.case.direction}"
     settings = tuple((value, value) for value in problem.settings.values())
     routing = (problem.plan.offsets, problem.plan.weight_index, None, None)
@@ -126,7 +141,7 @@ def problem_of(problem: Problem) -> ConvProblem:
 
 
 def candidates(problem: Problem, p: ConvProblem, device: Any) -> list[Candidate]:
-    """Every configuration for this case. The device goes without its name, so that no table decides what is chosen."""
+    """Every configuration for this case; without the device's name, so that no table decides what is chosen."""
     from tdc_fast.kernels import tile_shapes
     from tdc_fast.kernels.conv_dgrad import conv_dgrad
     from tdc_fast.kernels.conv_forward import conv_forward
@@ -171,7 +186,7 @@ def wgrad_candidates(problem: Problem, p: ConvProblem, device: Any) -> list[Cand
 
 
 def tune(run: Run, case: Case, device: Any, table: Table) -> int:
-    """Times the candidates of a case and notes the winner. Returns how many gave a wrong result."""
+    """Times the candidates of a case, notes the fastest, and returns how many failed or were wrong."""
     from tdc_fast.kernels import tile_shapes
 
     problem = Problem(run, case)
@@ -183,7 +198,7 @@ def tune(run: Run, case: Case, device: Any, table: Table) -> int:
         name = json.dumps(candidate.entry)
         try:
             error = problem.error(candidate.run())
-        except Exception as failure:  # Triton's own errors are no RuntimeError
+        except Exception as failure:  # Triton's errors are not RuntimeErrors
             print(f"failed: {key}: {name}: {str(failure)[:300]}")
             wrong += 1
             continue
@@ -204,14 +219,20 @@ def tune(run: Run, case: Case, device: Any, table: Table) -> int:
     section.pop(key, None)
     if medians[fastest] <= GAIN * usual:
         section[key] = right[fastest].entry
-    gain = f"{usual / medians[fastest]:.2f}x over the choice" if key in section else "the choice stands"
+    gain = f"{usual / medians[fastest]:.2f}x over the choice" if key in section else "none is faster than the choice"
     print(f"{key}: {medians[fastest]:.4f} ms, {gain}; {len(right)} candidates", flush=True)
     return wrong
 
 
 @dataclass
 class Table:
-    """The measured configurations of one device, by problem."""
+    """The measured configurations of one device.
+
+    Attributes:
+        device: its name.
+        tiles: configurations of forward and dgrad by problem.
+        wgrad: those of wgrad.
+    """
 
     device: str
     tiles: dict[str, dict[str, Any]]
@@ -219,7 +240,7 @@ class Table:
 
     @classmethod
     def load(cls, folder: Path, device: str) -> Table:
-        """The device's table, or an empty one where there is none for these kernels."""
+        """The device's table, or an empty one when there is none for this version of the kernels."""
         from tdc_fast.kernels import tile_shapes
 
         path = folder / f"{tile_shapes.table_name(device)}.json"
@@ -230,6 +251,7 @@ class Table:
         return cls(device, {}, {})
 
     def save(self, folder: Path) -> Path:
+        """Writes the table and returns its path."""
         from tdc_fast.kernels import tile_shapes
 
         folder.mkdir(parents=True, exist_ok=True)
@@ -248,7 +270,7 @@ class Table:
 
 
 def _by_line(entries: dict[str, Any]) -> str:
-    """One entry per line: a table that a person reviews in a diff."""
+    """JSON with one entry per line, for readable diffs."""
     lines: Iterable[str] = (f"    {json.dumps(key)}: {json.dumps(entries[key])}" for key in sorted(entries))
     return "{\n" + ",\n".join(lines) + "\n  }" if entries else "{}"
 

@@ -1,7 +1,7 @@
-"""``python -m bench.gpu --out DIR``: times the operators and whole UNets on this machine's GPU against their peers.
+"""`python -m bench.gpu --out DIR`: times the operators and whole UNets on this machine's GPU against their peers.
 
 It takes less than 9 minutes on an H200. When the time is up, it writes what it has measured and counts what it left
-out. ``--dry-run`` runs everything on the CPU with tiny shapes and the reference backend; its numbers mean nothing.
+out. `--dry-run` runs everything on the CPU with tiny shapes and the reference backend; its numbers mean nothing.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Routed convolution on a GPU, layer by layer: forward, dgrad and wgrad against cuDNN in every form of the loop."""
+"""Routed convolution on a GPU, layer by layer: forward, dgrad and wgrad against cuDNN and loops of it."""
 
 from __future__ import annotations
 
@@ -20,11 +20,21 @@ from tdc_fast import RoutingPlan, explain, routed_conv2d
 DIRECTIONS = ("forward", "dgrad", "wgrad")
 NUM_GROUPS = (8, 1, 4, 16)
 WIDTHS = (1.0, 0.5, 0.75)
-WRONG = 2e-2  # relative error past which a row is reported as wrong: bf16 results of one sum differ by about 4e-3
+WRONG = 2e-2  # relative error above which a row is reported as wrong; bf16 rounding alone gives about 4e-3
 
 
 @dataclass(frozen=True)
 class Case:
+    """What one row times.
+
+    Attributes:
+        layer: the convolution.
+        num_groups: N.
+        uneven: half of the batch is in group 0.
+        width: live fraction of the channels.
+        direction: "forward", "dgrad" or "wgrad".
+    """
+
     layer: ConvLayer
     num_groups: int
     uneven: bool
@@ -33,7 +43,7 @@ class Case:
 
 
 def cases(design: list[ConvLayer], models: list[ConvLayer]) -> Iterator[Case]:
-    """Every layer, number of groups, spread, width and direction; what the goals are about comes first."""
+    """Every combination of layer, groups, width and direction; those that the goals are about come first."""
     for layer in design:
         yield from (Case(layer, 8, False, width, d) for width in WIDTHS for d in DIRECTIONS)
     for width, directions in ((1.0, DIRECTIONS[:1]), (0.5, DIRECTIONS[:1]), (1.0, DIRECTIONS[1:])):
@@ -51,14 +61,25 @@ def cases(design: list[ConvLayer], models: list[ConvLayer]) -> Iterator[Case]:
 
 
 def _earlier(case: Case, *, in_design: bool) -> bool:
-    """Was this case among the first ones already?"""
+    """Whether this case is among the first ones."""
     if case.num_groups != 8 or case.uneven:
         return False
     return in_design or case.width == 1.0 or (case.width == 0.5 and case.direction == "forward")
 
 
 class Problem:
-    """The tensors of a case: x and dy channels_last and sorted, weights (N, C_out, C_in, R, R) channel-innermost."""
+    """The tensors of a case.
+
+    Attributes:
+        x: images (B, C_in, H, W), sorted, channels_last.
+        dy: gradient of the output (B, C_out, OH, OW), sorted, channels_last.
+        weight: (N, C_out, C_in, R, R), in memory [N, C_out, R, R, C_in].
+        bias: (N, C_out).
+        sizes: samples per group.
+        plan: the plan of these groups.
+        live_in: live input channels.
+        live_out: live output channels.
+    """
 
     def __init__(self, run: Run, case: Case) -> None:
         layer, n = case.layer, case.num_groups
@@ -82,13 +103,14 @@ class Problem:
         self.live_out = live_channels(layer.out_channels, case.width)
 
     def widths(self) -> dict[str, Any]:
-        """in_widths and out_widths (N,), or nothing at full width."""
+        """The operator's arguments in_widths and out_widths (N,); none at full width."""
         if self.case.width == 1.0:
             return {}
         whole = torch.ones(self.case.num_groups, dtype=torch.int32, device=self.x.device)
         return {"in_widths": whole * self.live_in, "out_widths": whole * self.live_out}
 
     def ours(self, backend: str | None, widths: dict[str, Any]) -> Candidate:
+        """The routed operator in the direction of the case."""
         if self.case.direction == "forward":
             return lambda: routed_conv2d(
                 self.x, self.weight, self.bias, self.plan, **self.settings, **widths, backend=backend
@@ -107,7 +129,7 @@ class Problem:
         return lambda: wgrad(dy=self.dy, x=self.x, weight=self.weight, mask=mask, **routing)
 
     def conv(self, x: Tensor, dy: Tensor, weight: Tensor, bias: Tensor) -> Callable[[], Any]:
-        """cuDNN's call for these tensors, in the direction of the case."""
+        """The cuDNN call for these tensors, in the direction of the case."""
         stride, padding = [self.layer.stride] * 2, [self.settings["padding"]] * 2
         if self.case.direction == "forward":
             return lambda: F.conv2d(x, weight, bias, stride, padding)
@@ -122,7 +144,7 @@ class Problem:
         return self.conv(self.x, self.dy, weight, self.bias[0])
 
     def segments(self) -> list[Callable[[], Any]]:
-        """One call per expert, as narrow as its widths: the experts of the loop are physically smaller models."""
+        """One cuDNN call per expert with only its live channels: the loop's experts are physically smaller models."""
         x, dy = self.x[:, : self.live_in], self.dy[:, : self.live_out]
         x, dy = (t.contiguous(memory_format=torch.channels_last) for t in (x, dy))
         calls = []
@@ -145,14 +167,14 @@ class Problem:
 
 
 def live_channels(channels: int, width: float) -> int:
-    """Channels that live at this width: a multiple of 8, and all of those a pruning leaves alone (image channels)."""
+    """Live channels at a width: a multiple of 8; all of fewer than 16 (image channels), which are never pruned."""
     if width == 1.0 or channels < 16:
         return channels
     return max(8, int(channels * width) // 8 * 8)
 
 
 def explained(problem: Problem, backend: str | None) -> tuple[str | None, list[str]]:
-    """The backend that the forward runs on, and the other ones of a GPU that would serve it."""
+    """The backend that the forward runs on, and the other GPU backends that support it."""
     what = explain(
         routed_conv2d, problem.x, problem.weight, problem.bias, problem.plan, **problem.settings, **problem.widths(),
         backend=backend,
@@ -162,6 +184,7 @@ def explained(problem: Problem, backend: str | None) -> tuple[str | None, list[s
 
 
 def row_of(run: Run, case: Case) -> dict[str, Any]:
+    """Time a case and return the fields of its row."""
     problem = Problem(run, case)
     machine, widths = run.machine, problem.widths()
     chosen, others = explained(problem, run.backend)
@@ -202,7 +225,7 @@ def row_of(run: Run, case: Case) -> dict[str, Any]:
 
 
 def run_section(run: Run, design: list[ConvLayer], models: list[ConvLayer], budget: Budget) -> None:
-    """Adds rows in order of importance until all are done or the budget is."""
+    """Adds rows in order of importance until all are done or the budget is spent."""
     torch.backends.cudnn.benchmark = True
     for case in cases(design, models):
         labels = {

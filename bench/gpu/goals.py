@@ -9,7 +9,7 @@ from typing import Any
 
 from bench.gpu.rows import OURS, OURS_GRAPH, Row, best_of_ours, row_name
 
-EIGHT_EVEN = {"num_groups": 8, "uneven": False}  # the groups that goals are about
+EIGHT_EVEN = {"num_groups": 8, "uneven": False}  # the groups of rows that goals are about
 LOOPS = ("loop", "loop, graph", "streams", "streams, graph", "compiled loop")
 
 
@@ -64,7 +64,9 @@ def _speed_of_cudnn(row: Row) -> float | None:
 
 
 def _half_width_cost(row: Row) -> float | None:
-    concerned = _is(row, "conv", **EIGHT_EVEN, width=0.5) and min(row["channels"]) >= 16  # image channels stay
+    concerned = (
+        _is(row, "conv", **EIGHT_EVEN, width=0.5) and min(row["channels"]) >= 16
+    )  # image channels are never pruned
     return row["ratios"].get("full width, graph") if concerned else None
 
 
@@ -86,7 +88,7 @@ GOALS = (
 
 
 def judge(rows: Iterable[Row]) -> list[dict[str, Any]]:
-    """Per goal: how many rows it concerns, how many meet it, median and worst, and the rows that miss it."""
+    """For each goal: how many rows it is about, how many meet it, median and worst, and the worst rows that miss it."""
     usable = [row for row in rows if "failed" not in row and not row["wrong"]]
     verdicts = []
     for goal in GOALS:

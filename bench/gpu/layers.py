@@ -1,6 +1,6 @@
-"""Which layers the GPU bench times: five shapes that bound the design, and every distinct layer of two public UNets.
+"""Which layers the GPU bench times: five design shapes, and every distinct layer of two public UNets.
 
-The UNets' layers are read off the models themselves: a forward on the meta device records what every leaf receives.
+The UNets' layers come from the models themselves: a forward on the meta device records the input of every leaf.
 """
 
 from __future__ import annotations
@@ -33,7 +33,19 @@ Layer = TypeVar("Layer")
 
 @dataclass(frozen=True)
 class ConvLayer:
-    """A convolution with "same" padding over `batch` images; `uses` counts it in the model it comes from."""
+    """A convolution with "same" padding.
+
+    Attributes:
+        source: the model that it is from, or "design".
+        batch: images.
+        in_channels: C_in.
+        out_channels: C_out.
+        height: of the input.
+        width: of the input.
+        filter: R = S.
+        stride: the same in both directions.
+        uses: how often the model has it.
+    """
 
     source: str
     batch: int
@@ -52,19 +64,32 @@ class ConvLayer:
 
     @property
     def out_size(self) -> tuple[int, int]:
+        """Height and width of the output."""
         pad = self.filter // 2
         height, width = ((n + 2 * pad - self.filter) // self.stride + 1 for n in (self.height, self.width))
         return height, width
 
     def flops(self, live_in: int | None = None, live_out: int | None = None) -> int:
-        """Floating-point operations of one pass (forward, dgrad or wgrad), two per multiply-add, at these widths."""
+        """FLOPs of a forward, dgrad or wgrad with these live channels, two per multiply-accumulate."""
         pairs = (live_in or self.in_channels) * (live_out or self.out_channels)
         return 2 * self.batch * self.out_size[0] * self.out_size[1] * self.filter**2 * pairs
 
 
 @dataclass(frozen=True)
 class NormLayer:
-    """A group norm with SiLU where `silu`, with a scale and a shift per sample where `modulated`."""
+    """A group norm.
+
+    Attributes:
+        source: the model that it is from.
+        batch: images.
+        channels: C.
+        height: of the images.
+        width: of the images.
+        num_groups: normalisation groups.
+        silu: whether SiLU follows.
+        modulated: whether it has a scale and a shift per sample.
+        uses: how often the model has it.
+    """
 
     source: str
     batch: int
@@ -82,10 +107,11 @@ class NormLayer:
 
     @property
     def elements(self) -> int:
+        """Elements of the input."""
         return self.batch * self.channels * self.height * self.width
 
 
-# (B, H = W, C) as in the design notes: large images, small images, few and many channels; all 3x3, C in, C out.
+# (B, H = W, C), with C input and output channels and 3x3 filters: large and small images, few and many channels.
 DESIGN_SHAPES = ((128, 32, 128), (128, 16, 256), (256, 8, 256), (64, 64, 192), (64, 8, 512))
 TINY_SHAPES = ((4, 6, 8),)
 
@@ -96,7 +122,7 @@ def design_layers(*, tiny: bool = False) -> list[ConvLayer]:
 
 
 def unet_layers(name: str, flags: dict[str, Any], batch: int) -> tuple[list[ConvLayer], list[NormLayer]]:
-    """Distinct convolutions (with the 1x1 ones over tokens) and group norms of a UNet, costliest use first."""
+    """The distinct convolutions (1x1 ones over tokens included) and group norms of a UNet, the costliest first."""
     convs: Counter[ConvLayer] = Counter()
     norms: Counter[NormLayer] = Counter()
 

@@ -1,4 +1,4 @@
-"""Routed group norm + scale-shift + SiLU on a GPU: time, and bandwidth against a measured copy."""
+"""Routed group norm with scale, shift and SiLU on a GPU: time, and bandwidth against a measured copy."""
 
 from __future__ import annotations
 
@@ -24,7 +24,17 @@ WRONG = 2e-2
 
 
 class Problem:
-    """x and dy (B, C, H, W) channels_last, weight and bias (N, C), scale and shift (B, C) where the layer has them."""
+    """The tensors of a layer.
+
+    Attributes:
+        x: images (B, C, H, W), sorted, channels_last.
+        dy: gradient of the output, like x.
+        weight: (N, C), as is bias.
+        scale: (B, C), as is shift; None where the layer has none.
+        plan: the plan of even groups.
+        width: live fraction of the channels, in whole normalisation groups.
+        widths: live channels per group, int32 (N,); None at full width.
+    """
 
     def __init__(self, run: Run, layer: NormLayer, width: float) -> None:
         generator = run.generator()
@@ -47,12 +57,14 @@ class Problem:
         self.widths = None if width == 1.0 else whole * live
 
     def routed(self, backend: str | None) -> Tensor:
+        """The routed operator's output."""
         return routed_group_norm(
             self.x, self.weight, self.bias, self.plan, num_groups=self.layer.num_groups, eps=EPS, widths=self.widths,
             scale=self.scale, shift=self.shift, activation="silu" if self.layer.silu else None, backend=backend,
         )  # fmt: skip
 
     def ours(self, direction: str, backend: str | None) -> Candidate:
+        """The routed operator, "forward" or "backward"."""
         if direction == "forward":
             return lambda: self.routed(backend)
         ops = torch.ops.tdc_fast
@@ -67,7 +79,7 @@ class Problem:
         return lambda: backward(dy=self.dy, mean=mean, rstd=rstd, mask=mask, **tensors, **settings)
 
     def dense(self, function: Callable[..., Tensor], direction: str) -> Candidate:
-        """`function(x, weight, bias, scale, shift)` with one expert's affine, or its gradients."""
+        """`function(x, weight, bias, scale, shift)` with one expert's weight and bias, or its gradients."""
         inputs = [self.x, self.weight[0].clone(), self.bias[0].clone(), self.scale, self.shift]
         if direction == "forward":
             return lambda: function(*inputs)
@@ -78,7 +90,7 @@ class Problem:
         return lambda: torch.autograd.grad(y, wanted, self.dy, retain_graph=True)
 
     def layer_sequence(self) -> Callable[..., Tensor]:
-        """What the dense model runs: statistics in fp32, then scale, shift and SiLU one by one."""
+        """What the dense model runs: the norm in fp32, then scale, shift and SiLU one by one."""
         norm = layers.GroupNorm(self.layer.num_groups, self.layer.channels, eps=EPS, affine=False)
         silu = self.layer.silu
 
@@ -91,7 +103,7 @@ class Problem:
         return sequence
 
     def low_precision_sequence(self) -> Callable[..., Tensor]:
-        """The same without a cast to fp32: torch's kernel keeps its statistics in fp32 by itself."""
+        """The same without casts to fp32; torch's kernel computes the statistics in fp32 anyway."""
 
         def sequence(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
             y = F.group_norm(x, self.layer.num_groups, weight, bias, EPS)
@@ -102,12 +114,12 @@ class Problem:
         return sequence
 
     def bytes_moved(self, direction: str) -> float:
-        """The fewest bytes: x and y once; in the backward x, dy and dx once."""
+        """The least bytes that must move: x and y once; in the backward x, dy and dx once."""
         passes = 2 if direction == "forward" else 3
         return passes * self.layer.elements * self.width * self.x.element_size()
 
     def error(self, backend: str | None) -> float:
-        """Relative difference of the routed forward from torch's fp32 one, expert after expert."""
+        """Relative difference of the routed forward from torch's in fp32, computed expert by expert."""
         calls, sequence = self.routed(backend), self.layer_sequence()
         sizes = peers.group_sizes(self.layer.batch, NUM_GROUPS, uneven=False)
         if self.widths is not None:
@@ -124,6 +136,7 @@ class Problem:
 
 
 def row_of(run: Run, layer: NormLayer, direction: str, width: float, copy_rate: float) -> dict[str, Any]:
+    """Time a layer and return the fields of its row; `copy_rate` is that of a measured copy in TB/s."""
     problem = Problem(run, layer, width)
     machine = run.machine
     what = explain(
@@ -160,7 +173,7 @@ def row_of(run: Run, layer: NormLayer, direction: str, width: float, copy_rate: 
 
 
 def run_section(run: Run, norms: list[NormLayer], budget: Budget, copy_rate: float) -> None:
-    """Adds rows until all are done or the budget is. copy_rate: TB/s of a measured copy."""
+    """Adds rows until all are done or the budget is spent; `copy_rate` is that of a measured copy in TB/s."""
     for width in (1.0, 0.5):
         for layer in norms:
             for direction in DIRECTIONS:

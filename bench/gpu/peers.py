@@ -1,7 +1,7 @@
-"""What users can run today instead of a routed operator, in its strongest forms, on one device.
+"""What users can run today instead of a routed operator, in its fastest forms, on one device.
 
-Every peer gets for free what it cannot have in practice without waiting for the device: samples already sorted, and the
-segments' bounds known to the host. None gathers, scatters or concatenates.
+Every peer gets its samples sorted and the segments' bounds on the host, for which it would have to wait for the device
+in practice. None gathers, scatters or concatenates.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Segment = tuple[int, slice]  # expert, samples
 
 
 def segments_of(sizes: Sequence[int]) -> list[Segment]:
-    """Expert and samples of every group that has any."""
+    """Expert and samples of every group that has samples."""
     result, start = [], 0
     for expert, size in enumerate(sizes):
         if size:
@@ -29,7 +29,7 @@ def segments_of(sizes: Sequence[int]) -> list[Segment]:
 
 
 def group_sizes(batch: int, num_groups: int, *, uneven: bool) -> list[int]:
-    """Samples per group: equal shares, or half of the batch in group 0 and the rest spread over the others."""
+    """Samples per group: equal shares, or half of the batch in group 0 and equal shares of the rest."""
     if num_groups == 1 or not uneven:
         return [batch // num_groups + (g < batch % num_groups) for g in range(num_groups)]
     first = batch // 2
@@ -42,7 +42,7 @@ def sequence(calls: Sequence[Callable[[], Any]]) -> Candidate:
 
 
 def on_streams(machine: Machine, calls: Sequence[Callable[[], Any]]) -> Candidate:
-    """Every call on a stream of its own, joined at the end."""
+    """Each call on its own stream; all streams are joined at the end."""
 
     def run() -> list[Any]:
         results = []
@@ -58,7 +58,7 @@ def on_streams(machine: Machine, calls: Sequence[Callable[[], Any]]) -> Candidat
 def loop_peers(
     machine: Machine, calls: Sequence[Callable[[], Any]], *, graphs: bool = True
 ) -> dict[str, Callable[[], Candidate]]:
-    """The loop over segments in its forms, as functions that make the candidate (a capture can fail)."""
+    """The forms of the loop over segments, as functions that make the candidate (a capture can fail)."""
     makers: dict[str, Callable[[], Candidate]] = {
         "loop": lambda: sequence(calls),
         "streams": lambda: on_streams(machine, calls),
@@ -70,7 +70,7 @@ def loop_peers(
 
 
 def compiled(machine: Machine, function: Callable[..., Any], *args: Any) -> Candidate:
-    """torch.compile of `function(*args)`, compiled by its first call here."""
+    """The compiled `function(*args)`; a first call here compiles it."""
     torch._dynamo.reset()
     fast = torch.compile(function, backend="inductor" if machine.is_cuda else "eager")
     fast(*args)
@@ -78,22 +78,28 @@ def compiled(machine: Machine, function: Callable[..., Any], *args: Any) -> Cand
 
 
 def grouped_matmul(x: Tensor, weight: Tensor, sizes: Sequence[int], stride: int) -> Candidate:
-    """im2col, then one `torch._grouped_mm` over all segments; without a bias, which it has no place for.
+    """The convolution as im2col, then one `torch._grouped_mm` over all segments; it cannot add a bias.
 
-    x: (B, C, H, W) channels_last bf16, sorted. weight: (E, C_out, C_in, R, R). Raises RuntimeError where this torch or
-    these shapes do not have it (rows of 16 bytes).
+    Args:
+        x: images (B, C, H, W), sorted, channels_last, bf16.
+        weight: (E, C_out, C_in, R, R).
+        sizes: samples per group.
+        stride: the same in both directions.
+
+    Raises:
+        RuntimeError: when this torch does not have it, or rows are not a multiple of 16 bytes.
     """
     if not hasattr(torch, "_grouped_mm"):
-        raise RuntimeError("this torch has no _grouped_mm")
+        raise RuntimeError("this version of torch has no _grouped_mm")
     batch, channels, height, width = x.shape
     experts, out_channels, _, taps, _ = weight.shape
     pad = taps // 2
     out_height, out_width = ((n + 2 * pad - taps) // stride + 1 for n in (height, width))
     depth = taps * taps * channels
     if depth % 8 or out_channels % 8:
-        raise RuntimeError("rows of 16 bytes are needed")
+        raise RuntimeError("rows must be a multiple of 16 bytes")
     matrices = weight.permute(0, 3, 4, 2, 1).reshape(experts, depth, out_channels).contiguous()
-    matrices = matrices.transpose(1, 2).contiguous().transpose(1, 2)  # each column-major, as the kernel wants them
+    matrices = matrices.transpose(1, 2).contiguous().transpose(1, 2)  # each column-major, as the kernel requires
     ends = torch.tensor(sizes, device=x.device).cumsum(0).mul(out_height * out_width).to(torch.int32)
 
     def run() -> Tensor:

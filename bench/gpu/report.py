@@ -70,13 +70,13 @@ def as_markdown(results: dict[str, Any]) -> str:
         f"{ceilings['matmul_TFLOPps']:.0f} TFLOP/s. Clocks before: {_clocks(results['clocks_before'])}; "
         f"after: {_clocks(results['clocks_after'])}.",
         "",
-        "Medians in milliseconds over interleaved rounds; `x` columns are ours / peer (a peer in a CUDA graph against "
-        "ours in one), medians of per-round quotients: below 1 is faster. The L2 is flushed before every timed layer. "
-        "The loop peers get their samples sorted and their segments' bounds for free; *dense* is one expert over the "
-        "whole batch. In the goals, ours is the faster of eager and in a graph, as is every loop peer.",
+        "Medians in milliseconds over interleaved rounds. `x` columns are ours / peer, medians of per-round quotients: "
+        "below 1, ours is faster. A peer in a CUDA graph is compared with ours in a graph. The L2 is flushed before "
+        "every timed layer. The loop peers get their samples sorted and their segments' bounds for free; *dense* is "
+        "one expert over the whole batch. In the goals, ours and the loop are the faster of eager and in a graph.",
     ]
     if results["dry_run"]:
-        lines += ["", "**A dry run: tiny shapes on the CPU. No number here means anything.**"]
+        lines += ["", "**A dry run: tiny shapes on the CPU. Its numbers mean nothing.**"]
     lines += ["", "## Goals", "", *_goal_table(results["goals"])]
     for row in results["rows"]:
         if "failed" in row:
@@ -84,7 +84,7 @@ def as_markdown(results: dict[str, Any]) -> str:
         elif row["wrong"]:
             lines.append(f"* **wrong result** (relative error {row['error']:.2g}): {row['section']}, {row_name(row)}")
     for section, count in results["not_run"].items():
-        lines.append(f"* not run for want of time: {count} rows of {section}")
+        lines.append(f"* not run, no time left: {count} rows of {section}")
     for section in ("unet", "conv", "group norm"):
         rows = [row for row in results["rows"] if row["section"] == section and "failed" not in row]
         for source in dict.fromkeys(row.get("source", "") for row in rows):
@@ -105,12 +105,12 @@ def _goal_table(verdicts: list[dict[str, Any]]) -> list[str]:
         rows.append([v["goal"], v["limit"], verdict, f"{v['met']} of {v['rows']}", *numbers])
     lines = [*markdown_rows(["goal", "limit", "", "met by", "median", "worst"], rows), ""]
     for v in verdicts:
-        lines += [f"* misses «{v['goal']}» with {miss['value']:.2f}: {miss['row']}" for miss in v["missed"]]
+        lines += [f"* misses '{v['goal']}' with {miss['value']:.2f}: {miss['row']}" for miss in v["missed"]]
     return lines
 
 
 def _table(rows: list[Row]) -> list[str]:
-    """Candidates that any row has become columns."""
+    """A table whose columns are the candidates that any row has."""
     names = list(dict.fromkeys(name for row in rows for name in row["ms"]))
     peers = list(dict.fromkeys(name for row in rows for name in row["ratios"]))
     rates = [key for key in ("TFLOPps", "TBps", "of_copy") if any(key in row for row in rows)]

@@ -17,14 +17,24 @@ from bench.gpu.timing import Budget, Candidate, Machine, TookTooLong, at_most, m
 OURS, OURS_GRAPH = "ours", "ours, graph"
 Row = dict[str, Any]
 Makers = Mapping[str, Callable[[], Candidate]]
-# One candidate or row that fails must not end the run, whatever it fails with: Triton's errors, for one, are no
-# RuntimeError.
+# A candidate or row that fails must not end the run, whatever its error: Triton's are not RuntimeErrors.
 FAILURES = (Exception, TookTooLong)
 
 
 @dataclass
 class Run:
-    """What every section needs: the device, the backend asked for (None: the fastest), and how long a row may take."""
+    """What every section needs, and the rows measured so far.
+
+    Attributes:
+        machine: the device.
+        backend: the requested backend; None for the fastest.
+        dtype: of the tensors.
+        row_seconds: about how long the rounds of a row take.
+        compile_seconds: limit for one torch.compile peer.
+        tiny: a dry run: one round, tiny shapes.
+        rows: the rows.
+        not_run: rows per section for which there was no time.
+    """
 
     machine: Machine
     backend: str | None
@@ -38,7 +48,15 @@ class Run:
     def row(
         self, section: str, layer: str, labels: dict[str, Any], budget: Budget, measured: Callable[[], dict[str, Any]]
     ) -> None:
-        """Adds one row, or counts it as not run when the budget is spent. A failure is kept as a row and printed."""
+        """Adds one row, or counts it as not run when the budget is spent; a failure is printed and kept as a row.
+
+        Args:
+            section: the section of the report.
+            layer: what was timed, for the report.
+            labels: groups, width and direction.
+            budget: the section's time.
+            measured: times the row and returns its fields.
+        """
         if budget.left() <= 0:
             self.not_run[section] = self.not_run.get(section, 0) + 1
             return
@@ -51,11 +69,11 @@ class Run:
         self.rows.append(row)
         try:
             self.give_memory_back()
-        except RuntimeError as error:  # after an error of CUDA's, or a capture that failed
-            print(f"memory is not given back: {error}", flush=True)
+        except RuntimeError as error:  # after a CUDA error or a failed capture
+            print(f"memory could not be released: {error}", flush=True)
 
     def give_memory_back(self) -> None:
-        """Pools of graphs that are gone stay reserved until someone asks."""
+        """Releases memory pools of deleted graphs, which torch keeps otherwise, when memory gets short."""
         if self.machine.is_cuda:
             free, total = torch.cuda.mem_get_info()
             if free < total // 2:
@@ -63,6 +81,7 @@ class Run:
                 torch.cuda.empty_cache()
 
     def generator(self) -> torch.Generator:
+        """A generator on the device with seed 0."""
         return torch.Generator(self.machine.device).manual_seed(0)
 
     def random(self, *shape: int, scale: float = 1.0, generator: torch.Generator) -> Tensor:
@@ -78,6 +97,7 @@ def row_name(row: Row) -> str:
 
 
 def is_graph(name: str) -> bool:
+    """Whether the candidate of this name runs in a CUDA graph."""
     return name.endswith(", graph")
 
 
@@ -88,11 +108,20 @@ def measure(
     flush: bool = True,
     compiles: tuple[str, ...] = (),
 ) -> dict[str, Any]:
-    """Makes and times the candidates. Ours failing is an error; what else fails, also ours in a graph, is absent.
+    """Make and time the candidates.
 
-    Returns `ms` (median per candidate), `spread` (interquartile range over median), `ratios` (ours / peer; a peer in a
-    graph is compared with ours in a graph, where there is one), `absent` (reason per candidate) and `first_call_s`
-    (compilation of ours).
+    A failure of ours is an error; any other candidate that fails, ours in a graph included, is absent.
+
+    Args:
+        run: the device and its settings.
+        makers: functions that make the candidates, by name.
+        flush: overwrite the L2 before every call.
+        compiles: names of candidates that torch.compile makes, for which the time is limited.
+
+    Returns:
+        `ms` (median per candidate), `spread` (interquartile range over median), `ratios` (ours / peer; a peer in a
+        graph is compared with ours in a graph, where there is one), `absent` (reason per candidate), `rounds`, and
+        `first_call_s` (compilation of ours).
     """
     candidates: dict[str, Candidate] = {}
     absent: dict[str, str] = {}
@@ -133,7 +162,7 @@ def measure(
 
 
 def best_of_ours(row: Mapping[str, Any]) -> float:
-    """Our time as a user gets it at best: eager or in a graph."""
+    """Our better time of eager and in a graph, in milliseconds."""
     return min(row["ms"][OURS], row["ms"].get(OURS_GRAPH, float("inf")))
 
 
@@ -145,6 +174,6 @@ def _spread(values: list[float]) -> float:
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """|actual - expected| / |expected| in fp64; NaN stays NaN, so that it passes no comparison."""
+    """|actual - expected| / |expected| in fp64; NaN stays NaN, which fails every comparison."""
     difference = (actual.double() - expected.double()).norm()
     return (difference / expected.double().norm().clamp_min(1e-300)).item()

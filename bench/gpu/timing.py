@@ -1,6 +1,6 @@
-"""Time on a device: candidates interleaved, device events, a flushed L2, and a budget of seconds that is kept.
+"""Timing on a device: interleaved candidates, device events, a flushed L2, and a budget of seconds.
 
-As in `bench.compare`, every round times each candidate once, so that clocks and temperature hit all of them alike and
+As in `bench.compare`, every round times each candidate once, so that clocks and temperature affect all of them alike;
 ratios are medians of per-round quotients. On the CPU (a dry run) the same calls run and the host's clock is read.
 """
 
@@ -20,31 +20,33 @@ import torch
 
 from bench.compare import Candidate
 
-WARMUP_CALLS = 3  # before a graph is captured: lazy initialisation, autotuning and allocation must be over
-FLUSH_BYTES = 256 << 20  # several times the L2 of any GPU; gives every candidate the same lead to queue its call
+WARMUP_CALLS = 3  # before a graph is captured: initialisation, autotuning and allocation must be over
+FLUSH_BYTES = 256 << 20  # several times the L2 of any GPU; while it runs, the host queues the candidate's call
 CLOCKS = "clocks.sm,clocks.mem,temperature.gpu,power.draw"
 
 
 class TookTooLong(BaseException):
-    """A step ran past the seconds it was given. No `except Exception` on the way, such as a compiler's, stops it."""
+    """A step took longer than its limit. Not an Exception, so that no `except Exception`, as in compilers, stops it."""
 
 
 class Budget:
-    """Seconds that may still be spent. `part` hands out a share, never more than what is left."""
+    """Seconds that may still be spent."""
 
     def __init__(self, seconds: float) -> None:
         self._end = time.monotonic() + seconds
 
     def left(self) -> float:
+        """Seconds left, 0 or more."""
         return max(0.0, self._end - time.monotonic())
 
     def part(self, seconds: float) -> Budget:
+        """A budget of `seconds`, or of what is left if that is less."""
         return Budget(min(seconds, self.left()))
 
 
 @contextmanager
 def at_most(seconds: float) -> Iterator[None]:
-    """Raises TookTooLong in the block after `seconds`, on the main thread of a system that has SIGALRM."""
+    """Raises TookTooLong in the block after `seconds`; only on the main thread of a system that has SIGALRM."""
     if not hasattr(signal, "SIGALRM") or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -67,7 +69,12 @@ def median_ratio(ours: list[float], theirs: list[float]) -> float:
 
 
 class Machine:
-    """One device and how time is told on it."""
+    """One device, and timing on it.
+
+    Attributes:
+        device: the torch device.
+        is_cuda: whether it is a GPU.
+    """
 
     def __init__(self, device: str) -> None:
         self.device = torch.device(device)
@@ -77,6 +84,7 @@ class Machine:
         self._capture_stream: Any = torch.cuda.Stream() if self.is_cuda else None
 
     def synchronize(self) -> None:
+        """Wait for the device."""
         if self.is_cuda:
             torch.cuda.synchronize()
 
@@ -89,10 +97,14 @@ class Machine:
         rounds: int = 25,
         least: int = 5,
     ) -> dict[str, list[float]]:
-        """Milliseconds per candidate and round, interleaved.
+        """Milliseconds per candidate and round; each round starts with another candidate.
 
-        flush: overwrite the L2 before every call. seconds: about how long all rounds may take together; at least
-        `least` rounds are run, at most `rounds`. Each round begins with another candidate.
+        Args:
+            candidates: the calls by name.
+            flush: overwrite the L2 before every call.
+            seconds: about how long all rounds together may take.
+            rounds: the most rounds.
+            least: the fewest rounds.
         """
         names = list(candidates)
         for _ in range(min(2, least - 1)):
@@ -120,7 +132,7 @@ class Machine:
         events = {}
         for name in names:
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda.synchronize()  # a long queue would hide what the next candidate costs the host
+            torch.cuda.synchronize()  # a long queue would hide the host time of the next candidate
             if flush and self._flush is not None:
                 self._flush.zero_()
             begin.record()
@@ -131,7 +143,7 @@ class Machine:
         return {name: begin.elapsed_time(end) for name, (begin, end) in events.items()}
 
     def captured(self, function: Candidate) -> Candidate:
-        """`function` recorded into a CUDA graph; calling the result replays it. On the CPU, the function itself."""
+        """A call that replays `function` from a CUDA graph; on the CPU, the function itself."""
         if not self.is_cuda:
             function()
             return function
@@ -145,7 +157,7 @@ class Machine:
             try:
                 kept = function()
             except BaseException:
-                with suppress(RuntimeError):  # which says only that the capture is spoilt
+                with suppress(RuntimeError):  # it says only that the capture was invalidated
                     graph.capture_end()
                 raise
             graph.capture_end()
@@ -158,7 +170,7 @@ class Machine:
 
     @contextmanager
     def forked(self, count: int) -> Iterator[list[Any]]:
-        """`count` contexts, each a stream of its own that starts after what was queued and is joined at the end."""
+        """Contexts of `count` streams, which start after what was queued before and are joined at the end."""
         if not self.is_cuda:
             yield [nullcontext() for _ in range(count)]
             return
@@ -172,7 +184,7 @@ class Machine:
             current.wait_stream(stream)
 
     def clocks(self) -> dict[str, float | str]:
-        """Clocks (MHz), temperature (C) and power (W) as nvidia-smi reads them now; {} where it cannot."""
+        """Clocks (MHz), temperature (C) and power (W) from nvidia-smi; {} when it fails."""
         program = shutil.which("nvidia-smi")
         if not self.is_cuda or program is None:
             return {}

@@ -1,6 +1,6 @@
 """The whole UNet on a GPU, routed over N experts: forward and training step, against one dense model and the loop.
 
-The routed model gets the mixed batch as it comes (plan, sort and unsort are inside its time); the loop gets its samples
+The routed model gets the mixed batch unsorted, so its time includes plan, sort and unsort; the loop gets its samples
 sorted, with the segments' bounds known.
 """
 
@@ -22,20 +22,41 @@ from tdc_fast import TimestepGroups, WidthPlan, pack_experts
 from tdc_fast.models.iddpm import create_unet
 
 NUM_TIMESTEPS = 1000
-WRONG = 1e-1  # relative error of a whole bf16 network past which its row is reported as wrong
+WRONG = 1e-1  # relative error of a whole bf16 network above which its row is reported as wrong
 
 
 @dataclass(frozen=True)
 class Case:
+    """What one row times.
+
+    Attributes:
+        model: the UNet's name.
+        what: "forward", "training step" or "training step + AdamW".
+        num_groups: N.
+        uneven: half of the batch is in group 0.
+        width: mean width of the experts' pruning units, 1.0 for whole experts.
+    """
+
     model: str
-    what: str  # "forward", "training step", "training step + AdamW"
+    what: str
     num_groups: int = 8
     uneven: bool = False
     width: float = 1.0
 
 
 class Problem:
-    """A dense base, its routed model, its experts one by one, and a batch that spans all groups."""
+    """A dense base, its routed model, its experts one by one, and a batch that spans all groups.
+
+    Attributes:
+        base: the dense model.
+        routed: the routed model.
+        full: the routed model at full width.
+        experts: the routed model's experts as dense models.
+        segments: expert and samples of every group, in the sorted batch.
+        x: the mixed batch; also t and target.
+        sorted_x: the sorted batch; also sorted_t and sorted_target.
+        order: indices of the sorted batch that give the mixed one.
+    """
 
     def __init__(self, run: Run, flags: dict[str, Any], batch: int, case: Case) -> None:
         torch.manual_seed(0)
@@ -52,7 +73,7 @@ class Problem:
             widths = WidthPlan.uniform(self.base, self.groups.boundaries, spread_around(case.width, n))
         self.routed = pack_experts(self.base, self.groups, widths)
         with torch.no_grad():
-            for parameter in self.routed.parameters():  # experts that differ, or a wrong route would not show
+            for parameter in self.routed.parameters():  # with equal experts a wrong route would give no error
                 parameter.mul_(1 + 0.2 * torch.randn_like(parameter))
         self.full = self.routed if widths is None else pack_experts(self.base, self.groups)
         self.experts = nn.ModuleList(self.routed.expert(i) for i in range(n))
@@ -74,7 +95,7 @@ class Problem:
         self.order = order
 
     def forwards(self, function: Callable[..., Tensor] | None = None) -> list[Callable[[], Tensor]]:
-        """One call per expert over its own samples."""
+        """One call of `function(expert, x, t)` per expert, over its own samples; None calls the expert itself."""
         call = function or (lambda expert, x, t: expert(x, t))
         return [partial(call, self.experts[e], self.sorted_x[s], self.sorted_t[s]) for e, s in self.segments]
 
@@ -101,7 +122,7 @@ class Problem:
         return step
 
     def warm(self) -> None:
-        """One training step and one forward of ours: compiles all that the rows will launch."""
+        """One training step and one forward of ours, which compile what the rows will launch."""
         with torch.enable_grad():
             self.step_of(self.routed)()
         with torch.no_grad():
@@ -115,17 +136,18 @@ class Problem:
 
 
 def spread_around(width: float, num_groups: int) -> list[float]:
-    """A width per expert, by turns 0.25 below and above this mean: experts of one width would need none."""
+    """A width per expert, alternately 0.25 below and above this mean: equal widths would need no width arguments."""
     return [width + (0.25 if g % 2 else -0.25) * (num_groups > 1) for g in range(num_groups)]
 
 
 def clear(parameters: Iterable[nn.Parameter]) -> None:
+    """Drop the gradients."""
     for parameter in parameters:
         parameter.grad = None
 
 
 def with_adam(step: Callable[[], Any], parameters: Iterable[nn.Parameter]) -> Callable[[], None]:
-    """The step, then one fused AdamW update (eager: its state is made by the first call)."""
+    """The step, then one fused AdamW update; eager, since the first call makes the optimizer's state."""
     adam = torch.optim.AdamW(list(parameters), lr=1e-4, fused=True)
 
     def both() -> None:
@@ -136,6 +158,7 @@ def with_adam(step: Callable[[], Any], parameters: Iterable[nn.Parameter]) -> Ca
 
 
 def candidates(p: Problem) -> dict[str, Callable[[], Candidate]]:
+    """Functions that make ours and its peers, by name."""
     machine, what = p.run.machine, p.case.what
     ours: Candidate
     dense: Candidate
@@ -158,7 +181,7 @@ def candidates(p: Problem) -> dict[str, Callable[[], Candidate]]:
 
 
 def compiled_loop(p: Problem) -> Candidate:
-    """Every expert through one compiled function: equal segments share one graph."""
+    """Every expert through one compiled function; segments of equal size share one compiled graph."""
     torch._dynamo.reset()
     backend = "inductor" if p.run.machine.is_cuda else "eager"
     fast = torch.compile(lambda expert, x, t: expert(x, t), backend=backend)
@@ -168,18 +191,19 @@ def compiled_loop(p: Problem) -> Candidate:
 
 
 def row_of(run: Run, flags: dict[str, Any], batch: int, case: Case) -> dict[str, Any]:
+    """Time a case and return the fields of its row."""
     problem = Problem(run, flags, batch, case)
     makers = candidates(problem)
     if case.what == "forward" and case.width == 1.0 and case.num_groups == 8 and not case.uneven:
         makers["compiled loop"] = lambda: compiled_loop(problem)
-    error = problem.error()  # before training moves the weights
+    error = problem.error()  # before training changes the weights
     with torch.set_grad_enabled(case.what != "forward"):
         result = measure(run, makers, flush=False, compiles=("compiled loop",))
     return {"batch": batch, "backend": run.backend or "fastest", "error": error, "wrong": not error <= WRONG, **result}
 
 
 def cases(models: Iterable[str]) -> list[Case]:
-    """What the goals are about first."""
+    """The cases, those that the goals are about first."""
     names = list(models)
     result = [Case(names[0], "forward"), Case(names[0], "training step")]
     result += [Case(names[0], "forward", width=0.5), Case(names[0], "training step", width=0.5)]
@@ -191,6 +215,7 @@ def cases(models: Iterable[str]) -> list[Case]:
 
 
 def run_section(run: Run, unets: dict[str, dict[str, Any]], batch: int, budget: Budget) -> None:
+    """Adds rows in order of importance until all are done or the budget is spent."""
     torch.backends.cudnn.benchmark = True
     wanted = cases(unets)
     for case in [*wanted[:3], wanted[-1]] if run.tiny else wanted:

@@ -1,4 +1,4 @@
-"""``python -m bench.paper.cost``: what training at the paper's scale would cost, from measured MACs.
+"""`python -m bench.paper.cost`: what training at the paper's scale would cost, from measured MACs.
 
 The MACs of a sample are counted by torch's FlopCounterMode on the denoiser, without weights (meta device); steps and
 shares come from the configuration. Hours assume a number of GPUs, their peak and the share of it that training reaches,

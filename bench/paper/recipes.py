@@ -22,7 +22,7 @@ class Study:
 
     Attributes:
         name: name of the study on the command line.
-        baseline_steps: C is this many uniform steps of ``batch_size`` images.
+        baseline_steps: C is this many uniform steps of `batch_size` images.
         settings: settings of all models.
         experts: further settings of the TDC models.
         sampling_steps: DDIM steps.
@@ -37,7 +37,7 @@ class Study:
     loss_points: int = 25
 
     def scaled(self, scale: float) -> Study:
-        """The same study with ``scale`` times the steps."""
+        """The same study with `scale` times the steps."""
         return dataclasses.replace(self, baseline_steps=max(16, round(scale * self.baseline_steps)))
 
     @property

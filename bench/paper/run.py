@@ -46,7 +46,7 @@ class Outcome:
 
 
 def protocol(study: Study, samples: int, draws: int) -> MeasuringProtocol:
-    """How the models of a study are measured, with ``draws`` draws of ``samples`` images."""
+    """How the models of a study are measured, with `draws` draws of `samples` images."""
     steps = int(study.settings.get("diffusion_steps", 1000))
     return MeasuringProtocol(
         draws=draws,
