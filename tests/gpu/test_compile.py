@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.compile.test_compile import Network, inputs, run
+from tests.ops.test_torch_compile import Network, inputs, run
 from tests.gpu.networks import no_synchronisation
 from tests.gpu.problems import on_device
 
