@@ -1,10 +1,10 @@
-"""Search the widths of a run's experts: ``python -m tdc_fast.prune --run DIR --agent tpe --rounds 8``.
+r"""Search the widths of a run's experts: ``python -m tdc_fast.prune --run DIR --agent tpe --rounds 8``.
 
-It works on a run whose stage 1 is finished and whose experts are not trained yet, and leaves widths.json where stage 2
-finds it: ``python -m tdc_fast.train --resume DIR`` goes on from there. Weights of another program start a run of their
-own, with the flags that they were trained with::
+The run must have a finished stage 1 and no trained experts. The search writes widths.json into it, and ``python -m
+tdc_fast.train --resume DIR`` then trains the experts. Weights from elsewhere start a new run, with the flags that they
+were trained with::
 
-    python -m tdc_fast.prune --base ema_0.9999_500000.pt --run_dir runs/pruned --data_dir images/ --image_size 32 \\
+    python -m tdc_fast.prune --base ema_0.9999_500000.pt --run_dir runs/pruned --data_dir images/ --image_size 32 \
         --num_channels 128 --num_res_blocks 3 --groups 8 --k 0.6 --stage2_steps 60000 --agent tpe --rounds 8
 """
 
@@ -26,18 +26,18 @@ from tdc_fast.training.pruning import prune_base_file, prune_run, refuse_other_t
 
 __all__ = ["main", "prune_base_file", "prune_run"]
 
-_DESCRIPTION = """Search how wide every layer of every expert is (proxy-based pruning): for a run whose stage 1 is
+_DESCRIPTION = """Search the width of every layer of every expert (proxy-based pruning): for a run whose stage 1 is
 finished (--run), or for weights from elsewhere with the flags they were trained with (--base, --run_dir). Writes
 widths.json and memory.jsonl into the run directory; python -m tdc_fast.train --resume DIR then trains the experts."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PruneOptions:
-    """What to prune."""
+    """Which run to prune."""
 
     run: str = ""
-    """Run directory with a finished stage 1. Its own configuration supplies every flag that is not given; only those of
-    the section search may differ from it."""
+    """Run directory with a finished stage 1. Flags that are not given come from its configuration; only those of the
+    section search may differ from it."""
     config: str = ""
     """YAML or JSON file of flag names and values; flags on the command line win."""
 
@@ -59,10 +59,14 @@ def _summary(path: Path, found: Pruning) -> str:
 def _prune_command(arguments: list[str]) -> None:
     directory, file = value_of(arguments, "run"), value_of(arguments, "config")
     if directory and value_of(arguments, "run_dir"):
-        raise invalid("run_dir", value_of(arguments, "run_dir"), f"none beside --run {directory}, the run itself")
+        raise invalid(
+            "run_dir",
+            value_of(arguments, "run_dir"),
+            f"none together with --run {directory}, which is the run directory",
+        )
     defaults = RunDirectory.open(directory).config.to_dict() if directory else {}
     defaults |= read_options(file) if file else {}
-    TrainConfig.from_dict(defaults)  # refuses an unknown key of the file by name
+    TrainConfig.from_dict(defaults)  # refuses a bad key or value of the file by name
     sections = {"prune": PruneOptions, "search": SearchOptions, **SECTIONS}
     values = parse_flags(
         sections, arguments, defaults=defaults, prog="python -m tdc_fast.prune", description=_DESCRIPTION

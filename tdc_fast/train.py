@@ -1,4 +1,4 @@
-"""``python -m tdc_fast.train``: train a denoiser as improved-diffusion does, or a TDC model with --groups N.
+"""Train a denoiser as improved-diffusion does, or a TDC model with --groups N: ``python -m tdc_fast.train``.
 
 From Python::
 
@@ -24,34 +24,36 @@ from tdc_fast.training.train import train
 
 __all__ = ["TrainConfig", "main", "train"]
 
-
 _DESCRIPTION = """Train a denoiser as improved-diffusion does, or (with --groups N) a TDC model: one base for all
 noise levels, split into N experts that are pruned to their budget and fine-tuned on their own timesteps."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _RunFlags(RunOptions):
-    """Where the run lives, what it records and how it goes on."""
+    __doc__ = RunOptions.__doc__  # the text above the section in --help
 
     config: str = ""
     """YAML or JSON file of flag names and values; flags on the command line win."""
 
 
 def parse_command_line(argv: Sequence[str]) -> TrainConfig:
-    """The configuration of a command line.
+    """Parse the arguments into the configuration of a run.
 
-    Flags, values and spelling are improved-diffusion's (``--learn_sigma True``, ``--ema_rate "0.9999,0.999"``). With
-    ``--resume RUN`` the run's own configuration supplies every flag that is not given.
+    Flags and values are those of improved-diffusion (``--learn_sigma True``, ``--ema_rate "0.9999,0.999"``). With
+    ``--resume RUN`` flags that are not given come from the configuration of that run.
+
+    Args:
+        argv: the arguments, without the program's name.
 
     Raises:
-        ValueError: a value is impossible, or contradicts the run that is resumed.
+        ValueError: a value is not allowed, or contradicts the run that is resumed.
         SystemExit: ``--help``, or a flag that does not exist.
     """
     arguments = with_bare_value(argv, "resume", "latest")
     directory, file = _resumed_directory(arguments), value_of(arguments, "config")
     resumed = _stored_config(directory, arguments) if directory else None
     values = {**(resumed.to_dict() if resumed else {}), **(read_options(file) if file else {})}
-    defaults = TrainConfig.from_dict(values).to_dict()  # refuses unknown and impossible values of the file by name
+    defaults = TrainConfig.from_dict(values).to_dict()  # refuses a bad key or value of the file by name
     parsed = parse_flags(
         {**SECTIONS, "run": _RunFlags},
         arguments,
@@ -78,15 +80,15 @@ def _resumed_directory(arguments: Sequence[str]) -> Path | None:
 
 
 def _stored_config(directory: Path, arguments: Sequence[str]) -> TrainConfig | None:
-    """The configuration of the run to resume; None where the arguments are enough to begin it."""
+    """The configuration of the run to resume; None if there is none yet and the arguments can start it."""
     path = directory / "config.json"
     if path.is_file():
         return TrainConfig.from_dict(read_options(path))
     if not value_of(arguments, "data_dir"):
         raise invalid(
-            "--resume", str(directory), "a run directory (it has a config.json), or all flags of a run to begin there"
+            "--resume", str(directory), "a run directory (it has a config.json), or all flags of a run to start there"
         )
-    print(f"nothing to resume in {directory} yet: the run begins at step 0", file=sys.stderr)
+    print(f"nothing to resume in {directory} yet: the run starts at step 0", file=sys.stderr)
     return None
 
 
