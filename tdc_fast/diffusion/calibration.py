@@ -16,10 +16,17 @@ Batch = Tensor | tuple[Tensor, Mapping[str, Any]]
 def calibration_losses(
     model: nn.Module, batches: Iterable[Batch], diffusion: DiffusionProcess, group: tuple[int, int], *, seed: int = 0
 ) -> Iterator[Tensor]:
-    """The training loss (B,) of each batch at timesteps of `group`, on the model's device.
+    """The training loss (B,) of each batch at timesteps of a group, on the model's device.
 
-    Each batch spreads its timesteps evenly over [start, stop). Timesteps and noise depend on `seed` and the batches'
-    shapes alone, so that groups and models are compared on the same draws.
+    Each batch spreads its timesteps evenly over the group. Timesteps and noise depend only on `seed` and the batches'
+    shapes, so that groups and models are compared on the same draws.
+
+    Args:
+        model: the denoiser.
+        batches: clean samples (B, C, ...), each alone or with the model's further arguments.
+        diffusion: the process.
+        group: timesteps start to stop - 1.
+        seed: of timesteps and noise.
     """
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
@@ -31,7 +38,7 @@ def calibration_losses(
 
 
 def split_batch(batch: Batch) -> tuple[Tensor, Mapping[str, Any]]:
-    """(x0, model_kwargs) of a batch given as x0 alone or as the pair."""
+    """Clean samples x0 and model_kwargs of a batch, which is x0 alone or that pair."""
     if isinstance(batch, Tensor):
         return batch, {}
     x0, kwargs = batch
@@ -39,7 +46,16 @@ def split_batch(batch: Batch) -> tuple[Tensor, Mapping[str, Any]]:
 
 
 def draw_timesteps(x0: Tensor, group: tuple[int, int], generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Timesteps (B,) int64 spread evenly over [start, stop), one draw per B-th of it, and noise like x0."""
+    """Timesteps spread evenly over a group, and noise.
+
+    Args:
+        x0: clean samples (B, C, ...).
+        group: timesteps start to stop - 1, of which each of B equal parts gets one draw.
+        generator: where random numbers come from.
+
+    Returns:
+        Timesteps, int64 (B,), in random order, and noise like x0.
+    """
     start, stop = group
     count = x0.shape[0]
     shares = (torch.arange(count, dtype=torch.float64) + torch.rand(count, generator=generator)) / max(count, 1)

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tdc_fast.diffusion.diffusion import Denoiser, Diffusion
+from tdc_fast.diffusion.diffusion import Diffusion
 from tdc_fast.diffusion.gaussian import draw_noise, mean_flat
+from tdc_fast.diffusion.protocols import Denoiser
 
 
 @dataclass(frozen=True)

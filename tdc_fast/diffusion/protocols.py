@@ -1,4 +1,4 @@
-"""What the code around a diffusion process asks of a denoiser, and of the process that trains it."""
+"""What a diffusion process needs of a denoiser, and what other packages need of the process."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from torch import Tensor
 
 
 class Denoiser(Protocol):
-    """Predicts noise or the clean image; any ``nn.Module`` or function with this call signature."""
+    """Predicts noise or the clean image; any `nn.Module` or function with this call signature."""
 
     def __call__(self, x: Tensor, t: Tensor, /, **model_kwargs: Any) -> Tensor:
-        """Return (B, C, ...), or (B, 2C, ...) where the variance is learned.
+        """The prediction (B, C, ...), or (B, 2C, ...) when the variance is learned.
 
         Args:
             x: noisy images, (B, C, ...).
             t: original timesteps, int64 (B,).
-            **model_kwargs: conditions, such as labels ``y`` (B,).
+            **model_kwargs: conditions, such as labels `y` (B,).
         """
 
 
 class DiffusionProcess(Protocol):
-    """The part of :class:`~tdc_fast.diffusion.diffusion.Diffusion` that grouping and pruning use."""
+    """The part of `Diffusion` that grouping, pruning and evaluation use."""
 
     @property
     def num_timesteps(self) -> int:
         """T, the number of timesteps."""
 
     def snr_db(self) -> np.ndarray:
-        """Return the signal-to-noise ratio of every timestep in decibels, float64 (T,)."""
+        """Signal-to-noise ratio of every timestep in decibels, float64 (T,)."""
 
     def training_losses(
         self,
@@ -40,4 +40,4 @@ class DiffusionProcess(Protocol):
         noise: Tensor | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
     ) -> dict[str, Tensor]:
-        """Return the losses per sample (B,) by name; "loss" is the one that training minimizes."""
+        """Losses per sample (B,) by name; training minimizes "loss"."""

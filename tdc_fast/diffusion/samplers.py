@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tdc_fast.diffusion.diffusion import Denoiser, Diffusion, ReverseStep, check_timesteps
+from tdc_fast.diffusion.diffusion import Diffusion, ReverseStep, check_timesteps
 from tdc_fast.diffusion.gaussian import broadcast_to_samples, draw_noise
+from tdc_fast.diffusion.protocols import Denoiser
 from tdc_fast.errors import invalid
 
 SamplerName = Literal["ddpm", "ddim", "dpm++2m"]

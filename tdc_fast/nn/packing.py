@@ -15,7 +15,7 @@ from tdc_fast.nn import layers
 from tdc_fast.nn.plan_scope import Routing
 from tdc_fast.nn.routed import LiveAxis, RoutedLeaf
 from tdc_fast.nn.twins import routed_twin
-from tdc_fast.nn.units import PruningUnit, UnitSlice
+from tdc_fast.nn.units import Prunable, PruningUnit, UnitSlice
 from tdc_fast.nn.width_plan import WidthPlan, base_hash
 from tdc_fast.ops.pack import pack_channels
 from tdc_fast.routing import RoutingPlan, TimestepGroups
@@ -104,7 +104,7 @@ class RoutedModel(nn.Module):
         """
         self._check_expert(index)
         if self.widths is not None:
-            dense: nn.Module = self.model.with_widths(self.widths.expert_widths(index))  # type: ignore[operator]
+            dense = self._narrowed(self.widths, index)
             dense.load_state_dict(self.expert_state(index))
         else:
             memo: dict[int, Any] = {id(leaf): leaf.dense(index) for leaf in self.routed_leaves().values()}
@@ -144,9 +144,13 @@ class RoutedModel(nn.Module):
         leaves = self.routed_leaves()
         if self.widths is None or all(unit.width for unit in self.widths.experts[expert].values()):
             return leaves
-        dense = self.model.with_widths(self.widths.expert_widths(expert))  # type: ignore[operator]
-        present = {name for name, _ in dense.named_modules()}
+        present = {name for name, _ in self._narrowed(self.widths, expert).named_modules()}
         return {name: leaf for name, leaf in leaves.items() if name in present}
+
+    def _narrowed(self, widths: WidthPlan, expert: int) -> nn.Module:
+        """A dense model with the widths of an expert, uninitialised."""
+        assert isinstance(self.model, Prunable)
+        return self.model.with_widths(widths.expert_widths(expert))
 
     def _buffers_of_model(self) -> dict[str, Tensor]:
         """Persistent buffers outside the leaves, which the experts share."""
@@ -199,11 +203,11 @@ def pack_experts(
     if len(experts) != count:
         raise invalid("base_or_experts", f"{len(experts)} experts", f"one for each of the {count} groups")
     base = experts[0]
-    units: list[PruningUnit] = []
+    units: Sequence[PruningUnit] = ()
     if widths is not None:
-        if not hasattr(base, "pruning_units") or not hasattr(base, "with_widths"):
+        if not isinstance(base, Prunable):
             raise invalid("widths", type(base).__name__, "a module with pruning_units() and with_widths(), or None")
-        units = base.pruning_units()  # type: ignore[operator]
+        units = base.pruning_units()
         widths.check(units, base=base_hash(base) if shared else None, boundaries=groups.boundaries)
     dense_leaves = _find_leaves(base)
     if not shared:

@@ -1,11 +1,11 @@
-"""What can be pruned: units of channels that live and die together, and where they sit in the leaves."""
+"""What can be pruned: units of channels that are kept or dropped together, and where they are in the leaves."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +15,16 @@ from tdc_fast.errors import invalid
 
 @dataclass(frozen=True)
 class UnitSlice:
-    """Where a unit's channels sit on one axis of one leaf.
+    """Where a unit's channels are on one axis of one leaf.
 
-    ``module`` is the leaf's path; ``dim`` is ``'out'`` (rows of the weight, the bias, a norm's affine) or ``'in'``
-    (columns). The axis holds ``copies`` consecutive blocks of ``channels * scale`` entries; atom a of the unit occupies
-    entries [a * atom * scale, (a + 1) * atom * scale) of every block.
+    The axis has `copies` consecutive blocks of `channels * scale` entries; atom a of the unit is at entries
+    [a * atom * scale, (a + 1) * atom * scale) of every block.
+
+    Attributes:
+        module: the leaf's path.
+        dim: "out" (rows of the weight, the bias, a norm's weight and bias) or "in" (columns of the weight).
+        copies: number of blocks.
+        scale: entries per channel.
     """
 
     module: str
@@ -32,10 +37,13 @@ class UnitSlice:
 class PruningUnit:
     """A set of channels with one width per expert.
 
-    channels : full width.
-    atom     : channels kept or dropped together (one GroupNorm group; one attention head).
-    step     : granularity of the allowed widths in channels, a multiple of ``atom``.
-    kind     : ``'resblock'`` or ``'attention'``. At width 0 the module called ``name`` is only its skip path.
+    Attributes:
+        name: path of the block; at width 0 the block is only its skip path.
+        kind: "resblock" or "attention".
+        channels: full width.
+        atom: channels kept or dropped together: those of one normalisation group, or of one attention head.
+        step: granularity of the allowed widths in channels, a multiple of `atom`.
+        slices: where the channels are.
     """
 
     name: str
@@ -55,24 +63,34 @@ class PruningUnit:
         return tuple(range(0, self.channels + 1, self.step))
 
     def kept_rows(self, order: Sequence[int], width: int, part: UnitSlice) -> list[Tensor]:
-        """Indices (int64) into ``part``'s axis of the first ``width`` channels of ``order``, one tensor per copy."""
+        """Where the kept channels are on an axis.
+
+        Args:
+            order: the atoms, most important first.
+            width: number of kept channels.
+            part: the axis.
+
+        Returns:
+            Indices, int64, one tensor per copy.
+        """
         atoms = torch.as_tensor(list(order[: width // self.atom]), dtype=torch.int64)
         span = self.atom * part.scale
         rows = (atoms[:, None] * span + torch.arange(span)).flatten()
         return [rows + copy * self.channels * part.scale for copy in range(part.copies)]
 
 
+@runtime_checkable
 class Prunable(Protocol):
-    """A denoiser whose units can be made narrower, such as :class:`tdc_fast.models.iddpm.UNet`.
+    """A denoiser whose units can be made narrower, such as `tdc_fast.models.iddpm.UNet`.
 
-    It is an ``nn.Module`` too, which a protocol cannot say: see :func:`module_of`.
+    It is also an `nn.Module`, which a protocol cannot require: see `module_of`.
     """
 
     def pruning_units(self) -> Sequence[PruningUnit]:
-        """Return the units, with their full widths and where they sit."""
+        """The units that can be pruned."""
 
     def with_widths(self, widths: Mapping[str, int]) -> nn.Module:
-        """Return a model of the same architecture and device with these widths, itself prunable.
+        """A prunable model of the same architecture, on the same device, with these widths.
 
         Args:
             widths: channels by name of the unit; units that are not named keep their width.
@@ -80,10 +98,10 @@ class Prunable(Protocol):
 
 
 def module_of(base: Prunable) -> nn.Module:
-    """The same object as the module that it is.
+    """The denoiser itself, as a module.
 
     Raises:
-        ValueError: it is no ``nn.Module``.
+        ValueError: if it is not an `nn.Module`.
     """
     if not isinstance(base, nn.Module):
         raise invalid("base", type(base).__name__, "an nn.Module with pruning_units() and with_widths()")
@@ -93,7 +111,7 @@ def module_of(base: Prunable) -> nn.Module:
 def width_step(channels: int, atom: int) -> int:
     """Width granularity of a convolution: a multiple of the atom and of 8 channels (16-byte loads), else the atom.
 
-    Layers of at most 8 channels, and those that such steps do not divide, go by single atoms.
+    It is the atom for layers of at most 8 channels, and for those that the larger step does not divide.
     """
     step = math.lcm(atom, 8)
     return step if channels % step == 0 and channels > step else atom

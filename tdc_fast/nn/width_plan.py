@@ -15,7 +15,7 @@ from torch import nn
 
 from tdc_fast.atomic import atomic_file
 from tdc_fast.errors import invalid
-from tdc_fast.nn.units import PruningUnit
+from tdc_fast.nn.units import Prunable, PruningUnit, module_of
 
 _VERSION = 1
 _FIELDS = {"version", "base_hash", "boundaries", "experts", "macs", "budgets"}
@@ -80,18 +80,18 @@ class WidthPlan:
                 raise invalid(name, values, f"one number for each of the {len(self.experts)} experts, or none")
 
     @classmethod
-    def uniform(cls, base: nn.Module, boundaries: Sequence[int], fraction: float | Sequence[float] = 1.0) -> WidthPlan:
+    def uniform(cls, base: Prunable, boundaries: Sequence[int], fraction: float | Sequence[float] = 1.0) -> WidthPlan:
         """Every unit at a fraction of its width, rounded down to a step; the first channels are kept.
 
         Args:
-            base: a model with `pruning_units()`.
+            base: the denoiser.
             boundaries: the timestep groups' boundaries, N + 1 integers.
             fraction: a number from 0 to 1, or one per group.
 
         Raises:
             ValueError: for a fraction outside 0 to 1, or another number of them.
         """
-        units = base.pruning_units()  # type: ignore[operator]
+        units = base.pruning_units()
         count = len(boundaries) - 1
         fractions = [fraction] * count if isinstance(fraction, int | float) else list(fraction)
         if len(fractions) != count or not all(0 <= part <= 1 for part in fractions):
@@ -103,7 +103,7 @@ class WidthPlan:
             }
             for part in fractions
         ]
-        return cls(base_hash=base_hash(base), boundaries=tuple(boundaries), experts=tuple(experts))
+        return cls(base_hash=base_hash(module_of(base)), boundaries=tuple(boundaries), experts=tuple(experts))
 
     def max_width(self, unit: str) -> int:
         """The width of a unit in the expert where it is widest, in channels."""
