@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 SELF_TEST = CSRC / "emulator" / "self_test_kernels.cuh"  # kernels that use every wrapper of device.cuh
-RUNTIME = ("block", "emulate", "fiber", "matrix", "races")
+RUNTIME = ("block", "emulate", "fiber", "matrix", "races", "schedule")
 COMPILER = shutil.which("g++")
 # Schedules worth running a kernel under: first thread first, last thread first, two random ones.
 SCHEDULES = (0, 1, 2, 3)
