@@ -90,6 +90,7 @@ def stand_in_gpu() -> Iterator[StandInDriver]:
 def calls() -> dict[str, Callable[[], Any]]:
     """Calls of the Triton backend: the operators of one layer of a residual block."""
     from tdc_fast import RoutingPlan
+    from tdc_fast.kernels.problems import ConvTensors, NormTensors
     from tdc_fast.kernels.tile_table import tiles_of
     from tdc_fast.ops import triton as backend
     from tdc_fast.ops.checks import conv_problem, norm_problem
@@ -102,31 +103,26 @@ def calls() -> dict[str, Callable[[], Any]]:
     x = made(BATCH, CHANNELS, SIZE, SIZE).to(memory_format=torch.channels_last)
     weight = made(GROUPS, CHANNELS, 3, 3, CHANNELS).permute(0, 1, 4, 2, 3)
     bias, scale, shift = made(GROUPS, CHANNELS), made(BATCH, CHANNELS), made(BATCH, CHANNELS)
-    routing = (plan.offsets, plan.weight_index, None, None)
-    tiled = (plan.offsets, tiles, plan.weight_index, None, None)
-    half = (torch.full((GROUPS,), CHANNELS // 2, dtype=torch.int32),) * 2
+    t = ConvTensors(x, weight, plan.offsets, plan.tiles, plan.weight_index, bias=bias, residual=x)
 
     def conv(op: str) -> Any:
-        return conv_problem(op, x, x.shape, weight, *routing, (1, 1), (1, 1))
+        return conv_problem(op, t, (1, 1), (1, 1))
 
     forward, dgrad, wgrad = (conv(f"routed_conv2d{suffix}") for suffix in ("", "_dgrad", "_wgrad"))
-    norm = norm_problem(
-        "routed_group_norm", x, bias, bias, scale, shift, plan.offsets, plan.weight_index, None, 32, 1e-5, True
-    )
-    norm_routing = (plan.offsets, plan.weight_index, None)
-    _, mean, rstd = backend.group_norm(norm, x, bias, bias, scale, shift, *norm_routing)
+    half = torch.full((GROUPS,), CHANNELS // 2, dtype=torch.int32)
+    t = t._replace(tiles=tiles)
+    pruned = t._replace(in_widths=half, out_widths=half)
+    n = NormTensors(x, bias, bias, plan.offsets, plan.weight_index, scale=scale, shift=shift)
+    norm = norm_problem("routed_group_norm", n, 32, 1e-5, True)
+    _, mean, rstd = backend.group_norm(norm, n)
     return {
-        "conv forward": lambda: backend.conv2d(forward, x, weight, bias, None, x, *tiled),
-        "conv forward, widths": lambda: backend.conv2d(forward, x, weight, bias, None, x, *tiled[:3], *half),
-        "conv dgrad": lambda: backend.conv2d_dgrad(dgrad, x, weight, *tiled),
-        "conv wgrad + bias": lambda: backend.conv2d_wgrad(wgrad, x, x, weight, *routing, (True, True, False)),
-        "conv wgrad, widths": lambda: backend.conv2d_wgrad(
-            wgrad, x, x, weight, *routing[:2], *half, (True, False, False)
-        ),
-        "norm forward": lambda: backend.group_norm(norm, x, bias, bias, scale, shift, *norm_routing),
-        "norm backward": lambda: backend.group_norm_backward(
-            norm, x, x, bias, bias, scale, shift, mean, rstd, *norm_routing, (True,) * 5
-        ),
+        "conv forward": lambda: backend.conv2d(forward, t),
+        "conv forward, widths": lambda: backend.conv2d(forward, pruned),
+        "conv dgrad": lambda: backend.conv2d_dgrad(dgrad, x, t),
+        "conv wgrad + bias": lambda: backend.conv2d_wgrad(wgrad, x, t, (True, True, False)),
+        "conv wgrad, widths": lambda: backend.conv2d_wgrad(wgrad, x, pruned, (True, False, False)),
+        "norm forward": lambda: backend.group_norm(norm, n),
+        "norm backward": lambda: backend.group_norm_backward(norm, x, mean, rstd, n, (True,) * 5),
     }
 
 

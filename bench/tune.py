@@ -32,7 +32,7 @@ from bench.gpu.conv import Case, Problem
 from bench.gpu.layers import UNET_BATCH, UNETS, ConvLayer, design_layers, unet_layers
 from bench.gpu.rows import Run
 from bench.gpu.timing import Budget, Machine
-from tdc_fast.kernels.problems import ConvProblem
+from tdc_fast.kernels.problems import ConvProblem, ConvTensors
 from tdc_fast.ops.checks import conv_problem
 
 OPS = ("forward", "dgrad", "wgrad")
@@ -136,8 +136,13 @@ def problem_of(problem: Problem) -> ConvProblem:
     """The description of this case that the operators give to kernels."""
     op = "routed_conv2d" if problem.case.direction == "forward" else f"routed_conv2d_{problem.case.direction}"
     settings = tuple((value, value) for value in problem.settings.values())
-    routing = (problem.plan.offsets, problem.plan.weight_index, None, None)
-    return conv_problem(op, problem.x, tuple(problem.x.shape), problem.weight, *routing, *settings)
+    return conv_problem(op, tensors_of(problem), *settings)
+
+
+def tensors_of(problem: Problem) -> ConvTensors:
+    """The tensors of a case, without widths."""
+    plan = problem.plan
+    return ConvTensors(problem.x, problem.weight, plan.offsets, plan.tiles, plan.weight_index, bias=problem.bias)
 
 
 def candidates(problem: Problem, p: ConvProblem, device: Any) -> list[Candidate]:
@@ -147,17 +152,15 @@ def candidates(problem: Problem, p: ConvProblem, device: Any) -> list[Candidate]
     from tdc_fast.kernels.conv_forward import conv_forward
     from tdc_fast.kernels.tile_table import tiles_of
 
-    plan, op, device = problem.plan, problem.case.direction, replace(device, name="")
+    op, device = problem.case.direction, replace(device, name="")
     if op == "wgrad":
         return wgrad_candidates(problem, p, device)
-    tiles = tiles_of(plan.tiles, plan.offsets, p.batch)
-    if op == "forward":
-        call = partial(conv_forward, p, problem.x, problem.weight, problem.bias, None, None)
-    else:
-        call = partial(conv_dgrad, p, problem.dy, problem.weight)
+    t = tensors_of(problem)
+    t = t._replace(tiles=tiles_of(t.tiles, t.offsets, p.batch))
+    call = partial(conv_forward, p, t) if op == "forward" else partial(conv_dgrad, p, problem.dy, t)
     best = tile_shapes.choose_tile(op, p, device)
     return [
-        Candidate(tile.as_json(), partial(call, tiles, plan.weight_index, None, None, tile=tile), tile == best)
+        Candidate(tile.as_json(), partial(call, tile=tile), tile == best)
         for tile in tile_shapes.candidates(op, p, device)
     ]
 
@@ -167,11 +170,8 @@ def wgrad_candidates(problem: Problem, p: ConvProblem, device: Any) -> list[Cand
     from tdc_fast.kernels import wgrad_tiles
     from tdc_fast.kernels.conv_wgrad import conv_wgrad
 
-    plan = problem.plan
-
     def run(tile: Any, splits: int, out: torch.Tensor) -> torch.Tensor:
-        routing = (plan.offsets, plan.weight_index, None, None)
-        conv_wgrad(p, problem.dy, problem.x, out, *routing, tile=tile, splits=splits)
+        conv_wgrad(p, problem.dy, tensors_of(problem), out, tile=tile, splits=splits)
         return out
 
     result = []

@@ -16,6 +16,7 @@ from torch import Tensor
 from tdc_fast.kernels.common import live_width
 from tdc_fast.kernels.expert_sums import group_of_sample, sum_per_expert
 from tdc_fast.kernels.launch import Launch
+from tdc_fast.kernels.problems import ConvProblem, ConvTensors
 
 _BLOCK_CHANNELS = 64
 _BLOCK_PIXELS = 64
@@ -58,22 +59,14 @@ def channel_sums_kernel(
 
 
 def channel_sums(
-    problem: Any,
-    dy: Tensor,
-    offsets: Tensor,
-    weight_index: Tensor,
-    out_widths: Tensor | None,
-    want_bias: bool,
-    want_sample_bias: bool,
+    problem: ConvProblem, dy: Tensor, t: ConvTensors, want_bias: bool, want_sample_bias: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """Computes the bias gradients, summed in fp32. dbias takes a second launch, which adds the samples' sums.
 
     Args:
-        problem: A ConvProblem of at least one sample.
+        problem: One of at least one sample.
         dy: (B, C_out, OH, OW) in channels_last memory.
-        offsets: (N + 1,) int32, contiguous.
-        weight_index: (N,) int32, contiguous.
-        out_widths: (N,) int32, contiguous, or None.
+        t: Its offsets, weight_index and out_widths are used, and contiguous.
         want_bias: Whether to compute dbias.
         want_sample_bias: Whether to compute dsample_bias.
 
@@ -83,27 +76,28 @@ def channel_sums(
     shape = (problem.batch, problem.out_channels)
     dsample_bias = dy.new_empty(shape) if want_sample_bias else None
     shares = dy.new_empty(shape, dtype=torch.float32) if want_bias else None
-    sums_launch(problem, dy, dsample_bias, shares, offsets, out_widths).run()
+    sums_launch(problem, dy, t, dsample_bias, shares).run()
     if shares is None:
         return None, dsample_bias
     dbias = dy.new_empty((problem.num_experts, problem.out_channels))
-    sum_per_expert((shares,), (dbias,), offsets, weight_index)
+    sum_per_expert((shares,), (dbias,), t.offsets, t.weight_index)
     return dbias, dsample_bias
 
 
 def sums_launch(
-    problem: Any,
-    dy: Tensor,
-    rounded: Tensor | None,
-    exact: Tensor | None,
-    offsets: Tensor,
-    widths: Tensor | None,
+    problem: ConvProblem, dy: Tensor, t: ConvTensors, rounded: Tensor | None, exact: Tensor | None
 ) -> Launch:
-    """The launch that sums over pixels, into `rounded` and `exact` where they are not None."""
+    """The launch that sums over pixels, into `rounded` (dtype of dy) and `exact` (fp32) where they are not None."""
     vector = 16 // dy.element_size()
     while problem.out_channels % vector:
         vector //= 2
-    tensors = {"dy": dy, "rounded": rounded, "exact": exact, "offsets": offsets, "widths": widths}
+    tensors: dict[str, Any] = {
+        "dy": dy,
+        "rounded": rounded,
+        "exact": exact,
+        "offsets": t.offsets,
+        "widths": t.out_widths,
+    }
     constants = {
         "channels": problem.out_channels,
         "pixels": problem.out_height * problem.out_width,

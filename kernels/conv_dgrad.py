@@ -8,33 +8,27 @@ ceil(R / 2) ceil(S / 2) taps, so programs are of unequal length.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from tdc_fast.kernels.conv_launch import conv_launch
+from tdc_fast.kernels.problems import ConvProblem, ConvTensors
 from tdc_fast.kernels.tile_shapes import ConvTile
 
 
-def conv_dgrad(
-    problem: Any,
-    dy: Tensor,
-    weight: Tensor,
-    tiles: Tensor,
-    weight_index: Tensor,
-    in_widths: Tensor | None,
-    out_widths: Tensor | None,
-    *,
-    tile: ConvTile | None = None,
-) -> Tensor:
-    """One launch; arguments as in `conv_forward`, dy (B, C_out, OH, OW) in channels_last memory.
+def conv_dgrad(problem: ConvProblem, dy: Tensor, t: ConvTensors, *, tile: ConvTile | None = None) -> Tensor:
+    """One launch; sums in fp32; nothing is read back.
 
-    Returns dx (B, C_in, H, W), channels_last, its dead channels exact zeros. Dead channels of dy are not used.
+    Args:
+        problem: one that `conv_supported`.
+        dy: (B, C_out, OH, OW) in channels_last memory. Its dead channels are not used.
+        t: as in `conv_forward`; x and the epilogue are not used.
+        tile: runs this one instead of the chosen one (benches and tests).
+
+    Returns:
+        dx (B, C_in, H, W), channels_last, its dead channels exact zeros.
     """
     shape = (problem.batch, problem.in_channels, problem.height, problem.width)
     dx = torch.empty(shape, dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last)
-    conv_launch(
-        "dgrad", problem, dy, weight, None, None, None, dx, tiles, weight_index, out_widths, in_widths, tile
-    ).run()
+    conv_launch("dgrad", problem, dy, t, dx, tile).run()
     return dx

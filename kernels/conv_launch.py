@@ -10,18 +10,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tdc_fast.kernels import tile_shapes
 from tdc_fast.kernels.conv_pointer import conv_pointer_kernel
 from tdc_fast.kernels.conv_tma import conv_tma_kernel, source_descriptor, weight_descriptor
 from tdc_fast.kernels.launch import Launch
+from tdc_fast.kernels.problems import ConvProblem, ConvTensors
 from tdc_fast.kernels.tile_shapes import ConvTile
 from tdc_fast.kernels.tile_table import level_start
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def conv_supported(problem: Any) -> str | None:
+def conv_supported(problem: ConvProblem) -> str | None:
     """None, or why these kernels cannot run forward and dgrad of the problem."""
     if problem.dtype not in _DTYPES:
         return f"it has float32, bfloat16 and float16, not {problem.dtype}"
@@ -42,7 +44,9 @@ def conv_supported(problem: Any) -> str | None:
 
 
 @functools.lru_cache(maxsize=4096)
-def _constants(op: str, p: Any, tile: ConvTile, widths: bool, narrow: bool) -> tuple[tuple[int, ...], dict[str, Any]]:
+def _constants(
+    op: str, p: ConvProblem, tile: ConvTile, widths: bool, narrow: bool
+) -> tuple[tuple[int, ...], dict[str, Any]]:
     """(grid, the arguments that are no tensors)."""
     grid = tile_shapes.pixel_grid(op, p)
     samples = tile_shapes.samples_per_tile(tile, *grid)
@@ -57,7 +61,7 @@ def _constants(op: str, p: Any, tile: ConvTile, widths: bool, narrow: bool) -> t
     # of weights runs on into the next expert, whose numbers, perhaps not finite, are to be masked.
     filled = tile.path == "tma" and not halved and not dgrad
     channel_tiles = -(-out_channels // tile.block_channels)
-    constants = {
+    constants: dict[str, Any] = {
         "source_channels": source_channels,
         "out_channels": out_channels,
         "source_height": source_size[0],
@@ -95,40 +99,41 @@ def _constants(op: str, p: Any, tile: ConvTile, widths: bool, narrow: bool) -> t
 
 
 def conv_launch(
-    op: str,
-    problem: Any,
-    source: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    sample_bias: Tensor | None,
-    residual: Tensor | None,
-    out: Tensor,
-    tiles: Tensor,
-    weight_index: Tensor,
-    source_widths: Tensor | None,
-    out_widths: Tensor | None,
-    tile: ConvTile | None = None,
+    op: str, problem: ConvProblem, source: Tensor, t: ConvTensors, out: Tensor, tile: ConvTile | None = None
 ) -> Launch:
-    """op: "forward" (source x, out y) or "dgrad" (source dy, out dx). `tile` overrides the choice.
+    """The launch of a convolution kernel.
 
-    Without an override, memory that a tensor map cannot address (no 16-byte alignment) takes the pointer path.
+    Args:
+        op: "forward" or "dgrad".
+        problem: one that `conv_supported`.
+        source: x in the forward, dy in dgrad.
+        t: the other tensors; dgrad does not use the epilogue.
+        out: y in the forward, dx in dgrad.
+        tile: overrides the choice. Without it, memory that a tensor map cannot address (no 16-byte alignment) takes the
+            pointer path.
     """
+    if op == "dgrad":
+        source_widths, out_widths = t.out_widths, t.in_widths
+        bias = sample_bias = residual = None
+    else:
+        source_widths, out_widths = t.in_widths, t.out_widths
+        bias, sample_bias, residual = t.bias, t.sample_bias, t.residual
     if tile is None:
-        aligned = source.data_ptr() % 16 == 0 and weight.data_ptr() % 16 == 0
+        aligned = source.data_ptr() % 16 == 0 and t.weight.data_ptr() % 16 == 0
         device = tile_shapes.device_of(problem.device)
         tile = tile_shapes.choose_tile(op, problem, device, None if aligned else "pointer")
     # Half a tile of fewer channels would not fill wgmma's 64 rows.
     narrow = tile.block_channels >= 128 and out_widths is not None
     grid, constants = _constants(op, problem, tile, source_widths is not None, narrow)
-    tensors = {
+    tensors: dict[str, Tensor | TensorDescriptor | None] = {
         "source": source,
-        "weight": weight,
+        "weight": t.weight,
         "bias": bias,
         "sample_bias": sample_bias,
         "residual": residual,
         "out": out,
-        "tiles": tiles,
-        "weight_index": weight_index,
+        "tiles": t.tiles,
+        "weight_index": t.weight_index,
         "source_widths": source_widths,
         "out_widths": out_widths,
     }
@@ -138,9 +143,9 @@ def conv_launch(
         tensors["narrow_weight"] = None
         if problem.batch:
             tensors["source"] = source_descriptor(source, constants)
-            tensors["weight"] = weight_descriptor(weight, constants, tile.block_channels)
+            tensors["weight"] = weight_descriptor(t.weight, constants, tile.block_channels)
             if narrow:
-                tensors["narrow_weight"] = weight_descriptor(weight, constants, tile.block_channels // 2)
+                tensors["narrow_weight"] = weight_descriptor(t.weight, constants, tile.block_channels // 2)
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
     if tile.registers < 255:
         options["maxnreg"] = tile.registers

@@ -12,6 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tdc_fast.kernels import wgrad_tiles
 from tdc_fast.kernels.launch import Launch
+from tdc_fast.kernels.problems import ConvProblem, ConvTensors
 from tdc_fast.kernels.tile_shapes import device_of, precision_of
 from tdc_fast.kernels.wgrad_kernels import sum_splits_kernel, wgrad_kernel
 from tdc_fast.kernels.wgrad_tiles import WgradTile
@@ -21,7 +22,7 @@ _SUM_BLOCK = 1024
 
 @functools.lru_cache(maxsize=4096)
 def _constants(
-    p: Any, tile: WgradTile, splits: int, in_widths: bool, out_widths: bool
+    p: ConvProblem, tile: WgradTile, splits: int, in_widths: bool, out_widths: bool
 ) -> tuple[tuple[int, int], dict[str, Any]]:
     """(grid, the arguments that are no tensors)."""
     rows, columns = wgrad_tiles.box_of(tile, p) if tile.path == "tma" else (1, tile.block_pixels)
@@ -81,37 +82,34 @@ def _boxes(x: Tensor, rows: int, columns: int, channels: int) -> TensorDescripto
 
 
 def wgrad_launches(
-    problem: Any,
+    problem: ConvProblem,
     dy: Tensor,
-    x: Tensor,
+    t: ConvTensors,
     dweight: Tensor,
-    offsets: Tensor,
-    weight_index: Tensor,
-    in_widths: Tensor | None,
-    out_widths: Tensor | None,
     tile: WgradTile | None = None,
     splits: int | None = None,
 ) -> list[Launch]:
     """The launches of `conv_wgrad`, computed from shapes alone; compile-only tests read their arguments."""
+    x = t.x
     if tile is None:
         aligned = dy.data_ptr() % 16 == 0 and x.data_ptr() % 16 == 0
         tile = wgrad_tiles.choose_wgrad_tile(problem, device_of(problem.device), None if aligned else "pointer")
     if splits is None:
         splits = wgrad_tiles.choose_splits(problem, tile, device_of(problem.device))
-    grid, constants = _constants(problem, tile, splits, in_widths is not None, out_widths is not None)
+    grid, constants = _constants(problem, tile, splits, t.in_widths is not None, t.out_widths is not None)
     out = dweight
     if splits > 1:
         out = torch.empty((splits, dweight.numel()), dtype=torch.float32, device=dweight.device)
-    tensors = {
+    tensors: dict[str, Tensor | TensorDescriptor | None] = {
         "dy": dy,
         "x": x,
         "narrow_dy": dy if constants["NARROW_OUT"] else None,
         "narrow_x": x if constants["NARROW_IN"] else None,
         "out": out,
-        "offsets": offsets,
-        "weight_index": weight_index,
-        "in_widths": in_widths,
-        "out_widths": out_widths,
+        "offsets": t.offsets,
+        "weight_index": t.weight_index,
+        "in_widths": t.in_widths,
+        "out_widths": t.out_widths,
     }
     if tile.path == "tma":
         tensors["dy"] = _pixel_rows(dy, tile.block_pixels, tile.block_out)
@@ -131,30 +129,29 @@ def wgrad_launches(
 
 
 def conv_wgrad(
-    problem: Any,
+    problem: ConvProblem,
     dy: Tensor,
-    x: Tensor,
+    t: ConvTensors,
     dweight: Tensor,
-    offsets: Tensor,
-    weight_index: Tensor,
-    in_widths: Tensor | None,
-    out_widths: Tensor | None,
     *,
     tile: WgradTile | None = None,
     splits: int | None = None,
 ) -> None:
     """Writes every element of dweight, in one launch or two; sums in fp32 and in one order; nothing is read back.
 
-    problem: a ConvProblem of at least one sample, that `wgrad_supported`. dy (B, C_out, OH, OW) and x (B, C_in, H, W)
-    in channels_last memory; dweight (E, C_out, C_in, R, S) in memory order E, C_out, R, S, C_in; offsets (N + 1,),
-    weight_index and widths (N,) int32, all contiguous.
-    tile, splits: run these instead of the chosen ones (benches and tests).
+    Args:
+        problem: one of at least one sample, that `wgrad_supported`.
+        dy: (B, C_out, OH, OW) in channels_last memory.
+        t: x in channels_last memory; offsets, weight_index and widths contiguous; the others are not used.
+        dweight: (E, C_out, C_in, R, S) in memory order E, C_out, R, S, C_in.
+        tile: runs this one instead of the chosen one (benches and tests).
+        splits: likewise, the number of shares that the pixels are split into.
     """
-    for launch in wgrad_launches(problem, dy, x, dweight, offsets, weight_index, in_widths, out_widths, tile, splits):
+    for launch in wgrad_launches(problem, dy, t, dweight, tile, splits):
         launch.run()
 
 
-def wgrad_supported(problem: Any) -> str | None:
+def wgrad_supported(problem: ConvProblem) -> str | None:
     """None, or why the kernel cannot serve a problem whose forward is served."""
     pixels = problem.batch * max(problem.out_height * problem.out_width, problem.height * problem.width)
     if pixels >= 2**30:

@@ -17,6 +17,7 @@ from torch import Tensor
 from tdc_fast.kernels.expert_sums import sum_per_expert
 from tdc_fast.kernels.launch import Launch
 from tdc_fast.kernels.norm_kernels import norm_backward_kernel, norm_forward_kernel
+from tdc_fast.kernels.problems import NormProblem, NormTensors
 
 MAX_CHANNELS_PER_GROUP = 2048  # wider ones leave registers
 TILE_ELEMENTS = 2048
@@ -52,7 +53,7 @@ def norm_tile(channels: int, per_group: int, pixels: int, itemsize: int, backwar
     return NormTile(span, vector, triton.next_power_of_2(groups), block_channels, block_pixels, num_warps)
 
 
-def norm_supported(problem: Any) -> str | None:
+def norm_supported(problem: NormProblem) -> str | None:
     """None, or why these kernels cannot serve the problem."""
     if problem.channels_per_group > MAX_CHANNELS_PER_GROUP:
         return f"it has norm groups of at most {MAX_CHANNELS_PER_GROUP} channels, not {problem.channels_per_group}"
@@ -61,24 +62,24 @@ def norm_supported(problem: Any) -> str | None:
     return None
 
 
-def norm_forward_launch(p: Any, tensors: dict[str, Tensor | None]) -> Launch:
+def norm_forward_launch(p: NormProblem, tensors: dict[str, Tensor | None]) -> Launch:
     """The launch for what `tensors` names: all tensor arguments of the forward kernel."""
     grid, constants, options = _constants(p, backward=False)
     return Launch(norm_forward_kernel, grid, tensors, constants, options, key=p)
 
 
-def norm_backward_launch(p: Any, tensors: dict[str, Tensor | None]) -> Launch:
+def norm_backward_launch(p: NormProblem, tensors: dict[str, Tensor | None]) -> Launch:
     """The launch for what `tensors` names: all tensor arguments of the backward kernel."""
     grid, constants, options = _constants(p, backward=True)
     return Launch(norm_backward_kernel, grid, tensors, constants, options, key=p)
 
 
 @functools.lru_cache(maxsize=4096)
-def _constants(p: Any, backward: bool) -> tuple[tuple[int, int], dict[str, Any], dict[str, int]]:
+def _constants(p: NormProblem, backward: bool) -> tuple[tuple[int, int], dict[str, Any], dict[str, int]]:
     """(grid, the arguments that are no tensors, the compiler's options)."""
-    per_group, pixels = p.channels // p.num_norm_groups, p.height * p.width
+    per_group, pixels = p.channels_per_group, p.height * p.width
     tile = norm_tile(p.channels, per_group, pixels, p.dtype.itemsize, backward)
-    constants = {
+    constants: dict[str, Any] = {
         "channels": p.channels,
         "pixels": pixels,
         "per_group": per_group,
@@ -98,62 +99,55 @@ def _constants(p: Any, backward: bool) -> tuple[tuple[int, int], dict[str, Any],
     return (p.batch, triton.cdiv(p.channels, tile.span)), constants, {"num_warps": tile.num_warps}
 
 
-def group_norm_forward(
-    p: Any,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    offsets: Tensor,
-    weight_index: Tensor,
-    widths: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns y (B, C, H, W) channels_last, mean and rstd (B, norm groups) fp32, in one launch.
+def group_norm_forward(p: NormProblem, t: NormTensors) -> tuple[Tensor, Tensor, Tensor]:
+    """Forward in one launch.
 
-    p: a NormProblem that `norm_supported`. x: channels_last; everything else dense, of the dtype of x or int32.
+    Args:
+        p: a problem that `norm_supported`.
+        t: x in channels_last memory, everything else contiguous.
+
+    Returns:
+        y (B, C, H, W) channels_last, mean and rstd (B, norm groups) fp32.
     """
-    y = torch.empty_like(x, memory_format=torch.channels_last)
-    mean = torch.empty((p.batch, p.num_norm_groups), dtype=torch.float32, device=x.device)
+    y = torch.empty_like(t.x, memory_format=torch.channels_last)
+    mean = torch.empty((p.batch, p.num_norm_groups), dtype=torch.float32, device=t.x.device)
     rstd = torch.empty_like(mean)
-    inputs = {"x": x, "weight": weight, "bias": bias, "scale": scale, "shift": shift}
-    routing = {"offsets": offsets, "weight_index": weight_index, "widths": widths}
-    norm_forward_launch(p, {**inputs, "y": y, "mean": mean, "rstd": rstd, **routing}).run()
+    norm_forward_launch(p, {**t._asdict(), "y": y, "mean": mean, "rstd": rstd}).run()
     return y, mean, rstd
 
 
 def group_norm_backward(
-    p: Any,
+    p: NormProblem,
     dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
-    offsets: Tensor,
-    weight_index: Tensor,
-    widths: Tensor | None,
+    t: NormTensors,
     mask: tuple[bool, bool, bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Returns dx (B, C, H, W) channels_last, dweight and dbias (E, C), dscale and dshift (B, C); None where unmasked.
+    """Backward in one launch, or two: dweight and dbias go through fp32 shares per sample.
 
-    Preconditions as for the forward. dweight and dbias go through fp32 shares per sample and a second launch.
+    Args:
+        p: a problem that `norm_supported`.
+        dy: (B, C, H, W) in channels_last memory.
+        mean: (B, norm groups) fp32, of the forward.
+        rstd: likewise.
+        t: as in the forward.
+        mask: which results to compute.
+
+    Returns:
+        dx (B, C, H, W) channels_last, dweight and dbias (E, C), dscale and dshift (B, C); None where not in the mask.
     """
     per_sample = (p.batch, p.channels)
     made: dict[str, Tensor | None] = {
-        "dx": torch.empty_like(x, memory_format=torch.channels_last) if mask[0] else None,
-        "dweight": x.new_empty(per_sample, dtype=torch.float32) if mask[1] else None,
-        "dbias": x.new_empty(per_sample, dtype=torch.float32) if mask[2] else None,
-        "dscale": x.new_empty(per_sample) if mask[3] else None,
-        "dshift": x.new_empty(per_sample) if mask[4] else None,
+        "dx": torch.empty_like(t.x, memory_format=torch.channels_last) if mask[0] else None,
+        "dweight": t.x.new_empty(per_sample, dtype=torch.float32) if mask[1] else None,
+        "dbias": t.x.new_empty(per_sample, dtype=torch.float32) if mask[2] else None,
+        "dscale": t.x.new_empty(per_sample) if mask[3] else None,
+        "dshift": t.x.new_empty(per_sample) if mask[4] else None,
     }
-    inputs = {"dy": dy, "x": x, "weight": weight, "bias": bias, "scale": scale, "shift": shift}
-    routing = {"offsets": offsets, "weight_index": weight_index, "widths": widths}
-    norm_backward_launch(p, {**inputs, "mean": mean, "rstd": rstd, **made, **routing}).run()
+    norm_backward_launch(p, {**t._asdict(), "dy": dy, "mean": mean, "rstd": rstd, **made}).run()
     shares = {name: share for name in ("dweight", "dbias") if (share := made[name]) is not None}
-    sums = {name: torch.empty_like(weight) for name in shares}
+    sums = {name: torch.empty_like(t.weight) for name in shares}
     if shares:
-        sum_per_expert(tuple(shares.values()), tuple(sums.values()), offsets, weight_index)
+        sum_per_expert(tuple(shares.values()), tuple(sums.values()), t.offsets, t.weight_index)
     return made["dx"], sums.get("dweight"), sums.get("dbias"), made["dscale"], made["dshift"]

@@ -64,30 +64,53 @@ Problem = ConvProblem | NormProblem
 class ConvTensors(NamedTuple):
     """The tensors of one routed convolution, samples sorted by group.
 
-    The gradients take the same tuple beside dy. dgrad reads neither x nor what the epilogue adds, wgrad neither the
-    values of weight nor the epilogue: there these may be None (weight never is: wgrad writes in its layout).
+    Each pass is given the same tuple, the gradients beside dy. dgrad has no use for x and wgrad none for tiles: these
+    are None there, though their types do not say so. Nor do gradients use the epilogue's tensors.
+
+    Attributes:
+        x: input, (B, C_in, H, W).
+        weight: (E, C_out, C_in, R, S). wgrad reads its shape and strides only.
+        offsets: int32 (N + 1,), first sample of each group.
+        tiles: int32 (rows, 3), the tile table (tile_table.py); no rows in host memory.
+        weight_index: int32 (N,), expert of each group.
+        in_widths: int32 (N,), live input channels of each group, or None.
+        out_widths: int32 (N,), live output channels of each group, or None.
+        bias: epilogue, (E, C_out) or None.
+        sample_bias: epilogue, (B, C_out) or None.
+        residual: epilogue, (B, C_out, OH, OW) or None.
     """
 
-    x: Tensor | None  # (B, C_in, H, W)
-    weight: Tensor  # (E, C_out, C_in, R, S)
-    bias: Tensor | None  # (E, C_out)
-    sample_bias: Tensor | None  # (B, C_out)
-    residual: Tensor | None  # (B, C_out, OH, OW)
-    offsets: Tensor  # (N + 1,) int32
-    tiles: Tensor  # (rows, 3) int32; no rows in host memory
-    weight_index: Tensor  # (N,) int32
-    in_widths: Tensor | None  # (N,) int32
-    out_widths: Tensor | None  # (N,) int32
+    x: Tensor
+    weight: Tensor
+    offsets: Tensor
+    tiles: Tensor
+    weight_index: Tensor
+    in_widths: Tensor | None = None
+    out_widths: Tensor | None = None
+    bias: Tensor | None = None
+    sample_bias: Tensor | None = None
+    residual: Tensor | None = None
 
 
 class NormTensors(NamedTuple):
-    """The tensors of one routed group norm, samples sorted by group. The backward takes the same tuple beside dy."""
+    """The tensors of one routed group norm, samples sorted by group. The backward is given the same tuple beside dy.
 
-    x: Tensor  # (B, C, H, W)
-    weight: Tensor  # (E, C)
-    bias: Tensor  # (E, C)
-    scale: Tensor | None  # (B, C)
-    shift: Tensor | None  # (B, C)
-    offsets: Tensor  # (N + 1,) int32
-    weight_index: Tensor  # (N,) int32
-    widths: Tensor | None  # (N,) int32
+    Attributes:
+        x: input, (B, C, H, W).
+        weight: (E, C).
+        bias: (E, C).
+        offsets: int32 (N + 1,), first sample of each group.
+        weight_index: int32 (N,), expert of each group.
+        widths: int32 (N,), live channels of each group, or None.
+        scale: (B, C) or None.
+        shift: (B, C) or None.
+    """
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor
+    offsets: Tensor
+    weight_index: Tensor
+    widths: Tensor | None = None
+    scale: Tensor | None = None
+    shift: Tensor | None = None

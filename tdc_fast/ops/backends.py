@@ -92,7 +92,7 @@ def remembered(key: Any, describe: Callable[[], Problem], requested: str) -> tup
 
     Checking and choosing take longer than a small layer does, and depend on nothing but the key and the environment.
     """
-    key = (key, requested, os.environ.get(ENVIRONMENT))
+    key = (key, requested or os.environ.get(ENVIRONMENT))
     found = _memo.get(key)
     if found is None:
         problem = describe()

@@ -7,6 +7,7 @@ native code indexes with them; on a GPU reading them would stall it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,11 @@ import torch
 from torch import Tensor
 
 from tdc_fast.errors import invalid
-from tdc_fast.kernels.problems import ConvProblem, NormProblem
+from tdc_fast.kernels.problems import ConvProblem, ConvTensors, NormProblem, NormTensors
 from tdc_fast.kernels.tile_table import total_rows
 
 _MOST = 2**20  # pixels that a stride or a padding may be
+_STRIDED = torch.strided
 _FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -25,7 +27,7 @@ def require_tensors(optional: tuple[str, ...] = (), **arguments: Any) -> None:
     """ValueError for the first argument that is no dense tensor; those named in `optional` may be None."""
     for name, value in arguments.items():
         if isinstance(value, Tensor):
-            if value.layout != torch.strided:
+            if value.layout is not _STRIDED:
                 raise invalid(name, value.layout, "a dense tensor: convert it with to_dense()")
         elif value is not None or name not in optional:
             raise invalid(name, value, "a torch tensor" + (" or None" if name in optional else ""))
@@ -55,26 +57,32 @@ def pair(name: str, value: int | tuple[int, int] | list[int], minimum: int) -> t
 
 def conv_problem(
     op: str,
-    like: Tensor,
-    image: tuple[int, ...],
-    weight: Tensor,
-    offsets: Tensor,
-    weight_index: Tensor,
-    in_widths: Tensor | None,
-    out_widths: Tensor | None,
+    t: ConvTensors,
     stride: tuple[int, int],
     padding: tuple[int, int],
     *,
-    tiles: Tensor | None = None,
-    bias: Tensor | None = None,
-    sample_bias: Tensor | None = None,
-    residual: Tensor | None = None,
     dy: Tensor | None = None,
+    image_size: Sequence[int] = (),
 ) -> ConvProblem:
-    """Checks the arguments of a convolution whose input has shape `image`, the dtype and the device of `like`.
+    """Checks the arguments of a convolution and returns the problem that they describe.
 
-    Raises ValueError naming argument, value and remedy.
+    Args:
+        op: name of the registered operator.
+        t: its tensors; those that are None are not checked.
+        stride: (height, width).
+        padding: (height, width).
+        dy: gradient of the result, for dgrad and wgrad.
+        image_size: height and width of x, where there is no x (dgrad).
+
+    Raises:
+        ValueError: naming argument, value and remedy.
     """
+    weight = t.weight
+    if t.x is not None:
+        like, image = t.x, tuple(t.x.shape)
+    else:
+        assert dy is not None
+        like, image = dy, (dy.shape[0], weight.shape[2] if weight.dim() == 5 else 0, *image_size)
     _check_activation("x", image, like.dtype)
     if weight.dim() != 5:
         raise invalid("weight", tuple(weight.shape), "rank 5: (E, C_out, C_in, R, S)")
@@ -87,27 +95,23 @@ def conv_problem(
         if size < 1:
             raise invalid("weight", tuple(weight.shape), f"{name} of at least 1")
     if height + 2 * padding[0] < rows or width + 2 * padding[1] < columns:
-        raise invalid(
-            "x",
-            tuple(image),
-            f"an image that, with padding {padding}, holds the {rows}x{columns} filter once",
-        )
+        raise invalid("x", image, f"an image that, with padding {padding}, holds the {rows}x{columns} filter once")
     out_height = (height + 2 * padding[0] - rows) // stride[0] + 1
     out_width = (width + 2 * padding[1] - columns) // stride[1] + 1
     out_shape = (batch, out_channels, out_height, out_width)
     for argument, tensor, shape in (
-        ("bias", bias, (experts, out_channels)),
-        ("sample_bias", sample_bias, (batch, out_channels)),
-        ("residual", residual, out_shape),
+        ("bias", t.bias, (experts, out_channels)),
+        ("sample_bias", t.sample_bias, (batch, out_channels)),
+        ("residual", t.residual, out_shape),
         ("dy", dy, out_shape),
     ):
         if tensor is not None:
             _check_shaped(argument, tensor, shape, like)
-    groups = _check_routing(offsets, weight_index, like)
-    if tiles is not None:
-        _check_tiles(tiles, batch, groups, like)
-    _check_widths("in_widths", in_widths, groups, like)
-    _check_widths("out_widths", out_widths, groups, like)
+    groups = _check_routing(t.offsets, t.weight_index, like)
+    if t.tiles is not None:
+        _check_tiles(t.tiles, batch, groups, like)
+    _check_widths("in_widths", t.in_widths, groups, like)
+    _check_widths("out_widths", t.out_widths, groups, like)
     return ConvProblem(
         op, like.device, like.dtype, batch, height, width, in_channels, out_channels, (rows, columns), stride,
         padding, out_height, out_width, groups, experts, like.dtype == torch.float32 and tf32_is_allowed(),
@@ -116,14 +120,7 @@ def conv_problem(
 
 def norm_problem(
     op: str,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    offsets: Tensor,
-    weight_index: Tensor,
-    widths: Tensor | None,
+    t: NormTensors,
     num_groups: int,
     eps: float,
     silu: bool,
@@ -132,21 +129,36 @@ def norm_problem(
     mean: Tensor | None = None,
     rstd: Tensor | None = None,
 ) -> NormProblem:
-    """Checks the arguments of a group norm. Raises ValueError naming argument, value and remedy."""
+    """Checks the arguments of a group norm and returns the problem that they describe.
+
+    Args:
+        op: name of the registered operator.
+        t: its tensors.
+        num_groups: norm groups of the full width.
+        eps: added to the variance.
+        silu: whether SiLU follows.
+        dy: gradient of the result, for the backward.
+        mean: (B, num_groups) of the forward, likewise.
+        rstd: (B, num_groups) of the forward, likewise.
+
+    Raises:
+        ValueError: naming argument, value and remedy.
+    """
+    x = t.x
     _check_activation("x", x.shape, x.dtype)
     batch, channels, height, width = x.shape
     if num_groups < 1 or channels % num_groups:
         raise invalid("num_groups", num_groups, f"a divisor of the {channels} channels of x")
     if not eps > 0:
         raise invalid("eps", eps, "a positive number")
-    if weight.dim() != 2 or weight.shape[0] < 1:
-        raise invalid("weight", tuple(weight.shape), f"shape (E, {channels}) with E at least 1")
-    experts = weight.shape[0]
-    _check_shaped("weight", weight, (experts, channels), x)
-    _check_shaped("bias", bias, (experts, channels), x)
+    if t.weight.dim() != 2 or t.weight.shape[0] < 1:
+        raise invalid("weight", tuple(t.weight.shape), f"shape (E, {channels}) with E at least 1")
+    experts = t.weight.shape[0]
+    _check_shaped("weight", t.weight, (experts, channels), x)
+    _check_shaped("bias", t.bias, (experts, channels), x)
     for argument, tensor, shape in (
-        ("scale", scale, (batch, channels)),
-        ("shift", shift, (batch, channels)),
+        ("scale", t.scale, (batch, channels)),
+        ("shift", t.shift, (batch, channels)),
         ("dy", dy, tuple(x.shape)),
     ):
         if tensor is not None:
@@ -158,8 +170,8 @@ def norm_problem(
             or tensor.device != x.device
         ):
             raise invalid(argument, _describe(tensor), "what the forward returned")
-    groups = _check_routing(offsets, weight_index, x)
-    _check_widths("widths", widths, groups, x)
+    groups = _check_routing(t.offsets, t.weight_index, x)
+    _check_widths("widths", t.widths, groups, x)
     return NormProblem(op, x.device, x.dtype, batch, height, width, channels, num_groups, eps, silu, groups, experts)
 
 
@@ -171,26 +183,24 @@ def tf32_is_allowed() -> bool:
         return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
-def signature(*tensors: Tensor | None) -> tuple[Any, ...]:
+def signature(tensors: Iterable[Tensor | None]) -> tuple[Any, ...]:
     """What validation of these tensors depends on, hashable."""
     return tuple([None if t is None else (t.shape, t.dtype, t.device) for t in tensors])
 
 
-def check_conv_values(
-    problem: ConvProblem, offsets: Tensor, weight_index: Tensor, in_widths: Tensor | None, out_widths: Tensor | None
-) -> None:
+def check_conv_values(problem: ConvProblem, t: ConvTensors) -> None:
     """Checks the numbers in host tensors; does nothing for tensors on a device."""
     if problem.device.type == "cpu":
-        _check_routing_values(problem.batch, problem.num_experts, offsets, weight_index)
-        _check_width_values("in_widths", in_widths, problem.in_channels)
-        _check_width_values("out_widths", out_widths, problem.out_channels)
+        _check_routing_values(problem.batch, problem.num_experts, t.offsets, t.weight_index)
+        _check_width_values("in_widths", t.in_widths, problem.in_channels)
+        _check_width_values("out_widths", t.out_widths, problem.out_channels)
 
 
-def check_norm_values(problem: NormProblem, offsets: Tensor, weight_index: Tensor, widths: Tensor | None) -> None:
+def check_norm_values(problem: NormProblem, t: NormTensors) -> None:
     """Checks the numbers in host tensors; does nothing for tensors on a device."""
     if problem.device.type == "cpu":
-        _check_routing_values(problem.batch, problem.num_experts, offsets, weight_index)
-        _check_width_values("widths", widths, problem.channels, problem.channels_per_group)
+        _check_routing_values(problem.batch, problem.num_experts, t.offsets, t.weight_index)
+        _check_width_values("widths", t.widths, problem.channels, problem.channels_per_group)
 
 
 def _check_routing_values(batch: int, num_experts: int, offsets: Tensor, weight_index: Tensor) -> None:

@@ -11,16 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tdc_fast.kernels.problems import ConvProblem, NormProblem
+from tdc_fast.kernels.problems import ConvProblem, ConvTensors, NormProblem, NormTensors, Problem
 from tdc_fast.ops import native
 from tdc_fast.ops.checks import check_conv_values, check_norm_values
+from tdc_fast.ops.layout import dense, nhwc
+from tdc_fast.ops.native import address
 
 name = "cpu"
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
 _NHWC = torch.channels_last
 
 
-def supports(problem: ConvProblem | NormProblem) -> str | None:
+def supports(problem: Problem) -> str | None:
+    """None, or why not."""
     if native.module is None:
         return native.why_missing
     if problem.device.type != "cpu":
@@ -53,16 +56,13 @@ def routing_plan(groups: Tensor, num_groups: int) -> tuple[Tensor, Tensor, Tenso
     return order, inverse, offsets, bad
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _dense(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
-
-
-def _nhwc(tensor: Tensor) -> Tensor:
-    return tensor.contiguous(memory_format=_NHWC)
+def _routing(t: ConvTensors) -> dict[str, int]:
+    return {
+        "offsets": t.offsets.data_ptr(),
+        "weight_index": t.weight_index.data_ptr(),
+        "in_widths": address(t.in_widths),
+        "out_widths": address(t.out_widths),
+    }
 
 
 def _geometry(p: ConvProblem, weight_strides: tuple[int, ...]) -> dict[str, Any]:
@@ -86,120 +86,83 @@ def _geometry(p: ConvProblem, weight_strides: tuple[int, ...]) -> dict[str, Any]
     }
 
 
-def conv2d(
-    p: ConvProblem,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    sample_bias: Tensor | None,
-    residual: Tensor | None,
-    offsets: Tensor,
-    tiles: Tensor,
-    weight_index: Tensor,
-    in_widths: Tensor | None,
-    out_widths: Tensor | None,
-) -> Tensor:
-    offsets, weight_index = offsets.contiguous(), weight_index.contiguous()
-    in_widths, out_widths = _dense(in_widths), _dense(out_widths)
+def conv2d(p: ConvProblem, t: ConvTensors) -> Tensor:
+    """y (B, C_out, OH, OW), channels_last."""
     y = torch.empty((p.batch, p.out_channels, p.out_height, p.out_width), dtype=p.dtype, memory_format=_NHWC)
     if p.batch == 0:
-        check_conv_values(p, offsets, weight_index, in_widths, out_widths)
+        check_conv_values(p, t)
         return y
-    x, bias, sample_bias = _nhwc(x), _dense(bias), _dense(sample_bias)
-    residual = None if residual is None else _nhwc(residual)
+    t = dense(t)
     native.module.conv2d_forward(
-        x=x.data_ptr(),
-        weight=weight.data_ptr(),
-        bias=_address(bias),
-        sample_bias=_address(sample_bias),
-        residual=_address(residual),
+        x=t.x.data_ptr(),
+        weight=t.weight.data_ptr(),
+        bias=address(t.bias),
+        sample_bias=address(t.sample_bias),
+        residual=address(t.residual),
         y=y.data_ptr(),
-        offsets=offsets.data_ptr(),
-        weight_index=weight_index.data_ptr(),
-        in_widths=_address(in_widths),
-        out_widths=_address(out_widths),
-        **_geometry(p, weight.stride()),
+        offsets=t.offsets.data_ptr(),
+        weight_index=t.weight_index.data_ptr(),
+        in_widths=address(t.in_widths),
+        out_widths=address(t.out_widths),
+        **_geometry(p, t.weight.stride()),
     )
     return y
 
 
-def conv2d_dgrad(
-    p: ConvProblem,
-    dy: Tensor,
-    weight: Tensor,
-    offsets: Tensor,
-    tiles: Tensor,
-    weight_index: Tensor,
-    in_widths: Tensor | None,
-    out_widths: Tensor | None,
-) -> Tensor:
-    offsets, weight_index = offsets.contiguous(), weight_index.contiguous()
-    in_widths, out_widths = _dense(in_widths), _dense(out_widths)
+def conv2d_dgrad(p: ConvProblem, dy: Tensor, t: ConvTensors) -> Tensor:
+    """dx (B, C_in, H, W), channels_last."""
     dx = torch.empty((p.batch, p.in_channels, p.height, p.width), dtype=p.dtype, memory_format=_NHWC)
     if p.batch == 0:
-        check_conv_values(p, offsets, weight_index, in_widths, out_widths)
+        check_conv_values(p, t)
         return dx
-    dy = _nhwc(dy)
+    dy, t = nhwc(dy), dense(t)
     native.module.conv2d_dgrad(
         dy=dy.data_ptr(),
-        weight=weight.data_ptr(),
         dx=dx.data_ptr(),
-        offsets=offsets.data_ptr(),
-        weight_index=weight_index.data_ptr(),
-        in_widths=_address(in_widths),
-        out_widths=_address(out_widths),
-        **_geometry(p, weight.stride()),
+        weight=t.weight.data_ptr(),
+        **_routing(t),
+        **_geometry(p, t.weight.stride()),
     )
     return dx
 
 
 def conv2d_wgrad(
-    p: ConvProblem,
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    offsets: Tensor,
-    weight_index: Tensor,
-    in_widths: Tensor | None,
-    out_widths: Tensor | None,
-    mask: tuple[bool, bool, bool],
+    p: ConvProblem, dy: Tensor, t: ConvTensors, mask: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    offsets, weight_index = offsets.contiguous(), weight_index.contiguous()
-    in_widths, out_widths = _dense(in_widths), _dense(out_widths)
+    """dweight in the strides of weight, dbias (E, C_out), dsample_bias (B, C_out); None where not in the mask."""
     make = torch.zeros if p.batch == 0 else torch.empty
     dweight = None
     if mask[0]:
-        dweight = torch.zeros_like(weight) if p.batch == 0 else torch.empty_like(weight)
+        dweight = torch.zeros_like(t.weight) if p.batch == 0 else torch.empty_like(t.weight)
     dbias = make((p.num_experts, p.out_channels), dtype=p.dtype) if mask[1] else None
     dsample_bias = make((p.batch, p.out_channels), dtype=p.dtype) if mask[2] else None
     if p.batch == 0:
-        check_conv_values(p, offsets, weight_index, in_widths, out_widths)
+        check_conv_values(p, t)
         return dweight, dbias, dsample_bias
-    dy, x = _nhwc(dy), _nhwc(x)
+    dy, t = nhwc(dy), dense(t)
     native.module.conv2d_wgrad(
-        x=x.data_ptr(),
+        x=t.x.data_ptr(),
         dy=dy.data_ptr(),
-        dweight=_address(dweight),
-        dbias=_address(dbias),
-        dsample_bias=_address(dsample_bias),
-        offsets=offsets.data_ptr(),
-        weight_index=weight_index.data_ptr(),
-        in_widths=_address(in_widths),
-        out_widths=_address(out_widths),
-        **_geometry(p, weight.stride() if dweight is None else dweight.stride()),
+        dweight=address(dweight),
+        dbias=address(dbias),
+        dsample_bias=address(dsample_bias),
+        **_routing(t),
+        **_geometry(p, t.weight.stride() if dweight is None else dweight.stride()),
     )
     return dweight, dbias, dsample_bias
 
 
-def _norm_arguments(
-    p: NormProblem, offsets: Tensor, weight_index: Tensor, widths: Tensor | None
-) -> tuple[dict[str, Any], tuple[Tensor | None, ...]]:
-    """Keyword arguments shared by forward and backward, and the tensors that own the addresses in them."""
-    offsets, weight_index, widths = offsets.contiguous(), weight_index.contiguous(), _dense(widths)
-    arguments = {
-        "offsets": offsets.data_ptr(),
-        "weight_index": weight_index.data_ptr(),
-        "widths": _address(widths),
+def _norm_arguments(p: NormProblem, t: NormTensors) -> dict[str, Any]:
+    """What forward and backward have in common."""
+    return {
+        "x": t.x.data_ptr(),
+        "weight": t.weight.data_ptr(),
+        "bias": t.bias.data_ptr(),
+        "scale": address(t.scale),
+        "shift": address(t.shift),
+        "offsets": t.offsets.data_ptr(),
+        "weight_index": t.weight_index.data_ptr(),
+        "widths": address(t.widths),
         "dtype": _DTYPE_CODES[p.dtype],
         "batch": p.batch,
         "height": p.height,
@@ -212,60 +175,32 @@ def _norm_arguments(
         "num_experts": p.num_experts,
         "threads": torch.get_num_threads(),
     }
-    return arguments, (offsets, weight_index, widths)
 
 
-def group_norm(
-    p: NormProblem,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    offsets: Tensor,
-    weight_index: Tensor,
-    widths: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    arguments, owners = _norm_arguments(p, offsets, weight_index, widths)
+def group_norm(p: NormProblem, t: NormTensors) -> tuple[Tensor, Tensor, Tensor]:
+    """y (B, C, H, W), channels_last; mean and rstd (B, norm groups) fp32."""
     y = torch.empty((p.batch, p.channels, p.height, p.width), dtype=p.dtype, memory_format=_NHWC)
     mean = torch.empty((p.batch, p.num_norm_groups), dtype=torch.float32)
     rstd = torch.empty((p.batch, p.num_norm_groups), dtype=torch.float32)
     if p.batch == 0:
-        check_norm_values(p, offsets, weight_index, widths)
+        check_norm_values(p, t)
         return y, mean, rstd
-    x, weight, bias = _nhwc(x), weight.contiguous(), bias.contiguous()
-    scale, shift = _dense(scale), _dense(shift)
+    t = dense(t)
     native.module.group_norm_forward(
-        x=x.data_ptr(),
-        weight=weight.data_ptr(),
-        bias=bias.data_ptr(),
-        scale=_address(scale),
-        shift=_address(shift),
-        y=y.data_ptr(),
-        mean=mean.data_ptr(),
-        rstd=rstd.data_ptr(),
-        **arguments,
+        y=y.data_ptr(), mean=mean.data_ptr(), rstd=rstd.data_ptr(), **_norm_arguments(p, t)
     )
-    del owners
     return y, mean, rstd
 
 
 def group_norm_backward(
     p: NormProblem,
     dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
-    offsets: Tensor,
-    weight_index: Tensor,
-    widths: Tensor | None,
+    t: NormTensors,
     mask: tuple[bool, bool, bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    arguments, owners = _norm_arguments(p, offsets, weight_index, widths)
+    """dx (B, C, H, W), channels_last; dweight, dbias (E, C); dscale, dshift (B, C); None where not in the mask."""
     shapes = ((p.num_experts, p.channels),) * 2 + ((p.batch, p.channels),) * 2
     make = torch.zeros if p.batch == 0 else torch.empty
     small = [make(s, dtype=p.dtype) if wanted else None for s, wanted in zip(shapes, mask[1:], strict=True)]
@@ -274,25 +209,18 @@ def group_norm_backward(
     if mask[0]:
         dx = torch.empty((p.batch, p.channels, p.height, p.width), dtype=p.dtype, memory_format=_NHWC)
     if p.batch == 0:
-        check_norm_values(p, offsets, weight_index, widths)
+        check_norm_values(p, t)
         return dx, dweight, dbias, dscale, dshift
-    dy, x, weight, bias = _nhwc(dy), _nhwc(x), weight.contiguous(), bias.contiguous()
-    scale, shift, mean, rstd = _dense(scale), _dense(shift), mean.contiguous(), rstd.contiguous()
+    dy, mean, rstd, t = nhwc(dy), mean.contiguous(), rstd.contiguous(), dense(t)
     native.module.group_norm_backward(
         dy=dy.data_ptr(),
-        x=x.data_ptr(),
-        weight=weight.data_ptr(),
-        bias=bias.data_ptr(),
-        scale=_address(scale),
-        shift=_address(shift),
         mean=mean.data_ptr(),
         rstd=rstd.data_ptr(),
-        dx=_address(dx),
-        dweight=_address(dweight),
-        dbias=_address(dbias),
-        dscale=_address(dscale),
-        dshift=_address(dshift),
-        **arguments,
+        dx=address(dx),
+        dweight=address(dweight),
+        dbias=address(dbias),
+        dscale=address(dscale),
+        dshift=address(dshift),
+        **_norm_arguments(p, t),
     )
-    del owners
     return dx, dweight, dbias, dscale, dshift

@@ -12,23 +12,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tdc_fast.kernels.problems import ConvProblem, NormProblem
+from tdc_fast.kernels.problems import ConvProblem, ConvTensors, NormProblem, NormTensors, Problem
 from tdc_fast.kernels.tile_table import tiles_of, total_rows
 from tdc_fast.ops import native
 from tdc_fast.ops.cuda_launch import device_facts, launch, launcher_for, serves
 from tdc_fast.ops.layout import (
     aligned,
     channel_innermost,
+    dense,
     empty_channel_innermost,
     is_channel_innermost,
     nhwc,
 )
+from tdc_fast.ops.native import address, addresses
 
 name = "cuda"
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
-def supports(problem: ConvProblem | NormProblem) -> str | None:
+def supports(problem: Problem) -> str | None:
+    """None, or why not."""
     if not serves(problem.device):
         return f"its tensors live on a CUDA device, not on {problem.device}"
     if problem.dtype not in _DTYPE_CODES:
@@ -64,16 +67,9 @@ def _workspace(measure: Any, device: torch.device, arguments: dict[str, Any]) ->
     return torch.empty(size, dtype=torch.uint8, device=device) if size else None
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _dense(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else aligned(tensor.contiguous())
-
-
-def _image(tensor: Tensor) -> Tensor:
-    return aligned(nhwc(tensor))
+def _ready(t: ConvTensors) -> ConvTensors:
+    """Memory as convolutions read it: in vectors of 16 bytes, but for index lists and, in wgrad, the weight."""
+    return type(t)._make([x if x is None or x.dim() in (1, 5) else aligned(x) for x in dense(t)])
 
 
 def _empty_image(like: Tensor, *shape: int) -> Tensor:
@@ -110,6 +106,15 @@ def routing_plan(groups: Tensor, num_groups: int) -> tuple[Tensor, Tensor, Tenso
     return order, inverse, offsets, ordered, tiles
 
 
+def _routing(t: ConvTensors) -> dict[str, int]:
+    return {
+        "offsets": t.offsets.data_ptr(),
+        "weight_index": t.weight_index.data_ptr(),
+        "in_widths": address(t.in_widths),
+        "out_widths": address(t.out_widths),
+    }
+
+
 def _geometry(p: ConvProblem) -> dict[str, Any]:
     return {
         "dtype": _DTYPE_CODES[p.dtype],
@@ -130,93 +135,52 @@ def _geometry(p: ConvProblem) -> dict[str, Any]:
     }
 
 
-def conv2d(
-    p: ConvProblem,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    sample_bias: Tensor | None,
-    residual: Tensor | None,
-    offsets: Tensor,
-    tiles: Tensor,
-    weight_index: Tensor,
-    in_widths: Tensor | None,
-    out_widths: Tensor | None,
-) -> Tensor:
-    y = _empty_image(x, p.batch, p.out_channels, p.out_height, p.out_width)
+def conv2d(p: ConvProblem, t: ConvTensors) -> Tensor:
+    """y (B, C_out, OH, OW), channels_last."""
+    y = _empty_image(t.x, p.batch, p.out_channels, p.out_height, p.out_width)
     if p.batch == 0:
         return y
-    x, weight, bias, sample_bias = _image(x), aligned(channel_innermost(weight)), _dense(bias), _dense(sample_bias)
-    residual = None if residual is None else _image(residual)
-    offsets, weight_index = offsets.contiguous(), weight_index.contiguous()
-    in_widths, out_widths = _dense(in_widths), _dense(out_widths)
-    tiles = tiles_of(tiles, offsets, p.batch).contiguous()
-    arguments = {
-        "x": x.data_ptr(),
-        "weight": weight.data_ptr(),
-        "bias": _address(bias),
-        "sample_bias": _address(sample_bias),
-        "residual": _address(residual),
-        "y": y.data_ptr(),
-        "offsets": offsets.data_ptr(),
-        "tiles": tiles.data_ptr(),
-        "weight_index": weight_index.data_ptr(),
-        "in_widths": _address(in_widths),
-        "out_widths": _address(out_widths),
-        **_geometry(p),
-    }
-    _run(native.module.cuda_launches_conv_forward, x.device, arguments)
+    t = _tiled(p, t)
+    arguments = {"y": y.data_ptr(), **addresses(t), **_geometry(p)}
+    _run(native.module.cuda_launches_conv_forward, p.device, arguments)
     return y
 
 
-def conv2d_dgrad(
-    p: ConvProblem,
-    dy: Tensor,
-    weight: Tensor,
-    offsets: Tensor,
-    tiles: Tensor,
-    weight_index: Tensor,
-    in_widths: Tensor | None,
-    out_widths: Tensor | None,
-) -> Tensor:
+def conv2d_dgrad(p: ConvProblem, dy: Tensor, t: ConvTensors) -> Tensor:
+    """dx (B, C_in, H, W), channels_last."""
     dx = _empty_image(dy, p.batch, p.in_channels, p.height, p.width)
     if p.batch == 0:
         return dx
-    dy, weight = _image(dy), aligned(channel_innermost(weight))
-    offsets, weight_index = offsets.contiguous(), weight_index.contiguous()
-    in_widths, out_widths = _dense(in_widths), _dense(out_widths)
-    tiles = tiles_of(tiles, offsets, p.batch).contiguous()
+    dy, t = aligned(nhwc(dy)), _tiled(p, t)
     arguments = {
         "dy": dy.data_ptr(),
-        "weight": weight.data_ptr(),
+        "weight": t.weight.data_ptr(),
         "dx": dx.data_ptr(),
-        "offsets": offsets.data_ptr(),
-        "tiles": tiles.data_ptr(),
-        "weight_index": weight_index.data_ptr(),
-        "in_widths": _address(in_widths),
-        "out_widths": _address(out_widths),
+        "tiles": t.tiles.data_ptr(),
+        **_routing(t),
         **_geometry(p),
     }
-    _run(native.module.cuda_launches_conv_dgrad, dy.device, arguments)
+    _run(native.module.cuda_launches_conv_dgrad, p.device, arguments)
     return dx
 
 
+def _tiled(p: ConvProblem, t: ConvTensors) -> ConvTensors:
+    """The tensors in memory as the forward and dgrad read it, with a tile table."""
+    weight, tiles = aligned(channel_innermost(t.weight)), tiles_of(t.tiles, t.offsets, p.batch)
+    return _ready(t._replace(weight=weight, tiles=tiles))
+
+
 def conv2d_wgrad(
-    p: ConvProblem,
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    offsets: Tensor,
-    weight_index: Tensor,
-    in_widths: Tensor | None,
-    out_widths: Tensor | None,
-    mask: tuple[bool, bool, bool],
+    p: ConvProblem, dy: Tensor, t: ConvTensors, mask: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Where weight is not channel-innermost, dweight is written so and copied into the strides of weight."""
+    """dweight in the strides of weight, dbias (E, C_out), dsample_bias (B, C_out); None where not in the mask.
+
+    Where weight is not channel-innermost, dweight is written so and copied into the strides of weight.
+    """
     make = torch.zeros if p.batch == 0 else torch.empty
     dweight = None
     if mask[0]:
-        dweight = torch.zeros_like(weight) if p.batch == 0 else torch.empty_like(weight)
+        dweight = torch.zeros_like(t.weight) if p.batch == 0 else torch.empty_like(t.weight)
     dbias = make((p.num_experts, p.out_channels), dtype=p.dtype, device=dy.device) if mask[1] else None
     dsample_bias = make((p.batch, p.out_channels), dtype=p.dtype, device=dy.device) if mask[2] else None
     if p.batch == 0:
@@ -224,24 +188,19 @@ def conv2d_wgrad(
     written = dweight
     if dweight is not None and not is_channel_innermost(dweight):
         written = empty_channel_innermost(dweight.shape, dweight.dtype, dweight.device)
-    dy, x = _image(dy), _image(x)
-    offsets, weight_index = offsets.contiguous(), weight_index.contiguous()
-    in_widths, out_widths = _dense(in_widths), _dense(out_widths)
+    dy, t = aligned(nhwc(dy)), _ready(t)
     arguments = {
-        "x": x.data_ptr(),
+        "x": t.x.data_ptr(),
         "dy": dy.data_ptr(),
-        "dweight": _address(written),
-        "dbias": _address(dbias),
-        "dsample_bias": _address(dsample_bias),
+        "dweight": address(written),
+        "dbias": address(dbias),
+        "dsample_bias": address(dsample_bias),
         "workspace": 0,
-        "offsets": offsets.data_ptr(),
-        "weight_index": weight_index.data_ptr(),
-        "in_widths": _address(in_widths),
-        "out_widths": _address(out_widths),
+        **_routing(t),
         **_geometry(p),
     }
-    workspace = _workspace(native.module.cuda_conv_wgrad_workspace, dy.device, arguments)
-    _run(native.module.cuda_launches_conv_wgrad, dy.device, arguments | {"workspace": _address(workspace)})
+    workspace = _workspace(native.module.cuda_conv_wgrad_workspace, p.device, arguments)
+    _run(native.module.cuda_launches_conv_wgrad, p.device, arguments | {"workspace": address(workspace)})
     if dweight is not None and written is not None and written is not dweight:
         dweight.copy_(written)
     return dweight, dbias, dsample_bias
@@ -262,35 +221,16 @@ def _norm_sizes(p: NormProblem) -> dict[str, Any]:
     }
 
 
-def _norm_arguments(
-    p: NormProblem,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    offsets: Tensor,
-    weight_index: Tensor,
-    widths: Tensor | None,
-) -> tuple[dict[str, Any], tuple[Tensor | None, ...]]:
-    """Keyword arguments shared by forward and backward, and the tensors that own the addresses in them."""
-    x, weight, bias, scale, shift = _image(x), weight.contiguous(), bias.contiguous(), _rows(scale), _rows(shift)
-    offsets, weight_index, widths = offsets.contiguous(), weight_index.contiguous(), _dense(widths)
-    arguments = {
-        "x": x.data_ptr(),
-        "weight": weight.data_ptr(),
-        "bias": bias.data_ptr(),
-        "scale": _address(scale),
-        "shift": _address(shift),
+def _norm_memory(p: NormProblem, t: NormTensors) -> tuple[NormTensors, dict[str, Any]]:
+    """The tensors in memory as kernels read it, and the arguments that forward and backward share."""
+    scale, shift = _rows(t.scale), _rows(t.shift)
+    t = t._replace(x=aligned(nhwc(t.x)), scale=None, shift=None)
+    t = dense(t)._replace(scale=scale, shift=shift)
+    strides = {
         "scale_stride": 0 if scale is None else scale.stride(0),
         "shift_stride": 0 if shift is None else shift.stride(0),
-        "offsets": offsets.data_ptr(),
-        "weight_index": weight_index.data_ptr(),
-        "widths": _address(widths),
-        "workspace": 0,
-        **_norm_sizes(p),
     }
-    return arguments, (x, weight, bias, scale, shift, offsets, weight_index, widths)
+    return t, {"workspace": 0, **addresses(t), **strides, **_norm_sizes(p)}
 
 
 def _rows(tensor: Tensor | None) -> Tensor | None:
@@ -298,46 +238,30 @@ def _rows(tensor: Tensor | None) -> Tensor | None:
     return tensor if tensor is None or tensor.stride(1) == 1 else tensor.contiguous()
 
 
-def group_norm(
-    p: NormProblem,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    offsets: Tensor,
-    weight_index: Tensor,
-    widths: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    y = _empty_image(x, p.batch, p.channels, p.height, p.width)
-    mean = torch.empty((p.batch, p.num_norm_groups), dtype=torch.float32, device=x.device)
+def group_norm(p: NormProblem, t: NormTensors) -> tuple[Tensor, Tensor, Tensor]:
+    """y (B, C, H, W), channels_last; mean and rstd (B, norm groups) fp32."""
+    y = _empty_image(t.x, p.batch, p.channels, p.height, p.width)
+    mean = torch.empty((p.batch, p.num_norm_groups), dtype=torch.float32, device=t.x.device)
     rstd = torch.empty_like(mean)
     if p.batch == 0:
         return y, mean, rstd
-    arguments, owners = _norm_arguments(p, x, weight, bias, scale, shift, offsets, weight_index, widths)
+    t, arguments = _norm_memory(p, t)
     arguments |= {"y": y.data_ptr(), "mean": mean.data_ptr(), "rstd": rstd.data_ptr()}
-    workspace = _workspace(native.module.cuda_group_norm_forward_workspace, x.device, arguments)
+    workspace = _workspace(native.module.cuda_group_norm_forward_workspace, p.device, arguments)
     planner = native.module.cuda_launches_group_norm_forward
-    _run(planner, x.device, arguments | {"workspace": _address(workspace)})
-    del owners
+    _run(planner, p.device, arguments | {"workspace": address(workspace)})
     return y, mean, rstd
 
 
 def group_norm_backward(
     p: NormProblem,
     dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
-    offsets: Tensor,
-    weight_index: Tensor,
-    widths: Tensor | None,
+    t: NormTensors,
     mask: tuple[bool, bool, bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """dx (B, C, H, W), channels_last; dweight, dbias (E, C); dscale, dshift (B, C); None where not in the mask."""
     shapes = ((p.num_experts, p.channels),) * 2 + ((p.batch, p.channels),) * 2
     make = torch.zeros if p.batch == 0 else torch.empty
     dweight, dbias, dscale, dshift = (
@@ -347,20 +271,19 @@ def group_norm_backward(
     dx = _empty_image(dy, p.batch, p.channels, p.height, p.width) if mask[0] else None
     if p.batch == 0:
         return dx, dweight, dbias, dscale, dshift
-    arguments, owners = _norm_arguments(p, x, weight, bias, scale, shift, offsets, weight_index, widths)
-    dy, mean, rstd = _image(dy), mean.contiguous(), rstd.contiguous()
+    t, arguments = _norm_memory(p, t)
+    dy, mean, rstd = aligned(nhwc(dy)), mean.contiguous(), rstd.contiguous()
     arguments |= {
         "dy": dy.data_ptr(),
         "mean": mean.data_ptr(),
         "rstd": rstd.data_ptr(),
-        "dx": _address(dx),
-        "dweight": _address(dweight),
-        "dbias": _address(dbias),
-        "dscale": _address(dscale),
-        "dshift": _address(dshift),
+        "dx": address(dx),
+        "dweight": address(dweight),
+        "dbias": address(dbias),
+        "dscale": address(dscale),
+        "dshift": address(dshift),
     }
-    workspace = _workspace(native.module.cuda_group_norm_backward_workspace, dy.device, arguments)
+    workspace = _workspace(native.module.cuda_group_norm_backward_workspace, p.device, arguments)
     planner = native.module.cuda_launches_group_norm_backward
-    _run(planner, dy.device, arguments | {"workspace": _address(workspace)})
-    del owners
+    _run(planner, p.device, arguments | {"workspace": address(workspace)})
     return dx, dweight, dbias, dscale, dshift

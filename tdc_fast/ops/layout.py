@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
+from tdc_fast.kernels.problems import ConvTensors, NormTensors
+
+_Tensors = TypeVar("_Tensors", ConvTensors, NormTensors)
 _ALIGNMENT = 16  # bytes: of one vector load, and of a TMA address
 
 
@@ -35,6 +40,18 @@ def empty_channel_innermost(
 def nhwc(x: Tensor) -> Tensor:
     """x (B, C, H, W) dense in memory order [B, H, W, C]: itself when it is so already, else a copy."""
     return x.contiguous(memory_format=torch.channels_last)
+
+
+def dense(t: _Tensors) -> _Tensors:
+    """The same tensors in dense memory: images (B, C, H, W) as `nhwc`, weights (E, C_out, C_in, R, S) as they are."""
+    nhwc, rank = torch.channels_last, Tensor.dim  # looked up once: every call of an operator comes here
+    plain = Tensor.contiguous
+    return type(t)._make(
+        [
+            x if x is None else plain(x) if (dims := rank(x)) < 4 else plain(x, memory_format=nhwc) if dims == 4 else x
+            for x in t
+        ]
+    )
 
 
 def aligned(tensor: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd.function import FunctionMeta
 
 NAMESPACE = "tdc_fast"
 _library = torch.library.Library(NAMESPACE, "DEF")
@@ -44,16 +45,17 @@ def _name(op: torch._ops.OpOverload) -> str:
     return op._opname
 
 
-def add_autograd(op: torch._ops.OpOverload, function: type[torch.autograd.Function]) -> None:
-    """Gives `op` its gradient.
+def add_autograd(op: torch._ops.OpOverload, save: Callable[..., None], backward: Callable[..., Any]) -> None:
+    """Gives `op` its gradient: one autograd.Function, skipped when no gradient is wanted.
 
-    `function.forward(ctx, run, *args)` receives what runs the operator below its Autograd layer, and must call it under
-    `below_autograd()`; `function.backward` returns a None for it first. Without grad mode, or without an input that
-    requires a gradient, the Function is skipped.
+    Args:
+        op: what `define` returned.
+        save: save(ctx, args, result) keeps in `ctx` what the backward needs.
+        backward: backward(ctx, *grads) returns a gradient or None for each of the arguments of `op`.
     """
     name = _name(op)
     implementation = _implementations[name]
-    apply = function.apply
+    apply = _function(name, save, backward).apply
     is_grad_enabled = torch.is_grad_enabled
     tensor = torch.Tensor
 
@@ -64,14 +66,31 @@ def add_autograd(op: torch._ops.OpOverload, function: type[torch.autograd.Functi
         if is_grad_enabled():
             for arg in args:
                 if isinstance(arg, tensor) and arg.requires_grad:
-                    return apply(run, *args)
-        with below_autograd():
+                    return apply(*args, run)
+        with _below_autograd():
             return run(*args)
 
     _library.impl(name, autograd, "Autograd", with_keyset=True)
 
 
-below_autograd = torch._C._AutoDispatchBelowAutograd
+def _function(name: str, save: Callable[..., None], backward: Callable[..., Any]) -> type[torch.autograd.Function]:
+    """A Function of an operator's arguments and, last, of what runs the operator below its Autograd layer."""
+
+    def run_and_save(ctx: Any, *args: Any) -> Any:
+        *arguments, run = args
+        with _below_autograd():
+            result = run(*arguments)
+        save(ctx, arguments, result)
+        return result
+
+    def gradients(ctx: Any, *grads: Any) -> Any:
+        return *backward(ctx, *grads), None
+
+    methods = {"forward": staticmethod(run_and_save), "backward": staticmethod(gradients)}
+    return FunctionMeta(name, (torch.autograd.Function,), methods)
+
+
+_below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
 def call_in_backward(op: torch._ops.OpOverload, dy: torch.Tensor, *args: Any) -> Any:
@@ -83,7 +102,7 @@ def call_in_backward(op: torch._ops.OpOverload, dy: torch.Tensor, *args: Any) ->
     )
     if not plain:
         return op(dy, *args)
-    with below_autograd():
+    with _below_autograd():
         return _implementations[_name(op)](dy, *args)
 
 

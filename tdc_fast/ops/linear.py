@@ -9,7 +9,7 @@ from torch import Tensor
 from tdc_fast.errors import invalid
 from tdc_fast.ops import backends
 from tdc_fast.ops.checks import require_tensors
-from tdc_fast.ops.conv2d import _describe as _describe_conv2d
+from tdc_fast.ops.conv2d import describe as describe_conv2d
 from tdc_fast.ops.conv2d import routed_conv2d
 from tdc_fast.ops.plan import RoutingPlan
 
@@ -73,4 +73,4 @@ def _describe(
 ) -> Any:
     _check(x, weight, residual)
     image = None if residual is None else _as_image(residual)
-    return _describe_conv2d(_as_image(x), weight[:, :, :, None, None], bias, plan, residual=image, **rest)
+    return describe_conv2d(_as_image(x), weight[:, :, :, None, None], bias, plan, residual=image, **rest)

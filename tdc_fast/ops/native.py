@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 module: Any = None
 why_missing = ""
 try:
@@ -15,3 +17,13 @@ try:
     module = _native
 except ImportError as error:
     why_missing = f"the native module is not there ({error}); install with TDC_FAST_BUILD=cpu to see why"
+
+
+def address(tensor: Tensor | None) -> int:
+    """Where a tensor begins; 0 for none."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def addresses(tensors: Any) -> dict[str, int]:
+    """The addresses of the fields of a named tuple of tensors, by name."""
+    return {name: 0 if t is None else t.data_ptr() for name, t in zip(tensors._fields, tensors, strict=True)}

@@ -110,20 +110,16 @@ permute_samples = library.define(
 )
 
 
-class _PermuteSamples(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, run: Any, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(index, inverse)
-        with library.below_autograd():
-            return run(x, index, inverse)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        index, inverse = ctx.saved_tensors
-        return None, permute_samples(grads[0], inverse, index), None, None
+def _save(ctx: Any, args: tuple[Tensor, Tensor, Tensor], result: Tensor) -> None:
+    ctx.save_for_backward(*args[1:])
 
 
-library.add_autograd(permute_samples, _PermuteSamples)
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    index, inverse = ctx.saved_tensors
+    return permute_samples(grad, inverse, index), None, None
+
+
+library.add_autograd(permute_samples, _save, _backward)
 
 
 class RoutingPlan:
@@ -222,8 +218,7 @@ class RoutingPlan:
 
 
 def check_plan(x: Tensor, plan: RoutingPlan) -> None:
-    """ValueError unless `plan` is a plan of the batch x."""
-    require_tensors(x=x)
+    """ValueError unless `plan` is a plan of the batch x, a tensor."""
     if not isinstance(plan, RoutingPlan):
         raise invalid("plan", type(plan).__name__, "a RoutingPlan")
     if x.dim() and x.shape[0] != plan.order.shape[0]:

@@ -21,18 +21,18 @@ from tdc_fast.kernels.conv_wgrad import conv_wgrad, wgrad_supported
 from tdc_fast.kernels.group_norm import group_norm_backward as norm_backward
 from tdc_fast.kernels.group_norm import group_norm_forward as norm_forward
 from tdc_fast.kernels.group_norm import norm_supported
-from tdc_fast.kernels.problems import ConvProblem, NormProblem
+from tdc_fast.kernels.problems import ConvProblem, ConvTensors, NormProblem, NormTensors, Problem
 from tdc_fast.kernels.tile_shapes import device_of
 from tdc_fast.kernels.tile_table import tiles_of
 from tdc_fast.ops.checks import check_conv_values, check_norm_values
-from tdc_fast.ops.layout import channel_innermost, empty_channel_innermost, is_channel_innermost, nhwc
+from tdc_fast.ops.layout import channel_innermost, dense, empty_channel_innermost, is_channel_innermost, nhwc
 
 name = "triton"
 _OLDEST_ARCHITECTURE = 80
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def supports(problem: ConvProblem | NormProblem) -> str | None:
+def supports(problem: Problem) -> str | None:
     """None, or why not: reasons of dtype and shape first, then those of the machine."""
     if problem.dtype not in _DTYPES:
         return f"it has float32, bfloat16 and float16, not {problem.dtype}"
@@ -66,82 +66,39 @@ def _on(device: torch.device) -> AbstractContextManager[None]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def _dense(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
+def conv2d(p: ConvProblem, t: ConvTensors) -> Tensor:
+    """y (B, C_out, OH, OW), channels_last."""
+    check_conv_values(p, t)
+    with _on(t.x.device):
+        return conv_forward(p, _tiled(p, t))
 
 
-def conv2d(
-    p: ConvProblem,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    sample_bias: Tensor | None,
-    residual: Tensor | None,
-    offsets: Tensor,
-    tiles: Tensor,
-    weight_index: Tensor,
-    in_widths: Tensor | None,
-    out_widths: Tensor | None,
-) -> Tensor:
-    check_conv_values(p, offsets, weight_index, in_widths, out_widths)
-    with _on(x.device):
-        return conv_forward(
-            p,
-            nhwc(x),
-            channel_innermost(weight),
-            _dense(bias),
-            _dense(sample_bias),
-            None if residual is None else nhwc(residual),
-            tiles_of(tiles, offsets, p.batch).contiguous(),
-            weight_index.contiguous(),
-            _dense(in_widths),
-            _dense(out_widths),
-        )
-
-
-def conv2d_dgrad(
-    p: ConvProblem,
-    dy: Tensor,
-    weight: Tensor,
-    offsets: Tensor,
-    tiles: Tensor,
-    weight_index: Tensor,
-    in_widths: Tensor | None,
-    out_widths: Tensor | None,
-) -> Tensor:
-    check_conv_values(p, offsets, weight_index, in_widths, out_widths)
+def conv2d_dgrad(p: ConvProblem, dy: Tensor, t: ConvTensors) -> Tensor:
+    """dx (B, C_in, H, W), channels_last."""
+    check_conv_values(p, t)
     with _on(dy.device):
-        return conv_dgrad(
-            p,
-            nhwc(dy),
-            channel_innermost(weight),
-            tiles_of(tiles, offsets, p.batch).contiguous(),
-            weight_index.contiguous(),
-            _dense(in_widths),
-            _dense(out_widths),
-        )
+        return conv_dgrad(p, nhwc(dy), _tiled(p, t))
+
+
+def _tiled(p: ConvProblem, t: ConvTensors) -> ConvTensors:
+    """The tensors in memory as the forward and dgrad read it, with a tile table."""
+    t = t._replace(weight=channel_innermost(t.weight), tiles=tiles_of(t.tiles, t.offsets, p.batch))
+    return dense(t)
 
 
 def conv2d_wgrad(
-    p: ConvProblem,
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    offsets: Tensor,
-    weight_index: Tensor,
-    in_widths: Tensor | None,
-    out_widths: Tensor | None,
-    mask: tuple[bool, bool, bool],
+    p: ConvProblem, dy: Tensor, t: ConvTensors, mask: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    check_conv_values(p, offsets, weight_index, in_widths, out_widths)
+    """dweight in the strides of weight, dbias (E, C_out), dsample_bias (B, C_out); None where not in the mask."""
+    check_conv_values(p, t)
+    weight = t.weight
     if p.batch == 0:
         return (
             torch.zeros_like(weight) if mask[0] else None,
             weight.new_zeros(weight.shape[:2]) if mask[1] else None,
             dy.new_zeros(dy.shape[:2]) if mask[2] else None,
         )
-    dy, offsets, weight_index = nhwc(dy), offsets.contiguous(), weight_index.contiguous()
-    in_widths, out_widths = _dense(in_widths), _dense(out_widths)
+    dy, t = nhwc(dy), dense(t)
     dweight = dbias = dsample_bias = None
     with _on(dy.device):
         if mask[0]:
@@ -149,69 +106,30 @@ def conv2d_wgrad(
             written = dweight
             if not is_channel_innermost(dweight):
                 written = empty_channel_innermost(weight.shape, weight.dtype, weight.device)
-            conv_wgrad(p, dy, nhwc(x), written, offsets, weight_index, in_widths, out_widths)
+            conv_wgrad(p, dy, t, written)
             if written is not dweight:
                 dweight.copy_(written)
         if mask[1] or mask[2]:
-            dbias, dsample_bias = channel_sums(p, dy, offsets, weight_index, out_widths, mask[1], mask[2])
+            dbias, dsample_bias = channel_sums(p, dy, t, mask[1], mask[2])
     return dweight, dbias, dsample_bias
 
 
-def group_norm(
-    p: NormProblem,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    offsets: Tensor,
-    weight_index: Tensor,
-    widths: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    check_norm_values(p, offsets, weight_index, widths)
-    with _on(x.device):
-        return norm_forward(
-            p,
-            nhwc(x),
-            weight.contiguous(),
-            bias.contiguous(),
-            _dense(scale),
-            _dense(shift),
-            offsets.contiguous(),
-            weight_index.contiguous(),
-            _dense(widths),
-        )
+def group_norm(p: NormProblem, t: NormTensors) -> tuple[Tensor, Tensor, Tensor]:
+    """y (B, C, H, W), channels_last; mean and rstd (B, norm groups) fp32."""
+    check_norm_values(p, t)
+    with _on(t.x.device):
+        return norm_forward(p, dense(t))
 
 
 def group_norm_backward(
     p: NormProblem,
     dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
-    offsets: Tensor,
-    weight_index: Tensor,
-    widths: Tensor | None,
+    t: NormTensors,
     mask: tuple[bool, bool, bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    check_norm_values(p, offsets, weight_index, widths)
-    with _on(x.device):
-        return norm_backward(
-            p,
-            nhwc(dy),
-            nhwc(x),
-            weight.contiguous(),
-            bias.contiguous(),
-            _dense(scale),
-            _dense(shift),
-            mean.contiguous(),
-            rstd.contiguous(),
-            offsets.contiguous(),
-            weight_index.contiguous(),
-            _dense(widths),
-            mask,
-        )
+    """dx (B, C, H, W), channels_last; dweight, dbias (E, C); dscale, dshift (B, C); None where not in the mask."""
+    check_norm_values(p, t)
+    with _on(t.x.device):
+        return norm_backward(p, nhwc(dy), mean.contiguous(), rstd.contiguous(), dense(t), mask)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from tdc_fast.kernels.problems import ConvProblem
+from tdc_fast.kernels.problems import ConvProblem, ConvTensors
 
 pytest.importorskip("triton")
 
@@ -72,9 +72,9 @@ def launch_of(case: Build) -> Launch:
         bias, sample_bias, residual = made(p.num_experts, p.out_channels), made(p.batch, p.out_channels), y
     source, out = (y, x) if case.op == "dgrad" else (x, y)
     table, index = made(2048, 3, dtype=torch.int32), made(p.num_groups, dtype=torch.int32)
-    return conv_launch(
-        case.op, p, source, weight, bias, sample_bias, residual, out, table, index, widths, widths, case.tile
-    )
+    offsets = made(p.num_groups + 1, dtype=torch.int32)
+    t = ConvTensors(x, weight, offsets, table, index, widths, widths, bias, sample_bias, residual)
+    return conv_launch(case.op, p, source, t, out, case.tile)
 
 
 def built(case: Build) -> Built:

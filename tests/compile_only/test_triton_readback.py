@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tdc_fast.kernels.problems import ConvProblem, NormProblem
+from tdc_fast.kernels.problems import ConvProblem, ConvTensors, NormTensors
 from tdc_fast.kernels.tile_table import no_tiles
 from tdc_fast.ops.checks import conv_problem, norm_problem
 
@@ -71,29 +71,26 @@ def test_a_convolution_and_its_gradients(
         made(16, 64, dtype=dtype),
     )
     offsets, index, widths, tiles = integers(5), integers(4), integers(4), no_tiles(META)
-    routing = (offsets, index, widths, widths)
+    t = ConvTensors(x, weight, offsets, tiles, index, widths, widths, bias, rows, y)
 
     def problem(op: str) -> ConvProblem:
-        return conv_problem(op, x, x.shape, weight, *routing, (stride, stride), (1, 1))
+        return conv_problem(op, t._replace(tiles=None), (stride, stride), (1, 1))
 
     with nothing_synchronises(monkeypatch):
-        forward = problem("routed_conv2d")
-        backend.conv2d(forward, x, weight, bias, rows, y, offsets, tiles, index, widths, widths)
-        backend.conv2d_dgrad(problem("routed_conv2d_dgrad"), y, weight, offsets, tiles, index, widths, widths)
-        wgrad = problem("routed_conv2d_wgrad")
-        grads = backend.conv2d_wgrad(wgrad, y, x, weight, *routing, (True, True, True))
+        backend.conv2d(problem("routed_conv2d"), t)
+        backend.conv2d_dgrad(problem("routed_conv2d_dgrad"), y, t)
+        grads = backend.conv2d_wgrad(problem("routed_conv2d_wgrad"), y, t, (True, True, True))
     assert [grad.shape for grad in grads if grad is not None] == [weight.shape, bias.shape, rows.shape]
     assert len(launched) >= 5 and {"wgrad_kernel", "channel_sums_kernel", "sum_per_expert_kernel"} <= set(launched)
 
 
 def test_a_group_norm_and_its_gradients(launched: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     x, affine, rows, widths = made(16, 64, 8, 8), made(4, 64), made(16, 64), integers(4)
-    tensors, routing = (x, affine, affine, rows, rows), (integers(5), integers(4), widths)
-    settings = (*tensors, *routing, 32, 1e-5, True)
+    t = NormTensors(x, affine, affine, integers(5), integers(4), widths, rows, rows)
     with nothing_synchronises(monkeypatch):
-        p: NormProblem = norm_problem("routed_group_norm", *settings)
-        y, mean, rstd = backend.group_norm(p, *tensors, *routing)
-        backend.group_norm_backward(p, y, *tensors, mean, rstd, *routing, (True,) * 5)
+        p = norm_problem("routed_group_norm", t, 32, 1e-5, True)
+        y, mean, rstd = backend.group_norm(p, t)
+        backend.group_norm_backward(p, y, mean, rstd, t, (True,) * 5)
     assert launched == ["norm_forward_kernel", "norm_backward_kernel", "sum_per_expert_kernel"]
 
 

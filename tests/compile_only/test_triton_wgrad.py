@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from tdc_fast.kernels.problems import ConvProblem
+from tdc_fast.kernels.problems import ConvProblem, ConvTensors
 
 pytest.importorskip("triton")
 
@@ -70,22 +70,21 @@ def meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def tensors_of(p: ConvProblem) -> tuple[torch.Tensor, ...]:
-    """dy, x, dweight, offsets, weight_index and widths, without memory."""
-    return (
-        meta(p.batch, p.out_channels, p.out_height, p.out_width, dtype=p.dtype),
-        meta(p.batch, p.in_channels, p.height, p.width, dtype=p.dtype),
-        meta(p.num_experts, p.out_channels, p.in_channels, *p.filter, dtype=p.dtype),
-        meta(p.num_groups + 1, dtype=torch.int32),
-        *(meta(p.num_groups, dtype=torch.int32) for _ in range(3)),
-    )
+def tensors_of(p: ConvProblem, pruned: bool) -> tuple[torch.Tensor, ConvTensors]:
+    """dy and the rest, without memory; with widths where pruned."""
+    dy = meta(p.batch, p.out_channels, p.out_height, p.out_width, dtype=p.dtype)
+    x = meta(p.batch, p.in_channels, p.height, p.width, dtype=p.dtype)
+    weight = meta(p.num_experts, p.out_channels, p.in_channels, *p.filter, dtype=p.dtype)
+    offsets, tiles = meta(p.num_groups + 1, dtype=torch.int32), meta(0, 3, dtype=torch.int32)
+    index, in_widths, out_widths = (meta(p.num_groups, dtype=torch.int32) for _ in range(3))
+    widths = (in_widths, out_widths) if pruned else (None, None)
+    return dy, ConvTensors(x, weight, offsets, tiles, index, *widths)
 
 
 @pytest.mark.parametrize("case", everything_that_can_be_chosen(), ids=str)
 def test_a_tile_compiles_to_what_it_promises(case: Build) -> None:
-    *tensors, in_widths, out_widths = tensors_of(case.problem)
-    widths = (in_widths, out_widths) if case.pruned else (None, None)
-    launch = wgrad_launches(case.problem, *tensors, *widths, tile=case.tile, splits=case.splits)[0]
+    dy, t = tensors_of(case.problem, case.pruned)
+    launch = wgrad_launches(case.problem, dy, t, t.weight, case.tile, case.splits)[0]
     built = build(launch.kernel, launch.arguments, case.arch, launch.options)
     assert_fits(built, case.arch)
     halves = case.problem.dtype != torch.float32
@@ -111,11 +110,11 @@ def assert_fits(built: Built, arch: int) -> None:
 
 def test_the_sums_of_splits_and_channels_compile() -> None:
     problem = layer()
-    dy, x, dweight, offsets, weight_index, widths, _ = tensors_of(problem)
+    (dy, plain), (_, pruned) = tensors_of(problem, False), tensors_of(problem, True)
     tile = wgrad_candidates(problem, DEVICES[90])[0]
-    sums = wgrad_launches(problem, dy, x, dweight, offsets, weight_index, None, None, tile, splits=2)[1]
+    sums = wgrad_launches(problem, dy, plain, plain.weight, tile, splits=2)[1]
     rounded, exact = (meta(problem.batch, 128, dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
-    channels = sums_launch(problem, dy, rounded, exact, offsets, widths)
+    channels = sums_launch(problem, dy, pruned, rounded, exact)
     for launch in (sums, channels):
         built = build(launch.kernel, launch.arguments, 90, launch.options)
         assert_fits(built, 90)

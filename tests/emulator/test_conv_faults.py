@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tdc_fast.kernels.problems import ConvTensors
 from tdc_fast.ops import cuda
 from tdc_fast.ops.checks import conv_problem
 from tests.emulator.conv import assert_accurate, conv_case, emulator
@@ -61,10 +62,12 @@ def test_no_number_in_device_memory_leads_out_of_bounds(garbage: int) -> None:
     for sound in range(4):
         routing = [offsets, index, widths, widths]
         routing[sound] = torch.zeros_like(routing[sound])
-        problem = conv_problem("conv2d", x, x.shape, weight, *routing, CASE.stride, CASE.padding)
+        t = ConvTensors(x, weight, routing[0], CASE.routing.plan().tiles, *routing[1:])
+        problem = conv_problem("conv2d", t, CASE.stride, CASE.padding)
+        t = t._replace(tiles=tiles)
         dy = torch.ones((batch, CASE.out_channels, *CASE.out_size), dtype=x.dtype)
         with emulator():
-            y = cuda.conv2d(problem, x, weight, None, None, None, routing[0], tiles, *routing[1:])
-            dx = cuda.conv2d_dgrad(problem, dy, weight, routing[0], tiles, *routing[1:])
-            grads = cuda.conv2d_wgrad(problem, dy, x, weight, *routing, (True, True, True))
+            y = cuda.conv2d(problem, t)
+            dx = cuda.conv2d_dgrad(problem, dy, t)
+            grads = cuda.conv2d_wgrad(problem, dy, t, (True, True, True))
         assert y.shape == dy.shape and dx.shape == x.shape and grads[0].shape == weight.shape

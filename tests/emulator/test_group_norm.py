@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from tdc_fast import _native, routed_group_norm
+from tdc_fast.kernels.problems import NormTensors
 from tdc_fast.ops import cuda, cuda_launch
 from tdc_fast.ops.checks import norm_problem
 from tests.cases import NormCase, Routing, norm_cases
@@ -266,13 +267,13 @@ def test_group_numbers_that_make_no_sense_stay_within_bounds() -> None:
     x, weight, bias, scale, shift = (t.detach() for t in case.tensors(torch.float32).values())
     widths = torch.tensor([10**6, -5, 7, 31], dtype=torch.int32)
     for offsets, index in ((plan.offsets * 1000 - 7, plan.weight_index), (plan.offsets, plan.weight_index * 99 - 50)):
-        tensors = (x, weight, bias, scale, shift, offsets, index, widths)
-        problem = norm_problem("routed_group_norm", *tensors, case.num_groups, 1e-5, True)
+        tensors = NormTensors(x, weight, bias, offsets, index, widths, scale, shift)
+        problem = norm_problem("routed_group_norm", tensors, case.num_groups, 1e-5, True)
         with emulator():
-            y, mean, rstd = cuda.group_norm(problem, *tensors)
+            y, mean, rstd = cuda.group_norm(problem, tensors)
             everything = (True, True, True, True, True)
-            grads = cuda.group_norm_backward(problem, x, *tensors[:5], mean, rstd, *tensors[5:], everything)
-        assert [y.shape, *(g.shape for g in grads)] == [x.shape, *(t.shape for t in tensors[:5])]
+            grads = cuda.group_norm_backward(problem, x, mean, rstd, tensors, everything)
+        assert [y.shape, *(g.shape for g in grads)] == [x.shape, *(t.shape for t in (x, weight, bias, scale, shift))]
 
 
 PLANTED = {

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from tdc_fast.kernels.problems import ConvProblem
+from tdc_fast.kernels.problems import ConvTensors
 from tdc_fast.kernels.tile_table import tiles_of
 from tdc_fast.ops import reference
 from tdc_fast.ops.checks import conv_problem
-from tdc_fast.ops.layout import channel_innermost, nhwc
+from tdc_fast.ops.layout import channel_innermost, dense, nhwc
 from tests.cases import ConvCase, Routing
 from tests.gpu.problems import gradients, moved, on_device, plan_on, settings_on, upstream
 from tests.gpu.shapes import CONV_CASES, CONV_FORMS, conv
@@ -42,18 +43,21 @@ class Prepared:
         tensors = {k: v.detach().to(device) for k, v in case.tensors(torch.bfloat16).items()}
         self.plan = plan_on(case.routing, device)
         settings = settings_on(case, device)
-        self.widths = settings["in_widths"], settings["out_widths"]
-        self.x, self.weight = nhwc(tensors["x"]), channel_innermost(tensors["weight"])
-        self.extras = tensors.get("bias"), tensors.get("sample_bias"), tensors.get("residual")
-        residual = self.extras[2]
-        self.extras = (*self.extras[:2], None if residual is None else nhwc(residual))
+        t = ConvTensors(
+            tensors["x"],
+            channel_innermost(tensors["weight"]),
+            self.plan.offsets,
+            self.plan.tiles,
+            self.plan.weight_index,
+            settings["in_widths"],
+            settings["out_widths"],
+            *(tensors.get(name) for name in ("bias", "sample_bias", "residual")),
+        )
         shape = torch.Size((case.routing.batch, case.out_channels, *case.out_size))
         self.dy = nhwc(upstream(case, shape, torch.bfloat16).to(device))
-        self.tiles = tiles_of(self.plan.tiles, self.plan.offsets, case.routing.batch)
         name = "routed_conv2d" if op == "forward" else f"routed_conv2d_{op}"
-        routing = (self.plan.offsets, self.plan.weight_index, *self.widths)
-        image = tuple(self.x.shape)
-        self.problem = conv_problem(name, self.x, image, self.weight, *routing, case.stride, case.padding)
+        self.problem = conv_problem(name, t, case.stride, case.padding)
+        self.tensors = dense(t._replace(tiles=tiles_of(t.tiles, t.offsets, case.routing.batch)))
 
 
 def every_tile(p: Prepared, op: str) -> Runs:
@@ -63,40 +67,35 @@ def every_tile(p: Prepared, op: str) -> Runs:
     from tdc_fast.kernels.conv_forward import conv_forward
     from tdc_fast.kernels.conv_wgrad import conv_wgrad
 
-    facts, index = tile_shapes.device_of(torch.device(p.device)), p.plan.weight_index
+    facts, t = tile_shapes.device_of(torch.device(p.device)), p.tensors
     if op == "wgrad":
         for tile in wgrad_tiles.wgrad_candidates(p.problem, facts):
             for splits in (1, 3):
 
                 def run(tile: Any = tile, splits: int = splits) -> Tensor:
-                    out = torch.full_like(p.weight, float("nan"))
-                    offsets = p.plan.offsets
-                    conv_wgrad(p.problem, p.dy, p.x, out, offsets, index, *p.widths, tile=tile, splits=splits)
+                    out = torch.full_like(t.weight, float("nan"))
+                    conv_wgrad(p.problem, p.dy, t, out, tile=tile, splits=splits)
                     return out
 
                 yield f"{tile}, {splits} splits", run
         return
     for tile in tile_shapes.candidates(op, p.problem, facts):
         if op == "forward":
-            call = lambda tile=tile: conv_forward(  # noqa: E731
-                p.problem, p.x, p.weight, *p.extras, p.tiles, index, *p.widths, tile=tile
-            )
+            call = partial(conv_forward, p.problem, t, tile=tile)
         else:
-            call = lambda tile=tile: conv_dgrad(p.problem, p.dy, p.weight, p.tiles, index, *p.widths, tile=tile)  # noqa: E731
+            call = partial(conv_dgrad, p.problem, p.dy, t, tile=tile)
         yield str(tile), call
 
 
 def the_reference(p: Prepared, op: str) -> Runs:
     """What the dry run puts in the tiles' place."""
-    problem: ConvProblem = p.problem
-    routing = (p.plan.offsets, p.plan.tiles, p.plan.weight_index, *p.widths)
     if op == "forward":
-        yield "reference", lambda: reference.conv2d(problem, p.x, p.weight, *p.extras, *routing)
+        yield "reference", lambda: reference.conv2d(p.problem, p.tensors)
     elif op == "dgrad":
-        yield "reference", lambda: reference.conv2d_dgrad(problem, p.dy, p.weight, *routing)
+        yield "reference", lambda: reference.conv2d_dgrad(p.problem, p.dy, p.tensors)
     else:
-        mask, rest = (True, False, False), (routing[0], *routing[2:])
-        yield "reference", lambda: reference.conv2d_wgrad(problem, p.dy, p.x, p.weight, *rest, mask)[0]  # type: ignore[return-value]
+        mask = (True, False, False)
+        yield "reference", lambda: reference.conv2d_wgrad(p.problem, p.dy, p.tensors, mask)[0]  # type: ignore[return-value]
 
 
 @on_device

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tdc_fast.kernels.conv_dgrad import conv_dgrad
 from tdc_fast.kernels.conv_forward import conv_forward
+from tdc_fast.kernels.problems import ConvTensors
 from tdc_fast.kernels.tile_shapes import ConvTile, samples_per_tile
 from tdc_fast.kernels.tile_table import tile_table
 from tdc_fast.ops.checks import conv_problem
@@ -101,15 +102,11 @@ def run(case: ConvCase, tensors: dict[str, Tensor], dy: Tensor, tile: ConvTile, 
     arguments = case.settings() | {"weight_index": plan.weight_index} | overrides
     widths = arguments["in_widths"], arguments["out_widths"]
     index = arguments["weight_index"]
-    problem = conv_problem(
-        "routed_conv2d", x, x.shape, weight, plan.offsets, index, *widths, case.stride, case.padding
-    )  # fmt: skip
-    table = tile_table(plan.offsets, problem.batch)
     extras = (given.get("bias"), given.get("sample_bias"), residual)
-    return {
-        "y": conv_forward(problem, x, weight, *extras, table, index, *widths, tile=tile),
-        "dx": conv_dgrad(problem, dy, weight, table, index, *widths, tile=tile),
-    }
+    t = ConvTensors(x, weight, plan.offsets, plan.tiles, index, *widths, *extras)
+    problem = conv_problem("routed_conv2d", t, case.stride, case.padding)
+    t = t._replace(tiles=tile_table(plan.offsets, problem.batch))
+    return {"y": conv_forward(problem, t, tile=tile), "dx": conv_dgrad(problem, dy, t, tile=tile)}
 
 
 def plain(case: ConvCase, dtype: torch.dtype, dy: Tensor) -> dict[str, Tensor]:

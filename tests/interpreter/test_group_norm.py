@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tdc_fast import routed_group_norm
 from tdc_fast.kernels.group_norm import NormTile, norm_tile
+from tdc_fast.kernels.problems import NormProblem, NormTensors
 from tdc_fast.ops import reference
 from tdc_fast.ops import triton as backend
 from tdc_fast.ops.checks import norm_problem
@@ -128,32 +129,31 @@ def test_everything_past_the_widths_is_exactly_zero(dtype: torch.dtype, nan_fill
     assert not any(values.isnan().any() for values in (y, *grads.values()))
 
 
-def problem_and_arguments(case: NormCase) -> tuple[Any, dict[str, Tensor], tuple[Any, ...], tuple[Any, ...]]:
+def problem_and_tensors(case: NormCase) -> tuple[NormProblem, NormTensors]:
     t = {name: tensor.detach() for name, tensor in case.tensors(torch.float32).items()}
     plan = case.routing.plan()
-    tensors = (t["x"], t["weight"], t["bias"], t.get("scale"), t.get("shift"))
     routing = (plan.offsets, plan.weight_index, case.settings()["widths"])
+    tensors = NormTensors(t["x"], t["weight"], t["bias"], *routing, t.get("scale"), t.get("shift"))
     silu = case.activation == "silu"
-    problem = norm_problem("routed_group_norm", *tensors, *routing, case.num_groups, 1e-5, silu)
-    return problem, t, tensors, routing
+    return norm_problem("routed_group_norm", tensors, case.num_groups, 1e-5, silu), tensors
 
 
 def test_mean_and_rstd_are_those_of_the_reference(nan_filled_memory: None) -> None:
-    problem, _, tensors, routing = problem_and_arguments(some_case())
-    ours = backend.group_norm(problem, *tensors, *routing)
-    expected = reference.group_norm(problem, *tensors, *routing)
+    problem, tensors = problem_and_tensors(some_case())
+    ours = backend.group_norm(problem, tensors)
+    expected = reference.group_norm(problem, tensors)
     for actual, right in zip(ours, expected, strict=True):
         torch.testing.assert_close(actual, right, rtol=1e-5, atol=1e-5)
     assert not ours[2][2, 2:].any()  # rstd of dead norm groups
 
 
 def test_only_the_gradients_asked_for_are_made_and_they_do_not_change() -> None:
-    problem, t, tensors, routing = problem_and_arguments(some_case())
-    y, mean, rstd = backend.group_norm(problem, *tensors, *routing)
+    problem, tensors = problem_and_tensors(some_case())
+    y, mean, rstd = backend.group_norm(problem, tensors)
     dy = torch.ones_like(y)
-    complete = backend.group_norm_backward(problem, dy, *tensors, mean, rstd, *routing, (True,) * 5)
+    complete = backend.group_norm_backward(problem, dy, mean, rstd, tensors, (True,) * 5)
     for mask in [m for m in product((False, True), repeat=5) if sum(m) in (1, 4)]:
-        grads = backend.group_norm_backward(problem, dy, *tensors, mean, rstd, *routing, mask)
+        grads = backend.group_norm_backward(problem, dy, mean, rstd, tensors, mask)
         for wanted, grad, expected in zip(mask, grads, complete, strict=True):
             assert torch.equal(grad, expected) if wanted else grad is None
 
@@ -169,12 +169,12 @@ def test_numbers_out_of_range_index_nothing_out_of_bounds() -> None:
     """On a GPU nobody checks widths and experts; kernels clamp them."""
     from tdc_fast.kernels.group_norm import group_norm_forward
 
-    problem, _, tensors, (offsets, weight_index, _) = problem_and_arguments(some_case(widths=None))
-    wild = torch.full_like(weight_index, 10**6)
-    y, _, _ = group_norm_forward(problem, *tensors, offsets, wild, wild)
-    last = torch.full_like(weight_index, problem.num_experts - 1)
-    assert torch.equal(y, group_norm_forward(problem, *tensors, offsets, last, None)[0])
-    assert not group_norm_forward(problem, *tensors, offsets, last, -wild)[0].any()
+    problem, tensors = problem_and_tensors(some_case(widths=None))
+    wild = torch.full_like(tensors.weight_index, 10**6)
+    y, _, _ = group_norm_forward(problem, tensors._replace(weight_index=wild, widths=wild))
+    last = torch.full_like(wild, problem.num_experts - 1)
+    assert torch.equal(y, group_norm_forward(problem, tensors._replace(weight_index=last))[0])
+    assert not group_norm_forward(problem, tensors._replace(weight_index=last, widths=-wild))[0].any()
 
 
 @pytest.mark.parametrize(

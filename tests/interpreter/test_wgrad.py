@@ -17,7 +17,7 @@ from torch import Tensor
 from tdc_fast.kernels import tile_shapes
 from tdc_fast.kernels.channel_sums import channel_sums
 from tdc_fast.kernels.conv_wgrad import conv_wgrad
-from tdc_fast.kernels.problems import ConvProblem
+from tdc_fast.kernels.problems import ConvProblem, ConvTensors
 from tdc_fast.kernels.tile_shapes import Device
 from tdc_fast.kernels.wgrad_kernels import share_start
 from tdc_fast.kernels.wgrad_tiles import (
@@ -71,23 +71,22 @@ class Backward:
                 dy[start:stop, case.out_widths[group] :] = float("nan")
         self.dy = nhwc(dy)
         plan = case.routing.plan()
-        self.routing = (plan.offsets, plan.weight_index, settings["in_widths"], settings["out_widths"])
+        widths = settings["in_widths"], settings["out_widths"]
+        self.tensors = ConvTensors(self.x, self.weight, plan.offsets, plan.tiles, plan.weight_index, *widths)
         geometry = (case.stride, case.padding)
-        op, image = "routed_conv2d_wgrad", self.x.shape
-        self.problem: ConvProblem = conv_problem(op, self.x, image, self.weight, *self.routing, *geometry, dy=self.dy)
+        self.problem: ConvProblem = conv_problem("routed_conv2d_wgrad", self.tensors, *geometry, dy=self.dy)
 
     def dweight(self, tile: WgradTile | None = None, splits: int | None = None) -> Tensor:
         out = empty_channel_innermost(self.weight.shape, self.weight.dtype)
-        conv_wgrad(self.problem, self.dy, self.x, out, *self.routing, tile=tile, splits=splits)
+        conv_wgrad(self.problem, self.dy, self.tensors, out, tile=tile, splits=splits)
         return out
 
     def sums(self) -> tuple[Tensor | None, Tensor | None]:
-        offsets, weight_index, _, out_widths = self.routing
-        return channel_sums(self.problem, self.dy, offsets, weight_index, out_widths, True, True)
+        return channel_sums(self.problem, self.dy, self.tensors, True, True)
 
     def reference(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        tensors = (t.to(dtype) for t in (self.dy, self.x, self.weight))
-        return reference.conv2d_wgrad(self.problem, *tensors, *self.routing, (True, True, True))
+        tensors = self.tensors._replace(x=self.x.to(dtype), weight=self.weight.to(dtype))
+        return reference.conv2d_wgrad(self.problem, self.dy.to(dtype), tensors, (True, True, True))
 
 
 def assert_accurate(case: ConvCase, dtype: torch.dtype, tile: WgradTile | None, splits: int | None) -> None:
@@ -228,16 +227,19 @@ def test_numbers_out_of_range_index_nothing_out_of_bounds() -> None:
     whole = {"in_widths": (11, 11, 11), "out_widths": (9, 9, 9), "filter": (1, 1), "padding": (0, 0)}
     run = Backward(some_case(**whole), torch.float32)
     expected, sums = run.dweight(SMALL_STEP), run.sums()
-    offsets, weight_index, in_widths, out_widths = run.routing
-    run.routing = (offsets, weight_index * 1000, in_widths * 1000, out_widths * 1000)
+    sane = run.tensors
+    _, _, offsets, _, weight_index, in_widths, out_widths, *_ = sane
+    run.tensors = sane._replace(
+        weight_index=weight_index * 1000, in_widths=in_widths * 1000, out_widths=out_widths * 1000
+    )
     wild, wild_sums = run.dweight(SMALL_STEP), run.sums()
     assert torch.equal(wild[0], expected[0])
     torch.testing.assert_close(wild[2], expected[1] + expected[2])
     assert torch.equal(wild[1], torch.zeros_like(wild[1]))
     assert torch.equal(wild_sums[1], sums[1])
-    run.routing = (offsets, weight_index, -in_widths, -out_widths)
+    run.tensors = sane._replace(in_widths=-in_widths, out_widths=-out_widths)
     assert not run.dweight(SMALL_STEP).any()
-    run.routing = (offsets * 1000, weight_index, in_widths, out_widths)
+    run.tensors = sane._replace(offsets=offsets * 1000)
     assert not run.dweight(SMALL_STEP)[1:].any()  # every sample seems to be the first group's
 
 

@@ -17,6 +17,8 @@ pytest.importorskip("triton")
 from bench.launch_host import StandInDriver, calls, stand_in_gpu
 from tdc_fast.kernels import launch
 from tdc_fast.kernels.channel_sums import sums_launch
+from tdc_fast.kernels.problems import ConvTensors
+from tdc_fast.kernels.tile_table import no_tiles
 from tdc_fast.ops.checks import conv_problem
 
 
@@ -57,10 +59,10 @@ def test_a_remembered_launch_passes_what_triton_would(driver: StandInDriver, ope
 
 def sums_of(dy: Tensor, exact: Tensor | None, rounded: Tensor | None) -> launch.Launch:
     offsets, index = torch.tensor([0, 1, 2], dtype=torch.int32), torch.arange(2, dtype=torch.int32)
-    weight = torch.empty(2, dy.shape[1], 8, 1, 1, dtype=dy.dtype)
-    image = (dy.shape[0], 8, *dy.shape[2:])
-    problem = conv_problem("routed_conv2d_wgrad", dy, image, weight, offsets, index, None, None, (1, 1), (0, 0), dy=dy)
-    return sums_launch(problem, dy, rounded, exact, offsets, None)
+    x, weight = dy.new_empty(dy.shape[0], 8, *dy.shape[2:]), dy.new_empty(2, dy.shape[1], 8, 1, 1)
+    t = ConvTensors(x, weight, offsets, no_tiles(dy.device), index)
+    problem = conv_problem("routed_conv2d_wgrad", t, (1, 1), (0, 0), dy=dy)
+    return sums_launch(problem, dy, t, rounded, exact)
 
 
 def test_what_triton_specialises_on_is_told_apart(driver: StandInDriver) -> None:

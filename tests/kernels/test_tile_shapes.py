@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 from bench.gpu.layers import UNET_BATCH, UNETS, unet_layers
 from tdc_fast.kernels import tile_shapes
 from tdc_fast.kernels.conv_launch import conv_launch, conv_supported
-from tdc_fast.kernels.problems import ConvProblem
+from tdc_fast.kernels.problems import ConvProblem, ConvTensors
 from tdc_fast.kernels.tile_shapes import (
     ConvTile,
     Device,
@@ -115,7 +115,7 @@ def test_memory_that_is_not_aligned_takes_the_pointer_path(tuned: Path, monkeypa
     memory = torch.zeros(8 * 16 + 1, dtype=torch.bfloat16)
     for start, path in ((0, "tma"), (1, "pointer")):
         x = memory[start : start + 128].view(1, 4, 4, 8).permute(0, 3, 1, 2)
-        launch = conv_launch("forward", problem, x, weight, None, None, None, x, table, index, None, None)
+        launch = conv_launch("forward", problem, x, ConvTensors(x, weight, index, table, index), x)
         assert path in launch.kernel.__name__
 
 
@@ -132,13 +132,11 @@ def test_the_grid_comes_from_shapes_alone() -> None:
     tile = ConvTile("pointer", 128, 64, 32, 4, 8)
     x, weight = torch.empty(20, 192, 8, 8, device="meta"), torch.empty(8, 192, 192, 3, 3, device="meta")
     table, index = torch.empty(99, 3, device="meta"), torch.empty(8, device="meta")
-    launch = conv_launch("dgrad", problem, x, weight, None, None, None, x, table, index, None, None, tile)
+    t = ConvTensors(x, weight, index, table, index)
+    launch = conv_launch("dgrad", problem, x, t, x, tile)
     assert launch.grid == (tile_rows(20, 8, 2) * 3, 1)
     assert launch.arguments["tile_row"] == level_start(20, 8, 2)
-    strided = conv_launch(
-        "dgrad", problem_of(batch=20, size=8, channels=192, stride=2), x, weight, None, None, None, x, table, index,
-        None, None, tile,
-    )  # fmt: skip
+    strided = conv_launch("dgrad", problem_of(batch=20, size=8, channels=192, stride=2), x, t, x, tile)
     assert strided.grid == (tile_rows(20, 8, 8) * 3, 4), "one class of pixels for each parity"
 
 

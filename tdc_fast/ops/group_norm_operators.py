@@ -1,0 +1,129 @@
+"""The registered operators behind routed_group_norm: schemas, implementations, fakes, gradient, autocast.
+
+    tdc_fast::routed_group_norm    tdc_fast::routed_group_norm_backward
+
+Their schemas are flat lists of arguments; everything below them takes NormTensors.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tdc_fast.kernels.problems import NormProblem, NormTensors
+from tdc_fast.ops import backends, library
+from tdc_fast.ops.checks import accumulate_dtype, check_norm_values, norm_problem, signature
+
+_SETTINGS_SCHEMA = "int num_groups, float eps, bool silu"
+
+
+def _tensors(args: tuple[Any, ...]) -> NormTensors:
+    """From the first arguments of the forward's schema."""
+    x, weight, bias, scale, shift, offsets, weight_index, widths = args
+    return NormTensors(x, weight, bias, offsets, weight_index, widths, scale, shift)
+
+
+def forward_problem(*args: Any) -> NormProblem:
+    """The problem of the forward's arguments, `backend` excepted; ValueError for what the forward would refuse."""
+    t = _tensors(args[:-3])
+    problem = norm_problem("routed_group_norm", t, *args[-3:])
+    check_norm_values(problem, t)
+    return problem
+
+
+def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    t, settings, backend = _tensors(args[:-4]), args[-4:-1], args[-1]
+
+    def describe() -> NormProblem:
+        return norm_problem("routed_group_norm", t, *settings)
+
+    key = ("routed_group_norm", settings, signature(t))
+    problem, chosen = backends.remembered(key, describe, backend)
+    try:
+        return chosen.group_norm(problem, t)
+    except ValueError:  # backends check the numbers that they index with; our error says more
+        check_norm_values(problem, t)
+        raise
+
+
+def _forward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    t = _tensors(args[:-4])
+    p = norm_problem("routed_group_norm", t, *args[-4:-1])
+    shape, dtype = (p.batch, p.num_norm_groups), accumulate_dtype(p.dtype)
+    return _empty_nhwc(t.x), t.x.new_empty(shape, dtype=dtype), t.x.new_empty(shape, dtype=dtype)
+
+
+def _empty_nhwc(like: Tensor) -> Tensor:
+    return torch.empty(like.shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
+forward = library.define(
+    "routed_group_norm(Tensor x, Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, Tensor offsets, "
+    f"Tensor weight_index, Tensor? widths, {_SETTINGS_SCHEMA}, str backend) -> (Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+)
+
+
+def _backward(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    *inputs, mean, rstd, offsets, weight_index, widths, num_groups, eps, silu, mask, backend = args
+    t, settings = _tensors((*inputs, offsets, weight_index, widths)), (num_groups, eps, silu)
+
+    def describe() -> NormProblem:
+        return norm_problem("routed_group_norm_backward", t, *settings, dy=dy, mean=mean, rstd=rstd)
+
+    key = ("routed_group_norm_backward", settings, signature((dy, mean, rstd, *t)))
+    problem, chosen = backends.remembered(key, describe, backend)
+    try:
+        grads = chosen.group_norm_backward(problem, dy, mean, rstd, t, tuple(mask))
+    except ValueError:
+        check_norm_values(problem, t)
+        raise
+    return tuple(dy.new_empty(0) if grad is None else grad for grad in grads)
+
+
+def _backward_fake(dy: Tensor, x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    mask = args[-2]
+    shapes = (weight.shape, weight.shape, x.shape[:2], x.shape[:2])
+    rest = (dy.new_empty(shape if wanted else 0) for shape, wanted in zip(shapes, mask[1:], strict=True))
+    return (_empty_nhwc(x) if mask[0] else dy.new_empty(0), *rest)
+
+
+# Gradients that `mask` does not ask for come back as empty tensors: a schema has no optional results.
+_backward_op = library.define(
+    "routed_group_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, "
+    f"Tensor mean, Tensor rstd, Tensor offsets, Tensor weight_index, Tensor? widths, {_SETTINGS_SCHEMA}, "
+    "bool[5] mask, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+
+
+def _save(ctx: Any, args: tuple[Any, ...], result: tuple[Tensor, Tensor, Tensor]) -> None:
+    _, mean, rstd = result
+    *inputs, offsets, weight_index, widths, num_groups, eps, silu, backend = args
+    ctx.save_for_backward(*inputs, mean, rstd, offsets, weight_index, widths)
+    ctx.settings, ctx.backend = (num_groups, eps, silu), backend
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
+
+
+@library.once_differentiable
+def _gradients(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 12
+    mask = ctx.needs_input_grad[:5]
+    grads = library.call_in_backward(_backward_op, dy, *ctx.saved_tensors, *ctx.settings, mask, ctx.backend)
+    wanted = (grad if needed else None for grad, needed in zip(grads, mask, strict=True))
+    return (*wanted, *(None,) * 7)
+
+
+def _cast(device_type: str, x: Tensor, *args: Any) -> tuple[Any, ...]:
+    low = x.dtype in (torch.bfloat16, torch.float16, torch.float32)
+    return x, *(arg.to(x.dtype) if low and isinstance(arg, Tensor) and arg.is_floating_point() else arg for arg in args)
+
+
+library.add_autograd(forward, _save, _gradients)
+library.add_autocast(forward, _cast)
