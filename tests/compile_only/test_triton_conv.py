@@ -1,7 +1,7 @@
-"""Every tile of the Triton convolution compiles for GPUs that are not there, to the instructions it promises.
+"""Every tile of the Triton convolution compiles, without a GPU, to the instructions it relies on.
 
-sm_90 reads both operands of wgmma from shared memory, filled by the copy engine; sm_80 fills it with 16-byte cp.async;
-no tile spills or takes more shared memory than there is.
+On sm_90 wgmma reads both operands from shared memory, filled by the copy engine; on sm_80 16-byte cp.async fills it. No
+tile spills or exceeds the device's shared memory.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def problem_of(
 
 
 def launch_of(case: Build) -> Launch:
-    """What the launcher would pass, on tensors without memory."""
+    """The launch, on tensors without memory."""
     p = case.problem
 
     def made(*shape: int, dtype: torch.dtype = p.dtype) -> torch.Tensor:
@@ -113,7 +113,7 @@ ALL = all_builds()
 
 
 def built_side_by_side(cases: list[Build]) -> dict[Build, Built | BaseException]:
-    """A compile takes a second or two of one core."""
+    """Compiles in several processes: each case takes a second or two of one core."""
     workers = min(4, os.cpu_count() or 1)
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
@@ -123,14 +123,16 @@ def built_side_by_side(cases: list[Build]) -> dict[Build, Built | BaseException]
 
 @pytest.fixture(scope="module")
 def results() -> dict[Build, Built | BaseException]:
-    """All builds. One process that dies fails those of the others too: they get a second try."""
+    """All builds. If a process dies, the builds of the other processes fail too and are tried again."""
     first = built_side_by_side(ALL)
     lost = [case for case, code in first.items() if isinstance(code, BrokenProcessPool)]
     return first | built_side_by_side(lost) if lost else first
 
 
 @pytest.mark.parametrize("case", ALL, ids=str)
-def test_every_tile_compiles_to_what_it_promises(case: Build, results: dict[Build, Built | BaseException]) -> None:
+def test_every_tile_compiles_to_the_instructions_it_relies_on(
+    case: Build, results: dict[Build, Built | BaseException]
+) -> None:
     code = results[case]
     if isinstance(code, BaseException):
         raise code

@@ -1,4 +1,4 @@
-"""The Triton group norm compiles for GPUs that are not there: no spills, 16-byte accesses, no atomics."""
+"""The Triton group norm compiles without a GPU: no spills, 16-byte accesses, no atomics."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tdc_fast.kernels.group_norm import norm_backward_launch, norm_forward_launc
 from tdc_fast.kernels.launch import Launch
 from tests.compile_only.triton_build import SHARED_LIMITS, build
 
-# (channels, norm groups, height and width, dtype): layers of UNets, groups of no power of two, the widest group served
+# (channels, norm groups, height and width, dtype): layers of UNets, groups not a power of two, the widest group
 LAYERS = [
     (128, 32, 32, torch.bfloat16),
     (192, 32, 64, torch.float16),

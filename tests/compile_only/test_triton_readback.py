@@ -1,7 +1,7 @@
-"""The Triton backend launches every operator without reading a single number of any tensor.
+"""The Triton backend launches every operator without reading a value of any tensor.
 
-It is run on "meta" tensors, which have shapes and no memory: `.item()`, `.tolist()`, `bool(tensor)`, `nonzero`, a copy
-to the host or an index by a tensor's value raises there. So grids and tiles come from shapes alone; nothing can wait.
+It runs on "meta" tensors, which have shapes and no memory: `.item()`, `.tolist()`, `bool(tensor)`, `nonzero`, a copy to
+the host and an index by a tensor's value raise there. So grids and tiles depend on shapes alone, and nothing waits.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def test_a_group_norm_and_its_gradients(launched: list[str], monkeypatch: pytest
     assert launched == ["norm_forward_kernel", "norm_backward_kernel", "sum_per_expert_kernel"]
 
 
-def test_reading_a_number_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reading_a_value_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     with nothing_synchronises(monkeypatch), pytest.raises(AssertionError, match="waits for the device"):
         integers(3)[0].item()
     with pytest.raises((NotImplementedError, RuntimeError)):

@@ -1,4 +1,4 @@
-"""Every tile of the Triton weight gradient compiles for GPUs that are not there, to the instructions it promises."""
+"""Every tile of the Triton weight gradient compiles, without a GPU, to the instructions it relies on."""
 
 from __future__ import annotations
 
@@ -47,8 +47,9 @@ class Build:
 
 
 def everything_that_can_be_chosen() -> list[Build]:
-    """Each tile with widths, and without; halves in both forms and with boxes of every shape; the other settings are
-    spread over them.
+    """Each tile with and without widths, 16-bit types in both forms and boxes of every shape.
+
+    The other settings are spread over these.
     """
     builds = []
     for arch, device in DEVICES.items():
@@ -82,7 +83,7 @@ def tensors_of(p: ConvProblem, pruned: bool) -> tuple[torch.Tensor, ConvTensors]
 
 
 @pytest.mark.parametrize("case", everything_that_can_be_chosen(), ids=str)
-def test_a_tile_compiles_to_what_it_promises(case: Build) -> None:
+def test_a_tile_compiles_to_the_instructions_it_relies_on(case: Build) -> None:
     dy, t = tensors_of(case.problem, case.pruned)
     launch = wgrad_launches(case.problem, dy, t, t.weight, case.tile, case.splits)[0]
     built = build(launch.kernel, launch.arguments, case.arch, launch.options)

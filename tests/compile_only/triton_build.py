@@ -1,7 +1,7 @@
-"""Compiles a Triton kernel for a GPU that is not there, and says what the machine code holds.
+"""Compiles a Triton kernel without a GPU, and reports what the machine code contains.
 
-The arguments are those that a launch would pass, on any device ("meta" too): what Triton's launcher derives from them
-(types, constants, which numbers are multiples of 16) is derived here alike.
+The arguments are those of a launch, on any device ("meta" too). Types, constants and multiples of 16 are derived from
+them as Triton's launcher does.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Built:
 
 
 def build(kernel: Any, arguments: dict[str, Any], arch: int, options: dict[str, int]) -> Built:
-    """Compiles for sm_<arch>; raises what Triton raises. Nothing is launched and no driver is asked."""
+    """Compiles for sm_<arch>; raises what Triton raises. Launches nothing and needs no driver."""
     signature: dict[str, str] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}

@@ -1,7 +1,7 @@
 """Routed problems on a device, the precisions they come in, and torch's own error for each.
 
-Every test of this folder runs on a GPU (marker `gpu`) and, with the reference backend and the same body, on the CPU:
-the dry run finds what is wrong with a test where there is no GPU.
+Every test of this folder runs on a GPU (marker `gpu`) and, with the same body and the reference backend, on the CPU:
+the dry run finds mistakes in a test without a GPU.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def targets(*backends: str) -> list[Any]:
 
 on_every_backend = pytest.mark.parametrize("target", targets("triton", "cuda", "reference"))
 on_fast_backends = pytest.mark.parametrize("target", targets("triton", "cuda"))
-# What every operator of a network runs on: the choice that is made by itself, or one backend for all.
+# The backend of every operator in a network: the automatic choice, or one backend for all.
 on_every_choice = pytest.mark.parametrize(
     ("device", "backend"),
     [
@@ -77,7 +77,7 @@ FP32, TF32 = Precision("fp32", torch.float32), Precision("tf32", torch.float32, 
 
 
 def truncated_to_tf32(tensor: Tensor) -> Tensor:
-    """fp32 values as tensor cores read them: 10 bits of mantissa, the rest cut off."""
+    """fp32 values as tensor cores read them: truncated to 10 bits of mantissa."""
     return (tensor.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32).view(tensor.shape)
 
 
@@ -107,7 +107,7 @@ def routed(
     plan: RoutingPlan | None = None,
     settings: dict[str, Any] | None = None,
 ) -> Tensor:
-    """The routed operator of the case on the tensors' device; `plan` and `settings` are made unless given."""
+    """The routed operator of the case on the tensors' device; `plan` and `settings` are built if not given."""
     device = target.device
     arguments: dict[str, Any] = (settings or settings_on(case, device)) | {"backend": target.backend}
     plan = plan or plan_on(case.routing, device)
@@ -119,7 +119,7 @@ def routed(
 
 
 def upstream(case: ConvCase | NormCase, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """A fixed gradient of the result, the same values for every dtype and device, with NaN where nothing is live."""
+    """A fixed gradient of the result, the same values for every dtype and device, with NaN in dead channels."""
     dy = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16).to(dtype)
     widths = case.out_widths if isinstance(case, ConvCase) else case.widths
     if widths is not None:
@@ -134,7 +134,7 @@ def gradients(y: Tensor, tensors: dict[str, Tensor], dy: Tensor) -> dict[str, Te
         grads = torch.autograd.grad(
             y, list(tensors.values()), dy.to(y.device), allow_unused=True, materialize_grads=True
         )
-    else:  # a batch of nothing
+    else:  # an empty batch
         grads = tuple(torch.zeros_like(t) for t in tensors.values())
     return {"y": y.detach().cpu(), **{f"d{k}": grad.cpu() for k, grad in zip(tensors, grads, strict=True)}}
 

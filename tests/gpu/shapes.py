@@ -1,4 +1,4 @@
-"""The shapes that every backend is held to on a GPU, by name: what tiles, routing and widths can get wrong."""
+"""The shapes that every backend is tested with on a GPU, by name: they cover tiles, routing and widths."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ CONV_CASES: dict[str, ConvCase] = {
     "experts shared at other widths": conv(
         Routing((0, 2, 2, 1, 0, 2), 3, 2, (1, 0, 1)), (32, 32), (6, 6), in_widths=(32, 16, 8), out_widths=(8, 32, 24)
     ),
-    "an expert that nobody uses": conv(Routing((0, 2), 3, 4, (3, 1, 0)), (16, 16), (5, 5)),
+    "an unused expert": conv(Routing((0, 2), 3, 4, (3, 1, 0)), (16, 16), (5, 5)),
     "many small images": conv(Routing(tuple(i * 7 % 5 for i in range(40)), 5, 5, None), (32, 48), (4, 4)),
     "one large group": conv(Routing((1,) * 9, 3, 3, None), (40, 24), (12, 12)),
     "image channels in": conv(UNEVEN, (3, 32), (8, 8), extras=("bias",)),
@@ -58,7 +58,7 @@ CONV_CASES: dict[str, ConvCase] = {
     "a strided input": conv(THREE, (16, 16), (6, 6), layout="strided"),
     "a contiguous input": conv(THREE, (16, 16), (6, 6), layout="contiguous"),
 }
-# What a dtype can get wrong that another does not: the forms of loads and products, not the routing.
+# Cases that depend on the dtype: forms of loads and products, not routing.
 CONV_FORMS = ("several tiles and K-steps", "odd channels", "stride 2", "tokens", "widths")
 
 NORM_CASES: dict[str, NormCase] = {

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.ops.test_torch_compile import Network, inputs, run
 from tests.gpu.networks import no_synchronisation
 from tests.gpu.problems import on_device
+from tests.ops.test_torch_compile import Network, inputs, run
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""On a GPU every operator of every backend errs, against fp64, at most twice as much as torch's own of that dtype."""
+"""On a GPU the error of every operator and backend against fp64 is at most twice that of torch's own in that dtype."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def named(cases: list[tuple[str, Precision]]):
 
 
 def inputs(case: ConvCase | NormCase, precision: Precision) -> dict[str, Tensor]:
-    """The case's values; for TF32 with bits that it drops, which values drawn in bf16 do not have."""
+    """The case's values. For TF32 they get low bits that TF32 drops; the values drawn in bf16 have none."""
     tensors = {name: t.detach() for name, t in case.tensors(precision.dtype).items()}
     if precision.tf32:
         generator = torch.Generator().manual_seed(7)
@@ -50,8 +50,11 @@ def inputs(case: ConvCase | NormCase, precision: Precision) -> dict[str, Tensor]
 
 
 def torchs_own(case: ConvCase | NormCase, tensors: dict[str, Tensor], dy: Tensor, precision: Precision, device: str):
-    """What torch computes in that dtype on that device. TF32: exact products of truncated inputs, as tensor cores do
-    them; cuDNN has no TF32 kernel for many of the shapes and would be exact there."""
+    """What torch computes in that dtype on that device.
+
+    For TF32, exact products of truncated inputs, as on tensor cores: cuDNN has no TF32 kernel for many of the shapes
+    and would be exact there.
+    """
     if not precision.tf32:
         leaves = moved(tensors, device, case.layout)
         return gradients(case.plain(leaves), leaves, dy)
@@ -80,7 +83,7 @@ def check(case: ConvCase | NormCase, precision: Precision, target: Target, terms
         what = f"{key} of {case} in {precision}"
         assert_as_accurate_as_torch(ours[key], torchs[key], exact[key], what, max(64, terms.get(key, terms["sums"])))
         dead = (exact[key] == 0) & (torchs[key] == 0)
-        assert not ours[key][dead].any(), f"{what}: what is dead is not exactly zero"
+        assert not ours[key][dead].any(), f"{what}: dead channels are not exactly zero"
 
 
 @on_every_backend
@@ -138,7 +141,7 @@ def test_linear(tokens: int | None, target: Target, nan_filled_memory: None) -> 
     "case", [CONV_CASES["several tiles and K-steps"], NORM_CASES["scale, shift and SiLU"]], ids=["conv", "norm"]
 )
 def test_the_same_bits_twice(case: ConvCase | NormCase, target: Target, nan_filled_memory: None) -> None:
-    """Forward and every gradient: no float atomics, no order that depends on timing."""
+    """Forward and every gradient: no float atomics, no order of additions that depends on timing."""
     leaves = moved(case.tensors(torch.bfloat16), target.device, case.layout)
     runs = []
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""Every tile that a Triton convolution may choose, run by name on a GPU: none is trusted for having compiled."""
+"""Every tile that a Triton convolution may choose, run by name on a GPU: compiling does not prove it right."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.tolerance import assert_as_accurate_as_torch
 
 OPS = {"forward": "y", "dgrad": "dx", "wgrad": "dweight"}
 RAGGED = {
-    "ragged widths": conv(  # that end within a K-step and within a tile, in its first half and in its second
+    "ragged widths": conv(  # they end inside a K-step, and inside both the first and the second half of a tile
         Routing((0, 1, 1, 2, 3, 3, 3, 0, 1), 4, 4, None), (192, 128), (12, 12),
         in_widths=(192, 100, 24, 136), out_widths=(128, 56, 0, 104),
     ),
@@ -88,7 +88,7 @@ def every_tile(p: Prepared, op: str) -> Runs:
 
 
 def the_reference(p: Prepared, op: str) -> Runs:
-    """What the dry run puts in the tiles' place."""
+    """What the dry run runs in place of the tiles."""
     if op == "forward":
         yield "reference", lambda: reference.conv2d(p.problem, p.tensors)
     elif op == "dgrad":

@@ -1,7 +1,7 @@
-"""Compiles ahead what the tests of this folder launch: ``python -m tests.gpu.warm INDEX/COUNT`` does one share.
+"""Compiles the kernels of this folder's tests in advance: ``python -m tests.gpu.warm INDEX/COUNT`` compiles one share.
 
-Triton compiles a kernel per form of the arguments, a second or two each, one at a time in a process. Several processes
-fill its cache on disk together; the tests then only load. Nothing is checked here.
+Triton compiles one kernel at a time in a process, a second or two each. Several processes together fill its cache on
+disk, from which the tests then load. Nothing is checked here.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tests.gpu.test_networks import gradients_of
 
 
 def work(device: str, backend: str) -> Iterator[Callable[[], object]]:
-    """Every launch of the tests once, in pieces of a few kernels; whole networks first, as they take longest."""
+    """Every launch of the tests once, in pieces of a few kernels; whole networks first, because they take longest."""
 
     def network(dtype: torch.dtype, pruned: bool) -> None:
         model = routed_unet(device, dtype, pruned=pruned)
@@ -49,14 +49,14 @@ def work(device: str, backend: str) -> Iterator[Callable[[], object]]:
 
 
 def main(share: str, device: str = "cuda", backend: str = "triton") -> int:
-    """Returns how many pieces of work were done. What fails here fails again, and is reported, in its test."""
+    """Returns the number of pieces done. A piece that fails here fails again, and is reported, in its test."""
     index, count = map(int, share.split("/"))
     done = 0
     for number, piece in enumerate(work(device, backend)):
         if number % count == index:
             try:
                 piece()
-            except Exception as error:  # Triton's own errors are no RuntimeError
+            except Exception as error:  # Triton's own errors are not RuntimeErrors
                 print(f"piece {number}: {error}", file=sys.stderr)
             done += 1
     return done

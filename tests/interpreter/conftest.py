@@ -1,6 +1,6 @@
 """Tests of Triton kernels on the CPU, in Triton's interpreter.
 
-The interpreter replaces kernels when they are imported, so these tests have a process of their own: test_interpreter.py
+The interpreter replaces kernels when they are imported, so these tests run in a separate process: test_interpreter.py
 starts it, and is the only file of this folder that an ordinary run collects.
 """
 
@@ -22,7 +22,7 @@ collect_ignore = [
 
 @pytest.fixture
 def multiply_adds(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Those of every product of tiles that the interpreter takes, from here on."""
+    """The multiply-adds of every product of tiles that the interpreter computes from here on."""
     from triton.runtime.interpreter import InterpreterBuilder
 
     taken: list[int] = []

@@ -1,4 +1,4 @@
-"""The `triton` backend as callers meet it: public operators, their gradients, a whole routed UNet, its refusals."""
+"""The `triton` backend through the public interface: operators, gradients, a whole routed UNet, refusals."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_a_linear_layer_runs_as_a_1x1_convolution(shape: tuple[int, ...], nan_fi
         torch.testing.assert_close(ours.double(), results["reference"][name], rtol=1e-5, atol=1e-5)
 
 
-def test_weights_and_inputs_may_have_any_strides_and_gradients_take_those_of_the_weights() -> None:
+def test_weights_and_inputs_may_have_any_strides_and_gradients_have_the_weights_strides() -> None:
     case = conv_case()
     plain = case.tensors(torch.float32)
     expected = gradients(routed(case, plain), plain)
@@ -92,7 +92,7 @@ def test_weights_and_inputs_may_have_any_strides_and_gradients_take_those_of_the
     assert actual["y"].is_contiguous(memory_format=torch.channels_last)
 
 
-def test_a_batch_of_nothing_has_gradients_of_zero(nan_filled_memory: None) -> None:
+def test_an_empty_batch_has_zero_gradients(nan_filled_memory: None) -> None:
     plan = RoutingPlan.from_groups(torch.zeros(0, dtype=torch.int64), 2)
     x = torch.zeros(0, 4, 3, 3, requires_grad=True)
     weight, bias = torch.randn(2, 4, 4, 1, 1, requires_grad=True), torch.randn(2, 4, requires_grad=True)
@@ -104,8 +104,6 @@ def test_a_batch_of_nothing_has_gradients_of_zero(nan_filled_memory: None) -> No
         for grad in torch.autograd.grad(y.sum(), (weight, bias)):
             assert torch.equal(grad, torch.zeros_like(grad))
 
-
-# --- a whole network ---
 
 TINY = {"image_size": 4, "in_channels": 1, "out_channels": 2, "channel_mult": (1, 1), "use_scale_shift_norm": True}
 
@@ -126,7 +124,7 @@ def step(model: RoutedModel, monkeypatch: pytest.MonkeyPatch, backend: str) -> d
 
 
 def test_a_whole_pruned_unet_forward_and_backward(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every layer goes through the backend: what it refused would raise."""
+    """Every layer goes through the backend: a layer that it refused would raise."""
     model = unet(**TINY)
     routed_model = pack_experts(model, GROUPS, shuffled_plan(model, [{}, {}, PRUNED]))
     expected, actual = (step(routed_model, monkeypatch, backend) for backend in ("reference", "triton"))
@@ -134,9 +132,6 @@ def test_a_whole_pruned_unet_forward_and_backward(monkeypatch: pytest.MonkeyPatc
         torch.testing.assert_close(
             actual[name], expected[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
         )
-
-
-# --- what it refuses ---
 
 
 def reasons(dtype: torch.dtype, **changes: Any) -> str | None:
@@ -147,7 +142,7 @@ def reasons(dtype: torch.dtype, **changes: Any) -> str | None:
     return explain("routed_conv2d", x, weight, None, plan, stride=settings["stride"]).reasons["triton"]
 
 
-def test_it_says_what_it_cannot_serve() -> None:
+def test_a_refusal_names_its_reason() -> None:
     assert os.environ["TRITON_INTERPRET"] == "1" and reasons(torch.float32) is None and reasons(torch.float16) is None
     assert "float64" in reasons(torch.float64)
     assert "bfloat16 wrongly" in reasons(torch.bfloat16)
@@ -168,7 +163,7 @@ def test_norm_groups_too_wide_for_one_program_are_refused() -> None:
     assert reason is not None and "at most 2048 channels" in reason
 
 
-def test_bad_numbers_in_host_memory_are_named() -> None:
+def test_bad_values_in_host_memory_are_named() -> None:
     case = conv_case(in_widths=(5, 2, 6))
     with pytest.raises(ValueError, match="in_widths: got 6"):
         routed(case, case.tensors(torch.float32) | {"x": torch.zeros(5, 5, 4, 5)})

@@ -19,7 +19,7 @@ from tdc_fast.ops.checks import conv_problem
 from tests.cases import ConvCase, Routing, conv_cases
 from tests.tolerance import assert_as_accurate_as_torch
 
-# Small tiles: every loop turns more than once, and the interpreter stays quick.
+# Small tiles: every loop runs more than once, and the interpreter stays fast.
 POINTER = ConvTile("pointer", 32, 16, 16, 2, 4)
 TMA = ConvTile("tma", 32, 16, 16, 2, 4)
 WIDE = [ConvTile(path, 16, 128, 16, 2, 4) for path in ("pointer", "tma")]  # with a second half that may be dead
@@ -110,7 +110,7 @@ def run(case: ConvCase, tensors: dict[str, Tensor], dy: Tensor, tile: ConvTile, 
 
 
 def plain(case: ConvCase, dtype: torch.dtype, dy: Tensor) -> dict[str, Tensor]:
-    """The same by torch, one convolution per group."""
+    """The same in torch, one convolution per group."""
     tensors = case.tensors(dtype)
     y = case.plain(tensors)
     if not y.requires_grad:
@@ -145,8 +145,8 @@ def test_the_pointer_path_serves_any_problem(nan_filled_memory: None) -> None:
     check_any()
 
 
-def test_a_box_that_runs_into_the_next_group_drops_its_rows(nan_filled_memory: None) -> None:
-    """Also where the neighbour holds NaN."""
+def test_rows_of_a_box_past_the_end_of_its_group_are_dropped(nan_filled_memory: None) -> None:
+    """Even if the next group has NaN there."""
     case = case_of(routing=Routing((0, 1, 1), 2, 2, None), size=(2, 2))
     assert samples_per_tile(TMA, 2, 2) == 8
     dy = upstream(case, torch.float16)
@@ -160,7 +160,7 @@ def test_a_box_that_runs_into_the_next_group_drops_its_rows(nan_filled_memory: N
 
 
 @pytest.mark.parametrize("tile", [POINTER, TMA], ids=lambda tile: tile.path)
-def test_an_expert_that_holds_nan_harms_no_other(tile: ConvTile) -> None:
+def test_nan_in_one_expert_does_not_affect_others(tile: ConvTile) -> None:
     """Blocks of weights run past the last channel of an expert into the next one's memory."""
     case = case_of(routing=Routing((0, 2), 3, 3, None))
     dy = upstream(case, torch.float16)
@@ -213,8 +213,8 @@ def test_only_live_channels_and_taps_that_reach_are_multiplied(
     assert sum(multiply_adds) == 2 * 16 * 9 * counted  # forward and dgrad
 
 
-def test_numbers_out_of_range_are_clamped() -> None:
-    """A GPU cannot raise for them, so nothing may be indexed with them."""
+def test_widths_and_experts_out_of_range_are_clamped() -> None:
+    """A GPU cannot raise an error for them, so they must not be used as indices."""
     sane = case_of(in_widths=(24, 0, 20, 24), out_widths=(20, 24, 0, 24))
     dy = upstream(replace(sane, out_widths=None), torch.float32)
     tensors = sane.tensors(torch.float32)

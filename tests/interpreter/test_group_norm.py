@@ -76,12 +76,12 @@ def test_any_problem_is_as_accurate_as_torch(dtype: torch.dtype, nan_filled_memo
     ("channels", "num_groups", "size"),
     [
         (64, 32, (9, 33)),  # two programs per sample, several tiles of pixels, the last one ragged
-        (192, 8, (3, 3)),  # 24 channels per group: no power of two
+        (192, 8, (3, 3)),  # 24 channels per group, not a power of two
         (40, 40, (2, 7)),  # a channel per group, and a last program with fewer groups than the others
-        (600, 1, (2, 2)),  # one group wider than a tile is
+        (600, 1, (2, 2)),  # one group, wider than a tile
     ],
 )
-def test_tiles_that_cut_images_and_channels_are_put_together(
+def test_statistics_are_right_across_tiles_and_programs(
     channels: int, num_groups: int, size: tuple[int, int], nan_filled_memory: None
 ) -> None:
     per_group = channels // num_groups
@@ -94,7 +94,7 @@ def test_tiles_that_cut_images_and_channels_are_put_together(
 
 @pytest.mark.parametrize("mean", [100.0, 3000.0, 1e5])
 def test_a_mean_far_from_zero_costs_no_accuracy(mean: float) -> None:
-    """E[x^2] - E[x]^2 would lose every digit of a variance of 1; a mean that is rounded once too often, those of y."""
+    """E[x^2] - E[x]^2 would lose every digit of a variance of 1, and a mean rounded to fp32 digits of y."""
     case = some_case(widths=None, activation=None, size=(16, 17))
     tensors, copies = case.tensors(torch.float32), case.tensors(torch.float32)
     exact = case.tensors(torch.float64)
@@ -147,7 +147,7 @@ def test_mean_and_rstd_are_those_of_the_reference(nan_filled_memory: None) -> No
     assert not ours[2][2, 2:].any()  # rstd of dead norm groups
 
 
-def test_only_the_gradients_asked_for_are_made_and_they_do_not_change() -> None:
+def test_only_requested_gradients_are_computed_and_they_do_not_change() -> None:
     problem, tensors = problem_and_tensors(some_case())
     y, mean, rstd = backend.group_norm(problem, tensors)
     dy = torch.ones_like(y)
@@ -165,8 +165,8 @@ def test_two_runs_are_bitwise_equal() -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_numbers_out_of_range_index_nothing_out_of_bounds() -> None:
-    """On a GPU nobody checks widths and experts; kernels clamp them."""
+def test_widths_and_experts_out_of_range_are_clamped() -> None:
+    """Nothing checks them on a GPU."""
     from tdc_fast.kernels.group_norm import group_norm_forward
 
     problem, tensors = problem_and_tensors(some_case(widths=None))

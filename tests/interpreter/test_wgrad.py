@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,19 +12,11 @@ import triton.language as tl
 from hypothesis import given, settings
 from torch import Tensor
 
-from tdc_fast.kernels import tile_shapes
 from tdc_fast.kernels.channel_sums import channel_sums
 from tdc_fast.kernels.conv_wgrad import conv_wgrad
 from tdc_fast.kernels.problems import ConvProblem, ConvTensors
-from tdc_fast.kernels.tile_shapes import Device
 from tdc_fast.kernels.wgrad_kernels import share_start
-from tdc_fast.kernels.wgrad_tiles import (
-    WgradTile,
-    choose_splits,
-    choose_wgrad_tile,
-    tiles_of_gradient,
-    wgrad_candidates,
-)
+from tdc_fast.kernels.wgrad_tiles import WgradTile
 from tdc_fast.ops import reference
 from tdc_fast.ops.checks import conv_problem
 from tdc_fast.ops.layout import empty_channel_innermost, nhwc
@@ -36,7 +26,7 @@ from tests.tolerance import assert_as_accurate_as_torch
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 SMALL_STEP = WgradTile("pointer", 16, 16, 16, 2, 4)  # several tiles and steps even in a tiny problem
 BOXED = WgradTile("tma", 16, 16, 16, 2, 4)
-WIDE = WgradTile("pointer", 128, 128, 16, 2, 4)  # halves of which are left out where they are dead
+WIDE = WgradTile("pointer", 128, 128, 16, 2, 4)  # dead halves of it are skipped
 
 
 def some_case(**changes: Any) -> ConvCase:
@@ -101,7 +91,7 @@ def assert_accurate(case: ConvCase, dtype: torch.dtype, tile: WgradTile | None, 
 
 @DTYPES
 def test_any_problem_is_as_accurate_as_torch(dtype: torch.dtype, nan_filled_memory: None) -> None:
-    """Odd filters, strides, paddings, widths, shared experts, empty groups; one share of the pixels and several."""
+    """Odd filters, strides, paddings, widths, shared experts, empty groups; one split and several."""
 
     @given(case=conv_cases().filter(lambda case: case.routing.batch > 0))
     @settings(max_examples=8, deadline=None, derandomize=True)
@@ -125,7 +115,7 @@ def test_the_chosen_tile_and_splits_are_accurate(dtype: torch.dtype, nan_filled_
         ((6, 4), (3, 1), (0, 0), 1),  # the result is smaller than the image
     ],
 )
-def test_boxes_see_what_pointers_see(
+def test_boxes_are_as_accurate_as_pointers(
     size: tuple[int, int], filter_: tuple[int, int], padding: tuple[int, int], splits: int, nan_filled_memory: None
 ) -> None:
     widths = {"in_channels": 24, "out_channels": 8, "in_widths": (24, 0, 13), "out_widths": (8, 8, 5)}
@@ -138,7 +128,7 @@ def test_boxes_see_what_pointers_see(
     "widths", [((24, 200), (65, 9)), ((64, 50), (64, 136)), ((65, 200), (3, 64)), ((2, 64), (7, 0))]
 )
 def test_dead_halves_of_a_tile_are_zeros(path: str, widths: tuple[Any, Any], nan_filled_memory: None) -> None:
-    """Also where an expert has several groups, the widest of which decides."""
+    """Also if an expert has several groups: the widest group decides."""
     for weight_index in ((0, 1), (1, 1)):
         routing = Routing((0, 1, 1), 2, 2, weight_index)
         case = some_case(
@@ -175,14 +165,14 @@ def test_only_live_channels_are_multiplied(
     assert sum(multiply_adds) == 16 * 9 * counted
 
 
-def test_groups_that_share_an_expert_add_up_although_each_has_its_own_dead_channels(nan_filled_memory: None) -> None:
-    """A channel that is dead (NaN) in one group and live in the next counts where it lives."""
+def test_groups_that_share_an_expert_add_up_although_their_dead_channels_differ(nan_filled_memory: None) -> None:
+    """A channel that is dead (NaN) in one group and live in the next contributes only where it is live."""
     case = some_case(routing=Routing((0, 2, 2, 1, 0, 2), 3, 2, (1, 0, 1)), filter=(3, 1), padding=(1, 0))
     assert_accurate(case, torch.float32, SMALL_STEP, 2)
     assert_accurate(case, torch.float32, None, 1)
 
 
-def test_what_is_dead_or_unused_has_a_gradient_of_exact_zero(nan_filled_memory: None) -> None:
+def test_dead_channels_and_unused_experts_have_gradients_of_exact_zero(nan_filled_memory: None) -> None:
     case = some_case(
         routing=Routing((0, 2, 2, 0, 2), 3, 4, (3, 1, 0)), in_widths=(4, 11, 0), out_widths=(9, 9, 5),
         filter=(1, 1), padding=(0, 0),
@@ -213,8 +203,8 @@ def starts_kernel(out, steps, splits):
 
 
 @pytest.mark.parametrize(("steps", "splits"), [(7, 3), (2, 5), (0, 4), (2**26 - 1, 64)])
-def test_shares_are_equal_and_leave_no_step_out(steps: int, splits: int) -> None:
-    """2**26 steps times 64 splits are more than 32 bits hold."""
+def test_shares_are_equal_and_cover_every_step(steps: int, splits: int) -> None:
+    """2**26 steps times 64 splits do not fit 32 bits."""
     starts = torch.empty(splits + 1, dtype=torch.int32)
     starts_kernel[(splits + 1,)](starts, steps, splits)
     assert starts[0] == 0 and starts[-1] == steps
@@ -222,8 +212,8 @@ def test_shares_are_equal_and_leave_no_step_out(steps: int, splits: int) -> None
     assert sizes.max() - sizes.min() <= 1 and sizes.min() == steps // splits
 
 
-def test_numbers_out_of_range_index_nothing_out_of_bounds() -> None:
-    """On a GPU nobody checks widths and experts; kernels clamp them."""
+def test_widths_and_experts_out_of_range_are_clamped() -> None:
+    """Nothing checks them on a GPU."""
     whole = {"in_widths": (11, 11, 11), "out_widths": (9, 9, 9), "filter": (1, 1), "padding": (0, 0)}
     run = Backward(some_case(**whole), torch.float32)
     expected, sums = run.dweight(SMALL_STEP), run.sums()
@@ -240,76 +230,4 @@ def test_numbers_out_of_range_index_nothing_out_of_bounds() -> None:
     run.tensors = sane._replace(in_widths=-in_widths, out_widths=-out_widths)
     assert not run.dweight(SMALL_STEP).any()
     run.tensors = sane._replace(offsets=offsets * 1000)
-    assert not run.dweight(SMALL_STEP)[1:].any()  # every sample seems to be the first group's
-
-
-# --- the choice of tiles: functions of shapes, no kernel runs ---
-
-A100, H100 = Device(80, 108, 166912), Device(90, 132, 232448)
-
-
-def layer(batch: int, size: int, in_channels: int, out_channels: int, **changes: Any) -> ConvProblem:
-    fields = {
-        "op": "routed_conv2d_wgrad", "device": torch.device("cpu"), "dtype": torch.bfloat16, "batch": batch,
-        "height": size, "width": size, "in_channels": in_channels, "out_channels": out_channels, "filter": (3, 3),
-        "stride": (1, 1), "padding": (1, 1), "out_height": size, "out_width": size, "num_groups": 8,
-        "num_experts": 8, "tf32": False,
-    }  # fmt: skip
-    return ConvProblem(**(fields | changes))
-
-
-@pytest.mark.parametrize("size", [8, 16, 32, 64])
-def test_the_layers_of_a_unet_go_through_tma_on_hopper(size: int) -> None:
-    assert choose_wgrad_tile(layer(128, size, 256, 256), H100) == WgradTile("tma", 128, 128, 64, 4, 8)
-    assert choose_wgrad_tile(layer(128, size, 256, 256), A100).path == "pointer"
-
-
-@pytest.mark.parametrize(
-    "problem",
-    [
-        layer(8, 32, 3, 128),
-        layer(8, 32, 128, 6),
-        layer(8, 4, 128, 128),
-        layer(8, 24, 128, 128),
-        layer(8, 32, 128, 128, stride=(2, 2), out_height=16, out_width=16),
-        layer(8, 32, 128, 128, dtype=torch.float32),
-    ],
-    ids=["3 channels in", "6 channels out", "4x4", "24x24", "stride 2", "fp32"],
-)
-def test_what_boxes_cannot_serve_goes_through_pointers(problem: ConvProblem) -> None:
-    assert choose_wgrad_tile(problem, H100).path == "pointer"
-    assert all(tile.path == "pointer" for tile in wgrad_candidates(problem, H100))
-
-
-def test_narrow_layers_get_narrow_tiles() -> None:
-    assert choose_wgrad_tile(layer(8, 32, 3, 128), H100).block_in == 16
-    assert choose_wgrad_tile(layer(8, 32, 64, 64), H100).block_out == 64
-
-
-def test_splits_fill_the_device_where_tiles_alone_do_not() -> None:
-    few, many = layer(128, 32, 128, 128), layer(64, 8, 512, 512)
-    tile = choose_wgrad_tile(few, H100)
-    assert tiles_of_gradient(few, tile) == 8 * 9
-    assert choose_splits(few, tile, H100) == 3
-    assert choose_splits(many, choose_wgrad_tile(many, H100), H100) == 1
-    assert choose_splits(layer(1, 4, 128, 128), tile, H100) == 1  # too few pixels to share
-    assert choose_splits(layer(0, 32, 128, 128), tile, H100) == 1
-
-
-def test_what_was_measured_on_a_device_comes_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    problem, gpu = layer(128, 32, 128, 128), Device(90, 132, 232448, "NVIDIA Test 9000")
-    measured = WgradTile("tma", 64, 64, 64, 4, 4)
-    key = tile_shapes.problem_key("wgrad", problem)
-    table = {"version": tile_shapes.TABLE_VERSION, "tiles": {}, "wgrad": {key: {"tile": asdict(measured), "splits": 7}}}
-    (tmp_path / "nvidia_test_9000.json").write_text(json.dumps(table))
-    monkeypatch.setattr(tile_shapes, "TUNED", tmp_path)
-    assert choose_wgrad_tile(problem, gpu) == measured and choose_splits(problem, measured, gpu) == 7
-    other = choose_wgrad_tile(problem, H100)
-    assert other != measured and choose_splits(problem, other, gpu) == choose_splits(problem, other, H100)
-
-
-def test_every_candidate_fits_into_shared_memory() -> None:
-    for device in (A100, H100, Device(86, 84, 101376), Device(120, 170, 101376)):
-        for dtype in (torch.bfloat16, torch.float32):
-            for tile in wgrad_candidates(layer(8, 32, 128, 128, dtype=dtype), device):
-                assert tile.shared_bytes(dtype.itemsize) <= device.shared_limit
+    assert not run.dweight(SMALL_STEP)[1:].any()  # every sample belongs to the first group

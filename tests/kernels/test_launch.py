@@ -1,4 +1,4 @@
-"""What a remembered launch hands to the driver is what Triton's own launch hands over.
+"""A remembered launch passes the same arguments to the driver as Triton's own launch.
 
 A stand-in for Triton's driver records the launches; kernels are compiled for sm_90 and run nowhere.
 """
@@ -29,7 +29,7 @@ def driver() -> Iterator[StandInDriver]:
 
 
 def described(argument: Any) -> Any:
-    """Equal for the same memory: results are new tensors on every call, and so only their shapes can be compared."""
+    """A comparable form of an argument. Results are new tensors on every call, so only layouts are compared."""
     if isinstance(argument, Tensor):
         return "tensor", argument.shape, argument.stride(), argument.dtype
     if hasattr(argument, "block_shape"):
@@ -65,17 +65,17 @@ def sums_of(dy: Tensor, exact: Tensor | None, rounded: Tensor | None) -> launch.
     return sums_launch(problem, dy, t, rounded, exact)
 
 
-def test_what_triton_specialises_on_is_told_apart(driver: StandInDriver) -> None:
+def test_launches_that_triton_specialises_differently_are_kept_apart(driver: StandInDriver) -> None:
     memory = torch.zeros(2 * 8 * 4 * 4 + 8, dtype=torch.bfloat16)
     memory = memory[(-memory.data_ptr() % 16) // 2 :]
     aligned = memory[: 2 * 8 * 16].view(2, 8, 4, 4)
-    odd = memory[1 : 1 + 2 * 8 * 16].view(2, 8, 4, 4)  # at no multiple of 16 bytes
+    odd = memory[1 : 1 + 2 * 8 * 16].view(2, 8, 4, 4)  # not at a multiple of 16 bytes
     total = torch.empty(2, 8)
     launch._compiled.clear()
     launches = [
         (aligned, total, None),
         (odd, total, None),  # alignment
-        (aligned, None, torch.empty(2, 8, dtype=torch.bfloat16)),  # which arguments there are
+        (aligned, None, torch.empty(2, 8, dtype=torch.bfloat16)),  # which arguments are given
         (aligned.float(), total, None),  # dtype
         (aligned[:, :, :2], total, None),  # shape
     ]
@@ -83,7 +83,7 @@ def test_what_triton_specialises_on_is_told_apart(driver: StandInDriver) -> None
         sums_of(dy, exact, rounded).run()
     assert len(launch._compiled) == len(launches)
     compiled = {id(kernel) for kernel, _ in launch._compiled.values()}
-    assert len(compiled) == 4  # numbers are no reason to compile anew: the last shares the first one's machine code
+    assert len(compiled) == 4  # other sizes need no other machine code: the last launch shares the first one's
     driver.launched.clear()
     for dy, exact, rounded in launches:
         sums_of(dy, exact, rounded).run()
@@ -98,7 +98,7 @@ def test_an_empty_grid_starts_nothing(driver: StandInDriver) -> None:
     assert driver.launched == []
 
 
-def test_what_is_remembered_has_a_limit(driver: StandInDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_remembered_launches_is_limited(driver: StandInDriver, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "_LIMIT", 2)
     launch._compiled.clear()
     for size in (1, 2, 3, 4, 5):

@@ -1,4 +1,4 @@
-"""The tile of a Triton convolution follows from shapes and the device, and from measurements where there are any."""
+"""The tile of a Triton convolution follows from shapes and the device, or from measurements."""
 
 from __future__ import annotations
 
@@ -69,9 +69,7 @@ def tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         (128, (200, 1), (1, 128, 1)),
     ],
 )
-def test_a_box_covers_images_with_as_few_boxes_as_can_be(
-    pixels: int, size: tuple[int, int], box: tuple[int, int, int]
-) -> None:
+def test_an_image_takes_as_few_boxes_as_possible(pixels: int, size: tuple[int, int], box: tuple[int, int, int]) -> None:
     assert box_of(pixels, *size) == box
 
 
@@ -140,7 +138,7 @@ def test_the_grid_comes_from_shapes_alone() -> None:
     assert strided.grid == (tile_rows(20, 8, 8) * 3, 4), "one class of pixels for each parity"
 
 
-def test_a_measured_tile_goes_first(tuned: Path) -> None:
+def test_a_measured_tile_takes_precedence(tuned: Path) -> None:
     problem = problem_of()
     chosen = choose_tile("forward", problem, H200)
     other = next(tile for tile in candidates("forward", problem, H200) if tile != chosen)
@@ -171,7 +169,7 @@ def write_table(folder: Path, version: int, tiles: dict[str, Any]) -> None:
 
 
 def at_half_widths(op: str, problem: ConvProblem) -> float:
-    """The share of its products that the chosen tile still takes, in blocks of channels as the kernels count them."""
+    """The share of its products that the chosen tile still computes, in blocks of channels as in the kernels."""
 
     def across(live: int, block: int) -> float:
         tiles = -(-live // block)
@@ -201,7 +199,7 @@ def test_half_widths_leave_a_quarter_of_the_products_of_a_unet(op: str) -> None:
     assert at_half_widths(op, problem_of(64, 64, 192)) == 4 / 9  # 96 channels take as much as 128
 
 
-def test_what_cannot_be_served_is_refused_with_a_reason() -> None:
+def test_unsupported_problems_are_refused_with_a_reason() -> None:
     assert conv_supported(problem_of()) is None
     assert "float64" in str(conv_supported(problem_of(dtype=torch.float64)))
     assert "odd filters" in str(conv_supported(problem_of(filter=(2, 2))))

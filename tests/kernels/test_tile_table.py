@@ -36,7 +36,7 @@ def test_the_table_tiles_every_group_at_every_level(sizes: list[int]) -> None:
 
 
 @given(sizes_of_groups, st.sampled_from(SAMPLES_PER_TILE))
-def test_no_sizes_of_groups_need_more_rows_than_a_level_has(sizes: list[int], most: int) -> None:
+def test_a_level_has_enough_rows_for_any_group_sizes(sizes: list[int], most: int) -> None:
     assert sum(-(-size // most) for size in sizes) <= tile_rows(sum(sizes), len(sizes), most)
 
 
@@ -57,7 +57,7 @@ def test_a_level_is_not_larger_than_its_worst_case_by_more_than_the_groups() -> 
     assert tile_rows(3, 8, 256) == 3
 
 
-def test_a_plan_in_host_memory_carries_no_tiles_and_a_gpu_backend_on_it_makes_them() -> None:
+def test_a_plan_in_host_memory_has_no_tiles_and_a_gpu_backend_builds_them() -> None:
     plan = RoutingPlan.from_groups(torch.tensor([2, 0, 2, 2]), 3)
     assert plan.tiles.shape == (0, 3) and plan.tiles.dtype == torch.int32
     made = tiles_of(plan.tiles, plan.offsets, 4)
@@ -65,7 +65,7 @@ def test_a_plan_in_host_memory_carries_no_tiles_and_a_gpu_backend_on_it_makes_th
     assert tiles_of(made, plan.offsets, 4) is made
 
 
-def test_a_plan_on_a_device_has_a_table_whose_size_needs_no_look_at_the_groups() -> None:
+def test_the_size_of_a_table_on_a_device_does_not_depend_on_the_groups() -> None:
     with torch._subclasses.FakeTensorMode():
         groups = torch.zeros(12, dtype=torch.int64, device="cuda")
         weight_index = torch.zeros(5, dtype=torch.int32, device="cuda")
