@@ -30,8 +30,8 @@ $(STAMP): $(SOURCES) | $(BIN)/python
 
 install: $(STAMP) ## install this checkout, with what its tests, demo and benches need
 
-demo: $(STAMP) ## the main job: train, prune, fine-tune, sample and compare on real images -> runs/demo/report.html
-	@echo "==> running the main job on scikit-learn's digits (about 4 minutes on 2 cores) -> $(DEMO_OUT)"
+demo: $(STAMP) ## the demo: train, prune, fine-tune, sample and compare on real images -> runs/demo/report.html
+	@echo "==> running the demo on scikit-learn's digits (about 4 minutes on 2 cores) -> $(DEMO_OUT)"
 	@$(BIN)/python -m tdc_fast.demo --out $(DEMO_OUT)
 
 lint: $(STAMP) ## ruff, mypy and clang-format

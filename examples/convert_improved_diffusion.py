@@ -37,8 +37,10 @@ def main(folder: Path, checkpoint: Path) -> None:
     print(f"{checkpoint.name}: {len(state)} tensors, the first {next(iter(state))}")
 
     flags = [part for name, value in {**MODEL, **DIFFUSION}.items() for part in (f"--{name}", str(value))]
-    sample.main(["--model_path", str(checkpoint), "--num_samples", "4", "--use_ddim", "True",
-                 "--timestep_respacing", "ddim5", "--out", str(folder / "samples"), *flags])  # fmt: skip
+    status = sample.main(["--model_path", str(checkpoint), "--num_samples", "4", "--use_ddim", "True",
+                          "--timestep_respacing", "ddim5", "--out", str(folder / "samples"), *flags])  # fmt: skip
+    if status:
+        sys.exit(status)  # the command has printed why
 
     images = np.random.default_rng(0).integers(0, 256, (64, 8, 8, 3), dtype=np.uint8)  # your training images
     config = TrainConfig(**MODEL, **DIFFUSION, base=str(checkpoint), run_dir=str(folder / "run"), groups=2, k=0.6,

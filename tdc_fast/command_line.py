@@ -6,14 +6,20 @@ import ast
 import dataclasses
 import inspect
 import itertools
+import os
 import sys
+import tempfile
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from tdc_fast.errors import invalid, require
+from tdc_fast.runs.denoisers import TrainedDenoiser, from_checkpoint, from_run, refuse_mismatch, stored_facts
+from tdc_fast.runs.directory import default_directory
+from tdc_fast.runs.options import DiffusionOptions, ModelOptions
 
 _TRUE, _FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
 
@@ -104,6 +110,55 @@ def with_bare_value(argv: Sequence[str], flag: str, value: str) -> list[str]:
         if token == f"--{flag}" and following.startswith("--"):
             tokens.append(value)
     return tokens
+
+
+def parse_denoiser_flags(
+    title: str, options: type, argv: Sequence[str], *, prog: str, description: str
+) -> dict[str, Any]:
+    """Parse the flags of a command about a trained denoiser, which ``--run`` or ``--model_path`` names.
+
+    Args:
+        title: heading of the command's own flags in ``--help``.
+        options: dataclass of these flags, with fields ``run`` and ``model_path``.
+        argv: the arguments.
+        prog: as in :func:`parse_flags`.
+        description: as in :func:`parse_flags`.
+
+    Returns:
+        The values of the command's flags and of those of model and diffusion; what the denoiser was trained with takes
+        the place of the defaults.
+
+    Raises:
+        ValueError: not exactly one of both is given, or a flag contradicts what the denoiser was trained with.
+    """
+    run, model_path = value_of(argv, "run"), value_of(argv, "model_path")
+    stored = stored_facts(run=run, model_path=model_path) if run or model_path else {}
+    values = parse_flags(
+        {title: options, "model": ModelOptions, "diffusion": DiffusionOptions},
+        argv,
+        defaults=stored,
+        prog=prog,
+        description=description,
+    )
+    if bool(run) == bool(model_path):
+        raise invalid("run", run, "either --run DIR or --model_path FILE")
+    refuse_mismatch(run or model_path, stored, values)
+    return values
+
+
+def load_denoiser(values: Mapping[str, Any]) -> TrainedDenoiser:
+    """The denoiser that the flags of :func:`parse_denoiser_flags` name."""
+    if values["run"]:
+        return from_run(values["run"], values["which"], values["timestep_respacing"])
+    return from_checkpoint(values["model_path"], values)
+
+
+def output_directory(values: Mapping[str, Any], name: str) -> Path:
+    """Make the folder for a command's files: ``--out``, else a folder of this name in the run, else a default one."""
+    chosen = values["out"] or (values["run"] and os.path.join(values["run"], name)) or default_directory()
+    directory = Path(chosen or tempfile.mkdtemp(prefix=f"tdc-fast-{name}-"))
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory
 
 
 def use_threads(count: int) -> None:

@@ -6,20 +6,14 @@ Also takes the command lines of improved-diffusion's ``image_nll.py``, and write
 
 from __future__ import annotations
 
-import os
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from tdc_fast.command_line import parse_flags, run_command, use_threads, value_of
+from tdc_fast.command_line import load_denoiser, output_directory, parse_denoiser_flags, run_command, use_threads
 from tdc_fast.errors import invalid
 from tdc_fast.evaluation.likelihood import bits_per_dimension, images_to_measure, write_terms
-from tdc_fast.runs.denoisers import Which, from_checkpoint, from_run, refuse_mismatch, stored_facts
-from tdc_fast.runs.directory import default_directory
-from tdc_fast.runs.options import DiffusionOptions, ModelOptions
+from tdc_fast.runs.denoisers import Which
 
 __all__ = ["NllOptions", "bits_per_dimension", "main"]
 
@@ -52,14 +46,19 @@ class NllOptions:
 
 
 def _measure(arguments: list[str]) -> None:
-    options = _parse(arguments)
-    run, model_path = options["run"], options["model_path"]
-    use_threads(options["num_threads"])
-    directory = _output_directory(options)
-    directory.mkdir(parents=True, exist_ok=True)
-    denoiser = (
-        from_run(run, options["which"], options["timestep_respacing"]) if run else from_checkpoint(model_path, options)
+    options = parse_denoiser_flags(
+        "likelihood",
+        NllOptions,
+        arguments,
+        prog="python -m tdc_fast.nll",
+        description="Measure the variational bound on the negative log likelihood, in bits per dimension.",
     )
+    for name in ("num_samples", "batch_size"):
+        if options[name] < 1:
+            raise invalid(name, options[name], "a number above 0")
+    use_threads(options["num_threads"])
+    directory = output_directory(options, "nll")
+    denoiser = load_denoiser(options)
     x0, labels = images_to_measure(denoiser, options["data_dir"], options["num_samples"])
     terms = bits_per_dimension(
         denoiser,
@@ -72,30 +71,6 @@ def _measure(arguments: list[str]) -> None:
     write_terms(directory, terms, len(x0))
     print(f"{float(terms['total']):.4f} bits per dimension over {len(x0)} images")
     print(f"written to {directory}")
-
-
-def _parse(arguments: list[str]) -> dict[str, Any]:
-    run, model_path = value_of(arguments, "run"), value_of(arguments, "model_path")
-    stored = stored_facts(run=run, model_path=model_path) if run or model_path else {}
-    options = parse_flags(
-        {"likelihood": NllOptions, "model": ModelOptions, "diffusion": DiffusionOptions},
-        arguments,
-        defaults=stored,
-        prog="python -m tdc_fast.nll",
-        description="Measure the variational bound on the negative log likelihood, in bits per dimension.",
-    )
-    if bool(run) == bool(model_path):
-        raise invalid("run", run, "either --run DIR or --model_path FILE")
-    for name in ("num_samples", "batch_size"):
-        if options[name] < 1:
-            raise invalid(name, options[name], "a number above 0")
-    refuse_mismatch(run or model_path, stored, options)
-    return options
-
-
-def _output_directory(options: dict[str, Any]) -> Path:
-    chosen = options["out"] or (options["run"] and os.path.join(options["run"], "nll")) or default_directory()
-    return Path(chosen or tempfile.mkdtemp(prefix="tdc-fast-nll-"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,22 +6,17 @@ flags of the model, ``--num_samples --batch_size --use_ddim --clip_denoised --ti
 
 from __future__ import annotations
 
-import os
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
-from tdc_fast.command_line import parse_flags, run_command, use_threads, value_of
+from tdc_fast.command_line import load_denoiser, output_directory, parse_denoiser_flags, run_command, use_threads
 from tdc_fast.errors import invalid
 from tdc_fast.evaluation.samples import draw_samples, write_samples
 from tdc_fast.runs.build import named_device
 from tdc_fast.runs.config import comma_numbers
-from tdc_fast.runs.denoisers import Which, from_checkpoint, from_run, refuse_mismatch, stored_facts
-from tdc_fast.runs.directory import default_directory
-from tdc_fast.runs.options import DiffusionOptions, ModelOptions
+from tdc_fast.runs.denoisers import Which
 
 __all__ = ["SampleOptions", "draw_samples", "main", "write_samples"]
 
@@ -66,21 +61,16 @@ class SampleOptions:
 
 
 def _parse(arguments: list[str]) -> dict[str, Any]:
-    run, model_path = value_of(arguments, "run"), value_of(arguments, "model_path")
-    stored = stored_facts(run=run, model_path=model_path) if run or model_path else {}
-    options = parse_flags(
-        {"sampling": SampleOptions, "model": ModelOptions, "diffusion": DiffusionOptions},
+    options = parse_denoiser_flags(
+        "sampling",
+        SampleOptions,
         arguments,
-        defaults=stored,
         prog="python -m tdc_fast.sample",
         description="Sample images from a run directory or from a file of weights.",
     )
-    if bool(options["run"]) == bool(options["model_path"]):
-        raise invalid("run", options["run"], "either --run DIR or --model_path FILE")
     for name in ("num_samples", "batch_size", "steps"):
         if options[name] < 0:
             raise invalid(name, options[name], "0 or a positive number")
-    refuse_mismatch(run or model_path, stored, options)
     _fill_in(options)
     return options
 
@@ -100,13 +90,9 @@ def _fill_in(options: dict[str, Any]) -> None:
 
 def _sample(arguments: list[str]) -> None:
     options = _parse(arguments)
-    run, model_path = options["run"], options["model_path"]
-    denoiser = (
-        from_run(run, options["which"], options["timestep_respacing"]) if run else from_checkpoint(model_path, options)
-    )
+    denoiser = load_denoiser(options)
     use_threads(options["num_threads"])
-    directory = _output_directory(options)
-    directory.mkdir(parents=True, exist_ok=True)  # fails before hours of sampling, not after
+    directory = output_directory(options, "samples")  # before hours of sampling, as it may fail
     device = named_device(options["device"])
     denoiser.model.to(device)
     images, labels = draw_samples(
@@ -123,11 +109,6 @@ def _sample(arguments: list[str]) -> None:
     )
     archive, picture = write_samples(directory, images, labels)
     print(f"samples: {archive}\ngrid:    {picture}")
-
-
-def _output_directory(options: dict[str, Any]) -> Path:
-    chosen = options["out"] or (options["run"] and os.path.join(options["run"], "samples")) or default_directory()
-    return Path(chosen or tempfile.mkdtemp(prefix="tdc-fast-samples-"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
