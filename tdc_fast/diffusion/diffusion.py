@@ -329,7 +329,7 @@ class Diffusion:
         frozen_mean = torch.cat([prediction.detach(), values], dim=1)
         vb = self.vb_terms(frozen_mean, x0, x_t, t, clip_denoised=False)
         if self.loss == "rescaled_mse":
-            # T times the term would estimate the whole bound; this is 1000 times less, lest vb outweigh mse.
+            # T times the term estimates the whole bound; a thousandth of that does not outweigh mse.
             vb = vb * (self.num_timesteps / 1000.0)
         return {"loss": mse + vb, "mse": mse, "vb": vb}
 

@@ -209,7 +209,7 @@ class UNet(nn.Module):
         return self.out[2](self.out[0](h, activation="silu"))
 
     def _check_inputs(self, x: Tensor, timesteps: Tensor, y: Tensor | None) -> None:
-        """Raises ValueError naming a wrong input; label values are checked on the CPU only, lest the GPU wait."""
+        """Raises ValueError naming a wrong input; label values are checked on the CPU only, so that no GPU waits."""
         for name, value in (("x", x), ("timesteps", timesteps)):
             if not isinstance(value, Tensor):
                 raise invalid(name, value, "a torch tensor")
