@@ -6,6 +6,7 @@ import torch
 from torch.distributions import Normal, kl_divergence
 
 from tdc_fast.diffusion import Diffusion, named_betas
+from tdc_fast.diffusion.gaussian import discretized_gaussian_log_likelihood
 from tdc_fast.diffusion.likelihood import bound
 
 T = 40
