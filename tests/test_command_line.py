@@ -1,12 +1,17 @@
-"""Command lines in improved-diffusion's syntax."""
+"""What command lines share: flags in improved-diffusion's syntax, and how a command ends."""
 
 from __future__ import annotations
 
+import importlib
+import tomllib
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
 from tdc_fast.command_line import parse_flags, run_command, value_of, with_bare_value
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True)
@@ -96,3 +101,16 @@ def test_a_command_that_fails_prints_one_line_and_returns_its_status(failure, st
 def test_a_command_that_ends_well_returns_0_and_gets_its_arguments():
     seen = []
     assert run_command(seen.extend, ["a", "--b"], stopped="") == 0 and seen == ["a", "--b"]
+
+
+# Arguments that each installed command refuses.
+REFUSED = {"train": [], "prune": [], "sample": [], "evaluate": [], "nll": [], "demo": ["--scale", "0"]}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_every_command_is_installed_and_refuses_in_the_same_way(name, capsys):
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    module, _, function = scripts[f"tdc-{name}"].partition(":")
+    assert module == f"tdc_fast.{name}" and len(scripts) == len(REFUSED)
+    assert getattr(importlib.import_module(module), function)(REFUSED[name]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
