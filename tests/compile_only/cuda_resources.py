@@ -1,4 +1,4 @@
-"""What compiled kernels use of a multiprocessor: read from a library that holds them, or from the assembler's log."""
+"""The registers and memory that compiled kernels use, read from a library of kernels or from the assembler's log."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Resources:
 
 
 def cuobjdump() -> str | None:
-    """The CUDA toolkit's tool on PATH, else the one that triton brings."""
+    """The CUDA toolkit's tool on PATH, else the one that comes with triton."""
     found = shutil.which("cuobjdump")
     if found is None:
         try:
@@ -56,7 +56,7 @@ def resources_of(file: Path, tool: str) -> dict[str, dict[str, Resources]]:
 
 
 def resources_in_log(log: str) -> dict[str, Resources]:
-    """{kernel: what it uses} of a log that `--ptxas-options=-v` asked for; spilled bytes count as local memory."""
+    """{kernel: what it uses} of a log made with `--ptxas-options=-v`; spilled bytes count as local memory."""
     found = {}
     for match in _LOGGED.finditer(log):
         shared = re.search(r"(\d+) bytes smem", match["rest"])

@@ -1,4 +1,4 @@
-"""Kernels that NVRTC compiled are kept on disk: found again, never stale, never damaged, whoever writes at once."""
+"""NVRTC's kernels are cached on disk: found again, never stale or damaged, also when processes write at once."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def compilations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Architectures compiled for; a small kernel stands for the family, so that a compilation takes no time."""
+    """Architectures compiled for; a small kernel replaces the family's, so that compiling is fast."""
     made: list[str] = []
     original = cuda_nvrtc.compile_family
 

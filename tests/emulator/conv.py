@@ -1,4 +1,4 @@
-"""Convolutions through the `cuda` backend with the emulator as its launcher, judged by the fp64 reference."""
+"""Convolutions through the `cuda` backend with the emulator as its launcher, compared with the fp64 reference."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from tests.tolerance import assert_as_accurate_as_torch
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32}
 FAMILIES = ("conv_forward", "conv_dgrad", "conv_wgrad")
-# (compute capability * 10, SMs, bytes of shared memory of a block). One SM is full with one tile of 128, which makes
-# the planner choose it where the channels fill it; many SMs make it choose small tiles and splits.
+# (compute capability * 10, SMs, bytes of shared memory of a block). With one SM the planner chooses
+# the 128 tile where the channels fill it; with many SMs it chooses small tiles and splits.
 ONE_SM, MANY_SMS = (80, 1, 166912), (80, 1000, 166912)
 
 
@@ -41,7 +41,7 @@ def conv_case(**changes: Any) -> ConvCase:
 
 
 def uneven(*samples: int, weight_index: tuple[int, ...] | None = None) -> Routing:
-    """Groups of so many samples."""
+    """Groups of the given numbers of samples."""
     groups = tuple(group for group, count in enumerate(samples) for _ in range(count))
     return Routing(groups, len(samples), 1 + max(weight_index) if weight_index else len(samples), weight_index)
 
@@ -70,7 +70,7 @@ def results(case: ConvCase, dtype: torch.dtype, wanted: Iterable[str] | None = N
 
 
 def assert_accurate(case: ConvCase, dtype: torch.dtype, wanted: Iterable[str] | None = None) -> None:
-    """What the kernels make of a case is as near to fp64 as what torch makes of it."""
+    """The kernels' results for a case are as near to fp64 as torch's."""
     ours = results(case, dtype, wanted)
     plain, exact = (differentiable(case.tensors(d), wanted) for d in (dtype, torch.float64))
     torchs = outcome(case.plain(plain), plain)

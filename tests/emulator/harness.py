@@ -39,7 +39,7 @@ RUNTIME = ("block", "emulate", "fiber", "matrix", "races", "schedule")
 COMPILER = shutil.which("g++")
 # Schedules worth running a kernel under: first thread first, last thread first, two random ones.
 SCHEDULES = (0, 1, 2, 3)
-# What the emulated device says of itself: compute capability * 10, number of SMs, bytes of shared memory of a block.
+# The facts of the emulated device: compute capability * 10, number of SMs, bytes of shared memory of a block.
 FACTS = (80, 4, 166912)
 
 # Set for the sanitized run of a test file, see run_sanitized.
@@ -49,7 +49,7 @@ plain_only = pytest.mark.skipif(SANITIZED, reason="says nothing more under sanit
 _FLAGS = [
     *("-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-DTDC_EMULATOR", f"-I{CSRC}"),
     *("-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror=return-type"),
-    # Libraries that live side by side share nothing; a register that nobody wrote holds a pattern (-1.7e38).
+    # Libraries in one process share nothing; an unwritten register holds a pattern (-1.7e38).
     *("-fno-gnu-unique", "-ftrivial-auto-var-init=pattern"),
 ]
 _SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
@@ -74,7 +74,7 @@ class EmulatedLibrary:
     def launch(
         self, kernel: str, grid: Sequence[int], threads: int, shared_bytes: int, params: bytes, schedule: int
     ) -> None:
-        """Runs a grid to its end; raises EmulatorError with what the emulator says."""
+        """Runs a grid to its end; raises EmulatorError with the emulator's message."""
         message = ctypes.create_string_buffer(1 << 14)
         failed = self._library.tdc_emulate(
             kernel.encode(),
@@ -91,12 +91,12 @@ class EmulatedLibrary:
             raise EmulatorError(self._with_lines(message.value.decode(errors="replace")))
 
     def multiply_adds(self) -> int:
-        """Of the matrix instructions run so far."""
+        """Multiply-adds of the matrix instructions run so far."""
         return int(self._library.tdc_multiply_adds())
 
     @contextlib.contextmanager
     def without_race_check(self) -> Iterator[None]:
-        """Races are not reported but have their effect, as on a GPU (sanitized libraries are always so)."""
+        """Races are not reported but take effect, as on a GPU and always in sanitized libraries."""
         self._library.tdc_check_races(0)
         try:
             yield
@@ -130,7 +130,7 @@ class EmulatorLauncher:
         self.launched: list[str] = []
 
     def multiply_adds(self) -> int:
-        """Of the matrix instructions run so far."""
+        """Multiply-adds of the matrix instructions run so far."""
         return sum(library.multiply_adds() for library in set(self._library_of.values()))
 
     def device_facts(self, device: torch.device) -> tuple[int, int, int]:
@@ -168,7 +168,7 @@ def compiler() -> str:
 
 
 def _unit(family: str) -> Path:
-    """The translation unit of a family, written to the build folder where it comes from families.def."""
+    """The translation unit of a family; one that follows from families.def is written to the build folder."""
     if family == "self_test":
         return SELF_TEST
     unit = build_folder() / f"{family}.cu"
@@ -184,7 +184,7 @@ def build(family: str, plants: tuple[str, ...] = (), sanitize: bool = False) -> 
     library = build_folder() / f"{'-'.join([family, kind, *plants])}.so"
     if library.exists():
         return library
-    # The undefined-behaviour sanitizer is for kernels: it triples the time that the emulator itself compiles.
+    # Only kernels get the undefined-behaviour sanitizer: it triples the emulator's own compile time.
     own = ["-O1", "-fsanitize=address"] if sanitize else ["-O2"]
     jobs = {build_folder() / f"{name}-{kind}.o": [*own, str(CSRC / "emulator" / f"{name}.cpp")] for name in RUNTIME}
     target = library.with_suffix(".o")
@@ -202,7 +202,7 @@ def build(family: str, plants: tuple[str, ...] = (), sanitize: bool = False) -> 
 def run_sanitized(test_file: Path) -> None:
     """Runs a test file again, in a process of its own, with every library built under ASan and UBSan.
 
-    Fails with the end of what that process says, which holds the sanitizer's report.
+    Fails with the end of that process's output, which contains the sanitizer's report.
     """
     environment = sanitized_environment(sanitizer_runtime())
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", str(test_file)]
@@ -212,8 +212,8 @@ def run_sanitized(test_file: Path) -> None:
 
 
 def sanitizer_runtime() -> str:
-    """What to preload: the address sanitizer's library, which must come first, and the C++ library, whose exceptions it
-    then knows how to throw. Skips where g++ has none."""
+    """What to preload: the address sanitizer's library, which must come first, and the C++ library, so that it
+    can intercept exceptions. Skips where g++ has none."""
     paths = []
     for name in ("libasan.so", "libstdc++.so.6"):
         command = [compiler(), f"-print-file-name={name}"]

@@ -27,7 +27,7 @@ from tests.ops.test_conv2d import gradients, routed
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 
-# What crosses the edges of tiles, steps and stages: changes to a case, the device, kernels that must have run.
+# Cases that cross the edges of tiles, steps and stages: changes to a case, the device, kernels that must have run.
 EDGES: dict[str, tuple[dict[str, Any], tuple[int, int, int], set[str]]] = {
     "several tiles of 64 each way": (
         {"in_channels": 72, "out_channels": 72, "size": (9, 8), "filter": (1, 3), "padding": (0, 1)},
@@ -96,7 +96,7 @@ EDGES: dict[str, tuple[dict[str, Any], tuple[int, int, int], set[str]]] = {
     "any channels": ({"in_channels": 35, "out_channels": 67}, ONE_SM, {"forward_{}_64x64_any", "wgrad_{}_64x64_any"}),
     "few outputs": ({"in_channels": 40, "out_channels": 6}, ONE_SM, {"forward_{}_64x64", "dgrad_{}_64x64_any"}),
 }
-# fp16 differs from bf16 in what a product and a rounding is, not in where anything lies.
+# fp16 differs from bf16 in products and rounding, not in layout.
 edge_dtypes = pytest.mark.parametrize("dtype", ["bf16"] if SANITIZED else ["bf16", "tf32"])
 
 
@@ -125,7 +125,7 @@ def test_tile_edges_are_as_accurate_as_torch(edge: str, dtype: str) -> None:
 @edge_dtypes
 @pytest.mark.parametrize("channels", [(40, 72), (37, 71)])
 def test_nothing_dead_is_used(channels: tuple[int, int], dtype: str) -> None:
-    """Results are the same bits whatever dead weights, biases and upstream gradients hold, and zeros where dead."""
+    """Dead weights, biases and upstream gradients do not change a bit of the results; dead outputs are zeros."""
     live_in, live_out = (33, 8), (3, 70)
     case = conv_case(
         routing=uneven(1, 2),
@@ -138,7 +138,7 @@ def test_nothing_dead_is_used(channels: tuple[int, int], dtype: str) -> None:
     def computed(filler: float) -> dict[str, Tensor]:
         tensors = case.tensors(DTYPES[dtype])
         with torch.no_grad():
-            for group in range(2):  # each with an expert of its own
+            for group in range(2):  # each with its own expert
                 tensors["weight"][group, live_out[group] :] = filler
                 tensors["weight"][group, :, live_in[group] :] = filler
                 tensors["bias"][group, live_out[group] :] = filler
@@ -203,7 +203,7 @@ def expected_multiply_adds(case: ConvCase, side: int, warp_rows: int) -> dict[st
     for expert, first_out, first_in in product(
         range(case.routing.num_experts), range(0, case.out_channels, side), range(0, case.in_channels, side)
     ):
-        summed = [  # steps of a tile, and what lives there
+        summed = [  # steps of a tile, and the live channels
             (up(samples * pixels, STEP), min(live_in - first_in, side), min(live_out - first_out, side))
             for of, samples, live_in, live_out in segments
             if of == expert and live_in > first_in and live_out > first_out

@@ -1,4 +1,4 @@
-"""What must not go unnoticed in the convolution kernels, and what must not harm them."""
+"""Faults in the convolution kernels that must be noticed, and bad device data that must do no harm."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ GARBAGE = (-(2**31), -7, 5, 2**31 - 1)
 
 @pytest.mark.parametrize("garbage", GARBAGE)
 def test_no_number_in_device_memory_leads_out_of_bounds(garbage: int) -> None:
-    """Sanitizers see what is read and written; the values mean nothing then."""
+    """Sanitizers check what is read and written; the values do not matter."""
     tensors = {name: t.detach() for name, t in CASE.tensors(torch.bfloat16).items()}
     x, weight, batch, groups = tensors["x"], tensors["weight"], CASE.routing.batch, CASE.routing.num_groups
 

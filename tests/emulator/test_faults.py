@@ -1,4 +1,4 @@
-"""What the emulator must notice: waits without end, divergence, bad addresses, and data used before it is there."""
+"""What the emulator must notice: endless waits, divergence, bad addresses, and data used before it has arrived."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_a_missing_wait_or_barrier_is_reported_under_every_schedule(plant: str, 
 @plain_only
 @pytest.mark.parametrize("plant", PLANTS)
 def test_a_missing_wait_or_barrier_spoils_the_result_under_some_schedule(plant: str) -> None:
-    """Poison alone shows it, as it must in sanitized builds, which have no race check."""
+    """The poison alone reveals it; sanitized builds have no race check."""
     is_right, _ = PLANTS[plant]
 
     def spoiled(schedule: int) -> bool:

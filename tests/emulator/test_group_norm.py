@@ -64,7 +64,7 @@ def gradients(case: NormCase, y: Tensor, tensors: dict[str, Tensor], dead: float
             dy[start:stop, case.widths[group] :] = dead
     if y.requires_grad:
         grads = torch.autograd.grad(y, list(tensors.values()), dy, allow_unused=True, materialize_grads=True)
-    else:  # a batch of nothing
+    else:  # an empty batch
         grads = tuple(torch.zeros_like(t) for t in tensors.values())
     return {"y": y.detach(), **{f"d{name}": grad for name, grad in zip(tensors, grads, strict=True)}}
 
@@ -80,7 +80,7 @@ def assert_matches_torch(case: NormCase, dtype: torch.dtype) -> None:
 
 
 def has_gradient(case: NormCase) -> bool:
-    """Two values normalise to +1 and -1 whatever they are: the exact dx is all but zero, any computed one rounding."""
+    """Any two values normalise to +1 and -1, so the exact dx is almost zero and the computed one is rounding error."""
     return case.channels // case.num_groups * case.size[0] * case.size[1] > 2
 
 
@@ -218,8 +218,8 @@ def test_no_schedule_changes_a_bit(path: str) -> None:
 @pytest.mark.parametrize("facts", [ROOMY, TIGHT], ids=["whole", "runs"])
 @pytest.mark.parametrize("mean", [100.0, 3000.0, 1e5])
 def test_a_large_mean_costs_no_accuracy(mean: float, facts: tuple[int, int, int]) -> None:
-    """y is as near to fp64 as torch's without the mean. A one-pass variance in fp32 loses everything here; so does a
-    mean without its low bits."""
+    """y is as near to fp64 as torch's result without the mean. A one-pass variance in fp32 loses all digits here,
+    as does a mean without its low bits."""
     case = some_case(widths=None, size=(17, 13), extras=(), activation=None)
     tensors, copies, exact = (case.tensors(d) for d in (torch.float32, torch.float32, torch.float64))
     with torch.no_grad():
@@ -262,7 +262,7 @@ def test_scale_and_shift_may_be_halves_of_one_tensor_or_one_row_for_all() -> Non
 
 
 def test_group_numbers_that_make_no_sense_stay_within_bounds() -> None:
-    """Nothing reads them back to check: whatever they are, nothing outside a tensor is touched (sanitizers look)."""
+    """They are never read back to be checked, so no values may lead outside a tensor (the sanitizers check that)."""
     case, plan = some_case(), some_case().routing.plan()
     x, weight, bias, scale, shift = (t.detach() for t in case.tensors(torch.float32).values())
     widths = torch.tensor([10**6, -5, 7, 31], dtype=torch.int32)

@@ -63,7 +63,7 @@ def problems(draw: st.DrawFn) -> dict[str, Tensor | None]:
             limit = packed if draw(st.booleans()) else min(packed, count)
             widths = torch.tensor(draw(st.lists(st.integers(0, limit), min_size=experts, max_size=experts)))
         order = torch.randint(count, (experts, packed), generator=generator, dtype=torch.int32)
-        if widths is not None:  # what an order holds past the width must not be looked at
+        if widths is not None:  # what an order holds past the width must not be read
             order = order.where(torch.arange(packed) < widths[:, None], -(10**6)).int()
             widths = widths.int()
         if draw(st.booleans()):
@@ -120,7 +120,7 @@ def test_an_order_that_points_outside_stops_the_kernel(outside: int) -> None:
     problem["in_order"][2, 6] = outside
     with with_kernels(), pytest.raises(EmulatorError, match="trap"):
         pack_channels(**problem)
-    problem["in_widths"][2] = 6  # now nobody needs that entry
+    problem["in_widths"][2] = 6  # that entry is then not needed
     with with_kernels():
         pack_channels(**problem)
 

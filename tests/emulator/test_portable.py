@@ -1,4 +1,4 @@
-"""The names of csrc/cuda/device.cuh mean something to every compiler, and the emulator needs no assembly of its own."""
+"""Every compiler accepts the wrappers of csrc/cuda/device.cuh, and the emulator also works without its assembly."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ARCHITECTURES = ("80", "90a")
 
 
 def test_switching_stacks_through_ucontext_runs_the_same_kernels() -> None:
-    """What processors other than x86-64 and arm64 take."""
+    """This is how stacks are switched on processors other than x86-64 and arm64."""
     folder, library = build_folder(), build("self_test")
     fiber, ours = folder / "fiber-ucontext.o", folder / "self_test-ucontext.so"
     compile_to(["-c", "-O2", "-DTDC_EMULATOR_UCONTEXT", str(CSRC / "emulator/fiber.cpp")], fiber)

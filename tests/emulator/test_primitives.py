@@ -98,7 +98,7 @@ def test_mma_multiplies_in_the_documented_layout(mode: int, dtype: torch.dtype) 
     depth = 8 if dtype == torch.float32 else 16
     a, b, c = normal(16, depth, seed=1).to(dtype), normal(depth, 8, seed=2).to(dtype), normal(16, 8, seed=3)
     if dtype == torch.float32:
-        a, b = a.bfloat16().float(), b.bfloat16().float()  # values that tf32 holds
+        a, b = a.bfloat16().float(), b.bfloat16().float()  # values that tf32 represents
     registers = (fragments_tf32 if dtype == torch.float32 else fragments_16)(a, b)
     d = run("mma", accumulator(c), *registers, mode=mode)
     expected = accumulator(c.double() + a.double() @ b.double())

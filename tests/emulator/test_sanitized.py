@@ -1,4 +1,4 @@
-"""Every test file of this folder once more, all kernels built under the address and undefined-behaviour sanitizers."""
+"""Every test file of this folder again, with all kernels built under the address and undefined-behaviour sanitizers."""
 
 from __future__ import annotations
 

@@ -55,13 +55,13 @@ def address(tensor: torch.Tensor | None) -> int:
 
 
 def poisoned(shape: tuple[int, ...], dtype: torch.dtype, last: bool = True) -> torch.Tensor:
-    """Memory full of NaN, so that whatever is not written shows."""
+    """Memory full of NaN, so that an unwritten element fails the test."""
     tensor = torch.full(shape, NAN, dtype=dtype)
     return tensor.contiguous(memory_format=torch.channels_last) if last and len(shape) == 4 else tensor
 
 
 class Run:
-    """One case's operands, what the native kernels make of them, and the fp64 truth."""
+    """One case's operands, the native kernels' results, and the fp64 reference."""
 
     def __init__(self, case: Case) -> None:
         self.case = case
@@ -286,7 +286,7 @@ def test_a_width_past_the_channels_is_refused_by_name() -> None:
 
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
 def test_every_instruction_set_passes(isa: str) -> None:
-    """This file again in a process that is held to one set (those below this processor's best)."""
+    """This file again in a process restricted to one instruction set (those below this processor's best)."""
     if _native.cpu_isa() == isa or os.environ.get("TDC_FAST_CPU_ISA"):
         pytest.skip("the set that this process runs on")
     environment = dict(os.environ, TDC_FAST_CPU_ISA=isa)

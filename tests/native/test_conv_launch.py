@@ -10,7 +10,7 @@ from tdc_fast import _native
 from tdc_fast.kernels.tile_table import tile_rows
 
 A100, H100, SMALL_SHARED = (80, 108, 166912), (90, 132, 232448), (86, 84, 101376)
-ALIGNED = 1 << 20  # an address that nothing reads
+ALIGNED = 1 << 20  # an address that is never read
 
 
 def plan(pass_: str, device: tuple[int, int, int] = A100, **changes: Any) -> list[Any]:
@@ -87,7 +87,7 @@ def test_tf32_loads_four_channels_at_once() -> None:
 
 def test_small_images_share_tiles() -> None:
     launch = only(plan("forward", H100, batch=1000, height=7, width=5, num_groups=3, out_channels=256))
-    # A tile of 128 rows holds 2 images of 35 pixels, for the table has powers of two only; 2 tiles of channels.
+    # A tile of 128 rows holds 2 images of 35 pixels, because the table has powers of two only; 2 tiles of channels.
     assert launch.kernel == "tdc_conv_forward_bf16_128x128"
     assert launch.grid == (tile_rows(1000, 3, 2) * 2, 1, 1)
 

@@ -26,7 +26,7 @@ def address(tensor: Tensor | None) -> int:
 
 
 def poisoned(like: Tensor) -> Tensor:
-    """Memory full of NaN, so that whatever is not written shows."""
+    """Memory full of NaN, so that an unwritten element fails the test."""
     return torch.full_like(like, float("nan"))
 
 
@@ -79,7 +79,7 @@ def upstream_grad(case: NormCase, x: Tensor) -> Tensor:
 
 
 def plain_with_grads(case: NormCase, tensors: dict[str, Tensor], dy: Tensor) -> dict[str, Tensor]:
-    """y and the gradients of torch's own computation, zeros where it never looks."""
+    """y and the gradients from torch, zeros in dead channels."""
     y = case.plain(tensors)
     grads = torch.autograd.grad(y, list(tensors.values()), dy.nan_to_num(), allow_unused=True)
     filled = [torch.zeros_like(t) if g is None else g for t, g in zip(tensors.values(), grads, strict=True)]
@@ -98,7 +98,7 @@ def assert_matches_torch(case: NormCase, dtype: torch.dtype, threads: int = 1) -
 
 
 def has_gradient(case: NormCase) -> bool:
-    """Two values normalise to +1 and -1 whatever they are: the exact dx is all but zero, any computed one rounding."""
+    """Any two values normalise to +1 and -1, so the exact dx is almost zero and the computed one is rounding error."""
     return case.channels // case.num_groups * case.size[0] * case.size[1] > 2
 
 
@@ -110,7 +110,7 @@ def test_forward_and_gradients_are_as_accurate_as_torchs(case: NormCase, dtype: 
 
 
 def large_case(**changes: object) -> NormCase:
-    """Several blocks of rows per sample, a channel count that is no multiple of a vector, a shared expert."""
+    """Several blocks of rows per sample, channels that are not a multiple of the vector length, a shared expert."""
     routing = Routing(groups=(0, 0, 2, 3, 3), num_groups=4, num_experts=3, weight_index=(2, 1, 0, 2))
     case = NormCase(
         routing=routing,
@@ -216,7 +216,7 @@ def test_silu_is_accurate_over_the_whole_range(values: list[float]) -> None:
     z = torch.tensor(values)
     y = silu(z)
     exact = torch.nn.functional.silu(z.double())
-    # Below z = -88.37 the exponential is taken as infinite; what is lost there is less than 4e-37.
+    # Below z = -88.37 the exponential is taken as infinite; the error there is less than 4e-37.
     torch.testing.assert_close(y.double(), exact, rtol=5e-7, atol=4e-37)
 
 

@@ -1,4 +1,4 @@
-"""The native routing plan: a stable counting sort that refuses an id out of range and then writes nothing."""
+"""The native routing plan: a stable counting sort that refuses an id out of range without writing anything."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ def test_the_thread_pool_has_no_data_race(tmp_path: Path) -> None:
     built_with(["-fsanitize=thread"], sources, program)
     result = run([program])
     if "unexpected memory mapping" in result.stderr and shutil.which("setarch"):
-        result = run(["setarch", os.uname().machine, "-R", program])  # this sanitizer wants unrandomised addresses
+        result = run(["setarch", os.uname().machine, "-R", program])  # this sanitizer needs unrandomised addresses
     if "unexpected memory mapping" in result.stderr or "failed to set personality" in result.stderr:
         pytest.skip("the thread sanitizer cannot map its memory on this kernel")
     assert result.returncode == 0, result.stdout + result.stderr
