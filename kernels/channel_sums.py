@@ -64,9 +64,9 @@ def channel_sums(
     """Computes the bias gradients, summed in fp32. dbias takes a second launch, which adds the samples' sums.
 
     Args:
-        problem: One of at least one sample.
+        problem: It has at least one sample.
         dy: (B, C_out, OH, OW) in channels_last memory.
-        t: Its offsets, weight_index and out_widths are used, and contiguous.
+        t: Only offsets, weight_index and out_widths are used, all contiguous.
         want_bias: Whether to compute dbias.
         want_sample_bias: Whether to compute dsample_bias.
 

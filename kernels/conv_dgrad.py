@@ -1,9 +1,9 @@
 """Routed convolution, gradient of its input: dx[b] = conv2d_input(dy[b], weight[e(b)]).
 
 The kernels are those of the forward, on the forward's weights in place. With a stride, pixels are split into classes by
-their coordinates modulo the stride: a class is reached by every stride-th tap, so no product is spent on taps that do
-not reach a pixel. The cost: a program of one class writes every other pixel, and classes have between none and
-ceil(R / 2) ceil(S / 2) taps, so programs are of unequal length.
+their coordinates modulo the stride: only every stride-th tap reaches a class, so no product is spent on taps that do
+not reach a pixel. In return, a program writes only every other pixel, and classes have from 0 to
+ceil(R / 2) ceil(S / 2) taps, so programs differ in length.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from tdc_fast.kernels.tile_shapes import ConvTile
 
 
 def conv_dgrad(problem: ConvProblem, dy: Tensor, t: ConvTensors, *, tile: ConvTile | None = None) -> Tensor:
-    """One launch; sums in fp32; nothing is read back.
+    """Computes dgrad in one launch; sums are in fp32, and nothing is read back.
 
     Args:
-        problem: one that `conv_supported`.
+        problem: One that `conv_supported` accepts.
         dy: (B, C_out, OH, OW) in channels_last memory. Its dead channels are not used.
-        t: as in `conv_forward`; x and the epilogue are not used.
-        tile: runs this one instead of the chosen one (benches and tests).
+        t: As in `conv_forward`; x and the epilogue's tensors are not used.
+        tile: Overrides the choice (benches and tests).
 
     Returns:
         dx (B, C_in, H, W), channels_last, its dead channels exact zeros.

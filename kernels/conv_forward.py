@@ -12,12 +12,12 @@ from tdc_fast.kernels.tile_shapes import ConvTile
 
 
 def conv_forward(problem: ConvProblem, t: ConvTensors, *, tile: ConvTile | None = None) -> Tensor:
-    """One launch; sums in fp32; nothing is read back.
+    """Computes the forward in one launch; sums are in fp32, and nothing is read back.
 
     Args:
-        problem: one that `conv_supported`.
+        problem: One that `conv_supported` accepts.
         t: x and residual in channels_last memory; weight in memory order E, C_out, R, S, C_in; the rest contiguous.
-        tile: runs this one instead of the chosen one (benches and tests).
+        tile: Overrides the choice (benches and tests).
 
     Returns:
         y (B, C_out, OH, OW), channels_last, its dead channels exact zeros.

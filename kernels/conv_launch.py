@@ -1,6 +1,6 @@
-"""From a problem and a tile to the launch of a convolution kernel: what forward and dgrad have in common.
+"""From a problem and a tile to the launch of a convolution kernel, forward or dgrad.
 
-`conv_launch` computes from shapes alone, so that nothing waits for the GPU; compile-only tests use its arguments too.
+`conv_launch` depends on shapes alone, so nothing waits for the GPU. Compile-only tests read its arguments.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def conv_supported(problem: ConvProblem) -> str | None:
 def _constants(
     op: str, p: ConvProblem, tile: ConvTile, widths: bool, narrow: bool
 ) -> tuple[tuple[int, ...], dict[str, Any]]:
-    """(grid, the arguments that are no tensors)."""
+    """(grid, the arguments that are not tensors)."""
     grid = tile_shapes.pixel_grid(op, p)
     samples = tile_shapes.samples_per_tile(tile, *grid)
     chunks = tile_shapes.chunks_of(tile, *grid)
@@ -57,8 +57,8 @@ def _constants(
     source_channels, out_channels = tile_shapes.source_channels(op, p), tile_shapes.output_channels(op, p)
     classes = tile_shapes.pixel_classes(op, p)
     halved = tile.path == "tma" and not dgrad and p.stride == (2, 2)
-    # Past the last source channel a box of x holds zeros, unless the next pixel lies there (halved). In dgrad the box
-    # of weights runs on into the next expert, whose numbers, perhaps not finite, are to be masked.
+    # Past the last source channel a box of x holds zeros, or the next pixel if halved. In dgrad the box of weights
+    # extends into the next expert's, which may hold NaN or infinity and have to be masked.
     filled = tile.path == "tma" and not halved and not dgrad
     channel_tiles = -(-out_channels // tile.block_channels)
     constants: dict[str, Any] = {
@@ -80,8 +80,8 @@ def _constants(
         "STRIDE_H": p.stride[0],
         "STRIDE_W": p.stride[1],
         "DGRAD": dgrad,
-        # The longer loop goes inside: it is the one that is pipelined. One loop flattened over taps and channels would
-        # never drain, but such loops have been miscompiled with 8 warps (pytorch issue 173068).
+        # The longer loop goes inside, because the inner one is pipelined. A flattened loop over taps and channels would
+        # never drain the pipeline, but such loops have been miscompiled with 8 warps (pytorch issue 173068).
         "TAPS_INNER": p.filter[0] * p.filter[1] > 2 * classes,
         "NARROW": narrow,
         "TAIL": widths or (source_channels % tile.block_k != 0 and not filled),
@@ -105,12 +105,12 @@ def conv_launch(
 
     Args:
         op: "forward" or "dgrad".
-        problem: one that `conv_supported`.
+        problem: One that `conv_supported` accepts.
         source: x in the forward, dy in dgrad.
-        t: the other tensors; dgrad does not use the epilogue.
+        t: The other tensors; dgrad does not use the epilogue's.
         out: y in the forward, dx in dgrad.
-        tile: overrides the choice. Without it, memory that a tensor map cannot address (no 16-byte alignment) takes the
-            pointer path.
+        tile: Overrides the choice. Without it, memory that is not aligned to 16 bytes takes the pointer path, because a
+            tensor map cannot address it.
     """
     if op == "dgrad":
         source_widths, out_widths = t.out_widths, t.in_widths
@@ -122,7 +122,7 @@ def conv_launch(
         aligned = source.data_ptr() % 16 == 0 and t.weight.data_ptr() % 16 == 0
         device = tile_shapes.device_of(problem.device)
         tile = tile_shapes.choose_tile(op, problem, device, None if aligned else "pointer")
-    # Half a tile of fewer channels would not fill wgmma's 64 rows.
+    # Half of a smaller tile would not fill wgmma's 64 rows.
     narrow = tile.block_channels >= 128 and out_widths is not None
     grid, constants = _constants(op, problem, tile, source_widths is not None, narrow)
     tensors: dict[str, Tensor | TensorDescriptor | None] = {

@@ -24,7 +24,7 @@ _SUM_BLOCK = 1024
 def _constants(
     p: ConvProblem, tile: WgradTile, splits: int, in_widths: bool, out_widths: bool
 ) -> tuple[tuple[int, int], dict[str, Any]]:
-    """(grid, the arguments that are no tensors)."""
+    """(grid, the arguments that are not tensors)."""
     rows, columns = wgrad_tiles.box_of(tile, p) if tile.path == "tma" else (1, tile.block_pixels)
     constants = {
         "batch": p.batch,
@@ -46,7 +46,7 @@ def _constants(
         "VECTOR_IN": _vector(p.in_channels, p.dtype.itemsize),
         "VECTOR_OUT": _vector(p.out_channels, p.dtype.itemsize),
         "PRECISION": precision_of(p),
-        # Half a tile of fewer channels would not fill wgmma's 64 rows.
+        # Half of a smaller tile would not fill wgmma's 64 rows.
         "NARROW_OUT": out_widths and tile.block_out >= 128,
         "NARROW_IN": in_widths and tile.block_in >= 128,
         "GROUPS": triton.next_power_of_2(p.num_groups),
@@ -61,7 +61,7 @@ def _constants(
 
 
 def _vector(channels: int, itemsize: int) -> int:
-    """The most channels, up to 16 bytes, that rows of so many channels can be cut into."""
+    """The largest number of channels, up to 16 bytes, that divides `channels`."""
     vector = 16 // itemsize
     while channels % vector:
         vector //= 2
@@ -137,15 +137,15 @@ def conv_wgrad(
     tile: WgradTile | None = None,
     splits: int | None = None,
 ) -> None:
-    """Writes every element of dweight, in one launch or two; sums in fp32 and in one order; nothing is read back.
+    """Writes every element of dweight in one launch or two; sums are in fp32 and in a fixed order.
 
     Args:
-        problem: one of at least one sample, that `wgrad_supported`.
+        problem: One that `wgrad_supported` accepts, with at least one sample.
         dy: (B, C_out, OH, OW) in channels_last memory.
         t: x in channels_last memory; offsets, weight_index and widths contiguous; the others are not used.
         dweight: (E, C_out, C_in, R, S) in memory order E, C_out, R, S, C_in.
-        tile: runs this one instead of the chosen one (benches and tests).
-        splits: likewise, the number of shares that the pixels are split into.
+        tile: Overrides the choice (benches and tests).
+        splits: Overrides the chosen number of splits of the pixels.
     """
     for launch in wgrad_launches(problem, dy, t, dweight, tile, splits):
         launch.run()
@@ -156,7 +156,7 @@ def wgrad_supported(problem: ConvProblem) -> str | None:
     pixels = problem.batch * max(problem.out_height * problem.out_width, problem.height * problem.width)
     if pixels >= 2**30:
         return f"it counts pixels with 32 bits: {pixels} in a batch are too many"
-    step_images = 2 + 64 // (problem.out_height * problem.out_width)  # that the pixels of one step may touch
+    step_images = 2 + 64 // (problem.out_height * problem.out_width)  # the most that the pixels of one step belong to
     if step_images * problem.height * problem.width * problem.in_channels >= 2**31:
         return "it indexes the images of one step with 32 bits: 2**31 elements are too many"
     if problem.num_experts * problem.out_channels * problem.filter[0] * problem.filter[1] >= 2**31:

@@ -1,7 +1,7 @@
 """Routed group norm, scale-shift and SiLU, forward and backward, over NHWC memory: shapes, tiles and launches.
 
-A program owns one sample and a block of neighbouring channels that are whole norm groups, so that every row it reads is
-one contiguous piece (norm_kernels.py). Nothing here is read back; grids come from shapes alone.
+A program computes one sample's block of neighbouring channels, which are whole norm groups, so every row that it reads
+is contiguous (norm_kernels.py). Nothing is read back; grids depend on shapes alone.
 """
 
 from __future__ import annotations
@@ -19,13 +19,22 @@ from tdc_fast.kernels.launch import Launch
 from tdc_fast.kernels.norm_kernels import norm_backward_kernel, norm_forward_kernel
 from tdc_fast.kernels.problems import NormProblem, NormTensors
 
-MAX_CHANNELS_PER_GROUP = 2048  # wider ones leave registers
+MAX_CHANNELS_PER_GROUP = 2048  # wider groups do not fit in registers
 TILE_ELEMENTS = 2048
 
 
 @dataclass(frozen=True)
 class NormTile:
-    """What one program owns: `span` channels (whole norm groups), walked in tiles of block_pixels x block_channels."""
+    """What one program computes.
+
+    Attributes:
+        span: Channels of a program, whole norm groups.
+        vector: Channels of one memory access; divides span.
+        block_groups: Norm groups of a program, rounded up to a power of two.
+        block_channels: Channels of a tile, span rounded up to a power of two.
+        block_pixels: Pixels of a tile.
+        num_warps: Warps of a program.
+    """
 
     span: int
     vector: int
@@ -36,8 +45,10 @@ class NormTile:
 
 
 def norm_tile(channels: int, per_group: int, pixels: int, itemsize: int, backward: bool) -> NormTile:
-    """The narrowest block of whole norm groups whose rows are 64 contiguous bytes, so that small batches still fill a
-    device. A thread holds 16 elements of a tile, in the backward 8: there it keeps four such arrays in registers.
+    """The narrowest block of whole norm groups with rows of 64 bytes or more, so that small batches fill a device.
+
+    A thread holds 16 elements of a tile in the forward, and 8 in the backward, which keeps four such arrays in
+    registers.
     """
     groups, norm_groups = 1, channels // per_group
     while groups < min(norm_groups, 32) and groups * per_group * itemsize < 64:
@@ -49,7 +60,7 @@ def norm_tile(channels: int, per_group: int, pixels: int, itemsize: int, backwar
     block_channels = triton.next_power_of_2(span)
     block_pixels = max(1, min(triton.next_power_of_2(pixels), TILE_ELEMENTS // block_channels))
     fewest, most = (8, 16) if backward else (4, 8)
-    num_warps = min(most, max(fewest, block_channels // 128))  # a thread keeps some rows of channels, too
+    num_warps = min(most, max(fewest, block_channels // 128))  # a thread also keeps some rows of channels
     return NormTile(span, vector, triton.next_power_of_2(groups), block_channels, block_pixels, num_warps)
 
 
@@ -63,20 +74,20 @@ def norm_supported(problem: NormProblem) -> str | None:
 
 
 def norm_forward_launch(p: NormProblem, tensors: dict[str, Tensor | None]) -> Launch:
-    """The launch for what `tensors` names: all tensor arguments of the forward kernel."""
+    """The launch of the forward kernel; `tensors` has all its tensor arguments by name."""
     grid, constants, options = _constants(p, backward=False)
     return Launch(norm_forward_kernel, grid, tensors, constants, options, key=p)
 
 
 def norm_backward_launch(p: NormProblem, tensors: dict[str, Tensor | None]) -> Launch:
-    """The launch for what `tensors` names: all tensor arguments of the backward kernel."""
+    """The launch of the backward kernel; `tensors` has all its tensor arguments by name."""
     grid, constants, options = _constants(p, backward=True)
     return Launch(norm_backward_kernel, grid, tensors, constants, options, key=p)
 
 
 @functools.lru_cache(maxsize=4096)
 def _constants(p: NormProblem, backward: bool) -> tuple[tuple[int, int], dict[str, Any], dict[str, int]]:
-    """(grid, the arguments that are no tensors, the compiler's options)."""
+    """(grid, the arguments that are not tensors, the compiler's options)."""
     per_group, pixels = p.channels_per_group, p.height * p.width
     tile = norm_tile(p.channels, per_group, pixels, p.dtype.itemsize, backward)
     constants: dict[str, Any] = {
@@ -100,10 +111,10 @@ def _constants(p: NormProblem, backward: bool) -> tuple[tuple[int, int], dict[st
 
 
 def group_norm_forward(p: NormProblem, t: NormTensors) -> tuple[Tensor, Tensor, Tensor]:
-    """Forward in one launch.
+    """Computes the forward in one launch.
 
     Args:
-        p: a problem that `norm_supported`.
+        p: One that `norm_supported` accepts.
         t: x in channels_last memory, everything else contiguous.
 
     Returns:
@@ -124,15 +135,15 @@ def group_norm_backward(
     t: NormTensors,
     mask: tuple[bool, bool, bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Backward in one launch, or two: dweight and dbias go through fp32 shares per sample.
+    """Computes the gradients in one launch, or two: dweight and dbias are summed from fp32 values per sample.
 
     Args:
-        p: a problem that `norm_supported`.
+        p: One that `norm_supported` accepts.
         dy: (B, C, H, W) in channels_last memory.
         mean: (B, norm groups) fp32, of the forward.
-        rstd: likewise.
-        t: as in the forward.
-        mask: which results to compute.
+        rstd: (B, norm groups) fp32, of the forward.
+        t: As in the forward.
+        mask: Which results to compute.
 
     Returns:
         dx (B, C, H, W) channels_last, dweight and dbias (E, C), dscale and dshift (B, C); None where not in the mask.

@@ -1,7 +1,7 @@
 """What a kernel is asked to compute: the geometry of one routed operator call, and the tensors it reads.
 
-Every backend takes these. A new argument of an operator is a field here, and reaches a backend without a new parameter
-in any signature on the way.
+Every backend takes these. A new argument of an operator becomes a field here, and reaches the backends without a new
+parameter in any signature on the way.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ Problem = ConvProblem | NormProblem
 class ConvTensors(NamedTuple):
     """The tensors of one routed convolution, samples sorted by group.
 
-    Each pass is given the same tuple, the gradients beside dy. dgrad has no use for x and wgrad none for tiles: these
-    are None there, though their types do not say so. Nor do gradients use the epilogue's tensors.
+    Every pass takes this tuple; the gradients take dy as well. In dgrad x is None and in wgrad tiles is, although their
+    types do not say so. The gradients do not use the epilogue's tensors.
 
     Attributes:
         x: input, (B, C_in, H, W).
@@ -93,7 +93,7 @@ class ConvTensors(NamedTuple):
 
 
 class NormTensors(NamedTuple):
-    """The tensors of one routed group norm, samples sorted by group. The backward is given the same tuple beside dy.
+    """The tensors of one routed group norm, samples sorted by group. The backward takes dy as well.
 
     Attributes:
         x: input, (B, C, H, W).

@@ -4,7 +4,7 @@ Every tile that fits has a cost, waves x area / rate, and the cheapest one runs.
 multiprocessor; `rate` is how busy the tile keeps the tensor cores relative to the best tile. The rates are estimates.
 bench/tune.py times the candidates and writes kernels/tuned/<device>.json, whose entries take precedence.
 
-`op` is "forward" or "dgrad" everywhere; `problem` is a tdc_fast.kernels.problems.ConvProblem.
+`op` is "forward" or "dgrad" everywhere.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from tdc_fast.kernels.problems import ConvProblem
 from tdc_fast.kernels.tile_table import tile_rows
 
 TABLE_VERSION = 1  # raise it when the kernels' speed changes: tables measured with another version are ignored
@@ -104,27 +105,27 @@ def device_of(device: torch.device) -> Device:
     return Device(properties.major * 10 + properties.minor, properties.multi_processor_count, limit, properties.name)
 
 
-def precision_of(problem: Any) -> str:
+def precision_of(problem: ConvProblem) -> str:
     """Triton's input_precision: exact fp32 products unless the problem asks for TF32."""
     return "tf32" if problem.tf32 else "ieee"
 
 
-def source_channels(op: str, problem: Any) -> int:
+def source_channels(op: str, problem: ConvProblem) -> int:
     """Channels of x in the forward, of dy in dgrad."""
     return problem.out_channels if op == "dgrad" else problem.in_channels
 
 
-def output_channels(op: str, problem: Any) -> int:
+def output_channels(op: str, problem: ConvProblem) -> int:
     """Channels of y in the forward, of dx in dgrad."""
     return problem.in_channels if op == "dgrad" else problem.out_channels
 
 
-def pixel_classes(op: str, problem: Any) -> int:
+def pixel_classes(op: str, problem: ConvProblem) -> int:
     """Classes of pixels: dgrad with a stride has one per parity, each reached by its own taps."""
     return problem.stride[0] * problem.stride[1] if op == "dgrad" else 1
 
 
-def pixel_grid(op: str, problem: Any) -> tuple[int, int]:
+def pixel_grid(op: str, problem: ConvProblem) -> tuple[int, int]:
     """(height, width) of the pixels that the programs of one class compute."""
     if op == "dgrad":
         return -(-problem.height // problem.stride[0]), -(-problem.width // problem.stride[1])
@@ -160,7 +161,7 @@ def chunks_of(tile: ConvTile, height: int, width: int) -> int:
     return -(-height * width // tile.block_pixels)
 
 
-def tma_can_serve(op: str, problem: Any, device: Device) -> bool:
+def tma_can_serve(op: str, problem: ConvProblem, device: Device) -> bool:
     """Whether TMA can serve: tensor maps need 16-byte strides, and stride 2 needs images of even size."""
     if device.arch < 90 or problem.dtype not in _HALVES:
         return False
@@ -171,7 +172,7 @@ def tma_can_serve(op: str, problem: Any, device: Device) -> bool:
     return problem.stride == (2, 2) and problem.height % 2 == 0 and problem.width % 2 == 0
 
 
-def _rated(op: str, problem: Any, device: Device) -> dict[ConvTile, float]:
+def _rated(op: str, problem: ConvProblem, device: Device) -> dict[ConvTile, float]:
     if problem.dtype in _HALVES:
         tiles = _POINTER_HALF
         if tma_can_serve(op, problem, device):
@@ -184,12 +185,12 @@ def _rated(op: str, problem: Any, device: Device) -> dict[ConvTile, float]:
     return {tile: rate for tile, rate in tiles.items() if tile.shared_bytes(itemsize) + 2048 <= device.shared_limit}
 
 
-def candidates(op: str, problem: Any, device: Device, path: str | None = None) -> list[ConvTile]:
+def candidates(op: str, problem: ConvProblem, device: Device, path: str | None = None) -> list[ConvTile]:
     """Every tile that can serve the problem on the device (by one path, where given); each is compile-tested."""
     return [tile for tile in _rated(op, problem, device) if path in (None, tile.path)]
 
 
-def programs(op: str, problem: Any, tile: ConvTile) -> int:
+def programs(op: str, problem: ConvProblem, tile: ConvTile) -> int:
     """Programs that have work to do, if groups are of equal size."""
     grid = pixel_grid(op, problem)
     groups = max(1, min(problem.num_groups, problem.batch))
@@ -199,7 +200,7 @@ def programs(op: str, problem: Any, tile: ConvTile) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def choose_tile(op: str, problem: Any, device: Device, path: str | None = None) -> ConvTile:
+def choose_tile(op: str, problem: ConvProblem, device: Device, path: str | None = None) -> ConvTile:
     """The measured tile if the device's table has one, else the one of least cost."""
     usable = candidates(op, problem, device, path)
     measured = load_tuned(device.name).get(problem_key(op, problem))
@@ -214,12 +215,12 @@ def choose_tile(op: str, problem: Any, device: Device, path: str | None = None) 
     return min(usable, key=cost)
 
 
-def grid_rows(problem: Any, samples: int) -> int:
+def grid_rows(problem: ConvProblem, samples: int) -> int:
     """Rows of the tile table's level for `samples` per tile: an upper bound, known without the group sizes."""
     return tile_rows(problem.batch, problem.num_groups, samples)
 
 
-def problem_key(op: str, p: Any) -> str:
+def problem_key(op: str, p: ConvProblem) -> str:
     """The name of a problem in a tuned table."""
     dtype = "tf32" if p.tf32 and p.dtype == torch.float32 else str(p.dtype).removeprefix("torch.")
     image = f"b{p.batch} {p.height}x{p.width} {p.in_channels}->{p.out_channels}"

@@ -9,11 +9,11 @@ from __future__ import annotations
 import functools
 import json
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from tdc_fast.kernels import tile_shapes
+from tdc_fast.kernels.problems import ConvProblem
 from tdc_fast.kernels.tile_shapes import Device, precision_of
 
 _MAX_SPLITS = 64
@@ -47,7 +47,7 @@ class WgradTile:
         return self.stages * (self.block_out + self.block_in) * self.block_pixels * itemsize
 
 
-def wgrad_candidates(problem: Any, device: Device, path: str | None = None) -> list[WgradTile]:
+def wgrad_candidates(problem: ConvProblem, device: Device, path: str | None = None) -> list[WgradTile]:
     """Every tile that can serve the problem on the device (by one path, where given), the largest first."""
     if problem.dtype in _HALVES:
         sizes = [(128, 128), (128, 64), (64, 128), (64, 64), (128, 16)]
@@ -67,7 +67,7 @@ def wgrad_candidates(problem: Any, device: Device, path: str | None = None) -> l
     return [t for t in tiles if path in (None, t.path) and t.shared_bytes(itemsize) + 2048 <= device.shared_limit]
 
 
-def tma_can_serve(problem: Any, tile: WgradTile) -> bool:
+def tma_can_serve(problem: ConvProblem, tile: WgradTile) -> bool:
     """Whether TMA can serve: stride 1, 16-byte strides in memory, boxes that divide an image without remainder."""
     rows, columns = box_of(tile, problem)
     return (
@@ -80,14 +80,14 @@ def tma_can_serve(problem: Any, tile: WgradTile) -> bool:
     )
 
 
-def box_of(tile: WgradTile, problem: Any) -> tuple[int, int]:
+def box_of(tile: WgradTile, problem: ConvProblem) -> tuple[int, int]:
     """(rows, columns) of a box of block_pixels pixels, at most as wide as the image."""
     columns = min(problem.out_width, tile.block_pixels)
     return tile.block_pixels // columns, columns
 
 
 @functools.lru_cache(maxsize=4096)
-def choose_wgrad_tile(problem: Any, device: Device, path: str | None = None) -> WgradTile:
+def choose_wgrad_tile(problem: ConvProblem, device: Device, path: str | None = None) -> WgradTile:
     """The measured tile if the device's table has one, else the one of least cost.
 
     That is, of the tiles that cover the channels with the least padding, the largest; TMA before pointers.
@@ -104,14 +104,14 @@ def choose_wgrad_tile(problem: Any, device: Device, path: str | None = None) -> 
     return min(usable, key=cost)
 
 
-def tiles_of_gradient(problem: Any, tile: WgradTile) -> int:
+def tiles_of_gradient(problem: ConvProblem, tile: WgradTile) -> int:
     """Number of tiles of all experts' gradients."""
     outs, ins = -(-problem.out_channels // tile.block_out), -(-problem.in_channels // tile.block_in)
     return problem.num_experts * outs * ins * problem.filter[0] * problem.filter[1]
 
 
 @functools.lru_cache(maxsize=4096)
-def choose_splits(problem: Any, tile: WgradTile, device: Device) -> int:
+def choose_splits(problem: ConvProblem, tile: WgradTile, device: Device) -> int:
     """Splits of the pixels: the measured number for this tile, else enough for two waves of programs.
 
     Every split keeps enough steps to fill its pipeline, and the fp32 partials stay within a limit.
