@@ -1,10 +1,15 @@
-"""Backends and the choice between them.
+"""The registry of backends and the choice between them.
 
-A backend is a module (or object) with a `name`, `supports(problem) -> None | reason` and one function per operator it
-serves, as `reference` has them: conv2d, conv2d_dgrad, conv2d_wgrad, group_norm, group_norm_backward. The order of
-choice: the `backend` argument, then the environment variable TDC_FAST_BACKEND, then the fastest one that supports the
-problem, where what is fastest depends on the operator. A backend asked for by name that cannot serve raises with its
-reason.
+A backend is a module (or object) with a `name`, `supports(problem) -> None | reason` and one function per operator that
+it serves, each of a problem and a named tuple of tensors (kernels/problems.py):
+
+    conv2d(problem, t)                              group_norm(problem, t)
+    conv2d_dgrad(problem, dy, t)                    group_norm_backward(problem, dy, mean, rstd, t, mask)
+    conv2d_wgrad(problem, dy, t, mask)
+
+The `backend` argument decides first, then the environment variable TDC_FAST_BACKEND; otherwise the fastest backend that
+supports the problem runs, and which one is fastest depends on the operator. A backend chosen by name that cannot serve
+raises with its reason. builtin.py registers these:
 
     cpu        C++ for host memory: fp32, bf16
     triton     kernels of tdc_fast.kernels, on NVIDIA GPUs from sm_80 on: fp32, bf16, fp16
@@ -28,15 +33,16 @@ _MEMO_LIMIT = 4096
 
 
 class Backend(Protocol):
-    """What `register` takes. Operators it lacks are refused by `supports`."""
+    """What `register` takes: it has a function for every problem that `supports` accepts."""
 
     name: str
 
-    def supports(self, problem: Any, /) -> str | None: ...
+    def supports(self, problem: Any, /) -> str | None:
+        """None where the backend serves the problem, else the reason why not."""
 
 
 _backends: list[Backend] = []
-# Fastest first, by the kind of problem; what was registered later comes before these.
+# Fastest first, by the kind of problem; other backends come before these.
 _ORDER: dict[type, tuple[str, ...]] = {
     ConvProblem: ("cpu", "triton", "cuda", "reference"),
     NormProblem: ("cpu", "cuda", "triton", "reference"),
@@ -51,7 +57,11 @@ def available_backends() -> list[str]:
 
 
 def register(backend: Backend) -> None:
-    """Adds a backend ahead of those there are."""
+    """Adds a backend, tried before all registered so far.
+
+    Raises:
+        ValueError: The name is taken.
+    """
     if backend.name in available_backends():
         raise invalid("backend", backend.name, "a name that is not taken yet")
     _backends.insert(0, backend)
@@ -59,7 +69,7 @@ def register(backend: Backend) -> None:
 
 
 def forget() -> None:
-    """Drops every choice made so far: what backends support has changed."""
+    """Forgets every choice made so far, after a change in what backends support."""
     _memo.clear()
 
 
@@ -70,7 +80,15 @@ def _ordered(problem: Problem) -> list[Backend]:
 
 
 def select(problem: Problem, requested: str) -> Any:
-    """The backend that serves `problem`; `requested` is a name or "" for any. Raises ValueError with the reason."""
+    """The backend that serves a problem.
+
+    Args:
+        problem: What is to run.
+        requested: The name of a backend, or "" for any.
+
+    Raises:
+        ValueError: The backend requested, here or in the environment, does not exist or cannot serve; with the reason.
+    """
     asked_by = "backend"
     if not requested:
         requested, asked_by = os.environ.get(ENVIRONMENT, ""), ENVIRONMENT
@@ -88,9 +106,12 @@ def select(problem: Problem, requested: str) -> Any:
 
 
 def remembered(key: Any, describe: Callable[[], Problem], requested: str) -> tuple[Any, Any]:
-    """(problem, backend) for a call whose shapes, dtypes and settings are `key`.
+    """The problem and the backend of a call, remembered: checking and choosing take longer than a small layer.
 
-    Checking and choosing take longer than a small layer does, and depend on nothing but the key and the environment.
+    Args:
+        key: Shapes, dtypes, devices and settings of the call; with the environment, all that the result depends on.
+        describe: Checks the arguments and returns the problem.
+        requested: The name of a backend, or "" for any.
     """
     key = (key, requested or os.environ.get(ENVIRONMENT))
     found = _memo.get(key)
@@ -104,7 +125,7 @@ def remembered(key: Any, describe: Callable[[], Problem], requested: str) -> tup
 
 
 def describes(operator: str) -> Callable[[Callable[..., Problem]], Callable[..., Problem]]:
-    """Registers the function that turns the arguments of a public operator into its problem, for `explain`."""
+    """Decorates the function that turns the arguments of a public operator into its problem, for `explain`."""
 
     def register_describer(describe: Callable[..., Problem]) -> Callable[..., Problem]:
         _describers[operator] = describe
@@ -115,9 +136,13 @@ def describes(operator: str) -> Callable[[Callable[..., Problem]], Callable[...,
 
 @dataclass(frozen=True)
 class Explanation:
-    """What would run. `reasons` maps every backend, fastest first, to None (it can) or why it cannot.
+    """Which backend would run a call.
 
-    `backend` is None when a backend was asked for by name and cannot serve. `because` says how it was chosen.
+    Attributes:
+        operator: Name of the operator.
+        backend: Name of the backend; None when one was requested by name and cannot serve.
+        because: How it was chosen.
+        reasons: Every backend, fastest first, with None where it can serve, else the reason why not.
     """
 
     operator: str
@@ -132,19 +157,24 @@ class Explanation:
 
 
 def explain(operator: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
-    """Says which backend the call `operator(*args, **kwargs)` would run, why, and why each other one would not.
+    """Says which backend the call `operator(*args, **kwargs)` would run, why, and why the others would not.
 
-    operator: routed_conv2d, routed_linear or routed_group_norm, or its name. Nothing is computed, no kernel is
-    compiled, and the GPU is not waited for.
-    Raises the ValueError that the call itself would raise for wrong arguments.
-
-    Fake tensors will do, so what a call on a GPU would need can be asked on a machine that has none:
+    Computes nothing, compiles no kernel and does not wait for the GPU. Fake tensors work too, so a machine without a
+    GPU can say what a call on one needs:
 
         with torch._subclasses.FakeTensorMode():
             x = torch.empty(8, 64, 32, 32, dtype=torch.bfloat16, device="cuda")
             weight = torch.empty(4, 64, 64, 3, 3, dtype=torch.bfloat16, device="cuda")
             plan = RoutingPlan.from_groups(torch.zeros(8, dtype=torch.int64, device="cuda"), 4)
             print(explain(routed_conv2d, x, weight, None, plan, padding=1))
+
+    Args:
+        operator: routed_conv2d, routed_linear or routed_group_norm, or its name.
+        *args: Arguments of the call.
+        **kwargs: Keyword arguments of the call.
+
+    Raises:
+        ValueError: The one that the call itself would raise for wrong arguments.
     """
     name = operator if isinstance(operator, str) else getattr(operator, "__name__", repr(operator))
     if name not in _describers:

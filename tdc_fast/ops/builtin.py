@@ -11,13 +11,13 @@ from tdc_fast.ops import backends, cpu, cuda, reference
 
 
 class LazyTriton:
-    """The `triton` backend, imported only when a problem comes that it might serve: importing triton takes seconds."""
+    """The `triton` backend, imported at the first problem that it might serve: importing triton takes seconds."""
 
     name = "triton"
 
     def supports(self, problem: Problem) -> str | None:
-        """None, or why not."""
-        interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # what tests set to run kernels in host memory
+        """None where the backend serves the problem, else the reason why not."""
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # tests set it to run kernels in host memory
         if problem.device.type != "cuda" and not (interpreted and problem.device.type == "cpu"):
             return f"its tensors live on a CUDA device, not on {problem.device}"
         try:

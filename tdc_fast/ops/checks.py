@@ -1,8 +1,8 @@
 """Validation of operator arguments, and the problem they describe.
 
-Shapes, dtypes and devices are checked once per distinct combination (the operators keep the resulting problem). Numbers
-that live in tensors (offsets, weight_index, widths) are checked on every call when they are in host memory, because
-native code indexes with them; on a GPU reading them would stall it.
+Shapes, dtypes and devices are checked once per combination (the operators remember the problem). The numbers in
+offsets, weight_index and widths are checked on every call when they are in host memory, because native code indexes
+with them; on a GPU, reading them would stall the host.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def require_tensors(optional: tuple[str, ...] = (), **arguments: Any) -> None:
-    """ValueError for the first argument that is no dense tensor; those named in `optional` may be None."""
+    """Raises ValueError for the first argument that is not a dense tensor; those named in `optional` may be None."""
     for name, value in arguments.items():
         if isinstance(value, Tensor):
             if value.layout is not _STRIDED:
@@ -34,19 +34,19 @@ def require_tensors(optional: tuple[str, ...] = (), **arguments: Any) -> None:
 
 
 def require_integer(name: str, value: Any) -> None:
-    """ValueError for what is no integer of at most 32 bits."""
+    """Raises ValueError for anything but an integer of at most 32 bits."""
     if not isinstance(value, (int, np.integer)) or not -(2**31) <= value < 2**31:
         raise invalid(name, value, "an integer")
 
 
 def require_backend_name(backend: Any) -> None:
-    """ValueError for a backend that is neither a name nor None."""
+    """Raises ValueError for a backend that is neither a name nor None."""
     if backend is not None and not isinstance(backend, str):
         raise invalid("backend", backend, "the name of a backend, or None")
 
 
 def pair(name: str, value: int | tuple[int, int] | list[int], minimum: int) -> tuple[int, int]:
-    """An int or a pair of ints as a pair, each at least `minimum`."""
+    """Returns an int or a pair of ints as a pair; ValueError for one below `minimum`."""
     if type(value) is int and minimum <= value < _MOST:
         return value, value
     values = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, (tuple, list)) else ()
@@ -67,15 +67,15 @@ def conv_problem(
     """Checks the arguments of a convolution and returns the problem that they describe.
 
     Args:
-        op: name of the registered operator.
-        t: its tensors; those that are None are not checked.
+        op: Name of the registered operator.
+        t: Its tensors; those that are None are not checked.
         stride: (height, width).
         padding: (height, width).
-        dy: gradient of the result, for dgrad and wgrad.
-        image_size: height and width of x, where there is no x (dgrad).
+        dy: Gradient of the result, for dgrad and wgrad.
+        image_size: Height and width of x, where there is no x (dgrad).
 
     Raises:
-        ValueError: naming argument, value and remedy.
+        ValueError: Naming argument, value and remedy.
     """
     weight = t.weight
     if t.x is not None:
@@ -132,17 +132,17 @@ def norm_problem(
     """Checks the arguments of a group norm and returns the problem that they describe.
 
     Args:
-        op: name of the registered operator.
-        t: its tensors.
-        num_groups: norm groups of the full width.
-        eps: added to the variance.
-        silu: whether SiLU follows.
-        dy: gradient of the result, for the backward.
-        mean: (B, num_groups) of the forward, likewise.
-        rstd: (B, num_groups) of the forward, likewise.
+        op: Name of the registered operator.
+        t: Its tensors.
+        num_groups: Norm groups of the full width.
+        eps: Added to the variance.
+        silu: Whether SiLU follows.
+        dy: Gradient of the result, for the backward.
+        mean: (B, num_groups) from the forward, for the backward.
+        rstd: (B, num_groups) from the forward, for the backward.
 
     Raises:
-        ValueError: naming argument, value and remedy.
+        ValueError: Naming argument, value and remedy.
     """
     x = t.x
     _check_activation("x", x.shape, x.dtype)
@@ -184,12 +184,12 @@ def tf32_is_allowed() -> bool:
 
 
 def signature(tensors: Iterable[Tensor | None]) -> tuple[Any, ...]:
-    """What validation of these tensors depends on, hashable."""
+    """Everything about these tensors that validation depends on, hashable."""
     return tuple([None if t is None else (t.shape, t.dtype, t.device) for t in tensors])
 
 
 def check_conv_values(problem: ConvProblem, t: ConvTensors) -> None:
-    """Checks the numbers in host tensors; does nothing for tensors on a device."""
+    """Raises ValueError for numbers out of range in host tensors; does nothing for tensors on a device."""
     if problem.device.type == "cpu":
         _check_routing_values(problem.batch, problem.num_experts, t.offsets, t.weight_index)
         _check_width_values("in_widths", t.in_widths, problem.in_channels)
@@ -197,14 +197,14 @@ def check_conv_values(problem: ConvProblem, t: ConvTensors) -> None:
 
 
 def check_norm_values(problem: NormProblem, t: NormTensors) -> None:
-    """Checks the numbers in host tensors; does nothing for tensors on a device."""
+    """Raises ValueError for numbers out of range in host tensors; does nothing for tensors on a device."""
     if problem.device.type == "cpu":
         _check_routing_values(problem.batch, problem.num_experts, t.offsets, t.weight_index)
         _check_width_values("widths", t.widths, problem.channels, problem.channels_per_group)
 
 
 def _check_routing_values(batch: int, num_experts: int, offsets: Tensor, weight_index: Tensor) -> None:
-    """Offsets rise from 0 to B, and every expert named exists."""
+    """Raises ValueError unless offsets rise from 0 to B and every expert exists."""
     values = offsets.tolist()
     if values[0] != 0 or values[-1] != batch or (values != sorted(values)):
         raise invalid("plan", f"offsets {values}", f"the plan of this batch, of {batch} samples")
@@ -215,7 +215,7 @@ def _check_routing_values(batch: int, num_experts: int, offsets: Tensor, weight_
 
 
 def _check_width_values(name: str, widths: Tensor | None, channels: int, step: int = 1) -> None:
-    """0 <= width <= channels, each a multiple of `step`."""
+    """Raises ValueError unless 0 <= width <= channels and each is a multiple of `step`."""
     if widths is None:
         return
     values = widths.tolist()
@@ -256,7 +256,7 @@ def _check_shaped(name: str, tensor: Tensor, shape: tuple[int, ...], x: Tensor) 
 
 
 def _check_routing(offsets: Tensor, weight_index: Tensor, x: Tensor) -> int:
-    """Returns N."""
+    """Checks what a plan holds and returns N."""
     if weight_index.dim() != 1 or weight_index.shape[0] < 1 or weight_index.dtype != torch.int32:
         raise invalid("weight_index", _describe(weight_index), "int32 of shape (N,)")
     groups = weight_index.shape[0]

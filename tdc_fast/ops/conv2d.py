@@ -39,18 +39,18 @@ def routed_conv2d(
     torch.autocast all but fp64 ones are cast, as torch's own convolution does; that includes the residual, so a
     residual stream fused here is in the low precision. Differentiable once.
 
-    Widths make channels dead. Dead inputs are not read; dead outputs are exact zeros whatever the other arguments hold.
-    Gradients of everything dead are exact zeros.
+    Channels past a group's width are dead: dead inputs are not read, dead outputs are exact zeros whatever the other
+    arguments hold, and gradients of everything dead are exact zeros.
 
     Args:
         x: (B, C_in, H, W), any strides (channels_last is free, others are copied).
         weight: (E, C_out, C_in, R, S).
         bias: (E, C_out) or None.
-        plan: the plan that sorted the batch.
-        stride: at least 1, one number or (height, width).
-        padding: at least 0, one number or (height, width).
-        in_widths: int32 (N,), live input channels of each group, from 0 to all; None is all. Numbers outside the range
-            are an error on the CPU only.
+        plan: The plan that sorted the batch.
+        stride: At least 1; one number or (height, width).
+        padding: At least 0; one number or (height, width).
+        in_widths: int32 (N,), live input channels of each group, from 0 to all; None is all. Only the CPU raises for
+            numbers outside this range.
         out_widths: int32 (N,), live output channels of each group, likewise.
         sample_bias: (B, C_out) or None.
         residual: (B, C_out, OH, OW) or None.
@@ -60,7 +60,7 @@ def routed_conv2d(
         (B, C_out, OH, OW) in channels_last memory, OH = (H + 2 padding - R) // stride + 1.
 
     Raises:
-        ValueError: naming argument, value and remedy.
+        ValueError: Naming argument, value and remedy.
     """
     require_backend_name(backend)
     arguments = _arguments(x, weight, bias, plan, stride, padding, in_widths, out_widths, sample_bias, residual)
@@ -79,7 +79,7 @@ def _arguments(
     sample_bias: Tensor | None,
     residual: Tensor | None,
 ) -> tuple[Any, ...]:
-    """What the registered operator takes, in its order; ValueError for an argument of another type than it has."""
+    """The arguments of the registered operator, in its order; ValueError for one of the wrong type."""
     require_tensors(
         _OPTIONAL,
         x=x,

@@ -25,7 +25,7 @@ _SETTINGS_SCHEMA = "int[2] stride, int[2] padding"
 
 
 def _tensors(args: tuple[Any, ...]) -> ConvTensors:
-    """From the first arguments of the forward's schema."""
+    """The tensors, which come first in the forward's schema."""
     x, weight, bias, sample_bias, residual, offsets, tiles, weight_index, in_widths, out_widths = args
     return ConvTensors(x, weight, offsets, tiles, weight_index, in_widths, out_widths, bias, sample_bias, residual)
 
@@ -39,7 +39,7 @@ def _tensors_of_wgrad(x: Tensor, weight: Tensor, offsets: Tensor, *routing: Any)
 
 
 def _pair(values: Sequence[int]) -> tuple[int, int]:
-    """The dispatcher hands lists of ints over as lists; a problem is hashable."""
+    """The dispatcher passes lists of ints as lists; a problem must be hashable."""
     return values[0], values[1]
 
 
@@ -62,7 +62,7 @@ def _choose(
 
 
 def _run(kernel: Callable[..., Any], problem: ConvProblem, t: ConvTensors, *args: Any) -> Any:
-    """Backends check the numbers that they index with; when one refuses them, our error says more."""
+    """Runs a backend's function. Backends check the numbers that they index with; our own error says more."""
     try:
         return kernel(problem, *args)
     except ValueError:
@@ -71,7 +71,7 @@ def _run(kernel: Callable[..., Any], problem: ConvProblem, t: ConvTensors, *args
 
 
 def forward_problem(*args: Any) -> ConvProblem:
-    """The problem of the forward's arguments, `backend` excepted; ValueError for what the forward would refuse."""
+    """The problem of the forward's arguments but `backend`; raises the ValueErrors that the forward would raise."""
     t = _tensors(args[:-2])
     problem = conv_problem("routed_conv2d", t, *args[-2:])
     check_conv_values(problem, t)

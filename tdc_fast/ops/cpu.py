@@ -1,7 +1,7 @@
-"""The `cpu` backend: hands addresses to the native kernels of tdc_fast._native.
+"""The `cpu` backend: passes addresses to the native kernels of tdc_fast._native.
 
-fp32 and bf16 in host memory. Shapes have been checked before they come here; the numbers inside offsets, weight_index
-and widths are checked by native code before it indexes with them (it raises ValueError).
+fp32 and bf16 in host memory. The caller has checked shapes; native code checks the numbers in offsets, weight_index and
+widths before it indexes with them, and raises ValueError.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _NHWC = torch.channels_last
 
 
 def supports(problem: Problem) -> str | None:
-    """None, or why not."""
+    """None where the backend serves the problem, else the reason why not."""
     if native.module is None:
         return native.why_missing
     if problem.device.type != "cpu":
@@ -39,7 +39,11 @@ def supports(problem: Problem) -> str | None:
 
 
 def routing_plan(groups: Tensor, num_groups: int) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Stable counting sort. Returns order, inverse, offsets and the first sample with a bad group, or -1."""
+    """Stable counting sort.
+
+    Returns:
+        order (B,), inverse (B,), offsets (N + 1,), and the first sample whose group is out of range, or -1.
+    """
     groups = groups.contiguous()
     batch = groups.shape[0]
     order = torch.empty(batch, dtype=torch.int64)
@@ -87,7 +91,7 @@ def _geometry(p: ConvProblem, weight_strides: tuple[int, ...]) -> dict[str, Any]
 
 
 def conv2d(p: ConvProblem, t: ConvTensors) -> Tensor:
-    """y (B, C_out, OH, OW), channels_last."""
+    """Returns y (B, C_out, OH, OW), channels_last."""
     y = torch.empty((p.batch, p.out_channels, p.out_height, p.out_width), dtype=p.dtype, memory_format=_NHWC)
     if p.batch == 0:
         check_conv_values(p, t)
@@ -110,7 +114,7 @@ def conv2d(p: ConvProblem, t: ConvTensors) -> Tensor:
 
 
 def conv2d_dgrad(p: ConvProblem, dy: Tensor, t: ConvTensors) -> Tensor:
-    """dx (B, C_in, H, W), channels_last."""
+    """Returns dx (B, C_in, H, W), channels_last."""
     dx = torch.empty((p.batch, p.in_channels, p.height, p.width), dtype=p.dtype, memory_format=_NHWC)
     if p.batch == 0:
         check_conv_values(p, t)
@@ -129,7 +133,7 @@ def conv2d_dgrad(p: ConvProblem, dy: Tensor, t: ConvTensors) -> Tensor:
 def conv2d_wgrad(
     p: ConvProblem, dy: Tensor, t: ConvTensors, mask: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dweight in the strides of weight, dbias (E, C_out), dsample_bias (B, C_out); None where not in the mask."""
+    """Returns dweight in the strides of weight, dbias (E, C_out), dsample_bias (B, C_out); None where unmasked."""
     make = torch.zeros if p.batch == 0 else torch.empty
     dweight = None
     if mask[0]:
@@ -153,7 +157,7 @@ def conv2d_wgrad(
 
 
 def _norm_arguments(p: NormProblem, t: NormTensors) -> dict[str, Any]:
-    """What forward and backward have in common."""
+    """The arguments that forward and backward share."""
     return {
         "x": t.x.data_ptr(),
         "weight": t.weight.data_ptr(),
@@ -178,7 +182,7 @@ def _norm_arguments(p: NormProblem, t: NormTensors) -> dict[str, Any]:
 
 
 def group_norm(p: NormProblem, t: NormTensors) -> tuple[Tensor, Tensor, Tensor]:
-    """y (B, C, H, W), channels_last; mean and rstd (B, norm groups) fp32."""
+    """Returns y (B, C, H, W), channels_last; mean and rstd (B, norm groups) fp32."""
     y = torch.empty((p.batch, p.channels, p.height, p.width), dtype=p.dtype, memory_format=_NHWC)
     mean = torch.empty((p.batch, p.num_norm_groups), dtype=torch.float32)
     rstd = torch.empty((p.batch, p.num_norm_groups), dtype=torch.float32)
@@ -200,7 +204,7 @@ def group_norm_backward(
     t: NormTensors,
     mask: tuple[bool, bool, bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """dx (B, C, H, W), channels_last; dweight, dbias (E, C); dscale, dshift (B, C); None where not in the mask."""
+    """Returns dx (B, C, H, W), channels_last; dweight, dbias (E, C); dscale, dshift (B, C); None where unmasked."""
     shapes = ((p.num_experts, p.channels),) * 2 + ((p.batch, p.channels),) * 2
     make = torch.zeros if p.batch == 0 else torch.empty
     small = [make(s, dtype=p.dtype) if wanted else None for s, wanted in zip(shapes, mask[1:], strict=True)]

@@ -1,8 +1,7 @@
-"""The `cuda` backend: asks the native planners for launches and hands them to what runs kernels on the device.
+"""The `cuda` backend: asks the native planners for launches and passes them to the launcher of the device.
 
-Convolutions in bf16, fp16 and tf32, group norms, the routing plan. Shapes have been checked before they come here; the
-numbers inside offsets, tiles, weight_index and widths live on the device, where the kernels clamp them. Nothing here
-waits for the device.
+Convolutions in bf16, fp16 and tf32, group norms, the routing plan. The caller has checked shapes; the numbers in
+offsets, tiles, weight_index and widths stay on the device, where kernels clamp them. Nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def supports(problem: Problem) -> str | None:
-    """None, or why not."""
+    """None where the backend serves the problem, else the reason why not."""
     if not serves(problem.device):
         return f"its tensors live on a CUDA device, not on {problem.device}"
     if problem.dtype not in _DTYPE_CODES:
@@ -62,13 +61,13 @@ def _run(planner: Any, device: torch.device, arguments: dict[str, Any]) -> None:
 
 
 def _workspace(measure: Any, device: torch.device, arguments: dict[str, Any]) -> Tensor | None:
-    """Scratch memory that the launches of these arguments want; None for none."""
+    """Scratch memory for the launches of these arguments; None where they need none."""
     size = measure(**arguments, device=device_facts(device))
     return torch.empty(size, dtype=torch.uint8, device=device) if size else None
 
 
 def _ready(t: ConvTensors) -> ConvTensors:
-    """Memory as convolutions read it: in vectors of 16 bytes, but for index lists and, in wgrad, the weight."""
+    """Returns the tensors in dense memory, aligned for 16-byte loads (index lists and the weight are left as is)."""
     return type(t)._make([x if x is None or x.dim() in (1, 5) else aligned(x) for x in dense(t)])
 
 
@@ -77,9 +76,15 @@ def _empty_image(like: Tensor, *shape: int) -> Tensor:
 
 
 def routing_plan(groups: Tensor, num_groups: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None:
-    """(order, inverse, offsets, sorted groups, tiles) in one launch, or None where no kernel can do that.
+    """The routing plan in one launch.
 
-    groups: int64 (B,). An id out of range stops the kernel; it shows at the next call that waits for the device.
+    Args:
+        groups: int64 (B,). An id out of range stops the kernel; the error appears at the next call that waits for the
+            device.
+        num_groups: N.
+
+    Returns:
+        order, inverse, offsets, sorted groups and tiles, or None where no kernel serves.
     """
     launcher, _ = launcher_for(groups.device)
     if launcher is None:
@@ -136,7 +141,7 @@ def _geometry(p: ConvProblem) -> dict[str, Any]:
 
 
 def conv2d(p: ConvProblem, t: ConvTensors) -> Tensor:
-    """y (B, C_out, OH, OW), channels_last."""
+    """Returns y (B, C_out, OH, OW), channels_last."""
     y = _empty_image(t.x, p.batch, p.out_channels, p.out_height, p.out_width)
     if p.batch == 0:
         return y
@@ -147,7 +152,7 @@ def conv2d(p: ConvProblem, t: ConvTensors) -> Tensor:
 
 
 def conv2d_dgrad(p: ConvProblem, dy: Tensor, t: ConvTensors) -> Tensor:
-    """dx (B, C_in, H, W), channels_last."""
+    """Returns dx (B, C_in, H, W), channels_last."""
     dx = _empty_image(dy, p.batch, p.in_channels, p.height, p.width)
     if p.batch == 0:
         return dx
@@ -165,7 +170,7 @@ def conv2d_dgrad(p: ConvProblem, dy: Tensor, t: ConvTensors) -> Tensor:
 
 
 def _tiled(p: ConvProblem, t: ConvTensors) -> ConvTensors:
-    """The tensors in memory as the forward and dgrad read it, with a tile table."""
+    """Returns the tensors in the memory order that the forward and dgrad read, with a tile table."""
     weight, tiles = aligned(channel_innermost(t.weight)), tiles_of(t.tiles, t.offsets, p.batch)
     return _ready(t._replace(weight=weight, tiles=tiles))
 
@@ -173,9 +178,9 @@ def _tiled(p: ConvProblem, t: ConvTensors) -> ConvTensors:
 def conv2d_wgrad(
     p: ConvProblem, dy: Tensor, t: ConvTensors, mask: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dweight in the strides of weight, dbias (E, C_out), dsample_bias (B, C_out); None where not in the mask.
+    """Returns dweight in the strides of weight, dbias (E, C_out), dsample_bias (B, C_out); None where unmasked.
 
-    Where weight is not channel-innermost, dweight is written so and copied into the strides of weight.
+    The kernel writes dweight channel-innermost; where weight has other strides, it is copied into those.
     """
     make = torch.zeros if p.batch == 0 else torch.empty
     dweight = None
@@ -222,7 +227,7 @@ def _norm_sizes(p: NormProblem) -> dict[str, Any]:
 
 
 def _norm_memory(p: NormProblem, t: NormTensors) -> tuple[NormTensors, dict[str, Any]]:
-    """The tensors in memory as kernels read it, and the arguments that forward and backward share."""
+    """Returns the tensors in the memory order that kernels read, and the arguments that forward and backward share."""
     scale, shift = _rows(t.scale), _rows(t.shift)
     t = t._replace(x=aligned(nhwc(t.x)), scale=None, shift=None)
     t = dense(t)._replace(scale=scale, shift=shift)
@@ -234,12 +239,12 @@ def _norm_memory(p: NormProblem, t: NormTensors) -> tuple[NormTensors, dict[str,
 
 
 def _rows(tensor: Tensor | None) -> Tensor | None:
-    """(B, C) whose rows are dense: scale and shift are mostly the halves of one (B, 2 C), which need no copy."""
+    """Returns (B, C) with dense rows: scale and shift are mostly halves of one (B, 2 C), which need no copy."""
     return tensor if tensor is None or tensor.stride(1) == 1 else tensor.contiguous()
 
 
 def group_norm(p: NormProblem, t: NormTensors) -> tuple[Tensor, Tensor, Tensor]:
-    """y (B, C, H, W), channels_last; mean and rstd (B, norm groups) fp32."""
+    """Returns y (B, C, H, W), channels_last; mean and rstd (B, norm groups) fp32."""
     y = _empty_image(t.x, p.batch, p.channels, p.height, p.width)
     mean = torch.empty((p.batch, p.num_norm_groups), dtype=torch.float32, device=t.x.device)
     rstd = torch.empty_like(mean)
@@ -261,7 +266,7 @@ def group_norm_backward(
     t: NormTensors,
     mask: tuple[bool, bool, bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """dx (B, C, H, W), channels_last; dweight, dbias (E, C); dscale, dshift (B, C); None where not in the mask."""
+    """Returns dx (B, C, H, W), channels_last; dweight, dbias (E, C); dscale, dshift (B, C); None where unmasked."""
     shapes = ((p.num_experts, p.channels),) * 2 + ((p.batch, p.channels),) * 2
     make = torch.zeros if p.batch == 0 else torch.empty
     dweight, dbias, dscale, dshift = (

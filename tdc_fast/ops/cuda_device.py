@@ -11,15 +11,19 @@ Facts = tuple[int, int, int]  # compute capability * 10, number of SMs, bytes of
 
 
 class Launcher(Protocol):
-    """Runs kernels on a device."""
+    """Runs kernels on a device: what `cuda_launch.use_launcher` takes."""
 
     name: str
 
     def device_facts(self, device: torch.device) -> Facts:
-        """What planners are told about a device."""
+        """The facts of a device, which planners choose tiles by."""
 
     def run(self, launches: Sequence[Any], device: torch.device) -> None:
-        """Starts the launches in order on torch's current stream. RuntimeError names the kernel and the shapes."""
+        """Starts the launches in order on torch's current stream.
+
+        Raises:
+            RuntimeError: Naming the kernel and the shapes.
+        """
 
 
 def device_index(device: torch.device) -> int:
@@ -31,7 +35,7 @@ _facts: dict[int, Facts] = {}
 
 
 def device_facts(device: torch.device) -> Facts:
-    """The facts of a CUDA device, asked of torch once."""
+    """The facts of a CUDA device, as torch reports them."""
     index = device_index(device)
     if index not in _facts:
         found = torch.cuda.get_device_properties(index)

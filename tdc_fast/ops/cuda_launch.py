@@ -1,7 +1,7 @@
-"""Which launcher serves a device, and launching through it.
+"""Chooses the launcher of a device and launches through it.
 
 `Native` runs the kernels that nvcc built into tdc_fast._native; `Nvrtc` compiles the same sources on the machine that
-has the GPU; tests inject an emulator. No GPU is touched before a problem on one comes.
+has the GPU; tests inject an emulator. No GPU is initialised before the first call with tensors on one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _launchers: dict[int, tuple[Launcher | None, str]] = {}
 
 @contextmanager
 def use_launcher(launcher: Launcher) -> Iterator[None]:
-    """Within the block this launcher runs every kernel, also for tensors in host memory: how tests run an emulator."""
+    """Within the block this launcher runs every kernel, also for tensors in host memory: tests run the emulator so."""
     global _injected
     before, _injected = _injected, launcher
     backends.forget()
@@ -35,7 +35,7 @@ def use_launcher(launcher: Launcher) -> Iterator[None]:
 
 
 def serves(device: torch.device) -> bool:
-    """Whether a device is of the kind that launchers run on; host memory is, while a test injects a launcher."""
+    """Whether kernels can run on devices of this type: on CUDA devices, and on any while a launcher is injected."""
     return device.type == "cuda" or _injected is not None
 
 
@@ -43,7 +43,7 @@ def launcher_for(device: torch.device) -> tuple[Launcher | None, str]:
     """What runs kernels on a device, or None and why nothing does."""
     if _injected is not None:
         return _injected, ""
-    if device.type == "cuda" and device.index in _launchers:  # on the way of every launch
+    if device.type == "cuda" and device.index in _launchers:  # the fast path of every launch
         return _launchers[device.index]
     if native.module is None:
         return None, native.why_missing
@@ -83,11 +83,15 @@ def launch(launches: Sequence[Any], device: torch.device) -> None:
     The addresses in them must stay valid until torch would reuse the memory, as for torch's own kernels.
 
     Raises:
-        RuntimeError: a launch failed (the message names it), or nothing can launch on the device.
+        RuntimeError: A launch failed (the message names it), or nothing can launch on the device.
     """
     _require(device).run(launches, device)
 
 
 def device_facts(device: torch.device) -> Facts:
-    """The facts of a device, as planners take them. RuntimeError where nothing can launch on it."""
+    """The facts of a device, which planners choose tiles by.
+
+    Raises:
+        RuntimeError: Nothing can launch on the device.
+    """
     return _require(device).device_facts(device)

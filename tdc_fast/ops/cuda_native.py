@@ -18,7 +18,7 @@ class Native:
     name = "native"
 
     def device_facts(self, device: torch.device) -> Facts:
-        """What planners are told about a device."""
+        """The facts of a device, which planners choose tiles by."""
         return device_facts(device)
 
     def run(self, launches: Sequence[Any], device: torch.device) -> None:
@@ -43,12 +43,12 @@ def unavailable(arch: int) -> str | None:
 def build_covers(architectures: str, arch: int) -> bool:
     """Whether a build runs on compute capability `arch` (86 for 8.6).
 
-    Machine code runs on the same major version from its minor one on, that of an "a" architecture on itself only;
-    PTX ("-virtual") runs on everything from there on.
+    Machine code runs on devices of the same major version and the same or a later minor version; that of an "a"
+    architecture runs on this architecture only. PTX ("-virtual") runs on the same and all later versions.
 
     Args:
         architectures: CMake's list, such as "80-real 90a-real 100-virtual".
-        arch: the device's compute capability * 10.
+        arch: Compute capability * 10 of the device.
     """
     for text in architectures.split():
         parts = re.fullmatch(r"(\d+)([af]?)(?:-(real|virtual))?", text)

@@ -1,8 +1,8 @@
-"""CUDA kernels compiled on the spot: the shipped sources through NVRTC, for a machine with a GPU and without nvcc.
+"""CUDA kernels compiled at run time: the shipped sources through NVRTC, for a machine with a GPU but no nvcc.
 
 A family of kernels is compiled at its first use (some seconds) and kept in a cache on disk, TDC_FAST_CACHE or
-~/.cache/tdc_fast, by the hash of its sources and options, the architecture and the compiler's version. cupy brings the
-bindings of NVRTC and of the driver; compiling asks for neither a GPU nor a driver.
+~/.cache/tdc_fast, under the hash of its sources and options, the architecture and the compiler's version. cupy has the
+bindings of NVRTC and of the driver; compiling needs neither a GPU nor a driver.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 def cache_directory() -> Path:
-    """TDC_FAST_CACHE, else ~/.cache/tdc_fast."""
+    """The folder of compiled kernels: TDC_FAST_CACHE, else ~/.cache/tdc_fast."""
     given = os.environ.get(CACHE_VARIABLE)
     return Path(given) if given else Path.home() / ".cache" / "tdc_fast"
 
 
 def target(arch: int) -> str:
-    """NVRTC's name of an architecture: compute capability 9.0 with the instructions that only it has."""
+    """NVRTC's name of an architecture; for compute capability 9.0, with the instructions specific to it."""
     return "sm_90a" if arch == 90 else f"sm_{arch}"
 
 
@@ -57,9 +57,10 @@ def unavailable(arch: int) -> str | None:
 
 
 def compile_family(family: str, arch_name: str, options: Sequence[str] = ()) -> tuple[bytes, str]:
-    """(cubin, compiler's log) of a family for an architecture such as "sm_90a".
+    """Compiles a family for an architecture such as "sm_90a"; returns the cubin and the compiler's log.
 
-    Raises RuntimeError with the family, its kernels and the compiler's log.
+    Raises:
+        RuntimeError: With the kernels of the family and the compiler's log.
     """
     from cupy_backends.cuda.libs import nvrtc
 
@@ -80,7 +81,7 @@ def compile_family(family: str, arch_name: str, options: Sequence[str] = ()) -> 
 
 
 def cache_path(family: str, arch_name: str) -> Path:
-    """Where the cubin of a family belongs: the name holds all that decides its content."""
+    """The path of a family's cubin in the cache. Its name is a hash of everything that determines the content."""
     from cupy_backends.cuda.libs import nvrtc
 
     digest = hashlib.sha256(repr((nvrtc.getVersion(), arch_name, _OPTIONS)).encode())
@@ -90,7 +91,7 @@ def cache_path(family: str, arch_name: str) -> Path:
 
 
 def cubin_of(family: str, arch_name: str) -> bytes:
-    """The cubin, from the cache or compiled and put there. A damaged entry is compiled again."""
+    """The cubin from the cache, or compiled and added to it. A damaged entry is compiled again."""
     path = cache_path(family, arch_name)
     found = _read_entry(path)
     if found is not None:
@@ -110,7 +111,7 @@ def cubin_of(family: str, arch_name: str) -> bytes:
 
 
 def _read_entry(path: Path) -> bytes | None:
-    """The cubin of an entry: a sha256, then what it is the sum of. None where that does not hold."""
+    """The cubin of a cache entry (its sha256, then the cubin); None where it is missing or damaged."""
     try:
         entry = path.read_bytes()
     except OSError:
@@ -125,7 +126,7 @@ def _family_of() -> dict[str, str]:
 
 
 class Nvrtc:
-    """Runs kernels that NVRTC compiled, through the driver; modules stay loaded per device."""
+    """Runs kernels that NVRTC compiled, through the driver; modules stay loaded on each device."""
 
     name = "nvrtc"
 
@@ -136,9 +137,11 @@ class Nvrtc:
         self._lock = threading.Lock()
 
     def device_facts(self, device: torch.device) -> Facts:
+        """The facts of a device, which planners choose tiles by."""
         return device_facts(device)
 
     def run(self, launches: Sequence[Any], device: torch.device) -> None:
+        """Starts the launches in order on torch's current stream."""
         from cupy_backends.cuda.api import driver
 
         index = device_index(device)
@@ -162,7 +165,7 @@ class Nvrtc:
                 module = self._module(index, device, launch, driver)
                 function = _checked(launch, "cuModuleGetFunction", driver.moduleGetFunction, module, launch.kernel)
                 self._functions[index, launch.kernel] = function
-        # Without asking there are 48 KB less what the kernel itself declares.
+        # By default a block gets 48 KB, minus what the kernel declares statically.
         if launch.shared_bytes > self._shared.get(function, 0):
             attribute = driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             _checked(launch, "cuFuncSetAttribute", driver.funcSetAttribute, function, attribute, launch.shared_bytes)
@@ -182,7 +185,7 @@ class Nvrtc:
 
 
 def describe(launch: Any) -> str:
-    """A launch as error messages show it."""
+    """Describes a launch for error messages."""
     return (
         f"kernel {launch.kernel}, grid {tuple(launch.grid)}, {launch.threads} threads, {launch.shared_bytes} bytes of "
         f"dynamic shared memory, for {launch.shapes}"
@@ -194,6 +197,6 @@ def _checked(launch: Any, call: str, function: Any, *args: Any) -> Any:
         return function(*args)
     except Exception as error:  # the driver's error in cupy's own class
         raise RuntimeError(
-            f"{call} failed: {error}; {describe(launch)}; or an earlier kernel, whose error shows only now: "
-            "CUDA_LAUNCH_BLOCKING=1 tells"
+            f"{call} failed: {error}; {describe(launch)}; or an earlier kernel failed and the error appears only now: "
+            "set CUDA_LAUNCH_BLOCKING=1 to find out"
         ) from error

@@ -1,7 +1,7 @@
 """FLOPs of the routed operators for torch's FlopCounterMode, counted over live widths.
 
-Two per multiply-add, as torch counts a convolution: twice n_g * OH * OW * R * S * live_in_g * live_out_g summed over
-the groups, the same for forward, dgrad and wgrad. The group norm has no formula, as torch's own has none. Widths that
+Two per multiply-add, as torch counts a convolution: twice n_g * OH * OW * R * S * live_in_g * live_out_g, summed over
+the groups; the same for forward, dgrad and wgrad. The group norm has no formula, nor has torch's own. Widths that
 cannot be read (fake tensors) count as full.
 """
 
@@ -32,7 +32,7 @@ def _convolution(
     in_widths: Tensor | None,
     out_widths: Tensor | None,
 ) -> int:
-    """output: (B, C_out, OH, OW) of the forward."""
+    """FLOPs of one pass, where the forward's output has shape `output`, (B, C_out, OH, OW)."""
     _, out_channels, in_channels, rows, columns = weight.shape
     per_pair = 2 * output[2] * output[3] * rows * columns  # of one sample, one input and one output channel
     groups = offsets.shape[0] - 1
@@ -81,9 +81,9 @@ def _register_now(counter: ModuleType) -> None:
 
 
 class _AfterImport(MetaPathFinder, Loader):
-    """Registers the formulas right after someone imports the flop counter.
+    """Registers the formulas right after the flop counter is imported for the first time.
 
-    Importing it here would bring in triton, which takes longer than this whole package.
+    Importing it here would import triton, which takes longer than importing this whole package.
     """
 
     def __init__(self) -> None:

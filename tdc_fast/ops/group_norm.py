@@ -29,25 +29,25 @@ def routed_group_norm(
     activation: str | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Group norm with the affine of every sample's expert, then the sample's own scale and shift, then SiLU.
+    """Group norm with the affine of each sample's expert, then the sample's own scale and shift, then SiLU.
 
     y[b] = act((norm(x[b]) * weight[e(b)] + bias[e(b)]) * (1 + scale[b]) + shift[b]); samples are sorted by `plan`.
 
     All floating arguments have the dtype of x: fp32, bf16, fp16 or fp64. Statistics are in fp32 (fp64 for fp64), per
     sample over C // num_groups channels. Under torch.autocast the dtype of x stays as it is and the other arguments
-    follow it: the statistics are in fp32 anyway, and what comes next casts back to the low precision. Differentiable
+    follow it: the statistics are in fp32 anyway, and the next layer casts back to the low precision. Differentiable
     once.
 
     Args:
         x: (B, C, H, W), any strides.
         weight: (E, C).
         bias: (E, C).
-        plan: the plan that sorted the batch.
-        num_groups: norm groups of the full width; must divide C.
-        eps: added to the variance.
+        plan: The plan that sorted the batch.
+        num_groups: Norm groups of the full width; must divide C.
+        eps: Added to the variance.
         widths: int32 (N,), live channels of each routing group, multiples of C // num_groups, so that the statistics of
-            what is kept do not change; None is all. Dead channels are not read, come out as exact zeros, and have
-            gradients of exact zero.
+            the norm groups that are kept do not change; None is all. Dead channels are not read; their results and
+            gradients are exact zeros.
         scale: (B, C) or None.
         shift: (B, C) or None.
         activation: None or "silu".
@@ -57,7 +57,7 @@ def routed_group_norm(
         (B, C, H, W) in channels_last memory.
 
     Raises:
-        ValueError: naming argument, value and remedy.
+        ValueError: Naming argument, value and remedy.
     """
     require_backend_name(backend)
     arguments = _arguments(x, weight, bias, plan, num_groups, eps, widths, scale, shift, activation)
@@ -77,7 +77,7 @@ def _arguments(
     shift: Tensor | None,
     activation: str | None,
 ) -> tuple[Any, ...]:
-    """What the registered operator takes, in its order; ValueError for an argument of another type than it has."""
+    """The arguments of the registered operator, in its order; ValueError for one of the wrong type."""
     require_tensors(
         ("widths", "scale", "shift"), x=x, weight=weight, bias=bias, widths=widths, scale=scale, shift=shift
     )

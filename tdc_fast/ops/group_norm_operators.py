@@ -20,13 +20,13 @@ _SETTINGS_SCHEMA = "int num_groups, float eps, bool silu"
 
 
 def _tensors(args: tuple[Any, ...]) -> NormTensors:
-    """From the first arguments of the forward's schema."""
+    """The tensors, which come first in the forward's schema."""
     x, weight, bias, scale, shift, offsets, weight_index, widths = args
     return NormTensors(x, weight, bias, offsets, weight_index, widths, scale, shift)
 
 
 def forward_problem(*args: Any) -> NormProblem:
-    """The problem of the forward's arguments, `backend` excepted; ValueError for what the forward would refuse."""
+    """The problem of the forward's arguments but `backend`; raises the ValueErrors that the forward would raise."""
     t = _tensors(args[:-3])
     problem = norm_problem("routed_group_norm", t, *args[-3:])
     check_norm_values(problem, t)

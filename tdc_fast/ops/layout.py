@@ -1,4 +1,4 @@
-"""Memory orders that GPU kernels ask for: NHWC activations, channel-innermost weights, 16-byte aligned addresses."""
+"""Memory orders that kernels require: NHWC activations, channel-innermost weights, 16-byte aligned addresses."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _ALIGNMENT = 16  # bytes: of one vector load, and of a TMA address
 
 
 def channel_innermost(weight: Tensor) -> Tensor:
-    """weight (E, C_out, C_in, R, S) in memory order [E, C_out, R, S, C_in]: itself when it is so already, else a copy.
+    """Returns weight (E, C_out, C_in, R, S) in memory order [E, C_out, R, S, C_in], copied only where necessary.
 
-    The same shape and values either way. 1x1 filters and single input channels are always so.
+    Shape and values do not change. Dense 1x1 filters and single input channels are always in this order.
     """
     if is_channel_innermost(weight):
         return weight
@@ -38,14 +38,13 @@ def empty_channel_innermost(
 
 
 def nhwc(x: Tensor) -> Tensor:
-    """x (B, C, H, W) dense in memory order [B, H, W, C]: itself when it is so already, else a copy."""
+    """Returns x (B, C, H, W) in dense memory of order [B, H, W, C], copied only where necessary."""
     return x.contiguous(memory_format=torch.channels_last)
 
 
 def dense(t: _Tensors) -> _Tensors:
-    """The same tensors in dense memory: images (B, C, H, W) as `nhwc`, weights (E, C_out, C_in, R, S) as they are."""
-    nhwc, rank = torch.channels_last, Tensor.dim  # looked up once: every call of an operator comes here
-    plain = Tensor.contiguous
+    """Returns the same tensors, contiguous: images (B, C, H, W) as `nhwc`, weights (E, C_out, C_in, R, S) unchanged."""
+    nhwc, rank, plain = torch.channels_last, Tensor.dim, Tensor.contiguous  # local names: every operator call runs this
     return type(t)._make(
         [
             x if x is None else plain(x) if (dims := rank(x)) < 4 else plain(x, memory_format=nhwc) if dims == 4 else x
@@ -55,5 +54,5 @@ def dense(t: _Tensors) -> _Tensors:
 
 
 def aligned(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy of a dense one whose first element lies between 16-byte addresses."""
+    """Returns the tensor, or a copy where its address is not a multiple of 16."""
     return tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone()

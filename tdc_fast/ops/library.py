@@ -1,7 +1,7 @@
-"""Registration of operators with torch.library: one place that knows torch's dispatch keys.
+"""Registration of operators with torch.library: the one place that knows torch's dispatch keys.
 
-An operator is registered in four layers, outermost first, each of which calls the same operator again below its own key
-(so that nothing registered is ever nested in something else registered):
+An operator is registered in four layers, outermost first. Each layer calls the same operator again below its own key,
+so that no registered operator is ever called from inside another:
 
     Autocast    casts the arguments (`add_autocast`)
     Autograd    one autograd.Function, or straight through when no gradient is wanted (`add_autograd`)
@@ -29,9 +29,15 @@ _AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | tor
 
 
 def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> torch._ops.OpOverload:
-    """Registers `schema` ("name(Tensor x, ...) -> Tensor") with its implementation and its fake (shapes only).
+    """Registers an operator.
 
-    Returns the overload to call.
+    Args:
+        schema: "name(Tensor x, ...) -> Tensor".
+        implementation: Computes the operator, on any device.
+        fake: Takes the same arguments; returns empty tensors of the right shapes, dtypes and strides.
+
+    Returns:
+        The overload to call.
     """
     name = schema.split("(", 1)[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -49,9 +55,9 @@ def add_autograd(op: torch._ops.OpOverload, save: Callable[..., None], backward:
     """Gives `op` its gradient: one autograd.Function, skipped when no gradient is wanted.
 
     Args:
-        op: what `define` returned.
+        op: What `define` returned.
         save: save(ctx, args, result) keeps in `ctx` what the backward needs.
-        backward: backward(ctx, *grads) returns a gradient or None for each of the arguments of `op`.
+        backward: backward(ctx, *grads) returns a gradient or None for each argument of `op`.
     """
     name = _name(op)
     implementation = _implementations[name]
@@ -60,7 +66,7 @@ def add_autograd(op: torch._ops.OpOverload, save: Callable[..., None], backward:
     tensor = torch.Tensor
 
     def autograd(keys: torch._C.DispatchKeySet, *args: Any) -> Any:
-        # Where no mode or subclass waits below, the second trip through the dispatcher (5 us) has nothing to do.
+        # Without a mode or a tensor subclass, a second trip through the dispatcher would only cost time (5 us).
         direct = (keys & _BELOW_AUTOGRAD).highestPriorityTypeId() in _DEVICE_KEYS
         run = implementation if direct else op
         if is_grad_enabled():
@@ -73,8 +79,8 @@ def add_autograd(op: torch._ops.OpOverload, save: Callable[..., None], backward:
     _library.impl(name, autograd, "Autograd", with_keyset=True)
 
 
-def _function(name: str, save: Callable[..., None], backward: Callable[..., Any]) -> type[torch.autograd.Function]:
-    """A Function of an operator's arguments and, last, of what runs the operator below its Autograd layer."""
+def _function(name: str, save: Callable[..., None], backward: Callable[..., Any]) -> Any:
+    """The Function of an operator: it takes the operator's arguments and, last, the function that runs them."""
 
     def run_and_save(ctx: Any, *args: Any) -> Any:
         *arguments, run = args
@@ -94,7 +100,7 @@ _below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
 def call_in_backward(op: torch._ops.OpOverload, dy: torch.Tensor, *args: Any) -> Any:
-    """op(dy, *args) for the `backward` of a Function, past the dispatcher where nothing waits in it."""
+    """op(dy, *args) for a `backward`; skips the dispatcher unless a mode, a subclass or the profiler needs it."""
     plain = (
         torch._C._len_torch_dispatch_stack() == 0
         and not torch.autograd._profiler_enabled()
@@ -107,9 +113,9 @@ def call_in_backward(op: torch._ops.OpOverload, dy: torch.Tensor, *args: Any) ->
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """For the `backward` of a Function: with create_graph=True it raises, instead of losing terms silently.
+    """Decorates a `backward`: with create_graph=True it raises, instead of losing terms silently.
 
-    (torch's decorator of that name complains only when the incoming gradient itself requires one.)
+    torch's decorator of that name raises only when the incoming gradient itself requires one.
     """
 
     @functools.wraps(backward)
@@ -122,7 +128,7 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def add_autocast(op: torch._ops.OpOverload, cast: Callable[..., tuple[Any, ...]]) -> None:
-    """Under torch.autocast `op` receives `cast(device_type, *args)`."""
+    """Makes `op` receive `cast(device_type, *args)` under torch.autocast."""
 
     def kernel(device_type: str) -> Callable[..., Any]:
         def autocast(*args: Any) -> Any:

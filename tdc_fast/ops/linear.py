@@ -1,4 +1,4 @@
-"""routed_linear: the routed convolution of T tokens seen as an image of T x 1 pixels (views, no copy)."""
+"""routed_linear: the routed convolution of T tokens viewed as an image of T x 1 pixels, without copies."""
 
 from __future__ import annotations
 
@@ -27,8 +27,23 @@ def routed_linear(
 ) -> Tensor:
     """Applies to every sample the linear layer of its group's expert, in one launch.
 
-    x: (B, C_in) or (B, T, C_in). weight: (E, C_out, C_in). bias: (E, C_out). residual: the shape of the result. Returns
-    (B, C_out) or (B, T, C_out), contiguous. Everything else as in `routed_conv2d`.
+    dtypes, autocast, dead channels and gradients are as in `routed_conv2d`.
+
+    Args:
+        x: (B, C_in) or (B, T, C_in).
+        weight: (E, C_out, C_in).
+        bias: (E, C_out) or None.
+        plan: The plan that sorted the batch.
+        in_widths: int32 (N,), live input channels of each group; None is all.
+        out_widths: int32 (N,), live output channels of each group; None is all.
+        residual: Shape of the result, or None.
+        backend: "reference", "cpu", "triton" or "cuda"; None picks the fastest that supports the call.
+
+    Returns:
+        (B, C_out) or (B, T, C_out), contiguous.
+
+    Raises:
+        ValueError: Naming argument, value and remedy.
     """
     _check(x, weight, residual)
     y = routed_conv2d(
@@ -57,7 +72,7 @@ def _check(x: Tensor, weight: Tensor, residual: Tensor | None) -> None:
 
 
 def _as_image(x: Tensor) -> Tensor:
-    """(B, C) -> (B, C, 1, 1); (B, T, C) -> (B, C, T, 1), channels_last when x is contiguous."""
+    """Views (B, C) as (B, C, 1, 1) and (B, T, C) as (B, C, T, 1), channels_last when x is contiguous."""
     return x[:, :, None, None] if x.dim() == 2 else x.transpose(1, 2)[..., None]
 
 

@@ -1,6 +1,6 @@
-"""The native module, `tdc_fast._native`, which a pure-Python install lacks.
+"""Loads the native module, `tdc_fast._native`, which a pure-Python install lacks.
 
-`native.module` is the module, or None; `native.why_missing` then says why, in the words that `explain` shows.
+`native.module` is the module, or None; `native.why_missing` then holds the reason that `explain` shows.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ except ImportError as error:
 
 
 def address(tensor: Tensor | None) -> int:
-    """Where a tensor begins; 0 for none."""
+    """The address of a tensor's first element; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
 
 
 def addresses(tensors: Any) -> dict[str, int]:
-    """The addresses of the fields of a named tuple of tensors, by name."""
+    """The addresses of a named tuple's tensors, by field name."""
     return {name: 0 if t is None else t.data_ptr() for name, t in zip(tensors._fields, tensors, strict=True)}

@@ -1,4 +1,4 @@
-"""Packing experts: channels permuted by every expert's own order and cut to its widths, in one launch on a GPU."""
+"""Packing experts: channels permuted by each expert's own order and cut to its widths, in one launch on a GPU."""
 
 from __future__ import annotations
 
@@ -24,18 +24,25 @@ def pack_channels(
 ) -> Tensor:
     """packed[e, o, i, ...] = source[e, out_order[e, o], in_order[e, i], ...], zero past the widths of expert e.
 
-    source: (E, C_out), (E, C_out, C_in) or (E, C_out, C_in, R, S): a bias or a norm's affine, a linear layer's weight,
-        a convolution's; any strides. E = 1: one base that every expert is cut from.
-    out_order: int32 (E, C_out'), the source channel of every packed one; None is the identity. What it holds past the
-        width of an expert does not matter.
-    in_order: int32 (E, C_in') likewise; None for a source without input channels.
-    out_widths, in_widths: int32 (E,), live channels of every expert; None is all.
-    out: where to write, of the result's shape and dtype, in any memory order; None makes a dense tensor.
-    Returns (E, C_out', C_in', ...). Not differentiable.
+    On a GPU this is one launch, and the host does not wait for it; an order's entry outside the source stops the
+    kernel, and the error appears at the next call that waits. On the CPU, and where no kernel serves, it is a gather in
+    torch. Not differentiable.
 
-    On a GPU this is one launch that does not wait for the host; an entry of an order outside the source stops it, which
-    shows at the next call that waits. On the CPU, and where no kernel serves, it is a gather in torch.
-    Raises ValueError for shapes, dtypes or devices that do not fit.
+    Args:
+        source: (E, C_out), (E, C_out, C_in) or (E, C_out, C_in, R, S), any strides: a bias or a norm's affine, a linear
+            layer's weight, a convolution's weight. With E = 1, every expert is cut from this one base.
+        out_order: int32 (E, C_out'), the source channel of each packed channel; None is the identity. Entries past the
+            width of an expert do not matter.
+        in_order: int32 (E, C_in'), likewise; None for a source without input channels.
+        out_widths: int32 (E,), live output channels of each expert; None is all.
+        in_widths: int32 (E,), live input channels of each expert; None is all.
+        out: Where to write, of the result's shape and dtype, in any memory order; None makes a dense tensor.
+
+    Returns:
+        (E, C_out', C_in', ...).
+
+    Raises:
+        ValueError: Shapes, dtypes or devices do not fit.
     """
     orders = {"out_order": out_order, "in_order": in_order}
     widths = {"out_widths": out_widths, "in_widths": in_widths}
@@ -56,7 +63,7 @@ def pack_channels(
 
 
 def _check_experts(source: Tensor, per_expert: dict[str, Tensor | None]) -> int:
-    """E, which everything given per expert agrees on."""
+    """Checks that everything given per expert is of the same number of experts, and returns it."""
     if source.dim() not in (2, 3, 5):
         raise invalid("source", tuple(source.shape), "shape (E, C_out), (E, C_out, C_in) or (E, C_out, C_in, R, S)")
     experts = source.shape[0]
@@ -84,7 +91,7 @@ def _launch(
     out_widths: Tensor | None,
     in_widths: Tensor | None,
 ) -> bool:
-    """Whether a kernel did it."""
+    """Packs with a kernel; returns False where none serves."""
     device = source.device
     launcher, _ = cuda_launch.launcher_for(device)
     if launcher is None or source.element_size() not in _ELEMENT_SIZES or out.numel() == 0:
@@ -126,7 +133,7 @@ def _launch(
 
 
 def _taps(weight: Tensor) -> tuple[int, int] | None:
-    """(number of filter taps, elements between neighbouring ones); None where they are not evenly spaced."""
+    """The number of filter taps and the elements between neighbours; None where these are not evenly spaced."""
     if weight.dim() < 5:
         return 1, 1
     rows, columns = weight.shape[3:]
@@ -145,7 +152,7 @@ def _gather(
     out_widths: Tensor | None,
     in_widths: Tensor | None,
 ) -> Tensor:
-    """The same by indexing."""
+    """Packs by indexing, in torch."""
     packed = source.expand(shape[0], *source.shape[1:])
     for dim, order, widths in ((1, out_order, out_widths), (2, in_order, in_widths)):
         if dim >= source.dim():
@@ -164,7 +171,7 @@ def _gather(
 
 
 def _on_axis(per_expert: Tensor, dim: int, dims: int) -> Tensor:
-    """(E, channels) with its channels on axis `dim` of `dims`, ones elsewhere."""
+    """Views (E, channels) as `dims` axes, with the channels on axis `dim` and ones elsewhere."""
     shape = [1] * dims
     shape[0], shape[dim] = per_expert.shape
     return per_expert.view(shape)

@@ -1,8 +1,8 @@
 """RoutingPlan and its operators: a stable counting sort of the samples of a batch by group.
 
 `tdc_fast::routing_plan(groups, num_groups) -> (order, inverse, offsets, sorted_groups, tiles)` and
-`tdc_fast::permute_samples(x, index, inverse) -> x[index]`, whose gradient is the opposite permutation (a gather:
-deterministic, and no atomics).
+`tdc_fast::permute_samples(x, index, inverse) -> x[index]`, whose gradient is the inverse permutation (a gather, so
+deterministic and without atomics).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def _bad_group(value: int, sample: int, num_groups: int) -> ValueError:
 
 
 def _plan_on_host(groups: Tensor, num_groups: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Group ids are checked here, before anything is indexed with them."""
+    """Checks the group ids before anything is indexed with them, and sorts."""
     if native.module is None:
         if groups.numel():
             bad = ((groups < 0) | (groups >= num_groups)).nonzero()
@@ -59,7 +59,7 @@ def _plan_on_host(groups: Tensor, num_groups: int) -> tuple[Tensor, Tensor, Tens
 
 
 def _plan_on_device(groups: Tensor, num_groups: int) -> _Plan:
-    """Nothing here waits for the device. The kernel checks the group ids itself."""
+    """Sorts without waiting for the device. The kernel checks the group ids itself."""
     if groups.device.type == "cuda":
         planned = cuda.routing_plan(groups, num_groups)
         if planned is not None:
@@ -123,16 +123,19 @@ library.add_autograd(permute_samples, _save, _backward)
 
 
 class RoutingPlan:
-    """A batch of B samples sorted by group: what every routed operator takes.
-
-    order (B,) int64: position in the sorted batch -> sample of the original batch (a stable sort)
-    inverse (B,) int64: the opposite permutation
-    offsets (N + 1,) int32: group g occupies sorted positions [offsets[g], offsets[g + 1])
-    groups (B,) int64: group of each sorted position
-    tiles (rows, 3) int32: what each program of a GPU kernel works on (`kernels.tile_table`); no rows in host memory
-    weight_index (N,) int32: the expert whose weights a group uses (the identity by default)
+    """A batch of B samples sorted by group: every routed operator takes one.
 
     Build it with `from_groups`. Nothing here waits for a GPU.
+
+    Attributes:
+        order: int64 (B,), the original sample at each sorted position (a stable sort).
+        inverse: int64 (B,), the inverse permutation.
+        offsets: int32 (N + 1,); group g occupies sorted positions [offsets[g], offsets[g + 1]).
+        groups: int64 (B,), group of each sorted position.
+        tiles: int32 (rows, 3), what each program of a GPU kernel works on (kernels/tile_table.py); no rows in host
+            memory.
+        weight_index: int32 (N,), the expert whose weights a group uses (the identity by default).
+        num_groups: N.
     """
 
     __slots__ = ("groups", "inverse", "num_groups", "offsets", "order", "tiles", "weight_index")
@@ -166,10 +169,14 @@ class RoutingPlan:
     ) -> RoutingPlan:
         """Sorts samples by group.
 
-        groups: (B,), any integer dtype: the group of each sample. B = 0 and groups without samples are fine.
-        weight_index: (N,) int32 on the same device: expert per group; None is the identity.
-        validate: on a GPU, wait for it and check the group ids now. On the CPU they are always checked now.
-        Raises ValueError for a group id outside [0, N), a wrong rank or dtype.
+        Args:
+            groups: (B,) of any integer dtype, the group of each sample. B = 0 and groups without samples are allowed.
+            num_groups: N.
+            weight_index: int32 (N,) on the same device, expert of each group; None is the identity.
+            validate: On a GPU, wait for it and check the group ids now. On the CPU they are always checked.
+
+        Raises:
+            ValueError: A group id outside [0, N), a wrong rank or dtype.
         """
         require_tensors(("weight_index",), groups=groups, weight_index=weight_index)
         require_integer("num_groups", num_groups)
@@ -190,20 +197,21 @@ class RoutingPlan:
 
     @property
     def batch_size(self) -> int:
+        """B."""
         return self.order.shape[0]
 
     def sort(self, x: Tensor) -> Tensor:
-        """x[order] for x (B, ...): samples of one group become contiguous. Differentiable, keeps channels_last."""
+        """Returns x[order] for x (B, ...): samples of a group become adjacent. Differentiable; keeps channels_last."""
         self._check_batch(x)
         return permute_samples(x, self.order, self.inverse)
 
     def unsort(self, x: Tensor) -> Tensor:
-        """The opposite of `sort`: samples return to the order in which they came."""
+        """Undoes `sort`: returns samples to their original order."""
         self._check_batch(x)
         return permute_samples(x, self.inverse, self.order)
 
     def with_weight_index(self, weight_index: Tensor) -> RoutingPlan:
-        """The same sort with other experts per group, (N,) int32."""
+        """Returns the same sort with another weight_index, int32 (N,)."""
         _check_weight_index(weight_index, self.num_groups, self.order.device)
         sort = (self.order, self.inverse, self.offsets, self.groups, self.tiles)
         return RoutingPlan(*sort, weight_index, self.num_groups)
@@ -218,7 +226,7 @@ class RoutingPlan:
 
 
 def check_plan(x: Tensor, plan: RoutingPlan) -> None:
-    """ValueError unless `plan` is a plan of the batch x, a tensor."""
+    """Raises ValueError unless `plan` is a plan of the batch x, a tensor."""
     if not isinstance(plan, RoutingPlan):
         raise invalid("plan", type(plan).__name__, "a RoutingPlan")
     if x.dim() and x.shape[0] != plan.order.shape[0]:

@@ -1,7 +1,7 @@
 """The oracle: every operator in plain torch, for any float dtype on any device.
 
-Convolutions go segment by segment, the group norm sample by sample. Sums are in fp32 (fp64 for fp64) and results are
-rounded once. Reading the segments waits for the device; that is the price of being readable.
+Convolutions run group by group, the group norm on all samples at once. Sums are in fp32 (fp64 for fp64) and results are
+rounded once. Reading the group bounds waits for the device: this backend is for checking, not for speed.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ name = "reference"
 
 
 def supports(problem: Problem) -> str | None:
-    """None: it serves every problem."""
+    """None: this backend serves every problem."""
     return None
 
 
 def _segments(t: ConvTensors) -> Iterator[tuple[slice, int, int, int]]:
-    """Per group with samples: its samples, its expert, its live input and output channels."""
+    """Yields the samples, the expert, and the live input and output channels of each group that has samples."""
     groups = t.weight_index.shape[0]
     bounds, experts = t.offsets.tolist(), t.weight_index.tolist()
     live_in = [t.weight.shape[2]] * groups if t.in_widths is None else t.in_widths.tolist()
@@ -41,7 +41,7 @@ def _empty_nhwc(like: Tensor, channels: int, height: int, width: int) -> Tensor:
 
 
 def conv2d(problem: ConvProblem, t: ConvTensors) -> Tensor:
-    """y (B, C_out, OH, OW), channels_last."""
+    """Returns y (B, C_out, OH, OW), channels_last."""
     check_conv_values(problem, t)
     x, acc = t.x, accumulate_dtype(t.x.dtype)
     y = _empty_nhwc(x, problem.out_channels, problem.out_height, problem.out_width)
@@ -65,7 +65,7 @@ def conv2d(problem: ConvProblem, t: ConvTensors) -> Tensor:
 
 
 def conv2d_dgrad(problem: ConvProblem, dy: Tensor, t: ConvTensors) -> Tensor:
-    """dx (B, C_in, H, W), channels_last."""
+    """Returns dx (B, C_in, H, W), channels_last."""
     check_conv_values(problem, t)
     acc = accumulate_dtype(dy.dtype)
     dx = _empty_nhwc(dy, problem.in_channels, problem.height, problem.width)
@@ -84,7 +84,7 @@ def conv2d_dgrad(problem: ConvProblem, dy: Tensor, t: ConvTensors) -> Tensor:
 def conv2d_wgrad(
     problem: ConvProblem, dy: Tensor, t: ConvTensors, mask: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, ...]:
-    """dweight (E, C_out, C_in, R, S), dbias (E, C_out), dsample_bias (B, C_out); None where not in the mask."""
+    """Returns dweight (E, C_out, C_in, R, S), dbias (E, C_out), dsample_bias (B, C_out); None where unmasked."""
     check_conv_values(problem, t)
     acc = accumulate_dtype(dy.dtype)
     dweight = torch.zeros_like(t.weight, dtype=acc)
@@ -105,7 +105,7 @@ def conv2d_wgrad(
 
 
 def live_channels(widths: Tensor, offsets: Tensor, batch: int, channels: int) -> Tensor:
-    """(B, C) bool: is this channel of this sample within the width of its group? Does not wait for the device."""
+    """(B, C) bool: whether a channel is within the width of its sample's group. Does not wait for the device."""
     positions = torch.arange(batch, device=offsets.device, dtype=torch.int32)
     group = torch.searchsorted(offsets[1:], positions, right=True)
     return torch.arange(channels, device=widths.device) < widths.index_select(0, group)[:, None]
@@ -125,13 +125,13 @@ def _live(problem: NormProblem, t: NormTensors) -> Tensor:
 
 
 def _zero_dead(tensor: Tensor, live: Tensor) -> Tensor:
-    """tensor (B, C, ...) in the accumulation dtype, with exact zeros where dead (a product would keep NaN)."""
+    """Returns tensor (B, C, ...) in the accumulation dtype, exact zeros where dead (a product would keep NaN)."""
     tensor = tensor.to(accumulate_dtype(tensor.dtype))
     return tensor.where(live.view(live.shape + (1,) * (tensor.dim() - 2)), 0)
 
 
 def group_norm(problem: NormProblem, t: NormTensors) -> tuple[Tensor, Tensor, Tensor]:
-    """y (B, C, H, W), channels_last; mean and rstd (B, norm groups) in the accumulation dtype."""
+    """Returns y (B, C, H, W), channels_last; mean and rstd (B, norm groups) in the accumulation dtype."""
     check_norm_values(problem, t)
     shape = (problem.batch, problem.num_norm_groups, problem.channels_per_group * problem.height * problem.width)
     live = _live(problem, t)
@@ -147,7 +147,7 @@ def group_norm(problem: NormProblem, t: NormTensors) -> tuple[Tensor, Tensor, Te
 
 
 def _affine(normal: Tensor, t: NormTensors, live: Tensor, expert: Tensor) -> tuple[Tensor, Tensor]:
-    """Expert's affine, then the sample's; also returns what `scale` multiplies."""
+    """Returns the result of both affines, the expert's and then the sample's, and that of the expert's alone."""
     affine = normal * _zero_dead(t.weight.index_select(0, expert), live)[:, :, None, None]
     affine = affine + _zero_dead(t.bias.index_select(0, expert), live)[:, :, None, None]
     y = affine
@@ -166,7 +166,7 @@ def group_norm_backward(
     t: NormTensors,
     mask: tuple[bool, bool, bool, bool, bool],
 ) -> tuple[Tensor | None, ...]:
-    """dx (B, C, H, W), channels_last; dweight, dbias (E, C); dscale, dshift (B, C); None where not in the mask."""
+    """Returns dx (B, C, H, W), channels_last; dweight, dbias (E, C); dscale, dshift (B, C); None where unmasked."""
     check_norm_values(problem, t)
     shape = (problem.batch, problem.num_norm_groups, problem.channels_per_group * problem.height * problem.width)
     live = _live(problem, t)
@@ -194,7 +194,7 @@ def group_norm_backward(
 
 
 def _sum_per_expert(per_sample: Tensor, t: NormTensors) -> Tensor:
-    """(B, C) -> (E, C), group after group."""
+    """Sums (B, C) to (E, C), one group after the other."""
     total = torch.zeros(t.weight.shape, dtype=per_sample.dtype, device=per_sample.device)
     bounds = t.offsets.tolist()
     for group, expert in enumerate(t.weight_index.tolist()):

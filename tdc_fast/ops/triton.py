@@ -1,9 +1,9 @@
 """The `triton` backend: prepares memory for the kernels of tdc_fast.kernels and launches them.
 
-fp32 (tf32 where the problem allows it), bf16 and fp16 on NVIDIA GPUs from sm_80 on; host memory only where
-TRITON_INTERPRET=1 has Triton's interpreter run the kernels, which is for tests. Shapes have been checked before they
-come here. The numbers inside offsets, tiles, weight_index and widths stay on the device, where kernels clamp them:
-nothing here waits for it. Importing this module imports triton.
+fp32 (tf32 where the problem allows it), bf16 and fp16 on NVIDIA GPUs from sm_80 on; in host memory only for tests, when
+TRITON_INTERPRET=1 makes Triton's interpreter run the kernels. The caller has checked shapes; the numbers in offsets,
+tiles, weight_index and widths stay on the device, where kernels clamp them. Nothing here waits for the device.
+Importing this module imports triton.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def supports(problem: Problem) -> str | None:
-    """None, or why not: reasons of dtype and shape first, then those of the machine."""
+    """None where the backend serves the problem, else why not: first for dtype and shape, then for the machine."""
     if problem.dtype not in _DTYPES:
         return f"it has float32, bfloat16 and float16, not {problem.dtype}"
     if INTERPRETED and problem.dtype == torch.bfloat16:
@@ -62,26 +62,26 @@ def _device_reason(device: torch.device) -> str | None:
 
 
 def _on(device: torch.device) -> AbstractContextManager[None]:
-    """Triton launches on the current device: makes it that of the tensors."""
+    """Makes the tensors' device the current one, where Triton launches."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def conv2d(p: ConvProblem, t: ConvTensors) -> Tensor:
-    """y (B, C_out, OH, OW), channels_last."""
+    """Returns y (B, C_out, OH, OW), channels_last."""
     check_conv_values(p, t)
     with _on(t.x.device):
         return conv_forward(p, _tiled(p, t))
 
 
 def conv2d_dgrad(p: ConvProblem, dy: Tensor, t: ConvTensors) -> Tensor:
-    """dx (B, C_in, H, W), channels_last."""
+    """Returns dx (B, C_in, H, W), channels_last."""
     check_conv_values(p, t)
     with _on(dy.device):
         return conv_dgrad(p, nhwc(dy), _tiled(p, t))
 
 
 def _tiled(p: ConvProblem, t: ConvTensors) -> ConvTensors:
-    """The tensors in memory as the forward and dgrad read it, with a tile table."""
+    """Returns the tensors in the memory order that the forward and dgrad read, with a tile table."""
     t = t._replace(weight=channel_innermost(t.weight), tiles=tiles_of(t.tiles, t.offsets, p.batch))
     return dense(t)
 
@@ -89,7 +89,7 @@ def _tiled(p: ConvProblem, t: ConvTensors) -> ConvTensors:
 def conv2d_wgrad(
     p: ConvProblem, dy: Tensor, t: ConvTensors, mask: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dweight in the strides of weight, dbias (E, C_out), dsample_bias (B, C_out); None where not in the mask."""
+    """Returns dweight in the strides of weight, dbias (E, C_out), dsample_bias (B, C_out); None where unmasked."""
     check_conv_values(p, t)
     weight = t.weight
     if p.batch == 0:
@@ -102,7 +102,7 @@ def conv2d_wgrad(
     dweight = dbias = dsample_bias = None
     with _on(dy.device):
         if mask[0]:
-            dweight = torch.empty_like(weight)  # of its strides, where those are dense
+            dweight = torch.empty_like(weight)  # in the strides of weight, where those are dense
             written = dweight
             if not is_channel_innermost(dweight):
                 written = empty_channel_innermost(weight.shape, weight.dtype, weight.device)
@@ -115,7 +115,7 @@ def conv2d_wgrad(
 
 
 def group_norm(p: NormProblem, t: NormTensors) -> tuple[Tensor, Tensor, Tensor]:
-    """y (B, C, H, W), channels_last; mean and rstd (B, norm groups) fp32."""
+    """Returns y (B, C, H, W), channels_last; mean and rstd (B, norm groups) fp32."""
     check_norm_values(p, t)
     with _on(t.x.device):
         return norm_forward(p, dense(t))
@@ -129,7 +129,7 @@ def group_norm_backward(
     t: NormTensors,
     mask: tuple[bool, bool, bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """dx (B, C, H, W), channels_last; dweight, dbias (E, C); dscale, dshift (B, C); None where not in the mask."""
+    """Returns dx (B, C, H, W), channels_last; dweight, dbias (E, C); dscale, dshift (B, C); None where unmasked."""
     check_norm_values(p, t)
     with _on(t.x.device):
         return norm_backward(p, nhwc(dy), mean.contiguous(), rstd.contiguous(), dense(t), mask)
