@@ -1,4 +1,4 @@
-"""Finding the groups of timesteps: by similar gradients, by like difficulty, or by hand and refined."""
+"""Dividing timesteps into groups: by similar gradients, by similar difficulty, or by hand and refined."""
 
 from tdc_fast.grouping.difficulty import probe_losses
 from tdc_fast.grouping.intervals import Division, divide, elbow

@@ -1,4 +1,4 @@
-"""Difficulty of timesteps as the base meets it: the measured loss of every probe."""
+"""The difficulty of timesteps, measured: the base's loss at every probe."""
 
 from __future__ import annotations
 
@@ -28,9 +28,18 @@ def probe_losses(
 ) -> np.ndarray:
     """Mean training loss of the base on each interval of timesteps, float64 (P,).
 
-    probes  : intervals (start, stop); Probes or TimestepGroups.
-    batches : x0 (B, ...) or (x0, model_kwargs); `max_batches` of them are read, once. Every probe sees the same data
-              and noise.
+    Every probe sees the same data and noise.
+
+    Args:
+        model: the base. Its mode is left unchanged.
+        probes: P intervals (start, stop), such as Probes or TimestepGroups.
+        diffusion: the process that the base was trained with.
+        batches: x0 (B, ...) or (x0, model_kwargs).
+        max_batches: how many of them are read.
+        seed: seed of timesteps and noise.
+
+    Raises:
+        ValueError: there is no batch.
     """
     data = list(islice(batches, max_batches))
     if not data:
@@ -44,12 +53,16 @@ def probe_losses(
 
 
 def in_decibels(losses: np.ndarray) -> np.ndarray:
-    """10 log10 of losses, so that a group holds timesteps whose losses have like ratios. ValueError unless positive."""
+    """10 log10 of losses, so that differences stand for ratios of losses.
+
+    Raises:
+        ValueError: a loss is not finite and above 0.
+    """
     if not (np.isfinite(losses).all() and (losses > 0).all()):
         raise invalid("losses", losses, "finite numbers above 0")
     return 10 * np.log10(losses)
 
 
 def mean_over_probes(values: np.ndarray, probes: Probes) -> np.ndarray:
-    """Means of per-timestep values (T,) over each probe, (P,)."""
+    """Mean over each probe of values per timestep: (T,) -> (P,)."""
     return np.array([values[start:stop].mean() for start, stop in probes])

@@ -1,7 +1,7 @@
-"""The best division of a line of items into contiguous intervals, exactly; and how many intervals are enough.
+"""The exact best division of a sequence of items into contiguous intervals, and how many intervals are enough.
 
 The cost of a division is the sum over its intervals of a cost that depends on the interval alone, such as the scatter
-of what it holds around its mean. Dynamic programming finds the cheapest division into each number of intervals:
+of its items around their mean. Dynamic programming finds the cheapest division into each number of intervals:
     best(n, j) = min over i < j of best(n - 1, i) + cost(i, j)
 (W. D. Fisher, "On Grouping for Maximum Homogeneity", 1958).
 """
@@ -21,8 +21,9 @@ from tdc_fast.ops.checks import require_integer
 class Division:
     """The cheapest division of P items into contiguous intervals.
 
-    cuts  : (N + 1,) from 0 to P; interval g holds the items [cuts[g], cuts[g + 1]).
-    costs : the cheapest total for 1, 2, ... intervals, as far as it was asked for; never rises.
+    Attributes:
+        cuts: (N + 1,) from 0 to P; interval g holds the items [cuts[g], cuts[g + 1]).
+        costs: the cheapest total for 1, 2, ... intervals, as far as computed; it never rises.
     """
 
     cuts: tuple[int, ...]
@@ -30,14 +31,22 @@ class Division:
 
     @property
     def num_intervals(self) -> int:
+        """N."""
         return len(self.cuts) - 1
 
 
 def scatter_of_similarity(similarity: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
     """Cost of every interval [i, j) of unit vectors with these inner products: (P + 1, P + 1), infinite for j <= i.
 
-    The weighted squared distance of the vectors from their mean: W - (sum of w_a w_b <u_a, u_b>) / W, with W the sum
-    of the weights. `similarity` (P, P) holds cosines.
+    It is the weighted squared distance of the vectors from their mean: W - (sum of w_a w_b <u_a, u_b>) / W, with W the
+    sum of the weights.
+
+    Args:
+        similarity: cosines of the vectors, (P, P).
+        weights: (P,) above 0; None for 1.
+
+    Raises:
+        ValueError: an argument has another shape or impossible values.
     """
     matrix = np.asarray(similarity, dtype=np.float64)
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not len(matrix) or not np.isfinite(matrix).all():
@@ -52,12 +61,20 @@ def scatter_of_similarity(similarity: np.ndarray, weights: np.ndarray | None = N
 
 
 def scatter_of_values(values: Sequence[float] | np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
-    """Cost of every interval [i, j) of numbers, (P + 1, P + 1): weighted squared distance from their mean."""
+    """Cost of every interval [i, j) of numbers, (P + 1, P + 1): weighted squared distance from their mean.
+
+    Args:
+        values: (P,).
+        weights: (P,) above 0; None for 1.
+
+    Raises:
+        ValueError: an argument has another shape or impossible values.
+    """
     v = np.asarray(values, dtype=np.float64)
     if v.ndim != 1 or not len(v) or not np.isfinite(v).all():
-        raise invalid("values", f"shape {v.shape}", "a line of finite numbers")
+        raise invalid("values", f"shape {v.shape}", "a sequence of finite numbers")
     w = _weights(weights, len(v))
-    v = v - np.average(v, weights=w)  # sums of squares around zero lose digits
+    v = v - np.average(v, weights=w)  # centred, since large sums of squares lose digits
     total, first, second = (np.concatenate([[0.0], s.cumsum()]) for s in (w, w * v, w * v * v))
 
     def scatter(mass: np.ndarray) -> np.ndarray:
@@ -69,12 +86,17 @@ def scatter_of_values(values: Sequence[float] | np.ndarray, weights: np.ndarray 
 def divide(
     cost: np.ndarray, num_intervals: int | None, *, max_intervals: int = 10, near: Sequence[int] = (), within: int = 0
 ) -> Division:
-    """The cheapest division of the items whose intervals cost `cost` (P + 1, P + 1).
+    """The cheapest division of P items; of equally cheap ones that with the earlier cuts, compared from the last cut.
 
-    num_intervals : N, or None for the elbow among 1 .. max_intervals (see `elbow`).
-    near, within  : cuts (N + 1,) given by hand; every inner cut stays within so many items of them.
-    Among equally cheap divisions the one with the earlier cuts, from the last cut back. Raises ValueError for N out of
-    [1, P].
+    Args:
+        cost: cost of every interval [i, j), (P + 1, P + 1).
+        num_intervals: N, or None for the elbow among 1 to ``max_intervals`` (see :func:`elbow`).
+        max_intervals: the largest number that the elbow may choose.
+        near: cuts (N + 1,) given by hand, or nothing.
+        within: how many items every inner cut may move away from ``near``.
+
+    Raises:
+        ValueError: N is not in [1, P], or ``near`` does not fit it.
     """
     items = len(cost) - 1
     choosing = num_intervals is None
@@ -103,10 +125,16 @@ def divide(
 
 
 def elbow(costs: Sequence[float]) -> int:
-    """The number of intervals past which more of them save little.
+    """The number of intervals beyond which more intervals save little.
 
-    costs[n - 1] is the cheapest total for n intervals. Drawn from (1, costs[0]) to the last point, the elbow is the
-    point furthest below the straight line; 1 where no point lies below it.
+    It is the point furthest below the straight line from the first point (1, costs[0]) to the last; 1 if no point lies
+    below it.
+
+    Args:
+        costs: the cheapest total for 1, 2, ... intervals.
+
+    Raises:
+        ValueError: there are no costs.
     """
     values = np.asarray(costs, dtype=np.float64)
     if values.ndim != 1 or not len(values):
@@ -123,7 +151,7 @@ def _weights(weights: np.ndarray | None, count: int) -> np.ndarray:
 
 
 def _per_interval(mass: np.ndarray, scatter: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """scatter(mass) where the interval [i, j) is not empty, at least 0; infinite elsewhere."""
+    """At least 0 and ``scatter(mass)`` where the interval [i, j) is not empty; infinite elsewhere."""
     size = len(mass)
     filled = np.triu(np.ones((size, size), dtype=bool), 1)
     values = scatter(np.where(filled, mass, 1.0))

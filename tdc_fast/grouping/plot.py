@@ -1,4 +1,4 @@
-"""The picture of a grouping by similarity."""
+"""The figure of a grouping by similarity."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ from tdc_fast.grouping.similarity import TaskSimilarity
 
 
 def draw_similarity(directory: Path, similarity: TaskSimilarity, boundaries: Sequence[int]) -> None:
-    """Write similarity.png; without matplotlib, say that it is left out."""
+    """Write similarity.png; without matplotlib, print that it is left out.
+
+    Args:
+        directory: the run's directory.
+        similarity: what was measured.
+        boundaries: the N + 1 boundaries of the groups, timesteps.
+    """
     try:
         (directory / "similarity.png").write_bytes(similarity_plot(similarity, boundaries))
     except ImportError:
@@ -18,7 +24,12 @@ def draw_similarity(directory: Path, similarity: TaskSimilarity, boundaries: Seq
 
 
 def similarity_plot(similarity: TaskSimilarity, boundaries: Sequence[int]) -> bytes:
-    """A PNG: cosine similarity of the loss gradients between timesteps, the groups framed along the diagonal."""
+    """A PNG: cosine similarity of the loss gradients between timesteps, with the groups framed on the diagonal.
+
+    Args:
+        similarity: what was measured.
+        boundaries: the N + 1 boundaries of the groups, timesteps.
+    """
     figure, axes = new_figure(6.6, 5.6)
     axis, edges = axes[0, 0], similarity.probes.edges
     axis.grid(False)

@@ -1,4 +1,4 @@
-"""Probes: the short intervals of timesteps at which the base is measured, and of which groups are made."""
+"""Probes: short intervals of timesteps at which the base is measured; groups consist of whole probes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,14 @@ from tdc_fast.routing import TimestepGroups
 
 @dataclass(frozen=True)
 class Probes:
-    """P adjacent intervals that cover [0, T): probe p holds the timesteps [edges[p], edges[p + 1])."""
+    """P adjacent intervals that cover [0, T).
+
+    Attributes:
+        edges: P + 1 timesteps that rise from 0; probe p holds the timesteps [edges[p], edges[p + 1]).
+
+    Raises:
+        ValueError: the edges do not rise from 0.
+    """
 
     edges: tuple[int, ...]
 
@@ -27,7 +34,15 @@ class Probes:
 
     @classmethod
     def evenly(cls, num_timesteps: int, count: int) -> Probes:
-        """`count` probes of equal width, to a timestep. ValueError for more probes than timesteps."""
+        """Probes whose widths differ by one timestep at most.
+
+        Args:
+            num_timesteps: T.
+            count: P.
+
+        Raises:
+            ValueError: there are more probes than timesteps.
+        """
         require_integer("num_probes", count)
         if not 1 <= count <= num_timesteps:
             raise invalid("num_probes", count, f"1 to the {num_timesteps} timesteps")
@@ -35,6 +50,7 @@ class Probes:
 
     @property
     def num_timesteps(self) -> int:
+        """T."""
         return self.edges[-1]
 
     @property
@@ -49,13 +65,22 @@ class Probes:
         return itertools.pairwise(self.edges)
 
     def groups(self, cuts: Sequence[int], strategy: str) -> TimestepGroups:
-        """Timestep groups of whole probes: group g holds the probes [cuts[g], cuts[g + 1])."""
+        """Timestep groups of whole probes.
+
+        Args:
+            cuts: N + 1 indices of edges; group g holds the probes [cuts[g], cuts[g + 1]).
+            strategy: name of what found the cuts, kept with the groups.
+        """
         return TimestepGroups([self.edges[cut] for cut in cuts], strategy)
 
     def nearest_cuts(self, boundaries: Sequence[int]) -> tuple[int, ...]:
-        """The probe edges nearest to boundaries given in timesteps, all different.
+        """Indices of the edges nearest to given boundaries, all different.
 
-        ValueError when there are more groups than probes, or the boundaries do not run from 0 to T.
+        Args:
+            boundaries: N + 1 timesteps from 0 to T.
+
+        Raises:
+            ValueError: there are more groups than probes, or the boundaries do not rise from 0 to T.
         """
         bounds = [int(boundary) for boundary in boundaries]
         count = len(bounds) - 1

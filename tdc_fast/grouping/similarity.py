@@ -1,12 +1,12 @@
-"""Task similarity: which timesteps pull the base's weights the same way.
+"""Task similarity: which timesteps have similar loss gradients.
 
 For every probe p (a short interval of timesteps) g_p is the gradient of the base's training loss over the calibration
-data. Two probes are as similar as the cosine of their gradients (arXiv 2312.13307 groups by similarity; gradients as
-the measure: H. Go et al., "Addressing Negative Transfer in Diffusion Models", arXiv 2306.00354). All probes see the
-same images and the same noise, so what the choice of data adds to a gradient is shared and cancels in the comparison.
+data. The similarity of two probes is the cosine of their gradients (arXiv 2312.13307 groups by similarity; gradients
+as the measure: H. Go et al., "Addressing Negative Transfer in Diffusion Models", arXiv 2306.00354). All probes see the
+same images and the same noise, so the effect of the choice of data is common to all gradients.
 
-A gradient is as large as the model. Only its image under a fixed random map to D numbers is kept: with random signs
-s_i, element i is added to number i mod D. Signs are independent, so the inner product of two images is that of the
+A gradient is as large as the model. Only a fixed random projection of it to D numbers is kept: with random signs s_i,
+element i is added to number i mod D. Signs are independent, so the inner product of two projections is that of the
 gradients plus zero-mean noise of relative size about D ** -0.5 (the sketch of M. Charikar et al., 2002, with a fixed
 assignment in place of the hash: no scatter, so the sums are deterministic on any device).
 """
@@ -35,28 +35,43 @@ from tdc_fast.ops.checks import require_integer
 from tdc_fast.routing import TimestepGroups
 
 _FORMAT_VERSION = 1
-SKETCH_SIZE = 4099  # a prime: no layer's shape lines up with it
+SKETCH_SIZE = 4099  # a prime, so that no layer's shape is a multiple of it
 
 
 @dataclass(frozen=True)
 class TaskSimilarity:
-    """Cosine similarity of the gradients at P probes: `matrix` float64 (P, P), symmetric, ones on the diagonal."""
+    """Cosine similarity of the gradients at P probes.
+
+    Attributes:
+        probes: the intervals of timesteps.
+        matrix: cosines, float64 (P, P), symmetric, ones on the diagonal.
+    """
 
     probes: Probes
     matrix: np.ndarray
 
     def divide(self, num_groups: int | None = None, *, max_groups: int = 10) -> Division:
-        """The exact division of the probes; N = None takes the elbow of the costs up to `max_groups`."""
+        """The exact best division of the probes.
+
+        Args:
+            num_groups: N, or None for the elbow of the costs.
+            max_groups: the largest number that the elbow may choose.
+        """
         return divide(self._scatter(), num_groups, max_intervals=max_groups)
 
     def groups(self, num_groups: int | None = None, *, max_groups: int = 10) -> TimestepGroups:
-        """N groups of timesteps that are as alike inside as possible (see `divide`)."""
+        """The groups of :meth:`divide`, which takes the same arguments."""
         return self.probes.groups(self.divide(num_groups, max_groups=max_groups).cuts, "similarity")
 
     def refine(self, groups: TimestepGroups | Sequence[int], within: int) -> TimestepGroups:
-        """The best groups whose inner boundaries each lie within `within` timesteps of those given by hand.
+        """The best groups whose inner boundaries lie near given ones, to the resolution of the probes.
 
-        To the resolution of the probes: a boundary moves to the nearest probe's edge first.
+        Args:
+            groups: groups or boundaries given by hand; each boundary is rounded to the nearest edge of a probe.
+            within: timesteps by which every inner boundary may move.
+
+        Raises:
+            ValueError: an argument is out of range.
         """
         require_integer("within", within)
         if within < 0:
@@ -71,13 +86,17 @@ class TaskSimilarity:
         return scatter_of_similarity(self.matrix, self.probes.sizes)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes JSON atomically."""
+        """Write JSON atomically."""
         rows = [[round(float(value), 6) for value in row] for row in self.matrix]
         write_json(Path(path), {"version": _FORMAT_VERSION, "edges": list(self.probes.edges), "cosines": rows})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> TaskSimilarity:
-        """Reads what `save` wrote. ValueError names the file when it is missing, damaged or of another version."""
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ValueError: the file is missing, damaged or of another version; names it.
+        """
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
             if set(data) != {"version", "edges", "cosines"} or data["version"] != _FORMAT_VERSION:
@@ -99,11 +118,18 @@ def measure_similarity(
     max_batches: int = 4,
     seed: int = 0,
 ) -> TaskSimilarity:
-    """Cosine similarity of the base's loss gradients at `num_probes` intervals of equal width.
+    """Cosine similarity of the base's loss gradients at intervals of equal width.
 
-    model     : the base; left as it was. diffusion : offers `num_timesteps` and `training_losses`.
-    batches   : x0 (B, ...) or (x0, model_kwargs); `max_batches` of them are read, once.
-    Raises ValueError for more probes than timesteps, no data, or a gradient that is zero or not finite.
+    Args:
+        model: the base. It is left unchanged.
+        diffusion: the process that it was trained with.
+        batches: x0 (B, ...) or (x0, model_kwargs).
+        num_probes: P, the number of intervals.
+        max_batches: how many batches are read.
+        seed: seed of timesteps, noise and projection.
+
+    Raises:
+        ValueError: there are more probes than timesteps or no data, or a gradient is zero or not finite.
     """
     probes = Probes.evenly(diffusion.num_timesteps, num_probes)
     data = list(islice(batches, max_batches))
@@ -123,7 +149,15 @@ def measure_similarity(
 def gradient_sketch(
     model: nn.Module, diffusion: DiffusionProcess, batches: Sequence[Batch], probe: tuple[int, int], *, seed: int = 0
 ) -> Tensor:
-    """The random image (SKETCH_SIZE,) float64 of the loss gradient at the timesteps [start, stop) of `probe`."""
+    """The random projection of the loss gradient at the timesteps of a probe, float64 (SKETCH_SIZE,).
+
+    Args:
+        model: the base. It is left unchanged.
+        diffusion: the process that it was trained with.
+        batches: x0 (B, ...) or (x0, model_kwargs).
+        probe: timesteps (start, stop).
+        seed: seed of timesteps, noise and projection.
+    """
     parameters = list(model.parameters())
     flags = [parameter.requires_grad for parameter in parameters]
     sketch = torch.zeros(SKETCH_SIZE, dtype=torch.float64, device=parameters[0].device)
@@ -146,7 +180,7 @@ def _sketch(grads: Sequence[Tensor | None], parameters: Sequence[Tensor], seed: 
     begin = 0
     for grad, parameter in zip(grads, parameters, strict=True):
         count = parameter.numel()
-        sign = torch.randint(0, 2, (count,), generator=signs, dtype=torch.int8)  # drawn on the CPU: one map everywhere
+        sign = torch.randint(0, 2, (count,), generator=signs, dtype=torch.int8)  # CPU: the same on all devices
         if grad is not None:
             values = grad.reshape(-1).double() * (sign.to(grad.device) * 2 - 1)
             padded = torch.nn.functional.pad(values, (begin % SKETCH_SIZE, -(begin + count) % SKETCH_SIZE))

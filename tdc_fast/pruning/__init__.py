@@ -1,4 +1,4 @@
-"""Pruning a trained base into experts: importance, budgets, and the search for the widths that meet them."""
+"""Pruning a trained base into experts: importance, budgets, and the search for widths within them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much of the base each group may spend: the budget law, and what makes a group difficult.
+"""Each group's budget as a share of the base's MACs, and the order of the groups by difficulty.
 
 Source: arXiv 2312.13307. With the N groups ranked from easiest (i = 1) to hardest (i = N), the base costing F and
 0 < k <= 1, group i gets `FLOPs_g(i) = (i/N + (N - i)/N * k) * F`: the hardest keeps the whole base and k bounds the
@@ -22,13 +22,18 @@ DIFFICULTIES = ("snr", "snr-reversed")
 def budget_law(num_groups: int, k: float) -> tuple[float, ...]:
     """Shares of the base's MACs, easiest group first, hardest (always 1.0) last.
 
-    `k` in (0, 1] is the share that bounds the easy groups from below; 1 means no pruning.
+    Args:
+        num_groups: N.
+        k: lower bound of the shares, in (0, 1]; 1 means no pruning.
+
+    Raises:
+        ValueError: an argument is out of range.
     """
     if isinstance(num_groups, bool) or not isinstance(num_groups, int) or num_groups < 1:
         raise invalid("num_groups", num_groups, "an integer of at least 1")
     if isinstance(k, bool) or not isinstance(k, (int, float, np.number)) or not 0 < k <= 1:
         raise invalid("k", k, "a number with 0 < k <= 1 (1 leaves every group whole)")
-    bound = Fraction(str(float(k)))  # the decimal that was written, so that equal shares come out equal
+    bound = Fraction(str(float(k)))  # exactly the decimal as written, so that equal shares stay equal
     return tuple(
         float(Fraction(i, num_groups) + Fraction(num_groups - i, num_groups) * bound) for i in range(1, num_groups + 1)
     )
@@ -37,14 +42,16 @@ def budget_law(num_groups: int, k: float) -> tuple[float, ...]:
 def difficulty_order(
     groups: Iterable[tuple[int, int]], snr_db: Sequence[float] | np.ndarray, difficulty: str | Sequence[float] = "snr"
 ) -> tuple[int, ...]:
-    """Group indices from easiest to hardest.
+    """Group indices from easiest to hardest; of equally difficult groups the lower index counts as easier.
 
-    `groups` holds (start, stop) per group (a TimestepGroups does), `snr_db` the signal-to-noise ratio in
-    decibels of every timestep (T,). `difficulty` is one of
-      'snr'            rises with the mean SNR: predicting noise is hard where there is little to see,
-      'snr-reversed'   falls with it,
-      N numbers        rises with them, e.g. each group's measured loss.
-    Ties go to the lower index, as the easier one.
+    Args:
+        groups: (start, stop) of every group; a TimestepGroups will do.
+        snr_db: signal-to-noise ratio of every timestep in decibels, (T,).
+        difficulty: "snr" rises with the group's mean SNR, since noise is hard to predict where there is little of it;
+            "snr-reversed" falls with it; N numbers, such as each group's measured loss, are the difficulty itself.
+
+    Raises:
+        ValueError: ``difficulty`` is none of these, or ``snr_db`` is too short.
     """
     intervals = list(groups)
     if isinstance(difficulty, str):
@@ -68,10 +75,17 @@ def group_fractions(
     k: float | Sequence[float],
     difficulty: str | Sequence[float] = "snr",
 ) -> tuple[float, ...]:
-    """The share of the base's MACs that each group may spend, in the order of the groups.
+    """The share of the base's MACs that each group may use, in the order of the groups.
 
-    A number `k` applies the budget law along the order of difficulty; a sequence gives every group's share directly
-    (see `keep_fractions`), and the order of difficulty has no say.
+    Args:
+        groups: (start, stop) of every group.
+        snr_db: signal-to-noise ratio of every timestep in decibels, (T,).
+        k: a number applies the budget law in the order of difficulty; a sequence gives every group's share directly,
+            whatever its difficulty (see :func:`keep_fractions`).
+        difficulty: see :func:`difficulty_order`.
+
+    Raises:
+        ValueError: an argument is out of range.
     """
     count = len(list(groups))
     if np.ndim(k) == 1:
@@ -84,7 +98,11 @@ def group_fractions(
 
 
 def explicit_fractions(fractions: Sequence[float], num_groups: int) -> tuple[float, ...]:
-    """Check shares given by hand: one per group, each in (0, 1]."""
+    """Check shares given by hand: one per group, each in (0, 1].
+
+    Raises:
+        ValueError: naming the share.
+    """
     given = tuple(float(fraction) for fraction in fractions)
     if len(given) != num_groups:
         raise invalid("k", given, f"a share for each of the {num_groups} groups, or one number for the law")
@@ -95,7 +113,16 @@ def explicit_fractions(fractions: Sequence[float], num_groups: int) -> tuple[flo
 
 
 def keep_fractions(num_groups: int, keep: float, whole: Collection[int] = ()) -> tuple[float, ...]:
-    """Uniform shares `keep`, except for the groups in `whole` (indices), which keep the entire base."""
+    """The same share for every group, except for those that keep the whole base.
+
+    Args:
+        num_groups: N.
+        keep: the share.
+        whole: indices of the groups that keep the whole base.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
     strangers = sorted(set(whole) - set(range(num_groups)))
     if strangers:
         raise invalid("whole", strangers, f"group indices from 0 to {num_groups - 1}")
@@ -103,5 +130,5 @@ def keep_fractions(num_groups: int, keep: float, whole: Collection[int] = ()) ->
 
 
 def budget_macs(fraction: float, base_macs: int) -> int:
-    """The budget in MACs: the largest integer not above `fraction * base_macs`."""
+    """The budget in MACs: the largest integer not above ``fraction * base_macs``."""
     return math.floor(Fraction(str(float(fraction))) * base_macs)

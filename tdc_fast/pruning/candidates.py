@@ -1,8 +1,8 @@
-"""Many pruned candidates of one base as one model: they share its weights and differ in their widths.
+"""Many pruned candidates of one base as one routed model: they share its weights and differ in their widths.
 
-Candidates of one group keep their atoms in the same order, most important first, so a candidate is nothing but a width
-per unit. The base's weights, in that order and at full width, are held once; every candidate is a group of the routing
-plan, `weight_index` sends all of them to these weights, and the layers' widths say what each one has of them.
+Candidates of one group order their atoms the same way, most important first, so a candidate is just one width per
+unit. The base's weights are stored once, in that order and at full width. Every candidate is a group of the routing
+plan, whose ``weight_index`` points all of them at these weights; the layers' widths differ from candidate to candidate.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ from tdc_fast.routing import RoutingPlan, TimestepGroups
 
 
 class CandidateModel:
-    """The base with its atoms ordered by importance, computing several candidates' widths side by side.
+    """The base with its atoms ordered by importance; runs candidates of different widths in one batch.
 
-    base   : offers `pruning_units()`, its units named after modules, and can be packed (`pack_experts`). Not changed.
-    orders : {unit: atoms, most important first}.
+    Args:
+        base: its units are named after modules, and ``pack_experts`` can pack it. It is not changed.
+        orders: {unit: atoms, most important first}.
     """
 
     def __init__(self, base: Prunable, orders: Mapping[str, Sequence[int]]) -> None:
@@ -38,17 +39,21 @@ class CandidateModel:
         self._model: nn.Module = packed.model.requires_grad_(False)
         self._routing = packed.routing
         self._device = next(self._model.parameters()).device
-        self._open: dict[str, Tensor] = {}  # unit -> (K,), 0 where a candidate does without it
+        self._open: dict[str, Tensor] = {}  # unit -> (K,), 0 where the candidate has no such unit
         for unit in self.units:
             for part in unit.slices:
                 if part.dim == "in":
-                    self._let_close(unit.name, self._model.get_submodule(part.module))
+                    self._drop_bias_at_width_0(unit.name, self._model.get_submodule(part.module))
 
     @contextmanager
     def of_widths(self, candidates: Sequence[Mapping[str, int]]) -> Iterator[Denoiser]:
-        """A denoiser of K candidates: (x, t, **kwargs) of K equal blocks of samples, block k for candidate k.
+        """A denoiser of K candidates.
 
-        Keyword tensors whose first dimension is the number of samples are per sample, as everywhere.
+        It takes (x, t, **kwargs) of K blocks of equally many samples, block k for candidate k. Keyword tensors whose
+        first dimension is the number of samples are per sample, as everywhere.
+
+        Args:
+            candidates: the widths of each candidate, {unit: channels}.
         """
         for unit in self.units:
             live = [widths[unit.name] for widths in candidates]
@@ -63,7 +68,7 @@ class CandidateModel:
 
         def denoiser(x: Tensor, t: Tensor, /, **kwargs: Any) -> Tensor:
             groups = torch.arange(len(candidates), device=x.device).repeat_interleave(len(x) // len(candidates))
-            plan = RoutingPlan.from_groups(groups, len(candidates), weights)  # sorted already: nothing to permute
+            plan = RoutingPlan.from_groups(groups, len(candidates), weights)  # sorted already, so nothing is permuted
             with self._routing.using(plan):
                 prediction: Tensor = self._model(x, t, **kwargs)
                 return prediction
@@ -71,10 +76,10 @@ class CandidateModel:
         with evaluating(self._model):
             yield denoiser
 
-    def _let_close(self, unit: str, leaf: nn.Module) -> None:
-        """Make the bias of a unit's last layer vanish for the samples of candidates without the unit.
+    def _drop_bias_at_width_0(self, unit: str, leaf: nn.Module) -> None:
+        """Leave out the bias of a unit's last layer for the samples of candidates at width 0.
 
-        The weights' bias belongs to all candidates, so it is taken out of the layer and added per sample.
+        All candidates share the bias, so it is removed from the layer and added per sample instead.
         """
         assert isinstance(leaf, RoutedLeaf)
         if leaf.bias is None:

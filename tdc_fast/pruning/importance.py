@@ -1,16 +1,16 @@
-"""How much each atom of each unit matters: Taylor importance on a group's own timesteps, and weight magnitude.
+"""The importance of every atom of every unit: Taylor importance on a group's own timesteps, and weight magnitude.
 
-An atom is what is kept or dropped as one: a normalisation group of channels, an attention head. Its parameters are the
-rows and columns that its unit's slices name: in a ResBlock the rows of the first convolution and of the embedding
-layer, the affine pair of the norm, and the columns of the second convolution.
+An atom is the smallest set of channels that is kept or dropped together: a normalisation group, or an attention head.
+Its parameters are the rows and columns that its unit's slices name: in a ResBlock the rows of the first convolution and
+of the embedding layer, the scale and shift of the norm, and the columns of the second convolution.
 
     Taylor      I(a) = sum over batches of | sum over the atom's parameters of w * dL/dw |
     magnitude   I(a) = sqrt(sum over the atom's parameters of w ** 2)
 
-with L the training loss on the batch at timesteps of one group. The inner sum is the first-order change of L when the
-whole atom goes to zero, so an atom's importance is in units of loss (P. Molchanov et al., "Importance Estimation for
-Neural Network Pruning", arXiv 1906.10771, with the absolute value in place of the square; summed over timesteps as in
-G. Fang et al., "Structural Pruning for Diffusion Models", arXiv 2305.10924).
+where L is the training loss of the batch at timesteps of one group. The inner sum is the first-order change of L when
+all parameters of the atom are set to zero, so importance is in units of loss (P. Molchanov et al., "Importance
+Estimation for Neural Network Pruning", arXiv 1906.10771, with the absolute value in place of the square; summed over
+timesteps as in G. Fang et al., "Structural Pruning for Diffusion Models", arXiv 2305.10924).
 """
 
 from __future__ import annotations
@@ -40,11 +40,21 @@ def taylor_importance(
     *,
     seed: int = 0,
 ) -> Importance:
-    """First-order importance of every atom on the timesteps [start, stop) of `group`.
+    """First-order importance of every atom on the timesteps of one group.
 
-    batches   : x0 (B, ...) or (x0, model_kwargs); see `calibration_losses` for timesteps and noise.
-    diffusion : offers `training_losses(model, x0, t, noise, model_kwargs)['loss']` (B,).
-    The model is left as it was: weights, gradients and mode. Returns {unit name: (atoms,) float64 >= 0}.
+    Args:
+        model: the trained denoiser. Its weights, gradients and mode are left unchanged.
+        units: its pruning units.
+        batches: x0 (B, ...) or (x0, model_kwargs); see ``calibration_losses`` for timesteps and noise.
+        diffusion: the process that the model was trained with.
+        group: the timesteps (start, stop).
+        seed: seed of timesteps and noise.
+
+    Returns:
+        {unit name: importance >= 0 of its atoms, float64 (atoms,)}.
+
+    Raises:
+        ValueError: the group has no timesteps.
     """
     start, stop = group
     if not 0 <= start < stop:
@@ -70,7 +80,7 @@ def taylor_importance(
 
 
 def magnitude_importance(model: nn.Module, units: Sequence[PruningUnit]) -> Importance:
-    """Euclidean norm of every atom's parameters: {unit name: (atoms,) float64}. Blind to data and timesteps."""
+    """Euclidean norm of every atom's parameters, {unit name: float64 (atoms,)}; it needs no data and no timesteps."""
     squares = {unit.name: np.zeros(unit.num_atoms) for unit in units}
     for unit in units:
         for part, tensor in _slice_tensors(model, unit):
@@ -79,16 +89,20 @@ def magnitude_importance(model: nn.Module, units: Sequence[PruningUnit]) -> Impo
 
 
 def balanced(importance: Importance, weights: Mapping[str, float]) -> Importance:
-    """Scale every unit's scores so that they sum to its weight; a unit of zeros stays.
+    """Scale every unit's scores so that they sum to its weight; a unit of zeros is left unchanged.
 
-    Magnitudes have no common scale across layers. Weighted with the MACs of their units, an average atom of any unit is
-    worth what it costs, and only the order and the contrast within a unit count.
+    Magnitudes of different layers are not comparable. With the units' MACs as weights, the mean importance of an atom
+    is its cost, and only differences within a unit count.
+
+    Args:
+        importance: scores of every unit, {unit name: (atoms,)}.
+        weights: the wanted sums, {unit name: sum}.
     """
     return {name: scores * (weights[name] / (scores.sum() or 1.0)) for name, scores in importance.items()}
 
 
 def _slice_tensors(model: nn.Module, unit: PruningUnit) -> Iterator[tuple[UnitSlice, Tensor]]:
-    """The parameters that hold the unit: weights, and on the side of the outputs also biases."""
+    """The parameters of a unit: weights, and for output channels also biases."""
     for part in unit.slices:
         leaf = model.get_submodule(part.module)
         names = ("weight", "bias") if part.dim == "out" else ("weight",)
@@ -112,7 +126,7 @@ def _per_atom(values: Tensor, unit: PruningUnit, part: UnitSlice) -> np.ndarray:
 
 @contextmanager
 def _requiring_grad(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Gradients on inside, also for a frozen copy such as an EMA."""
+    """Require gradients inside the block, also of a frozen copy such as an EMA."""
     flags = [tensor.requires_grad for tensor in tensors]
     for tensor in tensors:
         tensor.requires_grad_(True)

@@ -3,13 +3,13 @@
 The first line says which search it is of. After it every line is one event:
 
     proposed     a round's proposals, written before anything is scored: round, group, agent, seed, the proposed widths
-                 with their reasons, and notes (what went wrong with the agent, who stood in for it)
+                 with their reasons, and notes (failures of the agent, and who stood in for it)
     scored       one candidate: round, group, candidate, agent, seed, proposal, projected widths, MACs, score, reason
     sensitivity  the measured loss rise of a group's units
 
-Every line is on the disk before the search goes on. A process that is killed can leave half a line at the end: it is
-dropped, with a note, and the search writes it again. A search that goes on takes what is there instead of asking the
-agent again, so a memory replays without its agent, even if that was a language model.
+Every line is on the disk before the search continues. A killed process can leave an incomplete last line: it is
+dropped, with a note, and the search writes it again. A resumed search uses what the memory holds instead of asking the
+agent again, so it replays without the agent, even if that was a language model.
 """
 
 from __future__ import annotations
@@ -33,12 +33,22 @@ _TRIAL = tuple(entry.name for entry in fields(Trial))
 
 
 class OtherSearch(ValueError):
-    """A memory file holds another search than the one that is to go on."""
+    """A memory file holds another search than the one to resume."""
 
 
 @dataclass(frozen=True)
 class Round:
-    """What the agent answered in one round of one group."""
+    """The agent's answer in one round of one group.
+
+    Attributes:
+        group: index of the group.
+        round: the round, from 0.
+        agent: name of the agent that answered.
+        seed: seed of the round's draws.
+        proposals: the proposed widths.
+        notes: failures of the agent, and who stood in for it.
+        calls: calls to a service that the answer took.
+    """
 
     group: int
     round: int
@@ -47,19 +57,24 @@ class Round:
     proposals: tuple[Proposal, ...]
     notes: tuple[str, ...] = ()
     calls: int = 0
-    """Calls to a service that the agent made for it."""
 
 
 @dataclass
 class Memory:
-    """Rounds and trials of one search, in the order in which they came; in a file as well where it has a path.
+    """Rounds and trials of one search in the order they happened, also written to a file if there is a path.
 
-    identity : JSON values that say which search this is (base, groups, budgets, seed, ...). A file of another search is
-               refused by the name of what differs.
-    say      : receives notes for people.
+    Attributes:
+        path: the file, or None.
+        identity: JSON values that identify the search (base, groups, budgets, seed, ...).
+        say: receives notes for the user.
+        rounds: the agent's answers, by (group, round).
+        trials: all trials.
+        sensitivity: the measured loss rises, by group.
+        probing: MACs that measuring them took, by group.
 
-    Raises ValueError for a file that is no memory, or is damaged other than by half a last line, and OtherSearch, which
-    is one too, for the memory of another search.
+    Raises:
+        OtherSearch: a ValueError; the file holds another search. Names what differs.
+        ValueError: the file is no memory, or is damaged other than by an incomplete last line.
     """
 
     path: Path | None = None
@@ -88,7 +103,7 @@ class Memory:
 
     @property
     def spent(self) -> int:
-        """MACs that all scoring took."""
+        """MACs that all scoring and measuring took."""
         return sum(trial.spent for trial in self.trials) + sum(self.probing.values())
 
     @property
@@ -97,9 +112,11 @@ class Memory:
         return sum(answer.calls for answer in self.rounds.values())
 
     def of_group(self, group: int) -> tuple[Trial, ...]:
+        """The group's trials."""
         return tuple(trial for trial in self.trials if trial.group == group)
 
     def of_round(self, group: int, number: int) -> tuple[Trial, ...]:
+        """The group's trials of one round."""
         return tuple(trial for trial in self.trials if (trial.group, trial.round) == (group, number))
 
     def before_round(self, group: int, number: int) -> tuple[Trial, ...]:
@@ -107,27 +124,28 @@ class Memory:
         return tuple(trial for trial in self.trials if trial.group == group and trial.round < number)
 
     def add_round(self, answer: Round) -> None:
-        """Keep an agent's answer, before its candidates are scored."""
+        """Store an agent's answer, before its candidates are scored."""
         self.rounds[answer.group, answer.round] = answer
         proposals = [{"widths": p.widths, "reason": p.reason} for p in answer.proposals]
         facts = {name: getattr(answer, name) for name in ("round", "group", "agent", "seed", "calls")}
         self._write({"event": "proposed", **facts, "proposals": proposals, "notes": list(answer.notes)})
 
     def add_trial(self, trial: Trial) -> None:
-        """Keep a candidate's result. One that is known already stays as it is, and is not written twice."""
+        """Store a candidate's result, unless it is stored already."""
         if any(known.place == trial.place for known in self.trials):
             return
         self.trials.append(trial)
         self._write({"event": "scored", **_in_order(trial)})
 
     def add_sensitivity(self, group: int, rise: LossRise, spent: int) -> None:
-        """Keep a group's measured loss rises, and the MACs that measuring them took."""
+        """Store a group's measured loss rises, and the MACs that measuring them took."""
         self.sensitivity[group] = rise
         self.probing[group] = spent
         entries = {unit: [[width, value] for width, value in table.items()] for unit, table in rise.items()}
         self._write({"event": "sensitivity", "group": group, "spent": spent, "loss_rise": entries})
 
     def close(self) -> None:
+        """Close the file; nothing is written afterwards."""
         if self._file is not None:
             os.close(self._file)
             self._file = None
@@ -139,7 +157,7 @@ class Memory:
         self.close()
 
     def _write(self, event: Mapping[str, Any]) -> None:
-        """One line, complete and on the disk."""
+        """Append one line and wait until it is on the disk."""
         if self._file is None:
             return
         line = (json.dumps(event) + "\n").encode()
@@ -148,12 +166,12 @@ class Memory:
         os.fsync(self._file)
 
     def _read_whole_lines(self) -> list[dict[str, Any]]:
-        """The events of the file; half a line at its end is cut off, so that the next one begins a line."""
+        """The events of the file; an incomplete last line is removed from it."""
         assert self.path is not None
         content = self.path.read_bytes()
         end = content.rfind(b"\n") + 1
         if end < len(content):
-            self.say(f"note: {self.path}: its last line was cut off by a kill and is written anew")
+            self.say(f"note: {self.path}: its last line was cut off by a kill and will be written again")
             with open(self.path, "r+b") as file:
                 file.truncate(end)
                 os.fsync(file.fileno())
@@ -188,9 +206,10 @@ class Memory:
 
 
 def read_trials(path: str | Path) -> list[Trial]:
-    """The trials in a memory file, whichever search it is of. The file is not touched.
+    """The trials in a memory file, of whatever search. The file is not changed.
 
-    Raises ValueError naming the line that is no event.
+    Raises:
+        ValueError: naming the line that is no event.
     """
     path = Path(path)
     lines = path.read_text(encoding="utf-8").split("\n")[1:-1]  # whole lines but the first
@@ -232,10 +251,10 @@ def searches_of(directory: Path) -> dict[str, list[Trial]]:
 
 
 def _trial(event: Mapping[str, Any]) -> Trial:
-    """The trial of an event; KeyError or TypeError where it is none."""
+    """The trial of an event; raises KeyError or TypeError where it is none."""
     trial = Trial(**{name: event[name] for name in _TRIAL})
     if not all(isinstance(number, int) for number in (*trial.place, trial.macs, trial.spent)):
-        raise TypeError("a place, MACs and what they cost are integers")
+        raise TypeError("group, round, candidate, macs and spent are integers")
     if trial.score is not None and not isinstance(trial.score, (int, float)):
         raise TypeError("a score is a number or null")
     if not all(isinstance(widths, dict) for widths in (trial.widths, trial.proposal)):
@@ -251,5 +270,5 @@ def _in_order(trial: Trial) -> dict[str, Any]:
 def _refuse_other_search(path: Path, found: Mapping[str, Any], header: Mapping[str, Any]) -> None:
     for name in [*header, *found]:
         if found.get(name) != header.get(name):
-            remedy = f"{header.get(name)!r} as in this search; the file is of another one: move it away to begin anew"
+            remedy = f"{header.get(name)!r} as in this search; the file is of another one: move it away to search again"
             raise OtherSearch(str(invalid(f"{path}: {name}", found.get(name), remedy)))

@@ -25,12 +25,17 @@ COLOURS = ("#0f7f8c", "#d9662b", "#7a58a6", "#2f3a48", "#c2a14d", "#5a8f3c", "#8
 def draw_search(directory: Path, found: Pruning, units: Sequence[PruningUnit]) -> None:
     """Draw a run's search into search.png and widths.png, and beside earlier ones into agents.png.
 
-    Without matplotlib it says that the pictures are left out; pictures of an earlier search are deleted where this one
-    scored nothing.
+    Without matplotlib it prints that the pictures are left out. If the search scored nothing, pictures of an earlier
+    search are deleted.
+
+    Args:
+        directory: the run's directory, with the memories of its searches.
+        found: the search.
+        units: the pruning units of the base.
     """
     if not any(_scored(trials) for trials in found.trials):
         for picture in ("search.png", "widths.png"):
-            (directory / picture).unlink(missing_ok=True)  # an earlier search's, which shows other widths
+            (directory / picture).unlink(missing_ok=True)  # an earlier search's, with other widths
         return
     try:
         (directory / "search.png").write_bytes(search_plot(found.trials, found.plan))
@@ -43,9 +48,14 @@ def draw_search(directory: Path, found: Pruning, units: Sequence[PruningUnit]) -
 
 
 def search_plot(trials: Sequence[Sequence[Trial]], plan: WidthPlan) -> bytes:
-    """For each searched group: every candidate's score against its MACs by round, and the best score over rounds.
+    """A PNG: for each searched group every candidate's score against its MACs, and the best score so far.
 
-    trials : per group, as in `Pruning.trials`; groups without scores are left out. ValueError where no group has any.
+    Args:
+        trials: per group, as in ``Pruning.trials``; groups without scores are left out.
+        plan: the widths that were chosen.
+
+    Raises:
+        ValueError: no group has scores.
     """
     groups = [group for group, tried in enumerate(trials) if _scored(tried)]
     if not groups:
@@ -80,7 +90,7 @@ def search_plot(trials: Sequence[Sequence[Trial]], plan: WidthPlan) -> bytes:
 
 
 def widths_plot(plan: WidthPlan, units: Sequence[PruningUnit]) -> bytes:
-    """Live share of every unit in every expert: rows are units from input to output, columns experts."""
+    """A PNG: the share of live channels of every unit (rows, from input to output) in every expert (columns)."""
     experts = range(len(plan.experts))
     live = np.array([[plan.experts[e][unit.name].width for e in experts] for unit in units], dtype=float)
     share = live / np.array([unit.channels for unit in units], dtype=float)[:, None]
@@ -106,9 +116,13 @@ def widths_plot(plan: WidthPlan, units: Sequence[PruningUnit]) -> bytes:
 
 
 def agent_comparison(searches: Mapping[str, Sequence[Trial]]) -> bytes:
-    """How far above the best score of all each search still is after n scored candidates; one panel per group.
+    """A PNG: how far each search's best score after n candidates is above the best of all; one panel per group.
 
-    searches : {label: its trials}, e.g. of several memory files (`read_trials`). ValueError where nothing was scored.
+    Args:
+        searches: {label: its trials}, such as those of several memory files (``read_trials``).
+
+    Raises:
+        ValueError: nothing was scored.
     """
     groups = sorted({trial.group for trials in searches.values() for trial in _scored(trials)})
     if not groups:
@@ -141,13 +155,13 @@ def agent_comparison(searches: Mapping[str, Sequence[Trial]]) -> bytes:
 
 
 def best_so_far(trials: Sequence[Trial]) -> tuple[np.ndarray, np.ndarray]:
-    """How many candidates were scored (1, 2, ...) and the lowest score among them."""
+    """The number of scored candidates (1, 2, ...), and the lowest score among them, each (n,)."""
     scores = np.array([trial.score for trial in _scored(trials)], dtype=float)
     return np.arange(1, len(scores) + 1), np.minimum.accumulate(scores)
 
 
 def _shades() -> Any:
-    """From pale to dark, without the shades that a white page swallows."""
+    """A colour map from pale to dark, without shades too pale for a white page."""
     from matplotlib import colormaps
     from matplotlib.colors import ListedColormap
 
@@ -155,7 +169,7 @@ def _shades() -> Any:
 
 
 def _scored(trials: Sequence[Trial]) -> list[Trial]:
-    """Without trials that have no score, or repeat widths that were scored before."""
+    """The trials with a score, without repetitions of widths that were scored before."""
     first: dict[tuple[object, ...], Trial] = {}
     for trial in trials:
         if trial.score is not None:
@@ -164,7 +178,7 @@ def _scored(trials: Sequence[Trial]) -> list[Trial]:
 
 
 def _robust_limits(axis: Axes, scores: np.ndarray) -> None:
-    """Leave out the worst tenth where it would squeeze all others together."""
+    """Leave the worst tenth outside the axis where it would compress all others."""
     low, high = float(scores.min()), float(np.quantile(scores, 0.9))
     if float(scores.max()) > high + (high - low) and high > low:
         axis.set_ylim(low - 0.08 * (high - low), high + 0.15 * (high - low))

@@ -1,4 +1,4 @@
-"""What a search shows while it runs: a bar per round and a table of the best so far."""
+"""What a search prints while it runs: a progress bar per round and a table of the best candidates so far."""
 
 from __future__ import annotations
 
@@ -9,28 +9,50 @@ from contextlib import contextmanager
 from tdc_fast.pruning.task import Task, Trial
 
 SHOWN = 5
+"""Rows of the table."""
 
 
 class Progress:
-    """Receives what happens in a search. Shows nothing but notes, on stderr; `BarAndTable` shows all of it."""
+    """Receives the events of a search. It prints only notes, on stderr; :class:`BarAndTable` shows everything."""
 
     def say(self, text: str) -> None:
-        """A note about something unusual."""
+        """Print a note about something unusual."""
         print(text, file=sys.stderr, flush=True)
 
     @contextmanager
     def round(
         self, group: int, number: int, rounds: int, candidates: int, best: Trial | None
     ) -> Iterator[Callable[[int], None]]:
-        """Around the scoring of a round; what it gives is told how many more candidates are done."""
+        """Surround the scoring of a round.
+
+        Args:
+            group: index of the group.
+            number: the round, from 0.
+            rounds: rounds in total.
+            candidates: candidates of this round.
+            best: the best trial of earlier rounds.
+
+        Yields:
+            A function to call with the number of candidates scored since its last call.
+        """
         yield lambda count: None
 
     def finished_round(self, task: Task, trials: Sequence[Trial]) -> None:
-        """After a round, with all trials of its group."""
+        """Report a finished round.
+
+        Args:
+            task: the group's task.
+            trials: all trials of the group.
+        """
 
 
 class BarAndTable(Progress):
-    """A progress bar on stderr for each round (only on a terminal unless `always`) and the table after each."""
+    """A progress bar on stderr for each round, and the table on stdout after it.
+
+    Args:
+        always: show bars also where stderr is no terminal.
+        bars: False shows no bars.
+    """
 
     def __init__(self, always: bool = False, bars: bool = True) -> None:
         from tqdm import tqdm
@@ -39,12 +61,14 @@ class BarAndTable(Progress):
         self.disable = (False if always else None) if bars else True  # None: only on a terminal
 
     def say(self, text: str) -> None:
+        """Print a note without tearing the bar."""
         self.tqdm.write(text, file=sys.stderr)
 
     @contextmanager
     def round(
         self, group: int, number: int, rounds: int, candidates: int, best: Trial | None
     ) -> Iterator[Callable[[int], None]]:
+        """Show the bar of a round."""
         about = f"group {group}, round {number + 1}/{rounds}"
         with self.tqdm(total=candidates, desc=about, unit="candidate", disable=self.disable, leave=False) as bar:
             if best is not None:
@@ -52,13 +76,20 @@ class BarAndTable(Progress):
             yield lambda count: bar.update(count) and None
 
     def finished_round(self, task: Task, trials: Sequence[Trial]) -> None:
+        """Print the table."""
         if any(trial.score is not None for trial in trials):
             self.tqdm.write(best_table(task, trials), file=sys.stdout)
             sys.stdout.flush()
 
 
 def best_table(task: Task, trials: Sequence[Trial], shown: int = SHOWN) -> str:
-    """The best trials of a group as text: rank, score, share of the budget, where they come from, and why."""
+    """The best trials of a group as a table: rank, score, share of the budget, round, agent and reason.
+
+    Args:
+        task: the group's task.
+        trials: all trials of the group.
+        shown: rows at most.
+    """
     scored = sorted((trial for trial in trials if trial.score is not None), key=lambda trial: trial.score or 0.0)
     distinct = list({tuple(trial.widths.items()): trial for trial in reversed(scored)}.values())[::-1]
     last = max((trial.round for trial in trials), default=0)

@@ -1,4 +1,4 @@
-"""Moving any proposal exactly onto a budget."""
+"""Projection: the allowed widths nearest to a proposal that meet a budget, found exactly."""
 
 from __future__ import annotations
 
@@ -18,11 +18,21 @@ def project(
     proposal: Mapping[str, int],
     weights: Mapping[str, float] | None = None,
 ) -> Solution:
-    """The allowed widths nearest to a proposal whose MACs lie within `tolerance` below the budget.
+    """The allowed widths nearest to a proposal whose MACs lie within ``tolerance`` below the budget.
 
-    Distance is the sum over units of weight * |width - proposed| / channels, every weight 1 unless given. A proposal
-    that is allowed and within the budget's window comes back as it is. ValueError for a unit that is missing, unknown,
-    or proposed outside [0, channels].
+    The distance is the sum over units of weight * |width - proposed| / channels. A proposal that is allowed and within
+    the budget's window is returned unchanged.
+
+    Args:
+        units: the pruning units.
+        costs: their MACs at every width.
+        budget: MACs per sample allowed.
+        tolerance: share of the budget that may stay unused.
+        proposal: {unit: channels}.
+        weights: {unit: weight in the distance}; 1 where it is not given.
+
+    Raises:
+        ValueError: a unit is missing, unknown, or proposed outside [0, channels].
     """
     check_proposal(units, proposal)
     tables = []
@@ -36,7 +46,11 @@ def project(
 
 
 def check_proposal(units: Sequence[PruningUnit], proposal: Mapping[str, int]) -> None:
-    """ValueError unless there is one integer from 0 to the unit's channels for each of the units."""
+    """Check that there is one integer from 0 to the unit's channels for each of the units.
+
+    Raises:
+        ValueError: naming the unit.
+    """
     names = {unit.name for unit in units}
     if set(proposal) != names:
         odd = sorted(names.symmetric_difference(proposal))

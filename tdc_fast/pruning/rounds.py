@@ -1,4 +1,4 @@
-"""The rounds of a search within one group: propose, move onto the budget, score, remember."""
+"""The rounds of a search within one group: propose, project onto the budget, score, store."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tdc_fast.pruning.solver import Solution
 from tdc_fast.pruning.task import Answer, LossRise, Proposal, Task, Trial, Widths, as_key, best_of
 
 PROBED = (0.0, 0.5)
-"""Shares of a unit's channels at which its loss rise is measured; between them and the whole it is interpolated."""
+"""Shares of a unit's channels at which its loss rise is measured; other widths are interpolated."""
 
 
 def search_widths(
@@ -36,19 +36,19 @@ def search_widths(
 ) -> Trial:
     """The trial of lowest score over all rounds, the first of equals.
 
-    Without a scorer there is nothing to learn, so there is one round, and its first trial is the answer.
+    Without a scorer there is one round, and its first trial is the answer.
 
     Args:
-        task: the group's task; what it holds of a memory is replaced, round by round.
+        task: the group's task; its memory is replaced in every round.
         agent: proposes the candidates.
         scorer: scores them.
         rounds: rounds of proposing and scoring; an agent with ``one_shot`` has one.
         candidates: how many proposals a round may have. They are scored together; widths that were scored before are
             not scored again.
-        memory: receives every round and trial, and supplies those it has already: the search goes on where it was.
-        use_memory: False hides from the agent what was tried, in this group and in earlier ones.
-        stand_in: proposes in a round in which the agent fails; without one the failure ends the search.
-        progress: receives what happens.
+        memory: receives every round and trial; what it holds already is not searched again.
+        use_memory: False hides the trials of this group and of earlier ones from the agent.
+        stand_in: agent for the rounds in which ``agent`` fails; without one a failure ends the search.
+        progress: receives the events of the search.
 
     Raises:
         ValueError: an argument is out of range, or a proposal is unusable.
@@ -94,7 +94,7 @@ def _view(task: Task, number: int, memory: Memory, use_memory: bool) -> Task:
 def _trials(
     answer: Round, solutions: Sequence[Solution], scores: Sequence[float | None], spent: Sequence[int]
 ) -> Iterator[Trial]:
-    """What became of the proposals of a round, in their order."""
+    """The trials of a round's proposals, in their order."""
     for place, (proposal, solution) in enumerate(zip(answer.proposals, solutions, strict=True)):
         yield Trial(
             widths=solution.widths,
@@ -114,7 +114,7 @@ def _trials(
 def _ask(
     task: Task, agent: Agent, stand_in: Agent | None, candidates: int, memory: Memory, progress: Progress
 ) -> Round:
-    """The agent's answer for this round, or its stand-in's, checked and kept."""
+    """The answer of the agent, or of its stand-in, checked and stored in the memory."""
     name, notes, calls = agent.name, tuple[str, ...](), 0
     try:
         answer = agent.propose(task, candidates)
@@ -129,7 +129,7 @@ def _ask(
     if not 1 <= len(answer.proposals) <= candidates:
         raise invalid(f"proposals of {name}", len(answer.proposals), f"1 to {candidates} of them")
     proposals = tuple(_plain(proposal) for proposal in answer.proposals)
-    for proposal in proposals:  # before it is kept, since what is kept is never asked for again
+    for proposal in proposals:  # before they are stored, since stored rounds are never asked again
         check_proposal(task.units, proposal.widths)
     asked = Round(task.group, task.round, name, task.seed, proposals, (*notes, *answer.notes), calls + answer.calls)
     for note in asked.notes:
@@ -146,7 +146,7 @@ def _listed(name: str, answer: object) -> tuple[Proposal, ...]:
 
 
 def _plain(proposal: Proposal) -> Proposal:
-    """Without numpy's integers, which JSON does not know."""
+    """The proposal without numpy's integers, which JSON cannot hold."""
     return Proposal({name: int(width) for name, width in proposal.widths.items()}, str(proposal.reason))
 
 
@@ -157,10 +157,10 @@ def _score(
     known: Sequence[Trial],
     advance: Callable[[int], None],
 ) -> tuple[list[float | None], list[int]]:
-    """Scores of a round's candidates, and the MACs that each of them cost.
+    """Scores of a round's candidates, and the MACs that scoring each of them took.
 
-    All that are new are scored together, also when part of them is in the memory already: a candidate's last bits may
-    depend on its company, and a search that goes on must find the numbers it had.
+    All new candidates are scored together, also those that the memory holds already: the last bits of a score may
+    depend on the other candidates in the batch, and a resumed search must repeat its numbers.
     """
     if scorer is None:
         return [None] * len(solutions), [0] * len(solutions)
@@ -174,7 +174,7 @@ def _score(
             fresh.setdefault(key, solution)
     if fresh:
         scores = scorer.score(task, [solution.widths for solution in fresh.values()], advance)
-        losses = (math.inf if math.isnan(score) else float(score) for score in scores)  # a NaN is below nothing
+        losses = (math.inf if math.isnan(score) else float(score) for score in scores)  # NaN compares with nothing
         found.update(zip(fresh, losses, strict=True))
     keys = [as_key(task.units, solution.widths) for solution in solutions]
     first = [key in fresh and key not in keys[:place] for place, key in enumerate(keys)]
@@ -183,7 +183,7 @@ def _score(
 
 
 def _measured(task: Task, scorer: Scorer, memory: Memory) -> LossRise:
-    """Each unit alone narrower, all others whole, scored together."""
+    """The measured loss rise: each unit alone narrower, all others whole, scored together."""
     if task.group not in memory.sensitivity:
         whole = {unit.name: unit.channels for unit in task.units}
         probes: list[Widths] = [whole]

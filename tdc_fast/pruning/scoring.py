@@ -1,4 +1,4 @@
-"""How good pruned candidates are: the seam, and the denoising loss of all of them in one routed batch."""
+"""Scores of pruned candidates: the protocol, and the denoising loss of all candidates in one routed batch."""
 
 from __future__ import annotations
 
@@ -18,24 +18,40 @@ from tdc_fast.pruning.task import Task, Widths
 
 
 class Scorer(Protocol):
+    """Rates candidates.
+
+    Attributes:
+        samples: samples that one candidate is run on; their MACs count as calibration.
+    """
+
     samples: int
-    """Forward passes of single samples that one candidate takes; they count as calibration."""
 
     def score(
         self, task: Task, candidates: Sequence[Widths], advance: Callable[[int], None] = lambda count: None
     ) -> Sequence[float]:
-        """One number per candidate, lower is better; candidates come together so that they can share a launch.
+        """One number per candidate, lower is better.
 
-        `advance` is told how many more candidates are done, for a progress bar.
+        Args:
+            task: the group's task.
+            candidates: their widths, all at once so that they can share kernel launches.
+            advance: called with the number of candidates scored since its last call, for a progress bar.
         """
 
 
 class DenoisingLoss:
     """Scores candidates by their denoising loss on calibration data at the group's timesteps, before fine-tuning.
 
-    Every candidate sees the same data, timesteps and noise, which depend on `seed` alone. All candidates run in one
-    routed batch (see `CandidateModel`), each on its own copy of the calibration batch; where that would be more than
-    `max_samples` samples, in as few passes as stay below (one candidate at least, so a calibration batch is never cut).
+    Every candidate sees the same data, timesteps and noise. All candidates run in one routed batch (see
+    ``CandidateModel``), each on its own copy of the calibration batch. Where that would exceed ``max_samples``, they
+    run in several passes of at least one candidate, so a calibration batch is never split.
+
+    Args:
+        base: the trained denoiser. It is not changed.
+        diffusion: the process that it was trained with.
+        batches: calibration data, x0 (B, ...) or (x0, model_kwargs).
+        max_batches: how many of them are read.
+        seed: seed of timesteps and noise.
+        max_samples: samples that one pass may hold.
     """
 
     def __init__(
@@ -60,19 +76,20 @@ class DenoisingLoss:
     def score(
         self, task: Task, candidates: Sequence[Widths], advance: Callable[[int], None] = lambda count: None
     ) -> list[float]:
+        """Mean loss of every candidate; arguments as in :meth:`Scorer.score`."""
         model = self._of_orders({unit.name: task.order(unit.name) for unit in task.units})
         largest = max(len(split_batch(batch)[0]) for batch in self.batches)
         at_once = max(self.max_samples // largest, 1)
         passes = -(-len(candidates) // at_once)
         scores: list[float] = []
-        for part in range(passes):  # of equal size, so that no pass is left with a single candidate
+        for part in range(passes):  # of equal size, so that no pass has a single candidate left over
             chunk = candidates[len(candidates) * part // passes : len(candidates) * (part + 1) // passes]
             scores += self._losses(model, chunk, task.interval)
             advance(len(chunk))
         return scores
 
     def _of_orders(self, orders: dict[str, tuple[int, ...]]) -> CandidateModel:
-        """The last model while the group stays the same: rounds differ in widths alone."""
+        """The previous model while the group stays the same, since rounds differ only in widths."""
         if self._model is None or orders != self._orders:
             self._model, self._orders = CandidateModel(self.base, orders), orders
         return self._model

@@ -92,10 +92,10 @@ def plan_pruning(
             exact solve for kept importance when there is one round, and "tpe" for more.
         scorer: None scores by the denoising loss on the same calibration data, and not at all for an agent of a single
             proposal.
-        memory_file: JSON lines of everything that was tried (:class:`~tdc_fast.pruning.memory.Memory`); a search whose
-            file is there goes on.
-        stand_in: proposes in a round in which the agent fails; without one the failure ends the search.
-        progress: receives what happens.
+        memory_file: JSON lines of everything that was tried (:class:`~tdc_fast.pruning.memory.Memory`). If it exists,
+            that search is resumed.
+        stand_in: agent for the rounds in which ``agent`` fails; without one a failure ends the search.
+        progress: receives the events of the search.
         **options: fields of :class:`~tdc_fast.pruning.settings.PruningSettings` such as ``k=0.6, rounds=4``.
 
     Raises:
@@ -138,7 +138,7 @@ def plan_pruning(
 
 @dataclass(frozen=True)
 class _Expert:
-    """What the search of one group ends with."""
+    """The result of one group's search."""
 
     units: dict[str, ExpertUnit]
     macs: int
@@ -164,7 +164,7 @@ class _Search:
     budgets: tuple[int, ...]
 
     def identity(self) -> dict[str, Any]:
-        """JSON values that tell this search from others; a memory of another one is refused."""
+        """JSON values that identify the search; a memory of another one is refused."""
         settings = self.settings
         return {
             "base_hash": self.digest,
@@ -244,7 +244,7 @@ def _check_reachable(k: object, budgets: Sequence[int], costs: UnitCosts) -> Non
 
 
 def _report_coarse_units(task: Task, best: Trial, strict: bool) -> None:
-    """Raise or warn when the chosen widths miss the window below the budget."""
+    """Raise or warn if the chosen widths miss the window below the budget."""
     outcome = Solution(best.widths, best.macs, 0.0, task.budget, lowest_macs(task.budget, task.tolerance))
     if outcome.reached:
         return
@@ -255,7 +255,7 @@ def _report_coarse_units(task: Task, best: Trial, strict: bool) -> None:
 
 
 def _measured(base: Prunable, best: Trial, batch: Batch) -> int:
-    """MACs per sample of the pruned model itself, which must be what the units' costs add up to."""
+    """Measured MACs per sample of the pruned model itself, which must equal the sum of its units' costs."""
     x, t, kwargs = one_sample_on_meta(*split_batch(batch))
     macs = measure_macs(base.with_widths(best.widths).to("meta"), x, t, **kwargs)
     if macs != best.macs:

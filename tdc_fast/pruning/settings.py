@@ -19,10 +19,10 @@ class PruningSettings:
         k: 0 < k <= 1 of the budget law, or for each group its share of the base's MACs.
         importance: "taylor" (on the group's own timesteps, in units of loss across all units), "magnitude" (of the
             weights, balanced by the units' MACs), or a function from the group's index to {unit: (atoms,)}. It decides
-            which atoms of a unit are kept first, whoever chooses the widths.
+            which atoms of a unit are kept first, whichever agent chooses the widths.
         difficulty: "snr", "snr-reversed", or one number per group, such as losses; see
             :func:`~tdc_fast.pruning.budget.difficulty_order`.
-        tolerance: share of a budget that the chosen widths may leave unused.
+        tolerance: share of a budget that may stay unused.
         max_batches: calibration batches that are read.
         rounds: rounds of proposing and scoring in each group.
         candidates: candidates per round.

@@ -1,14 +1,14 @@
-"""The widest network a budget buys: an exact integer solve over the units' widths.
+"""The best widths within a budget: an exact integer solve over the units' widths.
 
-Each unit offers a short list of widths; each width has an integer cost in MACs and a value (kept importance, or minus
-the distance from a proposal). We look for one width per unit so that the sum of the values is largest while the sum of
-the MACs lies in `[floor, budget]`: the multiple-choice knapsack problem with a lower bound on the load.
+Each unit has a short list of widths; each width has an integer cost in MACs and a value (kept importance, or minus the
+distance from a proposal). One width per unit is chosen so that the sum of the values is largest while the sum of the
+MACs lies in ``[floor, budget]``: the multiple-choice knapsack problem with a lower bound on the load.
 
-The method is dynamic programming over the exact sums of MACs (one state per distinct sum, never rounded), made small by
-upper bounds: what the units still to be decided could add is bounded by the concave hulls of their tables (the linear
-relaxation, solved once per suffix of units), and a state whose bound does not beat a solution already in hand is
-dropped (D. Pisinger, "A minimal algorithm for the multiple-choice knapsack problem", 1995). Passes with a limited
-number of states supply that solution; the first pass that never meets its limit is exact.
+The method is dynamic programming over the exact sums of MACs (one state per distinct sum, never rounded), kept small by
+upper bounds. The value that the undecided units can still add is bounded by the concave hulls of their tables (the
+linear relaxation, solved once per suffix of units), and a state whose bound does not beat a known solution is dropped
+(D. Pisinger, "A minimal algorithm for the multiple-choice knapsack problem", 1995). Passes with a limited number of
+states provide that solution; the first pass that never reaches its limit is exact.
 """
 
 from __future__ import annotations
@@ -26,7 +26,17 @@ _LIMIT_GROWTH = 16
 
 @dataclass(frozen=True)
 class UnitTable:
-    """The choices of one unit: `widths` (channels), their `macs` (integers >= 0) and `values` (finite)."""
+    """The choices of one unit.
+
+    Attributes:
+        name: of the unit.
+        widths: in channels.
+        macs: cost of each width, integers >= 0.
+        values: value of each width, finite.
+
+    Raises:
+        ValueError: the lists differ in length, or hold other numbers.
+    """
 
     name: str
     widths: tuple[int, ...]
@@ -43,10 +53,14 @@ class UnitTable:
 
 @dataclass(frozen=True)
 class Solution:
-    """The chosen width of every unit, in channels.
+    """The chosen width of every unit.
 
-    `macs` counts the fixed part too; `floor` is the least count that was asked for; `reached` says whether
-    `floor <= macs <= budget`, and is False only when no choice of widths lands there.
+    Attributes:
+        widths: {unit: channels}.
+        macs: their MACs, with the fixed part.
+        value: the sum of their values.
+        budget: the MACs allowed.
+        floor: the MACs required.
     """
 
     widths: dict[str, int]
@@ -57,10 +71,11 @@ class Solution:
 
     @property
     def reached(self) -> bool:
+        """Whether ``floor <= macs <= budget``; False only if no choice of widths lands there."""
         return self.floor <= self.macs <= self.budget
 
     def statement(self) -> str:
-        """One sentence for people: where the solution lies relative to its budget."""
+        """One sentence that says where the solution lies relative to its budget."""
         share = self.macs / self.budget if self.budget else 1.0
         if self.reached:
             return f"{self.macs} MACs, {share:.4%} of the budget of {self.budget}"
@@ -71,13 +86,20 @@ class Solution:
 
 
 def solve(tables: Sequence[UnitTable], budget: int, *, fixed_macs: int = 0, tolerance: float = 0.01) -> Solution:
-    """Choose one width per unit: greatest total value with `(1 - tolerance) * budget <= MACs <= budget`.
+    """Choose one width per unit: greatest total value with ``(1 - tolerance) * budget <= MACs <= budget``.
 
-    `fixed_macs` is the cost of everything outside the units. When no choice lands in that window, the choice of
-    greatest value at or below the budget is returned, with `Solution.reached` False.
+    If no choice lands in that window, the choice of greatest value at or below the budget is returned, with
+    ``Solution.reached`` False. The result depends on the arguments alone; of equally good choices the same one is
+    returned every time.
 
-    Raises ValueError when even the cheapest choice exceeds the budget, naming the smallest budget that works.
-    The result depends on the arguments alone; of equally good choices the same one is returned every time.
+    Args:
+        tables: the choices of every unit.
+        budget: MACs allowed.
+        fixed_macs: MACs of everything outside the units.
+        tolerance: share of the budget that may stay unused.
+
+    Raises:
+        ValueError: even the cheapest choice exceeds the budget; names the smallest budget that works.
     """
     budget = int(budget)
     floor = lowest_macs(budget, tolerance)
@@ -101,7 +123,7 @@ def solve(tables: Sequence[UnitTable], budget: int, *, fixed_macs: int = 0, tole
 
 
 def lowest_macs(budget: int, tolerance: float) -> int:
-    """The least MACs that still meet the budget: no integer from it to `budget` is below (1 - tolerance) * budget."""
+    """The least MACs that meet the budget: the smallest integer that is not below (1 - tolerance) * budget."""
     if not 0 <= tolerance < 1:
         raise invalid("tolerance", tolerance, "a share of the budget in [0, 1), such as 0.01")
     return budget - int(tolerance * budget)
@@ -109,7 +131,7 @@ def lowest_macs(budget: int, tolerance: float) -> int:
 
 @dataclass(frozen=True)
 class _Bound:
-    """Upper bound on what a set of units adds, as a concave function of the MACs given to it."""
+    """Upper bound on the value that a set of units adds, as a concave function of the MACs given to them."""
 
     macs: np.ndarray  # (points,) float64, ascending, from 0
     value: np.ndarray  # (points,) float64, concave in macs
@@ -140,7 +162,7 @@ def _concave_hull(costs: np.ndarray, values: np.ndarray) -> list[int]:
     hull: list[int] = []
     for i in np.lexsort((-values, costs)):
         if hull and costs[i] == costs[hull[-1]]:
-            continue  # a dearer point of the same cost
+            continue  # a point of lower value at the same cost
         while len(hull) >= 2:
             a, b = hull[-2], hull[-1]
             slope_to_b = (values[b] - values[a]) / float(costs[b] - costs[a])
@@ -160,7 +182,7 @@ class _Search:
         for table in tables:
             costs = np.asarray(table.macs, dtype=np.int64)
             units.append((costs - costs.min(), np.asarray(table.values, dtype=np.float64)))
-        # Dear units first: the cheap ones left for the end then fill the remaining room closely, which keeps the bounds
+        # Expensive units first: the cheap ones at the end then fill the remaining room closely, which keeps the bounds
         # tight while there are many states.
         self.order = sorted(range(len(units)), key=lambda u: -int(units[u][0].max()))
         self.units = [units[u] for u in self.order]
@@ -186,10 +208,11 @@ class _Search:
         return in_order
 
     def _pass(self, low: int, high: int, incumbent: float, limit: int) -> tuple[tuple[float, list[int]] | None, bool]:
-        """One sweep over the units keeping at most `limit` states.
+        """One pass over the units that keeps at most ``limit`` states.
 
-        Returns what it found above the incumbent, (value, picks), if anything, and whether no state was dropped for
-        lack of room, in which case nothing better exists.
+        Returns:
+            (value, picks) of a solution better than the incumbent, or None; and whether the pass was exact: no state
+            was dropped for lack of room, so nothing better exists.
         """
         cost, value = np.zeros(1, dtype=np.int64), np.zeros(1)
         trail: list[tuple[np.ndarray, np.ndarray]] = []  # per unit: parent state, pick

@@ -1,4 +1,4 @@
-"""What a pruning agent is given and gives back: one group's task, proposals, and the trials that became of them."""
+"""What a pruning agent gets and returns: one group's task, proposals, and the trials made of them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,17 @@ from tdc_fast.pruning.solver import Solution, UnitTable, solve
 from tdc_fast.pruning.unit_costs import UnitCosts
 
 Widths = Mapping[str, int]  # unit name -> channels
-LossRise = Mapping[str, Mapping[int, float]]  # unit name -> {width: how much the loss rises when it alone is so narrow}
+LossRise = Mapping[str, Mapping[int, float]]  # unit name -> {width: rise of the loss with this unit alone narrowed}
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """Widths that an agent wants to have tried, and why; the reason is kept in the memory for people."""
+    """Widths that an agent proposes.
+
+    Attributes:
+        widths: {unit: channels}.
+        reason: why, in words; the memory keeps it for the reader.
+    """
 
     widths: dict[str, int]
     reason: str = ""
@@ -28,7 +33,13 @@ class Proposal:
 
 @dataclass(frozen=True)
 class Answer:
-    """Proposals with what went into them: notes for people, and calls to a service."""
+    """Proposals with facts about how they were made.
+
+    Attributes:
+        proposals: the proposed widths.
+        notes: for the reader of the memory.
+        calls: calls to a service that were made.
+    """
 
     proposals: tuple[Proposal, ...]
     notes: tuple[str, ...] = ()
@@ -37,11 +48,20 @@ class Answer:
 
 @dataclass(frozen=True)
 class Trial:
-    """One entry of the memory: what was proposed, the widths it became on the budget, and how they did.
+    """One entry of the memory: a proposal, the widths that it became on the budget, and their score.
 
-    score : the candidate's loss, lower is better; None where nothing was scored.
-    spent : MACs that scoring it took; 0 for widths whose score was known already.
-    agent : who proposed it. seed : the seed of the round's draws.
+    Attributes:
+        widths: the widths that were tried, {unit: channels}.
+        macs: their MACs per sample.
+        score: their loss, lower is better; None where nothing was scored.
+        proposal: the widths that were proposed.
+        group: index of the group.
+        round: the round, from 0.
+        candidate: number of the candidate within the round.
+        agent: name of the agent that proposed it.
+        seed: seed of the round's draws.
+        reason: the agent's reason.
+        spent: MACs that scoring took; 0 for widths whose score was known already.
     """
 
     widths: dict[str, int]
@@ -58,29 +78,33 @@ class Trial:
 
     @property
     def place(self) -> tuple[int, int, int]:
-        """Group, round and candidate, which no other trial of a search has."""
+        """(group, round, candidate), which identifies a trial within its search."""
         return self.group, self.round, self.candidate
 
     @property
     def moved(self) -> dict[str, tuple[int, int]]:
-        """What the projection onto the budget changed: {unit: (proposed, tried)}."""
+        """The widths that the projection onto the budget changed, {unit: (proposed, tried)}."""
         return {u: (self.proposal[u], width) for u, width in self.widths.items() if self.proposal[u] != width}
 
 
 @dataclass(frozen=True)
 class Task:
-    """What one group's expert must meet, and what is known about it, at the start of a round.
+    """One group's budget, and what is known about its expert, at the start of a round.
 
-    group      : index of the group; `interval` its timesteps (start, stop).
-    units      : what can be narrowed, each with its allowed widths.
-    costs      : measured MACs per sample, a constant plus one table per unit.
-    budget     : MACs per sample allowed; `tolerance` the share below it that still counts as met.
-    importance : {unit name: (atoms,)} on this group's timesteps; `order` the atoms, most important first.
-    memory     : this group's trials so far, oldest first; `earlier` those of the groups searched before it. Both are
-                 empty when the search is told to do without memory.
-    measured   : the loss rise of each unit alone, for agents that ask for it (`loss_rise` is there for all).
-    round      : which round this is, from 0; `seed` decides whatever is drawn in it.
-    calls      : calls to a service that the search's agents have made so far, for those with a budget of them.
+    Attributes:
+        group: index of the group.
+        interval: its timesteps (start, stop).
+        units: the pruning units, each with its allowed widths.
+        costs: measured MACs per sample, a constant plus one table per unit.
+        budget: MACs per sample allowed.
+        tolerance: share of the budget that may stay unused.
+        importance: {unit name: (atoms,)} on this group's timesteps.
+        memory: this group's trials so far, oldest first. Empty if the search runs without memory.
+        earlier: the trials of the groups searched before. Empty if the search runs without memory.
+        measured: the measured loss rise of each unit alone, for agents with ``measures``; see :meth:`loss_rise`.
+        round: the round, from 0.
+        seed: seed of the round's draws.
+        calls: calls to a service that the search's agents have made so far.
     """
 
     group: int
@@ -102,23 +126,29 @@ class Task:
         return tuple(int(atom) for atom in np.argsort(-self.importance[unit], kind="stable"))
 
     def rng(self) -> np.random.Generator:
-        """Fresh random numbers of this round: equal tasks draw equal numbers."""
+        """A new generator for this round: equal tasks draw equal numbers."""
         return np.random.default_rng([self.seed, self.group, self.round])
 
     def project(self, widths: Widths, weights: Mapping[str, float] | None = None) -> Solution:
-        """The allowed widths nearest to these that meet the budget: what the search will make of a proposal."""
+        """The allowed widths nearest to these that meet the budget, which is what the search makes of a proposal.
+
+        Args:
+            widths: {unit: channels}.
+            weights: {unit: weight in the distance}; 1 where it is not given.
+        """
         return project(self.units, self.costs, self.budget, self.tolerance, widths, weights)
 
     def most_important(self, factors: Mapping[str, float] | None = None) -> Solution:
-        """The widths that keep most importance within the budget: an exact solve.
+        """The widths that keep the most importance within the budget, solved exactly.
 
-        `factors` multiply the units' importance, which makes some of them wider at the expense of the others.
+        Args:
+            factors: {unit: factor on its importance}, to make some units wider at the expense of others.
         """
         tables = importance_tables(self, factors)
         return solve(tables, self.budget, fixed_macs=self.costs.fixed, tolerance=self.tolerance)
 
     def loss_rise(self) -> LossRise:
-        """How much the loss rises when one unit alone is narrowed: measured, else the importance that goes with it."""
+        """The rise of the loss with one unit alone narrowed: measured, else estimated by the importance it loses."""
         if self.measured is not None:
             return self.measured
         rise: dict[str, dict[int, float]] = {}
@@ -139,10 +169,14 @@ def best_of(trials: Sequence[Trial]) -> Trial | None:
 
 
 def importance_tables(task: Task, factors: Mapping[str, float] | None = None) -> list[UnitTable]:
-    """The solver's tables: value of a width = importance of the atoms it keeps, times the unit's factor.
+    """The solver's tables: the value of a width is the importance of the atoms it keeps, times the unit's factor.
 
-    Scores count as they are across units: Taylor importance has one unit, loss, everywhere. A millionth of the total,
-    in proportion to the width, is added, so that among equally important choices the wider wins.
+    Scores of different units are compared as they are, since Taylor importance is in units of loss everywhere. A
+    millionth of the total, in proportion to the width, is added, so that of equally important choices the wider wins.
+
+    Args:
+        task: the group's task.
+        factors: {unit: factor on its importance}; None for 1.
     """
     total = sum(float(scores.sum()) for scores in task.importance.values()) or 1.0
     tables = []
@@ -157,5 +191,5 @@ def importance_tables(task: Task, factors: Mapping[str, float] | None = None) ->
 
 
 def as_key(units: Sequence[PruningUnit], widths: Mapping[str, Any]) -> tuple[int, ...]:
-    """Widths in the order of the units: equal for equal candidates."""
+    """The widths as a tuple in the order of the units; equal for equal candidates."""
     return tuple(widths[unit.name] for unit in units)

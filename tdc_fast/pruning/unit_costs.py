@@ -20,7 +20,12 @@ from tdc_fast.nn.units import Prunable, PruningUnit
 
 @dataclass(frozen=True)
 class UnitCosts:
-    """MACs of one sample: `fixed` for all that is not a unit, plus `tables[unit][width]`, in channels, per unit."""
+    """MACs of one sample.
+
+    Attributes:
+        fixed: MACs of everything that is not a unit.
+        tables: {unit: {width in channels: MACs}}.
+    """
 
     fixed: int
     tables: dict[str, dict[int, int]]
@@ -39,9 +44,13 @@ class UnitCosts:
 
 
 def one_sample_on_meta(x: Tensor, model_kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """A batch of one without data, (x, t, model_kwargs), of the shapes that a batch x (B, ...) has.
+    """One sample without data, (x, t, model_kwargs), shaped like those of a batch.
 
-    The device 'meta' computes shapes only, which is all that counting takes.
+    It is on the device "meta", which computes only shapes; counting needs no more.
+
+    Args:
+        x: images (B, ...).
+        model_kwargs: the model's keyword arguments, tensors (B, ...) or other values.
     """
     kwargs = {
         name: value[:1].to("meta") if isinstance(value, Tensor) else value for name, value in model_kwargs.items()
@@ -52,15 +61,22 @@ def one_sample_on_meta(x: Tensor, model_kwargs: Mapping[str, Any]) -> tuple[Tens
 def unit_costs(model: Prunable, x: Tensor, model_kwargs: Mapping[str, Any] | None = None) -> UnitCosts:
     """Measure the MACs per sample of every unit at each of its widths.
 
-    `x` (B, ...) and `model_kwargs` (e.g. {'y': labels}) only give shapes and dtypes. Where every unit is named after
-    the module it lives in, all units are measured in the same forward passes, each by its module's count; otherwise one
-    unit is changed at a time. ValueError when the measured costs do not add up.
+    If every unit is named after the module that contains it, all units are measured in the same forward passes, each by
+    its module's count; otherwise one unit is changed at a time.
+
+    Args:
+        model: is not changed.
+        x: images (B, ...), of which only shape and dtype matter.
+        model_kwargs: keyword arguments of the model, such as {"y": labels}.
+
+    Raises:
+        ValueError: the measured costs do not add up.
     """
     units = list(model.pruning_units())
     sample = one_sample_on_meta(x, model_kwargs or {})
     template: Any = model.with_widths({}).to("meta")
     costs = _costs_by_module(template, units, sample) or _costs_one_by_one(template, units, sample)
-    for whole in range(2):  # units that are whole and units that are gone, by turns
+    for whole in range(2):  # every other unit whole, the others at their smallest width
         mixed = {unit.name: unit.widths()[-((i + whole) % 2)] for i, unit in enumerate(units)}
         measured = _measure(template, mixed, sample)
         if measured != costs.total(mixed):
@@ -93,9 +109,9 @@ def _costs_one_by_one(template: Any, units: Sequence[PruningUnit], sample: Sampl
 
 
 def _costs_by_module(template: Any, units: Sequence[PruningUnit], sample: Sample) -> UnitCosts | None:
-    """All units at their j-th width at once, told apart by the MACs counted inside the module of the unit's name.
+    """All units at their j-th width at once; each unit's MACs are those counted inside the module of its name.
 
-    None when the names are not those of separate modules, or what is left for the rest of the model varies.
+    None if the names are not those of separate modules, or the MACs of the rest of the model vary.
     """
     names = [unit.name for unit in units]
     modules = {name for name, _ in template.named_modules()}

@@ -1,4 +1,4 @@
-"""The parts that a configuration describes: device, data, diffusion, denoiser."""
+"""The parts that a configuration describes: device, data, diffusion process and network."""
 
 from __future__ import annotations
 
@@ -17,12 +17,23 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def build_device(config: TrainConfig) -> torch.device:
-    """The device of a run; ValueError when it is not there."""
+    """The device of a run.
+
+    Raises:
+        ValueError: torch does not see it.
+    """
     return named_device(config.device)
 
 
 def named_device(name: str) -> torch.device:
-    """The device that a flag names: auto, cpu, cuda or cuda:N; ValueError when it is not there."""
+    """The device that a flag names.
+
+    Args:
+        name: auto, cpu, cuda or cuda:N; auto is a GPU if there is one.
+
+    Raises:
+        ValueError: the name is unknown, or torch does not see the device.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -37,12 +48,16 @@ def named_device(name: str) -> torch.device:
 
 
 def build_data(config: TrainConfig) -> ImageDataset:
-    """The images that training sees: all of them, or all but the held-out share."""
+    """The images to train on: all of them, or all but the held-out share."""
     return split_data(config)[0]
 
 
 def split_data(config: TrainConfig) -> tuple[ImageDataset, ImageDataset | None]:
-    """(training images, held-out images or None) as the configuration divides them."""
+    """(training images, held-out images or None) as the configuration splits them.
+
+    Raises:
+        ValueError: the data is missing or does not fit the configuration.
+    """
     if not config.data_dir:
         raise invalid("data_dir", "", "a folder of images, an .npz or .npy file, or one of digits, photos")
     dataset = load_dataset(
@@ -60,7 +75,12 @@ def split_data(config: TrainConfig) -> tuple[ImageDataset, ImageDataset | None]:
 
 
 def build_diffusion(config: TrainConfig, timestep_respacing: str = "") -> Diffusion:
-    """The process of a configuration; ``timestep_respacing``, where given, replaces the configuration's own."""
+    """The diffusion process of a configuration.
+
+    Args:
+        config: the configuration.
+        timestep_respacing: replaces the configuration's own, unless empty.
+    """
     return create_diffusion(
         diffusion_steps=config.diffusion_steps,
         learn_sigma=config.learn_sigma,
@@ -75,13 +95,18 @@ def build_diffusion(config: TrainConfig, timestep_respacing: str = "") -> Diffus
 
 
 def place(model: M, device: torch.device) -> M:
-    """The model on a device, its filters in channels_last memory."""
+    """The model on a device, its weights in channels_last memory."""
     placed: M = model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return placed
 
 
 def build_unet(config: TrainConfig, in_channels: int) -> UNet:
-    """The denoiser with fresh weights, drawn from torch's global generator."""
+    """The network with new weights, drawn from torch's global generator.
+
+    Args:
+        config: the configuration.
+        in_channels: channels of the images.
+    """
     model = create_unet(
         image_size=config.image_size,
         num_channels=config.num_channels,

@@ -3,7 +3,7 @@
 One checkpoint of step s is ``model{s}.pt``, ``ema_{rate}_{s}.pt`` and ``opt{s}.pt`` (readable by anything that reads
 improved-diffusion's) and ``state{s}.pt`` (random numbers, data position and the rest that an exact continuation needs).
 Every ``X.pt`` has ``X.json``: configuration, stage, step, run identity, size and sha256. ``state{s}.json`` is written
-last: a checkpoint without it was being written when the process died, and does not count.
+last: without it the process died while writing, and the checkpoint does not count.
 """
 
 from __future__ import annotations
@@ -23,18 +23,22 @@ FORMAT = 1
 
 
 def model_file(step: int) -> str:
+    """File name of the raw weights."""
     return f"model{step:06d}.pt"
 
 
 def ema_file(rate: str, step: int) -> str:
+    """File name of the averaged weights of a rate, as written on the command line."""
     return f"ema_{rate}_{step:06d}.pt"
 
 
 def optimizer_file(step: int) -> str:
+    """File name of the optimizer's state."""
     return f"opt{step:06d}.pt"
 
 
 def state_file(step: int) -> str:
+    """File name of the rest of the training state."""
     return f"state{step:06d}.pt"
 
 
@@ -42,7 +46,7 @@ def step_of(path: str | Path) -> int:
     """The step in a checkpoint's file name.
 
     Raises:
-        ValueError: there is none; a training run must never go back to step 0 because of a name.
+        ValueError: there is none. Training must not silently restart at step 0 because of a file name.
     """
     found = re.fullmatch(r"(?:model|opt|state|ema_.+_)(\d{6,})\.pt", Path(path).name)
     if not found:
@@ -54,6 +58,8 @@ def save_checkpoint(directory: Path, step: int, contents: Mapping[str, Any], des
     """Write the files of one checkpoint, the state file's description last.
 
     Args:
+        directory: the stage's directory; it is created if necessary.
+        step: step of the checkpoint.
         contents: file name -> object for ``torch.save``; must hold ``state_file(step)``.
         description: JSON values that go into every description (configuration, stage, identity).
     """
@@ -85,7 +91,13 @@ def finished_steps(directory: Path) -> list[int]:
 
 
 def find_problem(directory: Path, step: int, expected: Mapping[str, Any]) -> str | None:
-    """What is wrong with a finished checkpoint, naming the file; None when every file is whole and of this run."""
+    """What is wrong with a finished checkpoint, naming the file; None if every file is whole and of this run.
+
+    Args:
+        directory: the stage's directory.
+        step: step of the checkpoint.
+        expected: what its description must say.
+    """
     marker = (directory / state_file(step)).with_suffix(".json")
     try:
         description = json.loads(marker.read_text())
@@ -106,7 +118,14 @@ def find_problem(directory: Path, step: int, expected: Mapping[str, Any]) -> str
 
 
 def differing_key(description: Mapping[str, Any], expected: Mapping[str, Any]) -> str | None:
-    """The first key whose described value is not the expected one; a configuration's differing flag by its own name."""
+    """The first key whose value differs from the expected one, or None.
+
+    Of a configuration it is the differing flag.
+
+    Args:
+        description: what a checkpoint says about itself.
+        expected: what it must say.
+    """
     for key, value in expected.items():
         if description.get(key) != value:
             if isinstance(value, Mapping) and isinstance(description.get(key), Mapping):
@@ -116,18 +135,19 @@ def differing_key(description: Mapping[str, Any], expected: Mapping[str, Any]) -
 
 
 def choose_checkpoint(directory: Path, expected: Mapping[str, Any], step: int, run: Path) -> int | None:
-    """The step to continue from: the latest checkpoint, or the one asked for.
+    """The step to continue from: the latest checkpoint, or a chosen one.
 
     Args:
-        expected: description that the checkpoint must carry (identity and the like).
-        step: -1 for the latest, 0 to begin the stage anew, otherwise that checkpoint.
+        directory: the stage's directory.
+        expected: what the checkpoint's description must say (its identity and the like).
+        step: -1 for the latest, 0 to restart the stage, otherwise that checkpoint.
         run: the run directory, for messages.
 
     Returns:
-        The step, or None where the stage has no checkpoint yet.
+        The step, or None if the stage has no checkpoint yet.
 
     Raises:
-        ValueError: the checkpoint is damaged, truncated, foreign or not there; names it and offers the last good one.
+        ValueError: the checkpoint is missing, damaged or of another run; names it and the last good one.
     """
     steps = finished_steps(directory)
     if step == 0 or (step == -1 and not steps):
@@ -140,15 +160,13 @@ def choose_checkpoint(directory: Path, expected: Mapping[str, Any], step: int, r
         return chosen
     good = next((s for s in reversed(steps) if s != chosen and find_problem(directory, s, expected) is None), 0)
     offer = (
-        f"the last good checkpoint is step {good}"
-        if good
-        else "there is no good checkpoint; step 0 begins the stage anew"
+        f"the last good checkpoint is step {good}" if good else "there is no good checkpoint; step 0 restarts the stage"
     )
     raise ValueError(f"resume: {problem}; {offer}: --resume {run} --resume_step {good}")
 
 
 def discard_after(directory: Path, step: int) -> None:
-    """Uncommit checkpoints later than ``step``: training goes on from there and will write them anew."""
+    """Invalidate checkpoints later than ``step``, from which training continues and writes them again."""
     for later in finished_steps(directory):
         if later > step:
             (directory / state_file(later)).with_suffix(".json").unlink()

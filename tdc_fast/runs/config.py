@@ -1,4 +1,4 @@
-"""TrainConfig: one flat, typed, checked description of a run; from Python, a mapping, a YAML or a JSON file."""
+"""TrainConfig: one flat, typed, checked description of a run, from Python, a mapping, a YAML or a JSON file."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ MAY_CHANGE_ON_RESUME = frozenset(
         "device",
     }
 )
-"""Options that a resumed run may set anew: they do not enter the mathematics of training.
+"""Options that may change when a run is resumed, since the weights do not depend on them.
 
-(log_interval decides which rows progress.csv has; the weights do not depend on it.)
+(log_interval decides which rows progress.csv has.)
 """
 
 _POSITIVE = (
@@ -93,21 +93,22 @@ class TrainConfig(DataOptions, ModelOptions, DiffusionOptions, OptimizerOptions,
         return cls.from_dict(read_options(path))
 
     def replace(self, **changes: Any) -> TrainConfig:
-        """A copy with some fields changed, checked anew."""
+        """A copy with some fields changed and checked again."""
         return TrainConfig.from_dict({**self.to_dict(), **changes})
 
     @property
     def ema_rates(self) -> tuple[str, ...]:
-        """The rates as they were written, since file names carry them: ``ema_0.9999_000100.pt``."""
+        """The rates as they were written, since they are part of file names: ``ema_0.9999_000100.pt``."""
         return tuple(part.strip() for part in self.ema_rate.split(","))
 
     @property
     def mixed_precision(self) -> bool:
+        """Whether the model runs in bf16."""
         return self.use_fp16 or self.precision == "bf16"
 
     @property
     def identity(self) -> str:
-        """sha256 over the fields that a resumed run may not change: equal identity, equal numbers."""
+        """sha256 over the fields that may not change when a run is resumed: equal identity, equal numbers."""
         fixed = {name: value for name, value in self.to_dict().items() if name not in MAY_CHANGE_ON_RESUME}
         return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
 
@@ -136,7 +137,16 @@ def read_options(path: str | Path) -> dict[str, Any]:
 
 
 def comma_numbers(name: str, text: str, kind: type) -> list[Any]:
-    """The numbers of a comma list such as ``"16,8"``; ValueError naming the flag when one is not a number."""
+    """The numbers of a comma list such as ``"16,8"``.
+
+    Args:
+        name: the flag, for errors.
+        text: the list.
+        kind: int or float.
+
+    Raises:
+        ValueError: an entry is not a number; names the flag.
+    """
     try:
         return [kind(part) for part in text.split(",")] if text.strip() else []
     except ValueError as error:
@@ -158,7 +168,7 @@ def _unknown_remedy(name: str) -> str:
 
 
 def _checked_type(name: str, value: Any) -> Any:
-    """The value in its field's type: whole floats and numeric text such as YAML's ``1e-4`` are taken as meant."""
+    """The value in its field's type; whole floats and numeric text such as YAML's ``1e-4`` are converted."""
     wanted = _field_types()[name]
     if typing.get_origin(wanted) is typing.Literal:
         choices = typing.get_args(wanted)
@@ -229,11 +239,11 @@ def _check_ranges(config: TrainConfig) -> None:
             "stop_after",
         ):
             if values[name] != _default(name):
-                raise invalid(name, values[name], "--groups N beside it, since it is about experts")
+                raise invalid(name, values[name], "--groups N beside it, since it applies to experts")
 
 
 def _check_chosen_groups(config: TrainConfig) -> None:
-    """--groups -1: the number comes from the base, so nothing may be given per group."""
+    """Check --groups -1: the number is measured, so nothing may be given per group."""
     if config.groups != -1:
         raise invalid("groups", config.groups, "a number of groups, 0 for none, or -1 for the elbow")
     if config.grouping not in ("similarity", "difficulty"):
@@ -251,7 +261,7 @@ def _check_search(config: TrainConfig) -> None:
     if config.agent == "llm" and not config.llm_model:
         raise invalid("llm_model", config.llm_model, "the name of a model, which --agent llm asks")
     if "@" in config.llm_url:
-        raise invalid("llm_url", "(not shown)", "a URL without a secret; the key belongs into OPENAI_API_KEY")
+        raise invalid("llm_url", "(not shown)", "a URL without a secret; the key belongs in OPENAI_API_KEY")
 
 
 def _check_tdc(config: TrainConfig) -> None:
@@ -294,7 +304,15 @@ def _check_tdc(config: TrainConfig) -> None:
 
 
 def refuse_changed_options(run: TrainConfig, wanted: TrainConfig) -> None:
-    """ValueError naming the first option in which a resumed run would differ from what it was."""
+    """Refuse options that may not change when a run is resumed.
+
+    Args:
+        run: the run's own options.
+        wanted: the options to resume it with.
+
+    Raises:
+        ValueError: naming the first option that differs.
+    """
     for name, value in wanted.to_dict().items():
         if name not in MAY_CHANGE_ON_RESUME and getattr(run, name) != value:
             raise invalid(name, value, f"{getattr(run, name)!r} as the resumed run has it; a new run may differ")

@@ -1,4 +1,4 @@
-"""Trained denoisers for the command lines: from a run directory, or from one file of weights."""
+"""Trained denoisers to sample from or evaluate: from a run directory, or from one file of weights."""
 
 from __future__ import annotations
 
@@ -19,33 +19,50 @@ from tdc_fast.runs.weights import load_weights, read_description
 
 Which = Literal["auto", "experts", "base"]
 FACTS = tuple(field.name for section in (ModelOptions, DiffusionOptions) for field in fields(section))
-"""The flags that say what a file of weights is."""
+"""The flags that describe a file of weights."""
 FREE_AT_SAMPLING = frozenset({"timestep_respacing", "dropout", "use_checkpoint", "in_channels"})
-"""Those of them that a sampler may choose for itself."""
+"""Those of them that may differ from training."""
 
 
 @dataclass(frozen=True)
 class TrainedDenoiser:
-    """A model that answers `model(x, t)` for original timesteps, and what is needed to sample from it."""
+    """A trained model and what is needed to sample from it.
+
+    Attributes:
+        model: called as model(x, t) with original timesteps.
+        diffusion: its process, respaced if asked for.
+        image_size: H = W of the images.
+        channels: channels of the images.
+        num_classes: number of classes; 0 if the model is not class conditional.
+        name: for messages.
+        config: the options that it was trained with.
+        run: the run that it came from, if any.
+    """
 
     model: nn.Module
     diffusion: Diffusion
     image_size: int
     channels: int
-    num_classes: int  # 0 when the model is not class conditional
+    num_classes: int
     name: str
     config: TrainConfig
-    run: Run | None = None  # where it came from one
+    run: Run | None = None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
         return (self.channels, self.image_size, self.image_size)
 
 
 def stored_facts(*, run: str = "", model_path: str = "") -> dict[str, Any]:
-    """The flags in `FACTS` that a run directory, or the description beside a file of weights, records.
+    """The flags in ``FACTS`` that a run or the description beside a file of weights records.
 
-    Empty for a file of improved-diffusion, which has no description.
+    Args:
+        run: a run directory; or
+        model_path: a file of weights. One of improved-diffusion has no description: the result is empty.
+
+    Raises:
+        ValueError: it is no run, or the file holds the experts of a run.
     """
     if run:
         path = Path(run) / "config.json"
@@ -62,16 +79,31 @@ def stored_facts(*, run: str = "", model_path: str = "") -> dict[str, Any]:
 
 
 def refuse_mismatch(source: str, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """ValueError naming the first flag that contradicts what `source` was trained with."""
+    """Refuse flags that contradict what a model was trained with.
+
+    Args:
+        source: the model, for errors.
+        stored: the flags that it was trained with.
+        wanted: the flags that are given.
+
+    Raises:
+        ValueError: naming the first flag that differs.
+    """
     for name, value in stored.items():
         if name not in FREE_AT_SAMPLING and wanted[name] != value:
             raise invalid(name, wanted[name], f"{value!r}, with which {source} was trained")
 
 
 def from_run(path: str | Path, which: Which = "auto", timestep_respacing: str = "") -> TrainedDenoiser:
-    """The averaged (EMA) weights of a run: with "auto" its experts where it has any, else its base.
+    """The averaged (EMA) weights of a run.
 
-    Raises ValueError where the run does not exist or lacks what is asked for.
+    Args:
+        path: the run directory.
+        which: "experts", "base", or "auto" for the experts if there are any, else the base.
+        timestep_respacing: replaces that of the run, unless empty.
+
+    Raises:
+        ValueError: the run or the model does not exist.
     """
     run = load_run(path)
     config: TrainConfig = run.config
@@ -91,9 +123,14 @@ def from_run(path: str | Path, which: Which = "auto", timestep_respacing: str = 
 
 
 def from_checkpoint(path: str | Path, facts: Mapping[str, Any]) -> TrainedDenoiser:
-    """The weights in a file, in the UNet and with the diffusion that the flags `facts` describe.
+    """The weights in a file, in the UNet and with the diffusion process that flags describe.
 
-    Raises ValueError when the file is missing or damaged, or holds other weights than the flags describe.
+    Args:
+        path: the file.
+        facts: the flags in ``FACTS``.
+
+    Raises:
+        ValueError: the file is missing or damaged, or does not fit the flags.
     """
     channels = facts["in_channels"] or 3  # as all of improved-diffusion's
     config = TrainConfig.from_dict({**{name: facts[name] for name in FACTS}, "in_channels": channels})

@@ -1,4 +1,4 @@
-"""The run directory: where everything of one training run lives.
+"""The run directory, which holds everything of one training run.
 
     config.json     every option            run.json      identity, image channels, versions
     groups.json     timestep groups         widths.json   what each expert keeps
@@ -37,8 +37,8 @@ class RunDirectory:
 
     Attributes:
         path: the directory.
-        config: the options the run was made with.
-        in_channels: channels of its images (the configuration may leave them to the data).
+        config: the options that the run was made with.
+        in_channels: channels of its images (the configuration may take them from the data).
     """
 
     def __init__(self, path: Path, config: TrainConfig, in_channels: int, logs: Path | None = None) -> None:
@@ -51,8 +51,12 @@ class RunDirectory:
     def create(cls, config: TrainConfig, in_channels: int) -> RunDirectory:
         """Make the directory of a new run, named by the configuration or the environment.
 
+        Args:
+            config: the options of the run.
+            in_channels: channels of its images.
+
         Raises:
-            ValueError: another run lives there.
+            ValueError: another run is there.
         """
         chosen = config.run_dir or default_directory()
         path = (
@@ -87,13 +91,17 @@ class RunDirectory:
                     "command": sys.argv,
                 },
             )
-            stored = config.replace(stop_after="never")  # where this call ends says nothing of the next
+            stored = config.replace(stop_after="never")  # where this call stops does not bind the next one
             run.write("config.json", stored.to_dict())  # last: a directory with it is a run
         return run
 
     @classmethod
     def open(cls, path: str | Path, config: TrainConfig | None = None) -> RunDirectory:
-        """The run in an existing directory; ``config`` replaces the options that may change when a run goes on.
+        """The run in an existing directory.
+
+        Args:
+            path: the directory.
+            config: replaces the stored options; those that may change when a run is resumed may differ.
 
         Raises:
             ValueError: there is no run, or its files contradict each other.
@@ -114,6 +122,7 @@ class RunDirectory:
 
     @property
     def identity(self) -> str:
+        """Identity of the run's configuration."""
         return self.config.identity
 
     def stage_directory(self, stage: str) -> Path:
@@ -126,7 +135,7 @@ class RunDirectory:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """For the one process that works on the run: keeps others out, and deletes what a killed one left half written.
+        """Lock the run for this process, and delete files that a killed process left half written.
 
         Raises:
             ValueError: another process works on it.
@@ -141,11 +150,16 @@ class RunDirectory:
         write_json(self.path / name, value)
 
     def read(self, name: str) -> dict[str, Any] | None:
-        """One of the run's JSON files; None where it is not written yet."""
+        """One of the run's JSON files; None if it is not written yet."""
         return read_options(self.path / name) if (self.path / name).is_file() else None
 
     def description(self, stage: str, **more: Any) -> dict[str, Any]:
-        """What every checkpoint of a stage says about itself."""
+        """The description that every checkpoint of a stage carries.
+
+        Args:
+            stage: "base" or "experts".
+            **more: further JSON values.
+        """
         return {
             "stage": stage,
             "identity": self.identity,
@@ -157,7 +171,7 @@ class RunDirectory:
 
 @contextmanager
 def _sole_writer(directory: Path) -> Iterator[None]:
-    """Locks a directory; the lock ends with the process, however that ends."""
+    """Lock a directory; the lock ends with the process, even if it is killed."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -175,10 +189,10 @@ def _sole_writer(directory: Path) -> Iterator[None]:
 
 
 def _has_begun(path: Path) -> bool:
-    """Whether a run directory holds anything worth keeping: one that was refused right after its start does not."""
+    """Whether a run directory holds results; one of a run that was refused at its start does not."""
     return any(next(path.rglob(kind), None) is not None for kind in ("*.pt", "progress.csv"))
 
 
 def default_directory() -> str:
-    """Where improved-diffusion's environment variables say that checkpoints go; empty when they say nothing."""
+    """The directory that improved-diffusion's environment variables name; empty if they are not set."""
     return os.environ.get("DIFFUSION_BLOB_LOGDIR") or os.environ.get("OPENAI_LOGDIR") or ""

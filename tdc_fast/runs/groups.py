@@ -15,7 +15,7 @@ from tdc_fast.runs.directory import RunDirectory
 
 
 def needs_base(config: TrainConfig) -> bool:
-    """Whether the groups depend on the base's weights, and are not known before stage 1 has ended."""
+    """Whether the groups depend on the base's weights, and so are known only after stage 1."""
     measured = config.grouping == "similarity" or (config.grouping == "difficulty" and "loss" in config.difficulty)
     return config.groups != 0 and (config.refine > 0 if config.boundaries else measured)
 
@@ -23,9 +23,13 @@ def needs_base(config: TrainConfig) -> bool:
 def difficulty_groups(
     config: TrainConfig, probes: Probes, levels: np.ndarray, *, report: bool = False
 ) -> TimestepGroups:
-    """Groups of whole probes whose levels of difficulty (P,), in decibels, scatter least inside the groups.
+    """Groups of whole probes with the least scatter of difficulty inside the groups.
 
-    report: print what the elbow weighed, where it chose.
+    Args:
+        config: number of groups.
+        probes: P probes.
+        levels: difficulty of every probe in decibels, (P,).
+        report: print the elbow's costs, if it chooses the number.
     """
     found = divide(scatter_of_values(levels, probes.sizes), given_number(config), max_intervals=config.max_groups)
     if report:
@@ -34,14 +38,18 @@ def difficulty_groups(
 
 
 def say_elbow(config: TrainConfig, found: Division) -> None:
-    """Report the cost of every number of groups that was weighed, where the number was left open."""
+    """Print the cost of every number of groups, if the elbow chose the number."""
     if config.groups == -1:
         costs = ", ".join(f"{n}: {cost:.4g}" for n, cost in enumerate(found.costs, 1))
         print(f"groups: the elbow is at {found.num_intervals}; scatter inside the groups by their number: {costs}")
 
 
 def load_groups(run: RunDirectory) -> TimestepGroups:
-    """The groups in groups.json. ValueError where there are none yet, or the file is not of this configuration."""
+    """The groups in groups.json.
+
+    Raises:
+        ValueError: there are none yet, or the file is not of this configuration.
+    """
     path, config = run.path / "groups.json", run.config
     groups = TimestepGroups.load(path)
     if groups.num_timesteps != config.diffusion_steps or config.groups not in (-1, groups.num_groups):
@@ -50,14 +58,19 @@ def load_groups(run: RunDirectory) -> TimestepGroups:
 
 
 def given_number(config: TrainConfig) -> int | None:
-    """The number of groups; None where the elbow is to choose it."""
+    """The number of groups; None if the elbow is to choose it."""
     return None if config.groups == -1 else config.groups
 
 
 def build_groups(config: TrainConfig, *, report: bool = False) -> TimestepGroups | None:
-    """The timestep groups; None for plain training, and for groups that a base must be measured for.
+    """The timestep groups; None for plain training, and for groups that need measurements of the base.
 
-    report: print what the elbow weighed, where it chose their number.
+    Args:
+        config: the configuration.
+        report: print the elbow's costs, if it chooses the number.
+
+    Raises:
+        ValueError: the boundaries do not fit the number of timesteps.
     """
     if not config.groups or needs_base(config):
         return None

@@ -31,23 +31,27 @@ class Run:
 
     @property
     def path(self) -> Path:
+        """The run directory."""
         return self.directory.path
 
     @property
     def config(self) -> TrainConfig:
+        """The options that the run was made with."""
         return self.directory.config
 
     @property
     def in_channels(self) -> int:
+        """Channels of the run's images."""
         return self.directory.in_channels
 
     @cached_property
     def diffusion(self) -> Diffusion:
+        """The diffusion process."""
         return build_diffusion(self.config)
 
     @cached_property
     def groups(self) -> TimestepGroups | None:
-        """The timestep groups of groups.json; None for plain training."""
+        """The timestep groups in groups.json; None for plain training."""
         if not self.config.groups:
             return None
         groups = load_groups(self.directory)
@@ -76,13 +80,18 @@ class Run:
         """The dense base in evaluation mode.
 
         Args:
-            ema: True for the first rate's averages, a rate as written for its, False for the raw weights.
+            ema: True for the averages of the first rate, a rate as written for those of that rate, False for the raw
+                weights.
             step: which checkpoint; -1 is the latest.
         """
         return base_with_weights(self.directory, self._weights("base", ema, step), torch.device("cpu"))
 
     def experts(self, ema: bool | str = True, step: int = -1) -> RoutedModel:
-        """The experts as one RoutedModel in evaluation mode; arguments as in :meth:`base`."""
+        """The experts as one RoutedModel in evaluation mode; arguments as in :meth:`base`.
+
+        Raises:
+            ValueError: the run has no experts, or its files do not belong together.
+        """
         if self.groups is None:
             raise invalid("experts", str(self.path), "a run with --groups N; this one has a base alone")
         base = self.base()
@@ -94,7 +103,7 @@ class Run:
             model.load_state_dict(weights)
         except RuntimeError as error:
             plan = self.path / "widths.json"
-            remedy = f"the plan of these experts: --resume {self.path} finds it anew"
+            remedy = f"the plan of these experts: --resume {self.path} finds it again"
             raise invalid("widths", f"{plan}{'' if plan.is_file() else ' (missing)'}", remedy) from error
         return model.eval()
 
@@ -116,6 +125,9 @@ class Run:
 
 def load_run(path: str | Path) -> Run:
     """Open a run directory for sampling, evaluation or a report.
+
+    Args:
+        path: the run directory.
 
     Raises:
         ValueError: there is no run, or its files do not belong together.

@@ -17,6 +17,10 @@ from tdc_fast.runs.groups import build_groups
 def open_run(config: TrainConfig, in_channels: int) -> RunDirectory:
     """The run directory of a configuration: a new one, or with ``config.resume`` the one that is continued.
 
+    Args:
+        config: the configuration.
+        in_channels: channels of the images.
+
     Raises:
         ValueError: the directory holds another run, or nothing that could be resumed.
     """
@@ -37,7 +41,7 @@ def open_run(config: TrainConfig, in_channels: int) -> RunDirectory:
     threads = (run.read("run.json") or {}).get("threads")
     if threads != torch.get_num_threads():
         print(
-            f"note: the run began with {threads} threads and goes on with {torch.get_num_threads()}: "
+            f"note: the run began with {threads} threads and continues with {torch.get_num_threads()}: "
             "the last bits may differ",
             file=sys.stderr,
         )
@@ -48,8 +52,10 @@ def open_run(config: TrainConfig, in_channels: int) -> RunDirectory:
 
 
 def _continued_in_place(config: TrainConfig) -> TrainConfig:
-    """improved-diffusion resumes in the very directory of --resume_checkpoint. Where a run of ours lives there, that is
-    what --resume and --resume_step do."""
+    """Turn a --resume_checkpoint in the run's own directory into --resume and --resume_step.
+
+    improved-diffusion resumes in the directory of --resume_checkpoint; if one of our runs is there, it is resumed.
+    """
     directory = Path(config.run_dir or default_directory() or "")
     checkpoint = Path(config.resume_checkpoint)
     if config.resume or not config.resume_checkpoint or not (directory / "config.json").is_file():

@@ -1,8 +1,8 @@
 """Every option of a training run, in the sections that ``--help`` shows.
 
-Names, meaning, defaults and value syntax of the options that improved-diffusion's ``image_train.py`` also has are the
-same as there; an option that only this library has says so by its subject (groups, pruning, budgets, run directory).
-The sections are joined into one flat dataclass, :class:`tdc_fast.runs.config.TrainConfig`.
+Options that improved-diffusion's ``image_train.py`` also has keep its names, meaning, defaults and syntax; the others
+are about groups, pruning, budgets and the run directory. The sections are joined into one flat dataclass,
+:class:`tdc_fast.runs.config.TrainConfig`.
 
 The string under a field is its help text on the command line.
 """
@@ -21,11 +21,11 @@ class DataOptions:
     """Folder of images (searched recursively; class = file name up to the first "_"), an .npz or .npy array, or the
     name of a built-in set: digits, photos."""
     on_corrupt: Literal["error", "skip"] = "error"
-    """What an unreadable image does: stop the run with its name, or be left out and counted."""
+    """What to do with an unreadable image: stop the run and name it, or leave it out and count it."""
     heldout: float = 0.0
-    """Share of the images (0 to below 1) that training never sees, chosen by --heldout_seed; evaluation uses it."""
+    """Share of the images (0 to below 1) kept from training for evaluation, chosen by --heldout_seed."""
     heldout_seed: int = 0
-    """Seed of the choice of held-out images, apart from --seed so that runs of several seeds share the same split."""
+    """Seed of the choice of held-out images, separate from --seed so that runs of several seeds share one split."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,52 +125,51 @@ class OptimizerOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class TdcOptions:
-    """TDC: groups, pruning, experts and their budgets. Everything here waits for --groups above 0."""
+    """TDC: groups, pruning, experts and their budgets. None of it applies without --groups."""
 
     groups: int = 0
     """Number N of timestep groups and of experts; 0 is plain improved-diffusion training without a second stage; -1
     takes the elbow of --grouping similarity or difficulty, at most --max_groups."""
     grouping: Literal["uniform", "snr", "difficulty", "similarity"] = "uniform"
-    """Groups of equal width in timesteps or in decibels of the signal-to-noise ratio; or what is found best once the
-    base is trained: timesteps of like difficulty (see --difficulty), or those whose loss gradients are similar."""
+    """Groups of equal width in timesteps or in decibels of the signal-to-noise ratio; or measured on the trained base:
+    timesteps of similar difficulty (see --difficulty), or with similar loss gradients."""
     max_groups: int = 10
     """With --groups -1: the largest number that may be chosen."""
     probes: int = 50
     """Intervals of timesteps at which the base is measured for --grouping similarity and difficulty; boundaries lie
     between them."""
     snr_range: str = "-20,20"
-    """With --grouping snr: "lo,hi" in decibels; what lies outside belongs to the outermost groups. Empty divides the
-    whole range of the schedule."""
+    """With --grouping snr: "lo,hi" in decibels; timesteps outside it belong to the first or last group. Empty divides
+    the whole range of the schedule."""
     boundaries: str = ""
     """Comma list of the N + 1 boundaries from 0 to the number of timesteps, instead of --grouping."""
     refine: int = 0
-    """With --boundaries: let every inner one move by up to this many timesteps to where gradients are most similar
+    """With --boundaries: let every inner boundary move by up to this many timesteps to where gradients are most similar
     inside the groups."""
     overlap: float = 0.0
     """Soft boundaries: in stage 2 each expert also trains on this share (0 to 1) of each neighbour's timesteps, the
     nearest ones."""
     difficulty: Literal["snr", "snr-reversed", "loss", "loss-reversed"] = "snr"
     """Which groups count as hard and keep more of the base: those of high SNR or of high measured loss; reversed,
-    those of low. It is also what --grouping difficulty divides by."""
+    those of low. --grouping difficulty divides by the same measure."""
     k: float = 0.6
-    """Budget of the (imagined) easiest group as a share of the base's MACs, 0 < k <= 1; group i of N from easy to
-    hard gets i/N + (N - i)/N * k. 1 does not prune."""
+    """Lower bound of the budgets as a share of the base's MACs, 0 < k <= 1; group i of N from easy to hard gets
+    i/N + (N - i)/N * k. 1 does not prune."""
     budgets: str = ""
-    """Comma list of N shares of the base's MACs, one per group from low to high timesteps, instead of the law with
-    --k."""
+    """Comma list of N shares of the base's MACs, one per group from low to high timesteps, instead of --k."""
     importance: Literal["taylor", "magnitude"] = "taylor"
     """What decides which channels are kept: first-order loss change on the group's own timesteps, or weight norm."""
     calibration_batches: int = 4
     """Batches of --batch_size images on which importance is measured, for each group."""
     base: str = ""
-    """Weights (.pt) that stand in for a finished stage 1, or a run directory whose base is used; the model flags
-    must describe them."""
+    """Weights (.pt) to use instead of stage 1, or a run directory whose base is used; the model flags must describe
+    them."""
     stage1_steps: int = 0
     """Steps of stage 1; 0 computes it from --baseline_steps, else takes --lr_anneal_steps."""
     stage2_steps: int = 0
     """Steps of stage 2; 0 computes it from --baseline_steps."""
     baseline_steps: int = 0
-    """Steps of the uniform baseline whose cost the shares below refer to (same model and --batch_size)."""
+    """Steps of the uniform baseline (same model and --batch_size), to whose cost the shares below refer."""
     stage1_share: float = 0.5
     """Cost of stage 1 as a share of the baseline's cost."""
     total_share: float = 1.0
@@ -190,20 +189,19 @@ class SearchOptions:
     """The search for every expert's widths within its budget (proxy-based pruning)."""
 
     agent: Literal["auto", "taylor", "magnitude", "random", "greedy", "evolution", "tpe", "llm"] = "auto"
-    """Who proposes widths. taylor and magnitude answer once, with what keeps most of that importance; the others search
-    with scored candidates: by chance, by loss per MAC, by evolution, by optuna's estimator, or by asking a language
-    model. auto is the one-shot answer by --importance for one round, and tpe for more."""
+    """Who proposes widths. taylor and magnitude propose once, the widths that keep the most of that importance; the
+    others search with scored candidates: at random, by loss per MAC, by evolution, by optuna's estimator, or by asking
+    a language model. auto is the one-shot answer by --importance for one round, and tpe for more."""
     rounds: int = 1
     """Rounds of proposing and scoring, for each group."""
     candidates: int = 8
     """Candidates per round; they are scored in one routed batch."""
     memory: bool = True
-    """Let the agent see what was tried, in this group and in those before it. False hides it; memory.jsonl is written
-    either way."""
+    """Show the agent what was tried, in this group and in earlier ones. memory.jsonl is written either way."""
     score_samples: int = 1024
-    """Samples that one pass of scoring may hold, over all candidates together: a bound on its memory."""
+    """Samples in one pass of scoring, over all candidates together; limits its memory."""
     llm_model: str = ""
-    """With --agent llm: name of the model. The key is read from the environment, OPENAI_API_KEY, and kept nowhere."""
+    """With --agent llm: name of the model. The key is read from the environment, OPENAI_API_KEY, and never stored."""
     llm_url: str = ""
     """Base URL of an OpenAI-compatible service, such as http://127.0.0.1:8000/v1; empty takes OPENAI_BASE_URL, else
     OpenAI's."""
@@ -214,26 +212,25 @@ class SearchOptions:
     llm_calls: int = 100
     """Calls allowed in the whole search; later rounds are the --llm_fallback's."""
     llm_fallback: Literal["random", "greedy", "evolution", "tpe"] = "evolution"
-    """Agent that stands in for a round in which the language model has no usable answer."""
+    """Agent for the rounds in which the language model has no usable answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """Where the run lives, what it records and how it goes on."""
+    """Where the run is stored, what it records and how it is resumed."""
 
     run_dir: str = ""
     """Directory of the run; empty takes DIFFUSION_BLOB_LOGDIR, then OPENAI_LOGDIR, then a new temporary directory."""
     resume: str = ""
     """Continue the run in this directory bit for bit. Without a value: the run in --run_dir. All other flags may be
-    left out."""
+    omitted."""
     resume_step: int = -1
     """With --resume: the checkpoint of the interrupted stage to continue from; -1 is the latest."""
     resume_checkpoint: str = ""
-    """improved-diffusion's flag: continue from model{step}.pt, with the optimizer and the averages that lie beside
-    it."""
+    """improved-diffusion's flag: continue from model{step}.pt, with the optimizer and the averages beside it."""
     stop_after: Literal["never", "stage1", "pruning"] = "never"
-    """End before the experts are trained: with stage 1 (python -m tdc_fast.prune can then search widths) or with the
-    widths. --resume goes on."""
+    """Stop before the experts are trained: after stage 1 (python -m tdc_fast.prune can then search widths) or after the
+    search for widths. --resume continues."""
     seed: int = 0
     """Seed of weights, data order, timesteps, noise and dropout."""
     device: str = "auto"
@@ -243,7 +240,7 @@ class RunOptions:
     log_interval: int = 10
     """Steps between two rows of progress.csv; the values are means over those steps."""
     save_interval: int = 10000
-    """Steps between two checkpoints; the end of a stage is always saved."""
+    """Steps between two checkpoints; the last step of a stage is always saved."""
     tensorboard: bool = True
     """Write TensorBoard event files when the tensorboard package is installed."""
     progress: Literal["auto", "always", "never"] = "auto"

@@ -1,4 +1,4 @@
-"""The model flags that the names and shapes in a UNet's state dict give away."""
+"""The model flags that can be read off a UNet's state dict."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tdc_fast.runs.config import TrainConfig
 
 
 def differing_flags(state: Mapping[str, Tensor], config: TrainConfig) -> list[str]:
-    """The flags, with values, that a UNet state dict gives away and that the configuration has otherwise."""
+    """The flags, with values, that a UNet's state dict shows and that differ from the configuration."""
     try:
         found = flags_of(state, config.image_size)
     except (KeyError, IndexError, ValueError, ZeroDivisionError):
@@ -21,9 +21,13 @@ def differing_flags(state: Mapping[str, Tensor], config: TrainConfig) -> list[st
 
 
 def flags_of(state: Mapping[str, Tensor], image_size: int) -> dict[str, Any]:
-    """What the names and shapes of improved-diffusion's UNet say about the flags it was built with.
+    """The flags that improved-diffusion's UNet was built with, from the names and shapes of its parameters.
 
-    num_heads, dropout and the diffusion's flags leave no trace in them.
+    num_heads, dropout and the flags of the diffusion process cannot be seen in them.
+
+    Args:
+        state: the state dict.
+        image_size: H = W of the images.
 
     Raises:
         KeyError: it is no such UNet.

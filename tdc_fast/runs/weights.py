@@ -26,14 +26,18 @@ from tdc_fast.runs.options import DiffusionOptions, ModelOptions
 from tdc_fast.runs.unet_flags import differing_flags
 
 NOT_IN_THE_WEIGHTS = frozenset({"dropout", "use_checkpoint", "in_channels", "sigma_small", "timestep_respacing"})
-"""Options of model and diffusion that a split of the base may set anew: its weights mean the same under any of them."""
+"""Options of model and diffusion that may differ from those of the base, since the weights do not depend on them."""
 
 
 def load_tensors(path: Path, device: str | torch.device = "cpu") -> Any:
-    """What ``torch.save`` wrote, without ever unpickling code.
+    """Read what ``torch.save`` wrote, without running any code that the file contains.
+
+    Args:
+        path: the file.
+        device: where the tensors go.
 
     Raises:
-        ValueError: naming the file when it is missing, damaged, or needs code to be unpickled.
+        ValueError: the file is missing, damaged, or needs code to be unpickled; names it.
     """
     try:
         return torch.load(path, map_location=device, weights_only=True)
@@ -45,7 +49,15 @@ def load_tensors(path: Path, device: str | torch.device = "cpu") -> Any:
 
 
 def load_verified(path: Path, device: str | torch.device = "cpu") -> Any:
-    """:func:`load_tensors` after comparing the file with the checksum in the description beside it, if there is one."""
+    """Do :func:`load_tensors` after comparing the file with the checksum in the description beside it, if any.
+
+    Args:
+        path: the file.
+        device: where the tensors go.
+
+    Raises:
+        ValueError: the file does not load, or has another checksum.
+    """
     description = read_description(path)
     if description is not None and path.is_file():
         with open(path, "rb") as file:
@@ -57,7 +69,11 @@ def load_verified(path: Path, device: str | torch.device = "cpu") -> Any:
 
 
 def read_description(path: Path) -> dict[str, Any] | None:
-    """The description beside a checkpoint file, or None where there is none (a file of improved-diffusion)."""
+    """The description beside a checkpoint file; None if there is none, as for files of improved-diffusion.
+
+    Raises:
+        ValueError: the description is damaged.
+    """
     beside = path.with_suffix(".json")
     if not beside.is_file():
         return None
@@ -74,7 +90,7 @@ def find_base_file(path: str | Path) -> Path:
     """The weight file that ``--base`` names: a .pt file, or in a run directory the latest average of its base.
 
     Raises:
-        ValueError: nothing of that kind is there.
+        ValueError: there is no such file.
     """
     path = Path(path)
     if path.is_file():
@@ -93,14 +109,20 @@ def find_base_file(path: str | Path) -> Path:
 
 
 def load_weights(path: Path, config: TrainConfig, model: nn.Module, argument: str = "base") -> dict[str, Any] | None:
-    """Load weights into ``model`` strictly; returns the description beside the file, None for improved-diffusion's.
+    """Load a file of weights into a model strictly.
 
     Args:
-        argument: what named the file, for the errors.
+        path: the file.
+        config: the flags that the model was built with.
+        model: receives the weights.
+        argument: the flag that named the file, for errors.
+
+    Returns:
+        The description beside the file; None for improved-diffusion's.
 
     Raises:
         ValueError: the file is damaged, holds numbers that are not finite, or was made with other flags; names them
-        where the weights or the description tell.
+            if the weights or the description show them.
     """
     description = read_description(path)
     if description is not None and isinstance(description.get("config"), Mapping):
@@ -116,7 +138,17 @@ def load_weights(path: Path, config: TrainConfig, model: nn.Module, argument: st
 
 
 def load_state(path: Path, state: Mapping[str, Tensor], model: nn.Module, config: TrainConfig) -> None:
-    """``model.load_state_dict(strict=True)`` whose refusal says which flags would fit the file."""
+    """Do ``model.load_state_dict(strict=True)``, with an error that names the flags that would fit the file.
+
+    Args:
+        path: the file, for errors.
+        state: its content.
+        model: receives the weights.
+        config: the flags that the model was built with.
+
+    Raises:
+        ValueError: names or shapes differ.
+    """
     own = model.state_dict()
     missing = sorted(own.keys() - state.keys())
     foreign = sorted(state.keys() - own.keys())
@@ -139,7 +171,7 @@ def load_state(path: Path, state: Mapping[str, Tensor], model: nn.Module, config
 
 
 def base_with_weights(run: RunDirectory, state: Mapping[str, Tensor], device: torch.device) -> UNet:
-    """The dense base of a run with the given weights, in evaluation mode; random numbers are untouched."""
+    """The dense base of a run with the given weights, in evaluation mode; random generators are left unchanged."""
     with torch.random.fork_rng():
         model = build_unet(run.config, run.in_channels)
     model.load_state_dict(dict(state))

@@ -27,7 +27,7 @@ def train_base(run: RunDirectory, dataset: Dataset | None = None) -> State:
     """Stage 1: train one denoiser for all timesteps, or take the weights that ``--base`` names.
 
     Args:
-        run: goes on where its directory has a checkpoint of stage 1.
+        run: continues from its checkpoint of stage 1, if there is one.
         dataset: what to train on; None loads what the configuration names.
 
     Returns:
@@ -63,13 +63,13 @@ def train_base(run: RunDirectory, dataset: Dataset | None = None) -> State:
 
 
 def _take_base(run: RunDirectory, model: nn.Module, macs: cost.SampleMacs) -> State:
-    """The weights that ``--base`` names, kept as the run's own base so that the run is complete without that file."""
+    """The weights that ``--base`` names, copied into the run so that it does not need that file later."""
     directory, rate = run.stage_directory("base"), run.config.ema_rates[0]
     steps = finished_steps(directory)
     if steps:
         problem = find_problem(directory, steps[-1], {"stage": "base", "identity": run.identity})
         if problem:
-            raise ValueError(f"resume: {problem}; remove {directory} to take {run.config.base} anew")
+            raise ValueError(f"resume: {problem}; remove {directory} to load {run.config.base} again")
         return load_verified(directory / ema_file(rate, steps[-1]))
     path = find_base_file(run.config.base)
     source = load_weights(path, run.config, model) or {}

@@ -1,8 +1,8 @@
-"""What training costs, in multiply-accumulates (MACs) that torch's FlopCounterMode counted.
+"""The cost of training in multiply-accumulates (MACs), counted by torch's FlopCounterMode.
 
-A convolution's or product's MACs are half its FLOPs. The cost of a sample does not depend on its batch, so it is
-measured once per distinct network (the base; each expert) on one sample, forward and backward, loss included, and
-multiplied by the samples that the network has really seen.
+MACs are half of the FLOPs of convolutions and matrix products. The cost of a sample does not depend on its batch, so it
+is measured once per network (the base; each expert) on one sample, forward and backward, loss included, and multiplied
+by the number of samples that the network was trained on.
 """
 
 from __future__ import annotations
@@ -22,11 +22,15 @@ from tdc_fast.runs.config import TrainConfig, comma_numbers
 
 @dataclass(frozen=True)
 class SampleMacs:
-    """MACs of one sample, one entry per group (a single entry for a base that serves all timesteps)."""
+    """MACs of one sample, one entry per group, or a single entry for a base.
+
+    Attributes:
+        forward: of the forward pass.
+        training: of forward and backward pass together.
+    """
 
     forward: tuple[int, ...]
     training: tuple[int, ...]
-    """Forward and backward together."""
 
 
 def measure(
@@ -36,9 +40,16 @@ def measure(
     groups: TimestepGroups | None,
     num_classes: int | None,
 ) -> SampleMacs:
-    """Count one sample of ``shape`` (C, H, W) per group.
+    """Count one sample per group.
 
-    Parameters' gradients are None afterwards; random numbers are untouched.
+    Gradients of the parameters are None afterwards; random generators are left unchanged.
+
+    Args:
+        model: the base, or all experts as one routed model.
+        diffusion: the process that it is trained with.
+        shape: (C, H, W) of the images.
+        groups: the groups of the experts; None for a base.
+        num_classes: classes of a conditional model, else None.
     """
     device = next(model.parameters()).device
     starts = [start for start, _ in groups] if groups else [0]
@@ -58,26 +69,29 @@ def measure(
 
 
 def stage1_steps(config: TrainConfig) -> int | None:
-    """Number of steps of stage 1; None trains without end."""
+    """Number of steps of stage 1; None for no limit."""
     if config.groups:
         return config.stage1_steps or round(config.stage1_share * config.baseline_steps) or config.lr_anneal_steps
     return config.stage1_steps or config.lr_anneal_steps or None
 
 
 def stage2_shares(config: TrainConfig, num_groups: int) -> list[float]:
-    """Each group's share of the stage-2 batches, summing to 1."""
+    """Each group's share of the batches of stage 2; they sum to 1."""
     weights = comma_numbers("stage2_shares", config.stage2_shares, float) or [1.0] * num_groups
     return [weight / sum(weights) for weight in weights]
 
 
 def stage2_steps(config: TrainConfig, base: SampleMacs, experts: SampleMacs, spent: int) -> int:
-    """Number of steps of stage 2: as given, or as many as the rest of the budget pays for.
+    """Number of steps of stage 2: as given, or as many as fit into the rest of the budget.
 
     Args:
-        spent: MACs of stage 1 and pruning.
+        config: steps, or the budget.
+        base: MACs per sample of the base.
+        experts: MACs per sample of the experts.
+        spent: MACs of the phases before.
 
     Raises:
-        ValueError: stage 1 and pruning have used the budget up.
+        ValueError: nothing of the budget is left.
     """
     if config.stage2_steps:
         return config.stage2_steps
@@ -105,7 +119,14 @@ def summary(
     experts: SampleMacs | None = None,
     phases: dict[str, dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """The content of macs.json: cost per sample, per phase, in total, and as a share of the baseline's."""
+    """The content of macs.json: cost per sample, per phase, in total, and relative to the baseline.
+
+    Args:
+        config: describes the baseline.
+        base: MACs per sample of the base.
+        experts: MACs per sample of the experts, once they exist.
+        phases: per phase JSON values, ``macs`` among them.
+    """
     phases = phases or {}
     total = sum(phase["macs"] or 0 for phase in phases.values())
     baseline = baseline_macs(config, base)

@@ -40,7 +40,7 @@ def train_experts(
     """Stage 2: train every expert on its timesteps, starting from the base's averaged weights.
 
     Args:
-        run: goes on where its directory has a checkpoint of stage 2.
+        run: continues from its checkpoint of stage 2, if there is one.
         base_state: what ``train_base`` returned.
         widths: what ``prune_base`` returned; None leaves every expert whole.
         dataset: what to train on; None loads what the configuration names.
@@ -71,8 +71,8 @@ def train_experts(
             macs_before=spent,
             num_experts=groups.num_groups,
             group_weights=[size / groups.num_timesteps for size in groups.sizes],
-            # Weights "per_group" give each group 1/N of the mean: times N, an expert's gradient is that of its own
-            # mean loss.
+            # With weights "per_group" each group has 1/N of the mean loss. Times N, an expert's gradient is that of the
+            # mean loss over its own samples.
             loss_scale=float(groups.num_groups),
             soft_boundaries=config.overlap > 0,
             origin=origin,

@@ -1,4 +1,4 @@
-"""Phase "grouping": the groups that only a trained base can tell, measured and written to groups.json."""
+"""Phase "grouping": groups that depend on the trained base, measured and written to groups.json."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tdc_fast.training.random_state import derived_seed, seeded
 
 
 def group_timesteps(run: RunDirectory, base_state: State, dataset: Dataset | None = None) -> TimestepGroups:
-    """The groups of the run: those that groups.json holds, else measured on the base and written there.
+    """The groups of the run: those in groups.json, else measured on the base and written there.
 
     Args:
         run: the run.
@@ -53,7 +53,7 @@ def _measured_groups(
 ) -> TimestepGroups:
     """Measure the base and divide its timesteps as the run's configuration says.
 
-    Writes what was measured beside groups.json: similarity.json (and similarity.png where matplotlib is installed), or
+    The measurement is written beside groups.json: similarity.json (and similarity.png if matplotlib is installed), or
     difficulty.json.
     """
     config = run.config

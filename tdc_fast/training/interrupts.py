@@ -9,18 +9,21 @@ from types import FrameType, TracebackType
 
 
 class TrainingInterrupted(KeyboardInterrupt):
-    """Training stopped on request after saving; the message says how to go on."""
+    """Training stopped on request after saving; the message says how to continue."""
 
 
 def how_to_continue(run: Path) -> str:
-    """The command that goes on with a run."""
+    """The command that continues a run."""
     return f"continue with: python -m tdc_fast.train --resume {run}"
 
 
 class StopRequest:
-    """Context manager: the first SIGINT or SIGTERM only sets ``requested``; a second one acts as usual at once.
+    """Context manager: the first SIGINT or SIGTERM only sets ``requested``; a second one acts as usual.
 
     Outside the main thread, where Python allows no handlers, it does nothing.
+
+    Attributes:
+        requested: whether a signal came.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""The training loop of a stage: steps, averages, rows, checkpoints; and going on from a checkpoint bit for bit."""
+"""The training loop of a stage: steps, averages, log rows, checkpoints, and resuming bit for bit."""
 
 from __future__ import annotations
 
@@ -40,16 +40,20 @@ from tdc_fast.training.telemetry import QUARTILES, ProgressLog, RunningMeans
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """What distinguishes one stage's training from another's.
+    """The settings of one stage.
 
-    steps          : number of steps; None trains until it is stopped.
-    macs_per_sample: forward and backward MACs, per group or one entry for all timesteps.
-    macs_before    : MACs that the run had spent when the stage began.
-    num_experts    : E where every parameter has a leading dimension E, else None.
-    group_weights  : weights (N,) of the groups' means in the overall mean loss, None for the plain mean.
-    loss_scale     : factor on the mean weighted loss.
-    soft_boundaries: the sampler says which expert trains on a timestep, as neighbours share some.
-    origin         : JSON values naming what the stage started from; checkpoints carry them.
+    Attributes:
+        name: "base" or "experts".
+        steps: number of steps; None for no limit.
+        batch_size: images per step.
+        learning_rate: by step.
+        macs_per_sample: forward and backward MACs, per group or one entry for all timesteps.
+        macs_before: MACs that the run had spent before the stage.
+        num_experts: E if every parameter has a leading dimension E, else None.
+        group_weights: weights (N,) of the groups' means in the logged mean loss; None for the plain mean.
+        loss_scale: factor on the mean weighted loss.
+        soft_boundaries: the sampler decides which expert trains on a timestep, as neighbours share some.
+        origin: JSON values that identify what the stage started from; stored in checkpoints.
     """
 
     name: str
@@ -66,14 +70,22 @@ class Stage:
 
 
 class StageLoop:
-    """Trains ``model`` on ``data`` with timesteps from ``sampler``; model, data and sampler are continued in place.
+    """Trains a model; model, data and sampler are changed in place.
 
-    The caller has seeded torch's generators; every draw of the stage comes from them. Continues from the run's latest
-    checkpoint of the stage where there is one (``config.resume_step`` chooses another).
+    The caller seeds torch's generators; every draw of the stage comes from them.
+
+    Args:
+        run: where checkpoints and logs go; its configuration has the optimizer's settings.
+        stage: the settings of the stage.
+        model: the base, or all experts as one routed model.
+        diffusion: its process.
+        data: batches of images.
+        sampler: draws timesteps.
+        groups: groups by which losses are logged; None for none.
 
     Attributes:
         step: finished steps.
-        averages: the WeightAverages.
+        averages: the moving averages of the weights.
     """
 
     def __init__(
@@ -103,10 +115,12 @@ class StageLoop:
 
     @property
     def directory(self) -> Path:
+        """Where the stage's checkpoints are."""
         return self.run.stage_directory(self.stage.name)
 
     @property
     def finished(self) -> bool:
+        """Whether all steps are done."""
         return self.stage.steps is not None and self.step >= self.stage.steps
 
     @property
@@ -121,7 +135,7 @@ class StageLoop:
         """Run to the end of the stage.
 
         Raises:
-            TrainingInterrupted: Ctrl-C or SIGTERM came; everything up to the last finished step is saved.
+            TrainingInterrupted: after Ctrl-C or SIGTERM; everything up to the last finished step is saved.
             FloatingPointError: the loss is no longer finite.
         """
         config = self.run.config
@@ -202,7 +216,7 @@ class StageLoop:
             self.samples_per_group += len(t)
         else:
             self.samples_per_group.index_add_(0, group, torch.ones_like(group))
-        # improved-diffusion logs weighted losses; per group of a stratified batch the plain loss is the meaningful one.
+        # improved-diffusion logs weighted losses; for a stratified batch the unweighted loss of each group is logged.
         if self.stage.group_weights is None:
             losses = {name: value * weights for name, value in losses.items()}
         self.means.add(losses, (t * QUARTILES).div(self.diffusion.num_timesteps, rounding_mode="floor"), group)
@@ -213,7 +227,7 @@ class StageLoop:
         if loss is not None and not math.isfinite(loss):
             raise FloatingPointError(
                 f"the loss of stage {self.stage.name} is {loss} at step {self.step}; lower --lr or set --grad_clip, "
-                f"and continue from the last checkpoint in {self.directory} or begin anew"
+                f"and continue from the last checkpoint in {self.directory} or start again"
             )
         self.wall_seconds += self._lap()
         row: dict[str, float | int | None] = {
@@ -236,11 +250,11 @@ class StageLoop:
         return passed
 
     def description(self) -> dict[str, Any]:
-        """What every checkpoint of this stage says about itself and must say when it is loaded."""
+        """The description that every checkpoint of this stage carries, and that a loaded one must carry."""
         return self.run.description(self.stage.name, **self.stage.origin)
 
     def save(self) -> None:
-        """Write a checkpoint of the present step."""
+        """Write a checkpoint of the current step."""
         self.wall_seconds += self._lap()
         contents: dict[str, Any] = {model_file(self.step): self.model.state_dict()}
         for rate in self.averages.averages:
@@ -259,10 +273,13 @@ class StageLoop:
         save_checkpoint(self.directory, self.step, contents, {**self.description(), "macs": macs})
 
     def resume(self) -> bool:
-        """Continue from the stage's checkpoint in the run directory; False where there is none, to begin at step 0.
+        """Continue from the stage's latest checkpoint, or from ``config.resume_step``.
+
+        Returns:
+            False if there is no checkpoint: the stage begins at step 0.
 
         Raises:
-            ValueError: the checkpoint is damaged or foreign; names the file and the last good checkpoint.
+            ValueError: the checkpoint is damaged or of another run; names the file and the last good checkpoint.
         """
         expected = {key: value for key, value in self.description().items() if key != "config"}
         later = self.run.path / "experts"
@@ -283,7 +300,13 @@ class StageLoop:
         return True
 
     def restore(self, directory: Path, step: int, exact: bool) -> None:
-        """Take model, averages and optimizer of a checkpoint; if ``exact``, random numbers, data position and all."""
+        """Load model, averages and optimizer of a checkpoint.
+
+        Args:
+            directory: of the checkpoint.
+            step: its step.
+            exact: load also random numbers, data position and the rest of the state.
+        """
         self.model.load_state_dict(load_tensors(directory / model_file(step), self.device))
         for rate in self.averages.averages:
             self.averages.load_state_dict(rate, load_tensors(directory / ema_file(rate, step), self.device))
@@ -300,7 +323,7 @@ class StageLoop:
 
 
 def _in_bf16(model: nn.Module, device: torch.device) -> Denoiser:
-    """The model under autocast, its output in fp32: the diffusion's own arithmetic stays exact."""
+    """The model under autocast with its output in fp32, so that the diffusion process computes in fp32."""
 
     def denoise(x: Tensor, t: Tensor, /, **condition: Any) -> Tensor:
         with torch.autocast(device.type, dtype=torch.bfloat16) if device.type != "meta" else nullcontext():

@@ -1,4 +1,4 @@
-"""AdamW, its learning-rate schedule, and gradient norms over a model or per expert."""
+"""AdamW, its learning-rate schedule, and gradient norms of a model or per expert."""
 
 from __future__ import annotations
 
@@ -11,9 +11,13 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class LearningRate:
-    """Linear rise over ``warmup`` steps, then ``peak``, then a linear fall to 0.
+    """The learning rate by step: a linear rise, then constant, then a linear fall to 0. Steps count from 0.
 
-    The fall lasts from step ``anneal_start`` to ``anneal_end``; 0 for the latter means none. Steps count from 0.
+    Attributes:
+        peak: the constant rate.
+        warmup: steps of the rise.
+        anneal_start: step at which the fall begins.
+        anneal_end: step at which it ends; 0 for no fall.
     """
 
     peak: float
@@ -22,6 +26,7 @@ class LearningRate:
     anneal_end: int = 0
 
     def __call__(self, step: int) -> float:
+        """The rate at a step."""
         rate = self.peak
         if self.anneal_end and step > self.anneal_start:
             rate *= max(0.0, 1.0 - (step - self.anneal_start) / (self.anneal_end - self.anneal_start))
@@ -37,10 +42,13 @@ def create_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.
 
 @torch.no_grad()
 def gradient_norm(parameters: Sequence[nn.Parameter], limit: float, num_experts: int | None = None) -> Tensor:
-    """The norm of all gradients, before clipping them to ``limit`` (0: they stay as they are).
+    """The norm of all gradients before they are clipped.
 
-    With ``num_experts`` E every gradient has a leading dimension E, and each expert is scaled by its own norm: one
-    expert's outlier does not shrink the steps of the others.
+    Args:
+        parameters: those without a gradient are ignored.
+        limit: gradients are scaled down to this norm; 0 does not clip.
+        num_experts: E if every gradient has a leading dimension E. Each expert is then clipped by its own norm, so an
+            outlier of one expert does not shrink the steps of the others.
 
     Returns:
         0-dim tensor; nothing is read back to the host.
@@ -59,7 +67,12 @@ def gradient_norm(parameters: Sequence[nn.Parameter], limit: float, num_experts:
 
 
 def expert_norms(gradients: Iterable[Tensor], num_experts: int) -> Tensor:
-    """Norm (E,) over everything that belongs to each expert, of gradients (E, ...)."""
+    """The norm of each expert's gradients, (E,).
+
+    Args:
+        gradients: (E, ...) each.
+        num_experts: E.
+    """
     parts = [torch.linalg.vector_norm(gradient.reshape(num_experts, -1), dim=1) for gradient in gradients]
     return torch.linalg.vector_norm(torch.stack(parts), dim=0)
 

@@ -1,4 +1,4 @@
-"""What the phases of a run share: their data, the base they start from, and their entries in macs.json."""
+"""What the phases of a run share: data streams, the base, the groups, and entries in macs.json."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ State = dict[str, Tensor]
 
 
 def open_stream(config: TrainConfig, dataset: Dataset | None, phase: str, batch_size: int = 0) -> BatchStream:
-    """The shuffled batches of a phase, in an order of its own. Close it after use.
+    """The shuffled batches of a phase, in an order of its own. The caller closes the stream.
 
     Args:
         config: names the data and the seed.
@@ -42,7 +42,7 @@ def build_base(run: RunDirectory, state: State) -> UNet:
 
 
 def groups_of(run: RunDirectory) -> TimestepGroups:
-    """The groups in groups.json, for the phases that are about experts.
+    """The groups in groups.json, for the phases that need experts.
 
     Raises:
         ValueError: the run is plain training, or has no groups yet.
@@ -58,12 +58,12 @@ def image_shape(run: RunDirectory) -> tuple[int, int, int]:
 
 
 def num_classes(config: TrainConfig) -> int | None:
-    """Number of classes that the model is conditioned on, None for none."""
+    """Number of classes of a conditional model, None for an unconditional one."""
     return config.num_classes if config.class_cond else None
 
 
 def base_macs(run: RunDirectory, base: UNet) -> cost.SampleMacs:
-    """What a sample costs in the base, from macs.json where stage 1 has entered it, else measured."""
+    """MACs per sample of the base, from macs.json if stage 1 has written them, else measured."""
     known = run.read("macs.json")
     if known is None:
         return cost.measure(base, build_diffusion(run.config), image_shape(run), None, num_classes(run.config))
@@ -72,7 +72,14 @@ def base_macs(run: RunDirectory, base: UNet) -> cost.SampleMacs:
 
 
 def spent_macs(run: RunDirectory, base: cost.SampleMacs) -> int:
-    """MACs of all phases before stage 2; a base of unknown cost counts as --stage1_share of the baseline."""
+    """MACs of all phases before stage 2.
+
+    A base of unknown cost counts as --stage1_share of the baseline.
+
+    Args:
+        run: the run.
+        base: MACs per sample of the base.
+    """
     known = (run.read("macs.json") or {}).get("phases", {})
     total = 0
     for phase in ("stage1", "grouping", "pruning"):
@@ -84,13 +91,13 @@ def spent_macs(run: RunDirectory, base: cost.SampleMacs) -> int:
 def write_phase(
     run: RunDirectory, base: cost.SampleMacs, phase: str, *, experts: cost.SampleMacs | None = None, **facts: Any
 ) -> None:
-    """Enter one phase into macs.json.
+    """Write the entry of one phase into macs.json.
 
     Args:
         run: the run.
-        base: what a sample costs in the base.
+        base: MACs per sample of the base.
         phase: "stage1", "grouping", "pruning" or "stage2".
-        experts: what a sample costs in every expert, once they exist.
+        experts: MACs per sample of the experts, once they exist.
         **facts: JSON values about the phase, ``macs`` among them.
     """
     phases = (run.read("macs.json") or {}).get("phases", {})

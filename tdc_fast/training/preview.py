@@ -1,4 +1,4 @@
-"""A few images at the end of a stage, so that a run shows what it has learned."""
+"""A few images sampled at the end of a stage."""
 
 from __future__ import annotations
 
@@ -15,10 +15,19 @@ from tdc_fast.runs.directory import RunDirectory
 from tdc_fast.training.random_state import derived_seed
 
 STEPS = 25
+"""Sampling steps."""
 
 
 def write_preview(run: RunDirectory, stage: str, step: int, model: nn.Module, diffusion: Diffusion) -> None:
-    """Write ``--preview`` DDIM samples to samples/{stage}_{step}.png as one row of images."""
+    """Write ``--preview`` DDIM samples to samples/{stage}_{step}.png as one row of images.
+
+    Args:
+        run: the run.
+        stage: "base" or "experts".
+        step: step of the stage.
+        model: the denoiser.
+        diffusion: its process.
+    """
     config = run.config
     generator = torch.Generator().manual_seed(derived_seed(config.seed, "preview"))
     size, device = config.image_size, next(model.parameters()).device

@@ -1,4 +1,4 @@
-"""Phase "pruning": every expert's widths within its budget, in a run or by the command ``tdc_fast.prune`` alone."""
+"""Phase "pruning": the search for every expert's widths, within a run or alone (the command ``tdc_fast.prune``)."""
 
 from __future__ import annotations
 
@@ -36,14 +36,17 @@ from tdc_fast.training.random_state import derived_seed, seeded
 
 
 def prune_base(run: RunDirectory, base_state: State, dataset: Dataset | None = None) -> WidthPlan | None:
-    """Choose every expert's widths within its budget and write widths.json; None when every expert keeps all of them.
+    """Choose every expert's widths within its budget and write widths.json.
 
-    A plan that widths.json already holds is taken, once it is checked to be of this base.
+    A plan that is in widths.json already is used, after a check that it is of this base.
 
     Args:
         run: the run.
         base_state: what ``train_base`` returned.
         dataset: images to calibrate on; None loads what the configuration names.
+
+    Returns:
+        The plan; None if every expert keeps the whole base.
     """
     base = build_base(run, base_state)
     path = run.path / "widths.json"
@@ -60,7 +63,8 @@ def prune_base(run: RunDirectory, base_state: State, dataset: Dataset | None = N
 def prune_run(directory: str | Path, dataset: Dataset | None = None, **options: Any) -> Pruning:
     """Search the widths for a run with a finished stage 1 and write them where stage 2 finds them.
 
-    A search of the same settings that was cut off goes on; more rounds add to a finished one.
+    A search of the same settings that was interrupted is resumed; a finished one is extended if more rounds are asked
+    for.
 
     Args:
         directory: the run.
@@ -80,7 +84,7 @@ def prune_run(directory: str | Path, dataset: Dataset | None = None, **options: 
 
 
 def prune_base_file(config: TrainConfig, dataset: Dataset | None = None) -> tuple[RunDirectory, Pruning]:
-    """Begin a run on weights from elsewhere and search its widths, or go on with it.
+    """Begin a run on weights from elsewhere and search its widths, or resume it.
 
     Args:
         config: its ``base`` names the weights, its ``run_dir`` the directory of the run.
@@ -92,7 +96,7 @@ def prune_base_file(config: TrainConfig, dataset: Dataset | None = None) -> tupl
     if not config.base:
         raise invalid("base", config.base, "--base FILE with the model's flags, or --run DIR")
     if not config.run_dir:
-        raise invalid("run_dir", config.run_dir, "--run_dir DIR, where the run with these weights is to live")
+        raise invalid("run_dir", config.run_dir, "--run_dir DIR, the directory of the run with these weights")
     dataset = dataset or build_data(config)
     _check_prunable(config)
     path = Path(config.run_dir)
@@ -103,10 +107,10 @@ def prune_base_file(config: TrainConfig, dataset: Dataset | None = None) -> tupl
 
 
 def search_run(run: RunDirectory, config: TrainConfig, base: UNet, dataset: Dataset | None = None) -> Pruning:
-    """Search the experts' widths on the run's base and write widths.json, whatever it held.
+    """Search the experts' widths on the run's base and write widths.json, replacing an earlier one.
 
-    Goes on with the memory.jsonl that the run directory holds, if it is of this search; that of another one is kept as
-    memory.N.jsonl. Draws the search into search.png and widths.png, and beside earlier ones into agents.png.
+    Resumes the search in the run's memory.jsonl; the memory of a search of other settings is kept as memory.N.jsonl.
+    Draws the search into search.png and widths.png, and beside earlier ones into agents.png.
 
     Args:
         run: the run.
@@ -134,7 +138,7 @@ def search_run(run: RunDirectory, config: TrainConfig, base: UNet, dataset: Data
 
 
 def build_agents(config: TrainConfig) -> tuple[Agent, Agent | None]:
-    """The agent that the options name, and the one that stands in where it fails.
+    """The agent that the options name, and its stand-in for rounds in which it fails.
 
     Raises:
         ImportError: naming the extra that installs what the agent needs.
@@ -159,7 +163,11 @@ def prunes(config: TrainConfig) -> bool:
 
 
 def refuse_other_than_search(stored: TrainConfig, wanted: TrainConfig) -> None:
-    """Refuse an option that is neither the search's nor free to change, and differs from the run's.
+    """Refuse options other than those of the search that differ from the run's and may not change.
+
+    Args:
+        stored: the run's options.
+        wanted: the options to search with.
 
     Raises:
         ValueError: naming the option.
@@ -204,7 +212,7 @@ def _search(
 def _difficulty(
     run: RunDirectory, base: UNet, groups: TimestepGroups, dataset: Dataset | None
 ) -> tuple[str | list[float], int]:
-    """What ranks the groups: the name of an order by SNR, or each group's measured loss; and the MACs it took."""
+    """The difficulty of the groups: an order by SNR, or each group's measured loss; and the MACs of measuring it."""
     config = run.config
     if "loss" not in config.difficulty:
         return config.difficulty, 0
@@ -261,6 +269,6 @@ def _refuse_trained_experts(run: RunDirectory) -> None:
         raise invalid(
             "run",
             f"{directory} with checkpoints of steps {steps}",
-            "a run whose experts are not trained yet, since other widths would not fit them; split its base anew with "
+            "a run whose experts are not trained yet, since other widths would not fit them; split its base again with "
             f"python -m tdc_fast.prune --base {run.path} --run_dir NEW --config {run.path / 'config.json'}",
         )

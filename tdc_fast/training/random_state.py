@@ -1,4 +1,4 @@
-"""One seed for every random number generator of a stage, and their whole state as plain values."""
+"""Seeding all random number generators of a stage, and their state as plain values."""
 
 from __future__ import annotations
 
@@ -13,14 +13,19 @@ import torch
 
 
 def derived_seed(seed: int, *purpose: object) -> int:
-    """A seed (63 bits) for one purpose of a run: equal inputs give equal seeds, different purposes independent ones."""
+    """A seed (63 bits) for one purpose of a run: equal inputs give equal seeds, different purposes independent ones.
+
+    Args:
+        seed: the run's seed.
+        *purpose: what the seed is for.
+    """
     text = repr((seed, *purpose)).encode()
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 1
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seed the generators of torch, numpy and Python inside the block; the caller's states return afterwards."""
+    """Seed the generators of torch, numpy and Python inside the block; their states are restored afterwards."""
     before = random_state()
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
@@ -32,7 +37,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def random_state() -> dict[str, Any]:
-    """State of the global generators of torch (CPU and CUDA), numpy and Python, in types that unpickle no code."""
+    """State of the global generators of torch (CPU and CUDA), numpy and Python, in types that load without pickle."""
     name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     return {
         "torch": torch.get_rng_state(),
@@ -43,7 +48,7 @@ def random_state() -> dict[str, Any]:
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
-    """Undo whatever was drawn since :func:`random_state` returned this value."""
+    """Restore what :func:`random_state` returned."""
     torch.set_rng_state(state["torch"].cpu())
     if state["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all([one.cpu() for one in state["cuda"]])

@@ -1,4 +1,4 @@
-"""improved-diffusion's ``--resume_checkpoint``: go on from model{step}.pt and the files beside it."""
+"""improved-diffusion's ``--resume_checkpoint``: continue from model{step}.pt and the files beside it."""
 
 from __future__ import annotations
 
@@ -30,14 +30,18 @@ SAME_DRAWS = (
 
 
 def continue_from(path: Path, loop: StageLoop) -> None:
-    """Take step, weights, averages and optimizer from a checkpoint of improved-diffusion or of another run of ours.
+    """Load step, weights, averages and optimizer from a checkpoint of improved-diffusion or of another run.
 
-    A checkpoint of ours also gives random numbers and data position when data, batch size and seed are the same;
-    otherwise the draws begin anew.
+    A checkpoint of another run of this library also has random numbers and data position; they are loaded if data,
+    batch size and seed are the same, else they start from the seed.
+
+    Args:
+        path: the weights, model{step}.pt.
+        loop: receives the state.
 
     Raises:
         ValueError: the name has no step, a file beside it is missing or damaged, or the flags describe another model.
-            Nothing is ever restarted in silence.
+            Nothing is restarted silently.
     """
     step = step_of(path)
     directory = path.parent
@@ -61,11 +65,12 @@ def continue_from(path: Path, loop: StageLoop) -> None:
         raise invalid(
             "resume_checkpoint", str(path), f"files of the same model and optimizer beside it: {error}"
         ) from error
-    if not exact:  # what was spent before counts as samples of the same network
+    if not exact:  # MACs spent before, as samples of this network
         spent = (read_description(path) or {}).get("macs")
         samples = step * loop.stage.batch_size if spent is None else round(spent / loop.stage.macs_per_sample[0])
         loop.samples_per_group[0] = samples
-    print(f"continuing from {path} at step {step}" + ("" if exact else "; data order and random numbers begin anew"))
+    rest = "" if exact else "; data order and random numbers start from the seed"
+    print(f"continuing from {path} at step {step}{rest}")
 
 
 def _same_draws(path: Path, loop: StageLoop) -> bool:

@@ -1,4 +1,4 @@
-"""What a stage reports: progress.csv, log.txt, the terminal, TensorBoard; and the running means behind each row."""
+"""The log of a stage: progress.csv, log.txt, the terminal, TensorBoard, and the running means behind each row."""
 
 from __future__ import annotations
 
@@ -24,11 +24,15 @@ class RunningMeans:
     """Means of the per-sample losses since the last row: over all samples, per quartile of the timesteps, per group.
 
     Everything stays in tensors on the device until :meth:`take`, so that a step never waits for the numbers.
+
+    Args:
+        num_groups: N.
+        device: where the tensors are.
+        group_weights: (N,), summing to 1. The overall mean is then the mean of the groups' means with these weights,
+            which corrects for stratified sampling.
     """
 
     def __init__(self, num_groups: int, device: torch.device, group_weights: Sequence[float] | None = None) -> None:
-        """``group_weights`` (N,), summing to 1: the overall mean becomes the mean of the groups' means in these
-        weights, which undoes stratified drawing."""
         self._bins = 1 + QUARTILES + num_groups
         self._group_weights = group_weights
         self._device = device
@@ -37,7 +41,13 @@ class RunningMeans:
         self._norms = torch.zeros(2, dtype=torch.float64, device=device)  # sum of gradient norms, steps
 
     def add(self, losses: dict[str, Tensor], quartiles: Tensor, groups: Tensor | None) -> None:
-        """Take in a batch: values (B,) by name, timestep quartile (B,) and group (B,) of every sample."""
+        """Add a batch.
+
+        Args:
+            losses: values per sample (B,), by name.
+            quartiles: timestep quartile of every sample, (B,).
+            groups: group of every sample, (B,), or None.
+        """
         ones = torch.ones_like(quartiles, dtype=torch.float64)
         columns = [torch.zeros_like(quartiles), quartiles + 1]
         if groups is not None:
@@ -51,11 +61,12 @@ class RunningMeans:
             self._sums[name].index_add_(0, where, values.detach().double().repeat(copies))
 
     def add_gradient_norm(self, norm: Tensor) -> None:
+        """Add the gradient norm of a step, 0-dim."""
         self._norms[0] += norm.detach()
         self._norms[1] += 1
 
     def take(self) -> dict[str, float | None]:
-        """The means by column name, None where no sample fell into a bin; then begins anew."""
+        """The means by column name, None for a bin without samples. Starts new means."""
         counts = self._counts.tolist()
         norm, steps = self._norms.tolist()
         suffixes = ["", *(f"_q{i}" for i in range(QUARTILES)), *(f"_g{i}" for i in range(self._bins - 1 - QUARTILES))]
@@ -74,9 +85,11 @@ class RunningMeans:
         return row
 
     def state_dict(self) -> dict[str, Any]:
+        """The sums so far."""
         return {"sums": dict(self._sums), "counts": self._counts, "norms": self._norms}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from the sums of :meth:`state_dict`."""
         self._sums = {name: value.to(self._device, copy=True) for name, value in state["sums"].items()}
         self._counts.copy_(state["counts"])
         self._norms.copy_(state["norms"])
@@ -87,7 +100,7 @@ class ProgressLog:
 
     Args:
         directory: receives progress.csv, log.txt and, when asked for, progress.json.
-        step: rows of later steps are dropped: a run that continues from a checkpoint writes them again.
+        step: rows of later steps are deleted, as a run that continues from a checkpoint writes them again.
         tensorboard: directory of event files, or None.
         quiet: do not print rows (a progress bar is shown instead).
     """
@@ -109,7 +122,7 @@ class ProgressLog:
             self.say(f"resumed at step {step}")
 
     def say(self, text: str) -> None:
-        """One line for log.txt."""
+        """Write one line to log.txt."""
         if self._log:
             self._log.write(text + "\n")
             self._log.flush()
@@ -131,13 +144,14 @@ class ProgressLog:
                     self._board.add_scalar(name, value, values["step"])
 
     def sync(self) -> None:
-        """Have everything on the disk: what a checkpoint counts as written must be there."""
+        """Wait until everything is on the disk, as a checkpoint counts it as written."""
         for file in (self._csv, self._json, self._log):
             if file:
                 file.flush()
                 os.fsync(file.fileno())
 
     def close(self) -> None:
+        """Close all files."""
         for file in (self._csv, self._json, self._log, self._board):
             if file:
                 file.close()
@@ -159,7 +173,7 @@ class ProgressLog:
 
 
 def _drop_later_rows(path: Path, step: int) -> list[str]:
-    """Rewrite a progress.csv without rows after ``step`` and without half a row; its columns, or [] where it is new."""
+    """Rewrite a progress.csv without rows after ``step`` and without an incomplete row; its columns, or [] if new."""
     if not path.is_file():
         return []
     if step == 0:
@@ -175,7 +189,7 @@ def _drop_later_rows(path: Path, step: int) -> list[str]:
         position = columns.index("step")
         rows = [row for row in csv.reader(lines[1:]) if len(row) == len(columns) and float(row[position]) <= step]
     except (ValueError, csv.Error) as error:
-        remedy = f"a progress.csv with numbers in a column 'step' ({error}); move it away to go on without its rows"
+        remedy = f"a progress.csv with numbers in a column 'step' ({error}); move it away to continue without its rows"
         raise invalid("run_dir", str(path), remedy) from error
     with atomic_file(path) as file:
         file.write("".join(",".join(row) + "\n" for row in [columns, *rows]).encode())
@@ -194,7 +208,7 @@ def _json_lines(path: Path, step: int) -> TextIO:
 
 
 def _summary_writer(directory: Path, step: int) -> Any:
-    """A TensorBoard writer, or None when the package is not installed (event files are a convenience)."""
+    """A TensorBoard writer, or None if the package is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:

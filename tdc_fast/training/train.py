@@ -50,9 +50,9 @@ def train(config: TrainConfig, dataset: Dataset | None = None) -> RunDirectory:
             _run_phases(run, dataset)
         except TrainingInterrupted:
             raise
-        except KeyboardInterrupt as interrupt:  # outside the loops, where nothing is lost that a checkpoint would hold
+        except KeyboardInterrupt as interrupt:  # outside the training loops, where everything is saved already
             raise TrainingInterrupted("stopped between two stages; " + how_to_continue(run.path)) from interrupt
-        finally:  # a folder too large for memory finds its corrupt files on the way
+        finally:  # corrupt files of a folder too large for memory are found while training
             _report_skipped(dataset, skipped)
     return run
 
@@ -79,7 +79,7 @@ def _check_dataset(dataset: Dataset, config: TrainConfig) -> None:
 
 
 def _report_skipped(dataset: Dataset, known: int) -> int:
-    """Print how many images were left out, where there are more than ``known``; their number."""
+    """Print how many images were left out, if there are more than ``known``; return their number."""
     skipped = dataset.skipped
     if skipped > known:
         print(f"left out {skipped} corrupt image{'s' if skipped > 1 else ''}", flush=True)

@@ -271,7 +271,7 @@ def test_calls_are_limited_over_the_whole_search_also_after_it_was_cut_off(serve
             search_widths(the_task(), agent, Narrowest(), rounds=rounds, memory=memory, stand_in=Chance())
     assert len(server.requests) == 2 == memory.calls
     assert [memory.rounds[0, r].agent for r in range(4)] == ["llm", "llm", "random", "random"]
-    assert "the budget of 2 calls is spent" in memory.rounds[0, 2].notes[0]
+    assert "all 2 calls allowed are used" in memory.rounds[0, 2].notes[0]
 
 
 def test_a_memory_replays_with_the_server_gone(server: Server, tmp_path: Path) -> None:

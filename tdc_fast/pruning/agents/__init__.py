@@ -47,9 +47,15 @@ AGENTS: dict[str, Callable[..., Agent]] = {
 
 
 def make_agent(name: str, **settings: Any) -> Agent:
-    """The agent of that name; "llm" takes settings (model, url, timeout, retries, max_calls), the others none.
+    """The agent of that name.
 
-    Raises ValueError for an unknown name, ImportError naming the extra where the agent's library is not installed.
+    Args:
+        name: a key of ``AGENTS``.
+        **settings: for "llm" model, url, timeout, retries and max_calls; none for the others.
+
+    Raises:
+        ValueError: the name is unknown.
+        ImportError: the agent's library is not installed; names the extra.
     """
     if name not in AGENTS:
         raise invalid("agent", name, f"one of {', '.join(AGENTS)}")
@@ -57,7 +63,9 @@ def make_agent(name: str, **settings: Any) -> Agent:
 
 
 def resolved_agent(agent: str | Agent, rounds: int, importance: object = "taylor") -> Agent:
-    """The agent itself; "auto" is the one-shot answer by the importance for one round, else "tpe".
+    """The agent of a name, or the agent that is given.
+
+    "auto" is the one-shot answer by the importance for one round, and "tpe" for more.
 
     Args:
         agent: a name of ``AGENTS``, "auto", or an agent.

@@ -1,4 +1,4 @@
-"""Evolution: the best of the memory are crossed and changed."""
+"""Evolution: crossover and mutation of the best trials."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from tdc_fast.pruning.task import Proposal, Task, Trial
 
 
 class Evolution:
-    """Children of the `parents` best trials so far: each unit from one of two parents, then some units changed.
+    """Proposes children of the best trials so far: each unit from one of two parents, then some units mutated.
 
-    The mutations widen or narrow a unit by one to `stride` steps; the projection pays for what they cost.
+    Args:
+        parents: number of best trials that may be parents.
+        stride: a mutation widens or narrows a unit by one to this many steps; the projection restores the budget.
     """
 
     name = "evolution"
@@ -22,6 +24,7 @@ class Evolution:
         self.parents, self.stride = parents, stride
 
     def propose(self, task: Task, count: int) -> list[Proposal]:
+        """Return ``count`` children, or starting points while nothing is scored."""
         scored = sorted((t for t in task.memory if t.score is not None), key=lambda trial: trial.score or 0.0)
         if not scored:
             return starting_proposals(task, count)

@@ -1,4 +1,4 @@
-"""Greedy: narrow where the loss rises least per MAC saved."""
+"""Greedy: narrow the unit whose loss rises least per MAC saved."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ SPREAD = 0.4
 
 
 class Greedy:
-    """From the whole base, step by step the unit whose narrowing costs least loss per MAC, until the budget is met.
+    """Narrows the whole base step by step, each time the unit that costs the least loss per MAC, down to the budget.
 
-    Later rounds exchange: from the best trial so far one unit that is cheap to narrow gives MACs to one that gains by
-    them. The loss rise of every unit alone is measured before the first round.
+    Later rounds take the best trial so far, narrow a unit where that costs little loss, and widen one where that gains
+    much. The loss rise of every unit alone is measured before the first round.
     """
 
     name = "greedy"
     measures = True
 
     def propose(self, task: Task, count: int) -> list[Proposal]:
+        """Return ``count`` narrowed bases in the first round, and exchanges in later ones."""
         best = task.best()
         plain = [Proposal(_descend(task, dict.fromkeys(task.loss_rise(), 1.0)), "least loss per MAC saved")]
         if best is None:
-            return distinct(task, plain if task.round == 0 else [], _shaken(task), count)
+            return distinct(task, plain if task.round == 0 else [], _varied(task), count)
         return distinct(task, [], _exchanges(task, best), count)
 
 
@@ -39,7 +40,7 @@ def _descend(task: Task, factors: Mapping[str, float]) -> dict[str, int]:
         choices = []
         for unit in task.units:
             now = widths[unit.name]
-            for narrower in range(now - unit.step, -1, -unit.step):  # also by several steps: a curve need not be convex
+            for narrower in range(now - unit.step, -1, -unit.step):  # several steps too: the loss need not be convex
                 saved = task.costs.tables[unit.name][now] - task.costs.tables[unit.name][narrower]
                 lost = (rise[unit.name][narrower] - rise[unit.name][now]) * factors[unit.name]
                 if saved > 0:
@@ -49,12 +50,12 @@ def _descend(task: Task, factors: Mapping[str, float]) -> dict[str, int]:
     return widths
 
 
-def _shaken(task: Task) -> Iterator[Proposal]:
+def _varied(task: Task) -> Iterator[Proposal]:
     rng = task.rng()
     while True:
         factors = np.exp(SPREAD * rng.standard_normal(len(task.units)))
         named = {unit.name: float(factor) for unit, factor in zip(task.units, factors, strict=True)}
-        yield Proposal(_descend(task, named), "least loss per MAC saved, with the sensitivities shaken")
+        yield Proposal(_descend(task, named), "least loss per MAC saved, with randomly weighted units")
 
 
 def _exchanges(task: Task, best: Trial) -> Iterator[Proposal]:

@@ -18,13 +18,19 @@ FIRST_WAIT, LONGEST_WAIT = 1.0, 30.0
 
 
 class Llm:
-    """Asks a language model for widths; see `llm_prompt` for the question and the form of the answer.
-
-    retries   : how often a failed call or a wrong answer is asked again in one round. Waits double from one second.
-    max_calls : calls allowed in the whole search. What was spent before a kill still counts.
+    """Asks a language model for widths; ``llm_prompt`` defines the question and the format of the answer.
 
     A round without a usable answer raises AgentFailed, so that another agent can stand in. Impossible candidates are
     left out with a note; if none is left, the model is told why and asked again.
+
+    Args:
+        endpoint: the model.
+        retries: how often a failed call or a wrong answer is repeated in one round. Waits double, from one second.
+        max_calls: calls allowed in the whole search, those before a kill included.
+        wait: sleeps for a number of seconds.
+
+    Raises:
+        ValueError: a number is out of range.
     """
 
     name = "llm"
@@ -44,12 +50,21 @@ class Llm:
         self.endpoint, self.retries, self.max_calls, self._wait = endpoint, retries, max_calls, wait
 
     def propose(self, task: Task, count: int) -> Answer:
+        """Ask until there is a usable answer.
+
+        Args:
+            task: the group's task.
+            count: number of candidates wanted.
+
+        Raises:
+            AgentFailed: retries or calls are used up, or the endpoint refuses for good.
+        """
         messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": user_message(task, count)}]
         notes: list[str] = []
         calls = 0
         for attempt in range(self.retries + 1):
             if task.calls + calls >= self.max_calls:
-                notes.append(f"the budget of {self.max_calls} calls is spent")
+                notes.append(f"all {self.max_calls} calls allowed are used")
                 break
             calls += 1
             try:
@@ -74,10 +89,15 @@ class Llm:
 
 
 def read_answer(task: Task, text: str, count: int) -> tuple[list[Proposal], list[str]]:
-    """The usable candidates of an answer, at most `count`, and notes about those that are not.
+    """The usable candidates of an answer, and notes about the others.
 
-    ValueError, one sentence for the model to read, for an answer that is not of the form `SCHEMA` or has no usable
-    candidate.
+    Args:
+        task: the group's task.
+        text: the answer.
+        count: candidates at most; further ones are ignored.
+
+    Raises:
+        ValueError: the answer does not follow ``SCHEMA`` or has no usable candidate; worded for the model to read.
     """
     try:
         answer = json.loads(_without_fence(text))

@@ -13,12 +13,16 @@ from tdc_fast.errors import invalid, require
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 SECRET_LENGTH = 8
-"""A shorter key is a word for a server that wants none, such as "none"; taken out, it would tear answers apart."""
-_WITHOUT_SCHEMA = (400, 404, 415, 422)  # what servers answer that do not know response_format
+"""A shorter key is a placeholder for a server that needs none, such as "none"; removing it would garble answers."""
+_WITHOUT_SCHEMA = (400, 404, 415, 422)  # status of servers that do not support response_format
 
 
 class EndpointError(Exception):
-    """A call that brought no answer. `final` where asking again cannot help (a refused key, an unknown model)."""
+    """A call without an answer.
+
+    Attributes:
+        final: asking again cannot help (a refused key, an unknown model).
+    """
 
     def __init__(self, reason: str, final: bool = False) -> None:
         super().__init__(reason)
@@ -26,10 +30,16 @@ class EndpointError(Exception):
 
 
 class ChatEndpoint:
-    """A chat model behind a URL. The key is read from the environment at each call and kept nowhere.
+    """A chat model behind a URL. The key is read from the environment at each call and never stored.
 
-    url     : base URL of the service; empty takes OPENAI_BASE_URL, else OpenAI's own.
-    timeout : seconds until a call counts as failed, however slowly its answer trickles in.
+    Args:
+        model: name of the model.
+        url: base URL of the service; empty takes OPENAI_BASE_URL, else OpenAI's own.
+        timeout: seconds after which a call counts as failed, even while its answer is arriving.
+
+    Raises:
+        ValueError: an argument is impossible, or the URL contains a secret.
+        ImportError: the client library is not installed; names the extra ``llm``.
     """
 
     def __init__(self, model: str, url: str = "", timeout: float = 60.0) -> None:
@@ -39,7 +49,7 @@ class ChatEndpoint:
         if url and (parts.scheme not in ("http", "https") or not parts.hostname):
             raise invalid("llm_url", url, "an http or https URL, such as http://127.0.0.1:8000/v1")
         if parts.username or parts.password:
-            raise invalid("llm_url", "(not shown)", f"a URL without a secret; the key belongs into {KEY_VARIABLE}")
+            raise invalid("llm_url", "(not shown)", f"a URL without a secret; the key belongs in {KEY_VARIABLE}")
         if timeout <= 0:
             raise invalid("llm_timeout", timeout, "seconds above 0")
         self.model, self.url, self.timeout = model, url, timeout
@@ -47,16 +57,22 @@ class ChatEndpoint:
         self._with_schema = True
 
     def ask(self, messages: Sequence[Mapping[str, str]], schema: Mapping[str, Any]) -> str:
-        """The text of the answer, without the key if it repeats it. EndpointError for everything that can go wrong
-        outside this process.
+        """The text of the answer, with the key removed if it appears there.
+
+        Args:
+            messages: the conversation, {"role": ..., "content": ...} each.
+            schema: JSON schema of the answer, for services that support one.
+
+        Raises:
+            EndpointError: anything outside this process failed.
         """
         key = os.environ.get(KEY_VARIABLE, "")
         if not key:
-            raise EndpointError(f"no key: set {KEY_VARIABLE} (any text for a server that wants none)", final=True)
+            raise EndpointError(f"no key: set {KEY_VARIABLE} (any text for a server that needs none)", final=True)
         answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
         client = self._openai.OpenAI(
             api_key=key, base_url=self.url or None, timeout=self.timeout, max_retries=0
-        )  # retries are ours, since they count
+        )  # retries are ours, since calls are counted
 
         def call() -> None:
             try:
@@ -104,7 +120,7 @@ class ChatEndpoint:
 
 
 def printable(text: str) -> str:
-    """A stranger's text on one line, without what a terminal would obey and what no file can hold."""
+    """Untrusted text on one line, without control characters."""
     return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
 
 

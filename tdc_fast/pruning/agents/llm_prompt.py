@@ -1,4 +1,4 @@
-"""What the language model is told, and the form its answer must have.
+"""The prompt for the language model, and the format of its answer.
 
 The system message explains the problem once. Each round the user message is one JSON object:
 
@@ -11,7 +11,7 @@ The system message explains the problem once. Each round the user message is one
                                  to meet the budget
     earlier_groups               the best trial of each group searched before
 
-The answer is one JSON object of the form ``SCHEMA``. A wrong one is sent back with a sentence that says what is wrong.
+The answer is one JSON object that follows ``SCHEMA``. A wrong one is sent back with a sentence that says what is wrong.
 """
 
 from __future__ import annotations
@@ -55,11 +55,16 @@ SCHEMA: dict[str, Any] = {
 }
 
 SHOWN = 12
-"""Trials of each kind (best, latest) that the model sees: what keeps a long search's prompt short."""
+"""Trials of each kind (best, latest) that the model sees, so that the prompt of a long search stays short."""
 
 
 def user_message(task: Task, count: int) -> str:
-    """The round's question as JSON, in the form this file describes."""
+    """The round's question as JSON, in the format that this file describes.
+
+    Args:
+        task: the group's task.
+        count: number of candidates wanted.
+    """
     low = int(task.budget * (1 - task.tolerance)) + 1
     rise = task.loss_rise()
     units = []

@@ -6,9 +6,10 @@ from tdc_fast.pruning.task import Proposal, Task
 
 
 class MostImportant:
-    """Proposes the widths that keep the most importance within the budget: exact, without looking at the memory.
+    """Proposes the widths that keep the most importance within the budget, solved exactly; ignores the memory.
 
-    `name` is that of the importance that the task is given: "taylor" or "magnitude".
+    Args:
+        name: the importance of the task, "taylor" or "magnitude".
     """
 
     one_shot = True
@@ -17,4 +18,5 @@ class MostImportant:
         self.name = name
 
     def propose(self, task: Task, count: int) -> list[Proposal]:
+        """Return the one proposal."""
         return [Proposal(task.most_important().widths, "keeps the most importance")]

@@ -1,4 +1,4 @@
-"""Where searching agents begin: the most important widths, what earlier groups found, and variations of both."""
+"""Starting points of a search: the most important widths, the best of earlier groups, and variations of them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,14 @@ SPREAD = 0.7
 
 
 def starting_proposals(task: Task, count: int) -> list[Proposal]:
-    """`count` proposals for a first round, all different as far as the budget allows.
+    """Proposals for a first round, all different as far as the budget allows.
 
     The most important widths; the best widths of each earlier group, latest first, for up to half of the round; and
-    for the rest the most important widths under random factors on the units' importance.
+    for the rest the most important widths with each unit's importance multiplied by a random factor.
+
+    Args:
+        task: the group's task.
+        count: number of proposals.
     """
     first = [Proposal(task.most_important().widths, "keeps the most importance")] if task.round == 0 else []
     inherited = list(_inherited(task))[: count // 2]
@@ -25,12 +29,18 @@ def starting_proposals(task: Task, count: int) -> list[Proposal]:
 
 
 def distinct(task: Task, first: list[Proposal], more: Iterator[Proposal], count: int) -> list[Proposal]:
-    """`count` of the proposals, those in `first` before those of `more`, without what lands on widths tried before.
+    """Proposals whose projections differ from each other and from all trials so far.
 
-    After 8 draws per place repetitions are let through: a small space may have nothing new.
+    After 8 draws per proposal repetitions are accepted, since a small space may have nothing new.
+
+    Args:
+        task: the group's task.
+        first: proposals to take first.
+        more: an endless supply of others.
+        count: number of proposals.
     """
     seen = {as_key(task.units, trial.widths) for trial in task.memory}
-    landed: dict[tuple[int, ...], tuple[int, ...]] = {}  # proposed -> tried, since projecting takes longer than drawing
+    landed: dict[tuple[int, ...], tuple[int, ...]] = {}  # proposed -> tried: projecting is slower than drawing
     chosen: list[Proposal] = []
     for place, proposal in enumerate(chain(first, more)):
         if len(chosen) == count:
@@ -49,7 +59,7 @@ def _reweighted(task: Task) -> Iterator[Proposal]:
     while True:
         factors = np.exp(SPREAD * rng.standard_normal(len(task.units)))
         named = {unit.name: float(factor) for unit, factor in zip(task.units, factors, strict=True)}
-        yield Proposal(task.most_important(named).widths, "most importance, with the units' weights shaken")
+        yield Proposal(task.most_important(named).widths, "most importance, with randomly weighted units")
 
 
 def _inherited(task: Task) -> Iterator[Proposal]:
@@ -60,7 +70,7 @@ def _inherited(task: Task) -> Iterator[Proposal]:
 
 
 def rescaled(task: Task, trial: Trial) -> dict[str, int]:
-    """A trial's widths times the one factor that brings their MACs nearest to the task's budget."""
+    """A trial's widths, all multiplied by the factor that brings their MACs nearest to the task's budget."""
 
     def scaled(factor: float) -> dict[str, int]:
         return {

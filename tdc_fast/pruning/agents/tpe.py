@@ -1,4 +1,4 @@
-"""The tree-structured Parzen estimator of optuna, asked for candidates and told their scores."""
+"""The tree-structured Parzen estimator of optuna as an agent."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from tdc_fast.pruning.task import Proposal, Task
 
 
 class Tpe:
-    """Models which widths the good trials have and which the others (J. Bergstra et al., 2011), over all units jointly.
+    """Models the widths of good and of other trials over all units jointly (J. Bergstra et al., 2011).
 
-    Each round tells a fresh study the trials of the memory, with the widths that were really tried, so that it learns
-    what the projection does, and asks it for the next candidates. The first round is that of `starting_proposals`.
-    Needs the extra `search`; the ImportError of making one says so.
+    In each round a new study is told the trials of the memory, with the widths after projection, and asked for the next
+    candidates. The first round is that of ``starting_proposals``.
+
+    Raises:
+        ImportError: optuna is not installed; names the extra ``search``.
     """
 
     name = "tpe"
@@ -25,6 +27,7 @@ class Tpe:
         self.optuna: Any = require("optuna", extra="search")
 
     def propose(self, task: Task, count: int) -> list[Proposal]:
+        """Return ``count`` samples of the estimator, or starting points while nothing is scored."""
         if not any(trial.score is not None for trial in task.memory):
             return starting_proposals(task, count)
         return distinct(task, [], self._asked(task), count)
@@ -48,4 +51,4 @@ class Tpe:
         optuna.logging.set_verbosity(verbosity)
         told = len(study.trials)
         while True:
-            yield Proposal(dict(study.ask(fixed_distributions=space).params), f"drawn from what {told} trials taught")
+            yield Proposal(dict(study.ask(fixed_distributions=space).params), f"sampled from a model of {told} trials")
