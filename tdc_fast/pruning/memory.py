@@ -206,7 +206,7 @@ class Memory:
 
 
 def read_trials(path: str | Path) -> list[Trial]:
-    """The trials in a memory file, of whatever search. The file is not changed.
+    """The trials in a memory file of any search. The file is not changed.
 
     Raises:
         ValueError: naming the line that is no event.

@@ -23,7 +23,7 @@ COLOURS = ("#0f7f8c", "#d9662b", "#7a58a6", "#2f3a48", "#c2a14d", "#5a8f3c", "#8
 
 
 def draw_search(directory: Path, found: Pruning, units: Sequence[PruningUnit]) -> None:
-    """Draw a run's search into search.png and widths.png, and beside earlier ones into agents.png.
+    """Draw a run's search into search.png and widths.png, and together with earlier ones into agents.png.
 
     Without matplotlib it prints that the pictures are left out. If the search scored nothing, pictures of an earlier
     search are deleted.

@@ -239,7 +239,7 @@ def _check_ranges(config: TrainConfig) -> None:
             "stop_after",
         ):
             if values[name] != _default(name):
-                raise invalid(name, values[name], "--groups N beside it, since it applies to experts")
+                raise invalid(name, values[name], "--groups N as well, since it applies to experts")
 
 
 def _check_chosen_groups(config: TrainConfig) -> None:
@@ -247,11 +247,11 @@ def _check_chosen_groups(config: TrainConfig) -> None:
     if config.groups != -1:
         raise invalid("groups", config.groups, "a number of groups, 0 for none, or -1 for the elbow")
     if config.grouping not in ("similarity", "difficulty"):
-        raise invalid("groups", config.groups, "--grouping similarity or difficulty beside it, which have an elbow")
+        raise invalid("groups", config.groups, "--grouping similarity or difficulty as well, which have an elbow")
     for name in ("boundaries", "budgets", "stage2_shares"):
         if getattr(config, name):
             raise invalid(
-                name, getattr(config, name), "a number of --groups beside it: it is a list with one per group"
+                name, getattr(config, name), "a number of --groups as well: it is a list with one entry per group"
             )
 
 
@@ -273,7 +273,7 @@ def _check_tdc(config: TrainConfig) -> None:
     if not 0 <= config.overlap <= 1:
         raise invalid("overlap", config.overlap, "a share of the neighbours' timesteps from 0 to 1")
     if config.refine and not config.boundaries:
-        raise invalid("refine", config.refine, "--boundaries beside it, which it refines")
+        raise invalid("refine", config.refine, "--boundaries as well, which it refines")
     if config.groups > config.diffusion_steps:
         raise invalid("groups", config.groups, f"at most one group per timestep ({config.diffusion_steps})")
     if config.boundaries:

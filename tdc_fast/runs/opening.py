@@ -30,7 +30,7 @@ def open_run(config: TrainConfig, in_channels: int) -> RunDirectory:
     else:
         path = Path(config.resume if config.resume != "latest" else config.run_dir or default_directory() or "")
         if config.resume == "latest" and not (config.run_dir or default_directory()):
-            raise invalid("resume", config.resume, "a run directory, or --run_dir beside it")
+            raise invalid("resume", config.resume, "a run directory, or --run_dir as well")
         if (path / "config.json").is_file():
             refuse_changed_options(RunDirectory.open(path).config, config)
             run = RunDirectory.open(path, config)

@@ -110,7 +110,7 @@ def search_run(run: RunDirectory, config: TrainConfig, base: UNet, dataset: Data
     """Search the experts' widths on the run's base and write widths.json, replacing an earlier one.
 
     Resumes the search in the run's memory.jsonl; the memory of a search of other settings is kept as memory.N.jsonl.
-    Draws the search into search.png and widths.png, and beside earlier ones into agents.png.
+    Draws the search into search.png and widths.png, and together with earlier ones into agents.png.
 
     Args:
         run: the run.
