@@ -20,9 +20,9 @@ from bench.compare import compare
 from tdc_fast.diffusion import create_diffusion
 from tdc_fast.diffusion.calibration import calibration_losses
 from tdc_fast.models.iddpm import UNet
+from tdc_fast.pruning.costs import UnitCosts
 from tdc_fast.pruning.scoring import DenoisingLoss
 from tdc_fast.pruning.task import Task
-from tdc_fast.pruning.unit_costs import UnitCosts
 from tests.pruning.narrow import narrow
 
 CANDIDATES, BATCHES, INTERVAL = 8, 4, (250, 500)

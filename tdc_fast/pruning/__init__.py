@@ -5,6 +5,7 @@ from __future__ import annotations
 from tdc_fast.nn.macs import measure_macs
 from tdc_fast.pruning.agents import AGENTS, Agent, AgentFailed, MostImportant, make_agent
 from tdc_fast.pruning.budget import budget_law, difficulty_order, group_fractions, keep_fractions
+from tdc_fast.pruning.costs import UnitCosts, unit_costs
 from tdc_fast.pruning.importance import magnitude_importance, taylor_importance
 from tdc_fast.pruning.memory import Memory, read_trials
 from tdc_fast.pruning.projection import project
@@ -14,7 +15,6 @@ from tdc_fast.pruning.search import Pruning, plan_pruning, prune
 from tdc_fast.pruning.settings import PruningSettings
 from tdc_fast.pruning.solver import Solution, UnitTable, solve
 from tdc_fast.pruning.task import Answer, Proposal, Task, Trial
-from tdc_fast.pruning.unit_costs import UnitCosts, unit_costs
 
 __all__ = [
     "AGENTS",

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from tdc_fast.errors import invalid
 from tdc_fast.nn.units import PruningUnit
+from tdc_fast.pruning.costs import UnitCosts
 from tdc_fast.pruning.solver import Solution, UnitTable, solve
-from tdc_fast.pruning.unit_costs import UnitCosts
 
 
 def project(

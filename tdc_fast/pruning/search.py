@@ -23,6 +23,7 @@ from tdc_fast.nn.units import Prunable, PruningUnit, module_of
 from tdc_fast.nn.width_plan import ExpertUnit, WidthPlan, base_hash
 from tdc_fast.pruning.agents import Agent, resolved_agent
 from tdc_fast.pruning.budget import budget_macs, group_fractions
+from tdc_fast.pruning.costs import UnitCosts, one_sample_on_meta, unit_costs
 from tdc_fast.pruning.importance import Importance, balanced, magnitude_importance, taylor_importance
 from tdc_fast.pruning.memory import Memory
 from tdc_fast.pruning.progress import Progress
@@ -31,7 +32,6 @@ from tdc_fast.pruning.scoring import DenoisingLoss, Scorer
 from tdc_fast.pruning.settings import PruningSettings
 from tdc_fast.pruning.solver import Solution, lowest_macs
 from tdc_fast.pruning.task import Task, Trial
-from tdc_fast.pruning.unit_costs import UnitCosts, one_sample_on_meta, unit_costs
 from tdc_fast.routing import TimestepGroups
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from tdc_fast.nn.units import PruningUnit
+from tdc_fast.pruning.costs import UnitCosts
 from tdc_fast.pruning.importance import Importance
 from tdc_fast.pruning.projection import project
 from tdc_fast.pruning.solver import Solution, UnitTable, solve
-from tdc_fast.pruning.unit_costs import UnitCosts
 
 Widths = Mapping[str, int]  # unit name -> channels
 LossRise = Mapping[str, Mapping[int, float]]  # unit name -> {width: rise of the loss with this unit alone narrowed}

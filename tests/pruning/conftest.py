@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from tdc_fast.diffusion import Diffusion, create_diffusion
 from tdc_fast.models.iddpm import UNet, create_unet
-from tdc_fast.pruning.unit_costs import UnitCosts, unit_costs
+from tdc_fast.pruning.costs import UnitCosts, unit_costs
 
 
 @pytest.fixture(scope="session")

@@ -12,10 +12,10 @@ from tdc_fast.models.iddpm import UNet
 from tdc_fast.pruning.agents import AGENTS, Evolution, Greedy, make_agent
 from tdc_fast.pruning.agents.starts import rescaled, starting_proposals
 from tdc_fast.pruning.budget import budget_macs
+from tdc_fast.pruning.costs import UnitCosts
 from tdc_fast.pruning.memory import Memory
 from tdc_fast.pruning.rounds import search_widths
 from tdc_fast.pruning.task import Answer, Proposal, Task, Trial, as_key
-from tdc_fast.pruning.unit_costs import UnitCosts
 from tests.pruning.tiny import task_of
 
 SEARCHING = sorted(set(AGENTS) - {"taylor", "magnitude", "llm"})

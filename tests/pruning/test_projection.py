@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tdc_fast.models.iddpm import UNet
 from tdc_fast.pruning.budget import budget_macs
-from tdc_fast.pruning.unit_costs import UnitCosts
+from tdc_fast.pruning.costs import UnitCosts
 from tests.pruning.tiny import task_of, tiny_task
 
 

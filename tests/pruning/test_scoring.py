@@ -16,9 +16,9 @@ from tdc_fast.nn.macs import MacCounter
 from tdc_fast.nn.modes import evaluating
 from tdc_fast.nn.units import PruningUnit
 from tdc_fast.pruning import candidates as candidates_module
+from tdc_fast.pruning.costs import UnitCosts, unit_costs
 from tdc_fast.pruning.scoring import DenoisingLoss
 from tdc_fast.pruning.task import Task, Widths
-from tdc_fast.pruning.unit_costs import UnitCosts, unit_costs
 from tests.pruning.narrow import narrow
 from tests.pruning.tiny import RecordedDiffusion, task_of, tiny_batches, tiny_net, tiny_task
 

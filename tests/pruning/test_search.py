@@ -20,10 +20,10 @@ from tdc_fast.nn.packing import pack_experts
 from tdc_fast.nn.width_plan import WidthPlan
 from tdc_fast.pruning.agents import MostImportant, resolved_agent
 from tdc_fast.pruning.budget import budget_law, budget_macs
+from tdc_fast.pruning.costs import UnitCosts
 from tdc_fast.pruning.rounds import search_widths
 from tdc_fast.pruning.search import plan_pruning, prune
 from tdc_fast.pruning.task import importance_tables
-from tdc_fast.pruning.unit_costs import UnitCosts
 from tdc_fast.routing import TimestepGroups
 from tests.pruning.narrow import narrow
 from tests.pruning.tiny import RecordedDiffusion, TinyNet, task_of, tiny_batches, tiny_net, tiny_task

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from tdc_fast.nn.units import PruningUnit, UnitSlice
+from tdc_fast.pruning.costs import UnitCosts, unit_costs
 from tdc_fast.pruning.task import Task
-from tdc_fast.pruning.unit_costs import UnitCosts, unit_costs
 
 
 class ResidualMlp(nn.Module):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tdc_fast.models.iddpm import create_unet
 from tdc_fast.nn.macs import MacCounter, measure_macs
-from tdc_fast.pruning.unit_costs import unit_costs
+from tdc_fast.pruning.costs import unit_costs
 from tests.pruning.tiny import TinyNet, tiny_net
 
 
