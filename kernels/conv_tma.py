@@ -96,7 +96,7 @@ class Form(NamedTuple):
     TAIL: Any
     TH: Any
     TW: Any
-    BM: Any
+    BM: Any  # NB * TH * TW
     BK: Any
 
 
