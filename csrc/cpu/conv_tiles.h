@@ -80,7 +80,7 @@ constexpr int kChains = P * V >= 8  ? 1
                         : P * V > 2 ? (7 + P * V) / (P * V)
                                     : 4;
 
-// Rounding errors grow with the length of a sum, so runs of at least so many products are summed separately.
+// Rounding errors grow with the length of a sum, so runs of about this many products are summed separately.
 constexpr ptrdiff_t kRun = 128;
 
 template <typename T, int P, int V>

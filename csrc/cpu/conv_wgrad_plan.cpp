@@ -7,7 +7,7 @@ constexpr int64_t kChunkPixels = 128;                // a panel of dy and a bloc
 constexpr int64_t kSumsLimit = int64_t{384} << 10;   // bytes of sums per task: they stay in L2
 constexpr int64_t kPartialLimit = int64_t{4} << 20;  // bytes of partial sums
 constexpr int64_t kTasksWanted = 32;
-constexpr int64_t kPanelTaps = 9;  // a copied block of x is used for at least so many pairs of a tap and a panel,
+constexpr int64_t kPanelTaps = 9;  // a copied block of x is used for at least this many pairs of a tap and a panel,
 constexpr int64_t kDyLimit = int64_t{256} << 10;  // unless the chunk's dy would take more bytes than this
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -68,7 +68,7 @@ class WgradPlan {
     const int64_t vectors = (e.lanes - panel * panel_lanes + vector_lanes_ - 1) / vector_lanes_;
     return std::min(panel_lanes, vectors * vector_lanes_);
   }
-  // Rows of sums of so many blocks; all blocks but an expert's last are full.
+  // Rows of sums of `blocks` blocks; all blocks but an expert's last are full.
   int64_t block_rows(int64_t blocks) const { return blocks * kDepthBlock * num_taps(); }
   // First float of a panel's sums in its tile; all panels but an expert's last are full.
   int64_t panel_sums(const WeightTile& tile, int64_t panel) const {

@@ -10,7 +10,7 @@
 //                                      fit on one SM; the emulator registers it by name
 //   TDC_DEFINE_KERNEL(name, Params, (function), threads[, blocks])
 //                                      a kernel that calls function(p)
-//   TDC_SHARED(type, name, count)      static shared array, 16-byte aligned; in the emulator an allocation of its own
+//   TDC_SHARED(type, name, count)      static shared array, 16-byte aligned; in the emulator a separate allocation
 //   TDC_DYNAMIC_SHARED(name)           `unsigned char* name`: the launch's shared_bytes, 16-byte aligned; in the
 //                                      emulator a fresh heap block of exactly that size, so that ASan sees both ends
 //   TDC_DYNAMIC_SHARED_1024(name)      the same, 1024-byte aligned
@@ -39,7 +39,7 @@
 //     make the same call, and a deadlock when threads wait forever or for threads that have exited. The emulator runs
 //     blocks one after another, and a thread until it waits: spinning on memory never ends.
 //
-// Hopper's mbarriers, TMA boxes and wgmma belong here as further wrappers, in a file of their own (device_sm90.cuh)
+// Hopper's mbarriers, TMA boxes and wgmma belong here as further wrappers, in a separate file (device_sm90.cuh)
 // with emulator/ counterparts: emulator/block.h says where their waits and pending copies would go.
 
 // TDC_PLANTED(X) depends on what TDC_PLANT_X expands to: 1 (planted) gives TDC_PLANT_SHIFT_1, which moves `true` to the

@@ -61,7 +61,7 @@ struct ConvImageTile {
     return num_samples == 1 ? first_sample : first_sample + (first_pixel + row) / (rows.size * columns.size);
   }
 
-  // The pixel of a row of the tile in a result of so many rows and columns, counted through the batch.
+  // The pixel of a row of the tile in a result of height x width, counted through the batch.
   __device__ __forceinline__ int result_pixel(int row, int height, int width) const {
     const int index = first_pixel + row, per_row = columns.size, per_sample = rows.size * per_row;
     if (rows.result_step == 1 && columns.result_step == 1) return first_sample * per_sample + index;

@@ -99,7 +99,7 @@ ConvGeometry geometry_of(const ConvArguments& a) {
           static_cast<int>(a.stride_width),  static_cast<int>(a.pad_height),   static_cast<int>(a.pad_width)};
 }
 
-// Whether rows of so many channels, at these addresses (0: absent), consist of whole 16-byte chunks.
+// Whether rows of `channels` channels at these addresses (0: absent) consist of whole 16-byte chunks.
 bool whole_chunks(int64_t channels, std::initializer_list<uintptr_t> addresses, const ConvArguments& a) {
   bool aligned = channels % per_chunk(a) == 0;
   for (uintptr_t address : addresses) aligned = aligned && address % 16 == 0;

@@ -23,7 +23,7 @@ void check(cudaError_t status, const char* call, const Launch& launch) {
   throw std::runtime_error(
       std::string(call) + " failed: " + cudaGetErrorName(status) + ", " + cudaGetErrorString(status) + "; " +
       describe(launch) +
-      "; or an earlier kernel failed and the error shows only now: CUDA_LAUNCH_BLOCKING=1 tells which");
+      "; or an earlier kernel failed and the error appears only now: set CUDA_LAUNCH_BLOCKING=1 to find out");
 }
 
 // Raises the kernel's limit of dynamic shared memory once per kernel, device and larger size. By default it is

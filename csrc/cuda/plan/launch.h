@@ -20,7 +20,7 @@ struct PlanArguments {
   int64_t num_groups = 0;
 };
 
-// Whether shared memory holds the counters of so many groups: about 20,000 of them on sm_80, 29,000 on sm_90.
+// Whether shared memory holds the counters of num_groups groups: at most about 20,000 on sm_80, 29,000 on sm_90.
 bool routing_plan_supported(int64_t num_groups, const Device& device);
 
 // One launch of one block, which makes three passes over the batch: count, place, write tiles. Up to some thousand

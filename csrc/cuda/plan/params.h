@@ -16,7 +16,7 @@ struct RoutingPlanParams {
   int batch;
   int num_groups;
   int counting_warps;   // warps that count and place samples, each its own slice of the batch
-  int levels_per_pass;  // tile levels scanned at once: what shared memory holds
+  int levels_per_pass;  // tile levels scanned together: as many as fit in shared memory
 };
 
 }  // namespace tdc
