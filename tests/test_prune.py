@@ -14,12 +14,9 @@ import torch
 
 import tdc_fast.training.pruning as pruning_phase
 from tdc_fast.models.iddpm import create_unet
-from tdc_fast.nn.units import PruningUnit
-from tdc_fast.nn.width_plan import ExpertUnit, WidthPlan
+from tdc_fast.nn.width_plan import WidthPlan
 from tdc_fast.prune import main, prune_run
 from tdc_fast.pruning.memory import read_trials, searches_of
-from tdc_fast.pruning.plots import agent_comparison, best_so_far, search_plot, widths_plot
-from tdc_fast.pruning.task import Trial
 from tdc_fast.train import TrainConfig, train
 from tdc_fast.train import main as train_command
 from tdc_fast.training import load_run
@@ -184,37 +181,6 @@ def test_help_is_grouped_and_has_the_search_first(capsys: pytest.CaptureFixture)
     shown = capsys.readouterr().out
     places = [shown.index(f"{section} options") for section in ("prune", "search", "data", "tdc")]
     assert places == sorted(places)
-
-
-def tried(group: int, place: int, score: float | None, width: int) -> Trial:
-    return Trial({"u": width}, 90 + width, score, {"u": width}, group=group, round=place // 2, candidate=place % 2)
-
-
-PLAN = WidthPlan(
-    base_hash="", boundaries=(0, 10, 30), macs=(100, 92), budgets=(100, 95),
-    experts=({"u": ExpertUnit((0, 1, 2, 3), 4)}, {"u": ExpertUnit((0, 1, 2, 3), 0)}),
-)  # fmt: skip
-
-
-def test_pictures_of_searches_are_drawn_and_of_nothing_scored_refused() -> None:
-    scored = [tried(1, place, score, width) for place, (score, width) in enumerate([(2.0, 0), (9.0, 1), (1.0, 3)])]
-    for picture in (
-        search_plot([[], scored], PLAN),
-        widths_plot(PLAN, [PruningUnit("u", "attention", 4, 1, 1, ())]),
-        agent_comparison({"tpe": scored, "random": scored[:1]}),
-    ):
-        assert picture.startswith(b"\x89PNG")
-    unscored = [tried(1, 0, None, 4)]
-    with pytest.raises(ValueError, match="trials"):
-        search_plot([[], unscored], PLAN)
-    with pytest.raises(ValueError, match="searches"):
-        agent_comparison({"taylor": unscored})
-
-
-def test_the_best_so_far_never_rises_and_counts_each_candidate_once() -> None:
-    trials = [tried(1, place, *pair) for place, pair in enumerate([(2.0, 0), (3.0, 1), (2.0, 0), (1.0, 3), (4.0, 2)])]
-    count, best = best_so_far(trials)
-    assert count.tolist() == [1, 2, 3, 4] and best.tolist() == [2.0, 2.0, 1.0, 1.0]
 
 
 def test_the_agent_in_the_documentation_runs_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,10 +1,7 @@
-"""Checkpoints that are whole or do not count, names that carry steps, and generators that come back."""
+"""Checkpoints that are whole or do not count, and file names that carry steps."""
 
 from __future__ import annotations
 
-import random
-
-import numpy as np
 import pytest
 import torch
 
@@ -16,7 +13,6 @@ from tdc_fast.runs.checkpoint import (
     step_of,
 )
 from tdc_fast.runs.weights import load_verified
-from tdc_fast.training.random_state import derived_seed, random_state, restore_random_state, seeded
 
 
 @pytest.mark.parametrize(
@@ -63,28 +59,3 @@ def test_a_file_that_is_not_the_one_described_does_not_load(tmp_path):
     path.write_bytes(path.read_bytes()[:-1] + b"\1")
     with pytest.raises(ValueError, match="model000005.pt.*sha256"):
         load_verified(path)
-
-
-def draws() -> list[float]:
-    return [torch.rand(1).item(), float(np.random.rand()), random.random(), float(np.random.randn())]
-
-
-def test_all_generators_return_to_a_saved_state_even_through_a_file(tmp_path):
-    draws()
-    torch.save(random_state(), tmp_path / "state.pt")
-    expected = draws()
-    draws()
-    restore_random_state(torch.load(tmp_path / "state.pt", weights_only=True))
-    assert draws() == expected
-
-
-def test_a_seeded_block_repeats_and_leaves_no_trace():
-    before = random_state()
-    with seeded(derived_seed(0, "a")):
-        one = draws()
-    with seeded(derived_seed(0, "a")):
-        assert draws() == one
-    with seeded(derived_seed(0, "b")):
-        assert draws() != one
-    after = random_state()
-    assert torch.equal(before["torch"], after["torch"]) and before["python"] == after["python"]
