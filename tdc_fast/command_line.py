@@ -121,8 +121,8 @@ def parse_denoiser_flags(
         title: heading of the command's own flags in ``--help``.
         options: dataclass of these flags, with fields ``run`` and ``model_path``.
         argv: the arguments.
-        prog: as in :func:`parse_flags`.
-        description: as in :func:`parse_flags`.
+        prog: as in `parse_flags`.
+        description: as in `parse_flags`.
 
     Returns:
         The values of the command's flags and of those of model and diffusion; what the denoiser was trained with takes
@@ -147,7 +147,7 @@ def parse_denoiser_flags(
 
 
 def load_denoiser(values: Mapping[str, Any]) -> TrainedDenoiser:
-    """The denoiser that the flags of :func:`parse_denoiser_flags` name."""
+    """The denoiser that the flags of `parse_denoiser_flags` name."""
     if values["run"]:
         return from_run(values["run"], values["which"], values["timestep_respacing"])
     return from_checkpoint(values["model_path"], values)

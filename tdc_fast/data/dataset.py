@@ -29,7 +29,7 @@ CACHE_BYTES = 512 * 2**20
 
 
 class Dataset(Protocol):
-    """What training reads its images from; :class:`ImageDataset` is one."""
+    """What training reads its images from; `ImageDataset` is one."""
 
     @property
     def image_size(self) -> int:
@@ -79,7 +79,7 @@ class ImageDataset:
 
     @classmethod
     def from_array(cls, images: np.ndarray, labels: np.ndarray | None = None) -> ImageDataset:
-        """A dataset of arrays in memory, which may be the same as in an .npz file: see :func:`load_dataset`.
+        """A dataset of arrays in memory, which may be the same as in an .npz file: see `load_dataset`.
 
         Args:
             images: (N, H, W, C) or (N, H, W), uint8, or float in [-1, 1] or [0, 1].
@@ -135,7 +135,7 @@ class ImageDataset:
             indices: positions (B,) or a slice.
 
         Returns:
-            Images as :meth:`images` returns them, and ``{"y": labels (B,) int64}`` if class conditional, else ``{}``.
+            Images as `images` returns them, and ``{"y": labels (B,) int64}`` if class conditional, else ``{}``.
         """
         pixels, positions = self._read(np.arange(len(self))[indices].reshape(-1))
         x = torch.from_numpy(to_unit_range(pixels)).permute(0, 3, 1, 2)

@@ -117,7 +117,7 @@ class ArraySource:
         return len(self._images)
 
     def fetch(self, indices: np.ndarray) -> np.ndarray:
-        """See :class:`ImageSource`."""
+        """See `ImageSource`."""
         images = self._images[indices]
         if images.dtype == np.uint8:
             return images
@@ -125,7 +125,7 @@ class ArraySource:
         return images * 2 - 1 if self._from_zero else images
 
     def blocks(self, indices: np.ndarray) -> np.ndarray:
-        """See :class:`ImageSource`."""
+        """See `ImageSource`."""
         return indices
 
 
@@ -156,7 +156,7 @@ class FolderSource:
         return len(self.corrupt)
 
     def fetch(self, indices: np.ndarray) -> np.ndarray:
-        """See :class:`ImageSource`."""
+        """See `ImageSource`."""
         size = self.image_size
         pixels = np.zeros((len(indices), size, size, self.channels), np.uint8)
         for row, image in enumerate(self._in_threads(self._decode_or_none, indices)):
@@ -165,7 +165,7 @@ class FolderSource:
         return pixels
 
     def blocks(self, indices: np.ndarray) -> np.ndarray:
-        """See :class:`ImageSource`."""
+        """See `ImageSource`."""
         return indices
 
     def decoded(self) -> tuple[ArraySource, list[int]]:
@@ -240,7 +240,7 @@ class PhotoSource:
         return len(self._block_ids)
 
     def fetch(self, indices: np.ndarray) -> np.ndarray:
-        """See :class:`ImageSource`."""
+        """See `ImageSource`."""
         size = self.image_size
         patches = np.empty((len(indices), size, size, 3), np.uint8)
         for row, i in enumerate(indices):
@@ -249,7 +249,7 @@ class PhotoSource:
         return patches
 
     def blocks(self, indices: np.ndarray) -> np.ndarray:
-        """See :class:`ImageSource`."""
+        """See `ImageSource`."""
         return self._block_ids[indices]
 
 
@@ -300,7 +300,7 @@ def _eight_bits(image: Any) -> Any:
 
 
 def fit_images(images: np.ndarray, size: int, name: str) -> np.ndarray:
-    """Apply :func:`fit_image` to an array of images.
+    """Apply `fit_image` to an array of images.
 
     Args:
         images: (N, H, W, C) uint8 with 1, 3 or 4 channels.

@@ -12,7 +12,7 @@ from tdc_fast.errors import invalid
 
 
 class BatchStream:
-    """Endless shuffled batches, each as :meth:`Dataset.batch` returns it.
+    """Endless shuffled batches, each as `Dataset.batch` returns it.
 
     The order of the images in an epoch depends only on the seed and the number of the epoch. Of several ranks each
     takes every world_size-th image of that order, so that all have the same number of batches. An incomplete last batch
@@ -71,7 +71,7 @@ class BatchStream:
         """Continue with the batch that would have come next.
 
         Args:
-            state: what :meth:`state_dict` returned.
+            state: what `state_dict` returned.
 
         Raises:
             ValueError: the state is of another dataset, batch size, seed or rank.

@@ -49,7 +49,7 @@ class DigitsClassifier(nn.Module):
         return self.head(self.features(images))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Same as :meth:`features`, so that the classifier is a feature extractor."""
+        """Same as `features`, so that the classifier is a feature extractor."""
         return self.features(images)
 
 

@@ -110,7 +110,7 @@ def _losses(denoiser: TrainedDenoiser, other: ImageSet, options: EvaluateOptions
 
 
 def describe(result: dict[str, Any]) -> str:
-    """The numbers that :func:`evaluate` returned, as lines of text."""
+    """The numbers that `evaluate` returned, as lines of text."""
     lines = [
         f"A: {result['a']['name']} ({result['a']['images']} images)",
         f"B: {result['b']['name']} ({result['b']['images']} images)",

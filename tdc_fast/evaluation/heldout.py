@@ -2,7 +2,7 @@
 
 Noise comes from a seed, in an order that depends neither on the model nor on the batch size. Two models evaluated with
 the same arguments therefore see the same noisy images, and their difference is far more precise than either loss alone:
-:func:`compare` returns it with its standard error.
+`compare` returns it with its standard error.
 """
 
 from __future__ import annotations

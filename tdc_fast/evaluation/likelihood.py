@@ -93,7 +93,7 @@ def write_terms(directory: Path, terms: dict[str, np.ndarray], count: int) -> No
 
     Args:
         directory: an existing folder.
-        terms: what :func:`bits_per_dimension` returned.
+        terms: what `bits_per_dimension` returned.
         count: how many images the means are over.
     """
     for name in ("vb", "mse", "xstart_mse"):

@@ -114,7 +114,7 @@ def prepare_yardsticks(path: Path, samples: int, data_dir: str = "digits", image
 
 
 def load_yardsticks(path: Path) -> Yardsticks:
-    """Read what :func:`prepare_yardsticks` wrote."""
+    """Read what `prepare_yardsticks` wrote."""
     content = load_tensors(path)
     reference = _real_images(content["data_dir"], content["image_size"])
     extractor: nn.Module = RandomConvFeatures(reference.shape[1])
@@ -135,7 +135,7 @@ def measure(run_directory: Path, yardsticks: Path, protocol: MeasuringProtocol, 
 
     Args:
         run_directory: the run.
-        yardsticks: file that :func:`prepare_yardsticks` wrote.
+        yardsticks: file that `prepare_yardsticks` wrote.
         protocol: how to measure.
         path: the file to write.
     """
@@ -184,7 +184,7 @@ def measure(run_directory: Path, yardsticks: Path, protocol: MeasuringProtocol, 
 
 
 def load_measured(path: Path) -> Measured:
-    """Read what :func:`measure` wrote."""
+    """Read what `measure` wrote."""
     content = load_tensors(path)
     heldout = HeldoutLosses(
         per_image=content["per_image"],

@@ -90,7 +90,7 @@ def divide(
 
     Args:
         cost: cost of every interval [i, j), (P + 1, P + 1).
-        num_intervals: N, or None for the elbow among 1 to ``max_intervals`` (see :func:`elbow`).
+        num_intervals: N, or None for the elbow among 1 to ``max_intervals`` (see `elbow`).
         max_intervals: the largest number that the elbow may choose.
         near: cuts (N + 1,) given by hand, or nothing.
         within: how many items every inner cut may move away from ``near``.

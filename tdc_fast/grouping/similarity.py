@@ -60,7 +60,7 @@ class TaskSimilarity:
         return divide(self._scatter(), num_groups, max_intervals=max_groups)
 
     def groups(self, num_groups: int | None = None, *, max_groups: int = 10) -> TimestepGroups:
-        """The groups of :meth:`divide`, which takes the same arguments."""
+        """The groups of `divide`, which takes the same arguments."""
         return self.probes.groups(self.divide(num_groups, max_groups=max_groups).cuts, "similarity")
 
     def refine(self, groups: TimestepGroups | Sequence[int], within: int) -> TimestepGroups:
@@ -92,7 +92,7 @@ class TaskSimilarity:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> TaskSimilarity:
-        """Read what :meth:`save` wrote.
+        """Read what `save` wrote.
 
         Raises:
             ValueError: the file is missing, damaged or of another version; names it.

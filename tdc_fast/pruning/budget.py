@@ -81,8 +81,8 @@ def group_fractions(
         groups: (start, stop) of every group.
         snr_db: signal-to-noise ratio of every timestep in decibels, (T,).
         k: a number applies the budget law in the order of difficulty; a sequence gives every group's share directly,
-            whatever its difficulty (see :func:`keep_fractions`).
-        difficulty: see :func:`difficulty_order`.
+            whatever its difficulty (see `keep_fractions`).
+        difficulty: see `difficulty_order`.
 
     Raises:
         ValueError: an argument is out of range.

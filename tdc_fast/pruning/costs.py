@@ -1,6 +1,6 @@
 """What each unit of a model costs at each of its widths: multiply-accumulates (MACs), measured.
 
-The MACs of a prunable model must be a constant plus one function of each unit's width; :func:`unit_costs` measures
+The MACs of a prunable model must be a constant plus one function of each unit's width; `unit_costs` measures
 these functions and checks that they add up.
 """
 

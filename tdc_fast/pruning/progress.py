@@ -13,7 +13,7 @@ SHOWN = 5
 
 
 class Progress:
-    """Receives the events of a search. It prints only notes, on stderr; :class:`BarAndTable` shows everything."""
+    """Receives the events of a search. It prints only notes, on stderr; `BarAndTable` shows everything."""
 
     def say(self, text: str) -> None:
         """Print a note about something unusual."""

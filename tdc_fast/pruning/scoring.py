@@ -76,7 +76,7 @@ class DenoisingLoss:
     def score(
         self, task: Task, candidates: Sequence[Widths], advance: Callable[[int], None] = lambda count: None
     ) -> list[float]:
-        """Mean loss of every candidate; arguments as in :meth:`Scorer.score`."""
+        """Mean loss of every candidate; arguments as in `Scorer.score`."""
         model = self._of_orders({unit.name: task.order(unit.name) for unit in task.units})
         largest = max(len(split_batch(batch)[0]) for batch in self.batches)
         at_once = max(self.max_samples // largest, 1)

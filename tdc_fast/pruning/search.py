@@ -58,7 +58,7 @@ class Pruning:
 def prune(
     base: Prunable, groups: TimestepGroups, diffusion: DiffusionProcess, batches: Iterable[Batch], **arguments: Any
 ) -> WidthPlan:
-    """The width plan alone of :func:`plan_pruning`, which takes the same arguments."""
+    """The width plan alone of `plan_pruning`, which takes the same arguments."""
     return plan_pruning(base, groups, diffusion, batches, **arguments).plan
 
 
@@ -92,11 +92,11 @@ def plan_pruning(
             exact solve for kept importance when there is one round, and "tpe" for more.
         scorer: None scores by the denoising loss on the same calibration data, and not at all for an agent of a single
             proposal.
-        memory_file: JSON lines of everything that was tried (:class:`~tdc_fast.pruning.memory.Memory`). If it exists,
+        memory_file: JSON lines of everything that was tried (`Memory`). If it exists,
             that search is resumed.
         stand_in: agent for the rounds in which ``agent`` fails; without one a failure ends the search.
         progress: receives the events of the search.
-        **options: fields of :class:`~tdc_fast.pruning.settings.PruningSettings` such as ``k=0.6, rounds=4``.
+        **options: fields of `PruningSettings` such as ``k=0.6, rounds=4``.
 
     Raises:
         ValueError: an argument is out of range, a budget is below the smallest that the units reach, or the memory is

@@ -21,7 +21,7 @@ class PruningSettings:
             weights, balanced by the units' MACs), or a function from the group's index to {unit: (atoms,)}. It decides
             which atoms of a unit are kept first, whichever agent chooses the widths.
         difficulty: "snr", "snr-reversed", or one number per group, such as losses; see
-            :func:`~tdc_fast.pruning.budget.difficulty_order`.
+            `difficulty_order`.
         tolerance: share of a budget that may stay unused.
         max_batches: calibration batches that are read.
         rounds: rounds of proposing and scoring in each group.

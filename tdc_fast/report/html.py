@@ -40,7 +40,7 @@ def write_report(comparison: Comparison, directory: Path, candidate: str, baseli
 
 
 def render_report(comparison: Comparison, candidate: str, baselines: tuple[str, ...]) -> str:
-    """The page as HTML text; arguments as in :func:`write_report`."""
+    """The page as HTML text; arguments as in `write_report`."""
     body = "\n".join(
         (
             _header(comparison, candidate, baselines),

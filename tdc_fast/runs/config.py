@@ -59,7 +59,7 @@ _NOT_NEGATIVE = (
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(DataOptions, ModelOptions, DiffusionOptions, OptimizerOptions, TdcOptions, SearchOptions, RunOptions):
-    """Everything that defines a training run; :mod:`tdc_fast.runs.options` documents every field.
+    """Everything that defines a training run; `tdc_fast.runs.options` documents every field.
 
     ``TrainConfig(data_dir="digits", image_size=8, groups=4)`` is the same run as ``--data_dir digits --image_size 8
     --groups 4``. Values are checked at once.

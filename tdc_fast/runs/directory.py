@@ -33,7 +33,7 @@ FORMAT = 1
 
 
 class RunDirectory:
-    """Paths and small files of one run; checkpoints are :mod:`tdc_fast.runs.checkpoint`'s.
+    """Paths and small files of one run; checkpoints are `tdc_fast.runs.checkpoint`'s.
 
     Attributes:
         path: the directory.

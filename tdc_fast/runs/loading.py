@@ -24,7 +24,7 @@ from tdc_fast.runs.weights import base_with_weights, load_verified
 
 
 class Run:
-    """A run directory opened for reading; see :func:`load_run`."""
+    """A run directory opened for reading; see `load_run`."""
 
     def __init__(self, directory: RunDirectory) -> None:
         self.directory = directory
@@ -87,7 +87,7 @@ class Run:
         return base_with_weights(self.directory, self._weights("base", ema, step), torch.device("cpu"))
 
     def experts(self, ema: bool | str = True, step: int = -1) -> RoutedModel:
-        """The experts as one RoutedModel in evaluation mode; arguments as in :meth:`base`.
+        """The experts as one RoutedModel in evaluation mode; arguments as in `base`.
 
         Raises:
             ValueError: the run has no experts, or its files do not belong together.

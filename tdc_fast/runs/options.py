@@ -2,7 +2,7 @@
 
 Options that improved-diffusion's ``image_train.py`` also has keep its names, meaning, defaults and syntax; the others
 are about groups, pruning, budgets and the run directory. The sections are joined into one flat dataclass,
-:class:`tdc_fast.runs.config.TrainConfig`.
+`tdc_fast.runs.config.TrainConfig`.
 
 The string under a field is its help text on the command line.
 """

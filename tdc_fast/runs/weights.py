@@ -1,7 +1,7 @@
 """Reading weights: files of tensors, checked against their checksums and against the flags of the model.
 
-Every file of weights is read by :func:`load_tensors`, which runs no code, or by :func:`load_verified`, which compares
-it with its checksum first. :func:`load_weights` also checks that the file is of the model that the flags describe.
+Every file of weights is read by `load_tensors`, which runs no code, or by `load_verified`, which compares
+it with its checksum first. `load_weights` also checks that the file is of the model that the flags describe.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def load_tensors(path: Path, device: str | torch.device = "cpu") -> Any:
 
 
 def load_verified(path: Path, device: str | torch.device = "cpu") -> Any:
-    """Do :func:`load_tensors` after comparing the file with the checksum in the description beside it, if any.
+    """Do `load_tensors` after comparing the file with the checksum in the description beside it, if any.
 
     Args:
         path: the file.

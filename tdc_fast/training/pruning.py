@@ -69,7 +69,7 @@ def prune_run(directory: str | Path, dataset: Dataset | None = None, **options: 
     Args:
         directory: the run.
         dataset: images to calibrate on; None loads what the run's configuration names.
-        **options: fields of :class:`~tdc_fast.runs.options.SearchOptions` (agent, rounds, ...) and ``device``,
+        **options: fields of `SearchOptions` (agent, rounds, ...) and ``device``,
             ``progress``; others are the run's.
 
     Raises:

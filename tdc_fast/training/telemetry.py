@@ -23,7 +23,7 @@ QUARTILES = 4
 class RunningMeans:
     """Means of the per-sample losses since the last row: over all samples, per quartile of the timesteps, per group.
 
-    Everything stays in tensors on the device until :meth:`take`, so that a step never waits for the numbers.
+    Everything stays in tensors on the device until `take`, so that a step never waits for the numbers.
 
     Args:
         num_groups: N.
@@ -89,7 +89,7 @@ class RunningMeans:
         return {"sums": dict(self._sums), "counts": self._counts, "norms": self._norms}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from the sums of :meth:`state_dict`."""
+        """Continue from the sums of `state_dict`."""
         self._sums = {name: value.to(self._device, copy=True) for name, value in state["sums"].items()}
         self._counts.copy_(state["counts"])
         self._norms.copy_(state["norms"])

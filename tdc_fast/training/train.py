@@ -23,10 +23,10 @@ def train(config: TrainConfig, dataset: Dataset | None = None) -> RunDirectory:
     Args:
         config: describes the run.
         dataset: images to train on instead of what ``config.data_dir`` names, such as an
-            :class:`~tdc_fast.data.dataset.ImageDataset`.
+            `ImageDataset`.
 
     Returns:
-        The run directory; :func:`tdc_fast.training.load_run` reads models from it.
+        The run directory; `tdc_fast.training.load_run` reads models from it.
 
     Raises:
         ValueError: an impossible configuration, or a checkpoint that is damaged or foreign.

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from tdc_fast.nn.width_plan import WidthPlan
@@ -16,6 +17,7 @@ from tdc_fast.training import load_run
 from tests.models.published_unet import state_shapes
 
 ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.slow
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
 
 
