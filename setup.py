@@ -1,6 +1,6 @@
-"""Builds ``tdc_fast._native`` with CMake. Metadata lives in pyproject.toml.
+"""Builds `tdc_fast._native` with CMake. Metadata lives in pyproject.toml.
 
-``TDC_FAST_BUILD=auto|cpu|cuda`` (default auto) says whether CUDA code is built; no GPU is ever asked for.
+`TDC_FAST_BUILD=auto|cpu|cuda` (default auto) says whether CUDA code is built; no GPU is ever asked for.
 """
 
 import importlib.util
@@ -21,6 +21,7 @@ class CMakeBuild(build_ext):
     """Configures afresh each time: a cache from an isolated build names tools that no longer exist."""
 
     def build_extension(self, ext: Extension) -> None:
+        """Configure and build the extension module."""
         mode = os.environ.get("TDC_FAST_BUILD", "auto")
         if mode not in MODES:
             raise SystemExit(f"TDC_FAST_BUILD: got {mode!r}; expected one of {', '.join(MODES)}")

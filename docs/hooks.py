@@ -1,6 +1,6 @@
 """What the site adds to docs/: pages from elsewhere in the repository, the examples, and a check of the API reference.
 
-Links are written as they work in the repository (``../bench/results/x.md``) and are mapped to the site's pages here, so
+Links are written as they work in the repository (`../bench/results/x.md`) and are mapped to the site's pages here, so
 a page works in both. A link that leads nowhere, a public name that the reference lacks, and a documented function or
 class without a docstring are warnings, which a strict build turns into a failure.
 """

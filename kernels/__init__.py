@@ -1,1 +1,1 @@
-"""Triton kernels, one file per kernel family; installed as ``tdc_fast.kernels``."""
+"""Triton kernels, one file per kernel family; installed as `tdc_fast.kernels`."""

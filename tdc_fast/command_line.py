@@ -1,4 +1,4 @@
-"""What all command lines share: flags in improved-diffusion's syntax (``--use_ddim True``), and how a command ends."""
+"""What all command lines share: flags in improved-diffusion's syntax (`--use_ddim True`), and how a command ends."""
 
 from __future__ import annotations
 
@@ -53,19 +53,19 @@ def parse_flags(
 ) -> dict[str, Any]:
     """Parse a command line into the values of all flags, by name.
 
-    Dashes and underscores in a flag's name are the same, ``--flag=value`` works, booleans are values.
+    Dashes and underscores in a flag's name are the same, `--flag=value` works, booleans are values.
 
     Args:
-        sections: heading in ``--help`` -> frozen dataclass whose fields are the flags and whose field docstrings are
+        sections: heading in `--help` -> frozen dataclass whose fields are the flags and whose field docstrings are
             their help.
         argv: the arguments.
         defaults: values that replace the dataclasses' own defaults; names that are no flag are ignored.
-        prog: the command's name in ``--help``.
-        description: what the command does, for ``--help``.
+        prog: the command's name in `--help`.
+        description: what the command does, for `--help`.
 
     Raises:
         ValueError: a boolean flag has another value.
-        SystemExit: after ``--help`` (status 0) and for a flag or value that does not exist (status 2; tyro prints the
+        SystemExit: after `--help` (status 0) and for a flag or value that does not exist (status 2; tyro prints the
             nearest flags).
     """
     tyro = require("tyro", "demo")
@@ -115,11 +115,11 @@ def with_bare_value(argv: Sequence[str], flag: str, value: str) -> list[str]:
 def parse_denoiser_flags(
     title: str, options: type, argv: Sequence[str], *, prog: str, description: str
 ) -> dict[str, Any]:
-    """Parse the flags of a command about a trained denoiser, which ``--run`` or ``--model_path`` names.
+    """Parse the flags of a command about a trained denoiser, which `--run` or `--model_path` names.
 
     Args:
-        title: heading of the command's own flags in ``--help``.
-        options: dataclass of these flags, with fields ``run`` and ``model_path``.
+        title: heading of the command's own flags in `--help`.
+        options: dataclass of these flags, with fields `run` and `model_path`.
         argv: the arguments.
         prog: as in `parse_flags`.
         description: as in `parse_flags`.
@@ -154,7 +154,7 @@ def load_denoiser(values: Mapping[str, Any]) -> TrainedDenoiser:
 
 
 def output_directory(values: Mapping[str, Any], name: str) -> Path:
-    """Make the folder for a command's files: ``--out``, else a folder of this name in the run, else a default one."""
+    """Make the folder for a command's files: `--out`, else a folder of this name in the run, else a default one."""
     chosen = values["out"] or (values["run"] and os.path.join(values["run"], name)) or default_directory()
     directory = Path(chosen or tempfile.mkdtemp(prefix=f"tdc-fast-{name}-"))
     directory.mkdir(parents=True, exist_ok=True)
@@ -174,7 +174,7 @@ def use_threads(count: int) -> None:
 
 
 def _split_tokens(argv: Sequence[str]) -> list[str]:
-    """The arguments with underscores in the names of flags, and ``--flag=value`` as two."""
+    """The arguments with underscores in the names of flags, and `--flag=value` as two."""
     tokens: list[str] = []
     for token in argv:
         flag, equals, value = token.partition("=")

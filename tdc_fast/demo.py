@@ -1,4 +1,4 @@
-"""The demo: ``python -m tdc_fast.demo --out DIR`` trains, prunes, samples, compares and writes report.html."""
+"""The demo: `python -m tdc_fast.demo --out DIR` trains, prunes, samples, compares and writes report.html."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ def invalid(argument: str, value: object, remedy: str) -> ValueError:
 
     Args:
         argument: its name, as the caller wrote it.
-        value: its value; the message shows the ``repr``, shortened to one line.
+        value: its value; the message shows the `repr`, shortened to one line.
         remedy: what it should be, or what to do: the message continues with it after "expected".
     """
     shown = " ".join(repr(value).split())
@@ -24,7 +24,7 @@ def require(module: str, extra: str) -> ModuleType:
     """Import an optional dependency.
 
     Args:
-        module: dotted name, such as ``"matplotlib.pyplot"``.
+        module: dotted name, such as `"matplotlib.pyplot"`.
         extra: the extra of this package that installs it.
 
     Raises:

@@ -1,6 +1,6 @@
-"""Compare two sets of images: ``python -m tdc_fast.evaluate A B``.
+"""Compare two sets of images: `python -m tdc_fast.evaluate A B`.
 
-Each of A and B is a folder, an .npz or .npy file, ``digits``, ``photos``, or a run directory, which is sampled first
+Each of A and B is a folder, an .npz or .npy file, `digits`, `photos`, or a run directory, which is sampled first
 and whose denoising loss is measured as well.
 """
 

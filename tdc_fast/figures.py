@@ -24,7 +24,7 @@ def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **l
         height: in inches.
         rows: rows of axes.
         columns: columns of axes.
-        layout: arguments of matplotlib's ``Figure.subplots``.
+        layout: arguments of matplotlib's `Figure.subplots`.
 
     Returns:
         The figure and its axes, an array (rows, columns).

@@ -1,7 +1,7 @@
-"""Measure the variational bound of a model on images, in bits per dimension: ``python -m tdc_fast.nll --run DIR``.
+"""Measure the variational bound of a model on images, in bits per dimension: `python -m tdc_fast.nll --run DIR`.
 
-Also takes the command lines of improved-diffusion's ``image_nll.py``, and writes its files
-``{vb,mse,xstart_mse}_terms.npz``.
+Also takes the command lines of improved-diffusion's `image_nll.py`, and writes its files
+`{vb,mse,xstart_mse}_terms.npz`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-r"""Search the widths of a run's experts: ``python -m tdc_fast.prune --run DIR --agent tpe --rounds 8``.
+r"""Search the widths of a run's experts: `python -m tdc_fast.prune --run DIR --agent tpe --rounds 8`.
 
 The run must have a finished stage 1 and no trained experts. The search writes widths.json into it, and ``python -m
 tdc_fast.train --resume DIR`` then trains the experts. Weights from elsewhere start a new run, with the flags that they

@@ -1,7 +1,7 @@
-"""Sample images from a trained model: ``python -m tdc_fast.sample --run DIR``.
+"""Sample images from a trained model: `python -m tdc_fast.sample --run DIR`.
 
-Also takes the command lines of improved-diffusion's ``image_sample.py``: ``--model_path ema_0.9999_010000.pt``, the
-flags of the model, ``--num_samples --batch_size --use_ddim --clip_denoised --timestep_respacing``.
+Also takes the command lines of improved-diffusion's `image_sample.py`: `--model_path ema_0.9999_010000.pt`, the
+flags of the model, `--num_samples --batch_size --use_ddim --clip_denoised --timestep_respacing`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Train a denoiser as improved-diffusion does, or a TDC model with --groups N: ``python -m tdc_fast.train``.
+"""Train a denoiser as improved-diffusion does, or a TDC model with --groups N: `python -m tdc_fast.train`.
 
 From Python::
 
@@ -39,15 +39,15 @@ class _RunFlags(RunOptions):
 def parse_command_line(argv: Sequence[str]) -> TrainConfig:
     """Parse the arguments into the configuration of a run.
 
-    Flags and values are those of improved-diffusion (``--learn_sigma True``, ``--ema_rate "0.9999,0.999"``). With
-    ``--resume RUN`` flags that are not given come from the configuration of that run.
+    Flags and values are those of improved-diffusion (`--learn_sigma True`, `--ema_rate "0.9999,0.999"`). With
+    `--resume RUN` flags that are not given come from the configuration of that run.
 
     Args:
         argv: the arguments, without the program's name.
 
     Raises:
         ValueError: a value is not allowed, or contradicts the run that is resumed.
-        SystemExit: ``--help``, or a flag that does not exist.
+        SystemExit: `--help`, or a flag that does not exist.
     """
     arguments = with_bare_value(argv, "resume", "latest")
     directory, file = _resumed_directory(arguments), value_of(arguments, "config")

@@ -135,7 +135,7 @@ class ImageDataset:
             indices: positions (B,) or a slice.
 
         Returns:
-            Images as `images` returns them, and ``{"y": labels (B,) int64}`` if class conditional, else ``{}``.
+            Images as `images` returns them, and `{"y": labels (B,) int64}` if class conditional, else `{}`.
         """
         pixels, positions = self._read(np.arange(len(self))[indices].reshape(-1))
         x = torch.from_numpy(to_unit_range(pixels)).permute(0, 3, 1, 2)
@@ -191,10 +191,10 @@ def load_dataset(
     """Open a dataset.
 
     - "digits": scikit-learn's 1797 handwritten digits, 8x8, one channel, 10 classes.
-    - "photos": 8192 patches of scikit-learn's two sample photographs, ``image_size`` pixels (32 by default), 2 classes.
+    - "photos": 8192 patches of scikit-learn's two sample photographs, `image_size` pixels (32 by default), 2 classes.
     - A folder: every jpg, jpeg, png and gif file below it in sorted order, as RGB. The class is the file name up to the
-      first "_"; classes are numbered in sorted order, and directories do not matter. Needs ``image_size``.
-    - An .npz file (``arr_0`` or ``images``, labels in ``arr_1`` or ``labels``) or .npy file: (N, H, W, C) or (N, H, W),
+      first "_"; classes are numbered in sorted order, and directories do not matter. Needs `image_size`.
+    - An .npz file (`arr_0` or `images`, labels in `arr_1` or `labels`) or .npy file: (N, H, W, C) or (N, H, W),
       uint8, or float in [-1, 1] or, if no value is negative, in [0, 1].
 
     Images of another size are halved with a box filter while at least twice as large, scaled (bicubic) so that the

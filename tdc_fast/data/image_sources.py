@@ -43,7 +43,7 @@ class ImageSource(Protocol):
     def fetch(self, indices: np.ndarray) -> np.ndarray:
         """Read images (B, H, W, C), uint8 or float32 in [-1, 1].
 
-        A corrupt image is all zeros, and its position is in ``corrupt`` afterwards.
+        A corrupt image is all zeros, and its position is in `corrupt` afterwards.
 
         Args:
             indices: (B,) int64, positions of the images.
@@ -319,7 +319,7 @@ def fit_images(images: np.ndarray, size: int, name: str) -> np.ndarray:
 
 
 def _at_least(photo: np.ndarray, size: int) -> np.ndarray:
-    """The photograph (H, W, 3), enlarged if a patch of ``size`` pixels does not fit."""
+    """The photograph (H, W, 3), enlarged if a patch of `size` pixels does not fit."""
     height, width = photo.shape[:2]
     if min(height, width) >= size:
         return photo

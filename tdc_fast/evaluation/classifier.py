@@ -93,7 +93,7 @@ def train_classifier(*, seed: int = 0, epochs: int = 30, heldout_fraction: float
         heldout_fraction: share of the digits held out to measure the accuracy.
 
     Raises:
-        ValueError: ``heldout_fraction`` is not between 0 and 1.
+        ValueError: `heldout_fraction` is not between 0 and 1.
     """
     if not 0 < heldout_fraction < 1:
         raise invalid("heldout_fraction", heldout_fraction, "a fraction between 0 and 1")

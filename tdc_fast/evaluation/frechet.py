@@ -20,12 +20,12 @@ from tdc_fast.evaluation.features import PrecomputedFeatures
 def frechet_distance(a: Tensor, b: Tensor, extractor: nn.Module, *, batch_size: int = 512) -> float:
     """The Fréchet distance between the features of two image sets.
 
-    It is ``||mean_a - mean_b||^2 + trace(cov_a + cov_b - 2 (cov_a cov_b)^(1/2))``, computed by torchmetrics in float64.
+    It is `||mean_a - mean_b||^2 + trace(cov_a + cov_b - 2 (cov_a cov_b)^(1/2))`, computed by torchmetrics in float64.
 
     Args:
         a: (M, C, H, W), whatever the extractor takes: uint8 images for the extractors of this package.
         b: (K, C, H, W), the same.
-        extractor: module that maps images to features (M, F), with an integer attribute ``num_features`` = F.
+        extractor: module that maps images to features (M, F), with an integer attribute `num_features` = F.
         batch_size: images at once.
 
     Raises:
@@ -64,7 +64,7 @@ class Floor:
     """The distance between two sets of real images: what a perfect generator would still show with so few images.
 
     Attributes:
-        kind: "bootstrap" compares ``n`` images, drawn from the reference with replacement, with the whole reference;
+        kind: "bootstrap" compares `n` images, drawn from the reference with replacement, with the whole reference;
             "halves" compares two disjoint random halves of the reference.
         n: images drawn, or in each half.
         values: one distance per repetition.

@@ -76,7 +76,7 @@ class Difference:
     """Relative difference of two losses.
 
     Attributes:
-        relative: ``candidate / baseline - 1``.
+        relative: `candidate / baseline - 1`.
         standard_error: its standard error over the images.
     """
 
@@ -96,7 +96,7 @@ def timestep_grid(groups: TimestepGroups, points_per_group: int) -> tuple[tuple[
         points_per_group: how many timesteps per group; a group with fewer contributes all of its timesteps.
 
     Raises:
-        ValueError: ``points_per_group`` is below 1.
+        ValueError: `points_per_group` is below 1.
     """
     if points_per_group < 1:
         raise invalid("points_per_group", points_per_group, "at least 1 timestep for each group")
@@ -120,22 +120,22 @@ def heldout_losses(
 ) -> HeldoutLosses:
     """Denoising loss of a model on held-out images, for each group of timesteps.
 
-    Every image is noised once at every timestep of ``timestep_grid(groups, points_per_group)``. For a model with
+    Every image is noised once at every timestep of `timestep_grid(groups, points_per_group)`. For a model with
     learned variance only the mean squared error is measured, not the variational term, so that it compares with other
     models.
 
     Args:
-        model: called as ``model(x, t, **model_kwargs)``.
+        model: called as `model(x, t, **model_kwargs)`.
         diffusion: the diffusion process.
         x0: images (M, C, H, W) float32 in [-1, 1].
-        groups: groups of all timesteps of ``diffusion``.
-        model_kwargs: tensors with leading dimension M, such as class labels ``y``.
+        groups: groups of all timesteps of `diffusion`.
+        model_kwargs: tensors with leading dimension M, such as class labels `y`.
         points_per_group: timesteps measured in each group.
         seed: seed of the noise.
         batch_size: images at once; does not change the result.
 
     Raises:
-        ValueError: ``x0`` is empty or not four-dimensional, or the groups do not match the diffusion's timesteps.
+        ValueError: `x0` is empty or not four-dimensional, or the groups do not match the diffusion's timesteps.
     """
     if x0.dim() != 4 or len(x0) == 0:
         raise invalid("x0", tuple(x0.shape), "at least one image, as a (M, C, H, W) tensor")
@@ -235,7 +235,7 @@ def sampling_macs(
         MACs of the whole chain; divided by S, the mean cost of a step.
 
     Raises:
-        ValueError: ``timesteps`` is empty or not one-dimensional.
+        ValueError: `timesteps` is empty or not one-dimensional.
     """
     if timesteps.dim() != 1 or len(timesteps) == 0:
         raise invalid("timesteps", tuple(timesteps.shape), "the sampler's timesteps, as a (S,) tensor")

@@ -36,7 +36,7 @@ def bits_per_dimension(
         seed: seed of the noise.
 
     Returns:
-        In bits per dimension, ``total`` and ``prior`` (scalars) and ``vb`` (T,); ``mse`` and ``xstart_mse`` (T,), the
+        In bits per dimension, `total` and `prior` (scalars) and `vb` (T,); `mse` and `xstart_mse` (T,), the
         squared errors of the predicted noise and image. Those of shape (T,) run from timestep T - 1 down to 0, as in
         improved-diffusion's files.
     """
@@ -89,7 +89,7 @@ def images_to_measure(denoiser: TrainedDenoiser, data_dir: str, limit: int) -> t
 
 
 def write_terms(directory: Path, terms: dict[str, np.ndarray], count: int) -> None:
-    """Write improved-diffusion's ``{vb,mse,xstart_mse}_terms.npz``, and ``nll.json`` with the total.
+    """Write improved-diffusion's `{vb,mse,xstart_mse}_terms.npz`, and `nll.json` with the total.
 
     Args:
         directory: an existing folder.

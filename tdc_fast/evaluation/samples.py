@@ -85,7 +85,7 @@ def draw_samples(
 
 
 def write_samples(directory: Path, images: Tensor, labels: Tensor | None) -> tuple[Path, Path]:
-    """Write images as an archive, ``samples_{M}x{H}x{W}x{C}.npz``, and the first 100 of them as a picture.
+    """Write images as an archive, `samples_{M}x{H}x{W}x{C}.npz`, and the first 100 of them as a picture.
 
     Args:
         directory: where to write; created if it does not exist.
@@ -93,7 +93,7 @@ def write_samples(directory: Path, images: Tensor, labels: Tensor | None) -> tup
         labels: (M,) int64 or None.
 
     Returns:
-        The paths of the archive (``arr_0`` the images (M, H, W, C), ``arr_1`` the labels) and of the .png.
+        The paths of the archive (`arr_0` the images (M, H, W, C), `arr_1` the labels) and of the .png.
     """
     directory.mkdir(parents=True, exist_ok=True)
     pixels = images.permute(0, 2, 3, 1).contiguous().numpy()

@@ -1,4 +1,4 @@
-"""Experiments that train, measure and compare models; `run_demo` is what ``make demo`` runs."""
+"""Experiments that train, measure and compare models; `run_demo` is what `make demo` runs."""
 
 from __future__ import annotations
 

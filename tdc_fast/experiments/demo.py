@@ -48,7 +48,7 @@ class DemoOptions:
 
 
 def run_demo(options: DemoOptions, *, in_process: bool = False) -> Path:
-    """Train, measure and write the report; what ``options.out`` already holds of the same demo is kept.
+    """Train, measure and write the report; what `options.out` already holds of the same demo is kept.
 
     Args:
         options: what to train and measure, and where.

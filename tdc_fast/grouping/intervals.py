@@ -90,13 +90,13 @@ def divide(
 
     Args:
         cost: cost of every interval [i, j), (P + 1, P + 1).
-        num_intervals: N, or None for the elbow among 1 to ``max_intervals`` (see `elbow`).
+        num_intervals: N, or None for the elbow among 1 to `max_intervals` (see `elbow`).
         max_intervals: the largest number that the elbow may choose.
         near: cuts (N + 1,) given by hand, or nothing.
-        within: how many items every inner cut may move away from ``near``.
+        within: how many items every inner cut may move away from `near`.
 
     Raises:
-        ValueError: N is not in [1, P], or ``near`` does not fit it.
+        ValueError: N is not in [1, P], or `near` does not fit it.
     """
     items = len(cost) - 1
     choosing = num_intervals is None
@@ -151,7 +151,7 @@ def _weights(weights: np.ndarray | None, count: int) -> np.ndarray:
 
 
 def _per_interval(mass: np.ndarray, scatter: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """At least 0 and ``scatter(mass)`` where the interval [i, j) is not empty; infinite elsewhere."""
+    """At least 0 and `scatter(mass)` where the interval [i, j) is not empty; infinite elsewhere."""
     size = len(mass)
     filled = np.triu(np.ones((size, size), dtype=bool), 1)
     values = scatter(np.where(filled, mass, 1.0))

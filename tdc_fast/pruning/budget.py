@@ -51,7 +51,7 @@ def difficulty_order(
             "snr-reversed" falls with it; N numbers, such as each group's measured loss, are the difficulty itself.
 
     Raises:
-        ValueError: ``difficulty`` is none of these, or ``snr_db`` is too short.
+        ValueError: `difficulty` is none of these, or `snr_db` is too short.
     """
     intervals = list(groups)
     if isinstance(difficulty, str):
@@ -130,5 +130,5 @@ def keep_fractions(num_groups: int, keep: float, whole: Collection[int] = ()) ->
 
 
 def budget_macs(fraction: float, base_macs: int) -> int:
-    """The budget in MACs: the largest integer not above ``fraction * base_macs``."""
+    """The budget in MACs: the largest integer not above `fraction * base_macs`."""
     return math.floor(Fraction(str(float(fraction))) * base_macs)

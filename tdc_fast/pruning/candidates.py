@@ -2,7 +2,7 @@
 
 Candidates of one group order their atoms the same way, most important first, so a candidate is just one width per
 unit. The base's weights are stored once, in that order and at full width. Every candidate is a group of the routing
-plan, whose ``weight_index`` points all of them at these weights; the layers' widths differ from candidate to candidate.
+plan, whose `weight_index` points all of them at these weights; the layers' widths differ from candidate to candidate.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class CandidateModel:
     """The base with its atoms ordered by importance; runs candidates of different widths in one batch.
 
     Args:
-        base: its units are named after modules, and ``pack_experts`` can pack it. It is not changed.
+        base: its units are named after modules, and `pack_experts` can pack it. It is not changed.
         orders: {unit: atoms, most important first}.
     """
 

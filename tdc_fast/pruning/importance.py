@@ -45,7 +45,7 @@ def taylor_importance(
     Args:
         model: the trained denoiser. Its weights, gradients and mode are left unchanged.
         units: its pruning units.
-        batches: x0 (B, ...) or (x0, model_kwargs); see ``calibration_losses`` for timesteps and noise.
+        batches: x0 (B, ...) or (x0, model_kwargs); see `calibration_losses` for timesteps and noise.
         diffusion: the process that the model was trained with.
         group: the timesteps (start, stop).
         seed: seed of timesteps and noise.

@@ -51,7 +51,7 @@ def search_plot(trials: Sequence[Sequence[Trial]], plan: WidthPlan) -> bytes:
     """A PNG: for each searched group every candidate's score against its MACs, and the best score so far.
 
     Args:
-        trials: per group, as in ``Pruning.trials``; groups without scores are left out.
+        trials: per group, as in `Pruning.trials`; groups without scores are left out.
         plan: the widths that were chosen.
 
     Raises:
@@ -119,7 +119,7 @@ def agent_comparison(searches: Mapping[str, Sequence[Trial]]) -> bytes:
     """A PNG: how far each search's best score after n candidates is above the best of all; one panel per group.
 
     Args:
-        searches: {label: its trials}, such as those of several memory files (``read_trials``).
+        searches: {label: its trials}, such as those of several memory files (`read_trials`).
 
     Raises:
         ValueError: nothing was scored.

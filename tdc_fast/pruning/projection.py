@@ -18,7 +18,7 @@ def project(
     proposal: Mapping[str, int],
     weights: Mapping[str, float] | None = None,
 ) -> Solution:
-    """The allowed widths nearest to a proposal whose MACs lie within ``tolerance`` below the budget.
+    """The allowed widths nearest to a proposal whose MACs lie within `tolerance` below the budget.
 
     The distance is the sum over units of weight * |width - proposed| / channels. A proposal that is allowed and within
     the budget's window is returned unchanged.

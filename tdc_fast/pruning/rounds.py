@@ -42,12 +42,12 @@ def search_widths(
         task: the group's task; its memory is replaced in every round.
         agent: proposes the candidates.
         scorer: scores them.
-        rounds: rounds of proposing and scoring; an agent with ``one_shot`` has one.
+        rounds: rounds of proposing and scoring; an agent with `one_shot` has one.
         candidates: how many proposals a round may have. They are scored together; widths that were scored before are
             not scored again.
         memory: receives every round and trial; what it holds already is not searched again.
         use_memory: False hides the trials of this group and of earlier ones from the agent.
-        stand_in: agent for the rounds in which ``agent`` fails; without one a failure ends the search.
+        stand_in: agent for the rounds in which `agent` fails; without one a failure ends the search.
         progress: receives the events of the search.
 
     Raises:

@@ -42,7 +42,7 @@ class DenoisingLoss:
     """Scores candidates by their denoising loss on calibration data at the group's timesteps, before fine-tuning.
 
     Every candidate sees the same data, timesteps and noise. All candidates run in one routed batch (see
-    ``CandidateModel``), each on its own copy of the calibration batch. Where that would exceed ``max_samples``, they
+    `CandidateModel`), each on its own copy of the calibration batch. Where that would exceed `max_samples`, they
     run in several passes of at least one candidate, so a calibration batch is never split.
 
     Args:

@@ -84,19 +84,19 @@ def plan_pruning(
 
     Args:
         base: the trained denoiser. It is not changed.
-        groups: groups of the timesteps of ``diffusion``.
+        groups: groups of the timesteps of `diffusion`.
         diffusion: the process that the base was trained with.
-        batches: calibration data, x0 (B, ...) or (x0, model_kwargs); ``max_batches`` of them are read, once.
-        settings: the settings of the search; None takes them from ``options``.
-        agent: who proposes widths: a name of ``tdc_fast.pruning.AGENTS`` or an object with the protocol. "auto" is the
+        batches: calibration data, x0 (B, ...) or (x0, model_kwargs); `max_batches` of them are read, once.
+        settings: the settings of the search; None takes them from `options`.
+        agent: who proposes widths: a name of `tdc_fast.pruning.AGENTS` or an object with the protocol. "auto" is the
             exact solve for kept importance when there is one round, and "tpe" for more.
         scorer: None scores by the denoising loss on the same calibration data, and not at all for an agent of a single
             proposal.
         memory_file: JSON lines of everything that was tried (`Memory`). If it exists,
             that search is resumed.
-        stand_in: agent for the rounds in which ``agent`` fails; without one a failure ends the search.
+        stand_in: agent for the rounds in which `agent` fails; without one a failure ends the search.
         progress: receives the events of the search.
-        **options: fields of `PruningSettings` such as ``k=0.6, rounds=4``.
+        **options: fields of `PruningSettings` such as `k=0.6, rounds=4`.
 
     Raises:
         ValueError: an argument is out of range, a budget is below the smallest that the units reach, or the memory is

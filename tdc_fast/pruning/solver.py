@@ -2,7 +2,7 @@
 
 Each unit has a short list of widths; each width has an integer cost in MACs and a value (kept importance, or minus the
 distance from a proposal). One width per unit is chosen so that the sum of the values is largest while the sum of the
-MACs lies in ``[floor, budget]``: the multiple-choice knapsack problem with a lower bound on the load.
+MACs lies in `[floor, budget]`: the multiple-choice knapsack problem with a lower bound on the load.
 
 The method is dynamic programming over the exact sums of MACs (one state per distinct sum, never rounded), kept small by
 upper bounds. The value that the undecided units can still add is bounded by the concave hulls of their tables (the
@@ -71,7 +71,7 @@ class Solution:
 
     @property
     def reached(self) -> bool:
-        """Whether ``floor <= macs <= budget``; False only if no choice of widths lands there."""
+        """Whether `floor <= macs <= budget`; False only if no choice of widths lands there."""
         return self.floor <= self.macs <= self.budget
 
     def statement(self) -> str:
@@ -86,10 +86,10 @@ class Solution:
 
 
 def solve(tables: Sequence[UnitTable], budget: int, *, fixed_macs: int = 0, tolerance: float = 0.01) -> Solution:
-    """Choose one width per unit: greatest total value with ``(1 - tolerance) * budget <= MACs <= budget``.
+    """Choose one width per unit: greatest total value with `(1 - tolerance) * budget <= MACs <= budget`.
 
     If no choice lands in that window, the choice of greatest value at or below the budget is returned, with
-    ``Solution.reached`` False. The result depends on the arguments alone; of equally good choices the same one is
+    `Solution.reached` False. The result depends on the arguments alone; of equally good choices the same one is
     returned every time.
 
     Args:
@@ -208,7 +208,7 @@ class _Search:
         return in_order
 
     def _pass(self, low: int, high: int, incumbent: float, limit: int) -> tuple[tuple[float, list[int]] | None, bool]:
-        """One pass over the units that keeps at most ``limit`` states.
+        """One pass over the units that keeps at most `limit` states.
 
         Returns:
             (value, picks) of a solution better than the incumbent, or None; and whether the pass was exact: no state

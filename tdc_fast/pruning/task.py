@@ -101,7 +101,7 @@ class Task:
         importance: {unit name: (atoms,)} on this group's timesteps.
         memory: this group's trials so far, oldest first. Empty if the search runs without memory.
         earlier: the trials of the groups searched before. Empty if the search runs without memory.
-        measured: the measured loss rise of each unit alone, for agents with ``measures``; see `loss_rise`.
+        measured: the measured loss rise of each unit alone, for agents with `measures`; see `loss_rise`.
         round: the round, from 0.
         seed: seed of the round's draws.
         calls: calls to a service that the search's agents have made so far.

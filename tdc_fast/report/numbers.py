@@ -158,7 +158,7 @@ class Comparison:
         return model.sampling_macs / self.yardstick.sampling_macs
 
     def to_json(self) -> dict[str, Any]:
-        """Every number of the report; all but ``seconds`` are the same each time."""
+        """Every number of the report; all but `seconds` are the same each time."""
         models = {}
         for model in self.models:
             overall, per_group = compare(model.heldout, self.yardstick.heldout)

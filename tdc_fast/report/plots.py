@@ -30,7 +30,7 @@ def _svg(figure: Figure) -> str:
 
 
 def smooth(values: Sequence[float | None], window: int) -> np.ndarray:
-    """Running mean over the last ``window`` values, fewer at the start; missing values are left out."""
+    """Running mean over the last `window` values, fewer at the start; missing values are left out."""
     array = np.array([np.nan if value is None else value for value in values], dtype=float)
     known = np.isfinite(array)
     sums = np.cumsum(np.where(known, array, 0.0))

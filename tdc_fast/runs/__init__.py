@@ -1,8 +1,8 @@
 """What a training run is on disk, and how it is read.
 
-Every file of weights is read through ``weights``. The files of this folder:
+Every file of weights is read through `weights`. The files of this folder:
 
-    options      every option, in the sections of ``--help``
+    options      every option, in the sections of `--help`
     config       TrainConfig: the options as one checked description
     directory    RunDirectory: the paths and small JSON files of a run
     build        device, data, diffusion process and network that a configuration describes

@@ -1,8 +1,8 @@
 """Checkpoints: improved-diffusion's file names, each file with its description and checksum beside it.
 
-One checkpoint of step s is ``model{s}.pt``, ``ema_{rate}_{s}.pt`` and ``opt{s}.pt`` (readable by anything that reads
-improved-diffusion's) and ``state{s}.pt`` (random numbers, data position and the rest that an exact continuation needs).
-Every ``X.pt`` has ``X.json``: configuration, stage, step, run identity, size and sha256. ``state{s}.json`` is written
+One checkpoint of step s is `model{s}.pt`, `ema_{rate}_{s}.pt` and `opt{s}.pt` (readable by anything that reads
+improved-diffusion's) and `state{s}.pt` (random numbers, data position and the rest that an exact continuation needs).
+Every `X.pt` has `X.json`: configuration, stage, step, run identity, size and sha256. `state{s}.json` is written
 last: without it the process died while writing, and the checkpoint does not count.
 """
 
@@ -60,7 +60,7 @@ def save_checkpoint(directory: Path, step: int, contents: Mapping[str, Any], des
     Args:
         directory: the stage's directory; it is created if necessary.
         step: step of the checkpoint.
-        contents: file name -> object for ``torch.save``; must hold ``state_file(step)``.
+        contents: file name -> object for `torch.save`; must hold `state_file(step)`.
         description: JSON values that go into every description (configuration, stage, identity).
     """
     directory.mkdir(parents=True, exist_ok=True)
@@ -166,7 +166,7 @@ def choose_checkpoint(directory: Path, expected: Mapping[str, Any], step: int, r
 
 
 def discard_after(directory: Path, step: int) -> None:
-    """Invalidate checkpoints later than ``step``, from which training continues and writes them again."""
+    """Invalidate checkpoints later than `step`, from which training continues and writes them again."""
     for later in finished_steps(directory):
         if later > step:
             (directory / state_file(later)).with_suffix(".json").unlink()

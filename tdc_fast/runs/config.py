@@ -61,7 +61,7 @@ _NOT_NEGATIVE = (
 class TrainConfig(DataOptions, ModelOptions, DiffusionOptions, OptimizerOptions, TdcOptions, SearchOptions, RunOptions):
     """Everything that defines a training run; `tdc_fast.runs.options` documents every field.
 
-    ``TrainConfig(data_dir="digits", image_size=8, groups=4)`` is the same run as ``--data_dir digits --image_size 8
+    `TrainConfig(data_dir="digits", image_size=8, groups=4)` is the same run as ``--data_dir digits --image_size 8
     --groups 4``. Values are checked at once.
 
     Raises:
@@ -74,7 +74,7 @@ class TrainConfig(DataOptions, ModelOptions, DiffusionOptions, OptimizerOptions,
         _check_ranges(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as JSON-compatible values, in the order of ``--help``."""
+        """All fields as JSON-compatible values, in the order of `--help`."""
         fields = (field for section in SECTIONS.values() for field in dataclasses.fields(section))
         return {field.name: getattr(self, field.name) for field in fields}
 
@@ -98,7 +98,7 @@ class TrainConfig(DataOptions, ModelOptions, DiffusionOptions, OptimizerOptions,
 
     @property
     def ema_rates(self) -> tuple[str, ...]:
-        """The rates as they were written, since they are part of file names: ``ema_0.9999_000100.pt``."""
+        """The rates as they were written, since they are part of file names: `ema_0.9999_000100.pt`."""
         return tuple(part.strip() for part in self.ema_rate.split(","))
 
     @property
@@ -137,7 +137,7 @@ def read_options(path: str | Path) -> dict[str, Any]:
 
 
 def comma_numbers(name: str, text: str, kind: type) -> list[Any]:
-    """The numbers of a comma list such as ``"16,8"``.
+    """The numbers of a comma list such as `"16,8"`.
 
     Args:
         name: the flag, for errors.
@@ -168,7 +168,7 @@ def _unknown_remedy(name: str) -> str:
 
 
 def _checked_type(name: str, value: Any) -> Any:
-    """The value in its field's type; whole floats and numeric text such as YAML's ``1e-4`` are converted."""
+    """The value in its field's type; whole floats and numeric text such as YAML's `1e-4` are converted."""
     wanted = _field_types()[name]
     if typing.get_origin(wanted) is typing.Literal:
         choices = typing.get_args(wanted)

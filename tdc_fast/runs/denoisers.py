@@ -55,7 +55,7 @@ class TrainedDenoiser:
 
 
 def stored_facts(*, run: str = "", model_path: str = "") -> dict[str, Any]:
-    """The flags in ``FACTS`` that a run or the description beside a file of weights records.
+    """The flags in `FACTS` that a run or the description beside a file of weights records.
 
     Args:
         run: a run directory; or
@@ -127,7 +127,7 @@ def from_checkpoint(path: str | Path, facts: Mapping[str, Any]) -> TrainedDenois
 
     Args:
         path: the file.
-        facts: the flags in ``FACTS``.
+        facts: the flags in `FACTS`.
 
     Raises:
         ValueError: the file is missing or damaged, or does not fit the flags.

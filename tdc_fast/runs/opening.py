@@ -15,7 +15,7 @@ from tdc_fast.runs.groups import build_groups
 
 
 def open_run(config: TrainConfig, in_channels: int) -> RunDirectory:
-    """The run directory of a configuration: a new one, or with ``config.resume`` the one that is continued.
+    """The run directory of a configuration: a new one, or with `config.resume` the one that is continued.
 
     Args:
         config: the configuration.

@@ -1,6 +1,6 @@
-"""Every option of a training run, in the sections that ``--help`` shows.
+"""Every option of a training run, in the sections that `--help` shows.
 
-Options that improved-diffusion's ``image_train.py`` also has keep its names, meaning, defaults and syntax; the others
+Options that improved-diffusion's `image_train.py` also has keep its names, meaning, defaults and syntax; the others
 are about groups, pruning, budgets and the run directory. The sections are joined into one flat dataclass,
 `tdc_fast.runs.config.TrainConfig`.
 
@@ -258,4 +258,4 @@ SECTIONS: dict[str, type] = {
     "search": SearchOptions,
     "run": RunOptions,
 }
-"""Section title on the command line -> its dataclass, in the order of ``--help``."""
+"""Section title on the command line -> its dataclass, in the order of `--help`."""

@@ -30,7 +30,7 @@ NOT_IN_THE_WEIGHTS = frozenset({"dropout", "use_checkpoint", "in_channels", "sig
 
 
 def load_tensors(path: Path, device: str | torch.device = "cpu") -> Any:
-    """Read what ``torch.save`` wrote, without running any code that the file contains.
+    """Read what `torch.save` wrote, without running any code that the file contains.
 
     Args:
         path: the file.
@@ -87,7 +87,7 @@ def read_description(path: Path) -> dict[str, Any] | None:
 
 
 def find_base_file(path: str | Path) -> Path:
-    """The weight file that ``--base`` names: a .pt file, or in a run directory the latest average of its base.
+    """The weight file that `--base` names: a .pt file, or in a run directory the latest average of its base.
 
     Raises:
         ValueError: there is no such file.
@@ -138,7 +138,7 @@ def load_weights(path: Path, config: TrainConfig, model: nn.Module, argument: st
 
 
 def load_state(path: Path, state: Mapping[str, Tensor], model: nn.Module, config: TrainConfig) -> None:
-    """Do ``model.load_state_dict(strict=True)``, with an error that names the flags that would fit the file.
+    """Do `model.load_state_dict(strict=True)`, with an error that names the flags that would fit the file.
 
     Args:
         path: the file, for errors.

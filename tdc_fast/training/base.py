@@ -24,7 +24,7 @@ from tdc_fast.training.resume_checkpoint import continue_from
 
 
 def train_base(run: RunDirectory, dataset: Dataset | None = None) -> State:
-    """Stage 1: train one denoiser for all timesteps, or take the weights that ``--base`` names.
+    """Stage 1: train one denoiser for all timesteps, or take the weights that `--base` names.
 
     Args:
         run: continues from its checkpoint of stage 1, if there is one.
@@ -63,7 +63,7 @@ def train_base(run: RunDirectory, dataset: Dataset | None = None) -> State:
 
 
 def _take_base(run: RunDirectory, model: nn.Module, macs: cost.SampleMacs) -> State:
-    """The weights that ``--base`` names, copied into the run so that it does not need that file later."""
+    """The weights that `--base` names, copied into the run so that it does not need that file later."""
     directory, rate = run.stage_directory("base"), run.config.ema_rates[0]
     steps = finished_steps(directory)
     if steps:

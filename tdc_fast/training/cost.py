@@ -125,7 +125,7 @@ def summary(
         config: describes the baseline.
         base: MACs per sample of the base.
         experts: MACs per sample of the experts, once they exist.
-        phases: per phase JSON values, ``macs`` among them.
+        phases: per phase JSON values, `macs` among them.
     """
     phases = phases or {}
     total = sum(phase["macs"] or 0 for phase in phases.values())

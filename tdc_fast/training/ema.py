@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 
 class WeightAverages:
-    """``average = rate * average + (1 - rate) * weight`` after every step, one average per rate.
+    """`average = rate * average + (1 - rate) * weight` after every step, one average per rate.
 
     Args:
         model: its parameters are averaged; its buffers are copied.
         rates: as written on the command line, since they are part of file names.
-        ramp: use ``min(rate, (1 + n) / (10 + n))`` at the n-th update (n from 1), so that a short run forgets its
+        ramp: use `min(rate, (1 + n) / (10 + n))` at the n-th update (n from 1), so that a short run forgets its
             start.
 
     Attributes:
@@ -30,7 +30,7 @@ class WeightAverages:
 
     @torch.no_grad()
     def update(self, n: int) -> None:
-        """Update the averages with the weights after step ``n`` (counted from 1)."""
+        """Update the averages with the weights after step `n` (counted from 1)."""
         for rate, average in self.averages.items():
             effective = min(float(rate), (1 + n) / (10 + n)) if self._ramp else float(rate)
             torch._foreach_lerp_(average, self._weights, 1.0 - effective)

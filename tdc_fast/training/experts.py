@@ -41,8 +41,8 @@ def train_experts(
 
     Args:
         run: continues from its checkpoint of stage 2, if there is one.
-        base_state: what ``train_base`` returned.
-        widths: what ``prune_base`` returned; None leaves every expert whole.
+        base_state: what `train_base` returned.
+        widths: what `prune_base` returned; None leaves every expert whole.
         dataset: what to train on; None loads what the configuration names.
 
     Returns:

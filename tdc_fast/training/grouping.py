@@ -29,7 +29,7 @@ def group_timesteps(run: RunDirectory, base_state: State, dataset: Dataset | Non
 
     Args:
         run: the run.
-        base_state: what ``train_base`` returned.
+        base_state: what `train_base` returned.
         dataset: images to measure on; None loads what the configuration names.
     """
     config = run.config

@@ -18,7 +18,7 @@ def how_to_continue(run: Path) -> str:
 
 
 class StopRequest:
-    """Context manager: the first SIGINT or SIGTERM only sets ``requested``; a second one acts as usual.
+    """Context manager: the first SIGINT or SIGTERM only sets `requested`; a second one acts as usual.
 
     Outside the main thread, where Python allows no handlers, it does nothing.
 

@@ -273,7 +273,7 @@ class StageLoop:
         save_checkpoint(self.directory, self.step, contents, {**self.description(), "macs": macs})
 
     def resume(self) -> bool:
-        """Continue from the stage's latest checkpoint, or from ``config.resume_step``.
+        """Continue from the stage's latest checkpoint, or from `config.resume_step`.
 
         Returns:
             False if there is no checkpoint: the stage begins at step 0.

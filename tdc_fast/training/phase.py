@@ -30,7 +30,7 @@ def open_stream(config: TrainConfig, dataset: Dataset | None, phase: str, batch_
         config: names the data and the seed.
         dataset: the images; None loads what the configuration names.
         phase: decides the order, together with the seed.
-        batch_size: images per batch; 0 takes ``config.batch_size``.
+        batch_size: images per batch; 0 takes `config.batch_size`.
     """
     seed = derived_seed(config.seed, "data", phase)
     return BatchStream(dataset or build_data(config), batch_size or config.batch_size, seed)
@@ -98,7 +98,7 @@ def write_phase(
         base: MACs per sample of the base.
         phase: "stage1", "grouping", "pruning" or "stage2".
         experts: MACs per sample of the experts, once they exist.
-        **facts: JSON values about the phase, ``macs`` among them.
+        **facts: JSON values about the phase, `macs` among them.
     """
     phases = (run.read("macs.json") or {}).get("phases", {})
     run.write("macs.json", cost.summary(run.config, base, experts, {**phases, phase: facts}))

@@ -19,7 +19,7 @@ STEPS = 25
 
 
 def write_preview(run: RunDirectory, stage: str, step: int, model: nn.Module, diffusion: Diffusion) -> None:
-    """Write ``--preview`` DDIM samples to samples/{stage}_{step}.png as one row of images.
+    """Write `--preview` DDIM samples to samples/{stage}_{step}.png as one row of images.
 
     Args:
         run: the run.

@@ -1,4 +1,4 @@
-"""Phase "pruning": the search for every expert's widths, within a run or alone (the command ``tdc_fast.prune``)."""
+"""Phase "pruning": the search for every expert's widths, within a run or alone (the command `tdc_fast.prune`)."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def prune_base(run: RunDirectory, base_state: State, dataset: Dataset | None = N
 
     Args:
         run: the run.
-        base_state: what ``train_base`` returned.
+        base_state: what `train_base` returned.
         dataset: images to calibrate on; None loads what the configuration names.
 
     Returns:
@@ -69,8 +69,8 @@ def prune_run(directory: str | Path, dataset: Dataset | None = None, **options: 
     Args:
         directory: the run.
         dataset: images to calibrate on; None loads what the run's configuration names.
-        **options: fields of `SearchOptions` (agent, rounds, ...) and ``device``,
-            ``progress``; others are the run's.
+        **options: fields of `SearchOptions` (agent, rounds, ...) and `device`,
+            `progress`; others are the run's.
 
     Raises:
         ValueError: stage 1 is not finished, experts are trained already, or there is nothing to prune.
@@ -87,7 +87,7 @@ def prune_base_file(config: TrainConfig, dataset: Dataset | None = None) -> tupl
     """Begin a run on weights from elsewhere and search its widths, or resume it.
 
     Args:
-        config: its ``base`` names the weights, its ``run_dir`` the directory of the run.
+        config: its `base` names the weights, its `run_dir` the directory of the run.
         dataset: images to calibrate on; None loads what the configuration names.
 
     Raises:
@@ -115,7 +115,7 @@ def search_run(run: RunDirectory, config: TrainConfig, base: UNet, dataset: Data
     Args:
         run: the run.
         config: the run's own, or with other options of the search.
-        base: as ``build_base`` gives it.
+        base: as `build_base` gives it.
         dataset: images to calibrate on; None loads what the configuration names.
     """
     groups = groups_of(run)

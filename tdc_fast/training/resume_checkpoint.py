@@ -1,4 +1,4 @@
-"""improved-diffusion's ``--resume_checkpoint``: continue from model{step}.pt and the files beside it."""
+"""improved-diffusion's `--resume_checkpoint`: continue from model{step}.pt and the files beside it."""
 
 from __future__ import annotations
 

@@ -173,7 +173,7 @@ class ProgressLog:
 
 
 def _drop_later_rows(path: Path, step: int) -> list[str]:
-    """Rewrite a progress.csv without rows after ``step`` and without an incomplete row; its columns, or [] if new."""
+    """Rewrite a progress.csv without rows after `step` and without an incomplete row; its columns, or [] if new."""
     if not path.is_file():
         return []
     if step == 0:

@@ -18,11 +18,11 @@ from tdc_fast.training.pruning import build_agents, prune_base, prunes
 
 
 def train(config: TrainConfig, dataset: Dataset | None = None) -> RunDirectory:
-    """Run all phases that the configuration asks for, or the rest of them with ``config.resume``.
+    """Run all phases that the configuration asks for, or the rest of them with `config.resume`.
 
     Args:
         config: describes the run.
-        dataset: images to train on instead of what ``config.data_dir`` names, such as an
+        dataset: images to train on instead of what `config.data_dir` names, such as an
             `ImageDataset`.
 
     Returns:
@@ -79,7 +79,7 @@ def _check_dataset(dataset: Dataset, config: TrainConfig) -> None:
 
 
 def _report_skipped(dataset: Dataset, known: int) -> int:
-    """Print how many images were left out, if there are more than ``known``; return their number."""
+    """Print how many images were left out, if there are more than `known`; return their number."""
     skipped = dataset.skipped
     if skipped > known:
         print(f"left out {skipped} corrupt image{'s' if skipped > 1 else ''}", flush=True)

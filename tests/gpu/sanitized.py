@@ -1,6 +1,6 @@
 """What compute-sanitizer watches: every kernel of one backend once, on shapes that end in the middle of a tile.
 
-``python -m tests.gpu.sanitized BACKEND [DEVICE]``. Results are compared with the reference, so that the program also
+`python -m tests.gpu.sanitized BACKEND [DEVICE]`. Results are compared with the reference, so that the program also
 ends badly when the sanitizer sees nothing.
 """
 

@@ -1,4 +1,4 @@
-"""Compiles the kernels of this folder's tests in advance: ``python -m tests.gpu.warm INDEX/COUNT`` compiles one share.
+"""Compiles the kernels of this folder's tests in advance: `python -m tests.gpu.warm INDEX/COUNT` compiles one share.
 
 Triton compiles one kernel at a time in a process, a second or two each. Several processes together fill its cache on
 disk, from which the tests then load. Nothing is checked here.

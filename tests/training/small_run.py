@@ -43,7 +43,7 @@ def write_images(folder: Path, count: int = 20, channels: int = 1) -> Path:
 
 
 def small_config(folder: Path, name: str = "run", **changes: Any) -> TrainConfig:
-    """A configuration whose run directory is ``folder / name``."""
+    """A configuration whose run directory is `folder / name`."""
     data = folder / "images.npz"
     if not data.exists():
         write_images(folder)

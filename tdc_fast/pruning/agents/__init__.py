@@ -50,7 +50,7 @@ def make_agent(name: str, **settings: Any) -> Agent:
     """The agent of that name.
 
     Args:
-        name: a key of ``AGENTS``.
+        name: a key of `AGENTS`.
         **settings: for "llm" model, url, timeout, retries and max_calls; none for the others.
 
     Raises:
@@ -68,7 +68,7 @@ def resolved_agent(agent: str | Agent, rounds: int, importance: object = "taylor
     "auto" is the one-shot answer by the importance for one round, and "tpe" for more.
 
     Args:
-        agent: a name of ``AGENTS``, "auto", or an agent.
+        agent: a name of `AGENTS`, "auto", or an agent.
         rounds: rounds of the search.
         importance: the search's importance.
 

@@ -14,7 +14,7 @@ class Chance:
     name = "random"
 
     def propose(self, task: Task, count: int) -> list[Proposal]:
-        """Draw ``count`` proposals."""
+        """Draw `count` proposals."""
         return distinct(task, [], self._draws(task), count)
 
     def _draws(self, task: Task) -> Iterator[Proposal]:

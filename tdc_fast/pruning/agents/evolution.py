@@ -24,7 +24,7 @@ class Evolution:
         self.parents, self.stride = parents, stride
 
     def propose(self, task: Task, count: int) -> list[Proposal]:
-        """Return ``count`` children, or starting points while nothing is scored."""
+        """Return `count` children, or starting points while nothing is scored."""
         scored = sorted((t for t in task.memory if t.score is not None), key=lambda trial: trial.score or 0.0)
         if not scored:
             return starting_proposals(task, count)

@@ -24,7 +24,7 @@ class Greedy:
     measures = True
 
     def propose(self, task: Task, count: int) -> list[Proposal]:
-        """Return ``count`` narrowed bases in the first round, and exchanges in later ones."""
+        """Return `count` narrowed bases in the first round, and exchanges in later ones."""
         best = task.best()
         plain = [Proposal(_descend(task, dict.fromkeys(task.loss_rise(), 1.0)), "least loss per MAC saved")]
         if best is None:

@@ -18,7 +18,7 @@ FIRST_WAIT, LONGEST_WAIT = 1.0, 30.0
 
 
 class Llm:
-    """Asks a language model for widths; ``llm_prompt`` defines the question and the format of the answer.
+    """Asks a language model for widths; `llm_prompt` defines the question and the format of the answer.
 
     A round without a usable answer raises AgentFailed, so that another agent can stand in. Impossible candidates are
     left out with a note; if none is left, the model is told why and asked again.
@@ -97,7 +97,7 @@ def read_answer(task: Task, text: str, count: int) -> tuple[list[Proposal], list
         count: candidates at most; further ones are ignored.
 
     Raises:
-        ValueError: the answer does not follow ``SCHEMA`` or has no usable candidate; worded for the model to read.
+        ValueError: the answer does not follow `SCHEMA` or has no usable candidate; worded for the model to read.
     """
     try:
         answer = json.loads(_without_fence(text))

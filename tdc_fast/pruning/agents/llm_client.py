@@ -39,7 +39,7 @@ class ChatEndpoint:
 
     Raises:
         ValueError: an argument is impossible, or the URL contains a secret.
-        ImportError: the client library is not installed; names the extra ``llm``.
+        ImportError: the client library is not installed; names the extra `llm`.
     """
 
     def __init__(self, model: str, url: str = "", timeout: float = 60.0) -> None:

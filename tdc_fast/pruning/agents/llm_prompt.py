@@ -11,7 +11,7 @@ The system message explains the problem once. Each round the user message is one
                                  to meet the budget
     earlier_groups               the best trial of each group searched before
 
-The answer is one JSON object that follows ``SCHEMA``. A wrong one is sent back with a sentence that says what is wrong.
+The answer is one JSON object that follows `SCHEMA`. A wrong one is sent back with a sentence that says what is wrong.
 """
 
 from __future__ import annotations

@@ -12,11 +12,11 @@ class Agent(Protocol):
     """Decides which widths are tried next. Any object with a name and this method will do.
 
     An agent keeps no state of the search: everything it may use is in the task, which holds the memory of earlier
-    rounds (each trial's score, MACs, and what the projection changed, ``Trial.moved``). So a search that was killed can
+    rounds (each trial's score, MACs, and what the projection changed, `Trial.moved`). So a search that was killed can
     be resumed, and the same seed gives the same search.
 
-    Two attributes are optional: ``one_shot = True`` for an agent with a single proposal whatever the memory holds, and
-    ``measures = True`` for one that needs the measured loss rise of every unit (``Task.measured``) before the first
+    Two attributes are optional: `one_shot = True` for an agent with a single proposal whatever the memory holds, and
+    `measures = True` for one that needs the measured loss rise of every unit (`Task.measured`) before the first
     round.
 
     Attributes:
@@ -29,11 +29,11 @@ class Agent(Protocol):
         """Return proposals for the task's next round, each with a width in channels for every unit.
 
         They need not meet the budget or the units' steps: the search moves each to the nearest widths that do. Random
-        numbers should come from ``task.rng()`` alone, so that the search is repeatable.
+        numbers should come from `task.rng()` alone, so that the search is repeatable.
 
         Args:
             task: the group's task.
-            count: how many proposals are wanted; 1 to ``count`` are accepted.
+            count: how many proposals are wanted; 1 to `count` are accepted.
 
         Raises:
             AgentFailed: it has no proposal; another agent may stand in.

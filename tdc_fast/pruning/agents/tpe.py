@@ -15,10 +15,10 @@ class Tpe:
     """Models the widths of good and of other trials over all units jointly (J. Bergstra et al., 2011).
 
     In each round a new study is told the trials of the memory, with the widths after projection, and asked for the next
-    candidates. The first round is that of ``starting_proposals``.
+    candidates. The first round is that of `starting_proposals`.
 
     Raises:
-        ImportError: optuna is not installed; names the extra ``search``.
+        ImportError: optuna is not installed; names the extra `search`.
     """
 
     name = "tpe"
@@ -27,7 +27,7 @@ class Tpe:
         self.optuna: Any = require("optuna", extra="search")
 
     def propose(self, task: Task, count: int) -> list[Proposal]:
-        """Return ``count`` samples of the estimator, or starting points while nothing is scored."""
+        """Return `count` samples of the estimator, or starting points while nothing is scored."""
         if not any(trial.score is not None for trial in task.memory):
             return starting_proposals(task, count)
         return distinct(task, [], self._asked(task), count)
