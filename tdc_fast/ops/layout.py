@@ -44,10 +44,10 @@ def nhwc(x: Tensor) -> Tensor:
 
 def dense(t: _Tensors) -> _Tensors:
     """Returns the same tensors, contiguous: images (B, C, H, W) as `nhwc`, weights (E, C_out, C_in, R, S) unchanged."""
-    nhwc, rank, plain = torch.channels_last, Tensor.dim, Tensor.contiguous  # local names: every operator call runs this
+    rank, dense_as, last = Tensor.dim, Tensor.contiguous, torch.channels_last  # local names: every call runs this
     return type(t)._make(
         [
-            x if x is None else plain(x) if (dims := rank(x)) < 4 else plain(x, memory_format=nhwc) if dims == 4 else x
+            x if x is None or (dims := rank(x)) == 5 else dense_as(x, memory_format=last) if dims == 4 else dense_as(x)
             for x in t
         ]
     )
