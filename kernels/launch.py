@@ -20,7 +20,7 @@ _LIMIT = 4096  # launches remembered
 _compiled: dict[Hashable, tuple[Any, Callable[[dict[str, Any]], tuple[Any, ...]]]] = {}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: that takes four times as long to make
 class Launch:
     """One launch of a kernel.
 
@@ -50,7 +50,11 @@ class Launch:
         """Starts the kernel on the current stream of the current device, unless the grid is empty."""
         if not self.grid[0]:
             return
-        seen = (self.kernel, self.key, tuple([_alignment(tensor) for tensor in self.tensors.values()]))
+        # None for no tensor, else whether its memory is aligned to 16 bytes; descriptors always are.
+        alignment = [
+            None if x is None else not isinstance(x, Tensor) or x.data_ptr() % 16 == 0 for x in self.tensors.values()
+        ]
+        seen = (self.kernel, self.key, *alignment)
         found = _compiled.get(seen)
         if found is not None:
             compiled, in_order = found
@@ -62,10 +66,3 @@ class Launch:
         if len(_compiled) >= _LIMIT:
             _compiled.clear()
         _compiled[seen] = compiled, itemgetter(*self.kernel.arg_names)
-
-
-def _alignment(tensor: Tensor | TensorDescriptor | None) -> bool | None:
-    """Whether the memory is aligned to 16 bytes (descriptors always are); None for no tensor."""
-    if tensor is None:
-        return None
-    return not isinstance(tensor, Tensor) or tensor.data_ptr() % 16 == 0

@@ -10,6 +10,7 @@ from torch import Tensor
 from tdc_fast.kernels.problems import ConvTensors, NormTensors
 
 _Tensors = TypeVar("_Tensors", ConvTensors, NormTensors)
+_NHWC = torch.channels_last
 _ALIGNMENT = 16  # bytes: of one vector load, and of a TMA address
 
 
@@ -39,15 +40,18 @@ def empty_channel_innermost(
 
 def nhwc(x: Tensor) -> Tensor:
     """Returns x (B, C, H, W) in dense memory of order [B, H, W, C], copied only where necessary."""
-    return x.contiguous(memory_format=torch.channels_last)
+    return x.contiguous(memory_format=_NHWC)
 
 
 def dense(t: _Tensors) -> _Tensors:
     """Returns the same tensors, contiguous: images (B, C, H, W) as `nhwc`, weights (E, C_out, C_in, R, S) unchanged."""
-    rank, dense_as, last = Tensor.dim, Tensor.contiguous, torch.channels_last  # local names: every call runs this
     return type(t)._make(
         [
-            x if x is None or (dims := rank(x)) == 5 else dense_as(x, memory_format=last) if dims == 4 else dense_as(x)
+            x
+            if x is None or (rank := x.ndim) == 5
+            else x.contiguous(memory_format=_NHWC)
+            if rank == 4
+            else x.contiguous()
             for x in t
         ]
     )
