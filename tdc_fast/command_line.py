@@ -189,8 +189,7 @@ def _split_tokens(argv: Sequence[str]) -> list[str]:
 
 def _pairs(argv: Sequence[str]) -> list[tuple[str, str]]:
     """Each argument and the one after it; "--" after the last."""
-    tokens = _split_tokens(argv)
-    return list(zip(tokens, [*tokens[1:], "--"], strict=True))
+    return list(itertools.pairwise([*_split_tokens(argv), "--"]))
 
 
 def _flag_class(tyro: Any, section: type, defaults: Mapping[str, Any]) -> type:

@@ -64,7 +64,7 @@ def test_unknown_flags_end_the_program():
 def test_a_value_can_be_read_before_the_rest_is_parsed():
     assert value_of(["--a", "1", "--model-path", "f.pt"], "model_path") == "f.pt"
     assert value_of(["--model_path=f.pt"], "model_path") == "f.pt"
-    assert value_of(["--a", "1"], "model_path") == ""
+    assert value_of(["--a", "1"], "model_path") == value_of([], "model_path") == ""
     with pytest.raises(ValueError, match="--model_path: got ''; expected a value"):
         value_of(["--model_path", "--a", "1"], "model_path")
 
@@ -72,6 +72,7 @@ def test_a_value_can_be_read_before_the_rest_is_parsed():
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
+        ([], []),
         (["--resume"], ["--resume", "latest"]),
         (["--resume", "--a=1"], ["--resume", "latest", "--a", "1"]),
         (["--resume", "run", "--b", ""], ["--resume", "run", "--b", ""]),
@@ -103,8 +104,15 @@ def test_a_command_that_ends_well_returns_0_and_gets_its_arguments():
     assert run_command(seen.extend, ["a", "--b"], stopped="") == 0 and seen == ["a", "--b"]
 
 
-# Arguments that each installed command refuses.
-REFUSED = {"train": [], "prune": [], "sample": [], "evaluate": [], "nll": [], "demo": ["--scale", "0"]}
+# Arguments that each installed command refuses, and what it says of them.
+REFUSED = {
+    "train": ([], "data_dir: got ''; expected a folder of images"),
+    "prune": ([], "base: got ''; expected --base FILE with the model's flags, or --run DIR"),
+    "sample": ([], "run: got ''; expected either --run DIR or --model_path FILE"),
+    "evaluate": ([], "A B: got []; expected two of: folder"),
+    "nll": ([], "run: got ''; expected either --run DIR or --model_path FILE"),
+    "demo": (["--scale", "0"], "scale: got 0.0; expected a number above 0"),
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -112,5 +120,6 @@ def test_every_command_is_installed_and_refuses_in_the_same_way(name, capsys):
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     module, _, function = scripts[f"tdc-{name}"].partition(":")
     assert module == f"tdc_fast.{name}" and len(scripts) == len(REFUSED)
-    assert getattr(importlib.import_module(module), function)(REFUSED[name]) == 2
-    assert capsys.readouterr().err.startswith("error: ")
+    arguments, message = REFUSED[name]
+    assert getattr(importlib.import_module(module), function)(arguments) == 2
+    assert capsys.readouterr().err.startswith(f"error: {message}")

@@ -1,7 +1,7 @@
 """Imports point down: every module imports only from rooms below its own, and no two files import each other.
 
-The rooms are those of CONTRIBUTING.md. All imports count, also those inside functions and under TYPE_CHECKING: what a
-reader has to follow is the same.
+The rooms are those of CONTRIBUTING.md. All imports count, also those inside functions, under TYPE_CHECKING and by
+`importlib.import_module`: what a reader has to follow is the same.
 """
 
 from __future__ import annotations
@@ -57,10 +57,13 @@ def imports_of(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import in line {node.lineno}"
             names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "importlib.import_module":
+            names = [ast.literal_eval(name) for name in node.args if isinstance(name, ast.Constant)]
         else:
             continue
         for name in names:
             package, _, rest = name.partition(".")
+            assert package not in ("bench", "examples", "tests"), f"{path}: imports {name}"
             if package == "tdc_fast" and rest:
                 found.add(rest if rest in MODULES else rest.rpartition(".")[0] or rest)
     return found
