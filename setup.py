@@ -18,7 +18,7 @@ MODES = ("auto", "cpu", "cuda")
 
 
 class CMakeBuild(build_ext):
-    """Configures afresh each time: a cache from an isolated build names tools that no longer exist."""
+    """Configures from scratch each time: a cache from an isolated build refers to tools that were deleted."""
 
     def build_extension(self, ext: Extension) -> None:
         """Configure and build the extension module."""

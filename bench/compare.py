@@ -1,7 +1,7 @@
 """The timing helper of the CPU suites: candidates run interleaved; medians and ratios are reported.
 
-The speed of a shared machine changes from second to second, so candidates that are timed one after the other are not
-comparable. Here every round times each candidate once: changes of speed affect all of them alike, and cancel in ratios.
+The speed of a shared machine changes from second to second, so candidates timed one after the other are not
+comparable. Here every round times each candidate once: changes of speed affect all equally and cancel in ratios.
 """
 
 from __future__ import annotations

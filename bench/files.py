@@ -1,4 +1,4 @@
-"""The files that a bench writes: where they lie, what they are called, and rows of Markdown tables."""
+"""The files that a bench writes: their folder, their names, and rows of Markdown tables."""
 
 from __future__ import annotations
 

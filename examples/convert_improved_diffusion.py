@@ -4,7 +4,7 @@
 
 Nothing needs converting: the UNet has improved-diffusion's keys and shapes, and a plain `.pt` is a finished stage 1.
 The file holds no configuration, so the flags must be those it was trained with; wrong ones are refused by name.
-Without a checkpoint, a small random one stands in.
+Without CHECKPOINT, the example makes a small random one.
 """
 
 import sys

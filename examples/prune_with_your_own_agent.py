@@ -43,7 +43,7 @@ def main(folder: Path) -> None:
     torch.manual_seed(0)
     base = UNet(image_size=8, in_channels=1, model_channels=16, out_channels=1, num_res_blocks=1,
                 attention_resolutions=(), channel_mult=(1, 2), num_heads=1, use_scale_shift_norm=True)  # fmt: skip
-    for parameter in base.parameters():  # stands in for training; a fresh UNet ends in a layer of zeros
+    for parameter in base.parameters():  # replaces training; a fresh UNet ends in a layer of zeros
         torch.nn.init.normal_(parameter, std=0.1)
     diffusion = create_diffusion(diffusion_steps=1000, noise_schedule="cosine")
     groups = TimestepGroups.snr(diffusion, num_groups=3)

@@ -1,4 +1,4 @@
-"""Sample one batch whose images stand at different timesteps, as a server does whose requests arrive one by one.
+"""Sample one batch of images at different timesteps, as a server does for requests that arrive one by one.
 
 Every function of `tdc_fast.diffusion` takes a timestep per sample, and a routed model runs each sample through the
 expert of its own timestep. So requests that began at different times share one batch, and none changes another's image.
@@ -21,7 +21,7 @@ def main() -> None:
     torch.manual_seed(0)
     base = UNet(image_size=8, in_channels=1, model_channels=16, out_channels=1, num_res_blocks=1,
                 attention_resolutions=(), channel_mult=(1, 2), num_heads=1, use_scale_shift_norm=True)  # fmt: skip
-    for parameter in base.parameters():  # stands in for training; a fresh UNet ends in a layer of zeros
+    for parameter in base.parameters():  # replaces training; a fresh UNet ends in a layer of zeros
         torch.nn.init.normal_(parameter, std=0.05)
     diffusion = create_diffusion(diffusion_steps=200, noise_schedule="cosine")
     groups = TimestepGroups.snr(diffusion, num_groups=4)

@@ -30,7 +30,7 @@ def run_command(command: Callable[[list[str]], None], argv: Sequence[str] | None
     Args:
         command: parses its arguments, does the work and prints the result.
         argv: the arguments; None takes those of the process.
-        stopped: what to print after Ctrl-C, unless the interrupt carries a message of its own.
+        stopped: what to print after Ctrl-C, unless the interrupt has its own message.
     """
     try:
         command(list(sys.argv[1:] if argv is None else argv))

@@ -44,7 +44,7 @@ class ConvLayer:
         width: of the input.
         filter: R = S.
         stride: the same in both directions.
-        uses: how often the model has it.
+        uses: how many such layers the model has.
     """
 
     source: str
@@ -88,7 +88,7 @@ class NormLayer:
         num_groups: normalisation groups.
         silu: whether SiLU follows.
         modulated: whether it has a scale and a shift per sample.
-        uses: how often the model has it.
+        uses: how many such layers the model has.
     """
 
     source: str

@@ -110,7 +110,7 @@ def _goal_table(verdicts: list[dict[str, Any]]) -> list[str]:
 
 
 def _table(rows: list[Row]) -> list[str]:
-    """A table whose columns are the candidates that any row has."""
+    """A table with a column for every candidate that occurs in a row."""
     names = list(dict.fromkeys(name for row in rows for name in row["ms"]))
     peers = list(dict.fromkeys(name for row in rows for name in row["ratios"]))
     rates = [key for key in ("TFLOPps", "TBps", "of_copy") if any(key in row for row in rows)]

@@ -110,7 +110,7 @@ def measure(
 ) -> dict[str, Any]:
     """Make and time the candidates.
 
-    A failure of ours is an error; any other candidate that fails, ours in a graph included, is absent.
+    If our eager candidate fails, that is an error; any other candidate that fails is listed as absent.
 
     Args:
         run: the device and its settings.

@@ -1,6 +1,6 @@
 """Timing on a device: interleaved candidates, device events, a flushed L2, and a budget of seconds.
 
-As in `bench.compare`, every round times each candidate once, so that clocks and temperature affect all of them alike;
+As in `bench.compare`, every round times each candidate once, so that clocks and temperature affect all of them equally;
 ratios are medians of per-round quotients. On the CPU (a dry run) the same calls run and the host's clock is read.
 """
 

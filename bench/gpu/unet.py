@@ -122,7 +122,7 @@ class Problem:
         return step
 
     def warm(self) -> None:
-        """One training step and one forward of ours, which compile what the rows will launch."""
+        """Run one training step and one forward of the routed model, so that all its kernels are compiled."""
         with torch.enable_grad():
             self.step_of(self.routed)()
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The tables: which recipes stand beside each other, and what the comparison answers."""
+"""The tables: which recipes each one compares, and which question that answers."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ class Block {
   // Fails unless the bytes lie in shared memory, at a multiple of `alignment`.
   void check_shared(const Site& site, const void* address, size_t bytes, size_t alignment);
 
-  // Tells the race check, where it is on, of an access of the running thread.
+  // Reports an access of the running thread to the race check, if that is on.
   void note(const void* address, size_t bytes, RaceCheck::Access kind, const void* place);
   __attribute__((noinline)) void note_read(const void* address, size_t bytes) {
     note(address, bytes, RaceCheck::Access::kRead, __builtin_return_address(0));

@@ -21,7 +21,7 @@
 #endif
 
 #ifndef TDC_EMULATOR_UCONTEXT
-// Stores the stack pointer at *from and goes on where the stack pointer `to` was stored.
+// Stores the stack pointer at *from and continues where the stack pointer `to` was stored.
 extern "C" __attribute__((visibility("hidden"))) void tdc_emulator_switch(void** from, void* to);
 #ifdef __x86_64__
 asm(R"(

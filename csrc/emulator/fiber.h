@@ -34,8 +34,8 @@ class Stacks {
   unsigned char* memory_;
 };
 
-// A call stack that can be suspended and resumed in a few nanoseconds. One CUDA thread runs on each. ASan is told of
-// every change of stack.
+// A call stack that can be suspended and resumed in a few nanoseconds. One CUDA thread runs on each. Every switch
+// of stacks is announced to ASan.
 class Fiber {
  public:
   // The stack of the code that makes this object, from which the first fiber is started.

@@ -11,7 +11,7 @@ namespace tdc::emulator {
 // Races, whatever the schedule: two accesses of different threads to one byte, one of them a write, that no barrier
 // orders. In shared memory, and in global memory within a launch, where nothing orders two blocks (so an element that
 // two blocks write is a race, even if they write the same). Every access is seen, because the kernels are compiled with
-// -fsanitize=thread, whose calls races.cpp answers in place of the sanitizer's own library. The method is that of
+// -fsanitize=thread, and races.cpp implements the functions that this inserts calls to. The method is that of
 // FastTrack (Flanagan and Freund, PLDI 2009): a vector clock per thread, the last write and the reads since then per
 // cell of memory. Barriers and warp_sync order memory; shuffles, ballots, ldmatrix and mma do not. A cp_async is a
 // write that no thread may touch from its issue to its wait.

@@ -26,7 +26,7 @@ inline int failures = 0;
     }                                                                                \
   } while (0)
 
-constexpr int kSkipped = 77;  // what CTest is told to count as skipped
+constexpr int kSkipped = 77;  // the exit status that CTest counts as skipped
 
 // False when TDC_FAST_CPU_ISA names an instruction set that this processor lacks.
 inline bool isa_available() {

@@ -64,7 +64,7 @@ class BatchStream:
         return batch
 
     def state_dict(self) -> dict[str, int]:
-        """The position after the last batch returned, whatever was read ahead, and the settings it belongs to."""
+        """The settings, and the position after the last batch returned; batches read ahead do not count."""
         return {**self._identity(), "epoch": self.epoch, "index": self.index}
 
     def load_state_dict(self, state: dict[str, int]) -> None:

@@ -62,7 +62,7 @@ class TimestepSampler:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a `state_dict`; ValueError when it is that of a sampler with other settings."""
+        """Continue from a `state_dict`; ValueError if a sampler with other settings wrote it."""
         _check_keys(state, set())
 
 
@@ -136,7 +136,7 @@ class LossSecondMomentSampler(TimestepSampler):
         return {"history": torch.from_numpy(self._history.copy()), "counts": torch.from_numpy(self._counts.copy())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a `state_dict`; ValueError when it is that of a sampler with other settings."""
+        """Continue from a `state_dict`; ValueError if a sampler with other settings wrote it."""
         _check_keys(state, {"history", "counts"})
         expected = tuple(self._history.shape)
         if tuple(state["history"].shape) != expected or tuple(state["counts"].shape) != expected[:1]:
@@ -259,7 +259,7 @@ class StratifiedSampler(TimestepSampler):
         return {"owed": self._owed.tolist(), "parts": self._parts.tolist(), "starts": self._starts.tolist()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a `state_dict`; ValueError when it is that of a sampler with other settings."""
+        """Continue from a `state_dict`; ValueError if a sampler with other settings wrote it."""
         _check_keys(state, {"owed", "parts", "starts"})
         for key, mine in (("parts", self._parts.tolist()), ("starts", self._starts.tolist())):
             if list(state[key]) != mine:

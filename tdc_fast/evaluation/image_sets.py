@@ -105,7 +105,7 @@ def _run_samples(name: str, options: EvaluateOptions) -> ImageSet:
 def _same_channels(first: ImageSet, second: ImageSet) -> tuple[ImageSet, ImageSet]:
     """Convert a grey and an RGB set to the same channels: grey if the RGB set has only grey images, else RGB.
 
-    A folder is always read as RGB, so its images may well be grey.
+    A folder is always read as RGB, even if all its images are grey.
     """
     channels = {first.images.shape[1], second.images.shape[1]}
     if channels != {1, 3}:

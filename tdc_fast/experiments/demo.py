@@ -110,7 +110,7 @@ def _check(options: DemoOptions) -> None:
 
 
 def _claim(out: Path, options: DemoOptions) -> None:
-    """Record the options in the folder, or check that it was begun with the same."""
+    """Record the options in the folder, or check that it was started with the same ones."""
     recorded, path = _recorded_options(options), out / "demo.json"
     if path.is_file():
         for name, value in read_options(path).items():

@@ -116,7 +116,7 @@ def run_jobs(jobs: Sequence[Job], processes: int, say: Callable[[str], None]) ->
 
 
 def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a worker that waits has nothing to save
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an idle worker has nothing to save
     torch.set_num_threads(1)
     os.environ["OPENAI_LOG_FORMAT"] = "csv,log"
 

@@ -33,7 +33,7 @@ def similarity_plot(similarity: TaskSimilarity, boundaries: Sequence[int]) -> by
     figure, axes = new_figure(6.6, 5.6)
     axis, edges = axes[0, 0], similarity.probes.edges
     axis.grid(False)
-    image = axis.pcolormesh(edges, edges, similarity.matrix, cmap="YlGnBu", rasterized=True)  # whatever range it has
+    image = axis.pcolormesh(edges, edges, similarity.matrix, cmap="YlGnBu", rasterized=True)  # scaled to its own range
     for start, stop in zip(boundaries[:-1], boundaries[1:], strict=True):
         axis.plot([start, stop, stop, start, start], [start, start, stop, stop, start], color=INK, linewidth=1.6)
     axis.set_aspect("equal")

@@ -43,7 +43,7 @@ def zeroed(layer: nn.Module) -> nn.Module:
 
 
 def group_norm(channels: int, groups: int | None = None) -> GroupNorm:
-    """A `GroupNorm` with as many groups as improved-diffusion's, unless told otherwise."""
+    """A `GroupNorm` with improved-diffusion's number of groups, unless `groups` is given."""
     return GroupNorm(groups or group_count(channels), channels)
 
 

@@ -49,7 +49,7 @@ def unavailable(arch: int) -> str | None:
     try:
         known = nvrtc.getSupportedArchs()
         version = nvrtc.getVersion()
-    except Exception as error:  # no library: cupy says so in its own words
+    except Exception as error:  # cupy has its own exceptions for a missing library
         return f"NVRTC cannot be loaded: pip install nvidia-cuda-nvrtc ({error})"
     if arch not in known:
         return f"NVRTC {version[0]}.{version[1]} knows sm_{known[0]} to sm_{known[-1]}, not sm_{arch}"
@@ -103,8 +103,8 @@ def cubin_of(family: str, arch_name: str) -> bytes:
             file.write(hashlib.sha256(cubin).digest() + cubin)
     except OSError as error:
         warnings.warn(
-            f"compiled kernels cannot be kept in {path.parent}, so every process compiles anew; set {CACHE_VARIABLE} "
-            f"to a writable folder ({error})",
+            f"compiled kernels cannot be kept in {path.parent}, so every process compiles them again; set "
+            f"{CACHE_VARIABLE} to a writable folder ({error})",
             stacklevel=2,
         )
     return cubin
