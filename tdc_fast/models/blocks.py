@@ -23,7 +23,7 @@ from tdc_fast.nn.layers import (
     qkv_attention,
     to_tokens,
 )
-from tdc_fast.nn.plan_scope import Routing, checkpoint
+from tdc_fast.nn.plan_scope import PlanScope, checkpoint
 from tdc_fast.nn.units import PruningUnit, UnitSlice, width_step
 
 
@@ -69,7 +69,7 @@ class ResBlock(nn.Module):
         self.out_channels, self.width = out_channels, width
         self.atom = out_channels // group_count(out_channels)
         self.use_checkpoint, self.use_scale_shift_norm = use_checkpoint, use_scale_shift_norm
-        self.routing: Routing | None = None
+        self.routing: PlanScope | None = None
         if width:
             emb_width = 2 * width if use_scale_shift_norm else width
             self.in_layers = nn.Sequential(group_norm(channels), nn.SiLU(), Conv2d(channels, width, 3, padding=1))
@@ -146,7 +146,7 @@ class AttentionBlock(nn.Module):
         super().__init__()
         width = channels if width is None else width
         self.width, self.head_dim, self.use_checkpoint = width, head_dim(channels, num_heads), use_checkpoint
-        self.routing: Routing | None = None
+        self.routing: PlanScope | None = None
         if width:
             self.norm = group_norm(channels)
             self.qkv = TokenConv1d(channels, 3 * width)

@@ -12,7 +12,7 @@ from torch.utils import _pytree
 
 from tdc_fast.errors import invalid
 from tdc_fast.nn import layers
-from tdc_fast.nn.plan_scope import Routing
+from tdc_fast.nn.plan_scope import PlanScope
 from tdc_fast.nn.routed import LiveAxis, RoutedLeaf
 from tdc_fast.nn.twins import routed_twin
 from tdc_fast.nn.units import Prunable, PruningUnit, UnitSlice
@@ -42,7 +42,7 @@ class RoutedModel(nn.Module):
     group_boundaries: Tensor
     unit_widths: Tensor
 
-    def __init__(self, model: nn.Module, groups: TimestepGroups, widths: WidthPlan | None, routing: Routing) -> None:
+    def __init__(self, model: nn.Module, groups: TimestepGroups, widths: WidthPlan | None, routing: PlanScope) -> None:
         super().__init__()
         self.model, self.groups, self.widths, self.routing = model, groups, widths, routing
         self.num_experts = groups.num_groups
@@ -214,7 +214,7 @@ def pack_experts(
         _check_same(experts)
 
     slices = _slices_by_leaf(units)
-    routing, memo = Routing(), {}
+    routing, memo = PlanScope(), {}
     for name, layer in dense_leaves.items():
         axes = {
             dim: LiveAxis(tuple(expert[unit.name].width * part.scale for expert in widths.experts), part.copies)
@@ -318,7 +318,7 @@ def _fill(
             parameter.copy_(source)
 
 
-def _set_routing(model: nn.Module, routing: Routing | None) -> None:
+def _set_routing(model: nn.Module, routing: PlanScope | None) -> None:
     for module in model.modules():
         if hasattr(module, "routing"):
             module.routing = routing  # type: ignore[assignment]

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 from tdc_fast.routing import RoutingPlan
 
 
-class Routing:
+class PlanScope:
     """Holds the plan that all routed layers of a model share.
 
     Attributes:
@@ -32,7 +32,7 @@ class Routing:
             self.plan = before
 
 
-def checkpoint(function: Callable[..., Any], routing: Routing | None, *args: Any) -> Any:
+def checkpoint(function: Callable[..., Any], routing: PlanScope | None, *args: Any) -> Any:
     """`function(*args)` without keeping activations: it runs again in the backward, under this forward's plan.
 
     Another forward may run in between, so the plan is kept here and not read from `routing` again.

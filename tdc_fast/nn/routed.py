@@ -1,7 +1,7 @@
 """The routed leaves: one layer that holds E experts' weights and computes each sample with its own group's expert.
 
 A routed leaf has the call signature of its dense twin in `tdc_fast.nn.layers`. Unless a plan is passed, it takes the
-plan of the running forward from the `Routing` that all leaves of the model share. Samples must be sorted by that plan.
+plan of the running forward from the `PlanScope` of the model. Samples must be sorted by that plan.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tdc_fast.errors import invalid
-from tdc_fast.nn.plan_scope import Routing
+from tdc_fast.nn.plan_scope import PlanScope
 from tdc_fast.ops import routed_conv2d, routed_group_norm, routed_linear
 from tdc_fast.ops.layout import empty_channel_innermost
 from tdc_fast.routing import RoutingPlan
@@ -74,7 +74,7 @@ class RoutedLeaf(nn.Module):
         if num_experts < 1:
             raise invalid("num_experts", num_experts, "at least 1")
         self.num_experts = num_experts
-        self.routing: Routing | None = None
+        self.routing: PlanScope | None = None
         self.live_out: LiveAxis | None = None
         self.live_in: LiveAxis | None = None
         self.template: tuple[nn.Module, ...] = ()
