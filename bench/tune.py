@@ -18,6 +18,7 @@ import os
 import signal
 import statistics
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from datetime import date
@@ -101,7 +102,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     from tdc_fast import kernels
 
     folder = Path(kernels.__file__).parent / "tuned"
-    parser.add_argument("--out", type=Path, default=folder, help="folder of the tables (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, help=f"folder of the tables (default: {folder}; of a dry run, a new temporary one)"
+    )
     parser.add_argument("--layers", nargs="+", default=["design", *UNETS], choices=["design", *UNETS])
     parser.add_argument("--ops", nargs="+", default=list(OPS), choices=list(OPS))
     parser.add_argument("--num-groups", nargs="+", type=int, default=[8])
@@ -109,7 +112,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
     parser.add_argument("--seconds", type=float, default=500.0, help="stop after so long (default: %(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU, Triton's interpreter")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.out is None:  # the kernels would take a dry run's numbers for measured ones
+        options.out = Path(tempfile.mkdtemp(prefix="tdc-fast-tune-")) if options.dry_run else folder
+    return options
 
 
 def cases(options: argparse.Namespace) -> Iterator[Case]:

@@ -32,3 +32,10 @@ def test_tuning_writes_the_table_that_the_kernels_read(tmp_path: Path) -> None:
     assert {key.partition(" ")[0] for key in table["tiles"]} == {"forward", "dgrad"}
     assert {key.partition(" ")[0] for key in table["wgrad"]} == {"wgrad"}
     assert result.stdout.splitlines()[-1] == str(sorted([*table["tiles"], *table["wgrad"]]))
+
+
+def test_a_dry_run_leaves_the_kernels_own_tables_alone() -> None:
+    from bench import tune
+
+    assert tune.parse([]).out == ROOT / "kernels" / "tuned"
+    assert ROOT not in tune.parse(["--dry-run"]).out.parents
