@@ -84,8 +84,7 @@ class RoutedModel(nn.Module):
             name: plan.sort(value) if isinstance(value, Tensor) and value.shape[:1] == (batch,) else value
             for name, value in kwargs.items()
         }
-        with self.routing.using(plan):
-            out = self.model(plan.sort(x), plan.sort(t), **kwargs)
+        out = self.routing.run(self.model, plan, plan.sort(x), plan.sort(t), **kwargs)
         if isinstance(out, Tensor):
             return plan.unsort(out)
         return _pytree.tree_map_only(

@@ -69,9 +69,8 @@ class CandidateModel:
         def denoiser(x: Tensor, t: Tensor, /, **kwargs: Any) -> Tensor:
             groups = torch.arange(len(candidates), device=x.device).repeat_interleave(len(x) // len(candidates))
             plan = RoutingPlan.from_groups(groups, len(candidates), weights)  # sorted already, so nothing is permuted
-            with self._routing.using(plan):
-                prediction: Tensor = self._model(x, t, **kwargs)
-                return prediction
+            prediction: Tensor = self._routing.run(self._model, plan, x, t, **kwargs)
+            return prediction
 
         with evaluating(self._model):
             yield denoiser
