@@ -10,7 +10,9 @@ import os
 import sys
 import tempfile
 import typing
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,8 @@ def run_command(command: Callable[[list[str]], None], argv: Sequence[str] | None
         stopped: what to print after Ctrl-C, unless the interrupt carries a message of its own.
     """
     try:
-        command(list(sys.argv[1:] if argv is None else argv))
+        with _plain_warnings():
+            command(list(sys.argv[1:] if argv is None else argv))
     except (ValueError, FloatingPointError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -41,6 +44,23 @@ def run_command(command: Callable[[list[str]], None], argv: Sequence[str] | None
         print(str(interrupt) or stopped, file=sys.stderr)
         return 130
     return 0
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Show the package's own warnings as `warning: ...`, without the source line that raised them."""
+    format_as_usual = warnings.formatwarning
+
+    def formatted(message: Any, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
+        if category is UserWarning and Path(filename).is_relative_to(Path(__file__).parent):
+            return f"warning: {message}\n"
+        return format_as_usual(message, category, filename, lineno, line)
+
+    warnings.formatwarning = formatted  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        warnings.formatwarning = format_as_usual
 
 
 def parse_flags(

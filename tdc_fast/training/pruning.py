@@ -31,6 +31,7 @@ from tdc_fast.runs.options import SearchOptions
 from tdc_fast.training.base import train_base
 from tdc_fast.training.cost import stage1_steps
 from tdc_fast.training.grouping import group_timesteps
+from tdc_fast.training.narration import warn_of_few_calibration_images
 from tdc_fast.training.phase import State, base_macs, build_base, groups_of, open_stream, write_phase
 from tdc_fast.training.random_state import derived_seed, seeded
 
@@ -245,6 +246,7 @@ def _check_prunable(config: TrainConfig) -> None:
         )
     if not prunes(config):
         raise invalid("k", config.k, "below 1, or --budgets: every expert may keep the whole base, nothing is pruned")
+    warn_of_few_calibration_images(config)
     build_agents(config)
 
 

@@ -14,6 +14,7 @@ from tdc_fast.training.base import train_base
 from tdc_fast.training.experts import train_experts
 from tdc_fast.training.grouping import group_timesteps
 from tdc_fast.training.interrupts import TrainingInterrupted, how_to_continue
+from tdc_fast.training.narration import warn_of_few_calibration_images, warn_of_small_batches
 from tdc_fast.training.pruning import build_agents, prune_base, prunes
 
 
@@ -40,7 +41,10 @@ def train(config: TrainConfig, dataset: Dataset | None = None) -> RunDirectory:
         dataset = build_data(config)
     else:
         _check_dataset(dataset, config)
+    if config.groups > 0:
+        warn_of_small_batches(config, config.groups)
     if prunes(config):
+        warn_of_few_calibration_images(config)
         build_agents(config)  # a library that the search needs is missed here, not after stage 1
     run = open_run(config, dataset.channels)
     with run.writing():
@@ -61,7 +65,9 @@ def _run_phases(run: RunDirectory, dataset: Dataset) -> None:
     base = train_base(run, dataset)
     if not run.config.groups or run.config.stop_after == "stage1":
         return
-    group_timesteps(run, base, dataset)
+    groups = group_timesteps(run, base, dataset)
+    if run.config.groups < 0:  # their number was not known before
+        warn_of_small_batches(run.config, groups.num_groups)
     widths = prune_base(run, base, dataset)
     if run.config.stop_after != "pruning":
         train_experts(run, base, widths, dataset)
