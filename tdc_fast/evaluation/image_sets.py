@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from tdc_fast.data.dataset import load_dataset
-from tdc_fast.data.image_sources import list_images
+from tdc_fast.data.image_files import SUFFIX_WORDS, list_images
 from tdc_fast.data.pixels import to_uint8
 from tdc_fast.errors import invalid, require
 from tdc_fast.evaluation.options import EvaluateOptions
@@ -50,9 +50,10 @@ def load_pair(a: str, b: str, options: EvaluateOptions) -> tuple[ImageSet, Image
             own = options.image_size or None
             sets[name] = _run_samples(name, options) if _is_run(name) else _read_images(name, own)
             size = size or sets[name].images.shape[-1]
+    run = next((found.denoiser for found in sets.values() if found.denoiser), None)
     for name in scaled:
         size = size or _own_size(name)
-        sets[name] = _read_images(name, size)
+        sets[name] = _read_images(name, size, run)
     first, second = _same_channels(sets[a], sets[b])
     if first.images.shape[1:] != second.images.shape[1:]:
         raise invalid(
@@ -77,15 +78,20 @@ def _is_folder(name: str) -> bool:
 def _own_size(folder: str) -> int | None:
     if folder == "photos":
         return None
-    files = list_images(Path(folder))
+    files = list_images(Path(folder)).files
     if not files:
-        raise invalid("folder", folder, "a folder with jpg, jpeg, png or gif files, or a run directory")
+        raise invalid("folder", folder, f"a folder with {SUFFIX_WORDS} files, or a run directory")
     with require("PIL.Image", "demo").open(files[0]) as image:
         return min(image.size)
 
 
-def _read_images(name: str, size: int | None) -> ImageSet:
-    return ImageSet(name, to_uint8(load_dataset(name, image_size=size).images()))
+def _read_images(name: str, size: int | None, run: TrainedDenoiser | None = None) -> ImageSet:
+    """The images of a dataset; those of a folder as the run that they are compared with reads its folders."""
+    if run is None or not _is_folder(name):
+        return ImageSet(name, to_uint8(load_dataset(name, image_size=size).images()))
+    channels = 1 if run.image_shape[0] == 1 else 3
+    data = load_dataset(name, image_size=size, in_channels=channels, background=run.config.background)
+    return ImageSet(name, to_uint8(data.images()))
 
 
 def _run_samples(name: str, options: EvaluateOptions) -> ImageSet:
@@ -105,7 +111,7 @@ def _run_samples(name: str, options: EvaluateOptions) -> ImageSet:
 def _same_channels(first: ImageSet, second: ImageSet) -> tuple[ImageSet, ImageSet]:
     """Convert a grey and an RGB set to the same channels: grey if the RGB set has only grey images, else RGB.
 
-    A folder is always read as RGB, so its images may well be grey.
+    A folder is read as RGB unless it is compared with a grey run, so its images may well be grey.
     """
     channels = {first.images.shape[1], second.images.shape[1]}
     if channels != {1, 3}:

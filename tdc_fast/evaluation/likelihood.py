@@ -76,7 +76,13 @@ def images_to_measure(denoiser: TrainedDenoiser, data_dir: str, limit: int) -> t
     """
     config = denoiser.config
     if data_dir:
-        data = load_dataset(data_dir, image_size=denoiser.image_size, class_cond=bool(denoiser.num_classes))
+        data = load_dataset(
+            data_dir,
+            image_size=denoiser.image_size,
+            class_cond=bool(denoiser.num_classes),
+            in_channels=denoiser.image_shape[0],
+            background=config.background,
+        )
     else:
         heldout = split_data(config)[1] if config.data_dir and config.heldout else None
         if heldout is None:

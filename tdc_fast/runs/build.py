@@ -61,12 +61,13 @@ def split_data(config: TrainConfig) -> tuple[ImageDataset, ImageDataset | None]:
     if not config.data_dir:
         raise invalid("data_dir", "", "a folder of images, an .npz or .npy file, or one of digits, photos")
     dataset = load_dataset(
-        config.data_dir, image_size=config.image_size, class_cond=config.class_cond, on_corrupt=config.on_corrupt
+        config.data_dir,
+        image_size=config.image_size,
+        class_cond=config.class_cond,
+        on_corrupt=config.on_corrupt,
+        in_channels=config.in_channels or None,
+        background=config.background,
     )
-    if config.in_channels not in (0, dataset.channels):
-        raise invalid(
-            "in_channels", config.in_channels, f"{dataset.channels}, as the images of {config.data_dir} have, or 0"
-        )
     if dataset.num_classes > config.num_classes:
         raise invalid(
             "num_classes", config.num_classes, f"at least the {dataset.num_classes} classes of {config.data_dir}"

@@ -22,6 +22,8 @@ class DataOptions:
     name of a built-in set: digits, photos."""
     on_corrupt: Literal["error", "skip"] = "error"
     """What to do with an unreadable image: stop the run and name it, or leave it out and count it."""
+    background: Literal["white", "grey", "black"] = "white"
+    """Colour behind the transparent pixels of a folder's images."""
     heldout: float = 0.0
     """Share of the images (0 to below 1) kept from training for evaluation, chosen by --heldout_seed."""
     heldout_seed: int = 0
@@ -35,7 +37,7 @@ class ModelOptions:
     image_size: int = 64
     """Height and width of the images in pixels; any size that the levels of --channel_mult divide."""
     in_channels: int = 0
-    """Channels of the images; 0 takes what the data has (3 for folders)."""
+    """Channels of the images; 0 takes what the data has (3 for folders). 1 reads a folder's images as grey."""
     num_channels: int = 128
     """Channels of the first level."""
     channel_mult: str = ""
