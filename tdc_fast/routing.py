@@ -153,6 +153,11 @@ class TimestepGroups:
                 self._inner[t.device] = inner
         return torch.searchsorted(inner, t.to(torch.int64), right=True)
 
+    def unvisited(self, timesteps: Iterable[int]) -> list[int]:
+        """The groups that none of these timesteps belongs to."""
+        visited = np.searchsorted(self.boundaries, list(timesteps), side="right") - 1
+        return sorted(set(range(self.num_groups)) - {int(group) for group in visited})
+
     def to_json(self) -> dict[str, Any]:
         """The groups as plain JSON values, which `from_json` reads."""
         return {"version": _FORMAT_VERSION, "strategy": self.strategy, "boundaries": list(self.boundaries)}

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from tdc_fast.command_line import load_denoiser, output_directory, parse_denoiser_flags, run_command, use_threads
+from tdc_fast.diffusion.samplers import SpacingName
 from tdc_fast.errors import invalid
 from tdc_fast.evaluation.samples import draw_samples, write_samples
 from tdc_fast.runs.build import named_device
@@ -45,6 +46,10 @@ class SampleOptions:
     """improved-diffusion's switch for DDIM."""
     steps: int = 0
     """Sampling steps; 0 takes all timesteps, or those of --timestep_respacing."""
+    spacing: SpacingName = "auto"
+    """How --steps are spread over the timesteps: leading (multiples of T / steps from 0), trailing (the same, counted
+    down from the last timestep) or linspace (evenly, with both ends). auto is leading for ddim, linspace for ddpm, and
+    even in log SNR for dpm++2m."""
     clip_denoised: bool = True
     """Clip every predicted image to [-1, 1]."""
     classes: str = ""
@@ -100,6 +105,7 @@ def _sample(arguments: list[str]) -> None:
         options["num_samples"],
         sampler=options["sampler"],
         steps=options["steps"] or None,
+        spacing=options["spacing"],
         batch_size=options["batch_size"],
         seed=options["seed"],
         clip_denoised=options["clip_denoised"],

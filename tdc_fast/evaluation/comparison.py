@@ -59,7 +59,12 @@ def evaluate(a: str, b: str, options: EvaluateOptions | None = None) -> dict[str
         "few_images": min(len(first.images), len(second.images)) < FEW_IMAGES,
     }
     if first.denoiser or second.denoiser:
-        result["sampler"] = {"name": options.sampler, "steps": options.steps, "seed": options.seed}
+        result["sampler"] = {
+            "name": options.sampler,
+            "steps": options.steps,
+            "spacing": options.spacing,
+            "seed": options.seed,
+        }
     result["losses"] = {
         own.name: _losses(own.denoiser, other, options)
         for own, other in ((first, second), (second, first))

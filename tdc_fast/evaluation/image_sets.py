@@ -102,6 +102,7 @@ def _run_samples(name: str, options: EvaluateOptions) -> ImageSet:
         options.num_samples,
         sampler=options.sampler,
         steps=min(options.steps, denoiser.diffusion.num_timesteps),
+        spacing=options.spacing,
         batch_size=options.batch_size,
         seed=options.seed,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from tdc_fast.diffusion.samplers import SamplerName
+from tdc_fast.diffusion.samplers import SamplerName, SpacingName
 from tdc_fast.runs.denoisers import Which
 
 
@@ -28,6 +28,9 @@ class EvaluateOptions:
     """Sampler for a run."""
     steps: int = 25
     """Sampling steps for a run."""
+    spacing: SpacingName = "auto"
+    """How the steps are spread over the timesteps: leading, trailing or linspace, as in diffusers; auto is the
+    sampler's own."""
     batch_size: int = 500
     """Images per batch, for sampling, features and losses."""
     loss_images: int = 512

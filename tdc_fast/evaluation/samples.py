@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tdc_fast.atomic import atomic_file
 from tdc_fast.data.pixels import grid_image, to_uint8
-from tdc_fast.diffusion.samplers import SamplerName
+from tdc_fast.diffusion.samplers import SamplerName, SpacingName
 from tdc_fast.errors import invalid
 from tdc_fast.runs.denoisers import TrainedDenoiser
 
@@ -30,6 +30,7 @@ def draw_samples(
     classes: Sequence[int] = (),
     device: str = "cpu",
     progress: bool = False,
+    spacing: SpacingName = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """Sample images from a denoiser.
 
@@ -46,6 +47,7 @@ def draw_samples(
         classes: classes that a class-conditional model draws from; empty for all.
         device: where the model is.
         progress: print a line per batch.
+        spacing: how the steps are spread over the timesteps, as in `tdc_fast.diffusion.samplers.sampling_steps`.
 
     Returns:
         Images (M, C, H, W) uint8 on the CPU, and their classes (M,) int64, None for an unconditional model.
@@ -77,6 +79,7 @@ def draw_samples(
             clip_denoised=clip_denoised,
             model_kwargs=kwargs,
             device=device,
+            spacing=spacing,
         )
         images.append(to_uint8(drawn).cpu())
         if progress:
