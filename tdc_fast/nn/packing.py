@@ -19,6 +19,7 @@ from tdc_fast.nn.twins import routed_twin
 from tdc_fast.nn.units import Prunable, PruningUnit, UnitSlice
 from tdc_fast.nn.width_plan import WidthPlan, base_hash
 from tdc_fast.ops.pack import pack_channels
+from tdc_fast.ops.plan import Integers, as_integers
 from tdc_fast.routing import RoutingPlan, TimestepGroups
 
 _LEAVES = (
@@ -61,7 +62,7 @@ class RoutedModel(nn.Module):
         self.register_buffer("group_boundaries", torch.tensor(groups.boundaries, dtype=torch.int64))
         self.register_buffer("unit_widths", torch.tensor(live, dtype=torch.int32).reshape(self.num_experts, -1))
 
-    def forward(self, x: Tensor, t: Tensor, *args: Any, expert_ids: Tensor | None = None, **kwargs: Any) -> Any:
+    def forward(self, x: Tensor, t: Tensor, *args: Any, expert_ids: Integers | None = None, **kwargs: Any) -> Any:
         """Compute a batch of samples from any mix of groups.
 
         Args:
@@ -90,7 +91,7 @@ class RoutedModel(nn.Module):
             raise invalid("t", tuple(t.shape), f"one timestep for each of the {x.shape[0]} samples")
         if t.dtype.is_floating_point:
             raise invalid("t", t.dtype, "original integer timesteps (the model rescales them itself)")
-        ids = self.groups.group_of(t) if expert_ids is None else expert_ids
+        ids = self.groups.group_of(t) if expert_ids is None else as_integers("expert_ids", expert_ids, t.device)
         if ids.shape != t.shape:
             raise invalid("expert_ids", tuple(ids.shape), f"one expert for each of the {x.shape[0]} samples")
         plan = RoutingPlan.from_groups(ids, self.num_experts)
