@@ -86,6 +86,8 @@ def _fill_in(options: dict[str, Any]) -> None:
     options["num_samples"] = options["num_samples"] or (100 if is_run else 10000)
     options["batch_size"] = options["batch_size"] or (100 if is_run else 16)
     if options["sampler"] != "auto":
+        if options["use_ddim"] and options["sampler"] != "ddim":
+            raise invalid("sampler", options["sampler"], "ddim, or no --use_ddim True, which asks for it")
         return
     all_steps = not options["steps"] and not options["timestep_respacing"]
     options["sampler"] = "ddim" if options["use_ddim"] or (is_run and all_steps) else "ddpm"

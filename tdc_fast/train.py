@@ -19,6 +19,7 @@ from tdc_fast.command_line import parse_flags, run_command, value_of, with_bare_
 from tdc_fast.errors import invalid
 from tdc_fast.runs.config import TrainConfig, read_options, refuse_changed_options
 from tdc_fast.runs.directory import default_directory
+from tdc_fast.runs.opening import refuse_two_directories
 from tdc_fast.runs.options import SECTIONS, RunOptions
 from tdc_fast.training.train import train
 
@@ -50,9 +51,11 @@ def parse_command_line(argv: Sequence[str]) -> TrainConfig:
         SystemExit: `--help`, or a flag that does not exist.
     """
     arguments = with_bare_value(argv, "resume", "latest")
-    directory, file = _resumed_directory(arguments), value_of(arguments, "config")
+    file = value_of(arguments, "config")
+    from_file = read_options(file) if file else {}
+    directory = _resumed_directory(arguments, str(from_file.get("run_dir", "")))
     resumed = _stored_config(directory, arguments) if directory else None
-    values = {**(resumed.to_dict() if resumed else {}), **(read_options(file) if file else {})}
+    values = {**(resumed.to_dict() if resumed else {}), **from_file}
     defaults = TrainConfig.from_dict(values).to_dict()  # refuses a bad key or value of the file by name
     parsed = parse_flags(
         {**SECTIONS, "run": _RunFlags},
@@ -69,11 +72,12 @@ def parse_command_line(argv: Sequence[str]) -> TrainConfig:
     return config.replace(run_dir=str(directory))
 
 
-def _resumed_directory(arguments: Sequence[str]) -> Path | None:
-    resume = value_of(arguments, "resume")
+def _resumed_directory(arguments: Sequence[str], run_dir_of_file: str) -> Path | None:
+    resume, run_dir = value_of(arguments, "resume"), value_of(arguments, "run_dir") or run_dir_of_file
     if resume != "latest":
+        refuse_two_directories(resume, run_dir)
         return Path(resume) if resume else None
-    directory = value_of(arguments, "run_dir") or default_directory()
+    directory = run_dir or default_directory()
     if not directory:
         raise invalid("--resume", "", "the run's directory after it, or --run_dir DIR")
     return Path(directory)

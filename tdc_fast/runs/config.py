@@ -71,6 +71,8 @@ class TrainConfig(DataOptions, ModelOptions, DiffusionOptions, OptimizerOptions,
     def __post_init__(self) -> None:
         for name, value in self.to_dict().items():
             object.__setattr__(self, name, _checked_type(name, value))
+        if self.boundaries and self.groups == 0:  # a list of N + 1 boundaries says how many groups there are
+            object.__setattr__(self, "groups", self.boundaries.count(","))
         _check_ranges(self)
 
     def to_dict(self) -> dict[str, Any]:
@@ -222,6 +224,8 @@ def _check_ranges(config: TrainConfig) -> None:
         raise invalid("ema_rate", config.ema_rate, "every rate once")
     comma_numbers("attention_resolutions", config.attention_resolutions, int)
     comma_numbers("channel_mult", config.channel_mult, int)
+    if config.resume_step >= 0 and not config.resume:
+        raise invalid("resume_step", config.resume_step, "--resume RUN as well, which it is a step of")
     if config.lr_anneal_start and config.lr_anneal_start >= config.lr_anneal_steps:
         raise invalid("lr_anneal_start", config.lr_anneal_start, "a step before the last one, --lr_anneal_steps")
     if config.groups:

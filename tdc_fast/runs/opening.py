@@ -22,8 +22,9 @@ def open_run(config: TrainConfig, in_channels: int) -> RunDirectory:
         in_channels: channels of the images.
 
     Raises:
-        ValueError: the directory holds another run, or nothing that could be resumed.
+        ValueError: the directory holds another run, or nothing that could be resumed; or two directories are named.
     """
+    refuse_two_directories(config.resume, config.run_dir)
     config = _continued_in_place(config)
     if not config.resume:
         run = RunDirectory.create(config, in_channels)
@@ -49,6 +50,20 @@ def open_run(config: TrainConfig, in_channels: int) -> RunDirectory:
     if groups is not None:
         groups.save(run.path / "groups.json")
     return run
+
+
+def refuse_two_directories(resume: str, run_dir: str) -> None:
+    """Refuse a --run_dir that is not the run to resume.
+
+    Args:
+        resume: the run to resume; "" for none, "latest" for the one in `run_dir`.
+        run_dir: the directory given as that of the run; "" for none.
+
+    Raises:
+        ValueError: naming run_dir.
+    """
+    if resume not in ("", "latest") and run_dir and Path(run_dir).resolve() != Path(resume).resolve():
+        raise invalid("run_dir", run_dir, f"none together with --resume {resume}, which is the run directory")
 
 
 def _continued_in_place(config: TrainConfig) -> TrainConfig:

@@ -144,7 +144,8 @@ class TdcOptions:
     """With --grouping snr: "lo,hi" in decibels; timesteps outside it belong to the first or last group. Empty divides
     the whole range of the schedule."""
     boundaries: str = ""
-    """Comma list of the N + 1 boundaries from 0 to the number of timesteps, instead of --grouping."""
+    """Comma list of the N + 1 boundaries from 0 to the number of timesteps, instead of --grouping; --groups may then be
+    left out."""
     refine: int = 0
     """With --boundaries: let every inner boundary move by up to this many timesteps to where gradients are most similar
     inside the groups."""

@@ -9,6 +9,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tdc_fast.data.dataset import Dataset
 from tdc_fast.diffusion.calibration import Batch
 from tdc_fast.errors import invalid
@@ -18,11 +20,14 @@ from tdc_fast.nn.macs import MacCounter
 from tdc_fast.nn.width_plan import WidthPlan, base_hash
 from tdc_fast.pruning import Agent, Pruning, PruningSettings, make_agent, plan_pruning
 from tdc_fast.pruning.agents import resolved_agent
+from tdc_fast.pruning.budget import budget_law, budget_macs
+from tdc_fast.pruning.costs import unit_costs
 from tdc_fast.pruning.memory import MEMORY_FILE, OtherSearch, set_aside
 from tdc_fast.pruning.plots import draw_search
 from tdc_fast.pruning.progress import BarAndTable
+from tdc_fast.pruning.search import check_reachable
 from tdc_fast.routing import TimestepGroups
-from tdc_fast.runs.build import build_data, build_diffusion
+from tdc_fast.runs.build import build_data, build_diffusion, build_unet
 from tdc_fast.runs.checkpoint import finished_steps
 from tdc_fast.runs.config import TrainConfig, comma_numbers, refuse_changed_options
 from tdc_fast.runs.directory import RunDirectory
@@ -103,6 +108,8 @@ def prune_base_file(config: TrainConfig, dataset: Dataset | None = None) -> tupl
     path = Path(config.run_dir)
     if (path / "config.json").is_file() and RunDirectory.open(path).identity == config.identity:
         config = config.replace(resume=config.run_dir)
+    else:
+        refuse_unreachable_budgets(config, dataset.channels)
     run = open_run(config, dataset.channels)
     return run, _search_finished_base(run, config, dataset)
 
@@ -163,6 +170,31 @@ def prunes(config: TrainConfig) -> bool:
     return bool(config.groups) and (min(shares) if shares else config.k) < 1
 
 
+def refuse_unreachable_budgets(config: TrainConfig, in_channels: int) -> None:
+    """Refuse budgets that no widths of the base meet, before it is trained.
+
+    With an open number of groups (`--groups -1`) they are known, and checked, only after stage 1.
+
+    Args:
+        config: the options of the run.
+        in_channels: channels of its images.
+
+    Raises:
+        ValueError: naming --budgets or --k.
+    """
+    if config.groups < 1 or not prunes(config):
+        return
+    shares = comma_numbers("budgets", config.budgets, float)
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        base = build_unet(config, in_channels)
+        images = torch.zeros(1, in_channels, config.image_size, config.image_size)
+        labels = {"y": torch.zeros(1, dtype=torch.int64)} if config.class_cond else {}
+    costs = unit_costs(base, images, labels)
+    budgets = [budget_macs(share, costs.full()) for share in shares or budget_law(config.groups, config.k)[:1]]
+    name = "budgets" if shares else "k"
+    check_reachable(getattr(config, name), budgets, costs, name)
+
+
 def refuse_other_than_search(stored: TrainConfig, wanted: TrainConfig) -> None:
     """Refuse options other than those of the search that differ from the run's and may not change.
 
@@ -188,6 +220,7 @@ def _search(
     agent, stand_in = build_agents(config)
     settings = PruningSettings(
         k=comma_numbers("budgets", config.budgets, float) or config.k,
+        k_name="budgets" if config.budgets else "k",
         importance=config.importance,
         difficulty=difficulty,
         max_batches=config.calibration_batches,

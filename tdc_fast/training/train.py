@@ -15,7 +15,7 @@ from tdc_fast.training.experts import train_experts
 from tdc_fast.training.grouping import group_timesteps
 from tdc_fast.training.interrupts import TrainingInterrupted, how_to_continue
 from tdc_fast.training.narration import warn_of_few_calibration_images, warn_of_small_batches
-from tdc_fast.training.pruning import build_agents, prune_base, prunes
+from tdc_fast.training.pruning import build_agents, prune_base, prunes, refuse_unreachable_budgets
 
 
 def train(config: TrainConfig, dataset: Dataset | None = None) -> RunDirectory:
@@ -46,6 +46,8 @@ def train(config: TrainConfig, dataset: Dataset | None = None) -> RunDirectory:
     if prunes(config):
         warn_of_few_calibration_images(config)
         build_agents(config)  # a library that the search needs is missed here, not after stage 1
+        if not config.resume:
+            refuse_unreachable_budgets(config, dataset.channels)
     run = open_run(config, dataset.channels)
     with run.writing():
         print(f"run directory: {run.path}", flush=True)
