@@ -114,7 +114,7 @@ def plan_pruning(
         raise invalid("batches", data, "at least one batch of calibration data")
     costs = unit_costs(base, *split_batch(data[0]))
     budgets = tuple(budget_macs(fraction, costs.full()) for fraction in fractions)
-    check_reachable(settings.k, budgets, costs, settings.k_name)
+    check_reachable(settings.k, budgets, costs.least(), costs.full(), settings.k_name)
     if scorer is None and not getattr(agent, "one_shot", False):
         scorer = DenoisingLoss(base, diffusion, data, seed=settings.seed, max_samples=settings.max_samples)
     search = _Search(
@@ -231,26 +231,26 @@ class _Search:
         return taylor_importance(base, self.units, self.data, self.diffusion, interval, seed=self.settings.seed)
 
 
-def check_reachable(k: object, budgets: Sequence[int], costs: UnitCosts, k_name: str = "k") -> None:
+def check_reachable(k: object, budgets: Sequence[int], least: int, full: int, k_name: str = "k") -> None:
     """Refuse budgets that no choice of widths meets.
 
     Args:
         k: what the budgets came from.
         budgets: MACs per group.
-        costs: of the base's units.
+        least: MACs of the base with every unit at its smallest width.
+        full: MACs of the whole base.
         k_name: what errors call `k`.
 
     Raises:
         ValueError: naming `k_name`, the group and the smallest share that can be reached.
     """
     for group, budget in enumerate(budgets):
-        if budget < costs.least():
-            share = costs.least() / costs.full()
+        if budget < least:
             raise invalid(
                 k_name,
                 k,
                 f"a larger one: group {group} is allowed {budget} MACs, and the smallest reachable budget is "
-                f"{costs.least()} ({share:.4f} of the base)",
+                f"{least} ({least / full:.4f} of the base)",
             )
 
 

@@ -16,12 +16,11 @@ from tdc_fast.diffusion.calibration import Batch
 from tdc_fast.errors import invalid
 from tdc_fast.grouping import probe_losses
 from tdc_fast.models.iddpm import UNet
-from tdc_fast.nn.macs import MacCounter
+from tdc_fast.nn.macs import MacCounter, measure_macs
 from tdc_fast.nn.width_plan import WidthPlan, base_hash
 from tdc_fast.pruning import Agent, Pruning, PruningSettings, make_agent, plan_pruning
 from tdc_fast.pruning.agents import resolved_agent
 from tdc_fast.pruning.budget import budget_law, budget_macs
-from tdc_fast.pruning.costs import unit_costs
 from tdc_fast.pruning.memory import MEMORY_FILE, OtherSearch, set_aside
 from tdc_fast.pruning.plots import draw_search
 from tdc_fast.pruning.progress import BarAndTable
@@ -187,12 +186,13 @@ def refuse_unreachable_budgets(config: TrainConfig, in_channels: int) -> None:
     shares = comma_numbers("budgets", config.budgets, float)
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         base = build_unet(config, in_channels)
-        images = torch.zeros(1, in_channels, config.image_size, config.image_size)
-        labels = {"y": torch.zeros(1, dtype=torch.int64)} if config.class_cond else {}
-    costs = unit_costs(base, images, labels)
-    budgets = [budget_macs(share, costs.full()) for share in shares or budget_law(config.groups, config.k)[:1]]
+        smallest = base.with_widths({unit.name: min(unit.widths()) for unit in base.pruning_units()})
+        x, t = torch.zeros(1, *(in_channels, config.image_size, config.image_size)), torch.zeros(1, dtype=torch.int64)
+        labels = {"y": t} if config.class_cond else {}
+        full, least = (measure_macs(model.to("meta"), x, t, **labels) for model in (base, smallest))
+    budgets = [budget_macs(share, full) for share in shares or budget_law(config.groups, config.k)[:1]]
     name = "budgets" if shares else "k"
-    check_reachable(getattr(config, name), budgets, costs, name)
+    check_reachable(getattr(config, name), budgets, least, full, name)
 
 
 def refuse_other_than_search(stored: TrainConfig, wanted: TrainConfig) -> None:
