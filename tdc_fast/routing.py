@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,6 +17,7 @@ from tdc_fast.atomic import write_json
 from tdc_fast.errors import invalid
 from tdc_fast.ops.checks import require_integer, require_tensors
 from tdc_fast.ops.plan import INTEGER_DTYPES, RoutingPlan
+from tdc_fast.text_files import read_json
 
 __all__ = ["RoutingPlan", "TimestepGroups"]
 
@@ -184,7 +184,7 @@ class TimestepGroups:
     def load(cls, path: str | os.PathLike[str]) -> TimestepGroups:
         """Reads what `save` wrote; ValueError names a file that is missing or damaged."""
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            data = read_json(Path(path))
         except OSError as error:
             raise invalid("groups file", str(path), f"a file that can be read ({error.strerror})") from error
         except ValueError as error:  # not UTF-8, or not JSON

@@ -25,7 +25,7 @@ ROOMS = (
     ("routing",),
     ("ops",),
     ("kernels", "_native"),
-    ("figures", "atomic"),
+    ("figures", "atomic", "text_files"),
     ("errors",),
 )
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}

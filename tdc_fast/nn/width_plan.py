@@ -16,6 +16,7 @@ from torch import nn
 from tdc_fast.atomic import atomic_file
 from tdc_fast.errors import invalid
 from tdc_fast.nn.units import Prunable, PruningUnit, module_of
+from tdc_fast.text_files import read_json
 
 _VERSION = 1
 _FIELDS = {"version", "base_hash", "boundaries", "experts", "macs", "budgets"}
@@ -203,7 +204,7 @@ class WidthPlan:
     def load(cls, path: str | os.PathLike[str]) -> WidthPlan:
         """Read what `save` wrote; ValueError names the file and what is wrong in it."""
         try:
-            return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
+            return cls.from_json(read_json(Path(path)))
         except (ValueError, OSError) as error:
             raise ValueError(f"{path} is not a valid width plan: {error}") from error
 

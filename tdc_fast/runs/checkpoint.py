@@ -8,7 +8,6 @@ last: without it the process died while writing, and the checkpoint does not cou
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 
 from tdc_fast.atomic import atomic_file, sha256_of, write_json
 from tdc_fast.errors import invalid
+from tdc_fast.text_files import read_json
 
 FORMAT = 1
 
@@ -100,7 +100,7 @@ def find_problem(directory: Path, step: int, expected: Mapping[str, Any]) -> str
     """
     marker = (directory / state_file(step)).with_suffix(".json")
     try:
-        description = json.loads(marker.read_text())
+        description = read_json(marker)
         files = dict(description["files"])
     except (OSError, ValueError, KeyError, TypeError):
         return f"{marker} is damaged: it is no checkpoint description"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tdc_fast.errors import invalid, require
+from tdc_fast.errors import invalid
 from tdc_fast.runs.options import (
     SECTIONS,
     DataOptions,
@@ -25,6 +25,7 @@ from tdc_fast.runs.options import (
     SearchOptions,
     TdcOptions,
 )
+from tdc_fast.text_files import read_json, read_yaml
 
 MAY_CHANGE_ON_RESUME = frozenset(
     {
@@ -125,13 +126,9 @@ def read_options(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise invalid("config", str(path), "an existing .yaml, .yml or .json file")
     try:
-        text = path.read_text(encoding="utf-8")
-        values = json.loads(text) if path.suffix == ".json" else require("yaml", extra="demo").safe_load(text)
-    except Exception as error:
-        if isinstance(error, ImportError):
-            raise
-        reason = " ".join(str(error).split())
-        raise invalid("config", str(path), f"'flag: value' lines; it does not parse: {reason}") from error
+        values = read_json(path) if path.suffix == ".json" else read_yaml(path)
+    except (ValueError, OSError) as error:
+        raise invalid("config", str(path), f"'flag: value' lines; it does not parse: {error}") from error
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise invalid("config", str(path), "a mapping of flag names to values")
@@ -165,7 +162,7 @@ def _default(name: str) -> Any:
 
 
 def _unknown_remedy(name: str) -> str:
-    close = difflib.get_close_matches(name, _field_types(), n=1)
+    close = difflib.get_close_matches(name[:100], _field_types(), n=1)
     return f"a known flag; did you mean {close[0]!r}?" if close else "a known flag; --help lists all of them"
 
 

@@ -117,7 +117,7 @@ class RunDirectory:
             )
         in_channels, logs = facts.get("in_channels"), facts.get("logs")
         if not isinstance(in_channels, int):
-            raise invalid("run", str(path / "run.json"), f"the file that the run wrote; in_channels is {in_channels!r}")
+            raise invalid("run", str(path / "run.json"), "the file that the run wrote; its in_channels is no integer")
         return cls(path, config or stored, in_channels, Path(logs) if logs else None)
 
     @property

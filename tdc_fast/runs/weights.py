@@ -7,7 +7,6 @@ it with its checksum first. `load_weights` also checks that the file is of the m
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from tdc_fast.runs.config import TrainConfig
 from tdc_fast.runs.directory import RunDirectory
 from tdc_fast.runs.options import DiffusionOptions, ModelOptions
 from tdc_fast.runs.unet_flags import differing_flags
+from tdc_fast.text_files import read_json
 
 NOT_IN_THE_WEIGHTS = frozenset({"dropout", "use_checkpoint", "in_channels", "sigma_small", "timestep_respacing"})
 """Options of model and diffusion that may differ from those of the base, since the weights do not depend on them."""
@@ -78,7 +78,7 @@ def read_description(path: Path) -> dict[str, Any] | None:
     if not beside.is_file():
         return None
     try:
-        description = json.loads(beside.read_text())
+        description = read_json(beside)
     except ValueError as error:
         raise invalid("checkpoint", str(beside), "a JSON description; it is damaged") from error
     if not isinstance(description, dict):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tdc_fast.atomic import atomic_file
 from tdc_fast.errors import invalid
+from tdc_fast.text_files import parse_json
 
 QUARTILES = 4
 
@@ -199,9 +200,13 @@ def _drop_later_rows(path: Path, step: int) -> list[str]:
 def _json_lines(path: Path, step: int) -> TextIO:
     kept = []
     if path.is_file() and step:
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            if line.endswith("\n") and json.loads(line)["step"] <= step:
-                kept.append(line)
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), start=1):
+            try:
+                if line.endswith("\n") and parse_json(line)["step"] <= step:
+                    kept.append(line)
+            except (ValueError, KeyError, TypeError) as error:
+                remedy = "an object with a 'step'; move the file away to continue without its lines"
+                raise invalid(f"{path}, line {number}", line[:80], remedy) from error
     with atomic_file(path) as file:
         file.write("".join(kept).encode())
     return open(path, "a", encoding="utf-8")
