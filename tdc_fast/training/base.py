@@ -13,7 +13,7 @@ from tdc_fast.runs.build import build_device, build_diffusion, build_unet, place
 from tdc_fast.runs.checkpoint import ema_file, find_problem, finished_steps, save_checkpoint, state_file
 from tdc_fast.runs.directory import RunDirectory
 from tdc_fast.runs.groups import build_groups
-from tdc_fast.runs.weights import cpu_state, find_base_file, load_verified, load_weights
+from tdc_fast.runs.weights import cpu_state, find_base_file, load_weights, read_state
 from tdc_fast.training import cost
 from tdc_fast.training.loop import Stage, StageLoop
 from tdc_fast.training.optimization import LearningRate
@@ -70,7 +70,7 @@ def _take_base(run: RunDirectory, model: nn.Module, macs: cost.SampleMacs) -> St
         problem = find_problem(directory, steps[-1], {"stage": "base", "identity": run.identity})
         if problem:
             raise ValueError(f"resume: {problem}; remove {directory} to load {run.config.base} again")
-        return load_verified(directory / ema_file(rate, steps[-1]))
+        return read_state(directory / ema_file(rate, steps[-1]), model.state_dict())
     path = find_base_file(run.config.base)
     source = load_weights(path, run.config, model) or {}
     step, spent = source.get("step", 0), source.get("macs")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from contextlib import closing
 
 from torch import nn
@@ -16,6 +14,7 @@ from tdc_fast.routing import TimestepGroups
 from tdc_fast.runs.build import build_device, build_diffusion
 from tdc_fast.runs.config import TrainConfig
 from tdc_fast.runs.directory import RunDirectory
+from tdc_fast.runs.weights import plan_hash
 from tdc_fast.training import cost
 from tdc_fast.training.loop import Stage, StageLoop
 from tdc_fast.training.optimization import LearningRate
@@ -54,7 +53,7 @@ def train_experts(
         base = build_base(run, base_state)
         origin = {
             "base_hash": base_hash(base),
-            "widths_hash": _plan_hash(widths),
+            "widths_hash": plan_hash(widths),
             "boundaries": list(groups.boundaries),
         }
         of_base = base_macs(run, base)
@@ -107,7 +106,3 @@ def _sampler(config: TrainConfig, groups: TimestepGroups) -> TimestepSampler:
         weighting="per_group",
         overlap=config.overlap,
     )
-
-
-def _plan_hash(widths: WidthPlan | None) -> str | None:
-    return hashlib.sha256(json.dumps(widths.to_json(), sort_keys=True).encode()).hexdigest() if widths else None

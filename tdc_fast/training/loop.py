@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,23 +18,25 @@ from tdc_fast.data.stream import BatchStream
 from tdc_fast.diffusion import Diffusion
 from tdc_fast.diffusion.protocols import Denoiser
 from tdc_fast.diffusion.timestep_samplers import StratifiedSampler, TimestepSampler
-from tdc_fast.errors import require
+from tdc_fast.errors import invalid, require
 from tdc_fast.routing import TimestepGroups
 from tdc_fast.runs.checkpoint import (
     choose_checkpoint,
     discard_after,
     ema_file,
+    finished_steps,
     model_file,
     optimizer_file,
     save_checkpoint,
     state_file,
 )
 from tdc_fast.runs.directory import RunDirectory
-from tdc_fast.runs.weights import load_tensors
+from tdc_fast.runs.weights import read_state
 from tdc_fast.training.ema import WeightAverages
 from tdc_fast.training.interrupts import StopRequest, TrainingInterrupted, how_to_continue
 from tdc_fast.training.optimization import LearningRate, create_optimizer, gradient_norm
 from tdc_fast.training.random_state import random_state, restore_random_state
+from tdc_fast.training.stored_state import StoredState, read_moments, read_rest
 from tdc_fast.training.telemetry import QUARTILES, ProgressLog, RunningMeans
 
 
@@ -224,11 +226,10 @@ class StageLoop:
     def _report(self, log: ProgressLog, bar: Any) -> None:
         means = self.means.take()
         loss = means.get("loss")
-        if loss is not None and not math.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss of stage {self.stage.name} is {loss} at step {self.step}; lower --lr or set --grad_clip, "
-                f"and continue from the last checkpoint in {self.directory} or start again"
-            )
+        for name, mean in {"loss": loss, **means}.items():
+            if mean is not None and not math.isfinite(mean):
+                what = "the loss" if name == "loss" else name
+                raise self._diverged(f"{what} of stage {self.stage.name} is {mean} at step {self.step}")
         self.wall_seconds += self._lap()
         row: dict[str, float | int | None] = {
             "step": self.step,
@@ -254,7 +255,11 @@ class StageLoop:
         return self.run.description(self.stage.name, **self.stage.origin)
 
     def save(self) -> None:
-        """Write a checkpoint of the current step."""
+        """Write a checkpoint of the current step.
+
+        Raises:
+            FloatingPointError: weights, averages or optimizer hold infinities or NaN; nothing is written then.
+        """
         self.wall_seconds += self._lap()
         contents: dict[str, Any] = {model_file(self.step): self.model.state_dict()}
         for rate in self.averages.averages:
@@ -270,7 +275,21 @@ class StageLoop:
             "wall_seconds": self.wall_seconds,
         }
         macs = self.stage.macs_before + self.macs
-        save_checkpoint(self.directory, self.step, contents, {**self.description(), "macs": macs})
+        try:
+            save_checkpoint(self.directory, self.step, contents, {**self.description(), "macs": macs})
+        except FloatingPointError as error:
+            raise self._diverged(f"stage {self.stage.name} diverged by step {self.step}: {error}") from error
+
+    def _diverged(self, what: str) -> FloatingPointError:
+        """The error for a stage whose numbers are no longer finite: where to go on from, and what to change."""
+        config = self.run.config
+        name = "stage2_lr" if self.stage.name == "experts" and config.stage2_lr else "lr"
+        steps = finished_steps(self.directory)
+        last = f"the last finite checkpoint is step {steps[-1]}" if steps else "there is no checkpoint before it"
+        return FloatingPointError(
+            f"{what}. Nothing of this step is saved; {last}. Lower the learning rate and limit the gradients: "
+            f"{how_to_continue(self.run.path)} --override {name}={getattr(config, name) / 10:g},grad_clip=1"
+        )
 
     def resume(self) -> bool:
         """Continue from the stage's latest checkpoint, or from `config.resume_step`.
@@ -287,7 +306,7 @@ class StageLoop:
         # resume_step names a checkpoint of the stage that was interrupted: the last one that has a directory.
         wanted = -1 if split_already or not self.directory.exists() else self.run.config.resume_step
         try:
-            step = choose_checkpoint(self.directory, expected, wanted, self.run.path)
+            step = choose_checkpoint(self.directory, expected, wanted, self.run.path, self._check)
         except ValueError as error:
             if split_already:
                 raise ValueError(f"{error} (move {later} away first: its experts came from that base)") from error
@@ -295,31 +314,59 @@ class StageLoop:
         if step is None:
             discard_after(self.directory, 0)
             return False
-        discard_after(self.directory, step)
         self.restore(self.directory, step, exact=True)
+        discard_after(self.directory, step)
         return True
 
     def restore(self, directory: Path, step: int, exact: bool) -> None:
-        """Load model, averages and optimizer of a checkpoint.
+        """Load model, averages and optimizer of a checkpoint, once all its files are read and checked.
 
         Args:
             directory: of the checkpoint.
             step: its step.
             exact: load also random numbers, data position and the rest of the state.
+
+        Raises:
+            ValueError: a file is damaged or does not fit the model; names it.
         """
-        self.model.load_state_dict(load_tensors(directory / model_file(step), self.device))
-        for rate in self.averages.averages:
-            self.averages.load_state_dict(rate, load_tensors(directory / ema_file(rate, step), self.device))
-        self.optimizer.load_state_dict(load_tensors(directory / optimizer_file(step), self.device))
+        stored = self._read(directory, step, exact)
+        self.model.load_state_dict(stored.model)
+        for rate, state in stored.averages.items():
+            self.averages.load_state_dict(rate, state)
+        # The settings of the optimizer are those of the configuration; the file has its moments.
+        settings = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": stored.moments, "param_groups": settings})
         self.step = step
-        if exact:
-            state = load_tensors(directory / state_file(step))
-            self.data.load_state_dict(state["data"])
-            self.sampler.load_state_dict(state["sampler"])
-            self.means.load_state_dict(state["means"])
-            self.samples_per_group.copy_(state["samples_per_group"])
-            self.wall_seconds = state["wall_seconds"]
-            restore_random_state(state["random"])
+        if stored.rest is None:
+            return
+        try:
+            self.data.load_state_dict(stored.rest["data"])
+            self.sampler.load_state_dict(stored.rest["sampler"])
+            self.means.load_state_dict(stored.rest["means"])
+            self.samples_per_group.copy_(stored.rest["samples_per_group"])
+            self.wall_seconds = float(stored.rest["wall_seconds"])
+            restore_random_state(stored.rest["random"])
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError) as error:
+            path = str(directory / state_file(step))
+            raise invalid("checkpoint", path, f"the state of this training: {' '.join(str(error).split())}") from error
+
+    def _check(self, step: int) -> None:
+        """ValueError if a finished checkpoint of the stage does not fit the model."""
+        self._read(self.directory, step, exact=True)
+
+    def _read(self, directory: Path, step: int, exact: bool) -> StoredState:
+        weights = self.model.state_dict()
+        parameters = dict(self.model.named_parameters())
+        return StoredState(
+            model=read_state(directory / model_file(step), weights),
+            averages={rate: read_state(directory / ema_file(rate, step), weights) for rate in self.averages.averages},
+            moments=read_moments(directory / optimizer_file(step), parameters),
+            rest=self._read_rest(directory / state_file(step), step) if exact else None,
+        )
+
+    def _read_rest(self, path: Path, step: int) -> Mapping[str, Any]:
+        means = {name: value for name, value in self.means.state_dict().items() if name != "sums"}
+        return read_rest(path, step, self.samples_per_group, means)
 
 
 def _in_bf16(model: nn.Module, device: torch.device) -> Denoiser:
