@@ -56,8 +56,8 @@ def _choose(
     def describe() -> ConvProblem:
         return conv_problem(op, t, *settings, dy=dy, image_size=image_size)
 
-    tensors = t if dy is None else (dy, *t)
-    key = (op, settings, image_size, tf32_is_allowed(), signature(tensors))
+    described = signature(t) if dy is None else signature(t, dy=dy)
+    key = (op, settings, image_size, tf32_is_allowed(), described)
     return backends.remembered(key, describe, backend)
 
 

@@ -75,7 +75,7 @@ def _backward(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
     def describe() -> NormProblem:
         return norm_problem("routed_group_norm_backward", t, *settings, dy=dy, mean=mean, rstd=rstd)
 
-    key = ("routed_group_norm_backward", settings, signature((dy, mean, rstd, *t)))
+    key = ("routed_group_norm_backward", settings, signature(t, dy=dy, mean=mean, rstd=rstd))
     problem, chosen = backends.remembered(key, describe, backend)
     try:
         grads = chosen.group_norm_backward(problem, dy, mean, rstd, t, tuple(mask))

@@ -18,7 +18,7 @@ from torch.utils import _pytree
 from tdc_fast.errors import invalid
 from tdc_fast.kernels.tile_table import no_tiles, tile_table, total_rows
 from tdc_fast.ops import cpu, cuda, library, native
-from tdc_fast.ops.checks import require_integer, require_tensors
+from tdc_fast.ops.checks import check_memory, require_integer, require_tensors
 
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -50,6 +50,7 @@ def as_integers(name: str, value: Any, device: torch.device | None = None) -> Te
 
 def _plan(groups: Tensor, num_groups: int) -> _Plan:
     _check_groups(groups, num_groups)
+    check_memory(("groups",), (groups,))
     if groups.device.type == "cpu":
         return *_plan_on_host(groups, num_groups), no_tiles(groups.device)
     return _plan_on_device(groups, num_groups)
@@ -118,6 +119,7 @@ routing_plan = library.define(
 
 
 def _permute(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+    check_memory(("x", "plan"), (x, index))
     if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
         return x.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2)
     return x.index_select(0, index)
