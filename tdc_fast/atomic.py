@@ -45,10 +45,32 @@ def sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
-def remove_leftovers(directory: Path) -> None:
-    """Delete the temporary files of killed processes from a directory."""
-    for leftover in directory.glob(".*.tmp"):
-        leftover.unlink(missing_ok=True)
+def remove_leftovers(directory: Path, name: str = "*", *, of_dead_processes_only: bool = False) -> None:
+    """Delete the temporary files of killed processes from a directory.
+
+    Args:
+        directory: where they are.
+        name: pattern of the names that the files were to get.
+        of_dead_processes_only: keep those of processes that still run here, as no lock says that there are none.
+    """
+    for leftover in directory.glob(f".{name}.tmp"):
+        process = leftover.suffixes[-2][1:] if len(leftover.suffixes) > 1 else ""
+        if not (of_dead_processes_only and process.isdigit() and _runs(int(process))):
+            leftover.unlink(missing_ok=True)
+
+
+def _runs(process: int) -> bool:
+    if process == os.getpid():
+        return False  # whatever it is, this process does not write it now
+    if os.name != "posix":
+        return True  # there, signal 0 is Ctrl-C
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def sha256_of(file: IO[bytes]) -> str:

@@ -13,6 +13,7 @@ import typing
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -160,8 +161,10 @@ def parse_denoiser_flags(
         prog=prog,
         description=description,
     )
-    if bool(run) == bool(model_path):
-        raise invalid("run", run, "either --run DIR or --model_path FILE")
+    if run and model_path:
+        raise invalid("model_path", model_path, f"none together with --run {run}: one of them names the model")
+    if not (run or model_path):
+        raise ValueError("no model is named; give either --run DIR or --model_path FILE")
     refuse_mismatch(run or model_path, stored, values)
     return values
 
@@ -174,11 +177,32 @@ def load_denoiser(values: Mapping[str, Any]) -> TrainedDenoiser:
 
 
 def output_directory(values: Mapping[str, Any], name: str) -> Path:
-    """Make the folder for a command's files: `--out`, else a folder of this name in the run, else a default one."""
+    """The folder for a command's files: `--out`, else a folder of this name in the run, else a default one.
+
+    It is not made yet, so that a command that is refused or stopped leaves no empty folder.
+
+    Raises:
+        ValueError: nothing can be written there.
+    """
     chosen = values["out"] or (values["run"] and os.path.join(values["run"], name)) or default_directory()
-    directory = Path(chosen or tempfile.mkdtemp(prefix=f"tdc-fast-{name}-"))
-    directory.mkdir(parents=True, exist_ok=True)
+    directory = Path(
+        chosen or os.path.join(tempfile.gettempdir(), f"tdc-fast-{name}-{datetime.now():%Y-%m-%d-%H-%M-%S-%f}")
+    )
+    check_writable(directory)
     return directory
+
+
+def check_writable(directory: Path) -> None:
+    """Refuse a folder in which no file can be made, before hours of work.
+
+    Raises:
+        ValueError: it or the nearest existing folder above it is a file or not writable.
+    """
+    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise invalid("out", str(directory), f"a folder; {existing} is a file")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise invalid("out", str(directory), f"a folder that can be written to; {existing} cannot")
 
 
 def use_threads(count: int) -> None:
@@ -210,7 +234,7 @@ def _split_tokens(argv: Sequence[str]) -> list[str]:
 def _pairs(argv: Sequence[str]) -> list[tuple[str, str]]:
     """Each argument and the one after it; "--" after the last."""
     tokens = _split_tokens(argv)
-    return list(zip(tokens, [*tokens[1:], "--"], strict=True))
+    return list(itertools.pairwise([*tokens, "--"]))
 
 
 def _flag_class(tyro: Any, section: type, defaults: Mapping[str, Any]) -> type:

@@ -29,7 +29,8 @@ class NllOptions:
     model_path: str = ""
     """Instead of --run: a weight file of tdc_fast or improved-diffusion."""
     data_dir: str = ""
-    """Images: a folder, an .npz or .npy file, digits or photos; empty takes the held-out images of the run."""
+    """Images: a folder, an .npz or .npy file, digits or photos; empty takes the held-out images of the run, or
+    the images that it was trained on if it held out none."""
     num_samples: int = 1000
     """Maximum number of images."""
     batch_size: int = 1
@@ -59,7 +60,8 @@ def _measure(arguments: list[str]) -> None:
     use_threads(options["num_threads"])
     directory = output_directory(options, "nll")
     denoiser = load_denoiser(options)
-    x0, labels = images_to_measure(denoiser, options["data_dir"], options["num_samples"])
+    x0, labels, source = images_to_measure(denoiser, options["data_dir"], options["num_samples"])
+    print(f"measuring {len(x0)} images: {source}", flush=True)
     terms = bits_per_dimension(
         denoiser,
         x0,
@@ -69,7 +71,7 @@ def _measure(arguments: list[str]) -> None:
         seed=options["seed"],
     )
     write_terms(directory, terms, len(x0))
-    print(f"{float(terms['total']):.4f} bits per dimension over {len(x0)} images")
+    print(f"{float(terms['total']):.4f} bits per dimension over {len(x0)} images ({source})")
     print(f"written to {directory}")
 
 

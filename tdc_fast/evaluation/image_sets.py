@@ -48,7 +48,7 @@ def load_pair(a: str, b: str, options: EvaluateOptions) -> tuple[ImageSet, Image
     for name in dict.fromkeys((a, b)):
         if name not in scaled:
             own = options.image_size or None
-            sets[name] = _run_samples(name, options) if _is_run(name) else _read_images(name, own)
+            sets[name] = _run_samples(name, options) if is_run(name) else _read_images(name, own)
             size = size or sets[name].images.shape[-1]
     run = next((found.denoiser for found in sets.values() if found.denoiser), None)
     for name in scaled:
@@ -67,12 +67,13 @@ def load_pair(a: str, b: str, options: EvaluateOptions) -> tuple[ImageSet, Image
     return first, second
 
 
-def _is_run(name: str) -> bool:
+def is_run(name: str) -> bool:
+    """Whether a name is a run directory."""
     return (Path(name) / "config.json").is_file()
 
 
 def _is_folder(name: str) -> bool:
-    return name not in ("digits", "photos") and Path(name).is_dir() and not _is_run(name)
+    return name not in ("digits", "photos") and Path(name).is_dir() and not is_run(name)
 
 
 def _own_size(folder: str) -> int | None:
@@ -96,7 +97,11 @@ def _read_images(name: str, size: int | None, run: TrainedDenoiser | None = None
 
 def _run_samples(name: str, options: EvaluateOptions) -> ImageSet:
     denoiser = from_run(name, options.which)
-    print(f"drawing {options.num_samples} images from {denoiser.name}: {options.sampler}, {options.steps} steps")
+    print(
+        f"drawing {options.num_samples} images from {denoiser.name}: {options.sampler}, {options.steps} steps; "
+        "--num_samples draws fewer",
+        flush=True,
+    )
     images, _ = draw_samples(
         denoiser,
         options.num_samples,
@@ -105,6 +110,7 @@ def _run_samples(name: str, options: EvaluateOptions) -> ImageSet:
         spacing=options.spacing,
         batch_size=options.batch_size,
         seed=options.seed,
+        progress=True,
     )
     return ImageSet(name, images, denoiser)
 

@@ -21,7 +21,7 @@ class EvaluateOptions:
     """Size in pixels to which all images but a run's are scaled; 0 scales photos and folders to the size of the other
     set, and leaves other images as they are."""
     num_samples: int = 5000
-    """Images drawn from a run."""
+    """Images drawn from a run; fewer take less time, and their distances compare only with those of as many."""
     which: Which = "auto"
     """Which model of a run to sample: its experts, its base, or (auto) the experts if there are any."""
     sampler: SamplerName = "ddim"
@@ -39,5 +39,6 @@ class EvaluateOptions:
     """Seed of the samples and of the noise of the loss."""
     num_threads: int = 0
     """CPU threads; 0 keeps the default of torch."""
-    out: str = "evaluation.json"
-    """JSON file to write the numbers to."""
+    out: str = ""
+    """JSON file to write the numbers to; empty takes evaluation.json in the run that is compared (the first of two), or
+    in the working directory if none is."""
