@@ -16,7 +16,7 @@ from tdc_fast.nn.plan_scope import Routing
 from tdc_fast.nn.routed import LiveAxis, RoutedLeaf
 from tdc_fast.nn.sample_arguments import RESULT, checked_names, map_samples
 from tdc_fast.nn.twins import routed_twin
-from tdc_fast.nn.units import Prunable, PruningUnit, UnitSlice
+from tdc_fast.nn.units import Prunable, PruningUnit, UnitSlice, module_of
 from tdc_fast.nn.width_plan import WidthPlan, base_hash
 from tdc_fast.ops.pack import pack_channels
 from tdc_fast.ops.plan import Integers, as_integers
@@ -57,10 +57,9 @@ class RoutedModel(nn.Module):
         self.model, self.groups, self.widths, self.routing = model, groups, widths, routing
         self.per_sample = per_sample
         self.num_experts = groups.num_groups
-        experts = () if widths is None else widths.experts
-        live = [[expert[name].width for name in sorted(expert)] for expert in experts]
-        self.register_buffer("group_boundaries", torch.tensor(groups.boundaries, dtype=torch.int64))
-        self.register_buffer("unit_widths", torch.tensor(live, dtype=torch.int32).reshape(self.num_experts, -1))
+        device = next((parameter.device for parameter in model.parameters()), None)
+        for name, value in self._identity().items():
+            self.register_buffer(name, value.to(device))
 
     def forward(self, x: Tensor, t: Tensor, *args: Any, expert_ids: Integers | None = None, **kwargs: Any) -> Any:
         """Compute a batch of samples from any mix of groups.
@@ -184,11 +183,20 @@ class RoutedModel(nn.Module):
         if not hasattr(index, "__index__") or not 0 <= index < self.num_experts:
             raise invalid("index", index, f"an expert from 0 to {self.num_experts - 1}")
 
+    def _identity(self) -> dict[str, Tensor]:
+        """What a state dict holds to tell which experts it is of."""
+        experts = () if self.widths is None else self.widths.experts
+        live = [[expert[name].width for name in sorted(expert)] for expert in experts]
+        return {
+            "group_boundaries": torch.tensor(self.groups.boundaries, dtype=torch.int64, device="cpu"),
+            "unit_widths": torch.tensor(live, dtype=torch.int32, device="cpu").reshape(self.num_experts, -1),
+        }
+
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         errors = args[-1]
-        for name in ("group_boundaries", "unit_widths"):
-            saved, own = state_dict.get(prefix + name), getattr(self, name)
-            if saved is not None and (saved.shape != own.shape or not torch.equal(saved.to(own.device), own)):
+        for name, own in self._identity().items():
+            saved = state_dict.get(prefix + name)
+            if saved is not None and (saved.shape != own.shape or not torch.equal(saved.cpu(), own)):
                 errors.append(
                     f"{prefix}{name}: got {saved.tolist()}; expected {own.tolist()}: the file is of other experts"
                 )
@@ -236,8 +244,8 @@ def pack_experts(
     base = experts[0]
     units: Sequence[PruningUnit] = ()
     if widths is not None:
-        if not isinstance(base, Prunable):
-            raise invalid("widths", type(base).__name__, "a module with pruning_units() and with_widths(), or None")
+        module_of(base, "base_or_experts")
+        assert isinstance(base, Prunable)
         units = base.pruning_units()
         widths.check(units, base=base_hash(base) if shared else None, boundaries=groups.boundaries)
     names = checked_names(per_sample, base)

@@ -90,9 +90,9 @@ class WidthPlan:
             fraction: a number from 0 to 1, or one per group.
 
         Raises:
-            ValueError: for a fraction outside 0 to 1, or another number of them.
+            ValueError: for a base that cannot be pruned, a fraction outside 0 to 1, or another number of them.
         """
-        units = base.pruning_units()
+        module, units = module_of(base), base.pruning_units()
         count = len(boundaries) - 1
         fractions = [fraction] * count if isinstance(fraction, int | float) else list(fraction)
         if len(fractions) != count or not all(0 <= part <= 1 for part in fractions):
@@ -104,7 +104,7 @@ class WidthPlan:
             }
             for part in fractions
         ]
-        return cls(base_hash=base_hash(module_of(base)), boundaries=tuple(boundaries), experts=tuple(experts))
+        return cls(base_hash=base_hash(module), boundaries=tuple(boundaries), experts=tuple(experts))
 
     def max_width(self, unit: str) -> int:
         """The width of a unit in the expert where it is widest, in channels."""

@@ -103,6 +103,7 @@ def plan_pruning(
             of another search.
     """
     settings = PruningSettings(**options) if settings is None else dataclasses.replace(settings, **options)
+    module = module_of(base)
     if diffusion.num_timesteps != groups.num_timesteps:
         raise invalid("groups", groups, f"groups of the diffusion's {diffusion.num_timesteps} timesteps")
     agent = resolved_agent(agent, settings.rounds, settings.importance)
@@ -119,7 +120,7 @@ def plan_pruning(
         scorer = DenoisingLoss(base, diffusion, data, seed=settings.seed, max_samples=settings.max_samples)
     search = _Search(
         base=base,
-        digest=base_hash(module_of(base)),
+        digest=base_hash(module),
         units=tuple(base.pruning_units()),
         groups=groups,
         diffusion=diffusion,
