@@ -21,6 +21,7 @@ from tdc_fast.runs.config import TrainConfig, read_options, refuse_changed_optio
 from tdc_fast.runs.directory import default_directory
 from tdc_fast.runs.opening import refuse_two_directories
 from tdc_fast.runs.options import SECTIONS, RunOptions
+from tdc_fast.training.narration import describe_next
 from tdc_fast.training.train import train
 
 __all__ = ["TrainConfig", "main", "train"]
@@ -100,7 +101,7 @@ def _train(arguments: list[str]) -> None:
     config = parse_command_line(arguments)
     run = train(config)
     if config.stop_after == "never":
-        print(f"finished: {run.path}")
+        print(f"finished: {run.path}\n{describe_next(run)}")
     else:
         print(f"stopped after {config.stop_after}: {run.path}; --resume {run.path} continues it")
 

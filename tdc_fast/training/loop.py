@@ -144,7 +144,14 @@ class StageLoop:
         shown = config.progress == "always" or (config.progress == "auto" and sys.stderr.isatty())
         self.model.train()
         board = self.run.path / "tensorboard" / self.stage.name if config.tensorboard else None
-        log = ProgressLog(self.run.log_directory(self.stage.name), self.step, board, quiet=shown)
+        log = ProgressLog(
+            self.run.log_directory(self.stage.name),
+            self.step,
+            board,
+            quiet=shown,
+            stage=self.stage.name,
+            steps=self.stage.steps,
+        )
         bar = _progress_bar(self.stage.name, self.step, self.stage.steps) if shown else None
         self._clock = time.perf_counter()
         self._resumed_at = self.step

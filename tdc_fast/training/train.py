@@ -14,7 +14,14 @@ from tdc_fast.training.base import train_base
 from tdc_fast.training.experts import train_experts
 from tdc_fast.training.grouping import group_timesteps
 from tdc_fast.training.interrupts import TrainingInterrupted, how_to_continue
-from tdc_fast.training.narration import warn_of_few_calibration_images, warn_of_small_batches
+from tdc_fast.training.narration import (
+    describe_cost,
+    describe_groups,
+    describe_plan,
+    describe_widths,
+    warn_of_few_calibration_images,
+    warn_of_small_batches,
+)
 from tdc_fast.training.pruning import build_agents, prune_base, prunes, refuse_unreachable_budgets
 
 
@@ -50,7 +57,7 @@ def train(config: TrainConfig, dataset: Dataset | None = None) -> RunDirectory:
             refuse_unreachable_budgets(config, dataset.channels)
     run = open_run(config, dataset.channels)
     with run.writing():
-        print(f"run directory: {run.path}", flush=True)
+        print(describe_plan(run, dataset), flush=True)
         skipped = _report_skipped(dataset, 0)
         try:
             _run_phases(run, dataset)
@@ -68,11 +75,14 @@ def _run_phases(run: RunDirectory, dataset: Dataset) -> None:
     if not run.config.groups or run.config.stop_after == "stage1":
         return
     groups = group_timesteps(run, base, dataset)
+    print(describe_groups(groups), flush=True)
     if run.config.groups < 0:  # their number was not known before
         warn_of_small_batches(run.config, groups.num_groups)
     widths = prune_base(run, base, dataset)
+    print(describe_widths(widths, run.read("macs.json")["per_sample"]["forward"]["base"]), flush=True)
     if run.config.stop_after != "pruning":
         train_experts(run, base, widths, dataset)
+        print(describe_cost(run), flush=True)
 
 
 def _check_dataset(dataset: Dataset, config: TrainConfig) -> None:
