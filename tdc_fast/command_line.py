@@ -22,6 +22,7 @@ import torch
 from tdc_fast.errors import invalid, require
 from tdc_fast.runs.denoisers import TrainedDenoiser, from_checkpoint, from_run, refuse_mismatch, stored_facts
 from tdc_fast.runs.directory import default_directory
+from tdc_fast.runs.limits import check_limits
 from tdc_fast.runs.options import DiffusionOptions, ModelOptions
 
 _TRUE, _FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
@@ -85,7 +86,7 @@ def parse_flags(
         description: what the command does, for `--help`.
 
     Raises:
-        ValueError: a boolean flag has another value.
+        ValueError: a boolean flag has another value, or a number is out of the range that its section declares.
         SystemExit: after `--help` (status 0) and for a flag or value that does not exist (status 2; tyro prints the
             nearest flags).
     """
@@ -105,6 +106,8 @@ def parse_flags(
     values: dict[str, Any] = {}
     for name in sections:
         values.update(dataclasses.asdict(getattr(parsed, name)))
+    for section in sections.values():
+        check_limits(section, values)
     return values
 
 

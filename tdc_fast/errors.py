@@ -7,7 +7,13 @@ from collections.abc import Iterator
 from types import ModuleType
 
 _SHOWN = 160
-_BRACKETS = {list: "[]", tuple: "()", dict: "{}", set: "{}", frozenset: "{}"}
+_BRACKETS: dict[type, tuple[str, str]] = {
+    list: ("[", "]"),
+    tuple: ("(", ")"),
+    dict: ("{", "}"),
+    set: ("{", "}"),
+    frozenset: ("{", "}"),
+}
 
 
 def invalid(argument: str, value: object, remedy: str) -> ValueError:
@@ -51,7 +57,7 @@ def _pieces(value: object) -> Iterator[str]:
             if isinstance(value, dict):
                 yield ": "
                 yield from _pieces(value[item])
-        yield f",{closing}" if kind is tuple and len(value) == 1 else closing  # type: ignore[arg-type]
+        yield f",{closing}" if kind is tuple and len(value) == 1 else closing
     elif isinstance(value, (str, bytes)):
         yield repr(value[: 2 * _SHOWN])
     elif isinstance(value, int) and value.bit_length() > 4 * _SHOWN:

@@ -22,6 +22,8 @@ from tdc_fast.text_files import read_json
 __all__ = ["RoutingPlan", "TimestepGroups"]
 
 _FORMAT_VERSION = 1
+_MOST_GROUPS = 2**16
+_MOST_TIMESTEPS = 2**53
 
 
 class TimestepGroups:
@@ -43,12 +45,14 @@ class TimestepGroups:
         values = []
         if not isinstance(boundaries, Iterable):
             raise invalid("boundaries", boundaries, "a sequence of integers")
-        for value in boundaries:
+        for value in itertools.islice(boundaries, _MOST_GROUPS + 2):
             if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
                 raise invalid("boundaries", value, "integers")
             values.append(int(value))
         if len(values) < 2 or values[0] != 0 or any(a >= b for a, b in itertools.pairwise(values)):
             raise invalid("boundaries", values, "values that start at 0, increase strictly and end at num_timesteps")
+        if len(values) > _MOST_GROUPS + 1 or values[-1] > _MOST_TIMESTEPS:
+            raise invalid("boundaries", values, f"at most {_MOST_GROUPS} groups of {_MOST_TIMESTEPS} timesteps")
         if not isinstance(strategy, str):
             raise invalid("strategy", strategy, "a string")
         self.boundaries = tuple(values)
@@ -220,10 +224,10 @@ class TimestepGroups:
 def _check_counts(num_timesteps: int, num_groups: int) -> None:
     require_integer("num_timesteps", num_timesteps)
     require_integer("num_groups", num_groups)
-    if num_timesteps < 1:
-        raise invalid("num_timesteps", num_timesteps, "at least 1")
-    if not 1 <= num_groups <= num_timesteps:
-        raise invalid("num_groups", num_groups, f"1 to num_timesteps = {num_timesteps}")
+    if not 1 <= num_timesteps <= _MOST_TIMESTEPS:
+        raise invalid("num_timesteps", num_timesteps, f"1 to {_MOST_TIMESTEPS}")
+    if not 1 <= num_groups <= min(num_timesteps, _MOST_GROUPS):
+        raise invalid("num_groups", num_groups, f"1 to num_timesteps = {num_timesteps}, and at most {_MOST_GROUPS}")
 
 
 def _alpha_bar(schedule: Any) -> np.ndarray:

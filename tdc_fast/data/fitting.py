@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from tdc_fast.errors import invalid
+
 _LONGEST = 4
 """Sides in a ratio above this are cropped before they are scaled: enlarged, a line of pixels would fill the memory."""
 
@@ -58,7 +60,10 @@ def fit_images(images: np.ndarray, size: int) -> np.ndarray:
     """
     from PIL import Image
 
-    fitted = np.empty((len(images), size, size, images.shape[-1]), np.uint8)
+    try:
+        fitted = np.empty((len(images), size, size, images.shape[-1]), np.uint8)
+    except (MemoryError, ValueError) as error:  # numpy has a largest array, too
+        raise invalid("image_size", size, f"a size at which {len(images)} images fit the memory") from error
     for image, place in zip(images, fitted, strict=True):
         if images.shape[-1] == 3:
             place[:] = fit_image(Image.fromarray(image), size)
