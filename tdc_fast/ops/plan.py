@@ -31,6 +31,8 @@ _Plan = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # order, inverse, offsets
 def as_integers(name: str, value: Any, device: torch.device | None = None) -> Tensor:
     """Returns integers as a tensor: a tensor itself, a sequence or numpy array as int64 on `device` (the CPU if None).
 
+    Copying a sequence or an array to a GPU waits for it.
+
     Raises:
         ValueError: naming what does not hold integers.
     """
@@ -155,7 +157,7 @@ library.add_autograd(permute_samples, _save, _backward, _tangent)
 class RoutingPlan:
     """A batch of B samples sorted by group: every routed operator takes one.
 
-    Build it with `from_groups`. Nothing here waits for a GPU.
+    Build it with `from_groups`. Nothing here waits for a GPU that is given tensors.
 
     Attributes:
         order: int64 (B,), the original sample at each sorted position (a stable sort).
@@ -203,8 +205,8 @@ class RoutingPlan:
             groups: (B,) integers, the group of each sample: a tensor of any integer dtype, a numpy array or a sequence
                 (these two are put on the CPU). B = 0 and groups without samples are allowed.
             num_groups: N.
-            weight_index: (N,) integers likewise, the expert of each group; a tensor must be on the device of groups.
-                None is the identity.
+            weight_index: (N,) integers likewise, the expert of each group; a tensor must be on the device of groups, and
+                anything else is copied there, which waits for a GPU. None is the identity.
             validate: On a GPU, wait for it and check the group ids now. On the CPU they are always checked.
 
         Raises:
