@@ -304,7 +304,8 @@ def _load_array(path: Path, image_size: int | None, class_cond: bool) -> tuple[I
         else:
             arrays = {"images": loaded}
     except Exception as error:
-        remedy = f"arrays of equal images, as numpy.savez writes them ({error})"
+        reason = "it holds pickled objects" if "allow_pickle" in str(error) or "Python objects" in str(error) else error
+        remedy = f"arrays of equal images, as numpy.savez writes them ({reason})"
         raise invalid("data_dir", str(path), remedy) from error
     images = arrays.get("arr_0", arrays.get("images"))
     if images is None:

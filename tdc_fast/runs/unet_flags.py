@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +19,18 @@ def differing_flags(state: Mapping[str, Tensor], config: TrainConfig) -> list[st
     except (KeyError, IndexError, ValueError, ZeroDivisionError):
         return []
     return [f"--{name} {value}" for name, value in found.items() if not _agrees(name, value, config)]
+
+
+def other_project(state: Mapping[str, Tensor]) -> str:
+    """Which other project's network a state dict is of, in words; "" if it is none that is known here."""
+    names = set(state)
+    if any(re.fullmatch(r"output_blocks\.\d+\.[12]\.in_layers\.0\.weight", name) for name in names):
+        return "a UNet of guided-diffusion, which samples up and down in residual blocks (resblock_updown)"
+    if "input_blocks.0.0.weight" in names and not any(name.startswith("output_blocks.") for name in names):
+        return "a classifier of guided-diffusion"
+    if "conv_in.weight" in names and any(name.startswith("down_blocks.") for name in names):
+        return "a UNet of diffusers"
+    return ""
 
 
 def flags_of(state: Mapping[str, Tensor], image_size: int) -> dict[str, Any]:

@@ -10,6 +10,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import pickle
+import re
+import sys
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,11 +31,13 @@ from tdc_fast.runs.checkpoint import finished_steps
 from tdc_fast.runs.config import TrainConfig
 from tdc_fast.runs.directory import RunDirectory
 from tdc_fast.runs.options import DiffusionOptions, ModelOptions
-from tdc_fast.runs.unet_flags import differing_flags
+from tdc_fast.runs.unet_flags import differing_flags, other_project
 from tdc_fast.text_files import read_json
 
 NOT_IN_THE_WEIGHTS = frozenset({"dropout", "use_checkpoint", "in_channels", "sigma_small", "timestep_respacing"})
 """Options of model and diffusion that may differ from those of the base, since the weights do not depend on them."""
+WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+"""Parts of parameter names that torch.compile, FSDP and activation checkpointing add."""
 
 
 def load_tensors(path: Path, device: str | torch.device = "cpu") -> Any:
@@ -45,12 +51,27 @@ def load_tensors(path: Path, device: str | torch.device = "cpu") -> Any:
         ValueError: the file is missing, damaged, or needs code to be unpickled; names it.
     """
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")
+            return torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError as error:
         raise invalid("checkpoint", str(path), "an existing file") from error
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise invalid("checkpoint", str(path), f"a whole file of tensors; it does not load: {reason}") from error
+        raise invalid("checkpoint", str(path), f"a whole file of tensors; {_why_not_loaded(error)}") from error
+
+
+def _why_not_loaded(error: Exception) -> str:
+    """Why torch refused a file, without torch's advice to run the code in it."""
+    text = str(error)
+    needed = re.search(r"GLOBAL ([\w.]+)", text)
+    if needed:
+        return (
+            f"it needs {needed[1]}, and reading that could run code that the file brings along; ask for, or save, "
+            "the state dict alone: torch.save(model.state_dict(), path)"
+        )
+    if isinstance(error, pickle.UnpicklingError):
+        return "it is damaged, or a pickle that torch.save did not write"
+    return f"it does not load: {text.splitlines()[0] if text else type(error).__name__}"
 
 
 def load_verified(path: Path, device: str | torch.device = "cpu") -> Any:
@@ -186,10 +207,32 @@ def read_state(
     for name, value in state.items():
         if not isinstance(name, str) or not _is_dense(value):
             raise invalid(argument, str(path), f"a state dict of dense tensors; {name} is {_kind(value)}")
+    state = _without_wrappers(path, state, expected)
     _check_names_and_shapes(path, state, expected, config)
     for name, value in state.items():
         check_like(argument, path, name, value, expected[name])
     return dict(state)
+
+
+def _without_wrappers(path: Path, state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The state with the names that parameters have in the model itself, not in wrappers of it; prints a note."""
+    if state.keys() == expected.keys():
+        return state
+    found: set[str] = set()
+
+    def bare(name: str) -> str:
+        found.update(WRAPPERS.intersection(name.split(".")))
+        parts = [part for part in name.split(".") if part not in WRAPPERS]
+        while parts[0] == "module" and len(parts) > 1:  # of DataParallel and DistributedDataParallel
+            found.add(parts.pop(0))
+        return ".".join(parts)
+
+    renamed = {bare(name): value for name, value in state.items()}
+    if not found or len(renamed) != len(state):
+        return state
+    shown = ", ".join(f"'{name}.'" for name in sorted(found))
+    print(f"note: {path} was saved from a wrapped model; {shown} is left out of its names", file=sys.stderr, flush=True)
+    return renamed
 
 
 def check_like(argument: str, path: Path, name: str, value: Any, expected: Tensor) -> None:
@@ -232,6 +275,9 @@ def _check_names_and_shapes(
     shaped = [name for name in expected if name in state and state[name].shape != expected[name].shape]
     if not (missing or foreign or shaped):
         return
+    other = other_project(state)
+    if other:
+        raise ValueError(f"{path} does not fit: it is {other}; only improved-diffusion's UNet can be loaded")
     flags = differing_flags(state, config) if config is not None else []
     owner = "the model of the flags" if config is not None else "the model"
     if shaped:
