@@ -35,7 +35,7 @@ class CandidateModel:
         module = module_of(base)
         self.units: tuple[PruningUnit, ...] = tuple(base.pruning_units())
         whole = {unit.name: ExpertUnit(tuple(orders[unit.name]), unit.channels) for unit in self.units}
-        plan = WidthPlan(base_hash="", boundaries=(0, 1), experts=(whole,))
+        plan = WidthPlan(base_hash="0" * 64, boundaries=(0, 1), experts=(whole,))
         packed = pack_experts([module], TimestepGroups([0, 1]), plan)
         self._model: nn.Module = packed.model.requires_grad_(False)
         self._routing = packed.routing

@@ -47,6 +47,10 @@ class RunDirectory:
         self.in_channels = in_channels
         self._logs = logs
 
+    def __repr__(self) -> str:
+        kind = f"{self.config.groups} groups" if self.config.groups else "no groups"
+        return f"<RunDirectory {self.path}: {kind}, {self.config.image_size} pixels, {self.in_channels} channels>"
+
     @classmethod
     def create(cls, config: TrainConfig, in_channels: int) -> RunDirectory:
         """Make the directory of a new run, named by the configuration or the environment.
