@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tdc_fast.errors import invalid
@@ -22,6 +21,7 @@ from tdc_fast.models.blocks import (
     Upsample,
     group_norm,
     head_dim,
+    silu,
     timestep_embedding,
     zeroed,
 )
@@ -193,10 +193,10 @@ class UNet(nn.Module):
         steps = timesteps if self.timestep_scale == 1 else timesteps.float() * self.timestep_scale
         dtype = next(self.time_embed.parameters()).dtype
         emb = self.time_embed[0](timestep_embedding(steps, self.model_channels).to(dtype))
-        emb = self.time_embed[2](F.silu(emb))
+        emb = self.time_embed[2](silu(emb))
         if y is not None:
             emb = emb + self.label_emb(y)
-        emb = F.silu(emb)  # every ResBlock's emb_layers begin with it
+        emb = silu(emb)  # every ResBlock's emb_layers begin with it
 
         h = x.to(dtype).contiguous(memory_format=torch.channels_last)
         skips = []
