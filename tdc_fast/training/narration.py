@@ -12,8 +12,9 @@ from tdc_fast.nn.macs import measure_macs
 from tdc_fast.nn.width_plan import WidthPlan
 from tdc_fast.routing import TimestepGroups
 from tdc_fast.runs.build import build_unet
-from tdc_fast.runs.config import TrainConfig
+from tdc_fast.runs.config import TrainConfig, comma_numbers
 from tdc_fast.runs.directory import RunDirectory
+from tdc_fast.runs.unet_flags import attention_sizes
 from tdc_fast.training import cost
 
 FEW_CALIBRATION_IMAGES = 16
@@ -52,6 +53,22 @@ def warn_of_few_calibration_images(config: TrainConfig) -> None:
         )
 
 
+def _describe_attention(config: TrainConfig) -> str:
+    """Where the UNet has attention, and which of --attention_resolutions no level has."""
+    levels, found = attention_sizes(config)
+    where = f"at {_listed(found)} pixels and in" if found else "only in"
+    asked = comma_numbers("attention_resolutions", config.attention_resolutions, int)
+    lacking = [size for size in asked if size not in levels]
+    text = f"{where} the middle block ({levels[-1]} pixels)"
+    if not lacking:
+        return text
+    return f"{text}; no level has {_listed(lacking)} of --attention_resolutions, levels have {_listed(levels)} pixels"
+
+
+def _listed(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
 def describe_plan(run: RunDirectory, dataset: Dataset) -> str:
     """What the run is going to do: data, model, steps of each phase, and files, as lines of text."""
     config, size = run.config, run.config.image_size
@@ -68,6 +85,7 @@ def describe_plan(run: RunDirectory, dataset: Dataset) -> str:
         f"{size}x{size}x{run.in_channels}{held_out}",
         f"model:   {_short(parameters)} parameters, {_short(macs)} MACs per image",
     ]
+    lines.append(f"         attention {_describe_attention(config)}")
     steps = cost.stage1_steps(config)
     stage1 = f"{'no limit of' if steps is None else steps} steps of {config.batch_size} images"
     if not config.groups:
