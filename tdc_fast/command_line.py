@@ -25,6 +25,15 @@ from tdc_fast.runs.directory import default_directory
 from tdc_fast.runs.limits import check_limits
 from tdc_fast.runs.options import DiffusionOptions, ModelOptions
 
+BASIC = frozenset(
+    {
+        *("run", "which", "model_path", "num_samples", "sampler", "steps", "classes", "features", "out", "config"),
+        *("data_dir", "heldout", "image_size", "num_channels", "num_res_blocks", "class_cond", "diffusion_steps"),
+        *("noise_schedule", "learn_sigma", "batch_size", "lr", "lr_anneal_steps", "ema_ramp", "groups", "grouping"),
+        *("k", "base", "stage1_steps", "stage2_steps", "agent", "rounds", "run_dir", "resume", "device", "preview"),
+    }
+)
+"""The flags that `-h` shows; `--help` shows all."""
 _TRUE, _FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
 
 
@@ -75,7 +84,8 @@ def parse_flags(
 ) -> dict[str, Any]:
     """Parse a command line into the values of all flags, by name.
 
-    Dashes and underscores in a flag's name are the same, `--flag=value` works, booleans are values.
+    Dashes and underscores in a flag's name are the same, `--flag=value` works, booleans are values. `-h` explains the
+    most used flags, `--help` all.
 
     Args:
         sections: heading in `--help` -> frozen dataclass whose fields are the flags and whose field docstrings are
@@ -91,9 +101,12 @@ def parse_flags(
             nearest flags).
     """
     tyro = require("tyro", "demo")
+    is_short = "-h" in argv
+    if is_short:
+        description += "\n\nThe most used flags; --help explains all of them."
     fields = []
     for name, section in sections.items():
-        kind = _flag_class(tyro, section, defaults)
+        kind = _flag_class(tyro, section, defaults, hidden=is_short)
         fields.append((name, kind, dataclasses.field(default_factory=kind)))
     parsed = tyro.cli(
         dataclasses.make_dataclass("Flags", fields),
@@ -240,13 +253,23 @@ def _pairs(argv: Sequence[str]) -> list[tuple[str, str]]:
     return list(itertools.pairwise([*tokens, "--"]))
 
 
-def _flag_class(tyro: Any, section: type, defaults: Mapping[str, Any]) -> type:
-    """The section with other defaults, and help texts without the line breaks of the source, which tyro would keep."""
+def _flag_class(tyro: Any, section: type, defaults: Mapping[str, Any], *, hidden: bool) -> type:
+    """The section with other defaults, and help texts without the line breaks of the source, which tyro would keep.
+
+    With `hidden`, the help leaves out flags that are not in `BASIC`; a section without any of those is shown whole.
+    """
     kinds, texts = typing.get_type_hints(section), _help_texts(section)
+    names = {field.name for field in dataclasses.fields(section)}
+    shown = names & BASIC if hidden and names & BASIC else names
+
+    def annotated(name: str) -> Any:
+        kind = typing.Annotated[kinds[name], tyro.conf.arg(help=texts.get(name))]
+        return kind if name in shown else tyro.conf.Suppress[kind]
+
     fields: list[Any] = [
         (
             field.name,
-            typing.Annotated[kinds[field.name], tyro.conf.arg(help=texts.get(field.name))],
+            annotated(field.name),
             dataclasses.field(default=defaults.get(field.name, field.default)),
         )
         for field in dataclasses.fields(section)

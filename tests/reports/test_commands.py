@@ -17,8 +17,10 @@ from PIL import Image
 from tdc_fast import __main__, evaluate, nll, prune, sample
 from tdc_fast import progress as progress_module
 from tdc_fast import train as train_command
+from tdc_fast.command_line import _help_texts
 from tdc_fast.evaluation import samples
 from tdc_fast.evaluation.samples import write_samples
+from tdc_fast.runs.options import SECTIONS
 from tdc_fast.train import train
 from tests.training.small_run import small_config
 
@@ -208,3 +210,17 @@ def test_listing_the_commands_loads_no_command():
     code = "import runpy, sys; runpy.run_module('tdc_fast', run_name='__main__')"
     done = subprocess.run([sys.executable, "-X", "importtime", "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and "tdc_fast.train" in done.stdout and "tdc_fast.runs" not in done.stderr
+
+
+def test_help_has_a_short_and_a_full_form_and_no_line_wraps_twice(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    said = {}
+    for form in ("-h", "--help"):
+        with pytest.raises(SystemExit, match="0"):
+            train_command.main([form])
+        said[form] = capsys.readouterr().out
+    assert len(said["-h"].splitlines()) * 2 < len(said["--help"].splitlines())
+    assert "--data_dir" in said["-h"] and "--help explains all" in said["-h"] and "--llm_timeout" not in said["-h"]
+    assert "--llm_timeout" in said["--help"]
+    # tyro would keep the line breaks of the source, and wrap each of those lines once more
+    assert not any("\n" in text for section in SECTIONS.values() for text in _help_texts(section).values())
