@@ -73,13 +73,21 @@ def fit_images(images: np.ndarray, size: int) -> np.ndarray:
     return fitted
 
 
-def at_least(photo: np.ndarray, size: int) -> np.ndarray:
-    """The photograph (H, W, 3), enlarged if a patch of `size` pixels does not fit."""
-    height, width = photo.shape[:2]
-    if min(height, width) >= size:
-        return photo
+def patch_of(photo: np.ndarray, scale: float, top: int, left: int, size: int) -> np.ndarray:
+    """A patch (size, size, 3) of an enlarged photograph, without enlarging the rest of it.
+
+    Args:
+        photo: (H, W, 3) uint8.
+        scale: how many times larger the photograph is made; 1 takes its own pixels.
+        top: first row of the patch in the enlarged photograph.
+        left: first column.
+        size: height and width of the patch in pixels.
+    """
+    if scale == 1:
+        return photo[top : top + size, left : left + size]
     from PIL import Image
 
-    scale = size / min(height, width)
-    shape = (round(width * scale), round(height * scale))
-    return np.asarray(Image.fromarray(photo).resize(shape, Image.Resampling.BICUBIC))
+    height, width = photo.shape[:2]
+    rows, columns = height / round(height * scale), width / round(width * scale)  # of the photograph, per patch's
+    box = (left * columns, top * rows, min((left + size) * columns, width), min((top + size) * rows, height))
+    return np.asarray(Image.fromarray(photo).resize((size, size), Image.Resampling.BICUBIC, box=box))

@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from tdc_fast.data.fitting import at_least, fit_images
+from tdc_fast.data.fitting import fit_images, patch_of
 from tdc_fast.data.image_files import Background, read_image
 from tdc_fast.errors import invalid, require
 
@@ -226,10 +226,11 @@ class PhotoSource:
         photos = require("sklearn.datasets", extra="demo").load_sample_images().images
         self.image_size = image_size
         self.corrupt: set[int] = set()
-        self._photos = [at_least(photo, image_size) for photo in photos]
+        self._photos = photos
+        self._scales = [max(1.0, image_size / min(photo.shape[:2])) for photo in photos]
         blocks: list[tuple[int, int, int, int]] = []  # photo, top, left, side
-        for number, photo in enumerate(self._photos):
-            height, width = photo.shape[:2]
+        for number, (photo, scale) in enumerate(zip(photos, self._scales, strict=True)):
+            height, width = (round(length * scale) for length in photo.shape[:2])
             side = min(4 * image_size, height, width)
             blocks += [
                 (number, top, left, side)
@@ -252,8 +253,8 @@ class PhotoSource:
         size = self.image_size
         patches = np.empty((len(indices), size, size, 3), np.uint8)
         for row, i in enumerate(indices):
-            top, left = self._tops[i], self._lefts[i]
-            patches[row] = self._photos[self.photo_ids[i]][top : top + size, left : left + size]
+            photo, scale = self._photos[self.photo_ids[i]], self._scales[self.photo_ids[i]]
+            patches[row] = patch_of(photo, scale, self._tops[i], self._lefts[i], size)
         return patches
 
     def blocks(self, indices: np.ndarray) -> np.ndarray:

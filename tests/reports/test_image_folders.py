@@ -258,3 +258,31 @@ def test_a_member_of_an_npz_that_is_no_array_is_refused_by_name(tmp_path, member
         bad.writestr(member, b"not an array")
     with pytest.raises(ValueError, match=rf"data_dir.*bad\.npz.*{member} is not an array"):
         load_dataset(tmp_path / "bad.npz", class_cond=True)
+
+
+@pytest.mark.parametrize("size", [500, 2000])
+def test_photo_patches_are_those_of_the_enlarged_photograph(size):
+    from sklearn.datasets import load_sample_images
+
+    photos = load_dataset("photos", image_size=size)
+    shown = ((photos.images(np.array([0, 1])) + 1) * 127.5).round().permute(0, 2, 3, 1).numpy()
+    for patch, photo in zip(shown, load_sample_images().images, strict=True):
+        scale = size / min(photo.shape[:2])
+        whole = Image.fromarray(photo).resize((round(photo.shape[1] * scale), size), Image.Resampling.BICUBIC)
+        error = np.abs(patch - np.asarray(whole)[:size, :size].astype(float))
+        assert error.max() <= 2 and error.mean() < 0.02  # Pillow rounds the corners of a box to float32
+
+
+def test_photos_at_2000_pixels_take_less_than_a_gigabyte():
+    code = """
+import resource
+from tdc_fast.data.dataset import load_dataset
+from tdc_fast.data.stream import BatchStream
+train, held = load_dataset("photos", image_size=2000).split(0.4)
+for _, (x, _) in zip(range(3), BatchStream(train, 2)):
+    assert x.shape == (2, 3, 2000, 2000)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert int(ran.stdout) < 1000  # MB, torch itself included
