@@ -205,7 +205,7 @@ class RoutingPlan:
             groups: (B,) integers, the group of each sample: a tensor of any integer dtype, a numpy array or a sequence
                 (these two are put on the CPU). B = 0 and groups without samples are allowed.
             num_groups: N.
-            weight_index: (N,) integers likewise, the expert of each group; a tensor must be on the device of groups, and
+            weight_index: (N,) integers likewise, the expert of each group; a tensor must be on the device of groups,
                 anything else is copied there, which waits for a GPU. None is the identity.
             validate: On a GPU, wait for it and check the group ids now. On the CPU they are always checked.
 
