@@ -5,15 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from tdc_fast.data.dataset import load_dataset
+from tdc_fast.data.dataset import ImageDataset, load_dataset
 from tdc_fast.data.image_files import SUFFIX_WORDS, list_images
 from tdc_fast.data.pixels import to_uint8
 from tdc_fast.errors import invalid, require
 from tdc_fast.evaluation.options import EvaluateOptions
 from tdc_fast.evaluation.samples import draw_samples
 from tdc_fast.runs.denoisers import TrainedDenoiser, from_run
+
+_READ_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -89,10 +92,23 @@ def _own_size(folder: str) -> int | None:
 def _read_images(name: str, size: int | None, run: TrainedDenoiser | None = None) -> ImageSet:
     """The images of a dataset; those of a folder as the run that they are compared with reads its folders."""
     if run is None or not _is_folder(name):
-        return ImageSet(name, to_uint8(load_dataset(name, image_size=size).images()))
+        return ImageSet(name, _pixels(load_dataset(name, image_size=size)))
     channels = 1 if run.image_shape[0] == 1 else 3
     data = load_dataset(name, image_size=size, in_channels=channels, background=run.config.background)
-    return ImageSet(name, to_uint8(data.images()))
+    return ImageSet(name, _pixels(data))
+
+
+def _pixels(data: ImageDataset) -> Tensor:
+    """All images as uint8, converted a few at a time, as floats take four times the memory."""
+    size = data.image_size
+    try:
+        pixels = torch.empty((len(data), data.channels, size, size), dtype=torch.uint8)
+    except RuntimeError as error:
+        raise invalid("image_size", size, f"a size at which {len(data)} images fit the memory") from error
+    for start in range(0, len(data), _READ_AT_ONCE):
+        rows = slice(start, start + _READ_AT_ONCE)
+        pixels[rows] = to_uint8(data.images(rows))
+    return pixels
 
 
 def _run_samples(name: str, options: EvaluateOptions) -> ImageSet:

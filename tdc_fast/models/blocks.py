@@ -144,10 +144,10 @@ class ResBlock(nn.Module):
         return PruningUnit(name, "resblock", self.width, self.atom, width_step(self.width, self.atom), slices)
 
 
-def head_dim(channels: int, num_heads: int) -> int:
-    """Channels per attention head. ValueError unless the heads divide the channels."""
+def head_dim(channels: int, num_heads: int, argument: str = "num_heads") -> int:
+    """Channels per attention head. ValueError, naming the argument, unless the heads divide the channels."""
     if num_heads < 1 or channels % num_heads:
-        raise invalid("num_heads", num_heads, f"a divisor of the {channels} channels of the attention")
+        raise invalid(argument, num_heads, f"a divisor of the {channels} channels of the attention")
     return channels // num_heads
 
 

@@ -15,6 +15,7 @@ from tdc_fast import evaluate, nll, sample, train
 from tdc_fast.data.dataset import load_dataset
 from tdc_fast.evaluation.options import EvaluateOptions
 from tdc_fast.experiments.demo import DemoOptions
+from tdc_fast.models.iddpm import create_unet
 from tdc_fast.nll import NllOptions
 from tdc_fast.routing import TimestepGroups
 from tdc_fast.runs.config import TrainConfig
@@ -185,3 +186,16 @@ def test_few_groups_of_many_timesteps_are_fast():
 def test_images_that_do_not_fit_the_memory_are_refused_by_name():
     with pytest.raises(ValueError, match="^image_size: got"):
         load_dataset("digits", image_size=10**6)
+
+
+def test_heads_that_do_not_divide_the_channels_are_refused_under_the_flag_that_was_set():
+    def make(**heads):
+        return create_unet(image_size=8, num_channels=8, num_res_blocks=1, attention_resolutions="8", **heads)
+
+    for value in (0, 3, -2):
+        with pytest.raises(ValueError, match="^num_heads_upsample: got"):
+            make(num_heads=2, num_heads_upsample=value)
+        with pytest.raises(ValueError, match="^num_heads: got"):
+            make(num_heads=value)
+        with pytest.raises(ValueError, match="^num_heads: got"):
+            make(num_heads=value, num_heads_upsample=2)
