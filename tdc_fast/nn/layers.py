@@ -155,9 +155,4 @@ def _attend(qkv: Tensor, head_dim: int) -> Tensor:
     if qkv.is_cuda:
         return F.scaled_dot_product_attention(q, k, v)
     scores = torch.bmm(q * head_dim**-0.5, k.transpose(1, 2))
-    shares = torch.softmax(scores.float(), dim=-1).to(v.dtype)
-    if v.device.type == "cpu" and v.shape[0] == 1:
-        # A product on its own is divided among several threads, which changes its last bits: it gets a twin, so that a
-        # sample of one head has the same bits alone as in a batch.
-        return torch.bmm(shares.expand(2, -1, -1), v.expand(2, -1, -1))[:1]
-    return torch.bmm(shares, v)
+    return torch.bmm(torch.softmax(scores.float(), dim=-1).to(v.dtype), v)

@@ -59,7 +59,7 @@ def test_a_packed_unet_gives_a_sample_the_same_bits_in_every_batch(
     "settings",
     [
         {"model_channels": 20, "num_heads": 2},  # embeddings that are no multiple of a vector
-        {"model_channels": 12, "num_heads": 1, "image_size": 16},  # one head
+        {"model_channels": 12, "num_heads": 2, "image_size": 16},
         {"image_size": 4, "conv_resample": False},
     ],
 )
