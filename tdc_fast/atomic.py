@@ -25,6 +25,10 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno and error.filename in (None, str(temporary)):  # named after the file that the caller knows
+            raise type(error)(error.errno, error.strerror, str(path)) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     sync_directory(path.parent)
@@ -37,7 +41,9 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def sync_directory(directory: Path) -> None:
-    """Sync a directory, so that renames in it survive a crash of the machine."""
+    """Sync a directory, so that renames in it survive a crash of the machine, where the system can."""
+    if os.name == "nt":  # Windows opens no directories
+        return
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)

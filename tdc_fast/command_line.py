@@ -7,14 +7,17 @@ import dataclasses
 import inspect
 import itertools
 import os
+import signal
 import sys
 import tempfile
+import threading
 import typing
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -24,6 +27,7 @@ from tdc_fast.runs.denoisers import TrainedDenoiser, from_checkpoint, from_run, 
 from tdc_fast.runs.directory import default_directory
 from tdc_fast.runs.limits import check_limits
 from tdc_fast.runs.options import DiffusionOptions, ModelOptions
+from tdc_fast.runs.processes import refuse_many_processes
 
 BASIC = frozenset(
     {
@@ -46,7 +50,8 @@ def run_command(command: Callable[[list[str]], None], argv: Sequence[str] | None
         stopped: what to print after Ctrl-C, unless the interrupt carries a message of its own.
     """
     try:
-        with _plain_warnings():
+        refuse_many_processes()
+        with _plain_warnings(), _termination_as_interrupt():
             command(list(sys.argv[1:] if argv is None else argv))
     except (ValueError, FloatingPointError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -55,6 +60,23 @@ def run_command(command: Callable[[list[str]], None], argv: Sequence[str] | None
         print(str(interrupt) or stopped, file=sys.stderr)
         return 130
     return 0
+
+
+@contextmanager
+def _termination_as_interrupt() -> Iterator[None]:
+    """Let SIGTERM end a command as Ctrl-C does, in the main thread, where Python allows handlers."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

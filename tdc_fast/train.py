@@ -18,7 +18,7 @@ from pathlib import Path
 from tdc_fast.command_line import parse_flags, run_command, value_of, with_bare_value
 from tdc_fast.errors import invalid
 from tdc_fast.runs.config import TrainConfig, read_options, refuse_changed_options
-from tdc_fast.runs.directory import default_directory
+from tdc_fast.runs.directory import RunDirectory, default_directory
 from tdc_fast.runs.opening import refuse_two_directories
 from tdc_fast.runs.options import SECTIONS, RunOptions
 from tdc_fast.training.narration import describe_next
@@ -88,7 +88,7 @@ def _stored_config(directory: Path, arguments: Sequence[str]) -> TrainConfig | N
     """The configuration of the run to resume; None if there is none yet and the arguments can start it."""
     path = directory / "config.json"
     if path.is_file():
-        return TrainConfig.from_dict(read_options(path))
+        return RunDirectory.open(directory).config
     if not value_of(arguments, "data_dir"):
         raise invalid(
             "--resume", str(directory), "a run directory (it has a config.json), or all flags of a run to start there"

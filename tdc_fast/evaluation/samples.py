@@ -47,7 +47,7 @@ def draw_samples(
         batch_size: images at once.
         seed: seed of noise and classes.
         clip_denoised: clip every predicted image to [-1, 1].
-        classes: classes that a class-conditional model draws from; empty for all.
+        classes: classes that a class-conditional model draws from; empty for all that it was trained on.
         device: where the model is.
         progress: show a bar on a terminal, else print lines with the time left.
         spacing: how the steps are spread over the timesteps, as in `tdc_fast.diffusion.samplers.sampling_steps`.
@@ -56,14 +56,14 @@ def draw_samples(
         Images (M, C, H, W) uint8 on the CPU, and their classes (M,) int64, None for an unconditional model.
 
     Raises:
-        ValueError: the model does not have one of the classes.
+        ValueError: the model was not trained on one of the classes.
     """
     from tdc_fast.diffusion import sample
 
     for value in classes:
-        if not 0 <= value < denoiser.num_classes:
-            raise invalid("classes", value, f"classes of the model, which has {denoiser.num_classes}")
-    allowed = torch.tensor(classes or range(denoiser.num_classes), dtype=torch.int64)
+        if value not in denoiser.classes:
+            raise invalid("classes", value, f"classes that the model was trained on: {_ranges(denoiser.classes)}")
+    allowed = torch.tensor(classes or denoiser.classes, dtype=torch.int64)
     generator = torch.Generator().manual_seed(seed)
     images, labels = [], []
     batches = range(0, num_samples, batch_size)
@@ -134,3 +134,14 @@ def _write_picture(path: Path, pixels: np.ndarray) -> None:
     images = torch.from_numpy(pixels[:GRID_IMAGES]).permute(0, 3, 1, 2)
     with atomic_file(path) as file:
         grid_image(images, columns=10, scale=max(1, 64 // images.shape[2])).save(file, format="PNG")
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers as text, such as "0 to 9, 12"; "none" if there are none."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs) or "none"

@@ -68,7 +68,7 @@ def split_data(config: TrainConfig) -> tuple[ImageDataset, ImageDataset | None]:
         in_channels=config.in_channels or None,
         background=config.background,
     )
-    if dataset.num_classes > config.num_classes:
+    if config.num_classes and dataset.num_classes > config.num_classes:
         raise invalid(
             "num_classes", config.num_classes, f"at least the {dataset.num_classes} classes of {config.data_dir}"
         )
@@ -121,7 +121,7 @@ def build_unet(config: TrainConfig, in_channels: int) -> UNet:
         use_checkpoint=config.use_checkpoint,
         use_scale_shift_norm=config.use_scale_shift_norm,
         channel_mult=config.channel_mult,
-        num_classes=config.num_classes,
+        num_classes=config.label_rows,
         in_channels=in_channels,
     )
     model.timestep_scale = 1000.0 / config.diffusion_steps if config.rescale_timesteps else 1.0

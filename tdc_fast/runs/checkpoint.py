@@ -9,6 +9,7 @@ last: without it the process died while writing, and the checkpoint does not cou
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,7 @@ def save_checkpoint(directory: Path, step: int, contents: Mapping[str, Any], des
 
     Raises:
         FloatingPointError: a tensor holds infinities or NaN; names it. Nothing is written then.
+        OSError: a file cannot be written, as on a full disk; names it. The checkpoint then does not count.
     """
     for name, content in contents.items():
         diverged = first_non_finite(content)
@@ -76,17 +78,23 @@ def save_checkpoint(directory: Path, step: int, contents: Mapping[str, Any], des
     described = {}
     (directory / commit).with_suffix(".json").unlink(missing_ok=True)  # an older checkpoint of the same step
     for name, content in contents.items():
-        with atomic_file(directory / name) as file:
-            torch.save(content, file)
-            file.flush()
-            described[name] = {
-                "format": FORMAT,
-                "file": name,
-                "bytes": file.seek(0, 2),
-                "sha256": sha256_of(file),
-                "step": step,
-                **description,
-            }
+        path = directory / name
+        try:
+            with atomic_file(path) as file:
+                torch.save(content, file)
+                file.flush()
+                described[name] = {
+                    "format": FORMAT,
+                    "file": name,
+                    "bytes": file.seek(0, 2),
+                    "sha256": sha256_of(file),
+                    "step": step,
+                    **description,
+                }
+        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+            cause = error.strerror if isinstance(error, OSError) and error.strerror else "torch.save failed"
+            free = shutil.disk_usage(directory).free / 2**20
+            raise OSError(f"{path} cannot be written ({cause}; {free:.0f} MiB are free there)") from error
     described[commit]["files"] = {name: described[name]["sha256"] for name in contents}
     for name in sorted(contents, key=lambda name: name == commit):
         write_json((directory / name).with_suffix(".json"), described[name])

@@ -34,6 +34,7 @@ MAY_CHANGE_ON_RESUME = frozenset(
         "run_dir",
         "resume",
         "resume_step",
+        "override",
         "stop_after",
         "log_interval",
         "save_interval",
@@ -48,6 +49,30 @@ MAY_CHANGE_ON_RESUME = frozenset(
 
 (log_interval decides which rows progress.csv has.)
 """
+
+MAY_BE_OVERRIDDEN = frozenset(
+    {
+        "lr",
+        "weight_decay",
+        "batch_size",
+        "microbatch",
+        "lr_anneal_steps",
+        "lr_anneal_start",
+        "warmup_steps",
+        "grad_clip",
+        "ema_ramp",
+        "precision",
+        "stage1_steps",
+        "stage2_steps",
+        "stage2_batch",
+        "stage2_lr",
+        "stage2_anneal",
+    }
+)
+"""Options that --override may change when a run is resumed: the weights depend on them, but no file's shape does."""
+
+IMPROVED_DIFFUSION_CLASSES = 1000
+"""Rows of the label embedding in every class-conditional model of improved-diffusion."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +120,29 @@ class TrainConfig(DataOptions, ModelOptions, DiffusionOptions, OptimizerOptions,
     def ema_rates(self) -> tuple[str, ...]:
         """The rates as they were written, since they are part of file names: `ema_0.9999_000100.pt`."""
         return tuple(part.strip() for part in self.ema_rate.split(","))
+
+    @property
+    def label_rows(self) -> int:
+        """Rows of the label embedding of a class-conditional model."""
+        return self.num_classes or IMPROVED_DIFFUSION_CLASSES
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """The options that `override` changes, with their new values.
+
+        Raises:
+            ValueError: an entry is no `name=value`, or of an option that has to stay.
+        """
+        changes: dict[str, Any] = {}
+        for part in filter(None, self.override.split(",")):
+            name, equals, value = (piece.strip() for piece in part.partition("="))
+            if not equals or name not in MAY_BE_OVERRIDDEN:
+                names = ", ".join(sorted(MAY_BE_OVERRIDDEN))
+                raise invalid("override", self.override, f"a comma list of name=value, with names out of: {names}")
+            words = {"true": True, "false": False} if _field_types()[name] is bool else {}
+            changes[name] = words.get(value.lower(), value)
+        changed = self.replace(override="", **changes)
+        return {name: getattr(changed, name) for name in changes}
 
     @property
     def mixed_precision(self) -> bool:
@@ -207,6 +255,8 @@ def _number(name: str, text: str, wanted: type) -> float:
 def _check_ranges(config: TrainConfig) -> None:
     values = config.to_dict()
     check_limits(TrainConfig, values)
+    if config.override and not (config.resume or config.resume_checkpoint):
+        raise invalid("override", config.override, "--resume RUN as well, whose options it changes")
     for name in ("heldout", "dropout"):
         if not 0 <= values[name] < 1:
             raise invalid(name, values[name], "a share from 0 to below 1")

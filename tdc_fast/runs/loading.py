@@ -19,7 +19,8 @@ from tdc_fast.runs.checkpoint import ema_file, finished_steps, model_file
 from tdc_fast.runs.config import TrainConfig
 from tdc_fast.runs.directory import RunDirectory
 from tdc_fast.runs.groups import build_groups, load_groups
-from tdc_fast.runs.weights import base_with_weights, plan_hash, read_description, read_state
+from tdc_fast.runs.weights import base_with_weights, read_description, read_state
+from tdc_fast.runs.widths import find_plan, plan_hash
 
 
 class Run:
@@ -63,8 +64,8 @@ class Run:
     @cached_property
     def widths(self) -> WidthPlan | None:
         """What each expert keeps; None when the experts are whole."""
-        path = self.path / "widths.json"
-        return WidthPlan.load(path) if path.is_file() else None
+        path = find_plan(self.directory)
+        return WidthPlan.load(path) if path else None
 
     @property
     def macs(self) -> dict[str, Any] | None:

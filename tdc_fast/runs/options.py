@@ -56,8 +56,9 @@ class ModelOptions:
     """Dropout probability inside the residual blocks."""
     class_cond: bool = False
     """Condition on the class label of each image."""
-    num_classes: Annotated[int, Within(1, 10**7)] = 1000
-    """Rows of the label embedding (improved-diffusion always has 1000); used with --class_cond True."""
+    num_classes: Annotated[int, Within(0, 10**7)] = 0
+    """Rows of the label embedding, with --class_cond True; 0 takes as many as the data has classes, and for files of
+    improved-diffusion the 1000 that they always have."""
     use_checkpoint: bool = False
     """Recompute activations in the backward pass: less memory, more MACs (they are counted)."""
     use_scale_shift_norm: bool = True
@@ -231,6 +232,9 @@ class RunOptions:
     omitted."""
     resume_step: Annotated[int, Within(-1, 10**12)] = -1
     """With --resume: the checkpoint of the interrupted stage to continue from; -1 is the latest."""
+    override: str = ""
+    """With --resume: comma list of settings of the optimizer that change from here on, such as lr=5e-5,batch_size=16.
+    They are recorded in run.json and hold for the rest of the run."""
     resume_checkpoint: str = ""
     """improved-diffusion's flag: continue from model{step}.pt, with the optimizer and the averages beside it."""
     stop_after: Literal["never", "stage1", "pruning"] = "never"

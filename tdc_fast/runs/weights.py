@@ -8,8 +8,6 @@ runs and of users come through it. `load_weights` also checks the flags that the
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import pickle
 import re
 import sys
@@ -25,7 +23,6 @@ from torch import Tensor, nn
 from tdc_fast.atomic import sha256_of
 from tdc_fast.errors import invalid
 from tdc_fast.models.iddpm import UNet
-from tdc_fast.nn.width_plan import WidthPlan
 from tdc_fast.runs.build import build_unet, place
 from tdc_fast.runs.checkpoint import finished_steps
 from tdc_fast.runs.config import TrainConfig
@@ -306,11 +303,6 @@ def base_with_weights(run: RunDirectory, weights: Mapping[str, Tensor] | Path, d
     return place(model, device).eval()
 
 
-def plan_hash(widths: WidthPlan | None) -> str | None:
-    """The sha256 of a width plan, by which checkpoints of experts name it; None for whole experts."""
-    return hashlib.sha256(json.dumps(widths.to_json(), sort_keys=True).encode()).hexdigest() if widths else None
-
-
 def cpu_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A state dict's own copy on the CPU."""
     return {name: value.detach().to("cpu", copy=True) for name, value in state.items() if torch.is_tensor(value)}
@@ -318,8 +310,10 @@ def cpu_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _refuse_other_options(path: Path, made_with: Mapping[str, Any], config: TrainConfig) -> None:
     values = config.to_dict()
+    without = NOT_IN_THE_WEIGHTS | (set() if config.class_cond else {"num_classes"})
     for section in (ModelOptions, DiffusionOptions):
         for field in dataclasses.fields(section):
             name = field.name
-            if name in made_with and name not in NOT_IN_THE_WEIGHTS and made_with[name] != values[name]:
+            wanted = config.label_rows if name == "num_classes" else values[name]
+            if name in made_with and name not in without and made_with[name] != wanted:
                 raise invalid(name, values[name], f"{made_with[name]!r}, with which {path} was made")

@@ -53,11 +53,10 @@ def train_base(run: RunDirectory, dataset: Dataset | None = None) -> State:
             loop = StageLoop(run, stage, model, diffusion, stream, sampler, build_groups(config))
             if not loop.resume() and config.resume_checkpoint:
                 continue_from(Path(config.resume_checkpoint), loop)
-            new = not loop.finished
             loop.train()
-    write_phase(run, macs, "stage1", steps=loop.step, samples=loop.step * config.batch_size, macs=loop.macs)
+    write_phase(run, macs, "stage1", steps=loop.step, samples=loop.samples, macs=loop.macs)
     state = cpu_state(loop.averages.state_dict(config.ema_rates[0]))
-    if new and config.preview:
+    if config.preview:
         write_preview(run, "base", loop.step, build_base(run, state), diffusion)
     return state
 

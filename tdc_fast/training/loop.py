@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -20,8 +21,8 @@ from tdc_fast.diffusion.protocols import Denoiser
 from tdc_fast.diffusion.timestep_samplers import StratifiedSampler, TimestepSampler
 from tdc_fast.errors import invalid, require
 from tdc_fast.routing import TimestepGroups
+from tdc_fast.runs.averages import UNTRAINED, initial_share
 from tdc_fast.runs.checkpoint import (
-    choose_checkpoint,
     discard_after,
     ema_file,
     finished_steps,
@@ -31,6 +32,7 @@ from tdc_fast.runs.checkpoint import (
     state_file,
 )
 from tdc_fast.runs.directory import RunDirectory
+from tdc_fast.runs.opening import find_step
 from tdc_fast.runs.weights import read_state
 from tdc_fast.training.ema import WeightAverages
 from tdc_fast.training.interrupts import StopRequest, TrainingInterrupted, how_to_continue
@@ -126,6 +128,11 @@ class StageLoop:
         return self.stage.steps is not None and self.step >= self.stage.steps
 
     @property
+    def samples(self) -> int:
+        """Images that this stage has trained on so far."""
+        return int(self.samples_per_group.sum())
+
+    @property
     def macs(self) -> int:
         """MACs that this stage has spent so far."""
         samples = self.samples_per_group.tolist()
@@ -143,6 +150,7 @@ class StageLoop:
         config = self.run.config
         shown = config.progress == "always" or (config.progress == "auto" and sys.stderr.isatty())
         self.model.train()
+        self._warn_of_untrained_averages()
         board = self.run.path / "tensorboard" / self.stage.name if config.tensorboard else None
         log = ProgressLog(
             self.run.log_directory(self.stage.name),
@@ -175,6 +183,20 @@ class StageLoop:
             log.close()
             if bar is not None:
                 bar.close()
+
+    def _warn_of_untrained_averages(self) -> None:
+        config, steps = self.run.config, self.stage.steps
+        if steps is None or self.finished or config.ema_ramp:
+            return
+        rate = config.ema_rates[0]
+        share = initial_share(rate, steps)
+        if share > UNTRAINED:
+            use = "sampling uses" if self.stage.name == "experts" or not config.groups else "the experts are split from"
+            warnings.warn(
+                f"after the {steps} steps of stage {self.stage.name} the average of --ema_rate {rate}, which {use}, is "
+                f"still {share:.0%} the weights that it starts from; set --ema_ramp True or a lower --ema_rate",
+                stacklevel=2,
+            )
 
     def _train_step(self) -> None:
         config, stage = self.run.config, self.stage
@@ -240,7 +262,7 @@ class StageLoop:
         self.wall_seconds += self._lap()
         row: dict[str, float | int | None] = {
             "step": self.step,
-            "samples": self.step * self.stage.batch_size,
+            "samples": self.samples,
             **means,
             "lr": self.stage.learning_rate(self.step - 1),
             "macs": self.stage.macs_before + self.macs,
@@ -286,6 +308,10 @@ class StageLoop:
             save_checkpoint(self.directory, self.step, contents, {**self.description(), "macs": macs})
         except FloatingPointError as error:
             raise self._diverged(f"stage {self.stage.name} diverged by step {self.step}: {error}") from error
+        except OSError as error:
+            steps = finished_steps(self.directory)
+            last = f"the last good checkpoint is step {steps[-1]}" if steps else "there is no checkpoint yet"
+            raise OSError(f"{error}; {last}. Once there is room, {how_to_continue(self.run.path)}") from error
 
     def _diverged(self, what: str) -> FloatingPointError:
         """The error for a stage whose numbers are no longer finite: where to go on from, and what to change."""
@@ -308,16 +334,7 @@ class StageLoop:
             ValueError: the checkpoint is damaged or of another run; names the file and the last good checkpoint.
         """
         expected = {key: value for key, value in self.description().items() if key != "config"}
-        later = self.run.path / "experts"
-        split_already = self.stage.name == "base" and self.run.config.groups and later.exists()
-        # resume_step names a checkpoint of the stage that was interrupted: the last one that has a directory.
-        wanted = -1 if split_already or not self.directory.exists() else self.run.config.resume_step
-        try:
-            step = choose_checkpoint(self.directory, expected, wanted, self.run.path, self._check)
-        except ValueError as error:
-            if split_already:
-                raise ValueError(f"{error} (move {later} away first: its experts came from that base)") from error
-            raise
+        step = find_step(self.run, self.stage.name, expected, self._check)
         if step is None:
             discard_after(self.directory, 0)
             return False
@@ -347,7 +364,7 @@ class StageLoop:
         if stored.rest is None:
             return
         try:
-            self.data.load_state_dict(stored.rest["data"])
+            self.data.load_state_dict(self._data_position(stored.rest["data"]))
             self.sampler.load_state_dict(stored.rest["sampler"])
             self.means.load_state_dict(stored.rest["means"])
             self.samples_per_group.copy_(stored.rest["samples_per_group"])
@@ -356,6 +373,16 @@ class StageLoop:
         except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError) as error:
             path = str(directory / state_file(step))
             raise invalid("checkpoint", path, f"the state of this training: {' '.join(str(error).split())}") from error
+
+    def _data_position(self, position: Mapping[str, int]) -> dict[str, int]:
+        """The position in the data of a checkpoint, in batches of the size that holds since it was overridden."""
+        before, size = position["batch_size"], self.data.batch_size
+        if before == size or not self.run.overridden & {"batch_size", "stage2_batch"}:
+            return dict(position)
+        epoch, index = position["epoch"], position["index"] * before // size
+        if index >= self.data.batches_per_epoch:
+            epoch, index = epoch + 1, 0
+        return {**position, "batch_size": size, "epoch": epoch, "index": index}
 
     def _check(self, step: int) -> None:
         """ValueError if a finished checkpoint of the stage does not fit the model."""

@@ -32,6 +32,7 @@ from tdc_fast.runs.config import TrainConfig, comma_numbers, refuse_changed_opti
 from tdc_fast.runs.directory import RunDirectory
 from tdc_fast.runs.opening import open_run
 from tdc_fast.runs.options import SearchOptions
+from tdc_fast.runs.widths import NEXT_PLAN, find_plan, finish_commit, plan_hash
 from tdc_fast.training.base import train_base
 from tdc_fast.training.cost import stage1_steps
 from tdc_fast.training.grouping import group_timesteps
@@ -54,8 +55,9 @@ def prune_base(run: RunDirectory, base_state: State, dataset: Dataset | None = N
         The plan; None if every expert keeps the whole base.
     """
     base = build_base(run, base_state)
-    path = run.path / "widths.json"
-    if path.is_file():
+    finish_commit(run)
+    path = find_plan(run)
+    if path is not None:
         plan = WidthPlan.load(path)
         plan.check(base.pruning_units(), base=base_hash(base), boundaries=groups_of(run).boundaries)
         return plan
@@ -105,11 +107,13 @@ def prune_base_file(config: TrainConfig, dataset: Dataset | None = None) -> tupl
     dataset = dataset or build_data(config)
     _check_prunable(config)
     path = Path(config.run_dir)
-    if (path / "config.json").is_file() and RunDirectory.open(path).identity == config.identity:
+    stored = RunDirectory.open(path) if (path / "config.json").is_file() else None
+    rows = config.num_classes or (stored.config.num_classes if stored else 0)
+    if stored and stored.identity == config.replace(num_classes=rows).identity:
         config = config.replace(resume=config.run_dir)
     else:
         refuse_unreachable_budgets(config, dataset.channels)
-    run = open_run(config, dataset.channels)
+    run = open_run(config, dataset)
     return run, _search_finished_base(run, config, dataset)
 
 
@@ -125,6 +129,7 @@ def search_run(run: RunDirectory, config: TrainConfig, base: UNet, dataset: Data
         base: as `build_base` gives it.
         dataset: images to calibrate on; None loads what the configuration names.
     """
+    finish_commit(run)
     groups = groups_of(run)
     macs = base_macs(run, base)
     with seeded(derived_seed(config.seed, "pruning")):
@@ -139,8 +144,10 @@ def search_run(run: RunDirectory, config: TrainConfig, base: UNet, dataset: Data
             found = _search(run, config, base, groups, batches, difficulty)
         draw_search(run.path, found, base.pruning_units())
     searched = {name: getattr(config, name) for name in ("agent", "rounds", "candidates", "memory")}
-    write_phase(run, macs, "pruning", macs=found.calibration_macs + spent, **searched)
-    found.plan.save(run.path / "widths.json")  # after the cost: a run with widths.json has both
+    found.plan.save(run.path / NEXT_PLAN)
+    hashed = plan_hash(found.plan)
+    write_phase(run, macs, "pruning", macs=found.calibration_macs + spent, **searched, widths_hash=hashed)
+    finish_commit(run)
     return found
 
 

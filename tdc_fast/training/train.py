@@ -10,6 +10,7 @@ from tdc_fast.runs.build import build_data
 from tdc_fast.runs.config import TrainConfig
 from tdc_fast.runs.directory import RunDirectory
 from tdc_fast.runs.opening import open_run
+from tdc_fast.runs.processes import refuse_many_processes
 from tdc_fast.training.base import train_base
 from tdc_fast.training.experts import train_experts
 from tdc_fast.training.grouping import group_timesteps
@@ -42,6 +43,7 @@ def train(config: TrainConfig, dataset: Dataset | None = None) -> RunDirectory:
     """
     if not isinstance(config, TrainConfig):
         raise invalid("config", type(config).__name__, "a TrainConfig")
+    refuse_many_processes()
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     if dataset is None:
@@ -55,7 +57,7 @@ def train(config: TrainConfig, dataset: Dataset | None = None) -> RunDirectory:
         build_agents(config)  # a library that the search needs is missed here, not after stage 1
         if not config.resume:
             refuse_unreachable_budgets(config, dataset.channels)
-    run = open_run(config, dataset.channels)
+    run = open_run(config, dataset)
     with run.writing():
         print(describe_plan(run, dataset), flush=True)
         skipped = _report_skipped(dataset, 0)
@@ -92,7 +94,7 @@ def _check_dataset(dataset: Dataset, config: TrainConfig) -> None:
         raise invalid("image_size", config.image_size, f"{dataset.image_size}, as the images of dataset have")
     if config.class_cond and dataset.labels is None:
         raise invalid("class_cond", config.class_cond, "False, as dataset has no labels")
-    if dataset.num_classes > config.num_classes:
+    if config.num_classes and dataset.num_classes > config.num_classes:
         raise invalid("num_classes", config.num_classes, f"at least the {dataset.num_classes} classes of dataset")
 
 
