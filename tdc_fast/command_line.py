@@ -89,7 +89,7 @@ def _plain_warnings() -> Iterator[None]:
             return f"warning: {message}\n"
         return format_as_usual(message, category, filename, lineno, line)
 
-    warnings.formatwarning = formatted  # type: ignore[assignment]
+    warnings.formatwarning = formatted
     try:
         yield
     finally:
@@ -285,7 +285,7 @@ def _flag_class(tyro: Any, section: type, defaults: Mapping[str, Any], *, hidden
     shown = names & BASIC if hidden and names & BASIC else names
 
     def annotated(name: str) -> Any:
-        kind = typing.Annotated[kinds[name], tyro.conf.arg(help=texts.get(name))]
+        kind: Any = typing.Annotated[kinds[name], tyro.conf.arg(help=texts.get(name))]  # type: ignore[valid-type]
         return kind if name in shown else tyro.conf.Suppress[kind]
 
     fields: list[Any] = [

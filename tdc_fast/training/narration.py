@@ -107,10 +107,11 @@ def describe_groups(groups: TimestepGroups) -> str:
     return f"groups: {groups.num_groups} ({groups.strategy}), boundaries {', '.join(map(str, groups.boundaries))}"
 
 
-def describe_widths(plan: WidthPlan | None, base_macs: int) -> str:
+def describe_widths(run: RunDirectory, plan: WidthPlan | None) -> str:
     """Budget and MACs of every expert as shares of the base's, in one line."""
     if plan is None:
         return "widths: every expert keeps the whole base"
+    base_macs = (run.read("macs.json") or {})["per_sample"]["forward"]["base"]
     shares = ", ".join(f"{macs / base_macs:.1%}" for macs in plan.macs)
     budgets = ", ".join(f"{budget / base_macs:.1%}" for budget in plan.budgets)
     return f"widths: {shares} of the base's MACs (budgets {budgets})"

@@ -81,7 +81,7 @@ def _run_phases(run: RunDirectory, dataset: Dataset) -> None:
     if run.config.groups < 0:  # their number was not known before
         warn_of_small_batches(run.config, groups.num_groups)
     widths = prune_base(run, base, dataset)
-    print(describe_widths(widths, run.read("macs.json")["per_sample"]["forward"]["base"]), flush=True)
+    print(describe_widths(run, widths), flush=True)
     if run.config.stop_after != "pruning":
         train_experts(run, base, widths, dataset)
         print(describe_cost(run), flush=True)
