@@ -35,6 +35,11 @@ FORMAT = 1
 class RunDirectory:
     """Paths and small files of one run; checkpoints are `tdc_fast.runs.checkpoint`'s.
 
+    Args:
+        path: the directory.
+        config: the options that the run was made with.
+        facts: the content of its run.json.
+
     Attributes:
         path: the directory.
         config: the options that the run was made with.

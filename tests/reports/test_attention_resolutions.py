@@ -50,5 +50,5 @@ def test_the_sizes_with_attention_are_those_of_the_model(size, flags, found):
     ],
 )
 def test_the_plan_says_which_requested_resolutions_the_model_lacks(tmp_path, size, said):
-    run = RunDirectory(tmp_path, config_of(size, data_dir="digits"), 1)
+    run = RunDirectory(tmp_path, config_of(size, data_dir="digits"), {"in_channels": 1, "identity": ""})
     assert said in describe_plan(run, [None] * 5) + "\n"

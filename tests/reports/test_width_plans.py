@@ -128,5 +128,5 @@ def test_printing_a_plan_is_a_short_table():
 
 
 def test_a_run_directory_says_what_it_is(tmp_path):
-    run = RunDirectory(tmp_path, TrainConfig(image_size=8), 3)
+    run = RunDirectory(tmp_path, TrainConfig(image_size=8), {"in_channels": 3, "identity": ""})
     assert repr(run) == f"<RunDirectory {tmp_path}: no groups, 8 pixels, 3 channels>"
