@@ -285,7 +285,7 @@ def _flag_class(tyro: Any, section: type, defaults: Mapping[str, Any], *, hidden
     shown = names & BASIC if hidden and names & BASIC else names
 
     def annotated(name: str) -> Any:
-        kind: Any = typing.Annotated[kinds[name], tyro.conf.arg(help=texts.get(name))]  # type: ignore[valid-type]
+        kind: Any = typing.Annotated[kinds[name], tyro.conf.arg(help=texts.get(name))]
         return kind if name in shown else tyro.conf.Suppress[kind]
 
     fields: list[Any] = [
