@@ -25,6 +25,10 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno and error.filename in (None, str(temporary)):  # named after the file that the caller knows
+            raise type(error)(error.errno, error.strerror, str(path)) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     sync_directory(path.parent)
@@ -37,7 +41,9 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def sync_directory(directory: Path) -> None:
-    """Sync a directory, so that renames in it survive a crash of the machine."""
+    """Sync a directory, so that renames in it survive a crash of the machine, where the system can."""
+    if os.name == "nt":  # Windows opens no directories
+        return
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -45,10 +51,32 @@ def sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
-def remove_leftovers(directory: Path) -> None:
-    """Delete the temporary files of killed processes from a directory."""
-    for leftover in directory.glob(".*.tmp"):
-        leftover.unlink(missing_ok=True)
+def remove_leftovers(directory: Path, name: str = "*", *, of_dead_processes_only: bool = False) -> None:
+    """Delete the temporary files of killed processes from a directory.
+
+    Args:
+        directory: where they are.
+        name: pattern of the names that the files were to get.
+        of_dead_processes_only: keep those of processes that still run here, as no lock says that there are none.
+    """
+    for leftover in directory.glob(f".{name}.tmp"):
+        process = leftover.suffixes[-2][1:] if len(leftover.suffixes) > 1 else ""
+        if not (of_dead_processes_only and process.isdigit() and _runs(int(process))):
+            leftover.unlink(missing_ok=True)
+
+
+def _runs(process: int) -> bool:
+    if process == os.getpid():
+        return False  # whatever it is, this process does not write it now
+    if os.name != "posix":
+        return True  # there, signal 0 is Ctrl-C
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def sha256_of(file: IO[bytes]) -> str:

@@ -7,11 +7,17 @@ import dataclasses
 import inspect
 import itertools
 import os
+import signal
 import sys
 import tempfile
+import threading
 import typing
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -19,8 +25,19 @@ import torch
 from tdc_fast.errors import invalid, require
 from tdc_fast.runs.denoisers import TrainedDenoiser, from_checkpoint, from_run, refuse_mismatch, stored_facts
 from tdc_fast.runs.directory import default_directory
+from tdc_fast.runs.limits import check_limits
 from tdc_fast.runs.options import DiffusionOptions, ModelOptions
+from tdc_fast.runs.processes import refuse_many_processes
 
+BASIC = frozenset(
+    {
+        *("run", "which", "model_path", "num_samples", "sampler", "steps", "classes", "features", "out", "config"),
+        *("data_dir", "heldout", "image_size", "num_channels", "num_res_blocks", "class_cond", "diffusion_steps"),
+        *("noise_schedule", "learn_sigma", "batch_size", "lr", "lr_anneal_steps", "ema_ramp", "groups", "grouping"),
+        *("k", "base", "stage1_steps", "stage2_steps", "agent", "rounds", "run_dir", "resume", "device", "preview"),
+    }
+)
+"""The flags that `-h` shows; `--help` shows all."""
 _TRUE, _FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
 
 
@@ -33,7 +50,9 @@ def run_command(command: Callable[[list[str]], None], argv: Sequence[str] | None
         stopped: what to print after Ctrl-C, unless the interrupt has its own message.
     """
     try:
-        command(list(sys.argv[1:] if argv is None else argv))
+        refuse_many_processes()
+        with _plain_warnings(), _termination_as_interrupt():
+            command(list(sys.argv[1:] if argv is None else argv))
     except (ValueError, FloatingPointError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -41,6 +60,40 @@ def run_command(command: Callable[[list[str]], None], argv: Sequence[str] | None
         print(str(interrupt) or stopped, file=sys.stderr)
         return 130
     return 0
+
+
+@contextmanager
+def _termination_as_interrupt() -> Iterator[None]:
+    """Let SIGTERM end a command as Ctrl-C does, in the main thread, where Python allows handlers."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Show the package's own warnings as `warning: ...`, without the source line that raised them."""
+    format_as_usual = warnings.formatwarning
+
+    def formatted(message: Any, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
+        if category is UserWarning and Path(filename).is_relative_to(Path(__file__).parent):
+            return f"warning: {message}\n"
+        return format_as_usual(message, category, filename, lineno, line)
+
+    warnings.formatwarning = formatted
+    try:
+        yield
+    finally:
+        warnings.formatwarning = format_as_usual
 
 
 def parse_flags(
@@ -53,7 +106,8 @@ def parse_flags(
 ) -> dict[str, Any]:
     """Parse a command line into the values of all flags, by name.
 
-    Dashes and underscores in a flag's name are the same, `--flag=value` works, booleans are values.
+    Dashes and underscores in a flag's name are the same, `--flag=value` works, booleans are values. `-h` explains the
+    most used flags, `--help` all.
 
     Args:
         sections: heading in `--help` -> frozen dataclass whose fields are the flags and whose field docstrings are
@@ -64,14 +118,17 @@ def parse_flags(
         description: what the command does, for `--help`.
 
     Raises:
-        ValueError: a boolean flag has another value.
+        ValueError: a boolean flag has another value, or a number is out of the range that its section declares.
         SystemExit: after `--help` (status 0) and for a flag or value that does not exist (status 2; tyro prints the
             nearest flags).
     """
     tyro = require("tyro", "demo")
+    is_short = "-h" in argv
+    if is_short:
+        description += "\n\nThe most used flags; --help explains all of them."
     fields = []
     for name, section in sections.items():
-        kind = _flag_class(tyro, section, defaults)
+        kind = _flag_class(tyro, section, defaults, hidden=is_short)
         fields.append((name, kind, dataclasses.field(default_factory=kind)))
     parsed = tyro.cli(
         dataclasses.make_dataclass("Flags", fields),
@@ -84,6 +141,8 @@ def parse_flags(
     values: dict[str, Any] = {}
     for name in sections:
         values.update(dataclasses.asdict(getattr(parsed, name)))
+    for section in sections.values():
+        check_limits(section, values)
     return values
 
 
@@ -140,8 +199,10 @@ def parse_denoiser_flags(
         prog=prog,
         description=description,
     )
-    if bool(run) == bool(model_path):
-        raise invalid("run", run, "either --run DIR or --model_path FILE")
+    if run and model_path:
+        raise invalid("model_path", model_path, f"none together with --run {run}: one of them names the model")
+    if not (run or model_path):
+        raise ValueError("no model is named; give either --run DIR or --model_path FILE")
     refuse_mismatch(run or model_path, stored, values)
     return values
 
@@ -154,11 +215,32 @@ def load_denoiser(values: Mapping[str, Any]) -> TrainedDenoiser:
 
 
 def output_directory(values: Mapping[str, Any], name: str) -> Path:
-    """Make the folder for a command's files: `--out`, else a folder of this name in the run, else a default one."""
+    """The folder for a command's files: `--out`, else a folder of this name in the run, else a default one.
+
+    It is not made yet, so that a command that is refused or stopped leaves no empty folder.
+
+    Raises:
+        ValueError: nothing can be written there.
+    """
     chosen = values["out"] or (values["run"] and os.path.join(values["run"], name)) or default_directory()
-    directory = Path(chosen or tempfile.mkdtemp(prefix=f"tdc-fast-{name}-"))
-    directory.mkdir(parents=True, exist_ok=True)
+    directory = Path(
+        chosen or os.path.join(tempfile.gettempdir(), f"tdc-fast-{name}-{datetime.now():%Y-%m-%d-%H-%M-%S-%f}")
+    )
+    check_writable(directory)
     return directory
+
+
+def check_writable(directory: Path) -> None:
+    """Refuse a folder in which no file can be made, before hours of work.
+
+    Raises:
+        ValueError: it or the nearest existing folder above it is a file or not writable.
+    """
+    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise invalid("out", str(directory), f"a folder; {existing} is a file")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise invalid("out", str(directory), f"a folder that can be written to; {existing} cannot")
 
 
 def use_threads(count: int) -> None:
@@ -192,13 +274,23 @@ def _pairs(argv: Sequence[str]) -> list[tuple[str, str]]:
     return list(itertools.pairwise([*_split_tokens(argv), "--"]))
 
 
-def _flag_class(tyro: Any, section: type, defaults: Mapping[str, Any]) -> type:
-    """The section with other defaults, and help texts without the line breaks of the source, which tyro would keep."""
+def _flag_class(tyro: Any, section: type, defaults: Mapping[str, Any], *, hidden: bool) -> type:
+    """The section with other defaults, and help texts without the line breaks of the source, which tyro would keep.
+
+    With `hidden`, the help leaves out flags that are not in `BASIC`; a section without any of those is shown whole.
+    """
     kinds, texts = typing.get_type_hints(section), _help_texts(section)
+    names = {field.name for field in dataclasses.fields(section)}
+    shown = names & BASIC if hidden and names & BASIC else names
+
+    def annotated(name: str) -> Any:
+        kind: Any = typing.Annotated[kinds[name], tyro.conf.arg(help=texts.get(name))]
+        return kind if name in shown else tyro.conf.Suppress[kind]
+
     fields: list[Any] = [
         (
             field.name,
-            typing.Annotated[kinds[field.name], tyro.conf.arg(help=texts.get(field.name))],
+            annotated(field.name),
             dataclasses.field(default=defaults.get(field.name, field.default)),
         )
         for field in dataclasses.fields(section)

@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
 from types import ModuleType
+
+_SHOWN = 160
+_BRACKETS: dict[type, tuple[str, str]] = {
+    list: ("[", "]"),
+    tuple: ("(", ")"),
+    dict: ("{", "}"),
+    set: ("{", "}"),
+    frozenset: ("{", "}"),
+}
 
 
 def invalid(argument: str, value: object, remedy: str) -> ValueError:
@@ -14,10 +24,46 @@ def invalid(argument: str, value: object, remedy: str) -> ValueError:
         value: its value; the message shows the `repr`, shortened to one line.
         remedy: what it should be, or what to do: the message continues with it after "expected".
     """
-    shown = " ".join(repr(value).split())
-    if len(shown) > 160:
-        shown = shown[:157] + "..."
-    return ValueError(f"{argument}: got {shown}; expected {remedy}")
+    return ValueError(f"{_cut(argument)}: got {brief(value)}; expected {remedy}")
+
+
+def brief(value: object) -> str:
+    """The `repr` of a value on one line of at most 160 characters.
+
+    What would be cut off is not formatted: a value from a file can be as deep as its parser allows, and a few hundred
+    bytes of YAML with anchors are a list of more elements than the memory holds.
+    """
+    text = ""
+    for piece in _pieces(value):
+        text += piece
+        if len(text) > 2 * _SHOWN:  # white space may shrink
+            break
+    return _cut(" ".join(text.split()))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
+
+
+def _pieces(value: object) -> Iterator[str]:
+    """The `repr` of a value, piece by piece; every level of nesting has a piece before the next level begins."""
+    kind = type(value)
+    if isinstance(value, (list, tuple, dict, set, frozenset)) and kind in _BRACKETS and (value or kind in (list, dict)):
+        opening, closing = _BRACKETS[kind]
+        yield opening
+        for number, item in enumerate(value):
+            yield ", " if number else ""
+            yield from _pieces(item)
+            if isinstance(value, dict):
+                yield ": "
+                yield from _pieces(value[item])
+        yield f",{closing}" if kind is tuple and len(value) == 1 else closing
+    elif isinstance(value, (str, bytes)):
+        yield repr(value[: 2 * _SHOWN])
+    elif isinstance(value, int) and value.bit_length() > 4 * _SHOWN:
+        yield f"an integer of {value.bit_length()} bits"  # Python refuses to print the longest
+    else:
+        yield repr(value)
 
 
 def require(module: str, extra: str) -> ModuleType:

@@ -6,15 +6,18 @@ and whose denoising loss is measured as well.
 
 from __future__ import annotations
 
+import glob
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tdc_fast.atomic import write_json
-from tdc_fast.command_line import parse_flags, run_command, use_threads
+from tdc_fast.atomic import remove_leftovers, write_json
+from tdc_fast.command_line import check_writable, parse_flags, run_command, use_threads
 from tdc_fast.errors import invalid
 from tdc_fast.evaluation import EvaluateOptions, evaluate
 from tdc_fast.evaluation.comparison import describe
+from tdc_fast.evaluation.image_sets import is_run
 
 __all__ = ["EvaluateOptions", "evaluate", "main"]
 
@@ -30,13 +33,17 @@ def _evaluate(arguments: list[str]) -> None:
     )
     options = EvaluateOptions(**values)
     if len(names) != 2:
-        raise invalid("A B", names, "two of: folder, .npz or .npy file, digits, photos, run directory")
+        given = f"{len(names)} sets of images are named" + (f" ({', '.join(names)})" if names else "")
+        raise ValueError(f"{given}; name two of: folder, .npz or .npy file, digits, photos, run directory")
     use_threads(options.num_threads)
-    out = Path(options.out)
+    run = next((name for name in names if is_run(name)), "")
+    out = Path(options.out or os.path.join(run, "evaluation.json"))
     if out.is_dir():  # refused before hours of sampling
         raise invalid("out", options.out, "the name of a file, such as evaluation.json in that folder")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    check_writable(out.parent)
     result = evaluate(names[0], names[1], options)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(out.parent, f"{glob.escape(out.name)}.*", of_dead_processes_only=True)
     write_json(out, result)
     print(describe(result))
     print(f"written to {out}")

@@ -9,11 +9,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 from tdc_fast.command_line import load_denoiser, output_directory, parse_denoiser_flags, run_command, use_threads
-from tdc_fast.errors import invalid
 from tdc_fast.evaluation.likelihood import bits_per_dimension, images_to_measure, write_terms
 from tdc_fast.runs.denoisers import Which
+from tdc_fast.runs.limits import Within
 
 __all__ = ["NllOptions", "bits_per_dimension", "main"]
 
@@ -29,16 +30,17 @@ class NllOptions:
     model_path: str = ""
     """Instead of --run: a weight file of tdc_fast or improved-diffusion."""
     data_dir: str = ""
-    """Images: a folder, an .npz or .npy file, digits or photos; empty takes the held-out images of the run."""
-    num_samples: int = 1000
+    """Images: a folder, an .npz or .npy file, digits or photos; empty takes the held-out images of the run, or
+    the images that it was trained on if it held out none."""
+    num_samples: Annotated[int, Within(1, 10**7)] = 1000
     """Maximum number of images."""
-    batch_size: int = 1
+    batch_size: Annotated[int, Within(1, 2**20)] = 1
     """Images at once."""
     clip_denoised: bool = True
     """Clip every predicted image to [-1, 1]."""
-    seed: int = 0
+    seed: Annotated[int, Within(0, 2**63 - 1)] = 0
     """Seed of the noise."""
-    num_threads: int = 0
+    num_threads: Annotated[int, Within(0, 2**10)] = 0
     """CPU threads; 0 keeps the default of torch."""
     out: str = ""
     """Folder for the files; empty takes nll/ of the run, or with --model_path DIFFUSION_BLOB_LOGDIR, OPENAI_LOGDIR or
@@ -53,13 +55,11 @@ def _measure(arguments: list[str]) -> None:
         prog="python -m tdc_fast.nll",
         description="Measure the variational bound on the negative log likelihood, in bits per dimension.",
     )
-    for name in ("num_samples", "batch_size"):
-        if options[name] < 1:
-            raise invalid(name, options[name], "a number above 0")
     use_threads(options["num_threads"])
     directory = output_directory(options, "nll")
     denoiser = load_denoiser(options)
-    x0, labels = images_to_measure(denoiser, options["data_dir"], options["num_samples"])
+    x0, labels, source = images_to_measure(denoiser, options["data_dir"], options["num_samples"])
+    print(f"measuring {len(x0)} images: {source}", flush=True)
     terms = bits_per_dimension(
         denoiser,
         x0,
@@ -69,7 +69,7 @@ def _measure(arguments: list[str]) -> None:
         seed=options["seed"],
     )
     write_terms(directory, terms, len(x0))
-    print(f"{float(terms['total']):.4f} bits per dimension over {len(x0)} images")
+    print(f"{float(terms['total']):.4f} bits per dimension over {len(x0)} images ({source})")
     print(f"written to {directory}")
 
 

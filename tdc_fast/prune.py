@@ -5,7 +5,8 @@ tdc_fast.train --resume DIR`` then trains the experts. Weights from elsewhere st
 were trained with::
 
     python -m tdc_fast.prune --base ema_0.9999_500000.pt --run_dir runs/pruned --data_dir images/ --image_size 32 \
-        --num_channels 128 --num_res_blocks 3 --groups 8 --k 0.6 --stage2_steps 60000 --agent tpe --rounds 8
+        --num_channels 128 --num_res_blocks 3 --batch_size 128 --groups 8 --k 0.6 --stage2_steps 60000 --agent tpe \
+        --rounds 8
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,10 +17,13 @@ from tdc_fast.atomic import write_json
 from tdc_fast.errors import invalid
 from tdc_fast.ops.checks import require_integer, require_tensors
 from tdc_fast.ops.plan import INTEGER_DTYPES, RoutingPlan
+from tdc_fast.text_files import read_json
 
 __all__ = ["RoutingPlan", "TimestepGroups"]
 
 _FORMAT_VERSION = 1
+_MOST_GROUPS = 2**16
+_MOST_TIMESTEPS = 2**53
 
 
 class TimestepGroups:
@@ -43,12 +45,14 @@ class TimestepGroups:
         values = []
         if not isinstance(boundaries, Iterable):
             raise invalid("boundaries", boundaries, "a sequence of integers")
-        for value in boundaries:
+        for value in itertools.islice(boundaries, _MOST_GROUPS + 2):
             if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
                 raise invalid("boundaries", value, "integers")
             values.append(int(value))
         if len(values) < 2 or values[0] != 0 or any(a >= b for a, b in itertools.pairwise(values)):
             raise invalid("boundaries", values, "values that start at 0, increase strictly and end at num_timesteps")
+        if len(values) > _MOST_GROUPS + 1 or values[-1] > _MOST_TIMESTEPS:
+            raise invalid("boundaries", values, f"at most {_MOST_GROUPS} groups of {_MOST_TIMESTEPS} timesteps")
         if not isinstance(strategy, str):
             raise invalid("strategy", strategy, "a string")
         self.boundaries = tuple(values)
@@ -153,6 +157,11 @@ class TimestepGroups:
                 self._inner[t.device] = inner
         return torch.searchsorted(inner, t.to(torch.int64), right=True)
 
+    def unvisited(self, timesteps: Iterable[int]) -> list[int]:
+        """The groups that none of these timesteps belongs to."""
+        visited = np.searchsorted(self.boundaries, list(timesteps), side="right") - 1
+        return sorted(set(range(self.num_groups)) - {int(group) for group in visited})
+
     def to_json(self) -> dict[str, Any]:
         """The groups as plain JSON values, which `from_json` reads."""
         return {"version": _FORMAT_VERSION, "strategy": self.strategy, "boundaries": list(self.boundaries)}
@@ -179,7 +188,7 @@ class TimestepGroups:
     def load(cls, path: str | os.PathLike[str]) -> TimestepGroups:
         """Reads what `save` wrote; ValueError names a file that is missing or damaged."""
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            data = read_json(Path(path))
         except OSError as error:
             raise invalid("groups file", str(path), f"a file that can be read ({error.strerror})") from error
         except ValueError as error:  # not UTF-8, or not JSON
@@ -215,10 +224,10 @@ class TimestepGroups:
 def _check_counts(num_timesteps: int, num_groups: int) -> None:
     require_integer("num_timesteps", num_timesteps)
     require_integer("num_groups", num_groups)
-    if num_timesteps < 1:
-        raise invalid("num_timesteps", num_timesteps, "at least 1")
-    if not 1 <= num_groups <= num_timesteps:
-        raise invalid("num_groups", num_groups, f"1 to num_timesteps = {num_timesteps}")
+    if not 1 <= num_timesteps <= _MOST_TIMESTEPS:
+        raise invalid("num_timesteps", num_timesteps, f"1 to {_MOST_TIMESTEPS}")
+    if not 1 <= num_groups <= min(num_timesteps, _MOST_GROUPS):
+        raise invalid("num_groups", num_groups, f"1 to num_timesteps = {num_timesteps}, and at most {_MOST_GROUPS}")
 
 
 def _alpha_bar(schedule: Any) -> np.ndarray:

@@ -9,14 +9,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from tdc_fast.command_line import load_denoiser, output_directory, parse_denoiser_flags, run_command, use_threads
+from tdc_fast.diffusion.samplers import SpacingName
 from tdc_fast.errors import invalid
 from tdc_fast.evaluation.samples import draw_samples, write_samples
 from tdc_fast.runs.build import named_device
 from tdc_fast.runs.config import comma_numbers
 from tdc_fast.runs.denoisers import Which
+from tdc_fast.runs.limits import Within
 
 __all__ = ["SampleOptions", "draw_samples", "main", "write_samples"]
 
@@ -34,24 +36,28 @@ class SampleOptions:
     model_path: str = ""
     """Instead of --run: a weight file of tdc_fast or improved-diffusion. The configuration stored beside a file of
     tdc_fast is used, and flags that contradict it are refused; for others, the flags of the model must be given."""
-    num_samples: int = 0
+    num_samples: Annotated[int, Within(0, 10**7)] = 0
     """Number of images; 0 takes 100 with --run, and improved-diffusion's 10000 with --model_path."""
-    batch_size: int = 0
+    batch_size: Annotated[int, Within(0, 2**20)] = 0
     """Images sampled at once; 0 takes 100 with --run, and improved-diffusion's 16 with --model_path."""
     sampler: Literal["auto", "ddpm", "ddim", "dpm++2m"] = "auto"
     """auto takes ddim with --use_ddim True, else ddpm; but with --run and neither --steps nor --timestep_respacing,
     ddim in 50 steps."""
     use_ddim: bool = False
     """improved-diffusion's switch for DDIM."""
-    steps: int = 0
+    steps: Annotated[int, Within(0, 10**6)] = 0
     """Sampling steps; 0 takes all timesteps, or those of --timestep_respacing."""
+    spacing: SpacingName = "auto"
+    """How --steps are spread over the timesteps: leading (multiples of T / steps from 0), trailing (the same, counted
+    down from the last timestep) or linspace (evenly, with both ends). auto is leading for ddim, linspace for ddpm, and
+    even in log SNR for dpm++2m."""
     clip_denoised: bool = True
     """Clip every predicted image to [-1, 1]."""
     classes: str = ""
     """For class-conditional models: comma list of the classes to sample; empty samples all classes."""
-    seed: int = 0
+    seed: Annotated[int, Within(0, 2**63 - 1)] = 0
     """Seed of the noise and the classes."""
-    num_threads: int = 0
+    num_threads: Annotated[int, Within(0, 2**10)] = 0
     """CPU threads; 0 keeps the default of torch."""
     device: str = "cpu"
     """auto, cpu, cuda or cuda:N."""
@@ -68,9 +74,6 @@ def _parse(arguments: list[str]) -> dict[str, Any]:
         prog="python -m tdc_fast.sample",
         description="Sample images from a run directory or from a file of weights.",
     )
-    for name in ("num_samples", "batch_size", "steps"):
-        if options[name] < 0:
-            raise invalid(name, options[name], "0 or a positive number")
     _fill_in(options)
     return options
 
@@ -81,6 +84,8 @@ def _fill_in(options: dict[str, Any]) -> None:
     options["num_samples"] = options["num_samples"] or (100 if is_run else 10000)
     options["batch_size"] = options["batch_size"] or (100 if is_run else 16)
     if options["sampler"] != "auto":
+        if options["use_ddim"] and options["sampler"] != "ddim":
+            raise invalid("sampler", options["sampler"], "ddim, or no --use_ddim True, which asks for it")
         return
     all_steps = not options["steps"] and not options["timestep_respacing"]
     options["sampler"] = "ddim" if options["use_ddim"] or (is_run and all_steps) else "ddpm"
@@ -100,6 +105,7 @@ def _sample(arguments: list[str]) -> None:
         options["num_samples"],
         sampler=options["sampler"],
         steps=options["steps"] or None,
+        spacing=options["spacing"],
         batch_size=options["batch_size"],
         seed=options["seed"],
         clip_denoised=options["clip_denoised"],

@@ -18,8 +18,10 @@ from pathlib import Path
 from tdc_fast.command_line import parse_flags, run_command, value_of, with_bare_value
 from tdc_fast.errors import invalid
 from tdc_fast.runs.config import TrainConfig, read_options, refuse_changed_options
-from tdc_fast.runs.directory import default_directory
+from tdc_fast.runs.directory import RunDirectory, default_directory
+from tdc_fast.runs.opening import refuse_two_directories
 from tdc_fast.runs.options import SECTIONS, RunOptions
+from tdc_fast.training.narration import describe_next
 from tdc_fast.training.train import train
 
 __all__ = ["TrainConfig", "main", "train"]
@@ -50,9 +52,11 @@ def parse_command_line(argv: Sequence[str]) -> TrainConfig:
         SystemExit: `--help`, or a flag that does not exist.
     """
     arguments = with_bare_value(argv, "resume", "latest")
-    directory, file = _resumed_directory(arguments), value_of(arguments, "config")
+    file = value_of(arguments, "config")
+    from_file = read_options(file) if file else {}
+    directory = _resumed_directory(arguments, str(from_file.get("run_dir", "")))
     resumed = _stored_config(directory, arguments) if directory else None
-    values = {**(resumed.to_dict() if resumed else {}), **(read_options(file) if file else {})}
+    values = {**(resumed.to_dict() if resumed else {}), **from_file}
     defaults = TrainConfig.from_dict(values).to_dict()  # refuses a bad key or value of the file by name
     parsed = parse_flags(
         {**SECTIONS, "run": _RunFlags},
@@ -69,11 +73,12 @@ def parse_command_line(argv: Sequence[str]) -> TrainConfig:
     return config.replace(run_dir=str(directory))
 
 
-def _resumed_directory(arguments: Sequence[str]) -> Path | None:
-    resume = value_of(arguments, "resume")
+def _resumed_directory(arguments: Sequence[str], run_dir_of_file: str) -> Path | None:
+    resume, run_dir = value_of(arguments, "resume"), value_of(arguments, "run_dir") or run_dir_of_file
     if resume != "latest":
+        refuse_two_directories(resume, run_dir)
         return Path(resume) if resume else None
-    directory = value_of(arguments, "run_dir") or default_directory()
+    directory = run_dir or default_directory()
     if not directory:
         raise invalid("--resume", "", "the run's directory after it, or --run_dir DIR")
     return Path(directory)
@@ -83,7 +88,7 @@ def _stored_config(directory: Path, arguments: Sequence[str]) -> TrainConfig | N
     """The configuration of the run to resume; None if there is none yet and the arguments can start it."""
     path = directory / "config.json"
     if path.is_file():
-        return TrainConfig.from_dict(read_options(path))
+        return RunDirectory.open(directory).config
     if not value_of(arguments, "data_dir"):
         raise invalid(
             "--resume", str(directory), "a run directory (it has a config.json), or all flags of a run to start there"
@@ -96,7 +101,7 @@ def _train(arguments: list[str]) -> None:
     config = parse_command_line(arguments)
     run = train(config)
     if config.stop_after == "never":
-        print(f"finished: {run.path}")
+        print(f"finished: {run.path}\n{describe_next(run)}")
     else:
         print(f"stopped after {config.stop_after}: {run.path}; --resume {run.path} continues it")
 

@@ -13,6 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 # Top to bottom. Rooms of one line do not import each other.
 ROOMS = (
+    ("__main__",),
     ("train", "prune", "sample", "evaluate", "nll", "demo"),
     ("command_line",),
     ("experiments",),
@@ -25,7 +26,7 @@ ROOMS = (
     ("routing",),
     ("ops",),
     ("kernels", "_native"),
-    ("figures", "atomic"),
+    ("figures", "atomic", "progress", "text_files"),
     ("errors",),
 )
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}

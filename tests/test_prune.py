@@ -91,8 +91,9 @@ def test_another_search_keeps_the_memory_of_the_first_and_is_drawn_beside_it(
     assert (run / "memory.1.jsonl").read_bytes().startswith(first.splitlines(keepends=True)[0])
     assert list(searches_of(run)) == ["random", "evolution"]
     assert (run / "agents.png").read_bytes().startswith(b"\x89PNG")
-    prune_run(run, agent="taylor", progress="never")  # scores nothing: the pictures of other widths go
-    assert not (run / "search.png").exists() and not (run / "widths.png").exists()
+    before = (run / "widths.png").read_bytes()
+    prune_run(run, agent="taylor", progress="never")  # scores nothing: the picture of the other search goes
+    assert not (run / "search.png").exists() and (run / "widths.png").read_bytes() != before
 
 
 @pytest.mark.usefixtures("without_pictures")

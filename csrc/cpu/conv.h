@@ -2,7 +2,8 @@
 //
 // Group g holds samples offsets[g] .. offsets[g + 1] and uses expert weight_index[g]; only its first in_widths[g] input
 // and out_widths[g] output channels are live. Dead inputs are never read, dead outputs and gradients are exact zeros.
-// Sums are fp32 whatever the dtype, and no result depends on the number of threads.
+// Sums are fp32 whatever the dtype. No result depends on the number of threads, and what belongs to a sample (y, dx,
+// dsample_bias) does not depend on the rest of its batch either: the order of a sum follows from shapes and widths.
 //
 // Words used throughout cpu/conv*:
 //   panel        up to kPanelVectors vectors of adjacent channels of the result: the width of a register tile

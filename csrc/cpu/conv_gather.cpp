@@ -138,7 +138,15 @@ class Gather {
   // Pixels of a task that share a list of taps.
   struct Class {
     int64_t pixel_begin, pixel_end, tap_begin, tap_end;
+    bool narrow;
   };
+
+  // Whether the pixels of a class in one sample fill half a tile at most. From the image's shape alone, because it
+  // decides the order of a pixel's sums: as if the rows were cut into the smallest tasks.
+  bool is_narrow(const AxisRun& i_run, const AxisRun& j_run) const {
+    const int64_t rows = std::max<int64_t>(1, kLeastPixels / geo_.columns.indices);
+    return std::min(rows, i_run.end - i_run.begin) * (j_run.end - j_run.begin) * 2 <= kernels_.pixels;
+  }
 
   // Where the source pixels of a task are.
   struct SourceView {
@@ -166,6 +174,7 @@ class Gather {
                          const AxisPhase& column, const AxisRun& j_run) {
       Class& c = classes[counts.classes++];
       c.pixel_begin = pixel_count;
+      c.narrow = is_narrow(i_run, j_run);
       for (int64_t n = 0; n < samples; ++n) {
         for (int64_t i = i_begin; i < i_end; ++i) {
           const float* from = source.base + n * source.image + i * geo_.rows.source_step * source.line +
@@ -274,8 +283,10 @@ class Gather {
       for (const Class* c = classes; c != classes + num_classes; ++c) {
         tile.taps = taps + c->tap_begin;
         tile.num_taps = tile.depth == 0 ? 0 : c->tap_end - c->tap_begin;
+        tile.narrow = c->narrow;
         // Tiles of about equal size: a last tile of one pixel would have too few independent sums.
-        const int64_t count = c->pixel_end - c->pixel_begin, tiles = ceil_div(count, kernels_.pixels);
+        const int64_t count = c->pixel_end - c->pixel_begin;
+        const int64_t tiles = ceil_div(count, c->narrow ? kernels_.pixels / 2 : kernels_.pixels);
         for (int64_t i = 0; i < tiles; ++i) {
           const int64_t begin = count * i / tiles;
           tile.pixels = pixels + c->pixel_begin + begin;

@@ -10,9 +10,9 @@ namespace {
 using GatherFn = void (*)(const GatherTile&);
 using OuterFn = void (*)(const OuterTile&);
 
-template <typename T, int V, int... P>
+template <typename T, int V, int Chains, int... P>
 GatherFn choose_gather(int pixels, std::integer_sequence<int, P...>) {
-  static constexpr GatherFn table[] = {gather_tile<T, P + 1, V>...};
+  static constexpr GatherFn table[] = {gather_tile<T, P + 1, V, Chains>...};
   return table[pixels - 1];
 }
 
@@ -24,10 +24,20 @@ OuterFn choose_outer(int rows, std::integer_sequence<int, P...>) {
 
 using TileSizes = std::make_integer_sequence<int, kPixels>;
 
+using NarrowTileSizes = std::make_integer_sequence<int, kPixels / 2>;
+
+// At least 8 sums are in flight in every full tile, and at most kPixels * 2 fill the registers.
 template <typename T>
 void gather(const GatherTile& tile) {
-  (tile.vectors == 2 ? choose_gather<T, 2>(tile.num_pixels, TileSizes{})
-                     : choose_gather<T, 1>(tile.num_pixels, TileSizes{}))(tile);
+  static_assert(kPanelVectors == 2, "the numbers of chains below are for panels of 2 vectors");
+  constexpr int kWide = kPixels >= 8 ? 1 : 2;
+  const int pixels = tile.num_pixels;
+  if (tile.narrow)
+    (tile.vectors == 2 ? choose_gather<T, 2, 2>(pixels, NarrowTileSizes{})
+                       : choose_gather<T, 1, 4>(pixels, NarrowTileSizes{}))(tile);
+  else
+    (tile.vectors == 2 ? choose_gather<T, 2, 1>(pixels, TileSizes{})
+                       : choose_gather<T, 1, kWide>(pixels, TileSizes{}))(tile);
 }
 
 void outer(const OuterTile& tile) {

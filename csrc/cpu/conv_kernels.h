@@ -24,12 +24,16 @@ struct GatherTap {
   ptrdiff_t weight;  // first packed row
 };
 
+// The order of a pixel's sums follows from taps, depth, live and narrow alone: whatever pixels share its tile, it gets
+// the same bits.
+//
 // out[p, k] = sum over taps and depth c of source[p][tap.source + c] * weights[tap.weight + c, k] + init[p, k]
 // (+ residual).
 struct GatherTile {
   const ConvPixel* pixels;
-  int num_pixels;   // 1 .. ConvKernels::pixels
+  int num_pixels;   // 1 .. ConvKernels::pixels, half as many at most if narrow
   int vectors;      // 1 .. kPanelVectors
+  bool narrow;      // more chains of sums for each pixel, for images that cannot fill tiles
   int64_t channel;  // first output channel of the panel
   const GatherTap* taps;
   int64_t num_taps, depth;

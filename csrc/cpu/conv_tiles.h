@@ -74,18 +74,25 @@ inline void zero_tail(const GatherTile& tile) {
   for (int p = 0; p < tile.num_pixels; ++p) std::memset(static_cast<T*>(tile.pixels[p].out) + tile.live, 0, bytes);
 }
 
-// A multiply-add takes about four cycles and two can start in each, so a small tile sums in several chains at a time.
-template <int P, int V>
-constexpr int kChains = P * V >= 8  ? 1
-                        : P * V > 2 ? (7 + P * V) / (P * V)
-                                    : 4;
-
 // Rounding errors grow with the length of a sum, so runs of about this many products are summed separately.
 constexpr ptrdiff_t kRun = 128;
 
-template <typename T, int P, int V>
+// chains[0] += chains[1] + ..
+template <int C, int P, int V>
+inline void add_chains(Vec (&chains)[C][P][V]) {
+#pragma GCC unroll 4
+  for (int c = 1; c < C; ++c)
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) chains[0][p][v] += chains[c][p][v];
+}
+
+// A multiply-add takes about four cycles and two can start in each, so few pixels need several chains of sums: chain c
+// sums the products of depths c, c + kC, .. of every tap. The number of chains must not depend on P, the pixels that
+// happen to share a tile: it decides the order of a pixel's sums.
+template <typename T, int P, int V, int kC>
 void gather_tile(const GatherTile& tile) {
-  constexpr int kC = kChains<P, V>;
   Vec chains[kC][P][V] = {};
   Vec(&sums)[P][V] = chains[0];
 
@@ -123,28 +130,25 @@ void gather_tile(const GatherTile& tile) {
     }
     if ((left -= tile.depth) <= 0) {
       left = kRun;
+      add_chains(chains);
 #pragma GCC unroll 8
       for (int p = 0; p < P; ++p)
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) {
           float* total = totals + (p * V + v) * kLanes;
           store(total, load(total) + sums[p][v]);
-          sums[p][v] = Vec{};
+#pragma GCC unroll 4
+          for (int c = 0; c < kC; ++c) chains[c][p][v] = Vec{};
         }
     }
   }
+  add_chains(chains);
   if (in_runs) {
 #pragma GCC unroll 8
     for (int p = 0; p < P; ++p)
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) sums[p][v] += load(totals + (p * V + v) * kLanes);
   }
-#pragma GCC unroll 4
-  for (int c = 1; c < kC; ++c)
-#pragma GCC unroll 8
-    for (int p = 0; p < P; ++p)
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) sums[p][v] += chains[c][p][v];
 
   const bool whole = tile.channel + V * kLanes <= tile.live;
 #pragma GCC unroll 8

@@ -1,5 +1,6 @@
-// How group norm splits its work: samples, and blocks of rows within a sample. The split depends on shapes alone,
-// and partial results are combined in block order, so no result depends on the number of threads.
+// How group norm splits its work: samples, and blocks of rows within a sample. The blocks depend on the image's shape
+// alone, and partial results are combined in block order, so no result depends on the number of threads, and none of a
+// sample on the rest of its batch.
 #pragma once
 
 #include <algorithm>

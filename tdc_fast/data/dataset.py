@@ -10,15 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tdc_fast.data.image_sources import (
-    ArraySource,
-    FolderSource,
-    ImageSource,
-    OnCorrupt,
-    PhotoSource,
-    fit_images,
-    list_images,
-)
+from tdc_fast.data.fitting import fit_images
+from tdc_fast.data.image_files import BACKGROUNDS, SUFFIX_WORDS, Background, list_images
+from tdc_fast.data.image_sources import ArraySource, FolderSource, ImageSource, OnCorrupt, PhotoSource
 from tdc_fast.data.pixels import to_unit_range
 from tdc_fast.errors import invalid, require
 
@@ -70,12 +64,14 @@ class ImageDataset:
         indices: (N,) int64, the images of the source that the dataset holds.
         labels: (N,) int64, or None if not class conditional.
         num_classes: number of classes in the whole source, also for a split; 0 without labels.
+        ignored: hidden images and folders, and the like, that were left out of a folder, see `load_dataset`.
     """
 
     source: ImageSource
     indices: np.ndarray
     labels: np.ndarray | None = None
     num_classes: int = 0
+    ignored: int = 0
 
     @classmethod
     def from_array(cls, images: np.ndarray, labels: np.ndarray | None = None) -> ImageDataset:
@@ -104,7 +100,7 @@ class ImageDataset:
 
     @property
     def channels(self) -> int:
-        """Colour channels: 3 for folders and photographs, 1 for digits, those of the array otherwise."""
+        """Colour channels: 3 for photographs, 1 for digits, 3 or 1 for folders, those of the array otherwise."""
         return self.source.channels
 
     @property
@@ -186,25 +182,32 @@ def load_dataset(
     image_size: int | None = None,
     class_cond: bool = False,
     on_corrupt: OnCorrupt = "error",
+    in_channels: int | None = None,
+    background: Background = "white",
     cache_bytes: int = CACHE_BYTES,
 ) -> ImageDataset:
     """Open a dataset.
 
     - "digits": scikit-learn's 1797 handwritten digits, 8x8, one channel, 10 classes.
     - "photos": 8192 patches of scikit-learn's two sample photographs, `image_size` pixels (32 by default), 2 classes.
-    - A folder: every jpg, jpeg, png and gif file below it in sorted order, as RGB. The class is the file name up to the
-      first "_"; classes are numbered in sorted order, and directories do not matter. Needs `image_size`.
+    - A folder: every jpg, jpeg, png, gif, webp, bmp, tif and tiff file below it in sorted order, as RGB, or as grey
+      with `in_channels` 1. The class is the file name up to the first "_"; classes are numbered in sorted order, and
+      directories do not matter. Needs `image_size`. Hidden files and folders are left out and counted, as are
+      `__MACOSX`, folders that were read already (links in a circle), pipes and devices.
     - An .npz file (`arr_0` or `images`, labels in `arr_1` or `labels`) or .npy file: (N, H, W, C) or (N, H, W),
       uint8, or float in [-1, 1] or, if no value is negative, in [0, 1].
 
     Images of another size are halved with a box filter while at least twice as large, scaled (bicubic) so that the
-    short side fits, and cropped at the centre.
+    short side fits, and cropped at the centre. Before, the images of a folder are turned as their EXIF orientation
+    says, converted to RGB or grey, and put on the background.
 
     Args:
         name_or_path: one of the above. Names take precedence over paths: write "./digits" for a folder of that name.
         image_size: height and width in pixels; None takes the images as they are.
         class_cond: load labels too.
         on_corrupt: "error" refuses a file that cannot be decoded by name; "skip" leaves it out and counts it.
+        in_channels: colour channels that the images must have; None takes what the data has, and RGB for folders.
+        background: colour behind the transparent pixels of a folder's images: "white", "grey" or "black".
         cache_bytes: a folder of at most this many decoded bytes is decoded, and so checked, at once. A larger one is
             decoded as it is read; "skip" then replaces a corrupt image and its class by the next good one.
 
@@ -216,18 +219,26 @@ def load_dataset(
         raise invalid("on_corrupt", on_corrupt, "'error' or 'skip'")
     if image_size is not None and not (isinstance(image_size, int) and image_size >= 1):
         raise invalid("image_size", image_size, "a positive number of pixels")
+    if background not in BACKGROUNDS:
+        raise invalid("background", background, f"one of {', '.join(BACKGROUNDS)}")
     if not isinstance(name_or_path, (str, Path)):
         raise invalid("data_dir", name_or_path, "a name or a path")
     path = Path(name_or_path)
     labels: np.ndarray | None
     source: ImageSource
+    ignored = 0
     if str(name_or_path) == DIGITS:
         source, labels = _load_digits(image_size)
     elif str(name_or_path) == PHOTOS:
         photos = PhotoSource(image_size or 32)
         source, labels = photos, photos.photo_ids
     elif str(name_or_path) and path.is_dir():  # Path("") would be the working directory
-        source, labels = _load_folder(path, image_size, on_corrupt, cache_bytes)
+        files, ignored = _listed(path, image_size)
+        channels = 3 if in_channels is None else in_channels
+        if channels not in (1, 3):
+            raise invalid("in_channels", channels, f"1 (grey) or 3 (RGB), as {path} is a folder of images")
+        folder = FolderSource(files, image_size or 0, on_corrupt, channels=channels, background=background)
+        source, labels = _load_folder(folder, files, cache_bytes)
     elif path.is_file() and path.suffix in (".npz", ".npy"):
         source, labels = _load_array(path, image_size, class_cond)
     else:
@@ -237,8 +248,10 @@ def load_dataset(
         labels = None
     elif labels is None:
         raise invalid("class_cond", class_cond, f"False, or labels as 'arr_1' or 'labels' in {path}")
+    if in_channels not in (None, source.channels):
+        raise invalid("in_channels", in_channels, f"{source.channels}, as the images of {name_or_path} have")
     num_classes = 0 if labels is None else int(labels.max()) + 1
-    return ImageDataset(source, np.arange(len(source)), labels, num_classes)
+    return ImageDataset(source, np.arange(len(source)), labels, num_classes, ignored)
 
 
 def _load_digits(image_size: int | None) -> tuple[ImageSource, np.ndarray]:
@@ -248,29 +261,33 @@ def _load_digits(image_size: int | None) -> tuple[ImageSource, np.ndarray]:
     if image_size in (None, 8):
         return ArraySource(sixteenths / 8 - 1), labels
     pixels = np.rint(sixteenths * (255 / 16)).astype(np.uint8)
-    return ArraySource(fit_images(pixels, image_size, DIGITS)), labels
+    return ArraySource(fit_images(pixels, image_size)), labels
 
 
-def _load_folder(
-    folder: Path, image_size: int | None, on_corrupt: OnCorrupt, cache_bytes: int
-) -> tuple[ImageSource, np.ndarray]:
+def _listed(folder: Path, image_size: int | None) -> tuple[list[Path], int]:
+    """The image files of a folder, and how many entries were left out."""
     if image_size is None:
         raise invalid("image_size", image_size, "the size to scale a folder's images to")
-    files = list_images(folder)
-    if not files:
-        raise invalid("data_dir", str(folder), "a folder with jpg, jpeg, png or gif files in it or below")
-    folder_source = FolderSource(files, image_size, on_corrupt)
-    source: ImageSource = folder_source
+    found = list_images(folder)
+    if not found.files:
+        raise invalid("data_dir", str(folder), f"a folder with {SUFFIX_WORDS} files in it or below")
+    if found.ignored:
+        first = found.ignored[0].relative_to(folder)
+        print(f"{folder}: left out {len(found.ignored)} hidden or special entries, such as {first}", flush=True)
+    return found.files, len(found.ignored)
+
+
+def _load_folder(folder: FolderSource, files: list[Path], cache_bytes: int) -> tuple[ImageSource, np.ndarray]:
     classes = [file.name.split("_")[0] for file in files]
     # Numbered before corrupt files are left out, so that a damaged file does not change the classes of the others.
     ids = {name: number for number, name in enumerate(sorted(set(classes)))}
     labels = np.array([ids[name] for name in classes], dtype=np.int64)
-    if len(files) * image_size * image_size * 3 <= cache_bytes:
-        source, kept = folder_source.decoded()
-        labels = labels[kept]
-        if not kept:
-            raise invalid("data_dir", str(folder), f"images that can be decoded; none of the {len(files)} can")
-    return source, labels
+    if len(files) * folder.image_size**2 * folder.channels > cache_bytes:
+        return folder, labels
+    source, kept = folder.decoded()
+    if not kept:
+        raise invalid("data_dir", str(files[0].parent), f"images that can be decoded; none of the {len(files)} can")
+    return source, labels[kept]
 
 
 def _load_array(path: Path, image_size: int | None, class_cond: bool) -> tuple[ImageSource, np.ndarray | None]:
@@ -281,10 +298,14 @@ def _load_array(path: Path, image_size: int | None, class_cond: bool) -> tuple[I
         if isinstance(loaded, np.lib.npyio.NpzFile):
             with loaded:
                 arrays = {name: loaded[name] for name in names if name in loaded.files}
+            for name, value in arrays.items():
+                if not isinstance(value, np.ndarray):  # bytes: a member that numpy.savez did not write
+                    raise ValueError(f"{name} is not an array; numpy.savez calls its member {name}.npy")
         else:
             arrays = {"images": loaded}
     except Exception as error:
-        remedy = f"arrays of equal images, as numpy.savez writes them ({error})"
+        reason = "it holds pickled objects" if "allow_pickle" in str(error) or "Python objects" in str(error) else error
+        remedy = f"arrays of equal images, as numpy.savez writes them ({reason})"
         raise invalid("data_dir", str(path), remedy) from error
     images = arrays.get("arr_0", arrays.get("images"))
     if images is None:

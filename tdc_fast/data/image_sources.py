@@ -10,10 +10,11 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from tdc_fast.data.fitting import fit_images, patch_of
+from tdc_fast.data.image_files import Background, read_image
 from tdc_fast.errors import invalid, require
 
 OnCorrupt = Literal["error", "skip"]
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".gif"})
 PHOTO_PATCHES = 8192
 DECODING_THREADS = min(8, os.cpu_count() or 1)
 
@@ -110,7 +111,7 @@ class ArraySource:
                 raise invalid("images", found, "square images, or image_size to crop them to")
             if images.dtype != np.uint8:
                 raise invalid("images", found, f"uint8, as floats are not resized, or {image_size} pixels square")
-            images = fit_images(images, image_size, name)
+            images = fit_images(images, image_size)
         return cls(images, from_zero=from_zero)
 
     def __len__(self) -> int:
@@ -130,20 +131,31 @@ class ArraySource:
 
 
 class FolderSource:
-    """Image files, decoded to RGB by a few threads when they are fetched.
+    """Image files, decoded by a few threads when they are fetched.
 
     Args:
         files: the image files.
         image_size: size in pixels to scale and crop them to.
         on_corrupt: whether a file that cannot be decoded is an error or is left out.
+        channels: 3 for RGB, 1 for grey.
+        background: the colour behind transparent pixels.
     """
 
     slow = True
-    channels = 3
 
-    def __init__(self, files: Sequence[Path], image_size: int, on_corrupt: OnCorrupt = "error") -> None:
+    def __init__(
+        self,
+        files: Sequence[Path],
+        image_size: int,
+        on_corrupt: OnCorrupt = "error",
+        *,
+        channels: int = 3,
+        background: Background = "white",
+    ) -> None:
         self._files = files
         self._on_corrupt = on_corrupt
+        self._background = background
+        self.channels = channels
         self.corrupt: set[int] = set()
         self.image_size = image_size
 
@@ -172,7 +184,7 @@ class FolderSource:
         """Decode all images into memory; also returns the positions of those that could be decoded."""
         images = self._in_threads(self._decode_or_none, range(len(self._files)))
         kept = [position for position, image in enumerate(images) if image is not None]
-        shape = (0, self.image_size, self.image_size, 3)
+        shape = (0, self.image_size, self.image_size, self.channels)
         stacked = np.stack([images[position] for position in kept]) if kept else np.zeros(shape, np.uint8)
         return ArraySource(stacked, skipped=len(images) - len(kept)), kept
 
@@ -181,15 +193,11 @@ class FolderSource:
             return list(pool.map(decode, indices))
 
     def _decode_or_none(self, position: int) -> np.ndarray | None:
-        from PIL import Image
-
         if position in self.corrupt:
             return None
         file = self._files[position]
         try:
-            with Image.open(file) as image:
-                image.load()
-                return fit_image(_eight_bits(image), self.image_size, mode="RGB")
+            return read_image(file, self.image_size, self.channels, self._background)
         # Pillow's decoders raise many kinds of error for damaged files, some of them its own, some SyntaxError.
         except Exception as error:
             if self._on_corrupt == "error":
@@ -218,10 +226,11 @@ class PhotoSource:
         photos = require("sklearn.datasets", extra="demo").load_sample_images().images
         self.image_size = image_size
         self.corrupt: set[int] = set()
-        self._photos = [_at_least(photo, image_size) for photo in photos]
+        self._photos = photos
+        self._scales = [max(1.0, image_size / min(photo.shape[:2])) for photo in photos]
         blocks: list[tuple[int, int, int, int]] = []  # photo, top, left, side
-        for number, photo in enumerate(self._photos):
-            height, width = photo.shape[:2]
+        for number, (photo, scale) in enumerate(zip(photos, self._scales, strict=True)):
+            height, width = (round(length * scale) for length in photo.shape[:2])
             side = min(4 * image_size, height, width)
             blocks += [
                 (number, top, left, side)
@@ -244,87 +253,10 @@ class PhotoSource:
         size = self.image_size
         patches = np.empty((len(indices), size, size, 3), np.uint8)
         for row, i in enumerate(indices):
-            top, left = self._tops[i], self._lefts[i]
-            patches[row] = self._photos[self.photo_ids[i]][top : top + size, left : left + size]
+            photo, scale = self._photos[self.photo_ids[i]], self._scales[self.photo_ids[i]]
+            patches[row] = patch_of(photo, scale, self._tops[i], self._lefts[i], size)
         return patches
 
     def blocks(self, indices: np.ndarray) -> np.ndarray:
         """See `ImageSource`."""
         return self._block_ids[indices]
-
-
-def list_images(folder: Path) -> list[Path]:
-    """All image files below a folder, in depth-first order with the entries of each directory sorted by name."""
-    found: list[Path] = []
-    for entry in sorted(folder.iterdir(), key=lambda entry: entry.name):
-        if entry.is_dir():
-            found += list_images(entry)
-        elif entry.suffix.lower() in SUFFIXES:
-            found.append(entry)
-    return found
-
-
-def fit_image(image: Any, size: int, mode: str | None = None) -> np.ndarray:
-    """Scale and crop an image to a square, as improved-diffusion does.
-
-    It is halved with a box filter while it is at least twice as large, scaled bicubically so that its short side fits,
-    and cropped at the centre.
-
-    Args:
-        image: a PIL image.
-        size: height and width of the result in pixels.
-        mode: PIL mode to convert to after scaling; None keeps the image's.
-
-    Returns:
-        Pixels (size, size, C) uint8.
-    """
-    from PIL.Image import Resampling
-
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), resample=Resampling.BOX)
-    scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), resample=Resampling.BICUBIC)
-    pixels = np.asarray(image if mode is None else image.convert(mode))
-    top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
-    pixels = pixels[top : top + size, left : left + size]
-    return pixels[..., None] if pixels.ndim == 2 else pixels
-
-
-def _eight_bits(image: Any) -> Any:
-    """Convert a 16-bit grey image to 8 bits: Pillow's conversion to RGB would clip its values at 255."""
-    from PIL import Image
-
-    if not image.mode.startswith("I"):  # I, or I;16 of either byte order
-        return image
-    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-
-
-def fit_images(images: np.ndarray, size: int, name: str) -> np.ndarray:
-    """Apply `fit_image` to an array of images.
-
-    Args:
-        images: (N, H, W, C) uint8 with 1, 3 or 4 channels.
-        size: height and width of the result in pixels.
-        name: where the array comes from, for error messages.
-
-    Raises:
-        ValueError: the images have two channels.
-    """
-    from PIL import Image
-
-    if images.shape[-1] == 2:
-        raise invalid("images", f"{name}: 2 channels", f"{size} pixels, as two channels cannot be resized")
-    planes = images[..., 0] if images.shape[-1] == 1 else images
-    return np.stack([fit_image(Image.fromarray(image), size) for image in planes])
-
-
-def _at_least(photo: np.ndarray, size: int) -> np.ndarray:
-    """The photograph (H, W, 3), enlarged if a patch of `size` pixels does not fit."""
-    height, width = photo.shape[:2]
-    if min(height, width) >= size:
-        return photo
-    from PIL import Image
-
-    scale = size / min(height, width)
-    shape = (round(width * scale), round(height * scale))
-    return np.asarray(Image.fromarray(photo).resize(shape, Image.Resampling.BICUBIC))

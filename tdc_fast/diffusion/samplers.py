@@ -6,7 +6,8 @@ to different next steps. A sample with t = -1 is finished and is returned unchan
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -18,8 +19,10 @@ from tdc_fast.diffusion.diffusion import Diffusion, ReverseStep, check_timesteps
 from tdc_fast.diffusion.gaussian import broadcast_to_samples, draw_noise
 from tdc_fast.diffusion.protocols import Denoiser
 from tdc_fast.errors import invalid
+from tdc_fast.routing import TimestepGroups
 
 SamplerName = Literal["ddpm", "ddim", "dpm++2m"]
+SpacingName = Literal["auto", "leading", "trailing", "linspace"]
 FINISHED = -1
 LOWEST_LOG_SNR = -5.1
 """Half log SNR below which DPM-Solver++ does not start: at the end of the cosine schedule nothing of x0 is left in x_t,
@@ -195,8 +198,12 @@ def sample(
     eta: float = 0.0,
     device: torch.device | str | None = None,
     noise: Tensor | None = None,
+    spacing: SpacingName = "auto",
+    on_step: Callable[[], object] | None = None,
 ) -> Tensor:
     """Draw samples.
+
+    Warns if the model is packed from experts and the steps leave some of them unused.
 
     Args:
         diffusion: the process.
@@ -212,6 +219,8 @@ def sample(
         eta: noise of DDIM, 0 for none.
         device: where to sample; None for torch's default device.
         noise: x_T (shape), instead of a draw.
+        spacing: how the steps are spread over the timesteps (see `sampling_steps`).
+        on_step: called after every step.
 
     Returns:
         float32 samples (B, C, ...), in [-1, 1] when `clip_denoised`.
@@ -229,7 +238,8 @@ def sample(
         raise invalid("device", device, 'a device of torch, such as "cpu" or "cuda:0"') from error
     if eta < 0:
         raise invalid("eta", eta, "0 (deterministic) or a number above it")
-    visited = sampling_steps(diffusion, sampler, steps)
+    visited = sampling_steps(diffusion, sampler, steps, spacing)
+    _warn_of_idle_experts(model, diffusion, visited)
     process = diffusion if len(visited) == diffusion.num_timesteps else diffusion.with_timesteps(visited)
     x = torch.empty(tuple(shape), device=device, memory_format=_memory_format(len(shape)))
     x = draw_noise(x, generator) if noise is None else noise.to(x)
@@ -248,10 +258,14 @@ def sample(
             x = ddim_step(process, model, x, t, eta=eta, generator=generator, **options)
         else:
             x, history = dpmpp_2m_step(process, model, x, t, history=history, **options)
+        if on_step is not None:
+            on_step()
     return x
 
 
-def sampling_steps(diffusion: Diffusion, sampler: SamplerName, steps: int | None = None) -> tuple[int, ...]:
+def sampling_steps(
+    diffusion: Diffusion, sampler: SamplerName, steps: int | None = None, spacing: SpacingName = "auto"
+) -> tuple[int, ...]:
     """The increasing steps of `diffusion` that `sample` visits.
 
     Args:
@@ -260,22 +274,48 @@ def sampling_steps(diffusion: Diffusion, sampler: SamplerName, steps: int | None
             T / steps, starting at 0, as the spacing "ddim25" but for any count. "dpm++2m" spreads them evenly in half
             log SNR, which is the time of that solver, from step 0 to the last step above -5.1.
         steps: how many; None for all of them ("dpm++2m": all above -5.1).
+        spacing: "auto" is what the sampler does, as above. "leading" takes multiples of T / steps, starting at 0;
+            "trailing" counts them down from T - 1, so that sampling begins at pure noise; "linspace" spreads the steps
+            evenly with both ends. They are the names of diffusers.
 
     Raises:
-        ValueError: for an unknown sampler, or more steps than the process has.
+        ValueError: for an unknown sampler or spacing, or more steps than the process has.
     """
     if sampler not in get_args(SamplerName):
         raise invalid("sampler", sampler, "one of " + ", ".join(get_args(SamplerName)))
+    if spacing not in get_args(SpacingName):
+        raise invalid("spacing", spacing, "one of " + ", ".join(get_args(SpacingName)))
     total = diffusion.num_timesteps
     if steps is not None and not (isinstance(steps, int) and 1 <= steps <= total):
         raise invalid("steps", steps, f"1 to {total} steps")
-    if sampler == "dpm++2m":
+    if sampler == "dpm++2m" and spacing == "auto":
         return _even_in_log_snr(diffusion, steps)
     if steps is None:
         return tuple(range(total))
-    if sampler == "ddim":
+    if spacing == "auto":
+        spacing = "leading" if sampler == "ddim" else "linspace"
+    if spacing == "leading":
         return tuple(index * total // steps for index in range(steps))
+    if spacing == "trailing":
+        return tuple(total - 1 - index * total // steps for index in reversed(range(steps)))
     return tuple(round(index * (total - 1) / max(1, steps - 1)) for index in range(steps))
+
+
+def _warn_of_idle_experts(model: Denoiser, diffusion: Diffusion, visited: Sequence[int]) -> None:
+    """Warn where the steps reach no timestep of some experts of a packed model."""
+    groups = getattr(model, "groups", None)
+    if not isinstance(groups, TimestepGroups):
+        return
+    steps = torch.tensor(visited, dtype=torch.int64)
+    idle = groups.unvisited(diffusion.original_timesteps(steps).tolist())
+    if idle:
+        intervals = list(groups)
+        names = ", ".join(f"{g} (t {intervals[g][0]} to {intervals[g][1] - 1})" for g in idle)
+        warnings.warn(
+            f"{len(visited)} sampling steps leave {len(idle)} of {groups.num_groups} experts idle: {names}; more "
+            "steps, another spacing (trailing, linspace) or fewer groups use them",
+            stacklevel=4,
+        )
 
 
 def _even_in_log_snr(diffusion: Diffusion, steps: int | None) -> tuple[int, ...]:

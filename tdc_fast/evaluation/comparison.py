@@ -17,6 +17,7 @@ from tdc_fast.routing import TimestepGroups
 from tdc_fast.runs.build import split_data
 from tdc_fast.runs.denoisers import TrainedDenoiser
 from tdc_fast.runs.groups import build_groups
+from tdc_fast.runs.limits import check_limits
 
 FEW_IMAGES = 5000
 
@@ -38,9 +39,7 @@ def evaluate(a: str, b: str, options: EvaluateOptions | None = None) -> dict[str
         ValueError: a set is missing or does not fit the other one, or an option is out of range.
     """
     options = options or EvaluateOptions()
-    for name in ("num_samples", "steps", "batch_size", "loss_images"):
-        if getattr(options, name) < 1:
-            raise invalid(name, getattr(options, name), "a number above 0")
+    check_limits(EvaluateOptions, vars(options))
     first, second = load_pair(a, b, options)
     extractor, description = _extractor(first.images, options.features)
     reference = first if second.denoiser is not None and first.denoiser is None else second
@@ -59,7 +58,12 @@ def evaluate(a: str, b: str, options: EvaluateOptions | None = None) -> dict[str
         "few_images": min(len(first.images), len(second.images)) < FEW_IMAGES,
     }
     if first.denoiser or second.denoiser:
-        result["sampler"] = {"name": options.sampler, "steps": options.steps, "seed": options.seed}
+        result["sampler"] = {
+            "name": options.sampler,
+            "steps": options.steps,
+            "spacing": options.spacing,
+            "seed": options.seed,
+        }
     result["losses"] = {
         own.name: _losses(own.denoiser, other, options)
         for own, other in ((first, second), (second, first))

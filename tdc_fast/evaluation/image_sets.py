@@ -5,15 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from tdc_fast.data.dataset import load_dataset
-from tdc_fast.data.image_sources import list_images
+from tdc_fast.data.dataset import ImageDataset, load_dataset
+from tdc_fast.data.image_files import SUFFIX_WORDS, list_images
 from tdc_fast.data.pixels import to_uint8
 from tdc_fast.errors import invalid, require
 from tdc_fast.evaluation.options import EvaluateOptions
 from tdc_fast.evaluation.samples import draw_samples
 from tdc_fast.runs.denoisers import TrainedDenoiser, from_run
+
+_READ_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -48,11 +51,12 @@ def load_pair(a: str, b: str, options: EvaluateOptions) -> tuple[ImageSet, Image
     for name in dict.fromkeys((a, b)):
         if name not in scaled:
             own = options.image_size or None
-            sets[name] = _run_samples(name, options) if _is_run(name) else _read_images(name, own)
+            sets[name] = _run_samples(name, options) if is_run(name) else _read_images(name, own)
             size = size or sets[name].images.shape[-1]
+    run = next((found.denoiser for found in sets.values() if found.denoiser), None)
     for name in scaled:
         size = size or _own_size(name)
-        sets[name] = _read_images(name, size)
+        sets[name] = _read_images(name, size, run)
     first, second = _same_channels(sets[a], sets[b])
     if first.images.shape[1:] != second.images.shape[1:]:
         raise invalid(
@@ -66,38 +70,63 @@ def load_pair(a: str, b: str, options: EvaluateOptions) -> tuple[ImageSet, Image
     return first, second
 
 
-def _is_run(name: str) -> bool:
+def is_run(name: str) -> bool:
+    """Whether a name is a run directory."""
     return (Path(name) / "config.json").is_file()
 
 
 def _is_folder(name: str) -> bool:
-    return name not in ("digits", "photos") and Path(name).is_dir() and not _is_run(name)
+    return name not in ("digits", "photos") and Path(name).is_dir() and not is_run(name)
 
 
 def _own_size(folder: str) -> int | None:
     if folder == "photos":
         return None
-    files = list_images(Path(folder))
+    files = list_images(Path(folder)).files
     if not files:
-        raise invalid("folder", folder, "a folder with jpg, jpeg, png or gif files, or a run directory")
+        raise invalid("folder", folder, f"a folder with {SUFFIX_WORDS} files, or a run directory")
     with require("PIL.Image", "demo").open(files[0]) as image:
         return min(image.size)
 
 
-def _read_images(name: str, size: int | None) -> ImageSet:
-    return ImageSet(name, to_uint8(load_dataset(name, image_size=size).images()))
+def _read_images(name: str, size: int | None, run: TrainedDenoiser | None = None) -> ImageSet:
+    """The images of a dataset; those of a folder as the run that they are compared with reads its folders."""
+    if run is None or not _is_folder(name):
+        return ImageSet(name, _pixels(load_dataset(name, image_size=size)))
+    channels = 1 if run.image_shape[0] == 1 else 3
+    data = load_dataset(name, image_size=size, in_channels=channels, background=run.config.background)
+    return ImageSet(name, _pixels(data))
+
+
+def _pixels(data: ImageDataset) -> Tensor:
+    """All images as uint8, converted a few at a time, as floats take four times the memory."""
+    size = data.image_size
+    try:
+        pixels = torch.empty((len(data), data.channels, size, size), dtype=torch.uint8)
+    except RuntimeError as error:
+        raise invalid("image_size", size, f"a size at which {len(data)} images fit the memory") from error
+    for start in range(0, len(data), _READ_AT_ONCE):
+        rows = slice(start, start + _READ_AT_ONCE)
+        pixels[rows] = to_uint8(data.images(rows))
+    return pixels
 
 
 def _run_samples(name: str, options: EvaluateOptions) -> ImageSet:
     denoiser = from_run(name, options.which)
-    print(f"drawing {options.num_samples} images from {denoiser.name}: {options.sampler}, {options.steps} steps")
+    print(
+        f"drawing {options.num_samples} images from {denoiser.name}: {options.sampler}, {options.steps} steps; "
+        "--num_samples draws fewer",
+        flush=True,
+    )
     images, _ = draw_samples(
         denoiser,
         options.num_samples,
         sampler=options.sampler,
         steps=min(options.steps, denoiser.diffusion.num_timesteps),
+        spacing=options.spacing,
         batch_size=options.batch_size,
         seed=options.seed,
+        progress=True,
     )
     return ImageSet(name, images, denoiser)
 
@@ -105,7 +134,7 @@ def _run_samples(name: str, options: EvaluateOptions) -> ImageSet:
 def _same_channels(first: ImageSet, second: ImageSet) -> tuple[ImageSet, ImageSet]:
     """Convert a grey and an RGB set to the same channels: grey if the RGB set has only grey images, else RGB.
 
-    A folder is always read as RGB, even if all its images are grey.
+    A folder is read as RGB unless it is compared with a grey run, so its images may well be grey.
     """
     channels = {first.images.shape[1], second.images.shape[1]}
     if channels != {1, 3}:

@@ -8,10 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tdc_fast.atomic import atomic_file, write_json
+from tdc_fast.atomic import atomic_file, remove_leftovers, write_json
 from tdc_fast.data.dataset import load_dataset
 from tdc_fast.diffusion.likelihood import bound
 from tdc_fast.errors import invalid
+from tdc_fast.progress import Progress
 from tdc_fast.runs.build import split_data
 from tdc_fast.runs.denoisers import TrainedDenoiser
 
@@ -42,34 +43,36 @@ def bits_per_dimension(
     """
     generator = torch.Generator().manual_seed(seed)
     sums: dict[str, Tensor] = {}
-    for first in range(0, len(x0), batch_size):
-        rows = slice(first, first + batch_size)
-        kwargs = {} if labels is None else {"y": labels[rows]}
-        terms = bound(
-            denoiser.diffusion,
-            denoiser.model,
-            x0[rows],
-            clip_denoised=clip_denoised,
-            model_kwargs=kwargs,
-            generator=generator,
-        )
-        for name in ("total", "prior", "vb", "mse", "xstart_mse"):
-            sums[name] = sums.get(name, torch.zeros(())) + getattr(terms, name).double().sum(dim=0)
-        done = min(first + batch_size, len(x0))
-        print(f"{done} of {len(x0)} images: {float(sums['total']) / done:.4f} bits per dimension", flush=True)
+    with Progress("bits per dimension", len(x0)) as shown:
+        for first in range(0, len(x0), batch_size):
+            rows = slice(first, first + batch_size)
+            kwargs = {} if labels is None else {"y": labels[rows]}
+            terms = bound(
+                denoiser.diffusion,
+                denoiser.model,
+                x0[rows],
+                clip_denoised=clip_denoised,
+                model_kwargs=kwargs,
+                generator=generator,
+            )
+            for name in ("total", "prior", "vb", "mse", "xstart_mse"):
+                sums[name] = sums.get(name, torch.zeros(())) + getattr(terms, name).double().sum(dim=0)
+            count = len(x0[rows])
+            shown.update(count, f"{float(sums['total']) / (first + count):.4f} so far")
     return {name: (value / len(x0)).cpu().numpy() for name, value in sums.items()}
 
 
-def images_to_measure(denoiser: TrainedDenoiser, data_dir: str, limit: int) -> tuple[Tensor, Tensor | None]:
+def images_to_measure(denoiser: TrainedDenoiser, data_dir: str, limit: int) -> tuple[Tensor, Tensor | None, str]:
     """The first images of a dataset that fits the denoiser, and their labels where it is class conditional.
 
     Args:
         denoiser: what the images are for.
-        data_dir: folder, array file or name of a dataset; "" takes the images that the denoiser's run held out.
+        data_dir: folder, array file or name of a dataset; "" takes the images that the denoiser's run held out, or
+            those that it was trained on if it held out none.
         limit: the most images to take.
 
     Returns:
-        Images (M, C, H, W) float32 in [-1, 1] and labels (M,) int64 or None.
+        Images (M, C, H, W) float32 in [-1, 1], labels (M,) int64 or None, and in words which images they are.
 
     Raises:
         ValueError: there are no such images, or they have another shape than the denoiser's.
@@ -77,25 +80,34 @@ def images_to_measure(denoiser: TrainedDenoiser, data_dir: str, limit: int) -> t
     config = denoiser.config
     if data_dir:
         data = load_dataset(data_dir, image_size=denoiser.image_size, class_cond=bool(denoiser.num_classes))
+        source = f"the first of {data_dir}"
+    elif config.data_dir:
+        trained_on, heldout = split_data(config)
+        data = trained_on if heldout is None else heldout
+        kind = "training images, as it held out none," if heldout is None else "held-out images"
+        source = f"the first of the run's {kind} of {config.data_dir}"
     else:
-        heldout = split_data(config)[1] if config.data_dir and config.heldout else None
-        if heldout is None:
-            raise invalid("data_dir", "", "images to measure, as the run has no held-out images")
-        data = heldout
+        raise invalid("data_dir", "", "images to measure: a file of weights does not name any")
     x0, kwargs = data.batch(np.arange(min(limit, len(data))))
     if tuple(x0.shape[1:]) != denoiser.image_shape:
-        raise invalid("data_dir", data_dir, f"images of shape {denoiser.image_shape}, as the model takes")
-    return x0, kwargs.get("y")
+        raise invalid(
+            "data_dir", data_dir or config.data_dir, f"images of shape {denoiser.image_shape}, as the model takes"
+        )
+    return x0, kwargs.get("y"), source
 
 
 def write_terms(directory: Path, terms: dict[str, np.ndarray], count: int) -> None:
     """Write improved-diffusion's `{vb,mse,xstart_mse}_terms.npz`, and `nll.json` with the total.
 
     Args:
-        directory: an existing folder.
+        directory: a folder; made if it does not exist.
         terms: what `bits_per_dimension` returned.
         count: how many images the means are over.
     """
+    directory.mkdir(parents=True, exist_ok=True)
+    for name in ("*_terms.npz.*", "nll.json.*"):
+        remove_leftovers(directory, name, of_dead_processes_only=True)
+    (directory / "nll.json").unlink(missing_ok=True)  # of other terms: a folder with it is complete
     for name in ("vb", "mse", "xstart_mse"):
         with atomic_file(directory / f"{name}_terms.npz") as file:
             np.savez(file, terms[name])

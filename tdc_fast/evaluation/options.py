@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from tdc_fast.diffusion.samplers import SamplerName
+from tdc_fast.diffusion.samplers import SamplerName, SpacingName
 from tdc_fast.runs.denoisers import Which
+from tdc_fast.runs.limits import Within
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,24 +18,28 @@ class EvaluateOptions:
     """Feature space of the Fréchet distance. digits: 64 features of a classifier trained on scikit-learn's digits, for
     8x8 grey images; random-conv: 64 features of a fixed random network; auto: digits for 8x8 grey images, else
     random-conv."""
-    image_size: int = 0
+    image_size: Annotated[int, Within(0, 2**14)] = 0
     """Size in pixels to which all images but a run's are scaled; 0 scales photos and folders to the size of the other
     set, and leaves other images as they are."""
-    num_samples: int = 5000
-    """Images drawn from a run."""
+    num_samples: Annotated[int, Within(1, 10**7)] = 5000
+    """Images drawn from a run; fewer take less time, and their distances compare only with those of as many."""
     which: Which = "auto"
     """Which model of a run to sample: its experts, its base, or (auto) the experts if there are any."""
     sampler: SamplerName = "ddim"
     """Sampler for a run."""
-    steps: int = 25
+    steps: Annotated[int, Within(1, 10**6)] = 25
     """Sampling steps for a run."""
-    batch_size: int = 500
+    spacing: SpacingName = "auto"
+    """How the steps are spread over the timesteps: leading, trailing or linspace, as in diffusers; auto is the
+    sampler's own."""
+    batch_size: Annotated[int, Within(1, 2**20)] = 500
     """Images per batch, for sampling, features and losses."""
-    loss_images: int = 512
+    loss_images: Annotated[int, Within(1, 10**6)] = 512
     """Maximum number of images for a run's denoising loss."""
-    seed: int = 0
+    seed: Annotated[int, Within(0, 2**63 - 1)] = 0
     """Seed of the samples and of the noise of the loss."""
-    num_threads: int = 0
+    num_threads: Annotated[int, Within(0, 2**10)] = 0
     """CPU threads; 0 keeps the default of torch."""
-    out: str = "evaluation.json"
-    """JSON file to write the numbers to."""
+    out: str = ""
+    """JSON file to write the numbers to; empty takes evaluation.json in the run that is compared (the first of two), or
+    in the working directory if none is."""

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tdc_fast.atomic import atomic_file
+from tdc_fast.atomic import atomic_file, remove_leftovers
 from tdc_fast.data.pixels import grid_image, to_uint8
-from tdc_fast.diffusion.samplers import SamplerName
+from tdc_fast.diffusion.samplers import SamplerName, SpacingName, sampling_steps
 from tdc_fast.errors import invalid
+from tdc_fast.progress import Progress
 from tdc_fast.runs.denoisers import TrainedDenoiser
 
 GRID_IMAGES = 100
@@ -30,6 +33,7 @@ def draw_samples(
     classes: Sequence[int] = (),
     device: str = "cpu",
     progress: bool = False,
+    spacing: SpacingName = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """Sample images from a denoiser.
 
@@ -43,49 +47,55 @@ def draw_samples(
         batch_size: images at once.
         seed: seed of noise and classes.
         clip_denoised: clip every predicted image to [-1, 1].
-        classes: classes that a class-conditional model draws from; empty for all.
+        classes: classes that a class-conditional model draws from; empty for all that it was trained on.
         device: where the model is.
-        progress: print a line per batch.
+        progress: show a bar on a terminal, else print lines with the time left.
+        spacing: how the steps are spread over the timesteps, as in `tdc_fast.diffusion.samplers.sampling_steps`.
 
     Returns:
         Images (M, C, H, W) uint8 on the CPU, and their classes (M,) int64, None for an unconditional model.
 
     Raises:
-        ValueError: the model does not have one of the classes.
+        ValueError: the model was not trained on one of the classes.
     """
     from tdc_fast.diffusion import sample
 
     for value in classes:
-        if not 0 <= value < denoiser.num_classes:
-            raise invalid("classes", value, f"classes of the model, which has {denoiser.num_classes}")
-    allowed = torch.tensor(classes or range(denoiser.num_classes), dtype=torch.int64)
+        if value not in denoiser.classes:
+            raise invalid("classes", value, f"classes that the model was trained on: {_ranges(denoiser.classes)}")
+    allowed = torch.tensor(classes or denoiser.classes, dtype=torch.int64)
     generator = torch.Generator().manual_seed(seed)
     images, labels = [], []
-    for first in range(0, num_samples, batch_size):
-        count = min(batch_size, num_samples - first)
-        kwargs = {}
-        if denoiser.num_classes:
-            labels.append(allowed[torch.randint(len(allowed), (count,), generator=generator)])
-            kwargs["y"] = labels[-1].to(device)
-        drawn = sample(
-            denoiser.diffusion,
-            denoiser.model,
-            (count, *denoiser.image_shape),
-            sampler=sampler,
-            steps=steps,
-            generator=generator,
-            clip_denoised=clip_denoised,
-            model_kwargs=kwargs,
-            device=device,
-        )
-        images.append(to_uint8(drawn).cpu())
-        if progress:
-            print(f"drew {first + count} of {num_samples} images", flush=True)
+    batches = range(0, num_samples, batch_size)
+    total = len(batches) * len(sampling_steps(denoiser.diffusion, sampler, steps, spacing))
+    with Progress(f"drawing {num_samples} images", total, shown=progress) as shown:
+        for first in batches:
+            count = min(batch_size, num_samples - first)
+            kwargs = {}
+            if denoiser.num_classes:
+                labels.append(allowed[torch.randint(len(allowed), (count,), generator=generator)])
+                kwargs["y"] = labels[-1].to(device)
+            drawn = sample(
+                denoiser.diffusion,
+                denoiser.model,
+                (count, *denoiser.image_shape),
+                sampler=sampler,
+                steps=steps,
+                generator=generator,
+                clip_denoised=clip_denoised,
+                model_kwargs=kwargs,
+                device=device,
+                spacing=spacing,
+                on_step=shown.update,
+            )
+            images.append(to_uint8(drawn).cpu())
     return torch.cat(images), torch.cat(labels) if labels else None
 
 
 def write_samples(directory: Path, images: Tensor, labels: Tensor | None) -> tuple[Path, Path]:
     """Write images as an archive, `samples_{M}x{H}x{W}x{C}.npz`, and the first 100 of them as a picture.
+
+    Also cleans up after earlier calls that were killed (`complete_samples`).
 
     Args:
         directory: where to write; created if it does not exist.
@@ -100,9 +110,38 @@ def write_samples(directory: Path, images: Tensor, labels: Tensor | None) -> tup
     name = "samples_" + "x".join(str(size) for size in pixels.shape)
     arrays = [pixels] if labels is None else [pixels, labels.numpy()]
     archive, picture = directory / f"{name}.npz", directory / f"{name}.png"
+    picture.unlink(missing_ok=True)  # of other images: an archive without a picture is completed, a wrong one is not
     with atomic_file(archive) as file:
         np.savez(file, *arrays)
-    scale = max(1, 64 // images.shape[2])
-    with atomic_file(picture) as file:
-        grid_image(images[:GRID_IMAGES], columns=10, scale=scale).save(file, format="PNG")
+    _write_picture(picture, pixels)
+    complete_samples(directory)
     return archive, picture
+
+
+def complete_samples(directory: Path) -> None:
+    """Delete what a killed `write_samples` left half written in a directory, and draw the pictures that are missing."""
+    remove_leftovers(directory, "samples_*", of_dead_processes_only=True)
+    for archive in sorted(directory.glob("samples_*.npz")):
+        picture = archive.with_suffix(".png")
+        if not picture.exists():
+            with suppress(ValueError, KeyError, OSError, BadZipFile):  # not an archive
+                pixels = np.load(archive)["arr_0"]
+                if pixels.dtype == np.uint8 and pixels.ndim == 4:
+                    _write_picture(picture, pixels)
+
+
+def _write_picture(path: Path, pixels: np.ndarray) -> None:
+    images = torch.from_numpy(pixels[:GRID_IMAGES]).permute(0, 3, 1, 2)
+    with atomic_file(path) as file:
+        grid_image(images, columns=10, scale=max(1, 64 // images.shape[2])).save(file, format="PNG")
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers as text, such as "0 to 9, 12"; "none" if there are none."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs) or "none"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from os import cpu_count
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from tdc_fast.atomic import write_json
 from tdc_fast.errors import invalid
@@ -19,6 +19,7 @@ from tdc_fast.report import write_report
 from tdc_fast.routing import TimestepGroups
 from tdc_fast.runs.config import read_options
 from tdc_fast.runs.groups import build_groups
+from tdc_fast.runs.limits import Within, check_limits
 
 FULL_STEPS = 3000
 
@@ -31,19 +32,19 @@ class DemoOptions:
     """Folder for the runs and the report."""
     scale: float = 1.0
     """Length of training: 1 is a baseline of 3000 steps; 0.25 takes about a quarter of the time."""
-    seed: int = 0
+    seed: Annotated[int, Within(0, 2**63 - 1)] = 0
     """Training seed."""
-    samples: int = 5000
+    samples: Annotated[int, Within(2, 10**7)] = 5000
     """Images per draw of a model."""
-    draws: int = 3
+    draws: Annotated[int, Within(1, 10**4)] = 3
     """Independent draws of each model; their spread is the noise of the Fréchet distance."""
-    sampling_steps: int = 25
+    sampling_steps: Annotated[int, Within(1, 10**6)] = 25
     """DDIM steps."""
-    loss_points: int = 25
+    loss_points: Annotated[int, Within(1, 10**6)] = 25
     """Timesteps per group at which the held-out loss is measured."""
     control: bool = True
     """Also train the uniform baseline with small batches, the fair comparison for stage 2."""
-    processes: int = 0
+    processes: Annotated[int, Within(0, 2**10)] = 0
     """Worker processes of one thread each; 0 starts one per core. The numbers do not depend on it."""
 
 
@@ -104,9 +105,7 @@ def run_demo(options: DemoOptions, *, in_process: bool = False) -> Path:
 def _check(options: DemoOptions) -> None:
     if not 0 < options.scale <= 1000:
         raise invalid("scale", options.scale, "a number above 0 and at most 1000; 1 is the full demo")
-    for name, least in (("samples", 2), ("draws", 1), ("sampling_steps", 1), ("loss_points", 1), ("processes", 0)):
-        if getattr(options, name) < least:
-            raise invalid(name, getattr(options, name), f"{least} or more")
+    check_limits(DemoOptions, vars(options))
 
 
 def _claim(out: Path, options: DemoOptions) -> None:

@@ -13,7 +13,6 @@ assignment in place of the hash: no scatter, so the sums are deterministic on an
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from tdc_fast.grouping.probes import Probes
 from tdc_fast.nn.modes import evaluating
 from tdc_fast.ops.checks import require_integer
 from tdc_fast.routing import TimestepGroups
+from tdc_fast.text_files import read_json
 
 _FORMAT_VERSION = 1
 SKETCH_SIZE = 4099  # a prime, so that no layer's shape is a multiple of it
@@ -98,7 +98,7 @@ class TaskSimilarity:
             ValueError: the file is missing, damaged or of another version; names it.
         """
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            data = read_json(Path(path))
             if set(data) != {"version", "edges", "cosines"} or data["version"] != _FORMAT_VERSION:
                 raise ValueError(f"not a similarity of version {_FORMAT_VERSION}")
             probes, matrix = Probes(tuple(data["edges"])), np.array(data["cosines"], dtype=np.float64)

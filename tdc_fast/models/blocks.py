@@ -35,6 +35,24 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0)
     return F.pad(torch.cat([angles.cos(), angles.sin()], dim=-1), (0, dim % 2))
 
 
+def silu(x: Tensor) -> Tensor:
+    """SiLU of embeddings, each element's bits independent of where it stands.
+
+    torch's own on the CPU computes what is left over from whole vectors in another way, so that a sample's bits would
+    depend on its place in the batch. Its exponential does not. Below -80 the result is that at -80, about -1e-33.
+
+    Args:
+        x: any shape, floating point.
+
+    Returns:
+        Like x.
+    """
+    if x.is_cuda:
+        return F.silu(x)
+    value = x.to(torch.promote_types(x.dtype, torch.float32)).clamp(min=-80)
+    return (value / (1 + torch.exp(-value))).to(x.dtype)
+
+
 def zeroed(layer: nn.Module) -> nn.Module:
     """The layer itself, its parameters set to zero."""
     for parameter in layer.parameters():
@@ -126,10 +144,10 @@ class ResBlock(nn.Module):
         return PruningUnit(name, "resblock", self.width, self.atom, width_step(self.width, self.atom), slices)
 
 
-def head_dim(channels: int, num_heads: int) -> int:
-    """Channels per attention head. ValueError unless the heads divide the channels."""
+def head_dim(channels: int, num_heads: int, argument: str = "num_heads") -> int:
+    """Channels per attention head. ValueError, naming the argument, unless the heads divide the channels."""
     if num_heads < 1 or channels % num_heads:
-        raise invalid("num_heads", num_heads, f"a divisor of the {channels} channels of the attention")
+        raise invalid(argument, num_heads, f"a divisor of the {channels} channels of the attention")
     return channels // num_heads
 
 

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tdc_fast.errors import invalid
@@ -22,6 +21,7 @@ from tdc_fast.models.blocks import (
     Upsample,
     group_norm,
     head_dim,
+    silu,
     timestep_embedding,
     zeroed,
 )
@@ -102,7 +102,8 @@ class UNet(nn.Module):
         self.stride = 2 ** (len(channel_mult) - 1)
         if image_size < 1 or image_size % self.stride:
             raise invalid("image_size", image_size, f"a multiple of {self.stride} for {len(channel_mult)} levels")
-        if num_heads_upsample == -1:
+        own_upsample = num_heads_upsample != -1
+        if not own_upsample:
             num_heads_upsample = num_heads
         self.architecture: dict[str, Any] = {
             "image_size": image_size, "in_channels": in_channels, "model_channels": model_channels,
@@ -126,7 +127,8 @@ class UNet(nn.Module):
             return ResBlock(channels, emb_channels, out, dropout, use_checkpoint, use_scale_shift_norm, width)
 
         def attention(name: str, channels: int, heads: int) -> AttentionBlock:
-            width = _checked_width(name, unnamed, channels, head_dim(channels, heads))
+            argument = "num_heads_upsample" if own_upsample and name.startswith("output_blocks") else "num_heads"
+            width = _checked_width(name, unnamed, channels, head_dim(channels, heads, argument))
             return AttentionBlock(channels, heads, use_checkpoint, width)
 
         self.time_embed = nn.Sequential(
@@ -193,10 +195,10 @@ class UNet(nn.Module):
         steps = timesteps if self.timestep_scale == 1 else timesteps.float() * self.timestep_scale
         dtype = next(self.time_embed.parameters()).dtype
         emb = self.time_embed[0](timestep_embedding(steps, self.model_channels).to(dtype))
-        emb = self.time_embed[2](F.silu(emb))
+        emb = self.time_embed[2](silu(emb))
         if y is not None:
             emb = emb + self.label_emb(y)
-        emb = F.silu(emb)  # every ResBlock's emb_layers begin with it
+        emb = silu(emb)  # every ResBlock's emb_layers begin with it
 
         h = x.to(dtype).contiguous(memory_format=torch.channels_last)
         skips = []

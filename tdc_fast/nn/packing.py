@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree
 
 from tdc_fast.errors import invalid
 from tdc_fast.nn import layers
 from tdc_fast.nn.plan_scope import PlanScope
 from tdc_fast.nn.routed import LiveAxis, RoutedLeaf
+from tdc_fast.nn.sample_arguments import RESULT, checked_names, map_samples
 from tdc_fast.nn.twins import routed_twin
-from tdc_fast.nn.units import Prunable, PruningUnit, UnitSlice
+from tdc_fast.nn.units import Prunable, PruningUnit, UnitSlice, module_of
 from tdc_fast.nn.width_plan import WidthPlan, base_hash
 from tdc_fast.ops.pack import pack_channels
+from tdc_fast.ops.plan import Integers, as_integers
 from tdc_fast.routing import RoutingPlan, TimestepGroups
 
 _LEAVES = (
@@ -36,37 +38,50 @@ class RoutedModel(nn.Module):
         groups: which expert a timestep belongs to.
         widths: the `WidthPlan` of pruned experts, else None.
         routing: holds the plan of the running forward.
+        per_sample: the arguments that have an entry per sample, as `pack_experts` takes them.
         num_experts: N, one per group.
     """
 
     group_boundaries: Tensor
     unit_widths: Tensor
 
-    def __init__(self, model: nn.Module, groups: TimestepGroups, widths: WidthPlan | None, routing: PlanScope) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: TimestepGroups,
+        widths: WidthPlan | None,
+        routing: PlanScope,
+        per_sample: tuple[str, ...] | None = None,
+    ) -> None:
         super().__init__()
         self.model, self.groups, self.widths, self.routing = model, groups, widths, routing
+        self.per_sample = per_sample
         self.num_experts = groups.num_groups
-        experts = () if widths is None else widths.experts
-        live = [[expert[name].width for name in sorted(expert)] for expert in experts]
-        self.register_buffer("group_boundaries", torch.tensor(groups.boundaries, dtype=torch.int64))
-        self.register_buffer("unit_widths", torch.tensor(live, dtype=torch.int32).reshape(self.num_experts, -1))
+        device = next((parameter.device for parameter in model.parameters()), None)
+        for name, value in self._identity().items():
+            self.register_buffer(name, value.to(device))
 
-    def forward(self, x: Tensor, t: Tensor, *, expert_ids: Tensor | None = None, **kwargs: Any) -> Any:
+    def forward(self, x: Tensor, t: Tensor, *args: Any, expert_ids: Integers | None = None, **kwargs: Any) -> Any:
         """Compute a batch of samples from any mix of groups.
 
         Args:
             x: samples (B, ...).
             t: original integer timesteps (B,).
+            *args: further arguments of the model. What has an entry per sample, such as labels, is sorted with x:
+                unless `pack_experts` was told otherwise (`per_sample`), every tensor whose first dimension is B, also
+                in dicts, lists and tuples. All else is passed on unchanged.
             expert_ids: the expert of each sample, integers (B,); None takes that of its timestep's group. Training
                 with soft group boundaries passes them.
-            **kwargs: further arguments of the model. A tensor whose first dimension is B has an entry per sample, such
-                as `y=labels`, and is sorted with x.
+            **kwargs: likewise.
 
         Returns:
-            The model's output, in the order of x.
+            The model's output, in the order of x; in an output of several tensors, the same rule tells which have an
+            entry per sample.
 
         Raises:
-            ValueError: for timesteps that are not integers or are out of range, and for wrong shapes.
+            ValueError: for timesteps that are not integers or are out of range, for wrong shapes, and for an argument
+                that may have entries per sample but cannot be sorted: an array of numpy or a list of texts of length B,
+                or tensors in an object of another kind.
         """
         for name, value in (("x", x), ("t", t)):
             if not isinstance(value, Tensor) or not value.dim():
@@ -75,22 +90,29 @@ class RoutedModel(nn.Module):
             raise invalid("t", tuple(t.shape), f"one timestep for each of the {x.shape[0]} samples")
         if t.dtype.is_floating_point:
             raise invalid("t", t.dtype, "original integer timesteps (the model rescales them itself)")
-        ids = self.groups.group_of(t) if expert_ids is None else expert_ids
+        ids = self.groups.group_of(t) if expert_ids is None else as_integers("expert_ids", expert_ids, t.device)
         if ids.shape != t.shape:
             raise invalid("expert_ids", tuple(ids.shape), f"one expert for each of the {x.shape[0]} samples")
         plan = RoutingPlan.from_groups(ids, self.num_experts)
-        batch = x.shape[0]
-        kwargs = {
-            name: plan.sort(value) if isinstance(value, Tensor) and value.shape[:1] == (batch,) else value
-            for name, value in kwargs.items()
-        }
-        with self.routing.using(plan):
-            out = self.model(plan.sort(x), plan.sort(t), **kwargs)
+        batch, named = x.shape[0], self.per_sample
+        args = tuple(
+            map_samples(plan.sort, value, name, batch, named)
+            for name, value in zip(self._names_of(len(args)), args, strict=True)
+        )
+        kwargs = {name: map_samples(plan.sort, value, name, batch, named) for name, value in kwargs.items()}
+        out = self.routing.run(self.model, plan, plan.sort(x), plan.sort(t), *args, **kwargs)
         if isinstance(out, Tensor):
             return plan.unsort(out)
-        return _pytree.tree_map_only(
-            Tensor, lambda value: plan.unsort(value) if value.shape[:1] == (batch,) else value, out
-        )
+        if named is not None and not any(name.partition(".")[0] == RESULT for name in named):
+            named = None
+        return map_samples(plan.unsort, out, RESULT, batch, named)
+
+    def _names_of(self, count: int) -> list[str]:
+        """The names of the first `count` arguments of the model after x and t."""
+        if count == 0:
+            return []
+        names = list(inspect.signature(self.model.forward).parameters)[2:]
+        return [*names[:count], *(f"args.{index}" for index in range(len(names), count))]
 
     def routed_leaves(self) -> dict[str, RoutedLeaf]:
         """The routed leaves by their path in the dense model."""
@@ -161,11 +183,20 @@ class RoutedModel(nn.Module):
         if not hasattr(index, "__index__") or not 0 <= index < self.num_experts:
             raise invalid("index", index, f"an expert from 0 to {self.num_experts - 1}")
 
+    def _identity(self) -> dict[str, Tensor]:
+        """What a state dict holds to tell which experts it is of."""
+        experts = () if self.widths is None else self.widths.experts
+        live = [[expert[name].width for name in sorted(expert)] for expert in experts]
+        return {
+            "group_boundaries": torch.tensor(self.groups.boundaries, dtype=torch.int64, device="cpu"),
+            "unit_widths": torch.tensor(live, dtype=torch.int32, device="cpu").reshape(self.num_experts, -1),
+        }
+
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         errors = args[-1]
-        for name in ("group_boundaries", "unit_widths"):
-            saved, own = state_dict.get(prefix + name), getattr(self, name)
-            if saved is not None and (saved.shape != own.shape or not torch.equal(saved.to(own.device), own)):
+        for name, own in self._identity().items():
+            saved = state_dict.get(prefix + name)
+            if saved is not None and (saved.shape != own.shape or not torch.equal(saved.cpu(), own)):
                 errors.append(
                     f"{prefix}{name}: got {saved.tolist()}; expected {own.tolist()}: the file is of other experts"
                 )
@@ -173,7 +204,11 @@ class RoutedModel(nn.Module):
 
 
 def pack_experts(
-    base_or_experts: nn.Module | Sequence[nn.Module], groups: TimestepGroups, widths: WidthPlan | None = None
+    base_or_experts: nn.Module | Sequence[nn.Module],
+    groups: TimestepGroups,
+    widths: WidthPlan | None = None,
+    *,
+    per_sample: Collection[str] | None = None,
 ) -> RoutedModel:
     """One `RoutedModel` from N copies of a base, or from N models of one architecture.
 
@@ -185,6 +220,10 @@ def pack_experts(
         groups: the N groups of timesteps.
         widths: for pruned experts: each expert's weights are permuted by the orders of its units and cut to its
             widths. The module must then have `pruning_units()` and `with_widths()`, as the UNet does.
+        per_sample: names of the arguments of the model's forward, besides x and t, that have an entry per sample:
+            `("y",)`, or `("cond.text",)` for a part of a dict, or `("return.0",)` for a part of an output of several
+            tensors. Everything else is shared by the samples. None takes every tensor whose first dimension is the
+            batch size, which is wrong for a shared tensor that happens to have that length.
 
     Raises:
         ValueError: naming a layer that cannot be routed, experts that do not match, or what in `widths` does not fit
@@ -205,10 +244,11 @@ def pack_experts(
     base = experts[0]
     units: Sequence[PruningUnit] = ()
     if widths is not None:
-        if not isinstance(base, Prunable):
-            raise invalid("widths", type(base).__name__, "a module with pruning_units() and with_widths(), or None")
+        module_of(base, "base_or_experts")
+        assert isinstance(base, Prunable)
         units = base.pruning_units()
         widths.check(units, base=base_hash(base) if shared else None, boundaries=groups.boundaries)
+    names = checked_names(per_sample, base)
     dense_leaves = _find_leaves(base)
     if not shared:
         _check_same(experts)
@@ -235,7 +275,7 @@ def pack_experts(
         if not block.width:
             block.become_skip()  # type: ignore[operator]
     _set_routing(model, routing)
-    return RoutedModel(model, groups, widths, routing).train(base.training)
+    return RoutedModel(model, groups, widths, routing, names).train(base.training)
 
 
 def _find_leaves(base: nn.Module) -> dict[str, nn.Module]:

@@ -2,40 +2,103 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils import _pytree
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from tdc_fast.routing import RoutingPlan
 
 
-class PlanScope:
-    """Holds the plan that all routed layers of a model share.
+class PlanScope(threading.local):
+    """Gives the routed layers of a model the plan of the forward that they run in.
 
-    Attributes:
-        plan: the plan of the running forward; None outside it.
+    Every thread has its own plan, so forwards in several threads do not mix. (`torch.compile` can trace a
+    `threading.local`, but not a `contextvars.ContextVar`.)
     """
 
     def __init__(self) -> None:
-        self.plan: RoutingPlan | None = None
+        self._plan: RoutingPlan | None = None
+        self._state_at_entry: tuple[bool, Any] = (False, None)
+        self._recomputes = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy starts without a plan; a thread's own state cannot be copied."""
+        return PlanScope, ()
+
+    @property
+    def plan(self) -> RoutingPlan | None:
+        """The plan of the running forward, or of the forward that a checkpoint recomputes; None outside both."""
+        if torch.compiler.is_compiling():
+            return self._plan
+        if self._plan is None:
+            node = torch._C._current_autograd_node()
+            return None if node is None else _metadata(node).get(self)
+        if self._state_at_entry[0] and _autograd_state() != self._state_at_entry:
+            self._recomputes = True
+        return self._plan
 
     @contextmanager
     def using(self, plan: RoutingPlan | None) -> Iterator[None]:
         """Sets `plan` for the block and restores the earlier one after it."""
-        before, self.plan = self.plan, plan
+        before = self._plan, self._state_at_entry
+        self._plan, self._state_at_entry = plan, (False, None)
         try:
             yield
         finally:
-            self.plan = before
+            self._plan, self._state_at_entry = before
+
+    def run(self, function: Callable[..., Any], plan: RoutingPlan, *args: Any, **kwargs: Any) -> Any:
+        """`function(*args, **kwargs)`, a model's forward, under `plan`.
+
+        A `torch.utils.checkpoint` in the forward runs layers again in the backward. The plan is then found at the node
+        of the autograd graph that asks for them, where it is left here; so it is right with any number of forwards
+        whose backward is to come.
+        """
+        if torch.compiler.is_compiling():  # a compiled graph holds the plan itself
+            with self.using(plan):
+                return function(*args, **kwargs)
+        before, self._recomputes = self._recomputes, False
+        try:
+            with self.using(plan):
+                self._state_at_entry = _autograd_state()
+                out = function(*args, **kwargs)
+            if self._recomputes:
+                self._leave_at_nodes(out, plan)
+            return out
+        finally:
+            self._recomputes = before
+
+    def _leave_at_nodes(self, out: Any, plan: RoutingPlan) -> None:
+        """Leaves the plan at every node of the graph of `out` that has none of this model's plans yet."""
+        nodes = [value.grad_fn for value in _pytree.tree_leaves(out) if isinstance(value, Tensor)]
+        while nodes:
+            node = nodes.pop()
+            if node is not None and self not in _metadata(node):
+                _metadata(node)[self] = plan
+                nodes += [before for before, _ in node.next_functions]
+
+
+def _metadata(node: Any) -> dict[Any, Any]:
+    """What torch lets others keep at a node of the autograd graph (its type hints call it a method)."""
+    kept: dict[Any, Any] = node.metadata
+    return kept
+
+
+def _autograd_state() -> tuple[bool, Any]:
+    """Whether gradients are recorded, and what happens to saved tensors; a checkpoint changes one of them."""
+    return torch.is_grad_enabled(), torch._C._autograd._top_saved_tensors_default_hooks(True)
 
 
 def checkpoint(function: Callable[..., Any], routing: PlanScope | None, *args: Any) -> Any:
     """`function(*args)` without keeping activations: it runs again in the backward, under this forward's plan.
 
-    Another forward may run in between, so the plan is kept here and not read from `routing` again.
+    Same as torch's checkpoint, but as it keeps the plan itself, `PlanScope` need not search the autograd graph.
     """
     if routing is None or torch.compiler.is_compiling():  # a compiled graph holds the plan itself
         return torch_checkpoint(function, *args, use_reentrant=False)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -197,6 +197,22 @@ class RoutedConv2d(RoutedLeaf):
             sample_bias=sample_bias,
             residual=residual,
         )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RoutedConv2d:
+        """Applies `fn`, such as a change of dtype or memory format, to weights as torch's Conv2d has them.
+
+        The weight is seen as (E * C_out, C_in, R, S), so `to(memory_format=torch.channels_last)` means what it means
+        for a dense layer.
+        """
+
+        def on_filters(value: Tensor) -> Tensor:
+            if value.dim() != 5:
+                return fn(value)
+            filters = value.flatten(0, 1)
+            moved = fn(filters)
+            return value if moved is filters else moved.unflatten(0, value.shape[:2])
+
+        return super()._apply(on_filters, recurse)
 
     def extra_repr(self) -> str:
         """The sizes, for `repr`."""

@@ -97,14 +97,15 @@ class Prunable(Protocol):
         """
 
 
-def module_of(base: Prunable) -> nn.Module:
+def module_of(base: object, argument: str = "base") -> nn.Module:
     """The denoiser itself, as a module.
 
     Raises:
-        ValueError: if it is not an `nn.Module`.
+        ValueError: naming the argument, if it is not an `nn.Module` that can be pruned.
     """
-    if not isinstance(base, nn.Module):
-        raise invalid("base", type(base).__name__, "an nn.Module with pruning_units() and with_widths()")
+    if not (isinstance(base, nn.Module) and isinstance(base, Prunable)):
+        needed = "pruning_units(), which lists its PruningUnits, and with_widths({unit: channels})"
+        raise invalid(argument, type(base).__name__, f"an nn.Module with {needed}, as tdc_fast.models.iddpm.UNet has")
     return base
 
 

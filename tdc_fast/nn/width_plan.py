@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from tdc_fast.atomic import atomic_file
 from tdc_fast.errors import invalid
 from tdc_fast.nn.units import Prunable, PruningUnit, module_of
+from tdc_fast.routing import TimestepGroups
+from tdc_fast.text_files import read_json
 
 _VERSION = 1
 _FIELDS = {"version", "base_hash", "boundaries", "experts", "macs", "budgets"}
@@ -44,9 +49,12 @@ class ExpertUnit:
     width: int
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class WidthPlan:
-    """How wide every unit of every expert is.
+    """How wide every unit of every expert is; `print` shows a table of it.
+
+    Sequences and mappings are copied, and numpy's numbers become Python's. Every way to make a plan, `load` included,
+    refuses the same with a ValueError that names the field.
 
     Attributes:
         base_hash: `base_hash` of the model that the orders refer to.
@@ -65,19 +73,36 @@ class WidthPlan:
     version: int = _VERSION
 
     def __post_init__(self) -> None:
-        for name in ("boundaries", "experts", "macs", "budgets"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        if self.version != _VERSION:
+        if type(self.version) is not int or self.version != _VERSION:
             raise invalid("version", self.version, f"{_VERSION}, the version of width plans this release reads")
-        bounds = self.boundaries
-        if len(bounds) < 2 or bounds[0] != 0 or any(a >= b for a, b in zip(bounds, bounds[1:], strict=False)):
-            raise invalid("boundaries", bounds, "integers increasing from 0 to the number of timesteps")
-        if len(self.experts) != len(bounds) - 1:
-            raise invalid("experts", len(self.experts), f"one expert for each of the {len(bounds) - 1} groups")
+        digest = self.base_hash
+        if not isinstance(digest, str) or len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
+            raise invalid("base_hash", digest, "64 hexadecimal digits")
+        checked: dict[str, Any] = {"boundaries": TimestepGroups(self.boundaries).boundaries}
+        count = len(checked["boundaries"]) - 1
+        if not isinstance(self.experts, (list, tuple)) or len(self.experts) != count:
+            raise invalid("experts", self.experts, f"a list with one expert for each of the {count} groups")
+        checked["experts"] = tuple(_units(f"experts[{index}]", expert) for index, expert in enumerate(self.experts))
         for name in ("macs", "budgets"):
-            values = getattr(self, name)
-            if values and len(values) != len(self.experts):
-                raise invalid(name, values, f"one number for each of the {len(self.experts)} experts, or none")
+            checked[name] = _numbers(name, getattr(self, name))
+            if checked[name] and len(checked[name]) != count:
+                raise invalid(name, checked[name], f"one number for each of the {count} experts, or none")
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+
+    def __str__(self) -> str:
+        """A table: every group's timesteps, the share of the channels that its expert keeps, its MACs and budget."""
+        rows = [("group", "timesteps", "channels", "MACs", "budget")]
+        for index, (start, stop) in enumerate(itertools.pairwise(self.boundaries)):
+            live = sum(self.expert_widths(index).values())
+            macs, budget = (f"{values[index]:.4g}" if values else "-" for values in (self.macs, self.budgets))
+            rows.append((str(index), f"{start} to {stop - 1}", str(live), macs, budget))
+        lengths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        lines = ["  ".join(map(str.rjust, row, lengths)) for row in rows]
+        return "\n".join([f"WidthPlan of base {self.base_hash[:12]}, {len(self.experts[0])} units", *lines])
+
+    def __repr__(self) -> str:
+        return f"<WidthPlan of base {self.base_hash[:12]}: {len(self.experts)} experts, boundaries {self.boundaries}>"
 
     @classmethod
     def uniform(cls, base: Prunable, boundaries: Sequence[int], fraction: float | Sequence[float] = 1.0) -> WidthPlan:
@@ -89,12 +114,12 @@ class WidthPlan:
             fraction: a number from 0 to 1, or one per group.
 
         Raises:
-            ValueError: for a fraction outside 0 to 1, or another number of them.
+            ValueError: for a base that cannot be pruned, a fraction outside 0 to 1, or another number of them.
         """
-        units = base.pruning_units()
-        count = len(boundaries) - 1
-        fractions = [fraction] * count if isinstance(fraction, int | float) else list(fraction)
-        if len(fractions) != count or not all(0 <= part <= 1 for part in fractions):
+        module, units = module_of(base), base.pruning_units()
+        count = TimestepGroups(boundaries).num_groups
+        fractions: list[Any] = list(fraction) if isinstance(fraction, Iterable) else [fraction] * count
+        if len(fractions) != count or not all(_is_number(part) and 0 <= part <= 1 for part in fractions):
             raise invalid("fraction", fraction, f"a number from 0 to 1, or {count} of them")
         experts = [
             {
@@ -103,7 +128,7 @@ class WidthPlan:
             }
             for part in fractions
         ]
-        return cls(base_hash=base_hash(module_of(base)), boundaries=tuple(boundaries), experts=tuple(experts))
+        return cls(base_hash=base_hash(module), boundaries=tuple(boundaries), experts=tuple(experts))
 
     def max_width(self, unit: str) -> int:
         """The width of a unit in the expert where it is widest, in channels."""
@@ -167,32 +192,16 @@ class WidthPlan:
     def from_json(cls, data: Any) -> WidthPlan:
         """The plan that `to_json` gave; ValueError names a field that is missing, unknown or of a wrong type."""
         _check_keys("width plan", data, _FIELDS)
-        if type(data["version"]) is not int or data["version"] != _VERSION:
-            raise invalid("version", data["version"], f"{_VERSION}, the version of width plans this release reads")
-        digest = data["base_hash"]
-        if not isinstance(digest, str) or len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
-            raise invalid("base_hash", digest, "64 hexadecimal digits")
         if not isinstance(data["experts"], list):
             raise invalid("experts", data["experts"], "a list with one object per group")
         experts = []
         for index, expert in enumerate(data["experts"]):
             if not isinstance(expert, dict):
                 raise invalid(f"experts[{index}]", expert, "an object of units by name")
-            units = {}
             for name, unit in expert.items():
-                where = f"experts[{index}][{name!r}]"
-                _check_keys(where, unit, {"order", "width"})
-                if type(unit["width"]) is not int:
-                    raise invalid(f"{where}.width", unit["width"], "an integer")
-                units[name] = ExpertUnit(_numbers(f"{where}.order", unit["order"], int), unit["width"])
-            experts.append(units)
-        return cls(
-            base_hash=digest,
-            boundaries=_numbers("boundaries", data["boundaries"], int),
-            experts=tuple(experts),
-            macs=_numbers("macs", data["macs"], int, float),
-            budgets=_numbers("budgets", data["budgets"], int, float),
-        )
+                _check_keys(f"experts[{index}][{name!r}]", unit, {"order", "width"})
+            experts.append({name: ExpertUnit(**unit) for name, unit in expert.items()})
+        return cls(**{**data, "experts": experts})
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write JSON atomically: a reader sees the old file or the whole new one."""
@@ -203,7 +212,7 @@ class WidthPlan:
     def load(cls, path: str | os.PathLike[str]) -> WidthPlan:
         """Read what `save` wrote; ValueError names the file and what is wrong in it."""
         try:
-            return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
+            return cls.from_json(read_json(Path(path)))
         except (ValueError, OSError) as error:
             raise ValueError(f"{path} is not a valid width plan: {error}") from error
 
@@ -217,7 +226,38 @@ def _check_keys(where: str, data: Any, expected: set[str]) -> None:
         raise invalid(f"{where}: {name}", data[name], f"only the fields {sorted(expected)}")
 
 
-def _numbers(where: str, data: Any, *types: type) -> tuple[Any, ...]:
-    if not isinstance(data, list) or any(type(value) not in types for value in data):
-        raise invalid(where, data, f"a list of {' or '.join(kind.__name__ for kind in types)} numbers")
-    return tuple(data)
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return _is_integer(value) or isinstance(value, (float, np.floating))
+
+
+def _numbers(where: str, values: Any) -> tuple[float, ...]:
+    """The finite numbers of a sequence as ints and floats."""
+    if not isinstance(values, (list, tuple)) and not (isinstance(values, np.ndarray) and values.ndim == 1):
+        raise invalid(where, values, "a list of numbers")
+    for value in values:
+        if not _is_number(value) or not 0 <= value < math.inf:
+            raise invalid(where, value, "finite numbers of at least 0")
+    return tuple(int(value) if _is_integer(value) else float(value) for value in values)
+
+
+def _units(where: str, expert: Any) -> dict[str, ExpertUnit]:
+    """The units of an expert, checked and copied."""
+    if not isinstance(expert, Mapping):
+        raise invalid(where, expert, "a mapping of units by name")
+    units = {}
+    for name, unit in expert.items():
+        if not isinstance(name, str):
+            raise invalid(where, name, "names of units as keys")
+        if not isinstance(unit, ExpertUnit):
+            raise invalid(f"{where}[{name!r}]", unit, "an ExpertUnit")
+        if not _is_integer(unit.width) or unit.width < 0:
+            raise invalid(f"{where}[{name!r}].width", unit.width, "a number of channels, an integer")
+        order = unit.order
+        if not isinstance(order, (list, tuple, range, np.ndarray)) or not all(map(_is_integer, order)):
+            raise invalid(f"{where}[{name!r}].order", order, "a sequence of integers")
+        units[name] = ExpertUnit(tuple(map(int, order)), int(unit.width))
+    return units

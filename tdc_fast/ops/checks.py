@@ -7,7 +7,7 @@ with them; on a GPU, reading them would stall the host.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -183,9 +183,32 @@ def tf32_is_allowed() -> bool:
         return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
-def signature(tensors: Iterable[Tensor | None]) -> tuple[Any, ...]:
-    """Everything about these tensors that validation depends on, hashable."""
+def signature(t: ConvTensors | NormTensors, **more: Tensor) -> tuple[Any, ...]:
+    """Everything about these tensors that validation depends on, hashable; checks their memory on the way."""
+    tensors = (*more.values(), *t)
+    check_memory((*more, *t._fields), tensors)
     return tuple([None if t is None else (t.shape, t.dtype, t.device) for t in tensors])
+
+
+def check_memory(names: Sequence[str], tensors: Sequence[Tensor | None]) -> None:
+    """Raises ValueError for a tensor whose storage was freed or shrunk: kernels would read what is not theirs.
+
+    It runs on every call, so a tensor that fills its storage, as most do, passes after two comparisons. (A view with
+    holes whose storage was shrunk to exactly the bytes of its elements passes too.)
+    """
+    storage, size, offset = Tensor.untyped_storage, torch.UntypedStorage.nbytes, Tensor.storage_offset
+    for index, t in enumerate(tensors):
+        if t is not None and (size(storage(t)) != t.nbytes or offset(t)) and not _is_covered(t):
+            held = f"a tensor of shape {tuple(t.shape)} whose storage holds {t.untyped_storage().nbytes()} bytes"
+            raise invalid(names[index], held, "a tensor whose memory was not freed")
+
+
+def _is_covered(t: Tensor) -> bool:
+    """Whether the storage of a tensor covers all of its elements."""
+    if t.numel() == 0:
+        return True
+    last = t.storage_offset() + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    return t.untyped_storage().nbytes() >= (last + 1) * t.itemsize
 
 
 def check_conv_values(problem: ConvProblem, t: ConvTensors) -> None:

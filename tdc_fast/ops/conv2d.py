@@ -37,7 +37,7 @@ def routed_conv2d(
 
     All floating arguments have the dtype of x: fp32, bf16, fp16 or fp64; sums are in fp32 (fp64 for fp64). Under
     torch.autocast all but fp64 ones are cast, as torch's own convolution does; that includes the residual, so a
-    residual stream fused here is in the low precision. Differentiable once.
+    residual stream fused here is in the low precision. Differentiable once, in reverse and in forward mode.
 
     Channels past a group's width are dead: dead inputs are not read, dead outputs are exact zeros whatever the other
     arguments hold, and gradients of everything dead are exact zeros.

@@ -56,8 +56,8 @@ def _choose(
     def describe() -> ConvProblem:
         return conv_problem(op, t, *settings, dy=dy, image_size=image_size)
 
-    tensors = t if dy is None else (dy, *t)
-    key = (op, settings, image_size, tf32_is_allowed(), signature(tensors))
+    described = signature(t) if dy is None else signature(t, dy=dy)
+    key = (op, settings, image_size, tf32_is_allowed(), described)
     return backends.remembered(key, describe, backend)
 
 
@@ -183,6 +183,17 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return dx, dweight, dbias, dsample_bias, dresidual, *(None,) * 8
 
 
+def _tangent(args: tuple[Any, ...], tangents: tuple[Tensor | None, ...]) -> Tensor:
+    """The convolution is linear in x and weight each, and in the rest together."""
+    x, weight = args[:2]
+    dx, dweight, *dadded = tangents[:5]
+    rest = args[5:]
+    if dweight is None:
+        return forward(torch.zeros_like(x) if dx is None else dx, weight, *dadded, *rest)
+    along_weight = forward(x, dweight, *dadded, *rest)
+    return along_weight if dx is None else along_weight + forward(dx, weight, None, None, None, *rest)
+
+
 def _cast(device_type: str, *args: Any) -> tuple[Any, ...]:
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(
@@ -191,5 +202,5 @@ def _cast(device_type: str, *args: Any) -> tuple[Any, ...]:
     )
 
 
-library.add_autograd(forward, _save, _backward)
+library.add_autograd(forward, _save, _backward, _tangent)
 library.add_autocast(forward, _cast)

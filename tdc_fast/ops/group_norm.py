@@ -36,7 +36,7 @@ def routed_group_norm(
     All floating arguments have the dtype of x: fp32, bf16, fp16 or fp64. Statistics are in fp32 (fp64 for fp64), per
     sample over C // num_groups channels. Under torch.autocast the dtype of x stays as it is and the other arguments
     follow it: the statistics are in fp32 anyway, and the next layer casts back to the low precision. Differentiable
-    once.
+    once, in reverse and in forward mode.
 
     Args:
         x: (B, C, H, W), any strides.

@@ -15,6 +15,7 @@ from torch import Tensor
 from tdc_fast.kernels.problems import NormProblem, NormTensors
 from tdc_fast.ops import backends, library
 from tdc_fast.ops.checks import accumulate_dtype, check_norm_values, norm_problem, signature
+from tdc_fast.ops.reference import group_norm_tangent as norm_tangent
 
 _SETTINGS_SCHEMA = "int num_groups, float eps, bool silu"
 
@@ -74,7 +75,7 @@ def _backward(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
     def describe() -> NormProblem:
         return norm_problem("routed_group_norm_backward", t, *settings, dy=dy, mean=mean, rstd=rstd)
 
-    key = ("routed_group_norm_backward", settings, signature((dy, mean, rstd, *t)))
+    key = ("routed_group_norm_backward", settings, signature(t, dy=dy, mean=mean, rstd=rstd))
     problem, chosen = backends.remembered(key, describe, backend)
     try:
         grads = chosen.group_norm_backward(problem, dy, mean, rstd, t, tuple(mask))
@@ -120,10 +121,18 @@ def _gradients(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ..
     return (*wanted, *(None,) * 7)
 
 
+def _tangent(args: tuple[Any, ...], tangents: tuple[Tensor | None, ...]) -> Tensor:
+    """The derivative in plain torch, with the statistics computed again so that it can itself be differentiated."""
+    t, settings = _tensors(args[:-4]), args[-4:-1]
+    problem = norm_problem("routed_group_norm", t, *settings)
+    moving = _tensors(tangents[:-4])._replace(offsets=t.offsets, weight_index=t.weight_index, widths=t.widths)
+    return norm_tangent(problem, t, moving)
+
+
 def _cast(device_type: str, x: Tensor, *args: Any) -> tuple[Any, ...]:
     low = x.dtype in (torch.bfloat16, torch.float16, torch.float32)
     return x, *(arg.to(x.dtype) if low and isinstance(arg, Tensor) and arg.is_floating_point() else arg for arg in args)
 
 
-library.add_autograd(forward, _save, _gradients)
+library.add_autograd(forward, _save, _gradients, _tangent)
 library.add_autocast(forward, _cast)

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 from torch.autograd.function import FunctionMeta
 
 NAMESPACE = "tdc_fast"
@@ -51,13 +52,17 @@ def _name(op: torch._ops.OpOverload) -> str:
     return op._opname
 
 
-def add_autograd(op: torch._ops.OpOverload, save: Callable[..., None], backward: Callable[..., Any]) -> None:
-    """Gives `op` its gradient: one autograd.Function, skipped when no gradient is wanted.
+def add_autograd(
+    op: torch._ops.OpOverload, save: Callable[..., None], backward: Callable[..., Any], tangent: Callable[..., Any]
+) -> None:
+    """Gives `op` its derivatives: one autograd.Function, skipped when no gradient is wanted, and forward mode.
 
     Args:
         op: What `define` returned.
         save: save(ctx, args, result) keeps in `ctx` what the backward needs.
         backward: backward(ctx, *grads) returns a gradient or None for each argument of `op`.
+        tangent: tangent(args, tangents) returns the derivative of the (first) result along `tangents`, which has a
+            tensor or None for each argument. It calls differentiable functions only.
     """
     name = _name(op)
     implementation = _implementations[name]
@@ -69,14 +74,38 @@ def add_autograd(op: torch._ops.OpOverload, save: Callable[..., None], backward:
         # Without a mode or a tensor subclass, a second trip through the dispatcher would only cost time (5 us).
         direct = (keys & _BELOW_AUTOGRAD).highestPriorityTypeId() in _DEVICE_KEYS
         run = implementation if direct else op
+        if forward_ad._current_level >= 0:
+            primals, tangents = _unpacked(args)
+            if any(moving is not None for moving in tangents):
+                return _with_tangent(autograd(keys, *primals), tangent(primals, tangents))
         if is_grad_enabled():
             for arg in args:
                 if isinstance(arg, tensor) and arg.requires_grad:
+                    if torch._C._are_functorch_transforms_active():
+                        raise RuntimeError(
+                            f"{name}: torch.func.grad and torch.func.vjp do not work through tdc_fast operators, which "
+                            "are differentiable once; use torch.autograd.grad or backward()"
+                        )
                     return apply(*args, run)
         with _below_autograd():
             return run(*args)
 
     _library.impl(name, autograd, "Autograd", with_keyset=True)
+
+
+def _unpacked(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """The arguments without their tangents (forward mode), and the tangents; None where there is none."""
+    duals = [
+        forward_ad.unpack_dual(arg) if isinstance(arg, torch.Tensor) and arg.is_floating_point() else (arg, None)
+        for arg in args
+    ]
+    return tuple(primal for primal, _ in duals), tuple(moving for _, moving in duals)
+
+
+def _with_tangent(result: Any, moving: torch.Tensor) -> Any:
+    if isinstance(result, torch.Tensor):
+        return forward_ad.make_dual(result, moving)
+    return forward_ad.make_dual(result[0], moving), *result[1:]
 
 
 def _function(name: str, save: Callable[..., None], backward: Callable[..., Any]) -> Any:
@@ -122,6 +151,10 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     def wrapper(ctx: Any, *grads: Any) -> Any:
         if torch.is_grad_enabled():
             raise RuntimeError("tdc_fast operators are differentiable once: call backward without create_graph=True")
+        if forward_ad._current_level >= 0:
+            tensors = tuple(grads) + tuple(ctx.saved_tensors)
+            if any(moving is not None for moving in _unpacked(tensors)[1]):
+                raise RuntimeError("tdc_fast operators are differentiable once: no forward mode through their backward")
         return backward(ctx, *grads)
 
     return wrapper

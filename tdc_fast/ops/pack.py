@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tdc_fast.errors import invalid
 from tdc_fast.ops import cuda_launch, native
-from tdc_fast.ops.checks import require_tensors
+from tdc_fast.ops.checks import check_memory, require_tensors
 
 _ELEMENT_SIZES = (2, 4, 8)
 
@@ -47,6 +47,8 @@ def pack_channels(
     orders = {"out_order": out_order, "in_order": in_order}
     widths = {"out_widths": out_widths, "in_widths": in_widths}
     require_tensors((*orders, *widths, "out"), source=source, **orders, **widths, out=out)
+    given = {"source": source, **orders, **widths, "out": out}
+    check_memory(tuple(given), tuple(given.values()))
     experts = _check_experts(source, orders | widths)
     shape = list(source.shape)
     shape[0] = experts

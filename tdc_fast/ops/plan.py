@@ -7,8 +7,10 @@ deterministic and without atomics).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree
@@ -16,16 +18,41 @@ from torch.utils import _pytree
 from tdc_fast.errors import invalid
 from tdc_fast.kernels.tile_table import no_tiles, tile_table, total_rows
 from tdc_fast.ops import cpu, cuda, library, native
-from tdc_fast.ops.checks import require_integer, require_tensors
+from tdc_fast.ops.checks import check_memory, require_integer, require_tensors
 
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
+Integers = Tensor | np.ndarray | Sequence[int]  # what `as_integers` takes
+
 _Plan = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # order, inverse, offsets, sorted_groups, tiles
+
+
+def as_integers(name: str, value: Any, device: torch.device | None = None) -> Tensor:
+    """Returns integers as a tensor: a tensor itself, a sequence or numpy array as int64 on `device` (the CPU if None).
+
+    Copying a sequence or an array to a GPU waits for it.
+
+    Raises:
+        ValueError: naming what does not hold integers.
+    """
+    if isinstance(value, Tensor):
+        require_tensors((), **{name: value})
+        if value.dtype not in INTEGER_DTYPES:
+            raise invalid(name, value.dtype, "integers")
+        return value
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise invalid(name, value, "integers: a tensor, a numpy array or a sequence") from error
+    if array.ndim == 0 or (array.size and array.dtype.kind not in "iu"):
+        raise invalid(name, value, "integers: a tensor, a numpy array or a sequence")
+    return torch.tensor(array.astype(np.int64), device=device)
 
 
 def _plan(groups: Tensor, num_groups: int) -> _Plan:
     _check_groups(groups, num_groups)
+    check_memory(("groups",), (groups,))
     if groups.device.type == "cpu":
         return *_plan_on_host(groups, num_groups), no_tiles(groups.device)
     return _plan_on_device(groups, num_groups)
@@ -94,6 +121,7 @@ routing_plan = library.define(
 
 
 def _permute(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+    check_memory(("x", "plan"), (x, index))
     if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
         return x.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2)
     return x.index_select(0, index)
@@ -119,13 +147,17 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
     return permute_samples(grad, inverse, index), None, None
 
 
-library.add_autograd(permute_samples, _save, _backward)
+def _tangent(args: tuple[Tensor, Tensor, Tensor], tangents: tuple[Tensor, None, None]) -> Tensor:
+    return permute_samples(tangents[0], *args[1:])
+
+
+library.add_autograd(permute_samples, _save, _backward, _tangent)
 
 
 class RoutingPlan:
     """A batch of B samples sorted by group: every routed operator takes one.
 
-    Build it with `from_groups`. Nothing here waits for a GPU.
+    Build it with `from_groups`. Nothing here waits for a GPU that is given tensors.
 
     Attributes:
         order: int64 (B,), the original sample at each sorted position (a stable sort).
@@ -161,33 +193,33 @@ class RoutingPlan:
     @classmethod
     def from_groups(
         cls,
-        groups: Tensor,
+        groups: Integers,
         num_groups: int,
-        weight_index: Tensor | None = None,
+        weight_index: Integers | None = None,
         *,
         validate: bool = False,
     ) -> RoutingPlan:
         """Sorts samples by group.
 
         Args:
-            groups: (B,) of any integer dtype, the group of each sample. B = 0 and groups without samples are allowed.
+            groups: (B,) integers, the group of each sample: a tensor of any integer dtype, a numpy array or a sequence
+                (these two are put on the CPU). B = 0 and groups without samples are allowed.
             num_groups: N.
-            weight_index: int32 (N,) on the same device, expert of each group; None is the identity.
+            weight_index: (N,) integers likewise, the expert of each group; a tensor must be on the device of groups,
+                anything else is copied there, which waits for a GPU. None is the identity.
             validate: On a GPU, wait for it and check the group ids now. On the CPU they are always checked.
 
         Raises:
             ValueError: A group id outside [0, N), a wrong rank or dtype.
         """
-        require_tensors(("weight_index",), groups=groups, weight_index=weight_index)
+        groups = as_integers("groups", groups)
         require_integer("num_groups", num_groups)
-        if groups.dtype not in INTEGER_DTYPES:
-            raise invalid("groups", groups.dtype, "integer group ids")
         if num_groups < 1:
             raise invalid("num_groups", num_groups, "at least 1")
         if weight_index is None:
             weight_index = torch.arange(num_groups, dtype=torch.int32, device=groups.device)
         else:
-            _check_weight_index(weight_index, num_groups, groups.device)
+            weight_index = _checked_weight_index(weight_index, num_groups, groups.device)
         if validate and groups.device.type != "cpu" and groups.numel():
             low, high = (int(v) for v in torch.aminmax(groups))
             if low < 0 or high >= num_groups:
@@ -210,9 +242,9 @@ class RoutingPlan:
         self._check_batch(x)
         return permute_samples(x, self.inverse, self.order)
 
-    def with_weight_index(self, weight_index: Tensor) -> RoutingPlan:
-        """Returns the same sort with another weight_index, int32 (N,)."""
-        _check_weight_index(weight_index, self.num_groups, self.order.device)
+    def with_weight_index(self, weight_index: Integers) -> RoutingPlan:
+        """Returns the same sort with another weight_index (N,), of integers as `from_groups` takes them."""
+        weight_index = _checked_weight_index(weight_index, self.num_groups, self.order.device)
         sort = (self.order, self.inverse, self.offsets, self.groups, self.tiles)
         return RoutingPlan(*sort, weight_index, self.num_groups)
 
@@ -233,13 +265,16 @@ def check_plan(x: Tensor, plan: RoutingPlan) -> None:
         raise invalid("plan", plan, f"the plan of this batch, of {x.shape[0]} samples")
 
 
-def _check_weight_index(weight_index: Tensor, num_groups: int, device: torch.device) -> None:
+def _checked_weight_index(value: Integers, num_groups: int, device: torch.device) -> Tensor:
+    """Returns it as int32 on the device; ValueError for a wrong shape, and for a tensor that is elsewhere."""
+    weight_index = as_integers("weight_index", value, device)
     if weight_index.dim() != 1 or weight_index.shape[0] != num_groups:
         raise invalid("weight_index", tuple(weight_index.shape), f"shape ({num_groups},)")
-    if weight_index.dtype != torch.int32:
-        raise invalid("weight_index", weight_index.dtype, "int32")
     if weight_index.device != device:
         raise invalid("weight_index", weight_index.device, f"{device}, where the groups are")
+    if weight_index.dtype == torch.int64:  # what int32 cannot hold stays out of range
+        weight_index = weight_index.clamp(-(2**31), 2**31 - 1)
+    return weight_index.to(torch.int32)
 
 
 def _flatten(plan: RoutingPlan) -> tuple[list[Any], Any]:

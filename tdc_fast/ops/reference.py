@@ -193,6 +193,53 @@ def group_norm_backward(
     return tuple(g.to(dy.dtype) if wanted else None for g, wanted in zip(grads, mask, strict=True))
 
 
+def group_norm_tangent(problem: NormProblem, t: NormTensors, moving: NormTensors) -> Tensor:
+    """The derivative of `group_norm` in forward mode, of differentiable operations only.
+
+    Args:
+        problem: the problem of the forward.
+        t: its tensors.
+        moving: the direction: the tangent of each tensor, None for one that stays.
+
+    Returns:
+        (B, C, H, W), channels_last.
+    """
+    shape = (problem.batch, problem.num_norm_groups, problem.channels_per_group * problem.height * problem.width)
+    live, expert = _live(problem, t), expert_per_sample(t.offsets, t.weight_index, problem.batch)
+    grouped = _zero_dead(t.x, live).reshape(shape)
+    centred = grouped - grouped.mean(2, keepdim=True)
+    rstd = (centred.square().mean(2, keepdim=True) + problem.eps).rsqrt()
+    flat = centred * rstd
+    normal = flat.reshape(t.x.shape)
+    y, affine = _affine(normal, t, live, expert)
+    step = torch.zeros_like(normal)
+    if moving.x is not None:
+        along = _zero_dead(moving.x, live).reshape(shape)
+        along = along - along.mean(2, keepdim=True)
+        step = (rstd * (along - flat * (flat * along).mean(2, keepdim=True))).reshape(t.x.shape)
+        step = step * _per_pixel(t.weight.index_select(0, expert), live)
+    if moving.weight is not None:
+        step = step + normal * _per_pixel(moving.weight.index_select(0, expert), live)
+    if moving.bias is not None:
+        step = step + _per_pixel(moving.bias.index_select(0, expert), live)
+    if t.scale is not None:
+        step = step * (1 + _per_pixel(t.scale, live))
+    if moving.scale is not None:
+        step = step + affine * _per_pixel(moving.scale, live)
+    if moving.shift is not None:
+        step = step + _per_pixel(moving.shift, live)
+    if problem.silu:
+        sigmoid = torch.sigmoid(y)
+        step = step * sigmoid * (1 + y * (1 - sigmoid))
+    memory = step.to(t.x.dtype).permute(0, 2, 3, 1).contiguous()  # torch.vmap has no channels_last copies
+    return memory.permute(0, 3, 1, 2)
+
+
+def _per_pixel(per_sample: Tensor, live: Tensor) -> Tensor:
+    """Views (B, C) as (B, C, 1, 1), zero where dead."""
+    return _zero_dead(per_sample, live)[:, :, None, None]
+
+
 def _sum_per_expert(per_sample: Tensor, t: NormTensors) -> Tensor:
     """Sums (B, C) to (E, C), one group after the other."""
     total = torch.zeros(t.weight.shape, dtype=per_sample.dtype, device=per_sample.device)

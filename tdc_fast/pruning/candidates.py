@@ -32,10 +32,11 @@ class CandidateModel:
     """
 
     def __init__(self, base: Prunable, orders: Mapping[str, Sequence[int]]) -> None:
+        module = module_of(base)
         self.units: tuple[PruningUnit, ...] = tuple(base.pruning_units())
         whole = {unit.name: ExpertUnit(tuple(orders[unit.name]), unit.channels) for unit in self.units}
-        plan = WidthPlan(base_hash="", boundaries=(0, 1), experts=(whole,))
-        packed = pack_experts([module_of(base)], TimestepGroups([0, 1]), plan)
+        plan = WidthPlan(base_hash="0" * 64, boundaries=(0, 1), experts=(whole,))
+        packed = pack_experts([module], TimestepGroups([0, 1]), plan)
         self._model: nn.Module = packed.model.requires_grad_(False)
         self._routing = packed.routing
         self._device = next(self._model.parameters()).device
@@ -69,9 +70,8 @@ class CandidateModel:
         def denoiser(x: Tensor, t: Tensor, /, **kwargs: Any) -> Tensor:
             groups = torch.arange(len(candidates), device=x.device).repeat_interleave(len(x) // len(candidates))
             plan = RoutingPlan.from_groups(groups, len(candidates), weights)  # sorted already, so nothing is permuted
-            with self._routing.using(plan):
-                prediction: Tensor = self._model(x, t, **kwargs)
-                return prediction
+            prediction: Tensor = self._routing.run(self._model, plan, x, t, **kwargs)
+            return prediction
 
         with evaluating(self._model):
             yield denoiser

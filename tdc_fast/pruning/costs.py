@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tdc_fast.errors import invalid
 from tdc_fast.nn.macs import MacCounter, measure_macs
-from tdc_fast.nn.units import Prunable, PruningUnit
+from tdc_fast.nn.units import Prunable, PruningUnit, module_of
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,9 @@ def unit_costs(model: Prunable, x: Tensor, model_kwargs: Mapping[str, Any] | Non
         model_kwargs: keyword arguments of the model, such as {"y": labels}.
 
     Raises:
-        ValueError: the measured costs do not add up.
+        ValueError: the model cannot be pruned, or the measured costs do not add up.
     """
+    module_of(model, "model")
     units = list(model.pruning_units())
     sample = one_sample_on_meta(x, model_kwargs or {})
     template: Any = model.with_widths({}).to("meta")

@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from tdc_fast.atomic import sync_directory
-from tdc_fast.errors import invalid
+from tdc_fast.errors import brief, invalid
 from tdc_fast.pruning.task import LossRise, Proposal, Trial
+from tdc_fast.text_files import parse_json
 
 VERSION = 1
 MEMORY_FILE = "memory.jsonl"
@@ -178,7 +179,7 @@ class Memory:
         events = []
         for number, line in enumerate(content[:end].splitlines(), start=1):
             try:
-                events.append(json.loads(line))
+                events.append(parse_json(line.decode("utf-8")))
                 if not isinstance(events[-1], dict):
                     raise ValueError("not an object")
             except ValueError as error:
@@ -216,7 +217,7 @@ def read_trials(path: str | Path) -> list[Trial]:
     trials = []
     for number, line in enumerate(lines, start=2):
         try:
-            event = json.loads(line)
+            event = parse_json(line)
             if event["event"] == "scored":
                 trials.append(_trial(event))
         except (ValueError, KeyError, TypeError) as error:
@@ -270,5 +271,6 @@ def _in_order(trial: Trial) -> dict[str, Any]:
 def _refuse_other_search(path: Path, found: Mapping[str, Any], header: Mapping[str, Any]) -> None:
     for name in [*header, *found]:
         if found.get(name) != header.get(name):
-            remedy = f"{header.get(name)!r} as in this search; the file is of another one: move it away to search again"
+            mine = brief(header.get(name))
+            remedy = f"{mine} as in this search; the file is of another one: move it away to search again"
             raise OtherSearch(str(invalid(f"{path}: {name}", found.get(name), remedy)))

@@ -23,28 +23,30 @@ COLOURS = ("#0f7f8c", "#d9662b", "#7a58a6", "#2f3a48", "#c2a14d", "#5a8f3c", "#8
 
 
 def draw_search(directory: Path, found: Pruning, units: Sequence[PruningUnit]) -> None:
-    """Draw a run's search into search.png and widths.png, and together with earlier ones into agents.png.
+    """Draw widths.png; for a search that scored candidates search.png, and with earlier searches agents.png.
 
-    Without matplotlib it prints that the pictures are left out. If the search scored nothing, pictures of an earlier
-    search are deleted.
+    Without matplotlib it prints that the pictures are left out. If the search scored nothing, search.png of an earlier
+    search is deleted.
 
     Args:
         directory: the run's directory, with the memories of its searches.
         found: the search.
         units: the pruning units of the base.
     """
-    if not any(_scored(trials) for trials in found.trials):
-        for picture in ("search.png", "widths.png"):
-            (directory / picture).unlink(missing_ok=True)  # an earlier search's, with other widths
-        return
+    scored = any(_scored(trials) for trials in found.trials)
+    if not scored:
+        (directory / "search.png").unlink(missing_ok=True)  # an earlier search's, with other widths
     try:
-        (directory / "search.png").write_bytes(search_plot(found.trials, found.plan))
         (directory / "widths.png").write_bytes(widths_plot(found.plan, units))
+        if not scored:
+            return
+        (directory / "search.png").write_bytes(search_plot(found.trials, found.plan))
         searches = searches_of(directory)
         if len(searches) > 1:
             (directory / "agents.png").write_bytes(agent_comparison(searches))
     except ImportError:
-        print("search.png and widths.png are left out: they need matplotlib (pip install 'tdc_fast[demo]')")
+        (directory / "widths.png").unlink(missing_ok=True)
+        print("the pictures of the search are left out: they need matplotlib (pip install 'tdc_fast[demo]')")
 
 
 def search_plot(trials: Sequence[Sequence[Trial]], plan: WidthPlan) -> bytes:
@@ -72,7 +74,10 @@ def search_plot(trials: Sequence[Sequence[Trial]], plan: WidthPlan) -> bytes:
                   markeredgewidth=1.8, label="best")  # fmt: skip
         left.set_title(f"group {group} (t {plan.boundaries[group]} to {plan.boundaries[group + 1] - 1})")
         left.set_ylabel("score (loss)", fontsize=9)
-        _robust_limits(left, scores)
+        cut = _robust_limits(left, scores)
+        if cut:
+            left.text(0.99, 0.98, f"{cut} worse candidate{'s' if cut > 1 else ''} above", transform=left.transAxes,
+                      ha="right", va="top", color=MUTED, fontsize=8)  # fmt: skip
         ticks = sorted({int(r) for r in np.linspace(1, rounds.max() + 1, 5)})
         bar = figure.colorbar(dots, ax=left, shrink=0.85, pad=0.01, ticks=ticks)
         bar.set_label("round", color=MUTED, fontsize=9)
@@ -177,8 +182,11 @@ def _scored(trials: Sequence[Trial]) -> list[Trial]:
     return list(first.values())
 
 
-def _robust_limits(axis: Axes, scores: np.ndarray) -> None:
-    """Leave the worst tenth outside the axis where it would compress all others."""
+def _robust_limits(axis: Axes, scores: np.ndarray) -> int:
+    """Leave the worst tenth outside the axis where it would compress all others; how many scores that cuts off."""
     low, high = float(scores.min()), float(np.quantile(scores, 0.9))
-    if float(scores.max()) > high + (high - low) and high > low:
-        axis.set_ylim(low - 0.08 * (high - low), high + 0.15 * (high - low))
+    if not (float(scores.max()) > high + (high - low) and high > low):
+        return 0
+    top = high + 0.15 * (high - low)
+    axis.set_ylim(low - 0.08 * (high - low), top)
+    return int((scores > top).sum())

@@ -103,6 +103,7 @@ def plan_pruning(
             of another search.
     """
     settings = PruningSettings(**options) if settings is None else dataclasses.replace(settings, **options)
+    module = module_of(base)
     if diffusion.num_timesteps != groups.num_timesteps:
         raise invalid("groups", groups, f"groups of the diffusion's {diffusion.num_timesteps} timesteps")
     agent = resolved_agent(agent, settings.rounds, settings.importance)
@@ -114,12 +115,12 @@ def plan_pruning(
         raise invalid("batches", data, "at least one batch of calibration data")
     costs = unit_costs(base, *split_batch(data[0]))
     budgets = tuple(budget_macs(fraction, costs.full()) for fraction in fractions)
-    _check_reachable(settings.k, budgets, costs)
+    check_reachable(settings.k, budgets, costs.least(), costs.full(), settings.k_name)
     if scorer is None and not getattr(agent, "one_shot", False):
         scorer = DenoisingLoss(base, diffusion, data, seed=settings.seed, max_samples=settings.max_samples)
     search = _Search(
         base=base,
-        digest=base_hash(module_of(base)),
+        digest=base_hash(module),
         units=tuple(base.pruning_units()),
         groups=groups,
         diffusion=diffusion,
@@ -217,7 +218,7 @@ class _Search:
             stand_in=self.stand_in,
             progress=self.progress,
         )
-        _report_coarse_units(task, best, settings.strict)
+        _report_coarse_units(task, best, settings)
         units = {unit.name: ExpertUnit(task.order(unit.name), best.widths[unit.name]) for unit in self.units}
         return _Expert(units, _measured(self.base, best, self.data[0]), counter.macs)
 
@@ -231,26 +232,37 @@ class _Search:
         return taylor_importance(base, self.units, self.data, self.diffusion, interval, seed=self.settings.seed)
 
 
-def _check_reachable(k: object, budgets: Sequence[int], costs: UnitCosts) -> None:
+def check_reachable(k: object, budgets: Sequence[int], least: int, full: int, k_name: str = "k") -> None:
+    """Refuse budgets that no choice of widths meets.
+
+    Args:
+        k: what the budgets came from.
+        budgets: MACs per group.
+        least: MACs of the base with every unit at its smallest width.
+        full: MACs of the whole base.
+        k_name: what errors call `k`.
+
+    Raises:
+        ValueError: naming `k_name`, the group and the smallest share that can be reached.
+    """
     for group, budget in enumerate(budgets):
-        if budget < costs.least():
-            share = costs.least() / costs.full()
+        if budget < least:
             raise invalid(
-                "k",
+                k_name,
                 k,
                 f"a larger one: group {group} is allowed {budget} MACs, and the smallest reachable budget is "
-                f"{costs.least()} ({share:.4f} of the base)",
+                f"{least} ({least / full:.4f} of the base)",
             )
 
 
-def _report_coarse_units(task: Task, best: Trial, strict: bool) -> None:
+def _report_coarse_units(task: Task, best: Trial, settings: PruningSettings) -> None:
     """Raise or warn if the chosen widths miss the window below the budget."""
     outcome = Solution(best.widths, best.macs, 0.0, task.budget, lowest_macs(task.budget, task.tolerance))
     if outcome.reached:
         return
     message = f"group {task.group}: {outcome.statement()}"
-    if strict:
-        raise invalid("k", f"a budget of {task.budget} MACs", f"one that the units can meet ({message})")
+    if settings.strict:
+        raise invalid(settings.k_name, f"a budget of {task.budget} MACs", f"one that the units can meet ({message})")
     warnings.warn(message, stacklevel=5)  # names the line that called plan_pruning
 
 

@@ -30,6 +30,7 @@ class PruningSettings:
         max_samples: samples that one pass of the default scorer may hold.
         strict: raise instead of warn where the units are too coarse to land within the tolerance.
         seed: seed of everything that is drawn.
+        k_name: what errors call `k`, such as the flag that it came from.
 
     Raises:
         ValueError: naming a setting that is impossible. Those that need the groups are checked by the search.
@@ -46,6 +47,7 @@ class PruningSettings:
     max_samples: int = 1024
     strict: bool = False
     seed: int = 0
+    k_name: str = "k"
 
     def __post_init__(self) -> None:
         if isinstance(self.importance, str) and self.importance not in IMPORTANCES:

@@ -61,13 +61,14 @@ def split_data(config: TrainConfig) -> tuple[ImageDataset, ImageDataset | None]:
     if not config.data_dir:
         raise invalid("data_dir", "", "a folder of images, an .npz or .npy file, or one of digits, photos")
     dataset = load_dataset(
-        config.data_dir, image_size=config.image_size, class_cond=config.class_cond, on_corrupt=config.on_corrupt
+        config.data_dir,
+        image_size=config.image_size,
+        class_cond=config.class_cond,
+        on_corrupt=config.on_corrupt,
+        in_channels=config.in_channels or None,
+        background=config.background,
     )
-    if config.in_channels not in (0, dataset.channels):
-        raise invalid(
-            "in_channels", config.in_channels, f"{dataset.channels}, as the images of {config.data_dir} have, or 0"
-        )
-    if dataset.num_classes > config.num_classes:
+    if config.num_classes and dataset.num_classes > config.num_classes:
         raise invalid(
             "num_classes", config.num_classes, f"at least the {dataset.num_classes} classes of {config.data_dir}"
         )
@@ -120,7 +121,7 @@ def build_unet(config: TrainConfig, in_channels: int) -> UNet:
         use_checkpoint=config.use_checkpoint,
         use_scale_shift_norm=config.use_scale_shift_norm,
         channel_mult=config.channel_mult,
-        num_classes=config.num_classes,
+        num_classes=config.label_rows,
         in_channels=in_channels,
     )
     model.timestep_scale = 1000.0 / config.diffusion_steps if config.rescale_timesteps else 1.0

@@ -8,16 +8,18 @@ last: without it the process died while writing, and the checkpoint does not cou
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tdc_fast.atomic import atomic_file, sha256_of, write_json
 from tdc_fast.errors import invalid
+from tdc_fast.text_files import read_json
 
 FORMAT = 1
 
@@ -62,26 +64,70 @@ def save_checkpoint(directory: Path, step: int, contents: Mapping[str, Any], des
         step: step of the checkpoint.
         contents: file name -> object for `torch.save`; must hold `state_file(step)`.
         description: JSON values that go into every description (configuration, stage, identity).
+
+    Raises:
+        FloatingPointError: a tensor holds infinities or NaN; names it. Nothing is written then.
+        OSError: a file cannot be written, as on a full disk; names it. The checkpoint then does not count.
     """
+    for name, content in contents.items():
+        diverged = first_non_finite(content)
+        if diverged is not None:
+            raise FloatingPointError(f"{name} would hold infinities or NaN, in {diverged}")
     directory.mkdir(parents=True, exist_ok=True)
     commit = state_file(step)
     described = {}
     (directory / commit).with_suffix(".json").unlink(missing_ok=True)  # an older checkpoint of the same step
     for name, content in contents.items():
-        with atomic_file(directory / name) as file:
-            torch.save(content, file)
-            file.flush()
-            described[name] = {
-                "format": FORMAT,
-                "file": name,
-                "bytes": file.seek(0, 2),
-                "sha256": sha256_of(file),
-                "step": step,
-                **description,
-            }
+        path = directory / name
+        try:
+            with atomic_file(path) as file:
+                torch.save(content, file)
+                file.flush()
+                described[name] = {
+                    "format": FORMAT,
+                    "file": name,
+                    "bytes": file.seek(0, 2),
+                    "sha256": sha256_of(file),
+                    "step": step,
+                    **description,
+                }
+        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+            cause = error.strerror if isinstance(error, OSError) and error.strerror else "torch.save failed"
+            free = shutil.disk_usage(directory).free / 2**20
+            raise OSError(f"{path} cannot be written ({cause}; {free:.0f} MiB are free there)") from error
     described[commit]["files"] = {name: described[name]["sha256"] for name in contents}
     for name in sorted(contents, key=lambda name: name == commit):
         write_json((directory / name).with_suffix(".json"), described[name])
+
+
+def first_non_finite(content: Any) -> str | None:
+    """The name of the first tensor with infinities or NaN in what goes into a file, or None.
+
+    The tensors are judged on their device, and one number is read back for all of them.
+
+    Args:
+        content: tensors in mappings and sequences.
+    """
+    named = [(name, value) for name, value in _tensors(content) if value.is_floating_point() and value.numel()]
+    by_device: dict[torch.device, list[tuple[str, Tensor]]] = {}
+    for name, value in named:
+        by_device.setdefault(value.device, []).append((name, value))
+    for group in by_device.values():
+        finite = torch.stack([value.isfinite().all() for _, value in group])
+        if not bool(finite.all()):
+            return group[finite.tolist().index(False)][0]
+    return None
+
+
+def _tensors(content: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    if isinstance(content, Tensor):
+        yield name, content
+    elif isinstance(content, Mapping):
+        for key, value in content.items():
+            yield from _tensors(value, f"{name}.{key}" if name else str(key))
+    elif isinstance(content, (list, tuple)):
+        for index, value in enumerate(content):
+            yield from _tensors(value, f"{name}[{index}]")
 
 
 def finished_steps(directory: Path) -> list[int]:
@@ -100,7 +146,7 @@ def find_problem(directory: Path, step: int, expected: Mapping[str, Any]) -> str
     """
     marker = (directory / state_file(step)).with_suffix(".json")
     try:
-        description = json.loads(marker.read_text())
+        description = read_json(marker)
         files = dict(description["files"])
     except (OSError, ValueError, KeyError, TypeError):
         return f"{marker} is damaged: it is no checkpoint description"
@@ -134,7 +180,13 @@ def differing_key(description: Mapping[str, Any], expected: Mapping[str, Any]) -
     return None
 
 
-def choose_checkpoint(directory: Path, expected: Mapping[str, Any], step: int, run: Path) -> int | None:
+def choose_checkpoint(
+    directory: Path,
+    expected: Mapping[str, Any],
+    step: int,
+    run: Path,
+    check: Callable[[int], None] = lambda step: None,
+) -> int | None:
     """The step to continue from: the latest checkpoint, or a chosen one.
 
     Args:
@@ -142,6 +194,7 @@ def choose_checkpoint(directory: Path, expected: Mapping[str, Any], step: int, r
         expected: what the checkpoint's description must say (its identity and the like).
         step: -1 for the latest, 0 to restart the stage, otherwise that checkpoint.
         run: the run directory, for messages.
+        check: raises ValueError if the content of a whole checkpoint does not fit what it is for.
 
     Returns:
         The step, or None if the stage has no checkpoint yet.
@@ -153,12 +206,20 @@ def choose_checkpoint(directory: Path, expected: Mapping[str, Any], step: int, r
     if step == 0 or (step == -1 and not steps):
         return None
     chosen = steps[-1] if step == -1 else step
-    problem = (
-        find_problem(directory, chosen, expected) if chosen in steps else f"{directory} has no checkpoint of that step"
-    )
+
+    def problem_of(candidate: int) -> str | None:
+        problem = find_problem(directory, candidate, expected)
+        if problem is None:
+            try:
+                check(candidate)
+            except ValueError as error:
+                return str(error)
+        return problem
+
+    problem = problem_of(chosen) if chosen in steps else f"{directory} has no checkpoint of that step"
     if problem is None:
         return chosen
-    good = next((s for s in reversed(steps) if s != chosen and find_problem(directory, s, expected) is None), 0)
+    good = next((s for s in reversed(steps) if s != chosen and problem_of(s) is None), 0)
     offer = (
         f"the last good checkpoint is step {good}" if good else "there is no good checkpoint; step 0 restarts the stage"
     )

@@ -13,8 +13,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
-from tdc_fast.errors import invalid, require
+from tdc_fast.errors import invalid
+from tdc_fast.runs.limits import check_limits
 from tdc_fast.runs.options import (
     SECTIONS,
     DataOptions,
@@ -25,12 +27,14 @@ from tdc_fast.runs.options import (
     SearchOptions,
     TdcOptions,
 )
+from tdc_fast.text_files import read_json, read_yaml
 
 MAY_CHANGE_ON_RESUME = frozenset(
     {
         "run_dir",
         "resume",
         "resume_step",
+        "override",
         "stop_after",
         "log_interval",
         "save_interval",
@@ -46,15 +50,32 @@ MAY_CHANGE_ON_RESUME = frozenset(
 (log_interval decides which rows progress.csv has.)
 """
 
-_POSITIVE = (
-    "image_size num_channels num_res_blocks num_heads num_classes diffusion_steps batch_size "
-    "log_interval save_interval calibration_batches max_groups probes rounds candidates score_samples "
-    "llm_timeout llm_calls"
+ADDED = frozenset({"background"})
+"""Options that runs made before they existed do not have."""
+
+MAY_BE_OVERRIDDEN = frozenset(
+    {
+        "lr",
+        "weight_decay",
+        "batch_size",
+        "microbatch",
+        "lr_anneal_steps",
+        "lr_anneal_start",
+        "warmup_steps",
+        "grad_clip",
+        "ema_ramp",
+        "precision",
+        "stage1_steps",
+        "stage2_steps",
+        "stage2_batch",
+        "stage2_lr",
+        "stage2_anneal",
+    }
 )
-_NOT_NEGATIVE = (
-    "in_channels lr fp16_scale_growth weight_decay lr_anneal_steps lr_anneal_start warmup_steps grad_clip refine "
-    "stage1_steps stage2_steps baseline_steps stage2_batch stage2_lr num_threads preview llm_retries"
-)
+"""Options that --override may change when a run is resumed: the weights depend on them, but no file's shape does."""
+
+IMPROVED_DIFFUSION_CLASSES = 1000
+"""Rows of the label embedding in every class-conditional model of improved-diffusion."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +92,8 @@ class TrainConfig(DataOptions, ModelOptions, DiffusionOptions, OptimizerOptions,
     def __post_init__(self) -> None:
         for name, value in self.to_dict().items():
             object.__setattr__(self, name, _checked_type(name, value))
+        if self.boundaries and self.groups == 0:  # a list of N + 1 boundaries says how many groups there are
+            object.__setattr__(self, "groups", self.boundaries.count(","))
         _check_ranges(self)
 
     def to_dict(self) -> dict[str, Any]:
@@ -102,14 +125,41 @@ class TrainConfig(DataOptions, ModelOptions, DiffusionOptions, OptimizerOptions,
         return tuple(part.strip() for part in self.ema_rate.split(","))
 
     @property
+    def label_rows(self) -> int:
+        """Rows of the label embedding of a class-conditional model."""
+        return self.num_classes or IMPROVED_DIFFUSION_CLASSES
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """The options that `override` changes, with their new values.
+
+        Raises:
+            ValueError: an entry is no `name=value`, or of an option that has to stay.
+        """
+        changes: dict[str, Any] = {}
+        for part in filter(None, self.override.split(",")):
+            name, equals, value = (piece.strip() for piece in part.partition("="))
+            if not equals or name not in MAY_BE_OVERRIDDEN:
+                names = ", ".join(sorted(MAY_BE_OVERRIDDEN))
+                raise invalid("override", self.override, f"a comma list of name=value, with names out of: {names}")
+            words = {"true": True, "false": False} if _field_types()[name] is bool else {}
+            changes[name] = words.get(value.lower(), value)
+        changed = self.replace(override="", **changes)
+        return {name: getattr(changed, name) for name in changes}
+
+    @property
     def mixed_precision(self) -> bool:
         """Whether the model runs in bf16."""
         return self.use_fp16 or self.precision == "bf16"
 
     @property
     def identity(self) -> str:
-        """sha256 over the fields that may not change when a run is resumed: equal identity, equal numbers."""
+        """sha256 over the fields that may not change when a run is resumed: equal identity, equal numbers.
+
+        An option of `ADDED` at its default leaves the identity as it was before there was that option.
+        """
         fixed = {name: value for name, value in self.to_dict().items() if name not in MAY_CHANGE_ON_RESUME}
+        fixed = {name: value for name, value in fixed.items() if name not in ADDED or value != _default(name)}
         return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
 
 
@@ -123,13 +173,9 @@ def read_options(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise invalid("config", str(path), "an existing .yaml, .yml or .json file")
     try:
-        text = path.read_text(encoding="utf-8")
-        values = json.loads(text) if path.suffix == ".json" else require("yaml", extra="demo").safe_load(text)
-    except Exception as error:
-        if isinstance(error, ImportError):
-            raise
-        reason = " ".join(str(error).split())
-        raise invalid("config", str(path), f"'flag: value' lines; it does not parse: {reason}") from error
+        values = read_json(path) if path.suffix == ".json" else read_yaml(path)
+    except (ValueError, OSError) as error:
+        raise invalid("config", str(path), f"'flag: value' lines; it does not parse: {error}") from error
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise invalid("config", str(path), "a mapping of flag names to values")
@@ -163,7 +209,7 @@ def _default(name: str) -> Any:
 
 
 def _unknown_remedy(name: str) -> str:
-    close = difflib.get_close_matches(name, _field_types(), n=1)
+    close = difflib.get_close_matches(name[:100], _field_types(), n=1)
     return f"a known flag; did you mean {close[0]!r}?" if close else "a known flag; --help lists all of them"
 
 
@@ -187,41 +233,56 @@ def _checked_type(name: str, value: Any) -> Any:
         if isinstance(value, bool) or not isinstance(value, (str, int, float)):
             raise invalid(name, value, "text")
         return str(value)
-    if isinstance(value, str) or (wanted is int and isinstance(value, float)):
-        try:
-            number = float(value)
-        except ValueError as error:
-            raise invalid(name, value, f"a number ({wanted.__name__})") from error
-        if wanted is int and not number.is_integer():
-            raise invalid(name, value, "a whole number")
-        value = number
+    if isinstance(value, str):
+        value = _number(name, value, wanted)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise invalid(name, value, f"a number ({wanted.__name__})")
-    if not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         raise invalid(name, value, "a finite number")
-    return wanted(value)
+    if isinstance(value, float) and wanted is int and not value.is_integer():
+        raise invalid(name, value, "a whole number")
+    try:
+        return wanted(value)
+    except OverflowError as error:
+        raise invalid(name, value, "a number that fits a float") from error
+
+
+def _number(name: str, text: str, wanted: type) -> float:
+    """The number that a text says: an int where it is one, as a float may not hold all its digits."""
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        return float(text)
+    except ValueError as error:
+        raise invalid(name, text, f"a number ({wanted.__name__})") from error
 
 
 def _check_ranges(config: TrainConfig) -> None:
     values = config.to_dict()
-    for name in _POSITIVE.split():
-        if values[name] <= 0:
-            raise invalid(name, values[name], "a number above 0")
-    for name in _NOT_NEGATIVE.split():
-        if values[name] < 0:
-            raise invalid(name, values[name], "0 or a positive number")
+    check_limits(TrainConfig, values)
+    if config.override and not (config.resume or config.resume_checkpoint):
+        raise invalid("override", config.override, "--resume RUN as well, whose options it changes")
     for name in ("heldout", "dropout"):
         if not 0 <= values[name] < 1:
             raise invalid(name, values[name], "a share from 0 to below 1")
-    if config.microbatch < -1:
-        raise invalid("microbatch", config.microbatch, "a number of images, or -1 or 0 (do not split)")
     for rate in comma_numbers("ema_rate", config.ema_rate, float) or [-1.0]:
         if not 0 <= rate < 1:
             raise invalid("ema_rate", config.ema_rate, "rates from 0 to below 1, such as 0.9999 or 0.999,0.9999")
     if len(set(config.ema_rates)) != len(config.ema_rates):
         raise invalid("ema_rate", config.ema_rate, "every rate once")
-    comma_numbers("attention_resolutions", config.attention_resolutions, int)
-    comma_numbers("channel_mult", config.channel_mult, int)
+    for name, most in (("attention_resolutions", 2**14), ("channel_mult", 64)):
+        numbers = comma_numbers(name, values[name], int)
+        if len(numbers) > 16 or not all(1 <= number <= most for number in numbers):
+            raise invalid(name, values[name], f"at most 16 numbers from 1 to {most}")
+    widest = max(comma_numbers("channel_mult", config.channel_mult, int), default=1)
+    if config.num_channels * widest > 2**13:
+        raise invalid("channel_mult", config.channel_mult, f"at most {2**13} channels in a level")
+    if config.num_heads_upsample == 0:
+        raise invalid("num_heads_upsample", 0, "a number of heads, or -1 for that of --num_heads")
+    if config.resume_step >= 0 and not config.resume:
+        raise invalid("resume_step", config.resume_step, "--resume RUN as well, which it is a step of")
     if config.lr_anneal_start and config.lr_anneal_start >= config.lr_anneal_steps:
         raise invalid("lr_anneal_start", config.lr_anneal_start, "a step before the last one, --lr_anneal_steps")
     if config.groups:
@@ -262,6 +323,16 @@ def _check_search(config: TrainConfig) -> None:
         raise invalid("llm_model", config.llm_model, "the name of a model, which --agent llm asks")
     if "@" in config.llm_url:
         raise invalid("llm_url", "(not shown)", "a URL without a secret; the key belongs in OPENAI_API_KEY")
+    if config.llm_url and not _is_url(config.llm_url):
+        raise invalid("llm_url", config.llm_url, "a whole URL, such as http://127.0.0.1:8000/v1")
+
+
+def _is_url(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # brackets or a port that urlsplit does not read
+        return False
 
 
 def _check_tdc(config: TrainConfig) -> None:
@@ -270,8 +341,6 @@ def _check_tdc(config: TrainConfig) -> None:
         raise invalid("k", config.k, "a share of the base's MACs above 0 and at most 1")
     if config.groups < 0:
         _check_chosen_groups(config)
-    if not 0 <= config.overlap <= 1:
-        raise invalid("overlap", config.overlap, "a share of the neighbours' timesteps from 0 to 1")
     if config.refine and not config.boundaries:
         raise invalid("refine", config.refine, "--boundaries as well, which it refines")
     if config.groups > config.diffusion_steps:

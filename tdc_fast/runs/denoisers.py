@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import nn
 
 from tdc_fast.diffusion import Diffusion
 from tdc_fast.errors import invalid
+from tdc_fast.runs.averages import UNTRAINED, initial_share
 from tdc_fast.runs.build import build_diffusion, build_unet
 from tdc_fast.runs.config import TrainConfig, read_options
 from tdc_fast.runs.loading import Run, load_run
@@ -34,6 +36,7 @@ class TrainedDenoiser:
         image_size: H = W of the images.
         channels: channels of the images.
         num_classes: number of classes; 0 if the model is not class conditional.
+        classes: the classes that it was trained on, as far as that is recorded, else all of them.
         name: for messages.
         config: the options that it was trained with.
         run: the run that it came from, if any.
@@ -44,6 +47,7 @@ class TrainedDenoiser:
     image_size: int
     channels: int
     num_classes: int
+    classes: tuple[int, ...]
     name: str
     config: TrainConfig
     run: Run | None = None
@@ -109,17 +113,32 @@ def from_run(path: str | Path, which: Which = "auto", timestep_respacing: str = 
     config: TrainConfig = run.config
     has_experts = bool(config.groups and run.steps("experts"))
     use_experts = which == "experts" or (which == "auto" and has_experts)
+    _warn_of_untrained_averages(run, "experts" if use_experts else "base")
     model = run.experts() if use_experts else run.base()
     return TrainedDenoiser(
         model=model.eval(),
         diffusion=build_diffusion(config, timestep_respacing),
         image_size=config.image_size,
         channels=run.in_channels,
-        num_classes=config.num_classes if config.class_cond else 0,
+        num_classes=config.label_rows if config.class_cond else 0,
+        classes=_classes(config, run.directory.classes, str(run.path / "run.json")),
         name=f"{path} ({'experts' if use_experts else 'base'})",
         config=config,
         run=run,
     )
+
+
+def _warn_of_untrained_averages(run: Run, stage: str) -> None:
+    config, steps = run.config, run.steps(stage)
+    if not steps or config.ema_ramp or (stage == "base" and config.base):
+        return
+    share = initial_share(config.ema_rates[0], steps[-1])
+    if share > UNTRAINED:
+        warnings.warn(
+            f"the averaged weights of {run.path} after {steps[-1]} steps are still {share:.0%} those that stage "
+            f"{stage} started from, as --ema_rate {config.ema_rates[0]} is for longer runs; train with --ema_ramp True",
+            stacklevel=3,
+        )
 
 
 def from_checkpoint(path: str | Path, facts: Mapping[str, Any]) -> TrainedDenoiser:
@@ -135,13 +154,30 @@ def from_checkpoint(path: str | Path, facts: Mapping[str, Any]) -> TrainedDenois
     channels = facts["in_channels"] or 3  # as all of improved-diffusion's
     config = TrainConfig.from_dict({**{name: facts[name] for name in FACTS}, "in_channels": channels})
     model = build_unet(config, channels)
-    load_weights(Path(path), config, model, "model_path")
+    description = load_weights(Path(path), config, model, "model_path") or {}
     return TrainedDenoiser(
         model=model.eval(),
         diffusion=build_diffusion(config),
         image_size=config.image_size,
         channels=channels,
-        num_classes=config.num_classes if config.class_cond else 0,
+        num_classes=config.label_rows if config.class_cond else 0,
+        classes=_classes(config, description.get("classes"), str(path)),
         name=str(path),
         config=config,
     )
+
+
+def _classes(config: TrainConfig, recorded: Any, source: str) -> tuple[int, ...]:
+    """The classes to sample.
+
+    Raises:
+        ValueError: the record is damaged.
+    """
+    if not config.class_cond:
+        return ()
+    if recorded is None:
+        return tuple(range(config.label_rows))
+    rows = range(config.label_rows)
+    if not isinstance(recorded, list) or not recorded or not all(type(c) is int and c in rows for c in recorded):
+        raise invalid("classes", recorded, f"classes of the model, which has {len(rows)}, in the record of {source}")
+    return tuple(recorded)

@@ -1,6 +1,6 @@
 """The run directory, which holds everything of one training run.
 
-    config.json     every option            run.json      identity, image channels, versions
+    config.json     every option            run.json      identity, channels, classes, versions, overrides
     groups.json     timestep groups         widths.json   what each expert keeps
     macs.json       measured cost of every phase
     base/           checkpoints, progress.csv, log.txt of stage 1        experts/   the same of stage 2
@@ -12,12 +12,11 @@ improved-diffusion look for them.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import platform
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,8 +25,9 @@ from typing import Any
 import torch
 
 from tdc_fast.atomic import remove_leftovers, write_json
-from tdc_fast.errors import invalid
-from tdc_fast.runs.config import TrainConfig, read_options
+from tdc_fast.errors import brief, invalid
+from tdc_fast.runs.config import MAY_BE_OVERRIDDEN, TrainConfig, read_options
+from tdc_fast.runs.lock import sole_writer
 
 FORMAT = 1
 
@@ -35,25 +35,41 @@ FORMAT = 1
 class RunDirectory:
     """Paths and small files of one run; checkpoints are `tdc_fast.runs.checkpoint`'s.
 
+    Args:
+        path: the directory.
+        config: the options that the run was made with.
+        facts: the content of its run.json.
+
     Attributes:
         path: the directory.
         config: the options that the run was made with.
         in_channels: channels of its images (the configuration may take them from the data).
+        classes: the classes that its training images have; None if it is unconditional, or older than this record.
+        identity: identity of the configuration that the run began with, which its checkpoints carry.
+        overridden: names of the options that were changed since.
     """
 
-    def __init__(self, path: Path, config: TrainConfig, in_channels: int, logs: Path | None = None) -> None:
+    def __init__(self, path: Path, config: TrainConfig, facts: Mapping[str, Any]) -> None:
         self.path = path
         self.config = config
-        self.in_channels = in_channels
-        self._logs = logs
+        self.in_channels: int = facts["in_channels"]
+        self.classes: list[int] | None = facts.get("classes")
+        self.identity: str = facts["identity"]
+        self.overridden = {name for entry in facts.get("overrides", []) for name in entry["changes"]}
+        self._logs = Path(facts["logs"]) if facts.get("logs") else None
+
+    def __repr__(self) -> str:
+        kind = f"{self.config.groups} groups" if self.config.groups else "no groups"
+        return f"<RunDirectory {self.path}: {kind}, {self.config.image_size} pixels, {self.in_channels} channels>"
 
     @classmethod
-    def create(cls, config: TrainConfig, in_channels: int) -> RunDirectory:
+    def create(cls, config: TrainConfig, in_channels: int, classes: Sequence[int] | None = None) -> RunDirectory:
         """Make the directory of a new run, named by the configuration or the environment.
 
         Args:
             config: the options of the run.
             in_channels: channels of its images.
+            classes: the classes that its training images have; None for an unconditional run.
 
         Raises:
             ValueError: another run is there.
@@ -75,23 +91,22 @@ class RunDirectory:
         logs = (
             os.environ.get("OPENAI_LOGDIR") if not config.run_dir and os.environ.get("DIFFUSION_BLOB_LOGDIR") else None
         )
-        run = cls(path, config, in_channels, Path(logs) if logs else None)
-        with _sole_writer(path):
-            run.write(
-                "run.json",
-                {
-                    "format": FORMAT,
-                    "identity": config.identity,
-                    "in_channels": in_channels,
-                    "logs": logs,
-                    "created": datetime.now(UTC).isoformat(timespec="seconds"),
-                    "versions": {"python": platform.python_version(), "torch": torch.__version__},
-                    "threads": torch.get_num_threads(),
-                    "machine": platform.platform(),
-                    "command": sys.argv,
-                },
-            )
-            stored = config.replace(stop_after="never")  # where this call stops does not bind the next one
+        facts = {
+            "format": FORMAT,
+            "identity": config.identity,
+            "in_channels": in_channels,
+            "classes": None if classes is None else list(classes),
+            "logs": logs,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "threads": torch.get_num_threads(),
+            "machine": platform.platform(),
+            "command": sys.argv,
+        }
+        run = cls(path, config, facts)
+        with sole_writer(path):
+            run.write("run.json", facts)
+            stored = config.replace(stop_after="never", override="")  # of this call; the next one may differ
             run.write("config.json", stored.to_dict())  # last: a directory with it is a run
         return run
 
@@ -115,15 +130,33 @@ class RunDirectory:
             raise invalid(
                 "run", str(path / "config.json"), "the options the run began with; the file was changed since"
             )
-        in_channels, logs = facts.get("in_channels"), facts.get("logs")
-        if not isinstance(in_channels, int):
-            raise invalid("run", str(path / "run.json"), f"the file that the run wrote; in_channels is {in_channels!r}")
-        return cls(path, config or stored, in_channels, Path(logs) if logs else None)
+        if not isinstance(facts.get("in_channels"), int):
+            remedy = f"the file that the run wrote; in_channels is {facts.get('in_channels')!r}"
+            raise invalid("run", str(path / "run.json"), remedy)
+        _check_facts(path / "run.json", facts)
+        changes = {name: value for entry in facts.get("overrides", []) for name, value in entry["changes"].items()}
+        return cls(path, config or stored.replace(**changes), facts)
 
-    @property
-    def identity(self) -> str:
-        """Identity of the run's configuration."""
-        return self.config.identity
+    def record_override(self, step: int, stage: str, before: TrainConfig, changes: Mapping[str, Any]) -> None:
+        """Write changed options into run.json.
+
+        Args:
+            step: the checkpoint from which the run goes on with them.
+            stage: its stage.
+            before: the options that held until then.
+            changes: the new values by name.
+        """
+        facts = read_options(self.path / "run.json")
+        entry = {
+            "stage": stage,
+            "step": step,
+            "changes": dict(changes),
+            "before": {name: getattr(before, name) for name in changes},
+            "at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "command": sys.argv,
+        }
+        self.write("run.json", {**facts, "overrides": [*facts.get("overrides", []), entry]})
+        self.overridden |= set(changes)
 
     def stage_directory(self, stage: str) -> Path:
         """Checkpoints of stage "base" or "experts"."""
@@ -140,7 +173,7 @@ class RunDirectory:
         Raises:
             ValueError: another process works on it.
         """
-        with _sole_writer(self.path):
+        with sole_writer(self.path):
             for directory in {self.path, *(self.stage_directory(stage) for stage in ("base", "experts"))}:
                 remove_leftovers(directory)
             yield
@@ -164,28 +197,23 @@ class RunDirectory:
             "stage": stage,
             "identity": self.identity,
             "in_channels": self.in_channels,
+            "classes": self.classes,
             **more,
             "config": self.config.to_dict(),
         }
 
 
-@contextmanager
-def _sole_writer(directory: Path) -> Iterator[None]:
-    """Lock a directory; the lock ends with the process, even if it is killed."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise invalid(
-            "run_dir", str(directory), "a run that no other process is working on: wait for it, or stop it"
-        ) from error
-    except OSError:
-        pass  # some network file systems lock no directories
-    try:
-        yield
-    finally:
-        os.close(descriptor)
+def _check_facts(path: Path, facts: Mapping[str, Any]) -> None:
+    classes, overrides = facts.get("classes"), facts.get("overrides", [])
+    if classes is not None and not (isinstance(classes, list) and all(type(value) is int for value in classes)):
+        raise invalid("run", str(path), f"the file that the run wrote; classes is {brief(classes)}")
+    if not isinstance(overrides, list) or not all(
+        isinstance(entry, dict)
+        and isinstance(entry.get("changes"), dict)
+        and entry["changes"].keys() <= MAY_BE_OVERRIDDEN
+        for entry in overrides
+    ):
+        raise invalid("run", str(path), f"the file that the run wrote; overrides is {brief(overrides)}")
 
 
 def _has_begun(path: Path) -> bool:

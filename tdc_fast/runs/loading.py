@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from tdc_fast.diffusion import Diffusion
 from tdc_fast.errors import invalid
@@ -20,7 +19,8 @@ from tdc_fast.runs.checkpoint import ema_file, finished_steps, model_file
 from tdc_fast.runs.config import TrainConfig
 from tdc_fast.runs.directory import RunDirectory
 from tdc_fast.runs.groups import build_groups, load_groups
-from tdc_fast.runs.weights import base_with_weights, load_verified
+from tdc_fast.runs.weights import base_with_weights, read_description, read_state
+from tdc_fast.runs.widths import find_plan, plan_hash
 
 
 class Run:
@@ -64,8 +64,8 @@ class Run:
     @cached_property
     def widths(self) -> WidthPlan | None:
         """What each expert keeps; None when the experts are whole."""
-        path = self.path / "widths.json"
-        return WidthPlan.load(path) if path.is_file() else None
+        path = find_plan(self.directory)
+        return WidthPlan.load(path) if path else None
 
     @property
     def macs(self) -> dict[str, Any] | None:
@@ -84,7 +84,7 @@ class Run:
                 weights.
             step: which checkpoint; -1 is the latest.
         """
-        return base_with_weights(self.directory, self._weights("base", ema, step), torch.device("cpu"))
+        return base_with_weights(self.directory, self._weight_file("base", ema, step), torch.device("cpu"))
 
     def experts(self, ema: bool | str = True, step: int = -1) -> RoutedModel:
         """The experts as one RoutedModel in evaluation mode; arguments as in `base`.
@@ -98,16 +98,20 @@ class Run:
         if self.widths is not None:
             self.widths.check(base.pruning_units(), base=base_hash(base), boundaries=self.groups.boundaries)
         model = pack_experts(base, self.groups, self.widths)
-        weights = self._weights("experts", ema, step)
-        try:
-            model.load_state_dict(weights)
-        except RuntimeError as error:
-            plan = self.path / "widths.json"
-            remedy = f"the plan of these experts: --resume {self.path} finds it again"
-            raise invalid("widths", f"{plan}{'' if plan.is_file() else ' (missing)'}", remedy) from error
+        path = self._weight_file("experts", ema, step)
+        self._check_plan_of(path)
+        model.load_state_dict(read_state(path, model.state_dict()))
         return model.eval()
 
-    def _weights(self, stage: str, ema: bool | str, step: int) -> dict[str, Tensor]:
+    def _check_plan_of(self, path: Path) -> None:
+        """Refuse a widths.json other than the one that experts were trained with, as their description records."""
+        described, ours = read_description(path), plan_hash(self.widths)
+        if described is not None and described.get("widths_hash", ours) != ours:
+            plan = self.path / "widths.json"
+            remedy = f"the plan of these experts: --resume {self.path} finds it again"
+            raise invalid("widths", f"{plan}{'' if plan.is_file() else ' (missing)'}", remedy)
+
+    def _weight_file(self, stage: str, ema: bool | str, step: int) -> Path:
         directory = self.directory.stage_directory(stage)
         steps = finished_steps(directory)
         if not steps or (step != -1 and step not in steps):
@@ -118,9 +122,7 @@ class Run:
             )
         chosen = steps[-1] if step == -1 else step
         rate = self.config.ema_rates[0] if ema is True else ema
-        name = ema_file(str(rate), chosen) if rate else model_file(chosen)
-        state: dict[str, Tensor] = load_verified(directory / name)
-        return state
+        return directory / (ema_file(str(rate), chosen) if rate else model_file(chosen))
 
 
 def load_run(path: str | Path) -> Run:

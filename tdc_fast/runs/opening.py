@@ -3,41 +3,70 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
+from tdc_fast.data.dataset import Dataset
 from tdc_fast.errors import invalid
-from tdc_fast.runs.checkpoint import step_of
-from tdc_fast.runs.config import TrainConfig, refuse_changed_options
+from tdc_fast.nn.width_plan import WidthPlan
+from tdc_fast.routing import TimestepGroups
+from tdc_fast.runs.checkpoint import choose_checkpoint, finished_steps, step_of
+from tdc_fast.runs.config import IMPROVED_DIFFUSION_CLASSES, TrainConfig, refuse_changed_options
 from tdc_fast.runs.directory import RunDirectory, default_directory
-from tdc_fast.runs.groups import build_groups
+from tdc_fast.runs.groups import build_groups, load_groups, needs_base
+from tdc_fast.runs.weights import find_base_file, read_description
+from tdc_fast.runs.widths import find_plan
 
 
-def open_run(config: TrainConfig, in_channels: int) -> RunDirectory:
+def open_run(config: TrainConfig, dataset: Dataset) -> RunDirectory:
     """The run directory of a configuration: a new one, or with `config.resume` the one that is continued.
+
+    Of a run that is continued all files are checked before anything is written.
 
     Args:
         config: the configuration.
-        in_channels: channels of the images.
+        dataset: the training images.
 
     Raises:
-        ValueError: the directory holds another run, or nothing that could be resumed.
+        ValueError: the directory holds another run, or nothing that could be resumed, or damaged files; or two
+            directories are named.
     """
+    refuse_two_directories(config.resume, config.run_dir)
     config = _continued_in_place(config)
-    if not config.resume:
-        run = RunDirectory.create(config, in_channels)
-    else:
-        path = Path(config.resume if config.resume != "latest" else config.run_dir or default_directory() or "")
-        if config.resume == "latest" and not (config.run_dir or default_directory()):
-            raise invalid("resume", config.resume, "a run directory, or --run_dir as well")
-        if (path / "config.json").is_file():
-            refuse_changed_options(RunDirectory.open(path).config, config)
-            run = RunDirectory.open(path, config)
-            if run.in_channels != in_channels:
-                raise invalid("data_dir", config.data_dir, f"images of {run.in_channels} channels, as the run had")
-        else:
-            run = RunDirectory.create(config.replace(run_dir=str(path)), in_channels)
+    path = Path(config.resume if config.resume != "latest" else config.run_dir or default_directory() or "")
+    if config.resume == "latest" and not (config.run_dir or default_directory()):
+        raise invalid("resume", config.resume, "a run directory, or --run_dir as well")
+    if config.resume and (path / "config.json").is_file():
+        return _continued(path, config, dataset)
+    if config.resume:
+        config = config.replace(run_dir=str(path))
+    config = config.replace(**config.overrides, num_classes=_num_classes(config, dataset)).replace(override="")
+    groups = build_groups(config, report=True)
+    run = RunDirectory.create(config, dataset.channels, classes_of(dataset))
+    if groups is not None:
+        groups.save(run.path / "groups.json")
+    return run
+
+
+def classes_of(dataset: Dataset) -> list[int] | None:
+    """The classes that the images of a dataset have, ascending; None without labels."""
+    return None if dataset.labels is None else [int(label) for label in np.unique(dataset.labels)]
+
+
+def _continued(path: Path, config: TrainConfig, dataset: Dataset) -> RunDirectory:
+    before = RunDirectory.open(path).config
+    config = config.replace(num_classes=config.num_classes or before.num_classes)
+    refuse_changed_options(before, config)
+    changes = {name: value for name, value in config.overrides.items() if getattr(before, name) != value}
+    run = RunDirectory.open(path, config.replace(**changes).replace(override=""))
+    if run.in_channels != dataset.channels:
+        raise invalid("data_dir", config.data_dir, f"images of {run.in_channels} channels, as the run had")
+    groups = _check_files(run)
+    _check_overrides(run, changes)
     threads = (run.read("run.json") or {}).get("threads")
     if threads != torch.get_num_threads():
         print(
@@ -45,10 +74,125 @@ def open_run(config: TrainConfig, in_channels: int) -> RunDirectory:
             "the last bits may differ",
             file=sys.stderr,
         )
-    groups = build_groups(config, report=True)
-    if groups is not None:
-        groups.save(run.path / "groups.json")
+    with run.writing():
+        if changes:
+            stage = "experts" if config.groups and finished_steps(run.stage_directory("experts")) else "base"
+            steps = finished_steps(run.stage_directory(stage))
+            step = config.resume_step if config.resume_step >= 0 else (steps or [0])[-1]
+            run.record_override(step, stage, before, changes)
+        if groups is not None:
+            groups.save(run.path / "groups.json")
     return run
+
+
+def _check_files(run: RunDirectory) -> TimestepGroups | None:
+    """Check everything that a run has written, before anything is written to it.
+
+    Returns:
+        The groups that the run lacks and that its options describe; None if it has them, or has yet to measure them.
+
+    Raises:
+        ValueError: a file is damaged or belongs to another run; names it.
+    """
+    macs = run.read("macs.json")
+    if macs is not None:
+        _check_macs(run.path / "macs.json", macs)
+    for stage in ("experts", "base") if run.config.groups else ("base",):
+        if stage == "experts" or not run.config.base:
+            find_step(run, stage, {"stage": stage, "identity": run.identity})
+    if not run.config.groups:
+        return None
+    described = build_groups(run.config, report=True)
+    if (run.path / "groups.json").is_file():
+        if load_groups(run) != (described or load_groups(run)):
+            path = str(run.path / "groups.json")
+            raise invalid("groups", path, "the groups that config.json describes; the file is of another run")
+        described = None
+    plan = find_plan(run)
+    if plan is not None:
+        WidthPlan.load(plan)
+    return described
+
+
+def find_step(
+    run: RunDirectory, stage: str, expected: Mapping[str, Any], check: Callable[[int], None] = lambda step: None
+) -> int | None:
+    """The step of a stage to continue from, by `--resume_step`; None for its beginning.
+
+    Args:
+        run: the run.
+        stage: "base" or "experts".
+        expected: what the checkpoint's description must say.
+        check: raises ValueError if the content of a checkpoint does not fit.
+
+    Raises:
+        ValueError: the checkpoint is damaged or of another run; names the file and the last good checkpoint.
+    """
+    directory, later = run.stage_directory(stage), run.path / "experts"
+    split_already = stage == "base" and run.config.groups and later.exists()
+    # resume_step names a checkpoint of the stage that was interrupted: the last one that has a directory.
+    wanted = -1 if split_already or not directory.exists() else run.config.resume_step
+    try:
+        return choose_checkpoint(directory, expected, wanted, run.path, check)
+    except ValueError as error:
+        if split_already:
+            raise ValueError(f"{error} (move {later} away first: its experts came from that base)") from error
+        raise
+
+
+def _check_macs(path: Path, macs: Mapping[str, Any]) -> None:
+    try:
+        base = (macs["per_sample"]["forward"]["base"], macs["per_sample"]["forward_backward"]["base"])
+        spent = [phase["macs"] for phase in macs["phases"].values()]
+        whole = all(type(value) is int for value in base) and all(v is None or type(v) is int for v in spent)
+    except (KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        raise invalid("run", str(path), "the costs that the run wrote; the file is damaged. Restore it from a copy")
+
+
+def _check_overrides(run: RunDirectory, changes: Mapping[str, Any]) -> None:
+    """Refuse changes of what is over already, or of what a computed number of steps depends on."""
+    config = run.config
+    measured = needs_base(config) and (run.path / "groups.json").is_file()
+    split = config.groups and (measured or find_plan(run) or finished_steps(run.stage_directory("experts")))
+    for name in changes:
+        if split and name in ("stage1_steps", "lr_anneal_steps", "lr_anneal_start"):
+            remedy = "options of stage 2 alone: stage 1 is over, and its base is split or measured already"
+            raise invalid("override", name, remedy)
+        if config.baseline_steps and config.groups and name in ("batch_size", "stage2_batch"):
+            remedy = "--microbatch, or a new run: the numbers of steps are computed from --baseline_steps and this size"
+            raise invalid("override", name, remedy)
+
+
+def _num_classes(config: TrainConfig, dataset: Dataset) -> int:
+    """Rows of the label embedding of a new run: as given, as weights from elsewhere have, or as the data needs."""
+    if config.num_classes or not config.class_cond:
+        return config.num_classes
+    source = config.base or config.resume_checkpoint
+    if not source:
+        return dataset.num_classes
+    path = find_base_file(source) if config.base else Path(source)
+    made_with = (read_description(path) or {}).get("config", {})
+    rows = made_with.get("num_classes", IMPROVED_DIFFUSION_CLASSES) if isinstance(made_with, Mapping) else 0
+    if not isinstance(rows, int) or rows < dataset.num_classes:
+        remedy = f"a model of at least the {dataset.num_classes} classes of the data; it has {rows}"
+        raise invalid("base" if config.base else "resume_checkpoint", str(path), remedy)
+    return rows
+
+
+def refuse_two_directories(resume: str, run_dir: str) -> None:
+    """Refuse a --run_dir that is not the run to resume.
+
+    Args:
+        resume: the run to resume; "" for none, "latest" for the one in `run_dir`.
+        run_dir: the directory given as that of the run; "" for none.
+
+    Raises:
+        ValueError: naming run_dir.
+    """
+    if resume not in ("", "latest") and run_dir and Path(run_dir).resolve() != Path(resume).resolve():
+        raise invalid("run_dir", run_dir, f"none together with --resume {resume}, which is the run directory")
 
 
 def _continued_in_place(config: TrainConfig) -> TrainConfig:

@@ -4,13 +4,15 @@ Options that improved-diffusion's `image_train.py` also has keep its names, mean
 are about groups, pruning, budgets and the run directory. The sections are joined into one flat dataclass,
 `tdc_fast.runs.config.TrainConfig`.
 
-The string under a field is its help text on the command line.
+The string under a field is its help text on the command line; the range of a number stands in its annotation.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from tdc_fast.runs.limits import Within
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,9 +24,11 @@ class DataOptions:
     name of a built-in set: digits, photos."""
     on_corrupt: Literal["error", "skip"] = "error"
     """What to do with an unreadable image: stop the run and name it, or leave it out and count it."""
+    background: Literal["white", "grey", "black"] = "white"
+    """Colour behind the transparent pixels of a folder's images."""
     heldout: float = 0.0
     """Share of the images (0 to below 1) kept from training for evaluation, chosen by --heldout_seed."""
-    heldout_seed: int = 0
+    heldout_seed: Annotated[int, Within(0, 2**63 - 1)] = 0
     """Seed of the choice of held-out images, separate from --seed so that runs of several seeds share one split."""
 
 
@@ -32,19 +36,19 @@ class DataOptions:
 class ModelOptions:
     """The denoiser: improved-diffusion's UNet."""
 
-    image_size: int = 64
+    image_size: Annotated[int, Within(1, 2**14)] = 64
     """Height and width of the images in pixels; any size that the levels of --channel_mult divide."""
-    in_channels: int = 0
-    """Channels of the images; 0 takes what the data has (3 for folders)."""
-    num_channels: int = 128
+    in_channels: Annotated[int, Within(0, 2**10)] = 0
+    """Channels of the images; 0 takes what the data has (3 for folders). 1 reads a folder's images as grey."""
+    num_channels: Annotated[int, Within(1, 2**13)] = 128
     """Channels of the first level."""
     channel_mult: str = ""
     """Comma list, one multiple of --num_channels per level; empty chooses by image size as improved-diffusion does."""
-    num_res_blocks: int = 2
+    num_res_blocks: Annotated[int, Within(1, 64)] = 2
     """Residual blocks per level."""
-    num_heads: int = 4
+    num_heads: Annotated[int, Within(1, 2**10)] = 4
     """Attention heads per attention layer."""
-    num_heads_upsample: int = -1
+    num_heads_upsample: Annotated[int, Within(-1, 2**10)] = -1
     """Attention heads in the upsampling half; -1 means --num_heads."""
     attention_resolutions: str = "16,8"
     """Comma list of the resolutions (pixels) whose levels have attention."""
@@ -52,8 +56,9 @@ class ModelOptions:
     """Dropout probability inside the residual blocks."""
     class_cond: bool = False
     """Condition on the class label of each image."""
-    num_classes: int = 1000
-    """Rows of the label embedding (improved-diffusion always has 1000); used with --class_cond True."""
+    num_classes: Annotated[int, Within(0, 10**7)] = 0
+    """Rows of the label embedding, with --class_cond True; 0 takes as many as the data has classes, and for files of
+    improved-diffusion the 1000 that they always have."""
     use_checkpoint: bool = False
     """Recompute activations in the backward pass: less memory, more MACs (they are counted)."""
     use_scale_shift_norm: bool = True
@@ -64,7 +69,7 @@ class ModelOptions:
 class DiffusionOptions:
     """The diffusion process and its loss."""
 
-    diffusion_steps: int = 1000
+    diffusion_steps: Annotated[int, Within(1, 10**6)] = 1000
     """T, the number of timesteps."""
     noise_schedule: Literal["linear", "cosine"] = "linear"
     """How alpha_bar falls with the timestep."""
@@ -88,22 +93,22 @@ class DiffusionOptions:
 class OptimizerOptions:
     """Optimizer, learning rate, averaging and precision."""
 
-    batch_size: int = 1
+    batch_size: Annotated[int, Within(1, 2**20)] = 1
     """Images per step."""
-    microbatch: int = -1
+    microbatch: Annotated[int, Within(-1, 2**20)] = -1
     """Split each step's batch into pieces of this many images to save memory; -1 or 0 does not split."""
-    lr: float = 1e-4
+    lr: Annotated[float, Within(0)] = 1e-4
     """Learning rate of AdamW."""
-    weight_decay: float = 0.0
+    weight_decay: Annotated[float, Within(0)] = 0.0
     """Decoupled weight decay of AdamW."""
-    lr_anneal_steps: int = 0
+    lr_anneal_steps: Annotated[int, Within(0, 10**12)] = 0
     """Train for this many steps while the learning rate falls linearly to 0; 0 trains without end (or to
     --stage1_steps) at a constant rate. Applies to stage 1; see --stage2_anneal."""
-    lr_anneal_start: int = 0
+    lr_anneal_start: Annotated[int, Within(0, 10**12)] = 0
     """Step at which that fall begins; the learning rate is constant before. 0 is improved-diffusion's behaviour."""
-    warmup_steps: int = 0
+    warmup_steps: Annotated[int, Within(0, 10**12)] = 0
     """Steps over which the learning rate rises linearly from 0 at the start of each stage."""
-    grad_clip: float = 0.0
+    grad_clip: Annotated[float, Within(0)] = 0.0
     """Largest gradient norm; 0 does not clip. In stage 2 every expert is clipped by its own norm, so that experts stay
     independent."""
     ema_rate: str = "0.9999"
@@ -119,7 +124,7 @@ class OptimizerOptions:
     use_fp16: bool = False
     """improved-diffusion's switch for mixed precision; here it means --precision bf16, whose range needs no loss
     scaling, so lg_loss_scale is always 0."""
-    fp16_scale_growth: float = 1e-3
+    fp16_scale_growth: Annotated[float, Within(0)] = 1e-3
     """Accepted so that improved-diffusion's command lines run; without loss scaling it has no effect."""
 
 
@@ -127,26 +132,27 @@ class OptimizerOptions:
 class TdcOptions:
     """TDC: groups, pruning, experts and their budgets. None of it applies without --groups."""
 
-    groups: int = 0
+    groups: Annotated[int, Within(-1, 2**12)] = 0
     """Number N of timestep groups and of experts; 0 is plain improved-diffusion training without a second stage; -1
     takes the elbow of --grouping similarity or difficulty, at most --max_groups."""
     grouping: Literal["uniform", "snr", "difficulty", "similarity"] = "uniform"
     """Groups of equal width in timesteps or in decibels of the signal-to-noise ratio; or measured on the trained base:
     timesteps of similar difficulty (see --difficulty), or with similar loss gradients."""
-    max_groups: int = 10
+    max_groups: Annotated[int, Within(1, 2**12)] = 10
     """With --groups -1: the largest number that may be chosen."""
-    probes: int = 50
+    probes: Annotated[int, Within(1, 2**12)] = 50
     """Intervals of timesteps at which the base is measured for --grouping similarity and difficulty; boundaries lie
     between them."""
     snr_range: str = "-20,20"
     """With --grouping snr: "lo,hi" in decibels; timesteps outside it belong to the first or last group. Empty divides
     the whole range of the schedule."""
     boundaries: str = ""
-    """Comma list of the N + 1 boundaries from 0 to the number of timesteps, instead of --grouping."""
-    refine: int = 0
+    """Comma list of the N + 1 boundaries from 0 to the number of timesteps, instead of --grouping; --groups may then be
+    left out."""
+    refine: Annotated[int, Within(0, 10**6)] = 0
     """With --boundaries: let every inner boundary move by up to this many timesteps to where gradients are most similar
     inside the groups."""
-    overlap: float = 0.0
+    overlap: Annotated[float, Within(0, 1)] = 0.0
     """Soft boundaries: in stage 2 each expert also trains on this share (0 to 1) of each neighbour's timesteps, the
     nearest ones."""
     difficulty: Literal["snr", "snr-reversed", "loss", "loss-reversed"] = "snr"
@@ -159,26 +165,26 @@ class TdcOptions:
     """Comma list of N shares of the base's MACs, one per group from low to high timesteps, instead of --k."""
     importance: Literal["taylor", "magnitude"] = "taylor"
     """What decides which channels are kept: first-order loss change on the group's own timesteps, or weight norm."""
-    calibration_batches: int = 4
+    calibration_batches: Annotated[int, Within(1, 10**6)] = 4
     """Batches of --batch_size images on which importance is measured, for each group."""
     base: str = ""
     """Weights (.pt) to use instead of stage 1, or a run directory whose base is used; the model flags must describe
     them."""
-    stage1_steps: int = 0
+    stage1_steps: Annotated[int, Within(0, 10**12)] = 0
     """Steps of stage 1; 0 computes it from --baseline_steps, else takes --lr_anneal_steps."""
-    stage2_steps: int = 0
+    stage2_steps: Annotated[int, Within(0, 10**12)] = 0
     """Steps of stage 2; 0 computes it from --baseline_steps."""
-    baseline_steps: int = 0
+    baseline_steps: Annotated[int, Within(0, 10**12)] = 0
     """Steps of the uniform baseline (same model and --batch_size), to whose cost the shares below refer."""
     stage1_share: float = 0.5
     """Cost of stage 1 as a share of the baseline's cost."""
     total_share: float = 1.0
     """Cost of stage 1 + pruning + stage 2 as a share of the baseline's cost, in measured MACs."""
-    stage2_batch: int = 0
+    stage2_batch: Annotated[int, Within(0, 2**20)] = 0
     """Images per step of stage 2, over all experts together; 0 means --batch_size."""
     stage2_shares: str = ""
     """Comma list of N weights: how much of each stage-2 batch each group gets; empty is equal shares."""
-    stage2_lr: float = 0.0
+    stage2_lr: Annotated[float, Within(0)] = 0.0
     """Learning rate of stage 2; 0 means --lr."""
     stage2_anneal: bool = True
     """Let the learning rate of stage 2 fall linearly to 0."""
@@ -192,24 +198,24 @@ class SearchOptions:
     """Who proposes widths. taylor and magnitude propose once, the widths that keep the most of that importance; the
     others search with scored candidates: at random, by loss per MAC, by evolution, by optuna's estimator, or by asking
     a language model. auto is the one-shot answer by --importance for one round, and tpe for more."""
-    rounds: int = 1
+    rounds: Annotated[int, Within(1, 10**6)] = 1
     """Rounds of proposing and scoring, for each group."""
-    candidates: int = 8
+    candidates: Annotated[int, Within(1, 2**12)] = 8
     """Candidates per round; they are scored in one routed batch."""
     memory: bool = True
     """Show the agent what was tried, in this group and in earlier ones. memory.jsonl is written either way."""
-    score_samples: int = 1024
+    score_samples: Annotated[int, Within(1, 2**20)] = 1024
     """Samples in one pass of scoring, over all candidates together; limits its memory."""
     llm_model: str = ""
     """With --agent llm: name of the model. The key is read from the environment, OPENAI_API_KEY, and never stored."""
     llm_url: str = ""
     """Base URL of an OpenAI-compatible service, such as http://127.0.0.1:8000/v1; empty takes OPENAI_BASE_URL, else
     OpenAI's."""
-    llm_timeout: float = 60.0
+    llm_timeout: Annotated[float, Within(0.001, 10**6)] = 60.0
     """Seconds after which a call counts as failed."""
-    llm_retries: int = 3
+    llm_retries: Annotated[int, Within(0, 1000)] = 3
     """How often a failed call or an unusable answer is asked again, in each round."""
-    llm_calls: int = 100
+    llm_calls: Annotated[int, Within(1, 10**9)] = 100
     """Calls allowed in the whole search; later rounds are the --llm_fallback's."""
     llm_fallback: Literal["random", "greedy", "evolution", "tpe"] = "evolution"
     """Agent for the rounds in which the language model has no usable answer."""
@@ -224,28 +230,31 @@ class RunOptions:
     resume: str = ""
     """Continue the run in this directory bit for bit. Without a value: the run in --run_dir. All other flags may be
     omitted."""
-    resume_step: int = -1
+    resume_step: Annotated[int, Within(-1, 10**12)] = -1
     """With --resume: the checkpoint of the interrupted stage to continue from; -1 is the latest."""
+    override: str = ""
+    """With --resume: comma list of settings of the optimizer that change from here on, such as lr=5e-5,batch_size=16.
+    They are recorded in run.json and hold for the rest of the run."""
     resume_checkpoint: str = ""
     """improved-diffusion's flag: continue from model{step}.pt, with the optimizer and the averages beside it."""
     stop_after: Literal["never", "stage1", "pruning"] = "never"
     """Stop before the experts are trained: after stage 1 (python -m tdc_fast.prune can then search widths) or after the
     search for widths. --resume continues."""
-    seed: int = 0
+    seed: Annotated[int, Within(0, 2**63 - 1)] = 0
     """Seed of weights, data order, timesteps, noise and dropout."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N; auto takes a GPU where there is one."""
-    num_threads: int = 0
+    num_threads: Annotated[int, Within(0, 2**10)] = 0
     """CPU threads of torch and of the native kernels; 0 leaves the setting of the process."""
-    log_interval: int = 10
+    log_interval: Annotated[int, Within(1, 10**12)] = 10
     """Steps between two rows of progress.csv; the values are means over those steps."""
-    save_interval: int = 10000
+    save_interval: Annotated[int, Within(1, 10**12)] = 10000
     """Steps between two checkpoints; the last step of a stage is always saved."""
     tensorboard: bool = True
     """Write TensorBoard event files when the tensorboard package is installed."""
     progress: Literal["auto", "always", "never"] = "auto"
     """Progress bars with time left; auto shows them on a terminal."""
-    preview: int = 0
+    preview: Annotated[int, Within(0, 10**5)] = 0
     """Images sampled at the end of each stage into samples/; 0 samples none."""
 
 

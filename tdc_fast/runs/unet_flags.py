@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
 from tdc_fast.models.iddpm import default_channel_mult
-from tdc_fast.runs.config import TrainConfig
+from tdc_fast.runs.config import TrainConfig, comma_numbers
 
 
 def differing_flags(state: Mapping[str, Tensor], config: TrainConfig) -> list[str]:
@@ -18,6 +19,18 @@ def differing_flags(state: Mapping[str, Tensor], config: TrainConfig) -> list[st
     except (KeyError, IndexError, ValueError, ZeroDivisionError):
         return []
     return [f"--{name} {value}" for name, value in found.items() if not _agrees(name, value, config)]
+
+
+def other_project(state: Mapping[str, Tensor]) -> str:
+    """Which other project's network a state dict is of, in words; "" if it is none that is known here."""
+    names = set(state)
+    if any(re.fullmatch(r"output_blocks\.\d+\.[12]\.in_layers\.0\.weight", name) for name in names):
+        return "a UNet of guided-diffusion, which samples up and down in residual blocks (resblock_updown)"
+    if "input_blocks.0.0.weight" in names and not any(name.startswith("output_blocks.") for name in names):
+        return "a classifier of guided-diffusion"
+    if "conv_in.weight" in names and any(name.startswith("down_blocks.") for name in names):
+        return "a UNet of diffusers"
+    return ""
 
 
 def flags_of(state: Mapping[str, Tensor], image_size: int) -> dict[str, Any]:
@@ -60,14 +73,23 @@ def flags_of(state: Mapping[str, Tensor], image_size: int) -> dict[str, Any]:
     return flags
 
 
+def attention_sizes(config: TrainConfig) -> tuple[list[int], list[int]]:
+    """(sizes of the UNet's levels, sizes of those that have attention beside the middle block), in pixels."""
+    size = config.image_size
+    mult = config.channel_mult.split(",") if config.channel_mult else default_channel_mult(size)
+    asked = comma_numbers("attention_resolutions", config.attention_resolutions, int)
+    factors = {size // resolution for resolution in asked if resolution <= size}  # as create_unet rounds them
+    levels = range(len(mult))
+    return [size >> level for level in levels], [size >> level for level in levels if 1 << level in factors]
+
+
 def _agrees(name: str, value: Any, config: TrainConfig) -> bool:
     mine = getattr(config, name)
     if name == "in_channels":
         return mine in (0, value)
     if name == "attention_resolutions":
         # Resolutions that no level has change nothing.
-        levels = {config.image_size >> level for level in range(12)}
-        return {int(r) for r in mine.split(",") if r} & levels == {int(r) for r in str(value).split(",") if r}
+        return attention_sizes(config)[1] == attention_sizes(config.replace(attention_resolutions=value))[1]
     if name == "channel_mult" and not mine:
         mine = ",".join(map(str, default_channel_mult(config.image_size)))
     return bool(mine == value)

@@ -13,7 +13,7 @@ from tdc_fast.runs.build import build_device, build_diffusion, build_unet, place
 from tdc_fast.runs.checkpoint import ema_file, find_problem, finished_steps, save_checkpoint, state_file
 from tdc_fast.runs.directory import RunDirectory
 from tdc_fast.runs.groups import build_groups
-from tdc_fast.runs.weights import cpu_state, find_base_file, load_verified, load_weights
+from tdc_fast.runs.weights import cpu_state, find_base_file, load_weights, read_state
 from tdc_fast.training import cost
 from tdc_fast.training.loop import Stage, StageLoop
 from tdc_fast.training.optimization import LearningRate
@@ -53,11 +53,10 @@ def train_base(run: RunDirectory, dataset: Dataset | None = None) -> State:
             loop = StageLoop(run, stage, model, diffusion, stream, sampler, build_groups(config))
             if not loop.resume() and config.resume_checkpoint:
                 continue_from(Path(config.resume_checkpoint), loop)
-            new = not loop.finished
             loop.train()
-    write_phase(run, macs, "stage1", steps=loop.step, samples=loop.step * config.batch_size, macs=loop.macs)
+    write_phase(run, macs, "stage1", steps=loop.step, samples=loop.samples, macs=loop.macs)
     state = cpu_state(loop.averages.state_dict(config.ema_rates[0]))
-    if new and config.preview:
+    if config.preview:
         write_preview(run, "base", loop.step, build_base(run, state), diffusion)
     return state
 
@@ -70,7 +69,7 @@ def _take_base(run: RunDirectory, model: nn.Module, macs: cost.SampleMacs) -> St
         problem = find_problem(directory, steps[-1], {"stage": "base", "identity": run.identity})
         if problem:
             raise ValueError(f"resume: {problem}; remove {directory} to load {run.config.base} again")
-        return load_verified(directory / ema_file(rate, steps[-1]))
+        return read_state(directory / ema_file(rate, steps[-1]), model.state_dict())
     path = find_base_file(run.config.base)
     source = load_weights(path, run.config, model) or {}
     step, spent = source.get("step", 0), source.get("macs")

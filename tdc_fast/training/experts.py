@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from contextlib import closing
 
 from torch import nn
@@ -16,6 +14,7 @@ from tdc_fast.routing import TimestepGroups
 from tdc_fast.runs.build import build_device, build_diffusion
 from tdc_fast.runs.config import TrainConfig
 from tdc_fast.runs.directory import RunDirectory
+from tdc_fast.runs.widths import plan_hash
 from tdc_fast.training import cost
 from tdc_fast.training.loop import Stage, StageLoop
 from tdc_fast.training.optimization import LearningRate
@@ -54,7 +53,7 @@ def train_experts(
         base = build_base(run, base_state)
         origin = {
             "base_hash": base_hash(base),
-            "widths_hash": _plan_hash(widths),
+            "widths_hash": plan_hash(widths),
             "boundaries": list(groups.boundaries),
         }
         of_base = base_macs(run, base)
@@ -81,14 +80,12 @@ def train_experts(
         with closing(open_stream(config, dataset, "experts", stage.batch_size)) as stream:
             loop = StageLoop(run, stage, model, diffusion, stream, sampler, groups)
             loop.resume()
-            new = not loop.finished
             loop.train()
-    samples = loop.step * stage.batch_size
-    write_phase(run, of_base, "stage2", experts=of_experts, steps=loop.step, samples=samples, macs=loop.macs)
+    facts = {"steps": loop.step, "samples": loop.samples, "macs": loop.macs}
+    write_phase(run, of_base, "stage2", experts=of_experts, **facts)
     model.load_state_dict(loop.averages.state_dict(config.ema_rates[0]))
     model.eval()
-    if new and config.preview:
-        write_preview(run, "experts", loop.step, model, diffusion)
+    write_preview(run, "experts", loop.step, model, diffusion)
     return model
 
 
@@ -107,7 +104,3 @@ def _sampler(config: TrainConfig, groups: TimestepGroups) -> TimestepSampler:
         weighting="per_group",
         overlap=config.overlap,
     )
-
-
-def _plan_hash(widths: WidthPlan | None) -> str | None:
-    return hashlib.sha256(json.dumps(widths.to_json(), sort_keys=True).encode()).hexdigest() if widths else None

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,23 +19,26 @@ from tdc_fast.data.stream import BatchStream
 from tdc_fast.diffusion import Diffusion
 from tdc_fast.diffusion.protocols import Denoiser
 from tdc_fast.diffusion.timestep_samplers import StratifiedSampler, TimestepSampler
-from tdc_fast.errors import require
+from tdc_fast.errors import invalid, require
 from tdc_fast.routing import TimestepGroups
+from tdc_fast.runs.averages import UNTRAINED, initial_share
 from tdc_fast.runs.checkpoint import (
-    choose_checkpoint,
     discard_after,
     ema_file,
+    finished_steps,
     model_file,
     optimizer_file,
     save_checkpoint,
     state_file,
 )
 from tdc_fast.runs.directory import RunDirectory
-from tdc_fast.runs.weights import load_tensors
+from tdc_fast.runs.opening import find_step
+from tdc_fast.runs.weights import read_state
 from tdc_fast.training.ema import WeightAverages
 from tdc_fast.training.interrupts import StopRequest, TrainingInterrupted, how_to_continue
 from tdc_fast.training.optimization import LearningRate, create_optimizer, gradient_norm
 from tdc_fast.training.random_state import random_state, restore_random_state
+from tdc_fast.training.stored_state import StoredState, read_moments, read_rest
 from tdc_fast.training.telemetry import QUARTILES, ProgressLog, RunningMeans
 
 
@@ -124,6 +128,11 @@ class StageLoop:
         return self.stage.steps is not None and self.step >= self.stage.steps
 
     @property
+    def samples(self) -> int:
+        """Images that this stage has trained on so far."""
+        return int(self.samples_per_group.sum())
+
+    @property
     def macs(self) -> int:
         """MACs that this stage has spent so far."""
         samples = self.samples_per_group.tolist()
@@ -141,8 +150,16 @@ class StageLoop:
         config = self.run.config
         shown = config.progress == "always" or (config.progress == "auto" and sys.stderr.isatty())
         self.model.train()
+        self._warn_of_untrained_averages()
         board = self.run.path / "tensorboard" / self.stage.name if config.tensorboard else None
-        log = ProgressLog(self.run.log_directory(self.stage.name), self.step, board, quiet=shown)
+        log = ProgressLog(
+            self.run.log_directory(self.stage.name),
+            self.step,
+            board,
+            quiet=shown,
+            stage=self.stage.name,
+            steps=self.stage.steps,
+        )
         bar = _progress_bar(self.stage.name, self.step, self.stage.steps) if shown else None
         self._clock = time.perf_counter()
         self._resumed_at = self.step
@@ -166,6 +183,20 @@ class StageLoop:
             log.close()
             if bar is not None:
                 bar.close()
+
+    def _warn_of_untrained_averages(self) -> None:
+        config, steps = self.run.config, self.stage.steps
+        if steps is None or self.finished or config.ema_ramp:
+            return
+        rate = config.ema_rates[0]
+        share = initial_share(rate, steps)
+        if share > UNTRAINED:
+            use = "sampling uses" if self.stage.name == "experts" or not config.groups else "the experts are split from"
+            warnings.warn(
+                f"after the {steps} steps of stage {self.stage.name} the average of --ema_rate {rate}, which {use}, is "
+                f"still {share:.0%} the weights that it starts from; set --ema_ramp True or a lower --ema_rate",
+                stacklevel=2,
+            )
 
     def _train_step(self) -> None:
         config, stage = self.run.config, self.stage
@@ -224,15 +255,14 @@ class StageLoop:
     def _report(self, log: ProgressLog, bar: Any) -> None:
         means = self.means.take()
         loss = means.get("loss")
-        if loss is not None and not math.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss of stage {self.stage.name} is {loss} at step {self.step}; lower --lr or set --grad_clip, "
-                f"and continue from the last checkpoint in {self.directory} or start again"
-            )
+        for name, mean in {"loss": loss, **means}.items():
+            if mean is not None and not math.isfinite(mean):
+                what = "the loss" if name == "loss" else name
+                raise self._diverged(f"{what} of stage {self.stage.name} is {mean} at step {self.step}")
         self.wall_seconds += self._lap()
         row: dict[str, float | int | None] = {
             "step": self.step,
-            "samples": self.step * self.stage.batch_size,
+            "samples": self.samples,
             **means,
             "lr": self.stage.learning_rate(self.step - 1),
             "macs": self.stage.macs_before + self.macs,
@@ -254,7 +284,11 @@ class StageLoop:
         return self.run.description(self.stage.name, **self.stage.origin)
 
     def save(self) -> None:
-        """Write a checkpoint of the current step."""
+        """Write a checkpoint of the current step.
+
+        Raises:
+            FloatingPointError: weights, averages or optimizer hold infinities or NaN; nothing is written then.
+        """
         self.wall_seconds += self._lap()
         contents: dict[str, Any] = {model_file(self.step): self.model.state_dict()}
         for rate in self.averages.averages:
@@ -270,7 +304,25 @@ class StageLoop:
             "wall_seconds": self.wall_seconds,
         }
         macs = self.stage.macs_before + self.macs
-        save_checkpoint(self.directory, self.step, contents, {**self.description(), "macs": macs})
+        try:
+            save_checkpoint(self.directory, self.step, contents, {**self.description(), "macs": macs})
+        except FloatingPointError as error:
+            raise self._diverged(f"stage {self.stage.name} diverged by step {self.step}: {error}") from error
+        except OSError as error:
+            steps = finished_steps(self.directory)
+            last = f"the last good checkpoint is step {steps[-1]}" if steps else "there is no checkpoint yet"
+            raise OSError(f"{error}; {last}. Once there is room, {how_to_continue(self.run.path)}") from error
+
+    def _diverged(self, what: str) -> FloatingPointError:
+        """The error for a stage whose numbers are no longer finite: where to go on from, and what to change."""
+        config = self.run.config
+        name = "stage2_lr" if self.stage.name == "experts" and config.stage2_lr else "lr"
+        steps = finished_steps(self.directory)
+        last = f"the last finite checkpoint is step {steps[-1]}" if steps else "there is no checkpoint before it"
+        return FloatingPointError(
+            f"{what}. Nothing of this step is saved; {last}. Lower the learning rate and limit the gradients: "
+            f"{how_to_continue(self.run.path)} --override {name}={getattr(config, name) / 10:g},grad_clip=1"
+        )
 
     def resume(self) -> bool:
         """Continue from the stage's latest checkpoint, or from `config.resume_step`.
@@ -282,44 +334,73 @@ class StageLoop:
             ValueError: the checkpoint is damaged or of another run; names the file and the last good checkpoint.
         """
         expected = {key: value for key, value in self.description().items() if key != "config"}
-        later = self.run.path / "experts"
-        split_already = self.stage.name == "base" and self.run.config.groups and later.exists()
-        # resume_step names a checkpoint of the stage that was interrupted: the last one that has a directory.
-        wanted = -1 if split_already or not self.directory.exists() else self.run.config.resume_step
-        try:
-            step = choose_checkpoint(self.directory, expected, wanted, self.run.path)
-        except ValueError as error:
-            if split_already:
-                raise ValueError(f"{error} (move {later} away first: its experts came from that base)") from error
-            raise
+        step = find_step(self.run, self.stage.name, expected, self._check)
         if step is None:
             discard_after(self.directory, 0)
             return False
-        discard_after(self.directory, step)
         self.restore(self.directory, step, exact=True)
+        discard_after(self.directory, step)
         return True
 
     def restore(self, directory: Path, step: int, exact: bool) -> None:
-        """Load model, averages and optimizer of a checkpoint.
+        """Load model, averages and optimizer of a checkpoint, once all its files are read and checked.
 
         Args:
             directory: of the checkpoint.
             step: its step.
             exact: load also random numbers, data position and the rest of the state.
+
+        Raises:
+            ValueError: a file is damaged or does not fit the model; names it.
         """
-        self.model.load_state_dict(load_tensors(directory / model_file(step), self.device))
-        for rate in self.averages.averages:
-            self.averages.load_state_dict(rate, load_tensors(directory / ema_file(rate, step), self.device))
-        self.optimizer.load_state_dict(load_tensors(directory / optimizer_file(step), self.device))
+        stored = self._read(directory, step, exact)
+        self.model.load_state_dict(stored.model)
+        for rate, state in stored.averages.items():
+            self.averages.load_state_dict(rate, state)
+        # The settings of the optimizer are those of the configuration; the file has its moments.
+        settings = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": stored.moments, "param_groups": settings})
         self.step = step
-        if exact:
-            state = load_tensors(directory / state_file(step))
-            self.data.load_state_dict(state["data"])
-            self.sampler.load_state_dict(state["sampler"])
-            self.means.load_state_dict(state["means"])
-            self.samples_per_group.copy_(state["samples_per_group"])
-            self.wall_seconds = state["wall_seconds"]
-            restore_random_state(state["random"])
+        if stored.rest is None:
+            return
+        try:
+            self.data.load_state_dict(self._data_position(stored.rest["data"]))
+            self.sampler.load_state_dict(stored.rest["sampler"])
+            self.means.load_state_dict(stored.rest["means"])
+            self.samples_per_group.copy_(stored.rest["samples_per_group"])
+            self.wall_seconds = float(stored.rest["wall_seconds"])
+            restore_random_state(stored.rest["random"])
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError) as error:
+            path = str(directory / state_file(step))
+            raise invalid("checkpoint", path, f"the state of this training: {' '.join(str(error).split())}") from error
+
+    def _data_position(self, position: Mapping[str, int]) -> dict[str, int]:
+        """The position in the data of a checkpoint, in batches of the size that holds since it was overridden."""
+        before, size = position["batch_size"], self.data.batch_size
+        if before == size or not self.run.overridden & {"batch_size", "stage2_batch"}:
+            return dict(position)
+        epoch, index = position["epoch"], position["index"] * before // size
+        if index >= self.data.batches_per_epoch:
+            epoch, index = epoch + 1, 0
+        return {**position, "batch_size": size, "epoch": epoch, "index": index}
+
+    def _check(self, step: int) -> None:
+        """ValueError if a finished checkpoint of the stage does not fit the model."""
+        self._read(self.directory, step, exact=True)
+
+    def _read(self, directory: Path, step: int, exact: bool) -> StoredState:
+        weights = self.model.state_dict()
+        parameters = dict(self.model.named_parameters())
+        return StoredState(
+            model=read_state(directory / model_file(step), weights),
+            averages={rate: read_state(directory / ema_file(rate, step), weights) for rate in self.averages.averages},
+            moments=read_moments(directory / optimizer_file(step), parameters),
+            rest=self._read_rest(directory / state_file(step), step) if exact else None,
+        )
+
+    def _read_rest(self, path: Path, step: int) -> Mapping[str, Any]:
+        means = {name: value for name, value in self.means.state_dict().items() if name != "sums"}
+        return read_rest(path, step, self.samples_per_group, means)
 
 
 def _in_bf16(model: nn.Module, device: torch.device) -> Denoiser:

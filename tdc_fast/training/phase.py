@@ -91,7 +91,7 @@ def spent_macs(run: RunDirectory, base: cost.SampleMacs) -> int:
 def write_phase(
     run: RunDirectory, base: cost.SampleMacs, phase: str, *, experts: cost.SampleMacs | None = None, **facts: Any
 ) -> None:
-    """Write the entry of one phase into macs.json.
+    """Write the entry of one phase into macs.json, unless it is there already.
 
     Args:
         run: the run.
@@ -100,5 +100,10 @@ def write_phase(
         experts: MACs per sample of the experts, once they exist.
         **facts: JSON values about the phase, `macs` among them.
     """
-    phases = (run.read("macs.json") or {}).get("phases", {})
-    run.write("macs.json", cost.summary(run.config, base, experts, {**phases, phase: facts}))
+    known = run.read("macs.json") or {}
+    summary = cost.summary(run.config, base, experts, {**known.get("phases", {}), phase: facts})
+    if experts is None:  # those of a later phase, in a run that is resumed
+        for kind, macs in summary["per_sample"].items():
+            macs["experts"] = known.get("per_sample", {}).get(kind, {}).get("experts")
+    if summary != known:
+        run.write("macs.json", summary)

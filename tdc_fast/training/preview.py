@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from tdc_fast.atomic import atomic_file
+from tdc_fast.atomic import atomic_file, remove_leftovers
 from tdc_fast.data.pixels import grid_image, to_uint8
 from tdc_fast.diffusion import Diffusion
 from tdc_fast.diffusion.samplers import sample
@@ -18,8 +19,13 @@ STEPS = 25
 """Sampling steps."""
 
 
+def preview_file(run: RunDirectory, stage: str, step: int) -> Path:
+    """The picture of a stage."""
+    return run.path / "samples" / f"{stage}_{step:06d}.png"
+
+
 def write_preview(run: RunDirectory, stage: str, step: int, model: nn.Module, diffusion: Diffusion) -> None:
-    """Write `--preview` DDIM samples to samples/{stage}_{step}.png as one row of images.
+    """Write `--preview` DDIM samples as one row of images, unless the picture is there already.
 
     Args:
         run: the run.
@@ -28,17 +34,20 @@ def write_preview(run: RunDirectory, stage: str, step: int, model: nn.Module, di
         model: the denoiser.
         diffusion: its process.
     """
-    config = run.config
+    config, picture = run.config, preview_file(run, stage, step)
+    if not config.preview or picture.is_file():
+        return
     generator = torch.Generator().manual_seed(derived_seed(config.seed, "preview"))
     size, device = config.image_size, next(model.parameters()).device
     labels: dict[str, Any] = {}
     if config.class_cond:
-        labels["y"] = torch.randint(config.num_classes, (config.preview,), generator=generator).to(device)
+        classes = torch.tensor(range(config.label_rows) if run.classes is None else run.classes)
+        labels["y"] = classes[torch.randint(len(classes), (config.preview,), generator=generator)].to(device)
     steps = min(STEPS, diffusion.num_timesteps)
     shape = (config.preview, run.in_channels, size, size)
     images = sample(diffusion, model, shape, steps=steps, generator=generator, model_kwargs=labels, device=device)
-    directory = run.path / "samples"
-    directory.mkdir(exist_ok=True)
+    picture.parent.mkdir(exist_ok=True)
+    remove_leftovers(picture.parent)
     image = grid_image(to_uint8(images), columns=config.preview, gap=0)
-    with atomic_file(directory / f"{stage}_{step:06d}.png") as file:
+    with atomic_file(picture) as file:
         image.save(file, format="PNG")

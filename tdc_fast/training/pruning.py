@@ -9,28 +9,34 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tdc_fast.data.dataset import Dataset
 from tdc_fast.diffusion.calibration import Batch
 from tdc_fast.errors import invalid
 from tdc_fast.grouping import probe_losses
 from tdc_fast.models.iddpm import UNet
-from tdc_fast.nn.macs import MacCounter
+from tdc_fast.nn.macs import MacCounter, measure_macs
 from tdc_fast.nn.width_plan import WidthPlan, base_hash
 from tdc_fast.pruning import Agent, Pruning, PruningSettings, make_agent, plan_pruning
 from tdc_fast.pruning.agents import resolved_agent
+from tdc_fast.pruning.budget import budget_law, budget_macs
 from tdc_fast.pruning.memory import MEMORY_FILE, OtherSearch, set_aside
 from tdc_fast.pruning.plots import draw_search
 from tdc_fast.pruning.progress import BarAndTable
+from tdc_fast.pruning.search import check_reachable
 from tdc_fast.routing import TimestepGroups
-from tdc_fast.runs.build import build_data, build_diffusion
+from tdc_fast.runs.build import build_data, build_diffusion, build_unet
 from tdc_fast.runs.checkpoint import finished_steps
 from tdc_fast.runs.config import TrainConfig, comma_numbers, refuse_changed_options
 from tdc_fast.runs.directory import RunDirectory
 from tdc_fast.runs.opening import open_run
 from tdc_fast.runs.options import SearchOptions
+from tdc_fast.runs.widths import NEXT_PLAN, find_plan, finish_commit, plan_hash
 from tdc_fast.training.base import train_base
 from tdc_fast.training.cost import stage1_steps
 from tdc_fast.training.grouping import group_timesteps
+from tdc_fast.training.narration import warn_of_few_calibration_images
 from tdc_fast.training.phase import State, base_macs, build_base, groups_of, open_stream, write_phase
 from tdc_fast.training.random_state import derived_seed, seeded
 
@@ -49,8 +55,9 @@ def prune_base(run: RunDirectory, base_state: State, dataset: Dataset | None = N
         The plan; None if every expert keeps the whole base.
     """
     base = build_base(run, base_state)
-    path = run.path / "widths.json"
-    if path.is_file():
+    finish_commit(run)
+    path = find_plan(run)
+    if path is not None:
         plan = WidthPlan.load(path)
         plan.check(base.pruning_units(), base=base_hash(base), boundaries=groups_of(run).boundaries)
         return plan
@@ -100,9 +107,13 @@ def prune_base_file(config: TrainConfig, dataset: Dataset | None = None) -> tupl
     dataset = dataset or build_data(config)
     _check_prunable(config)
     path = Path(config.run_dir)
-    if (path / "config.json").is_file() and RunDirectory.open(path).identity == config.identity:
+    stored = RunDirectory.open(path) if (path / "config.json").is_file() else None
+    rows = config.num_classes or (stored.config.num_classes if stored else 0)
+    if stored and stored.identity == config.replace(num_classes=rows).identity:
         config = config.replace(resume=config.run_dir)
-    run = open_run(config, dataset.channels)
+    else:
+        refuse_unreachable_budgets(config, dataset.channels)
+    run = open_run(config, dataset)
     return run, _search_finished_base(run, config, dataset)
 
 
@@ -118,6 +129,7 @@ def search_run(run: RunDirectory, config: TrainConfig, base: UNet, dataset: Data
         base: as `build_base` gives it.
         dataset: images to calibrate on; None loads what the configuration names.
     """
+    finish_commit(run)
     groups = groups_of(run)
     macs = base_macs(run, base)
     with seeded(derived_seed(config.seed, "pruning")):
@@ -132,8 +144,10 @@ def search_run(run: RunDirectory, config: TrainConfig, base: UNet, dataset: Data
             found = _search(run, config, base, groups, batches, difficulty)
         draw_search(run.path, found, base.pruning_units())
     searched = {name: getattr(config, name) for name in ("agent", "rounds", "candidates", "memory")}
-    write_phase(run, macs, "pruning", macs=found.calibration_macs + spent, **searched)
-    found.plan.save(run.path / "widths.json")  # after the cost: a run with widths.json has both
+    found.plan.save(run.path / NEXT_PLAN)
+    hashed = plan_hash(found.plan)
+    write_phase(run, macs, "pruning", macs=found.calibration_macs + spent, **searched, widths_hash=hashed)
+    finish_commit(run)
     return found
 
 
@@ -162,6 +176,32 @@ def prunes(config: TrainConfig) -> bool:
     return bool(config.groups) and (min(shares) if shares else config.k) < 1
 
 
+def refuse_unreachable_budgets(config: TrainConfig, in_channels: int) -> None:
+    """Refuse budgets that no widths of the base meet, before it is trained.
+
+    With an open number of groups (`--groups -1`) they are known, and checked, only after stage 1.
+
+    Args:
+        config: the options of the run.
+        in_channels: channels of its images.
+
+    Raises:
+        ValueError: naming --budgets or --k.
+    """
+    if config.groups < 1 or not prunes(config):
+        return
+    shares = comma_numbers("budgets", config.budgets, float)
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        base = build_unet(config, in_channels)
+        smallest = base.with_widths({unit.name: min(unit.widths()) for unit in base.pruning_units()})
+        x, t = torch.zeros(1, *(in_channels, config.image_size, config.image_size)), torch.zeros(1, dtype=torch.int64)
+        labels = {"y": t} if config.class_cond else {}
+        full, least = (measure_macs(model.to("meta"), x, t, **labels) for model in (base, smallest))
+    budgets = [budget_macs(share, full) for share in shares or budget_law(config.groups, config.k)[:1]]
+    name = "budgets" if shares else "k"
+    check_reachable(getattr(config, name), budgets, least, full, name)
+
+
 def refuse_other_than_search(stored: TrainConfig, wanted: TrainConfig) -> None:
     """Refuse options other than those of the search that differ from the run's and may not change.
 
@@ -187,6 +227,7 @@ def _search(
     agent, stand_in = build_agents(config)
     settings = PruningSettings(
         k=comma_numbers("budgets", config.budgets, float) or config.k,
+        k_name="budgets" if config.budgets else "k",
         importance=config.importance,
         difficulty=difficulty,
         max_batches=config.calibration_batches,
@@ -245,6 +286,7 @@ def _check_prunable(config: TrainConfig) -> None:
         )
     if not prunes(config):
         raise invalid("k", config.k, "below 1, or --budgets: every expert may keep the whole base, nothing is pruned")
+    warn_of_few_calibration_images(config)
     build_agents(config)
 
 

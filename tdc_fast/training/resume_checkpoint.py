@@ -13,7 +13,7 @@ from tdc_fast.runs.checkpoint import (
     state_file,
     step_of,
 )
-from tdc_fast.runs.weights import load_verified, load_weights, read_description
+from tdc_fast.runs.weights import load_weights, read_description
 from tdc_fast.training.loop import StageLoop
 
 SAME_DRAWS = (
@@ -56,12 +56,11 @@ def continue_from(path: Path, loop: StageLoop) -> None:
                 str(path),
                 f"{name} beside it; without it averages or optimizer would restart (see --ema_rate, or use --base)",
             )
-        load_verified(directory / name)
     load_weights(path, config, loop.model, "resume_checkpoint")
     exact = step in finished_steps(directory) and _same_draws(directory / state_file(step), loop)
     try:
         loop.restore(directory, step, exact=exact)
-    except (ValueError, KeyError, RuntimeError) as error:
+    except ValueError as error:
         raise invalid(
             "resume_checkpoint", str(path), f"files of the same model and optimizer beside it: {error}"
         ) from error

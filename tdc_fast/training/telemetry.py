@@ -7,6 +7,7 @@ import io
 import json
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -16,6 +17,8 @@ from torch import Tensor
 
 from tdc_fast.atomic import atomic_file
 from tdc_fast.errors import invalid
+from tdc_fast.progress import duration
+from tdc_fast.text_files import parse_json
 
 QUARTILES = 4
 
@@ -98,14 +101,26 @@ class RunningMeans:
 class ProgressLog:
     """Appends one row per interval to what OPENAI_LOG_FORMAT asks for (default stdout,log,csv) and to TensorBoard.
 
+    Files get every number; stdout gets one line, and it and log.txt leave out an mse that repeats the loss.
+
     Args:
         directory: receives progress.csv, log.txt and, when asked for, progress.json.
         step: rows of later steps are deleted, as a run that continues from a checkpoint writes them again.
         tensorboard: directory of event files, or None.
         quiet: do not print rows (a progress bar is shown instead).
+        stage: its name, for printed rows.
+        steps: the number of its steps, for the time left; None for no limit.
     """
 
-    def __init__(self, directory: Path, step: int, tensorboard: Path | None = None, quiet: bool = False) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        step: int,
+        tensorboard: Path | None = None,
+        quiet: bool = False,
+        stage: str = "",
+        steps: int | None = None,
+    ) -> None:
         formats = [name for name in os.environ.get("OPENAI_LOG_FORMAT", "stdout,log,csv").split(",") if name]
         unknown = set(formats) - {"stdout", "log", "csv", "json", "tensorboard"}
         if unknown:
@@ -118,6 +133,8 @@ class ProgressLog:
         self._texts: list[TextIO] = [sys.stdout] if "stdout" in formats and not quiet else []
         self._log = open(directory / "log.txt", "a", encoding="utf-8") if "log" in formats else None  # noqa: SIM115
         self._board = _summary_writer(tensorboard, step) if tensorboard else None
+        self._stage, self._steps = stage, steps
+        self._began, self._first = time.perf_counter(), step
         if step:
             self.say(f"resumed at step {step}")
 
@@ -134,14 +151,28 @@ class ProgressLog:
         if self._json:
             self._json.write(json.dumps(values) + "\n")
             self._json.flush()
-        table = _table(values)
+        shown = {name: value for name, value in values.items() if not _repeats_loss(name, values)}
         for text in self._texts:
-            print(table, file=text, flush=True)
-        self.say(table)
+            print(self._line(shown), file=text, flush=True)
+        self.say(_table(shown))
         if self._board:
             for name, value in values.items():
                 if name != "step" and value is not None:
                     self._board.add_scalar(name, value, values["step"])
+
+    def _line(self, values: dict[str, float | int | None]) -> str:
+        """A row in one line: the step, the means over all timesteps and groups, and the time left."""
+        step = int(values["step"] or 0)
+        of = f" of {self._steps} ({step / self._steps:.0%})" if self._steps else ""
+        parts = [f"{self._stage} step {step}{of}".strip()]
+        for name in ("loss", "mse", "vb", "grad_norm", "lr"):
+            value = values.get(name)
+            if value is not None:
+                parts.append(f"{name} {value:.4g}")
+        if self._steps and self._first < step < self._steps:
+            passed = time.perf_counter() - self._began
+            parts.append(f"{duration(passed / (step - self._first) * (self._steps - step))} left")
+        return ", ".join(parts)
 
     def sync(self) -> None:
         """Wait until everything is on the disk, as a checkpoint counts it as written."""
@@ -172,6 +203,11 @@ class ProgressLog:
         self._csv.flush()
 
 
+def _repeats_loss(name: str, values: dict[str, float | int | None]) -> bool:
+    """Whether a column is the loss again, as mse is where nothing else is in the loss."""
+    return name.startswith("mse") and values.get("loss" + name[len("mse") :]) == values[name]
+
+
 def _drop_later_rows(path: Path, step: int) -> list[str]:
     """Rewrite a progress.csv without rows after `step` and without an incomplete row; its columns, or [] if new."""
     if not path.is_file():
@@ -199,9 +235,13 @@ def _drop_later_rows(path: Path, step: int) -> list[str]:
 def _json_lines(path: Path, step: int) -> TextIO:
     kept = []
     if path.is_file() and step:
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            if line.endswith("\n") and json.loads(line)["step"] <= step:
-                kept.append(line)
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), start=1):
+            try:
+                if line.endswith("\n") and parse_json(line)["step"] <= step:
+                    kept.append(line)
+            except (ValueError, KeyError, TypeError) as error:
+                remedy = "an object with a 'step'; move the file away to continue without its lines"
+                raise invalid(f"{path}, line {number}", line[:80], remedy) from error
     with atomic_file(path) as file:
         file.write("".join(kept).encode())
     return open(path, "a", encoding="utf-8")

@@ -10,11 +10,20 @@ from tdc_fast.runs.build import build_data
 from tdc_fast.runs.config import TrainConfig
 from tdc_fast.runs.directory import RunDirectory
 from tdc_fast.runs.opening import open_run
+from tdc_fast.runs.processes import refuse_many_processes
 from tdc_fast.training.base import train_base
 from tdc_fast.training.experts import train_experts
 from tdc_fast.training.grouping import group_timesteps
 from tdc_fast.training.interrupts import TrainingInterrupted, how_to_continue
-from tdc_fast.training.pruning import build_agents, prune_base, prunes
+from tdc_fast.training.narration import (
+    describe_cost,
+    describe_groups,
+    describe_plan,
+    describe_widths,
+    warn_of_few_calibration_images,
+    warn_of_small_batches,
+)
+from tdc_fast.training.pruning import build_agents, prune_base, prunes, refuse_unreachable_budgets
 
 
 def train(config: TrainConfig, dataset: Dataset | None = None) -> RunDirectory:
@@ -34,17 +43,23 @@ def train(config: TrainConfig, dataset: Dataset | None = None) -> RunDirectory:
     """
     if not isinstance(config, TrainConfig):
         raise invalid("config", type(config).__name__, "a TrainConfig")
+    refuse_many_processes()
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     if dataset is None:
         dataset = build_data(config)
     else:
         _check_dataset(dataset, config)
+    if config.groups > 0:
+        warn_of_small_batches(config, config.groups)
     if prunes(config):
+        warn_of_few_calibration_images(config)
         build_agents(config)  # a library that the search needs is missed here, not after stage 1
-    run = open_run(config, dataset.channels)
+        if not config.resume:
+            refuse_unreachable_budgets(config, dataset.channels)
+    run = open_run(config, dataset)
     with run.writing():
-        print(f"run directory: {run.path}", flush=True)
+        print(describe_plan(run, dataset), flush=True)
         skipped = _report_skipped(dataset, 0)
         try:
             _run_phases(run, dataset)
@@ -61,10 +76,15 @@ def _run_phases(run: RunDirectory, dataset: Dataset) -> None:
     base = train_base(run, dataset)
     if not run.config.groups or run.config.stop_after == "stage1":
         return
-    group_timesteps(run, base, dataset)
+    groups = group_timesteps(run, base, dataset)
+    print(describe_groups(groups), flush=True)
+    if run.config.groups < 0:  # their number was not known before
+        warn_of_small_batches(run.config, groups.num_groups)
     widths = prune_base(run, base, dataset)
+    print(describe_widths(run, widths), flush=True)
     if run.config.stop_after != "pruning":
         train_experts(run, base, widths, dataset)
+        print(describe_cost(run), flush=True)
 
 
 def _check_dataset(dataset: Dataset, config: TrainConfig) -> None:
@@ -74,7 +94,7 @@ def _check_dataset(dataset: Dataset, config: TrainConfig) -> None:
         raise invalid("image_size", config.image_size, f"{dataset.image_size}, as the images of dataset have")
     if config.class_cond and dataset.labels is None:
         raise invalid("class_cond", config.class_cond, "False, as dataset has no labels")
-    if dataset.num_classes > config.num_classes:
+    if config.num_classes and dataset.num_classes > config.num_classes:
         raise invalid("num_classes", config.num_classes, f"at least the {dataset.num_classes} classes of dataset")
 
 

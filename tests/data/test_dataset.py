@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tdc_fast.data.dataset import ImageDataset, load_dataset
-from tdc_fast.data.image_sources import fit_image, list_images
+from tdc_fast.data.fitting import fit_image
+from tdc_fast.data.image_files import list_images
 from tests.data.images import pixels, write
 
 
@@ -23,7 +24,7 @@ BOTH_WAYS = pytest.mark.parametrize("cache_bytes", [2**20, 0], ids=["decoded at 
 
 
 def test_a_folder_is_listed_recursively_in_sorted_order(folder):
-    found = [str(path.relative_to(folder)) for path in list_images(folder)]
+    found = [str(path.relative_to(folder)) for path in list_images(folder).files]
     in_a = ["a/bee_1.png", "a/deep/ant_1.gif"]
     assert found == [*in_a, "b/ant_2.PNG", "b/cat_1.png", "bee_2_x.png", "c/cat_4.jpeg", "c/cat_5.jpg", "cat_3.png"]
 

@@ -316,7 +316,7 @@ def test_what_cannot_be_packed_is_named():
         pack_experts(unet(), GROUPS, 3)
     with pytest.raises(ValueError, match=r"experts\[2\]"):
         pack_experts([unet(), unet(), unet(num_classes=6)], GROUPS)
-    with pytest.raises(ValueError, match="widths: got 'Foreign'"):
+    with pytest.raises(ValueError, match="base_or_experts: got 'Foreign'"):
         pack_experts(Foreign(), GROUPS, shuffled_plan(unet(), PRUNED))
 
 

@@ -15,7 +15,7 @@ def tried(group: int, place: int, score: float | None, width: int) -> Trial:
 
 
 PLAN = WidthPlan(
-    base_hash="", boundaries=(0, 10, 30), macs=(100, 92), budgets=(100, 95),
+    base_hash="0" * 64, boundaries=(0, 10, 30), macs=(100, 92), budgets=(100, 95),
     experts=({"u": ExpertUnit((0, 1, 2, 3), 4)}, {"u": ExpertUnit((0, 1, 2, 3), 0)}),
 )  # fmt: skip
 

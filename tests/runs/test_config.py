@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 
 import pytest
 
-from tdc_fast.runs.config import MAY_CHANGE_ON_RESUME
+from tdc_fast.runs.config import ADDED, MAY_CHANGE_ON_RESUME
 from tdc_fast.train import parse_command_line
 from tdc_fast.training import TrainConfig
 
@@ -155,3 +156,10 @@ def test_identity_is_that_of_the_numbers_not_of_the_place():
     assert config.identity == config.replace(run_dir="/elsewhere", log_interval=1).identity
     assert config.identity != config.replace(seed=1).identity
     assert set(config.to_dict()) > MAY_CHANGE_ON_RESUME
+
+
+def test_an_option_that_was_added_leaves_the_identity_of_earlier_runs() -> None:
+    config = TrainConfig.from_dict({"data_dir": "digits"})
+    before = {name: value for name, value in config.to_dict().items() if name not in MAY_CHANGE_ON_RESUME | ADDED}
+    assert config.identity == hashlib.sha256(json.dumps(before, sort_keys=True).encode()).hexdigest()
+    assert config.replace(background="black").identity != config.identity

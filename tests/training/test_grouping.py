@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
+from tdc_fast.data.dataset import ImageDataset
 from tdc_fast.grouping import TaskSimilarity
 from tdc_fast.routing import TimestepGroups
 from tdc_fast.runs.build import build_diffusion
@@ -127,7 +129,10 @@ def test_settings_that_do_not_fit_are_named(folder, changes, named):
 
 
 def test_groups_of_another_run_are_refused(by_similarity, folder):
-    run = open_run(small_config(folder, "foreign", grouping="similarity", **MEASURED), 1)
+    run = open_run(
+        small_config(folder, "foreign", grouping="similarity", **MEASURED),
+        ImageDataset.from_array(np.zeros((1, 8, 8, 1), np.uint8)),
+    )
     TimestepGroups.uniform(60, 4).save(run.path / "groups.json")
     with pytest.raises(ValueError, match="groups.json"):
         train(small_config(folder, "foreign", grouping="similarity", resume="latest", **MEASURED))

@@ -83,7 +83,7 @@ def test_openai_log_format_chooses_what_is_written(tmp_path, monkeypatch, capsys
     log = ProgressLog(tmp_path, 0)
     log.row({"step": 1, "loss": 0.25})
     log.close()
-    assert "| loss | 0.25 |" in capsys.readouterr().out
+    assert capsys.readouterr().out == "step 1, loss 0.25\n"
     assert json.loads((tmp_path / "progress.json").read_text()) == {"step": 1, "loss": 0.25}
     assert not (tmp_path / "progress.csv").exists()
     monkeypatch.setenv("OPENAI_LOG_FORMAT", "stdout,xml")

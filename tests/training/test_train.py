@@ -25,6 +25,8 @@ from tdc_fast.training import load_run, prune_base, train_base, train_experts
 from tdc_fast.training.phase import build_base
 from tests.training.small_run import TWO_STAGES, differences, flags, rows, small_config, write_images
 
+IMAGES = data.ImageDataset.from_array(np.zeros((1, 8, 8, 1), np.uint8))
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -159,7 +161,7 @@ def test_a_budget_that_stage_1_has_used_up_is_refused(folder):
 
 
 def test_experts_start_from_the_bases_averaged_weights_unpruned_at_k_1(folder):
-    run = open_run(small_config(folder, "start", groups=2, stage1_steps=3, stage2_steps=1, lr=0.0, k=1.0), 1)
+    run = open_run(small_config(folder, "start", groups=2, stage1_steps=3, stage2_steps=1, lr=0.0, k=1.0), IMAGES)
     base = train_base(run)
     assert prune_base(run, base) is None
     experts = train_experts(run, base, None)
@@ -170,7 +172,7 @@ def test_experts_start_from_the_bases_averaged_weights_unpruned_at_k_1(folder):
 def test_an_experts_gradient_is_that_of_the_mean_loss_over_its_own_samples(folder, monkeypatch):
     """So that clipping, and the optimizer's epsilon, mean the same as in training that expert alone."""
     config = small_config(folder, "alone", groups=2, stage1_steps=2, stage2_steps=1, stage2_shares="1,2", k=1.0)
-    run = open_run(config, 1)
+    run = open_run(config, IMAGES)
     base = train_base(run)
     seen: list = []
     training_losses = Diffusion.training_losses

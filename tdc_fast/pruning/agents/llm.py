@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +12,7 @@ from tdc_fast.pruning.agents.llm_prompt import SCHEMA, SYSTEM, user_message
 from tdc_fast.pruning.agents.protocol import AgentFailed
 from tdc_fast.pruning.projection import check_proposal
 from tdc_fast.pruning.task import Answer, Proposal, Task
+from tdc_fast.text_files import parse_json
 
 FIRST_WAIT, LONGEST_WAIT = 1.0, 30.0
 
@@ -100,8 +100,8 @@ def read_answer(task: Task, text: str, count: int) -> tuple[list[Proposal], list
         ValueError: the answer does not follow `SCHEMA` or has no usable candidate; worded for the model to read.
     """
     try:
-        answer = json.loads(_without_fence(text))
-    except (ValueError, RecursionError) as error:
+        answer = parse_json(_without_fence(text))
+    except ValueError as error:
         raise ValueError(f"it is not JSON ({error})") from None
     if not isinstance(answer, dict) or set(answer) != {"candidates"} or not isinstance(answer["candidates"], list):
         raise ValueError('it is not an object with the one key "candidates" and a list under it')

@@ -1,0 +1,92 @@
+"""Which of a model's arguments have an entry per sample and are sorted with the batch, also within dicts and lists."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+from torch.utils import _pytree
+
+from tdc_fast.errors import invalid
+
+RESULT = "return"
+_PLAIN = (int, float, complex, str, bytes, type(None))
+
+
+def checked_names(per_sample: Collection[str] | None, model: nn.Module) -> tuple[str, ...] | None:
+    """Returns `per_sample` as a tuple; ValueError for a name that is no argument of the model's forward."""
+    if per_sample is None:
+        return None
+    if isinstance(per_sample, str) or not all(isinstance(name, str) for name in per_sample):
+        raise invalid("per_sample", per_sample, 'a sequence of argument names, such as ("y",), or None')
+    parameters = inspect.signature(model.forward).parameters.values()
+    known = [parameter.name for parameter in parameters][2:] + [RESULT]
+    anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    for name in per_sample:
+        if name.partition(".")[0] not in known and not anything:
+            raise invalid("per_sample", name, f"one of {known}, or such a name and the path within it (cond.text)")
+    return tuple(per_sample)
+
+
+def map_samples(
+    function: Callable[[Tensor], Tensor], value: Any, name: str, batch: int, per_sample: tuple[str, ...] | None
+) -> Any:
+    """Applies `function` to every tensor in `value` that has an entry per sample.
+
+    Args:
+        function: sorts the samples of a tensor, or undoes it.
+        value: a tensor, or what holds tensors.
+        name: the argument's name.
+        batch: B.
+        per_sample: names of what has an entry per sample; None takes every tensor whose first dimension is B.
+
+    Raises:
+        ValueError: for a tensor named in `per_sample` that has another first dimension, and for what may have an entry
+            per sample but cannot be sorted.
+    """
+
+    def mapped(path: tuple[Any, ...], leaf: Any) -> Any:
+        if isinstance(leaf, _PLAIN):
+            return leaf
+        full = ".".join(
+            [name, *(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path)]
+        )
+        if not isinstance(leaf, Tensor):
+            _refuse_hidden(full, leaf, batch, per_sample)
+            return leaf
+        if per_sample is None:
+            return function(leaf) if leaf.shape[:1] == (batch,) else leaf
+        if not any(full == wanted or full.startswith(wanted + ".") for wanted in per_sample):
+            return leaf
+        if leaf.shape[:1] != (batch,):
+            raise invalid(full, tuple(leaf.shape), f"one entry for each of the {batch} samples, as per_sample says")
+        return function(leaf)
+
+    if isinstance(value, (Tensor, *_PLAIN)):
+        return mapped((), value)
+    return _pytree.tree_map_with_path(mapped, value, is_leaf=_is_texts)
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) > 0 and all(isinstance(text, str) for text in value)
+
+
+def _refuse_hidden(name: str, leaf: Any, batch: int, per_sample: tuple[str, ...] | None) -> None:
+    """Raises ValueError for entries per sample that would stay unsorted without a word."""
+    if isinstance(leaf, np.ndarray):
+        if leaf.shape[:1] == (batch,):
+            raise invalid(name, f"a numpy array of {batch} entries", "a torch tensor, which is sorted with the samples")
+    elif _is_texts(leaf):
+        if len(leaf) == batch and per_sample is None:
+            raise invalid(
+                name,
+                leaf,
+                "tensors for what each sample has; if all samples share it, name in per_sample what they do not",
+            )
+    elif not isinstance(leaf, nn.Module):
+        inside = leaf.values() if isinstance(leaf, Mapping) else leaf if isinstance(leaf, Collection) else ()
+        if any(isinstance(part, Tensor) for part in (*inside, *getattr(leaf, "__dict__", {}).values())):
+            raise invalid(name, type(leaf).__name__, "tensors in dicts, lists and tuples, where they can be sorted")

@@ -1,0 +1,60 @@
+"""Limits of options: declared with the option, as `Annotated[int, Within(1, 64)]`, and checked in one place."""
+
+from __future__ import annotations
+
+import functools
+import math
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tdc_fast.errors import invalid
+
+MOST_TEXT = 100_000
+"""Characters of the longest text that an option takes; the boundaries of a thousand groups are about 5000."""
+
+
+@dataclass(frozen=True)
+class Within:
+    """The range of a number.
+
+    Attributes:
+        low: the smallest value.
+        high: the largest; generous, so that only what no machine can hold is refused.
+    """
+
+    low: float
+    high: float = math.inf
+
+    @property
+    def words(self) -> str:
+        """The range as an error message says it."""
+        words = f"at least {self.low}" if self.high == math.inf else f"from {self.low} to {self.high}"
+        return f"a number {words}"
+
+
+@functools.cache
+def _limits(options: type) -> dict[str, Within]:
+    hints = typing.get_type_hints(options, include_extras=True)
+    found = ((name, part) for name, hint in hints.items() for part in getattr(hint, "__metadata__", ()))
+    return {name: part for name, part in found if isinstance(part, Within)}
+
+
+def check_limits(options: type, values: Mapping[str, Any]) -> None:
+    """Check the values of options against what their declarations say.
+
+    Args:
+        options: the dataclass that declares the options.
+        values: the values by name; further names are ignored.
+
+    Raises:
+        ValueError: naming the first option that is out of its range, or a text that is too long or has a NUL in it.
+    """
+    for name, within in _limits(options).items():
+        if name in values and not within.low <= values[name] <= within.high:
+            raise invalid(name, values[name], within.words)
+    for name in typing.get_type_hints(options):
+        value = values.get(name)
+        if isinstance(value, str) and ("\0" in value or len(value) > MOST_TEXT):
+            raise invalid(name, value, f"text of at most {MOST_TEXT} characters, none of them NUL")

@@ -1,0 +1,85 @@
+"""Reading of JSON and YAML that may come from anyone: bounded in size, in depth and in what it expands to."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tdc_fast.errors import require
+
+JSON_BYTES = 2**28
+YAML_BYTES = 2**18
+"""YAML is parsed in Python, about a megabyte in ten seconds, and nobody writes more of it by hand."""
+MAX_DEPTH = 64
+MAX_VALUES = 100_000
+"""Values in a YAML file, counted again wherever an alias repeats them."""
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is no regular file, too large, not UTF-8, or not JSON.
+    """
+    return parse_json(_read_text(path, JSON_BYTES))
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: it is not JSON, or nested deeper than Python's parser follows.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("its brackets are nested too deeply") from None
+
+
+def read_yaml(path: Path) -> Any:
+    """The value in a YAML file.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is no regular file, too large, not UTF-8, not YAML, too deep, or its aliases repeat too much.
+        ImportError: PyYAML is not installed.
+    """
+    yaml = require("yaml", extra="demo")
+    text = _read_text(path, YAML_BYTES)
+    try:
+        depth = 0
+        for event in yaml.parse(text):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_DEPTH:
+                raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep")
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    _refuse_bombs(value)
+    return value
+
+
+def _read_text(path: Path, limit: int) -> str:
+    if path.exists() and not path.is_file():
+        raise ValueError("it is no regular file")
+    with open(path, "rb") as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise ValueError(f"it is larger than {limit} bytes")
+    return content.decode("utf-8")
+
+
+def _refuse_bombs(value: Any) -> None:
+    """Refuse a value in which aliases repeat collections too often, or one within itself."""
+    pending = [value]
+    for _ in range(MAX_VALUES):
+        if not pending:
+            return
+        item = pending.pop()
+        if isinstance(item, dict):
+            pending += item.values()
+        elif isinstance(item, (list, tuple, set)):
+            pending += item
+    raise ValueError(f"its aliases expand to more than {MAX_VALUES} values")

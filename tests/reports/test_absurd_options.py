@@ -1,0 +1,201 @@
+"""Option values that nobody means: refused under the name of the option, before anything is allocated."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import time
+import typing
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tdc_fast import evaluate, nll, sample, train
+from tdc_fast.data.dataset import load_dataset
+from tdc_fast.evaluation.options import EvaluateOptions
+from tdc_fast.experiments.demo import DemoOptions
+from tdc_fast.models.iddpm import create_unet
+from tdc_fast.nll import NllOptions
+from tdc_fast.routing import TimestepGroups
+from tdc_fast.runs.config import TrainConfig
+from tdc_fast.runs.limits import check_limits
+from tdc_fast.sample import SampleOptions
+
+HUGE = 99999999999999999999
+
+
+def numeric(options: type) -> list[str]:
+    return [name for name, kind in typing.get_type_hints(options).items() if kind in (int, float)]
+
+
+def texts(options: type) -> list[str]:
+    return [name for name, kind in typing.get_type_hints(options).items() if kind is str]
+
+
+INTEGERS = [name for name, kind in typing.get_type_hints(TrainConfig).items() if kind is int]
+
+
+ABSURD = [HUGE, -HUGE, 10**400, str(HUGE), f"{HUGE}.0", 1e300]
+NO_NUMBERS = [10**400, "1e400", float("nan"), "-inf", -1e300]
+
+
+@pytest.mark.parametrize("value", ABSURD, ids=range(len(ABSURD)))
+def test_an_absurd_integer_is_refused_under_its_name(value):
+    for name in INTEGERS:
+        with pytest.raises(ValueError, match=f"^{name}: got"):
+            TrainConfig.from_dict({name: value})
+
+
+@pytest.mark.parametrize("value", NO_NUMBERS, ids=range(len(NO_NUMBERS)))
+def test_a_number_that_is_none_is_refused_under_its_name(value):
+    for name in numeric(TrainConfig):
+        with pytest.raises(ValueError, match=f"^{name}: got"):
+            TrainConfig.from_dict({"groups": 2, "stage1_steps": 1, "stage2_steps": 1, name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("diffusion_steps", 10_000_000_000),
+        ("num_channels", 1_000_000),
+        ("num_threads", 100_000_000),
+        ("preview", 1_000_000_000),
+        ("channel_mult", "1,1000000"),
+        ("channel_mult", "1,65"),
+        ("channel_mult", "0"),
+        ("channel_mult", ",".join(["1"] * 100)),
+        ("attention_resolutions", "0"),
+        ("attention_resolutions", "-16"),
+        ("num_heads_upsample", 0),
+        ("seed", -1),
+        ("heldout_seed", -1),
+    ],
+)
+def test_what_no_machine_can_do_is_refused_under_its_name(name, value):
+    with pytest.raises(ValueError, match=f"^{name}: got"):
+        TrainConfig.from_dict({name: value})
+
+
+@pytest.mark.parametrize("options", [SampleOptions, NllOptions, EvaluateOptions, DemoOptions, TrainConfig])
+def test_every_integer_of_every_command_has_a_range(options):
+    defaults = {field.name: field.default for field in dataclasses.fields(options)}
+    check_limits(options, defaults)
+    for name, kind in typing.get_type_hints(options).items():
+        if kind is int:
+            for value in (HUGE, -HUGE):
+                with pytest.raises(ValueError, match=f"^{name}: got"):
+                    check_limits(options, {**defaults, name: value})
+
+
+@pytest.mark.parametrize("options", [SampleOptions, NllOptions, EvaluateOptions, DemoOptions, TrainConfig])
+def test_a_path_with_a_nul_is_refused_under_its_name(options):
+    for name in texts(options):
+        for value in ("runs/\0", "x" * 10**6):
+            with pytest.raises(ValueError, match=f"^{name}: got"):
+                check_limits(options, {name: value})
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "name"),
+    [
+        (train, ["--image_size", str(HUGE)], "image_size"),
+        (train, ["--run_dir", "a\0b"], "run_dir"),
+        (train, ["--config", "a\0b"], "config"),
+        (train, ["--resume", "a\0b"], "resume"),
+        (sample, ["--run", "a\0b"], "run"),
+        (sample, ["--model_path", "a\0b"], "model_path"),
+        (nll, ["--run", "a\0b"], "run"),
+        (evaluate, ["a\0b", "digits"], "data_dir"),
+        (evaluate, ["digits", "digits", "--out", "a\0b"], "out"),
+        (evaluate, ["digits", "digits", "--num_samples", str(HUGE)], "num_samples"),
+        (evaluate, ["digits", "digits", "--image_size", "16000"], "image_size"),
+    ],
+)
+def test_a_command_refuses_it_with_status_2(command, arguments, name, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert command.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and name in error
+    assert not list(tmp_path.iterdir())
+
+
+SEARCH = {"groups": 2, "stage1_steps": 1, "stage2_steps": 1}
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://", "http://[::1", "http:", "localhost:8000", "ftp://host/v1", "http://host:port", "http://h:99999999"],
+)
+def test_an_unfinished_url_is_refused_under_its_name(url):
+    with pytest.raises(ValueError, match="^llm_url: got"):
+        TrainConfig.from_dict({**SEARCH, "llm_url": url})
+
+
+def test_a_whole_url_is_taken():
+    for url in ("http://127.0.0.1:8000/v1", "https://api.example.org/v1", "http://[::1]:8000"):
+        assert TrainConfig.from_dict({**SEARCH, "llm_url": url}).llm_url == url
+
+
+def test_a_number_in_text_keeps_all_its_digits():
+    assert TrainConfig.from_dict({"seed": "9007199254740993"}).seed == 9007199254740993
+    assert TrainConfig.from_dict({"lr": "1e-4", "batch_size": "2e1"}).batch_size == 20
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    name=st.sampled_from(sorted(TrainConfig().to_dict())),
+    value=st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
+    | st.lists(st.integers() | st.text(max_size=3), max_size=3)
+    | st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
+)
+def test_any_value_of_any_option_is_taken_or_refused_by_name(name, value):
+    try:
+        config = TrainConfig.from_dict({name: value})
+    except ValueError as refused:
+        assert ": got " in str(refused)
+    else:
+        assert TrainConfig.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: TimestepGroups.uniform(2**31 - 1, 2**31 - 1),
+        lambda: TimestepGroups.uniform(2**80, 4),
+        lambda: TimestepGroups.from_boundaries(range(2**31)),
+        lambda: TimestepGroups.from_boundaries(itertools.count()),
+        lambda: TimestepGroups.from_boundaries([0, 2**80]),
+    ],
+)
+def test_more_groups_than_anyone_can_use_are_refused_at_once(make):
+    begin = time.monotonic()
+    with pytest.raises(ValueError, match="^num_groups|^num_timesteps|^boundaries"):
+        make()
+    assert time.monotonic() - begin < 5
+
+
+def test_few_groups_of_many_timesteps_are_fast():
+    assert TimestepGroups.uniform(2**31 - 1, 8).num_groups == 8
+
+
+def test_images_that_do_not_fit_the_memory_are_refused_by_name():
+    with pytest.raises(ValueError, match="^image_size: got"):
+        load_dataset("digits", image_size=10**6)
+
+
+def test_heads_that_do_not_divide_the_channels_are_refused_under_the_flag_that_was_set():
+    def make(**heads):
+        return create_unet(image_size=8, num_channels=8, num_res_blocks=1, attention_resolutions="8", **heads)
+
+    for value in (0, 3, -2):
+        with pytest.raises(ValueError, match="^num_heads_upsample: got"):
+            make(num_heads=2, num_heads_upsample=value)
+        with pytest.raises(ValueError, match="^num_heads: got"):
+            make(num_heads=value)
+        with pytest.raises(ValueError, match="^num_heads: got"):
+            make(num_heads=value, num_heads_upsample=2)

@@ -1,0 +1,203 @@
+"""Checkpoints that diverged, were damaged or do not fit: never written, never loaded, always named."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from tdc_fast import sample
+from tdc_fast.runs.checkpoint import first_non_finite, save_checkpoint, state_file
+from tdc_fast.runs.weights import load_tensors
+from tdc_fast.train import main, train
+from tdc_fast.training import load_run
+from tests.training.small_run import TWO_STAGES, flags, small_config
+
+NAN = float("nan")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(scope="module")
+def trained(folder):
+    """A finished plain run with checkpoints of steps 4 and 8."""
+    return train(small_config(folder, "trained", lr_anneal_steps=8)).path
+
+
+@pytest.fixture(scope="module")
+def trained_experts(folder):
+    return train(small_config(folder, "experts", **{**TWO_STAGES, "stage1_steps": 2, "stage2_steps": 4, "k": 1.0})).path
+
+
+@pytest.fixture
+def run(trained, tmp_path) -> Path:
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def rewrite(path: Path, change) -> None:
+    """Change the content of a checkpoint's file and give it valid checksums, as a hostile or broken program would."""
+    content = change(load_tensors(path))
+    torch.save(content, path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    own = path.with_suffix(".json")
+    step = path.stem[-6:]
+    for description, key in ((own, None), (path.with_name(f"state{step}.json"), path.name)):
+        values = json.loads(description.read_text())
+        if description == own:
+            values["sha256"] = digest
+        if key:
+            values["files"][key] = digest
+        description.write_text(json.dumps(values))
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+
+
+def first(state):
+    return next(iter(state))
+
+
+BROKEN_WEIGHTS = {
+    "a list": lambda state: list(state.values()),
+    "a missing tensor": lambda state: {name: value for name, value in state.items() if name != first(state)},
+    "an extra tensor": lambda state: {**state, "extra": torch.zeros(1)},
+    "a renamed tensor": lambda state: {("other" if name == first(state) else name): v for name, v in state.items()},
+    "a shape that broadcasts": lambda state: {**state, "out.2.bias": torch.zeros(1)[:1].reshape(1, 1)},
+    "a sparse tensor": lambda state: {**state, first(state): state[first(state)].to_sparse()},
+    "a meta tensor": lambda state: {**state, first(state): state[first(state)].to("meta")},
+    "another dtype": lambda state: {**state, first(state): state[first(state)].double()},
+    "NaN": lambda state: {**state, "out.2.bias": state["out.2.bias"] * NAN},
+    "infinity": lambda state: {**state, "out.2.bias": state["out.2.bias"] + float("inf")},
+    "a number": lambda state: {**state, first(state): 1.0},
+}
+
+
+@pytest.mark.parametrize("change", BROKEN_WEIGHTS.values(), ids=BROKEN_WEIGHTS)
+def test_weights_that_do_not_fit_are_refused_by_name_at_every_door(run, folder, tmp_path, capsys, change):
+    average, weights = run / "ema_0.9_000008.pt", run / "model000008.pt"
+    rewrite(average, change)
+    rewrite(weights, change)
+    before = contents(run)
+    doors = [
+        (sample.main, ["--run", str(run), "--num_samples", "1"], average),
+        (sample.main, ["--model_path", str(average), "--num_samples", "1", "--out", str(tmp_path / "out")], average),
+        (main, ["--resume", str(run)], weights),
+        (
+            main,
+            flags(small_config(folder, f"split{tmp_path.name}", base=str(average), **{**TWO_STAGES, "k": 1.0})),
+            average,
+        ),
+        (
+            main,
+            flags(small_config(folder, f"on{tmp_path.name}", lr_anneal_steps=12, resume_checkpoint=str(weights))),
+            weights,
+        ),
+    ]
+    for command, argv, file in doors:
+        assert command(argv) == 2, argv
+        said = capsys.readouterr().err
+        assert said.startswith("error: ") and str(file) in said and "Traceback" not in said, said
+    after = contents(run)
+    assert {name: after[name] for name in before} == before
+
+
+def test_experts_whose_averages_are_not_finite_are_not_sampled(trained_experts, tmp_path, capsys):
+    run = Path(shutil.copytree(trained_experts, tmp_path / "run"))
+    path = run / "experts" / "ema_0.9_000004.pt"
+    rewrite(path, lambda state: {**state, first(state): state[first(state)] * NAN})
+    assert sample.main(["--run", str(run), "--num_samples", "1"]) == 2
+    assert str(path) in capsys.readouterr().err
+
+
+def moments(change):
+    def changed(content):
+        return {**content, "state": {**content["state"], 0: change(content["state"][0])}}
+
+    return changed
+
+
+BROKEN_COMPANIONS = {
+    "opt: a list": ("opt000008.pt", lambda content: [content]),
+    "opt: no state": ("opt000008.pt", lambda content: {"param_groups": content["param_groups"]}),
+    "opt: a missing parameter": (
+        "opt000008.pt",
+        lambda c: {**c, "state": {key: value for key, value in c["state"].items() if key != 0}},
+    ),
+    "opt: a parameter too many": ("opt000008.pt", lambda c: {**c, "state": {**c["state"], 999: c["state"][0]}}),
+    "opt: a missing moment": ("opt000008.pt", moments(lambda m: {"step": m["step"], "exp_avg": m["exp_avg"]})),
+    "opt: NaN": ("opt000008.pt", moments(lambda m: {**m, "exp_avg": m["exp_avg"] * NAN})),
+    "opt: negative squares": ("opt000008.pt", moments(lambda m: {**m, "exp_avg_sq": m["exp_avg_sq"] - 1})),
+    "opt: a shape that broadcasts": ("opt000008.pt", moments(lambda m: {**m, "exp_avg": m["exp_avg"].reshape(-1)[:1]})),
+    "opt: another dtype": ("opt000008.pt", moments(lambda m: {**m, "exp_avg": m["exp_avg"].double()})),
+    "opt: steps that are no number": ("opt000008.pt", moments(lambda m: {**m, "step": "many"})),
+    "ema: a list": ("ema_0.99_000008.pt", lambda state: list(state)),
+    "ema: NaN": ("ema_0.99_000008.pt", BROKEN_WEIGHTS["NaN"]),
+    "ema: a shape that broadcasts": ("ema_0.99_000008.pt", BROKEN_WEIGHTS["a shape that broadcasts"]),
+    "ema: missing": ("ema_0.99_000008.pt", BROKEN_WEIGHTS["a missing tensor"]),
+    "ema: extra": ("ema_0.99_000008.pt", BROKEN_WEIGHTS["an extra tensor"]),
+    "state: a list": ("state000008.pt", lambda state: [state]),
+    "state: without random numbers": ("state000008.pt", lambda s: {k: v for k, v in s.items() if k != "random"}),
+    "state: bad random numbers": ("state000008.pt", lambda s: {**s, "random": {**s["random"], "numpy": [1]}}),
+    "state: of another step": ("state000008.pt", lambda state: {**state, "step": 4}),
+    "state: means that broadcast": (
+        "state000008.pt",
+        lambda s: {**s, "means": {**s["means"], "counts": torch.ones(1)}},
+    ),
+    "state: a list of means": ("state000008.pt", lambda state: {**state, "means": []}),
+}
+
+
+@pytest.mark.parametrize(("name", "change"), BROKEN_COMPANIONS.values(), ids=BROKEN_COMPANIONS)
+def test_companions_that_do_not_fit_the_model_are_refused_by_name(run, capsys, name, change):
+    rewrite(run / name, change)
+    before = contents(run)
+    assert main(["--resume", str(run)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and str(run / name) in said
+    if "the state of this training" not in said:  # found only as it is loaded
+        assert f"--resume {run} --resume_step 4" in said
+    assert contents(run) == before
+
+
+def test_a_flipped_byte_is_found_in_a_file_of_ours_with_and_without_its_description(run, capsys, tmp_path):
+    path = run / "ema_0.9_000008.pt"
+    content = bytearray(path.read_bytes())
+    values = load_tensors(path)["out.0.weight"].numpy().tobytes()
+    content[content.index(values)] ^= 1  # one bit of one weight
+    path.write_bytes(content)
+    assert sample.main(["--model_path", str(path), "--num_samples", "1", "--out", str(tmp_path / "out")]) == 2
+    assert f"{path}'; expected the file its .json describes" in capsys.readouterr().err
+    path.with_suffix(".json").unlink()
+    with pytest.raises(ValueError, match=r"ema_0.9_000008.pt'; expected a whole file; the CRC-32 of its record"):
+        load_run(run).base()
+
+
+def test_no_checkpoint_with_a_non_finite_tensor_is_ever_written(tmp_path):
+    good = {"w": torch.ones(3), "steps": torch.arange(3)}
+    assert first_non_finite({"a": [good]}) is None
+    for place in ("model000001.pt", "opt000001.pt", state_file(1)):
+        files = {"model000001.pt": good, "opt000001.pt": {"state": {0: good}}, state_file(1): {"step": 1}}
+        files[place] = {"state": {0: {"exp_avg": torch.tensor([1.0, NAN])}}}
+        with pytest.raises(FloatingPointError, match=rf"{place} would hold infinities or NaN, in state\.0\.exp_avg"):
+            save_checkpoint(tmp_path, 1, files, {})
+        assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_diverges_commits_nothing_and_says_how_to_go_on(folder, capsys):
+    config = small_config(folder, "diverged", lr_anneal_steps=30, lr=1e30, save_interval=2, log_interval=10)
+    assert main(flags(config)) == 2
+    said = capsys.readouterr().err
+    path = Path(config.run_dir)
+    assert not list(path.glob("*.pt"))
+    assert "there is no checkpoint before it" in said
+    assert f"python -m tdc_fast.train --resume {path} --override lr=" in said
+    assert sample.main(["--run", str(path)]) == 2
+    assert "finished checkpoint" in capsys.readouterr().err
