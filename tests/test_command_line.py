@@ -108,9 +108,9 @@ def test_a_command_that_ends_well_returns_0_and_gets_its_arguments():
 REFUSED = {
     "train": ([], "data_dir: got ''; expected a folder of images"),
     "prune": ([], "base: got ''; expected --base FILE with the model's flags, or --run DIR"),
-    "sample": ([], "run: got ''; expected either --run DIR or --model_path FILE"),
-    "evaluate": ([], "A B: got []; expected two of: folder"),
-    "nll": ([], "run: got ''; expected either --run DIR or --model_path FILE"),
+    "sample": ([], "no model is named; give either --run DIR or --model_path FILE"),
+    "evaluate": ([], "0 sets of images are named; name two of: folder"),
+    "nll": ([], "no model is named; give either --run DIR or --model_path FILE"),
     "demo": (["--scale", "0"], "scale: got 0.0; expected a number above 0"),
 }
 

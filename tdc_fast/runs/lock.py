@@ -45,7 +45,7 @@ def _lock(descriptor: int, directory: Path) -> None:
         if fcntl is not None:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         elif msvcrt is not None:
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
     except (BlockingIOError, PermissionError) as error:
         raise invalid(
             "run_dir", str(directory), "a run that no other process is working on: wait for it, or stop it"
