@@ -48,7 +48,7 @@ def load_pair(a: str, b: str, options: EvaluateOptions) -> tuple[ImageSet, Image
     sets: dict[str, ImageSet] = {}
     size = options.image_size or None
     scaled = [name for name in (a, b) if name == "photos" or _is_folder(name)]
-    for name in dict.fromkeys((a, b)):
+    for name in sorted(dict.fromkeys((a, b)), key=is_run):  # a set that is missing shows before a run is sampled
         if name not in scaled:
             own = options.image_size or None
             sets[name] = _run_samples(name, options) if is_run(name) else _read_images(name, own)
