@@ -135,8 +135,8 @@ def _warn_of_untrained_averages(run: Run, stage: str) -> None:
     share = initial_share(config.ema_rates[0], steps[-1])
     if share > UNTRAINED:
         warnings.warn(
-            f"the averaged weights of {run.path} after {steps[-1]} steps are still {share:.0%} those that stage "
-            f"{stage} started from, as --ema_rate {config.ema_rates[0]} is for longer runs; train with --ema_ramp True",
+            f"{share:.0%} of the averaged weights of {run.path} at step {steps[-1]} are still what stage {stage} began "
+            f"with: --ema_rate {config.ema_rates[0]} is for longer runs; train with --ema_ramp True",
             stacklevel=3,
         )
 

@@ -308,7 +308,7 @@ def test_an_average_that_is_still_its_start_is_told_in_training_and_in_sampling(
     config = small_config(folder, "untrained", lr_anneal_steps=4, ema_rate="0.9999")
     with pytest.warns(UserWarning, match="still 100% the weights that it starts from; set --ema_ramp True"):
         train(config)
-    with pytest.warns(UserWarning, match="still 100% those that stage base started from.*--ema_ramp True"):
+    with pytest.warns(UserWarning, match="^100% of the averaged weights.*stage base began with.*--ema_ramp True"):
         from_run(config.run_dir)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
