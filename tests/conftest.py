@@ -19,15 +19,17 @@ FOLDER = Path(__file__).parent
 # Files that take longest begin first, so that parallel processes end together (`-n 2 --dist loadfile`).
 LONGEST = ("emulator/test_sanitized.py", "interpreter", "sanitizers", "compile_only", "emulator", "training")
 
-# What `make test-fast` leaves out: compilers, emulators, benches, and runs that are trained from end to end.
+# What `make test-fast` leaves out: compilers, emulators, benches, whole training runs, and the log of inputs tried.
 SLOW = (
     "bench",
     "compile_only",
     "emulator",
     "examples",
     "experiments",
+    "gpu/test_launchers.py",
     "interpreter",
     "native",
+    "reports",
     "sanitizers",
     "test_prune.py",
     "training/test_grouping.py",
