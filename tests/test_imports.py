@@ -26,7 +26,7 @@ ROOMS = (
     ("routing",),
     ("ops",),
     ("kernels", "_native"),
-    ("figures", "atomic", "progress", "text_files"),
+    ("figures", "graphs", "atomic", "progress", "text_files"),
     ("errors",),
 )
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}

@@ -1,0 +1,65 @@
+"""CUDA graphs of functions on a GPU: the same values, the same random numbers, and a GPU that works after a failure."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from tdc_fast.graphs import Graphed
+
+pytestmark = pytest.mark.gpu
+
+
+def test_replays_have_the_values_and_the_random_numbers_of_the_function() -> None:
+    own, twin = (torch.Generator("cuda").manual_seed(3) for _ in range(2))
+    model = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5)).cuda()
+
+    def function(x: torch.Tensor, own: torch.Generator = own) -> torch.Tensor:
+        return model(x) + torch.rand(8, device="cuda") + torch.rand(8, device="cuda", generator=own)
+
+    inputs = [torch.randn(4, 8, device="cuda") for _ in range(6)]
+    with torch.no_grad():
+        torch.cuda.manual_seed(1)
+        step = Graphed(function, "cuda", modules=[model], generators=[own])
+        drawn = [step(x) for x in inputs]
+        after = torch.rand(2, device="cuda")
+        torch.cuda.manual_seed(1)
+        expected = [function(x, twin) for x in inputs]
+        assert torch.equal(after, torch.rand(2, device="cuda"))
+    assert step.num_graphs == 1 and not step.why_not
+    assert all(torch.equal(a, b) for a, b in zip(drawn, expected, strict=True))
+
+
+def test_a_state_saved_between_replays_continues_without_a_graph() -> None:
+    step = Graphed(lambda: torch.rand(3, device="cuda"), "cuda")
+    for _ in range(4):
+        step()
+    state = torch.cuda.get_rng_state()
+    expected = [step() for _ in range(2)]
+    torch.cuda.set_rng_state(state)
+    assert all(torch.equal(torch.rand(3, device="cuda"), value) for value in expected)
+
+
+def test_waiting_for_the_device_is_noticed_before_a_capture_is_tried() -> None:
+    step = Graphed(lambda x: x * x.sum().item(), "cuda", name="step")
+    for _ in range(4):
+        assert step(torch.ones(2, device="cuda")).tolist() == [2, 2]
+    assert "it waits for the device" in step.why_not and "test_graphs.py" in step.why_not
+
+
+def test_after_a_failed_capture_the_gpu_works_and_random_numbers_go_on() -> None:
+    def fails_while_captured(x: torch.Tensor) -> torch.Tensor:
+        if torch.cuda.is_current_stream_capturing():
+            torch.cuda.synchronize()
+        return x + torch.rand(2, device="cuda")
+
+    torch.cuda.manual_seed(1)
+    step = Graphed(fails_while_captured, "cuda")
+    drawn = [step(torch.zeros(2, device="cuda")) for _ in range(5)]
+    assert "the capture failed" in step.why_not
+    torch.cuda.manual_seed(1)
+    assert all(torch.equal(value, torch.rand(2, device="cuda")) for value in drawn)
+    working = Graphed(lambda x: x + 1, "cuda")
+    assert [working(torch.full((1,), float(i), device="cuda")).item() for i in range(5)] == [1, 2, 3, 4, 5]
+    assert working.num_graphs == 1
