@@ -311,9 +311,8 @@ def _help_texts(section: type) -> dict[str, str]:
 
 def _with_boolean_words(argv: Sequence[str], sections: Mapping[str, type]) -> list[str]:
     """The arguments with True or False for any of improved-diffusion's spellings of them."""
-    booleans = {
-        name for kind in sections.values() for name, hint in typing.get_type_hints(kind).items() if hint is bool
-    }
+    hints = [hint for kind in sections.values() for hint in typing.get_type_hints(kind).items()]
+    booleans = {name for name, hint in hints if hint in (bool, bool | None)}
     tokens = _split_tokens(argv)
     for position in range(1, len(tokens)):
         flag, text = tokens[position - 1], tokens[position]

@@ -76,6 +76,10 @@ MAY_BE_OVERRIDDEN = frozenset(
 
 IMPROVED_DIFFUSION_CLASSES = 1000
 """Rows of the label embedding in every class-conditional model of improved-diffusion."""
+IMPROVED_DIFFUSION_EMA_RATE = "0.9999"
+"""The rate of the averages where none is given."""
+LEFT_OPEN = {"num_classes": 0, "ema_rate": "", "ema_ramp": None}
+"""Options that a new run decides where they have this value, and records; one that is resumed keeps what it decided."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +126,7 @@ class TrainConfig(DataOptions, ModelOptions, DiffusionOptions, OptimizerOptions,
     @property
     def ema_rates(self) -> tuple[str, ...]:
         """The rates as they were written, since they are part of file names: `ema_0.9999_000100.pt`."""
-        return tuple(part.strip() for part in self.ema_rate.split(","))
+        return tuple(part.strip() for part in (self.ema_rate or IMPROVED_DIFFUSION_EMA_RATE).split(","))
 
     @property
     def label_rows(self) -> int:
@@ -142,7 +146,7 @@ class TrainConfig(DataOptions, ModelOptions, DiffusionOptions, OptimizerOptions,
             if not equals or name not in MAY_BE_OVERRIDDEN:
                 names = ", ".join(sorted(MAY_BE_OVERRIDDEN))
                 raise invalid("override", self.override, f"a comma list of name=value, with names out of: {names}")
-            words = {"true": True, "false": False} if _field_types()[name] is bool else {}
+            words = {"true": True, "false": False} if _field_types()[name] in (bool, bool | None) else {}
             changes[name] = words.get(value.lower(), value)
         changed = self.replace(override="", **changes)
         return {name: getattr(changed, name) for name in changes}
@@ -221,8 +225,8 @@ def _checked_type(name: str, value: Any) -> Any:
         if value not in choices:
             raise invalid(name, value, f"one of {', '.join(choices)}")
         return value
-    if wanted is bool:
-        if not isinstance(value, bool):
+    if wanted in (bool, bool | None):
+        if not isinstance(value, bool) and (value is not None or wanted is bool):
             raise invalid(name, value, "True or False")
         return value
     if wanted is str:
@@ -267,7 +271,7 @@ def _check_ranges(config: TrainConfig) -> None:
     for name in ("heldout", "dropout"):
         if not 0 <= values[name] < 1:
             raise invalid(name, values[name], "a share from 0 to below 1")
-    for rate in comma_numbers("ema_rate", config.ema_rate, float) or [-1.0]:
+    for rate in comma_numbers("ema_rate", ",".join(config.ema_rates), float) or [-1.0]:
         if not 0 <= rate < 1:
             raise invalid("ema_rate", config.ema_rate, "rates from 0 to below 1, such as 0.9999 or 0.999,0.9999")
     if len(set(config.ema_rates)) != len(config.ema_rates):
@@ -385,3 +389,15 @@ def refuse_changed_options(run: TrainConfig, wanted: TrainConfig) -> None:
     for name, value in wanted.to_dict().items():
         if name not in MAY_CHANGE_ON_RESUME and getattr(run, name) != value:
             raise invalid(name, value, f"{getattr(run, name)!r} as the resumed run has it; a new run may differ")
+
+
+def keep_decisions(run: TrainConfig, wanted: TrainConfig) -> TrainConfig:
+    """The options to resume a run with, where those of `LEFT_OPEN` that were left open are what the run decided.
+
+    Args:
+        run: the run's own options.
+        wanted: the options to resume it with.
+    """
+    return wanted.replace(
+        **{name: getattr(run, name) for name, value in LEFT_OPEN.items() if getattr(wanted, name) == value}
+    )

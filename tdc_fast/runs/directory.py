@@ -124,7 +124,8 @@ class RunDirectory:
         path = Path(path)
         if not (path / "config.json").is_file():
             raise invalid("run", str(path), "a run directory: one with a config.json")
-        stored = TrainConfig.from_file(path / "config.json")
+        # Runs older than --ema_ramp have plain averages.
+        stored = TrainConfig.from_dict({"ema_ramp": False, **read_options(path / "config.json")})
         facts = read_options(path / "run.json")
         if facts.get("identity") != stored.identity:
             raise invalid(

@@ -15,7 +15,7 @@ from tdc_fast.errors import invalid
 from tdc_fast.nn.width_plan import WidthPlan
 from tdc_fast.routing import TimestepGroups
 from tdc_fast.runs.checkpoint import choose_checkpoint, finished_steps, step_of
-from tdc_fast.runs.config import IMPROVED_DIFFUSION_CLASSES, TrainConfig, refuse_changed_options
+from tdc_fast.runs.config import IMPROVED_DIFFUSION_CLASSES, TrainConfig, keep_decisions, refuse_changed_options
 from tdc_fast.runs.directory import RunDirectory, default_directory
 from tdc_fast.runs.groups import build_groups, load_groups, needs_base
 from tdc_fast.runs.weights import find_base_file, read_description
@@ -44,7 +44,8 @@ def open_run(config: TrainConfig, dataset: Dataset) -> RunDirectory:
         return _continued(path, config, dataset)
     if config.resume:
         config = config.replace(run_dir=str(path))
-    config = config.replace(**config.overrides, num_classes=_num_classes(config, dataset)).replace(override="")
+    config = config.replace(**config.overrides).replace(override="")
+    config = config.replace(**_decisions(config, dataset))
     groups = build_groups(config, report=True)
     run = RunDirectory.create(config, dataset.channels, classes_of(dataset))
     if groups is not None:
@@ -59,7 +60,7 @@ def classes_of(dataset: Dataset) -> list[int] | None:
 
 def _continued(path: Path, config: TrainConfig, dataset: Dataset) -> RunDirectory:
     before = RunDirectory.open(path).config
-    config = config.replace(num_classes=config.num_classes or before.num_classes)
+    config = keep_decisions(before, config)
     refuse_changed_options(before, config)
     changes = {name: value for name, value in config.overrides.items() if getattr(before, name) != value}
     run = RunDirectory.open(path, config.replace(**changes).replace(override=""))
@@ -165,19 +166,41 @@ def _check_overrides(run: RunDirectory, changes: Mapping[str, Any]) -> None:
             raise invalid("override", name, remedy)
 
 
-def _num_classes(config: TrainConfig, dataset: Dataset) -> int:
+def _decisions(config: TrainConfig, dataset: Dataset) -> dict[str, Any]:
+    """What a new run decides about the options of `LEFT_OPEN`."""
+    source = config.base or config.resume_checkpoint
+    made_with: Mapping[str, Any] = {}
+    if source:
+        path = find_base_file(source) if config.base else Path(source)
+        recorded = (read_description(path) or {}).get("config")
+        made_with = recorded if isinstance(recorded, Mapping) else {}
+    return {
+        "num_classes": _num_classes(config, dataset, made_with),
+        "ema_rate": ",".join(config.ema_rates),
+        "ema_ramp": _ema_ramp(config, made_with),
+    }
+
+
+def _ema_ramp(config: TrainConfig, made_with: Mapping[str, Any]) -> bool:
+    """As given; else off with improved-diffusion's flag, and as it was for averages that are continued."""
+    if config.ema_ramp is not None:
+        return config.ema_ramp
+    if config.resume_checkpoint and not config.ema_rate:
+        return made_with.get("ema_ramp") is True
+    return not config.ema_rate
+
+
+def _num_classes(config: TrainConfig, dataset: Dataset, made_with: Mapping[str, Any]) -> int:
     """Rows of the label embedding of a new run: as given, as weights from elsewhere have, or as the data needs."""
     if config.num_classes or not config.class_cond:
         return config.num_classes
-    source = config.base or config.resume_checkpoint
-    if not source:
+    if not (config.base or config.resume_checkpoint):
         return dataset.num_classes
-    path = find_base_file(source) if config.base else Path(source)
-    made_with = (read_description(path) or {}).get("config", {})
-    rows = made_with.get("num_classes", IMPROVED_DIFFUSION_CLASSES) if isinstance(made_with, Mapping) else 0
+    rows = made_with.get("num_classes", IMPROVED_DIFFUSION_CLASSES)
     if not isinstance(rows, int) or rows < dataset.num_classes:
         remedy = f"a model of at least the {dataset.num_classes} classes of the data; it has {rows}"
-        raise invalid("base" if config.base else "resume_checkpoint", str(path), remedy)
+        name = "base" if config.base else "resume_checkpoint"
+        raise invalid(name, getattr(config, name), remedy)
     return rows
 
 

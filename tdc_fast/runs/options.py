@@ -111,12 +111,13 @@ class OptimizerOptions:
     grad_clip: Annotated[float, Within(0)] = 0.0
     """Largest gradient norm; 0 does not clip. In stage 2 every expert is clipped by its own norm, so that experts stay
     independent."""
-    ema_rate: str = "0.9999"
+    ema_rate: str = ""
     """Comma list of rates of the exponential moving averages of the weights; the first is used for sampling and for
-    splitting the base into experts."""
-    ema_ramp: bool = False
+    splitting the base into experts. Empty is improved-diffusion's 0.9999."""
+    ema_ramp: bool | None = None
     """Limit the rate after n steps to (1 + n) / (10 + n), so that short runs forget their start; False is
-    improved-diffusion's plain average."""
+    improved-diffusion's plain average. Without the flag: True, but False with --ema_rate, and with --resume_checkpoint
+    as the averages in that checkpoint were made."""
     schedule_sampler: Literal["uniform", "loss-second-moment"] = "uniform"
     """How stage 1 draws timesteps."""
     precision: Literal["fp32", "bf16"] = "fp32"

@@ -109,7 +109,7 @@ class StageLoop:
         self.step = 0
         self.parameters = list(model.parameters())
         self.optimizer = create_optimizer(model, config.lr, config.weight_decay)
-        self.averages = WeightAverages(model, config.ema_rates, config.ema_ramp)
+        self.averages = WeightAverages(model, config.ema_rates, config.ema_ramp is True)
         num_groups = groups.num_groups if groups else 0
         self.means = RunningMeans(num_groups, self.device, stage.group_weights)
         self.samples_per_group = torch.zeros(max(num_groups, 1), dtype=torch.int64, device=self.device)

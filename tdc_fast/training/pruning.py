@@ -28,7 +28,7 @@ from tdc_fast.pruning.search import check_reachable
 from tdc_fast.routing import TimestepGroups
 from tdc_fast.runs.build import build_data, build_diffusion, build_unet
 from tdc_fast.runs.checkpoint import finished_steps
-from tdc_fast.runs.config import TrainConfig, comma_numbers, refuse_changed_options
+from tdc_fast.runs.config import TrainConfig, comma_numbers, keep_decisions, refuse_changed_options
 from tdc_fast.runs.directory import RunDirectory
 from tdc_fast.runs.opening import open_run
 from tdc_fast.runs.options import SearchOptions
@@ -108,8 +108,7 @@ def prune_base_file(config: TrainConfig, dataset: Dataset | None = None) -> tupl
     _check_prunable(config)
     path = Path(config.run_dir)
     stored = RunDirectory.open(path) if (path / "config.json").is_file() else None
-    rows = config.num_classes or (stored.config.num_classes if stored else 0)
-    if stored and stored.identity == config.replace(num_classes=rows).identity:
+    if stored and stored.identity == keep_decisions(stored.config, config).identity:
         config = config.replace(resume=config.run_dir)
     else:
         refuse_unreachable_budgets(config, dataset.channels)

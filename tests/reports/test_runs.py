@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -301,61 +300,7 @@ def test_a_run_older_than_the_record_of_its_classes_samples_all(labelled, tmp_pa
     assert from_run(old).classes == (0, 1, 2, 3)
 
 
-# --- averages
-
-
-def test_an_average_that_is_still_its_start_is_told_in_training_and_in_sampling(folder):
-    config = small_config(folder, "untrained", lr_anneal_steps=4, ema_rate="0.9999")
-    with pytest.warns(UserWarning, match="still 100% the weights that it starts from; set --ema_ramp True"):
-        train(config)
-    with pytest.warns(UserWarning, match="^100% of the averaged weights.*stage base began with.*--ema_ramp True"):
-        from_run(config.run_dir)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for changes in ({"ema_ramp": True}, {"lr_anneal_steps": 8, "ema_rate": "0.9"}):
-            trained = train(config.replace(**changes, run_dir=str(folder / "_".join(changes))))
-            from_run(trained.path)
-
-
-# --- disks and kills
-
-
-@pytest.mark.parametrize("full", ["OSError", "RuntimeError"])
-def test_a_full_disk_names_the_file_what_is_free_and_how_to_go_on(folder, monkeypatch, capsys, full):
-    config = small_config(folder, f"full{full}", lr_anneal_steps=8)
-    save = torch.save
-
-    def failing(content, file):
-        if "model000008" in file.name:
-            file.write(b"half")
-            if full == "OSError":
-                raise OSError(28, "No space left on device")
-            raise RuntimeError("[enforce fail at inline_container.cc:668] . unexpected pos 64 vs 0")
-        save(content, file)
-
-    monkeypatch.setattr(torch, "save", failing)
-    assert main(flags(config)) == 2
-    said = capsys.readouterr().err
-    path = Path(config.run_dir)
-    assert str(path / "model000008.pt") in said and "MiB are free there" in said and "inline_container" not in said
-    assert "the last good checkpoint is step 4" in said and f"--resume {path}" in said
-    assert not list(path.glob(".*.tmp")) and not (path / "model000008.pt").exists()
-    monkeypatch.undo()
-    assert main(["--resume", str(path)]) == 0
-
-
-def test_a_real_limit_on_file_sizes_is_told_in_the_same_way(folder):
-    config = small_config(folder, "limited", lr_anneal_steps=4)
-    code = (
-        "import resource, signal, sys\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (30000, 30000))\n"
-        "from tdc_fast.train import main\n"
-        "sys.exit(main(sys.argv[1:]))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code, *flags(config)], capture_output=True, text=True)
-    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-    assert f"{config.run_dir}/model000004.pt cannot be written" in done.stderr
+# --- kills
 
 
 def test_a_preview_that_a_kill_prevented_is_drawn_when_the_run_goes_on(run, two_stages):

@@ -49,7 +49,9 @@ IMAGE_TRAIN = {
 
 
 def test_every_flag_of_image_train_is_there_with_its_default():
-    assert {name: TrainConfig().to_dict().get(name) for name in IMAGE_TRAIN} == IMAGE_TRAIN
+    config = TrainConfig()
+    values = {**config.to_dict(), "ema_rate": ",".join(config.ema_rates)}  # empty until a run decides
+    assert {name: values.get(name) for name in IMAGE_TRAIN} == IMAGE_TRAIN
 
 
 def test_a_published_command_line_parses_to_what_it_says():
