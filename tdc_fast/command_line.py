@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from tdc_fast.entry import INTERRUPTED
 from tdc_fast.errors import invalid, require
 from tdc_fast.runs.denoisers import TrainedDenoiser, from_checkpoint, from_run, refuse_mismatch, stored_facts
 from tdc_fast.runs.directory import default_directory
@@ -58,7 +59,7 @@ def run_command(command: Callable[[list[str]], None], argv: Sequence[str] | None
         return 2
     except KeyboardInterrupt as interrupt:
         print(str(interrupt) or stopped, file=sys.stderr)
-        return 130
+        return INTERRUPTED
     return 0
 
 

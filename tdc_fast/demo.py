@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-import sys
+if __name__ == "__main__":
+    from tdc_fast.entry import start
+
+    raise SystemExit(start("demo"))
+
 from collections.abc import Sequence
 
 from tdc_fast.command_line import parse_flags, run_command
+from tdc_fast.entry import STOPPED
 from tdc_fast.experiments import DemoOptions, run_demo
 
 __all__ = ["DemoOptions", "main", "run_demo"]
@@ -24,9 +29,4 @@ def _demo(arguments: list[str]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, run, print; returns the exit status (2 for a refusal, 130 after Ctrl-C)."""
-    return run_command(_demo, argv, stopped="stopped; the same command continues where it was")
-
-
-# Worker processes import this module again; only the command itself may start the demo.
-if __name__ == "__main__":
-    sys.exit(main())
+    return run_command(_demo, argv, stopped=STOPPED["demo"])

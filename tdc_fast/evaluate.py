@@ -6,14 +6,19 @@ and whose denoising loss is measured as well.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from tdc_fast.entry import start
+
+    raise SystemExit(start("evaluate"))
+
 import glob
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from tdc_fast.atomic import remove_leftovers, write_json
 from tdc_fast.command_line import check_writable, parse_flags, run_command, use_threads
+from tdc_fast.entry import STOPPED
 from tdc_fast.errors import invalid
 from tdc_fast.evaluation import EvaluateOptions, evaluate
 from tdc_fast.evaluation.comparison import describe
@@ -65,8 +70,4 @@ def _split_names(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, compare, print; returns the exit status (2 for a refusal, 130 after Ctrl-C)."""
-    return run_command(_evaluate, argv, stopped="stopped; nothing was written")
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return run_command(_evaluate, argv, stopped=STOPPED["evaluate"])

@@ -6,12 +6,17 @@ Also takes the command lines of improved-diffusion's `image_nll.py`, and writes 
 
 from __future__ import annotations
 
-import sys
+if __name__ == "__main__":
+    from tdc_fast.entry import start
+
+    raise SystemExit(start("nll"))
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
 from tdc_fast.command_line import load_denoiser, output_directory, parse_denoiser_flags, run_command, use_threads
+from tdc_fast.entry import STOPPED
 from tdc_fast.evaluation.likelihood import bits_per_dimension, images_to_measure, write_terms
 from tdc_fast.runs.denoisers import Which
 from tdc_fast.runs.limits import Within
@@ -75,8 +80,4 @@ def _measure(arguments: list[str]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, measure, print; returns the exit status (2 for a refusal, 130 after Ctrl-C)."""
-    return run_command(_measure, argv, stopped="stopped; nothing was written")
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return run_command(_measure, argv, stopped=STOPPED["nll"])

@@ -11,13 +11,18 @@ were trained with::
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from tdc_fast.entry import start
+
+    raise SystemExit(start("prune"))
+
 import dataclasses
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tdc_fast.command_line import parse_flags, run_command, use_threads, value_of
+from tdc_fast.entry import STOPPED
 from tdc_fast.errors import invalid
 from tdc_fast.pruning.search import Pruning
 from tdc_fast.runs.config import TrainConfig, read_options
@@ -88,8 +93,4 @@ def _prune_command(arguments: list[str]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, search, print; returns the exit status (2 for a refusal, 130 after Ctrl-C)."""
-    return run_command(_prune_command, argv, stopped="stopped; the same command continues from memory.jsonl")
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return run_command(_prune_command, argv, stopped=STOPPED["prune"])

@@ -6,13 +6,18 @@ flags of the model, `--num_samples --batch_size --use_ddim --clip_denoised --tim
 
 from __future__ import annotations
 
-import sys
+if __name__ == "__main__":
+    from tdc_fast.entry import start
+
+    raise SystemExit(start("sample"))
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from tdc_fast.command_line import load_denoiser, output_directory, parse_denoiser_flags, run_command, use_threads
 from tdc_fast.diffusion.samplers import SpacingName
+from tdc_fast.entry import STOPPED
 from tdc_fast.errors import invalid
 from tdc_fast.evaluation.samples import draw_samples, write_samples
 from tdc_fast.runs.build import named_device
@@ -119,8 +124,4 @@ def _sample(arguments: list[str]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, sample, print; returns the exit status (2 for a refusal, 130 after Ctrl-C)."""
-    return run_command(_sample, argv, stopped="stopped; nothing was written")
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return run_command(_sample, argv, stopped=STOPPED["sample"])

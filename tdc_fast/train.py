@@ -10,12 +10,18 @@ From Python::
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from tdc_fast.entry import start
+
+    raise SystemExit(start("train"))
+
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tdc_fast.command_line import parse_flags, run_command, value_of, with_bare_value
+from tdc_fast.entry import STOPPED
 from tdc_fast.errors import invalid
 from tdc_fast.runs.config import TrainConfig, read_options, refuse_changed_options
 from tdc_fast.runs.directory import RunDirectory, default_directory
@@ -108,8 +114,4 @@ def _train(arguments: list[str]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, train, print; returns the exit status (2 for a refusal, 130 after Ctrl-C)."""
-    return run_command(_train, argv, stopped="stopped before the run began")
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return run_command(_train, argv, stopped=STOPPED["train"])

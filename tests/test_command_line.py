@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import os
+import signal
+import subprocess
+import sys
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tdc_fast.command_line import parse_flags, run_command, value_of, with_bare_value
+from tdc_fast.entry import STOPPED
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -104,6 +110,17 @@ def test_a_command_that_ends_well_returns_0_and_gets_its_arguments():
     assert run_command(seen.extend, ["a", "--b"], stopped="") == 0 and seen == ["a", "--b"]
 
 
+@contextlib.contextmanager
+def handlers_kept():
+    """Restores the signal handlers that the start of a command replaces."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 # Arguments that each installed command refuses, and what it says of them.
 REFUSED = {
     "train": ([], "data_dir: got ''; expected a folder of images"),
@@ -116,10 +133,44 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_every_command_is_installed_and_refuses_in_the_same_way(name, capsys):
+def test_every_command_is_installed_and_refuses_in_the_same_way(name, capsys, monkeypatch):
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     module, _, function = scripts[f"tdc-{name}"].partition(":")
-    assert module == f"tdc_fast.{name}" and len(scripts) == len(REFUSED)
     arguments, message = REFUSED[name]
-    assert getattr(importlib.import_module(module), function)(arguments) == 2
+    monkeypatch.setattr(sys, "argv", [f"tdc-{name}", *arguments])
+    assert len(scripts) == len(REFUSED)
+    with handlers_kept():
+        assert getattr(importlib.import_module(module), function)() == 2
     assert capsys.readouterr().err.startswith(f"error: {message}")
+
+
+# What takes the place of torch while a command starts: it loads for ever, and lets no exception out.
+SLOW_TORCH = """
+import time
+print("loading", flush=True)
+while True:
+    try:
+        time.sleep(60)
+    except BaseException:
+        raise ImportError("initialization failed")
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_command_that_is_stopped_while_torch_loads_ends_as_at_any_other_time(name, number, tmp_path):
+    (tmp_path / "torch.py").write_text(SLOW_TORCH)
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    script = f"import sys; from tdc_fast.entry import {name}; sys.exit({name}())"  # as the installed one
+    process = subprocess.Popen(
+        [sys.executable, *(["-m", f"tdc_fast.{name}"] if number == signal.SIGINT else ["-c", script])],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    assert process.stdout.readline() == "loading\n"
+    process.send_signal(number)
+    assert process.communicate(timeout=30)[1] == f"{STOPPED[name]}\n"
+    assert process.returncode == 130

@@ -27,7 +27,7 @@ ROOMS = (
     ("ops",),
     ("kernels", "_native"),
     ("figures", "graphs", "atomic", "progress", "text_files"),
-    ("errors",),
+    ("errors", "entry"),
 )
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 
