@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,6 +18,9 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
 
     It is written under a temporary name, synced and renamed, and then the directory is synced. If the block raises, the
     old file stays.
+
+    Raises:
+        OSError: as `write_error`.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -26,18 +30,50 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        if error.errno and error.filename in (None, str(temporary)):  # named after the file that the caller knows
-            raise type(error)(error.errno, error.strerror, str(path)) from error
+        if error.filename in (None, str(temporary)):
+            raise write_error(path, error) from error
         raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # of the folder, which then has been named
+            temporary.unlink(missing_ok=True)
     sync_directory(path.parent)
+
+
+@contextmanager
+def writing_to(path: Path) -> Iterator[None]:
+    """Let an OSError in the block, where a file is opened, appended to or closed, name that file.
+
+    Raises:
+        OSError: as `write_error`.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise write_error(path, error) from error
+
+
+def write_error(path: Path, error: Exception) -> OSError:
+    """The error for a file that cannot be written; it says which, why, and how much space is free there.
+
+    Args:
+        path: the file, as the caller knows it.
+        error: what was raised, for example for a full disk or a folder that cannot be written to.
+    """
+    cause = getattr(error, "strerror", None) or "the system took only a part of it"
+    folder = next((folder for folder in path.absolute().parents if folder.is_dir()), Path("/"))
+    free = shutil.disk_usage(folder).free / 2**20
+    return OSError(f"{path} cannot be written ({cause}; {free:.0f} MiB are free there)")
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file atomically."""
+    with atomic_file(path) as file:
+        file.write(content)
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file atomically, keys in the order given."""
-    with atomic_file(path) as file:
-        file.write((json.dumps(value, indent=1) + "\n").encode())
+    write_bytes(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
 def sync_directory(directory: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from tdc_fast.atomic import write_bytes
 from tdc_fast.figures import INK, MUTED, new_figure, png
 from tdc_fast.grouping.similarity import TaskSimilarity
 
@@ -27,7 +28,7 @@ def draw_similarity(directory: Path, similarity: TaskSimilarity, boundaries: Seq
             flush=True,
         )
     try:
-        (directory / "similarity.png").write_bytes(similarity_plot(similarity, boundaries))
+        write_bytes(directory / "similarity.png", similarity_plot(similarity, boundaries))
     except ImportError:
         print("similarity.png is left out: it needs matplotlib (pip install 'tdc_fast[demo]')")
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from tdc_fast.atomic import sync_directory
+from tdc_fast.atomic import sync_directory, writing_to
 from tdc_fast.errors import brief, invalid
 from tdc_fast.pruning.task import LossRise, Proposal, Trial
 from tdc_fast.text_files import parse_json
@@ -97,7 +97,8 @@ class Memory:
             _refuse_other_search(self.path, whole[0], header)
         for number, event in enumerate(whole[1:], start=2):
             self._take(event, number)
-        self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        with writing_to(self.path):
+            self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         if not whole:
             self._write(header)
             sync_directory(self.path.parent)
@@ -159,12 +160,13 @@ class Memory:
 
     def _write(self, event: Mapping[str, Any]) -> None:
         """Append one line and wait until it is on the disk."""
-        if self._file is None:
+        if self._file is None or self.path is None:
             return
         line = (json.dumps(event) + "\n").encode()
-        while line:
-            line = line[os.write(self._file, line) :]
-        os.fsync(self._file)
+        with writing_to(self.path):
+            while line:
+                line = line[os.write(self._file, line) :]
+            os.fsync(self._file)
 
     def _read_whole_lines(self) -> list[dict[str, Any]]:
         """The events of the file; an incomplete last line is removed from it."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tdc_fast.atomic import write_bytes
 from tdc_fast.errors import invalid
 from tdc_fast.figures import GROUP_SHADES, INK, MEASURED, MUTED, new_figure, png
 from tdc_fast.nn.units import PruningUnit
@@ -37,13 +38,13 @@ def draw_search(directory: Path, found: Pruning, units: Sequence[PruningUnit]) -
     if not scored:
         (directory / "search.png").unlink(missing_ok=True)  # an earlier search's, with other widths
     try:
-        (directory / "widths.png").write_bytes(widths_plot(found.plan, units))
+        write_bytes(directory / "widths.png", widths_plot(found.plan, units))
         if not scored:
             return
-        (directory / "search.png").write_bytes(search_plot(found.trials, found.plan))
+        write_bytes(directory / "search.png", search_plot(found.trials, found.plan))
         searches = searches_of(directory)
         if len(searches) > 1:
-            (directory / "agents.png").write_bytes(agent_comparison(searches))
+            write_bytes(directory / "agents.png", agent_comparison(searches))
     except ImportError:
         (directory / "widths.png").unlink(missing_ok=True)
         print("the pictures of the search are left out: they need matplotlib (pip install 'tdc_fast[demo]')")

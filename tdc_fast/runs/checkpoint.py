@@ -9,7 +9,6 @@ last: without it the process died while writing, and the checkpoint does not cou
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tdc_fast.atomic import atomic_file, sha256_of, write_json
+from tdc_fast.atomic import atomic_file, sha256_of, write_error, write_json
 from tdc_fast.errors import invalid
 from tdc_fast.text_files import read_json
 
@@ -91,10 +90,8 @@ def save_checkpoint(directory: Path, step: int, contents: Mapping[str, Any], des
                     "step": step,
                     **description,
                 }
-        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-            cause = error.strerror if isinstance(error, OSError) and error.strerror else "torch.save failed"
-            free = shutil.disk_usage(directory).free / 2**20
-            raise OSError(f"{path} cannot be written ({cause}; {free:.0f} MiB are free there)") from error
+        except RuntimeError as error:  # as torch.save reports a full disk
+            raise write_error(path, error) from error
     described[commit]["files"] = {name: described[name]["sha256"] for name in contents}
     for name in sorted(contents, key=lambda name: name == commit):
         write_json((directory / name).with_suffix(".json"), described[name])

@@ -1,11 +1,16 @@
-"""Ctrl-C and SIGTERM as a request to stop at the next step boundary."""
+"""How a run ends early: Ctrl-C and SIGTERM at the next step boundary, and files that cannot be written."""
 
 from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
+
+from tdc_fast.runs.checkpoint import finished_steps
+from tdc_fast.runs.directory import RunDirectory
 
 
 class TrainingInterrupted(KeyboardInterrupt):
@@ -15,6 +20,30 @@ class TrainingInterrupted(KeyboardInterrupt):
 def how_to_continue(run: Path) -> str:
     """The command that continues a run."""
     return f"continue with: python -m tdc_fast.train --resume {run}"
+
+
+@contextmanager
+def saying_what_is_safe(run: RunDirectory, command: str = "") -> Iterator[None]:
+    """Let the error for a file that cannot be written or read also say what of the run is safe, and how to go on.
+
+    Args:
+        run: the run that the block works on.
+        command: how to go on; "" is `how_to_continue`.
+
+    Raises:
+        OSError: in place of any other.
+    """
+    try:
+        yield
+    except OSError as error:
+        cause = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+        stages = ("experts", "base") if run.config.groups else ("base",)
+        saved = ((stage, finished_steps(run.stage_directory(stage))) for stage in stages)
+        stage, steps = next((found for found in saved if found[1]), ("", []))
+        last = (
+            f"the last good checkpoint is step {steps[-1]} of stage {stage}" if steps else "there is no checkpoint yet"
+        )
+        raise OSError(f"{cause}; {last}. Once that is mended, {command or how_to_continue(run.path)}") from error
 
 
 class StopRequest:

@@ -308,10 +308,6 @@ class StageLoop:
             save_checkpoint(self.directory, self.step, contents, {**self.description(), "macs": macs})
         except FloatingPointError as error:
             raise self._diverged(f"stage {self.stage.name} diverged by step {self.step}: {error}") from error
-        except OSError as error:
-            steps = finished_steps(self.directory)
-            last = f"the last good checkpoint is step {steps[-1]}" if steps else "there is no checkpoint yet"
-            raise OSError(f"{error}; {last}. Once there is room, {how_to_continue(self.run.path)}") from error
 
     def _diverged(self, what: str) -> FloatingPointError:
         """The error for a stage whose numbers are no longer finite: where to go on from, and what to change."""

@@ -36,6 +36,7 @@ from tdc_fast.runs.widths import NEXT_PLAN, find_plan, finish_commit, plan_hash
 from tdc_fast.training.base import train_base
 from tdc_fast.training.cost import stage1_steps
 from tdc_fast.training.grouping import group_timesteps
+from tdc_fast.training.interrupts import saying_what_is_safe
 from tdc_fast.training.narration import warn_of_few_calibration_images
 from tdc_fast.training.phase import State, base_macs, build_base, groups_of, open_stream, write_phase
 from tdc_fast.training.random_state import derived_seed, seeded
@@ -269,7 +270,8 @@ def _search_finished_base(run: RunDirectory, config: TrainConfig, dataset: Datas
     _check_prunable(config)
     _refuse_trained_experts(run)
     _check_stage1(run)
-    with run.writing():
+    again = f"the same command continues from {run.path / MEMORY_FILE}"
+    with saying_what_is_safe(run, again), run.writing():
         state = train_base(run, dataset)
         group_timesteps(run, state, dataset)
         return search_run(run, config, build_base(run, state), dataset)

@@ -9,13 +9,14 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 from torch import Tensor
 
-from tdc_fast.atomic import atomic_file
+from tdc_fast.atomic import atomic_file, writing_to
 from tdc_fast.errors import invalid
 from tdc_fast.progress import duration
 from tdc_fast.text_files import parse_json
@@ -131,8 +132,10 @@ class ProgressLog:
         self._csv: TextIO | None = None
         self._json = _json_lines(directory / "progress.json", step) if "json" in formats else None
         self._texts: list[TextIO] = [sys.stdout] if "stdout" in formats and not quiet else []
-        self._log = open(directory / "log.txt", "a", encoding="utf-8") if "log" in formats else None  # noqa: SIM115
-        self._board = _summary_writer(tensorboard, step) if tensorboard else None
+        self._log = _append_to(directory / "log.txt") if "log" in formats else None
+        self._board_path = tensorboard or directory
+        with writing_to(self._board_path):
+            self._board = _summary_writer(tensorboard, step) if tensorboard else None
         self._stage, self._steps = stage, steps
         self._began, self._first = time.perf_counter(), step
         if step:
@@ -141,24 +144,23 @@ class ProgressLog:
     def say(self, text: str) -> None:
         """Write one line to log.txt."""
         if self._log:
-            self._log.write(text + "\n")
-            self._log.flush()
+            _write(self._log, text + "\n")
 
     def row(self, values: dict[str, float | int | None]) -> None:
         """Write one row; the columns of the first row are those of the file."""
         if self._csv_path:
             self._append_csv(values)
         if self._json:
-            self._json.write(json.dumps(values) + "\n")
-            self._json.flush()
+            _write(self._json, json.dumps(values) + "\n")
         shown = {name: value for name, value in values.items() if not _repeats_loss(name, values)}
         for text in self._texts:
             print(self._line(shown), file=text, flush=True)
         self.say(_table(shown))
         if self._board:
-            for name, value in values.items():
-                if name != "step" and value is not None:
-                    self._board.add_scalar(name, value, values["step"])
+            with writing_to(self._board_path):
+                for name, value in values.items():
+                    if name != "step" and value is not None:
+                        self._board.add_scalar(name, value, values["step"])
 
     def _line(self, values: dict[str, float | int | None]) -> str:
         """A row in one line: the step, the means over all timesteps and groups, and the time left."""
@@ -178,14 +180,15 @@ class ProgressLog:
         """Wait until everything is on the disk, as a checkpoint counts it as written."""
         for file in (self._csv, self._json, self._log):
             if file:
-                file.flush()
-                os.fsync(file.fileno())
+                with writing_to(Path(file.name)):
+                    os.fsync(file.fileno())
 
     def close(self) -> None:
-        """Close all files."""
+        """Close all files; what could not be written has been told before."""
         for file in (self._csv, self._json, self._log, self._board):
             if file:
-                file.close()
+                with suppress(OSError):
+                    file.close()
 
     def _append_csv(self, values: dict[str, float | int | None]) -> None:
         assert self._csv_path is not None
@@ -194,13 +197,12 @@ class ProgressLog:
             with atomic_file(self._csv_path) as file:
                 file.write((",".join(self._columns) + "\n").encode())
         if self._csv is None:
-            self._csv = open(self._csv_path, "a", encoding="utf-8", newline="")  # noqa: SIM115
+            self._csv = _append_to(self._csv_path)
         line = io.StringIO()
         csv.writer(line, lineterminator="\n").writerow(
             ["" if values.get(c) is None else values[c] for c in self._columns]
         )
-        self._csv.write(line.getvalue())
-        self._csv.flush()
+        _write(self._csv, line.getvalue())
 
 
 def _repeats_loss(name: str, values: dict[str, float | int | None]) -> bool:
@@ -244,7 +246,18 @@ def _json_lines(path: Path, step: int) -> TextIO:
                 raise invalid(f"{path}, line {number}", line[:80], remedy) from error
     with atomic_file(path) as file:
         file.write("".join(kept).encode())
-    return open(path, "a", encoding="utf-8")
+    return _append_to(path)
+
+
+def _append_to(path: Path) -> TextIO:
+    with writing_to(path):
+        return open(path, "a", encoding="utf-8", newline="")
+
+
+def _write(file: TextIO, text: str) -> None:
+    with writing_to(Path(file.name)):
+        file.write(text)
+        file.flush()
 
 
 def _summary_writer(directory: Path, step: int) -> Any:

@@ -14,7 +14,7 @@ from tdc_fast.runs.processes import refuse_many_processes
 from tdc_fast.training.base import train_base
 from tdc_fast.training.experts import train_experts
 from tdc_fast.training.grouping import group_timesteps
-from tdc_fast.training.interrupts import TrainingInterrupted, how_to_continue
+from tdc_fast.training.interrupts import TrainingInterrupted, how_to_continue, saying_what_is_safe
 from tdc_fast.training.narration import (
     describe_cost,
     describe_groups,
@@ -40,6 +40,7 @@ def train(config: TrainConfig, dataset: Dataset | None = None) -> RunDirectory:
     Raises:
         ValueError: an impossible configuration, or a checkpoint that is damaged or foreign.
         TrainingInterrupted: stopped by Ctrl-C after saving.
+        OSError: a file cannot be written or read; says what is safe and how to go on.
     """
     if not isinstance(config, TrainConfig):
         raise invalid("config", type(config).__name__, "a TrainConfig")
@@ -58,7 +59,7 @@ def train(config: TrainConfig, dataset: Dataset | None = None) -> RunDirectory:
         if not config.resume:
             refuse_unreachable_budgets(config, dataset.channels)
     run = open_run(config, dataset)
-    with run.writing():
+    with saying_what_is_safe(run), run.writing():
         print(describe_plan(run, dataset), flush=True)
         skipped = _report_skipped(dataset, 0)
         try:

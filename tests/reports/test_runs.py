@@ -1,4 +1,4 @@
-"""Runs that go on: changed settings, refusals that write nothing, full disks, kills, labels, launchers."""
+"""Runs that go on: changed settings, refusals that write nothing, kills, labels, launchers."""
 
 from __future__ import annotations
 
