@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tdc_fast.atomic import write_json
 from tdc_fast.errors import invalid
-from tdc_fast.ops.checks import require_integer, require_tensors
+from tdc_fast.ops.checks import check_memory, require_integer, require_tensors
 from tdc_fast.ops.plan import INTEGER_DTYPES, RoutingPlan
 from tdc_fast.text_files import read_json
 
@@ -147,6 +147,7 @@ class TimestepGroups:
             raise invalid("t", t.dtype, "integer timesteps (the original index, not a rescaled one)")
         compiling = torch.compiler.is_compiling()
         if not compiling and t.device.type == "cpu" and t.numel():
+            check_memory(t=t)
             low, high = (int(v) for v in torch.aminmax(t))
             if low < 0 or high >= self.num_timesteps:
                 raise invalid("t", low if low < 0 else high, f"timesteps in [0, {self.num_timesteps})")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tdc_fast.errors import invalid
 from tdc_fast.nn.plan_scope import PlanScope
 from tdc_fast.ops import routed_conv2d, routed_group_norm, routed_linear
+from tdc_fast.ops.checks import check_memory
 from tdc_fast.ops.layout import empty_channel_innermost
 from tdc_fast.routing import RoutingPlan
 
@@ -344,6 +345,7 @@ class RoutedEmbedding(RoutedLeaf):
         """Look up integer ids `index` (B, ...), sorted by the plan, in each sample's table: (B, ..., D)."""
         plan = self.current_plan(plan)
         if index.device.type == "cpu" and not torch.compiler.is_compiling() and index.numel():
+            check_memory(index=index, weight=self.weight, plan=plan.groups, weight_index=plan.weight_index)
             low, high = (int(bound) for bound in torch.aminmax(index))
             if low < 0 or high >= self.num_embeddings:  # would read another expert's table
                 raise invalid("index", low if low < 0 else high, f"ids in [0, {self.num_embeddings})")
@@ -366,4 +368,8 @@ def _initialise(weight: Tensor, bias: Tensor | None) -> None:
 
 def _gated(bias: Tensor | None, gate: Tensor) -> Tensor | None:
     """Bias (E, C) with zeros for experts whose unit has width 0, since such a block is only its skip path."""
-    return None if bias is None else bias * gate
+    if bias is None:
+        return None
+    if not torch.compiler.is_compiling():
+        check_memory(bias=bias)
+    return bias * gate

@@ -24,9 +24,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from tdc_fast.errors import invalid
-from tdc_fast.kernels.problems import ConvProblem, NormProblem, Problem
-from tdc_fast.ops.checks import require_backend_name
+from tdc_fast.kernels.problems import ConvProblem, ConvTensors, NormProblem, NormTensors, Problem
+from tdc_fast.ops.checks import are_in_memory, check_memory, extents, require_backend_name, signature
 
 ENVIRONMENT = "TDC_FAST_BACKEND"
 _MEMO_LIMIT = 4096
@@ -47,7 +49,7 @@ _ORDER: dict[type, tuple[str, ...]] = {
     ConvProblem: ("cpu", "triton", "cuda", "reference"),
     NormProblem: ("cpu", "cuda", "triton", "reference"),
 }
-_memo: dict[Any, tuple[Any, Any]] = {}
+_memo: dict[Any, tuple[Any, Any, list[int]]] = {}
 _describers: dict[str, Callable[..., Problem]] = {}
 
 
@@ -105,23 +107,34 @@ def select(problem: Problem, requested: str) -> Any:
     raise RuntimeError(f"no backend supports {problem}")  # unreachable: the reference supports everything
 
 
-def remembered(key: Any, describe: Callable[[], Problem], requested: str) -> tuple[Any, Any]:
+def remembered(
+    key: Any, t: ConvTensors | NormTensors, describe: Callable[[], Problem], requested: str, **gradients: Tensor
+) -> tuple[Any, Any]:
     """The problem and the backend of a call, remembered: checking and choosing take longer than a small layer.
 
     Args:
-        key: Shapes, dtypes, devices and settings of the call; with the environment, all that the result depends on.
+        key: The operator and its settings; with the tensors and the environment, all that the result depends on.
+        t: The tensors of the call; that they are in memory is checked every time.
         describe: Checks the arguments and returns the problem.
         requested: The name of a backend, or "" for any.
+        **gradients: The tensors that come first in the schema of a backward.
+
+    Raises:
+        ValueError: What `describe` and `select` raise, or a tensor whose storage was freed or shrunk.
     """
-    key = (key, requested or os.environ.get(ENVIRONMENT))
+    tensors = (*gradients.values(), *t) if gradients else t
+    key = (key, signature(tensors), requested or os.environ.get(ENVIRONMENT))
     found = _memo.get(key)
     if found is None:
         problem = describe()
-        found = problem, select(problem, requested)
+        found = problem, select(problem, requested), extents(tensors)
         if len(_memo) >= _MEMO_LIMIT:
             _memo.clear()
         _memo[key] = found
-    return found
+    problem, backend, spans = found
+    if not are_in_memory(tensors, spans):
+        check_memory(**gradients, **t._asdict())
+    return problem, backend
 
 
 def describes(operator: str) -> Callable[[Callable[..., Problem]], Callable[..., Problem]]:

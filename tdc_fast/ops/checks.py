@@ -20,6 +20,7 @@ from tdc_fast.kernels.tile_table import total_rows
 
 _MOST = 2**20  # pixels that a stride or a padding may be
 _STRIDED = torch.strided
+_PYTHON = torch._C.DispatchKey.Python
 _FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -27,8 +28,9 @@ def require_tensors(optional: tuple[str, ...] = (), **arguments: Any) -> None:
     """Raises ValueError for the first argument that is not a dense tensor; those named in `optional` may be None."""
     for name, value in arguments.items():
         if isinstance(value, Tensor):
-            if value.layout is not _STRIDED:
-                raise invalid(name, value.layout, "a dense tensor: convert it with to_dense()")
+            if value.layout is not _STRIDED or value.is_nested:
+                kind = "a nested tensor" if value.is_nested else value.layout
+                raise invalid(name, kind, "a dense tensor: convert it with to_dense() or to_padded_tensor()")
         elif value is not None or name not in optional:
             raise invalid(name, value, "a torch tensor" + (" or None" if name in optional else ""))
 
@@ -169,7 +171,7 @@ def norm_problem(
             or tensor.dtype != accumulate_dtype(x.dtype)
             or tensor.device != x.device
         ):
-            raise invalid(argument, _describe(tensor), "what the forward returned")
+            raise invalid(argument, describe(tensor), "what the forward returned")
     groups = _check_routing(t.offsets, t.weight_index, x)
     _check_widths("widths", t.widths, groups, x)
     return NormProblem(op, x.device, x.dtype, batch, height, width, channels, num_groups, eps, silu, groups, experts)
@@ -183,32 +185,57 @@ def tf32_is_allowed() -> bool:
         return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
-def signature(t: ConvTensors | NormTensors, **more: Tensor) -> tuple[Any, ...]:
-    """Everything about these tensors that validation depends on, hashable; checks their memory on the way."""
-    tensors = (*more.values(), *t)
-    check_memory((*more, *t._fields), tensors)
-    return tuple([None if t is None else (t.shape, t.dtype, t.device) for t in tensors])
+def signature(tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    """Everything about these tensors that a problem and `extents` depend on, hashable."""
+    stride = Tensor.stride
+    return tuple([None if t is None else (t.shape, stride(t), t.dtype, t.device) for t in tensors])
 
 
-def check_memory(names: Sequence[str], tensors: Sequence[Tensor | None]) -> None:
+def extents(tensors: Sequence[Tensor | None]) -> list[int]:
+    """The bytes from the first element of each tensor to the end of its last; 0 for None, and without elements."""
+    spans = []
+    for t in tensors:
+        if t is None or not t.numel():
+            spans.append(0)
+        else:
+            last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+            spans.append((last + 1) * t.itemsize)
+    return spans
+
+
+def are_in_memory(tensors: Sequence[Tensor | None], spans: Sequence[int]) -> bool:
+    """Whether the storage of every tensor covers it, given their `extents`; runs on every call of an operator."""
+    storage, size, offset = Tensor.untyped_storage, torch.UntypedStorage.nbytes, Tensor.storage_offset
+    for t, span in zip(tensors, spans):  # noqa: B905  (of one length; to say so takes as long as a tensor's check)
+        if span:
+            rest = size(storage(t)) - span  # type: ignore[arg-type]
+            if rest < 0 or ((start := offset(t)) and rest < start * t.itemsize):  # type: ignore[union-attr,arg-type]
+                return False
+    return True
+
+
+def check_memory(**tensors: Tensor | None) -> None:
     """Raises ValueError for a tensor whose storage was freed or shrunk: kernels would read what is not theirs.
 
-    It runs on every call, so a tensor that fills its storage, as most do, passes after two comparisons. (A view with
-    holes whose storage was shrunk to exactly the bytes of its elements passes too.)
+    Tensors that are not in memory of their own, such as fake and batched ones, pass.
     """
-    storage, size, offset = Tensor.untyped_storage, torch.UntypedStorage.nbytes, Tensor.storage_offset
-    for index, t in enumerate(tensors):
-        if t is not None and (size(storage(t)) != t.nbytes or offset(t)) and not _is_covered(t):
+    for name, t in tensors.items():
+        if t is not None and _is_in_memory(t) and not are_in_memory((t,), extents((t,))):
             held = f"a tensor of shape {tuple(t.shape)} whose storage holds {t.untyped_storage().nbytes()} bytes"
-            raise invalid(names[index], held, "a tensor whose memory was not freed")
+            raise invalid(name, held, "a tensor whose memory was not freed")
 
 
-def _is_covered(t: Tensor) -> bool:
-    """Whether the storage of a tensor covers all of its elements."""
-    if t.numel() == 0:
-        return True
-    last = t.storage_offset() + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
-    return t.untyped_storage().nbytes() >= (last + 1) * t.itemsize
+def _is_in_memory(t: Tensor) -> bool:
+    return not (torch._C._dispatch_keys(t).has(_PYTHON) or torch._C._functorch.is_functorch_wrapped_tensor(t))
+
+
+def converted(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns the tensor in another dtype; ValueError if its memory, which that reads, was freed."""
+    if tensor.dtype == dtype:
+        return tensor
+    if not torch.compiler.is_compiling():
+        check_memory(**{name: tensor})
+    return tensor.to(dtype)
 
 
 def check_conv_values(problem: ConvProblem, t: ConvTensors) -> None:
@@ -281,10 +308,10 @@ def _check_shaped(name: str, tensor: Tensor, shape: tuple[int, ...], x: Tensor) 
 def _check_routing(offsets: Tensor, weight_index: Tensor, x: Tensor) -> int:
     """Checks what a plan holds and returns N."""
     if weight_index.dim() != 1 or weight_index.shape[0] < 1 or weight_index.dtype != torch.int32:
-        raise invalid("weight_index", _describe(weight_index), "int32 of shape (N,)")
+        raise invalid("weight_index", describe(weight_index), "int32 of shape (N,)")
     groups = weight_index.shape[0]
     if offsets.dim() != 1 or offsets.shape[0] != groups + 1 or offsets.dtype != torch.int32:
-        raise invalid("plan", f"offsets {_describe(offsets)}", f"int32 of shape ({groups + 1},)")
+        raise invalid("plan", f"offsets {describe(offsets)}", f"int32 of shape ({groups + 1},)")
     for tensor in (offsets, weight_index):
         if tensor.device != x.device:
             raise invalid("plan", tensor.device, f"a plan built on {x.device}, where x is")
@@ -296,17 +323,18 @@ def _check_tiles(tiles: Tensor, batch: int, groups: int, x: Tensor) -> None:
         raise invalid("plan", tiles.device, f"a plan built on {x.device}, where x is")
     rows = 0 if x.device.type == "cpu" else total_rows(batch, groups)
     if tiles.dim() != 2 or tuple(tiles.shape) != (rows, 3) or tiles.dtype != torch.int32:
-        raise invalid("plan", f"tiles {_describe(tiles)}", f"the plan of this batch: int32 of shape ({rows}, 3)")
+        raise invalid("plan", f"tiles {describe(tiles)}", f"the plan of this batch: int32 of shape ({rows}, 3)")
 
 
 def _check_widths(name: str, widths: Tensor | None, groups: int, x: Tensor) -> None:
     if widths is None:
         return
     if widths.dim() != 1 or widths.shape[0] != groups or widths.dtype != torch.int32:
-        raise invalid(name, _describe(widths), f"int32 of shape ({groups},), one width per group")
+        raise invalid(name, describe(widths), f"int32 of shape ({groups},), one width per group")
     if widths.device != x.device:
         raise invalid(name, widths.device, f"{x.device}, where x is: move it there")
 
 
-def _describe(tensor: Tensor) -> str:
+def describe(tensor: Tensor) -> str:
+    """The dtype and shape of a tensor, for errors."""
     return f"{tensor.dtype} of shape {tuple(tensor.shape)}"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tdc_fast.kernels.problems import ConvProblem, ConvTensors
 from tdc_fast.ops import backends, library
-from tdc_fast.ops.checks import check_conv_values, conv_problem, signature, tf32_is_allowed
+from tdc_fast.ops.checks import check_conv_values, check_memory, conv_problem, converted, tf32_is_allowed
 from tdc_fast.ops.reference import live_channels
 
 _WIDTHS_SCHEMA = "Tensor weight_index, Tensor? in_widths, Tensor? out_widths"
@@ -56,9 +56,10 @@ def _choose(
     def describe() -> ConvProblem:
         return conv_problem(op, t, *settings, dy=dy, image_size=image_size)
 
-    described = signature(t) if dy is None else signature(t, dy=dy)
-    key = (op, settings, image_size, tf32_is_allowed(), described)
-    return backends.remembered(key, describe, backend)
+    key = (op, settings, image_size, tf32_is_allowed())
+    if dy is None:
+        return backends.remembered(key, t, describe, backend)
+    return backends.remembered(key, t, describe, backend, dy=dy)
 
 
 def _run(kernel: Callable[..., Any], problem: ConvProblem, t: ConvTensors, *args: Any) -> Any:
@@ -74,6 +75,7 @@ def forward_problem(*args: Any) -> ConvProblem:
     """The problem of the forward's arguments but `backend`; raises the ValueErrors that the forward would raise."""
     t = _tensors(args[:-2])
     problem = conv_problem("routed_conv2d", t, *args[-2:])
+    check_memory(**t._asdict())
     check_conv_values(problem, t)
     return problem
 
@@ -167,13 +169,17 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     out_widths = widths[-1]
     needs = ctx.needs_input_grad
     dx = dweight = dbias = dsample_bias = dresidual = None
-    dy = dy.contiguous(memory_format=torch.channels_last)  # once, for dgrad and wgrad
+    mask = needs[1:4]
+    if not (dy.is_contiguous(memory_format=torch.channels_last) and (needs[0] or any(mask))):
+        # dgrad and wgrad check what they read, but this may be the first to read it
+        check_memory(dy=dy, offsets=offsets, out_widths=out_widths)
+        dy = dy.contiguous(memory_format=torch.channels_last)  # once, for dgrad and wgrad
     if needs[0]:
         settings = (ctx.image_size, *ctx.settings, ctx.backend)
-        dx = library.call_in_backward(_dgrad_op, dy, weight, offsets, tiles, *widths, *settings)
-    mask = needs[1:4]
+        dx = library.call_in_backward(ctx, _dgrad_op, dy, weight, offsets, tiles, *widths, *settings)
     if any(mask):
-        grads = library.call_in_backward(_wgrad_op, dy, x, weight, offsets, *widths, *ctx.settings, mask, ctx.backend)
+        settings = (*ctx.settings, mask, ctx.backend)
+        grads = library.call_in_backward(ctx, _wgrad_op, dy, x, weight, offsets, *widths, *settings)
         dweight, dbias, dsample_bias = (grad if wanted else None for grad, wanted in zip(grads, mask, strict=True))
     if needs[4]:
         dresidual = dy
@@ -194,11 +200,16 @@ def _tangent(args: tuple[Any, ...], tangents: tuple[Tensor | None, ...]) -> Tens
     return along_weight if dx is None else along_weight + forward(dx, weight, None, None, None, *rest)
 
 
+_ARGUMENTS = [argument.name for argument in forward._schema.arguments]
+
+
 def _cast(device_type: str, *args: Any) -> tuple[Any, ...]:
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(
-        arg.to(dtype) if isinstance(arg, Tensor) and arg.is_floating_point() and arg.dtype != torch.float64 else arg
-        for arg in args
+        converted(name, arg, dtype)
+        if isinstance(arg, Tensor) and arg.is_floating_point() and arg.dtype != torch.float64
+        else arg
+        for name, arg in zip(_ARGUMENTS, args, strict=True)
     )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tdc_fast.kernels.problems import NormProblem, NormTensors
 from tdc_fast.ops import backends, library
-from tdc_fast.ops.checks import accumulate_dtype, check_norm_values, norm_problem, signature
+from tdc_fast.ops.checks import accumulate_dtype, check_memory, check_norm_values, converted, norm_problem
 from tdc_fast.ops.reference import group_norm_tangent as norm_tangent
 
 _SETTINGS_SCHEMA = "int num_groups, float eps, bool silu"
@@ -30,6 +30,7 @@ def forward_problem(*args: Any) -> NormProblem:
     """The problem of the forward's arguments but `backend`; raises the ValueErrors that the forward would raise."""
     t = _tensors(args[:-3])
     problem = norm_problem("routed_group_norm", t, *args[-3:])
+    check_memory(**t._asdict())
     check_norm_values(problem, t)
     return problem
 
@@ -40,8 +41,7 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     def describe() -> NormProblem:
         return norm_problem("routed_group_norm", t, *settings)
 
-    key = ("routed_group_norm", settings, signature(t))
-    problem, chosen = backends.remembered(key, describe, backend)
+    problem, chosen = backends.remembered(("routed_group_norm", settings), t, describe, backend)
     try:
         return chosen.group_norm(problem, t)
     except ValueError:  # backends check the numbers that they index with; our error says more
@@ -75,8 +75,8 @@ def _backward(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
     def describe() -> NormProblem:
         return norm_problem("routed_group_norm_backward", t, *settings, dy=dy, mean=mean, rstd=rstd)
 
-    key = ("routed_group_norm_backward", settings, signature(t, dy=dy, mean=mean, rstd=rstd))
-    problem, chosen = backends.remembered(key, describe, backend)
+    key = ("routed_group_norm_backward", settings)
+    problem, chosen = backends.remembered(key, t, describe, backend, dy=dy, mean=mean, rstd=rstd)
     try:
         grads = chosen.group_norm_backward(problem, dy, mean, rstd, t, tuple(mask))
     except ValueError:
@@ -116,7 +116,7 @@ def _gradients(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ..
     if dy is None:
         return (None,) * 12
     mask = ctx.needs_input_grad[:5]
-    grads = library.call_in_backward(_backward_op, dy, *ctx.saved_tensors, *ctx.settings, mask, ctx.backend)
+    grads = library.call_in_backward(ctx, _backward_op, dy, *ctx.saved_tensors, *ctx.settings, mask, ctx.backend)
     wanted = (grad if needed else None for grad, needed in zip(grads, mask, strict=True))
     return (*wanted, *(None,) * 7)
 
@@ -126,12 +126,19 @@ def _tangent(args: tuple[Any, ...], tangents: tuple[Tensor | None, ...]) -> Tens
     t, settings = _tensors(args[:-4]), args[-4:-1]
     problem = norm_problem("routed_group_norm", t, *settings)
     moving = _tensors(tangents[:-4])._replace(offsets=t.offsets, weight_index=t.weight_index, widths=t.widths)
+    check_memory(**moving._asdict())
     return norm_tangent(problem, t, moving)
+
+
+_ARGUMENTS = [argument.name for argument in forward._schema.arguments]
 
 
 def _cast(device_type: str, x: Tensor, *args: Any) -> tuple[Any, ...]:
     low = x.dtype in (torch.bfloat16, torch.float16, torch.float32)
-    return x, *(arg.to(x.dtype) if low and isinstance(arg, Tensor) and arg.is_floating_point() else arg for arg in args)
+    return x, *(
+        converted(name, arg, x.dtype) if low and isinstance(arg, Tensor) and arg.is_floating_point() else arg
+        for name, arg in zip(_ARGUMENTS[1:], args, strict=True)
+    )
 
 
 library.add_autograd(forward, _save, _gradients, _tangent)

@@ -66,7 +66,7 @@ def add_autograd(
     """
     name = _name(op)
     implementation = _implementations[name]
-    apply = _function(name, save, backward).apply
+    apply = _function(name, implementation, save, backward).apply
     is_grad_enabled = torch.is_grad_enabled
     tensor = torch.Tensor
 
@@ -108,11 +108,14 @@ def _with_tangent(result: Any, moving: torch.Tensor) -> Any:
     return forward_ad.make_dual(result[0], moving), *result[1:]
 
 
-def _function(name: str, save: Callable[..., None], backward: Callable[..., Any]) -> Any:
+def _function(
+    name: str, implementation: Callable[..., Any], save: Callable[..., None], backward: Callable[..., Any]
+) -> Any:
     """The Function of an operator: it takes the operator's arguments and, last, the function that runs them."""
 
     def run_and_save(ctx: Any, *args: Any) -> Any:
         *arguments, run = args
+        ctx.is_direct = run is implementation
         with _below_autograd():
             result = run(*arguments)
         save(ctx, arguments, result)
@@ -128,10 +131,14 @@ def _function(name: str, save: Callable[..., None], backward: Callable[..., Any]
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
-def call_in_backward(op: torch._ops.OpOverload, dy: torch.Tensor, *args: Any) -> Any:
-    """op(dy, *args) for a `backward`; skips the dispatcher unless a mode, a subclass or the profiler needs it."""
+def call_in_backward(ctx: Any, op: torch._ops.OpOverload, dy: torch.Tensor, *args: Any) -> Any:
+    """op(dy, *args) for a `backward`; skips the dispatcher unless a mode, a subclass or the profiler needs it.
+
+    What the forward saved needs it too where the forward did, such as a lazily negated tensor (`Tensor.is_neg`).
+    """
     plain = (
-        torch._C._len_torch_dispatch_stack() == 0
+        ctx.is_direct
+        and torch._C._len_torch_dispatch_stack() == 0
         and not torch.autograd._profiler_enabled()
         and (torch._C._dispatch_keys(dy) & _BELOW_AUTOGRAD).highestPriorityTypeId() in _DEVICE_KEYS
     )

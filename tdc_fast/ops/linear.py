@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tdc_fast.errors import invalid
 from tdc_fast.ops import backends
-from tdc_fast.ops.checks import require_tensors
+from tdc_fast.ops.checks import check_memory, require_tensors
 from tdc_fast.ops.conv2d import describe as describe_conv2d
 from tdc_fast.ops.conv2d import routed_conv2d
 from tdc_fast.ops.plan import RoutingPlan
@@ -45,15 +45,15 @@ def routed_linear(
     Raises:
         ValueError: Naming argument, value and remedy.
     """
-    _check(x, weight, residual)
+    image, filters, added = _as_images(x, weight, residual)
     y = routed_conv2d(
-        _as_image(x),
-        weight[:, :, :, None, None],
+        image,
+        filters,
         bias,
         plan,
         in_widths=in_widths,
         out_widths=out_widths,
-        residual=None if residual is None else _as_image(residual),
+        residual=added,
         backend=backend,
     )
     y = y.squeeze(-1)  # not an index: the gradient of squeeze is a view, that of an index a zero-filled copy
@@ -71,6 +71,16 @@ def _check(x: Tensor, weight: Tensor, residual: Tensor | None) -> None:
         raise invalid("residual", tuple(residual.shape), f"shape {shape}")
 
 
+def _as_images(x: Tensor, weight: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The arguments, checked, as the convolution takes them."""
+    _check(x, weight, residual)
+    try:
+        return _as_image(x), weight[:, :, :, None, None], None if residual is None else _as_image(residual)
+    except RuntimeError:  # torch refuses to view memory that was freed
+        check_memory(x=x, weight=weight, residual=residual)
+        raise
+
+
 def _as_image(x: Tensor) -> Tensor:
     """Views (B, C) as (B, C, 1, 1) and (B, T, C) as (B, C, T, 1), channels_last when x is contiguous."""
     return x[:, :, None, None] if x.dim() == 2 else x.transpose(1, 2)[..., None]
@@ -86,6 +96,5 @@ def _describe(
     residual: Tensor | None = None,
     **rest: Any,
 ) -> Any:
-    _check(x, weight, residual)
-    image = None if residual is None else _as_image(residual)
-    return describe_conv2d(_as_image(x), weight[:, :, :, None, None], bias, plan, residual=image, **rest)
+    image, filters, added = _as_images(x, weight, residual)
+    return describe_conv2d(image, filters, bias, plan, residual=added, **rest)

@@ -24,7 +24,7 @@ def pack_channels(
 ) -> Tensor:
     """packed[e, o, i, ...] = source[e, out_order[e, o], in_order[e, i], ...], zero past the widths of expert e.
 
-    On a GPU this is one launch, and the host does not wait for it; an order's entry outside the source stops the
+    On a GPU this is one launch, and the host does not wait for it; an order's live entry outside the source stops the
     kernel, and the error appears at the next call that waits. On the CPU, and where no kernel serves, it is a gather in
     torch. Not differentiable.
 
@@ -42,13 +42,12 @@ def pack_channels(
         (E, C_out', C_in', ...).
 
     Raises:
-        ValueError: Shapes, dtypes or devices do not fit.
+        ValueError: Shapes, dtypes or devices do not fit, or on the CPU, a live entry of an order is outside the source.
     """
     orders = {"out_order": out_order, "in_order": in_order}
     widths = {"out_widths": out_widths, "in_widths": in_widths}
     require_tensors((*orders, *widths, "out"), source=source, **orders, **widths, out=out)
-    given = {"source": source, **orders, **widths, "out": out}
-    check_memory(tuple(given), tuple(given.values()))
+    check_memory(source=source, **orders, **widths, out=out)
     experts = _check_experts(source, orders | widths)
     shape = list(source.shape)
     shape[0] = experts
@@ -59,6 +58,8 @@ def pack_channels(
         out = torch.empty(shape, dtype=source.dtype, device=source.device)
     elif (out.shape, out.dtype, out.device) != (torch.Size(shape), source.dtype, source.device):
         raise invalid("out", f"{tuple(out.shape)} {out.dtype} on {out.device}", f"{tuple(shape)}, otherwise as source")
+    elif any(stride == 0 and size > 1 for size, stride in zip(out.shape, out.stride(), strict=True)):
+        raise invalid("out", f"strides {out.stride()}", "memory of its own for every element")
     if not _launch(source, out, out_order, in_order, out_widths, in_widths):
         out.copy_(_gather(source, tuple(shape), out_order, in_order, out_widths, in_widths))
     return out
@@ -162,6 +163,7 @@ def _gather(
         position = torch.arange(shape[dim], device=source.device)
         live = None if widths is None else position < widths[:, None]  # (E, channels)
         if order is not None:
+            _check_order("out_order" if dim == 1 else "in_order", order, live, source.shape[dim])
             chosen = order.long() if live is None else order.long().where(live, 0)
             if source.shape[dim] == 0:
                 packed = packed.new_zeros(*packed.shape[:dim], shape[dim], *packed.shape[dim + 1 :])
@@ -170,6 +172,17 @@ def _gather(
         if live is not None:
             packed = packed.where(_on_axis(live, dim, packed.dim()), 0)
     return packed
+
+
+def _check_order(name: str, order: Tensor, live: Tensor | None, channels: int) -> None:
+    """Refuses live entries outside the source; torch would count them from the other end, or over again."""
+    bad = (order < 0) | (order >= channels)
+    bad = bad if live is None else bad & live
+    if order.device.type == "cpu":
+        if bad.any():
+            raise invalid(name, int(order[bad][0]), f"channels of the source, from 0 to {channels - 1}")
+    elif order.device.type != "meta":
+        torch._assert_async(~bad.any(), f"{name}: an entry is outside the source")
 
 
 def _on_axis(per_expert: Tensor, dim: int, dims: int) -> Tensor:

@@ -18,7 +18,7 @@ from torch.utils import _pytree
 from tdc_fast.errors import invalid
 from tdc_fast.kernels.tile_table import no_tiles, tile_table, total_rows
 from tdc_fast.ops import cpu, cuda, library, native
-from tdc_fast.ops.checks import check_memory, require_integer, require_tensors
+from tdc_fast.ops.checks import check_memory, converted, describe, require_integer, require_tensors
 
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -52,7 +52,7 @@ def as_integers(name: str, value: Any, device: torch.device | None = None) -> Te
 
 def _plan(groups: Tensor, num_groups: int) -> _Plan:
     _check_groups(groups, num_groups)
-    check_memory(("groups",), (groups,))
+    check_memory(groups=groups)
     if groups.device.type == "cpu":
         return *_plan_on_host(groups, num_groups), no_tiles(groups.device)
     return _plan_on_device(groups, num_groups)
@@ -121,10 +121,13 @@ routing_plan = library.define(
 
 
 def _permute(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-    check_memory(("x", "plan"), (x, index))
-    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
-        return x.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2)
-    return x.index_select(0, index)
+    check_memory(x=x, plan=index)
+    try:
+        if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+            return x.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2)
+        return x.index_select(0, index)
+    except IndexError as error:
+        raise invalid("plan", index.tolist(), f"a permutation of {x.shape[0]} samples") from error
 
 
 def _permute_fake(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
@@ -168,6 +171,9 @@ class RoutingPlan:
             memory.
         weight_index: int32 (N,), the expert whose weights a group uses (the identity by default).
         num_groups: N.
+
+    Raises:
+        ValueError: Naming what has a wrong dtype or shape.
     """
 
     __slots__ = ("groups", "inverse", "num_groups", "offsets", "order", "tiles", "weight_index")
@@ -182,6 +188,17 @@ class RoutingPlan:
         weight_index: Tensor,
         num_groups: int,
     ) -> None:
+        tensors = {"order": order, "inverse": inverse, "offsets": offsets, "groups": groups, "tiles": tiles}
+        tensors["weight_index"] = weight_index
+        require_tensors((), **tensors)
+        shapes = {"offsets": (num_groups + 1,), "weight_index": (num_groups,), "tiles": (*tiles.shape[:1], 3)}
+        for name, tensor in tensors.items():
+            dtype = torch.int32 if name in shapes else torch.int64
+            shape = shapes.get(name, tuple(order.shape[:1]))
+            if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+                raise invalid(name, describe(tensor), f"{dtype} of shape {shape}")
+            if tensor.device != order.device:
+                raise invalid(name, tensor.device, f"{order.device}, where the order is")
         self.order = order
         self.inverse = inverse
         self.offsets = offsets
@@ -224,7 +241,9 @@ class RoutingPlan:
             low, high = (int(v) for v in torch.aminmax(groups))
             if low < 0 or high >= num_groups:
                 raise invalid("groups", low if low < 0 else high, f"group ids in [0, {num_groups})")
-        order, inverse, offsets, sorted_groups, tiles = routing_plan(groups.to(torch.int64), num_groups)
+        order, inverse, offsets, sorted_groups, tiles = routing_plan(
+            converted("groups", groups, torch.int64), num_groups
+        )
         return cls(order, inverse, offsets, sorted_groups, tiles, weight_index, num_groups)
 
     @property
@@ -252,6 +271,8 @@ class RoutingPlan:
         require_tensors(x=x)
         if x.dim() < 1 or x.shape[0] != self.order.shape[0]:
             raise invalid("x", tuple(x.shape), f"{self.order.shape[0]} samples, the batch of this plan")
+        if x.device != self.order.device:
+            raise invalid("x", x.device, f"{self.order.device}, where the plan is")
 
     def __repr__(self) -> str:
         return f"RoutingPlan(batch_size={self.batch_size}, num_groups={self.num_groups})"
@@ -273,8 +294,10 @@ def _checked_weight_index(value: Integers, num_groups: int, device: torch.device
     if weight_index.device != device:
         raise invalid("weight_index", weight_index.device, f"{device}, where the groups are")
     if weight_index.dtype == torch.int64:  # what int32 cannot hold stays out of range
+        if not torch.compiler.is_compiling():
+            check_memory(weight_index=weight_index)
         weight_index = weight_index.clamp(-(2**31), 2**31 - 1)
-    return weight_index.to(torch.int32)
+    return converted("weight_index", weight_index, torch.int32)
 
 
 def _flatten(plan: RoutingPlan) -> tuple[list[Any], Any]:
@@ -283,8 +306,10 @@ def _flatten(plan: RoutingPlan) -> tuple[list[Any], Any]:
 
 
 def _unflatten(tensors: Any, num_groups: Any) -> RoutingPlan:
-    order, inverse, offsets, groups, tiles, weight_index = tensors
-    return RoutingPlan(order, inverse, offsets, groups, tiles, weight_index, num_groups)
+    plan = RoutingPlan.__new__(RoutingPlan)  # unchecked: the leaves of a tree are not always tensors
+    plan.order, plan.inverse, plan.offsets, plan.groups, plan.tiles, plan.weight_index = tensors
+    plan.num_groups = num_groups
+    return plan
 
 
 _pytree.register_pytree_node(RoutingPlan, _flatten, _unflatten, serialized_type_name="tdc_fast.RoutingPlan")

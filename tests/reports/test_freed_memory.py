@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from tdc_fast import RoutingPlan, routed_conv2d, routed_group_norm, routed_linear
+from tdc_fast import RoutingPlan, TimestepGroups, explain, routed_conv2d, routed_group_norm, routed_linear
+from tdc_fast.nn.routed import RoutedEmbedding
 from tdc_fast.ops.pack import pack_channels
 
 Call = tuple[Callable[..., Any], dict[str, Tensor]]
@@ -33,7 +35,10 @@ def conv() -> Call:
 
 
 def linear() -> Call:
-    tensors = {"x": torch.randn(4, 3, 4), "weight": torch.randn(2, 4, 4), "bias": torch.randn(2, 4)}
+    tensors = {
+        "x": torch.randn(4, 3, 4), "weight": torch.randn(2, 4, 4), "bias": torch.randn(2, 4),
+        "residual": torch.randn(4, 3, 4),
+    }  # fmt: skip
     return lambda plan=None, **t: routed_linear(plan=plan or globals()["plan"](), **t), tensors
 
 
@@ -59,11 +64,32 @@ def sort() -> Call:
 
 
 def from_groups() -> Call:
-    return lambda groups: RoutingPlan.from_groups(groups, 3), {"groups": torch.tensor([0, 2, 1])}
+    tensors = {"groups": torch.tensor([0, 2, 1]), "weight_index": torch.tensor([0, 1, 0])}
+    return lambda groups, weight_index: RoutingPlan.from_groups(groups, 3, weight_index).order, tensors
 
 
-CALLS = [conv, linear, norm, pack, sort, from_groups]
+def from_short_integers() -> Call:
+    call, tensors = from_groups()
+    return call, {name: tensor.to(torch.int16) for name, tensor in tensors.items()}
+
+
+def group_of() -> Call:
+    return TimestepGroups.uniform(10, 2).group_of, {"t": torch.tensor([0, 9, 4])}
+
+
+def embedding() -> Call:
+    layer = RoutedEmbedding(2, 5, 3)
+
+    def call(index: Tensor, weight: Tensor) -> Tensor:
+        layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+        return layer(index, plan())
+
+    return call, {"index": torch.tensor([0, 4, 1, 2]), "weight": torch.randn(2, 5, 3)}
+
+
+CALLS = [conv, linear, norm, pack, sort, from_groups, from_short_integers, group_of, embedding]
 NAMES = [(make, name) for make in CALLS for name in make()[1]]
+REFUSED = "^{}: got .*storage holds .*; expected"
 
 
 def shrink(tensor: Tensor, kept: float) -> None:
@@ -79,9 +105,46 @@ def test_every_tensor_of_every_operator_is_checked_on_every_call(
     call, tensors = make()
     call(**tensors)  # shapes are known after this
     shrink(tensors[name], kept)
-    views = make is linear and name != "bias"  # torch itself refuses to view freed memory
-    error, message = (RuntimeError, "storage") if views else (ValueError, f"^{name}: got .*storage holds .*; expected")
-    with pytest.raises(error, match=message):
+    with pytest.raises(ValueError, match=REFUSED.format(name)):
+        call(**tensors)
+
+
+def with_holes(tensor: Tensor) -> Tensor:
+    """The same values in every second element of a larger storage, which has one more element than it needs."""
+    view = torch.zeros(*tensor.shape[:-1], 2 * tensor.shape[-1], dtype=tensor.dtype)[..., ::2]
+    return view.copy_(tensor)
+
+
+@pytest.mark.parametrize(("make", "name"), NAMES, ids=lambda v: getattr(v, "__name__", v))
+def test_a_view_may_end_where_its_storage_does_and_not_one_byte_later(make: Callable[[], Call], name: str) -> None:
+    call, tensors = make()
+    expected = call(**{key: tensor.clone() for key, tensor in tensors.items()})
+    whole, view = tensors[name], with_holes(tensors[name])
+    end = view.untyped_storage().nbytes() - view.itemsize
+    view.untyped_storage().resize_(end)
+    torch.testing.assert_close(call(**{**tensors, name: view}), expected, rtol=0, atol=0)
+    for size in (end - 1, whole.nbytes):  # as many bytes as the elements have, which lie further apart
+        view.untyped_storage().resize_(size)
+        with pytest.raises(ValueError, match=REFUSED.format(name)):
+            call(**{**tensors, name: view})
+
+
+@pytest.mark.parametrize("name", [*conv()[1], "plan"])
+def test_explain_reads_nothing_that_was_freed(name: str) -> None:
+    _, tensors = conv()
+    broken = plan()
+    shrink(broken.offsets if name == "plan" else tensors[name], 0)
+    with pytest.raises(ValueError, match=REFUSED.format("offsets" if name == "plan" else name)):
+        explain(routed_conv2d, plan=broken, padding=1, **tensors)
+
+
+@pytest.mark.parametrize(("make", "name"), [pair for pair in NAMES if pair[0] in (conv, linear, norm)])
+def test_nothing_that_was_freed_is_cast_under_autocast(make: Callable[[], Call], name: str) -> None:
+    call, tensors = make()
+    if make is norm:
+        tensors = {key: t if key == "x" or not t.is_floating_point() else t.bfloat16() for key, t in tensors.items()}
+    shrink(tensors[name], 0)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match=REFUSED.format(name)):
         call(**tensors)
 
 
@@ -96,17 +159,71 @@ def test_a_plan_is_checked_too(make: Callable[[], Call], field: str) -> None:
         call(plan=broken, **tensors)
 
 
+BACKWARD = {
+    conv: ("x", "weight", "in_widths", "out_widths", "offsets", "weight_index", "dy"),
+    linear: ("x", "weight", "offsets", "weight_index"),  # of dy, torch makes a view, which it refuses itself
+    norm: ("x", "weight", "bias", "scale", "shift", "widths", "offsets", "weight_index", "dy"),
+    sort: ("plan",),
+}
+
+
+@pytest.mark.parametrize(("make", "freed"), [(make, name) for make, names in BACKWARD.items() for name in names])
+def test_what_the_backward_reads_is_checked(make: Callable[[], Call], freed: str) -> None:
+    call, tensors = make()
+    for value in tensors.values():
+        value.requires_grad_(value.is_floating_point())
+    own = plan()
+    y = own.sort(**tensors) if make is sort else call(plan=own, **tensors)
+    dy = torch.ones(y.shape)  # in an order that the convolution copies
+    used = {**tensors, "dy": dy, "plan": own.inverse, "offsets": own.offsets, "weight_index": own.weight_index}
+    shrink(used[freed], 0)
+    with pytest.raises(ValueError, match=REFUSED.format(freed)):
+        y.backward(dy)
+
+
+@pytest.mark.parametrize("freed", ["offsets", "out_widths", "dy"])
+def test_so_is_what_the_gradient_of_a_residual_alone_reads(freed: str) -> None:
+    call, tensors = conv()
+    tensors["residual"].requires_grad_()
+    own = plan()
+    y = call(plan=own, **tensors)
+    dy = torch.ones_like(y)
+    shrink({**tensors, "dy": dy, "offsets": own.offsets}[freed], 0)
+    with pytest.raises(ValueError, match=REFUSED.format(freed)):
+        y.backward(dy)
+
+
 @pytest.mark.parametrize("make", [conv, norm])
-def test_what_the_backward_reads_is_checked(make: Callable[[], Call]) -> None:
-    for freed in ("x", "weight", "dy"):
+def test_a_tangent_that_was_freed_is_refused(make: Callable[[], Call]) -> None:
+    call, tensors = make()
+    with forward_ad.dual_level():
+        tangent = torch.ones_like(tensors["x"])
+        dual = forward_ad.make_dual(tensors["x"], tangent)
+        shrink(forward_ad.unpack_dual(dual).tangent, 0)
+        with pytest.raises((ValueError, RuntimeError), match="storage"):
+            call(**{**tensors, "x": dual})
+
+
+@pytest.mark.parametrize("make", [conv, linear, norm])
+def test_tensors_that_torch_negates_lazily_are_negated(make: Callable[[], Call]) -> None:
+    def gradients(change: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        torch.manual_seed(0)
         call, tensors = make()
-        for value in tensors.values():
-            value.requires_grad_(value.is_floating_point())
+        tensors = {key: change(t.detach()) if t.is_floating_point() else t for key, t in tensors.items()}
+        leaves = [t.requires_grad_() for t in tensors.values() if t.is_floating_point()]
         y = call(**tensors)
-        dy = torch.ones_like(y)
-        shrink({**tensors, "dy": dy}[freed], 0)
-        with pytest.raises(ValueError, match=f"^{freed}: got"):
-            y.backward(dy)
+        return [y, *torch.autograd.grad(y, leaves, torch.linspace(-1, 1, y.numel()).view(y.shape))]
+
+    for found, expected in zip(gradients(lambda t: (-t)._neg_view()), gradients(torch.clone), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_empty_tensors_need_no_memory() -> None:
+    call, tensors = conv()
+    tensors = {name: t[:0] if name in ("x", "sample_bias", "residual") else t for name, t in tensors.items()}
+    for name in ("x", "sample_bias", "residual"):
+        shrink(tensors[name], 0)
+    assert call(plan=RoutingPlan.from_groups([], 2), **tensors).shape == (0, 4, 5, 5)
 
 
 def test_views_of_living_memory_pass() -> None:
