@@ -122,7 +122,7 @@ def calls() -> dict[str, Callable[[], Any]]:
         "conv wgrad + bias": lambda: backend.conv2d_wgrad(wgrad, x, t, (True, True, False)),
         "conv wgrad, widths": lambda: backend.conv2d_wgrad(wgrad, x, pruned, (True, False, False)),
         "norm forward": lambda: backend.group_norm(norm, n),
-        "norm backward": lambda: backend.group_norm_backward(norm, x, mean, rstd, n, (True,) * 5),
+        "norm backward": lambda: backend.group_norm_backward(norm, x, mean, rstd, n, (True,) * 5 + (False,)),
     }
 
 

@@ -110,6 +110,13 @@ def _constants(p: NormProblem, backward: bool) -> tuple[tuple[int, int], dict[st
     return (p.batch, triton.cdiv(p.channels, tile.span)), constants, {"num_warps": tile.num_warps}
 
 
+def _inputs(t: NormTensors) -> dict[str, Tensor | None]:
+    """The tensors by name, but x2: the kernels have one input."""
+    named = t._asdict()
+    del named["x2"]
+    return named
+
+
 def group_norm_forward(p: NormProblem, t: NormTensors) -> tuple[Tensor, Tensor, Tensor]:
     """Computes the forward in one launch.
 
@@ -123,7 +130,7 @@ def group_norm_forward(p: NormProblem, t: NormTensors) -> tuple[Tensor, Tensor, 
     y = torch.empty_like(t.x, memory_format=torch.channels_last)
     mean = torch.empty((p.batch, p.num_norm_groups), dtype=torch.float32, device=t.x.device)
     rstd = torch.empty_like(mean)
-    norm_forward_launch(p, {**t._asdict(), "y": y, "mean": mean, "rstd": rstd}).run()
+    norm_forward_launch(p, {**_inputs(t), "y": y, "mean": mean, "rstd": rstd}).run()
     return y, mean, rstd
 
 
@@ -156,7 +163,7 @@ def group_norm_backward(
         "dscale": t.x.new_empty(per_sample) if mask[3] else None,
         "dshift": t.x.new_empty(per_sample) if mask[4] else None,
     }
-    norm_backward_launch(p, {**t._asdict(), "dy": dy, "mean": mean, "rstd": rstd, **made}).run()
+    norm_backward_launch(p, {**_inputs(t), "dy": dy, "mean": mean, "rstd": rstd, **made}).run()
     shares = {name: share for name in ("dweight", "dbias") if (share := made[name]) is not None}
     sums = {name: torch.empty_like(t.weight) for name in shares}
     if shares:

@@ -6,7 +6,7 @@ parameter in any signature on the way.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -15,7 +15,10 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class ConvProblem:
-    """Geometry of one routed convolution; `op` is the registered operator that runs (forward, dgrad or wgrad)."""
+    """Geometry of one routed convolution; `op` is the registered operator that runs (forward, dgrad or wgrad).
+
+    `height` and `width` are those of x, before upsampling; `in_channels` are those of x and x2 together.
+    """
 
     op: str
     device: torch.device
@@ -33,11 +36,26 @@ class ConvProblem:
     num_groups: int
     num_experts: int
     tf32: bool = False  # fp32 products may be rounded to tf32; the CPU backends never do
+    x2_channels: int = 0  # the last input channels, which x2 holds; 0: there is no x2
+    upsample: int = 1  # 2: every pixel of the input stands for 2 x 2
+
+    @property
+    def fused(self) -> tuple[str, ...]:
+        """What is fused into reading the input: "x2", "upsample"."""
+        return ("x2",) * (self.x2_channels > 0) + ("upsample",) * (self.upsample > 1)
+
+    def unfused(self) -> ConvProblem:
+        """The problem once x and x2 are one tensor of its final size."""
+        size = {"height": self.height * self.upsample, "width": self.width * self.upsample}
+        return replace(self, x2_channels=0, upsample=1, **size)
 
 
 @dataclass(frozen=True, slots=True)
 class NormProblem:
-    """Geometry of one routed group norm; `op` is the registered operator that runs (forward or backward)."""
+    """Geometry of one routed group norm; `op` is the registered operator that runs (forward or backward).
+
+    `channels` are those of x and x2 together.
+    """
 
     op: str
     device: torch.device
@@ -51,6 +69,16 @@ class NormProblem:
     silu: bool
     num_groups: int
     num_experts: int
+    x2_channels: int = 0  # the last channels, which x2 holds; 0: there is no x2
+
+    @property
+    def fused(self) -> tuple[str, ...]:
+        """What is fused into reading the input: "x2"."""
+        return ("x2",) * (self.x2_channels > 0)
+
+    def unfused(self) -> NormProblem:
+        """The problem once x and x2 are one tensor."""
+        return replace(self, x2_channels=0)
 
     @property
     def channels_per_group(self) -> int:
@@ -64,11 +92,11 @@ Problem = ConvProblem | NormProblem
 class ConvTensors(NamedTuple):
     """The tensors of one routed convolution, samples sorted by group.
 
-    Every pass takes this tuple; the gradients take dy as well. In dgrad x is None and in wgrad tiles is, although their
-    types do not say so. The gradients do not use the epilogue's tensors.
+    Every pass takes this tuple; the gradients take dy as well. In dgrad x and x2 are None and in wgrad tiles is,
+    although their types do not say so. The gradients do not use the epilogue's tensors.
 
     Attributes:
-        x: input, (B, C_in, H, W).
+        x: input, (B, C_in, H, W); with x2 the first channels of it.
         weight: (E, C_out, C_in, R, S). wgrad reads its shape and strides only.
         offsets: int32 (N + 1,), first sample of each group.
         tiles: int32 (rows, 3), the tile table (tile_table.py); no rows in host memory.
@@ -78,6 +106,7 @@ class ConvTensors(NamedTuple):
         bias: epilogue, (E, C_out) or None.
         sample_bias: epilogue, (B, C_out) or None.
         residual: epilogue, (B, C_out, OH, OW) or None.
+        x2: the last input channels, (B, C_2, H, W), or None.
     """
 
     x: Tensor
@@ -90,13 +119,14 @@ class ConvTensors(NamedTuple):
     bias: Tensor | None = None
     sample_bias: Tensor | None = None
     residual: Tensor | None = None
+    x2: Tensor | None = None
 
 
 class NormTensors(NamedTuple):
     """The tensors of one routed group norm, samples sorted by group. The backward takes dy as well.
 
     Attributes:
-        x: input, (B, C, H, W).
+        x: input, (B, C, H, W); with x2 the first channels of it.
         weight: (E, C).
         bias: (E, C).
         offsets: int32 (N + 1,), first sample of each group.
@@ -104,6 +134,7 @@ class NormTensors(NamedTuple):
         widths: int32 (N,), live channels of each group, or None.
         scale: (B, C) or None.
         shift: (B, C) or None.
+        x2: the last channels, (B, C_2, H, W), or None.
     """
 
     x: Tensor
@@ -114,3 +145,4 @@ class NormTensors(NamedTuple):
     widths: Tensor | None = None
     scale: Tensor | None = None
     shift: Tensor | None = None
+    x2: Tensor | None = None

@@ -58,17 +58,19 @@ class ConvCase:
     extras: tuple[str, ...]  # which of bias, sample_bias, residual are given
     layout: str
     seed: int
+    x2_channels: int = 0  # of the input channels, the last ones, in a tensor of their own
+    upsample: int = 1
 
     @property
     def out_size(self) -> tuple[int, int]:
         height, width = (
-            (n + 2 * p - f) // s + 1
+            (self.upsample * n + 2 * p - f) // s + 1
             for n, p, f, s in zip(self.size, self.padding, self.filter, self.stride, strict=True)
         )
         return height, width
 
     def tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """x, weight and the extras, dead channels NaN, all requiring gradients."""
+        """x, weight, the extras and x2, dead channels NaN, all requiring gradients."""
         draw = _Draw(self.seed, dtype)
         batch, experts, out = self.routing.batch, self.routing.num_experts, self.out_channels
         fan_in = self.in_channels * self.filter[0] * self.filter[1]
@@ -85,17 +87,21 @@ class ConvCase:
             if self.out_widths is not None:
                 made["sample_bias"][start:stop, self.out_widths[group] :] = float("nan")
                 made["residual"][start:stop, self.out_widths[group] :] = float("nan")
-        for name in ("x", "residual"):
+        made["x"], made["x2"] = _parts(made["x"], self.x2_channels)
+        for name in ("x", "x2", "residual"):
             made[name] = laid_out(made[name], self.layout)
-        return _leaves({k: v for k, v in made.items() if k in ("x", "weight", *self.extras)})
+        second = ("x2",) if self.x2_channels else ()
+        return _leaves({k: v for k, v in made.items() if k in ("x", "weight", *self.extras, *second)})
 
     def settings(self) -> dict[str, Any]:
         widths = {"in_widths": as_widths(self.in_widths), "out_widths": as_widths(self.out_widths)}
-        return {"stride": self.stride, "padding": self.padding, **widths}
+        return {"stride": self.stride, "padding": self.padding, "upsample": self.upsample, **widths}
 
     def plain(self, tensors: dict[str, Tensor]) -> Tensor:
         """The same computation with one F.conv2d per group, in the dtype of the tensors; differentiable."""
-        x, weight = tensors["x"], tensors["weight"]
+        x, weight = _joined(tensors), tensors["weight"]
+        if self.upsample > 1:
+            x = F.interpolate(x, scale_factor=self.upsample, mode="nearest")
         pieces = [x.new_zeros(0, self.out_channels, *self.out_size)]
         for group, expert, start, stop in self.routing.segments():
             live_in = self.in_channels if self.in_widths is None else self.in_widths[group]
@@ -125,9 +131,10 @@ class NormCase:
     activation: str | None
     layout: str
     seed: int
+    x2_channels: int = 0
 
     def tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """x, weight, bias and the extras, dead channels NaN, all requiring gradients."""
+        """x, weight, bias, the extras and x2, dead channels NaN, all requiring gradients."""
         draw = _Draw(self.seed, dtype)
         batch, experts, channels = self.routing.batch, self.routing.num_experts, self.channels
         made = {
@@ -141,15 +148,16 @@ class NormCase:
             for group, _, start, stop in self.routing.segments():
                 for name in ("x", "scale", "shift"):
                     made[name][start:stop, self.widths[group] :] = float("nan")
-        made["x"] = laid_out(made["x"], self.layout)
-        return _leaves({k: v for k, v in made.items() if k in ("x", "weight", "bias", *self.extras)})
+        made["x"], made["x2"] = (laid_out(part, self.layout) for part in _parts(made["x"], self.x2_channels))
+        second = ("x2",) if self.x2_channels else ()
+        return _leaves({k: v for k, v in made.items() if k in ("x", "weight", "bias", *self.extras, *second)})
 
     def settings(self) -> dict[str, Any]:
         return {"num_groups": self.num_groups, "widths": as_widths(self.widths), "activation": self.activation}
 
     def plain(self, tensors: dict[str, Tensor]) -> Tensor:
         """The same computation with one F.group_norm per group, in the dtype of the tensors; differentiable."""
-        x = tensors["x"]
+        x = _joined(tensors)
         per_group = self.channels // self.num_groups
         pieces = [x.new_zeros(0, *x.shape[1:])]
         for group, expert, start, stop in self.routing.segments():
@@ -167,6 +175,15 @@ class NormCase:
                 y = F.silu(y)
             pieces.append(F.pad(y, (0, 0, 0, 0, 0, self.channels - live)))
         return torch.cat(pieces)
+
+
+def _parts(x: Tensor, x2_channels: int) -> tuple[Tensor, Tensor]:
+    """x (B, C, H, W) as two tensors, the second of the last channels."""
+    return x[:, : x.shape[1] - x2_channels], x[:, x.shape[1] - x2_channels :]
+
+
+def _joined(tensors: dict[str, Tensor]) -> Tensor:
+    return torch.cat([tensors["x"], tensors["x2"]], dim=1) if "x2" in tensors else tensors["x"]
 
 
 class _Draw:
@@ -229,13 +246,17 @@ def _subset(draw: st.DrawFn, *names: str) -> tuple[str, ...]:
 
 
 @st.composite
-def conv_cases(draw: st.DrawFn) -> ConvCase:
-    """Any odd filter, stride 1 and 2, any padding, images from 1x1, channels of no particular multiple."""
+def conv_cases(draw: st.DrawFn, fused: bool = False) -> ConvCase:
+    """Any odd filter, stride 1 and 2, any padding, images from 1x1, channels of no particular multiple.
+
+    fused: with a second input, upsampling, or both.
+    """
     routing = draw(routings())
     filter_ = draw(st.sampled_from([(1, 1), (3, 3), (1, 3), (3, 1), (5, 5)]))
     padding = draw(st.tuples(st.integers(0, 3), st.integers(0, 3)))
     size = tuple(draw(st.integers(max(1, f - 2 * p), 9)) for f, p in zip(filter_, padding, strict=True))
-    in_channels, out_channels = draw(st.integers(1, 20)), draw(st.integers(1, 20))
+    in_channels, out_channels = draw(st.integers(1 + fused, 20)), draw(st.integers(1, 20))
+    upsample = draw(st.integers(1, 2)) if fused else 1
     return ConvCase(
         routing=routing,
         in_channels=in_channels,
@@ -249,15 +270,22 @@ def conv_cases(draw: st.DrawFn) -> ConvCase:
         extras=_subset(draw, "bias", "sample_bias", "residual"),
         layout=draw(st.sampled_from(LAYOUTS)),
         seed=draw(st.integers(0, 2**16)),
+        x2_channels=draw(st.integers(2 - upsample, in_channels - 1)) if fused else 0,
+        upsample=upsample,
     )
 
 
 @st.composite
-def norm_cases(draw: st.DrawFn) -> NormCase:
-    """At least two values per norm group: the normal of a single value is zero whatever it is."""
+def norm_cases(draw: st.DrawFn, fused: bool = False) -> NormCase:
+    """At least two values per norm group: the normal of a single value is zero whatever it is.
+
+    fused: with a second input.
+    """
     routing = draw(routings())
     norm_groups, per_group = draw(st.integers(1, 6)), draw(st.integers(1, 6))
     channels = norm_groups * per_group
+    if fused and channels == 1:
+        norm_groups = channels = 2
     size = draw(st.tuples(st.integers(1, 6), st.integers(1, 6)))
     if per_group * size[0] * size[1] == 1:
         size = (2, 1)
@@ -271,4 +299,5 @@ def norm_cases(draw: st.DrawFn) -> NormCase:
         activation=draw(st.sampled_from([None, "silu"])),
         layout=draw(st.sampled_from(LAYOUTS)),
         seed=draw(st.integers(0, 2**16)),
+        x2_channels=draw(st.integers(1, channels - 1)) if fused else 0,
     )

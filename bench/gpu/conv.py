@@ -119,14 +119,14 @@ class Problem:
         routing = {
             "offsets": self.plan.offsets, "tiles": self.plan.tiles, "weight_index": self.plan.weight_index,
             "in_widths": widths.get("in_widths"), "out_widths": widths.get("out_widths"),
-            "backend": backend or "", **pair,
+            "upsample": 1, "backend": backend or "", **pair,
         }  # fmt: skip
         if self.case.direction == "dgrad":
             op, size = torch.ops.tdc_fast.routed_conv2d_dgrad, [self.layer.height, self.layer.width]
-            return lambda: op(dy=self.dy, weight=self.weight, image_size=size, **routing)
+            return lambda: op(dy=self.dy, weight=self.weight, image_size=size, x2_channels=0, **routing)
         wgrad, mask = torch.ops.tdc_fast.routed_conv2d_wgrad, [True, True, False]
         del routing["tiles"]
-        return lambda: wgrad(dy=self.dy, x=self.x, weight=self.weight, mask=mask, **routing)
+        return lambda: wgrad(dy=self.dy, x=self.x, x2=None, weight=self.weight, mask=mask, **routing)
 
     def conv(self, x: Tensor, dy: Tensor, weight: Tensor, bias: Tensor) -> Callable[[], Any]:
         """The cuDNN call for these tensors, in the direction of the case."""

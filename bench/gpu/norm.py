@@ -70,11 +70,11 @@ class Problem:
         ops = torch.ops.tdc_fast
         tensors = {
             "x": self.x, "weight": self.weight, "bias": self.bias, "scale": self.scale, "shift": self.shift,
-            "offsets": self.plan.offsets, "weight_index": self.plan.weight_index, "widths": self.widths,
+            "x2": None, "offsets": self.plan.offsets, "weight_index": self.plan.weight_index, "widths": self.widths,
         }  # fmt: skip
         settings = {"num_groups": self.layer.num_groups, "eps": EPS, "silu": self.layer.silu, "backend": backend or ""}
         _, mean, rstd = ops.routed_group_norm(**tensors, **settings)
-        mask = [True, True, True, self.scale is not None, self.shift is not None]
+        mask = [True, True, True, self.scale is not None, self.shift is not None, False]
         backward = ops.routed_group_norm_backward
         return lambda: backward(dy=self.dy, mean=mean, rstd=rstd, mask=mask, **tensors, **settings)
 

@@ -23,7 +23,7 @@ Conv2dProblem make_problem(Address offsets, Address weight_index, Address in_wid
                            int64_t batch, int64_t height, int64_t width, int64_t in_channels, int64_t out_channels,
                            int64_t filter_height, int64_t filter_width, int64_t stride_height, int64_t stride_width,
                            int64_t pad_height, int64_t pad_width, int64_t num_groups, int64_t num_experts,
-                           const Strides& strides, int threads) {
+                           int64_t x2_channels, int64_t upsample, const Strides& strides, int threads) {
   Conv2dProblem p;
   p.dtype = static_cast<DType>(dtype);
   p.batch = batch, p.height = height, p.width = width;
@@ -32,6 +32,7 @@ Conv2dProblem make_problem(Address offsets, Address weight_index, Address in_wid
   p.stride_height = stride_height, p.stride_width = stride_width;
   p.pad_height = pad_height, p.pad_width = pad_width;
   p.num_groups = num_groups, p.num_experts = num_experts;
+  p.x2_channels = x2_channels, p.upsample = upsample;
   std::tie(p.weight_strides[0], p.weight_strides[1], p.weight_strides[2], p.weight_strides[3], p.weight_strides[4]) =
       strides;
   p.offsets = pointer<const int32_t>(offsets);
@@ -43,52 +44,56 @@ Conv2dProblem make_problem(Address offsets, Address weight_index, Address in_wid
 }
 
 // The geometry that all three functions take after their own operands.
-#define TDC_CONV_PARAMETERS                                                                                     \
-  Address offsets, Address weight_index, Address in_widths, Address out_widths, int dtype, int64_t batch,       \
-      int64_t height, int64_t width, int64_t in_channels, int64_t out_channels, int64_t filter_height,          \
-      int64_t filter_width, int64_t stride_height, int64_t stride_width, int64_t pad_height, int64_t pad_width, \
-      int64_t num_groups, int64_t num_experts, const Strides &weight_strides, int threads
+#define TDC_CONV_PARAMETERS                                                                                          \
+  Address offsets, Address weight_index, Address in_widths, Address out_widths, int dtype, int64_t batch,            \
+      int64_t height, int64_t width, int64_t in_channels, int64_t out_channels, int64_t filter_height,               \
+      int64_t filter_width, int64_t stride_height, int64_t stride_width, int64_t pad_height, int64_t pad_width,      \
+      int64_t num_groups, int64_t num_experts, int64_t x2_channels, int64_t upsample, const Strides &weight_strides, \
+      int threads
 #define TDC_CONV_PROBLEM                                                                                             \
   make_problem(offsets, weight_index, in_widths, out_widths, dtype, batch, height, width, in_channels, out_channels, \
                filter_height, filter_width, stride_height, stride_width, pad_height, pad_width, num_groups,          \
-               num_experts, weight_strides, threads)
+               num_experts, x2_channels, upsample, weight_strides, threads)
 #define TDC_CONV_ARGUMENTS                                                                                             \
   py::arg("offsets"), py::arg("weight_index") = 0, py::arg("in_widths") = 0, py::arg("out_widths") = 0,                \
                       py::arg("dtype"), py::arg("batch"), py::arg("height"), py::arg("width"), py::arg("in_channels"), \
                       py::arg("out_channels"), py::arg("filter_height"), py::arg("filter_width"),                      \
                       py::arg("stride_height"), py::arg("stride_width"), py::arg("pad_height"), py::arg("pad_width"),  \
-                      py::arg("num_groups"), py::arg("num_experts"), py::arg("weight_strides"), py::arg("threads")
+                      py::arg("num_groups"), py::arg("num_experts"), py::arg("x2_channels") = 0,                       \
+                      py::arg("upsample") = 1, py::arg("weight_strides"), py::arg("threads")
 
-void forward(Address x, Address weight, Address bias, Address sample_bias, Address residual, Address y,
+void forward(Address x, Address x2, Address weight, Address bias, Address sample_bias, Address residual, Address y,
              TDC_CONV_PARAMETERS) {
   const Conv2dProblem problem = TDC_CONV_PROBLEM;
   py::gil_scoped_release release;
-  conv2d_forward(problem, pointer(x), pointer(weight), pointer(bias), pointer(sample_bias), pointer(residual),
-                 pointer(y));
+  conv2d_forward(problem, {pointer(x), pointer(x2)}, pointer(weight), pointer(bias), pointer(sample_bias),
+                 pointer(residual), pointer(y));
 }
 
-void dgrad(Address dy, Address weight, Address dx, TDC_CONV_PARAMETERS) {
+void dgrad(Address dy, Address weight, Address dx, Address dx2, TDC_CONV_PARAMETERS) {
   const Conv2dProblem problem = TDC_CONV_PROBLEM;
   py::gil_scoped_release release;
-  conv2d_dgrad(problem, pointer(dy), pointer(weight), pointer(dx));
+  conv2d_dgrad(problem, pointer(dy), pointer(weight), pointer(dx), pointer(dx2));
 }
 
-void wgrad(Address x, Address dy, Address dweight, Address dbias, Address dsample_bias, TDC_CONV_PARAMETERS) {
+void wgrad(Address x, Address x2, Address dy, Address dweight, Address dbias, Address dsample_bias,
+           TDC_CONV_PARAMETERS) {
   const Conv2dProblem problem = TDC_CONV_PROBLEM;
   py::gil_scoped_release release;
-  conv2d_wgrad(problem, pointer(x), pointer(dy), pointer(dweight), pointer(dbias), pointer(dsample_bias));
+  conv2d_wgrad(problem, {pointer(x), pointer(x2)}, pointer(dy), pointer(dweight), pointer(dbias),
+               pointer(dsample_bias));
 }
 
 }  // namespace
 
 void bind_conv(py::module_& module) {
-  module.def("conv2d_forward", &forward, py::kw_only(), py::arg("x"), py::arg("weight"), py::arg("bias") = 0,
-             py::arg("sample_bias") = 0, py::arg("residual") = 0, py::arg("y"), TDC_CONV_ARGUMENTS,
-             "y = routed conv2d of x, plus bias, sample_bias and residual where given.");
-  module.def("conv2d_dgrad", &dgrad, py::kw_only(), py::arg("dy"), py::arg("weight"), py::arg("dx"), TDC_CONV_ARGUMENTS,
-             "dx of the routed conv2d.");
-  module.def("conv2d_wgrad", &wgrad, py::kw_only(), py::arg("x"), py::arg("dy"), py::arg("dweight") = 0,
-             py::arg("dbias") = 0, py::arg("dsample_bias") = 0, TDC_CONV_ARGUMENTS,
+  module.def("conv2d_forward", &forward, py::kw_only(), py::arg("x"), py::arg("x2") = 0, py::arg("weight"),
+             py::arg("bias") = 0, py::arg("sample_bias") = 0, py::arg("residual") = 0, py::arg("y"), TDC_CONV_ARGUMENTS,
+             "y = routed conv2d of x (and x2), plus bias, sample_bias and residual where given.");
+  module.def("conv2d_dgrad", &dgrad, py::kw_only(), py::arg("dy"), py::arg("weight"), py::arg("dx"), py::arg("dx2") = 0,
+             TDC_CONV_ARGUMENTS, "dx (and dx2) of the routed conv2d.");
+  module.def("conv2d_wgrad", &wgrad, py::kw_only(), py::arg("x"), py::arg("x2") = 0, py::arg("dy"),
+             py::arg("dweight") = 0, py::arg("dbias") = 0, py::arg("dsample_bias") = 0, TDC_CONV_ARGUMENTS,
              "dweight, dbias and dsample_bias of the routed conv2d, each where given.");
 }
 

@@ -24,8 +24,11 @@ void Conv2dProblem::check() const {
   require(stride_width >= 1, "stride_width", stride_width, "1 or more");
   require(pad_height >= 0, "pad_height", pad_height, "0 or more");
   require(pad_width >= 0, "pad_width", pad_width, "0 or more");
-  require(height + 2 * pad_height >= filter_height, "height", height, "at least the filter less the padding");
-  require(width + 2 * pad_width >= filter_width, "width", width, "at least the filter less the padding");
+  require(upsample == 1 || upsample == 2, "upsample", upsample, "1 or 2");
+  require(x2_channels >= 0 && x2_channels < in_channels, "x2_channels", x2_channels, "0 .. in_channels - 1");
+  require(upsample * height + 2 * pad_height >= filter_height, "height", height,
+          "at least the filter less the padding");
+  require(upsample * width + 2 * pad_width >= filter_width, "width", width, "at least the filter less the padding");
   require(num_groups >= 1, "num_groups", num_groups, "1 or more");
   require(offsets[0] == 0, "offsets[0]", offsets[0], "0");
   require(offsets[num_groups] == batch, "offsets[-1]", offsets[num_groups], "the batch size");

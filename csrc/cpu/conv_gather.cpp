@@ -38,7 +38,7 @@ struct LocalMemory {  // of each thread
 };
 
 struct Operands {
-  const void *source, *weight, *bias, *sample_bias, *residual;
+  const void *source, *source2, *weight, *bias, *sample_bias, *residual;
   void* dest;
 };
 
@@ -70,7 +70,9 @@ class Gather {
  private:
   int64_t live_source(int64_t g) const { return dgrad_ ? p_.live_out(g) : p_.live_in(g); }
   int64_t live_dest(int64_t g) const { return dgrad_ ? p_.live_in(g) : p_.live_out(g); }
-  int64_t num_taps() const { return static_cast<int64_t>(geo_.tap_weights.size()); }
+  int64_t num_taps() const { return geo_.num_taps(); }
+  // Whether a task copies its source to fp32: in bf16, and to bring two inputs together.
+  bool copies_source() const { return type_ != 0 || op_.source2; }
 
   void plan_experts() {
     for (int64_t g = 0; g < p_.num_groups; ++g) {
@@ -159,7 +161,7 @@ class Gather {
     if (task.panel_begin == task.panel_end) return zero_rows(task);
     panels_.prepare(p_.expert(task.group), task.panel_begin, task.panel_end);
     LocalMemory& memory = local();
-    const SourceView source = type_ == 0 ? view_source(task) : copy_source(task, memory);
+    const SourceView source = copies_source() ? copy_source(task, memory) : view_source(task);
     int64_t init_stride = 0;
     const float* init = initial_rows(task, memory, init_stride);
 
@@ -211,7 +213,7 @@ class Gather {
   class Prefetch {
    public:
     Prefetch(const Gather& gather, int64_t index, int64_t panels, int64_t pixels) {
-      if (gather.type_ != 0 || index >= static_cast<int64_t>(gather.work_.tasks.size())) return;
+      if (gather.copies_source() || index >= static_cast<int64_t>(gather.work_.tasks.size())) return;
       const Task& task = gather.work_.tasks[index];
       const Axis& rows = gather.geo_.rows;
       const int64_t line = gather.geo_.columns.source_size;
@@ -306,7 +308,7 @@ class Gather {
     return view;
   }
 
-  // The live channels of the source rows that the task reads, in fp32.
+  // The live channels of the source rows that the task reads, of both inputs, in fp32.
   SourceView copy_source(const Task& task, LocalMemory& memory) const {
     const Axis& rows = geo_.rows;
     const int64_t depth = live_source(task.group), columns = geo_.columns.source_size;
@@ -315,11 +317,15 @@ class Gather {
         std::max(begin, std::min(rows.source_size, (task.row_end - 1) * rows.source_step + rows.max_tap + 1));
     SourceView view = {nullptr, depth, depth * columns, depth * columns * (end - begin)};
     float* buffer = memory.source.get<float>((task.sample_end - task.sample_begin) * view.image + 1);
-    for (int64_t n = task.sample_begin; n < task.sample_end; ++n)
-      kernels_.copy[type_](static_cast<const char*>(op_.source) +
-                               (n * rows.source_size + begin) * columns * geo_.source_channels * element_,
-                           geo_.source_channels, buffer + (n - task.sample_begin) * view.image, depth,
-                           (end - begin) * columns, depth, depth);
+    const auto copy = [&](const void* source, int64_t channels, int64_t live, float* to) {
+      for (int64_t n = task.sample_begin; n < task.sample_end; ++n, to += view.image)
+        kernels_.copy[type_](
+            static_cast<const char*>(source) + (n * rows.source_size + begin) * columns * channels * element_, channels,
+            to, depth, (end - begin) * columns, live, live);
+    };
+    const int64_t second = op_.source2 ? p_.x2_channels : 0, first = geo_.source_channels - second;
+    copy(op_.source, first, std::min(first, depth), buffer);
+    if (depth > first) copy(op_.source2, second, depth - first, buffer + first);
     view.base = buffer - begin * view.line;
     return view;
   }
@@ -377,15 +383,32 @@ Workspace& workspace() {
 
 }  // namespace
 
-void conv2d_forward(const Conv2dProblem& problem, const void* x, const void* weight, const void* bias,
+void conv2d_forward(const Conv2dProblem& problem, const Conv2dInput& input, const void* weight, const void* bias,
                     const void* sample_bias, const void* residual, void* y) {
   problem.check();
-  Gather(problem, false, {x, weight, bias, sample_bias, residual, y}, workspace()).run();
+  const void* x2 = problem.x2_channels ? input.x2 : nullptr;
+  Gather(problem, false, {input.x, x2, weight, bias, sample_bias, residual, y}, workspace()).run();
 }
 
-void conv2d_dgrad(const Conv2dProblem& problem, const void* dy, const void* weight, void* dx) {
+void conv2d_dgrad(const Conv2dProblem& problem, const void* dy, const void* weight, void* dx, void* dx2) {
   problem.check();
-  Gather(problem, true, {dy, weight, nullptr, nullptr, nullptr, dx}, workspace()).run();
+  const auto run = [&](const Conv2dProblem& part, int64_t first, void* dest) {
+    const int64_t skipped = first * problem.weight_strides[2] * (problem.dtype == DType::kFloat32 ? 4 : 2);
+    const void* from = static_cast<const char*>(weight) + skipped;
+    Gather(part, true, {dy, nullptr, from, nullptr, nullptr, nullptr, dest}, workspace()).run();
+  };
+  if (!problem.x2_channels) return run(problem, 0, dx);
+  // The channels of each input as a problem of their own.
+  std::vector<int32_t> widths(problem.num_groups);
+  const auto run_part = [&](int64_t first, int64_t channels, void* dest) {
+    Conv2dProblem part = problem;
+    part.in_channels = channels, part.x2_channels = 0, part.in_widths = widths.data();
+    for (int64_t g = 0; g < problem.num_groups; ++g)
+      widths[g] = static_cast<int32_t>(std::clamp<int64_t>(problem.live_in(g) - first, 0, channels));
+    run(part, first, dest);
+  };
+  run_part(0, problem.x_channels(), dx);
+  run_part(problem.x_channels(), problem.x2_channels, dx2);
 }
 
 }  // namespace tdc

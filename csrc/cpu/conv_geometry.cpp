@@ -1,29 +1,51 @@
 #include "cpu/conv_geometry.h"
 
 #include <algorithm>
+#include <numeric>
 
 namespace tdc {
+namespace {
 
-void Axis::set_forward(int64_t source, int64_t dest, int64_t filter, int64_t stride, int64_t pad) {
-  source_size = source, dest_size = dest, source_step = stride, dest_step = 1;
-  phases.resize(1);
-  AxisPhase& only = phases[0];
-  only.phase = 0;
-  only.taps.clear(), only.filter.clear();
-  for (int64_t r = 0; r < filter; ++r) only.taps.push_back(r - pad), only.filter.push_back(r);
-  finish();
-}
+int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((b - 1 - a) / b); }
 
-void Axis::set_dgrad(int64_t source, int64_t dest, int64_t filter, int64_t stride, int64_t pad) {
-  source_size = source, dest_size = dest, source_step = 1, dest_step = stride;
-  phases.resize(stride);
-  for (int64_t a = 0; a < stride; ++a) {
+}  // namespace
+
+void Axis::set_forward(int64_t source, int64_t dest, int64_t filter, int64_t stride, int64_t pad, int64_t upsample) {
+  const int64_t common = std::gcd(stride, upsample);
+  source_size = source, dest_size = dest, source_step = stride / common, dest_step = upsample / common;
+  phases.resize(dest_step);
+  for (int64_t a = 0; a < dest_step; ++a) {
     AxisPhase& phase = phases[a];
     phase.phase = a;
     phase.taps.clear(), phase.filter.clear();
-    // dx[h] sums dy[o] over filter rows r with o * stride + r - pad = h; only exact quotients count.
-    for (int64_t r = 0; r < filter; ++r)
-      if ((a + pad - r) % stride == 0) phase.taps.push_back((a + pad - r) / stride), phase.filter.push_back(r);
+    for (int64_t r = 0; r < filter; ++r) {
+      const int64_t tap = floor_div(a * stride + r - pad, upsample);
+      if (phase.taps.empty() || phase.taps.back() != tap)
+        phase.taps.push_back(tap), phase.filter.push_back({r, r + 1});
+      else
+        phase.filter.back().end = r + 1;
+    }
+  }
+  finish();
+}
+
+void Axis::set_dgrad(int64_t source, int64_t dest, int64_t filter, int64_t stride, int64_t pad, int64_t upsample) {
+  const int64_t common = std::gcd(stride, upsample);
+  source_size = source, dest_size = dest, source_step = upsample / common, dest_step = stride / common;
+  phases.resize(dest_step);
+  for (int64_t a = 0; a < dest_step; ++a) {
+    AxisPhase& phase = phases[a];
+    phase.phase = a;
+    phase.taps.clear(), phase.filter.clear();
+    // dx[h] sums dy[o] over filter rows r with o * stride + r - pad = h * upsample + b, 0 <= b < upsample. So a tap o
+    // has the rows first - o * stride .. + upsample; taps fall as rows rise.
+    const int64_t first = a * upsample + pad;
+    for (int64_t tap = floor_div(first + upsample - 1, stride);; --tap) {
+      const int64_t begin = std::max<int64_t>(0, first - tap * stride);
+      const int64_t end = std::min(filter, first - tap * stride + upsample);
+      if (begin >= filter) break;
+      if (begin < end) phase.taps.push_back(tap), phase.filter.push_back({begin, end});
+    }
   }
   finish();
 }
@@ -64,19 +86,29 @@ void GatherGeometry::set(const Conv2dProblem& p, bool dgrad) {
   dest_channels = dgrad ? p.in_channels : p.out_channels;
   lane_stride = p.weight_strides[dgrad ? 2 : 1], depth_stride = p.weight_strides[dgrad ? 1 : 2];
   if (dgrad) {
-    rows.set_dgrad(p.out_height(), p.height, p.filter_height, p.stride_height, p.pad_height);
-    columns.set_dgrad(p.out_width(), p.width, p.filter_width, p.stride_width, p.pad_width);
+    rows.set_dgrad(p.out_height(), p.height, p.filter_height, p.stride_height, p.pad_height, p.upsample);
+    columns.set_dgrad(p.out_width(), p.width, p.filter_width, p.stride_width, p.pad_width, p.upsample);
   } else {
-    rows.set_forward(p.height, p.out_height(), p.filter_height, p.stride_height, p.pad_height);
-    columns.set_forward(p.width, p.out_width(), p.filter_width, p.stride_width, p.pad_width);
+    rows.set_forward(p.height, p.out_height(), p.filter_height, p.stride_height, p.pad_height, p.upsample);
+    columns.set_forward(p.width, p.out_width(), p.filter_width, p.stride_width, p.pad_width, p.upsample);
   }
-  first_tap.clear(), tap_weights.clear();
+  first_tap.clear(), taps.clear(), tap_weights.clear();
   for (const AxisPhase& row : rows.phases) {
     for (const AxisPhase& column : columns.phases) {
-      first_tap.push_back(static_cast<int64_t>(tap_weights.size()));
-      for (int64_t r : row.filter)
-        for (int64_t s : column.filter) tap_weights.push_back(r * p.weight_strides[3] + s * p.weight_strides[4]);
+      first_tap.push_back(num_taps());
+      for (const FilterRange& r : row.filter)
+        for (const FilterRange& s : column.filter) taps.push_back({r, s});
     }
+  }
+  merged = p.upsample > 1;
+  const auto add_weight = [&](int64_t r, int64_t s) {
+    tap_weights.push_back(r * p.weight_strides[3] + s * p.weight_strides[4]);
+  };
+  if (merged) {
+    for (int64_t r = 0; r < p.filter_height; ++r)
+      for (int64_t s = 0; s < p.filter_width; ++s) add_weight(r, s);
+  } else {
+    for (const TapFilter& tap : taps) add_weight(tap.rows.begin, tap.columns.begin);
   }
   const int64_t count = static_cast<int64_t>(tap_weights.size());
   tap_at.assign(tap_weights.size(), -1);

@@ -15,12 +15,17 @@ struct AxisRun {
   int tap_begin, tap_end;
 };
 
+// Adjacent rows (or columns) of the filter that meet the same source position: more than one only if upsampled.
+struct FilterRange {
+  int64_t begin, end;
+};
+
 // One axis of destination positions (index * dest_step + phase) that share a list of taps:
 // source position = index * source_step + tap.
 struct AxisPhase {
   int64_t phase;
   std::vector<int64_t> taps;
-  std::vector<int64_t> filter;  // the filter row or column of each tap
+  std::vector<FilterRange> filter;  // of each tap
   std::vector<AxisRun> runs;
 };
 
@@ -30,13 +35,18 @@ struct Axis {
   int64_t min_tap, max_tap;  // over all phases
   std::vector<AxisPhase> phases;
 
-  // y from x: stride steps through the source.
-  void set_forward(int64_t source, int64_t dest, int64_t filter, int64_t stride, int64_t pad);
+  // y from x: stride steps through the source; upsampling splits the destination into phases.
+  void set_forward(int64_t source, int64_t dest, int64_t filter, int64_t stride, int64_t pad, int64_t upsample);
   // dx from dy: stride splits the destination into phases, each with the taps that reach it.
-  void set_dgrad(int64_t source, int64_t dest, int64_t filter, int64_t stride, int64_t pad);
+  void set_dgrad(int64_t source, int64_t dest, int64_t filter, int64_t stride, int64_t pad, int64_t upsample);
 
  private:
   void finish();
+};
+
+// The part of the filter whose weights a tap adds.
+struct TapFilter {
+  FilterRange rows, columns;
 };
 
 struct GatherGeometry {
@@ -44,11 +54,14 @@ struct GatherGeometry {
   int64_t source_channels, dest_channels;
   int64_t lane_stride, depth_stride;  // of the weight along destination and source channels
   // Taps in packed order: by phase (row phase slowest), then row, then column.
-  std::vector<int64_t> first_tap;    // of each phase
-  std::vector<int64_t> tap_weights;  // element offset of each tap
-  std::vector<int32_t> tap_at;       // which tap lies at memory offset m, if the taps fill 0 .. n - 1; else empty
+  std::vector<int64_t> first_tap;  // of each phase
+  std::vector<TapFilter> taps;
+  bool merged;                       // whether taps may add several weights of the filter
+  std::vector<int64_t> tap_weights;  // element offset of each tap; if merged, of each weight of the filter, by row
+  std::vector<int32_t> tap_at;       // index in tap_weights of offset m, if those fill 0 .. n - 1; else empty
 
   void set(const Conv2dProblem& problem, bool dgrad);
+  int64_t num_taps() const { return static_cast<int64_t>(taps.size()); }
 };
 
 }  // namespace tdc

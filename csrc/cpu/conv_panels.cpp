@@ -1,6 +1,7 @@
 #include "cpu/conv_panels.h"
 
 #include <algorithm>
+#include <cstring>
 #include <new>
 #include <thread>
 
@@ -92,11 +93,35 @@ void PackedPanels::pack(int64_t expert, int64_t panel) const {
   pack.depth = e.depth;
   pack.taps = geometry_->tap_weights.data();
   pack.tap_at = geometry_->tap_at.empty() ? nullptr : geometry_->tap_at.data();
-  pack.num_taps = num_taps();
+  pack.num_taps = static_cast<int64_t>(geometry_->tap_weights.size());
   pack.packed = packed_ + offset(e, panel);
   pack.tap_rows = tap_rows(e);
   pack.row = row(e, panel);
-  kernels_->pack[static_cast<int>(problem_->dtype)](pack);
+  const auto pack_taps = kernels_->pack[static_cast<int>(problem_->dtype)];
+  if (!geometry_->merged) return pack_taps(pack);
+  static thread_local Scratch memory;
+  float* const merged = pack.packed;
+  const int64_t tap_floats = pack.tap_rows * pack.row;
+  pack.packed = memory.get<float>(pack.num_taps * tap_floats);
+  pack_taps(pack);
+  merge_taps(pack.packed, tap_floats, merged);
+}
+
+// Adds the packed weights of the filter that meet in a tap, for every tap.
+void PackedPanels::merge_taps(const float* filter, int64_t tap_floats, float* packed) const {
+  for (const TapFilter& tap : geometry_->taps) {
+    bool first = true;
+    for (int64_t r = tap.rows.begin; r < tap.rows.end; ++r) {
+      for (int64_t s = tap.columns.begin; s < tap.columns.end; ++s, first = false) {
+        const float* from = filter + (r * problem_->filter_width + s) * tap_floats;
+        if (first)
+          std::memcpy(packed, from, tap_floats * sizeof(float));
+        else
+          kernels_->add(from, packed, tap_floats);
+      }
+    }
+    packed += tap_floats;
+  }
 }
 
 }  // namespace tdc

@@ -46,8 +46,9 @@ class PackedPanels {
   int64_t offset(const Expert& e, int64_t panel) const {
     return e.memory + (panel - e.begin) * num_taps() * tap_rows(e) * lanes_per_panel_;
   }
-  int64_t num_taps() const { return static_cast<int64_t>(geometry_->tap_weights.size()); }
+  int64_t num_taps() const { return geometry_->num_taps(); }
   void pack(int64_t expert, int64_t panel) const;
+  void merge_taps(const float* filter, int64_t tap_floats, float* packed) const;
 
   const Conv2dProblem* problem_ = nullptr;
   const GatherGeometry* geometry_ = nullptr;

@@ -32,7 +32,7 @@ struct LocalMemory {  // of each thread
 };
 
 struct Operands {
-  const void *x, *dy;
+  const void *x, *x2, *dy;
   void *dweight, *dbias, *dsample_bias;
 };
 
@@ -111,9 +111,11 @@ class Wgrad {
     const int64_t samples = chunk.samples(), rows = chunk.rows();
     if (lists.samples == samples && lists.row_begin == chunk.row_begin && lists.row_end == chunk.row_end) return;
     lists.samples = samples, lists.row_begin = chunk.row_begin, lists.row_end = chunk.row_end;
-    lists.input_begin = std::max<int64_t>(0, chunk.row_begin * p_.stride_height - p_.pad_height);
-    lists.input_end = std::max(lists.input_begin, std::min(p_.height, (chunk.row_end - 1) * p_.stride_height -
-                                                                          p_.pad_height + p_.filter_height));
+    // Rows and columns of the upsampled input, each `up` times a row or column of the input.
+    const int64_t up = p_.upsample, height = up * p_.height, width = up * p_.width;
+    const int64_t last_row = (chunk.row_end - 1) * p_.stride_height - p_.pad_height + p_.filter_height;
+    lists.input_begin = std::max<int64_t>(0, chunk.row_begin * p_.stride_height - p_.pad_height) / up;
+    lists.input_end = std::max(lists.input_begin, ceil_div(std::clamp<int64_t>(last_row, 0, height), up));
     lists.capacity = samples * rows * out_w_;
     char* storage =
         static_cast<char*>(memory.pairs.reserve(taps_ * (sizeof(int64_t) + lists.capacity * sizeof(PixelPair))));
@@ -124,16 +126,16 @@ class Wgrad {
       const int64_t r = t / p_.filter_width - p_.pad_height, s = t % p_.filter_width - p_.pad_width;
       // Output columns whose input column is inside.
       const int64_t j_begin = s < 0 ? ceil_div(-s, p_.stride_width) : 0;
-      const int64_t j_end = s >= p_.width ? 0 : std::min(out_w_, (p_.width - 1 - s) / p_.stride_width + 1);
+      const int64_t j_end = s >= width ? 0 : std::min(out_w_, (width - 1 - s) / p_.stride_width + 1);
       PixelPair* pair = lists.pairs + t * lists.capacity;
       for (int64_t n = 0; n < samples; ++n) {
         for (int64_t i = chunk.row_begin; i < chunk.row_end; ++i) {
           const int64_t y = i * p_.stride_height + r;
-          if (y < 0 || y >= p_.height) continue;
-          const int64_t x = n * input_image + (y - lists.input_begin) * p_.width + s;
+          if (y < 0 || y >= height) continue;
+          const int64_t x = n * input_image + (y / up - lists.input_begin) * p_.width;
           const int64_t dy = (n * rows + i - chunk.row_begin) * out_w_;
           for (int64_t j = j_begin; j < j_end; ++j)
-            *pair++ = {static_cast<int32_t>((x + j * p_.stride_width) * kDepthBlock),
+            *pair++ = {static_cast<int32_t>((x + (j * p_.stride_width + s) / up) * kDepthBlock),
                        static_cast<int32_t>((dy + j) * panel_)};
         }
       }
@@ -200,17 +202,23 @@ class Wgrad {
     return first;
   }
 
-  // A block of live channels of the input rows that the chunk reads.
+  // A block of live channels of the input rows that the chunk reads; it may straddle the two inputs.
   const float* copy_source(const Chunk& chunk, int64_t block, int64_t live, LocalMemory& memory,
                            const PixelLists& lists) const {
     const int64_t pixels = (lists.input_end - lists.input_begin) * p_.width;
     const int64_t samples = chunk.samples();
     float* to = memory.source.get<float>(samples * pixels * kDepthBlock + 1);
-    for (int64_t n = 0; n < samples; ++n) {
-      const int64_t pixel = ((chunk.sample_begin + n) * p_.height + lists.input_begin) * p_.width;
-      kernels_.copy[type_](static_cast<const char*>(op_.x) + (pixel * p_.in_channels + block * kDepthBlock) * element_,
-                           p_.in_channels, to + n * pixels * kDepthBlock, kDepthBlock, pixels, live, live);
-    }
+    const auto copy = [&](const void* input, int64_t channels, int64_t first, int64_t count, float* dest) {
+      for (int64_t n = 0; n < samples; ++n) {
+        const int64_t pixel = ((chunk.sample_begin + n) * p_.height + lists.input_begin) * p_.width;
+        kernels_.copy[type_](static_cast<const char*>(input) + (pixel * channels + first) * element_, channels,
+                             dest + n * pixels * kDepthBlock, kDepthBlock, pixels, count, count);
+      }
+    };
+    const int64_t begin = block * kDepthBlock, seam = p_.x_channels();
+    const int64_t of_x = std::clamp<int64_t>(seam - begin, 0, live);
+    if (of_x > 0) copy(op_.x, seam, begin, of_x, to);
+    if (of_x < live) copy(op_.x2, p_.x2_channels, begin + of_x - seam, live - of_x, to + of_x);
     return to;
   }
 
@@ -316,10 +324,10 @@ Workspace& workspace() {
 
 }  // namespace
 
-void conv2d_wgrad(const Conv2dProblem& problem, const void* x, const void* dy, void* dweight, void* dbias,
+void conv2d_wgrad(const Conv2dProblem& problem, const Conv2dInput& input, const void* dy, void* dweight, void* dbias,
                   void* dsample_bias) {
   problem.check();
-  Wgrad(problem, {x, dy, dweight, dbias, dsample_bias}, workspace()).run();
+  Wgrad(problem, {input.x, input.x2, dy, dweight, dbias, dsample_bias}, workspace()).run();
 }
 
 }  // namespace tdc

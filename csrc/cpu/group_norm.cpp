@@ -21,6 +21,9 @@ void GroupNormProblem::check() const {
     refuse("batch, height, width", std::min({batch, height, width}), "none negative");
   }
   if (channels < 1) refuse("channels", channels, "at least 1");
+  if (x2_channels < 0 || x2_channels >= channels) {
+    refuse("x2_channels", x2_channels, "0 to all but one of the " + std::to_string(channels) + " channels");
+  }
   if (num_norm_groups < 1 || channels % num_norm_groups) {
     refuse("num_norm_groups", num_norm_groups, "a divisor of the " + std::to_string(channels) + " channels");
   }

@@ -67,10 +67,11 @@ void group_norm_backward(const GroupNormProblem& problem, const GroupNormInputs&
   // The gradient through SiLU is kept in dx between its two uses if a sample fits in cache. Otherwise it is computed
   // twice, which is cheaper than the memory traffic; bf16 would also round it.
   constexpr int64_t kKeptFloats = 1 << 17;
-  const bool keeps_dz =
-      grads.dx && problem.silu && problem.dtype == DType::kFloat32 && blocks.rows * channels <= kKeptFloats;
+  const bool keeps_dz = grads.dx && (grads.dx2 || !problem.x2_channels) && problem.silu &&
+                        problem.dtype == DType::kFloat32 && blocks.rows * channels <= kKeptFloats;
   ExpertSums experts(problem, view, kernels, wants_affine);
 
+  const auto input_grad_tensor = [&](int i) { return i ? grads.dx2 : grads.dx; };
   const auto affine_of = [&](int64_t slot) {
     float* storage = factors[slot];
     return NormAffine{storage, storage + channels, storage + 2 * channels};
@@ -88,9 +89,12 @@ void group_norm_backward(const GroupNormProblem& problem, const GroupNormInputs&
     const NormLayout layout = view.layout(b);
     if (layout.live == 0) return;
     float* out = block_sums[slot] + k * 2 * channels;
-    void* kept = keeps_dz ? view.block(grads.dx, b, k) : nullptr;
-    kernels.backward_sums(view.block(in.x, b, k), view.block(dy, b, k), kept, blocks.size(k), layout, affine_of(slot),
-                          problem.silu, out, out + channels);
+    for (int i = 0; i < view.num_parts(); ++i) {
+      const NormPart part = view.part(b, i);
+      const OutputRows kept = view.own_block(keeps_dz ? input_grad_tensor(i) : nullptr, b, k, part);
+      kernels.backward_sums(view.own_block(i ? in.x2 : in.x, b, k, part), view.joint_block(dy, b, k, part), kept,
+                            blocks.size(k), part, affine_of(slot), problem.silu, out, out + channels);
+    }
   };
   const auto finish = [&](int64_t b, int64_t slot) {
     const NormLayout layout = view.layout(b);
@@ -108,10 +112,14 @@ void group_norm_backward(const GroupNormProblem& problem, const GroupNormInputs&
                              total + channels, out, input_grad_of(slot));
   };
   const auto spread = [&](int64_t b, int64_t k, int64_t slot) {
-    if (!grads.dx) return;
-    const void* upstream = keeps_dz ? view.block(grads.dx, b, k) : view.block(dy, b, k);
-    kernels.backward_apply(view.block(in.x, b, k), upstream, view.block(grads.dx, b, k), blocks.size(k), view.layout(b),
-                           affine_of(slot), input_grad_of(slot), problem.silu && !keeps_dz);
+    for (int i = 0; i < view.num_parts(); ++i) {
+      if (!input_grad_tensor(i)) continue;
+      const NormPart part = view.part(b, i);
+      const OutputRows dx = view.own_block(input_grad_tensor(i), b, k, part);
+      const InputRows upstream = keeps_dz ? InputRows{dx.at, dx.stride} : view.joint_block(dy, b, k, part);
+      kernels.backward_apply(view.own_block(i ? in.x2 : in.x, b, k, part), upstream, dx, blocks.size(k), part,
+                             affine_of(slot), input_grad_of(slot), problem.silu && !keeps_dz);
+    }
   };
   for (; begin < problem.batch; begin += window) {
     const int64_t end = std::min(begin + window, problem.batch);

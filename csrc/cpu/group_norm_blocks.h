@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <memory>
+#include <type_traits>
 
 #include "common/parallel.h"
 #include "cpu/group_norm.h"
@@ -44,17 +45,27 @@ class SampleView {
 
   NormLayout layout(int64_t b) const { return {p_.channels, live(group(b)), p_.channels_per_group()}; }
 
+  // The channels of sample b in its inputs, x and x2.
+  int num_parts() const { return p_.x2_channels ? 2 : 1; }
+  NormPart part(int64_t b, int i) const {
+    const int64_t first = i ? p_.x_channels() : 0, channels = i ? p_.x2_channels : p_.x_channels();
+    return {first, channels, std::clamp<int64_t>(live(group(b)) - first, 0, channels)};
+  }
+
   NormSampleParameters parameters(const GroupNormInputs& in, int64_t b) const {
     const int64_t e = expert(group(b));
     return {row(in.weight, e), row(in.bias, e), row(in.scale, b), row(in.shift, b)};
   }
 
-  // The first row of a block of an activation tensor.
-  const void* block(const void* tensor, int64_t b, int64_t block) const {
-    return row(tensor, b * blocks.rows + blocks.first(block));
+  // The rows of a block of one part of an activation tensor: of one that has that part's channels alone, or of a
+  // tensor that has all channels.
+  template <typename T>
+  NormRows<T> own_block(T* tensor, int64_t b, int64_t block, const NormPart& part) const {
+    return rows(tensor, b, block, part.channels, 0);
   }
-  void* block(void* tensor, int64_t b, int64_t block) const {
-    return row(tensor, b * blocks.rows + blocks.first(block));
+  template <typename T>
+  NormRows<T> joint_block(T* tensor, int64_t b, int64_t block, const NormPart& part) const {
+    return rows(tensor, b, block, p_.channels, part.first);
   }
 
   // Row i of a tensor of `channels` columns, or null for a null tensor.
@@ -64,6 +75,14 @@ class SampleView {
   void* row(void* tensor, int64_t i) const { return const_cast<void*>(row(const_cast<const void*>(tensor), i)); }
 
  private:
+  template <typename T>
+  NormRows<T> rows(T* tensor, int64_t b, int64_t block, int64_t stride, int64_t first) const {
+    if (!tensor) return {nullptr, stride};
+    using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+    const int64_t at = (b * blocks.rows + blocks.first(block)) * stride + first;
+    return {static_cast<Byte*>(tensor) + at * element_, stride};
+  }
+
   const GroupNormProblem& p_;
   int64_t element_;
 

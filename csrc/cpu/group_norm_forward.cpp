@@ -48,7 +48,9 @@ void group_norm_forward(const GroupNormProblem& problem, const GroupNormInputs& 
     const NormLayout layout = view.layout(b);
     if (layout.live == 0) return;
     double* out = moments[slot] + k * 2 * layout.groups();
-    kernels.moments(view.block(in.x, b, k), blocks.size(k), layout, scratch[thread], out, out + layout.groups());
+    const NormPart parts[2] = {view.part(b, 0), view.part(b, 1)};
+    const InputRows x[2] = {view.own_block(in.x, b, k, parts[0]), view.own_block(in.x2, b, k, parts[1])};
+    kernels.moments(x, parts, view.num_parts(), blocks.size(k), layout, scratch[thread], out, out + layout.groups());
   };
   const auto statistics = [&](int64_t b, int64_t slot) {
     const NormLayout layout = view.layout(b);
@@ -69,8 +71,11 @@ void group_norm_forward(const GroupNormProblem& problem, const GroupNormInputs& 
     if (groups) kernels.affine(layout, view.parameters(in, b), sample_mean, sample_rstd, mean_error, affine_of(slot));
   };
   const auto normalize = [&](int64_t b, int64_t k, int64_t slot) {
-    kernels.normalize(view.block(in.x, b, k), view.block(y, b, k), blocks.size(k), view.layout(b), affine_of(slot),
-                      problem.silu);
+    for (int i = 0; i < view.num_parts(); ++i) {
+      const NormPart part = view.part(b, i);
+      kernels.normalize(view.own_block(i ? in.x2 : in.x, b, k, part), view.joint_block(y, b, k, part), blocks.size(k),
+                        part, affine_of(slot), problem.silu);
+    }
   };
   const auto nothing = [](int64_t, int64_t) {};
   schedule.run(0, problem.batch, nothing, block_moments, statistics, normalize);

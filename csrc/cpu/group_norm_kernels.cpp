@@ -28,41 +28,61 @@ TDC_INLINE double group_sum(const float* values, int64_t count) {
   return sum;
 }
 
-struct Moments {
-  const void* x;
+struct ColumnSums {
+  const InputRows& x;
   int64_t rows;
-  const NormLayout& layout;
-  float* scratch;
-  double* mean;
-  double* squares;
+  int64_t live;
+  float* sums;
 
-  // Two passes over a block that stays in cache: the mean, then the squares about it. The sum of differences in the
-  // second pass shows the rounding error of the mean, which is removed.
   template <typename T, int L>
   TDC_INLINE void run() const {
-    const int64_t per_group = layout.per_group, groups = layout.groups();
-    const double count = static_cast<double>(rows) * static_cast<double>(per_group);
-    float* first = scratch;
-    float* second = scratch + layout.live;
-    float* pivot = scratch + 2 * layout.live;
-    column_sums<T, L>(static_cast<const T*>(x), rows, layout, first);
-    for (int64_t g = 0; g < groups; ++g) {
-      const float centre = static_cast<float>(group_sum(first + g * per_group, per_group) / count);
-      for (int64_t i = 0; i < per_group; ++i) pivot[g * per_group + i] = centre;
-    }
-    centred_sums<T, L>(static_cast<const T*>(x), rows, layout, pivot, first, second);
-    for (int64_t g = 0; g < groups; ++g) {
-      const double excess = group_sum(first + g * per_group, per_group);
-      const double centred = group_sum(second + g * per_group, per_group) - excess * excess / count;
-      mean[g] = pivot[g * per_group] + excess / count;
-      squares[g] = centred < 0 ? 0 : centred;  // not max(), which would drop NaN
-    }
+    column_sums<T, L>(static_cast<const T*>(x.at), rows, x.stride, live, sums);
   }
 };
 
+struct CentredSums {
+  const InputRows& x;
+  int64_t rows;
+  int64_t live;
+  const float* pivot;
+  float* first;
+  float* second;
+
+  template <typename T, int L>
+  TDC_INLINE void run() const {
+    centred_sums<T, L>(static_cast<const T*>(x.at), rows, x.stride, live, pivot, first, second);
+  }
+};
+
+// Two passes over a block that stays in cache: the mean, then the squares about it. The sum of differences in the
+// second pass shows the rounding error of the mean, which is removed.
 template <typename T>
-void moments(const void* x, int64_t rows, const NormLayout& layout, float* scratch, double* mean, double* squares) {
-  with_lanes<T>(layout.live, Moments{x, rows, layout, scratch, mean, squares});
+void moments(const InputRows* x, const NormPart* parts, int num_parts, int64_t rows, const NormLayout& layout,
+             float* scratch, double* mean, double* squares) {
+  const int64_t per_group = layout.per_group, groups = layout.groups();
+  const double count = static_cast<double>(rows) * static_cast<double>(per_group);
+  float* first = scratch;
+  float* second = scratch + layout.live;
+  float* pivot = scratch + 2 * layout.live;
+  for (int i = 0; i < num_parts; ++i) {
+    const NormPart& p = parts[i];
+    if (p.live) with_lanes<T>(p.live, ColumnSums{x[i], rows, p.live, first + p.first});
+  }
+  for (int64_t g = 0; g < groups; ++g) {
+    const float centre = static_cast<float>(group_sum(first + g * per_group, per_group) / count);
+    for (int64_t i = 0; i < per_group; ++i) pivot[g * per_group + i] = centre;
+  }
+  for (int i = 0; i < num_parts; ++i) {
+    const NormPart& p = parts[i];
+    if (p.live)
+      with_lanes<T>(p.live, CentredSums{x[i], rows, p.live, pivot + p.first, first + p.first, second + p.first});
+  }
+  for (int64_t g = 0; g < groups; ++g) {
+    const double excess = group_sum(first + g * per_group, per_group);
+    const double centred = group_sum(second + g * per_group, per_group) - excess * excess / count;
+    mean[g] = pivot[g * per_group] + excess / count;
+    squares[g] = centred < 0 ? 0 : centred;  // not max(), which would drop NaN
+  }
 }
 
 template <typename T>
@@ -101,16 +121,31 @@ TDC_INLINE Float<L> affine_of(Float<L> centred_x, const NormAffine& a, int64_t c
 }
 
 template <typename T>
-TDC_INLINE void clear_dead(T* row, const NormLayout& layout) {
-  if (layout.live < layout.stride) __builtin_memset(row + layout.live, 0, (layout.stride - layout.live) * sizeof(T));
+TDC_INLINE void clear_dead(T* row, int64_t live, int64_t channels) {
+  if (live < channels) __builtin_memset(row + live, 0, (channels - live) * sizeof(T));
+}
+
+template <typename T>
+void clear_rows(const OutputRows& out, int64_t rows, int64_t channels) {
+  T* row = static_cast<T*>(out.at);
+  for (int64_t r = 0; r < rows; ++r, row += out.stride) __builtin_memset(row, 0, channels * sizeof(T));
+}
+
+// The factors of one part's channels.
+TDC_INLINE NormAffine of_part(const NormAffine& a, const NormPart& part) {
+  return {a.mean + part.first, a.multiplier + part.first, a.offset + part.first};
+}
+
+TDC_INLINE NormInputGrad of_part(const NormInputGrad& f, const NormPart& part) {
+  return {f.dz_factor + part.first, f.centred_factor + part.first, f.constant + part.first};
 }
 
 template <bool kSilu>
 struct Normalize {
-  const void* x;
-  void* y;
+  const InputRows& x;
+  const OutputRows& y;
   int64_t rows;
-  const NormLayout& layout;
+  const NormPart& part;
   const NormAffine& a;
 
   template <int L>
@@ -121,25 +156,27 @@ struct Normalize {
 
   template <typename T, int L>
   TDC_INLINE void run() const {
-    const T* from = static_cast<const T*>(x);
-    T* to = static_cast<T*>(y);
-    const int64_t live = layout.live, last = live - L;
-    for (int64_t r = 0; r < rows; ++r, from += layout.stride, to += layout.stride) {
+    const T* from = static_cast<const T*>(x.at);
+    T* to = static_cast<T*>(y.at);
+    const int64_t last = part.live - L, from_stride = x.stride, to_stride = y.stride;
+    for (int64_t r = 0; r < rows; ++r, from += from_stride, to += to_stride) {
       for (int64_t c = 0; c < last; c += L) store<L>(to + c, value<L>(load<L>(from + c), c));
       store<L>(to + last, value<L>(load<L>(from + last), last));
-      clear_dead(to, layout);
+      clear_dead(to, part.live, part.channels);
     }
   }
 };
 
 template <typename T>
-void normalize(const void* x, void* y, int64_t rows, const NormLayout& layout, const NormAffine& a, bool silu) {
-  if (layout.live == 0) {
-    __builtin_memset(y, 0, rows * layout.stride * sizeof(T));
+void normalize(const InputRows& x, const OutputRows& y, int64_t rows, const NormPart& part, const NormAffine& affine,
+               bool silu) {
+  const NormAffine a = of_part(affine, part);
+  if (part.live == 0) {
+    clear_rows<T>(y, rows, part.channels);
   } else if (silu) {
-    with_lanes<T>(layout.live, Normalize<true>{x, y, rows, layout, a});
+    with_lanes<T>(part.live, Normalize<true>{x, y, rows, part, a});
   } else {
-    with_lanes<T>(layout.live, Normalize<false>{x, y, rows, layout, a});
+    with_lanes<T>(part.live, Normalize<false>{x, y, rows, part, a});
   }
 }
 
@@ -154,11 +191,11 @@ TDC_INLINE Float<L> affine_grad(Float<L> dy, Float<L> centred_x, const NormAffin
 
 template <bool kSilu, bool kKeep>
 struct BackwardSums {
-  const void* x;
-  const void* dy;
-  void* dz;
+  const InputRows& x;
+  const InputRows& dy;
+  const OutputRows& dz;
   int64_t rows;
-  const NormLayout& layout;
+  int64_t live;
   const NormAffine& a;
   float* sum_dz;
   float* sum_dz_centred;
@@ -166,15 +203,15 @@ struct BackwardSums {
   // U rows at a time over K vectors of channels; see sum_strip.
   template <typename T, int L, int K, int U>
   TDC_INLINE void strip(int64_t c) const {
-    const int64_t stride = layout.stride;
-    const T* x_row = static_cast<const T*>(x) + c;
-    const T* dy_row = static_cast<const T*>(dy) + c;
-    T* dz_row = static_cast<T*>(dz) + (kKeep ? c : 0);
+    const int64_t x_stride = x.stride, dy_stride = dy.stride, dz_stride = dz.stride;
+    const T* x_row = static_cast<const T*>(x.at) + c;
+    const T* dy_row = static_cast<const T*>(dy.at) + c;
+    T* dz_row = static_cast<T*>(dz.at) + (kKeep ? c : 0);
     Float<L> sum[U][K] = {}, sum_centred[U][K] = {};
     const auto add = [&](int u, int k, int64_t r) TDC_LAMBDA_INLINE {
-      const Float<L> d = centred<L>(load<L>(x_row + r * stride + k * L), a, c + k * L);
-      const Float<L> grad = affine_grad<L, kSilu>(load<L>(dy_row + r * stride + k * L), d, a, c + k * L);
-      if (kKeep) store<L>(dz_row + r * stride + k * L, grad);
+      const Float<L> d = centred<L>(load<L>(x_row + r * x_stride + k * L), a, c + k * L);
+      const Float<L> grad = affine_grad<L, kSilu>(load<L>(dy_row + r * dy_stride + k * L), d, a, c + k * L);
+      if (kKeep) store<L>(dz_row + r * dz_stride + k * L, grad);
       sum[u][k] += grad;
       sum_centred[u][k] += grad * d;
     };
@@ -197,7 +234,6 @@ struct BackwardSums {
   template <typename T, int L>
   TDC_INLINE void run() const {
     constexpr int U = kSilu ? 1 : 2;  // the sigmoid hides the latency of the sums
-    const int64_t live = layout.live;
     int64_t c = 0;
     for (; c + 2 * L <= live; c += 2 * L) strip<T, L, 2, U>(c);
     for (; c + L <= live; c += L) strip<T, L, 1, 2 * U>(c);
@@ -206,14 +242,18 @@ struct BackwardSums {
 };
 
 template <typename T>
-void backward_sums(const void* x, const void* dy, void* dz, int64_t rows, const NormLayout& layout, const NormAffine& a,
-                   bool silu, float* sum_dz, float* sum_dz_centred) {
-  if (silu && dz) {
-    with_lanes<T>(layout.live, BackwardSums<true, true>{x, dy, dz, rows, layout, a, sum_dz, sum_dz_centred});
+void backward_sums(const InputRows& x, const InputRows& dy, const OutputRows& dz, int64_t rows, const NormPart& part,
+                   const NormAffine& affine, bool silu, float* sum_dz, float* sum_dz_centred) {
+  const NormAffine a = of_part(affine, part);
+  const int64_t live = part.live;
+  sum_dz += part.first, sum_dz_centred += part.first;
+  if (live == 0) return;
+  if (silu && dz.at) {
+    with_lanes<T>(live, BackwardSums<true, true>{x, dy, dz, rows, live, a, sum_dz, sum_dz_centred});
   } else if (silu) {
-    with_lanes<T>(layout.live, BackwardSums<true, false>{x, dy, dz, rows, layout, a, sum_dz, sum_dz_centred});
+    with_lanes<T>(live, BackwardSums<true, false>{x, dy, dz, rows, live, a, sum_dz, sum_dz_centred});
   } else {
-    with_lanes<T>(layout.live, BackwardSums<false, false>{x, dy, dz, rows, layout, a, sum_dz, sum_dz_centred});
+    with_lanes<T>(live, BackwardSums<false, false>{x, dy, dz, rows, live, a, sum_dz, sum_dz_centred});
   }
 }
 
@@ -249,17 +289,17 @@ void backward_factors(const NormLayout& layout, const NormSampleParameters& p, c
       out.centred_factor[c] = centred_factor;
     }
   }
-  if (grads.dshift) clear_dead(static_cast<T*>(grads.dshift), layout);
-  if (grads.dscale) clear_dead(static_cast<T*>(grads.dscale), layout);
+  if (grads.dshift) clear_dead(static_cast<T*>(grads.dshift), layout.live, layout.stride);
+  if (grads.dscale) clear_dead(static_cast<T*>(grads.dscale), layout.live, layout.stride);
 }
 
 template <bool kSilu>
 struct BackwardApply {
-  const void* x;
-  const void* dy;
-  void* dx;
+  const InputRows& x;
+  const InputRows& dy;
+  const OutputRows& dx;
   int64_t rows;
-  const NormLayout& layout;
+  const NormPart& part;
   const NormAffine& a;
   const NormInputGrad& f;
 
@@ -272,29 +312,31 @@ struct BackwardApply {
 
   template <typename T, int L>
   TDC_INLINE void run() const {
-    const T* x_row = static_cast<const T*>(x);
-    const T* dy_row = static_cast<const T*>(dy);
-    T* to = static_cast<T*>(dx);
-    const int64_t last = layout.live - L, stride = layout.stride;
-    for (int64_t r = 0; r < rows; ++r, x_row += stride, dy_row += stride, to += stride) {
+    const T* x_row = static_cast<const T*>(x.at);
+    const T* dy_row = static_cast<const T*>(dy.at);
+    T* to = static_cast<T*>(dx.at);
+    const int64_t last = part.live - L, x_stride = x.stride, dy_stride = dy.stride, to_stride = dx.stride;
+    for (int64_t r = 0; r < rows; ++r, x_row += x_stride, dy_row += dy_stride, to += to_stride) {
       // Read first: dx may be the memory of dy, and the last two vectors overlap.
       const Float<L> last_dy = load<L>(dy_row + last);
       for (int64_t c = 0; c < last; c += L) store<L>(to + c, value<L>(load<L>(x_row + c), load<L>(dy_row + c), c));
       store<L>(to + last, value<L>(load<L>(x_row + last), last_dy, last));
-      clear_dead(to, layout);
+      clear_dead(to, part.live, part.channels);
     }
   }
 };
 
 template <typename T>
-void backward_apply(const void* x, const void* dy, void* dx, int64_t rows, const NormLayout& layout,
-                    const NormAffine& a, const NormInputGrad& f, bool silu) {
-  if (layout.live == 0) {
-    __builtin_memset(dx, 0, rows * layout.stride * sizeof(T));
+void backward_apply(const InputRows& x, const InputRows& dy, const OutputRows& dx, int64_t rows, const NormPart& part,
+                    const NormAffine& affine, const NormInputGrad& factors, bool silu) {
+  const NormAffine a = of_part(affine, part);
+  const NormInputGrad f = of_part(factors, part);
+  if (part.live == 0) {
+    clear_rows<T>(dx, rows, part.channels);
   } else if (silu) {
-    with_lanes<T>(layout.live, BackwardApply<true>{x, dy, dx, rows, layout, a, f});
+    with_lanes<T>(part.live, BackwardApply<true>{x, dy, dx, rows, part, a, f});
   } else {
-    with_lanes<T>(layout.live, BackwardApply<false>{x, dy, dx, rows, layout, a, f});
+    with_lanes<T>(part.live, BackwardApply<false>{x, dy, dx, rows, part, a, f});
   }
 }
 

@@ -29,8 +29,7 @@ TDC_INLINE void sum_strip(const T* x, int64_t rows, int64_t stride, float* sums)
 }
 
 template <typename T, int L>
-TDC_INLINE void column_sums(const T* x, int64_t rows, const NormLayout& layout, float* sums) {
-  const int64_t stride = layout.stride, live = layout.live;
+TDC_INLINE void column_sums(const T* x, int64_t rows, int64_t stride, int64_t live, float* sums) {
   int64_t c = 0;
   for (; c + 8 * L <= live; c += 8 * L) sum_strip<T, L, 8, 1>(x + c, rows, stride, sums + c);
   for (; c + 2 * L <= live; c += 2 * L) sum_strip<T, L, 2, 4>(x + c, rows, stride, sums + c);
@@ -69,9 +68,8 @@ TDC_INLINE void centred_strip(const T* x, int64_t rows, int64_t stride, const fl
 }
 
 template <typename T, int L>
-TDC_INLINE void centred_sums(const T* x, int64_t rows, const NormLayout& layout, const float* pivot, float* first,
+TDC_INLINE void centred_sums(const T* x, int64_t rows, int64_t stride, int64_t live, const float* pivot, float* first,
                              float* second) {
-  const int64_t stride = layout.stride, live = layout.live;
   int64_t c = 0;
   for (; c + 4 * L <= live; c += 4 * L) {
     centred_strip<T, L, 4, 1>(x + c, rows, stride, pivot + c, first + c, second + c);

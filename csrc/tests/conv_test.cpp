@@ -39,9 +39,25 @@ tdc::Conv2dProblem shape(int64_t h, int64_t w, int64_t in, int64_t out, int64_t 
   p.filter_height = p.filter_width = filter;
   p.stride_height = p.stride_width = stride;
   p.pad_height = p.pad_width = pad;
+  p.upsample = 1;
   p.threads = 1;
   return p;
 }
+
+// The inputs of a convolution: the channels of a tensor as x and x2.
+struct Inputs {
+  Inputs(const Tensor& joined, const tdc::Conv2dProblem& p, bool bf16)
+      : x(joined.size() / p.in_channels * p.x_channels(), bf16), x2(joined.size() - x.size(), bf16) {
+    for (int64_t i = 0; i < joined.size(); ++i) {
+      const int64_t pixel = i / p.in_channels, channel = i % p.in_channels;
+      if (channel < p.x_channels())
+        x.set(pixel * p.x_channels() + channel, joined[i]);
+      else
+        x2.set(pixel * p.x2_channels + channel - p.x_channels(), joined[i]);
+    }
+  }
+  Tensor x, x2;
+};
 
 // A sum and the sum of the magnitudes of its terms, which bounds its rounding error.
 struct Sums {
@@ -109,9 +125,10 @@ void run_case(Case& c, uint32_t seed) {
             dsample_bias.add(n * p.out_channels + k, dy[at]);
             for (int64_t r = 0; r < p.filter_height; ++r)
               for (int64_t s = 0; s < p.filter_width; ++s) {
-                const int64_t row = i * p.stride_height + r - p.pad_height;
-                const int64_t column = j * p.stride_width + s - p.pad_width;
-                if (row < 0 || row >= p.height || column < 0 || column >= p.width) continue;
+                int64_t row = i * p.stride_height + r - p.pad_height;
+                int64_t column = j * p.stride_width + s - p.pad_width;
+                if (row < 0 || row >= p.upsample * p.height || column < 0 || column >= p.upsample * p.width) continue;
+                row /= p.upsample, column /= p.upsample;
                 for (int64_t m = 0; m < p.live_in(g); ++m) {
                   const int64_t from = ((n * p.height + row) * p.width + column) * p.in_channels + m;
                   const int64_t* stride = p.weight_strides;
@@ -123,15 +140,22 @@ void run_case(Case& c, uint32_t seed) {
               }
           }
 
+  const Inputs inputs(x, p, bf16);
   std::vector<Results> runs;
   for (int threads : {1, 3}) {
     p.threads = threads;
     runs.emplace_back(p, bf16, oh * ow);
     Results& got = runs.back();
-    tdc::conv2d_forward(p, x.data(), weight.data(), c.extras ? bias.data() : nullptr,
+    Inputs grads(got.dx, p, bf16);
+    tdc::conv2d_forward(p, {inputs.x.data(), inputs.x2.data()}, weight.data(), c.extras ? bias.data() : nullptr,
                         c.extras ? sample_bias.data() : nullptr, c.extras ? residual.data() : nullptr, got.y.data());
-    tdc::conv2d_dgrad(p, dy.data(), weight.data(), got.dx.data());
-    tdc::conv2d_wgrad(p, x.data(), dy.data(), got.dweight.data(), got.dbias.data(), got.dsample_bias.data());
+    tdc::conv2d_dgrad(p, dy.data(), weight.data(), grads.x.data(), grads.x2.data());
+    for (int64_t i = 0; i < got.dx.size(); ++i) {
+      const int64_t pixel = i / p.in_channels, channel = i % p.in_channels, of_x2 = channel - p.x_channels();
+      got.dx.set(i, of_x2 < 0 ? grads.x[pixel * p.x_channels() + channel] : grads.x2[pixel * p.x2_channels + of_x2]);
+    }
+    tdc::conv2d_wgrad(p, {inputs.x.data(), inputs.x2.data()}, dy.data(), got.dweight.data(), got.dbias.data(),
+                      got.dsample_bias.data());
     compare("y", got.y, y, bf16);
     compare("dx", got.dx, dx, bf16);
     compare("dweight", got.dweight, dweight, bf16);
@@ -160,6 +184,8 @@ Case generated(Random& random) {
   if (random.below(2)) c.weight_index.clear();
   if (random.below(2)) c.in_widths.clear();
   if (random.below(2)) c.out_widths.clear();
+  if (random.below(2)) c.problem.x2_channels = random.below(c.problem.in_channels);
+  if (random.below(3) == 0) c.problem.upsample = 2;
   c.extras = random.below(2);
   c.channels_last = random.below(2);
   return c;
@@ -173,7 +199,8 @@ void refuses_a_width_past_the_channels() {
   bool refused = false;
   try {
     std::vector<float> memory(4 * 4 * 8 + 8 * 8 * 9);
-    tdc::conv2d_forward(c.complete(), memory.data(), memory.data(), nullptr, nullptr, nullptr, memory.data());
+    tdc::conv2d_forward(c.complete(), {memory.data(), nullptr}, memory.data(), nullptr, nullptr, nullptr,
+                        memory.data());
   } catch (const std::invalid_argument&) {
     refused = true;
   }
@@ -201,6 +228,12 @@ int main() {
   waves.problem = shape(1, 1, 420, 440, 3, 1, 1);
   waves.offsets = {0, 1, 2};
   run_case(waves, 102);
+  Case shifted;  // several chunks of rows of an upsampled image, and a seam inside a panel and a block
+  shifted.problem = shape(13, 17, 40, 21, 3, 1, 1);
+  shifted.problem.upsample = 2, shifted.problem.x2_channels = 17;
+  shifted.offsets = {0, 2, 3};
+  shifted.in_widths = {40, 19};
+  run_case(shifted, 103);
   refuses_a_width_past_the_channels();
   return report("conv_test");
 }

@@ -13,6 +13,7 @@ namespace {
 struct Case {
   int64_t batch, height, width, channels, norm_groups;
   bool bf16, silu, modulated, pruned;
+  int64_t x2_channels = 0;
 };
 
 struct Tensors {
@@ -60,6 +61,7 @@ tdc::GroupNormProblem make_problem(const Case& c, const Tensors& t, int threads)
   p.height = c.height;
   p.width = c.width;
   p.channels = c.channels;
+  p.x2_channels = c.x2_channels;
   p.num_norm_groups = c.norm_groups;
   p.silu = c.silu;
   p.num_groups = kGroups;
@@ -83,14 +85,39 @@ struct Outputs {
   }
 };
 
+// The channels of a tensor as those of x and of x2. A tensor with fewer rows than the case says stays as it is.
+struct Parts {
+  Parts(const Tensor& joined, const Case& c)
+      : first(c.x2_channels ? joined.size() / c.channels * (c.channels - c.x2_channels) : joined.size(), c.bf16),
+        second(joined.size() - first.size(), c.bf16) {
+    for (int64_t i = 0; i < joined.size(); ++i) (in_first(i, c) ? first : second).set(place(i, c), joined[i]);
+  }
+  void join(Tensor& joined, const Case& c) const {
+    for (int64_t i = 0; i < joined.size(); ++i) joined.set(i, (in_first(i, c) ? first : second)[place(i, c)]);
+  }
+  static bool in_first(int64_t i, const Case& c) { return i % c.channels < c.channels - c.x2_channels; }
+  static int64_t place(int64_t i, const Case& c) {
+    const int64_t pixel = i / c.channels, channel = i % c.channels, seam = c.channels - c.x2_channels;
+    return channel < seam ? pixel * seam + channel : pixel * c.x2_channels + channel - seam;
+  }
+  Tensor first, second;
+};
+
 Outputs run(const Case& c, const Tensors& t, int threads) {
   Outputs out(c);
   const tdc::GroupNormProblem p = make_problem(c, t, threads);
-  const tdc::GroupNormInputs in{t.x.data(), t.weight.data(), t.bias.data(), c.modulated ? t.scale.data() : nullptr,
-                                c.modulated ? t.shift.data() : nullptr};
+  Parts x(t.x, c), dx(out.dx, c);
+  const tdc::GroupNormInputs in{x.first.data(),
+                                t.weight.data(),
+                                t.bias.data(),
+                                c.modulated ? t.scale.data() : nullptr,
+                                c.modulated ? t.shift.data() : nullptr,
+                                c.x2_channels ? x.second.data() : nullptr};
   tdc::group_norm_forward(p, in, out.y.data(), out.mean.data(), out.rstd.data());
   tdc::group_norm_backward(p, in, t.dy.data(), out.mean.data(), out.rstd.data(),
-                           {out.dx.data(), out.dweight.data(), out.dbias.data(), out.dscale.data(), out.dshift.data()});
+                           {dx.first.data(), out.dweight.data(), out.dbias.data(), out.dscale.data(), out.dshift.data(),
+                            c.x2_channels ? dx.second.data() : nullptr});
+  dx.join(out.dx, c);
   return out;
 }
 
@@ -227,6 +254,16 @@ int main(int argc, char** argv) {
   if (planted(argc, argv, "read-past-the-end")) plant_read_past_the_end();
   if (planted(argc, argv, "overflow")) plant_overflow();
   Random random(2);
+  // Seams in a norm group, at its end, and next to the last channel.
+  const int64_t two_inputs[][6] = {{3, 4, 4, 20, 4, 7},   {4, 2, 3, 64, 8, 32},   {2, 9, 9, 33, 11, 1},
+                                   {3, 24, 3, 48, 6, 45}, {2, 40, 40, 40, 5, 19}, {5, 3, 2, 3, 1, 2}};
+  for (const auto& s : two_inputs) {
+    for (int variant = 0; variant < 16; ++variant) {
+      matches_reference({s[0], s[1], s[2], s[3], s[4], (variant & 1) != 0, (variant & 2) != 0, (variant & 4) != 0,
+                         (variant & 8) != 0, s[5]},
+                        random);
+    }
+  }
   const int64_t shapes[][5] = {{2, 1, 3, 1, 1},    {4, 1, 1, 12, 3},    {5, 3, 2, 3, 1},  {3, 4, 4, 5, 5},
                                {6, 3, 5, 20, 4},   {2, 9, 9, 33, 11},   {3, 2, 7, 64, 1}, {4, 3, 3, 128, 32},
                                {3, 24, 30, 48, 6}, {1, 40, 40, 17, 17}, {2, 5, 5, 136, 8}};

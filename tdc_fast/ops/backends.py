@@ -7,6 +7,10 @@ it serves, each of a problem and a named tuple of tensors (kernels/problems.py):
     conv2d_dgrad(problem, dy, t)                    group_norm_backward(problem, dy, mean, rstd, t, mask)
     conv2d_wgrad(problem, dy, t, mask)
 
+A call may fuse two things into reading its input: "x2", a second tensor with the last channels, and "upsample", nearest
+upsampling. A backend says in `fuses` which of them it has; a call that fuses something else goes through `Unfused`
+(composition.py), which makes the tensor first and gives the backend a problem without.
+
 The `backend` argument decides first, then the environment variable TDC_FAST_BACKEND; otherwise the fastest backend that
 supports the problem runs, and which one is fastest depends on the operator. A backend chosen by name that cannot serve
 raises with its reason. builtin.py registers these:
@@ -21,7 +25,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -29,13 +33,18 @@ from torch import Tensor
 from tdc_fast.errors import invalid
 from tdc_fast.kernels.problems import ConvProblem, ConvTensors, NormProblem, NormTensors, Problem
 from tdc_fast.ops.checks import are_in_memory, check_memory, extents, require_backend_name, signature
+from tdc_fast.ops.composition import Unfused
 
 ENVIRONMENT = "TDC_FAST_BACKEND"
 _MEMO_LIMIT = 4096
 
 
 class Backend(Protocol):
-    """What `register` takes: it has a function for every problem that `supports` accepts."""
+    """What `register` takes: it has a function for every problem that `supports` accepts.
+
+    An attribute `fuses`, such as ("x2", "upsample"), says what it has of the things that a call may fuse into reading
+    its input; without one, it has none.
+    """
 
     name: str
 
@@ -76,9 +85,26 @@ def forget() -> None:
 
 
 def _ordered(problem: Problem) -> list[Backend]:
-    """The backends, fastest for this kind of problem first."""
+    """The backends, fastest for this kind of problem first; those that would copy go before the reference alone."""
     order = _ORDER[type(problem)]
-    return sorted(_backends, key=lambda backend: order.index(backend.name) if backend.name in order else -1)
+
+    def rank(backend: Backend) -> tuple[bool, bool, int]:
+        position = order.index(backend.name) if backend.name in order else -1
+        return backend.name == "reference", not _fuses(backend, problem), position
+
+    return sorted(_backends, key=rank)
+
+
+def _fuses(backend: Backend, problem: Problem) -> bool:
+    return set(problem.fused) <= set(getattr(backend, "fuses", ()))
+
+
+def _server(backend: Backend, problem: Problem) -> tuple[Any, str | None]:
+    """What runs a problem on a backend, itself or through copies, and None; or the reason why it cannot serve."""
+    if _fuses(backend, problem):
+        return backend, backend.supports(problem)
+    unfused = Unfused(backend, problem)
+    return unfused, backend.supports(unfused.problem)
 
 
 def select(problem: Problem, requested: str) -> Any:
@@ -97,9 +123,9 @@ def select(problem: Problem, requested: str) -> Any:
     for backend in _ordered(problem):
         if requested and backend.name != requested:
             continue
-        reason = backend.supports(problem)
+        server, reason = _server(backend, problem)
         if reason is None:
-            return backend
+            return server
         if requested:
             raise invalid(asked_by, requested, f"one that supports this call of {problem.op}: {reason}")
     if requested:
@@ -156,16 +182,20 @@ class Explanation:
         backend: Name of the backend; None when one was requested by name and cannot serve.
         because: How it was chosen.
         reasons: Every backend, fastest first, with None where it can serve, else the reason why not.
+        copies: For each backend that serves the call through copies, which tensors it makes first.
     """
 
     operator: str
     backend: str | None
     because: str
     reasons: dict[str, str | None]
+    copies: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"{self.operator}: {self.backend or 'raises'} ({self.because})"]
-        lines += [f"  {name}: {reason or 'supported'}" for name, reason in self.reasons.items()]
+        for name, reason in self.reasons.items():
+            after = f", after {self.copies[name]}" if name in self.copies else ""
+            lines.append(f"  {name}: {reason or 'supported' + after}")
         return "\n".join(lines)
 
 
@@ -195,11 +225,14 @@ def explain(operator: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Ex
     requested = kwargs.pop("backend", None)
     require_backend_name(requested)
     problem = _describers[name](*args, **kwargs)
-    reasons = {backend.name: backend.supports(problem) for backend in _ordered(problem)}
+    servers = {backend.name: _server(backend, problem) for backend in _ordered(problem)}
+    reasons = {name: reason for name, (_, reason) in servers.items()}
+    copies = {name: server.copies for name, (server, reason) in servers.items()
+              if reason is None and isinstance(server, Unfused)}  # fmt: skip
     environment = os.environ.get(ENVIRONMENT, "")
     asked, origin = (requested, "backend") if requested else (environment, ENVIRONMENT)
     if asked:
         chosen = asked if asked in reasons and reasons[asked] is None else None
-        return Explanation(name, chosen, f"{origin}={asked!r}", reasons)
+        return Explanation(name, chosen, f"{origin}={asked!r}", reasons, copies)
     chosen = next(backend for backend, reason in reasons.items() if reason is None)
-    return Explanation(name, chosen, "the fastest that supports the call", reasons)
+    return Explanation(name, chosen, "the fastest that supports the call", reasons, copies)

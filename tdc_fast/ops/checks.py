@@ -62,9 +62,11 @@ def conv_problem(
     t: ConvTensors,
     stride: tuple[int, int],
     padding: tuple[int, int],
+    upsample: int = 1,
     *,
     dy: Tensor | None = None,
     image_size: Sequence[int] = (),
+    x2_channels: int = 0,
 ) -> ConvProblem:
     """Checks the arguments of a convolution and returns the problem that they describe.
 
@@ -73,8 +75,10 @@ def conv_problem(
         t: Its tensors; those that are None are not checked.
         stride: (height, width).
         padding: (height, width).
+        upsample: 1 or 2.
         dy: Gradient of the result, for dgrad and wgrad.
         image_size: Height and width of x, where there is no x (dgrad).
+        x2_channels: Channels of x2, where there is no x.
 
     Raises:
         ValueError: Naming argument, value and remedy.
@@ -82,24 +86,33 @@ def conv_problem(
     weight = t.weight
     if t.x is not None:
         like, image = t.x, tuple(t.x.shape)
+        x2_channels = 0
+        _check_activation("x", image, like.dtype)
+        if t.x2 is not None:
+            x2_channels = _check_x2(t.x2, t.x)
+            image = (image[0], image[1] + x2_channels, *image[2:])
     else:
         assert dy is not None
         like, image = dy, (dy.shape[0], weight.shape[2] if weight.dim() == 5 else 0, *image_size)
-    _check_activation("x", image, like.dtype)
+        _check_activation("x", image, like.dtype)
     if weight.dim() != 5:
         raise invalid("weight", tuple(weight.shape), "rank 5: (E, C_out, C_in, R, S)")
     batch, in_channels, height, width = image
     experts, out_channels, weight_channels, rows, columns = weight.shape
     _check_like("weight", weight, like)
     if weight_channels != in_channels:
-        raise invalid("weight", tuple(weight.shape), f"C_in to be the {in_channels} channels of x")
+        whose = "x and x2" if x2_channels else "x"
+        raise invalid("weight", tuple(weight.shape), f"C_in to be the {in_channels} channels of {whose}")
+    if t.x is None and not 0 <= x2_channels < in_channels:
+        raise invalid("x2_channels", x2_channels, f"0, or fewer than the {in_channels} input channels")
     for name, size in (("E", experts), ("C_out", out_channels), ("R", rows), ("S", columns)):
         if size < 1:
             raise invalid("weight", tuple(weight.shape), f"{name} of at least 1")
-    if height + 2 * padding[0] < rows or width + 2 * padding[1] < columns:
+    full_height, full_width = upsample * height + 2 * padding[0], upsample * width + 2 * padding[1]
+    if full_height < rows or full_width < columns:
         raise invalid("x", image, f"an image that, with padding {padding}, holds the {rows}x{columns} filter once")
-    out_height = (height + 2 * padding[0] - rows) // stride[0] + 1
-    out_width = (width + 2 * padding[1] - columns) // stride[1] + 1
+    out_height = (full_height - rows) // stride[0] + 1
+    out_width = (full_width - columns) // stride[1] + 1
     out_shape = (batch, out_channels, out_height, out_width)
     for argument, tensor, shape in (
         ("bias", t.bias, (experts, out_channels)),
@@ -117,6 +130,7 @@ def conv_problem(
     return ConvProblem(
         op, like.device, like.dtype, batch, height, width, in_channels, out_channels, (rows, columns), stride,
         padding, out_height, out_width, groups, experts, like.dtype == torch.float32 and tf32_is_allowed(),
+        x2_channels, upsample,
     )  # fmt: skip
 
 
@@ -149,8 +163,11 @@ def norm_problem(
     x = t.x
     _check_activation("x", x.shape, x.dtype)
     batch, channels, height, width = x.shape
+    x2_channels, whose = (0, "x") if t.x2 is None else (_check_x2(t.x2, x), "x and x2")
+    channels += x2_channels
+    shape_of_y = (batch, channels, height, width)
     if num_groups < 1 or channels % num_groups:
-        raise invalid("num_groups", num_groups, f"a divisor of the {channels} channels of x")
+        raise invalid("num_groups", num_groups, f"a divisor of the {channels} channels of {whose}")
     if not eps > 0:
         raise invalid("eps", eps, "a positive number")
     if t.weight.dim() != 2 or t.weight.shape[0] < 1:
@@ -161,7 +178,7 @@ def norm_problem(
     for argument, tensor, shape in (
         ("scale", t.scale, (batch, channels)),
         ("shift", t.shift, (batch, channels)),
-        ("dy", dy, tuple(x.shape)),
+        ("dy", dy, shape_of_y),
     ):
         if tensor is not None:
             _check_shaped(argument, tensor, shape, x)
@@ -174,7 +191,9 @@ def norm_problem(
             raise invalid(argument, describe(tensor), "what the forward returned")
     groups = _check_routing(t.offsets, t.weight_index, x)
     _check_widths("widths", t.widths, groups, x)
-    return NormProblem(op, x.device, x.dtype, batch, height, width, channels, num_groups, eps, silu, groups, experts)
+    return NormProblem(
+        op, x.device, x.dtype, batch, height, width, channels, num_groups, eps, silu, groups, experts, x2_channels
+    )
 
 
 def tf32_is_allowed() -> bool:
@@ -290,6 +309,15 @@ def _check_activation(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> 
         raise invalid(name, dtype, "float32, bfloat16, float16 or float64")
     if shape[1] < 1 or shape[2] < 1 or shape[3] < 1:
         raise invalid(name, tuple(shape), "channels, height and width of at least 1")
+
+
+def _check_x2(x2: Tensor, x: Tensor) -> int:
+    """Checks the second input of an operator and returns its channels."""
+    if x2.dim() != 4 or x2.shape[1] < 1 or x2.shape[0] != x.shape[0] or x2.shape[2:] != x.shape[2:]:
+        batch, _, height, width = x.shape
+        raise invalid("x2", tuple(x2.shape), f"shape ({batch}, C, {height}, {width}), like x but for its channels")
+    _check_like("x2", x2, x)
+    return x2.shape[1]
 
 
 def _check_like(name: str, tensor: Tensor, x: Tensor) -> None:

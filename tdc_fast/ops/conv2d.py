@@ -7,13 +7,14 @@ from typing import Any
 
 from torch import Tensor
 
+from tdc_fast.errors import invalid
 from tdc_fast.kernels.problems import ConvProblem
 from tdc_fast.ops import backends
 from tdc_fast.ops.checks import pair, require_backend_name, require_tensors
 from tdc_fast.ops.conv2d_operators import forward, forward_problem
 from tdc_fast.ops.plan import RoutingPlan, check_plan
 
-_OPTIONAL = ("bias", "sample_bias", "residual", "in_widths", "out_widths")
+_OPTIONAL = ("bias", "sample_bias", "residual", "x2", "in_widths", "out_widths")
 
 
 def routed_conv2d(
@@ -28,6 +29,8 @@ def routed_conv2d(
     out_widths: Tensor | None = None,
     sample_bias: Tensor | None = None,
     residual: Tensor | None = None,
+    x2: Tensor | None = None,
+    upsample: int = 1,
     backend: str | None = None,
 ) -> Tensor:
     """Convolves every sample with the weights of its group's expert, in one launch.
@@ -42,28 +45,39 @@ def routed_conv2d(
     Channels past a group's width are dead: dead inputs are not read, dead outputs are exact zeros whatever the other
     arguments hold, and gradients of everything dead are exact zeros.
 
+    With `x2`, the input is torch.cat([x, x2], dim=1); with `upsample=2`, every pixel of it counts for 2 x 2 (nearest
+    upsampling). Neither tensor is made: a kernel reads two inputs, and divides the indices of pixels. A backend that
+    has no such kernel makes them first, which costs a copy; `explain` says so.
+
+        h = routed_conv2d(x, weight, bias, plan, padding=1, upsample=2)  # (B, C_out, 2 H, 2 W)
+        h = routed_conv2d(h, weight_1x1, None, plan, x2=skip)  # weight_1x1 (E, C_out, C_h + C_skip, 1, 1)
+
     Args:
-        x: (B, C_in, H, W), any strides (channels_last is free, others are copied).
+        x: (B, C_in, H, W), any strides (channels_last is free, others are copied); with x2 (B, C_in - C_2, H, W).
         weight: (E, C_out, C_in, R, S).
         bias: (E, C_out) or None.
         plan: The plan that sorted the batch.
         stride: At least 1; one number or (height, width).
         padding: At least 0; one number or (height, width).
-        in_widths: int32 (N,), live input channels of each group, from 0 to all; None is all. Only the CPU raises for
-            numbers outside this range.
+        in_widths: int32 (N,), live input channels of each group, from 0 to all, x and x2 counted together; None is
+            all. Only the CPU raises for numbers outside this range.
         out_widths: int32 (N,), live output channels of each group, likewise.
         sample_bias: (B, C_out) or None.
         residual: (B, C_out, OH, OW) or None.
+        x2: The last input channels, (B, C_2, H, W), any strides, or None.
+        upsample: 1, or 2 for twice the height and width.
         backend: "reference", "cpu", "triton" or "cuda"; None picks the fastest that supports the call.
 
     Returns:
-        (B, C_out, OH, OW) in channels_last memory, OH = (H + 2 padding - R) // stride + 1.
+        (B, C_out, OH, OW) in channels_last memory, OH = (upsample H + 2 padding - R) // stride + 1.
 
     Raises:
         ValueError: Naming argument, value and remedy.
     """
     require_backend_name(backend)
-    arguments = _arguments(x, weight, bias, plan, stride, padding, in_widths, out_widths, sample_bias, residual)
+    arguments = _arguments(
+        x, weight, bias, plan, stride, padding, in_widths, out_widths, sample_bias, residual, x2, upsample
+    )
     return forward(*arguments, backend or "")
 
 
@@ -78,6 +92,8 @@ def _arguments(
     out_widths: Tensor | None,
     sample_bias: Tensor | None,
     residual: Tensor | None,
+    x2: Tensor | None,
+    upsample: int,
 ) -> tuple[Any, ...]:
     """The arguments of the registered operator, in its order; ValueError for one of the wrong type."""
     require_tensors(
@@ -87,13 +103,16 @@ def _arguments(
         bias=bias,
         sample_bias=sample_bias,
         residual=residual,
+        x2=x2,
         in_widths=in_widths,
         out_widths=out_widths,
     )
     check_plan(x, plan)
+    if type(upsample) is not int or not 1 <= upsample <= 2:
+        raise invalid("upsample", upsample, "1 or 2")
     routing = (plan.offsets, plan.tiles, plan.weight_index, in_widths, out_widths)
-    settings = (pair("stride", stride, 1), pair("padding", padding, 0))
-    return (x, weight, bias, sample_bias, residual, *routing, *settings)
+    settings = (pair("stride", stride, 1), pair("padding", padding, 0), upsample)
+    return (x, weight, bias, sample_bias, residual, x2, *routing, *settings)
 
 
 @backends.describes("routed_conv2d")

@@ -21,42 +21,44 @@ from tdc_fast.ops.reference import live_channels
 _WIDTHS_SCHEMA = "Tensor weight_index, Tensor? in_widths, Tensor? out_widths"
 _ROUTING_SCHEMA = f"Tensor offsets, {_WIDTHS_SCHEMA}"
 _TILED_SCHEMA = f"Tensor offsets, Tensor tiles, {_WIDTHS_SCHEMA}"
-_SETTINGS_SCHEMA = "int[2] stride, int[2] padding"
+_SETTINGS_SCHEMA = "int[2] stride, int[2] padding, int upsample"
+_Settings = tuple[tuple[int, int], tuple[int, int], int]
 
 
 def _tensors(args: tuple[Any, ...]) -> ConvTensors:
     """The tensors, which come first in the forward's schema."""
-    x, weight, bias, sample_bias, residual, offsets, tiles, weight_index, in_widths, out_widths = args
-    return ConvTensors(x, weight, offsets, tiles, weight_index, in_widths, out_widths, bias, sample_bias, residual)
+    x, weight, bias, sample_bias, residual, x2, offsets, tiles, weight_index, in_widths, out_widths = args
+    return ConvTensors(x, weight, offsets, tiles, weight_index, in_widths, out_widths, bias, sample_bias, residual, x2)
 
 
 def _tensors_of_dgrad(weight: Tensor, *routing: Any) -> ConvTensors:
     return ConvTensors(None, weight, *routing)  # type: ignore[arg-type]
 
 
-def _tensors_of_wgrad(x: Tensor, weight: Tensor, offsets: Tensor, *routing: Any) -> ConvTensors:
-    return ConvTensors(x, weight, offsets, None, *routing)  # type: ignore[arg-type]
+def _tensors_of_wgrad(x: Tensor, x2: Tensor | None, weight: Tensor, offsets: Tensor, *routing: Any) -> ConvTensors:
+    return ConvTensors(x, weight, offsets, None, *routing, x2=x2)  # type: ignore[arg-type]
 
 
-def _pair(values: Sequence[int]) -> tuple[int, int]:
+def _hashable(stride: Sequence[int], padding: Sequence[int], upsample: int) -> _Settings:
     """The dispatcher passes lists of ints as lists; a problem must be hashable."""
-    return values[0], values[1]
+    return (stride[0], stride[1]), (padding[0], padding[1]), upsample
 
 
 def _choose(
     op: str,
     t: ConvTensors,
-    settings: tuple[tuple[int, int], tuple[int, int]],
+    settings: _Settings,
     backend: str,
     dy: Tensor | None = None,
     image_size: tuple[int, ...] = (),
+    x2_channels: int = 0,
 ) -> tuple[ConvProblem, Any]:
     """The problem and the backend for it."""
 
     def describe() -> ConvProblem:
-        return conv_problem(op, t, *settings, dy=dy, image_size=image_size)
+        return conv_problem(op, t, *settings, dy=dy, image_size=image_size, x2_channels=x2_channels)
 
-    key = (op, settings, image_size, tf32_is_allowed())
+    key = (op, settings, image_size, x2_channels, tf32_is_allowed())
     if dy is None:
         return backends.remembered(key, t, describe, backend)
     return backends.remembered(key, t, describe, backend, dy=dy)
@@ -73,24 +75,22 @@ def _run(kernel: Callable[..., Any], problem: ConvProblem, t: ConvTensors, *args
 
 def forward_problem(*args: Any) -> ConvProblem:
     """The problem of the forward's arguments but `backend`; raises the ValueErrors that the forward would raise."""
-    t = _tensors(args[:-2])
-    problem = conv_problem("routed_conv2d", t, *args[-2:])
+    t = _tensors(args[:-3])
+    problem = conv_problem("routed_conv2d", t, *args[-3:])
     check_memory(**t._asdict())
     check_conv_values(problem, t)
     return problem
 
 
 def _forward(*args: Any) -> Tensor:
-    stride, padding, backend = args[-3:]
-    t = _tensors(args[:-3])
-    problem, chosen = _choose("routed_conv2d", t, (_pair(stride), _pair(padding)), backend)
+    t = _tensors(args[:-4])
+    problem, chosen = _choose("routed_conv2d", t, _hashable(*args[-4:-1]), args[-1])
     return _run(chosen.conv2d, problem, t, t)
 
 
 def _forward_fake(*args: Any) -> Tensor:
-    stride, padding, _ = args[-3:]
-    t = _tensors(args[:-3])
-    p = conv_problem("routed_conv2d", t, _pair(stride), _pair(padding))
+    t = _tensors(args[:-4])
+    p = conv_problem("routed_conv2d", t, *_hashable(*args[-4:-1]))
     return _empty_nhwc(t.x, p.batch, p.out_channels, p.out_height, p.out_width)
 
 
@@ -100,46 +100,49 @@ def _empty_nhwc(like: Tensor, *shape: int) -> Tensor:
 
 forward = library.define(
     "routed_conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor? sample_bias, Tensor? residual, "
-    f"{_TILED_SCHEMA}, {_SETTINGS_SCHEMA}, str backend) -> Tensor",
+    f"Tensor? x2, {_TILED_SCHEMA}, {_SETTINGS_SCHEMA}, str backend) -> Tensor",
     _forward,
     _forward_fake,
 )
 
 
-def _dgrad(dy: Tensor, *args: Any) -> Tensor:
-    *tensors, image_size, stride, padding, backend = args
-    t = _tensors_of_dgrad(*tensors)
-    problem, chosen = _choose("routed_conv2d_dgrad", t, (_pair(stride), _pair(padding)), backend, dy, _pair(image_size))
-    return _run(chosen.conv2d_dgrad, problem, t, dy, t)
+def _dgrad(dy: Tensor, *args: Any) -> list[Tensor]:
+    *tensors, image_size, x2_channels, stride, padding, upsample, backend = args
+    t, settings = _tensors_of_dgrad(*tensors), _hashable(stride, padding, upsample)
+    problem, chosen = _choose("routed_conv2d_dgrad", t, settings, backend, dy, tuple(image_size), x2_channels)
+    dx, dx2 = _run(chosen.conv2d_dgrad, problem, t, dy, t)
+    return [dx] if dx2 is None else [dx, dx2]
 
 
-def _dgrad_fake(dy: Tensor, *args: Any) -> Tensor:
-    *tensors, image_size, stride, padding, _ = args
-    t = _tensors_of_dgrad(*tensors)
-    p = conv_problem("routed_conv2d_dgrad", t, _pair(stride), _pair(padding), dy=dy, image_size=image_size)
-    return _empty_nhwc(dy, p.batch, p.in_channels, p.height, p.width)
+def _dgrad_fake(dy: Tensor, *args: Any) -> list[Tensor]:
+    *tensors, image_size, x2_channels, stride, padding, upsample, _ = args
+    t, size = _tensors_of_dgrad(*tensors), {"image_size": image_size, "x2_channels": x2_channels}
+    p = conv_problem("routed_conv2d_dgrad", t, *_hashable(stride, padding, upsample), dy=dy, **size)
+    channels = [p.in_channels - x2_channels] + ([x2_channels] if x2_channels else [])
+    return [_empty_nhwc(dy, p.batch, count, p.height, p.width) for count in channels]
 
 
+# One gradient for x, and one for x2 where there is one.
 _dgrad_op = library.define(
-    f"routed_conv2d_dgrad(Tensor dy, Tensor weight, {_TILED_SCHEMA}, SymInt[2] image_size, {_SETTINGS_SCHEMA}, "
-    "str backend) -> Tensor",
+    f"routed_conv2d_dgrad(Tensor dy, Tensor weight, {_TILED_SCHEMA}, SymInt[2] image_size, SymInt x2_channels, "
+    f"{_SETTINGS_SCHEMA}, str backend) -> Tensor[]",
     _dgrad,
     _dgrad_fake,
 )
 
 
 def _wgrad(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    *tensors, stride, padding, mask, backend = args
+    *tensors, stride, padding, upsample, mask, backend = args
     t = _tensors_of_wgrad(*tensors)
-    problem, chosen = _choose("routed_conv2d_wgrad", t, (_pair(stride), _pair(padding)), backend, dy)
+    problem, chosen = _choose("routed_conv2d_wgrad", t, _hashable(stride, padding, upsample), backend, dy)
     grads = _run(chosen.conv2d_wgrad, problem, t, dy, t, tuple(mask))
     return tuple(dy.new_empty(0) if grad is None else grad for grad in grads)
 
 
 def _wgrad_fake(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    *tensors, stride, padding, mask, _ = args
+    *tensors, stride, padding, upsample, mask, _ = args
     t = _tensors_of_wgrad(*tensors)
-    p = conv_problem("routed_conv2d_wgrad", t, _pair(stride), _pair(padding), dy=dy)
+    p = conv_problem("routed_conv2d_wgrad", t, *_hashable(stride, padding, upsample), dy=dy)
     return (
         torch.empty_like(t.weight) if mask[0] else dy.new_empty(0),
         dy.new_empty((p.num_experts, p.out_channels) if mask[1] else 0),
@@ -149,7 +152,7 @@ def _wgrad_fake(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 # Gradients that `mask` does not ask for come back as empty tensors: a schema has no optional results.
 _wgrad_op = library.define(
-    f"routed_conv2d_wgrad(Tensor dy, Tensor x, Tensor weight, {_ROUTING_SCHEMA}, {_SETTINGS_SCHEMA}, "
+    f"routed_conv2d_wgrad(Tensor dy, Tensor x, Tensor? x2, Tensor weight, {_ROUTING_SCHEMA}, {_SETTINGS_SCHEMA}, "
     "bool[3] mask, str backend) -> (Tensor, Tensor, Tensor)",
     _wgrad,
     _wgrad_fake,
@@ -157,47 +160,54 @@ _wgrad_op = library.define(
 
 
 def _save(ctx: Any, args: tuple[Any, ...], y: Tensor) -> None:
-    x, weight, _, _, _, *routing, stride, padding, backend = args
-    ctx.image_size, ctx.settings, ctx.backend = x.shape[2:], (stride, padding), backend
+    x, weight, _, _, _, x2, *routing, stride, padding, upsample, backend = args
+    ctx.input_size = x.shape[2:], 0 if x2 is None else x2.shape[1]
+    ctx.settings, ctx.backend = (stride, padding, upsample), backend
     only_wgrad_reads_x = any(ctx.needs_input_grad[1:4])
-    ctx.save_for_backward(x if only_wgrad_reads_x else None, weight, *routing)
+    inputs = (x, x2) if only_wgrad_reads_x else (None, None)
+    ctx.save_for_backward(*inputs, weight, *routing)
 
 
 @library.once_differentiable
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, offsets, tiles, *widths = ctx.saved_tensors
+    x, x2, weight, offsets, tiles, *widths = ctx.saved_tensors
     out_widths = widths[-1]
     needs = ctx.needs_input_grad
-    dx = dweight = dbias = dsample_bias = dresidual = None
-    mask = needs[1:4]
-    if not (dy.is_contiguous(memory_format=torch.channels_last) and (needs[0] or any(mask))):
+    dx = dx2 = dweight = dbias = dsample_bias = dresidual = None
+    input_moves, mask = needs[0] or needs[5], needs[1:4]
+    if not (dy.is_contiguous(memory_format=torch.channels_last) and (input_moves or any(mask))):
         # dgrad and wgrad check what they read, but this may be the first to read it
         check_memory(dy=dy, offsets=offsets, out_widths=out_widths)
         dy = dy.contiguous(memory_format=torch.channels_last)  # once, for dgrad and wgrad
-    if needs[0]:
-        settings = (ctx.image_size, *ctx.settings, ctx.backend)
-        dx = library.call_in_backward(ctx, _dgrad_op, dy, weight, offsets, tiles, *widths, *settings)
+    if input_moves:
+        settings = (*ctx.input_size, *ctx.settings, ctx.backend)
+        dx, *others = library.call_in_backward(ctx, _dgrad_op, dy, weight, offsets, tiles, *widths, *settings)
+        dx2 = others[0] if others else None
     if any(mask):
         settings = (*ctx.settings, mask, ctx.backend)
-        grads = library.call_in_backward(ctx, _wgrad_op, dy, x, weight, offsets, *widths, *settings)
+        grads = library.call_in_backward(ctx, _wgrad_op, dy, x, x2, weight, offsets, *widths, *settings)
         dweight, dbias, dsample_bias = (grad if wanted else None for grad, wanted in zip(grads, mask, strict=True))
     if needs[4]:
         dresidual = dy
         if out_widths is not None:
             live = live_channels(out_widths, offsets, dy.shape[0], dy.shape[1])
             dresidual = torch.where(live[:, :, None, None], dy, 0)
-    return dx, dweight, dbias, dsample_bias, dresidual, *(None,) * 8
+    return dx, dweight, dbias, dsample_bias, dresidual, dx2, *(None,) * 9
 
 
 def _tangent(args: tuple[Any, ...], tangents: tuple[Tensor | None, ...]) -> Tensor:
-    """The convolution is linear in x and weight each, and in the rest together."""
-    x, weight = args[:2]
-    dx, dweight, *dadded = tangents[:5]
-    rest = args[5:]
+    """The convolution is linear in the input (x and x2) and weight each, and in the rest together."""
+    x, weight, *_, x2 = args[:6]
+    dx, dweight, *dadded, dx2 = tangents[:6]
+    rest = args[6:]
+    input_moves = dx is not None or dx2 is not None
+    if input_moves or dweight is None:
+        dx = torch.zeros_like(x) if dx is None else dx
+        dx2 = torch.zeros_like(x2) if dx2 is None and x2 is not None else dx2
     if dweight is None:
-        return forward(torch.zeros_like(x) if dx is None else dx, weight, *dadded, *rest)
-    along_weight = forward(x, dweight, *dadded, *rest)
-    return along_weight if dx is None else along_weight + forward(dx, weight, None, None, None, *rest)
+        return forward(dx, weight, *dadded, dx2, *rest)
+    along_weight = forward(x, dweight, *dadded, x2, *rest)
+    return along_weight + forward(dx, weight, None, None, None, dx2, *rest) if input_moves else along_weight
 
 
 _ARGUMENTS = [argument.name for argument in forward._schema.arguments]

@@ -18,8 +18,10 @@ from tdc_fast.ops.layout import dense, nhwc
 from tdc_fast.ops.native import address
 
 name = "cpu"
+fuses = ("x2", "upsample")
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
 _NHWC = torch.channels_last
+_NORM_GRADS = ("dx", "dweight", "dbias", "dscale", "dshift", "dx2")
 
 
 def supports(problem: Problem) -> str | None:
@@ -85,6 +87,8 @@ def _geometry(p: ConvProblem, weight_strides: tuple[int, ...]) -> dict[str, Any]
         "pad_width": p.padding[1],
         "num_groups": p.num_groups,
         "num_experts": p.num_experts,
+        "x2_channels": p.x2_channels,
+        "upsample": p.upsample,
         "weight_strides": weight_strides,
         "threads": torch.get_num_threads(),
     }
@@ -99,6 +103,7 @@ def conv2d(p: ConvProblem, t: ConvTensors) -> Tensor:
     t = dense(t)
     native.module.conv2d_forward(
         x=t.x.data_ptr(),
+        x2=address(t.x2),
         weight=t.weight.data_ptr(),
         bias=address(t.bias),
         sample_bias=address(t.sample_bias),
@@ -113,21 +118,31 @@ def conv2d(p: ConvProblem, t: ConvTensors) -> Tensor:
     return y
 
 
-def conv2d_dgrad(p: ConvProblem, dy: Tensor, t: ConvTensors) -> Tensor:
-    """Returns dx (B, C_in, H, W), channels_last."""
-    dx = torch.empty((p.batch, p.in_channels, p.height, p.width), dtype=p.dtype, memory_format=_NHWC)
+def conv2d_dgrad(p: ConvProblem, dy: Tensor, t: ConvTensors) -> tuple[Tensor, Tensor | None]:
+    """Returns dx (B, C_in - C_2, H, W) and dx2 (B, C_2, H, W) or None, channels_last."""
+    dx, dx2 = _empty_inputs(p, p.in_channels)
     if p.batch == 0:
         check_conv_values(p, t)
-        return dx
+        return dx, dx2
     dy, t = nhwc(dy), dense(t)
     native.module.conv2d_dgrad(
         dy=dy.data_ptr(),
         dx=dx.data_ptr(),
+        dx2=address(dx2),
         weight=t.weight.data_ptr(),
         **_routing(t),
         **_geometry(p, t.weight.stride()),
     )
-    return dx
+    return dx, dx2
+
+
+def _empty_inputs(p: ConvProblem | NormProblem, channels: int) -> tuple[Tensor, Tensor | None]:
+    """Uninitialised gradients of x and, where there is one, x2."""
+
+    def empty(count: int) -> Tensor:
+        return torch.empty((p.batch, count, p.height, p.width), dtype=p.dtype, memory_format=_NHWC)
+
+    return empty(channels - p.x2_channels), empty(p.x2_channels) if p.x2_channels else None
 
 
 def conv2d_wgrad(
@@ -146,6 +161,7 @@ def conv2d_wgrad(
     dy, t = nhwc(dy), dense(t)
     native.module.conv2d_wgrad(
         x=t.x.data_ptr(),
+        x2=address(t.x2),
         dy=dy.data_ptr(),
         dweight=address(dweight),
         dbias=address(dbias),
@@ -160,6 +176,7 @@ def _norm_arguments(p: NormProblem, t: NormTensors) -> dict[str, Any]:
     """The arguments that forward and backward share."""
     return {
         "x": t.x.data_ptr(),
+        "x2": address(t.x2),
         "weight": t.weight.data_ptr(),
         "bias": t.bias.data_ptr(),
         "scale": address(t.scale),
@@ -177,6 +194,7 @@ def _norm_arguments(p: NormProblem, t: NormTensors) -> dict[str, Any]:
         "silu": p.silu,
         "num_groups": p.num_groups,
         "num_experts": p.num_experts,
+        "x2_channels": p.x2_channels,
         "threads": torch.get_num_threads(),
     }
 
@@ -202,29 +220,25 @@ def group_norm_backward(
     mean: Tensor,
     rstd: Tensor,
     t: NormTensors,
-    mask: tuple[bool, bool, bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Returns dx (B, C, H, W), channels_last; dweight, dbias (E, C); dscale, dshift (B, C); None where unmasked."""
+    mask: tuple[bool, bool, bool, bool, bool, bool],
+) -> tuple[Tensor | None, ...]:
+    """Returns the gradients of x, weight, bias, scale, shift and x2, in their shapes; None where unmasked."""
     shapes = ((p.num_experts, p.channels),) * 2 + ((p.batch, p.channels),) * 2
     make = torch.zeros if p.batch == 0 else torch.empty
-    small = [make(s, dtype=p.dtype) if wanted else None for s, wanted in zip(shapes, mask[1:], strict=True)]
-    dweight, dbias, dscale, dshift = small
-    dx = None
-    if mask[0]:
-        dx = torch.empty((p.batch, p.channels, p.height, p.width), dtype=p.dtype, memory_format=_NHWC)
+    small = [make(s, dtype=p.dtype) if wanted else None for s, wanted in zip(shapes, mask[1:5], strict=True)]
+    dx = dx2 = None
+    if mask[0] or mask[5]:
+        dx, dx2 = _empty_inputs(p, p.channels)
+    grads = (dx if mask[0] else None, *small, dx2 if mask[5] else None)
     if p.batch == 0:
         check_norm_values(p, t)
-        return dx, dweight, dbias, dscale, dshift
+        return grads
     dy, mean, rstd, t = nhwc(dy), mean.contiguous(), rstd.contiguous(), dense(t)
     native.module.group_norm_backward(
         dy=dy.data_ptr(),
         mean=mean.data_ptr(),
         rstd=rstd.data_ptr(),
-        dx=address(dx),
-        dweight=address(dweight),
-        dbias=address(dbias),
-        dscale=address(dscale),
-        dshift=address(dshift),
+        **dict(zip(_NORM_GRADS, map(address, grads), strict=True)),
         **_norm_arguments(p, t),
     )
-    return dx, dweight, dbias, dscale, dshift
+    return grads

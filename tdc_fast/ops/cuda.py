@@ -26,6 +26,7 @@ from tdc_fast.ops.layout import (
 from tdc_fast.ops.native import address, addresses
 
 name = "cuda"
+fuses = ()  # of what a call may fuse into reading its input
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -140,22 +141,29 @@ def _geometry(p: ConvProblem) -> dict[str, Any]:
     }
 
 
+def _addresses(t: ConvTensors | NormTensors) -> dict[str, int]:
+    """Addresses by field name; kernels take one input."""
+    found = addresses(t)
+    del found["x2"]
+    return found
+
+
 def conv2d(p: ConvProblem, t: ConvTensors) -> Tensor:
     """Returns y (B, C_out, OH, OW), channels_last."""
     y = _empty_image(t.x, p.batch, p.out_channels, p.out_height, p.out_width)
     if p.batch == 0:
         return y
     t = _tiled(p, t)
-    arguments = {"y": y.data_ptr(), **addresses(t), **_geometry(p)}
+    arguments = {"y": y.data_ptr(), **_addresses(t), **_geometry(p)}
     _run(native.module.cuda_launches_conv_forward, p.device, arguments)
     return y
 
 
-def conv2d_dgrad(p: ConvProblem, dy: Tensor, t: ConvTensors) -> Tensor:
+def conv2d_dgrad(p: ConvProblem, dy: Tensor, t: ConvTensors) -> tuple[Tensor, None]:
     """Returns dx (B, C_in, H, W), channels_last."""
     dx = _empty_image(dy, p.batch, p.in_channels, p.height, p.width)
     if p.batch == 0:
-        return dx
+        return dx, None
     dy, t = aligned(nhwc(dy)), _tiled(p, t)
     arguments = {
         "dy": dy.data_ptr(),
@@ -166,7 +174,7 @@ def conv2d_dgrad(p: ConvProblem, dy: Tensor, t: ConvTensors) -> Tensor:
         **_geometry(p),
     }
     _run(native.module.cuda_launches_conv_dgrad, p.device, arguments)
-    return dx
+    return dx, None
 
 
 def _tiled(p: ConvProblem, t: ConvTensors) -> ConvTensors:
@@ -235,7 +243,7 @@ def _norm_memory(p: NormProblem, t: NormTensors) -> tuple[NormTensors, dict[str,
         "scale_stride": 0 if scale is None else scale.stride(0),
         "shift_stride": 0 if shift is None else shift.stride(0),
     }
-    return t, {"workspace": 0, **addresses(t), **strides, **_norm_sizes(p)}
+    return t, {"workspace": 0, **_addresses(t), **strides, **_norm_sizes(p)}
 
 
 def _rows(tensor: Tensor | None) -> Tensor | None:
@@ -264,18 +272,18 @@ def group_norm_backward(
     mean: Tensor,
     rstd: Tensor,
     t: NormTensors,
-    mask: tuple[bool, bool, bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Returns dx (B, C, H, W), channels_last; dweight, dbias (E, C); dscale, dshift (B, C); None where unmasked."""
+    mask: tuple[bool, bool, bool, bool, bool, bool],
+) -> tuple[Tensor | None, ...]:
+    """Returns the gradients of x, weight, bias, scale, shift and x2, in their shapes; None where unmasked."""
     shapes = ((p.num_experts, p.channels),) * 2 + ((p.batch, p.channels),) * 2
     make = torch.zeros if p.batch == 0 else torch.empty
     dweight, dbias, dscale, dshift = (
         make(shape, dtype=p.dtype, device=dy.device) if wanted else None
-        for shape, wanted in zip(shapes, mask[1:], strict=True)
+        for shape, wanted in zip(shapes, mask[1:5], strict=True)
     )
     dx = _empty_image(dy, p.batch, p.channels, p.height, p.width) if mask[0] else None
     if p.batch == 0:
-        return dx, dweight, dbias, dscale, dshift
+        return dx, dweight, dbias, dscale, dshift, None
     t, arguments = _norm_memory(p, t)
     dy, mean, rstd = aligned(nhwc(dy)), mean.contiguous(), rstd.contiguous()
     arguments |= {
@@ -291,4 +299,4 @@ def group_norm_backward(
     workspace = _workspace(native.module.cuda_group_norm_backward_workspace, p.device, arguments)
     planner = native.module.cuda_launches_group_norm_backward
     _run(planner, p.device, arguments | {"workspace": address(workspace)})
-    return dx, dweight, dbias, dscale, dshift
+    return dx, dweight, dbias, dscale, dshift, None

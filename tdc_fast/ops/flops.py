@@ -1,8 +1,9 @@
 """FLOPs of the routed operators for torch's FlopCounterMode, counted over live widths.
 
 Two per multiply-add, as torch counts a convolution: twice n_g * OH * OW * R * S * live_in_g * live_out_g, summed over
-the groups; the same for forward, dgrad and wgrad. The group norm has no formula, nor has torch's own. Widths that
-cannot be read (fake tensors) count as full.
+the groups; the same for forward, dgrad and wgrad. With upsampling that is the convolution of the upsampled image, of
+which a kernel may multiply less. The group norm has no formula, nor has torch's own. Widths that cannot be read (fake
+tensors) count as full.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def _convolution(
 
 
 def _forward(
-    x: Tensor, weight: Tensor, bias: Any, sample_bias: Any, residual: Any, offsets: Tensor, tiles: Tensor,
+    x: Tensor, weight: Tensor, bias: Any, sample_bias: Any, residual: Any, x2: Any, offsets: Tensor, tiles: Tensor,
     weight_index: Tensor, in_widths: Tensor | None, out_widths: Tensor | None, *settings: Any, out_val: Tensor,
     **_: Any,
 ) -> int:  # fmt: skip
@@ -62,8 +63,8 @@ def _dgrad(
 
 
 def _wgrad(
-    dy: Tensor, x: Tensor, weight: Tensor, offsets: Tensor, weight_index: Tensor, in_widths: Tensor | None,
-    out_widths: Tensor | None, stride: Any, padding: Any, mask: Sequence[bool], *settings: Any, **_: Any,
+    dy: Tensor, x: Tensor, x2: Any, weight: Tensor, offsets: Tensor, weight_index: Tensor, in_widths: Tensor | None,
+    out_widths: Tensor | None, stride: Any, padding: Any, upsample: int, mask: Sequence[bool], *settings: Any, **_: Any,
 ) -> int:  # fmt: skip
     return _convolution(dy.shape, weight, offsets, in_widths, out_widths) if mask[0] else 0
 

@@ -27,6 +27,7 @@ def routed_group_norm(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     activation: str | None = None,
+    x2: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Group norm with the affine of each sample's expert, then the sample's own scale and shift, then SiLU.
@@ -38,8 +39,11 @@ def routed_group_norm(
     follow it: the statistics are in fp32 anyway, and the next layer casts back to the low precision. Differentiable
     once, in reverse and in forward mode.
 
+    With `x2`, the input is torch.cat([x, x2], dim=1), which is not made: a kernel reads two inputs, and norm groups may
+    straddle the seam. A backend that has no such kernel makes it first, which costs a copy; `explain` says so.
+
     Args:
-        x: (B, C, H, W), any strides.
+        x: (B, C, H, W), any strides; with x2 (B, C - C_2, H, W).
         weight: (E, C).
         bias: (E, C).
         plan: The plan that sorted the batch.
@@ -51,6 +55,7 @@ def routed_group_norm(
         scale: (B, C) or None.
         shift: (B, C) or None.
         activation: None or "silu".
+        x2: The last channels of the input, (B, C_2, H, W), any strides, or None.
         backend: "reference", "cpu", "triton" or "cuda"; None picks the fastest that supports the call.
 
     Returns:
@@ -60,7 +65,7 @@ def routed_group_norm(
         ValueError: Naming argument, value and remedy.
     """
     require_backend_name(backend)
-    arguments = _arguments(x, weight, bias, plan, num_groups, eps, widths, scale, shift, activation)
+    arguments = _arguments(x, weight, bias, plan, num_groups, eps, widths, scale, shift, activation, x2)
     y, _, _ = forward(*arguments, backend or "")
     return y
 
@@ -76,11 +81,11 @@ def _arguments(
     scale: Tensor | None,
     shift: Tensor | None,
     activation: str | None,
+    x2: Tensor | None,
 ) -> tuple[Any, ...]:
     """The arguments of the registered operator, in its order; ValueError for one of the wrong type."""
-    require_tensors(
-        ("widths", "scale", "shift"), x=x, weight=weight, bias=bias, widths=widths, scale=scale, shift=shift
-    )
+    optional = ("widths", "scale", "shift", "x2")
+    require_tensors(optional, x=x, weight=weight, bias=bias, widths=widths, scale=scale, shift=shift, x2=x2)
     check_plan(x, plan)
     require_integer("num_groups", num_groups)
     if not isinstance(eps, (float, int)):
@@ -88,7 +93,7 @@ def _arguments(
     if activation not in (None, "silu"):
         raise invalid("activation", activation, 'None or "silu"')
     routing = (plan.offsets, plan.weight_index, widths)
-    return (x, weight, bias, scale, shift, *routing, num_groups, eps, activation == "silu")
+    return (x, weight, bias, scale, shift, x2, *routing, num_groups, eps, activation == "silu")
 
 
 @backends.describes("routed_group_norm")

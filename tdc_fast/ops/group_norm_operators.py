@@ -22,8 +22,8 @@ _SETTINGS_SCHEMA = "int num_groups, float eps, bool silu"
 
 def _tensors(args: tuple[Any, ...]) -> NormTensors:
     """The tensors, which come first in the forward's schema."""
-    x, weight, bias, scale, shift, offsets, weight_index, widths = args
-    return NormTensors(x, weight, bias, offsets, weight_index, widths, scale, shift)
+    x, weight, bias, scale, shift, x2, offsets, weight_index, widths = args
+    return NormTensors(x, weight, bias, offsets, weight_index, widths, scale, shift, x2)
 
 
 def forward_problem(*args: Any) -> NormProblem:
@@ -53,22 +53,24 @@ def _forward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     t = _tensors(args[:-4])
     p = norm_problem("routed_group_norm", t, *args[-4:-1])
     shape, dtype = (p.batch, p.num_norm_groups), accumulate_dtype(p.dtype)
-    return _empty_nhwc(t.x), t.x.new_empty(shape, dtype=dtype), t.x.new_empty(shape, dtype=dtype)
+    y = _empty_nhwc(t.x, p.batch, p.channels, p.height, p.width)
+    return y, t.x.new_empty(shape, dtype=dtype), t.x.new_empty(shape, dtype=dtype)
 
 
-def _empty_nhwc(like: Tensor) -> Tensor:
-    return torch.empty(like.shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+def _empty_nhwc(like: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
 forward = library.define(
-    "routed_group_norm(Tensor x, Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, Tensor offsets, "
-    f"Tensor weight_index, Tensor? widths, {_SETTINGS_SCHEMA}, str backend) -> (Tensor, Tensor, Tensor)",
+    "routed_group_norm(Tensor x, Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, Tensor? x2, "
+    f"Tensor offsets, Tensor weight_index, Tensor? widths, {_SETTINGS_SCHEMA}, str backend) -> "
+    "(Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
 )
 
 
-def _backward(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def _backward(dy: Tensor, *args: Any) -> list[Tensor]:
     *inputs, mean, rstd, offsets, weight_index, widths, num_groups, eps, silu, mask, backend = args
     t, settings = _tensors((*inputs, offsets, weight_index, widths)), (num_groups, eps, silu)
 
@@ -82,21 +84,23 @@ def _backward(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
     except ValueError:
         check_norm_values(problem, t)
         raise
-    return tuple(dy.new_empty(0) if grad is None else grad for grad in grads)
+    return [grad for grad in grads if grad is not None]
 
 
-def _backward_fake(dy: Tensor, x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    mask = args[-2]
-    shapes = (weight.shape, weight.shape, x.shape[:2], x.shape[:2])
-    rest = (dy.new_empty(shape if wanted else 0) for shape, wanted in zip(shapes, mask[1:], strict=True))
-    return (_empty_nhwc(x) if mask[0] else dy.new_empty(0), *rest)
+def _backward_fake(dy: Tensor, *args: Any) -> list[Tensor]:
+    inputs, mask = args[:6], args[-2]
+    per_sample = (dy.shape[0], dy.shape[1])
+    shapes = (inputs[0].shape, inputs[1].shape, inputs[2].shape, per_sample, per_sample)
+    shapes = (*shapes, None if inputs[5] is None else inputs[5].shape)
+    wanted = (shape for shape, wants in zip(shapes, mask, strict=True) if wants)
+    return [_empty_nhwc(dy, *shape) if len(shape) == 4 else dy.new_empty(shape) for shape in wanted]
 
 
-# Gradients that `mask` does not ask for come back as empty tensors: a schema has no optional results.
+# The gradients that `mask` asks for, in the order of x, weight, bias, scale, shift, x2.
 _backward_op = library.define(
     "routed_group_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, "
-    f"Tensor mean, Tensor rstd, Tensor offsets, Tensor weight_index, Tensor? widths, {_SETTINGS_SCHEMA}, "
-    "bool[5] mask, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? x2, Tensor mean, Tensor rstd, Tensor offsets, Tensor weight_index, Tensor? widths, "
+    f"{_SETTINGS_SCHEMA}, bool[6] mask, str backend) -> Tensor[]",
     _backward,
     _backward_fake,
 )
@@ -114,11 +118,11 @@ def _save(ctx: Any, args: tuple[Any, ...], result: tuple[Tensor, Tensor, Tensor]
 @library.once_differentiable
 def _gradients(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if dy is None:
-        return (None,) * 12
-    mask = ctx.needs_input_grad[:5]
+        return (None,) * 13
+    mask = ctx.needs_input_grad[:6]
     grads = library.call_in_backward(ctx, _backward_op, dy, *ctx.saved_tensors, *ctx.settings, mask, ctx.backend)
-    wanted = (grad if needed else None for grad, needed in zip(grads, mask, strict=True))
-    return (*wanted, *(None,) * 7)
+    remaining = iter(grads)
+    return (*(next(remaining) if wanted else None for wanted in mask), *(None,) * 7)
 
 
 def _tangent(args: tuple[Any, ...], tangents: tuple[Tensor | None, ...]) -> Tensor:

@@ -1,7 +1,8 @@
 """The oracle: every operator in plain torch, for any float dtype on any device.
 
-Convolutions run group by group, the group norm on all samples at once. Sums are in fp32 (fp64 for fp64) and results are
-rounded once. Reading the group bounds waits for the device: this backend is for checking, not for speed.
+Inputs are concatenated and upsampled first. Convolutions run group by group, the group norm on all samples at once.
+Sums are in fp32 (fp64 for fp64) and results are rounded once. Reading the group bounds waits for the device: this
+backend is for checking, not for speed.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from torch.nn import grad as conv_grad
 
 from tdc_fast.kernels.problems import ConvProblem, ConvTensors, NormProblem, NormTensors, Problem
 from tdc_fast.ops.checks import accumulate_dtype, check_conv_values, check_norm_values
+from tdc_fast.ops.inputs import joined, split_channels, upsampled
 
 name = "reference"
+fuses = ("x2", "upsample")
 
 
 def supports(problem: Problem) -> str | None:
@@ -43,7 +46,7 @@ def _empty_nhwc(like: Tensor, channels: int, height: int, width: int) -> Tensor:
 def conv2d(problem: ConvProblem, t: ConvTensors) -> Tensor:
     """Returns y (B, C_out, OH, OW), channels_last."""
     check_conv_values(problem, t)
-    x, acc = t.x, accumulate_dtype(t.x.dtype)
+    x, acc = _whole_input(problem, t), accumulate_dtype(t.x.dtype)
     y = _empty_nhwc(x, problem.out_channels, problem.out_height, problem.out_width)
     for samples, expert, live_in, live_out in _segments(t):
         if live_out == 0:
@@ -64,21 +67,21 @@ def conv2d(problem: ConvProblem, t: ConvTensors) -> Tensor:
     return y
 
 
-def conv2d_dgrad(problem: ConvProblem, dy: Tensor, t: ConvTensors) -> Tensor:
-    """Returns dx (B, C_in, H, W), channels_last."""
+def conv2d_dgrad(problem: ConvProblem, dy: Tensor, t: ConvTensors) -> tuple[Tensor, Tensor | None]:
+    """Returns dx (B, C_in - C_2, H, W) and dx2 (B, C_2, H, W) or None, channels_last."""
     check_conv_values(problem, t)
-    acc = accumulate_dtype(dy.dtype)
+    acc, up = accumulate_dtype(dy.dtype), problem.upsample
     dx = _empty_nhwc(dy, problem.in_channels, problem.height, problem.width)
     for samples, expert, live_in, live_out in _segments(t):
         if live_in == 0 or live_out == 0:
             continue
         filters = t.weight[expert, :live_out, :live_in].to(acc)
         grads = dy[samples, :live_out].to(acc)
-        shape = [grads.shape[0], live_in, problem.height, problem.width]
-        dx[samples, :live_in] = conv_grad.conv2d_input(shape, filters, grads, problem.stride, problem.padding).to(
-            dy.dtype
-        )
-    return dx
+        shape = [grads.shape[0], live_in, up * problem.height, up * problem.width]
+        per_pixel = conv_grad.conv2d_input(shape, filters, grads, problem.stride, problem.padding)
+        per_pixel = per_pixel.unflatten(3, (-1, up)).unflatten(2, (-1, up)).sum((3, 5))
+        dx[samples, :live_in] = per_pixel.to(dy.dtype)
+    return split_channels(dx, problem.x2_channels)
 
 
 def conv2d_wgrad(
@@ -87,6 +90,7 @@ def conv2d_wgrad(
     """Returns dweight (E, C_out, C_in, R, S), dbias (E, C_out), dsample_bias (B, C_out); None where unmasked."""
     check_conv_values(problem, t)
     acc = accumulate_dtype(dy.dtype)
+    x = _whole_input(problem, t) if mask[0] else t.x
     dweight = torch.zeros_like(t.weight, dtype=acc)
     dbias = torch.zeros(t.weight.shape[:2], dtype=acc, device=dy.device)
     dsample_bias = torch.zeros(dy.shape[:2], dtype=acc, device=dy.device)
@@ -96,12 +100,18 @@ def conv2d_wgrad(
         dbias[expert, :live_out] += grads.sum((0, 2, 3))
         if mask[0] and live_in and live_out:
             shape = [live_out, live_in, *problem.filter]
-            inputs = t.x[samples, :live_in].to(acc)
+            inputs = x[samples, :live_in].to(acc)
             dweight[expert, :live_out, :live_in] += conv_grad.conv2d_weight(
                 inputs, shape, grads, problem.stride, problem.padding
             )
     grads_out = (dweight, dbias, dsample_bias)
     return tuple(g.to(dy.dtype) if wanted else None for g, wanted in zip(grads_out, mask, strict=True))
+
+
+def _whole_input(problem: ConvProblem, t: ConvTensors) -> Tensor:
+    """The input as one tensor of its final size."""
+    x = joined(t.x, t.x2)
+    return x if problem.upsample == 1 else upsampled(x)
 
 
 def live_channels(widths: Tensor, offsets: Tensor, batch: int, channels: int) -> Tensor:
@@ -135,12 +145,13 @@ def group_norm(problem: NormProblem, t: NormTensors) -> tuple[Tensor, Tensor, Te
     check_norm_values(problem, t)
     shape = (problem.batch, problem.num_norm_groups, problem.channels_per_group * problem.height * problem.width)
     live = _live(problem, t)
-    grouped = _zero_dead(t.x, live).reshape(shape)
+    x = joined(t.x, t.x2)
+    grouped = _zero_dead(x, live).reshape(shape)
     group_live = live[:, :: problem.channels_per_group]
     mean = grouped.mean(2)
     variance = (grouped - mean[:, :, None]).square().mean(2)
     rstd = _zero_dead((variance + problem.eps).rsqrt(), group_live)
-    normal = ((grouped - mean[:, :, None]) * rstd[:, :, None]).reshape(t.x.shape)
+    normal = ((grouped - mean[:, :, None]) * rstd[:, :, None]).reshape(x.shape)
     y, _ = _affine(normal, t, live, expert_per_sample(t.offsets, t.weight_index, problem.batch))
     y = F.silu(y) if problem.silu else y
     return y.to(t.x.dtype).contiguous(memory_format=torch.channels_last), mean, rstd
@@ -164,15 +175,16 @@ def group_norm_backward(
     mean: Tensor,
     rstd: Tensor,
     t: NormTensors,
-    mask: tuple[bool, bool, bool, bool, bool],
+    mask: tuple[bool, bool, bool, bool, bool, bool],
 ) -> tuple[Tensor | None, ...]:
-    """Returns dx (B, C, H, W), channels_last; dweight, dbias (E, C); dscale, dshift (B, C); None where unmasked."""
+    """Returns the gradients of x, weight, bias, scale, shift and x2, in their shapes; None where unmasked."""
     check_norm_values(problem, t)
     shape = (problem.batch, problem.num_norm_groups, problem.channels_per_group * problem.height * problem.width)
     live = _live(problem, t)
     expert = expert_per_sample(t.offsets, t.weight_index, problem.batch)
-    grouped = _zero_dead(t.x, live).reshape(shape)
-    normal = ((grouped - mean[:, :, None]) * rstd[:, :, None]).reshape(t.x.shape)
+    x = joined(t.x, t.x2)
+    grouped = _zero_dead(x, live).reshape(shape)
+    normal = ((grouped - mean[:, :, None]) * rstd[:, :, None]).reshape(x.shape)
     y, affine = _affine(normal, t, live, expert)
     grad = _zero_dead(dy, live)
     if problem.silu:
@@ -188,9 +200,10 @@ def group_norm_backward(
     grad, flat = grad.reshape(shape), normal.reshape(shape)
     projection = (grad * flat).mean(2, keepdim=True)
     dx = rstd[:, :, None] * (grad - grad.mean(2, keepdim=True) - flat * projection)
-    dx = dx.reshape(t.x.shape).contiguous(memory_format=torch.channels_last)
-    grads = (dx, dweight, dbias, dscale, dshift)
-    return tuple(g.to(dy.dtype) if wanted else None for g, wanted in zip(grads, mask, strict=True))
+    dx = dx.reshape(x.shape).contiguous(memory_format=torch.channels_last)
+    dx, dx2 = split_channels(dx, problem.x2_channels)
+    grads = (dx, dweight, dbias, dscale, dshift, dx2)
+    return tuple(g.to(dy.dtype) if wanted and g is not None else None for g, wanted in zip(grads, mask, strict=True))
 
 
 def group_norm_tangent(problem: NormProblem, t: NormTensors, moving: NormTensors) -> Tensor:
@@ -206,17 +219,20 @@ def group_norm_tangent(problem: NormProblem, t: NormTensors, moving: NormTensors
     """
     shape = (problem.batch, problem.num_norm_groups, problem.channels_per_group * problem.height * problem.width)
     live, expert = _live(problem, t), expert_per_sample(t.offsets, t.weight_index, problem.batch)
-    grouped = _zero_dead(t.x, live).reshape(shape)
+    x = joined(t.x, t.x2)
+    grouped = _zero_dead(x, live).reshape(shape)
     centred = grouped - grouped.mean(2, keepdim=True)
     rstd = (centred.square().mean(2, keepdim=True) + problem.eps).rsqrt()
     flat = centred * rstd
-    normal = flat.reshape(t.x.shape)
+    normal = flat.reshape(x.shape)
     y, affine = _affine(normal, t, live, expert)
     step = torch.zeros_like(normal)
-    if moving.x is not None:
-        along = _zero_dead(moving.x, live).reshape(shape)
+    if moving.x is not None or moving.x2 is not None:
+        parts = ((t.x, moving.x), (t.x2, moving.x2))
+        along = joined(*(torch.zeros_like(at) if at is not None and by is None else by for at, by in parts))
+        along = _zero_dead(along, live).reshape(shape)
         along = along - along.mean(2, keepdim=True)
-        step = (rstd * (along - flat * (flat * along).mean(2, keepdim=True))).reshape(t.x.shape)
+        step = (rstd * (along - flat * (flat * along).mean(2, keepdim=True))).reshape(x.shape)
         step = step * _per_pixel(t.weight.index_select(0, expert), live)
     if moving.weight is not None:
         step = step + normal * _per_pixel(moving.weight.index_select(0, expert), live)

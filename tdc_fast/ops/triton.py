@@ -28,6 +28,7 @@ from tdc_fast.ops.checks import check_conv_values, check_norm_values
 from tdc_fast.ops.layout import channel_innermost, dense, empty_channel_innermost, is_channel_innermost, nhwc
 
 name = "triton"
+fuses = ()  # of what a call may fuse into reading its input
 _OLDEST_ARCHITECTURE = 80
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -73,11 +74,11 @@ def conv2d(p: ConvProblem, t: ConvTensors) -> Tensor:
         return conv_forward(p, _tiled(p, t))
 
 
-def conv2d_dgrad(p: ConvProblem, dy: Tensor, t: ConvTensors) -> Tensor:
+def conv2d_dgrad(p: ConvProblem, dy: Tensor, t: ConvTensors) -> tuple[Tensor, None]:
     """Returns dx (B, C_in, H, W), channels_last."""
     check_conv_values(p, t)
     with _on(dy.device):
-        return conv_dgrad(p, nhwc(dy), _tiled(p, t))
+        return conv_dgrad(p, nhwc(dy), _tiled(p, t)), None
 
 
 def _tiled(p: ConvProblem, t: ConvTensors) -> ConvTensors:
@@ -130,9 +131,9 @@ def group_norm_backward(
     mean: Tensor,
     rstd: Tensor,
     t: NormTensors,
-    mask: tuple[bool, bool, bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Returns dx (B, C, H, W), channels_last; dweight, dbias (E, C); dscale, dshift (B, C); None where unmasked."""
+    mask: tuple[bool, bool, bool, bool, bool, bool],
+) -> tuple[Tensor | None, ...]:
+    """Returns the gradients of x, weight, bias, scale, shift and x2, in their shapes; None where unmasked."""
     check_norm_values(p, t)
     with _on(t.x.device):
-        return norm_backward(p, nhwc(dy), mean.contiguous(), rstd.contiguous(), dense(t), mask)
+        return *norm_backward(p, nhwc(dy), mean.contiguous(), rstd.contiguous(), dense(t), mask[:5]), None

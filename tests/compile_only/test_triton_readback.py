@@ -90,7 +90,7 @@ def test_a_group_norm_and_its_gradients(launched: list[str], monkeypatch: pytest
     with nothing_synchronises(monkeypatch):
         p = norm_problem("routed_group_norm", t, 32, 1e-5, True)
         y, mean, rstd = backend.group_norm(p, t)
-        backend.group_norm_backward(p, y, mean, rstd, t, (True,) * 5)
+        backend.group_norm_backward(p, y, mean, rstd, t, (True,) * 5 + (False,))
     assert launched == ["norm_forward_kernel", "norm_backward_kernel", "sum_per_expert_kernel"]
 
 

@@ -92,7 +92,7 @@ def the_reference(p: Prepared, op: str) -> Runs:
     if op == "forward":
         yield "reference", lambda: reference.conv2d(p.problem, p.tensors)
     elif op == "dgrad":
-        yield "reference", lambda: reference.conv2d_dgrad(p.problem, p.dy, p.tensors)
+        yield "reference", lambda: reference.conv2d_dgrad(p.problem, p.dy, p.tensors)[0]
     else:
         mask = (True, False, False)
         yield "reference", lambda: reference.conv2d_wgrad(p.problem, p.dy, p.tensors, mask)[0]  # type: ignore[return-value]

@@ -151,8 +151,8 @@ def test_only_requested_gradients_are_computed_and_they_do_not_change() -> None:
     problem, tensors = problem_and_tensors(some_case())
     y, mean, rstd = backend.group_norm(problem, tensors)
     dy = torch.ones_like(y)
-    complete = backend.group_norm_backward(problem, dy, mean, rstd, tensors, (True,) * 5)
-    for mask in [m for m in product((False, True), repeat=5) if sum(m) in (1, 4)]:
+    complete = backend.group_norm_backward(problem, dy, mean, rstd, tensors, (True,) * 5 + (False,))
+    for mask in [(*m, False) for m in product((False, True), repeat=5) if sum(m) in (1, 4)]:
         grads = backend.group_norm_backward(problem, dy, mean, rstd, tensors, mask)
         for wanted, grad, expected in zip(mask, grads, complete, strict=True):
             assert torch.equal(grad, expected) if wanted else grad is None

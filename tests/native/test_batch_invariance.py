@@ -21,7 +21,7 @@ from torch import Tensor
 from tdc_fast import RoutingPlan, _native, routed_conv2d, routed_group_norm, routed_linear
 from tests.cases import ConvCase, NormCase, Routing, conv_cases, norm_cases
 
-PER_SAMPLE = ("x", "sample_bias", "residual", "scale", "shift")
+PER_SAMPLE = ("x", "x2", "sample_bias", "residual", "scale", "shift")
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
 BOUNDED = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 Operator = Callable[[dict[str, Tensor], RoutingPlan], Tensor]
@@ -39,7 +39,7 @@ def running_on(threads: int) -> Iterator[None]:
 
 def conv_of(case: ConvCase) -> Operator:
     def operator(t: dict[str, Tensor], plan: RoutingPlan) -> Tensor:
-        extras = {name: t.get(name) for name in ("sample_bias", "residual")}
+        extras = {name: t.get(name) for name in ("sample_bias", "residual", "x2")}
         return routed_conv2d(t["x"], t["weight"], t.get("bias"), plan, **case.settings(), **extras, backend="cpu")
 
     return operator
@@ -47,7 +47,7 @@ def conv_of(case: ConvCase) -> Operator:
 
 def norm_of(case: NormCase) -> Operator:
     def operator(t: dict[str, Tensor], plan: RoutingPlan) -> Tensor:
-        extras = {name: t.get(name) for name in ("scale", "shift")}
+        extras = {name: t.get(name) for name in ("scale", "shift", "x2")}
         return routed_group_norm(t["x"], t["weight"], t["bias"], plan, **case.settings(), **extras, backend="cpu")
 
     return operator
@@ -74,12 +74,18 @@ def check(operator: Operator, routing: Routing, tensors: dict[str, Tensor], keep
         assert torch.equal(value, whole[name][keep]), name
 
 
+def has_samples(case: ConvCase | NormCase) -> bool:
+    return case.routing.batch > 0
+
+
 def kept_samples(data: st.DataObject, batch: int) -> list[int]:
     return sorted(data.draw(st.sets(st.integers(0, batch - 1), min_size=1, max_size=batch), label="keep"))
 
 
 @BOUNDED
-@given(case=conv_cases().filter(lambda case: case.routing.batch), dtype=DTYPES, data=st.data())
+@given(
+    case=(conv_cases() | conv_cases(fused=True)).filter(lambda case: case.routing.batch), dtype=DTYPES, data=st.data()
+)
 def test_a_convolution_of_a_sample_does_not_depend_on_its_batch(
     case: ConvCase, dtype: torch.dtype, data: st.DataObject
 ) -> None:
@@ -87,7 +93,9 @@ def test_a_convolution_of_a_sample_does_not_depend_on_its_batch(
 
 
 @BOUNDED
-@given(case=norm_cases().filter(lambda case: case.routing.batch), dtype=DTYPES, data=st.data())
+@given(
+    case=(norm_cases() | norm_cases(fused=True)).filter(lambda case: case.routing.batch), dtype=DTYPES, data=st.data()
+)
 def test_a_group_norm_of_a_sample_does_not_depend_on_its_batch(
     case: NormCase, dtype: torch.dtype, data: st.DataObject
 ) -> None:

@@ -32,7 +32,7 @@ served = pytest.mark.parametrize(("backend", "dtype"), SERVED, ids=lambda v: str
 
 
 def routed(case: ConvCase, tensors: dict[str, Tensor], **overrides: Any) -> Tensor:
-    extras = {name: tensors.get(name) for name in ("sample_bias", "residual")}
+    extras = {name: tensors.get(name) for name in ("sample_bias", "residual", "x2")}
     arguments = case.settings() | extras | overrides
     return routed_conv2d(tensors["x"], tensors["weight"], tensors.get("bias"), case.routing.plan(), **arguments)
 

@@ -31,7 +31,7 @@ served = pytest.mark.parametrize(("backend", "dtype"), SERVED, ids=lambda v: str
 
 
 def routed(case: NormCase, tensors: dict[str, Tensor], **overrides: Any) -> Tensor:
-    extras = {name: tensors.get(name) for name in ("scale", "shift")}
+    extras = {name: tensors.get(name) for name in ("scale", "shift", "x2")}
     arguments = case.settings() | extras | overrides
     return routed_group_norm(tensors["x"], tensors["weight"], tensors["bias"], case.routing.plan(), **arguments)
 

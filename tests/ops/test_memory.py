@@ -25,29 +25,60 @@ def status(field):
 def cases(batch, channels, size, groups=8):
     torch.manual_seed(0)
     plan = RoutingPlan.from_groups(torch.randint(0, groups, (batch,)), groups)
-    x = torch.randn(batch, channels, size, size).to(memory_format=torch.channels_last)
-    w, b, dy = torch.randn(groups, channels, channels, 3, 3), torch.randn(groups, channels), torch.randn_like(x)
-    op, routing, geometry = torch.ops.tdc_fast, (plan.offsets, plan.weight_index), ([1, 1], [1, 1])
-    widths = (None, None)
+
+    def image(channels, size):
+        return torch.randn(batch, channels, size, size).to(memory_format=torch.channels_last)
+
+    x, dy, half = image(channels, size), image(channels, size), size // 2
+    w, b = torch.randn(groups, channels, channels, 3, 3), torch.randn(groups, channels)
+    op, routing, geometry = torch.ops.tdc_fast, (plan.offsets, plan.weight_index), ([1, 1], [1, 1], 1)
+    widths, everything = (None, None), [True] * 3
     tiled = (plan.offsets, plan.tiles, plan.weight_index)
-    norm = (x, b, b, None, None)
+    norm = (x, b, b, None, None, None)
     statistics = torch.zeros(2, batch, 32)
     rest = (*routing, None, 32, 1e-5, True)
+    # The fused ones make neither the concatenation nor the upsampled image.
+    small, twice = image(channels, half), ([1, 1], [1, 1], 2)
+    first, second, w2 = image(channels // 2, size), image(channels // 2, size), torch.randn(groups, 16, channels, 1, 1)
+    dy2, flat, two = image(16, size), ([1, 1], [0, 0], 1), (first, b, b, None, None, second)
     return {
         "conv forward": ([x, w, b], lambda: [routed_conv2d(x, w, b, plan, padding=1)]),
         "conv dgrad": (
-            [dy, w], lambda: [op.routed_conv2d_dgrad(dy, w, *tiled, *widths, [size, size], *geometry, "cpu")]
+            [dy, w], lambda: op.routed_conv2d_dgrad(dy, w, *tiled, *widths, [size, size], 0, *geometry, "cpu")
         ),
         "conv wgrad": (
-            [dy, x, w], lambda: op.routed_conv2d_wgrad(dy, x, w, *routing, *widths, *geometry, [True] * 3, "cpu")
+            [dy, x, w],
+            lambda: op.routed_conv2d_wgrad(dy, x, None, w, *routing, *widths, *geometry, everything, "cpu"),
         ),
         "norm forward": ([x], lambda: op.routed_group_norm(*norm, *rest, "cpu")),
         "norm backward": (
-            [dy, x], lambda: op.routed_group_norm_backward(dy, *norm, *statistics, *rest, [True] * 5, "cpu")
+            [dy, x], lambda: op.routed_group_norm_backward(dy, *norm, *statistics, *rest, [True] * 5 + [False], "cpu")
+        ),
+        "upsampling forward": ([small, w], lambda: [routed_conv2d(small, w, None, plan, padding=1, upsample=2)]),
+        "upsampling dgrad": (
+            [dy, w], lambda: op.routed_conv2d_dgrad(dy, w, *tiled, *widths, [half, half], 0, *twice, "cpu")
+        ),
+        "upsampling wgrad": (
+            [dy, small, w],
+            lambda: op.routed_conv2d_wgrad(dy, small, None, w, *routing, *widths, *twice, everything, "cpu"),
+        ),
+        "two inputs forward": ([first, second, w2], lambda: [routed_conv2d(first, w2, None, plan, x2=second)]),
+        "two inputs dgrad": (
+            [dy2, w2],
+            lambda: op.routed_conv2d_dgrad(dy2, w2, *tiled, *widths, [size, size], channels // 2, *flat, "cpu"),
+        ),
+        "two inputs wgrad": (
+            [dy2, first, second, w2],
+            lambda: op.routed_conv2d_wgrad(dy2, first, second, w2, *routing, *widths, *flat, everything, "cpu"),
+        ),
+        "norm of two inputs": ([first, second], lambda: op.routed_group_norm(*two, *rest, "cpu")),
+        "norm of two inputs, backward": (
+            [dy, first, second],
+            lambda: op.routed_group_norm_backward(dy, *two, *statistics, *rest, [True] * 6, "cpu"),
         ),
     }
 
-small = cases(2, 32, 3)
+small = cases(2, 32, 4)
 for name, (inputs, function) in cases(64, 64, 32).items():
     small[name][1]()
     before = status("VmRSS")

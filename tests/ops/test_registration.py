@@ -33,24 +33,40 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[Any, tuple[Any, ...]]]:
 
     c, settings = clean(conv), conv.settings()
     widths = (settings["in_widths"], settings["out_widths"])
-    geometry = (list(conv.stride), list(conv.padding))
+    geometry = (list(conv.stride), list(conv.padding), conv.upsample)
     dy = torch.randn(6, 9, *conv.out_size, dtype=dtype).to(memory_format=torch.channels_last)
     yield ops.routing_plan.default, (torch.tensor([1, 0, 2]), 4)
     yield ops.permute_samples.default, (torch.randn(6, 2, dtype=dtype, requires_grad=True), plan.order, plan.inverse)
-    yield ops.routed_conv2d_dgrad.default, (dy, c["weight"], *tiled, *widths, list(conv.size), *geometry, "")
+    yield ops.routed_conv2d_dgrad.default, (dy, c["weight"], *tiled, *widths, list(conv.size), 0, *geometry, "")
     for mask in ([True, True, True], [False, True, False]):
-        yield ops.routed_conv2d_wgrad.default, (dy, c["x"], c["weight"], *routing, *widths, *geometry, mask, "")
+        yield ops.routed_conv2d_wgrad.default, (dy, c["x"], None, c["weight"], *routing, *widths, *geometry, mask, "")
     plain = clean(conv)
-    yield ops.routed_conv2d.default, (*wanting(clean(conv)), *tiled, *widths, *geometry, "")
+    yield ops.routed_conv2d.default, (*wanting(clean(conv)), None, *tiled, *widths, *geometry, "")
     yield (
         ops.routed_conv2d.default,
-        (plain["x"], plain["weight"], None, None, None, *tiled, None, None, *geometry, ""),
+        (plain["x"], plain["weight"], None, None, None, None, *tiled, None, None, *geometry, ""),
     )
+    fused = random_case(x2_channels=4, upsample=2)
+    c, geometry = clean(fused), (list(fused.stride), list(fused.padding), fused.upsample)
+    yield ops.routed_conv2d.default, (*wanting(clean(fused)), *tiled, *widths, *geometry, "")
+    dy = torch.randn(6, 9, *fused.out_size, dtype=dtype).to(memory_format=torch.channels_last)
+    yield ops.routed_conv2d_dgrad.default, (dy, c["weight"], *tiled, *widths, list(fused.size), 4, *geometry, "")
+    inputs = (c["x"], c["x2"], c["weight"])
+    yield ops.routed_conv2d_wgrad.default, (dy, *inputs, *routing, *widths, *geometry, [True] * 3, "")
     n, rest = clean(norm), (4, 1e-5, True)
-    yield ops.routed_group_norm.default, (*wanting(clean(norm)), *routing, norm.settings()["widths"], *rest, "")
-    y, mean, rstd = ops.routed_group_norm.default(*n.values(), *routing, None, *rest, "")
-    for mask in ([True] * 5, [False, True, False, False, True]):
-        yield ops.routed_group_norm_backward.default, (y, *n.values(), mean, rstd, *routing, None, *rest, mask, "")
+    yield ops.routed_group_norm.default, (*wanting(clean(norm)), None, *routing, norm.settings()["widths"], *rest, "")
+    y, *statistics = ops.routed_group_norm.default(*n.values(), None, *routing, None, *rest, "")
+    saved = (*statistics, *routing, None)
+    for mask in ([True] * 5 + [False], [False, True, False, False, True, False]):
+        yield (
+            ops.routed_group_norm_backward.default,
+            (y, *n.values(), None, *saved, *rest, mask, ""),
+        )
+    two = clean(some_case(x2_channels=5))
+    yield ops.routed_group_norm.default, (*wanting(dict(two)), *routing, None, *rest, "")
+    two = {name: t.detach() for name, t in two.items()}
+    for mask in ([True] * 6, [True] + [False] * 5, [False] * 5 + [True]):
+        yield ops.routed_group_norm_backward.default, (y, *two.values(), *saved, *rest, mask, "")
 
 
 def test_the_list_of_calls_covers_every_registered_operator() -> None:
