@@ -141,8 +141,8 @@ def facts(machine: Machine) -> Any:
 def problem_of(problem: Problem) -> ConvProblem:
     """The description of this case that the operators give to kernels."""
     op = "routed_conv2d" if problem.case.direction == "forward" else f"routed_conv2d_{problem.case.direction}"
-    settings = tuple((value, value) for value in problem.settings.values())
-    return conv_problem(op, tensors_of(problem), *settings)
+    stride, padding = ((value, value) for value in problem.settings.values())
+    return conv_problem(op, tensors_of(problem), stride, padding)
 
 
 def tensors_of(problem: Problem) -> ConvTensors:

@@ -46,8 +46,8 @@ class ConvProblem:
 
     def unfused(self) -> ConvProblem:
         """The problem once x and x2 are one tensor of its final size."""
-        size = {"height": self.height * self.upsample, "width": self.width * self.upsample}
-        return replace(self, x2_channels=0, upsample=1, **size)
+        height, width = self.height * self.upsample, self.width * self.upsample
+        return replace(self, x2_channels=0, upsample=1, height=height, width=width)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,11 +20,13 @@ from tdc_fast.nn.layers import (
     TokenConv1d,
     from_tokens,
     group_count,
+    joined,
     qkv_attention,
     to_tokens,
 )
 from tdc_fast.nn.plan_scope import PlanScope, checkpoint
 from tdc_fast.nn.units import PruningUnit, UnitSlice, width_step
+from tdc_fast.ops import reads_two_inputs
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
@@ -104,26 +106,34 @@ class ResBlock(nn.Module):
         del self.in_layers, self.emb_layers, self.out_layers
         self.width = 0
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, skip: Tensor | None = None) -> Tensor:
         """Compute the block.
 
         Args:
-            x: (B, C_in, H, W).
+            x: (B, C_in, H, W); with skip the first channels of it.
             emb: the embedding after its SiLU, (B, emb_channels).
+            skip: the last input channels (B, C_skip, H, W): what an input block left for an output block.
 
         Returns:
             (B, C_out, H, W).
         """
+        if skip is not None and (self.routing is None or not reads_two_inputs(x.device, x.dtype)):
+            x, skip = joined(x, skip), None  # once for the norm and the skip path
         if not self.width:
-            return self.skip_connection(x)
+            return self._skip_path(x, skip)
         if self.use_checkpoint and torch.is_grad_enabled():
-            return checkpoint(self._forward, self.routing, x, emb)
-        return self._forward(x, emb)
+            return checkpoint(self._forward, self.routing, x, emb, skip)
+        return self._forward(x, emb, skip)
 
-    def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def _skip_path(self, x: Tensor, skip: Tensor | None) -> Tensor:
+        if isinstance(self.skip_connection, nn.Identity):
+            return joined(x, skip)
+        return self.skip_connection(x, x2=skip)
+
+    def _forward(self, x: Tensor, emb: Tensor, skip: Tensor | None) -> Tensor:
         norm_in, _, conv_in = self.in_layers
         norm_out, _, dropout, conv_out = self.out_layers
-        h = norm_in(x, activation="silu")
+        h = norm_in(x, x2=skip, activation="silu")
         if self.use_scale_shift_norm:
             h = conv_in(h)
             scale, shift = self.emb_layers[1].chunks(emb, 2)  # type: ignore[operator]
@@ -131,7 +141,7 @@ class ResBlock(nn.Module):
         else:
             h = conv_in(h, sample_bias=self.emb_layers[1](emb).to(h.dtype))
             h = norm_out(h, activation="silu")
-        return conv_out(dropout(h), residual=self.skip_connection(x))
+        return conv_out(dropout(h), residual=self._skip_path(x, skip))
 
     def pruning_unit(self, name: str) -> PruningUnit:
         """The inner width as a pruning unit, in whole normalisation groups and, where possible, 8 channels."""
@@ -223,15 +233,20 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Double the resolution: (B, C, H, W) -> (B, C, 2H, 2W)."""
-        x = F.interpolate(x, scale_factor=2, mode="nearest")
-        return x if self.conv is None else self.conv(x)
+        if self.conv is None:
+            return F.interpolate(x, scale_factor=2, mode="nearest")
+        return self.conv(x, upsample=2)
 
 
 class TimestepBlocks(nn.Sequential):
     """A sequence of layers; its ResBlocks also get the timestep embedding."""
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:  # type: ignore[override]
-        """Run the layers over x (B, C, H, W) with the embedding emb (B, emb_channels)."""
+    def forward(self, x: Tensor, emb: Tensor, skip: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        """Run the layers over x (B, C, H, W) with the embedding emb (B, emb_channels).
+
+        The first layer, a ResBlock if there is a skip (B, C_skip, H, W), reads x and skip as one channel axis.
+        """
         for layer in self:
-            x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
+            x = layer(x, emb, skip) if isinstance(layer, ResBlock) else layer(x)
+            skip = None
         return x

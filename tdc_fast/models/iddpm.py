@@ -207,7 +207,7 @@ class UNet(nn.Module):
             skips.append(h)
         h = self.middle_block(h, emb)
         for block in self.output_blocks:
-            h = block(torch.cat([h, skips.pop()], dim=1), emb)
+            h = block(h, emb, skips.pop())
         return self.out[2](self.out[0](h, activation="silu"))
 
     def _check_inputs(self, x: Tensor, timesteps: Tensor, y: Tensor | None) -> None:

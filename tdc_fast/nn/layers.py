@@ -23,33 +23,50 @@ def group_count(channels: int, limit: int = 32) -> int:
     return next(groups for groups in range(min(limit, channels), 0, -1) if channels % groups == 0)
 
 
-class Conv2d(nn.Conv2d):
-    """Convolution, with an optional bias per sample and residual."""
+def joined(x: Tensor, x2: Tensor | None) -> Tensor:
+    """The channels of x (B, C, H, W), then those of x2 where it is given."""
+    return x if x2 is None else torch.cat([x, x2], dim=1)
 
-    def forward(self, x: Tensor, *, sample_bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+
+class Conv2d(nn.Conv2d):
+    """Convolution, with an optional second input, nearest upsampling in front, bias per sample and residual."""
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        x2: Tensor | None = None,
+        upsample: int = 1,
+        sample_bias: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
         """Convolve, then add what is given.
 
         Args:
-            x: images (B, C_in, H, W).
+            x: images (B, C_in, H, W); with x2 the first channels of them.
+            x2: the last input channels (B, C_2, H, W).
+            upsample: 2 doubles height and width first, by repeating pixels.
             sample_bias: bias per sample (B, C_out).
             residual: (B, C_out, OH, OW).
 
         Returns:
             (B, C_out, OH, OW).
         """
-        y = super().forward(x)
+        x = joined(x, x2)
+        y = super().forward(x if upsample == 1 else F.interpolate(x, scale_factor=upsample, mode="nearest"))
         if sample_bias is not None:
             y = y + sample_bias[:, :, None, None]
         return y if residual is None else residual + y
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group normalisation with fp32 statistics, with an optional scale and shift per sample and SiLU."""
+    """Group normalisation with fp32 statistics; an optional second input, scale and shift per sample and SiLU."""
 
     def forward(
         self,
         x: Tensor,
         *,
+        x2: Tensor | None = None,
         scale: Tensor | None = None,
         shift: Tensor | None = None,
         activation: str | None = None,
@@ -57,17 +74,19 @@ class GroupNorm(nn.GroupNorm):
         """Compute `activation(norm(x) * (1 + scale) + shift)`.
 
         Args:
-            x: images (B, C, H, W).
+            x: images (B, C, H, W); with x2 the first channels of them.
+            x2: the last channels (B, C_2, H, W).
             scale: (B, C).
             shift: (B, C).
             activation: "silu", or None for none.
 
         Returns:
-            Like x, in its dtype.
+            (B, C, H, W), in the dtype of x.
 
         Raises:
             ValueError: for another activation.
         """
+        x = joined(x, x2)
         weight = None if self.weight is None else self.weight.float()
         bias = None if self.bias is None else self.bias.float()
         # Not F.group_norm, which refuses a single sample with one value per group (1x1 pixels of few channels).

@@ -171,14 +171,18 @@ class RoutedConv2d(RoutedLeaf):
         x: Tensor,
         plan: RoutingPlan | None = None,
         *,
+        x2: Tensor | None = None,
+        upsample: int = 1,
         sample_bias: Tensor | None = None,
         residual: Tensor | None = None,
     ) -> Tensor:
         """Convolve each sample with its expert's weight, then add what is given.
 
         Args:
-            x: images (B, C_in, H, W), sorted by the plan.
+            x: images (B, C_in, H, W), sorted by the plan; with x2 the first channels of them.
             plan: the plan; None takes that of the running forward.
+            x2: the last input channels (B, C_2, H, W).
+            upsample: 2 doubles height and width first, by repeating pixels.
             sample_bias: bias per sample (B, C_out).
             residual: (B, C_out, OH, OW).
 
@@ -197,6 +201,8 @@ class RoutedConv2d(RoutedLeaf):
             out_widths=self.out_widths,
             sample_bias=sample_bias,
             residual=residual,
+            x2=x2,
+            upsample=upsample,
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RoutedConv2d:
@@ -297,6 +303,7 @@ class RoutedGroupNorm(RoutedLeaf):
         x: Tensor,
         plan: RoutingPlan | None = None,
         *,
+        x2: Tensor | None = None,
         scale: Tensor | None = None,
         shift: Tensor | None = None,
         activation: str | None = None,
@@ -306,12 +313,13 @@ class RoutedGroupNorm(RoutedLeaf):
         Args:
             x: (B, C), (B, C, T) or (B, C, H, W), sorted by the plan.
             plan: the plan; None takes that of the running forward.
+            x2: the last channels of images (B, C_2, H, W), of which x is the first.
             scale: (B, C).
             shift: (B, C).
             activation: "silu", or None for none.
 
         Returns:
-            Like x, in its dtype.
+            Like x, or (B, C, H, W) with x2, in the dtype of x.
         """
         image = x if x.dim() == 4 else x.reshape(x.shape[0], x.shape[1], -1, 1)
         y = routed_group_norm(
@@ -325,6 +333,7 @@ class RoutedGroupNorm(RoutedLeaf):
             scale=scale,
             shift=shift,
             activation=activation,
+            x2=x2,
         )
         return y if x.dim() == 4 else y.reshape(x.shape)
 

@@ -28,6 +28,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from tdc_fast.errors import invalid
@@ -59,6 +60,7 @@ _ORDER: dict[type, tuple[str, ...]] = {
     NormProblem: ("cpu", "cuda", "triton", "reference"),
 }
 _memo: dict[Any, tuple[Any, Any, list[int]]] = {}
+_reads_two: dict[Any, bool] = {}
 _describers: dict[str, Callable[..., Problem]] = {}
 
 
@@ -82,6 +84,7 @@ def register(backend: Backend) -> None:
 def forget() -> None:
     """Forgets every choice made so far, after a change in what backends support."""
     _memo.clear()
+    _reads_two.clear()
 
 
 def _ordered(problem: Problem) -> list[Backend]:
@@ -131,6 +134,20 @@ def select(problem: Problem, requested: str) -> Any:
     if requested:
         raise invalid(asked_by, requested, f"one of {available_backends()}")
     raise RuntimeError(f"no backend supports {problem}")  # unreachable: the reference supports everything
+
+
+@torch.compiler.assume_constant_result
+def reads_two_inputs(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether x and x2 are read where they are, by the backend that runs a group norm like a UNet's.
+
+    A model that needs the joined tensor more than once makes it itself where they are not, instead of once per call.
+    """
+    key = (device, dtype, os.environ.get(ENVIRONMENT))
+    found = _reads_two.get(key)
+    if found is None:
+        problem = NormProblem("routed_group_norm", device, dtype, 1, 8, 8, 64, 32, 1e-5, True, 1, 1, x2_channels=32)
+        found = _reads_two[key] = not isinstance(select(problem, ""), Unfused)
+    return found
 
 
 def remembered(

@@ -36,7 +36,7 @@ def _tensors_of_dgrad(weight: Tensor, *routing: Any) -> ConvTensors:
 
 
 def _tensors_of_wgrad(x: Tensor, x2: Tensor | None, weight: Tensor, offsets: Tensor, *routing: Any) -> ConvTensors:
-    return ConvTensors(x, weight, offsets, None, *routing, x2=x2)  # type: ignore[arg-type]
+    return ConvTensors(x, weight, offsets, None, *routing, x2=x2)  # type: ignore[arg-type,misc]
 
 
 def _hashable(stride: Sequence[int], padding: Sequence[int], upsample: int) -> _Settings:

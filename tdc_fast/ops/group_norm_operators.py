@@ -88,11 +88,10 @@ def _backward(dy: Tensor, *args: Any) -> list[Tensor]:
 
 
 def _backward_fake(dy: Tensor, *args: Any) -> list[Tensor]:
-    inputs, mask = args[:6], args[-2]
-    per_sample = (dy.shape[0], dy.shape[1])
-    shapes = (inputs[0].shape, inputs[1].shape, inputs[2].shape, per_sample, per_sample)
-    shapes = (*shapes, None if inputs[5] is None else inputs[5].shape)
-    wanted = (shape for shape, wants in zip(shapes, mask, strict=True) if wants)
+    x, weight, bias, _, _, x2 = args[:6]
+    per_sample, none = dy.shape[:2], torch.Size()
+    shapes = (x.shape, weight.shape, bias.shape, per_sample, per_sample, none if x2 is None else x2.shape)
+    wanted = (shape for shape, wants in zip(shapes, args[-2], strict=True) if wants)
     return [_empty_nhwc(dy, *shape) if len(shape) == 4 else dy.new_empty(shape) for shape in wanted]
 
 

@@ -228,9 +228,9 @@ def group_norm_tangent(problem: NormProblem, t: NormTensors, moving: NormTensors
     y, affine = _affine(normal, t, live, expert)
     step = torch.zeros_like(normal)
     if moving.x is not None or moving.x2 is not None:
-        parts = ((t.x, moving.x), (t.x2, moving.x2))
-        along = joined(*(torch.zeros_like(at) if at is not None and by is None else by for at, by in parts))
-        along = _zero_dead(along, live).reshape(shape)
+        by_x = torch.zeros_like(t.x) if moving.x is None else moving.x
+        by_x2 = torch.zeros_like(t.x2) if moving.x2 is None and t.x2 is not None else moving.x2
+        along = _zero_dead(joined(by_x, by_x2), live).reshape(shape)
         along = along - along.mean(2, keepdim=True)
         step = (rstd * (along - flat * (flat * along).mean(2, keepdim=True))).reshape(x.shape)
         step = step * _per_pixel(t.weight.index_select(0, expert), live)
