@@ -18,10 +18,12 @@ from tdc_fast.runs.build import split_data
 from tdc_fast.runs.denoisers import TrainedDenoiser
 from tdc_fast.runs.groups import build_groups
 from tdc_fast.runs.limits import check_limits
+from tdc_fast.runs.processes import one_process
 
 FEW_IMAGES = 5000
 
 
+@one_process
 def evaluate(a: str, b: str, options: EvaluateOptions | None = None) -> dict[str, Any]:
     """Compare two sets of images.
 

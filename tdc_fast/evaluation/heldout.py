@@ -19,6 +19,7 @@ from tdc_fast.errors import invalid
 from tdc_fast.nn.macs import measure_macs
 from tdc_fast.nn.modes import evaluating
 from tdc_fast.routing import TimestepGroups
+from tdc_fast.runs.processes import one_process
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,7 @@ def timestep_grid(groups: TimestepGroups, points_per_group: int) -> tuple[tuple[
     return tuple(grid)
 
 
+@one_process
 def heldout_losses(
     model: Denoiser,
     diffusion: DiffusionProcess,

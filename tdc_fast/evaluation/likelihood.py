@@ -15,8 +15,10 @@ from tdc_fast.errors import invalid
 from tdc_fast.progress import Progress
 from tdc_fast.runs.build import split_data
 from tdc_fast.runs.denoisers import TrainedDenoiser
+from tdc_fast.runs.processes import one_process
 
 
+@one_process
 def bits_per_dimension(
     denoiser: TrainedDenoiser,
     x0: Tensor,

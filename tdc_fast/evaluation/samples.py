@@ -17,10 +17,12 @@ from tdc_fast.diffusion.samplers import SamplerName, SpacingName, sampling_steps
 from tdc_fast.errors import invalid
 from tdc_fast.progress import Progress
 from tdc_fast.runs.denoisers import TrainedDenoiser
+from tdc_fast.runs.processes import one_process
 
 GRID_IMAGES = 100
 
 
+@one_process
 def draw_samples(
     denoiser: TrainedDenoiser,
     num_samples: int,

@@ -32,6 +32,7 @@ from tdc_fast.runs.config import TrainConfig, comma_numbers, keep_decisions, ref
 from tdc_fast.runs.directory import RunDirectory
 from tdc_fast.runs.opening import open_run
 from tdc_fast.runs.options import SearchOptions
+from tdc_fast.runs.processes import one_process
 from tdc_fast.runs.widths import NEXT_PLAN, find_plan, finish_commit, plan_hash
 from tdc_fast.training.base import train_base
 from tdc_fast.training.cost import stage1_steps
@@ -68,6 +69,7 @@ def prune_base(run: RunDirectory, base_state: State, dataset: Dataset | None = N
     return search_run(run, run.config, base, dataset).plan
 
 
+@one_process
 def prune_run(directory: str | Path, dataset: Dataset | None = None, **options: Any) -> Pruning:
     """Search the widths for a run with a finished stage 1 and write them where stage 2 finds them.
 
@@ -91,6 +93,7 @@ def prune_run(directory: str | Path, dataset: Dataset | None = None, **options: 
     return _search_finished_base(run, config, dataset or build_data(config))
 
 
+@one_process
 def prune_base_file(config: TrainConfig, dataset: Dataset | None = None) -> tuple[RunDirectory, Pruning]:
     """Begin a run on weights from elsewhere and search its widths, or resume it.
 

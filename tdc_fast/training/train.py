@@ -10,7 +10,7 @@ from tdc_fast.runs.build import build_data
 from tdc_fast.runs.config import TrainConfig
 from tdc_fast.runs.directory import RunDirectory
 from tdc_fast.runs.opening import open_run
-from tdc_fast.runs.processes import refuse_many_processes
+from tdc_fast.runs.processes import one_process
 from tdc_fast.training.base import train_base
 from tdc_fast.training.experts import train_experts
 from tdc_fast.training.grouping import group_timesteps
@@ -26,6 +26,7 @@ from tdc_fast.training.narration import (
 from tdc_fast.training.pruning import build_agents, prune_base, prunes, refuse_unreachable_budgets
 
 
+@one_process
 def train(config: TrainConfig, dataset: Dataset | None = None) -> RunDirectory:
     """Run all phases that the configuration asks for, or the rest of them with `config.resume`.
 
@@ -44,7 +45,6 @@ def train(config: TrainConfig, dataset: Dataset | None = None) -> RunDirectory:
     """
     if not isinstance(config, TrainConfig):
         raise invalid("config", type(config).__name__, "a TrainConfig")
-    refuse_many_processes()
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     if dataset is None:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from tdc_fast import prune, sample
+from tdc_fast import evaluation, prune, sample
 from tdc_fast.nn.width_plan import WidthPlan
 from tdc_fast.runs import lock
 from tdc_fast.runs.denoisers import from_run
@@ -24,7 +24,7 @@ from tdc_fast.runs.weights import load_tensors
 from tdc_fast.train import main, train
 from tdc_fast.training import load_run, pruning
 from tdc_fast.training import preview as previews
-from tdc_fast.training.pruning import prune_run
+from tdc_fast.training.pruning import prune_base_file, prune_run
 from tests.training.small_run import TWO_STAGES, differences, flags, rows, small_config
 
 SHORT = {**TWO_STAGES, "stage1_steps": 4, "stage2_steps": 4}
@@ -171,8 +171,17 @@ def test_a_launcher_of_several_processes_is_refused_by_name(folder, monkeypatch,
     config = small_config(folder, f"launched{name}", lr_anneal_steps=1)
     assert main(flags(config)) == 2
     assert f"error: {name}: got '2'; expected 1" in capsys.readouterr().err
-    with pytest.raises(ValueError, match=name):
-        train(config)
+    for work in (
+        lambda: train(config),
+        lambda: prune_run(config.run_dir),
+        lambda: prune_base_file(config),
+        lambda: evaluation.evaluate(config.run_dir, "digits"),
+        lambda: evaluation.draw_samples(None, 1),
+        lambda: evaluation.bits_per_dimension(None, None, None, batch_size=1),
+        lambda: evaluation.heldout_losses(None, None, None, None),
+    ):
+        with pytest.raises(ValueError, match=f"^{name}: got '2'; expected 1: "):
+            work()
     for command in (sample.main, prune.main):
         assert command(["--run", config.run_dir]) == 2
         assert name in capsys.readouterr().err
