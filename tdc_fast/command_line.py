@@ -39,6 +39,10 @@ BASIC = frozenset(
     }
 )
 """The flags that `-h` shows; `--help` shows all."""
+_OUT_OF_MEMORY = (
+    "out of memory ({}); lower --batch_size (in training also --microbatch, in a search also --score_samples), or take "
+    "a smaller network or smaller images: --num_channels, --image_size"
+)
 _TRUE, _FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
 
 
@@ -57,10 +61,22 @@ def run_command(command: Callable[[list[str]], None], argv: Sequence[str] | None
     except (ValueError, FloatingPointError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        what = (str(error) or "Python's allocator failed").splitlines()[0][:160]
+        print(f"error: {_OUT_OF_MEMORY.format(what)}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt as interrupt:
         print(str(interrupt) or stopped, file=sys.stderr)
         return INTERRUPTED
     return 0
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether an allocator failed: Python's, numpy's or torch's, on the CPU or a GPU."""
+    words = ("out of memory", "not enough memory", "allocate memory")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TypeVar
 
 import torch
@@ -126,3 +127,48 @@ def build_unet(config: TrainConfig, in_channels: int) -> UNet:
     )
     model.timestep_scale = 1000.0 / config.diffusion_steps if config.rescale_timesteps else 1.0
     return model
+
+
+def outline_unet(config: TrainConfig, in_channels: int) -> UNet:
+    """The network without memory for its weights, on torch's meta device; random generators are left unchanged.
+
+    Args:
+        config: the configuration.
+        in_channels: channels of the images.
+    """
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        return build_unet(config, in_channels).to("meta")
+
+
+def refuse_what_cannot_fit(config: TrainConfig, in_channels: int, device: torch.device, copies: int = 1) -> None:
+    """Refuse a network whose weights alone take more than all memory of a device, before it is built.
+
+    Args:
+        config: the configuration.
+        in_channels: channels of the images.
+        device: where the network is to be.
+        copies: numbers that are kept per weight, such as 5 for training: the weight, its gradient, two moments of
+            AdamW and an average.
+
+    Raises:
+        ValueError: naming --num_channels, and what else makes the network smaller.
+    """
+    parameters = sum(parameter.numel() for parameter in outline_unet(config, in_channels).parameters())
+    needed, there = 4 * copies * parameters, _memory(device)
+    if there and needed > there:
+        raise invalid(
+            "num_channels",
+            config.num_channels,
+            f"a smaller network, also by --channel_mult, --num_res_blocks or --num_classes: {parameters / 1e6:,.0f} "
+            f"million weights take {needed / 2**30:,.0f} GiB, and this machine has {there / 2**30:,.0f} GiB ({device})",
+        )
+
+
+def _memory(device: torch.device) -> int:
+    """Bytes of memory of a device; 0 where the system does not tell."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # as on Windows
+        return 0

@@ -8,13 +8,14 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from tdc_fast.diffusion import Diffusion
 from tdc_fast.errors import invalid
 from tdc_fast.runs.averages import UNTRAINED, initial_share
-from tdc_fast.runs.build import build_diffusion, build_unet
-from tdc_fast.runs.config import TrainConfig, read_options
+from tdc_fast.runs.build import build_diffusion, build_unet, refuse_what_cannot_fit
+from tdc_fast.runs.config import TrainConfig
 from tdc_fast.runs.loading import Run, load_run
 from tdc_fast.runs.options import DiffusionOptions, ModelOptions
 from tdc_fast.runs.weights import load_weights, read_description
@@ -154,6 +155,7 @@ def from_checkpoint(path: str | Path, facts: Mapping[str, Any]) -> TrainedDenois
     channels = facts["in_channels"] or 3  # as all of improved-diffusion's
     config = TrainConfig.from_dict({**{name: facts[name] for name in FACTS}, "in_channels": channels})
     model = build_unet(config, channels)
+    refuse_what_cannot_fit(config, channels, torch.device("cpu"))
     description = load_weights(Path(path), config, model, "model_path") or {}
     return TrainedDenoiser(
         model=model.eval(),

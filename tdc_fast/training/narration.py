@@ -11,7 +11,7 @@ from tdc_fast.data.dataset import Dataset
 from tdc_fast.nn.macs import measure_macs
 from tdc_fast.nn.width_plan import WidthPlan
 from tdc_fast.routing import TimestepGroups
-from tdc_fast.runs.build import build_unet
+from tdc_fast.runs.build import outline_unet
 from tdc_fast.runs.config import TrainConfig, comma_numbers
 from tdc_fast.runs.directory import RunDirectory
 from tdc_fast.runs.unet_flags import attention_sizes
@@ -72,11 +72,11 @@ def _listed(numbers: list[int]) -> str:
 def describe_plan(run: RunDirectory, dataset: Dataset) -> str:
     """What the run is going to do: data, model, steps of each phase, and files, as lines of text."""
     config, size = run.config, run.config.image_size
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        model = build_unet(config, run.in_channels)
+    model = outline_unet(config, run.in_channels)
+    with torch.device("meta"):
         t = torch.zeros(1, dtype=torch.int64)
         labels = {"y": t} if config.class_cond else {}
-        macs = measure_macs(model.to("meta"), torch.zeros(1, run.in_channels, size, size), t, **labels)
+        macs = measure_macs(model, torch.zeros(1, run.in_channels, size, size), t, **labels)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     held_out = f"; {config.heldout:.0%} of the set is held out" if config.heldout else ""
     lines = [

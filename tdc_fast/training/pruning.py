@@ -26,7 +26,7 @@ from tdc_fast.pruning.plots import draw_search
 from tdc_fast.pruning.progress import BarAndTable
 from tdc_fast.pruning.search import check_reachable
 from tdc_fast.routing import TimestepGroups
-from tdc_fast.runs.build import build_data, build_diffusion, build_unet
+from tdc_fast.runs.build import build_data, build_device, build_diffusion, outline_unet, refuse_what_cannot_fit
 from tdc_fast.runs.checkpoint import finished_steps
 from tdc_fast.runs.config import TrainConfig, comma_numbers, keep_decisions, refuse_changed_options
 from tdc_fast.runs.directory import RunDirectory
@@ -109,6 +109,7 @@ def prune_base_file(config: TrainConfig, dataset: Dataset | None = None) -> tupl
     if not config.run_dir:
         raise invalid("run_dir", config.run_dir, "--run_dir DIR, the directory of the run with these weights")
     dataset = dataset or build_data(config)
+    refuse_what_cannot_fit(config, dataset.channels, build_device(config))
     _check_prunable(config)
     path = Path(config.run_dir)
     stored = RunDirectory.open(path) if (path / "config.json").is_file() else None
@@ -194,8 +195,8 @@ def refuse_unreachable_budgets(config: TrainConfig, in_channels: int) -> None:
     if config.groups < 1 or not prunes(config):
         return
     shares = comma_numbers("budgets", config.budgets, float)
+    base = outline_unet(config, in_channels)
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        base = build_unet(config, in_channels)
         smallest = base.with_widths({unit.name: min(unit.widths()) for unit in base.pruning_units()})
         x, t = torch.zeros(1, *(in_channels, config.image_size, config.image_size)), torch.zeros(1, dtype=torch.int64)
         labels = {"y": t} if config.class_cond else {}

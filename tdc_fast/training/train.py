@@ -6,7 +6,7 @@ import torch
 
 from tdc_fast.data.dataset import Dataset
 from tdc_fast.errors import invalid
-from tdc_fast.runs.build import build_data
+from tdc_fast.runs.build import build_data, build_device, refuse_what_cannot_fit
 from tdc_fast.runs.config import TrainConfig
 from tdc_fast.runs.directory import RunDirectory
 from tdc_fast.runs.opening import open_run
@@ -51,6 +51,8 @@ def train(config: TrainConfig, dataset: Dataset | None = None) -> RunDirectory:
         dataset = build_data(config)
     else:
         _check_dataset(dataset, config)
+    # A weight, its gradient, two moments of AdamW, and averages.
+    refuse_what_cannot_fit(config, dataset.channels, build_device(config), copies=4 + len(config.ema_rates))
     if config.groups > 0:
         warn_of_small_batches(config, config.groups)
     if prunes(config):
