@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tdc_fast.errors import require
+from tdc_fast.errors import brief, invalid, require
 
 JSON_BYTES = 2**28
 YAML_BYTES = 2**18
@@ -24,6 +24,21 @@ def read_json(path: Path) -> Any:
         ValueError: it is no regular file, too large, not UTF-8, or not JSON.
     """
     return parse_json(_read_text(path, JSON_BYTES))
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The JSON object in a file that a run or a command wrote.
+
+    Raises:
+        ValueError: the file is missing, cannot be read, or holds something else; names it.
+    """
+    try:
+        value = read_json(path)
+    except (ValueError, OSError) as error:
+        raise invalid(path.name, str(path), f"the file as it was written; it does not parse: {error}") from error
+    if not isinstance(value, dict):
+        raise invalid(path.name, str(path), f"the file as it was written, an object; it holds {brief(value)}")
+    return value
 
 
 def parse_json(text: str) -> Any:

@@ -17,9 +17,9 @@ from tdc_fast.experiments.jobs import Job, run_jobs, train_and_measure, train_co
 from tdc_fast.experiments.measure import MeasuringProtocol, load_measured, load_yardsticks, prepare_yardsticks
 from tdc_fast.report import write_report
 from tdc_fast.routing import TimestepGroups
-from tdc_fast.runs.config import read_options
 from tdc_fast.runs.groups import build_groups
 from tdc_fast.runs.limits import Within, check_limits
+from tdc_fast.text_files import read_record
 
 FULL_STEPS = 3000
 
@@ -112,7 +112,7 @@ def _claim(out: Path, options: DemoOptions) -> None:
     """Record the options in the folder, or check that it was started with the same ones."""
     recorded, path = _recorded_options(options), out / "demo.json"
     if path.is_file():
-        for name, value in read_options(path).items():
+        for name, value in read_record(path).items():
             if recorded.get(name) != value:
                 raise invalid(name, recorded.get(name), f"{value!r}, as in the demo begun in {out}, or another --out")
         print(f"continuing the demo in {out}: what is finished is kept")

@@ -19,6 +19,7 @@ from tdc_fast.runs.config import TrainConfig
 from tdc_fast.runs.loading import Run, load_run
 from tdc_fast.runs.options import DiffusionOptions, ModelOptions
 from tdc_fast.runs.weights import load_weights, read_description
+from tdc_fast.text_files import read_record
 
 Which = Literal["auto", "experts", "base"]
 FACTS = tuple(field.name for section in (ModelOptions, DiffusionOptions) for field in fields(section))
@@ -73,7 +74,7 @@ def stored_facts(*, run: str = "", model_path: str = "") -> dict[str, Any]:
         path = Path(run) / "config.json"
         if not path.is_file():
             raise invalid("run", run, "a run directory: one with a config.json")
-        values, channels = read_options(path), read_options(path.with_name("run.json")).get("in_channels", 0)
+        values, channels = read_record(path), read_record(path.with_name("run.json")).get("in_channels", 0)
     else:
         description = read_description(Path(model_path)) or {}
         if description.get("stage") == "experts":
@@ -154,8 +155,8 @@ def from_checkpoint(path: str | Path, facts: Mapping[str, Any]) -> TrainedDenois
     """
     channels = facts["in_channels"] or 3  # as all of improved-diffusion's
     config = TrainConfig.from_dict({**{name: facts[name] for name in FACTS}, "in_channels": channels})
-    model = build_unet(config, channels)
     refuse_what_cannot_fit(config, channels, torch.device("cpu"))
+    model = build_unet(config, channels)
     description = load_weights(Path(path), config, model, "model_path") or {}
     return TrainedDenoiser(
         model=model.eval(),

@@ -26,8 +26,9 @@ import torch
 
 from tdc_fast.atomic import remove_leftovers, write_json
 from tdc_fast.errors import brief, invalid
-from tdc_fast.runs.config import MAY_BE_OVERRIDDEN, TrainConfig, read_options
+from tdc_fast.runs.config import MAY_BE_OVERRIDDEN, TrainConfig
 from tdc_fast.runs.lock import sole_writer
+from tdc_fast.text_files import read_record
 
 FORMAT = 1
 
@@ -125,8 +126,12 @@ class RunDirectory:
         if not (path / "config.json").is_file():
             raise invalid("run", str(path), "a run directory: one with a config.json")
         # Runs older than --ema_ramp have plain averages.
-        stored = TrainConfig.from_dict({"ema_ramp": False, **read_options(path / "config.json")})
-        facts = read_options(path / "run.json")
+        options = {"ema_ramp": False, **read_record(path / "config.json")}
+        try:
+            stored = TrainConfig.from_dict(options)
+        except ValueError as error:
+            raise ValueError(f"{path / 'config.json'}: {error}") from error
+        facts = read_record(path / "run.json")
         if facts.get("identity") != stored.identity:
             raise invalid(
                 "run", str(path / "config.json"), "the options the run began with; the file was changed since"
@@ -147,7 +152,7 @@ class RunDirectory:
             before: the options that held until then.
             changes: the new values by name.
         """
-        facts = read_options(self.path / "run.json")
+        facts = read_record(self.path / "run.json")
         entry = {
             "stage": stage,
             "step": step,
@@ -185,7 +190,7 @@ class RunDirectory:
 
     def read(self, name: str) -> dict[str, Any] | None:
         """One of the run's JSON files; None if it is not written yet."""
-        return read_options(self.path / name) if (self.path / name).is_file() else None
+        return read_record(self.path / name) if (self.path / name).is_file() else None
 
     def description(self, stage: str, **more: Any) -> dict[str, Any]:
         """The description that every checkpoint of a stage carries.

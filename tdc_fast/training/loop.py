@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from tdc_fast.runs.weights import read_state
 from tdc_fast.training.ema import WeightAverages
 from tdc_fast.training.interrupts import StopRequest, TrainingInterrupted, how_to_continue
 from tdc_fast.training.optimization import LearningRate, create_optimizer, gradient_norm
-from tdc_fast.training.random_state import random_state, restore_random_state
+from tdc_fast.training.random_state import check_random_state, random_state, restore_random_state
 from tdc_fast.training.stored_state import StoredState, read_moments, read_rest
 from tdc_fast.training.telemetry import QUARTILES, ProgressLog, RunningMeans
 
@@ -359,16 +360,12 @@ class StageLoop:
         self.step = step
         if stored.rest is None:
             return
-        try:
-            self.data.load_state_dict(self._data_position(stored.rest["data"]))
-            self.sampler.load_state_dict(stored.rest["sampler"])
-            self.means.load_state_dict(stored.rest["means"])
-            self.samples_per_group.copy_(stored.rest["samples_per_group"])
-            self.wall_seconds = float(stored.rest["wall_seconds"])
-            restore_random_state(stored.rest["random"])
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError) as error:
-            path = str(directory / state_file(step))
-            raise invalid("checkpoint", path, f"the state of this training: {' '.join(str(error).split())}") from error
+        self.data.load_state_dict(self._data_position(stored.rest["data"]))
+        self.sampler.load_state_dict(stored.rest["sampler"])
+        self.means.load_state_dict(stored.rest["means"])
+        self.samples_per_group.copy_(stored.rest["samples_per_group"])
+        self.wall_seconds = float(stored.rest["wall_seconds"])
+        restore_random_state(stored.rest["random"])
 
     def _data_position(self, position: Mapping[str, int]) -> dict[str, int]:
         """The position in the data of a checkpoint, in batches of the size that holds since it was overridden."""
@@ -396,7 +393,16 @@ class StageLoop:
 
     def _read_rest(self, path: Path, step: int) -> Mapping[str, Any]:
         means = {name: value for name, value in self.means.state_dict().items() if name != "sums"}
-        return read_rest(path, step, self.samples_per_group, means)
+        rest = read_rest(path, step, self.samples_per_group, means)
+        try:  # on copies: nothing is loaded before everything is checked
+            copy(self.data).load_state_dict(self._data_position(rest["data"]))
+            copy(self.sampler).load_state_dict(rest["sampler"])
+            float(rest["wall_seconds"])
+            check_random_state(rest["random"])
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError) as error:
+            remedy = f"the state of this training: {' '.join(str(error).split())}"
+            raise invalid("checkpoint", str(path), remedy) from error
+        return rest
 
 
 def _in_bf16(model: nn.Module, device: torch.device) -> Denoiser:

@@ -47,12 +47,36 @@ def random_state() -> dict[str, Any]:
     }
 
 
+def check_random_state(state: dict[str, Any]) -> None:
+    """Check on generators of its own that `restore_random_state` can restore a state.
+
+    Raises:
+        ValueError: it is not what `random_state` returned.
+    """
+    try:
+        torch.Generator().set_state(state["torch"].cpu())
+        if not all(one.dtype == torch.uint8 and one.dim() == 1 for one in state["cuda"]):
+            raise ValueError("cuda")
+        np.random.RandomState().set_state(_numpy_state(state))
+        random.Random().setstate(_python_state(state))
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"states of the random generators; {' '.join(str(error).split())}") from error
+
+
 def restore_random_state(state: dict[str, Any]) -> None:
     """Restore what `random_state` returned."""
     torch.set_rng_state(state["torch"].cpu())
     if state["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all([one.cpu() for one in state["cuda"]])
+    np.random.set_state(_numpy_state(state))
+    random.setstate(_python_state(state))
+
+
+def _numpy_state(state: dict[str, Any]) -> tuple[Any, ...]:
     name, keys, position, has_gauss, gauss = state["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, gauss))
+    return name, np.array(keys, dtype=np.uint32), position, has_gauss, gauss
+
+
+def _python_state(state: dict[str, Any]) -> tuple[Any, ...]:
     version, internal, following = state["python"]
-    random.setstate((version, tuple(internal), following))
+    return version, tuple(internal), following

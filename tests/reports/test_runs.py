@@ -138,6 +138,7 @@ def test_experts_go_on_with_changed_settings(run):
         ("macs.json", b"{}"),
         ("macs.json", b"["),
         ("run.json", b"{"),
+        ("run.json", b"[]"),
         ("config.json", b"{"),
         ("experts/state000004.json", b"{}"),
         ("experts/ema_0.9_000004.pt", b""),
@@ -150,8 +151,12 @@ def test_a_refused_resume_writes_nothing(run, capsys, name, damage):
     before = contents(run)
     assert main(["--resume", str(run), "--override", "lr=0.5", "--preview", "3"]) == 2
     said = capsys.readouterr().err
-    assert said.startswith("error: ") and Path(name).name in said
+    assert said.startswith("error: ") and Path(name).name in said and "config: got" not in said
     assert contents(run) == before
+    if name in ("run.json", "config.json"):
+        for command in (sample.main, prune.main):
+            assert command(["--run", str(run)]) == 2
+            assert capsys.readouterr().err.startswith(f"error: {name}: got '{run / name}'; expected the file as it was")
 
 
 def test_a_resumed_run_keeps_what_is_known_of_its_experts_cost(run):
