@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -27,17 +27,36 @@ class Groups(Protocol):
         """Each group's interval (start, stop), extended into its neighbours by `share` of their timesteps."""
 
 
+class Draw(NamedTuple):
+    """A batch of timesteps.
+
+    Attributes:
+        t: timesteps, int64 (B,).
+        weights: loss weights, float32 (B,).
+        groups: the group that each timestep was drawn for, int64 (B,); None without groups.
+    """
+
+    t: Tensor
+    weights: Tensor
+    groups: Tensor | None = None
+
+
 class TimestepSampler:
     """Draws timesteps t (B,) and loss weights (B,); the training loss is mean(weights * losses).
 
     Random numbers come only from the generator passed in. Everything else that a resumed run needs is in `state_dict`,
     as plain numbers, lists and tensors.
 
+    A draw has two parts, so that a step on a GPU does not wait for it: `prepare` does what needs the host, `draw` the
+    rest on the device. `sample` is both.
+
     Attributes:
         num_timesteps: T.
+        adaptive: whether `update` learns from losses, which it then reads.
     """
 
     num_timesteps: int
+    adaptive: ClassVar[bool] = False
 
     def sample(
         self, batch_size: int, *, generator: torch.Generator | None = None, device: torch.device | str | None = None
@@ -52,7 +71,46 @@ class TimestepSampler:
         Returns:
             Timesteps, int64 (B,), and weights, float32 (B,).
         """
+        drawn = self._sampled(batch_size, generator, device)
+        return drawn.t, drawn.weights
+
+    def prepare(self, batch_size: int, *, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """The part of a draw that needs the host; advances what `state_dict` holds.
+
+        Args:
+            batch_size: B.
+            generator: where random numbers come from; None for torch's default generator.
+
+        Returns:
+            Tensors (B,) on the CPU, to be given to `draw` on its device.
+        """
+        _check_batch(batch_size)
+        return {}
+
+    def draw(
+        self,
+        batch_size: int,
+        prepared: Mapping[str, Tensor],
+        *,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+    ) -> Draw:
+        """The rest of a draw, without waiting for the device.
+
+        Args:
+            batch_size: B.
+            prepared: what `prepare` returned, on the device.
+            generator: where random numbers come from, on the device; None for its default generator.
+            device: where the result is; None for the CPU.
+        """
         raise NotImplementedError
+
+    def _sampled(self, batch_size: int, generator: torch.Generator | None, device: torch.device | str | None) -> Draw:
+        """A whole draw on the generator's own device: a seed gives the same draw on all devices."""
+        home = _home(generator)
+        prepared = {name: value.to(home) for name, value in self.prepare(batch_size, generator=generator).items()}
+        t, weights, groups = self.draw(batch_size, prepared, generator=generator, device=home)
+        return Draw(t.to(device), weights.to(device), None if groups is None else groups.to(device))
 
     def update(self, t: Tensor, losses: Tensor) -> None:
         """Learn from the unweighted losses (B,) at timesteps t (B,); only adaptive samplers do."""
@@ -74,13 +132,17 @@ class UniformSampler(TimestepSampler):
             raise invalid("num_timesteps", num_timesteps, "at least one timestep")
         self.num_timesteps = num_timesteps
 
-    def sample(
-        self, batch_size: int, *, generator: torch.Generator | None = None, device: torch.device | str | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Draw a batch; see `TimestepSampler.sample`."""
-        _check_batch(batch_size)
-        t = torch.randint(self.num_timesteps, (batch_size,), generator=generator, device=_home(generator))
-        return t.to(device), torch.ones(batch_size, device=device)
+    def draw(
+        self,
+        batch_size: int,
+        prepared: Mapping[str, Tensor],
+        *,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+    ) -> Draw:
+        """See `TimestepSampler.draw`."""
+        t = torch.randint(self.num_timesteps, (batch_size,), generator=generator, device=device)
+        return Draw(t, torch.ones(batch_size, device=device))
 
 
 class LossSecondMomentSampler(TimestepSampler):
@@ -90,6 +152,8 @@ class LossSecondMomentSampler(TimestepSampler):
     `uniform_prob` of the probability stays uniform. The weights 1 / (T p) keep the loss unbiased. In a distributed run
     `update` gathers the losses of all ranks, so that every rank keeps the same probabilities.
     """
+
+    adaptive = True
 
     def __init__(self, num_timesteps: int, history_per_term: int = 10, uniform_prob: float = 0.001) -> None:
         if num_timesteps < 1:
@@ -110,16 +174,24 @@ class LossSecondMomentSampler(TimestepSampler):
         weights = weights / weights.sum() * (1 - self.uniform_prob) + self.uniform_prob / len(weights)
         return weights / weights.sum()
 
-    def sample(
-        self, batch_size: int, *, generator: torch.Generator | None = None, device: torch.device | str | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Draw a batch; see `TimestepSampler.sample`."""
+    def prepare(self, batch_size: int, *, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """The whole draw, as the history of losses is on the host."""
         _check_batch(batch_size)
         p = torch.from_numpy(self.probabilities())
         u = torch.rand(batch_size, generator=generator, device=_home(generator), dtype=torch.float64).cpu()
         t = torch.searchsorted(p.cumsum(0), u, right=True).clamp(max=self.num_timesteps - 1)
-        weights = (1 / (self.num_timesteps * p[t])).float()
-        return t.to(device), weights.to(device)
+        return {"t": t, "weights": (1 / (self.num_timesteps * p[t])).float()}
+
+    def draw(
+        self,
+        batch_size: int,
+        prepared: Mapping[str, Tensor],
+        *,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+    ) -> Draw:
+        """See `TimestepSampler.draw`."""
+        return Draw(prepared["t"], prepared["weights"])
 
     def update(self, t: Tensor, losses: Tensor) -> None:
         """Add the losses (B,) at timesteps t (B,), of all ranks, to the history."""
@@ -171,7 +243,7 @@ class StratifiedSampler(TimestepSampler):
             weighting: "unbiased" gives the expected loss of uniform timesteps, (group size / T) / share; "per_group"
                 gives every group the same total, 1 / (N * share); "none" gives ones: a group counts by its share.
             overlap: how far each group's timesteps reach into its neighbours (soft boundaries), as a share of theirs. A
-                timestep may then belong to either of two groups; `sample_groups` says to which. Not with "unbiased".
+                timestep may then belong to either of two groups; a draw says to which. Not with "unbiased".
 
         Raises:
             ValueError: for shares that are not positive or not one per group, or an unknown weighting.
@@ -204,6 +276,7 @@ class StratifiedSampler(TimestepSampler):
             "none": torch.ones(count, dtype=torch.float64),
         }
         self._weights = weights[weighting].float()
+        self._on_device: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
         # Samples owed to each group, in units of 1 / total: integers, so that rounding errors cannot add up.
         self._owed = np.zeros(count, dtype=np.int64)
 
@@ -227,32 +300,28 @@ class StratifiedSampler(TimestepSampler):
         self._owed = owed // scale if remainder else self._owed
         return counts
 
-    def sample(
-        self, batch_size: int, *, generator: torch.Generator | None = None, device: torch.device | str | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Draw a batch; see `TimestepSampler.sample`."""
-        t, weights, _ = self.sample_groups(batch_size, generator=generator, device=device)
-        return t, weights
-
-    def sample_groups(
-        self, batch_size: int, *, generator: torch.Generator | None = None, device: torch.device | str | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Draw a batch, as `sample` does, with the group that each timestep was drawn for.
-
-        Args:
-            batch_size: B.
-            generator: where random numbers come from; None for torch's default generator.
-            device: where to put the result; None for the CPU.
-
-        Returns:
-            Timesteps, int64 (B,), weights, float32 (B,), and groups, int64 (B,).
-        """
+    def prepare(self, batch_size: int, *, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """The group of each sample, int64 (B,)."""
         _check_batch(batch_size)
-        counts = self.next_counts(batch_size)
-        group = torch.from_numpy(_interleaved(counts))
-        u = torch.rand(batch_size, generator=generator, device=_home(generator), dtype=torch.float64).cpu()
-        t = self._starts[group] + (u * self._sizes[group]).long().minimum(self._sizes[group] - 1)
-        return t.to(device), self._weights[group].to(device), group.to(device)
+        return {"groups": torch.from_numpy(_interleaved(self.next_counts(batch_size)))}
+
+    def draw(
+        self,
+        batch_size: int,
+        prepared: Mapping[str, Tensor],
+        *,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+    ) -> Draw:
+        """See `TimestepSampler.draw`."""
+        group = prepared["groups"]
+        if group.device not in self._on_device:
+            tables = (self._starts, self._sizes, self._weights)
+            self._on_device[group.device] = tables[0].to(device), tables[1].to(device), tables[2].to(device)
+        starts, sizes, weights = self._on_device[group.device]
+        u = torch.rand(batch_size, generator=generator, device=device, dtype=torch.float64)
+        t = starts[group] + (u * sizes[group]).long().minimum(sizes[group] - 1)
+        return Draw(t, weights[group], group)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs."""

@@ -11,6 +11,7 @@ from torch import nn
 from tdc_fast.data.dataset import ImageDataset, load_dataset
 from tdc_fast.diffusion import Diffusion, create_diffusion
 from tdc_fast.errors import invalid
+from tdc_fast.graphs import captures_on
 from tdc_fast.models.iddpm import UNet, create_unet
 from tdc_fast.runs.config import TrainConfig
 
@@ -46,6 +47,17 @@ def named_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise invalid("device", name, f"cpu or auto, as torch sees {torch.cuda.device_count() or 'no'} GPU here")
     return device
+
+
+def check_cuda_graph(config: TrainConfig) -> None:
+    """Refuse --cuda_graph on where the device has none.
+
+    Raises:
+        ValueError: naming the option and the device.
+    """
+    device = build_device(config)
+    if config.cuda_graph == "on" and not captures_on(device):
+        raise invalid("cuda_graph", "on", f"auto or off, as the device is {device}; or --device cuda")
 
 
 def build_data(config: TrainConfig) -> ImageDataset:

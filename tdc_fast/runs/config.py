@@ -43,6 +43,7 @@ MAY_CHANGE_ON_RESUME = frozenset(
         "preview",
         "num_threads",
         "device",
+        "cuda_graph",
     }
 )
 """Options that may change when a run is resumed, since the weights do not depend on them.

@@ -122,6 +122,9 @@ class OptimizerOptions:
     """How stage 1 draws timesteps."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 runs the model under autocast with fp32 weights, optimizer and averages."""
+    cuda_graph: Literal["auto", "on", "off"] = "auto"
+    """Run the whole training step from a CUDA graph, so that the GPU does not wait for Python. auto: on a GPU, with a
+    line on the terminal where the step cannot be captured; on refuses to train without a graph."""
     use_fp16: bool = False
     """improved-diffusion's switch for mixed precision; here it means --precision bf16, whose range needs no loss
     scaling, so lg_loss_scale is always 0."""

@@ -15,12 +15,13 @@ from tdc_fast.runs.directory import RunDirectory
 from tdc_fast.runs.groups import build_groups
 from tdc_fast.runs.weights import cpu_state, find_base_file, load_weights, read_state
 from tdc_fast.training import cost
-from tdc_fast.training.loop import Stage, StageLoop
+from tdc_fast.training.loop import StageLoop
 from tdc_fast.training.optimization import LearningRate
 from tdc_fast.training.phase import State, build_base, image_shape, num_classes, open_stream, write_phase
 from tdc_fast.training.preview import write_preview
 from tdc_fast.training.random_state import derived_seed, seeded
 from tdc_fast.training.resume_checkpoint import continue_from
+from tdc_fast.training.stage import Stage
 
 
 def train_base(run: RunDirectory, dataset: Dataset | None = None) -> State:

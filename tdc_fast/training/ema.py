@@ -29,11 +29,18 @@ class WeightAverages:
         self.averages: dict[str, list[Tensor]] = {rate: [weight.clone() for weight in self._weights] for rate in rates}
 
     @torch.no_grad()
-    def update(self, n: int) -> None:
-        """Update the averages with the weights after step `n` (counted from 1)."""
+    def update(self, n: Tensor) -> None:
+        """Update the averages with the weights after a step.
+
+        Args:
+            n: number of the step, counted from 1: float64, 0-dim, on the device. It is never read back.
+        """
         for rate, average in self.averages.items():
-            effective = min(float(rate), (1 + n) / (10 + n)) if self._ramp else float(rate)
-            torch._foreach_lerp_(average, self._weights, 1.0 - effective)
+            if self._ramp:
+                share = (1.0 - ((1 + n) / (10 + n)).clamp(max=float(rate))).float()
+                torch._foreach_lerp_(average, self._weights, [share] * len(average))
+            else:
+                torch._foreach_lerp_(average, self._weights, 1.0 - float(rate))
 
     def state_dict(self, rate: str) -> dict[str, Tensor]:
         """The model's state dict with one rate's averages in place of the parameters, fp32; it shares their memory."""

@@ -16,7 +16,7 @@ from tdc_fast.runs.config import TrainConfig
 from tdc_fast.runs.directory import RunDirectory
 from tdc_fast.runs.widths import plan_hash
 from tdc_fast.training import cost
-from tdc_fast.training.loop import Stage, StageLoop
+from tdc_fast.training.loop import StageLoop
 from tdc_fast.training.optimization import LearningRate
 from tdc_fast.training.phase import (
     State,
@@ -31,6 +31,7 @@ from tdc_fast.training.phase import (
 )
 from tdc_fast.training.preview import write_preview
 from tdc_fast.training.random_state import derived_seed, seeded
+from tdc_fast.training.stage import Stage
 
 
 def train_experts(

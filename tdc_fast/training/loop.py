@@ -6,10 +6,8 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping
 from copy import copy
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from tdc_fast.data.stream import BatchStream
+from tdc_fast.data.transfer import to_device
 from tdc_fast.diffusion import Diffusion
-from tdc_fast.diffusion.protocols import Denoiser
-from tdc_fast.diffusion.timestep_samplers import StratifiedSampler, TimestepSampler
+from tdc_fast.diffusion.timestep_samplers import TimestepSampler
 from tdc_fast.errors import invalid, require
+from tdc_fast.graphs import graphed
 from tdc_fast.routing import TimestepGroups
 from tdc_fast.runs.averages import UNTRAINED, initial_share
 from tdc_fast.runs.checkpoint import (
@@ -35,43 +34,13 @@ from tdc_fast.runs.checkpoint import (
 from tdc_fast.runs.directory import RunDirectory
 from tdc_fast.runs.opening import find_step
 from tdc_fast.runs.weights import read_state
-from tdc_fast.training.ema import WeightAverages
 from tdc_fast.training.interrupts import StopRequest, TrainingInterrupted, how_to_continue
-from tdc_fast.training.optimization import LearningRate, create_optimizer, gradient_norm
+from tdc_fast.training.optimization import load_moments, optimizer_state
 from tdc_fast.training.random_state import check_random_state, random_state, restore_random_state
+from tdc_fast.training.stage import Stage
+from tdc_fast.training.step import TrainingStep
 from tdc_fast.training.stored_state import StoredState, read_moments, read_rest
-from tdc_fast.training.telemetry import QUARTILES, ProgressLog, RunningMeans
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stage:
-    """The settings of one stage.
-
-    Attributes:
-        name: "base" or "experts".
-        steps: number of steps; None for no limit.
-        batch_size: images per step.
-        learning_rate: by step.
-        macs_per_sample: forward and backward MACs, per group or one entry for all timesteps.
-        macs_before: MACs that the run had spent before the stage.
-        num_experts: E if every parameter has a leading dimension E, else None.
-        group_weights: weights (N,) of the groups' means in the logged mean loss; None for the plain mean.
-        loss_scale: factor on the mean weighted loss.
-        soft_boundaries: the sampler decides which expert trains on a timestep, as neighbours share some.
-        origin: JSON values that identify what the stage started from; stored in checkpoints.
-    """
-
-    name: str
-    steps: int | None
-    batch_size: int
-    learning_rate: LearningRate
-    macs_per_sample: Sequence[int]
-    macs_before: int = 0
-    num_experts: int | None = None
-    group_weights: Sequence[float] | None = None
-    loss_scale: float = 1.0
-    soft_boundaries: bool = False
-    origin: dict[str, Any]
+from tdc_fast.training.telemetry import ProgressLog
 
 
 class StageLoop:
@@ -104,19 +73,24 @@ class StageLoop:
         groups: TimestepGroups | None,
     ) -> None:
         config = run.config
-        self.run, self.stage, self.model, self.diffusion = run, stage, model, diffusion
-        self.data, self.sampler, self.groups = data, sampler, groups
+        self.run, self.stage, self.model = run, stage, model
+        self.data, self.sampler = data, sampler
         self.device = next(model.parameters()).device
         self.step = 0
-        self.parameters = list(model.parameters())
-        self.optimizer = create_optimizer(model, config.lr, config.weight_decay)
-        self.averages = WeightAverages(model, config.ema_rates, config.ema_ramp is True)
-        num_groups = groups.num_groups if groups else 0
-        self.means = RunningMeans(num_groups, self.device, stage.group_weights)
-        self.samples_per_group = torch.zeros(max(num_groups, 1), dtype=torch.int64, device=self.device)
+        work = TrainingStep(config, stage, model, diffusion, sampler, groups)
+        self.optimizer, self.averages, self.means = work.optimizer, work.averages, work.means
+        self.samples_per_group = work.samples_per_group
         self.wall_seconds = 0.0
-        self._resumed_at = 0
-        self._denoise = _in_bf16(model, self.device) if config.mixed_precision else model
+        self._work: Callable[..., tuple[Tensor, Tensor]] = work
+        if config.cuda_graph != "off":
+            self._work = graphed(
+                work,
+                self.device,
+                name=f"the step of stage {stage.name}",
+                modules=[model],
+                clone=False,
+                required=config.cuda_graph == "on",
+            )
 
     @property
     def directory(self) -> Path:
@@ -163,7 +137,6 @@ class StageLoop:
         )
         bar = _progress_bar(self.stage.name, self.step, self.stage.steps) if shown else None
         self._clock = time.perf_counter()
-        self._resumed_at = self.step
         try:
             with StopRequest() as stop:
                 while not self.finished:
@@ -200,58 +173,14 @@ class StageLoop:
             )
 
     def _train_step(self) -> None:
-        config, stage = self.run.config, self.stage
         x, condition = next(self.data)
-        x = x.to(self.device, non_blocking=True)
-        condition = {name: value.to(self.device, non_blocking=True) for name, value in condition.items()}
-        t, weights, group = self._draw_timesteps(len(x))
-        if stage.soft_boundaries and group is not None:
-            condition["expert_ids"] = group
-        self.optimizer.zero_grad(set_to_none=True)
-        losses = self._backward(x, t, torch.randn_like(x), weights, condition)
-        self.sampler.update(t, losses["loss"])
-        self._count(t, group, weights, losses)
-        self.means.add_gradient_norm(gradient_norm(self.parameters, config.grad_clip, stage.num_experts))
-        rate = stage.learning_rate(self.step)
-        for parameter_group in self.optimizer.param_groups:
-            parameter_group["lr"] = rate
-        self.optimizer.step()
+        rate = torch.tensor(self.stage.learning_rate(self.step), dtype=torch.float64)
+        n = torch.tensor(float(self.step + 1), dtype=torch.float64)
+        batch = (x, condition, self.sampler.prepare(len(x)), rate, n)
+        t, losses = self._work(*to_device(batch, self.device))
+        if self.sampler.adaptive:
+            self.sampler.update(t, losses)
         self.step += 1
-        self.averages.update(self.step)
-
-    def _draw_timesteps(self, count: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Timesteps, loss weights, and groups where there are any, each (count,)."""
-        if self.stage.soft_boundaries:
-            assert isinstance(self.sampler, StratifiedSampler)
-            return self.sampler.sample_groups(count, device=self.device)
-        t, weights = self.sampler.sample(count, device=self.device)
-        return t, weights, self.groups.group_of(t) if self.groups else None
-
-    def _backward(
-        self, x: Tensor, t: Tensor, noise: Tensor, weights: Tensor, condition: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """Add the gradient of the batch's mean loss, microbatch by microbatch; the losses (B,) by name."""
-        microbatch = self.run.config.microbatch
-        size = microbatch if microbatch > 0 else len(x)
-        parts: list[dict[str, Tensor]] = []
-        for start in range(0, len(x), size):
-            part = slice(start, start + size)
-            labels = {name: value[part] for name, value in condition.items()}
-            losses = self.diffusion.training_losses(self._denoise, x[part], t[part], noise[part], labels)
-            # Divided by the whole batch's size: the parts add up to the gradient of the unsplit batch.
-            ((losses["loss"] * weights[part]).sum() * (self.stage.loss_scale / len(x))).backward()
-            parts.append({name: value.detach() for name, value in losses.items()})
-        return parts[0] if len(parts) == 1 else {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
-
-    def _count(self, t: Tensor, group: Tensor | None, weights: Tensor, losses: dict[str, Tensor]) -> None:
-        if group is None:
-            self.samples_per_group += len(t)
-        else:
-            self.samples_per_group.index_add_(0, group, torch.ones_like(group))
-        # improved-diffusion logs weighted losses; for a stratified batch the unweighted loss of each group is logged.
-        if self.stage.group_weights is None:
-            losses = {name: value * weights for name, value in losses.items()}
-        self.means.add(losses, (t * QUARTILES).div(self.diffusion.num_timesteps, rounding_mode="floor"), group)
 
     def _report(self, log: ProgressLog, bar: Any) -> None:
         means = self.means.take()
@@ -294,7 +223,7 @@ class StageLoop:
         contents: dict[str, Any] = {model_file(self.step): self.model.state_dict()}
         for rate in self.averages.averages:
             contents[ema_file(rate, self.step)] = self.averages.state_dict(rate)
-        contents[optimizer_file(self.step)] = self.optimizer.state_dict()
+        contents[optimizer_file(self.step)] = optimizer_state(self.optimizer)
         contents[state_file(self.step)] = {
             "step": self.step,
             "random": random_state(),
@@ -354,9 +283,7 @@ class StageLoop:
         self.model.load_state_dict(stored.model)
         for rate, state in stored.averages.items():
             self.averages.load_state_dict(rate, state)
-        # The settings of the optimizer are those of the configuration; the file has its moments.
-        settings = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": stored.moments, "param_groups": settings})
+        load_moments(self.optimizer, stored.moments)
         self.step = step
         if stored.rest is None:
             return
@@ -403,17 +330,6 @@ class StageLoop:
             remedy = f"the state of this training: {' '.join(str(error).split())}"
             raise invalid("checkpoint", str(path), remedy) from error
         return rest
-
-
-def _in_bf16(model: nn.Module, device: torch.device) -> Denoiser:
-    """The model under autocast with its output in fp32, so that the diffusion process computes in fp32."""
-
-    def denoise(x: Tensor, t: Tensor, /, **condition: Any) -> Tensor:
-        with torch.autocast(device.type, dtype=torch.bfloat16) if device.type != "meta" else nullcontext():
-            prediction: Tensor = model(x, t, **condition)
-            return prediction.float()
-
-    return denoise
 
 
 def _progress_bar(name: str, step: int, steps: int | None) -> Any:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,8 +37,38 @@ class LearningRate:
 
 
 def create_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW as improved-diffusion uses it, in torch's fused form (one kernel for all parameters)."""
-    return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
+    """AdamW as improved-diffusion uses it, in torch's fused form (one kernel for all parameters).
+
+    Its learning rate is a 0-dim tensor, which every step reads where it is: see `rate_of`.
+    """
+    device = next(model.parameters()).device
+    on_gpu = device.type == "cuda"
+    # torch's fused kernels read the rate as a float on a GPU, and as a double on the CPU.
+    rate = torch.tensor(lr, dtype=torch.float32 if on_gpu else torch.float64, device=device)
+    return torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=weight_decay, fused=True, capturable=on_gpu)
+
+
+def rate_of(optimizer: torch.optim.Optimizer) -> Tensor:
+    """The learning rate of an optimizer of `create_optimizer`, 0-dim: write into it to change the rate."""
+    rate: Tensor = optimizer.param_groups[0]["lr"]
+    return rate
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The optimizer's state dict with the learning rate as a number, as other programs have it."""
+    state = optimizer.state_dict()
+    for group in state["param_groups"]:
+        group["lr"] = float(group["lr"])
+    return state
+
+
+def load_moments(optimizer: torch.optim.Optimizer, moments: Mapping[int, Mapping[str, Any]]) -> None:
+    """Take AdamW's state by number of the parameter; the settings and the tensor of the rate stay the optimizer's."""
+    rate = rate_of(optimizer)
+    settings = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": dict(moments), "param_groups": settings})
+    for group in optimizer.param_groups:
+        group["lr"] = rate
 
 
 @torch.no_grad()

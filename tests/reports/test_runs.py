@@ -60,7 +60,7 @@ def test_a_diverged_run_goes_on_from_its_last_finite_checkpoint_with_a_lower_rat
     def breaking_step(self):
         step(self)
         if self.step == 7 and self.run.config.lr > 1e-4:
-            self.parameters[0].data.fill_(float("inf"))
+            next(self.model.parameters()).data.fill_(float("inf"))
 
     monkeypatch.setattr(StageLoop, "_train_step", breaking_step)
     config = small_config(folder, "diverging", lr_anneal_steps=12, log_interval=20)

@@ -12,7 +12,7 @@ def moved(model: nn.Module, averages: WeightAverages, steps: int) -> None:
     for n in range(1, steps + 1):
         with torch.no_grad():
             model.weight.add_(1.0)
-        averages.update(n)
+        averages.update(torch.tensor(float(n), dtype=torch.float64))
 
 
 def test_each_rate_has_its_own_average():

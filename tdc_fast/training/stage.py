@@ -1,0 +1,40 @@
+"""What a stage of training is: its length, its batches, its learning rate, and how its losses count."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tdc_fast.training.optimization import LearningRate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """The settings of one stage.
+
+    Attributes:
+        name: "base" or "experts".
+        steps: number of steps; None for no limit.
+        batch_size: images per step.
+        learning_rate: by step.
+        macs_per_sample: forward and backward MACs, per group or one entry for all timesteps.
+        macs_before: MACs that the run had spent before the stage.
+        num_experts: E if every parameter has a leading dimension E, else None.
+        group_weights: weights (N,) of the groups' means in the logged mean loss; None for the plain mean.
+        loss_scale: factor on the mean weighted loss.
+        soft_boundaries: the sampler decides which expert trains on a timestep, as neighbours share some.
+        origin: JSON values that identify what the stage started from; stored in checkpoints.
+    """
+
+    name: str
+    steps: int | None
+    batch_size: int
+    learning_rate: LearningRate
+    macs_per_sample: Sequence[int]
+    macs_before: int = 0
+    num_experts: int | None = None
+    group_weights: Sequence[float] | None = None
+    loss_scale: float = 1.0
+    soft_boundaries: bool = False
+    origin: dict[str, Any]

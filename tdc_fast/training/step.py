@@ -1,0 +1,134 @@
+"""One step of training, from the draw of timesteps to the averages of the weights, as work that a GPU can replay."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tdc_fast.diffusion import Diffusion
+from tdc_fast.diffusion.protocols import Denoiser
+from tdc_fast.diffusion.timestep_samplers import Draw, TimestepSampler
+from tdc_fast.routing import TimestepGroups
+from tdc_fast.runs.config import TrainConfig
+from tdc_fast.training.ema import WeightAverages
+from tdc_fast.training.optimization import create_optimizer, gradient_norm, rate_of
+from tdc_fast.training.stage import Stage
+from tdc_fast.training.telemetry import QUARTILES, RunningMeans
+
+
+class TrainingStep:
+    """Draws timesteps and noise, and trains the model on one batch.
+
+    Nothing here waits for the device, and every number that changes from step to step is a tensor. So the same code
+    runs as it is and from a CUDA graph (`tdc_fast.graphs`).
+
+    Args:
+        config: the settings of the optimizer.
+        stage: the settings of the stage.
+        model: changed in place.
+        diffusion: its process.
+        sampler: draws timesteps.
+        groups: groups by which losses are logged; None for none.
+
+    Attributes:
+        optimizer: AdamW.
+        averages: the moving averages of the weights.
+        means: the running means of the log.
+        samples_per_group: samples so far, int64 (N,), or (1,) without groups.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        stage: Stage,
+        model: nn.Module,
+        diffusion: Diffusion,
+        sampler: TimestepSampler,
+        groups: TimestepGroups | None,
+    ) -> None:
+        device = next(model.parameters()).device
+        num_groups = groups.num_groups if groups else 0
+        self.optimizer = create_optimizer(model, config.lr, config.weight_decay)
+        self.averages = WeightAverages(model, config.ema_rates, config.ema_ramp is True)
+        self.means = RunningMeans(num_groups, device, stage.group_weights)
+        self.samples_per_group = torch.zeros(max(num_groups, 1), dtype=torch.int64, device=device)
+        self._config, self._stage, self._diffusion = config, stage, diffusion
+        self._sampler, self._groups, self._device = sampler, groups, device
+        self._parameters = list(model.parameters())
+        self._denoise = _in_bf16(model, device) if config.mixed_precision else model
+
+    def __call__(
+        self, x: Tensor, condition: Mapping[str, Tensor], prepared: Mapping[str, Tensor], rate: Tensor, n: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Train on one batch.
+
+        Args:
+            x: images (B, C, H, W).
+            condition: further arguments of the model, each (B, ...).
+            prepared: what the sampler prepared for B samples.
+            rate: the learning rate, 0-dim.
+            n: number of the step, from 1: float64, 0-dim.
+
+        Returns:
+            The timesteps (B,) and the unweighted losses (B,), from which an adaptive sampler learns.
+        """
+        drawn = self._sampler.draw(len(x), prepared, device=self._device)
+        group = self._group_of(drawn)
+        if self._stage.soft_boundaries and group is not None:
+            condition = {**condition, "expert_ids": group}
+        self.optimizer.zero_grad(set_to_none=True)
+        losses = self._backward(x, drawn.t, torch.randn_like(x), drawn.weights, condition)
+        self._count(drawn, group, losses)
+        norm = gradient_norm(self._parameters, self._config.grad_clip, self._stage.num_experts)
+        self.means.add_gradient_norm(norm)
+        rate_of(self.optimizer).copy_(rate)
+        self.optimizer.step()
+        self.averages.update(n)
+        return drawn.t, losses["loss"]
+
+    def _group_of(self, drawn: Draw) -> Tensor | None:
+        if self._stage.soft_boundaries:
+            return drawn.groups
+        return self._groups.group_of(drawn.t) if self._groups else None
+
+    def _backward(
+        self, x: Tensor, t: Tensor, noise: Tensor, weights: Tensor, condition: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Add the gradient of the batch's mean loss, microbatch by microbatch; the losses (B,) by name."""
+        microbatch = self._config.microbatch
+        size = microbatch if microbatch > 0 else len(x)
+        parts: list[dict[str, Tensor]] = []
+        for start in range(0, len(x), size):
+            part = slice(start, start + size)
+            labels = {name: value[part] for name, value in condition.items()}
+            losses = self._diffusion.training_losses(self._denoise, x[part], t[part], noise[part], labels)
+            # Divided by the whole batch's size: the parts add up to the gradient of the unsplit batch.
+            ((losses["loss"] * weights[part]).sum() * (self._stage.loss_scale / len(x))).backward()
+            parts.append({name: value.detach() for name, value in losses.items()})
+        return parts[0] if len(parts) == 1 else {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
+
+    def _count(self, drawn: Draw, group: Tensor | None, losses: dict[str, Tensor]) -> None:
+        if group is None:
+            self.samples_per_group += len(drawn.t)
+        else:
+            self.samples_per_group.index_add_(0, group, torch.ones_like(group))
+        # improved-diffusion logs weighted losses; for a stratified batch the unweighted loss of each group is logged.
+        if self._stage.group_weights is None:
+            losses = {name: value * drawn.weights for name, value in losses.items()}
+        quartiles = (drawn.t * QUARTILES).div(self._diffusion.num_timesteps, rounding_mode="floor")
+        self.means.add(losses, quartiles, group)
+
+
+def _in_bf16(model: nn.Module, device: torch.device) -> Denoiser:
+    """The model under autocast with its output in fp32, so that the diffusion process computes in fp32."""
+
+    def denoise(x: Tensor, t: Tensor, /, **condition: Any) -> Tensor:
+        with torch.autocast(device.type, dtype=torch.bfloat16) if device.type != "meta" else nullcontext():
+            prediction: Tensor = model(x, t, **condition)
+            return prediction.float()
+
+    return denoise

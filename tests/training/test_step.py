@@ -1,0 +1,80 @@
+"""The training step as work that is captured and replayed: the same run, bit for bit, as the step that runs as it is."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from tdc_fast.graphs import use_capture
+from tdc_fast.train import main, train
+from tests.graphs.tape import TapeCapture
+from tests.training.small_run import TWO_STAGES, differences, flags, small_config
+
+RUNS = {
+    "everything that changes from step to step": {
+        **TWO_STAGES, "ema_ramp": True, "warmup_steps": 3, "grad_clip": 1.0, "microbatch": 4, "weight_decay": 0.1,
+    },
+    "random parts, losses that a sampler reads, and soft boundaries": {
+        **TWO_STAGES, "dropout": 0.2, "schedule_sampler": "loss-second-moment", "diffusion_steps": 8,
+        "overlap": 0.3, "batch_size": 7, "class_cond": True,
+    },
+    "bf16 and a learned variance": {"lr_anneal_steps": 6, "precision": "bf16", "learn_sigma": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_from_graphs_is_the_run_without_them(tmp_path, name):
+    plain, tape = small_config(tmp_path, "plain", **RUNS[name]), TapeCapture()
+    train(plain)
+    with use_capture(tape):
+        train(plain.replace(run_dir=str(tmp_path / "graphs")))
+    stages = 2 if plain.groups else 1
+    steps = 10 if plain.groups else 6
+    assert len(tape.tapes) == stages and tape.warm_ups == 2 * stages
+    assert tape.replays == stages * (steps - 2)
+    assert differences(tmp_path / "plain", tmp_path / "graphs") == []
+
+
+def test_a_run_that_is_resumed_captures_again_and_goes_on_bit_for_bit(tmp_path):
+    config = small_config(tmp_path, lr_anneal_steps=10, dropout=0.2, ema_ramp=True)
+    with use_capture(TapeCapture()):
+        run = train(config)
+        shutil.copytree(run.path, tmp_path / "again")
+        for path in (tmp_path / "again").glob("*000010.*"):
+            path.unlink()
+        for path in (tmp_path / "again").glob("*000008.*"):
+            path.unlink()
+        tape = TapeCapture()
+        with use_capture(tape):
+            assert main(["--resume", str(tmp_path / "again")]) == 0
+    assert tape.warm_ups == 2 and tape.replays == 4
+    assert differences(run.path, tmp_path / "again") == []
+
+
+def test_graphs_can_be_switched_off(tmp_path):
+    tape = TapeCapture()
+    with use_capture(tape):
+        train(small_config(tmp_path, lr_anneal_steps=4, cuda_graph="off"))
+    assert tape.warm_ups == 0
+
+
+def test_a_graph_is_not_promised_where_there_is_none(tmp_path, capsys):
+    config = small_config(tmp_path, lr_anneal_steps=4, cuda_graph="on", device="cpu")
+    assert main(flags(config)) == 2
+    assert "cuda_graph: got 'on'; expected auto or off, as the device is cpu" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_graph_that_must_be_and_cannot_be_is_an_error(tmp_path, monkeypatch):
+    from tdc_fast.models.iddpm import UNet
+
+    built = UNet.__init__
+
+    def with_a_hook(self, *arguments, **options):
+        built(self, *arguments, **options)
+        self.out[0].register_forward_hook(lambda *_: None)
+
+    monkeypatch.setattr(UNet, "__init__", with_a_hook)
+    with use_capture(TapeCapture()), pytest.raises(RuntimeError, match=r"stage base .* module out.0 has hooks"):
+        train(small_config(tmp_path, lr_anneal_steps=4, cuda_graph="on", device="cpu"))
