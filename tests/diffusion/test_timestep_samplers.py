@@ -211,7 +211,7 @@ def test_overlap_draws_from_the_neighbours_and_says_for_which_group():
     groups = edges([0, 40, 60, 100])
     assert groups.overlapping(0.25) == ((0, 45), (30, 70), (55, 100))
     sampler = StratifiedSampler(groups, weighting="per_group", overlap=0.25)
-    t, weights, group = sampler.sample_groups(3000, generator=torch.Generator().manual_seed(0))
+    t, weights, group = sampler.draw(3000, sampler.prepare(3000), generator=torch.Generator().manual_seed(0))
     assert group.bincount().tolist() == [1000] * 3 and (weights == 1).all()
     for g, (start, stop) in enumerate(groups.overlapping(0.25)):
         drawn = t[group == g]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from torch import nn
 
 from tdc_fast.graphs import Graphed
+from tdc_fast.train import train
+from tests.training.small_run import TWO_STAGES, differences, rows, small_config
 
 pytestmark = pytest.mark.gpu
 
@@ -63,3 +67,32 @@ def test_after_a_failed_capture_the_gpu_works_and_random_numbers_go_on() -> None
     working = Graphed(lambda x: x + 1, "cuda")
     assert [working(torch.full((1,), float(i), device="cuda")).item() for i in range(5)] == [1, 2, 3, 4, 5]
     assert working.num_graphs == 1
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory):
+    """A run of both stages from graphs, in bf16, with everything random in it."""
+    folder = tmp_path_factory.mktemp("graphs")
+    options = {**TWO_STAGES, "num_channels": 32, "dropout": 0.1, "grad_clip": 1.0, "ema_ramp": True, "batch_size": 12}
+    config = small_config(folder, "graphs", precision="bf16", cuda_graph="on", device="cuda", **options)
+    train(config)
+    return folder, config
+
+
+def test_training_from_graphs_has_the_losses_of_the_steps_as_they_are(trained) -> None:
+    folder, config = trained
+    train(config.replace(run_dir=str(folder / "plain"), cuda_graph="off"))
+    for stage in ("base", "experts"):
+        ours, plain = (rows(folder / name / stage / "progress.csv") for name in ("graphs", "plain"))
+        assert [float(row["loss"]) for row in ours] == pytest.approx([float(row["loss"]) for row in plain], rel=2e-2)
+
+
+def test_training_from_graphs_resumes_bit_for_bit(trained) -> None:
+    folder, _ = trained
+    shutil.copytree(folder / "graphs", folder / "again")
+    for path in (folder / "again" / "experts").glob("*000010.*"):
+        path.unlink()
+    train(
+        small_config(folder, "again").from_file(folder / "again" / "config.json").replace(resume=str(folder / "again"))
+    )
+    assert [name for name in differences(folder / "graphs", folder / "again") if name.endswith(".pt")] == []

@@ -17,7 +17,9 @@ from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 READS = {"aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::nonzero"}
-ONLY_ON_THE_CPU = {"check_timesteps", "_check_inputs", "group_of", "_next_steps"}
+ONLY_ON_THE_CPU = {
+    "check_timesteps", "UNet._check_inputs", "TimestepGroups.group_of", "_next_steps", "RoutedEmbedding.forward",
+}  # fmt: skip
 """Functions that check values in host memory, and leave them alone on a device."""
 
 
@@ -71,8 +73,8 @@ class Tape(TorchDispatchMode):
     @staticmethod
     def _in_a_check() -> bool:
         frame = sys._getframe(2)
-        while frame is not None and frame.f_code.co_name != "record":
-            if frame.f_code.co_name in ONLY_ON_THE_CPU:
+        while frame is not None and frame.f_code.co_name != TapeCapture.record.__name__:
+            if frame.f_code.co_qualname in ONLY_ON_THE_CPU:
                 return True
             frame = frame.f_back
         return False

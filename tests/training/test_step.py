@@ -1,4 +1,4 @@
-"""The training step as work that is captured and replayed: the same run, bit for bit, as the step that runs as it is."""
+"""The training step, captured and replayed: the same run, bit for bit, as with the step that runs as it is."""
 
 from __future__ import annotations
 
@@ -11,16 +11,23 @@ from tdc_fast.train import main, train
 from tests.graphs.tape import TapeCapture
 from tests.training.small_run import TWO_STAGES, differences, flags, small_config
 
+STAGES = {**TWO_STAGES, "stage1_steps": 5, "stage2_steps": 6}
 RUNS = {
     "everything that changes from step to step": {
-        **TWO_STAGES, "ema_ramp": True, "warmup_steps": 3, "grad_clip": 1.0, "microbatch": 4, "weight_decay": 0.1,
+        **STAGES, "ema_ramp": True, "warmup_steps": 3, "grad_clip": 1.0, "microbatch": 4, "weight_decay": 0.1,
     },
     "random parts, losses that a sampler reads, and soft boundaries": {
-        **TWO_STAGES, "dropout": 0.2, "schedule_sampler": "loss-second-moment", "diffusion_steps": 8,
+        **STAGES, "dropout": 0.2, "schedule_sampler": "loss-second-moment", "diffusion_steps": 8,
         "overlap": 0.3, "batch_size": 7, "class_cond": True,
     },
     "bf16 and a learned variance": {"lr_anneal_steps": 6, "precision": "bf16", "learn_sigma": True},
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def attention_of_a_gpu(monkeypatch):
+    """All heads of pruned experts are computed: which ones are live is read on the CPU alone."""
+    monkeypatch.setattr("tdc_fast.models.blocks.AttentionBlock._live_heads", lambda self: None, raising=False)
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -29,10 +36,8 @@ def test_a_run_from_graphs_is_the_run_without_them(tmp_path, name):
     train(plain)
     with use_capture(tape):
         train(plain.replace(run_dir=str(tmp_path / "graphs")))
-    stages = 2 if plain.groups else 1
-    steps = 10 if plain.groups else 6
-    assert len(tape.tapes) == stages and tape.warm_ups == 2 * stages
-    assert tape.replays == stages * (steps - 2)
+    steps = [5, 6] if plain.groups else [6]
+    assert [one.replays for one in tape.tapes] == [count - 2 for count in steps]  # the first two run as they are
     assert differences(tmp_path / "plain", tmp_path / "graphs") == []
 
 
