@@ -10,6 +10,7 @@ from torch import nn
 
 from tdc_fast.graphs import Graphed
 from tdc_fast.train import train
+from tdc_fast.training import TrainConfig
 from tests.training.small_run import TWO_STAGES, differences, rows, small_config
 
 pytestmark = pytest.mark.gpu
@@ -92,7 +93,6 @@ def test_training_from_graphs_resumes_bit_for_bit(trained) -> None:
     shutil.copytree(folder / "graphs", folder / "again")
     for path in (folder / "again" / "experts").glob("*000010.*"):
         path.unlink()
-    train(
-        small_config(folder, "again").from_file(folder / "again" / "config.json").replace(resume=str(folder / "again"))
-    )
+    again = TrainConfig.from_file(folder / "again" / "config.json")
+    train(again.replace(run_dir="", resume=str(folder / "again")))
     assert [name for name in differences(folder / "graphs", folder / "again") if name.endswith(".pt")] == []
