@@ -10,8 +10,14 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tdc_fast.errors import invalid
+
+# Up to here torch's CPU kernel adds in an order that depends on the thread a head falls to, and divides a single head
+# among threads. Computed in fp64, that is lost in the rounding, so that a sample has the same bits in every batch.
+_FEW_TOKENS = 32
 
 
 def group_count(channels: int, limit: int = 32) -> int:
@@ -140,11 +146,10 @@ def from_tokens(tokens: Tensor, height: int, width: int) -> Tensor:
 
 
 def qkv_attention(qkv: Tensor, head_dim: int, live: Tensor | None = None) -> Tensor:
-    """Self-attention with a softmax in fp32 (improved-diffusion's QKVAttention).
+    """Self-attention by torch's fused kernels, softmax in fp32 (improved-diffusion's QKVAttention).
 
-    Scores are scaled by head_dim ** -0.5 (improved-diffusion scales q and k by its square root). On a GPU this is
-    torch's fused attention; elsewhere it is batched products, because torch's FLOP counter does not count its fused
-    CPU kernel.
+    Scores are scaled by head_dim ** -0.5 (improved-diffusion scales q and k by its square root). Differentiable once,
+    in reverse and in forward mode.
 
     Args:
         qkv: (B, T, heads * 3 * head_dim); the channels of a head are its q, k and v.
@@ -157,21 +162,22 @@ def qkv_attention(qkv: Tensor, head_dim: int, live: Tensor | None = None) -> Ten
     """
     batch, tokens, channels = qkv.shape
     heads = channels // (3 * head_dim)
-    # One copy puts q, k and v into the layout of the batched products, (B * heads, T, head_dim) each.
-    split = qkv.view(batch, tokens, heads, 3, head_dim).permute(3, 0, 2, 1, 4)
+    split = qkv.view(batch, tokens, heads, 3, head_dim)
     if live is not None and not qkv.is_cuda and not torch.compiler.is_compiling():
         sample, head = live.nonzero(as_tuple=True)  # a size that depends on data: a GPU would wait here
-        out = _attend(split[:, sample, head], head_dim)
-        out = out.new_zeros(batch, heads, tokens, head_dim).index_put((sample, head), out)
-        return out.transpose(1, 2).reshape(batch, tokens, heads * head_dim)
-    out = _attend(split.reshape(3, batch * heads, tokens, head_dim), head_dim)
-    return out.view(batch, heads, tokens, head_dim).transpose(1, 2).reshape(batch, tokens, heads * head_dim)
+        out = _attend(split[sample, :, head].unsqueeze(2)).squeeze(2)  # each live head as a sample of one head
+        everywhere = out.new_zeros(batch, tokens, heads, head_dim).transpose(1, 2).index_put((sample, head), out)
+        return everywhere.transpose(1, 2).reshape(batch, tokens, heads * head_dim)
+    return _attend(split).reshape(batch, tokens, heads * head_dim)
 
 
-def _attend(qkv: Tensor, head_dim: int) -> Tensor:
-    """Attention of each head: (3, heads of all samples, T, head_dim) -> (heads of all samples, T, head_dim)."""
-    q, k, v = qkv.unbind(0)
-    if qkv.is_cuda:
-        return F.scaled_dot_product_attention(q, k, v)
-    scores = torch.bmm(q * head_dim**-0.5, k.transpose(1, 2))
-    return torch.bmm(torch.softmax(scores.float(), dim=-1).to(v.dtype), v)
+def _attend(qkv: Tensor) -> Tensor:
+    """Attention of each head: (B, T, heads, 3, head_dim) -> (B, T, heads, head_dim)."""
+    if qkv.device.type == "cpu" and qkv.dtype != torch.float64 and qkv.shape[1] <= _FEW_TOKENS:
+        return _attend(qkv.double()).to(qkv.dtype)
+    # Four dimensions, since torch computes three by plain products; views, since its kernels take any strides.
+    q, k, v = (part.transpose(1, 2) for part in qkv.unbind(3))  # (B, heads, T, head_dim)
+    if forward_ad._current_level >= 0:  # the fused kernels have no forward mode
+        with sdpa_kernel(SDPBackend.MATH):
+            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)

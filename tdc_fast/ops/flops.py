@@ -3,7 +3,7 @@
 Two per multiply-add, as torch counts a convolution: twice n_g * OH * OW * R * S * live_in_g * live_out_g, summed over
 the groups; the same for forward, dgrad and wgrad. With upsampling that is the convolution of the upsampled image, of
 which a kernel may multiply less. The group norm has no formula, nor has torch's own. Widths that cannot be read (fake
-tensors) count as full.
+tensors) count as full. Torch's fused attention counts on the CPU as it does on a GPU.
 """
 
 from __future__ import annotations
@@ -70,11 +70,13 @@ def _wgrad(
 
 
 def _register_now(counter: ModuleType) -> None:
-    ops = torch.ops.tdc_fast
+    ops, aten = torch.ops.tdc_fast, torch.ops.aten
     formulas = {
         ops.routed_conv2d: _forward,
         ops.routed_conv2d_dgrad: _dgrad,
         ops.routed_conv2d_wgrad: _wgrad,
+        aten._scaled_dot_product_flash_attention_for_cpu: counter.sdpa_flop,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: counter.sdpa_backward_flop,
     }
     for target, formula in formulas.items():
         if target not in counter.flop_registry:

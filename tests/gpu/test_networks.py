@@ -121,6 +121,21 @@ def test_two_training_steps_give_the_same_bits(device: str) -> None:
 
 
 @on_device
+@pruned
+def test_attention_runs_in_a_fused_kernel(device: str, pruned: bool) -> None:
+    model = routed_unet(device, torch.bfloat16, pruned=pruned)
+    batch = batch_for(model, seed=1)
+    gradients_of(model, *batch)
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        gradients_of(model, *batch)
+        torch.cuda.synchronize(device)
+    kernels = {e.name.lower() for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA}
+    assert any(name in kernel for kernel in kernels for name in ("flash", "fmha", "sdpa")), kernels
+    assert not any("softmax" in kernel for kernel in kernels), kernels
+
+
+@on_device
 def test_autocast_computes_in_bf16_and_gives_fp32_gradients(device: str) -> None:
     model = routed_unet(device, torch.float32, pruned=False)
     batch = batch_for(model, seed=1)

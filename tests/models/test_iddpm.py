@@ -11,7 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tdc_fast.models.blocks import timestep_embedding
 from tdc_fast.models.iddpm import UNet, create_unet, default_channel_mult
+from tdc_fast.nn.packing import pack_experts
+from tdc_fast.routing import TimestepGroups
 from tests.models import published_unet
+from tests.operators import Recorded
 
 SMALL = {
     "image_size": 8, "in_channels": 2, "model_channels": 32, "out_channels": 4, "num_res_blocks": 1,
@@ -144,6 +147,18 @@ def test_activations_stay_channels_last():
             )
     model(*inputs(model))
     assert strides and all(strides)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+def test_every_attention_is_torchs_fused_one(packed):
+    model = randomise(UNet(**SMALL))
+    count = sum(unit.kind == "attention" for unit in model.pruning_units())
+    routed = pack_experts(model, TimestepGroups.uniform(1000, 2)) if packed else model
+    with Recorded() as called:
+        routed(*inputs(model)).sum().backward()
+    fused = "_scaled_dot_product_flash_attention_for_cpu"
+    assert called[fused] == called[f"{fused}_backward"] == count == 4
+    assert not called.keys() & {"bmm", "_softmax"}
 
 
 def test_a_recipe_and_a_state_dict_rebuild_the_model():

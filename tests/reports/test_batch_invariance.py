@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 
 import pytest
 import torch
 from torch import Tensor
 
 from tdc_fast.models.blocks import silu
+from tdc_fast.nn.layers import qkv_attention
 from tdc_fast.nn.packing import RoutedModel, pack_experts
 from tests.models.test_iddpm import randomise
 from tests.nn.test_packing import GROUPS, PRUNED, shuffled_plan, unet
 
 
 @pytest.fixture(params=[1, 3], ids=["1 thread", "3 threads"], autouse=True)
-def threads(request: pytest.FixtureRequest) -> Iterator[None]:
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
-    yield
+    yield request.param
     torch.set_num_threads(before)
 
 
@@ -61,11 +63,27 @@ def test_a_packed_unet_gives_a_sample_the_same_bits_in_every_batch(
         {"model_channels": 20, "num_heads": 2},  # embeddings that are no multiple of a vector
         {"model_channels": 12, "num_heads": 2, "image_size": 16},
         {"image_size": 4, "conv_resample": False},
+        {"image_size": 6, "model_channels": 20, "num_heads": 1},  # 3x3 positions in attention, one head
     ],
 )
 def test_it_does_so_at_any_number_of_channels_and_size(settings: dict) -> None:
     model = unet(**settings)
     check(randomise(pack_experts(model, groups=GROUPS), seed=3), model.image_size, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("threads", [1, 2, 3, 4], indirect=True, ids="{} threads".format)
+def test_attention_of_a_sample_does_not_depend_on_its_batch(dtype: torch.dtype) -> None:
+    """At any number of positions, heads and live heads, also where one head is all there is to compute."""
+    generator = torch.Generator().manual_seed(0)
+    for tokens, (heads, dim) in product((4, 9, 16, 25, 32, 49), ((1, 24), (1, 256), (2, 12), (3, 7))):
+        qkv = torch.randn(6, tokens, heads * 3 * dim, generator=generator).to(dtype)
+        some = torch.arange(heads) < torch.tensor([1, 0, heads, 1, heads, 1])[:, None]
+        for live in (None, some):
+            whole = qkv_attention(qkv, dim, live)
+            for kept in ([0], [1, 3, 5]):
+                alone = qkv_attention(qkv[kept], dim, None if live is None else live[kept])
+                assert torch.equal(alone, whole[kept]), (tokens, heads, dim, live is None, kept)
 
 
 def test_silu_of_an_element_does_not_depend_on_where_it_stands() -> None:
