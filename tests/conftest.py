@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests import generated
+
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 if WORKERS > 1:  # test processes, and what they start, share the cores
     threads = max(1, (os.cpu_count() or 1) // WORKERS)
@@ -37,8 +39,16 @@ SLOW = (
 )
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    words = "try N times as many examples in the generated tests of tests/reports, and others in every run"
+    parser.addoption("--fuzz-factor", type=int, default=1, metavar="N", help=words)
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    """Gives all test processes one folder for the emulator's builds, which exist once whole or not at all."""
+    """Sets how many examples generated tests try, and gives all test processes one folder for the emulator's builds,
+    which exist once whole or not at all.
+    """
+    generated.factor = config.getoption("--fuzz-factor")
     if "TDC_EMULATOR_BUILD" not in os.environ:
         folder = tempfile.TemporaryDirectory(prefix="tdc_emulator_")
         os.environ["TDC_EMULATOR_BUILD"] = folder.name

@@ -173,11 +173,6 @@ class Memory:
         assert self.path is not None
         content = self.path.read_bytes()
         end = content.rfind(b"\n") + 1
-        if end < len(content):
-            self.say(f"note: {self.path}: its last line was cut off by a kill and will be written again")
-            with open(self.path, "r+b") as file:
-                file.truncate(end)
-                os.fsync(file.fileno())
         events = []
         for number, line in enumerate(content[:end].splitlines(), start=1):
             try:
@@ -187,6 +182,11 @@ class Memory:
             except ValueError as error:
                 where = f"{self.path}, line {number}"
                 raise invalid(where, line[:80], "one JSON object; the file is damaged") from error
+        if end < len(content):
+            self.say(f"note: {self.path}: its last line was cut off by a kill and will be written again")
+            with open(self.path, "r+b") as file:
+                file.truncate(end)
+                os.fsync(file.fileno())
         return events
 
     def _take(self, event: Mapping[str, Any], number: int) -> None:
@@ -215,11 +215,11 @@ def read_trials(path: str | Path) -> list[Trial]:
         ValueError: naming the line that is no event.
     """
     path = Path(path)
-    lines = path.read_text(encoding="utf-8").split("\n")[1:-1]  # whole lines but the first
+    lines = path.read_bytes().split(b"\n")[1:-1]  # whole lines but the first
     trials = []
     for number, line in enumerate(lines, start=2):
         try:
-            event = parse_json(line)
+            event = parse_json(line.decode("utf-8"))
             if event["event"] == "scored":
                 trials.append(_trial(event))
         except (ValueError, KeyError, TypeError) as error:

@@ -146,6 +146,8 @@ def find_problem(directory: Path, step: int, expected: Mapping[str, Any]) -> str
         description = read_json(marker)
         files = dict(description["files"])
     except (OSError, ValueError, KeyError, TypeError):
+        files = {}
+    if not files or not all(isinstance(name, str) and Path(name).name == name and len(name) < 256 for name in files):
         return f"{marker} is damaged: it is no checkpoint description"
     foreign = differing_key(description, expected)
     if foreign:

@@ -237,15 +237,15 @@ def _drop_later_rows(path: Path, step: int) -> list[str]:
 def _json_lines(path: Path, step: int) -> TextIO:
     kept = []
     if path.is_file() and step:
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), start=1):
+        for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
             try:
-                if line.endswith("\n") and parse_json(line)["step"] <= step:
+                if line.endswith(b"\n") and parse_json(line.decode("utf-8"))["step"] <= step:
                     kept.append(line)
             except (ValueError, KeyError, TypeError) as error:
                 remedy = "an object with a 'step'; move the file away to continue without its lines"
                 raise invalid(f"{path}, line {number}", line[:80], remedy) from error
     with atomic_file(path) as file:
-        file.write("".join(kept).encode())
+        file.write(b"".join(kept))
     return _append_to(path)
 
 

@@ -8,7 +8,7 @@ import time
 import typing
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tdc_fast import evaluate, nll, sample, train
@@ -21,6 +21,7 @@ from tdc_fast.routing import TimestepGroups
 from tdc_fast.runs.config import TrainConfig
 from tdc_fast.runs.limits import check_limits
 from tdc_fast.sample import SampleOptions
+from tests.generated import examples
 
 HUGE = 99999999999999999999
 
@@ -142,7 +143,7 @@ def test_a_number_in_text_keeps_all_its_digits():
     assert TrainConfig.from_dict({"lr": "1e-4", "batch_size": "2e1"}).batch_size == 20
 
 
-@settings(deadline=None, max_examples=200)
+@examples(200)
 @given(
     name=st.sampled_from(sorted(TrainConfig().to_dict())),
     value=st.none()
@@ -160,6 +161,35 @@ def test_any_value_of_any_option_is_taken_or_refused_by_name(name, value):
         assert ": got " in str(refused)
     else:
         assert TrainConfig.from_dict(config.to_dict()) == config
+
+
+COMMANDS = {  # each with what makes it end before it does any work
+    train: (TrainConfig, ["--resume", "missing"]),
+    sample: (SampleOptions, ["--run", "missing"]),
+    nll: (NllOptions, ["--run", "missing"]),
+    evaluate: (EvaluateOptions, ["missing", "missing"]),
+}
+NAMED = [(command, name) for command, (options, _) in COMMANDS.items() for name in typing.get_type_hints(options)]
+words = st.sampled_from(
+    ["", " ", "-1", "1e400", "nan", "\ud800", "../x", "True", "None", "[1]", "1,2,", "-", "--", "٣"]
+)
+
+
+@examples(60)
+@given(option=st.sampled_from(NAMED), value=words | st.text(max_size=5) | st.integers().map(str))
+def test_a_command_with_any_value_of_any_option_ends_with_an_error_and_leaves_nothing(
+    tmp_path_factory, monkeypatch, capsys, option, value
+):
+    (command, name), folder = option, tmp_path_factory.mktemp("empty")
+    monkeypatch.chdir(folder)
+    try:
+        code = command.main([*COMMANDS[command][1], f"--{name}={value}"])
+    except SystemExit as usage:  # the parser's own, for what is no value of that kind
+        code = usage.code
+    error = capsys.readouterr().err
+    assert code == 2 and len(error) < 5000
+    assert "missing" in error or name in error
+    assert not list(folder.iterdir())
 
 
 @pytest.mark.parametrize(

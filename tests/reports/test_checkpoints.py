@@ -9,12 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tdc_fast import sample
 from tdc_fast.runs.checkpoint import first_non_finite, save_checkpoint, state_file
 from tdc_fast.runs.weights import load_tensors
 from tdc_fast.train import main, train
 from tdc_fast.training import load_run
+from tests.generated import examples, is_ours
 from tests.training.small_run import TWO_STAGES, flags, small_config
 
 NAN = float("nan")
@@ -181,6 +184,101 @@ def test_companions_that_do_not_fit_the_model_are_refused_by_name(run, capsys, n
     said = capsys.readouterr().err
     assert said.startswith("error: ") and str(run / name) in said
     assert f"--resume {run} --resume_step 4" in said
+    assert contents(run) == before
+
+
+LEAVES = {
+    "zeros of one size": lambda leaf: torch.zeros(3),
+    "NaN": lambda leaf: leaf * NAN if torch.is_tensor(leaf) else NAN,
+    "one dimension more": lambda leaf: leaf[None] if torch.is_tensor(leaf) else [leaf],
+    "integers": lambda leaf: leaf.long() if torch.is_tensor(leaf) else 2**70,
+    "complex numbers": lambda leaf: leaf.to(torch.complex64) if torch.is_tensor(leaf) else 1j,
+    "a sparse tensor": lambda leaf: torch.eye(3).to_sparse(),
+    "a meta tensor": lambda leaf: torch.empty(leaf.shape if torch.is_tensor(leaf) else (), device="meta"),
+    "strides of zero": lambda leaf: torch.zeros(1).expand(leaf.shape if torch.is_tensor(leaf) else (2,)),
+    "text": lambda leaf: "x" * 5,
+    "nothing": lambda leaf: None,
+    "a negative number": lambda leaf: -1,
+    "a list": lambda leaf: [leaf],
+    "a mapping": lambda leaf: {"a": leaf, 3: leaf},
+    "a deep list": lambda leaf: [[[[[[[[leaf]]]]]]]],
+}
+
+
+def with_one_part_changed(value, draw, change):
+    """A copy in which one part is changed, left out, renamed or doubled; parts of parts as well."""
+    if isinstance(value, (dict, list, tuple)) and value and draw(st.integers(0, 9)):
+        keys = list(value) if isinstance(value, dict) else list(range(len(value)))
+        key = draw(st.sampled_from(keys))
+        parts = dict(value) if isinstance(value, dict) else dict(enumerate(value))
+        how = draw(st.sampled_from(["change", "change", "change", "leave out", "rename", "double"]))
+        if how == "change":
+            parts[key] = with_one_part_changed(parts[key], draw, change)
+        elif how == "double":
+            parts["another" if isinstance(key, str) else 10**6] = parts[key]
+        else:
+            part = parts.pop(key)
+            if how == "rename":
+                parts[draw(st.sampled_from(["x", "7", ""]))] = part
+        return parts if isinstance(value, dict) else type(value)(parts.values())
+    return change(value)
+
+
+@examples(40)
+@given(data=st.data())
+def test_weights_with_any_part_changed_are_refused_with_the_name_of_the_file_or_read(trained, tmp_path_factory, data):
+    run = Path(shutil.copytree(trained, tmp_path_factory.mktemp("changed") / "run"))
+    name, average = data.draw(st.sampled_from([("model", False), ("ema_0.9_", "0.9"), ("ema_0.99_", "0.99")]))
+    path = run / f"{name}000008.pt"
+    change = LEAVES[data.draw(st.sampled_from(sorted(LEAVES)))]
+    rewrite(path, lambda content: with_one_part_changed(content, data.draw, change))
+    try:
+        found = load_run(run).base(ema=average).state_dict()
+    except ValueError as refused:
+        assert str(path) in str(refused)
+    else:
+        torch.testing.assert_close(found, load_tensors(path))
+
+
+@examples(5)
+@given(data=st.data())
+def test_companions_with_any_part_changed_are_refused_with_the_name_of_a_file_or_the_run_goes_on(
+    trained, tmp_path_factory, capsys, data
+):
+    run = Path(shutil.copytree(trained, tmp_path_factory.mktemp("changed") / "run"))
+    path = run / data.draw(st.sampled_from(["model000008.pt", "opt000008.pt", "state000008.pt"]))
+    change = LEAVES[data.draw(st.sampled_from(sorted(LEAVES)))]
+    rewrite(path, lambda content: with_one_part_changed(content, data.draw, change))
+    before = contents(run)
+    code = main(["--resume", str(run)])
+    said = capsys.readouterr().err
+    assert code == 0 or (code == 2 and said.startswith("error: ") and str(path) in said), said
+    assert code == 0 or contents(run) == before
+
+
+described = st.recursive(
+    st.sampled_from([None, True, -1, 0, 3, 10**30, 1.5, NAN, float("inf"), "", "x", "..", "a/b", "\0", "x" * 300]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["a", "step"]), inner, max_size=2),
+    max_leaves=4,
+)
+
+
+@examples(25)
+@given(data=st.data())
+def test_a_run_with_any_description_changed_is_read_or_refused_with_the_name_of_a_file_or_option(
+    trained_experts, tmp_path_factory, data
+):
+    run = Path(shutil.copytree(trained_experts, tmp_path_factory.mktemp("changed") / "run"))
+    path = data.draw(st.sampled_from(sorted(run.rglob("*.json"))))
+    values = with_one_part_changed(json.loads(path.read_text()), data.draw, lambda leaf: data.draw(described))
+    path.write_text(json.dumps(values))
+    before = contents(run)
+    try:
+        opened = load_run(run)
+        for read in (lambda: opened.experts(), lambda: opened.macs, lambda: opened.diffusion, lambda: opened.base()):
+            read()
+    except ValueError as refused:
+        assert str(run) in str(refused) or is_ours(refused), refused
     assert contents(run) == before
 
 

@@ -6,12 +6,13 @@ import warnings
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tdc_fast import TimestepGroups
 from tdc_fast.diffusion import create_diffusion, sample
 from tdc_fast.diffusion.samplers import sampling_steps
+from tests.generated import examples
 
 GROUPS = TimestepGroups.uniform(1000, 8)
 
@@ -62,7 +63,7 @@ def test_the_default_spacing_is_that_of_the_sampler():
     assert sampling_steps(diffusion, "dpm++2m", 4, "trailing") == (249, 499, 749, 999)
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(total=st.integers(1, 300), data=st.data(), spacing=st.sampled_from(["leading", "trailing", "linspace"]))
 def test_every_spacing_visits_distinct_rising_timesteps(total, data, spacing):
     steps = data.draw(st.integers(1, total))

@@ -7,7 +7,7 @@ import os
 import time
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tdc_fast import train
@@ -21,6 +21,7 @@ from tdc_fast.runs.checkpoint import find_problem
 from tdc_fast.runs.config import TrainConfig
 from tdc_fast.runs.weights import read_description
 from tdc_fast.training.telemetry import _json_lines
+from tests.generated import examples
 
 DEEP = ("[" * 200_000, '{"a":' * 100_000, '{"version": ' + "[" * 50_000)
 BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "\n".join(
@@ -160,7 +161,7 @@ json_values = st.recursive(
 )
 
 
-@settings(deadline=None)
+@examples(100)
 @given(json_values)
 def test_a_short_value_is_shown_as_its_repr(value):
     shown = " ".join(repr(value).split())
@@ -191,7 +192,7 @@ fields = st.sampled_from(
 )
 
 
-@settings(deadline=None, max_examples=200)
+@examples(200)
 @given(name=st.sampled_from(sorted(DOORS)), value=damage | st.dictionaries(fields, damage, max_size=6))
 def test_any_json_is_refused_with_the_name_of_its_file_or_read(tmp_path_factory, name, value):
     path = tmp_path_factory.mktemp("json") / name

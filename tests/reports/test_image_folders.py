@@ -10,7 +10,7 @@ import zipfile
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -18,6 +18,7 @@ from tdc_fast.data import image_files
 from tdc_fast.data.dataset import load_dataset
 from tdc_fast.data.fitting import fit_image
 from tests.data.images import pixels, write
+from tests.generated import examples
 
 
 def levels(folder, size, **options) -> np.ndarray:
@@ -237,7 +238,7 @@ def peak():
     return ran.stdout
 
 
-@settings(deadline=None, max_examples=30)
+@examples(30)
 @given(st.integers(1, 3), st.integers(1, 300), st.integers(1, 12), st.booleans())
 def test_long_images_are_cropped_at_their_middle(short, long, size, upright):
     image = np.zeros((short, long, 3), np.uint8)

@@ -6,13 +6,14 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tdc_fast.models.iddpm import UNet
 from tdc_fast.nn.width_plan import ExpertUnit, WidthPlan
 from tdc_fast.runs.config import TrainConfig
 from tdc_fast.runs.directory import RunDirectory
+from tests.generated import examples
 
 HASH = "0123456789abcdef" * 4
 GOOD = {
@@ -95,7 +96,7 @@ values = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=300)
+@examples(300)
 @given(st.sampled_from(sorted(GOOD)), values)
 def test_python_and_files_agree_on_what_is_a_plan(field, value):
     data = {**json.loads(json.dumps(GOOD)), field: value}
