@@ -55,7 +55,10 @@ def map_samples(
             [name, *(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path)]
         )
         if not isinstance(leaf, Tensor):
-            _refuse_hidden(full, leaf, batch, per_sample)
+            if per_sample is None or any(
+                f"{full}.".startswith(f"{w}.") or w.startswith(f"{full}.") for w in per_sample
+            ):
+                _refuse_hidden(full, leaf, batch)
             return leaf
         if per_sample is None:
             return function(leaf) if leaf.shape[:1] == (batch,) else leaf
@@ -74,19 +77,26 @@ def _is_texts(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and len(value) > 0 and all(isinstance(text, str) for text in value)
 
 
-def _refuse_hidden(name: str, leaf: Any, batch: int, per_sample: tuple[str, ...] | None) -> None:
+def _refuse_hidden(name: str, leaf: Any, batch: int) -> None:
     """Raises ValueError for entries per sample that would stay unsorted without a word."""
     if isinstance(leaf, np.ndarray):
         if leaf.shape[:1] == (batch,):
             raise invalid(name, f"a numpy array of {batch} entries", "a torch tensor, which is sorted with the samples")
     elif _is_texts(leaf):
-        if len(leaf) == batch and per_sample is None:
+        if len(leaf) == batch:
             raise invalid(
                 name,
                 leaf,
                 "tensors for what each sample has; if all samples share it, name in per_sample what they do not",
             )
     elif not isinstance(leaf, nn.Module):
-        inside = leaf.values() if isinstance(leaf, Mapping) else leaf if isinstance(leaf, Collection) else ()
-        if any(isinstance(part, Tensor) for part in (*inside, *getattr(leaf, "__dict__", {}).values())):
+        inside = list(leaf.values() if isinstance(leaf, Mapping) else leaf if isinstance(leaf, Collection) else ())
+        inside += getattr(leaf, "__dict__", {}).values()
+        inside += [getattr(leaf, slot, None) for kind in type(leaf).__mro__ for slot in _slots(kind)]
+        if any(isinstance(part, Tensor) for part in _pytree.tree_leaves(inside)):
             raise invalid(name, type(leaf).__name__, "tensors in dicts, lists and tuples, where they can be sorted")
+
+
+def _slots(kind: type) -> tuple[str, ...]:
+    slots = kind.__dict__.get("__slots__", ())
+    return (slots,) if isinstance(slots, str) else tuple(slots)

@@ -90,7 +90,7 @@ def _arguments(
     require_integer("num_groups", num_groups)
     if not isinstance(eps, (float, int)):
         raise invalid("eps", eps, "a positive number")
-    if activation not in (None, "silu"):
+    if activation is not None and not (isinstance(activation, str) and activation == "silu"):
         raise invalid("activation", activation, 'None or "silu"')
     routing = (plan.offsets, plan.weight_index, widths)
     return (x, weight, bias, scale, shift, x2, *routing, num_groups, eps, activation == "silu")

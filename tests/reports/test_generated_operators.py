@@ -161,7 +161,7 @@ def changed(value: Any, kind: str, n: int) -> Any:
     if isinstance(value, Tensor):
         try:
             return CHANGES[kind](value, n)
-        except (RuntimeError, IndexError):  # torch cannot make that
+        except (RuntimeError, IndexError, TypeError):  # torch cannot make that
             return value
     return SCALARS[n % len(SCALARS)]
 
@@ -240,6 +240,7 @@ def test_linear(made: Changes) -> None:
 
 @examples(250)
 @given(changes)
+@example([(9, "no tensor", 28)])  # an array as the activation
 def test_group_norm(made: Changes) -> None:
     torch.manual_seed(0)
     check(routed_group_norm, with_changes(norm(), made))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, UserDict, namedtuple
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,15 @@ class Net(nn.Module):
     def forward(self, x: Tensor, t: Tensor, cond: Any = None, scale: Tensor | None = None) -> Tensor:
         h = self.layer(x) + self.find(cond).float()[:, None, None, None]
         return h if scale is None else h * scale[:, None, None]
+
+
+class Slots:
+    """Tensors in an object without a __dict__."""
+
+    __slots__ = ("text",)
+
+    def __init__(self, text: Any) -> None:
+        self.text = text
 
 
 def inputs() -> tuple[Tensor, Tensor]:
@@ -99,13 +109,26 @@ def test_outputs_of_several_tensors_follow_the_same_rule() -> None:
         Condition(T),
         UserDict(text=T),
         {Condition(T).text},
+        Slots(T),
+        SimpleNamespace(parts=[{"text": T}]),
     ],
-    ids=["numpy", "texts", "texts in a dict", "dataclass", "another mapping", "set"],
+    ids=["numpy", "texts", "texts in a dict", "dataclass", "another mapping", "set", "slots", "lists in an object"],
 )
 def test_what_cannot_be_sorted_is_refused_by_name(value: Any) -> None:
     routed = pack_experts(Net(lambda c: torch.zeros(BATCH)), GROUPS)
     with pytest.raises(ValueError, match="^cond"):
         routed(inputs()[0], T, value)
+
+
+@pytest.mark.parametrize("value", [np.arange(BATCH), ["text"] * BATCH, Condition(T), Slots([T])])
+def test_what_per_sample_does_not_name_is_shared_whatever_it_is(value: Any) -> None:
+    base = Net(lambda c: c["text"])
+    x, y = inputs()
+    routed = pack_experts(base, GROUPS, per_sample=("cond.text",))
+    torch.testing.assert_close(routed(x, T, {"text": y, "other": value}), base(x, T, {"text": y}))
+    for named in (("cond",), ("cond.other",)):
+        with pytest.raises(ValueError, match="^cond.other: got"):
+            pack_experts(base, GROUPS, per_sample=named)(x, T, {"text": y, "other": value})
 
 
 def test_what_all_samples_share_is_passed_on() -> None:
