@@ -45,14 +45,14 @@ class Dataset(Protocol):
     def skipped(self) -> int:
         """Corrupt images left out so far."""
 
-    @property
-    def slow(self) -> bool:
-        """Whether reading a batch takes long enough that it is worth reading ahead."""
-
     def __len__(self) -> int: ...
 
     def batch(self, indices: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """Images in [-1, 1], float32 (B, C, H, W), and the model's keyword arguments: {"y": int64 (B,)} or {}."""
+        """Images in [-1, 1], float32 (B, C, H, W), and the model's keyword arguments: {"y": int64 (B,)} or {}.
+
+        It is called in threads, ahead of the steps (`--workers`). So that a resumed run has the same batches, it must
+        depend on the indices alone: what it draws, it draws from a generator seeded by them.
+        """
 
 
 @dataclass(frozen=True)
@@ -107,11 +107,6 @@ class ImageDataset:
     def skipped(self) -> int:
         """Corrupt files left out so far. A folder too large to decode on loading finds them as it reads."""
         return self.source.skipped
-
-    @property
-    def slow(self) -> bool:
-        """Whether images are decoded when they are read."""
-        return self.source.slow
 
     def images(self, indices: Any = None) -> Tensor:
         """Read images.

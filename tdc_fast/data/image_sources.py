@@ -25,13 +25,11 @@ class ImageSource(Protocol):
     Attributes:
         image_size: height and width in pixels.
         channels: colour channels C.
-        slow: whether fetching takes long enough to be done ahead of time.
         corrupt: positions of images found to be corrupt so far.
     """
 
     image_size: int
     channels: int
-    slow: bool
     corrupt: set[int]
 
     @property
@@ -68,8 +66,6 @@ class ArraySource:
         skipped: number of corrupt images that were left out of them.
         from_zero: the values are floats in [0, 1] instead.
     """
-
-    slow = False
 
     def __init__(self, images: np.ndarray, skipped: int = 0, *, from_zero: bool = False) -> None:
         self._images = images
@@ -140,8 +136,6 @@ class FolderSource:
         channels: 3 for RGB, 1 for grey.
         background: the colour behind transparent pixels.
     """
-
-    slow = True
 
     def __init__(
         self,
@@ -218,7 +212,6 @@ class PhotoSource:
         patches: number of patches.
     """
 
-    slow = False
     channels = 3
     skipped = 0
 

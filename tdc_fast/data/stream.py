@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from tdc_fast.data.dataset import Dataset
+from tdc_fast.data.transfer import Arriving, Transfer, to_device
 from tdc_fast.errors import invalid
+
+Batch = tuple[Tensor, dict[str, Tensor]]
+Position = tuple[int, int]
 
 
 class BatchStream:
@@ -19,30 +25,50 @@ class BatchStream:
     is dropped. If a rank has fewer images than a batch, they repeat inside it: an epoch is then one batch, in which
     every image appears equally often, give or take one.
 
+    Threads load batches before they are asked for, and copy them to the device, while the step before runs. That
+    changes neither the batches nor their order, nor the position that is saved. An error in a thread is raised where
+    its batch is asked for.
+
     Args:
         dataset: the images.
         batch_size: images per batch and rank.
         seed: seed of the order.
         rank: number of this process.
         world_size: number of processes.
+        workers: threads that load ahead, each a whole batch; 0 loads a batch when it is asked for.
+        device: where the batches are; None leaves them where the dataset has them.
 
     Raises:
         ValueError: a number is out of range, or there are fewer images than ranks.
     """
 
-    def __init__(self, dataset: Dataset, batch_size: int, seed: int = 0, *, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self,
+        dataset: Dataset,
+        batch_size: int,
+        seed: int = 0,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        workers: int = 1,
+        device: torch.device | None = None,
+    ) -> None:
         if batch_size < 1:
             raise invalid("batch_size", batch_size, "at least one image")
         if not 0 <= rank < world_size:
             raise invalid("rank", rank, f"a rank within 0..{world_size - 1}")
         if len(dataset) < world_size:
             raise invalid("world_size", world_size, f"at most one rank per image ({len(dataset)})")
+        if workers < 0:
+            raise invalid("workers", workers, "a number of threads, 0 for none")
         self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
         self.rank, self.world_size = rank, world_size
         self.epoch, self.index = 0, 0
         self._order_of: tuple[int, np.ndarray] | None = None
-        self._reader: ThreadPoolExecutor | None = None
-        self._ahead: tuple[tuple[int, int], Future[tuple[Tensor, dict[str, Tensor]]]] | None = None
+        self._workers, self._device = workers, device
+        self._transfer = None if device is None else Transfer(device)
+        self._threads: ThreadPoolExecutor | None = None
+        self._ahead: deque[tuple[Position, Future[Arriving]]] = deque()
 
     @property
     def batches_per_epoch(self) -> int:
@@ -52,19 +78,22 @@ class BatchStream:
     def __iter__(self) -> BatchStream:
         return self
 
-    def __next__(self) -> tuple[Tensor, dict[str, Tensor]]:
+    def __next__(self) -> Batch:
         position = (self.epoch, self.index)
-        if self._ahead is not None and self._ahead[0] == position:
-            batch = self._ahead[1].result()
-        else:
+        if not self._workers:
             batch = self.dataset.batch(self._indices(*position))
+            batch = batch if self._device is None else to_device(batch, self._device)
+        else:
+            self._load_ahead(position)
+            batch = self._ahead[0][1].result().wait()
+            self._ahead.popleft()
         self.epoch, self.index = self._after(*position)
-        if self.dataset.slow:
-            self._read_ahead((self.epoch, self.index))
+        if self._workers:
+            self._load_ahead((self.epoch, self.index))
         return batch
 
     def state_dict(self) -> dict[str, int]:
-        """The settings, and the position after the last batch returned; batches read ahead do not count."""
+        """The settings, and the position after the last batch returned; batches loaded ahead do not count."""
         return {**self._identity(), "epoch": self.epoch, "index": self.index}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
@@ -87,10 +116,10 @@ class BatchStream:
         self.epoch, self.index = int(epoch), int(index)
 
     def close(self) -> None:
-        """Stop the thread that reads ahead; the stream can still be read."""
-        if self._reader is not None:
-            self._reader.shutdown(wait=True, cancel_futures=True)
-        self._reader = self._ahead = None
+        """Stop the threads once they have loaded what they are at; the stream can still be read."""
+        if self._threads is not None:
+            self._threads.shutdown(wait=True, cancel_futures=True)
+        self._threads, self._ahead = None, deque()
 
     def _identity(self) -> dict[str, int]:
         return {
@@ -101,7 +130,7 @@ class BatchStream:
             "world_size": self.world_size,
         }
 
-    def _after(self, epoch: int, index: int) -> tuple[int, int]:
+    def _after(self, epoch: int, index: int) -> Position:
         return (epoch, index + 1) if index + 1 < self.batches_per_epoch else (epoch + 1, 0)
 
     def _indices(self, epoch: int, index: int) -> np.ndarray:
@@ -117,8 +146,17 @@ class BatchStream:
         shards = [rng.permutation(len(self.dataset))[self.rank :: self.world_size][:per_rank] for _ in range(rounds)]
         return np.concatenate(shards)
 
-    def _read_ahead(self, position: tuple[int, int]) -> None:
-        if self._reader is None:
-            self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead")
-        indices = self._indices(*position)
-        self._ahead = (position, self._reader.submit(self.dataset.batch, indices))
+    def _load_ahead(self, position: Position) -> None:
+        """Have the batch at a position loaded, and those after it: one more than there are threads."""
+        if self._ahead and self._ahead[0][0] != position:
+            self._ahead = deque()  # of another position; a thread may still be at work on it
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(self._workers, thread_name_prefix="load-ahead")
+        while len(self._ahead) <= self._workers:
+            if self._ahead:
+                position = self._after(*self._ahead[-1][0])
+            self._ahead.append((position, self._threads.submit(self._load, self._indices(*position))))
+
+    def _load(self, indices: np.ndarray) -> Arriving:
+        batch = self.dataset.batch(indices)
+        return Arriving(batch) if self._transfer is None else self._transfer.start(batch)

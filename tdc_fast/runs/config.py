@@ -44,6 +44,7 @@ MAY_CHANGE_ON_RESUME = frozenset(
         "num_threads",
         "device",
         "cuda_graph",
+        "workers",
     }
 )
 """Options that may change when a run is resumed, since the weights do not depend on them.

@@ -50,7 +50,7 @@ def train_base(run: RunDirectory, dataset: Dataset | None = None) -> State:
             origin={},
         )
         sampler = create_timestep_sampler(config.schedule_sampler, diffusion.num_timesteps)
-        with closing(open_stream(config, dataset, "base")) as stream:
+        with closing(open_stream(config, dataset, "base", device=build_device(config))) as stream:
             loop = StageLoop(run, stage, model, diffusion, stream, sampler, build_groups(config))
             if not loop.resume() and config.resume_checkpoint:
                 continue_from(Path(config.resume_checkpoint), loop)

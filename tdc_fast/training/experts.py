@@ -78,7 +78,7 @@ def train_experts(
             origin=origin,
         )
         sampler = _sampler(config, groups)
-        with closing(open_stream(config, dataset, "experts", stage.batch_size)) as stream:
+        with closing(open_stream(config, dataset, "experts", stage.batch_size, build_device(config))) as stream:
             loop = StageLoop(run, stage, model, diffusion, stream, sampler, groups)
             loop.resume()
             loop.train()

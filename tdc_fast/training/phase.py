@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tdc_fast.data.dataset import Dataset
@@ -23,7 +24,9 @@ State = dict[str, Tensor]
 """The state dict of a base."""
 
 
-def open_stream(config: TrainConfig, dataset: Dataset | None, phase: str, batch_size: int = 0) -> BatchStream:
+def open_stream(
+    config: TrainConfig, dataset: Dataset | None, phase: str, batch_size: int = 0, device: torch.device | None = None
+) -> BatchStream:
     """The shuffled batches of a phase, in an order of its own. The caller closes the stream.
 
     Args:
@@ -31,9 +34,11 @@ def open_stream(config: TrainConfig, dataset: Dataset | None, phase: str, batch_
         dataset: the images; None loads what the configuration names.
         phase: decides the order, together with the seed.
         batch_size: images per batch; 0 takes `config.batch_size`.
+        device: where the batches are; None is the CPU.
     """
     seed = derived_seed(config.seed, "data", phase)
-    return BatchStream(dataset or build_data(config), batch_size or config.batch_size, seed)
+    images = dataset or build_data(config)
+    return BatchStream(images, batch_size or config.batch_size, seed, workers=config.workers, device=device)
 
 
 def build_base(run: RunDirectory, state: State) -> UNet:

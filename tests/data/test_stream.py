@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import queue
+import threading
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -70,19 +73,97 @@ def test_a_restored_stream_continues_bit_for_bit(before, batch):
     assert labels(stream, 8) == labels(restored, 8)
 
 
-def test_reading_ahead_does_not_move_the_position(folder):
+def test_loading_ahead_does_not_move_the_position(folder):
     dataset = load_dataset(folder, image_size=6, class_cond=True, cache_bytes=0)
-    stream, plain = BatchStream(dataset, 3), BatchStream(load_dataset(folder, image_size=6, class_cond=True), 3)
+    loaded = load_dataset(folder, image_size=6, class_cond=True)
+    stream, plain = BatchStream(dataset, 3), BatchStream(loaded, 3, workers=0)
     for _ in range(5):
         (x, kwargs), (x_plain, kwargs_plain) = next(stream), next(plain)
         assert torch.equal(x, x_plain) and torch.equal(kwargs["y"], kwargs_plain["y"])
         assert stream.state_dict() == plain.state_dict()
     restored = BatchStream(dataset, 3)
-    next(restored)  # has read ahead from another position
+    next(restored)  # has loaded ahead from another position
     restored.load_state_dict(stream.state_dict())
     assert torch.equal(next(restored)[0], next(plain)[0])
     stream.close()
     assert next(stream)[0].shape == (3, 3, 6, 6)
+    stream.close()
+
+
+def threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("load-ahead")]
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_threads_change_neither_batches_nor_positions(numbered, workers):
+    ahead, plain = BatchStream(numbered(11), 3, workers=workers), BatchStream(numbered(11), 3, workers=0)
+    for _ in range(9):
+        assert labels(ahead, 1) == labels(plain, 1) and ahead.state_dict() == plain.state_dict()
+    assert threads()
+    ahead.close(), plain.close()
+    assert not threads()
+
+
+class Gated:
+    """A dataset that notes the batches it is asked for, and fails or waits where it is told to."""
+
+    def __init__(self, images) -> None:
+        self.images, self.asked, self.open = images, queue.SimpleQueue(), threading.Event()
+        self.open.set()
+        self.fails_at = -1
+        self.count = 0
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batch(self, indices):
+        self.count += 1
+        if self.count == self.fails_at:
+            raise ValueError("image: got broken.png; expected an image that can be decoded")
+        self.asked.put(list(indices))
+        assert self.open.wait(30)
+        return self.images.batch(indices)
+
+
+def test_a_batch_is_loaded_while_the_one_before_is_used(numbered):
+    dataset = Gated(numbered(11))
+    stream = BatchStream(dataset, 3)
+    first = labels(stream, 1)
+    assert len(first[0]) == 3
+    order = stream._order(0)
+    asked = [dataset.asked.get(timeout=30) for _ in range(3)]  # the first, and two more that nobody asked for yet
+    assert asked == [order[at : at + 3].tolist() for at in (0, 3, 6)]
+    stream.close()
+
+
+def test_without_threads_nothing_is_loaded_before_it_is_asked_for(numbered):
+    dataset = Gated(numbered(11))
+    labels(BatchStream(dataset, 3, workers=0), 2)
+    assert dataset.count == 2 and not threads()
+
+
+def test_an_error_in_a_thread_is_raised_by_name_where_its_batch_is_asked_for(numbered):
+    dataset = Gated(numbered(11))
+    dataset.fails_at = 3
+    stream = BatchStream(dataset, 3)
+    assert len(labels(stream, 2)) == 2
+    for _ in range(2):  # it does not go on to the next batch as if nothing had happened
+        with pytest.raises(ValueError, match=r"broken\.png"):
+            next(stream)
+    stream.close()
+    assert not threads()
+
+
+def test_a_stream_is_closed_while_a_thread_loads(numbered):
+    dataset = Gated(numbered(11))
+    stream = BatchStream(dataset, 3)
+    dataset.open.clear()
+    opener = threading.Timer(0.1, dataset.open.set)
+    with pytest.raises(KeyboardInterrupt), closing(stream):
+        stream._load_ahead((0, 0))
+        opener.start()
+        raise KeyboardInterrupt
+    assert not threads() and dataset.count == 1  # what had not begun is not loaded
 
 
 @pytest.mark.parametrize(
@@ -96,7 +177,12 @@ def test_the_position_of_another_stream_is_refused(numbered, change):
 
 @pytest.mark.parametrize(
     ("options", "argument"),
-    [({"batch_size": 0}, "batch_size"), ({"rank": 2, "world_size": 2}, "rank"), ({"world_size": 99}, "world_size")],
+    [
+        ({"batch_size": 0}, "batch_size"),
+        ({"workers": -1}, "workers"),
+        ({"rank": 2, "world_size": 2}, "rank"),
+        ({"world_size": 99}, "world_size"),
+    ],
 )
 def test_streams_that_cannot_be_are_refused_by_name(numbered, options, argument):
     with pytest.raises(ValueError, match=f"^{argument}"):

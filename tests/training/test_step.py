@@ -57,6 +57,12 @@ def test_a_run_that_is_resumed_captures_again_and_goes_on_bit_for_bit(tmp_path):
     assert differences(run.path, tmp_path / "again") == []
 
 
+def test_a_run_is_the_same_however_its_batches_are_loaded(tmp_path):
+    for name, workers in (("inline", 0), ("ahead", 3)):
+        train(small_config(tmp_path, name, lr_anneal_steps=6, workers=workers, class_cond=True))
+    assert differences(tmp_path / "inline", tmp_path / "ahead") == []
+
+
 def test_graphs_can_be_switched_off(tmp_path):
     tape = TapeCapture()
     with use_capture(tape):
