@@ -50,6 +50,17 @@ def norm() -> Call:
     return lambda plan=None, **t: routed_group_norm(plan=plan or globals()["plan"](), num_groups=2, **t), tensors
 
 
+def conv_of_two() -> Call:
+    call, tensors = conv()
+    tensors |= {"x": torch.randn(4, 3, 3, 3), "x2": torch.randn(4, 1, 3, 3), "residual": torch.randn(4, 4, 6, 6)}
+    return lambda **t: call(upsample=2, **t), tensors
+
+
+def norm_of_two() -> Call:
+    call, tensors = norm()
+    return call, {**tensors, "x": torch.randn(4, 1, 5, 5), "x2": torch.randn(4, 3, 5, 5)}
+
+
 def pack() -> Call:
     order = torch.tensor([[0, 1], [1, 0]], dtype=torch.int32)
     tensors = {
@@ -87,7 +98,19 @@ def embedding() -> Call:
     return call, {"index": torch.tensor([0, 4, 1, 2]), "weight": torch.randn(2, 5, 3)}
 
 
-CALLS = [conv, linear, norm, pack, sort, from_groups, from_short_integers, group_of, embedding]
+CALLS = [
+    conv,
+    conv_of_two,
+    linear,
+    norm,
+    norm_of_two,
+    pack,
+    sort,
+    from_groups,
+    from_short_integers,
+    group_of,
+    embedding,
+]
 NAMES = [(make, name) for make in CALLS for name in make()[1]]
 REFUSED = "^{}: got .*storage holds .*; expected"
 
@@ -138,10 +161,12 @@ def test_explain_reads_nothing_that_was_freed(name: str) -> None:
         explain(routed_conv2d, plan=broken, padding=1, **tensors)
 
 
-@pytest.mark.parametrize(("make", "name"), [pair for pair in NAMES if pair[0] in (conv, linear, norm)])
+@pytest.mark.parametrize(
+    ("make", "name"), [pair for pair in NAMES if pair[0] in (conv, conv_of_two, linear, norm, norm_of_two)]
+)
 def test_nothing_that_was_freed_is_cast_under_autocast(make: Callable[[], Call], name: str) -> None:
     call, tensors = make()
-    if make is norm:
+    if make in (norm, norm_of_two):
         tensors = {key: t if key == "x" or not t.is_floating_point() else t.bfloat16() for key, t in tensors.items()}
     shrink(tensors[name], 0)
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match=REFUSED.format(name)):
@@ -161,6 +186,8 @@ def test_a_plan_is_checked_too(make: Callable[[], Call], field: str) -> None:
 
 BACKWARD = {
     conv: ("x", "weight", "in_widths", "out_widths", "offsets", "weight_index", "dy"),
+    conv_of_two: ("x", "x2", "weight", "dy"),
+    norm_of_two: ("x", "x2", "weight", "dy"),
     linear: ("x", "weight", "offsets", "weight_index"),  # of dy, torch makes a view, which it refuses itself
     norm: ("x", "weight", "bias", "scale", "shift", "widths", "offsets", "weight_index", "dy"),
     sort: ("plan",),
@@ -204,7 +231,7 @@ def test_a_tangent_that_was_freed_is_refused(make: Callable[[], Call]) -> None:
             call(**{**tensors, "x": dual})
 
 
-@pytest.mark.parametrize("make", [conv, linear, norm])
+@pytest.mark.parametrize("make", [conv, conv_of_two, linear, norm, norm_of_two])
 def test_tensors_that_torch_negates_lazily_are_negated(make: Callable[[], Call]) -> None:
     def gradients(change: Callable[[Tensor], Tensor]) -> list[Tensor]:
         torch.manual_seed(0)

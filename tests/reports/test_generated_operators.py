@@ -49,6 +49,11 @@ def conv() -> Arguments:
     }  # fmt: skip
 
 
+def conv_of_two() -> Arguments:
+    more = {"x2": torch.randn(4, 1, 3, 3), "residual": torch.randn(4, 6, 6, 6), "upsample": 2}
+    return {**conv(), "x": torch.randn(4, 3, 3, 3), **more}
+
+
 def linear() -> Arguments:
     return {
         "x": torch.randn(4, 3, 4), "weight": torch.randn(2, 6, 4), "bias": torch.randn(2, 6),
@@ -63,6 +68,10 @@ def norm() -> Arguments:
         "scale": torch.randn(4, 4), "shift": torch.randn(4, 4), "widths": widths(4, 2), "plan": plan_of(),
         "num_groups": 2, "eps": 1e-5, "activation": "silu", "backend": None,
     }  # fmt: skip
+
+
+def norm_of_two() -> Arguments:
+    return {**norm(), "x": torch.randn(4, 1, 5, 5), "x2": torch.randn(4, 3, 5, 5)}
 
 
 def pack() -> Arguments:
@@ -168,7 +177,7 @@ def changed(value: Any, kind: str, n: int) -> Any:
 
 Changes = list[tuple[int, str, int]]
 changes = st.lists(
-    st.tuples(st.integers(0, 10), st.sampled_from(sorted(CHANGES)), st.integers(0, 119)), min_size=1, max_size=2
+    st.tuples(st.integers(0, 12), st.sampled_from(sorted(CHANGES)), st.integers(0, 119)), min_size=1, max_size=2
 )
 
 
@@ -224,11 +233,11 @@ def check(operator: Callable[..., Tensor], arguments: Arguments) -> None:
 
 
 @examples(300)
-@given(changes)
-@example([(0, "a shrunk storage", 0)])
-def test_convolution(made: Changes) -> None:
+@given(st.sampled_from([conv, conv_of_two]), changes)
+@example(conv, [(0, "a shrunk storage", 0)])
+def test_convolution(make: Callable[[], Arguments], made: Changes) -> None:
     torch.manual_seed(0)
-    check(routed_conv2d, with_changes(conv(), made))
+    check(routed_conv2d, with_changes(make(), made))
 
 
 @examples(150)
@@ -239,11 +248,11 @@ def test_linear(made: Changes) -> None:
 
 
 @examples(250)
-@given(changes)
-@example([(9, "no tensor", 28)])  # an array as the activation
-def test_group_norm(made: Changes) -> None:
+@given(st.sampled_from([norm, norm_of_two]), changes)
+@example(norm, [(9, "no tensor", 28)])  # an array as the activation
+def test_group_norm(make: Callable[[], Arguments], made: Changes) -> None:
     torch.manual_seed(0)
-    check(routed_group_norm, with_changes(norm(), made))
+    check(routed_group_norm, with_changes(make(), made))
 
 
 @examples(150)
