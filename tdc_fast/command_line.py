@@ -26,7 +26,7 @@ from tdc_fast.entry import INTERRUPTED
 from tdc_fast.errors import invalid, require
 from tdc_fast.runs.denoisers import TrainedDenoiser, from_checkpoint, from_run, refuse_mismatch, stored_facts
 from tdc_fast.runs.directory import default_directory
-from tdc_fast.runs.limits import check_limits
+from tdc_fast.runs.limits import check_limits, check_path
 from tdc_fast.runs.options import DiffusionOptions, ModelOptions
 from tdc_fast.runs.processes import refuse_many_processes
 
@@ -164,16 +164,17 @@ def parse_flags(
 
 
 def value_of(argv: Sequence[str], flag: str) -> str:
-    """The value of a flag that must be known before the rest is parsed; "" where it is not given.
+    """The value of a flag with a path that must be known before the rest is parsed; "" where it is not given.
 
     Raises:
-        ValueError: no value follows the flag.
+        ValueError: no value follows the flag, or one that cannot be a path.
     """
     value = ""
     for token, following in _pairs(argv):
         if token == f"--{flag}":
             if following.startswith("--"):
                 raise invalid(token, "", "a value after it")
+            check_path(flag, following)
             value = following
     return value
 

@@ -19,7 +19,7 @@ from tdc_fast.command_line import load_denoiser, output_directory, parse_denoise
 from tdc_fast.entry import STOPPED
 from tdc_fast.evaluation.likelihood import bits_per_dimension, images_to_measure, write_terms
 from tdc_fast.runs.denoisers import Which
-from tdc_fast.runs.limits import Within
+from tdc_fast.runs.limits import PathText, Within
 
 __all__ = ["NllOptions", "bits_per_dimension", "main"]
 
@@ -28,13 +28,13 @@ __all__ = ["NllOptions", "bits_per_dimension", "main"]
 class NllOptions:
     """Which model to measure, on which images."""
 
-    run: str = ""
+    run: PathText = ""
     """Run directory."""
     which: Which = "auto"
     """Which model of --run: its experts, its base, or (auto) the experts if there are any."""
-    model_path: str = ""
+    model_path: PathText = ""
     """Instead of --run: a weight file of tdc_fast or improved-diffusion."""
-    data_dir: str = ""
+    data_dir: PathText = ""
     """Images: a folder, an .npz or .npy file, digits or photos; empty takes the held-out images of the run, or
     the images that it was trained on if it held out none."""
     num_samples: Annotated[int, Within(1, 10**7)] = 1000
@@ -47,7 +47,7 @@ class NllOptions:
     """Seed of the noise."""
     num_threads: Annotated[int, Within(0, 2**10)] = 0
     """CPU threads; 0 keeps the default of torch."""
-    out: str = ""
+    out: PathText = ""
     """Folder for the files; empty takes nll/ of the run, or with --model_path DIFFUSION_BLOB_LOGDIR, OPENAI_LOGDIR or
     a new temporary folder."""
 

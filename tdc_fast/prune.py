@@ -27,6 +27,7 @@ from tdc_fast.errors import invalid
 from tdc_fast.pruning.search import Pruning
 from tdc_fast.runs.config import TrainConfig, read_options
 from tdc_fast.runs.directory import RunDirectory
+from tdc_fast.runs.limits import PathText
 from tdc_fast.runs.options import SECTIONS, SearchOptions
 from tdc_fast.training.pruning import prune_base_file, prune_run, refuse_other_than_search
 
@@ -41,10 +42,10 @@ widths.json and memory.jsonl into the run directory; python -m tdc_fast.train --
 class PruneOptions:
     """Which run to prune."""
 
-    run: str = ""
+    run: PathText = ""
     """Run directory with a finished stage 1. Flags that are not given come from its configuration; only those of the
     section search may differ from it."""
-    config: str = ""
+    config: PathText = ""
     """YAML or JSON file of flag names and values; flags on the command line win."""
 
 

@@ -23,7 +23,7 @@ from tdc_fast.evaluation.samples import draw_samples, write_samples
 from tdc_fast.runs.build import named_device
 from tdc_fast.runs.config import comma_numbers
 from tdc_fast.runs.denoisers import Which
-from tdc_fast.runs.limits import Within
+from tdc_fast.runs.limits import PathText, Within
 
 __all__ = ["SampleOptions", "draw_samples", "main", "write_samples"]
 
@@ -34,11 +34,11 @@ QUICK_STEPS = 50
 class SampleOptions:
     """How many images to sample, from which model, and how."""
 
-    run: str = ""
+    run: PathText = ""
     """Run directory to sample from."""
     which: Which = "auto"
     """Which model of --run: its experts, its base, or (auto) the experts if there are any."""
-    model_path: str = ""
+    model_path: PathText = ""
     """Instead of --run: a weight file of tdc_fast or improved-diffusion. The configuration stored beside a file of
     tdc_fast is used, and flags that contradict it are refused; for others, the flags of the model must be given."""
     num_samples: Annotated[int, Within(0, 10**7)] = 0
@@ -66,7 +66,7 @@ class SampleOptions:
     """CPU threads; 0 keeps the default of torch."""
     device: str = "cpu"
     """auto, cpu, cuda or cuda:N."""
-    out: str = ""
+    out: PathText = ""
     """Folder for the .npz and the .png file; empty takes samples/ of the run, or with --model_path
     DIFFUSION_BLOB_LOGDIR, OPENAI_LOGDIR or a new temporary folder."""
 

@@ -25,6 +25,7 @@ from tdc_fast.entry import STOPPED
 from tdc_fast.errors import invalid
 from tdc_fast.runs.config import TrainConfig, read_options, refuse_changed_options
 from tdc_fast.runs.directory import RunDirectory, default_directory
+from tdc_fast.runs.limits import PathText
 from tdc_fast.runs.opening import refuse_two_directories
 from tdc_fast.runs.options import SECTIONS, RunOptions
 from tdc_fast.training.narration import describe_next
@@ -40,7 +41,7 @@ noise levels, split into N experts that are pruned to their budget and fine-tune
 class _RunFlags(RunOptions):
     __doc__ = RunOptions.__doc__  # the text above the section in --help
 
-    config: str = ""
+    config: PathText = ""
     """YAML or JSON file of flag names and values; flags on the command line win."""
 
 

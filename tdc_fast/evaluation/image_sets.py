@@ -15,6 +15,7 @@ from tdc_fast.errors import invalid, require
 from tdc_fast.evaluation.options import EvaluateOptions
 from tdc_fast.evaluation.samples import draw_samples
 from tdc_fast.runs.denoisers import TrainedDenoiser, from_run
+from tdc_fast.runs.limits import check_path
 
 _READ_AT_ONCE = 64
 
@@ -45,6 +46,10 @@ def load_pair(a: str, b: str, options: EvaluateOptions) -> tuple[ImageSet, Image
     Raises:
         ValueError: a set is missing, has fewer than two images, or has another shape than the other set.
     """
+    for argument, name in (("A", a), ("B", b)):
+        known = is_run(name) or name in ("digits", "photos") or Path(name).is_dir()
+        if not known and not (Path(name).is_file() and name.endswith((".npz", ".npy"))):
+            raise invalid(argument, name, "digits, photos, or an existing folder of images, .npz or .npy file, or run")
     sets: dict[str, ImageSet] = {}
     size = options.image_size or None
     scaled = [name for name in (a, b) if name == "photos" or _is_folder(name)]
@@ -71,7 +76,8 @@ def load_pair(a: str, b: str, options: EvaluateOptions) -> tuple[ImageSet, Image
 
 
 def is_run(name: str) -> bool:
-    """Whether a name is a run directory."""
+    """Whether a name is a run directory; ValueError if it cannot be the name of anything."""
+    check_path("set of images", name)
     return (Path(name) / "config.json").is_file()
 
 

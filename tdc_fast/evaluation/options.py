@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from tdc_fast.diffusion.samplers import SamplerName, SpacingName
 from tdc_fast.runs.denoisers import Which
-from tdc_fast.runs.limits import Within
+from tdc_fast.runs.limits import PathText, Within
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +40,6 @@ class EvaluateOptions:
     """Seed of the samples and of the noise of the loss."""
     num_threads: Annotated[int, Within(0, 2**10)] = 0
     """CPU threads; 0 keeps the default of torch."""
-    out: str = ""
+    out: PathText = ""
     """JSON file to write the numbers to; empty takes evaluation.json in the run that is compared (the first of two), or
     in the working directory if none is."""

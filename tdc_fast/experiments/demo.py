@@ -18,7 +18,7 @@ from tdc_fast.experiments.measure import MeasuringProtocol, load_measured, load_
 from tdc_fast.report import write_report
 from tdc_fast.routing import TimestepGroups
 from tdc_fast.runs.groups import build_groups
-from tdc_fast.runs.limits import Within, check_limits
+from tdc_fast.runs.limits import PathText, Within, check_limits
 from tdc_fast.text_files import read_record
 
 FULL_STEPS = 3000
@@ -28,7 +28,7 @@ FULL_STEPS = 3000
 class DemoOptions:
     """Baselines and experts on scikit-learn's digits, and a report that compares them."""
 
-    out: str = "runs/demo"
+    out: PathText = "runs/demo"
     """Folder for the runs and the report."""
     scale: float = 1.0
     """Length of training: 1 is a baseline of 3000 steps; 0.25 takes about a quarter of the time."""

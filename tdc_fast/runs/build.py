@@ -85,7 +85,13 @@ def split_data(config: TrainConfig) -> tuple[ImageDataset, ImageDataset | None]:
         raise invalid(
             "num_classes", config.num_classes, f"at least the {dataset.num_classes} classes of {config.data_dir}"
         )
-    return dataset.split(config.heldout, config.heldout_seed) if config.heldout else (dataset, None)
+    if not config.heldout:
+        return dataset, None
+    try:
+        return dataset.split(config.heldout, config.heldout_seed)
+    except ValueError as error:
+        remedy = f"a share that leaves some of the {len(dataset)} images, or places of photographs, to train on"
+        raise invalid("heldout", config.heldout, remedy) from error
 
 
 def build_diffusion(config: TrainConfig, timestep_respacing: str = "") -> Diffusion:

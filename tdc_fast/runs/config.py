@@ -197,12 +197,15 @@ def comma_numbers(name: str, text: str, kind: type) -> list[Any]:
         kind: int or float.
 
     Raises:
-        ValueError: an entry is not a number; names the flag.
+        ValueError: an entry is not a finite number; names the flag.
     """
     try:
-        return [kind(part) for part in text.split(",")] if text.strip() else []
+        numbers = [kind(part) for part in text.split(",")] if text.strip() else []
     except ValueError as error:
         raise invalid(name, text, f"a comma list of {kind.__name__} values") from error
+    if not all(map(math.isfinite, numbers)):
+        raise invalid(name, text, "finite numbers")
+    return numbers
 
 
 @functools.cache
@@ -282,6 +285,11 @@ def _check_ranges(config: TrainConfig) -> None:
         numbers = comma_numbers(name, values[name], int)
         if len(numbers) > 16 or not all(1 <= number <= most for number in numbers):
             raise invalid(name, values[name], f"at most 16 numbers from 1 to {most}")
+    halved = config.channel_mult.count(",")
+    if config.image_size % 2**halved:
+        raise invalid(
+            "channel_mult", config.channel_mult, f"fewer levels: --image_size {config.image_size} is halved between"
+        )
     widest = max(comma_numbers("channel_mult", config.channel_mult, int), default=1)
     if config.num_channels * widest > 2**13:
         raise invalid("channel_mult", config.channel_mult, f"at most {2**13} channels in a level")

@@ -1,13 +1,14 @@
-"""Limits of options: declared with the option, as `Annotated[int, Within(1, 64)]`, and checked in one place."""
+"""Limits of options, declared with each as `Annotated[int, Within(1, 64)]` or `PathText`, and checked in one place."""
 
 from __future__ import annotations
 
 import functools
 import math
+import os
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from tdc_fast.errors import invalid
 
@@ -34,11 +35,34 @@ class Within:
         return f"a number {words}"
 
 
+@dataclass(frozen=True)
+class AsPath:
+    """Marks a text that names a file or a folder."""
+
+
+PathText = Annotated[str, AsPath()]
+"""The type of an option that names a file or a folder."""
+
+
+def check_path(argument: str, text: str) -> None:
+    """Refuse a name that no system has for a file, before anything looks for it.
+
+    Args:
+        argument: its name, for errors.
+        text: the path.
+
+    Raises:
+        ValueError: a NUL is in it, or a part of it is too long.
+    """
+    if "\0" in text or any(len(os.fsencode(part)) > 255 for part in text.split("/")) or len(os.fsencode(text)) > 4095:
+        raise invalid(argument, text, "a path without NUL of at most 4095 bytes, with at most 255 between slashes")
+
+
 @functools.cache
-def _limits(options: type) -> dict[str, Within]:
+def _limits(options: type) -> dict[str, Within | AsPath]:
     hints = typing.get_type_hints(options, include_extras=True)
     found = ((name, part) for name, hint in hints.items() for part in getattr(hint, "__metadata__", ()))
-    return {name: part for name, part in found if isinstance(part, Within)}
+    return {name: part for name, part in found if isinstance(part, (Within, AsPath))}
 
 
 def check_limits(options: type, values: Mapping[str, Any]) -> None:
@@ -51,9 +75,11 @@ def check_limits(options: type, values: Mapping[str, Any]) -> None:
     Raises:
         ValueError: naming the first option that is out of its range, or a text that is too long or has a NUL in it.
     """
-    for name, within in _limits(options).items():
-        if name in values and not within.low <= values[name] <= within.high:
-            raise invalid(name, values[name], within.words)
+    for name, limit in _limits(options).items():
+        if name in values and isinstance(limit, AsPath):
+            check_path(name, values[name])
+        elif name in values and isinstance(limit, Within) and not limit.low <= values[name] <= limit.high:
+            raise invalid(name, values[name], limit.words)
     for name in typing.get_type_hints(options):
         value = values.get(name)
         if isinstance(value, str) and ("\0" in value or len(value) > MOST_TEXT):

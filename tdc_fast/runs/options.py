@@ -12,14 +12,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from tdc_fast.runs.limits import Within
+from tdc_fast.runs.limits import PathText, Within
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
     """What to train on."""
 
-    data_dir: str = ""
+    data_dir: PathText = ""
     """Folder of images (searched recursively; class = file name up to the first "_"), an .npz or .npy array, or the
     name of a built-in set: digits, photos."""
     on_corrupt: Literal["error", "skip"] = "error"
@@ -173,7 +173,7 @@ class TdcOptions:
     """What decides which channels are kept: first-order loss change on the group's own timesteps, or weight norm."""
     calibration_batches: Annotated[int, Within(1, 10**6)] = 4
     """Batches of --batch_size images on which importance is measured, for each group."""
-    base: str = ""
+    base: PathText = ""
     """Weights (.pt) to use instead of stage 1, or a run directory whose base is used; the model flags must describe
     them."""
     stage1_steps: Annotated[int, Within(0, 10**12)] = 0
@@ -231,9 +231,9 @@ class SearchOptions:
 class RunOptions:
     """Where the run is stored, what it records and how it is resumed."""
 
-    run_dir: str = ""
+    run_dir: PathText = ""
     """Directory of the run; empty takes DIFFUSION_BLOB_LOGDIR, then OPENAI_LOGDIR, then a new temporary directory."""
-    resume: str = ""
+    resume: PathText = ""
     """Continue the run in this directory bit for bit. Without a value: the run in --run_dir. All other flags may be
     omitted."""
     resume_step: Annotated[int, Within(-1, 10**12)] = -1
@@ -241,7 +241,7 @@ class RunOptions:
     override: str = ""
     """With --resume: comma list of settings of the optimizer that change from here on, such as lr=5e-5,batch_size=16.
     They are recorded in run.json and hold for the rest of the run."""
-    resume_checkpoint: str = ""
+    resume_checkpoint: PathText = ""
     """improved-diffusion's flag: continue from model{step}.pt, with the optimizer and the averages beside it."""
     stop_after: Literal["never", "stage1", "pruning"] = "never"
     """Stop before the experts are trained: after stage 1 (python -m tdc_fast.prune can then search widths) or after the

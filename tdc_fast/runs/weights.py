@@ -37,12 +37,15 @@ WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_
 """Parts of parameter names that torch.compile, FSDP and activation checkpointing add."""
 
 
-def load_tensors(path: Path, device: str | torch.device = "cpu") -> Any:
+def load_tensors(path: Path, argument: str = "checkpoint") -> Any:
     """Read what `torch.save` wrote, without running any code that the file contains.
 
     Args:
         path: the file.
-        device: where the tensors go.
+        argument: what named the file, for errors.
+
+    Returns:
+        The content, with tensors on the CPU.
 
     Raises:
         ValueError: the file is missing, damaged, or needs code to be unpickled; names it.
@@ -50,11 +53,11 @@ def load_tensors(path: Path, device: str | torch.device = "cpu") -> Any:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Detected pickle protocol")
-            return torch.load(path, map_location=device, weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise invalid("checkpoint", str(path), "an existing file") from error
+        raise invalid(argument, str(path), "an existing file") from error
     except Exception as error:
-        raise invalid("checkpoint", str(path), f"a whole file of tensors; {_why_not_loaded(error)}") from error
+        raise invalid(argument, str(path), f"a whole file of tensors; {_why_not_loaded(error)}") from error
 
 
 def _why_not_loaded(error: Exception) -> str:
@@ -71,12 +74,12 @@ def _why_not_loaded(error: Exception) -> str:
     return f"it does not load: {text.splitlines()[0] if text else type(error).__name__}"
 
 
-def load_verified(path: Path, device: str | torch.device = "cpu") -> Any:
+def load_verified(path: Path, argument: str = "checkpoint") -> Any:
     """Do `load_tensors` after comparing the file with the checksum in the description beside it, if any.
 
     Args:
         path: the file.
-        device: where the tensors go.
+        argument: what named the file, for errors.
 
     Raises:
         ValueError: the file does not load, or has another checksum.
@@ -86,14 +89,14 @@ def load_verified(path: Path, device: str | torch.device = "cpu") -> Any:
         with open(path, "rb") as file:
             if sha256_of(file) != description.get("sha256"):
                 raise invalid(
-                    "checkpoint", str(path), "the file its .json describes; the sha256 differs: damaged or foreign"
+                    argument, str(path), "the file its .json describes; the sha256 differs: damaged or foreign"
                 )
     elif path.is_file():
-        _check_record_sums(path)
-    return load_tensors(path, device)
+        _check_record_sums(path, argument)
+    return load_tensors(path, argument)
 
 
-def _check_record_sums(path: Path) -> None:
+def _check_record_sums(path: Path, argument: str) -> None:
     """Compare the records of a file that lies alone with the CRC-32 that `torch.save` stores with each.
 
     `torch.load` does not. torch can be told to leave the sums out; then none agrees, which is no damage.
@@ -112,9 +115,9 @@ def _check_record_sums(path: Path) -> None:
                 except zipfile.BadZipFile:
                     damaged.append(record.filename)
     except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
-        raise invalid("checkpoint", str(path), f"a whole file of tensors; its archive is damaged: {error}") from error
+        raise invalid(argument, str(path), f"a whole file of tensors; its archive is damaged: {error}") from error
     if damaged and agreeing:
-        raise invalid("checkpoint", str(path), f"a whole file; the CRC-32 of its record {damaged[0]} differs: damaged")
+        raise invalid(argument, str(path), f"a whole file; the CRC-32 of its record {damaged[0]} differs: damaged")
 
 
 def read_description(path: Path) -> dict[str, Any] | None:
@@ -198,7 +201,7 @@ def read_state(
         ValueError: the file is damaged, is no state dict of dense tensors, has other names, shapes or dtypes than the
             model, or holds infinities or NaN; names the file and the tensor.
     """
-    state = load_verified(path)
+    state = load_verified(path, argument)
     if not isinstance(state, Mapping):
         raise invalid(argument, str(path), f"a state dict: names of parameters and their tensors, not {_kind(state)}")
     for name, value in state.items():
