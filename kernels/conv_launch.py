@@ -27,6 +27,8 @@ def conv_supported(problem: ConvProblem) -> str | None:
     """None, or why these kernels cannot run forward and dgrad of the problem."""
     if problem.dtype not in _DTYPES:
         return f"it has float32, bfloat16 and float16, not {problem.dtype}"
+    if problem.fused:
+        return "it reads one input of its final size"
     if problem.filter[0] % 2 == 0 or problem.filter[1] % 2 == 0:
         return f"it has odd filters, not {problem.filter}"
     if max(problem.stride) > 2:

@@ -44,18 +44,20 @@ class NormTile:
     num_warps: int
 
 
-def norm_tile(channels: int, per_group: int, pixels: int, itemsize: int, backward: bool) -> NormTile:
+def norm_tile(
+    channels: int, per_group: int, pixels: int, itemsize: int, backward: bool, x2_channels: int = 0
+) -> NormTile:
     """The narrowest block of whole norm groups with rows of 64 bytes or more, so that small batches fill a device.
 
     A thread holds 16 elements of a tile in the forward, and 8 in the backward, which keeps four such arrays in
-    registers.
+    registers. A memory access never straddles the seam between x and x2.
     """
     groups, norm_groups = 1, channels // per_group
     while groups < min(norm_groups, 32) and groups * per_group * itemsize < 64:
         groups *= 2
     span = min(groups, norm_groups) * per_group
     vector = 16 // itemsize
-    while channels % vector or span % vector:
+    while channels % vector or span % vector or x2_channels % vector:
         vector //= 2
     block_channels = triton.next_power_of_2(span)
     block_pixels = max(1, min(triton.next_power_of_2(pixels), TILE_ELEMENTS // block_channels))
@@ -89,9 +91,10 @@ def norm_backward_launch(p: NormProblem, tensors: dict[str, Tensor | None]) -> L
 def _constants(p: NormProblem, backward: bool) -> tuple[tuple[int, int], dict[str, Any], dict[str, int]]:
     """(grid, the arguments that are not tensors, the compiler's options)."""
     per_group, pixels = p.channels_per_group, p.height * p.width
-    tile = norm_tile(p.channels, per_group, pixels, p.dtype.itemsize, backward)
+    tile = norm_tile(p.channels, per_group, pixels, p.dtype.itemsize, backward, p.x2_channels)
     constants: dict[str, Any] = {
         "channels": p.channels,
+        "x2_channels": p.x2_channels,
         "pixels": pixels,
         "per_group": per_group,
         "span": tile.span,
@@ -110,27 +113,20 @@ def _constants(p: NormProblem, backward: bool) -> tuple[tuple[int, int], dict[st
     return (p.batch, triton.cdiv(p.channels, tile.span)), constants, {"num_warps": tile.num_warps}
 
 
-def _inputs(t: NormTensors) -> dict[str, Tensor | None]:
-    """The tensors by name, but x2: the kernels have one input."""
-    named = t._asdict()
-    del named["x2"]
-    return named
-
-
 def group_norm_forward(p: NormProblem, t: NormTensors) -> tuple[Tensor, Tensor, Tensor]:
     """Computes the forward in one launch.
 
     Args:
         p: One that `norm_supported` accepts.
-        t: x in channels_last memory, everything else contiguous.
+        t: x and x2 in channels_last memory, everything else contiguous.
 
     Returns:
         y (B, C, H, W) channels_last, mean and rstd (B, norm groups) fp32.
     """
-    y = torch.empty_like(t.x, memory_format=torch.channels_last)
+    y = _empty_image(p, t.x, p.channels)
     mean = torch.empty((p.batch, p.num_norm_groups), dtype=torch.float32, device=t.x.device)
     rstd = torch.empty_like(mean)
-    norm_forward_launch(p, {**_inputs(t), "y": y, "mean": mean, "rstd": rstd}).run()
+    norm_forward_launch(p, {**t._asdict(), "y": y, "mean": mean, "rstd": rstd}).run()
     return y, mean, rstd
 
 
@@ -140,8 +136,8 @@ def group_norm_backward(
     mean: Tensor,
     rstd: Tensor,
     t: NormTensors,
-    mask: tuple[bool, bool, bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    mask: tuple[bool, bool, bool, bool, bool, bool],
+) -> tuple[Tensor | None, ...]:
     """Computes the gradients in one launch, or two: dweight and dbias are summed from fp32 values per sample.
 
     Args:
@@ -153,19 +149,28 @@ def group_norm_backward(
         mask: Which results to compute.
 
     Returns:
-        dx (B, C, H, W) channels_last, dweight and dbias (E, C), dscale and dshift (B, C); None where not in the mask.
+        dx (B, C - C_2, H, W) channels_last, dweight and dbias (E, C), dscale and dshift (B, C), dx2 like dx; None where
+        not in the mask.
     """
     per_sample = (p.batch, p.channels)
+    wants_input = mask[0] or mask[5]
     made: dict[str, Tensor | None] = {
-        "dx": torch.empty_like(t.x, memory_format=torch.channels_last) if mask[0] else None,
+        "dx": _empty_image(p, t.x, p.channels - p.x2_channels) if wants_input else None,
+        "dx2": _empty_image(p, t.x, p.x2_channels) if wants_input and p.x2_channels else None,
         "dweight": t.x.new_empty(per_sample, dtype=torch.float32) if mask[1] else None,
         "dbias": t.x.new_empty(per_sample, dtype=torch.float32) if mask[2] else None,
         "dscale": t.x.new_empty(per_sample) if mask[3] else None,
         "dshift": t.x.new_empty(per_sample) if mask[4] else None,
     }
-    norm_backward_launch(p, {**_inputs(t), "dy": dy, "mean": mean, "rstd": rstd, **made}).run()
+    norm_backward_launch(p, {**t._asdict(), "dy": dy, "mean": mean, "rstd": rstd, **made}).run()
     shares = {name: share for name in ("dweight", "dbias") if (share := made[name]) is not None}
     sums = {name: torch.empty_like(t.weight) for name in shares}
     if shares:
         sum_per_expert(tuple(shares.values()), tuple(sums.values()), t.offsets, t.weight_index)
-    return made["dx"], sums.get("dweight"), sums.get("dbias"), made["dscale"], made["dshift"]
+    dx, dx2 = made["dx"] if mask[0] else None, made["dx2"] if mask[5] else None
+    return dx, sums.get("dweight"), sums.get("dbias"), made["dscale"], made["dshift"], dx2
+
+
+def _empty_image(p: NormProblem, like: Tensor, channels: int) -> Tensor:
+    shape = (p.batch, channels, p.height, p.width)
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)

@@ -11,13 +11,25 @@ image is read twice, the second time from the cache.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 from tdc_fast.kernels.common import expert_of, live_width
 from tdc_fast.kernels.expert_sums import group_of_sample
 
-_INTEGERS = ("channels", "pixels", "per_group", "span", "norm_groups", "num_groups", "num_experts", "eps")
+_INTEGERS = (
+    "channels",
+    "x2_channels",
+    "pixels",
+    "per_group",
+    "span",
+    "norm_groups",
+    "num_groups",
+    "num_experts",
+    "eps",
+)
 
 
 @triton.jit
@@ -62,9 +74,50 @@ def _block(span, per_group, channels, VECTOR: tl.constexpr, BLOCK_GROUPS: tl.con
     return first, column, inside, member & inside[None, :]
 
 
+class Tile(NamedTuple):
+    """Where a tile is in the input, or in its gradient: channels before the seam are in x, those from it on in x2."""
+
+    x: Any  # (B, pixels, seam)
+    x2: Any  # (B, pixels, channels - seam) or None
+    channels: Any
+    seam: Any
+    first: Any  # channel of the block
+    column: Any  # [BC]
+    row: Any  # [BP]
+
+
+@triton.jit
+def _places(tensor, begin):
+    """Addresses of the tile [BP, BC]. begin: its first pixel among those of the whole batch."""
+    row, column = tensor.row[:, None], tensor.column[None, :]
+    if tensor.x2 is None:
+        places = tensor.x + (begin * tensor.channels + tensor.first) + (row * tensor.channels + column)
+    else:
+        # One access: a thread's vector of channels lies on one side of the seam.
+        seam, width, channel = tensor.seam, tensor.channels - tensor.seam, tensor.first + column
+        in_x = channel < seam
+        columns = tl.where(in_x, tensor.x + channel, tensor.x2 + (channel - seam))
+        stride = tl.where(in_x, seam, width)
+        places = columns + begin * stride + row * stride
+    return places
+
+
+@triton.jit
+def _read(tensor, begin, mask):
+    """Loads the tile as fp32, 0 outside the mask."""
+    return tl.load(_places(tensor, begin), mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _write(tensor, begin, value, mask):
+    """Stores the tile."""
+    tl.store(_places(tensor, begin), value.to(tensor.x.dtype.element_ty), mask=mask)
+
+
 @triton.jit(do_not_specialize=_INTEGERS)
 def norm_forward_kernel(
-    x,  # (B, pixels, C)
+    x,  # (B, pixels, C), or with x2 (B, pixels, C - x2_channels)
+    x2,  # (B, pixels, x2_channels) or None
     weight,  # (E, C)
     bias,  # (E, C)
     scale,  # (B, C) or None
@@ -76,6 +129,7 @@ def norm_forward_kernel(
     weight_index,
     widths,
     channels,
+    x2_channels,
     pixels,
     per_group,  # channels of a norm group
     span,  # channels of a program
@@ -98,16 +152,17 @@ def norm_forward_kernel(
     live = inside & (first + column < live_width(widths, group, channels))
     row = tl.arange(0, BLOCK_PIXELS)
     stride = (channels // VECTOR) * VECTOR
-    start = sample.to(tl.int64) * pixels * stride + first
-    tile = row[:, None] * stride + column[None, :]  # [BP, BC]
+    seam = stride - (x2_channels // VECTOR) * VECTOR
+    source = Tile(x=x, x2=x2, channels=stride, seam=seam, first=first, column=column, row=row)
+    start = sample.to(tl.int64) * pixels
+    result = Tile(x=y, x2=None, channels=stride, seam=stride, first=first, column=column, row=row)
 
     running = tl.zeros([BLOCK_PIXELS, BLOCK_CHANNELS], tl.float32)
     spread = tl.zeros([BLOCK_PIXELS, BLOCK_CHANNELS], tl.float32)
     seen = 0.0
     for pixel in range(0, pixels, BLOCK_PIXELS):
         valid = (row < pixels - pixel)[:, None]
-        at = start + pixel * stride
-        value = tl.load(x + at + tile, mask=valid & inside[None, :], other=0.0).to(tl.float32)
+        value = _read(source, start + pixel, valid & inside[None, :])
         value = tl.where(live[None, :], value, 0.0)
         seen += 1.0
         delta = tl.where(valid, value - running, 0.0)
@@ -139,13 +194,12 @@ def norm_forward_kernel(
     base = (offset * factor + addend)[None, :]
     for pixel in range(0, pixels, BLOCK_PIXELS):
         mask = (row < pixels - pixel)[:, None] & inside[None, :]
-        at = start + pixel * stride
-        value = tl.load(x + at + tile, mask=mask, other=0.0).to(tl.float32)
+        value = _read(source, start + pixel, mask)
         value = (value - center - rest) * slope + base
         if SILU:
             value = value / (1.0 + tl.exp(-value))
         value = tl.where(live[None, :], value, 0.0)
-        tl.store(y + at + tile, value.to(y.dtype.element_ty), mask=mask)
+        _write(result, start + pixel, value, mask)
 
 
 @triton.jit
@@ -163,14 +217,16 @@ def _upstream(dy, value, center, inverse, slope, base, live, SILU: tl.constexpr)
 @triton.jit(do_not_specialize=_INTEGERS)
 def norm_backward_kernel(
     dy,  # (B, pixels, C)
-    x,  # (B, pixels, C)
+    x,  # (B, pixels, C), or with x2 (B, pixels, C - x2_channels)
+    x2,  # (B, pixels, x2_channels) or None
     weight,  # (E, C)
     bias,  # (E, C)
     scale,  # (B, C) or None
     shift,  # (B, C) or None
     mean,  # (B, norm groups) fp32
     rstd,  # (B, norm groups) fp32
-    dx,  # (B, pixels, C) or None
+    dx,  # like x, or None
+    dx2,  # like x2; None with dx
     dscale,  # (B, C) or None
     dshift,  # (B, C) or None
     dweight,  # (B, C) fp32, each sample's share, or None
@@ -179,6 +235,7 @@ def norm_backward_kernel(
     weight_index,
     widths,
     channels,
+    x2_channels,
     pixels,
     per_group,
     span,
@@ -200,8 +257,10 @@ def norm_backward_kernel(
     live = inside & (first + column < live_width(widths, group, channels))
     row = tl.arange(0, BLOCK_PIXELS)
     stride = (channels // VECTOR) * VECTOR
-    start = sample.to(tl.int64) * pixels * stride + first
-    tile = row[:, None] * stride + column[None, :]  # [BP, BC]
+    seam = stride - (x2_channels // VECTOR) * VECTOR
+    source = Tile(x=x, x2=x2, channels=stride, seam=seam, first=first, column=column, row=row)
+    start = sample.to(tl.int64) * pixels
+    above = Tile(x=dy, x2=None, channels=stride, seam=stride, first=first, column=column, row=row)
     gain, offset, factor, addend = _affine_rows(
         weight, bias, scale, shift, expert, sample, first + column, channels, live
     )
@@ -215,10 +274,8 @@ def norm_backward_kernel(
     products = tl.zeros([BLOCK_PIXELS, BLOCK_CHANNELS], tl.float32)
     for pixel in range(0, pixels, BLOCK_PIXELS):
         mask = (row < pixels - pixel)[:, None] & inside[None, :]
-        at = start + pixel * stride
-        above = tl.load(dy + at + tile, mask=mask, other=0.0).to(tl.float32)
-        value = tl.load(x + at + tile, mask=mask, other=0.0).to(tl.float32)
-        grad, normal = _upstream(above, value, center, inverse, slope, base, live, SILU)
+        value = _read(source, start + pixel, mask)
+        grad, normal = _upstream(_read(above, start + pixel, mask), value, center, inverse, slope, base, live, SILU)
         grads += grad
         products += grad * normal
     sum_grad = tl.sum(grads, 0)  # [BC]
@@ -236,16 +293,15 @@ def norm_backward_kernel(
         tl.store(dbias + place, sum_grad * factor, mask=inside)
     if dx is None:
         return
+    to = Tile(x=dx, x2=dx2, channels=stride, seam=seam, first=first, column=column, row=row)
 
     elements = per_group * pixels.to(tl.float32)
     mean_grad = _of_channels(_group_sums(sum_grad * gain * factor, member) / elements, member)[None, :]
     mean_product = _of_channels(_group_sums(sum_product * gain * factor, member) / elements, member)[None, :]
     for pixel in range(0, pixels, BLOCK_PIXELS):
         mask = (row < pixels - pixel)[:, None] & inside[None, :]
-        at = start + pixel * stride
-        above = tl.load(dy + at + tile, mask=mask, other=0.0).to(tl.float32)
-        value = tl.load(x + at + tile, mask=mask, other=0.0).to(tl.float32)
-        grad, normal = _upstream(above, value, center, inverse, slope, base, live, SILU)
+        value = _read(source, start + pixel, mask)
+        grad, normal = _upstream(_read(above, start + pixel, mask), value, center, inverse, slope, base, live, SILU)
         value = inverse * (grad * slope - mean_grad - normal * mean_product)
         value = tl.where(live[None, :], value, 0.0)
-        tl.store(dx + at + tile, value.to(dx.dtype.element_ty), mask=mask)
+        _write(to, start + pixel, value, mask)

@@ -8,8 +8,8 @@ it serves, each of a problem and a named tuple of tensors (kernels/problems.py):
     conv2d_wgrad(problem, dy, t, mask)
 
 A call may fuse two things into reading its input: "x2", a second tensor with the last channels, and "upsample", nearest
-upsampling. A backend says in `fuses` which of them it has; a call that fuses something else goes through `Unfused`
-(composition.py), which makes the tensor first and gives the backend a problem without.
+upsampling. A backend says in `fuses` which of them it has. Where it has not, or does not support the problem, the call
+goes through `Unfused` (composition.py), which makes the tensor first and gives the backend a problem without.
 
 The `backend` argument decides first, then the environment variable TDC_FAST_BACKEND; otherwise the fastest backend that
 supports the problem runs, and which one is fastest depends on the operator. A backend chosen by name that cannot serve
@@ -24,7 +24,7 @@ raises with its reason. builtin.py registers these:
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -87,25 +87,23 @@ def forget() -> None:
     _reads_two.clear()
 
 
-def _ordered(problem: Problem) -> list[Backend]:
-    """The backends, fastest for this kind of problem first; those that would copy go before the reference alone."""
+def _servers(problem: Problem) -> Iterator[tuple[Any, str | None]]:
+    """What would run a problem on each backend, fastest first, with None, or the reason why it cannot serve.
+
+    Those that make copies first (`Unfused`) come after those that do not, but before the reference.
+    """
     order = _ORDER[type(problem)]
-
-    def rank(backend: Backend) -> tuple[bool, bool, int]:
-        position = order.index(backend.name) if backend.name in order else -1
-        return backend.name == "reference", not _fuses(backend, problem), position
-
-    return sorted(_backends, key=rank)
-
-
-def _fuses(backend: Backend, problem: Problem) -> bool:
-    return set(problem.fused) <= set(getattr(backend, "fuses", ()))
+    ordered = sorted(_backends, key=lambda backend: order.index(backend.name) if backend.name in order else -1)
+    if not problem.fused:
+        return ((backend, backend.supports(problem)) for backend in ordered)
+    servers = [_server(backend, problem) for backend in ordered]
+    return iter(sorted(servers, key=lambda found: (found[0].name == "reference", isinstance(found[0], Unfused))))
 
 
 def _server(backend: Backend, problem: Problem) -> tuple[Any, str | None]:
-    """What runs a problem on a backend, itself or through copies, and None; or the reason why it cannot serve."""
-    if _fuses(backend, problem):
-        return backend, backend.supports(problem)
+    """The backend itself where it fuses what this problem fuses, else the backend through copies."""
+    if set(problem.fused) <= set(getattr(backend, "fuses", ())) and backend.supports(problem) is None:
+        return backend, None
     unfused = Unfused(backend, problem)
     return unfused, backend.supports(unfused.problem)
 
@@ -123,10 +121,9 @@ def select(problem: Problem, requested: str) -> Any:
     asked_by = "backend"
     if not requested:
         requested, asked_by = os.environ.get(ENVIRONMENT, ""), ENVIRONMENT
-    for backend in _ordered(problem):
-        if requested and backend.name != requested:
+    for server, reason in _servers(problem):
+        if requested and server.name != requested:
             continue
-        server, reason = _server(backend, problem)
         if reason is None:
             return server
         if requested:
@@ -242,7 +239,7 @@ def explain(operator: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Ex
     requested = kwargs.pop("backend", None)
     require_backend_name(requested)
     problem = _describers[name](*args, **kwargs)
-    servers = {backend.name: _server(backend, problem) for backend in _ordered(problem)}
+    servers = {server.name: (server, reason) for server, reason in _servers(problem)}
     reasons = {name: reason for name, (_, reason) in servers.items()}
     copies = {name: server.copies for name, (server, reason) in servers.items()
               if reason is None and isinstance(server, Unfused)}  # fmt: skip

@@ -23,11 +23,14 @@ LAYERS = [
 ]
 
 
-def launch_of(channels: int, norm_groups: int, size: int, dtype: torch.dtype, backward: bool) -> Launch:
+def launch_of(
+    channels: int, norm_groups: int, size: int, dtype: torch.dtype, backward: bool, x2_channels: int = 0
+) -> Launch:
     """The launch with everything optional given, on tensors without memory."""
     p = NormProblem(
         op="routed_group_norm", device=torch.device("meta"), dtype=dtype, batch=128, height=size, width=size,
         channels=channels, num_norm_groups=norm_groups, eps=1e-5, silu=True, num_groups=8, num_experts=8,
+        x2_channels=x2_channels,
     )  # fmt: skip
 
     def made(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
@@ -35,12 +38,22 @@ def launch_of(channels: int, norm_groups: int, size: int, dtype: torch.dtype, ba
 
     image, rows, experts = made(128, channels, size, size), made(128, channels), made(8, channels)
     statistics, shares = made(128, norm_groups, dtype=torch.float32), made(128, channels, dtype=torch.float32)
-    tensors = {"x": image, "weight": experts, "bias": experts, "scale": rows, "shift": rows}
+    first = made(128, channels - x2_channels, size, size)
+    second = made(128, x2_channels, size, size) if x2_channels else None
+    tensors = {"x": first, "x2": second, "weight": experts, "bias": experts, "scale": rows, "shift": rows}
     tensors |= {"mean": statistics, "rstd": statistics, "offsets": made(9, dtype=torch.int32)}
     tensors |= {name: made(8, dtype=torch.int32) for name in ("weight_index", "widths")}
     if not backward:
         return norm_forward_launch(p, tensors | {"y": image})
-    grads = {"dy": image, "dx": image, "dscale": rows, "dshift": rows, "dweight": shares, "dbias": shares}
+    grads = {
+        "dy": image,
+        "dx": first,
+        "dx2": second,
+        "dscale": rows,
+        "dshift": rows,
+        "dweight": shares,
+        "dbias": shares,
+    }
     return norm_backward_launch(p, tensors | grads)
 
 
@@ -56,3 +69,20 @@ def test_a_layer_compiles(layer: tuple[int, int, int, torch.dtype], backward: bo
     if layer[0] < 2048:
         assert built.count(r"ld\.global[.\w]*\.v4") and built.count(r"st\.global[.\w]*\.v4")
     assert not built.count(r"\.f64")
+
+
+# (channels, of which in x2, size): layers of the CIFAR-10 UNet whose norm groups straddle the seam, or blocks do
+SEAMS = [(384, 128, 32), (512, 256, 16), (320, 64, 32)]
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("seam", SEAMS, ids=lambda seam: "-".join(map(str, seam)))
+def test_two_inputs_keep_16_byte_accesses(seam: tuple[int, int, int], backward: bool) -> None:
+    channels, x2_channels, size = seam
+    launch = launch_of(channels, 32, size, torch.bfloat16, backward, x2_channels)
+    built = build(launch.kernel, launch.arguments, 90, launch.options)
+    assert built.stack <= 16, f"{built.stack} bytes of local memory per thread"  # ptxas keeps to 128 registers
+    one = launch_of(channels, 32, size, torch.bfloat16, backward)
+    accesses = r"(ld|st)\.global[.\w]*"
+    assert built.count(accesses) == build(one.kernel, one.arguments, 90, one.options).count(accesses)
+    assert built.count(r"ld\.global[.\w]*\.v4") and built.count(r"st\.global[.\w]*\.v4")

@@ -38,7 +38,7 @@ def conv_case(**changes: Any) -> ConvCase:
 
 
 def routed(case: ConvCase, tensors: dict[str, Tensor], backend: str = "triton") -> Tensor:
-    extras = {name: tensors.get(name) for name in ("sample_bias", "residual")}
+    extras = {name: tensors.get(name) for name in ("sample_bias", "residual", "x2")}
     affine = (tensors["weight"], tensors.get("bias"))
     return routed_conv2d(tensors["x"], *affine, case.routing.plan(), **case.settings(), **extras, backend=backend)
 
@@ -50,9 +50,12 @@ def gradients(y: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {"y": y.detach(), **{f"d{name}": grad for name, grad in zip(tensors, grads, strict=True)}}
 
 
+@pytest.mark.parametrize("fused", [{}, {"x2_channels": 2}, {"upsample": 2, "padding": (1, 2)}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
-def test_a_convolution_and_the_gradients_of_all_its_inputs(dtype: torch.dtype, nan_filled_memory: None) -> None:
-    case = conv_case()
+def test_a_convolution_and_the_gradients_of_all_its_inputs(
+    dtype: torch.dtype, fused: dict[str, Any], nan_filled_memory: None
+) -> None:
+    case = conv_case(**fused)
     tensors, copies, exact = case.tensors(dtype), case.tensors(dtype), case.tensors(torch.float64)
     ours = gradients(routed(case, tensors), tensors)
     torchs = gradients(case.plain(copies), copies)

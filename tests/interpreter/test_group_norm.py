@@ -38,7 +38,7 @@ def some_case(**changes: Any) -> NormCase:
 
 
 def routed(case: NormCase, tensors: dict[str, Tensor], name: str = "triton") -> Tensor:
-    extras = {extra: tensors.get(extra) for extra in ("scale", "shift")}
+    extras = {extra: tensors.get(extra) for extra in ("scale", "shift", "x2")}
     plan, affine = case.routing.plan(), (tensors["weight"], tensors["bias"])
     return routed_group_norm(tensors["x"], *affine, plan, **case.settings(), **extras, backend=name)
 
@@ -64,8 +64,8 @@ def assert_accurate(case: NormCase, dtype: torch.dtype) -> None:
 def test_any_problem_is_as_accurate_as_torch(dtype: torch.dtype, nan_filled_memory: None) -> None:
     """Any groups, widths, layouts; with and without scale, shift and SiLU; output and all gradients."""
 
-    @given(case=norm_cases().filter(lambda case: case.routing.batch > 0))
-    @settings(max_examples=12, deadline=None, derandomize=True)
+    @given(case=(norm_cases() | norm_cases(fused=True)).filter(lambda case: case.routing.batch > 0))
+    @settings(max_examples=20, deadline=None, derandomize=True)
     def check(case: NormCase) -> None:
         assert_accurate(case, dtype)
 
@@ -90,6 +90,21 @@ def test_statistics_are_right_across_tiles_and_programs(
         routing=Routing((0, 1), 2, 1, (0, 0)), channels=channels, num_groups=num_groups, size=size, widths=widths
     )
     assert_accurate(case, torch.float32)
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    ("channels", "num_groups", "x2_channels"),
+    [(12, 4, 5), (12, 4, 3), (64, 32, 24), (96, 8, 20), (40, 40, 1)],
+    ids=["in a norm group", "between two", "between vectors", "in a block", "last channel"],
+)
+def test_norm_groups_and_blocks_may_straddle_the_seam_of_two_inputs(
+    channels: int, num_groups: int, x2_channels: int, dtype: torch.dtype, nan_filled_memory: None
+) -> None:
+    per_group = channels // num_groups
+    widths = (channels, (channels - x2_channels) // per_group * per_group, per_group)
+    case = some_case(channels=channels, num_groups=num_groups, x2_channels=x2_channels, widths=widths, size=(3, 11))
+    assert_accurate(case, dtype)
 
 
 @pytest.mark.parametrize("mean", [100.0, 3000.0, 1e5])
@@ -133,7 +148,7 @@ def problem_and_tensors(case: NormCase) -> tuple[NormProblem, NormTensors]:
     t = {name: tensor.detach() for name, tensor in case.tensors(torch.float32).items()}
     plan = case.routing.plan()
     routing = (plan.offsets, plan.weight_index, case.settings()["widths"])
-    tensors = NormTensors(t["x"], t["weight"], t["bias"], *routing, t.get("scale"), t.get("shift"))
+    tensors = NormTensors(t["x"], t["weight"], t["bias"], *routing, t.get("scale"), t.get("shift"), t.get("x2"))
     silu = case.activation == "silu"
     return norm_problem("routed_group_norm", tensors, case.num_groups, 1e-5, silu), tensors
 
@@ -148,11 +163,11 @@ def test_mean_and_rstd_are_those_of_the_reference(nan_filled_memory: None) -> No
 
 
 def test_only_requested_gradients_are_computed_and_they_do_not_change() -> None:
-    problem, tensors = problem_and_tensors(some_case())
+    problem, tensors = problem_and_tensors(some_case(x2_channels=5))
     y, mean, rstd = backend.group_norm(problem, tensors)
     dy = torch.ones_like(y)
-    complete = backend.group_norm_backward(problem, dy, mean, rstd, tensors, (True,) * 5 + (False,))
-    for mask in [(*m, False) for m in product((False, True), repeat=5) if sum(m) in (1, 4)]:
+    complete = backend.group_norm_backward(problem, dy, mean, rstd, tensors, (True,) * 6)
+    for mask in [m for m in product((False, True), repeat=6) if sum(m) in (1, 5)]:
         grads = backend.group_norm_backward(problem, dy, mean, rstd, tensors, mask)
         for wanted, grad, expected in zip(mask, grads, complete, strict=True):
             assert torch.equal(grad, expected) if wanted else grad is None
