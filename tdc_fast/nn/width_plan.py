@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import math
 import os
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -239,7 +239,7 @@ def _numbers(where: str, values: Any) -> tuple[float, ...]:
     if not isinstance(values, (list, tuple)) and not (isinstance(values, np.ndarray) and values.ndim == 1):
         raise invalid(where, values, "a list of numbers")
     for value in values:
-        if not _is_number(value) or not 0 <= value < math.inf:
+        if not _is_number(value) or not 0 <= value <= sys.float_info.max:
             raise invalid(where, value, "finite numbers of at least 0")
     return tuple(int(value) if _is_integer(value) else float(value) for value in values)
 

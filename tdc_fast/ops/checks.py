@@ -37,7 +37,7 @@ def require_tensors(optional: tuple[str, ...] = (), **arguments: Any) -> None:
 
 def require_integer(name: str, value: Any) -> None:
     """Raises ValueError for anything but an integer of at most 32 bits."""
-    if not isinstance(value, (int, np.integer)) or not -(2**31) <= value < 2**31:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not -(2**31) <= value < 2**31:
         raise invalid(name, value, "an integer")
 
 

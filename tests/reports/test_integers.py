@@ -65,5 +65,10 @@ def test_an_index_that_int32_cannot_hold_does_not_wrap_round() -> None:
         routed_linear(torch.zeros(2, 5), torch.zeros(2, 6, 5), None, plan)
 
 
+def test_a_truth_value_is_no_number_of_groups() -> None:
+    with pytest.raises(ValueError, match="^num_groups: got True; expected an integer"):
+        RoutingPlan.from_groups([0, 0], True)
+
+
 def test_an_empty_batch_may_be_a_list() -> None:
     assert RoutingPlan.from_groups([], 2).offsets.tolist() == [0, 0, 0]

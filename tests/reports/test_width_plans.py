@@ -43,7 +43,10 @@ BAD = (
     + [("boundaries", value) for value in [[0], [1, 5, 9], [0, 5, 5], [0, 5.0, 9], [0, True, 9], [0, "5", 9]]]
     + [("boundaries", value) for value in [[0, float("nan"), 9], [0, 1, 10**20], 7, *NONE_OF_THEM]]
     + [("experts", value) for value in [[], [{}], [1, 2], ["", ""], [[], []], 5, *NONE_OF_THEM]]
-    + [("macs", value) for value in [[1.0], [1, "2"], [1, True], [1, float("nan")], [1, float("inf")], [1, -1], 5]]
+    + [
+        ("macs", value)
+        for value in [[1.0], [1, "2"], [1, True], [1, float("nan")], [1, float("inf")], [1, -1], [1, 10**400], 5]
+    ]
     + [("budgets", value) for value in [[1.0], [1, None], [[1], [2]], "ab", None, True]]
     + [("width", value) for value in [1.5, "2", -1, [2], *NONE_OF_THEM]]
     + [("order", value) for value in [5, [0.5, 1], [True, 0], ["a"], [None], "01", None, [float("nan")]]]
