@@ -7,6 +7,8 @@ A block whose unit is pruned to width 0 is only its skip path. Leaves are called
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +26,7 @@ from tdc_fast.nn.layers import (
     qkv_attention,
     to_tokens,
 )
+from tdc_fast.nn.one_input import chunks_of_all
 from tdc_fast.nn.plan_scope import PlanScope, checkpoint
 from tdc_fast.nn.units import PruningUnit, UnitSlice, width_step
 from tdc_fast.ops import reads_two_inputs
@@ -106,12 +109,18 @@ class ResBlock(nn.Module):
         del self.in_layers, self.emb_layers, self.out_layers
         self.width = 0
 
-    def forward(self, x: Tensor, emb: Tensor, skip: Tensor | None = None) -> Tensor:
+    @property
+    def emb_chunks(self) -> int:
+        """Parts of the embedding's linear layer: scale and shift, or the bias alone."""
+        return 2 if self.use_scale_shift_norm else 1
+
+    def forward(self, x: Tensor, embedded: tuple[Tensor, ...], skip: Tensor | None = None) -> Tensor:
         """Compute the block.
 
         Args:
             x: (B, C_in, H, W); with skip the first channels of it.
-            emb: the embedding after its SiLU, (B, emb_channels).
+            embedded: `emb_layers[1].chunks(emb, emb_chunks)` of the embedding emb after its SiLU, each (B, width); not
+                read at width 0.
             skip: the last input channels (B, C_skip, H, W): what an input block left for an output block.
 
         Returns:
@@ -122,24 +131,24 @@ class ResBlock(nn.Module):
         if not self.width:
             return self._skip_path(x, skip)
         if self.use_checkpoint and torch.is_grad_enabled():
-            return checkpoint(self._forward, self.routing, x, emb, skip)
-        return self._forward(x, emb, skip)
+            return checkpoint(self._forward, self.routing, x, skip, *embedded)
+        return self._forward(x, skip, *embedded)
 
     def _skip_path(self, x: Tensor, skip: Tensor | None) -> Tensor:
         if isinstance(self.skip_connection, nn.Identity):
             return joined(x, skip)
         return self.skip_connection(x, x2=skip)
 
-    def _forward(self, x: Tensor, emb: Tensor, skip: Tensor | None) -> Tensor:
+    def _forward(self, x: Tensor, skip: Tensor | None, *embedded: Tensor) -> Tensor:
         norm_in, _, conv_in = self.in_layers
         norm_out, _, dropout, conv_out = self.out_layers
         h = norm_in(x, x2=skip, activation="silu")
         if self.use_scale_shift_norm:
             h = conv_in(h)
-            scale, shift = self.emb_layers[1].chunks(emb, 2)  # type: ignore[operator]
-            h = norm_out(h, scale=scale.to(h.dtype), shift=shift.to(h.dtype), activation="silu")
+            scale, shift = (part.to(h.dtype) for part in embedded)
+            h = norm_out(h, scale=scale, shift=shift, activation="silu")
         else:
-            h = conv_in(h, sample_bias=self.emb_layers[1](emb).to(h.dtype))
+            h = conv_in(h, sample_bias=embedded[0].to(h.dtype))
             h = norm_out(h, activation="silu")
         return conv_out(dropout(h), residual=self._skip_path(x, skip))
 
@@ -147,7 +156,7 @@ class ResBlock(nn.Module):
         """The inner width as a pruning unit, in whole normalisation groups and, where possible, 8 channels."""
         slices = (
             UnitSlice(f"{name}.in_layers.2", "out"),
-            UnitSlice(f"{name}.emb_layers.1", "out", copies=2 if self.use_scale_shift_norm else 1),
+            UnitSlice(f"{name}.emb_layers.1", "out", copies=self.emb_chunks),
             UnitSlice(f"{name}.out_layers.0", "out"),
             UnitSlice(f"{name}.out_layers.3", "in"),
         )
@@ -239,14 +248,31 @@ class Upsample(nn.Module):
 
 
 class TimestepBlocks(nn.Sequential):
-    """A sequence of layers; its ResBlocks also get the timestep embedding."""
+    """A sequence of layers; its ResBlocks also get what their linear layers make of the timestep embedding."""
 
-    def forward(self, x: Tensor, emb: Tensor, skip: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        """Run the layers over x (B, C, H, W) with the embedding emb (B, emb_channels).
+    def forward(  # type: ignore[override]
+        self, x: Tensor, embedded: Iterator[tuple[Tensor, ...]], skip: Tensor | None = None
+    ) -> Tensor:
+        """Run the layers over x (B, C, H, W).
 
-        The first layer, a ResBlock if there is a skip (B, C_skip, H, W), reads x and skip as one channel axis.
+        The first layer, a ResBlock if there is a skip (B, C_skip, H, W), reads x and skip as one channel axis. Each
+        ResBlock that is more than its skip path takes the next of `embedded` (see `embedded_chunks`).
         """
         for layer in self:
-            x = layer(x, emb, skip) if isinstance(layer, ResBlock) else layer(x)
+            x = layer(x, next(embedded) if layer.width else (), skip) if isinstance(layer, ResBlock) else layer(x)
             skip = None
         return x
+
+
+def embedded_chunks(blocks: Iterable[TimestepBlocks], emb: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """What the linear layers of all ResBlocks make of the embedding, in the order in which they run.
+
+    Args:
+        blocks: all of the network, in order.
+        emb: the embedding after its SiLU, (B, emb_channels).
+    """
+    res_blocks = [layer for block in blocks for layer in block if isinstance(layer, ResBlock) and layer.width]
+    if not res_blocks:
+        return iter(())
+    layers: list[Any] = [block.emb_layers[1] for block in res_blocks]
+    return iter(chunks_of_all(layers, emb, res_blocks[0].emb_chunks))

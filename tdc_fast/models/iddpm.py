@@ -19,6 +19,7 @@ from tdc_fast.models.blocks import (
     ResBlock,
     TimestepBlocks,
     Upsample,
+    embedded_chunks,
     group_norm,
     head_dim,
     silu,
@@ -199,15 +200,16 @@ class UNet(nn.Module):
         if y is not None:
             emb = emb + self.label_emb(y)
         emb = silu(emb)  # every ResBlock's emb_layers begin with it
+        embedded = embedded_chunks([*self.input_blocks, self.middle_block, *self.output_blocks], emb)
 
         h = x.to(dtype).contiguous(memory_format=torch.channels_last)
         skips = []
         for block in self.input_blocks:
-            h = block(h, emb)
+            h = block(h, embedded)
             skips.append(h)
-        h = self.middle_block(h, emb)
+        h = self.middle_block(h, embedded)
         for block in self.output_blocks:
-            h = block(h, emb, skips.pop())
+            h = block(h, embedded, skips.pop())
         return self.out[2](self.out[0](h, activation="silu"))
 
     def _check_inputs(self, x: Tensor, timesteps: Tensor, y: Tensor | None) -> None:

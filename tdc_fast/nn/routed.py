@@ -263,9 +263,18 @@ class RoutedLinear(RoutedLeaf):
     def chunks(self, x: Tensor, count: int, plan: RoutingPlan | None = None) -> tuple[Tensor, ...]:
         """The output of x in the `count` blocks of channels of the dense layout, each (..., C_out / count)."""
         y = self(x, plan)
-        if self.live_out is not None and self.live_out.copies == count:
+        if self._interleaves(count):
             return y.unflatten(-1, (-1, count)).unbind(-1)
         return y.chunk(count, dim=-1)
+
+    def apart(self, value: Tensor, count: int) -> Tensor:
+        """A weight or bias (E, C_out, ...) by the blocks that `chunks` gives: a view (count, E, C_out / count, ...)."""
+        if self._interleaves(count):
+            return value.unflatten(1, (-1, count)).movedim(2, 0)
+        return value.unflatten(1, (count, -1)).movedim(1, 0)
+
+    def _interleaves(self, count: int) -> bool:
+        return self.live_out is not None and self.live_out.copies == count
 
     def extra_repr(self) -> str:
         """The sizes, for `repr`."""

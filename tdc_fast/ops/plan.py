@@ -267,6 +267,16 @@ class RoutingPlan:
         sort = (self.order, self.inverse, self.offsets, self.groups, self.tiles)
         return RoutingPlan(*sort, weight_index, self.num_groups)
 
+    def repeated(self, times: int, num_experts: int) -> RoutingPlan:
+        """The plan of `times` copies of the sorted batch, one after the other, each with groups and experts of its own.
+
+        Group g of copy c is group c * N + g, and uses expert c * num_experts + weight_index[g].
+        """
+        copy = torch.arange(times, device=self.groups.device)[:, None]
+        groups = (self.groups + copy * self.num_groups).flatten()
+        weight_index = (self.weight_index + copy * num_experts).flatten()
+        return RoutingPlan.from_groups(groups, times * self.num_groups, weight_index)
+
     def _check_batch(self, x: Tensor) -> None:
         require_tensors(x=x)
         if x.dim() < 1 or x.shape[0] != self.order.shape[0]:
