@@ -17,6 +17,11 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"
 
 
+def on_terminal() -> bool:
+    """Whether to show bars: what is printed goes to a terminal too, not into a file or through `tee`."""
+    return sys.stderr.isatty() and sys.stdout.isatty()
+
+
 class Progress:
     """Shows how much of some work is done. A context manager; the bar is on stderr, the lines are on stdout.
 
@@ -24,17 +29,18 @@ class Progress:
         what: what is done, such as "drawing images".
         total: how many steps of work there are.
         shown: False shows nothing.
+        unit: what a step is, for the bar.
     """
 
-    def __init__(self, what: str, total: int, *, shown: bool = True) -> None:
+    def __init__(self, what: str, total: int, *, shown: bool = True, unit: str = "step") -> None:
         self._what, self._total, self._shown = what, total, shown
         self._done = 0
         self._began = self._said = time.perf_counter()
         self._bar: Any = None
-        if shown and sys.stderr.isatty():
+        if shown and on_terminal():
             from tqdm import tqdm
 
-            self._bar = tqdm(total=total, desc=what, unit="step")
+            self._bar = tqdm(total=total, desc=what, unit=unit)
 
     def __enter__(self) -> Progress:
         return self

@@ -45,7 +45,7 @@ def bits_per_dimension(
     """
     generator = torch.Generator().manual_seed(seed)
     sums: dict[str, Tensor] = {}
-    with Progress("bits per dimension", len(x0)) as shown:
+    with Progress("bits per dimension", len(x0), unit="image") as shown:
         for first in range(0, len(x0), batch_size):
             rows = slice(first, first + batch_size)
             kwargs = {} if labels is None else {"y": labels[rows]}

@@ -259,7 +259,7 @@ class RunOptions:
     tensorboard: bool = True
     """Write TensorBoard event files when the tensorboard package is installed."""
     progress: Literal["auto", "always", "never"] = "auto"
-    """Progress bars with time left; auto shows them on a terminal."""
+    """Progress bars with time left; auto shows them where all output goes to a terminal, and prints rows elsewhere."""
     preview: Annotated[int, Within(0, 10**5)] = 0
     """Images sampled at the end of each stage into samples/; 0 samples none."""
 

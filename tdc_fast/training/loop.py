@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -20,6 +19,7 @@ from tdc_fast.diffusion import Diffusion
 from tdc_fast.diffusion.timestep_samplers import TimestepSampler
 from tdc_fast.errors import invalid, require
 from tdc_fast.graphs import graphed
+from tdc_fast.progress import on_terminal
 from tdc_fast.routing import TimestepGroups
 from tdc_fast.runs.averages import UNTRAINED, initial_share
 from tdc_fast.runs.checkpoint import (
@@ -123,7 +123,7 @@ class StageLoop:
             FloatingPointError: the loss is no longer finite.
         """
         config = self.run.config
-        shown = config.progress == "always" or (config.progress == "auto" and sys.stderr.isatty())
+        shown = config.progress == "always" or (config.progress == "auto" and on_terminal())
         self.model.train()
         self._warn_of_untrained_averages()
         board = self.run.path / "tensorboard" / self.stage.name if config.tensorboard else None

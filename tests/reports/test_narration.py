@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import re
+import sys
 
 import numpy as np
 
 from tdc_fast import train
 from tdc_fast.figures import new_figure
+from tdc_fast.progress import Progress
 from tdc_fast.pruning.plots import _robust_limits
 from tdc_fast.training.narration import _short
 from tdc_fast.training.telemetry import ProgressLog
@@ -45,6 +47,18 @@ def test_rows_off_a_terminal_are_one_line_each_with_the_time_left(tmp_path, caps
     ]  # fmt: skip
     assert [line.endswith(" left") for line in said] == [True, True, False]
     assert not any("mse" in line for line in said)
+
+
+def test_rows_are_printed_wherever_the_output_goes_to_a_file_or_a_pipe(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)  # as in `train ... | tee log`
+    for name, to_terminal in (("piped", False), ("shown", True)):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda to_terminal=to_terminal: to_terminal, raising=False)
+        assert train.main(flags(small_config(tmp_path, name, lr_anneal_steps=3, progress="auto"))) == 0
+        with Progress("drawing", 2, unit="image") as progress:
+            progress.update(2)
+        said = capsys.readouterr()
+        assert ("base step 3 of 3" in said.out) is ("drawing: 100%" in said.out) is not to_terminal
+        assert ("training base: 100%" in said.err) is ("image/s" in said.err) is to_terminal
 
 
 def test_the_log_leaves_out_an_mse_that_repeats_the_loss_and_the_csv_has_everything(tmp_path, capsys):
