@@ -6,6 +6,7 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -13,9 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _module_hooks
 from torch.utils import _pytree
+from torch.utils._python_dispatch import _disable_current_modes
 
 from tdc_fast.errors import invalid
 from tdc_fast.graphs.capture import Recording, captures_on, current_capture
+from tdc_fast.graphs.flops import Counts, active_counters, add_flops, difference
 
 _log = logging.getLogger("tdc_fast.graphs")
 _lock = threading.RLock()
@@ -27,9 +30,10 @@ R = TypeVar("R")
 
 @dataclass
 class _Signature:
-    """What is known of one signature: calls so far, and once it is captured the static inputs and the recording."""
+    """What is known of one signature: calls so far, FLOPs if they were counted; static inputs and the recording."""
 
     calls: int = 0
+    flops: Counts | None = None
     inputs: Sequence[Tensor] = ()
     recording: Recording | None = None
 
@@ -55,6 +59,9 @@ class Graphed:
 
     Where it cannot be captured, all calls run the function as it is, and one line of the log (`tdc_fast.graphs`) says
     why: `why_not` has the same text.
+
+    A `FlopCounterMode` around the calls counts replays too. Under any other dispatch mode, and under torch.compile, the
+    function runs as it is.
 
     Calls from several threads take turns. Replays are queued on the caller's current stream, after those of other
     streams, as all graphs of a device share their memory.
@@ -110,7 +117,8 @@ class Graphed:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run or replay the function; see the class."""
         capture = current_capture()
-        if self.why_not or capture.capturing:
+        counters = active_counters()
+        if self.why_not or capture.capturing or counters is None or torch.compiler.is_compiling():
             return self._function(*args, **kwargs)
         leaves, spec = _pytree.tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
@@ -120,13 +128,22 @@ class Graphed:
             except TypeError:
                 self._give_up("an argument that is no tensor cannot be compared between calls: it has no hash")
                 return self._function(*args, **kwargs)
-            if entry.recording is None:
-                if entry.calls < self._warmup or self._captures >= 8 * self._max_graphs:
-                    return self._run(entry, tensors, args, kwargs)
-                if not self._record(entry, leaves, spec, tensors):
-                    return self._function(*args, **kwargs)
-            capture.begin(self._device)
-            return self._replay(entry, tensors)
+            if counters and entry.flops is None:
+                before = counters[-1].get_flop_counts()
+                result = self._run(entry, tensors, args, kwargs)
+                entry.flops = difference(counters[-1].get_flop_counts(), before)
+                return result
+            if entry.recording is None and (entry.calls < self._warmup or self._is_full()):
+                return self._run(entry, tensors, args, kwargs)
+            with _disable_current_modes() if counters else nullcontext():
+                if entry.recording is None:
+                    self._record(entry, leaves, spec, tensors)
+                if entry.recording is not None:
+                    for counter in counters:
+                        add_flops(counter, entry.flops or {})
+                    capture.begin(self._device)
+                    return self._replay(entry, tensors)
+            return self._function(*args, **kwargs)
 
     def reset(self) -> None:
         """Drop all graphs: the next calls warm up and capture again."""
@@ -155,11 +172,17 @@ class Graphed:
             obstacle = self._obstacle(tensors, result) or waits
             if obstacle:
                 self._give_up(obstacle)
-        elif entry.calls > self._warmup and not self._full:
+        return result
+
+    def _is_full(self) -> bool:
+        """Whether there were so many captures that there is no other one; says so once."""
+        if self._captures < 8 * self._max_graphs:
+            return False
+        if not self._full:
             self._full = True
             text = "%s: too many signatures; those without a CUDA graph run without one from now on"
             _log.warning(text, self._name)
-        return result
+        return True
 
     def _obstacle(self, tensors: Sequence[Tensor], result: Any) -> str:
         for tensor in tensors:
@@ -169,7 +192,7 @@ class Graphed:
                 return "an argument requires a gradient"
         if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in _pytree.tree_leaves(result)):
             return "its result requires a gradient: call backward inside, or run it under torch.no_grad()"
-        if any(getattr(_module_hooks, name, None) for name in _GLOBAL_HOOKS):
+        if not active_counters() and any(getattr(_module_hooks, name, None) for name in _GLOBAL_HOOKS):
             return "there are global hooks of modules"
         for name, module in self._submodules():
             if any(getattr(module, hooks, None) for hooks in _MODULE_HOOKS):
@@ -180,8 +203,8 @@ class Graphed:
         for module in self._modules:
             yield from module.named_modules()
 
-    def _record(self, entry: _Signature, leaves: Sequence[Any], spec: Any, tensors: Sequence[Tensor]) -> bool:
-        """Capture the signature; False, and the reason logged, if that failed."""
+    def _record(self, entry: _Signature, leaves: Sequence[Any], spec: Any, tensors: Sequence[Tensor]) -> None:
+        """Capture the signature; the reason is logged if that fails."""
         captured = [other for other in self._signatures.values() if other.recording is not None]
         for oldest in captured[: len(captured) + 1 - self._max_graphs]:
             oldest.recording, oldest.inputs, oldest.calls = None, (), 0
@@ -197,9 +220,8 @@ class Graphed:
         except Exception as error:
             reason = str(error).strip().partition("\n")[0]
             self._give_up(f"the capture failed: {type(error).__name__}: {reason}")
-            return False
+            return
         entry.inputs = static
-        return True
 
     @torch.no_grad()
     def _replay(self, entry: _Signature, tensors: Sequence[Tensor]) -> Any:

@@ -8,6 +8,8 @@ import threading
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from tdc_fast.graphs import Graphed, captures_on, graphed, outside_captures, use_capture
 from tests.graphs.tape import TapeCapture
@@ -215,6 +217,36 @@ def test_a_graphed_function_inside_another_is_part_of_its_graph(tape):
     outer = Graphed(lambda x: inner(x) * 2, "cpu", warmup=2)
     assert [outer(torch.full((1,), float(i))).item() for i in range(5)] == [2, 4, 6, 8, 10]
     assert len(tape.tapes) == 2
+
+
+def test_a_flop_counter_counts_replays_too(tape):
+    weight = torch.ones(3, 5)
+    step = Graphed(lambda x: x @ weight, "cpu", warmup=1)
+    step(torch.ones(2, 3)), step(torch.ones(2, 3))  # captured before anybody counts
+    with FlopCounterMode(display=False) as counter:
+        for calls in range(1, 5):
+            assert torch.equal(step(torch.full((2, 3), float(calls))), torch.full((2, 5), 3.0 * calls))
+            assert counter.get_total_flops() == calls * 2 * 2 * 3 * 5
+    assert tape.replays == 4
+    counted = Graphed(nn.Linear(3, 5).requires_grad_(False), "cpu", warmup=1)
+    with FlopCounterMode(display=False) as counter:
+        for _ in range(4):
+            counted(torch.ones(2, 3))
+    assert counter.get_total_flops() == 4 * 2 * 2 * 3 * 5 and counted.num_graphs == 1
+
+
+def test_another_dispatch_mode_sees_the_function_itself(tape):
+    class Log(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            names.append(operator._schema.name)
+            return operator(*args, **(kwargs or {}))
+
+    names: list[str] = []
+    step = Graphed(lambda x: x.neg(), "cpu", warmup=1)
+    step(torch.ones(1)), step(torch.ones(1))
+    with Log():
+        step(torch.ones(1))
+    assert "aten::neg" in names and tape.replays == 1
 
 
 def test_after_a_reset_replaced_weights_are_read(tape):
