@@ -18,7 +18,7 @@ from torch import nn
 
 from bench.compare import compare
 from tdc_fast.diffusion import create_diffusion
-from tdc_fast.diffusion.calibration import calibration_losses
+from tdc_fast.diffusion.calibration import Calibration
 from tdc_fast.models.iddpm import UNet
 from tdc_fast.pruning.costs import UnitCosts
 from tdc_fast.pruning.scoring import DenoisingLoss
@@ -91,7 +91,7 @@ class Problem:
         scores = []
         for widths in self.widths:
             model = narrow(self.base, orders, widths)
-            losses = calibration_losses(model, self.batches, self.diffusion, INTERVAL)
+            losses = Calibration[torch.Tensor](model, self.diffusion).of(self.batches, INTERVAL)
             scores.append(float(torch.cat([loss.double() for loss in losses]).mean()))
         return scores
 

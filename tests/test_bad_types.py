@@ -8,7 +8,7 @@ import torch
 from tdc_fast import RoutingPlan, TimestepGroups, routed_conv2d
 from tdc_fast.data.dataset import ImageDataset, load_dataset
 from tdc_fast.diffusion import Diffusion, StratifiedSampler, UniformSampler, create_diffusion
-from tdc_fast.diffusion.samplers import sample
+from tdc_fast.diffusion.sampling_loop import sample
 from tdc_fast.models.iddpm import create_unet
 from tdc_fast.train import train
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from tdc_fast.diffusion.create import create_diffusion
 from tdc_fast.diffusion.diffusion import Diffusion
-from tdc_fast.diffusion.samplers import Dpm2mHistory, ddim_step, ddpm_step, dpmpp_2m_step, sample
+from tdc_fast.diffusion.samplers import Dpm2mHistory, ddim_step, ddpm_step, dpmpp_2m_step
+from tdc_fast.diffusion.sampling_loop import SamplingLoop, sample
 from tdc_fast.diffusion.schedules import named_betas
 from tdc_fast.diffusion.timestep_samplers import (
     LossSecondMomentSampler,
@@ -18,6 +19,7 @@ __all__ = [
     "Diffusion",
     "Dpm2mHistory",
     "LossSecondMomentSampler",
+    "SamplingLoop",
     "StratifiedSampler",
     "TimestepSampler",
     "UniformSampler",

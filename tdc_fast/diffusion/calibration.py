@@ -2,39 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from tdc_fast.diffusion.protocols import DiffusionProcess
+from tdc_fast.graphs import graphed
 
 Batch = Tensor | tuple[Tensor, Mapping[str, Any]]
+R = TypeVar("R")
 
 
-def calibration_losses(
-    model: nn.Module, batches: Iterable[Batch], diffusion: DiffusionProcess, group: tuple[int, int], *, seed: int = 0
-) -> Iterator[Tensor]:
-    """The training loss (B,) of each batch at timesteps of a group, on the model's device.
+class Calibration(Generic[R]):
+    """What a function makes of the training losses of calibration data, group by group.
 
-    Each batch spreads its timesteps evenly over the group. Timesteps and noise depend only on `seed` and the batches'
-    shapes, so that groups and models are compared on the same draws.
+    On a GPU the losses and the function are captured once per shape of the batches (`tdc_fast.graphs`).
 
     Args:
-        model: the denoiser.
-        batches: clean samples (B, C, ...), each alone or with the model's further arguments.
+        model: the denoiser, a dense one, whose hooks, mode and gradients are the caller's.
         diffusion: the process.
-        group: timesteps start to stop - 1.
-        seed: of timesteps and noise.
+        function: takes the training losses (B,) of a batch, and returns tensors without gradients, in any nesting. They
+            hold until the next batch. None returns the losses themselves; grad mode must then be off.
     """
-    device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(seed)
-    for x0, kwargs in map(split_batch, batches):
-        t, noise = draw_timesteps(x0, group, generator)
-        kwargs = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in kwargs.items()}
-        x0, t, noise = x0.to(device), t.to(device), noise.to(device)
-        yield diffusion.training_losses(model, x0, t, noise=noise, model_kwargs=kwargs)["loss"]
+
+    def __init__(
+        self, model: nn.Module, diffusion: DiffusionProcess, function: Callable[[Tensor], R] | None = None
+    ) -> None:
+        self._model, self._diffusion, self._function = model, diffusion, function
+        self._device = next(model.parameters()).device
+        options = {"modules": [model], "clone": False, "fixed_flops": True}
+        self._run = graphed(self._of_a_batch, self._device, name="calibration", **options)
+
+    def of(self, batches: Iterable[Batch], group: tuple[int, int], *, seed: int = 0) -> Iterator[R]:
+        """The function's result for each batch at timesteps of a group, on the model's device.
+
+        Each batch spreads its timesteps evenly over the group. Timesteps and noise depend only on `seed` and the
+        batches' shapes, so that groups and models are compared on the same draws.
+
+        Args:
+            batches: clean samples (B, C, ...), each alone or with the model's further arguments.
+            group: timesteps start to stop - 1.
+            seed: of timesteps and noise.
+        """
+        generator, device = torch.Generator().manual_seed(seed), self._device
+        for x0, kwargs in map(split_batch, batches):
+            t, noise = draw_timesteps(x0, group, generator)
+            there = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in kwargs.items()}
+            yield self._run(x0.to(device), t.to(device), noise.to(device), there)
+
+    def _of_a_batch(self, x0: Tensor, t: Tensor, noise: Tensor, model_kwargs: dict[str, Any]) -> Any:
+        losses = self._diffusion.training_losses(self._model, x0, t, noise=noise, model_kwargs=model_kwargs)["loss"]
+        return losses if self._function is None else self._function(losses)
 
 
 def split_batch(batch: Batch) -> tuple[Tensor, Mapping[str, Any]]:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tdc_fast.diffusion.diffusion import Diffusion
 from tdc_fast.diffusion.gaussian import draw_noise, mean_flat
 from tdc_fast.diffusion.protocols import Denoiser
+from tdc_fast.graphs import graphed
+
+Terms = tuple[Tensor, Tensor, Tensor]
+"""Of one step, each (B,): the bound's term, and the squared errors of the predicted x0 and of the predicted noise."""
 
 
 @dataclass(frozen=True)
@@ -33,42 +37,58 @@ class Bound:
     mse: Tensor
 
 
+class StepTerms:
+    """The terms of single steps, for `bound`. On a GPU they are captured once per shape (`tdc_fast.graphs`).
+
+    Args:
+        diffusion: the process.
+        model: the denoiser.
+        clip_denoised: limit the predicted x0 to [-1, 1].
+    """
+
+    def __init__(self, diffusion: Diffusion, model: Denoiser, clip_denoised: bool = True) -> None:
+        self.diffusion = diffusion
+        self._model, self._clip_denoised = model, clip_denoised
+        self._graphed: dict[torch.device, Callable[..., Terms]] = {}
+
+    @torch.no_grad()
+    def __call__(self, x0: Tensor, t: Tensor, noise: Tensor, model_kwargs: Mapping[str, Any]) -> Terms:
+        """The terms of the steps t (B,) of clean samples x0 (B, C, ...) with noise like x0."""
+        if x0.device not in self._graphed:
+            modules = [self._model] if isinstance(self._model, nn.Module) else []
+            self._graphed[x0.device] = graphed(self._terms, x0.device, name="a step of the bound", modules=modules)
+        return self._graphed[x0.device](x0, t, noise, dict(model_kwargs))
+
+    def _terms(self, x0: Tensor, t: Tensor, noise: Tensor, model_kwargs: dict[str, Any]) -> Terms:
+        diffusion = self.diffusion
+        x_t = diffusion.q_sample(x0, t, noise)
+        output = self._model(x_t, diffusion.original_timesteps(t), **model_kwargs)
+        vb = diffusion.vb_terms(output, x0, x_t, t, self._clip_denoised)
+        predicted = diffusion.p_mean_variance(output, x_t, t, self._clip_denoised).x0
+        error = diffusion.epsilon_from_x0(x_t, t, predicted) - noise
+        return vb, mean_flat((predicted - x0) ** 2), mean_flat(error**2)
+
+
 @torch.no_grad()
 def bound(
-    diffusion: Diffusion,
-    model: Denoiser,
+    terms: StepTerms,
     x0: Tensor,
     *,
-    clip_denoised: bool = True,
     model_kwargs: Mapping[str, Any] | None = None,
     generator: torch.Generator | None = None,
 ) -> Bound:
     """The whole bound of clean samples, with one denoiser call per step.
 
     Args:
-        diffusion: the process.
-        model: the denoiser.
+        terms: computes the terms of a step with the denoiser; several calls may share it.
         x0: clean samples (B, C, ...).
-        clip_denoised: limit the predicted x0 to [-1, 1].
-        model_kwargs: further arguments of the model.
+        model_kwargs: further arguments of the denoiser.
         generator: where the noise comes from; None for torch's default generator.
     """
-    vb, xstart_mse, mse = [], [], []
+    diffusion, steps = terms.diffusion, []
     for step in reversed(range(diffusion.num_timesteps)):
         t = torch.full((x0.shape[0],), step, device=x0.device, dtype=torch.int64)
-        noise = draw_noise(x0, generator)
-        x_t = diffusion.q_sample(x0, t, noise)
-        output = model(x_t, diffusion.original_timesteps(t), **(model_kwargs or {}))
-        vb.append(diffusion.vb_terms(output, x0, x_t, t, clip_denoised))
-        predicted = diffusion.p_mean_variance(output, x_t, t, clip_denoised).x0
-        xstart_mse.append(mean_flat((predicted - x0) ** 2))
-        mse.append(mean_flat((diffusion.epsilon_from_x0(x_t, t, predicted) - noise) ** 2))
-    terms = torch.stack(vb, dim=1)
+        steps.append(terms(x0, t, draw_noise(x0, generator), model_kwargs or {}))
+    vb, xstart_mse, mse = (torch.stack(values, dim=1) for values in zip(*steps, strict=True))
     prior = diffusion.prior_bpd(x0)
-    return Bound(
-        total=terms.sum(dim=1) + prior,
-        prior=prior,
-        vb=terms,
-        xstart_mse=torch.stack(xstart_mse, dim=1),
-        mse=torch.stack(mse, dim=1),
-    )
+    return Bound(total=vb.sum(dim=1) + prior, prior=prior, vb=vb, xstart_mse=xstart_mse, mse=mse)

@@ -6,8 +6,7 @@ to different next steps. A sample with t = -1 is finished and is returned unchan
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -19,7 +18,6 @@ from tdc_fast.diffusion.diffusion import Diffusion, ReverseStep, check_timesteps
 from tdc_fast.diffusion.gaussian import broadcast_to_samples, draw_noise
 from tdc_fast.diffusion.protocols import Denoiser
 from tdc_fast.errors import invalid
-from tdc_fast.routing import TimestepGroups
 
 SamplerName = Literal["ddpm", "ddim", "dpm++2m"]
 SpacingName = Literal["auto", "leading", "trailing", "linspace"]
@@ -183,86 +181,6 @@ def dpmpp_2m_step(
     return result, Dpm2mHistory(_keep_finished(x0, history.x0, t), torch.where(t < 0, history.t, t))
 
 
-@torch.no_grad()
-def sample(
-    diffusion: Diffusion,
-    model: Denoiser,
-    shape: Sequence[int],
-    *,
-    sampler: SamplerName = "ddim",
-    steps: int | None = None,
-    generator: torch.Generator | None = None,
-    clip_denoised: bool = True,
-    model_kwargs: Mapping[str, Any] | None = None,
-    progress: bool = False,
-    eta: float = 0.0,
-    device: torch.device | str | None = None,
-    noise: Tensor | None = None,
-    spacing: SpacingName = "auto",
-    on_step: Callable[[], object] | None = None,
-) -> Tensor:
-    """Draw samples.
-
-    Warns if the model is packed from experts and the steps leave some of them unused.
-
-    Args:
-        diffusion: the process.
-        model: the denoiser.
-        shape: (B, C, ...).
-        sampler: "ddpm", "ddim" or "dpm++2m".
-        steps: how many steps to visit, spread as suits the sampler (see `sampling_steps`); None visits those of
-            `diffusion` (respace it for improved-diffusion's spacings).
-        generator: makes the result reproducible; it may be on the CPU whatever `device` is.
-        clip_denoised: limit the predicted x0 to [-1, 1].
-        model_kwargs: further arguments of the model.
-        progress: show a progress bar.
-        eta: noise of DDIM, 0 for none.
-        device: where to sample; None for torch's default device.
-        noise: x_T (shape), instead of a draw.
-        spacing: how the steps are spread over the timesteps (see `sampling_steps`).
-        on_step: called after every step.
-
-    Returns:
-        float32 samples (B, C, ...), in [-1, 1] when `clip_denoised`.
-
-    Raises:
-        ValueError: for an unknown sampler, or steps that the process does not have.
-    """
-    if isinstance(shape, str) or not isinstance(shape, Sequence) or len(shape) < 2 or any(s < 0 for s in shape):
-        raise invalid("shape", shape, "sizes (B, C, ...)")
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise invalid("generator", generator, "a torch.Generator, such as torch.Generator().manual_seed(0)")
-    try:
-        device = None if device is None else torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise invalid("device", device, 'a device of torch, such as "cpu" or "cuda:0"') from error
-    if eta < 0:
-        raise invalid("eta", eta, "0 (deterministic) or a number above it")
-    visited = sampling_steps(diffusion, sampler, steps, spacing)
-    _warn_of_idle_experts(model, diffusion, visited)
-    process = diffusion if len(visited) == diffusion.num_timesteps else diffusion.with_timesteps(visited)
-    x = torch.empty(tuple(shape), device=device, memory_format=_memory_format(len(shape)))
-    x = draw_noise(x, generator) if noise is None else noise.to(x)
-    options: dict[str, Any] = {"clip_denoised": clip_denoised, "model_kwargs": model_kwargs}
-    history = Dpm2mHistory.empty(x) if sampler == "dpm++2m" else None
-    indices: Any = range(process.num_timesteps - 1, -1, -1)
-    if progress:
-        from tqdm import tqdm
-
-        indices = tqdm(indices, desc=f"sampling ({sampler})", unit="step")
-    for index in indices:
-        t = torch.full((x.shape[0],), index, device=x.device, dtype=torch.int64)
-        if sampler == "ddpm":
-            x = ddpm_step(process, model, x, t, generator=generator, **options)
-        elif sampler == "ddim":
-            x = ddim_step(process, model, x, t, eta=eta, generator=generator, **options)
-        else:
-            x, history = dpmpp_2m_step(process, model, x, t, history=history, **options)
-        if on_step is not None:
-            on_step()
-    return x
-
-
 def sampling_steps(
     diffusion: Diffusion, sampler: SamplerName, steps: int | None = None, spacing: SpacingName = "auto"
 ) -> tuple[int, ...]:
@@ -299,23 +217,6 @@ def sampling_steps(
     if spacing == "trailing":
         return tuple(total - 1 - index * total // steps for index in reversed(range(steps)))
     return tuple(round(index * (total - 1) / max(1, steps - 1)) for index in range(steps))
-
-
-def _warn_of_idle_experts(model: Denoiser, diffusion: Diffusion, visited: Sequence[int]) -> None:
-    """Warn where the steps reach no timestep of some experts of a packed model."""
-    groups = getattr(model, "groups", None)
-    if not isinstance(groups, TimestepGroups):
-        return
-    steps = torch.tensor(visited, dtype=torch.int64)
-    idle = groups.unvisited(diffusion.original_timesteps(steps).tolist())
-    if idle:
-        intervals = list(groups)
-        names = ", ".join(f"{g} (t {intervals[g][0]} to {intervals[g][1] - 1})" for g in idle)
-        warnings.warn(
-            f"{len(visited)} sampling steps leave {len(idle)} of {groups.num_groups} experts idle: {names}; more "
-            "steps, another spacing (trailing, linspace) or fewer groups use them",
-            stacklevel=4,
-        )
 
 
 def _even_in_log_snr(diffusion: Diffusion, steps: int | None) -> tuple[int, ...]:
@@ -366,7 +267,3 @@ def _next_steps(t: Tensor, t_next: Tensor | None) -> Tensor:
 def _half_log_snr(alphas_cumprod: Tensor) -> Tensor:
     """Half log SNR, log(alpha / sigma): the time of DPM-Solver++; infinite for the clean sample."""
     return 0.5 * (torch.log(alphas_cumprod) - torch.log1p(-alphas_cumprod))
-
-
-def _memory_format(dimensions: int) -> torch.memory_format:
-    return torch.channels_last if dimensions == 4 else torch.contiguous_format

@@ -7,7 +7,7 @@ the same arguments therefore see the same noisy images, and their difference is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tdc_fast.diffusion.protocols import Denoiser, DiffusionProcess
 from tdc_fast.errors import invalid
+from tdc_fast.graphs import graphed
 from tdc_fast.nn.macs import measure_macs
 from tdc_fast.nn.modes import evaluating
 from tdc_fast.routing import TimestepGroups
@@ -147,6 +148,13 @@ def heldout_losses(
     if batch_size < 1:
         raise invalid("batch_size", batch_size, "at least 1")
     grid = timestep_grid(groups, points_per_group)
+
+    def losses_of(batch: Tensor, t: Tensor, noise: Tensor, kwargs: dict[str, Tensor]) -> Tensor:
+        terms = diffusion.training_losses(model, batch, t, noise=noise, model_kwargs=kwargs)
+        return terms["mse"] if "mse" in terms else terms["loss"]
+
+    modules = [model] if isinstance(model, nn.Module) else []
+    losses_of = graphed(losses_of, x0.device, name="the held-out loss", modules=modules)
     rows = []
     with evaluating(model), torch.no_grad():
         for points in grid:
@@ -154,7 +162,7 @@ def heldout_losses(
             for timestep in points:
                 # Drawn for all images at once on the CPU, so that it depends on neither batch size nor device.
                 noise = torch.randn(x0.shape, generator=generator)
-                total += _losses_at(model, diffusion, x0, noise, timestep, model_kwargs or {}, batch_size)
+                total += _losses_at(losses_of, x0, noise, timestep, model_kwargs or {}, batch_size)
             rows.append(total / len(points))
     sizes = [stop - start for start, stop in groups]
     weights = tuple(size / sum(sizes) for size in sizes)
@@ -162,8 +170,7 @@ def heldout_losses(
 
 
 def _losses_at(
-    model: Denoiser,
-    diffusion: DiffusionProcess,
+    losses_of: Callable[[Tensor, Tensor, Tensor, dict[str, Tensor]], Tensor],
     x0: Tensor,
     noise: Tensor,
     timestep: int,
@@ -176,8 +183,7 @@ def _losses_at(
         batch = x0[rows]
         t = torch.full((len(batch),), timestep, dtype=torch.int64, device=x0.device)
         kwargs = {name: value[rows] for name, value in model_kwargs.items()}
-        terms = diffusion.training_losses(model, batch, t, noise=noise[rows].to(x0.device), model_kwargs=kwargs)
-        parts.append(terms["mse"] if "mse" in terms else terms["loss"])
+        parts.append(losses_of(batch, t, noise[rows].to(x0.device), kwargs))
     return torch.cat(parts).double().cpu()
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tdc_fast.atomic import atomic_file, remove_leftovers, write_json
 from tdc_fast.data.dataset import load_dataset
-from tdc_fast.diffusion.likelihood import bound
+from tdc_fast.diffusion.likelihood import StepTerms, bound
 from tdc_fast.errors import invalid
 from tdc_fast.progress import Progress
 from tdc_fast.runs.build import split_data
@@ -44,19 +44,13 @@ def bits_per_dimension(
         improved-diffusion's files.
     """
     generator = torch.Generator().manual_seed(seed)
+    of_a_step = StepTerms(denoiser.diffusion, denoiser.model, clip_denoised)
     sums: dict[str, Tensor] = {}
     with Progress("bits per dimension", len(x0), unit="image") as shown:
         for first in range(0, len(x0), batch_size):
             rows = slice(first, first + batch_size)
             kwargs = {} if labels is None else {"y": labels[rows]}
-            terms = bound(
-                denoiser.diffusion,
-                denoiser.model,
-                x0[rows],
-                clip_denoised=clip_denoised,
-                model_kwargs=kwargs,
-                generator=generator,
-            )
+            terms = bound(of_a_step, x0[rows], model_kwargs=kwargs, generator=generator)
             for name in ("total", "prior", "vb", "mse", "xstart_mse"):
                 sums[name] = sums.get(name, torch.zeros(())) + getattr(terms, name).double().sum(dim=0)
             count = len(x0[rows])

@@ -14,6 +14,7 @@ from torch import Tensor
 from tdc_fast.atomic import atomic_file, remove_leftovers
 from tdc_fast.data.pixels import grid_image, to_uint8
 from tdc_fast.diffusion.samplers import SamplerName, SpacingName, sampling_steps
+from tdc_fast.diffusion.sampling_loop import SamplingLoop
 from tdc_fast.errors import invalid
 from tdc_fast.progress import Progress
 from tdc_fast.runs.denoisers import TrainedDenoiser
@@ -60,8 +61,6 @@ def draw_samples(
     Raises:
         ValueError: the model was not trained on one of the classes.
     """
-    from tdc_fast.diffusion import sample
-
     for value in classes:
         if value not in denoiser.classes:
             raise invalid("classes", value, f"classes that the model was trained on: {_ranges(denoiser.classes)}")
@@ -69,6 +68,9 @@ def draw_samples(
     generator = torch.Generator().manual_seed(seed)
     images, labels = [], []
     batches = range(0, num_samples, batch_size)
+    loop = SamplingLoop(
+        denoiser.diffusion, denoiser.model, sampler=sampler, steps=steps, spacing=spacing, clip_denoised=clip_denoised
+    )
     total = len(batches) * len(sampling_steps(denoiser.diffusion, sampler, steps, spacing))
     with Progress(f"drawing {num_samples} images", total, shown=progress) as shown:
         for first in batches:
@@ -77,17 +79,11 @@ def draw_samples(
             if denoiser.num_classes:
                 labels.append(allowed[torch.randint(len(allowed), (count,), generator=generator)])
                 kwargs["y"] = labels[-1].to(device)
-            drawn = sample(
-                denoiser.diffusion,
-                denoiser.model,
+            drawn = loop.draw(
                 (count, *denoiser.image_shape),
-                sampler=sampler,
-                steps=steps,
                 generator=generator,
-                clip_denoised=clip_denoised,
                 model_kwargs=kwargs,
                 device=device,
-                spacing=spacing,
                 on_step=shown.update,
             )
             images.append(to_uint8(drawn).cpu())

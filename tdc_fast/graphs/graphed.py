@@ -60,8 +60,7 @@ class Graphed:
     Where it cannot be captured, all calls run the function as it is, and one line of the log (`tdc_fast.graphs`) says
     why: `why_not` has the same text.
 
-    A `FlopCounterMode` around the calls counts replays too. Under any other dispatch mode, and under torch.compile, the
-    function runs as it is.
+    Under a dispatch mode of torch, such as `FlopCounterMode`, and under torch.compile, the function runs as it is.
 
     Calls from several threads take turns. Replays are queued on the caller's current stream, after those of other
     streams, as all graphs of a device share their memory.
@@ -77,6 +76,8 @@ class Graphed:
         warmup: calls before the capture, at least 1. The last of them is watched for waiting.
         max_graphs: graphs kept; where another signature is captured, the one used longest ago is dropped. After eight
             times as many captures there are no more: signatures without a graph then run as they are.
+        fixed_flops: every call with a signature takes the same FLOPs, as that of a dense model does and that of pruned
+            experts does not. Replays then go on under a `FlopCounterMode`, and are counted.
         required: raise where it cannot be captured, instead of running the function as it is.
 
     Attributes:
@@ -98,6 +99,7 @@ class Graphed:
         clone: bool = True,
         warmup: int = 2,
         max_graphs: int = 8,
+        fixed_flops: bool = False,
         required: bool = False,
     ) -> None:
         for argument, value in (("warmup", warmup), ("max_graphs", max_graphs)):
@@ -108,6 +110,7 @@ class Graphed:
         self._name = name or getattr(function, "__name__", type(function).__name__)
         self._modules, self._generators = tuple(modules), tuple(generators)
         self._clone, self._warmup, self._max_graphs, self._required = clone, warmup, max_graphs, required
+        self._fixed_flops = fixed_flops
         self._signatures: OrderedDict[Hashable, _Signature] = OrderedDict()
         self._captures, self._full = 0, False
         self.why_not = ""
@@ -119,6 +122,8 @@ class Graphed:
         capture = current_capture()
         counters = active_counters()
         if self.why_not or capture.capturing or counters is None or torch.compiler.is_compiling():
+            return self._function(*args, **kwargs)
+        if counters and not self._fixed_flops:
             return self._function(*args, **kwargs)
         leaves, spec = _pytree.tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]

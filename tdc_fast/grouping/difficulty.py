@@ -7,9 +7,9 @@ from itertools import islice
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from tdc_fast.diffusion.calibration import Batch, calibration_losses
+from tdc_fast.diffusion.calibration import Batch, Calibration
 from tdc_fast.diffusion.protocols import DiffusionProcess
 from tdc_fast.errors import invalid
 from tdc_fast.grouping.probes import Probes
@@ -44,10 +44,10 @@ def probe_losses(
     data = list(islice(batches, max_batches))
     if not data:
         raise invalid("batches", data, "at least one batch of calibration data")
-    means = []
-    with evaluating(model):
+    means, calibration = [], Calibration[Tensor](model, diffusion)
+    with evaluating(model), torch.no_grad():
         for interval in probes:
-            losses = torch.cat(list(calibration_losses(model, data, diffusion, interval, seed=seed)))
+            losses = torch.cat([batch.clone() for batch in calibration.of(data, interval, seed=seed)])
             means.append(float(losses.double().mean()))
     return np.array(means)
 

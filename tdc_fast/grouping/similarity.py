@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from tdc_fast.atomic import write_json
-from tdc_fast.diffusion.calibration import Batch, calibration_losses
+from tdc_fast.diffusion.calibration import Batch, Calibration
 from tdc_fast.diffusion.protocols import DiffusionProcess
 from tdc_fast.errors import invalid
 from tdc_fast.grouping.intervals import Division, divide, scatter_of_similarity
@@ -135,7 +135,8 @@ def measure_similarity(
     data = list(islice(batches, max_batches))
     if not data:
         raise invalid("batches", data, "at least one batch of calibration data")
-    sketches = torch.stack([gradient_sketch(model, diffusion, data, probe, seed=seed) for probe in probes])
+    gradients = _gradients(model, diffusion)
+    sketches = torch.stack([_sketch_of(gradients, model, data, probe, seed) for probe in probes])
     norms = sketches.norm(dim=1)
     for probe, norm in zip(probes, norms.tolist(), strict=True):
         if not 0 < norm < float("inf"):
@@ -158,6 +159,24 @@ def gradient_sketch(
         probe: timesteps (start, stop).
         seed: seed of timesteps, noise and projection.
     """
+    return _sketch_of(_gradients(model, diffusion), model, batches, probe, seed)
+
+
+def _gradients(model: nn.Module, diffusion: DiffusionProcess) -> Calibration[tuple[Tensor | None, ...]]:
+    """The gradients of a batch's mean loss, one per parameter."""
+    parameters = list(model.parameters())
+    return Calibration(
+        model, diffusion, lambda losses: torch.autograd.grad(losses.mean(), parameters, allow_unused=True)
+    )
+
+
+def _sketch_of(
+    gradients: Calibration[tuple[Tensor | None, ...]],
+    model: nn.Module,
+    batches: Sequence[Batch],
+    probe: tuple[int, int],
+    seed: int,
+) -> Tensor:
     parameters = list(model.parameters())
     flags = [parameter.requires_grad for parameter in parameters]
     sketch = torch.zeros(SKETCH_SIZE, dtype=torch.float64, device=parameters[0].device)
@@ -165,8 +184,7 @@ def gradient_sketch(
         for parameter in parameters:
             parameter.requires_grad_(True)
         with evaluating(model), torch.enable_grad():
-            for losses in calibration_losses(model, batches, diffusion, probe, seed=seed):
-                grads = torch.autograd.grad(losses.mean(), parameters, allow_unused=True)
+            for grads in gradients.of(batches, probe, seed=seed):
                 sketch += _sketch(grads, parameters, seed)
     finally:
         for parameter, flag in zip(parameters, flags, strict=True):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,6 +42,8 @@ class CandidateModel:
         self._routing = packed.routing
         self._device = next(self._model.parameters()).device
         self._open: dict[str, Tensor] = {}  # unit -> (K,), 0 where the candidate has no such unit
+        self._widths: dict[int, dict[tuple[str, str], Tensor]] = {}  # K -> by leaf and axis, or by unit: (K,)
+        self._of: dict[int, Denoiser] = {}
         for unit in self.units:
             for part in unit.slices:
                 if part.dim == "in":
@@ -58,23 +61,32 @@ class CandidateModel:
         """
         for unit in self.units:
             live = [widths[unit.name] for widths in candidates]
-            self._open[unit.name] = torch.tensor([float(width > 0) for width in live], device=self._device)
+            self._open[unit.name] = self._of_count((unit.name, ""), [float(width > 0) for width in live])
             for part in unit.slices:
                 leaf = self._model.get_submodule(part.module)
                 assert isinstance(leaf, RoutedLeaf)
                 entries = [width * part.scale * part.copies for width in live]
-                widths = torch.tensor(entries, dtype=torch.int32, device=self._device)
-                setattr(leaf, "out_widths" if part.dim == "out" else "in_widths", widths)
-        weights = torch.zeros(len(candidates), dtype=torch.int32, device=self._device)
-
-        def denoiser(x: Tensor, t: Tensor, /, **kwargs: Any) -> Tensor:
-            groups = torch.arange(len(candidates), device=x.device).repeat_interleave(len(x) // len(candidates))
-            plan = RoutingPlan.from_groups(groups, len(candidates), weights)  # sorted already, so nothing is permuted
-            prediction: Tensor = self._routing.run(self._model, plan, x, t, **kwargs)
-            return prediction
-
+                name = "out_widths" if part.dim == "out" else "in_widths"
+                setattr(leaf, name, self._of_count((part.module, name), entries))
+        # One object for each number of candidates, so that a graph of it is found again.
+        self._of.setdefault(len(candidates), partial(self._denoise, len(candidates)))
         with evaluating(self._model):
-            yield denoiser
+            yield self._of[len(candidates)]
+
+    def _of_count(self, name: tuple[str, str], values: Sequence[float]) -> Tensor:
+        """The values in a tensor that stays where it is for one number of candidates, so that graphs can read it."""
+        dtype = torch.int32 if name[1] else torch.float32
+        kept = self._widths.setdefault(len(values), {})
+        if name not in kept:
+            kept[name] = torch.empty(len(values), dtype=dtype, device=self._device)
+        return kept[name].copy_(torch.tensor(values, dtype=dtype))
+
+    def _denoise(self, count: int, x: Tensor, t: Tensor, /, **kwargs: Any) -> Tensor:
+        groups = torch.arange(count, device=x.device).repeat_interleave(len(x) // count)
+        weights = torch.zeros(count, dtype=torch.int32, device=x.device)
+        plan = RoutingPlan.from_groups(groups, count, weights)  # sorted already, so nothing is permuted
+        prediction: Tensor = self._routing.run(self._model, plan, x, t, **kwargs)
+        return prediction
 
     def _drop_bias_at_width_0(self, unit: str, leaf: nn.Module) -> None:
         """Leave out the bias of a unit's last layer for the samples of candidates at width 0.

@@ -22,13 +22,57 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tdc_fast.diffusion.calibration import Batch, calibration_losses
+from tdc_fast.diffusion.calibration import Batch, Calibration
 from tdc_fast.diffusion.protocols import DiffusionProcess
 from tdc_fast.errors import invalid
 from tdc_fast.nn.modes import evaluating
 from tdc_fast.nn.units import PruningUnit, UnitSlice
 
 Importance = dict[str, np.ndarray]  # unit name -> (atoms,) float64
+
+
+class TaylorImportance:
+    """First-order importance of every atom, group by group.
+
+    Args:
+        model: the trained denoiser. Its weights, gradients and mode are left unchanged.
+        units: its pruning units.
+        diffusion: the process that the model was trained with.
+    """
+
+    def __init__(self, model: nn.Module, units: Sequence[PruningUnit], diffusion: DiffusionProcess) -> None:
+        self._model, self._units = model, units
+        self._axes = [(unit, part, tensor) for unit in units for part, tensor in _slice_tensors(model, unit)]
+        self._tensors = list({id(tensor): tensor for *_, tensor in self._axes}.values())
+        self._calibration = Calibration(model, diffusion, self._changes)
+
+    def of(self, batches: Iterable[Batch], group: tuple[int, int], *, seed: int = 0) -> Importance:
+        """The importance on the timesteps of one group; arguments and result as in `taylor_importance`."""
+        start, stop = group
+        if not 0 <= start < stop:
+            raise invalid("group", group, "the interval (start, stop) of at least one timestep")
+        scores = {unit.name: np.zeros(unit.num_atoms) for unit in self._units}
+        with evaluating(self._model), _requiring_grad(self._tensors), torch.enable_grad():
+            for changes in self._calibration.of(batches, group, seed=seed):
+                for name, change in changes.items():
+                    scores[name] += np.abs(change.cpu().numpy())
+        return scores
+
+    def _changes(self, losses: Tensor) -> dict[str, Tensor]:
+        """The first-order change of the mean loss without each atom, float64 (atoms,) by unit."""
+        grads = torch.autograd.grad(losses.mean(), self._tensors, allow_unused=True)
+        products = {
+            id(tensor): tensor.detach().double() * grad.double()
+            for tensor, grad in zip(self._tensors, grads, strict=True)
+            if grad is not None
+        }
+        changes = {
+            unit.name: torch.zeros(unit.num_atoms, dtype=torch.float64, device=losses.device) for unit in self._units
+        }
+        for unit, part, tensor in self._axes:
+            if id(tensor) in products:
+                changes[unit.name] += _per_atom(products[id(tensor)], unit, part)
+        return changes
 
 
 def taylor_importance(
@@ -45,7 +89,7 @@ def taylor_importance(
     Args:
         model: the trained denoiser. Its weights, gradients and mode are left unchanged.
         units: its pruning units.
-        batches: x0 (B, ...) or (x0, model_kwargs); see `calibration_losses` for timesteps and noise.
+        batches: x0 (B, ...) or (x0, model_kwargs); see `Calibration` for timesteps and noise.
         diffusion: the process that the model was trained with.
         group: the timesteps (start, stop).
         seed: seed of timesteps and noise.
@@ -56,27 +100,7 @@ def taylor_importance(
     Raises:
         ValueError: the group has no timesteps.
     """
-    start, stop = group
-    if not 0 <= start < stop:
-        raise invalid("group", group, "the interval (start, stop) of at least one timestep")
-    axes = [(unit, part, tensor) for unit in units for part, tensor in _slice_tensors(model, unit)]
-    tensors = list({id(tensor): tensor for *_, tensor in axes}.values())
-    scores = {unit.name: np.zeros(unit.num_atoms) for unit in units}
-    with evaluating(model), _requiring_grad(tensors), torch.enable_grad():
-        for losses in calibration_losses(model, batches, diffusion, group, seed=seed):
-            grads = torch.autograd.grad(losses.mean(), tensors, allow_unused=True)
-            products = {
-                id(tensor): tensor.detach().double() * grad.double()
-                for tensor, grad in zip(tensors, grads, strict=True)
-                if grad is not None
-            }
-            change = {unit.name: np.zeros(unit.num_atoms) for unit in units}
-            for unit, part, tensor in axes:
-                if id(tensor) in products:
-                    change[unit.name] += _per_atom(products[id(tensor)], unit, part)
-            for name, signed in change.items():
-                scores[name] += np.abs(signed)
-    return scores
+    return TaylorImportance(model, units, diffusion).of(batches, group, seed=seed)
 
 
 def magnitude_importance(model: nn.Module, units: Sequence[PruningUnit]) -> Importance:
@@ -84,7 +108,7 @@ def magnitude_importance(model: nn.Module, units: Sequence[PruningUnit]) -> Impo
     squares = {unit.name: np.zeros(unit.num_atoms) for unit in units}
     for unit in units:
         for part, tensor in _slice_tensors(model, unit):
-            squares[unit.name] += _per_atom(tensor.detach().double() ** 2, unit, part)
+            squares[unit.name] += _per_atom(tensor.detach().double() ** 2, unit, part).cpu().numpy()
     return {name: np.sqrt(total) for name, total in squares.items()}
 
 
@@ -112,7 +136,7 @@ def _slice_tensors(model: nn.Module, unit: PruningUnit) -> Iterator[tuple[UnitSl
                 yield part, tensor
 
 
-def _per_atom(values: Tensor, unit: PruningUnit, part: UnitSlice) -> np.ndarray:
+def _per_atom(values: Tensor, unit: PruningUnit, part: UnitSlice) -> Tensor:
     """Sum a parameter-shaped tensor over everything but the unit's atoms: (atoms,) float64."""
     axis = 1 if part.dim == "in" else 0
     per_entry = values.movedim(axis, 0).flatten(1).sum(1) if values.dim() > 1 else values
@@ -121,7 +145,7 @@ def _per_atom(values: Tensor, unit: PruningUnit, part: UnitSlice) -> np.ndarray:
         raise invalid(
             f"slices of {unit.name}", (part, per_entry.numel()), f"{part.copies} x {unit.num_atoms} x {span} entries"
         )
-    return per_entry.view(part.copies, unit.num_atoms, span).sum((0, 2)).cpu().numpy()
+    return per_entry.view(part.copies, unit.num_atoms, span).sum((0, 2))
 
 
 @contextmanager

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from tdc_fast.diffusion.calibration import Batch, draw_timesteps, split_batch
-from tdc_fast.diffusion.protocols import DiffusionProcess
+from tdc_fast.diffusion.protocols import Denoiser, DiffusionProcess
 from tdc_fast.errors import invalid
+from tdc_fast.graphs import graphed
 from tdc_fast.nn.units import Prunable, module_of
 from tdc_fast.pruning.candidates import CandidateModel
 from tdc_fast.pruning.task import Task, Widths
@@ -71,6 +72,7 @@ class DenoisingLoss:
         self.samples = sum(len(split_batch(batch)[0]) for batch in self.batches)
         self._orders: dict[str, tuple[int, ...]] = {}
         self._model: CandidateModel | None = None
+        self._candidate_losses: Callable[..., Tensor] = self._training_losses
 
     @torch.no_grad()
     def score(
@@ -92,6 +94,9 @@ class DenoisingLoss:
         """The previous model while the group stays the same, since rounds differ only in widths."""
         if self._model is None or orders != self._orders:
             self._model, self._orders = CandidateModel(self.base, orders), orders
+            # Without its modules: their hooks are those of CandidateModel, which a graph may hold.
+            device = next(module_of(self.base).parameters()).device
+            self._candidate_losses = graphed(self._training_losses, device, name="the scores of candidates")
         return self._model
 
     def _losses(self, model: CandidateModel, chunk: Sequence[Widths], interval: tuple[int, int]) -> list[float]:
@@ -103,9 +108,14 @@ class DenoisingLoss:
                 t, noise = draw_timesteps(x0, interval, generator)
                 copies = {name: _copies(v, count, device) if _is_batch(v, x0) else v for name, v in kwargs.items()}
                 x0, t, noise = (_copies(value, count, device) for value in (x0, t, noise))
-                losses = self.diffusion.training_losses(denoiser, x0, t, noise=noise, model_kwargs=copies)["loss"]
+                losses = self._candidate_losses(denoiser, x0, t, noise, copies)
                 total += losses.double().view(count, -1).sum(1)
         return [float(value) for value in total / self.samples]
+
+    def _training_losses(
+        self, denoiser: Denoiser, x0: Tensor, t: Tensor, noise: Tensor, model_kwargs: dict[str, Any]
+    ) -> Tensor:
+        return self.diffusion.training_losses(denoiser, x0, t, noise=noise, model_kwargs=model_kwargs)["loss"]
 
 
 def _is_batch(value: Any, x0: Tensor) -> bool:

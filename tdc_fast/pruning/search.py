@@ -11,6 +11,7 @@ import dataclasses
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from tdc_fast.nn.width_plan import ExpertUnit, WidthPlan, base_hash
 from tdc_fast.pruning.agents import Agent, resolved_agent
 from tdc_fast.pruning.budget import budget_macs, group_fractions
 from tdc_fast.pruning.costs import UnitCosts, one_sample_on_meta, unit_costs
-from tdc_fast.pruning.importance import Importance, balanced, magnitude_importance, taylor_importance
+from tdc_fast.pruning.importance import Importance, TaylorImportance, balanced, magnitude_importance
 from tdc_fast.pruning.memory import Memory
 from tdc_fast.pruning.progress import Progress
 from tdc_fast.pruning.rounds import search_widths
@@ -222,6 +223,11 @@ class _Search:
         units = {unit.name: ExpertUnit(task.order(unit.name), best.widths[unit.name]) for unit in self.units}
         return _Expert(units, _measured(self.base, best, self.data[0]), counter.macs)
 
+    @cached_property
+    def _taylor(self) -> TaylorImportance:
+        """One for all groups, which share its graphs."""
+        return TaylorImportance(module_of(self.base), self.units, self.diffusion)
+
     def _importance(self, group: int, interval: tuple[int, int]) -> Importance:
         given, base = self.settings.importance, module_of(self.base)
         if callable(given):
@@ -229,7 +235,7 @@ class _Search:
         if given == "magnitude":
             whole = {unit.name: float(self.costs.tables[unit.name][unit.channels]) for unit in self.units}
             return balanced(magnitude_importance(base, self.units), whole)
-        return taylor_importance(base, self.units, self.data, self.diffusion, interval, seed=self.settings.seed)
+        return self._taylor.of(self.data, interval, seed=self.settings.seed)
 
 
 def check_reachable(k: object, budgets: Sequence[int], least: int, full: int, k_name: str = "k") -> None:

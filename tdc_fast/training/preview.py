@@ -11,7 +11,7 @@ from torch import nn
 from tdc_fast.atomic import atomic_file, remove_leftovers
 from tdc_fast.data.pixels import grid_image, to_uint8
 from tdc_fast.diffusion import Diffusion
-from tdc_fast.diffusion.samplers import sample
+from tdc_fast.diffusion.sampling_loop import sample
 from tdc_fast.runs.directory import RunDirectory
 from tdc_fast.training.random_state import derived_seed
 

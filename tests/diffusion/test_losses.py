@@ -7,7 +7,9 @@ from torch.distributions import Normal, kl_divergence
 
 from tdc_fast.diffusion import Diffusion, named_betas
 from tdc_fast.diffusion.gaussian import discretized_gaussian_log_likelihood
-from tdc_fast.diffusion.likelihood import bound
+from tdc_fast.diffusion.likelihood import StepTerms, bound
+from tdc_fast.graphs import use_capture
+from tests.graphs.tape import TapeCapture
 
 T = 40
 LOG2 = torch.log(torch.tensor(2.0, dtype=torch.float64))
@@ -102,7 +104,7 @@ def test_the_bound_of_the_exact_reverse_process_is_the_log_likelihood(gaussian_d
         return torch.cat([data.denoiser(x, t), value[t].view(-1, 1).expand_as(x)], dim=1)
 
     x0 = data.mean + spread**0.5 * draw(2000, 2)
-    result = bound(diffusion, model, x0, generator=torch.Generator().manual_seed(1), clip_denoised=False)
+    result = bound(StepTerms(diffusion, model, clip_denoised=False), x0, generator=torch.Generator().manual_seed(1))
     log_density = Normal(data.mean, spread**0.5).log_prob(x0).mean()
     expected = -(log_density + torch.log(torch.tensor(2 / 255))) / LOG2
     assert result.total.mean().item() == pytest.approx(expected.item(), abs=0.06)
@@ -115,10 +117,26 @@ def test_prior_bits_are_the_divergence_of_the_last_marginal_from_a_standard_norm
     alpha_bar = torch.tensor(diffusion.alphas_cumprod[-1])
     expected = kl_divergence(Normal(alpha_bar.sqrt() * x0, (1 - alpha_bar).sqrt()), Normal(0.0 * x0, 1.0))
     torch.testing.assert_close(diffusion.prior_bpd(x0), expected.flatten(1).mean(1) / LOG2)
-    result = bound(diffusion, Affine(False), x0)
+    result = bound(StepTerms(diffusion, Affine(False)), x0)
     assert result.prior.min() > 0.01
     torch.testing.assert_close(result.prior, diffusion.prior_bpd(x0))
     torch.testing.assert_close(result.total, result.vb.sum(1) + result.prior)
+
+
+def test_a_bound_from_graphs_is_the_bound_without_them():
+    diffusion, model, tape = make(variance="learned_range"), Affine(True), TapeCapture()
+    batches = [draw(3, 1, 2, 2, seed=seed) for seed in (1, 2)]
+
+    def bounds():
+        terms, generator = StepTerms(diffusion, model), torch.Generator().manual_seed(0)
+        return [bound(terms, x0, generator=generator) for x0 in batches]
+
+    plain = bounds()
+    with use_capture(tape):
+        for ours, theirs in zip(bounds(), plain, strict=True):
+            for name in ("total", "vb", "mse", "xstart_mse"):
+                assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
+    assert [one.replays for one in tape.tapes] == [2 * T - 2]
 
 
 def test_noise_is_drawn_when_none_is_given():

@@ -8,7 +8,9 @@ from torch import nn
 
 from tdc_fast.diffusion import create_diffusion
 from tdc_fast.evaluation.heldout import compare, heldout_losses, sampling_macs, timestep_grid
+from tdc_fast.graphs import use_capture
 from tdc_fast.routing import TimestepGroups
+from tests.graphs.tape import TapeCapture
 
 DIFFUSION = create_diffusion(diffusion_steps=40, noise_schedule="cosine", rescale_learned_sigmas=False)
 GROUPS = TimestepGroups.from_boundaries([0, 10, 40])
@@ -54,6 +56,15 @@ def test_all_models_see_the_same_noisy_images_and_the_global_generator_is_left_a
     for (x_first, t_first), (x_second, t_second) in zip(first.seen, second.seen, strict=True):
         assert torch.equal(x_first, x_second)
         assert torch.equal(t_first, t_second)
+
+
+def test_losses_from_graphs_are_those_without_them(x0):
+    tape, options = TapeCapture(), {"points_per_group": 4, "batch_size": 6}  # two sizes of batches: 6 and 3
+    plain = heldout_losses(ScaledInput(0.5), DIFFUSION, x0, GROUPS, **options)
+    with use_capture(tape):
+        replayed = heldout_losses(ScaledInput(0.5), DIFFUSION, x0, GROUPS, **options)
+    assert torch.equal(replayed.per_image, plain.per_image)
+    assert [one.replays for one in tape.tapes] == [6, 6]
 
 
 def test_another_seed_draws_other_noise(x0):

@@ -219,20 +219,21 @@ def test_a_graphed_function_inside_another_is_part_of_its_graph(tape):
     assert len(tape.tapes) == 2
 
 
-def test_a_flop_counter_counts_replays_too(tape):
+@pytest.mark.parametrize("fixed", [True, False])
+def test_flops_are_counted_in_every_call(tape, fixed):
     weight = torch.ones(3, 5)
-    step = Graphed(lambda x: x @ weight, "cpu", warmup=1)
+    step = Graphed(lambda x: x @ weight, "cpu", warmup=1, fixed_flops=fixed)
     step(torch.ones(2, 3)), step(torch.ones(2, 3))  # captured before anybody counts
     with FlopCounterMode(display=False) as counter:
         for calls in range(1, 5):
             assert torch.equal(step(torch.full((2, 3), float(calls))), torch.full((2, 5), 3.0 * calls))
             assert counter.get_total_flops() == calls * 2 * 2 * 3 * 5
-    assert tape.replays == 4
-    counted = Graphed(nn.Linear(3, 5).requires_grad_(False), "cpu", warmup=1)
+    assert tape.replays == (4 if fixed else 1)
+    counted = Graphed(nn.Linear(3, 5).requires_grad_(False), "cpu", warmup=1, fixed_flops=fixed)
     with FlopCounterMode(display=False) as counter:
         for _ in range(4):
             counted(torch.ones(2, 3))
-    assert counter.get_total_flops() == 4 * 2 * 2 * 3 * 5 and counted.num_graphs == 1
+    assert counter.get_total_flops() == 4 * 2 * 2 * 3 * 5 and counted.num_graphs == fixed
 
 
 def test_another_dispatch_mode_sees_the_function_itself(tape):

@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tdc_fast.diffusion.calibration import calibration_losses
+from tdc_fast.diffusion.calibration import Calibration
+from tdc_fast.graphs import use_capture
 from tdc_fast.grouping import Probes, TaskSimilarity, measure_similarity, probe_losses
 from tdc_fast.grouping.similarity import SKETCH_SIZE, gradient_sketch
+from tests.graphs.tape import TapeCapture
 from tests.pruning.tiny import RecordedDiffusion
 
 
@@ -60,7 +62,7 @@ def test_a_sketch_keeps_inner_products() -> None:
     data = [torch.randn(6, 150)]
 
     def gradient(probe: tuple[int, int]) -> Tensor:
-        (losses,) = calibration_losses(model, data, diffusion, probe)
+        (losses,) = Calibration(model, diffusion).of(data, probe)
         return torch.cat([g.flatten() for g in torch.autograd.grad(losses.mean(), list(model.parameters()))]).double()
 
     a, b = gradient((0, 10)), gradient((60, 90))
@@ -94,6 +96,23 @@ def test_a_saved_similarity_is_read_back_and_a_damaged_one_named(tmp_path) -> No
     path.write_text(path.read_text()[:-30])
     with pytest.raises(ValueError, match="similarity.json"):
         TaskSimilarity.load(path)
+
+
+def test_similarity_and_losses_from_graphs_are_those_without_them() -> None:
+    torch.manual_seed(0)
+    model, tape = nn.Linear(3, 3), TapeCapture()
+    diffusion = RecordedDiffusion(lambda m, x0, t: (m(x0) * (1 + t[:, None] / 100)).square().mean(1))
+    data = [torch.randn(6, 3) for _ in range(2)]
+
+    def measured():
+        similarity = measure_similarity(model, diffusion, data, num_probes=4, max_batches=2)
+        return similarity.matrix, probe_losses(model, Probes.evenly(100, 4), diffusion, data)
+
+    plain = measured()
+    with use_capture(tape):
+        replayed = measured()
+    assert all(np.array_equal(ours, theirs) for ours, theirs in zip(replayed, plain, strict=True))
+    assert [one.replays for one in tape.tapes] == [6, 6]
 
 
 def test_probe_losses_are_the_means_over_each_interval() -> None:

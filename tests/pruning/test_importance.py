@@ -8,8 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from tdc_fast.diffusion import create_diffusion
+from tdc_fast.graphs import use_capture
 from tdc_fast.models.iddpm import create_unet
-from tdc_fast.pruning.importance import balanced, magnitude_importance, taylor_importance
+from tdc_fast.nn.macs import MacCounter
+from tdc_fast.pruning.importance import TaylorImportance, balanced, magnitude_importance, taylor_importance
+from tests.graphs.tape import TapeCapture
 from tests.pruning.tiny import RecordedDiffusion, TinyNet, tiny_batches, tiny_net
 
 
@@ -41,6 +44,24 @@ def test_taylor_importance_is_the_slope_of_the_loss_as_an_atom_shrinks(atom: int
                         values.div_(1 - steps)
                 expected += abs((ends[0] - ends[1]) / (2 * steps))
             assert found[unit.name][index] == pytest.approx(expected, rel=1e-5, abs=1e-9)
+
+
+def test_importance_from_graphs_is_that_without_them_for_every_group() -> None:
+    net, batches, tape = tiny_net(), tiny_batches(3), TapeCapture()
+    groups = [(0, 20), (20, 60), (60, 100)]
+    plain = [taylor_importance(net, net.pruning_units(), batches, RecordedDiffusion(), group) for group in groups]
+    with use_capture(tape):
+        taylor = TaylorImportance(net, net.pruning_units(), RecordedDiffusion())
+        for group, expected in zip(groups, plain, strict=True):
+            found = taylor.of(batches, group)
+            assert all(np.array_equal(found[name], expected[name]) for name in expected)
+        assert [one.replays for one in tape.tapes] == [7]
+        with MacCounter() as counted:
+            taylor.of(batches, (0, 20))
+        assert tape.replays == 9  # all but the first, which tells what a replay takes
+    with MacCounter() as counter:
+        taylor_importance(net, net.pruning_units(), batches, RecordedDiffusion(), (0, 20))
+    assert counted.macs == counter.macs > 0
 
 
 def test_changes_cancel_within_an_atom_and_not_between_batches() -> None:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from tdc_fast.diffusion import Diffusion
-from tdc_fast.diffusion.calibration import calibration_losses
+from tdc_fast.diffusion.calibration import Calibration
+from tdc_fast.graphs import use_capture
 from tdc_fast.models.iddpm import UNet, create_unet
 from tdc_fast.nn.macs import MacCounter
 from tdc_fast.nn.modes import evaluating
@@ -19,6 +20,7 @@ from tdc_fast.pruning import candidates as candidates_module
 from tdc_fast.pruning.costs import UnitCosts, unit_costs
 from tdc_fast.pruning.scoring import DenoisingLoss
 from tdc_fast.pruning.task import Task, Widths
+from tests.graphs.tape import TapeCapture
 from tests.pruning.narrow import narrow
 from tests.pruning.tiny import RecordedDiffusion, task_of, tiny_batches, tiny_net, tiny_task
 
@@ -32,7 +34,7 @@ def scores_one_by_one(
     for candidate in widths:
         model = narrow(base, orders, candidate)
         with evaluating(model), torch.no_grad():
-            losses = calibration_losses(model, batches, diffusion, task.interval, seed=seed)
+            losses = Calibration(model, diffusion).of(batches, task.interval, seed=seed)
             found.append(float(torch.cat([loss.double() for loss in losses]).mean()))
     return found
 
@@ -126,6 +128,21 @@ def test_candidates_share_timesteps_and_noise_which_lie_in_the_group() -> None:
         whole = torch.cat([diffusion.loss(net, x, t) for x, t in zip(batches, own, strict=True)])
     assert scores[0] == pytest.approx(float(whole.mean())) and scores[1] != pytest.approx(scores[0])
     assert all(((t >= 0) & (t < 10)).all() and torch.equal(t[:8], t[8:]) for t in diffusion.timesteps)
+
+
+def test_scores_from_graphs_are_those_without_them() -> None:
+    task, batches = tiny_task(60), tiny_batches(2)
+    rounds = [
+        [{"layers.0": 4, "layers.1": 6}, {"layers.0": 0, "layers.1": 3}],
+        [{"layers.0": 1, "layers.1": 0}, {"layers.0": 2, "layers.1": 5}],
+        [{"layers.0": 3, "layers.1": 1}],
+    ]
+    plain = DenoisingLoss(tiny_net(), RecordedDiffusion(), batches)
+    expected = [plain.score(task, candidates) for candidates in rounds]
+    tape, scorer = TapeCapture(), DenoisingLoss(tiny_net(), RecordedDiffusion(), batches)
+    with use_capture(tape):
+        assert [scorer.score(task, candidates) for candidates in rounds] == expected
+    assert [one.replays for one in tape.tapes] == [2]  # the second round of two candidates, at other widths
 
 
 def test_what_a_candidate_costs_is_its_macs_times_the_samples(
