@@ -18,6 +18,7 @@ from typing import Annotated
 from tdc_fast.command_line import load_denoiser, output_directory, parse_denoiser_flags, run_command, use_threads
 from tdc_fast.entry import STOPPED
 from tdc_fast.evaluation.likelihood import bits_per_dimension, images_to_measure, write_terms
+from tdc_fast.runs.build import named_device
 from tdc_fast.runs.denoisers import Which
 from tdc_fast.runs.limits import PathText, Within
 
@@ -47,6 +48,8 @@ class NllOptions:
     """Seed of the noise."""
     num_threads: Annotated[int, Within(0, 2**10)] = 0
     """CPU threads; 0 keeps the default of torch."""
+    device: str = "cpu"
+    """auto, cpu, cuda or cuda:N."""
     out: PathText = ""
     """Folder for the files; empty takes nll/ of the run, or with --model_path DIFFUSION_BLOB_LOGDIR, OPENAI_LOGDIR or
     a new temporary folder."""
@@ -62,7 +65,9 @@ def _measure(arguments: list[str]) -> None:
     )
     use_threads(options["num_threads"])
     directory = output_directory(options, "nll")
+    device = named_device(options["device"])
     denoiser = load_denoiser(options)
+    denoiser.model.to(device)
     x0, labels, source = images_to_measure(denoiser, options["data_dir"], options["num_samples"])
     print(f"measuring {len(x0)} images: {source}", flush=True)
     terms = bits_per_dimension(

@@ -227,6 +227,7 @@ def test_a_run_is_sampled_and_its_held_out_loss_measured(run, tmp_path, capsys, 
         (["SETS/same.npz", "digits"], r"\(1, 8, 8\)"),
         (["SETS/rgb.npz", "SETS/rgb.npz", "--features", "digits"], "random-conv"),
         (["SETS/rgb.npz", "SETS/rgb.npz", "--batch_size", "0"], "batch_size: got 0"),
+        (["SETS/rgb.npz", "SETS/rgb.npz", "--device", "toaster"], "device: got 'toaster'"),
         (["SETS/rgb.npz", "SETS/rgb.npz", "--num_threads", "-1"], "num_threads: got -1"),
         (["SETS/rgb.npz", "SETS/rgb.npz", "--out", "SETS/folder"], "out: got .*folder'; expected the name of a file"),
     ],
@@ -245,3 +246,7 @@ def test_likelihood_terms_are_written_from_the_last_timestep_down_and_add_up(run
     assert numbers["images"] == 6
     assert numbers["bits_per_dimension"] == pytest.approx(terms["vb"].sum() + numbers["prior"], rel=1e-5)
     assert terms["xstart_mse"][0] > terms["xstart_mse"][-1]  # x0 is hardest to see where there is most noise
+
+
+def test_likelihood_refuses_a_device_that_is_not_there(run, tmp_path, assert_refused):
+    assert_refused("device: got 'cuda:9'", nll, ["--run", str(run), "--device", "cuda:9", "--out", str(tmp_path / "o")])

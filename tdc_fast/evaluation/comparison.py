@@ -14,7 +14,7 @@ from tdc_fast.evaluation.heldout import heldout_losses
 from tdc_fast.evaluation.image_sets import ImageSet, load_pair
 from tdc_fast.evaluation.options import EvaluateOptions
 from tdc_fast.routing import TimestepGroups
-from tdc_fast.runs.build import split_data
+from tdc_fast.runs.build import named_device, split_data
 from tdc_fast.runs.denoisers import TrainedDenoiser
 from tdc_fast.runs.groups import build_groups
 from tdc_fast.runs.limits import check_limits
@@ -42,6 +42,7 @@ def evaluate(a: str, b: str, options: EvaluateOptions | None = None) -> dict[str
     """
     options = options or EvaluateOptions()
     check_limits(EvaluateOptions, vars(options))
+    named_device(options.device)  # refused before a run is sampled
     first, second = load_pair(a, b, options)
     extractor, description = _extractor(first.images, options.features)
     reference = first if second.denoiser is not None and first.denoiser is None else second
@@ -103,12 +104,13 @@ def _losses(denoiser: TrainedDenoiser, other: ImageSet, options: EvaluateOptions
         images = f"the first {len(x0)} images of {other.name} (the run has no held-out images)"
     if tuple(x0.shape[1:]) != denoiser.image_shape:
         return {"skipped": f"the images of {other.name} differ in shape from the run's"}
+    device = next(denoiser.model.parameters()).device
     losses = heldout_losses(
         denoiser.model,
         denoiser.diffusion,
-        x0,
+        x0.to(device),
         groups,
-        model_kwargs=kwargs,
+        model_kwargs={name: value.to(device) for name, value in kwargs.items()},
         seed=options.seed,
         batch_size=options.batch_size,
     )

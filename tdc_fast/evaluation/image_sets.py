@@ -14,6 +14,7 @@ from tdc_fast.data.pixels import to_uint8
 from tdc_fast.errors import invalid, require
 from tdc_fast.evaluation.options import EvaluateOptions
 from tdc_fast.evaluation.samples import draw_samples
+from tdc_fast.runs.build import named_device
 from tdc_fast.runs.denoisers import TrainedDenoiser, from_run
 from tdc_fast.runs.limits import check_path
 
@@ -118,7 +119,9 @@ def _pixels(data: ImageDataset) -> Tensor:
 
 
 def _run_samples(name: str, options: EvaluateOptions) -> ImageSet:
+    device = named_device(options.device)
     denoiser = from_run(name, options.which)
+    denoiser.model.to(device)
     print(
         f"drawing {options.num_samples} images from {denoiser.name}: {options.sampler}, {options.steps} steps; "
         "--num_samples draws fewer",
@@ -132,6 +135,7 @@ def _run_samples(name: str, options: EvaluateOptions) -> ImageSet:
         spacing=options.spacing,
         batch_size=options.batch_size,
         seed=options.seed,
+        device=str(device),
         progress=True,
     )
     return ImageSet(name, images, denoiser)

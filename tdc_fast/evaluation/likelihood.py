@@ -32,7 +32,7 @@ def bits_per_dimension(
 
     Args:
         denoiser: the model and its diffusion process.
-        x0: images (M, C, H, W) in [-1, 1].
+        x0: images (M, C, H, W) in [-1, 1]; each batch is measured where the model is.
         labels: (M,) int64 for a class-conditional model, else None.
         batch_size: images at once.
         clip_denoised: clip every predicted image to [-1, 1].
@@ -43,14 +43,14 @@ def bits_per_dimension(
         squared errors of the predicted noise and image. Those of shape (T,) run from timestep T - 1 down to 0, as in
         improved-diffusion's files.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator, device = torch.Generator().manual_seed(seed), next(denoiser.model.parameters()).device
     of_a_step = StepTerms(denoiser.diffusion, denoiser.model, clip_denoised)
     sums: dict[str, Tensor] = {}
     with Progress("bits per dimension", len(x0), unit="image") as shown:
         for first in range(0, len(x0), batch_size):
             rows = slice(first, first + batch_size)
-            kwargs = {} if labels is None else {"y": labels[rows]}
-            terms = bound(of_a_step, x0[rows], model_kwargs=kwargs, generator=generator)
+            kwargs = {} if labels is None else {"y": labels[rows].to(device)}
+            terms = bound(of_a_step, x0[rows].to(device), model_kwargs=kwargs, generator=generator)
             for name in ("total", "prior", "vb", "mse", "xstart_mse"):
                 sums[name] = sums.get(name, torch.zeros(())) + getattr(terms, name).double().sum(dim=0)
             count = len(x0[rows])

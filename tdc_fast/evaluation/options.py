@@ -40,6 +40,8 @@ class EvaluateOptions:
     """Seed of the samples and of the noise of the loss."""
     num_threads: Annotated[int, Within(0, 2**10)] = 0
     """CPU threads; 0 keeps the default of torch."""
+    device: str = "cpu"
+    """Where a run is sampled and its loss is measured: auto, cpu, cuda or cuda:N."""
     out: PathText = ""
     """JSON file to write the numbers to; empty takes evaluation.json in the run that is compared (the first of two), or
     in the working directory if none is."""
