@@ -40,7 +40,8 @@ from tdc_fast.training.random_state import check_random_state, random_state, res
 from tdc_fast.training.stage import Stage
 from tdc_fast.training.step import TrainingStep
 from tdc_fast.training.stored_state import StoredState, read_moments, read_rest
-from tdc_fast.training.telemetry import ProgressLog
+from tdc_fast.training.telemetry import ProgressLog, speed_words
+from tdc_fast.training.throughput import Throughput, throughput_on
 
 
 class StageLoop:
@@ -136,6 +137,9 @@ class StageLoop:
             steps=self.stage.steps,
         )
         bar = _progress_bar(self.stage.name, self.step, self.stage.steps) if shown else None
+        throughput = throughput_on(self.device, torch.bfloat16 if config.mixed_precision else torch.float32)
+        if throughput is not None:
+            throughput.start(self.samples, self.macs)
         self._clock = time.perf_counter()
         try:
             with StopRequest() as stop:
@@ -144,7 +148,7 @@ class StageLoop:
                     if bar is not None:
                         bar.update()
                     if self.step % config.log_interval == 0 or self.finished:
-                        self._report(log, bar)
+                        self._report(log, bar, throughput)
                     if self.step % config.save_interval == 0 or self.finished or stop.requested:
                         log.sync()
                         self.save()
@@ -182,7 +186,7 @@ class StageLoop:
             self.sampler.update(t, losses)
         self.step += 1
 
-    def _report(self, log: ProgressLog, bar: Any) -> None:
+    def _report(self, log: ProgressLog, bar: Any, throughput: Throughput | None) -> None:
         means = self.means.take()
         loss = means.get("loss")
         for name, mean in {"loss": loss, **means}.items():
@@ -200,9 +204,11 @@ class StageLoop:
         if self.run.config.mixed_precision:
             row["lg_loss_scale"] = 0  # bf16 has fp32's range: the loss is not scaled
         row["wall_seconds"] = round(self.wall_seconds, 3)
+        if throughput is not None:
+            row |= throughput.columns(self.samples, self.macs)
         log.row(row)
         if bar is not None and loss is not None:
-            bar.set_postfix(loss=f"{loss:.4f}")
+            bar.set_postfix_str(", ".join([f"loss {loss:.4f}", *speed_words(row)]))
 
     def _lap(self) -> float:
         now = time.perf_counter()

@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
@@ -171,6 +171,7 @@ class ProgressLog:
             value = values.get(name)
             if value is not None:
                 parts.append(f"{name} {value:.4g}")
+        parts += speed_words(values)
         if self._steps and self._first < step < self._steps:
             passed = time.perf_counter() - self._began
             parts.append(f"{duration(passed / (step - self._first) * (self._steps - step))} left")
@@ -203,6 +204,14 @@ class ProgressLog:
             ["" if values.get(c) is None else values[c] for c in self._columns]
         )
         _write(self._csv, line.getvalue())
+
+
+def speed_words(values: Mapping[str, float | int | None]) -> list[str]:
+    """The throughput in a row, for people; nothing where it was not measured."""
+    speed, share = values.get("wall_samples_per_second"), values.get("wall_mfu")
+    if speed is None or share is None:
+        return []
+    return [f"{speed:.4g} samples/s", f"MFU {share:.1%}"]
 
 
 def _repeats_loss(name: str, values: dict[str, float | int | None]) -> bool:
