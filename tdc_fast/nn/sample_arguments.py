@@ -58,7 +58,7 @@ def map_samples(
             if per_sample is None or any(
                 f"{full}.".startswith(f"{w}.") or w.startswith(f"{full}.") for w in per_sample
             ):
-                _refuse_hidden(full, leaf, batch)
+                _refuse_hidden(full, leaf, batch, per_sample is not None)
             return leaf
         if per_sample is None:
             return function(leaf) if leaf.shape[:1] == (batch,) else leaf
@@ -70,20 +70,25 @@ def map_samples(
 
     if isinstance(value, (Tensor, *_PLAIN)):
         return mapped((), value)
-    return _pytree.tree_map_with_path(mapped, value, is_leaf=_is_texts)
+    return _pytree.tree_map_with_path(mapped, value, is_leaf=_is_row)
 
 
-def _is_texts(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and len(value) > 0 and all(isinstance(text, str) for text in value)
+def _is_row(value: Any) -> bool:
+    """True for a list or tuple of texts, numbers and tensors of one number, which may have an entry per sample."""
+    return isinstance(value, (list, tuple)) and all(
+        entry.ndim == 0 if isinstance(entry, Tensor) else isinstance(entry, _PLAIN) for entry in value
+    )
 
 
-def _refuse_hidden(name: str, leaf: Any, batch: int) -> None:
+def _refuse_hidden(name: str, leaf: Any, batch: int, named: bool) -> None:
     """Raises ValueError for entries per sample that would stay unsorted without a word."""
     if isinstance(leaf, np.ndarray):
         if leaf.shape[:1] == (batch,):
             raise invalid(name, f"a numpy array of {batch} entries", "a torch tensor, which is sorted with the samples")
-    elif _is_texts(leaf):
-        if len(leaf) == batch:
+    elif _is_row(leaf):
+        # A tuple of numbers is rather a size or a range, which all samples share, unless per_sample says otherwise.
+        shared = isinstance(leaf, tuple) and not named and all(isinstance(entry, int | float) for entry in leaf)
+        if len(leaf) == batch and not shared and any(entry is not None for entry in leaf):
             raise invalid(
                 name,
                 leaf,

@@ -106,13 +106,28 @@ def test_outputs_of_several_tensors_follow_the_same_rule() -> None:
         np.arange(BATCH),
         ["text"] * BATCH,
         {"texts": ["text"] * BATCH},
+        ["text", *[None] * (BATCH - 1)],
+        {"numbers": [[0.5] * BATCH]},
+        tuple(T),
         Condition(T),
         UserDict(text=T),
         {Condition(T).text},
         Slots(T),
         SimpleNamespace(parts=[{"text": T}]),
     ],
-    ids=["numpy", "texts", "texts in a dict", "dataclass", "another mapping", "set", "slots", "lists in an object"],
+    ids=[
+        "numpy",
+        "texts",
+        "texts in a dict",
+        "some texts",
+        "numbers",
+        "tensors",
+        "dataclass",
+        "another mapping",
+        "set",
+        "slots",
+        "lists in an object",
+    ],  # fmt: skip
 )
 def test_what_cannot_be_sorted_is_refused_by_name(value: Any) -> None:
     routed = pack_experts(Net(lambda c: torch.zeros(BATCH)), GROUPS)
@@ -120,7 +135,7 @@ def test_what_cannot_be_sorted_is_refused_by_name(value: Any) -> None:
         routed(inputs()[0], T, value)
 
 
-@pytest.mark.parametrize("value", [np.arange(BATCH), ["text"] * BATCH, Condition(T), Slots([T])])
+@pytest.mark.parametrize("value", [np.arange(BATCH), ["text"] * BATCH, (1,) * BATCH, Condition(T), Slots([T])])
 def test_what_per_sample_does_not_name_is_shared_whatever_it_is(value: Any) -> None:
     base = Net(lambda c: c["text"])
     x, y = inputs()
@@ -133,7 +148,8 @@ def test_what_per_sample_does_not_name_is_shared_whatever_it_is(value: Any) -> N
 
 def test_what_all_samples_share_is_passed_on() -> None:
     routed = pack_experts(Net(lambda c: torch.zeros(BATCH)), GROUPS)
-    for value in (None, 3, "text", ["text"], torch.Size([BATCH, 2]), np.zeros(3), nn.Linear(2, 2), torch.zeros(1, 2)):
+    tensors = (torch.zeros(1, 2), np.zeros(3), nn.Linear(2, 2))
+    for value in (None, 3, "text", ["text"], [3], (8,) * BATCH, torch.Size([BATCH, 2]), *tensors):
         routed(inputs()[0], T, value)
 
 
