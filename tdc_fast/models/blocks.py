@@ -131,8 +131,12 @@ class ResBlock(nn.Module):
         if not self.width:
             return self._skip_path(x, skip)
         if self.use_checkpoint and torch.is_grad_enabled():
-            return checkpoint(self._forward, self.routing, x, skip, *embedded)
+            return checkpoint(self._forward, self.routing, x, skip, *embedded, random=self._drops())
         return self._forward(x, skip, *embedded)
+
+    def _drops(self) -> bool:
+        dropout = self.out_layers[2]
+        return isinstance(dropout, nn.Dropout) and dropout.p > 0
 
     def _skip_path(self, x: Tensor, skip: Tensor | None) -> Tensor:
         if isinstance(self.skip_connection, nn.Identity):
@@ -199,7 +203,7 @@ class AttentionBlock(nn.Module):
         if not self.width:
             return x
         if self.use_checkpoint and torch.is_grad_enabled():
-            return checkpoint(self._forward, self.routing, x)
+            return checkpoint(self._forward, self.routing, x, random=False)
         return self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:

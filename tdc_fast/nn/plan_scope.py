@@ -95,17 +95,25 @@ def _autograd_state() -> tuple[bool, Any]:
     return torch.is_grad_enabled(), torch._C._autograd._top_saved_tensors_default_hooks(True)
 
 
-def checkpoint(function: Callable[..., Any], routing: PlanScope | None, *args: Any) -> Any:
+def checkpoint(function: Callable[..., Any], routing: PlanScope | None, *args: Any, random: bool = True) -> Any:
     """`function(*args)` without keeping activations: it runs again in the backward, under this forward's plan.
 
     Same as torch's checkpoint, but as it keeps the plan itself, `PlanScope` need not search the autograd graph.
+
+    Args:
+        function: what to run.
+        routing: the holder of the plan; None without one.
+        *args: the function's arguments.
+        random: it draws random numbers, which must be the same again. Their state is then read, which a CUDA graph
+            cannot hold.
     """
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": random}
     if routing is None or torch.compiler.is_compiling():  # a compiled graph holds the plan itself
-        return torch_checkpoint(function, *args, use_reentrant=False)
+        return torch_checkpoint(function, *args, **options)
     plan = routing.plan
 
     def under_plan(*inputs: Any) -> Any:
         with routing.using(plan):
             return function(*inputs)
 
-    return torch_checkpoint(under_plan, *args, use_reentrant=False)
+    return torch_checkpoint(under_plan, *args, **options)

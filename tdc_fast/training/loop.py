@@ -208,7 +208,7 @@ class StageLoop:
             row |= throughput.columns(self.samples, self.macs)
         log.row(row)
         if bar is not None and loss is not None:
-            bar.set_postfix_str(", ".join([f"loss {loss:.4f}", *speed_words(row)]))
+            bar.set_postfix_str(", ".join([f"loss={loss:.4f}", *speed_words(row)]))
 
     def _lap(self) -> float:
         now = time.perf_counter()

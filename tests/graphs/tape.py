@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -107,7 +108,7 @@ class TapeCapture:
         tape, drawn = Tape(), [(g, g.get_state()) for g in (torch.default_generator, *generators)]
         self.capturing = True
         try:
-            with tape:
+            with tape, mock.patch.object(torch, "get_rng_state", _unreadable):
                 tape.outputs = function()
         finally:
             self.capturing = False
@@ -121,6 +122,10 @@ class TapeCapture:
     def replays(self) -> int:
         """Replays of all tapes."""
         return sum(tape.replays for tape in self.tapes)
+
+
+def _unreadable() -> Tensor:
+    raise RuntimeError("the state of a generator cannot be read during a capture")
 
 
 def _written(operator: Any, args: tuple, kwargs: dict) -> list[Tensor]:

@@ -20,7 +20,9 @@ RUNS = {
         **STAGES, "dropout": 0.2, "schedule_sampler": "loss-second-moment", "diffusion_steps": 8,
         "overlap": 0.3, "batch_size": 7, "class_cond": True,
     },
-    "bf16 and a learned variance": {"lr_anneal_steps": 6, "precision": "bf16", "learn_sigma": True},
+    "bf16, a learned variance, activations computed again": {
+        "lr_anneal_steps": 6, "precision": "bf16", "learn_sigma": True, "use_checkpoint": True,
+    },
 }  # fmt: skip
 
 
@@ -75,6 +77,13 @@ def test_a_graph_is_not_promised_where_there_is_none(tmp_path, capsys):
     assert main(flags(config)) == 2
     assert "cuda_graph: got 'on'; expected auto or off, as the device is cpu" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_dropout_that_is_computed_again_runs_without_a_graph_and_the_log_says_so(tmp_path, caplog):
+    with use_capture(TapeCapture()):
+        train(small_config(tmp_path, lr_anneal_steps=4, dropout=0.1, use_checkpoint=True))
+    (record,) = [record for record in caplog.records if record.name == "tdc_fast.graphs"]
+    assert record.message.startswith("the step of stage base runs without a CUDA graph: the capture failed: ")
 
 
 def test_a_graph_that_must_be_and_cannot_be_is_an_error(tmp_path, monkeypatch):
