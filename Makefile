@@ -25,7 +25,7 @@ $(BIN)/python:
 
 $(STAMP): $(SOURCES) | $(BIN)/python
 	@echo "==> installing tdc_fast and what its tests, demo and benches need into $(VENV) (torch is large; the native core builds in a minute or two)"
-	@$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e '.[dev]'  # bytecode comes with the first import
 	@touch $(STAMP)
 
 install: $(STAMP) ## install this checkout, with what its tests, demo and benches need
