@@ -45,13 +45,17 @@ class Dataset(Protocol):
     def skipped(self) -> int:
         """Corrupt images left out so far."""
 
+    @property
+    def slow(self) -> bool:
+        """Whether reading a batch takes long enough to be worth a thread beside a step that uses the same cores."""
+
     def __len__(self) -> int: ...
 
     def batch(self, indices: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """Images in [-1, 1], float32 (B, C, H, W), and the model's keyword arguments: {"y": int64 (B,)} or {}.
 
-        It is called in threads, ahead of the steps (`--workers`). So that a resumed run has the same batches, it must
-        depend on the indices alone: what it draws, it draws from a generator seeded by them.
+        It may be called in threads, ahead of the steps (`--workers`). So that a resumed run has the same batches, it
+        must depend on the indices alone: what it draws, it draws from a generator seeded by them.
         """
 
 
@@ -107,6 +111,11 @@ class ImageDataset:
     def skipped(self) -> int:
         """Corrupt files left out so far. A folder too large to decode on loading finds them as it reads."""
         return self.source.skipped
+
+    @property
+    def slow(self) -> bool:
+        """Whether images are decoded when they are read."""
+        return self.source.slow
 
     def images(self, indices: Any = None) -> Tensor:
         """Read images.

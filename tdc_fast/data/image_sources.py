@@ -25,11 +25,13 @@ class ImageSource(Protocol):
     Attributes:
         image_size: height and width in pixels.
         channels: colour channels C.
+        slow: whether fetching takes long enough to be done in a thread of its own.
         corrupt: positions of images found to be corrupt so far.
     """
 
     image_size: int
     channels: int
+    slow: bool
     corrupt: set[int]
 
     @property
@@ -66,6 +68,8 @@ class ArraySource:
         skipped: number of corrupt images that were left out of them.
         from_zero: the values are floats in [0, 1] instead.
     """
+
+    slow = False
 
     def __init__(self, images: np.ndarray, skipped: int = 0, *, from_zero: bool = False) -> None:
         self._images = images
@@ -136,6 +140,8 @@ class FolderSource:
         channels: 3 for RGB, 1 for grey.
         background: the colour behind transparent pixels.
     """
+
+    slow = True
 
     def __init__(
         self,
@@ -212,6 +218,7 @@ class PhotoSource:
         patches: number of patches.
     """
 
+    slow = False
     channels = 3
     skipped = 0
 

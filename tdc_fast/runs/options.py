@@ -27,7 +27,8 @@ class DataOptions:
     background: Literal["white", "grey", "black"] = "white"
     """Colour behind the transparent pixels of a folder's images."""
     workers: Annotated[int, Within(0, 64)] = 1
-    """Threads that load batches while the step before trains; 0 loads each batch when it is needed."""
+    """Threads that load batches while the step before trains; 0 loads each batch when it is needed, as is always done
+    on the CPU with images that are in memory."""
     heldout: float = 0.0
     """Share of the images (0 to below 1) kept from training for evaluation, chosen by --heldout_seed."""
     heldout_seed: Annotated[int, Within(0, 2**63 - 1)] = 0

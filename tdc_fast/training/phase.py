@@ -38,7 +38,10 @@ def open_stream(
     """
     seed = derived_seed(config.seed, "data", phase)
     images = dataset or build_data(config)
-    return BatchStream(images, batch_size or config.batch_size, seed, workers=config.workers, device=device)
+    # Images in memory are read in less time than a thread takes to get a core from a step on the CPU.
+    ahead = images.slow or (device is not None and device.type == "cuda")
+    workers = config.workers if ahead else 0
+    return BatchStream(images, batch_size or config.batch_size, seed, workers=workers, device=device)
 
 
 def build_base(run: RunDirectory, state: State) -> UNet:

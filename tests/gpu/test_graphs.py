@@ -7,10 +7,13 @@ import shutil
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tdc_fast.graphs import Graphed
+from tdc_fast.diffusion import SamplingLoop, create_diffusion
+from tdc_fast.graphs import CudaCapture, Graphed, use_capture
 from tdc_fast.train import train
 from tdc_fast.training import TrainConfig
+from tests.gpu.networks import batch_for, routed_unet
 from tests.training.small_run import TWO_STAGES, differences, rows, small_config
 
 pytestmark = pytest.mark.gpu
@@ -96,3 +99,27 @@ def test_training_from_graphs_resumes_bit_for_bit(trained) -> None:
     again = TrainConfig.from_file(folder / "again" / "config.json")
     train(again.replace(run_dir="", resume=str(folder / "again")))
     assert [name for name in differences(folder / "graphs", folder / "again") if name.endswith(".pt")] == []
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++2m"])
+def test_samples_from_graphs_are_those_of_the_steps_as_they_are(sampler) -> None:
+    model, diffusion = routed_unet("cuda", torch.float32, pruned=True).eval(), create_diffusion(1000)
+
+    def draw() -> torch.Tensor:
+        loop = SamplingLoop(diffusion, model, sampler=sampler, steps=10)
+        generator = torch.Generator().manual_seed(2)
+        shape = (4, *batch_for(model, seed=0)[0].shape[1:])
+        return torch.cat([loop.draw(shape, generator=generator, device="cuda") for _ in range(2)])
+
+    with sdpa_kernel(SDPBackend.MATH):
+        replayed = draw()
+        with use_capture(NoCapture()):
+            plain = draw()
+    torch.testing.assert_close(replayed, plain)
+
+
+class NoCapture(CudaCapture):
+    """Finds no device to capture on."""
+
+    def serves(self, device: torch.device) -> bool:
+        return False

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from tdc_fast.data.image_sources import ArraySource
 from tdc_fast.graphs import use_capture
 from tdc_fast.train import main, train
 from tests.graphs.tape import TapeCapture
@@ -59,10 +61,14 @@ def test_a_run_that_is_resumed_captures_again_and_goes_on_bit_for_bit(tmp_path):
     assert differences(run.path, tmp_path / "again") == []
 
 
-def test_a_run_is_the_same_however_its_batches_are_loaded(tmp_path):
+def test_a_run_is_the_same_however_its_batches_are_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(ArraySource, "slow", True)
+    submitted, submit = [], ThreadPoolExecutor.submit
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", lambda *a: submitted.append(1) or submit(*a))
     for name, workers in (("inline", 0), ("ahead", 3)):
         train(small_config(tmp_path, name, lr_anneal_steps=6, workers=workers, class_cond=True))
     assert differences(tmp_path / "inline", tmp_path / "ahead") == []
+    assert len(submitted) == 6 + 4  # six steps, and what was loaded for steps that did not come
 
 
 def test_graphs_can_be_switched_off(tmp_path):
