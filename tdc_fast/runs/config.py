@@ -140,7 +140,7 @@ class TrainConfig(DataOptions, ModelOptions, DiffusionOptions, OptimizerOptions,
         """The options that `override` changes, with their new values.
 
         Raises:
-            ValueError: an entry is no `name=value`, or of an option that has to stay.
+            ValueError: an entry is no `name=value`, is of an option that has to stay, or of one named before.
         """
         changes: dict[str, Any] = {}
         for part in filter(None, self.override.split(",")):
@@ -148,6 +148,8 @@ class TrainConfig(DataOptions, ModelOptions, DiffusionOptions, OptimizerOptions,
             if not equals or name not in MAY_BE_OVERRIDDEN:
                 names = ", ".join(sorted(MAY_BE_OVERRIDDEN))
                 raise invalid("override", self.override, f"a comma list of name=value, with names out of: {names}")
+            if name in changes:
+                raise invalid("override", self.override, f"{name} once")
             words = {"true": True, "false": False} if _field_types()[name] in (bool, bool | None) else {}
             changes[name] = words.get(value.lower(), value)
         changed = self.replace(override="", **changes)

@@ -79,10 +79,7 @@ def _continued(path: Path, config: TrainConfig, dataset: Dataset) -> RunDirector
         )
     with run.writing():
         if changes:
-            stage = "experts" if config.groups and finished_steps(run.stage_directory("experts")) else "base"
-            steps = finished_steps(run.stage_directory(stage))
-            step = config.resume_step if config.resume_step >= 0 else (steps or [0])[-1]
-            run.record_override(step, stage, before, changes)
+            run.record_override(*_place(run), before, changes)
         if groups is not None:
             groups.save(run.path / "groups.json")
     return run
@@ -154,6 +151,13 @@ def _check_macs(path: Path, macs: Mapping[str, Any]) -> None:
         raise invalid("run", str(path), "the costs that the run wrote; the file is damaged. Restore it from a copy")
 
 
+def _place(run: RunDirectory) -> tuple[int, str]:
+    """The step from which a run goes on, and its stage."""
+    stage = "experts" if run.config.groups and finished_steps(run.stage_directory("experts")) else "base"
+    steps = finished_steps(run.stage_directory(stage))
+    return run.config.resume_step if run.config.resume_step >= 0 else (steps or [0])[-1], stage
+
+
 def _check_overrides(run: RunDirectory, changes: Mapping[str, Any]) -> None:
     """Refuse changes of what is over already, or of what a computed number of steps depends on."""
     config = run.config
@@ -166,6 +170,12 @@ def _check_overrides(run: RunDirectory, changes: Mapping[str, Any]) -> None:
         if config.baseline_steps and config.groups and name in ("batch_size", "stage2_batch"):
             remedy = "--microbatch, or a new run: the numbers of steps are computed from --baseline_steps and this size"
             raise invalid("override", name, remedy)
+    step, stage = _place(run)
+    name = "stage2_steps" if stage == "experts" else "stage1_steps" if config.stage1_steps else "lr_anneal_steps"
+    steps = getattr(config, name)
+    if changes.keys() & {"stage1_steps", "lr_anneal_steps", "stage2_steps"} and 0 < steps < step:
+        remedy = f"at least {step}, the step that the run has reached, or --resume_step as well"
+        raise invalid("override", f"{name}={steps}", remedy)
 
 
 def _decisions(config: TrainConfig, dataset: Dataset) -> dict[str, Any]:

@@ -99,6 +99,9 @@ def test_an_override_holds_for_the_rest_of_the_run_and_leaves_the_rest_alone(fol
         ("lr=fast", "lr: got 'fast'"),
         ("lr=-1", "lr: got -1"),
         ("num_channels=16", "override: got 'num_channels=16'"),
+        ("lr=1,lr=2", "expected lr once"),
+        ("lr_anneal_steps=8", "override: got 'lr_anneal_steps=8'; expected at least 9"),
+        ("stage1_steps=8", "override: got 'stage1_steps=8'; expected at least 9"),
     ]:
         assert main([*change, value]) == 2
         assert said in capsys.readouterr().err
@@ -111,6 +114,8 @@ def test_what_is_over_or_computed_is_not_overridden(run, folder, capsys):
     before = contents(run)
     assert main(["--resume", str(run), "--override", "stage1_steps=9"]) == 2
     assert "options of stage 2 alone" in capsys.readouterr().err
+    assert main(["--resume", str(run), "--override", "stage2_steps=3"]) == 2
+    assert "override: got 'stage2_steps=3'; expected at least 4" in capsys.readouterr().err
     assert contents(run) == before
     budgeted = small_config(folder, "budgeted", groups=2, k=1.0, baseline_steps=20, stop_after="stage1")
     train(budgeted)
