@@ -13,7 +13,7 @@ from tdc_fast.diffusion import SamplingLoop, create_diffusion
 from tdc_fast.graphs import CudaCapture, Graphed, use_capture
 from tdc_fast.train import train
 from tdc_fast.training import TrainConfig
-from tests.gpu.networks import batch_for, routed_unet
+from tests.gpu.networks import NUM_TIMESTEPS, batch_for, routed_unet
 from tests.training.small_run import TWO_STAGES, differences, rows, small_config
 
 pytestmark = pytest.mark.gpu
@@ -103,7 +103,7 @@ def test_training_from_graphs_resumes_bit_for_bit(trained) -> None:
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++2m"])
 def test_samples_from_graphs_are_those_of_the_steps_as_they_are(sampler) -> None:
-    model, diffusion = routed_unet("cuda", torch.float32, pruned=True).eval(), create_diffusion(1000)
+    model, diffusion = routed_unet("cuda", torch.float32, pruned=True).eval(), create_diffusion(NUM_TIMESTEPS)
 
     def draw() -> torch.Tensor:
         loop = SamplingLoop(diffusion, model, sampler=sampler, steps=10)
