@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from tdc_fast.nn.layers import (
     qkv_attention,
     to_tokens,
 )
-from tdc_fast.nn.one_input import chunks_of_all
+from tdc_fast.nn.one_input import chunks_in_one_launch
 from tdc_fast.nn.plan_scope import PlanScope, checkpoint
 from tdc_fast.nn.units import PruningUnit, UnitSlice, width_step
 from tdc_fast.ops import reads_two_inputs
@@ -114,14 +115,14 @@ class ResBlock(nn.Module):
         """Parts of the embedding's linear layer: scale and shift, or the bias alone."""
         return 2 if self.use_scale_shift_norm else 1
 
-    def forward(self, x: Tensor, embedded: tuple[Tensor, ...], skip: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, skip: Tensor | None = None, embedded: tuple[Tensor, ...] = ()) -> Tensor:
         """Compute the block.
 
         Args:
             x: (B, C_in, H, W); with skip the first channels of it.
-            embedded: `emb_layers[1].chunks(emb, emb_chunks)` of the embedding emb after its SiLU, each (B, width); not
-                read at width 0.
+            emb: the embedding after its SiLU, (B, emb_channels).
             skip: the last input channels (B, C_skip, H, W): what an input block left for an output block.
+            embedded: the chunks of the embedding's linear layer, (B, width) each, where they were computed already.
 
         Returns:
             (B, C_out, H, W).
@@ -131,8 +132,8 @@ class ResBlock(nn.Module):
         if not self.width:
             return self._skip_path(x, skip)
         if self.use_checkpoint and torch.is_grad_enabled():
-            return checkpoint(self._forward, self.routing, x, skip, *embedded, random=self._drops())
-        return self._forward(x, skip, *embedded)
+            return checkpoint(self._forward, self.routing, x, emb, skip, *embedded, random=self._drops())
+        return self._forward(x, emb, skip, *embedded)
 
     def _drops(self) -> bool:
         dropout = self.out_layers[2]
@@ -143,9 +144,10 @@ class ResBlock(nn.Module):
             return joined(x, skip)
         return self.skip_connection(x, x2=skip)
 
-    def _forward(self, x: Tensor, skip: Tensor | None, *embedded: Tensor) -> Tensor:
+    def _forward(self, x: Tensor, emb: Tensor, skip: Tensor | None, *embedded: Tensor) -> Tensor:
         norm_in, _, conv_in = self.in_layers
         norm_out, _, dropout, conv_out = self.out_layers
+        embedded = embedded or self.emb_layers[1].chunks(emb, self.emb_chunks)  # type: ignore[operator]
         h = norm_in(x, x2=skip, activation="silu")
         if self.use_scale_shift_norm:
             h = conv_in(h)
@@ -252,31 +254,35 @@ class Upsample(nn.Module):
 
 
 class TimestepBlocks(nn.Sequential):
-    """A sequence of layers; its ResBlocks also get what their linear layers make of the timestep embedding."""
+    """A sequence of layers; its ResBlocks also get the timestep embedding."""
 
     def forward(  # type: ignore[override]
-        self, x: Tensor, embedded: Iterator[tuple[Tensor, ...]], skip: Tensor | None = None
+        self, x: Tensor, emb: Tensor, embedded: Iterator[tuple[Tensor, ...]], skip: Tensor | None = None
     ) -> Tensor:
-        """Run the layers over x (B, C, H, W).
+        """Run the layers over x (B, C, H, W) with the embedding emb (B, emb_channels).
 
         The first layer, a ResBlock if there is a skip (B, C_skip, H, W), reads x and skip as one channel axis. Each
-        ResBlock that is more than its skip path takes the next of `embedded` (see `embedded_chunks`).
+        ResBlock that is more than its skip path takes the next of `embedded` (see `embedded_in_one_launch`).
         """
         for layer in self:
-            x = layer(x, next(embedded) if layer.width else (), skip) if isinstance(layer, ResBlock) else layer(x)
-            skip = None
+            if not isinstance(layer, ResBlock):
+                x = layer(x)
+                continue
+            x, skip = layer(x, emb, skip, next(embedded) if layer.width else ()), None
         return x
 
 
-def embedded_chunks(blocks: Iterable[TimestepBlocks], emb: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def embedded_in_one_launch(blocks: Iterable[TimestepBlocks], emb: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """What the linear layers of all ResBlocks make of the embedding, in the order in which they run.
 
     Args:
         blocks: all of the network, in order.
         emb: the embedding after its SiLU, (B, emb_channels).
+
+    Returns:
+        The chunks of each layer; nothing for each where every ResBlock had better compute its own.
     """
     res_blocks = [layer for block in blocks for layer in block if isinstance(layer, ResBlock) and layer.width]
-    if not res_blocks:
-        return iter(())
     layers: list[Any] = [block.emb_layers[1] for block in res_blocks]
-    return iter(chunks_of_all(layers, emb, res_blocks[0].emb_chunks))
+    found = chunks_in_one_launch(layers, emb, res_blocks[0].emb_chunks) if res_blocks else None
+    return repeat(()) if found is None else iter(found)

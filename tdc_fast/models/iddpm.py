@@ -19,7 +19,7 @@ from tdc_fast.models.blocks import (
     ResBlock,
     TimestepBlocks,
     Upsample,
-    embedded_chunks,
+    embedded_in_one_launch,
     group_norm,
     head_dim,
     silu,
@@ -196,20 +196,21 @@ class UNet(nn.Module):
         steps = timesteps if self.timestep_scale == 1 else timesteps.float() * self.timestep_scale
         dtype = next(self.time_embed.parameters()).dtype
         emb = self.time_embed[0](timestep_embedding(steps, self.model_channels).to(dtype))
-        emb = self.time_embed[2](silu(emb))
+        emb = computed = self.time_embed[2](silu(emb))
         if y is not None:
             emb = emb + self.label_emb(y)
-        emb = silu(emb)  # every ResBlock's emb_layers begin with it
-        embedded = embedded_chunks([*self.input_blocks, self.middle_block, *self.output_blocks], emb)
+        # Every ResBlock's emb_layers begin with the SiLU. Under autocast the label's embedding is in fp32.
+        emb = silu(emb).to(computed.dtype)
+        embedded = embedded_in_one_launch([*self.input_blocks, self.middle_block, *self.output_blocks], emb)
 
         h = x.to(dtype).contiguous(memory_format=torch.channels_last)
         skips = []
         for block in self.input_blocks:
-            h = block(h, embedded)
+            h = block(h, emb, embedded)
             skips.append(h)
-        h = self.middle_block(h, embedded)
+        h = self.middle_block(h, emb, embedded)
         for block in self.output_blocks:
-            h = block(h, embedded, skips.pop())
+            h = block(h, emb, embedded, skips.pop())
         return self.out[2](self.out[0](h, activation="silu"))
 
     def _check_inputs(self, x: Tensor, timesteps: Tensor, y: Tensor | None) -> None:

@@ -19,7 +19,9 @@ def launches_cost(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def chunks_of_all(layers: Sequence[Linear | RoutedLinear], x: Tensor, count: int) -> list[tuple[Tensor, ...]]:
+def chunks_in_one_launch(
+    layers: Sequence[Linear | RoutedLinear], x: Tensor, count: int
+) -> list[tuple[Tensor, ...]] | None:
     """`layer.chunks(x, count)` for every layer.
 
     Args:
@@ -28,12 +30,13 @@ def chunks_of_all(layers: Sequence[Linear | RoutedLinear], x: Tensor, count: int
         count: chunks per layer.
 
     Returns:
-        For each layer its chunks, (B, C_out / count) each.
+        For each layer its chunks, (B, C_out / count) each; None where the layers had better run one after the other: on
+        the CPU, where stacking their weights would take longer than it saves, and layers that are not routed.
     """
     routed = [layer for layer in layers if isinstance(layer, RoutedLinear)]
     plain = any(layer.bias is None or layer.in_widths is not None or layer.closing_gate is not None for layer in routed)
     if not routed or plain or not launches_cost(x.device):
-        return [layer.chunks(x, count) for layer in layers]
+        return None
     return _in_one_launch(routed, x, count, routed[0].current_plan(None))
 
 
@@ -43,8 +46,12 @@ def _in_one_launch(
     """Every chunk of every layer gets a copy of the batch, and groups and experts of its own."""
     sizes = [layer.out_features // count for layer in layers]
     most, chunks = max(sizes), len(layers) * count
-    weights = [_padded(layer.apart(layer.weight, count), most) for layer in layers]  # (count, E, most, C_in) each
-    biases = [_padded(layer.apart(layer.bias, count), most) for layer in layers if layer.bias is not None]
+    weights = [
+        _padded(layer.apart(layer.current(layer.weight), count), most) for layer in layers
+    ]  # (count, E, most, C_in) each
+    biases = [
+        _padded(layer.apart(layer.current(layer.bias), count), most) for layer in layers if layer.bias is not None
+    ]
     y = routed_linear(
         x.repeat(chunks, 1),
         torch.cat(weights).flatten(0, 1),

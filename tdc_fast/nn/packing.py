@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 
 from tdc_fast.errors import invalid
 from tdc_fast.nn import layers
-from tdc_fast.nn.plan_scope import PlanScope
-from tdc_fast.nn.routed import LiveAxis, RoutedLeaf
+from tdc_fast.nn.casts import Copies, autocast_key
+from tdc_fast.nn.plan_scope import PlanScope, Running
+from tdc_fast.nn.routed import LiveAxis, RoutedEmbedding, RoutedLeaf
 from tdc_fast.nn.sample_arguments import RESULT, checked_names, map_samples
 from tdc_fast.nn.twins import routed_twin
 from tdc_fast.nn.units import Prunable, PruningUnit, UnitSlice, module_of
@@ -56,6 +58,8 @@ class RoutedModel(nn.Module):
         super().__init__()
         self.model, self.groups, self.widths, self.routing = model, groups, widths, routing
         self.per_sample = per_sample
+        leaves = self.routed_leaves().values()
+        self._computing = [leaf for leaf in leaves if not isinstance(leaf, RoutedEmbedding)]  # in autocast's dtype
         self.num_experts = groups.num_groups
         device = next((parameter.device for parameter in model.parameters()), None)
         for name, value in self._identity().items():
@@ -100,12 +104,36 @@ class RoutedModel(nn.Module):
             for name, value in zip(self._names_of(len(args)), args, strict=True)
         )
         kwargs = {name: map_samples(plan.sort, value, name, batch, named) for name, value in kwargs.items()}
-        out = self.routing.run(self.model, plan, plan.sort(x), plan.sort(t), *args, **kwargs)
+        running = Running(plan, self._copies(x.device))
+        out = self.routing.run(self.model, running, plan.sort(x), plan.sort(t), *args, **kwargs)
         if isinstance(out, Tensor):
             return plan.unsort(out)
         if named is not None and not any(name.partition(".")[0] == RESULT for name in named):
             named = None
         return map_samples(plan.unsort, out, RESULT, batch, named)
+
+    @contextmanager
+    def cast_once(self) -> Iterator[None]:
+        """Forwards in the block share one cast of the parameters under autocast, where each would make its own.
+
+        For the microbatches of a step, with their backwards: the parameters must not change inside.
+        """
+        before, self.routing.kept = self.routing.kept, {}
+        try:
+            yield
+        finally:
+            self.routing.kept = before
+
+    def _copies(self, device: torch.device) -> Copies | None:
+        """The parameters in the dtype of autocast, which one launch or a few make of all; None without autocast."""
+        key = autocast_key(device)
+        if key is None:
+            return None
+        kept = {} if self.routing.kept is None else self.routing.kept
+        if key not in kept:
+            parameters = (value for leaf in self._computing for value in leaf.parameters(recurse=False))
+            kept[key] = Copies(parameters, key[0])
+        return kept[key]
 
     def _names_of(self, count: int) -> list[str]:
         """The names of the first `count` arguments of the model after x and t."""
@@ -265,8 +293,8 @@ def pack_experts(
         layers_of_leaf = [layer] if shared else [expert.get_submodule(name) for expert in experts]
         _fill(leaf, layers_of_leaf, slices.get(name, {}), widths)
         if "in" in axes and 0 in axes["in"].counts:
-            gate = torch.tensor([[float(live > 0)] for live in axes["in"].counts])
-            leaf.closing_gate = gate.to(next(leaf.parameters()))
+            gate = torch.tensor([[live > 0] for live in axes["in"].counts])
+            leaf.closing_gate = gate.to(next(leaf.parameters()).device)
         memo[id(layer)] = leaf
     model = copy.deepcopy(base, memo)
     for unit in units:

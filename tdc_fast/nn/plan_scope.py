@@ -1,29 +1,46 @@
-"""Which routing plan the layers of a model run under, also when a gradient checkpoint recomputes them."""
+"""Which forward the layers of a model run in, also when a gradient checkpoint recomputes them."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
+from tdc_fast.nn.casts import Copies, Key
 from tdc_fast.routing import RoutingPlan
+
+
+class Running(NamedTuple):
+    """What the layers of a running forward share.
+
+    Attributes:
+        plan: the plan that sorted the batch.
+        copies: the parameters in the dtype of autocast, or None.
+    """
+
+    plan: RoutingPlan
+    copies: Copies | None = None
 
 
 class PlanScope(threading.local):
     """Gives the routed layers of a model the plan of the forward that they run in.
 
-    Every thread has its own plan, so forwards in several threads do not mix. (`torch.compile` can trace a
-    `threading.local`, but not a `contextvars.ContextVar`.)
+    Every thread has its own, so forwards in several threads do not mix. (`torch.compile` can trace a `threading.local`,
+    but not a `contextvars.ContextVar`.)
+
+    Attributes:
+        kept: the copies that the forwards of a `cast_once` share; None outside one.
     """
 
     def __init__(self) -> None:
-        self._plan: RoutingPlan | None = None
+        self.kept: dict[Key, Copies] | None = None
+        self._running: Running | None = None
         self._state_at_entry: tuple[bool, Any] = (False, None)
         self._recomputes = False
 
@@ -34,53 +51,59 @@ class PlanScope(threading.local):
     @property
     def plan(self) -> RoutingPlan | None:
         """The plan of the running forward, or of the forward that a checkpoint recomputes; None outside both."""
+        running = self.running
+        return None if running is None else running.plan
+
+    @property
+    def running(self) -> Running | None:
+        """The running forward, or the forward that a checkpoint recomputes; None outside both."""
         if torch.compiler.is_compiling():
-            return self._plan
-        if self._plan is None:
+            return self._running
+        if self._running is None:
             node = torch._C._current_autograd_node()
             return None if node is None else _metadata(node).get(self)
         if self._state_at_entry[0] and _autograd_state() != self._state_at_entry:
             self._recomputes = True
-        return self._plan
+        return self._running
 
     @contextmanager
-    def using(self, plan: RoutingPlan | None) -> Iterator[None]:
-        """Sets `plan` for the block and restores the earlier one after it."""
-        before = self._plan, self._state_at_entry
-        self._plan, self._state_at_entry = plan, (False, None)
+    def using(self, running: Running | None) -> Iterator[None]:
+        """Sets the running forward for the block and restores the earlier one after it."""
+        before = self._running, self._state_at_entry
+        self._running, self._state_at_entry = running, (False, None)
         try:
             yield
         finally:
-            self._plan, self._state_at_entry = before
+            self._running, self._state_at_entry = before
 
-    def run(self, function: Callable[..., Any], plan: RoutingPlan, *args: Any, **kwargs: Any) -> Any:
-        """`function(*args, **kwargs)`, a model's forward, under `plan`.
+    def run(self, function: Callable[..., Any], running: Running, *args: Any, **kwargs: Any) -> Any:
+        """`function(*args, **kwargs)`, a model's forward.
 
-        A `torch.utils.checkpoint` in the forward runs layers again in the backward. The plan is then found at the node
-        of the autograd graph that asks for them, where it is left here; so it is right with any number of forwards
+        A `torch.utils.checkpoint` in the forward runs layers again in the backward. What they need is then found at the
+        node of the autograd graph that asks for them, where it is left here; so it is right with any number of forwards
         whose backward is to come.
         """
         if torch.compiler.is_compiling():  # a compiled graph holds the plan itself
-            with self.using(plan):
+            with self.using(running):
                 return function(*args, **kwargs)
         before, self._recomputes = self._recomputes, False
         try:
-            with self.using(plan):
+            with self.using(running):
                 self._state_at_entry = _autograd_state()
                 out = function(*args, **kwargs)
             if self._recomputes:
-                self._leave_at_nodes(out, plan)
+                self._leave_at_nodes(out, running._replace(copies=None))  # they hold nodes: a cycle, never freed
             return out
         finally:
             self._recomputes = before
 
-    def _leave_at_nodes(self, out: Any, plan: RoutingPlan) -> None:
-        """Leaves the plan at every node of the graph of `out` that has none of this model's plans yet."""
+    def _leave_at_nodes(self, out: Any, running: Running) -> None:
+        """Leaves the forward at every node of the graph of `out` that has none of this model's yet."""
         nodes = [value.grad_fn for value in _pytree.tree_leaves(out) if isinstance(value, Tensor)]
         while nodes:
             node = nodes.pop()
             if node is not None and self not in _metadata(node):
-                _metadata(node)[self] = plan
+                _metadata(node)[self] = running
                 nodes += [before for before, _ in node.next_functions]
 
 
@@ -96,13 +119,13 @@ def _autograd_state() -> tuple[bool, Any]:
 
 
 def checkpoint(function: Callable[..., Any], routing: PlanScope | None, *args: Any, random: bool = True) -> Any:
-    """`function(*args)` without keeping activations: it runs again in the backward, under this forward's plan.
+    """`function(*args)` without keeping activations: it runs again in the backward, as part of this forward.
 
-    Same as torch's checkpoint, but as it keeps the plan itself, `PlanScope` need not search the autograd graph.
+    Same as torch's checkpoint, but as it keeps the forward itself, `PlanScope` need not search the autograd graph.
 
     Args:
         function: what to run.
-        routing: the holder of the plan; None without one.
+        routing: the holder of the running forward; None without one.
         *args: the function's arguments.
         random: it draws random numbers, which must be the same again. Their state is then read, which a CUDA graph
             cannot hold.
@@ -110,10 +133,10 @@ def checkpoint(function: Callable[..., Any], routing: PlanScope | None, *args: A
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": random}
     if routing is None or torch.compiler.is_compiling():  # a compiled graph holds the plan itself
         return torch_checkpoint(function, *args, **options)
-    plan = routing.plan
+    running = routing.running
 
-    def under_plan(*inputs: Any) -> Any:
-        with routing.using(plan):
+    def within(*inputs: Any) -> Any:
+        with routing.using(running):
             return function(*inputs)
 
-    return torch_checkpoint(under_plan, *args, **options)
+    return torch_checkpoint(within, *args, **options)

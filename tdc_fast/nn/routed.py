@@ -61,6 +61,7 @@ class RoutedLeaf(nn.Module):
     Attributes:
         out_widths: live output channels per expert, an int32 buffer (N,); None where all experts have the same.
         in_widths: the same for input channels.
+        closing_gate: bool (E, 1) of a unit's last layer, whether the expert has the unit at all; None where all have.
         routing: the holder of the running forward's plan.
         live_out: the live entries of the output axis; None where no expert is pruned.
         live_in: the same for the input axis.
@@ -69,6 +70,8 @@ class RoutedLeaf(nn.Module):
 
     out_widths: Tensor | None
     in_widths: Tensor | None
+    closing_gate: Tensor | None
+    bias: Tensor | None
 
     def __init__(self, num_experts: int) -> None:
         super().__init__()
@@ -81,6 +84,7 @@ class RoutedLeaf(nn.Module):
         self.template: tuple[nn.Module, ...] = ()
         self.register_buffer("out_widths", None, persistent=False)
         self.register_buffer("in_widths", None, persistent=False)
+        self.register_buffer("closing_gate", None, persistent=False)
 
     def set_live(self, out: LiveAxis | None, in_: LiveAxis | None) -> None:
         """Gives the leaf the widths of pruned experts; the parameters already have the stacked sizes."""
@@ -96,6 +100,22 @@ class RoutedLeaf(nn.Module):
         if self.routing is None or self.routing.plan is None:
             raise invalid("plan", None, "a RoutingPlan, or a call from within RoutedModel's forward")
         return self.routing.plan
+
+    def current(self, parameter: Tensor) -> Tensor:
+        """The parameter as the running forward computes with it: under autocast its copy in the lower precision."""
+        running = None if self.routing is None else self.routing.running
+        return parameter if running is None or running.copies is None else running.copies.of(parameter)
+
+    def current_bias(self) -> Tensor | None:
+        """The `current` bias (E, C), zeros for experts whose unit has width 0, since such a block is its skip path."""
+        if self.bias is None:
+            return None
+        bias = self.current(self.bias)
+        if self.closing_gate is None:
+            return bias
+        if not torch.compiler.is_compiling():
+            check_memory(bias=bias)
+        return torch.where(self.closing_gate, bias, 0)
 
     @torch.no_grad()
     def expert_state(self, expert: int) -> dict[str, Tensor]:
@@ -145,8 +165,6 @@ class RoutedConv2d(RoutedLeaf):
     optimizer state have the same order; a state dict of any order can be loaded.
     """
 
-    closing_gate: Tensor | None
-
     def __init__(
         self,
         num_experts: int,
@@ -163,7 +181,6 @@ class RoutedConv2d(RoutedLeaf):
         self.stride, self.padding = stride, padding
         self.weight = nn.Parameter(empty_channel_innermost((num_experts, out_channels, in_channels, *filter_size)))
         self.bias = nn.Parameter(torch.empty(num_experts, out_channels)) if bias else None
-        self.register_buffer("closing_gate", None, persistent=False)
         _initialise(self.weight, self.bias)
 
     def forward(
@@ -189,11 +206,10 @@ class RoutedConv2d(RoutedLeaf):
         Returns:
             (B, C_out, OH, OW).
         """
-        bias = self.bias if self.closing_gate is None else _gated(self.bias, self.closing_gate)
         return routed_conv2d(
             x,
-            self.weight,
-            bias,
+            self.current(self.weight),
+            self.current_bias(),
             self.current_plan(plan),
             stride=self.stride,
             padding=self.padding,
@@ -232,28 +248,24 @@ class RoutedConv2d(RoutedLeaf):
 class RoutedLinear(RoutedLeaf):
     """`routed_linear` with parameters weight (E, C_out, C_in) and bias (E, C_out)."""
 
-    closing_gate: Tensor | None
-
     def __init__(self, num_experts: int, in_features: int, out_features: int, bias: bool = True) -> None:
         super().__init__(num_experts)
         self.in_features, self.out_features = in_features, out_features
         self.filter_axis = False  # True where the dense twin is a 1x1 Conv1d, whose weight is (C_out, C_in, 1)
         self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features))
         self.bias = nn.Parameter(torch.empty(num_experts, out_features)) if bias else None
-        self.register_buffer("closing_gate", None, persistent=False)
         _initialise(self.weight, self.bias)
 
     def forward(self, x: Tensor, plan: RoutingPlan | None = None, *, residual: Tensor | None = None) -> Tensor:
         """Map x (B, ..., C_in), sorted by the plan, to (B, ..., C_out) and add the residual (B, ..., C_out)."""
-        bias = self.bias if self.closing_gate is None else _gated(self.bias, self.closing_gate)
         if x.dim() > 3:
             tokens = x.flatten(1, -2)
             added = None if residual is None else residual.flatten(1, -2)
             return self.forward(tokens, plan, residual=added).unflatten(1, x.shape[1:-1])
         return routed_linear(
             x,
-            self.weight,
-            bias,
+            self.current(self.weight),
+            self.current_bias(),
             self.current_plan(plan),
             in_widths=self.in_widths,
             out_widths=self.out_widths,
@@ -299,6 +311,8 @@ class RoutedGroupNorm(RoutedLeaf):
     those of the widest expert.
     """
 
+    bias: Tensor
+
     def __init__(self, num_experts: int, num_groups: int, num_channels: int, eps: float = 1e-5) -> None:
         super().__init__(num_experts)
         if num_groups < 1 or num_channels % num_groups:
@@ -331,10 +345,13 @@ class RoutedGroupNorm(RoutedLeaf):
             Like x, or (B, C, H, W) with x2, in the dtype of x.
         """
         image = x if x.dim() == 4 else x.reshape(x.shape[0], x.shape[1], -1, 1)
+        weight, bias = self.current(self.weight), self.current(self.bias)
+        if weight.dtype != x.dtype:  # a norm of fp32 under autocast computes in fp32
+            weight, bias = self.weight, self.bias
         y = routed_group_norm(
             image,
-            self.weight,
-            self.bias,
+            weight,
+            bias,
             self.current_plan(plan),
             num_groups=self.num_groups,
             eps=self.eps,
@@ -382,12 +399,3 @@ def _initialise(weight: Tensor, bias: Tensor | None) -> None:
     nn.init.uniform_(weight, -bound, bound)
     if bias is not None:
         nn.init.uniform_(bias, -bound, bound)
-
-
-def _gated(bias: Tensor | None, gate: Tensor) -> Tensor | None:
-    """Bias (E, C) with zeros for experts whose unit has width 0, since such a block is only its skip path."""
-    if bias is None:
-        return None
-    if not torch.compiler.is_compiling():
-        check_memory(bias=bias)
-    return bias * gate

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tdc_fast.diffusion.protocols import Denoiser
 from tdc_fast.nn.modes import evaluating
 from tdc_fast.nn.packing import pack_experts
+from tdc_fast.nn.plan_scope import Running
 from tdc_fast.nn.routed import RoutedConv1d, RoutedConv2d, RoutedLeaf
 from tdc_fast.nn.units import Prunable, PruningUnit, module_of
 from tdc_fast.nn.width_plan import ExpertUnit, WidthPlan
@@ -85,7 +86,7 @@ class CandidateModel:
         groups = torch.arange(count, device=x.device).repeat_interleave(len(x) // count)
         weights = torch.zeros(count, dtype=torch.int32, device=x.device)
         plan = RoutingPlan.from_groups(groups, count, weights)  # sorted already, so nothing is permuted
-        prediction: Tensor = self._routing.run(self._model, plan, x, t, **kwargs)
+        prediction: Tensor = self._routing.run(self._model, Running(plan), x, t, **kwargs)
         return prediction
 
     def _drop_bias_at_width_0(self, unit: str, leaf: nn.Module) -> None:

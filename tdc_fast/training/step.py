@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tdc_fast.diffusion import Diffusion
 from tdc_fast.diffusion.protocols import Denoiser
 from tdc_fast.diffusion.timestep_samplers import Draw, TimestepSampler
+from tdc_fast.nn.packing import RoutedModel
 from tdc_fast.routing import TimestepGroups
 from tdc_fast.runs.config import TrainConfig
 from tdc_fast.training.ema import WeightAverages
@@ -59,6 +60,7 @@ class TrainingStep:
         self._config, self._stage, self._diffusion = config, stage, diffusion
         self._sampler, self._groups, self._device = sampler, groups, device
         self._parameters = list(model.parameters())
+        self._cast_once = model.cast_once if isinstance(model, RoutedModel) else nullcontext
         self._denoise = _in_bf16(model, device) if config.mixed_precision else model
 
     def __call__(
@@ -102,13 +104,14 @@ class TrainingStep:
         microbatch = self._config.microbatch
         size = microbatch if microbatch > 0 else len(x)
         parts: list[dict[str, Tensor]] = []
-        for start in range(0, len(x), size):
-            part = slice(start, start + size)
-            labels = {name: value[part] for name, value in condition.items()}
-            losses = self._diffusion.training_losses(self._denoise, x[part], t[part], noise[part], labels)
-            # Divided by the whole batch's size: the parts add up to the gradient of the unsplit batch.
-            ((losses["loss"] * weights[part]).sum() * (self._stage.loss_scale / len(x))).backward()
-            parts.append({name: value.detach() for name, value in losses.items()})
+        with self._cast_once():
+            for start in range(0, len(x), size):
+                part = slice(start, start + size)
+                labels = {name: value[part] for name, value in condition.items()}
+                losses = self._diffusion.training_losses(self._denoise, x[part], t[part], noise[part], labels)
+                # Divided by the whole batch's size: the parts add up to the gradient of the unsplit batch.
+                ((losses["loss"] * weights[part]).sum() * (self._stage.loss_scale / len(x))).backward()
+                parts.append({name: value.detach() for name, value in losses.items()})
         return parts[0] if len(parts) == 1 else {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
 
     def _count(self, drawn: Draw, group: Tensor | None, losses: dict[str, Tensor]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,9 +11,9 @@ from torch import Tensor, nn
 from tdc_fast.models.iddpm import UNet
 from tdc_fast.nn import layers, one_input
 from tdc_fast.nn.macs import MacCounter, measure_macs
-from tdc_fast.nn.one_input import chunks_of_all
+from tdc_fast.nn.one_input import chunks_in_one_launch
 from tdc_fast.nn.packing import pack_experts
-from tdc_fast.nn.plan_scope import PlanScope
+from tdc_fast.nn.plan_scope import PlanScope, Running
 from tdc_fast.nn.routed import LiveAxis, RoutedLinear
 from tdc_fast.nn.twins import routed_twin
 from tdc_fast.routing import RoutingPlan
@@ -48,6 +50,11 @@ def leaves(cuts: list[tuple[int, tuple[int, ...] | None]], copies: int, experts:
     return made
 
 
+def chunks(made: list[Any], x: Tensor, copies: int) -> list[tuple[Tensor, ...]]:
+    found = chunks_in_one_launch(made, x, copies)
+    return [leaf.chunks(x, copies) for leaf in made] if found is None else found
+
+
 def results(made: list[RoutedLinear], plan: RoutingPlan, copies: int) -> tuple[list[Tensor], list[Tensor], int]:
     """Outputs; gradients of x and all parameters; MACs."""
     generator = torch.Generator().manual_seed(0)
@@ -55,8 +62,8 @@ def results(made: list[RoutedLinear], plan: RoutingPlan, copies: int) -> tuple[l
     scope = PlanScope()
     for leaf in made:
         leaf.routing = scope
-    with MacCounter() as counter, scope.using(plan):
-        out = [part for parts in chunks_of_all(made, x, copies) for part in parts]
+    with MacCounter() as counter, scope.using(Running(plan)):
+        out = [part for parts in chunks(made, x, copies) for part in parts]
     loss = sum((part * torch.randn(part.shape, generator=generator).double()).sum() for part in out)
     grads = torch.autograd.grad(loss, [x, *(p for leaf in made for p in leaf.parameters())])
     return out, list(grads), counter.macs
@@ -129,7 +136,7 @@ class Embeds(nn.Module):
         self.sizes = nn.ModuleList([layers.Linear(7, 6), layers.Linear(7, 10)])
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        return torch.cat([part for parts in chunks_of_all(list(self.sizes), x, 2) for part in parts], 1)
+        return torch.cat([part for parts in chunks(list(self.sizes), x, 2) for part in parts], 1)
 
 
 def test_it_compiles_into_one_graph(one_launch: None) -> None:

@@ -6,11 +6,21 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 
 from tdc_fast.data.image_sources import ArraySource
+from tdc_fast.diffusion.timestep_samplers import UniformSampler
 from tdc_fast.graphs import use_capture
+from tdc_fast.models.iddpm import create_unet
+from tdc_fast.nn.packing import pack_experts
+from tdc_fast.routing import TimestepGroups
+from tdc_fast.runs.build import build_diffusion
 from tdc_fast.train import main, train
+from tdc_fast.training.optimization import LearningRate
+from tdc_fast.training.stage import Stage
+from tdc_fast.training.step import TrainingStep
 from tests.graphs.tape import TapeCapture
+from tests.operators import Recorded
 from tests.training.small_run import TWO_STAGES, differences, flags, small_config
 
 STAGES = {**TWO_STAGES, "stage1_steps": 5, "stage2_steps": 6}
@@ -69,6 +79,21 @@ def test_a_run_is_the_same_however_its_batches_are_loaded(tmp_path, monkeypatch)
         train(small_config(tmp_path, name, lr_anneal_steps=6, workers=workers, class_cond=True))
     assert differences(tmp_path / "inline", tmp_path / "ahead") == []
     assert len(submitted) == 6 + 4  # six steps, and what was loaded for steps that did not come
+
+
+def test_microbatches_of_a_step_share_one_cast_of_the_experts_weights(tmp_path):
+    config, groups = small_config(tmp_path, microbatch=4, precision="bf16"), TimestepGroups.uniform(60, 3)
+    model = pack_experts(create_unet(image_size=8, num_channels=8, in_channels=1, attention_resolutions=""), groups)
+    stage = Stage(
+        name="experts", steps=3, batch_size=6, learning_rate=LearningRate(1e-3), macs_per_sample=[1] * 3, origin={}
+    )
+    sampler = UniformSampler(60)
+    step = TrainingStep(config, stage, model, build_diffusion(config), sampler, groups)
+    rate, number = torch.tensor(1e-3, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64)
+    with Recorded() as called:
+        for _ in range(3):
+            step(torch.zeros(6, 1, 8, 8), {}, sampler.prepare(6), rate, number)
+    assert called["_foreach_copy_"] == 3 * (1 + 2)  # weights once a step, gradients once a microbatch
 
 
 def test_graphs_can_be_switched_off(tmp_path):

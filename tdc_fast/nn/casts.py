@@ -1,0 +1,72 @@
+"""The parameters of a packed model in the dtype of autocast: all are cast at once, and their gradients back at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+Key = tuple[torch.dtype, bool]  # dtype; whether gradients are recorded
+
+
+class Copies:
+    """Copies of the fp32 ones among some parameters in a lower precision. Gradients flow back to the parameters.
+
+    They hold until a parameter changes.
+
+    Args:
+        parameters: they and nothing else have copies.
+        dtype: of the copies.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor], dtype: torch.dtype) -> None:
+        self._parameters = [
+            parameter for parameter in parameters if parameter.dtype == torch.float32
+        ]  # keeps ids valid
+        trained = [p for p in self._parameters if p.requires_grad and torch.is_grad_enabled()]
+        fixed = [p for p in self._parameters if not (p.requires_grad and torch.is_grad_enabled())]
+        self._copies = dict(zip(map(id, fixed), _cast([p.detach() for p in fixed], dtype), strict=True))
+        if trained:
+            self._copies.update(zip(map(id, trained), _Cast.apply(dtype, *trained), strict=True))
+
+    def of(self, parameter: Tensor) -> Tensor:
+        """The copy of a parameter, or the parameter itself where it has none."""
+        return self._copies.get(id(parameter), parameter)
+
+
+def autocast_key(device: torch.device) -> Key | None:
+    """What copies of parameters are for, under autocast; None where there should be none.
+
+    A compiler fuses casts itself, and transforms of functions do not pass through them.
+    """
+    if torch.compiler.is_compiling() or device.type not in ("cpu", "cuda"):
+        return None
+    if not torch.is_autocast_enabled(device.type) or forward_ad._current_level >= 0:
+        return None
+    if torch._C._are_functorch_transforms_active():
+        return None
+    return torch.get_autocast_dtype(device.type), torch.is_grad_enabled()
+
+
+class _Cast(torch.autograd.Function):
+    """Nothing is saved, so that several backwards may pass."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *parameters: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        return tuple(_cast(parameters, dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        wide = iter(_cast([grad for grad in grads if grad is not None], torch.float32))
+        return None, *(None if grad is None else next(wide) for grad in grads)
+
+
+def _cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    copies = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
+    if copies:
+        torch._foreach_copy_(copies, list(tensors))
+    return copies

@@ -1,0 +1,181 @@
+"""Under autocast a packed model casts its parameters once, and keeps nothing in fp32 that its layers read in bf16."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tdc_fast.nn import packing
+from tdc_fast.nn.casts import Copies
+from tdc_fast.nn.packing import RoutedModel, pack_experts
+from tdc_fast.routing import TimestepGroups
+from tests.nn.test_packing import GROUPS, PRUNED, batch, shuffled_plan, unet
+from tests.reports.test_routed_forward import gradients, packed, samples
+
+
+class Casts(TorchDispatchMode):
+    """Notes every tensor that is copied to another floating dtype, and every image that an operator makes in fp32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.copied: Counter[tuple[str, tuple[int, ...]]] = Counter()
+        self.at_once: list[tuple[torch.dtype, list[tuple[int, ...]]]] = []
+        self.images: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func._opname
+        if name == "_foreach_copy_":
+            self.at_once.append((args[0][0].dtype, [tuple(t.shape) for t in args[0]]))
+        elif name in ("_to_copy", "copy_"):
+            source, made = (args[0], out) if name == "_to_copy" else (args[1], args[0])
+            if source.is_floating_point() and source.dtype != made.dtype:
+                self.copied[(str(made.dtype).removeprefix("torch."), tuple(made.shape))] += 1
+        for made in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(made, Tensor) and made.dtype == torch.float32 and made.dim() == 4 and made.shape[2] > 1:
+                self.images.add(tuple(made.shape))
+        return out
+
+
+def step(routed: RoutedModel) -> tuple[Tensor, Tensor, Casts]:
+    """Forward and backward as in training: the input, the output and the casts."""
+    x, t, y = batch()
+    x = x.repeat(1, 1, 2, 2)
+    routed.zero_grad()
+    with Casts() as casts:
+        with torch.autocast("cpu", torch.bfloat16):
+            out = routed(x, t, y=y).float()
+        out.square().mean().backward()
+    return x, out.detach(), casts
+
+
+@pytest.mark.parametrize("use_checkpoint", [False, True])
+@pytest.mark.parametrize("scale_shift", [False, True])
+def test_a_training_step_casts_each_parameter_once_and_no_activation(scale_shift: bool, use_checkpoint: bool) -> None:
+    model = unet(use_scale_shift_norm=scale_shift, use_checkpoint=use_checkpoint, image_size=16)
+    routed = pack_experts(model, GROUPS, shuffled_plan(model, PRUNED))
+    x, out, casts = step(routed)
+    shapes = [tuple(p.shape) for name, p in routed.named_parameters() if "label_emb" not in name]  # a table is not cast
+    assert [dtype for dtype, _ in casts.at_once] == [torch.bfloat16, torch.float32]
+    assert all(sorted(cast) == sorted(shapes) for _, cast in casts.at_once)
+    images = {tuple(x.shape), tuple(out.shape)}  # they come and leave in fp32
+    assert casts.images <= images
+    vectors = {(len(x), 32, 1, 1), (len(x), 128)}  # the sinusoids; SiLU and labels, which are computed in fp32
+    assert {shape for _, shape in casts.copied} == images | vectors
+    assert casts.copied["bfloat16", tuple(x.shape)] == casts.copied["bfloat16", tuple(out.shape)] == 1
+    assert sum(casts.copied.values()) <= 12, casts.copied
+
+
+def separately(routed: RoutedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every layer casts its own parameters, as outside of a packed model."""
+    monkeypatch.setattr(routed, "_copies", lambda device: None)
+
+
+@pytest.mark.parametrize("use_checkpoint", [False, True])
+@pytest.mark.parametrize("pruned", [False, True], ids=["whole", "pruned"])
+def test_outputs_and_gradients_are_those_of_layers_that_cast_for_themselves(
+    pruned: bool, use_checkpoint: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = unet(use_checkpoint=use_checkpoint, image_size=16)
+    routed = pack_experts(model, GROUPS, shuffled_plan(model, PRUNED) if pruned else None)
+    routed.model.get_submodule("out.2").weight.requires_grad_(False)
+    _, out, _ = step(routed)
+    grads = [parameter.grad for parameter in routed.parameters()]
+    separately(routed, monkeypatch)
+    _, expected, casts = step(routed)
+    assert not casts.at_once and torch.equal(out, expected)
+    for ours, parameter in zip(grads, routed.parameters(), strict=True):
+        if parameter.grad is None:
+            assert ours is None and not parameter.requires_grad
+        else:
+            assert torch.equal(ours, parameter.grad) and ours.stride() == parameter.stride()
+
+
+@pytest.mark.parametrize("how", ["none", "plain", "nested", "reentrant"])
+def test_any_checkpoint_gives_the_gradients_of_layers_that_cast_for_themselves(
+    how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also with two forwards before the backward; nothing of them stays in memory."""
+    routed = packed(how)
+    made: list[weakref.ref[Copies]] = []
+
+    def copies(*args: Any) -> Copies:
+        found = Copies(*args)
+        made.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(packing, "Copies", copies)
+
+    def loss(seed: int) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return routed(*samples(seed)).float().square().sum()
+
+    both = gradients(routed, lambda: loss(0) + loss(1))
+    loss(0)  # its backward never comes
+    gc.collect()
+    assert len(made) == 3 and not any(ref() for ref in made)
+    separately(routed, monkeypatch)
+    for ours, right in zip(both, gradients(routed, lambda: loss(0) + loss(1)), strict=True):
+        torch.testing.assert_close(ours, right, rtol=2e-2, atol=1e-3)
+
+
+def test_microbatches_share_one_cast_that_ends_with_the_step() -> None:
+    routed = packed()
+    x, t = samples(0)
+
+    def microbatches() -> None:
+        for part in (slice(0, 3), slice(3, 8)):
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = routed(x[part], t[part]).float().square().sum()
+            loss.backward()
+
+    microbatches()
+    apart = [parameter.grad.clone() for parameter in routed.parameters()]
+    routed.zero_grad()
+    with Casts() as casts, routed.cast_once():
+        microbatches()
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            assert not routed(x, t).requires_grad
+    assert [dtype for dtype, _ in casts.at_once].count(torch.float32) == 2  # the gradients of two backwards
+    assert [dtype for dtype, _ in casts.at_once].count(torch.bfloat16) == 2  # with and without gradients
+    for parameter, grad in zip(routed.parameters(), apart, strict=True):
+        assert torch.equal(parameter.grad, grad)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        before = routed(x, t)
+        for parameter in routed.parameters():
+            parameter.mul_(2)
+        assert not torch.equal(routed(x, t), before)
+
+
+class NormFirst(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(2, 4)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.norm(x)
+
+
+def test_a_norm_that_gets_fp32_keeps_its_parameters_in_fp32() -> None:
+    norm = NormFirst()
+    nn.init.normal_(norm.norm.weight)
+    routed = pack_experts(norm, TimestepGroups.uniform(100, 4))
+    x, t = torch.randn(5, 4, 6, 6), torch.tensor([1, 50, 99, 3, 70])
+    expected = routed(x, t)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(routed(x, t), expected)
+
+
+def test_transforms_and_forward_mode_go_through_layers_that_cast_for_themselves() -> None:
+    routed = packed()
+    x, t = samples(0)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, along = torch.func.jvp(lambda image: routed(image, t), (x,), (torch.ones_like(x),))
+    assert y.isfinite().all() and along.abs().sum() > 0
