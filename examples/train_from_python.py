@@ -2,7 +2,7 @@
 
     python examples/train_from_python.py [RUN_DIR]
 
-An interrupted run continues with `train(TrainConfig(resume=RUN_DIR))`.
+An interrupted run continues with the same options and `resume=RUN_DIR` in place of `run_dir`.
 """
 
 import sys
