@@ -28,7 +28,7 @@ def training_macs(config: TrainConfig, channels: int = 3) -> tuple[int, int]:
         model = build_unet(config, channels)
     shape = (channels, config.image_size, config.image_size)
     classes = config.num_classes if config.class_cond else None
-    macs = cost.measure(model, build_diffusion(config), shape, None, classes)
+    macs = cost.training_macs(model, build_diffusion(config), shape, None, classes)
     return macs.forward[0], macs.training[0]
 
 

@@ -133,7 +133,6 @@ def select(problem: Problem, requested: str) -> Any:
     raise RuntimeError(f"no backend supports {problem}")  # unreachable: the reference supports everything
 
 
-@torch.compiler.assume_constant_result
 def reads_two_inputs(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether x and x2 are read where they are, by the backend that runs a group norm like a UNet's.
 
@@ -145,6 +144,10 @@ def reads_two_inputs(device: torch.device, dtype: torch.dtype) -> bool:
         problem = NormProblem("routed_group_norm", device, dtype, 1, 8, 8, 64, 32, 1e-5, True, 1, 1, x2_channels=32)
         found = _reads_two[key] = not isinstance(select(problem, ""), Unfused)
     return found
+
+
+# As torch.compiler.assume_constant_result does it, which imports the compiler (a second, and triton) to say so.
+reads_two_inputs._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def remembered(

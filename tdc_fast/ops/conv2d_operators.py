@@ -16,6 +16,7 @@ from torch import Tensor
 from tdc_fast.kernels.problems import ConvProblem, ConvTensors
 from tdc_fast.ops import backends, library
 from tdc_fast.ops.checks import check_conv_values, check_memory, conv_problem, converted, tf32_is_allowed
+from tdc_fast.ops.layout import empty_nhwc
 from tdc_fast.ops.reference import live_channels
 
 _WIDTHS_SCHEMA = "Tensor weight_index, Tensor? in_widths, Tensor? out_widths"
@@ -91,11 +92,7 @@ def _forward(*args: Any) -> Tensor:
 def _forward_fake(*args: Any) -> Tensor:
     t = _tensors(args[:-4])
     p = conv_problem("routed_conv2d", t, *_hashable(*args[-4:-1]))
-    return _empty_nhwc(t.x, p.batch, p.out_channels, p.out_height, p.out_width)
-
-
-def _empty_nhwc(like: Tensor, *shape: int) -> Tensor:
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+    return empty_nhwc(t.x, p.batch, p.out_channels, p.out_height, p.out_width)
 
 
 forward = library.define(
@@ -119,7 +116,7 @@ def _dgrad_fake(dy: Tensor, *args: Any) -> list[Tensor]:
     t, size = _tensors_of_dgrad(*tensors), {"image_size": image_size, "x2_channels": x2_channels}
     p = conv_problem("routed_conv2d_dgrad", t, *_hashable(stride, padding, upsample), dy=dy, **size)
     channels = [p.in_channels - x2_channels] + ([x2_channels] if x2_channels else [])
-    return [_empty_nhwc(dy, p.batch, count, p.height, p.width) for count in channels]
+    return [empty_nhwc(dy, p.batch, count, p.height, p.width) for count in channels]
 
 
 # One gradient for x, and one for x2 where there is one.

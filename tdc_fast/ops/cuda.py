@@ -14,7 +14,7 @@ from torch import Tensor
 from tdc_fast.kernels.problems import ConvProblem, ConvTensors, NormProblem, NormTensors, Problem
 from tdc_fast.kernels.tile_table import tiles_of, total_rows
 from tdc_fast.ops import native
-from tdc_fast.ops.cuda_launch import device_facts, launch, launcher_for, serves
+from tdc_fast.ops.cuda_launch import launch, launcher_facts, launcher_for, serves
 from tdc_fast.ops.layout import (
     aligned,
     channel_innermost,
@@ -58,12 +58,12 @@ def supports(problem: Problem) -> str | None:
 
 
 def _run(planner: Any, device: torch.device, arguments: dict[str, Any]) -> None:
-    launch(planner(**arguments, device=device_facts(device)), device)
+    launch(planner(**arguments, device=launcher_facts(device)), device)
 
 
 def _workspace(measure: Any, device: torch.device, arguments: dict[str, Any]) -> Tensor | None:
     """Scratch memory for the launches of these arguments; None where they need none."""
-    size = measure(**arguments, device=device_facts(device))
+    size = measure(**arguments, device=launcher_facts(device))
     return torch.empty(size, dtype=torch.uint8, device=device) if size else None
 
 

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 
 from tdc_fast.ops import backends, cuda_native, cuda_nvrtc, native
-from tdc_fast.ops.cuda_device import Facts, Launcher, device_index
-from tdc_fast.ops.cuda_device import device_facts as facts_from_torch
+from tdc_fast.ops.cuda_device import Facts, Launcher, device_facts, device_index
 
 _OLDEST_ARCHITECTURE = 80
 _injected: Launcher | None = None
@@ -53,7 +52,7 @@ def launcher_for(device: torch.device) -> tuple[Launcher | None, str]:
         return None, "there is no GPU that torch can use here"
     index = device_index(device)
     if index not in _launchers:
-        _launchers[index] = choose(facts_from_torch(device)[0])
+        _launchers[index] = choose(device_facts(device)[0])
     return _launchers[index]
 
 
@@ -88,8 +87,8 @@ def launch(launches: Sequence[Any], device: torch.device) -> None:
     _require(device).run(launches, device)
 
 
-def device_facts(device: torch.device) -> Facts:
-    """The facts of a device, which planners choose tiles by.
+def launcher_facts(device: torch.device) -> Facts:
+    """The facts of a device as its launcher has them, which planners choose tiles by.
 
     Raises:
         RuntimeError: Nothing can launch on the device.

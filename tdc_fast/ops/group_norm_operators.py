@@ -15,6 +15,7 @@ from torch import Tensor
 from tdc_fast.kernels.problems import NormProblem, NormTensors
 from tdc_fast.ops import backends, library
 from tdc_fast.ops.checks import accumulate_dtype, check_memory, check_norm_values, converted, norm_problem
+from tdc_fast.ops.layout import empty_nhwc
 from tdc_fast.ops.reference import group_norm_tangent as norm_tangent
 
 _SETTINGS_SCHEMA = "int num_groups, float eps, bool silu"
@@ -53,12 +54,8 @@ def _forward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     t = _tensors(args[:-4])
     p = norm_problem("routed_group_norm", t, *args[-4:-1])
     shape, dtype = (p.batch, p.num_norm_groups), accumulate_dtype(p.dtype)
-    y = _empty_nhwc(t.x, p.batch, p.channels, p.height, p.width)
+    y = empty_nhwc(t.x, p.batch, p.channels, p.height, p.width)
     return y, t.x.new_empty(shape, dtype=dtype), t.x.new_empty(shape, dtype=dtype)
-
-
-def _empty_nhwc(like: Tensor, *shape: int) -> Tensor:
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
 forward = library.define(
@@ -92,7 +89,7 @@ def _backward_fake(dy: Tensor, *args: Any) -> list[Tensor]:
     per_sample, none = dy.shape[:2], torch.Size()
     shapes = (x.shape, weight.shape, bias.shape, per_sample, per_sample, none if x2 is None else x2.shape)
     wanted = (shape for shape, wants in zip(shapes, args[-2], strict=True) if wants)
-    return [_empty_nhwc(dy, *shape) if len(shape) == 4 else dy.new_empty(shape) for shape in wanted]
+    return [empty_nhwc(dy, *shape) if len(shape) == 4 else dy.new_empty(shape) for shape in wanted]
 
 
 # The gradients that `mask` asks for, in the order of x, weight, bias, scale, shift, x2.

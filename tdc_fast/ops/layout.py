@@ -43,6 +43,11 @@ def nhwc(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=_NHWC)
 
 
+def empty_nhwc(like: Tensor, *shape: int) -> Tensor:
+    """Uninitialised images of shape (B, C, H, W) in memory order [B, H, W, C], with the dtype and device of `like`."""
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=_NHWC)
+
+
 def dense(t: _Tensors) -> _Tensors:
     """Returns the same tensors, contiguous: images (B, C, H, W) as `nhwc`, weights (E, C_out, C_in, R, S) unchanged."""
     return type(t)._make(

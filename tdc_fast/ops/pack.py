@@ -131,7 +131,7 @@ def _launch(
         "target_tap_stride": taps[1][1],
     }
     planner = native.module.cuda_launches_pack_experts
-    cuda_launch.launch(planner(**arguments, device=cuda_launch.device_facts(device)), device)
+    cuda_launch.launch(planner(**arguments, device=cuda_launch.launcher_facts(device)), device)
     return True
 
 

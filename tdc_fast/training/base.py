@@ -38,7 +38,7 @@ def train_base(run: RunDirectory, dataset: Dataset | None = None) -> State:
     diffusion = build_diffusion(config)
     with seeded(derived_seed(config.seed, "base")):
         model = place(build_unet(config, run.in_channels), build_device(config))
-        macs = cost.measure(model, diffusion, image_shape(run), None, num_classes(config))
+        macs = cost.training_macs(model, diffusion, image_shape(run), None, num_classes(config))
         if config.base:
             return _take_base(run, model, macs)
         stage = Stage(

@@ -33,7 +33,7 @@ class SampleMacs:
     training: tuple[int, ...]
 
 
-def measure(
+def training_macs(
     model: nn.Module,
     diffusion: Diffusion,
     shape: tuple[int, ...],

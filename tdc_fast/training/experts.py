@@ -59,7 +59,7 @@ def train_experts(
         }
         of_base = base_macs(run, base)
         model = pack_experts(base.train(), groups, widths).to(build_device(config))
-        of_experts = cost.measure(model, diffusion, image_shape(run), groups, num_classes(config))
+        of_experts = cost.training_macs(model, diffusion, image_shape(run), groups, num_classes(config))
         spent = spent_macs(run, of_base)
         steps = cost.stage2_steps(config, of_base, of_experts, spent)
         stage = Stage(

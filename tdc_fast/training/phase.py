@@ -74,7 +74,7 @@ def base_macs(run: RunDirectory, base: UNet) -> cost.SampleMacs:
     """MACs per sample of the base, from macs.json if stage 1 has written them, else measured."""
     known = run.read("macs.json")
     if known is None:
-        return cost.measure(base, build_diffusion(run.config), image_shape(run), None, num_classes(run.config))
+        return cost.training_macs(base, build_diffusion(run.config), image_shape(run), None, num_classes(run.config))
     per_sample = known["per_sample"]
     return cost.SampleMacs((per_sample["forward"]["base"],), (per_sample["forward_backward"]["base"],))
 
