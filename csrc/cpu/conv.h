@@ -7,7 +7,7 @@
 //
 // The input may be two tensors, x and x2, whose channels follow each other; in_channels and in_widths count both. With
 // upsample = 2 every pixel of the input stands for 2 x 2 (nearest upsampling): where several taps of the filter meet
-// the same pixel, their weights are added before they are multiplied.
+// the same pixel, their weights are added before they are multiplied, and in wgrad share the sum of their products.
 //
 // Words used throughout cpu/conv*:
 //   panel        up to kPanelVectors vectors of adjacent channels of the result: the width of a register tile

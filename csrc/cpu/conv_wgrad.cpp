@@ -28,7 +28,7 @@ struct Workspace {  // of the calling thread, read by all
 };
 
 struct LocalMemory {  // of each thread
-  Scratch source, dy, sums, pairs, bias;
+  Scratch source, dy, sums, pairs, bias, filter;
 };
 
 struct Operands {
@@ -111,11 +111,11 @@ class Wgrad {
     const int64_t samples = chunk.samples(), rows = chunk.rows();
     if (lists.samples == samples && lists.row_begin == chunk.row_begin && lists.row_end == chunk.row_end) return;
     lists.samples = samples, lists.row_begin = chunk.row_begin, lists.row_end = chunk.row_end;
-    // Rows and columns of the upsampled input, each `up` times a row or column of the input.
-    const int64_t up = p_.upsample, height = up * p_.height, width = up * p_.width;
-    const int64_t last_row = (chunk.row_end - 1) * p_.stride_height - p_.pad_height + p_.filter_height;
-    lists.input_begin = std::max<int64_t>(0, chunk.row_begin * p_.stride_height - p_.pad_height) / up;
-    lists.input_end = std::max(lists.input_begin, ceil_div(std::clamp<int64_t>(last_row, 0, height), up));
+    const Axis &down = plan_.rows, &across = plan_.columns;
+    const int64_t first_row = chunk.row_begin / down.dest_step * down.source_step + down.min_tap;
+    const int64_t last_row = (chunk.row_end - 1) / down.dest_step * down.source_step + down.max_tap;
+    lists.input_begin = std::max<int64_t>(0, first_row);
+    lists.input_end = std::max(lists.input_begin, std::min(p_.height, last_row + 1));
     lists.capacity = samples * rows * out_w_;
     char* storage =
         static_cast<char*>(memory.pairs.reserve(taps_ * (sizeof(int64_t) + lists.capacity * sizeof(PixelPair))));
@@ -123,20 +123,21 @@ class Wgrad {
     lists.pairs = reinterpret_cast<PixelPair*>(storage + taps_ * sizeof(int64_t));
     const int64_t input_image = (lists.input_end - lists.input_begin) * p_.width;
     for (int64_t t = 0; t < taps_; ++t) {
-      const int64_t r = t / p_.filter_width - p_.pad_height, s = t % p_.filter_width - p_.pad_width;
-      // Output columns whose input column is inside.
-      const int64_t j_begin = s < 0 ? ceil_div(-s, p_.stride_width) : 0;
-      const int64_t j_end = s >= width ? 0 : std::min(out_w_, (width - 1 - s) / p_.stride_width + 1);
+      const WgradPlan::SumTap& tap = plan_.sum_taps[t];
+      const int64_t s = tap.column_tap, columns = ceil_div(out_w_ - tap.column_phase, across.dest_step);
+      // Output columns of the phase whose input column is inside.
+      const int64_t j_begin = s < 0 ? ceil_div(-s, across.source_step) : 0;
+      const int64_t j_end = s >= p_.width ? 0 : std::min(columns, (p_.width - 1 - s) / across.source_step + 1);
       PixelPair* pair = lists.pairs + t * lists.capacity;
       for (int64_t n = 0; n < samples; ++n) {
         for (int64_t i = chunk.row_begin; i < chunk.row_end; ++i) {
-          const int64_t y = i * p_.stride_height + r;
-          if (y < 0 || y >= height) continue;
-          const int64_t x = n * input_image + (y / up - lists.input_begin) * p_.width;
-          const int64_t dy = (n * rows + i - chunk.row_begin) * out_w_;
+          const int64_t y = i / down.dest_step * down.source_step + tap.row_tap;
+          if (i % down.dest_step != tap.row_phase || y < 0 || y >= p_.height) continue;
+          const int64_t x = n * input_image + (y - lists.input_begin) * p_.width + s;
+          const int64_t dy = (n * rows + i - chunk.row_begin) * out_w_ + tap.column_phase;
           for (int64_t j = j_begin; j < j_end; ++j)
-            *pair++ = {static_cast<int32_t>((x + (j * p_.stride_width + s) / up) * kDepthBlock),
-                       static_cast<int32_t>((dy + j) * panel_)};
+            *pair++ = {static_cast<int32_t>((x + j * across.source_step) * kDepthBlock),
+                       static_cast<int32_t>((dy + j * across.dest_step) * panel_)};
         }
       }
       lists.counts[t] = pair - (lists.pairs + t * lists.capacity);
@@ -224,16 +225,32 @@ class Wgrad {
 
   // Whether a filter's taps lie in memory in order.
   bool taps_dense() const {
-    for (int64_t t = 0; t < taps_; ++t)
+    for (int64_t t = 0; t < filter_taps(); ++t)
       if (plan_.taps[t] != t) return false;
     return true;
+  }
+
+  int64_t filter_taps() const { return static_cast<int64_t>(plan_.taps.size()); }
+
+  // The gradients of the taps of the filter from the sums of a block, `tap_floats` each: every tap adds the sums that
+  // are part of it.
+  const float* filter_sums(const float* sums, int64_t tap_floats) const {
+    float* const filter = local().filter.get<float>(filter_taps() * tap_floats);
+    std::memset(filter, 0, filter_taps() * tap_floats * sizeof(float));
+    for (const WgradPlan::SumTap& tap : plan_.sum_taps) {
+      for (int64_t r = tap.filter.rows.begin; r < tap.filter.rows.end; ++r)
+        for (int64_t s = tap.filter.columns.begin; s < tap.filter.columns.end; ++s)
+          kernels_.add(sums, filter + (r * p_.filter_width + s) * tap_floats, tap_floats);
+      sums += tap_floats;
+    }
+    return filter;
   }
 
   void unpack(const WeightTile& weight_tile, const float* sums) const {
     const Expert& e = plan_.experts[weight_tile.expert];
     PanelUnpack out;
     out.taps = plan_.taps.data();
-    out.num_taps = taps_;
+    out.num_taps = filter_taps();
     out.taps_dense = taps_dense();
     out.lane_stride = p_.weight_strides[1];
     out.depth_stride = p_.weight_strides[2];
@@ -244,6 +261,7 @@ class Wgrad {
         out.sums =
             sums + plan_.panel_sums(weight_tile, panel) + plan_.block_rows(block - weight_tile.block_begin) * out.row;
         out.depth = plan_.block_depth(e, block);
+        if (p_.upsample > 1) out.sums = filter_sums(out.sums, out.depth * out.row);
         const int64_t first = weight_tile.expert * p_.weight_strides[0] + panel * panel_ * out.lane_stride +
                               block * kDepthBlock * out.depth_stride;
         out.weights = static_cast<char*>(op_.dweight) + first * element_;
@@ -258,15 +276,15 @@ class Wgrad {
     if (e.lanes == p_.out_channels && e.depth == p_.in_channels) return;
     char* base = static_cast<char*>(op_.dweight) + expert * p_.weight_strides[0] * element_;
     const int64_t* stride = p_.weight_strides;
-    const bool dense = stride[2] == taps_ && taps_dense();
+    const bool dense = stride[2] == filter_taps() && taps_dense();
     for (int64_t k = 0; k < p_.out_channels; ++k) {
       const int64_t first = k < e.lanes ? e.depth : 0, dead = p_.in_channels - first;
       char* row = base + (k * stride[1] + first * stride[2]) * element_;
       if (dense) {
-        std::memset(row, 0, dead * taps_ * element_);
+        std::memset(row, 0, dead * filter_taps() * element_);
         continue;
       }
-      for (int64_t t = 0; t < taps_; ++t) {
+      for (int64_t t = 0; t < filter_taps(); ++t) {
         char* tap = row + plan_.taps[t] * element_;
         if (stride[2] == 1)
           std::memset(tap, 0, dead * element_);

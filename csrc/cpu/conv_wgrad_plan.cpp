@@ -20,14 +20,26 @@ void WgradPlan::make(const Conv2dProblem& problem, int vector_lanes, bool dweigh
   panel_lanes = vector_lanes * kPanelVectors;
   tiles.clear(), tasks.clear(), taps.clear(), bias_tasks.clear(), costs.clear();
   macs = partial_floats = tile_counters = 0;
-  for (int64_t r = 0; r < problem.filter_height; ++r)
-    for (int64_t s = 0; s < problem.filter_width; ++s)
-      taps.push_back(r * problem.weight_strides[3] + s * problem.weight_strides[4]);
+  plan_taps();
   plan_chunks();
   plan_experts();
   if (dweight) plan_tiles();
   if (biases) plan_biases();
   plan_costs(dweight);
+}
+
+void WgradPlan::plan_taps() {
+  const Conv2dProblem& p = *problem_;
+  for (int64_t r = 0; r < p.filter_height; ++r)
+    for (int64_t s = 0; s < p.filter_width; ++s) taps.push_back(r * p.weight_strides[3] + s * p.weight_strides[4]);
+  rows.set_forward(p.height, p.out_height(), p.filter_height, p.stride_height, p.pad_height, p.upsample);
+  columns.set_forward(p.width, p.out_width(), p.filter_width, p.stride_width, p.pad_width, p.upsample);
+  sum_taps.clear();
+  for (const AxisPhase& row : rows.phases)
+    for (const AxisPhase& column : columns.phases)
+      for (size_t r = 0; r < row.taps.size(); ++r)
+        for (size_t s = 0; s < column.taps.size(); ++s)
+          sum_taps.push_back({row.phase, column.phase, row.taps[r], column.taps[s], {row.filter[r], column.filter[s]}});
 }
 
 void WgradPlan::plan_chunks() {
@@ -66,7 +78,7 @@ void WgradPlan::plan_experts() {
     e.samples += samples;
     e.chunks += group_chunks(g);
     groups[p.expert(g)].push_back(static_cast<int32_t>(g));
-    macs += samples * image_ * num_taps() * p.live_in(g) * p.live_out(g);
+    macs += samples * image_ * num_taps() / num_phases() * p.live_in(g) * p.live_out(g);
   }
   for (Expert& e : experts)
     if (e.depth == 0 || e.lanes == 0) e.depth = e.lanes = 0;
@@ -116,7 +128,7 @@ void WgradPlan::plan_costs(bool dweight) {
   for (const Task& task : tasks) {
     const WeightTile& tile = tiles[task.tile];
     const int64_t products = (tile.panel_end - tile.panel_begin) * (tile.block_end - tile.block_begin) * num_taps();
-    costs.push_back(experts[tile.expert].chunks * products * 64 / tile.splits + 1);
+    costs.push_back(experts[tile.expert].chunks * products * 64 / (tile.splits * num_phases()) + 1);
   }
   for (const BiasTask& task : bias_tasks) costs.push_back(experts[task.expert].chunks * 8 / task.splits + 1);
   if (dweight) costs.insert(costs.end(), problem_->num_experts, 1);

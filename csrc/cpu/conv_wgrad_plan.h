@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "cpu/conv.h"
+#include "cpu/conv_geometry.h"
 #include "cpu/conv_kernels.h"
 
 namespace tdc {
@@ -25,6 +25,13 @@ class WgradPlan {
     int64_t expert, panel_begin, panel_end, block_begin, block_end;
     int64_t splits;            // tasks that share its chunks
     int64_t partial, counter;  // with several splits: first float of its partial sums, number of its counter
+  };
+
+  // A sum over the output pixels of one phase: their dy times the input pixel `tap` away. Upsampled, it is part of the
+  // gradient of every weight in its range of the filter; otherwise it is the gradient of one.
+  struct SumTap {
+    int64_t row_phase, column_phase, row_tap, column_tap;
+    TapFilter filter;
   };
 
   struct Task {
@@ -46,7 +53,9 @@ class WgradPlan {
 
   std::vector<Expert> experts;
   std::vector<std::vector<int32_t>> groups;  // of each expert, in order
-  std::vector<int64_t> taps;                 // their element offsets in a weight
+  Axis rows, columns;                        // from output to input, as in the forward
+  std::vector<SumTap> sum_taps;
+  std::vector<int64_t> taps;  // element offsets in a weight of the taps of the filter
   std::vector<WeightTile> tiles;
   std::vector<Task> tasks;
   std::vector<BiasTask> bias_tasks;
@@ -57,7 +66,8 @@ class WgradPlan {
   int64_t panel_lanes = 0;     // of a full panel
   int64_t out_height = 0, out_width = 0;
 
-  int64_t num_taps() const { return static_cast<int64_t>(taps.size()); }
+  int64_t num_taps() const { return static_cast<int64_t>(sum_taps.size()); }
+  int64_t num_phases() const { return rows.dest_step * columns.dest_step; }
   int64_t blocks(const Expert& e) const { return (e.depth + kDepthBlock - 1) / kDepthBlock; }
   int64_t block_depth(const Expert& e, int64_t block) const {
     return std::min(kDepthBlock, e.depth - block * kDepthBlock);
@@ -84,6 +94,7 @@ class WgradPlan {
   Chunk chunk(int64_t group, int64_t index) const;
 
  private:
+  void plan_taps();
   void plan_chunks();
   void plan_experts();
   void plan_tiles();
