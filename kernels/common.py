@@ -19,20 +19,24 @@ _INTERPRETED: tl.constexpr = tl.constexpr(INTERPRETED)
 
 
 class Image(NamedTuple):
-    """An NHWC tensor in memory."""
+    """An NHWC tensor in memory, or two that hold its channels: those from the seam on are in the second."""
 
     pointer: Any
+    pointer2: Any  # or None
     height: Any
     width: Any
     channels: Any
+    seam: Any
 
 
 class Output(NamedTuple):
-    """Where a convolution's epilogue stores: an NHWC tensor."""
+    """Where a convolution's epilogue stores: an NHWC tensor, or two as in `Image`."""
 
     pointer: Any
+    pointer2: Any  # or None
     pixels: Any  # of one image
     channels: Any
+    seam: Any
 
 
 class Addends(NamedTuple):
@@ -154,5 +158,12 @@ def finish_tile(
     if addends.residual is not None:
         value += tl.load(addends.residual + start + place, mask=inside, other=0.0).to(tl.float32)
     value = tl.where((columns < samples.out_live)[None, :], value, 0.0)
-    out = output.pointer
-    tl.store(out + start + place, value.to(out.dtype.element_ty), mask=inside)
+    if output.pointer2 is None:
+        places = output.pointer + start + place
+    else:
+        seam = output.seam
+        in_first = columns < seam
+        stride = tl.where(in_first, seam, channels - seam)[None, :]
+        bases = tl.where(in_first, output.pointer + columns, output.pointer2 + (columns - seam))[None, :]
+        places = bases + begin * pixels * stride + (sample * pixels + pixel)[:, None] * stride
+    tl.store(places, value.to(output.pointer.dtype.element_ty), mask=inside)

@@ -16,7 +16,9 @@ from tdc_fast.kernels.problems import ConvProblem, ConvTensors
 from tdc_fast.kernels.tile_shapes import ConvTile
 
 
-def conv_dgrad(problem: ConvProblem, dy: Tensor, t: ConvTensors, *, tile: ConvTile | None = None) -> Tensor:
+def conv_dgrad(
+    problem: ConvProblem, dy: Tensor, t: ConvTensors, *, tile: ConvTile | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Computes dgrad in one launch; sums are in fp32, and nothing is read back.
 
     Args:
@@ -26,9 +28,14 @@ def conv_dgrad(problem: ConvProblem, dy: Tensor, t: ConvTensors, *, tile: ConvTi
         tile: Overrides the choice (benches and tests).
 
     Returns:
-        dx (B, C_in, H, W), channels_last, its dead channels exact zeros.
+        dx (B, C_in - C_2, H, W) and dx2 (B, C_2, H, W) or None, channels_last, dead channels exact zeros.
     """
-    shape = (problem.batch, problem.in_channels, problem.height, problem.width)
-    dx = torch.empty(shape, dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last)
-    conv_launch("dgrad", problem, dy, t, dx, tile).run()
-    return dx
+
+    def empty(channels: int) -> Tensor:
+        shape = (problem.batch, channels, problem.height, problem.width)
+        return torch.empty(shape, dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last)
+
+    dx = empty(problem.in_channels - problem.x2_channels)
+    dx2 = empty(problem.x2_channels) if problem.x2_channels else None
+    conv_launch("dgrad", problem, dy, t, dx, tile, dx2).run()
+    return dx, dx2

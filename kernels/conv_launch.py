@@ -27,8 +27,8 @@ def conv_supported(problem: ConvProblem) -> str | None:
     """None, or why these kernels cannot run forward and dgrad of the problem."""
     if problem.dtype not in _DTYPES:
         return f"it has float32, bfloat16 and float16, not {problem.dtype}"
-    if problem.fused:
-        return "it reads one input of its final size"
+    if problem.upsample > 1:
+        return "it reads an input of its final size"
     if problem.filter[0] % 2 == 0 or problem.filter[1] % 2 == 0:
         return f"it has odd filters, not {problem.filter}"
     if max(problem.stride) > 2:
@@ -61,11 +61,13 @@ def _constants(
     halved = tile.path == "tma" and not dgrad and p.stride == (2, 2)
     # Past the last source channel a box of x holds zeros, or the next pixel if halved. In dgrad the box of weights
     # extends into the next expert's, which may hold NaN or infinity and have to be masked.
-    filled = tile.path == "tma" and not halved and not dgrad
+    filled = tile.path == "tma" and not halved and not dgrad and not p.x2_channels
+    blocked = [source_channels] if dgrad else [p.in_channels - p.x2_channels, p.x2_channels]  # walked one by one
     channel_tiles = -(-out_channels // tile.block_channels)
     constants: dict[str, Any] = {
         "source_channels": source_channels,
         "out_channels": out_channels,
+        "x2_channels": p.x2_channels,
         "source_height": source_size[0],
         "source_width": source_size[1],
         "out_height": out_size[0],
@@ -86,7 +88,7 @@ def _constants(
         # never drain the pipeline, but such loops have been miscompiled with 8 warps (pytorch issue 173068).
         "TAPS_INNER": p.filter[0] * p.filter[1] > 2 * classes,
         "NARROW": narrow,
-        "TAIL": widths or (source_channels % tile.block_k != 0 and not filled),
+        "TAIL": widths or (any(channels % tile.block_k for channels in blocked) and not filled),
         "BN": tile.block_channels,
         "BK": tile.block_k,
     }
@@ -101,7 +103,13 @@ def _constants(
 
 
 def conv_launch(
-    op: str, problem: ConvProblem, source: Tensor, t: ConvTensors, out: Tensor, tile: ConvTile | None = None
+    op: str,
+    problem: ConvProblem,
+    source: Tensor,
+    t: ConvTensors,
+    out: Tensor,
+    tile: ConvTile | None = None,
+    out2: Tensor | None = None,
 ) -> Launch:
     """The launch of a convolution kernel.
 
@@ -113,15 +121,17 @@ def conv_launch(
         out: y in the forward, dx in dgrad.
         tile: Overrides the choice. Without it, memory that is not aligned to 16 bytes takes the pointer path, because a
             tensor map cannot address it.
+        out2: dx2 in dgrad with two inputs.
     """
     if op == "dgrad":
         source_widths, out_widths = t.out_widths, t.in_widths
-        bias = sample_bias = residual = None
+        source2 = bias = sample_bias = residual = None
     else:
         source_widths, out_widths = t.in_widths, t.out_widths
-        bias, sample_bias, residual = t.bias, t.sample_bias, t.residual
+        source2, bias, sample_bias, residual = t.x2, t.bias, t.sample_bias, t.residual
     if tile is None:
-        aligned = source.data_ptr() % 16 == 0 and t.weight.data_ptr() % 16 == 0
+        read = (source, t.weight) if source2 is None else (source, t.weight, source2)
+        aligned = all(tensor.data_ptr() % 16 == 0 for tensor in read)
         device = tile_shapes.device_of(problem.device)
         tile = tile_shapes.choose_tile(op, problem, device, None if aligned else "pointer")
     # Half of a smaller tile would not fill wgmma's 64 rows.
@@ -129,11 +139,13 @@ def conv_launch(
     grid, constants = _constants(op, problem, tile, source_widths is not None, narrow)
     tensors: dict[str, Tensor | TensorDescriptor | None] = {
         "source": source,
+        "source2": source2,
         "weight": t.weight,
         "bias": bias,
         "sample_bias": sample_bias,
         "residual": residual,
         "out": out,
+        "out2": out2,
         "tiles": t.tiles,
         "weight_index": t.weight_index,
         "source_widths": source_widths,
@@ -145,6 +157,8 @@ def conv_launch(
         tensors["narrow_weight"] = None
         if problem.batch:
             tensors["source"] = source_descriptor(source, constants)
+            if source2 is not None:
+                tensors["source2"] = source_descriptor(source2, constants)
             tensors["weight"] = weight_descriptor(t.weight, constants, tile.block_channels)
             if narrow:
                 tensors["narrow_weight"] = weight_descriptor(t.weight, constants, tile.block_channels // 2)

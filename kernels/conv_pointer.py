@@ -6,7 +6,8 @@ TMA kernel, whose epilogue it shares:
     program -> (channel tile, chunk of pixels, row of the tile table) and, in dgrad with a stride, a class of pixels
     loop over taps and blocks of BK source channels: two loads, one product; then one masked block for the tail
 
-"Source" is x in forward and dy in dgrad; "out" is y and dx. Loads of the main loop have no mask along the channels, so
+"Source" is x in forward and dy in dgrad; "out" is y and dx. Of two inputs, the forward walks one after the other, and
+dgrad writes each its channels. Loads of the main loop have no mask along the channels, so
 that they stay 16 bytes wide for any width; only the tail masks channels past the width.
 """
 
@@ -19,7 +20,6 @@ import triton.language as tl
 
 from tdc_fast.kernels.common import (
     Addends,
-    Image,
     Output,
     Samples,
     axis_taps,
@@ -29,6 +29,17 @@ from tdc_fast.kernels.common import (
     load_tile_row,
     multiply,
 )
+
+
+class Source(NamedTuple):
+    """A tensor whose channels are multiplied: all of them, or those of one of two inputs."""
+
+    pointer: Any  # of the tile's first sample, or None
+    height: Any
+    width: Any
+    channels: Any
+    first: Any  # channel of the weights that meets its first
+    weight_channels: Any
 
 
 class Pixels(NamedTuple):
@@ -84,7 +95,8 @@ def _step(
     else:
         y, x, shift = pixels.y + tap_h, pixels.x + tap_w, tap_h * source.width + tap_w
         tap = tap_h * FORM.S + tap_w
-        offsets = columns[:, None] * (filter_taps * source.channels) + tap * source.channels + steps[None, :]
+        channels = source.weight_channels
+        offsets = columns[:, None] * (filter_taps * channels) + tap * channels + source.first + steps[None, :]
         inside = (columns < out_channels)[:, None]
     reach = pixels.valid & (y >= 0) & (y < source.height) & (x >= 0) & (x < source.width)
     values = source.pointer + (pixels.row + shift * source.channels)[:, None] + steps[None, :]  # [BM, BK]
@@ -105,14 +117,51 @@ def _step(
 
 
 @triton.jit
+def _accumulate(
+    acc,  # [BN, BM]
+    source,
+    weight,  # of the expert
+    filter_taps,
+    out_channels,
+    live,  # channels of the source
+    pixels,
+    columns,  # [BN]
+    taps_h,
+    taps_w,
+    FORM: tl.constexpr,
+):
+    """Multiplies all live channels of one source."""
+    taps = taps_h.count * taps_w.count
+    across = tl.maximum(taps_w.count, 1)  # pipelining divides before it knows that there is a tap
+    blocks = live // FORM.BK
+    for outer in range(blocks if FORM.TAPS_INNER else taps):
+        for inner in range(taps if FORM.TAPS_INNER else blocks):
+            tap = inner if FORM.TAPS_INNER else outer
+            k = (outer if FORM.TAPS_INNER else inner) * FORM.BK
+            acc = _step(
+                acc, source, weight, filter_taps, out_channels, live, pixels, columns, taps_h, taps_w,
+                tap // across, tap % across, k, FORM, False,
+            )  # fmt: skip
+    if FORM.TAIL:
+        for tap in range(tl.where(blocks * FORM.BK < live, taps, 0)):
+            acc = _step(
+                acc, source, weight, filter_taps, out_channels, live, pixels, columns, taps_h, taps_w,
+                tap // across, tap % across, blocks * FORM.BK, FORM, True,
+            )  # fmt: skip
+    return acc
+
+
+@triton.jit
 def _tile(
     source,
+    source2,
     weight,  # of the expert
     filter_taps,
     output,
     addends,
     samples,
     pixels,
+    pixels2,  # as in source2
     columns,  # [BN]
     taps_h,
     taps_w,
@@ -120,23 +169,15 @@ def _tile(
 ):
     """Computes these columns of the result."""
     acc = tl.zeros([columns.shape[0], pixels.sample.shape[0]], tl.float32)
-    taps = taps_h.count * taps_w.count
-    across = tl.maximum(taps_w.count, 1)  # pipelining divides before it knows that there is a tap
-    blocks = samples.live // FORM.BK
-    for outer in range(blocks if FORM.TAPS_INNER else taps):
-        for inner in range(taps if FORM.TAPS_INNER else blocks):
-            tap = inner if FORM.TAPS_INNER else outer
-            k = (outer if FORM.TAPS_INNER else inner) * FORM.BK
-            acc = _step(
-                acc, source, weight, filter_taps, output.channels, samples.live, pixels, columns, taps_h, taps_w,
-                tap // across, tap % across, k, FORM, False,
-            )  # fmt: skip
-    if FORM.TAIL:
-        for tap in range(tl.where(blocks * FORM.BK < samples.live, taps, 0)):
-            acc = _step(
-                acc, source, weight, filter_taps, output.channels, samples.live, pixels, columns, taps_h, taps_w,
-                tap // across, tap % across, blocks * FORM.BK, FORM, True,
-            )  # fmt: skip
+    live = samples.live if source2.pointer is None else tl.minimum(samples.live, source2.first)
+    acc = _accumulate(
+        acc, source, weight, filter_taps, output.channels, live, pixels, columns, taps_h, taps_w, FORM
+    )  # fmt: skip
+    if source2.pointer is not None:
+        live = tl.maximum(samples.live - source2.first, 0)
+        acc = _accumulate(
+            acc, source2, weight, filter_taps, output.channels, live, pixels2, columns, taps_h, taps_w, FORM
+        )  # fmt: skip
     finish_tile(acc, output, addends, samples, pixels.sample, pixels.out, pixels.valid, columns)
 
 
@@ -148,18 +189,21 @@ _GEOMETRY = [
 
 @triton.jit(do_not_specialize=_GEOMETRY)
 def conv_pointer_kernel(
-    source,  # (B, source_height, source_width, source_channels)
+    source,  # (B, source_height, source_width, source_channels), with source2 less x2_channels
+    source2,  # (B, source_height, source_width, x2_channels): the last source channels, or None
     weight,  # (E, C_out, R, S, C_in)
     bias,  # (E, C_out) or None
     sample_bias,  # (B, C_out) or None
     residual,  # like out, or None
-    out,  # (B, out_height, out_width, out_channels)
+    out,  # (B, out_height, out_width, out_channels), with out2 less x2_channels
+    out2,  # (B, out_height, out_width, x2_channels): the last channels of the result, or None
     tiles,
     weight_index,
     source_widths,  # (N,) or None
     out_widths,  # (N,) or None
     source_channels,
     out_channels,
+    x2_channels,
     source_height,
     source_width,
     out_height,
@@ -215,12 +259,26 @@ def conv_pointer_kernel(
     live = tl.where(column < out_live, live, 0)  # a dead tile has no steps
     expert = expert_of(weight_index, group, num_experts)
     weight += expert.to(tl.int64) * (R * S * source_channels * out_channels)
-    source += first.to(tl.int64) * (source_height * source_width * source_channels)
-    row = ((sample * source_height + y) * source_width + x) * source_channels
+    own = source_channels if source2 is None else source_channels - x2_channels
+    begin = first.to(tl.int64) * (source_height * source_width)
+    pointer2 = None if source2 is None else source2 + begin * x2_channels
+    row = (sample * source_height + y) * source_width + x
+    place = out_y * out_width + out_x
 
-    pixels = Pixels(sample=sample, row=row, y=y, x=x, out=out_y * out_width + out_x, valid=valid)
-    image = Image(pointer=source, height=source_height, width=source_width, channels=source_channels)
-    output = Output(pointer=out, pixels=out_height * out_width, channels=out_channels)
+    pixels = Pixels(sample=sample, row=row * own, y=y, x=x, out=place, valid=valid)
+    pixels2 = Pixels(sample=sample, row=row * x2_channels, y=y, x=x, out=place, valid=valid)
+    image = Source(
+        pointer=source + begin * own, height=source_height, width=source_width, channels=own, first=0,
+        weight_channels=source_channels,
+    )  # fmt: skip
+    image2 = Source(
+        pointer=pointer2, height=source_height, width=source_width, channels=x2_channels, first=own,
+        weight_channels=source_channels,
+    )  # fmt: skip
+    output = Output(
+        pointer=out, pointer2=out2, pixels=out_height * out_width, channels=out_channels,
+        seam=out_channels - x2_channels,
+    )  # fmt: skip
     addends = Addends(bias=bias, sample_bias=sample_bias, residual=residual)
     samples = Samples(expert=expert, first=first, count=count, live=live, out_live=out_live)
     FORM: tl.constexpr = Form(
@@ -229,9 +287,9 @@ def conv_pointer_kernel(
     )  # fmt: skip
     if NARROW and out_live - column <= BN // 2:
         half = column + tl.arange(0, BN // 2)
-        _tile(image, weight, R * S, output, addends, samples, pixels, half, taps_h, taps_w, FORM)
+        _tile(image, image2, weight, R * S, output, addends, samples, pixels, pixels2, half, taps_h, taps_w, FORM)
         zeros, nothing = tl.zeros([BN // 2, BM], tl.float32), Addends(bias=None, sample_bias=None, residual=None)
         finish_tile(zeros, output, nothing, samples, sample, pixels.out, valid, half + BN // 2)
     else:
         columns = column + tl.arange(0, BN)
-        _tile(image, weight, R * S, output, addends, samples, pixels, columns, taps_h, taps_w, FORM)
+        _tile(image, image2, weight, R * S, output, addends, samples, pixels, pixels2, columns, taps_h, taps_w, FORM)

@@ -66,9 +66,11 @@ def weight_descriptor(weight: Tensor, constants: dict[str, Any], channels: int) 
 class Operands(NamedTuple):
     """The tensors that a tile multiplies."""
 
-    source: Any  # boxes of (B, H, W, source channels)
+    source: Any  # boxes of (B, H, W, channels), or None
     weight: Any  # boxes of (E C_out, R S C_in), of as many output channels as the tile has
-    channels: Any  # of the source
+    channels: Any  # of the source: all that are multiplied, or those of one of two inputs
+    first: Any  # channel of the weights that meets its first
+    weight_channels: Any
 
 
 class Corner(NamedTuple):
@@ -104,7 +106,8 @@ class Form(NamedTuple):
 def _step(
     acc,  # [BN, BM]
     operands,
-    samples,
+    first_sample,
+    live,  # channels of the source
     corner,
     column,
     out_channels,
@@ -120,20 +123,20 @@ def _step(
     y, x = corner.source_y, corner.source_x
     if FORM.DGRAD:
         tap = (taps_h.first + tap_h * FORM.STRIDE_H) * FORM.S + taps_w.first + tap_w * FORM.STRIDE_W
-        box = operands.source.load([samples.first, y - tap_h, x - tap_w, k])
+        box = operands.source.load([first_sample, y - tap_h, x - tap_w, k])
         a = operands.weight.load([corner.weight_row + k, tap * out_channels + column])
     else:
         tap = tap_h * FORM.S + tap_w
         if FORM.HALVED:
             # Coordinates may be -1: shifts and masks round them down, where a division would round up.
             row, col = y + tap_h, x + tap_w
-            box = operands.source.load([samples.first, row >> 1, row & 1, col >> 1, (col & 1) * operands.channels + k])
+            box = operands.source.load([first_sample, row >> 1, row & 1, col >> 1, (col & 1) * operands.channels + k])
         else:
-            box = operands.source.load([samples.first, y + tap_h, x + tap_w, k])
-        a = operands.weight.load([corner.weight_row, tap * operands.channels + k])
+            box = operands.source.load([first_sample, y + tap_h, x + tap_w, k])
+        a = operands.weight.load([corner.weight_row, tap * operands.weight_channels + operands.first + k])
     b = box.reshape(FORM.BM, FORM.BK)
     if MASKED:
-        alive = k + tl.arange(0, FORM.BK) < samples.live
+        alive = k + tl.arange(0, FORM.BK) < live
         a = tl.where(alive[:, None] if FORM.DGRAD else alive[None, :], a, 0.0)
         b = tl.where(alive[None, :], b, 0.0)
     if FORM.DGRAD:
@@ -162,13 +165,54 @@ def _finish(
     valid = (sample < samples.count) & (y < image.height) & (x < image.width)
     pixel = y * image.width + x
     columns = column + tl.arange(0, acc.shape[0])
-    output = Output(pointer=image.pointer, pixels=image.height * image.width, channels=image.channels)
+    output = Output(
+        pointer=image.pointer, pointer2=image.pointer2, pixels=image.height * image.width, channels=image.channels,
+        seam=image.seam,
+    )  # fmt: skip
     finish_tile(acc, output, addends, samples, sample, pixel, valid, columns)
+
+
+@triton.jit
+def _accumulate(
+    acc,  # [BN, BM]
+    operands,
+    first_sample,
+    live,  # channels of the source
+    corner,
+    column,
+    out_channels,
+    taps_h,
+    taps_w,
+    FORM: tl.constexpr,
+):
+    """Multiplies all live channels of one source."""
+    BK: tl.constexpr = FORM.BK
+    taps = taps_h.count * taps_w.count
+    across = tl.maximum(taps_w.count, 1)  # pipelining divides before it knows that there is a tap
+    blocks = live // BK
+    if FORM.FILLED:
+        blocks = tl.where(live == operands.channels, tl.cdiv(live, BK), blocks)
+    for outer in range(blocks if FORM.TAPS_INNER else taps):
+        for inner in range(taps if FORM.TAPS_INNER else blocks):
+            tap = inner if FORM.TAPS_INNER else outer
+            k = (outer if FORM.TAPS_INNER else inner) * BK
+            acc = _step(
+                acc, operands, first_sample, live, corner, column, out_channels, taps_h, taps_w, tap // across,
+                tap % across, k, FORM, False,
+            )  # fmt: skip
+    if FORM.TAIL:
+        for tap in range(tl.where(blocks * BK < live, taps, 0)):
+            acc = _step(
+                acc, operands, first_sample, live, corner, column, out_channels, taps_h, taps_w, tap // across,
+                tap % across, blocks * BK, FORM, True,
+            )  # fmt: skip
+    return acc
 
 
 @triton.jit
 def _tile(
     operands,
+    operands2,
     image,  # of the result
     addends,
     samples,
@@ -181,27 +225,16 @@ def _tile(
 ):
     """Computes BN channels of the result, from `column` on."""
     BM: tl.constexpr = FORM.BM
-    BK: tl.constexpr = FORM.BK
     acc = tl.zeros([BN, BM], tl.float32)
-    taps = taps_h.count * taps_w.count
-    across = tl.maximum(taps_w.count, 1)  # pipelining divides before it knows that there is a tap
-    blocks = samples.live // BK
-    if FORM.FILLED:
-        blocks = tl.where(samples.live == operands.channels, tl.cdiv(samples.live, BK), blocks)
-    for outer in range(blocks if FORM.TAPS_INNER else taps):
-        for inner in range(taps if FORM.TAPS_INNER else blocks):
-            tap = inner if FORM.TAPS_INNER else outer
-            k = (outer if FORM.TAPS_INNER else inner) * BK
-            acc = _step(
-                acc, operands, samples, corner, column, image.channels, taps_h, taps_w, tap // across, tap % across,
-                k, FORM, False,
-            )  # fmt: skip
-    if FORM.TAIL:
-        for tap in range(tl.where(blocks * BK < samples.live, taps, 0)):
-            acc = _step(
-                acc, operands, samples, corner, column, image.channels, taps_h, taps_w, tap // across, tap % across,
-                blocks * BK, FORM, True,
-            )  # fmt: skip
+    live = samples.live if operands2.source is None else tl.minimum(samples.live, operands2.first)
+    acc = _accumulate(
+        acc, operands, samples.first, live, corner, column, image.channels, taps_h, taps_w, FORM
+    )  # fmt: skip
+    if operands2.source is not None:
+        live = tl.maximum(samples.live - operands2.first, 0)
+        acc = _accumulate(
+            acc, operands2, samples.first, live, corner, column, image.channels, taps_h, taps_w, FORM
+        )  # fmt: skip
 
     if BM > 128:
         left, right = halves(acc)
@@ -219,19 +252,22 @@ _GEOMETRY = [
 
 @triton.jit(do_not_specialize=_GEOMETRY)
 def conv_tma_kernel(
-    source,  # boxes of (B, H, W, source_channels)
+    source,  # boxes of (B, H, W, source_channels), with source2 less x2_channels
+    source2,  # boxes of (B, H, W, x2_channels): the last source channels, or None
     weight,  # boxes of (E C_out, R S C_in)
     narrow_weight,  # boxes of half as many output channels where NARROW
     bias,  # (E, C_out) or None
     sample_bias,  # (B, C_out) or None
     residual,  # like out, or None
-    out,  # (B, out_height, out_width, out_channels)
+    out,  # (B, out_height, out_width, out_channels), with out2 less x2_channels
+    out2,  # (B, out_height, out_width, x2_channels): the last channels of the result, or None
     tiles,
     weight_index,
     source_widths,  # (N,) or None
     out_widths,  # (N,) or None
     source_channels,
     out_channels,
+    x2_channels,
     out_height,
     out_width,
     grid_height,  # of the pixels that the programs of one class compute: all of out, or every STRIDE-th one
@@ -281,7 +317,10 @@ def conv_tma_kernel(
     expert = expert_of(weight_index, group, num_experts)
     weight_row = expert * source_channels if DGRAD else expert * out_channels + column
 
-    image = Image(pointer=out, height=out_height, width=out_width, channels=out_channels)
+    image = Image(
+        pointer=out, pointer2=out2, height=out_height, width=out_width, channels=out_channels,
+        seam=out_channels - x2_channels,
+    )  # fmt: skip
     addends = Addends(bias=bias, sample_bias=sample_bias, residual=residual)
     samples = Samples(expert=expert, first=first, count=count, live=live, out_live=out_live)
     corner = Corner(
@@ -291,11 +330,16 @@ def conv_tma_kernel(
         S=S, STRIDE_H=STRIDE_H, STRIDE_W=STRIDE_W, DGRAD=DGRAD, HALVED=HALVED, FILLED=FILLED, TAPS_INNER=TAPS_INNER,
         TAIL=TAIL, TH=TH, TW=TW, BM=BM, BK=BK,
     )  # fmt: skip
-    whole = Operands(source=source, weight=weight, channels=source_channels)
-    half = Operands(source=source, weight=narrow_weight, channels=source_channels)
+    own = source_channels if source2 is None else source_channels - x2_channels
+    whole = Operands(source=source, weight=weight, channels=own, first=0, weight_channels=source_channels)
+    whole2 = Operands(source=source2, weight=weight, channels=x2_channels, first=own, weight_channels=source_channels)
+    half = Operands(source=source, weight=narrow_weight, channels=own, first=0, weight_channels=source_channels)
+    half2 = Operands(
+        source=source2, weight=narrow_weight, channels=x2_channels, first=own, weight_channels=source_channels
+    )  # fmt: skip
     if NARROW and out_live - column <= BN // 2:
-        _tile(half, image, addends, samples, corner, column, taps_h, taps_w, FORM, BN // 2)
+        _tile(half, half2, image, addends, samples, corner, column, taps_h, taps_w, FORM, BN // 2)
         zeros, nothing = tl.zeros([BN // 2, BM], tl.float32), Addends(bias=None, sample_bias=None, residual=None)
         _finish(zeros, image, nothing, samples, corner, column + BN // 2, 0, FORM)
     else:
-        _tile(whole, image, addends, samples, corner, column, taps_h, taps_w, FORM, BN)
+        _tile(whole, whole2, image, addends, samples, corner, column, taps_h, taps_w, FORM, BN)

@@ -165,7 +165,7 @@ def tma_can_serve(op: str, problem: ConvProblem, device: Device) -> bool:
     """Whether TMA can serve: tensor maps need 16-byte strides, and stride 2 needs images of even size."""
     if device.arch < 90 or problem.dtype not in _HALVES:
         return False
-    if problem.in_channels % 8 or source_channels(op, problem) % 8:
+    if problem.in_channels % 8 or problem.x2_channels % 8 or source_channels(op, problem) % 8:
         return False
     if op == "dgrad" or problem.stride == (1, 1):
         return True

@@ -9,6 +9,7 @@ Importing this module imports triton.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ from tdc_fast.ops.checks import check_conv_values, check_norm_values
 from tdc_fast.ops.layout import channel_innermost, dense, empty_channel_innermost, is_channel_innermost, nhwc
 
 name = "triton"
-fuses = ("x2",)  # of group norms
+fuses = ("x2",)
 _OLDEST_ARCHITECTURE = 80
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -74,11 +75,11 @@ def conv2d(p: ConvProblem, t: ConvTensors) -> Tensor:
         return conv_forward(p, _tiled(p, t))
 
 
-def conv2d_dgrad(p: ConvProblem, dy: Tensor, t: ConvTensors) -> tuple[Tensor, None]:
-    """Returns dx (B, C_in, H, W), channels_last."""
+def conv2d_dgrad(p: ConvProblem, dy: Tensor, t: ConvTensors) -> tuple[Tensor, Tensor | None]:
+    """Returns dx (B, C_in - C_2, H, W) and dx2 (B, C_2, H, W) or None, channels_last."""
     check_conv_values(p, t)
     with _on(dy.device):
-        return conv_dgrad(p, nhwc(dy), _tiled(p, t)), None
+        return conv_dgrad(p, nhwc(dy), _tiled(p, t))
 
 
 def _tiled(p: ConvProblem, t: ConvTensors) -> ConvTensors:
@@ -110,12 +111,29 @@ def conv2d_wgrad(
             written = dweight
             if not is_channel_innermost(dweight):
                 written = empty_channel_innermost(weight.shape, weight.dtype, weight.device)
-            conv_wgrad(p, dy, t, written)
+            if p.x2_channels:
+                _wgrad_of_two(p, dy, t, written)
+            else:
+                conv_wgrad(p, dy, t, written)
             if written is not dweight:
                 dweight.copy_(written)
         if mask[1] or mask[2]:
             dbias, dsample_bias = channel_sums(p, dy, t, mask[1], mask[2])
     return dweight, dbias, dsample_bias
+
+
+def _wgrad_of_two(p: ConvProblem, dy: Tensor, t: ConvTensors, dweight: Tensor) -> None:
+    """Writes dweight (E, C_out, C_in, R, S) of two inputs, one after the other; the copies are of weights only."""
+    assert t.x2 is not None
+    begin = 0
+    for x, channels in ((t.x, p.in_channels - p.x2_channels), (t.x2, p.x2_channels)):
+        end, widths = begin + channels, t.in_widths
+        widths = None if widths is None else (widths - begin).clamp(0, channels)
+        part = empty_channel_innermost((*dweight.shape[:2], channels, *dweight.shape[3:]), p.dtype, p.device)
+        alone = replace(p, in_channels=channels, x2_channels=0)
+        conv_wgrad(alone, dy, t._replace(x=x, x2=None, in_widths=widths), part)
+        dweight[:, :, begin:end].copy_(part)
+        begin = end
 
 
 def group_norm(p: NormProblem, t: NormTensors) -> tuple[Tensor, Tensor, Tensor]:

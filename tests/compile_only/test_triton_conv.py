@@ -40,12 +40,13 @@ class Build:
     def __str__(self) -> str:
         p, t = self.problem, self.tile
         dtype = "tf32" if p.tf32 else str(p.dtype).removeprefix("torch.")
-        kind = f"{p.filter[0]}x{p.filter[1]}s{p.stride[0]}" + ("" if self.full else "-plain")
+        two = "-two" if p.x2_channels else ""
+        kind = f"{p.filter[0]}x{p.filter[1]}s{p.stride[0]}{two}" + ("" if self.full else "-plain")
         return f"sm_{self.arch}-{self.op}-{dtype}-{kind}-{t.path}-{t.block_pixels}x{t.block_channels}x{t.block_k}"
 
 
 def problem_of(
-    dtype: torch.dtype, tf32: bool = False, taps: int = 3, stride: int = 1, channels: int = 128
+    dtype: torch.dtype, tf32: bool = False, taps: int = 3, stride: int = 1, channels: int = 128, x2_channels: int = 0
 ) -> ConvProblem:
     padding = taps // 2
     out = (32 + 2 * padding - taps) // stride + 1
@@ -53,6 +54,7 @@ def problem_of(
         op="routed_conv2d", device=torch.device("meta"), dtype=dtype, batch=128, height=32, width=32,
         in_channels=channels, out_channels=128, filter=(taps, taps), stride=(stride, stride),
         padding=(padding, padding), out_height=out, out_width=out, num_groups=8, num_experts=8, tf32=tf32,
+        x2_channels=x2_channels,
     )  # fmt: skip
 
 
@@ -63,7 +65,10 @@ def launch_of(case: Build) -> Launch:
     def made(*shape: int, dtype: torch.dtype = p.dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    x, y = made(p.batch, p.in_channels, p.height, p.width), made(p.batch, p.out_channels, p.out_height, p.out_width)
+    x, y = (made(p.batch, count, *size) for count, size in (
+        (p.in_channels - p.x2_channels, (p.height, p.width)), (p.out_channels, (p.out_height, p.out_width))
+    ))  # fmt: skip
+    x2 = made(p.batch, p.x2_channels, p.height, p.width) if p.x2_channels else None
     weight = made(p.num_experts, p.out_channels, p.in_channels, *p.filter)
     bias = sample_bias = residual = widths = None
     if case.full:
@@ -73,8 +78,8 @@ def launch_of(case: Build) -> Launch:
     source, out = (y, x) if case.op == "dgrad" else (x, y)
     table, index = made(2048, 3, dtype=torch.int32), made(p.num_groups, dtype=torch.int32)
     offsets = made(p.num_groups + 1, dtype=torch.int32)
-    t = ConvTensors(x, weight, offsets, table, index, widths, widths, bias, sample_bias, residual)
-    return conv_launch(case.op, p, source, t, out, case.tile)
+    t = ConvTensors(x, weight, offsets, table, index, widths, widths, bias, sample_bias, residual, x2)
+    return conv_launch(case.op, p, source, t, out, case.tile, x2 if case.op == "dgrad" else None)
 
 
 def built(case: Build) -> Built:
@@ -101,6 +106,9 @@ def all_builds() -> list[Build]:
     ]
     for op in ("forward", "dgrad"):
         strided, pointwise = problem_of(torch.bfloat16, stride=2), problem_of(torch.bfloat16, taps=1)
+        two = problem_of(torch.bfloat16, taps=1, channels=384, x2_channels=128)  # a skip connection on the way up
+        builds += [Build(90, op, two, tile, full=False) for tile in candidates(op, two, DEVICES[90], "tma")[:1]]
+        builds += [Build(80, op, two, tile, full=False) for tile in candidates(op, two, DEVICES[80])[:1]]
         builds += [Build(90, op, strided, tile) for tile in candidates(op, strided, DEVICES[90], "tma")]
         builds += [Build(90, op, pointwise, tile, full=False) for tile in candidates(op, pointwise, DEVICES[90])[:1]]
         builds += [Build(80, op, strided, tile) for tile in candidates(op, strided, DEVICES[80])[:1]]

@@ -112,9 +112,9 @@ def routed(
     arguments: dict[str, Any] = (settings or settings_on(case, device)) | {"backend": target.backend}
     plan = plan or plan_on(case.routing, device)
     if isinstance(case, ConvCase):
-        extras = {name: tensors.get(name) for name in ("sample_bias", "residual")}
+        extras = {name: tensors.get(name) for name in ("sample_bias", "residual", "x2")}
         return routed_conv2d(tensors["x"], tensors["weight"], tensors.get("bias"), plan, **arguments, **extras)
-    extras = {name: tensors.get(name) for name in ("scale", "shift")}
+    extras = {name: tensors.get(name) for name in ("scale", "shift", "x2")}
     return routed_group_norm(tensors["x"], tensors["weight"], tensors["bias"], plan, **arguments, **extras)
 
 
@@ -143,7 +143,8 @@ def refusal(case: ConvCase | NormCase, tensors: dict[str, Tensor], target: Targe
     """Why the backend does not serve the case, or None."""
     plan, settings = plan_on(case.routing, target.device), settings_on(case, target.device)
     operator = routed_conv2d if isinstance(case, ConvCase) else routed_group_norm
-    what = explain(operator, tensors["x"], tensors["weight"], tensors.get("bias"), plan, **settings)
+    inputs = (tensors["x"], tensors["weight"], tensors.get("bias"))
+    what = explain(operator, *inputs, plan, **settings, x2=tensors.get("x2"))
     return what.reasons.get(target.backend, "it is not registered")
 
 

@@ -56,6 +56,17 @@ CONV_CASES: dict[str, ConvCase] = {
     "image channels in": conv(UNEVEN, (3, 32), (8, 8), extras=("bias",)),
     "image channels out": conv(UNEVEN, (32, 6), (8, 8), extras=("bias",)),
     "a strided input": conv(THREE, (16, 16), (6, 6), layout="strided"),
+    "two inputs": conv(UNEVEN, (384, 256), (16, 16), filter=(1, 1), padding=(0, 0), x2_channels=128),
+    "two inputs, 3x3 and widths": conv(
+        Routing((0, 1, 1, 2, 3, 3, 3, 0, 1), 4, 4, None),
+        (136, 72),
+        (8, 8),
+        x2_channels=64,
+        in_widths=(136, 40, 0, 104),
+        out_widths=(72, 40, 16, 0),
+    ),
+    "two inputs, odd seam": conv(THREE, (19, 9), (7, 5), x2_channels=6, in_widths=(19, 4, 15)),
+    "upsampled": conv(UNEVEN, (32, 64), (8, 8), upsample=2),
     "a contiguous input": conv(THREE, (16, 16), (6, 6), layout="contiguous"),
 }
 # Cases that depend on the dtype: forms of loads and products, not routing.
@@ -76,6 +87,8 @@ NORM_CASES: dict[str, NormCase] = {
     "experts shared at other widths": norm(
         Routing((0, 2, 2, 1, 0, 2), 3, 2, (1, 0, 1)), 32, 8, (6, 6), widths=(8, 32, 24)
     ),
+    "two inputs, seam in a norm group": norm(UNEVEN, 384, 32, (16, 16), x2_channels=128),
+    "two inputs, odd seam": norm(THREE, 15, 5, (7, 5), widths=(15, 3, 6), x2_channels=7),
     "a strided input": norm(THREE, 32, 8, (6, 6), layout="strided"),
 }
 NORM_FORMS = ("scale, shift and SiLU", "odd", "more than shared memory holds", "widths")

@@ -56,11 +56,24 @@ CASES = {
     "1x1 stride 2": case_of(size=(4, 6), stride=(2, 2), filter=(1, 1), padding=(0, 0), **WIDTHS),
     "1x1 of one pixel": case_of(size=(1, 1), filter=(1, 1), padding=(0, 0), **WIDTHS),
     "5x1 padded": case_of(size=(3, 2), filter=(5, 1), padding=(3, 2), extras=("bias",)),
+    "two inputs": case_of(in_channels=40, x2_channels=16),  # 24 + 16: one whole block, and one and a half
+    "two inputs 1x1 widths": case_of(
+        filter=(1, 1),
+        padding=(0, 0),
+        in_channels=40,
+        x2_channels=24,
+        in_widths=(40, 9, 16, 30),
+        out_widths=(24, 16, 7, 0),
+    ),
+    "two inputs stride 2": case_of(size=(4, 6), stride=(2, 2), in_channels=32, x2_channels=8, in_widths=(32, 25, 8, 0)),
 }
 POINTER_ONLY = {
     "three channels": case_of(in_channels=3, out_channels=17, size=(5, 5)),
     "odd everything": case_of(
         in_channels=19, out_channels=5, size=(5, 7), stride=(2, 1), in_widths=(19, 3, 17, 0), out_widths=(5, 0, 2, 1)
+    ),
+    "two inputs, odd seam": case_of(
+        in_channels=19, x2_channels=6, size=(3, 5), in_widths=(19, 3, 15, 0), out_widths=(5, 13, 2, 24)
     ),
     "odd image, stride 2": case_of(size=(5, 3), stride=(2, 2), padding=(0, 2)),
 }
@@ -97,6 +110,7 @@ def run(case: ConvCase, tensors: dict[str, Tensor], dy: Tensor, tile: ConvTile, 
     given = {name: tensor.detach() for name, tensor in tensors.items()}
     x = given["x"].contiguous(memory_format=torch.channels_last)
     weight = given["weight"].permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+    x2 = given["x2"].contiguous(memory_format=torch.channels_last) if "x2" in given else None
     residual = given.get("residual")
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
@@ -104,20 +118,23 @@ def run(case: ConvCase, tensors: dict[str, Tensor], dy: Tensor, tile: ConvTile, 
     widths = arguments["in_widths"], arguments["out_widths"]
     index = arguments["weight_index"]
     extras = (given.get("bias"), given.get("sample_bias"), residual)
-    t = ConvTensors(x, weight, plan.offsets, plan.tiles, index, *widths, *extras)
+    t = ConvTensors(x, weight, plan.offsets, plan.tiles, index, *widths, *extras, x2)
     problem = conv_problem("routed_conv2d", t, case.stride, case.padding)
     t = t._replace(tiles=tile_table(plan.offsets, problem.batch))
-    return {"y": conv_forward(problem, t, tile=tile), "dx": conv_dgrad(problem, dy, t, tile=tile)}
+    dx, dx2 = conv_dgrad(problem, dy, t, tile=tile)
+    return {"y": conv_forward(problem, t, tile=tile), "dx": dx} | ({} if dx2 is None else {"dx2": dx2})
 
 
 def plain(case: ConvCase, dtype: torch.dtype, dy: Tensor) -> dict[str, Tensor]:
     """The same in torch, one convolution per group."""
     tensors = case.tensors(dtype)
     y = case.plain(tensors)
+    inputs = {name: tensors[name] for name in ("x", "x2") if name in tensors}
     if not y.requires_grad:
-        return {"y": y, "dx": torch.zeros_like(tensors["x"])}
-    (dx,) = torch.autograd.grad(y, tensors["x"], dy.nan_to_num().to(dtype), allow_unused=True, materialize_grads=True)
-    return {"y": y.detach(), "dx": dx}
+        return {"y": y, **{f"d{name}": torch.zeros_like(tensor) for name, tensor in inputs.items()}}
+    dy = dy.nan_to_num().to(dtype)
+    grads = torch.autograd.grad(y, list(inputs.values()), dy, allow_unused=True, materialize_grads=True)
+    return {"y": y.detach(), **{f"d{name}": grad for name, grad in zip(inputs, grads, strict=True)}}
 
 
 def check(case: ConvCase, tile: ConvTile, dtype: torch.dtype) -> None:
@@ -172,8 +189,10 @@ def test_nan_in_one_expert_does_not_affect_others(tile: ConvTile) -> None:
 
 
 @pytest.mark.parametrize("tile", [POINTER, TMA], ids=lambda tile: tile.path)
-def test_dead_channels_of_the_weights_are_not_used(tile: ConvTile) -> None:
-    case = case_of(routing=Routing((0, 1), 2, 2, None), in_widths=(20, 3), out_widths=(21, 24))
+@pytest.mark.parametrize("x2_channels", [0, 16], ids=["one input", "the second dead"])
+def test_dead_channels_of_the_weights_are_not_used(tile: ConvTile, x2_channels: int) -> None:
+    fused = {"in_channels": 40, "x2_channels": x2_channels}
+    case = case_of(routing=Routing((0, 1), 2, 2, None), in_widths=(20, 3), out_widths=(21, 24), **fused)
     dy = upstream(case, torch.float16)
     tensors = {name: tensor.detach() for name, tensor in case.tensors(torch.float16).items()}
     expected = run(case, tensors, dy, tile)
