@@ -33,8 +33,7 @@ from bench.gpu.conv import Case, Problem
 from bench.gpu.layers import UNET_BATCH, UNETS, ConvLayer, design_layers, unet_layers
 from bench.gpu.rows import Run
 from bench.gpu.timing import Budget, Machine
-from tdc_fast.kernels.problems import ConvProblem, ConvTensors
-from tdc_fast.ops.checks import conv_problem
+from tdc_fast.kernels.problems import ConvProblem
 
 OPS = ("forward", "dgrad", "wgrad")
 GAIN = 0.98  # a tile goes into the table when its time is at most this fraction of the chosen tile's
@@ -138,19 +137,6 @@ def facts(machine: Machine) -> Any:
     return tile_shapes.device_of(machine.device)
 
 
-def problem_of(problem: Problem) -> ConvProblem:
-    """The description of this case that the operators give to kernels."""
-    op = "routed_conv2d" if problem.case.direction == "forward" else f"routed_conv2d_{problem.case.direction}"
-    stride, padding = ((value, value) for value in problem.settings.values())
-    return conv_problem(op, tensors_of(problem), stride, padding)
-
-
-def tensors_of(problem: Problem) -> ConvTensors:
-    """The tensors of a case, without widths."""
-    plan = problem.plan
-    return ConvTensors(problem.x, problem.weight, plan.offsets, plan.tiles, plan.weight_index, bias=problem.bias)
-
-
 def candidates(problem: Problem, p: ConvProblem, device: Any) -> list[Candidate]:
     """Every configuration for this case; without the device's name, so that no table decides what is chosen."""
     from tdc_fast.kernels import tile_shapes
@@ -161,7 +147,7 @@ def candidates(problem: Problem, p: ConvProblem, device: Any) -> list[Candidate]
     op, device = problem.case.direction, replace(device, name="")
     if op == "wgrad":
         return wgrad_candidates(problem, p, device)
-    t = tensors_of(problem)
+    t = problem.tensors()
     t = t._replace(tiles=tiles_of(t.tiles, t.offsets, p.batch))
     call = partial(conv_forward, p, t) if op == "forward" else partial(conv_dgrad, p, problem.dy, t)
     best = tile_shapes.choose_tile(op, p, device)
@@ -177,7 +163,7 @@ def wgrad_candidates(problem: Problem, p: ConvProblem, device: Any) -> list[Cand
     from tdc_fast.kernels.conv_wgrad import conv_wgrad
 
     def run(tile: Any, splits: int, out: torch.Tensor) -> torch.Tensor:
-        conv_wgrad(p, problem.dy, tensors_of(problem), out, tile=tile, splits=splits)
+        conv_wgrad(p, problem.dy, problem.tensors(), out, tile=tile, splits=splits)
         return out
 
     result = []
@@ -196,7 +182,7 @@ def tune(run: Run, case: Case, device: Any, table: Table) -> int:
     from tdc_fast.kernels import tile_shapes
 
     problem = Problem(run, case)
-    p = problem_of(problem)
+    p = problem.described()
     key = tile_shapes.problem_key(case.direction, p)
     right: dict[str, Candidate] = {}
     wrong = 0

@@ -15,7 +15,10 @@ from bench.gpu import peers
 from bench.gpu.layers import ConvLayer
 from bench.gpu.rows import OURS, OURS_GRAPH, Run, best_of_ours, measure, relative_error
 from bench.gpu.timing import Budget, Candidate
-from tdc_fast import RoutingPlan, explain, routed_conv2d
+from tdc_fast import RoutingPlan, routed_conv2d
+from tdc_fast.kernels.problems import ConvProblem, ConvTensors
+from tdc_fast.ops.backends import explain_problem
+from tdc_fast.ops.checks import conv_problem
 
 DIRECTIONS = ("forward", "dgrad", "wgrad")
 NUM_GROUPS = (8, 1, 4, 16)
@@ -109,6 +112,18 @@ class Problem:
         whole = torch.ones(self.case.num_groups, dtype=torch.int32, device=self.x.device)
         return {"in_widths": whole * self.live_in, "out_widths": whole * self.live_out}
 
+    def tensors(self) -> ConvTensors:
+        """The tensors as the backends take them, without widths."""
+        plan = self.plan
+        return ConvTensors(self.x, self.weight, plan.offsets, plan.tiles, plan.weight_index, bias=self.bias)
+
+    def described(self) -> ConvProblem:
+        """The description of this case that the operators give to the backends."""
+        direction = self.case.direction
+        op = "routed_conv2d" if direction == "forward" else f"routed_conv2d_{direction}"
+        stride, padding = ((value, value) for value in self.settings.values())
+        return conv_problem(op, self.tensors(), stride, padding)
+
     def ours(self, backend: str | None, widths: dict[str, Any]) -> Candidate:
         """The routed operator in the direction of the case."""
         if self.case.direction == "forward":
@@ -174,11 +189,8 @@ def live_channels(channels: int, width: float) -> int:
 
 
 def explained(problem: Problem, backend: str | None) -> tuple[str | None, list[str]]:
-    """The backend that the forward runs on, and the other GPU backends that support it."""
-    what = explain(
-        routed_conv2d, problem.x, problem.weight, problem.bias, problem.plan, **problem.settings, **problem.widths(),
-        backend=backend,
-    )  # fmt: skip
+    """The backend that the operator runs on, and the other GPU backends that support it."""
+    what = explain_problem(problem.case.direction, problem.described(), backend)
     others = [name for name in ("triton", "cuda") if name != what.backend and what.reasons.get(name, "absent") is None]
     return what.backend, others
 
@@ -207,7 +219,7 @@ def row_of(run: Run, case: Case) -> dict[str, Any]:
             makers["compiled loop"] = lambda: peers.compiled(machine, peers.sequence(problem.segments()))
     result = measure(run, makers, compiles=("compiled loop",))
     outcome = ours()
-    error = problem.error(outcome[0] if case.direction == "wgrad" else outcome)
+    error = problem.error(outcome if case.direction == "forward" else outcome[0])
     flops = case.layer.flops(problem.live_in, problem.live_out)
     best = best_of_ours(result)
     return {

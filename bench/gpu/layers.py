@@ -122,20 +122,24 @@ def design_layers(*, tiny: bool = False) -> list[ConvLayer]:
 
 
 def unet_layers(name: str, flags: dict[str, Any], batch: int) -> tuple[list[ConvLayer], list[NormLayer]]:
-    """The distinct convolutions (1x1 ones over tokens included) and group norms of a UNet, the costliest first."""
+    """The distinct convolutions (1x1 ones over tokens included) and group norms of a UNet, the costliest first.
+
+    Two inputs count as one with all channels, and an image that is upsampled as the larger one.
+    """
     convs: Counter[ConvLayer] = Counter()
     norms: Counter[NormLayer] = Counter()
 
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0]
         if isinstance(module, layers.Conv2d):
-            height, width = x.shape[2:]
+            height, width = (size * kwargs.get("upsample", 1) for size in x.shape[2:])
             taps, stride = module.kernel_size[0], module.stride[0]
             convs[ConvLayer(name, batch, module.in_channels, module.out_channels, height, width, taps, stride)] += 1
         elif isinstance(module, layers.TokenConv1d):
             convs[ConvLayer(name, batch, module.in_channels, module.out_channels, x.shape[1], 1, 1, 1)] += 1
         elif isinstance(module, layers.GroupNorm):
-            channels, height, width = x.shape[1:]
+            height, width = x.shape[2:]
+            channels = sum(t.shape[1] for t in (x, kwargs.get("x2")) if t is not None)
             silu, modulated = kwargs.get("activation") == "silu", kwargs.get("scale") is not None
             norms[NormLayer(name, batch, channels, height, width, module.num_groups, silu, modulated)] += 1
 

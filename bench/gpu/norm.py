@@ -14,8 +14,11 @@ from bench.gpu import peers
 from bench.gpu.layers import NormLayer
 from bench.gpu.rows import OURS, OURS_GRAPH, Run, best_of_ours, measure, relative_error
 from bench.gpu.timing import Budget, Candidate
-from tdc_fast import RoutingPlan, explain, routed_group_norm
+from tdc_fast import RoutingPlan, routed_group_norm
+from tdc_fast.kernels.problems import NormProblem, NormTensors
 from tdc_fast.nn import layers
+from tdc_fast.ops.backends import explain_problem
+from tdc_fast.ops.checks import norm_problem
 
 NUM_GROUPS = 8
 EPS = 1e-5
@@ -62,6 +65,15 @@ class Problem:
             self.x, self.weight, self.bias, self.plan, num_groups=self.layer.num_groups, eps=EPS, widths=self.widths,
             scale=self.scale, shift=self.shift, activation="silu" if self.layer.silu else None, backend=backend,
         )  # fmt: skip
+
+    def described(self, direction: str) -> NormProblem:
+        """The description of the layer that the operators give to the backends."""
+        op = "routed_group_norm" if direction == "forward" else f"routed_group_norm_{direction}"
+        t = NormTensors(
+            self.x, self.weight, self.bias, self.plan.offsets, self.plan.weight_index, self.widths, self.scale,
+            self.shift,
+        )  # fmt: skip
+        return norm_problem(op, t, self.layer.num_groups, EPS, self.layer.silu)
 
     def ours(self, direction: str, backend: str | None) -> Candidate:
         """The routed operator, "forward" or "backward"."""
@@ -139,10 +151,7 @@ def row_of(run: Run, layer: NormLayer, direction: str, width: float, copy_rate: 
     """Time a layer and return the fields of its row; `copy_rate` is that of a measured copy in TB/s."""
     problem = Problem(run, layer, width)
     machine = run.machine
-    what = explain(
-        routed_group_norm, problem.x, problem.weight, problem.bias, problem.plan, num_groups=layer.num_groups,
-        widths=problem.widths, scale=problem.scale, shift=problem.shift, backend=run.backend,
-    )  # fmt: skip
+    what = explain_problem(direction, problem.described(direction), run.backend)
     ours = problem.ours(direction, run.backend)
 
     def in_graph(backend: str) -> Callable[[], Candidate]:

@@ -12,8 +12,9 @@ upsampling. A backend says in `fuses` which of them it has. Where it has not, or
 goes through `Unfused` (composition.py), which makes the tensor first and gives the backend a problem without.
 
 The `backend` argument decides first, then the environment variable TDC_FAST_BACKEND; otherwise the fastest backend that
-supports the problem runs, and which one is fastest depends on the operator. A backend chosen by name that cannot serve
-raises with its reason. builtin.py registers these:
+supports the problem runs. Which one is fastest, measured times say where the device has some near the problem
+(measured.py), elsewhere a usual order per operator. A backend chosen by name that cannot serve raises with its reason.
+builtin.py registers these:
 
     cpu        C++ for host memory: fp32, bf16
     triton     kernels of tdc_fast.kernels, on NVIDIA GPUs from sm_80 on: fp32, bf16, fp16
@@ -35,6 +36,7 @@ from tdc_fast.errors import invalid
 from tdc_fast.kernels.problems import ConvProblem, ConvTensors, NormProblem, NormTensors, Problem
 from tdc_fast.ops.checks import are_in_memory, check_memory, extents, require_backend_name, signature
 from tdc_fast.ops.composition import Unfused
+from tdc_fast.ops.measured import Times, times_near
 
 ENVIRONMENT = "TDC_FAST_BACKEND"
 _MEMO_LIMIT = 4096
@@ -54,7 +56,7 @@ class Backend(Protocol):
 
 
 _backends: list[Backend] = []
-# Fastest first, by the kind of problem; other backends come before these.
+# The usual order, fastest first, by the kind of problem; other backends come before these.
 _ORDER: dict[type, tuple[str, ...]] = {
     ConvProblem: ("cpu", "triton", "cuda", "reference"),
     NormProblem: ("cpu", "cuda", "triton", "reference"),
@@ -87,12 +89,17 @@ def forget() -> None:
     _reads_two.clear()
 
 
-def _servers(problem: Problem) -> Iterator[tuple[Any, str | None]]:
+def _servers(problem: Problem, times: Times | None) -> Iterator[tuple[Any, str | None]]:
     """What would run a problem on each backend, fastest first, with None, or the reason why it cannot serve.
 
     Those that make copies first (`Unfused`) come after those that do not, but before the reference.
+
+    Args:
+        problem: What is to run.
+        times: Measured times, None for the usual order.
     """
-    order = _ORDER[type(problem)]
+    usual = _ORDER[type(problem)]
+    order = usual if times is None else times.order(usual)
     ordered = sorted(_backends, key=lambda backend: order.index(backend.name) if backend.name in order else -1)
     if not problem.fused:
         return ((backend, backend.supports(problem)) for backend in ordered)
@@ -121,7 +128,7 @@ def select(problem: Problem, requested: str) -> Any:
     asked_by = "backend"
     if not requested:
         requested, asked_by = os.environ.get(ENVIRONMENT, ""), ENVIRONMENT
-    for server, reason in _servers(problem):
+    for server, reason in _servers(problem, None if requested else times_near(problem)):
         if requested and server.name != requested:
             continue
         if reason is None:
@@ -241,8 +248,19 @@ def explain(operator: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Ex
         raise invalid("operator", name, f"one of {sorted(_describers)}")
     requested = kwargs.pop("backend", None)
     require_backend_name(requested)
-    problem = _describers[name](*args, **kwargs)
-    servers = {server.name: (server, reason) for server, reason in _servers(problem)}
+    return explain_problem(name, _describers[name](*args, **kwargs), requested)
+
+
+def explain_problem(operator: str, problem: Problem, requested: str | None = None) -> Explanation:
+    """Says which backend would run a problem, which may be that of a gradient, and why; see `explain`.
+
+    Args:
+        operator: What the explanation calls it.
+        problem: What is to run.
+        requested: The name of a backend; None for any.
+    """
+    times = times_near(problem)
+    servers = {server.name: (server, reason) for server, reason in _servers(problem, times)}
     reasons = {name: reason for name, (_, reason) in servers.items()}
     copies = {name: server.copies for name, (server, reason) in servers.items()
               if reason is None and isinstance(server, Unfused)}  # fmt: skip
@@ -250,6 +268,9 @@ def explain(operator: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Ex
     asked, origin = (requested, "backend") if requested else (environment, ENVIRONMENT)
     if asked:
         chosen = asked if asked in reasons and reasons[asked] is None else None
-        return Explanation(name, chosen, f"{origin}={asked!r}", reasons, copies)
+        return Explanation(operator, chosen, f"{origin}={asked!r}", reasons, copies)
     chosen = next(backend for backend, reason in reasons.items() if reason is None)
-    return Explanation(name, chosen, "the fastest that supports the call", reasons, copies)
+    because = "the fastest that supports the call, "
+    serving = [name for name, reason in reasons.items() if reason is None and times is not None and name in times.ms]
+    measured = chosen in serving and len(serving) > 1
+    return Explanation(operator, chosen, because + (str(times) if measured else "in the usual order"), reasons, copies)

@@ -87,7 +87,9 @@ def test_explain_says_what_would_run_and_why_not_the_others(monkeypatch: pytest.
     assert explanation.reasons["reference"] is None
     assert explanation.reasons["cpu"]
     assert list(explanation.reasons) == available_backends()
-    assert str(explanation).startswith("routed_conv2d: reference (the fastest that supports the call)")
+    assert str(explanation).startswith(
+        "routed_conv2d: reference (the fastest that supports the call, in the usual order)"
+    )
     refused = explain(routed_conv2d, *arguments, backend="cpu")
     assert refused.backend is None and "backend='cpu'" in str(refused)
     monkeypatch.setenv("TDC_FAST_BACKEND", "reference")
