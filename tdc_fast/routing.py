@@ -141,6 +141,9 @@ class TimestepGroups:
 
         A timestep outside [0, T) raises ValueError on the CPU outside torch.compile. Elsewhere the check would have to
         wait for the device, and such a timestep belongs to the nearest group.
+
+        Raises:
+            ValueError: t has another dtype, such a timestep, or is mapped over by torch.vmap.
         """
         require_tensors(t=t)
         if t.dtype not in INTEGER_DTYPES:
@@ -148,6 +151,8 @@ class TimestepGroups:
         compiling = torch.compiler.is_compiling()
         if not compiling and t.device.type == "cpu" and t.numel():
             check_memory(t=t)
+            if torch._C._functorch.is_batchedtensor(t):
+                raise invalid("t", "a batch of torch.vmap", "the timesteps of all samples in one tensor, outside vmap")
             low, high = (int(v) for v in torch.aminmax(t))
             if low < 0 or high >= self.num_timesteps:
                 raise invalid("t", low if low < 0 else high, f"timesteps in [0, {self.num_timesteps})")

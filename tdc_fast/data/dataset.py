@@ -68,7 +68,8 @@ class ImageDataset:
         indices: (N,) int64, the images of the source that the dataset holds.
         labels: (N,) int64, or None if not class conditional.
         num_classes: number of classes in the whole source, also for a split; 0 without labels.
-        ignored: hidden images and folders, and the like, that were left out of a folder, see `load_dataset`.
+        ignored: hidden images and folders, images of formats that are not read, and the like, that were left out of a
+            folder, see `load_dataset`.
     """
 
     source: ImageSource
@@ -276,8 +277,8 @@ def _listed(folder: Path, image_size: int | None) -> tuple[list[Path], int]:
     if not found.files:
         raise invalid("data_dir", str(folder), f"a folder with {SUFFIX_WORDS} files in it or below")
     if found.ignored:
-        first = found.ignored[0].relative_to(folder)
-        print(f"{folder}: left out {len(found.ignored)} hidden or special entries, such as {first}", flush=True)
+        first, kinds = found.ignored[0].relative_to(folder), "hidden or special entries or images of other formats"
+        print(f"{folder}: left out {len(found.ignored)} {kinds}, such as {first}", flush=True)
     return found.files, len(found.ignored)
 
 

@@ -14,13 +14,18 @@ from tdc_fast.data.fitting import fit_image
 
 Background = Literal["white", "grey", "black"]
 BACKGROUNDS: dict[str, int] = {"white": 255, "grey": 128, "black": 0}
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff"})
-SUFFIX_WORDS = "jpg, jpeg, png, gif, webp, bmp, tif or tiff"
+SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff"})
+SUFFIX_WORDS = "jpg, jpeg, jpe, jfif, png, gif, webp, bmp, tif or tiff"
 PIXEL_LIMIT = 2**27
 """Pixels of the largest image file that is decoded, about 134 million."""
 
 # Pillow also reads formats that run other programs, such as EPS; a file's name does not bind its content.
 _FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "DIB", "TIFF")
+# Images that are not read: they are counted, so that nobody trains on a part of a folder without knowing.
+_OTHER_SUFFIXES = frozenset(
+    {".avif", ".heic", ".heif", ".jxl", ".jp2", ".j2k", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".ico", ".dib"}
+    | {".exr", ".hdr", ".psd", ".svg", ".dng", ".cr2", ".nef", ".arw"}
+)
 _SYSTEM_FOLDERS = frozenset({"__MACOSX", "@eaDir", "$RECYCLE.BIN"})
 _ORIENTATION_TAG = 0x0112
 
@@ -32,7 +37,8 @@ class Listing:
     Attributes:
         files: the image files.
         ignored: what was left out: hidden images and folders, folders that other programs keep (`__MACOSX`), folders
-            that were listed already (links in a circle), and what has the name of an image but is no regular file.
+            that were listed already (links in a circle), images of formats that are not read, and what has the name of
+            an image but is no regular file.
     """
 
     files: list[Path] = field(default_factory=list)
@@ -60,6 +66,8 @@ def list_images(folder: Path) -> Listing:
         elif entry.suffix.lower() in SUFFIXES:
             hidden = entry.name.startswith(".")
             (found.ignored if hidden or _is_special(entry) else found.files).append(entry)
+        elif entry.suffix.lower() in _OTHER_SUFFIXES:
+            found.ignored.append(entry)
     return found
 
 
@@ -98,6 +106,8 @@ def read_image(path: Path, size: int, channels: int, background: Background) -> 
         if image.width * image.height > PIXEL_LIMIT:
             raise ValueError(f"{image.width} x {image.height} pixels are more than {PIXEL_LIMIT}")
         image.load()
+        if image.mode == "I" and image.format == "TIFF":
+            raise ValueError("its pixels are 32-bit or signed integers, not 8 or 16 bits")
         return fit_image(_opaque(_upright(image), background).convert("RGB" if channels == 3 else "L"), size)
 
 

@@ -149,7 +149,7 @@ def call_in_backward(ctx: Any, op: torch._ops.OpOverload, dy: torch.Tensor, *arg
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorates a `backward`: with create_graph=True it raises, instead of losing terms silently.
+    """Decorates a `backward`: with create_graph=True it raises, instead of losing terms silently; so it does in vmap.
 
     torch's decorator of that name raises only when the incoming gradient itself requires one.
     """
@@ -162,9 +162,19 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
             tensors = tuple(grads) + tuple(ctx.saved_tensors)
             if any(moving is not None for moving in _unpacked(tensors)[1]):
                 raise RuntimeError("tdc_fast operators are differentiable once: no forward mode through their backward")
+        if any(_is_batch_of_vmap(grad) for grad in grads if grad is not None):
+            raise RuntimeError(
+                "tdc_fast operators take one gradient at a time: call torch.autograd.grad for each, without "
+                "is_grads_batched=True, vectorize=True and vmap"
+            )
         return backward(ctx, *grads)
 
     return wrapper
+
+
+def _is_batch_of_vmap(tensor: torch.Tensor) -> bool:
+    functorch = torch._C._functorch  # is_grads_batched=True has batches of a kind of its own
+    return functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
 
 
 def add_autocast(op: torch._ops.OpOverload, cast: Callable[..., tuple[Any, ...]]) -> None:

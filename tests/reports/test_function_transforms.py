@@ -135,3 +135,21 @@ def test_forward_mode_through_a_backward_is_refused(name: str) -> None:
         y = function(dual, *values[1:])
         with pytest.raises(RuntimeError, match="differentiable once"):
             torch.autograd.grad(y.square().sum(), values[1])
+
+
+@pytest.mark.parametrize("name", ["conv", "norm", "linear"])
+def test_several_gradients_at_once_are_refused_by_name(name: str) -> None:
+    function, shapes = SHAPES[name]
+    values = [value.requires_grad_() for value in arguments(shapes)]
+    y = function(*values)
+    with pytest.raises(RuntimeError, match="one gradient at a time"):
+        torch.autograd.grad(y, values, torch.stack([y, y]), is_grads_batched=True)
+    with pytest.raises(RuntimeError, match="one gradient at a time"):
+        torch.autograd.functional.jacobian(lambda x: function(x, *values[1:]), values[0], vectorize=True)
+
+
+def test_timesteps_under_vmap_are_refused_by_name() -> None:
+    routed = pack_experts(Net(), TimestepGroups.uniform(12, 3))
+    x, _ = samples(0, 4)
+    with pytest.raises(ValueError, match="^t: got 'a batch of torch.vmap'"):
+        torch.func.vmap(lambda image, t: routed(image[None], t[None]))(x, torch.arange(4))

@@ -17,6 +17,7 @@ from PIL import Image
 from tdc_fast.data import image_files
 from tdc_fast.data.dataset import load_dataset
 from tdc_fast.data.fitting import fit_image
+from tdc_fast.data.image_files import list_images
 from tests.data.images import pixels, write
 from tests.generated import examples
 
@@ -69,6 +70,14 @@ def test_pipes_and_devices_are_left_out(tmp_path):
     (tmp_path / "endless.jpg").symlink_to("/dev/zero")
     dataset = load_dataset(tmp_path, image_size=4)
     assert (len(dataset), dataset.ignored) == (1, 2)
+
+
+def test_images_of_other_formats_are_counted(tmp_path):
+    for name in ("cat_1.png", "dog_1.jfif", "eel_1.JPE", "fox_1.avif", "fox_2.PPM", "labels.txt", "notes"):
+        (tmp_path / name).touch()
+    found = list_images(tmp_path)
+    assert [path.name for path in found.files] == ["cat_1.png", "dog_1.jfif", "eel_1.JPE"]
+    assert [path.name for path in found.ignored] == ["fox_1.avif", "fox_2.PPM"]
 
 
 def test_a_broken_link_is_an_error_that_names_it(tmp_path):
@@ -177,6 +186,12 @@ def test_floating_point_images_are_refused_by_name(tmp_path):
         load_dataset(tmp_path, image_size=4)
 
 
+def test_integers_of_32_bits_are_refused_by_name(tmp_path):
+    Image.fromarray(np.arange(16, dtype=np.int32).reshape(4, 4)).save(tmp_path / "a.tif")
+    with pytest.raises(ValueError, match=r"a\.tif.*32-bit"):
+        load_dataset(tmp_path, image_size=4)
+
+
 @pytest.mark.parametrize("cache_bytes", [2**20, 0])
 def test_a_folder_is_read_as_grey_for_a_model_of_one_channel(tmp_path, cache_bytes):
     grey = pixels(4, 4)
@@ -211,6 +226,7 @@ def test_a_line_of_pixels_is_cropped_before_it_is_enlarged(tmp_path):
     Image.new("RGB", (100_000, 1), (9, 9, 9)).save(tmp_path / "line.png")
     code = f"""
 from tdc_fast.data.dataset import load_dataset
+from tdc_fast.data.image_files import list_images
 before = peak()
 assert load_dataset({str(tmp_path)!r}, image_size=512).images().shape == (1, 3, 512, 512)
 print(peak() - before)
@@ -291,6 +307,7 @@ def test_photo_patches_are_those_of_the_enlarged_photograph(size):
 def test_photos_at_2000_pixels_take_less_than_a_gigabyte():
     code = """
 from tdc_fast.data.dataset import load_dataset
+from tdc_fast.data.image_files import list_images
 from tdc_fast.data.stream import BatchStream
 train, held = load_dataset("photos", image_size=2000).split(0.4)
 for _, (x, _) in zip(range(3), BatchStream(train, 2)):
