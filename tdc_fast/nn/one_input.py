@@ -33,9 +33,11 @@ def chunks_in_one_launch(
         For each layer its chunks, (B, C_out / count) each; None where the layers had better run one after the other: on
         the CPU, where stacking their weights would take longer than it saves, and layers that are not routed.
     """
+    if not launches_cost(x.device):
+        return None
     routed = [layer for layer in layers if isinstance(layer, RoutedLinear)]
     plain = any(layer.bias is None or layer.in_widths is not None or layer.closing_gate is not None for layer in routed)
-    if not routed or plain or not launches_cost(x.device):
+    if not routed or plain:
         return None
     return _in_one_launch(routed, x, count, routed[0].current_plan(None))
 
@@ -46,12 +48,13 @@ def _in_one_launch(
     """Every chunk of every layer gets a copy of the batch, and groups and experts of its own."""
     sizes = [layer.out_features // count for layer in layers]
     most, chunks = max(sizes), len(layers) * count
-    weights = [
-        _padded(layer.apart(layer.current(layer.weight), count), most) for layer in layers
-    ]  # (count, E, most, C_in) each
-    biases = [
-        _padded(layer.apart(layer.current(layer.bias), count), most) for layer in layers if layer.bias is not None
-    ]
+    weights: list[Tensor] = []  # (count, E, most, C_in) for each layer
+    biases: list[Tensor] = []  # (count, E, most)
+    for layer in layers:
+        weight, bias, _ = layer.operands(plan)
+        assert bias is not None
+        weights.append(_padded(layer.apart(weight, count), most))
+        biases.append(_padded(layer.apart(bias, count), most))
     y = routed_linear(
         x.repeat(chunks, 1),
         torch.cat(weights).flatten(0, 1),

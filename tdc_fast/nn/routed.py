@@ -71,6 +71,7 @@ class RoutedLeaf(nn.Module):
     out_widths: Tensor | None
     in_widths: Tensor | None
     closing_gate: Tensor | None
+    weight: Tensor
     bias: Tensor | None
 
     def __init__(self, num_experts: int) -> None:
@@ -95,27 +96,30 @@ class RoutedLeaf(nn.Module):
 
     def current_plan(self, plan: RoutingPlan | None) -> RoutingPlan:
         """The given plan, else that of the running forward; ValueError if there is none."""
-        if plan is not None:
-            return plan
-        if self.routing is None or self.routing.plan is None:
+        if plan is None:
+            plan = None if self.routing is None else self.routing.plan
+        if plan is None:
             raise invalid("plan", None, "a RoutingPlan, or a call from within RoutedModel's forward")
-        return self.routing.plan
+        return plan
 
-    def current(self, parameter: Tensor) -> Tensor:
-        """The parameter as the running forward computes with it: under autocast its copy in the lower precision."""
+    def operands(self, plan: RoutingPlan | None = None) -> tuple[Tensor, Tensor | None, RoutingPlan]:
+        """What a forward computes with.
+
+        Returns:
+            The weight, the bias and the `current_plan`. Under autocast weight and bias are copies in the lower
+            precision. The bias is zero for experts whose unit has width 0, since such a block is only its skip path.
+        """
         running = None if self.routing is None else self.routing.running
-        return parameter if running is None or running.copies is None else running.copies.of(parameter)
-
-    def current_bias(self) -> Tensor | None:
-        """The `current` bias (E, C), zeros for experts whose unit has width 0, since such a block is its skip path."""
-        if self.bias is None:
-            return None
-        bias = self.current(self.bias)
-        if self.closing_gate is None:
-            return bias
-        if not torch.compiler.is_compiling():
-            check_memory(bias=bias)
-        return torch.where(self.closing_gate, bias, 0)
+        weight, bias = self.weight, self.bias
+        if running is not None:
+            plan = plan or running.plan
+            if running.copies is not None:
+                weight, bias = running.copies.of(weight), None if bias is None else running.copies.of(bias)
+        if bias is not None and self.closing_gate is not None:
+            if not torch.compiler.is_compiling():
+                check_memory(bias=bias)
+            bias = torch.where(self.closing_gate, bias, 0)
+        return weight, bias, plan or self.current_plan(plan)
 
     @torch.no_grad()
     def expert_state(self, expert: int) -> dict[str, Tensor]:
@@ -208,9 +212,7 @@ class RoutedConv2d(RoutedLeaf):
         """
         return routed_conv2d(
             x,
-            self.current(self.weight),
-            self.current_bias(),
-            self.current_plan(plan),
+            *self.operands(plan),
             stride=self.stride,
             padding=self.padding,
             in_widths=self.in_widths,
@@ -264,9 +266,7 @@ class RoutedLinear(RoutedLeaf):
             return self.forward(tokens, plan, residual=added).unflatten(1, x.shape[1:-1])
         return routed_linear(
             x,
-            self.current(self.weight),
-            self.current_bias(),
-            self.current_plan(plan),
+            *self.operands(plan),
             in_widths=self.in_widths,
             out_widths=self.out_widths,
             residual=residual,
@@ -345,14 +345,14 @@ class RoutedGroupNorm(RoutedLeaf):
             Like x, or (B, C, H, W) with x2, in the dtype of x.
         """
         image = x if x.dim() == 4 else x.reshape(x.shape[0], x.shape[1], -1, 1)
-        weight, bias = self.current(self.weight), self.current(self.bias)
-        if weight.dtype != x.dtype:  # a norm of fp32 under autocast computes in fp32
+        weight, bias, plan = self.operands(plan)
+        if bias is None or weight.dtype != x.dtype:  # a norm of fp32 under autocast computes in fp32
             weight, bias = self.weight, self.bias
         y = routed_group_norm(
             image,
             weight,
             bias,
-            self.current_plan(plan),
+            plan,
             num_groups=self.num_groups,
             eps=self.eps,
             widths=self.out_widths,

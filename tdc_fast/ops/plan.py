@@ -272,7 +272,7 @@ class RoutingPlan:
 
         Group g of copy c is group c * N + g, and uses expert c * num_experts + weight_index[g].
         """
-        copy = torch.arange(times, device=self.groups.device)[:, None]
+        copy = torch.arange(times, dtype=torch.int32, device=self.groups.device)[:, None]
         groups = (self.groups + copy * self.num_groups).flatten()
         weight_index = (self.weight_index + copy * num_experts).flatten()
         return RoutingPlan.from_groups(groups, times * self.num_groups, weight_index)
