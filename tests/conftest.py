@@ -36,6 +36,7 @@ SLOW = (
     "test_prune.py",
     "training/test_grouping.py",
     "training/test_resume.py",
+    "training/test_step.py",
 )
 
 

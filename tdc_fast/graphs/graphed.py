@@ -211,7 +211,7 @@ class Graphed:
     def _record(self, entry: _Signature, leaves: Sequence[Any], spec: Any, tensors: Sequence[Tensor]) -> None:
         """Capture the signature; the reason is logged if that fails."""
         captured = [other for other in self._signatures.values() if other.recording is not None]
-        for oldest in captured[: len(captured) + 1 - self._max_graphs]:
+        for oldest in captured[: max(0, len(captured) + 1 - self._max_graphs)]:
             oldest.recording, oldest.inputs, oldest.calls = None, (), 0
         with torch.no_grad():
             static = [torch.empty_like(tensor).copy_(tensor) for tensor in tensors]

@@ -136,6 +136,14 @@ def test_of_more_signatures_than_graphs_the_one_used_longest_ago_is_dropped(tape
     assert len(tape.tapes) == 4
 
 
+def test_as_many_signatures_as_graphs_all_stay(tape):
+    step = Graphed(lambda x: x + 1, "cpu", warmup=1, max_graphs=8)
+    for _ in range(3):
+        for length in range(1, 9):
+            assert step(torch.zeros(length)).sum() == length
+    assert step.num_graphs == 8 and [one.replays for one in tape.tapes] == [2] * 8
+
+
 def test_endless_new_signatures_end_in_one_line_and_the_graphs_there_are_stay(tape, caplog):
     step = Graphed(lambda x: x + 1, "cpu", name="sizes", warmup=1, max_graphs=1)
     for length in (*range(1, 20), 8):
