@@ -216,6 +216,14 @@ def test_the_cpu_reads_two_inputs_to_the_bits_of_their_concatenation(dtype: torc
         assert torch.equal(two[name], one[name]), name
 
 
+def test_the_same_channels_split_elsewhere_are_another_problem() -> None:
+    """dgrad sees neither x nor x2, only where the seam is."""
+    for x2_channels in (3, 8, 1):
+        case = conv.random_case(x2_channels=x2_channels)
+        results = run(case, case.tensors(torch.float32))
+        assert results["dx2"].shape[1] == x2_channels and results["dx"].shape[1] == case.in_channels - x2_channels
+
+
 def test_the_second_input_and_the_upsampling_are_checked() -> None:
     plan = RoutingPlan.from_groups(torch.zeros(2, dtype=torch.int64), 1)
     x, weight = torch.zeros(2, 3, 4, 4), torch.zeros(1, 5, 7, 3, 3)
