@@ -21,7 +21,7 @@ from tdc_fast.training.stage import Stage
 from tdc_fast.training.step import TrainingStep
 from tests.graphs.tape import TapeCapture
 from tests.operators import Recorded
-from tests.training.small_run import TWO_STAGES, differences, flags, small_config
+from tests.training.small_run import TWO_STAGES, differences, flags, rows, small_config
 
 STAGES = {**TWO_STAGES, "stage1_steps": 5, "stage2_steps": 6}
 RUNS = {
@@ -53,6 +53,22 @@ def test_a_run_from_graphs_is_the_run_without_them(tmp_path, name):
     steps = [5, 6] if plain.groups else [6]
     assert [one.replays for one in tape.tapes] == [count - 2 for count in steps]  # the first two run as they are
     assert differences(tmp_path / "plain", tmp_path / "graphs") == []
+
+
+def test_a_base_on_the_routed_kernels_trains_as_the_dense_one_and_is_stored_as_one(tmp_path, monkeypatch):
+    config = small_config(tmp_path, "dense", lr_anneal_steps=6, precision="bf16")
+    train(config)
+    tape = TapeCapture()
+    monkeypatch.setattr("tdc_fast.training.step.kernels_serve", lambda device, dtype: True)
+    train(config.replace(run_dir=str(tmp_path / "plain")))
+    with use_capture(tape):
+        train(config.replace(run_dir=str(tmp_path / "graphs")))
+    assert tape.replays == 4 and differences(tmp_path / "plain", tmp_path / "graphs") == []
+    dense, routed = (rows(tmp_path / name / "progress.csv") for name in ("dense", "plain"))
+    assert [float(row["loss"]) for row in routed] == pytest.approx([float(row["loss"]) for row in dense], rel=1e-2)
+    states = [torch.load(tmp_path / name / "model000006.pt", weights_only=True) for name in ("dense", "plain")]
+    assert {n: v.shape for n, v in states[0].items()} == {n: v.shape for n, v in states[1].items()}
+    assert states[0].keys() == states[1].keys() and not all(map(torch.equal, states[0].values(), states[1].values()))
 
 
 def test_a_run_that_is_resumed_captures_again_and_goes_on_bit_for_bit(tmp_path):

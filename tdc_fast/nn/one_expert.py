@@ -1,0 +1,59 @@
+"""A dense model on the routed kernels: the model of one expert, with the parameters of the dense one."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from tdc_fast.kernels.problems import NormProblem
+from tdc_fast.nn.packing import pack_experts
+from tdc_fast.ops.backends import select
+from tdc_fast.routing import TimestepGroups
+
+
+class OneExpert:
+    """Calls a dense model as a packed model of one expert, which runs on the routed kernels.
+
+    The parameters are those of the dense model, seen as stacks of one: its state dict and its optimizer stay as they
+    are, and gradients arrive at it. Whether dropout is active is the dense model's mode.
+
+    Layers must not be computed again in the backward (`torch.utils.checkpoint`), when the parameters are no longer
+    there.
+
+    Args:
+        model: any module that `pack_experts` can pack; its structure and its parameters must stay as they are.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        # Packed without memory: the parameters of the copy are never read.
+        memo: dict[int, Any] = {id(p): nn.Parameter(p.detach().to("meta")) for p in model.parameters()}
+        packed = pack_experts(copy.deepcopy(model, memo), TimestepGroups([0, 1]))
+        self._model, self._packed = model, packed
+        ranks = {name: parameter.dim() for name, parameter in packed.named_parameters()}
+        self._parameters = [
+            (f"model.{name}", parameter, parameter.dim() + 1 > ranks[f"model.{name}"])
+            for name, parameter in model.named_parameters()
+        ]
+
+    def __call__(self, x: Tensor, t: Tensor, /, *args: Any, **kwargs: Any) -> Any:
+        """The model's output; arguments as for the model, with integer timesteps t (B,)."""
+        if self._packed.training != self._model.training:
+            self._packed.train(self._model.training)
+        stacked = {
+            name: parameter[None].flatten(2) if has_filter_axis else parameter[None]
+            for name, parameter, has_filter_axis in self._parameters
+        }
+        kwargs["expert_ids"] = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        return functional_call(self._packed, stacked, (x, t, *args), kwargs)
+
+
+def kernels_serve(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether routed operators run on kernels for GPUs there, so that one expert is worth it."""
+    if device.type != "cuda":
+        return False
+    problem = NormProblem("routed_group_norm", device, dtype, 1, 8, 8, 64, 32, 1e-5, True, 1, 1)
+    return select(problem, "").name in ("triton", "cuda")
