@@ -13,6 +13,7 @@ from tdc_fast.nn.packing import RoutedModel
 from tdc_fast.ops.backends import ENVIRONMENT
 from tests.gpu.networks import NUM_GROUPS, batch_for, no_synchronisation, recorded, routed_unet
 from tests.gpu.problems import on_device, on_every_choice
+from tests.operators import Recorded
 from tests.tolerance import max_error
 
 pruned = pytest.mark.parametrize("pruned", [False, True], ids=["whole", "pruned"])
@@ -126,13 +127,35 @@ def test_attention_runs_in_a_fused_kernel(device: str, pruned: bool) -> None:
     model = routed_unet(device, torch.bfloat16, pruned=pruned)
     batch = batch_for(model, seed=1)
     gradients_of(model, *batch)
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
+    kind = torch.autograd.DeviceType.CUDA if device == "cuda" else torch.autograd.DeviceType.CPU
+    activity = torch.profiler.ProfilerActivity.CUDA if device == "cuda" else torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[activity]) as profile:
         gradients_of(model, *batch)
-        torch.cuda.synchronize(device)
-    kernels = {e.name.lower() for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA}
+        if device == "cuda":
+            torch.cuda.synchronize()
+    kernels = {event.name.lower() for event in profile.events() if event.device_type == kind}
     assert any(name in kernel for kernel in kernels for name in ("flash", "fmha", "sdpa")), kernels
     assert not any("softmax" in kernel for kernel in kernels), kernels
+
+
+@on_device
+@pruned
+def test_the_embedding_is_one_launch_with_the_results_of_many(
+    device: str, pruned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = routed_unet(device, torch.float32, pruned=pruned)
+    batch = batch_for(model, seed=1)
+    monkeypatch.setattr("tdc_fast.nn.one_input.launches_cost", lambda device: True)
+    with Recorded() as together:
+        loss, grads = gradients_of(model, *batch)
+    monkeypatch.setattr("tdc_fast.nn.one_input.launches_cost", lambda device: False)
+    with Recorded() as apart:
+        expected_loss, expected = gradients_of(model, *batch)
+    blocks = sum(unit.kind == "resblock" for unit in model.model.pruning_units())
+    assert together["routed_conv2d"] == apart["routed_conv2d"] - blocks + 1
+    torch.testing.assert_close(loss, expected_loss)
+    for name, grad in expected.items():
+        torch.testing.assert_close(grads[name], grad, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @on_device

@@ -127,10 +127,12 @@ def step(model: RoutedModel, monkeypatch: pytest.MonkeyPatch, backend: str) -> d
 
 
 def test_a_whole_pruned_unet_forward_and_backward(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every layer goes through the backend: a layer that it refused would raise."""
+    """Every layer goes through the backend: a layer that it refused would raise. The embedding is one launch of it."""
     model = unet(**TINY)
     routed_model = pack_experts(model, GROUPS, shuffled_plan(model, [{}, {}, PRUNED]))
-    expected, actual = (step(routed_model, monkeypatch, backend) for backend in ("reference", "triton"))
+    expected = step(routed_model, monkeypatch, "reference")
+    monkeypatch.setattr("tdc_fast.nn.one_input.launches_cost", lambda device: True)
+    actual = step(routed_model, monkeypatch, "triton")
     for name in expected:
         torch.testing.assert_close(
             actual[name], expected[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"

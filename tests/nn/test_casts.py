@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 from collections import Counter
@@ -152,6 +153,13 @@ def test_microbatches_share_one_cast_that_ends_with_the_step() -> None:
         for parameter in routed.parameters():
             parameter.mul_(2)
         assert not torch.equal(routed(x, t), before)
+
+
+def test_a_copy_of_a_model_casts_its_own_parameters() -> None:
+    routed = copy.deepcopy(pack_experts(unet(image_size=16), GROUPS))
+    _, _, casts = step(routed)
+    assert not casts.copied.keys() & {("bfloat16", tuple(parameter.shape)) for parameter in routed.parameters()}
+    assert len(casts.at_once) == 2
 
 
 class NormFirst(nn.Module):
