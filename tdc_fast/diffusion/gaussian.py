@@ -43,7 +43,10 @@ def draw_noise(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
     source = x.device if generator is None else generator.device
     noise = torch.randn(x.shape, generator=generator, device=source, dtype=arithmetic_dtype(x))
     channels_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
-    return noise.to(device=x.device, memory_format=torch.channels_last if channels_last else torch.preserve_format)
+    noise = noise.to(memory_format=torch.channels_last if channels_last else torch.preserve_format)
+    if noise.device.type == "cpu" and x.is_cuda:
+        noise = noise.pin_memory()  # so that the CPU can draw the next noise while the GPU works
+    return noise.to(x.device, non_blocking=True)
 
 
 def mean_flat(x: Tensor) -> Tensor:
