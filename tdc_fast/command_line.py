@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import inspect
+import io
 import itertools
 import os
 import signal
@@ -14,7 +16,6 @@ import threading
 import typing
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
@@ -79,7 +80,7 @@ def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _termination_as_interrupt() -> Iterator[None]:
     """Let SIGTERM end a command as Ctrl-C does, in the main thread, where Python allows handlers."""
     if threading.current_thread() is not threading.main_thread():
@@ -96,7 +97,7 @@ def _termination_as_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _plain_warnings() -> Iterator[None]:
     """Show the package's own warnings as `warning: ...`, without the source line that raised them."""
     format_as_usual = warnings.formatwarning
@@ -135,9 +136,9 @@ def parse_flags(
         description: what the command does, for `--help`.
 
     Raises:
-        ValueError: a boolean flag has another value, or a number is out of the range that its section declares.
-        SystemExit: after `--help` (status 0) and for a flag or value that does not exist (status 2; tyro prints the
-            nearest flags).
+        ValueError: a flag or value does not exist, a boolean flag has another value, or a number is out of the range
+            that its section declares.
+        SystemExit: after `--help`, with status 0.
     """
     tyro = require("tyro", "demo")
     is_short = "-h" in argv
@@ -147,20 +148,42 @@ def parse_flags(
     for name, section in sections.items():
         kind = _flag_class(tyro, section, defaults, hidden=is_short)
         fields.append((name, kind, dataclasses.field(default_factory=kind)))
-    parsed = tyro.cli(
-        dataclasses.make_dataclass("Flags", fields),
-        args=_with_boolean_words(argv, sections),
-        prog=prog,
-        description=description,
-        use_underscores=True,
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
-    )
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            parsed = tyro.cli(
+                dataclasses.make_dataclass("Flags", fields),
+                args=_with_boolean_words(argv, sections),
+                prog=prog,
+                description=description,
+                use_underscores=True,
+                config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
+            )
+    except SystemExit as usage:
+        if usage.code:
+            raise ValueError(f"{_in_one_line(said.getvalue())}; {prog} --help explains all flags") from None
+        raise
     values: dict[str, Any] = {}
     for name in sections:
         values.update(dataclasses.asdict(getattr(parsed, name)))
     for section in sections.values():
         check_limits(section, values)
     return values
+
+
+def _in_one_line(box: str) -> str:
+    """What tyro says in a frame of several parts: its first part, and the names of the flags that it suggests."""
+    parts: list[list[str]] = [[]]
+    for row in (line.strip("│")[1:] for line in box.splitlines()):
+        if row.startswith("─"):
+            parts.append([])
+        else:
+            parts[-1].append(row.rstrip())
+    first, *others = [rows for rows in parts if rows]
+    said = " ".join(row.strip() for row in first).removeprefix("Error parsing ").rstrip(".")
+    flags = [row.split()[0] for rows in others for row in rows if row.startswith("    --")]
+    suggested = others and others[0][0].startswith("Perhaps you meant")
+    return said[0].lower() + said[1:] + (f"; perhaps you meant {' or '.join(flags)}" if suggested else "")
 
 
 def value_of(argv: Sequence[str], flag: str) -> str:

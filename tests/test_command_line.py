@@ -62,9 +62,16 @@ def test_a_word_that_is_no_boolean_is_refused_by_flag():
         _parse("--use_ddim", "maybe")
 
 
-def test_unknown_flags_end_the_program():
-    with pytest.raises(SystemExit):
-        _parse("--no_such", "1")
+def test_unknown_flags_and_values_are_refused_in_one_line():
+    for argv, said in [
+        (["--no_such", "1"], "--no_such, 1"),
+        (["--nam", "z"], "--nam, z; perhaps you meant --name"),
+        (["--batch_size", "x"], "--batch_size"),
+    ]:
+        with pytest.raises(ValueError, match=said) as refused:
+            _parse(*argv)
+        assert str(refused.value).endswith("--help explains all flags")
+        assert "\n" not in str(refused.value) and not set("─│╭╰") & set(str(refused.value))
 
 
 def test_a_value_can_be_read_before_the_rest_is_parsed():

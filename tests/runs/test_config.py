@@ -125,12 +125,10 @@ def test_what_cannot_be_is_refused_by_name_with_a_remedy(values, said):
     assert said in str(refused.value)
 
 
-def test_the_command_line_refuses_too(capsys):
+def test_the_command_line_refuses_too():
     for argv in (["--batchsize", "3"], ["--batch_size", "x"], ["--noise_schedule", "foo"]):
-        with pytest.raises(SystemExit) as stopped:
+        with pytest.raises(ValueError, match=argv[0]):
             parse_command_line(argv)
-        assert stopped.value.code == 2
-        assert argv[0].strip("-") in capsys.readouterr().err
     with pytest.raises(ValueError, match="--learn_sigma: got 'maybe'"):
         parse_command_line(["--learn_sigma", "maybe"])
 
