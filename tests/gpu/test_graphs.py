@@ -11,8 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tdc_fast.diffusion import SamplingLoop, create_diffusion
 from tdc_fast.graphs import CudaCapture, Graphed, use_capture
-from tdc_fast.train import train
-from tdc_fast.training import TrainConfig
+from tdc_fast.train import main, train
 from tests.gpu.networks import NUM_TIMESTEPS, batch_for, routed_unet
 from tests.training.small_run import TWO_STAGES, differences, rows, small_config
 
@@ -96,8 +95,7 @@ def test_training_from_graphs_resumes_bit_for_bit(trained) -> None:
     shutil.copytree(folder / "graphs", folder / "again")
     for path in (folder / "again" / "experts").glob("*000010.*"):
         path.unlink()
-    again = TrainConfig.from_file(folder / "again" / "config.json")
-    train(again.replace(run_dir="", resume=str(folder / "again")))
+    assert main(["--resume", str(folder / "again")]) == 0
     assert [name for name in differences(folder / "graphs", folder / "again") if name.endswith(".pt")] == []
 
 
