@@ -32,6 +32,7 @@ R = TypeVar("R")
 class _Signature:
     """What is known of one signature: calls so far, FLOPs if they were counted; static inputs and the recording."""
 
+    key: _Key
     calls: int = 0
     flops: Counts | None = None
     inputs: Sequence[Tensor] = ()
@@ -111,7 +112,7 @@ class Graphed:
         self._modules, self._generators = tuple(modules), tuple(generators)
         self._clone, self._warmup, self._max_graphs, self._required = clone, warmup, max_graphs, required
         self._fixed_flops = fixed_flops
-        self._signatures: OrderedDict[Hashable, _Signature] = OrderedDict()
+        self._signatures: OrderedDict[_Key, _Signature] = OrderedDict()
         self._captures, self._full = 0, False
         self.why_not = ""
         if not captures_on(self._device):
@@ -160,14 +161,15 @@ class Graphed:
         """How many graphs there are."""
         return sum(entry.recording is not None for entry in self._signatures.values())
 
-    def _entry(self, key: Hashable) -> _Signature:
-        if key not in self._signatures:
-            self._signatures[key] = _Signature()
+    def _entry(self, key: _Key) -> _Signature:
+        found = self._signatures.get(key)
+        if found is None:
+            found = self._signatures[key] = _Signature(key)
             waiting = [other for other, known in self._signatures.items() if known.recording is None]
             if len(waiting) > 4 * self._max_graphs:  # signatures that came once or twice and were not seen again
                 del self._signatures[waiting[0]]
-        self._signatures.move_to_end(key)
-        return self._signatures[key]
+        self._signatures.move_to_end(found.key)
+        return found
 
     def _run(self, entry: _Signature, tensors: Sequence[Tensor], args: Any, kwargs: Any) -> Any:
         """Run the function as it is, and look for what would keep it from being captured."""
@@ -263,7 +265,22 @@ def graphed(function: Callable[..., R], device: torch.device | str, **options: A
     return Graphed(function, device, **options) if captures_on(_with_index(torch.device(device))) else function
 
 
-def _key(leaves: Sequence[Any], spec: Any, device: torch.device, modules: Sequence[nn.Module]) -> Hashable:
+class _Key:
+    """A signature, hashed once."""
+
+    __slots__ = ("_hash", "_parts")
+
+    def __init__(self, *parts: Hashable) -> None:
+        self._parts, self._hash = parts, hash(parts)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Key) and self._parts == other._parts
+
+
+def _key(leaves: Sequence[Any], spec: Any, device: torch.device, modules: Sequence[nn.Module]) -> _Key:
     parts = tuple(
         (leaf.shape, leaf.stride(), leaf.dtype, leaf.device, leaf.requires_grad)
         if isinstance(leaf, Tensor)
@@ -276,9 +293,7 @@ def _key(leaves: Sequence[Any], spec: Any, device: torch.device, modules: Sequen
         torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type),
         tuple(module.training for module in modules),
     )
-    key = (spec, parts, modes)
-    hash(key)
-    return key
+    return _Key(spec, parts, modes)
 
 
 def _with_index(device: torch.device) -> torch.device:
