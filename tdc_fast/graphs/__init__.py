@@ -11,9 +11,10 @@ started as a whole:
 """
 
 from tdc_fast.graphs.capture import Capture, CudaCapture, Recording, captures_on, outside_captures, use_capture
-from tdc_fast.graphs.graphed import Graphed, graphed
+from tdc_fast.graphs.graphed import CannotCapture, Graphed, graphed
 
 __all__ = [
+    "CannotCapture",
     "Capture",
     "CudaCapture",
     "Graphed",

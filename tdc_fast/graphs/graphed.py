@@ -28,6 +28,10 @@ _GLOBAL_HOOKS = tuple(f"_global{name}" for name in _MODULE_HOOKS)
 R = TypeVar("R")
 
 
+class CannotCapture(RuntimeError):
+    """A function that had to be captured cannot be; the message says why."""
+
+
 @dataclass
 class _Signature:
     """What is known of one signature: calls so far, FLOPs if they were counted; static inputs and the recording."""
@@ -79,14 +83,14 @@ class Graphed:
             times as many captures there are no more: signatures without a graph then run as they are.
         fixed_flops: every call with a signature takes the same FLOPs, as that of a dense model does and that of pruned
             experts does not. Replays then go on under a `FlopCounterMode`, and are counted.
-        required: raise where it cannot be captured, instead of running the function as it is.
+        required: raise CannotCapture where it cannot be captured, instead of running the function as it is.
 
     Attributes:
         why_not: why the function is not captured, or "".
 
     Raises:
         ValueError: a number is out of range.
-        RuntimeError: it is `required` and there is nothing that can capture on the device.
+        CannotCapture: it is `required` and there is nothing that can capture on the device.
     """
 
     def __init__(
@@ -248,7 +252,7 @@ class Graphed:
 
     def _give_up(self, reason: str) -> None:
         if self._required:
-            raise RuntimeError(f"{self._name} cannot run as a CUDA graph: {reason}")
+            raise CannotCapture(f"{self._name} cannot run as a CUDA graph: {reason}")
         self.why_not = reason
         self._signatures.clear()
         _log.warning("%s runs without a CUDA graph: %s", self._name, reason)

@@ -18,7 +18,7 @@ from tdc_fast.data.transfer import to_device
 from tdc_fast.diffusion import Diffusion
 from tdc_fast.diffusion.timestep_samplers import TimestepSampler
 from tdc_fast.errors import invalid, require
-from tdc_fast.graphs import graphed
+from tdc_fast.graphs import CannotCapture, graphed
 from tdc_fast.progress import on_terminal
 from tdc_fast.routing import TimestepGroups
 from tdc_fast.runs.averages import UNTRAINED, initial_share
@@ -122,6 +122,7 @@ class StageLoop:
         Raises:
             TrainingInterrupted: after Ctrl-C or SIGTERM; everything up to the last finished step is saved.
             FloatingPointError: the loss is no longer finite.
+            ValueError: the step cannot be captured and --cuda_graph is on.
         """
         config = self.run.config
         shown = config.progress == "always" or (config.progress == "auto" and on_terminal())
@@ -181,7 +182,10 @@ class StageLoop:
         rate = torch.tensor(self.stage.learning_rate(self.step), dtype=torch.float64)
         n = torch.tensor(float(self.step + 1), dtype=torch.float64)
         batch = (x, condition, self.sampler.prepare(len(x)), rate, n)
-        t, losses = self._work(*to_device(batch, self.device))
+        try:
+            t, losses = self._work(*to_device(batch, self.device))
+        except CannotCapture as error:
+            raise invalid("cuda_graph", "on", f"auto or off: {error}") from error
         if self.sampler.adaptive:
             self.sampler.update(t, losses)
         self.step += 1

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from tdc_fast.graphs import Graphed, captures_on, graphed, outside_captures, use_capture
+from tdc_fast.graphs import CannotCapture, Graphed, captures_on, graphed, outside_captures, use_capture
 from tests.graphs.tape import TapeCapture
 
 
@@ -189,7 +189,7 @@ def test_what_cannot_be_captured_runs_as_it_is_and_one_line_says_why(tape, caplo
 def test_what_must_be_captured_and_cannot_is_an_error(tape):
     step = Graphed(reading, "cpu", name="step", required=True)
     step(torch.ones(1)), step(torch.ones(1))
-    with pytest.raises(RuntimeError, match=r"step cannot run as a CUDA graph: the capture failed"):
+    with pytest.raises(CannotCapture, match=r"step cannot run as a CUDA graph: the capture failed"):
         step(torch.ones(1))
 
 
@@ -216,7 +216,7 @@ def test_without_graphs_on_the_device_the_function_runs_and_the_log_says_so(capl
     assert [record.message for record in caplog.records] == [
         "step runs without a CUDA graph: there are no CUDA graphs on cpu"
     ]
-    with pytest.raises(RuntimeError, match="no CUDA graphs on cpu"):
+    with pytest.raises(CannotCapture, match="no CUDA graphs on cpu"):
         Graphed(function, "cpu", required=True)
 
 
