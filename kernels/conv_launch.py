@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+from operator import ge
 from typing import Any
 
 import torch
@@ -27,12 +28,14 @@ def conv_supported(problem: ConvProblem) -> str | None:
     """None, or why these kernels cannot run forward and dgrad of the problem."""
     if problem.dtype not in _DTYPES:
         return f"it has float32, bfloat16 and float16, not {problem.dtype}"
-    if problem.upsample > 1:
-        return "it reads an input of its final size"
     if problem.filter[0] % 2 == 0 or problem.filter[1] % 2 == 0:
         return f"it has odd filters, not {problem.filter}"
     if max(problem.stride) > 2:
         return f"it has strides 1 and 2, not {problem.stride}"
+    if problem.upsample > 1:
+        if problem.x2_channels or problem.stride != (1, 1) or any(map(ge, problem.padding, problem.filter)):
+            return "it upsamples one input, at stride 1, with less padding than the filter has taps"
+        problem = problem.adjoint()
     # Offsets within a tile are 32-bit; those of samples and experts are 64-bit.
     pixels = max((problem.height + 1) * (problem.width + 1), problem.out_height * problem.out_width)
     taps = problem.filter[0] * problem.filter[1]
@@ -110,6 +113,8 @@ def conv_launch(
     out: Tensor,
     tile: ConvTile | None = None,
     out2: Tensor | None = None,
+    *,
+    epilogue: bool = True,
 ) -> Launch:
     """The launch of a convolution kernel.
 
@@ -117,18 +122,18 @@ def conv_launch(
         op: "forward" or "dgrad".
         problem: One that `conv_supported` accepts.
         source: x in the forward, dy in dgrad.
-        t: The other tensors; dgrad does not use the epilogue's.
+        t: The other tensors.
         out: y in the forward, dx in dgrad.
         tile: Overrides the choice. Without it, memory that is not aligned to 16 bytes takes the pointer path, because a
             tensor map cannot address it.
         out2: dx2 in dgrad with two inputs.
+        epilogue: Whether t's bias, sample_bias and residual are added.
     """
     if op == "dgrad":
-        source_widths, out_widths = t.out_widths, t.in_widths
-        source2 = bias = sample_bias = residual = None
+        source2, source_widths, out_widths = None, t.out_widths, t.in_widths
     else:
-        source_widths, out_widths = t.in_widths, t.out_widths
-        source2, bias, sample_bias, residual = t.x2, t.bias, t.sample_bias, t.residual
+        source2, source_widths, out_widths = t.x2, t.in_widths, t.out_widths
+    bias, sample_bias, residual = (t.bias, t.sample_bias, t.residual) if epilogue else (None, None, None)
     if tile is None:
         read = (source, t.weight) if source2 is None else (source, t.weight, source2)
         aligned = all(tensor.data_ptr() % 16 == 0 for tensor in read)

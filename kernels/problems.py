@@ -49,6 +49,26 @@ class ConvProblem:
         height, width = self.height * self.upsample, self.width * self.upsample
         return replace(self, x2_channels=0, upsample=1, height=height, width=width)
 
+    def adjoint(self) -> ConvProblem:
+        """The convolution of stride 2 whose dgrad is this one, which upsamples (one input, stride 1, padding < filter).
+
+        Its filter is one larger: tap k holds the sum of taps R - 1 - k and R - k of this one, those that meet a pixel.
+        """
+        (rows, columns), (pad_h, pad_w) = self.filter, self.padding
+        return replace(
+            self,
+            height=self.out_height,
+            width=self.out_width,
+            in_channels=self.out_channels,
+            out_channels=self.in_channels,
+            filter=(rows + 1, columns + 1),
+            stride=(2, 2),
+            padding=(rows - 1 - pad_h, columns - 1 - pad_w),
+            out_height=self.height,
+            out_width=self.width,
+            upsample=1,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class NormProblem:

@@ -14,7 +14,7 @@ class LazyTriton:
     """The `triton` backend, imported at the first problem that it might serve: importing triton takes seconds."""
 
     name = "triton"
-    fuses = ("x2",)  # as in tdc_fast.ops.triton
+    fuses = ("x2", "upsample")  # as in tdc_fast.ops.triton
 
     def supports(self, problem: Problem) -> str | None:
         """None where the backend serves the problem, else the reason why not."""

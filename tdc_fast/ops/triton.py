@@ -18,6 +18,7 @@ from tdc_fast.kernels.channel_sums import channel_sums
 from tdc_fast.kernels.common import INTERPRETED
 from tdc_fast.kernels.conv_dgrad import conv_dgrad
 from tdc_fast.kernels.conv_forward import conv_forward, conv_supported
+from tdc_fast.kernels.conv_upsampled import upsampled_dgrad, upsampled_forward
 from tdc_fast.kernels.conv_wgrad import conv_wgrad, wgrad_supported
 from tdc_fast.kernels.group_norm import group_norm_backward as norm_backward
 from tdc_fast.kernels.group_norm import group_norm_forward as norm_forward
@@ -26,10 +27,11 @@ from tdc_fast.kernels.problems import ConvProblem, ConvTensors, NormProblem, Nor
 from tdc_fast.kernels.tile_shapes import device_of
 from tdc_fast.kernels.tile_table import tiles_of
 from tdc_fast.ops.checks import check_conv_values, check_norm_values
+from tdc_fast.ops.inputs import upsampled
 from tdc_fast.ops.layout import channel_innermost, dense, empty_channel_innermost, is_channel_innermost, nhwc
 
 name = "triton"
-fuses = ("x2",)
+fuses = ("x2", "upsample")
 _OLDEST_ARCHITECTURE = 80
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -43,7 +45,7 @@ def supports(problem: Problem) -> str | None:
     if isinstance(problem, ConvProblem):
         reason = conv_supported(problem)
         if reason is None and problem.op == "routed_conv2d_wgrad":
-            reason = wgrad_supported(problem)
+            reason = wgrad_supported(problem.unfused())
     else:
         reason = norm_supported(problem)
     return reason or _device_reason(problem.device)
@@ -72,13 +74,15 @@ def conv2d(p: ConvProblem, t: ConvTensors) -> Tensor:
     """Returns y (B, C_out, OH, OW), channels_last."""
     check_conv_values(p, t)
     with _on(t.x.device):
-        return conv_forward(p, _tiled(p, t))
+        return (conv_forward if p.upsample == 1 else upsampled_forward)(p, _tiled(p, t))
 
 
 def conv2d_dgrad(p: ConvProblem, dy: Tensor, t: ConvTensors) -> tuple[Tensor, Tensor | None]:
     """Returns dx (B, C_in - C_2, H, W) and dx2 (B, C_2, H, W) or None, channels_last."""
     check_conv_values(p, t)
     with _on(dy.device):
+        if p.upsample > 1:
+            return upsampled_dgrad(p, nhwc(dy), _tiled(p, t)), None
         return conv_dgrad(p, nhwc(dy), _tiled(p, t))
 
 
@@ -104,6 +108,8 @@ def conv2d_wgrad(
             dy.new_zeros(dy.shape[:2]) if mask[2] else None,
         )
     dy, t = nhwc(dy), dense(t)
+    if p.upsample > 1:  # the one pass that makes the upsampled image
+        p, t = p.unfused(), t._replace(x=upsampled(t.x)) if mask[0] else t
     dweight = dbias = dsample_bias = None
     with _on(dy.device):
         if mask[0]:

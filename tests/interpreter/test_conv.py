@@ -56,6 +56,7 @@ CASES = {
     "1x1 stride 2": case_of(size=(4, 6), stride=(2, 2), filter=(1, 1), padding=(0, 0), **WIDTHS),
     "1x1 of one pixel": case_of(size=(1, 1), filter=(1, 1), padding=(0, 0), **WIDTHS),
     "5x1 padded": case_of(size=(3, 2), filter=(5, 1), padding=(3, 2), extras=("bias",)),
+    "4x4 stride 2": case_of(size=(4, 6), filter=(4, 4), stride=(2, 2), **WIDTHS),  # the adjoint of an upsampling 3x3
     "two inputs": case_of(in_channels=40, x2_channels=16),  # 24 + 16: one whole block, and one and a half
     "two inputs 1x1 widths": case_of(
         filter=(1, 1),
