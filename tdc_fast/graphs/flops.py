@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
-from torch.utils.flop_counter import FlopCounterMode
+
+if TYPE_CHECKING:
+    from torch.utils.flop_counter import FlopCounterMode
 
 Counts = dict[str, dict[Any, int]]
 """FLOPs by module and operator."""
@@ -16,6 +18,8 @@ def active_counters() -> list[FlopCounterMode] | None:
     """The FLOP counters that are at work; None if there is another dispatch mode, which wants to see all operators."""
     if not torch._C._len_torch_dispatch_stack():
         return []
+    from torch.utils.flop_counter import FlopCounterMode  # slow to import, and only needed where there is a mode
+
     found = []
     for mode in _get_current_dispatch_mode_stack():
         counter = getattr(mode, "counter", None)
