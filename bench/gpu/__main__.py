@@ -1,7 +1,10 @@
 """`python -m bench.gpu --out DIR`: times the operators and whole UNets on this machine's GPU against their peers.
 
-It takes less than 9 minutes on an H200. When the time is up, it writes what it has measured and counts what it left
-out. `--dry-run` runs everything on the CPU with tiny shapes and the reference backend; its numbers mean nothing.
+It takes less than 9 minutes on an H200. Rows come in the order of their importance: the first 300 seconds give the UNet
+against a compiled dense model, the whole training step, a real run of `tdc_fast.train` and sampling; then how the time
+grows with experts and batch, other UNets, and single layers. When the time is up, it writes what it has measured and
+counts what it left out. `--dry-run` runs everything on the CPU with tiny shapes and the reference backend; its numbers
+mean nothing.
 """
 
 from __future__ import annotations
@@ -13,23 +16,28 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
 from bench.files import slug, write_results
-from bench.gpu import conv, norm, unet
-from bench.gpu.layers import workload
+from bench.gpu import conv, growth, norm, sampling, step, train_run, unet
+from bench.gpu.layers import Workload, workload
 from bench.gpu.report import as_markdown, facts
 from bench.gpu.rows import OURS_GRAPH, Run
 from bench.gpu.timing import Budget, Machine
 from bench.gpu.warming import start_warming, warm
+from tdc_fast.ops.backends import ENVIRONMENT
 
-SECTIONS = ("unet", "norm", "conv")
+SECTIONS = ("unet", "training", "sampling", "growth", "norm", "conv")
 # Seconds, the most that each part may take. The convolutions come last and get what the others leave.
-WARM_SECONDS, UNET_SECONDS, NORM_SECONDS, RESERVE_SECONDS = 75.0, 190.0, 40.0, 15.0
+WARM_SECONDS, HEADLINE_SECONDS, STEP_SECONDS, SAMPLING_SECONDS, RESERVE_SECONDS = 60.0, 90.0, 35.0, 20.0, 15.0
+GROWTH_SECONDS, UNET_SECONDS, NORM_SECONDS = 60.0, 60.0, 40.0
+TRAIN_SECONDS = 60.0  # of the real run
 GRACE_SECONDS = 20.0  # past the limit; if the run still has not ended by then, a kernel hangs
 
 
@@ -59,18 +67,13 @@ def main(arguments: list[str] | None = None) -> int:
     )
     work = workload(tiny=options.dry_run)
     if options.warm:
-        return warm(run, work, *map(int, options.warm.split("/")))
+        with requested(options.backend):
+            return warm(run, work, *map(int, options.warm.split("/")))
 
     budget = Budget(options.seconds - RESERVE_SECONDS)
     results: dict[str, Any] = {"clocks_before": run.machine.clocks(), "ceilings": run.machine.ceilings()}
     if options.warm_processes:
         start_warming(options, budget.part(WARM_SECONDS))
-    copy_rate = results["ceilings"]["copy_TBps"]
-    sections = {
-        "unet": lambda: unet.run_section(run, work.unets, work.batch, budget.part(UNET_SECONDS)),
-        "norm": lambda: norm.run_section(run, work.norms, budget.part(NORM_SECONDS), copy_rate),
-        "conv": lambda: conv.run_section(run, work.design, work.convs, budget),
-    }
     command = shlex.join(["python", "-m", "bench.gpu", *(sys.argv[1:] if arguments is None else arguments)])
 
     def finish() -> None:
@@ -86,14 +89,62 @@ def main(arguments: list[str] | None = None) -> int:
     if run.machine.is_cuda:
         hanging.start()
     try:
-        with torch.no_grad():
-            for name in SECTIONS:
+        with torch.no_grad(), requested(options.backend):
+            for name, section in sections_of(options, run, work, budget, results["ceilings"]["copy_TBps"]):
                 if name in options.only:
-                    sections[name]()
+                    section()
     finally:  # also when stopped by a signal: write what was measured
         hanging.cancel()
         finish()
     return 1 if any("failed" in row or row["wrong"] or OURS_GRAPH in row["absent"] for row in run.rows) else 0
+
+
+def sections_of(
+    options: argparse.Namespace, run: Run, work: Workload, budget: Budget, copy_rate: float
+) -> list[tuple[str, Callable[[], None]]]:
+    """What is timed, the most important first, as names for --only and functions; a section has several parts.
+
+    Args:
+        options: the command line.
+        run: takes the rows.
+        work: the UNets and layers.
+        budget: the time for everything.
+        copy_rate: that of a measured copy in TB/s.
+    """
+    name, flags = next(iter(work.unets.items()))
+    batch, small = work.batch, options.dry_run
+    first_step, other_steps = [(batch, 1.0)], [(batch, 0.75)] if small else [(2 * batch, 1.0), (batch, 0.75)]
+    others = unet.others(work.unets)
+    if small:
+        others = [unet.Case(name, "forward"), *others[:1]]
+
+    def headline() -> None:
+        unet.run_section(run, work.unets, batch, unet.headline(name), budget.part(HEADLINE_SECONDS))
+
+    def train() -> None:
+        train_run.run_section(run, name, flags, batch, options.train_seconds, options.images, budget)
+
+    return [
+        ("unet", headline),
+        ("training", lambda: step.run_section(run, name, flags, first_step, budget.part(STEP_SECONDS))),
+        ("training", train),
+        ("sampling", lambda: sampling.run_section(run, name, flags, batch, budget.part(SAMPLING_SECONDS))),
+        ("growth", lambda: growth.run_section(run, name, flags, budget.part(GROWTH_SECONDS))),
+        ("training", lambda: step.run_section(run, name, flags, other_steps, budget.part(STEP_SECONDS))),
+        ("unet", lambda: unet.run_section(run, work.unets, batch, others, budget.part(UNET_SECONDS))),
+        ("norm", lambda: norm.run_section(run, work.norms, budget.part(NORM_SECONDS), copy_rate)),
+        ("conv", lambda: conv.run_section(run, work.design, work.convs, budget)),
+    ]
+
+
+@contextmanager
+def requested(backend: str) -> Iterator[None]:
+    """Within the block, whole models run on this backend, also in processes that are started; "" for the fastest."""
+    if not backend:
+        yield
+        return
+    with patch.dict(os.environ, {ENVIRONMENT: backend}):
+        yield
 
 
 def when_it_hangs(end: float, finish: Callable[[], None]) -> threading.Timer:
@@ -122,6 +173,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--backend", default="", help="triton, cuda or reference (default: the fastest)")
     parser.add_argument("--compile-seconds", type=float, default=45.0, help="limit for one torch.compile peer")
+    parser.add_argument(
+        "--train-seconds", type=float, default=TRAIN_SECONDS, help="of a run of tdc_fast.train (default: %(default)s)"
+    )
+    parser.add_argument("--images", type=Path, help=".npz of uint8 images (arr_0) that run trains on (default: noise)")
     processes = min(8, (os.cpu_count() or 2) // 2)
     parser.add_argument(
         "--warm-processes", type=int, default=processes,
@@ -131,7 +186,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU, reference backend")
     options = parser.parse_args(arguments)
     if options.dry_run:
-        options.warm_processes = 0
+        options.warm_processes, options.train_seconds = 0, 0.5
     return options
 
 

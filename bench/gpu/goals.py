@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.gpu.rows import OURS, OURS_GRAPH, Row, best_of_ours, row_name
+from bench.gpu.sampling import FORWARDS
+from bench.gpu.train_run import CAPTURED, RUN, STAGE1
+from bench.gpu.unet import COMPILED
 
 EIGHT_EVEN = {"num_groups": 8, "uneven": False}  # the groups of rows that goals are about
 LOOPS = ("loop", "loop, graph", "streams", "streams, graph", "compiled loop")
@@ -70,11 +73,27 @@ def _half_width_cost(row: Row) -> float | None:
     return row["ratios"].get("full width, graph") if concerned else None
 
 
+def _of_run(kind: str, name: str) -> Callable[[Row], float | None]:
+    return lambda row: row[kind].get(name) if _is(row, "training", direction=RUN) else None
+
+
+def _of_forwards(row: Row) -> float | None:
+    return row["ratios"].get(FORWARDS) if _is(row, "sampling") else None
+
+
 def _of_copy(row: Row) -> float | None:
     return row["of_copy"] if _is(row, "group norm", width=1.0) else None
 
 
+_TO_COMPILED = _quotient(COMPILED, OURS_GRAPH)
+
 GOALS = (
+    Goal("UNet forward, N = 8, graphs: time / compiled dense", _unet("forward", _TO_COMPILED), 0.75, False),
+    Goal("UNet training step, N = 8, graphs: time / compiled dense", _unet("training step", _TO_COMPILED), 0.75, False),
+    Goal("tdc_fast.train, stage 2: time / captured step", _of_run("ratios", CAPTURED), 1.05, False),
+    Goal("tdc_fast.train, stage 2: steps per second (H200)", _of_run("steps_per_s", OURS), 26.5, True),
+    Goal("tdc_fast.train, stage 1: steps per second (H200)", _of_run("steps_per_s", STAGE1), 44.0, True),
+    Goal("Sampling, DDIM-50: time / 50 captured forwards", _of_forwards, 1.1, False),
     Goal("UNet forward, N = 8: time / dense, both eager", _unet("forward", _quotient("dense")), 1.0, False),
     Goal(
         "UNet forward, N = 8: in a graph / dense, eager", _unet("forward", _quotient("dense", OURS_GRAPH)), 1.0, False

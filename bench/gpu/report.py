@@ -11,10 +11,13 @@ from typing import Any
 import torch
 
 from bench.files import markdown_rows
+from bench.gpu import growth
 from bench.gpu.goals import judge
 from bench.gpu.rows import Row, Run, row_name
 from bench.gpu.timing import Machine
 from tdc_fast import __version__
+
+WHOLE_RATES = ("images_per_s", "TFLOPps")  # shown without decimals
 
 
 def facts(run: Run, seconds: float, command: str) -> dict[str, Any]:
@@ -73,7 +76,8 @@ def as_markdown(results: dict[str, Any]) -> str:
         "Medians in milliseconds over interleaved rounds. `x` columns are ours / peer, medians of per-round quotients: "
         "below 1, ours is faster. A peer in a CUDA graph is compared with ours in a graph. The L2 is flushed before "
         "every timed layer. The loop peers get their samples sorted and their segments' bounds for free; *dense* is "
-        "one expert over the whole batch. In the goals, ours and the loop are the faster of eager and in a graph.",
+        "one expert over the whole batch, *compiled dense* the same under torch.compile. Rows of tdc_fast.train have "
+        "milliseconds per step of a real run. In the goals, ours and the loop are the faster of eager and in a graph.",
     ]
     if results["dry_run"]:
         lines += ["", "**A dry run: tiny shapes on the CPU. Its numbers mean nothing.**"]
@@ -85,7 +89,10 @@ def as_markdown(results: dict[str, Any]) -> str:
             lines.append(f"* **wrong result** (relative error {row['error']:.2g}): {row['section']}, {row_name(row)}")
     for section, count in results["not_run"].items():
         lines.append(f"* not run, no time left: {count} rows of {section}")
-    for section in ("unet", "conv", "group norm"):
+    rows = [row for row in results["rows"] if row["section"] == "growth" and "failed" not in row]
+    if rows:
+        lines += ["", "## growth with N and B, in a CUDA graph", "", *growth.table(rows), *_absent(rows)]
+    for section in ("unet", "training", "sampling", "conv", "group norm"):
         rows = [row for row in results["rows"] if row["section"] == section and "failed" not in row]
         for source in dict.fromkeys(row.get("source", "") for row in rows):
             part = [row for row in rows if row.get("source", "") == source]
@@ -113,15 +120,24 @@ def _table(rows: list[Row]) -> list[str]:
     """A table with a column for every candidate that occurs in a row."""
     names = list(dict.fromkeys(name for row in rows for name in row["ms"]))
     peers = list(dict.fromkeys(name for row in rows for name in row["ratios"]))
-    rates = [key for key in ("TFLOPps", "TBps", "of_copy") if any(key in row for row in rows)]
+    rates = [key for key in ("images_per_s", "TFLOPps", "TBps", "of_copy") if any(key in row for row in rows)]
     header = ["case", "backend", *rates, *(f"{n} ms" for n in names), *(f"x {p}" for p in peers)]
     lines = []
     for row in rows:
-        cells = [row_name(row), str(row["backend"]), *(_cell(row, key, 2 if key != "TFLOPps" else 0) for key in rates)]
+        cells = [
+            row_name(row),
+            str(row["backend"]),
+            *(_cell(row, key, 0 if key in WHOLE_RATES else 2) for key in rates),
+        ]
         cells += [_cell(row["ms"], name, 4) for name in names]
         lines.append(cells + [_cell(row["ratios"], name, 2) for name in peers])
+    return [*markdown_rows(header, lines), *_absent(rows)]
+
+
+def _absent(rows: list[Row]) -> list[str]:
+    """A line for every candidate that could not be made or timed, and why."""
     absent = {f"{name}: {reason}" for row in rows for name, reason in row["absent"].items()}
-    return markdown_rows(header, lines) + ([""] if absent else []) + [f"* absent: {text}" for text in sorted(absent)]
+    return ([""] if absent else []) + [f"* absent: {text}" for text in sorted(absent)]
 
 
 def _cell(values: dict[str, Any], key: str, digits: int) -> str:

@@ -1,14 +1,15 @@
 """The whole UNet on a GPU, routed over N experts: forward and training step, against one dense model and the loop.
 
 The routed model gets the mixed batch unsorted, so its time includes plan, sort and unsort; the loop gets its samples
-sorted, with the segments' bounds known.
+sorted, with the segments' bounds known. The yardstick is one dense model under torch.compile in a CUDA graph. A
+training step here is forward, loss and backward with weights in the dtype of the run; step.py has the whole one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from tdc_fast import TimestepGroups, WidthPlan, pack_experts
 from tdc_fast.models.iddpm import create_unet
 
 NUM_TIMESTEPS = 1000
+COMPILED, OURS_COMPILED = "compiled dense, graph", "ours compiled, graph"
+COMPILED_LOOP = "compiled loop"
 WRONG = 1e-1  # relative error of a whole bf16 network above which its row is reported as wrong
 
 
@@ -31,10 +34,11 @@ class Case:
 
     Attributes:
         model: the UNet's name.
-        what: "forward", "training step" or "training step + AdamW".
+        what: "forward" or "training step".
         num_groups: N.
         uneven: half of the batch is in group 0.
         width: mean width of the experts' pruning units, 1.0 for whole experts.
+        headline: time compiled models too.
     """
 
     model: str
@@ -42,6 +46,7 @@ class Case:
     num_groups: int = 8
     uneven: bool = False
     width: float = 1.0
+    headline: bool = False
 
 
 class Problem:
@@ -51,7 +56,6 @@ class Problem:
         base: the dense model.
         routed: the routed model.
         full: the routed model at full width.
-        experts: the routed model's experts as dense models.
         segments: expert and samples of every group, in the sorted batch.
         x: the mixed batch; also t and target.
         sorted_x: the sorted batch; also sorted_t and sorted_target.
@@ -76,9 +80,6 @@ class Problem:
             for parameter in self.routed.parameters():  # with equal experts a wrong route would give no error
                 parameter.mul_(1 + 0.2 * torch.randn_like(parameter))
         self.full = self.routed if widths is None else pack_experts(self.base, self.groups)
-        self.experts = nn.ModuleList(self.routed.expert(i) for i in range(n))
-        for expert in self.experts:
-            channels_last(expert)
         sizes = peers.group_sizes(batch, n, uneven=case.uneven)
         self.segments = peers.segments_of(sizes)
         ids = torch.arange(n).repeat_interleave(torch.tensor(sizes))
@@ -93,6 +94,15 @@ class Problem:
         order = torch.randperm(batch, generator=torch.Generator().manual_seed(0)).to(device)
         self.x, self.t, self.target = self.sorted_x[order], self.sorted_t[order], self.sorted_target[order]
         self.order = order
+
+    @cached_property
+    def experts(self) -> nn.ModuleList:
+        """The routed model's experts as dense models."""
+        return nn.ModuleList(channels_last(self.routed.expert(i)) for i in range(self.case.num_groups))
+
+    def calls_of(self, model: nn.Module) -> Candidate:
+        """The forward or training step of a model over the mixed batch."""
+        return self.step_of(model) if self.case.what == "training step" else lambda: model(self.x, self.t)
 
     def forwards(self, function: Callable[..., Tensor] | None = None) -> list[Callable[[], Tensor]]:
         """One call of `function(expert, x, t)` per expert, over its own samples; None calls the expert itself."""
@@ -146,38 +156,35 @@ def clear(parameters: Iterable[nn.Parameter]) -> None:
         parameter.grad = None
 
 
-def with_adam(step: Callable[[], Any], parameters: Iterable[nn.Parameter]) -> Callable[[], None]:
-    """The step, then one fused AdamW update; eager, since the first call makes the optimizer's state."""
-    adam = torch.optim.AdamW(list(parameters), lr=1e-4, fused=True)
-
-    def both() -> None:
-        step()
-        adam.step()
-
-    return both
-
-
 def candidates(p: Problem) -> dict[str, Callable[[], Candidate]]:
-    """Functions that make ours and its peers, by name."""
-    machine, what = p.run.machine, p.case.what
-    ours: Candidate
-    dense: Candidate
-    if what == "forward":
-        ours, dense = (lambda: p.routed(p.x, p.t)), (lambda: p.base(p.x, p.t))
-        full: Candidate = lambda: p.full(p.x, p.t)  # noqa: E731
-        calls: list[Callable[[], Any]] = list(p.forwards())
-    else:
-        ours, dense, full, calls = p.step_of(p.routed), p.step_of(p.base), p.step_of(p.full), list(p.steps())
-    if what.endswith("AdamW"):
-        loop = with_adam(peers.sequence(calls), p.experts.parameters())
-        ours, dense = with_adam(ours, p.routed.parameters()), with_adam(dense, p.base.parameters())
-        return {OURS: lambda: ours, "dense": lambda: dense, "loop": lambda: loop}
+    """Functions that make ours and its peers, by name; those that compile come last."""
+    machine = p.run.machine
+    ours, dense, full = (p.calls_of(model) for model in (p.routed, p.base, p.full))
+    calls: list[Callable[[], Any]] = list(p.forwards() if p.case.what == "forward" else p.steps())
     makers: dict[str, Callable[[], Candidate]] = {OURS: lambda: ours, OURS_GRAPH: lambda: machine.captured(ours)}
     makers |= {"dense": lambda: dense, "dense, graph": lambda: machine.captured(dense)}
     if p.full is not p.routed:
         makers |= {"full width": lambda: full, "full width, graph": lambda: machine.captured(full)}
     makers |= peers.loop_peers(machine, calls)
+    if p.case.headline:
+        makers |= {COMPILED: lambda: compiled(p, p.base), OURS_COMPILED: lambda: compiled(p, p.routed)}
+    elif p.case.what == "forward" and p.case == Case(p.case.model, "forward"):
+        makers[COMPILED_LOOP] = lambda: compiled_loop(p)
     return makers
+
+
+def torch_compiled(run: Run, model: nn.Module) -> nn.Module:
+    """The model under torch.compile, forgetting what was compiled before; a dry run does not compile."""
+    if not run.machine.is_cuda:
+        return model
+    torch._dynamo.reset()
+    fast: nn.Module = torch.compile(model)  # type: ignore[assignment]
+    return fast
+
+
+def compiled(p: Problem, model: nn.Module) -> Candidate:
+    """The forward or training step of a compiled model, in a CUDA graph of its own."""
+    return p.run.machine.captured(p.calls_of(torch_compiled(p.run, model)))
 
 
 def compiled_loop(p: Problem) -> Candidate:
@@ -194,31 +201,30 @@ def row_of(run: Run, flags: dict[str, Any], batch: int, case: Case) -> dict[str,
     """Time a case and return the fields of its row."""
     problem = Problem(run, flags, batch, case)
     makers = candidates(problem)
-    if case.what == "forward" and case.width == 1.0 and case.num_groups == 8 and not case.uneven:
-        makers["compiled loop"] = lambda: compiled_loop(problem)
     error = problem.error()  # before training changes the weights
     with torch.set_grad_enabled(case.what != "forward"):
-        result = measure(run, makers, flush=False, compiles=("compiled loop",))
+        result = measure(run, makers, flush=False, compiles=(COMPILED, OURS_COMPILED, COMPILED_LOOP))
     return {"batch": batch, "backend": run.backend or "fastest", "error": error, "wrong": not error <= WRONG, **result}
 
 
-def cases(models: Iterable[str]) -> list[Case]:
-    """The cases, those that the goals are about first."""
-    names = list(models)
-    result = [Case(names[0], "forward"), Case(names[0], "training step")]
-    result += [Case(names[0], "forward", width=0.5), Case(names[0], "training step", width=0.5)]
-    result += [Case(name, what) for name in names[1:] for what in ("forward", "training step")]
-    result += [Case(names[0], "forward", uneven=True), Case(names[0], "training step", uneven=True)]
-    result += [Case(names[0], "forward", n) for n in (4, 16, 1)] + [Case(names[0], "forward", width=0.75)]
-    result += [Case(names[0], "training step + AdamW")]
-    return result
+def headline(model: str) -> list[Case]:
+    """The two rows that the goals are about, with all peers."""
+    return [Case(model, what, headline=True) for what in ("forward", "training step")]
 
 
-def run_section(run: Run, unets: dict[str, dict[str, Any]], batch: int, budget: Budget) -> None:
-    """Adds rows in order of importance until all are done or the budget is spent."""
+def others(models: Iterable[str]) -> list[Case]:
+    """Pruned experts, the other UNets, uneven groups."""
+    first, *rest = models
+    result = [Case(first, "forward", width=0.5), Case(first, "training step", width=0.5)]
+    result += [Case(name, what) for name in rest for what in ("forward", "training step")]
+    result += [Case(first, "forward", uneven=True), Case(first, "training step", uneven=True)]
+    return [*result, Case(first, "forward", width=0.75)]
+
+
+def run_section(run: Run, unets: dict[str, dict[str, Any]], batch: int, wanted: list[Case], budget: Budget) -> None:
+    """Adds rows until all are done or the budget is spent."""
     torch.backends.cudnn.benchmark = True
-    wanted = cases(unets)
-    for case in [*wanted[:3], wanted[-1]] if run.tiny else wanted:
+    for case in wanted:
         labels = {
             "num_groups": case.num_groups, "uneven": case.uneven, "width": case.width, "direction": case.what,
         }  # fmt: skip

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 
 from bench.files import ROOT
-from bench.gpu import conv, norm, unet
+from bench.gpu import conv, growth, norm, step, unet
 from bench.gpu.layers import NormLayer, Workload
 from bench.gpu.rows import Run
 from bench.gpu.timing import Budget
@@ -47,12 +47,19 @@ def warm(run: Run, work: Workload, index: int, count: int) -> int:
     """
 
     def model(case: unet.Case) -> None:
-        problem = unet.Problem(run, work.unets[case.model], work.batch, case)
-        if case.what == "forward":
-            with torch.no_grad():
-                unet.compiled_loop(problem)  # the longest compilation; Inductor caches it on disk
-        else:
-            problem.warm()
+        unet.Problem(run, work.unets[case.model], work.batch, case).warm()
+
+    def compilation(case: unet.Case, batch: int, routed: bool) -> None:  # the longest; Inductor caches it on disk
+        problem = unet.Problem(run, work.unets[case.model], batch, case)
+        with torch.set_grad_enabled(case.what != "forward"):
+            unet.compiled(problem, problem.routed if routed else problem.base)
+
+    def whole_step(batch: int) -> None:
+        problem = step.Problem(run, work.unets[cifar], batch)
+        with torch.enable_grad():
+            problem.routed()()
+            problem.stage1()()
+            problem.dense(unet.torch_compiled(run, problem.dense_model()))()
 
     def convolution(case: conv.Case) -> None:
         problem = conv.Problem(run, case)
@@ -63,10 +70,15 @@ def warm(run: Run, work: Workload, index: int, count: int) -> int:
             norm.Problem(run, layer, 1.0).ours(direction, run.backend)()
 
     cifar, imagenet = work.unets
-    models = [unet.Case(cifar, "forward"), unet.Case(cifar, "training step")]
-    models += [unet.Case(cifar, "training step", width=0.5), unet.Case(imagenet, "training step")]
+    backward, forward = unet.Case(cifar, "training step"), unet.Case(cifar, "forward")
+    models = [backward, unet.Case(cifar, "training step", width=0.5), unet.Case(imagenet, "training step")]
+    compiled = [
+        partial(compilation, case, work.batch, routed) for case in (backward, forward) for routed in (False, True)
+    ]
+    compiled.append(partial(whole_step, work.batch))
+    compiled += [partial(compilation, forward, batch, False) for batch in growth.BATCHES]
     convs = [case for case in conv.cases(work.design, work.convs) if case.num_groups == 8 and not case.uneven]
-    jobs = [[partial(model, case) for case in models], [partial(convolution, case) for case in convs]]
+    jobs = [compiled, [partial(model, case) for case in models], [partial(convolution, case) for case in convs]]
     jobs.append([partial(group_norm, layer) for layer in work.norms])
     for job in (job for kind in jobs for job in kind[index::count]):
         try:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from bench.gpu.goals import judge
+from bench.gpu.rows import OURS
+from bench.gpu.sampling import FORWARDS
+from bench.gpu.train_run import CAPTURED, RUN, STAGE1
+from bench.gpu.unet import COMPILED
 
 
 def row(section: str, direction: str, width: float = 1.0, **ms: float) -> dict:
-    """A row of the design's size with these times; dashes in names stand for ", "."""
+    """A row of the design's size with these times; underscores in names stand for ", "."""
     times = {name.replace("_", ", "): value for name, value in ms.items()}
     ratios = {name: times["ours"] / value for name, value in times.items() if not name.startswith("ours")}
     return {
@@ -18,20 +22,29 @@ def row(section: str, direction: str, width: float = 1.0, **ms: float) -> dict:
 
 def test_goals_are_met_or_missed_by_the_rows_they_are_about() -> None:
     rows = [
-        row("unet", "forward", ours=5.0, ours_graph=3.0, dense=4.0, loop=9.0, loop_graph=5.9),
+        row("unet", "forward", ours=5.0, ours_graph=3.0, dense=4.0, loop=9.0, loop_graph=5.9, **{COMPILED: 4.0}),
         row("unet", "training step", ours=10.0, ours_graph=10.0, dense=9.0, loop=16.0, loop_graph=15.0),
         row("conv", "forward", ours=1.0, ours_graph=1.0, dense_graph=0.95),
         row("conv", "forward", ours=1.0, ours_graph=1.0, dense_graph=0.5) | {"stride": 2, "channels": [3, 128]},
         row("conv", "dgrad", width=0.5, ours=1.0) | {"ratios": {"full width, graph": 0.3}},
         row("group norm", "forward", ours=1.0, ours_graph=1.0),
     ]
+    run = row("training", RUN, **{OURS: 31.6, STAGE1: 25.0, CAPTURED: 30.0})
+    rows.append(run | {"steps_per_s": {name: 1e3 / ms for name, ms in run["ms"].items()}})
+    rows.append(row("sampling", "DDIM-50 of 64 images", **{OURS: 108.0, FORWARDS: 100.0}))
     rows += [
-        r | other for r in rows for other in ({"num_groups": 16}, {"uneven": True}) if r["section"] != "group norm"
+        r | other for r in rows for other in ({"num_groups": 16}, {"uneven": True}) if r["section"] in ("unet", "conv")
     ]
     verdicts = {v["goal"]: v for v in judge(rows)}
     met = {name: (v["met"], v["rows"]) for name, v in verdicts.items()}
     cudnn = "3x3 layers, N = 8: speed of dense cuDNN, forward, both in a graph"
     assert met == {
+        "UNet forward, N = 8, graphs: time / compiled dense": (1, 1),  # 3 / 4
+        "UNet training step, N = 8, graphs: time / compiled dense": (0, 0),
+        "tdc_fast.train, stage 2: time / captured step": (0, 1),  # 31.6 / 30
+        "tdc_fast.train, stage 2: steps per second (H200)": (1, 1),  # 1000 / 31.6
+        "tdc_fast.train, stage 1: steps per second (H200)": (0, 1),  # 1000 / 25
+        "Sampling, DDIM-50: time / 50 captured forwards": (1, 1),
         "UNet forward, N = 8: time / dense, both eager": (0, 1),  # 5 / 4
         "UNet forward, N = 8: in a graph / dense, eager": (1, 1),  # 3 / 4
         "UNet forward, N = 8: best loop peer / ours at best": (0, 1),  # 5.9 / 3

@@ -12,9 +12,11 @@ import pytest
 import torch
 
 from bench.gpu import __main__ as command
-from bench.gpu import conv
+from bench.gpu import conv, step, train_run, unet
 from bench.gpu.rows import Run
 from bench.gpu.timing import Budget, Machine
+
+SECTIONS = {"unet", "training", "sampling", "growth", "conv", "group norm"}
 
 
 def dry_run(folder: Path, *arguments: str) -> tuple[int, dict, str]:
@@ -26,11 +28,12 @@ def test_a_dry_run_times_every_section_and_peer(tmp_path: Path) -> None:
     code, results, table = dry_run(tmp_path)
     assert code == 0
     rows = results["rows"]
-    assert {row["section"] for row in rows} == {"unet", "conv", "group norm"}
+    assert {row["section"] for row in rows} == SECTIONS
     for row in rows:
         assert row["rounds"] >= 1 and all(value > 0 for value in row["ms"].values())
-        assert {"ours", "ours, graph"} <= row["ms"].keys() or row["direction"].endswith("AdamW")
-        assert row["ratios"] and row["error"] < (0.1 if row["section"] == "unet" else 0.02)
+        alone = row["section"] == "sampling" or row["direction"] == train_run.RUN
+        assert {"ours"} if alone else {"ours", "ours, graph"} <= row["ms"].keys()
+        assert row["ratios"] and row["error"] < (0.1 if row["section"] in ("unet", "growth") else 0.02)
         assert set(row["absent"]) <= {"grouped_mm"}, "only im2col may refuse a shape"
     peers = {name for row in rows if row["section"] == "conv" for name in row["ratios"]}
     loops = {"loop", "loop, graph", "streams", "streams, graph", "compiled loop"}
@@ -39,16 +42,26 @@ def test_a_dry_run_times_every_section_and_peer(tmp_path: Path) -> None:
         *itertools.product((4, 8, 16), (False, True), (1.0, 0.75, 0.5), conv.DIRECTIONS),
         *itertools.product((1,), (False,), (1.0, 0.75, 0.5), conv.DIRECTIONS),
     }
+    first = [row for row in rows if row["section"] in ("unet", "training", "sampling")][:5]
+    assert [row["direction"] for row in first] == [
+        "forward", "training step", step.WHOLE, train_run.RUN, "DDIM-8 of 8 images",
+    ], "what 300 seconds give"  # fmt: skip
+    assert {unet.COMPILED, unet.OURS_COMPILED} <= first[0]["ms"].keys() & first[1]["ms"].keys()
+    assert {unet.COMPILED, step.RECIPE, step.STAGE1} <= first[2]["ms"].keys()
+    assert {train_run.STAGE1, train_run.CAPTURED, step.RECIPE} <= first[3]["ms"].keys()
+    growing = [row for row in rows if row["section"] == "growth"]
+    assert {(row["num_groups"], row["batch"]) for row in growing} == {(1, 8), (8, 8), (8, 4)}
     for goal in results["goals"]:
         assert goal["rows"] > 0 and f"| {goal['goal']} |" in table
-    assert table.count("| tiny") + table.count("| design") == len(rows)
+    assert table.count("| tiny") + table.count("| design") == len(rows) - len(growing)
+    assert table.count("| forward | 8 |") == 2 and table.count("| training step | 4 |") == 1  # by N and B
     assert "A dry run" in table and not results["not_run"]
 
 
 def test_what_there_was_no_time_for_is_counted(tmp_path: Path) -> None:
     code, results, table = dry_run(tmp_path, "--seconds", "0")
     assert code == 0 and not results["rows"]
-    assert set(results["not_run"]) == {"unet", "conv", "group norm"}
+    assert set(results["not_run"]) == SECTIONS
     assert "not run, no time left" in table and "not measured" in table
 
 
@@ -72,7 +85,7 @@ def test_a_capture_of_ours_that_fails_costs_no_more_than_itself(
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(Machine, "captured", captured)
-    code, results, table = dry_run(tmp_path, "--only", "unet", "norm")
+    code, results, table = dry_run(tmp_path, "--only", "norm")
     assert code == 1 and results["rows"]
     for row in results["rows"]:
         assert row["ms"]["ours"] > 0 and row["ratios"] and not any("graph" in name for name in row["ms"])
