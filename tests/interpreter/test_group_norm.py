@@ -65,7 +65,7 @@ def test_any_problem_is_as_accurate_as_torch(dtype: torch.dtype, nan_filled_memo
     """Any groups, widths, layouts; with and without scale, shift and SiLU; output and all gradients."""
 
     @given(case=(norm_cases() | norm_cases(fused=True)).filter(lambda case: case.routing.batch > 0))
-    @settings(max_examples=20, deadline=None, derandomize=True)
+    @settings(max_examples=14, deadline=None, derandomize=True)
     def check(case: NormCase) -> None:
         assert_accurate(case, dtype)
 
@@ -92,11 +92,14 @@ def test_statistics_are_right_across_tiles_and_programs(
     assert_accurate(case, torch.float32)
 
 
-@DTYPES
 @pytest.mark.parametrize(
-    ("channels", "num_groups", "x2_channels"),
-    [(12, 4, 5), (12, 4, 3), (64, 32, 24), (96, 8, 20), (40, 40, 1)],
-    ids=["in a norm group", "between two", "between vectors", "in a block", "last channel"],
+    ("channels", "num_groups", "x2_channels", "dtype"),
+    [
+        pytest.param(12, 4, 5, torch.float16, id="in a norm group"),
+        pytest.param(64, 32, 24, torch.float32, id="between vectors"),
+        pytest.param(96, 8, 20, torch.float16, id="in a block"),
+        pytest.param(40, 40, 1, torch.float32, id="last channel"),
+    ],
 )
 def test_norm_groups_and_blocks_may_straddle_the_seam_of_two_inputs(
     channels: int, num_groups: int, x2_channels: int, dtype: torch.dtype, nan_filled_memory: None
