@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from bench.files import markdown_rows
+from bench.files import ROOT, markdown_rows
 from bench.gpu import growth
 from bench.gpu.goals import judge
 from bench.gpu.rows import Row, Run, row_name
@@ -39,7 +39,12 @@ def facts(run: Run, seconds: float, command: str) -> dict[str, Any]:
 
 def versions(machine: Machine) -> dict[str, str]:
     """Versions of the software that the measurements depend on; "none" for what is not installed."""
-    found = {"tdc_fast": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    found = {
+        "tdc_fast": __version__,
+        "commit": commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
     found["cuda"] = str(torch.version.cuda)
     found["cudnn"] = str(torch.backends.cudnn.version()) if machine.is_cuda else "none"
     for package in ("triton", "cupy-cuda13x"):
@@ -49,6 +54,19 @@ def versions(machine: Machine) -> dict[str, str]:
             found[package] = "none"
     found["driver"] = driver_version() if machine.is_cuda else "none"
     return found
+
+
+def commit() -> str:
+    """The commit of the checkout, with "+" after it if files have changed since; "unknown" outside a checkout."""
+    git = ["git", "-C", str(ROOT)]
+    try:
+        name, changes = (
+            subprocess.run([*git, *words], capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+            for words in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        )
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return name + ("+" if changes else "")
 
 
 def driver_version() -> str:
@@ -67,7 +85,7 @@ def as_markdown(results: dict[str, Any]) -> str:
     lines = [
         f"# Throughput on {device['name']}, {results['dtype']}",
         "",
-        f"{results['date']}, `{results['command']}`, {results['seconds']:.0f} s; torch {versions['torch']}, CUDA "
+        f"{results['date']}, commit {versions['commit']}, `{results['command']}`, {results['seconds']:.0f} s; torch {versions['torch']}, CUDA "
         f"{versions['cuda']}, cuDNN {versions['cudnn']}, triton {versions['triton']}, driver {versions['driver']}.",
         f"Measured ceilings: copy {ceilings['copy_TBps']:.2f} TB/s, bf16 matrix product "
         f"{ceilings['matmul_TFLOPps']:.0f} TFLOP/s. Clocks before: {_clocks(results['clocks_before'])}; "

@@ -55,7 +55,7 @@ def warm(run: Run, work: Workload, index: int, count: int) -> int:
             unet.compiled(problem, problem.routed if routed else problem.base)
 
     def whole_step(batch: int) -> None:
-        problem = step.Problem(run, work.unets[cifar], batch)
+        problem = step.Problem(run, work.unets[first], batch)
         with torch.enable_grad():
             problem.routed()()
             problem.stage1()()
@@ -69,9 +69,10 @@ def warm(run: Run, work: Workload, index: int, count: int) -> int:
         for direction in norm.DIRECTIONS:
             norm.Problem(run, layer, 1.0).ours(direction, run.backend)()
 
-    cifar, imagenet = work.unets
-    backward, forward = unet.Case(cifar, "training step"), unet.Case(cifar, "forward")
-    models = [backward, unet.Case(cifar, "training step", width=0.5), unet.Case(imagenet, "training step")]
+    first, *rest = work.unets
+    backward, forward = unet.Case(first, "training step"), unet.Case(first, "forward")
+    models = [backward, unet.Case(first, "training step", width=0.5)]
+    models += [unet.Case(name, "training step") for name in rest]
     compiled = [
         partial(compilation, case, work.batch, routed) for case in (backward, forward) for routed in (False, True)
     ]

@@ -58,6 +58,12 @@ def test_a_dry_run_times_every_section_and_peer(tmp_path: Path) -> None:
     assert "A dry run" in table and not results["not_run"]
 
 
+def test_warming_launches_what_the_rows_launch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for share in ("0/9", "4/9"):  # of every kind of launch, the whole step among them
+        assert command.main(["--dry-run", "--out", str(tmp_path), "--warm", share]) == 0
+    assert capsys.readouterr().err == ""  # where failures are printed
+
+
 def test_what_there_was_no_time_for_is_counted(tmp_path: Path) -> None:
     code, results, table = dry_run(tmp_path, "--seconds", "0")
     assert code == 0 and not results["rows"]
