@@ -85,8 +85,9 @@ def as_markdown(results: dict[str, Any]) -> str:
     lines = [
         f"# Throughput on {device['name']}, {results['dtype']}",
         "",
-        f"{results['date']}, commit {versions['commit']}, `{results['command']}`, {results['seconds']:.0f} s; torch {versions['torch']}, CUDA "
-        f"{versions['cuda']}, cuDNN {versions['cudnn']}, triton {versions['triton']}, driver {versions['driver']}.",
+        f"{results['date']}, commit {versions['commit']}, `{results['command']}`, {results['seconds']:.0f} s; "
+        f"torch {versions['torch']}, CUDA {versions['cuda']}, cuDNN {versions['cudnn']}, triton {versions['triton']}, "
+        f"driver {versions['driver']}.",
         f"Measured ceilings: copy {ceilings['copy_TBps']:.2f} TB/s, bf16 matrix product "
         f"{ceilings['matmul_TFLOPps']:.0f} TFLOP/s. Clocks before: {_clocks(results['clocks_before'])}; "
         f"after: {_clocks(results['clocks_after'])}.",
