@@ -257,13 +257,15 @@ def check_like(argument: str, path: Path, name: str, value: Any, expected: Tenso
 
 
 def _is_dense(value: object) -> bool:
-    return isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta and not value.is_quantized
+    if not isinstance(value, Tensor) or value.is_meta or value.is_quantized or value.is_nested:
+        return False
+    return value.layout is torch.strided
 
 
 def _kind(value: object) -> str:
     if not isinstance(value, Tensor):
         return f"a {type(value).__name__}"
-    kind = "meta" if value.is_meta else str(value.layout).removeprefix("torch.").replace("strided", "")
+    kind = "meta" if value.is_meta else "nested" if value.is_nested else str(value.layout).removeprefix("torch.").replace("strided", "")
     return " ".join(filter(None, ["a", kind, str(value.dtype).removeprefix("torch."), "tensor"]))
 
 

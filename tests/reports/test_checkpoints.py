@@ -76,6 +76,7 @@ BROKEN_WEIGHTS = {
     "a shape that broadcasts": lambda state: {**state, "out.2.bias": torch.zeros(1)[:1].reshape(1, 1)},
     "a sparse tensor": lambda state: {**state, first(state): state[first(state)].to_sparse()},
     "a meta tensor": lambda state: {**state, first(state): state[first(state)].to("meta")},
+    "a nested tensor": lambda state: {**state, first(state): torch.nested.nested_tensor([state[first(state)]])},
     "another dtype": lambda state: {**state, first(state): state[first(state)].double()},
     "NaN": lambda state: {**state, "out.2.bias": state["out.2.bias"] * NAN},
     "infinity": lambda state: {**state, "out.2.bias": state["out.2.bias"] + float("inf")},
