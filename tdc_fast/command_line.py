@@ -173,13 +173,13 @@ def parse_flags(
 
 def _in_one_line(box: str) -> str:
     """What tyro says in a frame of several parts: its first part, and the names of the flags that it suggests."""
-    parts: list[list[str]] = [[]]
-    for row in (line.strip("│")[1:] for line in box.splitlines()):
-        if row.startswith("─"):
+    parts: list[list[str]] = [[]]  # the first one is the title, where the frame is of ASCII
+    for line in box.splitlines():
+        if line.startswith(("╭", "╰")) or line[1:].lstrip().startswith(("───", "---")):
             parts.append([])
         else:
-            parts[-1].append(row.rstrip())
-    first, *others = [rows for rows in parts if rows]
+            parts[-1].append(line[2:].rstrip("│ "))
+    first, *others = [rows for rows in parts[1:] if any(rows)] or [[box]]
     said = " ".join(row.strip() for row in first).removeprefix("Error parsing ").rstrip(".")
     flags = [row.split()[0] for rows in others for row in rows if row.startswith("    --")]
     suggested = others and others[0][0].startswith("Perhaps you meant")

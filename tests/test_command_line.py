@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import io
 import os
 import signal
 import subprocess
@@ -62,7 +63,9 @@ def test_a_word_that_is_no_boolean_is_refused_by_flag():
         _parse("--use_ddim", "maybe")
 
 
-def test_unknown_flags_and_values_are_refused_in_one_line():
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_unknown_flags_and_values_are_refused_in_one_line(encoding, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
     for argv, said in [
         (["--no_such", "1"], "--no_such, 1"),
         (["--nam", "z"], "--nam, z; perhaps you meant --name"),
@@ -71,7 +74,8 @@ def test_unknown_flags_and_values_are_refused_in_one_line():
         with pytest.raises(ValueError, match=said) as refused:
             _parse(*argv)
         assert str(refused.value).endswith("--help explains all flags")
-        assert "\n" not in str(refused.value) and not set("─│╭╰") & set(str(refused.value))
+        assert "\n" not in str(refused.value) and not set("─│╭╰|+") & set(str(refused.value))
+        assert " -" not in str(refused.value).replace(" --", "") and "---" not in str(refused.value)
 
 
 def test_a_value_can_be_read_before_the_rest_is_parsed():

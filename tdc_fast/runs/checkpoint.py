@@ -159,7 +159,18 @@ def find_problem(directory: Path, step: int, expected: Mapping[str, Any]) -> str
         with open(path, "rb") as file:
             if sha256_of(file) != checksum:
                 return f"{path} is damaged or from another run: its sha256 is not the one in {marker.name}"
+        beside = path.with_suffix(".json")
+        if beside != marker and beside.is_file() and not _describes(beside, checksum):
+            return f"{beside} is damaged: it does not describe {name}"
     return None
+
+
+def _describes(description: Path, checksum: str) -> bool:
+    try:
+        values = read_json(description)
+    except ValueError:
+        return False
+    return isinstance(values, dict) and values.get("sha256") == checksum
 
 
 def differing_key(description: Mapping[str, Any], expected: Mapping[str, Any]) -> str | None:

@@ -265,7 +265,13 @@ def _is_dense(value: object) -> bool:
 def _kind(value: object) -> str:
     if not isinstance(value, Tensor):
         return f"a {type(value).__name__}"
-    kind = "meta" if value.is_meta else "nested" if value.is_nested else str(value.layout).removeprefix("torch.").replace("strided", "")
+    kind = (
+        "meta"
+        if value.is_meta
+        else "nested"
+        if value.is_nested
+        else str(value.layout).removeprefix("torch.").replace("strided", "")
+    )
     return " ".join(filter(None, ["a", kind, str(value.dtype).removeprefix("torch."), "tensor"]))
 
 
