@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from tdc_fast import RoutingPlan, explain, routed_conv2d, routed_group_norm
-from tdc_fast.ops import backends, native, reference
+from tdc_fast.ops import backends, native, reads_two_inputs, reference
 from tests.cases import ConvCase, NormCase, Routing, conv_cases, norm_cases
 from tests.ops import test_conv2d as conv
 from tests.ops import test_group_norm as norm
@@ -191,6 +191,11 @@ class TestABackendWithoutTheFusion:
         assert "plain: supported, after torch.cat of x and x2 and nearest upsampling" in str(said)
         alone = explain(routed_conv2d, torch.cat([t["x"], t["x2"]], 1), *arguments[1:], **case.settings())
         assert alone.copies == {"plain": "nearest upsampling"}
+
+    def test_a_model_can_ask_whether_two_inputs_would_be_copied(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for backend, expected in (("reference", True), ("plain", False)):
+            monkeypatch.setenv("TDC_FAST_BACKEND", backend)
+            assert reads_two_inputs(torch.device("cpu"), torch.float64) is expected
 
     def test_one_that_copies_is_taken_after_those_that_do_not(self) -> None:
         case = norm.some_case(x2_channels=4)
