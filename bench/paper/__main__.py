@@ -1,6 +1,7 @@
 """`python -m bench.paper main|stages|settings|agents|all`: the paper's tables at small scale.
 
-It may be stopped at any time; the same command continues. Runs go to --runs, tables to --out.
+It may be stopped at any time; the same command continues. Runs go to --runs, tables to --out. `--study images` makes
+the main table on your own images, in --minutes: see bench/paper/images.py.
 """
 
 from __future__ import annotations
@@ -13,14 +14,16 @@ from datetime import date
 from pathlib import Path
 
 from bench.files import ROOT
+from bench.paper.images import images_main
 from bench.paper.recipes import STUDIES, Study
 from bench.paper.run import cpu_minutes, protocol, run_rows
-from bench.paper.summary import as_markdown, summarise
+from bench.paper.summary import summarise, write_table
 from bench.paper.tables import TABLES
-from tdc_fast.atomic import write_json
 from tdc_fast.command_line import run_command
 from tdc_fast.experiments.assemble import describe_environment
 from tdc_fast.experiments.measure import load_yardsticks
+
+IMAGES = "images"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,9 +32,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _tables(arguments: list[str]) -> None:
+    chosen = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    chosen.add_argument("--study")
+    named, others = chosen.parse_known_args(arguments)
+    if named.study == IMAGES:  # it has flags of its own
+        table, flags = (others[0], others[1:]) if others and not others[0].startswith("-") else ("main", others)
+        images_main(table, flags)
+        return
     parser = argparse.ArgumentParser(prog="python -m bench.paper", description=__doc__)
     parser.add_argument("table", choices=[*TABLES, "all"])
-    parser.add_argument("--study", choices=sorted(STUDIES), default="digits", help="data and denoiser")
+    parser.add_argument(
+        "--study",
+        choices=[*sorted(STUDIES), IMAGES],
+        default="digits",
+        help="data and denoiser; images has other flags: --study images --help",
+    )
     parser.add_argument("--seeds", type=int, default=3, help="training seeds 0 to this many")
     parser.add_argument("--samples", type=int, default=5000, help="images per draw for the Fréchet distance")
     parser.add_argument("--draws", type=int, default=1, help="draws per model")
@@ -58,11 +73,7 @@ def _make(name: str, study: Study, options: argparse.Namespace) -> None:
     minutes = cpu_minutes(study, table.rows, seeds, folder)
     result = summarise(table, study, outcomes, seeds, how, yardsticks, describe_environment(), minutes)
     result |= {"date": date.today().isoformat(), "command": _command(name, options)}
-    options.out.mkdir(parents=True, exist_ok=True)
-    write_json(options.out / f"{name}-{study.name}.json", result)
-    text = as_markdown(result)
-    (options.out / f"{name}-{study.name}.md").write_text(text, encoding="utf-8")
-    print(text)
+    print(write_table(result, options.out))
 
 
 def _command(table: str, options: argparse.Namespace) -> str:

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from tdc_fast.experiments.contestants import SETTINGS, Contestant
+from tdc_fast.pruning.budget import budget_law
 from tdc_fast.runs.checkpoint import model_file
-from tdc_fast.runs.config import TrainConfig
+from tdc_fast.runs.config import TrainConfig, comma_numbers
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,16 @@ _DIGITS = {**SETTINGS, "log_interval": 50, "save_interval": 1000000}
 _PHOTOS = {**_DIGITS, "data_dir": "photos", "image_size": 16}
 # The defaults of tdc_fast.train, except for the number of groups and a small batch.
 _EXPERTS = {"groups": 4, "grouping": "uniform", "k": 0.6, "stage1_share": 0.5, "stage2_batch": 32}
+IMAGES = {
+    "heldout": 0.2,
+    "noise_schedule": "cosine",
+    "lr": 3e-4,
+    "ema_rate": "0.999",
+    "ema_ramp": True,
+    "tensorboard": False,
+    "progress": "never",
+}
+"""Settings of the study "images" that its options do not choose."""
 
 STUDIES = {
     study.name: study
@@ -70,6 +81,28 @@ STUDIES = {
 }
 
 
+def images_study(data_dir: str, batch_size: int, baseline_steps: int, **settings: Any) -> Study:
+    """The study "images": a folder or array of images, a UNet of improved-diffusion and four experts.
+
+    Args:
+        data_dir: as for `tdc_fast.train`.
+        batch_size: images per step of stage 1 and of the uniform baseline, and of all experts together.
+        baseline_steps: C in steps.
+        **settings: further settings of all models.
+    """
+    common = {
+        **IMAGES,
+        "log_interval": min(50, max(1, baseline_steps // 32)),
+        "save_interval": max(1000, baseline_steps // 2),  # a few checkpoints per run: they are large
+    }
+    return Study(
+        "images",
+        baseline_steps,
+        {**common, **settings, "data_dir": data_dir, "batch_size": batch_size},
+        {**_EXPERTS, "stage2_batch": batch_size},
+    )
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How one model is trained.
@@ -80,6 +113,7 @@ class Recipe:
         cost: training cost as a share of C.
         experts: None for one uniform denoiser, else changes to the study's TDC settings ({} for none).
         small_batch: after stage 1, train on an expert's batch size, with more steps for the same cost.
+        mean_budget: prune to the mean of the budgets of the study's experts.
         small_stage1: train stage 1 in the same way.
         from_scratch: a stage 1 of a single step, so that the experts start from practically untrained weights.
     """
@@ -89,13 +123,14 @@ class Recipe:
     cost: float = 1.0
     experts: Mapping[str, Any] | None = None
     small_batch: bool = False
+    mean_budget: bool = False
     small_stage1: bool = False
     from_scratch: bool = False
 
 
 def stage1(study: Study, recipe: Recipe, seed: int, folder: Path) -> Contestant:
     """The stage 1 of a recipe: uniform training at a constant learning rate."""
-    steps = 1 if recipe.from_scratch else round(_stage1_share(study, recipe) * study.baseline_steps)
+    steps = 1 if recipe.from_scratch else round(stage1_share(study, recipe) * study.baseline_steps)
     settings = {**study.settings, "seed": seed}
     name = f"stage1-{steps}"
     if recipe.small_stage1:
@@ -106,8 +141,15 @@ def stage1(study: Study, recipe: Recipe, seed: int, folder: Path) -> Contestant:
     return Contestant(name, name, "", TrainConfig.from_dict(settings))
 
 
-def _stage1_share(study: Study, recipe: Recipe) -> float:
+def stage1_share(study: Study, recipe: Recipe) -> float:
+    """The cost of a recipe's stage 1 as a share of C."""
     return float((recipe.experts or {}).get("stage1_share", study.experts["stage1_share"]))
+
+
+def mean_budget(experts: Mapping[str, Any]) -> float:
+    """The mean of the budgets of experts with these settings, as a share of the base's MACs."""
+    budgets = comma_numbers("budgets", experts.get("budgets", ""), float) or budget_law(experts["groups"], experts["k"])
+    return sum(budgets) / len(budgets)
 
 
 def contestant(study: Study, recipe: Recipe, seed: int, folder: Path) -> tuple[Contestant, Contestant]:
@@ -115,8 +157,10 @@ def contestant(study: Study, recipe: Recipe, seed: int, folder: Path) -> tuple[C
     first = stage1(study, recipe, seed, folder)
     start = first.config.stage1_steps
     directory = str(folder / recipe.key)
+    batch = {"stage2_batch": study.small_batch} if recipe.small_batch else {}
+    budget = {"budgets": f"{mean_budget(study.experts):g}"} if recipe.mean_budget else {}
     if recipe.experts is None:
-        left = round(recipe.cost * study.baseline_steps) - round(_stage1_share(study, recipe) * study.baseline_steps)
+        left = round(recipe.cost * study.baseline_steps) - round(stage1_share(study, recipe) * study.baseline_steps)
         if recipe.small_batch:
             left *= study.small_factor
         config = first.config.replace(
@@ -132,6 +176,8 @@ def contestant(study: Study, recipe: Recipe, seed: int, folder: Path) -> tuple[C
             **{
                 **study.experts,
                 **recipe.experts,
+                **batch,
+                **budget,
                 "run_dir": directory,
                 "base": str(first.directory),
                 "batch_size": study.settings["batch_size"],

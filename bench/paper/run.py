@@ -82,10 +82,18 @@ def run_rows(
             result = home / "measured" / f"{recipe.key}-{how.samples}x{how.draws}.pt"
             plan[recipe.key, seed] = first, model, result
             if not result.exists():
-                opening[first.directory] = Job(f"seed {seed}, {first.key}", train_clocked, (first,))
+                opening[first.directory] = Job(
+                    f"seed {seed}, {first.key}", train_clocked, (first,), first.progress, first.last_step
+                )
     run_jobs(list(opening.values()), processes, say)
     work = [
-        Job(f"seed {seed}, {key}", measure_clocked, (model, yardsticks, how, result))
+        Job(
+            f"seed {seed}, {key}",
+            measure_clocked,
+            (model, yardsticks, how, result),
+            model.progress,
+            model.last_step,
+        )
         for (key, seed), (_, model, result) in plan.items()
         if not result.exists()
     ]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from bench.paper.recipes import Study
 from bench.paper.run import Outcome
 from bench.paper.tables import Table
+from tdc_fast.atomic import write_json
 from tdc_fast.evaluation.heldout import compare
 from tdc_fast.experiments.measure import MeasuringProtocol, Yardsticks
 
@@ -102,6 +104,15 @@ def _score_against_loss(rows: Sequence[dict[str, Any]]) -> list[float]:
 def _ranks(values: list[float]) -> list[float]:
     """Ranks from 1 for the smallest; equal values share their mean rank."""
     return [sum(other < value for other in values) + (values.count(value) + 1) / 2 for value in values]
+
+
+def write_table(result: dict[str, Any], folder: Path) -> str:
+    """Write TABLE-STUDY.json and TABLE-STUDY.md into a folder; returns the text of the latter."""
+    folder.mkdir(parents=True, exist_ok=True)
+    name, text = f"{result['table']}-{result['study']}", as_markdown(result)
+    write_json(folder / f"{name}.json", result)
+    (folder / f"{name}.md").write_text(text, encoding="utf-8")
+    return text
 
 
 def as_markdown(result: dict[str, Any]) -> str:

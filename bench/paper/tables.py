@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from bench.paper.recipes import Recipe
 
 WHOLE = {"k": 1.0}
-ONE = {"groups": 1, "stage2_batch": 8, **WHOLE}  # the batch of one expert
+ONE = {"groups": 1, **WHOLE}
 # Low-SNR groups at 0.7 of the base, the others whole; more of each batch for high SNR, where losses are largest.
 BY_HAND = {"budgets": "0.7,0.7,1,1", "stage2_shares": "0.33,0.25,0.21,0.21"}
 
@@ -70,8 +70,8 @@ TABLES = {
                 UNIFORM_80,
                 SMALL,
                 SMALL_80,
-                Recipe("one", "N = 1, the experts' recipe, C", experts=ONE),
-                Recipe("one-pruned", "N = 1, pruned, 0.8 C", 0.8, experts={**ONE, "budgets": "0.85"}),
+                Recipe("one", "N = 1, the experts' recipe, C", experts=ONE, small_batch=True),
+                Recipe("one-pruned", "N = 1, pruned, 0.8 C", 0.8, experts=ONE, small_batch=True, mean_budget=True),
                 TDC_WHOLE,
                 TDC,
             ),

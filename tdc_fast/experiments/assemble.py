@@ -15,70 +15,86 @@ import torch
 
 import tdc_fast
 from tdc_fast.evaluation.frechet import DistanceSpread
-from tdc_fast.experiments.contestants import SETTINGS, Contestant
+from tdc_fast.experiments.contestants import Contestant
 from tdc_fast.experiments.jobs import read_progress
 from tdc_fast.experiments.measure import Measured, MeasuringProtocol, Yardsticks
 from tdc_fast.report.numbers import Comparison, Curve, ExpertWidths, ModelResult
 from tdc_fast.runs.loading import Run, load_run
 
-SEED_NOTE = (
-    "The intervals on this page cover the noise of measuring, not that of training: run the same command with --seed 1 "
-    "to see what another training seed changes."
-)
-NO_SMALL_BATCH_CONTROL = (
-    "The uniform baseline with small batches is missing. Stage 2 trains each expert in many steps on few images, which "
-    "also helps a uniform model; part of the experts' gain may come from it."
-)
+EXPERT_SETTINGS = ("groups", "grouping", "difficulty", "k", "importance", "calibration_batches", "stage2_batch")
+"""The settings of the pruned experts that a report lists."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a comparison is about, in the words and settings of its report.
+
+    Attributes:
+        title: heading of the report.
+        subtitle: what is compared, in one sentence.
+        images: what the real images are, such as "digits".
+        settings: settings of all models.
+        options: options of the experiment.
+        pruned: key of the model whose groups, budgets and widths are shown.
+        seed_note: what the report says about training seeds.
+        missing: sentences on controls that were left out.
+    """
+
+    title: str
+    subtitle: str
+    images: str
+    settings: dict[str, Any]
+    options: dict[str, Any]
+    pruned: str
+    seed_note: str
+    missing: tuple[str, ...] = ()
 
 
 def compare_runs(
+    subject: Subject,
     first: Contestant,
     models: Sequence[Contestant],
     measured: dict[str, Measured],
     yardsticks: Yardsticks,
     protocol: MeasuringProtocol,
-    options: dict[str, Any],
     seconds: dict[str, float],
 ) -> Comparison:
-    """Collect all numbers of the demo.
+    """Collect all numbers of a comparison.
 
     Args:
+        subject: what it is about.
         first: the shared stage 1.
         models: the compared models, the yardstick first.
         measured: measurements by the key of the model.
         yardsticks: what the samples were compared with.
         protocol: how the models were measured.
-        options: the demo's options, for the report's settings.
         seconds: time taken, by job.
     """
     stage1 = load_run(first.directory)
     results = tuple(_result(stage1, model, measured[model.key], protocol) for model in models)
     reference = yardsticks.reference
     chosen = torch.randperm(len(reference), generator=torch.Generator().manual_seed(0))[:100]
-    missing = () if any(model.key == "uniform-80-small" for model in models) else (NO_SMALL_BATCH_CONTROL,)
+    pruned = next(model for model in models if model.key == subject.pruned)
     return Comparison(
-        title="Divide-and-conquer training on 8×8 digits",
-        subtitle=(
-            "One uniform denoiser against experts for four groups of timesteps, whole and pruned; same data, same "
-            "shared first stage, training compute measured in multiply-accumulates."
-        ),
+        title=subject.title,
+        subtitle=subject.subtitle,
         models=results,
         boundaries=protocol.boundaries,
         snr_db=tuple(float(value) for value in stage1.diffusion.snr_db()),
-        widths=_widths(load_run(next(m for m in models if m.key == "pruned").directory)),
+        widths=_widths(load_run(pruned.directory)),
         floors=yardsticks.floors,
         feature_space=yardsticks.feature_space,
-        reference=f"all {len(reference)} real digits",
+        reference=f"all {len(reference)} real {subject.images}",
         sampler=f"DDIM, {protocol.sampling_steps} steps",
         real_images=reference[chosen],
         settings={
-            "model and training": {name: value for name, value in SETTINGS.items() if value != ""},
-            "this job": options,
-            "experts": _expert_settings(models),
+            "model and training": {name: value for name, value in subject.settings.items() if value != ""},
+            "this job": subject.options,
+            "experts": {name: getattr(pruned.config, name) for name in EXPERT_SETTINGS},
         },
         environment=describe_environment(),
-        seed_note=SEED_NOTE,
-        missing=missing,
+        seed_note=subject.seed_note,
+        missing=subject.missing,
         seconds=seconds,
     )
 
@@ -91,9 +107,10 @@ def _result(stage1: Run, model: Contestant, measured: Measured, protocol: Measur
     *_, last = phases.values()
     if run.config.groups:
         start = sum(phases.values()) - last
-        after = _Rows(run.path / "experts" / "progress.csv", "g", 0, start, last / steps)
+        intervals = "g" if run.config.groups == len(protocol.boundaries) - 1 else "q"
+        after = _Rows(model.progress, intervals, 0, start, last / steps)
     else:
-        after = _Rows(run.path / "progress.csv", "q", shared["steps"], shared["macs"], last / steps)
+        after = _Rows(model.progress, "q", shared["steps"], shared["macs"], last / steps)
     return ModelResult(
         key=model.key,
         label=model.label,
@@ -144,8 +161,8 @@ class _Rows:
 
     Attributes:
         path: the progress.csv.
-        suffix: letter before the group in the names of the loss columns: "g" for groups, "q" for the quartiles that
-            uniform training logs; both are the same intervals here.
+        suffix: letter before the group in the names of the loss columns: "g" for groups, "q" for the quarters of the
+            timesteps that every run logs; both are the same intervals where there are four uniform groups.
         first_step: rows up to this step are left out.
         start_macs: MACs spent up to that step.
         macs_per_step: MACs of each step after it.
@@ -187,12 +204,6 @@ def _widths(run: Run) -> ExpertWidths:
         budgets=tuple(budget / whole for budget in plan.budgets),
         macs=tuple(macs / whole for macs in plan.macs),
     )
-
-
-def _expert_settings(models: Sequence[Contestant]) -> dict[str, Any]:
-    config = next(model for model in models if model.key == "pruned").config
-    names = ("groups", "grouping", "difficulty", "k", "importance", "calibration_batches", "stage2_batch")
-    return {name: getattr(config, name) for name in names}
 
 
 def describe_environment() -> dict[str, str]:

@@ -8,6 +8,7 @@ from typing import Literal
 
 from tdc_fast.runs.checkpoint import model_file
 from tdc_fast.runs.config import TrainConfig
+from tdc_fast.training import cost
 
 STAGE1_SHARE = 0.5
 REDUCED_COST = 0.8
@@ -65,6 +66,16 @@ class Contestant:
     def directory(self) -> Path:
         """Its run directory."""
         return Path(self.config.run_dir)
+
+    @property
+    def progress(self) -> Path:
+        """The progress.csv of its last stage."""
+        return self.directory / ("experts/progress.csv" if self.config.groups else "progress.csv")
+
+    @property
+    def last_step(self) -> int:
+        """The step at which that stage ends; 0 where it follows from a budget."""
+        return self.config.stage2_steps if self.config.groups else cost.stage1_steps(self.config) or 0
 
 
 def stage1(out: Path, baseline_steps: int, seed: int) -> Contestant:

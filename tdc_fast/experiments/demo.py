@@ -11,17 +11,25 @@ from typing import Annotated, Any
 
 from tdc_fast.atomic import write_json
 from tdc_fast.errors import invalid
-from tdc_fast.experiments.assemble import compare_runs
-from tdc_fast.experiments.contestants import Contestant, contestants, stage1
-from tdc_fast.experiments.jobs import Job, run_jobs, train_and_measure, train_contestant
+from tdc_fast.experiments.assemble import Subject, compare_runs
+from tdc_fast.experiments.contestants import SETTINGS, Contestant, contestants, stage1
+from tdc_fast.experiments.folder import begun_with
+from tdc_fast.experiments.jobs import Job, contest_job, run_jobs, training_job
 from tdc_fast.experiments.measure import MeasuringProtocol, load_measured, load_yardsticks, prepare_yardsticks
 from tdc_fast.report import write_report
 from tdc_fast.routing import TimestepGroups
 from tdc_fast.runs.groups import build_groups
 from tdc_fast.runs.limits import PathText, Within, check_limits
-from tdc_fast.text_files import read_record
 
 FULL_STEPS = 3000
+SEED_NOTE = (
+    "The intervals on this page cover the noise of measuring, not that of training: run the same command with --seed 1 "
+    "to see what another training seed changes."
+)
+NO_SMALL_BATCH_CONTROL = (
+    "The uniform baseline with small batches is missing. Stage 2 trains each expert in many steps on few images, which "
+    "also helps a uniform model; part of the experts' gain may come from it."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,20 +89,20 @@ def run_demo(options: DemoOptions, *, in_process: bool = False) -> Path:
     say(f"C is {steps} steps of a uniform baseline on 64 digits each; {len(models)} models, then the report")
     yardsticks = out / "measured" / "yardsticks.pt"
     results = {model.key: out / "measured" / f"{model.key}.pt" for model in models}
-    opening = [_training_job(first)]
+    opening = [training_job(first)]
     if not yardsticks.exists():
         opening.append(Job("classifier and floors", prepare_yardsticks, (yardsticks, options.samples)))
     seconds = run_jobs(opening, processes, say)
-    jobs = [_contest_job(model, yardsticks, protocol, results[model.key]) for model in _longest_first(models)]
+    jobs = [contest_job(model, yardsticks, protocol, results[model.key]) for model in _longest_first(models)]
     seconds.update(run_jobs(jobs, processes, say))
     say("writing the report")
     comparison = compare_runs(
+        _subject(options),
         first,
         models,
         {key: load_measured(path) for key, path in results.items()},
         load_yardsticks(yardsticks),
         protocol,
-        _recorded_options(options),
         {**seconds, "all": time.monotonic() - began},
     )
     page = write_report(comparison, out, "pruned", ("uniform", *_other_baselines(models)))
@@ -111,16 +119,25 @@ def _check(options: DemoOptions) -> None:
 def _claim(out: Path, options: DemoOptions) -> None:
     """Record the options in the folder, or check that it was started with the same ones."""
     recorded, path = _recorded_options(options), out / "demo.json"
-    if path.is_file():
-        for name, value in read_record(path).items():
-            if recorded.get(name) != value:
-                raise invalid(name, recorded.get(name), f"{value!r}, as in the demo begun in {out}, or another --out")
-        print(f"continuing the demo in {out}: what is finished is kept")
-        return
-    if out.is_dir() and any(out.iterdir()):
-        raise invalid("out", str(out), "a new or empty folder, or that of an earlier demo")
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(path, recorded)
+    if not begun_with(path, recorded, "demo"):
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(path, recorded)
+
+
+def _subject(options: DemoOptions) -> Subject:
+    return Subject(
+        title="Divide-and-conquer training on 8×8 digits",
+        subtitle=(
+            "One uniform denoiser against experts for four groups of timesteps, whole and pruned; same data, same "
+            "shared first stage, training compute measured in multiply-accumulates."
+        ),
+        images="digits",
+        settings=SETTINGS,
+        options=_recorded_options(options),
+        pruned="pruned",
+        seed_note=SEED_NOTE,
+        missing=() if options.control else (NO_SMALL_BATCH_CONTROL,),
+    )
 
 
 def _recorded_options(options: DemoOptions) -> dict[str, Any]:
@@ -136,20 +153,6 @@ def _protocol(options: DemoOptions, groups: TimestepGroups) -> MeasuringProtocol
         points_per_group=options.loss_points,
         boundaries=groups.boundaries,
     )
-
-
-def _training_job(contestant: Contestant) -> Job:
-    config = contestant.config
-    progress = contestant.directory / "progress.csv"
-    return Job(contestant.label, train_contestant, (contestant,), progress, config.stage1_steps)
-
-
-def _contest_job(contestant: Contestant, yardsticks: Path, protocol: MeasuringProtocol, result: Path) -> Job:
-    config = contestant.config
-    stage = contestant.directory / "experts" if config.groups else contestant.directory
-    steps = 0 if config.groups else config.lr_anneal_steps
-    arguments = (contestant, yardsticks, protocol, result)
-    return Job(contestant.label, train_and_measure, arguments, stage / "progress.csv", steps)
 
 
 def _longest_first(models: Sequence[Contestant]) -> list[Contestant]:

@@ -68,6 +68,18 @@ def train_and_measure(contestant: Contestant, yardsticks: Path, protocol: Measur
         measure(contestant.directory, yardsticks, protocol, measured)
 
 
+def training_job(contestant: Contestant) -> Job:
+    """The job that trains a contestant."""
+    arguments = (contestant,)
+    return Job(contestant.label, train_contestant, arguments, contestant.progress, contestant.last_step)
+
+
+def contest_job(contestant: Contestant, yardsticks: Path, protocol: MeasuringProtocol, measured: Path) -> Job:
+    """The job that trains and measures a contestant; arguments as for `train_and_measure`."""
+    arguments = (contestant, yardsticks, protocol, measured)
+    return Job(contestant.label, train_and_measure, arguments, contestant.progress, contestant.last_step)
+
+
 def run_jobs(jobs: Sequence[Job], processes: int, say: Callable[[str], None]) -> dict[str, float]:
     """Run all jobs in the order given and return the seconds that each took, by name.
 

@@ -18,9 +18,10 @@ from tdc_fast.evaluation.features import RandomConvFeatures, extract
 from tdc_fast.evaluation.frechet import Floor, frechet_distance, real_floors
 from tdc_fast.evaluation.heldout import HeldoutLosses, heldout_losses, sampling_macs
 from tdc_fast.evaluation.samples import draw_samples, write_samples
+from tdc_fast.nn.casts import InBf16
 from tdc_fast.nn.packing import RoutedModel, pack_experts
 from tdc_fast.routing import TimestepGroups
-from tdc_fast.runs.build import split_data
+from tdc_fast.runs.build import build_device, split_data
 from tdc_fast.runs.denoisers import TrainedDenoiser, from_run
 from tdc_fast.runs.weights import load_tensors
 
@@ -133,6 +134,8 @@ def _real_images(data_dir: str, image_size: int) -> Tensor:
 def measure(run_directory: Path, yardsticks: Path, protocol: MeasuringProtocol, path: Path) -> None:
     """Measure the model of a run and write the result to a file; the first draw goes to the run's samples/.
 
+    Models run where and in the precision in which the run was trained.
+
     Args:
         run_directory: the run.
         yardsticks: file that `prepare_yardsticks` wrote.
@@ -140,15 +143,17 @@ def measure(run_directory: Path, yardsticks: Path, protocol: MeasuringProtocol, 
         path: the file to write.
     """
     trained = from_run(run_directory)
+    device = build_device(trained.config)
     # A dense denoiser is routed as well, so that all models run on the same, faster kernels.
-    denoiser = replace(trained, model=_routed(trained))
+    model = _routed(trained).to(device)
+    denoiser = replace(trained, model=InBf16(model) if trained.config.mixed_precision else model)
     compared_with = load_yardsticks(yardsticks)
     heldout_images = split_data(denoiser.config)[1]
     assert heldout_images is not None
     losses = heldout_losses(
         denoiser.model,
         denoiser.diffusion,
-        heldout_images.images(),
+        heldout_images.images().to(device),
         TimestepGroups.from_boundaries(protocol.boundaries),
         points_per_group=protocol.points_per_group,
         seed=protocol.loss_seed,
@@ -162,6 +167,7 @@ def measure(run_directory: Path, yardsticks: Path, protocol: MeasuringProtocol, 
             sampler=SAMPLER,
             steps=protocol.sampling_steps,
             seed=protocol.first_seed + draw,
+            device=str(device),
         )
         distances.append(frechet_distance(compared_with.reference, images, compared_with.extractor))
         if shown is None:
@@ -177,7 +183,7 @@ def measure(run_directory: Path, yardsticks: Path, protocol: MeasuringProtocol, 
         "seed": losses.seed,
         "distances": distances,
         "samples": shown,
-        "macs_per_image": sampling_macs(denoiser.model, timesteps, denoiser.image_shape),
+        "macs_per_image": sampling_macs(model, timesteps.to(device), denoiser.image_shape),
         "parameters": count_parameters(trained.model),
     }
     _save(path, content)

@@ -1,15 +1,33 @@
-"""The parameters of a packed model in the dtype of autocast: all are cast at once, and their gradients back at once."""
+"""Models under autocast; the parameters of a packed model are cast all at once, and their gradients back at once."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 Key = tuple[torch.dtype, bool]  # dtype; whether gradients are recorded
+
+
+class InBf16(nn.Module):
+    """A denoiser under autocast with its output in fp32, so that the diffusion process computes in fp32.
+
+    Args:
+        denoiser: called as denoiser(x, t, **condition).
+    """
+
+    def __init__(self, denoiser: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+
+    def forward(self, x: Tensor, t: Tensor, /, **condition: Any) -> Tensor:
+        """The output for x (B, ...) at the timesteps t (B,)."""
+        with torch.autocast(x.device.type, dtype=torch.bfloat16) if x.device.type != "meta" else nullcontext():
+            return self.denoiser(x, t, **condition).float()
 
 
 class Copies:

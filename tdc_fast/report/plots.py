@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # They differ in lightness as well as in hue: baselines are grey, experts coloured.
-FAMILY_COLOURS = {"uniform": ("#2f3a48", "#8f9baa", "#c2a14d"), "experts": ("#0f7f8c", "#d9662b", "#7a58a6")}
+FAMILY_COLOURS = {
+    "uniform": ("#2f3a48", "#8f9baa", "#c2a14d", "#7d6428"),
+    "experts": ("#0f7f8c", "#d9662b", "#7a58a6", "#b8336a"),
+}
 
 
 def _svg(figure: Figure) -> str:
@@ -146,10 +149,11 @@ def heldout_differences(comparison: Comparison) -> str:
     others = comparison.models[1:]
     num_groups = len(comparison.boundaries) - 1
     labels = ["all timesteps", *(f"group {g}" for g in range(num_groups))]
+    pitch = min(0.16, 0.8 / max(1, len(others)))
     for place, model in enumerate(others):
         overall, per_group = compare(model.heldout, comparison.yardstick.heldout)
         differences = [overall, *per_group]
-        x = np.arange(len(labels)) + (place - (len(others) - 1) / 2) * 0.16
+        x = np.arange(len(labels)) + (place - (len(others) - 1) / 2) * pitch
         axis.errorbar(
             x,
             [100 * d.relative for d in differences],
@@ -161,7 +165,7 @@ def heldout_differences(comparison: Comparison) -> str:
     axis.set_xticks(range(len(labels)), labels)
     axis.set_xlim(-0.6, len(labels) - 0.4)
     axis.set_ylabel(f"loss against {comparison.yardstick.label} (%)", fontsize=9)
-    figure.legend(loc="outside upper center", ncols=len(others), frameon=False, fontsize=9)
+    figure.legend(loc="outside upper center", ncols=min(4, len(others)), frameon=False, fontsize=9)
     return _svg(figure)
 
 

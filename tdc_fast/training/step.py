@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from tdc_fast.diffusion import Diffusion
 from tdc_fast.diffusion.protocols import Denoiser
 from tdc_fast.diffusion.timestep_samplers import Draw, TimestepSampler
+from tdc_fast.nn.casts import InBf16
 from tdc_fast.nn.one_expert import OneExpert, kernels_serve
 from tdc_fast.nn.packing import RoutedModel
 from tdc_fast.routing import TimestepGroups
@@ -62,7 +62,9 @@ class TrainingStep:
         self._sampler, self._groups, self._device = sampler, groups, device
         self._parameters = list(model.parameters())
         self._cast_once = model.cast_once if isinstance(model, RoutedModel) else nullcontext
-        self._denoise = _in_bf16(_on_kernels(model, config, device), device) if config.mixed_precision else model
+        self._denoise: Denoiser = model
+        if config.mixed_precision:
+            self._denoise = InBf16(_on_kernels(model, config, device))
 
     def __call__(
         self, x: Tensor, condition: Mapping[str, Tensor], prepared: Mapping[str, Tensor], rate: Tensor, n: Tensor
@@ -135,14 +137,3 @@ def _on_kernels(model: nn.Module, config: TrainConfig, device: torch.device) -> 
     if isinstance(model, RoutedModel) or config.use_checkpoint or not kernels_serve(device, torch.bfloat16):
         return model
     return OneExpert(model)
-
-
-def _in_bf16(model: Denoiser, device: torch.device) -> Denoiser:
-    """The model under autocast with its output in fp32, so that the diffusion process computes in fp32."""
-
-    def denoise(x: Tensor, t: Tensor, /, **condition: Any) -> Tensor:
-        with torch.autocast(device.type, dtype=torch.bfloat16) if device.type != "meta" else nullcontext():
-            prediction: Tensor = model(x, t, **condition)
-            return prediction.float()
-
-    return denoise

@@ -11,7 +11,7 @@ from bench.paper import __main__ as command
 from bench.paper import cost
 from bench.paper.recipes import STUDIES, Recipe, contestant
 from bench.paper.run import cpu_minutes, protocol, run_rows
-from bench.paper.summary import _score_against_loss, summarise
+from bench.paper.summary import _score_against_loss, as_markdown, summarise
 from bench.paper.tables import TABLES, Table
 from tdc_fast.experiments.measure import load_yardsticks
 from tdc_fast.runs.config import TrainConfig
@@ -79,7 +79,7 @@ def test_the_table_tells_every_seed_and_wins_are_counted_seed_by_seed(outcome):
     assert tdc["better_on_loss"] == sum(value < 0 for value in tdc["heldout_against_yardstick"])
     assert 0 < result["cpu_minutes"] < 30
     json.dumps(result, allow_nan=False)
-    text = command.as_markdown({**result, "date": "2000-01-01", "command": "x"})
+    text = as_markdown({**result, "date": "2000-01-01", "command": "x"})
     assert f"| {tdc['better_on_loss']} / {tdc['better_on_frechet']} of 2 |" in text and "C is 40 uniform steps" in text
 
 

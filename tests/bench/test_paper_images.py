@@ -1,0 +1,218 @@
+"""The study of one's own images: sized by measured times, with table and report, continued and not repeated."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bench.paper import __main__ as command
+from bench.paper import images, run, sizing
+from bench.paper.images import ImagesOptions, run_images
+from bench.paper.recipes import Study, contestant, images_study
+from bench.paper.run import protocol
+from bench.paper.sizing import Pace, Paces, decide, least_steps
+from bench.paper.tables import TABLES
+from tdc_fast.experiments import measure
+from tdc_fast.experiments.measure import load_measured
+from tdc_fast.runs.loading import load_run
+
+ROWS = TABLES["main"].rows
+STUDY = images_study("there.npz", 128, 8000)
+KEYS = [recipe.key for recipe in ROWS]
+SHORT_KEYS = ["uniform", "uniform-80", "uniform-small-80", "one", "tdc"]
+# Per step of C: half a step of stage 1, half or 0.3 of a uniform one, four times as many small ones, and experts.
+# Pruned samples cost 0.85 of a whole one, so there are more of them.
+STEPS = {
+    "uniform": 0.5,
+    "uniform-80": 0.3,
+    "uniform-small": 2,
+    "uniform-small-80": 1.2,
+    "one": 2,
+    "one-pruned": 1.2 / 0.85,
+    "tdc-whole": 0.5,
+    "tdc": 0.3 / 0.85,
+}
+SHORT = replace(TABLES["main"], rows=tuple(r for r in ROWS if r.key in SHORT_KEYS))
+PACES = Paces(Pace(0.01, 1.0), {key: Pace(0.02, 2.0) for key in KEYS}, yardsticks=3.0, measuring=4.0, elapsed=5.0)
+FIXED = 5 + 3 + 1 + 8 * (2 + 4)
+PER_STEP = 0.5 * 0.01 + 0.02 * sum(STEPS.values())
+
+
+def test_minutes_are_divided_by_the_measured_times():
+    sizing = decide(STUDY, ROWS, PACES, 30, 160)
+    assert sizing.baseline_steps == int((30 * 60 * 0.9 - FIXED) / PER_STEP)
+    assert sizing.seconds == pytest.approx(30 * 60 * 0.9, abs=PER_STEP)
+    assert sizing.steps == {key: round(share * sizing.baseline_steps) for key, share in STEPS.items()}
+
+
+def test_the_steps_that_are_divided_are_those_of_the_runs(tmp_path):
+    sizing = decide(STUDY, ROWS, PACES, 30, 160)
+    study = images_study("there.npz", 128, sizing.baseline_steps)
+    for recipe in ROWS:
+        config = contestant(study, recipe, 0, tmp_path)[1].config
+        if not config.groups:
+            steps = config.lr_anneal_steps - config.lr_anneal_start
+            assert steps == pytest.approx(sizing.steps[recipe.key], abs=4)
+    assert contestant(study, ROWS[5], 0, tmp_path)[1].config.budgets == "0.85"
+
+
+def test_too_few_minutes_are_refused_with_the_least_that_is_enough():
+    with pytest.raises(ValueError, match=r"minutes: got 2; expected at least (\d+\.\d)") as refused:
+        decide(STUDY, ROWS, PACES, 2, 1000)
+    enough = float(str(refused.value).split("at least ")[1].split(":")[0])
+    assert decide(STUDY, ROWS, PACES, enough, 1000).baseline_steps >= 1000
+    with pytest.raises(ValueError, match="minutes"):
+        decide(STUDY, ROWS, PACES, enough - 0.2, 1000)
+
+
+def test_the_least_number_of_steps_sees_every_image_and_leaves_room_for_pruning():
+    assert least_steps(STUDY, 6058) == 20 * 48
+    assert least_steps(STUDY, 10**6) == 2000
+    assert least_steps(STUDY, 100) == 160
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory) -> ImagesOptions:
+    folder = tmp_path_factory.mktemp("images")
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
+    np.savez(folder / "noise.npz", pixels)
+    return ImagesOptions(
+        data_dir=str(folder / "noise.npz"),
+        out=str(folder / "out"),
+        device="cpu",
+        minutes=1,
+        image_size=8,
+        num_channels=4,
+        channel_mult="1,2",
+        num_res_blocks=1,
+        attention_resolutions="",
+        batch_size=8,
+        samples=24,
+        draws=2,
+        sampling_steps=4,
+        loss_points=2,
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(options) -> tuple[Path, list[Paces]]:
+    """The study in miniature, with one row of each kind; its warm-up is real, but does not decide the steps."""
+    measured: list[Paces] = []
+
+    def decide_on_few(study: Study, rows, paces, minutes, least):
+        measured.append(paces)
+        return replace(decide(study, rows, PACES, 10**4, least), baseline_steps=64, seconds=30.0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(images, "TABLE", SHORT)
+        patch.setattr(images, "decide", decide_on_few)
+        patch.setattr(sizing, "WARM_STEPS", 4)
+        patch.setattr(sizing, "ROW_STEPS", 2)
+        run_images(options, in_process=True)
+    return Path(options.out), measured
+
+
+@pytest.fixture(scope="module")
+def numbers(finished) -> dict:
+    return json.loads((finished[0] / "report.json").read_text())
+
+
+def test_every_kind_of_run_is_timed(finished):
+    out, (paces,) = finished
+    assert list(paces.rows) == SHORT_KEYS
+    for pace in (paces.stage1, *paces.rows.values()):
+        assert 0 < pace.step < 10 and 0 <= pace.fixed < 60
+    assert paces.rows["uniform"] == paces.rows["uniform-80"] != paces.rows["uniform-small-80"]
+    assert paces.measuring > 0 and not (out / "warmup").exists()
+
+
+def test_all_models_are_trained_at_the_cost_they_stand_for(numbers):
+    assert list(numbers["models"]) == SHORT_KEYS
+    for recipe in SHORT.rows:
+        model = numbers["models"][recipe.key]
+        # Experts stop at the last whole step within their budget, pruning included.
+        assert recipe.cost - 1 / 64 <= model["training_cost"] <= recipe.cost + 1 / 64
+        assert len(model["frechet_distance"]["draws"]) == 2 and model["heldout_loss"]["num_images"] == 8
+        assert (model["sampling_cost"] < 1) == (recipe.key == "tdc")
+
+
+def test_the_folder_holds_samples_of_every_model_the_table_and_the_report(finished):
+    out, _ = finished
+    for key in SHORT_KEYS:
+        assert (out / "runs" / "seed0" / key / "samples" / "samples_24x8x8x3.png").is_file()
+    assert "| TDC, pruned, 0.8 C |" in (out / "main-images.md").read_text()
+    page = (out / "report.html").read_text()
+    assert page.count('class="grid"') == len(SHORT_KEYS) + 1 and "small batches alone help" in page
+    assert load_run(out / "runs" / "seed0" / "tdc").config.precision == "fp32"
+
+
+def test_models_that_were_trained_in_bf16_are_measured_in_it(finished, options, tmp_path, monkeypatch):
+    runs = finished[0] / "runs"
+    before = load_measured(runs / "seed0" / "measured" / "tdc-24x2.pt")
+    trained = measure.from_run(runs / "seed0" / "tdc")
+    half = replace(trained, config=trained.config.replace(precision="bf16"))
+    monkeypatch.setattr(measure, "from_run", lambda _: half)
+    how = replace(protocol(STUDY, 24, 1), sampling_steps=4, points_per_group=2)
+    measure.measure(tmp_path, runs / "yardsticks-24.pt", how, tmp_path / "half.pt")
+    after = load_measured(tmp_path / "half.pt")
+    assert (
+        after.heldout.mean == pytest.approx(before.heldout.mean, rel=1e-2) and after.heldout.mean != before.heldout.mean
+    )
+    assert after.macs_per_image == before.macs_per_image and after.parameters == before.parameters
+
+
+def test_a_second_call_goes_on_with_what_was_decided(finished, numbers, options, monkeypatch, capsys):
+    for name in ("warm_up", "decide"):
+        monkeypatch.setattr(images, name, lambda *_: pytest.fail("sized again"))
+    monkeypatch.setattr(images, "TABLE", SHORT)
+    monkeypatch.setattr(run, "run_jobs", lambda jobs, *_: pytest.fail("trained again") if jobs else {})
+    run_images(options, in_process=True)
+    again = json.loads((finished[0] / "report.json").read_text())
+    assert {**again, "seconds": {}} == {**numbers, "seconds": {}}
+    said = capsys.readouterr().out
+    assert "continuing the study" in said and "C is 64 steps of 8 images" in said
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [({"minutes": 2}, "minutes: got 2; expected 1"), ({"num_channels": 8}, "num_channels: got 8; expected 4")],
+)
+def test_other_settings_are_refused_by_name(changes, said, finished, options):
+    with pytest.raises(ValueError, match=said):
+        run_images(replace(options, **changes), in_process=True)
+
+
+def test_after_too_few_minutes_the_same_folder_takes_more(options, tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "warm_up", lambda *_: (tmp_path / "out" / "warmup").mkdir(parents=True) or PACES)
+    few = replace(options, out=str(tmp_path / "out"), minutes=0.5)
+    with pytest.raises(ValueError, match=r"minutes: got 0\.5; expected at least"):
+        run_images(few, in_process=True)
+    assert list((tmp_path / "out").iterdir()) == []
+    monkeypatch.setattr(images, "run_rows", lambda study, *_: pytest.fail(f"C {study.baseline_steps}"))
+    with pytest.raises(pytest.fail.Exception, match=r"C \d{4}"):
+        run_images(replace(few, minutes=30), in_process=True)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--batch_size", "6"], "batch_size: got 6"),
+        (["--data_dir", "nowhere"], "data_dir: got 'nowhere'"),
+        (["--minutes", "-1"], "minutes: got -1"),
+        (["--channel_mult", "1,2,2,2,2"], "channel_mult"),
+    ],
+)
+def test_impossible_options_are_refused_before_anything_is_written(flags, said, options, tmp_path, capsys):
+    out = tmp_path / "out"
+    base = ["--study", "images", "--data_dir", options.data_dir, "--image_size", "8", "--channel_mult", "1,2"]
+    assert command.main(["main", *base, "--device", "cpu", "--out", str(out), *flags]) == 2
+    assert said in capsys.readouterr().err and not out.exists()
+
+
+def test_only_the_main_table_has_this_study(capsys):
+    assert command.main(["agents", "--study", "images"]) == 2
+    assert "table: got 'agents'" in capsys.readouterr().err
