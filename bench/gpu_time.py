@@ -27,7 +27,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench.gpu import step, unet
 from bench.gpu.layers import workload
-from bench.gpu.rows import Run
+from bench.gpu.rows import BenchRun
 from bench.gpu.timing import Machine
 
 # The first kind whose pattern is in a kernel's name, or in that of an operator (dry run).
@@ -78,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("bench.gpu_time needs an NVIDIA GPU; --dry-run shows the operators of a tiny UNet on the CPU")
         return 2
     machine = Machine("cpu" if options.dry_run else "cuda")
-    run = Run(machine, None, getattr(torch, options.dtype), 0.0, 0.0, tiny=options.dry_run)
+    run = BenchRun(machine, None, getattr(torch, options.dtype), 0.0, 0.0, tiny=options.dry_run)
     found = kernels(machine, call_of(run, options))
     print(table(found, options.kernels))
     if options.out:
@@ -105,7 +105,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def call_of(run: Run, options: argparse.Namespace) -> Callable[[], Any]:
+def call_of(run: BenchRun, options: argparse.Namespace) -> Callable[[], Any]:
     """The call that the options describe."""
     work = workload(tiny=run.tiny)
     flags = next(iter(work.unets.values()))

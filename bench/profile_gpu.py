@@ -29,7 +29,7 @@ import torch
 from bench.files import ROOT
 from bench.gpu import conv, norm
 from bench.gpu.layers import ConvLayer, NormLayer
-from bench.gpu.rows import Run
+from bench.gpu.rows import BenchRun
 from bench.gpu.timing import Machine
 
 # Names of metrics differ between chips: whole sections are collected, and figures are found by pattern. Where several
@@ -102,7 +102,7 @@ def launch(options: argparse.Namespace) -> None:
     """Runs the operator twice; ncu profiles the second call, when everything is compiled."""
     machine = Machine("cpu" if options.dry_run else "cuda")
     dtype, backend = torch.bfloat16, "reference" if options.dry_run else options.backend or None
-    run = Run(machine, backend, dtype, 0.0, 0.0, tiny=options.dry_run)
+    run = BenchRun(machine, backend, dtype, 0.0, 0.0, tiny=options.dry_run)
     kind, *sizes = options.layer
     numbers = [int(size) for size in sizes]
     if kind == "conv":

@@ -31,7 +31,7 @@ import torch
 
 from bench.gpu.conv import Case, Problem
 from bench.gpu.layers import UNET_BATCH, UNETS, ConvLayer, design_layers, unet_layers
-from bench.gpu.rows import Run
+from bench.gpu.rows import BenchRun
 from bench.gpu.timing import Budget, Machine
 from tdc_fast.kernels.problems import ConvProblem
 
@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     dtype = torch.float16 if options.dry_run else getattr(torch, options.dtype)
     machine = Machine("cpu" if options.dry_run else "cuda")
-    run = Run(machine, "triton", dtype, 0.0 if options.dry_run else 0.2, 0.0, tiny=options.dry_run)
+    run = BenchRun(machine, "triton", dtype, 0.0 if options.dry_run else 0.2, 0.0, tiny=options.dry_run)
     device = facts(machine)
     budget, wrong = Budget(options.seconds), 0
     table = Table.load(options.out, device.name)
@@ -177,7 +177,7 @@ def wgrad_candidates(problem: Problem, p: ConvProblem, device: Any) -> list[Cand
     return result
 
 
-def tune(run: Run, case: Case, device: Any, table: Table) -> int:
+def tune(run: BenchRun, case: Case, device: Any, table: Table) -> int:
     """Times the candidates of a case, notes the fastest, and returns how many failed or were wrong."""
     from tdc_fast.kernels import tile_shapes
 

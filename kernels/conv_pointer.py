@@ -53,7 +53,7 @@ class Pixels(NamedTuple):
     valid: Any
 
 
-class Form(NamedTuple):
+class PointerForm(NamedTuple):
     """Compile-time constants; the kernel's arguments of the same names explain them."""
 
     S: Any
@@ -281,7 +281,7 @@ def conv_pointer_kernel(
     )  # fmt: skip
     addends = Addends(bias=bias, sample_bias=sample_bias, residual=residual)
     samples = Samples(expert=expert, first=first, count=count, live=live, out_live=out_live)
-    FORM: tl.constexpr = Form(
+    FORM: tl.constexpr = PointerForm(
         S=S, STRIDE_H=STRIDE_H, STRIDE_W=STRIDE_W, DGRAD=DGRAD, TAPS_INNER=TAPS_INNER, TAIL=TAIL, PRECISION=PRECISION,
         BK=BK,
     )  # fmt: skip

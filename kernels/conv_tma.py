@@ -85,7 +85,7 @@ class Corner(NamedTuple):
     weight_row: Any
 
 
-class Form(NamedTuple):
+class TmaForm(NamedTuple):
     """Compile-time constants; the kernel's arguments of the same names explain them."""
 
     S: Any
@@ -326,7 +326,7 @@ def conv_tma_kernel(
     corner = Corner(
         y=box_y, x=box_x, source_y=y, source_x=x, parity_h=parity_h, parity_w=parity_w, weight_row=weight_row
     )
-    FORM: tl.constexpr = Form(
+    FORM: tl.constexpr = TmaForm(
         S=S, STRIDE_H=STRIDE_H, STRIDE_W=STRIDE_W, DGRAD=DGRAD, HALVED=HALVED, FILLED=FILLED, TAPS_INNER=TAPS_INNER,
         TAIL=TAIL, TH=TH, TW=TW, BM=BM, BK=BK,
     )  # fmt: skip

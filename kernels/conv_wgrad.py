@@ -25,7 +25,7 @@ def _constants(
     p: ConvProblem, tile: WgradTile, splits: int, in_widths: bool, out_widths: bool
 ) -> tuple[tuple[int, int], dict[str, Any]]:
     """(grid, the arguments that are not tensors)."""
-    rows, columns = wgrad_tiles.box_of(tile, p) if tile.path == "tma" else (1, tile.block_pixels)
+    rows, columns = wgrad_tiles.pixel_box(tile, p) if tile.path == "tma" else (1, tile.block_pixels)
     constants = {
         "batch": p.batch,
         "height": p.height,

@@ -60,7 +60,7 @@ class Place(NamedTuple):
     slab: Any  # (split, expert) as one index
 
 
-class Form(NamedTuple):
+class WgradForm(NamedTuple):
     """Compile-time constants; the kernel's arguments of the same names explain them."""
 
     STRIDE_H: Any
@@ -264,7 +264,7 @@ def wgrad_kernel(
         column_out=column_out, column_in=column_in, tap=tap, taps=taps, shift_y=shift_y, shift_x=shift_x, split=split,
         splits=splits, slab=slab,
     )  # fmt: skip
-    FORM: tl.constexpr = Form(
+    FORM: tl.constexpr = WgradForm(
         STRIDE_H=STRIDE_H, STRIDE_W=STRIDE_W, PRECISION=PRECISION, GROUPS=GROUPS, BOXED=BOXED, TH=TH, TW=TW, BM=BM,
         BN=BN, BK=BK,
     )  # fmt: skip

@@ -58,7 +58,7 @@ def wgrad_candidates(problem: ConvProblem, device: Device, path: str | None = No
         tiles = [WgradTile("pointer", m, n, pixels, stages, 4 if m * n <= 64 * 64 else 8) for m, n in sizes]
         if from_shared:
             boxed = [WgradTile("tma", m, n, 64, 4, 8 if m * n > 128 * 64 else 4) for m, n in sizes]
-            tiles = [tile for tile in boxed if tma_can_serve(problem, tile)] + tiles
+            tiles = [tile for tile in boxed if boxes_can_serve(problem, tile)] + tiles
     elif precision_of(problem) == "tf32":
         tiles = [WgradTile("pointer", 64, 64, 32, 3, 8)]
     else:
@@ -67,9 +67,9 @@ def wgrad_candidates(problem: ConvProblem, device: Device, path: str | None = No
     return [t for t in tiles if path in (None, t.path) and t.shared_bytes(itemsize) + 2048 <= device.shared_limit]
 
 
-def tma_can_serve(problem: ConvProblem, tile: WgradTile) -> bool:
+def boxes_can_serve(problem: ConvProblem, tile: WgradTile) -> bool:
     """Whether TMA can serve: stride 1, 16-byte strides in memory, boxes that divide an image without remainder."""
-    rows, columns = box_of(tile, problem)
+    rows, columns = pixel_box(tile, problem)
     return (
         problem.stride == (1, 1)
         and problem.in_channels % 8 == 0
@@ -80,7 +80,7 @@ def tma_can_serve(problem: ConvProblem, tile: WgradTile) -> bool:
     )
 
 
-def box_of(tile: WgradTile, problem: ConvProblem) -> tuple[int, int]:
+def pixel_box(tile: WgradTile, problem: ConvProblem) -> tuple[int, int]:
     """(rows, columns) of a box of block_pixels pixels, at most as wide as the image."""
     columns = min(problem.out_width, tile.block_pixels)
     return tile.block_pixels // columns, columns

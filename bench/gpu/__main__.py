@@ -28,7 +28,7 @@ from bench.files import slug, write_results
 from bench.gpu import conv, growth, norm, sampling, step, train_run, unet
 from bench.gpu.layers import Workload, workload
 from bench.gpu.report import as_markdown, facts
-from bench.gpu.rows import OURS_GRAPH, Run
+from bench.gpu.rows import OURS_GRAPH, BenchRun
 from bench.gpu.timing import Budget, Machine
 from bench.gpu.warming import start_warming, warm
 from tdc_fast.ops.backends import ENVIRONMENT
@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
             "bench.gpu needs an NVIDIA GPU (torch.cuda.is_available() is False); --dry-run runs tiny shapes on the CPU"
         )
         return 2
-    run = Run(
+    run = BenchRun(
         machine=Machine("cpu" if options.dry_run else "cuda"),
         backend="reference" if options.dry_run else options.backend or None,
         dtype=getattr(torch, options.dtype),
@@ -100,7 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def sections_of(
-    options: argparse.Namespace, run: Run, work: Workload, budget: Budget, copy_rate: float
+    options: argparse.Namespace, run: BenchRun, work: Workload, budget: Budget, copy_rate: float
 ) -> list[tuple[str, Callable[[], None]]]:
     """What is timed, the most important first, as names for --only and functions; a section has several parts.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bench.gpu import peers
 from bench.gpu.layers import ConvLayer
-from bench.gpu.rows import OURS, OURS_GRAPH, Run, best_of_ours, measure, relative_error
+from bench.gpu.rows import OURS, OURS_GRAPH, BenchRun, best_of_ours, measure, relative_error
 from bench.gpu.timing import Budget, Candidate
 from tdc_fast import RoutingPlan, routed_conv2d
 from tdc_fast.kernels.problems import ConvProblem, ConvTensors
@@ -84,7 +84,7 @@ class Problem:
         live_out: live output channels.
     """
 
-    def __init__(self, run: Run, case: Case) -> None:
+    def __init__(self, run: BenchRun, case: Case) -> None:
         layer, n = case.layer, case.num_groups
         generator = run.generator()
         taps = layer.filter
@@ -195,7 +195,7 @@ def explained(problem: Problem, backend: str | None) -> tuple[str | None, list[s
     return what.backend, others
 
 
-def row_of(run: Run, case: Case) -> dict[str, Any]:
+def row_of(run: BenchRun, case: Case) -> dict[str, Any]:
     """Time a case and return the fields of its row."""
     problem = Problem(run, case)
     machine, widths = run.machine, problem.widths()
@@ -236,7 +236,7 @@ def row_of(run: Run, case: Case) -> dict[str, Any]:
     }
 
 
-def run_section(run: Run, design: list[ConvLayer], models: list[ConvLayer], budget: Budget) -> None:
+def run_section(run: BenchRun, design: list[ConvLayer], models: list[ConvLayer], budget: Budget) -> None:
     """Adds rows in order of importance until all are done or the budget is spent."""
     torch.backends.cudnn.benchmark = True
     for case in cases(design, models):

@@ -10,7 +10,7 @@ import torch
 
 from bench.files import markdown_rows
 from bench.gpu import unet
-from bench.gpu.rows import OURS, OURS_GRAPH, Row, Run, measure
+from bench.gpu.rows import OURS, OURS_GRAPH, BenchRun, Row, measure
 from bench.gpu.timing import Budget, Candidate
 
 GROUPS = (1, 2, 4, 8, 16, 32, 64)
@@ -29,7 +29,7 @@ def cases(*, tiny: bool) -> Iterator[tuple[int, int, str]]:
         yield from ((8, batch, what) for batch in BATCHES)
 
 
-def row_of(run: Run, flags: dict[str, Any], n: int, batch: int, what: str) -> dict[str, Any]:
+def row_of(run: BenchRun, flags: dict[str, Any], n: int, batch: int, what: str) -> dict[str, Any]:
     """Time a size and return the fields of its row; the compiled dense model once per batch, in forward."""
     problem = unet.Problem(run, flags, batch, unet.Case("", what, n))
     ours, dense = problem.calls_of(problem.routed), problem.calls_of(problem.base)
@@ -47,7 +47,7 @@ def row_of(run: Run, flags: dict[str, Any], n: int, batch: int, what: str) -> di
     return {"batch": batch, "backend": run.backend or "fastest", "error": error, "wrong": wrong, **result}
 
 
-def run_section(run: Run, name: str, flags: dict[str, Any], budget: Budget) -> None:
+def run_section(run: BenchRun, name: str, flags: dict[str, Any], budget: Budget) -> None:
     """Adds rows until all are done or the budget is spent."""
     for n, batch, what in cases(tiny=run.tiny):
         labels = {"num_groups": n, "uneven": False, "width": 1.0, "direction": what}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bench.gpu import peers
 from bench.gpu.layers import NormLayer
-from bench.gpu.rows import OURS, OURS_GRAPH, Run, best_of_ours, measure, relative_error
+from bench.gpu.rows import OURS, OURS_GRAPH, BenchRun, best_of_ours, measure, relative_error
 from bench.gpu.timing import Budget, Candidate
 from tdc_fast import RoutingPlan, routed_group_norm
 from tdc_fast.kernels.problems import NormProblem, NormTensors
@@ -39,7 +39,7 @@ class Problem:
         widths: live channels per group, int32 (N,); None at full width.
     """
 
-    def __init__(self, run: Run, layer: NormLayer, width: float) -> None:
+    def __init__(self, run: BenchRun, layer: NormLayer, width: float) -> None:
         generator = run.generator()
         shape = (layer.batch, layer.channels, layer.height, layer.width)
         self.layer, self.machine = layer, run.machine
@@ -147,7 +147,7 @@ class Problem:
         return relative_error(calls, torch.cat(parts))
 
 
-def row_of(run: Run, layer: NormLayer, direction: str, width: float, copy_rate: float) -> dict[str, Any]:
+def row_of(run: BenchRun, layer: NormLayer, direction: str, width: float, copy_rate: float) -> dict[str, Any]:
     """Time a layer and return the fields of its row; `copy_rate` is that of a measured copy in TB/s."""
     problem = Problem(run, layer, width)
     machine = run.machine
@@ -181,7 +181,7 @@ def row_of(run: Run, layer: NormLayer, direction: str, width: float, copy_rate: 
     }
 
 
-def run_section(run: Run, norms: list[NormLayer], budget: Budget, copy_rate: float) -> None:
+def run_section(run: BenchRun, norms: list[NormLayer], budget: Budget, copy_rate: float) -> None:
     """Adds rows until all are done or the budget is spent; `copy_rate` is that of a measured copy in TB/s."""
     for width in (1.0, 0.5):
         for layer in norms:

@@ -13,14 +13,14 @@ import torch
 from bench.files import ROOT, markdown_rows
 from bench.gpu import growth
 from bench.gpu.goals import judge
-from bench.gpu.rows import Row, Run, row_name
+from bench.gpu.rows import BenchRun, Row, row_name
 from bench.gpu.timing import Machine
 from tdc_fast import __version__
 
 WHOLE_RATES = ("images_per_s", "TFLOPps")  # shown without decimals
 
 
-def facts(run: Run, seconds: float, command: str) -> dict[str, Any]:
+def facts(run: BenchRun, seconds: float, command: str) -> dict[str, Any]:
     """The rows of a run and what a reader needs to know with them: date, command, device, versions, goals."""
     return {
         "date": date.today().isoformat(),

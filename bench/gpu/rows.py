@@ -22,7 +22,7 @@ FAILURES = (Exception, TookTooLong)
 
 
 @dataclass
-class Run:
+class BenchRun:
     """What every section needs, and the rows measured so far.
 
     Attributes:
@@ -102,7 +102,7 @@ def is_graph(name: str) -> bool:
 
 
 def measure(
-    run: Run,
+    run: BenchRun,
     makers: Makers,
     *,
     flush: bool = True,

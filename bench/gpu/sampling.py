@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from bench.gpu import unet
-from bench.gpu.rows import OURS, Run, measure
+from bench.gpu.rows import OURS, BenchRun, measure
 from bench.gpu.timing import Budget, Candidate
 from tdc_fast.diffusion import create_diffusion
 from tdc_fast.diffusion.sampling_loop import SamplingLoop
@@ -19,7 +19,7 @@ STEPS, TINY_STEPS = 50, 8  # at least one step per expert
 FORWARDS = "forwards, graph"
 
 
-def row_of(run: Run, flags: dict[str, Any], batch: int) -> dict[str, Any]:
+def row_of(run: BenchRun, flags: dict[str, Any], batch: int) -> dict[str, Any]:
     """Time the sampling of a batch and return the fields of the row."""
     problem = unet.Problem(run, flags, batch, unet.Case("", "forward"))
     steps = TINY_STEPS if run.tiny else STEPS
@@ -52,7 +52,7 @@ def row_of(run: Run, flags: dict[str, Any], batch: int) -> dict[str, Any]:
     }
 
 
-def run_section(run: Run, name: str, flags: dict[str, Any], batch: int, budget: Budget) -> None:
+def run_section(run: BenchRun, name: str, flags: dict[str, Any], batch: int, budget: Budget) -> None:
     """Adds the row; it is in the dtype of the run, with weights in it too."""
     steps = TINY_STEPS if run.tiny else STEPS
     labels = {"num_groups": 8, "uneven": False, "width": 1.0, "direction": f"DDIM-{steps} of {batch} images"}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.gpu.recipe import Recipe
-from bench.gpu.rows import OURS, OURS_GRAPH, Run, measure
+from bench.gpu.rows import OURS, OURS_GRAPH, BenchRun, measure
 from bench.gpu.timing import Budget, Candidate
 from bench.gpu.unet import COMPILED, spread_around, torch_compiled
 from tdc_fast import TimestepGroups, WidthPlan, pack_experts
@@ -45,7 +45,7 @@ class Problem:
     """
 
     def __init__(
-        self, run: Run, flags: dict[str, Any], batch: int, width: float = 1.0, num_groups: int = NUM_GROUPS
+        self, run: BenchRun, flags: dict[str, Any], batch: int, width: float = 1.0, num_groups: int = NUM_GROUPS
     ) -> None:
         torch.manual_seed(0)
         mixed = run.dtype != torch.float32
@@ -104,7 +104,7 @@ class Problem:
         return partial(step, self.x, {}, prepared, rate, number)
 
 
-def captured(run: Run, step: Callable[[], tuple[Tensor, Tensor]], name: str) -> Candidate:
+def captured(run: BenchRun, step: Callable[[], tuple[Tensor, Tensor]], name: str) -> Candidate:
     """The step as `tdc_fast.train` runs it: from a graph after its first calls; on the CPU, the step itself.
 
     Raises:
@@ -116,7 +116,7 @@ def captured(run: Run, step: Callable[[], tuple[Tensor, Tensor]], name: str) -> 
     return replay
 
 
-def row_of(run: Run, flags: dict[str, Any], batch: int, width: float) -> dict[str, Any]:
+def row_of(run: BenchRun, flags: dict[str, Any], batch: int, width: float) -> dict[str, Any]:
     """Time the whole step and return the fields of its row."""
     problem, machine = Problem(run, flags, batch, width), run.machine
     ours, stage1 = problem.routed(), problem.stage1()
@@ -142,7 +142,9 @@ def row_of(run: Run, flags: dict[str, Any], batch: int, width: float) -> dict[st
     return {**facts, "wrong": not finite, **result}
 
 
-def run_section(run: Run, name: str, flags: dict[str, Any], cases: Sequence[tuple[int, float]], budget: Budget) -> None:
+def run_section(
+    run: BenchRun, name: str, flags: dict[str, Any], cases: Sequence[tuple[int, float]], budget: Budget
+) -> None:
     """Adds a row per case, a batch size and a mean width of the experts, until the budget is spent."""
     for batch, width in cases:
         labels = {"num_groups": NUM_GROUPS, "uneven": False, "width": width, "direction": WHOLE}

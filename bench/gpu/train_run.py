@@ -19,7 +19,7 @@ import torch
 from bench.files import ROOT
 from bench.gpu import step
 from bench.gpu.recipe import Recipe
-from bench.gpu.rows import OURS, OURS_GRAPH, Run
+from bench.gpu.rows import OURS, OURS_GRAPH, BenchRun
 from bench.gpu.timing import Budget
 
 RUN = "tdc_fast.train"
@@ -31,7 +31,7 @@ NUM_IMAGES = 4096
 POLL_SECONDS = 0.5
 
 
-def row_of(run: Run, flags: dict[str, Any], batch: int, seconds: float, images: Path | None) -> dict[str, Any]:
+def row_of(run: BenchRun, flags: dict[str, Any], batch: int, seconds: float, images: Path | None) -> dict[str, Any]:
     """Train for a while and return the fields of the row: milliseconds per step.
 
     Args:
@@ -155,7 +155,7 @@ def ms_per_step(log: Path) -> float:
 
 
 def run_section(
-    run: Run, name: str, flags: dict[str, Any], batch: int, seconds: float, images: Path | None, budget: Budget
+    run: BenchRun, name: str, flags: dict[str, Any], batch: int, seconds: float, images: Path | None, budget: Budget
 ) -> None:
     """Adds the row of the run, which takes less than `seconds` where there is less time."""
     seconds = min(seconds, budget.left() / 1.5)

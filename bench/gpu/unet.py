@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from bench.cases import channels_last
 from bench.gpu import peers
-from bench.gpu.rows import OURS, OURS_GRAPH, Run, measure, relative_error
+from bench.gpu.rows import OURS, OURS_GRAPH, BenchRun, measure, relative_error
 from bench.gpu.timing import Budget, Candidate
 from tdc_fast import TimestepGroups, WidthPlan, pack_experts
 from tdc_fast.models.iddpm import create_unet
@@ -62,7 +62,7 @@ class Problem:
         order: indices of the sorted batch that give the mixed one.
     """
 
-    def __init__(self, run: Run, flags: dict[str, Any], batch: int, case: Case) -> None:
+    def __init__(self, run: BenchRun, flags: dict[str, Any], batch: int, case: Case) -> None:
         torch.manual_seed(0)
         device, n = run.machine.device, case.num_groups
         self.run, self.case = run, case
@@ -173,7 +173,7 @@ def candidates(p: Problem) -> dict[str, Callable[[], Candidate]]:
     return makers
 
 
-def torch_compiled(run: Run, model: nn.Module) -> nn.Module:
+def torch_compiled(run: BenchRun, model: nn.Module) -> nn.Module:
     """The model under torch.compile, forgetting what was compiled before; a dry run does not compile."""
     if not run.machine.is_cuda:
         return model
@@ -197,7 +197,7 @@ def compiled_loop(p: Problem) -> Candidate:
     return calls
 
 
-def row_of(run: Run, flags: dict[str, Any], batch: int, case: Case) -> dict[str, Any]:
+def row_of(run: BenchRun, flags: dict[str, Any], batch: int, case: Case) -> dict[str, Any]:
     """Time a case and return the fields of its row."""
     problem = Problem(run, flags, batch, case)
     makers = candidates(problem)
@@ -221,7 +221,9 @@ def others(models: Iterable[str]) -> list[Case]:
     return [*result, Case(first, "forward", width=0.75)]
 
 
-def run_section(run: Run, unets: dict[str, dict[str, Any]], batch: int, wanted: list[Case], budget: Budget) -> None:
+def run_section(
+    run: BenchRun, unets: dict[str, dict[str, Any]], batch: int, wanted: list[Case], budget: Budget
+) -> None:
     """Adds rows until all are done or the budget is spent."""
     torch.backends.cudnn.benchmark = True
     for case in wanted:

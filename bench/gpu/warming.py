@@ -12,7 +12,7 @@ import torch
 from bench.files import ROOT
 from bench.gpu import conv, growth, norm, step, unet
 from bench.gpu.layers import NormLayer, Workload
-from bench.gpu.rows import Run
+from bench.gpu.rows import BenchRun
 from bench.gpu.timing import Budget
 
 
@@ -33,7 +33,7 @@ def start_warming(options: argparse.Namespace, budget: Budget) -> None:
             worker.wait()
 
 
-def warm(run: Run, work: Workload, index: int, count: int) -> int:
+def warm(run: BenchRun, work: Workload, index: int, count: int) -> int:
     """Launches once what the first rows of each section launch; the sections report failures.
 
     Args:

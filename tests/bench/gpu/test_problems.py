@@ -9,7 +9,7 @@ import torch
 
 from bench.gpu import conv, peers
 from bench.gpu.layers import UNETS, ConvLayer, design_layers, unet_layers
-from bench.gpu.rows import Run
+from bench.gpu.rows import BenchRun
 from bench.gpu.timing import Machine
 
 
@@ -44,7 +44,7 @@ def test_groups_share_out_the_batch(num_groups: int, uneven: bool) -> None:
 
 @pytest.mark.parametrize("layer", [ConvLayer("a", 5, 8, 16, 6, 6), ConvLayer("b", 5, 8, 8, 6, 6, 3, 2)], ids=str)
 def test_im2col_and_a_grouped_product_are_the_same_convolution(layer: ConvLayer) -> None:
-    run = Run(Machine("cpu"), "reference", torch.bfloat16, 0.0, 5.0, tiny=True)
+    run = BenchRun(Machine("cpu"), "reference", torch.bfloat16, 0.0, 5.0, tiny=True)
     problem = conv.Problem(run, conv.Case(layer, 3, True, 1.0, "forward"))
     rows = peers.grouped_matmul(problem.x, problem.weight, problem.sizes, layer.stride)()
     problem.bias.zero_()

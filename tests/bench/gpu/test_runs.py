@@ -13,7 +13,7 @@ import torch
 
 from bench.gpu import __main__ as command
 from bench.gpu import conv, step, train_run, unet
-from bench.gpu.rows import Run
+from bench.gpu.rows import BenchRun
 from bench.gpu.timing import Budget, Machine
 
 SECTIONS = {"unet", "training", "sampling", "growth", "conv", "group norm"}
@@ -102,7 +102,7 @@ def test_a_device_that_no_longer_answers_does_not_take_the_measured_rows_along(m
     def lost() -> None:
         raise RuntimeError("an illegal memory access was encountered")
 
-    run = Run(Machine("cpu"), "reference", torch.bfloat16, 0.0, 5.0, tiny=True)
+    run = BenchRun(Machine("cpu"), "reference", torch.bfloat16, 0.0, 5.0, tiny=True)
     monkeypatch.setattr(run.machine, "is_cuda", True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lost)
     run.row("conv", "layer", {}, Budget(60), lambda: {"error": 0.0})
