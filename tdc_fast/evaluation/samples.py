@@ -60,6 +60,7 @@ def draw_samples(
 
     Raises:
         ValueError: the model was not trained on one of the classes.
+        FloatingPointError: the model's outputs are no numbers, as after a divergence.
     """
     for value in classes:
         if value not in denoiser.classes:
@@ -86,6 +87,11 @@ def draw_samples(
                 device=device,
                 on_step=shown.update,
             )
+            if not drawn.isfinite().all():
+                raise FloatingPointError(
+                    "the samples hold infinities or NaN, so nothing is written: the weights have diverged; "
+                    "sample an earlier checkpoint"
+                )
             images.append(to_uint8(drawn).cpu())
     return torch.cat(images), torch.cat(labels) if labels else None
 

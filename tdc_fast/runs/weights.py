@@ -48,14 +48,14 @@ def load_tensors(path: Path, argument: str = "checkpoint") -> Any:
         The content, with tensors on the CPU.
 
     Raises:
-        ValueError: the file is missing, damaged, or needs code to be unpickled; names it.
+        ValueError: the file is missing, no regular file, damaged, or needs code to be unpickled; names it.
     """
+    if not path.is_file():  # a pipe would be waited for
+        raise invalid(argument, str(path), "an existing file")
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Detected pickle protocol")
             return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise invalid(argument, str(path), "an existing file") from error
     except Exception as error:
         raise invalid(argument, str(path), f"a whole file of tensors; {_why_not_loaded(error)}") from error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -294,6 +295,22 @@ def test_a_flipped_byte_is_found_in_a_file_of_ours_with_and_without_its_descript
     path.with_suffix(".json").unlink()
     with pytest.raises(ValueError, match=r"ema_0.9_000008.pt'; expected a whole file; the CRC-32 of its record"):
         load_run(run).base()
+
+
+def test_samples_that_are_no_numbers_are_refused(run, tmp_path, capsys):
+    for name in ("ema_0.9_000008.pt", "model000008.pt"):
+        rewrite(run / name, lambda state: {name: value * 1e30 for name, value in state.items()})
+    out = tmp_path / "out"
+    weights = str(run / "ema_0.9_000008.pt")
+    assert sample.main(["--model_path", weights, "--num_samples", "1", "--out", str(out)]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: the samples hold infinities or NaN")
+    assert not out.exists()
+
+
+def test_a_pipe_is_no_file_of_weights(tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe.pt")
+    assert sample.main(["--model_path", str(tmp_path / "pipe.pt"), "--num_samples", "1"]) == 2
+    assert "pipe.pt'; expected an existing file" in capsys.readouterr().err
 
 
 def test_no_checkpoint_with_a_non_finite_tensor_is_ever_written(tmp_path):
