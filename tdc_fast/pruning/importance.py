@@ -56,6 +56,10 @@ class TaylorImportance:
             for changes in self._calibration.of(batches, group, seed=seed):
                 for name, change in changes.items():
                     scores[name] += np.abs(change.cpu().numpy())
+        for name, values in scores.items():
+            if not np.isfinite(values).all():
+                where = f"the importance of {name} on timesteps {start} to {stop - 1}"
+                raise FloatingPointError(f"{where} is infinite or NaN: the base has diverged")
         return scores
 
     def _changes(self, losses: Tensor) -> dict[str, Tensor]:
@@ -99,6 +103,7 @@ def taylor_importance(
 
     Raises:
         ValueError: the group has no timesteps.
+        FloatingPointError: the model's gradients are infinite or NaN.
     """
     return TaylorImportance(model, units, diffusion).of(batches, group, seed=seed)
 

@@ -192,6 +192,15 @@ def test_balancing_keeps_contrasts_within_a_unit_and_sets_its_sum() -> None:
     assert scaled["a"].tolist() == [2.0, 6.0] and scaled["b"].tolist() == [0.0, 0.0]
 
 
+def test_a_model_that_has_diverged_is_refused() -> None:
+    net = tiny_net()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.mul_(1e300)
+    with pytest.raises(FloatingPointError, match="on timesteps 40 to 59 is infinite or NaN: the base has diverged"):
+        taylor_importance(net, net.pruning_units(), tiny_batches(2), RecordedDiffusion(), (40, 60))
+
+
 def test_an_empty_interval_is_refused() -> None:
     net = tiny_net()
     with pytest.raises(ValueError, match="group"):
