@@ -18,7 +18,7 @@ from datetime import date
 from pathlib import Path
 from typing import Annotated, Any
 
-from bench.paper.recipes import Recipe, Study, contestant, images_study
+from bench.paper.recipes import Recipe, Study, contestant, images_study, stage1
 from bench.paper.run import Outcome, protocol, run_rows
 from bench.paper.sizing import Sizing, decide, least_steps, warm_up
 from bench.paper.summary import summarise, write_table
@@ -196,7 +196,7 @@ def _sizing(
     out, recorded = Path(options.out), _recorded(options)
     record, decision, warm = out / "study.json", out / "sizing.json", out / "warmup"
     if begun_with(record, recorded, "study", leftovers=(decision.name, warm.name)):
-        return Sizing(**read_record(decision))
+        return Sizing(**read_record(decision)["decided"])
     shutil.rmtree(warm, ignore_errors=True)  # of a call that was stopped in it
     say(f"warm-up: a few steps of every kind of run, to divide {options.minutes:g} minutes")
     try:
@@ -207,18 +207,19 @@ def _sizing(
     for key, pace in {"stage 1": paces.stage1, **paces.rows}.items():
         say(f"{key}: {1000 * pace.step:.1f} ms per step, {pace.fixed:.1f} s per run besides")
     say(f"measuring: about {paces.measuring:.0f} s per model")
-    write_json(decision, dataclasses.asdict(sizing))
+    write_json(decision, {"decided": dataclasses.asdict(sizing), "measured": dataclasses.asdict(paces)})
     write_json(record, recorded)  # last: with it the study has begun
     return sizing
 
 
 def _decided(study: Study, sizing: Sizing, options: ImagesOptions) -> list[str]:
     """What was decided, in lines."""
+    first = stage1(study, TABLE.rows[0], options.seed, Path(options.out))
     steps = ", ".join(f"{recipe.label}: {sizing.steps[recipe.key]}" for recipe in TABLE.rows)
     return [
         f"decided: C is {sizing.baseline_steps} steps of {study.settings['batch_size']} images; all {len(TABLE.rows)} "
         f"models and their measuring take about {sizing.seconds / 60:.1f} of {options.minutes:g} minutes",
-        f"decided: steps after the shared stage 1 of {sizing.baseline_steps // 2}, at most: {steps}",
+        f"decided: steps after the shared stage 1 of {first.config.stage1_steps}, at most: {steps}",
     ]
 
 
@@ -235,7 +236,11 @@ def _write(
     result = summarise(
         TABLE, study, outcomes, [options.seed], how, yardsticks, describe_environment(), cpu_minutes=None
     )
-    result |= {"date": date.today().isoformat(), "command": _command(options)}
+    result |= {
+        "sizing": read_record(out / "sizing.json"),
+        "date": date.today().isoformat(),
+        "command": _command(options),
+    }
     print(write_table(result, out))
     pairs = [contestant(study, recipe, options.seed, runs / f"seed{options.seed}") for recipe in TABLE.rows]
     models = [

@@ -209,12 +209,17 @@ def _pace(model: Contestant, seconds: float) -> Pace:
 
 
 def _measuring_jobs(model: Contestant, yardsticks: Path, how: MeasuringProtocol, folder: Path) -> list[Job]:
-    """Measuring a model on few samples and on some, after a first time in which kernels are compiled."""
+    """Measuring a model on few samples and on some, each after a first time in which kernels are compiled."""
     samples = min(how.samples, PART_SAMPLES)
     points = max(1, round(how.points_per_group * samples / (how.samples * how.draws)))
     some = dataclasses.replace(how, draws=1, samples=samples, points_per_group=points)
     few = dataclasses.replace(how, draws=1, samples=2, points_per_group=1)
     return [
         Job(name, measure, (model.directory, yardsticks, part, folder / f"{name}.pt"))
-        for name, part in (("measuring, first", some), ("measuring few", few), ("measuring some", some))
+        for name, part in (
+            ("first measuring of some", some),
+            ("first measuring of few", few),
+            ("measuring few", few),
+            ("measuring some", some),
+        )
     ]

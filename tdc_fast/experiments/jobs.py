@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import gc
 import io
 import multiprocessing
 import os
@@ -143,7 +144,12 @@ def _in_worker(job: Job) -> float:
 
 def _timed(job: Job) -> float:
     start = time.perf_counter()
-    job.call(*job.arguments)
+    try:
+        job.call(*job.arguments)
+    finally:
+        gc.collect()  # graphs and their memory pools, which the next job needs
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
     return time.perf_counter() - start
 
 

@@ -145,6 +145,8 @@ def test_the_folder_holds_samples_of_every_model_the_table_and_the_report(finish
     for key in SHORT_KEYS:
         assert (out / "runs" / "seed0" / key / "samples" / "samples_24x8x8x3.png").is_file()
     assert "| TDC, pruned, 0.8 C |" in (out / "main-images.md").read_text()
+    sizing = json.loads((out / "main-images.json").read_text())["sizing"]
+    assert sizing["decided"]["baseline_steps"] == 64 and sizing["measured"]["rows"]["tdc"]["step"] > 0
     page = (out / "report.html").read_text()
     assert page.count('class="grid"') == len(SHORT_KEYS) + 1 and "small batches alone help" in page
     assert load_run(out / "runs" / "seed0" / "tdc").config.precision == "fp32"
