@@ -58,7 +58,8 @@ def read_yaml(path: Path) -> Any:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is no regular file, too large, not UTF-8, not YAML, too deep, or its aliases repeat too much.
+        ValueError: it is no regular file, too large, not UTF-8, not YAML, too deep, has a key twice, or its aliases
+            repeat too much.
         ImportError: PyYAML is not installed.
     """
     yaml = require("yaml", extra="demo")
@@ -69,6 +70,7 @@ def read_yaml(path: Path) -> Any:
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > MAX_DEPTH:
                 raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep")
+        _refuse_repeated_keys(yaml.compose(text, Loader=yaml.SafeLoader))
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from error
@@ -84,6 +86,16 @@ def _read_text(path: Path, limit: int) -> str:
     if len(content) > limit:
         raise ValueError(f"it is larger than {limit} bytes")
     return content.decode("utf-8")
+
+
+def _refuse_repeated_keys(node: Any) -> None:
+    """Refuse a top-level mapping, which is all that options are, where a key stands twice: the last one would win."""
+    seen = set()
+    for key, _ in node.value if getattr(node, "id", "") == "mapping" else ():
+        if isinstance(key.value, str):
+            if key.value in seen:
+                raise ValueError(f"it has {brief(key.value)} twice")
+            seen.add(key.value)
 
 
 def _refuse_bombs(value: Any) -> None:

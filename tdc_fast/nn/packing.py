@@ -73,7 +73,8 @@ class RoutedModel(nn.Module):
             t: original integer timesteps (B,).
             *args: further arguments of the model. What has an entry per sample, such as labels, is sorted with x:
                 unless `pack_experts` was told otherwise (`per_sample`), every tensor whose first dimension is B, also
-                in dicts, lists and tuples. All else is passed on unchanged.
+                in dicts, lists and tuples. All else is passed on unchanged; what a function or an iterator holds
+                cannot be seen, so its tensors keep the caller's order.
             expert_ids: the expert of each sample, integers (B,); None takes that of its timestep's group. Training
                 with soft group boundaries passes them.
             **kwargs: likewise.

@@ -45,7 +45,8 @@ def as_integers(name: str, value: Any, device: torch.device | None = None) -> Te
         array = np.asarray(value)
     except (TypeError, ValueError) as error:
         raise invalid(name, value, "integers: a tensor, a numpy array or a sequence") from error
-    if array.ndim == 0 or (array.size and array.dtype.kind not in "iu"):
+    truths = not isinstance(value, np.ndarray) and array.ndim == 1 and any(isinstance(item, bool) for item in value)
+    if truths or array.ndim == 0 or (array.size and array.dtype.kind not in "iu"):
         raise invalid(name, value, "integers: a tensor, a numpy array or a sequence")
     return torch.tensor(array.astype(np.int64), device=device)
 

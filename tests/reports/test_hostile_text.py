@@ -99,7 +99,15 @@ def test_a_command_refuses_a_yaml_bomb(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "text", ["a: &a [*a]\n", "- " * 5000 + "x", "[" * 20_000, "{a: " * 20_000, "a: !!python/object:os.system x\n"]
+    "text",
+    [
+        "a: &a [*a]\n",
+        "- " * 5000 + "x",
+        "[" * 20_000,
+        "{a: " * 20_000,
+        "a: !!python/object:os.system x\n",
+        "lr: 1.0\nlr: 2.0\n",
+    ],
 )
 def test_yaml_that_is_no_list_of_flags_is_refused(tmp_path, text):
     (tmp_path / "x.yaml").write_text(text)

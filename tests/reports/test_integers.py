@@ -49,7 +49,18 @@ def test_expert_ids_take_every_form(form: str) -> None:
 
 @pytest.mark.parametrize(
     "value",
-    [[0.5, 1.0, 2.0], [True, False, True], np.zeros(3), 3, None, "abc", [[1], [2, 3]], torch.zeros(3), [None] * 3],
+    [
+        [0.5, 1.0, 2.0],
+        [True, False, True],
+        [True, 0, 1],
+        np.zeros(3),
+        3,
+        None,
+        "abc",
+        [[1], [2, 3]],
+        torch.zeros(3),
+        [None] * 3,
+    ],
 )
 def test_anything_else_is_refused_by_name(value: Any) -> None:
     with pytest.raises(ValueError, match=r"^groups: got .*; expected"):
