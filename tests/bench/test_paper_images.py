@@ -6,24 +6,23 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from bench.paper import __main__ as command
-from bench.paper import images, run, sizing
+from bench.paper import images, run
 from bench.paper.images import ImagesOptions, run_images
-from bench.paper.recipes import Study, contestant, images_study
+from bench.paper.recipes import contestant, images_study
 from bench.paper.run import protocol
 from bench.paper.sizing import Pace, Paces, decide, least_steps
 from bench.paper.tables import TABLES
 from tdc_fast.experiments import measure
 from tdc_fast.experiments.measure import load_measured
 from tdc_fast.runs.loading import load_run
+from tests.bench import small_study
 
 ROWS = TABLES["main"].rows
 STUDY = images_study("there.npz", 128, 8000)
 KEYS = [recipe.key for recipe in ROWS]
-SHORT_KEYS = ["uniform", "uniform-80", "uniform-small-80", "one", "tdc"]
 # Per step of C: half a step of stage 1, half or 0.3 of a uniform one, four times as many small ones, and experts.
 # Pruned samples cost 0.85 of a whole one, so there are more of them.
 STEPS = {
@@ -36,7 +35,6 @@ STEPS = {
     "tdc-whole": 0.5,
     "tdc": 0.3 / 0.85,
 }
-SHORT = replace(TABLES["main"], rows=tuple(r for r in ROWS if r.key in SHORT_KEYS))
 PACES = Paces(Pace(0.01, 1.0), {key: Pace(0.02, 2.0) for key in KEYS}, yardsticks=3.0, measuring=4.0, elapsed=5.0)
 FIXED = 5 + 3 + 1 + 8 * (2 + 4)
 PER_STEP = 0.5 * 0.01 + 0.02 * sum(STEPS.values())
@@ -77,43 +75,12 @@ def test_the_least_number_of_steps_sees_every_image_and_leaves_room_for_pruning(
 
 @pytest.fixture(scope="module")
 def options(tmp_path_factory) -> ImagesOptions:
-    folder = tmp_path_factory.mktemp("images")
-    pixels = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
-    np.savez(folder / "noise.npz", pixels)
-    return ImagesOptions(
-        data_dir=str(folder / "noise.npz"),
-        out=str(folder / "out"),
-        device="cpu",
-        minutes=1,
-        image_size=8,
-        num_channels=4,
-        channel_mult="1,2",
-        num_res_blocks=1,
-        attention_resolutions="",
-        batch_size=8,
-        samples=24,
-        draws=2,
-        sampling_steps=4,
-        loss_points=2,
-    )
+    return small_study.options_in(tmp_path_factory.mktemp("images"), "cpu")
 
 
 @pytest.fixture(scope="module")
 def finished(options) -> tuple[Path, list[Paces]]:
-    """The study in miniature, with one row of each kind; its warm-up is real, but does not decide the steps."""
-    measured: list[Paces] = []
-
-    def decide_on_few(study: Study, rows, paces, minutes, least):
-        measured.append(paces)
-        return replace(decide(study, rows, PACES, 10**4, least), baseline_steps=64, seconds=30.0)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(images, "TABLE", SHORT)
-        patch.setattr(images, "decide", decide_on_few)
-        patch.setattr(sizing, "WARM_STEPS", 4)
-        patch.setattr(sizing, "ROW_STEPS", 2)
-        run_images(options, in_process=True)
-    return Path(options.out), measured
+    return Path(options.out), small_study.run(options, PACES)
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +90,7 @@ def numbers(finished) -> dict:
 
 def test_every_kind_of_run_is_timed(finished):
     out, (paces,) = finished
-    assert list(paces.rows) == SHORT_KEYS
+    assert list(paces.rows) == small_study.KEYS
     for pace in (paces.stage1, *paces.rows.values()):
         assert 0 < pace.step < 10 and 0 <= pace.fixed < 60
     assert paces.rows["uniform"] == paces.rows["uniform-80"] != paces.rows["uniform-small-80"]
@@ -131,8 +98,8 @@ def test_every_kind_of_run_is_timed(finished):
 
 
 def test_all_models_are_trained_at_the_cost_they_stand_for(numbers):
-    assert list(numbers["models"]) == SHORT_KEYS
-    for recipe in SHORT.rows:
+    assert list(numbers["models"]) == small_study.KEYS
+    for recipe in small_study.TABLE.rows:
         model = numbers["models"][recipe.key]
         # Experts stop at the last whole step within their budget, pruning included.
         assert recipe.cost - 1 / 64 <= model["training_cost"] <= recipe.cost + 1 / 64
@@ -142,13 +109,13 @@ def test_all_models_are_trained_at_the_cost_they_stand_for(numbers):
 
 def test_the_folder_holds_samples_of_every_model_the_table_and_the_report(finished):
     out, _ = finished
-    for key in SHORT_KEYS:
+    for key in small_study.KEYS:
         assert (out / "runs" / "seed0" / key / "samples" / "samples_24x8x8x3.png").is_file()
     assert "| TDC, pruned, 0.8 C |" in (out / "main-images.md").read_text()
     sizing = json.loads((out / "main-images.json").read_text())["sizing"]
     assert sizing["decided"]["baseline_steps"] == 64 and sizing["measured"]["rows"]["tdc"]["step"] > 0
     page = (out / "report.html").read_text()
-    assert page.count('class="grid"') == len(SHORT_KEYS) + 1 and "small batches alone help" in page
+    assert page.count('class="grid"') == len(small_study.KEYS) + 1 and "small batches alone help" in page
     assert load_run(out / "runs" / "seed0" / "tdc").config.precision == "fp32"
 
 
@@ -170,7 +137,7 @@ def test_models_that_were_trained_in_bf16_are_measured_in_it(finished, options, 
 def test_a_second_call_goes_on_with_what_was_decided(finished, numbers, options, monkeypatch, capsys):
     for name in ("warm_up", "decide"):
         monkeypatch.setattr(images, name, lambda *_: pytest.fail("sized again"))
-    monkeypatch.setattr(images, "TABLE", SHORT)
+    monkeypatch.setattr(images, "TABLE", small_study.TABLE)
     monkeypatch.setattr(run, "run_jobs", lambda jobs, *_: pytest.fail("trained again") if jobs else {})
     run_images(options, in_process=True)
     again = json.loads((finished[0] / "report.json").read_text())
