@@ -196,7 +196,11 @@ def _sizing(
     out, recorded = Path(options.out), _recorded(options)
     record, decision, warm = out / "study.json", out / "sizing.json", out / "warmup"
     if begun_with(record, recorded, "study", leftovers=(decision.name, warm.name)):
-        return Sizing(**read_record(decision)["decided"])
+        try:
+            return Sizing(**read_record(decision)["decided"])
+        except (KeyError, TypeError) as error:
+            remedy = "the steps that the study in this folder decided on; begin anew with another --out"
+            raise invalid("out", str(decision), remedy) from error
     shutil.rmtree(warm, ignore_errors=True)  # of a call that was stopped in it
     say(f"warm-up: a few steps of every kind of run, to divide {options.minutes:g} minutes")
     try:

@@ -155,6 +155,16 @@ def test_other_settings_are_refused_by_name(changes, said, finished, options):
         run_images(replace(options, **changes), in_process=True)
 
 
+@pytest.mark.parametrize("text", [None, "{}", '{"decided": {"steps": 3}}', "[1]"])
+def test_a_folder_whose_decision_is_damaged_is_refused_by_name(text, options, tmp_path):
+    (tmp_path / "study.json").write_text(json.dumps(images._recorded(options)))
+    if text is not None:
+        (tmp_path / "sizing.json").write_text(text)
+    with pytest.raises(ValueError, match=r"sizing\.json"):
+        run_images(replace(options, out=str(tmp_path)), in_process=True)
+    assert not (tmp_path / "runs").exists()
+
+
 def test_after_too_few_minutes_the_same_folder_takes_more(options, tmp_path, monkeypatch):
     monkeypatch.setattr(images, "warm_up", lambda *_: (tmp_path / "out" / "warmup").mkdir(parents=True) or PACES)
     few = replace(options, out=str(tmp_path / "out"), minutes=0.5)
