@@ -149,7 +149,10 @@ def candidates(problem: Problem, p: ConvProblem, device: Any) -> list[Candidate]
         return wgrad_candidates(problem, p, device)
     t = problem.tensors()
     t = t._replace(tiles=tiles_of(t.tiles, t.offsets, p.batch))
-    call = partial(conv_forward, p, t) if op == "forward" else partial(conv_dgrad, p, problem.dy, t)
+
+    def call(tile: tile_shapes.ConvTile) -> torch.Tensor:
+        return conv_forward(p, t, tile=tile) if op == "forward" else conv_dgrad(p, problem.dy, t, tile=tile)[0]
+
     best = tile_shapes.choose_tile(op, p, device)
     return [
         Candidate(tile.as_json(), partial(call, tile=tile), tile == best)

@@ -52,9 +52,13 @@ def check_path(argument: str, text: str) -> None:
         text: the path.
 
     Raises:
-        ValueError: a NUL is in it, or a part of it is too long.
+        ValueError: a NUL or half a surrogate pair is in it, or a part of it is too long.
     """
-    if "\0" in text or any(len(os.fsencode(part)) > 255 for part in text.split("/")) or len(os.fsencode(text)) > 4095:
+    try:
+        name = os.fsencode(text)
+    except UnicodeEncodeError as error:
+        raise invalid(argument, text, "a path of whole characters") from error
+    if b"\0" in name or any(len(part) > 255 for part in name.split(b"/")) or len(name) > 4095:
         raise invalid(argument, text, "a path without NUL of at most 4095 bytes, with at most 255 between slashes")
 
 

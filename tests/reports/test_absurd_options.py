@@ -141,6 +141,7 @@ def test_a_path_with_a_nul_is_refused_under_its_name(options):
     [
         (train, ["--image_size", str(HUGE)], "image_size"),
         (train, ["--run_dir", "a\0b"], "run_dir"),
+        (train, ["--run_dir", "\ud800"], "run_dir"),
         (train, ["--config", "a\0b"], "config"),
         (train, ["--resume", "a\0b"], "resume"),
         (sample, ["--run", "a\0b"], "run"),
