@@ -5,9 +5,6 @@ That holds for y, dx, and the gradients of sample_bias, scale and shift. Gradien
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tdc_fast import RoutingPlan, _native, routed_conv2d, routed_group_norm, routed_linear
+from tdc_fast import RoutingPlan, routed_conv2d, routed_group_norm, routed_linear
 from tests.cases import ConvCase, NormCase, Routing, conv_cases, norm_cases
 
 PER_SAMPLE = ("x", "x2", "sample_bias", "residual", "scale", "shift")
@@ -162,17 +159,3 @@ def test_blocks_of_rows_do_not_change_a_group_norm(size: tuple[int, int], thread
     case = NormCase(routing, 96, 8, size, (96, 36), ("scale", "shift"), "silu", "channels_last", 0)
     for keep in ([0], [4], [1, 2, 3]):
         check(norm_of(case), routing, case.tensors(torch.float32), keep, threads)
-
-
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
-def test_every_instruction_set_passes(isa: str) -> None:
-    """This file again in a process restricted to one instruction set."""
-    if _native.cpu_isa() == isa or os.environ.get("TDC_FAST_CPU_ISA"):
-        pytest.skip("the set that this process runs on")
-    environment = dict(os.environ, TDC_FAST_CPU_ISA=isa)
-    probe = [sys.executable, "-c", "from tdc_fast import _native; _native.cpu_isa()"]
-    if subprocess.run(probe, env=environment, capture_output=True).returncode != 0:
-        pytest.skip(f"this processor has no {isa}")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert result.returncode == 0, result.stdout[-3000:]

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import dataclass, field
 
 import pytest
@@ -282,17 +279,3 @@ def test_concurrent_callers_do_not_disturb_each_other() -> None:
 def test_a_width_past_the_channels_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="in_widths: got 9"):
         Run(Case((1,), (4, 4), (8, 8), in_widths=(9,))).native()
-
-
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
-def test_every_instruction_set_passes(isa: str) -> None:
-    """This file again in a process restricted to one instruction set (those below this processor's best)."""
-    if _native.cpu_isa() == isa or os.environ.get("TDC_FAST_CPU_ISA"):
-        pytest.skip("the set that this process runs on")
-    environment = dict(os.environ, TDC_FAST_CPU_ISA=isa)
-    probe = [sys.executable, "-c", "from tdc_fast import _native; _native.cpu_isa()"]
-    if subprocess.run(probe, env=environment, capture_output=True).returncode != 0:
-        pytest.skip(f"this processor has no {isa}")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert result.returncode == 0, result.stdout[-3000:]

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -248,16 +245,3 @@ def test_an_impossible_problem_is_refused(change: dict[str, object], message: st
     native = Native(case, case.tensors(torch.float32))
     with pytest.raises(ValueError, match=message):
         native.forward()
-
-
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
-def test_every_instruction_set_passes_all_of_the_above(isa: str) -> None:
-    if _native.cpu_isa() == isa or os.environ.get("TDC_FAST_CPU_ISA"):
-        pytest.skip("the set that this process runs on")
-    environment = dict(os.environ, TDC_FAST_CPU_ISA=isa)
-    probe = [sys.executable, "-c", "from tdc_fast import _native; _native.cpu_isa()"]
-    if subprocess.run(probe, env=environment, capture_output=True).returncode != 0:
-        pytest.skip(f"this processor or build has no {isa}")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert result.returncode == 0, result.stdout[-3000:]
