@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -50,6 +52,9 @@ def pytest_configure(config: pytest.Config) -> None:
     which exist once whole or not at all.
     """
     generated.factor = config.getoption("--fuzz-factor")
+    # Ctrl-C has to reach the commands under test also where it is ignored here, as in `make test &`.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if "TDC_EMULATOR_BUILD" not in os.environ:
         folder = tempfile.TemporaryDirectory(prefix="tdc_emulator_")
         os.environ["TDC_EMULATOR_BUILD"] = folder.name

@@ -228,10 +228,11 @@ def test_only_live_channels_and_taps_that_reach_are_multiplied(
     """counted: input times output channels, per pixel of y and tap, of one sample of each group."""
     case = case_of(
         routing=Routing((0, 1), 2, 2, None), in_channels=256, out_channels=256, in_widths=in_widths,
-        out_widths=out_widths, size=(4 * stride[0], 4 * stride[1]), stride=stride, extras=(),
+        out_widths=out_widths, size=(4 * stride[0], 4 * stride[1]), stride=stride, extras=(), filter=(1, 3),
+        padding=(0, 1),
     )  # fmt: skip
     run(case, case.tensors(torch.float16), upstream(case, torch.float16), tile)
-    assert sum(multiply_adds) == 2 * 16 * 9 * counted  # forward and dgrad
+    assert sum(multiply_adds) == 2 * 16 * 3 * counted  # forward and dgrad
 
 
 def test_widths_and_experts_out_of_range_are_clamped() -> None:
