@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # Everything that decides what is installed or built; a change reinstalls.
-SOURCES := setup.py pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f -name '*.[ch]*' -o -type f -name '*.cu*' -o -type f -name '*.cmake' -o -type f -name '*.def')
+SOURCES := setup.py pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f '(' -name '*.[ch]' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.cmake' -o -name '*.def' ')')
 STAMP := $(VENV)/.installed-dev
 
 .PHONY: help install demo test test-fast lint types docs bench clean
