@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +16,7 @@ from tdc_fast.nn.casts import Copies, autocast_key
 from tdc_fast.nn.plan_scope import PlanScope, Running
 from tdc_fast.nn.routed import LiveAxis, RoutedEmbedding, RoutedLeaf
 from tdc_fast.nn.sample_arguments import RESULT, checked_names, map_samples
+from tdc_fast.nn.timesteps import groups_of, one_per_sample, other_arguments, timestep_argument
 from tdc_fast.nn.twins import routed_twin
 from tdc_fast.nn.units import Prunable, PruningUnit, UnitSlice, module_of
 from tdc_fast.nn.width_plan import WidthPlan, base_hash
@@ -58,6 +58,7 @@ class RoutedModel(nn.Module):
         super().__init__()
         self.model, self.groups, self.widths, self.routing = model, groups, widths, routing
         self.per_sample = per_sample
+        self._timestep = timestep_argument(model)
         leaves = self.routed_leaves().values()
         self._computing = [leaf for leaf in leaves if not isinstance(leaf, RoutedEmbedding)]  # in autocast's dtype
         self.num_experts = groups.num_groups
@@ -65,13 +66,18 @@ class RoutedModel(nn.Module):
         for name, value in self._identity().items():
             self.register_buffer(name, value.to(device))
 
-    def forward(self, x: Tensor, t: Tensor, *args: Any, expert_ids: Integers | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self, x: Tensor, t: Tensor | float, *args: Any, expert_ids: Integers | None = None, **kwargs: Any
+    ) -> Any:
         """Compute a batch of samples from any mix of groups.
 
         Args:
             x: samples (B, ...).
-            t: original integer timesteps (B,).
-            *args: further arguments of the model. What has an entry per sample, such as labels, is sorted with x:
+            t: original timesteps: a tensor (B,), or a number or a tensor of one number for all samples. Floats must be
+                whole numbers; a GPU rounds them, as it would have to wait for a check. The model gets a tensor (B,) of
+                their own dtype, as its second argument; where its forward has an argument `timestep`, `timesteps` or
+                `t` further back, as that.
+            *args: the model's other arguments in order. What has an entry per sample, such as labels, is sorted with x:
                 unless `pack_experts` was told otherwise (`per_sample`), every tensor whose first dimension is B, also
                 in dicts, lists and tuples. All else is passed on unchanged; what a function or an iterator holds
                 cannot be seen, so its tensors keep the caller's order.
@@ -84,18 +90,14 @@ class RoutedModel(nn.Module):
             entry per sample.
 
         Raises:
-            ValueError: for timesteps that are not integers or are out of range, for wrong shapes, and for an argument
-                that may have entries per sample but cannot be sorted: an array of numpy or a list of texts of length B,
-                or tensors in an object of another kind.
+            ValueError: for timesteps that are not whole numbers or are out of range, for wrong shapes, and for an
+                argument that may have entries per sample but cannot be sorted: an array of numpy or a list of texts of
+                length B, or tensors in an object of another kind.
         """
-        for name, value in (("x", x), ("t", t)):
-            if not isinstance(value, Tensor) or not value.dim():
-                raise invalid(name, value, "a torch tensor with one entry per sample")
-        if t.dim() != 1 or t.shape[0] != x.shape[0]:
-            raise invalid("t", tuple(t.shape), f"one timestep for each of the {x.shape[0]} samples")
-        if t.dtype.is_floating_point:
-            raise invalid("t", t.dtype, "original integer timesteps (the model rescales them itself)")
-        ids = self.groups.group_of(t) if expert_ids is None else as_integers("expert_ids", expert_ids, t.device)
+        if not isinstance(x, Tensor) or not x.dim():
+            raise invalid("x", x, "a torch tensor with one entry per sample")
+        t = one_per_sample(t, x)
+        ids = groups_of(self.groups, t) if expert_ids is None else as_integers("expert_ids", expert_ids, t.device)
         if ids.shape != t.shape:
             raise invalid("expert_ids", tuple(ids.shape), f"one expert for each of the {x.shape[0]} samples")
         plan = RoutingPlan.from_groups(ids, self.num_experts)
@@ -105,8 +107,13 @@ class RoutedModel(nn.Module):
             for name, value in zip(self._names_of(len(args)), args, strict=True)
         )
         kwargs = {name: map_samples(plan.sort, value, name, batch, named) for name, value in kwargs.items()}
+        place, timestep = self._timestep
+        if timestep is not None and len(args) < place:
+            kwargs[timestep] = plan.sort(t)
+        else:
+            args = (*args[:place], plan.sort(t), *args[place:])
         running = Running(plan, self._copies(x.device))
-        out = self.routing.run(self.model, running, plan.sort(x), plan.sort(t), *args, **kwargs)
+        out = self.routing.run(self.model, running, plan.sort(x), *args, **kwargs)
         if isinstance(out, Tensor):
             return plan.unsort(out)
         if named is not None and not any(name.partition(".")[0] == RESULT for name in named):
@@ -140,7 +147,7 @@ class RoutedModel(nn.Module):
         """The names of the first `count` arguments of the model after x and t."""
         if count == 0:
             return []
-        names = list(inspect.signature(self.model.forward).parameters)[2:]
+        names = other_arguments(self.model)
         return [*names[:count], *(f"args.{index}" for index in range(len(names), count))]
 
     def routed_leaves(self) -> dict[str, RoutedLeaf]:

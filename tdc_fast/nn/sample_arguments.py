@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from tdc_fast.errors import invalid
+from tdc_fast.nn.timesteps import other_arguments
 
 RESULT = "return"
 _PLAIN = (int, float, complex, str, bytes, type(None))
@@ -23,7 +24,7 @@ def checked_names(per_sample: Collection[str] | None, model: nn.Module) -> tuple
     if isinstance(per_sample, str) or not all(isinstance(name, str) for name in per_sample):
         raise invalid("per_sample", per_sample, 'a sequence of argument names, such as ("y",), or None')
     parameters = inspect.signature(model.forward).parameters.values()
-    known = [parameter.name for parameter in parameters][2:] + [RESULT]
+    known = [*other_arguments(model), RESULT]
     anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
     for name in per_sample:
         if name.partition(".")[0] not in known and not anything:

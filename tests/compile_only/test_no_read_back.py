@@ -33,6 +33,8 @@ ALLOWED = {
     ("tdc_fast/nn/routed.py", "widths", "tensor"): "while packing, not in a forward",
     ("tdc_fast/nn/routed.py", "forward", "int"): HOST,
     ("tdc_fast/nn/layers.py", "qkv_attention", "nonzero"): HOST,
+    ("tdc_fast/nn/timesteps.py", "original_index", "equal"): HOST,
+    ("tdc_fast/nn/timesteps.py", "original_index", "item"): HOST,
 }
 DEVICE_PATH = [
     *("tdc_fast/ops/cuda.py", "tdc_fast/ops/cuda_launch.py", "tdc_fast/ops/cuda_device.py"),
@@ -42,6 +44,7 @@ DEVICE_PATH = [
     *("kernels/tile_table.py", "tdc_fast/ops/layout.py", "tdc_fast/ops/library.py", "tdc_fast/ops/checks.py"),
     *("tdc_fast/nn/plan_scope.py", "tdc_fast/nn/routed.py", "tdc_fast/nn/layers.py"),
     *("tdc_fast/nn/casts.py", "tdc_fast/nn/one_input.py", "tdc_fast/nn/sample_arguments.py"),
+    "tdc_fast/nn/timesteps.py",
     *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "kernels").glob("*.py")),
 ]
 
