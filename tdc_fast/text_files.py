@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ YAML_BYTES = 2**18
 MAX_DEPTH = 64
 MAX_VALUES = 100_000
 """Values in a YAML file, counted again wherever an alias repeats them."""
+_OTHER_BASE = re.compile(r"[-+]?(0[0-7_]+|[1-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?)")
+"""What YAML 1.1 reads as a number of base 8 or 60, though no letter says so: 010 is 8, and 1:30 is 90."""
 
 
 def read_json(path: Path) -> Any:
@@ -58,8 +61,8 @@ def read_yaml(path: Path) -> Any:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is no regular file, too large, not UTF-8, not YAML, too deep, has a key twice, or its aliases
-            repeat too much.
+        ValueError: it is no regular file, too large, not UTF-8, not YAML, too deep, has a key twice or a number such as
+            010, or its aliases repeat too much.
         ImportError: PyYAML is not installed.
     """
     yaml = require("yaml", extra="demo")
@@ -70,6 +73,12 @@ def read_yaml(path: Path) -> Any:
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > MAX_DEPTH:
                 raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep")
+            if isinstance(event, yaml.ScalarEvent) and event.implicit[0] and _OTHER_BASE.fullmatch(event.value):
+                number = brief(yaml.safe_load(event.value))
+                raise ValueError(
+                    f"it has {event.value[:40]}, which YAML reads as {number}: write the number in decimal, without "
+                    "a 0 in front, or put text in quotes"
+                )
         _refuse_repeated_keys(yaml.compose(text, Loader=yaml.SafeLoader))
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:

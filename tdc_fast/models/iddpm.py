@@ -29,6 +29,9 @@ from tdc_fast.models.blocks import (
 from tdc_fast.nn.layers import Conv2d, Linear, group_count
 from tdc_fast.nn.units import PruningUnit
 
+DEFAULT_HEADS = 4
+"""Attention heads by default, as in improved-diffusion's flags."""
+
 
 class UNet(nn.Module):
     """Denoiser with the constructor arguments, keys, shapes and numerics of improved-diffusion's UNetModel.
@@ -305,7 +308,7 @@ def create_unet(
     image_size: int = 64,
     num_channels: int = 128,
     num_res_blocks: int = 2,
-    num_heads: int = 4,
+    num_heads: int = DEFAULT_HEADS,
     num_heads_upsample: int = -1,
     attention_resolutions: str | Sequence[int] = "16,8",
     dropout: float = 0.0,
@@ -340,13 +343,20 @@ def create_unet(
     """
     mult = _integers("channel_mult", channel_mult) or default_channel_mult(image_size)
     resolutions = _integers("attention_resolutions", attention_resolutions)
+    factors = {image_size // size for size in resolutions if size <= image_size}
+    if num_heads == DEFAULT_HEADS and isinstance(num_channels, int):  # heads that nobody chose are not to blame
+        attended = [m for level, m in enumerate(mult) if 2**level in factors or level == len(mult) - 1]
+        odd = next((m * num_channels for m in attended if m * num_channels % num_heads), None)
+        if odd is not None:
+            remedy = f"a multiple of {num_heads}, as {num_heads} attention heads share {odd} channels; or num_heads 1"
+            raise invalid("num_channels", num_channels, remedy)
     return UNet(
         image_size=image_size,
         in_channels=in_channels,
         model_channels=num_channels,
         out_channels=in_channels * (2 if learn_sigma else 1),
         num_res_blocks=num_res_blocks,
-        attention_resolutions=tuple(sorted({image_size // size for size in resolutions if size <= image_size})),
+        attention_resolutions=tuple(sorted(factors)),
         dropout=dropout,
         channel_mult=mult,
         num_classes=num_classes if class_cond else None,

@@ -98,6 +98,13 @@ class RoutedLeaf(nn.Module):
         """The given plan, else that of the running forward; ValueError if there is none."""
         if plan is None:
             plan = None if self.routing is None else self.routing.plan
+        if plan is None and not torch.compiler.is_compiling() and torch._C._current_autograd_node() is not None:
+            remedy = (
+                "a part of the model's output as what is differentiated: a checkpoint computes layers again here whose "
+                "forward is not reached from the output. Return such an auxiliary loss with the output, or compute it "
+                "outside the checkpoint"
+            )
+            raise invalid("plan", None, remedy)
         if plan is None:
             raise invalid("plan", None, "a RoutingPlan, or a call from within RoutedModel's forward")
         return plan

@@ -1,16 +1,19 @@
-"""How a run ends early: Ctrl-C and SIGTERM at the next step boundary, and files that cannot be written."""
+"""How a run ends early: at the next step boundary after a signal, or where files cannot be written."""
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
 
 from tdc_fast.runs.checkpoint import finished_steps
 from tdc_fast.runs.directory import RunDirectory
+
+_HANGUP = (signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ()  # Windows has none
 
 
 class TrainingInterrupted(KeyboardInterrupt):
@@ -47,9 +50,11 @@ def saying_what_is_safe(run: RunDirectory, command: str = "") -> Iterator[None]:
 
 
 class StopRequest:
-    """Context manager: the first SIGINT or SIGTERM only sets `requested`; a second one acts as usual.
+    """Context manager: the first SIGINT, SIGTERM or SIGHUP only sets `requested`; a second one acts as usual.
 
-    Outside the main thread, where Python allows no handlers, it does nothing.
+    But for SIGHUP, which both the kernel and the shell may send when a terminal closes: further ones change nothing.
+    Signals that were ignored, as SIGHUP is under nohup, stay so. Outside the main thread, where Python allows no
+    handlers, it does nothing.
 
     Attributes:
         requested: whether a signal came.
@@ -58,23 +63,35 @@ class StopRequest:
     def __init__(self) -> None:
         self.requested = False
         self._previous: dict[int, object] = {}
+        self._terminals: list[int] = []
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._handle)
+            for number in (signal.SIGINT, signal.SIGTERM, *_HANGUP):
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._handle)
+            self._terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._restore()
+        self._restore(self._previous)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
-        self._restore()
+        self._restore([other for other in self._previous if other not in _HANGUP])
+        if number in _HANGUP:
+            self._let_go_of_closed_terminals()
 
-    def _restore(self) -> None:
-        while self._previous:
-            number, handler = self._previous.popitem()
-            signal.signal(number, handler)  # type: ignore[arg-type]
+    def _let_go_of_closed_terminals(self) -> None:
+        """What is printed from here on must not fail, or nothing would be saved."""
+        for descriptor in self._terminals:
+            if not os.isatty(descriptor):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, descriptor)
+                os.close(nowhere)
+
+    def _restore(self, numbers: Iterable[int]) -> None:
+        for number in list(numbers):
+            signal.signal(number, self._previous.pop(number))  # type: ignore[arg-type]

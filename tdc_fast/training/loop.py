@@ -120,7 +120,7 @@ class StageLoop:
         """Run to the end of the stage.
 
         Raises:
-            TrainingInterrupted: after Ctrl-C or SIGTERM; everything up to the last finished step is saved.
+            TrainingInterrupted: after Ctrl-C, SIGTERM or SIGHUP; everything up to the last finished step is saved.
             FloatingPointError: the loss is no longer finite.
             ValueError: the step cannot be captured and --cuda_graph is on.
         """

@@ -280,3 +280,24 @@ def test_heads_that_do_not_divide_the_channels_are_refused_under_the_flag_that_w
             make(num_heads=value)
         with pytest.raises(ValueError, match="^num_heads: got"):
             make(num_heads=value, num_heads_upsample=2)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (
+            {"num_channels": 31},
+            "num_channels: got 31; expected a multiple of 4, as 4 attention heads share 31 c",
+        ),
+        ({"num_channels": 31, "channel_mult": "1,2"}, "num_channels: got 31.* share 62 channels; or num_heads 1"),
+        ({"num_channels": 31, "num_heads": 2}, "num_heads: got 2; expected a divisor of the 31 channels"),
+        ({"num_channels": 31, "num_heads_upsample": 31}, "num_channels: got 31"),
+    ],
+)
+def test_channels_that_the_default_heads_cannot_share_are_refused_by_their_own_name(flags, said):
+    with pytest.raises(ValueError, match=f"^{said}"):
+        create_unet(image_size=8, num_res_blocks=1, attention_resolutions="", **{"channel_mult": "1", **flags})
+
+
+def test_channels_that_only_levels_without_attention_have_need_not_divide_by_the_heads():
+    create_unet(image_size=8, num_channels=6, num_res_blocks=1, attention_resolutions="4", channel_mult="1,2")

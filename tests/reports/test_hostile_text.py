@@ -115,6 +115,29 @@ def test_yaml_that_is_no_list_of_flags_is_refused(tmp_path, text):
         TrainConfig.from_file(tmp_path / "x.yaml")
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("num_channels: 010", "it has 010, which YAML reads as 8"),
+        ("stage2_shares: [1, -010]", "it has -010, which YAML reads as -8"),
+        ("data_dir: 0777", "it has 0777, which YAML reads as 511"),
+        ("lr: 1:30", "it has 1:30, which YAML reads as 90"),
+        ("k: 1:30.5", "it has 1:30.5, which YAML reads as 90.5"),
+    ],
+)
+def test_a_number_that_yaml_reads_in_another_base_is_refused(tmp_path, text, said):
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(ValueError, match=rf"x\.yaml.*{said}: write the number in decimal"):
+        TrainConfig.from_file(tmp_path / "x.yaml")
+
+
+def test_decimal_and_marked_numbers_and_quoted_text_are_read(tmp_path):
+    text = "num_channels: 10\nbatch_size: 0x10\nimage_size: 0b1000\ndata_dir: '010'\ndropout: 0.5\nlr: 1e-3"
+    (tmp_path / "x.yaml").write_text(text)
+    config = TrainConfig.from_file(tmp_path / "x.yaml")
+    assert (config.num_channels, config.batch_size, config.image_size, config.data_dir) == (10, 16, 8, "010")
+
+
 def test_a_few_aliases_are_no_bomb(tmp_path):
     (tmp_path / "x.yaml").write_text("lr: &rate 3e-4\nstage2_lr: *rate\n")
     config = TrainConfig.from_file(tmp_path / "x.yaml")

@@ -211,3 +211,35 @@ def test_a_copied_or_pickled_model_runs_under_its_own_plan() -> None:
         assert twin.routing is not model.routing
         assert all(leaf.routing is twin.routing for leaf in twin.routed_leaves().values())
         torch.testing.assert_close(twin(x, t), expected)
+
+
+@pytest.mark.parametrize("how", ["reentrant", "not reentrant"])
+def test_a_checkpointed_loss_beside_the_output_is_refused_with_a_remedy(how: str) -> None:
+    """Its layers run again in a backward that knows nothing of the model's forward."""
+
+    class Auxiliary(Net):
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            h = self.start(x)
+            kept.append(self.blocks(h).square().mean())
+            return h * (1 + 0.01 * t[:, None, None, None])
+
+    kept: list[Tensor] = []
+    model = pack_experts(Auxiliary(how), GROUPS)
+    model(*samples(0)).sum().backward()
+    with pytest.raises(ValueError, match="^plan: got None; expected a part of the model's output.*auxiliary loss"):
+        kept[0].backward()
+
+
+@pytest.mark.parametrize("how", ["reentrant", "not reentrant"])
+def test_a_checkpointed_loss_that_is_returned_has_its_gradient(how: str) -> None:
+    class Auxiliary(Net):
+        def forward(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+            h = self.start(x)
+            return h, self.blocks(h).square().mean()
+
+    model = pack_experts([Auxiliary(how) for _ in range(4)], GROUPS)
+    plain = pack_experts([Auxiliary("none") for _ in range(4)], GROUPS)
+    plain.load_state_dict(model.state_dict())
+    found, expected = (gradients(m, lambda m=m: m(*samples(0))[1]) for m in (model, plain))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)

@@ -96,3 +96,16 @@ def train_in_child(argv: list[str], output: str, kill_at_rename: int = 0) -> Non
     from tdc_fast.train import main
 
     os._exit(main(argv))
+
+
+def train_on_terminal(argv: list[str], terminal: str) -> None:
+    """Target of a process: the command line, as the leader of a terminal's session with all output there."""
+    os.setsid()
+    descriptor = os.open(terminal, os.O_RDWR)  # a session's first terminal becomes its own
+    for number in (0, 1, 2):
+        os.dup2(descriptor, number)
+    os.close(descriptor)
+    sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
+    from tdc_fast.train import main
+
+    os._exit(main(argv))

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import pty
 import random
 import shutil
 import signal
+import termios
 import time
 from pathlib import Path
 
@@ -16,7 +18,15 @@ import torch
 
 from tdc_fast.train import main, train
 from tdc_fast.training import RunDirectory, load_run
-from tests.training.small_run import TWO_STAGES, differences, flags, rows, small_config, train_in_child
+from tests.training.small_run import (
+    TWO_STAGES,
+    differences,
+    flags,
+    rows,
+    small_config,
+    train_in_child,
+    train_on_terminal,
+)
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +43,13 @@ def processes():
         process = context.Process(target=train_in_child, args=(argv, str(output), kill_at_rename))
         process.start()
         return process
+
+    def start_on_terminal(argv: list[str], terminal: str):
+        process = context.Process(target=train_on_terminal, args=(argv, terminal))
+        process.start()
+        return process
+
+    start.on_terminal = start_on_terminal
 
     yield start
     if before is None:
@@ -114,6 +131,24 @@ def test_ctrl_c_saves_at_the_next_step_and_says_how_to_go_on(unkilled, processes
     for name in ("base/model000010.pt", "experts/ema_0.99_000010.pt"):
         assert (run / name).read_bytes() == (folder / "run" / name).read_bytes()
     assert rows(run / "experts/progress.csv") == rows(folder / "run/experts/progress.csv")
+
+
+def test_a_closed_terminal_saves_at_the_next_step_though_nothing_can_be_printed(processes, tmp_path):
+    config = small_config(tmp_path, lr_anneal_steps=10**6, save_interval=10**6, log_interval=1, progress="always")
+    shell, terminal = pty.openpty()
+    termios.tcsetwinsize(shell, (24, 80))
+    process = processes.on_terminal(flags(config), os.ttyname(terminal))
+    try:
+        while b"loss=" not in os.read(shell, 4096):
+            pass
+        os.close(terminal)
+        os.close(shell)  # the kernel sends SIGHUP
+        process.join(30)
+        assert process.exitcode == 130
+    finally:
+        process.kill()
+    (saved,) = (tmp_path / "run").glob("state*.pt")
+    assert int(saved.stem.removeprefix("state")) >= 1
 
 
 @pytest.fixture
