@@ -17,6 +17,7 @@ from tdc_fast.diffusion.gaussian import (
     arithmetic_dtype,
     broadcast_to_samples,
     discretized_gaussian_log_likelihood,
+    interpolated_log_variance,
     mean_flat,
     normal_kl,
 )
@@ -272,8 +273,7 @@ class Diffusion:
         if values is not None:
             lowest = self.coefficient("posterior_log_variance_clipped", t, x)
             highest = self.coefficient("log_betas", t, x)
-            fraction = (values + 1) / 2
-            log_variance = fraction * highest + (1 - fraction) * lowest
+            log_variance = interpolated_log_variance(values, lowest, highest)
             variance = torch.exp(log_variance)
         elif self.variance == "fixed_large":
             variance = self.coefficient("large_variance", t, x)

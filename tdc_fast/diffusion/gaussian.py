@@ -49,6 +49,12 @@ def draw_noise(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
     return noise.to(x.device, non_blocking=True)
 
 
+def interpolated_log_variance(values: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
+    """The learned log variance: from `lowest` at value -1 to `highest` at 1 (Nichol and Dhariwal 2021, equation 15)."""
+    fraction = (values + 1) / 2
+    return fraction * highest + (1 - fraction) * lowest
+
+
 def mean_flat(x: Tensor) -> Tensor:
     """Mean over all but the first dimension: (B, ...) -> (B,)."""
     return x.mean(dim=tuple(range(1, x.dim())))

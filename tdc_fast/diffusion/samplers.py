@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tdc_fast.diffusion.diffusion import Diffusion, ReverseStep, check_timesteps
-from tdc_fast.diffusion.gaussian import broadcast_to_samples, draw_noise
+from tdc_fast.diffusion.diffusion import Diffusion, check_timesteps
+from tdc_fast.diffusion.gaussian import draw_noise
 from tdc_fast.diffusion.protocols import Denoiser
+from tdc_fast.diffusion.updates import advance, ddim_weights, ddpm_weights, dpmpp_2m_weights, half_log_snr
 from tdc_fast.errors import invalid
 
 SamplerName = Literal["ddpm", "ddim", "dpm++2m"]
@@ -51,10 +52,11 @@ def ddpm_step(
         clip_denoised: limit the predicted x0 to [-1, 1].
         model_kwargs: further arguments of the model.
     """
-    step = _predict(diffusion, model, x, t, clip_denoised, model_kwargs)
+    output = _predict(diffusion, model, x, t, model_kwargs)
     noise = draw_noise(x, generator) if noise is None else noise
-    deviation = torch.exp(0.5 * step.log_variance) * broadcast_to_samples(t > 0, x)
-    return _keep_finished(step.mean + deviation * noise, x, t)
+    weights = torch.stack(ddpm_weights(diffusion, t.clamp(min=0)))
+    result, _ = advance(diffusion, output, x, weights, noise=noise, clip_denoised=clip_denoised)
+    return _keep_finished(result, x, t)
 
 
 @torch.no_grad()
@@ -89,17 +91,11 @@ def ddim_step(
         ValueError: for wrong timesteps.
     """
     t_next = _next_steps(t, t_next)
-    step = _predict(diffusion, model, x, t, clip_denoised, model_kwargs)
-    epsilon = diffusion.epsilon_from_x0(x, t.clamp(min=0), step.x0)
-    now = diffusion.table("alphas_cumprod_from_clean", t + 1)
-    after = diffusion.table("alphas_cumprod_from_clean", t_next + 1)
-    # A finished sample has alpha_bar 1 on both sides; the clamps keep its unused numbers finite.
-    variance = (eta**2 * (1 - after) / (1 - now).clamp(min=1e-20) * (1 - now / after)).clamp(min=0)
-    direction = (1 - after - variance).clamp(min=0).sqrt()
-    result = broadcast_to_samples(after.sqrt(), x) * step.x0 + broadcast_to_samples(direction, x) * epsilon
-    if eta > 0:
-        noise = draw_noise(x, generator) if noise is None else noise
-        result = result + broadcast_to_samples(variance.sqrt(), x) * noise
+    output = _predict(diffusion, model, x, t, model_kwargs)
+    if eta > 0 and noise is None:
+        noise = draw_noise(x, generator)
+    weights = torch.stack(ddim_weights(diffusion, t, t_next, eta))
+    result, _ = advance(diffusion, output, x, weights, noise=noise if eta > 0 else None, clip_denoised=clip_denoised)
     return _keep_finished(result, x, t)
 
 
@@ -165,19 +161,10 @@ def dpmpp_2m_step(
     """
     t_next = _next_steps(t, t_next)
     history = Dpm2mHistory.empty(x) if history is None else history
-    x0 = _predict(diffusion, model, x, t, clip_denoised, model_kwargs).x0
-    now = diffusion.table("alphas_cumprod_from_clean", t + 1)
-    after = diffusion.table("alphas_cumprod_from_clean", t_next + 1)
-    before = diffusion.table("alphas_cumprod_from_clean", history.t + 1)
-    step = _half_log_snr(after) - _half_log_snr(now)
-    last_step = _half_log_snr(now) - _half_log_snr(before)
-    second_order = (history.t > t) & (t_next >= 0)
-    # 1 / (2 r) with r = last_step / step; zero makes the step first order.
-    slope = torch.where(second_order, step / (2 * last_step), 0.0)
-    data = x0 + broadcast_to_samples(slope, x) * (x0 - history.x0)
-    keep = ((1 - after) / (1 - now).clamp(min=1e-20)).sqrt()
-    gain = -after.sqrt() * torch.expm1(-step)
-    result = _keep_finished(broadcast_to_samples(keep, x) * x + broadcast_to_samples(gain, x) * data, x, t)
+    output = _predict(diffusion, model, x, t, model_kwargs)
+    weights = torch.stack(dpmpp_2m_weights(diffusion, t, t_next, history.t))
+    result, x0 = advance(diffusion, output, x, weights, last_x0=history.x0, clip_denoised=clip_denoised)
+    result = _keep_finished(result, x, t)
     return result, Dpm2mHistory(_keep_finished(x0, history.x0, t), torch.where(t < 0, history.t, t))
 
 
@@ -220,15 +207,15 @@ def sampling_steps(
 
 
 def _even_in_log_snr(diffusion: Diffusion, steps: int | None) -> tuple[int, ...]:
-    half_log_snr = _half_log_snr(torch.from_numpy(diffusion.alphas_cumprod)).numpy()  # (T,), falling
-    usable = max(1, int((half_log_snr >= LOWEST_LOG_SNR).sum()))
+    falling = half_log_snr(torch.from_numpy(diffusion.alphas_cumprod)).numpy()  # (T,)
+    usable = max(1, int((falling >= LOWEST_LOG_SNR).sum()))
     if steps is None:
         return tuple(range(usable))
     last = max(usable, steps) - 1
     if steps == 1:
         return (last,)
-    targets = np.linspace(half_log_snr[0], half_log_snr[last], steps)
-    nearest = np.interp(-targets, -half_log_snr, np.arange(diffusion.num_timesteps)).round().astype(int)
+    targets = np.linspace(falling[0], falling[last], steps)
+    nearest = np.interp(-targets, -falling, np.arange(diffusion.num_timesteps)).round().astype(int)
     # Where targets are closer together than timesteps, take neighbours: each index once, none past the last.
     rank = np.arange(steps)
     distinct = np.maximum.accumulate(nearest - rank) + rank
@@ -236,18 +223,14 @@ def _even_in_log_snr(diffusion: Diffusion, steps: int | None) -> tuple[int, ...]
 
 
 def _predict(
-    diffusion: Diffusion,
-    model: Denoiser,
-    x: Tensor,
-    t: Tensor,
-    clip_denoised: bool,
-    model_kwargs: Mapping[str, Any] | None,
-) -> ReverseStep:
+    diffusion: Diffusion, model: Denoiser, x: Tensor, t: Tensor, model_kwargs: Mapping[str, Any] | None
+) -> Tensor:
+    """The denoiser's output; a finished sample's is that at step 0.
+
+    To leave finished samples out would change the batch's shape and wait for the device.
+    """
     check_timesteps(t, x, diffusion.num_timesteps, lowest=FINISHED)
-    # Finished samples are computed at step 0: to leave them out would change the batch's shape and wait for the device.
-    index = t.clamp(min=0)
-    output = model(x, diffusion.original_timesteps(index), **(model_kwargs or {}))
-    return diffusion.p_mean_variance(output, x, index, clip_denoised)
+    return model(x, diffusion.original_timesteps(t.clamp(min=0)), **(model_kwargs or {}))
 
 
 def _keep_finished(result: Tensor, x: Tensor, t: Tensor) -> Tensor:
@@ -262,8 +245,3 @@ def _next_steps(t: Tensor, t_next: Tensor | None) -> Tensor:
     if t.device.type == "cpu" and bool((((t_next >= t) & (t >= 0)) | (t_next < FINISHED)).any()):
         raise invalid("t_next", t_next.tolist(), f"earlier timesteps than {t.tolist()}, or -1")
     return torch.where(t < 0, t, t_next)
-
-
-def _half_log_snr(alphas_cumprod: Tensor) -> Tensor:
-    """Half log SNR, log(alpha / sigma): the time of DPM-Solver++; infinite for the clean sample."""
-    return 0.5 * (torch.log(alphas_cumprod) - torch.log1p(-alphas_cumprod))

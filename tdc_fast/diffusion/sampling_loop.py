@@ -12,21 +12,12 @@ from torch import Tensor, nn
 from tdc_fast.diffusion.diffusion import Diffusion
 from tdc_fast.diffusion.gaussian import draw_noise
 from tdc_fast.diffusion.protocols import Denoiser
-from tdc_fast.diffusion.samplers import (
-    Dpm2mHistory,
-    SamplerName,
-    SpacingName,
-    ddim_step,
-    ddpm_step,
-    dpmpp_2m_step,
-    sampling_steps,
-)
+from tdc_fast.diffusion.samplers import SamplerName, SpacingName
+from tdc_fast.diffusion.trajectory import Trajectory
+from tdc_fast.diffusion.updates import advance
 from tdc_fast.errors import invalid
 from tdc_fast.graphs import graphed
 from tdc_fast.routing import TimestepGroups
-
-History = tuple[Tensor, Tensor]
-"""What DPM-Solver++(2M) remembers: its last predicted x0 and the steps (B,) of it."""
 
 
 class SamplingLoop:
@@ -62,14 +53,10 @@ class SamplingLoop:
         eta: float = 0.0,
         clip_denoised: bool = True,
     ) -> None:
-        if eta < 0:
-            raise invalid("eta", eta, "0 (deterministic) or a number above it")
-        visited = sampling_steps(diffusion, sampler, steps, spacing)
-        _warn_of_idle_experts(model, diffusion, visited)
-        self._process = diffusion if len(visited) == diffusion.num_timesteps else diffusion.with_timesteps(visited)
-        self._model, self._sampler, self._eta, self._clip_denoised = model, sampler, eta, clip_denoised
-        self._draws_noise = sampler == "ddpm" or (sampler == "ddim" and eta > 0)
-        self._steps: dict[torch.device, Callable[..., tuple[Tensor, History | None]]] = {}
+        self._trajectory = Trajectory.plan(diffusion, sampler, steps, spacing, eta)
+        _warn_of_idle_experts(model, self._trajectory)
+        self._diffusion, self._model, self._sampler, self._clip_denoised = diffusion, model, sampler, clip_denoised
+        self._steps: dict[torch.device, Callable[..., tuple[Tensor, Tensor]]] = {}
 
     @torch.no_grad()
     def draw(
@@ -94,41 +81,43 @@ class SamplingLoop:
             raise invalid("device", device, 'a device of torch, such as "cpu" or "cuda:0"') from error
         x = torch.empty(tuple(shape), device=device, memory_format=_memory_format(len(shape)))
         x = draw_noise(x, generator) if noise is None else noise.to(x)
-        step = self._step_on(x.device)
-        history: History | None = None
-        if self._sampler == "dpm++2m":
-            empty = Dpm2mHistory.empty(x)
-            history = (empty.x0, empty.t)
-        indices: Any = range(self._process.num_timesteps - 1, -1, -1)
+        step, trajectory = self._step_on(x.device), self._trajectory
+        timesteps, weights = trajectory.timesteps.to(x.device), trajectory.weights.to(x.device)
+        x0 = torch.zeros_like(x) if trajectory.remembers else None
+        indices: Any = range(len(trajectory))
         if progress:
             from tqdm import tqdm
 
             indices = tqdm(indices, desc=f"sampling ({self._sampler})", unit="step")
         for index in indices:
-            t = torch.full((x.shape[0],), index, device=x.device, dtype=torch.int64)
-            drawn = draw_noise(x, generator) if self._draws_noise else None
-            x, history = step(x, t, drawn, history, dict(model_kwargs or {}))
+            t = timesteps[index].repeat(x.shape[0])
+            drawn = draw_noise(x, generator) if trajectory.draws_noise else None
+            own = weights[:, index : index + 1].repeat(1, x.shape[0])
+            x, x0_now = step(x, t, own, drawn, x0, dict(model_kwargs or {}))
+            x0 = x0_now if trajectory.remembers else None
             if on_step is not None:
                 on_step()
         return x
 
-    def _step_on(self, device: torch.device) -> Callable[..., tuple[Tensor, History | None]]:
+    def _step_on(self, device: torch.device) -> Callable[..., tuple[Tensor, Tensor]]:
         if device not in self._steps:
             modules = [self._model] if isinstance(self._model, nn.Module) else []
             self._steps[device] = graphed(self._step, device, name=f"a {self._sampler} step", modules=modules)
         return self._steps[device]
 
     def _step(
-        self, x: Tensor, t: Tensor, noise: Tensor | None, history: History | None, model_kwargs: dict[str, Any]
-    ) -> tuple[Tensor, History | None]:
-        options: dict[str, Any] = {"clip_denoised": self._clip_denoised, "model_kwargs": model_kwargs}
-        if self._sampler == "ddpm":
-            return ddpm_step(self._process, self._model, x, t, noise=noise, **options), None
-        if self._sampler == "ddim":
-            return ddim_step(self._process, self._model, x, t, eta=self._eta, noise=noise, **options), None
-        before = None if history is None else Dpm2mHistory(*history)
-        x, after = dpmpp_2m_step(self._process, self._model, x, t, history=before, **options)
-        return x, (after.x0, after.t)
+        self,
+        x: Tensor,
+        t: Tensor,
+        weights: Tensor,
+        noise: Tensor | None,
+        last_x0: Tensor | None,
+        model_kwargs: dict[str, Any],
+    ) -> tuple[Tensor, Tensor]:
+        output = self._model(x, t, **model_kwargs)
+        return advance(
+            self._diffusion, output, x, weights, noise=noise, last_x0=last_x0, clip_denoised=self._clip_denoised
+        )
 
 
 def sample(
@@ -189,18 +178,17 @@ def sample(
     )
 
 
-def _warn_of_idle_experts(model: Denoiser, diffusion: Diffusion, visited: Sequence[int]) -> None:
+def _warn_of_idle_experts(model: Denoiser, trajectory: Trajectory) -> None:
     """Warn where the steps reach no timestep of some experts of a packed model."""
     groups = getattr(model, "groups", None)
     if not isinstance(groups, TimestepGroups):
         return
-    steps = torch.tensor(visited, dtype=torch.int64)
-    idle = groups.unvisited(diffusion.original_timesteps(steps).tolist())
+    idle = groups.unvisited(trajectory.timesteps.tolist())
     if idle:
         intervals = list(groups)
         names = ", ".join(f"{g} (t {intervals[g][0]} to {intervals[g][1] - 1})" for g in idle)
         warnings.warn(
-            f"{len(visited)} sampling steps leave {len(idle)} of {groups.num_groups} experts idle: {names}; more "
+            f"{len(trajectory)} sampling steps leave {len(idle)} of {groups.num_groups} experts idle: {names}; more "
             "steps, another spacing (trailing, linspace) or fewer groups use them",
             stacklevel=4,
         )

@@ -1,0 +1,73 @@
+"""A sampler from noise to image: the timestep and the weights of every step, known before the first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tdc_fast.diffusion.diffusion import Diffusion
+from tdc_fast.diffusion.samplers import FINISHED, SamplerName, SpacingName, sampling_steps
+from tdc_fast.diffusion.updates import ddim_weights, ddpm_weights, dpmpp_2m_weights
+from tdc_fast.errors import invalid
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """The S steps of a sampler, in the order in which they are taken.
+
+    Attributes:
+        timesteps: the original timesteps that the denoiser gets, int64 (S,), falling.
+        weights: the eight rows of `StepWeights` for every step, float64 (8, S).
+        draws_noise: every step draws noise.
+        remembers: a step reads the x0 of the step before.
+    """
+
+    timesteps: Tensor
+    weights: Tensor
+    draws_noise: bool
+    remembers: bool
+
+    @classmethod
+    def plan(
+        cls,
+        diffusion: Diffusion,
+        sampler: SamplerName = "ddim",
+        steps: int | None = None,
+        spacing: SpacingName = "auto",
+        eta: float = 0.0,
+    ) -> Trajectory:
+        """The trajectory of a sampler.
+
+        Args:
+            diffusion: the process.
+            sampler: "ddpm", "ddim" or "dpm++2m".
+            steps: how many steps to visit; None visits those of `diffusion` (see `sampling_steps`).
+            spacing: how the steps are spread over the timesteps.
+            eta: noise of DDIM, 0 for none; the other samplers have no such setting.
+
+        Raises:
+            ValueError: for an unknown sampler or spacing, steps that the process does not have, or a negative eta.
+        """
+        if not eta >= 0:
+            raise invalid("eta", eta, "0 (deterministic) or a number above it")
+        visited = sampling_steps(diffusion, sampler, steps, spacing)
+        process = diffusion if len(visited) == diffusion.num_timesteps else diffusion.with_timesteps(visited)
+        t = torch.arange(process.num_timesteps - 1, -1, -1)
+        if sampler == "ddpm":
+            weights = ddpm_weights(process, t)
+        elif sampler == "ddim":
+            weights = ddim_weights(process, t, t - 1, eta)
+        else:
+            t_last = torch.cat([torch.tensor([FINISHED]), t[:-1]])
+            weights = dpmpp_2m_weights(process, t, t - 1, t_last)
+        return cls(
+            timesteps=process.original_timesteps(t),
+            weights=torch.stack(weights),
+            draws_noise=sampler == "ddpm" or (sampler == "ddim" and eta > 0),
+            remembers=sampler == "dpm++2m",
+        )
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
