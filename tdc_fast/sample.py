@@ -60,8 +60,17 @@ class SampleOptions:
     """Clip every predicted image to [-1, 1]."""
     classes: str = ""
     """For class-conditional models: comma list of the classes to sample; empty samples all classes."""
+    eta: Annotated[float, Within(0, 1000)] = 0.0
+    """Noise of ddim: 0 is deterministic, 1 has the variance of ddpm with --sigma_small True."""
+    guidance_scale: Annotated[float, Within(0, 1000)] = 1.0
+    """For class-conditional models: scale of classifier-free guidance; 1 is none."""
+    null_class: Annotated[int, Within(-1, 10**7)] = -1
+    """With --guidance_scale: the label that the model was trained with where it got no class; -1 is none."""
     seed: Annotated[int, Within(0, 2**63 - 1)] = 0
     """Seed of the noise and the classes."""
+    deterministic: bool = False
+    """Run a single denoiser on the routed kernels too, so that its images on the CPU do not depend on what else is in
+    the batch, as those of experts never do; `tdc_fast.serve` does."""
     num_threads: Annotated[int, Within(0, 2**10)] = 0
     """CPU threads; 0 keeps the default of torch."""
     device: str = "cpu"
@@ -101,6 +110,8 @@ def _fill_in(options: dict[str, Any]) -> None:
 def _sample(arguments: list[str]) -> None:
     options = _parse(arguments)
     denoiser = load_denoiser(options)
+    if options["deterministic"]:
+        denoiser = denoiser.batch_invariant()
     use_threads(options["num_threads"])
     directory = output_directory(options, "samples")  # before hours of sampling, as it may fail
     device = named_device(options["device"])
@@ -116,6 +127,9 @@ def _sample(arguments: list[str]) -> None:
         clip_denoised=options["clip_denoised"],
         classes=comma_numbers("classes", options["classes"], int),
         device=str(device),
+        eta=options["eta"],
+        guidance_scale=options["guidance_scale"],
+        null_class=None if options["null_class"] < 0 else options["null_class"],
         progress=True,
     )
     archive, picture = write_samples(directory, images, labels)

@@ -15,9 +15,10 @@ import torch
 from PIL import Image
 
 from tdc_fast import evaluate, nll, sample
-from tdc_fast.evaluation import comparison, train_classifier
+from tdc_fast.evaluation import comparison, draw_samples, train_classifier
 from tdc_fast.evaluation.image_sets import load_pair
 from tdc_fast.models.iddpm import create_unet
+from tdc_fast.runs.denoisers import from_run
 from tdc_fast.train import TrainConfig, train
 
 MODEL = [
@@ -250,3 +251,35 @@ def test_likelihood_terms_are_written_from_the_last_timestep_down_and_add_up(run
 
 def test_likelihood_refuses_a_device_that_is_not_there(run, tmp_path, assert_refused):
     assert_refused("device: got 'cuda:9'", nll, ["--run", str(run), "--device", "cuda:9", "--out", str(tmp_path / "o")])
+
+
+def test_guidance_moves_the_images_and_a_scale_of_one_changes_nothing(run, tmp_path):
+    flags = ["--run", str(run), "--num_samples", "3", "--sampler", "ddim", "--steps", "3", "--eta", "0.5"]
+    images = []
+    for scale in ("1", "1000"):  # of two steps of training little is to be seen otherwise
+        guided = ["--guidance_scale", scale, "--null_class", "0", "--classes", "3", "--out", str(tmp_path / scale)]
+        assert sample.main([*flags, *guided]) == 0
+        images.append(np.load(tmp_path / scale / "samples_3x8x8x1.npz")["arr_0"])
+    assert sample.main([*flags, "--classes", "3", "--out", str(tmp_path / "plain")]) == 0
+    plain = np.load(tmp_path / "plain" / "samples_3x8x8x1.npz")["arr_0"]
+    assert np.array_equal(images[0], plain) and not np.array_equal(images[1], plain)
+
+
+@pytest.mark.parametrize(("flags", "said"), [
+    (["--guidance_scale", "2"], "guidance_scale: got 2.0; expected 1, or --null_class"),
+    (["--guidance_scale", "2", "--null_class", "10"], "null_class: got 10; expected a label of the model from 0 to 9"),
+    (["--guidance_scale", "1001"], "guidance_scale: got 1001"),
+])  # fmt: skip
+def test_guidance_that_the_model_cannot_give_is_refused(run, flags, said, tmp_path, assert_refused):
+    assert_refused(said, sample, ["--run", str(run), "--out", str(tmp_path), *flags])
+
+
+def test_deterministic_images_of_a_single_denoiser_do_not_depend_on_the_batch(run):
+    denoiser = from_run(str(run), "base").batch_invariant()
+    alone, _ = draw_samples(denoiser, 1, sampler="ddpm", steps=3, seed=5)
+    x = torch.randn(7, *denoiser.image_shape)
+    t, y = torch.arange(7), torch.arange(7)
+    with torch.no_grad():
+        together = denoiser.model(x, t, y=y)
+        assert all(torch.equal(denoiser.model(x[i : i + 1], t[i : i + 1], y=y[i : i + 1])[0], together[i]) for i in t)
+    assert denoiser.batch_invariant() is denoiser and alone.shape == (1, 1, 8, 8)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tdc_fast.diffusion.create import create_diffusion
 from tdc_fast.diffusion.diffusion import Diffusion
+from tdc_fast.diffusion.guidance import GuidedDenoiser
 from tdc_fast.diffusion.samplers import Dpm2mHistory, ddim_step, ddpm_step, dpmpp_2m_step
 from tdc_fast.diffusion.sampling_loop import SamplingLoop, sample
 from tdc_fast.diffusion.schedules import named_betas
@@ -18,6 +19,7 @@ from tdc_fast.diffusion.timestep_samplers import (
 __all__ = [
     "Diffusion",
     "Dpm2mHistory",
+    "GuidedDenoiser",
     "LossSecondMomentSampler",
     "SamplingLoop",
     "StratifiedSampler",

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tdc_fast.atomic import atomic_file, remove_leftovers
 from tdc_fast.data.pixels import grid_image, to_uint8
+from tdc_fast.diffusion.guidance import GuidedDenoiser
 from tdc_fast.diffusion.samplers import SamplerName, SpacingName, sampling_steps
 from tdc_fast.diffusion.sampling_loop import SamplingLoop
 from tdc_fast.errors import invalid
@@ -21,6 +22,7 @@ from tdc_fast.runs.denoisers import TrainedDenoiser
 from tdc_fast.runs.processes import one_process
 
 GRID_IMAGES = 100
+MOST_GUIDANCE = 1000
 
 
 @one_process
@@ -37,6 +39,9 @@ def draw_samples(
     device: str = "cpu",
     progress: bool = False,
     spacing: SpacingName = "auto",
+    eta: float = 0.0,
+    guidance_scale: float = 1.0,
+    null_class: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Sample images from a denoiser.
 
@@ -54,23 +59,35 @@ def draw_samples(
         device: where the model is.
         progress: show a bar on a terminal, else print lines with the time left.
         spacing: how the steps are spread over the timesteps, as in `tdc_fast.diffusion.samplers.sampling_steps`.
+        eta: noise of DDIM, 0 for none.
+        guidance_scale: of classifier-free guidance; 1 is none.
+        null_class: the label that the model was trained with where it got no class; guidance needs it.
 
     Returns:
         Images (M, C, H, W) uint8 on the CPU, and their classes (M,) int64, None for an unconditional model.
 
     Raises:
-        ValueError: the model was not trained on one of the classes.
+        ValueError: the model was not trained on one of the classes, or has no such null class.
         FloatingPointError: the model's outputs are no numbers, as after a divergence.
     """
     for value in classes:
-        if value not in denoiser.classes:
-            raise invalid("classes", value, f"classes that the model was trained on: {_ranges(denoiser.classes)}")
-    allowed = torch.tensor(classes or denoiser.classes, dtype=torch.int64)
+        check_class("classes", value, denoiser.classes)
+    check_guidance(guidance_scale, null_class, denoiser.num_classes)
+    model = denoiser.model
+    if guidance_scale != 1:
+        assert null_class is not None
+        model = GuidedDenoiser(model, guidance_scale, null_class)
     generator = torch.Generator().manual_seed(seed)
     images, labels = [], []
     batches = range(0, num_samples, batch_size)
     loop = SamplingLoop(
-        denoiser.diffusion, denoiser.model, sampler=sampler, steps=steps, spacing=spacing, clip_denoised=clip_denoised
+        denoiser.diffusion,
+        model,
+        sampler=sampler,
+        steps=steps,
+        spacing=spacing,
+        eta=eta,
+        clip_denoised=clip_denoised,
     )
     total = len(batches) * len(sampling_steps(denoiser.diffusion, sampler, steps, spacing))
     with Progress(f"drawing {num_samples} images", total, shown=progress) as shown:
@@ -78,7 +95,7 @@ def draw_samples(
             count = min(batch_size, num_samples - first)
             kwargs = {}
             if denoiser.num_classes:
-                labels.append(allowed[torch.randint(len(allowed), (count,), generator=generator)])
+                labels.append(draw_labels(classes or denoiser.classes, count, generator))
                 kwargs["y"] = labels[-1].to(device)
             drawn = loop.draw(
                 (count, *denoiser.image_shape),
@@ -94,6 +111,49 @@ def draw_samples(
                 )
             images.append(to_uint8(drawn).cpu())
     return torch.cat(images), torch.cat(labels) if labels else None
+
+
+def draw_labels(classes: Sequence[int], count: int, generator: torch.Generator) -> Tensor:
+    """Labels int64 (count,) on the CPU, each class as likely as the others."""
+    return torch.tensor(classes, dtype=torch.int64)[torch.randint(len(classes), (count,), generator=generator)]
+
+
+def check_class(argument: str, value: int, classes: Sequence[int]) -> None:
+    """Refuse a class that a model was not trained on.
+
+    Args:
+        argument: its name, for errors.
+        value: the class.
+        classes: the model's; empty for a model without classes.
+
+    Raises:
+        ValueError: naming the classes that there are.
+    """
+    if value not in classes:
+        raise invalid(argument, value, f"classes that the model was trained on: {_ranges(classes)}")
+
+
+def check_guidance(scale: float, null_class: int | None, num_classes: int) -> None:
+    """Refuse guidance that a model cannot give.
+
+    Args:
+        scale: the guidance scale; 1 asks for none.
+        null_class: the label that stands for no class, or None.
+        num_classes: rows of the model's label embedding; 0 for a model without classes.
+
+    Raises:
+        ValueError: naming what is missing.
+    """
+    if not 0 <= scale <= MOST_GUIDANCE:
+        raise invalid("guidance_scale", scale, f"a number from 0 to {MOST_GUIDANCE}; 1 is no guidance")
+    if null_class is not None and not 0 <= null_class < num_classes:
+        rows = (
+            f"a label of the model from 0 to {num_classes - 1}" if num_classes else "none, as the model has no classes"
+        )
+        raise invalid("null_class", null_class, rows)
+    if scale != 1 and null_class is None:
+        remedy = "1, or --null_class as well: the label that the model was trained with where it got no class"
+        raise invalid("guidance_scale", scale, remedy if num_classes else "1, as the model has no classes")
 
 
 def write_samples(directory: Path, images: Tensor, labels: Tensor | None) -> tuple[Path, Path]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from tdc_fast.kernels.problems import NormProblem
-from tdc_fast.nn.packing import pack_experts
+from tdc_fast.nn.packing import RoutedModel, pack_experts
 from tdc_fast.ops.backends import select
 from tdc_fast.routing import TimestepGroups
 
@@ -49,6 +49,19 @@ class OneExpert:
         }
         kwargs["expert_ids"] = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         return functional_call(self._packed, stacked, (x, t, *args), kwargs)
+
+
+def as_one_expert(model: nn.Module, num_timesteps: int) -> RoutedModel:
+    """A dense model packed as one expert for all timesteps, with a copy of its weights.
+
+    On the CPU its output for a sample does not depend on the batch it is in, bit for bit, which torch's own
+    convolutions do not promise.
+
+    Args:
+        model: any module that `pack_experts` can pack.
+        num_timesteps: T of the process that it was trained on.
+    """
+    return pack_experts(model, TimestepGroups([0, num_timesteps])).train(model.training)
 
 
 def kernels_serve(device: torch.device, dtype: torch.dtype) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +13,8 @@ from torch import nn
 
 from tdc_fast.diffusion import Diffusion
 from tdc_fast.errors import invalid
+from tdc_fast.nn.one_expert import as_one_expert
+from tdc_fast.nn.packing import RoutedModel
 from tdc_fast.runs.averages import UNTRAINED, initial_share
 from tdc_fast.runs.build import build_diffusion, build_unet, refuse_what_cannot_fit
 from tdc_fast.runs.config import TrainConfig
@@ -58,6 +60,12 @@ class TrainedDenoiser:
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W)."""
         return (self.channels, self.image_size, self.image_size)
+
+    def batch_invariant(self) -> TrainedDenoiser:
+        """The same denoiser, on the routed kernels also where it is a single one; see `as_one_expert`."""
+        if isinstance(self.model, RoutedModel):
+            return self
+        return replace(self, model=as_one_expert(self.model, self.diffusion.original_num_timesteps))
 
 
 def stored_facts(*, run: str = "", model_path: str = "") -> dict[str, Any]:
