@@ -15,7 +15,8 @@
 //                                      emulator a fresh heap block of exactly that size, so that ASan sees both ends
 //   TDC_DYNAMIC_SHARED_1024(name)      the same, 1024-byte aligned
 //     The emulator fills shared memory with 0xFF at block start: NaN in every float type, -1 as an integer.
-//   TDC_PLANTED(NAME)                  false, unless compiled with -DTDC_PLANT_NAME: a bug that the tests must catch
+//   TDC_PLANTED(NAME)                  false, unless compiled with -DTDC_PLANT_NAME: a bug that the tests must catch.
+//                                      With -DTDC_PLANTS_AT_RUNTIME the emulator is told which one is planted
 //
 //   bf16, half                         2-byte storage; to_float, from_float<T> (nearest even), pack<T>(low, high)
 //   reciprocal                         1 / x within 1 ulp, subnormals as zero; the emulator divides
@@ -39,8 +40,7 @@
 //     make the same call, and a deadlock when threads wait forever or for threads that have exited. The emulator runs
 //     blocks one after another, and a thread until it waits: spinning on memory never ends.
 //
-// Hopper's mbarriers, TMA boxes and wgmma belong here as further wrappers, in a separate file (device_sm90.cuh)
-// with emulator/ counterparts: emulator/block.h says where their waits and pending copies would go.
+// Hopper's mbarriers, TMA boxes and wgmma are in device_sm90.cuh.
 
 // TDC_PLANTED(X) depends on what TDC_PLANT_X expands to: 1 (planted) gives TDC_PLANT_SHIFT_1, which moves `true` to the
 // second argument.
@@ -49,7 +49,11 @@
 #define TDC_PLANT_CHOOSE(...) TDC_PLANT_SECOND(__VA_ARGS__)
 #define TDC_PLANT_TEST_(value) TDC_PLANT_CHOOSE(TDC_PLANT_SHIFT_##value true, false, 0)
 #define TDC_PLANT_TEST(value) TDC_PLANT_TEST_(value)
+#ifdef TDC_PLANTS_AT_RUNTIME
+#define TDC_PLANTED(NAME) ::tdc::emulator::is_planted(#NAME)
+#else
 #define TDC_PLANTED(NAME) TDC_PLANT_TEST(TDC_PLANT_##NAME)
+#endif
 
 namespace tdc {
 

@@ -16,6 +16,8 @@ namespace {
 constexpr size_t kStackBytes = TDC_EMULATOR_ASAN ? 512 << 10 : 128 << 10;
 constexpr size_t kSharedAlignment = 1024;
 constexpr unsigned char kPoison = 0xFF;
+// Where dynamic shared memory begins in the window: what the system reserves comes before.
+constexpr unsigned kWindow = 1024;
 
 std::string number_text(const Index3& i) {
   return "(" + std::to_string(i.x) + ", " + std::to_string(i.y) + ", " + std::to_string(i.z) + ")";
@@ -89,6 +91,7 @@ void Block::run_block(size_t shared_bytes, unsigned block_number) {
   add_shared(nullptr, shared_bytes, "the dynamic shared memory");
   warps_.assign(static_cast<size_t>((num_threads_ + kWarp - 1) / kWarp), Warp());
   for (Barrier& barrier : barriers_) barrier = Barrier();
+  async_.begin_block(num_threads_);
   ready_.clear();
   done_ = 0;
   for (int t = 0; t < num_threads_; ++t) {
@@ -106,10 +109,12 @@ void Block::run_block(size_t shared_bytes, unsigned block_number) {
   current_ = nullptr;
   RaceCheck::active = false;
   if (failure_.empty() && done_ < num_threads_) failure_ = stuck();
+  if (failure_.empty()) async_.at_end();
 }
 
 void Block::thread_main() {
   block.kernel_->call(block.params_);
+  block.async_.at_exit();
   Thread& self = *block.current_;
   self.state = Thread::State::kDone;
   block.ready_.erase(block.schedule_.rank_of(self.number));
@@ -119,9 +124,11 @@ void Block::thread_main() {
 }
 
 Thread* Block::next() {
+  async_.take_turn(schedule_);
   const int start = schedule_.start(num_threads_);
   int rank = ready_.first(start);
   if (rank < 0 && start > 0) rank = ready_.first();
+  while (rank < 0 && async_.deliver()) rank = ready_.first();
   return rank < 0 ? nullptr : threads_[static_cast<size_t>(schedule_.thread_at(rank))].get();
 }
 
@@ -293,6 +300,33 @@ unsigned char* Block::static_shared(const void* key, size_t bytes, const char* n
   return shared_.back().bytes.get();
 }
 
+unsigned Block::window_of(const Site& site, const void* shared) {
+  check_shared(site, shared, 1, 1);
+  const auto offset = static_cast<const unsigned char*>(shared) - dynamic_shared();
+  if (offset < 0 || static_cast<size_t>(offset) >= shared_.front().size) {
+    fail(site, "only the dynamic shared memory has window addresses, not " + place_in_shared(shared));
+  }
+  return kWindow + static_cast<unsigned>(offset);
+}
+
+unsigned char* Block::pointer_to(const Site& site, unsigned window, unsigned bytes) {
+  if (window < kWindow || window + bytes > kWindow + shared_.front().size) {
+    fail(site, std::to_string(bytes) + " bytes at window address " + std::to_string(window) +
+                   " are not in the dynamic shared memory, which has " + std::to_string(kWindow) + " to " +
+                   std::to_string(kWindow + shared_.front().size));
+  }
+  return dynamic_shared() + (window - kWindow);
+}
+
+std::string Block::place_in_shared(const void* address) const {
+  const auto at = reinterpret_cast<uintptr_t>(address);
+  for (const Shared& shared : shared_) {
+    const auto begin = reinterpret_cast<uintptr_t>(shared.bytes.get());
+    if (at - begin < shared.size) return "byte " + std::to_string(at - begin) + " of " + shared.name;
+  }
+  return "an address outside of shared memory";
+}
+
 void Block::check_shared(const Site& site, const void* address, size_t bytes, size_t alignment) {
   constexpr size_t kNear = 1 << 16;
   const auto at = reinterpret_cast<uintptr_t>(address);
@@ -331,6 +365,10 @@ std::string Block::stuck() const {
       const Barrier& at = barriers_[thread.barrier];
       kind = "wait at barrier " + std::to_string(thread.barrier) + " in " + thread.site.text() + " (" +
              std::to_string(at.arrived) + " of " + std::to_string(at.expected) + " threads came)";
+    } else if (thread.state == Thread::State::kMbarrier) {
+      kind = "wait in " + thread.site.text() + " " + async_.missing(thread.waits_for);
+    } else if (thread.state == Thread::State::kRegisters) {
+      kind = "wait for registers in " + thread.site.text();
     }
     auto same = std::find_if(kinds.begin(), kinds.end(), [&](const auto& known) { return known.first == kind; });
     if (same == kinds.end()) same = kinds.insert(kinds.end(), {kind, {}});

@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "emulator/async.h"
 #include "emulator/fiber.h"
 #include "emulator/races.h"
 #include "emulator/schedule.h"
@@ -39,13 +40,14 @@ struct Copy {
 struct Thread {
   Thread(unsigned char* stack, size_t bytes) : fiber(stack, bytes) {}
 
-  enum class State { kReady, kWarp, kBarrier, kDone };
+  enum class State { kReady, kWarp, kBarrier, kMbarrier, kRegisters, kDone };
 
   Fiber fiber;
   int number = 0;  // in the block
   State state = State::kReady;
-  Site site;        // of the wait
-  int barrier = 0;  // waited at
+  Site site;                        // of the wait
+  int barrier = 0;                  // waited at
+  const void* waits_for = nullptr;  // an mbarrier
   std::vector<Copy> copies;
   std::vector<unsigned> groups;  // copies per committed group, oldest first
   unsigned open = 0;             // copies since the last commit
@@ -61,9 +63,7 @@ struct Kernel {
 };
 
 // The running block: its threads, barriers and shared memory. Blocks run one after another; a thread runs until it has
-// to wait, then the schedule picks the next. Hopper's mbarriers would be one more Thread::State with its own list of
-// waiters beside `barriers_`, TMA boxes a list of pending copies like Thread::copies that belongs to an mbarrier, and
-// wgmma a list of pending products that a wait_group carries out.
+// to wait, then the schedule picks the next. What is Hopper's is in `async`.
 class Block {
  public:
   // Runs every block of a grid. Returns what went wrong, or "".
@@ -93,6 +93,11 @@ class Block {
   // The dynamic shared memory; the static array that `key` stands for, made when first asked for.
   unsigned char* dynamic_shared() const;
   unsigned char* static_shared(const void* key, size_t bytes, const char* name);
+  // The address in the window of shared memory that descriptors and the swizzle go by, of a place in the dynamic
+  // shared memory; and the place of such an address.
+  unsigned window_of(const Site& site, const void* shared);
+  unsigned char* pointer_to(const Site& site, unsigned window, unsigned bytes);
+  std::string place_in_shared(const void* address) const;
   // Fails unless the bytes lie in shared memory, at a multiple of `alignment`.
   void check_shared(const Site& site, const void* address, size_t bytes, size_t alignment);
 
@@ -101,12 +106,19 @@ class Block {
   __attribute__((noinline)) void note_read(const void* address, size_t bytes) {
     note(address, bytes, RaceCheck::Access::kRead, __builtin_return_address(0));
   }
+  __attribute__((noinline)) void note_write(const void* address, size_t bytes) {
+    note(address, bytes, RaceCheck::Access::kWrite, __builtin_return_address(0));
+  }
 
   // Ends the launch with a message. Never returns.
   [[noreturn]] void fail(const std::string& what);
   [[noreturn]] void fail(const Site& site, const std::string& what);
 
+  Async& async() { return async_; }
+
  private:
+  friend class Async;
+  friend struct Multiply;
   struct Warp {
     int arrived = 0;
     Complete complete = nullptr;
@@ -157,6 +169,7 @@ class Block {
   Barrier barriers_[kBarriers];
   std::vector<Shared> shared_;
   RaceCheck races_;
+  Async async_;
   std::string failure_;
 };
 

@@ -15,6 +15,8 @@ namespace {
 
 constexpr unsigned kSharedLimit = 232448;  // bytes of one block on sm_90
 
+std::string planted;
+
 std::map<std::string, Kernel>& kernels() {
   static std::map<std::string, Kernel> known;
   return known;
@@ -43,8 +45,8 @@ std::string launch(const char* name, const unsigned grid[3], unsigned threads, u
            std::to_string(grid[2]) + "); each is at least 1, the second and third at most 65535";
   }
   // Aligned like a parameter struct.
-  struct alignas(16) Chunk {
-    unsigned char bytes[16];
+  struct alignas(64) Chunk {
+    unsigned char bytes[64];
   };
   std::vector<Chunk> aligned((params_bytes + sizeof(Chunk) - 1) / sizeof(Chunk));
   std::memcpy(aligned.data(), params, params_bytes);
@@ -52,6 +54,8 @@ std::string launch(const char* name, const unsigned grid[3], unsigned threads, u
 }
 
 }  // namespace
+
+bool is_planted(const char* name) { return planted == name; }
 
 Registration::Registration(const Kernel& kernel) { kernels().emplace(kernel.name, kernel); }
 
@@ -73,6 +77,9 @@ TDC_EXPORT int tdc_emulate(const char* kernel, const unsigned grid[3], unsigned 
 
 // Turns the race check off and on: without it a race has its effect on the data, as on a GPU.
 TDC_EXPORT void tdc_check_races(int on) { tdc::emulator::RaceCheck::enabled = on != 0; }
+
+// Plants a bug in a library built with TDC_PLANTS_AT_RUNTIME; "" removes it.
+TDC_EXPORT void tdc_plant(const char* name) { tdc::emulator::planted = name; }
 
 // Multiply-adds of the matrix instructions that this library has run.
 TDC_EXPORT unsigned long long tdc_multiply_adds() { return tdc::emulator::multiply_adds(); }

@@ -96,6 +96,16 @@ template void load_matrices<2, true>(void* const*, int);
 template void load_matrices<4, false>(void* const*, int);
 template void load_matrices<4, true>(void* const*, int);
 
+TDC_UNCHECKED void store_matrices(void* const* operands, int) {
+  for (int m = 0; m < 4; ++m) {
+    for (int lane = 0; lane < 32; ++lane) {
+      auto* row = static_cast<unsigned char*>(static_cast<const MatrixStore*>(operands[8 * m + lane / 4])->shared_row);
+      std::memcpy(row + lane % 4 * 4, &static_cast<const MatrixStore*>(operands[lane])->registers[m], 4);
+    }
+  }
+}
+
 unsigned long long multiply_adds() { return done; }
+void count_multiply_adds(int count) { done += static_cast<unsigned long long>(count); }
 
 }  // namespace tdc::emulator

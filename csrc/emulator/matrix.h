@@ -21,7 +21,15 @@ void product_bf16(void* const* operands, int lanes);
 void product_half(void* const* operands, int lanes);
 void product_tf32(void* const* operands, int lanes);
 
+// The reverse of load_matrices, without transposition.
+struct MatrixStore {
+  const unsigned* registers;  // [4]
+  void* shared_row;           // 8 elements of 16 bits
+};
+void store_matrices(void* const* operands, int lanes);
+
 // Multiply-adds of all products so far.
 unsigned long long multiply_adds();
+void count_multiply_adds(int count);
 
 }  // namespace tdc::emulator

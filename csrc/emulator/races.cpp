@@ -22,12 +22,15 @@ void RaceCheck::begin_block(int threads, unsigned number) {
   ++era_;
   number_ = number;
   num_regions_ = 0;
-  const auto count = static_cast<size_t>(threads);
-  clocks_.resize(count);
-  for (size_t t = 0; t < count; ++t) {
-    clocks_[t].assign(count, 0);
+  threads_ = static_cast<size_t>(threads);
+  clocks_.resize(threads_);
+  for (size_t t = 0; t < threads_; ++t) {
+    clocks_[t].assign(threads_, 0);
     clocks_[t][t] = 1;
   }
+  fences_.assign(threads_, {});
+  lane_names_.clear();
+  operations_.clear();
 }
 
 void RaceCheck::add_region(const void* begin, size_t bytes, const std::string& name) {
@@ -71,7 +74,8 @@ RaceCheck::Cell& RaceCheck::global_cell(uintptr_t address) {
 }
 
 std::string RaceCheck::who(const Record& record) const {
-  const std::string thread = "thread " + std::to_string(record.thread);
+  const bool lane = record.block == number_ && record.thread >= threads_;
+  const std::string thread = lane ? lane_names_[record.thread - threads_] : "thread " + std::to_string(record.thread);
   return record.block == number_ ? thread : thread + " of block number " + std::to_string(record.block);
 }
 
@@ -87,7 +91,8 @@ bool RaceCheck::found_race(const Cell& cell, const Region* region, uintptr_t add
   const bool wrote = &earlier == &cell.write;
   if (wrote && cell.in_flight) {
     wrong_ = who(now) + " touches " + place_text(now.place) + " " + what(region, address) + " while the copy that " +
-             who(earlier) + " issued " + place_text(earlier.place) + " is in flight: no cp_async_wait covered it";
+             who(earlier) + " issued " + place_text(earlier.place) + " is in flight: no " +
+             (earlier.async ? "mbarrier_wait" : "cp_async_wait") + " covered it";
     return false;
   }
   const char* does = now.write ? "writes" : now.atomic ? "changes by an atomic" : "reads";
@@ -98,25 +103,32 @@ bool RaceCheck::found_race(const Cell& cell, const Region* region, uintptr_t add
   return false;
 }
 
-bool RaceCheck::touch(Cell& cell, const Region* region, uintptr_t address, const Record& now) {
+bool RaceCheck::touch(Cell& cell, const Region* region, uintptr_t address, int thread, const Record& now) {
   const auto race_with = [&](const Record& r) {
     const bool conflict = now.write || r.write || r.atomic != now.atomic;
-    return r.clock && r.bytes & now.bytes && conflict && (!before(r, now) || (r.write && cell.in_flight));
+    return r.clock && r.bytes & now.bytes && conflict && (!before(r, thread) || (r.write && cell.in_flight));
   };
   if (race_with(cell.write)) return found_race(cell, region, address, now, cell.write);
   if (race_with(cell.read)) return found_race(cell, region, address, now, cell.read);
   for (const Record& earlier : cell.more) {
     if (race_with(earlier)) return found_race(cell, region, address, now, earlier);
   }
+  if (now.async && region && cell.write.clock && !cell.write.async && !fenced(cell.write, thread)) {
+    wrong_ = who(now) + (now.write ? " overwrites " : " reads ") + place_text(now.place) + " " + what(region, address) +
+             ", which " + who(cell.write) + " wrote " + place_text(cell.write.place) +
+             ", and no async_fence is between";
+    return false;
+  }
   if (now.write) {
     cell.read.clock = 0;
     cell.more.clear();
     cell.write = now;
+    cell.in_flight = now.async && region;
     return true;
   }
   // An earlier record of the same kind that is ordered before this one adds no information.
   const auto superseded = [&](const Record& r) {
-    return r.clock == 0 || (r.atomic == now.atomic && r.bytes == now.bytes && before(r, now));
+    return r.clock == 0 || (r.atomic == now.atomic && r.bytes == now.bytes && before(r, thread));
   };
   cell.more.erase(std::remove_if(cell.more.begin(), cell.more.end(), superseded), cell.more.end());
   if (superseded(cell.read)) {
@@ -129,23 +141,87 @@ bool RaceCheck::touch(Cell& cell, const Region* region, uintptr_t address, const
 }
 
 bool RaceCheck::access(int thread, const void* address, size_t bytes, Access kind, const void* place) {
-  const auto begin = reinterpret_cast<uintptr_t>(address);
-  if (!active || begin - stacks_ < stacks_bytes_) return true;
-  Region* region = region_of(begin);
-  const uintptr_t end = region ? std::min(begin + bytes, region->begin + region->bytes) : begin + bytes;
+  if (!active || reinterpret_cast<uintptr_t>(address) - stacks_ < stacks_bytes_) return true;
   Record now;
   now.place = place;
   now.clock = clocks_[static_cast<size_t>(thread)][static_cast<size_t>(thread)];
-  now.block = number_;
   now.thread = static_cast<uint16_t>(thread);
   now.write = kind == Access::kWrite;
   now.atomic = kind == Access::kAtomic;
+  return touch_all(thread, now, address, bytes);
+}
+
+bool RaceCheck::touch_all(int thread, const Record& access, const void* address, size_t bytes) {
+  const auto begin = reinterpret_cast<uintptr_t>(address);
+  Region* region = region_of(begin);
+  const uintptr_t end = region ? std::min(begin + bytes, region->begin + region->bytes) : begin + bytes;
+  Record now = access;
+  now.block = number_;
   for (uintptr_t at = begin / kCell * kCell; at < end; at += kCell) {
     const uintptr_t first = std::max(begin, at), last = std::min(end, at + kCell);
     now.bytes = static_cast<uint8_t>(((1u << (last - first)) - 1) << (first - at));
-    if (!touch(region ? shared_cell(*region, at) : global_cell(at), region, first, now)) return false;
+    if (!touch(region ? shared_cell(*region, at) : global_cell(at), region, first, thread, now)) return false;
   }
   return true;
+}
+
+int RaceCheck::add_lane(const std::string& name) {
+  if (!enabled) return -1;
+  lane_names_.push_back(name);
+  operations_.push_back(0);
+  for (Clock& clock : clocks_) clock.push_back(0);
+  return static_cast<int>(threads_ + lane_names_.size()) - 1;
+}
+
+uint32_t RaceCheck::next_operation(int lane) {
+  return lane < 0 ? 0 : ++operations_[static_cast<size_t>(lane) - threads_];
+}
+
+uint32_t RaceCheck::last_operation(int lane) const {
+  return lane < 0 ? 0 : operations_[static_cast<size_t>(lane) - threads_];
+}
+
+bool RaceCheck::async_access(int thread, int lane, uint32_t clock, const void* address, size_t bytes, Access kind,
+                             const void* place) {
+  if (!active) return true;
+  Record now;
+  now.place = place;
+  now.clock = clock;
+  now.thread = static_cast<uint16_t>(lane);
+  now.write = kind == Access::kWrite;
+  now.async = true;
+  return touch_all(thread, now, address, bytes);
+}
+
+void RaceCheck::finish_write(const void* address, size_t bytes) {
+  if (!active) return;
+  const auto begin = reinterpret_cast<uintptr_t>(address);
+  Region* region = region_of(begin);
+  for (size_t i = 0; i < bytes; i += kCell) shared_cell(*region, begin + i).in_flight = false;
+}
+
+void RaceCheck::fence(int thread) {
+  if (!enabled) return;
+  uint32_t& own = clocks_[static_cast<size_t>(thread)][static_cast<size_t>(thread)];
+  fences_[static_cast<size_t>(thread)].push_back(own++);
+}
+
+bool RaceCheck::fenced(const Record& written, int thread) const {
+  const std::vector<uint32_t>& fences = fences_[written.thread];
+  const auto first = std::lower_bound(fences.begin(), fences.end(), written.clock);
+  if (first == fences.end()) return false;
+  return written.thread == thread || *first <= clocks_[static_cast<size_t>(thread)][written.thread];
+}
+
+void RaceCheck::add(Clock& clock, int lane, uint32_t operation) {
+  if (lane < 0) return;
+  const auto at = static_cast<size_t>(lane);
+  if (clock.size() <= at) clock.resize(at + 1, 0);
+  clock[at] = std::max(clock[at], operation);
+}
+
+void RaceCheck::acquire(int thread, int lane, uint32_t operation) {
+  if (lane >= 0) add(clocks_[static_cast<size_t>(thread)], lane, operation);
 }
 
 bool RaceCheck::issue_copy(int thread, const void* address, size_t bytes, const void* place) {
@@ -171,7 +247,7 @@ void RaceCheck::deliver_copy(int thread, const void* address, size_t bytes) {
 void RaceCheck::release(int thread, Clock& clock) {
   if (!enabled) return;
   Clock& own = clocks_[static_cast<size_t>(thread)];
-  if (clock.size() != own.size()) clock.assign(own.size(), 0);
+  if (clock.size() < own.size()) clock.resize(own.size(), 0);
   for (size_t i = 0; i < own.size(); ++i) clock[i] = std::max(clock[i], own[i]);
   ++own[static_cast<size_t>(thread)];
 }
@@ -179,7 +255,7 @@ void RaceCheck::release(int thread, Clock& clock) {
 void RaceCheck::acquire(int thread, const Clock& clock) {
   if (!enabled) return;
   Clock& own = clocks_[static_cast<size_t>(thread)];
-  for (size_t i = 0; i < own.size(); ++i) own[i] = std::max(own[i], clock[i]);
+  for (size_t i = 0; i < clock.size(); ++i) own[i] = std::max(own[i], clock[i]);
 }
 
 std::string place_text(const void* place) {

@@ -15,6 +15,9 @@ namespace tdc::emulator {
 // FastTrack (Flanagan and Freund, PLDI 2009): a vector clock per thread, the last write and the reads since then per
 // cell of memory. Barriers and warp_sync order memory; shuffles, ballots, ldmatrix and mma do not. A cp_async is a
 // write that no thread may touch from its issue to its wait.
+//
+// What Hopper's units do on behalf of a thread has a lane of the clocks of its own: it comes after what the thread did
+// before, and only a thread that has waited for it comes after it. It sees what threads wrote only if they fenced.
 class RaceCheck {
  public:
   enum class Access { kRead, kWrite, kAtomic };
@@ -35,6 +38,22 @@ class RaceCheck {
   bool issue_copy(int thread, const void* address, size_t bytes, const void* place);
   void deliver_copy(int thread, const void* address, size_t bytes);
 
+  // A lane for a unit that works asynchronously, or -1 where nothing is checked; `name` is for messages.
+  int add_lane(const std::string& name);
+  // The number of the lane's next operation, and of its last one.
+  uint32_t next_operation(int lane);
+  uint32_t last_operation(int lane) const;
+  // An access by operation `clock` of a lane, issued by a thread. A write is in flight until it is finished.
+  bool async_access(int thread, int lane, uint32_t clock, const void* address, size_t bytes, Access kind,
+                    const void* place);
+  void finish_write(const void* address, size_t bytes);
+  // A thread's accesses to shared memory so far come before asynchronous ones after this.
+  void fence(int thread);
+  // Operations of a lane up to `clock` are ordered before what acquires the clock, or before the thread's next
+  // accesses.
+  void add(Clock& clock, int lane, uint32_t operation);
+  void acquire(int thread, int lane, uint32_t operation);
+
   const std::string& wrong() const { return wrong_; }
 
   // Release: `clock` covers what `thread` did so far. Acquire: what `clock` covers is ordered before its next accesses.
@@ -50,9 +69,9 @@ class RaceCheck {
     const void* place = nullptr;
     uint32_t clock = 0;  // of `thread` at the access; 0: no access
     uint32_t block = 0;
-    uint16_t thread = 0;
-    uint8_t bytes = 0;  // bit i: byte i of the cell
-    bool write = false, atomic = false;
+    uint16_t thread = 0;  // or lane
+    uint8_t bytes = 0;    // bit i: byte i of the cell
+    bool write = false, atomic = false, async = false;
   };
   struct Cell {
     uint64_t era = 0;  // of the records; older ones are void
@@ -69,22 +88,29 @@ class RaceCheck {
   };
 
   // Whether a record is of this block, and of this thread or ordered before its current access.
-  bool before(const Record& record, const Record& now) const {
+  bool before(const Record& record, int thread) const {
     return record.block == number_ &&
-           (record.thread == now.thread || record.clock <= clocks_[now.thread][record.thread]);
+           (record.thread == thread || record.clock <= clocks_[static_cast<size_t>(thread)][record.thread]);
   }
+  // Whether the thread that wrote has fenced since, where `thread` knows of it.
+  bool fenced(const Record& written, int thread) const;
+  bool touch_all(int thread, const Record& now, const void* address, size_t bytes);
   bool found_race(const Cell& cell, const Region* region, uintptr_t address, const Record& now, const Record& earlier);
   Region* region_of(uintptr_t address);
   Cell& shared_cell(Region& region, uintptr_t address);
   Cell& global_cell(uintptr_t address);
-  bool touch(Cell& cell, const Region* region, uintptr_t address, const Record& now);
+  bool touch(Cell& cell, const Region* region, uintptr_t address, int thread, const Record& now);
   std::string who(const Record& record) const;
   static std::string what(const Region* region, uintptr_t address);
 
   uint64_t era_ = 0;     // counts blocks
   uint32_t number_ = 0;  // of the block in its grid
   uintptr_t stacks_ = 0, stacks_bytes_ = 0;
-  std::vector<Clock> clocks_;  // [threads][threads]
+  size_t threads_ = 0;
+  std::vector<Clock> clocks_;                  // [threads][threads + lanes]
+  std::vector<std::vector<uint32_t>> fences_;  // [threads]: own clocks, ascending
+  std::vector<std::string> lane_names_;
+  std::vector<uint32_t> operations_;  // [lanes] so far
   std::vector<Region> regions_;
   size_t num_regions_ = 0;
   std::unordered_map<uintptr_t, std::vector<Cell>> pages_;

@@ -9,4 +9,7 @@ struct Registration {
   explicit Registration(const Kernel& kernel);
 };
 
+// Whether a bug is planted at run time, see TDC_PLANTED.
+bool is_planted(const char* name);
+
 }  // namespace tdc::emulator

@@ -42,6 +42,12 @@ class Schedule {
   void arrange_threads(int threads);
   int thread_at(int rank) const { return thread_at_[static_cast<size_t>(rank)]; }
   int rank_of(int thread) const { return rank_of_[static_cast<size_t>(thread)]; }
+  // Which of the copies under way, oldest first, arrives now; -1: none. 0: they arrive when no thread can go on; 1: at
+  // once; any other: one of them, now and then.
+  int copy_to_deliver(int copies) {
+    if (seed_ < 2) return seed_ == 1 ? 0 : -1;
+    return random() % 4 != 0 ? -1 : static_cast<int>(random() % static_cast<uint64_t>(copies));
+  }
   // The rank at which the search for the next thread begins.
   int start(int threads) { return seed_ < 2 || random() % 8 != 0 ? 0 : static_cast<int>(random() % threads); }
 

@@ -1,6 +1,6 @@
 """Builds kernels for the CPU emulator and launches them.
 
-A family is a row of `csrc/cuda/families.def` (or `self_test`, of the emulator itself). Each builds into a shared
+A family is a row of `csrc/cuda/families.def` (or one of SELF_TESTS, of the emulator itself). Each builds into a shared
 library, once per run of the tests, in a temporary folder; variants are sanitized builds and builds with a planted bug
 (`-DTDC_PLANT_<NAME>`, see TDC_PLANTED in csrc/cuda/device.cuh). Builds without sanitizers check shared memory for
 races.
@@ -34,8 +34,11 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
-SELF_TEST = CSRC / "emulator" / "self_test_kernels.cuh"  # kernels that use every wrapper of device.cuh
-RUNTIME = ("block", "emulate", "fiber", "matrix", "races", "schedule")
+# Kernels of the emulator's own: of every wrapper of device.cuh, and of device_sm90.cuh.
+SELF_TESTS = ("self_test", "self_test_sm90")
+RUNTIME = ("async", "block", "emulate", "fiber", "matrix", "races", "schedule", "tensor", "wgmma")
+# What builds a family so that any planted bug can be chosen at run time, see EmulatedLibrary.planted.
+AT_RUNTIME = "PLANTS_AT_RUNTIME"
 COMPILER = shutil.which("g++")
 # Schedules worth running a kernel under: first thread first, last thread first, two random ones.
 SCHEDULES = (0, 1, 2, 3)
@@ -104,13 +107,24 @@ class EmulatedLibrary:
         finally:
             self._library.tdc_check_races(int(not SANITIZED))
 
+    @contextlib.contextmanager
+    def planted(self, bug: str) -> Iterator[None]:
+        """Within the block a bug is planted in this library, which was built with AT_RUNTIME."""
+        self._library.tdc_plant(bug.encode())
+        try:
+            yield
+        finally:
+            self._library.tdc_plant(b"")
+
     def _with_lines(self, message: str) -> str:
         """Puts "at file:line" for the code addresses "[+0x...]" of a message, callers last, if addr2line is there."""
 
         def line_of(match: re.Match[str]) -> str:
             command = ["addr2line", "--inlines", "--basenames", f"--exe={self._path}", match[1]]
             places = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout.splitlines()
-            outside = [place.split()[0] for place in places if not place.startswith(("device.h:", "??"))]
+            outside = [
+                place.split()[0] for place in places if not place.startswith(("device.h:", "device_sm90.h:", "??"))
+            ]
             return f"at {' in '.join(outside)}" if outside else match[0]
 
         return re.sub(r"\[\+(0x[0-9a-f]+)\]", line_of, message) if shutil.which("addr2line") else message
@@ -170,8 +184,8 @@ def compiler() -> str:
 
 def _unit(family: str) -> Path:
     """The translation unit of a family; one that follows from families.def is written to the build folder."""
-    if family == "self_test":
-        return SELF_TEST
+    if family in SELF_TESTS:
+        return CSRC / "emulator" / f"{family}_kernels.cuh"
     unit = build_folder() / f"{family}.cu"
     partial = unit.with_name(f"{unit.name}.{os.getpid()}")
     partial.write_text(cuda_families.translation_unit(family))
@@ -190,7 +204,7 @@ def build(family: str, plants: tuple[str, ...] = (), sanitize: bool = False) -> 
     jobs = {build_folder() / f"{name}-{kind}.o": [*own, str(CSRC / "emulator" / f"{name}.cpp")] for name in RUNTIME}
     target = library.with_suffix(".o")
     checks = _SANITIZE if sanitize else _RACE_CHECK
-    planted = [f"-DTDC_PLANT_{plant}=1" for plant in plants]
+    planted = [f"-DTDC_{plant}" if plant == AT_RUNTIME else f"-DTDC_PLANT_{plant}=1" for plant in plants]
     jobs[target] = ["-g1", *checks, *planted, "-x", "c++", str(_unit(family))]
     missing = [(["-c", *arguments], made) for made, arguments in jobs.items() if not made.exists()]
     with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:

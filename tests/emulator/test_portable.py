@@ -10,10 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.emulator.harness import CSRC, RUNTIME, SELF_TEST, EmulatedLibrary, build, build_folder, compile_to
+from tests.emulator.harness import CSRC, RUNTIME, SELF_TESTS, EmulatedLibrary, build, build_folder, compile_to
 from tests.emulator.harness import plain_only as pytestmark  # noqa: F401  the name is what pytest looks for
 
 ARCHITECTURES = ("80", "90a")
+SOURCES = {name: CSRC / "emulator" / f"{name}_kernels.cuh" for name in SELF_TESTS}
+every_wrapper = pytest.mark.parametrize(
+    "source, arch", [(SOURCES["self_test"], arch) for arch in ARCHITECTURES] + [(SOURCES["self_test_sm90"], "90a")]
+)
 
 
 def test_switching_stacks_through_ucontext_runs_the_same_kernels() -> None:
@@ -35,30 +39,31 @@ def test_the_emulator_compiles_elsewhere(name: str) -> None:
     if shutil.which(name) is None:
         pytest.skip(f"no {name} on PATH")
     assembly = ["-c", str(CSRC / "emulator/fiber.cpp"), "-o", os.devnull]
-    kernels = ["-fsyntax-only", "-x", "c++", "-include", str(SELF_TEST), os.devnull]
-    for arguments in (assembly, kernels):
+    kernels = [["-fsyntax-only", "-x", "c++", "-include", str(source), os.devnull] for source in SOURCES.values()]
+    for arguments in (assembly, *kernels):
         command = [name, "-std=c++17", "-O1", "-DTDC_EMULATOR", f"-I{CSRC}", "-Wall", "-Werror", *arguments]
         result = subprocess.run(command, capture_output=True, text=True, timeout=200)
         assert result.returncode == 0, result.stderr[-3000:]
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_every_wrapper_compiles_with_nvcc(arch: str, tmp_path: Path) -> None:
+@every_wrapper
+def test_every_wrapper_compiles_with_nvcc(source: Path, arch: str, tmp_path: Path) -> None:
     if shutil.which("nvcc") is None:
         pytest.skip("no nvcc on PATH")
     target = f"-gencode=arch=compute_{arch},code=sm_{arch}"
-    source = tmp_path / "self_test.cu"
-    source.write_text(f'#include "{SELF_TEST}"\n')
+    unit = tmp_path / "self_test.cu"
+    unit.write_text(f'#include "{source}"\n')
     options = ["-std=c++17", target, f"-I{CSRC}", "-Werror=all-warnings", "-cubin", "-o", str(tmp_path / "cubin")]
-    result = subprocess.run(["nvcc", *options, str(source)], capture_output=True, text=True, timeout=300)
+    result = subprocess.run(["nvcc", *options, str(unit)], capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_every_wrapper_compiles_with_nvrtc(arch: str) -> None:
+@every_wrapper
+def test_every_wrapper_compiles_with_nvrtc(source: Path, arch: str) -> None:
     nvrtc = pytest.importorskip("cupy_backends.cuda.libs.nvrtc", reason="no cupy: pip install tdc_fast[gpu]")
-    header = (CSRC / "cuda/device.cuh").read_bytes()
-    program = nvrtc.createProgram(SELF_TEST.read_text(), "self_test.cu", [header], [b"cuda/device.cuh"])
+    names = ["cuda/device.cuh", "cuda/device_sm90.cuh", "cuda/tensor_map.h"]
+    headers = [(CSRC / name).read_bytes() for name in names]
+    program = nvrtc.createProgram(source.read_text(), "self_test.cu", headers, [name.encode() for name in names])
     try:
         nvrtc.compileProgram(program, [f"--gpu-architecture=sm_{arch}", "-std=c++17"])
     except nvrtc.NVRTCError:

@@ -1,0 +1,24 @@
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <string>
+
+#include "cuda/tensor_map.h"
+
+namespace tdc::emulator {
+
+// "" or why the driver would not encode a map.
+std::string wrong_with(const TensorMap& map);
+
+// Bytes of a box in shared memory.
+int box_bytes(const TensorMap& map);
+
+// Calls visit(shared, global) for every 16 bytes of the box that begins at `at`, where they lie in shared memory from
+// the box's beginning `window` on (a window address: the swizzle depends on it), and in device memory: 0 outside of the
+// tensor. Sizes along the innermost dimension are multiples of 8 elements, so 16 bytes are inside or outside as a
+// whole.
+void for_each_chunk(const TensorMap& map, const int* at, unsigned window,
+                    const std::function<void(unsigned shared, uintptr_t global)>& visit);
+
+}  // namespace tdc::emulator
