@@ -26,7 +26,7 @@ from tdc_fast.models.blocks import (
     timestep_embedding,
     zeroed,
 )
-from tdc_fast.nn.layers import Conv2d, Linear, group_count
+from tdc_fast.nn.layers import Conv2d, GroupNorm, Linear, TokenConv1d, group_count
 from tdc_fast.nn.units import PruningUnit
 
 DEFAULT_HEADS = 4
@@ -44,6 +44,8 @@ class UNet(nn.Module):
         architecture: the constructor's arguments except `widths`.
         widths: channels by unit name of a pruned denoiser.
         stride: a number that must divide the height and width of images.
+        levels: by name of an input or output block, the number of halvings of the images at which it computes. A block
+            that changes the resolution belongs to the level that it leaves.
     """
 
     def __init__(
@@ -143,7 +145,7 @@ class UNet(nn.Module):
 
         ch, factor = model_channels, 1
         self.input_blocks = nn.ModuleList([TimestepBlocks(Conv2d(in_channels, ch, 3, padding=1))])
-        skips = [ch]
+        skips, self.levels = [ch], {"input_blocks.0": 0}
         for level, mult in enumerate(channel_mult):
             for _ in range(num_res_blocks):
                 name = f"input_blocks.{len(self.input_blocks)}"
@@ -151,9 +153,11 @@ class UNet(nn.Module):
                 ch = mult * model_channels
                 if factor in attention_resolutions:
                     layers.append(attention(f"{name}.1", ch, num_heads))
+                self.levels[name] = level
                 self.input_blocks.append(TimestepBlocks(*layers))
                 skips.append(ch)
             if level != len(channel_mult) - 1:
+                self.levels[f"input_blocks.{len(self.input_blocks)}"] = level
                 self.input_blocks.append(TimestepBlocks(Downsample(ch, conv_resample)))
                 skips.append(ch)
                 factor *= 2
@@ -175,6 +179,7 @@ class UNet(nn.Module):
                 if level and index == num_res_blocks:
                     layers.append(Upsample(ch, conv_resample))
                     factor //= 2
+                self.levels[name] = level
                 self.output_blocks.append(TimestepBlocks(*layers))
 
         self.out = nn.Sequential(group_norm(ch), nn.SiLU(), zeroed(Conv2d(ch, out_channels, 3, padding=1)))
@@ -245,6 +250,28 @@ class UNet(nn.Module):
             for name, module in self.named_modules()
             if isinstance(module, ResBlock | AttentionBlock) and module.width
         ]
+
+    def layer_sets(self) -> dict[str, list[str]]:
+        """Names for sets of layers, each a list of their paths.
+
+        Returns:
+            By kind "convolutions", "attention" (its qkv and proj_out), "norms" and "embeddings" (of timestep and class,
+            with the ResBlocks' own linear layers), which together are all layers; "level0" for the layers of the blocks
+            at the images' resolution, "level1" at half of it, and so on, and "middle" for those of the middle block.
+        """
+        kinds = {"convolutions": Conv2d, "attention": TokenConv1d, "norms": GroupNorm, "embeddings": object}
+        sets: dict[str, list[str]] = {name: [] for name in kinds}
+        sets |= {f"level{level}": [] for level in sorted(set(self.levels.values()))} | {"middle": []}
+        for name, module in self.named_modules():
+            if not any(True for _ in module.parameters(recurse=False)):
+                continue
+            sets[next(kind for kind, types in kinds.items() if isinstance(module, types))].append(name)
+            block = ".".join(name.split(".")[:2])
+            if block in self.levels:
+                sets[f"level{self.levels[block]}"].append(name)
+            elif name.startswith("middle_block."):
+                sets["middle"].append(name)
+        return sets
 
     def recipe(self) -> dict[str, Any]:
         """A description in plain JSON values, from which `from_recipe` rebuilds this module without its weights."""

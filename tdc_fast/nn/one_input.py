@@ -31,15 +31,17 @@ def chunks_in_one_launch(
 
     Returns:
         For each layer its chunks, (B, C_out / count) each; None where the layers had better run one after the other: on
-        the CPU, where stacking their weights would take longer than it saves, and layers that are not routed.
+        the CPU, where stacking their weights would take longer than it saves, layers that are not routed, and those
+        of which groups share some and not others.
     """
     if not launches_cost(x.device):
         return None
     routed = [layer for layer in layers if isinstance(layer, RoutedLinear)]
     plain = any(layer.bias is None or layer.in_widths is not None or layer.closing_gate is not None for layer in routed)
-    if not routed or plain:
+    if not routed or plain or len({layer.rows for layer in routed}) > 1:
         return None
-    return _in_one_launch(routed, x, count, routed[0].current_plan(None))
+    pruned = next((layer for layer in routed if layer.out_widths is not None), routed[0])  # needs all groups apart
+    return _in_one_launch(routed, x, count, pruned.current_plan(None))
 
 
 def _in_one_launch(

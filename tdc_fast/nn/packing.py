@@ -13,14 +13,16 @@ from torch import Tensor, nn
 from tdc_fast.errors import invalid
 from tdc_fast.nn import layers
 from tdc_fast.nn.casts import Copies, autocast_key
+from tdc_fast.nn.leaf import LiveAxis, RoutedLeaf
 from tdc_fast.nn.plan_scope import PlanScope, Running
-from tdc_fast.nn.routed import LiveAxis, RoutedEmbedding, RoutedLeaf
+from tdc_fast.nn.routed import RoutedEmbedding
 from tdc_fast.nn.sample_arguments import RESULT, checked_names, map_samples
+from tdc_fast.nn.sharing import Rows, in_common_orders, shared_rows, sharers
+from tdc_fast.nn.stacking import apart_where_closed, check_equal, fill, slices_by_leaf
 from tdc_fast.nn.timesteps import groups_of, one_per_sample, other_arguments, timestep_argument
 from tdc_fast.nn.twins import routed_twin
-from tdc_fast.nn.units import Prunable, PruningUnit, UnitSlice, module_of
+from tdc_fast.nn.units import HasLayerSets, Prunable, PruningUnit, module_of
 from tdc_fast.nn.width_plan import WidthPlan, base_hash
-from tdc_fast.ops.pack import pack_channels
 from tdc_fast.ops.plan import Integers, as_integers
 from tdc_fast.routing import RoutingPlan, TimestepGroups
 
@@ -42,6 +44,7 @@ class RoutedModel(nn.Module):
         routing: holds the plan of the running forward.
         per_sample: the arguments that have an entry per sample, as `pack_experts` takes them.
         num_experts: N, one per group.
+        shared: the layers of which groups share the weights, by path: for each group its row of the parameters.
     """
 
     group_boundaries: Tensor
@@ -62,6 +65,7 @@ class RoutedModel(nn.Module):
         leaves = self.routed_leaves().values()
         self._computing = [leaf for leaf in leaves if not isinstance(leaf, RoutedEmbedding)]  # in autocast's dtype
         self.num_experts = groups.num_groups
+        self._sharing = {leaf.sharing: leaf for leaf in leaves if leaf.rows is not None}  # one leaf of every kind
         device = next((parameter.device for parameter in model.parameters()), None)
         for name, value in self._identity().items():
             self.register_buffer(name, value.to(device))
@@ -112,7 +116,8 @@ class RoutedModel(nn.Module):
             kwargs[timestep] = plan.sort(t)
         else:
             args = (*args[:place], plan.sort(t), *args[place:])
-        running = Running(plan, self._copies(x.device))
+        shared = {how: leaf.shared_plan(plan) for how, leaf in self._sharing.items()}
+        running = Running(plan, self._copies(x.device), shared)
         out = self.routing.run(self.model, running, plan.sort(x), *args, **kwargs)
         if isinstance(out, Tensor):
             return plan.unsort(out)
@@ -154,6 +159,11 @@ class RoutedModel(nn.Module):
         """The routed leaves by their path in the dense model."""
         return {name: leaf for name, leaf in self.model.named_modules() if isinstance(leaf, RoutedLeaf)}
 
+    @property
+    def shared(self) -> dict[str, Rows]:
+        """See the class."""
+        return {name: leaf.rows for name, leaf in self.routed_leaves().items() if leaf.rows is not None}
+
     def expert(self, index: int) -> nn.Module:
         """Expert `index` as an ordinary module of the base's class, with a copy of its weights.
 
@@ -184,6 +194,8 @@ class RoutedModel(nn.Module):
 
     def load_expert_state(self, index: int, state: Mapping[str, Tensor]) -> None:
         """Write what `expert_state(index)` gives into the stacked parameters.
+
+        A layer that other groups share changes for them too.
 
         Raises:
             ValueError: naming a missing key, an unknown key or a wrong shape; nothing is written then.
@@ -223,10 +235,14 @@ class RoutedModel(nn.Module):
         """What a state dict holds to tell which experts it is of."""
         experts = () if self.widths is None else self.widths.experts
         live = [[expert[name].width for name in sorted(expert)] for expert in experts]
-        return {
+        identity = {
             "group_boundaries": torch.tensor(self.groups.boundaries, dtype=torch.int64, device="cpu"),
             "unit_widths": torch.tensor(live, dtype=torch.int32, device="cpu").reshape(self.num_experts, -1),
         }
+        if self._sharing:  # in a row for each leaf, so that a file of other sharing with the same shapes is refused
+            own = [leaf.rows or range(self.num_experts) for leaf in self.routed_leaves().values()]
+            identity["weight_rows"] = torch.tensor([list(rows) for rows in own], dtype=torch.int32, device="cpu")
+        return identity
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         errors = args[-1]
@@ -245,6 +261,7 @@ def pack_experts(
     widths: WidthPlan | None = None,
     *,
     per_sample: Collection[str] | None = None,
+    shared_layers: str | Sequence[str] = "",
 ) -> RoutedModel:
     """One `RoutedModel` from N copies of a base, or from N models of one architecture.
 
@@ -260,10 +277,15 @@ def pack_experts(
             `("y",)`, or `("cond.text",)` for a part of a dict, or `("return.0",)` for a part of an output of several
             tensors. Everything else is shared by the samples. None takes every tensor whose first dimension is the
             batch size, which is wrong for a shared tensor that happens to have that length.
+        shared_layers: layers whose weights neighbouring groups share: a comma list of terms such as `"convolutions"`,
+            `"level0:1"` or `"input_blocks.*:2"` (see `tdc_fast.nn.sharing.shared_rows`; the names are those of the
+            base's `layer_sets()`, if it has them). Groups keep their own widths; they take the first channels of a
+            common order, so a narrower group may keep no channel that a wider one drops.
 
     Raises:
         ValueError: naming a layer that cannot be routed, experts that do not match, or what in `widths` does not fit
-            (another base, other boundaries, an unknown unit, a wrong order or width).
+            (another base, other boundaries, an unknown unit, a wrong order or width); a name in `shared_layers` that
+            no layer has, or experts that differ in a layer that they are to share.
     """
     if not isinstance(groups, TimestepGroups):
         raise invalid("groups", groups, "TimestepGroups, such as TimestepGroups.uniform(1000, 4)")
@@ -288,8 +310,12 @@ def pack_experts(
     dense_leaves = _find_leaves(base)
     if not shared:
         _check_same(experts)
+    sets = base.layer_sets() if isinstance(base, HasLayerSets) else {}
+    rows_of = shared_rows(dense_leaves, sets, shared_layers, count)
+    if widths is not None and rows_of:
+        widths = in_common_orders(widths, units, rows_of)
 
-    slices = _slices_by_leaf(units)
+    slices = slices_by_leaf(units)
     routing, memo = PlanScope(), {}
     for name, layer in dense_leaves.items():
         axes = {
@@ -297,11 +323,17 @@ def pack_experts(
             for dim, (unit, part) in slices.get(name, {}).items()
             if widths is not None
         }
-        leaf = routed_twin(name, layer, count, axes.get("out"), axes.get("in"))
-        layers_of_leaf = [layer] if shared else [expert.get_submodule(name) for expert in experts]
-        _fill(leaf, layers_of_leaf, slices.get(name, {}), widths)
-        if "in" in axes and 0 in axes["in"].counts:
-            gate = torch.tensor([[live > 0] for live in axes["in"].counts])
+        closes = "in" in axes and 0 in axes["in"].counts
+        rows = apart_where_closed(rows_of[name], axes["in"].counts) if closes and name in rows_of else rows_of.get(name)
+        members = [[group] for group in range(count)] if rows is None else sharers(rows)
+        leaf = routed_twin(name, layer, len(members), axes.get("out"), axes.get("in"))
+        if rows is not None:
+            leaf.share(rows)
+            check_equal(name, [[experts[group].get_submodule(name) for group in groups] for groups in members])
+        layers_of_leaf = [layer] if shared else [experts[groups[0]].get_submodule(name) for groups in members]
+        fill(leaf, layers_of_leaf, slices.get(name, {}), widths, members)
+        if closes:
+            gate = torch.tensor([[axes["in"].counts[groups[0]] > 0] for groups in members])
             leaf.closing_gate = gate.to(next(leaf.parameters()).device)
         memo[id(layer)] = leaf
     model = copy.deepcopy(base, memo)
@@ -346,52 +378,6 @@ def _check_same(experts: Sequence[nn.Module]) -> None:
                 raise invalid(f"experts[{index}].{name}", tuple(value.shape), f"{tuple(first[name].shape)}")
             if name not in parameters and not torch.equal(value, first[name]):
                 raise invalid(f"experts[{index}].{name}", "another buffer", "the buffer of experts[0]")
-
-
-def _slices_by_leaf(units: Sequence[PruningUnit]) -> dict[str, dict[str, tuple[PruningUnit, UnitSlice]]]:
-    """The unit and slice on each axis, "out" or "in", of every leaf that has one."""
-    found: dict[str, dict[str, tuple[PruningUnit, UnitSlice]]] = {}
-    for unit in units:
-        for part in unit.slices:
-            entry = found.setdefault(part.module, {})
-            if part.dim in entry:
-                raise invalid(f"unit {unit.name!r}", part.module, "channels that no other unit has")
-            entry[part.dim] = (unit, part)
-    return found
-
-
-@torch.no_grad()
-def _fill(
-    leaf: RoutedLeaf,
-    layers: Sequence[nn.Module],
-    slices: Mapping[str, tuple[PruningUnit, UnitSlice]],
-    widths: WidthPlan | None,
-) -> None:
-    """Write every expert's kept channels, most important first, into the stacked parameters, one launch for each.
-
-    `layers` holds the dense layer of every expert, or one that all experts start from.
-    """
-    device = next(leaf.parameters()).device
-    cuts: dict[str, Tensor] = {}
-    for dim, (unit, part) in slices.items():
-        axis = leaf.live_out if dim == "out" else leaf.live_in
-        assert widths is not None and axis is not None
-        order = torch.zeros(leaf.num_experts, axis.size, dtype=torch.int32)  # stacked position -> dense channel
-        for index, expert in enumerate(widths.experts):
-            entry = expert[unit.name]
-            rows = torch.cat(unit.kept_rows(entry.order, entry.width, part))
-            order[index, axis.positions(index)] = rows.to(torch.int32)
-        live = torch.tensor([count * axis.copies for count in axis.counts], dtype=torch.int32)
-        cuts |= {f"{dim}_order": order.to(device), f"{dim}_widths": live.to(device)}
-    for name, parameter in leaf.named_parameters():
-        dense = [layer.get_parameter(name).to(parameter.device, parameter.dtype) for layer in layers]
-        source = dense[0][None] if len(dense) == 1 else torch.stack(dense)
-        source = source.flatten(2) if parameter.dim() == 3 else source  # a 1x1 Conv1d's filter axis
-        own = {key: cut for key, cut in cuts.items() if key.startswith("out") or parameter.dim() > 2}
-        if own:
-            pack_channels(source, **own, out=parameter)
-        else:
-            parameter.copy_(source)
 
 
 def _set_routing(model: nn.Module, routing: PlanScope | None) -> None:

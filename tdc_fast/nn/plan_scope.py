@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,11 @@ from torch.utils import _pytree
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from tdc_fast.nn.casts import Copies, Key
+from tdc_fast.nn.sharing import Rows
 from tdc_fast.routing import RoutingPlan
+
+Sharing = tuple[Rows, bool]
+"""The rows of weights of a layer that groups share, and whether those groups can be one in its plan."""
 
 
 class Running(NamedTuple):
@@ -22,10 +27,12 @@ class Running(NamedTuple):
     Attributes:
         plan: the plan that sorted the batch.
         copies: the parameters in the dtype of autocast, or None.
+        shared: the plans of layers whose weights groups share, by how they share.
     """
 
     plan: RoutingPlan
     copies: Copies | None = None
+    shared: Mapping[Sharing | None, RoutingPlan] = MappingProxyType({})
 
 
 class PlanScope(threading.local):

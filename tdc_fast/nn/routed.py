@@ -1,172 +1,25 @@
 """The routed leaves: one layer that holds E experts' weights and computes each sample with its own group's expert.
 
 A routed leaf has the call signature of its dense twin in `tdc_fast.nn.layers`. Unless a plan is passed, it takes the
-plan of the running forward from the `PlanScope` of the model. Samples must be sorted by that plan.
+plan of the running forward from the `PlanScope` of the model. Samples must be sorted by that plan. Where neighbouring
+groups share weights there are fewer experts than groups; widths are still those of every group.
 """
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tdc_fast.errors import invalid
-from tdc_fast.nn.plan_scope import PlanScope
+from tdc_fast.nn.leaf import RoutedLeaf
 from tdc_fast.ops import routed_conv2d, routed_group_norm, routed_linear
 from tdc_fast.ops.checks import check_memory
 from tdc_fast.ops.layout import empty_channel_innermost
 from tdc_fast.routing import RoutingPlan
-
-
-@dataclass(frozen=True)
-class LiveAxis:
-    """Which entries of a channel axis each expert uses.
-
-    A dense axis is `copies` consecutive blocks. The stacked axis interleaves them (entry i of copy c is at
-    i * copies + c), so that the live entries are a prefix for any number of copies.
-
-    Attributes:
-        counts: live entries per copy, for each of the E experts.
-        copies: blocks of the dense axis.
-    """
-
-    counts: tuple[int, ...]
-    copies: int = 1
-
-    @property
-    def size(self) -> int:
-        """Physical length of the stacked axis: what the widest expert needs."""
-        return max(self.counts) * self.copies
-
-    def widths(self, device: torch.device | None = None) -> Tensor | None:
-        """Live prefix per expert, int32 (E,); None when every expert uses the whole stacked axis."""
-        if min(self.counts) == max(self.counts):
-            return None
-        return torch.tensor([count * self.copies for count in self.counts], dtype=torch.int32, device=device)
-
-    def positions(self, expert: int) -> Tensor:
-        """Stacked position of every entry of the expert's dense axis, int64."""
-        entries = torch.arange(self.counts[expert])
-        return torch.cat([entries * self.copies + copy for copy in range(self.copies)])
-
-
-class RoutedLeaf(nn.Module):
-    """What all routed leaves share: the plan, the live axes, and moving one expert's weights in and out.
-
-    Attributes:
-        out_widths: live output channels per expert, an int32 buffer (N,); None where all experts have the same.
-        in_widths: the same for input channels.
-        closing_gate: bool (E, 1) of a unit's last layer, whether the expert has the unit at all; None where all have.
-        routing: the holder of the running forward's plan.
-        live_out: the live entries of the output axis; None where no expert is pruned.
-        live_in: the same for the input axis.
-        template: the dense twin on the meta device, in a tuple so that it is not a submodule.
-    """
-
-    out_widths: Tensor | None
-    in_widths: Tensor | None
-    closing_gate: Tensor | None
-    weight: Tensor
-    bias: Tensor | None
-
-    def __init__(self, num_experts: int) -> None:
-        super().__init__()
-        if num_experts < 1:
-            raise invalid("num_experts", num_experts, "at least 1")
-        self.num_experts = num_experts
-        self.routing: PlanScope | None = None
-        self.live_out: LiveAxis | None = None
-        self.live_in: LiveAxis | None = None
-        self.template: tuple[nn.Module, ...] = ()
-        self.register_buffer("out_widths", None, persistent=False)
-        self.register_buffer("in_widths", None, persistent=False)
-        self.register_buffer("closing_gate", None, persistent=False)
-
-    def set_live(self, out: LiveAxis | None, in_: LiveAxis | None) -> None:
-        """Gives the leaf the widths of pruned experts; the parameters already have the stacked sizes."""
-        self.live_out, self.live_in = out, in_
-        device = next(self.parameters()).device
-        self.out_widths = None if out is None else out.widths(device)
-        self.in_widths = None if in_ is None else in_.widths(device)
-
-    def current_plan(self, plan: RoutingPlan | None) -> RoutingPlan:
-        """The given plan, else that of the running forward; ValueError if there is none."""
-        if plan is None:
-            plan = None if self.routing is None else self.routing.plan
-        if plan is None and not torch.compiler.is_compiling() and torch._C._current_autograd_node() is not None:
-            remedy = (
-                "a part of the model's output as what is differentiated: a checkpoint computes layers again here whose "
-                "forward is not reached from the output. Return such an auxiliary loss with the output, or compute it "
-                "outside the checkpoint"
-            )
-            raise invalid("plan", None, remedy)
-        if plan is None:
-            raise invalid("plan", None, "a RoutingPlan, or a call from within RoutedModel's forward")
-        return plan
-
-    def operands(self, plan: RoutingPlan | None = None) -> tuple[Tensor, Tensor | None, RoutingPlan]:
-        """What a forward computes with.
-
-        Returns:
-            The weight, the bias and the `current_plan`. Under autocast weight and bias are copies in the lower
-            precision. The bias is zero for experts whose unit has width 0, since such a block is only its skip path.
-        """
-        running = None if self.routing is None else self.routing.running
-        weight, bias = self.weight, self.bias
-        if running is not None:
-            plan = plan or running.plan
-            if running.copies is not None:
-                weight, bias = running.copies.of(weight), None if bias is None else running.copies.of(bias)
-        if bias is not None and self.closing_gate is not None:
-            if not torch.compiler.is_compiling():
-                check_memory(bias=bias)
-            bias = torch.where(self.closing_gate, bias, 0)
-        return weight, bias, plan or self.current_plan(plan)
-
-    @torch.no_grad()
-    def expert_state(self, expert: int) -> dict[str, Tensor]:
-        """Copies of one expert's parameters by name, in the dense layer's layout and at their own live size."""
-        state = {}
-        for name, parameter in self.named_parameters():
-            value = parameter[expert][self._live_index(parameter, expert)]
-            state[name] = value.reshape(self._dense_shape(name, value.shape)).contiguous()
-        return state
-
-    @torch.no_grad()
-    def load_expert(self, expert: int, state: Mapping[str, Tensor]) -> None:
-        """Writes what `expert_state` gives into the parameters; entries past the expert's widths become zero."""
-        for name, parameter in self.named_parameters():
-            target, index = parameter[expert], self._live_index(parameter, expert)
-            shape = (*index[0].shape, *target.shape[index[0].dim() :])
-            if state[name].shape != self._dense_shape(name, shape):
-                raise invalid(name, tuple(state[name].shape), f"the shape {shape} that expert {expert} has")
-            value = state[name].to(parameter.device, parameter.dtype).reshape(shape)
-            target.zero_()
-            target[index] = value
-
-    def dense(self, expert: int) -> nn.Module:
-        """One expert's layer as the ordinary layer that this leaf was packed from; not for pruned experts."""
-        like = next(self.parameters())  # the leaf may have moved since it was packed
-        layer = copy.deepcopy(self.template[0]).to(like.dtype).to_empty(device=like.device)
-        layer.load_state_dict(self.expert_state(expert))
-        return layer.train(self.training)
-
-    def _live_index(self, parameter: Tensor, expert: int) -> tuple[Tensor, ...]:
-        """Indices of the expert's live entries on the channel axes of its slice of a parameter."""
-        axes = (self.live_out, self.live_in)[: parameter.dim() - 1]
-        positions = [
-            torch.arange(size) if axis is None else axis.positions(expert)
-            for size, axis in zip(parameter.shape[1:3], axes, strict=True)
-        ]
-        return tuple(index.to(parameter.device) for index in torch.meshgrid(*positions, indexing="ij"))
-
-    def _dense_shape(self, name: str, shape: Sequence[int]) -> tuple[int, ...]:
-        return tuple(shape)
 
 
 class RoutedConv2d(RoutedLeaf):

@@ -8,13 +8,12 @@ import torch
 from torch import nn
 
 from tdc_fast.errors import invalid
+from tdc_fast.nn.leaf import LiveAxis, RoutedLeaf
 from tdc_fast.nn.routed import (
-    LiveAxis,
     RoutedConv1d,
     RoutedConv2d,
     RoutedEmbedding,
     RoutedGroupNorm,
-    RoutedLeaf,
     RoutedLinear,
 )
 

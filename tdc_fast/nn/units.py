@@ -97,6 +97,14 @@ class Prunable(Protocol):
         """
 
 
+@runtime_checkable
+class HasLayerSets(Protocol):
+    """A denoiser with names for sets of its layers, such as `tdc_fast.models.iddpm.UNet`."""
+
+    def layer_sets(self) -> Mapping[str, Sequence[str]]:
+        """Paths of layers with parameters, by the name of their set."""
+
+
 def module_of(base: object, argument: str = "base") -> nn.Module:
     """The denoiser itself, as a module.
 

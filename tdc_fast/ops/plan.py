@@ -268,6 +268,16 @@ class RoutingPlan:
         sort = (self.order, self.inverse, self.offsets, self.groups, self.tiles)
         return RoutingPlan(*sort, weight_index, self.num_groups)
 
+    def merged(self, weight_index: Integers, num_experts: int) -> RoutingPlan:
+        """The plan of the sorted batch for E experts, where neighbouring groups with one expert become one group.
+
+        Args:
+            weight_index: (N,) ascending integers as `from_groups` takes them, the expert of each group.
+            num_experts: E.
+        """
+        weight_index = _checked_weight_index(weight_index, self.num_groups, self.order.device)
+        return RoutingPlan.from_groups(weight_index[self.groups], num_experts)
+
     def repeated(self, times: int, num_experts: int) -> RoutingPlan:
         """The plan of `times` copies of the sorted batch, one after the other, each with groups and experts of its own.
 

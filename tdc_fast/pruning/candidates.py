@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from tdc_fast.diffusion.protocols import Denoiser
+from tdc_fast.nn.leaf import RoutedLeaf
 from tdc_fast.nn.modes import evaluating
 from tdc_fast.nn.packing import pack_experts
 from tdc_fast.nn.plan_scope import Running
-from tdc_fast.nn.routed import RoutedConv1d, RoutedConv2d, RoutedLeaf
+from tdc_fast.nn.routed import RoutedConv1d, RoutedConv2d
 from tdc_fast.nn.units import Prunable, PruningUnit, module_of
 from tdc_fast.nn.width_plan import ExpertUnit, WidthPlan
 from tdc_fast.routing import RoutingPlan, TimestepGroups

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from tdc_fast.models.iddpm import UNet
 from tdc_fast.nn import layers, one_input
+from tdc_fast.nn.leaf import LiveAxis
 from tdc_fast.nn.macs import MacCounter, measure_macs
 from tdc_fast.nn.one_input import chunks_in_one_launch
 from tdc_fast.nn.packing import pack_experts
 from tdc_fast.nn.plan_scope import PlanScope, Running
-from tdc_fast.nn.routed import LiveAxis, RoutedLinear
+from tdc_fast.nn.routed import RoutedLinear
 from tdc_fast.nn.twins import routed_twin
 from tdc_fast.routing import RoutingPlan
 from tests.models.test_iddpm import randomise

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from tdc_fast.nn import layers
+from tdc_fast.nn.leaf import LiveAxis
 from tdc_fast.nn.routed import (
-    LiveAxis,
     RoutedConv2d,
     RoutedEmbedding,
     RoutedGroupNorm,
