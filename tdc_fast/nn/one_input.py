@@ -53,7 +53,7 @@ def _in_one_launch(
     weights: list[Tensor] = []  # (count, E, most, C_in) for each layer
     biases: list[Tensor] = []  # (count, E, most)
     for layer in layers:
-        weight, bias, _ = layer.operands(plan)
+        weight, bias, _ = layer.operands()
         assert bias is not None
         weights.append(_padded(layer.apart(weight, count), most))
         biases.append(_padded(layer.apart(bias, count), most))
