@@ -21,7 +21,7 @@ from tdc_fast.nn.sharing import Rows, in_common_orders, shared_rows, sharers
 from tdc_fast.nn.stacking import apart_where_closed, check_equal, fill, slices_by_leaf
 from tdc_fast.nn.timesteps import groups_of, one_per_sample, other_arguments, timestep_argument
 from tdc_fast.nn.twins import routed_twin
-from tdc_fast.nn.units import HasLayerSets, Prunable, PruningUnit, module_of
+from tdc_fast.nn.units import Prunable, PruningUnit, module_of
 from tdc_fast.nn.width_plan import WidthPlan, base_hash
 from tdc_fast.ops.plan import Integers, as_integers
 from tdc_fast.routing import RoutingPlan, TimestepGroups
@@ -310,8 +310,7 @@ def pack_experts(
     dense_leaves = _find_leaves(base)
     if not shared:
         _check_same(experts)
-    sets = base.layer_sets() if isinstance(base, HasLayerSets) else {}
-    rows_of = shared_rows(dense_leaves, sets, shared_layers, count)
+    rows_of = shared_rows(base, shared_layers, count)
     if widths is not None and rows_of:
         widths = in_common_orders(widths, units, rows_of)
 

@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
+from torch import nn
+
 from tdc_fast.errors import invalid
-from tdc_fast.nn.units import PruningUnit
+from tdc_fast.nn.units import HasLayerSets, PruningUnit
 from tdc_fast.nn.width_plan import ExpertUnit, WidthPlan
 
 Rows = tuple[int, ...]
 """For each of the N groups its row of a layer's stacked weights; rows are numbered in the order of the groups."""
 
 
-def shared_rows(
-    layers: Iterable[str],
-    layer_sets: Mapping[str, Sequence[str]],
-    shared_layers: str | Sequence[str],
-    num_groups: int,
-) -> dict[str, Rows]:
+def shared_rows(model: nn.Module, shared_layers: str | Sequence[str], num_groups: int) -> dict[str, Rows]:
     """The layers that groups share, with the row of weights of every group.
 
     Args:
-        layers: the paths of all layers with parameters.
-        layer_sets: names for some of them, such as `UNet.layer_sets()`.
-        shared_layers: comma list (or a sequence) of terms `NAME` or `NAME:SIZE`. NAME is one of `layer_sets`, or a
+        model: the base. What it names in `layer_sets()`, if it has them, may be used below.
+        shared_layers: comma list (or a sequence) of terms `NAME` or `NAME:SIZE`. NAME is one of the model's sets, or a
             pattern of paths such as `input_blocks.*` (`*` is any text); SIZE is how many neighbouring groups share a
             row, all of them where it is left out. The last term that names a layer decides, so `:1` makes exceptions.
         num_groups: N.
@@ -37,8 +33,13 @@ def shared_rows(
     Raises:
         ValueError: a term names no layer, or its SIZE is not a number of groups.
     """
-    layers, found = list(layers), {}
-    for term in _terms(shared_layers):
+    terms = _terms(shared_layers)
+    if not terms:
+        return {}
+    layers = [name for name, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))]
+    layer_sets = model.layer_sets() if isinstance(model, HasLayerSets) else {}
+    found: dict[str, Rows] = {}
+    for term in terms:
         name, colon, size_text = term.partition(":")
         if colon and not (size_text.isdecimal() and size_text.isascii() and 1 <= int(size_text[:9]) <= 2**16):
             raise invalid("shared_layers", term, "a number of neighbouring groups, 1 or more, after the colon")

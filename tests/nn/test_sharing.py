@@ -19,13 +19,23 @@ from tests.models.test_iddpm import randomise
 from tests.nn.test_packing import CLOSE, GROUPS, PRUNED, batch, shuffled_plan, unet
 from tests.operators import Recorded
 
-LAYERS = ["a.conv", "a.norm", "b.conv"]
-SETS = {"norms": ["a.norm"], "convolutions": ["a.conv", "b.conv"]}
 HOW = {
     "everything": "*",
     "all but norms and embeddings": "convolutions,attention",
     "by level and in pairs": "level1:2,middle,norms:1",
 }
+
+
+class Blocks(nn.Module):
+    """Layers a.conv, a.norm and b.conv."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.ModuleDict({"conv": nn.Conv2d(2, 2, 1), "norm": nn.GroupNorm(1, 2)})
+        self.b = nn.ModuleDict({"conv": nn.Conv2d(2, 2, 1), "silu": nn.SiLU()})
+
+    def layer_sets(self) -> dict[str, list[str]]:
+        return {"norms": ["a.norm"], "convolutions": ["a.conv", "b.conv"]}
 
 
 @pytest.mark.parametrize(
@@ -40,13 +50,13 @@ HOW = {
     ],
 )
 def test_terms_name_layers_and_how_many_neighbours_share(text: str | list[str], rows: dict[str, tuple[int, ...]]):
-    assert shared_rows(LAYERS, SETS, text, 5) == rows
+    assert shared_rows(Blocks(), text, 5) == rows
 
 
 @pytest.mark.parametrize("term", ["heads", "norms:0", "norms:two", "norms:", "norms:-1", "c.*", "norms:²"])
 def test_terms_that_name_nothing_are_refused(term: str):
     with pytest.raises(ValueError, match="shared_layers: got"):
-        shared_rows(LAYERS, SETS, f"norms,{term}", 5)
+        shared_rows(Blocks(), f"norms,{term}", 5)
 
 
 def test_the_sets_of_the_unet_are_its_kinds_of_layers_and_its_levels():
