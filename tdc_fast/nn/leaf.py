@@ -70,6 +70,7 @@ class RoutedLeaf(nn.Module):
     closing_gate: Tensor | None
     weight: Tensor
     bias: Tensor | None
+    in_autocast_dtype = True  # whether autocast casts the parameters
 
     def __init__(self, num_experts: int) -> None:
         super().__init__()
@@ -149,6 +150,10 @@ class RoutedLeaf(nn.Module):
                 check_memory(bias=bias)
             bias = torch.where(self.closing_gate, bias, 0)
         return weight, bias, self._plan_within(running, plan)
+
+    def own_parameters(self) -> dict[str, nn.Parameter]:
+        """The stacked parameters by the names that they have in the dense layer."""
+        return dict(self.named_parameters())
 
     @torch.no_grad()
     def expert_state(self, expert: int) -> dict[str, Tensor]:

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from tdc_fast.errors import invalid
-from tdc_fast.nn import layers
 from tdc_fast.nn.casts import Copies, autocast_key
 from tdc_fast.nn.leaf import LiveAxis, RoutedLeaf
+from tdc_fast.nn.leaves import find_leaves
+from tdc_fast.nn.per_group import PerGroup, pack_per_group, stacked_parameters
 from tdc_fast.nn.plan_scope import PlanScope, Running
-from tdc_fast.nn.routed import RoutedEmbedding
 from tdc_fast.nn.sample_arguments import RESULT, checked_names, map_samples
 from tdc_fast.nn.sharing import Rows, in_common_orders, shared_rows, sharers
 from tdc_fast.nn.stacking import apart_where_closed, check_equal, fill, slices_by_leaf
@@ -25,11 +25,6 @@ from tdc_fast.nn.units import Prunable, PruningUnit, module_of
 from tdc_fast.nn.width_plan import WidthPlan, base_hash
 from tdc_fast.ops.plan import Integers, as_integers
 from tdc_fast.routing import RoutingPlan, TimestepGroups
-
-_LEAVES = (
-    nn.Conv2d, nn.Conv1d, nn.Linear, nn.GroupNorm, nn.Embedding,
-    layers.Conv2d, layers.TokenConv1d, layers.Linear, layers.GroupNorm,
-)  # fmt: skip
 
 
 class RoutedModel(nn.Module):
@@ -63,7 +58,7 @@ class RoutedModel(nn.Module):
         self.per_sample = per_sample
         self._timestep = timestep_argument(model)
         leaves = self.routed_leaves().values()
-        self._computing = [leaf for leaf in leaves if not isinstance(leaf, RoutedEmbedding)]  # in autocast's dtype
+        self._computing = [leaf for leaf in leaves if leaf.in_autocast_dtype]
         self.num_experts = groups.num_groups
         self._sharing = {leaf.sharing: leaf for leaf in leaves if leaf.rows is not None}  # one leaf of every kind
         device = next((parameter.device for parameter in model.parameters()), None)
@@ -144,7 +139,7 @@ class RoutedModel(nn.Module):
             return None
         kept = {} if self.routing.kept is None else self.routing.kept
         if key not in kept:
-            parameters = (value for leaf in self._computing for value in leaf.parameters(recurse=False))
+            parameters = (value for leaf in self._computing for value in leaf.own_parameters().values())
             kept[key] = Copies(parameters, key[0])
         return kept[key]
 
@@ -175,8 +170,12 @@ class RoutedModel(nn.Module):
             dense = self._narrowed(self.widths, index)
             dense.load_state_dict(self.expert_state(index))
         else:
-            memo: dict[int, Any] = {id(leaf): leaf.dense(index) for leaf in self.routed_leaves().values()}
-            memo[id(self.routing)] = self.routing  # not part of the expert, so nothing to copy
+            leaves = self.routed_leaves().values()
+            memo: dict[int, Any] = {id(self.routing): self.routing}  # not part of the expert, so nothing to copy
+            memo |= {id(leaf): leaf.dense(index) for leaf in leaves if not isinstance(leaf, PerGroup)}
+            for leaf in reversed(leaves):  # what is inside first
+                if isinstance(leaf, PerGroup):
+                    memo[id(leaf)] = leaf.module_of(index, memo)
             dense = copy.deepcopy(self.model, memo)
             _set_routing(dense, None)
         return dense
@@ -185,7 +184,7 @@ class RoutedModel(nn.Module):
         """The state dict of `expert(index)`: the dense model's keys, copies at their own live sizes."""
         self._check_expert(index)
         state = {
-            f"{name}.{key}": value
+            _path(name, key): value
             for name, leaf in self._leaves_of(index).items()
             for key, value in leaf.expert_state(index).items()
         }
@@ -207,7 +206,7 @@ class RoutedModel(nn.Module):
             if value.shape != state[name].shape:
                 raise invalid(f"state[{name!r}]", tuple(state[name].shape), f"shape {tuple(value.shape)}")
         for name, leaf in self._leaves_of(index).items():
-            leaf.load_expert(index, {key: state[f"{name}.{key}"] for key, _ in leaf.named_parameters()})
+            leaf.load_expert(index, {key: state[_path(name, key)] for key in leaf.own_parameters()})
 
     def _leaves_of(self, expert: int) -> dict[str, RoutedLeaf]:
         """The routed leaves that this expert has: all but those inside a unit of width 0."""
@@ -265,8 +264,11 @@ def pack_experts(
 ) -> RoutedModel:
     """One `RoutedModel` from N copies of a base, or from N models of one architecture.
 
-    Any module made of Conv2d, Linear, GroupNorm, Embedding and 1x1 Conv1d layers can be packed. The inputs are not
-    changed.
+    Any module can be packed whose layers take and return samples in their first dimension. Conv2d, Linear, GroupNorm,
+    LayerNorm, Embedding, MultiheadAttention and 1x1 Conv1d layers of torch and of `tdc_fast.nn.layers` are computed for
+    all samples at once; every other module with parameters of its own, convolutions with groups or dilation among them,
+    runs once per group (`tdc_fast.nn.per_group`). A parameter that a module reads from another one, and what draws
+    statistics from the batch, cannot be routed. The inputs are not changed.
 
     Args:
         base_or_experts: the base, or a sequence of N models; model i serves group i.
@@ -283,7 +285,7 @@ def pack_experts(
             common order, so a narrower group may keep no channel that a wider one drops.
 
     Raises:
-        ValueError: naming a layer that cannot be routed, experts that do not match, or what in `widths` does not fit
+        ValueError: naming a module that cannot be routed, experts that do not match, or what in `widths` does not fit
             (another base, other boundaries, an unknown unit, a wrong order or width); a name in `shared_layers` that
             no layer has, or experts that differ in a layer that they are to share.
     """
@@ -307,7 +309,7 @@ def pack_experts(
         units = base.pruning_units()
         widths.check(units, base=base_hash(base) if shared else None, boundaries=groups.boundaries)
     names = checked_names(per_sample, base)
-    dense_leaves = _find_leaves(base)
+    dense_leaves = find_leaves(base)
     if not shared:
         _check_same(experts)
     rows_of = shared_rows(base, shared_layers, count)
@@ -316,6 +318,7 @@ def pack_experts(
 
     slices = slices_by_leaf(units)
     routing, memo = PlanScope(), {}
+    per_group: dict[str, dict[str, nn.Parameter]] = {}
     for name, layer in dense_leaves.items():
         axes = {
             dim: LiveAxis(tuple(expert[unit.name].width * part.scale for expert in widths.experts), part.copies)
@@ -325,16 +328,21 @@ def pack_experts(
         closes = "in" in axes and 0 in axes["in"].counts
         rows = apart_where_closed(rows_of[name], axes["in"].counts) if closes and name in rows_of else rows_of.get(name)
         members = [[group] for group in range(count)] if rows is None else sharers(rows)
-        leaf = routed_twin(name, layer, len(members), axes.get("out"), axes.get("in"))
         if rows is not None:
-            leaf.share(rows)
             check_equal(name, [[experts[group].get_submodule(name) for group in groups] for groups in members])
         layers_of_leaf = [layer] if shared else [experts[groups[0]].get_submodule(name) for groups in members]
+        leaf = routed_twin(name, layer, len(members), axes.get("out"), axes.get("in"))
+        if leaf is None:
+            per_group[name] = stacked_parameters(layers_of_leaf, len(members))
+            continue
+        if rows is not None:
+            leaf.share(rows)
         fill(leaf, layers_of_leaf, slices.get(name, {}), widths, members)
         if closes:
             gate = torch.tensor([[axes["in"].counts[groups[0]] > 0] for groups in members])
             leaf.closing_gate = gate.to(next(leaf.parameters()).device)
         memo[id(layer)] = leaf
+    pack_per_group(base, per_group, rows_of, memo)
     model = copy.deepcopy(base, memo)
     for unit in units:
         block = model.get_submodule(unit.name)
@@ -343,25 +351,6 @@ def pack_experts(
             block.become_skip()  # type: ignore[operator]
     _set_routing(model, routing)
     return RoutedModel(model, groups, widths, routing, names).train(base.training)
-
-
-def _find_leaves(base: nn.Module) -> dict[str, nn.Module]:
-    """Every layer with parameters by its path. ValueError names what cannot be routed."""
-    leaves: dict[str, nn.Module] = {}
-    owner: dict[int, str] = {}
-    for name, module in base.named_modules():
-        own = dict(module.named_parameters(recurse=False))
-        if not own:
-            continue
-        if type(module) not in _LEAVES:
-            kinds = sorted({kind.__name__ for kind in _LEAVES})
-            raise invalid(f"module {name!r}", type(module).__name__, f"parameters only in layers of {kinds}")
-        for key, parameter in own.items():
-            if id(parameter) in owner:
-                raise invalid(f"parameter {name}.{key}", f"shared with {owner[id(parameter)]}", "parameters of its own")
-            owner[id(parameter)] = f"{name}.{key}"
-        leaves[name] = module
-    return leaves
 
 
 def _check_same(experts: Sequence[nn.Module]) -> None:
@@ -377,6 +366,10 @@ def _check_same(experts: Sequence[nn.Module]) -> None:
                 raise invalid(f"experts[{index}].{name}", tuple(value.shape), f"{tuple(first[name].shape)}")
             if name not in parameters and not torch.equal(value, first[name]):
                 raise invalid(f"experts[{index}].{name}", "another buffer", "the buffer of experts[0]")
+
+
+def _path(module: str, key: str) -> str:
+    return f"{module}.{key}" if module else key
 
 
 def _set_routing(model: nn.Module, routing: PlanScope | None) -> None:

@@ -99,19 +99,22 @@ class PlanScope(threading.local):
                 self._state_at_entry = _autograd_state()
                 out = function(*args, **kwargs)
             if self._recomputes:
-                self._leave_at_nodes(out, running._replace(copies=None))  # they hold nodes: a cycle, never freed
+                # Without the copies, which hold nodes: a cycle, never freed.
+                self._leave_at_nodes(out, (args, kwargs), running._replace(copies=None))
             return out
         finally:
             self._recomputes = before
 
-    def _leave_at_nodes(self, out: Any, running: Running) -> None:
-        """Leaves the forward at every node of the graph of `out` that has none of this model's yet."""
+    def _leave_at_nodes(self, out: Any, given: Any, running: Running) -> None:
+        """Leaves the forward at the nodes of the graph between its arguments and its results that have none yet."""
+        seen = {value.grad_fn for value in _pytree.tree_leaves(given) if isinstance(value, Tensor)}
         nodes = [value.grad_fn for value in _pytree.tree_leaves(out) if isinstance(value, Tensor)]
         while nodes:
             node = nodes.pop()
-            if node is not None and self not in _metadata(node):
-                _metadata(node)[self] = running
-                nodes += [before for before, _ in node.next_functions]
+            if node is not None and node not in seen:
+                seen.add(node)
+                _metadata(node).setdefault(self, running)
+                nodes += [earlier for earlier, _ in node.next_functions]
 
 
 def _metadata(node: Any) -> dict[Any, Any]:

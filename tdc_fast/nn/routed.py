@@ -231,6 +231,8 @@ class RoutedGroupNorm(RoutedLeaf):
 class RoutedEmbedding(RoutedLeaf):
     """A table per expert: weight (E, num_embeddings, D)."""
 
+    in_autocast_dtype = False
+
     def __init__(self, num_experts: int, num_embeddings: int, embedding_dim: int) -> None:
         super().__init__(num_experts)
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from tdc_fast.errors import invalid
 from tdc_fast.nn.leaf import RoutedLeaf
+from tdc_fast.nn.per_group import own_parameters
 from tdc_fast.nn.sharing import Rows
 from tdc_fast.nn.units import PruningUnit, UnitSlice
 from tdc_fast.nn.width_plan import WidthPlan
@@ -83,7 +84,7 @@ def check_equal(name: str, sets: Sequence[Sequence[nn.Module]]) -> None:
     """Raises ValueError, naming the layer, unless the layers of every set have equal parameters."""
     for first, *others in sets:
         for other in others:
-            for key, parameter in first.named_parameters():
+            for key, parameter in own_parameters(first).items():
                 if other is not first and not torch.equal(parameter, other.get_parameter(key)):
                     remedy = f"other layers than {name}, or experts with the same {key} there; these differ"
                     raise invalid("shared_layers", name, remedy)

@@ -27,8 +27,8 @@ def one_per_sample(t: Any, x: Tensor) -> Tensor:
     """
     batch = x.shape[0]
     if isinstance(t, Real) and not isinstance(t, bool):
-        dtype = torch.int64 if isinstance(t, Integral) else torch.float32
-        return torch.full((batch,), t, dtype=dtype, device=x.device)  # type: ignore[arg-type]
+        value, dtype = (int(t), torch.int64) if isinstance(t, Integral) else (float(t), torch.float32)
+        return torch.full((batch,), value, dtype=dtype, device=x.device)
     if not isinstance(t, Tensor):
         raise invalid("t", t, f"a number, or a torch tensor with one timestep for each of the {batch} samples")
     if t.dtype == torch.bool or t.dtype.is_complex:

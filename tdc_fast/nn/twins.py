@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from tdc_fast.errors import invalid
+from tdc_fast.nn import layers
 from tdc_fast.nn.leaf import LiveAxis, RoutedLeaf
 from tdc_fast.nn.routed import (
     RoutedConv1d,
@@ -16,12 +17,14 @@ from tdc_fast.nn.routed import (
     RoutedGroupNorm,
     RoutedLinear,
 )
+from tdc_fast.nn.routed_attention import RoutedMultiheadAttention
+from tdc_fast.nn.routed_layer_norm import RoutedLayerNorm
 
 
 def routed_twin(
     name: str, layer: nn.Module, num_experts: int, out: LiveAxis | None, in_: LiveAxis | None
-) -> RoutedLeaf:
-    """The routed leaf for `num_experts` experts of a dense layer, uninitialised.
+) -> RoutedLeaf | None:
+    """The routed leaf for `num_experts` experts of a dense layer, uninitialised; None where no kernel serves it.
 
     Args:
         name: the layer's path, for errors.
@@ -31,10 +34,15 @@ def routed_twin(
         in_: the same for input channels.
 
     Raises:
-        ValueError: for a layer without a routed twin, or with a setting that routed operators do not have.
+        ValueError: for channels that are pruned in a layer that no kernel serves, or that has none to prune.
     """
     with torch.device("meta"):
-        leaf = _twin(name, layer, num_experts, out, in_)
+        leaf = _twin(layer, num_experts, out, in_)
+    if leaf is None or isinstance(leaf, _NEVER_PRUNED):
+        if out is not None or in_ is not None:
+            raise invalid(f"module {name!r}", repr(layer), "a layer whose channels can be pruned; leave out its unit")
+        if leaf is None:
+            return None
     leaf.template = (copy.deepcopy(layer).to("meta"),)
     original = next(layer.parameters())
     leaf.to(original.dtype).to_empty(device=original.device)
@@ -45,37 +53,61 @@ def routed_twin(
     return leaf
 
 
-def _twin(name: str, layer: nn.Module, experts: int, out: LiveAxis | None, in_: LiveAxis | None) -> RoutedLeaf:
+_NEVER_PRUNED = (RoutedEmbedding, RoutedLayerNorm, RoutedMultiheadAttention)
+
+
+def _twin(layer: nn.Module, experts: int, out: LiveAxis | None, in_: LiveAxis | None) -> RoutedLeaf | None:
+    """By the exact class: a subclass may compute something else."""
+
     def sized(axis: LiveAxis | None, channels: int) -> int:
         return channels if axis is None else axis.size
 
-    if isinstance(layer, nn.Conv2d):
-        _require(name, layer, groups=1, dilation=(1, 1), padding_mode="zeros")
-        if isinstance(layer.padding, str):
-            raise invalid(f"{name}.padding", layer.padding, "numbers")
+    kind = type(layer)
+    if kind in (nn.Conv2d, layers.Conv2d):
+        assert isinstance(layer, nn.Conv2d)
+        padding = _padding(layer)
+        if padding is None or not _has(layer, groups=1, dilation=(1, 1), padding_mode="zeros"):
+            return None
         channels = sized(in_, layer.in_channels), sized(out, layer.out_channels)
-        return RoutedConv2d(experts, *channels, layer.kernel_size, layer.stride, layer.padding, layer.bias is not None)  # type: ignore[arg-type]
-    if isinstance(layer, nn.Conv1d):
-        _require(name, layer, kernel_size=(1,), stride=(1,), padding=(0,), groups=1)
-        kind = RoutedLinear if type(layer) is not nn.Conv1d else RoutedConv1d
+        return RoutedConv2d(experts, *channels, layer.kernel_size, layer.stride, padding, layer.bias is not None)  # type: ignore[arg-type]
+    if kind in (nn.Conv1d, layers.TokenConv1d):
+        assert isinstance(layer, nn.Conv1d)
+        if not _has(layer, kernel_size=(1,), stride=(1,), groups=1) or layer.padding not in ((0,), "same", "valid"):
+            return None
+        routed = RoutedLinear if kind is layers.TokenConv1d else RoutedConv1d
         channels = sized(in_, layer.in_channels), sized(out, layer.out_channels)
-        leaf = kind(experts, *channels, layer.bias is not None)
+        leaf = routed(experts, *channels, layer.bias is not None)
         leaf.filter_axis = True
         return leaf
-    if isinstance(layer, nn.Linear):
+    if kind in (nn.Linear, layers.Linear):
+        assert isinstance(layer, nn.Linear)
         channels = sized(in_, layer.in_features), sized(out, layer.out_features)
         return RoutedLinear(experts, *channels, layer.bias is not None)
-    if isinstance(layer, nn.GroupNorm):
+    if kind in (nn.GroupNorm, layers.GroupNorm):
+        assert isinstance(layer, nn.GroupNorm)
         size = sized(out, layer.num_channels)
         per_group = layer.num_channels // layer.num_groups
         return RoutedGroupNorm(experts, max(size // per_group, 1), size, layer.eps)
-    if isinstance(layer, nn.Embedding):
-        _require(name, layer, padding_idx=None, max_norm=None, scale_grad_by_freq=False, sparse=False)
+    if kind is nn.LayerNorm:
+        assert isinstance(layer, nn.LayerNorm)
+        return RoutedLayerNorm(experts, layer.normalized_shape, layer.eps, layer.bias is not None)
+    if kind is nn.Embedding and _has(layer, padding_idx=None, max_norm=None, scale_grad_by_freq=False):
+        assert isinstance(layer, nn.Embedding)
         return RoutedEmbedding(experts, layer.num_embeddings, layer.embedding_dim)
-    raise invalid(name, type(layer).__name__, "a layer that has a routed twin")
+    if kind is nn.MultiheadAttention and _has(layer, bias_k=None, bias_v=None, add_zero_attn=False):
+        assert isinstance(layer, nn.MultiheadAttention)
+        return RoutedMultiheadAttention(experts, layer)
+    return None
 
 
-def _require(name: str, layer: nn.Module, **settings: object) -> None:
-    for setting, value in settings.items():
-        if getattr(layer, setting) != value:
-            raise invalid(f"{name}.{setting}", getattr(layer, setting), f"{value}, all that routed layers have")
+def _padding(layer: nn.Conv2d) -> tuple[int, ...] | None:
+    """The padding in numbers; None where it is not the same on both sides."""
+    if not isinstance(layer.padding, str):
+        return layer.padding
+    if layer.padding == "valid":
+        return (0, 0)
+    return tuple(size // 2 for size in layer.kernel_size) if all(size % 2 for size in layer.kernel_size) else None
+
+
+def _has(layer: nn.Module, **settings: object) -> bool:
+    return all(getattr(layer, setting) == value for setting, value in settings.items())

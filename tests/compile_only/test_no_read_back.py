@@ -34,6 +34,8 @@ ALLOWED = {
     ("tdc_fast/nn/leaf.py", "share", "tensor"): "while packing, not in a forward",
     ("tdc_fast/nn/routed.py", "forward", "int"): HOST,
     ("tdc_fast/nn/layers.py", "qkv_attention", "nonzero"): HOST,
+    ("tdc_fast/nn/timesteps.py", "one_per_sample", "int"): "of a Python number",
+    ("tdc_fast/nn/timesteps.py", "one_per_sample", "float"): "of a Python number",
     ("tdc_fast/nn/timesteps.py", "original_index", "equal"): HOST,
     ("tdc_fast/nn/timesteps.py", "original_index", "item"): HOST,
 }
@@ -45,7 +47,7 @@ DEVICE_PATH = [
     *("kernels/tile_table.py", "tdc_fast/ops/layout.py", "tdc_fast/ops/library.py", "tdc_fast/ops/checks.py"),
     *("tdc_fast/nn/plan_scope.py", "tdc_fast/nn/leaf.py", "tdc_fast/nn/routed.py", "tdc_fast/nn/layers.py"),
     *("tdc_fast/nn/casts.py", "tdc_fast/nn/one_input.py", "tdc_fast/nn/sample_arguments.py"),
-    "tdc_fast/nn/timesteps.py",
+    *("tdc_fast/nn/timesteps.py", "tdc_fast/nn/routed_attention.py", "tdc_fast/nn/routed_layer_norm.py"),
     *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "kernels").glob("*.py")),
 ]
 

@@ -117,19 +117,10 @@ def test_a_leaf_outside_a_forward_asks_for_a_plan():
         RoutedLinear(2, 3, 3)(torch.randn(4, 3))
 
 
-@pytest.mark.parametrize(
-    ("layer", "named"),
-    [
-        (nn.Conv2d(4, 4, 3, groups=2), "leaf.groups: got 2"),
-        (nn.Conv2d(4, 4, 3, dilation=2), "leaf.dilation"),
-        (nn.Conv2d(4, 4, 3, padding="same"), "leaf.padding: got 'same'"),
-        (nn.Conv1d(4, 4, 3), "leaf.kernel_size"),
-        (nn.Embedding(4, 4, padding_idx=0), "leaf.padding_idx"),
-    ],
-)
-def test_a_setting_without_a_routed_form_is_named(layer, named):
-    with pytest.raises(ValueError, match=named):
-        routed_twin("leaf", layer, 2, None, None)
+@pytest.mark.parametrize("layer", [nn.Conv2d(4, 4, 3, groups=2), nn.LayerNorm(4), nn.Embedding(4, 4)])
+def test_channels_are_pruned_only_where_a_kernel_has_widths(layer):
+    with pytest.raises(ValueError, match="module 'leaf': got .*; expected a layer whose channels can be pruned"):
+        routed_twin("leaf", layer, 2, LiveAxis((4, 2)), None)
 
 
 def test_a_convolution_keeps_its_weight_channel_innermost_wherever_it_goes(plan, tmp_path):
