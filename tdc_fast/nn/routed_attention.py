@@ -156,4 +156,4 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """A mask to add to scores: -inf where a boolean one is True."""
     if mask.dtype != torch.bool:
         return mask.to(dtype)
-    return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, float("-inf"))
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, -math.inf)
