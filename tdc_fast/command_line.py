@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from tdc_fast.entry import INTERRUPTED
-from tdc_fast.errors import invalid, require
+from tdc_fast.errors import invalid, is_out_of_memory, require
 from tdc_fast.runs.denoisers import TrainedDenoiser, from_checkpoint, from_run, refuse_mismatch, stored_facts
 from tdc_fast.runs.directory import default_directory
 from tdc_fast.runs.limits import check_limits, check_path
@@ -63,7 +63,7 @@ def run_command(command: Callable[[list[str]], None], argv: Sequence[str] | None
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         what = (str(error) or "Python's allocator failed").splitlines()[0][:160]
         print(f"error: {_OUT_OF_MEMORY.format(what)}", file=sys.stderr)
@@ -72,12 +72,6 @@ def run_command(command: Callable[[list[str]], None], argv: Sequence[str] | None
         print(str(interrupt) or stopped, file=sys.stderr)
         return INTERRUPTED
     return 0
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Whether an allocator failed: Python's, numpy's or torch's, on the CPU or a GPU."""
-    words = ("out of memory", "not enough memory", "allocate memory")
-    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
 @contextlib.contextmanager

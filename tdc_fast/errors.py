@@ -1,4 +1,4 @@
-"""How tdc_fast reports a bad argument and a missing optional package."""
+"""How tdc_fast reports a bad argument and a missing optional package, and how memory that ran out is told."""
 
 from __future__ import annotations
 
@@ -64,6 +64,12 @@ def _pieces(value: object) -> Iterator[str]:
         yield f"an integer of {value.bit_length()} bits"  # Python refuses to print the longest
     else:
         yield repr(value)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocator failed: Python's, numpy's or torch's, on the CPU or a GPU."""
+    words = ("out of memory", "not enough memory", "allocate memory")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
 def require(module: str, extra: str) -> ModuleType:

@@ -14,10 +14,10 @@ ROOT = Path(__file__).resolve().parent.parent
 # Top to bottom. Rooms of one line do not import each other.
 ROOMS = (
     ("__main__",),
-    ("train", "prune", "sample", "evaluate", "nll", "demo"),
+    ("train", "prune", "sample", "serve", "evaluate", "nll", "demo"),
     ("command_line",),
     ("experiments",),
-    ("report",),
+    ("report", "serving"),
     ("training", "evaluation"),
     ("runs",),
     ("data", "grouping", "pruning"),

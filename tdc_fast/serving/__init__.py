@@ -1,0 +1,33 @@
+"""Serving: an engine whose requests are all at different steps, one routed forward per step."""
+
+from tdc_fast.serving.engine import Engine
+from tdc_fast.serving.failures import (
+    Cancelled,
+    Diverged,
+    EngineClosed,
+    Expired,
+    Overloaded,
+    RequestFailed,
+    StepFailed,
+)
+from tdc_fast.serving.generation import Generation
+from tdc_fast.serving.live import Policy
+from tdc_fast.serving.request import Preview, Request, Result
+from tdc_fast.serving.statistics import Statistics
+
+__all__ = [
+    "Cancelled",
+    "Diverged",
+    "Engine",
+    "EngineClosed",
+    "Expired",
+    "Generation",
+    "Overloaded",
+    "Policy",
+    "Preview",
+    "Request",
+    "RequestFailed",
+    "Result",
+    "Statistics",
+    "StepFailed",
+]

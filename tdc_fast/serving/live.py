@@ -1,0 +1,139 @@
+"""A request in the engine: where it stands, and which of the waiting ones go next."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tdc_fast.diffusion.trajectory import Trajectory
+from tdc_fast.serving.failures import RequestFailed
+from tdc_fast.serving.generation import Generation
+from tdc_fast.serving.request import Request
+
+PolicyName = Literal["fifo", "shortest"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A trajectory in the form that batches read.
+
+    Attributes:
+        timesteps: int64 (S,).
+        weights: float32 (8, S).
+        experts: the expert of every timestep, int64 (S,); zeros without groups.
+        draws_noise: see `Trajectory`.
+        remembers: see `Trajectory`.
+    """
+
+    timesteps: np.ndarray
+    weights: np.ndarray
+    experts: np.ndarray
+    draws_noise: bool
+    remembers: bool
+
+    @classmethod
+    def of(cls, trajectory: Trajectory, expert_of: Callable[[Tensor], Tensor]) -> Plan:
+        """The plan of a trajectory; `expert_of` maps timesteps to experts."""
+        return cls(
+            trajectory.timesteps.numpy(),
+            trajectory.weights.to(torch.float32).numpy(),
+            expert_of(trajectory.timesteps).numpy(),
+            trajectory.draws_noise,
+            trajectory.remembers,
+        )
+
+
+@dataclass(eq=False)
+class LiveRequest:
+    """A request from admission to its end; belongs to the engine's thread, except for `given_up`.
+
+    Attributes:
+        request: what was asked for.
+        plan: its steps.
+        number: counts requests in the order of their arrival.
+        arrived: the engine's step at which it arrived.
+        submitted: when, on the monotonic clock.
+        deadline: when it expires, on the same clock.
+        position: steps done.
+        started: when its first step began; None before.
+        given_up: the caller wants it no more.
+        generator: where its noise comes from; None before the first step.
+        labels: the classes of its images, int64 (M,), once it has begun.
+        x: its images between two steps in which it takes part; None while a batch holds them, and before the first.
+        last_x0: likewise, the x0 of its last step.
+    """
+
+    request: Request
+    plan: Plan
+    number: int
+    arrived: int
+    submitted: float = field(default_factory=time.monotonic)
+    position: int = 0
+    started: float | None = None
+    given_up: bool = False
+    generator: torch.Generator | None = None
+    labels: Tensor | None = None
+    x: Tensor | None = None
+    last_x0: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        timeout = self.request.timeout
+        self.deadline = math.inf if timeout is None else self.submitted + timeout
+        self.is_guided = self.request.guidance_scale != 1
+        self.rows = rows_of(self.request)
+        self.generation: Generation
+
+    @property
+    def remaining(self) -> int:
+        """Steps to do."""
+        return self.plan.timesteps.size - self.position
+
+    def fail(self, failure: RequestFailed) -> None:
+        """End it without images."""
+        self.generation.finish(failure)
+
+
+def rows_of(request: Request) -> int:
+    """Places in a batch that a request takes: two for each guided image."""
+    return request.num_images * (2 if request.guidance_scale != 1 else 1)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Who goes first when not all fit into the batch. The order is decided anew before every step.
+
+    fifo: who came first. shortest: who has the fewest steps to do, where each `patience` engine steps of age count as
+    one step less. Either way a request's rank depends on its own steps and arrival alone, and whoever is first takes
+    part in every step. So it ends, and only a bounded number of later requests can ever go before it.
+
+    Attributes:
+        name: "fifo" or "shortest".
+        patience: engine steps of waiting that weigh as much as one step to do.
+    """
+
+    name: PolicyName = "fifo"
+    patience: float = 4.0
+
+    def rank(self, live: LiveRequest) -> tuple[float, int]:
+        """Lower goes first."""
+        if self.name == "fifo":
+            return 0.0, live.number
+        return live.remaining + live.arrived / self.patience, live.number
+
+    def choose(self, waiting: Sequence[LiveRequest], places: int) -> list[LiveRequest]:
+        """Who takes part in a step of so many places: in order of rank, whoever still fits."""
+        chosen = []
+        for live in sorted(waiting, key=self.rank):
+            if live.rows <= places:
+                chosen.append(live)
+                places -= live.rows
+            if not places:
+                break
+        return chosen

@@ -1,0 +1,371 @@
+"""Admission, order, cancellation, deadlines, failures and shutdown of an engine."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from tdc_fast.serving import (
+    Cancelled,
+    Diverged,
+    Engine,
+    EngineClosed,
+    Expired,
+    Overloaded,
+    Policy,
+    Preview,
+    Request,
+    RequestFailed,
+    Result,
+    StepFailed,
+)
+from tdc_fast.serving.live import LiveRequest, Plan
+from tests.serving.models import CLASSES, SHAPE, Scripted, experts, process
+
+
+def engine_of(model: Scripted, **options) -> Engine:
+    return Engine(model, process(), SHAPE, deterministic=False, **{"max_batch": 4, **options})
+
+
+def live(number: int, steps: int, *, arrived: int = 0, images: int = 1) -> LiveRequest:
+    plan = Plan(np.zeros(steps, np.int64), np.zeros((8, steps)), np.zeros(steps, np.int64), False, False)
+    return LiveRequest(Request(num_images=images, steps=steps), plan, number, arrived)
+
+
+def steps_until_done(policy: Policy, *, rounds: int = 2000) -> int | None:
+    """When a request of 50 steps is done, in an engine of one place that gets another short request every step."""
+    long = live(0, 50)
+    waiting = [long]
+    for step in range(rounds):
+        waiting.append(live(step + 1, 1, arrived=step))
+        for chosen in policy.choose(waiting, 1):
+            chosen.position += 1
+            if not chosen.remaining:
+                waiting.remove(chosen)
+        if long not in waiting:
+            return step
+    return None
+
+
+def test_no_request_starves_under_an_endless_stream_of_shorter_ones():
+    assert steps_until_done(Policy("fifo")) == 49
+    patience = 4.0
+    done = steps_until_done(Policy("shortest", patience))
+    # What came while its remaining steps weighed more than their age goes before it, and nothing else.
+    assert done is not None and 50 < done <= patience * 50 + 50
+    assert steps_until_done(Policy("shortest", float("inf"))) is None
+
+
+def test_shortest_goes_first_and_fifo_does_not_overtake():
+    waiting = [live(0, 30), live(1, 5), live(2, 10)]
+    assert [one.number for one in Policy("shortest").choose(waiting, 2)] == [1, 2]
+    assert [one.number for one in Policy("fifo").choose(waiting, 2)] == [0, 1]
+
+
+def test_places_that_the_next_in_turn_cannot_use_go_to_a_smaller_one_but_not_its_turn():
+    waiting = [live(0, 9, images=3), live(1, 9, images=2), live(2, 9)]
+    assert [one.number for one in Policy().choose(waiting, 4)] == [0, 2]
+    waiting.append(live(3, 9, images=3))
+    waiting.pop(0)
+    assert [one.number for one in Policy().choose(waiting, 4)] == [1, 2]
+
+
+def test_a_batch_that_would_fill_little_of_its_size_leaves_the_last_ones_for_later():
+    model = Scripted()
+    engine = engine_of(model, max_batch=8, sizes=(1, 4, 8), min_fill=0.75)
+    for seed in range(5):
+        engine.submit(Request(seed=seed, steps=2))
+    with engine:
+        pass
+    assert model.calls == [4, 4, 1, 1]  # five in eight places is less than three quarters
+    assert engine.statistics.padding == 0
+
+
+@pytest.fixture
+def held():
+    """An engine of two places whose model waits: one request is in the model, nothing else has begun."""
+    model = Scripted()
+    model.gate.clear()
+    engine = engine_of(model, max_batch=2, max_queue=3)
+    engine.start()
+    running = engine.submit(Request(steps=5))
+    assert model.reached.wait(60)
+    yield engine, model, running
+    model.gate.set()
+    engine.close(drain=False)
+
+
+def test_more_than_may_wait_is_refused_with_the_time_to_come_back(held):
+    engine, model, running = held
+    taken = [engine.submit(Request(seed=seed, steps=5)) for seed in range(3)]
+    with pytest.raises(Overloaded, match=r"3 requests are waiting, and no more may \(max_queue\)") as refused:
+        engine.submit(Request(steps=5))
+    assert refused.value.retry_after >= 1
+    assert engine.load() == {"waiting": 3, "running": 1}
+    model.gate.set()
+    assert all(one.result(60).samples.shape == (1, *SHAPE) for one in [running, *taken])
+    assert engine.statistics.outcomes == {"completed": 4, "overloaded": 1}
+
+
+def test_images_that_memory_has_no_room_for_are_refused():
+    engine = engine_of(Scripted(), max_memory=4 * 64 * 6 * 5)
+    engine.submit(Request(num_images=4, steps=2))
+    with pytest.raises(Overloaded, match=r"4 images are waiting or being drawn, and at most 5 may \(max_memory\)"):
+        engine.submit(Request(num_images=2, steps=2))
+    engine.submit(Request(num_images=1, steps=2))
+    engine.close()
+
+
+def test_a_request_that_is_given_up_leaves_at_the_next_step_waiting_or_running(held):
+    engine, model, running = held
+    waiting, other = engine.submit(Request(steps=5)), engine.submit(Request(seed=1, steps=3))
+    for one in (running, waiting):
+        one.cancel()
+        one.cancel()
+    model.gate.set()
+    for one in (running, waiting):
+        with pytest.raises(Cancelled, match="given up"):
+            one.result(60)
+    assert other.result(60).samples.isfinite().all()
+    other.cancel()  # too late, and no harm
+    assert model.calls == [1] * 4, "one step with the first, three with the last"
+    assert engine.load() == {"waiting": 0, "running": 0}
+
+
+def test_a_request_whose_time_is_over_fails_and_says_how_far_it_was(held):
+    engine, model, running = held
+    late = engine.submit(Request(steps=5, timeout=0.05))
+    time.sleep(0.1)
+    model.gate.set()
+    with pytest.raises(Expired, match=r"0 of 5 steps were done when the 0\.05 s of the request were over"):
+        late.result(60)
+    assert isinstance(running.result(60), Result)
+
+
+def test_a_step_that_runs_out_of_memory_fails_its_requests_and_halves_the_batch():
+    def before(call: int, rows: int) -> None:
+        if rows > 2:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    model = Scripted(before)
+    engine = engine_of(model)
+    first = [engine.submit(Request(seed=seed, steps=3)) for seed in range(4)]
+    later = [engine.submit(Request(seed=seed, steps=3)) for seed in range(4, 7)]
+    with engine:
+        for one in first:
+            with pytest.raises(StepFailed, match="4 places ran out of memory, and batches are smaller from now on"):
+                one.result(60)
+        assert all(one.result(60).samples.isfinite().all() for one in later)
+        assert engine.places == 2 and model.calls[0] == 4 and max(model.calls[1:]) == 2
+        with pytest.raises(StepFailed, match="needs 3 places in a batch; since memory ran out there are 2"):
+            engine.submit(Request(num_images=3, steps=3))
+    assert engine.statistics.failed_steps == 1
+    assert engine.statistics.outcomes == {"completed": 3, "step_failed": 5}
+
+
+def test_a_request_that_waited_and_is_too_large_since_memory_ran_out_fails():
+    def before(call: int, rows: int) -> None:
+        if call == 1:
+            raise MemoryError
+
+    engine = engine_of(Scripted(before))
+    first, large, small = (engine.submit(Request(num_images=n, steps=2)) for n in (4, 4, 1))
+    with engine:
+        for one in (first, large):
+            with pytest.raises(StepFailed):
+                one.result(60)
+        assert small.result(60).samples.shape[0] == 1
+
+
+def test_any_other_error_in_a_step_fails_its_requests_alone():
+    def before(call: int, rows: int) -> None:
+        if call == 2:
+            raise ZeroDivisionError("by design\nwith details")
+
+    model = Scripted(before)
+    engine = engine_of(model, max_batch=2)
+    first = [engine.submit(Request(seed=seed, steps=3)) for seed in range(2)]
+    later = engine.submit(Request(seed=2, steps=3))
+    with engine:
+        for one in first:
+            with pytest.raises(StepFailed, match="^a step raised ZeroDivisionError: by design$"):
+                one.result(60)
+        assert later.result(60).samples.isfinite().all() and engine.places == 2
+
+
+def test_images_that_are_no_numbers_are_an_error():
+    class Diverging(Scripted):
+        def forward(self, x, t):
+            return super().forward(x, t) * float("nan")
+
+    with engine_of(Diverging()) as engine, pytest.raises(Diverged, match="infinities or NaN"):
+        engine.submit(Request(steps=2)).result(60)
+
+
+def test_a_preempted_request_goes_on_where_it_was():
+    """Short requests come while a long one runs; its images are those of an engine of its own."""
+    for sampler in ("ddpm", "dpm++2m"):
+        request = Request(steps=20, sampler=sampler, seed=3)
+        with engine_of(Scripted()) as engine:
+            expected = engine.submit(request).result(60).samples
+        policy = Policy("shortest", patience=1000.0)
+        model = Scripted(lambda call, rows: time.sleep(0.002))
+        with engine_of(model, max_batch=1, policy=policy) as engine:
+            long = engine.submit(request)
+            order = []
+            for seed in range(3):
+                time.sleep(0.01)
+                order.append(engine.submit(Request(seed=seed, steps=2)).result(60))
+                assert not long.done()
+            assert torch.equal(long.result(60).samples, expected)
+
+
+def test_closing_finishes_what_is_live_and_takes_nothing_new(held):
+    engine, model, running = held
+    waiting = engine.submit(Request(steps=2))
+
+    import threading
+
+    closing = threading.Thread(target=engine.close)
+    closing.start()
+    while engine.is_running:
+        time.sleep(0.001)
+    with pytest.raises(EngineClosed, match="shutting down"):
+        engine.submit(Request(steps=2))
+    model.gate.set()
+    assert all(isinstance(one.result(60), Result) for one in (running, waiting))
+    closing.join(60)
+    assert not closing.is_alive()
+
+
+def test_closing_without_draining_fails_what_is_live_with_a_reason(held):
+    engine, model, running = held
+    waiting = engine.submit(Request(steps=2))
+    model.before = lambda call, rows: time.sleep(0.05)
+    model.gate.set()
+    engine.close(drain=False)
+    for one in (running, waiting):
+        with pytest.raises(EngineClosed, match="closed before the images were done"):
+            one.result(0)
+
+
+def test_a_close_that_takes_too_long_fails_what_is_left():
+    engine = engine_of(Scripted(lambda call, rows: time.sleep(0.02)))
+    with engine:
+        slow = engine.submit(Request(steps=40))
+        engine.close(timeout=0.1)
+        with pytest.raises(EngineClosed):
+            slow.result(0)
+
+
+def test_an_engine_that_was_never_started_fails_its_requests_when_it_is_closed():
+    engine = engine_of(Scripted())
+    never = engine.submit(Request(steps=2))
+    engine.close()
+    with pytest.raises(EngineClosed, match="before it was started"):
+        never.result(0)
+
+
+def test_previews_come_every_k_steps_and_end_with_the_request():
+    with engine_of(Scripted()) as engine:
+        generation = engine.submit(Request(num_images=2, steps=7, preview_every=3))
+        previews = list(generation.previews())
+        assert [(p.step, p.steps) for p in previews] == [(3, 7), (6, 7)]
+        assert all(p.images.dtype == torch.uint8 and p.images.shape == (2, *SHAPE) for p in previews)
+        assert list(generation.previews()) == previews[-1:]  # whoever comes late sees the last one
+
+
+def test_asyncio_callers_await_stream_and_give_up():
+    model = Scripted(lambda call, rows: time.sleep(0.001))
+
+    async def main(engine: Engine) -> None:
+        results = await asyncio.gather(*(engine.generate(Request(seed=seed, steps=4)) for seed in range(6)))
+        assert len({result.samples.sum().item() for result in results}) == 6
+        events = [event async for event in engine.stream(Request(steps=6, preview_every=2))]
+        assert [getattr(event, "step", None) for event in events] == [2, 4, None]
+        assert isinstance(events[-1], Result)
+
+        task = asyncio.create_task(engine.generate(Request(steps=40)))
+        await asyncio.sleep(0.02)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        stream = engine.stream(Request(steps=40, preview_every=1))
+        assert isinstance(await anext(stream), Preview)
+        await stream.aclose()
+        while engine.load() != {"waiting": 0, "running": 0}:
+            await asyncio.sleep(0.005)
+        with pytest.raises(Expired):
+            await engine.generate(Request(steps=40, timeout=0.001))
+
+    with engine_of(model) as engine:
+        asyncio.run(asyncio.wait_for(main(engine), 60))
+    assert engine.statistics.outcomes == {"completed": 7, "cancelled": 2, "expired": 1}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_images": 0}, "num_images: got 0; expected at least 1"),
+        ({"num_images": 5}, "num_images: got 5; expected at most 4"),
+        ({"num_images": 3, "guidance_scale": 2.0}, "num_images: got 3; expected at most 2 with guidance"),
+        ({"seed": -1}, "seed: got -1"),
+        ({"steps": 0}, "steps: got 0; expected 1 to 40 steps"),
+        ({"steps": 41}, "steps: got 41; expected 1 to 40 steps"),
+        ({"sampler": "euler"}, "sampler: got 'euler'"),
+        ({"eta": -1.0}, "eta: got -1.0"),
+        ({"label": 5}, "label: got 5; expected classes that the model was trained on: 0 to 4"),
+        ({"guidance_scale": -1.0}, "guidance_scale: got -1.0"),
+        ({"preview_every": -1}, "preview_every: got -1"),
+        ({"timeout": 0.0}, "timeout: got 0.0"),
+    ],
+)
+def test_what_a_model_or_an_engine_cannot_serve_is_refused_by_the_name_of_the_field(fields, message):
+    engine = Engine(experts(), process(), SHAPE, max_batch=4, classes=CLASSES, num_classes=6, null_class=5)
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        engine.submit(Request(**{"steps": 4, **fields}))
+    assert engine.load()["waiting"] == 0
+
+
+def test_classes_and_guidance_of_a_model_that_has_none_are_refused():
+    engine = engine_of(Scripted())
+    with pytest.raises(ValueError, match="label: got 1; expected none"):
+        engine.submit(Request(label=1, steps=2))
+    with pytest.raises(ValueError, match=r"guidance_scale: got 2\.0; expected 1, as the model has no classes"):
+        engine.submit(Request(guidance_scale=2.0, steps=2))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_batch": 0}, "max_batch: got 0"),
+        ({"max_queue": 0}, "max_queue: got 0"),
+        ({"max_memory": 0}, "max_memory: got 0"),
+        ({"sizes": (4, 2)}, "sizes: got"),
+        ({"sizes": (0, 2)}, "sizes: got"),
+        ({"min_fill": 2}, "min_fill: got 2"),
+        ({"null_class": 0}, "null_class: got 0; expected none"),
+    ],
+)
+def test_options_that_make_no_engine_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        engine_of(Scripted(), **options)
+
+
+def test_statistics_add_up():
+    with engine_of(Scripted()) as engine:
+        for one in [
+            engine.submit(Request(num_images=n, steps=s, seed=n)) for n, s in itertools.product((1, 3), (2, 5))
+        ]:
+            one.result(60)
+    s = engine.statistics
+    assert s.images == 8 and s.rows == 4 * (2 + 5) == s.expert_rows[0]
+    assert s.step_seconds.cumulative()[-1] == s.steps
+    assert s.latency_seconds.cumulative()[-1] == s.waiting_seconds.cumulative()[-1] == 4
+    assert 0 < s.forward_seconds < s.step_seconds.total
+    assert isinstance(EngineClosed("x"), RequestFailed)
