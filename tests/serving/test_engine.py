@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import threading
 import time
 
 import numpy as np
@@ -228,9 +229,6 @@ def test_a_preempted_request_goes_on_where_it_was():
 def test_closing_finishes_what_is_live_and_takes_nothing_new(held):
     engine, model, running = held
     waiting = engine.submit(Request(steps=2))
-
-    import threading
-
     closing = threading.Thread(target=engine.close)
     closing.start()
     while engine.is_running:
@@ -308,6 +306,11 @@ def test_asyncio_callers_await_stream_and_give_up():
     assert engine.statistics.outcomes == {"completed": 7, "cancelled": 2, "expired": 1}
 
 
+@pytest.fixture(scope="module")
+def guided_engine() -> Engine:
+    return Engine(experts(), process(), SHAPE, max_batch=4, classes=CLASSES, num_classes=6, null_class=5)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -325,11 +328,10 @@ def test_asyncio_callers_await_stream_and_give_up():
         ({"timeout": 0.0}, "timeout: got 0.0"),
     ],
 )
-def test_what_a_model_or_an_engine_cannot_serve_is_refused_by_the_name_of_the_field(fields, message):
-    engine = Engine(experts(), process(), SHAPE, max_batch=4, classes=CLASSES, num_classes=6, null_class=5)
+def test_what_a_model_or_an_engine_cannot_serve_is_refused_by_the_name_of_the_field(guided_engine, fields, message):
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
-        engine.submit(Request(**{"steps": 4, **fields}))
-    assert engine.load()["waiting"] == 0
+        guided_engine.submit(Request(**{"steps": 4, **fields}))
+    assert guided_engine.load()["waiting"] == 0
 
 
 def test_classes_and_guidance_of_a_model_that_has_none_are_refused():
@@ -359,9 +361,8 @@ def test_options_that_make_no_engine_are_refused(options, message):
 
 def test_statistics_add_up():
     with engine_of(Scripted()) as engine:
-        for one in [
-            engine.submit(Request(num_images=n, steps=s, seed=n)) for n, s in itertools.product((1, 3), (2, 5))
-        ]:
+        sizes = itertools.product((1, 3), (2, 5))
+        for one in [engine.submit(Request(num_images=images, steps=steps)) for images, steps in sizes]:
             one.result(60)
     s = engine.statistics
     assert s.images == 8 and s.rows == 4 * (2 + 5) == s.expert_rows[0]
