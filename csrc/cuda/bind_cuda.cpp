@@ -164,12 +164,12 @@ void bind_planners_of_convolutions(py::module_& module) {
 void take_norm(Keywords& keywords, NormArguments& arguments) {
   TAKE(x), TAKE(weight), TAKE(bias), TAKE(scale), TAKE(shift), TAKE(mean), TAKE(rstd), TAKE(offsets);
   TAKE(weight_index), TAKE(widths), TAKE(workspace);
-  TAKE_IF_GIVEN(scale_stride), TAKE_IF_GIVEN(shift_stride);
+  TAKE_IF_GIVEN(x2), TAKE_IF_GIVEN(scale_stride), TAKE_IF_GIVEN(shift_stride);
 }
 
 void take_norm_sizes(Keywords& keywords, NormArguments& arguments) {
   TAKE(dtype), TAKE(batch), TAKE(height), TAKE(width), TAKE(channels), TAKE(num_norm_groups), TAKE(eps), TAKE(silu);
-  TAKE(num_groups), TAKE(num_experts);
+  TAKE(num_groups), TAKE(num_experts), TAKE_IF_GIVEN(x2_channels);
 }
 
 void bind_planners_of_norms(py::module_& module) {
@@ -178,7 +178,7 @@ void bind_planners_of_norms(py::module_& module) {
     take_norm(keywords, arguments), take_norm_sizes(keywords, arguments);
   };
   const auto backward = [](Keywords& keywords, NormBackwardArguments& arguments) {
-    TAKE(dy), TAKE(dx), TAKE(dweight), TAKE(dbias), TAKE(dscale), TAKE(dshift);
+    TAKE(dy), TAKE(dx), TAKE(dweight), TAKE(dbias), TAKE(dscale), TAKE(dshift), TAKE_IF_GIVEN(dx2);
     take_norm(keywords, arguments), take_norm_sizes(keywords, arguments);
   };
   define<NormArguments>(module, "cuda_launches_group_norm_forward", "Launches of the routed group norm.", forward,

@@ -26,7 +26,7 @@ from tdc_fast.ops.layout import (
 from tdc_fast.ops.native import address, addresses
 
 name = "cuda"
-fuses = ()  # of what a call may fuse into reading its input
+fuses = ("x2",)  # of what a call may fuse into reading its input
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -37,6 +37,8 @@ def supports(problem: Problem) -> str | None:
     if problem.dtype not in _DTYPE_CODES:
         return f"it has float32, bfloat16 and float16, not {problem.dtype}"
     if isinstance(problem, ConvProblem):
+        if problem.fused:
+            return "its convolutions have one input of its final size"
         if problem.dtype == torch.float32 and not problem.tf32:
             return (
                 "its float32 convolution rounds products to tf32, which "
@@ -142,9 +144,10 @@ def _geometry(p: ConvProblem) -> dict[str, Any]:
 
 
 def _addresses(t: ConvTensors | NormTensors) -> dict[str, int]:
-    """Addresses by field name; kernels take one input."""
+    """Addresses by field name."""
     found = addresses(t)
-    del found["x2"]
+    if t.x2 is None:
+        del found["x2"]
     return found
 
 
@@ -220,7 +223,8 @@ def conv2d_wgrad(
 
 
 def _norm_sizes(p: NormProblem) -> dict[str, Any]:
-    return {
+    second = {"x2_channels": p.x2_channels} if p.x2_channels else {}
+    return second | {
         "dtype": _DTYPE_CODES[p.dtype],
         "batch": p.batch,
         "height": p.height,
@@ -237,7 +241,8 @@ def _norm_sizes(p: NormProblem) -> dict[str, Any]:
 def _norm_memory(p: NormProblem, t: NormTensors) -> tuple[NormTensors, dict[str, Any]]:
     """Returns the tensors in the memory order that kernels read, and the arguments that forward and backward share."""
     scale, shift = _rows(t.scale), _rows(t.shift)
-    t = t._replace(x=aligned(nhwc(t.x)), scale=None, shift=None)
+    x2 = None if t.x2 is None else aligned(nhwc(t.x2))
+    t = t._replace(x=aligned(nhwc(t.x)), x2=x2, scale=None, shift=None)
     t = dense(t)._replace(scale=scale, shift=shift)
     strides = {
         "scale_stride": 0 if scale is None else scale.stride(0),
@@ -281,9 +286,13 @@ def group_norm_backward(
         make(shape, dtype=p.dtype, device=dy.device) if wanted else None
         for shape, wanted in zip(shapes, mask[1:5], strict=True)
     )
-    dx = _empty_image(dy, p.batch, p.channels, p.height, p.width) if mask[0] else None
+    parts = (p.channels - p.x2_channels, p.x2_channels)
+    dx, dx2 = (
+        _empty_image(dy, p.batch, channels, p.height, p.width) if wanted else None
+        for channels, wanted in zip(parts, (mask[0], mask[5]), strict=True)
+    )
     if p.batch == 0:
-        return dx, dweight, dbias, dscale, dshift, None
+        return dx, dweight, dbias, dscale, dshift, dx2
     t, arguments = _norm_memory(p, t)
     dy, mean, rstd = aligned(nhwc(dy)), mean.contiguous(), rstd.contiguous()
     arguments |= {
@@ -296,7 +305,9 @@ def group_norm_backward(
         "dscale": address(dscale),
         "dshift": address(dshift),
     }
+    if dx2 is not None:
+        arguments["dx2"] = dx2.data_ptr()
     workspace = _workspace(native.module.cuda_group_norm_backward_workspace, p.device, arguments)
     planner = native.module.cuda_launches_group_norm_backward
     _run(planner, p.device, arguments | {"workspace": address(workspace)})
-    return dx, dweight, dbias, dscale, dshift, None
+    return dx, dweight, dbias, dscale, dshift, dx2

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from tdc_fast import _native, routed_group_norm
+from tdc_fast import _native, explain, routed_group_norm
 from tdc_fast.kernels.problems import NormTensors
 from tdc_fast.ops import cuda, cuda_launch
 from tdc_fast.ops.checks import norm_problem
@@ -29,7 +29,8 @@ pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 
 @contextmanager
 def emulator(facts: tuple[int, int, int] = ROOMY, schedule: int = 0, plant: str = "") -> Iterator[EmulatorLauncher]:
-    launcher = EmulatorLauncher(emulated("group_norm", *([plant] if plant else [])), schedule=schedule, facts=facts)
+    planted = emulated("group_norm", *([plant] if plant else []))
+    launcher = EmulatorLauncher(planted, emulated("group_norm_two"), schedule=schedule, facts=facts)
     with cuda_launch.use_launcher(launcher):
         yield launcher
 
@@ -51,7 +52,7 @@ def some_case(**changes: Any) -> NormCase:
 
 
 def routed(case: NormCase, tensors: dict[str, Tensor], backend: str = "cuda") -> Tensor:
-    extras = {name: tensors.get(name) for name in ("scale", "shift")}
+    extras = {name: tensors.get(name) for name in ("scale", "shift", "x2")}
     arguments = case.settings() | extras | {"backend": backend}
     return routed_group_norm(tensors["x"], tensors["weight"], tensors["bias"], case.routing.plan(), **arguments)
 
@@ -85,10 +86,12 @@ def has_gradient(case: NormCase) -> bool:
 
 
 @every_dtype
-@pytest.mark.parametrize("facts", [ROOMY, TIGHT], ids=["roomy", "tight"])
-def test_any_problem_is_as_accurate_as_torch(dtype: str, facts: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize(
+    ("facts", "two"), [(ROOMY, False), (TIGHT, False), (TIGHT, True)], ids=["roomy", "tight", "two"]
+)
+def test_any_problem_is_as_accurate_as_torch(dtype: str, facts: tuple[int, int, int], two: bool) -> None:
     @settings(max_examples=6 if SANITIZED else 14, deadline=None, derandomize=True)
-    @given(case=norm_cases().filter(has_gradient))
+    @given(case=norm_cases(fused=two).filter(has_gradient))
     def check(case: NormCase) -> None:
         launcher.schedule = SCHEDULES[case.seed % len(SCHEDULES)]
         assert_matches_torch(case, DTYPES[dtype])
@@ -99,6 +102,7 @@ def test_any_problem_is_as_accurate_as_torch(dtype: str, facts: tuple[int, int, 
 
 SIXTEEN_BYTES = {"channels": 32, "num_groups": 4}  # whole vectors in every dtype
 STRADDLING = {"channels": 24, "num_groups": 8, "widths": (24, 3, 9, 15)}  # live channels end within a vector
+SEAM = {"channels": 48, "num_groups": 4, "x2_channels": 16, "widths": (48, 12, 24, 36)}  # in the third norm group
 ODD = {"channels": 15, "num_groups": 5, "widths": (15, 0, 3, 9)}
 WHOLE = ["whole", "backward_whole"]
 RUNS = ["partial", "apply", "backward_partial", "backward_apply"]
@@ -110,6 +114,9 @@ PATHS = {
     "runs with dead channels": (STRADDLING | {"size": (17, 13)}, TIGHT, "vector", RUNS),
     "single channels": (ODD, ROOMY, "scalar", RUNS),
     "runs of single channels": (ODD | {"size": (29, 19)}, ROOMY, "scalar", RUNS),
+    "two inputs": (SEAM, ROOMY, "vector_two", WHOLE),
+    "runs of two inputs": (SEAM | {"size": (17, 13)}, TIGHT, "vector_two", RUNS),
+    "single channels of two inputs": (ODD | {"x2_channels": 7}, ROOMY, "scalar_two", RUNS),
 }
 
 
@@ -185,8 +192,11 @@ def test_many_groups_of_few_experts() -> None:
 
 @every_dtype
 @pytest.mark.parametrize("facts", [ROOMY, TIGHT], ids=["whole", "runs"])
-def test_everything_past_the_widths_is_exactly_zero(dtype: str, facts: tuple[int, int, int]) -> None:
-    case = some_case(**STRADDLING, size=(17, 13), routing=Routing((0, 2, 2, 1, 3), 4, 4, None))
+@pytest.mark.parametrize("changes", [STRADDLING, SEAM], ids=["one input", "two inputs"])
+def test_everything_past_the_widths_is_exactly_zero(
+    changes: dict[str, Any], dtype: str, facts: tuple[int, int, int]
+) -> None:
+    case = some_case(**changes, size=(17, 13), routing=Routing((0, 2, 2, 1, 3), 4, 4, None))
     tensors = case.tensors(DTYPES[dtype])
     with torch.no_grad():
         for group, expert, _, _ in case.routing.segments():  # each expert serves one group here
@@ -195,6 +205,8 @@ def test_everything_past_the_widths_is_exactly_zero(dtype: str, facts: tuple[int
     with emulator(facts):
         values = gradients(case, routed(case, tensors), tensors, dead=float("nan"))
     assert not any(value.isnan().any() for value in values.values())
+    if case.x2_channels:
+        values["dx"] = torch.cat([values["dx"], values["dx2"]], dim=1)
     for group, expert, start, stop in case.routing.segments():
         live = case.widths[group]
         dead = [values[name][start:stop, live:] for name in ("y", "dx", "dscale", "dshift")]
@@ -232,9 +244,10 @@ def test_a_large_mean_costs_no_accuracy(mean: float, facts: tuple[int, int, int]
 
 
 @pytest.mark.parametrize("facts", [ROOMY, TIGHT], ids=["whole", "runs"])
-@pytest.mark.parametrize("wanted", ["x", "weight", "bias", "scale", "shift"])
+@pytest.mark.parametrize("wanted", ["x", "weight", "bias", "scale", "shift", "x of two", "x2 of two"])
 def test_each_gradient_alone_is_the_one_among_all(wanted: str, facts: tuple[int, int, int]) -> None:
-    case = some_case(size=(17, 13))
+    wanted, *two = wanted.split(" of ")
+    case = some_case(size=(17, 13), **(SEAM if two else {}))
     tensors = case.tensors(torch.bfloat16)
     with emulator(facts):
         every = gradients(case, routed(case, tensors), tensors)
@@ -261,19 +274,21 @@ def test_scale_and_shift_may_be_halves_of_one_tensor_or_one_row_for_all() -> Non
         )
 
 
-def test_group_numbers_that_make_no_sense_stay_within_bounds() -> None:
+@pytest.mark.parametrize("x2_channels", [0, 12])
+def test_group_numbers_that_make_no_sense_stay_within_bounds(x2_channels: int) -> None:
     """They are never read back to be checked, so no values may lead outside a tensor (the sanitizers check that)."""
-    case, plan = some_case(), some_case().routing.plan()
-    x, weight, bias, scale, shift = (t.detach() for t in case.tensors(torch.float32).values())
+    case, plan = some_case(x2_channels=x2_channels), some_case().routing.plan()
+    x, weight, bias, scale, shift, *x2 = (t.detach() for t in case.tensors(torch.float32).values())
     widths = torch.tensor([10**6, -5, 7, 31], dtype=torch.int32)
     for offsets, index in ((plan.offsets * 1000 - 7, plan.weight_index), (plan.offsets, plan.weight_index * 99 - 50)):
-        tensors = NormTensors(x, weight, bias, offsets, index, widths, scale, shift)
+        tensors = NormTensors(x, weight, bias, offsets, index, widths, scale, shift, *x2)
         problem = norm_problem("routed_group_norm", tensors, case.num_groups, 1e-5, True)
         with emulator():
             y, mean, rstd = cuda.group_norm(problem, tensors)
-            everything = (True, True, True, True, True, False)
-            *grads, _ = cuda.group_norm_backward(problem, x, mean, rstd, tensors, everything)
-        assert [y.shape, *(g.shape for g in grads)] == [x.shape, *(t.shape for t in (x, weight, bias, scale, shift))]
+            everything = (True, True, True, True, True, bool(x2))
+            grads = cuda.group_norm_backward(problem, torch.ones_like(y), mean, rstd, tensors, everything)
+        shapes = [t.shape for t in (x, weight, bias, scale, shift, *x2)]
+        assert y.shape[1] == case.channels and [g.shape for g in grads if g is not None] == shapes
 
 
 PLANTED = {
@@ -283,6 +298,16 @@ PLANTED = {
     "NORM_ALL_RUNS_ALIKE": "the last, shorter run of pixels weighed like the others",
     "NORM_DROPS_LAST_RUN": "the sums of the last run of pixels left out",
 }
+
+
+def test_two_inputs_are_read_where_they_are() -> None:
+    case = some_case(**SEAM)
+    t = case.tensors(torch.bfloat16)
+    with emulator():
+        said = explain(
+            routed_group_norm, t["x"], t["weight"], t["bias"], case.routing.plan(), **case.settings(), x2=t["x2"]
+        )
+    assert said.reasons["cuda"] is None and "cuda" not in said.copies
 
 
 @plain_only

@@ -22,6 +22,9 @@ CASES: list[ConvCase | NormCase] = [
     conv(THREE, (64, 64), (5, 1), filter=(1, 1), padding=(0, 0)),
     norm(THREE, 24, 6, (7, 5), widths=(24, 8, 12)),
     norm(THREE, 64, 2, (48, 48)),
+    norm(THREE, 48, 4, (7, 5), widths=(48, 24, 36), x2_channels=16),
+    norm(THREE, 64, 2, (48, 48), x2_channels=24),
+    norm(THREE, 15, 5, (7, 5), widths=(15, 3, 6), x2_channels=7),
 ]
 
 

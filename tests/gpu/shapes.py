@@ -88,6 +88,9 @@ NORM_CASES: dict[str, NormCase] = {
         Routing((0, 2, 2, 1, 0, 2), 3, 2, (1, 0, 1)), 32, 8, (6, 6), widths=(8, 32, 24)
     ),
     "two inputs, seam in a norm group": norm(UNEVEN, 384, 32, (16, 16), x2_channels=128),
+    "two inputs, more than shared memory holds": norm(
+        Routing((0, 1), 2, 2, None), 64, 2, (48, 48), x2_channels=24, widths=(64, 32)
+    ),
     "two inputs, odd seam": norm(THREE, 15, 5, (7, 5), widths=(15, 3, 6), x2_channels=7),
     "a strided input": norm(THREE, 32, 8, (6, 6), layout="strided"),
 }

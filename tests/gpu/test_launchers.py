@@ -14,8 +14,13 @@ from tests.emulator.harness import EmulatorLauncher, emulated
 from tests.gpu.problems import Target, gradients, moved, on_device, routed, upstream
 from tests.gpu.shapes import CONV_CASES, NORM_CASES
 
-CASES = {"conv": CONV_CASES["widths"], "strided conv": CONV_CASES["stride 2"], "norm": NORM_CASES["widths"]}
-FAMILIES = {"conv": ("conv_forward", "conv_dgrad", "conv_wgrad"), "norm": ("group_norm",)}
+CASES = {
+    "conv": CONV_CASES["widths"],
+    "strided conv": CONV_CASES["stride 2"],
+    "norm": NORM_CASES["widths"],
+    "norm of two inputs": NORM_CASES["two inputs, odd seam"],
+}
+FAMILIES = {"conv": ("conv_forward", "conv_dgrad", "conv_wgrad"), "norm": ("group_norm", "group_norm_two")}
 
 
 def both(device: str, operator: str) -> tuple[Any, Any]:

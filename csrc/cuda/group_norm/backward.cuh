@@ -73,16 +73,17 @@ struct ChannelCoefficients {
 };
 
 // Sums of dz and dz * d per channel over the block's pixels; x and dy stay in the tiles when kKeep.
-template <class T, int V, bool kKeep>
+template <class T, int V, bool kTwo, bool kKeep>
 __device__ __forceinline__ void sum_grads(const GroupNormParams& p, const NormBlock& block, const NormThread& thread,
                                           const BackwardArrays& arrays, T* x_tile, T* dy_tile, float* row_sums) {
   constexpr int kLoads = V == 1 ? 4 : 2;  // in flight per thread and tensor
-  const T* x = activations<T>(p, block, p.x);
+  Input<const T, kTwo> x(p, block, p.x);
   const T* dy = activations<T>(p, block, p.dy);
   for (int strip = 0; strip < block.channels; strip += thread.lanes * V) {
     const int c = strip + thread.lane * V, live = clamped(block.live - c, 0, V);
     float sum[2][V] = {};
     if (live > 0) {
+      x.choose(p, block, c, p.x, p.x2);
       const ChannelCoefficients<V> of(arrays, c);
       for (int first = thread.row; first < block.pixels; first += kLoads * thread.rows) {
         Lanes<T, V> x_lanes[kLoads], dy_lanes[kLoads];
@@ -92,7 +93,7 @@ __device__ __forceinline__ void sum_grads(const GroupNormParams& p, const NormBl
           x_lanes[u].clear();
           dy_lanes[u].clear();
           if (pixel >= block.pixels) continue;
-          x_lanes[u].load(x + static_cast<long long>(pixel) * p.channels + c);
+          x_lanes[u].load(x.at(p, pixel, c));
           dy_lanes[u].load(dy + static_cast<long long>(pixel) * p.channels + c);
         }
 #pragma unroll
@@ -196,16 +197,20 @@ __device__ __forceinline__ void finish_grads(const GroupNormParams& p, const Nor
 }
 
 // Writes dx for the block's pixels, from the tiles or from x and dy themselves; zeros for dead channels.
-template <class T, int V, bool kFromTile>
+template <class T, int V, bool kTwo, bool kFromTile>
 __device__ __forceinline__ void input_grads(const GroupNormParams& p, const NormBlock& block, const NormThread& thread,
                                             const BackwardArrays& arrays, const T* x_tile, const T* dy_tile) {
-  constexpr int kLoads = V == 1 ? 4 : 2;  // in flight per thread and tensor
-  const T* x = activations<T>(p, block, p.x);
+  // In flight per thread and tensor; more would spill registers.
+  constexpr int kLoads = V == 1 ? 4 : V == 4 && kTwo && !kFromTile ? 1 : 2;
+  Input<const T, kTwo> x(p, block, p.x);
   const T* dy = activations<T>(p, block, p.dy);
-  T* dx = activations<T>(p, block, p.dx);
+  Input<T, kTwo> dx(p, block, p.dx);
   for (int strip = 0; strip < block.channels; strip += thread.lanes * V) {
     const int c = strip + thread.lane * V, live = clamped(block.live - c, 0, V);
     if (c >= block.channels) break;
+    x.choose(p, block, c, p.x, p.x2);
+    dx.choose(p, block, c, p.dx, p.dx2);
+    if (kTwo && !dx.first) continue;  // the gradient of the other part is wanted
     const ChannelCoefficients<V> of(arrays, c);
     float constant[V], centred[V];
 #pragma unroll
@@ -224,7 +229,7 @@ __device__ __forceinline__ void input_grads(const GroupNormParams& p, const Norm
         if (kFromTile) {
           x_lanes[u].load(x_tile + pixel * block.channels + c);
         } else {
-          x_lanes[u].load(x + static_cast<long long>(pixel) * p.channels + c);
+          x_lanes[u].load(x.at(p, pixel, c));
         }
         if (kFromTile && p.keeps_dy) {
           dy_lanes[u].load(dy_tile + pixel * block.channels + c);
@@ -249,13 +254,13 @@ __device__ __forceinline__ void input_grads(const GroupNormParams& p, const Norm
           x_value[i] = dy_value[i] * of.multiplier[i] - x_value[i] * centred[i] - constant[i];
         }
         x_lanes[u].pack_from(x_value);
-        x_lanes[u].store(dx + static_cast<long long>(pixel) * p.channels + c);
+        x_lanes[u].store(dx.at(p, pixel, c));
       }
     }
   }
 }
 
-template <class T, int V, NormStage kStage>
+template <class T, int V, bool kTwo, NormStage kStage>
 __device__ __forceinline__ void group_norm_backward(const GroupNormParams& p) {
   TDC_DYNAMIC_SHARED(shared);
   const NormThread thread(p);
@@ -267,7 +272,7 @@ __device__ __forceinline__ void group_norm_backward(const GroupNormParams& p) {
 
   backward_coefficients<T>(p, block, arrays);
   if (kStage != NormStage::kApply && block.live > 0) {
-    sum_grads<T, V, kStage == NormStage::kWhole>(p, block, thread, arrays, x_tile, dy_tile, row_sums);
+    sum_grads<T, V, kTwo, kStage == NormStage::kWhole>(p, block, thread, arrays, x_tile, dy_tile, row_sums);
   }
   if constexpr (kStage == NormStage::kPartial) {
     for (int c = threadIdx.x; c < block.live; c += blockDim.x) {
@@ -277,7 +282,7 @@ __device__ __forceinline__ void group_norm_backward(const GroupNormParams& p) {
   } else {
     if (kStage == NormStage::kApply) merge_sums(p, block, arrays);
     finish_grads<T>(p, block, arrays);
-    if (p.dx) input_grads<T, V, kStage == NormStage::kWhole>(p, block, thread, arrays, x_tile, dy_tile);
+    if (p.dx || kTwo) input_grads<T, V, kTwo, kStage == NormStage::kWhole>(p, block, thread, arrays, x_tile, dy_tile);
   }
 }
 

@@ -136,12 +136,39 @@ __device__ __forceinline__ NormBlock norm_block(const GroupNormParams& p) {
   return block;
 }
 
-// Start of the block's pixels and channels within an activation tensor.
+// Start of the block's pixels and channels within a tensor of all channels.
 template <class T>
 __device__ __forceinline__ T* activations(const GroupNormParams& p, const NormBlock& block, const void* tensor) {
   const long long row = static_cast<long long>(block.sample) * p.pixels + block.first_pixel;
   return static_cast<T*>(const_cast<void*>(tensor)) + row * p.channels + block.first_channel;
 }
+
+// An input or its gradient. With two, the channels from x_channels on are those of the second, and a thread chooses the
+// one that its vector of channels lies in.
+template <class T, bool kTwo>
+struct Input {
+  T* first;    // of the block's pixels and channels
+  int stride;  // from pixel to pixel, of two inputs
+
+  __device__ __forceinline__ Input(const GroupNormParams& p, const NormBlock& block, const void* x)
+      : first(activations<T>(p, block, x)) {}
+
+  // For the vector that begins at channel c of the chunk.
+  __device__ __forceinline__ void choose(const GroupNormParams& p, const NormBlock& block, int c, const void* x,
+                                         const void* x2) {
+    if constexpr (kTwo) {
+      const bool second = block.first_channel + c >= p.x_channels;
+      const long long row = static_cast<long long>(block.sample) * p.pixels + block.first_pixel;
+      stride = second ? p.channels - p.x_channels : p.x_channels;
+      first = static_cast<T*>(const_cast<void*>(second ? x2 : x));
+      if (first) first += row * stride + block.first_channel + c - (second ? p.x_channels : 0);
+    }
+  }
+  __device__ __forceinline__ T* at(const GroupNormParams& p, int pixel, int c) const {
+    if constexpr (kTwo) return first + static_cast<long long>(pixel) * stride;
+    return first + static_cast<long long>(pixel) * p.channels + c;
+  }
+};
 
 // The coefficients of channel c of the chunk. Absent tensors stand for a weight of ones, any other zeros.
 template <class T>

@@ -28,22 +28,23 @@ struct ForwardArrays {
 };
 
 // Copies the live part of the block's share into the tile and writes the sum of each channel to `totals`.
-template <class T, int V>
+template <class T, int V, bool kTwo>
 __device__ __forceinline__ void load_and_sum(const GroupNormParams& p, const NormBlock& block, const NormThread& thread,
                                              T* tile, float* row_sums, float* totals) {
   constexpr int kLoads = 4;  // in flight per thread
-  const T* x = activations<T>(p, block, p.x);
+  Input<const T, kTwo> x(p, block, p.x);
   for (int strip = 0; strip < block.channels; strip += thread.lanes * V) {
     const int c = strip + thread.lane * V, live = clamped(block.live - c, 0, V);
     float sum[1][V] = {};
     if (live > 0) {
+      x.choose(p, block, c, p.x, p.x2);
       for (int first = thread.row; first < block.pixels; first += kLoads * thread.rows) {
         Lanes<T, V> lanes[kLoads];
 #pragma unroll
         for (int u = 0; u < kLoads; ++u) {
           const int pixel = first + u * thread.rows;
           lanes[u].clear();
-          if (pixel < block.pixels) lanes[u].load(x + static_cast<long long>(pixel) * p.channels + c);
+          if (pixel < block.pixels) lanes[u].load(x.at(p, pixel, c));
         }
 #pragma unroll
         for (int u = 0; u < kLoads; ++u) {
@@ -198,15 +199,16 @@ __device__ __forceinline__ void finish_group(const GroupNormParams& p, const Nor
 }
 
 // Writes y for the block's pixels, from the tile or from x itself; zeros for dead channels.
-template <class T, int V, bool kFromTile>
+template <class T, int V, bool kTwo, bool kFromTile>
 __device__ __forceinline__ void normalize(const GroupNormParams& p, const NormBlock& block, const NormThread& thread,
                                           const ForwardArrays& arrays, const T* tile) {
-  constexpr int kLoads = 4;
-  const T* x = activations<T>(p, block, p.x);
+  constexpr int kLoads = V == 8 && kTwo && !kFromTile ? 2 : 4;  // more would spill registers
+  Input<const T, kTwo> x(p, block, p.x);
   T* y = activations<T>(p, block, p.y);
   for (int strip = 0; strip < block.channels; strip += thread.lanes * V) {
     const int c = strip + thread.lane * V, live = clamped(block.live - c, 0, V);
     if (c >= block.channels) break;
+    x.choose(p, block, c, p.x, p.x2);
     float centre[V] = {}, multiplier[V] = {}, offset[V] = {};
 #pragma unroll
     for (int i = 0; i < V; ++i) {
@@ -224,7 +226,7 @@ __device__ __forceinline__ void normalize(const GroupNormParams& p, const NormBl
         if (kFromTile) {
           lanes[u].load(tile + pixel * block.channels + c);
         } else {
-          lanes[u].load(x + static_cast<long long>(pixel) * p.channels + c);
+          lanes[u].load(x.at(p, pixel, c));
         }
       }
 #pragma unroll
@@ -249,7 +251,7 @@ __device__ __forceinline__ void normalize(const GroupNormParams& p, const NormBl
   }
 }
 
-template <class T, int V, NormStage kStage>
+template <class T, int V, bool kTwo, NormStage kStage>
 __device__ __forceinline__ void group_norm_forward(const GroupNormParams& p) {
   TDC_DYNAMIC_SHARED(shared);
   const NormThread thread(p);
@@ -260,7 +262,7 @@ __device__ __forceinline__ void group_norm_forward(const GroupNormParams& p) {
   const float count = static_cast<float>(block.pixels) * p.channels_per_group;
 
   if (kStage != NormStage::kApply && block.live > 0) {
-    load_and_sum<T, V>(p, block, thread, tile, row_sums, arrays.multiplier);
+    load_and_sum<T, V, kTwo>(p, block, thread, tile, row_sums, arrays.multiplier);
     group_means(p, block, arrays.multiplier, arrays.centre, count);
     sum_centred<T, V>(block, thread, tile, row_sums, arrays.centre, arrays.multiplier, p.chunk_channels);
   }
@@ -275,7 +277,7 @@ __device__ __forceinline__ void group_norm_forward(const GroupNormParams& p) {
       finish_group<T>(p, block, arrays, g, moments);
     }
     if (!TDC_PLANTED(NORM_NO_COEFFICIENT_BARRIER)) block_sync();
-    normalize<T, V, kStage == NormStage::kWhole>(p, block, thread, arrays, tile);
+    normalize<T, V, kTwo, kStage == NormStage::kWhole>(p, block, thread, arrays, tile);
   }
 }
 

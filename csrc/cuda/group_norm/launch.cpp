@@ -24,8 +24,9 @@ const char* dtype_name(int dtype) { return dtype == 0 ? "fp32" : dtype == 1 ? "b
 std::string shapes_of(const NormArguments& a) {
   const auto text = [](int64_t n) { return std::to_string(n); };
   return "x (" + text(a.batch) + ", " + text(a.channels) + ", " + text(a.height) + ", " + text(a.width) + ") " +
-         dtype_name(a.dtype) + ", " + text(a.num_norm_groups) + " norm groups, weight (" + text(a.num_experts) + ", " +
-         text(a.channels) + "), " + text(a.num_groups) + " groups";
+         dtype_name(a.dtype) + (a.x2_channels ? ", the last " + text(a.x2_channels) + " channels in x2, " : ", ") +
+         text(a.num_norm_groups) + " norm groups, weight (" + text(a.num_experts) + ", " + text(a.channels) + "), " +
+         text(a.num_groups) + " groups";
 }
 
 // Sizes that do not fit the kernels' 32-bit numbers, or make no sense.
@@ -35,17 +36,18 @@ std::string bad_sizes(const NormArguments& a) {
     return "negative or empty sizes";
   }
   if (a.num_norm_groups < 1 || a.channels % a.num_norm_groups) return "norm groups that do not divide the channels";
+  if (a.x2_channels < 0 || a.x2_channels >= a.channels) return "x2 without channels, or with all of them";
   if (a.num_experts > 65535) return "more than 65535 experts";
   if (a.batch > kMostInt / a.channels || a.height * a.width > kMostInt / a.channels) return "too large for 32 bits";
   return "";
 }
 
 NormSplit forward_split(const NormArguments& a, const Device& device) {
-  return split_group_norm(a, device, false, all_aligned({a.x, a.y}));
+  return split_group_norm(a, device, false, all_aligned({a.x, a.x2, a.y}));
 }
 
 NormSplit backward_split(const NormBackwardArguments& a, const Device& device) {
-  return split_group_norm(a, device, true, all_aligned({a.x, a.dy, a.dx}));
+  return split_group_norm(a, device, true, all_aligned({a.x, a.x2, a.dy, a.dx, a.dx2}));
 }
 
 int64_t moment_floats(const NormArguments& a, const NormSplit& s) {
@@ -95,14 +97,16 @@ GroupNormParams params_of(const NormArguments& a, const NormSplit& s) {
   p.row_sums = static_cast<int>(s.row_sums);
   p.tile = static_cast<int>(s.tile);
   p.keeps_dy = s.tensors == 2;
+  p.x2 = at<const void>(a.x2);
+  p.x_channels = static_cast<int>(a.channels - a.x2_channels);
   return p;
 }
 
 Launch launch_stage(const char* stage, const NormArguments& a, const NormSplit& s, const GroupNormParams& p,
                     int64_t splits, int64_t shared_bytes) {
   Launch launch;
-  launch.kernel =
-      std::string("tdc_group_norm_") + stage + "_" + dtype_name(a.dtype) + (s.vector ? "_vector" : "_scalar");
+  launch.kernel = std::string("tdc_group_norm_") + stage + "_" + dtype_name(a.dtype) +
+                  (s.vector ? "_vector" : "_scalar") + (a.x2_channels ? "_two" : "");
   launch.grid[0] = static_cast<unsigned>(a.batch * s.chunks);
   launch.grid[1] = static_cast<unsigned>(splits);
   launch.grid[2] = 1;
@@ -139,7 +143,7 @@ std::string refusal_of(const NormSplit& s) {
 
 std::string group_norm_refusal(const NormArguments& a, const Device& device, bool backward) {
   const std::string bad = bad_sizes(a);
-  return bad.empty() ? refusal_of(split_group_norm(a, device, backward, all_aligned({a.x, a.y}))) : bad;
+  return bad.empty() ? refusal_of(split_group_norm(a, device, backward, all_aligned({a.x, a.x2, a.y}))) : bad;
 }
 
 size_t group_norm_forward_workspace(const NormArguments& a, const Device& device) {
@@ -171,6 +175,7 @@ std::vector<Launch> launch_group_norm_backward(const NormBackwardArguments& a, c
   GroupNormParams p = params_of(a, s);
   p.dy = at<const void>(a.dy);
   p.dx = at<void>(a.dx);
+  p.dx2 = at<void>(a.dx2);
   p.dweight = at<void>(a.dweight);
   p.dbias = at<void>(a.dbias);
   p.dscale = at<void>(a.dscale);
@@ -180,14 +185,15 @@ std::vector<Launch> launch_group_norm_backward(const NormBackwardArguments& a, c
   if (a.dbias) p.dbias_share = shares + (a.dweight ? a.batch * a.channels : 0);
 
   std::vector<Launch> launches;
-  const bool wants_any = a.dx || a.dweight || a.dbias || a.dscale || a.dshift;
+  const bool wants_input = a.dx || a.dx2;
+  const bool wants_any = wants_input || a.dweight || a.dbias || a.dscale || a.dshift;
   if (a.batch > 0 && wants_any) {
     if (s.whole) {
       launches.push_back(launch_stage("backward_whole", a, s, p, 1, s.shared_bytes));
     } else {
       launches.push_back(launch_stage("backward_partial", a, s, p, s.splits, s.shared_bytes));
-      // Without dx only the first run's block has something to write.
-      launches.push_back(launch_stage("backward_apply", a, s, p, a.dx ? s.splits : 1, s.row_sums));
+      // Without dx and dx2 only the first run's block has something to write.
+      launches.push_back(launch_stage("backward_apply", a, s, p, wants_input ? s.splits : 1, s.row_sums));
     }
   }
   if (a.dweight || a.dbias) launches.push_back(launch_expert_sums(a, p));

@@ -11,9 +11,11 @@
 namespace tdc {
 
 // Device addresses, 0 where a tensor is absent: a weight of ones, any other zeros, widths: all channels. Activations
-// are NHWC. Shapes as in cpu/group_norm.h; dtype 0 = fp32, 1 = bf16, 2 = fp16; mean and rstd are fp32.
+// are NHWC. The last x2_channels of the channels are in x2, if there are any, and their gradients in dx2. Shapes as in
+// cpu/group_norm.h; dtype 0 = fp32, 1 = bf16, 2 = fp16; mean and rstd are fp32.
 struct NormArguments {
   uintptr_t x = 0;
+  uintptr_t x2 = 0;
   uintptr_t weight = 0;
   uintptr_t bias = 0;
   uintptr_t scale = 0;
@@ -30,6 +32,7 @@ struct NormArguments {
   int64_t height = 0;
   int64_t width = 0;
   int64_t channels = 0;
+  int64_t x2_channels = 0;
   int64_t num_norm_groups = 1;
   double eps = 1e-5;
   bool silu = false;
@@ -43,6 +46,7 @@ struct NormArguments {
 struct NormBackwardArguments : NormArguments {
   uintptr_t dy = 0;
   uintptr_t dx = 0;
+  uintptr_t dx2 = 0;
   uintptr_t dweight = 0;
   uintptr_t dbias = 0;
   uintptr_t dscale = 0;

@@ -1,4 +1,5 @@
-// What the group norm kernels receive. Activations are (batch, pixels, channels), dense.
+// What the group norm kernels receive. Activations are (batch, pixels, channels), dense. Of x and dx the channels from
+// x_channels on lie in tensors of their own, x2 and dx2.
 #pragma once
 
 namespace tdc {
@@ -47,6 +48,10 @@ struct GroupNormParams {
   int row_sums;        // scratch of the sums over threads
   int tile;            // the block's activations, x and then dy
   int keeps_dy;        // 0: too large, dy is read twice; what a block has just read is still in the L2 cache
+  // The second input and its gradient, and the channels of the first.
+  const void* x2;
+  void* dx2;
+  int x_channels;
 };
 
 }  // namespace tdc

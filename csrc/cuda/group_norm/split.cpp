@@ -30,7 +30,7 @@ class Splitter {
   Splitter(const NormArguments& a, const Device& device, bool backward, bool aligned)
       : a_(a), device_(device), backward_(backward), element_(a.dtype == 0 ? 4 : 2) {
     const int64_t per_vector = 16 / element_;
-    vector_ = aligned && a.channels % per_vector == 0;
+    vector_ = aligned && a.channels % per_vector == 0 && a.x2_channels % per_vector == 0;
     lane_channels_ = vector_ ? per_vector : 1;
     // Chunks are whole norm groups and whole vectors.
     unit_ = std::lcm(a.channels / a.num_norm_groups, lane_channels_);
