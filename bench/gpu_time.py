@@ -34,8 +34,10 @@ from bench.gpu.timing import Machine
 KINDS = {
     "optimizer and averages": r"adam|multi_tensor_apply|foreach|lpnorm|lerp",
     "attention": r"sdpa|flash|fmha|attention|softmax",
-    "group norm": r"group_norm|norm_(forward|backward)|rowwisemoments|computefusedparams|gammabeta|internalgradients",
-    "bias gradients": r"channel_sums|sample_sums|sum_per_expert",
+    "group norm": (
+        r"group_norm|norm_(forward|backward)|sum_per_expert|rowwisemoments|computefusedparams|gammabeta|internalgradients"
+    ),
+    "bias gradients": r"bias_kernel|sample_sums|expert_sums",
     "convolution: weight gradient": r"wgrad",
     "convolution": r"conv|fprop|dgrad|implicit_gemm",
     "matrix products": r"gemm|cutlass|cublas|::(mm|bmm|addmm|linear|matmul)\b",

@@ -1,8 +1,10 @@
-"""Routed convolution, gradient of the weights: arguments and launches of the kernels in wgrad_kernels.py."""
+"""Routed convolution, gradients of weights and biases: arguments and launches of the kernels in wgrad_kernels.py."""
 
 from __future__ import annotations
 
 import functools
+import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,21 +13,28 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tdc_fast.kernels import wgrad_tiles
+from tdc_fast.kernels.bias_sums import bias_launches, sum_tile
 from tdc_fast.kernels.launch import Launch
 from tdc_fast.kernels.problems import ConvProblem, ConvTensors
+from tdc_fast.kernels.split_sums import sum_splits_launch, widest_access
 from tdc_fast.kernels.tile_shapes import device_of, precision_of
-from tdc_fast.kernels.wgrad_kernels import sum_splits_kernel, wgrad_kernel
+from tdc_fast.kernels.wgrad_kernels import wgrad_kernel
 from tdc_fast.kernels.wgrad_tiles import WgradTile
-
-_SUM_BLOCK = 1024
 
 
 @functools.lru_cache(maxsize=4096)
 def _constants(
-    p: ConvProblem, tile: WgradTile, splits: int, in_widths: bool, out_widths: bool
+    p: ConvProblem, tile: WgradTile, splits: int, filters: tuple[int, int], given: tuple[bool, ...]
 ) -> tuple[tuple[int, int], dict[str, Any]]:
-    """(grid, the arguments that are not tensors)."""
+    """(grid, the arguments that are not tensors).
+
+    filters: which input channel of the filters is the problem's first, and how many they have.
+    given: whether there are in_widths, out_widths, bias gradients, and sums of each sample.
+    """
+    begin, filter_channels = filters
+    in_widths, out_widths, biases, per_sample = given
     rows, columns = wgrad_tiles.pixel_box(tile, p) if tile.path == "tma" else (1, tile.block_pixels)
+    samples, pixels, channels = sum_tile(p, per_sample, tile.warps)
     constants = {
         "batch": p.batch,
         "height": p.height,
@@ -34,6 +43,7 @@ def _constants(
         "out_height": p.out_height,
         "out_width": p.out_width,
         "out_channels": p.out_channels,
+        "filter_channels": filter_channels,
         "pad_height": p.padding[0],
         "pad_width": p.padding[1],
         "filter_width": p.filter[1],
@@ -43,8 +53,8 @@ def _constants(
         "splits": splits,
         "STRIDE_H": p.stride[0],
         "STRIDE_W": p.stride[1],
-        "VECTOR_IN": _vector(p.in_channels, p.dtype.itemsize),
-        "VECTOR_OUT": _vector(p.out_channels, p.dtype.itemsize),
+        "VECTOR_IN": widest_access(math.gcd(p.in_channels, begin, filter_channels), p.dtype.itemsize),
+        "VECTOR_OUT": widest_access(p.out_channels, p.dtype.itemsize),
         "PRECISION": precision_of(p),
         # Half of a smaller tile would not fill wgmma's 64 rows.
         "NARROW_OUT": out_widths and tile.block_out >= 128,
@@ -56,16 +66,14 @@ def _constants(
         "BM": tile.block_out,
         "BN": tile.block_in,
         "BK": tile.block_pixels,
+        "SAMPLES": samples,
+        "PIXELS": pixels,
+        "CHANNELS": channels,
     }
-    return (wgrad_tiles.tiles_of_gradient(p, tile), splits), constants
-
-
-def _vector(channels: int, itemsize: int) -> int:
-    """The largest number of channels, up to 16 bytes, that divides `channels`."""
-    vector = 16 // itemsize
-    while channels % vector:
-        vector //= 2
-    return vector
+    programs = wgrad_tiles.tiles_of_gradient(p, tile)
+    if biases:
+        programs += p.num_experts * triton.cdiv(p.out_channels, channels)
+    return (programs, splits), constants
 
 
 def _pixel_rows(dy: Tensor, pixels: int, channels: int) -> TensorDescriptor:
@@ -85,27 +93,100 @@ def wgrad_launches(
     problem: ConvProblem,
     dy: Tensor,
     t: ConvTensors,
-    dweight: Tensor,
+    dweight: Tensor | None,
+    dbias: Tensor | None = None,
+    dsample_bias: Tensor | None = None,
     tile: WgradTile | None = None,
     splits: int | None = None,
 ) -> list[Launch]:
     """The launches of `conv_wgrad`, computed from shapes alone; compile-only tests read their arguments."""
-    x = t.x
-    if tile is None:
-        aligned = dy.data_ptr() % 16 == 0 and x.data_ptr() % 16 == 0
-        tile = wgrad_tiles.choose_wgrad_tile(problem, device_of(problem.device), None if aligned else "pointer")
+    if dweight is None:
+        return bias_launches(problem, dy, t, dbias, dsample_bias)
+    inputs = [
+        (part, tile or _tile_for(part, dy, tensors.x), tensors, begin) for part, tensors, begin in _inputs(problem, t)
+    ]
     if splits is None:
-        splits = wgrad_tiles.choose_splits(problem, tile, device_of(problem.device))
-    grid, constants = _constants(problem, tile, splits, t.in_widths is not None, t.out_widths is not None)
-    out = dweight
+        device = device_of(problem.device)
+        splits = max(wgrad_tiles.choose_splits(part, chosen, device) for part, chosen, _, _ in inputs)
+    out, bias_out = dweight, dbias
     if splits > 1:
-        out = torch.empty((splits, dweight.numel()), dtype=torch.float32, device=dweight.device)
+        out = torch.empty((splits, *_in_memory(dweight).shape), dtype=torch.float32, device=dweight.device)
+        if dbias is not None:
+            bias_out = torch.empty((splits, *dbias.shape), dtype=torch.float32, device=dbias.device)
+    biases = (bias_out, dsample_bias)  # with the first input
+    written = _in_memory(dweight) if out is dweight else out
+    launches = []
+    for part, chosen, tensors, begin in inputs:
+        filters = (begin, problem.in_channels)
+        channels = written[..., begin:] if begin else written
+        launches.append(_launch(part, chosen, splits, dy, tensors, channels, filters, *biases))
+        biases = (None, None)
+    if splits > 1:
+        partials, outs = [out], [dweight]
+        if bias_out is not None and dbias is not None:
+            partials, outs = [out, bias_out], [dweight, dbias]
+        launches.append(sum_splits_launch(partials, outs, key=(problem, splits, dbias is None)))
+    return launches
+
+
+def _inputs(p: ConvProblem, t: ConvTensors) -> list[tuple[ConvProblem, ConvTensors, int]]:
+    """The problem of each input alone, its tensors, and the first of its channels among those of both."""
+    if t.x2 is None:
+        return [(p, t, 0)]
+    first, widths = p.in_channels - p.x2_channels, t.in_widths
+    second = None if widths is None else widths - first  # the kernel clamps them
+    return [
+        (replace(p, in_channels=first, x2_channels=0), t._replace(x2=None), 0),
+        (replace(p, in_channels=p.x2_channels, x2_channels=0), t._replace(x=t.x2, x2=None, in_widths=second), first),
+    ]
+
+
+def _tile_for(p: ConvProblem, dy: Tensor, x: Tensor) -> WgradTile:
+    aligned = dy.data_ptr() % 16 == 0 and x.data_ptr() % 16 == 0
+    return wgrad_tiles.choose_wgrad_tile(p, device_of(p.device), None if aligned else "pointer")
+
+
+def _in_memory(weight: Tensor) -> Tensor:
+    """A weight (E, C_out, C_in, R, S) of memory order E, C_out, R, S, C_in, with its axes in that order."""
+    return weight.permute(0, 1, 3, 4, 2)
+
+
+def _launch(
+    p: ConvProblem,
+    tile: WgradTile,
+    splits: int,
+    dy: Tensor,
+    t: ConvTensors,
+    out: Tensor,
+    filters: tuple[int, int],
+    bias_out: Tensor | None,
+    sample_bias_out: Tensor | None,
+) -> Launch:
+    """The launch for one input.
+
+    Args:
+        p: of this input.
+        tile: of p.
+        splits: of the pixels.
+        dy: of both inputs.
+        t: x is this input.
+        out: the gradient or its partials, from this input's first channel on.
+        filters: that channel, and the channels of both inputs.
+        bias_out: dbias or its partials, or None.
+        sample_bias_out: dsample_bias, or None.
+    """
+    x, biases = t.x, bias_out is not None or sample_bias_out is not None
+    given = (t.in_widths is not None, t.out_widths is not None, biases, sample_bias_out is not None)
+    grid, constants = _constants(p, tile, splits, filters, given)
     tensors: dict[str, Tensor | TensorDescriptor | None] = {
         "dy": dy,
         "x": x,
         "narrow_dy": dy if constants["NARROW_OUT"] else None,
         "narrow_x": x if constants["NARROW_IN"] else None,
         "out": out,
+        "rows": dy if biases else None,
+        "bias_out": bias_out,
+        "sample_bias_out": sample_bias_out,
         "offsets": t.offsets,
         "weight_index": t.weight_index,
         "in_widths": t.in_widths,
@@ -118,36 +199,36 @@ def wgrad_launches(
             tensors["narrow_dy"] = _pixel_rows(dy, tile.block_pixels, tile.block_out // 2)
         if constants["NARROW_IN"]:
             tensors["narrow_x"] = _boxes(x, constants["TH"], constants["TW"], tile.block_in // 2)
-    key, options = (problem, tile, splits), {"num_warps": tile.warps, "num_stages": tile.stages}
-    launches = [Launch(wgrad_kernel, grid, tensors, constants, options, key)]
-    if splits > 1:
-        elements = dweight.numel()
-        sums = {"elements": elements, "splits": splits, "BLOCK": _SUM_BLOCK, "VECTOR": _vector(elements, itemsize=4)}
-        sum_grid, shares = (triton.cdiv(elements, _SUM_BLOCK),), {"partial": out, "out": dweight}
-        launches.append(Launch(sum_splits_kernel, sum_grid, shares, sums, {"num_warps": 4}, key))
-    return launches
+    key, options = (p, tile, splits, filters), {"num_warps": tile.warps, "num_stages": tile.stages}
+    return Launch(wgrad_kernel, grid, tensors, constants, options, key)
 
 
 def conv_wgrad(
     problem: ConvProblem,
     dy: Tensor,
     t: ConvTensors,
-    dweight: Tensor,
+    dweight: Tensor | None,
+    dbias: Tensor | None = None,
+    dsample_bias: Tensor | None = None,
     *,
     tile: WgradTile | None = None,
     splits: int | None = None,
 ) -> None:
-    """Writes every element of dweight in one launch or two; sums are in fp32 and in a fixed order.
+    """Writes every element of the gradients that are given, in one launch per input and one that adds up the splits.
+
+    Sums are in fp32 and in a fixed order.
 
     Args:
-        problem: One that `wgrad_supported` accepts, with at least one sample.
+        problem: One that `wgrad_supported` accepts, with at least one sample and upsample 1.
         dy: (B, C_out, OH, OW) in channels_last memory.
-        t: x in channels_last memory; offsets, weight_index and widths contiguous; the others are not used.
-        dweight: (E, C_out, C_in, R, S) in memory order E, C_out, R, S, C_in.
+        t: x and x2 in channels_last memory; offsets, weight_index and widths contiguous; the others are not used.
+        dweight: (E, C_out, C_in, R, S) in memory order E, C_out, R, S, C_in, or None.
+        dbias: (E, C_out), or None.
+        dsample_bias: (B, C_out), or None.
         tile: Overrides the choice (benches and tests).
         splits: Overrides the chosen number of splits of the pixels.
     """
-    for launch in wgrad_launches(problem, dy, t, dweight, tile, splits):
+    for launch in wgrad_launches(problem, dy, t, dweight, dbias, dsample_bias, tile, splits):
         launch.run()
 
 
@@ -159,6 +240,6 @@ def wgrad_supported(problem: ConvProblem) -> str | None:
     step_images = 2 + 64 // (problem.out_height * problem.out_width)  # the most that the pixels of one step belong to
     if step_images * problem.height * problem.width * problem.in_channels >= 2**31:
         return "it indexes the images of one step with 32 bits: 2**31 elements are too many"
-    if problem.num_experts * problem.out_channels * problem.filter[0] * problem.filter[1] >= 2**31:
-        return "it counts the filters of all experts with 32 bits: 2**31 are too many"
+    if problem.out_channels * problem.in_channels * problem.filter[0] * problem.filter[1] >= 2**31:
+        return "it indexes the weight of one expert with 32 bits: 2**31 elements are too many"
     return None

@@ -7,7 +7,8 @@ equal shares of the pixels of every group that uses the expert. It steps through
 
 Pixels are the rows of both operands, as in memory. Channels are the free dimensions of the product, so a NaN in a dead
 channel stays in its own row or column, and one mask per group on the finished sums drops it. With S = 1 the tile is
-final; otherwise it is an fp32 partial, and a second launch adds the S partials in ascending order.
+final; otherwise it is an fp32 partial, and a second launch adds the S partials in ascending order (split_sums.py).
+Where bias gradients are wanted, further programs of the same launch compute them (bias_sums.py).
 
 Operands are loaded through pointers, or (BOXED, sm_90 and later) as TMA boxes of TH * TW = BK pixels, whose zero fill
 outside the image is the padding; wgmma then reads both from shared memory.
@@ -20,8 +21,10 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from tdc_fast.kernels.bias_sums import Routing, SumForm, Sums, my_groups, next_group, sum_biases
 from tdc_fast.kernels.common import live_width, multiply
 from tdc_fast.kernels.expert_sums import segment_of
+from tdc_fast.kernels.split_sums import share_start
 
 
 class Geometry(NamedTuple):
@@ -33,17 +36,7 @@ class Geometry(NamedTuple):
     out_height: Any
     out_width: Any
     out_channels: Any
-
-
-class Routing(NamedTuple):
-    """The groups whose samples a program sums over."""
-
-    offsets: Any
-    in_widths: Any  # (N,) or None
-    out_widths: Any  # (N,) or None
-    number: Any  # [GROUPS]
-    mine: Any  # [GROUPS] whether the group uses the program's expert
-    batch: Any
+    filter_channels: Any  # input channels of a filter in memory: those of the other input too
 
 
 class Place(NamedTuple):
@@ -126,12 +119,6 @@ def _operands(
 
 
 @triton.jit
-def share_start(steps, split, splits):
-    """First step of a share; the first shares get the remainder. No product: steps * splits may not fit 32 bits."""
-    return steps // splits * split + tl.minimum(steps % splits, split)
-
-
-@triton.jit
 def _most_live(widths, number, mine, channels):
     """The largest width of the groups that are `mine`; all channels if there are no widths."""
     if widths is None:
@@ -159,7 +146,7 @@ def _tile(
     group = -1
     total = tl.zeros([BM, BN], tl.float32)
     for _ in range(tl.sum(routing.mine.to(tl.int32), 0)):
-        group = tl.min(tl.where(routing.mine & (routing.number > group), routing.number, FORM.GROUPS), 0)
+        group = next_group(routing, group, FORM.GROUPS)
         first, past = segment_of(routing.offsets, group, routing.batch)
         out_live = live_width(routing.out_widths, group, geometry.out_channels)
         in_live = live_width(routing.in_widths, group, geometry.in_channels)
@@ -184,15 +171,16 @@ def _tile(
 @triton.jit
 def _store(values, out, outs, ins, geometry, place):
     """Stores values [BM, BN] to the channels outs [BM] x ins [BN] that exist."""
-    filters = (place.slab * geometry.out_channels + outs[:, None]) * place.taps + place.tap  # [BM, 1]
+    # 64 bits for the start of the expert's gradient, 32 for offsets within it.
+    expert = out + place.slab * geometry.out_channels * place.taps * geometry.filter_channels
+    filters = (outs * place.taps + place.tap) * geometry.filter_channels
     stored = (outs < geometry.out_channels)[:, None] & (ins < geometry.in_channels)[None, :]
-    where = out + filters * geometry.in_channels + ins[None, :]
-    tl.store(where, values.to(out.dtype.element_ty), mask=stored)
+    tl.store(expert + (filters[:, None] + ins[None, :]), values.to(out.dtype.element_ty), mask=stored)
 
 
 _GEOMETRY = (
-    "batch", "height", "width", "in_channels", "out_height", "out_width", "out_channels", "pad_height", "pad_width",
-    "filter_width", "taps", "num_groups", "num_experts", "splits",
+    "batch", "height", "width", "in_channels", "out_height", "out_width", "out_channels", "filter_channels",
+    "pad_height", "pad_width", "filter_width", "taps", "num_groups", "num_experts", "splits",
 )  # fmt: skip
 
 
@@ -202,7 +190,10 @@ def wgrad_kernel(
     x,  # (B, height, width, in_channels), or boxes [1, TH, TW, BN] of it
     narrow_dy,  # dy, or boxes of half as many channels where NARROW_OUT
     narrow_x,  # x, or boxes of half as many channels where NARROW_IN
-    out,  # (splits, E, C_out, taps, C_in), fp32 unless there is one split
+    out,  # (splits, E, C_out, taps, filter_channels), fp32 unless there is one split; in_channels of them are written
+    rows,  # dy (B, out_height, out_width, out_channels), or None without bias gradients
+    bias_out,  # (splits, E, out_channels), fp32 unless there is one split; or None
+    sample_bias_out,  # (B, out_channels), or None
     offsets,
     weight_index,
     in_widths,  # (N,) or None
@@ -214,6 +205,7 @@ def wgrad_kernel(
     out_height,
     out_width,
     out_channels,
+    filter_channels,
     pad_height,
     pad_width,
     filter_width,
@@ -223,7 +215,7 @@ def wgrad_kernel(
     splits,
     STRIDE_H: tl.constexpr,
     STRIDE_W: tl.constexpr,
-    VECTOR_IN: tl.constexpr,  # divides in_channels: a masked load may access this many channels at once
+    VECTOR_IN: tl.constexpr,  # divides in_channels, filter_channels: a masked load may access this many at once
     VECTOR_OUT: tl.constexpr,
     PRECISION: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -235,10 +227,14 @@ def wgrad_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    SAMPLES: tl.constexpr,  # the tile of the bias gradients
+    PIXELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
 ):
-    """Computes one tile: program (expert, output tile, tap, input tile), split."""
+    """Computes one tile: program (expert, output tile, tap, input tile), split; then those of the bias gradients."""
     in_channels = (in_channels // VECTOR_IN) * VECTOR_IN
     out_channels = (out_channels // VECTOR_OUT) * VECTOR_OUT
+    filter_channels = (filter_channels // VECTOR_IN) * VECTOR_IN
     tiles_in, tiles_out = tl.cdiv(in_channels, BN), tl.cdiv(out_channels, BM)
     program, split = tl.program_id(0), tl.program_id(1)
     column_in = program % tiles_in * BN
@@ -247,19 +243,31 @@ def wgrad_kernel(
     expert = program // (tiles_in * taps * tiles_out)
     shift_y, shift_x = tap // filter_width - pad_height, tap % filter_width - pad_width
 
-    number = tl.arange(0, GROUPS)
-    exists = number < num_groups
-    named = tl.load(weight_index + number, mask=exists, other=0)
-    mine = exists & (tl.minimum(tl.maximum(named, 0), num_experts - 1) == expert)
-    slab = split.to(tl.int64) * num_experts + expert
-
-    geometry = Geometry(
-        height=height, width=width, in_channels=in_channels, out_height=out_height, out_width=out_width,
-        out_channels=out_channels,
-    )  # fmt: skip
+    # Experts past the last stand for the programs of the bias gradients, which come last.
+    biases = expert >= num_experts
+    if rows is not None:
+        blocks = tl.cdiv(out_channels, CHANNELS)
+        program -= num_experts * (tiles_in * taps * tiles_out)
+        expert = tl.where(biases, program // blocks, expert)
+    number, mine = my_groups(weight_index, expert, num_groups, num_experts, GROUPS)
     routing = Routing(
         offsets=offsets, in_widths=in_widths, out_widths=out_widths, number=number, mine=mine, batch=batch
     )
+    slab = split.to(tl.int64) * num_experts + expert
+    if rows is not None:
+        SUMS: tl.constexpr = SumForm(GROUPS=GROUPS, SAMPLES=SAMPLES, PIXELS=PIXELS, CHANNELS=CHANNELS)
+        if biases:
+            sums = Sums(
+                dy=rows, out=bias_out, sample_out=sample_bias_out, channels=out_channels,
+                pixels=out_height * out_width,
+            )  # fmt: skip
+            sum_biases(sums, routing, program % blocks * CHANNELS, split, splits, slab, SUMS)
+            return
+
+    geometry = Geometry(
+        height=height, width=width, in_channels=in_channels, out_height=out_height, out_width=out_width,
+        out_channels=out_channels, filter_channels=filter_channels,
+    )  # fmt: skip
     place = Place(
         column_out=column_out, column_in=column_in, tap=tap, taps=taps, shift_y=shift_y, shift_x=shift_x, split=split,
         splits=splits, slab=slab,
@@ -282,14 +290,3 @@ def wgrad_kernel(
             _tile(dy, narrow_x, out, routing, geometry, place, FORM, BM, BN // 2)
         else:
             _tile(dy, x, out, routing, geometry, place, FORM, BM, BN)
-
-
-@triton.jit(do_not_specialize=("elements", "splits"))
-def sum_splits_kernel(partial, out, elements, splits, VECTOR: tl.constexpr, BLOCK: tl.constexpr):
-    """Sums partial (splits, elements) over the splits, in ascending order. VECTOR divides elements."""
-    elements = (elements // VECTOR) * VECTOR
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], tl.float32)
-    for split in range(splits):
-        total += tl.load(partial + split * elements.to(tl.int64) + place, mask=place < elements, other=0.0)
-    tl.store(out + place, total.to(out.dtype.element_ty), mask=place < elements)

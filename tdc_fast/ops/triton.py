@@ -9,12 +9,10 @@ Importing this module imports triton.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from tdc_fast.kernels.channel_sums import channel_sums
 from tdc_fast.kernels.common import INTERPRETED
 from tdc_fast.kernels.conv_dgrad import conv_dgrad
 from tdc_fast.kernels.conv_forward import conv_forward, conv_supported
@@ -110,36 +108,17 @@ def conv2d_wgrad(
     dy, t = nhwc(dy), dense(t)
     if p.upsample > 1:  # the one pass that makes the upsampled image
         p, t = p.unfused(), t._replace(x=upsampled(t.x)) if mask[0] else t
-    dweight = dbias = dsample_bias = None
+    dweight = torch.empty_like(weight) if mask[0] else None  # in the strides of weight, where those are dense
+    dbias = dy.new_empty(weight.shape[:2]) if mask[1] else None
+    dsample_bias = dy.new_empty(dy.shape[:2]) if mask[2] else None
+    written = dweight
+    if dweight is not None and not is_channel_innermost(dweight):
+        written = empty_channel_innermost(weight.shape, weight.dtype, weight.device)
     with _on(dy.device):
-        if mask[0]:
-            dweight = torch.empty_like(weight)  # in the strides of weight, where those are dense
-            written = dweight
-            if not is_channel_innermost(dweight):
-                written = empty_channel_innermost(weight.shape, weight.dtype, weight.device)
-            if p.x2_channels:
-                _wgrad_of_two(p, dy, t, written)
-            else:
-                conv_wgrad(p, dy, t, written)
-            if written is not dweight:
-                dweight.copy_(written)
-        if mask[1] or mask[2]:
-            dbias, dsample_bias = channel_sums(p, dy, t, mask[1], mask[2])
+        conv_wgrad(p, dy, t, written, dbias, dsample_bias)
+    if dweight is not None and written is not None and written is not dweight:
+        dweight.copy_(written)
     return dweight, dbias, dsample_bias
-
-
-def _wgrad_of_two(p: ConvProblem, dy: Tensor, t: ConvTensors, dweight: Tensor) -> None:
-    """Writes dweight (E, C_out, C_in, R, S) of two inputs, one after the other; the copies are of weights only."""
-    assert t.x2 is not None
-    begin = 0
-    for x, channels in ((t.x, p.in_channels - p.x2_channels), (t.x2, p.x2_channels)):
-        end, widths = begin + channels, t.in_widths
-        widths = None if widths is None else (widths - begin).clamp(0, channels)
-        part = empty_channel_innermost((*dweight.shape[:2], channels, *dweight.shape[3:]), p.dtype, p.device)
-        alone = replace(p, in_channels=channels, x2_channels=0)
-        conv_wgrad(alone, dy, t._replace(x=x, x2=None, in_widths=widths), part)
-        dweight[:, :, begin:end].copy_(part)
-        begin = end
 
 
 def group_norm(p: NormProblem, t: NormTensors) -> tuple[Tensor, Tensor, Tensor]:

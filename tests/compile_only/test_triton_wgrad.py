@@ -11,7 +11,6 @@ from tdc_fast.kernels.problems import ConvProblem, ConvTensors
 
 pytest.importorskip("triton")
 
-from tdc_fast.kernels.channel_sums import sums_launch
 from tdc_fast.kernels.conv_wgrad import wgrad_launches
 from tdc_fast.kernels.tile_shapes import Device
 from tdc_fast.kernels.wgrad_tiles import WgradTile, wgrad_candidates
@@ -38,16 +37,17 @@ class Build:
     tile: WgradTile
     splits: int
     pruned: bool = True  # with widths
+    biases: int = 1  # how many of the bias gradients come with it
 
     def __str__(self) -> str:
         p, t = self.problem, self.tile
         dtype = "tf32" if p.tf32 else str(p.dtype).removeprefix("torch.")
         kind = f"s{p.stride[0]}-{p.width}" + ("" if self.pruned else "-plain")
-        return f"sm_{self.arch}-{dtype}-{kind}-{t.path}-{t.block_out}x{t.block_in}-k{self.splits}"
+        return f"sm_{self.arch}-{dtype}-{kind}-{t.path}-{t.block_out}x{t.block_in}-k{self.splits}-b{self.biases}"
 
 
 def everything_that_can_be_chosen() -> list[Build]:
-    """Each tile with and without widths, 16-bit types in both forms and boxes of every shape.
+    """Each tile with and without widths, 16-bit types in both forms, boxes of every shape; with bias gradients.
 
     The other settings are spread over these.
     """
@@ -60,7 +60,7 @@ def everything_that_can_be_chosen() -> list[Build]:
                 problem = layer(dtype, size=(32, 16, 64, 8)[index % 4])
             else:
                 problem = layer(dtype, size=(32, 7)[index % 2], stride=1 + index % 2)
-            builds.append(Build(arch, problem, tile, 1 + index % 3))
+            builds.append(Build(arch, problem, tile, 1 + index % 3, biases=1 + index % 2))
         for problem in (layer(torch.float32), layer(torch.float32, tf32=True)):
             builds += [Build(arch, problem, tile, 2) for tile in wgrad_candidates(problem, device)]
     builds += [Build(90, layer(), tile, 1, pruned=False) for tile in wgrad_candidates(layer(), DEVICES[90])]
@@ -82,10 +82,16 @@ def tensors_of(p: ConvProblem, pruned: bool) -> tuple[torch.Tensor, ConvTensors]
     return dy, ConvTensors(x, weight, offsets, tiles, index, *widths)
 
 
+def bias_gradients(p: ConvProblem) -> tuple[torch.Tensor, torch.Tensor]:
+    """dbias and dsample_bias, without memory."""
+    return meta(p.num_experts, p.out_channels, dtype=p.dtype), meta(p.batch, p.out_channels, dtype=p.dtype)
+
+
 @pytest.mark.parametrize("case", everything_that_can_be_chosen(), ids=str)
 def test_a_tile_compiles_to_the_instructions_it_relies_on(case: Build) -> None:
     dy, t = tensors_of(case.problem, case.pruned)
-    launch = wgrad_launches(case.problem, dy, t, t.weight, case.tile, case.splits)[0]
+    biases = bias_gradients(case.problem)[: case.biases]
+    launch = wgrad_launches(case.problem, dy, t, t.weight, *biases, tile=case.tile, splits=case.splits)[0]
     built = build(launch.kernel, launch.arguments, case.arch, launch.options)
     assert_fits(built, case.arch)
     halves = case.problem.dtype != torch.float32
@@ -109,14 +115,17 @@ def assert_fits(built: Built, arch: int) -> None:
     assert not built.count(r"\b(red|atom)\.")  # gradients are sums in one order
 
 
-def test_the_sums_of_splits_and_channels_compile() -> None:
+def test_the_sums_of_splits_and_of_biases_alone_compile() -> None:
     problem = layer()
-    (dy, plain), (_, pruned) = tensors_of(problem, False), tensors_of(problem, True)
+    dy, t = tensors_of(problem, pruned=True)
+    dbias, dsample_bias = bias_gradients(problem)
     tile = wgrad_candidates(problem, DEVICES[90])[0]
-    sums = wgrad_launches(problem, dy, plain, plain.weight, tile, splits=2)[1]
-    rounded, exact = (meta(problem.batch, 128, dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
-    channels = sums_launch(problem, dy, pruned, rounded, exact)
-    for launch in (sums, channels):
+    launches = [
+        wgrad_launches(problem, dy, t, t.weight, dbias, tile=tile, splits=2)[1],
+        wgrad_launches(problem, dy, t, None, dbias)[0],
+        wgrad_launches(problem, dy, t, None, dbias, dsample_bias)[0],
+    ]
+    for launch in launches:
         built = build(launch.kernel, launch.arguments, 90, launch.options)
         assert_fits(built, 90)
         assert built.count(r"(ld|st)\.global[.\w]*\.v4")  # 16 bytes at once

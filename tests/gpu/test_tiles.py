@@ -120,3 +120,36 @@ def test_every_tile_is_as_accurate_as_torch(name: str, op: str, device: str, nan
         assert torch.equal(first, again), f"{op} with {tile} gives other bits when run again"
         tried += 1
     assert tried > (1 if device == "cuda" else 0)
+
+
+def bias_gradients_of_tiles(p: Prepared) -> Iterator[tuple[str, tuple[Tensor | None, ...]]]:
+    """(name, (dweight, dbias, dsample_bias)) of every tile for this GPU, with and without sums per sample."""
+    from tdc_fast.kernels import tile_shapes, wgrad_tiles
+    from tdc_fast.kernels.conv_wgrad import conv_wgrad
+
+    t, shapes = p.tensors, (p.tensors.weight.shape[:2], p.dy.shape[:2])
+    tiles = wgrad_tiles.wgrad_candidates(p.problem, tile_shapes.device_of(torch.device(p.device)))
+    for tile in [*tiles, None]:  # None: no weight gradient
+        for splits in (1, 3):
+            for count in (1, 2):
+                biases = [torch.empty(shape, dtype=torch.bfloat16, device=p.device) for shape in shapes[:count]]
+                weight = None if tile is None else torch.empty_like(t.weight)
+                conv_wgrad(p.problem, p.dy, t, weight, *biases, tile=tile, splits=splits)
+                yield f"{tile}, {splits} splits, {count} sums", (None, *biases, *[None] * (2 - count))
+
+
+@on_device
+@pytest.mark.parametrize("name", CASES)
+def test_bias_gradients_are_as_accurate_as_torch_with_every_tile(
+    name: str, device: str, nan_filled_memory: None
+) -> None:
+    prepared = Prepared(CASES[name], "wgrad", device)
+    problem, dy = prepared.problem, prepared.dy.cpu()
+    t = type(prepared.tensors)._make(None if x is None else x.cpu() for x in prepared.tensors)
+    exact = reference.conv2d_wgrad(problem, dy.double(), t._replace(weight=t.weight.double()), (False, True, True))
+    torchs = reference.conv2d_wgrad(problem, dy, t, (False, True, True))
+    dry_run = [("reference", torchs)]
+    for tile, grads in bias_gradients_of_tiles(prepared) if device == "cuda" else dry_run:
+        for ours, theirs, right in zip(grads, torchs, exact, strict=True):
+            if ours is not None:
+                assert_as_accurate_as_torch(ours.cpu(), theirs, right, f"bias gradient with {tile}", terms=4096)

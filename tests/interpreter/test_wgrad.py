@@ -12,10 +12,9 @@ import triton.language as tl
 from hypothesis import given, settings
 from torch import Tensor
 
-from tdc_fast.kernels.channel_sums import channel_sums
 from tdc_fast.kernels.conv_wgrad import conv_wgrad
 from tdc_fast.kernels.problems import ConvProblem, ConvTensors
-from tdc_fast.kernels.wgrad_kernels import share_start
+from tdc_fast.kernels.split_sums import share_start
 from tdc_fast.kernels.wgrad_tiles import WgradTile
 from tdc_fast.ops import reference
 from tdc_fast.ops.checks import conv_problem
@@ -23,6 +22,16 @@ from tdc_fast.ops.layout import empty_channel_innermost, nhwc
 from tests.cases import ConvCase, Routing, conv_cases
 from tests.tolerance import assert_as_accurate_as_torch
 
+Mask = tuple[bool, bool, bool]  # which of dweight, dbias and dsample_bias are wanted
+ALL: Mask = (True, True, True)
+MASKS: list[Mask] = [
+    ALL,
+    (True, True, False),
+    (True, False, True),
+    (False, True, True),
+    (False, True, False),
+    (False, False, True),
+]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 SMALL_STEP = WgradTile("pointer", 16, 16, 16, 2, 4)  # several tiles and steps even in a tiny problem
 BOXED = WgradTile("tma", 16, 16, 16, 2, 4)
@@ -71,22 +80,35 @@ class Backward:
         conv_wgrad(self.problem, self.dy, self.tensors, out, tile=tile, splits=splits)
         return out
 
-    def sums(self) -> tuple[Tensor | None, Tensor | None]:
-        return channel_sums(self.problem, self.dy, self.tensors, True, True)
+    def gradients(self, tile: WgradTile | None, splits: int | None, mask: Mask = ALL) -> tuple[Tensor | None, ...]:
+        """dweight, dbias and dsample_bias of one call, None where not in the mask."""
+        shapes = self.weight.shape, self.weight.shape[:2], self.dy.shape[:2]
+        made = [self.dy.new_empty(shape) if wanted else None for shape, wanted in zip(shapes, mask, strict=True)]
+        if mask[0]:
+            made[0] = empty_channel_innermost(self.weight.shape, self.weight.dtype)
+        conv_wgrad(self.problem, self.dy, self.tensors, *made, tile=tile, splits=splits)
+        return tuple(made)
+
+    def sums(self, mask: Mask = ALL) -> tuple[Tensor | None, ...]:
+        """dbias and dsample_bias."""
+        return self.gradients(SMALL_STEP, 2, mask)[1:]
 
     def reference(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
         tensors = self.tensors._replace(x=self.x.to(dtype), weight=self.weight.to(dtype))
         return reference.conv2d_wgrad(self.problem, self.dy.to(dtype), tensors, (True, True, True))
 
 
-def assert_accurate(case: ConvCase, dtype: torch.dtype, tile: WgradTile | None, splits: int | None) -> None:
+def assert_accurate(
+    case: ConvCase, dtype: torch.dtype, tile: WgradTile | None, splits: int | None, mask: Mask = ALL
+) -> None:
     run = Backward(case, dtype)
     exact, torchs = run.reference(torch.float64), run.reference(dtype)
     terms = max(64, case.routing.batch * case.out_size[0] * case.out_size[1])
-    for name, ours, theirs, right in zip(
-        ("dweight", "dbias", "dsample_bias"), (run.dweight(tile, splits), *run.sums()), torchs, exact, strict=True
-    ):
-        assert_as_accurate_as_torch(ours, theirs, right, f"{name} of {case}", terms)
+    gradients = run.gradients(tile, splits, mask)
+    assert tuple(gradient is not None for gradient in gradients) == mask
+    for name, ours, theirs, right in zip(("dweight", "dbias", "dsample_bias"), gradients, torchs, exact, strict=True):
+        if ours is not None:
+            assert_as_accurate_as_torch(ours, theirs, right, f"{name} of {case}, {mask}", terms)
 
 
 @DTYPES
@@ -96,9 +118,20 @@ def test_any_problem_is_as_accurate_as_torch(dtype: torch.dtype, nan_filled_memo
     @given(case=conv_cases().filter(lambda case: case.routing.batch > 0))
     @settings(max_examples=8, deadline=None, derandomize=True)
     def check(case: ConvCase) -> None:
-        assert_accurate(case, dtype, SMALL_STEP, 1 + case.seed % 3)
+        assert_accurate(case, dtype, SMALL_STEP, 1 + case.seed % 3, MASKS[(case.seed + case.in_channels) % len(MASKS)])
 
     check()
+
+
+@pytest.mark.parametrize("mask", MASKS[1:], ids=str)
+def test_gradients_that_are_wanted_do_not_depend_on_the_others(mask: Mask, nan_filled_memory: None) -> None:
+    """Bias gradients come from the weight gradient's launch, or from one of their own."""
+    case = some_case(
+        routing=Routing((0,) * 3 + (2,) * 9, 3, 3, None), out_channels=70, out_widths=(70, 3, 65), size=(3, 5),
+        filter=(1, 1), padding=(0, 0),
+    )  # fmt: skip
+    for splits in (1, 3):
+        assert_accurate(case, torch.float32, replace(SMALL_STEP, block_out=64), splits, mask)
 
 
 @DTYPES
@@ -183,10 +216,11 @@ def test_dead_channels_and_unused_experts_have_gradients_of_exact_zero(nan_fille
         for zero in (dweight[0], dweight[1], dweight[2], dweight[3, :, 4:]):
             assert torch.equal(zero, torch.zeros_like(zero))
         assert dweight[3, :, :4].abs().min() > 0
-    dbias, dsample_bias = run.sums()
-    assert dbias is not None and dsample_bias is not None
-    for zero in (dbias[1:3], dbias[0, 5:], dsample_bias[2:, 5:]):
-        assert torch.equal(zero, torch.zeros_like(zero))
+    for mask in (ALL, (False, True, True)):
+        dbias, dsample_bias = run.sums(mask)
+        assert dbias is not None and dsample_bias is not None
+        for zero in (dbias[1:3], dbias[0, 5:], dsample_bias[2:, 5:]):
+            assert torch.equal(zero, torch.zeros_like(zero))
 
 
 def test_two_runs_are_bitwise_equal_and_splits_change_the_rounding_only() -> None:
@@ -223,6 +257,7 @@ def test_widths_and_experts_out_of_range_are_clamped() -> None:
         weight_index=weight_index * 1000, in_widths=in_widths * 1000, out_widths=out_widths * 1000
     )
     wild, wild_sums = run.dweight(SMALL_STEP), run.sums()
+    assert sums[1] is not None and wild_sums[1] is not None
     assert torch.equal(wild[0], expected[0])
     torch.testing.assert_close(wild[2], expected[1] + expected[2])
     assert torch.equal(wild[1], torch.zeros_like(wild[1]))

@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 
 from bench.launch_host import StandInDriver, calls, stand_in_gpu
 from tdc_fast.kernels import launch
-from tdc_fast.kernels.channel_sums import sums_launch
+from tdc_fast.kernels.bias_sums import bias_launches
 from tdc_fast.kernels.problems import ConvTensors
 from tdc_fast.kernels.tile_table import no_tiles
 from tdc_fast.ops.checks import conv_problem
@@ -57,12 +57,13 @@ def test_a_remembered_launch_passes_what_triton_would(driver: StandInDriver, ope
     assert [(grid, [described(a) for a in arguments]) for grid, arguments in driver.launched] == through_triton
 
 
-def sums_of(dy: Tensor, exact: Tensor | None, rounded: Tensor | None) -> launch.Launch:
+def sums_of(dy: Tensor, dbias: Tensor | None, dsample_bias: Tensor | None) -> launch.Launch:
+    """The first launch of the sums of dy (2, C, H, W) for two experts."""
     offsets, index = torch.tensor([0, 1, 2], dtype=torch.int32), torch.arange(2, dtype=torch.int32)
     x, weight = dy.new_empty(dy.shape[0], 8, *dy.shape[2:]), dy.new_empty(2, dy.shape[1], 8, 1, 1)
     t = ConvTensors(x, weight, offsets, no_tiles(dy.device), index)
     problem = conv_problem("routed_conv2d_wgrad", t, (1, 1), (0, 0), dy=dy)
-    return sums_launch(problem, dy, t, rounded, exact)
+    return bias_launches(problem, dy, t, dbias, dsample_bias)[0]
 
 
 def test_launches_that_triton_specialises_differently_are_kept_apart(driver: StandInDriver) -> None:
@@ -79,16 +80,16 @@ def test_launches_that_triton_specialises_differently_are_kept_apart(driver: Sta
         (aligned.float(), total, None),  # dtype
         (aligned[:, :, :2], total, None),  # shape
     ]
-    for dy, exact, rounded in launches:
-        sums_of(dy, exact, rounded).run()
+    for dy, *biases in launches:
+        sums_of(dy, *biases).run()
     assert len(launch._compiled) == len(launches)
     compiled = {id(kernel) for kernel, _ in launch._compiled.values()}
     assert len(compiled) == 4  # other sizes need no other machine code: the last launch shares the first one's
     driver.launched.clear()
-    for dy, exact, rounded in launches:
-        sums_of(dy, exact, rounded).run()
+    for dy, *biases in launches:
+        sums_of(dy, *biases).run()
     assert len(launch._compiled) == len(launches) == len(driver.launched)
-    assert [arguments[0].data_ptr() for _, arguments in driver.launched] == [dy.data_ptr() for dy, _, _ in launches]
+    assert [arguments[0].data_ptr() for _, arguments in driver.launched] == [dy.data_ptr() for dy, *_ in launches]
 
 
 def test_an_empty_grid_starts_nothing(driver: StandInDriver) -> None:
