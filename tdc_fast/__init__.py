@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from tdc_fast.nn.inference import for_inference
     from tdc_fast.nn.packing import RoutedModel, pack_experts
     from tdc_fast.nn.width_plan import WidthPlan
     from tdc_fast.ops import explain, routed_conv2d, routed_group_norm, routed_linear
@@ -23,6 +24,7 @@ _HOME = {
     "routed_linear": "tdc_fast.ops",
     "routed_group_norm": "tdc_fast.ops",
     "explain": "tdc_fast.ops",
+    "for_inference": "tdc_fast.nn.inference",
     "pack_experts": "tdc_fast.nn.packing",
     "RoutedModel": "tdc_fast.nn.packing",
     "WidthPlan": "tdc_fast.nn.width_plan",
@@ -34,6 +36,7 @@ __all__ = [
     "TimestepGroups",
     "WidthPlan",
     "explain",
+    "for_inference",
     "pack_experts",
     "routed_conv2d",
     "routed_group_norm",

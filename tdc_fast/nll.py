@@ -15,12 +15,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
-from tdc_fast.command_line import load_denoiser, output_directory, parse_denoiser_flags, run_command, use_threads
+from tdc_fast.command_line import (
+    load_denoiser,
+    output_directory,
+    parse_denoiser_flags,
+    run_command,
+    use_threads,
+)
 from tdc_fast.entry import STOPPED
 from tdc_fast.evaluation.likelihood import bits_per_dimension, images_to_measure, write_terms
 from tdc_fast.runs.build import named_device
-from tdc_fast.runs.denoisers import Which
+from tdc_fast.runs.denoisers import Which, placed
 from tdc_fast.runs.limits import PathText, Within
+from tdc_fast.runs.precision import DtypeName
 
 __all__ = ["NllOptions", "bits_per_dimension", "main"]
 
@@ -50,6 +57,9 @@ class NllOptions:
     """CPU threads; 0 keeps the default of torch."""
     device: str = "cpu"
     """auto, cpu, cuda or cuda:N."""
+    dtype: DtypeName = "auto"
+    """Precision of the model: float32, bfloat16 or float16 (on a GPU). auto is that of training on a GPU, and float32
+    on the CPU. The diffusion process computes in float32."""
     out: PathText = ""
     """Folder for the files; empty takes nll/ of the run, or with --model_path DIFFUSION_BLOB_LOGDIR, OPENAI_LOGDIR or
     a new temporary folder."""
@@ -66,8 +76,7 @@ def _measure(arguments: list[str]) -> None:
     use_threads(options["num_threads"])
     directory = output_directory(options, "nll")
     device = named_device(options["device"])
-    denoiser = load_denoiser(options)
-    denoiser.model.to(device)
+    denoiser = placed(load_denoiser(options), device, options["dtype"])
     x0, labels, source = images_to_measure(denoiser, options["data_dir"], options["num_samples"])
     print(f"measuring {len(x0)} images: {source}", flush=True)
     terms = bits_per_dimension(
@@ -78,7 +87,7 @@ def _measure(arguments: list[str]) -> None:
         clip_denoised=options["clip_denoised"],
         seed=options["seed"],
     )
-    write_terms(directory, terms, len(x0))
+    write_terms(directory, terms, len(x0), denoiser.dtype)
     print(f"{float(terms['total']):.4f} bits per dimension over {len(x0)} images ({source})")
     print(f"written to {directory}")
 

@@ -15,15 +15,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from tdc_fast.command_line import load_denoiser, output_directory, parse_denoiser_flags, run_command, use_threads
+from tdc_fast.command_line import (
+    load_denoiser,
+    output_directory,
+    parse_denoiser_flags,
+    run_command,
+    use_threads,
+)
 from tdc_fast.diffusion.samplers import SpacingName
 from tdc_fast.entry import STOPPED
 from tdc_fast.errors import invalid
 from tdc_fast.evaluation.samples import draw_samples, write_samples
 from tdc_fast.runs.build import named_device
 from tdc_fast.runs.config import comma_numbers
-from tdc_fast.runs.denoisers import Which
+from tdc_fast.runs.denoisers import Which, placed
 from tdc_fast.runs.limits import PathText, Within
+from tdc_fast.runs.precision import DtypeName
 
 __all__ = ["SampleOptions", "draw_samples", "main", "write_samples"]
 
@@ -75,6 +82,9 @@ class SampleOptions:
     """CPU threads; 0 keeps the default of torch."""
     device: str = "cpu"
     """auto, cpu, cuda or cuda:N."""
+    dtype: DtypeName = "auto"
+    """Precision of the model: float32, bfloat16 or float16 (on a GPU). auto is that of training on a GPU, and float32
+    on the CPU. The diffusion process computes in float32."""
     out: PathText = ""
     """Folder for the .npz and the .png file; empty takes samples/ of the run, or with --model_path
     DIFFUSION_BLOB_LOGDIR, OPENAI_LOGDIR or a new temporary folder."""
@@ -115,7 +125,7 @@ def _sample(arguments: list[str]) -> None:
     use_threads(options["num_threads"])
     directory = output_directory(options, "samples")  # before hours of sampling, as it may fail
     device = named_device(options["device"])
-    denoiser.model.to(device)
+    denoiser = placed(denoiser, device, options["dtype"])
     images, labels = draw_samples(
         denoiser,
         options["num_samples"],

@@ -15,11 +15,15 @@ import torch
 from PIL import Image
 
 from tdc_fast import evaluate, nll, sample
-from tdc_fast.evaluation import comparison, draw_samples, train_classifier
+from tdc_fast.evaluation import comparison, draw_samples, heldout_losses, train_classifier
 from tdc_fast.evaluation.image_sets import load_pair
+from tdc_fast.evaluation.likelihood import bits_per_dimension
 from tdc_fast.models.iddpm import create_unet
-from tdc_fast.runs.denoisers import from_run
+from tdc_fast.routing import TimestepGroups
+from tdc_fast.runs.denoisers import from_checkpoint, from_run, placed, stored_facts
+from tdc_fast.runs.precision import named_dtype
 from tdc_fast.train import TrainConfig, train
+from tests.models.test_iddpm import randomise
 
 MODEL = [
     *(["--image_size", "8", "--num_channels", "8", "--num_res_blocks", "1", "--channel_mult", "1,2"]),
@@ -210,9 +214,10 @@ def test_different_images_have_a_distance_above_zero(sets, tmp_path):
 def test_a_run_is_sampled_and_its_held_out_loss_measured(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(comparison, "train_classifier", lambda: train_classifier(epochs=2))
     out = tmp_path / "e.json"
-    evaluate.main([str(run), "digits", "--num_samples=20", "--steps", "2", "--loss_images", "16", "--out", str(out)])
+    evaluate.main([str(run), "digits", "--num_samples=20", "--steps", "2", "--loss_images", "16",
+                   "--dtype", "bfloat16", "--out", str(out)])  # fmt: skip
     numbers = json.loads(out.read_text())
-    assert numbers["a"] == {"name": str(run), "images": 20, "is_run": True}
+    assert numbers["a"] == {"name": str(run), "images": 20, "is_run": True, "dtype": "bfloat16"}
     losses = numbers["losses"][str(run)]
     assert len(losses["per_group"]) == 2 and losses["num_images"] == 16
     assert "held-out" in losses["images"]
@@ -247,6 +252,70 @@ def test_likelihood_terms_are_written_from_the_last_timestep_down_and_add_up(run
     assert numbers["images"] == 6
     assert numbers["bits_per_dimension"] == pytest.approx(terms["vb"].sum() + numbers["prior"], rel=1e-5)
     assert terms["xstart_mse"][0] > terms["xstart_mse"][-1]  # x0 is hardest to see where there is most noise
+
+
+@pytest.mark.parametrize("which", ["base", "experts"])
+def test_in_bf16_samples_losses_and_likelihood_are_those_of_fp32_but_for_its_rounding(run, which, capsys):
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        denoiser = from_run(run, which)
+        randomise(denoiser.model)  # after two steps of training its output would be next to zero
+        denoiser = placed(denoiser, torch.device("cpu"), dtype)
+        assert denoiser.dtype == dtype and denoiser.diffusion.num_timesteps == 20
+        images, labels = draw_samples(denoiser, 6, steps=5, seed=1)
+        x0 = images.float() / 127.5 - 1
+        groups, condition = TimestepGroups.uniform(20, 2), {"y": labels}
+        loss = heldout_losses(
+            denoiser.model, denoiser.diffusion, x0, groups, model_kwargs=condition, points_per_group=2
+        )
+        bits = bits_per_dimension(denoiser, x0, labels, batch_size=6)["total"]
+        found[dtype] = images.float(), float(loss.mean), float(bits)
+    assert capsys.readouterr().out.count(f"model:   {run} ({which}) in bfloat16\n") == 1
+    difference = (found["float32"][0] - found["bfloat16"][0]).abs() / 127.5
+    assert 0 < difference.max() <= 5 * torch.finfo(torch.bfloat16).eps * 2  # in five steps
+    for ours, plain in zip(found["bfloat16"][1:], found["float32"][1:], strict=True):
+        assert ours != plain and ours == pytest.approx(plain, rel=0.005)
+
+
+def test_a_likelihood_in_bf16_says_so_in_its_file(run, tmp_path):
+    few = ["--num_samples", "2", "--batch_size", "2", "--timestep_respacing", "3", "--out", str(tmp_path)]
+    for dtype, recorded in (("bfloat16", "bfloat16"), ("auto", "float32")):
+        assert nll.main(["--run", str(run), "--dtype", dtype, *few]) == 0
+        assert json.loads((tmp_path / "nll.json").read_text())["dtype"] == recorded
+
+
+@pytest.mark.parametrize("command", [sample, nll, evaluate])
+def test_a_precision_that_the_cpu_does_not_have_is_refused_before_anything_is_done(
+    run, command, tmp_path, assert_refused, monkeypatch
+):
+    monkeypatch.setattr(torch.nn.Module, "__call__", lambda *a, **k: pytest.fail("a model ran"))
+    names = [str(run), "digits"] if command is evaluate else ["--run", str(run)]
+    flags = [*names, "--dtype", "float16", "--out", str(tmp_path / "out")]
+    assert_refused("dtype: got 'float16'; expected float32 or bfloat16 on the CPU", command, flags)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_of_weights_knows_the_precision_that_it_was_trained_in(run, tmp_path):
+    base = next((run / "base").glob("ema_*.pt"))
+    assert from_checkpoint(base, {**stored_facts(model_path=str(base)), "in_channels": 1}).config.precision == "fp32"
+    for path in (base, base.with_suffix(".json")):
+        shutil.copy(path, tmp_path)
+    record = tmp_path / base.with_suffix(".json").name
+    described = json.loads(record.read_text())
+    described["config"]["use_fp16"] = True  # improved-diffusion's switch
+    record.write_text(json.dumps(described))
+    copied = tmp_path / base.name
+    denoiser = from_checkpoint(copied, stored_facts(model_path=str(copied)))
+    assert denoiser.config.mixed_precision
+    gpu = torch.device("cuda")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+        assert named_dtype("auto", gpu, True) == torch.bfloat16 and named_dtype("auto", gpu, False) == torch.float32
+        patch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+        patch.setattr(torch.cuda, "get_device_name", lambda device: "a T4")
+        assert named_dtype("auto", gpu, True) == torch.float32 and named_dtype("float16", gpu, True) == torch.float16
+        with pytest.raises(ValueError, match="^dtype: got 'bfloat16'; expected float32 or float16, as a T4 has no"):
+            named_dtype("bfloat16", gpu, True)
 
 
 def test_likelihood_refuses_a_device_that_is_not_there(run, tmp_path, assert_refused):

@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from tdc_fast.diffusion.protocols import DiffusionProcess
+from tdc_fast.diffusion.protocols import Denoiser, DiffusionProcess
 from tdc_fast.graphs import graphed
 
 Batch = Tensor | tuple[Tensor, Mapping[str, Any]]
@@ -25,12 +25,17 @@ class Calibration(Generic[R]):
         diffusion: the process.
         function: takes the training losses (B,) of a batch, and returns tensors without gradients, in any nesting. They
             hold until the next batch. None returns the losses themselves; grad mode must then be off.
+        denoise: computes the model, such as in another precision; None calls the model itself.
     """
 
     def __init__(
-        self, model: nn.Module, diffusion: DiffusionProcess, function: Callable[[Tensor], R] | None = None
+        self,
+        model: nn.Module,
+        diffusion: DiffusionProcess,
+        function: Callable[[Tensor], R] | None = None,
+        denoise: Denoiser | None = None,
     ) -> None:
-        self._model, self._diffusion, self._function = model, diffusion, function
+        self._denoise, self._diffusion, self._function = denoise or model, diffusion, function
         self._device = next(model.parameters()).device
         options = {"modules": [model], "clone": False, "fixed_flops": True}
         self._run = graphed(self._of_a_batch, self._device, name="calibration", **options)
@@ -53,7 +58,7 @@ class Calibration(Generic[R]):
             yield self._run(x0.to(device), t.to(device), noise.to(device), there)
 
     def _of_a_batch(self, x0: Tensor, t: Tensor, noise: Tensor, model_kwargs: dict[str, Any]) -> Any:
-        losses = self._diffusion.training_losses(self._model, x0, t, noise=noise, model_kwargs=model_kwargs)["loss"]
+        losses = self._diffusion.training_losses(self._denoise, x0, t, noise=noise, model_kwargs=model_kwargs)["loss"]
         return losses if self._function is None else self._function(losses)
 
 

@@ -18,6 +18,7 @@ from tdc_fast.runs.build import named_device, split_data
 from tdc_fast.runs.denoisers import TrainedDenoiser
 from tdc_fast.runs.groups import build_groups
 from tdc_fast.runs.limits import check_limits
+from tdc_fast.runs.precision import named_dtype
 from tdc_fast.runs.processes import one_process
 
 FEW_IMAGES = 5000
@@ -42,7 +43,7 @@ def evaluate(a: str, b: str, options: EvaluateOptions | None = None) -> dict[str
     """
     options = options or EvaluateOptions()
     check_limits(EvaluateOptions, vars(options))
-    named_device(options.device)  # refused before a run is sampled
+    named_dtype(options.dtype, named_device(options.device), False)  # refused before a run is sampled
     first, second = load_pair(a, b, options)
     extractor, description = _extractor(first.images, options.features)
     reference = first if second.denoiser is not None and first.denoiser is None else second
@@ -50,8 +51,8 @@ def evaluate(a: str, b: str, options: EvaluateOptions | None = None) -> dict[str
     features = extract(reference.images, extractor, options.batch_size)
     result: dict[str, Any] = {
         "version": 1,
-        "a": {"name": a, "images": len(first.images), "is_run": first.denoiser is not None},
-        "b": {"name": b, "images": len(second.images), "is_run": second.denoiser is not None},
+        "a": _described(a, first),
+        "b": _described(b, second),
         "frechet_distance": frechet_distance(first.images, second.images, extractor, batch_size=options.batch_size),
         "feature_space": description,
         "floors_of": reference.name,
@@ -73,6 +74,11 @@ def evaluate(a: str, b: str, options: EvaluateOptions | None = None) -> dict[str
         if own.denoiser is not None
     }
     return result
+
+
+def _described(name: str, images: ImageSet) -> dict[str, Any]:
+    known = {"name": name, "images": len(images.images), "is_run": images.denoiser is not None}
+    return known if images.denoiser is None else {**known, "dtype": images.denoiser.dtype}
 
 
 def _extractor(images: Tensor, features: str) -> tuple[nn.Module, str]:

@@ -15,7 +15,7 @@ from tdc_fast.errors import invalid, require
 from tdc_fast.evaluation.options import EvaluateOptions
 from tdc_fast.evaluation.samples import draw_samples
 from tdc_fast.runs.build import named_device
-from tdc_fast.runs.denoisers import TrainedDenoiser, from_run
+from tdc_fast.runs.denoisers import TrainedDenoiser, from_run, placed
 from tdc_fast.runs.limits import check_path
 
 _READ_AT_ONCE = 64
@@ -120,8 +120,7 @@ def _pixels(data: ImageDataset) -> Tensor:
 
 def _run_samples(name: str, options: EvaluateOptions) -> ImageSet:
     device = named_device(options.device)
-    denoiser = from_run(name, options.which)
-    denoiser.model.to(device)
+    denoiser = placed(from_run(name, options.which), device, options.dtype)
     print(
         f"drawing {options.num_samples} images from {denoiser.name}: {options.sampler}, {options.steps} steps; "
         "--num_samples draws fewer",

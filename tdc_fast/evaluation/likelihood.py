@@ -92,13 +92,14 @@ def images_to_measure(denoiser: TrainedDenoiser, data_dir: str, limit: int) -> t
     return x0, kwargs.get("y"), source
 
 
-def write_terms(directory: Path, terms: dict[str, np.ndarray], count: int) -> None:
+def write_terms(directory: Path, terms: dict[str, np.ndarray], count: int, dtype: str = "float32") -> None:
     """Write improved-diffusion's `{vb,mse,xstart_mse}_terms.npz`, and `nll.json` with the total.
 
     Args:
         directory: a folder; made if it does not exist.
         terms: what `bits_per_dimension` returned.
         count: how many images the means are over.
+        dtype: what the model computed in.
     """
     directory.mkdir(parents=True, exist_ok=True)
     for name in ("*_terms.npz.*", "nll.json.*"):
@@ -107,5 +108,10 @@ def write_terms(directory: Path, terms: dict[str, np.ndarray], count: int) -> No
     for name in ("vb", "mse", "xstart_mse"):
         with atomic_file(directory / f"{name}_terms.npz") as file:
             np.savez(file, terms[name])
-    numbers = {"bits_per_dimension": float(terms["total"]), "prior": float(terms["prior"]), "images": count}
+    numbers = {
+        "bits_per_dimension": float(terms["total"]),
+        "prior": float(terms["prior"]),
+        "images": count,
+        "dtype": dtype,
+    }
     write_json(directory / "nll.json", numbers)

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from tdc_fast.diffusion.samplers import SamplerName, SpacingName
 from tdc_fast.runs.denoisers import Which
 from tdc_fast.runs.limits import PathText, Within
+from tdc_fast.runs.precision import DtypeName
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,9 @@ class EvaluateOptions:
     """CPU threads; 0 keeps the default of torch."""
     device: str = "cpu"
     """Where a run is sampled and its loss is measured: auto, cpu, cuda or cuda:N."""
+    dtype: DtypeName = "auto"
+    """Precision of a run's model: float32, bfloat16 or float16 (on a GPU). auto is that of its training on a GPU, and
+    float32 on the CPU. The diffusion process and the distances compute in float32 and more."""
     out: PathText = ""
     """JSON file to write the numbers to; empty takes evaluation.json in the run that is compared (the first of two), or
     in the working directory if none is."""

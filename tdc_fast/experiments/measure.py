@@ -18,7 +18,7 @@ from tdc_fast.evaluation.features import RandomConvFeatures, extract
 from tdc_fast.evaluation.frechet import Floor, frechet_distance, real_floors
 from tdc_fast.evaluation.heldout import HeldoutLosses, heldout_losses, sampling_macs
 from tdc_fast.evaluation.samples import draw_samples, write_samples
-from tdc_fast.nn.casts import InBf16
+from tdc_fast.nn.casts import InDtype
 from tdc_fast.nn.packing import RoutedModel, pack_experts
 from tdc_fast.routing import TimestepGroups
 from tdc_fast.runs.build import build_device, split_data
@@ -146,7 +146,7 @@ def measure(run_directory: Path, yardsticks: Path, protocol: MeasuringProtocol, 
     device = build_device(trained.config)
     # A dense denoiser is routed as well, so that all models run on the same, faster kernels.
     model = _routed(trained).to(device)
-    denoiser = replace(trained, model=InBf16(model) if trained.config.mixed_precision else model)
+    denoiser = replace(trained, model=InDtype(model, torch.bfloat16) if trained.config.mixed_precision else model)
     compared_with = load_yardsticks(yardsticks)
     heldout_images = split_data(denoiser.config)[1]
     assert heldout_images is not None

@@ -13,6 +13,7 @@ from tdc_fast.diffusion.calibration import Batch, Calibration
 from tdc_fast.diffusion.protocols import DiffusionProcess
 from tdc_fast.errors import invalid
 from tdc_fast.grouping.probes import Probes
+from tdc_fast.nn.inference import denoiser_in
 from tdc_fast.nn.modes import evaluating
 
 
@@ -25,6 +26,7 @@ def probe_losses(
     *,
     max_batches: int = 4,
     seed: int = 0,
+    dtype: torch.dtype = torch.float32,
 ) -> np.ndarray:
     """Mean training loss of the base on each interval of timesteps, float64 (P,).
 
@@ -37,6 +39,7 @@ def probe_losses(
         batches: x0 (B, ...) or (x0, model_kwargs).
         max_batches: how many of them are read.
         seed: seed of timesteps and noise.
+        dtype: what the base computes in, as `tdc_fast.nn.inference.denoiser_in` takes it.
 
     Raises:
         ValueError: there is no batch.
@@ -44,7 +47,7 @@ def probe_losses(
     data = list(islice(batches, max_batches))
     if not data:
         raise invalid("batches", data, "at least one batch of calibration data")
-    means, calibration = [], Calibration[Tensor](model, diffusion)
+    means, calibration = [], Calibration[Tensor](model, diffusion, denoise=denoiser_in(model, dtype))
     with evaluating(model), torch.no_grad():
         for interval in probes:
             losses = torch.cat([batch.clone() for batch in calibration.of(data, interval, seed=seed)])

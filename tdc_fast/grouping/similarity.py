@@ -29,6 +29,7 @@ from tdc_fast.diffusion.protocols import DiffusionProcess
 from tdc_fast.errors import invalid
 from tdc_fast.grouping.intervals import Division, divide, scatter_of_similarity
 from tdc_fast.grouping.probes import Probes
+from tdc_fast.nn.inference import denoiser_in
 from tdc_fast.nn.modes import evaluating
 from tdc_fast.ops.checks import require_integer
 from tdc_fast.routing import TimestepGroups
@@ -117,6 +118,7 @@ def measure_similarity(
     num_probes: int = 50,
     max_batches: int = 4,
     seed: int = 0,
+    dtype: torch.dtype = torch.float32,
 ) -> TaskSimilarity:
     """Cosine similarity of the base's loss gradients at intervals of equal width.
 
@@ -127,6 +129,7 @@ def measure_similarity(
         num_probes: P, the number of intervals.
         max_batches: how many batches are read.
         seed: seed of timesteps, noise and projection.
+        dtype: what the base computes in, as `tdc_fast.nn.inference.denoiser_in` takes it.
 
     Raises:
         ValueError: there are more probes than timesteps or no data, or a gradient is zero or not finite.
@@ -135,7 +138,7 @@ def measure_similarity(
     data = list(islice(batches, max_batches))
     if not data:
         raise invalid("batches", data, "at least one batch of calibration data")
-    gradients = _gradients(model, diffusion)
+    gradients = _gradients(model, diffusion, dtype)
     sketches = torch.stack([_sketch_of(gradients, model, data, probe, seed) for probe in probes])
     norms = sketches.norm(dim=1)
     for probe, norm in zip(probes, norms.tolist(), strict=True):
@@ -162,12 +165,16 @@ def gradient_sketch(
     return _sketch_of(_gradients(model, diffusion), model, batches, probe, seed)
 
 
-def _gradients(model: nn.Module, diffusion: DiffusionProcess) -> Calibration[tuple[Tensor | None, ...]]:
+def _gradients(
+    model: nn.Module, diffusion: DiffusionProcess, dtype: torch.dtype = torch.float32
+) -> Calibration[tuple[Tensor | None, ...]]:
     """The gradients of a batch's mean loss, one per parameter."""
     parameters = list(model.parameters())
-    return Calibration(
-        model, diffusion, lambda losses: torch.autograd.grad(losses.mean(), parameters, allow_unused=True)
-    )
+
+    def of(losses: Tensor) -> tuple[Tensor | None, ...]:
+        return torch.autograd.grad(losses.mean(), parameters, allow_unused=True)
+
+    return Calibration(model, diffusion, of, denoiser_in(model, dtype))
 
 
 def _sketch_of(

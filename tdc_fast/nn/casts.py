@@ -13,20 +13,21 @@ from torch.autograd import forward_ad
 Key = tuple[torch.dtype, bool]  # dtype; whether gradients are recorded
 
 
-class InBf16(nn.Module):
+class InDtype(nn.Module):
     """A denoiser under autocast with its output in fp32, so that the diffusion process computes in fp32.
 
     Args:
         denoiser: called as denoiser(x, t, **condition).
+        dtype: bfloat16 or float16.
     """
 
-    def __init__(self, denoiser: Callable[..., Tensor]) -> None:
+    def __init__(self, denoiser: Callable[..., Tensor], dtype: torch.dtype) -> None:
         super().__init__()
-        self.denoiser = denoiser
+        self.denoiser, self.dtype = denoiser, dtype
 
     def forward(self, x: Tensor, t: Tensor, /, **condition: Any) -> Tensor:
         """The output for x (B, ...) at the timesteps t (B,)."""
-        with torch.autocast(x.device.type, dtype=torch.bfloat16) if x.device.type != "meta" else nullcontext():
+        with torch.autocast(x.device.type, dtype=self.dtype) if x.device.type != "meta" else nullcontext():
             return self.denoiser(x, t, **condition).float()
 
 

@@ -21,8 +21,8 @@ class OneExpert:
     The parameters are those of the dense model, seen as stacks of one: its state dict and its optimizer stay as they
     are, and gradients arrive at it. Whether dropout is active is the dense model's mode.
 
-    Layers must not be computed again in the backward (`torch.utils.checkpoint`), when the parameters are no longer
-    there.
+    Layers that are to be computed again in the backward (`use_checkpoint`) would not find the parameters then: where
+    gradients are recorded, such a model runs as it is.
 
     Args:
         model: any module that `pack_experts` can pack; its structure and its parameters must stay as they are.
@@ -33,6 +33,7 @@ class OneExpert:
         memo: dict[int, Any] = {id(p): nn.Parameter(p.detach().to("meta")) for p in model.parameters()}
         packed = pack_experts(copy.deepcopy(model, memo), TimestepGroups([0, 1]))
         self._model, self._packed = model, packed
+        self._recomputes = any(getattr(module, "use_checkpoint", False) for module in model.modules())
         ranks = {name: parameter.dim() for name, parameter in packed.named_parameters()}
         self._parameters = [
             (f"model.{name}", parameter, parameter.dim() + 1 > ranks[f"model.{name}"])
@@ -41,6 +42,8 @@ class OneExpert:
 
     def __call__(self, x: Tensor, t: Tensor, /, *args: Any, **kwargs: Any) -> Any:
         """The model's output; arguments as for the model, with integer timesteps t (B,)."""
+        if self._recomputes and torch.is_grad_enabled():
+            return self._model(x, t, *args, **kwargs)
         if self._packed.training != self._model.training:
             self._packed.train(self._model.training)
         stacked = {

@@ -163,7 +163,8 @@ class RoutedModel(nn.Module):
         """Expert `index` as an ordinary module of the base's class, with a copy of its weights.
 
         A pruned expert is physically smaller; a unit of width 0 leaves only the skip path. For timesteps of group
-        `index` its output equals this model's.
+        `index` its output equals this model's. It runs on torch's kernels; `tdc_fast.for_inference` runs it on the
+        routed ones, and in 16 bits.
         """
         self._check_expert(index)
         if self.widths is not None:

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from tdc_fast.diffusion.protocols import Denoiser
+from tdc_fast.nn.casts import InDtype
+from tdc_fast.nn.inference import cast_weights
 from tdc_fast.nn.leaf import RoutedLeaf
 from tdc_fast.nn.modes import evaluating
 from tdc_fast.nn.packing import pack_experts
@@ -32,9 +34,10 @@ class CandidateModel:
     Args:
         base: its units are named after modules, and `pack_experts` can pack it. It is not changed.
         orders: {unit: atoms, most important first}.
+        dtype: what the candidates compute in. Other than float32, the weights are cast to it, once.
     """
 
-    def __init__(self, base: Prunable, orders: Mapping[str, Sequence[int]]) -> None:
+    def __init__(self, base: Prunable, orders: Mapping[str, Sequence[int]], dtype: torch.dtype = torch.float32) -> None:
         module = module_of(base)
         self.units: tuple[PruningUnit, ...] = tuple(base.pruning_units())
         whole = {unit.name: ExpertUnit(tuple(orders[unit.name]), unit.channels) for unit in self.units}
@@ -50,6 +53,9 @@ class CandidateModel:
             for part in unit.slices:
                 if part.dim == "in":
                     self._drop_bias_at_width_0(unit.name, self._model.get_submodule(part.module))
+        self._dtype = dtype
+        if dtype != torch.float32:
+            cast_weights(self._model, dtype)
 
     @contextmanager
     def of_widths(self, candidates: Sequence[Mapping[str, int]]) -> Iterator[Denoiser]:
@@ -71,7 +77,9 @@ class CandidateModel:
                 name = "out_widths" if part.dim == "out" else "in_widths"
                 setattr(leaf, name, self._of_count((part.module, name), entries))
         # One object for each number of candidates, so that a graph of it is found again.
-        self._of.setdefault(len(candidates), partial(self._denoise, len(candidates)))
+        if len(candidates) not in self._of:
+            denoise = partial(self._denoise, len(candidates))
+            self._of[len(candidates)] = denoise if self._dtype == torch.float32 else InDtype(denoise, self._dtype)
         with evaluating(self._model):
             yield self._of[len(candidates)]
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from tdc_fast.diffusion.calibration import Batch, Calibration
 from tdc_fast.diffusion.protocols import DiffusionProcess
 from tdc_fast.errors import invalid
+from tdc_fast.nn.inference import denoiser_in
 from tdc_fast.nn.modes import evaluating
 from tdc_fast.nn.units import PruningUnit, UnitSlice
 
@@ -38,13 +39,21 @@ class TaylorImportance:
         model: the trained denoiser. Its weights, gradients and mode are left unchanged.
         units: its pruning units.
         diffusion: the process that the model was trained with.
+        dtype: what the model computes in, as `tdc_fast.nn.inference.denoiser_in` takes it; weights and gradients are
+            multiplied in fp64.
     """
 
-    def __init__(self, model: nn.Module, units: Sequence[PruningUnit], diffusion: DiffusionProcess) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        units: Sequence[PruningUnit],
+        diffusion: DiffusionProcess,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         self._model, self._units = model, units
         self._axes = [(unit, part, tensor) for unit in units for part, tensor in _slice_tensors(model, unit)]
         self._tensors = list({id(tensor): tensor for *_, tensor in self._axes}.values())
-        self._calibration = Calibration(model, diffusion, self._changes)
+        self._calibration = Calibration(model, diffusion, self._changes, denoiser_in(model, dtype))
 
     def of(self, batches: Iterable[Batch], group: tuple[int, int], *, seed: int = 0) -> Importance:
         """The importance on the timesteps of one group; arguments and result as in `taylor_importance`."""

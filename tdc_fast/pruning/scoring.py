@@ -53,6 +53,7 @@ class DenoisingLoss:
         max_batches: how many of them are read.
         seed: seed of timesteps and noise.
         max_samples: samples that one pass may hold.
+        dtype: what the candidates compute in; losses are computed in fp32.
     """
 
     def __init__(
@@ -64,12 +65,14 @@ class DenoisingLoss:
         max_batches: int = 8,
         seed: int = 0,
         max_samples: int = 1024,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         if max_samples < 1:
             raise invalid("max_samples", max_samples, "at least 1")
         self.base, self.diffusion, self.seed, self.max_samples = base, diffusion, seed, max_samples
         self.batches = list(islice(batches, max_batches))
         self.samples = sum(len(split_batch(batch)[0]) for batch in self.batches)
+        self._dtype = dtype
         self._orders: dict[str, tuple[int, ...]] = {}
         self._model: CandidateModel | None = None
         self._candidate_losses: Callable[..., Tensor] = self._training_losses
@@ -93,7 +96,7 @@ class DenoisingLoss:
     def _of_orders(self, orders: dict[str, tuple[int, ...]]) -> CandidateModel:
         """The previous model while the group stays the same, since rounds differ only in widths."""
         if self._model is None or orders != self._orders:
-            self._model, self._orders = CandidateModel(self.base, orders), orders
+            self._model, self._orders = CandidateModel(self.base, orders, self._dtype), orders
             # Without its modules: their hooks are those of CandidateModel, which a graph may hold.
             device = next(module_of(self.base).parameters()).device
             self._candidate_losses = graphed(self._training_losses, device, name="the scores of candidates")

@@ -16,6 +16,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tdc_fast.diffusion.calibration import Batch, split_batch
 from tdc_fast.diffusion.protocols import DiffusionProcess
 from tdc_fast.errors import invalid
@@ -118,7 +120,9 @@ def plan_pruning(
     budgets = tuple(budget_macs(fraction, costs.full()) for fraction in fractions)
     check_reachable(settings.k, budgets, costs.least(), costs.full(), settings.k_name)
     if scorer is None and not getattr(agent, "one_shot", False):
-        scorer = DenoisingLoss(base, diffusion, data, seed=settings.seed, max_samples=settings.max_samples)
+        scorer = DenoisingLoss(
+            base, diffusion, data, seed=settings.seed, max_samples=settings.max_samples, dtype=settings.dtype
+        )
     search = _Search(
         base=base,
         digest=base_hash(module),
@@ -179,6 +183,7 @@ class _Search:
             "use_memory": settings.use_memory,
             "seed": settings.seed,
             "scored_samples": 0 if self.scorer is None else self.scorer.samples,
+            **({} if settings.dtype == torch.float32 else {"dtype": str(settings.dtype)}),
         }
 
     def run(self, fractions: tuple[float, ...], memory: Memory) -> Pruning:
@@ -226,7 +231,7 @@ class _Search:
     @cached_property
     def _taylor(self) -> TaylorImportance:
         """One for all groups, which share its graphs."""
-        return TaylorImportance(module_of(self.base), self.units, self.diffusion)
+        return TaylorImportance(module_of(self.base), self.units, self.diffusion, self.settings.dtype)
 
     def _importance(self, group: int, interval: tuple[int, int]) -> Importance:
         given, base = self.settings.importance, module_of(self.base)

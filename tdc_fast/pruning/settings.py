@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from tdc_fast.errors import invalid
+from tdc_fast.nn.inference import DTYPES
 from tdc_fast.pruning.importance import Importance
 
 IMPORTANCES = ("taylor", "magnitude")
@@ -30,6 +33,8 @@ class PruningSettings:
         max_samples: samples that one pass of the default scorer may hold.
         strict: raise instead of warn where the units are too coarse to land within the tolerance.
         seed: seed of everything that is drawn.
+        dtype: what the base and its candidates compute in where importance and the default scorer's losses are
+            measured: torch.float32, torch.bfloat16 or torch.float16.
         k_name: what errors call `k`, such as the flag that it came from.
 
     Raises:
@@ -47,10 +52,13 @@ class PruningSettings:
     max_samples: int = 1024
     strict: bool = False
     seed: int = 0
+    dtype: torch.dtype = torch.float32
     k_name: str = "k"
 
     def __post_init__(self) -> None:
         if isinstance(self.importance, str) and self.importance not in IMPORTANCES:
             raise invalid("importance", self.importance, f"one of {IMPORTANCES}, or a function of the group's index")
+        if self.dtype not in DTYPES:
+            raise invalid("dtype", self.dtype, "torch.float32, torch.bfloat16 or torch.float16")
         if self.max_batches < 1:
             raise invalid("max_batches", self.max_batches, "at least 1")

@@ -14,6 +14,7 @@ from tdc_fast.errors import invalid
 from tdc_fast.graphs import captures_on
 from tdc_fast.models.iddpm import UNet, create_unet
 from tdc_fast.runs.config import TrainConfig
+from tdc_fast.runs.precision import named_dtype
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -47,6 +48,16 @@ def named_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise invalid("device", name, f"cpu or auto, as torch sees {torch.cuda.device_count() or 'no'} GPU here")
     return device
+
+
+def calibration_dtype(config: TrainConfig) -> torch.dtype:
+    """The precision in which a run's base is measured.
+
+    Raises:
+        ValueError: the device does not compute in it.
+    """
+    device = build_device(config)
+    return named_dtype(config.calibration_dtype, device, config.mixed_precision, "calibration_dtype")
 
 
 def check_cuda_graph(config: TrainConfig) -> None:

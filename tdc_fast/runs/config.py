@@ -52,7 +52,7 @@ MAY_CHANGE_ON_RESUME = frozenset(
 (log_interval decides which rows progress.csv has.)
 """
 
-ADDED = frozenset({"background"})
+ADDED = frozenset({"background", "calibration_dtype"})
 """Options that runs made before they existed do not have."""
 
 MAY_BE_OVERRIDDEN = frozenset(

@@ -13,6 +13,7 @@ from torch import nn
 
 from tdc_fast.diffusion import Diffusion
 from tdc_fast.errors import invalid
+from tdc_fast.nn.inference import ForInference, for_inference
 from tdc_fast.nn.one_expert import as_one_expert
 from tdc_fast.nn.packing import RoutedModel
 from tdc_fast.runs.averages import UNTRAINED, initial_share
@@ -20,6 +21,7 @@ from tdc_fast.runs.build import build_diffusion, build_unet, refuse_what_cannot_
 from tdc_fast.runs.config import TrainConfig
 from tdc_fast.runs.loading import Run, load_run
 from tdc_fast.runs.options import DiffusionOptions, ModelOptions
+from tdc_fast.runs.precision import DtypeName, dtype_word, named_dtype
 from tdc_fast.runs.weights import load_weights, read_description
 from tdc_fast.text_files import read_record
 
@@ -33,6 +35,11 @@ FREE_AT_SAMPLING = frozenset({"timestep_respacing", "dropout", "use_checkpoint",
 @dataclass(frozen=True)
 class TrainedDenoiser:
     """A trained model and what is needed to sample from it.
+
+    It is read onto the CPU, in fp32; `on` moves it to a device and chooses the precision::
+
+        denoiser = from_run("runs/cifar").on("cuda", "bfloat16")
+        images, labels = draw_samples(denoiser, 64, device="cuda")
 
     Attributes:
         model: called as model(x, t) with original timesteps.
@@ -61,8 +68,32 @@ class TrainedDenoiser:
         """(C, H, W)."""
         return (self.channels, self.image_size, self.image_size)
 
+    @property
+    def dtype(self) -> str:
+        """What the model computes in: "float32", "bfloat16" or "float16"."""
+        return dtype_word(self.model.dtype) if isinstance(self.model, ForInference) else "float32"
+
+    def on(self, device: torch.device | str, dtype: DtypeName = "auto") -> TrainedDenoiser:
+        """The denoiser on a device, in a precision; its model moves there, and its weights are cast once.
+
+        On a GPU a dense model in 16 bits runs on the routed kernels (`tdc_fast.nn.inference.for_inference`). Outputs
+        and the arithmetic of the process stay in fp32.
+
+        Args:
+            device: the device.
+            dtype: "float32", "bfloat16" or "float16"; "auto" is that of training on a GPU, and float32 on the CPU.
+
+        Raises:
+            ValueError: the device does not compute in that dtype.
+        """
+        device = torch.device(device)
+        chosen = named_dtype(dtype, device, self.config.mixed_precision)
+        return replace(self, model=for_inference(self.model.to(device), chosen))
+
     def batch_invariant(self) -> TrainedDenoiser:
         """The same denoiser, on the routed kernels also where it is a single one; see `as_one_expert`."""
+        if isinstance(self.model, ForInference):
+            raise invalid("denoiser", f"one that computes in {self.dtype}", "batch_invariant() first, then on(...)")
         if isinstance(self.model, RoutedModel):
             return self
         return replace(self, model=as_one_expert(self.model, self.diffusion.original_num_timesteps))
@@ -138,6 +169,19 @@ def from_run(path: str | Path, which: Which = "auto", timestep_respacing: str = 
     )
 
 
+def placed(denoiser: TrainedDenoiser, device: torch.device, dtype: DtypeName = "auto") -> TrainedDenoiser:
+    """`denoiser.on(device, dtype)`; prints how the model computes, unless that is in fp32 and as it was read.
+
+    Raises:
+        ValueError: the device does not compute in that dtype.
+    """
+    there = denoiser.on(device, dtype)
+    if isinstance(there.model, ForInference):
+        kernels = ", on the routed kernels" if there.model.on_routed_kernels else ""
+        print(f"model:   {there.name} in {there.dtype}{kernels}", flush=True)
+    return there
+
+
 def _warn_of_untrained_averages(run: Run, stage: str) -> None:
     config, steps = run.config, run.steps(stage)
     if not steps or config.ema_ramp or (stage == "base" and config.base):
@@ -166,6 +210,9 @@ def from_checkpoint(path: str | Path, facts: Mapping[str, Any]) -> TrainedDenois
     refuse_what_cannot_fit(config, channels, torch.device("cpu"))
     model = build_unet(config, channels)
     description = load_weights(Path(path), config, model, "model_path") or {}
+    trained = description.get("config", {})
+    if trained.get("use_fp16") is True or trained.get("precision") == "bf16":
+        config = config.replace(precision="bf16")
     return TrainedDenoiser(
         model=model.eval(),
         diffusion=build_diffusion(config),

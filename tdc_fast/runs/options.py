@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from tdc_fast.runs.limits import PathText, Within
+from tdc_fast.runs.precision import DtypeName
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,6 +212,9 @@ class SearchOptions:
     """Candidates per round; they are scored in one routed batch."""
     memory: bool = True
     """Show the agent what was tried, in this group and in earlier ones. memory.jsonl is written either way."""
+    calibration_dtype: DtypeName = "auto"
+    """Precision in which the base is measured: importance, scores of candidates, losses and gradients by timestep.
+    float32, bfloat16 or float16 (on a GPU); auto is that of training on a GPU, and float32 on the CPU."""
     score_samples: Annotated[int, Within(1, 2**20)] = 1024
     """Samples in one pass of scoring, over all candidates together; limits its memory."""
     llm_model: str = ""

@@ -102,7 +102,8 @@ class Engine:
         device = torch.device("cpu")
         if isinstance(model, nn.Module):
             device = next((parameter.device for parameter in model.parameters()), device)
-            if deterministic and not isinstance(getattr(model, "groups", None), TimestepGroups):
+            is_packed = isinstance(getattr(model, "groups", None), TimestepGroups)
+            if deterministic and not is_packed and not getattr(model, "on_routed_kernels", False):
                 model = as_one_expert(model, diffusion.original_num_timesteps)
             model.eval()
         groups = getattr(model, "groups", None)

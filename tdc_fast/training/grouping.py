@@ -16,7 +16,7 @@ from tdc_fast.grouping.difficulty import in_decibels
 from tdc_fast.grouping.plot import draw_similarity
 from tdc_fast.nn.macs import MacCounter
 from tdc_fast.routing import TimestepGroups
-from tdc_fast.runs.build import build_diffusion
+from tdc_fast.runs.build import build_diffusion, calibration_dtype
 from tdc_fast.runs.config import comma_numbers
 from tdc_fast.runs.directory import RunDirectory
 from tdc_fast.runs.groups import difficulty_groups, given_number, load_groups, say_elbow
@@ -57,9 +57,9 @@ def _measured_groups(
     difficulty.json.
     """
     config = run.config
-    probes = min(config.probes, diffusion.num_timesteps)
+    probes, dtype = min(config.probes, diffusion.num_timesteps), calibration_dtype(config)
     if config.grouping == "similarity" or config.boundaries:
-        similarity = measure_similarity(base, diffusion, batches, num_probes=probes, seed=seed)
+        similarity = measure_similarity(base, diffusion, batches, num_probes=probes, seed=seed, dtype=dtype)
         similarity.save(run.path / "similarity.json")
         if config.boundaries:
             groups = similarity.refine(comma_numbers("boundaries", config.boundaries, int), config.refine)
@@ -70,6 +70,6 @@ def _measured_groups(
         draw_similarity(run.path, similarity, groups.boundaries)
         return groups
     intervals = Probes.evenly(diffusion.num_timesteps, probes)
-    losses = probe_losses(base, intervals, diffusion, batches, seed=seed)
+    losses = probe_losses(base, intervals, diffusion, batches, seed=seed, dtype=dtype)
     run.write("difficulty.json", {"edges": list(intervals.edges), "loss": [float(loss) for loss in losses]})
     return difficulty_groups(config, intervals, in_decibels(losses), report=True)

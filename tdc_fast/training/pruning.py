@@ -26,7 +26,14 @@ from tdc_fast.pruning.plots import draw_search
 from tdc_fast.pruning.progress import BarAndTable
 from tdc_fast.pruning.search import check_reachable
 from tdc_fast.routing import TimestepGroups
-from tdc_fast.runs.build import build_data, build_device, build_diffusion, outline_unet, refuse_what_cannot_fit
+from tdc_fast.runs.build import (
+    build_data,
+    build_device,
+    build_diffusion,
+    calibration_dtype,
+    outline_unet,
+    refuse_what_cannot_fit,
+)
 from tdc_fast.runs.checkpoint import finished_steps
 from tdc_fast.runs.config import TrainConfig, comma_numbers, keep_decisions, refuse_changed_options
 from tdc_fast.runs.directory import RunDirectory
@@ -137,7 +144,7 @@ def search_run(run: RunDirectory, config: TrainConfig, base: UNet, dataset: Data
     groups = groups_of(run)
     macs = base_macs(run, base)
     with seeded(derived_seed(config.seed, "pruning")):
-        difficulty, spent = _difficulty(run, base, groups, dataset)
+        difficulty, spent = _difficulty(run, config, base, groups, dataset)
         with closing(open_stream(config, dataset, "pruning")) as stream:
             batches = list(islice(stream, config.calibration_batches))
         try:
@@ -240,6 +247,7 @@ def _search(
         use_memory=config.memory,
         max_samples=config.score_samples,
         seed=derived_seed(config.seed, "importance") % 2**31,
+        dtype=calibration_dtype(config),
     )
     return plan_pruning(
         base,
@@ -255,16 +263,21 @@ def _search(
 
 
 def _difficulty(
-    run: RunDirectory, base: UNet, groups: TimestepGroups, dataset: Dataset | None
+    run: RunDirectory, config: TrainConfig, base: UNet, groups: TimestepGroups, dataset: Dataset | None
 ) -> tuple[str | list[float], int]:
     """The difficulty of the groups: an order by SNR, or each group's measured loss; and the MACs of measuring it."""
-    config = run.config
     if "loss" not in config.difficulty:
         return config.difficulty, 0
     seed = derived_seed(config.seed, "difficulty") % 2**31
     with closing(open_stream(config, dataset, "difficulty")) as stream, MacCounter() as counter:
         losses = probe_losses(
-            base, groups, build_diffusion(config), stream, max_batches=config.calibration_batches, seed=seed
+            base,
+            groups,
+            build_diffusion(config),
+            stream,
+            max_batches=config.calibration_batches,
+            seed=seed,
+            dtype=calibration_dtype(config),
         )
     sign = -1 if config.difficulty.endswith("reversed") else 1
     return [sign * float(loss) for loss in losses], counter.macs
@@ -292,6 +305,7 @@ def _check_prunable(config: TrainConfig) -> None:
     if not prunes(config):
         raise invalid("k", config.k, "below 1, or --budgets: every expert may keep the whole base, nothing is pruned")
     warn_of_few_calibration_images(config)
+    calibration_dtype(config)  # what the device cannot do is refused before anything begins
     build_agents(config)
 
 

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from tdc_fast.diffusion import Diffusion
 from tdc_fast.diffusion.protocols import Denoiser
 from tdc_fast.diffusion.timestep_samplers import Draw, TimestepSampler
-from tdc_fast.nn.casts import InBf16
-from tdc_fast.nn.one_expert import OneExpert, kernels_serve
+from tdc_fast.nn.inference import denoiser_in
 from tdc_fast.nn.packing import RoutedModel
 from tdc_fast.routing import TimestepGroups
 from tdc_fast.runs.config import TrainConfig
@@ -62,9 +61,7 @@ class TrainingStep:
         self._sampler, self._groups, self._device = sampler, groups, device
         self._parameters = list(model.parameters())
         self._cast_once = model.cast_once if isinstance(model, RoutedModel) else nullcontext
-        self._denoise: Denoiser = model
-        if config.mixed_precision:
-            self._denoise = InBf16(_on_kernels(model, config, device))
+        self._denoise: Denoiser = denoiser_in(model, torch.bfloat16 if config.mixed_precision else torch.float32)
 
     def __call__(
         self, x: Tensor, condition: Mapping[str, Tensor], prepared: Mapping[str, Tensor], rate: Tensor, n: Tensor
@@ -127,13 +124,3 @@ class TrainingStep:
             losses = {name: value * drawn.weights for name, value in losses.items()}
         quartiles = (drawn.t * QUARTILES).div(self._diffusion.num_timesteps, rounding_mode="floor")
         self.means.add(losses, quartiles, group)
-
-
-def _on_kernels(model: nn.Module, config: TrainConfig, device: torch.device) -> Denoiser:
-    """The model, or the base of stage 1 on the routed kernels, which a GPU computes it on in less time.
-
-    (In fp32 torch's convolutions are the faster ones there, as they round their factors to TF32.)
-    """
-    if isinstance(model, RoutedModel) or config.use_checkpoint or not kernels_serve(device, torch.bfloat16):
-        return model
-    return OneExpert(model)

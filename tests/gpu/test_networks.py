@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from tdc_fast.nn.inference import ForInference, for_inference
 from tdc_fast.nn.packing import RoutedModel
 from tdc_fast.ops.backends import ENVIRONMENT
 from tests.gpu.networks import NUM_GROUPS, batch_for, no_synchronisation, recorded, routed_unet
@@ -170,3 +171,33 @@ def test_autocast_computes_in_bf16_and_gives_fp32_gradients(device: str) -> None
     assert all(grad.dtype == torch.float32 for grad in grads.values())
     norm = lambda g: torch.stack([v.double().square().sum() for v in g.values()]).sum().sqrt()  # noqa: E731
     assert norm({k: grads[k] - wide[k] for k in wide}) < 0.1 * norm(wide)
+
+
+@on_device
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_dense_model_for_inference_runs_on_the_routed_kernels_and_is_captured(
+    device: str, dtype: torch.dtype
+) -> None:
+    """An expert as a plain module: at most twice the error of torch's kernels under autocast, in a graph too."""
+    expert = routed_unet(device, torch.float32, pruned=True).expert(0)
+    x = torch.randn(6, 3, expert.image_size, expert.image_size, generator=torch.Generator().manual_seed(1)).to(device)
+    t = torch.tensor([0, 3, 5, 9, 1, 2], device=device)
+    with torch.no_grad():
+        exact = copy.deepcopy(expert).cpu().double()(x.cpu().double(), t.cpu())
+        with torch.autocast(device, dtype):
+            plain = expert(x, t).float().cpu()
+        chosen = None if device == "cuda" else True  # on the CPU only where asked
+        prepared = for_inference(copy.deepcopy(expert), dtype, routed_kernels=chosen)
+        assert isinstance(prepared, ForInference) and prepared.on_routed_kernels
+        assert for_inference(expert) is expert  # fp32 stays on torch's kernels
+        with Recorded() as called:
+            ours = prepared(x, t)
+        assert ours.dtype == torch.float32 and called["routed_conv2d"] and not called["convolution"]
+        bound = 2 * max_error(plain, exact) + 2 * torch.finfo(dtype).eps
+        assert max_error(ours.cpu(), exact) <= bound
+        with sdpa_kernel(SDPBackend.MATH):
+            static = x.clone()
+            replay, out = recorded(device, lambda: prepared(static, t))
+            static.copy_(x.flip(0))
+            replay()
+            assert torch.equal(out, prepared(x.flip(0), t))

@@ -8,7 +8,7 @@ import json
 import pytest
 
 from tdc_fast.runs.config import ADDED, MAY_CHANGE_ON_RESUME
-from tdc_fast.train import parse_command_line
+from tdc_fast.train import parse_command_line, train
 from tdc_fast.training import TrainConfig
 
 # Flags of improved-diffusion's image_train.py with their defaults: data and training, then model and diffusion.
@@ -163,3 +163,11 @@ def test_an_option_that_was_added_leaves_the_identity_of_earlier_runs() -> None:
     before = {name: value for name, value in config.to_dict().items() if name not in MAY_CHANGE_ON_RESUME | ADDED}
     assert config.identity == hashlib.sha256(json.dumps(before, sort_keys=True).encode()).hexdigest()
     assert config.replace(background="black").identity != config.identity
+    assert config.replace(calibration_dtype="bfloat16").identity != config.identity
+
+
+def test_a_precision_that_the_device_lacks_is_refused_before_a_run_begins(tmp_path) -> None:
+    config = TrainConfig(data_dir="digits", image_size=8, device="cpu", run_dir=str(tmp_path / "run"), stage1_steps=1)
+    with pytest.raises(ValueError, match="^calibration_dtype: got 'float16'; expected float32 or bfloat16 on the CPU"):
+        train(config.replace(calibration_dtype="float16"))
+    assert not (tmp_path / "run").exists()

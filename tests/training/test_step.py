@@ -59,7 +59,7 @@ def test_a_base_on_the_routed_kernels_trains_as_the_dense_one_and_is_stored_as_o
     config = small_config(tmp_path, "dense", lr_anneal_steps=6, precision="bf16")
     train(config)
     tape = TapeCapture()
-    monkeypatch.setattr("tdc_fast.training.step.kernels_serve", lambda device, dtype: True)
+    monkeypatch.setattr("tdc_fast.nn.inference.kernels_serve", lambda device, dtype: True)
     train(config.replace(run_dir=str(tmp_path / "plain")))
     with use_capture(tape):
         train(config.replace(run_dir=str(tmp_path / "graphs")))
