@@ -87,7 +87,8 @@ def for_inference(
         dtype: float32 leaves the weights as they are.
         routed_kernels: run a dense model on the routed kernels, as one expert. None does so where they are faster than
             torch's: on a GPU, in bfloat16 and float16. (On the CPU they take from 0.7 to 1.1 times torch's time in
-            fp32, and from 0.8 to 1.6 times in bfloat16, depending on the shapes.)
+            fp32, and from 0.8 to 1.6 times in bfloat16, depending on the shapes.) One that cannot be packed then stays
+            on torch's; the log (`tdc_fast.inference`) says why.
 
     Returns:
         The model itself where nothing has to change, else a `ForInference`.
@@ -106,7 +107,13 @@ def for_inference(
     model.eval()
     if dtype == torch.float32 and not as_expert:
         return model
-    prepared = ForInference(model, dtype, as_expert)  # refuses what cannot be packed before anything is cast
+    try:
+        prepared = ForInference(model, dtype, as_expert)  # refuses what cannot be packed before anything is cast
+    except ValueError as refusal:
+        if routed_kernels:
+            raise
+        _log.info("%s stays on torch's kernels: %s", type(model).__name__, refusal)
+        as_expert, prepared = False, ForInference(model, dtype, False)
     if dtype != torch.float32:
         cast_weights(model, dtype)
     if as_expert:

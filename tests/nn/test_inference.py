@@ -87,6 +87,16 @@ def test_gradients_arrive_at_the_fp32_weights(use_checkpoint: bool, monkeypatch:
         assert (ours.grad - other.grad).norm() <= 0.1 * other.grad.norm() + 1e-3 * largest, name
 
 
+def test_a_model_that_cannot_be_packed_stays_on_torchs_kernels_and_the_log_says_why(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("tdc_fast.nn.inference.kernels_serve", lambda device, dtype: True)
+    with caplog.at_level(logging.INFO, "tdc_fast.inference"):
+        prepared = for_inference(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), BF16)
+    assert isinstance(prepared, ForInference) and not prepared.on_routed_kernels
+    assert "Sequential stays on torch's kernels: module '1': got 'BatchNorm1d'" in caplog.text
+
+
 def test_what_it_cannot_do_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="^dtype: got torch.float64; expected torch.float32, torch.bfloat16"):
         for_inference(unet(), torch.float64)
@@ -95,6 +105,6 @@ def test_what_it_cannot_do_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="^model: got 'one for inference in torch.bfloat16'"):
         for_inference(prepared, BF16)
     odd = nn.Sequential(nn.LSTM(2, 2))
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="^module '0': got 'LSTM'"):
         for_inference(odd, BF16, routed_kernels=True)
     assert odd[0].weight_ih_l0.dtype == torch.float32  # refused before anything was cast
