@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tdc_fast.diffusion import SamplingLoop, create_diffusion
 from tdc_fast.graphs import CudaCapture, Graphed, use_capture
 from tdc_fast.train import main, train
+from tdc_fast.training.ema import WeightAverages
 from tests.gpu.networks import NUM_TIMESTEPS, batch_for, routed_unet
 from tests.training.small_run import TWO_STAGES, differences, rows, small_config
 
@@ -97,6 +98,25 @@ def test_training_from_graphs_resumes_bit_for_bit(trained) -> None:
         path.unlink()
     assert main(["--resume", str(folder / "again")]) == 0
     assert [name for name in differences(folder / "graphs", folder / "again") if name.endswith(".pt")] == []
+
+
+def test_averages_with_a_ramp_take_few_launches_and_are_those_of_the_cpu() -> None:
+    averages = {}
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(*(torch.nn.Conv2d(9, 5, 3) for _ in range(100)))
+        model.to(device, memory_format=torch.channels_last)
+        averages[device] = WeightAverages(model, ("0.9",), ramp=True)
+        for n in range(1, 12):
+            for parameter in model.parameters():
+                parameter.data.mul_(1.1)
+            step = torch.tensor(float(n), dtype=torch.float64, device=device)
+            with torch.profiler.profile() as profile:
+                averages[device].update(step)
+    launches = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    assert 0 < len(launches) < 20
+    moved = [value.cpu() for value in averages["cuda"].averages["0.9"]]
+    torch.testing.assert_close(moved, averages["cpu"].averages["0.9"], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++2m"])
