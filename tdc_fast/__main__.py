@@ -8,6 +8,7 @@ COMMANDS = {
     "train": "train a denoiser, or base and experts with --groups N",
     "prune": "search the widths of a run's experts",
     "sample": "draw images from a run or from a file of weights",
+    "serve": "serve images from a run or a file of weights over HTTP",
     "nll": "measure the variational bound in bits per dimension",
     "evaluate": "compare two sets of images, or a run with images",
     "demo": "train, compare and write a report on scikit-learn's digits",

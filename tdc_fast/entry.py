@@ -19,6 +19,7 @@ STOPPED = {
     "train": "stopped before the run began",
     "prune": "stopped; the same command continues from memory.jsonl",
     "sample": "stopped; nothing was written",
+    "serve": "stopped before anything was served",
     "nll": "stopped; nothing was written",
     "evaluate": "stopped; nothing was written",
     "demo": "stopped; the same command continues where it was",
@@ -57,6 +58,7 @@ def start(command: str) -> int:
 train = functools.partial(start, "train")
 prune = functools.partial(start, "prune")
 sample = functools.partial(start, "sample")
+serve = functools.partial(start, "serve")
 nll = functools.partial(start, "nll")
 evaluate = functools.partial(start, "evaluate")
 demo = functools.partial(start, "demo")

@@ -27,6 +27,9 @@ OPTIONAL = [
     "tqdm",
     "optuna",
     "openai",
+    "fastapi",
+    "uvicorn",
+    "prometheus_client",
 ]
 
 

@@ -16,7 +16,7 @@ from tdc_fast.diffusion.trajectory import Trajectory
 from tdc_fast.errors import invalid
 from tdc_fast.evaluation.samples import check_class, check_guidance
 from tdc_fast.routing import TimestepGroups
-from tdc_fast.serving.failures import Overloaded, StepFailed
+from tdc_fast.serving.failures import OutOfMemory, Overloaded
 from tdc_fast.serving.live import LiveRequest, Plan, rows_of
 from tdc_fast.serving.request import Request
 
@@ -101,10 +101,10 @@ class Admission:
 
         Raises:
             Overloaded: too many requests wait, or too many images are held.
-            StepFailed: after memory ran out, batches are smaller than the request.
+            OutOfMemory: after memory ran out, batches are smaller than the request.
         """
         if rows_of(request) > places:
-            raise StepFailed(too_large(rows_of(request), places))
+            raise too_large(rows_of(request), places)
         waiting = sum(one.started is None for one in live)
         images = sum(one.request.num_images for one in live)
         if waiting >= self._max_queue:
@@ -117,6 +117,7 @@ class Admission:
         raise Overloaded(f"{reason}; the work at hand takes about {max(1, round(seconds))} s", seconds / 2)
 
 
-def too_large(rows: int, places: int) -> str:
-    """What is wrong with a request that needs more places than batches have since memory ran out."""
-    return f"the request needs {rows} places in a batch; since memory ran out there are {places}. Ask for fewer images"
+def too_large(rows: int, places: int) -> OutOfMemory:
+    """The failure of a request that needs more places than batches have since memory ran out."""
+    remedy = "Ask for fewer images"
+    return OutOfMemory(f"the request needs {rows} places in a batch; since memory ran out there are {places}. {remedy}")

@@ -28,6 +28,7 @@ from tdc_fast.serving.failures import (
     Diverged,
     EngineClosed,
     Expired,
+    OutOfMemory,
     RequestFailed,
     StepFailed,
 )
@@ -69,6 +70,8 @@ class Engine:
         statistics: what has been done.
         max_batch: as given.
         image_shape: as given.
+        classes: as given.
+        diffusion: as given.
 
     Raises:
         ValueError: naming the argument that is out of range.
@@ -113,6 +116,7 @@ class Engine:
             classes=classes, num_classes=num_classes, null_class=null_class, max_queue=max_queue, max_memory=max_memory,
         )  # fmt: skip
         self.image_shape, self.max_batch, self.classes = image_shape, max_batch, tuple(classes)
+        self.diffusion = diffusion
         self._null_class, self._policy, self._min_fill = null_class, policy or Policy(), min_fill
         self._stepper = Stepper(
             model, diffusion, image_shape, device,
@@ -271,7 +275,7 @@ class Engine:
                 elif now >= one.deadline:
                     self._end(one, Expired(_expired(one)))
                 elif one.rows > self._places:
-                    self._end(one, StepFailed(too_large(one.rows, self._places)))
+                    self._end(one, too_large(one.rows, self._places))
             with self._changed:
                 live = list(self._live)
         elif batch is not None and len(batch.lives) == len(live):
@@ -336,7 +340,8 @@ class Engine:
     def _survive(self, error: Exception, lives: Sequence[LiveRequest]) -> None:
         """After a step that raised: its requests fail, and where memory ran out, later batches are half as large."""
         what = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else 'no message'}"
-        if is_out_of_memory(error):
+        kind = OutOfMemory if is_out_of_memory(error) else StepFailed
+        if kind is OutOfMemory:
             rows = sum(live.rows for live in lives)
             with self._changed:
                 self._places = max(1, min(self._places, rows // 2))
@@ -350,7 +355,7 @@ class Engine:
             self.statistics.failed_steps += 1
         for live in lives:
             if not live.generation.done():
-                self._end(live, StepFailed(what))
+                self._end(live, kind(what))
 
     def _end(self, live: LiveRequest, outcome: Result | RequestFailed) -> None:
         """Take a request out, count how it ended, and tell its caller."""

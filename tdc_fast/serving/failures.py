@@ -45,6 +45,12 @@ class StepFailed(RequestFailed):
     reason = "step_failed"
 
 
+class OutOfMemory(StepFailed):
+    """Memory ran out in a step with this request, or the request needs more places than batches have since then."""
+
+    reason = "out_of_memory"
+
+
 class Diverged(RequestFailed):
     """The images hold infinities or NaN: the model's weights have diverged, or the guidance scale is too large."""
 

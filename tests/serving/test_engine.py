@@ -17,6 +17,7 @@ from tdc_fast.serving import (
     Engine,
     EngineClosed,
     Expired,
+    OutOfMemory,
     Overloaded,
     Policy,
     Preview,
@@ -159,14 +160,14 @@ def test_a_step_that_runs_out_of_memory_fails_its_requests_and_halves_the_batch(
     later = [engine.submit(Request(seed=seed, steps=3)) for seed in range(4, 7)]
     with engine:
         for one in first:
-            with pytest.raises(StepFailed, match="4 places ran out of memory, and batches are smaller from now on"):
+            with pytest.raises(OutOfMemory, match="4 places ran out of memory, and batches are smaller from now on"):
                 one.result(60)
         assert all(one.result(60).samples.isfinite().all() for one in later)
         assert engine.places == 2 and model.calls[0] == 4 and max(model.calls[1:]) == 2
-        with pytest.raises(StepFailed, match="needs 3 places in a batch; since memory ran out there are 2"):
+        with pytest.raises(OutOfMemory, match="needs 3 places in a batch; since memory ran out there are 2"):
             engine.submit(Request(num_images=3, steps=3))
     assert engine.statistics.failed_steps == 1
-    assert engine.statistics.outcomes == {"completed": 3, "step_failed": 5}
+    assert engine.statistics.outcomes == {"completed": 3, "out_of_memory": 5}
 
 
 def test_a_request_that_waited_and_is_too_large_since_memory_ran_out_fails():

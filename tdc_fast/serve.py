@@ -1,0 +1,136 @@
+"""Serve images from a trained model over HTTP: `python -m tdc_fast.serve --run DIR`."""
+
+from __future__ import annotations
+
+if __name__ == "__main__":
+    from tdc_fast.entry import start
+
+    raise SystemExit(start("serve"))
+
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+from tdc_fast.command_line import load_denoiser, parse_denoiser_flags, run_command, use_threads
+from tdc_fast.entry import STOPPED
+from tdc_fast.errors import invalid, require
+from tdc_fast.runs.build import named_device
+from tdc_fast.runs.config import comma_numbers
+from tdc_fast.runs.denoisers import Which
+from tdc_fast.runs.limits import PathText, Within
+from tdc_fast.serving import Engine, Policy
+from tdc_fast.serving.live import PolicyName
+
+__all__ = ["ServeOptions", "main"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions:
+    """Which model to serve, where, and how much of it at once."""
+
+    run: PathText = ""
+    """Run directory to serve."""
+    which: Which = "auto"
+    """Which model of --run: its experts, its base, or (auto) the experts if there are any."""
+    model_path: PathText = ""
+    """Instead of --run: a weight file of tdc_fast or improved-diffusion, with the flags of the model as in sampling."""
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 for all. There is no authentication."""
+    port: Annotated[int, Within(0, 65535)] = 8000
+    """Port; 0 takes a free one and prints it."""
+    max_batch: Annotated[int, Within(1, 2**16)] = 32
+    """Images in one step of the model; a guided image counts twice."""
+    sizes: str = ""
+    """Comma list of batch sizes; a batch is padded to the next one. Empty takes every size on the CPU, and powers of
+    two on a GPU, where each size is a CUDA graph."""
+    policy: PolicyName = "fifo"
+    """Who goes first when not all fit into the batch: who came first, or who has the fewest steps to do."""
+    patience: Annotated[float, Within(0.001, 10**9)] = 4.0
+    """With --policy shortest: steps of waiting that weigh as much as one step to do; nobody starves."""
+    max_queue: Annotated[int, Within(1, 10**6)] = 256
+    """Requests that may wait; more get 503 with Retry-After."""
+    max_memory: Annotated[int, Within(1, 2**20)] = 1024
+    """MiB that the images of all requests may take, besides the model."""
+    max_images: Annotated[int, Within(0, 2**16)] = 0
+    """Images in one request; 0 takes 16, or --max_batch if that is less."""
+    max_steps: Annotated[int, Within(1, 10**6)] = 1000
+    """Sampling steps in one request."""
+    max_seconds: Annotated[float, Within(0.001, 10**6)] = 60.0
+    """Time of one request, after which it fails with 504."""
+    max_body: Annotated[int, Within(16, 2**30)] = 2**16
+    """Bytes of a request's body."""
+    grace: Annotated[float, Within(0, 10**6)] = 30.0
+    """Seconds that requests have to finish after SIGTERM; those that do not get 503 with the reason."""
+    null_class: Annotated[int, Within(-1, 10**7)] = -1
+    """The label that the model was trained with where it got no class; requests with guidance need it. -1 is none."""
+    deterministic: bool = True
+    """Run a single denoiser on the routed kernels, so that its images on the CPU do not depend on what else is served,
+    as those of experts never do."""
+    clip_denoised: bool = True
+    """Clip every predicted image to [-1, 1]."""
+    num_threads: Annotated[int, Within(0, 2**10)] = 0
+    """CPU threads; 0 keeps the default of torch."""
+    device: str = "cpu"
+    """auto, cpu, cuda or cuda:N."""
+
+
+def _serve(arguments: list[str]) -> None:
+    options = parse_denoiser_flags(
+        "serving",
+        ServeOptions,
+        arguments,
+        prog="python -m tdc_fast.serve",
+        description="Serve images from a run directory or from a file of weights over HTTP.",
+    )
+    for module in ("fastapi", "uvicorn", "prometheus_client"):
+        require(module, "serve")
+    from tdc_fast.serving.body import Limits
+    from tdc_fast.serving.server import Server, create_app
+
+    device = named_device(options["device"])
+    images = options["max_images"] or min(Limits.images, options["max_batch"])
+    if images > options["max_batch"]:
+        raise invalid("max_images", images, f"at most --max_batch, {options['max_batch']}")
+    use_threads(options["num_threads"])
+    denoiser = load_denoiser(options)
+    denoiser.model.to(device)
+    engine = Engine.of(
+        denoiser,
+        max_batch=options["max_batch"],
+        sizes=comma_numbers("sizes", options["sizes"], int),
+        policy=Policy(options["policy"], options["patience"]),
+        max_queue=options["max_queue"],
+        max_memory=options["max_memory"] * 2**20,
+        null_class=None if options["null_class"] < 0 else options["null_class"],
+        deterministic=options["deterministic"],
+        clip_denoised=options["clip_denoised"],
+    )
+    limits = Limits(images, options["max_steps"], options["max_seconds"], options["max_body"])
+    app = create_app(engine, limits=limits, name=denoiser.name)
+    with _listener(options["host"], options["port"]) as listener:
+        engine.start()
+        host, port = listener.getsockname()[:2]
+        print(f"serving {denoiser.name} on http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+        Server(app, engine, options["grace"]).serve_on(listener)
+    outcomes = ", ".join(f"{count} {outcome}" for outcome, count in sorted(engine.statistics.outcomes.items()))
+    print(f"stopped; requests: {outcomes or 'none'}")
+
+
+def _listener(host: str, port: int) -> socket.socket:
+    """A socket that listens at an address.
+
+    Raises:
+        ValueError: there is no such address here, or the port is taken.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except (OSError, UnicodeError) as error:
+        what = getattr(error, "strerror", None) or error
+        raise invalid("port", port, f"a port that is free at --host {host} ({what}); 0 takes any") from error
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, serve until SIGTERM or Ctrl-C, print; returns the exit status (0, or 2 for a refusal)."""
+    return run_command(_serve, argv, stopped=STOPPED["serve"])
