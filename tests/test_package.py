@@ -30,6 +30,7 @@ OPTIONAL = [
     "fastapi",
     "uvicorn",
     "prometheus_client",
+    "diffusers",
 ]
 
 

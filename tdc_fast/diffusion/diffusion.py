@@ -21,7 +21,7 @@ from tdc_fast.diffusion.gaussian import (
     mean_flat,
     normal_kl,
 )
-from tdc_fast.diffusion.protocols import Denoiser
+from tdc_fast.diffusion.protocols import Denoiser, prediction_of
 from tdc_fast.diffusion.respacing import Spacing, respaced_betas, spaced_timesteps
 from tdc_fast.errors import invalid
 
@@ -316,7 +316,7 @@ class Diffusion:
         if noise is None:
             noise = torch.randn_like(x0)
         x_t = self.q_sample(x0, t, noise)
-        output = model(x_t, self.original_timesteps(t), **(model_kwargs or {}))
+        output = prediction_of(model(x_t, self.original_timesteps(t), **(model_kwargs or {})))
         if self.loss in ("kl", "rescaled_kl"):
             loss = self.vb_terms(output, x0, x_t, t, clip_denoised=False)
             return {"loss": loss * self.num_timesteps if self.loss == "rescaled_kl" else loss}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tdc_fast.diffusion.diffusion import Diffusion
 from tdc_fast.diffusion.gaussian import draw_noise, mean_flat
-from tdc_fast.diffusion.protocols import Denoiser
+from tdc_fast.diffusion.protocols import Denoiser, prediction_of
 from tdc_fast.graphs import graphed
 
 Terms = tuple[Tensor, Tensor, Tensor]
@@ -62,7 +62,7 @@ class StepTerms:
     def _terms(self, x0: Tensor, t: Tensor, noise: Tensor, model_kwargs: dict[str, Any]) -> Terms:
         diffusion = self.diffusion
         x_t = diffusion.q_sample(x0, t, noise)
-        output = self._model(x_t, diffusion.original_timesteps(t), **model_kwargs)
+        output = prediction_of(self._model(x_t, diffusion.original_timesteps(t), **model_kwargs))
         vb = diffusion.vb_terms(output, x0, x_t, t, self._clip_denoised)
         predicted = diffusion.p_mean_variance(output, x_t, t, self._clip_denoised).x0
         error = diffusion.epsilon_from_x0(x_t, t, predicted) - noise

@@ -8,6 +8,8 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor
 
+from tdc_fast.errors import invalid
+
 
 class Denoiser(Protocol):
     """Predicts noise or the clean image; any `nn.Module` or function with this call signature."""
@@ -20,6 +22,16 @@ class Denoiser(Protocol):
             t: original timesteps, int64 (B,).
             **model_kwargs: conditions, such as labels `y` (B,).
         """
+
+
+def prediction_of(output: Any) -> Tensor:
+    """What a denoiser returned as a tensor: the tensor itself, or `.sample` of an output of diffusers."""
+    if isinstance(output, Tensor):
+        return output
+    sample = getattr(output, "sample", None)
+    if not isinstance(sample, Tensor):
+        raise invalid("model", type(output).__name__, "a model that returns a tensor, or an output with .sample")
+    return sample
 
 
 class DiffusionProcess(Protocol):

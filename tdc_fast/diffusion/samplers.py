@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tdc_fast.diffusion.diffusion import Diffusion, check_timesteps
 from tdc_fast.diffusion.gaussian import draw_noise
-from tdc_fast.diffusion.protocols import Denoiser
+from tdc_fast.diffusion.protocols import Denoiser, prediction_of
 from tdc_fast.diffusion.updates import advance, ddim_weights, ddpm_weights, dpmpp_2m_weights, half_log_snr
 from tdc_fast.errors import invalid
 
@@ -230,7 +230,7 @@ def _predict(
     To leave finished samples out would change the batch's shape and wait for the device.
     """
     check_timesteps(t, x, diffusion.num_timesteps, lowest=FINISHED)
-    return model(x, diffusion.original_timesteps(t.clamp(min=0)), **(model_kwargs or {}))
+    return prediction_of(model(x, diffusion.original_timesteps(t.clamp(min=0)), **(model_kwargs or {})))
 
 
 def _keep_finished(result: Tensor, x: Tensor, t: Tensor) -> Tensor:

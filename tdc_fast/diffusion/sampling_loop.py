@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tdc_fast.diffusion.diffusion import Diffusion
 from tdc_fast.diffusion.gaussian import draw_noise
-from tdc_fast.diffusion.protocols import Denoiser
+from tdc_fast.diffusion.protocols import Denoiser, prediction_of
 from tdc_fast.diffusion.samplers import SamplerName, SpacingName
 from tdc_fast.diffusion.trajectory import Trajectory
 from tdc_fast.diffusion.updates import advance
@@ -114,7 +114,7 @@ class SamplingLoop:
         last_x0: Tensor | None,
         model_kwargs: dict[str, Any],
     ) -> tuple[Tensor, Tensor]:
-        output = self._model(x, t, **model_kwargs)
+        output = prediction_of(self._model(x, t, **model_kwargs))
         return advance(
             self._diffusion, output, x, weights, noise=noise, last_x0=last_x0, clip_denoised=self._clip_denoised
         )

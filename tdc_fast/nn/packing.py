@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tdc_fast.errors import invalid
+from tdc_fast.nn.blocks import narrow
 from tdc_fast.nn.casts import Copies, autocast_key
 from tdc_fast.nn.leaf import LiveAxis, RoutedLeaf
 from tdc_fast.nn.leaves import find_leaves
@@ -21,7 +22,7 @@ from tdc_fast.nn.sharing import Rows, in_common_orders, shared_rows, sharers
 from tdc_fast.nn.stacking import apart_where_closed, check_equal, fill, slices_by_leaf
 from tdc_fast.nn.timesteps import groups_of, one_per_sample, other_arguments, timestep_argument
 from tdc_fast.nn.twins import routed_twin
-from tdc_fast.nn.units import Prunable, PruningUnit, module_of
+from tdc_fast.nn.units import Prunable, PruningUnit, module_of, set_unit_width, units_of, with_memory, without_weights
 from tdc_fast.nn.width_plan import WidthPlan, base_hash
 from tdc_fast.ops.plan import Integers, as_integers
 from tdc_fast.routing import RoutingPlan, TimestepGroups
@@ -57,6 +58,7 @@ class RoutedModel(nn.Module):
         self.model, self.groups, self.widths, self.routing = model, groups, widths, routing
         self.per_sample = per_sample
         self._timestep = timestep_argument(model)
+        self._skeleton: tuple[nn.Module, ...] = ()  # the base without weights, where experts are cut from it
         leaves = self.routed_leaves().values()
         self._computing = [leaf for leaf in leaves if leaf.in_autocast_dtype]
         self.num_experts = groups.num_groups
@@ -219,8 +221,12 @@ class RoutedModel(nn.Module):
 
     def _narrowed(self, widths: WidthPlan, expert: int) -> nn.Module:
         """A dense model with the widths of an expert, uninitialised."""
-        assert isinstance(self.model, Prunable)
-        return self.model.with_widths(widths.expert_widths(expert))
+        if isinstance(self.model, Prunable):
+            return self.model.with_widths(widths.expert_widths(expert))
+        model, like = copy.deepcopy(self._skeleton[0]), next(self.model.parameters())
+        narrow(model, widths.expert_widths(expert))
+        model = with_memory(model, like).train(self.model.training)
+        return model if next(model.parameters()).dtype == like.dtype else model.to(like.dtype)
 
     def _buffers_of_model(self) -> dict[str, Tensor]:
         """Persistent buffers outside the leaves, which the experts share."""
@@ -275,7 +281,8 @@ def pack_experts(
         base_or_experts: the base, or a sequence of N models; model i serves group i.
         groups: the N groups of timesteps.
         widths: for pruned experts: each expert's weights are permuted by the orders of its units and cut to its
-            widths. The module must then have `pruning_units()` and `with_widths()`, as the UNet does.
+            widths. The module then has `pruning_units()` and `with_widths()`, as the UNet does, or blocks in which
+            `tdc_fast.nn.blocks` finds inner channels, as diffusers' UNets and transformers have.
         per_sample: names of the arguments of the model's forward, besides x and t, that have an entry per sample:
             `("y",)`, or `("cond.text",)` for a part of a dict, or `("return.0",)` for a part of an output of several
             tensors. Everything else is shared by the samples. None takes every tensor whose first dimension is the
@@ -305,9 +312,7 @@ def pack_experts(
     base = experts[0]
     units: Sequence[PruningUnit] = ()
     if widths is not None:
-        module_of(base, "base_or_experts")
-        assert isinstance(base, Prunable)
-        units = base.pruning_units()
+        units = units_of(module_of(base, "base_or_experts"))
         widths.check(units, base=base_hash(base) if shared else None, boundaries=groups.boundaries)
     names = checked_names(per_sample, base)
     dense_leaves = find_leaves(base)
@@ -346,12 +351,12 @@ def pack_experts(
     pack_per_group(base, per_group, rows_of, memo)
     model = copy.deepcopy(base, memo)
     for unit in units:
-        block = model.get_submodule(unit.name)
-        block.width = widths.max_width(unit.name)  # type: ignore[union-attr,assignment]
-        if not block.width:
-            block.become_skip()  # type: ignore[operator]
+        set_unit_width(model, unit, widths.max_width(unit.name))  # type: ignore[union-attr]
     _set_routing(model, routing)
-    return RoutedModel(model, groups, widths, routing, names).train(base.training)
+    routed = RoutedModel(model, groups, widths, routing, names).train(base.training)
+    if widths is not None and not isinstance(base, Prunable):
+        routed._skeleton = (without_weights(base),)
+    return routed
 
 
 def _check_same(experts: Sequence[nn.Module]) -> None:

@@ -119,11 +119,23 @@ class RoutedLinear(RoutedLeaf):
         _initialise(self.weight, self.bias)
 
     def forward(self, x: Tensor, plan: RoutingPlan | None = None, *, residual: Tensor | None = None) -> Tensor:
-        """Map x (B, ..., C_in), sorted by the plan, to (B, ..., C_out) and add the residual (B, ..., C_out)."""
+        """Map x (B, ..., C_in), sorted by the plan, to (B, ..., C_out) and add the residual (B, ..., C_out).
+
+        Blocks of channels stand one after the other, as in the dense layer; where experts have other widths, putting
+        them so costs a copy, which `chunks` spares.
+        """
+        copies = 1 if self.live_out is None else self.live_out.copies
+        if copies == 1:
+            return self._stacked(x, plan, residual)
+        y = self._stacked(x, plan).unflatten(-1, (-1, copies)).transpose(-1, -2).flatten(-2)
+        return y if residual is None else residual + y
+
+    def _stacked(self, x: Tensor, plan: RoutingPlan | None, residual: Tensor | None = None) -> Tensor:
+        """The output in the order of the stacked channels."""
         if x.dim() > 3:
             tokens = x.flatten(1, -2)
             added = None if residual is None else residual.flatten(1, -2)
-            return self.forward(tokens, plan, residual=added).unflatten(1, x.shape[1:-1])
+            return self._stacked(tokens, plan, added).unflatten(1, x.shape[1:-1])
         return routed_linear(
             x,
             *self.operands(plan),
@@ -134,10 +146,9 @@ class RoutedLinear(RoutedLeaf):
 
     def chunks(self, x: Tensor, count: int, plan: RoutingPlan | None = None) -> tuple[Tensor, ...]:
         """The output of x in the `count` blocks of channels of the dense layout, each (..., C_out / count)."""
-        y = self(x, plan)
         if self._interleaves(count):
-            return y.unflatten(-1, (-1, count)).unbind(-1)
-        return y.chunk(count, dim=-1)
+            return self._stacked(x, plan).unflatten(-1, (-1, count)).unbind(-1)
+        return self(x, plan).chunk(count, dim=-1)
 
     def apart(self, value: Tensor, count: int) -> Tensor:
         """A weight or bias (E, C_out, ...) by the blocks that `chunks` gives: a view (count, E, C_out / count, ...)."""

@@ -55,6 +55,15 @@ def map_samples(
         full = ".".join(
             [name, *(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path)]
         )
+        if _has_no_paths(leaf):
+            node = _pytree.SUPPORTED_NODES[type(leaf)]
+            children, context = node.flatten_fn(leaf)
+            keys = list(leaf) if isinstance(leaf, Mapping) else range(len(children))
+            parts = [
+                map_samples(function, child, f"{full}.{key}", batch, per_sample)
+                for key, child in zip(keys, children, strict=True)
+            ]
+            return node.unflatten_fn(parts, context)
         if not isinstance(leaf, Tensor):
             if per_sample is None or any(
                 f"{full}.".startswith(f"{w}.") or w.startswith(f"{full}.") for w in per_sample
@@ -71,7 +80,7 @@ def map_samples(
 
     if isinstance(value, (Tensor, *_PLAIN)):
         return mapped((), value)
-    return _pytree.tree_map_with_path(mapped, value, is_leaf=_is_row)
+    return _pytree.tree_map_with_path(mapped, value, is_leaf=lambda node: _is_row(node) or _has_no_paths(node))
 
 
 def _is_row(value: Any) -> bool:
@@ -79,6 +88,12 @@ def _is_row(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and all(
         entry.ndim == 0 if isinstance(entry, Tensor) else isinstance(entry, _PLAIN) for entry in value
     )
+
+
+def _has_no_paths(value: Any) -> bool:
+    """True for a container that torch can take apart, but not with the names of its parts: an output of diffusers."""
+    node = _pytree.SUPPORTED_NODES.get(type(value))
+    return node is not None and node.flatten_with_keys_fn is None
 
 
 def _refuse_hidden(name: str, leaf: Any, batch: int, named: bool) -> None:

@@ -68,6 +68,7 @@ def _twin(layer: nn.Module, experts: int, out: LiveAxis | None, in_: LiveAxis | 
         padding = _padding(layer)
         if padding is None or not _has(layer, groups=1, dilation=(1, 1), padding_mode="zeros"):
             return None
+        assert out is None or out.copies == 1, "no unit has several blocks of a convolution's channels"
         channels = sized(in_, layer.in_channels), sized(out, layer.out_channels)
         return RoutedConv2d(experts, *channels, layer.kernel_size, layer.stride, padding, layer.bias is not None)  # type: ignore[arg-type]
     if kind in (nn.Conv1d, layers.TokenConv1d):

@@ -18,7 +18,7 @@ from torch import nn
 
 from tdc_fast.atomic import atomic_file
 from tdc_fast.errors import invalid
-from tdc_fast.nn.units import Prunable, PruningUnit, module_of
+from tdc_fast.nn.units import Prunable, PruningUnit, module_of, units_of
 from tdc_fast.routing import TimestepGroups
 from tdc_fast.text_files import read_json
 
@@ -105,7 +105,9 @@ class WidthPlan:
         return f"<WidthPlan of base {self.base_hash[:12]}: {len(self.experts)} experts, boundaries {self.boundaries}>"
 
     @classmethod
-    def uniform(cls, base: Prunable, boundaries: Sequence[int], fraction: float | Sequence[float] = 1.0) -> WidthPlan:
+    def uniform(
+        cls, base: nn.Module | Prunable, boundaries: Sequence[int], fraction: float | Sequence[float] = 1.0
+    ) -> WidthPlan:
         """Every unit at a fraction of its width, rounded down to a step; the first channels are kept.
 
         Args:
@@ -116,7 +118,7 @@ class WidthPlan:
         Raises:
             ValueError: for a base that cannot be pruned, a fraction outside 0 to 1, or another number of them.
         """
-        module, units = module_of(base), base.pruning_units()
+        module, units = module_of(base), units_of(base)
         count = TimestepGroups(boundaries).num_groups
         fractions: list[Any] = list(fraction) if isinstance(fraction, Iterable) else [fraction] * count
         if len(fractions) != count or not all(_is_number(part) and 0 <= part <= 1 for part in fractions):

@@ -23,7 +23,7 @@ from tdc_fast.nn.modes import evaluating
 from tdc_fast.nn.packing import pack_experts
 from tdc_fast.nn.plan_scope import Running
 from tdc_fast.nn.routed import RoutedConv1d, RoutedConv2d
-from tdc_fast.nn.units import Prunable, PruningUnit, module_of
+from tdc_fast.nn.units import Prunable, PruningUnit, module_of, units_of
 from tdc_fast.nn.width_plan import ExpertUnit, WidthPlan
 from tdc_fast.routing import RoutingPlan, TimestepGroups
 
@@ -37,9 +37,11 @@ class CandidateModel:
         dtype: what the candidates compute in. Other than float32, the weights are cast to it, once.
     """
 
-    def __init__(self, base: Prunable, orders: Mapping[str, Sequence[int]], dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, base: nn.Module | Prunable, orders: Mapping[str, Sequence[int]], dtype: torch.dtype = torch.float32
+    ) -> None:
         module = module_of(base)
-        self.units: tuple[PruningUnit, ...] = tuple(base.pruning_units())
+        self.units: tuple[PruningUnit, ...] = tuple(units_of(base))
         whole = {unit.name: ExpertUnit(tuple(orders[unit.name]), unit.channels) for unit in self.units}
         plan = WidthPlan(base_hash="0" * 64, boundaries=(0, 1), experts=(whole,))
         packed = pack_experts([module], TimestepGroups([0, 1]), plan)

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tdc_fast.errors import invalid
 from tdc_fast.nn.macs import MacCounter, measure_macs
-from tdc_fast.nn.units import Prunable, PruningUnit, module_of
+from tdc_fast.nn.units import Prunable, PruningUnit, module_of, units_of, with_widths
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def one_sample_on_meta(x: Tensor, model_kwargs: Mapping[str, Any]) -> tuple[Tens
     return x[:1].to("meta"), torch.zeros(1, dtype=torch.int64, device="meta"), kwargs
 
 
-def unit_costs(model: Prunable, x: Tensor, model_kwargs: Mapping[str, Any] | None = None) -> UnitCosts:
+def unit_costs(model: nn.Module | Prunable, x: Tensor, model_kwargs: Mapping[str, Any] | None = None) -> UnitCosts:
     """Measure the MACs per sample of every unit at each of its widths.
 
     If every unit is named after the module that contains it, all units are measured in the same forward passes, each by
@@ -73,9 +73,9 @@ def unit_costs(model: Prunable, x: Tensor, model_kwargs: Mapping[str, Any] | Non
         ValueError: the model cannot be pruned, or the measured costs do not add up.
     """
     module_of(model, "model")
-    units = list(model.pruning_units())
+    units = units_of(model)
     sample = one_sample_on_meta(x, model_kwargs or {})
-    template: Any = model.with_widths({}).to("meta")
+    template: Any = with_widths(model, {}).to("meta")
     costs = _costs_by_module(template, units, sample) or _costs_one_by_one(template, units, sample)
     for whole in range(2):  # every other unit whole, the others at their smallest width
         mixed = {unit.name: unit.widths()[-((i + whole) % 2)] for i, unit in enumerate(units)}
@@ -94,7 +94,7 @@ Sample = tuple[Tensor, Tensor, dict[str, Any]]
 
 def _measure(template: Any, widths: Mapping[str, int], sample: Sample) -> int:
     x, t, kwargs = sample
-    return measure_macs(template.with_widths(widths), x, t, **kwargs)
+    return measure_macs(with_widths(template, widths), x, t, **kwargs)
 
 
 def _costs_one_by_one(template: Any, units: Sequence[PruningUnit], sample: Sample) -> UnitCosts:
@@ -123,7 +123,7 @@ def _costs_by_module(template: Any, units: Sequence[PruningUnit], sample: Sample
     rest = set()
     for j in range(max((len(unit.widths()) for unit in units), default=1)):
         widths = {unit.name: unit.widths()[min(j, len(unit.widths()) - 1)] for unit in units}
-        model = template.with_widths(widths)
+        model = with_widths(template, widths)
         with torch.no_grad(), MacCounter() as counter:
             model(x, t, **kwargs)
         for name in names:

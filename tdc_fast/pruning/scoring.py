@@ -7,7 +7,7 @@ from itertools import islice
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tdc_fast.diffusion.calibration import Batch, draw_timesteps, split_batch
 from tdc_fast.diffusion.protocols import Denoiser, DiffusionProcess
@@ -58,7 +58,7 @@ class DenoisingLoss:
 
     def __init__(
         self,
-        base: Prunable,
+        base: nn.Module | Prunable,
         diffusion: DiffusionProcess,
         batches: Iterable[Batch],
         *,

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from tdc_fast.diffusion.calibration import Batch, split_batch
 from tdc_fast.diffusion.protocols import DiffusionProcess
 from tdc_fast.errors import invalid
 from tdc_fast.nn.macs import MacCounter, measure_macs
-from tdc_fast.nn.units import Prunable, PruningUnit, module_of
+from tdc_fast.nn.units import Prunable, PruningUnit, module_of, units_of, with_widths
 from tdc_fast.nn.width_plan import ExpertUnit, WidthPlan, base_hash
 from tdc_fast.pruning.agents import Agent, resolved_agent
 from tdc_fast.pruning.budget import budget_macs, group_fractions
@@ -59,14 +60,18 @@ class Pruning:
 
 
 def prune(
-    base: Prunable, groups: TimestepGroups, diffusion: DiffusionProcess, batches: Iterable[Batch], **arguments: Any
+    base: nn.Module | Prunable,
+    groups: TimestepGroups,
+    diffusion: DiffusionProcess,
+    batches: Iterable[Batch],
+    **arguments: Any,
 ) -> WidthPlan:
     """The width plan alone of `plan_pruning`, which takes the same arguments."""
     return plan_pruning(base, groups, diffusion, batches, **arguments).plan
 
 
 def plan_pruning(
-    base: Prunable,
+    base: nn.Module | Prunable,
     groups: TimestepGroups,
     diffusion: DiffusionProcess,
     batches: Iterable[Batch],
@@ -126,7 +131,7 @@ def plan_pruning(
     search = _Search(
         base=base,
         digest=base_hash(module),
-        units=tuple(base.pruning_units()),
+        units=tuple(units_of(base)),
         groups=groups,
         diffusion=diffusion,
         data=data,
@@ -155,7 +160,7 @@ class _Expert:
 class _Search:
     """One search over all groups, its arguments checked."""
 
-    base: Prunable
+    base: nn.Module | Prunable
     digest: str
     units: tuple[PruningUnit, ...]
     groups: TimestepGroups
@@ -277,10 +282,10 @@ def _report_coarse_units(task: Task, best: Trial, settings: PruningSettings) -> 
     warnings.warn(message, stacklevel=5)  # names the line that called plan_pruning
 
 
-def _measured(base: Prunable, best: Trial, batch: Batch) -> int:
+def _measured(base: nn.Module | Prunable, best: Trial, batch: Batch) -> int:
     """Measured MACs per sample of the pruned model itself, which must equal the sum of its units' costs."""
     x, t, kwargs = one_sample_on_meta(*split_batch(batch))
-    macs = measure_macs(base.with_widths(best.widths).to("meta"), x, t, **kwargs)
+    macs = measure_macs(with_widths(base, best.widths).to("meta"), x, t, **kwargs)
     if macs != best.macs:
         raise invalid("base", f"{macs} MACs after pruning", f"{best.macs}, the sum of its units' costs")
     return macs
