@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
@@ -52,7 +52,7 @@ class TimestepSampler:
 
     Attributes:
         num_timesteps: T.
-        adaptive: whether `update` learns from losses, which it then reads.
+        adaptive: whether `update` learns from losses.
     """
 
     num_timesteps: int
@@ -151,6 +151,9 @@ class LossSecondMomentSampler(TimestepSampler):
     Uniform until every timestep has `history_per_term` losses; from then on the last `history_per_term` count, and
     `uniform_prob` of the probability stays uniform. The weights 1 / (T p) keep the loss unbiased. In a distributed run
     `update` gathers the losses of all ranks, so that every rank keeps the same probabilities.
+
+    The history is on the device where timesteps are drawn, and in place, so that a CUDA graph can hold `draw` and
+    `update`; neither waits for the device, except to gather the losses of several ranks.
     """
 
     adaptive = True
@@ -163,24 +166,19 @@ class LossSecondMomentSampler(TimestepSampler):
         self.num_timesteps = num_timesteps
         self.history_per_term = history_per_term
         self.uniform_prob = uniform_prob
-        self._history = np.zeros((num_timesteps, history_per_term), dtype=np.float64)  # [T, last losses]
-        self._counts = np.zeros(num_timesteps, dtype=np.int64)
+        self._history = torch.zeros(num_timesteps, history_per_term, dtype=torch.float64)  # oldest first
+        self._counts = torch.zeros(num_timesteps, dtype=torch.int64)
 
     def probabilities(self) -> np.ndarray:
         """The current probability of each timestep, float64 (T,)."""
-        if (self._counts < self.history_per_term).any():
-            return np.full(self.num_timesteps, 1 / self.num_timesteps)
-        weights = np.sqrt((self._history**2).mean(axis=-1))
-        weights = weights / weights.sum() * (1 - self.uniform_prob) + self.uniform_prob / len(weights)
-        return weights / weights.sum()
+        found: np.ndarray = self._probabilities().cpu().numpy()
+        return found
 
-    def prepare(self, batch_size: int, *, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """The whole draw, as the history of losses is on the host."""
-        _check_batch(batch_size)
-        p = torch.from_numpy(self.probabilities())
-        u = torch.rand(batch_size, generator=generator, device=_home(generator), dtype=torch.float64).cpu()
-        t = torch.searchsorted(p.cumsum(0), u, right=True).clamp(max=self.num_timesteps - 1)
-        return {"t": t, "weights": (1 / (self.num_timesteps * p[t])).float()}
+    def _probabilities(self) -> Tensor:
+        weights = self._history.square().mean(1).sqrt()
+        weights = weights / weights.sum() * (1 - self.uniform_prob) + self.uniform_prob / self.num_timesteps
+        complete = (self._counts == self.history_per_term).all()
+        return torch.where(complete, weights / weights.sum(), 1 / self.num_timesteps)
 
     def draw(
         self,
@@ -191,32 +189,48 @@ class LossSecondMomentSampler(TimestepSampler):
         device: torch.device | str | None = None,
     ) -> Draw:
         """See `TimestepSampler.draw`."""
-        return Draw(prepared["t"], prepared["weights"])
+        home = torch.device("cpu" if device is None else device)
+        self._history, self._counts = self._history.to(home), self._counts.to(home)
+        p = self._probabilities()
+        u = torch.rand(batch_size, generator=generator, device=home, dtype=torch.float64)
+        # Two rows, as a GPU adds up a single one in an order that may change from run to run.
+        sums = p.expand(2, -1).cumsum(1)[0]
+        t = torch.searchsorted(sums, u, right=True).clamp(max=self.num_timesteps - 1)
+        return Draw(t, (1 / (self.num_timesteps * p[t])).float())
 
+    @torch.no_grad()
     def update(self, t: Tensor, losses: Tensor) -> None:
         """Add the losses (B,) at timesteps t (B,), of all ranks, to the history."""
-        for step, loss in _gathered(t.detach(), losses.detach()):
-            if self._counts[step] == self.history_per_term:
-                self._history[step, :-1] = self._history[step, 1:]
-                self._history[step, -1] = loss
-            else:
-                self._history[step, self._counts[step]] = loss
-                self._counts[step] += 1
+        t, losses = _gathered(t.detach(), losses.detach())
+        t, losses = t.to(self._history.device), losses.to(self._history.device, torch.float64)
+        length = self.history_per_term
+        # As if appended one by one: of equal timesteps, each loss comes after those earlier in the batch.
+        earlier = (t[:, None] == t[None, :]).tril(-1).sum(1)  # (B,)
+        counts = self._counts.index_add(0, t, torch.ones_like(t))
+        dropped = (counts - length).clamp(min=0)  # (T,) of the oldest
+        kept = torch.arange(length, device=t.device) + dropped[:, None]
+        history = self._history.gather(1, kept.clamp(max=length - 1)).flatten()  # what follows is overwritten
+        place = self._counts[t] + earlier - dropped[t]
+        beyond = self.num_timesteps * length  # one more place, for losses that are dropped at once
+        place = torch.where(place >= 0, t * length + place, beyond)
+        history = torch.cat([history, history.new_zeros(1)]).scatter(0, place, losses)[:beyond]
+        self._history.copy_(history.view_as(self._history))
+        self._counts.copy_(counts.clamp(max=length))
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs."""
-        return {"history": torch.from_numpy(self._history.copy()), "counts": torch.from_numpy(self._counts.copy())}
+        return {"history": self._history.clone().cpu(), "counts": self._counts.clone().cpu()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a `state_dict`; ValueError if a sampler with other settings wrote it."""
+        """Continue from a `state_dict`, not within a graph; ValueError if a sampler with other settings wrote it."""
         _check_keys(state, {"history", "counts"})
         expected = tuple(self._history.shape)
         if tuple(state["history"].shape) != expected or tuple(state["counts"].shape) != expected[:1]:
             raise invalid(
                 "state", f"history of shape {tuple(state['history'].shape)}", f"{expected}, as this sampler has"
             )
-        self._history = state["history"].cpu().numpy().copy()
-        self._counts = state["counts"].cpu().numpy().copy()
+        self._history = state["history"].to(self._history, copy=True)
+        self._counts = state["counts"].to(self._counts, copy=True)
 
 
 class StratifiedSampler(TimestepSampler):
@@ -401,15 +415,14 @@ def _interleaved(counts: np.ndarray) -> np.ndarray:
     return group[np.argsort(place, kind="stable")]
 
 
-def _gathered(t: Tensor, losses: Tensor) -> Iterable[tuple[int, float]]:
-    pairs: list[tuple[list[int], list[float]]] = [(t.tolist(), losses.double().tolist())]
+def _gathered(t: Tensor, losses: Tensor) -> tuple[Tensor, Tensor]:
+    """The timesteps and losses of all ranks, rank by rank; their own number may differ."""
     distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized():
-        everyone: list[Any] = [None] * distributed.get_world_size()
-        distributed.all_gather_object(everyone, pairs[0])
-        pairs = everyone
-    for steps, values in pairs:
-        yield from zip(steps, values, strict=True)
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return t, losses
+    everyone: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(everyone, (t.cpu(), losses.cpu()))
+    return torch.cat([steps for steps, _ in everyone]), torch.cat([values for _, values in everyone])
 
 
 def _check_keys(state: dict[str, Any], expected: set[str]) -> None:

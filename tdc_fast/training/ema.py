@@ -62,8 +62,10 @@ def _move(averages: list[Tensor], weights: list[Tensor], share: Tensor) -> None:
         return
     # On a GPU a lerp by a tensor is a launch per parameter; a step of torch's fused SGD takes few for all of them. With
     # weight decay 1, going up along w, it is average -= share * (average - w). The weights are only read.
-    settings = {"weight_decay": 1.0, "momentum": 0.0, "dampening": 0.0, "nesterov": False, "is_first_step": False}
-    torch._fused_sgd_(averages, weights, [], lr=share, maximize=True, **settings)
+    torch._fused_sgd_(
+        averages, weights, [], weight_decay=1.0, momentum=0.0, lr=share, dampening=0.0, nesterov=False, maximize=True,
+        is_first_step=False,
+    )  # fmt: skip
 
 
 def _launches_cost(device: torch.device) -> bool:

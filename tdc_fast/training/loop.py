@@ -183,11 +183,9 @@ class StageLoop:
         n = torch.tensor(float(self.step + 1), dtype=torch.float64)
         batch = (x, condition, self.sampler.prepare(len(x)), rate, n)
         try:
-            t, losses = self._work(*to_device(batch, self.device))
+            self._work(*to_device(batch, self.device))
         except CannotCapture as error:
             raise invalid("cuda_graph", "on", f"auto or off: {error}") from error
-        if self.sampler.adaptive:
-            self.sampler.update(t, losses)
         self.step += 1
 
     def _report(self, log: ProgressLog, bar: Any, throughput: Throughput | None) -> None:

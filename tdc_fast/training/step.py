@@ -22,7 +22,7 @@ from tdc_fast.training.telemetry import QUARTILES, RunningMeans
 
 
 class TrainingStep:
-    """Draws timesteps and noise, and trains the model on one batch.
+    """Draws timesteps and noise, trains the model on one batch, and lets an adaptive sampler learn from its losses.
 
     Nothing here waits for the device, and every number that changes from step to step is a tensor. So the same code
     runs as it is and from a CUDA graph (`tdc_fast.graphs`).
@@ -76,7 +76,7 @@ class TrainingStep:
             n: number of the step, from 1: float64, 0-dim.
 
         Returns:
-            The timesteps (B,) and the unweighted losses (B,), from which an adaptive sampler learns.
+            The timesteps (B,) and the unweighted losses (B,).
         """
         drawn = self._sampler.draw(len(x), prepared, device=self._device)
         group = self._group_of(drawn)
@@ -90,6 +90,8 @@ class TrainingStep:
         rate_of(self.optimizer).copy_(rate)
         self.optimizer.step()
         self.averages.update(n)
+        if self._sampler.adaptive:
+            self._sampler.update(drawn.t, losses["loss"])
         return drawn.t, losses["loss"]
 
     def _group_of(self, drawn: Draw) -> Tensor | None:

@@ -14,7 +14,9 @@ from tdc_fast.diffusion import (
     UniformSampler,
     create_timestep_sampler,
 )
+from tdc_fast.graphs import graphed, use_capture
 from tdc_fast.routing import TimestepGroups
+from tests.graphs.tape import TapeCapture
 
 edges = TimestepGroups.from_boundaries
 GROUPS = edges([0, 10, 40, 100])
@@ -111,6 +113,70 @@ def test_second_moments_count_only_when_every_step_has_its_history():
     sampler.update(torch.tensor([2, 0]), torch.tensor([4.0, 7.0]))
     moments = np.sqrt([(1 + 49) / 2, (4 + 4) / 2, (9 + 16) / 2])  # step 0 forgot its first loss
     np.testing.assert_allclose(sampler.probabilities(), 0.9 * moments / moments.sum() + 0.1 / 3)
+
+
+class ImprovedDiffusions:
+    """improved-diffusion's LossSecondMomentResampler, one loss after the other."""
+
+    def __init__(self, steps: int, history: int, uniform: float) -> None:
+        self.history, self.counts, self.uniform = np.zeros((steps, history)), np.zeros(steps, dtype=np.int64), uniform
+
+    def update(self, t, losses) -> None:
+        for step, loss in zip(t.tolist(), losses.tolist(), strict=True):
+            if self.counts[step] == self.history.shape[1]:
+                self.history[step, :-1] = self.history[step, 1:]
+                self.history[step, -1] = loss
+            else:
+                self.history[step, self.counts[step]] = loss
+                self.counts[step] += 1
+
+    def weights(self):
+        if (self.counts < self.history.shape[1]).any():
+            return np.full(len(self.counts), 1 / len(self.counts))
+        weights = np.sqrt(np.mean(self.history**2, axis=-1))
+        weights /= np.sum(weights)
+        return weights * (1 - self.uniform) + self.uniform / len(weights)
+
+
+@pytest.mark.parametrize("history", [1, 2, 5])
+def test_losses_are_remembered_as_improved_diffusion_does_it(history):
+    """Also where a batch has more losses of a timestep than are kept, is empty, or has other sizes than before."""
+    sampler, theirs, draw = LossSecondMomentSampler(6, history, 0.01), ImprovedDiffusions(6, history, 0.01), seeded(0)
+    complete = 0
+    for size in (3, 0, 17, 1, 40, 8, 60, 2, 5):
+        t = (torch.rand(size, generator=draw) ** 2 * 6).long()
+        losses = torch.rand(size, generator=draw)
+        sampler.update(t, losses)
+        theirs.update(t, losses.double())
+        state = sampler.state_dict()
+        assert np.array_equal(state["history"], theirs.history) and np.array_equal(state["counts"], theirs.counts)
+        np.testing.assert_allclose(sampler.probabilities(), theirs.weights(), rtol=1e-14)
+        complete += bool((theirs.counts == history).all())
+    assert 0 < complete < 9
+
+
+def test_a_graph_holds_the_draw_and_the_memory_of_losses():
+    """The end of the uniform start falls into replays, and nothing is read back."""
+
+    def step(sampler):
+        def run(scale):
+            t, weights, _ = sampler.draw(5, {})
+            sampler.update(t, scale * (t + 1) ** 2)
+            return t, weights
+
+        return run
+
+    plain, held = (LossSecondMomentSampler(4, history_per_term=3) for _ in range(2))
+    scales, drawn, tape = [torch.tensor(1.0 + n) for n in range(12)], [], TapeCapture()
+    with use_capture(tape):
+        for run in (step(plain), graphed(step(held), torch.device("cpu"))):
+            torch.manual_seed(0)
+            drawn.append([run(scale) for scale in scales])
+    assert tape.replays == 10
+    for (t, weights), (again, weights_again) in zip(*drawn, strict=True):
+        assert torch.equal(t, again) and torch.equal(weights, weights_again)
+    assert (drawn[0][2][1] == 1).all() and not (drawn[0][-1][1] == 1).any()
+    assert all(torch.equal(value, held.state_dict()[name]) for name, value in plain.state_dict().items())
 
 
 def test_importance_sampling_draws_by_its_probabilities():
