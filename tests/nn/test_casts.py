@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -22,13 +23,14 @@ from tests.reports.test_routed_forward import gradients, packed, samples
 
 
 class Casts(TorchDispatchMode):
-    """Notes every tensor that is copied to another floating dtype, and every image that an operator makes in fp32."""
+    """Notes tensors that are copied to another floating dtype, images made in fp32, and images copied as they are."""
 
     def __init__(self) -> None:
         super().__init__()
         self.copied: Counter[tuple[str, tuple[int, ...]]] = Counter()
         self.at_once: list[tuple[torch.dtype, list[tuple[int, ...]]]] = []
         self.images: set[tuple[int, ...]] = set()
+        self.cloned: set[tuple[int, ...]] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -39,6 +41,8 @@ class Casts(TorchDispatchMode):
             source, made = (args[0], out) if name == "_to_copy" else (args[1], args[0])
             if source.is_floating_point() and source.dtype != made.dtype:
                 self.copied[(str(made.dtype).removeprefix("torch."), tuple(made.shape))] += 1
+        elif name in ("clone", "cat") and out.dim() == 4 and out.shape[2] > 1:
+            self.cloned.add(tuple(out.shape))
         for made in out if isinstance(out, (tuple, list)) else [out]:
             if isinstance(made, Tensor) and made.dtype == torch.float32 and made.dim() == 4 and made.shape[2] > 1:
                 self.images.add(tuple(made.shape))
@@ -55,6 +59,26 @@ def step(routed: RoutedModel) -> tuple[Tensor, Tensor, Casts]:
             out = routed(x, t, y=y).float()
         out.square().mean().backward()
     return x, out.detach(), casts
+
+
+@pytest.fixture
+def work_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What differs on a GPU: the embedding's one launch, torch's SiLU, all heads at once and in their own dtype."""
+    monkeypatch.setattr("tdc_fast.nn.one_input.launches_cost", lambda device: True)
+    monkeypatch.setattr("tdc_fast.nn.layers._FEW_TOKENS", 0)
+    monkeypatch.setattr("tdc_fast.models.blocks.silu", F.silu)
+    monkeypatch.setattr("tdc_fast.models.iddpm.silu", F.silu)
+    monkeypatch.setattr("tdc_fast.models.blocks.AttentionBlock._live_heads", lambda self: None)
+
+
+@pytest.mark.parametrize("use_checkpoint", [False, True])
+@pytest.mark.parametrize("scale_shift", [False, True])
+def test_on_a_gpu_no_activation_is_cast_or_copied(scale_shift: bool, use_checkpoint: bool, work_of_a_gpu: None) -> None:
+    model = unet(use_scale_shift_norm=scale_shift, use_checkpoint=use_checkpoint, image_size=16)
+    x, out, casts = step(pack_experts(model, GROUPS, shuffled_plan(model, PRUNED)))
+    ends = {tuple(x.shape), tuple(out.shape)}  # images come and leave in fp32, one channel after the other
+    assert casts.images <= ends and {shape for shape in casts.cloned if shape[0] == len(x)} <= ends
+    assert {shape for dtype, shape in casts.copied if len(shape) == 4 and shape[2] > 1} == ends
 
 
 @pytest.mark.parametrize("use_checkpoint", [False, True])
