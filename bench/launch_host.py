@@ -1,164 +1,149 @@
-"""`python -m bench.launch_host`: host time of the Triton backend per operator, on a machine with or without a GPU.
+"""`python -m bench.launch_host`: host time of an operator through its public function, beside torch's own operator.
 
-Kernels are compiled for sm_90; a stand-in for Triton's driver receives the launches and starts nothing. What remains is
-the time that Python takes before a kernel starts, without the driver's own microseconds; the GPU waits for it when a
-layer computes faster. The second column is the same launch when every launch goes through Triton.
+With a GPU both are launched on it. Without one the launches of the routed operators go to a stand-in for the driver
+(stand_in_gpu.py), and torch's operators run on the CPU, on one pixel. Their time then is that of the dispatcher, of
+autograd and of the allocation of results, all of which `F.conv2d` spends on a GPU as well; what it spends there in
+cuDNN and on the launches of the convolution and of the bias is missing. So without a GPU the ratios are upper bounds.
+The driver's own time is in no column.
+
+Forward: of tensors that want no gradient. Graph: a forward that records the graph. Backward: what it adds to that.
 """
 
 from __future__ import annotations
 
-import statistics
+import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
-from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from bench.stand_in_gpu import dense_memory, stand_in_gpu, with_tiles
+
 BATCH, GROUPS, CHANNELS, SIZE = 64, 8, 128, 16
-ROUNDS, CALLS = 20, 100
+ROUNDS, CALLS = 40, 20
+PASSES = ("forward", "graph", "backward")
+
+Call = Callable[[], Any]
 
 
-class StandInDriver:
-    """What Triton calls of a GPU's driver, with the properties of an H200.
+def passes(function: Callable[..., Tensor], *tensors: Tensor, **settings: Any) -> dict[str, Call]:
+    """The calls whose times PASSES are made of."""
+    plain, wanting = tensors, [t.detach().requires_grad_() for t in tensors]
+    dy = torch.empty_like(function(*plain, **settings))
 
-    Attributes:
-        launched: grid and arguments of each launch.
-    """
+    def forward() -> None:
+        function(*plain, **settings)
 
-    def __init__(self) -> None:
-        self.launched: list[tuple[tuple[int, ...], tuple[Any, ...]]] = []
-        self.utils = self
+    def graph() -> None:
+        function(*wanting, **settings)
 
-    def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
-        """A launcher that notes its launches."""
+    def backward() -> None:
+        torch.autograd.grad(function(*wanting, **settings), wanting, dy)
 
-        def launch(x: int, y: int, z: int, *rest: Any) -> None:
-            # rest: stream, function, packed metadata, launch metadata, two hooks, then the kernel's arguments
-            self.launched.append(((x, y, z), rest[6:]))
-
-        return launch
-
-    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[Any, ...]:
-        """What loading a kernel returns."""
-        return name, name, 64, 0, 1024  # module, function, registers, spills, threads
-
-    def get_device_properties(self, device: int) -> dict[str, int]:
-        """Shared memory (bytes) and multiprocessors of an H200."""
-        return {"max_shared_mem": 232448, "multiprocessor_count": 132}
-
-    def get_current_device(self) -> int:
-        """Device 0."""
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        """Stream 0."""
-        return 0
-
-    def get_current_target(self) -> Any:
-        """The target sm_90."""
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", 90, 32)
+    return {"forward": forward, "graph": graph, "backward": backward}
 
 
-@contextmanager
-def stand_in_gpu() -> Iterator[StandInDriver]:
-    """Launches of tensors in host memory go to a StandInDriver; tiles are those of an H200."""
-    from triton.runtime import driver
-
-    from tdc_fast.kernels import conv_wgrad, launch, tile_shapes
-
-    stand_in, device = StandInDriver(), tile_shapes.Device(90, 132, 232448)
-    active = driver._active  # the property driver.active needs a GPU
-    launch._compiled.clear()
-    driver.set_active(stand_in)
-    try:
-        with (
-            patch.object(tile_shapes, "device_of", lambda _: device),
-            patch.object(conv_wgrad, "device_of", lambda _: device),
-        ):
-            yield stand_in
-    finally:
-        driver._active = active
-        launch._compiled.clear()
-
-
-def calls() -> dict[str, Callable[[], Any]]:
-    """Calls of the Triton backend: the operators of one layer of a residual block."""
-    from tdc_fast import RoutingPlan
-    from tdc_fast.kernels.problems import ConvTensors, NormTensors
-    from tdc_fast.kernels.tile_table import tiles_of
-    from tdc_fast.ops import triton as backend
-    from tdc_fast.ops.checks import conv_problem, norm_problem
+def torch_calls(device: str) -> dict[str, dict[str, Call]]:
+    """Torch's operators: of the layers below on a GPU; on a CPU of one pixel, in fp32, which it computes at once."""
+    if device == "cuda":
+        batch, channels, size, taps, dtype = BATCH, CHANNELS, SIZE, 3, torch.bfloat16
+    else:
+        batch, channels, size, taps, dtype = 1, 8, 1, 1, torch.float32
 
     def made(*shape: int) -> Tensor:
-        return torch.randn(shape, dtype=torch.bfloat16)
+        return torch.randn(shape, dtype=dtype, device=device)
 
-    plan = RoutingPlan.from_groups(torch.arange(BATCH) * GROUPS // BATCH, GROUPS)
-    tiles = tiles_of(plan.tiles, plan.offsets, BATCH)
-    x = made(BATCH, CHANNELS, SIZE, SIZE).to(memory_format=torch.channels_last)
-    weight = made(GROUPS, CHANNELS, 3, 3, CHANNELS).permute(0, 1, 4, 2, 3)
-    bias, scale, shift = made(GROUPS, CHANNELS), made(BATCH, CHANNELS), made(BATCH, CHANNELS)
-    t = ConvTensors(x, weight, plan.offsets, plan.tiles, plan.weight_index, bias=bias, residual=x)
-
-    def conv(op: str) -> Any:
-        return conv_problem(op, t, (1, 1), (1, 1))
-
-    forward, dgrad, wgrad = (conv(f"routed_conv2d{suffix}") for suffix in ("", "_dgrad", "_wgrad"))
-    half = torch.full((GROUPS,), CHANNELS // 2, dtype=torch.int32)
-    t = t._replace(tiles=tiles)
-    pruned = t._replace(in_widths=half, out_widths=half)
-    n = NormTensors(x, bias, bias, plan.offsets, plan.weight_index, scale=scale, shift=shift)
-    norm = norm_problem("routed_group_norm", n, 32, 1e-5, True)
-    _, mean, rstd = backend.group_norm(norm, n)
+    image = made(batch, channels, size, size).to(memory_format=torch.channels_last)
+    filters = made(channels, channels, taps, taps).to(memory_format=torch.channels_last)
+    one = made(channels)
     return {
-        "conv forward": lambda: backend.conv2d(forward, t),
-        "conv forward, widths": lambda: backend.conv2d(forward, pruned),
-        "conv dgrad": lambda: backend.conv2d_dgrad(dgrad, x, t),
-        "conv wgrad + bias": lambda: backend.conv2d_wgrad(wgrad, x, t, (True, True, False)),
-        "conv wgrad, widths": lambda: backend.conv2d_wgrad(wgrad, x, pruned, (True, False, False)),
-        "norm forward": lambda: backend.group_norm(norm, n),
-        "norm backward": lambda: backend.group_norm_backward(norm, x, mean, rstd, n, (True,) * 5 + (False,)),
+        "conv2d": passes(F.conv2d, image, filters, one, padding=taps // 2),
+        "group_norm": passes(lambda x, w, b: F.group_norm(x, 4, w, b), image, one, one.clone()),
+        "linear": passes(F.linear, made(batch, channels), made(channels, channels), one),
     }
 
 
-def through_triton(call: Callable[[], Any]) -> Callable[[], None]:
-    """The same call, forgetting compiled kernels between launches."""
-    from tdc_fast.kernels import launch
+def routed_calls(device: str, backend: str) -> dict[str, dict[str, Call]]:
+    """The same layers with an expert per group, through the public functions."""
+    from tdc_fast import RoutingPlan, routed_conv2d, routed_group_norm, routed_linear
 
-    def forgetful() -> None:
-        launch._compiled.clear()
-        call()
+    def made(*shape: int) -> Tensor:
+        return dense_memory(*shape).to(device)
 
-    return forgetful
+    plan = RoutingPlan.from_groups(torch.arange(BATCH, device=device) * GROUPS // BATCH, GROUPS)
+    if device == "cpu" and backend != "cpu":
+        plan = with_tiles(plan)
+    image, filters = made(BATCH, CHANNELS, SIZE, SIZE), made(GROUPS, CHANNELS, CHANNELS, 3, 3)
+    matrix, rows, one = made(GROUPS, CHANNELS, CHANNELS), made(BATCH, CHANNELS), made(GROUPS, CHANNELS)
+
+    def conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return routed_conv2d(x, weight, bias, plan, padding=1, backend=backend)
+
+    def norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return routed_group_norm(x, weight, bias, plan, num_groups=32, activation="silu", backend=backend)
+
+    def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return routed_linear(x, weight, bias, plan, backend=backend)
+
+    return {
+        "conv2d": passes(conv, image, filters, one),
+        "group_norm": passes(norm, image, one, one.clone()),
+        "linear": passes(linear, rows, matrix, one),
+    }
 
 
-def main() -> int:
-    """Print the table and return the exit code: 0, or 2 without Triton."""
+def fastest(calls: dict[str, Call], device: str, rounds: int) -> dict[str, float]:
+    """Microseconds of host time per call: the fastest of rounds that take turns."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            if device == "cuda":
+                torch.cuda.synchronize()
+            began = time.process_time()
+            for _ in range(CALLS):  # fewer than the launches that a stream holds
+                call()
+            times[name].append((time.process_time() - began) / CALLS * 1e6)
+    return {name: min(values) for name, values in times.items()}
+
+
+def measured(peers: dict[str, dict[str, Call]], device: str, rounds: int) -> dict[str, dict[str, float]]:
+    """Microseconds of each peer's PASSES."""
+    flat = {f"{peer} {name}": call for peer, calls in peers.items() for name, call in calls.items()}
+    found = fastest(flat, device, rounds)
+    table = {peer: {name: found[f"{peer} {name}"] for name in PASSES} for peer in peers}
+    for row in table.values():
+        row["backward"] -= row["graph"]
+    return table
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the tables and return the exit code: 0, or 2 without Triton."""
+    parser = argparse.ArgumentParser(prog="python -m bench.launch_host", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    rounds = parser.parse_args(arguments).rounds
     try:
         import triton  # noqa: F401
     except ImportError:
         print("This bench needs Triton: pip install 'tdc_fast[gpu]'", file=sys.stderr)
         return 2
-    with stand_in_gpu() as driver:
-        print(f"{'host microseconds per call':<28}{'here':>8}{'through Triton alone':>24}")
-        for name, call in calls().items():
-            peers = {"here": call, "triton": through_triton(call)}
-            medians: dict[str, list[float]] = {peer: [] for peer in peers}
-            for _ in range(ROUNDS):
-                for peer, run in peers.items():
-                    run()
-                    began = time.perf_counter()
-                    for _ in range(CALLS):
-                        run()
-                    medians[peer].append((time.perf_counter() - began) / CALLS * 1e6)
-                    driver.launched.clear()
-            here, alone = (statistics.median(values) for values in medians.values())
-            print(f"{name:<28}{here:8.1f}{alone:24.1f}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_num_threads(1)
+    with nullcontext() if device == "cuda" else stand_in_gpu():
+        yardsticks = torch_calls(device)
+        routed = {backend: routed_calls(device, backend) for backend in ("triton", "cuda")}
+        print(f"host microseconds per call, and times torch's ({device}, torch {torch.__version__})")
+        print(f"{'':<22}" + "".join(f"{name:>16}" for name in PASSES))
+        for operator, yardstick in yardsticks.items():
+            peers = {"torch": yardstick, **{backend: calls[operator] for backend, calls in routed.items()}}
+            table = measured(peers, device, rounds)
+            for peer, row in table.items():
+                cells = (f"{row[name]:9.1f}{row[name] / table['torch'][name]:6.2f}x" for name in PASSES)
+                print(f"{operator + ', ' + peer:<22}" + "".join(cells))
     return 0
 
 

@@ -3,7 +3,7 @@
 Triton inspects every argument to find the compiled kernel, which takes several times as long as the launch itself and
 delays small layers. Here the problem fixes everything that Triton inspects, except which tensors are given and whether
 their memory is aligned. So the first launch of a problem goes through Triton, and later ones call the kernel that it
-compiled.
+compiled. A call whose launches were recorded leaves out even the making of a Launch (`Launch.again`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ from operator import itemgetter
 from typing import Any
 
 from torch import Tensor
+from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from tdc_fast.kernels import recording
 
 _LIMIT = 4096  # launches remembered
 _compiled: dict[Hashable, tuple[Any, Callable[[dict[str, Any]], tuple[Any, ...]]]] = {}
@@ -50,11 +53,8 @@ class Launch:
         """Starts the kernel on the current stream of the current device, unless the grid is empty."""
         if not self.grid[0]:
             return
-        # None for no tensor, else whether its memory is aligned to 16 bytes; descriptors always are.
-        alignment = [
-            None if x is None else not isinstance(x, Tensor) or x.data_ptr() % 16 == 0 for x in self.tensors.values()
-        ]
-        seen = (self.kernel, self.key, *alignment)
+        recording.note(self)
+        seen = self._seen()
         found = _compiled.get(seen)
         if found is not None:
             compiled, in_order = found
@@ -66,3 +66,58 @@ class Launch:
         if len(_compiled) >= _LIMIT:
             _compiled.clear()
         _compiled[seen] = compiled, itemgetter(*self.kernel.arg_names)
+
+    def _seen(self) -> Hashable:
+        """What Triton compiles a kernel for."""
+        # None for no tensor, else whether its memory is aligned to 16 bytes; descriptors always are.
+        alignment = [
+            None if x is None else not isinstance(x, Tensor) or x.data_ptr() % 16 == 0 for x in self.tensors.values()
+        ]
+        return self.kernel, self.key, *alignment
+
+    def again(self, place: recording.Place) -> recording.Again | None:
+        """A function that repeats this launch with other tensors (recording.py); None if Triton compiled nothing.
+
+        It passes Triton's launcher the addresses themselves, and descriptors whose checks this launch has passed.
+        """
+        found = _compiled.get(self._seen())
+        if found is None:
+            return None
+        kernel, in_order = found
+        arguments = list(in_order(self.arguments))
+        pointers: list[tuple[int, int]] = []  # (position, place of the tensor)
+        boxes: list[tuple[int, int, dict[str, Any]]] = []  # likewise, and the fields of the descriptor
+        for position, argument in enumerate(arguments):
+            if isinstance(argument, Tensor):
+                address = argument.data_ptr()
+                if address:
+                    pointers.append((position, place(address)))
+                arguments[position] = 0
+            elif isinstance(argument, TensorDescriptor):
+                boxes.append((position, place(argument.base.data_ptr()), vars(argument) | {"base": None}))
+                arguments[position] = None
+        grid = (*self.grid, 1, 1)[:3]
+        run, function, metadata = kernel.run, kernel.function, kernel.packed_metadata
+
+        def launch(tensors: list[Any], addresses: list[int], stream: int) -> None:
+            passed = arguments.copy()
+            for position, source in pointers:
+                passed[position] = addresses[source]
+            for position, source, fields in boxes:
+                passed[position] = descriptor = _new_descriptor(TensorDescriptor)
+                vars(descriptor).update(fields, base=tensors[source])
+            if _hooked():
+                kernel[grid](*passed, stream=stream)
+            else:
+                run(*grid, stream, function, metadata, None, None, None, *passed)
+
+        return launch
+
+
+_new_descriptor = TensorDescriptor.__new__
+
+
+def _hooked() -> bool:
+    """Whether a profiler wants to hear of launches."""
+    hooks = (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook)
+    return any(getattr(hook, "calls", hook) for hook in hooks)

@@ -34,11 +34,12 @@ from torch import Tensor
 
 from tdc_fast.errors import invalid
 from tdc_fast.kernels.problems import ConvProblem, ConvTensors, NormProblem, NormTensors, Problem
+from tdc_fast.ops import eager
 from tdc_fast.ops.checks import are_in_memory, check_memory, extents, require_backend_name, signature
 from tdc_fast.ops.composition import Unfused
+from tdc_fast.ops.eager import ENVIRONMENT as ENVIRONMENT
 from tdc_fast.ops.measured import Times, times_near
 
-ENVIRONMENT = "TDC_FAST_BACKEND"
 _MEMO_LIMIT = 4096
 
 
@@ -46,7 +47,8 @@ class Backend(Protocol):
     """What `register` takes: it has a function for every problem that `supports` accepts.
 
     An attribute `fuses`, such as ("x2", "upsample"), says what it has of the things that a call may fuse into reading
-    its input; without one, it has none.
+    its input; without one, it has none. `only_launches = True` says that all that its functions do, apart from torch's
+    operators, is to launch kernels in ways that ops/replay.py can repeat.
     """
 
     name: str
@@ -87,6 +89,7 @@ def forget() -> None:
     """Forgets every choice made so far, after a change in what backends support."""
     _memo.clear()
     _reads_two.clear()
+    eager.forget()
 
 
 def _servers(problem: Problem, times: Times | None) -> Iterator[tuple[Any, str | None]]:
@@ -138,6 +141,11 @@ def select(problem: Problem, requested: str) -> Any:
     if requested:
         raise invalid(asked_by, requested, f"one of {available_backends()}")
     raise RuntimeError(f"no backend supports {problem}")  # unreachable: the reference supports everything
+
+
+def only_launches(server: Any) -> bool:
+    """Whether launches and torch's operators are all that the functions of what `select` returned consist of."""
+    return getattr(server, "only_launches", False)
 
 
 def reads_two_inputs(device: torch.device, dtype: torch.dtype) -> bool:

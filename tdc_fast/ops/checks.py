@@ -51,6 +51,10 @@ def pair(name: str, value: int | tuple[int, int] | list[int], minimum: int) -> t
     """Returns an int or a pair of ints as a pair; ValueError for one below `minimum`."""
     if type(value) is int and minimum <= value < _MOST:
         return value, value
+    if type(value) is tuple and len(value) == 2:
+        first, second = value
+        if type(first) is type(second) is int and minimum <= first < _MOST and minimum <= second < _MOST:
+            return value
     values = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, (tuple, list)) else ()
     if len(values) != 2 or not all(isinstance(v, int) and minimum <= v < _MOST for v in values):
         raise invalid(name, value, f"an int or a pair of ints, each at least {minimum} (and below {_MOST})")

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from tdc_fast.errors import invalid
 from tdc_fast.kernels.problems import ConvProblem
-from tdc_fast.ops import backends
+from tdc_fast.ops import backends, eager
 from tdc_fast.ops.checks import pair, require_backend_name, require_tensors
 from tdc_fast.ops.conv2d_operators import forward, forward_problem
-from tdc_fast.ops.plan import RoutingPlan, check_plan
+from tdc_fast.ops.plan import RoutingPlan, check_plan, is_plan_of
 
 _OPTIONAL = ("bias", "sample_bias", "residual", "x2", "in_widths", "out_widths")
 
@@ -74,14 +74,44 @@ def routed_conv2d(
     Raises:
         ValueError: Naming argument, value and remedy.
     """
-    require_backend_name(backend)
-    arguments = _arguments(
+    arguments = (
         x, weight, bias, plan, stride, padding, in_widths, out_widths, sample_bias, residual, x2, upsample
-    )
-    return forward(*arguments, backend or "")
+    )  # fmt: skip
+    flat = _flat(*arguments, backend)
+    result = None if flat is None else eager.call_again(forward, *flat)
+    if result is None:
+        require_backend_name(backend)
+        result = eager.call(forward, *_checked(*arguments), backend or "")
+    return result
 
 
-def _arguments(
+def _flat(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    plan: RoutingPlan,
+    stride: int | tuple[int, int],
+    padding: int | tuple[int, int],
+    in_widths: Tensor | None,
+    out_widths: Tensor | None,
+    sample_bias: Tensor | None,
+    residual: Tensor | None,
+    x2: Tensor | None,
+    upsample: int,
+    backend: str | None,
+) -> tuple[Any, ...] | None:
+    """The arguments of the registered operator, in its order and unchecked; None where they are surely wrong."""
+    if not is_plan_of(plan, x):
+        return None
+    try:
+        settings = pair("stride", stride, 1), pair("padding", padding, 0), upsample, "" if backend is None else backend
+    except ValueError:
+        return None
+    routing = (plan.offsets, plan.tiles, plan.weight_index, in_widths, out_widths)
+    return (x, weight, bias, sample_bias, residual, x2, *routing, *settings)
+
+
+def _checked(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -95,7 +125,7 @@ def _arguments(
     x2: Tensor | None,
     upsample: int,
 ) -> tuple[Any, ...]:
-    """The arguments of the registered operator, in its order; ValueError for one of the wrong type."""
+    """The arguments of the registered operator but `backend`; ValueError for one of the wrong type."""
     require_tensors(
         _OPTIONAL,
         x=x,
@@ -121,4 +151,4 @@ def describe(*args: Any, **settings: Any) -> ConvProblem:
     call = inspect.signature(routed_conv2d).bind(*args, **settings)
     call.apply_defaults()
     del call.arguments["backend"]
-    return forward_problem(*_arguments(**call.arguments))
+    return forward_problem(*_checked(**call.arguments))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tdc_fast.kernels.problems import ConvProblem, ConvTensors
-from tdc_fast.ops import backends, library
+from tdc_fast.ops import backends, eager, library
 from tdc_fast.ops.checks import check_conv_values, check_memory, conv_problem, converted, tf32_is_allowed
 from tdc_fast.ops.layout import empty_nhwc
 from tdc_fast.ops.reference import live_channels
@@ -83,10 +83,14 @@ def forward_problem(*args: Any) -> ConvProblem:
     return problem
 
 
-def _forward(*args: Any) -> Tensor:
-    t = _tensors(args[:-4])
-    problem, chosen = _choose("routed_conv2d", t, _hashable(*args[-4:-1]), args[-1])
-    return _run(chosen.conv2d, problem, t, t)
+def _forward(*args: Any) -> eager.Bound:
+    problem, chosen = _choose("routed_conv2d", _tensors(args[:-4]), _hashable(*args[-4:-1]), args[-1])
+
+    def run(*args: Any) -> Tensor:
+        t = _tensors(args[:-4])
+        return _run(chosen.conv2d, problem, t, t)
+
+    return eager.Bound(run, backends.only_launches(chosen))
 
 
 def _forward_fake(*args: Any) -> Tensor:
@@ -95,7 +99,7 @@ def _forward_fake(*args: Any) -> Tensor:
     return empty_nhwc(t.x, p.batch, p.out_channels, p.out_height, p.out_width)
 
 
-forward = library.define(
+forward = eager.define(
     "routed_conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor? sample_bias, Tensor? residual, "
     f"Tensor? x2, {_TILED_SCHEMA}, {_SETTINGS_SCHEMA}, str backend) -> Tensor",
     _forward,
@@ -103,12 +107,17 @@ forward = library.define(
 )
 
 
-def _dgrad(dy: Tensor, *args: Any) -> list[Tensor]:
+def _dgrad(dy: Tensor, *args: Any) -> eager.Bound:
     *tensors, image_size, x2_channels, stride, padding, upsample, backend = args
     t, settings = _tensors_of_dgrad(*tensors), _hashable(stride, padding, upsample)
     problem, chosen = _choose("routed_conv2d_dgrad", t, settings, backend, dy, tuple(image_size), x2_channels)
-    dx, dx2 = _run(chosen.conv2d_dgrad, problem, t, dy, t)
-    return [dx] if dx2 is None else [dx, dx2]
+
+    def run(dy: Tensor, *args: Any) -> list[Tensor]:
+        t = _tensors_of_dgrad(*args[:-6])
+        dx, dx2 = _run(chosen.conv2d_dgrad, problem, t, dy, t)
+        return [dx] if dx2 is None else [dx, dx2]
+
+    return eager.Bound(run, backends.only_launches(chosen))
 
 
 def _dgrad_fake(dy: Tensor, *args: Any) -> list[Tensor]:
@@ -120,7 +129,7 @@ def _dgrad_fake(dy: Tensor, *args: Any) -> list[Tensor]:
 
 
 # One gradient for x, and one for x2 where there is one.
-_dgrad_op = library.define(
+_dgrad_op = eager.define(
     f"routed_conv2d_dgrad(Tensor dy, Tensor weight, {_TILED_SCHEMA}, SymInt[2] image_size, SymInt x2_channels, "
     f"{_SETTINGS_SCHEMA}, str backend) -> Tensor[]",
     _dgrad,
@@ -128,12 +137,17 @@ _dgrad_op = library.define(
 )
 
 
-def _wgrad(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def _wgrad(dy: Tensor, *args: Any) -> eager.Bound:
     *tensors, stride, padding, upsample, mask, backend = args
     t = _tensors_of_wgrad(*tensors)
     problem, chosen = _choose("routed_conv2d_wgrad", t, _hashable(stride, padding, upsample), backend, dy)
-    grads = _run(chosen.conv2d_wgrad, problem, t, dy, t, tuple(mask))
-    return tuple(dy.new_empty(0) if grad is None else grad for grad in grads)
+
+    def run(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        t = _tensors_of_wgrad(*args[:-5])
+        grads = _run(chosen.conv2d_wgrad, problem, t, dy, t, tuple(mask))
+        return tuple(dy.new_empty(0) if grad is None else grad for grad in grads)
+
+    return eager.Bound(run, backends.only_launches(chosen))
 
 
 def _wgrad_fake(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -148,7 +162,7 @@ def _wgrad_fake(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 
 # Gradients that `mask` does not ask for come back as empty tensors: a schema has no optional results.
-_wgrad_op = library.define(
+_wgrad_op = eager.define(
     f"routed_conv2d_wgrad(Tensor dy, Tensor x, Tensor? x2, Tensor weight, {_ROUTING_SCHEMA}, {_SETTINGS_SCHEMA}, "
     "bool[3] mask, str backend) -> (Tensor, Tensor, Tensor)",
     _wgrad,
@@ -159,7 +173,7 @@ _wgrad_op = library.define(
 def _save(ctx: Any, args: tuple[Any, ...], y: Tensor) -> None:
     x, weight, _, _, _, x2, *routing, stride, padding, upsample, backend = args
     ctx.input_size = x.shape[2:], 0 if x2 is None else x2.shape[1]
-    ctx.settings, ctx.backend = (stride, padding, upsample), backend
+    ctx.settings, ctx.backend = _hashable(stride, padding, upsample), backend
     only_wgrad_reads_x = any(ctx.needs_input_grad[1:4])
     inputs = (x, x2) if only_wgrad_reads_x else (None, None)
     ctx.save_for_backward(*inputs, weight, *routing)
@@ -178,11 +192,11 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         dy = dy.contiguous(memory_format=torch.channels_last)  # once, for dgrad and wgrad
     if input_moves:
         settings = (*ctx.input_size, *ctx.settings, ctx.backend)
-        dx, *others = library.call_in_backward(ctx, _dgrad_op, dy, weight, offsets, tiles, *widths, *settings)
+        dx, *others = eager.call(_dgrad_op, dy, weight, offsets, tiles, *widths, *settings)
         dx2 = others[0] if others else None
     if any(mask):
         settings = (*ctx.settings, mask, ctx.backend)
-        grads = library.call_in_backward(ctx, _wgrad_op, dy, x, x2, weight, offsets, *widths, *settings)
+        grads = eager.call(_wgrad_op, dy, x, x2, weight, offsets, *widths, *settings)
         dweight, dbias, dsample_bias = (grad if wanted else None for grad, wanted in zip(grads, mask, strict=True))
     if needs[4]:
         dresidual = dy

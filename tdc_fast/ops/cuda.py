@@ -14,7 +14,7 @@ from torch import Tensor
 from tdc_fast.kernels.problems import ConvProblem, ConvTensors, NormProblem, NormTensors, Problem
 from tdc_fast.kernels.tile_table import tiles_of, total_rows
 from tdc_fast.ops import native
-from tdc_fast.ops.cuda_launch import launch, launcher_facts, launcher_for, serves
+from tdc_fast.ops.cuda_launch import launch_planned, launcher_facts, launcher_for, serves
 from tdc_fast.ops.layout import (
     aligned,
     channel_innermost,
@@ -26,6 +26,7 @@ from tdc_fast.ops.layout import (
 from tdc_fast.ops.native import address, addresses
 
 name = "cuda"
+only_launches = True
 fuses = ("x2",)  # of what a call may fuse into reading its input
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -57,10 +58,6 @@ def supports(problem: Problem) -> str | None:
         refuse = core.cuda_group_norm_backward_refusal if backward else core.cuda_group_norm_forward_refusal
         return refuse(**_norm_sizes(problem), device=launcher.device_facts(problem.device)) or None
     return None
-
-
-def _run(planner: Any, device: torch.device, arguments: dict[str, Any]) -> None:
-    launch(planner(**arguments, device=launcher_facts(device)), device)
 
 
 def _workspace(measure: Any, device: torch.device, arguments: dict[str, Any]) -> Tensor | None:
@@ -110,7 +107,7 @@ def routing_plan(groups: Tensor, num_groups: int) -> tuple[Tensor, Tensor, Tenso
         "batch": batch,
         "num_groups": num_groups,
     }
-    _run(native.module.cuda_launches_routing_plan, groups.device, arguments)
+    launch_planned(native.module.cuda_launches_routing_plan, groups.device, arguments)
     return order, inverse, offsets, ordered, tiles
 
 
@@ -158,7 +155,7 @@ def conv2d(p: ConvProblem, t: ConvTensors) -> Tensor:
         return y
     t = _tiled(p, t)
     arguments = {"y": y.data_ptr(), **_addresses(t), **_geometry(p)}
-    _run(native.module.cuda_launches_conv_forward, p.device, arguments)
+    launch_planned(native.module.cuda_launches_conv_forward, p.device, arguments)
     return y
 
 
@@ -176,7 +173,7 @@ def conv2d_dgrad(p: ConvProblem, dy: Tensor, t: ConvTensors) -> tuple[Tensor, No
         **_routing(t),
         **_geometry(p),
     }
-    _run(native.module.cuda_launches_conv_dgrad, p.device, arguments)
+    launch_planned(native.module.cuda_launches_conv_dgrad, p.device, arguments)
     return dx, None
 
 
@@ -216,7 +213,7 @@ def conv2d_wgrad(
         **_geometry(p),
     }
     workspace = _workspace(native.module.cuda_conv_wgrad_workspace, p.device, arguments)
-    _run(native.module.cuda_launches_conv_wgrad, p.device, arguments | {"workspace": address(workspace)})
+    launch_planned(native.module.cuda_launches_conv_wgrad, p.device, arguments | {"workspace": address(workspace)})
     if dweight is not None and written is not None and written is not dweight:
         dweight.copy_(written)
     return dweight, dbias, dsample_bias
@@ -267,7 +264,7 @@ def group_norm(p: NormProblem, t: NormTensors) -> tuple[Tensor, Tensor, Tensor]:
     arguments |= {"y": y.data_ptr(), "mean": mean.data_ptr(), "rstd": rstd.data_ptr()}
     workspace = _workspace(native.module.cuda_group_norm_forward_workspace, p.device, arguments)
     planner = native.module.cuda_launches_group_norm_forward
-    _run(planner, p.device, arguments | {"workspace": address(workspace)})
+    launch_planned(planner, p.device, arguments | {"workspace": address(workspace)})
     return y, mean, rstd
 
 
@@ -309,5 +306,5 @@ def group_norm_backward(
         arguments["dx2"] = dx2.data_ptr()
     workspace = _workspace(native.module.cuda_group_norm_backward_workspace, p.device, arguments)
     planner = native.module.cuda_launches_group_norm_backward
-    _run(planner, p.device, arguments | {"workspace": address(workspace)})
+    launch_planned(planner, p.device, arguments | {"workspace": address(workspace)})
     return dx, dweight, dbias, dscale, dshift, dx2

@@ -31,6 +31,16 @@ def device_index(device: torch.device) -> int:
     return torch.cuda.current_device() if device.index is None else device.index
 
 
+def current_device_is(index: int) -> bool:
+    """Whether the CUDA device of that number is torch's current one; cheaper than entering torch.cuda.device."""
+    return torch._C._cuda_getDevice() == index
+
+
+def current_stream(index: int) -> int:
+    """The address of torch's current stream of a CUDA device, without a Python object for it."""
+    return torch._C._cuda_getCurrentRawStream(index)
+
+
 _facts: dict[int, Facts] = {}
 
 

@@ -6,14 +6,16 @@ has the GPU; tests inject an emulator. No GPU is initialised before the first ca
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from tdc_fast.kernels import recording
 from tdc_fast.ops import backends, cuda_native, cuda_nvrtc, native
 from tdc_fast.ops.cuda_device import Facts, Launcher, device_facts, device_index
+from tdc_fast.ops.cuda_planned import Planned
 
 _OLDEST_ARCHITECTURE = 80
 _injected: Launcher | None = None
@@ -76,15 +78,24 @@ def _require(device: torch.device) -> Launcher:
     return launcher
 
 
-def launch(launches: Sequence[Any], device: torch.device) -> None:
-    """Runs planned launches on torch's current stream of a device.
+def launch_planned(planner: Callable[..., Any], device: torch.device, arguments: dict[str, Any]) -> None:
+    """Runs what a planner plans on torch's current stream of a device.
 
-    The addresses in them must stay valid until torch would reuse the memory, as for torch's own kernels.
+    The addresses among the arguments must stay valid until torch would reuse the memory, as for torch's own kernels.
+
+    Args:
+        planner: Of the native module; its launches depend on the arguments alone.
+        device: A device that something can launch on.
+        arguments: All the planner's arguments but `device`.
 
     Raises:
         RuntimeError: A launch failed (the message names it), or nothing can launch on the device.
     """
-    _require(device).run(launches, device)
+    launcher = _require(device)
+    facts = launcher.device_facts(device)
+    launches = planner(**arguments, device=facts)
+    launcher.run(launches, device)
+    recording.note(Planned(lambda replaced: planner(**arguments | replaced, device=facts), arguments, launcher, device))
 
 
 def launcher_facts(device: torch.device) -> Facts:

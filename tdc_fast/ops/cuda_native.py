@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tdc_fast.ops import native
-from tdc_fast.ops.cuda_device import Facts, device_facts, device_index
+from tdc_fast.ops.cuda_device import Facts, current_device_is, current_stream, device_facts, device_index
 
 
 class Native:
@@ -24,8 +24,12 @@ class Native:
     def run(self, launches: Sequence[Any], device: torch.device) -> None:
         """Starts the launches in order on torch's current stream."""
         index = device_index(device)
-        with torch.cuda.device(index):
-            native.module.cuda_launch(list(launches), index, torch.cuda.current_stream(index).cuda_stream)
+        stream = current_stream(index)
+        if current_device_is(index):
+            native.module.cuda_launch(launches, index, stream)
+        else:
+            with torch.cuda.device(index):  # cuda_launch leaves this device the current one
+                native.module.cuda_launch(launches, index, stream)
 
 
 def unavailable(arch: int) -> str | None:

@@ -21,7 +21,7 @@ import torch
 
 from tdc_fast.atomic import atomic_file
 from tdc_fast.ops import native
-from tdc_fast.ops.cuda_device import Facts, device_facts, device_index
+from tdc_fast.ops.cuda_device import Facts, current_stream, device_facts, device_index
 from tdc_fast.ops.cuda_families import read_sources
 
 CACHE_VARIABLE = "TDC_FAST_CACHE"
@@ -148,7 +148,7 @@ class Nvrtc:
         with torch.cuda.device(index):  # the driver's calls go to the current context: that of torch on this device
             if not driver.ctxGetCurrent():  # a thread new to CUDA, such as autograd's: torch's first call makes it so
                 torch.cuda.mem_get_info(index)
-            stream = torch.cuda.current_stream(index).cuda_stream
+            stream = current_stream(index)
             for launch in launches:
                 function = self._function(index, device, launch, driver)
                 params = ctypes.create_string_buffer(launch.params, len(launch.params))

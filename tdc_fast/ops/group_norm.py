@@ -9,10 +9,10 @@ from torch import Tensor
 
 from tdc_fast.errors import invalid
 from tdc_fast.kernels.problems import NormProblem
-from tdc_fast.ops import backends
+from tdc_fast.ops import backends, eager
 from tdc_fast.ops.checks import require_backend_name, require_integer, require_tensors
 from tdc_fast.ops.group_norm_operators import forward, forward_problem
-from tdc_fast.ops.plan import RoutingPlan, check_plan
+from tdc_fast.ops.plan import RoutingPlan, check_plan, is_plan_of
 
 
 def routed_group_norm(
@@ -64,13 +64,20 @@ def routed_group_norm(
     Raises:
         ValueError: Naming argument, value and remedy.
     """
-    require_backend_name(backend)
-    arguments = _arguments(x, weight, bias, plan, num_groups, eps, widths, scale, shift, activation, x2)
-    y, _, _ = forward(*arguments, backend or "")
-    return y
+    result = None
+    if is_plan_of(plan, x) and (activation is None or (isinstance(activation, str) and activation == "silu")):
+        result = eager.call_again(
+            forward, x, weight, bias, scale, shift, x2, plan.offsets, plan.weight_index, widths, num_groups, eps,
+            activation == "silu", "" if backend is None else backend,
+        )  # fmt: skip
+    if result is None:
+        require_backend_name(backend)
+        arguments = _checked(x, weight, bias, plan, num_groups, eps, widths, scale, shift, activation, x2)
+        result = eager.call(forward, *arguments, backend or "")
+    return result[0]
 
 
-def _arguments(
+def _checked(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -101,4 +108,4 @@ def _describe(*args: Any, **settings: Any) -> NormProblem:
     call = inspect.signature(routed_group_norm).bind(*args, **settings)
     call.apply_defaults()
     del call.arguments["backend"]
-    return forward_problem(*_arguments(**call.arguments))
+    return forward_problem(*_checked(**call.arguments))

@@ -7,13 +7,14 @@ Their schemas are flat lists of arguments; everything below them takes NormTenso
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tdc_fast.kernels.problems import NormProblem, NormTensors
-from tdc_fast.ops import backends, library
+from tdc_fast.ops import backends, eager, library
 from tdc_fast.ops.checks import accumulate_dtype, check_memory, check_norm_values, converted, norm_problem
 from tdc_fast.ops.layout import empty_nhwc
 from tdc_fast.ops.reference import group_norm_tangent as norm_tangent
@@ -36,18 +37,28 @@ def forward_problem(*args: Any) -> NormProblem:
     return problem
 
 
-def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _run(kernel: Callable[..., Any], problem: NormProblem, t: NormTensors, *args: Any) -> Any:
+    """Runs a backend's function. Backends check the numbers that they index with; our own error says more."""
+    try:
+        return kernel(problem, *args)
+    except ValueError:
+        check_norm_values(problem, t)
+        raise
+
+
+def _forward(*args: Any) -> eager.Bound:
     t, settings, backend = _tensors(args[:-4]), args[-4:-1], args[-1]
 
     def describe() -> NormProblem:
         return norm_problem("routed_group_norm", t, *settings)
 
     problem, chosen = backends.remembered(("routed_group_norm", settings), t, describe, backend)
-    try:
-        return chosen.group_norm(problem, t)
-    except ValueError:  # backends check the numbers that they index with; our error says more
-        check_norm_values(problem, t)
-        raise
+
+    def run(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        t = _tensors(args[:-4])
+        return _run(chosen.group_norm, problem, t, t)
+
+    return eager.Bound(run, backends.only_launches(chosen))
 
 
 def _forward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -58,7 +69,7 @@ def _forward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return y, t.x.new_empty(shape, dtype=dtype), t.x.new_empty(shape, dtype=dtype)
 
 
-forward = library.define(
+forward = eager.define(
     "routed_group_norm(Tensor x, Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, Tensor? x2, "
     f"Tensor offsets, Tensor weight_index, Tensor? widths, {_SETTINGS_SCHEMA}, str backend) -> "
     "(Tensor, Tensor, Tensor)",
@@ -67,7 +78,7 @@ forward = library.define(
 )
 
 
-def _backward(dy: Tensor, *args: Any) -> list[Tensor]:
+def _backward(dy: Tensor, *args: Any) -> eager.Bound:
     *inputs, mean, rstd, offsets, weight_index, widths, num_groups, eps, silu, mask, backend = args
     t, settings = _tensors((*inputs, offsets, weight_index, widths)), (num_groups, eps, silu)
 
@@ -76,12 +87,14 @@ def _backward(dy: Tensor, *args: Any) -> list[Tensor]:
 
     key = ("routed_group_norm_backward", settings)
     problem, chosen = backends.remembered(key, t, describe, backend, dy=dy, mean=mean, rstd=rstd)
-    try:
-        grads = chosen.group_norm_backward(problem, dy, mean, rstd, t, tuple(mask))
-    except ValueError:
-        check_norm_values(problem, t)
-        raise
-    return [grad for grad in grads if grad is not None]
+
+    def run(dy: Tensor, *args: Any) -> list[Tensor]:
+        *inputs, mean, rstd, offsets, weight_index, widths, _, _, _, _, _ = args
+        t = _tensors((*inputs, offsets, weight_index, widths))
+        grads = _run(chosen.group_norm_backward, problem, t, dy, mean, rstd, t, tuple(mask))
+        return [grad for grad in grads if grad is not None]
+
+    return eager.Bound(run, backends.only_launches(chosen))
 
 
 def _backward_fake(dy: Tensor, *args: Any) -> list[Tensor]:
@@ -93,7 +106,7 @@ def _backward_fake(dy: Tensor, *args: Any) -> list[Tensor]:
 
 
 # The gradients that `mask` asks for, in the order of x, weight, bias, scale, shift, x2.
-_backward_op = library.define(
+_backward_op = eager.define(
     "routed_group_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, "
     "Tensor? x2, Tensor mean, Tensor rstd, Tensor offsets, Tensor weight_index, Tensor? widths, "
     f"{_SETTINGS_SCHEMA}, bool[6] mask, str backend) -> Tensor[]",
@@ -116,7 +129,7 @@ def _gradients(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ..
     if dy is None:
         return (None,) * 13
     mask = ctx.needs_input_grad[:6]
-    grads = library.call_in_backward(ctx, _backward_op, dy, *ctx.saved_tensors, *ctx.settings, mask, ctx.backend)
+    grads = eager.call(_backward_op, dy, *ctx.saved_tensors, *ctx.settings, mask, ctx.backend)
     remaining = iter(grads)
     return (*(next(remaining) if wanted else None for wanted in mask), *(None,) * 7)
 

@@ -7,12 +7,14 @@ so that no registered operator is ever called from inside another:
     Autograd    one autograd.Function, or straight through when no gradient is wanted (`add_autograd`)
     Python key  torch's modes live here: FlopCounterMode, FakeTensorMode, torch.compile's tracing
     CPU, CUDA   the implementation, which checks its arguments and picks a backend
+
+A call like an earlier one goes past all of them (eager.py).
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -22,6 +24,8 @@ from torch.autograd.function import FunctionMeta
 NAMESPACE = "tdc_fast"
 _library = torch.library.Library(NAMESPACE, "DEF")
 _implementations: dict[str, Callable[..., Any]] = {}
+applies: dict[torch._ops.OpOverload, Callable[..., Any]] = {}  # `add_autograd`: apply(*args, what runs them)
+casts: dict[torch._ops.OpOverload, Callable[..., tuple[Any, ...]]] = {}  # what `add_autocast` was given
 _BELOW_AUTOGRAD = torch._C._after_ADInplaceOrView_keyset
 _DEVICE_KEYS = (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)
 _AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
@@ -65,15 +69,16 @@ def add_autograd(
             tensor or None for each argument. It calls differentiable functions only.
     """
     name = _name(op)
-    implementation = _implementations[name]
-    apply = _function(name, implementation, save, backward).apply
+    implementation, redispatch = below_autograd(_implementations[name]), below_autograd(op)
+    function = _function(name, save, backward)
+    apply, applies[op] = function.apply, super(torch.autograd.Function, function).apply  # less a look for torch.func's
     is_grad_enabled = torch.is_grad_enabled
     tensor = torch.Tensor
 
     def autograd(keys: torch._C.DispatchKeySet, *args: Any) -> Any:
         # Without a mode or a tensor subclass, a second trip through the dispatcher would only cost time (5 us).
         direct = (keys & _BELOW_AUTOGRAD).highestPriorityTypeId() in _DEVICE_KEYS
-        run = implementation if direct else op
+        run = implementation if direct else redispatch
         if forward_ad._current_level >= 0:
             primals, tangents = _unpacked(args)
             if any(moving is not None for moving in tangents):
@@ -87,8 +92,7 @@ def add_autograd(
                             "are differentiable once; use torch.autograd.grad or backward()"
                         )
                     return apply(*args, run)
-        with _below_autograd():
-            return run(*args)
+        return run(*args)
 
     _library.impl(name, autograd, "Autograd", with_keyset=True)
 
@@ -108,17 +112,12 @@ def _with_tangent(result: Any, moving: torch.Tensor) -> Any:
     return forward_ad.make_dual(result[0], moving), *result[1:]
 
 
-def _function(
-    name: str, implementation: Callable[..., Any], save: Callable[..., None], backward: Callable[..., Any]
-) -> Any:
+def _function(name: str, save: Callable[..., None], backward: Callable[..., Any]) -> Any:
     """The Function of an operator: it takes the operator's arguments and, last, the function that runs them."""
 
     def run_and_save(ctx: Any, *args: Any) -> Any:
-        *arguments, run = args
-        ctx.is_direct = run is implementation
-        with _below_autograd():
-            result = run(*arguments)
-        save(ctx, arguments, result)
+        result = args[-1](*args[:-1])
+        save(ctx, args[:-1], result)
         return result
 
     def gradients(ctx: Any, *grads: Any) -> Any:
@@ -128,24 +127,42 @@ def _function(
     return FunctionMeta(name, (torch.autograd.Function,), methods)
 
 
-_below_autograd = torch._C._AutoDispatchBelowAutograd
+def below_autograd(run: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function, with the operators that it calls dispatched below autograd."""
+
+    def below(*args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return run(*args)
+
+    return below
 
 
-def call_in_backward(ctx: Any, op: torch._ops.OpOverload, dy: torch.Tensor, *args: Any) -> Any:
-    """op(dy, *args) for a `backward`; skips the dispatcher unless a mode, a subclass or the profiler needs it.
+def are_plain(tensors: Iterable[torch.Tensor]) -> bool:
+    """Whether nothing of torch but autograd and autocast stands between tensors and their memory on a CPU or GPU.
 
-    What the forward saved needs it too where the forward did, such as a lazily negated tensor (`Tensor.is_neg`).
+    No subclass, wrapper of torch.func or of a mode, lazy negation, other layout or device.
     """
-    plain = (
-        ctx.is_direct
-        and torch._C._len_torch_dispatch_stack() == 0
-        and not torch.autograd._profiler_enabled()
-        and (torch._C._dispatch_keys(dy) & _BELOW_AUTOGRAD).highestPriorityTypeId() in _DEVICE_KEYS
+    return not torch._C._are_functorch_transforms_active() and all(
+        type(t) in (torch.Tensor, torch.nn.Parameter)
+        and t.device.type in ("cpu", "cuda")
+        and torch._C._dispatch_keys(t).raw_repr() in _plain_keys(t.device.type)
+        for t in tensors
     )
-    if not plain:
-        return op(dy, *args)
-    with _below_autograd():
-        return _implementations[_name(op)](dy, *args)
+
+
+@functools.cache
+def _plain_keys(device_type: str) -> set[int]:
+    """The dispatch keys of a new tensor, and of one of inference mode."""
+    found = set()
+    for inference in (False, True):
+        with torch.inference_mode(inference):
+            found.add(torch._C._dispatch_keys(torch.empty(0, device=device_type)).raw_repr())
+    return found
+
+
+def without_autocast() -> Any:
+    """The context in which operators are dispatched below autocast."""
+    return torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS)
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -182,11 +199,12 @@ def add_autocast(op: torch._ops.OpOverload, cast: Callable[..., tuple[Any, ...]]
 
     def kernel(device_type: str) -> Callable[..., Any]:
         def autocast(*args: Any) -> Any:
-            with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
+            with without_autocast():
                 return op(*cast(device_type, *args))
 
         return autocast
 
+    casts[op] = cast
     name = _name(op)
     _library.impl(name, kernel("cpu"), "AutocastCPU")
     _library.impl(name, kernel("cuda"), "AutocastCUDA")

@@ -56,8 +56,8 @@ def routed_linear(
         residual=added,
         backend=backend,
     )
-    y = y.squeeze(-1)  # not an index: the gradient of squeeze is a view, that of an index a zero-filled copy
-    return y.squeeze(-1) if x.dim() == 2 else y.transpose(1, 2)
+    # Not an index, whose gradient is a zero-filled copy.
+    return y.view(y.shape[:2]) if x.dim() == 2 else y.squeeze(-1).transpose(1, 2)
 
 
 def _check(x: Tensor, weight: Tensor, residual: Tensor | None) -> None:
@@ -75,7 +75,8 @@ def _as_images(x: Tensor, weight: Tensor, residual: Tensor | None) -> tuple[Tens
     """The arguments, checked, as the convolution takes them."""
     _check(x, weight, residual)
     try:
-        return _as_image(x), weight[:, :, :, None, None], None if residual is None else _as_image(residual)
+        filters = weight.view(*weight.shape, 1, 1)
+        return _as_image(x), filters, None if residual is None else _as_image(residual)
     except RuntimeError:  # torch refuses to view memory that was freed
         check_memory(x=x, weight=weight, residual=residual)
         raise
@@ -83,7 +84,7 @@ def _as_images(x: Tensor, weight: Tensor, residual: Tensor | None) -> tuple[Tens
 
 def _as_image(x: Tensor) -> Tensor:
     """Views (B, C) as (B, C, 1, 1) and (B, T, C) as (B, C, T, 1), channels_last when x is contiguous."""
-    return x[:, :, None, None] if x.dim() == 2 else x.transpose(1, 2)[..., None]
+    return x.view(*x.shape, 1, 1) if x.dim() == 2 else x.transpose(1, 2).unsqueeze(-1)
 
 
 @backends.describes("routed_linear")

@@ -130,8 +130,7 @@ def _launch(
         "target_in_stride": out.stride(2) if has_inputs else 1,
         "target_tap_stride": taps[1][1],
     }
-    planner = native.module.cuda_launches_pack_experts
-    cuda_launch.launch(planner(**arguments, device=cuda_launch.launcher_facts(device)), device)
+    cuda_launch.launch_planned(native.module.cuda_launches_pack_experts, device, arguments)
     return True
 
 

@@ -299,6 +299,13 @@ class RoutingPlan:
         return f"RoutingPlan(batch_size={self.batch_size}, num_groups={self.num_groups})"
 
 
+def is_plan_of(plan: Any, x: Any) -> bool:
+    """Whether `check_plan` would pass a tensor x of rank 1 or more."""
+    if not isinstance(plan, RoutingPlan) or not isinstance(x, Tensor) or x.is_nested:
+        return False
+    return x.dim() > 0 and x.size(0) == plan.order.size(0)
+
+
 def check_plan(x: Tensor, plan: RoutingPlan) -> None:
     """Raises ValueError unless `plan` is a plan of the batch x, a tensor."""
     if not isinstance(plan, RoutingPlan):

@@ -30,6 +30,7 @@ from tdc_fast.ops.layout import channel_innermost, dense, empty_channel_innermos
 
 name = "triton"
 fuses = ("x2", "upsample")
+only_launches = True
 _OLDEST_ARCHITECTURE = 80
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -5,7 +5,7 @@ A stand-in for Triton's driver records the launches; kernels are compiled for sm
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -14,17 +14,53 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from bench.launch_host import StandInDriver, calls, stand_in_gpu
+from bench.stand_in_gpu import StandInDriver, stand_in_gpu
+from tdc_fast import RoutingPlan
 from tdc_fast.kernels import launch
 from tdc_fast.kernels.bias_sums import bias_launches
-from tdc_fast.kernels.problems import ConvTensors
-from tdc_fast.kernels.tile_table import no_tiles
-from tdc_fast.ops.checks import conv_problem
+from tdc_fast.kernels.problems import ConvTensors, NormTensors
+from tdc_fast.kernels.tile_table import no_tiles, tiles_of
+from tdc_fast.ops import triton as backend
+from tdc_fast.ops.checks import conv_problem, norm_problem
+
+
+def calls() -> dict[str, Callable[[], Any]]:
+    """Calls of the Triton backend: the operators of one layer of a residual block."""
+
+    def made(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=torch.bfloat16)
+
+    plan = RoutingPlan.from_groups(torch.arange(64) * 8 // 64, 8)
+    tiles = tiles_of(plan.tiles, plan.offsets, 64)
+    x = made(64, 128, 16, 16).to(memory_format=torch.channels_last)
+    weight = made(8, 128, 3, 3, 128).permute(0, 1, 4, 2, 3)
+    bias, scale, shift = made(8, 128), made(64, 128), made(64, 128)
+    t = ConvTensors(x, weight, plan.offsets, plan.tiles, plan.weight_index, bias=bias, residual=x)
+
+    def conv(op: str) -> Any:
+        return conv_problem(op, t, (1, 1), (1, 1))
+
+    forward, dgrad, wgrad = (conv(f"routed_conv2d{suffix}") for suffix in ("", "_dgrad", "_wgrad"))
+    half = torch.full((8,), 128 // 2, dtype=torch.int32)
+    t = t._replace(tiles=tiles)
+    pruned = t._replace(in_widths=half, out_widths=half)
+    n = NormTensors(x, bias, bias, plan.offsets, plan.weight_index, scale=scale, shift=shift)
+    norm = norm_problem("routed_group_norm", n, 32, 1e-5, True)
+    _, mean, rstd = backend.group_norm(norm, n)
+    return {
+        "conv forward": lambda: backend.conv2d(forward, t),
+        "conv forward, widths": lambda: backend.conv2d(forward, pruned),
+        "conv dgrad": lambda: backend.conv2d_dgrad(dgrad, x, t),
+        "conv wgrad + bias": lambda: backend.conv2d_wgrad(wgrad, x, t, (True, True, False)),
+        "conv wgrad, widths": lambda: backend.conv2d_wgrad(wgrad, x, pruned, (True, False, False)),
+        "norm forward": lambda: backend.group_norm(norm, n),
+        "norm backward": lambda: backend.group_norm_backward(norm, x, mean, rstd, n, (True,) * 5 + (False,)),
+    }
 
 
 @pytest.fixture(scope="module")
 def driver() -> Iterator[StandInDriver]:
-    with stand_in_gpu() as stand_in:
+    with stand_in_gpu(records=True) as stand_in:
         yield stand_in
 
 

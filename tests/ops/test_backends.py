@@ -117,12 +117,12 @@ def test_without_the_native_module_the_reference_serves_and_explain_says_so(
 ) -> None:
     monkeypatch.setattr(native, "module", None)
     monkeypatch.setattr(native, "why_missing", "the native module is not there")
-    backends._memo.clear()
+    backends.forget()
     arguments, _ = conv()
     routed_conv2d(*arguments)
     assert calls == ["reference"]
     assert explain(routed_conv2d, *arguments).reasons["cpu"] == "the native module is not there"
-    backends._memo.clear()
+    backends.forget()
 
 
 def test_a_registered_backend_comes_first_and_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,7 +138,7 @@ def test_a_registered_backend_comes_first_and_is_asked(monkeypatch: pytest.Monke
     assert explain(routed_conv2d, *arguments).reasons["refusing"] == "it never serves routed_conv2d"
     with pytest.raises(ValueError, match="backend: got 'refusing'"):
         backends.register(Refusing())
-    backends._memo.clear()
+    backends.forget()
 
 
 def test_the_operators_are_public() -> None:

@@ -30,7 +30,8 @@ def pretended_device(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return contextlib.nullcontext()
 
     monkeypatch.setattr(torch.cuda, "device", device)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda index: SimpleNamespace(cuda_stream=STREAM))
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: STREAM, raising=False)
     monkeypatch.setattr(cuda_device, "_facts", {1: (90, 132, 232448)})
     return current
 
@@ -137,9 +138,13 @@ def test_native_launches_on_torchs_stream_of_the_device(
     build = SimpleNamespace(cuda_launch=lambda *arguments: calls.append(arguments))
     made = launch()
     monkeypatch.setattr(native, "module", build)
-    cuda_native.Native().run((made,), DEVICE)
+    cuda_native.Native().run([made], DEVICE)
     assert calls == [([made], 1, STREAM)]
     assert pretended_device == [1]
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 1)
+    cuda_native.Native().run([made], DEVICE)
+    assert calls == [([made], 1, STREAM)] * 2
+    assert pretended_device == [1]  # which is the current one already
     assert cuda_native.Native().device_facts(DEVICE) == (90, 132, 232448)
 
 

@@ -1,0 +1,42 @@
+"""What the launches of one call were, so that they can be repeated (tdc_fast/ops/replay.py)."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+Place = Callable[[int], int]  # of an address: which tensor of a call begins there; KeyError if none or several do
+Again = Callable[[list[Any], list[int], int], None]  # of the tensors of a call, their addresses and a stream
+
+
+class Recorded(Protocol):
+    """Launches that can be repeated."""
+
+    def again(self, place: Place) -> Again | None:
+        """A function that repeats them with other tensors, as well aligned; None where that cannot be done."""
+
+
+class _Recording(threading.local):
+    launches: list[Recorded] | None = None
+
+
+_recording = _Recording()
+
+
+def note(launches: Recorded) -> None:
+    """Called by everything that launches, at each launch."""
+    if _recording.launches is not None:
+        _recording.launches.append(launches)
+
+
+@contextmanager
+def recorded() -> Iterator[list[Recorded]]:
+    """The launches that this thread starts within the block."""
+    launches: list[Recorded] = []
+    _recording.launches = launches
+    try:
+        yield launches
+    finally:
+        _recording.launches = None

@@ -1,0 +1,109 @@
+"""Launches of the `cuda` backend that can be repeated: the bytes of their parameters, with other addresses.
+
+A planner is a function of sizes and addresses, and no address decides anything but where it is written. That is
+checked, not trusted: a recorded call is planned twice more, with two sets of invented addresses, and is repeated only
+if the launches differ in the bytes of those addresses and nowhere else.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from tdc_fast.kernels.recording import Again, Place
+from tdc_fast.ops import native
+from tdc_fast.ops.cuda_device import Launcher
+
+_POINTER = struct.Struct("<Q")
+_LARGEST_SIZE = 2**32  # what is larger must be an address
+_APART = 2**40  # distance of invented addresses; what lies between is an offset into a workspace
+
+# All of a launch but its parameters; the parameters; the addresses in them: (offset, name, bytes past its address)
+_Form = tuple[dict[str, Any], bytes, list[tuple[int, str, int]]]
+
+
+class Planned:
+    """The launches of one call of a planner.
+
+    Attributes:
+        plan: Plans the same with some arguments replaced.
+        arguments: Of the planner.
+        launcher: What runs the launches.
+        device: Where.
+    """
+
+    def __init__(
+        self,
+        plan: Callable[[dict[str, int]], Sequence[Any]],
+        arguments: dict[str, Any],
+        launcher: Launcher,
+        device: torch.device,
+    ) -> None:
+        self.plan, self.arguments, self.launcher, self.device = plan, arguments, launcher, device
+
+    def again(self, place: Place) -> Again | None:
+        """A function that repeats the launches (recording.py); None where addresses decide more than their bytes."""
+        places: dict[str, int] = {}
+        for name, value in self.arguments.items():
+            if type(value) is int and value:
+                try:
+                    places[name] = place(value)
+                except KeyError:
+                    if value >= _LARGEST_SIZE:
+                        raise
+        forms = _forms(self.plan, list(places))
+        if forms is None:
+            return None
+        launcher, device, make = self.launcher, self.device, native.module.Launch
+        parts = [
+            (fields, params, [(offset, places[name], past) for offset, name, past in pointers])
+            for fields, params, pointers in forms
+        ]
+
+        def launch(tensors: list[Any], addresses: list[int], stream: int) -> None:
+            launches = []
+            for fields, params, pointers in parts:
+                memory = bytearray(params)
+                for offset, source, past in pointers:
+                    _POINTER.pack_into(memory, offset, addresses[source] + past)
+                launches.append(make(**fields, params=bytes(memory)))
+            launcher.run(launches, device)
+
+        return launch
+
+
+def _forms(plan: Callable[[dict[str, int]], Sequence[Any]], names: list[str]) -> list[_Form] | None:
+    """The launches of a plan and where in their parameters the addresses are; None where these decide more."""
+    count, forms = len(names), []
+    first = {name: (index + 1) * _APART for index, name in enumerate(names)}
+    second = {name: (2 * count - index) * _APART for index, name in enumerate(names)}  # in the opposite order
+    ones, others = plan(first), plan(second)
+    if len(ones) != len(others):
+        return None
+    for one, other in zip(ones, others, strict=True):
+        fields, memory = _fields(one), bytearray(one.params)
+        if fields != _fields(other) or len(memory) != len(other.params):
+            return None
+        pointers = []
+        for offset in range(0, len(memory) - 7, _POINTER.size):
+            (value,), (changed,) = _POINTER.unpack_from(memory, offset), _POINTER.unpack_from(other.params, offset)
+            if value == changed:
+                continue
+            index, past = divmod(value, _APART)
+            name = names[index - 1] if 1 <= index <= count else ""
+            if not name or changed != second[name] + past:
+                return None
+            pointers.append((offset, name, past))
+            _POINTER.pack_into(memory, offset, changed)
+        if bytes(memory) != other.params:
+            return None
+        forms.append((fields, other.params, pointers))
+    return forms
+
+
+def _fields(launch: Any) -> dict[str, Any]:
+    """All of a launch but its parameters."""
+    return {name: getattr(launch, name) for name in ("kernel", "grid", "threads", "shared_bytes", "shapes")}

@@ -1,0 +1,204 @@
+"""Calls like an earlier one, which skip torch's dispatcher and every check that the earlier call passed.
+
+A call of a registered operator goes the general way: autocast, autograd, torch's modes, the checks of the arguments,
+the choice of a backend. All of that depends on the settings, the metadata of the tensors and torch's state alone, but
+for the numbers in index tensors, which backends check where they read them. So once a call went well, what it came down
+to is kept, for calls that
+
+* are watched by nothing: no tracing, no mode of torch, no profiler, no forward-mode derivative (`_unobserved`);
+* have the same settings, environment and precision of fp32 products;
+* have tensors of the same types, dispatch keys, dtypes, devices, sizes, strides and `requires_grad`, which one call of
+  a guard of torch's compiler compares; the keys tell of torch.func, autocast and inference mode, too;
+* have tensors that are still in memory, which is checked for every call.
+
+Anything else goes the general way, which raises what it always raised.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from tdc_fast.ops import library
+from tdc_fast.ops.checks import are_in_memory, extents, tf32_is_allowed
+from tdc_fast.ops.replay import Replayed
+
+ENVIRONMENT = "TDC_FAST_BACKEND"
+_LIMIT = 4096  # keys remembered
+_MOST_ALIKE = 16  # calls remembered of one key
+_Guards: Any = getattr(torch._C._dynamo.guards, "TensorGuards", None)  # a torch without it takes the general way
+
+_is_compiling = torch.compiler.is_compiling
+_function_mode = torch._C._is_torch_function_mode_enabled
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_profiling = torch.autograd._profiler_enabled
+_autocasts = torch._C._is_any_autocast_enabled
+_environment = os.environ._data  # type: ignore[attr-defined]  # os.environ.get takes as long as all other checks
+_STRIDED = torch.strided
+_VARIABLE = ENVIRONMENT.encode()
+
+
+class Bound(NamedTuple):
+    """An operator whose arguments are checked and whose backend is chosen.
+
+    Attributes:
+        run: Computes it, of the same arguments or of others whose tensors have the same metadata.
+        only_launches: Whether `run` does nothing but to allocate tensors and to launch kernels.
+    """
+
+    run: Callable[..., Any]
+    only_launches: bool
+
+
+class _Seen:
+    """A call that went well.
+
+    Attributes:
+        matches: Whether tensors have the metadata that its tensors had.
+        spans: The `extents` of its tensors.
+        differentiable: Whether one of them requires a gradient.
+        run: Computes it, given all arguments.
+    """
+
+    __slots__ = ("differentiable", "matches", "run", "spans")
+
+    def __init__(self, given: Sequence[Tensor], run: Callable[..., Any]) -> None:
+        sizes, strides = ([list(of(t)) for t in given] for of in (Tensor.size, Tensor.stride))
+        self.matches = _Guards(*given, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+        self.spans = extents(given)
+        self.differentiable = any(t.requires_grad for t in given)
+        self.run = run
+
+
+_binds: dict[Any, tuple[Callable[..., Bound], int]] = {}  # of an operator, and how many tensors come first
+_seen: dict[Hashable, list[_Seen]] = {}
+
+
+def define(schema: str, bind: Callable[..., Bound], fake: Callable[..., Any]) -> Any:
+    """Registers an operator that `call` and `call_again` may call without the dispatcher.
+
+    Args:
+        schema: As of `library.define`. The first two arguments are tensors, and the others that are come next.
+        bind: Checks the arguments and chooses what computes them.
+        fake: As of `library.define`.
+
+    Returns:
+        The overload.
+    """
+    op = library.define(schema, lambda *args: bind(*args).run(*args), fake)
+    kinds = [str(argument.type) for argument in op._schema.arguments]
+    _binds[op] = bind, sum(kind in ("Tensor", "Optional[Tensor]") for kind in kinds)
+    return op
+
+
+def call(op: Any, *args: Any) -> Any:
+    """op(*args), by the shortest way.
+
+    Args:
+        op: What `define` returned.
+        *args: All its arguments, hashable where they are not tensors.
+    """
+    if _is_compiling():
+        return op(*args)
+    result = call_again(op, *args)
+    if result is None:
+        result = op(*args)
+        with _autocast_done(op, args) as cast:
+            _remember(op, cast)
+    return result
+
+
+def call_again(op: Any, *args: Any) -> Any:
+    """op(*args) where an earlier `call` was like this one, else None.
+
+    Args:
+        op: What `define` returned.
+        *args: All its arguments, which need not be right.
+    """
+    if _is_compiling():
+        return None
+    if not _autocasts():
+        return _again(op, args)
+    with _autocast_done(op, args) as cast:
+        return _again(op, cast)
+
+
+@contextmanager
+def _autocast_done(op: Any, args: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
+    """The arguments that autocast makes of these, within it its own context; where there is none, just these."""
+    device = args[0].device.type if op in library.casts and isinstance(args[0], Tensor) else ""
+    if device and torch.is_autocast_enabled(device):
+        with library.without_autocast():
+            yield library.casts[op](device, *args)
+    else:
+        yield args
+
+
+def _unobserved() -> bool:
+    """Whether nothing that the guards cannot see watches a call."""
+    return not (_dispatch_modes() or _function_mode() or _profiling() or forward_ad._current_level >= 0)
+
+
+def _key(op: Any, tensors: Sequence[Any], settings: tuple[Any, ...]) -> Hashable:
+    """What the guards do not compare, and two shapes, so that few calls share a key. Types, as True == 1 == 1.0."""
+    first, second = tensors[:2]
+    return (
+        op, first.shape, second.shape, settings, *map(type, settings), *[t is None for t in tensors],
+        _environment.get(_VARIABLE), first.dtype is torch.float32 and tf32_is_allowed(),
+    )  # fmt: skip
+
+
+def _again(op: Any, args: tuple[Any, ...]) -> Any:
+    """The result, or None."""
+    if not _unobserved():
+        return None
+    count = _binds[op][1]
+    tensors = args[:count]
+    given = [t for t in tensors if t is not None]
+    try:
+        for t in given:
+            if t.layout is not _STRIDED or t.is_nested:  # the guards end the process at one without strides
+                return None
+        candidates = _seen[_key(op, tensors, args[count:])]
+    except (KeyError, AttributeError, TypeError):  # new, or something of a wrong type, which the general way names
+        return None
+    for seen in candidates:
+        if seen.matches(*given):
+            break
+    else:
+        return None
+    if seen is not candidates[0]:
+        candidates[:] = [seen, *(other for other in candidates if other is not seen)]
+    if not are_in_memory(given, seen.spans):
+        return None
+    if seen.differentiable and torch.is_grad_enabled() and op in library.applies:
+        return library.applies[op](*args, seen.run)
+    return seen.run(*args)
+
+
+def _remember(op: Any, args: tuple[Any, ...]) -> None:
+    """Keeps a call that went well."""
+    bind, count = _binds[op]
+    tensors, settings = args[:count], args[count:]
+    given = [t for t in tensors if t is not None]
+    distinct = len(set(map(id, given))) == len(given)  # as the guards want them
+    if _Guards is None or not distinct or not _unobserved() or not library.are_plain(given):
+        return
+    bound = bind(*args)
+    run = library.below_autograd(bound.run)
+    if len(_seen) >= _LIMIT:
+        _seen.clear()
+    candidates = _seen.setdefault(_key(op, tensors, settings), [])
+    candidates.insert(0, _Seen(given, Replayed(run, given[0].device, count) if bound.only_launches else run))
+    del candidates[_MOST_ALIKE:]
+
+
+def forget() -> None:
+    """Forgets every call, after a change in what backends support."""
+    _seen.clear()

@@ -1,0 +1,185 @@
+"""Calls that only allocate tensors and launch kernels: done once by the backend, then repeated from a recording.
+
+What a backend does between its entry and its launches depends on the metadata of the tensors alone: tiles, grids,
+scalar arguments, sizes of results and of workspaces. So the recording holds a list of tensors to allocate and a list of
+launches, whose tensors are places among the arguments of the call and the allocated ones. To repeat it is to allocate,
+to take all addresses, and to launch.
+
+Only a call that can be repeated so is: every operator of torch within it must allocate or make a view (a copy into
+another memory order is neither), and every tensor of a launch must be an argument or all of an allocated one. Memory
+that was aligned to 16 bytes when the call was recorded must be again; otherwise the backend does the call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tdc_fast.kernels.recording import Again, Recorded, recorded
+from tdc_fast.ops.cuda_device import current_device_is, current_stream
+
+_aten = torch.ops.aten
+_ALLOCATE = {op.default for op in (_aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.new_empty_strided)} | {
+    _aten.empty.memory_format
+}
+_VIEW = {_aten.permute.default, _aten.view.default, _aten.detach.default, _aten.alias.default}
+_ALIGNMENT = 16  # bytes
+
+
+class Replayed:
+    """A function of tensors and settings that is recorded at its first call and repeated at later ones."""
+
+    __slots__ = ("_again", "_device", "_run", "_tensors")
+
+    def __init__(self, run: Callable[..., Any], device: torch.device, tensors: int) -> None:
+        """Wraps a function.
+
+        Args:
+            run: What a backend does; its results depend on the contents of the tensors and on their metadata, which
+                are the same at every call.
+            device: Where the tensors are.
+            tensors: How many of its arguments are tensors or None; they come first.
+        """
+        self._run, self._tensors = run, tensors
+        self._device = device.index if device.type == "cuda" else None
+        self._again: Callable[[list[Any], int], Any] | None = None
+
+    @property
+    def never_repeats(self) -> bool:
+        """Whether the recorded call turned out to be one that the backend has to do every time."""
+        return self._again is _never
+
+    def __call__(self, *args: Any) -> Any:
+        """The result of `run`."""
+        again = self._again
+        if again is None:
+            return self._record(args)
+        index = self._device
+        if index is None:
+            result = again(list(args[: self._tensors]), 0)
+        elif current_device_is(index):
+            result = again(list(args[: self._tensors]), current_stream(index))
+        else:
+            result = None
+        return self._run(*args) if result is None else result
+
+    def _record(self, args: tuple[Any, ...]) -> Any:
+        with _Allocations() as allocations, recorded() as launches:
+            result = self._run(*args)
+        self._again = _repetition(list(args[: self._tensors]), allocations, launches, result) or _never
+        return result
+
+
+def _never(tensors: list[Any], stream: int) -> None:
+    """Stands for a call that cannot be repeated."""
+
+
+class _Allocations(TorchDispatchMode):
+    """Notes the tensors that are allocated within it.
+
+    Attributes:
+        made: The tensors.
+        nothing_else: Whether torch did nothing but to allocate them, and to make views.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[Tensor] = []
+        self.nothing_else = True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func in _ALLOCATE:
+            self.made.append(out)
+        elif func not in _VIEW:
+            self.nothing_else = False
+        return out
+
+
+def _repetition(
+    arguments: list[Any], allocations: _Allocations, launches: list[Recorded], result: Any
+) -> Callable[[list[Any], int], Any] | None:
+    """From what a call did to a function of the tensors of another, and a stream, that does it; None if there is none.
+
+    Args:
+        arguments: The tensors of the call.
+        allocations: What it did in torch.
+        launches: What it launched.
+        result: A tensor, or a list or tuple of tensors.
+    """
+    if not allocations.nothing_else:
+        return None
+    results = [result] if isinstance(result, Tensor) else list(result)
+    made = [_final(tensor, results) for tensor in allocations.made]
+    tensors = arguments + made
+    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+    def place(address: int) -> int:
+        if addresses.count(address) != 1:
+            raise KeyError(address)
+        return addresses.index(address)
+
+    try:
+        repeats = [launch.again(place) for launch in launches]
+        places = [_index(made, tensor) + len(arguments) for tensor in results]
+    except KeyError:
+        return None
+    empties = [_allocator(tensor) for tensor in made]
+    if None in repeats or None in empties or len(set(places)) < len(places):
+        return None
+    aligned = [index for index, address in enumerate(addresses) if address % _ALIGNMENT == 0]
+    kind = None if isinstance(result, Tensor) else type(result)
+    return _again(empties, repeats, aligned, places, kind)  # type: ignore[arg-type]
+
+
+def _final(made: Tensor, results: list[Tensor]) -> Tensor:
+    """The result that is a view of all of an allocated tensor, where there is one, else the tensor itself."""
+    storage = made.untyped_storage()._cdata
+    for result in results:
+        if result.untyped_storage()._cdata == storage and result.numel() == made.numel():
+            return result
+    return made
+
+
+def _index(tensors: list[Tensor], wanted: Tensor) -> int:
+    """Where a tensor is in a list; KeyError if it is not."""
+    for index, tensor in enumerate(tensors):
+        if tensor is wanted:
+            return index
+    raise KeyError(wanted)
+
+
+def _allocator(like: Tensor) -> Callable[[], Tensor] | None:
+    """A function that allocates a tensor of the same metadata; None where its memory would not be dense."""
+    if not like.numel():
+        return lambda: like  # holds nothing that two calls could disagree about
+    template = torch.empty_like(like)
+    if template.stride() != like.stride():
+        return None
+    template.untyped_storage().resize_(0)  # the metadata is all that is kept
+    return lambda: torch.empty_like(template)
+
+
+def _again(
+    empties: list[Callable[[], Tensor]], launches: list[Again], aligned: list[int], results: list[int], kind: Any
+) -> Callable[[list[Any], int], Any]:
+    """The function that allocates, takes addresses and launches; it returns None where memory is less aligned."""
+
+    def again(tensors: list[Any], stream: int) -> Any:
+        for empty in empties:
+            tensors.append(empty())
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        bits = 0
+        for place in aligned:
+            bits |= addresses[place]
+        if bits % _ALIGNMENT:
+            return None
+        for launch in launches:
+            launch(tensors, addresses, stream)
+        return tensors[results[0]] if kind is None else kind([tensors[place] for place in results])
+
+    return again

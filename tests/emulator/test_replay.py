@@ -1,0 +1,49 @@
+"""CUDA kernels in the emulator, launched by a repeated call, compute what the backend's own launches compute."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench.stand_in_gpu import dense_memory, with_tiles
+from tdc_fast import RoutingPlan, routed_conv2d, routed_group_norm
+from tdc_fast.ops import backends, checks, cuda_launch, eager
+from tdc_fast.ops.replay import Replayed
+from tests.emulator.conv import FAMILIES, MANY_SMS
+from tests.emulator.harness import EmulatorLauncher, emulated
+
+BATCH, GROUPS = 4, 2
+
+
+def results() -> list[Tensor]:
+    """Outputs and gradients of a convolution and a group norm of random numbers."""
+    plan = with_tiles(RoutingPlan.from_groups(torch.tensor([0, 1, 0, 1]), GROUPS))
+    found = []
+
+    def run(operator: Any, shapes: tuple[tuple[int, ...], ...], **settings: Any) -> None:
+        tensors = [dense_memory(*shape).requires_grad_() for shape in shapes]
+        y = operator(*tensors[:3], plan, **settings, backend="cuda")
+        dy = dense_memory(*y.shape)
+        found.extend([y, *torch.autograd.grad(y, tensors, dy)])
+
+    run(routed_conv2d, ((BATCH, 16, 5, 6), (GROUPS, 24, 16, 3, 3), (GROUPS, 24)), padding=1)
+    run(routed_group_norm, ((BATCH, 16, 5, 6), (GROUPS, 16), (GROUPS, 16)), num_groups=4, activation="silu")
+    return [t.detach() for t in found]
+
+
+def test_a_repeated_call_computes_what_its_backend_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "_check_tiles", lambda *_: None)  # a plan in host memory has none
+    launcher = EmulatorLauncher(*(emulated(family) for family in (*FAMILIES, "group_norm")), facts=MANY_SMS)
+    with cuda_launch.use_launcher(launcher):
+        for seed in (0, 1, 2):
+            torch.manual_seed(seed)
+            repeated = results()
+        calls = [seen.run for alike in eager._seen.values() for seen in alike]
+        assert len(calls) == 5
+        assert not any(isinstance(call, Replayed) and call.never_repeats for call in calls)
+        backends.forget()
+        torch.manual_seed(2)
+        assert all(map(torch.equal, repeated, results()))

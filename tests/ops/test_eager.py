@@ -1,0 +1,275 @@
+"""A call like an earlier one skips the general way; a call that differs in anything, or is watched, does not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from tdc_fast import RoutingPlan, routed_conv2d, routed_group_norm
+from tdc_fast.ops import backends, conv2d, eager, group_norm
+from tests.ops.test_conv2d import gradients, random_case, routed
+from tests.ops.test_group_norm import gradients as norm_gradients
+from tests.ops.test_group_norm import routed as routed_norm
+from tests.ops.test_group_norm import some_case
+
+
+class GeneralWay(Exception):
+    """Raised where the arguments are checked."""
+
+
+def plan_of(batch: int = 3) -> RoutingPlan:
+    return RoutingPlan.from_groups(torch.arange(batch) % 2, 2)
+
+
+def tensors(channels: int = 4, batch: int = 3) -> dict[str, Any]:
+    x = torch.randn(batch, channels, 5, 5).to(memory_format=torch.channels_last)
+    return {"x": x, "weight": torch.randn(2, 6, channels, 3, 3), "bias": torch.randn(2, 6), "plan": plan_of(batch)}
+
+
+def norm_tensors() -> dict[str, Any]:
+    arguments = tensors() | {"weight": torch.randn(2, 4), "bias": torch.randn(2, 4)}
+    return arguments | {"num_groups": 2}
+
+
+@pytest.fixture(autouse=True)
+def nothing_seen() -> None:
+    backends.forget()
+
+
+@pytest.fixture
+def general_way_raises(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    def raises(*_: Any, **__: Any) -> Any:
+        raise GeneralWay
+
+    def close() -> None:
+        monkeypatch.setattr(conv2d, "_checked", raises)
+        monkeypatch.setattr(group_norm, "_checked", raises)
+
+    return close
+
+
+def test_a_call_like_an_earlier_one_is_not_checked_again(general_way_raises: Callable[[], None]) -> None:
+    routed_conv2d(**tensors(), padding=1)
+    routed_group_norm(**norm_tensors(), activation="silu")
+    general_way_raises()
+    again = tensors()
+    assert routed_conv2d(**again, padding=1).shape == (3, 6, 5, 5)
+    assert routed_conv2d(**again, padding=(1, 1)).shape == (3, 6, 5, 5)
+    assert routed_group_norm(**norm_tensors(), activation="silu").shape == (3, 4, 5, 5)
+
+
+CHANGES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "another shape": lambda a: a | tensors(channels=8),
+    "another batch": lambda a: a | tensors(batch=4),
+    "another dtype": lambda a: a | {name: a[name].bfloat16() for name in ("x", "weight", "bias")},
+    "mixed dtypes": lambda a: a | {"bias": a["bias"].double()},
+    "another memory order": lambda a: a | {"x": a["x"].contiguous()},
+    "a wider row": lambda a: a | {"bias": torch.randn(2, 7)[:, :6]},
+    "a gradient": lambda a: a | {"weight": a["weight"].clone().requires_grad_()},
+    "a parameter": lambda a: a | {"weight": nn.Parameter(a["weight"], requires_grad=False)},
+    "a lazily negated tensor": lambda a: a | {"x": torch._neg_view(a["x"])},
+    "no bias": lambda a: a | {"bias": None},
+    "a sample bias": lambda a: a | {"sample_bias": torch.randn(3, 6)},
+    "a residual in the place of the sample bias": lambda a: a | {"residual": torch.randn(3, 6, 5, 5)},
+    "one tensor twice": lambda a: a | {"bias": torch.randn(3, 6), "sample_bias": torch.randn(3, 6)},
+    "a plan of another batch": lambda a: a | {"plan": plan_of(4)},
+    "no plan": lambda a: a | {"plan": None},
+    "something like a plan": lambda a: a
+    | {"plan": SimpleNamespace(**{name: getattr(a["plan"], name) for name in RoutingPlan.__slots__})},
+    "more groups": lambda a: a | {"plan": RoutingPlan.from_groups(torch.arange(3), 3, [0, 1, 0])},
+    "another padding": lambda a: a | {"padding": 0},
+    "a padding that equals it": lambda a: a | {"padding": 1.0},
+    "a pair that equals it": lambda a: a | {"padding": (1.0, 1.0)},
+    "a padding in a list": lambda a: a | {"padding": [[1], 1]},
+    "an upsampling that equals it": lambda a: a | {"upsample": True},
+    "another backend": lambda a: a | {"backend": "reference"},
+    "no tensor": lambda a: a | {"x": [1.0]},
+    "a number": lambda a: a | {"x": torch.tensor(1.0)},
+    "a subclass": lambda a: a | {"bias": a["bias"].as_subclass(type("Own", (Tensor,), {}))},
+    "a tensor on the meta device": lambda a: a | {"bias": a["bias"].to("meta")},
+    "a nested tensor": lambda a: a | {"bias": torch.nested.nested_tensor([torch.ones(1), torch.ones(2)])},
+    "a sparse tensor": lambda a: a | {"bias": a["bias"].to_sparse()},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_call_that_differs_goes_the_general_way(general_way_raises: Callable[[], None], change: str) -> None:
+    arguments = tensors() | {"padding": 1}
+    routed_conv2d(**arguments)
+    routed_conv2d(**arguments)
+    general_way_raises()
+    with pytest.raises(GeneralWay):
+        routed_conv2d(**CHANGES[change](arguments))
+
+
+def test_a_backend_that_is_false_is_refused() -> None:
+    arguments = tensors()
+    for _ in range(2):
+        routed_conv2d(**arguments)
+        with pytest.raises(ValueError, match="^backend: got 0"):
+            routed_conv2d(**arguments, backend=0)
+
+
+@pytest.mark.parametrize("change", ["num_groups", "activation", "plan", "eps"])
+def test_so_does_a_group_norm(general_way_raises: Callable[[], None], change: str) -> None:
+    arguments = norm_tensors()
+    routed_group_norm(**arguments)
+    general_way_raises()
+    other = {"num_groups": 2.0, "activation": "relu", "plan": plan_of(4), "eps": 1e-4}
+    with pytest.raises(GeneralWay):
+        routed_group_norm(**arguments | {change: other[change]})
+
+
+@pytest.mark.parametrize("name", ["x", "weight", "bias"])
+def test_memory_is_checked_at_every_call(name: str) -> None:
+    arguments = tensors()
+    for _ in range(3):
+        routed_conv2d(**arguments)
+    arguments[name] = arguments[name].clone(memory_format=torch.preserve_format)
+    arguments[name].untyped_storage().resize_(8)
+    with pytest.raises(ValueError, match=f"^{name}: .* storage holds 8 bytes"):
+        routed_conv2d(**arguments)
+
+
+def test_the_environment_and_what_backends_support_are_asked_at_every_call(
+    monkeypatch: pytest.MonkeyPatch, general_way_raises: Callable[[], None]
+) -> None:
+    arguments = tensors()
+    routed_conv2d(**arguments)
+    general_way_raises()
+    routed_conv2d(**arguments)
+    with monkeypatch.context() as patch:
+        patch.setenv(backends.ENVIRONMENT, "reference")
+        with pytest.raises(GeneralWay):
+            routed_conv2d(**arguments)
+    routed_conv2d(**arguments)
+    backends.forget()
+    with pytest.raises(GeneralWay):
+        routed_conv2d(**arguments)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_later_calls_compute_what_the_general_way_computes(backend: str) -> None:
+    def results(seed: int) -> list[Tensor]:
+        torch.manual_seed(seed)
+        conv, norm = random_case(stride=(2, 1), seed=seed), some_case(seed=seed)
+        found = []
+        for case, operator, grads in ((conv, routed, gradients), (norm, routed_norm, norm_gradients)):
+            given = case.tensors(torch.float32)
+            y = operator(case, given, backend=backend)
+            found += [y, *grads(y, given).values()]
+        return [t.nan_to_num() for t in found]
+
+    later = [results(seed) for seed in (0, 1, 2)][-1]
+    assert len(eager._seen) == 5  # both forwards, dgrad, wgrad and the norm's backward, once each
+    backends.forget()
+    for one, other in zip(later, results(2), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_what_watches_operators_sees_every_call() -> None:
+    arguments = tensors() | {"padding": 1}
+    once = 2 * 3 * 6 * 5 * 5 * 4 * 9
+
+    class Listing(TorchFunctionMode):
+        def __init__(self) -> None:
+            self.seen: list[str] = []
+
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.seen.append(getattr(func, "__name__", str(func)))
+            return func(*args, **(kwargs or {}))
+
+    for _ in range(3):
+        routed_conv2d(**arguments)
+        with FlopCounterMode(display=False) as counter:
+            routed_conv2d(**arguments)
+        assert counter.get_total_flops() == once
+        with Listing() as listing:
+            routed_conv2d(**arguments)
+        assert any("routed_conv2d" in name for name in listing.seen)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            routed_conv2d(**arguments)
+        assert "tdc_fast::routed_conv2d" in {event.name for event in profile.events()}
+        with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+            assert isinstance(routed_conv2d(**arguments), torch._subclasses.FakeTensor)
+
+
+def test_transforms_see_every_call() -> None:
+    arguments = tensors() | {"padding": 1}
+    x = arguments.pop("x")
+
+    def function(x: Tensor) -> Tensor:
+        return routed_conv2d(x, **arguments)
+
+    for _ in range(3):
+        y = function(x)
+        primal, tangent = torch.func.jvp(function, (x,), (x,))
+        torch.testing.assert_close(primal, y)
+        torch.testing.assert_close(tangent, function(x) - function(torch.zeros_like(x)))
+        torch.testing.assert_close(torch.func.vmap(function)(x[None])[0], y)
+        with pytest.raises(RuntimeError, match=r"torch\.func\.grad"):
+            torch.func.grad(lambda x: function(x).sum())(x)
+        arguments["weight"].requires_grad_()
+        with pytest.raises(RuntimeError, match="differentiable once"):
+            torch.autograd.grad(function(x).sum(), arguments["weight"], create_graph=True)
+        arguments["weight"].requires_grad_(False)
+
+
+def test_what_wraps_tensors_sees_every_call() -> None:
+    class Logged(Tensor):
+        calls = 0
+
+        @classmethod
+        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            cls.calls += "routed_conv2d" in str(func)
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    arguments = tensors()
+    arguments["x"] = arguments["x"].as_subclass(Logged)
+    for call in range(3):
+        routed_conv2d(**arguments)
+        assert Logged.calls == call + 1
+    assert eager._seen == {}
+
+
+def test_autocast_is_done_at_every_call(general_way_raises: Callable[[], None]) -> None:
+    arguments = tensors() | {"padding": 1}
+    weight = arguments["weight"].requires_grad_()
+    for call in range(3):
+        if call == 2:
+            general_way_raises()
+        weight.grad = None
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = routed_conv2d(**arguments)
+        y.float().sum().backward()
+        assert y.dtype == torch.bfloat16
+        assert weight.grad is not None and weight.grad.dtype == torch.float32
+
+
+def test_the_graph_is_recorded_where_gradients_are_on(general_way_raises: Callable[[], None]) -> None:
+    arguments = tensors()
+    arguments["weight"].requires_grad_()
+    with torch.no_grad():
+        routed_conv2d(**arguments)
+    general_way_raises()
+    with torch.no_grad():
+        assert not routed_conv2d(**arguments).requires_grad
+    assert routed_conv2d(**arguments).requires_grad
+
+
+def test_the_number_of_remembered_calls_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(eager, "_LIMIT", 2)
+    monkeypatch.setattr(eager, "_MOST_ALIKE", 2)
+    for channels in (1, 2, 3, 4):
+        for columns in (6, 7, 8):
+            arguments = tensors(channels)
+            routed_conv2d(**arguments | {"bias": torch.randn(2, columns)[:, :6]})
+            assert len(eager._seen) <= 2
+            assert max(map(len, eager._seen.values())) <= 2

@@ -1,0 +1,280 @@
+"""A repeated call launches what its backend would launch, with the addresses of its own tensors."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tdc_fast import RoutingPlan, routed_conv2d, routed_group_norm, routed_linear
+from tdc_fast.kernels import recording
+from tdc_fast.ops import backends, eager, native
+from tdc_fast.ops.cuda_planned import Planned
+from tdc_fast.ops.replay import Replayed
+
+pytest.importorskip("triton")
+
+from bench.stand_in_gpu import StandInDriver, dense_memory, stand_in_gpu, with_tiles
+
+BATCH, GROUPS = 6, 3
+
+
+@pytest.fixture(scope="module")
+def driver() -> Iterator[StandInDriver]:
+    with stand_in_gpu(records=True) as stand_in:
+        yield stand_in
+
+
+def plan() -> RoutingPlan:
+    return with_tiles(RoutingPlan.from_groups(torch.arange(BATCH) * GROUPS // BATCH, GROUPS))
+
+
+def widths(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def conv(channels: int = 16, out: int = 16, size: int = 8, taps: int = 3) -> dict[str, Tensor]:
+    shapes = {"x": (BATCH, channels, size, size), "weight": (GROUPS, out, channels, taps, taps), "bias": (GROUPS, out)}
+    return {name: dense_memory(*shape) for name, shape in shapes.items()}
+
+
+def norm(channels: int = 16) -> dict[str, Tensor]:
+    rows = {"weight": GROUPS, "bias": GROUPS, "scale": BATCH, "shift": BATCH}
+    return {"x": dense_memory(BATCH, channels, 4, 4)} | {n: dense_memory(r, channels) for n, r in rows.items()}
+
+
+Case = tuple[Callable[..., Tensor], dict[str, Tensor], dict[str, Any]]
+CASES: dict[str, Callable[[], Case]] = {
+    "convolution": lambda: (routed_conv2d, conv(), {"padding": 1}),
+    "its epilogue": lambda: (
+        routed_conv2d,
+        conv() | {"residual": dense_memory(BATCH, 16, 8, 8), "sample_bias": dense_memory(BATCH, 16)},
+        {"padding": 1},
+    ),
+    "widths": lambda: (
+        routed_conv2d, conv(), {"padding": 1, "in_widths": widths(16, 8, 0), "out_widths": widths(8, 8, 16)}
+    ),
+    "stride 2 without bias": lambda: (
+        routed_conv2d, {n: t for n, t in conv().items() if n != "bias"}, {"padding": 1, "stride": 2}
+    ),
+    "upsampling": lambda: (routed_conv2d, conv(), {"padding": 1, "upsample": 2}),
+    "two inputs": lambda: (
+        routed_conv2d, conv(32) | {n: dense_memory(BATCH, 16, 8, 8) for n in ("x", "x2")}, {"padding": 1}
+    ),
+    "linear": lambda: (
+        routed_linear,
+        {"x": dense_memory(BATCH, 16), "weight": dense_memory(GROUPS, 16, 16), "bias": dense_memory(GROUPS, 16)},
+        {},
+    ),
+    "group norm": lambda: (routed_group_norm, norm(), {"num_groups": 4, "activation": "silu"}),
+    "a norm's widths": lambda: (routed_group_norm, norm(), {"num_groups": 4, "widths": widths(16, 8, 0)}),
+}  # fmt: skip
+# The gradients that torch's own operators help to compute: weights of two inputs, the upsampled image.
+COPIES = {"two inputs": 1, "upsampling": 1}
+
+
+class Names:
+    """Names for addresses: of given tensors, and of others in the order in which they appear."""
+
+    def __init__(self, given: dict[str, Tensor]) -> None:
+        self._names: dict[int, str] = {t.data_ptr(): name for name, t in given.items()}
+
+    def of(self, address: int) -> str:
+        return self._names.setdefault(address, f"made {len(self._names)}")
+
+
+def launches(driver: StandInDriver, case: Case, plan: RoutingPlan) -> list[Any]:
+    """The launches of a forward and backward; addresses have names, and what is given as a tensor is its address."""
+    operator, tensors, settings = case
+    wanting = {name: t.detach().requires_grad_() for name, t in tensors.items()}
+    driver.launched.clear()
+    y = operator(**{"bias": None} | wanting, plan=plan, backend="triton", **settings)
+    dy = torch.ones_like(y)
+    grads = torch.autograd.grad(y, list(wanting.values()), dy)
+    routing = {"offsets": plan.offsets, "tiles": plan.tiles, "index": plan.weight_index}
+    others = {name: t for name, t in settings.items() if isinstance(t, Tensor)}
+    names = Names(tensors | routing | others | {"dy": dy})
+    kept = (y, grads)
+
+    def described(argument: Any) -> Any:
+        if isinstance(argument, Tensor):
+            return names.of(argument.data_ptr())
+        if hasattr(argument, "block_shape"):
+            box = (argument.shape, argument.strides, argument.block_shape, argument.padding)
+            return names.of(argument.base.data_ptr()), *map(str, box)
+        return names.of(argument) if isinstance(argument, int) and argument >= 2**32 else argument
+
+    found = [(grid, [described(a) for a in arguments]) for grid, arguments in driver.launched]
+    del kept
+    return found
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_repeated_call_launches_what_the_backend_would(
+    driver: StandInDriver, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, kept = torch.empty_like, []
+
+    def keeping(*arguments: Any) -> Tensor:  # so that no address comes twice
+        kept.append(made(*arguments))
+        return kept[-1]
+
+    backends.forget()
+    one_plan = plan()
+    for _ in range(2):  # the general way, then recorded
+        launches(driver, CASES[name](), one_plan)
+    replays = [seen.run for alike in eager._seen.values() for seen in alike]
+    never = [r for r in replays if isinstance(r, Replayed) and r.never_repeats]
+    assert len(never) == COPIES.get(name, 0)
+    last, other_plan = CASES[name](), plan()
+    monkeypatch.setattr(torch, "empty_like", keeping)
+    repeated = launches(driver, last, other_plan)
+    assert kept
+    monkeypatch.undo()
+    backends.forget()
+    assert repeated == launches(driver, last, other_plan)
+
+
+def test_memory_that_is_less_aligned_takes_the_backends_way(driver: StandInDriver) -> None:
+    case = CASES["group norm"]()
+    one_plan = plan()
+    for _ in range(3):
+        launches(driver, case, one_plan)
+    operator, tensors, settings = case
+    odd = torch.empty(GROUPS * 16 + 1, dtype=torch.bfloat16)[1:].view(GROUPS, 16)
+    assert odd.data_ptr() % 16
+    case = (operator, tensors | {"bias": odd}, settings)
+    repeated = launches(driver, case, one_plan)
+    backends.forget()
+    assert repeated == launches(driver, case, one_plan)
+
+
+class Noted:
+    """A launch that writes down the addresses it is repeated with."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self.addresses, self.calls = [t.data_ptr() for t in tensors], list[list[int]]()
+
+    def again(self, place: recording.Place) -> recording.Again:
+        places = [place(address) for address in self.addresses]
+        return lambda tensors, addresses, stream: self.calls.append([addresses[p] for p in places])
+
+
+def replayed(function: Callable[..., Any]) -> tuple[Replayed, list[int]]:
+    runs: list[int] = []
+
+    def counted(*arguments: Any) -> Any:
+        runs.append(1)
+        return function(*arguments)
+
+    return Replayed(counted, torch.device("cpu"), 2), runs
+
+
+def test_a_call_is_repeated_with_new_results_and_workspaces() -> None:
+    noted: list[Noted] = []
+
+    def function(x: Tensor, absent: None, factor: int) -> tuple[Tensor, Tensor]:
+        workspace = x.new_empty(7, dtype=torch.float64)
+        images = torch.empty(2, 3, 4).permute(0, 2, 1)
+        noted.append(Noted(x, workspace, images))
+        recording.note(noted[-1])
+        return images, x.new_empty(0)
+
+    call, runs = replayed(function)
+    for _ in range(4):
+        x = torch.randn(8)
+        images, nothing = call(x, None, 3)
+        assert images.shape == (2, 4, 3) and images.stride() == (12, 1, 4)
+        assert nothing.shape == (0,)
+    assert len(runs) == 1 and len(noted[0].calls) == 3
+    assert noted[0].calls[-1][::2] == [x.data_ptr(), images.data_ptr()]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, y, n: x.clone(),
+        lambda x, y, n: torch.empty(8).copy_(x),
+        lambda x, y, n: x,
+        lambda x, y, n: torch.empty(8)[:4],
+        lambda x, y, n: torch.empty(8, 8)[:, ::2],
+        lambda x, y, n: (z := torch.empty(8), z),
+        lambda x, y, n: (recording.note(Noted(torch.zeros(3))), torch.empty(8))[1],
+        lambda x, y, n: (recording.note(Noted(x[1:])), torch.empty(8))[1],
+    ],
+    ids=["a copy", "a copy in place", "x", "a part", "gaps", "one twice", "a constant", "part of an argument"],
+)  # fmt: skip
+def test_what_does_more_than_to_allocate_and_launch_is_never_repeated(function: Callable[..., Any]) -> None:
+    call, runs = replayed(function)
+    for _ in range(3):
+        call(torch.randn(8), None, 3)
+    assert len(runs) == 3
+
+
+def test_nothing_that_was_recorded_keeps_memory() -> None:
+    call, _ = replayed(lambda x, y, n: torch.empty_like(x))
+    x = torch.randn(1000)
+    for _ in range(2):
+        result = call(x, None, 3)
+    storages = [t.untyped_storage() for t in gc_tensors() if t is not x and t is not result and t.numel() == 1000]
+    assert all(storage.nbytes() == 0 for storage in storages)
+
+
+def gc_tensors() -> list[Tensor]:
+    import gc
+
+    return [item for item in gc.get_objects() if type(item) is Tensor]
+
+
+@pytest.mark.skipif(native.module is None, reason="the native module is not built")
+class TestPlanned:
+    """Of planners: functions of addresses and sizes."""
+
+    x, y = torch.zeros(4), torch.zeros(4)
+
+    def launch(self, *words: int, grid: int = 1) -> Any:
+        return native.module.Launch(
+            kernel="k", grid=(grid, 1, 1), threads=32, shared_bytes=0, shapes="x",
+            params=struct.pack(f"<{len(words)}Q", *words),
+        )  # fmt: skip
+
+    def repeated(self, plan: Callable[..., list[Any]], **sizes: Any) -> Any:
+        """The parameters and grid of a repetition with x at 64 and y at 128, or None."""
+        ran: list[Any] = []
+        launcher = SimpleNamespace(run=lambda launches, device: ran.extend(launches))
+        arguments = {"x": self.x.data_ptr(), "y": self.y.data_ptr(), **sizes}
+        planned = Planned(lambda replaced: plan(**arguments | replaced), arguments, launcher, self.x.device)
+        again = planned.again({self.x.data_ptr(): 0, self.y.data_ptr(): 1}.__getitem__)
+        if again is None:
+            return None
+        again([], [64, 128], 0)
+        return [(launch.grid, struct.unpack(f"<{len(launch.params) // 8}Q", launch.params)) for launch in ran]
+
+    def test_every_address_is_replaced_and_nothing_else(self) -> None:
+        def plan(x: int, y: int, size: int, eps: float) -> list[Any]:
+            return [self.launch(x, size, y, y + 24), self.launch(0, x, grid=size)]
+
+        assert self.repeated(plan, size=5, eps=1e-5) == [((1, 1, 1), (64, 5, 128, 152)), ((5, 1, 1), (0, 64))]
+
+    @pytest.mark.parametrize(
+        "plan",
+        [
+            lambda self, x, y: [self.launch(x, grid=1 + (x > y))],
+            lambda self, x, y: [self.launch(x)] * (1 + (x > 2**41)),
+            lambda self, x, y: [self.launch(x ^ y)],
+            lambda self, x, y: [self.launch(x + y)],
+            lambda self, x, y: [self.launch(x >> 3)],
+        ],
+        ids=["the grid", "the number of launches", "both in one", "their sum", "in other words"],
+    )
+    def test_a_plan_that_addresses_decide_is_not_repeated(self, plan: Callable[..., list[Any]]) -> None:
+        assert self.repeated(lambda x, y: plan(self, x, y)) is None
+
+    def test_an_unknown_address_is_an_error(self) -> None:
+        with pytest.raises(KeyError):
+            self.repeated(lambda x, y, z: [self.launch(z)], z=2**45)
