@@ -9,10 +9,12 @@
 #include <type_traits>
 #include <vector>
 
+#include "cuda/conv/hopper_launch.h"
 #include "cuda/conv/launch.h"
 #include "cuda/launch/families.h"
 #include "cuda/group_norm/launch.h"
 #include "cuda/launch/launch.h"
+#include "cuda/launch/tensor_maps.h"
 #include "cuda/pack/launch.h"
 #include "cuda/plan/launch.h"
 #ifdef TDC_FAST_CUDA
@@ -92,17 +94,18 @@ void define(py::module_& module, const char* name, const char* doc, Read read, F
 void bind_launch(py::module_& module) {
   py::class_<Launch>(module, "Launch", "One kernel launch: everything that starts it, as plain data.")
       .def(py::init([](std::string kernel, const std::array<unsigned, 3>& grid, unsigned threads, unsigned shared_bytes,
-                       const py::bytes& params, std::string shapes) {
+                       const py::bytes& params, std::string shapes, std::vector<unsigned> tensor_maps) {
              const std::string bytes = params;
              return Launch{std::move(kernel),
                            {grid[0], grid[1], grid[2]},
                            threads,
                            shared_bytes,
                            std::vector<unsigned char>(bytes.begin(), bytes.end()),
-                           std::move(shapes)};
+                           std::move(shapes),
+                           std::move(tensor_maps)};
            }),
            py::kw_only(), py::arg("kernel"), py::arg("grid"), py::arg("threads"), py::arg("shared_bytes"),
-           py::arg("params"), py::arg("shapes"))
+           py::arg("params"), py::arg("shapes"), py::arg("tensor_maps") = std::vector<unsigned>())
       .def_readonly("kernel", &Launch::kernel)
       .def_property_readonly("grid", [](const Launch& l) { return py::make_tuple(l.grid[0], l.grid[1], l.grid[2]); })
       .def_readonly("threads", &Launch::threads)
@@ -111,6 +114,14 @@ void bind_launch(py::module_& module) {
           "params",
           [](const Launch& l) { return py::bytes(reinterpret_cast<const char*>(l.params.data()), l.params.size()); })
       .def_readonly("shapes", &Launch::shapes)
+      .def_readonly("tensor_maps", &Launch::tensor_maps,
+                    "Where the parameters have descriptions of tensor maps, which a GPU takes as the driver encodes "
+                    "them: encoded_params().")
+      .def("encoded_params",
+           [](const Launch& l) {
+             const std::vector<unsigned char> bytes = encoded_params(l);
+             return py::bytes(reinterpret_cast<const char*>(bytes.data()), bytes.size());
+           })
       .def("__repr__", [](const Launch& l) {
         return "Launch(" + l.kernel + ", grid=(" + std::to_string(l.grid[0]) + ", " + std::to_string(l.grid[1]) + ", " +
                std::to_string(l.grid[2]) + "), threads=" + std::to_string(l.threads) +
@@ -133,10 +144,16 @@ void bind_planner_of_plans(py::module_& module) {
       });
 }
 
-void take_convolution(Keywords& keywords, ConvArguments& arguments) {
-  TAKE(offsets), TAKE(weight_index), TAKE(in_widths), TAKE(out_widths), TAKE(dtype), TAKE(tf32), TAKE(batch);
+void take_convolution_sizes(Keywords& keywords, ConvArguments& arguments) {
+  TAKE(dtype), TAKE(tf32), TAKE(batch);
   TAKE(height), TAKE(width), TAKE(in_channels), TAKE(out_channels), TAKE(filter_height), TAKE(filter_width);
   TAKE(stride_height), TAKE(stride_width), TAKE(pad_height), TAKE(pad_width), TAKE(num_groups), TAKE(num_experts);
+  TAKE_IF_GIVEN(hopper);
+}
+
+void take_convolution(Keywords& keywords, ConvArguments& arguments) {
+  TAKE(offsets), TAKE(weight_index), TAKE(in_widths), TAKE(out_widths);
+  take_convolution_sizes(keywords, arguments);
 }
 
 void bind_planners_of_convolutions(py::module_& module) {
@@ -157,6 +174,14 @@ void bind_planners_of_convolutions(py::module_& module) {
   define<ConvArguments>(module, "cuda_launches_conv_dgrad", "Launches of its dgrad.", dgrad, launch_conv_dgrad);
   define<ConvArguments>(module, "cuda_launches_conv_wgrad", "Launches of its wgrad: dweight, dbias, dsample_bias.",
                         wgrad, launch_conv_wgrad);
+  for (const bool is_forward : {false, true})
+    define<ConvArguments>(
+        module, is_forward ? "cuda_conv_forward_hopper_refusal" : "cuda_conv_dgrad_hopper_refusal",
+        "Why the Hopper form does not serve a convolution or its dgrad, or ''. Takes sizes only.",
+        [](Keywords& keywords, ConvArguments& arguments) { take_convolution_sizes(keywords, arguments); },
+        [is_forward](const ConvArguments& arguments, const Device& device) {
+          return hopper_refusal(arguments, device, is_forward);
+        });
   define<ConvArguments>(module, "cuda_conv_wgrad_workspace", "Bytes of workspace that wgrad needs.", wgrad,
                         conv_wgrad_workspace);
 }

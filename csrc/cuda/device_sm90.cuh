@@ -131,9 +131,8 @@ __device__ __forceinline__ void tma_load(void* to, const TensorMap* map, Mbarrie
 
 template <int kDimensions>
 __device__ __forceinline__ void tma_prefetch(const TensorMap* map, const int (&at)[kDimensions]) {
-#define TDC_TMA_PREFETCH(rank, box, a, b, c, ...)                                                                     \
-  asm volatile("cp.async.bulk.prefetch.tensor." rank ".L2.global [" a ", " box "];" ::__VA_ARGS__, "l"(map) : "memor" \
-                                                                                                              "y")
+#define TDC_TMA_PREFETCH(rank, box, a, b, c, ...) \
+  asm volatile("cp.async.bulk.prefetch.tensor." rank ".L2.global [" a ", " box "];" ::__VA_ARGS__, "l"(map))
   TDC_TMA_BY_DIMENSIONS(TDC_TMA_PREFETCH)
 #undef TDC_TMA_PREFETCH
 }

@@ -143,6 +143,7 @@ void Block::wait(Thread::State state, const Site& site) {
   self.site = site;
   ready_.erase(schedule_.rank_of(self.number));
   current_ = next();
+  if (current_ == &self) return;  // a copy that it waited for has just arrived
   self.fiber.switch_to(current_ ? current_->fiber : *main_);
 }
 

@@ -72,4 +72,4 @@ def kernels_serve(device: torch.device, dtype: torch.dtype) -> bool:
     if device.type != "cuda":
         return False
     problem = NormProblem("routed_group_norm", device, dtype, 1, 8, 8, 64, 32, 1e-5, True, 1, 1)
-    return select(problem, "").name in ("triton", "cuda")
+    return select(problem, "").name in ("triton", "cuda", "hopper")

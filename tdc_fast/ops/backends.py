@@ -19,6 +19,8 @@ builtin.py registers these:
     cpu        C++ for host memory: fp32, bf16
     triton     kernels of tdc_fast.kernels, on NVIDIA GPUs from sm_80 on: fp32, bf16, fp16
     cuda       CUDA C++, likewise: convolutions in bf16, fp16 and (where allowed) tf32; group norms in all three
+    hopper     cuda with convolutions of its own for compute capability 9.0 (hopper.py); on request, or where it was
+               measured to be the fastest
     reference  plain torch, anywhere, any float dtype; the oracle
 """
 
@@ -48,7 +50,8 @@ class Backend(Protocol):
 
     An attribute `fuses`, such as ("x2", "upsample"), says what it has of the things that a call may fuse into reading
     its input; without one, it has none. `only_launches = True` says that all that its functions do, apart from torch's
-    operators, is to launch kernels in ways that ops/replay.py can repeat.
+    operators, is to launch kernels in ways that ops/replay.py can repeat. A backend with
+    several kinds of kernels may have form(problem), which says in words which ones serve a problem that it supports.
     """
 
     name: str
@@ -60,8 +63,8 @@ class Backend(Protocol):
 _backends: list[Backend] = []
 # The usual order, fastest first, by the kind of problem; other backends come before these.
 _ORDER: dict[type, tuple[str, ...]] = {
-    ConvProblem: ("cpu", "triton", "cuda", "reference"),
-    NormProblem: ("cpu", "cuda", "triton", "reference"),
+    ConvProblem: ("cpu", "triton", "cuda", "hopper", "reference"),
+    NormProblem: ("cpu", "cuda", "triton", "hopper", "reference"),
 }
 _memo: dict[Any, tuple[Any, Any, list[int]]] = {}
 _reads_two: dict[Any, bool] = {}
@@ -215,6 +218,7 @@ class Explanation:
         because: How it was chosen.
         reasons: Every backend, fastest first, with None where it can serve, else the reason why not.
         copies: For each backend that serves the call through copies, which tensors it makes first.
+        forms: For each backend with several kinds of kernels that serves the call, which ones would run.
     """
 
     operator: str
@@ -222,12 +226,14 @@ class Explanation:
     because: str
     reasons: dict[str, str | None]
     copies: dict[str, str] = field(default_factory=dict)
+    forms: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"{self.operator}: {self.backend or 'raises'} ({self.because})"]
         for name, reason in self.reasons.items():
-            after = f", after {self.copies[name]}" if name in self.copies else ""
-            lines.append(f"  {name}: {reason or 'supported' + after}")
+            how = f", after {self.copies[name]}" if name in self.copies else ""
+            how += f", {self.forms[name]}" if name in self.forms else ""
+            lines.append(f"  {name}: {reason or 'supported' + how}")
         return "\n".join(lines)
 
 
@@ -272,13 +278,23 @@ def explain_problem(operator: str, problem: Problem, requested: str | None = Non
     reasons = {name: reason for name, (_, reason) in servers.items()}
     copies = {name: server.copies for name, (server, reason) in servers.items()
               if reason is None and isinstance(server, Unfused)}  # fmt: skip
+    forms = {name: _form(server, problem) for name, (server, reason) in servers.items() if reason is None}
+    forms = {name: form for name, form in forms.items() if form}
     environment = os.environ.get(ENVIRONMENT, "")
     asked, origin = (requested, "backend") if requested else (environment, ENVIRONMENT)
     if asked:
         chosen = asked if asked in reasons and reasons[asked] is None else None
-        return Explanation(operator, chosen, f"{origin}={asked!r}", reasons, copies)
+        return Explanation(operator, chosen, f"{origin}={asked!r}", reasons, copies, forms)
     chosen = next(backend for backend, reason in reasons.items() if reason is None)
     because = "the fastest that supports the call, "
     serving = [name for name, reason in reasons.items() if reason is None and times is not None and name in times.ms]
     measured = chosen in serving and len(serving) > 1
-    return Explanation(operator, chosen, because + (str(times) if measured else "in the usual order"), reasons, copies)
+    because += str(times) if measured else "in the usual order"
+    return Explanation(operator, chosen, because, reasons, copies, forms)
+
+
+def _form(server: Any, problem: Problem) -> str:
+    """Which kernels of a backend serve a problem, in words; "" where it has one kind."""
+    backend, left = (server.backend, server.problem) if isinstance(server, Unfused) else (server, problem)
+    form = getattr(backend, "form", None)
+    return form(left) if form else ""

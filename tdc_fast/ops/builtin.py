@@ -7,7 +7,7 @@ import os
 from typing import Any
 
 from tdc_fast.kernels.problems import Problem
-from tdc_fast.ops import backends, cpu, cuda, reference
+from tdc_fast.ops import backends, cpu, cuda, hopper, reference
 
 
 class LazyTriton:
@@ -34,5 +34,5 @@ class LazyTriton:
         return getattr(self.module(), function)
 
 
-for _backend in (reference, cuda, LazyTriton(), cpu):  # each goes before those registered earlier
+for _backend in (reference, hopper, cuda, LazyTriton(), cpu):  # each goes before those registered earlier
     backends.register(_backend)

@@ -66,7 +66,7 @@ def routed_conv2d(
         residual: (B, C_out, OH, OW) or None.
         x2: The last input channels, (B, C_2, H, W), any strides, or None.
         upsample: 1, or 2 for twice the height and width.
-        backend: "reference", "cpu", "triton" or "cuda"; None picks the fastest that supports the call.
+        backend: "reference", "cpu", "triton", "cuda" or "hopper"; None picks the fastest that supports the call.
 
     Returns:
         (B, C_out, OH, OW) in channels_last memory, OH = (upsample H + 2 padding - R) // stride + 1.

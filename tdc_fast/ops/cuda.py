@@ -120,7 +120,8 @@ def _routing(t: ConvTensors) -> dict[str, int]:
     }
 
 
-def _geometry(p: ConvProblem) -> dict[str, Any]:
+def geometry(p: ConvProblem) -> dict[str, Any]:
+    """The sizes and the dtype of a convolution as its planners take them."""
     return {
         "dtype": _DTYPE_CODES[p.dtype],
         "tf32": p.tf32,
@@ -140,6 +141,10 @@ def _geometry(p: ConvProblem) -> dict[str, Any]:
     }
 
 
+def _form(hopper: bool) -> dict[str, bool]:
+    return {"hopper": True} if hopper else {}
+
+
 def _addresses(t: ConvTensors | NormTensors) -> dict[str, int]:
     """Addresses by field name."""
     found = addresses(t)
@@ -148,19 +153,32 @@ def _addresses(t: ConvTensors | NormTensors) -> dict[str, int]:
     return found
 
 
-def conv2d(p: ConvProblem, t: ConvTensors) -> Tensor:
-    """Returns y (B, C_out, OH, OW), channels_last."""
+def conv2d(p: ConvProblem, t: ConvTensors, *, hopper: bool = False) -> Tensor:
+    """Returns y (B, C_out, OH, OW), channels_last.
+
+    Args:
+        p: the problem.
+        t: its tensors.
+        hopper: in the Hopper form where that serves.
+    """
     y = _empty_image(t.x, p.batch, p.out_channels, p.out_height, p.out_width)
     if p.batch == 0:
         return y
     t = _tiled(p, t)
-    arguments = {"y": y.data_ptr(), **_addresses(t), **_geometry(p)}
+    arguments = {"y": y.data_ptr(), **_addresses(t), **geometry(p), **_form(hopper)}
     launch_planned(native.module.cuda_launches_conv_forward, p.device, arguments)
     return y
 
 
-def conv2d_dgrad(p: ConvProblem, dy: Tensor, t: ConvTensors) -> tuple[Tensor, None]:
-    """Returns dx (B, C_in, H, W), channels_last."""
+def conv2d_dgrad(p: ConvProblem, dy: Tensor, t: ConvTensors, *, hopper: bool = False) -> tuple[Tensor, None]:
+    """Returns dx (B, C_in, H, W), channels_last.
+
+    Args:
+        p: the problem.
+        dy: gradient of y.
+        t: the tensors of the forward.
+        hopper: in the Hopper form where that serves.
+    """
     dx = _empty_image(dy, p.batch, p.in_channels, p.height, p.width)
     if p.batch == 0:
         return dx, None
@@ -171,7 +189,8 @@ def conv2d_dgrad(p: ConvProblem, dy: Tensor, t: ConvTensors) -> tuple[Tensor, No
         "dx": dx.data_ptr(),
         "tiles": t.tiles.data_ptr(),
         **_routing(t),
-        **_geometry(p),
+        **geometry(p),
+        **_form(hopper),
     }
     launch_planned(native.module.cuda_launches_conv_dgrad, p.device, arguments)
     return dx, None
@@ -210,7 +229,7 @@ def conv2d_wgrad(
         "dsample_bias": address(dsample_bias),
         "workspace": 0,
         **_routing(t),
-        **_geometry(p),
+        **geometry(p),
     }
     workspace = _workspace(native.module.cuda_conv_wgrad_workspace, p.device, arguments)
     launch_planned(native.module.cuda_launches_conv_wgrad, p.device, arguments | {"workspace": address(workspace)})

@@ -151,7 +151,8 @@ class Nvrtc:
             stream = current_stream(index)
             for launch in launches:
                 function = self._function(index, device, launch, driver)
-                params = ctypes.create_string_buffer(launch.params, len(launch.params))
+                encoded = launch.encoded_params() if launch.tensor_maps else launch.params
+                params = ctypes.create_string_buffer(encoded, len(encoded))
                 arguments = (ctypes.c_void_p * 1)(ctypes.addressof(params))  # one struct, copied by the call
                 _checked(
                     launch, "cuLaunchKernel", driver.launchKernel, function, *launch.grid, launch.threads, 1, 1,

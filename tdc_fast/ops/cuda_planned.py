@@ -106,4 +106,5 @@ def _forms(plan: Callable[[dict[str, int]], Sequence[Any]], names: list[str]) ->
 
 def _fields(launch: Any) -> dict[str, Any]:
     """All of a launch but its parameters."""
-    return {name: getattr(launch, name) for name in ("kernel", "grid", "threads", "shared_bytes", "shapes")}
+    names = ("kernel", "grid", "threads", "shared_bytes", "shapes", "tensor_maps")
+    return {name: getattr(launch, name) for name in names}

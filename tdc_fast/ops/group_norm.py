@@ -56,7 +56,7 @@ def routed_group_norm(
         shift: (B, C) or None.
         activation: None or "silu".
         x2: The last channels of the input, (B, C_2, H, W), any strides, or None.
-        backend: "reference", "cpu", "triton" or "cuda"; None picks the fastest that supports the call.
+        backend: "reference", "cpu", "triton", "cuda" or "hopper"; None picks the fastest that supports the call.
 
     Returns:
         (B, C, H, W) in channels_last memory.

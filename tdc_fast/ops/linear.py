@@ -37,7 +37,7 @@ def routed_linear(
         in_widths: int32 (N,), live input channels of each group; None is all.
         out_widths: int32 (N,), live output channels of each group; None is all.
         residual: Shape of the result, or None.
-        backend: "reference", "cpu", "triton" or "cuda"; None picks the fastest that supports the call.
+        backend: "reference", "cpu", "triton", "cuda" or "hopper"; None picks the fastest that supports the call.
 
     Returns:
         (B, C_out) or (B, T, C_out), contiguous.

@@ -8,6 +8,8 @@ from __future__ import annotations
 import functools
 import itertools
 import os
+import re
+import subprocess
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -91,3 +93,23 @@ def test_nvrtc_compiles_every_kernel_for_every_architecture_without_spills(capsy
 def test_nvrtc_has_nothing_to_warn_about() -> None:
     for job, (_, log) in compiled().items():
         assert "warning" not in log, f"{job}: {log}"
+        # The assembler says so where it makes products wait for each other.
+        assert "C75" not in log and "wgmma" not in log, f"{job}: {log}"
+
+
+def test_every_hopper_kernel_copies_by_tma_and_multiplies_by_wgmma() -> None:
+    """SASS: UTMALDG and UTMASTG are TMA's loads and stores, HGMMA is wgmma, USETMAXREG moves registers."""
+    if "90a-real" not in native.module.cuda_architectures:
+        pytest.skip("the native module was built without nvcc")
+    families = [names for family, names in native.module.cuda_kernels.items() if "hopper" in family]
+    kernels = sorted(itertools.chain.from_iterable(families))
+    assert kernels
+    command = [tool(), "-sass", "-arch", "sm_90a", "-fun", ",".join(kernels), native.module.__file__]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    code = dict(re.findall(r"Function : (\w+)\n(.*?)(?=Function : |\Z)", text, re.DOTALL))
+    assert set(code) == set(kernels)
+    wanted = {"UTMALDG", "UTMASTG", "UTMAPF", "HGMMA", "USETMAXREG", "SYNCS"}
+    for kernel in kernels:
+        assert set(re.findall(rf"\b({'|'.join(wanted)})\b", code[kernel])) == wanted, kernel
+        columns = int(kernel.rsplit("x", 1)[1])
+        assert set(re.findall(r"HGMMA\.64x(\d+)x16", code[kernel])) == {str(columns), str(columns // 2)}, kernel

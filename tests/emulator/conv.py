@@ -47,12 +47,14 @@ def uneven(*samples: int, weight_index: tuple[int, ...] | None = None) -> Routin
 
 
 @contextmanager
-def emulator(facts: tuple[int, int, int] = MANY_SMS, **plants: str) -> Iterator[EmulatorLauncher]:
-    """The launcher of all kernels; within the block fp32 products may be rounded to tf32.
+def emulator(
+    facts: tuple[int, int, int] = MANY_SMS, families: Iterable[str] = FAMILIES, **plants: str
+) -> Iterator[EmulatorLauncher]:
+    """The launcher of the kernels of some families; within the block fp32 products may be rounded to tf32.
 
     plants: family = bug builds that family with a bug planted.
     """
-    libraries = [emulated(family, *filter(None, [plants.get(family)])) for family in FAMILIES]
+    libraries = [emulated(family, *filter(None, [plants.get(family)])) for family in families]
     launcher = EmulatorLauncher(*libraries, facts=facts)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
@@ -63,15 +65,19 @@ def emulator(facts: tuple[int, int, int] = MANY_SMS, **plants: str) -> Iterator[
         torch.set_float32_matmul_precision(before)
 
 
-def results(case: ConvCase, dtype: torch.dtype, wanted: Iterable[str] | None = None) -> dict[str, Tensor]:
+def results(
+    case: ConvCase, dtype: torch.dtype, wanted: Iterable[str] | None = None, backend: str = "cuda"
+) -> dict[str, Tensor]:
     """The output and the gradients of some inputs, of all by default, from the kernels."""
     tensors = differentiable(case.tensors(dtype), wanted)
-    return outcome(routed(case, tensors, backend="cuda"), tensors)
+    return outcome(routed(case, tensors, backend=backend), tensors)
 
 
-def assert_accurate(case: ConvCase, dtype: torch.dtype, wanted: Iterable[str] | None = None) -> None:
+def assert_accurate(
+    case: ConvCase, dtype: torch.dtype, wanted: Iterable[str] | None = None, backend: str = "cuda"
+) -> None:
     """The kernels' results for a case are as near to fp64 as torch's."""
-    ours = results(case, dtype, wanted)
+    ours = results(case, dtype, wanted, backend)
     plain, exact = (differentiable(case.tensors(d), wanted) for d in (dtype, torch.float64))
     torchs = outcome(case.plain(plain), plain)
     reference = outcome(routed(case, exact, backend="reference"), exact)

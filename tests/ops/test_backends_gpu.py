@@ -47,12 +47,12 @@ class Recorder:
 
 
 def test_the_order_of_choice_depends_on_the_operator() -> None:
-    assert available_backends() == ["cpu", "triton", "cuda", "reference"]
+    assert available_backends() == ["cpu", "triton", "cuda", "hopper", "reference"]
     plan = RoutingPlan.from_groups(torch.tensor([0, 1]), 2)
     conv = explain("routed_conv2d", torch.zeros(2, 3, 4, 4), torch.zeros(2, 4, 3, 1, 1), None, plan)
     norm = explain("routed_group_norm", torch.zeros(2, 4, 3, 3), *torch.zeros(2, 2, 4), plan, num_groups=2)
-    assert list(conv.reasons) == ["cpu", "triton", "cuda", "reference"]
-    assert list(norm.reasons) == ["cpu", "cuda", "triton", "reference"]
+    assert list(conv.reasons) == ["cpu", "triton", "cuda", "hopper", "reference"]
+    assert list(norm.reasons) == ["cpu", "cuda", "triton", "hopper", "reference"]
 
 
 @pytest.mark.parametrize(

@@ -1,116 +1,35 @@
 #include "cuda/conv/launch.h"
 
 #include <algorithm>
-#include <limits>
 #include <stdexcept>
 #include <string>
 
+#include "cuda/conv/hopper_launch.h"
 #include "cuda/conv/params.h"
+#include "cuda/conv/planning.h"
 
 namespace tdc {
+
+using namespace conv;
+
 namespace {
 
 constexpr int64_t kMostSamplesPerTile = 256;  // of the tile table
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+// How a convolution is computed.
+enum class ConvForm { kMmaSync, kHopper };
 
-// How a convolution is computed on an architecture. A Hopper form (TMA and wgmma) belongs here, with its own
-// planner, for the problems whose channels and strides TMA can serve.
-enum class ConvForm { kMmaSync };
-
-ConvForm conv_form(int arch) {
-  if (arch < 80) {
-    throw std::invalid_argument("routed convolution: the GPU has compute capability " + std::to_string(arch / 10) +
-                                "." + std::to_string(arch % 10) + "; the kernels need 8.0 or newer");
-  }
-  return ConvForm::kMmaSync;
+void require_architecture(const Device& device) {
+  if (device.arch >= 80) return;
+  throw std::invalid_argument("routed convolution: the GPU has compute capability " + std::to_string(device.arch / 10) +
+                              "." + std::to_string(device.arch % 10) + "; the kernels need 8.0 or newer");
 }
 
-// Element type.
-
-int element_bytes(const ConvArguments& a) { return a.dtype == 0 ? 4 : 2; }
-int per_chunk(const ConvArguments& a) { return 16 / element_bytes(a); }
-const char* storage_name(const ConvArguments& a) { return a.dtype == 0 ? "fp32" : a.dtype == 1 ? "bf16" : "fp16"; }
-const char* product_name(const ConvArguments& a) { return a.dtype == 0 ? "tf32" : storage_name(a); }
-
-// Checks and descriptions.
-
-std::string shape_of(std::initializer_list<int64_t> sizes) {
-  std::string text;
-  for (int64_t size : sizes) text += (text.empty() ? "(" : ", ") + std::to_string(size);
-  return text + ")";
-}
-
-std::string describe(const ConvArguments& a) {
-  return "x " + shape_of({a.batch, a.in_channels, a.height, a.width}) + " " + product_name(a) + ", weight " +
-         shape_of({a.num_experts, a.out_channels, a.in_channels, a.filter_height, a.filter_width}) + ", stride " +
-         shape_of({a.stride_height, a.stride_width}) + ", padding " + shape_of({a.pad_height, a.pad_width}) + ", " +
-         std::to_string(a.num_groups) + " groups";
-}
-
-void require(bool holds, const char* what, const ConvArguments& a) {
-  if (!holds) throw std::invalid_argument(std::string("routed convolution: ") + what + ": " + describe(a));
-}
-
-// Kernels count pixels and channels in 32 bits, elements in 64.
-void check(const ConvArguments& a) {
-  constexpr int64_t kMost = std::numeric_limits<int>::max() / 2;
-  for (int64_t size : {a.height, a.width, a.in_channels, a.out_channels, a.filter_height, a.filter_width,
-                       a.stride_height, a.stride_width, a.num_groups, a.num_experts}) {
-    require(size >= 1 && size <= kMost, "a size is out of range", a);
-  }
-  for (int64_t size : {a.batch, a.pad_height, a.pad_width}) {
-    require(size >= 0 && size <= kMost, "a size is out of range", a);
-  }
-  require(a.out_height() >= 1 && a.out_width() >= 1, "the filter is larger than the padded image", a);
-  require(a.dtype == 1 || a.dtype == 2 || (a.dtype == 0 && a.tf32), "dtypes are bf16, fp16 and fp32 as tf32", a);
-  const int64_t most_pixels = kMost / std::max<int64_t>(a.batch, 1);
-  require(a.height <= most_pixels / a.width && a.out_height() <= most_pixels / a.out_width(),
-          "the batch has more than 2^30 pixels", a);
-  require(a.filter_height <= kMost / a.filter_width, "the filter has too many taps", a);
-}
-
-unsigned blocks_of(std::initializer_list<int64_t> factors, const ConvArguments& a) {
-  int64_t blocks = 1;
-  for (int64_t factor : factors) {
-    require(factor <= std::numeric_limits<int>::max() / blocks, "the grid is too large", a);
-    blocks *= factor;
-  }
-  return static_cast<unsigned>(blocks);
-}
-
-// Parameters that all kernels share.
-
-template <class T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-ConvRouting routing_of(const ConvArguments& a) {
-  return {pointer<const int>(a.offsets),    pointer<const int>(a.weight_index), pointer<const int>(a.in_widths),
-          pointer<const int>(a.out_widths), static_cast<int>(a.batch),          static_cast<int>(a.num_groups),
-          static_cast<int>(a.num_experts)};
-}
-
-ConvGeometry geometry_of(const ConvArguments& a) {
-  return {static_cast<int>(a.height),        static_cast<int>(a.width),        static_cast<int>(a.in_channels),
-          static_cast<int>(a.out_height()),  static_cast<int>(a.out_width()),  static_cast<int>(a.out_channels),
-          static_cast<int>(a.filter_height), static_cast<int>(a.filter_width), static_cast<int>(a.stride_height),
-          static_cast<int>(a.stride_width),  static_cast<int>(a.pad_height),   static_cast<int>(a.pad_width)};
-}
-
-// Whether rows of `channels` channels at these addresses (0: absent) consist of whole 16-byte chunks.
-bool whole_chunks(int64_t channels, std::initializer_list<uintptr_t> addresses, const ConvArguments& a) {
-  bool aligned = channels % per_chunk(a) == 0;
-  for (uintptr_t address : addresses) aligned = aligned && address % 16 == 0;
-  return aligned;
-}
-
-template <class Params>
-Launch launch_of(std::string kernel, unsigned blocks, int threads, int shared_bytes, const Params& params,
-                 const ConvArguments& a) {
-  return {std::move(kernel), {blocks, 1, 1}, static_cast<unsigned>(threads), static_cast<unsigned>(shared_bytes),
-          bytes_of(params),  describe(a)};
+// The Hopper form where it is asked for and serves, mma.sync elsewhere.
+ConvForm conv_form(const ConvArguments& a, const Device& device, bool forward) {
+  check(a);
+  require_architecture(device);
+  return a.hopper && hopper_refusal(a, device, forward).empty() ? ConvForm::kHopper : ConvForm::kMmaSync;
 }
 
 // Tiles.
@@ -159,7 +78,6 @@ struct PixelTiles {
 };
 
 std::vector<Launch> launch_images(const ConvArguments& a, const Device& device, bool forward) {
-  check(a);
   if (a.batch == 0) return {};
   ConvImageParams p{};
   p.source = pointer<const void>(forward ? a.x : a.dy);
@@ -301,30 +219,21 @@ void add_channel_sums(const ConvArguments& a, float* sums, std::vector<Launch>& 
 }  // namespace
 
 std::vector<Launch> launch_conv_forward(const ConvArguments& arguments, const Device& device) {
-  switch (conv_form(device.arch)) {
-    case ConvForm::kMmaSync:
-      return launch_images(arguments, device, /*forward=*/true);
-  }
-  return {};
+  return conv_form(arguments, device, true) == ConvForm::kHopper ? launch_hopper_forward(arguments, device)
+                                                                 : launch_images(arguments, device, true);
 }
 
 std::vector<Launch> launch_conv_dgrad(const ConvArguments& arguments, const Device& device) {
-  switch (conv_form(device.arch)) {
-    case ConvForm::kMmaSync:
-      return launch_images(arguments, device, /*forward=*/false);
-  }
-  return {};
+  return conv_form(arguments, device, false) == ConvForm::kHopper ? launch_hopper_dgrad(arguments, device)
+                                                                  : launch_images(arguments, device, false);
 }
 
 std::vector<Launch> launch_conv_wgrad(const ConvArguments& arguments, const Device& device) {
   check(arguments);
+  require_architecture(device);
   std::vector<Launch> launches;
-  size_t partials = 0;
-  switch (conv_form(device.arch)) {
-    case ConvForm::kMmaSync:
-      if (arguments.dweight) add_dweight(arguments, device, launches);
-      partials = partial_bytes(arguments, tile_wgrad(arguments, device));
-  }
+  if (arguments.dweight) add_dweight(arguments, device, launches);
+  const size_t partials = partial_bytes(arguments, tile_wgrad(arguments, device));
   if (arguments.dbias || arguments.dsample_bias) {
     add_channel_sums(arguments, pointer<float>(arguments.workspace + partials), launches);
   }

@@ -21,6 +21,7 @@ struct ConvArguments {
   int64_t batch = 0, height = 0, width = 0, in_channels = 0, out_channels = 0;
   int64_t filter_height = 0, filter_width = 0, stride_height = 1, stride_width = 1, pad_height = 0, pad_width = 0;
   int64_t num_groups = 0, num_experts = 0;
+  bool hopper = false;  // the Hopper form, where it serves
 
   int64_t out_height() const { return (height + 2 * pad_height - filter_height) / stride_height + 1; }
   int64_t out_width() const { return (width + 2 * pad_width - filter_width) / stride_width + 1; }

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "cuda/launch/registry.h"
+#include "cuda/launch/tensor_maps.h"
 
 namespace tdc {
 namespace {
@@ -47,7 +48,10 @@ void run(const Launch& launch, int device, cudaStream_t stream) {
   // The runtime linked into this module keeps its own current device.
   check(cudaSetDevice(device), "cudaSetDevice", launch);
   allow_shared(found->second, device, launch);
-  void* params = const_cast<unsigned char*>(launch.params.data());  // copied by the call
+  std::vector<unsigned char> encoded;
+  if (!launch.tensor_maps.empty()) encoded = encoded_params(launch);
+  const std::vector<unsigned char>& bytes = launch.tensor_maps.empty() ? launch.params : encoded;
+  void* params = const_cast<unsigned char*>(bytes.data());  // copied by the call
   const dim3 grid(launch.grid[0], launch.grid[1], launch.grid[2]);
   check(cudaLaunchKernel(found->second, grid, dim3(launch.threads), &params, launch.shared_bytes, stream),
         "cudaLaunchKernel", launch);

@@ -25,6 +25,8 @@ struct Launch {
   unsigned shared_bytes;              // dynamic shared memory
   std::vector<unsigned char> params;  // the kernel's one parameter struct, byte for byte
   std::string shapes;                 // for error messages, such as "x (8, 64, 32, 32) bf16, weight (4, 64, 64, 3, 3)"
+  std::vector<unsigned>
+      tensor_maps;  // where in `params` there are descriptions (TensorMap) for a GPU's driver to encode
 };
 
 // A parameter struct as the bytes that the kernel receives. `P p{}` before filling it makes the padding zeros.

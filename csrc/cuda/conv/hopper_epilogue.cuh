@@ -1,0 +1,177 @@
+// The epilogue of the Hopper form: bias, sample bias and residual are added in fp32, dead channels become zeros, and
+// each warp stores its 16 pixels of a patch, 64 channels at a time, by TMA, which clips at the edges of the image.
+//
+// The residual takes the same way backwards: TMA brings its box into the store buffer before the sums are ready.
+#pragma once
+
+#include "cuda/device_sm90.cuh"
+#include "cuda/conv/hopper_params.h"
+#include "cuda/conv/hopper_shared.cuh"
+
+namespace tdc {
+
+template <class T, class Tile>
+class HopperEpilogue {
+  static constexpr int kPatches = Tile::kPatches / 2, kParts = Tile::kColumns / 64;  // parts: 64 channels
+  static constexpr int kPerSample = Tile::kDown * Tile::kAcross;                     // patches
+  static constexpr int kSamples = kPatches < kPerSample ? 1 : kPatches / kPerSample;
+  static constexpr bool kEarly = Tile::kRegistersOfSums <= 128;  // there are registers to hold the biases meanwhile
+
+ public:
+  using Sums = float[kPatches][Tile::kColumns / 2];
+
+  __device__ __forceinline__ HopperEpilogue(const ConvHopperParams& p, const HopperShared<Tile>& shared, int group)
+      : p_(p), shared_(shared), group_(group), warp_(shfl(static_cast<int>(threadIdx.x) / 32 % 4, 0)) {}
+
+  // Begins to load what is added to a tile, so that it arrives while the products are made.
+  __device__ __forceinline__ void prepare(const HopperWork& work) {
+    if (kEarly) load_biases(work);
+    if (!adds_residual(work)) return;
+    for (int i = 0; i < Tile::kStoreBuffers; ++i) load_residual(work, i, (buffer_ + i) % Tile::kStoreBuffers);
+  }
+
+  __device__ __forceinline__ void finish(const HopperWork& work, const Sums& sums) {
+    if (!kEarly) load_biases(work);
+    if (adds_residual(work)) {
+      finish_parts<true>(work, sums);
+    } else {
+      finish_parts<false>(work, sums);
+    }
+  }
+
+  // Shared memory must outlive the last stores.
+  __device__ __forceinline__ void end() {
+    if (threadIdx.x % 32 == 0) bulk_wait_read<0>();
+  }
+
+ private:
+  __device__ __forceinline__ bool adds_residual(const HopperWork& work) const {
+    return p_.has_residual && work.column < work.live;
+  }
+
+  template <bool kResidual>
+  __device__ __forceinline__ void finish_parts(const HopperWork& work, const Sums& sums) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int number = 0; number < kPatches * kParts; ++number) {
+      const int i = number / kParts, part = number % kParts;
+      if (HopperPatch::of<Tile>(group_, i).sample >= work.count) continue;
+      unsigned char* to = shared_.store(4 * group_ + warp_, buffer_);
+      if (kResidual) {
+        mbarrier_wait(&shared_.control->residual_full[4 * group_ + warp_][buffer_], parities_ >> buffer_ & 1);
+        parities_ ^= 1u << buffer_;
+      } else {
+        if (lane == 0 && !TDC_PLANTED(HOPPER_NO_STORE_WAIT)) bulk_wait_read<Tile::kStoreBuffers - 1>();
+        warp_sync();
+      }
+      round<kResidual>(work, sums[i], i, part, to);
+      if (!TDC_PLANTED(HOPPER_NO_STORE_FENCE)) async_fence();
+      warp_sync();
+      if (lane == 0) store(work, i, part, to);
+      if (kResidual) load_residual(work, number + Tile::kStoreBuffers, buffer_);
+      buffer_ = buffer_ + 1 == Tile::kStoreBuffers ? 0 : buffer_ + 1;
+    }
+  }
+
+  __device__ __forceinline__ void load_biases(const HopperWork& work) {
+    const int lane = threadIdx.x % 32, channels = p_.result_channels;
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      const int channel = work.column + 64 * part + 2 * lane;
+      bias_[part] = pair_at(p_.bias, work.expert, channel, channels, work.live);
+#pragma unroll
+      for (int s = 0; s < kSamples; ++s) {
+        const int sample = min(work.first + HopperPatch::of<Tile>(group_, s * kPerSample).sample, p_.routing.batch - 1);
+        sample_bias_[s][part] = pair_at(p_.sample_bias, sample, channel, channels, work.live);
+      }
+    }
+  }
+
+  // Two neighbouring elements of a row of `channels`; zeros past `live`.
+  __device__ __forceinline__ static unsigned pair_at(const void* base, int row, int channel, int channels, int live) {
+    if (!base || channel >= live) return 0;
+    const T* at = static_cast<const T*>(base) + static_cast<long long>(row) * channels + channel;
+    return __ldg(reinterpret_cast<const unsigned*>(at));
+  }
+
+  __device__ __forceinline__ static void add(float (&to)[2], unsigned pair) {
+    to[0] += to_float(T{static_cast<unsigned short>(pair & 0xffffu)});
+    to[1] += to_float(T{static_cast<unsigned short>(pair >> 16)});
+  }
+
+  // Where a warp's part of a patch lies in the result.
+  __device__ __forceinline__ void place(const HopperWork& work, int i, int part, int (&at)[4]) const {
+    const HopperPatch patch = HopperPatch::of<Tile>(group_, i);
+    at[0] = work.column + 64 * part;
+    at[1] = work.x + patch.x;
+    at[2] = work.y + patch.y + 2 * warp_;
+    at[3] = work.first + patch.sample;
+  }
+
+  // Loads the residual of a part, counted through the patches, where the tile has so many. The buffer's last store must
+  // have been read.
+  __device__ __forceinline__ void load_residual(const HopperWork& work, int number, int buffer) {
+    const int i = number / kParts;
+    if (i >= kPatches || HopperPatch::of<Tile>(group_, i).sample >= work.count || threadIdx.x % 32 != 0) return;
+    if (!TDC_PLANTED(HOPPER_NO_RESIDUAL_WAIT)) bulk_wait_read<0>();
+    Mbarrier* full = &shared_.control->residual_full[4 * group_ + warp_][buffer];
+    int at[4];
+    place(work, i, number % kParts, at);
+    mbarrier_arrive_expect(full, kHopperStoreBytes);
+    tma_load(shared_.store(4 * group_ + warp_, buffer), &p_.residual, full, at);
+  }
+
+  __device__ __forceinline__ void store(const HopperWork& work, int i, int part, const unsigned char* from) {
+    int at[4];
+    place(work, i, part, at);
+    if (at[0] < p_.result_channels) tma_store(&p_.result, from, at);
+    bulk_commit();
+  }
+
+  // Rounds 64 channels of the warp's 16 pixels into a store buffer, which holds the residual where there is one.
+  template <bool kResidual>
+  __device__ __forceinline__ void round(const HopperWork& work, const float (&sums)[Tile::kColumns / 2], int i,
+                                        int part, unsigned char* to) {
+    const int lane = threadIdx.x % 32, row = lane % 16;
+    const bool whole = work.live - work.column >= Tile::kColumns, empty = work.depth == 0;
+    const int sample = kSamples == 1 ? 0 : i / kPerSample;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      unsigned char* matrix = to + row * 128 + ((2 * j + lane / 16) ^ row % 8) * 16;
+      unsigned own[4] = {0, 0, 0, 0}, rounded[4];
+      if (kResidual) ldmatrix_x4(own, matrix);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int column = 2 * j + h;  // of 8 channels
+        const float* own_sums = sums + part * 32 + column * 4;
+        float top[2] = {empty ? 0.0f : own_sums[0], empty ? 0.0f : own_sums[1]};
+        float bottom[2] = {empty ? 0.0f : own_sums[2], empty ? 0.0f : own_sums[3]};
+        const unsigned bias = shfl(bias_[part], column * 4 + lane % 4);
+        add(top, bias), add(bottom, bias);
+        if (p_.sample_bias) {
+          const unsigned of_sample = shfl(sample_bias_[sample][part], column * 4 + lane % 4);
+          add(top, of_sample), add(bottom, of_sample);
+        }
+        if (kResidual) add(top, own[2 * h]), add(bottom, own[2 * h + 1]);
+        if (!whole) {
+          const int dead = work.column + part * 64 + column * 8 + lane % 4 * 2 - work.live;  // channels past the width
+          if (dead >= 0) top[0] = bottom[0] = 0.0f;
+          if (dead >= -1) top[1] = bottom[1] = 0.0f;
+        }
+        rounded[2 * h] = pack<T>(top[0], top[1]);
+        rounded[2 * h + 1] = pack<T>(bottom[0], bottom[1]);
+      }
+      stmatrix_x4(matrix, rounded);
+    }
+  }
+
+  const ConvHopperParams& p_;
+  const HopperShared<Tile>& shared_;
+  int group_, warp_;
+  int buffer_ = 0;
+  unsigned parities_ = 0;                   // of the residual's barriers
+  unsigned bias_[kParts];                   // of two channels: lane l has channels 2 l and 2 l + 1 of each part
+  unsigned sample_bias_[kSamples][kParts];  // the same, of the warpgroup's samples
+};
+
+}  // namespace tdc

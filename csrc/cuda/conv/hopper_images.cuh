@@ -1,0 +1,312 @@
+// The Hopper form of forward and dgrad: TMA and wgmma, persistent blocks, warps with one task each.
+//
+//   producer        one thread: finds tiles, loads sources and weights into two rings of stages
+//   consumers       two warpgroups: multiply half of a tile's patches each, add what is added, store
+//
+//   source stage    64 channels of a tile's pixels and those around it, loaded once: each tap reads it through
+//                   descriptors that start at another pixel. What lies outside of the image arrives as zeros
+//   weight stage    64 channels of one tap for the channels of the tile, read in place in both directions: k is their
+//                   inner dimension in forward, the outer one in dgrad
+//
+// A patch is 8 x 8 pixels, the rows of one wgmma. Its rows of 8 pixels are one line of the source stage apart.
+#pragma once
+
+#include "cuda/device_sm90.cuh"
+#include "cuda/conv/hopper_epilogue.cuh"
+#include "cuda/conv/hopper_params.h"
+#include "cuda/conv/hopper_schedule.cuh"
+#include "cuda/conv/hopper_shared.cuh"
+
+namespace tdc {
+
+constexpr int kHopperPatchBytes = 64 * 2 * kHopperDepth;  // 64 rows of a stage
+constexpr int kHopperSteps = kHopperDepth / 16;           // products along the depth of a stage
+
+__device__ __forceinline__ int hopper_blocks(int depth) { return (depth + kHopperDepth - 1) / kHopperDepth; }
+
+// Loads everything. One thread.
+template <class Tile, bool kForward>
+class HopperProducer {
+ public:
+  __device__ __forceinline__ HopperProducer(const ConvHopperParams& p, const HopperShared<Tile>& shared)
+      : p_(p), shared_(shared), schedule_(p, shared.groups) {}
+
+  __device__ __forceinline__ void run() {
+    int tile = blockIdx.x;
+    HopperWork work = schedule_.find(tile);
+    for (;;) {
+      send(work);
+      if (work.live < 0) return;
+      HopperWork next;
+      const int blocks = hopper_blocks(work.depth);
+      tile += gridDim.x;
+      if (blocks == 0) next = schedule_.find(tile);
+      for (int block = 0; block < blocks; ++block) {
+        load_source(work, block);
+        load_weights(work, block, 0);
+        if (block == blocks - 1) {
+          // While the consumers have taps to multiply. All blocks begin a tile at about the same time, which is more
+          // than device memory can serve at once: the L2 cache has it by then.
+          next = schedule_.find(tile);
+          prefetch_source(next);
+        }
+        for (int tap = 1; tap < kHopperTaps; ++tap) load_weights(work, block, tap);
+      }
+      work = next;
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void send(const HopperWork& work) {
+    HopperControl& c = *shared_.control;
+    mbarrier_wait(&c.message_empty[messages_.stage], messages_.parity ^ 1);
+    c.messages[messages_.stage] = work;
+    mbarrier_arrive(&c.message_full[messages_.stage]);
+    messages_.next(kHopperMessages);
+  }
+
+  __device__ __forceinline__ void load_source(const HopperWork& work, int block) {
+    HopperControl& c = *shared_.control;
+    mbarrier_wait(&c.source_empty[sources_.stage], sources_.parity ^ 1);
+    Mbarrier* full = &c.source_full[sources_.stage];
+    mbarrier_arrive_expect(full, Tile::kSourceBytes - (TDC_PLANTED(HOPPER_WRONG_BYTES) ? 128 : 0));
+    const int at[4] = {block * kHopperDepth, work.x - 1, work.y - 1, work.first};
+    tma_load(shared_.source(sources_.stage), &p_.source, full, at);
+    sources_.next(kHopperSourceStages);
+  }
+
+  __device__ __forceinline__ void prefetch_source(const HopperWork& work) {
+#pragma unroll 1
+    for (int block = 0; block < hopper_blocks(work.depth); ++block) {
+      const int at[4] = {block * kHopperDepth, work.x - 1, work.y - 1, work.first};
+      tma_prefetch(&p_.source, at);
+    }
+  }
+
+  // In dgrad tap t of dx is tap 8 - t of the filter.
+  __device__ __forceinline__ void load_weights(const HopperWork& work, int block, int tap) {
+    HopperControl& c = *shared_.control;
+    const int boxes = hopper_product_columns<Tile>(work) > 64 * (Tile::kColumns / 64 - 1)
+                          ? Tile::kColumns / 64
+                          : (Tile::kColumns / 2 + 63) / 64;
+    if (!TDC_PLANTED(HOPPER_NO_EMPTY_WAIT)) {
+      mbarrier_wait(&c.weights_empty[weights_.stage], weights_.parity ^ (TDC_PLANTED(HOPPER_WRONG_PHASE) ? 0 : 1));
+    }
+    Mbarrier* full = &c.weights_full[weights_.stage];
+    mbarrier_arrive_expect(full, boxes * kHopperPatchBytes);
+    unsigned char* to = shared_.weight(weights_.stage);
+    const int of_filter =
+        (kForward ? tap : kHopperTaps - 1 - tap) ^ (TDC_PLANTED(HOPPER_WRONG_TAP) && tap == 2 ? 1 : 0);
+    for (int i = 0; i < boxes; ++i) {
+      const int result = work.column + 64 * i, source = block * kHopperDepth;
+      const int at[4] = {kForward ? source : result, of_filter, kForward ? result : source, work.expert};
+      tma_load(to + i * kHopperPatchBytes, &p_.weight, full, at);
+    }
+    weights_.next(p_.weight_stages);
+  }
+
+  const ConvHopperParams& p_;
+  const HopperShared<Tile>& shared_;
+  HopperSchedule<Tile> schedule_;
+  HopperRing sources_, weights_, messages_;
+};
+
+// One of the two warpgroups that multiply.
+template <class T, class Tile, bool kForward>
+class HopperConsumer {
+  static constexpr int kPatches = Tile::kPatches / 2;
+  using Sums = typename HopperEpilogue<T, Tile>::Sums;
+
+ public:
+  __device__ __forceinline__ HopperConsumer(const ConvHopperParams& p, const HopperShared<Tile>& shared, int group)
+      : p_(p), shared_(shared), group_(group) {
+#pragma unroll
+    for (int i = 0; i < kPatches; ++i) {
+      const HopperPatch patch = HopperPatch::of<Tile>(group, i);
+      patches_[i] = ((patch.sample * Tile::kBoxHeight + patch.y) * Tile::kBoxWidth + patch.x) * kHopperRow;
+    }
+  }
+
+  __device__ __forceinline__ void run() {
+    HopperControl& c = *shared_.control;
+    HopperEpilogue<T, Tile> epilogue(p_, shared_, group_);
+    // Never cleared: a tile's first products overwrite them.
+    Sums sums;
+#pragma unroll
+    for (int i = 0; i < kPatches; ++i) {
+#pragma unroll
+      for (int j = 0; j < Tile::kColumns / 2; ++j) sums[i][j] = 0.0f;
+    }
+    for (;;) {
+      mbarrier_wait(&c.message_full[messages_.stage], messages_.parity);
+      const HopperWork work = c.messages[messages_.stage];
+      warp_sync();
+      release(&c.message_empty[messages_.stage]);
+      messages_.next(kHopperMessages);
+      if (work.live < 0) break;
+      epilogue.prepare(work);
+      const int blocks = hopper_blocks(work.depth);
+      if (blocks) {
+        if (HopperPatch::of<Tile>(group_, 0).sample >= work.count) {
+          skip(work, blocks);
+        } else if (hopper_product_columns<Tile>(work) == Tile::kColumns) {
+          multiply<Tile::kColumns>(work, sums);
+        } else {
+          multiply<Tile::kColumns / 2>(work, sums);
+        }
+      }
+      epilogue.finish(work, sums);
+    }
+    epilogue.end();
+  }
+
+ private:
+  // Each warp for itself: nothing rests on the warps of a warpgroup being in step. Every lane must have passed its wait
+  // for the stage, or it may miss the phase: warp_sync or a product comes before.
+  __device__ __forceinline__ static void release(Mbarrier* barrier) {
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(barrier);
+  }
+
+  // Which stages the products under way read.
+  struct UnderWay {
+    unsigned begun = 0;  // 0: there are none yet, and the next ones overwrite the sums
+    int source = 0, weights = 0;
+  };
+
+  template <int kColumns>
+  __device__ __forceinline__ void multiply(const HopperWork& work, Sums& sums) {
+    UnderWay under_way;
+    int left = work.depth;
+    for (; left > 48; left -= kHopperDepth) multiply_block<kColumns, kHopperSteps>(left, sums, under_way);
+    if (left > 32) {
+      multiply_block<kColumns, 3>(left, sums, under_way);
+    } else if (left > 16) {
+      multiply_block<kColumns, 2>(left, sums, under_way);
+    } else if (left > 0) {
+      multiply_block<kColumns, 1>(left, sums, under_way);
+    }
+    wgmma_wait<0>();
+    HopperControl& c = *shared_.control;
+    if (!TDC_PLANTED(HOPPER_EARLY_RELEASE)) release(&c.weights_empty[under_way.weights]);
+    release(&c.source_empty[under_way.source]);
+#pragma unroll
+    for (int i = 0; i < kPatches; ++i) wgmma_settle(sums[i]);
+  }
+
+  // All taps of one source stage, of which the first `live` channels count, in kSteps times 16.
+  template <int kColumns, int kSteps>
+  __device__ __forceinline__ void multiply_block(int live, Sums& sums, UnderWay& under_way) {
+    HopperControl& c = *shared_.control;
+    constexpr unsigned kHighA = descriptor_high(Tile::kBoxWidth * kHopperRow), kHighB = descriptor_high(1024);
+    constexpr unsigned kStepA = 32 >> 4, kStepB = (kForward ? 32 : 16 * kHopperRow) >> 4;
+    mbarrier_wait(&c.source_full[sources_.stage], sources_.parity);
+    if (live < 16 * kSteps) mask(live);
+    unsigned from = shared_window(shared_.source(0)) + sources_.stage * Tile::kSourceStride;
+    int across = 0;
+    for (int tap = 0; tap < kHopperTaps; ++tap) {
+      if (!TDC_PLANTED(HOPPER_NO_FULL_WAIT)) mbarrier_wait(&c.weights_full[weights_.stage], weights_.parity);
+      const unsigned low_b =
+          descriptor_low(shared_window(shared_.weight(0)) + weights_.stage * Tile::kWeightBytes, kHopperPatchBytes);
+      wgmma_fence();
+#pragma unroll
+      for (int k = 0; k < kSteps; ++k) {
+#pragma unroll
+        for (int i = 0; i < kPatches; ++i) {
+          wgmma<T, kColumns, 0, kForward ? 0 : 1>(
+              sums[i], descriptor(descriptor_low(from + patches_[i], 16) + k * kStepA, kHighA),
+              descriptor(low_b + k * kStepB, kHighB), k ? 1 : under_way.begun);
+        }
+      }
+      wgmma_commit();
+      if (TDC_PLANTED(HOPPER_EARLY_RELEASE)) release(&c.weights_empty[weights_.stage]);
+      wgmma_wait<1>();  // all but the products just issued
+      if (under_way.begun) {
+        if (!TDC_PLANTED(HOPPER_EARLY_RELEASE)) release(&c.weights_empty[under_way.weights]);
+        if (tap == 0) release(&c.source_empty[under_way.source]);
+      }
+      under_way.begun = 1;
+      under_way.source = sources_.stage, under_way.weights = weights_.stage;
+      weights_.next(p_.weight_stages);
+      from += kHopperRow;
+      if (++across == 3) {
+        across = 0;
+        from += (Tile::kBoxWidth - (TDC_PLANTED(HOPPER_WRONG_LINE) ? 2 : 3)) * kHopperRow;
+      }
+    }
+    sources_.next(kHopperSourceStages);
+  }
+
+  // The warpgroup has no samples in this tile.
+  __device__ __forceinline__ void skip(const HopperWork& work, int blocks) {
+    HopperControl& c = *shared_.control;
+    for (int block = 0; block < blocks; ++block) {
+      mbarrier_wait(&c.source_full[sources_.stage], sources_.parity);
+      const int left = work.depth - block * kHopperDepth;
+      if (left < kHopperDepth && left % 16) mask(left);
+      warp_sync();
+      release(&c.source_empty[sources_.stage]);
+      sources_.next(kHopperSourceStages);
+      for (int tap = 0; tap < kHopperTaps; ++tap) {
+        mbarrier_wait(&c.weights_full[weights_.stage], weights_.parity);
+        warp_sync();
+        release(&c.weights_empty[weights_.stage]);
+        weights_.next(p_.weight_stages);
+      }
+    }
+  }
+
+  // Zeros in the channels past `live` of the source stage, as far as the last 16 that are multiplied reach. Both
+  // warpgroups share the pixels and wait for each other.
+  __device__ __forceinline__ void mask(int live) {
+    constexpr int kRows = Tile::kSourceBytes / kHopperRow;
+    unsigned char* stage = shared_.source(sources_.stage);
+    for (int row = threadIdx.x - 128; row < kRows; row += 256) {
+      for (int chunk = live / 8; chunk < (live + 15) / 16 * 2; ++chunk) {
+        uint4* at = reinterpret_cast<uint4*>(stage + row * kHopperRow + (chunk ^ row % 8) * 16);
+        uint4 words = load_16(at);
+        words.x = keep(words.x, live - 8 * chunk), words.y = keep(words.y, live - 8 * chunk - 2);
+        words.z = keep(words.z, live - 8 * chunk - 4), words.w = keep(words.w, live - 8 * chunk - 6);
+        store_16(at, words);
+      }
+    }
+    if (!TDC_PLANTED(HOPPER_NO_ASYNC_FENCE)) async_fence();
+    if (!TDC_PLANTED(HOPPER_NO_MASK_BARRIER)) named_barrier_sync(1, 256);
+  }
+  __device__ __forceinline__ static unsigned keep(unsigned pair, int live) {
+    return live >= 2 ? pair : live == 1 ? pair & 0xffffu : 0u;
+  }
+
+  const ConvHopperParams& p_;
+  const HopperShared<Tile>& shared_;
+  int group_;
+  unsigned patches_[kPatches];  // where they begin in a source stage
+  HopperRing sources_, weights_, messages_;
+};
+
+template <class T, class Tile, bool kForward>
+__device__ __forceinline__ void conv_hopper_images(const ConvHopperParams& p) {
+#ifdef TDC_SM90A
+  TDC_DYNAMIC_SHARED_1024(memory);
+  const HopperShared<Tile> shared(memory, p.weight_stages);
+  const int group = shfl(static_cast<int>(threadIdx.x) / 128, 0);
+  if (threadIdx.x == 0) shared.init_barriers(p.weight_stages);
+  if (threadIdx.x == 32) {
+    tensor_map_prefetch(&p.source);
+    tensor_map_prefetch(&p.weight);
+    tensor_map_prefetch(&p.result);
+    if (p.has_residual) tensor_map_prefetch(&p.residual);
+  }
+  HopperSchedule<Tile>(p, shared.groups).template make<kForward>();  // ends with a barrier, also for the barriers
+  if (group == 0) {
+    registers_give<56>();
+    if (threadIdx.x == 0) HopperProducer<Tile, kForward>(p, shared).run();
+  } else {
+    registers_take<224>();
+    HopperConsumer<T, Tile, kForward>(p, shared, group - 1).run();
+  }
+#else
+  trap();
+#endif
+}
+
+}  // namespace tdc

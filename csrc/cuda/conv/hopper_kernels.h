@@ -1,0 +1,18 @@
+// The kernels of the convolution's Hopper form: X(name, Params, (function), threads, blocks per SM).
+#pragma once
+
+#include "cuda/conv/hopper_params.h"
+
+#define TDC_HOPPER_IMAGES(X, name, T, Tile, forward) \
+  X(name, tdc::ConvHopperParams, (tdc::conv_hopper_images<T, Tile, forward>), tdc::kHopperThreads, 1)
+#define TDC_HOPPER_TILES(X, name, T, forward)                                  \
+  TDC_HOPPER_IMAGES(X, name##_16x16x128, T, tdc::HopperTile16x16, forward)     \
+  TDC_HOPPER_IMAGES(X, name##_16x16x192, T, tdc::HopperTile16x16Wide, forward) \
+  TDC_HOPPER_IMAGES(X, name##_8x8x4x128, T, tdc::HopperTile8x8, forward)
+
+#define TDC_KERNELS_conv_hopper_forward(X)                           \
+  TDC_HOPPER_TILES(X, tdc_conv_hopper_forward_bf16, tdc::bf16, true) \
+  TDC_HOPPER_TILES(X, tdc_conv_hopper_forward_fp16, tdc::half, true)
+#define TDC_KERNELS_conv_hopper_dgrad(X)                            \
+  TDC_HOPPER_TILES(X, tdc_conv_hopper_dgrad_bf16, tdc::bf16, false) \
+  TDC_HOPPER_TILES(X, tdc_conv_hopper_dgrad_fp16, tdc::half, false)

@@ -1,0 +1,133 @@
+// Which tiles there are and who computes them, known on the device alone: block b takes tiles b, b + blocks, ... of a
+// list in which the expensive ones come first, so that any group sizes and widths leave the blocks about equal work.
+//
+//   class 0   tiles with live channels and all of their samples; groups with more live channels of the source first
+//   class 1   the same, of what is left of each group when its samples are no multiple of a tile's
+//   class 2   tiles without a live channel, which only write zeros
+//
+// Within a group tiles of the same pixels are neighbours, so that these are in the L2 cache.
+#pragma once
+
+#include "cuda/device_sm90.cuh"
+#include "cuda/conv/hopper_params.h"
+#include "cuda/conv/routing.cuh"
+
+namespace tdc {
+
+template <class Tile>
+class HopperSchedule {
+ public:
+  __device__ __forceinline__ HopperSchedule(const ConvHopperParams& p, HopperGroup* groups) : p_(p), groups_(groups) {}
+
+  // Fills in the groups. All threads of the block call it; it ends with a barrier.
+  template <bool kForward>
+  __device__ __forceinline__ void make() {
+    const int num_groups = p_.routing.num_groups, g = threadIdx.x;
+    HopperGroup own = {};
+    if (g < num_groups) {
+      own = read<kForward>(g);
+      groups_[g] = own;
+    }
+    block_sync();
+    int rank = 0;
+    for (int other = 0; g < num_groups && other < num_groups; ++other) {
+      const int depth = groups_[other].depth;
+      rank += depth > own.depth || (depth == own.depth && other < g) ? 1 : 0;
+    }
+    block_sync();
+    if (g < num_groups) groups_[rank] = own;
+    block_sync();
+    if (threadIdx.x < 32) add_up(num_groups);
+    block_sync();
+  }
+
+  // Tile number `tile` of the list.
+  __device__ __forceinline__ HopperWork find(int tile) const {
+    HopperWork work = {};
+    work.live = -1;
+    const int num_groups = p_.routing.num_groups;
+    for (int kind = 0; kind < 3; ++kind) {
+      const int total = groups_[num_groups - 1].ends[kind];
+      if (tile < total) return place(tile, kind);
+      tile -= total;
+    }
+    return work;
+  }
+
+ private:
+  template <bool kForward>
+  __device__ __forceinline__ HopperGroup read(int g) const {
+    const ConvRouting& routing = p_.routing;
+    HopperGroup group = {};
+    group.first = clamp_to(routing.offsets[g], routing.batch);
+    group.samples = clamp_to(routing.offsets[g + 1] - group.first, routing.batch - group.first);
+    group.expert = expert_of_group(routing, g);
+    const int* of_source = kForward ? routing.in_widths : routing.out_widths;
+    const int* of_result = kForward ? routing.out_widths : routing.in_widths;
+    group.depth = live_width(of_source, g, p_.source_channels);
+    group.live = live_width(of_result, g, p_.result_channels);
+    return group;
+  }
+
+  __device__ __forceinline__ int tiles_per_image() const { return p_.tiles_down * p_.tiles_across; }
+  __device__ __forceinline__ static int live_columns(const HopperGroup& group) {
+    return (group.live + Tile::kColumns - 1) / Tile::kColumns;
+  }
+
+  __device__ __forceinline__ int tiles_of(const HopperGroup& group, int kind) const {
+    const int whole = group.samples / Tile::kSamples, part = group.samples % Tile::kSamples ? 1 : 0;
+    const int rows = kind == 0 ? whole : kind == 1 ? part : whole + part, live = live_columns(group);
+    return rows * tiles_per_image() * (kind == 2 ? p_.channel_tiles - live : live);
+  }
+
+  // One warp turns the numbers of tiles of all groups into where they end.
+  __device__ __forceinline__ void add_up(int num_groups) {
+    const int lane = threadIdx.x;
+    for (int kind = 0; kind < 3; ++kind) {
+      int before = 0;
+      for (int base = 0; base < num_groups; base += 32) {
+        int sum = base + lane < num_groups ? tiles_of(groups_[base + lane], kind) : 0;
+        for (int distance = 1; distance < 32; distance *= 2) {
+          const int other = shfl_up(sum, distance);
+          if (lane >= distance) sum += other;
+        }
+        sum += before;
+        if (base + lane < num_groups) groups_[base + lane].ends[kind] = sum;
+        before = shfl(sum, 31);
+      }
+    }
+  }
+
+  __device__ __forceinline__ HopperWork place(int tile, int kind) const {
+    int low = 0, high = p_.routing.num_groups - 1;  // the first group that ends past the tile
+    while (low < high) {
+      const int middle = (low + high) / 2;
+      if (groups_[middle].ends[kind] > tile) {
+        high = middle;
+      } else {
+        low = middle + 1;
+      }
+    }
+    const HopperGroup group = groups_[low];
+    if (low > 0) tile -= groups_[low - 1].ends[kind];
+    const int live = live_columns(group), columns = kind == 2 ? p_.channel_tiles - live : live;
+    HopperWork work;
+    work.column = ((kind == 2 ? live : 0) + tile % columns) * Tile::kColumns;
+    tile /= columns;
+    work.x = tile % p_.tiles_across * 8 * Tile::kAcross;
+    tile /= p_.tiles_across;
+    work.y = tile % p_.tiles_down * 8 * Tile::kDown;
+    const int row = kind == 1 ? group.samples / Tile::kSamples : tile / p_.tiles_down;
+    work.first = group.first + row * Tile::kSamples;
+    work.count = min(Tile::kSamples, group.samples - row * Tile::kSamples);
+    work.expert = group.expert;
+    work.depth = kind == 2 ? 0 : group.depth;
+    work.live = group.live;
+    return work;
+  }
+
+  const ConvHopperParams& p_;
+  HopperGroup* groups_;
+};
+
+}  // namespace tdc

@@ -1,0 +1,76 @@
+// Shared memory of the Hopper form: where everything lies, and the rings of stages.
+#pragma once
+
+#include "cuda/device_sm90.cuh"
+#include "cuda/conv/hopper_params.h"
+
+namespace tdc {
+
+// Which stage is next, and the parity of the phase in which it is filled.
+struct HopperRing {
+  int stage = 0;
+  unsigned parity = 0;
+
+  __device__ __forceinline__ void next(int stages) {
+    if (++stage == stages) stage = 0, parity ^= 1;
+  }
+};
+
+template <class Tile>
+struct HopperShared {
+  unsigned char* stages;  // weights, then sources
+  unsigned char* stores;
+  int weight_stages;
+  HopperControl* control;
+  HopperGroup* groups;
+
+  __device__ __forceinline__ HopperShared(unsigned char* memory, int number_of_weight_stages)
+      : stages(memory), weight_stages(number_of_weight_stages) {
+    stores = source(kHopperSourceStages);
+    control = reinterpret_cast<HopperControl*>(stores + 8 * Tile::kStoreBuffers * kHopperStoreBytes);
+    groups = reinterpret_cast<HopperGroup*>(control + 1);
+  }
+
+  __device__ __forceinline__ unsigned char* weight(int stage) const { return stages + stage * Tile::kWeightBytes; }
+  __device__ __forceinline__ unsigned char* source(int stage) const {
+    return stages + weight_stages * Tile::kWeightBytes + stage * Tile::kSourceStride;
+  }
+  __device__ __forceinline__ unsigned char* store(int warp, int buffer) const {
+    return stores + (warp * Tile::kStoreBuffers + buffer) * kHopperStoreBytes;
+  }
+
+  // The producer or its copies fill, the 8 warps of the consumers release. One thread.
+  __device__ __forceinline__ void init_barriers(int number_of_weight_stages) const {
+    for (int i = 0; i < kHopperSourceStages; ++i) init_pair(&control->source_full[i], &control->source_empty[i]);
+    for (int i = 0; i < number_of_weight_stages; ++i) init_pair(&control->weights_full[i], &control->weights_empty[i]);
+    for (int i = 0; i < kHopperMessages; ++i) init_pair(&control->message_full[i], &control->message_empty[i]);
+    for (int warp = 0; warp < 8; ++warp) {
+      for (int i = 0; i < Tile::kStoreBuffers; ++i) mbarrier_init(&control->residual_full[warp][i], 1);
+    }
+    mbarrier_init_fence();
+  }
+  __device__ __forceinline__ static void init_pair(Mbarrier* full, Mbarrier* empty) {
+    mbarrier_init(full, 1);
+    mbarrier_init(empty, 8);
+  }
+};
+
+// Columns of the products of a tile: half of them suffice where no more channels are live.
+template <class Tile>
+__device__ __forceinline__ int hopper_product_columns(const HopperWork& work) {
+  return work.live - work.column > Tile::kColumns / 2 ? Tile::kColumns : Tile::kColumns / 2;
+}
+
+// The i-th patch of a warpgroup, as pixels and a sample of the tile.
+struct HopperPatch {
+  int sample, y, x;
+
+  template <class Tile>
+  __device__ __forceinline__ static HopperPatch of(int group, int i) {
+    const int number = group * (Tile::kPatches / 2) + i;
+    return {number / (Tile::kAcross * Tile::kDown), number / Tile::kAcross % Tile::kDown * 8,
+            number % Tile::kAcross * 8};
+  }
+};
+
+}  // namespace tdc

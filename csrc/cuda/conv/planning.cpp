@@ -1,0 +1,75 @@
+#include "cuda/conv/planning.h"
+
+#include <algorithm>
+#include <limits>
+#include <stdexcept>
+
+namespace tdc::conv {
+namespace {
+
+std::string shape_of(std::initializer_list<int64_t> sizes) {
+  std::string text;
+  for (int64_t size : sizes) text += (text.empty() ? "(" : ", ") + std::to_string(size);
+  return text + ")";
+}
+
+void require(bool holds, const char* what, const ConvArguments& a) {
+  if (!holds) throw std::invalid_argument(std::string("routed convolution: ") + what + ": " + describe(a));
+}
+
+}  // namespace
+
+std::string describe(const ConvArguments& a) {
+  return "x " + shape_of({a.batch, a.in_channels, a.height, a.width}) + " " + product_name(a) + ", weight " +
+         shape_of({a.num_experts, a.out_channels, a.in_channels, a.filter_height, a.filter_width}) + ", stride " +
+         shape_of({a.stride_height, a.stride_width}) + ", padding " + shape_of({a.pad_height, a.pad_width}) + ", " +
+         std::to_string(a.num_groups) + " groups";
+}
+
+// Kernels count pixels and channels in 32 bits, elements in 64.
+void check(const ConvArguments& a) {
+  constexpr int64_t kMost = std::numeric_limits<int>::max() / 2;
+  for (int64_t size : {a.height, a.width, a.in_channels, a.out_channels, a.filter_height, a.filter_width,
+                       a.stride_height, a.stride_width, a.num_groups, a.num_experts}) {
+    require(size >= 1 && size <= kMost, "a size is out of range", a);
+  }
+  for (int64_t size : {a.batch, a.pad_height, a.pad_width}) {
+    require(size >= 0 && size <= kMost, "a size is out of range", a);
+  }
+  require(a.out_height() >= 1 && a.out_width() >= 1, "the filter is larger than the padded image", a);
+  require(a.dtype == 1 || a.dtype == 2 || (a.dtype == 0 && a.tf32), "dtypes are bf16, fp16 and fp32 as tf32", a);
+  const int64_t most_pixels = kMost / std::max<int64_t>(a.batch, 1);
+  require(a.height <= most_pixels / a.width && a.out_height() <= most_pixels / a.out_width(),
+          "the batch has more than 2^30 pixels", a);
+  require(a.filter_height <= kMost / a.filter_width, "the filter has too many taps", a);
+}
+
+unsigned blocks_of(std::initializer_list<int64_t> factors, const ConvArguments& a) {
+  int64_t blocks = 1;
+  for (int64_t factor : factors) {
+    require(factor <= std::numeric_limits<int>::max() / blocks, "the grid is too large", a);
+    blocks *= factor;
+  }
+  return static_cast<unsigned>(blocks);
+}
+
+ConvRouting routing_of(const ConvArguments& a) {
+  return {pointer<const int>(a.offsets),    pointer<const int>(a.weight_index), pointer<const int>(a.in_widths),
+          pointer<const int>(a.out_widths), static_cast<int>(a.batch),          static_cast<int>(a.num_groups),
+          static_cast<int>(a.num_experts)};
+}
+
+ConvGeometry geometry_of(const ConvArguments& a) {
+  return {static_cast<int>(a.height),        static_cast<int>(a.width),        static_cast<int>(a.in_channels),
+          static_cast<int>(a.out_height()),  static_cast<int>(a.out_width()),  static_cast<int>(a.out_channels),
+          static_cast<int>(a.filter_height), static_cast<int>(a.filter_width), static_cast<int>(a.stride_height),
+          static_cast<int>(a.stride_width),  static_cast<int>(a.pad_height),   static_cast<int>(a.pad_width)};
+}
+
+bool whole_chunks(int64_t channels, std::initializer_list<uintptr_t> addresses, const ConvArguments& a) {
+  bool aligned = channels % per_chunk(a) == 0;
+  for (uintptr_t address : addresses) aligned = aligned && address % 16 == 0;
+  return aligned;
+}
+
+}  // namespace tdc::conv

@@ -1,0 +1,56 @@
+// What the planners of all forms of the convolution share: descriptions, checks, parameters.
+#pragma once
+
+#include <cstdint>
+#include <initializer_list>
+#include <string>
+#include <utility>
+
+#include "cuda/conv/launch.h"
+#include "cuda/conv/params.h"
+
+namespace tdc::conv {
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The element type, its size, and elements in 16 bytes. The product's name says tf32 of fp32.
+inline int element_bytes(const ConvArguments& a) { return a.dtype == 0 ? 4 : 2; }
+inline int per_chunk(const ConvArguments& a) { return 16 / element_bytes(a); }
+inline const char* storage_name(const ConvArguments& a) {
+  return a.dtype == 0 ? "fp32" : a.dtype == 1 ? "bf16" : "fp16";
+}
+inline const char* product_name(const ConvArguments& a) { return a.dtype == 0 ? "tf32" : storage_name(a); }
+
+// The shapes, for messages.
+std::string describe(const ConvArguments& a);
+
+// Throws std::invalid_argument where the sizes and dtypes are none that kernels take.
+void check(const ConvArguments& a);
+
+// The product of numbers of blocks; throws where a grid is too large.
+unsigned blocks_of(std::initializer_list<int64_t> factors, const ConvArguments& a);
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+ConvRouting routing_of(const ConvArguments& a);
+ConvGeometry geometry_of(const ConvArguments& a);
+
+// Whether rows of `channels` channels at these addresses (0: absent) consist of whole 16-byte chunks.
+bool whole_chunks(int64_t channels, std::initializer_list<uintptr_t> addresses, const ConvArguments& a);
+
+template <class Params>
+Launch launch_of(std::string kernel, unsigned blocks, int threads, int shared_bytes, const Params& params,
+                 const ConvArguments& a) {
+  return {std::move(kernel),
+          {blocks, 1, 1},
+          static_cast<unsigned>(threads),
+          static_cast<unsigned>(shared_bytes),
+          bytes_of(params),
+          describe(a),
+          {}};
+}
+
+}  // namespace tdc::conv

@@ -1,0 +1,60 @@
+"""The `hopper` backend: the `cuda` backend with the convolution's Hopper form (TMA and wgmma, csrc/cuda/conv/hopper_*).
+
+On a GPU of compute capability 9.0 it serves forward and dgrad of 3x3 convolutions in that form where it can (`form`
+says where, and `explain` shows it), everything else as `cuda` does. It runs where it is asked for by name, as a
+`backend` or in TDC_FAST_BACKEND, and where measured times of the device say that it is the fastest.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from tdc_fast.kernels.problems import ConvProblem, ConvTensors, Problem
+from tdc_fast.ops import cuda, native
+from tdc_fast.ops.cuda_launch import launcher_facts
+
+name = "hopper"
+fuses = cuda.fuses
+only_launches = True
+conv2d_wgrad = cuda.conv2d_wgrad
+group_norm = cuda.group_norm
+group_norm_backward = cuda.group_norm_backward
+ARCHITECTURE = 90
+
+
+def supports(problem: Problem) -> str | None:
+    """None where the backend serves the problem, else the reason why not."""
+    reason = cuda.supports(problem)
+    if reason is not None:
+        return reason
+    arch = launcher_facts(problem.device)[0]
+    if arch != ARCHITECTURE:
+        return f"it is for compute capability 9.0, not {arch // 10}.{arch % 10}: `cuda` has the other kernels"
+    return None
+
+
+def form(problem: Problem) -> str:
+    """In words, which kernels serve a problem that the backend supports, and why not the Hopper form."""
+    if not isinstance(problem, ConvProblem):
+        return "in the portable form: it is no convolution"
+    refusals = {
+        "routed_conv2d": native.module and native.module.cuda_conv_forward_hopper_refusal,
+        "routed_conv2d_dgrad": native.module and native.module.cuda_conv_dgrad_hopper_refusal,
+    }
+    refuse = refusals.get(problem.op)
+    if refuse is None:
+        return "in the portable form: the Hopper form has forward and dgrad"
+    reason = refuse(**cuda.geometry(problem), device=launcher_facts(problem.device))
+    return f"in the portable form: the Hopper form does not serve this, {reason}" if reason else "in the Hopper form"
+
+
+def conv2d(p: ConvProblem, t: ConvTensors) -> Tensor:
+    """Returns y (B, C_out, OH, OW), channels_last."""
+    return cuda.conv2d(p, t, hopper=True)
+
+
+def conv2d_dgrad(p: ConvProblem, dy: Tensor, t: ConvTensors) -> tuple[Tensor, Any]:
+    """Returns dx (B, C_in, H, W), channels_last."""
+    return cuda.conv2d_dgrad(p, dy, t, hopper=True)

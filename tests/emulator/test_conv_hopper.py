@@ -1,0 +1,217 @@
+"""The Hopper form of the convolution, run in the emulator, equals one convolution per group."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tdc_fast.kernels.problems import ConvTensors
+from tdc_fast.ops import hopper as hopper_backend
+from tdc_fast.ops.checks import conv_problem
+from tests.cases import ConvCase, widths_of
+from tests.emulator.conv import DTYPES, assert_accurate, conv_case, emulator, results, uneven
+from tests.emulator.harness import AT_RUNTIME, SANITIZED, SCHEDULES, EmulatorError, EmulatorLauncher, plain_only
+
+pytestmark = pytest.mark.usefixtures("nan_filled_memory")
+FAMILIES = ("conv_hopper_forward", "conv_hopper_dgrad")
+
+
+@contextmanager
+def hopper(multiprocessors: int = 3, schedule: int = 0) -> Iterator[EmulatorLauncher]:
+    """A Hopper GPU with few SMs, so that a block computes several tiles."""
+    builds = dict.fromkeys(FAMILIES, AT_RUNTIME)
+    with emulator((90, multiprocessors, 232448), FAMILIES, **builds) as launcher:
+        launcher.schedule = schedule
+        yield launcher
+
+
+def case_of(**changes: Any) -> ConvCase:
+    return conv_case(**{"in_channels": 64, "out_channels": 64, "size": (16, 16)} | changes)
+
+
+# Changes to a case, and the tiles that forward and dgrad must take.
+EDGES: dict[str, tuple[dict[str, Any], str, str]] = {
+    "images of two tiles, several blocks of channels": (
+        {"routing": uneven(0, 1), "size": (32, 16), "in_channels": 72, "out_channels": 256},
+        "16x16x128",
+        "16x16x128",
+    ),
+    "large tiles clipped on both sides": ({"routing": uneven(1, 1), "size": (9, 11)}, "16x16x128", "16x16x128"),
+    "small tiles clipped on one side": ({"routing": uneven(5, 0, 1), "size": (9, 8)}, "8x8x4x128", "8x8x4x128"),
+    "wide tiles": ({"routing": uneven(1, 1), "out_channels": 192}, "16x16x192", "16x16x128"),
+    "small images share a tile": (
+        {"routing": uneven(5, 0, 1, 2), "size": (8, 8), "out_channels": 128},
+        "8x8x4x128",
+        "8x8x4x128",
+    ),
+    "widths of no multiple": (
+        {
+            "routing": uneven(1, 1, 1, 1, 0, weight_index=(0, 0, 1, 1, 1)),
+            "size": (9, 9),
+            "in_channels": 152,
+            "out_channels": 144,
+            "in_widths": (37, 152, 0, 100, 8),
+            "out_widths": (144, 3, 64, 129, 0),
+        },
+        "16x16x192",
+        "16x16x192",
+    ),
+    "widths of no multiple in small images": (
+        {
+            "routing": uneven(2, 6, 3),
+            "size": (8, 8),
+            "in_channels": 80,
+            "out_channels": 128,
+            "in_widths": (65, 16, 47),
+            "out_widths": (17, 128, 64),
+        },
+        "8x8x4x128",
+        "8x8x4x128",
+    ),
+    "more groups than lanes of a warp": (
+        {
+            "routing": uneven(*[0] * 35, 1, *[0] * 10, 2, 1),
+            "size": (8, 8),
+            "in_widths": (64, 48, 8) * 16,
+            "extras": ("bias",),
+        },
+        "8x8x4x128",
+        "8x8x4x128",
+    ),
+    "nothing is added": ({"routing": uneven(2), "size": (8, 9), "extras": ()}, "8x8x4x128", "8x8x4x128"),
+}
+edge_dtypes = pytest.mark.parametrize("dtype", ["bf16"] if SANITIZED else ["bf16", "fp16"])
+
+
+@edge_dtypes
+@pytest.mark.parametrize("edge", EDGES)
+def test_tile_edges_are_as_accurate_as_torch(edge: str, dtype: str) -> None:
+    changes, forward, dgrad = EDGES[edge]
+    with hopper() as launcher:
+        assert_accurate(case_of(**changes), DTYPES[dtype], ("x",), backend="hopper")
+    expected = [f"tdc_conv_hopper_forward_{dtype}_{forward}", f"tdc_conv_hopper_dgrad_{dtype}_{dgrad}"]
+    assert launcher.launched == expected
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> ConvCase:
+    """Up to three samples in up to four groups, images and channels of any size that the form serves."""
+    samples = draw(st.lists(st.integers(0, 2), min_size=1, max_size=4).filter(lambda of: 0 < sum(of) <= 3))
+    experts = draw(st.integers(1, len(samples)))
+    index = tuple(draw(st.integers(0, experts - 1)) for _ in samples)
+    ins, outs = (8 * draw(st.integers(8, 18)) for _ in range(2))
+    return case_of(
+        routing=uneven(*samples, weight_index=(*index[:-1], experts - 1)),
+        in_channels=ins,
+        out_channels=outs,
+        size=(draw(st.integers(8, 18)), draw(st.integers(8, 12))),
+        in_widths=draw(widths_of(ins, 1, len(samples))),
+        out_widths=draw(widths_of(outs, 1, len(samples))),
+        extras=draw(st.sampled_from([(), ("bias",), ("bias", "sample_bias"), ("residual",)])),
+        seed=draw(st.integers(0, 99)),
+    )
+
+
+def test_any_case_is_as_accurate_as_torch() -> None:
+    @given(case=cases(), schedule=st.sampled_from(SCHEDULES))
+    @settings(max_examples=2 if SANITIZED else 8, deadline=None, derandomize=True)
+    def check(case: ConvCase, schedule: int) -> None:
+        with hopper(schedule=schedule) as launcher:
+            assert_accurate(case, torch.bfloat16, ("x",), backend="hopper")
+        assert all("hopper" in kernel for kernel in launcher.launched)
+
+    check()
+
+
+# More steps than stages, two tiles for one block, a ragged depth, a residual.
+ALL_PARTS = case_of(routing=uneven(1, 1), in_channels=72, out_channels=72)
+
+
+@plain_only
+def test_results_do_not_depend_on_which_thread_goes_first() -> None:
+    found = []
+    for schedule in SCHEDULES:
+        with hopper(1, schedule):
+            found.append(results(ALL_PARTS, torch.bfloat16, ("x",), backend="hopper"))
+    for other in found[1:]:
+        for name, value in found[0].items():
+            assert torch.equal(other[name], value), name
+
+
+@plain_only
+def test_what_is_not_live_is_not_multiplied() -> None:
+    """Depth counts in steps of 16, columns in halves of the tile, a warpgroup's two patches as a whole."""
+    case = case_of(
+        routing=uneven(1, 1, 3),
+        size=(8, 8),
+        in_channels=128,
+        out_channels=256,
+        in_widths=(128, 33, 64),
+        out_widths=(256, 64, 129),
+        extras=(),
+    )
+    halves = {0: 256, 1: 64, 2: 128 + 64}  # columns of each group
+    depths, patches = {0: 128, 1: 48, 2: 64}, {0: 2, 1: 2, 2: 4}
+    with hopper() as launcher, torch.no_grad():
+        before = launcher.multiply_adds()
+        results(case, torch.bfloat16, (), backend="hopper")
+        done = launcher.multiply_adds() - before
+    assert done == sum(9 * 64 * patches[g] * depths[g] * halves[g] for g in range(3))
+
+
+PLANTS = {
+    "HOPPER_NO_EMPTY_WAIT": "arrivals in a phase|race on byte|in flight",
+    "HOPPER_NO_FULL_WAIT": "in flight|race on byte",
+    "HOPPER_WRONG_PHASE": "deadlock",
+    "HOPPER_WRONG_BYTES": "race on byte|in flight|deadlock",
+    "HOPPER_EARLY_RELEASE": r"race on byte \d+ of the dynamic shared memory: a copy .* writes .* what a product",
+    "HOPPER_NO_ASYNC_FENCE": "a product of warp .* and no async_fence is between",
+    "HOPPER_NO_MASK_BARRIER": r"race on byte \d+ of the dynamic shared memory|no async_fence is between",
+    "HOPPER_NO_STORE_FENCE": "a store of thread .* and no async_fence is between",
+    "HOPPER_NO_STORE_WAIT": "race on byte .* what a store of thread",
+    "HOPPER_NO_RESIDUAL_WAIT": "race on byte .* a copy .* what a store of thread",
+}
+
+
+@plain_only
+@pytest.mark.parametrize("schedule", [0, 3])
+@pytest.mark.parametrize("plant", PLANTS)
+def test_a_planted_bug_is_reported(plant: str, schedule: int) -> None:
+    residual = {"extras": ("bias",)} if plant == "HOPPER_NO_STORE_WAIT" else {}
+    case = case_of(routing=uneven(1, 1), in_channels=72, out_channels=72, **residual)
+    with hopper(1, schedule) as launcher, launcher.planted(plant), pytest.raises(EmulatorError, match=PLANTS[plant]):
+        results(case, torch.bfloat16, (), backend="hopper")
+
+
+@plain_only
+@pytest.mark.parametrize("wanted", [(), ("x",)], ids=["forward", "dgrad"])
+@pytest.mark.parametrize("plant", ["HOPPER_WRONG_TAP", "HOPPER_WRONG_LINE"])
+def test_a_planted_bug_spoils_the_result(plant: str, wanted: tuple[str, ...]) -> None:
+    case = case_of(routing=uneven(1), size=(8, 8))
+    with hopper() as launcher, launcher.planted(plant), pytest.raises(AssertionError):
+        assert_accurate(case, torch.bfloat16, wanted, backend="hopper")
+
+
+@pytest.mark.parametrize("garbage", [-(2**31), -7, 5, 2**31 - 1])
+def test_no_number_in_device_memory_leads_out_of_bounds(garbage: int) -> None:
+    """Sanitizers check what is read and written; the values do not matter."""
+    case = case_of(routing=uneven(1, 0, 1), size=(8, 8))
+    tensors = {name: t.detach() for name, t in case.tensors(torch.bfloat16).items()}
+    groups = case.routing.num_groups
+    wrong = [torch.full((n,), garbage, dtype=torch.int32) for n in (groups + 1, groups, groups, groups)]
+    for sound in range(4):
+        routing = list(wrong)
+        routing[sound] = torch.zeros_like(routing[sound])
+        tiles = case.routing.plan().tiles
+        t = ConvTensors(tensors["x"], tensors["weight"], routing[0], tiles, *routing[1:])
+        problem = conv_problem("routed_conv2d", t, case.stride, case.padding)
+        with hopper() as launcher:
+            y = hopper_backend.conv2d(problem, t)
+            hopper_backend.conv2d_dgrad(problem, torch.ones_like(y), t)
+        assert [kernel.split("_")[3] for kernel in launcher.launched] == ["forward", "dgrad"]

@@ -1,0 +1,120 @@
+"""Which convolutions the Hopper form serves, on which tiles, and how its tensors are described. No kernel runs."""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import pytest
+
+from tdc_fast import _native
+from tests.native.test_conv_launch import A100, ALIGNED, H100, arguments, only
+
+
+def plan(pass_: str = "forward", device: tuple[int, int, int] = H100, **changes: Any) -> list[Any]:
+    """Launches where the form is asked for."""
+    planner = getattr(_native, f"cuda_launches_conv_{pass_}")
+    return planner(**arguments(pass_, device, **changes), hopper=True)
+
+
+def sizes(device: tuple[int, int, int] = H100, **changes: Any) -> dict[str, Any]:
+    own = arguments("forward", device, **changes)
+    return {name: value for name, value in own.items() if value is not ALIGNED}
+
+
+def refusal(pass_: str = "forward", device: tuple[int, int, int] = H100, **changes: Any) -> str:
+    return getattr(_native, f"cuda_conv_{pass_}_hopper_refusal")(**sizes(device, **changes))
+
+
+def test_it_runs_only_where_it_is_asked_for() -> None:
+    assert "hopper" not in only(_native.cuda_launches_conv_forward(**arguments("forward", H100))).kernel
+    assert only(plan()).kernel == "tdc_conv_hopper_forward_bf16_16x16x128"
+    assert only(plan("dgrad", dtype=2)).kernel == "tdc_conv_hopper_dgrad_fp16_16x16x128"
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({"device": A100}, "it needs compute capability 9.0, not 8.0"),
+        ({"device": (100, 148, 232448)}, "it needs compute capability 9.0, not 10.0"),
+        ({"dtype": 0, "tf32": True}, "it has bf16 and fp16, not fp32"),
+        ({"filter_height": 1, "filter_width": 1, "pad_height": 0, "pad_width": 0}, "it has 3x3 filters with stride 1"),
+        ({"stride_height": 2, "stride_width": 2}, "it has 3x3 filters with stride 1 and padding 1"),
+        ({"height": 4, "width": 4}, "it has images from 8x8 on"),
+        ({"in_channels": 3}, "it has channels from 64 on, in multiples of 8"),
+        ({"out_channels": 132}, "it has channels from 64 on, in multiples of 8"),
+        ({"num_groups": 385}, "it has at most 384 groups"),
+        ({"device": (90, 132, 101376)}, "its stages do not fit into shared memory"),
+    ],
+)
+def test_what_it_does_not_serve_takes_the_portable_form(changes: dict[str, Any], reason: str) -> None:
+    for pass_ in ("forward", "dgrad"):
+        assert refusal(pass_, **changes).startswith(reason)
+        assert "hopper" not in only(plan(pass_, **changes)).kernel
+
+
+def test_an_address_that_tma_cannot_take_is_refused() -> None:
+    assert "hopper" not in only(plan(x=ALIGNED + 8)).kernel
+    assert refusal() == refusal("dgrad") == ""
+
+
+@pytest.mark.parametrize(
+    "changes, tile",
+    [
+        ({"height": 16, "width": 16, "out_channels": 256}, "16x16x128"),
+        ({"out_channels": 192}, "16x16x192"),
+        ({"out_channels": 576}, "16x16x192"),
+        ({"out_channels": 64}, "16x16x128"),
+        ({"height": 8, "width": 8}, "8x8x4x128"),
+        ({"height": 24, "width": 24}, "8x8x4x128"),  # 9 tiles of 8x8 instead of 4 of 16x16
+        ({"height": 12, "width": 12}, "16x16x128"),
+    ],
+)
+def test_the_tile_computes_as_little_outside_of_the_result_as_possible(changes: dict[str, int], tile: str) -> None:
+    launch = only(plan(**changes))
+    assert launch.kernel == f"tdc_conv_hopper_forward_bf16_{tile}"
+    assert launch.threads == 384 and launch.shared_bytes <= H100[2]
+
+
+def test_a_launch_has_a_block_for_every_multiprocessor_or_for_every_tile() -> None:
+    assert only(plan()).grid == (132, 1, 1)
+    assert only(plan(batch=8, height=16, width=16, out_channels=256)).grid == (8 * 2, 1, 1)
+    # 4 samples of a tile: at most 40 // 4 + 8 groups rows.
+    assert only(plan(batch=40, height=8, width=8)).grid == (18, 1, 1)
+
+
+def test_stages_of_weights_fill_what_the_groups_leave_of_shared_memory() -> None:
+    used = [only(plan(num_groups=groups)).shared_bytes for groups in (1, 8, 64, 384)]
+    stages = [(size - (2 * 41984 + 16 * 2048)) // 16384 for size in used]
+    assert stages == [7, 7, 6, 6] and max(used) <= H100[2]
+
+
+def described(launch: Any, at: int) -> tuple[int, ...]:
+    """address, strides, sizes, box, dimensions, half of a TensorMap."""
+    return struct.unpack_from("=5Q10I2i", launch.params, at)
+
+
+def test_tensors_are_described_with_their_boxes() -> None:
+    launch = only(plan(x=1 << 21, weight=1 << 22, y=1 << 23, residual=1 << 24, out_channels=256, dtype=2))
+    assert launch.tensor_maps == [0, 128, 256, 384]
+    source, weight, result, residual = (described(launch, at) for at in launch.tensor_maps)
+    of_x = (128 * 2, 32 * 128 * 2, 32 * 32 * 128 * 2, 0, 128, 32, 32, 128, 1)
+    assert source == (1 << 21, *of_x, 64, 18, 18, 1, 1, 4, 1)
+    of_weight = (128 * 2, 9 * 128 * 2, 256 * 9 * 128 * 2, 0, 128, 9, 256, 8, 1)
+    assert weight == (1 << 22, *of_weight, 64, 1, 64, 1, 1, 4, 1)
+    of_y = (256 * 2, 32 * 256 * 2, 32 * 32 * 256 * 2, 0, 256, 32, 32, 128, 1)
+    assert result == (1 << 23, *of_y, 64, 8, 2, 1, 1, 4, 1)
+    assert residual == (1 << 24, *result[1:])
+    assert only(plan(residual=0)).tensor_maps == [0, 128, 256]
+
+
+def test_dgrad_reads_dy_and_the_weights_of_the_forward() -> None:
+    launch = only(plan("dgrad", dy=1 << 21, weight=1 << 22, dx=1 << 23, out_channels=256))
+    source, weight, result = (described(launch, at) for at in launch.tensor_maps)
+    assert (source[0], source[5:9]) == (1 << 21, (256, 32, 32, 128))
+    assert (weight[0], weight[5:9]) == (1 << 22, (128, 9, 256, 8))
+    assert (result[0], result[5:9]) == (1 << 23, (128, 32, 32, 128))
+
+
+def test_a_batch_of_nothing_needs_no_launch() -> None:
+    assert plan(batch=0) == plan("dgrad", batch=0) == []

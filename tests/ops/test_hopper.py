@@ -1,0 +1,50 @@
+"""The `hopper` backend: `cuda` with the Hopper form of the convolution where that serves; `explain` says where."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tdc_fast import RoutingPlan, explain, routed_conv2d, routed_group_norm
+from tdc_fast.ops import cuda_launch, native
+from tests.emulator.harness import EmulatorLauncher
+
+pytestmark = pytest.mark.skipif(native.module is None, reason="the native module is not built")
+H200, A100 = (90, 132, 232448), (80, 108, 166912)
+
+
+def explained(facts: tuple[int, int, int] = H200, size: int = 16, filter_size: int = 3, **settings):
+    plan = RoutingPlan.from_groups(torch.tensor([0, 1]), 2)
+    x = torch.empty(2, 64, size, size, dtype=torch.bfloat16)
+    weight = torch.empty(2, 64, 64, filter_size, filter_size, dtype=torch.bfloat16)
+    with cuda_launch.use_launcher(EmulatorLauncher(facts=facts)):
+        return explain(routed_conv2d, x, weight, None, plan, padding=filter_size // 2, **settings)
+
+
+def test_explain_says_which_form_serves() -> None:
+    assert explained().forms == {"hopper": "in the Hopper form"}
+    small = explained(size=4)
+    assert small.reasons["hopper"] is None
+    assert small.forms["hopper"].endswith("the Hopper form does not serve this, it has images from 8x8 on")
+    assert f"  hopper: supported, {small.forms['hopper']}" in str(small).splitlines()
+    assert "3x3 filters" in explained(filter_size=1).forms["hopper"]
+
+
+def test_norms_take_the_portable_form() -> None:
+    plan = RoutingPlan.from_groups(torch.tensor([0, 1]), 2)
+    x = torch.empty(2, 64, 16, 16, dtype=torch.bfloat16)
+    affine = torch.empty(2, 64, dtype=torch.bfloat16)
+    with cuda_launch.use_launcher(EmulatorLauncher(facts=H200)):
+        norm = explain(routed_group_norm, x, affine, affine, plan, num_groups=32)
+    assert norm.forms["hopper"] == "in the portable form: it is no convolution"
+    assert norm.backend != "hopper"
+
+
+def test_it_runs_on_request_alone() -> None:
+    assert explained().backend in ("cpu", "cuda")
+    assert explained(backend="hopper").backend == "hopper"
+
+
+def test_another_architecture_is_refused_with_the_reason() -> None:
+    reason = explained(A100).reasons["hopper"]
+    assert reason == "it is for compute capability 9.0, not 8.0: `cuda` has the other kernels"
