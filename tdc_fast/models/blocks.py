@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tdc_fast.errors import invalid
+from tdc_fast.nn.attention import qkv_attention
 from tdc_fast.nn.layers import (
     Conv2d,
     GroupNorm,
@@ -24,7 +25,6 @@ from tdc_fast.nn.layers import (
     from_tokens,
     group_count,
     joined,
-    qkv_attention,
     to_tokens,
 )
 from tdc_fast.nn.one_input import chunks_in_one_launch

@@ -10,14 +10,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tdc_fast.errors import invalid
-
-# Up to here torch's CPU kernel adds in an order that depends on the thread a head falls to, and divides a single head
-# among threads. Computed in fp64, that is lost in the rounding, so that a sample has the same bits in every batch.
-_FEW_TOKENS = 32
 
 
 def group_count(channels: int, limit: int = 32) -> int:
@@ -145,41 +139,3 @@ def from_tokens(tokens: Tensor, height: int, width: int) -> Tensor:
     """Tokens (B, H*W, C) as images (B, C, H, W) in channels_last; a view."""
     batch, _, channels = tokens.shape
     return tokens.view(batch, height, width, channels).permute(0, 3, 1, 2)
-
-
-def qkv_attention(qkv: Tensor, head_dim: int, live: Tensor | None = None) -> Tensor:
-    """Self-attention by torch's fused kernels, softmax in fp32 (improved-diffusion's QKVAttention).
-
-    Scores are scaled by head_dim ** -0.5 (improved-diffusion scales q and k by its square root). Differentiable once,
-    in reverse and in forward mode.
-
-    Args:
-        qkv: (B, T, heads * 3 * head_dim); the channels of a head are its q, k and v.
-        head_dim: channels per head.
-        live: bool (B, heads), the heads that each sample has; None for all. On the CPU the other heads are not
-            computed, and their output is zero.
-
-    Returns:
-        (B, T, heads * head_dim).
-    """
-    batch, tokens, channels = qkv.shape
-    heads = channels // (3 * head_dim)
-    split = qkv.view(batch, tokens, heads, 3, head_dim)
-    if live is not None and not qkv.is_cuda and not torch.compiler.is_compiling():
-        sample, head = live.nonzero(as_tuple=True)  # a size that depends on data: a GPU would wait here
-        out = _attend(split[sample, :, head].unsqueeze(2)).squeeze(2)  # each live head as a sample of one head
-        everywhere = out.new_zeros(batch, tokens, heads, head_dim).transpose(1, 2).index_put((sample, head), out)
-        return everywhere.transpose(1, 2).reshape(batch, tokens, heads * head_dim)
-    return _attend(split).reshape(batch, tokens, heads * head_dim)
-
-
-def _attend(qkv: Tensor) -> Tensor:
-    """Attention of each head: (B, T, heads, 3, head_dim) -> (B, T, heads, head_dim)."""
-    if qkv.device.type == "cpu" and qkv.dtype != torch.float64 and qkv.shape[1] <= _FEW_TOKENS:
-        return _attend(qkv.double()).to(qkv.dtype)
-    # Four dimensions, since torch computes three by plain products; views, since its kernels take any strides.
-    q, k, v = (part.transpose(1, 2) for part in qkv.unbind(3))  # (B, heads, T, head_dim)
-    if forward_ad._current_level >= 0:  # the fused kernels have no forward mode
-        with sdpa_kernel(SDPBackend.MATH):
-            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from tdc_fast.nn.attention import qkv_attention
 from tdc_fast.nn.inference import ForInference, for_inference
 from tdc_fast.nn.packing import RoutedModel
 from tdc_fast.ops.backends import ENVIRONMENT
@@ -201,3 +202,24 @@ def test_a_dense_model_for_inference_runs_on_the_routed_kernels_and_is_captured(
             static.copy_(x.flip(0))
             replay()
             assert torch.equal(out, prepared(x.flip(0), t))
+
+
+@on_device
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dim", [20, 64])
+def test_attention_is_differentiated_twice_through_the_fused_kernel(device: str, dtype: torch.dtype, dim: int) -> None:
+    """Heads of 20 channels are padded and cut on the way into some kernels."""
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(2, 64, 2 * 3 * dim, generator=generator).to(dtype)
+    along = torch.randn(qkv.shape, generator=generator).to(dtype)
+
+    def both(values: Tensor, step: Tensor) -> list[Tensor]:
+        leaf = values.detach().requires_grad_()
+        (grad,) = torch.autograd.grad(qkv_attention(leaf, dim).square().sum(), leaf, create_graph=True)
+        (second,) = torch.autograd.grad((grad * step).sum(), leaf)
+        return [grad.detach().cpu().double(), second.cpu().double()]
+
+    exact = both(qkv.double(), along.double())
+    found = both(qkv.to(device), along.to(device))
+    for ours, right in zip(found, exact, strict=True):
+        assert (ours - right).norm() <= 8 * torch.finfo(dtype).eps * right.norm() + 1e-3 * right.norm()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tdc_fast.models.blocks import silu
-from tdc_fast.nn.layers import qkv_attention
+from tdc_fast.nn.attention import qkv_attention
 from tdc_fast.nn.packing import RoutedModel, pack_experts
 from tests.models.test_iddpm import randomise
 from tests.nn.test_packing import GROUPS, PRUNED, shuffled_plan, unet
