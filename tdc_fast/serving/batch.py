@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from tdc_fast.serving.live import LiveRequest
 from tdc_fast.serving.stepper import Stepper
 
 Begin = Callable[[LiveRequest], None]
+_STEPS_AHEAD = 64
 
 
 class Batch:
@@ -32,6 +33,8 @@ class Batch:
         lives: who takes part.
         rows: places of images and of their second halves.
         padding: places that only fill the bucket.
+        left: steps until the first of them ends, and the batch with it.
+        has_previews: some of them want previews.
         expert_rows: the expert of every row of the last step, int64 (rows,).
     """
 
@@ -55,6 +58,8 @@ class Batch:
         self.padding = size - self.rows
         filler = np.zeros(self.padding, dtype=np.int64)
         source = np.concatenate([np.arange(images), guided, filler])  # the place with the image that each place reads
+        self.left = min(live.remaining for live in lives)
+        self.has_previews = any(live.request.preview_every for live in lives)
         self._index_plans(owner[source])
         self._x, self._last_x0 = stepper.empty(size).zero_(), stepper.empty(size).zero_()
         self._hold_images(before, begin)
@@ -68,6 +73,7 @@ class Batch:
         self._weights = np.concatenate([live.plan.weights for live in self.lives], axis=1)
         self._experts = np.concatenate([live.plan.experts for live in self.lives])
         self._standing = offsets[owner]
+        self._ahead: Iterator[tuple[Tensor, Tensor, np.ndarray]] = iter(())
 
     def _hold_images(self, before: Batch | None, begin: Begin) -> None:
         """Gather the images of all who take part; those who do not any more get theirs back."""
@@ -119,15 +125,32 @@ class Batch:
                 scale[place] = live.request.guidance_scale - 1
             self._partner, self._guidance = torch.from_numpy(partner).to(device), torch.from_numpy(scale).to(device)
 
+    def _look_ahead(self) -> None:
+        """Timesteps, weights and experts of the steps to come, as far as they are known: one copy for many steps."""
+        steps = min(self.left, _STEPS_AHEAD)
+        standing = self._standing + np.arange(steps)[:, None]  # (steps, places)
+        self._standing = self._standing + steps
+        weights = np.ascontiguousarray(self._weights[:, standing].transpose(1, 0, 2))  # (steps, 8, places)
+        timesteps = torch.from_numpy(self._timesteps[standing]).to(self._stepper.device)
+        self._ahead = zip(
+            timesteps.unbind(),
+            torch.from_numpy(weights).to(self._stepper.device).unbind(),
+            self._experts[standing[:, : self.rows]],
+            strict=True,
+        )
+
     def step(self) -> None:
         """Take everyone one step."""
-        device, is_static = self._stepper.device, self._stepper.is_static
-        standing = self._standing
-        self.expert_rows = self._experts[standing[: self.rows]]
+        coming = next(self._ahead, None)
+        if coming is None:
+            self._look_ahead()
+            coming = next(self._ahead)
+        t, weights, experts = coming
+        is_static = self._stepper.is_static
         self._x, self._last_x0 = self._stepper.run(
             x=self._x,
-            t=torch.from_numpy(self._timesteps[standing]).to(device),
-            weights=torch.from_numpy(self._weights.take(standing, axis=1)).to(device),
+            t=t,
+            weights=weights,
             noise=self._noise() if self._draws_noise or is_static else None,
             last_x0=self._last_x0 if self._remembers or is_static else None,
             labels=self._labels,
@@ -137,15 +160,20 @@ class Batch:
         )
         for live in self.lives:
             live.position += 1
-        standing += 1
-        np.minimum(standing, self._timesteps.size - 1, out=standing)  # after a last step, before the batch ends
+        self.left -= 1
+        self.expert_rows = experts
 
     def _noise(self) -> Tensor:
         """Noise like x: what each request draws for itself, zeros elsewhere."""
-        noise = torch.empty(self._x.shape, memory_format=torch.channels_last).zero_()
+        parts, written = [], 0
         for live, place in self._places.items():
-            if live.plan.draws_noise:
-                noise[place].copy_(torch.randn(noise[place].shape, generator=live.generator))
+            shape = (place.stop - place.start, *self._x.shape[1:])
+            draws = live.plan.draws_noise
+            parts.append(torch.randn(shape, generator=live.generator) if draws else torch.zeros(shape))
+            written = place.stop
+        if written < len(self._x):
+            parts.append(torch.zeros(len(self._x) - written, *self._x.shape[1:]))
+        noise = torch.empty(self._x.shape, memory_format=torch.channels_last).copy_(torch.cat(parts))
         if self._stepper.device.type == "cuda":
             noise = noise.pin_memory()  # so that the host goes on while the GPU works
         return noise.to(self._stepper.device, non_blocking=True)

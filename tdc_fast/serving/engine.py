@@ -308,7 +308,7 @@ class Engine:
         """Take a step, hand previews and images out, and count; None where the batch is lost."""
         try:
             batch.step()
-            for live in batch.lives:
+            for live in batch.lives if batch.has_previews or not batch.left else ():
                 if not live.remaining:
                     self._finish(live, batch)
                 elif live.request.preview_every and live.position % live.request.preview_every == 0:

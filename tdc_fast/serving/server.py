@@ -16,6 +16,7 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.requests import ClientDisconnect
 
 from tdc_fast.serving.body import GenerateBody, Limits, read_body
 from tdc_fast.serving.encoding import as_json, as_npz, as_png, event, preview_event
@@ -60,6 +61,8 @@ def create_app(engine: Engine, *, limits: Limits | None = None, name: str = "") 
         """Draw images: a PNG, an npz, JSON, or server-sent events with previews."""
         try:
             body = await _body(request, limits)
+        except ClientDisconnect:
+            return Response(status_code=CLIENT_LEFT)
         except TimeoutError:
             return _refusal(408, "timeout", f"the body did not arrive within {limits.body_seconds:g} s")
         if body is None:
@@ -226,7 +229,7 @@ class Server(uvicorn.Server):
     def __init__(self, app: FastAPI, engine: Engine, grace: float) -> None:
         seconds = math.ceil(grace) + 5  # for the answers to requests that were not finished in time
         super().__init__(
-            uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=seconds, ws="none")
+            uvicorn.Config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=seconds, ws="none")
         )
         self._engine, self._grace = engine, grace
 
