@@ -43,6 +43,7 @@ def _constants(
         "out_height": p.out_height,
         "out_width": p.out_width,
         "out_channels": p.out_channels,
+        "filter_begin": begin,
         "filter_channels": filter_channels,
         "pad_height": p.padding[0],
         "pad_width": p.padding[1],
@@ -110,16 +111,13 @@ def wgrad_launches(
         splits = max(wgrad_tiles.choose_splits(part, chosen, device) for part, chosen, _, _ in inputs)
     out, bias_out = dweight, dbias
     if splits > 1:
-        out = torch.empty((splits, *_in_memory(dweight).shape), dtype=torch.float32, device=dweight.device)
+        out = torch.empty((splits, dweight.numel()), dtype=torch.float32, device=dweight.device)
         if dbias is not None:
             bias_out = torch.empty((splits, *dbias.shape), dtype=torch.float32, device=dbias.device)
     biases = (bias_out, dsample_bias)  # with the first input
-    written = _in_memory(dweight) if out is dweight else out
     launches = []
     for part, chosen, tensors, begin in inputs:
-        filters = (begin, problem.in_channels)
-        channels = written[..., begin:] if begin else written
-        launches.append(_launch(part, chosen, splits, dy, tensors, channels, filters, *biases))
+        launches.append(_launch(part, chosen, splits, dy, tensors, out, (begin, problem.in_channels), *biases))
         biases = (None, None)
     if splits > 1:
         partials, outs = [out], [dweight]
@@ -146,11 +144,6 @@ def _tile_for(p: ConvProblem, dy: Tensor, x: Tensor) -> WgradTile:
     return wgrad_tiles.choose_wgrad_tile(p, device_of(p.device), None if aligned else "pointer")
 
 
-def _in_memory(weight: Tensor) -> Tensor:
-    """A weight (E, C_out, C_in, R, S) of memory order E, C_out, R, S, C_in, with its axes in that order."""
-    return weight.permute(0, 1, 3, 4, 2)
-
-
 def _launch(
     p: ConvProblem,
     tile: WgradTile,
@@ -170,8 +163,8 @@ def _launch(
         splits: of the pixels.
         dy: of both inputs.
         t: x is this input.
-        out: the gradient or its partials, from this input's first channel on.
-        filters: that channel, and the channels of both inputs.
+        out: the gradient of both inputs' channels, or its partials.
+        filters: this input's first channel there, and the channels of both.
         bias_out: dbias or its partials, or None.
         sample_bias_out: dsample_bias, or None.
     """

@@ -179,8 +179,8 @@ def _store(values, out, outs, ins, geometry, place):
 
 
 _GEOMETRY = (
-    "batch", "height", "width", "in_channels", "out_height", "out_width", "out_channels", "filter_channels",
-    "pad_height", "pad_width", "filter_width", "taps", "num_groups", "num_experts", "splits",
+    "batch", "height", "width", "in_channels", "out_height", "out_width", "out_channels", "filter_begin",
+    "filter_channels", "pad_height", "pad_width", "filter_width", "taps", "num_groups", "num_experts", "splits",
 )  # fmt: skip
 
 
@@ -190,7 +190,7 @@ def wgrad_kernel(
     x,  # (B, height, width, in_channels), or boxes [1, TH, TW, BN] of it
     narrow_dy,  # dy, or boxes of half as many channels where NARROW_OUT
     narrow_x,  # x, or boxes of half as many channels where NARROW_IN
-    out,  # (splits, E, C_out, taps, filter_channels), fp32 unless there is one split; in_channels of them are written
+    out,  # (splits, E, C_out, taps, filter_channels), fp32 unless there is one split; in_channels of these are written
     rows,  # dy (B, out_height, out_width, out_channels), or None without bias gradients
     bias_out,  # (splits, E, out_channels), fp32 unless there is one split; or None
     sample_bias_out,  # (B, out_channels), or None
@@ -205,6 +205,7 @@ def wgrad_kernel(
     out_height,
     out_width,
     out_channels,
+    filter_begin,  # which of the filter's channels is x's first
     filter_channels,
     pad_height,
     pad_width,
@@ -215,7 +216,7 @@ def wgrad_kernel(
     splits,
     STRIDE_H: tl.constexpr,
     STRIDE_W: tl.constexpr,
-    VECTOR_IN: tl.constexpr,  # divides in_channels, filter_channels: a masked load may access this many at once
+    VECTOR_IN: tl.constexpr,  # divides in_channels, filter_*: a masked load or store may access this many at once
     VECTOR_OUT: tl.constexpr,
     PRECISION: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -235,6 +236,7 @@ def wgrad_kernel(
     in_channels = (in_channels // VECTOR_IN) * VECTOR_IN
     out_channels = (out_channels // VECTOR_OUT) * VECTOR_OUT
     filter_channels = (filter_channels // VECTOR_IN) * VECTOR_IN
+    out += (filter_begin // VECTOR_IN) * VECTOR_IN
     tiles_in, tiles_out = tl.cdiv(in_channels, BN), tl.cdiv(out_channels, BM)
     program, split = tl.program_id(0), tl.program_id(1)
     column_in = program % tiles_in * BN

@@ -74,8 +74,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "group norm": lambda: (routed_group_norm, norm(), {"num_groups": 4, "activation": "silu"}),
     "a norm's widths": lambda: (routed_group_norm, norm(), {"num_groups": 4, "widths": widths(16, 8, 0)}),
 }  # fmt: skip
-# The gradients that torch's own operators help to compute: weights of two inputs, the upsampled image.
-COPIES = {"two inputs": 1, "upsampling": 1}
+COPIES = {"upsampling": 1}  # a gradient that torch's own operators help to compute: of the upsampled image's weights
 
 
 class Names:
