@@ -21,6 +21,7 @@ ROOMS = (
     ("training", "evaluation"),
     ("runs",),
     ("data", "grouping", "pruning"),
+    ("diffusers_models",),
     ("models",),
     ("diffusion", "nn"),
     ("routing",),

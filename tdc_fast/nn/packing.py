@@ -40,6 +40,8 @@ class RoutedModel(nn.Module):
         routing: holds the plan of the running forward.
         per_sample: the arguments that have an entry per sample, as `pack_experts` takes them.
         num_experts: N, one per group.
+        skeleton: the base without weights, in a tuple, where pruned experts are cut from it: for a module that has not
+            `with_widths` itself; else ().
         shared: the layers of which groups share the weights, by path: for each group its row of the parameters.
     """
 
@@ -58,7 +60,7 @@ class RoutedModel(nn.Module):
         self.model, self.groups, self.widths, self.routing = model, groups, widths, routing
         self.per_sample = per_sample
         self._timestep = timestep_argument(model)
-        self._skeleton: tuple[nn.Module, ...] = ()  # the base without weights, where experts are cut from it
+        self.skeleton: tuple[nn.Module, ...] = ()
         leaves = self.routed_leaves().values()
         self._computing = [leaf for leaf in leaves if leaf.in_autocast_dtype]
         self.num_experts = groups.num_groups
@@ -223,7 +225,7 @@ class RoutedModel(nn.Module):
         """A dense model with the widths of an expert, uninitialised."""
         if isinstance(self.model, Prunable):
             return self.model.with_widths(widths.expert_widths(expert))
-        model, like = copy.deepcopy(self._skeleton[0]), next(self.model.parameters())
+        model, like = copy.deepcopy(self.skeleton[0]), next(self.model.parameters())
         narrow(model, widths.expert_widths(expert))
         model = with_memory(model, like).train(self.model.training)
         return model if next(model.parameters()).dtype == like.dtype else model.to(like.dtype)
@@ -355,7 +357,7 @@ def pack_experts(
     _set_routing(model, routing)
     routed = RoutedModel(model, groups, widths, routing, names).train(base.training)
     if widths is not None and not isinstance(base, Prunable):
-        routed._skeleton = (without_weights(base),)
+        routed.skeleton = (without_weights(base),)
     return routed
 
 

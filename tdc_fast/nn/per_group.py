@@ -167,6 +167,11 @@ class PerGroup(RoutedLeaf):
         return module
 
 
+def dense_module(module: nn.Module) -> nn.Module:
+    """The module that a packed one stands in for: itself, unless it runs once per group."""
+    return module._inner[0] if isinstance(module, PerGroup) else module
+
+
 @torch.no_grad()
 def stacked_parameters(modules: Sequence[nn.Module], num_experts: int) -> dict[str, nn.Parameter]:
     """The own parameters of a module, stacked over the experts: (E, ...) by name.

@@ -1,0 +1,209 @@
+"""`TDCModel`: a packed model as a model of diffusers, saved and loaded as diffusers' models are."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tdc_fast.atomic import write_bytes
+from tdc_fast.errors import invalid, require
+from tdc_fast.nn.packing import RoutedModel, pack_experts
+from tdc_fast.nn.per_group import dense_module
+from tdc_fast.nn.timesteps import one_per_sample, timestep_argument
+from tdc_fast.nn.units import units_of
+from tdc_fast.nn.width_plan import ExpertUnit, WidthPlan
+from tdc_fast.routing import TimestepGroups
+
+diffusers = require("diffusers", "diffusers")
+_configuration = require("diffusers.configuration_utils", "diffusers")
+_BASES: Any = (diffusers.ModelMixin, diffusers.ConfigMixin)
+
+CODE_FILE = "modeling_tdc.py"
+_CODE = '''"""Loads the packed experts in this folder: AutoModel.from_pretrained(folder, trust_remote_code=True)."""
+
+from tdc_fast.diffusers_models import TDCModel
+
+__all__ = ["TDCModel"]
+'''
+
+
+class TDCModel(*_BASES):  # type: ignore[misc]
+    """Experts per group of timesteps in place of a denoiser of diffusers.
+
+    It is called as the denoiser is, by any pipeline and scheduler: every sample gets the expert of its timestep. Where
+    a scheduler makes timesteps between the trained ones, the nearest decides, within 0 to T - 1::
+
+        model = TDCModel.from_routed(pack_experts(unet, groups, widths))
+        DDIMPipeline(model, scheduler)(batch_size=4)
+        model.save_pretrained("tdc")  # config.json, safetensors (in shards where large), modeling_tdc.py
+        model = AutoModel.from_pretrained("tdc", trust_remote_code=True, torch_dtype=torch.bfloat16)
+
+    Attributes:
+        routed: the `RoutedModel`.
+        config: the base's configuration, with the arguments below.
+    """
+
+    config_name = "config.json"
+    _supports_gradient_checkpointing = True
+    _supports_param_buffer_assignment = False  # filters stay as they are in memory, with input channels innermost
+
+    @_configuration.register_to_config
+    def __init__(
+        self,
+        base: Mapping[str, Any],
+        boundaries: Sequence[int],
+        widths: Sequence[Mapping[str, int]] | None = None,
+        base_hash: str = "",
+        per_sample: Sequence[str] | None = None,
+        shared_layers: str = "",
+        auto_map: Mapping[str, str] | None = None,
+    ) -> None:
+        """Build the model with random weights.
+
+        Args:
+            base: the denoiser's configuration, with its class of diffusers as `_class_name`.
+            boundaries: the timestep groups' boundaries, N + 1 integers.
+            widths: channels by unit of each pruned expert; None where no expert is pruned.
+            base_hash: `base_hash` of the base that was pruned.
+            per_sample: as for `pack_experts`.
+            shared_layers: as for `pack_experts`.
+            auto_map: where `AutoModel` finds this class; it is kept in the configuration.
+
+        Raises:
+            ValueError: naming what does not fit.
+        """
+        super().__init__()
+        groups = TimestepGroups(boundaries)
+        dense = base_class(base.get("_class_name")).from_config(dict(base))
+        plan = None if widths is None else _plan(dense, groups, widths, base_hash)
+        self.routed = pack_experts(
+            [dense] * groups.num_groups, groups, plan, per_sample=per_sample, shared_layers=shared_layers
+        )
+
+    @classmethod
+    def from_routed(cls, routed: RoutedModel, shared_layers: str = "") -> TDCModel:
+        """The model around a packed model of a class of diffusers, which it holds itself, not a copy.
+
+        Args:
+            routed: the packed model.
+            shared_layers: what it was packed with.
+
+        Raises:
+            ValueError: the packed model is of another class.
+        """
+        if not isinstance(routed, RoutedModel):
+            raise invalid("routed", type(routed).__name__, "a RoutedModel, which pack_experts makes")
+        if bool(routed.shared) != bool(shared_layers):
+            raise invalid("shared_layers", shared_layers, f"what pack_experts was given; shared are {[*routed.shared]}")
+        dense: Any = dense_module(routed.model)
+        base_class(type(dense).__name__, type(dense))
+        plan = routed.widths
+        model = cls.__new__(cls)
+        diffusers.ModelMixin.__init__(model)
+        model.register_to_config(
+            base={**_public(dense.config), "_class_name": type(dense).__name__},
+            boundaries=list(routed.groups.boundaries),
+            widths=None if plan is None else [plan.expert_widths(index) for index in range(routed.num_experts)],
+            base_hash="" if plan is None else plan.base_hash,
+            per_sample=None if routed.per_sample is None else list(routed.per_sample),
+            shared_layers=shared_layers,
+            auto_map={"AutoModel": f"{Path(CODE_FILE).stem}.{cls.__name__}"},
+        )
+        model.routed = routed
+        return model.train(routed.training)
+
+    @property
+    def config(self) -> Any:
+        """The base's configuration, which pipelines read, with this model's own."""
+        own = self._internal_dict
+        return _configuration.FrozenDict({**_public(own["base"]), **own})
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The denoiser's output; arguments as for the denoiser, `return_dict` among them.
+
+        The timestep is a number, a tensor of one number or one of each sample (B,).
+
+        Raises:
+            ValueError: for arguments that cannot be divided among the experts (see `RoutedModel`).
+        """
+        place, _ = timestep_argument(self.routed.model)
+        names = list(inspect.signature(self.routed.model.forward).parameters)
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        for name in (names[0], names[1 + place]):
+            if given.get(name) is None:
+                raise invalid(name, None, "an argument of every call")
+        x, t = given.pop(names[0]), given.pop(names[1 + place])
+        t = one_per_sample(t, x)
+        return self.routed(x, t, expert_ids=self._experts_of(t), **given)
+
+    def _experts_of(self, t: Tensor) -> Tensor:
+        groups = self.routed.groups
+        return groups.group_of(t.round().to(torch.int64).clamp(0, groups.num_timesteps - 1))
+
+    def expert(self, index: int) -> nn.Module:
+        """Expert `index` as a plain model of diffusers, physically smaller where it is pruned."""
+        return self.routed.expert(index)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Write config.json, the weights and the code file that `AutoModel` needs.
+
+        Args:
+            save_directory: the folder.
+            **kwargs: as for diffusers' models: `max_shard_size`, `variant` and so on.
+        """
+        hook = self.register_state_dict_post_hook(_contiguous)
+        try:
+            super().save_pretrained(save_directory, **kwargs)
+        finally:
+            hook.remove()
+        if kwargs.get("is_main_process", True):
+            write_bytes(Path(save_directory) / CODE_FILE, _CODE.encode())
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> TDCModel:
+        """Load what `save_pretrained` wrote; arguments as for diffusers' models.
+
+        The model is built whole before its weights are read: `low_cpu_mem_usage` is False.
+
+        Raises:
+            ValueError: for a `device_map`, which needs a model without memory.
+        """
+        if kwargs.get("device_map") is not None:
+            raise invalid("device_map", kwargs["device_map"], "None; move the model by .to(device)")
+        return super().from_pretrained(pretrained_model_name_or_path, **{**kwargs, "low_cpu_mem_usage": False})
+
+
+def base_class(name: Any, actual: type | None = None) -> Any:
+    """The class of diffusers of this name; ValueError where there is none, or `actual` is another one."""
+    found = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if not (isinstance(found, type) and issubclass(found, diffusers.ModelMixin)) or actual not in (None, found):
+        raise invalid("base", name, "a class of models that diffusers has, such as UNet2DModel")
+    return found
+
+
+def _public(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in config.items() if not name.startswith("_")}
+
+
+def _plan(dense: nn.Module, groups: TimestepGroups, widths: Sequence[Mapping[str, int]], base_hash: str) -> WidthPlan:
+    """The plan of packed weights, whose channels are in order already."""
+    units = units_of(dense)
+    experts = []
+    for index, live in enumerate(widths):
+        for name in sorted(live.keys() ^ {unit.name for unit in units}):
+            raise invalid(f"widths[{index}]", name, "exactly the units of the base; this one is missing or unknown")
+        experts.append({unit.name: ExpertUnit(tuple(range(unit.num_atoms)), live[unit.name]) for unit in units})
+    return WidthPlan(base_hash=base_hash, boundaries=groups.boundaries, experts=tuple(experts))
+
+
+def _contiguous(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """Safetensors takes no other memory order; filters are stored with their input channels innermost."""
+    for name, value in state.items():
+        if isinstance(value, Tensor):
+            state[name] = value.contiguous()
