@@ -65,7 +65,7 @@ def step(routed: RoutedModel) -> tuple[Tensor, Tensor, Casts]:
 def work_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """What differs on a GPU: the embedding's one launch, torch's SiLU, all heads at once and in their own dtype."""
     monkeypatch.setattr("tdc_fast.nn.one_input.launches_cost", lambda device: True)
-    monkeypatch.setattr("tdc_fast.nn.layers._FEW_TOKENS", 0)
+    monkeypatch.setattr(attention, "_attend", attention._fused)
     monkeypatch.setattr("tdc_fast.models.blocks.silu", F.silu)
     monkeypatch.setattr("tdc_fast.models.iddpm.silu", F.silu)
     monkeypatch.setattr("tdc_fast.models.blocks.AttentionBlock._live_heads", lambda self: None)
