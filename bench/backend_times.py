@@ -22,7 +22,7 @@ from bench.gpu.rows import OURS_GRAPH, Row
 from tdc_fast.errors import invalid
 from tdc_fast.ops.measured import TIMES_VERSION, file_name
 
-BACKENDS = ("cuda", "triton")
+BACKENDS = ("cuda", "hopper", "triton")
 OPERATORS = {
     ("conv", "forward"): "routed_conv2d",
     ("conv", "dgrad"): "routed_conv2d_dgrad",

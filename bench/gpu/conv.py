@@ -19,6 +19,7 @@ from tdc_fast import RoutingPlan, routed_conv2d
 from tdc_fast.kernels.problems import ConvProblem, ConvTensors
 from tdc_fast.ops.backends import explain_problem
 from tdc_fast.ops.checks import conv_problem
+from tdc_fast.ops.hopper import HOPPER_FORM
 
 DIRECTIONS = ("forward", "dgrad", "wgrad")
 NUM_GROUPS = (8, 1, 4, 16)
@@ -191,8 +192,10 @@ def live_channels(channels: int, width: float) -> int:
 def explained(problem: Problem, backend: str | None) -> tuple[str | None, list[str]]:
     """The backend that the operator runs on, and the other GPU backends that support it."""
     what = explain_problem(problem.case.direction, problem.described(), backend)
-    others = [name for name in ("triton", "cuda") if name != what.backend and what.reasons.get(name, "absent") is None]
-    return what.backend, others
+    serving = [name for name in ("triton", "cuda", "hopper") if what.reasons.get(name, "absent") is None]
+    if not what.forms.get("hopper", "").startswith(HOPPER_FORM):  # else its time would be that of `cuda`
+        serving = [name for name in serving if name != "hopper"]
+    return what.backend, [name for name in serving if name != what.backend]
 
 
 def row_of(run: BenchRun, case: Case) -> dict[str, Any]:

@@ -22,6 +22,7 @@ conv2d_wgrad = cuda.conv2d_wgrad
 group_norm = cuda.group_norm
 group_norm_backward = cuda.group_norm_backward
 ARCHITECTURE = 90
+HOPPER_FORM = "in the Hopper form"  # what `form` says of it
 
 
 def supports(problem: Problem) -> str | None:
@@ -47,7 +48,7 @@ def form(problem: Problem) -> str:
     if refuse is None:
         return "in the portable form: the Hopper form has forward and dgrad"
     reason = refuse(**cuda.geometry(problem), device=launcher_facts(problem.device))
-    return f"in the portable form: the Hopper form does not serve this, {reason}" if reason else "in the Hopper form"
+    return f"in the portable form: the Hopper form does not serve this, {reason}" if reason else HOPPER_FORM
 
 
 def conv2d(p: ConvProblem, t: ConvTensors) -> Tensor:

@@ -72,6 +72,30 @@ CONV_CASES: dict[str, ConvCase] = {
 # Cases that depend on the dtype: forms of loads and products, not routing.
 CONV_FORMS = ("several tiles and K-steps", "odd channels", "stride 2", "tokens", "widths")
 
+# What the convolution's Hopper form serves: its tiles, and what ends in the middle of one.
+HOPPER_CASES: dict[str, ConvCase] = {
+    "tiles of 16x16": conv(UNEVEN, (128, 256), (32, 16)),
+    "wide tiles": conv(THREE, (64, 192), (16, 16)),
+    "four samples of a tile": conv(Routing((0,) * 9 + (1,) * 6 + (3,), 4, 4, None), (192, 128), (8, 8)),
+    "clipped images": conv(THREE, (72, 136), (11, 21)),
+    "clipped small tiles": conv(THREE, (64, 64), (9, 8), extras=("residual",)),
+    "widths": conv(
+        Routing((0, 1, 1, 2, 3, 3, 3, 0, 1), 4, 4, None),
+        (136, 264),
+        (16, 16),
+        in_widths=(136, 40, 0, 104),
+        out_widths=(264, 129, 64, 0),
+    ),
+    "widths of no multiple of 16, small images": conv(
+        Routing((0, 0, 0, 1, 1, 1, 1, 1, 2), 3, 2, (1, 0, 1)),
+        (96, 80),
+        (8, 8),
+        in_widths=(37, 96, 9),
+        out_widths=(80, 3, 65),
+    ),
+    "more groups than samples": conv(Routing((5, 70, 70), 99, 99, None), (64, 64), (8, 8), extras=()),
+}
+
 NORM_CASES: dict[str, NormCase] = {
     "scale, shift and SiLU": norm(UNEVEN, 64, 32, (16, 16)),
     "odd": norm(THREE, 15, 5, (7, 5), widths=(15, 3, 6)),

@@ -1,0 +1,96 @@
+"""The Hopper form of the convolution on a GPU of compute capability 9.0: accuracy, repetition, graphs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tdc_fast import explain, routed_conv2d
+from tdc_fast.ops.hopper import HOPPER_FORM
+from tests.cases import ConvCase, Routing
+from tests.gpu.problems import BF16, FP16, Precision, Target, moved, plan_on, routed, settings_on, targets
+from tests.gpu.shapes import HOPPER_CASES
+from tests.gpu.test_operators import check
+from tests.tolerance import assert_as_accurate_as_torch
+
+on_hopper = pytest.mark.parametrize("target", targets("hopper"))
+
+
+@pytest.fixture(autouse=True)
+def a_hopper_gpu(target: Target) -> None:
+    if target.device == "cuda" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the form is for compute capability 9.0")
+
+
+@on_hopper
+@pytest.mark.parametrize("precision", [BF16, FP16], ids=str)
+@pytest.mark.parametrize("name", HOPPER_CASES)
+def test_convolution(name: str, precision: Precision, target: Target, nan_filled_memory: None) -> None:
+    case = HOPPER_CASES[name]
+    products = 9 * max(case.in_channels, case.out_channels)
+    pixels = case.size[0] * case.size[1]
+    check(case, precision, target, {"y": products, "dx": products, "sums": case.routing.batch * pixels})
+
+
+@on_hopper
+@pytest.mark.parametrize("name", HOPPER_CASES)
+def test_the_form_serves_the_cases(name: str, target: Target) -> None:
+    case = HOPPER_CASES[name]
+    tensors = {k: t.detach() for k, t in moved(case.tensors(torch.bfloat16), target.device, case.layout).items()}
+    inputs = (tensors["x"], tensors["weight"], tensors.get("bias"))
+    what = explain(routed_conv2d, *inputs, plan_on(case.routing, target.device), **settings_on(case, target.device))
+    assert what.forms.get("hopper") == (HOPPER_FORM if target.device == "cuda" else None)
+
+
+def large(samples: tuple[int, ...], channels: int, side: int) -> ConvCase:
+    """A shape that fills the GPU several times over."""
+    groups = tuple(group for group, count in enumerate(samples) for _ in range(count))
+    routing = Routing(groups, len(samples), len(samples), None)
+    return ConvCase(routing, channels, channels, (side, side), (3, 3), (1, 1), (1, 1), None, None, ("bias",),
+                    "channels_last", 5)  # fmt: skip
+
+
+LARGE = {
+    "even groups": ((16,) * 8, 128, 32),
+    "one group": ((128,), 256, 16),
+    "half in one group": ((130, 18, 18, 18, 18, 18, 18, 18), 256, 8),
+    "64 groups": ((1, 3) * 32, 128, 16),
+    "wide tiles": ((3, 5), 192, 64),
+}
+
+
+@on_hopper
+@pytest.mark.parametrize("name", LARGE)
+def test_large_shapes_are_accurate_and_repeatable(name: str, target: Target, nan_filled_memory: None) -> None:
+    samples, channels, side = LARGE[name]
+    if target.device == "cpu":
+        samples, channels, side = tuple(min(n, 1) for n in samples[:2]), 64, 8
+    case = large(samples, channels, side)
+    tensors = {k: t.detach() for k, t in moved(case.tensors(torch.bfloat16), target.device, case.layout).items()}
+    plan = plan_on(case.routing, target.device)
+    with torch.no_grad():
+        y = routed(case, tensors, target, plan)
+        torchs = case.plain(tensors)
+        exact = case.plain({k: t.float() for k, t in tensors.items()})  # fp32 sums of exact products
+        assert_as_accurate_as_torch(y.cpu(), torchs.cpu(), exact.double().cpu(), name, 9 * channels)
+        for _ in range(5):
+            assert torch.equal(routed(case, tensors, target, plan), y)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("target", [Target("cuda", "hopper")], ids=["hopper"])
+def test_a_captured_convolution_follows_its_inputs(target: Target) -> None:
+    """Tensor maps are parameters of the graph's nodes: new contents at the same addresses are what it computes."""
+    case = large((3, 0, 5), 128, 16)
+    tensors = {k: t.detach() for k, t in moved(case.tensors(torch.bfloat16), "cuda", case.layout).items()}
+    plan = plan_on(case.routing, "cuda")
+    with torch.no_grad():
+        routed(case, tensors, target, plan)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = routed(case, tensors, target, plan)
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            tensors["x"].normal_()
+            graph.replay()
+            assert torch.equal(y, routed(case, tensors, target, plan))
