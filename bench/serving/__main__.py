@@ -37,6 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder for the two files")
     parser.add_argument("--name", default="", help="file name without ending")
     parser.add_argument("--picture", type=Path, help="also draw latency against load into this .svg file")
+    parser.add_argument("--note", default="", help="a sentence for the table, such as what else ran on the machine")
     options = parser.parse_args(argv)
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -48,6 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         "date": date.today().isoformat(),
         "command": " ".join(["python -m bench.serving", *(sys.argv[1:] if argv is None else argv)]),
         "machine": _machine(device),
+        "note": options.note,
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "settings": {
             "model": options.model, "experts": options.experts, "max_batch": options.max_batch,

@@ -16,7 +16,7 @@ def as_markdown(results: dict[str, Any]) -> str:
         f"# Serving on {machine['name']}, {machine['threads']} threads",
         "",
         f"{results['date']}, `{results['command']}`, {results['minutes']} minutes; "
-        f"torch {results['versions']['torch']}, Python {results['versions']['python']}.",
+        f"torch {results['versions']['torch']}, Python {results['versions']['python']}. {results['note']}".rstrip(),
         "",
         f"Model `{settings['model']}` with random weights, N = {settings['experts']} experts, at most "
         f"{settings['max_batch']} images in a batch, {settings['dtype']}. Every request asks for one image by DDIM in "

@@ -247,6 +247,8 @@ class Engine:
     def _work(self) -> None:
         batch: Batch | None = None
         try:
+            if self._stepper.device.type == "cuda":
+                torch.cuda.set_device(self._stepper.device)  # of this thread
             self._stepper.warm_up()
             while True:
                 with self._changed:

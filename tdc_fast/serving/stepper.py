@@ -81,7 +81,7 @@ class Stepper:
     def _pace(self) -> None:
         """Wait for the step before this one, so that the host is one step ahead of the GPU."""
         event, before = torch.cuda.Event(), self._event
-        event.record()
+        event.record(torch.cuda.current_stream(self.device))
         self._event = event
         if before is not None:
             before.synchronize()
