@@ -7,5 +7,6 @@ from __future__ import annotations
 
 from tdc_fast.diffusers_models.export import save_expert, save_two_experts
 from tdc_fast.diffusers_models.model import TDCModel
+from tdc_fast.diffusers_models.unets import from_diffusers, to_diffusers
 
-__all__ = ["TDCModel", "save_expert", "save_two_experts"]
+__all__ = ["TDCModel", "from_diffusers", "save_expert", "save_two_experts", "to_diffusers"]
