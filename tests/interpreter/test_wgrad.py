@@ -71,7 +71,8 @@ class Backward:
         self.dy = nhwc(dy)
         plan = case.routing.plan()
         widths = settings["in_widths"], settings["out_widths"]
-        self.tensors = ConvTensors(self.x, self.weight, plan.offsets, plan.tiles, plan.weight_index, *widths)
+        x2 = nhwc(tensors["x2"].detach()) if "x2" in tensors else None
+        self.tensors = ConvTensors(self.x, self.weight, plan.offsets, plan.tiles, plan.weight_index, *widths, x2=x2)
         geometry = (case.stride, case.padding)
         self.problem: ConvProblem = conv_problem("routed_conv2d_wgrad", self.tensors, *geometry, dy=self.dy)
 
@@ -94,7 +95,8 @@ class Backward:
         return self.gradients(SMALL_STEP, 2, mask)[1:]
 
     def reference(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        tensors = self.tensors._replace(x=self.x.to(dtype), weight=self.weight.to(dtype))
+        x2 = None if self.tensors.x2 is None else self.tensors.x2.to(dtype)
+        tensors = self.tensors._replace(x=self.x.to(dtype), weight=self.weight.to(dtype), x2=x2)
         return reference.conv2d_wgrad(self.problem, self.dy.to(dtype), tensors, (True, True, True))
 
 
@@ -121,6 +123,18 @@ def test_any_problem_is_as_accurate_as_torch(dtype: torch.dtype, nan_filled_memo
         assert_accurate(case, dtype, SMALL_STEP, 1 + case.seed % 3, MASKS[(case.seed + case.in_channels) % len(MASKS)])
 
     check()
+
+
+@pytest.mark.parametrize("tile", [SMALL_STEP, BOXED], ids=["pointer", "tma"])
+@pytest.mark.parametrize("x2_channels", [16, 24])
+def test_two_inputs_share_one_gradient(tile: WgradTile, x2_channels: int, nan_filled_memory: None) -> None:
+    """Widths that end in either of them or at the seam; partials of both, and biases with the first."""
+    case = some_case(
+        in_channels=40, x2_channels=x2_channels, out_channels=16, size=(4, 4), in_widths=(40, 24, 9),
+        out_widths=(16, 3, 10), filter=(1, 1), padding=(0, 0),
+    )  # fmt: skip
+    for splits in (1, 3):
+        assert_accurate(case, torch.float16, tile, splits)
 
 
 @pytest.mark.parametrize("mask", MASKS[1:], ids=str)
