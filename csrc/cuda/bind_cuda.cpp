@@ -148,11 +148,11 @@ void take_convolution_sizes(Keywords& keywords, ConvArguments& arguments) {
   TAKE(dtype), TAKE(tf32), TAKE(batch);
   TAKE(height), TAKE(width), TAKE(in_channels), TAKE(out_channels), TAKE(filter_height), TAKE(filter_width);
   TAKE(stride_height), TAKE(stride_width), TAKE(pad_height), TAKE(pad_width), TAKE(num_groups), TAKE(num_experts);
-  TAKE_IF_GIVEN(hopper);
+  TAKE_IF_GIVEN(x2_channels), TAKE_IF_GIVEN(upsample), TAKE_IF_GIVEN(hopper);
 }
 
 void take_convolution(Keywords& keywords, ConvArguments& arguments) {
-  TAKE(offsets), TAKE(weight_index), TAKE(in_widths), TAKE(out_widths);
+  TAKE(offsets), TAKE(weight_index), TAKE(in_widths), TAKE(out_widths), TAKE_IF_GIVEN(x2);
   take_convolution_sizes(keywords, arguments);
 }
 
@@ -162,7 +162,7 @@ void bind_planners_of_convolutions(py::module_& module) {
     take_convolution(keywords, arguments);
   };
   const auto dgrad = [](Keywords& keywords, ConvArguments& arguments) {
-    TAKE(dy), TAKE(weight), TAKE(dx), TAKE(tiles);
+    TAKE(dy), TAKE(weight), TAKE(dx), TAKE(tiles), TAKE_IF_GIVEN(dx2);
     take_convolution(keywords, arguments);
   };
   const auto wgrad = [](Keywords& keywords, ConvArguments& arguments) {

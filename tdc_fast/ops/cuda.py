@@ -27,7 +27,7 @@ from tdc_fast.ops.native import address, addresses
 
 name = "cuda"
 only_launches = True
-fuses = ("x2",)  # of what a call may fuse into reading its input
+fuses = ("x2", "upsample")  # of what a call may fuse into reading its input
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -38,8 +38,6 @@ def supports(problem: Problem) -> str | None:
     if problem.dtype not in _DTYPE_CODES:
         return f"it has float32, bfloat16 and float16, not {problem.dtype}"
     if isinstance(problem, ConvProblem):
-        if problem.fused:
-            return "its convolutions have one input of its final size"
         if problem.dtype == torch.float32 and not problem.tf32:
             return (
                 "its float32 convolution rounds products to tf32, which "
@@ -49,6 +47,8 @@ def supports(problem: Problem) -> str | None:
             return f"it has odd filters, not {problem.filter}"
         if problem.stride[0] > 2 or problem.stride[1] > 2:
             return f"it has strides 1 and 2, not {problem.stride}"
+        if problem.op == "routed_conv2d_dgrad" and problem.upsample > 1 and problem.stride != (1, 1):
+            return f"its gradient of an upsampled image has stride 1, not {problem.stride}"
     launcher, reason = launcher_for(problem.device)
     if launcher is None:
         return reason
@@ -122,7 +122,8 @@ def _routing(t: ConvTensors) -> dict[str, int]:
 
 def geometry(p: ConvProblem) -> dict[str, Any]:
     """The sizes and the dtype of a convolution as its planners take them."""
-    return {
+    fused = {"x2_channels": p.x2_channels, "upsample": p.upsample} if p.fused else {}
+    return fused | {
         "dtype": _DTYPE_CODES[p.dtype],
         "tf32": p.tf32,
         "batch": p.batch,
@@ -170,8 +171,8 @@ def conv2d(p: ConvProblem, t: ConvTensors, *, hopper: bool = False) -> Tensor:
     return y
 
 
-def conv2d_dgrad(p: ConvProblem, dy: Tensor, t: ConvTensors, *, hopper: bool = False) -> tuple[Tensor, None]:
-    """Returns dx (B, C_in, H, W), channels_last.
+def conv2d_dgrad(p: ConvProblem, dy: Tensor, t: ConvTensors, *, hopper: bool = False) -> tuple[Tensor, Tensor | None]:
+    """Returns dx (B, C_in - C_2, H, W) and dx2 (B, C_2, H, W) or None, channels_last.
 
     Args:
         p: the problem.
@@ -179,9 +180,10 @@ def conv2d_dgrad(p: ConvProblem, dy: Tensor, t: ConvTensors, *, hopper: bool = F
         t: the tensors of the forward.
         hopper: in the Hopper form where that serves.
     """
-    dx = _empty_image(dy, p.batch, p.in_channels, p.height, p.width)
+    dx = _empty_image(dy, p.batch, p.in_channels - p.x2_channels, p.height, p.width)
+    dx2 = _empty_image(dy, p.batch, p.x2_channels, p.height, p.width) if p.x2_channels else None
     if p.batch == 0:
-        return dx, None
+        return dx, dx2
     dy, t = aligned(nhwc(dy)), _tiled(p, t)
     arguments = {
         "dy": dy.data_ptr(),
@@ -192,8 +194,10 @@ def conv2d_dgrad(p: ConvProblem, dy: Tensor, t: ConvTensors, *, hopper: bool = F
         **geometry(p),
         **_form(hopper),
     }
+    if dx2 is not None:
+        arguments["dx2"] = dx2.data_ptr()
     launch_planned(native.module.cuda_launches_conv_dgrad, p.device, arguments)
-    return dx, None
+    return dx, dx2
 
 
 def _tiled(p: ConvProblem, t: ConvTensors) -> ConvTensors:
@@ -231,6 +235,8 @@ def conv2d_wgrad(
         **_routing(t),
         **geometry(p),
     }
+    if t.x2 is not None:
+        arguments["x2"] = t.x2.data_ptr()
     workspace = _workspace(native.module.cuda_conv_wgrad_workspace, p.device, arguments)
     launch_planned(native.module.cuda_launches_conv_wgrad, p.device, arguments | {"workspace": address(workspace)})
     if dweight is not None and written is not None and written is not dweight:

@@ -57,5 +57,5 @@ def conv2d(p: ConvProblem, t: ConvTensors) -> Tensor:
 
 
 def conv2d_dgrad(p: ConvProblem, dy: Tensor, t: ConvTensors) -> tuple[Tensor, Any]:
-    """Returns dx (B, C_in, H, W), channels_last."""
+    """Returns dx and dx2 or None, as `cuda` does."""
     return cuda.conv2d_dgrad(p, dy, t, hopper=True)

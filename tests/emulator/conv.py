@@ -81,9 +81,10 @@ def assert_accurate(
     plain, exact = (differentiable(case.tensors(d), wanted) for d in (dtype, torch.float64))
     torchs = outcome(case.plain(plain), plain)
     reference = outcome(routed(case, exact, backend="reference"), exact)
-    taps, pixels = case.filter[0] * case.filter[1], case.out_size[0] * case.out_size[1]
+    taps, pixels = case.upsample**2 * case.filter[0] * case.filter[1], case.out_size[0] * case.out_size[1]
     for name in ours:
-        terms = taps * max(case.in_channels, case.out_channels) if name in ("y", "dx") else case.routing.batch * pixels
+        of_products = name in ("y", "dx", "dx2")
+        terms = taps * max(case.in_channels, case.out_channels) if of_products else case.routing.batch * pixels
         assert_as_accurate_as_torch(ours[name], torchs[name], reference[name], f"{name} of {case}", max(terms, 64))
 
 

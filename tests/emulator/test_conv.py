@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
+from tdc_fast import explain, routed_conv2d
 from tests.cases import ConvCase, conv_cases
 from tests.emulator.conv import (
     DTYPES,
@@ -95,15 +96,40 @@ EDGES: dict[str, tuple[dict[str, Any], tuple[int, int, int], set[str]]] = {
     ),
     "any channels": ({"in_channels": 35, "out_channels": 67}, ONE_SM, {"forward_{}_64x64_any", "wgrad_{}_64x64_any"}),
     "few outputs": ({"in_channels": 40, "out_channels": 6}, ONE_SM, {"forward_{}_64x64", "dgrad_{}_64x64_any"}),
+    "two inputs, the seam inside a tile of 64 and a step": (
+        {"in_channels": 104, "x2_channels": 64, "in_widths": (104, 8, 77), "size": (5, 6)},
+        MANY_SMS,
+        {"forward_{}_64x64", "dgrad_{}_64x64", "wgrad_{}_64x64"},
+    ),
+    "two inputs, tiles of 128": (
+        {
+            "in_channels": 208,
+            "out_channels": 136,
+            "x2_channels": 72,
+            "filter": (1, 1),
+            "padding": (0, 0),
+            "in_widths": (208, 40, 170),
+            "out_widths": (136, 72, 128),
+        },
+        ONE_SM,
+        {"forward_{}_128x128", "dgrad_{}_128x128", "wgrad_{}_128x128"},
+    ),
+    "two inputs of any channels": (
+        {"in_channels": 35, "x2_channels": 12, "in_widths": (35, 0, 25)},
+        MANY_SMS,
+        {"forward_{}_64x64_any", "dgrad_{}_64x64_any", "wgrad_{}_64x64_any"},
+    ),
+    "upsampled": ({"upsample": 2}, MANY_SMS, {"forward_{}_64x64", "dgrad_{}_64x64", "wgrad_{}_64x64"}),
 }
 # fp16 differs from bf16 in products and rounding, not in layout.
 edge_dtypes = pytest.mark.parametrize("dtype", ["bf16"] if SANITIZED else ["bf16", "tf32"])
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_any_case_is_as_accurate_as_torch(dtype: str) -> None:
-    @given(case=conv_cases())
-    @settings(max_examples=5 if SANITIZED else 16, deadline=None, derandomize=True)
+def test_any_case_is_as_accurate_as_torch(dtype: str, fused: bool) -> None:
+    @given(case=conv_cases(fused=fused))
+    @settings(max_examples=5 if SANITIZED else 8 if fused else 16, deadline=None, derandomize=True)
     def check(case: ConvCase) -> None:
         assert_accurate(case, DTYPES[dtype])
 
@@ -123,8 +149,12 @@ def test_tile_edges_are_as_accurate_as_torch(edge: str, dtype: str) -> None:
 
 
 @edge_dtypes
-@pytest.mark.parametrize("channels", [(40, 72), (37, 71)])
-def test_nothing_dead_is_used(channels: tuple[int, int], dtype: str) -> None:
+@pytest.mark.parametrize(
+    ("channels", "fused"),
+    [((40, 72), {}), ((37, 71), {}), ((40, 72), {"x2_channels": 24, "upsample": 2, "size": (3, 4)})],
+    ids=["whole chunks", "any channels", "fused"],
+)
+def test_nothing_dead_is_used(channels: tuple[int, int], fused: dict[str, Any], dtype: str) -> None:
     """Dead weights, biases and upstream gradients do not change a bit of the results; dead outputs are zeros."""
     live_in, live_out = (33, 8), (3, 70)
     case = conv_case(
@@ -133,7 +163,9 @@ def test_nothing_dead_is_used(channels: tuple[int, int], dtype: str) -> None:
         out_channels=channels[1],
         in_widths=live_in,
         out_widths=live_out,
+        **fused,
     )
+    inputs = ("x", "x2") if fused else ("x",)
 
     def computed(filler: float) -> dict[str, Tensor]:
         tensors = case.tensors(DTYPES[dtype])
@@ -146,8 +178,10 @@ def test_nothing_dead_is_used(channels: tuple[int, int], dtype: str) -> None:
         dy = torch.ones_like(y)
         for group, _, start, stop in case.routing.segments():
             dy[start:stop, live_out[group] :] = filler
-        grads = torch.autograd.grad(y, [tensors[n] for n in ("x", "weight", "bias", "sample_bias")], dy)
-        return dict(zip(("y", "dx", "dweight", "dbias", "dsample_bias"), (y.detach(), *grads), strict=True))
+        names = (*inputs, "weight", "bias", "sample_bias")
+        grads = dict(zip(names, torch.autograd.grad(y, [tensors[n] for n in names], dy), strict=True))
+        dx = torch.cat([grads.pop(name) for name in inputs], dim=1)
+        return {"y": y.detach(), "dx": dx, **{f"d{name}": grad for name, grad in grads.items()}}
 
     with emulator():
         zeros, nans = computed(0.0), computed(float("nan"))
@@ -176,6 +210,15 @@ def test_results_do_not_depend_on_which_thread_goes_first(dtype: str) -> None:
             again = results(conv_case(**changes), DTYPES[dtype])
             for name, value in first.items():
                 assert torch.equal(again[name], value), name
+
+
+@plain_only
+def test_two_inputs_are_read_where_they_are_and_upsampled_as_they_are_read() -> None:
+    case = conv_case(x2_channels=8, upsample=2)
+    t = case.tensors(torch.bfloat16)
+    with emulator():
+        said = explain(routed_conv2d, t["x"], t["weight"], None, case.routing.plan(), **case.settings(), x2=t["x2"])
+    assert said.reasons["cuda"] is None and "cuda" not in said.copies
 
 
 # Side of a tile, rows that a warp takes, a device that makes the planner choose it in every pass over 128 channels.

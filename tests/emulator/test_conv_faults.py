@@ -8,19 +8,22 @@ import torch
 from tdc_fast.kernels.problems import ConvTensors
 from tdc_fast.ops import cuda
 from tdc_fast.ops.checks import conv_problem
+from tests.cases import ConvCase
 from tests.emulator.conv import assert_accurate, conv_case, emulator
 from tests.emulator.harness import SCHEDULES, EmulatorError, plain_only
 
 # More steps than stages, several warps, several taps.
 CASE = conv_case(in_channels=40, out_channels=40, size=(9, 8), filter=(3, 1), padding=(1, 0))
+FUSED = conv_case(in_channels=40, out_channels=40, x2_channels=24, size=(4, 4), upsample=2)
 
 
 def caught(family: str, plant: str, schedule: int) -> bool:
     """Whether the emulator or the comparison with fp64 notices a bug planted in a family of kernels."""
+    case, wanted = (FUSED, ("x",)) if family == "conv_dgrad" else (CASE, ("weight",) if family == "conv_wgrad" else ())
     with emulator(**{family: plant}) as launcher:
         launcher.schedule = schedule
         try:
-            assert_accurate(CASE, torch.bfloat16, ("weight",) if family == "conv_wgrad" else ())
+            assert_accurate(case, torch.bfloat16, wanted)
         except (AssertionError, EmulatorError):
             return True
     return False
@@ -34,6 +37,7 @@ def caught(family: str, plant: str, schedule: int) -> bool:
         ("conv_forward", "CONV_WRONG_STAGE"),
         ("conv_forward", "CONV_WRONG_TAP"),
         ("conv_wgrad", "CONV_WRONG_TAP"),
+        ("conv_dgrad", "CONV_ONE_PIXEL_OF_FOUR"),
     ],
 )
 def test_a_planted_bug_is_caught_under_every_schedule(family: str, plant: str) -> None:
@@ -48,11 +52,12 @@ def test_a_missing_barrier_is_caught_under_some_schedule() -> None:
 GARBAGE = (-(2**31), -7, 5, 2**31 - 1)
 
 
+@pytest.mark.parametrize("case", [CASE, FUSED], ids=["plain", "fused"])
 @pytest.mark.parametrize("garbage", GARBAGE)
-def test_no_number_in_device_memory_leads_out_of_bounds(garbage: int) -> None:
+def test_no_number_in_device_memory_leads_out_of_bounds(garbage: int, case: ConvCase) -> None:
     """Sanitizers check what is read and written; the values do not matter."""
-    tensors = {name: t.detach() for name, t in CASE.tensors(torch.bfloat16).items()}
-    x, weight, batch, groups = tensors["x"], tensors["weight"], CASE.routing.batch, CASE.routing.num_groups
+    tensors = {name: t.detach() for name, t in case.tensors(torch.bfloat16).items()}
+    x, weight, batch, groups = tensors["x"], tensors["weight"], case.routing.batch, case.routing.num_groups
 
     def filled(*shape: int) -> torch.Tensor:
         return torch.full(shape, garbage, dtype=torch.int32)
@@ -62,10 +67,10 @@ def test_no_number_in_device_memory_leads_out_of_bounds(garbage: int) -> None:
     for sound in range(4):
         routing = [offsets, index, widths, widths]
         routing[sound] = torch.zeros_like(routing[sound])
-        t = ConvTensors(x, weight, routing[0], CASE.routing.plan().tiles, *routing[1:])
-        problem = conv_problem("conv2d", t, CASE.stride, CASE.padding)
+        t = ConvTensors(x, weight, routing[0], case.routing.plan().tiles, *routing[1:], x2=tensors.get("x2"))
+        problem = conv_problem("conv2d", t, case.stride, case.padding, case.upsample)
         t = t._replace(tiles=tiles)
-        dy = torch.ones((batch, CASE.out_channels, *CASE.out_size), dtype=x.dtype)
+        dy = torch.ones((batch, case.out_channels, *case.out_size), dtype=x.dtype)
         with emulator():
             y = cuda.conv2d(problem, t)
             dx, _ = cuda.conv2d_dgrad(problem, dy, t)

@@ -19,30 +19,36 @@ BATCH, GROUPS = 4, 2
 
 
 def results() -> list[Tensor]:
-    """Outputs and gradients of a convolution and a group norm of random numbers."""
+    """Outputs and gradients of convolutions and group norms of random numbers."""
     plan = with_tiles(RoutingPlan.from_groups(torch.tensor([0, 1, 0, 1]), GROUPS))
     found = []
 
     def run(operator: Any, shapes: tuple[tuple[int, ...], ...], **settings: Any) -> None:
         tensors = [dense_memory(*shape).requires_grad_() for shape in shapes]
-        y = operator(*tensors[:3], plan, **settings, backend="cuda")
+        second = {"x2": tensors[3]} if len(tensors) > 3 else {}
+        y = operator(*tensors[:3], plan, **settings, **second, backend="cuda")
         dy = dense_memory(*y.shape)
         found.extend([y, *torch.autograd.grad(y, tensors, dy)])
 
     run(routed_conv2d, ((BATCH, 16, 5, 6), (GROUPS, 24, 16, 3, 3), (GROUPS, 24)), padding=1)
     run(routed_group_norm, ((BATCH, 16, 5, 6), (GROUPS, 16), (GROUPS, 16)), num_groups=4, activation="silu")
+    x, x2 = (BATCH, 16, 3, 2), (BATCH, 8, 3, 2)
+    run(routed_conv2d, (x, (GROUPS, 8, 24, 3, 3), (GROUPS, 8), x2), padding=1, upsample=2)
+    run(routed_group_norm, (x, (GROUPS, 24), (GROUPS, 24), x2), num_groups=2)
     return [t.detach() for t in found]
 
 
 def test_a_repeated_call_computes_what_its_backend_does(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "_check_tiles", lambda *_: None)  # a plan in host memory has none
-    launcher = EmulatorLauncher(*(emulated(family) for family in (*FAMILIES, "group_norm")), facts=MANY_SMS)
+    launcher = EmulatorLauncher(
+        *(emulated(family) for family in (*FAMILIES, "group_norm", "group_norm_two")), facts=MANY_SMS
+    )
     with cuda_launch.use_launcher(launcher):
         for seed in (0, 1, 2):
             torch.manual_seed(seed)
             repeated = results()
         calls = [seen.run for alike in eager._seen.values() for seen in alike]
-        assert len(calls) == 5
+        assert len(calls) == 10
         assert not any(isinstance(call, Replayed) and call.never_repeats for call in calls)
         backends.forget()
         torch.manual_seed(2)

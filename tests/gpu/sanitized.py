@@ -20,6 +20,8 @@ CASES: list[ConvCase | NormCase] = [
     conv(UNEVEN, (40, 72), (7, 6)),
     conv(THREE, (16, 24), (6, 6), stride=(2, 2), in_widths=(16, 8, 0), out_widths=(24, 0, 8)),
     conv(THREE, (64, 64), (5, 1), filter=(1, 1), padding=(0, 0)),
+    conv(THREE, (104, 72), (5, 3), x2_channels=40, upsample=2, in_widths=(104, 8, 70), out_widths=(72, 40, 8)),
+    conv(THREE, (19, 9), (7, 5), x2_channels=6, in_widths=(19, 4, 15)),
     norm(THREE, 24, 6, (7, 5), widths=(24, 8, 12)),
     norm(THREE, 64, 2, (48, 48)),
     norm(THREE, 48, 4, (7, 5), widths=(48, 24, 36), x2_channels=16),

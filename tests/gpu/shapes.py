@@ -67,6 +67,9 @@ CONV_CASES: dict[str, ConvCase] = {
     ),
     "two inputs, odd seam": conv(THREE, (19, 9), (7, 5), x2_channels=6, in_widths=(19, 4, 15)),
     "upsampled": conv(UNEVEN, (32, 64), (8, 8), upsample=2),
+    "two inputs, upsampled": conv(
+        THREE, (104, 136), (7, 5), x2_channels=40, upsample=2, in_widths=(104, 8, 70), out_widths=(136, 40, 72)
+    ),
     "a contiguous input": conv(THREE, (16, 16), (6, 6), layout="contiguous"),
 }
 # Cases that depend on the dtype: forms of loads and products, not routing.

@@ -17,6 +17,7 @@ from tests.gpu.shapes import CONV_CASES, NORM_CASES
 CASES = {
     "conv": CONV_CASES["widths"],
     "strided conv": CONV_CASES["stride 2"],
+    "conv of two inputs": CONV_CASES["two inputs, odd seam"],
     "norm": NORM_CASES["widths"],
     "norm of two inputs": NORM_CASES["two inputs, odd seam"],
 }

@@ -116,6 +116,7 @@ std::string hopper_refusal(const ConvArguments& a, const Device& device, bool fo
       a.pad_width != 1) {
     return "it has 3x3 filters with stride 1 and padding 1";
   }
+  if (a.x2_channels || a.upsample > 1) return "it has one input, which is not upsampled";
   if (std::min(a.height, a.width) < kLeastPixels) return "it has images from 8x8 on";
   if (std::min(a.in_channels, a.out_channels) < kLeastChannels || a.in_channels % 8 || a.out_channels % 8) {
     return "it has channels from 64 on, in multiples of 8";

@@ -55,6 +55,13 @@ TileChoice choose_tile(const ConvArguments& a, const Device& device, bool whole,
 
 // Forward and dgrad.
 
+// Tiles of so many columns along the input channels, where none has channels of both inputs.
+int64_t input_tiles(const ConvArguments& a, int64_t columns) {
+  return ceil_div(a.x_channels(), columns) + ceil_div(a.x2_channels, columns);
+}
+// Of the larger input.
+int64_t most_channels(const ConvArguments& a) { return std::max(a.x_channels(), a.x2_channels); }
+
 // How the pixels of a batch are divided into tiles.
 struct PixelTiles {
   int64_t samples;  // per row of the tile table, at most
@@ -78,10 +85,14 @@ struct PixelTiles {
 };
 
 std::vector<Launch> launch_images(const ConvArguments& a, const Device& device, bool forward) {
+  require(forward || a.upsample == 1 || (a.stride_height == 1 && a.stride_width == 1),
+          "the gradient of an upsampled image takes stride 1", a);
   if (a.batch == 0) return {};
   ConvImageParams p{};
   p.source = pointer<const void>(forward ? a.x : a.dy);
+  p.source2 = pointer<const void>(forward ? a.x2 : 0);
   p.result = pointer<void>(forward ? a.y : a.dx);
+  p.result2 = pointer<void>(forward ? 0 : a.dx2);
   p.weight = pointer<const void>(a.weight);
   if (forward) {
     p.bias = pointer<const void>(a.bias);
@@ -95,19 +106,22 @@ std::vector<Launch> launch_images(const ConvArguments& a, const Device& device, 
   const int64_t images = forward ? 1 : a.stride_height * a.stride_width;
   const int64_t pixels = forward ? a.out_height() * a.out_width()
                                  : ceil_div(a.height, a.stride_height) * ceil_div(a.width, a.stride_width);
-  const int64_t channels = forward ? a.out_channels : a.in_channels;
-  const bool whole = whole_chunks(forward ? a.in_channels : a.out_channels, {forward ? a.x : a.dy}, a) &&
-                     whole_chunks(a.in_channels, {a.weight}, a);
+  const auto channel_tiles = [&](int64_t columns) {
+    return forward ? ceil_div(a.out_channels, columns) : input_tiles(a, columns);
+  };
+  const bool whole =
+      (forward ? whole_inputs(a.x, a.x2, a) : whole_chunks(a.out_channels, {a.dy}, a)) && whole_inputs(a.weight, 0, a);
   const TileChoice tile = choose_tile(a, device, whole, [&](const TileChoice& t) {
     const PixelTiles tiles(a, pixels, t.rows);
-    return channels <= t.columns / 2 ? 0 : tiles.rows * tiles.per_row * images * ceil_div(channels, t.columns);
+    const int64_t channels = forward ? a.out_channels : most_channels(a);
+    return channels <= t.columns / 2 ? 0 : tiles.rows * tiles.per_row * images * channel_tiles(t.columns);
   });
   const PixelTiles tiles(a, pixels, tile.rows);
   p.tiles = pointer<const int>(a.tiles) + 3 * tiles.first_row(a);
   p.pixel_tiles = static_cast<int>(tiles.per_row);
-  p.channel_tiles = static_cast<int>(ceil_div(channels, tile.columns));
-  p.vector_result =
-      forward ? whole_chunks(channels, {a.y, a.bias, a.sample_bias, a.residual}, a) : whole_chunks(channels, {a.dx}, a);
+  p.channel_tiles = static_cast<int>(channel_tiles(tile.columns));
+  p.vector_result = forward ? whole_chunks(a.out_channels, {a.y, a.bias, a.sample_bias, a.residual}, a)
+                            : whole_inputs(a.dx, a.dx2, a);
   const std::string kernel =
       std::string(forward ? "tdc_conv_forward_" : "tdc_conv_dgrad_") + product_name(a) + "_" + tile.name;
   const unsigned blocks = blocks_of({tiles.rows, tiles.per_row, images, p.channel_tiles}, a);
@@ -145,14 +159,14 @@ int64_t choose_splits(const ConvArguments& a, const Device& device, int64_t bloc
 
 WgradTiling tile_wgrad(const ConvArguments& a, const Device& device) {
   WgradTiling tiling;
-  tiling.whole = whole_chunks(a.in_channels, {a.x}, a) && whole_chunks(a.out_channels, {a.dy}, a);
+  tiling.whole = whole_inputs(a.x, a.x2, a) && whole_chunks(a.out_channels, {a.dy}, a);
   const int64_t per_tile = a.num_experts * taps_of(a);
   // Splits fill the GPU, so the larger tile is right unless it is larger than the weight.
   tiling.tile = choose_tile(a, device, tiling.whole, [&](const TileChoice& t) {
-    return std::min(a.out_channels, a.in_channels) > t.rows / 2 ? device.multiprocessors : 0;
+    return std::min(a.out_channels, most_channels(a)) > t.rows / 2 ? device.multiprocessors : 0;
   });
   tiling.out_tiles = ceil_div(a.out_channels, tiling.tile.rows);
-  tiling.in_tiles = ceil_div(a.in_channels, tiling.tile.columns);
+  tiling.in_tiles = input_tiles(a, tiling.tile.columns);
   tiling.splits = choose_splits(a, device, per_tile * tiling.out_tiles * tiling.in_tiles);
   return tiling;
 }
@@ -165,6 +179,7 @@ void add_dweight(const ConvArguments& a, const Device& device, std::vector<Launc
   const WgradTiling tiling = tile_wgrad(a, device);
   ConvWgradParams p{};
   p.x = pointer<const void>(a.x);
+  p.x2 = pointer<const void>(a.x2);
   p.dy = pointer<const void>(a.dy);
   p.dweight = pointer<void>(a.dweight);
   p.partials = pointer<float>(a.workspace);
@@ -175,7 +190,7 @@ void add_dweight(const ConvArguments& a, const Device& device, std::vector<Launc
   p.splits = static_cast<int>(tiling.splits);
   p.out_tiles = static_cast<int>(tiling.out_tiles);
   p.in_tiles = static_cast<int>(tiling.in_tiles);
-  p.vector_result = whole_chunks(a.in_channels, {a.dweight}, a);
+  p.vector_result = whole_inputs(a.dweight, 0, a);
   const std::string kernel = std::string("tdc_conv_wgrad_") + product_name(a) + "_" + tiling.tile.name;
   const unsigned blocks = blocks_of({tiling.splits, a.num_experts, taps_of(a), tiling.out_tiles, tiling.in_tiles}, a);
   launches.push_back(launch_of(kernel, blocks, tiling.tile.threads, tiling.tile.shared_bytes, p, a));

@@ -46,9 +46,11 @@ struct ConvRouting {
 };
 
 struct ConvGeometry {
-  int height, width, in_channels;           // of x
+  int height, width, in_channels;           // of x, and of x2 with it
   int out_height, out_width, out_channels;  // of y
   int filter_height, filter_width, stride_height, stride_width, pad_height, pad_width;
+  int x_channels;     // of x alone: the input channels from here on are those of x2
+  int upsample_log2;  // 1: every pixel of the input stands for 2 x 2, which stride, padding and filter refer to
 };
 
 // Forward and dgrad. Activations are NHWC, weights [expert, C_out, R, S, C_in].
@@ -62,9 +64,11 @@ struct ConvImageParams {
   const int* tiles;         // the rows (group, first sample, samples) of the level that this launch uses
   ConvRouting routing;
   ConvGeometry geometry;
-  int pixel_tiles;    // blocks that share the pixels of one row of `tiles`
-  int channel_tiles;  // blocks that share the channels of the result
-  int vector_result;  // everything that the epilogue touches allows 16-byte accesses
+  int pixel_tiles;      // blocks that share the pixels of one row of `tiles`
+  int channel_tiles;    // blocks that share the channels of the result; in dgrad those of dx come before those of dx2
+  int vector_result;    // everything that the epilogue touches allows 16-byte accesses
+  const void* source2;  // forward: x2
+  void* result2;        // dgrad: dx2
 };
 
 // wgrad: one block sums one split of the pixels for one tile of (C_out, C_in) at one tap of one expert.
@@ -77,8 +81,9 @@ struct ConvWgradParams {
   ConvGeometry geometry;
   FastDivisor by_pixels, by_width;  // out_height * out_width; out_width
   int splits;
-  int out_tiles, in_tiles;  // tiles along C_out, C_in
+  int out_tiles, in_tiles;  // tiles along C_out, C_in; those of x come before those of x2
   int vector_result;        // dweight allows 16-byte stores
+  const void* x2;
 };
 
 // Threads per block of the kernels below.

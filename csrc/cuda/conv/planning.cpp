@@ -13,17 +13,19 @@ std::string shape_of(std::initializer_list<int64_t> sizes) {
   return text + ")";
 }
 
-void require(bool holds, const char* what, const ConvArguments& a) {
-  if (!holds) throw std::invalid_argument(std::string("routed convolution: ") + what + ": " + describe(a));
-}
-
 }  // namespace
 
 std::string describe(const ConvArguments& a) {
   return "x " + shape_of({a.batch, a.in_channels, a.height, a.width}) + " " + product_name(a) + ", weight " +
          shape_of({a.num_experts, a.out_channels, a.in_channels, a.filter_height, a.filter_width}) + ", stride " +
          shape_of({a.stride_height, a.stride_width}) + ", padding " + shape_of({a.pad_height, a.pad_width}) + ", " +
-         std::to_string(a.num_groups) + " groups";
+         std::to_string(a.num_groups) + " groups" +
+         (a.x2_channels ? ", the last " + std::to_string(a.x2_channels) + " channels in x2" : "") +
+         (a.upsample > 1 ? ", upsampled" : "");
+}
+
+void require(bool holds, const char* what, const ConvArguments& a) {
+  if (!holds) throw std::invalid_argument(std::string("routed convolution: ") + what + ": " + describe(a));
 }
 
 // Kernels count pixels and channels in 32 bits, elements in 64.
@@ -36,6 +38,8 @@ void check(const ConvArguments& a) {
   for (int64_t size : {a.batch, a.pad_height, a.pad_width}) {
     require(size >= 0 && size <= kMost, "a size is out of range", a);
   }
+  require(a.x2_channels >= 0 && a.x2_channels < a.in_channels, "x2 has no channels, or all of them", a);
+  require(a.upsample == 1 || a.upsample == 2, "images are upsampled to twice their size or not at all", a);
   require(a.out_height() >= 1 && a.out_width() >= 1, "the filter is larger than the padded image", a);
   require(a.dtype == 1 || a.dtype == 2 || (a.dtype == 0 && a.tf32), "dtypes are bf16, fp16 and fp32 as tf32", a);
   const int64_t most_pixels = kMost / std::max<int64_t>(a.batch, 1);
@@ -60,16 +64,23 @@ ConvRouting routing_of(const ConvArguments& a) {
 }
 
 ConvGeometry geometry_of(const ConvArguments& a) {
-  return {static_cast<int>(a.height),        static_cast<int>(a.width),        static_cast<int>(a.in_channels),
-          static_cast<int>(a.out_height()),  static_cast<int>(a.out_width()),  static_cast<int>(a.out_channels),
-          static_cast<int>(a.filter_height), static_cast<int>(a.filter_width), static_cast<int>(a.stride_height),
-          static_cast<int>(a.stride_width),  static_cast<int>(a.pad_height),   static_cast<int>(a.pad_width)};
+  return {static_cast<int>(a.height),        static_cast<int>(a.width),
+          static_cast<int>(a.in_channels),   static_cast<int>(a.out_height()),
+          static_cast<int>(a.out_width()),   static_cast<int>(a.out_channels),
+          static_cast<int>(a.filter_height), static_cast<int>(a.filter_width),
+          static_cast<int>(a.stride_height), static_cast<int>(a.stride_width),
+          static_cast<int>(a.pad_height),    static_cast<int>(a.pad_width),
+          static_cast<int>(a.x_channels()),  a.upsample == 2};
 }
 
 bool whole_chunks(int64_t channels, std::initializer_list<uintptr_t> addresses, const ConvArguments& a) {
   bool aligned = channels % per_chunk(a) == 0;
   for (uintptr_t address : addresses) aligned = aligned && address % 16 == 0;
   return aligned;
+}
+
+bool whole_inputs(uintptr_t x, uintptr_t x2, const ConvArguments& a) {
+  return whole_chunks(a.x_channels(), {x}, a) && whole_chunks(a.x2_channels, {x2}, a);
 }
 
 }  // namespace tdc::conv

@@ -24,6 +24,9 @@ inline const char* product_name(const ConvArguments& a) { return a.dtype == 0 ? 
 // The shapes, for messages.
 std::string describe(const ConvArguments& a);
 
+// Throws std::invalid_argument with the shapes unless what must hold does.
+void require(bool holds, const char* what, const ConvArguments& a);
+
 // Throws std::invalid_argument where the sizes and dtypes are none that kernels take.
 void check(const ConvArguments& a);
 
@@ -40,6 +43,9 @@ ConvGeometry geometry_of(const ConvArguments& a);
 
 // Whether rows of `channels` channels at these addresses (0: absent) consist of whole 16-byte chunks.
 bool whole_chunks(int64_t channels, std::initializer_list<uintptr_t> addresses, const ConvArguments& a);
+
+// The same of x and x2, or of their gradients: no chunk has channels of both.
+bool whole_inputs(uintptr_t x, uintptr_t x2, const ConvArguments& a);
 
 template <class Params>
 Launch launch_of(std::string kernel, unsigned blocks, int threads, int shared_bytes, const Params& params,

@@ -1,7 +1,7 @@
 // wgrad: dweight[co, tap, ci] = sum over the samples of an expert and the pixels of y of dy[pixel, co] x[its tap, ci].
 //
 //   rows of the tile     output channels of the expert's weight
-//   columns              input channels, at one tap
+//   columns              input channels, of x or of x2, at one tap
 //   depth                pixels of y of all groups that use the expert, group after group, kConvDepth at a time
 //
 // Split-K: split s of S takes the s-th equal share of every group's steps and writes its own partial array; a second
@@ -18,6 +18,7 @@ namespace tdc {
 // What one block sums.
 struct ConvWgradTile {
   int split, expert, tap, first_out, first_in;
+  int origin, end_in;  // of the input channels, where those of the tensor that holds the tile begin and end
 
   template <class Tile>
   __device__ __forceinline__ static ConvWgradTile find(const ConvWgradParams& p) {
@@ -26,6 +27,12 @@ struct ConvWgradTile {
     unsigned block = blockIdx.x;
     ConvWgradTile tile;
     tile.first_in = block % p.in_tiles * Tile::kColumns;
+    tile.origin = 0, tile.end_in = p.geometry.x_channels;
+    if (tile.first_in >= p.geometry.x_channels) {
+      const int tiles_of_x = (p.geometry.x_channels + Tile::kColumns - 1) / Tile::kColumns;
+      tile.first_in += p.geometry.x_channels - tiles_of_x * Tile::kColumns;
+      tile.origin = p.geometry.x_channels, tile.end_in = p.geometry.in_channels;
+    }
     block /= p.in_tiles;
     tile.first_out = block % p.out_tiles * Tile::kRows;
     block /= p.out_tiles;
@@ -79,7 +86,7 @@ class ConvPixelWalk {
     for (++group_; group_ < routing.num_groups; ++group_) {
       if (expert_of_group(routing, group_) != tile_.expert) continue;
       live_out_ = live_width(routing.out_widths, group_, p_.geometry.out_channels);
-      live_in_ = live_width(routing.in_widths, group_, p_.geometry.in_channels);
+      live_in_ = min(live_width(routing.in_widths, group_, p_.geometry.in_channels), tile_.end_in);
       if (tile_.first_out >= live_out_ || tile_.first_in >= live_in_) continue;
       take_share(clamp_to(routing.offsets[group_], routing.batch),
                  clamp_to(routing.offsets[group_ + 1], routing.batch));
@@ -138,8 +145,9 @@ class ConvWgradLoader {
 
   __device__ __forceinline__ void load_pixels(unsigned char* shared) {
     const ConvGeometry& g = p_.geometry;
-    const T* x = static_cast<const T*>(p_.x);
-    const int channel = tile_.first_in + Pixels::chunk() * kPerChunk<T>;
+    const T* x = static_cast<const T*>(tile_.origin ? p_.x2 : p_.x);
+    const int channel = tile_.first_in + Pixels::chunk() * kPerChunk<T>, up = g.upsample_log2;
+    const int channels = tile_.end_in - tile_.origin;
     const T* from[Pixels::kCopies];
     unsigned exists = 0;
 #pragma unroll
@@ -148,10 +156,10 @@ class ConvWgradLoader {
       const int within = pixel - sample * static_cast<int>(p_.by_pixels.divisor);
       const int out_row = quotient(within, p_.by_width), out_column = within - out_row * g.out_width;
       const int row = out_row * g.stride_height + top_, column = out_column * g.stride_width + left_;
-      const bool inside = pixel < walk_.end() && static_cast<unsigned>(row) < static_cast<unsigned>(g.height) &&
-                          static_cast<unsigned>(column) < static_cast<unsigned>(g.width);
-      const int source = inside ? (sample * g.height + row) * g.width + column : 0;
-      from[i] = x + (static_cast<long long>(source) * g.in_channels + channel);
+      const bool inside = pixel < walk_.end() && static_cast<unsigned>(row) < static_cast<unsigned>(g.height << up) &&
+                          static_cast<unsigned>(column) < static_cast<unsigned>(g.width << up);
+      const int source = inside ? (sample * g.height + (row >> up)) * g.width + (column >> up) : 0;
+      from[i] = x + (static_cast<long long>(source) * channels + channel - tile_.origin);
       exists |= inside ? 1u << i : 0u;
     }
     copy_share<Pixels, kVector>(shared, x, from, exists, walk_.live_in() - channel);
@@ -182,7 +190,7 @@ __device__ __forceinline__ void conv_wgrad(const ConvWgradParams& p) {
   const int taps = g.filter_height * g.filter_width;
   const long long experts_before = static_cast<long long>(tile.split) * p.routing.num_experts + tile.expert;
   drain<P>(sums, shared, [&](int row, int column, float (&values)[kPerChunk<T>]) {
-    const int out = tile.first_out + row, in = tile.first_in + column, count = g.in_channels - in;
+    const int out = tile.first_out + row, in = tile.first_in + column, count = tile.end_in - in;
     if (out >= g.out_channels || count <= 0) return;
     if (p.splits == 1) {
       const long long place =
