@@ -27,9 +27,8 @@ from tdc_fast.entry import STOPPED
 from tdc_fast.errors import invalid
 from tdc_fast.evaluation.samples import draw_samples, write_samples
 from tdc_fast.runs.build import named_device
-from tdc_fast.runs.config import comma_numbers
 from tdc_fast.runs.denoisers import Which, placed
-from tdc_fast.runs.limits import PathText, Within
+from tdc_fast.runs.limits import PathText, Within, comma_numbers
 from tdc_fast.runs.precision import DtypeName
 
 __all__ = ["SampleOptions", "draw_samples", "main", "write_samples"]

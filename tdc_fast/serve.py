@@ -16,9 +16,8 @@ from tdc_fast.command_line import load_denoiser, parse_denoiser_flags, run_comma
 from tdc_fast.entry import STOPPED
 from tdc_fast.errors import invalid, require
 from tdc_fast.runs.build import named_device
-from tdc_fast.runs.config import comma_numbers
 from tdc_fast.runs.denoisers import Which
-from tdc_fast.runs.limits import PathText, Within
+from tdc_fast.runs.limits import PathText, Within, comma_numbers
 from tdc_fast.serving import Engine, Policy
 from tdc_fast.serving.live import PolicyName
 

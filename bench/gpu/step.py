@@ -91,7 +91,6 @@ class Problem:
             batch_size=self.batch,
             learning_rate=LearningRate(self.config.lr),
             macs_per_sample=(0,) * max(n, 1),
-            num_experts=n or None,
             group_weights=[size / steps for size in groups.sizes] if groups else None,
             loss_scale=float(max(n, 1)),
             origin={},

@@ -22,7 +22,7 @@ from bench.paper.recipes import Recipe, Study, contestant, images_study, stage1
 from bench.paper.run import Outcome, protocol, run_rows
 from bench.paper.sizing import Sizing, decide, least_steps, warm_up
 from bench.paper.summary import summarise, write_table
-from bench.paper.tables import TABLES
+from bench.paper.tables import TABLES, Table, arm
 from tdc_fast.atomic import write_json
 from tdc_fast.command_line import check_writable, parse_flags
 from tdc_fast.errors import invalid
@@ -66,8 +66,14 @@ class ImagesOptions:
     """Residual blocks per level."""
     attention_resolutions: str = "16,8"
     """Comma list of the resolutions (pixels) whose levels have attention."""
-    batch_size: Annotated[int, Within(4, 2**20)] = 128
-    """Images per step, of stage 2 over all four experts together; the small batch of the controls is a quarter."""
+    batch_size: Annotated[int, Within(2, 2**20)] = 128
+    """Images per step, of stage 2 over all experts together; the small batch of the controls is the share of one."""
+    groups: Annotated[int, Within(2, 2**12)] = 4
+    """Groups of timesteps of the TDC models, each with an expert."""
+    arms: str = ""
+    """Comma list of further TDC models, each with one lever of stage 2: shared, shared-pairs, shared-convolutions,
+    shared-level0, lr-high-snr, lr-low-snr, ema-high-snr, ema-low-snr, slope; pruned at 0.8 C, or with whole- before
+    the name whole at C."""
     samples: Annotated[int, Within(2, 10**7)] = 5000
     """Images per draw of a model."""
     draws: Annotated[int, Within(1, 10**4)] = 3
@@ -123,25 +129,31 @@ def run_images(options: ImagesOptions, *, in_process: bool = False) -> Path:
     check_limits(ImagesOptions, vars(options))
     check_writable(Path(options.out))
     out, processes = Path(options.out), 0 if in_process else 1
-    study = _study(options, _SHORTEST)
+    study, table = _study(options, _SHORTEST), _table(options)
     how = dataclasses.replace(
         protocol(study, options.samples, options.draws),
         sampling_steps=options.sampling_steps,
         points_per_group=options.loss_points,
     )
-    least = least_steps(study, _training_images(study, options))
-    sizing = _sizing(options, study, how, least, processes, say)
+    least = least_steps(study, _training_images(study, table, options))
+    sizing = _sizing(options, study, table, how, least, processes, say)
     study = _study(options, sizing.baseline_steps)
-    for line in _decided(study, sizing, options):
+    for line in _decided(study, table, sizing, options):
         say(line)
     runs = out / "runs"
-    outcomes = run_rows(study, TABLE.rows, [options.seed], runs, how, processes, say)
-    page = _write(study, outcomes, runs, how, options, time.monotonic() - began)
+    outcomes = run_rows(study, table.rows, [options.seed], runs, how, processes, say)
+    page = _write(study, table, outcomes, runs, how, options, time.monotonic() - began)
     say(f"report: {page.resolve()}")
     return page
 
 
 _SHORTEST = 4  # steps of a study that is only checked
+
+
+def _table(options: ImagesOptions) -> Table:
+    """The main table with the arms that are asked for, each once."""
+    names = dict.fromkeys(name for part in options.arms.split(",") if (name := part.strip()))
+    return dataclasses.replace(TABLE, rows=(*TABLE.rows, *map(arm, names)))
 
 
 def _study(options: ImagesOptions, steps: int) -> Study:
@@ -151,13 +163,15 @@ def _study(options: ImagesOptions, steps: int) -> Study:
         ValueError: an option is not possible.
     """
     device = named_device(options.device)
-    if options.batch_size % 4:
-        raise invalid("batch_size", options.batch_size, "a multiple of 4, as four experts share a batch")
+    if options.batch_size % options.groups:
+        remedy = f"a multiple of --groups {options.groups}, as the experts share a batch"
+        raise invalid("batch_size", options.batch_size, remedy)
     names = ("image_size", "num_channels", "channel_mult", "num_res_blocks", "attention_resolutions")
     study = images_study(
         options.data_dir,
         options.batch_size,
         steps,
+        options.groups,
         **{name: getattr(options, name) for name in names},
         device=str(device),
         precision="bf16" if device.type == "cuda" else "fp32",
@@ -165,14 +179,14 @@ def _study(options: ImagesOptions, steps: int) -> Study:
     return dataclasses.replace(study, sampling_steps=options.sampling_steps, loss_points=options.loss_points)
 
 
-def _training_images(study: Study, options: ImagesOptions) -> int:
+def _training_images(study: Study, table: Table, options: ImagesOptions) -> int:
     """The number of training images, once everything that can be checked without a run is.
 
     Raises:
         ValueError: the images are missing or cannot be shown, or the network is not possible.
     """
-    first, _ = contestant(study, TABLE.rows[0], options.seed, Path(options.out))
-    images, _ = split_data(first.config)
+    pairs = [contestant(study, recipe, options.seed, Path(options.out)) for recipe in table.rows]
+    images, _ = split_data(pairs[0][0].config)
     if images.channels not in (1, 3):
         raise invalid("data_dir", options.data_dir, f"images with 1 or 3 channels, not {images.channels}")
     return len(images)
@@ -187,6 +201,7 @@ def _recorded(options: ImagesOptions) -> dict[str, Any]:
 def _sizing(
     options: ImagesOptions,
     study: Study,
+    table: Table,
     how: MeasuringProtocol,
     least: int,
     processes: int,
@@ -204,8 +219,8 @@ def _sizing(
     shutil.rmtree(warm, ignore_errors=True)  # of a call that was stopped in it
     say(f"warm-up: a few steps of every kind of run, to divide {options.minutes:g} minutes")
     try:
-        paces = warm_up(study, TABLE.rows, options.seed, warm, how, processes, say)
-        sizing = decide(study, TABLE.rows, paces, options.minutes, least)
+        paces = warm_up(study, table.rows, options.seed, warm, how, processes, say)
+        sizing = decide(study, table.rows, paces, options.minutes, least)
     finally:
         shutil.rmtree(warm, ignore_errors=True)
     for key, pace in {"stage 1": paces.stage1, **paces.rows}.items():
@@ -216,12 +231,12 @@ def _sizing(
     return sizing
 
 
-def _decided(study: Study, sizing: Sizing, options: ImagesOptions) -> list[str]:
+def _decided(study: Study, table: Table, sizing: Sizing, options: ImagesOptions) -> list[str]:
     """What was decided, in lines."""
-    first = stage1(study, TABLE.rows[0], options.seed, Path(options.out))
-    steps = ", ".join(f"{recipe.label}: {sizing.steps[recipe.key]}" for recipe in TABLE.rows)
+    first = stage1(study, table.rows[0], options.seed, Path(options.out))
+    steps = ", ".join(f"{recipe.label}: {sizing.steps[recipe.key]}" for recipe in table.rows)
     return [
-        f"decided: C is {sizing.baseline_steps} steps of {study.settings['batch_size']} images; all {len(TABLE.rows)} "
+        f"decided: C is {sizing.baseline_steps} steps of {study.settings['batch_size']} images; all {len(table.rows)} "
         f"models and their measuring take about {sizing.seconds / 60:.1f} of {options.minutes:g} minutes",
         f"decided: steps after the shared stage 1 of {first.config.stage1_steps}, at most: {steps}",
     ]
@@ -229,6 +244,7 @@ def _decided(study: Study, sizing: Sizing, options: ImagesOptions) -> list[str]:
 
 def _write(
     study: Study,
+    table: Table,
     outcomes: dict[str, list[Outcome]],
     runs: Path,
     how: MeasuringProtocol,
@@ -238,7 +254,7 @@ def _write(
     """Write table and report; returns the path of the report."""
     out, yardsticks = Path(options.out), load_yardsticks(runs / f"yardsticks-{how.samples}.pt")
     result = summarise(
-        TABLE, study, outcomes, [options.seed], how, yardsticks, describe_environment(), cpu_minutes=None
+        table, study, outcomes, [options.seed], how, yardsticks, describe_environment(), cpu_minutes=None
     )
     result |= {
         "sizing": read_record(out / "sizing.json"),
@@ -246,17 +262,17 @@ def _write(
         "command": _command(options),
     }
     print(write_table(result, out))
-    pairs = [contestant(study, recipe, options.seed, runs / f"seed{options.seed}") for recipe in TABLE.rows]
+    pairs = [contestant(study, recipe, options.seed, runs / f"seed{options.seed}") for recipe in table.rows]
     models = [
         dataclasses.replace(model, description=describe(recipe, study))
-        for recipe, (_, model) in zip(TABLE.rows, pairs, strict=True)
+        for recipe, (_, model) in zip(table.rows, pairs, strict=True)
     ]
     subject = Subject(
         title=f"Divide-and-conquer training on {Path(options.data_dir).name}",
         subtitle=(
-            "One uniform denoiser against experts for four groups of timesteps, whole and pruned, with controls for "
-            "batch size, for the experts' recipe and for compute; same data, same shared first stage, training compute "
-            "measured in multiply-accumulates."
+            f"One uniform denoiser against experts for {options.groups} groups of timesteps, whole and pruned, with "
+            "controls for batch size, for the experts' recipe and for compute; same data, same shared first stage, "
+            "training compute measured in multiply-accumulates."
         ),
         images="images",
         settings=dict(study.settings),
@@ -266,7 +282,7 @@ def _write(
     )
     measured = {key: ours[0].measured for key, ours in outcomes.items()}
     comparison = compare_runs(subject, pairs[0][0], models, measured, yardsticks, how, {"last call": seconds})
-    baselines = tuple(recipe.key for recipe in TABLE.rows if not _is_tdc(recipe))
+    baselines = tuple(recipe.key for recipe in table.rows if not _is_tdc(recipe))
     return write_report(comparison, out, CANDIDATE, baselines)
 
 
@@ -292,7 +308,10 @@ def describe(recipe: Recipe, study: Study) -> str:
             f"experts are, on {small} images per step: the recipe without groups. Training {end}."
         )
     how = f"pruned to their budgets (k = {study.experts['k']})" if pruned else "whole"
-    return f"{study.experts['groups']} experts, {how}, each fine-tuned on its own timesteps. Training {end}."
+    ranges = {name: f"{first:g} to {last:g}" for name, (first, last) in recipe.by_group.items()}
+    levers = {name: value for name, value in {**recipe.experts, **ranges}.items() if name != "k"}
+    also = "".join(f", --{name} {value}" for name, value in levers.items())
+    return f"{study.experts['groups']} experts, {how}, each fine-tuned on its own timesteps{also}. Training {end}."
 
 
 def _command(options: ImagesOptions) -> str:

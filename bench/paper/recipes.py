@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tdc_fast.experiments.contestants import SETTINGS, Contestant
 from tdc_fast.pruning.budget import budget_law
 from tdc_fast.runs.checkpoint import model_file
-from tdc_fast.runs.config import TrainConfig, comma_numbers
+from tdc_fast.runs.config import TrainConfig
+from tdc_fast.runs.limits import comma_numbers
 
 
 @dataclass(frozen=True)
@@ -81,13 +82,14 @@ STUDIES = {
 }
 
 
-def images_study(data_dir: str, batch_size: int, baseline_steps: int, **settings: Any) -> Study:
-    """The study "images": a folder or array of images, a UNet of improved-diffusion and four experts.
+def images_study(data_dir: str, batch_size: int, baseline_steps: int, groups: int = 4, **settings: Any) -> Study:
+    """The study "images": a folder or array of images, a UNet of improved-diffusion and an expert per group.
 
     Args:
         data_dir: as for `tdc_fast.train`.
         batch_size: images per step of stage 1 and of the uniform baseline, and of all experts together.
         baseline_steps: C in steps.
+        groups: number of groups of timesteps.
         **settings: further settings of all models.
     """
     common = {
@@ -99,7 +101,7 @@ def images_study(data_dir: str, batch_size: int, baseline_steps: int, **settings
         "images",
         baseline_steps,
         {**common, **settings, "data_dir": data_dir, "batch_size": batch_size},
-        {**_EXPERTS, "stage2_batch": batch_size},
+        {**_EXPERTS, "groups": groups, "stage2_batch": batch_size},
     )
 
 
@@ -112,6 +114,8 @@ class Recipe:
         label: name in the table.
         cost: training cost as a share of C.
         experts: None for one uniform denoiser, else changes to the study's TDC settings ({} for none).
+        by_group: further settings that are lists of a number per group: (first, last), the groups between in equal
+            ratios. The first group has the highest SNR.
         small_batch: after stage 1, train on an expert's batch size, with more steps for the same cost.
         mean_budget: prune to the mean of the budgets of the study's experts.
         small_stage1: train stage 1 in the same way.
@@ -122,6 +126,7 @@ class Recipe:
     label: str
     cost: float = 1.0
     experts: Mapping[str, Any] | None = None
+    by_group: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     small_batch: bool = False
     mean_budget: bool = False
     small_stage1: bool = False
@@ -144,6 +149,12 @@ def stage1(study: Study, recipe: Recipe, seed: int, folder: Path) -> Contestant:
 def stage1_share(study: Study, recipe: Recipe) -> float:
     """The cost of a recipe's stage 1 as a share of C."""
     return float((recipe.experts or {}).get("stage1_share", study.experts["stage1_share"]))
+
+
+def _in_equal_ratios(ends: tuple[float, float], count: int) -> str:
+    """A comma list of numbers from the first to the last."""
+    first, last = ends
+    return ",".join(f"{first * (last / first) ** (i / max(count - 1, 1)):.6g}" for i in range(count))
 
 
 def mean_budget(experts: Mapping[str, Any]) -> float:
@@ -172,10 +183,12 @@ def contestant(study: Study, recipe: Recipe, seed: int, folder: Path) -> tuple[C
             batch_size=study.small_batch if recipe.small_batch else study.settings["batch_size"],
         )
     else:
+        groups = int({**study.experts, **recipe.experts}["groups"])
         config = first.config.replace(
             **{
                 **study.experts,
                 **recipe.experts,
+                **{name: _in_equal_ratios(ends, groups) for name, ends in recipe.by_group.items()},
                 **batch,
                 **budget,
                 "run_dir": directory,

@@ -45,7 +45,8 @@ def summarise(
         },
         "settings": {"model and training": dict(study.settings), "TDC": dict(study.experts)},
         "recipes": {
-            recipe.label: {"cost": recipe.cost, "changes": dict(recipe.experts or {})} for recipe in table.rows
+            recipe.label: {"cost": recipe.cost, "changes": {**(recipe.experts or {}), **recipe.by_group}}
+            for recipe in table.rows
         },
         "environment": environment,
         "cpu_minutes": cpu_minutes and round(cpu_minutes, 1),

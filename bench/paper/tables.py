@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from bench.paper.recipes import Recipe
+from tdc_fast.errors import invalid
 
 WHOLE = {"k": 1.0}
 ONE = {"groups": 1, **WHOLE}
@@ -17,6 +19,46 @@ SMALL = Recipe("uniform-small", "uniform, small batch, C", small_batch=True)
 SMALL_80 = Recipe("uniform-small-80", "uniform, small batch, 0.8 C", 0.8, small_batch=True)
 TDC_WHOLE = Recipe("tdc-whole", "TDC, whole experts, C", experts=WHOLE)
 TDC = Recipe("tdc", "TDC, pruned, 0.8 C", 0.8, experts={})
+
+
+def _lever(name: str, label: str, **changes: Any) -> Recipe:
+    by_group = {key: ends for key, ends in changes.items() if isinstance(ends, tuple)}
+    experts = {key: value for key, value in changes.items() if key not in by_group}
+    return Recipe(f"lever-{name}", f"TDC, pruned, 0.8 C, {label}", 0.8, experts=experts, by_group=by_group)
+
+
+PAIRS = "convolutions:2,attention:2"
+LEVERS = {
+    recipe.key.removeprefix("lever-"): recipe
+    for recipe in (
+        _lever("shared", "convolutions and attention shared", shared_layers="convolutions,attention"),
+        _lever("shared-pairs", "convolutions and attention shared by pairs", shared_layers=PAIRS),
+        _lever("shared-convolutions", "convolutions shared", shared_layers="convolutions"),
+        _lever("shared-level0", "the level of highest resolution shared", shared_layers="level0"),
+        _lever("lr-high-snr", "learning rate 1 to 0.5 from high to low SNR", stage2_lr_factors=(1.0, 0.5)),
+        _lever("lr-low-snr", "learning rate 0.5 to 1 from high to low SNR", stage2_lr_factors=(0.5, 1.0)),
+        _lever("ema-high-snr", "averages 4 to 1 times as long from high to low SNR", stage2_ema_factors=(4.0, 1.0)),
+        _lever("ema-low-snr", "averages 1 to 4 times as long from high to low SNR", stage2_ema_factors=(1.0, 4.0)),
+        _lever("slope", "shares of the batch by the slope of the loss", stage2_slope_windows=32),
+    )
+}
+"""Models that differ from TDC in one thing, by the name that `--arms` has for it."""
+WHOLE_ARM = "whole-"
+
+
+def arm(name: str) -> Recipe:
+    """The recipe of an arm: a name of `LEVERS`, or `whole-` and such a name for whole experts at C.
+
+    Raises:
+        ValueError: there is no such arm.
+    """
+    recipe = LEVERS.get(name.removeprefix(WHOLE_ARM))
+    if recipe is None:
+        raise invalid("arms", name, f"{', '.join(LEVERS)}, or {WHOLE_ARM} before one of them")
+    if not name.startswith(WHOLE_ARM):
+        return recipe
+    label = recipe.label.replace("pruned, 0.8 C", "whole experts, C")
+    return replace(recipe, key=f"{recipe.key}-whole", label=label, cost=1.0, experts={**WHOLE, **recipe.experts})  # type: ignore[dict-item]
 
 
 @dataclass(frozen=True)
@@ -41,6 +83,7 @@ def _settings() -> tuple[Recipe, ...]:
         row("loss", "high loss counts as hard", difficulty="loss"),
         row("loss-reversed", "low loss counts as hard", difficulty="loss-reversed"),
         row("by-hand", "budgets and shares of the batch by hand", **BY_HAND),
+        *LEVERS.values(),
     )
 
 
@@ -99,7 +142,8 @@ TABLES = {
         ),
         Table(
             "settings",
-            "How much do k, the number of groups, the grouping and the order of difficulty matter? (all at 0.8 C)",
+            "How much do k, the number of groups, the grouping, the order of difficulty and every lever of stage 2 "
+            "matter? (all at 0.8 C)",
             (UNIFORM, UNIFORM_80, *_settings()),
         ),
         Table(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from tdc_fast.diffusion.create import create_diffusion
 from tdc_fast.diffusion.diffusion import Diffusion
 from tdc_fast.diffusion.guidance import GuidedDenoiser
+from tdc_fast.diffusion.loss_slope import LossSlopeSampler
 from tdc_fast.diffusion.samplers import Dpm2mHistory, ddim_step, ddpm_step, dpmpp_2m_step
 from tdc_fast.diffusion.sampling_loop import SamplingLoop, sample
 from tdc_fast.diffusion.schedules import named_betas
@@ -21,6 +22,7 @@ __all__ = [
     "Dpm2mHistory",
     "GuidedDenoiser",
     "LossSecondMomentSampler",
+    "LossSlopeSampler",
     "SamplingLoop",
     "StratifiedSampler",
     "TimestepSampler",

@@ -115,6 +115,10 @@ class TimestepSampler:
     def update(self, t: Tensor, losses: Tensor) -> None:
         """Learn from the unweighted losses (B,) at timesteps t (B,); only adaptive samplers do."""
 
+    def columns(self) -> dict[str, float]:
+        """What the log has in columns of its own, by name."""
+        return {}
+
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs."""
         return {}

@@ -203,6 +203,7 @@ def _widths(run: Run) -> ExpertWidths:
         ),
         budgets=tuple(budget / whole for budget in plan.budgets),
         macs=tuple(macs / whole for macs in plan.macs),
+        boundaries=plan.boundaries,
     )
 
 

@@ -215,9 +215,19 @@ def _routed(denoiser: TrainedDenoiser) -> nn.Module:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Number of parameters; of a routed model those of its experts as separate modules, without pruned channels."""
+    """Number of parameters; of a routed model those of its experts as separate modules, without pruned channels.
+
+    What groups share counts once, as wide as the widest of them.
+    """
     if isinstance(model, RoutedModel):
-        return sum(count_parameters(model.expert(i)) for i in range(model.num_experts))
+        sizes: dict[tuple[str, int], int] = {}
+        shared = model.shared
+        for group in range(model.num_experts):
+            for name, parameter in model.expert(group).named_parameters():
+                rows = shared.get(name.rpartition(".")[0])
+                key = name, group if rows is None else rows[group]
+                sizes[key] = max(parameter.numel(), sizes.get(key, 0))
+        return sum(sizes.values())
     return sum(parameter.numel() for parameter in model.parameters())
 
 

@@ -16,6 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -23,6 +24,7 @@ from tdc_fast.diffusion.calibration import Batch, split_batch
 from tdc_fast.diffusion.protocols import DiffusionProcess
 from tdc_fast.errors import invalid
 from tdc_fast.nn.macs import MacCounter, measure_macs
+from tdc_fast.nn.sharing import Rows, shared_rows, unit_rows
 from tdc_fast.nn.units import Prunable, PruningUnit, module_of, units_of, with_widths
 from tdc_fast.nn.width_plan import ExpertUnit, WidthPlan, base_hash
 from tdc_fast.pruning.agents import Agent, resolved_agent
@@ -128,10 +130,12 @@ def plan_pruning(
         scorer = DenoisingLoss(
             base, diffusion, data, seed=settings.seed, max_samples=settings.max_samples, dtype=settings.dtype
         )
+    units = tuple(units_of(base))
     search = _Search(
         base=base,
         digest=base_hash(module),
-        units=tuple(units_of(base)),
+        units=units,
+        ordered_alike=unit_rows(units, shared_rows(module, settings.shared_layers, groups.num_groups)),
         groups=groups,
         diffusion=diffusion,
         data=data,
@@ -163,6 +167,7 @@ class _Search:
     base: nn.Module | Prunable
     digest: str
     units: tuple[PruningUnit, ...]
+    ordered_alike: dict[str, Rows]
     groups: TimestepGroups
     diffusion: DiffusionProcess
     data: list[Batch]
@@ -176,7 +181,7 @@ class _Search:
 
     def identity(self) -> dict[str, Any]:
         """JSON values that identify the search; a memory of another one is refused."""
-        settings = self.settings
+        settings, alike = self.settings, self.ordered_alike
         return {
             "base_hash": self.digest,
             "boundaries": list(self.groups.boundaries),
@@ -189,6 +194,7 @@ class _Search:
             "seed": settings.seed,
             "scored_samples": 0 if self.scorer is None else self.scorer.samples,
             **({} if settings.dtype == torch.float32 else {"dtype": str(settings.dtype)}),
+            **({"ordered_alike": {name: list(rows) for name, rows in alike.items()}} if alike else {}),
         }
 
     def run(self, fractions: tuple[float, ...], memory: Memory) -> Pruning:
@@ -215,7 +221,7 @@ class _Search:
         settings = self.settings
         interval = (self.groups.boundaries[group], self.groups.boundaries[group + 1])
         with MacCounter() as counter:
-            importance = self._importance(group, interval)
+            importance = self._importance_of_sharers(group)
         budget, tolerance, seed = self.budgets[group], settings.tolerance, settings.seed
         task = Task(group, interval, self.units, self.costs, budget, tolerance, importance, seed=seed)
         best = search_widths(
@@ -238,13 +244,33 @@ class _Search:
         """One for all groups, which share its graphs."""
         return TaylorImportance(module_of(self.base), self.units, self.diffusion, self.settings.dtype)
 
-    def _importance(self, group: int, interval: tuple[int, int]) -> Importance:
+    def _importance_of_sharers(self, group: int) -> Importance:
+        """The group's importance; of a unit that pruned groups order alike, the mean of theirs."""
+        importance = dict(self._importance(group))
+        for unit, rows in self.ordered_alike.items():
+            pruned = [other for other, budget in enumerate(self.budgets) if budget < self.costs.full()]
+            alike = [other for other in pruned if rows[other] == rows[group]]
+            importance[unit] = np.mean([self._importance(other)[unit] for other in alike], axis=0)
+        return importance
+
+    def _importance(self, group: int) -> Importance:
+        if group not in self._importances:
+            self._importances[group] = self._measured_importance(group)
+        return self._importances[group]
+
+    @cached_property
+    def _importances(self) -> dict[int, Importance]:
+        """Those that were measured, by group."""
+        return {}
+
+    def _measured_importance(self, group: int) -> Importance:
         given, base = self.settings.importance, module_of(self.base)
         if callable(given):
             return given(group)
         if given == "magnitude":
             whole = {unit.name: float(self.costs.tables[unit.name][unit.channels]) for unit in self.units}
             return balanced(magnitude_importance(base, self.units), whole)
+        interval = (self.groups.boundaries[group], self.groups.boundaries[group + 1])
         return self._taylor.of(self.data, interval, seed=self.settings.seed)
 
 

@@ -35,6 +35,8 @@ class PruningSettings:
         seed: seed of everything that is drawn.
         dtype: what the base and its candidates compute in where importance and the default scorer's losses are
             measured: torch.float32, torch.bfloat16 or torch.float16.
+        shared_layers: layers that groups share in the packed model, as `pack_experts` takes them. Pruned groups that
+            share a layer of a unit order its atoms alike, by the mean of their importances.
         k_name: what errors call `k`, such as the flag that it came from.
 
     Raises:
@@ -53,6 +55,7 @@ class PruningSettings:
     strict: bool = False
     seed: int = 0
     dtype: torch.dtype = torch.float32
+    shared_layers: str | Sequence[str] = ""
     k_name: str = "k"
 
     def __post_init__(self) -> None:

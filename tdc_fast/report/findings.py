@@ -91,5 +91,6 @@ def group_sentence(comparison: Comparison, candidate_key: str, baseline_key: str
     parts = []
     for i, difference in enumerate(per_group):
         clear = abs(difference.relative) > CLEAR * difference.standard_error
-        parts.append(f"group {i} {difference.relative:+.1%}{'' if clear else ' (not clear)'}")
-    return f"Held-out loss of “{candidate.label}” against “{baseline.label}” by group: {', '.join(parts)}."
+        parts.append(f"{comparison.interval} {i} {difference.relative:+.1%}{'' if clear else ' (not clear)'}")
+    by = f"by {comparison.interval}: {', '.join(parts)}"
+    return f"Held-out loss of “{candidate.label}” against “{baseline.label}” {by}."

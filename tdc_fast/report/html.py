@@ -46,11 +46,11 @@ def render_report(comparison: Comparison, candidate: str, baselines: tuple[str, 
             _header(comparison, candidate, baselines),
             _section("numbers", "The numbers", _numbers(comparison)),
             _section("samples", "Samples side by side", _samples(comparison)),
-            _section("heldout", "Held-out loss by group", _heldout(comparison)),
+            _section("heldout", f"Held-out loss by {comparison.interval}", _heldout(comparison)),
             _section("distance", "Fréchet distance and its spread", _distance(comparison)),
             _section("groups", "SNR, groups and budgets", _groups(comparison)),
             _section("widths", "Widths by layer and expert", _widths(comparison)),
-            _section("curves", "Training loss by group", _curves(comparison)),
+            _section("curves", f"Training loss by {comparison.interval}", _curves(comparison)),
             _section("compute", "Where the compute went", _compute(comparison)),
             _section("limits", "What this run cannot show", _limits(comparison)),
             _section("settings", "Settings and versions", _settings(comparison)),
@@ -129,7 +129,7 @@ def _numbers(comparison: Comparison) -> str:
         )
     head = [
         "model", "training cost", "cost per image", "held-out loss", "against the first",
-        *(f"group {g}" for g in groups), "Fréchet distance",
+        *(f"{comparison.interval} {g}" for g in groups), "Fréchet distance",
     ]  # fmt: skip
     first = comparison.models[0]
     floors = "; ".join(
@@ -137,11 +137,12 @@ def _numbers(comparison: Comparison) -> str:
         for floor in comparison.floors
     )
     note = (
-        "Lower is better throughout; group 0 has the least noise. C is the measured training compute of the first "
-        f"model, {first.training_macs:.3e} MACs; cost per image counts every step of the sampler with the expert of "
-        f"that step ({first.sampling_macs / 1e6:.1f} M MACs for the first model). Held-out loss: "
-        f"{first.heldout.num_images} images, {len(first.heldout.timesteps[0])} fixed timesteps for each group, the "
-        "same noise for all models; ± is the standard error of the paired difference. Fréchet distance: "
+        f"Lower is better throughout; {comparison.interval} 0 has the least noise. C is the measured training compute "
+        f"of the first model, {first.training_macs:.3e} MACs; cost per image counts every step of the sampler with the "
+        f"expert of that step ({first.sampling_macs / 1e6:.1f} M MACs for the first model). Held-out loss: "
+        f"{first.heldout.num_images} images, {len(first.heldout.timesteps[0])} fixed timesteps for each "
+        f"{comparison.interval}, the same noise for all models; ± is the standard error of the paired difference. "
+        "Fréchet distance: "
         f"{len(first.frechet.values)} draws of {first.frechet.n} samples against {comparison.reference}; ± is the "
         f"standard deviation over the draws. Real against real: {floors}."
     )

@@ -76,6 +76,7 @@ class ExpertWidths:
         widths: for each unit, the channels that each expert keeps.
         budgets: MACs that each expert may use.
         macs: MACs that each expert uses.
+        boundaries: boundaries of the experts' groups of timesteps, from 0 to T.
     """
 
     units: tuple[str, ...]
@@ -83,6 +84,7 @@ class ExpertWidths:
     widths: tuple[tuple[int, ...], ...]
     budgets: tuple[float, ...]
     macs: tuple[float, ...]
+    boundaries: tuple[int, ...]
 
     def to_json(self) -> dict[str, Any]:
         """The widths as report.json holds them."""
@@ -93,6 +95,7 @@ class ExpertWidths:
             ],
             "budgets": list(self.budgets),
             "macs": list(self.macs),
+            "boundaries": list(self.boundaries),
         }
 
 
@@ -104,7 +107,7 @@ class Comparison:
         title: heading of the report.
         subtitle: what is compared, in one sentence.
         models: the models; the first is the yardstick, whose training cost is C.
-        boundaries: boundaries of the groups of timesteps, from 0 to T.
+        boundaries: boundaries of the intervals of timesteps by which losses are told, from 0 to T.
         snr_db: signal-to-noise ratio of each timestep in decibels.
         widths: widths of the pruned experts.
         floors: Fréchet distances between real images.
@@ -140,6 +143,11 @@ class Comparison:
     def yardstick(self) -> ModelResult:
         """The model that the others are compared with."""
         return self.models[0]
+
+    @property
+    def interval(self) -> str:
+        """What one of the intervals of `boundaries` is called: a group, if the experts have the same."""
+        return "group" if self.boundaries == self.widths.boundaries else "interval"
 
     def model(self, key: str) -> ModelResult:
         """The model with this key."""

@@ -62,7 +62,7 @@ def loss_curves(comparison: Comparison) -> str:
             label = model.label if group == 0 else None
             _draw_curve(axis, model.curve, group, total, colour(comparison, model), label)
         start, stop = comparison.boundaries[group], comparison.boundaries[group + 1]
-        axis.set_title(f"group {group}: t {start} to {stop - 1}")
+        axis.set_title(f"{comparison.interval} {group}: t {start} to {stop - 1}")
     for axis in axes.flat[num_groups:]:
         axis.set_visible(False)
     figure.supxlabel("training compute (C)", color=MUTED, fontsize=10)
@@ -82,7 +82,7 @@ def snr_curve(comparison: Comparison) -> str:
     """SNR over the timesteps with the groups; below it the MACs of each expert and its budget."""
     figure, axes = new_figure(11, 4.4, 2, 1, sharex=True, height_ratios=[1.7, 1])
     top, bottom = axes[0, 0], axes[1, 0]
-    boundaries, plan = comparison.boundaries, comparison.widths
+    boundaries, plan = comparison.widths.boundaries, comparison.widths
     top.plot(range(len(comparison.snr_db)), comparison.snr_db, color=INK, linewidth=1.8)
     top.set_ylabel("SNR (dB)", fontsize=9)
     for group, (start, stop) in enumerate(zip(boundaries[:-1], boundaries[1:], strict=True)):
@@ -148,7 +148,7 @@ def heldout_differences(comparison: Comparison) -> str:
     axis = axes[0, 0]
     others = comparison.models[1:]
     num_groups = len(comparison.boundaries) - 1
-    labels = ["all timesteps", *(f"group {g}" for g in range(num_groups))]
+    labels = ["all timesteps", *(f"{comparison.interval} {g}" for g in range(num_groups))]
     pitch = min(0.16, 0.8 / max(1, len(others)))
     for place, model in enumerate(others):
         overall, per_group = compare(model.heldout, comparison.yardstick.heldout)

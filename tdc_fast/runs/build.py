@@ -13,6 +13,7 @@ from tdc_fast.diffusion import Diffusion, create_diffusion
 from tdc_fast.errors import invalid
 from tdc_fast.graphs import captures_on
 from tdc_fast.models.iddpm import UNet, create_unet
+from tdc_fast.nn.sharing import shared_rows
 from tdc_fast.runs.config import TrainConfig
 from tdc_fast.runs.precision import named_dtype
 
@@ -69,6 +70,16 @@ def check_cuda_graph(config: TrainConfig) -> None:
     device = build_device(config)
     if config.cuda_graph == "on" and not captures_on(device):
         raise invalid("cuda_graph", "on", f"auto or off, as the device is {device}; or --device cuda")
+
+
+def check_shared_layers(config: TrainConfig, in_channels: int) -> None:
+    """Refuse a --shared_layers that names no layer of the network.
+
+    Raises:
+        ValueError: naming the option and the names that there are.
+    """
+    if config.shared_layers:
+        shared_rows(outline_unet(config, in_channels), config.shared_layers, max(config.groups, 1))
 
 
 def build_data(config: TrainConfig) -> ImageDataset:

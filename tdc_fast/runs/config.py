@@ -16,7 +16,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from tdc_fast.errors import invalid
-from tdc_fast.runs.limits import check_limits
+from tdc_fast.runs.levers import check_levers
+from tdc_fast.runs.limits import check_limits, comma_numbers
 from tdc_fast.runs.options import (
     SECTIONS,
     DataOptions,
@@ -52,7 +53,16 @@ MAY_CHANGE_ON_RESUME = frozenset(
 (log_interval decides which rows progress.csv has.)
 """
 
-ADDED = frozenset({"background", "calibration_dtype"})
+ADDED = frozenset(
+    {
+        "background",
+        "calibration_dtype",
+        "shared_layers",
+        "stage2_ema_factors",
+        "stage2_lr_factors",
+        "stage2_slope_windows",
+    }
+)
 """Options that runs made before they existed do not have."""
 
 MAY_BE_OVERRIDDEN = frozenset(
@@ -190,26 +200,6 @@ def read_options(path: str | Path) -> dict[str, Any]:
     return values
 
 
-def comma_numbers(name: str, text: str, kind: type) -> list[Any]:
-    """The numbers of a comma list such as `"16,8"`.
-
-    Args:
-        name: the flag, for errors.
-        text: the list.
-        kind: int or float.
-
-    Raises:
-        ValueError: an entry is not a finite number; names the flag.
-    """
-    try:
-        numbers = [kind(part) for part in text.split(",")] if text.strip() else []
-    except ValueError as error:
-        raise invalid(name, text, f"a comma list of {kind.__name__} values") from error
-    if not all(map(math.isfinite, numbers)):
-        raise invalid(name, text, "finite numbers")
-    return numbers
-
-
 @functools.cache
 def _field_types() -> dict[str, Any]:
     return typing.get_type_hints(TrainConfig)
@@ -311,6 +301,10 @@ def _check_ranges(config: TrainConfig) -> None:
             "grouping",
             "k",
             "overlap",
+            "shared_layers",
+            "stage2_ema_factors",
+            "stage2_lr_factors",
+            "stage2_slope_windows",
             "stage2_steps",
             "stage2_shares",
             "stop_after",
@@ -325,7 +319,7 @@ def _check_chosen_groups(config: TrainConfig) -> None:
         raise invalid("groups", config.groups, "a number of groups, 0 for none, or -1 for the elbow")
     if config.grouping not in ("similarity", "difficulty"):
         raise invalid("groups", config.groups, "--grouping similarity or difficulty as well, which have an elbow")
-    for name in ("boundaries", "budgets", "stage2_shares"):
+    for name in ("boundaries", "budgets", "stage2_ema_factors", "stage2_lr_factors", "stage2_shares"):
         if getattr(config, name):
             raise invalid(
                 name, getattr(config, name), "a number of --groups as well: it is a list with one entry per group"
@@ -377,6 +371,7 @@ def _check_tdc(config: TrainConfig) -> None:
         budgets = comma_numbers("budgets", config.budgets, float)
         if len(budgets) != config.groups or not all(0 < share <= 1 for share in budgets):
             raise invalid("budgets", config.budgets, f"{config.groups} shares above 0 and at most 1, one per group")
+    check_levers(config, config.ema_rates)
     if config.timestep_respacing:
         raise invalid("timestep_respacing", config.timestep_respacing, "nothing, since groups divide all timesteps")
     for name in ("stage1_share", "total_share"):

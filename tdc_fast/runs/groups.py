@@ -10,8 +10,9 @@ from tdc_fast.grouping.difficulty import mean_over_probes
 from tdc_fast.grouping.intervals import scatter_of_values
 from tdc_fast.routing import TimestepGroups
 from tdc_fast.runs.build import build_diffusion
-from tdc_fast.runs.config import TrainConfig, comma_numbers
+from tdc_fast.runs.config import TrainConfig
 from tdc_fast.runs.directory import RunDirectory
+from tdc_fast.runs.limits import comma_numbers
 
 
 def needs_base(config: TrainConfig) -> bool:

@@ -88,3 +88,23 @@ def check_limits(options: type, values: Mapping[str, Any]) -> None:
         value = values.get(name)
         if isinstance(value, str) and ("\0" in value or len(value) > MOST_TEXT):
             raise invalid(name, value, f"text of at most {MOST_TEXT} characters, none of them NUL")
+
+
+def comma_numbers(name: str, text: str, kind: type) -> list[Any]:
+    """The numbers of a comma list such as `"16,8"`.
+
+    Args:
+        name: the flag, for errors.
+        text: the list.
+        kind: int or float.
+
+    Raises:
+        ValueError: an entry is not a finite number; names the flag.
+    """
+    try:
+        numbers = [kind(part) for part in text.split(",")] if text.strip() else []
+    except ValueError as error:
+        raise invalid(name, text, f"a comma list of {kind.__name__} values") from error
+    if not all(map(math.isfinite, numbers)):
+        raise invalid(name, text, "finite numbers")
+    return numbers

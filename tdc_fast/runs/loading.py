@@ -97,7 +97,7 @@ class Run:
         base = self.base()
         if self.widths is not None:
             self.widths.check(base.pruning_units(), base=base_hash(base), boundaries=self.groups.boundaries)
-        model = pack_experts(base, self.groups, self.widths)
+        model = pack_experts(base, self.groups, self.widths, shared_layers=self.config.shared_layers)
         path = self._weight_file("experts", ema, step)
         self._check_plan_of(path)
         model.load_state_dict(read_state(path, model.state_dict()))

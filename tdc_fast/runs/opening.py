@@ -14,7 +14,7 @@ from tdc_fast.data.dataset import Dataset
 from tdc_fast.errors import invalid
 from tdc_fast.nn.width_plan import WidthPlan
 from tdc_fast.routing import TimestepGroups
-from tdc_fast.runs.build import calibration_dtype, check_cuda_graph
+from tdc_fast.runs.build import calibration_dtype, check_cuda_graph, check_shared_layers
 from tdc_fast.runs.checkpoint import choose_checkpoint, finished_steps, step_of
 from tdc_fast.runs.config import IMPROVED_DIFFUSION_CLASSES, TrainConfig, keep_decisions, refuse_changed_options
 from tdc_fast.runs.directory import RunDirectory, default_directory
@@ -39,6 +39,7 @@ def open_run(config: TrainConfig, dataset: Dataset) -> RunDirectory:
     refuse_two_directories(config.resume, config.run_dir)
     check_cuda_graph(config)
     calibration_dtype(config)  # refused before anything is written
+    check_shared_layers(config, dataset.channels)
     config = _continued_in_place(config)
     path = Path(config.resume if config.resume != "latest" else config.run_dir or default_directory() or "")
     if config.resume == "latest" and not (config.run_dir or default_directory()):

@@ -194,6 +194,23 @@ class TdcOptions:
     """Comma list of N weights: how much of each stage-2 batch each group gets; empty is equal shares."""
     stage2_lr: Annotated[float, Within(0)] = 0.0
     """Learning rate of stage 2; 0 means --lr."""
+    stage2_lr_factors: str = ""
+    """Comma list of N factors above 0 and at most 1, one per group from low to high timesteps: each group's learning
+    rate as a share of --stage2_lr. Empty is 1 for all."""
+    stage2_slope_windows: Annotated[int, Within(0, 10**6)] = 0
+    """Divide stage 2 into this many windows, at least 8, and after each of them shift shares of the batch to the groups
+    whose loss still falls, within half and twice their --stage2_shares; progress.csv has the shares. 0 keeps the
+    shares."""
+    stage2_ema_factors: str = ""
+    """Comma list of N factors above 0, one per group from low to high timesteps, on the length of the averages of
+    --ema_rate, 1 / (1 - rate), in stage 2: at rate 0.999, a factor of 2 averages as rate 0.9995 does. Empty is 1 for
+    all."""
+    shared_layers: str = ""
+    """Layers whose weights neighbouring groups share in stage 2, so that they learn from the samples of all of them:
+    comma list of convolutions, attention, norms, embeddings, level0 (the images' resolution), level1, ..., middle, or
+    patterns of layer names such as input_blocks.*; NAME:K has sets of K neighbouring groups instead of all of them, and
+    NAME:1 makes an exception from what stands before it. All but norms and embeddings: convolutions,attention. Empty
+    shares nothing."""
     stage2_anneal: bool = True
     """Let the learning rate of stage 2 fall linearly to 0."""
 

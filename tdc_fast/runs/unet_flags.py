@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from tdc_fast.models.iddpm import default_channel_mult
-from tdc_fast.runs.config import TrainConfig, comma_numbers
+from tdc_fast.runs.config import TrainConfig
+from tdc_fast.runs.limits import comma_numbers
 
 
 def differing_flags(state: Mapping[str, Tensor], config: TrainConfig) -> list[str]:

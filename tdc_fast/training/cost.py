@@ -17,7 +17,8 @@ from tdc_fast.diffusion import Diffusion
 from tdc_fast.errors import invalid
 from tdc_fast.nn.macs import MacCounter, measure_macs
 from tdc_fast.routing import TimestepGroups
-from tdc_fast.runs.config import TrainConfig, comma_numbers
+from tdc_fast.runs.config import TrainConfig
+from tdc_fast.runs.limits import comma_numbers
 
 
 @dataclass(frozen=True)

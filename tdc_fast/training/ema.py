@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from tdc_fast.training.expert_rows import blocks_of, runs_of_rows
+
 
 class WeightAverages:
     """`average = rate * average + (1 - rate) * weight` after every step, one average per rate.
@@ -16,17 +18,37 @@ class WeightAverages:
         rates: as written on the command line, since they are part of file names.
         ramp: use `min(rate, (1 + n) / (10 + n))` at the n-th update (n from 1), so that a short run forgets its
             start.
+        lengths: of a routed model, each group's length of averaging, 1 / (1 - rate), as a multiple of that of the
+            rates; none for 1 everywhere. Rows that groups share have the mean of theirs.
 
     Attributes:
         averages: {rate: averages of the parameters}.
     """
 
-    def __init__(self, model: nn.Module, rates: Sequence[str], ramp: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, rates: Sequence[str], ramp: bool = False, lengths: Sequence[float] = ()
+    ) -> None:
         self._model = model
         self._names = [name for name, _ in model.named_parameters()]
         self._weights = [parameter.detach() for parameter in model.parameters()]
         self._ramp = ramp
         self.averages: dict[str, list[Tensor]] = {rate: [weight.clone() for weight in self._weights] for rate in rates}
+        self._parts = [part for rate in rates for part in self._parts_of(rate, lengths)]
+
+    def _parts_of(self, rate: str, lengths: Sequence[float]) -> list[tuple[float, list[Tensor], list[Tensor]]]:
+        """The averages of a rate in parts of one rate each: (the part's rate, its averages, its weights)."""
+        averages = self.averages[rate]
+        if not lengths:
+            return [(float(rate), averages, self._weights)]
+        of = {id(parameter): average for parameter, average in zip(self._model.parameters(), averages, strict=True)}
+        return [
+            (
+                1.0 - (1.0 - float(rate)) / length,
+                [of[id(parameter)][rows] for parameter, rows in parts],
+                [parameter.detach()[rows] for parameter, rows in parts],
+            )
+            for length, parts in runs_of_rows(blocks_of(self._model), lengths).items()
+        ]
 
     @torch.no_grad()
     def update(self, n: Tensor) -> None:
@@ -35,12 +57,12 @@ class WeightAverages:
         Args:
             n: number of the step, counted from 1: float64, 0-dim, on the device. It is never read back.
         """
-        for rate, average in self.averages.items():
+        for rate, averages, weights in self._parts:
             if self._ramp:
-                share = (1.0 - ((1 + n) / (10 + n)).clamp(max=float(rate))).float()
-                _move(average, self._weights, share)
+                share = (1.0 - ((1 + n) / (10 + n)).clamp(max=rate)).float()
+                _move(averages, weights, share)
             else:
-                torch._foreach_lerp_(average, self._weights, 1.0 - float(rate))
+                torch._foreach_lerp_(averages, weights, 1.0 - rate)
 
     def state_dict(self, rate: str) -> dict[str, Tensor]:
         """The model's state dict with one rate's averages in place of the parameters, fp32; it shares their memory."""

@@ -7,6 +7,7 @@ from contextlib import closing
 from torch import nn
 
 from tdc_fast.data.dataset import Dataset
+from tdc_fast.diffusion.loss_slope import LossSlopeSampler
 from tdc_fast.diffusion.timestep_samplers import TimestepSampler, create_timestep_sampler
 from tdc_fast.nn.packing import pack_experts
 from tdc_fast.nn.width_plan import WidthPlan, base_hash
@@ -14,6 +15,7 @@ from tdc_fast.routing import TimestepGroups
 from tdc_fast.runs.build import build_device, build_diffusion
 from tdc_fast.runs.config import TrainConfig
 from tdc_fast.runs.directory import RunDirectory
+from tdc_fast.runs.limits import comma_numbers
 from tdc_fast.runs.widths import plan_hash
 from tdc_fast.training import cost
 from tdc_fast.training.loop import StageLoop
@@ -58,7 +60,7 @@ def train_experts(
             "boundaries": list(groups.boundaries),
         }
         of_base = base_macs(run, base)
-        model = pack_experts(base.train(), groups, widths).to(build_device(config))
+        model = pack_experts(base.train(), groups, widths, shared_layers=config.shared_layers).to(build_device(config))
         of_experts = cost.training_macs(model, diffusion, image_shape(run), groups, num_classes(config))
         spent = spent_macs(run, of_base)
         steps = cost.stage2_steps(config, of_base, of_experts, spent)
@@ -69,15 +71,16 @@ def train_experts(
             learning_rate=_learning_rate(config, steps),
             macs_per_sample=of_experts.training,
             macs_before=spent,
-            num_experts=groups.num_groups,
+            rate_factors=comma_numbers("stage2_lr_factors", config.stage2_lr_factors, float),
+            ema_lengths=comma_numbers("stage2_ema_factors", config.stage2_ema_factors, float),
             group_weights=[size / groups.num_timesteps for size in groups.sizes],
             # With weights "per_group" each group has 1/N of the mean loss. Times N, an expert's gradient is that of the
-            # mean loss over its own samples.
+            # mean loss over its own samples; weights that groups share get the mean of their groups' gradients.
             loss_scale=float(groups.num_groups),
             soft_boundaries=config.overlap > 0,
             origin=origin,
         )
-        sampler = _sampler(config, groups)
+        sampler = _sampler(config, groups, steps)
         with closing(open_stream(config, dataset, "experts", stage.batch_size, build_device(config))) as stream:
             loop = StageLoop(run, stage, model, diffusion, stream, sampler, groups)
             loop.resume()
@@ -95,13 +98,16 @@ def _learning_rate(config: TrainConfig, steps: int) -> LearningRate:
     return LearningRate(config.stage2_lr or config.lr, config.warmup_steps, anneal_end=end)
 
 
-def _sampler(config: TrainConfig, groups: TimestepGroups) -> TimestepSampler:
+def _sampler(config: TrainConfig, groups: TimestepGroups, steps: int) -> TimestepSampler:
     """Timesteps stratified over the groups."""
+    shares = cost.stage2_shares(config, groups.num_groups)
+    if config.stage2_slope_windows:
+        return LossSlopeSampler(groups, shares, window=max(1, steps // config.stage2_slope_windows))
     return create_timestep_sampler(
         "stratified",
         groups.num_timesteps,
         groups=groups,
-        shares=cost.stage2_shares(config, groups.num_groups),
+        shares=shares,
         weighting="per_group",
         overlap=config.overlap,
     )

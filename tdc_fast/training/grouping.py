@@ -17,9 +17,9 @@ from tdc_fast.grouping.plot import draw_similarity
 from tdc_fast.nn.macs import MacCounter
 from tdc_fast.routing import TimestepGroups
 from tdc_fast.runs.build import build_diffusion, calibration_dtype
-from tdc_fast.runs.config import comma_numbers
 from tdc_fast.runs.directory import RunDirectory
 from tdc_fast.runs.groups import difficulty_groups, given_number, load_groups, say_elbow
+from tdc_fast.runs.limits import comma_numbers
 from tdc_fast.training.phase import State, base_macs, build_base, open_stream, write_phase
 from tdc_fast.training.random_state import derived_seed, seeded
 

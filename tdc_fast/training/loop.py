@@ -202,6 +202,7 @@ class StageLoop:
             **means,
             "lr": self.stage.learning_rate(self.step - 1),
             "macs": self.stage.macs_before + self.macs,
+            **self.sampler.columns(),
         }
         if self.run.config.mixed_precision:
             row["lg_loss_scale"] = 0  # bf16 has fp32's range: the loss is not scaled

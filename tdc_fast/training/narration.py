@@ -12,8 +12,9 @@ from tdc_fast.nn.macs import measure_macs
 from tdc_fast.nn.width_plan import WidthPlan
 from tdc_fast.routing import TimestepGroups
 from tdc_fast.runs.build import outline_unet
-from tdc_fast.runs.config import TrainConfig, comma_numbers
+from tdc_fast.runs.config import TrainConfig
 from tdc_fast.runs.directory import RunDirectory
+from tdc_fast.runs.limits import comma_numbers
 from tdc_fast.runs.unet_flags import attention_sizes
 from tdc_fast.training import cost
 
@@ -96,6 +97,8 @@ def describe_plan(run: RunDirectory, dataset: Dataset) -> str:
         how = f"boundaries {config.boundaries}" if config.boundaries else config.grouping
         budgets = f"budgets {config.budgets}" if config.budgets else f"k = {config.k}"
         lines.append(f"experts: {count} ({how}), {budgets}, agent {config.agent}, rounds: {config.rounds}")
+        if config.shared_layers:
+            lines.append(f"         neighbouring groups share {config.shared_layers}")
         steps2 = config.stage2_steps or f"as many as --total_share {config.total_share} allows:"
         lines.append(f"stage 2: {steps2} steps of {config.stage2_batch or config.batch_size} images over all experts")
     saved = f"a checkpoint every {config.save_interval} steps, a row of progress.csv every {config.log_interval}"

@@ -35,8 +35,9 @@ from tdc_fast.runs.build import (
     refuse_what_cannot_fit,
 )
 from tdc_fast.runs.checkpoint import finished_steps
-from tdc_fast.runs.config import TrainConfig, comma_numbers, keep_decisions, refuse_changed_options
+from tdc_fast.runs.config import TrainConfig, keep_decisions, refuse_changed_options
 from tdc_fast.runs.directory import RunDirectory
+from tdc_fast.runs.limits import comma_numbers
 from tdc_fast.runs.opening import open_run
 from tdc_fast.runs.options import SearchOptions
 from tdc_fast.runs.processes import one_process
@@ -248,6 +249,7 @@ def _search(
         max_samples=config.score_samples,
         seed=derived_seed(config.seed, "importance") % 2**31,
         dtype=calibration_dtype(config),
+        shared_layers=config.shared_layers,
     )
     return plan_pruning(
         base,

@@ -20,7 +20,8 @@ class Stage:
         learning_rate: by step.
         macs_per_sample: forward and backward MACs, per group or one entry for all timesteps.
         macs_before: MACs that the run had spent before the stage.
-        num_experts: E if every parameter has a leading dimension E, else None.
+        rate_factors: each group's learning rate as a share of `learning_rate`; none for 1 everywhere.
+        ema_lengths: each group's length of averaging as a multiple of that of the averages' rates; likewise.
         group_weights: weights (N,) of the groups' means in the logged mean loss; None for the plain mean.
         loss_scale: factor on the mean weighted loss.
         soft_boundaries: the sampler decides which expert trains on a timestep, as neighbours share some.
@@ -33,7 +34,8 @@ class Stage:
     learning_rate: LearningRate
     macs_per_sample: Sequence[int]
     macs_before: int = 0
-    num_experts: int | None = None
+    rate_factors: Sequence[float] = ()
+    ema_lengths: Sequence[float] = ()
     group_weights: Sequence[float] | None = None
     loss_scale: float = 1.0
     soft_boundaries: bool = False

@@ -16,6 +16,7 @@ from tdc_fast.nn.packing import RoutedModel
 from tdc_fast.routing import TimestepGroups
 from tdc_fast.runs.config import TrainConfig
 from tdc_fast.training.ema import WeightAverages
+from tdc_fast.training.expert_rows import SlowRows, blocks_of, clip_by_row
 from tdc_fast.training.optimization import create_optimizer, gradient_norm, rate_of
 from tdc_fast.training.stage import Stage
 from tdc_fast.training.telemetry import QUARTILES, RunningMeans
@@ -54,12 +55,14 @@ class TrainingStep:
         device = next(model.parameters()).device
         num_groups = groups.num_groups if groups else 0
         self.optimizer = create_optimizer(model, config.lr, config.weight_decay)
-        self.averages = WeightAverages(model, config.ema_rates, config.ema_ramp is True)
+        self.averages = WeightAverages(model, config.ema_rates, config.ema_ramp is True, stage.ema_lengths)
         self.means = RunningMeans(num_groups, device, stage.group_weights)
         self.samples_per_group = torch.zeros(max(num_groups, 1), dtype=torch.int64, device=device)
         self._config, self._stage, self._diffusion = config, stage, diffusion
         self._sampler, self._groups, self._device = sampler, groups, device
         self._parameters = list(model.parameters())
+        self._blocks = blocks_of(model)
+        self._slow = SlowRows(self._blocks, stage.rate_factors) if stage.rate_factors else None
         self._cast_once = model.cast_once if isinstance(model, RoutedModel) else nullcontext
         self._denoise: Denoiser = denoiser_in(model, torch.bfloat16 if config.mixed_precision else torch.float32)
 
@@ -85,10 +88,15 @@ class TrainingStep:
         self.optimizer.zero_grad(set_to_none=True)
         losses = self._backward(x, drawn.t, torch.randn_like(x), drawn.weights, condition)
         self._count(drawn, group, losses)
-        norm = gradient_norm(self._parameters, self._config.grad_clip, self._stage.num_experts)
+        limit = self._config.grad_clip
+        norm = clip_by_row(self._blocks, limit) if self._blocks else gradient_norm(self._parameters, limit)
         self.means.add_gradient_norm(norm)
         rate_of(self.optimizer).copy_(rate)
+        if self._slow is not None:
+            self._slow.keep()
         self.optimizer.step()
+        if self._slow is not None:
+            self._slow.move_back()
         self.averages.update(n)
         if self._sampler.adaptive:
             self._sampler.update(drawn.t, losses["loss"])

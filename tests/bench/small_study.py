@@ -14,8 +14,10 @@ from bench.paper.images import ImagesOptions
 from bench.paper.sizing import Paces
 from bench.paper.tables import TABLES
 
-KEYS = ["uniform", "uniform-80", "uniform-small-80", "one", "tdc"]
-TABLE = replace(TABLES["main"], rows=tuple(row for row in TABLES["main"].rows if row.key in KEYS))
+OF_THE_TABLE = ["uniform", "uniform-80", "uniform-small-80", "one", "tdc"]
+ARMS = {"shared-pairs": "lever-shared-pairs", "whole-slope": "lever-slope-whole"}
+KEYS = [*OF_THE_TABLE, *ARMS.values()]
+TABLE = replace(TABLES["main"], rows=tuple(row for row in TABLES["main"].rows if row.key in OF_THE_TABLE))
 STEPS = 64  # the fewest of which pruning's calibration leaves some
 
 
@@ -34,6 +36,8 @@ def options_in(folder: Path, device: str, **changes: Any) -> ImagesOptions:
         num_res_blocks=1,
         attention_resolutions="",
         batch_size=8,
+        groups=2,
+        arms=",".join(ARMS),
         samples=24,
         draws=2,
         sampling_steps=4,

@@ -14,8 +14,9 @@ from bench.paper.images import ImagesOptions, run_images
 from bench.paper.recipes import contestant, images_study
 from bench.paper.run import protocol
 from bench.paper.sizing import Pace, Paces, decide, least_steps
-from bench.paper.tables import TABLES
+from bench.paper.tables import TABLES, arm
 from tdc_fast.experiments import measure
+from tdc_fast.experiments.jobs import read_progress
 from tdc_fast.experiments.measure import load_measured
 from tdc_fast.runs.loading import load_run
 from tests.bench import small_study
@@ -35,7 +36,8 @@ STEPS = {
     "tdc-whole": 0.5,
     "tdc": 0.3 / 0.85,
 }
-PACES = Paces(Pace(0.01, 1.0), {key: Pace(0.02, 2.0) for key in KEYS}, yardsticks=3.0, measuring=4.0, elapsed=5.0)
+ROW_PACES = {key: Pace(0.02, 2.0) for key in {*KEYS, *small_study.KEYS}}
+PACES = Paces(Pace(0.01, 1.0), ROW_PACES, yardsticks=3.0, measuring=4.0, elapsed=5.0)
 FIXED = 5 + 3 + 1 + 8 * (2 + 4)
 PER_STEP = 0.5 * 0.01 + 0.02 * sum(STEPS.values())
 
@@ -99,12 +101,31 @@ def test_every_kind_of_run_is_timed(finished):
 
 def test_all_models_are_trained_at_the_cost_they_stand_for(numbers):
     assert list(numbers["models"]) == small_study.KEYS
-    for recipe in small_study.TABLE.rows:
+    for recipe in (*small_study.TABLE.rows, *map(arm, small_study.ARMS)):
         model = numbers["models"][recipe.key]
         # Experts stop at the last whole step within their budget, pruning included.
         assert recipe.cost - 1 / 64 <= model["training_cost"] <= recipe.cost + 1 / 64
         assert len(model["frechet_distance"]["draws"]) == 2 and model["heldout_loss"]["num_images"] == 8
-        assert (model["sampling_cost"] < 1) == (recipe.key == "tdc")
+        assert (model["sampling_cost"] < 1) == (recipe.key in ("tdc", "lever-shared-pairs"))
+
+
+def test_arms_are_runs_with_their_lever_and_as_many_experts_as_asked_for(finished):
+    runs = finished[0] / "runs" / "seed0"
+    shared, slope = (load_run(runs / key) for key in small_study.ARMS.values())
+    assert shared.config.groups == slope.config.groups == 2 and shared.config.k == 0.6 and slope.config.k == 1
+    assert shared.experts().shared["input_blocks.0.0"] == (0, 0) and slope.experts().shared == {}
+    rows = read_progress(runs / "lever-slope-whole" / "experts" / "progress.csv")
+    assert rows[0]["share_g0"] == "0.5" != rows[-1]["share_g0"]  # the first slope is seen after four steps
+    assert "--stage2_slope_windows 32" in (finished[0] / "report.html").read_text()
+
+
+def test_an_arm_is_tdc_with_one_lever_pruned_or_whole(tmp_path):
+    study = images_study("there.npz", 128, 8000, groups=8)
+    rates = contestant(study, arm("whole-lr-high-snr"), 0, tmp_path)[1].config
+    assert rates.stage2_lr_factors == "1,0.905724,0.820335,0.742997,0.67295,0.609507,0.552045,0.5"
+    assert (rates.groups, rates.k, rates.total_share, rates.stage2_batch) == (8, 1.0, 1.0, 128)
+    assert contestant(study, arm("shared-level0"), 0, tmp_path)[1].config.shared_layers == "level0"
+    assert study.small_batch == 16 and decide(study, ROWS, PACES, 30, 160).baseline_steps > 160
 
 
 def test_the_folder_holds_samples_of_every_model_the_table_and_the_report(finished):
@@ -182,6 +203,8 @@ def test_after_too_few_minutes_the_same_folder_takes_more(options, tmp_path, mon
         (["--batch_size", "6"], "batch_size: got 6"),
         (["--data_dir", "nowhere"], "data_dir: got 'nowhere'"),
         (["--minutes", "-1"], "minutes: got -1"),
+        (["--groups", "3"], "batch_size: got 128; expected a multiple of --groups 3"),
+        (["--arms", "shared,sharp"], "arms: got 'sharp'; expected shared, shared-pairs"),
         (["--channel_mult", "1,2,2,2,2"], "channel_mult"),
     ],
 )

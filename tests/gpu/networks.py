@@ -17,7 +17,12 @@ GROUPS = TimestepGroups.from_boundaries([0, 10, 30, 70, NUM_TIMESTEPS])
 WIDTHS = (1.0, 0.5, 0.75, 0.25)  # of each expert's units
 
 
-def routed_unet(device: str, dtype: torch.dtype, *, pruned: bool, seed: int = 0) -> RoutedModel:
+SHARED = "convolutions:2,attention,level1:3"
+
+
+def routed_unet(
+    device: str, dtype: torch.dtype, *, pruned: bool, seed: int = 0, shared_layers: str = ""
+) -> RoutedModel:
     """Four experts that differ, attention in the lower level; zero-initialised layers are made random."""
     torch.manual_seed(seed)
     size, channels = (16, 64) if device == "cuda" else (8, 16)
@@ -33,7 +38,12 @@ def routed_unet(device: str, dtype: torch.dtype, *, pruned: bool, seed: int = 0)
         experts.append(expert)
     if pruned:
         widths = WidthPlan.uniform(experts[0], GROUPS.boundaries, WIDTHS)
-        return pack_experts(experts[0], GROUPS, widths).to(device, dtype)
+        return pack_experts(experts[0], GROUPS, widths, shared_layers=shared_layers).to(device, dtype)
+    if shared_layers:
+        model = pack_experts(experts[0], GROUPS, shared_layers=shared_layers)
+        for parameter in model.parameters():
+            parameter.data += 0.02 * torch.randn(parameter.shape)
+        return model.to(device, dtype)
     return pack_experts(experts, GROUPS).to(device, dtype)
 
 

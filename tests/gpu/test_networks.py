@@ -13,7 +13,7 @@ from tdc_fast.nn.attention import qkv_attention
 from tdc_fast.nn.inference import ForInference, for_inference
 from tdc_fast.nn.packing import RoutedModel
 from tdc_fast.ops.backends import ENVIRONMENT
-from tests.gpu.networks import NUM_GROUPS, batch_for, no_synchronisation, recorded, routed_unet
+from tests.gpu.networks import NUM_GROUPS, SHARED, batch_for, no_synchronisation, recorded, routed_unet
 from tests.gpu.problems import on_device, on_every_choice
 from tests.operators import Recorded
 from tests.tolerance import max_error
@@ -30,9 +30,10 @@ def gradients_of(model: nn.Module, x: Tensor, t: Tensor, target: Tensor) -> tupl
 
 @on_device
 @pruned
-def test_every_sample_gets_its_experts_result(device: str, pruned: bool) -> None:
+@pytest.mark.parametrize("shared", ["", SHARED], ids=["apart", "shared"])
+def test_every_sample_gets_its_experts_result(device: str, pruned: bool, shared: str) -> None:
     """The routed model against each expert as an ordinary module, in fp64 on the CPU."""
-    model = routed_unet(device, torch.bfloat16, pruned=pruned)
+    model = routed_unet(device, torch.bfloat16, pruned=pruned, shared_layers=shared)
     x, t, _ = batch_for(model, seed=1)
     groups = model.groups.group_of(t.cpu())
     with torch.no_grad():
@@ -45,6 +46,32 @@ def test_every_sample_gets_its_experts_result(device: str, pruned: bool) -> None
             plain[chosen] = expert(x[there], t[there]).cpu()
             exact[chosen] = expert.cpu().double()(x[there].cpu().double(), t[there].cpu())
     assert max_error(ours, exact) <= 2 * max_error(plain, exact) + 2 * torch.finfo(torch.bfloat16).eps
+
+
+@on_device
+@pruned
+def test_weights_that_groups_share_get_the_sum_of_their_gradients_without_waiting(device: str, pruned: bool) -> None:
+    """The yardstick has the same weights in every group, each with a gradient of its own."""
+    shared = routed_unet(device, torch.float32, pruned=pruned, shared_layers=SHARED)
+    apart = routed_unet(device, torch.float32, pruned=pruned)
+    for group in range(NUM_GROUPS):
+        apart.load_expert_state(group, shared.expert_state(group))
+    gradients_of(shared, *batch_for(shared, seed=0))  # compiles, autotunes, allocates
+    batch = batch_for(shared, seed=1)
+    with no_synchronisation(device):
+        loss, _ = gradients_of(shared, *batch)
+    expected, _ = gradients_of(apart, *batch)
+    torch.testing.assert_close(loss, expected, rtol=1e-3, atol=0)
+    twins = apart.routed_leaves()
+    for name, leaf in shared.routed_leaves().items():
+        rows = torch.tensor(leaf.rows or range(NUM_GROUPS), device=device)
+        for key, parameter in leaf.named_parameters():
+            grad = twins[name].get_parameter(key).grad
+            if parameter.grad is None or grad is None:
+                assert parameter.grad is grad
+                continue
+            added = torch.zeros_like(parameter).index_add_(0, rows, grad)
+            assert max_error(parameter.grad, added) <= 1e-2 * float(added.abs().max()) + 1e-6, name
 
 
 @on_every_choice

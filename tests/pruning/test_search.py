@@ -79,6 +79,30 @@ def test_atoms_are_ordered_by_importance_and_the_first_ones_kept() -> None:
     assert plan.expert_widths(0) == {"layers.0": 4, "layers.1": 2}  # 9 + 24 + 12 of 69 MACs: all that 0.7 allows
 
 
+def test_pruned_groups_that_share_a_layer_order_its_atoms_by_the_mean_of_their_importances() -> None:
+    net, groups = tiny_net(), TimestepGroups.uniform(100, 4)
+    scores = [
+        {"layers.0": np.array(row, dtype=float), "layers.1": np.arange(6.0) * (-1) ** group}
+        for group, row in enumerate([[9, 9, 9, 0], [0, 1, 2, 4], [4, 4, 0, 1], [3, 2, 1, 0]])
+    ]
+    asked: list[int] = []
+
+    def importance(group: int) -> dict[str, np.ndarray]:
+        asked.append(group)
+        return scores[group]
+
+    layer = net.pruning_units()[0].slices[0].module
+    found = plan_pruning(
+        net, groups, RecordedDiffusion(), tiny_batches(), k=(1.0, 0.7, 0.7, 0.6), importance=importance,
+        shared_layers=f"{layer}:3",
+    )  # fmt: skip
+    orders = [expert["layers.0"].order for expert in found.plan.experts]
+    assert orders == [(0, 1, 2, 3), (1, 3, 0, 2), (1, 3, 0, 2), (0, 1, 2, 3)]  # group 0 keeps all, 3 is of another set
+    assert found.plan.experts[1]["layers.1"].order != found.plan.experts[2]["layers.1"].order
+    assert asked == [1, 2, 3]
+    assert pack_experts(net, groups, found.plan, shared_layers=f"{layer}:3").shared == {layer: (0, 0, 0, 1)}
+
+
 def test_a_width_is_worth_the_most_important_atoms_that_fit_in_it() -> None:
     scores = {"layers.0": np.array([1.0, 4.0, 0.0, 2.0]), "layers.1": np.zeros(6)}
     first, second = importance_tables(dataclasses.replace(tiny_task(60), importance=scores))

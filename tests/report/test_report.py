@@ -52,7 +52,7 @@ def comparison() -> Comparison:
         ),
         boundaries=(0, 5, 10),
         snr_db=tuple(20.0 - 4 * i for i in range(10)),
-        widths=ExpertWidths(("block.a", "block.b"), (16, 8), ((16, 8), (8, 0)), (1.0, 0.6), (1.0, 0.595)),
+        widths=ExpertWidths(("block.a", "block.b"), (16, 8), ((16, 8), (8, 0)), (1.0, 0.6), (1.0, 0.595), (0, 5, 10)),
         floors=(Floor("bootstrap", 5000, (0.1, 0.2)), Floor("halves", 898, (0.5, 0.6))),
         feature_space="64 features of something",
         reference="all real images",

@@ -11,6 +11,7 @@ from tdc_fast.runs.config import ADDED, MAY_CHANGE_ON_RESUME
 from tdc_fast.train import parse_command_line, train
 from tdc_fast.training import TrainConfig
 
+TWO = {"groups": 2, "stage1_steps": 5, "stage2_steps": 5}
 # Flags of improved-diffusion's image_train.py with their defaults: data and training, then model and diffusion.
 IMAGE_TRAIN = {
     "data_dir": "",
@@ -115,6 +116,18 @@ def test_a_configuration_survives_json():
         ({"groups": 2, "stage1_steps": 5, "stage2_steps": 5, "boundaries": "0,1000"}, "boundaries"),
         ({"groups": 2, "stage1_steps": 5, "stage2_steps": 5, "stage2_shares": "1,2,3"}, "stage2_shares"),
         ({"groups": 2, "stage1_steps": 5, "stage2_steps": 5, "timestep_respacing": "25"}, "timestep_respacing"),
+        ({**TWO, "stage2_lr_factors": "1"}, "stage2_lr_factors: got '1'; expected 2 factors above 0 and at most 1"),
+        ({**TWO, "stage2_lr_factors": "1,0"}, "stage2_lr_factors: got '1,0'"),
+        ({**TWO, "stage2_lr_factors": "1,1.5"}, "stage2_lr_factors: got '1,1.5'"),
+        ({**TWO, "stage2_ema_factors": "1,-1"}, "stage2_ema_factors: got '1,-1'; expected 2 factors above 0, one"),
+        ({**TWO, "ema_rate": "0.999,0.9", "stage2_ema_factors": "1,0.05"}, "expected factors of at least 0.1"),
+        ({**TWO, "groups": -1, "grouping": "difficulty", "stage2_lr_factors": "1,1"}, "stage2_lr_factors"),
+        ({**TWO, "stage2_slope_windows": 7}, "stage2_slope_windows: got 7; expected 0 for none, or at least 8"),
+        (
+            {**TWO, "stage2_slope_windows": 9, "overlap": 0.1},
+            "got 9; expected none with --overlap",
+        ),
+        ({"shared_layers": "convolutions"}, "shared_layers: got 'convolutions'; expected --groups N"),
         ({"base": "model.pt"}, "base: got 'model.pt'; expected --groups N"),
         ({"k": 0.5}, "k: got 0.5; expected --groups N"),
     ],

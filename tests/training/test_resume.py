@@ -16,9 +16,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from tdc_fast.experiments.measure import count_parameters
 from tdc_fast.train import main, train
 from tdc_fast.training import RunDirectory, load_run
 from tests.training.small_run import (
+    LEVERS,
     TWO_STAGES,
     differences,
     flags,
@@ -64,7 +66,7 @@ def unkilled(tmp_path_factory, processes):
     folder = tmp_path_factory.mktemp("unkilled")
     # Three timesteps: the loss-aware sampler leaves its warm-up. Seven images: three groups do not divide them.
     random_parts = {"dropout": 0.2, "schedule_sampler": "loss-second-moment", "diffusion_steps": 3, "batch_size": 7}
-    config = small_config(folder, grad_clip=1.0, **random_parts, **TWO_STAGES)
+    config = small_config(folder, grad_clip=1.0, **random_parts, **LEVERS, **TWO_STAGES)
     began = time.monotonic()
     process = processes(flags(config), folder / "output.txt")
     process.join()
@@ -95,6 +97,24 @@ def test_a_run_killed_again_and_again_ends_bit_for_bit_like_one_never_killed(unk
     assert process.exitcode == 0, (tmp_path / "output.txt").read_text()
     assert killed >= 2  # a machine that gets faster may finish within the seconds; the renames come first
     assert differences(folder / "run", tmp_path / "run") == []
+
+
+def test_a_run_reads_back_as_experts_that_share_layers(unkilled):
+    run = load_run(unkilled[1].run_dir)
+    model = run.experts()
+    assert model.shared["input_blocks.0.0"] == (0, 0, 0) and model.shared["output_blocks.0.0.in_layers.0"] == (0, 0, 1)
+    x, t = torch.randn(3, 1, 8, 8), torch.arange(3)
+    with torch.no_grad():
+        mixed = model(x, t)
+        for group in range(3):
+            alone = model.expert(group).eval()(x[group, None], t[group, None])
+            torch.testing.assert_close(mixed[group, None], alone)
+    apart = [sum(p.numel() for p in model.expert(group).parameters()) for group in range(3)]
+    assert max(apart) < count_parameters(model) < sum(apart)
+    wide = model.expert(2).get_submodule("middle_block.0.in_layers.2").weight
+    narrow = model.expert(0).get_submodule("middle_block.0.in_layers.2").weight
+    widest, least = max(len(wide), len(narrow)), min(len(wide), len(narrow))
+    assert least < widest and torch.equal(wide[:least], narrow[:least])
 
 
 def test_a_run_that_ends_before_its_experts_goes_on_like_one_that_never_did(unkilled, tmp_path, capsys):

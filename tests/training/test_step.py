@@ -21,16 +21,17 @@ from tdc_fast.training.stage import Stage
 from tdc_fast.training.step import TrainingStep
 from tests.graphs.tape import TapeCapture
 from tests.operators import Recorded
-from tests.training.small_run import TWO_STAGES, differences, flags, rows, small_config
+from tests.training.small_run import LEVERS, TWO_STAGES, differences, flags, rows, small_config
 
 STAGES = {**TWO_STAGES, "stage1_steps": 5, "stage2_steps": 6}
 RUNS = {
     "everything that changes from step to step": {
         **STAGES, "ema_ramp": True, "warmup_steps": 3, "grad_clip": 1.0, "microbatch": 4, "weight_decay": 0.1,
+        "stage2_slope_windows": 8,
     },
-    "random parts, losses that a sampler reads, and soft boundaries": {
-        **STAGES, "dropout": 0.2, "schedule_sampler": "loss-second-moment", "diffusion_steps": 8,
-        "overlap": 0.3, "batch_size": 7, "class_cond": True,
+    "random parts, losses that a sampler reads, soft boundaries, and experts that share layers and differ in rates": {
+        **STAGES, **LEVERS, "stage2_slope_windows": 0, "dropout": 0.2, "diffusion_steps": 8,
+        "schedule_sampler": "loss-second-moment", "overlap": 0.3, "batch_size": 7, "class_cond": True,
     },
     "bf16, a learned variance, activations computed again": {
         "lr_anneal_steps": 6, "precision": "bf16", "learn_sigma": True, "use_checkpoint": True,
