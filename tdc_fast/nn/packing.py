@@ -320,7 +320,7 @@ def pack_experts(
     dense_leaves = find_leaves(base)
     if not shared:
         _check_same(experts)
-    rows_of = shared_rows(base, shared_layers, count)
+    rows_of = shared_rows(base, shared_layers, count, dense_leaves)
     if widths is not None and rows_of:
         widths = in_common_orders(widths, units, rows_of)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -17,7 +17,9 @@ Rows = tuple[int, ...]
 """For each of the N groups its row of a layer's stacked weights; rows are numbered in the order of the groups."""
 
 
-def shared_rows(model: nn.Module, shared_layers: str | Sequence[str], num_groups: int) -> dict[str, Rows]:
+def shared_rows(
+    model: nn.Module, shared_layers: str | Sequence[str], num_groups: int, layers: Iterable[str] | None = None
+) -> dict[str, Rows]:
     """The layers that groups share, with the row of weights of every group.
 
     Args:
@@ -26,6 +28,7 @@ def shared_rows(model: nn.Module, shared_layers: str | Sequence[str], num_groups
             pattern of paths such as `input_blocks.*` (`*` is any text); SIZE is how many neighbouring groups share a
             row, all of them where it is left out. The last term that names a layer decides, so `:1` makes exceptions.
         num_groups: N.
+        layers: paths of what can be shared; None takes all modules with parameters of their own.
 
     Returns:
         The rows by path; layers of which every group has its own weights are left out.
@@ -36,7 +39,9 @@ def shared_rows(model: nn.Module, shared_layers: str | Sequence[str], num_groups
     terms = _terms(shared_layers)
     if not terms:
         return {}
-    layers = [name for name, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))]
+    if layers is None:
+        layers = (name for name, module in model.named_modules() if any(True for _ in module.parameters(recurse=False)))
+    layers = list(layers)
     layer_sets = model.layer_sets() if isinstance(model, HasLayerSets) else {}
     found: dict[str, Rows] = {}
     for term in terms:

@@ -50,7 +50,7 @@ def blocks_of(model: nn.Module) -> list[Block]:
     found: dict[Rows, list[nn.Parameter]] = {}
     for leaf in model.routed_leaves().values():
         rows = tuple(range(model.num_experts)) if leaf.rows is None else leaf.rows
-        found.setdefault(rows, []).extend(leaf.parameters())
+        found.setdefault(rows, []).extend(leaf.own_parameters().values())
     return [Block(rows, tuple(parameters)) for rows, parameters in found.items()]
 
 
