@@ -29,7 +29,7 @@ RUNS = {
         **STAGES, "ema_ramp": True, "warmup_steps": 3, "grad_clip": 1.0, "microbatch": 4, "weight_decay": 0.1,
         "stage2_slope_windows": 8,
     },
-    "random parts, losses that a sampler reads, soft boundaries, and experts that share layers and differ in rates": {
+    "random parts, losses that a sampler reads, soft boundaries, experts that share and differ in rates": {
         **STAGES, **LEVERS, "stage2_slope_windows": 0, "dropout": 0.2, "diffusion_steps": 8,
         "schedule_sampler": "loss-second-moment", "overlap": 0.3, "batch_size": 7, "class_cond": True,
     },
