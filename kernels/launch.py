@@ -85,24 +85,27 @@ class Launch:
             return None
         kernel, in_order = found
         arguments = list(in_order(self.arguments))
-        pointers: list[tuple[int, int]] = []  # (position, place of the tensor)
-        boxes: list[tuple[int, int, dict[str, Any]]] = []  # likewise, and the fields of the descriptor
+        pointers: list[tuple[int, int, int]] = []  # (position, tensor, bytes past its first)
+        boxes: list[tuple[int, int, dict[str, Any]]] = []  # (position, tensor, the other fields of the descriptor)
         for position, argument in enumerate(arguments):
             if isinstance(argument, Tensor):
                 address = argument.data_ptr()
                 if address:
-                    pointers.append((position, place(address)))
+                    pointers.append((position, *place(address)))
                 arguments[position] = 0
             elif isinstance(argument, TensorDescriptor):
-                boxes.append((position, place(argument.base.data_ptr()), vars(argument) | {"base": None}))
+                source, past = place(argument.base.data_ptr())
+                if past:
+                    return None
+                boxes.append((position, source, vars(argument) | {"base": None}))
                 arguments[position] = None
         grid = (*self.grid, 1, 1)[:3]
         run, function, metadata = kernel.run, kernel.function, kernel.packed_metadata
 
         def launch(tensors: list[Any], addresses: list[int], stream: int) -> None:
             passed = arguments.copy()
-            for position, source in pointers:
-                passed[position] = addresses[source]
+            for position, source, past in pointers:
+                passed[position] = addresses[source] + past
             for position, source, fields in boxes:
                 passed[position] = descriptor = _new_descriptor(TensorDescriptor)
                 vars(descriptor).update(fields, base=tensors[source])

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-Place = Callable[[int], int]  # of an address: which tensor of a call begins there; KeyError if none or several do
+# Of an address: which tensor of a call it lies in, and how many bytes past its first; KeyError if that is not certain.
+Place = Callable[[int], tuple[int, int]]
 Again = Callable[[list[Any], list[int], int], None]  # of the tensors of a call, their addresses and a stream
 
 

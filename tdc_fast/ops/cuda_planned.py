@@ -46,7 +46,7 @@ class Planned:
 
     def again(self, place: Place) -> Again | None:
         """A function that repeats the launches (recording.py); None where addresses decide more than their bytes."""
-        places: dict[str, int] = {}
+        places: dict[str, tuple[int, int]] = {}
         for name, value in self.arguments.items():
             if type(value) is int and value:
                 try:
@@ -59,7 +59,7 @@ class Planned:
             return None
         launcher, device, make = self.launcher, self.device, native.module.Launch
         parts = [
-            (fields, params, [(offset, places[name], past) for offset, name, past in pointers])
+            (fields, params, [(offset, places[name][0], places[name][1] + past) for offset, name, past in pointers])
             for fields, params, pointers in forms
         ]
 

@@ -2,11 +2,11 @@
 
 What a backend does between its entry and its launches depends on the metadata of the tensors alone: tiles, grids,
 scalar arguments, sizes of results and of workspaces. So the recording holds a list of tensors to allocate and a list of
-launches, whose tensors are places among the arguments of the call and the allocated ones. To repeat it is to allocate,
-to take all addresses, and to launch.
+launches, whose tensors are places among the arguments of the call and in the allocated ones. To repeat it is to
+allocate, to take all addresses, and to launch.
 
 Only a call that can be repeated so is: every operator of torch within it must allocate or make a view (a copy into
-another memory order is neither), and every tensor of a launch must be an argument or all of an allocated one. Memory
+another memory order is neither), and every tensor of a launch must be an argument or lie in an allocated one. Memory
 that was aligned to 16 bytes when the call was recorded must be again; otherwise the backend does the call.
 """
 
@@ -26,7 +26,9 @@ _aten = torch.ops.aten
 _ALLOCATE = {op.default for op in (_aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.new_empty_strided)} | {
     _aten.empty.memory_format
 }
-_VIEW = {_aten.permute.default, _aten.view.default, _aten.detach.default, _aten.alias.default}
+_VIEW = {
+    op.default for op in (_aten.permute, _aten.view, _aten.detach, _aten.alias, _aten.unsqueeze, _aten.squeeze)
+} | {_aten.slice.Tensor, _aten.select.int}
 _ALIGNMENT = 16  # bytes
 
 
@@ -118,10 +120,13 @@ def _repetition(
     tensors = arguments + made
     addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
 
-    def place(address: int) -> int:
-        if addresses.count(address) != 1:
-            raise KeyError(address)
-        return addresses.index(address)
+    def place(address: int) -> tuple[int, int]:
+        if addresses.count(address) == 1:
+            return addresses.index(address), 0
+        for index in range(len(arguments), len(tensors)):  # arguments may overlap, allocated tensors do not
+            if 0 < address - addresses[index] < tensors[index].nbytes:
+                return index, address - addresses[index]
+        raise KeyError(address)
 
     try:
         repeats = [launch.again(place) for launch in launches]

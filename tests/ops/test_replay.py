@@ -161,7 +161,7 @@ class Noted:
 
     def again(self, place: recording.Place) -> recording.Again:
         places = [place(address) for address in self.addresses]
-        return lambda tensors, addresses, stream: self.calls.append([addresses[p] for p in places])
+        return lambda tensors, addresses, stream: self.calls.append([addresses[p] + past for p, past in places])
 
 
 def replayed(function: Callable[..., Any]) -> tuple[Replayed, list[int]]:
@@ -180,7 +180,7 @@ def test_a_call_is_repeated_with_new_results_and_workspaces() -> None:
     def function(x: Tensor, absent: None, factor: int) -> tuple[Tensor, Tensor]:
         workspace = x.new_empty(7, dtype=torch.float64)
         images = torch.empty(2, 3, 4).permute(0, 2, 1)
-        noted.append(Noted(x, workspace, images))
+        noted.append(Noted(x, workspace, images, images[1]))
         recording.note(noted[-1])
         return images, x.new_empty(0)
 
@@ -191,7 +191,8 @@ def test_a_call_is_repeated_with_new_results_and_workspaces() -> None:
         assert images.shape == (2, 4, 3) and images.stride() == (12, 1, 4)
         assert nothing.shape == (0,)
     assert len(runs) == 1 and len(noted[0].calls) == 3
-    assert noted[0].calls[-1][::2] == [x.data_ptr(), images.data_ptr()]
+    first, _, second, third = noted[0].calls[-1]
+    assert (first, second, third) == (x.data_ptr(), images.data_ptr(), images[1].data_ptr())
 
 
 @pytest.mark.parametrize(
@@ -243,15 +244,15 @@ class TestPlanned:
         )  # fmt: skip
 
     def repeated(self, plan: Callable[..., list[Any]], **sizes: Any) -> Any:
-        """The parameters and grid of a repetition with x at 64 and y at 128, or None."""
+        """The parameters and grid of a repetition with x at 64 and y 8 bytes past 120, or None."""
         ran: list[Any] = []
         launcher = SimpleNamespace(run=lambda launches, device: ran.extend(launches))
         arguments = {"x": self.x.data_ptr(), "y": self.y.data_ptr(), **sizes}
         planned = Planned(lambda replaced: plan(**arguments | replaced), arguments, launcher, self.x.device)
-        again = planned.again({self.x.data_ptr(): 0, self.y.data_ptr(): 1}.__getitem__)
+        again = planned.again({self.x.data_ptr(): (0, 0), self.y.data_ptr(): (1, 8)}.__getitem__)
         if again is None:
             return None
-        again([], [64, 128], 0)
+        again([], [64, 120], 0)
         return [(launch.grid, struct.unpack(f"<{len(launch.params) // 8}Q", launch.params)) for launch in ran]
 
     def test_every_address_is_replaced_and_nothing_else(self) -> None:
