@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tdc_fast.atomic import write_json
 from tdc_fast.errors import invalid
-from tdc_fast.ops.checks import check_memory, require_integer, require_tensors
+from tdc_fast.ops.checks import can_read, check_memory, require_integer, require_tensors
 from tdc_fast.ops.plan import INTEGER_DTYPES, RoutingPlan
 from tdc_fast.text_files import read_json
 
@@ -139,8 +139,8 @@ class TimestepGroups:
     def group_of(self, t: Tensor) -> Tensor:
         """Group ids (int64, t's shape and device) of integer timesteps t.
 
-        A timestep outside [0, T) raises ValueError on the CPU outside torch.compile. Elsewhere the check would have to
-        wait for the device, and such a timestep belongs to the nearest group.
+        A timestep outside [0, T) raises ValueError where it can be read: on the CPU, outside torch.compile and other
+        traces. On a GPU the check would have to wait. Such a timestep then belongs to the nearest group.
 
         Raises:
             ValueError: t has another dtype, such a timestep, or is mapped over by torch.vmap.
@@ -149,10 +149,10 @@ class TimestepGroups:
         if t.dtype not in INTEGER_DTYPES:
             raise invalid("t", t.dtype, "integer timesteps (the original index, not a rescaled one)")
         compiling = torch.compiler.is_compiling()
-        if not compiling and t.device.type == "cpu" and t.numel():
+        if not compiling and torch._C._functorch.is_batchedtensor(t):
+            raise invalid("t", "a batch of torch.vmap", "the timesteps of all samples in one tensor, outside vmap")
+        if can_read(t) and t.numel():
             check_memory(t=t)
-            if torch._C._functorch.is_batchedtensor(t):
-                raise invalid("t", "a batch of torch.vmap", "the timesteps of all samples in one tensor, outside vmap")
             low, high = (int(v) for v in torch.aminmax(t))
             if low < 0 or high >= self.num_timesteps:
                 raise invalid("t", low if low < 0 else high, f"timesteps in [0, {self.num_timesteps})")

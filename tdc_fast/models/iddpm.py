@@ -28,6 +28,7 @@ from tdc_fast.models.blocks import (
 )
 from tdc_fast.nn.layers import Conv2d, GroupNorm, Linear, TokenConv1d, group_count
 from tdc_fast.nn.units import PruningUnit
+from tdc_fast.ops.checks import can_read
 
 DEFAULT_HEADS = 4
 """Attention heads by default, as in improved-diffusion's flags."""
@@ -211,7 +212,9 @@ class UNet(nn.Module):
         emb = silu(emb).to(computed.dtype)
         embedded = embedded_in_one_launch([*self.input_blocks, self.middle_block, *self.output_blocks], emb)
 
-        h = x.to(dtype).contiguous(memory_format=torch.channels_last)
+        h = x.to(dtype)
+        if not torch._C._are_functorch_transforms_active():  # torch.vmap has no channels_last
+            h = h.contiguous(memory_format=torch.channels_last)
         skips = []
         for block in self.input_blocks:
             h = block(h, emb, embedded)
@@ -238,7 +241,7 @@ class UNet(nn.Module):
             return
         if tuple(y.shape) != (x.shape[0],) or y.dtype not in (torch.int64, torch.int32):
             raise invalid("y", f"{y.dtype} of shape {tuple(y.shape)}", f"integer labels of shape ({x.shape[0]},)")
-        if y.device.type == "cpu" and y.numel() and not torch.compiler.is_compiling():
+        if can_read(y) and y.numel():
             low, high = (int(value) for value in torch.aminmax(y))
             if low < 0 or high >= self.num_classes:
                 raise invalid("y", low if low < 0 else high, f"labels from 0 to {self.num_classes - 1}")

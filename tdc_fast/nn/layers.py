@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from tdc_fast.errors import invalid
 
@@ -91,6 +92,8 @@ class GroupNorm(nn.GroupNorm):
             return torch.empty_like(x)  # torch derives the shape in Python, in milliseconds, where MACs are counted
         weight = None if self.weight is None else self.weight.float()
         bias = None if self.bias is None else self.bias.float()
+        if forward_ad._current_level >= 0:  # torch's forward mode views the input as it is contiguous
+            x = x.contiguous()
         # Not F.group_norm, which refuses a single sample with one value per group (1x1 pixels of few channels).
         y = torch.group_norm(x.float(), self.num_groups, weight, bias, self.eps).to(x.dtype)
         if scale is not None:

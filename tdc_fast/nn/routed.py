@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tdc_fast.errors import invalid
 from tdc_fast.nn.leaf import RoutedLeaf
 from tdc_fast.ops import routed_conv2d, routed_group_norm, routed_linear
-from tdc_fast.ops.checks import check_memory
+from tdc_fast.ops.checks import can_read, check_memory
 from tdc_fast.ops.layout import empty_channel_innermost
 from tdc_fast.routing import RoutingPlan
 
@@ -252,7 +252,7 @@ class RoutedEmbedding(RoutedLeaf):
     def forward(self, index: Tensor, plan: RoutingPlan | None = None) -> Tensor:
         """Look up integer ids `index` (B, ...), sorted by the plan, in each sample's table: (B, ..., D)."""
         plan = self.current_plan(plan)
-        if index.device.type == "cpu" and not torch.compiler.is_compiling() and index.numel():
+        if can_read(index) and index.numel():
             check_memory(index=index, weight=self.weight, plan=plan.groups, weight_index=plan.weight_index)
             low, high = (int(bound) for bound in torch.aminmax(index))
             if low < 0 or high >= self.num_embeddings:  # would read another expert's table

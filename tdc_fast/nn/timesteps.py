@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tdc_fast.errors import invalid
+from tdc_fast.ops.checks import can_read
 from tdc_fast.routing import TimestepGroups
 
 _NAMES = ("timestep", "timesteps", "t")
@@ -47,7 +48,7 @@ def original_index(t: Tensor) -> Tensor:
     if not t.dtype.is_floating_point:
         return t
     index = t.round()
-    if t.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.equal(index, t):
+    if can_read(t) and not torch.equal(index, t):
         wrong = t[index != t][0].item()
         raise invalid("t", wrong, "original timesteps, whole numbers (the model rescales them itself), or expert_ids")
     return index.to(torch.int64)

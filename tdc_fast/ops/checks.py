@@ -248,6 +248,17 @@ def check_memory(**tensors: Tensor | None) -> None:
             raise invalid(name, held, "a tensor whose memory was not freed")
 
 
+def can_read(t: Tensor) -> bool:
+    """Whether a check may read values: not on a GPU, which it would wait for, and not where there are none to read.
+
+    These are torch.compile, transforms of torch.func that hold the tensor, and traces (torch.func.linearize, make_fx).
+    """
+    if t.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    traced = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+    return not traced and not torch._C._functorch.is_functorch_wrapped_tensor(t)
+
+
 def _is_in_memory(t: Tensor) -> bool:
     return not (torch._C._dispatch_keys(t).has(_PYTHON) or torch._C._functorch.is_functorch_wrapped_tensor(t))
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
-from torch import Tensor
+from torch import Tensor, nn
 
 from tdc_fast import RoutingPlan, TimestepGroups, pack_experts, routed_conv2d, routed_group_norm, routed_linear
+from tests.nn.test_packing import GROUPS, batch, unet
 from tests.reports.test_routed_forward import Net, samples
 
 PLAN = RoutingPlan.from_groups(torch.tensor([1, 0, 2, 0, 2]), 3)
@@ -153,3 +155,85 @@ def test_timesteps_under_vmap_are_refused_by_name() -> None:
     x, _ = samples(0, 4)
     with pytest.raises(ValueError, match="^t: got 'a batch of torch.vmap'"):
         torch.func.vmap(lambda image, t: routed(image[None], t[None]))(x, torch.arange(4))
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, nn.Module]:
+    """A UNet with classes, alone and as three experts of one model."""
+    dense = unet()
+    return {"dense": dense, "packed": pack_experts(dense, GROUPS)}
+
+
+@pytest.mark.parametrize("kind", ["dense", "packed"])
+def test_a_unets_tangent_is_that_of_differences(kind: str, models: dict[str, nn.Module]) -> None:
+    model, (x, t, y) = models[kind], batch(3)
+    step = normal(*x.shape, dtype=torch.float32, seed=5)
+    _, along = torch.func.jvp(lambda x: model(x, t, y=y), (x,), (step,))
+    exact = copy.deepcopy(models["dense"]).double()
+    with torch.no_grad():
+        ends = [exact(x.double() + sign * 1e-3 * step.double(), t, y=y) for sign in (1, -1)]
+    slope = ((ends[0] - ends[1]) / 2e-3).float()
+    assert (along - slope).norm() <= 1e-2 * slope.norm()
+
+
+class Labelled(Net):
+    """With a table of labels, whose values are checked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks, self.label_emb = nn.Sequential(self.blocks[0]), nn.Embedding(3, 4)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return self.blocks(self.start(x) + self.label_emb(y)[:, :, None, None]) * (1 + 0.01 * t[:, None, None, None])
+
+
+def test_linearize_of_a_packed_model_is_its_jvp() -> None:
+    torch.manual_seed(0)
+    model = pack_experts([Labelled() for _ in range(4)], TimestepGroups.uniform(100, 4))
+    x, t = samples(0, 3)
+    step, y = normal(*x.shape, dtype=torch.float32), torch.tensor([2, 0, 1])
+    expected = torch.func.jvp(lambda x: model(x, t, y=y), (x,), (step,))
+    out, linear = torch.func.linearize(lambda x: model(x, t, y=y), x)
+    torch.testing.assert_close((out, linear(step)), expected)
+
+
+def test_labels_of_a_unet_are_not_read_where_it_is_linearized(models: dict[str, nn.Module]) -> None:
+    """(That linearize folds the constants of a whole UNet takes half a minute.)"""
+    x, t, y = batch(3)
+    check = models["dense"]._check_inputs
+    assert torch.equal(torch.func.linearize(lambda x: check(x, t, y) or x * 2, x)[0], x * 2)
+    with pytest.raises(ValueError, match="^y: got 5"):
+        check(x, t, y + 5 - y)
+
+
+@pytest.mark.parametrize("kind", ["dense", "packed"])
+def test_a_unet_is_mapped_over_whole_batches(kind: str, models: dict[str, nn.Module]) -> None:
+    model, (x, t, y) = models[kind], batch(3)
+    many = torch.stack([x, x * 2])
+    with torch.no_grad():
+        found = torch.func.vmap(lambda x: model(x, t, y=y))(many)
+        torch.testing.assert_close(found, torch.stack([model(x, t, y=y) for x in many]), rtol=1e-4, atol=1e-4)
+
+
+def test_a_dense_unet_is_mapped_over_its_samples_and_a_packed_one_refuses_by_name(models: dict[str, nn.Module]) -> None:
+    x, t, y = batch(3)
+
+    def alone(model: nn.Module) -> Tensor:
+        return torch.func.vmap(lambda x, t, y: model(x[None], t[None], y=y[None])[0])(x, t, y)
+
+    with torch.no_grad():
+        torch.testing.assert_close(alone(models["dense"]), models["dense"](x, t, y=y), rtol=1e-4, atol=1e-4)
+        with pytest.raises(ValueError, match="^t: got 'a batch of torch.vmap'"):
+            alone(models["packed"])
+
+
+def test_a_dense_unet_has_a_hessian(models: dict[str, nn.Module]) -> None:
+    x, t, y = batch(2)
+
+    def loss(scale: Tensor) -> Tensor:
+        return models["dense"](x * scale, t, y=y).square().mean()
+
+    found = torch.func.hessian(loss)(torch.tensor(1.0))
+    scale = torch.tensor(1.0, requires_grad=True)
+    (first,) = torch.autograd.grad(loss(scale), scale, create_graph=True)
+    torch.testing.assert_close(found, torch.autograd.grad(first, scale)[0], rtol=1e-3, atol=1e-4)
