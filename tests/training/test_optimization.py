@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from tdc_fast.training.optimization import LearningRate, gradient_norm
+from tests.operators import Recorded
 
 
 def with_gradients(*values: torch.Tensor) -> list[nn.Parameter]:
@@ -44,3 +45,19 @@ def test_each_expert_is_clipped_by_its_own_norm():
     assert norm.item() == pytest.approx((50.0**2 + 0.5**2) ** 0.5)
     torch.testing.assert_close(parameters[0].grad, torch.tensor([[0.6], [0.3]]))
     torch.testing.assert_close(parameters[1].grad, torch.tensor([0.8, 0.4]))
+
+
+def test_clipping_by_expert_calls_as_many_operators_whatever_the_number_of_parameters():
+    """And copies no gradient, whose memory order is that of a channels_last weight."""
+    calls = []
+    for count in (2, 20):
+        parameters = with_gradients(*torch.randn(count, 3, 8, 3, 3, 5).permute(0, 1, 2, 5, 3, 4).unbind())
+        before = [parameter.grad.clone() for parameter in parameters]
+        with Recorded() as called:
+            gradient_norm(parameters, 0.1, num_experts=3)
+        of_expert = torch.stack(before).double().square().sum((0, 2, 3, 4, 5)).sqrt()
+        for parameter, gradient in zip(parameters, before, strict=True):
+            expected = gradient * (0.1 / of_expert).view(-1, 1, 1, 1, 1)
+            torch.testing.assert_close(parameter.grad, expected.float(), rtol=1e-5, atol=1e-7)
+        calls.append({name: times for name, times in called.items() if name != "select"})  # a view
+    assert calls[0] == calls[1] and not {"clone", "copy_", "mul_"} & set(calls[0])
