@@ -22,6 +22,7 @@ STOPPED = {
     "serve": "stopped before anything was served",
     "nll": "stopped; nothing was written",
     "evaluate": "stopped; nothing was written",
+    "convert": "stopped; nothing was written",
     "demo": "stopped; the same command continues where it was",
 }
 """What each command says after Ctrl-C, unless it knows more."""
@@ -61,4 +62,5 @@ sample = functools.partial(start, "sample")
 serve = functools.partial(start, "serve")
 nll = functools.partial(start, "nll")
 evaluate = functools.partial(start, "evaluate")
+convert = functools.partial(start, "convert")
 demo = functools.partial(start, "demo")
