@@ -37,6 +37,7 @@ BASIC = frozenset(
         *("data_dir", "heldout", "image_size", "num_channels", "num_res_blocks", "class_cond", "diffusion_steps"),
         *("noise_schedule", "learn_sigma", "batch_size", "lr", "lr_anneal_steps", "ema_ramp", "groups", "grouping"),
         *("k", "base", "stage1_steps", "stage2_steps", "agent", "rounds", "run_dir", "resume", "device", "preview"),
+        *("host", "port", "max_batch"),
     }
 )
 """The flags that `-h` shows; `--help` shows all."""

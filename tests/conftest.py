@@ -35,6 +35,8 @@ SLOW = (
     "native",
     "reports",
     "sanitizers",
+    "serving/test_page.py",
+    "serving/test_serve_command.py",
     "test_prune.py",
     "training/test_grouping.py",
     "training/test_resume.py",

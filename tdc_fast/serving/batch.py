@@ -103,6 +103,10 @@ class Batch:
         """What stays the same from step to step."""
         device, is_static = self._stepper.device, self._stepper.is_static
         self._draws_noise = any(live.plan.draws_noise for live in self.lives)
+        self._drawn = torch.zeros(self._x.shape if self._draws_noise or is_static else 0)
+        self._noise_parts = [
+            (self._drawn[place], live.generator) for live, place in self._places.items() if live.plan.draws_noise
+        ]
         self._remembers = any(live.plan.remembers for live in self.lives)
         self._labels: Tensor | None = None
         self._partner: Tensor | None = None
@@ -165,15 +169,9 @@ class Batch:
 
     def _noise(self) -> Tensor:
         """Noise like x: what each request draws for itself, zeros elsewhere."""
-        parts, written = [], 0
-        for live, place in self._places.items():
-            shape = (place.stop - place.start, *self._x.shape[1:])
-            draws = live.plan.draws_noise
-            parts.append(torch.randn(shape, generator=live.generator) if draws else torch.zeros(shape))
-            written = place.stop
-        if written < len(self._x):
-            parts.append(torch.zeros(len(self._x) - written, *self._x.shape[1:]))
-        noise = torch.empty(self._x.shape, memory_format=torch.channels_last).copy_(torch.cat(parts))
+        for part, generator in self._noise_parts:
+            part.normal_(generator=generator)
+        noise = torch.empty(self._x.shape, memory_format=torch.channels_last).copy_(self._drawn)
         if self._stepper.device.type == "cuda":
             noise = noise.pin_memory()  # so that the host goes on while the GPU works
         return noise.to(self._stepper.device, non_blocking=True)

@@ -244,6 +244,7 @@ class Engine:
 
     # What follows runs in the engine's thread.
 
+    @torch.no_grad()
     def _work(self) -> None:
         batch: Batch | None = None
         try:

@@ -99,7 +99,6 @@ class Stepper:
                     partner=whole if self._has_classes else None, guidance=weights[0] if self._has_classes else None,
                 )  # fmt: skip
 
-    @torch.no_grad()
     def _compute(self, tensors: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Take every row one step.
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tdc_fast import evaluate, nll, prune, sample, train
+from tdc_fast import evaluate, nll, prune, sample, serve, train
 from tdc_fast.data.dataset import load_dataset
 from tdc_fast.evaluation.options import EvaluateOptions
 from tdc_fast.experiments.demo import DemoOptions
@@ -30,9 +30,11 @@ from tdc_fast.runs.options import (
     TdcOptions,
 )
 from tdc_fast.sample import SampleOptions
+from tdc_fast.serve import ServeOptions
 from tests.generated import examples
 
 HUGE = 99999999999999999999
+OPTIONS = [SampleOptions, ServeOptions, NllOptions, EvaluateOptions, DemoOptions, TrainConfig]
 LONG = "x" * 300
 
 
@@ -88,7 +90,9 @@ def test_what_no_machine_can_do_is_refused_under_its_name(name, value):
         TrainConfig.from_dict({name: value})
 
 
-@pytest.mark.parametrize("options", [SampleOptions, NllOptions, EvaluateOptions, DemoOptions, TrainConfig])
+@pytest.mark.parametrize(
+    "options", [SampleOptions, ServeOptions, NllOptions, EvaluateOptions, DemoOptions, TrainConfig]
+)
 def test_every_integer_of_every_command_has_a_range(options):
     defaults = {field.name: field.default for field in dataclasses.fields(options)}
     check_limits(options, defaults)
@@ -110,6 +114,7 @@ WRONG = {int: "-7", float: "nan", str: "\0"}
 SECTIONS_OF = {
     train: [DataOptions, OptimizerOptions, TdcOptions, RunOptions],
     sample: [SampleOptions, ModelOptions, DiffusionOptions],
+    serve: [ServeOptions],
     nll: [NllOptions],
     evaluate: [EvaluateOptions],
     prune: [SearchOptions],
@@ -128,7 +133,9 @@ def test_a_wrong_value_of_any_flag_is_refused_under_its_name(command, capsys, tm
             assert name in capsys.readouterr().err, name
 
 
-@pytest.mark.parametrize("options", [SampleOptions, NllOptions, EvaluateOptions, DemoOptions, TrainConfig])
+@pytest.mark.parametrize(
+    "options", [SampleOptions, ServeOptions, NllOptions, EvaluateOptions, DemoOptions, TrainConfig]
+)
 def test_a_path_with_a_nul_is_refused_under_its_name(options):
     for name in texts(options):
         for value in ("runs/\0", "x" * 10**6):
@@ -220,6 +227,7 @@ def test_any_value_of_any_option_is_taken_or_refused_by_name(name, value):
 COMMANDS = {  # each with what makes it end before it does any work
     train: (TrainConfig, ["--resume", "missing"]),
     sample: (SampleOptions, ["--run", "missing"]),
+    serve: (ServeOptions, ["--run", "missing"]),
     nll: (NllOptions, ["--run", "missing"]),
     evaluate: (EvaluateOptions, ["missing", "missing"]),
 }
