@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tdc_fast.errors import invalid
 from tdc_fast.kernels.problems import ConvProblem
-from tdc_fast.ops import backends, eager
+from tdc_fast.ops import backends
 from tdc_fast.ops.checks import pair, require_backend_name, require_tensors
 from tdc_fast.ops.conv2d_operators import forward, forward_problem
 from tdc_fast.ops.plan import RoutingPlan, check_plan, is_plan_of
@@ -78,10 +78,10 @@ def routed_conv2d(
         x, weight, bias, plan, stride, padding, in_widths, out_widths, sample_bias, residual, x2, upsample
     )  # fmt: skip
     flat = _flat(*arguments, backend)
-    result = None if flat is None else eager.call_again(forward, *flat)
+    result = None if flat is None else forward.call_again(*flat)
     if result is None:
         require_backend_name(backend)
-        result = eager.call(forward, *_checked(*arguments), backend or "")
+        result = forward.call(*_checked(*arguments), backend or "")
     return result
 
 

@@ -99,7 +99,7 @@ def _forward_fake(*args: Any) -> Tensor:
     return empty_nhwc(t.x, p.batch, p.out_channels, p.out_height, p.out_width)
 
 
-forward = eager.define(
+forward = eager.Operator(
     "routed_conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor? sample_bias, Tensor? residual, "
     f"Tensor? x2, {_TILED_SCHEMA}, {_SETTINGS_SCHEMA}, str backend) -> Tensor",
     _forward,
@@ -129,7 +129,7 @@ def _dgrad_fake(dy: Tensor, *args: Any) -> list[Tensor]:
 
 
 # One gradient for x, and one for x2 where there is one.
-_dgrad_op = eager.define(
+_dgrad_op = eager.Operator(
     f"routed_conv2d_dgrad(Tensor dy, Tensor weight, {_TILED_SCHEMA}, SymInt[2] image_size, SymInt x2_channels, "
     f"{_SETTINGS_SCHEMA}, str backend) -> Tensor[]",
     _dgrad,
@@ -162,7 +162,7 @@ def _wgrad_fake(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 
 # Gradients that `mask` does not ask for come back as empty tensors: a schema has no optional results.
-_wgrad_op = eager.define(
+_wgrad_op = eager.Operator(
     f"routed_conv2d_wgrad(Tensor dy, Tensor x, Tensor? x2, Tensor weight, {_ROUTING_SCHEMA}, {_SETTINGS_SCHEMA}, "
     "bool[3] mask, str backend) -> (Tensor, Tensor, Tensor)",
     _wgrad,
@@ -192,11 +192,11 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         dy = dy.contiguous(memory_format=torch.channels_last)  # once, for dgrad and wgrad
     if input_moves:
         settings = (*ctx.input_size, *ctx.settings, ctx.backend)
-        dx, *others = eager.call(_dgrad_op, dy, weight, offsets, tiles, *widths, *settings)
+        dx, *others = _dgrad_op.call(dy, weight, offsets, tiles, *widths, *settings)
         dx2 = others[0] if others else None
     if any(mask):
         settings = (*ctx.settings, mask, ctx.backend)
-        grads = eager.call(_wgrad_op, dy, x, x2, weight, offsets, *widths, *settings)
+        grads = _wgrad_op.call(dy, x, x2, weight, offsets, *widths, *settings)
         dweight, dbias, dsample_bias = (grad if wanted else None for grad, wanted in zip(grads, mask, strict=True))
     if needs[4]:
         dresidual = dy
@@ -216,12 +216,12 @@ def _tangent(args: tuple[Any, ...], tangents: tuple[Tensor | None, ...]) -> Tens
         dx = torch.zeros_like(x) if dx is None else dx
         dx2 = torch.zeros_like(x2) if dx2 is None and x2 is not None else dx2
     if dweight is None:
-        return forward(dx, weight, *dadded, dx2, *rest)
-    along_weight = forward(x, dweight, *dadded, x2, *rest)
-    return along_weight + forward(dx, weight, None, None, None, dx2, *rest) if input_moves else along_weight
+        return forward.overload(dx, weight, *dadded, dx2, *rest)
+    along_weight = forward.overload(x, dweight, *dadded, x2, *rest)
+    return along_weight + forward.overload(dx, weight, None, None, None, dx2, *rest) if input_moves else along_weight
 
 
-_ARGUMENTS = [argument.name for argument in forward._schema.arguments]
+_ARGUMENTS = [argument.name for argument in forward.overload._schema.arguments]
 
 
 def _cast(device_type: str, *args: Any) -> tuple[Any, ...]:
@@ -234,5 +234,5 @@ def _cast(device_type: str, *args: Any) -> tuple[Any, ...]:
     )
 
 
-library.add_autograd(forward, _save, _backward, _tangent)
-library.add_autocast(forward, _cast)
+forward.add_autograd(_save, _backward, _tangent)
+forward.add_autocast(_cast)

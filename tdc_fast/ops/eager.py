@@ -56,7 +56,7 @@ class Bound(NamedTuple):
     only_launches: bool
 
 
-class _Seen:
+class Seen:
     """A call that went well.
 
     Attributes:
@@ -76,68 +76,143 @@ class _Seen:
         self.run = run
 
 
-_binds: dict[Any, tuple[Callable[..., Bound], int]] = {}  # of an operator, and how many tensors come first
-_seen: dict[Hashable, list[_Seen]] = {}
+class Operator:
+    """A registered operator that may be called without the dispatcher.
 
-
-def define(schema: str, bind: Callable[..., Bound], fake: Callable[..., Any]) -> Any:
-    """Registers an operator that `call` and `call_again` may call without the dispatcher.
-
-    Args:
-        schema: As of `library.define`. The first two arguments are tensors, and the others that are come next.
-        bind: Checks the arguments and chooses what computes them.
-        fake: As of `library.define`.
-
-    Returns:
-        The overload.
+    Attributes:
+        overload: The operator itself, as torch calls it.
     """
-    op = library.define(schema, lambda *args: bind(*args).run(*args), fake)
-    kinds = [str(argument.type) for argument in op._schema.arguments]
-    _binds[op] = bind, sum(kind in ("Tensor", "Optional[Tensor]") for kind in kinds)
-    return op
+
+    def __init__(self, schema: str, bind: Callable[..., Bound], fake: Callable[..., Any]) -> None:
+        """Registers it.
+
+        Args:
+            schema: As of `library.define`. The first two arguments are tensors, and the others that are come next.
+            bind: Checks the arguments and chooses what computes them.
+            fake: As of `library.define`.
+        """
+        self.overload = library.define(schema, lambda *args: bind(*args).run(*args), fake)
+        kinds = [str(argument.type) for argument in self.overload._schema.arguments]
+        self._tensors = sum(kind in ("Tensor", "Optional[Tensor]") for kind in kinds)
+        self._bind = bind
+        self._seen: dict[Hashable, list[Seen]] = {}
+        self._apply: Callable[..., Any] | None = None
+        self._cast: Callable[..., tuple[Any, ...]] | None = None
+        _operators.append(self)
+
+    def add_autograd(
+        self, save: Callable[..., None], backward: Callable[..., Any], tangent: Callable[..., Any]
+    ) -> None:
+        """As `library.add_autograd`."""
+        self._apply = library.add_autograd(self.overload, save, backward, tangent)
+
+    def add_autocast(self, cast: Callable[..., tuple[Any, ...]]) -> None:
+        """As `library.add_autocast`."""
+        library.add_autocast(self.overload, cast)
+        self._cast = cast
+
+    def call(self, *args: Any) -> Any:
+        """The result for right arguments, by the shortest way.
+
+        Args:
+            *args: All its arguments, hashable where they are not tensors.
+        """
+        if _is_compiling():
+            return self.overload(*args)
+        result = self.call_again(*args)
+        if result is None:
+            result = self.overload(*args)
+            with self._autocast_done(args) as cast:
+                self._remember(cast)
+        return result
+
+    def call_again(self, *args: Any) -> Any:
+        """The result where an earlier `call` was like this one, else None.
+
+        Args:
+            *args: All its arguments, which need not be right.
+        """
+        if _is_compiling():
+            return None
+        if not _autocasts():
+            return self._again(args)
+        with self._autocast_done(args) as cast:
+            return self._again(cast)
+
+    @contextmanager
+    def _autocast_done(self, args: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
+        """The arguments that autocast makes of these, within it its own context; where there is none, just these."""
+        device = args[0].device.type if self._cast and isinstance(args[0], Tensor) else ""
+        if self._cast and device and torch.is_autocast_enabled(device):
+            with library.without_autocast():
+                yield self._cast(device, *args)
+        else:
+            yield args
+
+    def _again(self, args: tuple[Any, ...]) -> Any:
+        """The result, or None."""
+        if not _unobserved():
+            return None
+        tensors = args[: self._tensors]
+        given = [t for t in tensors if t is not None]
+        try:
+            for t in given:
+                if t.layout is not _STRIDED or t.is_nested:  # the guards end the process at one without strides
+                    return None
+            alike = self._seen[_key(tensors, args[self._tensors :])]
+        except (KeyError, AttributeError, TypeError):  # new, or something of a wrong type, which the general way names
+            return None
+        for seen in alike:
+            if seen.matches(*given):
+                break
+        else:
+            return None
+        if seen is not alike[0]:
+            alike[:] = [seen, *(other for other in alike if other is not seen)]
+        if not are_in_memory(given, seen.spans):
+            return None
+        if seen.differentiable and self._apply is not None and torch.is_grad_enabled():
+            return self._apply(*args, seen.run)
+        return seen.run(*args)
+
+    def _remember(self, args: tuple[Any, ...]) -> None:
+        """Keeps a call that went well."""
+        tensors = args[: self._tensors]
+        given = [t for t in tensors if t is not None]
+        distinct = len(set(map(id, given))) == len(given)  # as the guards want them
+        if _Guards is None or not distinct or not _unobserved() or not library.are_plain(given):
+            return
+        bound = self._bind(*args)
+        run = library.below_autograd(bound.run)
+        if bound.only_launches:
+            run = Replayed(run, given[0].device, self._tensors)
+        if len(self._seen) >= _LIMIT:
+            self._seen.clear()
+        alike = self._seen.setdefault(_key(tensors, args[self._tensors :]), [])
+        alike.insert(0, Seen(given, run))
+        del alike[_MOST_ALIKE:]
+
+    def seen(self) -> list[Seen]:
+        """All calls that are kept."""
+        return [seen for alike in self._seen.values() for seen in alike]
+
+    def forget(self) -> None:
+        """Forgets all of them."""
+        self._seen.clear()
 
 
-def call(op: Any, *args: Any) -> Any:
-    """op(*args), by the shortest way.
-
-    Args:
-        op: What `define` returned.
-        *args: All its arguments, hashable where they are not tensors.
-    """
-    if _is_compiling():
-        return op(*args)
-    result = call_again(op, *args)
-    if result is None:
-        result = op(*args)
-        with _autocast_done(op, args) as cast:
-            _remember(op, cast)
-    return result
+_operators: list[Operator] = []
 
 
-def call_again(op: Any, *args: Any) -> Any:
-    """op(*args) where an earlier `call` was like this one, else None.
-
-    Args:
-        op: What `define` returned.
-        *args: All its arguments, which need not be right.
-    """
-    if _is_compiling():
-        return None
-    if not _autocasts():
-        return _again(op, args)
-    with _autocast_done(op, args) as cast:
-        return _again(op, cast)
+def forget() -> None:
+    """Forgets the calls of every operator, after a change in what backends support."""
+    for operator in _operators:
+        operator.forget()
 
 
-@contextmanager
-def _autocast_done(op: Any, args: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
-    """The arguments that autocast makes of these, within it its own context; where there is none, just these."""
-    device = args[0].device.type if op in library.casts and isinstance(args[0], Tensor) else ""
-    if device and torch.is_autocast_enabled(device):
-        with library.without_autocast():
-            yield library.casts[op](device, *args)
-    else:
-        yield args
+def seen() -> list[Seen]:
+    """The calls of every operator that are kept."""
+    return [call for operator in _operators for call in operator.seen()]
 
 
 def _unobserved() -> bool:
@@ -145,60 +220,10 @@ def _unobserved() -> bool:
     return not (_dispatch_modes() or _function_mode() or _profiling() or forward_ad._current_level >= 0)
 
 
-def _key(op: Any, tensors: Sequence[Any], settings: tuple[Any, ...]) -> Hashable:
+def _key(tensors: Sequence[Any], settings: tuple[Any, ...]) -> Hashable:
     """What the guards do not compare, and two shapes, so that few calls share a key. Types, as True == 1 == 1.0."""
     first, second = tensors[:2]
     return (
-        op, first.shape, second.shape, settings, *map(type, settings), *[t is None for t in tensors],
+        first.shape, second.shape, settings, *map(type, settings), *[t is None for t in tensors],
         _environment.get(_VARIABLE), first.dtype is torch.float32 and tf32_is_allowed(),
     )  # fmt: skip
-
-
-def _again(op: Any, args: tuple[Any, ...]) -> Any:
-    """The result, or None."""
-    if not _unobserved():
-        return None
-    count = _binds[op][1]
-    tensors = args[:count]
-    given = [t for t in tensors if t is not None]
-    try:
-        for t in given:
-            if t.layout is not _STRIDED or t.is_nested:  # the guards end the process at one without strides
-                return None
-        candidates = _seen[_key(op, tensors, args[count:])]
-    except (KeyError, AttributeError, TypeError):  # new, or something of a wrong type, which the general way names
-        return None
-    for seen in candidates:
-        if seen.matches(*given):
-            break
-    else:
-        return None
-    if seen is not candidates[0]:
-        candidates[:] = [seen, *(other for other in candidates if other is not seen)]
-    if not are_in_memory(given, seen.spans):
-        return None
-    if seen.differentiable and torch.is_grad_enabled() and op in library.applies:
-        return library.applies[op](*args, seen.run)
-    return seen.run(*args)
-
-
-def _remember(op: Any, args: tuple[Any, ...]) -> None:
-    """Keeps a call that went well."""
-    bind, count = _binds[op]
-    tensors, settings = args[:count], args[count:]
-    given = [t for t in tensors if t is not None]
-    distinct = len(set(map(id, given))) == len(given)  # as the guards want them
-    if _Guards is None or not distinct or not _unobserved() or not library.are_plain(given):
-        return
-    bound = bind(*args)
-    run = library.below_autograd(bound.run)
-    if len(_seen) >= _LIMIT:
-        _seen.clear()
-    candidates = _seen.setdefault(_key(op, tensors, settings), [])
-    candidates.insert(0, _Seen(given, Replayed(run, given[0].device, count) if bound.only_launches else run))
-    del candidates[_MOST_ALIKE:]
-
-
-def forget() -> None:
-    """Forgets every call, after a change in what backends support."""
-    _seen.clear()

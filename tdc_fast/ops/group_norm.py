@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tdc_fast.errors import invalid
 from tdc_fast.kernels.problems import NormProblem
-from tdc_fast.ops import backends, eager
+from tdc_fast.ops import backends
 from tdc_fast.ops.checks import require_backend_name, require_integer, require_tensors
 from tdc_fast.ops.group_norm_operators import forward, forward_problem
 from tdc_fast.ops.plan import RoutingPlan, check_plan, is_plan_of
@@ -66,14 +66,14 @@ def routed_group_norm(
     """
     result = None
     if is_plan_of(plan, x) and (activation is None or (isinstance(activation, str) and activation == "silu")):
-        result = eager.call_again(
-            forward, x, weight, bias, scale, shift, x2, plan.offsets, plan.weight_index, widths, num_groups, eps,
+        result = forward.call_again(
+            x, weight, bias, scale, shift, x2, plan.offsets, plan.weight_index, widths, num_groups, eps,
             activation == "silu", "" if backend is None else backend,
         )  # fmt: skip
     if result is None:
         require_backend_name(backend)
         arguments = _checked(x, weight, bias, plan, num_groups, eps, widths, scale, shift, activation, x2)
-        result = eager.call(forward, *arguments, backend or "")
+        result = forward.call(*arguments, backend or "")
     return result[0]
 
 

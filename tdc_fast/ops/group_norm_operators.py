@@ -69,7 +69,7 @@ def _forward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return y, t.x.new_empty(shape, dtype=dtype), t.x.new_empty(shape, dtype=dtype)
 
 
-forward = eager.define(
+forward = eager.Operator(
     "routed_group_norm(Tensor x, Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, Tensor? x2, "
     f"Tensor offsets, Tensor weight_index, Tensor? widths, {_SETTINGS_SCHEMA}, str backend) -> "
     "(Tensor, Tensor, Tensor)",
@@ -106,7 +106,7 @@ def _backward_fake(dy: Tensor, *args: Any) -> list[Tensor]:
 
 
 # The gradients that `mask` asks for, in the order of x, weight, bias, scale, shift, x2.
-_backward_op = eager.define(
+_backward_op = eager.Operator(
     "routed_group_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, "
     "Tensor? x2, Tensor mean, Tensor rstd, Tensor offsets, Tensor weight_index, Tensor? widths, "
     f"{_SETTINGS_SCHEMA}, bool[6] mask, str backend) -> Tensor[]",
@@ -129,7 +129,7 @@ def _gradients(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ..
     if dy is None:
         return (None,) * 13
     mask = ctx.needs_input_grad[:6]
-    grads = eager.call(_backward_op, dy, *ctx.saved_tensors, *ctx.settings, mask, ctx.backend)
+    grads = _backward_op.call(dy, *ctx.saved_tensors, *ctx.settings, mask, ctx.backend)
     remaining = iter(grads)
     return (*(next(remaining) if wanted else None for wanted in mask), *(None,) * 7)
 
@@ -143,7 +143,7 @@ def _tangent(args: tuple[Any, ...], tangents: tuple[Tensor | None, ...]) -> Tens
     return norm_tangent(problem, t, moving)
 
 
-_ARGUMENTS = [argument.name for argument in forward._schema.arguments]
+_ARGUMENTS = [argument.name for argument in forward.overload._schema.arguments]
 
 
 def _cast(device_type: str, x: Tensor, *args: Any) -> tuple[Any, ...]:
@@ -154,5 +154,5 @@ def _cast(device_type: str, x: Tensor, *args: Any) -> tuple[Any, ...]:
     )
 
 
-library.add_autograd(forward, _save, _gradients, _tangent)
-library.add_autocast(forward, _cast)
+forward.add_autograd(_save, _gradients, _tangent)
+forward.add_autocast(_cast)

@@ -24,8 +24,6 @@ from torch.autograd.function import FunctionMeta
 NAMESPACE = "tdc_fast"
 _library = torch.library.Library(NAMESPACE, "DEF")
 _implementations: dict[str, Callable[..., Any]] = {}
-applies: dict[torch._ops.OpOverload, Callable[..., Any]] = {}  # `add_autograd`: apply(*args, what runs them)
-casts: dict[torch._ops.OpOverload, Callable[..., tuple[Any, ...]]] = {}  # what `add_autocast` was given
 _BELOW_AUTOGRAD = torch._C._after_ADInplaceOrView_keyset
 _DEVICE_KEYS = (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)
 _AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
@@ -58,7 +56,7 @@ def _name(op: torch._ops.OpOverload) -> str:
 
 def add_autograd(
     op: torch._ops.OpOverload, save: Callable[..., None], backward: Callable[..., Any], tangent: Callable[..., Any]
-) -> None:
+) -> Callable[..., Any]:
     """Gives `op` its derivatives: one autograd.Function, skipped when no gradient is wanted, and forward mode.
 
     Args:
@@ -67,11 +65,14 @@ def add_autograd(
         backward: backward(ctx, *grads) returns a gradient or None for each argument of `op`.
         tangent: tangent(args, tangents) returns the derivative of the (first) result along `tangents`, which has a
             tensor or None for each argument. It calls differentiable functions only.
+
+    Returns:
+        The Function's `apply` for plain tensors: of all arguments and, last, the function that computes them.
     """
     name = _name(op)
     implementation, redispatch = below_autograd(_implementations[name]), below_autograd(op)
     function = _function(name, save, backward)
-    apply, applies[op] = function.apply, super(torch.autograd.Function, function).apply  # less a look for torch.func's
+    apply = function.apply
     is_grad_enabled = torch.is_grad_enabled
     tensor = torch.Tensor
 
@@ -95,6 +96,7 @@ def add_autograd(
         return run(*args)
 
     _library.impl(name, autograd, "Autograd", with_keyset=True)
+    return super(torch.autograd.Function, function).apply  # without its search for wrappers of torch.func
 
 
 def _unpacked(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
@@ -204,7 +206,6 @@ def add_autocast(op: torch._ops.OpOverload, cast: Callable[..., tuple[Any, ...]]
 
         return autocast
 
-    casts[op] = cast
     name = _name(op)
     _library.impl(name, kernel("cpu"), "AutocastCPU")
     _library.impl(name, kernel("cuda"), "AutocastCUDA")

@@ -160,8 +160,6 @@ def _index(tensors: list[Tensor], wanted: Tensor) -> int:
 
 def _allocator(like: Tensor) -> Callable[[], Tensor] | None:
     """A function that allocates a tensor of the same metadata; None where its memory would not be dense."""
-    if not like.numel():
-        return lambda: like  # holds nothing that two calls could disagree about
     template = torch.empty_like(like)
     if template.stride() != like.stride():
         return None

@@ -127,7 +127,7 @@ def test_a_repeated_call_launches_what_the_backend_would(
     one_plan = plan()
     for _ in range(2):  # the general way, then recorded
         launches(driver, CASES[name](), one_plan)
-    replays = [seen.run for alike in eager._seen.values() for seen in alike]
+    replays = [seen.run for seen in eager.seen()]
     never = [r for r in replays if isinstance(r, Replayed) and r.never_repeats]
     assert len(never) == COPIES.get(name, 0)
     last, other_plan = CASES[name](), plan()
@@ -185,9 +185,12 @@ def test_a_call_is_repeated_with_new_results_and_workspaces() -> None:
         return images, x.new_empty(0)
 
     call, runs = replayed(function)
+    results: list[Tensor] = []
     for _ in range(4):
         x = torch.randn(8)
         images, nothing = call(x, None, 3)
+        assert not any(result is images or result is nothing for result in results)
+        results += [images, nothing]
         assert images.shape == (2, 4, 3) and images.stride() == (12, 1, 4)
         assert nothing.shape == (0,)
     assert len(runs) == 1 and len(noted[0].calls) == 3
