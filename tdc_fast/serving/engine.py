@@ -131,6 +131,8 @@ class Engine:
         self._number = 0
         self._places = max_batch
         self._thread: threading.Thread | None = None
+        self._ready = threading.Event()
+        self._failure: Exception | None = None
 
     @classmethod
     def of(cls, denoiser: TrainedDenoiser, **options: Any) -> Engine:
@@ -152,10 +154,17 @@ class Engine:
         self.close(drain=exception[0] is None)
 
     def start(self) -> None:
-        """Start the thread that owns the model; where steps are CUDA graphs, capture them first."""
+        """Start the thread that owns the model; returns once steps that are CUDA graphs have been captured.
+
+        Raises:
+            Exception: what the model raised meanwhile; the engine is closed then.
+        """
         if self._thread is None and not self._closing:
             self._thread = threading.Thread(target=self._work, name="tdc_fast engine", daemon=True)
             self._thread.start()
+            self._ready.wait()
+            if self._failure is not None:
+                raise self._failure
 
     def close(self, *, drain: bool = True, timeout: float | None = None) -> None:
         """Take no more requests and end the thread.
@@ -251,6 +260,13 @@ class Engine:
             if self._stepper.device.type == "cuda":
                 torch.cuda.set_device(self._stepper.device)  # of this thread
             self._stepper.warm_up()
+        except Exception as error:
+            self._failure = error
+            self._end_all(EngineClosed(f"the engine could not start: {type(error).__name__}: {error}"))
+            return
+        finally:
+            self._ready.set()
+        try:
             while True:
                 with self._changed:
                     while not (self._live or self._closing):

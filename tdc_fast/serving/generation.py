@@ -12,6 +12,7 @@ from contextlib import suppress
 from tdc_fast.serving.failures import RequestFailed
 from tdc_fast.serving.request import Preview, Request, Result
 
+_MOST_KEPT = 16
 Listener = Callable[[Preview | None], object]
 
 
@@ -77,7 +78,7 @@ class Generation:
     async def stream(self) -> AsyncIterator[Preview | Result]:
         """The last preview there is, all later ones and then the result, in an event loop.
 
-        A caller that stops listening gives the request up.
+        A caller that stops listening gives the request up. One that is slow misses previews: at most 16 are kept.
 
         Raises:
             RequestFailed: as `result`.
@@ -85,9 +86,14 @@ class Generation:
         received: asyncio.Queue[Preview | None] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
+        def keep(preview: Preview | None) -> None:
+            if received.qsize() >= _MOST_KEPT:
+                received.get_nowait()
+            received.put_nowait(preview)
+
         def pass_on(preview: Preview | None) -> None:
             with suppress(RuntimeError):  # the loop is closed, and nobody listens
-                loop.call_soon_threadsafe(received.put_nowait, preview)
+                loop.call_soon_threadsafe(keep, preview)
 
         self._listen(pass_on)
         try:

@@ -371,3 +371,30 @@ def test_statistics_add_up():
     assert s.latency_seconds.cumulative()[-1] == s.waiting_seconds.cumulative()[-1] == 4
     assert 0 < s.forward_seconds < s.step_seconds.total
     assert isinstance(EngineClosed("x"), RequestFailed)
+
+
+def test_a_listener_that_is_slow_misses_previews_and_not_the_result():
+    async def main(engine: Engine) -> list:
+        stream = engine.stream(Request(steps=40, preview_every=1))
+        events = [await anext(stream)]
+        while engine.load()["running"]:
+            await asyncio.sleep(0.005)
+        return events + [event async for event in stream]
+
+    with engine_of(Scripted()) as engine:
+        events = asyncio.run(asyncio.wait_for(main(engine), 60))
+    steps = [event.step for event in events[:-1]]
+    assert len(steps) <= 18 and steps == sorted(steps) and steps[-1] == 39 and isinstance(events[-1], Result)
+
+
+def test_a_model_that_fails_before_the_first_request_fails_the_start(monkeypatch):
+    engine = engine_of(Scripted())
+    monkeypatch.setattr(engine._stepper, "warm_up", lambda: 1 / 0)
+    early = engine.submit(Request(steps=2))
+    with pytest.raises(ZeroDivisionError):
+        engine.start()
+    with pytest.raises(EngineClosed, match="the engine could not start: ZeroDivisionError"):
+        early.result(0)
+    with pytest.raises(EngineClosed):
+        engine.submit(Request(steps=2))
+    engine.close()
