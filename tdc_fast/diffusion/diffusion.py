@@ -25,7 +25,7 @@ from tdc_fast.diffusion.protocols import Denoiser, prediction_of
 from tdc_fast.diffusion.respacing import Spacing, respaced_betas, spaced_timesteps
 from tdc_fast.errors import invalid
 
-Prediction = Literal["epsilon", "x0"]
+Prediction = Literal["epsilon", "x0", "v"]
 Variance = Literal["fixed_small", "fixed_large", "learned_range"]
 Loss = Literal["mse", "rescaled_mse", "kl", "rescaled_kl"]
 
@@ -56,7 +56,7 @@ class Diffusion:
         timestep_map: T increasing original indices.
         timestep_scale: the factor that the denoiser applies to timesteps before embedding them: 1000 / original T when
             timesteps are rescaled, else 1. Never applied here.
-        prediction: what the denoiser predicts, "epsilon" (the noise) or "x0".
+        prediction: what the denoiser predicts, "epsilon" (the noise), "x0" or "v" (see `velocity`).
         variance: "fixed_small", "fixed_large" or "learned_range".
         loss: which loss `training_losses` returns.
     """
@@ -76,7 +76,7 @@ class Diffusion:
 
         Args:
             betas: the variance added at each step, (T,).
-            prediction: what the denoiser predicts, "epsilon" (the noise) or "x0".
+            prediction: what the denoiser predicts, "epsilon" (the noise), "x0" or "v" (see `velocity`).
             variance: "fixed_small" (that of the posterior), "fixed_large" (beta) or "learned_range".
             loss: "mse", "rescaled_mse", "kl" or "rescaled_kl" (see `training_losses`).
             timestep_map: T original timesteps; None for 0 to T - 1.
@@ -235,6 +235,24 @@ class Diffusion:
             "sqrt_recipm1_alphas_cumprod", t, x_t
         )
 
+    def velocity(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Noise turned towards x0: sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) x0 (Salimans and Ho 2022, section 4)."""
+        return (
+            self.coefficient("sqrt_alphas_cumprod", t, x0) * noise
+            - self.coefficient("sqrt_one_minus_alphas_cumprod", t, x0) * x0
+        )
+
+    def x0_from_prediction(self, x_t: Tensor, t: Tensor, prediction: Tensor) -> Tensor:
+        """The clean sample that the denoiser's prediction at `x_t` stands for."""
+        if self.prediction == "x0":
+            return prediction
+        if self.prediction == "epsilon":
+            return self.x0_from_epsilon(x_t, t, prediction)
+        return (
+            self.coefficient("sqrt_alphas_cumprod", t, x_t) * x_t
+            - self.coefficient("sqrt_one_minus_alphas_cumprod", t, x_t) * prediction
+        )
+
     def split_output(self, model_output: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The denoiser's prediction and, when the variance is learned, its variance values, each like x.
 
@@ -281,7 +299,7 @@ class Diffusion:
         else:
             variance = self.coefficient("posterior_variance", t, x)
             log_variance = self.coefficient("posterior_log_variance_clipped", t, x)
-        x0 = prediction if self.prediction == "x0" else self.x0_from_epsilon(x, t, prediction)
+        x0 = self.x0_from_prediction(x, t, prediction)
         if clip_denoised:
             x0 = x0.clamp(-1, 1)
         mean = self.q_posterior(x0, x, t).mean
@@ -309,7 +327,7 @@ class Diffusion:
 
         Returns:
             "loss" (B,), and for the mse losses "mse" (B,) and, when the variance is learned, "vb" (B,). By `loss`:
-            mse, rescaled_mse: mean squared error of the predicted noise (or x0); rescaled_mse multiplies vb by
+            mse, rescaled_mse: mean squared error of the predicted noise (or x0, or v); rescaled_mse multiplies vb by
             T / 1000. kl, rescaled_kl: the bound's term in bits per dimension; rescaled_kl multiplies it by T, which
             estimates the whole bound.
         """
@@ -322,7 +340,9 @@ class Diffusion:
             return {"loss": loss * self.num_timesteps if self.loss == "rescaled_kl" else loss}
 
         prediction, values = self.split_output(output, x_t)
-        target = noise if self.prediction == "epsilon" else x0
+        target = {"epsilon": noise, "x0": x0}.get(self.prediction)
+        if target is None:
+            target = self.velocity(x0, noise, t)
         mse = mean_flat((target - prediction) ** 2)
         if values is None:
             return {"loss": mse, "mse": mse}

@@ -29,8 +29,8 @@ class StepWeights(NamedTuple):
         noise: weight of the noise; where the variance is learned, multiplied by the deviation between the next two.
         lowest: log variance where the learned value is -1; 0 with `highest` 0 where the variance is not learned.
         highest: log variance where the learned value is 1.
-        x_in_x0: factor of x_t in the prediction of x0 from noise.
-        noise_in_x0: factor of the predicted noise there, subtracted.
+        x_in_x0: factor of x_t in x0, where the denoiser predicts the noise or v.
+        output_in_x0: factor of its prediction there, subtracted.
     """
 
     x: Tensor
@@ -40,7 +40,7 @@ class StepWeights(NamedTuple):
     lowest: Tensor
     highest: Tensor
     x_in_x0: Tensor
-    noise_in_x0: Tensor
+    output_in_x0: Tensor
 
 
 def ddpm_weights(diffusion: Diffusion, t: Tensor) -> StepWeights:
@@ -124,7 +124,7 @@ def advance(
         x0 = torch.empty_like(x).copy_(prediction)
     else:
         x0 = x * w.x_in_x0
-        x0 -= prediction * w.noise_in_x0
+        x0 -= prediction * w.output_in_x0
     if clip_denoised:
         x0.clamp_(-1, 1)
     result = x * w.x
@@ -145,4 +145,6 @@ def half_log_snr(alphas_cumprod: Tensor) -> Tensor:
 
 
 def _prediction_of_x0(diffusion: Diffusion, t: Tensor) -> tuple[Tensor, Tensor]:
+    if diffusion.prediction == "v":
+        return diffusion.table("sqrt_alphas_cumprod", t), diffusion.table("sqrt_one_minus_alphas_cumprod", t)
     return diffusion.table("sqrt_recip_alphas_cumprod", t), diffusion.table("sqrt_recipm1_alphas_cumprod", t)

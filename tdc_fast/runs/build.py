@@ -130,6 +130,7 @@ def build_diffusion(config: TrainConfig, timestep_respacing: str = "") -> Diffus
         noise_schedule=config.noise_schedule,
         use_kl=config.use_kl,
         predict_xstart=config.predict_xstart,
+        predict_v=config.predict_v,
         rescale_timesteps=config.rescale_timesteps,
         rescale_learned_sigmas=config.rescale_learned_sigmas,
         timestep_respacing=timestep_respacing or config.timestep_respacing,

@@ -87,6 +87,8 @@ class DiffusionOptions:
     """Train on the variational bound alone instead of the mean squared error."""
     predict_xstart: bool = False
     """Predict the clean image instead of the noise."""
+    predict_v: bool = False
+    """Predict v = sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) image instead of the noise."""
     rescale_timesteps: bool = True
     """Feed the timestep embedding t * 1000 / T, so that models of different T are comparable."""
     rescale_learned_sigmas: bool = True

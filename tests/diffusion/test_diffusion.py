@@ -139,7 +139,7 @@ def test_a_denoiser_of_the_wrong_shape_is_refused_with_the_shape_it_should_have(
         ({"betas": [0.0, 0.1]}, "betas"),
         ({"betas": [[0.1]]}, "betas"),
         ({"betas": []}, "betas"),
-        ({"betas": [0.1], "prediction": "v"}, "prediction"),
+        ({"betas": [0.1], "prediction": "noise"}, "prediction"),
         ({"betas": [0.1], "variance": "learned"}, "variance"),
         ({"betas": [0.1], "loss": "l1"}, "loss"),
         ({"betas": [0.1], "timestep_map": (0, 1)}, "timestep_map"),
