@@ -26,7 +26,7 @@ from tdc_fast.kernels.launch import Launch
 from tdc_fast.kernels.problems import ConvProblem, ConvTensors
 from tdc_fast.kernels.split_sums import share_start, sum_splits_launch, widest_access
 
-_MOST_CHANNELS = 64
+_MOST_CHANNELS = 32  # short programs: they come last in a launch
 _TILE_ELEMENTS = 1024  # per warp: every thread has four loads of 16 bytes in flight, and registers suffice
 _WARPS = 8
 _MAX_SPLITS = 64
