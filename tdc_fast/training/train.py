@@ -51,8 +51,9 @@ def train(config: TrainConfig, dataset: Dataset | None = None) -> RunDirectory:
         dataset = build_data(config)
     else:
         _check_dataset(dataset, config)
-    # A weight, its gradient, two moments of AdamW, and averages.
-    refuse_what_cannot_fit(config, dataset.channels, build_device(config), copies=4 + len(config.ema_rates))
+    # A weight, its gradient, two moments of AdamW, and averages; weights from before a step at rates of their own.
+    copies = 4 + len(config.ema_rates) + bool(config.stage2_lr_factors)
+    refuse_what_cannot_fit(config, dataset.channels, build_device(config), copies=copies)
     if config.groups > 0:
         warn_of_small_batches(config, config.groups)
     if prunes(config):

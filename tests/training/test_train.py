@@ -338,6 +338,9 @@ def test_a_run_refused_at_its_start_can_be_begun_again_in_the_same_place(folder)
     config = small_config(folder, "again", **{**TWO_STAGES, "stage1_steps": 1, "stage2_steps": 1, "k": 1.0})
     with pytest.raises(ValueError, match="base: got 'nowhere.pt'"):
         train(config.replace(base="nowhere.pt"))
+    with pytest.raises(ValueError, match="shared_layers: got 'heads'; expected a name out of convolutions, attention"):
+        train(config.replace(run_dir=str(folder / "of_heads"), shared_layers="norms,heads"))
+    assert not (folder / "of_heads").exists()
     train(config)
     with pytest.raises(ValueError, match="--resume"):
         train(config)
