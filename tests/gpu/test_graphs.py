@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tdc_fast.diffusion import SamplingLoop, create_diffusion
+from tdc_fast.diffusion import LossSecondMomentSampler, SamplingLoop, create_diffusion
 from tdc_fast.graphs import CudaCapture, Graphed, use_capture
 from tdc_fast.train import main, train
 from tdc_fast.training.ema import WeightAverages
@@ -73,11 +73,45 @@ def test_after_a_failed_capture_the_gpu_works_and_random_numbers_go_on() -> None
     assert working.num_graphs == 1
 
 
+def test_a_graph_holds_the_memory_of_losses_and_nothing_waits_for_the_gpu() -> None:
+    def step(sampler: LossSecondMomentSampler):
+        def run(scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            t, weights, _ = sampler.draw(5, {}, device="cuda")
+            sampler.update(t, scale * (t + 1) ** 2)
+            return t, weights
+
+        return run
+
+    plain, held = (LossSecondMomentSampler(4, history_per_term=3) for _ in range(2))
+    captured, scales, drawn = Graphed(step(held), "cuda"), torch.arange(1.0, 13.0, device="cuda").unbind(), []
+    for run in (step(plain), captured):
+        torch.cuda.manual_seed(1)
+        drawn.append([run(scale) for scale in scales])
+    assert captured.num_graphs == 1 and not captured.why_not
+    for (t, weights), (again, weights_again) in zip(*drawn, strict=True):
+        assert torch.equal(t, again) and torch.equal(weights, weights_again)
+    assert (drawn[0][2][1] == 1).all() and not (drawn[0][-1][1] == 1).any()  # the uniform start ends in a replay
+    assert all(torch.equal(value, held.state_dict()[name]) for name, value in plain.state_dict().items())
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(plain)(scales[0])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory):
     """A run of both stages from graphs, in bf16, with everything random in it."""
     folder = tmp_path_factory.mktemp("graphs")
-    options = {**TWO_STAGES, "num_channels": 32, "dropout": 0.1, "grad_clip": 1.0, "ema_ramp": True, "batch_size": 12}
+    options = {
+        **TWO_STAGES,
+        "schedule_sampler": "loss-second-moment",
+        "num_channels": 32,
+        "dropout": 0.1,
+        "grad_clip": 1.0,
+        "ema_ramp": True,
+        "batch_size": 12,
+    }
     config = small_config(folder, "graphs", precision="bf16", cuda_graph="on", device="cuda", **options)
     train(config)
     return folder, config
