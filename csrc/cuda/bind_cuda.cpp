@@ -182,6 +182,10 @@ void bind_planners_of_convolutions(py::module_& module) {
         [is_forward](const ConvArguments& arguments, const Device& device) {
           return hopper_refusal(arguments, device, is_forward);
         });
+  define<ConvArguments>(
+      module, "cuda_conv_wgrad_hopper_refusal", "The same of its wgrad.",
+      [](Keywords& keywords, ConvArguments& arguments) { take_convolution_sizes(keywords, arguments); },
+      hopper_wgrad_refusal);
   define<ConvArguments>(module, "cuda_conv_wgrad_workspace", "Bytes of workspace that wgrad needs.", wgrad,
                         conv_wgrad_workspace);
 }

@@ -207,7 +207,7 @@ def _tiled(p: ConvProblem, t: ConvTensors) -> ConvTensors:
 
 
 def conv2d_wgrad(
-    p: ConvProblem, dy: Tensor, t: ConvTensors, mask: tuple[bool, bool, bool]
+    p: ConvProblem, dy: Tensor, t: ConvTensors, mask: tuple[bool, bool, bool], *, hopper: bool = False
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Returns dweight in the strides of weight, dbias (E, C_out), dsample_bias (B, C_out); None where unmasked.
 
@@ -234,6 +234,7 @@ def conv2d_wgrad(
         "workspace": 0,
         **_routing(t),
         **geometry(p),
+        **_form(hopper),
     }
     if t.x2 is not None:
         arguments["x2"] = t.x2.data_ptr()

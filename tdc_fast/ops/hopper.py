@@ -1,7 +1,7 @@
 """The `hopper` backend: the `cuda` backend with the convolution's Hopper form (TMA and wgmma, csrc/cuda/conv/hopper_*).
 
-On a GPU of compute capability 9.0 it serves forward and dgrad of 3x3 convolutions in that form where it can (`form`
-says where, and `explain` shows it), everything else as `cuda` does. It runs where it is asked for by name, as a
+On a GPU of compute capability 9.0 it serves 3x3 convolutions and their gradients in that form where it can (`form` says
+where, and `explain` shows it), everything else as `cuda` does. It runs where it is asked for by name, as a
 `backend` or in TDC_FAST_BACKEND, and where measured times of the device say that it is the fastest.
 """
 
@@ -18,7 +18,6 @@ from tdc_fast.ops.cuda_launch import launcher_facts
 name = "hopper"
 fuses = cuda.fuses
 only_launches = True
-conv2d_wgrad = cuda.conv2d_wgrad
 group_norm = cuda.group_norm
 group_norm_backward = cuda.group_norm_backward
 ARCHITECTURE = 90
@@ -43,11 +42,9 @@ def form(problem: Problem) -> str:
     refusals = {
         "routed_conv2d": native.module and native.module.cuda_conv_forward_hopper_refusal,
         "routed_conv2d_dgrad": native.module and native.module.cuda_conv_dgrad_hopper_refusal,
+        "routed_conv2d_wgrad": native.module and native.module.cuda_conv_wgrad_hopper_refusal,
     }
-    refuse = refusals.get(problem.op)
-    if refuse is None:
-        return "in the portable form: the Hopper form has forward and dgrad"
-    reason = refuse(**cuda.geometry(problem), device=launcher_facts(problem.device))
+    reason = refusals[problem.op](**cuda.geometry(problem), device=launcher_facts(problem.device))
     return f"in the portable form: the Hopper form does not serve this, {reason}" if reason else HOPPER_FORM
 
 
@@ -59,3 +56,10 @@ def conv2d(p: ConvProblem, t: ConvTensors) -> Tensor:
 def conv2d_dgrad(p: ConvProblem, dy: Tensor, t: ConvTensors) -> tuple[Tensor, Any]:
     """Returns dx and dx2 or None, as `cuda` does."""
     return cuda.conv2d_dgrad(p, dy, t, hopper=True)
+
+
+def conv2d_wgrad(
+    p: ConvProblem, dy: Tensor, t: ConvTensors, mask: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Returns dweight, dbias (E, C_out), dsample_bias (B, C_out); None where unmasked."""
+    return cuda.conv2d_wgrad(p, dy, t, mask, hopper=True)

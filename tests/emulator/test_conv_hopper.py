@@ -86,11 +86,15 @@ EDGES: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
     "nothing is added": ({"routing": uneven(2), "size": (8, 9), "extras": ()}, "8x8x4x128", "8x8x4x128"),
 }
-edge_dtypes = pytest.mark.parametrize("dtype", ["bf16"] if SANITIZED else ["bf16", "fp16"])
+# fp16 differs from bf16 in products and rounding, not in layout; sanitizers look at addresses.
+IN_FP16 = ("images of two tiles, several blocks of channels", "widths of no multiple in small images")
+if SANITIZED:
+    EDGE_CASES = [(edge, "bf16") for edge in ("large tiles clipped on both sides", IN_FP16[1])]
+else:
+    EDGE_CASES = [(edge, "bf16") for edge in EDGES] + [(edge, "fp16") for edge in IN_FP16]
 
 
-@edge_dtypes
-@pytest.mark.parametrize("edge", EDGES)
+@pytest.mark.parametrize("edge, dtype", EDGE_CASES)
 def test_tile_edges_are_as_accurate_as_torch(edge: str, dtype: str) -> None:
     changes, forward, dgrad = EDGES[edge]
     with hopper() as launcher:
@@ -120,7 +124,7 @@ def cases(draw: st.DrawFn) -> ConvCase:
 
 def test_any_case_is_as_accurate_as_torch() -> None:
     @given(case=cases(), schedule=st.sampled_from(SCHEDULES))
-    @settings(max_examples=2 if SANITIZED else 8, deadline=None, derandomize=True)
+    @settings(max_examples=1 if SANITIZED else 6, deadline=None, derandomize=True)
     def check(case: ConvCase, schedule: int) -> None:
         with hopper(schedule=schedule) as launcher:
             assert_accurate(case, torch.bfloat16, ("x",), backend="hopper")
@@ -136,7 +140,7 @@ ALL_PARTS = case_of(routing=uneven(1, 1), in_channels=72, out_channels=72)
 @plain_only
 def test_results_do_not_depend_on_which_thread_goes_first() -> None:
     found = []
-    for schedule in SCHEDULES:
+    for schedule in (0, 1, 3):
         with hopper(1, schedule):
             found.append(results(ALL_PARTS, torch.bfloat16, ("x",), backend="hopper"))
     for other in found[1:]:

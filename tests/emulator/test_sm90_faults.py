@@ -52,7 +52,6 @@ def is_right(schedule: int, bug: int) -> bool:
 @pytest.mark.parametrize("bug", BUGS)
 def test_a_bug_is_reported_under_every_schedule(bug: str, schedule: int) -> None:
     number, message = BUGS[bug]
-    assert is_right(schedule, 0)
     if message is None:  # no rule is broken; the result is wrong
         assert not is_right(schedule, number)
         return

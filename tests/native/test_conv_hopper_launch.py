@@ -116,5 +116,49 @@ def test_dgrad_reads_dy_and_the_weights_of_the_forward() -> None:
     assert (result[0], result[5:9]) == (1 << 23, (128, 32, 32, 128))
 
 
+def test_wgrad_has_products_sums_of_parts_and_the_sums_of_biases() -> None:
+    launches = plan("wgrad", x=1 << 21, dy=1 << 22, out_channels=256)
+    assert [launch.kernel for launch in launches] == [
+        "tdc_conv_hopper_wgrad_bf16",
+        "tdc_conv_hopper_wgrad_reduce_bf16",
+        "tdc_conv_sample_sums_bf16",
+        "tdc_conv_expert_sums_bf16",
+    ]
+    products, reduce = launches[:2]
+    # 8 experts x 3 filter rows x 2 x 1 units: 48, of which each is cut into 132 // 48 parts.
+    assert products.grid == (96, 1, 1) and products.threads == 384 and products.shared_bytes <= H100[2]
+    assert reduce.grid == (48 * 4, 1, 1)
+    x, dy = (described(products, at) for at in products.tensor_maps)
+    assert (x[0], x[5:9], x[10:14]) == (1 << 21, (128, 32, 32, 128), (64, 10, 8, 1))
+    assert (dy[0], dy[5:9], dy[10:14]) == (1 << 22, (256, 32, 32, 128), (64, 8, 8, 1))
+    workspace = _native.cuda_conv_wgrad_workspace(**arguments("wgrad", H100, out_channels=256), hopper=True)
+    assert workspace == 2 * 96 * 3 * 16 * 256 * 16 + 128 * 256 * 4
+
+
+def test_wgrad_has_as_many_blocks_as_multiprocessors_where_there_are_more_units() -> None:
+    assert plan("wgrad", in_channels=512, out_channels=512)[0].grid == (132, 1, 1)
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({"filter_height": 1, "filter_width": 1, "pad_height": 0, "pad_width": 0}, "it has 3x3 filters with stride 1"),
+        ({"height": 4, "width": 4}, "it has images from 8x8 on"),
+        ({"num_groups": 257}, "it has at most 256 groups in wgrad"),
+        ({"batch": 2**17, "height": 64, "width": 64, "in_channels": 2048, "out_channels": 1024}, "it has fewer than"),
+    ],
+)
+def test_a_wgrad_that_it_does_not_serve_takes_the_portable_form(changes: dict[str, Any], reason: str) -> None:
+    assert refusal("wgrad", **changes).startswith(reason)
+    assert all("hopper" not in launch.kernel for launch in plan("wgrad", **changes))
+
+
+def test_sums_of_biases_alone_are_those_of_the_portable_form() -> None:
+    assert [launch.kernel for launch in plan("wgrad", dweight=0)] == [
+        "tdc_conv_sample_sums_bf16",
+        "tdc_conv_expert_sums_bf16",
+    ]
+
+
 def test_a_batch_of_nothing_needs_no_launch() -> None:
     assert plan(batch=0) == plan("dgrad", batch=0) == []

@@ -264,16 +264,13 @@ class HopperConsumer {
       for (int chunk = live / 8; chunk < (live + 15) / 16 * 2; ++chunk) {
         uint4* at = reinterpret_cast<uint4*>(stage + row * kHopperRow + (chunk ^ row % 8) * 16);
         uint4 words = load_16(at);
-        words.x = keep(words.x, live - 8 * chunk), words.y = keep(words.y, live - 8 * chunk - 2);
-        words.z = keep(words.z, live - 8 * chunk - 4), words.w = keep(words.w, live - 8 * chunk - 6);
+        words.x = hopper_keep(words.x, live - 8 * chunk), words.y = hopper_keep(words.y, live - 8 * chunk - 2);
+        words.z = hopper_keep(words.z, live - 8 * chunk - 4), words.w = hopper_keep(words.w, live - 8 * chunk - 6);
         store_16(at, words);
       }
     }
     if (!TDC_PLANTED(HOPPER_NO_ASYNC_FENCE)) async_fence();
     if (!TDC_PLANTED(HOPPER_NO_MASK_BARRIER)) named_barrier_sync(1, 256);
-  }
-  __device__ __forceinline__ static unsigned keep(unsigned pair, int live) {
-    return live >= 2 ? pair : live == 1 ? pair & 0xffffu : 0u;
   }
 
   const ConvHopperParams& p_;

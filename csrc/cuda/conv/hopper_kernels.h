@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/conv/hopper_params.h"
+#include "cuda/conv/hopper_wgrad_params.h"
 
 #define TDC_HOPPER_IMAGES(X, name, T, Tile, forward) \
   X(name, tdc::ConvHopperParams, (tdc::conv_hopper_images<T, Tile, forward>), tdc::kHopperThreads, 1)
@@ -16,3 +17,11 @@
 #define TDC_KERNELS_conv_hopper_dgrad(X)                            \
   TDC_HOPPER_TILES(X, tdc_conv_hopper_dgrad_bf16, tdc::bf16, false) \
   TDC_HOPPER_TILES(X, tdc_conv_hopper_dgrad_fp16, tdc::half, false)
+
+#define TDC_HOPPER_WGRAD(X, suffix, T)                                                                               \
+  X(tdc_conv_hopper_wgrad_##suffix, tdc::ConvHopperWgradParams, (tdc::conv_hopper_wgrad<T>), tdc::kHopperThreads, 1) \
+  X(tdc_conv_hopper_wgrad_reduce_##suffix, tdc::ConvHopperWgradParams, (tdc::conv_hopper_wgrad_reduce<T>),           \
+    tdc::kHopperReduceThreads)
+#define TDC_KERNELS_conv_hopper_wgrad(X) \
+  TDC_HOPPER_WGRAD(X, bf16, tdc::bf16)   \
+  TDC_HOPPER_WGRAD(X, fp16, tdc::half)

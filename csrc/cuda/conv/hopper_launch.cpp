@@ -1,7 +1,6 @@
 #include "cuda/conv/hopper_launch.h"
 
 #include <algorithm>
-#include <array>
 #include <cstddef>
 
 #include "cuda/conv/hopper_params.h"
@@ -49,38 +48,21 @@ int weight_stages(const TileChoice& tile, const ConvArguments& a, const Device& 
   return stages < kLeastWeightStages ? 0 : stages;
 }
 
-using Sizes = std::array<int64_t, 4>;  // from the innermost dimension on
-
-TensorMap map_of(uintptr_t address, const Sizes& sizes, const Sizes& box, const ConvArguments& a) {
-  TensorMap map{};
-  map.address = address;
-  unsigned long long stride = 2;
-  for (size_t d = 0; d < TensorMap::kMostDimensions; ++d) {
-    const bool used = d < sizes.size();
-    map.sizes[d] = used ? static_cast<unsigned>(sizes[d]) : 1;
-    map.box[d] = used ? static_cast<unsigned>(box[d]) : 1;
-    if (d > 0 && used) map.strides[d - 1] = stride *= static_cast<unsigned long long>(sizes[d - 1]);
-  }
-  map.dimensions = static_cast<int>(sizes.size());
-  map.half = a.dtype == 2;
-  return map;
-}
-
 std::vector<Launch> launch_images(const ConvArguments& a, const Device& device, bool forward) {
   if (a.batch == 0) return {};
   const TileChoice tile = choose_tile(a, forward);
   const int64_t sources = source_channels(a, forward), results = result_channels(a, forward);
-  const Sizes of_result = {results, a.width, a.height, a.batch}, stored = {64, 8, 2, 1};
+  const TensorSizes of_result = {results, a.width, a.height, a.batch}, stored = {64, 8, 2, 1};
   ConvHopperParams p{};
-  p.source = map_of(forward ? a.x : a.dy, {sources, a.width, a.height, a.batch},
-                    {kHopperDepth, tile.box_width, tile.box_height, tile.samples}, a);
-  p.weight = map_of(a.weight, {a.in_channels, kHopperTaps, a.out_channels, a.num_experts}, {64, 1, 64, 1}, a);
-  p.result = map_of(forward ? a.y : a.dx, of_result, stored, a);
+  p.source = tensor_map_of(forward ? a.x : a.dy, {sources, a.width, a.height, a.batch},
+                           {kHopperDepth, tile.box_width, tile.box_height, tile.samples}, a);
+  p.weight = tensor_map_of(a.weight, {a.in_channels, kHopperTaps, a.out_channels, a.num_experts}, {64, 1, 64, 1}, a);
+  p.result = tensor_map_of(forward ? a.y : a.dx, of_result, stored, a);
   if (forward) {
     p.bias = pointer<const void>(a.bias);
     p.sample_bias = pointer<const void>(a.sample_bias);
     p.has_residual = a.residual != 0;
-    if (p.has_residual) p.residual = map_of(a.residual, of_result, stored, a);
+    if (p.has_residual) p.residual = tensor_map_of(a.residual, of_result, stored, a);
   }
   p.routing = routing_of(a);
   p.source_channels = static_cast<int>(sources);
@@ -106,7 +88,7 @@ std::vector<Launch> launch_images(const ConvArguments& a, const Device& device, 
 
 }  // namespace
 
-std::string hopper_refusal(const ConvArguments& a, const Device& device, bool forward) {
+std::string hopper_refusal(const ConvArguments& a, const Device& device) {
   if (device.arch != 90) {
     return "it needs compute capability 9.0, not " + std::to_string(device.arch / 10) + "." +
            std::to_string(device.arch % 10);
@@ -121,9 +103,15 @@ std::string hopper_refusal(const ConvArguments& a, const Device& device, bool fo
   if (std::min(a.in_channels, a.out_channels) < kLeastChannels || a.in_channels % 8 || a.out_channels % 8) {
     return "it has channels from 64 on, in multiples of 8";
   }
-  for (uintptr_t address : {a.x, a.weight, a.bias, a.sample_bias, a.residual, a.y, a.dy, a.dx}) {
+  for (uintptr_t address : {a.x, a.weight, a.bias, a.sample_bias, a.residual, a.y, a.dy, a.dx, a.dweight}) {
     if (address % 16) return "it needs addresses that are multiples of 16";
   }
+  return "";
+}
+
+std::string hopper_refusal(const ConvArguments& a, const Device& device, bool forward) {
+  const std::string common = hopper_refusal(a, device);
+  if (!common.empty()) return common;
   if (a.num_groups > kHopperMostGroups) return "it has at most " + std::to_string(kHopperMostGroups) + " groups";
   if (weight_stages(choose_tile(a, forward), a, device) == 0) return "its stages do not fit into shared memory";
   return "";

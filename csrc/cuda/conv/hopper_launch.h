@@ -1,6 +1,7 @@
-// Plans the Hopper form of forward and dgrad (conv/hopper_images.cuh): where it serves, and its launches.
+// Plans the Hopper form (conv/hopper_images.cuh, conv/hopper_wgrad.cuh): where it serves, and its launches.
 #pragma once
 
+#include <cstddef>
 #include <string>
 #include <vector>
 
@@ -8,11 +9,19 @@
 
 namespace tdc {
 
-// Why the Hopper form does not serve a forward or dgrad of these sizes, as the end of a sentence; "" where it does.
+// Why the Hopper form does not serve a convolution of these sizes in any pass, as the end of a sentence, or "".
+std::string hopper_refusal(const ConvArguments& arguments, const Device& device);
+
+// The same of forward or dgrad, and of wgrad.
 std::string hopper_refusal(const ConvArguments& arguments, const Device& device, bool forward);
+std::string hopper_wgrad_refusal(const ConvArguments& arguments, const Device& device);
 
 // One launch, or none for an empty batch. Only where the form serves.
 std::vector<Launch> launch_hopper_forward(const ConvArguments& arguments, const Device& device);
 std::vector<Launch> launch_hopper_dgrad(const ConvArguments& arguments, const Device& device);
+
+// dweight, with hopper_wgrad_workspace bytes at `workspace`. Only where the form serves.
+std::vector<Launch> launch_hopper_wgrad(const ConvArguments& arguments, const Device& device);
+size_t hopper_wgrad_workspace(const ConvArguments& arguments, const Device& device);
 
 }  // namespace tdc

@@ -16,6 +16,11 @@ struct HopperRing {
   }
 };
 
+// The first `live` of two 16-bit elements, zeros after them.
+__device__ __forceinline__ unsigned hopper_keep(unsigned pair, int live) {
+  return live >= 2 ? pair : live == 1 ? pair & 0xffffu : 0u;
+}
+
 template <class Tile>
 struct HopperShared {
   unsigned char* stages;  // weights, then sources

@@ -171,7 +171,13 @@ WgradTiling tile_wgrad(const ConvArguments& a, const Device& device) {
   return tiling;
 }
 
-size_t partial_bytes(const ConvArguments& a, const WgradTiling& tiling) {
+ConvForm wgrad_form(const ConvArguments& a, const Device& device) {
+  return a.hopper && a.batch > 0 && hopper_wgrad_refusal(a, device).empty() ? ConvForm::kHopper : ConvForm::kMmaSync;
+}
+
+size_t partial_bytes(const ConvArguments& a, const Device& device) {
+  if (wgrad_form(a, device) == ConvForm::kHopper) return hopper_wgrad_workspace(a, device);
+  const WgradTiling tiling = tile_wgrad(a, device);
   return a.dweight && tiling.splits > 1 ? static_cast<size_t>(tiling.splits * ceil_div(weight_elements(a), 4) * 16) : 0;
 }
 
@@ -247,8 +253,12 @@ std::vector<Launch> launch_conv_wgrad(const ConvArguments& arguments, const Devi
   check(arguments);
   require_architecture(device);
   std::vector<Launch> launches;
-  if (arguments.dweight) add_dweight(arguments, device, launches);
-  const size_t partials = partial_bytes(arguments, tile_wgrad(arguments, device));
+  if (arguments.dweight && wgrad_form(arguments, device) == ConvForm::kHopper) {
+    launches = launch_hopper_wgrad(arguments, device);
+  } else if (arguments.dweight) {
+    add_dweight(arguments, device, launches);
+  }
+  const size_t partials = partial_bytes(arguments, device);
   if (arguments.dbias || arguments.dsample_bias) {
     add_channel_sums(arguments, pointer<float>(arguments.workspace + partials), launches);
   }
@@ -259,7 +269,7 @@ size_t conv_wgrad_workspace(const ConvArguments& arguments, const Device& device
   check(arguments);
   const size_t sums =
       arguments.dbias ? static_cast<size_t>(arguments.batch * arguments.out_channels) * sizeof(float) : 0;
-  return partial_bytes(arguments, tile_wgrad(arguments, device)) + sums;
+  return partial_bytes(arguments, device) + sums;
 }
 
 }  // namespace tdc

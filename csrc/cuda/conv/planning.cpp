@@ -83,4 +83,19 @@ bool whole_inputs(uintptr_t x, uintptr_t x2, const ConvArguments& a) {
   return whole_chunks(a.x_channels(), {x}, a) && whole_chunks(a.x2_channels, {x2}, a);
 }
 
+TensorMap tensor_map_of(uintptr_t address, const TensorSizes& sizes, const TensorSizes& box, const ConvArguments& a) {
+  TensorMap map{};
+  map.address = address;
+  unsigned long long stride = 2;
+  for (size_t d = 0; d < TensorMap::kMostDimensions; ++d) {
+    const bool used = d < sizes.size();
+    map.sizes[d] = used ? static_cast<unsigned>(sizes[d]) : 1;
+    map.box[d] = used ? static_cast<unsigned>(box[d]) : 1;
+    if (d > 0 && used) map.strides[d - 1] = stride *= static_cast<unsigned long long>(sizes[d - 1]);
+  }
+  map.dimensions = static_cast<int>(sizes.size());
+  map.half = a.dtype == 2;
+  return map;
+}
+
 }  // namespace tdc::conv

@@ -1,6 +1,7 @@
 // What the planners of all forms of the convolution share: descriptions, checks, parameters.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <initializer_list>
 #include <string>
@@ -8,6 +9,7 @@
 
 #include "cuda/conv/launch.h"
 #include "cuda/conv/params.h"
+#include "cuda/tensor_map.h"
 
 namespace tdc::conv {
 
@@ -46,6 +48,10 @@ bool whole_chunks(int64_t channels, std::initializer_list<uintptr_t> addresses, 
 
 // The same of x and x2, or of their gradients: no chunk has channels of both.
 bool whole_inputs(uintptr_t x, uintptr_t x2, const ConvArguments& a);
+
+// The description of a dense tensor of 16-bit elements and of boxes of it, from the innermost dimension on.
+using TensorSizes = std::array<int64_t, 4>;
+TensorMap tensor_map_of(uintptr_t address, const TensorSizes& sizes, const TensorSizes& box, const ConvArguments& a);
 
 template <class Params>
 Launch launch_of(std::string kernel, unsigned blocks, int threads, int shared_bytes, const Params& params,

@@ -1,0 +1,339 @@
+// The Hopper form of wgrad: dweight[co, tap, ci] = sum over the samples of an expert and their pixels of
+// dy[pixel, co] x[its tap, ci], by TMA and wgmma.
+//
+//   producer      one thread: loads patches of dy and x into a ring of stages
+//   consumers     two warpgroups: 64 output channels x 128 input channels x 3 taps each
+//
+// Both operands have k, the pixels, as their outer dimension. A stage has the patch of dy and that of x in the filter's
+// row, a pixel wider on either side: the three taps read it from another pixel on, as in hopper_images.cuh.
+#pragma once
+
+#include "cuda/device_sm90.cuh"
+#include "cuda/conv/hopper_shared.cuh"
+#include "cuda/conv/hopper_wgrad_params.h"
+#include "cuda/conv/hopper_wgrad_schedule.cuh"
+
+namespace tdc {
+
+struct HopperWgradShared {
+  unsigned char* stages;
+  HopperWgradControl* control;
+  HopperWgradGroup* groups;
+
+  __device__ __forceinline__ HopperWgradShared(unsigned char* memory, int number_of_stages) : stages(memory) {
+    control = reinterpret_cast<HopperWgradControl*>(memory + number_of_stages * kHopperWgradStage);
+    groups = reinterpret_cast<HopperWgradGroup*>(control + 1);
+  }
+
+  __device__ __forceinline__ unsigned char* dy(int stage) const { return stages + stage * kHopperWgradStage; }
+  __device__ __forceinline__ unsigned char* x(int stage) const { return dy(stage) + 2 * kHopperPatch; }
+
+  __device__ __forceinline__ void init_barriers(int number_of_stages) const {
+    for (int i = 0; i < number_of_stages; ++i) init_pair(&control->full[i], &control->empty[i]);
+    for (int i = 0; i < kHopperMessages; ++i) init_pair(&control->message_full[i], &control->message_empty[i]);
+    mbarrier_init_fence();
+  }
+  __device__ __forceinline__ static void init_pair(Mbarrier* full, Mbarrier* empty) {
+    mbarrier_init(full, 1);
+    mbarrier_init(empty, 8);
+  }
+};
+
+// Loads everything. One thread.
+class HopperWgradProducer {
+ public:
+  __device__ __forceinline__ HopperWgradProducer(const ConvHopperWgradParams& p, const HopperWgradShared& shared)
+      : p_(p), shared_(shared), schedule_(p, shared.groups) {}
+
+  __device__ __forceinline__ void run() {
+    const int part = blockIdx.x, parts = schedule_.parts();
+    const int begin = part < parts ? schedule_.cut(part) : 0, end = part < parts ? schedule_.cut(part + 1) : 0;
+    for (int position = begin; position < end;) {
+      const HopperUnit unit = schedule_.find(position);
+      const HopperWgradGroup& first = schedule_.group(unit.run);
+      const int length = min(first.patches - unit.patch, end - position);
+      const bool starts = unit.patch == 0, whole = starts && length == first.patches;
+      HopperWgradWork work;
+      work.expert = first.expert, work.row = unit.row, work.in = unit.in, work.out = unit.out;
+      work.live_in = first.expert_in - unit.in, work.live_out = first.expert_out - unit.out;
+      work.patches = walk<false>(unit, length);
+      work.slot = whole ? -1 : 2 * part + (starts ? 1 : 0);
+      send(work);
+      walk<true>(unit, length);
+      position += length;
+    }
+    HopperWgradWork none = {};
+    none.expert = -1;
+    send(none);
+  }
+
+ private:
+  __device__ __forceinline__ void send(const HopperWgradWork& work) {
+    HopperWgradControl& c = *shared_.control;
+    mbarrier_wait(&c.message_empty[messages_.stage], messages_.parity ^ 1);
+    c.messages[messages_.stage] = work;
+    mbarrier_arrive(&c.message_full[messages_.stage]);
+    messages_.next(kHopperMessages);
+  }
+
+  // Goes through `length` patches of a unit, group after group; loads those of groups with live channels there, or
+  // counts them.
+  template <bool kLoad>
+  __device__ __forceinline__ int walk(const HopperUnit& unit, int length) {
+    int count = 0, patch = unit.patch;
+    for (int i = unit.run; length > 0; ++i) {
+      const HopperWgradGroup& group = schedule_.group(i);
+      const int left = group.before + group.samples * schedule_.patches_per_sample() - patch;
+      if (left <= 0) continue;
+      const int here = min(left, length);
+      if (HopperWgradSchedule::is_live(group, unit)) {
+        if (kLoad) load(unit, group, patch - group.before, here);
+        count += here;
+      }
+      patch += here, length -= here;
+    }
+    return count;
+  }
+
+  __device__ __forceinline__ void load(const HopperUnit& unit, const HopperWgradGroup& group, int patch, int count) {
+    HopperWgradControl& c = *shared_.control;
+    int across = patch % p_.patches_across, down = patch / p_.patches_across % p_.patches_down;
+    int sample = group.first + patch / p_.patches_across / p_.patches_down;
+    for (; count > 0; --count) {
+      const int stage = stages_.stage;
+      if (!TDC_PLANTED(HOPPER_NO_EMPTY_WAIT)) mbarrier_wait(&c.empty[stage], stages_.parity ^ 1);
+      // Of an expert with one group the dead channels are cut off at the end instead.
+      c.live[stage][0] = group.shared ? group.live_in - unit.in : kHopperUnit;
+      c.live[stage][1] = group.shared ? group.live_out - unit.out : kHopperUnit;
+      mbarrier_arrive_expect(&c.full[stage], kHopperWgradStage);
+      for (int half = 0; half < 2; ++half) {
+        const int of_dy[4] = {unit.out + 64 * half, 8 * across, 8 * down, sample};
+        tma_load(shared_.dy(stage) + half * kHopperPatch, &p_.dy, &c.full[stage], of_dy);
+        const int row = unit.row - (TDC_PLANTED(HOPPER_WRONG_ROW) ? 0 : 1);
+        const int of_x[4] = {unit.in + 64 * half, 8 * across - 1, 8 * down + row, sample};
+        tma_load(shared_.x(stage) + half * kHopperWidePatch, &p_.x, &c.full[stage], of_x);
+      }
+      stages_.next(p_.stages);
+      if (++across == p_.patches_across) {
+        across = 0;
+        if (++down == p_.patches_down) down = 0, ++sample;
+      }
+    }
+  }
+
+  const ConvHopperWgradParams& p_;
+  const HopperWgradShared& shared_;
+  HopperWgradSchedule schedule_;
+  HopperRing stages_, messages_;
+};
+
+// Rounds two sums into dweight; zeros where the channels are not live.
+template <class T>
+__device__ __forceinline__ void store_pair(T* at, float low, float high, int live) {
+  *reinterpret_cast<unsigned*>(at) = pack<T>(live > 0 ? low : 0.0f, live > 1 ? high : 0.0f);
+}
+
+// One of the two warpgroups that multiply.
+template <class T>
+class HopperWgradConsumer {
+  using Sums = float[kHopperUnitTaps][64];
+
+ public:
+  __device__ __forceinline__ HopperWgradConsumer(const ConvHopperWgradParams& p, const HopperWgradShared& shared,
+                                                 int group)
+      : p_(p), shared_(shared), group_(group) {}
+
+  __device__ __forceinline__ void run() {
+    HopperWgradControl& c = *shared_.control;
+    Sums sums;
+#pragma unroll
+    for (int t = 0; t < kHopperUnitTaps; ++t) {
+#pragma unroll
+      for (int i = 0; i < 64; ++i) sums[t][i] = 0.0f;
+    }
+    for (;;) {
+      mbarrier_wait(&c.message_full[messages_.stage], messages_.parity);
+      const HopperWgradWork& work = c.messages[messages_.stage];  // stays there, to spare registers
+      if (work.expert < 0) return;
+      const int patches = work.patches;
+      multiply(patches, sums);
+      if (work.slot < 0) {
+        store(work, sums);
+      } else {
+        store_part(work, sums);
+      }
+      warp_sync();
+      release(&c.message_empty[messages_.stage]);
+      messages_.next(kHopperMessages);
+    }
+  }
+
+ private:
+  __device__ __forceinline__ static void release(Mbarrier* barrier) {
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(barrier);
+  }
+
+  __device__ __forceinline__ void multiply(int patches, Sums& sums) {
+    HopperWgradControl& c = *shared_.control;
+    constexpr unsigned kHighA = descriptor_high(1024), kHighB = descriptor_high(10 * kHopperRow);
+    constexpr unsigned kStepA = 16 * kHopperRow >> 4, kStepB = 2 * 10 * kHopperRow >> 4, kTap = kHopperRow >> 4;
+    int last = 0;
+    for (int i = 0; i < patches; ++i) {
+      const int stage = stages_.stage;
+      if (!TDC_PLANTED(HOPPER_NO_FULL_WAIT)) mbarrier_wait(&c.full[stage], stages_.parity);
+      const bool ragged = min(c.live[stage][0], c.live[stage][1]) < kHopperUnit;
+      warp_sync();  // all lanes have read it before one releases the stage
+      if (ragged) mask(stage);
+      const unsigned a = descriptor_low(shared_window(shared_.dy(stage)) + group_ * kHopperPatch, 16);
+      const unsigned b = descriptor_low(shared_window(shared_.x(stage)), kHopperWidePatch);
+      wgmma_fence();
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {  // 16 pixels: two lines of the patch
+#pragma unroll
+        for (int t = 0; t < kHopperUnitTaps; ++t) {
+          wgmma<T, 128, 1, 1>(sums[t], descriptor(a + k * kStepA, kHighA),
+                              descriptor(b + k * kStepB + (TDC_PLANTED(HOPPER_WRONG_TAP) ? 1 : t) * kTap, kHighB),
+                              k || i);
+        }
+      }
+      wgmma_commit();
+      if (TDC_PLANTED(HOPPER_EARLY_RELEASE)) release(&c.empty[stage]);
+      wgmma_wait<1>();  // all but the products just issued
+      if (i && !TDC_PLANTED(HOPPER_EARLY_RELEASE)) release(&c.empty[last]);
+      last = stage;
+      stages_.next(p_.stages);
+    }
+    wgmma_wait<0>();
+    if (patches && !TDC_PLANTED(HOPPER_EARLY_RELEASE)) release(&c.empty[last]);
+#pragma unroll
+    for (int t = 0; t < kHopperUnitTaps; ++t) wgmma_settle(sums[t]);
+  }
+
+  // Zeros in the channels of a stage that its group has not: another group of the expert may have them. Both warpgroups
+  // share the stage and wait for each other.
+  __device__ __forceinline__ void mask(int stage) {
+    const HopperWgradControl& c = *shared_.control;
+    clear(shared_.x(stage), 80, c.live[stage][0]);
+    clear(shared_.dy(stage), 64, c.live[stage][1]);
+    async_fence();
+    named_barrier_sync(1, 256);
+  }
+  // Two boxes of 64 channels, one after the other.
+  __device__ __forceinline__ static void clear(unsigned char* boxes, int pixels, int live) {
+    for (int i = threadIdx.x - 128; i < 2 * pixels * 8; i += 256) {
+      const int row = i / 8, chunk = i % 8, left = live - row / pixels * 64 - chunk * 8;  // live channels of it
+      if (left >= 8) continue;
+      uint4* at = reinterpret_cast<uint4*>(boxes + row * kHopperRow + (chunk ^ row % 8) * 16);
+      uint4 words = left > 0 ? load_16(at) : make_uint4(0, 0, 0, 0);
+      words.x = hopper_keep(words.x, left), words.y = hopper_keep(words.y, left - 2);
+      words.z = hopper_keep(words.z, left - 4), words.w = hopper_keep(words.w, left - 6);
+      store_16(at, words);
+    }
+  }
+
+  // The whole unit. Offsets that the compiler knows: 48 addresses do not fit beside the sums.
+  __device__ __forceinline__ void store(const HopperWgradWork& work, const Sums& sums) {
+    const int thread = threadIdx.x - 128, lane = thread % 32;
+    const int co = thread / 32 * 16 + lane / 4, ci = lane % 4 * 2;
+    const int live = work.live_in - ci, left = p_.in_channels - work.in - ci;
+    const bool upper = work.out + co < p_.out_channels, lower = work.out + co + 8 < p_.out_channels;
+    const bool live_upper = co < work.live_out && work.patches, live_lower = co + 8 < work.live_out && work.patches;
+    const long long line = static_cast<long long>(9) * p_.in_channels;  // from one output channel to the next
+    T* at = static_cast<T*>(p_.dweight) +
+            (static_cast<long long>(work.expert) * p_.out_channels + work.out + co) * line +
+            static_cast<long long>(work.row) * kHopperUnitTaps * p_.in_channels + work.in + ci;
+#pragma unroll
+    for (int t = 0; t < kHopperUnitTaps; ++t, at += p_.in_channels) {
+#pragma unroll
+      for (int j = 0; j < 16; ++j) {
+        if (8 * j >= left) continue;
+        const float* quad = sums[t] + 4 * j;
+        if (upper) store_pair(at + 8 * j, quad[0], quad[1], live_upper ? live - 8 * j : 0);
+        if (lower) store_pair(at + 8 * line + 8 * j, quad[2], quad[3], live_lower ? live - 8 * j : 0);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void store_part(const HopperWgradWork& work, const Sums& sums) {
+    const bool empty = work.patches == 0;
+    float4* to = reinterpret_cast<float4*>(static_cast<unsigned char*>(p_.parts) + work.slot * kHopperPartBytes) +
+                 (threadIdx.x - 128);
+#pragma unroll
+    for (int j = 0; j < kHopperQuads; ++j) {
+      const float* quad = sums[j / 16] + j % 16 * 4;
+      to[j * 256] = empty ? make_float4(0.0f, 0.0f, 0.0f, 0.0f) : make_float4(quad[0], quad[1], quad[2], quad[3]);
+    }
+  }
+
+  const ConvHopperWgradParams& p_;
+  const HopperWgradShared& shared_;
+  int group_;
+  HopperRing stages_, messages_;
+};
+
+template <class T>
+__device__ __forceinline__ void conv_hopper_wgrad(const ConvHopperWgradParams& p) {
+#ifdef TDC_SM90A
+  TDC_DYNAMIC_SHARED_1024(memory);
+  const HopperWgradShared shared(memory, p.stages);
+  const int group = shfl(static_cast<int>(threadIdx.x) / 128, 0);
+  if (threadIdx.x == 0) shared.init_barriers(p.stages);
+  if (threadIdx.x == 32) tensor_map_prefetch(&p.x), tensor_map_prefetch(&p.dy);
+  HopperWgradSchedule(p, shared.groups).make();  // ends with a barrier, also for the barriers
+  if (group == 0) {
+    registers_give<40>();
+    if (threadIdx.x == 0) HopperWgradProducer(p, shared).run();
+  } else {
+    registers_take<232>();
+    HopperWgradConsumer<T>(p, shared, group - 1).run();
+  }
+#else
+  trap();
+#endif
+}
+
+// Sums the parts of the units that cuts divide, each in the order of the line, and writes zeros into units that have no
+// live channels. Blocks share the quads of a unit.
+template <class T>
+__device__ __forceinline__ void conv_hopper_wgrad_reduce(const ConvHopperWgradParams& p) {
+#ifdef TDC_SM90A
+  TDC_DYNAMIC_SHARED(memory);
+  HopperWgradSchedule schedule(p, reinterpret_cast<HopperWgradGroup*>(memory));
+  schedule.make();
+  int block = blockIdx.x;
+  const int first_quad = block % kHopperReduceBlocks * (kHopperQuads / kHopperReduceBlocks);
+  block /= kHopperReduceBlocks;
+  const int row = block % kHopperUnitTaps, in = block / kHopperUnitTaps % p.in_tiles * kHopperUnit;
+  block /= kHopperUnitTaps * p.in_tiles;
+  const int out = block % p.out_tiles * kHopperUnit, expert = block / p.out_tiles;
+
+  const int run = schedule.run_of(expert), begin = schedule.begin_of_unit(run, row, in, out);
+  int from = 0, to = -1, live_in = 0, live_out = 0;
+  if (begin >= 0) {
+    from = schedule.part_of(begin), to = schedule.part_of(begin + schedule.group(run).patches - 1);
+    if (from == to) return;  // the unit is whole
+    live_in = schedule.group(run).expert_in, live_out = schedule.group(run).expert_out;
+  }
+  const int thread = threadIdx.x, lane = thread % 32, co = out + thread / 32 * 16 + lane / 4;
+  for (int i = 0; i < kHopperQuads / kHopperReduceBlocks; ++i) {
+    const int quad = first_quad + i, tap = row * kHopperUnitTaps + quad / 16, ci = in + quad % 16 * 8 + lane % 4 * 2;
+    float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    for (int part = from; part <= to; ++part) {
+      const auto* parts = reinterpret_cast<const float4*>(static_cast<const unsigned char*>(p.parts) +
+                                                          (2 * part + (part == from ? 1 : 0)) * kHopperPartBytes);
+      const float4 v = parts[quad * 256 + thread];
+      sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+    }
+    if (ci >= p.in_channels) continue;
+    T* at = static_cast<T*>(p.dweight) +
+            ((static_cast<long long>(expert) * p.out_channels + co) * 9 + tap) * p.in_channels + ci;
+    if (co < p.out_channels) store_pair(at, sum.x, sum.y, co < live_out ? live_in - ci : 0);
+    at += static_cast<long long>(8 * 9) * p.in_channels;
+    if (co + 8 < p.out_channels) store_pair(at, sum.z, sum.w, co + 8 < live_out ? live_in - ci : 0);
+  }
+#else
+  trap();
+#endif
+}
+
+}  // namespace tdc

@@ -1,0 +1,147 @@
+// The work of wgrad as one line, cut into equal parts, one per block: balanced for any groups. Known on the device
+// alone.
+//
+//   line     expert after expert; of an expert its units with live channels; of a unit the patches of the expert's
+//            groups. Units that a cut divides are summed from their parts, in the line's order, by a second kernel
+#pragma once
+
+#include "cuda/device_sm90.cuh"
+#include "cuda/conv/hopper_wgrad_params.h"
+#include "cuda/conv/routing.cuh"
+
+namespace tdc {
+
+// What begins at a position of the line.
+struct HopperUnit {
+  int run;  // the first group of its expert
+  int row, in, out;
+  int patch;  // of the expert's
+};
+
+class HopperWgradSchedule {
+ public:
+  __device__ __forceinline__ HopperWgradSchedule(const ConvHopperWgradParams& p, HopperWgradGroup* groups)
+      : p_(p), groups_(groups) {}
+
+  // Fills in the groups. All threads of the block call it, no fewer than there are groups; it ends with a barrier.
+  __device__ __forceinline__ void make() {
+    const int g = threadIdx.x, num_groups = p_.routing.num_groups;
+    HopperWgradGroup own = {};
+    if (g < num_groups) {
+      const ConvRouting& routing = p_.routing;
+      own.first = clamp_to(routing.offsets[g], routing.batch);
+      own.samples = clamp_to(routing.offsets[g + 1] - own.first, routing.batch - own.first);
+      own.expert = expert_of_group(routing, g);
+      own.live_in = live_width(routing.in_widths, g, p_.in_channels);
+      own.live_out = live_width(routing.out_widths, g, p_.out_channels);
+      groups_[g] = own;
+    }
+    block_sync();
+    int rank = 0;
+    own.run = num_groups;
+    for (int other = 0; g < num_groups && other < num_groups; ++other) {
+      const HopperWgradGroup& h = groups_[other];
+      const bool same = h.expert == own.expert;
+      if (h.expert < own.expert || (same && other < g)) ++rank;
+      if (!same) continue;
+      const int patches = h.samples * patches_per_sample();
+      if (other < g) own.before += patches;
+      own.patches += patches;
+      own.expert_in = max(own.expert_in, h.live_in);
+      own.expert_out = max(own.expert_out, h.live_out);
+      own.shared |= other != g;
+      if (other < g) own.run = -1;  // not the first
+    }
+    block_sync();
+    if (g < num_groups) groups_[rank] = own;
+    block_sync();
+    if (threadIdx.x < 32) add_up(num_groups);
+    block_sync();
+  }
+
+  __device__ __forceinline__ const HopperWgradGroup& group(int i) const { return groups_[i]; }
+  __device__ __forceinline__ int total() const { return groups_[p_.routing.num_groups - 1].end; }
+  __device__ __forceinline__ int patches_per_sample() const { return p_.patches_down * p_.patches_across; }
+
+  // Blocks that get a part, and where the i-th part begins.
+  __device__ __forceinline__ int parts() const { return min(p_.blocks, total()); }
+  __device__ __forceinline__ int cut(int i) const {
+    return static_cast<int>(static_cast<long long>(i) * total() / max(1, parts()));
+  }
+  __device__ __forceinline__ int part_of(int position) const {
+    return static_cast<int>(((static_cast<long long>(position) + 1) * parts() - 1) / total());
+  }
+
+  // position < total().
+  __device__ __forceinline__ HopperUnit find(int position) const {
+    int low = 0, high = p_.routing.num_groups - 1;  // the first group whose share ends past the position
+    while (low < high) {
+      const int middle = (low + high) / 2;
+      if (groups_[middle].end > position) {
+        high = middle;
+      } else {
+        low = middle + 1;
+      }
+    }
+    HopperUnit unit;
+    unit.run = groups_[low].run;
+    const HopperWgradGroup& first = groups_[unit.run];
+    const int within = position - begin_of_run(unit.run), number = within / first.patches;
+    unit.patch = within - number * first.patches;
+    unit.row = number % kHopperUnitTaps;
+    unit.in = number / kHopperUnitTaps % tiles(first.expert_in) * kHopperUnit;
+    unit.out = number / kHopperUnitTaps / tiles(first.expert_in) * kHopperUnit;
+    return unit;
+  }
+
+  // The first group of an expert, or -1; and the position at which a live unit of it begins, or -1.
+  __device__ __forceinline__ int run_of(int expert) const {
+    for (int i = 0; i < p_.routing.num_groups; ++i) {
+      if (groups_[i].expert == expert) return i;
+    }
+    return -1;
+  }
+  __device__ __forceinline__ int begin_of_unit(int run, int row, int in, int out) const {
+    if (run < 0) return -1;
+    const HopperWgradGroup& first = groups_[run];
+    if (in >= first.expert_in || out >= first.expert_out || first.patches == 0) return -1;
+    const int number = (out / kHopperUnit * tiles(first.expert_in) + in / kHopperUnit) * kHopperUnitTaps + row;
+    return begin_of_run(run) + number * first.patches;
+  }
+
+  // Whether a group has live channels in a unit.
+  __device__ __forceinline__ static bool is_live(const HopperWgradGroup& group, const HopperUnit& unit) {
+    return group.live_in > unit.in && group.live_out > unit.out;
+  }
+
+ private:
+  __device__ __forceinline__ static int tiles(int channels) { return (channels + kHopperUnit - 1) / kHopperUnit; }
+  __device__ __forceinline__ int begin_of_run(int run) const { return run > 0 ? groups_[run - 1].end : 0; }
+
+  // One warp adds up the shares of the line, and the first groups of the experts.
+  __device__ __forceinline__ void add_up(int num_groups) {
+    const int lane = threadIdx.x;
+    int before = 0, run = 0;
+    for (int base = 0; base < num_groups; base += 32) {
+      const int i = base + lane;
+      HopperWgradGroup* own = groups_ + i;
+      int sum = 0, first = -1;
+      if (i < num_groups) {
+        sum = own->samples * patches_per_sample() * kHopperUnitTaps * tiles(own->expert_in) * tiles(own->expert_out);
+        if (own->run >= 0) first = i;
+      }
+      for (int distance = 1; distance < 32; distance *= 2) {
+        const int other = shfl_up(sum, distance), earlier = shfl_up(first, distance);
+        if (lane >= distance) sum += other, first = max(first, earlier);
+      }
+      sum += before, first = max(first, run);
+      if (i < num_groups) own->end = sum, own->run = first;
+      before = shfl(sum, 31), run = shfl(first, 31);
+    }
+  }
+
+  const ConvHopperWgradParams& p_;
+  HopperWgradGroup* groups_;
+};
+
+}  // namespace tdc

@@ -1,0 +1,186 @@
+"""The Hopper form of wgrad, run in the emulator, equals the gradient of one convolution per group."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tdc_fast.kernels.problems import ConvTensors
+from tdc_fast.ops import hopper as hopper_backend
+from tdc_fast.ops.checks import conv_problem
+from tests.cases import ConvCase, widths_of
+from tests.emulator.conv import DTYPES, assert_accurate, conv_case, emulator, results, uneven
+from tests.emulator.harness import AT_RUNTIME, SANITIZED, SCHEDULES, EmulatorError, EmulatorLauncher, plain_only
+
+pytestmark = pytest.mark.usefixtures("nan_filled_memory")
+GRADIENTS = ("weight", "bias", "sample_bias")
+KERNELS = ["tdc_conv_hopper_wgrad_{}", "tdc_conv_hopper_wgrad_reduce_{}"]
+
+
+@contextmanager
+def hopper(multiprocessors: int = 4, schedule: int = 0) -> Iterator[EmulatorLauncher]:
+    """A Hopper GPU with few SMs, so that cuts divide units."""
+    builds = dict.fromkeys(("conv_hopper_forward", "conv_hopper_wgrad"), AT_RUNTIME)
+    families = (*builds, "conv_wgrad")  # the last one has the sums of biases
+    with emulator((90, multiprocessors, 232448), families, **builds) as launcher:
+        launcher.schedule = schedule
+        yield launcher
+
+
+def case_of(**changes: Any) -> ConvCase:
+    extras = ("bias", "sample_bias")
+    return conv_case(**{"in_channels": 64, "out_channels": 64, "size": (8, 8), "extras": extras} | changes)
+
+
+# Changes to a case, and the SMs.
+EDGES: dict[str, tuple[dict[str, Any], int]] = {
+    "fewer SMs than units": ({"routing": uneven(3, 0, 2)}, 4),
+    "more SMs than units": ({"routing": uneven(3, 0, 2), "size": (16, 8)}, 20),
+    "more SMs than patches": ({"routing": uneven(1, 1)}, 132),
+    "several units each way": ({"routing": uneven(2), "in_channels": 136, "out_channels": 200}, 5),
+    "clipped images": ({"routing": uneven(1, 1), "size": (9, 11), "in_channels": 72}, 4),
+    "experts that several groups share, and one that none has": (
+        {
+            "routing": uneven(1, 2, 0, 1, 1, weight_index=(2, 0, 2, 2, 0)),
+            "in_channels": 136,
+            "out_channels": 72,
+            "in_widths": (136, 100, 8, 37, 128),
+            "out_widths": (72, 64, 72, 3, 9),
+        },
+        7,
+    ),
+    "widths of single groups": (
+        {
+            "routing": uneven(1, 2, 1),
+            "in_channels": 200,
+            "out_channels": 136,
+            "in_widths": (37, 0, 200),
+            "out_widths": (130, 136, 64),
+        },
+        4,
+    ),
+    "two widths of which one reaches a unit": (
+        {
+            "routing": uneven(2, 1, weight_index=(0, 0)),
+            "in_channels": 136,
+            "out_channels": 136,
+            "in_widths": (64, 136),
+            "out_widths": (136, 0),
+        },
+        3,
+    ),
+}
+
+
+# fp16 differs from bf16 in products and rounding, not in layout; sanitizers look at addresses.
+SHARED = "experts that several groups share, and one that none has"
+EDGE_CASES = [(edge, "bf16") for edge in ([SHARED, "clipped images"] if SANITIZED else EDGES)]
+EDGE_CASES += [] if SANITIZED else [("several units each way", "fp16")]
+
+
+@pytest.mark.parametrize("edge, dtype", EDGE_CASES)
+def test_edges_are_as_accurate_as_torch(edge: str, dtype: str) -> None:
+    changes, multiprocessors = EDGES[edge]
+    with hopper(multiprocessors) as launcher:
+        assert_accurate(case_of(**changes), DTYPES[dtype], GRADIENTS, backend="hopper")
+    assert launcher.launched[1:3] == [kernel.format(dtype) for kernel in KERNELS]
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> ConvCase:
+    """Up to three samples in up to four groups, which may share experts."""
+    samples = draw(st.lists(st.integers(0, 2), min_size=1, max_size=4).filter(lambda of: 0 < sum(of) <= 3))
+    experts = draw(st.integers(1, len(samples)))
+    index = tuple(draw(st.integers(0, experts - 1)) for _ in samples)
+    ins, outs = (8 * draw(st.integers(8, 18)) for _ in range(2))
+    return case_of(
+        routing=uneven(*samples, weight_index=(*index[:-1], experts - 1)),
+        in_channels=ins,
+        out_channels=outs,
+        size=(draw(st.integers(8, 17)), 8),
+        in_widths=draw(widths_of(ins, 1, len(samples))),
+        out_widths=draw(widths_of(outs, 1, len(samples))),
+        seed=draw(st.integers(0, 99)),
+    )
+
+
+@plain_only
+def test_any_case_is_as_accurate_as_torch() -> None:
+    @given(case=cases(), schedule=st.sampled_from(SCHEDULES), multiprocessors=st.integers(1, 9))
+    @settings(max_examples=6, deadline=None, derandomize=True)
+    def check(case: ConvCase, schedule: int, multiprocessors: int) -> None:
+        with hopper(multiprocessors, schedule):
+            assert_accurate(case, torch.bfloat16, GRADIENTS, backend="hopper")
+
+    check()
+
+
+@plain_only
+def test_results_do_not_depend_on_timing() -> None:
+    case = case_of(routing=uneven(2, 3))
+    found = []
+    for schedule in (0, 3):
+        with hopper(4, schedule):
+            found.append(results(case, torch.bfloat16, ("weight",), backend="hopper")["dweight"])
+    assert torch.equal(*found)
+
+
+PLANTS = {
+    "HOPPER_NO_EMPTY_WAIT": "arrivals in a phase|race on byte|in flight",
+    "HOPPER_NO_FULL_WAIT": "in flight|race on byte",
+    "HOPPER_EARLY_RELEASE": r"race on byte \d+ of the dynamic shared memory: a copy .* writes .* what a product",
+}
+
+
+@plain_only
+@pytest.mark.parametrize("schedule", [0, 3])
+@pytest.mark.parametrize("plant", PLANTS)
+def test_a_planted_bug_is_reported(plant: str, schedule: int) -> None:
+    case = case_of(routing=uneven(9))
+    with hopper(3, schedule) as launcher:
+        t, problem, dy = arguments(case)
+        with launcher.planted(plant), pytest.raises(EmulatorError, match=PLANTS[plant]):
+            hopper_backend.conv2d_wgrad(problem, dy, t, (True, False, False))
+
+
+@plain_only
+@pytest.mark.parametrize("plant", ["HOPPER_WRONG_TAP", "HOPPER_WRONG_ROW"])
+def test_a_planted_bug_spoils_the_result(plant: str) -> None:
+    case = case_of(routing=uneven(1))
+    with hopper() as launcher:
+        t, problem, dy = arguments(case)
+        right, _, _ = hopper_backend.conv2d_wgrad(problem, dy, t, (True, False, False))
+        with launcher.planted(plant):
+            wrong, _, _ = hopper_backend.conv2d_wgrad(problem, dy, t, (True, False, False))
+    assert not torch.allclose(right, wrong, rtol=0.1, atol=0.1)
+
+
+def arguments(case: ConvCase) -> tuple[ConvTensors, Any, torch.Tensor]:
+    tensors = {name: t.detach() for name, t in case.tensors(torch.bfloat16).items()}
+    plan = case.routing.plan()
+    routing = (plan.offsets, plan.tiles, plan.weight_index, None, None)
+    t = ConvTensors(tensors["x"], tensors["weight"], *routing)
+    dy = torch.randn(case.routing.batch, case.out_channels, *case.size, generator=torch.Generator().manual_seed(1))
+    dy = dy.bfloat16().to(memory_format=torch.channels_last)
+    return t, conv_problem("routed_conv2d_wgrad", t, case.stride, case.padding, dy=dy), dy
+
+
+@pytest.mark.parametrize("garbage", [-(2**31), -7, 5, 2**31 - 1])
+def test_no_number_in_device_memory_leads_out_of_bounds(garbage: int) -> None:
+    """Sanitizers check what is read and written; the values do not matter."""
+    t, problem, dy = arguments(case_of(routing=uneven(1, 0, 1)))
+    groups = problem.num_groups
+    wrong = [torch.full((n,), garbage, dtype=torch.int32) for n in (groups + 1, groups, groups, groups)]
+    for sound in range(4):
+        routing = list(wrong)
+        routing[sound] = torch.zeros_like(routing[sound])
+        bad = t._replace(offsets=routing[0], weight_index=routing[1], in_widths=routing[2], out_widths=routing[3])
+        with hopper() as launcher:
+            hopper_backend.conv2d_wgrad(problem, dy, bad, (True, False, False))
+        assert launcher.launched == [kernel.format("bf16") for kernel in KERNELS]
