@@ -16,6 +16,8 @@ from tdc_fast.nn.width_plan import ExpertUnit, WidthPlan
 Rows = tuple[int, ...]
 """For each of the N groups its row of a layer's stacked weights; rows are numbered in the order of the groups."""
 
+MOST_TERMS = 1000
+
 
 def shared_rows(
     model: nn.Module, shared_layers: str | Sequence[str], num_groups: int, layers: Iterable[str] | None = None
@@ -61,7 +63,10 @@ def _terms(shared_layers: str | Sequence[str]) -> list[str]:
     parts: Any = shared_layers.split(",") if isinstance(shared_layers, str) else shared_layers
     if not isinstance(parts, Sequence) or not all(isinstance(part, str) for part in parts):
         raise invalid("shared_layers", shared_layers, "a comma list of names or patterns of layers, or a sequence")
-    return [part.strip() for part in parts if part.strip()]
+    terms = [part.strip() for part in parts if part.strip()]
+    if len(terms) > MOST_TERMS:
+        raise invalid("shared_layers", f"{len(terms)} terms", f"at most {MOST_TERMS}; a pattern names many layers")
+    return terms
 
 
 def sharers(rows: Rows) -> list[list[int]]:

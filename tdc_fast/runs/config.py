@@ -57,6 +57,7 @@ ADDED = frozenset(
     {
         "background",
         "calibration_dtype",
+        "predict_v",
         "shared_layers",
         "stage2_ema_factors",
         "stage2_lr_factors",
