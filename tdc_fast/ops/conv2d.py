@@ -81,7 +81,7 @@ def routed_conv2d(
     result = None if flat is None else forward.call_again(*flat)
     if result is None:
         require_backend_name(backend)
-        result = forward.call(*_checked(*arguments), backend or "")
+        result = forward.call_first(*_checked(*arguments), backend or "")
     return result
 
 

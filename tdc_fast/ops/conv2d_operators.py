@@ -226,11 +226,15 @@ _ARGUMENTS = [argument.name for argument in forward.overload._schema.arguments]
 
 def _cast(device_type: str, *args: Any) -> tuple[Any, ...]:
     dtype = torch.get_autocast_dtype(device_type)
+
+    def is_cast(dtype: torch.dtype) -> bool:
+        return dtype.is_floating_point and dtype != torch.float64
+
     return tuple(
-        converted(name, arg, dtype)
-        if isinstance(arg, Tensor) and arg.is_floating_point() and arg.dtype != torch.float64
-        else arg
-        for name, arg in zip(_ARGUMENTS, args, strict=True)
+        [
+            converted(name, arg, dtype) if isinstance(arg, Tensor) and is_cast(arg.dtype) else arg
+            for name, arg in zip(_ARGUMENTS, args, strict=True)
+        ]
     )
 
 

@@ -17,8 +17,8 @@ Anything else goes the general way, which raises what it always raised.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -97,7 +97,8 @@ class Operator:
         self._bind = bind
         self._seen: dict[Hashable, list[Seen]] = {}
         self._apply: Callable[..., Any] | None = None
-        self._cast: Callable[..., tuple[Any, ...]] | None = None
+        self._cast: Callable[..., tuple[Any, ...]] = lambda device, *args: args
+        self._is_cast = False
         _operators.append(self)
 
     def add_autograd(
@@ -109,7 +110,7 @@ class Operator:
     def add_autocast(self, cast: Callable[..., tuple[Any, ...]]) -> None:
         """As `library.add_autocast`."""
         library.add_autocast(self.overload, cast)
-        self._cast = cast
+        self._cast, self._is_cast = cast, True
 
     def call(self, *args: Any) -> Any:
         """The result for right arguments, by the shortest way.
@@ -117,51 +118,51 @@ class Operator:
         Args:
             *args: All its arguments, hashable where they are not tensors.
         """
-        if _is_compiling():
-            return self.overload(*args)
         result = self.call_again(*args)
-        if result is None:
-            result = self.overload(*args)
-            with self._autocast_done(args) as cast:
-                self._remember(cast)
+        return self.call_first(*args) if result is None else result
+
+    def call_first(self, *args: Any) -> Any:
+        """The result for right arguments, the general way, after `call_again` found none.
+
+        Args:
+            *args: As of `call`.
+        """
+        result = self.overload(*args)
+        if not _is_compiling():
+            device = self._autocast_device(args)
+            with library.without_autocast() if device else nullcontext():
+                self._remember(self._cast(device, *args) if device else args)
         return result
 
     def call_again(self, *args: Any) -> Any:
-        """The result where an earlier `call` was like this one, else None.
+        """The result where an earlier call was like this one, else None.
 
         Args:
             *args: All its arguments, which need not be right.
         """
-        if _is_compiling():
+        if _is_compiling() or not _unobserved() or not _are_dense(args[: self._tensors]):
             return None
-        if not _autocasts():
+        device = self._autocast_device(args)
+        if not device:
             return self._again(args)
-        with self._autocast_done(args) as cast:
-            return self._again(cast)
+        with library.without_autocast():
+            return self._again(self._cast(device, *args))
 
-    @contextmanager
-    def _autocast_done(self, args: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
-        """The arguments that autocast makes of these, within it its own context; where there is none, just these."""
-        device = args[0].device.type if self._cast and isinstance(args[0], Tensor) else ""
-        if self._cast and device and torch.is_autocast_enabled(device):
-            with library.without_autocast():
-                yield self._cast(device, *args)
-        else:
-            yield args
+    def _autocast_device(self, args: tuple[Any, ...]) -> str:
+        """The type of device on which autocast changes the arguments; "" where it does not."""
+        if not _autocasts() or not self._is_cast or not isinstance(args[0], Tensor):
+            return ""
+        device = args[0].device.type
+        return device if torch.is_autocast_enabled(device) else ""
 
     def _again(self, args: tuple[Any, ...]) -> Any:
-        """The result, or None."""
-        if not _unobserved():
-            return None
+        """The result for dense tensors, or None."""
         tensors = args[: self._tensors]
-        given = [t for t in tensors if t is not None]
         try:
-            for t in given:
-                if t.layout is not _STRIDED or t.is_nested:  # the guards end the process at one without strides
-                    return None
             alike = self._seen[_key(tensors, args[self._tensors :])]
-        except (KeyError, AttributeError, TypeError):  # new, or something of a wrong type, which the general way names
+        except (KeyError, TypeError):  # new, or a setting that has no hash, about which the general way says more
             return None
+        given = [t for t in tensors if t is not None]
         for seen in alike:
             if seen.matches(*given):
                 break
@@ -218,6 +219,14 @@ def seen() -> list[Seen]:
 def _unobserved() -> bool:
     """Whether nothing that the guards cannot see watches a call."""
     return not (_dispatch_modes() or _function_mode() or _profiling() or forward_ad._current_level >= 0)
+
+
+def _are_dense(tensors: Sequence[Any]) -> bool:
+    """Whether all are dense tensors, or None but for the first two; the guards end the process at other layouts."""
+    for t in tensors:
+        if t is not None and not (isinstance(t, Tensor) and t.layout is _STRIDED and not t.is_nested):
+            return False
+    return tensors[0] is not None and tensors[1] is not None
 
 
 def _key(tensors: Sequence[Any], settings: tuple[Any, ...]) -> Hashable:

@@ -73,7 +73,7 @@ def routed_group_norm(
     if result is None:
         require_backend_name(backend)
         arguments = _checked(x, weight, bias, plan, num_groups, eps, widths, scale, shift, activation, x2)
-        result = forward.call(*arguments, backend or "")
+        result = forward.call_first(*arguments, backend or "")
     return result[0]
 
 

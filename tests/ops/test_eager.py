@@ -253,6 +253,17 @@ def test_autocast_is_done_at_every_call(general_way_raises: Callable[[], None]) 
         assert weight.grad is not None and weight.grad.dtype == torch.float32
 
 
+def test_under_autocast_wrong_arguments_raise_what_they_always_raised() -> None:
+    arguments = tensors()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for _ in range(2):
+            routed_conv2d(**arguments)
+            with pytest.raises(ValueError, match="^bias: got torch.sparse_coo"):
+                routed_conv2d(**arguments | {"bias": arguments["bias"].to_sparse()})
+            with pytest.raises(ValueError, match="^x: got 3"):
+                routed_conv2d(**arguments | {"x": 3})
+
+
 def test_the_graph_is_recorded_where_gradients_are_on(general_way_raises: Callable[[], None]) -> None:
     arguments = tensors()
     arguments["weight"].requires_grad_()
