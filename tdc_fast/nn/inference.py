@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tdc_fast.errors import invalid
 from tdc_fast.nn.casts import InDtype
 from tdc_fast.nn.leaf import RoutedLeaf
-from tdc_fast.nn.one_expert import OneExpert, kernels_serve
+from tdc_fast.nn.one_expert import OneExpert, cpu_kernels_serve, kernels_serve
 from tdc_fast.nn.packing import RoutedModel
 
 _log = logging.getLogger("tdc_fast.inference")
@@ -36,7 +36,8 @@ def denoiser_in(model: nn.Module, dtype: torch.dtype) -> Callable[..., Tensor]:
     """
     if dtype == torch.float32:
         return model
-    return InDtype(OneExpert(model) if _runs_on_kernels(model, dtype) else model, dtype)
+    on_kernels = not isinstance(model, RoutedModel) and kernels_serve(_device(model), dtype)
+    return InDtype(OneExpert(model) if on_kernels else model, dtype)
 
 
 class ForInference(nn.Module):
@@ -48,10 +49,10 @@ class ForInference(nn.Module):
         on_routed_kernels: whether it is a dense model that runs as one expert.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype, on_routed_kernels: bool) -> None:
+    def __init__(self, model: nn.Module, dtype: torch.dtype, as_expert: OneExpert | None) -> None:
         super().__init__()
-        self.model, self.dtype, self.on_routed_kernels = model, dtype, on_routed_kernels
-        inner: Callable[..., Tensor] = OneExpert(model) if on_routed_kernels else model
+        self.model, self.dtype, self.on_routed_kernels = model, dtype, as_expert is not None
+        inner: Callable[..., Tensor] = as_expert or model
         # In a tuple, so that no parameter is found twice.
         self._denoise = (inner if dtype == torch.float32 else InDtype(inner, dtype),)
 
@@ -86,9 +87,10 @@ def for_inference(
         model: a denoiser, called as model(x, t, **condition), dense or packed, on its device.
         dtype: float32 leaves the weights as they are.
         routed_kernels: run a dense model on the routed kernels, as one expert. None does so where they are faster than
-            torch's: on a GPU, in bfloat16 and float16. (On the CPU they take from 0.7 to 1.1 times torch's time in
-            fp32, and from 0.8 to 1.6 times in bfloat16, depending on the shapes.) One that cannot be packed then stays
-            on torch's; the log (`tdc_fast.inference`) says why.
+            torch's: on a GPU in bfloat16 and float16, and on the CPU in float32 for models with convolutions. (UNets
+            take from 0.7 to 1.0 times torch's time there, the less the larger the batch; in bfloat16 from 0.8 to 1.4
+            times.) A model of which some layer has no routed kernel then stays on torch's; the log
+            (`tdc_fast.inference`) says which way it went, and why.
 
     Returns:
         The model itself where nothing has to change, else a `ForInference`.
@@ -101,24 +103,18 @@ def for_inference(
         raise invalid("dtype", dtype, "torch.float32, torch.bfloat16 or torch.float16")
     if isinstance(model, ForInference):
         raise invalid("model", f"one for inference in {model.dtype}", "the denoiser itself, with its fp32 weights")
-    if routed_kernels and isinstance(model, RoutedModel):
-        routed_kernels = False  # it runs on them in any case
-    as_expert = _runs_on_kernels(model, dtype) if routed_kernels is None else routed_kernels
+    as_expert = None  # what cannot be packed is refused before anything is cast
+    if not isinstance(model, RoutedModel):
+        wanted = _is_faster_on_routed_kernels(model, dtype) if routed_kernels is None else routed_kernels
+        as_expert = _as_expert(model, required=routed_kernels is True) if wanted else None
     model.eval()
-    if dtype == torch.float32 and not as_expert:
-        return model
-    try:
-        prepared = ForInference(model, dtype, as_expert)  # refuses what cannot be packed before anything is cast
-    except ValueError as refusal:
-        if routed_kernels:
-            raise
-        _log.info("%s stays on torch's kernels: %s", type(model).__name__, refusal)
-        as_expert, prepared = False, ForInference(model, dtype, False)
     if dtype != torch.float32:
         cast_weights(model, dtype)
-    if as_expert:
+    if as_expert is not None:
         _log.info("%s runs on the routed kernels, as one expert, in %s", type(model).__name__, dtype)
-    return prepared
+    if dtype == torch.float32 and as_expert is None:
+        return model
+    return ForInference(model, dtype, as_expert)
 
 
 def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:
@@ -135,9 +131,31 @@ def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:
                     parameter.data = parameter.data.to(dtype)
 
 
-def _runs_on_kernels(model: nn.Module, dtype: torch.dtype) -> bool:
-    """Whether it is a dense model that the routed kernels compute in less time than torch's."""
-    if isinstance(model, RoutedModel) or dtype == torch.float32:
-        return False
-    first = next(model.parameters(), None)
-    return first is not None and kernels_serve(first.device, dtype)
+def _as_expert(model: nn.Module, required: bool) -> OneExpert | None:
+    """The model as one expert; None, and a line in the log, where that is not required and not worth it."""
+    try:
+        as_expert = OneExpert(model)
+    except ValueError as refusal:
+        if required:
+            raise
+        why = str(refusal)
+    else:
+        if required or not as_expert.has_layers_without_kernels:
+            return as_expert
+        why = "some of its layers have no routed kernel"
+    _log.info("%s stays on torch's kernels: %s", type(model).__name__, why)
+    return None
+
+
+def _is_faster_on_routed_kernels(model: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether the routed kernels take less time than torch's for a dense model that is not trained."""
+    device = _device(model)
+    if device.type != "cpu":
+        return dtype != torch.float32 and kernels_serve(device, dtype)
+    has_convolutions = any(isinstance(module, nn.Conv2d) for module in model.modules())
+    in_fp32 = dtype == torch.float32 and all(parameter.dtype == dtype for parameter in model.parameters())
+    return has_convolutions and in_fp32 and cpu_kernels_serve(device, dtype)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))

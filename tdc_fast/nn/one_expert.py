@@ -11,6 +11,7 @@ from torch.func import functional_call
 
 from tdc_fast.kernels.problems import NormProblem
 from tdc_fast.nn.packing import RoutedModel, pack_experts
+from tdc_fast.nn.per_group import PerGroup
 from tdc_fast.ops.backends import select
 from tdc_fast.routing import TimestepGroups
 
@@ -26,6 +27,9 @@ class OneExpert:
 
     Args:
         model: any module that `pack_experts` can pack; its structure and its parameters must stay as they are.
+
+    Attributes:
+        has_layers_without_kernels: whether a part of the model only runs group by group (`PerGroup`).
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -33,6 +37,7 @@ class OneExpert:
         memo: dict[int, Any] = {id(p): nn.Parameter(p.detach().to("meta")) for p in model.parameters()}
         packed = pack_experts(copy.deepcopy(model, memo), TimestepGroups([0, 1]))
         self._model, self._packed = model, packed
+        self.has_layers_without_kernels = any(isinstance(module, PerGroup) for module in packed.modules())
         self._recomputes = any(getattr(module, "use_checkpoint", False) for module in model.modules())
         ranks = {name: parameter.dim() for name, parameter in packed.named_parameters()}
         self._parameters = [
@@ -69,7 +74,14 @@ def as_one_expert(model: nn.Module, num_timesteps: int) -> RoutedModel:
 
 def kernels_serve(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether routed operators run on kernels for GPUs there, so that one expert is worth it."""
-    if device.type != "cuda":
-        return False
+    return device.type == "cuda" and _backend(device, dtype) in ("triton", "cuda", "hopper")
+
+
+def cpu_kernels_serve(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether routed operators run on the kernels for CPUs there."""
+    return device.type == "cpu" and _backend(device, dtype) == "cpu"
+
+
+def _backend(device: torch.device, dtype: torch.dtype) -> str:
     problem = NormProblem("routed_group_norm", device, dtype, 1, 8, 8, 64, 32, 1e-5, True, 1, 1)
-    return select(problem, "").name in ("triton", "cuda", "hopper")
+    return select(problem, "").name

@@ -217,7 +217,8 @@ def test_a_dense_model_for_inference_runs_on_the_routed_kernels_and_is_captured(
         chosen = None if device == "cuda" else True  # on the CPU only where asked
         prepared = for_inference(copy.deepcopy(expert), dtype, routed_kernels=chosen)
         assert isinstance(prepared, ForInference) and prepared.on_routed_kernels
-        assert for_inference(expert) is expert  # fp32 stays on torch's kernels
+        if device == "cuda":
+            assert for_inference(expert) is expert  # fp32 stays on torch's kernels
         with Recorded() as called:
             ours = prepared(x, t)
         assert ours.dtype == torch.float32 and called["routed_conv2d"] and not called["convolution"]

@@ -44,10 +44,28 @@ def test_weights_that_were_cast_once_give_the_bits_of_autocast(kind: str) -> Non
     assert dtypes["model.out.2.weight" if kind == "dense" else "model.model.out.2.weight"] == BF16
 
 
-def test_float32_is_the_model_itself_in_evaluation_mode() -> None:
-    model = unet().train()
-    assert for_inference(model) is model and not model.training
-    assert denoiser_in(model, torch.float32) is model
+def test_float32_on_the_cpu_runs_on_its_routed_kernels_where_a_model_convolves() -> None:
+    model, (x, t, y) = unet().train(), batch()
+    prepared = for_inference(model)
+    assert isinstance(prepared, ForInference) and prepared.on_routed_kernels and not model.training
+    with torch.no_grad(), Recorded() as called:
+        out = prepared(x, t, y=y)
+    assert called["routed_conv2d"] and not called["convolution"]
+    with torch.no_grad():
+        torch.testing.assert_close(out, model(x, t, y=y), rtol=1e-4, atol=1e-4)
+    packed, linear = pack_experts(unet(), GROUPS), nn.Sequential(nn.Linear(2, 2))
+    assert for_inference(packed) is packed and for_inference(linear) is linear
+    wide = unet().double()
+    assert for_inference(wide) is wide
+    plain = unet()
+    assert for_inference(plain, routed_kernels=False) is plain and denoiser_in(plain, torch.float32) is plain
+
+
+def test_a_model_with_layers_that_have_no_kernel_stays_on_torchs(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3, groups=2))
+    with caplog.at_level(logging.INFO, "tdc_fast.inference"):
+        assert for_inference(model) is model
+    assert "Sequential stays on torch's kernels: some of its layers have no routed kernel" in caplog.text
 
 
 def test_a_dense_model_runs_as_one_expert_where_asked_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
@@ -88,13 +106,12 @@ def test_gradients_arrive_at_the_fp32_weights(use_checkpoint: bool, monkeypatch:
 
 
 def test_a_model_that_cannot_be_packed_stays_on_torchs_kernels_and_the_log_says_why(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr("tdc_fast.nn.inference.kernels_serve", lambda device, dtype: True)
+    model = nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2))
     with caplog.at_level(logging.INFO, "tdc_fast.inference"):
-        prepared = for_inference(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), BF16)
-    assert isinstance(prepared, ForInference) and not prepared.on_routed_kernels
-    assert "Sequential stays on torch's kernels: module '1': got 'BatchNorm1d'" in caplog.text
+        assert for_inference(model) is model
+    assert "Sequential stays on torch's kernels: module '1': got 'BatchNorm2d'" in caplog.text
 
 
 def test_what_it_cannot_do_is_refused_by_name() -> None:
