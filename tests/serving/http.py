@@ -6,11 +6,20 @@ import http.client
 import json
 import socket
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from tdc_fast.serving import Engine
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    """Wait until a condition holds, for half a minute at most."""
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come"
+        time.sleep(0.005)
 
 
 class Answer(NamedTuple):

@@ -27,6 +27,7 @@ from tdc_fast.serving import (
     StepFailed,
 )
 from tdc_fast.serving.live import LiveRequest, Plan
+from tests.serving.http import wait_for
 from tests.serving.models import CLASSES, SHAPE, Scripted, experts, process
 
 
@@ -232,8 +233,7 @@ def test_closing_finishes_what_is_live_and_takes_nothing_new(held):
     waiting = engine.submit(Request(steps=2))
     closing = threading.Thread(target=engine.close)
     closing.start()
-    while engine.is_running:
-        time.sleep(0.001)
+    wait_for(lambda: not engine.is_running)
     with pytest.raises(EngineClosed, match="shutting down"):
         engine.submit(Request(steps=2))
     model.gate.set()

@@ -13,7 +13,7 @@ from PIL import Image
 
 from tdc_fast.serving import Engine, Request
 from tests.serving.browser import BROWSER, Page, browser
-from tests.serving.http import served
+from tests.serving.http import served, wait_for
 from tests.serving.models import CLASSES, SHAPE, Scripted, experts, process
 
 for module in ("fastapi", "uvicorn", "prometheus_client"):
@@ -83,20 +83,17 @@ def test_stop_frees_the_places_and_a_refusal_is_shown(page):
         page.wait_for(f"{STATE}.startsWith('step ')")
         page.click("#stop")
         page.wait_for(f"{STATE} === 'stopped'")
-        deadline = time.monotonic() + 30
-        while engine.load() != {"waiting": 0, "running": 0}:
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
+        wait_for(lambda: engine.load() == {"waiting": 0, "running": 0})
         assert engine.statistics.outcomes == {"cancelled": 1}
 
         model.gate.clear()
         model.reached.clear()
-        with client.sent(b'{"num_images": 2}'), client.sent(b'{"num_images": 2}'):
+        with client.sent(b'{"num_images": 2}'):
             assert model.reached.wait(30)
-            while engine.load()["waiting"] < 1:
-                time.sleep(0.005)
-            page.click("#draw")
-            said = page.wait_for(f"document.getElementById('state').className === 'bad' && {STATE}")
-            assert "requests are waiting, and no more may" in said and "try again in" in said
+            with client.sent(b'{"num_images": 2}'):
+                wait_for(lambda: engine.load()["waiting"] == 1)
+                page.click("#draw")
+                said = page.wait_for(f"document.getElementById('state').className === 'bad' && {STATE}")
+                assert "requests are waiting, and no more may" in said and "try again in" in said
         model.gate.set()
     assert [text for text in page.errors if "503" not in text] == []

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ import pytest
 
 from tdc_fast import sample, serve
 from tdc_fast.train import TrainConfig, train
-from tests.serving.http import Client
+from tests.serving.http import Client, wait_for
 
 needs_server = pytest.mark.skipif(
     any(importlib.util.find_spec(module) is None for module in ("fastapi", "uvicorn", "prometheus_client")),
@@ -73,8 +72,7 @@ def test_a_run_is_served_with_the_images_of_sample_and_sigterm_finishes_what_is_
         asking = [threading.Thread(target=lambda: answers.append(client.draw(**wish))) for _ in range(4)]
         for thread in asking:
             thread.start()
-        while client.get("/health").json["waiting"] < 2:
-            time.sleep(0.001)
+        wait_for(lambda: client.get("/health").json["waiting"] >= 2 or len(answers) == 4)
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
         for thread in asking:
@@ -91,8 +89,7 @@ def test_what_is_not_finished_in_time_fails_with_a_reason(run):
         asking = [threading.Thread(target=lambda: answers.append(client.draw(**wish))) for _ in range(20)]
         for thread in asking:
             thread.start()
-        while client.get("/health").json["waiting"] < 10:
-            time.sleep(0.001)
+        wait_for(lambda: client.get("/health").json["waiting"] >= 10)
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
         for thread in asking:

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from tdc_fast.serving import Engine, Request
-from tests.serving.http import Client, served
+from tests.serving.http import Client, served, wait_for
 from tests.serving.models import CLASSES, SHAPE, Scripted, experts, process
 
 for module in ("fastapi", "uvicorn", "prometheus_client"):
@@ -35,13 +35,6 @@ def held() -> Iterator[tuple[Client, Scripted, Engine]]:
     with served(engine) as client:
         yield client, model, engine
         model.gate.set()
-
-
-def wait_for(condition) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def test_every_format_holds_the_images_of_the_engine(client):
