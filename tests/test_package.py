@@ -31,6 +31,7 @@ OPTIONAL = [
     "uvicorn",
     "prometheus_client",
     "diffusers",
+    "accelerate",
 ]
 
 

@@ -83,6 +83,6 @@ def test_a_checkpoint_of_improved_diffusion_is_sampled_and_split(tmp_path: Path)
 
 
 def test_the_readme_links_every_example() -> None:
-    assert len(EXAMPLES) == 5
+    assert len(EXAMPLES) == 6
     readme = (ROOT / "README.md").read_text()
     assert [name for name in EXAMPLES if f"(examples/{name})" not in readme] == []

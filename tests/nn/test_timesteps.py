@@ -98,6 +98,6 @@ def test_a_number_as_timestep_compiles_into_one_graph() -> None:
     torch._dynamo.reset()
     routed = pack_experts(experts(), GROUPS)
     compiled = torch.compile(routed, backend="aot_eager", fullgraph=True)
-    for t in (torch.tensor([7.0, 60.0, 99.0]), torch.tensor(60)):
-        torch.testing.assert_close(compiled(X, t), routed(X, t))
+    t = torch.tensor(60.0)
+    torch.testing.assert_close(compiled(X, t), routed(X, t))
     torch._dynamo.reset()
