@@ -212,6 +212,18 @@ def test_results_do_not_depend_on_which_thread_goes_first(dtype: str) -> None:
                 assert torch.equal(again[name], value), name
 
 
+@pytest.mark.parametrize("edge", ["split sums over shared experts", "widths inside a tile of 64, of no multiple"])
+def test_a_bias_gradient_comes_out_of_the_launches_of_the_weights(edge: str) -> None:
+    """Also of groups without a live input channel; alone it has launches of its own."""
+    changes, facts, _ = EDGES[edge]
+    case = conv_case(**changes | {"extras": ("bias",), "in_widths": (0, *changes["in_widths"][1:])})
+    with emulator(facts=facts) as launcher:
+        for wanted in (("weight", "bias"), ("bias",)):
+            launcher.launched.clear()
+            assert_accurate(case, torch.bfloat16, wanted)
+            assert any("sums" in name for name in launcher.launched) == (wanted == ("bias",))
+
+
 @plain_only
 def test_two_inputs_are_read_where_they_are_and_upsampled_as_they_are_read() -> None:
     case = conv_case(x2_channels=8, upsample=2)

@@ -40,6 +40,8 @@ def test_it_runs_only_where_it_is_asked_for() -> None:
         ({"dtype": 0, "tf32": True}, "it has bf16 and fp16, not fp32"),
         ({"filter_height": 1, "filter_width": 1, "pad_height": 0, "pad_width": 0}, "it has 3x3 filters with stride 1"),
         ({"stride_height": 2, "stride_width": 2}, "it has 3x3 filters with stride 1 and padding 1"),
+        ({"x2_channels": 64}, "it has one input, which is not upsampled"),
+        ({"upsample": 2}, "it has one input, which is not upsampled"),
         ({"height": 4, "width": 4}, "it has images from 8x8 on"),
         ({"in_channels": 3}, "it has channels from 64 on, in multiples of 8"),
         ({"out_channels": 132}, "it has channels from 64 on, in multiples of 8"),
@@ -144,6 +146,7 @@ def test_wgrad_has_as_many_blocks_as_multiprocessors_where_there_are_more_units(
     [
         ({"filter_height": 1, "filter_width": 1, "pad_height": 0, "pad_width": 0}, "it has 3x3 filters with stride 1"),
         ({"height": 4, "width": 4}, "it has images from 8x8 on"),
+        ({"x2_channels": 64}, "it has one input, which is not upsampled"),
         ({"num_groups": 257}, "it has at most 256 groups in wgrad"),
         ({"batch": 2**17, "height": 64, "width": 64, "in_channels": 2048, "out_channels": 1024}, "it has fewer than"),
     ],

@@ -8,32 +8,53 @@
 
 namespace tdc {
 
-// A block sums the pixels of one sample for eight chunks of channels: eight adjacent threads read 128 bytes of a
-// pixel, and 32 rows of threads share the pixels.
+// A block that sums pixels for kAcross chunks of channels: adjacent threads read those of a pixel, and rows of threads
+// share the pixels.
+template <class T, int kThreads, int kAcross>
+struct ConvSumBlock {
+  static constexpr int kRows = kThreads / kAcross, kChannels = kAcross * kPerChunk<T>;
+  static constexpr int kBytes = kRows * kChannels * static_cast<int>(sizeof(float));
+
+  // The first channel of a thread's chunk.
+  static __device__ __forceinline__ int channel() { return threadIdx.x % kAcross * kPerChunk<T>; }
+
+  // Adds the pixels from `first` to `end` of the thread's row; `source` is pixel 0 of its chunk, of which `live`
+  // channels are kept; `vector`: chunks may be loaded whole.
+  static __device__ __forceinline__ void add_pixels(float (&sums)[kPerChunk<T>], const T* source, int channels,
+                                                    int first, int end, int live, bool vector) {
+    if (live <= 0) return;
+#pragma unroll 2
+    for (int pixel = first + threadIdx.x / kAcross; pixel < end; pixel += kRows) {
+      add_chunk(sums, source + static_cast<long long>(pixel) * channels, live, vector && live >= kPerChunk<T>);
+    }
+  }
+
+  // rows[c] = the sum of channel c of the block over all rows of threads, in a fixed order. `rows` has kBytes.
+  static __device__ __forceinline__ void reduce(const float (&sums)[kPerChunk<T>], float* rows) {
+#pragma unroll
+    for (int v = 0; v < kPerChunk<T>; ++v) rows[threadIdx.x / kAcross * kChannels + channel() + v] = sums[v];
+    for (int half = kRows / 2; half > 0; half /= 2) {
+      block_sync();
+      for (int i = threadIdx.x; i < half * kChannels; i += kThreads) rows[i] += rows[i + half * kChannels];
+    }
+    block_sync();
+  }
+};
+
+// A block sums the pixels of one sample for eight chunks of channels.
 template <class T>
 __device__ __forceinline__ void conv_sample_sums(const ConvSampleSumParams& p) {
-  constexpr int kAcross = kSampleSumChunks, kRows = kConvSumThreads / kAcross, kChannels = kAcross * kPerChunk<T>;
-  TDC_SHARED(float, rows, kRows* kChannels);
+  using Sums = ConvSumBlock<T, kConvSumThreads, kSampleSumChunks>;
+  constexpr int kChannels = Sums::kChannels;
+  TDC_SHARED(float, rows, Sums::kRows* kChannels);
   const int sample = blockIdx.x / p.channel_tiles, first = blockIdx.x % p.channel_tiles * kChannels;
-  const int across = threadIdx.x % kAcross * kPerChunk<T>, row = threadIdx.x / kAcross;
   const int live = live_width(p.routing.out_widths, group_of_sample(p.routing, sample), p.channels);
 
   float sums[kPerChunk<T>] = {};
-  const int channel = first + across;
+  const int channel = first + Sums::channel();
   const T* source = static_cast<const T*>(p.dy) + static_cast<long long>(sample) * p.pixels * p.channels + channel;
-  if (channel < live) {
-#pragma unroll 2
-    for (int pixel = row; pixel < p.pixels; pixel += kRows) {
-      add_chunk(sums, source + static_cast<long long>(pixel) * p.channels, live - channel, p.vector_source);
-    }
-  }
-#pragma unroll
-  for (int v = 0; v < kPerChunk<T>; ++v) rows[row * kChannels + across + v] = sums[v];
-  for (int half = kRows / 2; half > 0; half /= 2) {
-    block_sync();
-    for (int i = threadIdx.x; i < half * kChannels; i += kConvSumThreads) rows[i] += rows[i + half * kChannels];
-  }
-  block_sync();
+  Sums::add_pixels(sums, source, p.channels, 0, p.pixels, live - channel, p.vector_source);
+  Sums::reduce(sums, rows);
 
   for (int i = threadIdx.x; i < kChannels && first + i < p.channels; i += kConvSumThreads) {
     const float sum = first + i < live ? rows[i] : 0.0f;

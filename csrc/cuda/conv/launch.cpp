@@ -181,6 +181,21 @@ size_t partial_bytes(const ConvArguments& a, const Device& device) {
   return a.dweight && tiling.splits > 1 ? static_cast<size_t>(tiling.splits * ceil_div(weight_elements(a), 4) * 16) : 0;
 }
 
+// Whether dbias comes out of the launches of dweight; in the Hopper form, and where dsample_bias is wanted, it has its
+// own.
+bool sums_bias_with_weight(const ConvArguments& a, const Device& device) {
+  return a.dweight && a.dbias && !a.dsample_bias && wgrad_form(a, device) == ConvForm::kMmaSync;
+}
+
+size_t bias_bytes(const ConvArguments& a, const Device& device) {
+  int64_t rows = a.dbias ? a.batch : 0;  // of C_out sums
+  if (sums_bias_with_weight(a, device)) {
+    const int64_t splits = tile_wgrad(a, device).splits;
+    rows = splits > 1 ? splits * a.num_experts : 0;
+  }
+  return static_cast<size_t>(rows * a.out_channels) * sizeof(float);
+}
+
 void add_dweight(const ConvArguments& a, const Device& device, std::vector<Launch>& launches) {
   const WgradTiling tiling = tile_wgrad(a, device);
   ConvWgradParams p{};
@@ -198,7 +213,17 @@ void add_dweight(const ConvArguments& a, const Device& device, std::vector<Launc
   p.in_tiles = static_cast<int>(tiling.in_tiles);
   p.vector_result = whole_inputs(a.dweight, 0, a);
   const std::string kernel = std::string("tdc_conv_wgrad_") + product_name(a) + "_" + tiling.tile.name;
-  const unsigned blocks = blocks_of({tiling.splits, a.num_experts, taps_of(a), tiling.out_tiles, tiling.in_tiles}, a);
+  unsigned blocks = blocks_of({tiling.splits, a.num_experts, taps_of(a), tiling.out_tiles, tiling.in_tiles}, a);
+  p.weight_blocks = static_cast<int>(blocks);
+  const bool with_bias = sums_bias_with_weight(a, device);
+  if (with_bias) {
+    p.bias_tiles = static_cast<int>(ceil_div(a.out_channels, kBiasSumChunks * per_chunk(a)));
+    p.dbias = pointer<void>(a.dbias);
+    p.bias_partials = p.partials + partial_bytes(a, device) / sizeof(float);
+    p.vector_grads = whole_chunks(a.out_channels, {a.dy}, a);
+    const int64_t bias_blocks = tiling.splits * a.num_experts * p.bias_tiles;
+    blocks = blocks_of({blocks + bias_blocks}, a);
+  }
   launches.push_back(launch_of(kernel, blocks, tiling.tile.threads, tiling.tile.shared_bytes, p, a));
   if (tiling.splits == 1) return;
 
@@ -207,8 +232,12 @@ void add_dweight(const ConvArguments& a, const Device& device, std::vector<Launc
   r.dweight = p.dweight;
   r.count = weight_elements(a);
   r.splits = p.splits;
+  r.bias_partials = p.bias_partials;
+  r.dbias = p.dbias;
+  r.bias_count = with_bias ? a.num_experts * a.out_channels : 0;
   launches.push_back(launch_of(std::string("tdc_conv_reduce_") + storage_name(a),
-                               blocks_of({ceil_div(r.count, kConvSumThreads)}, a), kConvSumThreads, 0, r, a));
+                               blocks_of({ceil_div(r.count + r.bias_count, kConvSumThreads)}, a), kConvSumThreads, 0, r,
+                               a));
 }
 
 void add_channel_sums(const ConvArguments& a, float* sums, std::vector<Launch>& launches) {
@@ -259,7 +288,7 @@ std::vector<Launch> launch_conv_wgrad(const ConvArguments& arguments, const Devi
     add_dweight(arguments, device, launches);
   }
   const size_t partials = partial_bytes(arguments, device);
-  if (arguments.dbias || arguments.dsample_bias) {
+  if ((arguments.dbias && !sums_bias_with_weight(arguments, device)) || arguments.dsample_bias) {
     add_channel_sums(arguments, pointer<float>(arguments.workspace + partials), launches);
   }
   return launches;
@@ -267,9 +296,7 @@ std::vector<Launch> launch_conv_wgrad(const ConvArguments& arguments, const Devi
 
 size_t conv_wgrad_workspace(const ConvArguments& arguments, const Device& device) {
   check(arguments);
-  const size_t sums =
-      arguments.dbias ? static_cast<size_t>(arguments.batch * arguments.out_channels) * sizeof(float) : 0;
-  return partial_bytes(arguments, device) + sums;
+  return partial_bytes(arguments, device) + bias_bytes(arguments, device);
 }
 
 }  // namespace tdc

@@ -71,6 +71,9 @@ struct ConvImageParams {
   void* result2;        // dgrad: dx2
 };
 
+// 16-byte chunks of channels that a block takes which sums dy for dbias: few, as these blocks run last.
+constexpr int kBiasSumChunks = 4;
+
 // wgrad: one block sums one split of the pixels for one tile of (C_out, C_in) at one tap of one expert.
 struct ConvWgradParams {
   const void* x;
@@ -84,17 +87,27 @@ struct ConvWgradParams {
   int out_tiles, in_tiles;  // tiles along C_out, C_in; those of x come before those of x2
   int vector_result;        // dweight allows 16-byte stores
   const void* x2;
+  // Blocks from weight_blocks on sum dy for dbias: one split of one expert, kBiasSumChunks chunks of channels.
+  int weight_blocks;
+  int bias_tiles;        // along C_out
+  void* dbias;           // (experts, C_out), written when splits == 1
+  float* bias_partials;  // (splits, experts, C_out), written when splits > 1
+  int vector_grads;      // dy allows 16-byte loads
 };
 
 // Threads per block of the kernels below.
 constexpr int kConvSumThreads = 256;
 
-// dweight = the sum of `splits` arrays of `count` elements, in order.
+// dweight = the sum of `splits` arrays of `count` elements, in order, and dbias that of arrays of `bias_count`
+// elements.
 struct ConvReduceParams {
   const float* partials;
   void* dweight;
   long long count;
   int splits;
+  const float* bias_partials;
+  void* dbias;
+  long long bias_count;  // 0: dbias is not wanted
 };
 
 // Sums of dy over the pixels of every sample. A block takes kSampleSumChunks 16-byte chunks of channels of one sample.

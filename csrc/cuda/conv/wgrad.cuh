@@ -5,10 +5,12 @@
 //   depth                pixels of y of all groups that use the expert, group after group, kConvDepth at a time
 //
 // Split-K: split s of S takes the s-th equal share of every group's steps and writes its own partial array; a second
-// launch adds those in order, so the result does not depend on timing.
+// launch adds those in order, so the result does not depend on timing. Further blocks sum dy over the same shares,
+// which is dbias.
 #pragma once
 
 #include "cuda/device.cuh"
+#include "cuda/conv/channel_sums.cuh"
 #include "cuda/conv/epilogue.cuh"
 #include "cuda/conv/pipeline.cuh"
 #include "cuda/conv/routing.cuh"
@@ -43,6 +45,21 @@ struct ConvWgradTile {
     return tile;
   }
 };
+
+// Pixels of y, counted through the batch.
+struct ConvPixels {
+  int first, end;
+};
+
+// The share of a split in the pixels of a group, in whole steps but for the group's last.
+__device__ __forceinline__ ConvPixels share_of_group(const ConvWgradParams& p, int group, int split) {
+  const int pixels = static_cast<int>(p.by_pixels.divisor);
+  const int first = clamp_to(p.routing.offsets[group], p.routing.batch) * pixels;
+  const int past = clamp_to(p.routing.offsets[group + 1], p.routing.batch) * pixels;
+  const long long steps = (past - first + kConvDepth - 1) / kConvDepth;
+  return {first + static_cast<int>(steps * split / p.splits) * kConvDepth,
+          min(past, first + static_cast<int>(steps * (split + 1) / p.splits) * kConvDepth)};
+}
 
 // The steps of a block, and the largest number of live channels in any of them.
 struct ConvWgradWork {
@@ -88,18 +105,10 @@ class ConvPixelWalk {
       live_out_ = live_width(routing.out_widths, group_, p_.geometry.out_channels);
       live_in_ = min(live_width(routing.in_widths, group_, p_.geometry.in_channels), tile_.end_in);
       if (tile_.first_out >= live_out_ || tile_.first_in >= live_in_) continue;
-      take_share(clamp_to(routing.offsets[group_], routing.batch),
-                 clamp_to(routing.offsets[group_ + 1], routing.batch));
+      const ConvPixels share = share_of_group(p_, group_, tile_.split);
+      pixel_ = share.first, end_ = share.end;
       if (pixel_ < end_) return;
     }
-  }
-
-  __device__ __forceinline__ void take_share(int first_sample, int past_sample) {
-    const int pixels = static_cast<int>(p_.by_pixels.divisor);
-    const int first = first_sample * pixels, past = past_sample * pixels;
-    const long long steps = (past - first + kConvDepth - 1) / kConvDepth;
-    pixel_ = first + static_cast<int>(steps * tile_.split / p_.splits) * kConvDepth;
-    end_ = min(past, first + static_cast<int>(steps * (tile_.split + 1) / p_.splits) * kConvDepth);
   }
 
   const ConvWgradParams& p_;
@@ -171,13 +180,46 @@ class ConvWgradLoader {
   int top_, left_;  // the pixel of x that the tap pairs with pixel (0, 0) of y
 };
 
+// What a block from weight_blocks on does.
+template <class T, int kThreads>
+__device__ __forceinline__ void sum_bias(const ConvWgradParams& p, float* rows) {
+  using Sums = ConvSumBlock<T, kThreads, kBiasSumChunks>;
+  const int block = blockIdx.x - p.weight_blocks, experts = p.routing.num_experts, channels = p.geometry.out_channels;
+  const int first = block % p.bias_tiles * Sums::kChannels, channel = first + Sums::channel();
+  const int expert = block / p.bias_tiles % experts, split = block / p.bias_tiles / experts;
+
+  float sums[kPerChunk<T>] = {};
+  for (int group = 0; group < p.routing.num_groups; ++group) {
+    if (expert_of_group(p.routing, group) != expert) continue;
+    const ConvPixels share = share_of_group(p, group, split);
+    const int live = live_width(p.routing.out_widths, group, channels) - channel;
+    Sums::add_pixels(sums, static_cast<const T*>(p.dy) + channel, channels, share.first, share.end, live,
+                     p.vector_grads);
+  }
+  Sums::reduce(sums, rows);
+  for (int i = threadIdx.x; i < Sums::kChannels && first + i < channels; i += kThreads) {
+    const long long place = static_cast<long long>(expert) * channels + first + i;
+    if (p.splits == 1) {
+      static_cast<T*>(p.dbias)[place] = from_float<T>(rows[i]);
+    } else {
+      p.bias_partials[static_cast<long long>(split) * experts * channels + place] = rows[i];
+    }
+  }
+}
+
 // kVector: the channels of x and of dy are whole, aligned chunks of 16 bytes.
 template <class T, class Tile, bool kVector>
 __device__ __forceinline__ void conv_wgrad(const ConvWgradParams& p) {
   using P = ConvProduct<T, Tile, DepthOuter, DepthOuter>;
+  TDC_DYNAMIC_SHARED(shared);
+  if (blockIdx.x >= static_cast<unsigned>(p.weight_blocks)) {
+    static_assert(ConvSumBlock<T, Tile::kThreads, kBiasSumChunks>::kBytes <= P::kStages * P::kStageBytes,
+                  "the sums fit");
+    sum_bias<T, Tile::kThreads>(p, reinterpret_cast<float*>(shared));
+    return;
+  }
   const ConvWgradTile tile = ConvWgradTile::find<Tile>(p);
 
-  TDC_DYNAMIC_SHARED(shared);
   typename P::Sums sums = {};
   {
     ConvWgradLoader<P, kVector> loader(p, tile);
@@ -210,12 +252,16 @@ __device__ __forceinline__ void conv_wgrad(const ConvWgradParams& p) {
 // One element per thread.
 template <class T>
 __device__ __forceinline__ void conv_reduce(const ConvReduceParams& p) {
-  const long long index = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (index >= p.count) return;
+  long long index = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (index >= p.count + p.bias_count) return;
+  const bool of_bias = index >= p.count;
+  if (of_bias) index -= p.count;
+  const float* partials = of_bias ? p.bias_partials : p.partials;
+  const long long count = of_bias ? p.bias_count : p.count;
   float sum = 0.0f;
 #pragma unroll 4
-  for (int split = 0; split < p.splits; ++split) sum += p.partials[split * p.count + index];
-  static_cast<T*>(p.dweight)[index] = from_float<T>(sum);
+  for (int split = 0; split < p.splits; ++split) sum += partials[split * count + index];
+  static_cast<T*>(of_bias ? p.dbias : p.dweight)[index] = from_float<T>(sum);
 }
 
 }  // namespace tdc
