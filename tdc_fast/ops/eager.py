@@ -128,7 +128,7 @@ class Operator:
             *args: As of `call`.
         """
         result = self.overload(*args)
-        if not _is_compiling():
+        if not _is_compiling() and _unobserved():
             device = self._autocast_device(args)
             with library.without_autocast() if device else nullcontext():
                 self._remember(self._cast(device, *args) if device else args)
@@ -181,7 +181,7 @@ class Operator:
         tensors = args[: self._tensors]
         given = [t for t in tensors if t is not None]
         distinct = len(set(map(id, given))) == len(given)  # as the guards want them
-        if _Guards is None or not distinct or not _unobserved() or not library.are_plain(given):
+        if _Guards is None or not distinct or not library.are_plain(given):
             return
         bound = self._bind(*args)
         run = library.below_autograd(bound.run)
