@@ -145,12 +145,12 @@ def main(arguments: list[str] | None = None) -> int:
         yardsticks = torch_calls(device)
         routed = {backend: routed_calls(device, backend) for backend in ("triton", "cuda")}
         print(f"host microseconds per call, and times torch's ({device}, torch {torch.__version__})")
-        print(f"{'':<22}" + "".join(f"{name:>16}" for name in PASSES))
+        print(f"{'':<22}" + "".join(f"{name:>17}" for name in PASSES))
         for operator, yardstick in yardsticks.items():
             peers = {"torch": yardstick, **{backend: calls[operator] for backend, calls in routed.items()}}
             table = measured(peers, device, options.rounds)
             for peer, row in table.items():
-                cells = (f"{row[name]:9.1f}{row[name] / table['torch'][name]:6.2f}x" for name in PASSES)
+                cells = (f"{row[name]:9.1f} {row[name] / table['torch'][name]:6.2f}x" for name in PASSES)
                 print(f"{operator + ', ' + peer:<22}" + "".join(cells))
     return 0
 
