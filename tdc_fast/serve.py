@@ -16,8 +16,9 @@ from tdc_fast.command_line import load_denoiser, parse_denoiser_flags, run_comma
 from tdc_fast.entry import STOPPED
 from tdc_fast.errors import invalid, require
 from tdc_fast.runs.build import named_device
-from tdc_fast.runs.denoisers import Which
+from tdc_fast.runs.denoisers import Which, placed
 from tdc_fast.runs.limits import PathText, Within, comma_numbers
+from tdc_fast.runs.precision import DtypeName
 from tdc_fast.serving import Engine, Policy
 from tdc_fast.serving.live import PolicyName
 
@@ -68,6 +69,8 @@ class ServeOptions:
     as those of experts never do."""
     clip_denoised: bool = True
     """Clip every predicted image to [-1, 1]."""
+    dtype: DtypeName = "auto"
+    """float32, bfloat16 or float16; auto is that of training on a GPU, and float32 on the CPU."""
     num_threads: Annotated[int, Within(0, 2**10)] = 0
     """CPU threads; 0 keeps the default of torch."""
     device: str = "cpu"
@@ -93,7 +96,9 @@ def _serve(arguments: list[str]) -> None:
         raise invalid("max_images", images, f"at most --max_batch, {options['max_batch']}")
     use_threads(options["num_threads"])
     denoiser = load_denoiser(options)
-    denoiser.model.to(device)
+    if options["deterministic"]:
+        denoiser = denoiser.batch_invariant()
+    denoiser = placed(denoiser, device, options["dtype"])
     engine = Engine.of(
         denoiser,
         max_batch=options["max_batch"],

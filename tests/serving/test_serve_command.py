@@ -82,6 +82,17 @@ def test_a_run_is_served_with_the_images_of_sample_and_sigterm_finishes_what_is_
 
 
 @needs_server
+def test_a_base_is_served_with_the_images_of_sample_too(run, tmp_path):
+    flags = ["--run", str(run), "--which", "base"]
+    drawn = ["--seed", "2", "--classes", "1", "--steps", "5", "--num_samples", "2", "--sampler", "ddim"]
+    assert sample.main([*flags, *drawn, "--deterministic", "True", "--out", str(tmp_path)]) == 0
+    with command(*flags) as (_, client):
+        wish = {"seed": 2, "label": 1, "steps": 5, "num_images": 2, "format": "npz"}
+        images = np.load(io.BytesIO(client.draw(**wish).body))["arr_0"]
+    assert np.array_equal(images, np.load(tmp_path / "samples_2x8x8x1.npz")["arr_0"])
+
+
+@needs_server
 def test_what_is_not_finished_in_time_fails_with_a_reason(run):
     answers = []
     with command("--run", str(run), "--grace", "0.05") as (process, client):
@@ -109,6 +120,7 @@ def test_what_is_not_finished_in_time_fails_with_a_reason(run):
         (["--null_class", "10"], "null_class: got 10"),
         (["--max_queue", "0"], "max_queue: got 0"),
         (["--grace", "-1"], "grace: got -1.0"),
+        (["--dtype", "float16"], "dtype: got 'float16'; expected float32 or bfloat16 on the CPU"),
     ],
 )
 @needs_server
