@@ -252,6 +252,9 @@ class RoutedEmbedding(RoutedLeaf):
     def forward(self, index: Tensor, plan: RoutingPlan | None = None) -> Tensor:
         """Look up integer ids `index` (B, ...), sorted by the plan, in each sample's table: (B, ..., D)."""
         plan = self.current_plan(plan)
+        if tuple(index.shape[:1]) not in ((1,), (plan.batch_size,)):
+            remedy = f"ids of each of the {plan.batch_size} samples, (B, ...); expand what all samples share"
+            raise invalid("index", tuple(index.shape), remedy)
         if can_read(index) and index.numel():
             check_memory(index=index, weight=self.weight, plan=plan.groups, weight_index=plan.weight_index)
             low, high = (int(bound) for bound in torch.aminmax(index))

@@ -84,6 +84,10 @@ def test_a_table_per_expert_is_read_by_group_and_never_across(plan):
     assert torch.equal(plan.unsort(table(plan.sort(y), plan)), expected)
     with pytest.raises(ValueError, match="index: got 5"):
         table(y + 1, plan)
+    shared = torch.arange(4)
+    assert torch.equal(table(shared[None], plan), table(shared.expand(6, 4), plan))
+    with pytest.raises(ValueError, match=r"index: got \(4,\); expected ids of each of the 6 samples"):
+        table(shared, plan)
 
 
 def test_copies_are_interleaved_so_that_the_live_part_is_a_prefix(plan):
