@@ -45,6 +45,11 @@ EDGES: dict[str, tuple[dict[str, Any], str, str]] = {
     "large tiles clipped on both sides": ({"routing": uneven(1, 1), "size": (9, 11)}, "16x16x128", "16x16x128"),
     "small tiles clipped on one side": ({"routing": uneven(5, 0, 1), "size": (9, 8)}, "8x8x4x128", "8x8x4x128"),
     "wide tiles": ({"routing": uneven(1, 1), "out_channels": 192}, "16x16x192", "16x16x128"),
+    "tall tiles of 64 channels": (
+        {"routing": uneven(1, 1), "size": (25, 9), "in_widths": (64, 24), "out_widths": (64, 37)},
+        "32x16x64",
+        "32x16x64",
+    ),
     "small images share a tile": (
         {"routing": uneven(5, 0, 1, 2), "size": (8, 8), "out_channels": 128},
         "8x8x4x128",
@@ -124,7 +129,7 @@ def cases(draw: st.DrawFn) -> ConvCase:
 
 def test_any_case_is_as_accurate_as_torch() -> None:
     @given(case=cases(), schedule=st.sampled_from(SCHEDULES))
-    @settings(max_examples=1 if SANITIZED else 6, deadline=None, derandomize=True)
+    @settings(max_examples=1 if SANITIZED else 4, deadline=None, derandomize=True)
     def check(case: ConvCase, schedule: int) -> None:
         with hopper(schedule=schedule) as launcher:
             assert_accurate(case, torch.bfloat16, ("x",), backend="hopper")
@@ -184,12 +189,11 @@ PLANTS = {
 
 
 @plain_only
-@pytest.mark.parametrize("schedule", [0, 3])
 @pytest.mark.parametrize("plant", PLANTS)
-def test_a_planted_bug_is_reported(plant: str, schedule: int) -> None:
+def test_a_planted_bug_is_reported(plant: str) -> None:
     residual = {"extras": ("bias",)} if plant == "HOPPER_NO_STORE_WAIT" else {}
     case = case_of(routing=uneven(1, 1), in_channels=72, out_channels=72, **residual)
-    with hopper(1, schedule) as launcher, launcher.planted(plant), pytest.raises(EmulatorError, match=PLANTS[plant]):
+    with hopper(1, 3) as launcher, launcher.planted(plant), pytest.raises(EmulatorError, match=PLANTS[plant]):
         results(case, torch.bfloat16, (), backend="hopper")
 
 

@@ -113,7 +113,7 @@ def cases(draw: st.DrawFn) -> ConvCase:
 @plain_only
 def test_any_case_is_as_accurate_as_torch() -> None:
     @given(case=cases(), schedule=st.sampled_from(SCHEDULES), multiprocessors=st.integers(1, 9))
-    @settings(max_examples=6, deadline=None, derandomize=True)
+    @settings(max_examples=4, deadline=None, derandomize=True)
     def check(case: ConvCase, schedule: int, multiprocessors: int) -> None:
         with hopper(multiprocessors, schedule):
             assert_accurate(case, torch.bfloat16, GRADIENTS, backend="hopper")
@@ -139,11 +139,10 @@ PLANTS = {
 
 
 @plain_only
-@pytest.mark.parametrize("schedule", [0, 3])
 @pytest.mark.parametrize("plant", PLANTS)
-def test_a_planted_bug_is_reported(plant: str, schedule: int) -> None:
+def test_a_planted_bug_is_reported(plant: str) -> None:
     case = case_of(routing=uneven(9))
-    with hopper(3, schedule) as launcher:
+    with hopper(3, 3) as launcher:
         t, problem, dy = arguments(case)
         with launcher.planted(plant), pytest.raises(EmulatorError, match=PLANTS[plant]):
             hopper_backend.conv2d_wgrad(problem, dy, t, (True, False, False))

@@ -13,7 +13,7 @@ from tdc_fast import RoutingPlan, routed_conv2d, routed_group_norm
 from tdc_fast.ops import backends, checks, cuda_launch, eager
 from tdc_fast.ops.replay import Replayed
 from tests.emulator.conv import FAMILIES, MANY_SMS
-from tests.emulator.harness import EmulatorLauncher, emulated
+from tests.emulator.harness import AT_RUNTIME, EmulatorLauncher, emulated
 
 BATCH, GROUPS = 4, 2
 
@@ -53,3 +53,29 @@ def test_a_repeated_call_computes_what_its_backend_does(monkeypatch: pytest.Monk
         backends.forget()
         torch.manual_seed(2)
         assert all(map(torch.equal, repeated, results()))
+
+
+def test_a_repeated_call_of_the_hopper_form_describes_its_own_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its addresses are in descriptions of tensor maps, which a launcher for a GPU encodes again."""
+    monkeypatch.setattr(checks, "_check_tiles", lambda *_: None)
+    families = ("conv_hopper_forward", "conv_hopper_dgrad", "conv_hopper_wgrad")
+    libraries = [emulated(family, AT_RUNTIME) for family in families] + [emulated("conv_wgrad")]
+    launcher = EmulatorLauncher(*libraries, facts=(90, 132, 232448))
+
+    def once(seed: int) -> list[Tensor]:
+        torch.manual_seed(seed)
+        plan = with_tiles(RoutingPlan.from_groups(torch.tensor([0, 1]), GROUPS))
+        shapes = ((2, 64, 8, 8), (GROUPS, 64, 64, 3, 3), (GROUPS, 64))
+        tensors = [dense_memory(*shape).bfloat16().requires_grad_() for shape in shapes]
+        y = routed_conv2d(*tensors, plan, padding=1, backend="hopper")
+        dy = dense_memory(*y.shape).bfloat16()
+        return [y.detach(), *torch.autograd.grad(y, tensors, dy)]
+
+    with cuda_launch.use_launcher(launcher):
+        first, *_, repeated = [once(seed) for seed in (0, 1, 2)]
+        calls = [seen.run for seen in eager.seen()]
+        assert len(calls) == 3
+        assert not any(isinstance(call, Replayed) and call.never_repeats for call in calls)
+        backends.forget()
+        assert all(map(torch.equal, repeated, once(2)))
+        assert not torch.equal(first[0], repeated[0])

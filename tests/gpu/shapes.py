@@ -79,6 +79,7 @@ CONV_FORMS = ("several tiles and K-steps", "odd channels", "stride 2", "tokens",
 HOPPER_CASES: dict[str, ConvCase] = {
     "tiles of 16x16": conv(UNEVEN, (128, 256), (32, 16)),
     "wide tiles": conv(THREE, (64, 192), (16, 16)),
+    "tall tiles of 64 channels": conv(UNEVEN, (72, 64), (32, 24)),
     "four samples of a tile": conv(Routing((0,) * 9 + (1,) * 6 + (3,), 4, 4, None), (192, 128), (8, 8)),
     "clipped images": conv(THREE, (72, 136), (11, 21)),
     "clipped small tiles": conv(THREE, (64, 64), (9, 8), extras=("residual",)),

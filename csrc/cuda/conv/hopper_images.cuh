@@ -152,7 +152,7 @@ class HopperConsumer {
         } else if (hopper_product_columns<Tile>(work) == Tile::kColumns) {
           multiply<Tile::kColumns>(work, sums);
         } else {
-          multiply<Tile::kColumns / 2>(work, sums);
+          multiply<(Tile::kColumns > 64 ? Tile::kColumns / 2 : 64)>(work, sums);
         }
       }
       epilogue.finish(work, sums);

@@ -9,6 +9,7 @@
 #define TDC_HOPPER_TILES(X, name, T, forward)                                  \
   TDC_HOPPER_IMAGES(X, name##_16x16x128, T, tdc::HopperTile16x16, forward)     \
   TDC_HOPPER_IMAGES(X, name##_16x16x192, T, tdc::HopperTile16x16Wide, forward) \
+  TDC_HOPPER_IMAGES(X, name##_32x16x64, T, tdc::HopperTile32x16, forward)      \
   TDC_HOPPER_IMAGES(X, name##_8x8x4x128, T, tdc::HopperTile8x8, forward)
 
 #define TDC_KERNELS_conv_hopper_forward(X)                           \

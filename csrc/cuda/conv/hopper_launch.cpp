@@ -31,12 +31,14 @@ int64_t source_channels(const ConvArguments& a, bool forward) { return forward ?
 int64_t result_channels(const ConvArguments& a, bool forward) { return forward ? a.out_channels : a.in_channels; }
 
 // The tile that computes the fewest pixels and channels outside of the result; of equals, the one that loads fewer
-// pixels around itself, and the one with fewer columns.
+// pixels around itself. 128 columns go before 192, and 64 take more pixels instead.
 TileChoice choose_tile(const ConvArguments& a, bool forward) {
   const int64_t small = ceil_div(a.height, 8) * ceil_div(a.width, 8) * 64;
   const int64_t large = ceil_div(a.height, 16) * ceil_div(a.width, 16) * 256;
   if (small < large) return choice_of<HopperTile8x8>("8x8x4x128");
   const int64_t channels = result_channels(a, forward);
+  const int64_t tall = ceil_div(a.height, 32) * ceil_div(a.width, 16) * 512;
+  if (channels <= 64 && tall <= large) return choice_of<HopperTile32x16>("32x16x64");
   return ceil_div(channels, 192) * 192 < ceil_div(channels, 128) * 128 ? choice_of<HopperTile16x16Wide>("16x16x192")
                                                                        : choice_of<HopperTile16x16>("16x16x128");
 }

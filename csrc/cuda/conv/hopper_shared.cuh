@@ -60,10 +60,10 @@ struct HopperShared {
   }
 };
 
-// Columns of the products of a tile: half of them suffice where no more channels are live.
+// Columns of the products of a tile: half of them suffice where no more channels are live, but no fewer than 64.
 template <class Tile>
 __device__ __forceinline__ int hopper_product_columns(const HopperWork& work) {
-  return work.live - work.column > Tile::kColumns / 2 ? Tile::kColumns : Tile::kColumns / 2;
+  return Tile::kColumns == 64 || work.live - work.column > Tile::kColumns / 2 ? Tile::kColumns : Tile::kColumns / 2;
 }
 
 // The i-th patch of a warpgroup, as pixels and a sample of the tile.
