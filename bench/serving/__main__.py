@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import platform
+import shlex
 import sys
 import time
 from datetime import date
@@ -47,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     began = time.monotonic()
     results: dict[str, Any] = {
         "date": date.today().isoformat(),
-        "command": " ".join(["python -m bench.serving", *(sys.argv[1:] if argv is None else argv)]),
+        "command": shlex.join(["python", "-m", "bench.serving", *(sys.argv[1:] if argv is None else argv)]),
         "machine": _machine(device),
         "note": options.note,
         "versions": {"python": platform.python_version(), "torch": torch.__version__},

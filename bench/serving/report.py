@@ -70,6 +70,8 @@ def _latency(row: dict[str, Any]) -> list[str]:
 
 def draw_picture(results: dict[str, Any], path: Path) -> None:
     """Latency against load, median and 99th percentile, of everyone who got requests at random times."""
+    from matplotlib.ticker import LogLocator
+
     from tdc_fast.figures import INK, MEASURED, MUTED, new_figure
 
     figure, axes = new_figure(6.4, 3.4)
@@ -81,8 +83,9 @@ def draw_picture(results: dict[str, Any], path: Path) -> None:
         axis.plot(load, [row["p99"] for row in rows], color=colour, marker="o", label=f"{name}, p99")
         axis.plot(load, [row["p50"] for row in rows], color=colour, marker="o", linestyle=":", label=f"{name}, median")
     axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axis.yaxis.set_major_formatter("{x:g}")
-    axis.yaxis.set_minor_formatter("{x:g}")
+    axis.minorticks_off()
     axis.set_xlabel(f"load, % of {results['capacity']:.0f} images/s")
     axis.set_ylabel("latency, seconds")
     axis.legend(frameon=False, fontsize=8, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
