@@ -11,6 +11,8 @@ from bench.gpu import conv, peers
 from bench.gpu.layers import UNETS, ConvLayer, design_layers, unet_layers
 from bench.gpu.rows import BenchRun
 from bench.gpu.timing import Machine
+from tdc_fast.ops import cuda_launch, native
+from tests.emulator.harness import EmulatorLauncher
 
 
 def test_the_unets_layers_are_those_of_the_published_models() -> None:
@@ -51,3 +53,15 @@ def test_im2col_and_a_grouped_product_are_the_same_convolution(layer: ConvLayer)
     expected = torch.cat([call() for call in problem.segments()])
     actual = rows.view(layer.batch, *layer.out_size, layer.out_channels).permute(0, 3, 1, 2)
     torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.skipif(native.module is None, reason="the native module is not built")
+@pytest.mark.parametrize("direction", ["forward", "dgrad", "wgrad"])
+def test_the_hopper_form_is_timed_beside_the_other_where_it_serves(direction: str) -> None:
+    """Where it does not, the backend `hopper` runs what `cuda` runs."""
+    run = BenchRun(Machine("cpu"), "cuda", torch.bfloat16, 0.0, 5.0, tiny=True)
+    served, small = ConvLayer("a", 2, 64, 64, 8, 8), ConvLayer("b", 2, 64, 64, 4, 4)
+    with cuda_launch.use_launcher(EmulatorLauncher(facts=(90, 132, 232448))):
+        for layer, others in ((served, ["hopper"]), (small, [])):
+            problem = conv.Problem(run, conv.Case(layer, 2, False, 1.0, direction))
+            assert conv.explained(problem, "cuda") == ("cuda", others)
