@@ -46,7 +46,10 @@ class Admission:
         self._diffusion, self._groups, self._max_batch = diffusion, groups, max_batch
         self._classes, self._num_classes, self._null_class = tuple(classes), num_classes, null_class
         self._max_queue = max_queue
-        self._most_images = max_memory // (4 * math.prod(image_shape) * _COPIES_PER_IMAGE)
+        bytes_per_image = 4 * math.prod(image_shape) * _COPIES_PER_IMAGE
+        if max_memory < bytes_per_image:
+            raise invalid("max_memory", max_memory, f"at least {bytes_per_image} bytes, for one image")
+        self._most_images = max_memory // bytes_per_image
         self._plans: OrderedDict[tuple[Any, ...], Plan] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -56,11 +59,15 @@ class Admission:
         Raises:
             ValueError: naming the field that the model or the engine cannot serve.
         """
+        _check_types(request)
         if request.num_images < 1:
             raise invalid("num_images", request.num_images, "at least 1")
         if not 0 <= request.seed < 2**63:
             raise invalid("seed", request.seed, "a number from 0 to 2**63 - 1")
         check_guidance(request.guidance_scale, self._null_class, self._num_classes)
+        if request.num_images > self._most_images:
+            remedy = f"at most {self._most_images}, for which there is memory (max_memory)"
+            raise invalid("num_images", request.num_images, remedy)
         rows = rows_of(request)
         if rows > self._max_batch:
             most = self._max_batch * request.num_images // rows
@@ -115,6 +122,22 @@ class Admission:
             return
         seconds = sum(one.rows * one.remaining for one in live) * seconds_per_row
         raise Overloaded(f"{reason}; the work at hand takes about {max(1, round(seconds))} s", seconds / 2)
+
+
+def _check_types(request: Request) -> None:
+    """Refuse values that no step can be computed from: they would fail whoever shares the step."""
+    for name in ("num_images", "seed", "steps", "label", "preview_every"):
+        value = getattr(request, name)
+        if isinstance(value, bool) or not (isinstance(value, int) or (name == "label" and value is None)):
+            raise invalid(name, value, "an integer")
+    for name in ("eta", "guidance_scale", "timeout"):
+        value = getattr(request, name)
+        if isinstance(value, bool) or not (isinstance(value, int | float) or (name == "timeout" and value is None)):
+            raise invalid(name, value, "a number")
+    if not isinstance(request.sampler, str):
+        raise invalid("sampler", request.sampler, "the name of a sampler")
+    if request.eta == math.inf:
+        raise invalid("eta", request.eta, "a finite number")
 
 
 def too_large(rows: int, places: int) -> OutOfMemory:

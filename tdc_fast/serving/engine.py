@@ -57,7 +57,8 @@ class Engine:
         null_class: the label that the model was trained with where it got no class; guidance needs it.
         policy: who goes first when not all fit.
         max_queue: requests that may wait for their first step.
-        max_memory: bytes that the images of all live requests may take, besides the model's own memory.
+        max_memory: bytes that the images of all live requests may take, besides the model's own memory; at least one
+            image.
         sizes: sizes of batches; a batch is padded to the next one. () takes every size as it is, and powers of two
             where steps are CUDA graphs.
         min_fill: where a batch would fill less of its size than this, the last requests wait and the next smaller size
@@ -304,14 +305,16 @@ class Engine:
         size = self._stepper.size_for(rows)
         smaller = [s for s in self._stepper.sizes if s < rows]
         if smaller and rows < self._min_fill * size:
-            chosen = self._policy.choose(live, smaller[-1]) or chosen
+            fewer = self._policy.choose(live, smaller[-1])
+            if fewer[:1] == chosen[:1]:  # whoever is first takes part in every step, or might never
+                chosen = fewer
         if not chosen:
             return None
         if batch is not None and set(chosen) == set(batch.lives):
             return batch
         try:
             return Batch(self._stepper, chosen, batch, self._begin, self._null_class)
-        except (MemoryError, RuntimeError) as error:
+        except Exception as error:
             lost = set(chosen) | set(batch.lives if batch is not None else ())  # their images were on the move
             self._survive(error, [one for one in live if one in lost])
             return None

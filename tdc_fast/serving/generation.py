@@ -70,9 +70,19 @@ class Generation:
             raise
 
     def previews(self) -> Iterator[Preview]:
-        """The last preview there is and all later ones; ends when the request does."""
+        """The last preview there is and all later ones; ends when the request does.
+
+        A caller that is slow misses previews: at most 16 are kept.
+        """
         received: queue.SimpleQueue[Preview | None] = queue.SimpleQueue()
-        self._listen(received.put)
+
+        def keep(preview: Preview | None) -> None:
+            if received.qsize() >= _MOST_KEPT:
+                with suppress(queue.Empty):  # it was read meanwhile
+                    received.get_nowait()
+            received.put(preview)
+
+        self._listen(keep)
         return iter(received.get, None)
 
     async def stream(self) -> AsyncIterator[Preview | Result]:

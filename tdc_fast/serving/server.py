@@ -213,6 +213,8 @@ def _refusal(
     status: int, reason: str, message: str, *, field: str | None = None, retry_after: float | None = None
 ) -> Response:
     headers = {} if retry_after is None else {"Retry-After": str(math.ceil(retry_after))}
+    if status in (408, 413):
+        headers["Connection"] = "close"  # the rest of the body is not read
     error = {"reason": reason, "message": message} | ({} if field is None else {"field": field})
     return JSONResponse({"error": error}, status_code=status, headers=headers)
 

@@ -89,6 +89,19 @@ def test_a_batch_that_would_fill_little_of_its_size_leaves_the_last_ones_for_lat
     assert engine.statistics.padding == 0
 
 
+def test_a_request_that_fills_little_of_a_size_is_not_passed_over_for_later_ones():
+    """Five of eight places is less than three quarters, but the four of the next size are too few for it."""
+    model = Scripted()
+    engine = engine_of(model, max_batch=8, sizes=(4, 8), min_fill=0.75)
+    first = engine.submit(Request(num_images=5, steps=2))
+    for seed in range(3):
+        engine.submit(Request(num_images=4, steps=2, seed=seed))
+    with engine:
+        assert first.result(60).samples.shape[0] == 5
+        assert engine.statistics.images == 5, "nobody else was done before it"
+    assert model.calls == [8, 8] + [8, 8] + [4, 4]
+
+
 @pytest.fixture
 def held():
     """An engine of two places whose model waits: one request is in the model, nothing else has begun."""
@@ -122,6 +135,9 @@ def test_images_that_memory_has_no_room_for_are_refused():
         engine.submit(Request(num_images=2, steps=2))
     engine.submit(Request(num_images=1, steps=2))
     engine.close()
+    small = engine_of(Scripted(), max_memory=4 * 64 * 6 * 3)
+    with pytest.raises(ValueError, match=r"num_images: got 4; expected at most 3, .* \(max_memory\)"):
+        small.submit(Request(num_images=4, steps=2))  # never, so it is not told to come back
 
 
 def test_a_request_that_is_given_up_leaves_at_the_next_step_waiting_or_running(held):
@@ -307,6 +323,32 @@ def test_asyncio_callers_await_stream_and_give_up():
     assert engine.statistics.outcomes == {"completed": 7, "cancelled": 2, "expired": 1}
 
 
+def test_previews_that_nobody_reads_are_not_kept():
+    with engine_of(Scripted()) as engine:
+        generation = engine.submit(Request(steps=40, preview_every=1))
+        unread = generation.previews()
+        generation.result(60)
+    steps = [preview.step for preview in unread]
+    assert len(steps) <= 16 and steps == sorted(steps) and steps[-1] == 39
+
+
+def test_a_batch_that_cannot_be_composed_fails_its_requests_alone(monkeypatch):
+    engine = engine_of(Scripted())
+    begin, calls = engine._begin, []
+
+    def failing(live: LiveRequest) -> None:
+        calls.append(live)
+        if len(calls) == 1:
+            raise TypeError("by design")
+        begin(live)
+
+    monkeypatch.setattr(engine, "_begin", failing)
+    with engine:
+        with pytest.raises(StepFailed, match="TypeError: by design"):
+            engine.submit(Request(steps=2)).result(60)
+        assert engine.submit(Request(steps=2)).result(60).samples.isfinite().all()
+
+
 @pytest.fixture(scope="module")
 def guided_engine() -> Engine:
     return Engine(experts(), process(), SHAPE, max_batch=4, classes=CLASSES, num_classes=6, null_class=5)
@@ -327,6 +369,15 @@ def guided_engine() -> Engine:
         ({"guidance_scale": -1.0}, "guidance_scale: got -1.0"),
         ({"preview_every": -1}, "preview_every: got -1"),
         ({"timeout": 0.0}, "timeout: got 0.0"),
+        ({"num_images": 2.0}, "num_images: got 2.0; expected an integer"),
+        ({"num_images": True}, "num_images: got True; expected an integer"),
+        ({"seed": 1.5}, "seed: got 1.5; expected an integer"),
+        ({"steps": None}, "steps: got None; expected an integer"),
+        ({"label": 1.0}, "label: got 1.0; expected an integer"),
+        ({"timeout": "3"}, "timeout: got '3'; expected a number"),
+        ({"eta": None}, "eta: got None; expected a number"),
+        ({"eta": float("inf")}, "eta: got inf; expected a finite number"),
+        ({"sampler": ["ddim"]}, "sampler: got .'ddim'.; expected the name of a sampler"),
     ],
 )
 def test_what_a_model_or_an_engine_cannot_serve_is_refused_by_the_name_of_the_field(guided_engine, fields, message):
@@ -349,6 +400,7 @@ def test_classes_and_guidance_of_a_model_that_has_none_are_refused():
         ({"max_batch": 0}, "max_batch: got 0"),
         ({"max_queue": 0}, "max_queue: got 0"),
         ({"max_memory": 0}, "max_memory: got 0"),
+        ({"max_memory": 4 * 64 * 6 - 1}, "max_memory: got 1535; expected at least 1536 bytes, for one image"),
         ({"sizes": (4, 2)}, "sizes: got"),
         ({"sizes": (0, 2)}, "sizes: got"),
         ({"min_fill": 2}, "min_fill: got 2"),

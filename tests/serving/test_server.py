@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import socket
 import time
 from collections.abc import Iterator
 
@@ -115,6 +116,15 @@ def test_a_body_that_is_too_large_or_does_not_come_is_refused(client):
     with client.sent(b"{", length=100):
         pass  # the client leaves in the middle
     assert client.draw(steps=1).status == 200
+
+
+@pytest.mark.parametrize(("sent", "status"), [(b"{", b" 408 "), (b" " * 501, b" 413 ")])
+def test_a_connection_whose_body_was_refused_is_closed(client, sent, status):
+    """Else a client could send the rest of it for ever."""
+    with socket.create_connection(client.address, timeout=30) as connection:
+        connection.sendall(b"POST /generate HTTP/1.1\r\nHost: test\r\nContent-Length: 100000\r\n\r\n" + sent)
+        answer = connection.makefile("rb").read()  # to the end of the connection
+    assert status in answer.splitlines()[0]
 
 
 def test_other_paths_and_methods_are_refused(client):
