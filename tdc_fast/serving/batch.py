@@ -134,7 +134,8 @@ class Batch:
         steps = min(self.left, _STEPS_AHEAD)
         standing = self._standing + np.arange(steps)[:, None]  # (steps, places)
         self._standing = self._standing + steps
-        weights = np.ascontiguousarray(self._weights[:, standing].transpose(1, 0, 2))  # (steps, 8, places)
+        # (steps, 8, places); a copy has the strides that steps are captured with, for one place too.
+        weights = self._weights[:, standing].transpose(1, 0, 2).copy()
         timesteps = torch.from_numpy(self._timesteps[standing]).to(self._stepper.device)
         self._ahead = zip(
             timesteps.unbind(),

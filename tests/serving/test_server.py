@@ -124,7 +124,7 @@ def test_a_connection_whose_body_was_refused_is_closed(client, sent, status):
     with socket.create_connection(client.address, timeout=30) as connection:
         connection.sendall(b"POST /generate HTTP/1.1\r\nHost: test\r\nContent-Length: 100000\r\n\r\n" + sent)
         answer = connection.makefile("rb").read()  # to the end of the connection
-    assert status in answer.splitlines()[0]
+    assert status in answer.splitlines()[0] and b"\r\nconnection: close\r\n" in answer.lower()
 
 
 def test_other_paths_and_methods_are_refused(client):
