@@ -232,7 +232,7 @@ def test_a_preempted_request_goes_on_where_it_was():
         with engine_of(Scripted()) as engine:
             expected = engine.submit(request).result(60).samples
         policy = Policy("shortest", patience=1000.0)
-        model = Scripted(lambda call, rows: time.sleep(0.002))
+        model = Scripted(lambda call, rows: time.sleep(0.02))
         with engine_of(model, max_batch=1, policy=policy) as engine:
             long = engine.submit(request)
             order = []
@@ -260,7 +260,7 @@ def test_closing_finishes_what_is_live_and_takes_nothing_new(held):
 def test_closing_without_draining_fails_what_is_live_with_a_reason(held):
     engine, model, running = held
     waiting = engine.submit(Request(steps=2))
-    model.before = lambda call, rows: time.sleep(0.05)
+    model.before = lambda call, rows: time.sleep(0.2)
     model.gate.set()
     engine.close(drain=False)
     for one in (running, waiting):
@@ -295,7 +295,7 @@ def test_previews_come_every_k_steps_and_end_with_the_request():
 
 
 def test_asyncio_callers_await_stream_and_give_up():
-    model = Scripted(lambda call, rows: time.sleep(0.001))
+    model = Scripted(lambda call, rows: time.sleep(0.01))
 
     async def main(engine: Engine) -> None:
         results = await asyncio.gather(*(engine.generate(Request(seed=seed, steps=4)) for seed in range(6)))

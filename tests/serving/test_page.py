@@ -73,7 +73,7 @@ def test_images_form_on_the_page_and_are_those_of_the_seed(page):
 
 
 def test_stop_frees_the_places_and_a_refusal_is_shown(page):
-    model = Scripted(lambda call, rows: time.sleep(0.02))
+    model = Scripted(lambda call, rows: time.sleep(0.05))
     engine = Engine(model, process(), SHAPE, max_batch=2, max_queue=1, deterministic=False)
     with served(engine, images=2) as client:
         open_page(page, client.url)

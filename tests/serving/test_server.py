@@ -156,7 +156,7 @@ def test_a_client_that_leaves_frees_its_places(held, body):
     client, model, engine = held
     with client.sent(body):
         assert model.reached.wait(30)
-    model.before = lambda call, rows: time.sleep(0.01)
+    model.before = lambda call, rows: time.sleep(0.05)
     model.gate.set()
     wait_for(lambda: engine.load() == {"waiting": 0, "running": 0})
     assert engine.statistics.outcomes == {"cancelled": 1} and len(model.calls) < 40
