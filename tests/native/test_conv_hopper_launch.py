@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tdc_fast import _native
+from tdc_fast.ops.cuda_planned import _forms
 from tests.native.test_conv_launch import A100, ALIGNED, H100, arguments, only
 
 
@@ -166,3 +167,16 @@ def test_sums_of_biases_alone_are_those_of_the_portable_form() -> None:
 
 def test_a_batch_of_nothing_needs_no_launch() -> None:
     assert plan(batch=0) == plan("dgrad", batch=0) == []
+
+
+@pytest.mark.parametrize("hopper", [False, True])
+@pytest.mark.parametrize("pass_", ["forward", "dgrad", "wgrad"])
+def test_padding_of_parameters_is_zeros(pass_: str, hopper: bool) -> None:
+    """Else launches with other addresses differ in more than these, and are never repeated."""
+    small = {"batch": 2, "num_groups": 2, "num_experts": 2, "out_widths": 0, "sample_bias": 0, "dsample_bias": 0}
+    own = arguments(pass_, H100)
+    own |= {name: value for name, value in small.items() if name in own}
+    names = [name for name, value in own.items() if value is ALIGNED]
+    planner = getattr(_native, f"cuda_launches_conv_{pass_}")
+    for _ in range(50):  # what memory held before is not always the same
+        assert _forms(lambda addresses: planner(**own | addresses, hopper=hopper), names) is not None

@@ -29,10 +29,16 @@ struct Launch {
       tensor_maps;  // where in `params` there are descriptions (TensorMap) for a GPU's driver to encode
 };
 
-// A parameter struct as the bytes that the kernel receives. `P p{}` before filling it makes the padding zeros.
+// A parameter struct as the bytes that the kernel receives. The padding is made zeros where the compiler can do so:
+// then equal parameters have equal bytes, without which no launch is known to be repeatable (tdc_fast/ops/cuda_planned.py).
 template <class P>
-std::vector<unsigned char> bytes_of(const P& params) {
+std::vector<unsigned char> bytes_of(P params) {
   static_assert(std::is_trivially_copyable<P>::value, "kernel parameters are plain data");
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_clear_padding)
+  __builtin_clear_padding(&params);
+#endif
+#endif
   std::vector<unsigned char> bytes(sizeof(P));
   std::memcpy(bytes.data(), &params, sizeof(P));
   return bytes;
