@@ -30,7 +30,8 @@ struct Launch {
 };
 
 // A parameter struct as the bytes that the kernel receives. The padding is made zeros where the compiler can do so:
-// then equal parameters have equal bytes, without which no launch is known to be repeatable (tdc_fast/ops/cuda_planned.py).
+// then equal parameters have equal bytes, without which no launch is known to be repeatable
+// (tdc_fast/ops/cuda_planned.py).
 template <class P>
 std::vector<unsigned char> bytes_of(P params) {
   static_assert(std::is_trivially_copyable<P>::value, "kernel parameters are plain data");
