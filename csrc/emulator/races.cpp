@@ -40,7 +40,8 @@ void RaceCheck::add_region(const void* begin, size_t bytes, const std::string& n
   region.begin = reinterpret_cast<uintptr_t>(begin);
   region.bytes = bytes;
   region.name = name;
-  if (region.cells.size() < (bytes + kCell - 1) / kCell) region.cells.resize((bytes + kCell - 1) / kCell);
+  const size_t chunks = (region.begin + bytes - 1) / kChunk - region.begin / kChunk + 1;
+  if (region.chunks.size() < chunks) region.chunks.resize(chunks);
 }
 
 RaceCheck::Region* RaceCheck::region_of(uintptr_t address) {
@@ -50,27 +51,57 @@ RaceCheck::Region* RaceCheck::region_of(uintptr_t address) {
   return nullptr;
 }
 
-RaceCheck::Cell& RaceCheck::shared_cell(Region& region, uintptr_t address) {
-  Cell& cell = region.cells[(address - region.begin) / kCell];
-  if (cell.era != era_) {
-    cell.era = era_;
-    cell.write = Record();
-    cell.read = Record();
-    cell.more.clear();
-    cell.in_flight = false;
+RaceCheck::Chunk& RaceCheck::chunk_of(Region* region, uintptr_t address) {
+  if (region == nullptr) {
+    const uintptr_t page = address / kPage;
+    if (page != last_page_) {
+      std::vector<Chunk>& chunks = pages_[page];
+      if (chunks.empty()) chunks.resize(kPage / kChunk);
+      last_page_ = page;
+      last_chunks_ = chunks.data();
+    }
+    return last_chunks_[address % kPage / kChunk];
   }
-  return cell;
+  Chunk& chunk = region->chunks[address / kChunk - region->begin / kChunk];
+  if (chunk.era != era_) {
+    chunk.era = era_;
+    chunk.split = false;
+    chunk.whole.write = Record();
+    chunk.whole.read = Record();
+    chunk.whole.more.clear();
+    chunk.whole.in_flight = false;
+  }
+  return chunk;
 }
 
-RaceCheck::Cell& RaceCheck::global_cell(uintptr_t address) {
-  const uintptr_t page = address / kPage;
-  if (page != last_page_) {
-    std::vector<Cell>& cells = pages_[page];
-    if (cells.empty()) cells.resize(kPage / kCell);
-    last_page_ = page;
-    last_cells_ = cells.data();
+template <class Visit>
+bool RaceCheck::each_cell(uintptr_t begin, size_t bytes, bool overwrite, Visit visit) {
+  Region* region = region_of(begin);
+  const uintptr_t end = region ? std::min(begin + bytes, region->begin + region->bytes) : begin + bytes;
+  constexpr uint8_t kAll = (1u << kCell) - 1;
+  for (uintptr_t at = begin / kChunk * kChunk; at < end; at += kChunk) {
+    Chunk& chunk = chunk_of(region, at);
+    const bool covered = begin <= at && at + kChunk <= end;
+    if (covered && !chunk.split) {
+      if (!visit(chunk.whole, region, at, kAll)) return false;
+      continue;
+    }
+    if (!chunk.split) {
+      chunk.parts.assign(kChunk / kCell, chunk.whole);
+      chunk.split = true;
+    }
+    const uintptr_t stop = std::min(end, at + kChunk);
+    for (uintptr_t cell = std::max(begin, at) / kCell * kCell; cell < stop; cell += kCell) {
+      const uintptr_t first = std::max(begin, cell), last = std::min(end, cell + kCell);
+      const auto mask = static_cast<uint8_t>(((1u << (last - first)) - 1) << (first - cell));
+      if (!visit(chunk.parts[(cell - at) / kCell], region, first, mask)) return false;
+    }
+    if (covered && overwrite) {
+      chunk.whole = chunk.parts[0];
+      chunk.split = false;
+    }
   }
-  return last_cells_[address % kPage / kCell];
+  return true;
 }
 
 std::string RaceCheck::who(const Record& record) const {
@@ -152,17 +183,13 @@ bool RaceCheck::access(int thread, const void* address, size_t bytes, Access kin
 }
 
 bool RaceCheck::touch_all(int thread, const Record& access, const void* address, size_t bytes) {
-  const auto begin = reinterpret_cast<uintptr_t>(address);
-  Region* region = region_of(begin);
-  const uintptr_t end = region ? std::min(begin + bytes, region->begin + region->bytes) : begin + bytes;
   Record now = access;
   now.block = number_;
-  for (uintptr_t at = begin / kCell * kCell; at < end; at += kCell) {
-    const uintptr_t first = std::max(begin, at), last = std::min(end, at + kCell);
-    now.bytes = static_cast<uint8_t>(((1u << (last - first)) - 1) << (first - at));
-    if (!touch(region ? shared_cell(*region, at) : global_cell(at), region, first, thread, now)) return false;
-  }
-  return true;
+  return each_cell(reinterpret_cast<uintptr_t>(address), bytes, now.write,
+                   [&](Cell& cell, const Region* region, uintptr_t at, uint8_t mask) {
+                     now.bytes = mask;
+                     return touch(cell, region, at, thread, now);
+                   });
 }
 
 int RaceCheck::add_lane(const std::string& name) {
@@ -195,9 +222,10 @@ bool RaceCheck::async_access(int thread, int lane, uint32_t clock, const void* a
 
 void RaceCheck::finish_write(const void* address, size_t bytes) {
   if (!active) return;
-  const auto begin = reinterpret_cast<uintptr_t>(address);
-  Region* region = region_of(begin);
-  for (size_t i = 0; i < bytes; i += kCell) shared_cell(*region, begin + i).in_flight = false;
+  each_cell(reinterpret_cast<uintptr_t>(address), bytes, false, [](Cell& cell, const Region*, uintptr_t, uint8_t) {
+    cell.in_flight = false;
+    return true;
+  });
 }
 
 void RaceCheck::fence(int thread) {
@@ -227,21 +255,18 @@ void RaceCheck::acquire(int thread, int lane, uint32_t operation) {
 bool RaceCheck::issue_copy(int thread, const void* address, size_t bytes, const void* place) {
   if (!active) return true;
   if (!access(thread, address, bytes, Access::kWrite, place)) return false;
-  const auto begin = reinterpret_cast<uintptr_t>(address);
-  Region* region = region_of(begin);
-  for (size_t i = 0; i < bytes; i += kCell) shared_cell(*region, begin + i).in_flight = true;
-  return true;
+  return each_cell(reinterpret_cast<uintptr_t>(address), bytes, false,
+                   [](Cell& cell, const Region*, uintptr_t, uint8_t) { return cell.in_flight = true; });
 }
 
 void RaceCheck::deliver_copy(int thread, const void* address, size_t bytes) {
   if (!active) return;
-  const auto begin = reinterpret_cast<uintptr_t>(address);
-  Region* region = region_of(begin);
-  for (size_t i = 0; i < bytes; i += kCell) {
-    Cell& cell = shared_cell(*region, begin + i);
+  const uint32_t clock = clocks_[static_cast<size_t>(thread)][static_cast<size_t>(thread)];
+  each_cell(reinterpret_cast<uintptr_t>(address), bytes, false, [clock](Cell& cell, const Region*, uintptr_t, uint8_t) {
     cell.in_flight = false;
-    cell.write.clock = clocks_[static_cast<size_t>(thread)][static_cast<size_t>(thread)];
-  }
+    cell.write.clock = clock;
+    return true;
+  });
 }
 
 void RaceCheck::release(int thread, Clock& clock) {

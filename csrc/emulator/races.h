@@ -62,6 +62,7 @@ class RaceCheck {
 
  private:
   static constexpr size_t kCell = 2;     // bytes
+  static constexpr size_t kChunk = 16;   // bytes: most accesses are of whole chunks
   static constexpr size_t kPage = 512;   // of global memory, shadowed at once
   static constexpr size_t kReaders = 4;  // remembered per cell of global memory; shared memory remembers all
 
@@ -74,17 +75,23 @@ class RaceCheck {
     bool write = false, atomic = false, async = false;
   };
   struct Cell {
-    uint64_t era = 0;  // of the records; older ones are void
     Record write;
     Record read;               // since the write, or an atomic
     std::vector<Record> more;  // such
     bool in_flight = false;
   };
+  // The cells of a chunk: one for all until an access is of a part.
+  struct Chunk {
+    uint64_t era = 0;  // of the records; older ones are void
+    bool split = false;
+    Cell whole;
+    std::vector<Cell> parts;
+  };
   struct Region {
     uintptr_t begin = 0;
     size_t bytes = 0;
     std::string name;
-    std::vector<Cell> cells;
+    std::vector<Chunk> chunks;
   };
 
   // Whether a record is of this block, and of this thread or ordered before its current access.
@@ -97,8 +104,11 @@ class RaceCheck {
   bool touch_all(int thread, const Record& now, const void* address, size_t bytes);
   bool found_race(const Cell& cell, const Region* region, uintptr_t address, const Record& now, const Record& earlier);
   Region* region_of(uintptr_t address);
-  Cell& shared_cell(Region& region, uintptr_t address);
-  Cell& global_cell(uintptr_t address);
+  Chunk& chunk_of(Region* region, uintptr_t address);
+  // Calls visit(cell, address, bytes within the cell) for all cells of a range until it returns false. An `overwrite`
+  // leaves chunks that it covers with one cell.
+  template <class Visit>
+  bool each_cell(uintptr_t begin, size_t bytes, bool overwrite, Visit visit);
   bool touch(Cell& cell, const Region* region, uintptr_t address, int thread, const Record& now);
   std::string who(const Record& record) const;
   static std::string what(const Region* region, uintptr_t address);
@@ -113,9 +123,9 @@ class RaceCheck {
   std::vector<uint32_t> operations_;  // [lanes] so far
   std::vector<Region> regions_;
   size_t num_regions_ = 0;
-  std::unordered_map<uintptr_t, std::vector<Cell>> pages_;
+  std::unordered_map<uintptr_t, std::vector<Chunk>> pages_;
   uintptr_t last_page_ = ~uintptr_t{0};
-  Cell* last_cells_ = nullptr;
+  Chunk* last_chunks_ = nullptr;
   std::string wrong_;
 };
 

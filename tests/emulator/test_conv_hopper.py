@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tdc_fast.kernels.problems import ConvTensors
@@ -17,9 +17,12 @@ from tdc_fast.ops.checks import conv_problem
 from tests.cases import ConvCase, widths_of
 from tests.emulator.conv import DTYPES, assert_accurate, conv_case, emulator, results, uneven
 from tests.emulator.harness import AT_RUNTIME, SANITIZED, SCHEDULES, EmulatorError, EmulatorLauncher, plain_only
+from tests.generated import examples
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
-FAMILIES = ("conv_hopper_forward", "conv_hopper_dgrad")
+# The two passes have one source; sanitizers look at addresses, in which they do not differ.
+FAMILIES = ("conv_hopper_forward",) if SANITIZED else ("conv_hopper_forward", "conv_hopper_dgrad")
+GRADIENTS = () if SANITIZED else ("x",)
 
 
 @contextmanager
@@ -91,8 +94,8 @@ EDGES: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
     "nothing is added": ({"routing": uneven(2), "size": (8, 9), "extras": ()}, "8x8x4x128", "8x8x4x128"),
 }
-# fp16 differs from bf16 in products and rounding, not in layout; sanitizers look at addresses.
-IN_FP16 = ("images of two tiles, several blocks of channels", "widths of no multiple in small images")
+# fp16 differs from bf16 in products and rounding, not in layout.
+IN_FP16 = ("large tiles clipped on both sides", "widths of no multiple in small images")
 if SANITIZED:
     EDGE_CASES = [(edge, "bf16") for edge in ("large tiles clipped on both sides", IN_FP16[1])]
 else:
@@ -103,9 +106,9 @@ else:
 def test_tile_edges_are_as_accurate_as_torch(edge: str, dtype: str) -> None:
     changes, forward, dgrad = EDGES[edge]
     with hopper() as launcher:
-        assert_accurate(case_of(**changes), DTYPES[dtype], ("x",), backend="hopper")
+        assert_accurate(case_of(**changes), DTYPES[dtype], GRADIENTS, backend="hopper")
     expected = [f"tdc_conv_hopper_forward_{dtype}_{forward}", f"tdc_conv_hopper_dgrad_{dtype}_{dgrad}"]
-    assert launcher.launched == expected
+    assert launcher.launched == expected[: len(FAMILIES)]
 
 
 @st.composite
@@ -129,10 +132,10 @@ def cases(draw: st.DrawFn) -> ConvCase:
 
 def test_any_case_is_as_accurate_as_torch() -> None:
     @given(case=cases(), schedule=st.sampled_from(SCHEDULES))
-    @settings(max_examples=1 if SANITIZED else 4, deadline=None, derandomize=True)
+    @examples(1 if SANITIZED else 3)
     def check(case: ConvCase, schedule: int) -> None:
         with hopper(schedule=schedule) as launcher:
-            assert_accurate(case, torch.bfloat16, ("x",), backend="hopper")
+            assert_accurate(case, torch.bfloat16, GRADIENTS, backend="hopper")
         assert all("hopper" in kernel for kernel in launcher.launched)
 
     check()
@@ -145,12 +148,12 @@ ALL_PARTS = case_of(routing=uneven(1, 1), in_channels=72, out_channels=72)
 @plain_only
 def test_results_do_not_depend_on_which_thread_goes_first() -> None:
     found = []
-    for schedule in (0, 1, 3):
+    for schedule in (1, 3):
         with hopper(1, schedule):
             found.append(results(ALL_PARTS, torch.bfloat16, ("x",), backend="hopper"))
-    for other in found[1:]:
-        for name, value in found[0].items():
-            assert torch.equal(other[name], value), name
+    first, other = found
+    for name, value in first.items():
+        assert torch.equal(other[name], value), name
 
 
 @plain_only
@@ -221,5 +224,6 @@ def test_no_number_in_device_memory_leads_out_of_bounds(garbage: int) -> None:
         problem = conv_problem("routed_conv2d", t, case.stride, case.padding)
         with hopper() as launcher:
             y = hopper_backend.conv2d(problem, t)
-            hopper_backend.conv2d_dgrad(problem, torch.ones_like(y), t)
-        assert [kernel.split("_")[3] for kernel in launcher.launched] == ["forward", "dgrad"]
+            if not SANITIZED:
+                hopper_backend.conv2d_dgrad(problem, torch.ones_like(y), t)
+        assert [kernel.split("_")[3] for kernel in launcher.launched] == ["forward", "dgrad"][: len(FAMILIES)]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tdc_fast.kernels.problems import ConvTensors
@@ -17,6 +17,7 @@ from tdc_fast.ops.checks import conv_problem
 from tests.cases import ConvCase, widths_of
 from tests.emulator.conv import DTYPES, assert_accurate, conv_case, emulator, results, uneven
 from tests.emulator.harness import AT_RUNTIME, SANITIZED, SCHEDULES, EmulatorError, EmulatorLauncher, plain_only
+from tests.generated import examples
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 GRADIENTS = ("weight", "bias", "sample_bias")
@@ -113,7 +114,7 @@ def cases(draw: st.DrawFn) -> ConvCase:
 @plain_only
 def test_any_case_is_as_accurate_as_torch() -> None:
     @given(case=cases(), schedule=st.sampled_from(SCHEDULES), multiprocessors=st.integers(1, 9))
-    @settings(max_examples=4, deadline=None, derandomize=True)
+    @examples(3)
     def check(case: ConvCase, schedule: int, multiprocessors: int) -> None:
         with hopper(multiprocessors, schedule):
             assert_accurate(case, torch.bfloat16, GRADIENTS, backend="hopper")
