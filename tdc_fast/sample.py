@@ -25,7 +25,7 @@ from tdc_fast.command_line import (
 from tdc_fast.diffusion.samplers import SpacingName
 from tdc_fast.entry import STOPPED
 from tdc_fast.errors import invalid
-from tdc_fast.evaluation.samples import draw_samples, write_samples
+from tdc_fast.evaluation.samples import LabelChoice, draw_samples, read_guidance, write_samples
 from tdc_fast.runs.build import named_device
 from tdc_fast.runs.denoisers import Which, placed
 from tdc_fast.runs.limits import PathText, Within, comma_numbers
@@ -68,10 +68,16 @@ class SampleOptions:
     """For class-conditional models: comma list of the classes to sample; empty samples all classes."""
     eta: Annotated[float, Within(0, 1000)] = 0.0
     """Noise of ddim: 0 is deterministic, 1 has the variance of ddpm with --sigma_small True."""
-    guidance_scale: Annotated[float, Within(0, 1000)] = 1.0
-    """For class-conditional models: scale of classifier-free guidance; 1 is none."""
+    labels: LabelChoice = "uniform"
+    """For class-conditional models: draw each class as often as the others, or as often as the training images have
+    it (data)."""
+    guidance_scale: str = "1"
+    """For class-conditional models: scale of classifier-free guidance from 0 to 1000, 1 for none, 0 for images of no
+    class; or a comma list with one scale per group, from low to high timesteps. A step with scale 1 costs half of
+    another one."""
     null_class: Annotated[int, Within(-1, 10**7)] = -1
-    """With --guidance_scale: the label that the model was trained with where it got no class; -1 is none."""
+    """With --guidance_scale: the label to guide away from; -1 is the label for no class of a run with --label_dropout.
+    Other models that were trained with such a label need it."""
     seed: Annotated[int, Within(0, 2**63 - 1)] = 0
     """Seed of the noise and the classes."""
     deterministic: bool = False
@@ -137,8 +143,9 @@ def _sample(arguments: list[str]) -> None:
         classes=comma_numbers("classes", options["classes"], int),
         device=str(device),
         eta=options["eta"],
-        guidance_scale=options["guidance_scale"],
+        guidance_scale=read_guidance(options["guidance_scale"]),
         null_class=None if options["null_class"] < 0 else options["null_class"],
+        labels=options["labels"],
         progress=True,
     )
     archive, picture = write_samples(directory, images, labels)

@@ -338,6 +338,9 @@ def test_guidance_moves_the_images_and_a_scale_of_one_changes_nothing(run, tmp_p
     (["--guidance_scale", "2"], "guidance_scale: got 2.0; expected 1, or --null_class"),
     (["--guidance_scale", "2", "--null_class", "10"], "null_class: got 10; expected a label of the model from 0 to 9"),
     (["--guidance_scale", "1001"], "guidance_scale: got 1001"),
+    (["--guidance_scale", "a"], "guidance_scale: got 'a'; expected a comma list of float values"),
+    (["--guidance_scale", ""], "guidance_scale: got ''; expected a number, or a comma list"),
+    (["--labels", "often"], "labels"),
 ])  # fmt: skip
 def test_guidance_that_the_model_cannot_give_is_refused(run, flags, said, tmp_path, assert_refused):
     assert_refused(said, sample, ["--run", str(run), "--out", str(tmp_path), *flags])

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tdc_fast.diffusion.diffusion import Diffusion
 from tdc_fast.diffusion.gaussian import draw_noise
+from tdc_fast.diffusion.guidance import GuidedDenoiser
 from tdc_fast.diffusion.protocols import Denoiser, prediction_of
 from tdc_fast.diffusion.samplers import SamplerName, SpacingName
 from tdc_fast.diffusion.trajectory import Trajectory
@@ -89,11 +90,15 @@ class SamplingLoop:
             from tqdm import tqdm
 
             indices = tqdm(indices, desc=f"sampling ({self._sampler})", unit="step")
+        visited = trajectory.timesteps.tolist()
         for index in indices:
+            kwargs = dict(model_kwargs or {})
+            if isinstance(self._model, GuidedDenoiser):  # a graph of its own for the steps without guidance
+                kwargs["guided"] = self._model.guides(visited[index])
             t = timesteps[index].repeat(x.shape[0])
             drawn = draw_noise(x, generator) if trajectory.draws_noise else None
             own = weights[:, index : index + 1].repeat(1, x.shape[0])
-            x, x0_now = step(x, t, own, drawn, x0, dict(model_kwargs or {}))
+            x, x0_now = step(x, t, own, drawn, x0, kwargs)
             x0 = x0_now if trajectory.remembers else None
             if on_step is not None:
                 on_step()

@@ -67,6 +67,8 @@ def evaluate(a: str, b: str, options: EvaluateOptions | None = None) -> dict[str
             "steps": options.steps,
             "spacing": options.spacing,
             "seed": options.seed,
+            "guidance_scale": options.guidance_scale,
+            "labels": options.labels,
         }
     result["losses"] = {
         own.name: _losses(own.denoiser, other, options)

@@ -13,7 +13,7 @@ from tdc_fast.data.image_files import SUFFIX_WORDS, list_images
 from tdc_fast.data.pixels import to_uint8
 from tdc_fast.errors import invalid, require
 from tdc_fast.evaluation.options import EvaluateOptions
-from tdc_fast.evaluation.samples import draw_samples
+from tdc_fast.evaluation.samples import draw_samples, read_guidance
 from tdc_fast.runs.build import named_device
 from tdc_fast.runs.denoisers import TrainedDenoiser, from_run, placed
 from tdc_fast.runs.limits import check_path
@@ -136,6 +136,8 @@ def _run_samples(name: str, options: EvaluateOptions) -> ImageSet:
         seed=options.seed,
         device=str(device),
         progress=True,
+        guidance_scale=read_guidance(options.guidance_scale),
+        labels=options.labels,
     )
     return ImageSet(name, images, denoiser)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from tdc_fast.diffusion.samplers import SamplerName, SpacingName
+from tdc_fast.evaluation.samples import LabelChoice
 from tdc_fast.runs.denoisers import Which
 from tdc_fast.runs.limits import PathText, Within
 from tdc_fast.runs.precision import DtypeName
@@ -33,6 +34,12 @@ class EvaluateOptions:
     spacing: SpacingName = "auto"
     """How the steps are spread over the timesteps: leading, trailing or linspace, as in diffusers; auto is the
     sampler's own."""
+    guidance_scale: str = "1"
+    """Scale of classifier-free guidance for a class-conditional run that was trained with --label_dropout; or a comma
+    list with one scale per group, from low to high timesteps. 1 is none."""
+    labels: LabelChoice = "uniform"
+    """Classes of the images drawn from a class-conditional run: each as often as the others, or as often as its
+    training images have it (data)."""
     batch_size: Annotated[int, Within(1, 2**20)] = 500
     """Images per batch, for sampling, features and losses."""
     loss_images: Annotated[int, Within(1, 10**6)] = 512

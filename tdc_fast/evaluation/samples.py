@@ -5,24 +5,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Literal, get_args
 from zipfile import BadZipFile
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tdc_fast.atomic import atomic_file, remove_leftovers
 from tdc_fast.data.pixels import grid_image, to_uint8
-from tdc_fast.diffusion.guidance import GuidedDenoiser
+from tdc_fast.diffusion.guidance import GuidedDenoiser, check_scales
 from tdc_fast.diffusion.samplers import SamplerName, SpacingName, sampling_steps
 from tdc_fast.diffusion.sampling_loop import SamplingLoop
 from tdc_fast.errors import invalid
 from tdc_fast.progress import Progress
+from tdc_fast.routing import TimestepGroups
 from tdc_fast.runs.denoisers import TrainedDenoiser
+from tdc_fast.runs.limits import comma_numbers
 from tdc_fast.runs.processes import one_process
 
 GRID_IMAGES = 100
 MOST_GUIDANCE = 1000
+LabelChoice = Literal["uniform", "data"]
+"""How labels are drawn: each class as often as the others, or as often as the training images have it."""
 
 
 @one_process
@@ -40,8 +45,9 @@ def draw_samples(
     progress: bool = False,
     spacing: SpacingName = "auto",
     eta: float = 0.0,
-    guidance_scale: float = 1.0,
+    guidance_scale: float | Sequence[float] = 1.0,
     null_class: int | None = None,
+    labels: LabelChoice = "uniform",
 ) -> tuple[Tensor, Tensor | None]:
     """Sample images from a denoiser.
 
@@ -60,25 +66,26 @@ def draw_samples(
         progress: show a bar on a terminal, else print lines with the time left.
         spacing: how the steps are spread over the timesteps, as in `tdc_fast.diffusion.samplers.sampling_steps`.
         eta: noise of DDIM, 0 for none.
-        guidance_scale: of classifier-free guidance; 1 is none.
-        null_class: the label that the model was trained with where it got no class; guidance needs it.
+        guidance_scale: of classifier-free guidance, or one for each group of timesteps, from low to high; 1 is none.
+            At steps with scale 1 the prediction for no class is not computed.
+        null_class: the label to guide away from; None takes the label for no class that the model was trained with
+            (--label_dropout).
+        labels: draw each class as often as the others, or as often as the training images have it.
 
     Returns:
         Images (M, C, H, W) uint8 on the CPU, and their classes (M,) int64, None for an unconditional model.
 
     Raises:
-        ValueError: the model was not trained on one of the classes, or has no such null class.
+        ValueError: the model was not trained on one of the classes, has no such null class, or another number of groups
+            than there are guidance scales; or it is not recorded how often its classes occur.
         FloatingPointError: the model's outputs are no numbers, as after a divergence.
     """
     for value in classes:
         check_class("classes", value, denoiser.classes)
-    check_guidance(guidance_scale, null_class, denoiser.num_classes)
-    model = denoiser.model
-    if guidance_scale != 1:
-        assert null_class is not None
-        model = GuidedDenoiser(model, guidance_scale, null_class)
+    weights = _class_weights(denoiser, classes or denoiser.classes, labels)
+    model = _guided(denoiser, guidance_scale, null_class)
     generator = torch.Generator().manual_seed(seed)
-    images, labels = [], []
+    images, drawn_labels = [], []
     batches = range(0, num_samples, batch_size)
     loop = SamplingLoop(
         denoiser.diffusion,
@@ -95,8 +102,8 @@ def draw_samples(
             count = min(batch_size, num_samples - first)
             kwargs = {}
             if denoiser.num_classes:
-                labels.append(draw_labels(classes or denoiser.classes, count, generator))
-                kwargs["y"] = labels[-1].to(device)
+                drawn_labels.append(draw_labels(classes or denoiser.classes, count, generator, weights))
+                kwargs["y"] = drawn_labels[-1].to(device)
             drawn = loop.draw(
                 (count, *denoiser.image_shape),
                 generator=generator,
@@ -110,12 +117,51 @@ def draw_samples(
                     "sample an earlier checkpoint"
                 )
             images.append(to_uint8(drawn).cpu())
-    return torch.cat(images), torch.cat(labels) if labels else None
+    return torch.cat(images), torch.cat(drawn_labels) if drawn_labels else None
 
 
-def draw_labels(classes: Sequence[int], count: int, generator: torch.Generator) -> Tensor:
-    """Labels int64 (count,) on the CPU, each class as likely as the others."""
-    return torch.tensor(classes, dtype=torch.int64)[torch.randint(len(classes), (count,), generator=generator)]
+def draw_labels(
+    classes: Sequence[int], count: int, generator: torch.Generator, weights: Sequence[float] | None = None
+) -> Tensor:
+    """Labels int64 (count,) on the CPU.
+
+    Args:
+        classes: the classes.
+        count: how many labels.
+        generator: on the CPU.
+        weights: how likely each class is, up to a factor; None for each as likely as the others.
+    """
+    if weights is None:
+        chosen = torch.randint(len(classes), (count,), generator=generator)
+    else:
+        shares = torch.tensor(weights, dtype=torch.float64)
+        chosen = torch.multinomial(shares, count, replacement=True, generator=generator)
+    return torch.tensor(classes, dtype=torch.int64)[chosen]
+
+
+def _class_weights(denoiser: TrainedDenoiser, classes: Sequence[int], labels: LabelChoice) -> list[float] | None:
+    """How many training images have each class, where labels are drawn so; None for each as likely as the others."""
+    if labels not in get_args(LabelChoice):
+        raise invalid("labels", labels, f"one of {', '.join(get_args(LabelChoice))}")
+    if labels == "uniform" or not denoiser.num_classes:
+        return None
+    if not denoiser.class_counts:
+        remedy = f"uniform, as {denoiser.name} does not record how many images had each class"
+        raise invalid("labels", labels, remedy)
+    counts = dict(zip(denoiser.classes, denoiser.class_counts, strict=True))
+    return [counts[value] for value in classes]
+
+
+def _guided(denoiser: TrainedDenoiser, scale: float | Sequence[float], null_class: int | None) -> nn.Module:
+    """The denoiser's model with guidance, or as it is where that is none."""
+    no_class = denoiser.null_class if null_class is None else null_class
+    scales = tuple(scale) if isinstance(scale, Sequence) else (scale,)
+    groups = denoiser.groups if len(scales) > 1 else None
+    check_guidance(scale, no_class, denoiser.num_classes, groups)
+    if all(one == 1 for one in scales):
+        return denoiser.model
+    assert no_class is not None
+    return GuidedDenoiser(denoiser.model, scale, no_class, groups)
 
 
 def check_class(argument: str, value: int, classes: Sequence[int]) -> None:
@@ -133,27 +179,48 @@ def check_class(argument: str, value: int, classes: Sequence[int]) -> None:
         raise invalid(argument, value, f"classes that the model was trained on: {_ranges(classes)}")
 
 
-def check_guidance(scale: float, null_class: int | None, num_classes: int) -> None:
+def check_guidance(
+    scale: float | Sequence[float], null_class: int | None, num_classes: int, groups: TimestepGroups | None = None
+) -> None:
     """Refuse guidance that a model cannot give.
 
     Args:
-        scale: the guidance scale; 1 asks for none.
+        scale: the guidance scale, or one for each group of timesteps; 1 asks for none.
         null_class: the label that stands for no class, or None.
         num_classes: rows of the model's label embedding; 0 for a model without classes.
+        groups: the model's groups of timesteps; None without.
 
     Raises:
         ValueError: naming what is missing.
     """
-    if not 0 <= scale <= MOST_GUIDANCE:
-        raise invalid("guidance_scale", scale, f"a number from 0 to {MOST_GUIDANCE}; 1 is no guidance")
+    check_scales(scale, groups)
+    scales = tuple(scale) if isinstance(scale, Sequence) else (scale,)
+    if not scales or not all(0 <= one <= MOST_GUIDANCE for one in scales):
+        remedy = f"a number from 0 to {MOST_GUIDANCE}, or one for each group of timesteps; 1 is no guidance"
+        raise invalid("guidance_scale", scale, remedy)
     if null_class is not None and not 0 <= null_class < num_classes:
         rows = (
             f"a label of the model from 0 to {num_classes - 1}" if num_classes else "none, as the model has no classes"
         )
         raise invalid("null_class", null_class, rows)
-    if scale != 1 and null_class is None:
-        remedy = "1, or --null_class as well: the label that the model was trained with where it got no class"
+    if null_class is None and any(one != 1 for one in scales):
+        remedy = (
+            "1, or --null_class as well: the label that the model was trained with where it got no class (a run with "
+            "--label_dropout knows it)"
+        )
         raise invalid("guidance_scale", scale, remedy if num_classes else "1, as the model has no classes")
+
+
+def read_guidance(text: str) -> float | list[float]:
+    """The value of --guidance_scale: a number, or a list with one for each group.
+
+    Raises:
+        ValueError: an entry is no finite number, or there is none.
+    """
+    scales: list[float] = comma_numbers("guidance_scale", text, float)
+    if not scales:
+        raise invalid("guidance_scale", text, "a number, or a comma list of one for each group; 1 is no guidance")
+    return scales if len(scales) > 1 else scales[0]
 
 
 def write_samples(directory: Path, images: Tensor, labels: Tensor | None) -> tuple[Path, Path]:

@@ -103,10 +103,7 @@ def split_data(config: TrainConfig) -> tuple[ImageDataset, ImageDataset | None]:
         in_channels=config.in_channels or None,
         background=config.background,
     )
-    if config.num_classes and dataset.num_classes > config.num_classes:
-        raise invalid(
-            "num_classes", config.num_classes, f"at least the {dataset.num_classes} classes of {config.data_dir}"
-        )
+    check_label_rows(config, dataset.num_classes, config.data_dir)
     if not config.heldout:
         return dataset, None
     try:
@@ -114,6 +111,22 @@ def split_data(config: TrainConfig) -> tuple[ImageDataset, ImageDataset | None]:
     except ValueError as error:
         remedy = f"a share that leaves some of the {len(dataset)} images, or places of photographs, to train on"
         raise invalid("heldout", config.heldout, remedy) from error
+
+
+def check_label_rows(config: TrainConfig, classes: int, source: str) -> None:
+    """Refuse a label embedding that has too few rows for the data.
+
+    Args:
+        config: the configuration.
+        classes: classes of the data, numbered from 0 to `classes` - 1.
+        source: the data, for errors.
+
+    Raises:
+        ValueError: naming the number of rows that is enough.
+    """
+    if config.num_classes and config.num_classes < config.label_rows_for(classes):
+        no_class = ", and one row for no class (label_dropout)" if config.label_dropout else ""
+        raise invalid("num_classes", config.num_classes, f"at least the {classes} classes of {source}{no_class}")
 
 
 def build_diffusion(config: TrainConfig, timestep_respacing: str = "") -> Diffusion:

@@ -57,6 +57,7 @@ ADDED = frozenset(
     {
         "background",
         "calibration_dtype",
+        "label_dropout",
         "predict_v",
         "shared_layers",
         "stage2_ema_factors",
@@ -145,6 +146,15 @@ class TrainConfig(DataOptions, ModelOptions, DiffusionOptions, OptimizerOptions,
     def label_rows(self) -> int:
         """Rows of the label embedding of a class-conditional model."""
         return self.num_classes or IMPROVED_DIFFUSION_CLASSES
+
+    @property
+    def null_class(self) -> int | None:
+        """The label for no class, the last row of the embedding; None without --label_dropout."""
+        return self.label_rows - 1 if self.label_dropout else None
+
+    def label_rows_for(self, classes: int) -> int:
+        """Rows that the label embedding needs for classes numbered from 0 to `classes` - 1."""
+        return classes + 1 if self.label_dropout else classes
 
     @property
     def overrides(self) -> dict[str, Any]:
@@ -266,9 +276,11 @@ def _check_ranges(config: TrainConfig) -> None:
     check_limits(TrainConfig, values)
     if config.override and not (config.resume or config.resume_checkpoint):
         raise invalid("override", config.override, "--resume RUN as well, whose options it changes")
-    for name in ("heldout", "dropout"):
+    for name in ("heldout", "dropout", "label_dropout"):
         if not 0 <= values[name] < 1:
             raise invalid(name, values[name], "a share from 0 to below 1")
+    if config.label_dropout and not config.class_cond:
+        raise invalid("label_dropout", config.label_dropout, "--class_cond True as well, whose labels it drops")
     for rate in comma_numbers("ema_rate", ",".join(config.ema_rates), float) or [-1.0]:
         if not 0 <= rate < 1:
             raise invalid("ema_rate", config.ema_rate, "rates from 0 to below 1, such as 0.9999 or 0.999,0.9999")

@@ -16,6 +16,7 @@ from tdc_fast.errors import invalid
 from tdc_fast.nn.inference import ForInference, for_inference
 from tdc_fast.nn.one_expert import as_one_expert
 from tdc_fast.nn.packing import RoutedModel
+from tdc_fast.routing import TimestepGroups
 from tdc_fast.runs.averages import UNTRAINED, initial_share
 from tdc_fast.runs.build import build_diffusion, build_unet, refuse_what_cannot_fit
 from tdc_fast.runs.config import TrainConfig
@@ -46,11 +47,12 @@ class TrainedDenoiser:
         diffusion: its process, respaced if asked for.
         image_size: H = W of the images.
         channels: channels of the images.
-        num_classes: number of classes; 0 if the model is not class conditional.
+        num_classes: rows of the label embedding; 0 if the model is not class conditional.
         classes: the classes that it was trained on, as far as that is recorded, else all of them.
         name: for messages.
         config: the options that it was trained with.
         run: the run that it came from, if any.
+        class_counts: how many of its training images have each of `classes`; () where that is not recorded.
     """
 
     model: nn.Module
@@ -62,6 +64,19 @@ class TrainedDenoiser:
     name: str
     config: TrainConfig
     run: Run | None = None
+    class_counts: tuple[int, ...] = ()
+
+    @property
+    def null_class(self) -> int | None:
+        """The label for no class that it was trained with; None if it was trained without --label_dropout."""
+        return self.config.null_class
+
+    @property
+    def groups(self) -> TimestepGroups | None:
+        """The groups of timesteps of its run, or of the packed model; None without."""
+        if self.run is not None:
+            return self.run.groups
+        return getattr(self.model, "groups", None)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -166,6 +181,7 @@ def from_run(path: str | Path, which: Which = "auto", timestep_respacing: str = 
         name=f"{path} ({'experts' if use_experts else 'base'})",
         config=config,
         run=run,
+        class_counts=tuple(run.directory.class_counts or ()),
     )
 
 
@@ -213,6 +229,8 @@ def from_checkpoint(path: str | Path, facts: Mapping[str, Any]) -> TrainedDenois
     trained = description.get("config", {})
     if trained.get("use_fp16") is True or trained.get("precision") == "bf16":
         config = config.replace(precision="bf16")
+    if trained.get("label_dropout"):
+        config = config.replace(label_dropout=trained["label_dropout"])
     return TrainedDenoiser(
         model=model.eval(),
         diffusion=build_diffusion(config),
@@ -222,6 +240,7 @@ def from_checkpoint(path: str | Path, facts: Mapping[str, Any]) -> TrainedDenois
         classes=_classes(config, description.get("classes"), str(path)),
         name=str(path),
         config=config,
+        class_counts=_counts(description, str(path)),
     )
 
 
@@ -233,9 +252,23 @@ def _classes(config: TrainConfig, recorded: Any, source: str) -> tuple[int, ...]
     """
     if not config.class_cond:
         return ()
+    rows = range(config.label_rows if config.null_class is None else config.null_class)
     if recorded is None:
-        return tuple(range(config.label_rows))
-    rows = range(config.label_rows)
+        return tuple(rows)
     if not isinstance(recorded, list) or not recorded or not all(type(c) is int and c in rows for c in recorded):
         raise invalid("classes", recorded, f"classes of the model, which has {len(rows)}, in the record of {source}")
     return tuple(recorded)
+
+
+def _counts(description: Mapping[str, Any], source: str) -> tuple[int, ...]:
+    """How many training images have each class, from the description beside a file of weights.
+
+    Raises:
+        ValueError: the record is damaged.
+    """
+    counts, classes = description.get("class_counts"), description.get("classes") or []
+    if counts is None:
+        return ()
+    if not isinstance(counts, list) or not all(type(n) is int and n > 0 for n in counts) or len(counts) != len(classes):
+        raise invalid("class_counts", counts, f"a number above 0 for each class, in the record of {source}")
+    return tuple(counts)

@@ -16,7 +16,7 @@ import os
 import platform
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -46,6 +46,7 @@ class RunDirectory:
         config: the options that the run was made with.
         in_channels: channels of its images (the configuration may take them from the data).
         classes: the classes that its training images have; None if it is unconditional, or older than this record.
+        class_counts: how many training images have each of them; None likewise.
         identity: identity of the configuration that the run began with, which its checkpoints carry.
         overridden: names of the options that were changed since.
     """
@@ -55,6 +56,7 @@ class RunDirectory:
         self.config = config
         self.in_channels: int = facts["in_channels"]
         self.classes: list[int] | None = facts.get("classes")
+        self.class_counts: list[int] | None = facts.get("class_counts")
         self.identity: str = facts["identity"]
         self.overridden = {name for entry in facts.get("overrides", []) for name in entry["changes"]}
         self._logs = Path(facts["logs"]) if facts.get("logs") else None
@@ -64,13 +66,16 @@ class RunDirectory:
         return f"<RunDirectory {self.path}: {kind}, {self.config.image_size} pixels, {self.in_channels} channels>"
 
     @classmethod
-    def create(cls, config: TrainConfig, in_channels: int, classes: Sequence[int] | None = None) -> RunDirectory:
+    def create(
+        cls, config: TrainConfig, in_channels: int, class_counts: Mapping[int, int] | None = None
+    ) -> RunDirectory:
         """Make the directory of a new run, named by the configuration or the environment.
 
         Args:
             config: the options of the run.
             in_channels: channels of its images.
-            classes: the classes that its training images have; None for an unconditional run.
+            class_counts: how many training images have each class that occurs in them, by ascending class; None for
+                an unconditional run.
 
         Raises:
             ValueError: another run is there.
@@ -96,7 +101,8 @@ class RunDirectory:
             "format": FORMAT,
             "identity": config.identity,
             "in_channels": in_channels,
-            "classes": None if classes is None else list(classes),
+            "classes": None if class_counts is None else list(class_counts),
+            "class_counts": None if class_counts is None else list(class_counts.values()),
             "logs": logs,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
@@ -199,11 +205,13 @@ class RunDirectory:
             stage: "base" or "experts".
             **more: further JSON values.
         """
+        counts = {} if self.class_counts is None else {"class_counts": self.class_counts}  # older runs have none
         return {
             "stage": stage,
             "identity": self.identity,
             "in_channels": self.in_channels,
             "classes": self.classes,
+            **counts,
             **more,
             "config": self.config.to_dict(),
         }
@@ -213,6 +221,9 @@ def _check_facts(path: Path, facts: Mapping[str, Any]) -> None:
     classes, overrides = facts.get("classes"), facts.get("overrides", [])
     if classes is not None and not (isinstance(classes, list) and all(type(value) is int for value in classes)):
         raise invalid("run", str(path), f"the file that the run wrote; classes is {brief(classes)}")
+    counts = facts.get("class_counts")
+    if counts is not None and not _are_counts(counts, classes):
+        raise invalid("run", str(path), f"the file that the run wrote; class_counts is {brief(counts)}")
     if not isinstance(overrides, list) or not all(
         isinstance(entry, dict)
         and isinstance(entry.get("changes"), dict)
@@ -220,6 +231,12 @@ def _check_facts(path: Path, facts: Mapping[str, Any]) -> None:
         for entry in overrides
     ):
         raise invalid("run", str(path), f"the file that the run wrote; overrides is {brief(overrides)}")
+
+
+def _are_counts(counts: Any, classes: list[int] | None) -> bool:
+    if not isinstance(counts, list) or len(counts) != len(classes or ()):
+        return False
+    return all(type(count) is int and count > 0 for count in counts)
 
 
 def _has_begun(path: Path) -> bool:

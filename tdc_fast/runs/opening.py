@@ -51,15 +51,18 @@ def open_run(config: TrainConfig, dataset: Dataset) -> RunDirectory:
     config = config.replace(**config.overrides).replace(override="")
     config = config.replace(**_decisions(config, dataset))
     groups = build_groups(config, report=True)
-    run = RunDirectory.create(config, dataset.channels, classes_of(dataset))
+    run = RunDirectory.create(config, dataset.channels, count_classes(dataset))
     if groups is not None:
         groups.save(run.path / "groups.json")
     return run
 
 
-def classes_of(dataset: Dataset) -> list[int] | None:
-    """The classes that the images of a dataset have, ascending; None without labels."""
-    return None if dataset.labels is None else [int(label) for label in np.unique(dataset.labels)]
+def count_classes(dataset: Dataset) -> dict[int, int] | None:
+    """How many images of a dataset have each class that occurs in it, by ascending class; None without labels."""
+    if dataset.labels is None:
+        return None
+    classes, counts = np.unique(dataset.labels, return_counts=True)
+    return dict(zip(classes.tolist(), counts.tolist(), strict=True))
 
 
 def _continued(path: Path, config: TrainConfig, dataset: Dataset) -> RunDirectory:
@@ -208,11 +211,13 @@ def _num_classes(config: TrainConfig, dataset: Dataset, made_with: Mapping[str, 
     """Rows of the label embedding of a new run: as given, as weights from elsewhere have, or as the data needs."""
     if config.num_classes or not config.class_cond:
         return config.num_classes
+    needed = config.label_rows_for(dataset.num_classes)
     if not (config.base or config.resume_checkpoint):
-        return dataset.num_classes
+        return needed
     rows = made_with.get("num_classes", IMPROVED_DIFFUSION_CLASSES)
-    if not isinstance(rows, int) or rows < dataset.num_classes:
-        remedy = f"a model of at least the {dataset.num_classes} classes of the data; it has {rows}"
+    if not isinstance(rows, int) or rows < needed:
+        no_class = " and one label row for no class (label_dropout)" if config.label_dropout else ""
+        remedy = f"a model of at least the {dataset.num_classes} classes of the data{no_class}; it has {rows} rows"
         name = "base" if config.base else "resume_checkpoint"
         raise invalid(name, getattr(config, name), remedy)
     return rows

@@ -61,8 +61,8 @@ class ModelOptions:
     class_cond: bool = False
     """Condition on the class label of each image."""
     num_classes: Annotated[int, Within(0, 10**7)] = 0
-    """Rows of the label embedding, with --class_cond True; 0 takes as many as the data has classes, and for files of
-    improved-diffusion the 1000 that they always have."""
+    """Rows of the label embedding, with --class_cond True; 0 takes as many as the data has classes, one more with
+    --label_dropout, and for files of improved-diffusion the 1000 that they always have."""
     use_checkpoint: bool = False
     """Recompute activations in the backward pass: less memory, more MACs (they are counted)."""
     use_scale_shift_norm: bool = True
@@ -126,6 +126,9 @@ class OptimizerOptions:
     as the averages in that checkpoint were made."""
     schedule_sampler: Literal["uniform", "loss-second-moment"] = "uniform"
     """How stage 1 draws timesteps."""
+    label_dropout: float = 0.0
+    """With --class_cond True: share (0 to below 1) of the labels that both stages replace by the label for no class,
+    for classifier-free guidance. That label is the last row of the embedding, which no class of the data may have."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 runs the model under autocast with fp32 weights, optimizer and averages."""
     cuda_graph: Literal["auto", "on", "off"] = "auto"

@@ -64,7 +64,7 @@ class Admission:
             raise invalid("num_images", request.num_images, "at least 1")
         if not 0 <= request.seed < 2**63:
             raise invalid("seed", request.seed, "a number from 0 to 2**63 - 1")
-        check_guidance(request.guidance_scale, self._null_class, self._num_classes)
+        check_guidance(request.guidance_scale, self._null_class, self._num_classes, self._groups)
         if request.num_images > self._most_images:
             remedy = f"at most {self._most_images}, for which there is memory (max_memory)"
             raise invalid("num_images", request.num_images, remedy)
@@ -120,7 +120,7 @@ class Admission:
             reason = f"{images} images are waiting or being drawn, and at most {self._most_images} may (max_memory)"
         else:
             return
-        seconds = sum(one.rows * one.remaining for one in live) * seconds_per_row
+        seconds = sum(one.work for one in live) * seconds_per_row
         raise Overloaded(f"{reason}; the work at hand takes about {max(1, round(seconds))} s", seconds / 2)
 
 
@@ -130,14 +130,21 @@ def _check_types(request: Request) -> None:
         value = getattr(request, name)
         if isinstance(value, bool) or not (isinstance(value, int) or (name == "label" and value is None)):
             raise invalid(name, value, "an integer")
-    for name in ("eta", "guidance_scale", "timeout"):
+    for name in ("eta", "timeout"):
         value = getattr(request, name)
-        if isinstance(value, bool) or not (isinstance(value, int | float) or (name == "timeout" and value is None)):
+        if not (_is_number(value) or (name == "timeout" and value is None)):
             raise invalid(name, value, "a number")
+    scale = request.guidance_scale
+    if not (_is_number(scale) or (isinstance(scale, list | tuple) and all(map(_is_number, scale)))):
+        raise invalid("guidance_scale", scale, "a number, or a list of one for each group of timesteps")
     if not isinstance(request.sampler, str):
         raise invalid("sampler", request.sampler, "the name of a sampler")
     if request.eta == math.inf:
         raise invalid("eta", request.eta, "a finite number")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def too_large(rows: int, places: int) -> OutOfMemory:

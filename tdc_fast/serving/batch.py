@@ -33,7 +33,7 @@ class Batch:
         lives: who takes part.
         rows: places of images and of their second halves.
         padding: places that only fill the bucket.
-        left: steps until the first of them ends, and the batch with it.
+        left: steps until the first of them ends, or needs another number of places, and the batch ends with it.
         has_previews: some of them want previews.
         expert_rows: the expert of every row of the last step, int64 (rows,).
     """
@@ -58,7 +58,7 @@ class Batch:
         self.padding = size - self.rows
         filler = np.zeros(self.padding, dtype=np.int64)
         source = np.concatenate([np.arange(images), guided, filler])  # the place with the image that each place reads
-        self.left = min(live.remaining for live in lives)
+        self.left = min(live.alike for live in lives)
         self.has_previews = any(live.request.preview_every for live in lives)
         self._index_plans(owner[source])
         self._x, self._last_x0 = stepper.empty(size).zero_(), stepper.empty(size).zero_()
@@ -72,8 +72,9 @@ class Batch:
         self._timesteps = np.concatenate([live.plan.timesteps for live in self.lives])
         self._weights = np.concatenate([live.plan.weights for live in self.lives], axis=1)
         self._experts = np.concatenate([live.plan.experts for live in self.lives])
+        self._scales = np.concatenate([live.guidance for live in self.lives])
         self._standing = offsets[owner]
-        self._ahead: Iterator[tuple[Tensor, Tensor, np.ndarray]] = iter(())
+        self._ahead: Iterator[tuple[Tensor, Tensor, Tensor | None, np.ndarray]] = iter(())
 
     def _hold_images(self, before: Batch | None, begin: Begin) -> None:
         """Gather the images of all who take part; those who do not any more get theirs back."""
@@ -110,7 +111,6 @@ class Batch:
         self._remembers = any(live.plan.remembers for live in self.lives)
         self._labels: Tensor | None = None
         self._partner: Tensor | None = None
-        self._guidance: Tensor | None = None
         self._source: Tensor | None = None
         if is_static or len(source) > images:
             self._source = torch.from_numpy(source).to(device)
@@ -123,23 +123,25 @@ class Batch:
             labels[images : self.rows] = null_class
         self._labels = labels.to(device)
         if is_static or len(guided):
-            partner, scale = np.arange(len(source)), np.zeros(len(source), dtype=np.float32)
+            partner = np.arange(len(source))
             partner[guided] = np.arange(images, self.rows)
-            for live, place in self._places.items():
-                scale[place] = live.request.guidance_scale - 1
-            self._partner, self._guidance = torch.from_numpy(partner).to(device), torch.from_numpy(scale).to(device)
+            self._partner = torch.from_numpy(partner).to(device)
 
     def _look_ahead(self) -> None:
-        """Timesteps, weights and experts of the steps to come, as far as they are known: one copy for many steps."""
+        """Timesteps, weights, guidance and experts of the steps that are known: one copy for many steps."""
         steps = min(self.left, _STEPS_AHEAD)
         standing = self._standing + np.arange(steps)[:, None]  # (steps, places)
         self._standing = self._standing + steps
         # (steps, 8, places); a copy has the strides that steps are captured with, for one place too.
         weights = self._weights[:, standing].transpose(1, 0, 2).copy()
-        timesteps = torch.from_numpy(self._timesteps[standing]).to(self._stepper.device)
+        device = self._stepper.device
+        guidance: Sequence[Tensor | None] = [None] * steps
+        if self._partner is not None:
+            guidance = torch.from_numpy(self._scales[standing]).to(device).unbind()
         self._ahead = zip(
-            timesteps.unbind(),
-            torch.from_numpy(weights).to(self._stepper.device).unbind(),
+            torch.from_numpy(self._timesteps[standing]).to(device).unbind(),
+            torch.from_numpy(weights).to(device).unbind(),
+            guidance,
             self._experts[standing[:, : self.rows]],
             strict=True,
         )
@@ -150,7 +152,7 @@ class Batch:
         if coming is None:
             self._look_ahead()
             coming = next(self._ahead)
-        t, weights, experts = coming
+        t, weights, guidance, experts = coming
         is_static = self._stepper.is_static
         self._x, self._last_x0 = self._stepper.run(
             x=self._x,
@@ -161,7 +163,7 @@ class Batch:
             labels=self._labels,
             source=self._source,
             partner=self._partner,
-            guidance=self._guidance,
+            guidance=guidance,
         )
         for live in self.lives:
             live.position += 1

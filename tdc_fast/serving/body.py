@@ -15,6 +15,7 @@ from tdc_fast.serving.request import Request
 Format = Literal["png", "npz", "json", "events"]
 _LARGEST = 2**53
 """The largest integer that every JSON parser keeps exact."""
+_Scale = Annotated[float, Field(allow_inf_nan=False)]
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class GenerateBody(BaseModel):
     sampler: SamplerName = "ddim"
     eta: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False, description="noise of ddim")] = 0.0
     label: Annotated[int | None, Field(ge=0, le=_LARGEST, description="class; none draws one per image")] = None
-    guidance_scale: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False, description="1 for none")] = 1.0
+    guidance_scale: Annotated[_Scale | list[_Scale], Field(description="one, or one per group; 1 for none")] = 1.0
     preview_every: Annotated[int, Field(ge=0, le=_LARGEST, description="steps between previews; events only")] = 0
     timeout: Annotated[float | None, Field(gt=0, allow_inf_nan=False, description="seconds; none for the limit")] = None
     format: Annotated[Format, Field(description="events are server-sent events with previews and the result")] = "png"

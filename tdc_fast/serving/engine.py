@@ -54,7 +54,8 @@ class Engine:
             for.
         classes: the classes that may be asked for; () for an unconditional model.
         num_classes: rows of the model's label embedding.
-        null_class: the label that the model was trained with where it got no class; guidance needs it.
+        null_class: the label that the model was trained with where it got no class; guidance needs it. Scales by group
+            are for the groups of a packed model.
         policy: who goes first when not all fit.
         max_queue: requests that may wait for their first step.
         max_memory: bytes that the images of all live requests may take, besides the model's own memory; at least one
@@ -137,7 +138,14 @@ class Engine:
 
     @classmethod
     def of(cls, denoiser: TrainedDenoiser, **options: Any) -> Engine:
-        """An engine for a trained denoiser; options as those of `Engine`."""
+        """An engine for a trained denoiser.
+
+        Args:
+            denoiser: the denoiser.
+            **options: as those of `Engine`; without `null_class` it is the label that the denoiser was trained with.
+        """
+        if options.get("null_class") is None:
+            options["null_class"] = denoiser.null_class
         return cls(
             denoiser.model,
             denoiser.diffusion,
@@ -294,11 +302,11 @@ class Engine:
                     self._end(one, Cancelled("the request was given up"))
                 elif now >= one.deadline:
                     self._end(one, Expired(_expired(one)))
-                elif one.rows > self._places:
-                    self._end(one, too_large(one.rows, self._places))
+                elif one.most_rows > self._places:
+                    self._end(one, too_large(one.most_rows, self._places))
             with self._changed:
                 live = list(self._live)
-        elif batch is not None and len(batch.lives) == len(live):
+        elif batch is not None and batch.left and len(batch.lives) == len(live):
             return batch
         chosen = self._policy.choose(live, self._places)
         rows = sum(one.rows for one in chosen)
@@ -310,7 +318,7 @@ class Engine:
                 chosen = fewer
         if not chosen:
             return None
-        if batch is not None and set(chosen) == set(batch.lives):
+        if batch is not None and batch.left and set(chosen) == set(batch.lives):
             return batch
         try:
             return Batch(self._stepper, chosen, batch, self._begin, self._null_class)

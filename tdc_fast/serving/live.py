@@ -66,6 +66,8 @@ class LiveRequest:
         given_up: the caller wants it no more.
         generator: where its noise comes from; None before the first step.
         labels: the classes of its images, int64 (M,), once it has begun.
+        guidance: the guidance scale of every step less 1, float32 (S,).
+        most_rows: places in a batch that a step takes at most.
         x: its images between two steps in which it takes part; None while a batch holds them, and before the first.
         last_x0: likewise, the x0 of its last step.
     """
@@ -86,8 +88,11 @@ class LiveRequest:
     def __post_init__(self) -> None:
         timeout = self.request.timeout
         self.deadline = math.inf if timeout is None else self.submitted + timeout
-        self.is_guided = self.request.guidance_scale != 1
-        self.rows = rows_of(self.request)
+        self.most_rows = rows_of(self.request)
+        scales = np.atleast_1d(np.asarray(self.request.guidance_scale, dtype=np.float64))
+        of_step = scales[self.plan.experts] if len(scales) > 1 else np.full(self.plan.timesteps.size, scales[0])
+        self.guidance = (of_step - 1).astype(np.float32)
+        self._guided = of_step != 1
         self.generation: Generation
 
     @property
@@ -95,14 +100,38 @@ class LiveRequest:
         """Steps to do."""
         return self.plan.timesteps.size - self.position
 
+    @property
+    def is_guided(self) -> bool:
+        """Whether its next step has guidance."""
+        return bool(self._guided[self.position : self.position + 1].any())
+
+    @property
+    def rows(self) -> int:
+        """Places in a batch that its next step takes: two for each guided image."""
+        return self.request.num_images * (2 if self.is_guided else 1)
+
+    @property
+    def alike(self) -> int:
+        """Steps from the next one on that take as many places as it."""
+        coming = self._guided[self.position :]
+        others = np.flatnonzero(coming != coming[:1])
+        return int(others[0]) if len(others) else len(coming)
+
+    @property
+    def work(self) -> int:
+        """Places that all its steps to do take together."""
+        coming = self._guided[self.position :]
+        return self.request.num_images * int(len(coming) + np.count_nonzero(coming))
+
     def fail(self, failure: RequestFailed) -> None:
         """End it without images."""
         self.generation.finish(failure)
 
 
 def rows_of(request: Request) -> int:
-    """Places in a batch that a request takes: two for each guided image."""
-    return request.num_images * (2 if request.guidance_scale != 1 else 1)
+    """Places in a batch that a request takes at most: two for each guided image."""
+    is_guided = np.any(np.asarray(request.guidance_scale) != 1)
+    return request.num_images * (2 if is_guided else 1)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -21,7 +22,8 @@ class Request:
         sampler: "ddim", "ddpm" or "dpm++2m".
         eta: noise of DDIM, 0 for none.
         label: the class of all images; None draws one for each image, of a class-conditional model.
-        guidance_scale: of classifier-free guidance, 1 for none. A guided image takes the place of two in a batch.
+        guidance_scale: of classifier-free guidance, or one for each group of timesteps, from low to high; 1 for none.
+            In steps with another scale an image takes the place of two in a batch.
         preview_every: steps between two previews; 0 for none.
         timeout: seconds from now in which the images must be done; None for no limit.
     """
@@ -32,7 +34,7 @@ class Request:
     sampler: SamplerName = "ddim"
     eta: float = 0.0
     label: int | None = None
-    guidance_scale: float = 1.0
+    guidance_scale: float | Sequence[float] = 1.0
     preview_every: int = 0
     timeout: float | None = None
 

@@ -41,7 +41,8 @@ def write_preview(run: RunDirectory, stage: str, step: int, model: nn.Module, di
     size, device = config.image_size, next(model.parameters()).device
     labels: dict[str, Any] = {}
     if config.class_cond:
-        classes = torch.tensor(range(config.label_rows) if run.classes is None else run.classes)
+        every = range(config.label_rows if config.null_class is None else config.null_class)
+        classes = torch.tensor(every if run.classes is None else run.classes)
         labels["y"] = classes[torch.randint(len(classes), (config.preview,), generator=generator)].to(device)
     steps = min(STEPS, diffusion.num_timesteps)
     shape = (config.preview, run.in_channels, size, size)

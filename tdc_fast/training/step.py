@@ -81,6 +81,7 @@ class TrainingStep:
         Returns:
             The timesteps (B,) and the unweighted losses (B,).
         """
+        condition = self._with_labels_dropped(condition)
         drawn = self._sampler.draw(len(x), prepared, device=self._device)
         group = self._group_of(drawn)
         if self._stage.soft_boundaries and group is not None:
@@ -101,6 +102,14 @@ class TrainingStep:
         if self._sampler.adaptive:
             self._sampler.update(drawn.t, losses["loss"])
         return drawn.t, losses["loss"]
+
+    def _with_labels_dropped(self, condition: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The arguments with a share of the labels replaced by the one for no class; without that, nothing is drawn."""
+        share, no_class = self._config.label_dropout, self._config.null_class
+        if no_class is None:
+            return condition
+        dropped = torch.rand(condition["y"].shape, device=self._device) < share
+        return {**condition, "y": condition["y"].masked_fill(dropped, no_class)}
 
     def _group_of(self, drawn: Draw) -> Tensor | None:
         if self._stage.soft_boundaries:

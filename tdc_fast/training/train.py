@@ -6,7 +6,7 @@ import torch
 
 from tdc_fast.data.dataset import Dataset
 from tdc_fast.errors import invalid
-from tdc_fast.runs.build import build_data, build_device, refuse_what_cannot_fit
+from tdc_fast.runs.build import build_data, build_device, check_label_rows, refuse_what_cannot_fit
 from tdc_fast.runs.config import TrainConfig
 from tdc_fast.runs.directory import RunDirectory
 from tdc_fast.runs.opening import open_run
@@ -98,8 +98,7 @@ def _check_dataset(dataset: Dataset, config: TrainConfig) -> None:
         raise invalid("image_size", config.image_size, f"{dataset.image_size}, as the images of dataset have")
     if config.class_cond and dataset.labels is None:
         raise invalid("class_cond", config.class_cond, "False, as dataset has no labels")
-    if config.num_classes and dataset.num_classes > config.num_classes:
-        raise invalid("num_classes", config.num_classes, f"at least the {dataset.num_classes} classes of dataset")
+    check_label_rows(config, dataset.num_classes, "dataset")
 
 
 def _report_skipped(dataset: Dataset, known: int) -> int:

@@ -10,7 +10,8 @@ import time
 import pytest
 import torch
 
-from tdc_fast.diffusion import GuidedDenoiser, SamplingLoop
+from tdc_fast.diffusion import Diffusion, GuidedDenoiser, SamplingLoop
+from tdc_fast.diffusion.trajectory import Trajectory
 from tdc_fast.evaluation.samples import draw_labels
 from tdc_fast.graphs import use_capture
 from tdc_fast.nn.one_expert import as_one_expert
@@ -32,8 +33,9 @@ def alone(model, diffusion, request: Request, has_classes: bool) -> torch.Tensor
     return loop.draw((request.num_images, *SHAPE), generator=generator, model_kwargs=kwargs)
 
 
-def mixed_requests(seed: int, count: int, has_classes: bool) -> list[Request]:
+def mixed_requests(seed: int, count: int, has_classes: bool, has_groups: bool = True) -> list[Request]:
     draw = random.Random(seed)
+    scales = [1.0, 1.0, 2.5, *([(1.0, 3.0, 1.0, 2.0), (2.0, 0.0, 1.0, 1.0)] if has_groups else [])]
     requests = []
     for number in range(count):
         sampler, eta = draw.choice([("ddim", 0.0), ("ddim", 0.6), ("ddpm", 0.0), ("dpm++2m", 0.0)])
@@ -45,11 +47,20 @@ def mixed_requests(seed: int, count: int, has_classes: bool) -> list[Request]:
                 sampler=sampler,
                 eta=eta,
                 label=draw.choice([None, *CLASSES]) if has_classes else None,
-                guidance_scale=draw.choice([1.0, 1.0, 2.5]) if has_classes else 1.0,
+                guidance_scale=draw.choice(scales) if has_classes else 1.0,
                 preview_every=draw.choice([0, 2]),
             )  # fmt: skip
         )
     return requests
+
+
+def scales_of(request: Request, diffusion: Diffusion) -> list[float]:
+    """The guidance scale of every step."""
+    timesteps = Trajectory.plan(diffusion, request.sampler, request.steps).timesteps.tolist()
+    scale = request.guidance_scale
+    if not isinstance(scale, tuple):
+        return [scale] * len(timesteps)
+    return [scale[(t >= 5) + (t >= 12) + (t >= 30)] for t in timesteps]
 
 
 def serve(engine: Engine, requests: list[Request], seed: int) -> list[torch.Tensor]:
@@ -83,7 +94,7 @@ def test_images_are_those_of_the_request_alone_in_any_order_of_arrival(seed, pol
         model = as_one_expert(given, NUM_TIMESTEPS)  # what --deterministic True samples
     else:
         given = model = experts(pruned=kind == "pruned", learn_sigma=learn_sigma, class_cond=has_classes)
-    requests = mixed_requests(seed, 12, has_classes)
+    requests = mixed_requests(seed, 12, has_classes, kind != "single")
     engine = Engine(
         given, diffusion, SHAPE, max_batch=8, classes=CLASSES if has_classes else (),
         num_classes=NULL_CLASS + 1 if has_classes else 0, null_class=NULL_CLASS if has_classes else None,
@@ -94,7 +105,7 @@ def test_images_are_those_of_the_request_alone_in_any_order_of_arrival(seed, pol
         assert torch.equal(images, alone(model, diffusion, request, has_classes)), request
     statistics = engine.statistics
     assert statistics.outcomes == {"completed": 12} and statistics.failed_steps == 0
-    paid = sum(r.num_images * r.steps * (1 + (r.guidance_scale != 1)) for r in requests)
+    paid = sum(r.num_images * sum(1 + (scale != 1) for scale in scales_of(r, diffusion)) for r in requests)
     assert statistics.rows == statistics.expert_rows.sum() == paid
     assert statistics.steps < sum(r.steps for r in requests), "steps were shared"
     assert (statistics.padding > 0) == bool(sizes)

@@ -88,6 +88,8 @@ def test_events_are_previews_and_then_the_result(client):
         ({"sampler": "euler"}, "sampler", "sampler: got 'euler'; expected \"ddpm\", \"ddim\" or \"dpm++2m\""),
         ({"label": 9}, "label", "label: got 9; expected classes that the model was trained on: 0 to 4"),
         ({"guidance_scale": 1e9}, "guidance_scale", "guidance_scale: got 1000000000.0"),
+        ({"guidance_scale": [2, 1]}, "guidance_scale", "guidance_scale: got [2.0, 1.0]; expected one number, or 4 of"),
+        ({"guidance_scale": "2"}, "guidance_scale", "guidance_scale: got '2'; expected a valid number"),
         ({"eta": -1}, "eta", "eta: got -1"),
         ({"timeout": 31}, "timeout", "timeout: got 31.0; expected at most 30, a limit of this server"),
         ({"timeout": 0}, "timeout", "timeout: got 0"),

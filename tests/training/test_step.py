@@ -32,6 +32,7 @@ RUNS = {
     "random parts, losses that a sampler reads, soft boundaries, experts that share and differ in rates": {
         **STAGES, **LEVERS, "stage2_slope_windows": 0, "dropout": 0.2, "diffusion_steps": 8,
         "schedule_sampler": "loss-second-moment", "overlap": 0.3, "batch_size": 7, "class_cond": True,
+        "label_dropout": 0.3,
     },
     "bf16, a learned variance, activations computed again": {
         "lr_anneal_steps": 6, "precision": "bf16", "learn_sigma": True, "use_checkpoint": True,
