@@ -202,7 +202,7 @@ def test_image_size_brings_sets_of_different_sizes_together(sets, tmp_path):
         with pytest.raises(ValueError, match="image_size"):
             load_pair(str(sets / "rgb.npz"), name, evaluate.EvaluateOptions())
         pair = load_pair(str(sets / "rgb.npz"), name, evaluate.EvaluateOptions(image_size=6))
-        assert [tuple(one.images.shape[1:]) for one in pair] == [(3, 6, 6), (3, 6, 6)]
+        assert [tuple(one.shape) for one in pair] == [(3, 6, 6), (3, 6, 6)]
 
 
 def test_different_images_have_a_distance_above_zero(sets, tmp_path):

@@ -12,9 +12,14 @@ from tdc_fast.evaluation.heldout import (
     sampling_macs,
     timestep_grid,
 )
+from tdc_fast.evaluation.inception import InceptionFeatures, load_inception
 from tdc_fast.evaluation.likelihood import bits_per_dimension
+from tdc_fast.evaluation.manifolds import PrecisionRecall, precision_recall
+from tdc_fast.evaluation.mmd import KernelDistance, kernel_distance
+from tdc_fast.evaluation.moments import Moments, moments_distance
 from tdc_fast.evaluation.options import EvaluateOptions
 from tdc_fast.evaluation.samples import draw_samples, write_samples
+from tdc_fast.evaluation.statistics import SetStatistics, gather_statistics
 
 __all__ = [
     "Difference",
@@ -23,15 +28,25 @@ __all__ = [
     "EvaluateOptions",
     "Floor",
     "HeldoutLosses",
+    "InceptionFeatures",
+    "KernelDistance",
+    "Moments",
+    "PrecisionRecall",
     "PrecomputedFeatures",
     "RandomConvFeatures",
+    "SetStatistics",
     "bits_per_dimension",
     "compare",
     "draw_samples",
     "evaluate",
     "extract",
     "frechet_distance",
+    "gather_statistics",
     "heldout_losses",
+    "kernel_distance",
+    "load_inception",
+    "moments_distance",
+    "precision_recall",
     "real_floors",
     "sampling_macs",
     "timestep_grid",

@@ -1,7 +1,7 @@
 """Fréchet distance between two sets of images, in a feature space that the caller chooses.
 
-Distances compare only if they have the same feature space, reference set and number of samples. This is not the
-published "FID", which is defined by one particular Inception network; the name is not used here.
+Distances compare only if they have the same feature space, reference set and number of samples. The published "FID" is
+this distance in the features of one particular Inception network with its own weights, see `load_inception`.
 """
 
 from __future__ import annotations
@@ -13,50 +13,37 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tdc_fast.errors import invalid, require
+from tdc_fast.errors import invalid
 from tdc_fast.evaluation.features import PrecomputedFeatures
+from tdc_fast.evaluation.moments import Moments, RunningMoments, moments_distance
 
 
 def frechet_distance(a: Tensor, b: Tensor, extractor: nn.Module, *, batch_size: int = 512) -> float:
-    """The Fréchet distance between the features of two image sets.
-
-    It is `||mean_a - mean_b||^2 + trace(cov_a + cov_b - 2 (cov_a cov_b)^(1/2))`, computed by torchmetrics in float64.
+    """The Fréchet distance between the features of two image sets, computed in float64 (`moments_distance`).
 
     Args:
         a: (M, C, H, W), whatever the extractor takes: uint8 images for the extractors of this package.
         b: (K, C, H, W), the same.
-        extractor: module that maps images to features (M, F), with an integer attribute `num_features` = F.
+        extractor: any module that maps images to features (M, F).
         batch_size: images at once.
 
     Raises:
         ValueError: a set has fewer than two members.
-        ImportError: torchmetrics is not installed.
     """
-    image_metrics = require("torchmetrics.image.fid", "demo")
     for name, images in (("a", a), ("b", b)):
         if len(images) < 2:
             raise invalid(name, f"{len(images)} images", "at least 2, the fewest that have a covariance")
     if batch_size < 1:
         raise invalid("batch_size", batch_size, "at least 1")
-    metric = image_metrics.FrechetInceptionDistance(feature=_Double(extractor), normalize=False)
-    for images, real in ((a, True), (b, False)):
+    return moments_distance(*(_moments(images, extractor, batch_size) for images in (a, b)))
+
+
+def _moments(images: Tensor, extractor: nn.Module, batch_size: int) -> Moments:
+    moments = RunningMoments()
+    with torch.no_grad():
         for batch in images.split(batch_size):
-            metric.update(batch, real=real)
-    # For equal sets rounding may give a value just below zero.
-    return max(0.0, float(metric.compute()))
-
-
-class _Double(nn.Module):
-    """An extractor with float64 features: torchmetrics computes in the dtype of the features."""
-
-    def __init__(self, extractor: nn.Module) -> None:
-        super().__init__()
-        self.extractor = extractor
-        self.num_features = int(extractor.num_features)  # type: ignore[arg-type]
-
-    def forward(self, images: Tensor) -> Tensor:
-        with torch.no_grad():
-            return self.extractor(images).double()
+            moments.update(extractor(batch))
+    return moments.result()
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from tdc_fast.data.dataset import ImageDataset, load_dataset
@@ -14,6 +14,8 @@ from tdc_fast.data.pixels import to_uint8
 from tdc_fast.errors import invalid, require
 from tdc_fast.evaluation.options import EvaluateOptions
 from tdc_fast.evaluation.samples import draw_samples, read_guidance
+from tdc_fast.evaluation.statistics import SetStatistics
+from tdc_fast.evaluation.statistics_files import holds_images, holds_statistics, read_reference
 from tdc_fast.runs.build import named_device
 from tdc_fast.runs.denoisers import TrainedDenoiser, from_run, placed
 from tdc_fast.runs.limits import check_path
@@ -23,26 +25,60 @@ _READ_AT_ONCE = 64
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images to compare.
+    """Images to compare. Those of a dataset are read as they are needed, those drawn from a run are in memory.
 
     Attributes:
         name: the dataset, path or run directory they come from.
-        images: (M, C, H, W) uint8.
+        pixels: where they are: a dataset, or (M, C, H, W) uint8; None if only their statistics are known.
         denoiser: the denoiser that they were sampled from; None for a dataset.
+        channels: colour channels to convert them to; None leaves them as they are.
+        statistics: statistics that came with them, as in the reference batches of guided-diffusion.
     """
 
     name: str
-    images: Tensor
+    pixels: ImageDataset | Tensor | None
     denoiser: TrainedDenoiser | None = None
+    channels: int | None = None
+    statistics: SetStatistics | None = None
+
+    def __len__(self) -> int:
+        return 0 if self.pixels is None else len(self.pixels)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of every image."""
+        if isinstance(self.pixels, Tensor):
+            channels, height, width = self.pixels.shape[1:]
+        else:
+            assert self.pixels is not None
+            channels, height = self.pixels.channels, self.pixels.image_size
+            width = height
+        return self.channels or channels, height, width
+
+    def read(self, rows: slice) -> Tensor:
+        """The images of a range, (B, C, H, W) uint8."""
+        assert self.pixels is not None
+        images = self.pixels[rows] if isinstance(self.pixels, Tensor) else to_uint8(self.pixels.images(rows))
+        if self.channels == 1:
+            images = images[:, :1]
+        elif self.channels == 3:
+            images = images.expand(-1, 3, -1, -1)
+        return images.contiguous()
+
+    def batches(self, size: int) -> Iterator[Tensor]:
+        """All images in order, (B, C, H, W) uint8."""
+        for start in range(0, len(self), size):
+            yield self.read(slice(start, start + size))
 
 
-def load_pair(a: str, b: str, options: EvaluateOptions) -> tuple[ImageSet, ImageSet]:
+def load_pair(a: str, b: str, options: EvaluateOptions, *, with_statistics: bool = False) -> tuple[ImageSet, ImageSet]:
     """Load two sets of images with the same size and number of channels.
 
     Args:
         a: folder, array file, name of a dataset, or run directory; a run is sampled.
         b: the same.
         options: size of the images, and how runs are sampled.
+        with_statistics: take the statistics of an .npz file that has them (`mu`, `sigma`); its images may be missing.
 
     Raises:
         ValueError: a set is missing, has fewer than two images, or has another shape than the other set.
@@ -55,24 +91,31 @@ def load_pair(a: str, b: str, options: EvaluateOptions) -> tuple[ImageSet, Image
     size = options.image_size or None
     scaled = [name for name in (a, b) if name == "photos" or _is_folder(name)]
     for name in sorted(dict.fromkeys((a, b)), key=is_run):  # a set that is missing shows before a run is sampled
-        if name not in scaled:
-            own = options.image_size or None
-            sets[name] = _run_samples(name, options) if is_run(name) else _read_images(name, own)
-            size = size or sets[name].images.shape[-1]
+        if name in scaled:
+            continue
+        if with_statistics and holds_statistics(name):
+            sets[name] = _reference(name, options.image_size or None)
+        else:
+            sets[name] = _run_samples(name, options) if is_run(name) else _read_images(name, options.image_size or None)
+        if sets[name].pixels is not None:
+            size = size or sets[name].shape[-1]
     run = next((found.denoiser for found in sets.values() if found.denoiser), None)
     for name in scaled:
         size = size or _own_size(name)
         sets[name] = _read_images(name, size, run)
-    first, second = _same_channels(sets[a], sets[b])
-    if first.images.shape[1:] != second.images.shape[1:]:
+    first, second = sets[a], sets[b]
+    for name, images in ((a, first), (b, second)):
+        if images.pixels is not None and len(images) < 2:
+            raise invalid(name, f"{len(images)} image", "at least 2 images")
+    if first.pixels is None or second.pixels is None:
+        return first, second
+    first, second = _same_channels(first, second)
+    if first.shape != second.shape:
         raise invalid(
             "b",
-            f"{b}: images of shape {tuple(second.images.shape[1:])}",
-            f"{tuple(first.images.shape[1:])}, as {a} has; --image_size scales all images but a run's",
+            f"{b}: images of shape {second.shape}",
+            f"{first.shape}, as {a} has; --image_size scales all images but a run's",
         )
-    for name, images in ((a, first.images), (b, second.images)):
-        if len(images) < 2:
-            raise invalid(name, f"{len(images)} image", "at least 2 images")
     return first, second
 
 
@@ -99,23 +142,16 @@ def _own_size(folder: str) -> int | None:
 def _read_images(name: str, size: int | None, run: TrainedDenoiser | None = None) -> ImageSet:
     """The images of a dataset; those of a folder as the run that they are compared with reads its folders."""
     if run is None or not _is_folder(name):
-        return ImageSet(name, _pixels(load_dataset(name, image_size=size)))
+        return ImageSet(name, load_dataset(name, image_size=size))
     channels = 1 if run.image_shape[0] == 1 else 3
-    data = load_dataset(name, image_size=size, in_channels=channels, background=run.config.background)
-    return ImageSet(name, _pixels(data))
+    return ImageSet(name, load_dataset(name, image_size=size, in_channels=channels, background=run.config.background))
 
 
-def _pixels(data: ImageDataset) -> Tensor:
-    """All images as uint8, converted a few at a time, as floats take four times the memory."""
-    size = data.image_size
-    try:
-        pixels = torch.empty((len(data), data.channels, size, size), dtype=torch.uint8)
-    except RuntimeError as error:
-        raise invalid("image_size", size, f"a size at which {len(data)} images fit the memory") from error
-    for start in range(0, len(data), _READ_AT_ONCE):
-        rows = slice(start, start + _READ_AT_ONCE)
-        pixels[rows] = to_uint8(data.images(rows))
-    return pixels
+def _reference(name: str, size: int | None) -> ImageSet:
+    """A file of statistics, and its images if it has any."""
+    statistics = read_reference(Path(name))
+    has_images = holds_images(Path(name))
+    return ImageSet(name, load_dataset(name, image_size=size) if has_images else None, statistics=statistics)
 
 
 def _run_samples(name: str, options: EvaluateOptions) -> ImageSet:
@@ -147,14 +183,9 @@ def _same_channels(first: ImageSet, second: ImageSet) -> tuple[ImageSet, ImageSe
 
     A folder is read as RGB unless it is compared with a grey run, so its images may well be grey.
     """
-    channels = {first.images.shape[1], second.images.shape[1]}
+    channels = {first.shape[0], second.shape[0]}
     if channels != {1, 3}:
         return first, second
-    rgb = first if first.images.shape[1] == 3 else second
-    is_grey = bool((rgb.images == rgb.images[:, :1]).all())
-
-    def fitted(group: ImageSet) -> ImageSet:
-        images = group.images[:, :1] if is_grey else group.images.expand(-1, 3, -1, -1)
-        return ImageSet(group.name, images.contiguous(), group.denoiser)
-
-    return fitted(first), fitted(second)
+    rgb = first if first.shape[0] == 3 else second
+    is_grey = all(bool((images == images[:, :1]).all()) for images in rgb.batches(_READ_AT_ONCE))
+    return replace(first, channels=1 if is_grey else 3), replace(second, channels=1 if is_grey else 3)

@@ -16,10 +16,16 @@ from tdc_fast.runs.precision import DtypeName
 class EvaluateOptions:
     """How two sets are compared."""
 
-    features: Literal["auto", "digits", "random-conv"] = "auto"
-    """Feature space of the Fréchet distance. digits: 64 features of a classifier trained on scikit-learn's digits, for
-    8x8 grey images; random-conv: 64 features of a fixed random network; auto: digits for 8x8 grey images, else
-    random-conv."""
+    features: Literal["auto", "digits", "random-conv", "inception"] = "auto"
+    """Feature space of the distances. digits: 64 features of a classifier trained on scikit-learn's digits, for 8x8
+    grey images; random-conv: 64 features of a fixed random network; inception: those of --inception_weights; auto:
+    inception if there are such weights, digits for 8x8 grey images, else random-conv."""
+    inception_weights: PathText = ""
+    """Weights of FID's Inception network: a file as torch-fidelity and pytorch-fid publish it, or "download" for
+    torch-fidelity's. Results are called FID only if the file has the published checksum."""
+    kept_features: Annotated[int, Within(4, 10**6)] = 10_000
+    """Images of a set, drawn at random, on which kernel distance, precision and recall are measured, as they compare
+    images one by one; distances of means and covariances take all images."""
     image_size: Annotated[int, Within(0, 2**14)] = 0
     """Size in pixels to which all images but a run's are scaled; 0 scales photos and folders to the size of the other
     set, and leaves other images as they are."""
@@ -49,7 +55,7 @@ class EvaluateOptions:
     num_threads: Annotated[int, Within(0, 2**10)] = 0
     """CPU threads; 0 keeps the default of torch."""
     device: str = "cpu"
-    """Where a run is sampled and its loss is measured: auto, cpu, cuda or cuda:N."""
+    """Where a run is sampled, its loss is measured and features are extracted: auto, cpu, cuda or cuda:N."""
     dtype: DtypeName = "auto"
     """Precision of a run's model: float32, bfloat16 or float16 (on a GPU). auto is that of its training on a GPU, and
     float32 on the CPU. The diffusion process and the distances compute in float32 and more."""

@@ -210,7 +210,7 @@ def _widths(run: Run) -> ExpertWidths:
 def describe_environment() -> dict[str, str]:
     """Versions of the packages that decide the numbers, the kernels in use, and the machine."""
     found = {"tdc_fast": tdc_fast.__version__, "python": platform.python_version(), "torch": torch.__version__}
-    for package in ("numpy", "scikit-learn", "torchmetrics", "matplotlib"):
+    for package in ("numpy", "scikit-learn", "matplotlib"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
