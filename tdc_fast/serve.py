@@ -20,7 +20,7 @@ from tdc_fast.runs.denoisers import Which, placed
 from tdc_fast.runs.limits import PathText, Within, comma_numbers
 from tdc_fast.runs.precision import DtypeName
 from tdc_fast.serving import Engine, Policy
-from tdc_fast.serving.live import PolicyName
+from tdc_fast.serving.policy import PolicyName
 
 __all__ = ["ServeOptions", "main"]
 
@@ -42,10 +42,11 @@ class ServeOptions:
     max_batch: Annotated[int, Within(1, 2**16)] = 32
     """Images in one step of the model; a guided image counts twice."""
     sizes: str = ""
-    """Comma list of batch sizes; a batch is padded to the next one. Empty takes every size on the CPU, and powers of
-    two on a GPU, where each size is a CUDA graph."""
-    policy: PolicyName = "fifo"
-    """Who goes first when not all fit into the batch: who came first, or who has the fewest steps to do."""
+    """Comma list of batch sizes; a batch is padded to the next one. Empty takes every size on the CPU, and 1, 2,
+    3, 4, 6, 8, 12, 16, 24 and so on on a GPU, where each size is a CUDA graph."""
+    policy: PolicyName = "slack"
+    """Who goes first when not all fit into the batch: who came first (fifo), who came first where a request counts as
+    having come one step earlier for each of its steps (slack), or who has the fewest steps to do (shortest)."""
     patience: Annotated[float, Within(0.001, 10**9)] = 4.0
     """With --policy shortest: steps of waiting that weigh as much as one step to do; nobody starves."""
     max_queue: Annotated[int, Within(1, 10**6)] = 256

@@ -16,7 +16,7 @@ import torch
 from bench.files import ROOT, slug, write_results
 from bench.serving.contestants import MODELS, Problem
 from bench.serving.loads import closed_loop, open_loop
-from bench.serving.report import as_markdown, draw_picture
+from bench.serving.report import as_markdown, capacity_of, publish
 from tdc_fast.serving import Engine, Request
 
 OPEN = ("engine", "request level", "dense")
@@ -28,62 +28,73 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.serving", description=__doc__)
     parser.add_argument("--model", choices=sorted(MODELS), default="digits", help="the network")
     parser.add_argument("--experts", type=int, default=8, help="N, the number of experts")
-    parser.add_argument("--max_batch", type=int, default=16, help="images in a batch")
+    parser.add_argument("--max_batch", type=int, default=32, help="images in a batch; 32 is what an engine has")
     parser.add_argument("--loads", default="0.5,0.8,0.95", help="offered load as shares of the capacity")
-    parser.add_argument("--seconds", type=float, default=24.0, help="time of each open loop; closed loops take half")
+    parser.add_argument("--seconds", type=float, default=12.0, help="time of each open loop; closed loops take half")
+    parser.add_argument("--repeats", type=int, default=3, help="how often everything is measured, taking turns")
     parser.add_argument("--overhead_steps", type=int, default=200, help="steps in which the engine's share is measured")
     parser.add_argument("--device", default="cpu", help="cpu, or cuda with --model cifar10")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 keeps the default of torch")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder for the two files")
     parser.add_argument("--name", default="", help="file name without ending")
-    parser.add_argument("--picture", type=Path, help="also draw latency against load into this .svg file")
+    parser.add_argument("--publish", action="store_true", help="also update the picture and the README")
     parser.add_argument("--note", default="", help="a sentence for the table, such as what else ran on the machine")
     options = parser.parse_args(argv)
+    loads = [float(load) for load in options.loads.split(",")]
+    if options.publish and not (0.8 in loads and options.out.resolve().is_relative_to(ROOT)):
+        parser.error("--publish needs 0.8 among --loads, and --out within the repository")
     if options.threads:
         torch.set_num_threads(options.threads)
     device = torch.device(options.device)
     problem = Problem(options.model, options.experts, device, getattr(torch, options.dtype))
-    loads = [float(load) for load in options.loads.split(",")]
     began = time.monotonic()
     results: dict[str, Any] = {
         "date": date.today().isoformat(),
         "command": shlex.join(["python", "-m", "bench.serving", *(sys.argv[1:] if argv is None else argv)]),
-        "machine": _machine(device),
+        "machine": machine_of(device),
         "note": options.note,
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "settings": {
             "model": options.model, "experts": options.experts, "max_batch": options.max_batch,
-            "seconds": options.seconds, "dtype": options.dtype,
+            "seconds": options.seconds, "repeats": options.repeats, "dtype": options.dtype,
         },
     }  # fmt: skip
     results["overhead"] = overhead(problem, steps=options.overhead_steps)
-    results.update(measure(problem, options.max_batch, loads, options.seconds))
+    results.update(measure(problem, options.max_batch, loads, options.seconds, options.repeats))
     results["minutes"] = round((time.monotonic() - began) / 60, 1)
     table = as_markdown(results)
     name = options.name or slug(f"serving-{options.model}-{results['machine']['name']}")
     write_results(results, table, options.out, name)
-    if options.picture:
-        draw_picture(results, options.picture)
+    if options.publish:
+        publish(results, options.out / f"{name}.md")
     print(table)
     print(f"written: {options.out / name}.json and .md")
     return 0
 
 
-def measure(problem: Problem, max_batch: int, loads: list[float], seconds: float) -> dict[str, Any]:
-    """The closed loops of all contestants, and the open loops at shares of what both ways of batching can serve."""
+def measure(problem: Problem, max_batch: int, loads: list[float], seconds: float, repeats: int) -> dict[str, Any]:
+    """The closed loops of all contestants, and the open loops at shares of what both ways of batching can serve.
+
+    Contestants take turns, in the opposite order in every other repeat, and get the same requests at the same times in
+    each: what the machine does meanwhile falls on all of them.
+    """
     makers = problem.contestants(max_batch)
-    closed, opened = {}, []
-    for name, make in makers.items():
-        closed[name] = _run(make, lambda server: closed_loop(server, 2 * max_batch, seconds / 2)).to_json()
-        print(f"{name}: {closed[name]['images_per_second']:.1f} images/s with {2 * max_batch} clients", flush=True)
-    capacity = min(closed[name]["images_per_second"] for name in ("engine", "request level"))
-    for load in loads:
-        for name in OPEN:
-            row = _run(makers[name], lambda server, load=load: open_loop(server, load * capacity, seconds))
-            opened.append({"contestant": name, "load": load, **row.to_json()})
-            print(f"{name} at {load:.0%}: p50 {row.p50 * 1e3:.0f} ms, p99 {row.p99 * 1e3:.0f} ms", flush=True)
-    return {"clients": 2 * max_batch, "closed": closed, "capacity": capacity, "open": opened}
+    results: dict[str, Any] = {"clients": 2 * max_batch, "closed": [], "open": []}
+    for repeat in range(repeats):
+        for name in list(makers)[:: -1 if repeat % 2 else 1]:
+            row = _run(makers[name], lambda server, seed=repeat: closed_loop(server, 2 * max_batch, seconds / 2, seed))
+            results["closed"].append({"contestant": name, "repeat": repeat, **row.to_json()})
+            print(f"{name}: {row.images_per_second:.1f} images/s with {2 * max_batch} clients", flush=True)
+    results["capacity"] = capacity_of(results["closed"])
+    for repeat in range(repeats):
+        for load in loads:
+            rate = load * results["capacity"]
+            for name in OPEN[:: -1 if repeat % 2 else 1]:
+                row = _run(makers[name], lambda server, rate=rate, seed=repeat: open_loop(server, rate, seconds, seed))
+                results["open"].append({"contestant": name, "load": load, "repeat": repeat, **row.to_json()})
+                print(f"{name} at {load:.0%}: p50 {row.p50 * 1e3:.0f} ms, p99 {row.p99 * 1e3:.0f} ms", flush=True)
+    return results
 
 
 def _run(make: Any, load: Any) -> Any:
@@ -110,7 +121,8 @@ def overhead(problem: Problem, *, steps: int, images: int = 8) -> dict[str, floa
     return shares
 
 
-def _machine(device: torch.device) -> dict[str, Any]:
+def machine_of(device: torch.device) -> dict[str, Any]:
+    """Name, threads and instruction set of what computes."""
     if device.type == "cuda":
         return {"name": torch.cuda.get_device_name(device), "threads": torch.get_num_threads()}
     from tdc_fast._native import cpu_isa

@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol
 
@@ -74,7 +74,7 @@ class Problem:
         self.groups = TimestepGroups.uniform(config.diffusion_steps, num_experts)
 
     def contestants(self, max_batch: int) -> dict[str, Callable[[], Contestant]]:
-        """What is compared, by name; each call of a value makes a new one.
+        """What is compared, by name; each call of a value makes a new one. Engines are as they are without options.
 
         engine: step-level batches, one routed forward. request level: the same routed model, whole requests of the
         same steps in a batch until all are done. expert by expert: step-level batches, one forward per expert with
@@ -122,6 +122,17 @@ class LoopOverExperts(nn.Module):
             part = x[index].contiguous(memory_format=torch.channels_last)
             out[index] = self._experts[expert](part, t[index]).to(out.dtype)
         return out
+
+
+def whole_requests(waiting: Sequence[Request], max_batch: int) -> list[int]:
+    """The next batch of whole requests: positions of the oldest, and of as many of the same number of steps as fit."""
+    chosen: list[int] = []
+    images = 0
+    for index, request in enumerate(waiting):
+        if request.steps == waiting[0].steps and images + request.num_images <= max_batch:
+            chosen.append(index)
+            images += request.num_images
+    return chosen
 
 
 class RequestLevel:
@@ -175,13 +186,9 @@ class RequestLevel:
                     self._changed.wait()
                 if not self._waiting:
                     return
-                batch: list[tuple[Request, float, Future[Result]]] = []
-                rows, steps = 0, self._waiting[0][0].steps
-                for entry in self._waiting:
-                    if entry[0].steps == steps and rows + entry[0].num_images <= self._max_batch:
-                        batch.append(entry)
-                        rows += entry[0].num_images
-                self._waiting = [entry for entry in self._waiting if entry not in batch]
+                chosen = set(whole_requests([request for request, _, _ in self._waiting], self._max_batch))
+                batch = [entry for index, entry in enumerate(self._waiting) if index in chosen]
+                self._waiting = [entry for index, entry in enumerate(self._waiting) if index not in chosen]
             self._draw(batch)
 
     def _draw(self, batch: list[tuple[Request, float, Future[Result]]]) -> None:

@@ -51,6 +51,9 @@ def random_request(draw: random.Random) -> Request:
 def open_loop(server: Contestant, rate: float, seconds: float, seed: int = 0) -> Measured:
     """Requests come as a Poisson process; the first fifth of the time warms up and is not counted.
 
+    Latencies are counted from when a request was due: where the load itself is late, because the server has the
+    processor, that is part of them.
+
     Args:
         server: takes the requests; it has been started.
         rate: requests per second.
@@ -60,23 +63,23 @@ def open_loop(server: Contestant, rate: float, seconds: float, seed: int = 0) ->
     draw = random.Random(seed)
     began = time.monotonic()
     counted_from, due = began + seconds / 5, began
-    taken: list[tuple[float, Handle]] = []
+    taken: list[tuple[float, float, Handle]] = []
     while True:
         due += draw.expovariate(rate)
         if due > began + seconds:
             break
         time.sleep(max(0.0, due - time.monotonic()))
         submitted = time.monotonic()
-        taken.append((submitted, server.submit(random_request(draw))))
+        taken.append((due, submitted, server.submit(random_request(draw))))
     end = began + seconds
     latencies, completed, unfinished = [], 0, 0
-    for submitted, handle in taken:
+    for due, submitted, handle in taken:
         try:
-            took = handle.result(max(0.0, began + 3 * seconds - time.monotonic())).took
+            took = submitted - due + handle.result(max(0.0, began + 3 * seconds - time.monotonic())).took
         except (TimeoutError, RequestFailed, CancelledError):
             took = float("inf")
-        completed += counted_from <= submitted + took <= end
-        if submitted >= counted_from:
+        completed += counted_from <= due + took <= end
+        if due >= counted_from:
             latencies.append(took)
             unfinished += took == float("inf")
     measured = end - counted_from

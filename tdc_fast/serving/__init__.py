@@ -12,7 +12,7 @@ from tdc_fast.serving.failures import (
     StepFailed,
 )
 from tdc_fast.serving.generation import Generation
-from tdc_fast.serving.live import Policy
+from tdc_fast.serving.policy import Policy
 from tdc_fast.serving.request import Preview, Request, Result
 from tdc_fast.serving.statistics import Statistics
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -48,9 +49,9 @@ class Batch:
     ) -> None:
         self.lives, self._stepper = tuple(lives), stepper
         counts = [live.request.num_images for live in lives]
-        starts = np.cumsum([0, *counts])
-        self._places = {live: slice(a, b) for live, a, b in zip(lives, starts, starts[1:], strict=False)}
-        images = int(starts[-1])
+        starts = list(itertools.accumulate(counts, initial=0))
+        self._places = {live: slice(a, b) for live, (a, b) in zip(lives, itertools.pairwise(starts), strict=True)}
+        images = starts[-1]
         owner = np.repeat(np.arange(len(lives)), counts)
         guided = np.flatnonzero(np.repeat([live.is_guided for live in lives], counts))
         self.rows = images + len(guided)
@@ -84,21 +85,32 @@ class Batch:
                 assert before is not None
                 live.x = before._x[place].clone()
                 live.last_x0 = before._last_x0[place].clone() if live.plan.remembers else None
+        stay = [live for live in self.lives if live in held]
+        if stay:
+            assert before is not None
+            self._take_over(before, stay)
         for live, place in self._places.items():
             if live.generator is None:
                 begin(live)
                 live.started = time.monotonic()
                 self._x[place].copy_(torch.randn(self._x[place].shape, generator=live.generator))
-            elif live in held:
-                assert before is not None
-                self._x[place] = before._x[held[live]]
-                self._last_x0[place] = before._last_x0[held[live]]
-            else:
+            elif live not in held:
                 assert live.x is not None
                 self._x[place] = live.x
                 if live.last_x0 is not None:
                     self._last_x0[place] = live.last_x0
                 live.x = live.last_x0 = None
+
+    def _take_over(self, before: Batch, stay: Sequence[LiveRequest]) -> None:
+        """Copy the images of those who were in the batch before, all at once."""
+        source, target = (
+            torch.tensor([row for live in stay for row in range(places[live].start, places[live].stop)])
+            for places in (before._places, self._places)
+        )
+        source, target = source.to(self._stepper.device), target.to(self._stepper.device)
+        self._x.index_copy_(0, target, before._x.index_select(0, source))
+        if any(live.plan.remembers for live in stay):
+            self._last_x0.index_copy_(0, target, before._last_x0.index_select(0, source))
 
     def _build_constants(self, source: np.ndarray, images: int, guided: np.ndarray, null_class: int | None) -> None:
         """What stays the same from step to step."""

@@ -33,7 +33,9 @@ from tdc_fast.serving.failures import (
     StepFailed,
 )
 from tdc_fast.serving.generation import Generation
-from tdc_fast.serving.live import LiveRequest, Policy
+from tdc_fast.serving.live import LiveRequest
+from tdc_fast.serving.places import Places
+from tdc_fast.serving.policy import Policy
 from tdc_fast.serving.request import Preview, Request, Result
 from tdc_fast.serving.statistics import Statistics
 from tdc_fast.serving.stepper import Stepper
@@ -60,8 +62,8 @@ class Engine:
         max_queue: requests that may wait for their first step.
         max_memory: bytes that the images of all live requests may take, besides the model's own memory; at least one
             image.
-        sizes: sizes of batches; a batch is padded to the next one. () takes every size as it is, and powers of two
-            where steps are CUDA graphs.
+        sizes: sizes of batches; a batch is padded to the next one. () takes every size as it is, and where
+            steps are CUDA graphs 1, 2, 3, 4, 6, 8, 12, 16, 24, and so on.
         min_fill: where a batch would fill less of its size than this, the last requests wait and the next smaller size
             is filled; 0 for never.
         deterministic: run a single denoiser on the routed kernels, so that its images do not depend on the batch
@@ -93,7 +95,7 @@ class Engine:
         max_queue: int = 256,
         max_memory: int = 2**30,
         sizes: Sequence[int] = (),
-        min_fill: float = 0.75,
+        min_fill: float = 0.9,
         deterministic: bool = True,
         clip_denoised: bool = True,
     ) -> None:
@@ -131,7 +133,7 @@ class Engine:
         self._closing = self._abandon = False
         self._is_dirty = False
         self._number = 0
-        self._places = max_batch
+        self._places = Places(max_batch)
         self._thread: threading.Thread | None = None
         self._ready = threading.Event()
         self._failure: Exception | None = None
@@ -208,7 +210,8 @@ class Engine:
             try:
                 if self._closing:
                     raise EngineClosed("the engine is shutting down and takes no more requests")
-                self._admission.refuse_excess(request, self._live, self._places, self.statistics.seconds_per_row)
+                self._places.grow(time.monotonic())
+                self._admission.refuse_excess(request, self._live, self.places, self.statistics.seconds_per_row)
             except RequestFailed as failure:
                 self._count(failure.reason)
                 raise
@@ -245,8 +248,8 @@ class Engine:
 
     @property
     def places(self) -> int:
-        """Places in a batch now: `max_batch`, or fewer after memory ran out."""
-        return self._places
+        """Places in a batch now: `max_batch`, or fewer for a while after memory ran out."""
+        return self._places.count
 
     def load(self) -> dict[str, int]:
         """Requests that wait for their first step, and those that have begun."""
@@ -296,26 +299,20 @@ class Engine:
         """The batch of the next step; None if nobody is left."""
         with self._changed:
             live, is_dirty, self._is_dirty = list(self._live), self._is_dirty, False
+            self._places.grow(now)
         if now >= min((one.deadline for one in live), default=math.inf) or is_dirty:
             for one in live:
                 if one.given_up:
                     self._end(one, Cancelled("the request was given up"))
                 elif now >= one.deadline:
                     self._end(one, Expired(_expired(one)))
-                elif one.most_rows > self._places:
-                    self._end(one, too_large(one.most_rows, self._places))
+                elif one.most_rows > self.places:
+                    self._end(one, too_large(one.most_rows, self.places))
             with self._changed:
                 live = list(self._live)
         elif batch is not None and batch.left and len(batch.lives) == len(live):
             return batch
-        chosen = self._policy.choose(live, self._places)
-        rows = sum(one.rows for one in chosen)
-        size = self._stepper.size_for(rows)
-        smaller = [s for s in self._stepper.sizes if s < rows]
-        if smaller and rows < self._min_fill * size:
-            fewer = self._policy.choose(live, smaller[-1])
-            if fewer[:1] == chosen[:1]:  # whoever is first takes part in every step, or might never
-                chosen = fewer
+        chosen = self._policy.choose_filled(live, self.places, self._stepper.sizes, self._min_fill)
         if not chosen:
             return None
         if batch is not None and batch.left and set(chosen) == set(batch.lives):
@@ -368,15 +365,15 @@ class Engine:
         self._end(live, result)
 
     def _survive(self, error: Exception, lives: Sequence[LiveRequest]) -> None:
-        """After a step that raised: its requests fail, and where memory ran out, later batches are half as large."""
+        """After a step that raised: its requests fail, and where memory ran out, batches get smaller for a while."""
         what = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else 'no message'}"
         kind = OutOfMemory if is_out_of_memory(error) else StepFailed
         if kind is OutOfMemory:
             rows = sum(live.rows for live in lives)
             with self._changed:
-                self._places = max(1, min(self._places, rows // 2))
+                self._places.shrink(rows, time.monotonic())
                 self._is_dirty = True
-            what = f"a step of {rows} places ran out of memory, and batches are smaller from now on; ask again ({what})"
+            what = f"a step of {rows} places ran out of memory, and batches are smaller for a while; ask again ({what})"
             with suppress(RuntimeError):
                 torch.cuda.empty_cache()
         else:

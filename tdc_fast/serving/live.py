@@ -1,12 +1,11 @@
-"""A request in the engine: where it stands, and which of the waiting ones go next."""
+"""A request in the engine: what its steps are, and where it stands."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 import torch
@@ -16,8 +15,6 @@ from tdc_fast.diffusion.trajectory import Trajectory
 from tdc_fast.serving.failures import RequestFailed
 from tdc_fast.serving.generation import Generation
 from tdc_fast.serving.request import Request
-
-PolicyName = Literal["fifo", "shortest"]
 
 
 @dataclass(frozen=True)
@@ -93,6 +90,8 @@ class LiveRequest:
         of_step = scales[self.plan.experts] if len(scales) > 1 else np.full(self.plan.timesteps.size, scales[0])
         self.guidance = (of_step - 1).astype(np.float32)
         self._guided = of_step != 1
+        self._all_guided = bool(self._guided.all())
+        self._is_mixed = bool(self._guided.any()) and not self._all_guided
         self.generation: Generation
 
     @property
@@ -103,7 +102,7 @@ class LiveRequest:
     @property
     def is_guided(self) -> bool:
         """Whether its next step has guidance."""
-        return bool(self._guided[self.position : self.position + 1].any())
+        return bool(self._guided[self.position]) if self._is_mixed else self._all_guided
 
     @property
     def rows(self) -> int:
@@ -113,6 +112,8 @@ class LiveRequest:
     @property
     def alike(self) -> int:
         """Steps from the next one on that take as many places as it."""
+        if not self._is_mixed:
+            return self.remaining
         coming = self._guided[self.position :]
         others = np.flatnonzero(coming != coming[:1])
         return int(others[0]) if len(others) else len(coming)
@@ -132,37 +133,3 @@ def rows_of(request: Request) -> int:
     """Places in a batch that a request takes at most: two for each guided image."""
     is_guided = np.any(np.asarray(request.guidance_scale) != 1)
     return request.num_images * (2 if is_guided else 1)
-
-
-@dataclass(frozen=True)
-class Policy:
-    """Who goes first when not all fit into the batch. The order is decided anew before every step.
-
-    fifo: who came first. shortest: who has the fewest steps to do, where each `patience` engine steps of age count as
-    one step less. Either way a request's rank depends on its own steps and arrival alone, and whoever is first takes
-    part in every step. So it ends, and only a bounded number of later requests can ever go before it.
-
-    Attributes:
-        name: "fifo" or "shortest".
-        patience: engine steps of waiting that weigh as much as one step to do.
-    """
-
-    name: PolicyName = "fifo"
-    patience: float = 4.0
-
-    def rank(self, live: LiveRequest) -> tuple[float, int]:
-        """Lower goes first."""
-        if self.name == "fifo":
-            return 0.0, live.number
-        return live.remaining + live.arrived / self.patience, live.number
-
-    def choose(self, waiting: Sequence[LiveRequest], places: int) -> list[LiveRequest]:
-        """Who takes part in a step of so many places: in order of rank, whoever still fits."""
-        chosen = []
-        for live in sorted(waiting, key=self.rank):
-            if live.rows <= places:
-                chosen.append(live)
-                places -= live.rows
-            if not places:
-                break
-        return chosen

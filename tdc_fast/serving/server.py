@@ -19,6 +19,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingRes
 from starlette.requests import ClientDisconnect
 
 from tdc_fast.serving.body import GenerateBody, Limits, read_body
+from tdc_fast.serving.connections import PromptConnection
 from tdc_fast.serving.encoding import as_json, as_npz, as_png, event, preview_event
 from tdc_fast.serving.engine import Engine
 from tdc_fast.serving.failures import (
@@ -230,9 +231,10 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: FastAPI, engine: Engine, grace: float) -> None:
         seconds = math.ceil(grace) + 5  # for the answers to requests that were not finished in time
-        super().__init__(
-            uvicorn.Config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=seconds, ws="none")
+        config = uvicorn.Config(
+            app, http=PromptConnection, log_level="error", lifespan="off", timeout_graceful_shutdown=seconds, ws="none"
         )
+        super().__init__(config)
         self._engine, self._grace = engine, grace
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

@@ -24,7 +24,8 @@ class Stepper:
         diffusion: its process.
         image_shape: (C, H, W).
         device: where the model is.
-        sizes: the sizes of batches, increasing; () for all sizes where nothing is captured, else powers of two.
+        sizes: the sizes of batches, increasing; () for all sizes where nothing is captured, else 1, 2, 3, 4, 6, 8, 12,
+            and so on: two between a number and its double, so that little of a batch is padding.
         max_batch: the largest size.
         has_classes: the model takes labels.
         clip_denoised: limit every predicted image to [-1, 1].
@@ -49,7 +50,7 @@ class Stepper:
     ) -> None:
         self.device, self.is_static = device, captures_on(device)
         if not sizes and self.is_static:
-            sizes = [2**power for power in range(max_batch.bit_length()) if 2**power < max_batch]
+            sizes = sorted({size for power in range(max_batch.bit_length()) for size in (2**power, 3 * 2**power // 2)})
         self.sizes = tuple([*(size for size in sizes if size < max_batch), max_batch]) if sizes else ()
         self.forward_seconds = 0.0
         self._event: torch.cuda.Event | None = None

@@ -38,7 +38,7 @@ def test_images_of_an_engine_are_those_of_the_request_alone_from_one_graph_per_s
             alone = loop.draw((request.num_images, *shape), generator=generator, device="cuda")
             torch.testing.assert_close(images, alone.cpu(), rtol=1e-3, atol=1e-3)
     run = engine._stepper._run
-    assert isinstance(run, Graphed) and run.why_not == "" and run.num_graphs == 4  # of 1, 2, 4 and 8 places
+    assert isinstance(run, Graphed) and run.why_not == "" and run.num_graphs == 6  # of 1, 2, 3, 4, 6 and 8 places
     assert engine.statistics.outcomes == {"completed": len(REQUESTS)}
 
 

@@ -27,6 +27,7 @@ from tdc_fast.serving import (
     StepFailed,
 )
 from tdc_fast.serving.live import LiveRequest, Plan
+from tdc_fast.serving.places import Places
 from tests.serving.http import wait_for
 from tests.serving.models import CLASSES, SHAPE, Scripted, experts, process
 
@@ -40,34 +41,47 @@ def live(number: int, steps: int, *, arrived: int = 0, images: int = 1) -> LiveR
     return LiveRequest(Request(num_images=images, steps=steps), plan, number, arrived)
 
 
-def steps_until_done(policy: Policy, *, rounds: int = 2000) -> int | None:
-    """When a request of 50 steps is done, in an engine of one place that gets another short request every step."""
-    long = live(0, 50)
-    waiting = [long]
+def steps_until_done(policy: Policy, *, steps: int, others: int, rounds: int = 1000) -> int | None:
+    """When a request is done, in an engine of one place that gets another one, of `others` steps, in every step."""
+    first = live(0, steps)
+    waiting = [first]
     for step in range(rounds):
-        waiting.append(live(step + 1, 1, arrived=step))
+        waiting.append(live(step + 1, others, arrived=step))
         for chosen in policy.choose(waiting, 1):
             chosen.position += 1
             if not chosen.remaining:
                 waiting.remove(chosen)
-        if long not in waiting:
+        if first not in waiting:
             return step
     return None
 
 
-def test_no_request_starves_under_an_endless_stream_of_shorter_ones():
-    assert steps_until_done(Policy("fifo")) == 49
+def test_no_request_starves_under_an_endless_stream_of_shorter_or_longer_ones():
+    assert steps_until_done(Policy("fifo"), steps=50, others=1) == 49
     patience = 4.0
-    done = steps_until_done(Policy("shortest", patience))
+    done = steps_until_done(Policy("shortest", patience), steps=50, others=1)
     # What came while its remaining steps weighed more than their age goes before it, and nothing else.
     assert done is not None and 50 < done <= patience * 50 + 50
-    assert steps_until_done(Policy("shortest", float("inf"))) is None
+    assert steps_until_done(Policy("shortest", float("inf")), steps=50, others=1) is None
+    assert steps_until_done(Policy("slack"), steps=50, others=1) == 49
+    # Nine steps of head start: those of ten steps that came in steps 0 to 8 go before it, and no other.
+    assert steps_until_done(Policy("slack"), steps=1, others=10) == 9 * 10
 
 
-def test_shortest_goes_first_and_fifo_does_not_overtake():
+def test_who_goes_first():
     waiting = [live(0, 30), live(1, 5), live(2, 10)]
     assert [one.number for one in Policy("shortest").choose(waiting, 2)] == [1, 2]
     assert [one.number for one in Policy("fifo").choose(waiting, 2)] == [0, 1]
+    assert [one.number for one in Policy("slack").choose(waiting, 2)] == [0, 2]
+    waiting[0].position = 29  # what is done does not cost its turn
+    waiting += [live(3, 40, arrived=9), live(4, 40, arrived=11)]
+    assert [one.number for one in Policy("slack").choose(waiting, 4)] == [3, 0, 4, 2]
+
+
+@pytest.mark.parametrize(("options", "message"), [(("lifo",), "policy: got 'lifo'"), (("slack", 0.0), "patience: got")])
+def test_policies_that_there_are_not_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Policy(*options)
 
 
 def test_places_that_the_next_in_turn_cannot_use_go_to_a_smaller_one_but_not_its_turn():
@@ -176,7 +190,7 @@ def test_a_step_that_runs_out_of_memory_fails_its_requests_and_halves_the_batch(
     later = [engine.submit(Request(seed=seed, steps=3)) for seed in range(4, 7)]
     with engine:
         for one in first:
-            with pytest.raises(OutOfMemory, match="4 places ran out of memory, and batches are smaller from now on"):
+            with pytest.raises(OutOfMemory, match="4 places ran out of memory, and batches are smaller for a while"):
                 one.result(60)
         assert all(one.result(60).samples.isfinite().all() for one in later)
         assert engine.places == 2 and model.calls[0] == 4 and max(model.calls[1:]) == 2
@@ -184,6 +198,42 @@ def test_a_step_that_runs_out_of_memory_fails_its_requests_and_halves_the_batch(
             engine.submit(Request(num_images=3, steps=3))
     assert engine.statistics.failed_steps == 1
     assert engine.statistics.outcomes == {"completed": 3, "out_of_memory": 5}
+
+
+def test_batches_grow_again_a_while_after_memory_ran_out_and_later_each_time():
+    places = Places(12)
+    places.shrink(rows=12, now=0.0)
+    seen = []
+    for now in (0.0, 59.0, 60.0, 1000.0):
+        places.grow(now)
+        seen.append(places.count)
+    assert seen == [6, 6, 12, 12]
+    places.shrink(rows=8, now=1000.0)
+    places.shrink(rows=3, now=1001.0)  # waits: 120 s, then 240 s
+    seen = []
+    for now in (1240.0, 1241.0, 1480.0, 1481.0, 1721.0, 1961.0):
+        places.grow(now)
+        seen.append(places.count)
+    assert seen == [1, 2, 2, 4, 8, 12]
+    for hour in range(20):
+        places.shrink(rows=2, now=hour * 10_000.0)
+    places.grow(19 * 10_000.0 + 3600)
+    assert places.count == 2, "an hour is the longest wait"
+
+
+def test_an_engine_takes_large_requests_again_when_batches_have_grown():
+    def before(call: int, rows: int) -> None:
+        if call == 1:
+            raise MemoryError
+
+    with engine_of(Scripted(before)) as engine:
+        with pytest.raises(OutOfMemory):
+            engine.submit(Request(num_images=4, steps=2)).result(60)
+        with pytest.raises(OutOfMemory):
+            engine.submit(Request(num_images=4, steps=2))
+        engine._places._grows_at = time.monotonic()
+        assert engine.submit(Request(num_images=4, steps=2)).result(60).samples.shape[0] == 4
+        assert engine.places == 4
 
 
 def test_a_request_that_waited_and_is_too_large_since_memory_ran_out_fails():

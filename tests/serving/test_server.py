@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import http.client
 import io
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -18,6 +20,8 @@ from tests.serving.models import CLASSES, SHAPE, Scripted, experts, process
 
 for module in ("fastapi", "uvicorn", "prometheus_client"):
     pytest.importorskip(module, reason=f"no {module}: pip install tdc_fast[serve]")
+
+from tdc_fast.serving.connections import PromptConnection  # noqa: E402  # of the packages above
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +131,29 @@ def test_a_connection_whose_body_was_refused_is_closed(client, sent, status):
         connection.sendall(b"POST /generate HTTP/1.1\r\nHost: test\r\nContent-Length: 100000\r\n\r\n" + sent)
         answer = connection.makefile("rb").read()  # to the end of the connection
     assert status in answer.splitlines()[0] and b"\r\nconnection: close\r\n" in answer.lower()
+
+
+@pytest.mark.parametrize(("is_first", "sent"), [(True, b""), (True, b"GET /health HT"), (False, b"GET /health HT")])
+def test_a_connection_that_does_not_send_its_headers_is_closed(client, monkeypatch, sent, is_first):
+    monkeypatch.setattr(PromptConnection, "header_seconds", 0.2)
+    connection = http.client.HTTPConnection(*client.address, timeout=30)
+    with closing(connection):
+        connection.connect()
+        if not is_first:
+            connection.request("GET", "/health")
+            assert connection.getresponse().read() and connection.sock
+        connection.sock.sendall(sent)
+        assert connection.sock.recv(1) == b""  # the end of the connection
+
+
+def test_an_answer_may_take_longer_than_headers(held, monkeypatch):
+    client, model, engine = held
+    monkeypatch.setattr(PromptConnection, "header_seconds", 0.1)
+    with client.sent(b'{"steps": 2}') as connection:
+        assert model.reached.wait(30)
+        time.sleep(0.2)
+        model.gate.set()
+        assert b" 200 " in connection.makefile("rb").readline()
 
 
 def test_other_paths_and_methods_are_refused(client):

@@ -1,0 +1,81 @@
+"""Who takes part in the next step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from tdc_fast.errors import invalid
+from tdc_fast.serving.live import LiveRequest
+
+PolicyName = Literal["slack", "fifo", "shortest"]
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Who goes first when not all fit into the batch. The order is decided anew before every step.
+
+    slack: who came first, where a request counts as having come one step earlier for each of its steps: the least slack
+    first, if all had the same time. It keeps the longest times down. fifo: who came first. shortest: who has the fewest
+    steps to do, where each `patience` engine steps of age count as one step less; most are done sooner, and long ones
+    later.
+
+    A request's rank depends on its own steps and arrival alone, does not grow, and whoever is first takes part in every
+    step. So only a bounded number of later requests can ever go before it, and it ends.
+
+    Attributes:
+        name: "slack", "fifo" or "shortest".
+        patience: engine steps of waiting that weigh as much as one step to do; of "shortest" alone.
+
+    Raises:
+        ValueError: there is no such policy.
+    """
+
+    name: PolicyName = "slack"
+    patience: float = 4.0
+
+    def __post_init__(self) -> None:
+        if self.name not in ("slack", "fifo", "shortest"):
+            raise invalid("policy", self.name, '"slack", "fifo" or "shortest"')
+        if not self.patience > 0:
+            raise invalid("patience", self.patience, "a number of steps above 0")
+
+    def rank(self, live: LiveRequest) -> tuple[float, int]:
+        """Lower goes first."""
+        if self.name == "slack":
+            return live.arrived - live.plan.timesteps.size, live.number
+        if self.name == "fifo":
+            return 0.0, live.number
+        return live.remaining + live.arrived / self.patience, live.number
+
+    def choose(self, waiting: Sequence[LiveRequest], places: int) -> list[LiveRequest]:
+        """Who takes part in a step of so many places: in order of rank, whoever still fits."""
+        chosen = []
+        for live in sorted(waiting, key=self.rank):
+            if live.rows <= places:
+                chosen.append(live)
+                places -= live.rows
+            if not places:
+                break
+        return chosen
+
+    def choose_filled(
+        self, waiting: Sequence[LiveRequest], places: int, sizes: Sequence[int], min_fill: float
+    ) -> list[LiveRequest]:
+        """As `choose`, where batches have sizes.
+
+        Args:
+            waiting: the live requests.
+            places: the most places of the step.
+            sizes: the sizes of batches, increasing; () for all.
+            min_fill: where a batch would fill less of its size than this, the next smaller size is filled.
+        """
+        chosen = self.choose(waiting, places)
+        rows = sum(live.rows for live in chosen)
+        smaller = [size for size in sizes if size < rows]
+        if smaller and rows < min_fill * sizes[len(smaller)]:
+            fewer = self.choose(waiting, smaller[-1])
+            if fewer[:1] == chosen[:1]:  # whoever is first takes part in every step, or might never
+                return fewer
+        return chosen
