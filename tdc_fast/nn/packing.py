@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tdc_fast.errors import invalid
+from tdc_fast.nn.architectures import check_same_architecture, joined
 from tdc_fast.nn.blocks import narrow
 from tdc_fast.nn.casts import Copies, autocast_key
 from tdc_fast.nn.leaf import LiveAxis, RoutedLeaf
@@ -189,7 +190,7 @@ class RoutedModel(nn.Module):
         """The state dict of `expert(index)`: the dense model's keys, copies at their own live sizes."""
         self._check_expert(index)
         state = {
-            _path(name, key): value
+            joined(name, key): value
             for name, leaf in self._leaves_of(index).items()
             for key, value in leaf.expert_state(index).items()
         }
@@ -211,7 +212,7 @@ class RoutedModel(nn.Module):
             if value.shape != state[name].shape:
                 raise invalid(f"state[{name!r}]", tuple(state[name].shape), f"shape {tuple(value.shape)}")
         for name, leaf in self._leaves_of(index).items():
-            leaf.load_expert(index, {key: state[_path(name, key)] for key in leaf.own_parameters()})
+            leaf.load_expert(index, {key: state[joined(name, key)] for key in leaf.own_parameters()})
 
     def _leaves_of(self, expert: int) -> dict[str, RoutedLeaf]:
         """The routed leaves that this expert has: all but those inside a unit of width 0."""
@@ -319,7 +320,7 @@ def pack_experts(
     names = checked_names(per_sample, base)
     dense_leaves = find_leaves(base)
     if not shared:
-        _check_same(experts)
+        check_same_architecture(experts)
     rows_of = shared_rows(base, shared_layers, count, dense_leaves)
     if widths is not None and rows_of:
         widths = in_common_orders(widths, units, rows_of)
@@ -359,25 +360,6 @@ def pack_experts(
     if widths is not None and not isinstance(base, Prunable):
         routed.skeleton = (without_weights(base),)
     return routed
-
-
-def _check_same(experts: Sequence[nn.Module]) -> None:
-    """Raises ValueError naming the first state-dict entry whose name, shape or buffer differs from expert 0's."""
-    first = experts[0].state_dict()
-    parameters = {name for name, _ in experts[0].named_parameters()}
-    for index, expert in enumerate(experts):
-        state = expert.state_dict()
-        for name in sorted(first.keys() ^ state.keys()):
-            raise invalid(f"experts[{index}]", name, "the same layers as experts[0]; only one of them has this key")
-        for name, value in state.items():
-            if value.shape != first[name].shape:
-                raise invalid(f"experts[{index}].{name}", tuple(value.shape), f"{tuple(first[name].shape)}")
-            if name not in parameters and not torch.equal(value, first[name]):
-                raise invalid(f"experts[{index}].{name}", "another buffer", "the buffer of experts[0]")
-
-
-def _path(module: str, key: str) -> str:
-    return f"{module}.{key}" if module else key
 
 
 def _set_routing(model: nn.Module, routing: PlanScope | None) -> None:
