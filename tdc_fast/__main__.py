@@ -11,6 +11,7 @@ COMMANDS = {
     "serve": "serve images from a run or a file of weights over HTTP",
     "nll": "measure the variational bound in bits per dimension",
     "evaluate": "compare two sets of images, or a run with images",
+    "encode": "encode images into latents for train --latents",
     "convert": "turn weights of diffusers or guided-diffusion into ours, and ours into diffusers'",
     "demo": "train, compare and write a report on scikit-learn's digits",
 }

@@ -22,6 +22,7 @@ STOPPED = {
     "serve": "stopped before anything was served",
     "nll": "stopped; nothing was written",
     "evaluate": "stopped; nothing was written",
+    "encode": "stopped; the same command continues with the first file that is not whole",
     "convert": "stopped; nothing was written",
     "demo": "stopped; the same command continues where it was",
 }
@@ -62,5 +63,6 @@ sample = functools.partial(start, "sample")
 serve = functools.partial(start, "serve")
 nll = functools.partial(start, "nll")
 evaluate = functools.partial(start, "evaluate")
+encode = functools.partial(start, "encode")
 convert = functools.partial(start, "convert")
 demo = functools.partial(start, "demo")

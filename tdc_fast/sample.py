@@ -25,7 +25,7 @@ from tdc_fast.command_line import (
 from tdc_fast.diffusion.samplers import SpacingName
 from tdc_fast.entry import STOPPED
 from tdc_fast.errors import invalid
-from tdc_fast.evaluation.samples import LabelChoice, draw_samples, read_guidance, write_samples
+from tdc_fast.evaluation.samples import LabelChoice, draw_samples, load_decoder, read_guidance, write_samples
 from tdc_fast.runs.build import named_device
 from tdc_fast.runs.denoisers import Which, placed
 from tdc_fast.runs.limits import PathText, Within, comma_numbers
@@ -47,6 +47,9 @@ class SampleOptions:
     model_path: PathText = ""
     """Instead of --run: a weight file of tdc_fast or improved-diffusion. The configuration stored beside a file of
     tdc_fast is used, and flags that contradict it are refused; for others, the flags of the model must be given."""
+    vae: PathText = ""
+    """For a model of latents: folder of the autoencoder of diffusers that made them, which decodes the samples. Another
+    one is refused."""
     num_samples: Annotated[int, Within(0, 10**7)] = 0
     """Number of images; 0 takes 100 with --run, and improved-diffusion's 10000 with --model_path."""
     batch_size: Annotated[int, Within(0, 2**20)] = 0
@@ -63,7 +66,7 @@ class SampleOptions:
     down from the last timestep) or linspace (evenly, with both ends). auto is leading for ddim, linspace for ddpm, and
     even in log SNR for dpm++2m."""
     clip_denoised: bool = True
-    """Clip every predicted image to [-1, 1]."""
+    """Clip every predicted image to [-1, 1]; latents are never clipped."""
     classes: str = ""
     """For class-conditional models: comma list of the classes to sample; empty samples all classes."""
     eta: Annotated[float, Within(0, 1000)] = 0.0
@@ -130,6 +133,7 @@ def _sample(arguments: list[str]) -> None:
     use_threads(options["num_threads"])
     directory = output_directory(options, "samples")  # before hours of sampling, as it may fail
     device = named_device(options["device"])
+    decoder = load_decoder(denoiser, options["vae"], device)
     denoiser = placed(denoiser, device, options["dtype"])
     images, labels = draw_samples(
         denoiser,
@@ -146,6 +150,7 @@ def _sample(arguments: list[str]) -> None:
         guidance_scale=read_guidance(options["guidance_scale"]),
         null_class=None if options["null_class"] < 0 else options["null_class"],
         labels=options["labels"],
+        decoder=decoder,
         progress=True,
     )
     archive, picture = write_samples(directory, images, labels)

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tdc_fast.command_line import parse_flags, run_command, value_of, with_bare_value
+from tdc_fast.data.latent_files import LatentIndex
 from tdc_fast.entry import STOPPED
 from tdc_fast.errors import invalid
 from tdc_fast.runs.config import TrainConfig, read_options, refuse_changed_options
@@ -63,7 +64,9 @@ def parse_command_line(argv: Sequence[str]) -> TrainConfig:
     from_file = read_options(file) if file else {}
     directory = _resumed_directory(arguments, str(from_file.get("run_dir", "")))
     resumed = _stored_config(directory, arguments) if directory else None
-    values = {**(resumed.to_dict() if resumed else {}), **from_file}
+    latents = value_of(arguments, "latents") or str(from_file.get("latents", ""))
+    size = {"image_size": LatentIndex.load(Path(latents)).space.size} if latents else {}
+    values = {**size, **(resumed.to_dict() if resumed else {}), **from_file}
     defaults = TrainConfig.from_dict(values).to_dict()  # refuses a bad key or value of the file by name
     parsed = parse_flags(
         {**SECTIONS, "run": _RunFlags},
@@ -96,7 +99,7 @@ def _stored_config(directory: Path, arguments: Sequence[str]) -> TrainConfig | N
     path = directory / "config.json"
     if path.is_file():
         return RunDirectory.open(directory).config
-    if not value_of(arguments, "data_dir"):
+    if not (value_of(arguments, "data_dir") or value_of(arguments, "latents")):
         raise invalid(
             "--resume", str(directory), "a run directory (it has a config.json), or all flags of a run to start there"
         )

@@ -37,6 +37,7 @@ SLOW = (
     "sanitizers",
     "serving/test_page.py",
     "serving/test_serve_command.py",
+    "test_encode.py",
     "test_prune.py",
     "training/test_grouping.py",
     "training/test_resume.py",

@@ -140,6 +140,7 @@ REFUSED = {
     "evaluate": ([], "0 sets of images are named; name two of: folder"),
     "serve": ([], "no model is named; give either --run DIR or --model_path FILE"),
     "nll": ([], "no model is named; give either --run DIR or --model_path FILE"),
+    "encode": ([], "vae: got ''; expected --vae: the folder of an autoencoder"),
     "convert": ([], "no model is named; give either --run DIR or --model_path FILE"),
     "demo": (["--scale", "0"], "scale: got 0.0; expected a number above 0"),
 }

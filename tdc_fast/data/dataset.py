@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from tdc_fast.data.fitting import fit_images
 from tdc_fast.data.image_files import BACKGROUNDS, SUFFIX_WORDS, Background, list_images
 from tdc_fast.data.image_sources import ArraySource, FolderSource, ImageSource, OnCorrupt, PhotoSource
 from tdc_fast.data.pixels import to_unit_range
+from tdc_fast.data.splitting import split_positions
 from tdc_fast.errors import invalid, require
 
 DIGITS = "digits"
@@ -56,6 +58,19 @@ class Dataset(Protocol):
 
         It may be called in threads, ahead of the steps (`--workers`). So that a resumed run has the same batches, it
         must depend on the indices alone: what it draws, it draws from a generator seeded by them.
+        """
+
+
+@runtime_checkable
+class DrawsAnew(Protocol):
+    """A dataset whose samples are random: training draws them anew in each epoch."""
+
+    def draw(self, indices: Any, seed: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
+        """As `Dataset.batch`, drawn from generators that are seeded by the seed and the indices alone.
+
+        Args:
+            indices: positions (B,) or a slice.
+            seed: non-negative integers: the seed of the order, and the epoch.
         """
 
 
@@ -154,16 +169,8 @@ class ImageDataset:
         Raises:
             ValueError: a part would be empty.
         """
-        if not isinstance(fraction, (int, float)) or not 0 < fraction < 1:
-            raise invalid("fraction", fraction, "a share between 0 and 1")
-        blocks = self.source.blocks(self.indices)
-        names = np.unique(blocks)
-        count = max(1, round(fraction * len(names)))
-        if count >= len(names):
-            raise invalid("fraction", fraction, f"a share that leaves some of {len(names)} parts to train on")
-        held_names = np.random.default_rng(seed).permutation(names)[:count]
-        held = np.isin(blocks, held_names)
-        return self._take(np.flatnonzero(~held)), self._take(np.flatnonzero(held))
+        kept, held = split_positions(self.source.blocks(self.indices), fraction, seed)
+        return self._take(kept), self._take(held)
 
     def _read(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Pixels (B, H, W, C) and their positions; a corrupt image is replaced by the next good one of the dataset."""
@@ -185,7 +192,7 @@ def load_dataset(
     name_or_path: str | Path,
     *,
     image_size: int | None = None,
-    class_cond: bool = False,
+    class_cond: bool | None = False,
     on_corrupt: OnCorrupt = "error",
     in_channels: int | None = None,
     background: Background = "white",
@@ -209,7 +216,7 @@ def load_dataset(
     Args:
         name_or_path: one of the above. Names take precedence over paths: write "./digits" for a folder of that name.
         image_size: height and width in pixels; None takes the images as they are.
-        class_cond: load labels too.
+        class_cond: load labels too; None loads them where the data has them.
         on_corrupt: "error" refuses a file that cannot be decoded by name; "skip" leaves it out and counts it.
         in_channels: colour channels that the images must have; None takes what the data has, and RGB for folders.
         background: colour behind the transparent pixels of a folder's images: "white", "grey" or "black".
@@ -245,13 +252,13 @@ def load_dataset(
         folder = FolderSource(files, image_size or 0, on_corrupt, channels=channels, background=background)
         source, labels = _load_folder(folder, files, cache_bytes)
     elif path.is_file() and path.suffix in (".npz", ".npy"):
-        source, labels = _load_array(path, image_size, class_cond)
+        source, labels = _load_array(path, image_size, class_cond is None or class_cond)
     else:
         remedy = "'digits', 'photos', a folder of images, or an .npz or .npy file that exists"
         raise invalid("data_dir", str(name_or_path), remedy)
-    if not class_cond:
+    if not class_cond and class_cond is not None:
         labels = None
-    elif labels is None:
+    elif labels is None and class_cond:
         raise invalid("class_cond", class_cond, f"False, or labels as 'arr_1' or 'labels' in {path}")
     if in_channels not in (None, source.channels):
         raise invalid("in_channels", in_channels, f"{source.channels}, as the images of {name_or_path} have")

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tdc_fast.data.dataset import Dataset
+from tdc_fast.data.dataset import Dataset, DrawsAnew
 from tdc_fast.data.transfer import Arriving, Transfer, to_device
 from tdc_fast.errors import invalid
 
@@ -18,7 +18,7 @@ Position = tuple[int, int]
 
 
 class BatchStream:
-    """Endless shuffled batches, each as `Dataset.batch` returns it.
+    """Endless shuffled batches, each as `Dataset.batch` returns it, or drawn anew in each epoch (`DrawsAnew`).
 
     The order of the images in an epoch depends only on the seed and the number of the epoch. Of several ranks each
     takes every world_size-th image of that order, so that all have the same number of batches. An incomplete last batch
@@ -81,7 +81,7 @@ class BatchStream:
     def __next__(self) -> Batch:
         position = (self.epoch, self.index)
         if not self._workers:
-            batch = self.dataset.batch(self._indices(*position))
+            batch = self._read(position[0], self._indices(*position))
             batch = batch if self._device is None else to_device(batch, self._device)
         else:
             self._load_ahead(position)
@@ -155,8 +155,13 @@ class BatchStream:
         while len(self._ahead) <= self._workers:
             if self._ahead:
                 position = self._after(*self._ahead[-1][0])
-            self._ahead.append((position, self._threads.submit(self._load, self._indices(*position))))
+            self._ahead.append((position, self._threads.submit(self._load, position[0], self._indices(*position))))
 
-    def _load(self, indices: np.ndarray) -> Arriving:
-        batch = self.dataset.batch(indices)
+    def _read(self, epoch: int, indices: np.ndarray) -> Batch:
+        if isinstance(self.dataset, DrawsAnew):
+            return self.dataset.draw(indices, (self.seed, epoch))
+        return self.dataset.batch(indices)
+
+    def _load(self, epoch: int, indices: np.ndarray) -> Arriving:
+        batch = self._read(epoch, indices)
         return Arriving(batch) if self._transfer is None else self._transfer.start(batch)

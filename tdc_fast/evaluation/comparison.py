@@ -184,8 +184,8 @@ def _losses(denoiser: TrainedDenoiser, other: ImageSet, options: EvaluateOptions
         heldout = split_data(config)[1]
         assert heldout is not None
         x0, kwargs = heldout.batch(slice(0, options.loss_images))
-        images = f"the first {len(x0)} held-out images of {config.data_dir}"
-    elif denoiser.num_classes or other.denoiser is not None or other.pixels is None:
+        images = f"the first {len(x0)} held-out images of {config.latents or config.data_dir}"
+    elif denoiser.num_classes or denoiser.latents is not None or other.denoiser is not None or other.pixels is None:
         return {"skipped": "the run has no held-out images (--heldout 0)"}
     else:
         x0, kwargs = other.read(slice(0, options.loss_images)).float() / 127.5 - 1, {}

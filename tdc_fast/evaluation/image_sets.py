@@ -13,7 +13,7 @@ from tdc_fast.data.image_files import SUFFIX_WORDS, list_images
 from tdc_fast.data.pixels import to_uint8
 from tdc_fast.errors import invalid, require
 from tdc_fast.evaluation.options import EvaluateOptions
-from tdc_fast.evaluation.samples import draw_samples, read_guidance
+from tdc_fast.evaluation.samples import draw_samples, load_decoder, read_guidance
 from tdc_fast.evaluation.statistics import SetStatistics
 from tdc_fast.evaluation.statistics_files import holds_images, holds_statistics, read_reference
 from tdc_fast.runs.build import named_device
@@ -156,7 +156,9 @@ def _reference(name: str, size: int | None) -> ImageSet:
 
 def _run_samples(name: str, options: EvaluateOptions) -> ImageSet:
     device = named_device(options.device)
-    denoiser = placed(from_run(name, options.which), device, options.dtype)
+    denoiser = from_run(name, options.which)
+    decoder = load_decoder(denoiser, options.vae, device)
+    denoiser = placed(denoiser, device, options.dtype)
     print(
         f"drawing {options.num_samples} images from {denoiser.name}: {options.sampler}, {options.steps} steps; "
         "--num_samples draws fewer",
@@ -171,6 +173,7 @@ def _run_samples(name: str, options: EvaluateOptions) -> ImageSet:
         batch_size=options.batch_size,
         seed=options.seed,
         device=str(device),
+        decoder=decoder,
         progress=True,
         guidance_scale=read_guidance(options.guidance_scale),
         labels=options.labels,

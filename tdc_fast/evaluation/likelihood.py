@@ -13,8 +13,8 @@ from tdc_fast.data.dataset import load_dataset
 from tdc_fast.diffusion.likelihood import StepTerms, bound
 from tdc_fast.errors import invalid
 from tdc_fast.progress import Progress
-from tdc_fast.runs.build import split_data
-from tdc_fast.runs.denoisers import TrainedDenoiser
+from tdc_fast.runs.build import Data, split_data
+from tdc_fast.runs.denoisers import TrainedDenoiser, refuse_latents
 from tdc_fast.runs.processes import one_process
 
 
@@ -73,9 +73,10 @@ def images_to_measure(denoiser: TrainedDenoiser, data_dir: str, limit: int) -> t
     Raises:
         ValueError: there are no such images, or they have another shape than the denoiser's.
     """
+    refuse_latents(denoiser, "bits per dimension are of pixels; tdc_fast.evaluate measures its held-out loss")
     config = denoiser.config
     if data_dir:
-        data = load_dataset(data_dir, image_size=denoiser.image_size, class_cond=bool(denoiser.num_classes))
+        data: Data = load_dataset(data_dir, image_size=denoiser.image_size, class_cond=bool(denoiser.num_classes))
         source = f"the first of {data_dir}"
     elif config.data_dir:
         trained_on, heldout = split_data(config)

@@ -33,6 +33,8 @@ class EvaluateOptions:
     """Images drawn from a run; fewer take less time, and their distances compare only with those of as many."""
     which: Which = "auto"
     """Which model of a run to sample: its experts, its base, or (auto) the experts if there are any."""
+    vae: PathText = ""
+    """For a run on latents: folder of the autoencoder that made them, which decodes its samples."""
     sampler: SamplerName = "ddim"
     """Sampler for a run."""
     steps: Annotated[int, Within(1, 10**6)] = 25

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tdc_fast.atomic import atomic_file, remove_leftovers
+from tdc_fast.data.autoencoder import LatentDecoder
 from tdc_fast.data.pixels import grid_image, to_uint8
 from tdc_fast.diffusion.guidance import GuidedDenoiser, check_scales
 from tdc_fast.diffusion.samplers import SamplerName, SpacingName, sampling_steps
@@ -48,6 +49,7 @@ def draw_samples(
     guidance_scale: float | Sequence[float] = 1.0,
     null_class: int | None = None,
     labels: LabelChoice = "uniform",
+    decoder: LatentDecoder | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Sample images from a denoiser.
 
@@ -60,7 +62,7 @@ def draw_samples(
         steps: sampling steps; None takes all timesteps.
         batch_size: images at once.
         seed: seed of noise and classes.
-        clip_denoised: clip every predicted image to [-1, 1].
+        clip_denoised: clip every predicted image to [-1, 1]; latents are never clipped.
         classes: classes that a class-conditional model draws from; empty for all that it was trained on.
         device: where the model is.
         progress: show a bar on a terminal, else print lines with the time left.
@@ -71,19 +73,22 @@ def draw_samples(
         null_class: the label to guide away from; None takes the label for no class that the model was trained with
             (--label_dropout).
         labels: draw each class as often as the others, or as often as the training images have it.
+        decoder: of the images, where the denoiser draws latents.
 
     Returns:
         Images (M, C, H, W) uint8 on the CPU, and their classes (M,) int64, None for an unconditional model.
 
     Raises:
         ValueError: the model was not trained on one of the classes, has no such null class, or another number of groups
-            than there are guidance scales; or it is not recorded how often its classes occur.
+            than there are guidance scales; it is not recorded how often its classes occur; or it draws latents and
+            there is no decoder, or the other way round.
         FloatingPointError: the model's outputs are no numbers, as after a divergence.
     """
     for value in classes:
         check_class("classes", value, denoiser.classes)
     weights = _class_weights(denoiser, classes or denoiser.classes, labels)
     model = _guided(denoiser, guidance_scale, null_class)
+    _check_decoder(denoiser, "" if decoder is None else "a decoder")
     generator = torch.Generator().manual_seed(seed)
     images, drawn_labels = [], []
     batches = range(0, num_samples, batch_size)
@@ -94,7 +99,7 @@ def draw_samples(
         steps=steps,
         spacing=spacing,
         eta=eta,
-        clip_denoised=clip_denoised,
+        clip_denoised=clip_denoised and denoiser.latents is None,
     )
     total = len(batches) * len(sampling_steps(denoiser.diffusion, sampler, steps, spacing))
     with Progress(f"drawing {num_samples} images", total, shown=progress) as shown:
@@ -116,8 +121,31 @@ def draw_samples(
                     "the samples hold infinities or NaN, so nothing is written: the weights have diverged; "
                     "sample an earlier checkpoint"
                 )
-            images.append(to_uint8(drawn).cpu())
+            images.append(to_uint8(drawn if decoder is None else decoder(drawn)).cpu())
     return torch.cat(images), torch.cat(drawn_labels) if drawn_labels else None
+
+
+def load_decoder(denoiser: TrainedDenoiser, vae: str, device: torch.device | str = "cpu") -> LatentDecoder | None:
+    """The decoder of a denoiser of latents; None for one of images.
+
+    Args:
+        denoiser: the denoiser.
+        vae: folder of the autoencoder; "" for none.
+        device: where it decodes.
+
+    Raises:
+        ValueError: naming --vae, which is missing, not needed, or not the one that made the latents.
+    """
+    _check_decoder(denoiser, vae)
+    return None if denoiser.latents is None else LatentDecoder.load(vae, denoiser.latents, device)
+
+
+def _check_decoder(denoiser: TrainedDenoiser, vae: str) -> None:
+    if denoiser.latents is not None and not vae:
+        made = f"the folder of the {denoiser.latents.autoencoder} that made them"
+        raise invalid("vae", vae, f"--vae DIR, {made}, as {denoiser.name} draws latents")
+    if denoiser.latents is None and vae:
+        raise invalid("vae", vae, f"none, as {denoiser.name} draws images")
 
 
 def draw_labels(

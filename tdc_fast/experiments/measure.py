@@ -153,7 +153,7 @@ def measure(run_directory: Path, yardsticks: Path, protocol: MeasuringProtocol, 
     losses = heldout_losses(
         denoiser.model,
         denoiser.diffusion,
-        heldout_images.images().to(device),
+        heldout_images.batch(slice(None))[0].to(device),
         TimestepGroups.from_boundaries(protocol.boundaries),
         points_per_group=protocol.points_per_group,
         seed=protocol.loss_seed,

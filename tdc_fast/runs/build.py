@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from tdc_fast.data.dataset import ImageDataset, load_dataset
+from tdc_fast.data.latents import LatentDataset, load_latents
 from tdc_fast.diffusion import Diffusion, create_diffusion
 from tdc_fast.errors import invalid
 from tdc_fast.graphs import captures_on
@@ -17,6 +18,8 @@ from tdc_fast.nn.sharing import shared_rows
 from tdc_fast.runs.config import TrainConfig
 from tdc_fast.runs.precision import named_dtype
 
+Data = ImageDataset | LatentDataset
+"""What a run is trained on."""
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -82,28 +85,19 @@ def check_shared_layers(config: TrainConfig, in_channels: int) -> None:
         shared_rows(outline_unet(config, in_channels), config.shared_layers, max(config.groups, 1))
 
 
-def build_data(config: TrainConfig) -> ImageDataset:
-    """The images to train on: all of them, or all but the held-out share."""
+def build_data(config: TrainConfig) -> Data:
+    """The images or latents to train on: all of them, or all but the held-out share."""
     return split_data(config)[0]
 
 
-def split_data(config: TrainConfig) -> tuple[ImageDataset, ImageDataset | None]:
-    """(training images, held-out images or None) as the configuration splits them.
+def split_data(config: TrainConfig) -> tuple[Data, Data | None]:
+    """(training images or latents, held-out ones or None) as the configuration splits them.
 
     Raises:
         ValueError: the data is missing or does not fit the configuration.
     """
-    if not config.data_dir:
-        raise invalid("data_dir", "", "a folder of images, an .npz or .npy file, or one of digits, photos")
-    dataset = load_dataset(
-        config.data_dir,
-        image_size=config.image_size,
-        class_cond=config.class_cond,
-        on_corrupt=config.on_corrupt,
-        in_channels=config.in_channels or None,
-        background=config.background,
-    )
-    check_label_rows(config, dataset.num_classes, config.data_dir)
+    dataset: Data = _load_latents(config) if config.latents else _load_images(config)
+    check_label_rows(config, dataset.num_classes, config.latents or config.data_dir)
     if not config.heldout:
         return dataset, None
     try:
@@ -127,6 +121,28 @@ def check_label_rows(config: TrainConfig, classes: int, source: str) -> None:
     if config.num_classes and config.num_classes < config.label_rows_for(classes):
         no_class = ", and one row for no class (label_dropout)" if config.label_dropout else ""
         raise invalid("num_classes", config.num_classes, f"at least the {classes} classes of {source}{no_class}")
+
+
+def _load_images(config: TrainConfig) -> ImageDataset:
+    if not config.data_dir:
+        raise invalid("data_dir", "", "a folder of images, an .npz or .npy file, or one of digits, photos")
+    return load_dataset(
+        config.data_dir,
+        image_size=config.image_size,
+        class_cond=config.class_cond,
+        on_corrupt=config.on_corrupt,
+        in_channels=config.in_channels or None,
+        background=config.background,
+    )
+
+
+def _load_latents(config: TrainConfig) -> LatentDataset:
+    latents = load_latents(config.latents, class_cond=config.class_cond)
+    if config.image_size != latents.image_size:
+        raise invalid("image_size", config.image_size, f"{latents.image_size}, the size of {config.latents}")
+    if config.in_channels not in (0, latents.channels):
+        raise invalid("in_channels", config.in_channels, f"{latents.channels}, the channels of {config.latents}")
+    return latents
 
 
 def build_diffusion(config: TrainConfig, timestep_respacing: str = "") -> Diffusion:

@@ -58,6 +58,7 @@ ADDED = frozenset(
         "background",
         "calibration_dtype",
         "label_dropout",
+        "latents",
         "predict_v",
         "shared_layers",
         "stage2_ema_factors",
@@ -276,6 +277,10 @@ def _check_ranges(config: TrainConfig) -> None:
     check_limits(TrainConfig, values)
     if config.override and not (config.resume or config.resume_checkpoint):
         raise invalid("override", config.override, "--resume RUN as well, whose options it changes")
+    if config.latents and config.data_dir:
+        raise invalid("latents", config.latents, "none together with --data_dir: one of them names the data")
+    if config.latents and config.preview:
+        raise invalid("preview", config.preview, "0 with --latents: tdc_fast.sample --vae DIR draws and decodes images")
     for name in ("heldout", "dropout", "label_dropout"):
         if not 0 <= values[name] < 1:
             raise invalid(name, values[name], "a share from 0 to below 1")

@@ -11,6 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from tdc_fast.data.latent_space import LatentSpace
+from tdc_fast.data.latents import LatentFacts
 from tdc_fast.diffusion import Diffusion
 from tdc_fast.errors import invalid
 from tdc_fast.nn.inference import ForInference, for_inference
@@ -53,6 +55,8 @@ class TrainedDenoiser:
         config: the options that it was trained with.
         run: the run that it came from, if any.
         class_counts: how many of its training images have each of `classes`; () where that is not recorded.
+        latents: the latent space that it draws from, whose samples an autoencoder has to decode; None where it draws
+            images.
     """
 
     model: nn.Module
@@ -65,6 +69,7 @@ class TrainedDenoiser:
     config: TrainConfig
     run: Run | None = None
     class_counts: tuple[int, ...] = ()
+    latents: LatentSpace | None = None
 
     @property
     def null_class(self) -> int | None:
@@ -112,6 +117,20 @@ class TrainedDenoiser:
         if isinstance(self.model, RoutedModel):
             return self
         return replace(self, model=as_one_expert(self.model, self.diffusion.original_num_timesteps))
+
+
+def refuse_latents(denoiser: TrainedDenoiser, what: str) -> None:
+    """Refuse a denoiser of latents for what needs one of images.
+
+    Args:
+        denoiser: the denoiser.
+        what: what is refused, and what to do instead, for the error.
+
+    Raises:
+        ValueError: it draws latents.
+    """
+    if denoiser.latents is not None:
+        raise invalid("model", denoiser.name, f"one of images: {what}")
 
 
 def stored_facts(*, run: str = "", model_path: str = "") -> dict[str, Any]:
@@ -182,6 +201,7 @@ def from_run(path: str | Path, which: Which = "auto", timestep_respacing: str = 
         config=config,
         run=run,
         class_counts=tuple(run.directory.class_counts or ()),
+        latents=None if run.directory.latents is None else run.directory.latents.space,
     )
 
 
@@ -226,6 +246,7 @@ def from_checkpoint(path: str | Path, facts: Mapping[str, Any]) -> TrainedDenois
     refuse_what_cannot_fit(config, channels, torch.device("cpu"))
     model = build_unet(config, channels)
     description = load_weights(Path(path), config, model, "model_path") or {}
+    facts_of_latents = LatentFacts.from_dict(description.get("latents"), "model_path", str(path))
     trained = description.get("config", {})
     if trained.get("use_fp16") is True or trained.get("precision") == "bf16":
         config = config.replace(precision="bf16")
@@ -241,6 +262,7 @@ def from_checkpoint(path: str | Path, facts: Mapping[str, Any]) -> TrainedDenois
         name=str(path),
         config=config,
         class_counts=_counts(description, str(path)),
+        latents=None if facts_of_latents is None else facts_of_latents.space,
     )
 
 

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from tdc_fast.atomic import remove_leftovers, write_json
+from tdc_fast.data.latents import LatentFacts
 from tdc_fast.errors import brief, invalid
 from tdc_fast.runs.config import MAY_BE_OVERRIDDEN, TrainConfig
 from tdc_fast.runs.lock import sole_writer
@@ -47,6 +48,7 @@ class RunDirectory:
         in_channels: channels of its images (the configuration may take them from the data).
         classes: the classes that its training images have; None if it is unconditional, or older than this record.
         class_counts: how many training images have each of them; None likewise.
+        latents: the space of its latents, and what was trained on; None for a run on images.
         identity: identity of the configuration that the run began with, which its checkpoints carry.
         overridden: names of the options that were changed since.
     """
@@ -57,6 +59,7 @@ class RunDirectory:
         self.in_channels: int = facts["in_channels"]
         self.classes: list[int] | None = facts.get("classes")
         self.class_counts: list[int] | None = facts.get("class_counts")
+        self.latents: LatentFacts | None = LatentFacts.from_dict(facts.get("latents"), "run", str(path / "run.json"))
         self.identity: str = facts["identity"]
         self.overridden = {name for entry in facts.get("overrides", []) for name in entry["changes"]}
         self._logs = Path(facts["logs"]) if facts.get("logs") else None
@@ -67,7 +70,11 @@ class RunDirectory:
 
     @classmethod
     def create(
-        cls, config: TrainConfig, in_channels: int, class_counts: Mapping[int, int] | None = None
+        cls,
+        config: TrainConfig,
+        in_channels: int,
+        class_counts: Mapping[int, int] | None = None,
+        latents: LatentFacts | None = None,
     ) -> RunDirectory:
         """Make the directory of a new run, named by the configuration or the environment.
 
@@ -76,6 +83,7 @@ class RunDirectory:
             in_channels: channels of its images.
             class_counts: how many training images have each class that occurs in them, by ascending class; None for
                 an unconditional run.
+            latents: what it must know of its latents; None for a run on images.
 
         Raises:
             ValueError: another run is there.
@@ -103,6 +111,7 @@ class RunDirectory:
             "in_channels": in_channels,
             "classes": None if class_counts is None else list(class_counts),
             "class_counts": None if class_counts is None else list(class_counts.values()),
+            "latents": None if latents is None else latents.to_dict(),
             "logs": logs,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
@@ -212,6 +221,7 @@ class RunDirectory:
             "in_channels": self.in_channels,
             "classes": self.classes,
             **counts,
+            "latents": None if self.latents is None else self.latents.to_dict(),
             **more,
             "config": self.config.to_dict(),
         }

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from tdc_fast.data.dataset import Dataset
+from tdc_fast.data.latents import facts_of
 from tdc_fast.errors import invalid
 from tdc_fast.nn.width_plan import WidthPlan
 from tdc_fast.routing import TimestepGroups
@@ -51,7 +52,7 @@ def open_run(config: TrainConfig, dataset: Dataset) -> RunDirectory:
     config = config.replace(**config.overrides).replace(override="")
     config = config.replace(**_decisions(config, dataset))
     groups = build_groups(config, report=True)
-    run = RunDirectory.create(config, dataset.channels, count_classes(dataset))
+    run = RunDirectory.create(config, dataset.channels, count_classes(dataset), facts_of(dataset))
     if groups is not None:
         groups.save(run.path / "groups.json")
     return run
@@ -73,6 +74,9 @@ def _continued(path: Path, config: TrainConfig, dataset: Dataset) -> RunDirector
     run = RunDirectory.open(path, config.replace(**changes).replace(override=""))
     if run.in_channels != dataset.channels:
         raise invalid("data_dir", config.data_dir, f"images of {run.in_channels} channels, as the run had")
+    if run.latents != facts_of(dataset):
+        remedy = "the latents, of the same autoencoder and scale, that the run began with"
+        raise invalid("latents", config.latents or config.data_dir, remedy)
     groups = _check_files(run)
     _check_overrides(run, changes)
     threads = (run.read("run.json") or {}).get("threads")

@@ -23,6 +23,9 @@ class DataOptions:
     data_dir: PathText = ""
     """Folder of images (searched recursively; class = file name up to the first "_"), an .npz or .npy array, or the
     name of a built-in set: digits, photos."""
+    latents: PathText = ""
+    """Instead of --data_dir: folder of latents that tdc_fast.encode wrote. --image_size is the height and width of the
+    latents, which is its default then."""
     on_corrupt: Literal["error", "skip"] = "error"
     """What to do with an unreadable image: stop the run and name it, or leave it out and count it."""
     background: Literal["white", "grey", "black"] = "white"

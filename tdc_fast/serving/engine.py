@@ -20,7 +20,7 @@ from tdc_fast.errors import invalid, is_out_of_memory
 from tdc_fast.evaluation.samples import draw_labels
 from tdc_fast.nn.one_expert import as_one_expert
 from tdc_fast.routing import TimestepGroups
-from tdc_fast.runs.denoisers import TrainedDenoiser
+from tdc_fast.runs.denoisers import TrainedDenoiser, refuse_latents
 from tdc_fast.serving.admission import Admission, too_large
 from tdc_fast.serving.batch import Batch
 from tdc_fast.serving.failures import (
@@ -145,7 +145,11 @@ class Engine:
         Args:
             denoiser: the denoiser.
             **options: as those of `Engine`; without `null_class` it is the label that the denoiser was trained with.
+
+        Raises:
+            ValueError: it draws latents.
         """
+        refuse_latents(denoiser, "nothing is decoded while it serves; tdc_fast.sample --vae DIR draws its images")
         if options.get("null_class") is None:
             options["null_class"] = denoiser.null_class
         return cls(

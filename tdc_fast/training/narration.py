@@ -82,8 +82,7 @@ def describe_plan(run: RunDirectory, dataset: Dataset) -> str:
     held_out = f"; {config.heldout:.0%} of the set is held out" if config.heldout else ""
     lines = [
         f"run directory: {run.path}",
-        f"data:    {len(dataset)} images of {config.data_dir or 'the given dataset'}, "
-        f"{size}x{size}x{run.in_channels}{held_out}",
+        f"data:    {len(dataset)} {_describe_source(run)}, {size}x{size}x{run.in_channels}{held_out}",
         f"model:   {_short(parameters)} parameters, {_short(macs)} MACs per image",
     ]
     lines.append(f"         attention {_describe_attention(config)}")
@@ -103,6 +102,14 @@ def describe_plan(run: RunDirectory, dataset: Dataset) -> str:
         lines.append(f"stage 2: {steps2} steps of {config.stage2_batch or config.batch_size} images over all experts")
     saved = f"a checkpoint every {config.save_interval} steps, a row of progress.csv every {config.log_interval}"
     return "\n".join([*lines, f"files:   {saved}"])
+
+
+def _describe_source(run: RunDirectory) -> str:
+    config = run.config
+    if run.latents is None:
+        return f"images of {config.data_dir or 'the given dataset'}"
+    space = run.latents.space
+    return f"latents ({space.autoencoder}) of {config.latents or 'the given dataset'}"
 
 
 def describe_groups(groups: TimestepGroups) -> str:
@@ -134,6 +141,8 @@ def describe_next(run: RunDirectory) -> str:
     pictures = [run.path / f"{name}.png" for name in ("similarity", "search", "widths", "agents")]
     drawn = [path for path in (*pictures, *sorted((run.path / "samples").glob("*.png"))) if path.is_file()]
     lines = [f"pictures: {', '.join(map(str, drawn))}"] if drawn else []
+    if run.latents is not None:
+        return "\n".join([*lines, "next:", f"    python -m tdc_fast.sample --run {run.path} --vae DIR"])
     lines += [
         "next:",
         f"    python -m tdc_fast.sample --run {run.path}",

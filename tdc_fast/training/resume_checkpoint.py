@@ -18,6 +18,7 @@ from tdc_fast.training.loop import StageLoop
 
 SAME_DRAWS = (
     "data_dir",
+    "latents",
     "image_size",
     "class_cond",
     "batch_size",
