@@ -1,4 +1,4 @@
-"""`python -m bench.paper main|stages|settings|agents|all`: the paper's tables at small scale.
+"""`python -m bench.paper main|stages|settings|levers|agents|all`: the paper's tables at small scale.
 
 It may be stopped at any time; the same command continues. Runs go to --runs, tables to --out. `--study images` makes
 the main table on your own images, in --minutes: see bench/paper/images.py.

@@ -72,8 +72,8 @@ class ImagesOptions:
     """Groups of timesteps of the TDC models, each with an expert."""
     arms: str = ""
     """Comma list of further TDC models, each with one lever of stage 2: shared, shared-pairs, shared-convolutions,
-    shared-level0, lr-high-snr, lr-low-snr, ema-high-snr, ema-low-snr, slope; pruned at 0.8 C, or with whole- before
-    the name whole at C."""
+    shared-level0, lr-high-snr, lr-low-snr, ema-high-snr, ema-low-snr, slope, distillation, distillation-weak;
+    pruned at 0.8 C, or with whole- before the name whole at C."""
     samples: Annotated[int, Within(2, 10**7)] = 5000
     """Images per draw of a model."""
     draws: Annotated[int, Within(1, 10**4)] = 3

@@ -40,6 +40,8 @@ LEVERS = {
         _lever("ema-high-snr", "averages 4 to 1 times as long from high to low SNR", stage2_ema_factors=(4.0, 1.0)),
         _lever("ema-low-snr", "averages 1 to 4 times as long from high to low SNR", stage2_ema_factors=(1.0, 4.0)),
         _lever("slope", "shares of the batch by the slope of the loss", stage2_slope_windows=32),
+        _lever("distillation", "distillation from the base, weight 1", distillation_weight=1.0),
+        _lever("distillation-weak", "distillation from the base, weight 0.1", distillation_weight=0.1),
     )
 }
 """Models that differ from TDC in one thing, by the name that `--arms` has for it."""
@@ -145,6 +147,9 @@ TABLES = {
             "How much do k, the number of groups, the grouping, the order of difficulty and every lever of stage 2 "
             "matter? (all at 0.8 C)",
             (UNIFORM, UNIFORM_80, *_settings()),
+        ),
+        Table(
+            "levers", "How much does every lever of stage 2 matter? (all at 0.8 C)", (UNIFORM, TDC, *LEVERS.values())
         ),
         Table(
             "agents",

@@ -335,6 +335,10 @@ class Diffusion:
             noise = torch.randn_like(x0)
         x_t = self.q_sample(x0, t, noise)
         output = prediction_of(model(x_t, self.original_timesteps(t), **(model_kwargs or {})))
+        return self.losses_of_output(output, x0, x_t, t, noise)
+
+    def losses_of_output(self, output: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, noise: Tensor) -> dict[str, Tensor]:
+        """What `training_losses` returns, from the denoiser's output at x_t = q_sample(x0, t, noise)."""
         if self.loss in ("kl", "rescaled_kl"):
             loss = self.vb_terms(output, x0, x_t, t, clip_denoised=False)
             return {"loss": loss * self.num_timesteps if self.loss == "rescaled_kl" else loss}

@@ -57,6 +57,7 @@ ADDED = frozenset(
     {
         "background",
         "calibration_dtype",
+        "distillation_weight",
         "label_dropout",
         "latents",
         "predict_v",
@@ -316,6 +317,7 @@ def _check_ranges(config: TrainConfig) -> None:
             "base",
             "boundaries",
             "budgets",
+            "distillation_weight",
             "grouping",
             "k",
             "overlap",

@@ -219,6 +219,10 @@ class TdcOptions:
     patterns of layer names such as input_blocks.*; NAME:K has sets of K neighbouring groups instead of all of them, and
     NAME:1 makes an exception from what stands before it. All but norms and embeddings: convolutions,attention. Empty
     shares nothing."""
+    distillation_weight: Annotated[float, Within(0)] = 0.0
+    """Weight in the loss of stage 2 of the squared difference between an expert's prediction and that of the frozen
+    base (the averaged weights that the experts start from) at the same noisy image. The base's forward pass counts as
+    training cost. 0 leaves it out."""
     stage2_anneal: bool = True
     """Let the learning rate of stage 2 fall linearly to 0."""
 

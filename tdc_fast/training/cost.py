@@ -27,11 +27,15 @@ class SampleMacs:
 
     Attributes:
         forward: of the forward pass.
-        training: of forward and backward pass together.
+        training: of forward and backward pass together, with the teacher's forward pass where there is a teacher.
     """
 
     forward: tuple[int, ...]
     training: tuple[int, ...]
+
+    def taught_by(self, base: SampleMacs) -> SampleMacs:
+        """The cost where every sample in training also takes a forward pass of the base."""
+        return SampleMacs(self.forward, tuple(macs + base.forward[0] for macs in self.training))
 
 
 def training_macs(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from contextlib import closing
 
+import torch
 from torch import nn
 
 from tdc_fast.data.dataset import Dataset
 from tdc_fast.diffusion.loss_slope import LossSlopeSampler
 from tdc_fast.diffusion.timestep_samplers import TimestepSampler, create_timestep_sampler
+from tdc_fast.nn.inference import for_inference
 from tdc_fast.nn.packing import pack_experts
 from tdc_fast.nn.width_plan import WidthPlan, base_hash
 from tdc_fast.routing import TimestepGroups
@@ -62,6 +64,10 @@ def train_experts(
         of_base = base_macs(run, base)
         model = pack_experts(base.train(), groups, widths, shared_layers=config.shared_layers).to(build_device(config))
         of_experts = cost.training_macs(model, diffusion, image_shape(run), groups, num_classes(config))
+        teacher = None
+        if config.distillation_weight:
+            teacher = _teacher(config, base)
+            of_experts = of_experts.taught_by(of_base)
         spent = spent_macs(run, of_base)
         steps = cost.stage2_steps(config, of_base, of_experts, spent)
         stage = Stage(
@@ -78,6 +84,7 @@ def train_experts(
             # mean loss over its own samples; weights that groups share get the mean of their groups' gradients.
             loss_scale=float(groups.num_groups),
             soft_boundaries=config.overlap > 0,
+            teacher=teacher,
             origin=origin,
         )
         sampler = _sampler(config, groups, steps)
@@ -91,6 +98,12 @@ def train_experts(
     model.eval()
     write_preview(run, "experts", loop.step, model, diffusion)
     return model
+
+
+def _teacher(config: TrainConfig, base: nn.Module) -> nn.Module:
+    """The base with the weights that the experts start from, frozen, in the precision of training."""
+    dtype = torch.bfloat16 if config.mixed_precision else torch.float32
+    return for_inference(base.requires_grad_(False), dtype)
 
 
 def _learning_rate(config: TrainConfig, steps: int) -> LearningRate:

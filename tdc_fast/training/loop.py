@@ -88,7 +88,7 @@ class StageLoop:
                 work,
                 self.device,
                 name=f"the step of stage {stage.name}",
-                modules=[model],
+                modules=[model] if stage.teacher is None else [model, stage.teacher],
                 clone=False,
                 required=config.cuda_graph == "on",
             )

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from tdc_fast.training.optimization import LearningRate
 
 
@@ -25,6 +27,8 @@ class Stage:
         group_weights: weights (N,) of the groups' means in the logged mean loss; None for the plain mean.
         loss_scale: factor on the mean weighted loss.
         soft_boundaries: the sampler decides which expert trains on a timestep, as neighbours share some.
+        teacher: a frozen denoiser whose predictions the model is also trained to give (--distillation_weight); None for
+            none.
         origin: JSON values that identify what the stage started from; stored in checkpoints.
     """
 
@@ -39,4 +43,5 @@ class Stage:
     group_weights: Sequence[float] | None = None
     loss_scale: float = 1.0
     soft_boundaries: bool = False
+    teacher: nn.Module | None = None
     origin: dict[str, Any]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tdc_fast.diffusion import Diffusion
+from tdc_fast.diffusion.distillation import distilled_losses
 from tdc_fast.diffusion.protocols import Denoiser
 from tdc_fast.diffusion.timestep_samplers import Draw, TimestepSampler
 from tdc_fast.nn.inference import denoiser_in
@@ -127,11 +128,20 @@ class TrainingStep:
             for start in range(0, len(x), size):
                 part = slice(start, start + size)
                 labels = {name: value[part] for name, value in condition.items()}
-                losses = self._diffusion.training_losses(self._denoise, x[part], t[part], noise[part], labels)
+                losses = self._losses(x[part], t[part], noise[part], labels)
                 # Divided by the whole batch's size: the parts add up to the gradient of the unsplit batch.
                 ((losses["loss"] * weights[part]).sum() * (self._stage.loss_scale / len(x))).backward()
                 parts.append({name: value.detach() for name, value in losses.items()})
         return parts[0] if len(parts) == 1 else {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
+
+    def _losses(self, x: Tensor, t: Tensor, noise: Tensor, condition: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if self._stage.teacher is None:
+            return self._diffusion.training_losses(self._denoise, x, t, noise, condition)
+        of_teacher = {name: value for name, value in condition.items() if name != "expert_ids"}
+        weight = self._config.distillation_weight
+        return distilled_losses(
+            self._diffusion, self._denoise, self._stage.teacher, weight, x, t, noise, condition, of_teacher
+        )
 
     def _count(self, drawn: Draw, group: Tensor | None, losses: dict[str, Tensor]) -> None:
         if group is None:

@@ -32,7 +32,7 @@ SETTINGS: dict[str, Any] = {
 }
 LEVERS: dict[str, Any] = {
     "shared_layers": "convolutions,attention,level1:2", "stage2_lr_factors": "1,0.5,0.25",
-    "stage2_ema_factors": "1,2,0.5", "stage2_slope_windows": 10,
+    "stage2_ema_factors": "1,2,0.5", "stage2_slope_windows": 10, "distillation_weight": 0.5,
 }  # fmt: skip
 """What a stage of three experts may do besides its defaults."""
 TWO_STAGES: dict[str, Any] = {"groups": 3, "stage1_steps": 10, "stage2_steps": 10, "k": 0.7, "calibration_batches": 1}
