@@ -90,6 +90,7 @@ class LiveRequest:
         of_step = scales[self.plan.experts] if len(scales) > 1 else np.full(self.plan.timesteps.size, scales[0])
         self.guidance = (of_step - 1).astype(np.float32)
         self._guided = of_step != 1
+        self._last = len(of_step) - 1
         self._all_guided = bool(self._guided.all())
         self._is_mixed = bool(self._guided.any()) and not self._all_guided
         self.generation: Generation
@@ -101,8 +102,8 @@ class LiveRequest:
 
     @property
     def is_guided(self) -> bool:
-        """Whether its next step has guidance."""
-        return bool(self._guided[self.position]) if self._is_mixed else self._all_guided
+        """Whether its next step has guidance; after the last one, whether that had."""
+        return bool(self._guided[min(self.position, self._last)]) if self._is_mixed else self._all_guided
 
     @property
     def rows(self) -> int:

@@ -56,6 +56,18 @@ def steps_until_done(policy: Policy, *, steps: int, others: int, rounds: int = 1
     return None
 
 
+def test_a_request_takes_two_places_per_image_where_its_scale_is_not_one():
+    experts_of_steps = np.array([2, 2, 1, 1, 1, 0])
+    plan = Plan(np.zeros(6, np.int64), np.zeros((8, 6)), experts_of_steps, False, False)
+    mixed = LiveRequest(Request(num_images=3, steps=6, guidance_scale=(1.0, 1.5, 1.0)), plan, 0, 0)
+    seen = []
+    for position in range(7):  # after its last step it is asked too, where that step failed
+        mixed.position = position
+        seen.append((mixed.rows, mixed.alike, mixed.work))
+    assert seen == [(3, 2, 27), (3, 1, 24), (6, 3, 21), (6, 2, 15), (6, 1, 9), (3, 1, 3), (3, 0, 0)]
+    assert mixed.guidance.tolist() == [0, 0, 0.5, 0.5, 0.5, 0]
+
+
 def test_no_request_starves_under_an_endless_stream_of_shorter_or_longer_ones():
     assert steps_until_done(Policy("fifo"), steps=50, others=1) == 49
     patience = 4.0
