@@ -62,9 +62,9 @@ class SampleOptions:
     steps: Annotated[int, Within(0, 10**6)] = 0
     """Sampling steps; 0 takes all timesteps, or those of --timestep_respacing."""
     spacing: SpacingName = "auto"
-    """How --steps are spread over the timesteps: leading (multiples of T / steps from 0), trailing (the same, counted
-    down from the last timestep) or linspace (evenly, with both ends). auto is leading for ddim, linspace for ddpm, and
-    even in log SNR for dpm++2m."""
+    """How --steps are spread over the timesteps: leading (multiples of T // steps from 0), trailing (T / steps counted
+    down from the last timestep) or linspace (evenly, with both ends), as in diffusers. auto is multiples of T / steps
+    from 0 for ddim, linspace for ddpm, and even in log SNR for dpm++2m."""
     clip_denoised: bool = True
     """Clip every predicted image to [-1, 1]; latents are never clipped."""
     classes: str = ""

@@ -179,9 +179,9 @@ def sampling_steps(
             T / steps, starting at 0, as the spacing "ddim25" but for any count. "dpm++2m" spreads them evenly in half
             log SNR, which is the time of that solver, from step 0 to the last step above -5.1.
         steps: how many; None for all of them ("dpm++2m": all above -5.1).
-        spacing: "auto" is what the sampler does, as above. "leading" takes multiples of T / steps, starting at 0;
-            "trailing" counts them down from T - 1, so that sampling begins at pure noise; "linspace" spreads the steps
-            evenly with both ends. They are the names of diffusers.
+        spacing: "auto" is what the sampler does, as above. The others are those of diffusers' DDIM and DDPM schedulers,
+            step by step: "leading" takes multiples of T // steps, starting at 0; "trailing" counts T / steps down from
+            T - 1, rounded, so that sampling begins at pure noise; "linspace" spreads the steps evenly with both ends.
 
     Raises:
         ValueError: for an unknown sampler or spacing, or more steps than the process has.
@@ -197,12 +197,12 @@ def sampling_steps(
         return _even_in_log_snr(diffusion, steps)
     if steps is None:
         return tuple(range(total))
-    if spacing == "auto":
-        spacing = "leading" if sampler == "ddim" else "linspace"
-    if spacing == "leading":
+    if spacing == "auto" and sampler == "ddim":
         return tuple(index * total // steps for index in range(steps))
+    if spacing == "leading":
+        return tuple(index * (total // steps) for index in range(steps))
     if spacing == "trailing":
-        return tuple(total - 1 - index * total // steps for index in reversed(range(steps)))
+        return tuple(round(total - index * total / steps) - 1 for index in reversed(range(steps)))
     return tuple(round(index * (total - 1) / max(1, steps - 1)) for index in range(steps))
 
 
