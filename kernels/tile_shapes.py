@@ -190,6 +190,11 @@ def candidates(op: str, problem: ConvProblem, device: Device, path: str | None =
     return [tile for tile in _rated(op, problem, device) if path in (None, tile.path)]
 
 
+def tile_rate(op: str, problem: ConvProblem, device: Device, tile: ConvTile) -> float:
+    """How busy one of `candidates` keeps the tensor cores, relative to the best tile in bf16."""
+    return _rated(op, problem, device)[tile]
+
+
 def programs(op: str, problem: ConvProblem, tile: ConvTile) -> int:
     """Programs that have work to do, if groups are of equal size."""
     grid = pixel_grid(op, problem)

@@ -12,6 +12,7 @@ COMMANDS = {
     "nll": "measure the variational bound in bits per dimension",
     "evaluate": "compare two sets of images, or a run with images",
     "encode": "encode images into latents for train --latents",
+    "latency": "measure how long a model's layers take at each width, for budgets in time",
     "convert": "turn weights of diffusers or guided-diffusion into ours, and ours into diffusers'",
     "demo": "train, compare and write a report on scikit-learn's digits",
 }

@@ -23,6 +23,7 @@ STOPPED = {
     "nll": "stopped; nothing was written",
     "evaluate": "stopped; nothing was written",
     "encode": "stopped; the same command continues with the first file that is not whole",
+    "latency": "stopped; nothing was written",
     "convert": "stopped; nothing was written",
     "demo": "stopped; the same command continues where it was",
 }
@@ -64,5 +65,6 @@ serve = functools.partial(start, "serve")
 nll = functools.partial(start, "nll")
 evaluate = functools.partial(start, "evaluate")
 encode = functools.partial(start, "encode")
+latency = functools.partial(start, "latency")
 convert = functools.partial(start, "convert")
 demo = functools.partial(start, "demo")

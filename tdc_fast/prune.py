@@ -54,12 +54,15 @@ _FREE = (*(field.name for field in dataclasses.fields(SearchOptions)), "device",
 
 def _summary(path: Path, found: Pruning) -> str:
     rows = []
-    for group, (macs, budget) in enumerate(zip(found.plan.macs, found.plan.budgets, strict=True)):
+    plan, base_time = found.plan, found.base_latency
+    costs, budgets = (plan.macs, plan.budgets) if plan.budgets else (plan.latency, plan.latency_budgets)
+    for group, macs in enumerate(plan.macs):
+        share = f"{macs / found.base_macs:.4f} of the base's MACs"
+        if base_time:
+            share += f", {plan.latency[group] / base_time:.4f} of its estimated time"
         scored = [trial.score for trial in found.trials[group] if trial.score is not None]
         best = f", best score {min(scored):.6g} of {len(scored)} candidates" if scored else ""
-        rows.append(
-            f"group {group}: {macs / found.base_macs:.4f} of the base's MACs, {macs / budget:.2%} of budget{best}"
-        )
+        rows.append(f"group {group}: {share}, {costs[group] / budgets[group]:.2%} of budget{best}")
     return "\n".join([*rows, f"written: {path / 'widths.json'}", f"next: python -m tdc_fast.train --resume {path}"])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -16,10 +17,16 @@ import tdc_fast.training.pruning as pruning_phase
 from tdc_fast.models.iddpm import create_unet
 from tdc_fast.nn.width_plan import WidthPlan
 from tdc_fast.prune import main, prune_run
+from tdc_fast.pruning.latency import LatencyTable, unit_latencies
+from tdc_fast.pruning.latency.costs import all_layers
 from tdc_fast.pruning.memory import read_trials, searches_of
+from tdc_fast.runs.build import outline_unet
+from tdc_fast.runs.directory import RunDirectory
 from tdc_fast.train import TrainConfig, train
 from tdc_fast.train import main as train_command
 from tdc_fast.training import load_run
+from tdc_fast.training.latency import stage2_setting
+from tdc_fast.training.narration import describe_widths
 from tests.training.small_run import SETTINGS, TWO_STAGES, flags, small_config, write_images
 
 SEARCH = ["--rounds", "2", "--candidates", "3", "--progress", "never"]
@@ -66,6 +73,30 @@ def test_a_finished_stage_1_is_searched_by_itself_and_stage_2_takes_the_widths(
     refused = capsys.readouterr().err
     assert "experts with checkpoints" in refused and f"--base {run} --run_dir NEW" in refused
     assert WidthPlan.load(run / "widths.json") == plan
+
+
+@pytest.mark.usefixtures("without_pictures")
+def test_a_run_is_searched_in_time_with_a_table_of_its_own_setting(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    config = load_run(run).config
+    base, x = outline_unet(config, 1), torch.zeros(1, 1, 8, 8)
+    rows = {layer: 10 + layer.live_in * layer.live_out for layer in all_layers(base, x, {})}
+    table = LatencyTable(stage2_setting(config, 3), rows)
+    for name, setting in {"own": table.setting, "other": dataclasses.replace(table.setting, batch=7)}.items():
+        dataclasses.replace(table, setting=setting).save(tmp_path / f"{name}.json")
+    in_time = ["--run", str(run), "--progress", "never", "--budget_in", "latency", "--latency_table"]
+    assert main([*in_time, str(tmp_path / "other.json")]) == 2
+    assert "other.json: batch: got 7; expected 6, as in this run" in capsys.readouterr().err
+    assert main([*in_time, str(tmp_path / "own.json")]) == 0
+    costs = unit_latencies(base, x, {}, table)
+    plan = WidthPlan.load(run / "widths.json")
+    assert plan.budgets == () and plan.latency_budgets[0] == costs.full() > plan.latency_budgets[2]
+    for group in range(3):
+        assert plan.latency[group] == costs.total(plan.expert_widths(group)) <= plan.latency_budgets[group]
+    assert f"{plan.latency[2] / costs.full():.4f} of its estimated time" in capsys.readouterr().out
+    assert json.loads((run / "macs.json").read_text())["phases"]["pruning"]["budget_in"] == "latency"
+    assert "ms a batch, estimated (budgets " in describe_widths(RunDirectory.open(run), plan)
 
 
 @pytest.mark.usefixtures("without_pictures")

@@ -18,6 +18,7 @@ from tdc_fast.evaluation.frechet import DistanceSpread
 from tdc_fast.experiments.contestants import Contestant
 from tdc_fast.experiments.jobs import read_progress
 from tdc_fast.experiments.measure import Measured, MeasuringProtocol, Yardsticks
+from tdc_fast.pruning.latency.setting import processor_name
 from tdc_fast.report.numbers import Comparison, Curve, ExpertWidths, ModelResult
 from tdc_fast.runs.loading import Run, load_run
 
@@ -203,6 +204,8 @@ def _widths(run: Run) -> ExpertWidths:
         ),
         budgets=tuple(budget / whole for budget in plan.budgets),
         macs=tuple(macs / whole for macs in plan.macs),
+        latency_ms=tuple(ns / 1e6 for ns in plan.latency),
+        latency_budgets_ms=tuple(ns / 1e6 for ns in plan.latency_budgets),
         boundaries=plan.boundaries,
     )
 
@@ -216,7 +219,7 @@ def describe_environment() -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = "not installed"
     found["operators"] = _operators()
-    found["machine"] = f"{platform.system()} {platform.machine()}, {_processor()}, {os.cpu_count()} logical cores"
+    found["machine"] = f"{platform.system()} {platform.machine()}, {processor_name()}, {os.cpu_count()} logical cores"
     return found
 
 
@@ -226,12 +229,3 @@ def _operators() -> str:
     except ImportError:
         return "plain torch (no native core)"
     return f"native, {native.cpu_isa()}"
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or "unknown processor"
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or "unknown processor"

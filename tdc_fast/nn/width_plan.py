@@ -24,6 +24,7 @@ from tdc_fast.text_files import read_json
 
 _VERSION = 1
 _FIELDS = {"version", "base_hash", "boundaries", "experts", "macs", "budgets"}
+_OPTIONAL = ("latency", "latency_budgets")  # not in the file where there is none
 
 
 def base_hash(module: nn.Module) -> str:
@@ -61,7 +62,10 @@ class WidthPlan:
         boundaries: the timestep groups' boundaries, N + 1 integers from 0 to T.
         experts: for each group, all units of the model by name.
         macs: measured forward MACs per sample of each expert; () when not measured.
-        budgets: the MACs that each expert was allowed; () without a budget.
+        budgets: the MACs that each expert was allowed; () without a budget in MACs.
+        latency: estimated time of each expert, the nanoseconds of one forward of a whole batch of its samples; () when
+            not estimated.
+        latency_budgets: the time that each expert was allowed, likewise; () without a budget in time.
         version: version of the file's format.
     """
 
@@ -70,6 +74,8 @@ class WidthPlan:
     experts: tuple[Mapping[str, ExpertUnit], ...]
     macs: tuple[float, ...] = ()
     budgets: tuple[float, ...] = ()
+    latency: tuple[float, ...] = ()
+    latency_budgets: tuple[float, ...] = ()
     version: int = _VERSION
 
     def __post_init__(self) -> None:
@@ -83,7 +89,7 @@ class WidthPlan:
         if not isinstance(self.experts, (list, tuple)) or len(self.experts) != count:
             raise invalid("experts", self.experts, f"a list with one expert for each of the {count} groups")
         checked["experts"] = tuple(_units(f"experts[{index}]", expert) for index, expert in enumerate(self.experts))
-        for name in ("macs", "budgets"):
+        for name in ("macs", "budgets", *_OPTIONAL):
             checked[name] = _numbers(name, getattr(self, name))
             if checked[name] and len(checked[name]) != count:
                 raise invalid(name, checked[name], f"one number for each of the {count} experts, or none")
@@ -91,12 +97,15 @@ class WidthPlan:
             object.__setattr__(self, name, value)
 
     def __str__(self) -> str:
-        """A table: every group's timesteps, the share of the channels that its expert keeps, its MACs and budget."""
-        rows = [("group", "timesteps", "channels", "MACs", "budget")]
+        """A table: every group's timesteps, its expert's live channels, MACs and budget, and time where estimated."""
+        columns = {"MACs": self.macs, "budget": self.budgets}
+        if self.latency:
+            columns = {"MACs": self.macs, "ns": self.latency, "budget": self.budgets or self.latency_budgets}
+        rows = [("group", "timesteps", "channels", *columns)]
         for index, (start, stop) in enumerate(itertools.pairwise(self.boundaries)):
             live = sum(self.expert_widths(index).values())
-            macs, budget = (f"{values[index]:.4g}" if values else "-" for values in (self.macs, self.budgets))
-            rows.append((str(index), f"{start} to {stop - 1}", str(live), macs, budget))
+            costs = (f"{values[index]:.4g}" if values else "-" for values in columns.values())
+            rows.append((str(index), f"{start} to {stop - 1}", str(live), *costs))
         lengths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = ["  ".join(map(str.rjust, row, lengths)) for row in rows]
         return "\n".join([f"WidthPlan of base {self.base_hash[:12]}, {len(self.experts[0])} units", *lines])
@@ -188,12 +197,13 @@ class WidthPlan:
             ],
             "macs": list(self.macs),
             "budgets": list(self.budgets),
+            **{name: list(getattr(self, name)) for name in _OPTIONAL if getattr(self, name)},
         }
 
     @classmethod
     def from_json(cls, data: Any) -> WidthPlan:
         """The plan that `to_json` gave; ValueError names a field that is missing, unknown or of a wrong type."""
-        _check_keys("width plan", data, _FIELDS)
+        _check_keys("width plan", data, _FIELDS, _OPTIONAL)
         if not isinstance(data["experts"], list):
             raise invalid("experts", data["experts"], "a list with one object per group")
         experts = []
@@ -219,13 +229,13 @@ class WidthPlan:
             raise ValueError(f"{path} is not a valid width plan: {error}") from error
 
 
-def _check_keys(where: str, data: Any, expected: set[str]) -> None:
+def _check_keys(where: str, data: Any, expected: set[str], optional: Iterable[str] = ()) -> None:
     if not isinstance(data, dict):
         raise invalid(where, data, f"an object with the fields {sorted(expected)}")
     for name in sorted(expected - data.keys()):
         raise invalid(f"{where}: {name}", "nothing", "this field")
-    for name in sorted(data.keys() - expected):
-        raise invalid(f"{where}: {name}", data[name], f"only the fields {sorted(expected)}")
+    for name in sorted(data.keys() - expected - set(optional)):
+        raise invalid(f"{where}: {name}", data[name], f"only the fields {sorted(expected.union(optional))}")
 
 
 def _is_integer(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Each group's budget as a share of the base's MACs, and the order of the groups by difficulty.
+"""Each group's budget as a share of the base's cost (MACs, or time), and the order of the groups by difficulty.
 
 Source: arXiv 2312.13307. With the N groups ranked from easiest (i = 1) to hardest (i = N), the base costing F and
 0 < k <= 1, group i gets `FLOPs_g(i) = (i/N + (N - i)/N * k) * F`: the hardest keeps the whole base and k bounds the
@@ -129,6 +129,6 @@ def keep_fractions(num_groups: int, keep: float, whole: Collection[int] = ()) ->
     return explicit_fractions([1.0 if group in whole else keep for group in range(num_groups)], num_groups)
 
 
-def budget_macs(fraction: float, base_macs: int) -> int:
-    """The budget in MACs: the largest integer not above `fraction * base_macs`."""
-    return math.floor(Fraction(str(float(fraction))) * base_macs)
+def budget_of(fraction: float, base_cost: int) -> int:
+    """The budget in what the base's cost is in: the largest integer not above `fraction * base_cost`."""
+    return math.floor(Fraction(str(float(fraction))) * base_cost)

@@ -1,7 +1,7 @@
-"""What each unit of a model costs at each of its widths: multiply-accumulates (MACs), measured.
+"""What each unit of a model costs at each of its widths: multiply-accumulates (MACs), measured, or estimated time.
 
 The MACs of a prunable model must be a constant plus one function of each unit's width; `unit_costs` measures
-these functions and checks that they add up.
+these functions and checks that they add up. Time comes from a latency model (`tdc_fast.pruning.latency`).
 """
 
 from __future__ import annotations
@@ -20,27 +20,40 @@ from tdc_fast.nn.units import Prunable, PruningUnit, module_of, units_of, with_w
 
 @dataclass(frozen=True)
 class UnitCosts:
-    """MACs of one sample.
+    """What a model costs: a constant plus one function of each unit's width.
 
     Attributes:
-        fixed: MACs of everything that is not a unit.
-        tables: {unit: {width in channels: MACs}}.
+        fixed: cost of everything that is not a unit.
+        tables: {unit: {width in channels: cost}}.
+        measure: "MACs" of one sample, or "ns": nanoseconds of one forward of a batch whose samples all have these
+            widths.
     """
 
     fixed: int
     tables: dict[str, dict[int, int]]
+    measure: str = "MACs"
 
     def total(self, widths: Mapping[str, int]) -> int:
-        """MACs per sample of the model with these widths; every unit must be named."""
+        """Cost of the model with these widths; every unit must be named."""
         return self.fixed + sum(table[widths[name]] for name, table in self.tables.items())
 
     def full(self) -> int:
-        """MACs per sample of the whole model."""
+        """Cost of the whole model."""
         return self.fixed + sum(table[max(table)] for table in self.tables.values())
 
     def least(self) -> int:
-        """MACs per sample of the cheapest choice of widths."""
+        """Cost of the cheapest choice of widths."""
         return self.fixed + sum(min(table.values()) for table in self.tables.values())
+
+    def paying(self, unit: PruningUnit) -> tuple[int, ...]:
+        """The allowed widths of a unit that are worth choosing, ascending.
+
+        In MACs these are all. In time a width may cost as much as a wider one, or more: such a width does not pay.
+        """
+        widths, table = unit.widths(), self.tables[unit.name]
+        if self.measure == "MACs":
+            return widths
+        return tuple(width for i, width in enumerate(widths) if all(table[width] < table[w] for w in widths[i + 1 :]))
 
 
 def one_sample_on_meta(x: Tensor, model_kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor, dict[str, Any]]:

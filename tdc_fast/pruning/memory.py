@@ -30,7 +30,8 @@ from tdc_fast.text_files import parse_json
 VERSION = 1
 MEMORY_FILE = "memory.jsonl"
 """The memory of a run's latest search, in its directory; those of earlier ones are memory.N.jsonl."""
-_TRIAL = tuple(entry.name for entry in fields(Trial))
+_TRIAL = tuple(entry.name for entry in fields(Trial) if entry.name != "latency")
+"""What every trial has. The estimated time is there where the budget is one."""
 
 
 class OtherSearch(ValueError):
@@ -255,9 +256,9 @@ def searches_of(directory: Path) -> dict[str, list[Trial]]:
 
 def _trial(event: Mapping[str, Any]) -> Trial:
     """The trial of an event; raises KeyError or TypeError where it is none."""
-    trial = Trial(**{name: event[name] for name in _TRIAL})
-    if not all(isinstance(number, int) for number in (*trial.place, trial.macs, trial.spent)):
-        raise TypeError("group, round, candidate, macs and spent are integers")
+    trial = Trial(**{name: event[name] for name in _TRIAL}, latency=event.get("latency"))
+    if not all(isinstance(number, int) for number in (*trial.place, trial.macs, trial.spent, trial.cost)):
+        raise TypeError("group, round, candidate, macs, spent and latency are integers")
     if trial.score is not None and not isinstance(trial.score, (int, float)):
         raise TypeError("a score is a number or null")
     if not all(isinstance(widths, dict) for widths in (trial.widths, trial.proposal)):
@@ -267,7 +268,9 @@ def _trial(event: Mapping[str, Any]) -> Trial:
 
 def _in_order(trial: Trial) -> dict[str, Any]:
     first = ("round", "group", "candidate", "agent", "seed", "proposal", "widths", "macs", "score", "reason")
-    return {name: getattr(trial, name) for name in (*first, *(name for name in _TRIAL if name not in first))}
+    time = {} if trial.latency is None else {"latency": trial.latency}
+    rest = (name for name in _TRIAL if name not in first)
+    return {name: getattr(trial, name) for name in (*first, *rest)} | time
 
 
 def _refuse_other_search(path: Path, found: Mapping[str, Any], header: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The figures of a pruning search, as PNG files: scores against MACs, the chosen widths, agents side by side."""
+"""The figures of a pruning search, as PNG files: scores against cost, the chosen widths, agents side by side."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def draw_search(directory: Path, found: Pruning, units: Sequence[PruningUnit]) -
 
 
 def search_plot(trials: Sequence[Sequence[Trial]], plan: WidthPlan) -> bytes:
-    """A PNG: for each searched group every candidate's score against its MACs, and the best score so far.
+    """A PNG: for each searched group every candidate's score against its cost, and the best score so far.
 
     Args:
         trials: per group, as in `Pruning.trials`; groups without scores are left out.
@@ -67,11 +67,11 @@ def search_plot(trials: Sequence[Sequence[Trial]], plan: WidthPlan) -> bytes:
     for (left, right), group in zip(axes, groups, strict=True):
         scored = _scored(trials[group])
         rounds = np.array([trial.round for trial in scored])
-        macs = np.array([trial.macs for trial in scored]) / plan.budgets[group]
+        costs = np.array([trial.cost for trial in scored]) / (plan.budgets or plan.latency_budgets)[group]
         scores = np.array([trial.score for trial in scored])
-        dots = left.scatter(macs, scores, c=rounds + 1, cmap=_shades(), edgecolors=MUTED, linewidths=0.4, s=28)
+        dots = left.scatter(costs, scores, c=rounds + 1, cmap=_shades(), edgecolors=MUTED, linewidths=0.4, s=28)
         best = int(np.argmin(scores))
-        left.plot(macs[best], scores[best], "o", markersize=11, markerfacecolor="none", markeredgecolor=MEASURED,
+        left.plot(costs[best], scores[best], "o", markersize=11, markerfacecolor="none", markeredgecolor=MEASURED,
                   markeredgewidth=1.8, label="best")  # fmt: skip
         left.set_title(f"group {group} (t {plan.boundaries[group]} to {plan.boundaries[group + 1] - 1})")
         left.set_ylabel("score (loss)", fontsize=9)
@@ -89,7 +89,7 @@ def search_plot(trials: Sequence[Sequence[Trial]], plan: WidthPlan) -> bytes:
         _robust_limits(right, scores)
         for start in np.flatnonzero(np.diff(rounds)) + 1.5:
             right.axvline(start, color=GROUP_SHADES[0], linewidth=1.2, zorder=0)
-    axes[-1, 0].set_xlabel("MACs / budget", fontsize=9)
+    axes[-1, 0].set_xlabel("MACs / budget" if plan.budgets else "estimated time / budget", fontsize=9)
     axes[-1, 1].set_xlabel("candidates scored", fontsize=9)
     axes[0, 1].legend(loc="upper right", frameon=False, fontsize=9)
     return png(figure)

@@ -97,7 +97,7 @@ def best_table(task: Task, trials: Sequence[Trial], shown: int = SHOWN) -> str:
     head = f"group {task.group} (t {start} to {stop - 1}), after round {last + 1}: {len(distinct)} candidates scored"
     rows = [("", "score", "of budget", "round", "agent", "why")]
     for rank, trial in enumerate(distinct[:shown], start=1):
-        share = f"{trial.macs / task.budget:.2%}"
+        share = f"{trial.cost / task.budget:.2%}"
         rows.append((str(rank), f"{trial.score:.6g}", share, str(trial.round + 1), trial.agent, trial.reason[:60]))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

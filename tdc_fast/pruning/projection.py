@@ -18,15 +18,15 @@ def project(
     proposal: Mapping[str, int],
     weights: Mapping[str, float] | None = None,
 ) -> Solution:
-    """The allowed widths nearest to a proposal whose MACs lie within `tolerance` below the budget.
+    """The allowed widths nearest to a proposal whose cost lies within `tolerance` below the budget.
 
     The distance is the sum over units of weight * |width - proposed| / channels. A proposal that is allowed and within
-    the budget's window is returned unchanged.
+    the budget's window is returned unchanged, unless a wider unit would take no more time (`UnitCosts.paying`).
 
     Args:
         units: the pruning units.
-        costs: their MACs at every width.
-        budget: MACs per sample allowed.
+        costs: what they cost at every width.
+        budget: the cost allowed.
         tolerance: share of the budget that may stay unused.
         proposal: {unit: channels}.
         weights: {unit: weight in the distance}; 1 where it is not given.
@@ -38,11 +38,11 @@ def project(
     tables = []
     for unit in units:
         wanted, weight = proposal[unit.name], 1.0 if weights is None else weights.get(unit.name, 1.0)
-        widths = unit.widths()
-        macs = tuple(costs.tables[unit.name][width] for width in widths)
+        widths = costs.paying(unit)
+        prices = tuple(costs.tables[unit.name][width] for width in widths)
         nearness = tuple(-weight * abs(width - wanted) / unit.channels for width in widths)
-        tables.append(UnitTable(unit.name, widths, macs, nearness))
-    return solve(tables, budget, fixed_macs=costs.fixed, tolerance=tolerance)
+        tables.append(UnitTable(unit.name, widths, prices, nearness))
+    return solve(tables, budget, fixed=costs.fixed, tolerance=tolerance, measure=costs.measure)
 
 
 def check_proposal(units: Sequence[PruningUnit], proposal: Mapping[str, int]) -> None:

@@ -73,7 +73,7 @@ def search_widths(
         solutions = [task.project(proposal.widths) for proposal in answer.proposals]
         with progress.round(task.group, number, rounds, len(solutions), best_of(known)) as advance:
             scores, spent = _score(task, scorer, solutions, known, advance)
-        for trial in _trials(answer, solutions, scores, spent):
+        for trial in _trials(task, answer, solutions, scores, spent):
             memory.add_trial(trial)
         progress.finished_round(task, memory.of_group(task.group))
     trials = [trial for trial in memory.of_group(task.group) if trial.round < rounds]
@@ -92,13 +92,13 @@ def _view(task: Task, number: int, memory: Memory, use_memory: bool) -> Task:
 
 
 def _trials(
-    answer: Round, solutions: Sequence[Solution], scores: Sequence[float | None], spent: Sequence[int]
+    task: Task, answer: Round, solutions: Sequence[Solution], scores: Sequence[float | None], spent: Sequence[int]
 ) -> Iterator[Trial]:
     """The trials of a round's proposals, in their order."""
     for place, (proposal, solution) in enumerate(zip(answer.proposals, solutions, strict=True)):
         yield Trial(
             widths=solution.widths,
-            macs=solution.macs,
+            macs=task.macs_of(solution.widths),
             score=scores[place],
             proposal=dict(proposal.widths),
             group=answer.group,
@@ -108,6 +108,7 @@ def _trials(
             seed=answer.seed,
             reason=proposal.reason,
             spent=spent[place],
+            latency=solution.cost if task.costs.measure == "ns" else None,
         )
 
 
@@ -178,7 +179,10 @@ def _score(
         found.update(zip(fresh, losses, strict=True))
     keys = [as_key(task.units, solution.widths) for solution in solutions]
     first = [key in fresh and key not in keys[:place] for place, key in enumerate(keys)]
-    spent = [scorer.samples * solution.macs if new else 0 for solution, new in zip(solutions, first, strict=True)]
+    spent = [
+        scorer.samples * task.macs_of(solution.widths) if new else 0
+        for solution, new in zip(solutions, first, strict=True)
+    ]
     return [found[key] for key in keys], spent
 
 
@@ -197,7 +201,7 @@ def _measured(task: Task, scorer: Scorer, memory: Memory) -> LossRise:
         for unit in task.units:
             points = sorted((w, max(v - loss, 0.0)) for (u, w), v in zip(places, losses, strict=True) if u is unit)
             rise[unit.name] = _interpolated(unit, [*points, (unit.channels, 0.0)])
-        spent = scorer.samples * sum(task.costs.total(probe) for probe in probes)
+        spent = scorer.samples * sum(task.macs_of(probe) for probe in probes)
         memory.add_sensitivity(task.group, rise, spent)
     return memory.sensitivity[task.group]
 

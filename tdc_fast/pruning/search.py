@@ -8,6 +8,8 @@ default there is one round, its agent is the exact solve for kept importance, an
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -28,15 +30,16 @@ from tdc_fast.nn.sharing import Rows, shared_rows, unit_rows
 from tdc_fast.nn.units import Prunable, PruningUnit, module_of, units_of, with_widths
 from tdc_fast.nn.width_plan import ExpertUnit, WidthPlan, base_hash
 from tdc_fast.pruning.agents import Agent, resolved_agent
-from tdc_fast.pruning.budget import budget_macs, group_fractions
+from tdc_fast.pruning.budget import budget_of, group_fractions
 from tdc_fast.pruning.costs import UnitCosts, one_sample_on_meta, unit_costs
 from tdc_fast.pruning.importance import Importance, TaylorImportance, balanced, magnitude_importance
+from tdc_fast.pruning.latency.costs import stepped, unit_latencies
 from tdc_fast.pruning.memory import Memory
 from tdc_fast.pruning.progress import Progress
 from tdc_fast.pruning.rounds import search_widths
 from tdc_fast.pruning.scoring import DenoisingLoss, Scorer
 from tdc_fast.pruning.settings import PruningSettings
-from tdc_fast.pruning.solver import Solution, lowest_macs
+from tdc_fast.pruning.solver import Solution, lowest_cost
 from tdc_fast.pruning.task import Task, Trial
 from tdc_fast.routing import TimestepGroups
 
@@ -50,8 +53,9 @@ class Pruning:
         calibration_macs: measured MACs spent on finding it (forward and backward passes for the importance, forward
             passes for the scores); they belong to the total cost of the training.
         base_macs: MACs per sample of the whole base.
-        fractions: the share of it that each group was allowed.
+        fractions: the share of its MACs, or of its time, that each group was allowed.
         trials: per group what was tried; empty for a group that keeps the base.
+        base_latency: estimated time of the whole base in nanoseconds (`UnitCosts`); None where none is estimated.
     """
 
     plan: WidthPlan
@@ -59,6 +63,7 @@ class Pruning:
     base_macs: int
     fractions: tuple[float, ...]
     trials: tuple[tuple[Trial, ...], ...]
+    base_latency: int | None = None
 
 
 def prune(
@@ -89,8 +94,8 @@ def plan_pruning(
     """Choose how wide every unit of every group's expert is, just below the group's budget.
 
     Groups are searched in their order, each seeing what the earlier ones found. MACs are FlopCounterMode's, per sample,
-    of the pruned model itself. A group whose budget is the whole base keeps it as it is. The result depends on the
-    arguments (with the agent and the scorer) alone.
+    of the pruned model itself; with `budget_in="latency"` budgets are estimated time instead. A group whose budget is
+    the whole base keeps it as it is. The result depends on the arguments (with the agent and the scorer) alone.
 
     Args:
         base: the trained denoiser. It is not changed.
@@ -123,14 +128,18 @@ def plan_pruning(
     data = list(islice(batches, settings.max_batches))
     if not data:
         raise invalid("batches", data, "at least one batch of calibration data")
-    costs = unit_costs(base, *split_batch(data[0]))
-    budgets = tuple(budget_macs(fraction, costs.full()) for fraction in fractions)
-    check_reachable(settings.k, budgets, costs.least(), costs.full(), settings.k_name)
+    sample, units = split_batch(data[0]), tuple(units_of(base))
+    macs = unit_costs(base, *sample)
+    latency = None if settings.latency is None else unit_latencies(base, *sample, settings.latency)
+    if settings.width_step != 1:
+        units = stepped(base, units, *sample, settings.width_step)
+    costs = macs if settings.budget_in == "macs" or latency is None else latency
+    budgets = tuple(budget_of(fraction, costs.full()) for fraction in fractions)
+    check_reachable(settings.k, budgets, costs.least(), costs.full(), settings.k_name, costs.measure)
     if scorer is None and not getattr(agent, "one_shot", False):
         scorer = DenoisingLoss(
             base, diffusion, data, seed=settings.seed, max_samples=settings.max_samples, dtype=settings.dtype
         )
-    units = tuple(units_of(base))
     search = _Search(
         base=base,
         digest=base_hash(module),
@@ -144,6 +153,8 @@ def plan_pruning(
         stand_in=stand_in,
         scorer=scorer,
         progress=progress,
+        macs=macs,
+        latency=latency,
         costs=costs,
         budgets=budgets,
     )
@@ -157,6 +168,7 @@ class _Expert:
 
     units: dict[str, ExpertUnit]
     macs: int
+    latency: int | None = None
     calibration_macs: int = 0
 
 
@@ -176,7 +188,9 @@ class _Search:
     stand_in: Agent | None
     scorer: Scorer | None
     progress: Progress | None
-    costs: UnitCosts
+    macs: UnitCosts
+    latency: UnitCosts | None
+    costs: UnitCosts  # one of these two: what budgets count
     budgets: tuple[int, ...]
 
     def identity(self) -> dict[str, Any]:
@@ -195,6 +209,8 @@ class _Search:
             "scored_samples": 0 if self.scorer is None else self.scorer.samples,
             **({} if settings.dtype == torch.float32 else {"dtype": str(settings.dtype)}),
             **({"ordered_alike": {name: list(rows) for name, rows in alike.items()}} if alike else {}),
+            **({} if self.costs.measure == "MACs" else {"budget_in": "latency", "costs_hash": _hash(self.costs)}),
+            **({} if settings.width_step == 1 else {"widths": [list(unit.widths()) for unit in self.units]}),
         }
 
     def run(self, fractions: tuple[float, ...], memory: Memory) -> Pruning:
@@ -202,20 +218,25 @@ class _Search:
         experts: list[_Expert] = []
         for group, budget in enumerate(self.budgets):
             experts.append(self._whole() if budget >= self.costs.full() else self._pruned(group, memory))
+        times = tuple(expert.latency for expert in experts if expert.latency is not None)
+        in_macs = self.costs is self.macs
         plan = WidthPlan(
             base_hash=self.digest,
             boundaries=self.groups.boundaries,
             experts=tuple(expert.units for expert in experts),
             macs=tuple(expert.macs for expert in experts),
-            budgets=self.budgets,
+            budgets=self.budgets if in_macs else (),
+            latency=times,
+            latency_budgets=() if in_macs else self.budgets,
         )
         calibration = sum(expert.calibration_macs for expert in experts) + memory.spent
         trials = tuple(memory.of_group(group) for group in range(len(self.budgets)))
-        return Pruning(plan, calibration, self.costs.full(), fractions, trials)
+        base_latency = None if self.latency is None else self.latency.full()
+        return Pruning(plan, calibration, self.macs.full(), fractions, trials, base_latency)
 
     def _whole(self) -> _Expert:
         units = {unit.name: ExpertUnit(tuple(range(unit.num_atoms)), unit.channels) for unit in self.units}
-        return _Expert(units, self.costs.full())
+        return _Expert(units, self.macs.full(), None if self.latency is None else self.latency.full())
 
     def _pruned(self, group: int, memory: Memory) -> _Expert:
         settings = self.settings
@@ -223,7 +244,7 @@ class _Search:
         with MacCounter() as counter:
             importance = self._importance_of_sharers(group)
         budget, tolerance, seed = self.budgets[group], settings.tolerance, settings.seed
-        task = Task(group, interval, self.units, self.costs, budget, tolerance, importance, seed=seed)
+        task = Task(group, interval, self.units, self.costs, budget, tolerance, importance, seed=seed, macs=self.macs)
         best = search_widths(
             task,
             self.agent,
@@ -237,7 +258,8 @@ class _Search:
         )
         _report_coarse_units(task, best, settings)
         units = {unit.name: ExpertUnit(task.order(unit.name), best.widths[unit.name]) for unit in self.units}
-        return _Expert(units, _measured(self.base, best, self.data[0]), counter.macs)
+        time = None if self.latency is None else self.latency.total(best.widths)
+        return _Expert(units, _measured(self.base, best, self.data[0]), time, counter.macs)
 
     @cached_property
     def _taylor(self) -> TaylorImportance:
@@ -268,21 +290,24 @@ class _Search:
         if callable(given):
             return given(group)
         if given == "magnitude":
-            whole = {unit.name: float(self.costs.tables[unit.name][unit.channels]) for unit in self.units}
+            whole = {unit.name: float(self.macs.tables[unit.name][unit.channels]) for unit in self.units}
             return balanced(magnitude_importance(base, self.units), whole)
         interval = (self.groups.boundaries[group], self.groups.boundaries[group + 1])
         return self._taylor.of(self.data, interval, seed=self.settings.seed)
 
 
-def check_reachable(k: object, budgets: Sequence[int], least: int, full: int, k_name: str = "k") -> None:
+def check_reachable(
+    k: object, budgets: Sequence[int], least: int, full: int, k_name: str = "k", measure: str = "MACs"
+) -> None:
     """Refuse budgets that no choice of widths meets.
 
     Args:
         k: what the budgets came from.
-        budgets: MACs per group.
-        least: MACs of the base with every unit at its smallest width.
-        full: MACs of the whole base.
+        budgets: cost allowed to each group.
+        least: cost of the base with every unit at its cheapest width.
+        full: cost of the whole base.
         k_name: what errors call `k`.
+        measure: what costs count, "MACs" or "ns".
 
     Raises:
         ValueError: naming `k_name`, the group and the smallest share that can be reached.
@@ -292,20 +317,29 @@ def check_reachable(k: object, budgets: Sequence[int], least: int, full: int, k_
             raise invalid(
                 k_name,
                 k,
-                f"a larger one: group {group} is allowed {budget} MACs, and the smallest reachable budget is "
+                f"a larger one: group {group} is allowed {budget} {measure}, and the smallest reachable budget is "
                 f"{least} ({least / full:.4f} of the base)",
             )
 
 
 def _report_coarse_units(task: Task, best: Trial, settings: PruningSettings) -> None:
     """Raise or warn if the chosen widths miss the window below the budget."""
-    outcome = Solution(best.widths, best.macs, 0.0, task.budget, lowest_macs(task.budget, task.tolerance))
+    floor = lowest_cost(task.budget, task.tolerance)
+    outcome = Solution(best.widths, best.cost, 0.0, task.budget, floor, task.costs.measure)
     if outcome.reached:
         return
     message = f"group {task.group}: {outcome.statement()}"
     if settings.strict:
-        raise invalid(settings.k_name, f"a budget of {task.budget} MACs", f"one that the units can meet ({message})")
+        raise invalid(
+            settings.k_name,
+            f"a budget of {task.budget} {task.costs.measure}",
+            f"one that the units can meet ({message})",
+        )
     warnings.warn(message, stacklevel=5)  # names the line that called plan_pruning
+
+
+def _hash(costs: UnitCosts) -> str:
+    return hashlib.sha256(json.dumps([costs.fixed, costs.tables]).encode()).hexdigest()
 
 
 def _measured(base: nn.Module | Prunable, best: Trial, batch: Batch) -> int:

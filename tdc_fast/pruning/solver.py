@@ -1,11 +1,12 @@
 """The best widths within a budget: an exact integer solve over the units' widths.
 
-Each unit has a short list of widths; each width has an integer cost in MACs and a value (kept importance, or minus the
-distance from a proposal). One width per unit is chosen so that the sum of the values is largest while the sum of the
-MACs lies in `[floor, budget]`: the multiple-choice knapsack problem with a lower bound on the load.
+Each unit has a short list of widths; each width has an integer cost (MACs, or nanoseconds) and a value (kept
+importance, or minus the distance from a proposal). One width per unit is chosen so that the sum of the values is
+largest while the sum of the costs lies in `[floor, budget]`: the multiple-choice knapsack problem with a lower bound on
+the load.
 
-The method is dynamic programming over the exact sums of MACs (one state per distinct sum, never rounded), kept small by
-upper bounds. The value that the undecided units can still add is bounded by the concave hulls of their tables (the
+The method is dynamic programming over the exact sums of costs (one state per distinct sum, never rounded), kept small
+by upper bounds. The value that the undecided units can still add is bounded by the concave hulls of their tables (the
 linear relaxation, solved once per suffix of units), and a state whose bound does not beat a known solution is dropped
 (D. Pisinger, "A minimal algorithm for the multiple-choice knapsack problem", 1995). Passes with a limited number of
 states provide that solution; the first pass that never reaches its limit is exact.
@@ -31,7 +32,7 @@ class UnitTable:
     Attributes:
         name: of the unit.
         widths: in channels.
-        macs: cost of each width, integers >= 0.
+        costs: cost of each width, integers >= 0.
         values: value of each width, finite.
 
     Raises:
@@ -40,15 +41,15 @@ class UnitTable:
 
     name: str
     widths: tuple[int, ...]
-    macs: tuple[int, ...]
+    costs: tuple[int, ...]
     values: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        if not self.widths or not len(self.widths) == len(self.macs) == len(self.values):
-            lengths = (len(self.widths), len(self.macs), len(self.values))
-            raise invalid(f"tables[{self.name!r}]", lengths, "one MAC count and one value for each width")
-        if any(cost < 0 for cost in self.macs) or not np.isfinite(self.values).all():
-            raise invalid(f"tables[{self.name!r}]", (self.macs, self.values), "MACs >= 0 and finite values")
+        if not self.widths or not len(self.widths) == len(self.costs) == len(self.values):
+            lengths = (len(self.widths), len(self.costs), len(self.values))
+            raise invalid(f"tables[{self.name!r}]", lengths, "one cost and one value for each width")
+        if any(cost < 0 for cost in self.costs) or not np.isfinite(self.values).all():
+            raise invalid(f"tables[{self.name!r}]", (self.costs, self.values), "costs >= 0 and finite values")
 
 
 @dataclass(frozen=True)
@@ -57,36 +58,40 @@ class Solution:
 
     Attributes:
         widths: {unit: channels}.
-        macs: their MACs, with the fixed part.
+        cost: their cost, with the fixed part.
         value: the sum of their values.
-        budget: the MACs allowed.
-        floor: the MACs required.
+        budget: the cost allowed.
+        floor: the cost required.
+        measure: what costs count, "MACs" or "ns".
     """
 
     widths: dict[str, int]
-    macs: int
+    cost: int
     value: float
     budget: int
     floor: int
+    measure: str = "MACs"
 
     @property
     def reached(self) -> bool:
-        """Whether `floor <= macs <= budget`; False only if no choice of widths lands there."""
-        return self.floor <= self.macs <= self.budget
+        """Whether `floor <= cost <= budget`; False only if no choice of widths lands there."""
+        return self.floor <= self.cost <= self.budget
 
     def statement(self) -> str:
         """One sentence that says where the solution lies relative to its budget."""
-        share = self.macs / self.budget if self.budget else 1.0
+        share = self.cost / self.budget if self.budget else 1.0
         if self.reached:
-            return f"{self.macs} MACs, {share:.4%} of the budget of {self.budget}"
+            return f"{self.cost} {self.measure}, {share:.4%} of the budget of {self.budget}"
         return (
-            f"no choice of widths lands between {self.floor} and {self.budget} MACs; the best below the "
-            f"budget has {self.macs} ({share:.4%}): finer units (a smaller step) or another k come closer"
+            f"no choice of widths lands between {self.floor} and {self.budget} {self.measure}; the best below the "
+            f"budget has {self.cost} ({share:.4%}): finer units (a smaller step) or another k come closer"
         )
 
 
-def solve(tables: Sequence[UnitTable], budget: int, *, fixed_macs: int = 0, tolerance: float = 0.01) -> Solution:
-    """Choose one width per unit: greatest total value with `(1 - tolerance) * budget <= MACs <= budget`.
+def solve(
+    tables: Sequence[UnitTable], budget: int, *, fixed: int = 0, tolerance: float = 0.01, measure: str = "MACs"
+) -> Solution:
+    """Choose one width per unit: greatest total value with `(1 - tolerance) * budget <= cost <= budget`.
 
     If no choice lands in that window, the choice of greatest value at or below the budget is returned, with
     `Solution.reached` False. The result depends on the arguments alone; of equally good choices the same one is
@@ -94,19 +99,20 @@ def solve(tables: Sequence[UnitTable], budget: int, *, fixed_macs: int = 0, tole
 
     Args:
         tables: the choices of every unit.
-        budget: MACs allowed.
-        fixed_macs: MACs of everything outside the units.
+        budget: the cost allowed.
+        fixed: cost of everything outside the units.
         tolerance: share of the budget that may stay unused.
+        measure: what costs count, for statements.
 
     Raises:
         ValueError: even the cheapest choice exceeds the budget; names the smallest budget that works.
     """
     budget = int(budget)
-    floor = lowest_macs(budget, tolerance)
-    least = fixed_macs + sum(min(table.macs) for table in tables)
+    floor = lowest_cost(budget, tolerance)
+    least = fixed + sum(min(table.costs) for table in tables)
     if least > budget:
         raise invalid("budget", budget, f"at least {least}, the smallest reachable budget (every unit at its cheapest)")
-    room = budget - least  # MACs to spend above the cheapest choice
+    room = budget - least  # to spend above the cheapest choice
     search = _Search(tables)
     picks = search.best(max(floor - least, 0), room)
     if picks is None:
@@ -115,15 +121,16 @@ def solve(tables: Sequence[UnitTable], budget: int, *, fixed_macs: int = 0, tole
     chosen = list(zip(tables, picks, strict=True))
     return Solution(
         widths={table.name: table.widths[pick] for table, pick in chosen},
-        macs=fixed_macs + sum(table.macs[pick] for table, pick in chosen),
+        cost=fixed + sum(table.costs[pick] for table, pick in chosen),
         value=float(sum(table.values[pick] for table, pick in chosen)),
         budget=budget,
         floor=floor,
+        measure=measure,
     )
 
 
-def lowest_macs(budget: int, tolerance: float) -> int:
-    """The least MACs that meet the budget: the smallest integer that is not below (1 - tolerance) * budget."""
+def lowest_cost(budget: int, tolerance: float) -> int:
+    """The least cost that meets the budget: the smallest integer that is not below (1 - tolerance) * budget."""
     if not 0 <= tolerance < 1:
         raise invalid("tolerance", tolerance, "a share of the budget in [0, 1), such as 0.01")
     return budget - int(tolerance * budget)
@@ -131,10 +138,10 @@ def lowest_macs(budget: int, tolerance: float) -> int:
 
 @dataclass(frozen=True)
 class _Bound:
-    """Upper bound on the value that a set of units adds, as a concave function of the MACs given to them."""
+    """Upper bound on the value that a set of units adds, as a concave function of the cost given to them."""
 
-    macs: np.ndarray  # (points,) float64, ascending, from 0
-    value: np.ndarray  # (points,) float64, concave in macs
+    cost: np.ndarray  # (points,) float64, ascending, from 0
+    value: np.ndarray  # (points,) float64, concave in cost
 
     @classmethod
     def of(cls, units: Sequence[tuple[np.ndarray, np.ndarray]]) -> _Bound:
@@ -151,9 +158,9 @@ class _Bound:
 
     def at(self, low: np.ndarray, high: np.ndarray) -> np.ndarray:
         """The greatest bound over loads in [low, high]; -inf where that interval holds no reachable load."""
-        peak = self.macs[int(np.argmax(self.value))]
-        low, high = np.maximum(low, 0.0), np.minimum(high, self.macs[-1])
-        bound = np.interp(np.clip(peak, low, np.maximum(low, high)), self.macs, self.value)
+        peak = self.cost[int(np.argmax(self.value))]
+        low, high = np.maximum(low, 0.0), np.minimum(high, self.cost[-1])
+        bound = np.interp(np.clip(peak, low, np.maximum(low, high)), self.cost, self.value)
         return np.where(low <= high, bound, -np.inf)
 
 
@@ -180,7 +187,7 @@ class _Search:
     def __init__(self, tables: Sequence[UnitTable]) -> None:
         units = []
         for table in tables:
-            costs = np.asarray(table.macs, dtype=np.int64)
+            costs = np.asarray(table.costs, dtype=np.int64)
             units.append((costs - costs.min(), np.asarray(table.values, dtype=np.float64)))
         # Expensive units first: the cheap ones at the end then fill the remaining room closely, which keeps the bounds
         # tight while there are many states.

@@ -62,6 +62,7 @@ class Trial:
         seed: seed of the round's draws.
         reason: the agent's reason.
         spent: MACs that scoring took; 0 for widths whose score was known already.
+        latency: their estimated time in nanoseconds (`UnitCosts`); None where the budget is in MACs.
     """
 
     widths: dict[str, int]
@@ -75,6 +76,12 @@ class Trial:
     seed: int = 0
     reason: str = ""
     spent: int = 0
+    latency: int | None = None
+
+    @property
+    def cost(self) -> int:
+        """What the budget counts: the time, or the MACs."""
+        return self.macs if self.latency is None else self.latency
 
     @property
     def place(self) -> tuple[int, int, int]:
@@ -95,8 +102,8 @@ class Task:
         group: index of the group.
         interval: its timesteps (start, stop).
         units: the pruning units, each with its allowed widths.
-        costs: measured MACs per sample, a constant plus one table per unit.
-        budget: MACs per sample allowed.
+        costs: what the budget counts, a constant plus one table per unit: measured MACs, or estimated time.
+        budget: the cost allowed.
         tolerance: share of the budget that may stay unused.
         importance: {unit name: (atoms,)} on this group's timesteps.
         memory: this group's trials so far, oldest first. Empty if the search runs without memory.
@@ -105,6 +112,7 @@ class Task:
         round: the round, from 0.
         seed: seed of the round's draws.
         calls: calls to a service that the search's agents have made so far.
+        macs: measured MACs per sample, where `costs` are time.
     """
 
     group: int
@@ -120,6 +128,11 @@ class Task:
     round: int = 0
     seed: int = 0
     calls: int = 0
+    macs: UnitCosts | None = None
+
+    def macs_of(self, widths: Widths) -> int:
+        """MACs per sample of these widths."""
+        return (self.macs or self.costs).total(widths)
 
     def order(self, unit: str) -> tuple[int, ...]:
         """The unit's atoms, most important first; ties in their original order."""
@@ -145,7 +158,7 @@ class Task:
             factors: {unit: factor on its importance}, to make some units wider at the expense of others.
         """
         tables = importance_tables(self, factors)
-        return solve(tables, self.budget, fixed_macs=self.costs.fixed, tolerance=self.tolerance)
+        return solve(tables, self.budget, fixed=self.costs.fixed, tolerance=self.tolerance, measure=self.costs.measure)
 
     def loss_rise(self) -> LossRise:
         """The rise of the loss with one unit alone narrowed: measured, else estimated by the importance it loses."""
@@ -183,10 +196,10 @@ def importance_tables(task: Task, factors: Mapping[str, float] | None = None) ->
     for unit in task.units:
         factor = 1.0 if factors is None else factors[unit.name]
         kept = factor * np.concatenate([[0.0], np.cumsum(np.sort(task.importance[unit.name])[::-1])])
-        widths = unit.widths()
+        widths = task.costs.paying(unit)
         values = [float(kept[w // unit.atom]) + 1e-6 * total * w / unit.channels for w in widths]
-        macs = tuple(task.costs.tables[unit.name][w] for w in widths)
-        tables.append(UnitTable(unit.name, widths, macs, tuple(values)))
+        costs = tuple(task.costs.tables[unit.name][w] for w in widths)
+        tables.append(UnitTable(unit.name, widths, costs, tuple(values)))
     return tables
 
 

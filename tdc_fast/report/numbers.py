@@ -68,15 +68,17 @@ class ModelResult:
 
 @dataclass(frozen=True)
 class ExpertWidths:
-    """The widths of a width plan, and the MACs of its experts as shares of the base's.
+    """The widths of a width plan, the MACs of its experts as shares of the base's, and their estimated time.
 
     Attributes:
         units: names of the prunable units.
         channels: channels of each unit in the base.
         widths: for each unit, the channels that each expert keeps.
-        budgets: MACs that each expert may use.
+        budgets: MACs that each expert may use; () where budgets are in time.
         macs: MACs that each expert uses.
         boundaries: boundaries of the experts' groups of timesteps, from 0 to T.
+        latency_ms: estimated milliseconds of a batch, for each expert; () where not estimated.
+        latency_budgets_ms: those that each expert may use; () where budgets are in MACs.
     """
 
     units: tuple[str, ...]
@@ -85,6 +87,8 @@ class ExpertWidths:
     budgets: tuple[float, ...]
     macs: tuple[float, ...]
     boundaries: tuple[int, ...]
+    latency_ms: tuple[float, ...] = ()
+    latency_budgets_ms: tuple[float, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The widths as report.json holds them."""
@@ -96,6 +100,8 @@ class ExpertWidths:
             "budgets": list(self.budgets),
             "macs": list(self.macs),
             "boundaries": list(self.boundaries),
+            **({"latency_ms": list(self.latency_ms)} if self.latency_ms else {}),
+            **({"latency_budgets_ms": list(self.latency_budgets_ms)} if self.latency_budgets_ms else {}),
         }
 
 

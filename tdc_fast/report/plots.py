@@ -13,7 +13,7 @@ from torch import Tensor
 from tdc_fast.data.pixels import grid_image
 from tdc_fast.evaluation.heldout import compare
 from tdc_fast.figures import GROUP_SHADES, INK, MEASURED, MUTED, RULE, new_figure
-from tdc_fast.report.numbers import Comparison, Curve, ModelResult
+from tdc_fast.report.numbers import Comparison, Curve, ExpertWidths, ModelResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -94,19 +94,20 @@ def snr_curve(comparison: Comparison) -> str:
             color=MUTED, fontsize=9,
         )  # fmt: skip
         label = {"budget": "budget", "measured": "measured"} if group == 0 else {}
-        bottom.bar(
-            middle,
-            plan.budgets[group],
-            width=0.82 * (stop - start),
-            color="#cfd8e1",
-            label=label.get("budget"),
-        )
+        if plan.budgets:
+            bottom.bar(
+                middle,
+                plan.budgets[group],
+                width=0.82 * (stop - start),
+                color="#cfd8e1",
+                label=label.get("budget"),
+            )
         bottom.bar(
             middle, plan.macs[group], width=0.46 * (stop - start), color=MEASURED,
             label=label.get("measured"),
         )  # fmt: skip
         bottom.annotate(
-            f"{plan.macs[group]:.3f} of {plan.budgets[group]:.3f}", (middle, plan.budgets[group]),
+            _cost_of(plan, group), (middle, plan.budgets[group] if plan.budgets else plan.macs[group]),
             ha="center", va="bottom", color=INK, fontsize=9, xytext=(0, 2), textcoords="offset points",
         )  # fmt: skip
     for axis in (top, bottom):
@@ -117,6 +118,15 @@ def snr_curve(comparison: Comparison) -> str:
     bottom.set_xlabel("timestep t (0: almost clean, right end: noise)", fontsize=9)
     bottom.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=9)
     return _svg(figure)
+
+
+def _cost_of(plan: ExpertWidths, group: int) -> str:
+    """An expert's MACs and its estimated time, each with its budget where there is one."""
+    text = f"{plan.macs[group]:.3f}" + (f" of {plan.budgets[group]:.3f}" if plan.budgets else "")
+    if plan.latency_ms:
+        allowed = f" of {plan.latency_budgets_ms[group]:.3g}" if plan.latency_budgets_ms else ""
+        text += f"\n{plan.latency_ms[group]:.3g}{allowed} ms"
+    return text
 
 
 def width_heatmap(comparison: Comparison) -> str:

@@ -56,15 +56,18 @@ MAY_CHANGE_ON_RESUME = frozenset(
 ADDED = frozenset(
     {
         "background",
+        "budget_in",
         "calibration_dtype",
         "distillation_weight",
         "label_dropout",
+        "latency_table",
         "latents",
         "predict_v",
         "shared_layers",
         "stage2_ema_factors",
         "stage2_lr_factors",
         "stage2_slope_windows",
+        "width_step",
     }
 )
 """Options that runs made before they existed do not have."""
@@ -349,6 +352,9 @@ def _check_chosen_groups(config: TrainConfig) -> None:
 def _check_search(config: TrainConfig) -> None:
     if config.agent == "taylor" and config.importance == "magnitude":
         raise invalid("agent", config.agent, "magnitude, or --importance taylor: one importance decides both")
+    step = config.width_step
+    if step != "auto" and not (step.isdecimal() and step.isascii() and 1 <= int(step[:9]) <= 2**13):
+        raise invalid("width_step", step, "a number of channels from 1 to 8192, or auto")
     if config.agent == "llm" and not config.llm_model:
         raise invalid("llm_model", config.llm_model, "the name of a model, which --agent llm asks")
     if "@" in config.llm_url:

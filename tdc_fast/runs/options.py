@@ -175,8 +175,8 @@ class TdcOptions:
     """Which groups count as hard and keep more of the base: those of high SNR or of high measured loss; reversed,
     those of low. --grouping difficulty divides by the same measure."""
     k: float = 0.6
-    """Lower bound of the budgets as a share of the base's MACs, 0 < k <= 1; group i of N from easy to hard gets
-    i/N + (N - i)/N * k. 1 does not prune."""
+    """Lower bound of the budgets as a share of the base's MACs (see --budget_in), 0 < k <= 1; group i of N from easy to
+    hard gets i/N + (N - i)/N * k. 1 does not prune."""
     budgets: str = ""
     """Comma list of N shares of the base's MACs, one per group from low to high timesteps, instead of --k."""
     importance: Literal["taylor", "magnitude"] = "taylor"
@@ -239,6 +239,15 @@ class SearchOptions:
     """Rounds of proposing and scoring, for each group."""
     candidates: Annotated[int, Within(1, 2**12)] = 8
     """Candidates per round; they are scored in one routed batch."""
+    budget_in: Literal["macs", "latency"] = "macs"
+    """What budgets are shares of: the base's MACs, or its estimated time on this device, so that experts get the widths
+    that its kernels are faster at."""
+    latency_table: PathText = ""
+    """File of times that python -m tdc_fast.latency measured on this device, for --budget_in latency. With budgets in
+    MACs, the widths' times are only told. Empty estimates them from MACs and bytes."""
+    width_step: str = "1"
+    """Let the widths of convolutions be multiples of this many channels wherever their number allows; auto takes what
+    this device's kernels step in. Widths are always whole normalisation groups, and of 8 channels where possible."""
     memory: bool = True
     """Show the agent what was tried, in this group and in earlier ones. memory.jsonl is written either way."""
     calibration_dtype: DtypeName = "auto"

@@ -95,6 +95,7 @@ def describe_plan(run: RunDirectory, dataset: Dataset) -> str:
         count = "as many groups as the elbow says" if config.groups < 0 else f"{config.groups} groups"
         how = f"boundaries {config.boundaries}" if config.boundaries else config.grouping
         budgets = f"budgets {config.budgets}" if config.budgets else f"k = {config.k}"
+        budgets += " of the base's time" if config.budget_in == "latency" else ""
         lines.append(f"experts: {count} ({how}), {budgets}, agent {config.agent}, rounds: {config.rounds}")
         if config.shared_layers:
             lines.append(f"         neighbouring groups share {config.shared_layers}")
@@ -118,13 +119,18 @@ def describe_groups(groups: TimestepGroups) -> str:
 
 
 def describe_widths(run: RunDirectory, plan: WidthPlan | None) -> str:
-    """Budget and MACs of every expert as shares of the base's, in one line."""
+    """Budget and MACs of every expert as shares of the base's, and its time where estimated, in one line."""
     if plan is None:
         return "widths: every expert keeps the whole base"
     base_macs = (run.read("macs.json") or {})["per_sample"]["forward"]["base"]
     shares = ", ".join(f"{macs / base_macs:.1%}" for macs in plan.macs)
     budgets = ", ".join(f"{budget / base_macs:.1%}" for budget in plan.budgets)
-    return f"widths: {shares} of the base's MACs (budgets {budgets})"
+    if not plan.latency:
+        return f"widths: {shares} of the base's MACs (budgets {budgets})"
+    times = ", ".join(f"{ns / 1e6:.4g}" for ns in plan.latency)
+    allowed = ", ".join(f"{ns / 1e6:.4g}" for ns in plan.latency_budgets)
+    in_macs, in_time = f" (budgets {budgets})" if budgets else "", f" (budgets {allowed})" if allowed else ""
+    return f"widths: {shares} of the base's MACs{in_macs}; {times} ms a batch, estimated{in_time}"
 
 
 def describe_cost(run: RunDirectory) -> str:

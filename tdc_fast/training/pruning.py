@@ -16,11 +16,11 @@ from tdc_fast.diffusion.calibration import Batch
 from tdc_fast.errors import invalid
 from tdc_fast.grouping import probe_losses
 from tdc_fast.models.iddpm import UNet
-from tdc_fast.nn.macs import MacCounter, measure_macs
+from tdc_fast.nn.macs import MacCounter
 from tdc_fast.nn.width_plan import WidthPlan, base_hash
 from tdc_fast.pruning import Agent, Pruning, PruningSettings, make_agent, plan_pruning
 from tdc_fast.pruning.agents import resolved_agent
-from tdc_fast.pruning.budget import budget_law, budget_macs
+from tdc_fast.pruning.budget import budget_law, budget_of
 from tdc_fast.pruning.memory import MEMORY_FILE, OtherSearch, set_aside
 from tdc_fast.pruning.plots import draw_search
 from tdc_fast.pruning.progress import BarAndTable
@@ -31,7 +31,6 @@ from tdc_fast.runs.build import (
     build_device,
     build_diffusion,
     calibration_dtype,
-    outline_unet,
     refuse_what_cannot_fit,
 )
 from tdc_fast.runs.checkpoint import finished_steps
@@ -46,6 +45,7 @@ from tdc_fast.training.base import train_base
 from tdc_fast.training.cost import stage1_steps
 from tdc_fast.training.grouping import group_timesteps
 from tdc_fast.training.interrupts import saying_what_is_safe
+from tdc_fast.training.latency import latency_model, outline_costs, width_step
 from tdc_fast.training.narration import warn_of_few_calibration_images
 from tdc_fast.training.phase import State, base_macs, build_base, groups_of, open_stream, write_phase
 from tdc_fast.training.random_state import derived_seed, seeded
@@ -156,6 +156,8 @@ def search_run(run: RunDirectory, config: TrainConfig, base: UNet, dataset: Data
             found = _search(run, config, base, groups, batches, difficulty)
         draw_search(run.path, found, base.pruning_units())
     searched = {name: getattr(config, name) for name in ("agent", "rounds", "candidates", "memory")}
+    if config.budget_in != "macs":
+        searched["budget_in"] = config.budget_in
     found.plan.save(run.path / NEXT_PLAN)
     hashed = plan_hash(found.plan)
     write_phase(run, macs, "pruning", macs=found.calibration_macs + spent, **searched, widths_hash=hashed)
@@ -203,15 +205,11 @@ def refuse_unreachable_budgets(config: TrainConfig, in_channels: int) -> None:
     if config.groups < 1 or not prunes(config):
         return
     shares = comma_numbers("budgets", config.budgets, float)
-    base = outline_unet(config, in_channels)
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        smallest = base.with_widths({unit.name: min(unit.widths()) for unit in base.pruning_units()})
-        x, t = torch.zeros(1, *(in_channels, config.image_size, config.image_size)), torch.zeros(1, dtype=torch.int64)
-        labels = {"y": t} if config.class_cond else {}
-        full, least = (measure_macs(model.to("meta"), x, t, **labels) for model in (base, smallest))
-    budgets = [budget_macs(share, full) for share in shares or budget_law(config.groups, config.k)[:1]]
+    with torch.random.fork_rng(devices=[]):
+        least, full, measure = outline_costs(config, in_channels)
+    budgets = [budget_of(share, full) for share in shares or budget_law(config.groups, config.k)[:1]]
     name = "budgets" if shares else "k"
-    check_reachable(getattr(config, name), budgets, least, full, name)
+    check_reachable(getattr(config, name), budgets, least, full, name, measure)
 
 
 def refuse_other_than_search(stored: TrainConfig, wanted: TrainConfig) -> None:
@@ -250,6 +248,9 @@ def _search(
         seed=derived_seed(config.seed, "importance") % 2**31,
         dtype=calibration_dtype(config),
         shared_layers=config.shared_layers,
+        budget_in=config.budget_in,
+        latency=latency_model(config, groups.num_groups),
+        width_step=width_step(config, groups.num_groups),
     )
     return plan_pruning(
         base,

@@ -11,7 +11,7 @@ import pytest
 from tdc_fast.models.iddpm import UNet
 from tdc_fast.pruning.agents import AGENTS, Evolution, Greedy, make_agent
 from tdc_fast.pruning.agents.starts import rescaled, starting_proposals
-from tdc_fast.pruning.budget import budget_macs
+from tdc_fast.pruning.budget import budget_of
 from tdc_fast.pruning.costs import UnitCosts
 from tdc_fast.pruning.memory import Memory
 from tdc_fast.pruning.rounds import search_widths
@@ -23,7 +23,7 @@ SEARCHING = sorted(set(AGENTS) - {"taylor", "magnitude", "llm"})
 
 @pytest.fixture
 def task(unet: UNet, unet_costs: UnitCosts) -> Task:
-    return task_of(unet.pruning_units(), unet_costs, budget_macs(0.6, unet_costs.full()))
+    return task_of(unet.pruning_units(), unet_costs, budget_of(0.6, unet_costs.full()))
 
 
 def trial(task: Task, widths: dict[str, int], score: float, group: int = 0, place: int = 0) -> Trial:

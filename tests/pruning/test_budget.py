@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tdc_fast.pruning.budget import (
     budget_law,
-    budget_macs,
+    budget_of,
     difficulty_order,
     explicit_fractions,
     group_fractions,
@@ -86,6 +86,6 @@ def test_shares_of_the_wrong_number_or_size_are_refused_by_index() -> None:
 
 @given(st.floats(0.001, 1.0), st.integers(1, 10**12))
 def test_a_budget_in_macs_never_exceeds_its_share(fraction: float, base: int) -> None:
-    macs = budget_macs(fraction, base)
+    macs = budget_of(fraction, base)
     assert macs <= base and fraction * base - 1 - 1e-3 <= macs <= fraction * base + 1e-3
-    assert budget_macs(0.82, 100) == 82
+    assert budget_of(0.82, 100) == 82

@@ -19,7 +19,7 @@ from tdc_fast.nn.macs import MacCounter, measure_macs
 from tdc_fast.nn.packing import pack_experts
 from tdc_fast.nn.width_plan import WidthPlan
 from tdc_fast.pruning.agents import MostImportant, resolved_agent
-from tdc_fast.pruning.budget import budget_law, budget_macs
+from tdc_fast.pruning.budget import budget_law, budget_of
 from tdc_fast.pruning.costs import UnitCosts
 from tdc_fast.pruning.rounds import search_widths
 from tdc_fast.pruning.search import plan_pruning, prune
@@ -38,7 +38,7 @@ def test_a_unets_experts_land_within_a_percent_below_every_budget(
     unet: UNet, unet_costs: UnitCosts, num_groups: int, k: float, seed: int
 ) -> None:
     for fraction in budget_law(num_groups, k):
-        budget = budget_macs(fraction, unet_costs.full())
+        budget = budget_of(fraction, unet_costs.full())
         task = task_of(unet.pruning_units(), unet_costs, budget, seed)
         trial = search_widths(task, MostImportant())
         assert 0.99 * budget <= trial.macs <= budget
@@ -62,7 +62,7 @@ def test_a_plans_macs_are_those_measured_on_the_packed_experts(
         orders = {name: unit.order for name, unit in plan.experts[index].items()}
         own = narrow(unet, orders, plan.expert_widths(index)).state_dict()
         assert all(torch.equal(value, own[name]) for name, value in expert.state_dict().items())
-    assert plan.budgets == tuple(budget_macs(f, found.base_macs) for f in found.fractions)
+    assert plan.budgets == tuple(budget_of(f, found.base_macs) for f in found.fractions)
     assert found.fractions == budget_law(num_groups, k)[::-1]  # group 0 has the highest SNR
     whole = plan.experts[0]
     assert all(
@@ -106,7 +106,7 @@ def test_pruned_groups_that_share_a_layer_order_its_atoms_by_the_mean_of_their_i
 def test_a_width_is_worth_the_most_important_atoms_that_fit_in_it() -> None:
     scores = {"layers.0": np.array([1.0, 4.0, 0.0, 2.0]), "layers.1": np.zeros(6)}
     first, second = importance_tables(dataclasses.replace(tiny_task(60), importance=scores))
-    assert first.widths == (0, 1, 2, 3, 4) and first.macs == (0, 6, 12, 18, 24)
+    assert first.widths == (0, 1, 2, 3, 4) and first.costs == (0, 6, 12, 18, 24)
     assert first.values == pytest.approx([0.0, 4.0, 6.0, 7.0, 7.0], abs=1e-4)
     assert first.values[4] > first.values[3]  # an atom without importance is still better kept than dropped
     assert second.values == pytest.approx([0.0] * 7, abs=1e-4) and sorted(second.values) == list(second.values)

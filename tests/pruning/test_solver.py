@@ -29,7 +29,7 @@ def tables(draw: st.DrawFn) -> list[UnitTable]:
 def best_by_trying_all(units: list[UnitTable], fixed: int, low: int, high: int) -> float | None:
     best = None
     for picks in itertools.product(*(range(len(unit.widths)) for unit in units)):
-        macs = fixed + sum(unit.macs[pick] for unit, pick in zip(units, picks, strict=True))
+        macs = fixed + sum(unit.costs[pick] for unit, pick in zip(units, picks, strict=True))
         value = sum(unit.values[pick] for unit, pick in zip(units, picks, strict=True))
         if low <= macs <= high and (best is None or value > best):
             best = value
@@ -52,21 +52,21 @@ def test_bounds_and_repeated_passes_lose_nothing(seed: int, monkeypatch: pytest.
     for unit in range(4):
         macs, values = rng.integers(0, 100, size=5), np.round(rng.exponential(size=5) * 10, 1)
         units.append(UnitTable(f"unit{unit}", tuple(range(5)), tuple(macs.tolist()), tuple(values.tolist())))
-    least = sum(min(unit.macs) for unit in units)
+    least = sum(min(unit.costs) for unit in units)
     for budget in rng.integers(least, 400, size=5).tolist():
         check_against_trying_every_choice(units, 0, budget, float(rng.choice([0.01, 0.5, 0.99])))
 
 
 def check_against_trying_every_choice(units: list[UnitTable], fixed: int, budget: int, tolerance: float) -> None:
     if best_by_trying_all(units, fixed, 0, budget) is None:
-        least = fixed + sum(min(unit.macs) for unit in units)
+        least = fixed + sum(min(unit.costs) for unit in units)
         with pytest.raises(ValueError, match=f"at least {least}, the smallest reachable"):
-            solve(units, budget, fixed_macs=fixed, tolerance=tolerance)
+            solve(units, budget, fixed=fixed, tolerance=tolerance)
         return
-    solution = solve(units, budget, fixed_macs=fixed, tolerance=tolerance)
+    solution = solve(units, budget, fixed=fixed, tolerance=tolerance)
     picks = [unit.widths.index(solution.widths[unit.name]) for unit in units]
-    assert solution.macs == fixed + sum(unit.macs[pick] for unit, pick in zip(units, picks, strict=True))
-    assert solution.macs <= budget
+    assert solution.cost == fixed + sum(unit.costs[pick] for unit, pick in zip(units, picks, strict=True))
+    assert solution.cost <= budget
     in_window = best_by_trying_all(units, fixed, solution.floor, budget)
     assert solution.reached == (in_window is not None)
     expected = in_window if in_window is not None else best_by_trying_all(units, fixed, 0, budget)
@@ -89,8 +89,8 @@ def test_the_window_is_one_percent_below_the_budget_with_both_ends_included() ->
 
 def test_an_unreachable_window_gives_the_best_below_and_says_so() -> None:
     units = [UnitTable("a", (0, 8), (0, 40), (0.0, 1.0)), UnitTable("b", (0, 8), (0, 45), (0.0, 2.0))]
-    solution = solve(units, 60, fixed_macs=5)
-    assert (solution.widths, solution.macs, solution.reached) == ({"a": 0, "b": 8}, 50, False)
+    solution = solve(units, 60, fixed=5)
+    assert (solution.widths, solution.cost, solution.reached) == ({"a": 0, "b": 8}, 50, False)
     assert "best below the budget has 50" in solution.statement()
 
 
@@ -111,19 +111,19 @@ def large_problem(values_follow_costs: bool) -> list[UnitTable]:
 @pytest.mark.parametrize("share", [0.2, 0.55, 0.9])
 def test_a_network_of_forty_units_is_solved_within_a_thousandth_of_the_budget(share: float) -> None:
     units = large_problem(values_follow_costs=False)
-    budget = int(share * sum(unit.macs[-1] for unit in units))
+    budget = int(share * sum(unit.costs[-1] for unit in units))
     solution = solve(units, budget)
-    assert 0.999 * budget <= solution.macs <= budget
+    assert 0.999 * budget <= solution.cost <= budget
     assert solve(units, budget) == solution
 
 
 def test_values_proportional_to_cost_fill_the_budget_as_far_as_sums_of_costs_can() -> None:
     units = large_problem(values_follow_costs=True)
-    step = np.gcd.reduce([cost for unit in units for cost in unit.macs])
-    budget = int(0.4 * sum(unit.macs[-1] for unit in units))
+    step = np.gcd.reduce([cost for unit in units for cost in unit.costs])
+    budget = int(0.4 * sum(unit.costs[-1] for unit in units))
     solution = solve(units, budget)
-    assert budget - solution.macs < 100 * step
-    assert solution.value == solution.macs
+    assert budget - solution.cost < 100 * step
+    assert solution.value == solution.cost
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 from dataclasses import replace
@@ -16,7 +17,7 @@ from tdc_fast.evaluation.heldout import HeldoutLosses
 from tdc_fast.report import Comparison, ModelResult, render_report, write_report
 from tdc_fast.report.findings import frechet_verdict, headline, heldout_verdict, versus
 from tdc_fast.report.numbers import Curve, ExpertWidths
-from tdc_fast.report.plots import smooth
+from tdc_fast.report.plots import smooth, snr_curve
 
 SECTIONS = ["numbers", "samples", "heldout", "distance", "groups", "widths", "curves", "compute", "limits", "settings"]
 
@@ -167,3 +168,20 @@ def test_the_grid_places_images_in_rows():
 
 def test_running_means_leave_missing_values_out():
     assert smooth([1.0, None, 3.0, 5.0], 2).tolist() == [1.0, 1.0, 3.0, 4.0]
+
+
+def texts_of(picture: str) -> list[str]:
+    """The texts of a drawn SVG, which matplotlib also writes as comments; those of several lines line by line."""
+    svg = base64.b64decode(picture.partition(",")[2]).decode()
+    return [line for text in re.findall("<!-- (.*?) -->", svg, re.DOTALL) for line in text.split("\n")]
+
+
+def test_experts_with_budgets_in_time_show_their_macs_and_their_time(comparison):
+    in_time = replace(comparison.widths, budgets=(), latency_ms=(4.2, 3.41), latency_budgets_ms=(4.2, 3.45))
+    drawn = texts_of(snr_curve(replace(comparison, widths=in_time)))
+    assert {"0.595", "3.41 of 3.45 ms"} <= set(drawn)
+    told = in_time.to_json()
+    assert (told["budgets"], told["latency_ms"], told["latency_budgets_ms"]) == ([], [4.2, 3.41], [4.2, 3.45])
+    only_told = replace(in_time, budgets=(1.0, 0.6), latency_budgets_ms=())
+    assert {"0.595 of 0.600", "3.41 ms"} <= set(texts_of(snr_curve(replace(comparison, widths=only_told))))
+    assert "latency_ms" not in comparison.widths.to_json()

@@ -198,7 +198,7 @@ def test_the_package_lists_its_commands(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["tdc_fast"])
     assert __main__.main() == 0
     said = capsys.readouterr().out
-    for command in ("train", "prune", "sample", "serve", "nll", "evaluate", "demo"):
+    for command in ("train", "prune", "sample", "serve", "nll", "evaluate", "latency", "demo"):
         assert f"python -m tdc_fast.{command} " in said
     for wrong, remedy in (("train", "python -m tdc_fast.train, with a dot"), ("fly", "'fly' is no command")):
         monkeypatch.setattr(sys, "argv", ["tdc_fast", wrong])

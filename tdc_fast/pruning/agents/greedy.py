@@ -1,4 +1,4 @@
-"""Greedy: narrow the unit whose loss rises least per MAC saved."""
+"""Greedy: narrow the unit whose loss rises least per MAC, or nanosecond, saved."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ SPREAD = 0.4
 
 
 class Greedy:
-    """Narrows the whole base step by step, each time the unit that costs the least loss per MAC, down to the budget.
+    """Narrows the whole base step by step down to the budget, each time the unit that costs the least loss per MAC.
+
+    Where the budget is one of time, the least loss per nanosecond counts.
 
     Later rounds take the best trial so far, narrow a unit where that costs little loss, and widen one where that gains
     much. The loss rise of every unit alone is measured before the first round.
@@ -26,27 +28,32 @@ class Greedy:
     def propose(self, task: Task, count: int) -> list[Proposal]:
         """Return `count` narrowed bases in the first round, and exchanges in later ones."""
         best = task.best()
-        plain = [Proposal(_descend(task, dict.fromkeys(task.loss_rise(), 1.0)), "least loss per MAC saved")]
+        plain = [Proposal(_descend(task, dict.fromkeys(task.loss_rise(), 1.0)), f"least loss per {_one(task)} saved")]
         if best is None:
             return distinct(task, plain if task.round == 0 else [], _varied(task), count)
         return distinct(task, [], _exchanges(task, best), count)
 
 
+def _one(task: Task) -> str:
+    return {"MACs": "MAC"}.get(task.costs.measure, task.costs.measure)
+
+
 def _descend(task: Task, factors: Mapping[str, float]) -> dict[str, int]:
     rise = task.loss_rise()
     widths = {unit.name: unit.channels for unit in task.units}
-    macs = task.costs.total(widths)
-    while macs > task.budget:
+    cost = task.costs.total(widths)
+    while cost > task.budget:
         choices = []
         for unit in task.units:
             now = widths[unit.name]
-            for narrower in range(now - unit.step, -1, -unit.step):  # several steps too: the loss need not be convex
+            narrower_ones = (width for width in task.costs.paying(unit) if width < now)
+            for narrower in narrower_ones:  # several steps too: the loss need not be convex
                 saved = task.costs.tables[unit.name][now] - task.costs.tables[unit.name][narrower]
                 lost = (rise[unit.name][narrower] - rise[unit.name][now]) * factors[unit.name]
                 if saved > 0:
                     choices.append((lost / saved, unit.name, narrower, saved))
         _, name, widths[name], saved = min(choices)
-        macs -= saved
+        cost -= saved
     return widths
 
 
@@ -55,7 +62,7 @@ def _varied(task: Task) -> Iterator[Proposal]:
     while True:
         factors = np.exp(SPREAD * rng.standard_normal(len(task.units)))
         named = {unit.name: float(factor) for unit, factor in zip(task.units, factors, strict=True)}
-        yield Proposal(_descend(task, named), "least loss per MAC saved, with randomly weighted units")
+        yield Proposal(_descend(task, named), f"least loss per {_one(task)} saved, with randomly weighted units")
 
 
 def _exchanges(task: Task, best: Trial) -> Iterator[Proposal]:

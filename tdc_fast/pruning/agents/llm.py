@@ -59,7 +59,10 @@ class Llm:
         Raises:
             AgentFailed: retries or calls are used up, or the endpoint refuses for good.
         """
-        messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": user_message(task, count)}]
+        messages = [
+            {"role": "system", "content": SYSTEM[task.costs.measure]},
+            {"role": "user", "content": user_message(task, count)},
+        ]
         notes: list[str] = []
         calls = 0
         for attempt in range(self.retries + 1):

@@ -1,0 +1,135 @@
+"""A roofline: the time of a layer from its MACs and bytes, and the steps in which the device's kernels work.
+
+A layer takes the longer of the time of its MACs and the time of its bytes, plus a constant for the call. MACs are those
+of whole tiles: a tile with one live channel costs what a full one does, as in the kernels.
+
+* GPU: a convolution runs on the tile that `kernels.tile_shapes` chooses for it, in waves of one program per
+  multiprocessor. The rates are those measured on an H200 (bench/results/gpu-nvidia-h200.md), per multiprocessor; other
+  GPUs are taken to have its balance of arithmetic, bandwidth and launches.
+* CPU: the kernels compute panels of two vectors of output channels. The rates are those of one core of an AMD EPYC with
+  AVX2; other processors are taken to have its balance.
+
+Since budgets are shares of the base's own time, the balance matters and the absolute rates do not. Where more precision
+is needed, measure a table.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from tdc_fast.kernels.problems import ConvProblem
+from tdc_fast.kernels.tile_shapes import Device, choose_tile, device_of, programs, tile_rate
+from tdc_fast.ops import native
+from tdc_fast.pruning.latency.layers import Layer
+from tdc_fast.pruning.latency.setting import Setting
+
+_H200_MULTIPROCESSORS = 132
+_GPU_MACS = 772.6e12 / 2 / _H200_MULTIPROCESSORS  # per second and multiprocessor: a bf16 matrix product
+_GPU_BYTES = 4.25e12 / _H200_MULTIPROCESSORS  # per second and multiprocessor: a copy, read and written
+_GPU_NORM = 0.3  # share of that which a group norm reaches
+_GPU_CALL = 4.8e-6  # an empty launch
+_CPU_MACS = 28e9  # per second and core: fp32 convolutions of 64 to 128 channels
+_CPU_BYTES = 10e9  # per second, of all cores: a copy, read and written
+_CPU_CALL = 22e-6  # a convolution of eight channels and one pixel
+_LANES = {"avx512": 16, "avx2": 8}
+_PANEL_VECTORS = 2
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """Estimates times of layers; a `LatencyModel`.
+
+    Attributes:
+        setting: where and how they run.
+        gpu: the device that GPU kernels' tiles are chosen for; None for the CPU.
+        threads: of the CPU.
+        panel: output channels that a CPU kernel computes together.
+    """
+
+    setting: Setting
+    gpu: Device | None = None
+    threads: int = 1
+    panel: int = 16
+
+    @classmethod
+    def on(cls, device: torch.device, dtype: torch.dtype, batch: int, num_groups: int) -> Roofline:
+        """The roofline of a device of this machine.
+
+        Args:
+            device: a GPU, or the CPU with as many threads as torch has.
+            dtype: what the layers compute in.
+            batch: samples of a forward, over all groups.
+            num_groups: N.
+        """
+        setting = Setting.on(device, dtype, batch, num_groups)
+        if device.type == "cuda":
+            return cls(setting, device_of(device))
+        isa = "" if native.module is None else native.module.cpu_isa()
+        return cls(setting, None, torch.get_num_threads(), _PANEL_VECTORS * _LANES.get(isa, 4))
+
+    def nanoseconds(self, layer: Layer) -> int:
+        """The estimated time of a layer."""
+        if self.gpu is None:
+            seconds = max(self._cpu_macs(layer) / (_CPU_MACS * self.threads), self._bytes(layer) / _CPU_BYTES)
+            return round(1e9 * (seconds + _CPU_CALL))
+        bandwidth = _GPU_BYTES * self.gpu.multiprocessors
+        if layer.kind == "group_norm":
+            return round(1e9 * (self._bytes(layer) / (_GPU_NORM * bandwidth) + _GPU_CALL))
+        return round(1e9 * (max(self._gpu_seconds(layer, self.gpu), self._bytes(layer) / bandwidth) + _GPU_CALL))
+
+    def step(self, layer: Layer) -> int:
+        """The live channels in whose multiples the time of a convolution rises, on the axis that is narrowed.
+
+        Args:
+            layer: with fewer live channels than all on one side.
+        """
+        if self.gpu is None:
+            return self.panel if layer.live_out < layer.out_channels else 1
+        tile = choose_tile("forward", self._problem(layer), self.gpu)
+        return tile.block_channels if layer.live_out < layer.out_channels else tile.block_k
+
+    def _bytes(self, layer: Layer) -> int:
+        """Bytes read and written: live input channels and weights, and all output channels, dead ones being zeroed."""
+        s = self.setting
+        out_height, out_width = layer.out_size
+        x = s.batch * layer.height * layer.width * layer.live_in
+        y = s.batch * out_height * out_width * layer.out_channels
+        weights = 0
+        if layer.kind in ("conv2d", "linear"):
+            weights = min(s.num_groups, s.batch) * layer.live_in * layer.live_out * math.prod(layer.filter)
+        return (x + y + weights) * s.torch_dtype.itemsize
+
+    def _cpu_macs(self, layer: Layer) -> int:
+        if layer.kind == "group_norm":
+            return 0
+        if layer.kind == "attention":
+            return 2 * self.setting.batch * layer.height**2 * layer.live_out  # dead heads are not computed
+        panels = -(-layer.live_out // self.panel) * self.panel
+        return self.setting.batch * math.prod(layer.out_size) * math.prod(layer.filter) * layer.live_in * panels
+
+    def _gpu_seconds(self, layer: Layer, gpu: Device) -> float:
+        if layer.kind == "attention":  # every head is computed
+            macs = 2 * self.setting.batch * layer.height**2 * layer.out_channels
+            return macs / (_GPU_MACS * gpu.multiprocessors)
+        if not layer.live_in or not layer.live_out:
+            return 0.0
+        problem = self._problem(layer)
+        tile = choose_tile("forward", problem, gpu)
+        rate = tile_rate("forward", problem, gpu, tile)
+        all_tiles = -(-layer.out_channels // tile.block_channels)
+        live_tiles = -(-layer.live_out // tile.block_channels)
+        waves = -(-programs("forward", problem, tile) * live_tiles // all_tiles // gpu.multiprocessors)
+        depth = -(-layer.live_in // tile.block_k) * tile.block_k * math.prod(layer.filter)
+        return waves * tile.block_pixels * tile.block_channels * depth / (rate * _GPU_MACS)
+
+    def _problem(self, layer: Layer) -> ConvProblem:
+        """The convolution at its full shape, as the kernels' choice of tiles takes it."""
+        s = self.setting
+        height, width = layer.height * layer.upsample, layer.width * layer.upsample
+        return ConvProblem(
+            "routed_conv2d", torch.device("cuda"), s.torch_dtype, s.batch, height, width, layer.in_channels,
+            layer.out_channels, layer.filter, layer.stride, layer.padding, *layer.out_size, s.num_groups, s.num_groups,
+        )  # fmt: skip

@@ -1,0 +1,279 @@
+"""Budgets in time: the widths that pay are taken, whatever MACs say, and tables that cannot be used are refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tdc_fast.diffusion import Diffusion
+from tdc_fast.kernels.tile_shapes import Device, choose_tile
+from tdc_fast.models.iddpm import UNet
+from tdc_fast.nn.width_plan import WidthPlan
+from tdc_fast.pruning import PruningSettings, plan_pruning, project, prune
+from tdc_fast.pruning.budget import budget_of
+from tdc_fast.pruning.costs import UnitCosts
+from tdc_fast.pruning.latency import LatencyTable, Layer, Roofline, Setting, unit_latencies
+from tdc_fast.pruning.latency.costs import all_layers
+from tdc_fast.pruning.latency.timing import layer_nanoseconds, median_error, rank_correlation
+from tdc_fast.pruning.memory import read_trials
+from tdc_fast.routing import TimestepGroups
+from tests.pruning.tiny import RecordedDiffusion, task_of, tiny_batches, tiny_net
+
+SETTING = Setting("a test's device", "float32", 32, 4)
+H200 = Device(90, 132, 232448, "NVIDIA H200")
+
+
+class Kernels:
+    """A device whose layers of 8 or 16 live channels are cheap, and whose every other width costs more than all."""
+
+    def nanoseconds(self, layer: Layer) -> int:
+        live, full = min((layer.live_in, layer.in_channels), (layer.live_out, layer.out_channels), key=_share)
+        pixels = layer.height * layer.width
+        return 100 + pixels * (live if live in (0, 8, 16) or live == full else full + 3)
+
+
+def _share(side: tuple[int, int]) -> float:
+    return side[0] / side[1]
+
+
+def table_of(base: UNet, x: Tensor) -> LatencyTable:
+    return LatencyTable(SETTING, {layer: Kernels().nanoseconds(layer) for layer in all_layers(base, x, {})})
+
+
+def test_a_plan_in_time_meets_its_budgets_with_widths_that_pay_and_tells_both_costs(
+    unet: UNet, diffusion: Diffusion, images: list[Tensor]
+) -> None:
+    groups, model = TimestepGroups.uniform(1000, 3), table_of(unet, images[0])
+    settings = PruningSettings(k=0.75, budget_in="latency", latency=model, importance="magnitude")
+    found = plan_pruning(unet, groups, diffusion, images, settings)
+    plan = WidthPlan.from_json(json.loads(json.dumps(found.plan.to_json())))
+    assert plan == found.plan and plan.budgets == () and len(plan.macs) == 3
+    costs = unit_latencies(unet, images[0], {}, model)
+    assert found.base_latency == costs.full()
+    assert plan.latency_budgets == tuple(budget_of(share, costs.full()) for share in found.fractions)
+    by_macs = prune(unet, groups, diffusion, images, k=0.75, importance="magnitude")
+    for group in (1, 2):
+        widths = plan.expert_widths(group)
+        assert plan.latency[group] == costs.total(widths) <= plan.latency_budgets[group]
+        assert all(widths[unit.name] in costs.paying(unit) for unit in unet.pruning_units())
+        in_macs = by_macs.expert_widths(group)  # the share of the MACs alone would take more time than this
+        assert any(in_macs[unit.name] not in costs.paying(unit) for unit in unet.pruning_units())
+        assert costs.total(in_macs) > plan.latency_budgets[group]
+    assert "ns" in str(plan).splitlines()[1]
+
+
+def test_an_exact_solve_in_time_agrees_with_trying_every_width_and_spares_those_that_do_not_pay() -> None:
+    net = tiny_net()
+    units, rng = net.pruning_units(), np.random.default_rng(0)
+    for seed in range(20):
+        tables = {unit.name: {w: int(rng.integers(0, 100)) for w in unit.widths()} for unit in units}
+        costs = UnitCosts(7, tables, "ns")
+        budget = int(rng.integers(costs.least(), costs.full() + 40))
+        task = task_of(units, costs, budget, seed)
+        kept = {name: np.r_[0.0, np.cumsum(np.sort(scores)[::-1])] for name, scores in task.importance.items()}
+
+        def value(widths: dict[str, int], kept: dict[str, np.ndarray] = kept) -> float:
+            return sum(float(kept[name][width]) for name, width in widths.items())
+
+        names = [unit.name for unit in units]
+        every = [dict(zip(names, w, strict=True)) for w in itertools.product(*(unit.widths() for unit in units))]
+        pay = {unit.name: costs.paying(unit) for unit in units}
+        worth = [widths for widths in every if all(widths[name] in pay[name] for name in names)]
+        affordable = [widths for widths in worth if costs.total(widths) <= budget]
+        inside = [widths for widths in affordable if costs.total(widths) >= 0.99 * budget]
+        best = max(inside or affordable, key=value)
+        solution = task.most_important()
+        assert value(solution.widths) == pytest.approx(value(best)) and solution.cost <= budget
+        # A width that does not pay is never missed: another choice keeps at least as much in no more time.
+        for widths in every:
+            if costs.total(widths) <= budget:
+                assert any(costs.total(w) <= costs.total(widths) and value(w) >= value(widths) for w in worth)
+
+
+def test_widths_that_do_not_pay_are_those_that_a_wider_one_costs_no_more_than() -> None:
+    (unit,) = tiny_net(channels=(4,)).pruning_units()
+    table = {0: 0, 1: 5, 2: 9, 3: 12, 4: 9}
+    assert UnitCosts(0, {unit.name: table}, "ns").paying(unit) == (0, 1, 4)
+    assert UnitCosts(0, {unit.name: table}).paying(unit) == (0, 1, 2, 3, 4)  # in MACs all of them
+    costs = UnitCosts(3, {unit.name: table}, "ns")
+    assert project([unit], costs, 12, 0.5, {unit.name: 3}).widths == {unit.name: 4}
+    assert project([unit], costs, 11, 0.9, {unit.name: 3}).widths == {unit.name: 1}
+
+
+@pytest.mark.parametrize("agent", ["greedy", "evolution", "random"])
+def test_agents_search_within_the_time_and_their_trials_tell_it(agent: str, tmp_path: Path) -> None:
+    net, groups = tiny_net(channels=(4, 6)), TimestepGroups.uniform(100, 1)
+    model = LatencyTable(SETTING, {layer: _bumpy(layer) for layer in all_layers(net, tiny_batches()[0], {})})
+    found = plan_pruning(
+        net, groups, RecordedDiffusion(), tiny_batches(), k=(0.7,), agent=agent, rounds=2, candidates=3,
+        budget_in="latency", latency=model, importance="magnitude", memory_file=tmp_path / "memory.jsonl",
+        tolerance=0.9,
+    )  # fmt: skip
+    costs = unit_latencies(net, tiny_batches()[0], {}, model)
+    trials = read_trials(tmp_path / "memory.jsonl")
+    assert list(found.trials[0]) == trials and len(trials) == 6
+    for trial in trials:
+        assert trial.latency == trial.cost == costs.total(trial.widths) <= found.plan.latency_budgets[0]
+    assert found.plan.latency == (costs.total(found.plan.expert_widths(0)),)
+    assert found.calibration_macs >= sum(trial.spent for trial in trials) > 0
+    with pytest.raises(ValueError, match="budget_in|budgets|costs_hash"):
+        slower = LatencyTable(SETTING, {layer: 2 * ns for layer, ns in model.rows.items()})
+        plan_pruning(
+            net, groups, RecordedDiffusion(), tiny_batches(), k=(0.7,), agent=agent, rounds=2, candidates=3,
+            budget_in="latency", latency=slower, importance="magnitude", memory_file=tmp_path / "memory.jsonl",
+        )  # fmt: skip
+
+
+def _bumpy(layer: Layer) -> int:
+    live = min(layer.live_in, layer.live_out)
+    return 10 + live * layer.height + (9 if live % 2 else 0)
+
+
+def test_with_budgets_in_macs_a_model_of_time_changes_nothing_but_what_the_plan_tells(
+    unet: UNet, diffusion: Diffusion, images: list[Tensor]
+) -> None:
+    groups, model = TimestepGroups.uniform(1000, 2), table_of(unet, images[0])
+    plain = prune(unet, groups, diffusion, images, k=0.6, importance="magnitude").to_json()
+    told = prune(unet, groups, diffusion, images, k=0.6, importance="magnitude", latency=model).to_json()
+    costs = unit_latencies(unet, images[0], {}, model)
+    widths = {name: unit["width"] for name, unit in plain["experts"][1].items()}
+    assert "latency" not in plain and "latency_budgets" not in told
+    assert told.pop("latency") == [costs.full(), costs.total(widths)]
+    assert told == plain
+
+
+def test_widths_step_in_what_is_asked_for_wherever_a_units_channels_allow(
+    unet: UNet, diffusion: Diffusion, images: list[Tensor]
+) -> None:
+    groups = TimestepGroups.uniform(1000, 2)
+    for step in (16, lambda layer: 16 if layer.live_out < layer.out_channels else 64):
+        plan = prune(unet, groups, diffusion, images, k=0.4, width_step=step, importance="magnitude")
+        for unit in unet.pruning_units():
+            width = plan.expert_widths(1)[unit.name]
+            coarse = math.gcd(unit.channels, 16) if unit.kind == "resblock" else unit.step
+            assert width % coarse == 0
+        plan.check(unet.pruning_units())
+    with pytest.raises(ValueError, match="width_step: got 0; expected at least 1"):
+        prune(unet, groups, diffusion, images, k=0.4, width_step=0)
+
+
+def test_budgets_in_time_need_a_model_of_it_and_say_what_they_lack(unet: UNet, images: list[Tensor]) -> None:
+    with pytest.raises(ValueError, match="latency: got None; expected a model of the time"):
+        PruningSettings(k=0.5, budget_in="latency")
+    with pytest.raises(ValueError, match="budget_in: got 'seconds'"):
+        PruningSettings(k=0.5, budget_in="seconds")
+    table = table_of(unet, images[0])
+    known = [layer for layer in table.rows if layer.kind != "group_norm"]
+    partial = LatencyTable(SETTING, {layer: table.rows[layer] for layer in known}, source="times.json")
+    with pytest.raises(ValueError, match=r"times.json: got 'no row for group_norm .* 8x8'; .*tdc_fast.latency"):
+        unit_latencies(unet, images[0], {}, partial)
+
+
+CONV = Layer("conv2d", 64, 128, 8, 8, 64, 128, (3, 3), (1, 1), (1, 1))
+
+
+def test_a_width_that_was_not_measured_takes_as_long_as_the_next_wider_one() -> None:
+    rows = {CONV: 50, CONV.narrowed("out", 96): 70, CONV.narrowed("out", 64): 30, CONV.narrowed("in", 32): 20}
+    table = LatencyTable(SETTING, rows)
+    of = {live: table.nanoseconds(CONV.narrowed("out", live)) for live in (128, 120, 96, 90, 64, 8, 0)}
+    assert of == {128: 50, 120: 50, 96: 70, 90: 70, 64: 30, 8: 30, 0: 30}
+    assert table.nanoseconds(CONV.narrowed("in", 8)) == 20 and table.nanoseconds(CONV.narrowed("in", 40)) == 50
+    with pytest.raises(ValueError, match="no row for conv2d 64-128 16x8 3x3"):
+        table.nanoseconds(dataclasses.replace(CONV, height=16))
+    without_full = LatencyTable(SETTING, {CONV.narrowed("out", 64): 30})
+    with pytest.raises(ValueError, match=r"no row for conv2d 64-128 \(72 live\)"):
+        without_full.nanoseconds(CONV.narrowed("out", 72))
+
+
+def test_a_table_is_the_same_after_it_was_stored_and_is_of_one_setting(tmp_path: Path) -> None:
+    table = LatencyTable(SETTING, {CONV: 50, CONV.narrowed("out", 0): 3}, {"date": "today"})
+    table.save(tmp_path / "times.json")
+    read = LatencyTable.load(tmp_path / "times.json")
+    assert (read.setting, read.rows, read.facts) == (table.setting, table.rows, table.facts)
+    read.check(SETTING)
+    for name, value in {"device": "NVIDIA H200", "dtype": "bfloat16", "batch": 64, "num_groups": 8}.items():
+        with pytest.raises(ValueError, match=f"times.json: {name}: got .*{value!r}, as in this run"):
+            read.check(dataclasses.replace(SETTING, **{name: value}))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda data: data.pop("batch"), "table: got"),
+        (lambda data: data.update(version=2), "version: got 2"),
+        (lambda data: data.update(dtype="int8"), "dtype: got 'int8'"),
+        (lambda data: data.update(num_groups=0), "num_groups: got 0"),
+        (lambda data: data.update(rows=[]), "rows: got"),
+        (lambda data: data["rows"].append(data["rows"][0]), r"rows\[1\]: got 'conv2d 64-128 8x8 3x3'; expected every"),
+        (lambda data: data["rows"][0].update(ns=0), r"rows\[0\]: ns: got 0; expected an integer of at least 1"),
+        (lambda data: data["rows"][0].update(ns=2.5), r"rows\[0\]: ns: got 2.5"),
+        (lambda data: data["rows"][0].update(kind="dense"), r"rows\[0\]: kind: got 'dense'"),
+        (lambda data: data["rows"][0].update(filter=3), r"rows\[0\]: filter: got 3; expected a pair"),
+        (lambda data: data["rows"][0].update(live_out=129), r"rows\[0\]: got .*expected at most as many live"),
+        (lambda data: data["rows"][0].pop("stride"), r"rows\[0\]: got \['stride'\]"),
+    ],
+)
+def test_a_damaged_table_is_refused_by_file_and_field(change, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "times.json"
+    LatencyTable(SETTING, {CONV: 50}).save(path)
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+    with pytest.raises(ValueError, match=f"times.json is not a valid latency table: {said}"):
+        LatencyTable.load(path)
+
+
+def test_a_file_that_is_no_table_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "times.json").write_text("{")
+    for name in ("times.json", "missing.json"):
+        with pytest.raises(ValueError, match=f"{name} is not a valid latency table"):
+            LatencyTable.load(tmp_path / name)
+
+
+def test_a_roofline_of_a_gpu_rises_in_the_steps_of_the_tiles_that_its_kernels_run_on() -> None:
+    model = Roofline(Setting("NVIDIA H200", "bfloat16", 128, 8), H200)
+    conv = Layer("conv2d", 256, 256, 32, 32, 256, 256, (3, 3), (1, 1), (1, 1))
+    tile = choose_tile("forward", model._problem(conv), H200)
+    assert model.step(conv.narrowed("out", 248)) == tile.block_channels
+    assert model.step(conv.narrowed("in", 248)) == tile.block_k
+    for dim, step in (("out", tile.block_channels), ("in", tile.block_k)):
+        times = [model.nanoseconds(conv.narrowed(dim, width)) for width in range(8, 257, 8)]
+        assert times == sorted(times)
+        pairs = zip(range(8, 256, 8), itertools.pairwise(times), strict=True)
+        rises = [width for width, (now, then) in pairs if then > 1.03 * now]
+        assert rises and all(width % step == 0 for width in rises)
+    assert model.nanoseconds(conv.narrowed("out", 0)) < 0.5 * model.nanoseconds(conv)
+
+
+def test_a_roofline_of_a_cpu_rises_in_whole_panels_and_with_fewer_threads() -> None:
+    model = Roofline(SETTING, None, threads=2, panel=16)
+    conv = Layer("conv2d", 64, 64, 16, 16, 64, 64, (3, 3), (1, 1), (1, 1))
+    assert model.nanoseconds(conv.narrowed("out", 40)) == model.nanoseconds(conv.narrowed("out", 48))
+    assert model.nanoseconds(conv.narrowed("out", 48)) < model.nanoseconds(conv.narrowed("out", 49))
+    assert model.step(conv.narrowed("out", 63)) == 16 and model.step(conv.narrowed("in", 63)) == 1
+    assert 1.8 < dataclasses.replace(model, threads=1).nanoseconds(conv) / model.nanoseconds(conv) <= 2
+    assert Roofline.on(torch.device("cpu"), torch.float32, 4, 2).panel in (8, 16, 32)
+
+
+def test_layers_of_every_kind_are_measured(unet: UNet, images: list[Tensor]) -> None:
+    layers = {layer.kind: layer for layer in all_layers(unet, images[0], {}) if layer.live_out < layer.out_channels}
+    assert set(layers) == {"conv2d", "linear", "group_norm", "attention"}
+    for layer in layers.values():
+        assert layer_nanoseconds(layer, Setting("here", "float32", 4, 2), torch.device("cpu"), 0.0) > 0
+
+
+def test_quality_is_spearmans_rank_correlation_and_an_error_without_the_common_factor() -> None:
+    assert rank_correlation([1, 2, 3, 4], [10, 20, 30, 40]) == 1
+    assert rank_correlation([1, 2, 3], [3, 2, 1]) == -1
+    assert rank_correlation([1, 2, 2, 3], [1, 2, 3, 4]) == pytest.approx(0.9486832980505138)  # scipy's
+    assert math.isnan(rank_correlation([1, 1], [1, 2]))
+    assert median_error([1, 2, 4], [3, 6, 12]) == 0
+    assert median_error([1, 2, 5], [1, 2, 4]) == 0 and median_error([1, 1.5, 3], [1, 1, 1]) == pytest.approx(1 / 3)

@@ -1,0 +1,60 @@
+"""The command that measures the times of a model's layers, and runs with budgets in that time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tdc_fast.latency import main
+from tdc_fast.nn.width_plan import WidthPlan
+from tdc_fast.pruning.latency import LatencyTable
+from tdc_fast.train import main as train_command
+from tests.training.small_run import TWO_STAGES, flags, small_config
+
+SMALLER = {"channel_mult": "1", "attention_resolutions": "8", "groups": 2}
+"""Two units instead of five."""
+
+
+def test_a_measured_table_is_what_a_run_of_the_same_flags_is_pruned_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    config = small_config(tmp_path, "run", **{**TWO_STAGES, **SMALLER}, stop_after="pruning")
+    table = tmp_path / "times.json"
+    assert main([*flags(config), "--out", str(table), "--seconds", "0"]) == 0
+    said = capsys.readouterr().out
+    assert "MACs and bytes predict these layers with rank correlation" in said
+    assert "the table predicts whole models at 0%, 25%, 50%, 75%, 100% of the widths with rank" in said
+    measured = LatencyTable.load(table)
+    assert measured.setting.batch == 6 and measured.setting.num_groups == 2
+    assert f"{len(measured.rows)} times on {measured.setting.device}, float32, batch 6, 2 groups" in said
+    in_time = ["--budget_in", "latency", "--latency_table", str(table)]
+    assert train_command([*flags(config), *in_time]) == 0
+    plan = WidthPlan.load(tmp_path / "run" / "widths.json")
+    assert plan.latency[1] <= plan.latency_budgets[1] < plan.latency_budgets[0] == plan.latency[0]
+
+
+def test_budgets_that_no_widths_meet_and_tables_that_do_not_fit_are_refused_before_stage_1(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    config = small_config(tmp_path, "run", **{**TWO_STAGES, **SMALLER, "k": 0.02}, budget_in="latency")
+    assert train_command(flags(config)) == 2
+    said = capsys.readouterr().err
+    assert "k: got 0.02; expected a larger one: group 0 is allowed" in said and " ns," in said
+    missing = config.replace(k=0.9, latency_table=str(tmp_path / "missing.json"))
+    assert train_command(flags(missing)) == 2
+    assert "missing.json is not a valid latency table" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("step", ["0", "-8", "8.5", "wide", "9000", ""])
+def test_a_width_step_is_a_number_of_channels_or_auto(step: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="width_step: got .*expected a number of channels from 1 to 8192, or auto"):
+        small_config(tmp_path, **TWO_STAGES, width_step=step)
+    small_config(tmp_path, **TWO_STAGES, width_step="auto")
+
+
+def test_what_cannot_be_measured_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    config = flags(small_config(tmp_path, "run", **TWO_STAGES))
+    assert main([*config, "--out", str(tmp_path / "no" / "times.json")]) == 2
+    assert "expected a file in a folder that exists" in capsys.readouterr().err
