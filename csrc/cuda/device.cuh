@@ -33,9 +33,13 @@
 //   named_barrier_sync|arrive(id, n)   id 1 to 15, n threads in all, a multiple of 32; give id as a constant
 //   shfl, shfl_xor, shfl_down, shfl_up, ballot    whole warp, 4-byte values
 //   atomic_add_int, atomic_add_float, atomic_max_int    return the old value
-//   device_fence, trap
+//   device_fence                       orders memory between blocks: what all threads of a block wrote before a
+//   barrier, a
+//                                      fence and an atomic of one of them is what a block sees that finds the atomic's
+//                                      effect by one of its own, and then has a fence and a barrier
+//   trap
 //     Builds for tests also check every access for races: block_sync, named barriers and warp_sync order memory;
-//     shuffles, ballot, ldmatrix and mma do not, and nothing orders two blocks.
+//     shuffles, ballot, ldmatrix and mma do not, and two blocks are ordered by fences around atomics alone.
 //     Everything from ldmatrix to ballot is collective: the emulator reports a divergence unless all lanes of the warp
 //     make the same call, and a deadlock when threads wait forever or for threads that have exited. The emulator runs
 //     blocks one after another, and a thread until it waits: spinning on memory never ends.

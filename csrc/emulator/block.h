@@ -110,6 +110,8 @@ class Block {
     note(address, bytes, RaceCheck::Access::kWrite, __builtin_return_address(0));
   }
 
+  void device_fence() { races_.device_fence(current_->number); }
+
   // Ends the launch with a message. Never returns.
   [[noreturn]] void fail(const std::string& what);
   [[noreturn]] void fail(const Site& site, const std::string& what);

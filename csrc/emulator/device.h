@@ -287,7 +287,7 @@ TDC_ATOMIC float atomic_add_float(float* address, float value) {
 TDC_ATOMIC int atomic_max_int(int* address, int value) {
   return exchange(address, max(*address, value), __builtin_return_address(0));
 }
-inline void device_fence() {}
+inline void device_fence() { emulator::block.device_fence(); }
 [[noreturn]] inline void trap(TDC_CALLER) { emulator::block.fail(TDC_SITE("trap"), "the kernel trapped"); }
 
 }  // namespace tdc

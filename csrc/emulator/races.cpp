@@ -14,6 +14,7 @@ void RaceCheck::begin_launch(const void* begin, size_t bytes) {
   stacks_ = reinterpret_cast<uintptr_t>(begin);
   stacks_bytes_ = bytes;
   pages_.clear();
+  published_.clear();
   last_page_ = ~uintptr_t{0};
 }
 
@@ -29,6 +30,9 @@ void RaceCheck::begin_block(int threads, unsigned number) {
     clocks_[t][t] = 1;
   }
   fences_.assign(threads_, {});
+  fenced_clocks_.assign(threads_, {});
+  found_.assign(threads_, {});
+  acquired_.clear();
   lane_names_.clear();
   operations_.clear();
 }
@@ -130,7 +134,7 @@ bool RaceCheck::found_race(const Cell& cell, const Region* region, uintptr_t add
   const char* did = wrote ? "wrote" : earlier.atomic ? "changed by an atomic" : "read";
   wrong_ = "race on " + what(region, address) + ": " + who(now) + " " + does + " " + place_text(now.place) + " what " +
            who(earlier) + " " + did + " " + place_text(earlier.place) + ", and " +
-           (earlier.block == number_ ? "no barrier is between" : "nothing orders two blocks");
+           (earlier.block == number_ ? "no barrier is between" : "nothing orders the two blocks");
   return false;
 }
 
@@ -179,7 +183,36 @@ bool RaceCheck::access(int thread, const void* address, size_t bytes, Access kin
   now.thread = static_cast<uint16_t>(thread);
   now.write = kind == Access::kWrite;
   now.atomic = kind == Access::kAtomic;
-  return touch_all(thread, now, address, bytes);
+  if (!touch_all(thread, now, address, bytes)) return false;
+  const auto begin = reinterpret_cast<uintptr_t>(address);
+  if (now.atomic && region_of(begin) == nullptr) publish(thread, begin);
+  return true;
+}
+
+void RaceCheck::publish(int thread, uintptr_t address) {
+  std::vector<Published>& here = published_[address];
+  found_[static_cast<size_t>(thread)].emplace_back(address, here.size());
+  const Clock& fenced = fenced_clocks_[static_cast<size_t>(thread)];
+  if (!fenced.empty()) here.push_back({number_, fenced});
+}
+
+void RaceCheck::device_fence(int thread) {
+  if (!enabled) return;
+  const auto self = static_cast<size_t>(thread);
+  fenced_clocks_[self] = clocks_[self];
+  const uint32_t epoch = ++clocks_[self][self];
+  for (const auto& [address, count] : found_[self]) {
+    for (size_t i = 0; i < count; ++i) acquired_.push_back({published_[address][i], thread, epoch});
+  }
+  found_[self].clear();
+}
+
+bool RaceCheck::acquired(const Record& record, int thread) const {
+  return std::any_of(acquired_.begin(), acquired_.end(), [&](const Acquired& a) {
+    return a.published.block == record.block && record.thread < a.published.clock.size() &&
+           record.clock <= a.published.clock[record.thread] &&
+           (a.thread == thread || a.epoch <= clocks_[static_cast<size_t>(thread)][static_cast<size_t>(a.thread)]);
+  });
 }
 
 bool RaceCheck::touch_all(int thread, const Record& access, const void* address, size_t bytes) {

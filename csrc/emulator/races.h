@@ -4,13 +4,16 @@
 #include <cstdint>
 #include <string>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 namespace tdc::emulator {
 
 // Races, whatever the schedule: two accesses of different threads to one byte, one of them a write, that no barrier
-// orders. In shared memory, and in global memory within a launch, where nothing orders two blocks (so an element that
-// two blocks write is a race, even if they write the same). Every access is seen, because the kernels are compiled with
+// orders. In shared memory, and in global memory within a launch, where only fences around atomics order two blocks (so
+// an element that two blocks write is mostly a race, even if they write the same): what a thread did before a
+// device_fence and then an atomic comes before what a thread of a later block does after an atomic of its own on the
+// same address and then a device_fence. Every access is seen, because the kernels are compiled with
 // -fsanitize=thread, and races.cpp implements the functions that this inserts calls to. The method is that of
 // FastTrack (Flanagan and Freund, PLDI 2009): a vector clock per thread, the last write and the reads since then per
 // cell of memory. Barriers and warp_sync order memory; shuffles, ballots, ldmatrix and mma do not. A cp_async is a
@@ -49,6 +52,8 @@ class RaceCheck {
   void finish_write(const void* address, size_t bytes);
   // A thread's accesses to shared memory so far come before asynchronous ones after this.
   void fence(int thread);
+  // The device_fence of a thread, which orders its accesses and its atomics for other blocks.
+  void device_fence(int thread);
   // Operations of a lane up to `clock` are ordered before what acquires the clock, or before the thread's next
   // accesses.
   void add(Clock& clock, int lane, uint32_t operation);
@@ -87,6 +92,17 @@ class RaceCheck {
     Cell whole;
     std::vector<Cell> parts;
   };
+  // What a block had done before a fence and an atomic.
+  struct Published {
+    uint32_t block;
+    Clock clock;
+  };
+  // That a thread of this block has found by an atomic and a fence, at `epoch` of its own clock.
+  struct Acquired {
+    Published published;
+    int thread;
+    uint32_t epoch;
+  };
   struct Region {
     uintptr_t begin = 0;
     size_t bytes = 0;
@@ -94,11 +110,14 @@ class RaceCheck {
     std::vector<Chunk> chunks;
   };
 
-  // Whether a record is of this block, and of this thread or ordered before its current access.
+  // Whether a record is of this thread or ordered before its current access.
   bool before(const Record& record, int thread) const {
-    return record.block == number_ &&
-           (record.thread == thread || record.clock <= clocks_[static_cast<size_t>(thread)][record.thread]);
+    if (record.block != number_) return acquired(record, thread);
+    return record.thread == thread || record.clock <= clocks_[static_cast<size_t>(thread)][record.thread];
   }
+  // The same of a record of another block.
+  bool acquired(const Record& record, int thread) const;
+  void publish(int thread, uintptr_t address);
   // Whether the thread that wrote has fenced since, where `thread` knows of it.
   bool fenced(const Record& written, int thread) const;
   bool touch_all(int thread, const Record& now, const void* address, size_t bytes);
@@ -117,8 +136,12 @@ class RaceCheck {
   uint32_t number_ = 0;  // of the block in its grid
   uintptr_t stacks_ = 0, stacks_bytes_ = 0;
   size_t threads_ = 0;
-  std::vector<Clock> clocks_;                  // [threads][threads + lanes]
-  std::vector<std::vector<uint32_t>> fences_;  // [threads]: own clocks, ascending
+  std::vector<Clock> clocks_;                                        // [threads][threads + lanes]
+  std::vector<std::vector<uint32_t>> fences_;                        // [threads]: own clocks, ascending
+  std::unordered_map<uintptr_t, std::vector<Published>> published_;  // in this launch, by an atomic's address
+  std::vector<Clock> fenced_clocks_;                                 // [threads] at the last device_fence
+  std::vector<std::vector<std::pair<uintptr_t, size_t>>> found_;     // [threads] by atomics since then
+  std::vector<Acquired> acquired_;                                   // by this block
   std::vector<std::string> lane_names_;
   std::vector<uint32_t> operations_;  // [lanes] so far
   std::vector<Region> regions_;

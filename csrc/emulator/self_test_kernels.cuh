@@ -196,6 +196,28 @@ TDC_KERNEL(self_test_global, SelfTestParams, 32) {
   if (p.mode == 4 && blockIdx.x == 1) out[thread] += out[0];
 }
 
+// The last block to arrive adds up what all blocks wrote: out[0] = the sum of in[block], and the counter in[gridDim.x]
+// is 0 again.
+TDC_KERNEL(self_test_last_block, SelfTestParams, 64) {
+  TDC_SHARED(int, last, 1);
+  const int* in = static_cast<const int*>(p.in);
+  int *out = static_cast<int*>(p.out), *counter = static_cast<int*>(const_cast<void*>(p.other));
+  const int blocks = static_cast<int>(gridDim.x);
+  if (threadIdx.x == 40) out[1 + blockIdx.x] = in[blockIdx.x];
+  if (!TDC_PLANTED(SELF_NO_BARRIER_BEFORE_ARRIVAL)) block_sync();
+  if (threadIdx.x == 0) {
+    if (!TDC_PLANTED(SELF_NO_RELEASE)) device_fence();
+    last[0] = atomic_add_int(counter, 1) == blocks - 1;
+    if (!TDC_PLANTED(SELF_NO_ACQUIRE)) device_fence();
+    if (last[0]) atomic_add_int(counter, -blocks);
+  }
+  block_sync();
+  if (!last[0] || threadIdx.x != 20) return;
+  int sum = 0;
+  for (int block = 0; block < blocks; ++block) sum += out[1 + block];
+  out[0] = sum;
+}
+
 // Reads of unwritten memory: mode 0 dynamic shared memory, 1 a static array, 2 a local array.
 TDC_KERNEL(self_test_unwritten, SelfTestParams, 32) {
   TDC_DYNAMIC_SHARED(memory);

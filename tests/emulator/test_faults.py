@@ -195,9 +195,28 @@ def test_races_on_global_memory_are_reported(mode: int, schedule: int) -> None:
     out, source = torch.empty(65, dtype=torch.int32), torch.tensor([3], dtype=torch.int32)
     assert run("global", out, source, mode=0, grid=(2, 1, 1), schedule=schedule)[:64].eq(3).all()
     assert run("global", out, source, mode=1, grid=(2, 1, 1), schedule=schedule)[:64].eq(6).all()
-    order = "no barrier is between" if mode == 2 else "nothing orders two blocks"
+    order = "no barrier is between" if mode == 2 else "nothing orders the two blocks"
     with pytest.raises(EmulatorError, match=f"race on global memory at 0x.*, and {order}"):
         run("global", out, source, mode=mode, grid=(2, 1, 1), schedule=schedule)
+
+
+def last_block_is_right(schedule: int, *plants: str) -> bool:
+    values, counter = torch.arange(5, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    sums = [
+        run("last_block", torch.empty(6, dtype=torch.int32), values, counter, grid=(5, 1, 1), threads=64,
+            schedule=schedule, plants=plants)[0]
+        for _ in range(2)
+    ]  # fmt: skip
+    return sums == [10, 10] and counter == 0
+
+
+@plain_only
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("plant", ["SELF_NO_RELEASE", "SELF_NO_ACQUIRE", "SELF_NO_BARRIER_BEFORE_ARRIVAL"])
+def test_blocks_are_ordered_by_fences_around_atomics(plant: str, schedule: int) -> None:
+    assert last_block_is_right(schedule)
+    with pytest.raises(EmulatorError, match="race on global memory at 0x.*, and nothing orders the two blocks"):
+        last_block_is_right(schedule, plant)
 
 
 # Without torch, whose import takes seconds under ASan; of a size that Python takes from malloc.
