@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tdc_fast.kernels import tile_shapes
 from tdc_fast.kernels.common import live_width
-from tdc_fast.kernels.expert_sums import segment_of
+from tdc_fast.kernels.expert_sums import my_groups, next_group, segment_of
 from tdc_fast.kernels.launch import Launch
 from tdc_fast.kernels.problems import ConvProblem, ConvTensors
 from tdc_fast.kernels.split_sums import share_start, sum_splits_launch, widest_access
@@ -63,28 +63,13 @@ class SumForm(NamedTuple):
 
 
 @triton.jit
-def my_groups(weight_index, expert, num_groups, num_experts, GROUPS: tl.constexpr):
-    """The numbers of all groups, and which of them use an expert: [GROUPS] each."""
-    number = tl.arange(0, GROUPS)
-    exists = number < num_groups
-    named = tl.load(weight_index + number, mask=exists, other=0)
-    return number, exists & (tl.minimum(tl.maximum(named, 0), num_experts - 1) == expert)
-
-
-@triton.jit
-def next_group(routing, group, GROUPS: tl.constexpr):
-    """The first of the program's groups after `group`."""
-    return tl.min(tl.where(routing.mine & (routing.number > group), routing.number, GROUPS), 0)
-
-
-@triton.jit
 def sum_biases(sums, routing, column, split, splits, slab, FORM: tl.constexpr):
     """Computes one block of channels, from `column` on. slab: (split, expert) as one index."""
     columns = column + tl.arange(0, FORM.CHANNELS)  # [BC]
     total = tl.zeros([FORM.CHANNELS], tl.float32)
     group = -1
     for _ in range(tl.sum(routing.mine.to(tl.int32), 0)):
-        group = next_group(routing, group, FORM.GROUPS)
+        group = next_group(routing.number, routing.mine, group, FORM.GROUPS)
         first, past = segment_of(routing.offsets, group, routing.batch)
         live = live_width(routing.out_widths, group, sums.channels)
         if sums.sample_out is None:

@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from tdc_fast.kernels.expert_sums import sum_per_expert
+from tdc_fast.kernels.expert_sums import MOST_AT_ONCE, sum_per_expert
 from tdc_fast.kernels.launch import Launch
 from tdc_fast.kernels.norm_kernels import norm_backward_kernel, norm_forward_kernel
 from tdc_fast.kernels.problems import NormProblem, NormTensors
@@ -113,7 +113,7 @@ def _constants(p: NormProblem, backward: bool) -> tuple[tuple[int, int], dict[st
     return (p.batch, triton.cdiv(p.channels, tile.span)), constants, {"num_warps": tile.num_warps}
 
 
-def group_norm_forward(p: NormProblem, t: NormTensors) -> tuple[Tensor, Tensor, Tensor]:
+def group_norm_forward(p: NormProblem, t: NormTensors) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Computes the forward in one launch.
 
     Args:
@@ -121,13 +121,15 @@ def group_norm_forward(p: NormProblem, t: NormTensors) -> tuple[Tensor, Tensor, 
         t: x and x2 in channels_last memory, everything else contiguous.
 
     Returns:
-        y (B, C, H, W) channels_last, mean and rstd (B, norm groups) fp32.
+        y (B, C, H, W) channels_last, mean and rstd (B, norm groups) fp32, counters for the backward (NormTensors).
     """
     y = _empty_image(p, t.x, p.channels)
     mean = torch.empty((p.batch, p.num_norm_groups), dtype=torch.float32, device=t.x.device)
     rstd = torch.empty_like(mean)
-    norm_forward_launch(p, {**t._asdict(), "y": y, "mean": mean, "rstd": rstd}).run()
-    return y, mean, rstd
+    make = torch.empty if p.batch else torch.zeros
+    counters = make((p.num_experts, p.num_norm_groups), dtype=torch.int32, device=t.x.device)
+    norm_forward_launch(p, {**t._asdict(), "y": y, "mean": mean, "rstd": rstd, "counters": counters}).run()
+    return y, mean, rstd, counters
 
 
 def group_norm_backward(
@@ -138,7 +140,9 @@ def group_norm_backward(
     t: NormTensors,
     mask: tuple[bool, bool, bool, bool, bool, bool],
 ) -> tuple[Tensor | None, ...]:
-    """Computes the gradients in one launch, or two: dweight and dbias are summed from fp32 values per sample.
+    """Computes the gradients in one launch, or two where samples are many.
+
+    dweight and dbias are summed from fp32 values per sample.
 
     Args:
         p: One that `norm_supported` accepts.
@@ -157,18 +161,23 @@ def group_norm_backward(
     made: dict[str, Tensor | None] = {
         "dx": _empty_image(p, t.x, p.channels - p.x2_channels) if wants_input else None,
         "dx2": _empty_image(p, t.x, p.x2_channels) if wants_input and p.x2_channels else None,
-        "dweight": t.x.new_empty(per_sample, dtype=torch.float32) if mask[1] else None,
-        "dbias": t.x.new_empty(per_sample, dtype=torch.float32) if mask[2] else None,
+        "dweight_share": t.x.new_empty(per_sample, dtype=torch.float32) if mask[1] else None,
+        "dbias_share": t.x.new_empty(per_sample, dtype=torch.float32) if mask[2] else None,
         "dscale": t.x.new_empty(per_sample) if mask[3] else None,
         "dshift": t.x.new_empty(per_sample) if mask[4] else None,
     }
-    norm_backward_launch(p, {**t._asdict(), "dy": dy, "mean": mean, "rstd": rstd, **made}).run()
-    shares = {name: share for name in ("dweight", "dbias") if (share := made[name]) is not None}
-    sums = {name: torch.empty_like(t.weight) for name in shares}
-    if shares:
-        sum_per_expert(tuple(shares.values()), tuple(sums.values()), t.offsets, t.weight_index)
+    dweight, dbias = (torch.empty_like(t.weight) if wanted else None for wanted in mask[1:3])
+    at_once = (mask[1] or mask[2]) and t.counters is not None and 0 < p.batch <= MOST_AT_ONCE
+    summed = {"dweight": dweight, "dbias": dbias} if at_once else {"dweight": None, "dbias": None, "counters": None}
+    norm_backward_launch(p, {**t._asdict(), "dy": dy, "mean": mean, "rstd": rstd, **made, **summed}).run()
+    if not at_once:
+        pairs = ((made["dweight_share"], dweight), (made["dbias_share"], dbias))
+        wanted = [(share, out) for share, out in pairs if share is not None and out is not None]
+        if wanted:
+            shares, outs = zip(*wanted, strict=True)
+            sum_per_expert(shares, outs, t.offsets, t.weight_index)
     dx, dx2 = made["dx"] if mask[0] else None, made["dx2"] if mask[5] else None
-    return dx, sums.get("dweight"), sums.get("dbias"), made["dscale"], made["dshift"], dx2
+    return dx, dweight, dbias, made["dscale"], made["dshift"], dx2
 
 
 def _empty_image(p: NormProblem, like: Tensor, channels: int) -> Tensor:

@@ -17,7 +17,14 @@ import triton
 import triton.language as tl
 
 from tdc_fast.kernels.common import expert_of, live_width
-from tdc_fast.kernels.expert_sums import group_of_sample
+from tdc_fast.kernels.expert_sums import (
+    arrive,
+    count_samples,
+    group_of_sample,
+    my_groups,
+    sum_samples,
+    zero_unused,
+)
 
 _INTEGERS = (
     "channels",
@@ -125,6 +132,7 @@ def norm_forward_kernel(
     y,  # (B, pixels, C)
     mean,  # (B, norm groups) fp32
     rstd,  # (B, norm groups) fp32
+    counters,  # (E, norm groups) int32, filled with zeros for the backward
     offsets,
     weight_index,
     widths,
@@ -150,6 +158,10 @@ def norm_forward_kernel(
     expert = expert_of(weight_index, group, num_experts)
     first, column, inside, member = _block(span, per_group, channels, VECTOR, BLOCK_GROUPS, BLOCK_CHANNELS)
     live = inside & (first + column < live_width(widths, group, channels))
+    if sample + tl.program_id(1) == 0:
+        for begin in range(0, num_experts * norm_groups, BLOCK_CHANNELS):
+            place = begin + column
+            tl.store(counters + place, tl.zeros_like(place), mask=place < num_experts * norm_groups)
     row = tl.arange(0, BLOCK_PIXELS)
     stride = (channels // VECTOR) * VECTOR
     seam = stride - (x2_channels // VECTOR) * VECTOR
@@ -229,8 +241,11 @@ def norm_backward_kernel(
     dx2,  # like x2; None with dx
     dscale,  # (B, C) or None
     dshift,  # (B, C) or None
-    dweight,  # (B, C) fp32, each sample's share, or None
-    dbias,  # (B, C) fp32, each sample's share, or None
+    dweight_share,  # (B, C) fp32, of each sample, or None
+    dbias_share,  # (B, C) fp32, of each sample, or None
+    dweight,  # (E, C), or None: the shares are summed by a launch of their own
+    dbias,  # (E, C), likewise
+    counters,  # (E, norm groups) int32, zeros; None with dweight and dbias
     offsets,
     weight_index,
     widths,
@@ -287,21 +302,42 @@ def norm_backward_kernel(
         tl.store(dscale + place, sum_affine.to(dscale.dtype.element_ty), mask=inside)
     if dshift is not None:
         tl.store(dshift + place, sum_grad.to(dshift.dtype.element_ty), mask=inside)
-    if dweight is not None:
-        tl.store(dweight + place, sum_product * factor, mask=inside)
-    if dbias is not None:
-        tl.store(dbias + place, sum_grad * factor, mask=inside)
-    if dx is None:
-        return
-    to = Tile(x=dx, x2=dx2, channels=stride, seam=seam, first=first, column=column, row=row)
-
-    elements = per_group * pixels.to(tl.float32)
-    mean_grad = _of_channels(_group_sums(sum_grad * gain * factor, member) / elements, member)[None, :]
-    mean_product = _of_channels(_group_sums(sum_product * gain * factor, member) / elements, member)[None, :]
-    for pixel in range(0, pixels, BLOCK_PIXELS):
-        mask = (row < pixels - pixel)[:, None] & inside[None, :]
-        value = _read(source, start + pixel, mask)
-        grad, normal = _upstream(_read(above, start + pixel, mask), value, center, inverse, slope, base, live, SILU)
-        value = inverse * (grad * slope - mean_grad - normal * mean_product)
-        value = tl.where(live[None, :], value, 0.0)
-        _write(to, start + pixel, value, mask)
+    if dweight_share is not None:
+        tl.store(dweight_share + place, sum_product * factor, mask=inside)
+    if dbias_share is not None:
+        tl.store(dbias_share + place, sum_grad * factor, mask=inside)
+    if counters is not None:
+        # The gradient of the input, which follows, hides how long the counter takes.
+        counter = counters + (expert.to(tl.int64) * norm_groups + tl.program_id(1))
+        arrived = arrive(counter)
+    if dx is not None:
+        to = Tile(x=dx, x2=dx2, channels=stride, seam=seam, first=first, column=column, row=row)
+        elements = per_group * pixels.to(tl.float32)
+        mean_grad = _of_channels(_group_sums(sum_grad * gain * factor, member) / elements, member)[None, :]
+        mean_product = _of_channels(_group_sums(sum_product * gain * factor, member) / elements, member)[None, :]
+        for pixel in range(0, pixels, BLOCK_PIXELS):
+            mask = (row < pixels - pixel)[:, None] & inside[None, :]
+            value = _read(source, start + pixel, mask)
+            grad, normal = _upstream(_read(above, start + pixel, mask), value, center, inverse, slope, base, live, SILU)
+            value = inverse * (grad * slope - mean_grad - normal * mean_product)
+            value = tl.where(live[None, :], value, 0.0)
+            _write(to, start + pixel, value, mask)
+    if counters is not None:
+        batch = tl.num_programs(0)
+        columns = first + column
+        number, mine = my_groups(weight_index, expert, num_groups, num_experts, GROUPS)
+        if dweight is not None:
+            zero_unused(
+                dweight, columns, inside, channels, batch, offsets, weight_index, num_groups, num_experts, GROUPS
+            )
+        if dbias is not None:
+            zero_unused(dbias, columns, inside, channels, batch, offsets, weight_index, num_groups, num_experts, GROUPS)
+        if arrived == count_samples(number, mine, batch, offsets, num_groups) - 1:  # the expert's last program
+            tl.store(counter, 0)
+            place = expert.to(tl.int64) * channels + columns
+            if dweight is not None:
+                total = sum_samples(dweight_share, number, mine, columns, inside, channels, batch, offsets, GROUPS)
+                tl.store(dweight + place, total.to(dweight.dtype.element_ty), mask=inside)
+            if dbias is not None:
+                total = sum_samples(dbias_share, number, mine, columns, inside, channels, batch, offsets, GROUPS)
+                tl.store(dbias + place, total.to(dbias.dtype.element_ty), mask=inside)

@@ -155,6 +155,8 @@ class NormTensors(NamedTuple):
         scale: (B, C) or None.
         shift: (B, C) or None.
         x2: the last channels, (B, C_2, H, W), or None.
+        counters: int32 (E, norm groups), zeros, of which the backward's programs count what they have done; it leaves
+            zeros. The forward makes it; None there, and where a backward has to do without.
     """
 
     x: Tensor
@@ -166,3 +168,4 @@ class NormTensors(NamedTuple):
     scale: Tensor | None = None
     shift: Tensor | None = None
     x2: Tensor | None = None
+    counters: Tensor | None = None

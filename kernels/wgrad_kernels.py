@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from tdc_fast.kernels.bias_sums import Routing, SumForm, Sums, my_groups, next_group, sum_biases
+from tdc_fast.kernels.bias_sums import Routing, SumForm, Sums, sum_biases
 from tdc_fast.kernels.common import live_width, multiply
-from tdc_fast.kernels.expert_sums import segment_of
+from tdc_fast.kernels.expert_sums import my_groups, next_group, segment_of
 from tdc_fast.kernels.split_sums import share_start
 
 
@@ -146,7 +146,7 @@ def _tile(
     group = -1
     total = tl.zeros([BM, BN], tl.float32)
     for _ in range(tl.sum(routing.mine.to(tl.int32), 0)):
-        group = next_group(routing, group, FORM.GROUPS)
+        group = next_group(routing.number, routing.mine, group, FORM.GROUPS)
         first, past = segment_of(routing.offsets, group, routing.batch)
         out_live = live_width(routing.out_widths, group, geometry.out_channels)
         in_live = live_width(routing.in_widths, group, geometry.in_channels)

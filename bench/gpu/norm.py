@@ -85,10 +85,10 @@ class Problem:
             "x2": None, "offsets": self.plan.offsets, "weight_index": self.plan.weight_index, "widths": self.widths,
         }  # fmt: skip
         settings = {"num_groups": self.layer.num_groups, "eps": EPS, "silu": self.layer.silu, "backend": backend or ""}
-        _, mean, rstd = ops.routed_group_norm(**tensors, **settings)
+        _, mean, rstd, counters = ops.routed_group_norm(**tensors, **settings)
         mask = [True, True, True, self.scale is not None, self.shift is not None, False]
         backward = ops.routed_group_norm_backward
-        return lambda: backward(dy=self.dy, mean=mean, rstd=rstd, mask=mask, **tensors, **settings)
+        return lambda: backward(dy=self.dy, mean=mean, rstd=rstd, counters=counters, mask=mask, **tensors, **settings)
 
     def dense(self, function: Callable[..., Tensor], direction: str) -> Candidate:
         """`function(x, weight, bias, scale, shift)` with one expert's weight and bias, or its gradients."""

@@ -193,7 +193,7 @@ void bind_planners_of_convolutions(py::module_& module) {
 void take_norm(Keywords& keywords, NormArguments& arguments) {
   TAKE(x), TAKE(weight), TAKE(bias), TAKE(scale), TAKE(shift), TAKE(mean), TAKE(rstd), TAKE(offsets);
   TAKE(weight_index), TAKE(widths), TAKE(workspace);
-  TAKE_IF_GIVEN(x2), TAKE_IF_GIVEN(scale_stride), TAKE_IF_GIVEN(shift_stride);
+  TAKE_IF_GIVEN(x2), TAKE_IF_GIVEN(counters), TAKE_IF_GIVEN(scale_stride), TAKE_IF_GIVEN(shift_stride);
 }
 
 void take_norm_sizes(Keywords& keywords, NormArguments& arguments) {

@@ -7,6 +7,8 @@ it serves, each of a problem and a named tuple of tensors (kernels/problems.py):
     conv2d_dgrad(problem, dy, t)                    group_norm_backward(problem, dy, mean, rstd, t, mask)
     conv2d_wgrad(problem, dy, t, mask)
 
+group_norm returns y, mean, rstd and counters (NormTensors), which group_norm_backward finds in its tensors.
+
 A call may fuse two things into reading its input: "x2", a second tensor with the last channels, and "upsample", nearest
 upsampling. A backend says in `fuses` which of them it has. Where it has not, or does not support the problem, the call
 goes through `Unfused` (composition.py), which makes the tensor first and gives the backend a problem without.

@@ -186,12 +186,13 @@ def norm_problem(
     ):
         if tensor is not None:
             _check_shaped(argument, tensor, shape, x)
-    for argument, tensor in (("mean", mean), ("rstd", rstd)):
-        if tensor is not None and (
-            tuple(tensor.shape) != (batch, num_groups)
-            or tensor.dtype != accumulate_dtype(x.dtype)
-            or tensor.device != x.device
-        ):
+    statistics, precise = (batch, num_groups), accumulate_dtype(x.dtype)
+    for argument, tensor, shape, dtype in (
+        ("mean", mean, statistics, precise),
+        ("rstd", rstd, statistics, precise),
+        ("counters", t.counters, (experts, num_groups), torch.int32),
+    ):
+        if tensor is not None and (tuple(tensor.shape) != shape or tensor.dtype != dtype or tensor.device != x.device):
             raise invalid(argument, describe(tensor), "what the forward returned")
     groups = _check_routing(t.offsets, t.weight_index, x)
     _check_widths("widths", t.widths, groups, x)

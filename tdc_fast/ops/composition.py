@@ -48,7 +48,7 @@ class Unfused:
         """As of a backend."""
         return self.backend.conv2d_wgrad(self.problem, dy, _plain(p, t) if mask[0] else t, mask)
 
-    def group_norm(self, p: NormProblem, t: NormTensors) -> tuple[Tensor, Tensor, Tensor]:
+    def group_norm(self, p: NormProblem, t: NormTensors) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """As of a backend."""
         return self.backend.group_norm(self.problem, t._replace(x=joined(t.x, t.x2), x2=None))
 

@@ -199,19 +199,20 @@ def _norm_arguments(p: NormProblem, t: NormTensors) -> dict[str, Any]:
     }
 
 
-def group_norm(p: NormProblem, t: NormTensors) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns y (B, C, H, W), channels_last; mean and rstd (B, norm groups) fp32."""
+def group_norm(p: NormProblem, t: NormTensors) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns y (B, C, H, W), channels_last; mean and rstd (B, norm groups) fp32; counters."""
     y = torch.empty((p.batch, p.channels, p.height, p.width), dtype=p.dtype, memory_format=_NHWC)
     mean = torch.empty((p.batch, p.num_norm_groups), dtype=torch.float32)
     rstd = torch.empty((p.batch, p.num_norm_groups), dtype=torch.float32)
+    counters = torch.zeros((p.num_experts, p.num_norm_groups), dtype=torch.int32)
     if p.batch == 0:
         check_norm_values(p, t)
-        return y, mean, rstd
+        return y, mean, rstd, counters
     t = dense(t)
     native.module.group_norm_forward(
         y=y.data_ptr(), mean=mean.data_ptr(), rstd=rstd.data_ptr(), **_norm_arguments(p, t)
     )
-    return y, mean, rstd
+    return y, mean, rstd, counters
 
 
 def group_norm_backward(

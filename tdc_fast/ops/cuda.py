@@ -28,6 +28,7 @@ from tdc_fast.ops.native import address, addresses
 name = "cuda"
 only_launches = True
 fuses = ("x2", "upsample")  # of what a call may fuse into reading its input
+_LATER = ("x2", "counters")  # what planners take only where it is given
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -148,10 +149,7 @@ def _form(hopper: bool) -> dict[str, bool]:
 
 def _addresses(t: ConvTensors | NormTensors) -> dict[str, int]:
     """Addresses by field name."""
-    found = addresses(t)
-    if t.x2 is None:
-        del found["x2"]
-    return found
+    return {name: place for name, place in addresses(t).items() if place or name not in _LATER}
 
 
 def conv2d(p: ConvProblem, t: ConvTensors, *, hopper: bool = False) -> Tensor:
@@ -279,19 +277,21 @@ def _rows(tensor: Tensor | None) -> Tensor | None:
     return tensor if tensor is None or tensor.stride(1) == 1 else tensor.contiguous()
 
 
-def group_norm(p: NormProblem, t: NormTensors) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns y (B, C, H, W), channels_last; mean and rstd (B, norm groups) fp32."""
+def group_norm(p: NormProblem, t: NormTensors) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns y (B, C, H, W), channels_last; mean and rstd (B, norm groups) fp32; counters, zeros."""
     y = _empty_image(t.x, p.batch, p.channels, p.height, p.width)
     mean = torch.empty((p.batch, p.num_norm_groups), dtype=torch.float32, device=t.x.device)
     rstd = torch.empty_like(mean)
+    make = torch.zeros if p.batch == 0 else torch.empty
+    counters = make((p.num_experts, p.num_norm_groups), dtype=torch.int32, device=t.x.device)
     if p.batch == 0:
-        return y, mean, rstd
+        return y, mean, rstd, counters
     t, arguments = _norm_memory(p, t)
-    arguments |= {"y": y.data_ptr(), "mean": mean.data_ptr(), "rstd": rstd.data_ptr()}
+    arguments |= {"y": y.data_ptr(), "mean": mean.data_ptr(), "rstd": rstd.data_ptr(), "counters": counters.data_ptr()}
     workspace = _workspace(native.module.cuda_group_norm_forward_workspace, p.device, arguments)
     planner = native.module.cuda_launches_group_norm_forward
     launch_planned(planner, p.device, arguments | {"workspace": address(workspace)})
-    return y, mean, rstd
+    return y, mean, rstd, counters
 
 
 def group_norm_backward(

@@ -22,10 +22,10 @@ from tdc_fast.ops.reference import group_norm_tangent as norm_tangent
 _SETTINGS_SCHEMA = "int num_groups, float eps, bool silu"
 
 
-def _tensors(args: tuple[Any, ...]) -> NormTensors:
+def _tensors(args: tuple[Any, ...], counters: Tensor | None = None) -> NormTensors:
     """The tensors, which come first in the forward's schema."""
     x, weight, bias, scale, shift, x2, offsets, weight_index, widths = args
-    return NormTensors(x, weight, bias, offsets, weight_index, widths, scale, shift, x2)
+    return NormTensors(x, weight, bias, offsets, weight_index, widths, scale, shift, x2, counters)
 
 
 def forward_problem(*args: Any) -> NormProblem:
@@ -54,33 +54,34 @@ def _forward(*args: Any) -> eager.Bound:
 
     problem, chosen = backends.remembered(("routed_group_norm", settings), t, describe, backend)
 
-    def run(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def run(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         t = _tensors(args[:-4])
         return _run(chosen.group_norm, problem, t, t)
 
     return eager.Bound(run, backends.only_launches(chosen))
 
 
-def _forward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _forward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     t = _tensors(args[:-4])
     p = norm_problem("routed_group_norm", t, *args[-4:-1])
     shape, dtype = (p.batch, p.num_norm_groups), accumulate_dtype(p.dtype)
     y = empty_nhwc(t.x, p.batch, p.channels, p.height, p.width)
-    return y, t.x.new_empty(shape, dtype=dtype), t.x.new_empty(shape, dtype=dtype)
+    counters = t.x.new_empty((p.num_experts, p.num_norm_groups), dtype=torch.int32)
+    return y, t.x.new_empty(shape, dtype=dtype), t.x.new_empty(shape, dtype=dtype), counters
 
 
 forward = eager.Operator(
     "routed_group_norm(Tensor x, Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, Tensor? x2, "
     f"Tensor offsets, Tensor weight_index, Tensor? widths, {_SETTINGS_SCHEMA}, str backend) -> "
-    "(Tensor, Tensor, Tensor)",
+    "(Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
 )
 
 
 def _backward(dy: Tensor, *args: Any) -> eager.Bound:
-    *inputs, mean, rstd, offsets, weight_index, widths, num_groups, eps, silu, mask, backend = args
-    t, settings = _tensors((*inputs, offsets, weight_index, widths)), (num_groups, eps, silu)
+    *inputs, mean, rstd, counters, offsets, weight_index, widths, num_groups, eps, silu, mask, backend = args
+    t, settings = _tensors((*inputs, offsets, weight_index, widths), counters), (num_groups, eps, silu)
 
     def describe() -> NormProblem:
         return norm_problem("routed_group_norm_backward", t, *settings, dy=dy, mean=mean, rstd=rstd)
@@ -89,8 +90,8 @@ def _backward(dy: Tensor, *args: Any) -> eager.Bound:
     problem, chosen = backends.remembered(key, t, describe, backend, dy=dy, mean=mean, rstd=rstd)
 
     def run(dy: Tensor, *args: Any) -> list[Tensor]:
-        *inputs, mean, rstd, offsets, weight_index, widths, _, _, _, _, _ = args
-        t = _tensors((*inputs, offsets, weight_index, widths))
+        *inputs, mean, rstd, counters, offsets, weight_index, widths, _, _, _, _, _ = args
+        t = _tensors((*inputs, offsets, weight_index, widths), counters)
         grads = _run(chosen.group_norm_backward, problem, t, dy, mean, rstd, t, tuple(mask))
         return [grad for grad in grads if grad is not None]
 
@@ -105,22 +106,23 @@ def _backward_fake(dy: Tensor, *args: Any) -> list[Tensor]:
     return [empty_nhwc(dy, *shape) if len(shape) == 4 else dy.new_empty(shape) for shape in wanted]
 
 
-# The gradients that `mask` asks for, in the order of x, weight, bias, scale, shift, x2.
+# The gradients that `mask` asks for, in the order of x, weight, bias, scale, shift, x2. `counters` holds zeros again at
+# the end, so nothing is written as far as torch can tell.
 _backward_op = eager.Operator(
     "routed_group_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, "
-    "Tensor? x2, Tensor mean, Tensor rstd, Tensor offsets, Tensor weight_index, Tensor? widths, "
+    "Tensor? x2, Tensor mean, Tensor rstd, Tensor counters, Tensor offsets, Tensor weight_index, Tensor? widths, "
     f"{_SETTINGS_SCHEMA}, bool[6] mask, str backend) -> Tensor[]",
     _backward,
     _backward_fake,
 )
 
 
-def _save(ctx: Any, args: tuple[Any, ...], result: tuple[Tensor, Tensor, Tensor]) -> None:
-    _, mean, rstd = result
+def _save(ctx: Any, args: tuple[Any, ...], result: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    _, mean, rstd, counters = result
     *inputs, offsets, weight_index, widths, num_groups, eps, silu, backend = args
-    ctx.save_for_backward(*inputs, mean, rstd, offsets, weight_index, widths)
+    ctx.save_for_backward(*inputs, mean, rstd, counters, offsets, weight_index, widths)
     ctx.settings, ctx.backend = (num_groups, eps, silu), backend
-    ctx.mark_non_differentiable(mean, rstd)
+    ctx.mark_non_differentiable(mean, rstd, counters)
     ctx.set_materialize_grads(False)
 
 

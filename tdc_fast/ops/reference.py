@@ -140,8 +140,8 @@ def _zero_dead(tensor: Tensor, live: Tensor) -> Tensor:
     return tensor.where(live.view(live.shape + (1,) * (tensor.dim() - 2)), 0)
 
 
-def group_norm(problem: NormProblem, t: NormTensors) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns y (B, C, H, W), channels_last; mean and rstd (B, norm groups) in the accumulation dtype."""
+def group_norm(problem: NormProblem, t: NormTensors) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns y (B, C, H, W), channels_last; mean, rstd (B, norm groups) in the accumulation dtype; counters."""
     check_norm_values(problem, t)
     shape = (problem.batch, problem.num_norm_groups, problem.channels_per_group * problem.height * problem.width)
     live = _live(problem, t)
@@ -154,7 +154,8 @@ def group_norm(problem: NormProblem, t: NormTensors) -> tuple[Tensor, Tensor, Te
     normal = ((grouped - mean[:, :, None]) * rstd[:, :, None]).reshape(x.shape)
     y, _ = _affine(normal, t, live, expert_per_sample(t.offsets, t.weight_index, problem.batch))
     y = F.silu(y) if problem.silu else y
-    return y.to(t.x.dtype).contiguous(memory_format=torch.channels_last), mean, rstd
+    counters = t.x.new_zeros((problem.num_experts, problem.num_norm_groups), dtype=torch.int32)
+    return y.to(t.x.dtype).contiguous(memory_format=torch.channels_last), mean, rstd, counters
 
 
 def _affine(normal: Tensor, t: NormTensors, live: Tensor, expert: Tensor) -> tuple[Tensor, Tensor]:

@@ -122,8 +122,8 @@ def conv2d_wgrad(
     return dweight, dbias, dsample_bias
 
 
-def group_norm(p: NormProblem, t: NormTensors) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns y (B, C, H, W), channels_last; mean and rstd (B, norm groups) fp32."""
+def group_norm(p: NormProblem, t: NormTensors) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns y (B, C, H, W), channels_last; mean and rstd (B, norm groups) fp32; counters."""
     check_norm_values(p, t)
     with _on(t.x.device):
         return norm_forward(p, dense(t))

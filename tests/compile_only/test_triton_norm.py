@@ -1,4 +1,4 @@
-"""The Triton group norm compiles without a GPU: no spills, 16-byte accesses, no atomics."""
+"""The Triton group norm compiles without a GPU: no spills, 16-byte accesses, and no atomic but one counter."""
 
 from __future__ import annotations
 
@@ -24,9 +24,15 @@ LAYERS = [
 
 
 def launch_of(
-    channels: int, norm_groups: int, size: int, dtype: torch.dtype, backward: bool, x2_channels: int = 0
+    channels: int,
+    norm_groups: int,
+    size: int,
+    dtype: torch.dtype,
+    backward: bool,
+    x2_channels: int = 0,
+    sums: bool = True,
 ) -> Launch:
-    """The launch with everything optional given, on tensors without memory."""
+    """The launch with everything optional given, on tensors without memory; `sums`: of the samples of each expert."""
     p = NormProblem(
         op="routed_group_norm", device=torch.device("meta"), dtype=dtype, batch=128, height=size, width=size,
         channels=channels, num_norm_groups=norm_groups, eps=1e-5, silu=True, num_groups=8, num_experts=8,
@@ -43,16 +49,20 @@ def launch_of(
     tensors = {"x": first, "x2": second, "weight": experts, "bias": experts, "scale": rows, "shift": rows}
     tensors |= {"mean": statistics, "rstd": statistics, "offsets": made(9, dtype=torch.int32)}
     tensors |= {name: made(8, dtype=torch.int32) for name in ("weight_index", "widths")}
+    counters = made(8, norm_groups, dtype=torch.int32)
     if not backward:
-        return norm_forward_launch(p, tensors | {"y": image})
+        return norm_forward_launch(p, tensors | {"y": image, "counters": counters})
     grads = {
         "dy": image,
         "dx": first,
         "dx2": second,
         "dscale": rows,
         "dshift": rows,
-        "dweight": shares,
-        "dbias": shares,
+        "dweight_share": shares,
+        "dbias_share": shares,
+        "dweight": experts if sums else None,
+        "dbias": experts if sums else None,
+        "counters": counters if sums else None,
     }
     return norm_backward_launch(p, tensors | grads)
 
@@ -63,9 +73,11 @@ def launch_of(
 def test_a_layer_compiles(layer: tuple[int, int, int, torch.dtype], backward: bool, arch: int) -> None:
     launch = launch_of(*layer, backward)
     built = build(launch.kernel, launch.arguments, arch, launch.options)
-    assert built.stack == 0, f"{built.stack} bytes of local memory per thread"
+    # ptxas keeps to 128 registers, and saves two of the backward's last part before its loops.
+    assert built.stack <= 8 * backward, f"{built.stack} bytes of local memory per thread"
     assert built.shared <= SHARED_LIMITS[arch]
-    assert not built.count(r"\b(red|atom)\.")  # gradients are sums in one order
+    assert not built.count(r"\bred\.")  # gradients are sums in one order
+    assert built.count(r"\batom\.") == built.count(r"\batom\.global\.gpu\.acq_rel\.add\.[us]32") == backward
     if layer[0] < 2048:
         assert built.count(r"ld\.global[.\w]*\.v4") and built.count(r"st\.global[.\w]*\.v4")
     assert not built.count(r"\.f64")
@@ -81,7 +93,7 @@ def test_two_inputs_keep_16_byte_accesses(seam: tuple[int, int, int], backward: 
     channels, x2_channels, size = seam
     launch = launch_of(channels, 32, size, torch.bfloat16, backward, x2_channels)
     built = build(launch.kernel, launch.arguments, 90, launch.options)
-    assert built.stack <= 16, f"{built.stack} bytes of local memory per thread"  # ptxas keeps to 128 registers
+    assert built.stack <= 24, f"{built.stack} bytes of local memory per thread"  # ptxas keeps to 128 registers
     one = launch_of(channels, 32, size, torch.bfloat16, backward)
     accesses = r"(ld|st)\.global[.\w]*"
     assert built.count(accesses) == build(one.kernel, one.arguments, 90, one.options).count(accesses)

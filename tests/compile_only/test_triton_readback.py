@@ -90,9 +90,11 @@ def test_a_group_norm_and_its_gradients(launched: list[str], monkeypatch: pytest
     t = NormTensors(x, affine, affine, integers(5), integers(4), widths, rows, rows)
     with nothing_synchronises(monkeypatch):
         p = norm_problem("routed_group_norm", t, 32, 1e-5, True)
-        y, mean, rstd = backend.group_norm(p, t)
-        backend.group_norm_backward(p, y, mean, rstd, t, (True,) * 5 + (False,))
-    assert launched == ["norm_forward_kernel", "norm_backward_kernel", "sum_per_expert_kernel"]
+        y, mean, rstd, counters = backend.group_norm(p, t)
+        for scratch in (counters, None):
+            t = t._replace(counters=scratch)
+            backend.group_norm_backward(p, y, mean, rstd, t, (True,) * 5 + (False,))
+    assert launched == ["norm_forward_kernel", *["norm_backward_kernel"] * 2, "sum_per_expert_kernel"]
 
 
 def test_reading_a_value_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,16 @@ from tdc_fast.kernels.problems import NormTensors
 from tdc_fast.ops import cuda, cuda_launch
 from tdc_fast.ops.checks import norm_problem
 from tests.cases import NormCase, Routing, norm_cases
-from tests.emulator.harness import FACTS, SANITIZED, SCHEDULES, EmulatorError, EmulatorLauncher, emulated, plain_only
+from tests.emulator.harness import (
+    AT_RUNTIME,
+    FACTS,
+    SANITIZED,
+    SCHEDULES,
+    EmulatorError,
+    EmulatorLauncher,
+    emulated,
+    plain_only,
+)
 from tests.tolerance import assert_as_accurate_as_torch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -30,7 +39,8 @@ pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 @contextmanager
 def emulator(facts: tuple[int, int, int] = ROOMY, schedule: int = 0, plant: str = "") -> Iterator[EmulatorLauncher]:
     planted = emulated("group_norm", *([plant] if plant else []))
-    launcher = EmulatorLauncher(planted, emulated("group_norm_two"), schedule=schedule, facts=facts)
+    libraries = [planted] if plant else [planted, emulated("group_norm_two")]
+    launcher = EmulatorLauncher(*libraries, schedule=schedule, facts=facts)
     with cuda_launch.use_launcher(launcher):
         yield launcher
 
@@ -131,10 +141,15 @@ def test_every_path_is_as_accurate_as_torch(path: str, dtype: str) -> None:
     changes, facts, access, stages = PATHS[path]
     with emulator(for_dtype(facts, dtype)) as launcher:
         assert_matches_torch(some_case(**changes), DTYPES[dtype])
-    expected = [f"tdc_group_norm_{stage}_{dtype}_{access}" for stage in stages] + [
-        f"tdc_group_norm_expert_sums_{dtype}"
-    ]
-    assert launcher.launched == expected
+    assert launcher.launched == [f"tdc_group_norm_{stage}_{dtype}_{access}" for stage in stages]
+
+
+@every_dtype
+def test_of_many_samples_the_affines_gradients_are_summed_in_a_launch_of_their_own(dtype: str) -> None:
+    routing = Routing(tuple(i % 7 % 3 for i in range(257)), 4, 3, (2, 1, 0, 2))
+    with emulator() as launcher:
+        assert_matches_torch(some_case(routing=routing, **STRADDLING | {"size": (1, 2)}), DTYPES[dtype])
+    assert launcher.launched[-1] == f"tdc_group_norm_expert_sums_{dtype}" and len(launcher.launched) == 3
 
 
 def planned(planner: str, **changes: Any) -> list[Any]:
@@ -284,7 +299,8 @@ def test_group_numbers_that_make_no_sense_stay_within_bounds(x2_channels: int) -
         tensors = NormTensors(x, weight, bias, offsets, index, widths, scale, shift, *x2)
         problem = norm_problem("routed_group_norm", tensors, case.num_groups, 1e-5, True)
         with emulator():
-            y, mean, rstd = cuda.group_norm(problem, tensors)
+            y, mean, rstd, counters = cuda.group_norm(problem, tensors)
+            tensors = tensors._replace(counters=counters)
             everything = (True, True, True, True, True, bool(x2))
             grads = cuda.group_norm_backward(problem, torch.ones_like(y), mean, rstd, tensors, everything)
         shapes = [t.shape for t in (x, weight, bias, scale, shift, *x2)]
@@ -297,6 +313,10 @@ PLANTED = {
     "NORM_READS_DEAD": "dead channels not cleared when x is read again",
     "NORM_ALL_RUNS_ALIKE": "the last, shorter run of pixels weighed like the others",
     "NORM_DROPS_LAST_RUN": "the sums of the last run of pixels left out",
+    "NORM_NO_RELEASE": "a block that counts itself before others see what it wrote",
+    "NORM_NO_ACQUIRE": "a block that adds up what it need not see yet",
+    "NORM_SUMS_TOO_EARLY": "the last block but one that adds up the samples",
+    "NORM_KEEPS_COUNTER": "a counter that the next backward does not find at zero",
 }
 
 
@@ -310,14 +330,28 @@ def test_two_inputs_are_read_where_they_are() -> None:
     assert said.reasons["cuda"] is None and "cuda" not in said.copies
 
 
+def assert_twice_the_same(case: NormCase) -> None:
+    tensors = case.tensors(torch.float32)
+    y = routed(case, tensors)
+    once, again = (torch.autograd.grad(y.sum(), list(tensors.values()), retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+
+
+@pytest.mark.parametrize("facts", [ROOMY, TIGHT], ids=["whole", "runs"])
+def test_a_backward_may_run_again(facts: tuple[int, int, int]) -> None:
+    with emulator(facts):
+        assert_twice_the_same(some_case(**STRADDLING, size=(17, 13)))
+
+
 @plain_only
 @pytest.mark.parametrize("plant", PLANTED)
 def test_a_planted_bug_is_caught(plant: str) -> None:
     def passes(schedule: int, facts: tuple[int, int, int]) -> bool:
         case = some_case(**STRADDLING, size=(17, 13))
         try:
-            with emulator(facts, schedule, plant):
+            with emulator(facts, schedule, AT_RUNTIME) as launcher, launcher.planted(plant):
                 assert_matches_torch(case, torch.float32)
+                assert_twice_the_same(case)
         except (AssertionError, EmulatorError):
             return False
         return True

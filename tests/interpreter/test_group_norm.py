@@ -167,13 +167,23 @@ def test_mean_and_rstd_are_those_of_the_reference(nan_filled_memory: None) -> No
 
 def test_only_requested_gradients_are_computed_and_they_do_not_change() -> None:
     problem, tensors = problem_and_tensors(some_case(x2_channels=5))
-    y, mean, rstd = backend.group_norm(problem, tensors)
+    y, mean, rstd, counters = backend.group_norm(problem, tensors)
+    tensors = tensors._replace(counters=counters)
     dy = torch.ones_like(y)
     complete = backend.group_norm_backward(problem, dy, mean, rstd, tensors, (True,) * 6)
     for mask in [m for m in product((False, True), repeat=6) if sum(m) in (1, 5)]:
         grads = backend.group_norm_backward(problem, dy, mean, rstd, tensors, mask)
         for wanted, grad, expected in zip(mask, grads, complete, strict=True):
             assert torch.equal(grad, expected) if wanted else grad is None
+
+
+def test_a_launch_of_its_own_sums_the_affines_gradients_of_many_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = some_case(routing=Routing((0, 1, 2, 2, 0, 1), 4, 3, (2, 0, 2, 1)), widths=(12, 3, 6, 0))
+    tensors = case.tensors(torch.float32)
+    at_once = gradients(routed(case, tensors), tensors)
+    monkeypatch.setattr("tdc_fast.kernels.group_norm.MOST_AT_ONCE", 0)
+    apart = gradients(routed(case, tensors), tensors)
+    assert all(torch.equal(at_once[name], apart[name]) for name in at_once)
 
 
 def test_two_runs_are_bitwise_equal() -> None:
@@ -189,7 +199,7 @@ def test_widths_and_experts_out_of_range_are_clamped() -> None:
 
     problem, tensors = problem_and_tensors(some_case(widths=None))
     wild = torch.full_like(tensors.weight_index, 10**6)
-    y, _, _ = group_norm_forward(problem, tensors._replace(weight_index=wild, widths=wild))
+    y, *_ = group_norm_forward(problem, tensors._replace(weight_index=wild, widths=wild))
     last = torch.full_like(wild, problem.num_experts - 1)
     assert torch.equal(y, group_norm_forward(problem, tensors._replace(weight_index=last))[0])
     assert not group_norm_forward(problem, tensors._replace(weight_index=last, widths=-wild))[0].any()

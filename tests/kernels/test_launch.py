@@ -46,7 +46,8 @@ def calls() -> dict[str, Callable[[], Any]]:
     pruned = t._replace(in_widths=half, out_widths=half)
     n = NormTensors(x, bias, bias, plan.offsets, plan.weight_index, scale=scale, shift=shift)
     norm = norm_problem("routed_group_norm", n, 32, 1e-5, True)
-    _, mean, rstd = backend.group_norm(norm, n)
+    _, mean, rstd, counters = backend.group_norm(norm, n)
+    n = n._replace(counters=counters)
     return {
         "conv forward": lambda: backend.conv2d(forward, t),
         "conv forward, widths": lambda: backend.conv2d(forward, pruned),

@@ -2,13 +2,14 @@
 // pixels are needed per channel, of dz and of dz * d. Then
 //   dshift = S(dz)    dscale = weight * rstd * S(dz d) + bias * S(dz)
 //   dx = multiplier * dz - centred * d - constant    with factors of the norm group from the same sums.
-// The sample's terms of dweight and dbias go to memory; expert_sums.cuh adds them up.
+// The sample's terms of dweight and dbias go to memory; expert_sums.cuh adds them up, in the same launch or another.
 //
 //   whole    x and dy are read once and kept in shared memory; dy is read twice where both do not fit
 //   partial  where that does not fit: the sums over the block's pixels
 //   apply    adds the sums of all runs of pixels, then reads x and dy again
 #pragma once
 
+#include "cuda/group_norm/expert_sums.cuh"
 #include "cuda/group_norm/forward.cuh"
 
 namespace tdc {
@@ -282,7 +283,14 @@ __device__ __forceinline__ void group_norm_backward(const GroupNormParams& p) {
   } else {
     if (kStage == NormStage::kApply) merge_sums(p, block, arrays);
     finish_grads<T>(p, block, arrays);
+    const bool sums_experts = p.counters && blockIdx.y == 0;
+    ExpertArrival arrival;
+    if (sums_experts) {
+      zero_unused_experts<T>(p, block);
+      arrival.arrive(p, block);
+    }
     if (p.dx || kTwo) input_grads<T, V, kTwo, kStage == NormStage::kWhole>(p, block, thread, arrays, x_tile, dy_tile);
+    if (sums_experts) arrival.finish<T>(p, block);
   }
 }
 

@@ -261,6 +261,9 @@ __device__ __forceinline__ void group_norm_forward(const GroupNormParams& p) {
   T* tile = reinterpret_cast<T*>(shared + p.tile);
   const float count = static_cast<float>(block.pixels) * p.channels_per_group;
 
+  if (kStage != NormStage::kApply && blockIdx.x == 0 && blockIdx.y == 0) {
+    for (int i = threadIdx.x; i < p.num_counters; i += blockDim.x) p.counters[i] = 0;
+  }
   if (kStage != NormStage::kApply && block.live > 0) {
     load_and_sum<T, V, kTwo>(p, block, thread, tile, row_sums, arrays.multiplier);
     group_means(p, block, arrays.multiplier, arrays.centre, count);

@@ -3,43 +3,49 @@
 
 #include "cuda/group_norm/params.h"
 
+#define TDC_GROUP_NORM_BOUND(X, name, function, T, vector, two, stage, ...) \
+  X(name, tdc::GroupNormParams, (tdc::function<T, vector, two, tdc::NormStage::stage>), __VA_ARGS__)
 #define TDC_GROUP_NORM_STAGE(X, name, function, T, vector, two, stage) \
-  X(name, tdc::GroupNormParams, (tdc::function<T, vector, two, tdc::NormStage::stage>), 512)
+  TDC_GROUP_NORM_BOUND(X, name, function, T, vector, two, stage, 512)
 
-// `vector` channels per access: 16 bytes of them, or one where alignment forbids that. `two`: x and x2.
-#define TDC_GROUP_NORM_WHOLE(X, suffix, T, vector, two)                                              \
-  TDC_GROUP_NORM_STAGE(X, tdc_group_norm_whole_##suffix, group_norm_forward, T, vector, two, kWhole) \
-  TDC_GROUP_NORM_STAGE(X, tdc_group_norm_backward_whole_##suffix, group_norm_backward, T, vector, two, kWhole)
-#define TDC_GROUP_NORM_SPLIT(X, suffix, T, vector, two)                                                            \
+// `vector` channels per access: 16 bytes of them, or one where alignment forbids that. `two`: x and x2. Last come the
+// launch bounds of the backward that writes dx: with one block per SM the compiler takes registers where it would spill
+// them.
+#define TDC_GROUP_NORM_WHOLE(X, suffix, T, vector, two, ...)                                                   \
+  TDC_GROUP_NORM_STAGE(X, tdc_group_norm_whole_##suffix, group_norm_forward, T, vector, two, kWhole)           \
+  TDC_GROUP_NORM_BOUND(X, tdc_group_norm_backward_whole_##suffix, group_norm_backward, T, vector, two, kWhole, \
+                       __VA_ARGS__)
+#define TDC_GROUP_NORM_SPLIT(X, suffix, T, vector, two, ...)                                                       \
   TDC_GROUP_NORM_STAGE(X, tdc_group_norm_partial_##suffix, group_norm_forward, T, vector, two, kPartial)           \
   TDC_GROUP_NORM_STAGE(X, tdc_group_norm_apply_##suffix, group_norm_forward, T, vector, two, kApply)               \
   TDC_GROUP_NORM_STAGE(X, tdc_group_norm_backward_partial_##suffix, group_norm_backward, T, vector, two, kPartial) \
-  TDC_GROUP_NORM_STAGE(X, tdc_group_norm_backward_apply_##suffix, group_norm_backward, T, vector, two, kApply)
+  TDC_GROUP_NORM_BOUND(X, tdc_group_norm_backward_apply_##suffix, group_norm_backward, T, vector, two, kApply,     \
+                       __VA_ARGS__)
 #define TDC_GROUP_NORM_EXPERT_SUMS(X, suffix, T) \
   X(tdc_group_norm_expert_sums_##suffix, tdc::GroupNormParams, (tdc::group_norm_expert_sums<T>), 512)
 
-#define TDC_KERNELS_group_norm(X)                           \
-  TDC_GROUP_NORM_WHOLE(X, fp32_vector, float, 4, false)     \
-  TDC_GROUP_NORM_WHOLE(X, bf16_vector, tdc::bf16, 8, false) \
-  TDC_GROUP_NORM_WHOLE(X, fp16_vector, tdc::half, 8, false) \
-  TDC_GROUP_NORM_SPLIT(X, fp32_vector, float, 4, false)     \
-  TDC_GROUP_NORM_SPLIT(X, bf16_vector, tdc::bf16, 8, false) \
-  TDC_GROUP_NORM_SPLIT(X, fp16_vector, tdc::half, 8, false) \
-  TDC_GROUP_NORM_SPLIT(X, fp32_scalar, float, 1, false)     \
-  TDC_GROUP_NORM_SPLIT(X, bf16_scalar, tdc::bf16, 1, false) \
-  TDC_GROUP_NORM_SPLIT(X, fp16_scalar, tdc::half, 1, false) \
-  TDC_GROUP_NORM_EXPERT_SUMS(X, fp32, float)                \
-  TDC_GROUP_NORM_EXPERT_SUMS(X, bf16, tdc::bf16)            \
+#define TDC_KERNELS_group_norm(X)                                   \
+  TDC_GROUP_NORM_WHOLE(X, fp32_vector, float, 4, false, 512, 1)     \
+  TDC_GROUP_NORM_WHOLE(X, bf16_vector, tdc::bf16, 8, false, 512)    \
+  TDC_GROUP_NORM_WHOLE(X, fp16_vector, tdc::half, 8, false, 512)    \
+  TDC_GROUP_NORM_SPLIT(X, fp32_vector, float, 4, false, 512)        \
+  TDC_GROUP_NORM_SPLIT(X, bf16_vector, tdc::bf16, 8, false, 512)    \
+  TDC_GROUP_NORM_SPLIT(X, fp16_vector, tdc::half, 8, false, 512)    \
+  TDC_GROUP_NORM_SPLIT(X, fp32_scalar, float, 1, false, 512, 1)     \
+  TDC_GROUP_NORM_SPLIT(X, bf16_scalar, tdc::bf16, 1, false, 512, 1) \
+  TDC_GROUP_NORM_SPLIT(X, fp16_scalar, tdc::half, 1, false, 512, 1) \
+  TDC_GROUP_NORM_EXPERT_SUMS(X, fp32, float)                        \
+  TDC_GROUP_NORM_EXPERT_SUMS(X, bf16, tdc::bf16)                    \
   TDC_GROUP_NORM_EXPERT_SUMS(X, fp16, tdc::half)
 
 // A family of its own, which NVRTC compiles where a model has such norms.
-#define TDC_KERNELS_group_norm_two(X)                          \
-  TDC_GROUP_NORM_WHOLE(X, fp32_vector_two, float, 4, true)     \
-  TDC_GROUP_NORM_WHOLE(X, bf16_vector_two, tdc::bf16, 8, true) \
-  TDC_GROUP_NORM_WHOLE(X, fp16_vector_two, tdc::half, 8, true) \
-  TDC_GROUP_NORM_SPLIT(X, fp32_vector_two, float, 4, true)     \
-  TDC_GROUP_NORM_SPLIT(X, bf16_vector_two, tdc::bf16, 8, true) \
-  TDC_GROUP_NORM_SPLIT(X, fp16_vector_two, tdc::half, 8, true) \
-  TDC_GROUP_NORM_SPLIT(X, fp32_scalar_two, float, 1, true)     \
-  TDC_GROUP_NORM_SPLIT(X, bf16_scalar_two, tdc::bf16, 1, true) \
-  TDC_GROUP_NORM_SPLIT(X, fp16_scalar_two, tdc::half, 1, true)
+#define TDC_KERNELS_group_norm_two(X)                                  \
+  TDC_GROUP_NORM_WHOLE(X, fp32_vector_two, float, 4, true, 512)        \
+  TDC_GROUP_NORM_WHOLE(X, bf16_vector_two, tdc::bf16, 8, true, 512)    \
+  TDC_GROUP_NORM_WHOLE(X, fp16_vector_two, tdc::half, 8, true, 512)    \
+  TDC_GROUP_NORM_SPLIT(X, fp32_vector_two, float, 4, true, 512)        \
+  TDC_GROUP_NORM_SPLIT(X, bf16_vector_two, tdc::bf16, 8, true, 512)    \
+  TDC_GROUP_NORM_SPLIT(X, fp16_vector_two, tdc::half, 8, true, 512)    \
+  TDC_GROUP_NORM_SPLIT(X, fp32_scalar_two, float, 1, true, 512, 1)     \
+  TDC_GROUP_NORM_SPLIT(X, bf16_scalar_two, tdc::bf16, 1, true, 512, 1) \
+  TDC_GROUP_NORM_SPLIT(X, fp16_scalar_two, tdc::half, 1, true, 512, 1)

@@ -11,6 +11,8 @@ namespace {
 
 constexpr int64_t kMostInt = 2147483647;
 constexpr unsigned kSumThreads = 512, kSumChannels = 32;
+// With more samples, which may all be one expert's, a warp takes longer to add them up than a launch.
+constexpr int64_t kMostSummedAtOnce = 256;
 
 bool all_aligned(std::initializer_list<uintptr_t> addresses) {
   for (const uintptr_t address : addresses) {
@@ -38,6 +40,7 @@ std::string bad_sizes(const NormArguments& a) {
   if (a.num_norm_groups < 1 || a.channels % a.num_norm_groups) return "norm groups that do not divide the channels";
   if (a.x2_channels < 0 || a.x2_channels >= a.channels) return "x2 without channels, or with all of them";
   if (a.num_experts > 65535) return "more than 65535 experts";
+  if (a.num_experts > kMostInt / a.num_norm_groups) return "too large for 32 bits";
   if (a.batch > kMostInt / a.channels || a.height * a.width > kMostInt / a.channels) return "too large for 32 bits";
   return "";
 }
@@ -99,6 +102,8 @@ GroupNormParams params_of(const NormArguments& a, const NormSplit& s) {
   p.keeps_dy = s.tensors == 2;
   p.x2 = at<const void>(a.x2);
   p.x_channels = static_cast<int>(a.channels - a.x2_channels);
+  p.counters = at<int>(a.counters);
+  p.num_counters = a.counters ? static_cast<int>(a.num_experts * a.num_norm_groups) : 0;
   return p;
 }
 
@@ -183,10 +188,13 @@ std::vector<Launch> launch_group_norm_backward(const NormBackwardArguments& a, c
   float* shares = p.partials + sum_floats(a, s);
   if (a.dweight) p.dweight_share = shares;
   if (a.dbias) p.dbias_share = shares + (a.dweight ? a.batch * a.channels : 0);
+  const bool wants_sums = a.dweight || a.dbias;
+  const bool sums_at_once = wants_sums && a.counters && a.batch > 0 && a.batch <= kMostSummedAtOnce;
+  if (!sums_at_once) p.counters = nullptr;
 
   std::vector<Launch> launches;
   const bool wants_input = a.dx || a.dx2;
-  const bool wants_any = wants_input || a.dweight || a.dbias || a.dscale || a.dshift;
+  const bool wants_any = wants_input || wants_sums || a.dscale || a.dshift;
   if (a.batch > 0 && wants_any) {
     if (s.whole) {
       launches.push_back(launch_stage("backward_whole", a, s, p, 1, s.shared_bytes));
@@ -196,7 +204,7 @@ std::vector<Launch> launch_group_norm_backward(const NormBackwardArguments& a, c
       launches.push_back(launch_stage("backward_apply", a, s, p, wants_input ? s.splits : 1, s.row_sums));
     }
   }
-  if (a.dweight || a.dbias) launches.push_back(launch_expert_sums(a, p));
+  if (wants_sums && !sums_at_once) launches.push_back(launch_expert_sums(a, p));
   return launches;
 }
 

@@ -27,6 +27,7 @@ struct NormArguments {
   uintptr_t weight_index = 0;
   uintptr_t widths = 0;
   uintptr_t workspace = 0;
+  uintptr_t counters = 0;  // int (experts, norm groups): forward writes zeros, backward counts and leaves zeros
   int dtype = 0;
   int64_t batch = 0;
   int64_t height = 0;
@@ -62,8 +63,8 @@ size_t group_norm_forward_workspace(const NormArguments& arguments, const Device
 size_t group_norm_backward_workspace(const NormBackwardArguments& arguments, const Device& device);
 
 // One launch where a sample's pixels fit in shared memory chunk by chunk, else two; backward has one more for dweight
-// and dbias. Backward without samples still writes the zeros of dweight and dbias. Throws std::invalid_argument with
-// what group_norm_refusal says.
+// and dbias where it has no counters or many samples. Backward without samples still writes the zeros of dweight and
+// dbias. Throws std::invalid_argument with what group_norm_refusal says.
 std::vector<Launch> launch_group_norm_forward(const NormArguments& arguments, const Device& device);
 std::vector<Launch> launch_group_norm_backward(const NormBackwardArguments& arguments, const Device& device);
 

@@ -52,6 +52,10 @@ struct GroupNormParams {
   const void* x2;
   void* dx2;
   int x_channels;
+  // (num_experts, norm_groups), zeros but while backward runs, of which chunks are counted; forward writes the zeros.
+  // Null: dweight and dbias are summed by a launch of their own.
+  int* counters;
+  int num_counters;
 };
 
 }  // namespace tdc
