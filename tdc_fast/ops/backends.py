@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -115,6 +115,17 @@ def _servers(problem: Problem, times: Times | None) -> Iterator[tuple[Any, str |
     return iter(sorted(servers, key=lambda found: (found[0].name == "reference", isinstance(found[0], Unfused))))
 
 
+def _times_of(problem: Problem) -> Times | None:
+    """The measured times near a problem, of the backends that run it with the kernels that were measured."""
+    times = times_near(problem)
+    if times is None or not problem.fused:
+        return times
+    alone = problem.unfused()
+    timed = [backend for backend in _backends if backend.name in times.ms and backend.supports(problem) is None]
+    others = {backend.name for backend in timed if _form(backend, problem) != _form(backend, alone)}
+    return replace(times, ms={name: ms for name, ms in times.ms.items() if name not in others})
+
+
 def _server(backend: Backend, problem: Problem) -> tuple[Any, str | None]:
     """The backend itself where it fuses what this problem fuses, else the backend through copies."""
     if set(problem.fused) <= set(getattr(backend, "fuses", ())) and backend.supports(problem) is None:
@@ -136,7 +147,7 @@ def select(problem: Problem, requested: str) -> Any:
     asked_by = "backend"
     if not requested:
         requested, asked_by = os.environ.get(ENVIRONMENT, ""), ENVIRONMENT
-    for server, reason in _servers(problem, None if requested else times_near(problem)):
+    for server, reason in _servers(problem, None if requested else _times_of(problem)):
         if requested and server.name != requested:
             continue
         if reason is None:
@@ -275,7 +286,7 @@ def explain_problem(operator: str, problem: Problem, requested: str | None = Non
         problem: What is to run.
         requested: The name of a backend; None for any.
     """
-    times = times_near(problem)
+    times = _times_of(problem)
     servers = {server.name: (server, reason) for server, reason in _servers(problem, times)}
     reasons = {name: reason for name, (_, reason) in servers.items()}
     copies = {name: server.copies for name, (server, reason) in servers.items()

@@ -108,6 +108,32 @@ def test_a_backend_that_copies_first_is_not_faster_for_its_kernel(h200: None, mo
     assert chosen(two) == "cuda" and chosen(NORM) == "triton"
 
 
+def test_an_upsampled_image_takes_the_usual_order(h200: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Backends have ways of their own for it, which the time of a convolution of the larger image is not that of."""
+    everything = [StandIn(name, ("x2", "upsample")) for name in ("triton", "cuda", "reference")]
+    monkeypatch.setattr(backends, "_backends", everything)
+    image = replace(CONV, in_channels=3)
+    small = replace(image, height=16, width=16, upsample=2)
+    assert chosen(image) == "cuda" and chosen(small) == "triton"
+    assert measured.times_near(replace(CONV, x2_channels=64)) == measured.times_near(CONV) is not None
+
+
+def test_times_of_a_form_that_does_not_serve_two_inputs_do_not_count(tmp_path: Path, h200: None, monkeypatch) -> None:
+    class Forms(StandIn):
+        def form(self, problem: Any) -> str:
+            return "portable" if problem.fused else "special"
+
+    row = {"op": "routed_conv2d", "dtype": "bfloat16", "filter": 3, "stride": 1, "batch": 64, "pixels": 1024}
+    row |= {"in_channels": 128, "out_channels": 128, "num_groups": 8, "ms": {"hopper": 1.0, "triton": 2.0, "cuda": 1.5}}
+    table = {"version": measured.TIMES_VERSION, "date": "today", "rows": [row]}
+    (tmp_path / "nvidia_h200.backends.json").write_text(json.dumps(table))
+    monkeypatch.setattr(tile_shapes, "TUNED", tmp_path)
+    monkeypatch.setattr(backends, "_backends", [StandIn("triton"), StandIn("cuda"), Forms("hopper")])
+    measured.load_times.cache_clear()
+    assert chosen(CONV) == "hopper" and chosen(replace(CONV, x2_channels=64)) == "cuda"
+    measured.load_times.cache_clear()
+
+
 def test_explain_says_what_decided(h200: None) -> None:
     times = backends.explain_problem("routed_group_norm", NORM)
     assert times.because == (
