@@ -1,8 +1,8 @@
 """The `hopper` backend: the `cuda` backend with the convolution's Hopper form (TMA and wgmma, csrc/cuda/conv/hopper_*).
 
-On a GPU of compute capability 9.0 it serves 3x3 convolutions and their gradients in that form where it can (`form` says
-where, and `explain` shows it), everything else as `cuda` does. It runs where it is asked for by name, as a
-`backend` or in TDC_FAST_BACKEND, and where measured times of the device say that it is the fastest.
+On a GPU of compute capability 9.0 it serves 3x3 and 1x1 convolutions, linear layers and their gradients in that form
+where it can (`form` says where, and `explain` shows it), everything else as `cuda` does. It runs where it is asked for
+by name, as a `backend` or in TDC_FAST_BACKEND, and where measured times of the device say that it is the fastest.
 """
 
 from __future__ import annotations

@@ -98,7 +98,7 @@ def test_nvrtc_has_nothing_to_warn_about() -> None:
 
 
 def test_every_hopper_kernel_copies_by_tma_and_multiplies_by_wgmma() -> None:
-    """SASS: UTMALDG and UTMASTG are TMA's loads and stores, HGMMA is wgmma, USETMAXREG moves registers."""
+    """SASS: UTMALDG, UTMASTG, UTMAPF: TMA's loads, stores, prefetches; HGMMA: wgmma; USETMAXREG moves registers."""
     if "90a-real" not in native.module.cuda_architectures:
         pytest.skip("the native module was built without nvcc")
     families = [names for family, names in native.module.cuda_kernels.items() if "hopper" in family]
@@ -111,9 +111,10 @@ def test_every_hopper_kernel_copies_by_tma_and_multiplies_by_wgmma() -> None:
     for kernel in kernels:
         if "reduce" in kernel:
             continue
-        images = "wgrad" not in kernel
-        wanted = {"UTMALDG", "HGMMA", "USETMAXREG", "SYNCS"} | ({"UTMASTG", "UTMAPF"} if images else set())
+        wgrad, pointwise = "wgrad" in kernel, "pointwise" in kernel
+        wanted = {"UTMALDG", "HGMMA", "USETMAXREG", "SYNCS"}
+        wanted |= (set() if wgrad else {"UTMASTG"}) | (set() if wgrad or pointwise else {"UTMAPF"})
         assert wanted <= set(re.findall(r"\b[A-Z0-9]+\b", code[kernel])), kernel
-        columns = int(kernel.rsplit("x", 1)[1]) if images else 128
-        expected = {columns, max(64, columns // 2)} if images else {columns}
+        columns = 128 if wgrad else int(kernel.rsplit("x", 1)[1])
+        expected = {columns} if wgrad else {columns, max(64, columns // 2)}
         assert set(map(int, re.findall(r"HGMMA\.64x(\d+)x16", code[kernel]))) == expected, kernel

@@ -75,6 +75,7 @@ CONV_CASES: dict[str, ConvCase] = {
 # Cases that depend on the dtype: forms of loads and products, not routing.
 CONV_FORMS = ("several tiles and K-steps", "odd channels", "stride 2", "tokens", "widths")
 
+POINTWISE: dict[str, Any] = {"filter": (1, 1), "padding": (0, 0)}
 # What the convolution's Hopper form serves: its tiles, and what ends in the middle of one.
 HOPPER_CASES: dict[str, ConvCase] = {
     "tiles of 16x16": conv(UNEVEN, (128, 256), (32, 16)),
@@ -98,6 +99,12 @@ HOPPER_CASES: dict[str, ConvCase] = {
         out_widths=(80, 3, 65),
     ),
     "more groups than samples": conv(Routing((5, 70, 70), 99, 99, None), (64, 64), (8, 8), extras=()),
+    "1x1 filters": conv(UNEVEN, (136, 256), (33, 16), **POINTWISE),
+    "tokens": conv(UNEVEN, (64, 192), (77, 1), **POINTWISE),
+    "one pixel": conv(THREE, (128, 72), (1, 1), extras=("bias",), **POINTWISE),
+    "1x1 filters over two inputs with widths": conv(
+        THREE, (200, 136), (16, 16), x2_channels=112, in_widths=(200, 40, 103), out_widths=(136, 65, 0), **POINTWISE
+    ),
 }
 
 NORM_CASES: dict[str, NormCase] = {

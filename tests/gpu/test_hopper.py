@@ -27,7 +27,7 @@ def a_hopper_gpu(target: Target) -> None:
 @pytest.mark.parametrize("name", HOPPER_CASES)
 def test_convolution(name: str, precision: Precision, target: Target, nan_filled_memory: None) -> None:
     case = HOPPER_CASES[name]
-    products = 9 * max(case.in_channels, case.out_channels)
+    products = case.filter[0] * case.filter[1] * max(case.in_channels, case.out_channels)
     pixels = case.size[0] * case.size[1]
     check(case, precision, target, {"y": products, "dx": products, "sums": case.routing.batch * pixels})
 
@@ -38,7 +38,8 @@ def test_the_form_serves_the_cases(name: str, target: Target) -> None:
     case = HOPPER_CASES[name]
     tensors = {k: t.detach() for k, t in moved(case.tensors(torch.bfloat16), target.device, case.layout).items()}
     inputs = (tensors["x"], tensors["weight"], tensors.get("bias"))
-    what = explain(routed_conv2d, *inputs, plan_on(case.routing, target.device), **settings_on(case, target.device))
+    settings = {"x2": tensors.get("x2"), **settings_on(case, target.device)}
+    what = explain(routed_conv2d, *inputs, plan_on(case.routing, target.device), **settings)
     assert what.forms.get("hopper") == (HOPPER_FORM if target.device == "cuda" else None)
 
 

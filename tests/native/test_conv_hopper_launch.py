@@ -39,12 +39,14 @@ def test_it_runs_only_where_it_is_asked_for() -> None:
         ({"device": A100}, "it needs compute capability 9.0, not 8.0"),
         ({"device": (100, 148, 232448)}, "it needs compute capability 9.0, not 10.0"),
         ({"dtype": 0, "tf32": True}, "it has bf16 and fp16, not fp32"),
-        ({"filter_height": 1, "filter_width": 1, "pad_height": 0, "pad_width": 0}, "it has 3x3 filters with stride 1"),
-        ({"stride_height": 2, "stride_width": 2}, "it has 3x3 filters with stride 1 and padding 1"),
-        ({"x2_channels": 64}, "it has one input, which is not upsampled"),
-        ({"upsample": 2}, "it has one input, which is not upsampled"),
-        ({"height": 4, "width": 4}, "it has images from 8x8 on"),
-        ({"in_channels": 3}, "it has channels from 64 on, in multiples of 8"),
+        ({"filter_height": 1, "filter_width": 1}, "it has 3x3 filters with padding 1 and 1x1 filters with padding 0"),
+        ({"stride_height": 2, "stride_width": 2}, "it has 3x3 filters with padding 1 and 1x1 filters with padding 0"),
+        ({"x2_channels": 64}, "its 3x3 filters have one input, which is not upsampled"),
+        ({"upsample": 2}, "its 3x3 filters have one input, which is not upsampled"),
+        ({"height": 4, "width": 4}, "its 3x3 filters have images from 8x8 on"),
+        ({"in_channels": 3}, "it leaves image channels to the portable form"),
+        ({"out_channels": 6}, "it leaves image channels to the portable form"),
+        ({"in_channels": 32}, "it has channels from 64 on, in multiples of 8"),
         ({"out_channels": 132}, "it has channels from 64 on, in multiples of 8"),
         ({"num_groups": 385}, "it has at most 384 groups"),
         ({"device": (90, 132, 101376)}, "its stages do not fit into shared memory"),
@@ -112,6 +114,68 @@ def test_tensors_are_described_with_their_boxes() -> None:
     assert only(plan(residual=0)).tensor_maps == [0, 128, 256]
 
 
+POINTWISE = {"filter_height": 1, "filter_width": 1, "pad_height": 0, "pad_width": 0}
+
+
+def test_1x1_filters_read_rows_of_both_inputs() -> None:
+    sizes = {**POINTWISE, "in_channels": 384, "x2_channels": 128}
+    launch = only(plan(x=1 << 21, x2=1 << 22, y=1 << 23, residual=1 << 24, **sizes))
+    assert launch.kernel == "tdc_conv_hopper_pointwise_forward_bf16_256x128"
+    assert launch.grid == (132, 1, 1) and launch.threads == 384 and launch.shared_bytes <= H100[2]
+    x, x2, weight, y, y_row, residual = (described(launch, at) for at in launch.tensor_maps)
+    rows = 128 * 32 * 32
+    assert x == (1 << 21, 512, 512 * rows, 512 * rows, 0, 256, rows, 1, 1, 1, 64, 256, 1, 1, 1, 4, 0)
+    assert (x2[0], x2[5:7], x2[10:12]) == (1 << 22, (128, rows), (64, 256))
+    assert (weight[5:9], weight[10:14]) == ((384, 1, 128, 8), (64, 1, 64, 1))
+    assert (y[0], y[5:7], y[10:12]) == (1 << 23, (128, rows), (64, 16))
+    assert y_row == (*y[:11], 1, *y[12:])
+    assert residual == (1 << 24, *y[1:])
+
+
+def test_dgrad_of_1x1_filters_writes_both_gradients() -> None:
+    sizes = {**POINTWISE, "in_channels": 384, "x2_channels": 128}
+    launch = only(plan("dgrad", dy=1 << 21, dx=1 << 22, dx2=1 << 23, **sizes))
+    assert launch.kernel == "tdc_conv_hopper_pointwise_dgrad_bf16_256x128"
+    dy, _, dx, dx2, dx_row, dx2_row = (described(launch, at) for at in launch.tensor_maps)
+    assert (dy[0], dx[0], dx2[0]) == (1 << 21, 1 << 22, 1 << 23)
+    assert (dx[5], dx2[5], dx[11], dx2[11], dx_row[11], dx2_row[11]) == (256, 128, 16, 16, 1, 1)
+    assert len(only(plan("dgrad", **POINTWISE)).tensor_maps) == 4
+
+
+@pytest.mark.parametrize(
+    "changes, rows, blocks",
+    [
+        ({}, 256, 132),
+        ({"height": 8, "width": 8, "batch": 64, "in_channels": 256, "out_channels": 768}, 256, 132),
+        # 256 rows would be 48 tiles
+        ({"height": 4, "width": 4, "batch": 64, "in_channels": 256, "out_channels": 768}, 128, 96),
+        ({"height": 1, "width": 1, "batch": 64, "in_channels": 512, "out_channels": 512}, 128, 32),
+    ],
+)
+def test_the_tile_of_1x1_filters_leaves_the_busiest_multiprocessor_the_fewest_rows(
+    changes: dict[str, int], rows: int, blocks: int
+) -> None:
+    launch = only(plan(**POINTWISE, **changes))
+    assert launch.kernel == f"tdc_conv_hopper_pointwise_forward_bf16_{rows}x128"
+    assert launch.grid == (blocks, 1, 1)
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({"in_channels": 384, "x2_channels": 124}, "it has channels from 64 on, in multiples of 8"),
+        ({"out_channels": 3}, "it leaves image channels to the portable form"),
+        ({"num_groups": 385}, "it has at most 384 groups"),
+        ({"device": (90, 132, 101376)}, "its stages do not fit into shared memory"),
+    ],
+)
+def test_what_1x1_filters_do_not_serve_takes_the_portable_form(changes: dict[str, Any], reason: str) -> None:
+    for pass_ in ("forward", "dgrad"):
+        assert refusal(pass_, **POINTWISE, **changes).startswith(reason)
+        assert "hopper" not in only(plan(pass_, **POINTWISE, **changes)).kernel
+    assert refusal(**POINTWISE) == refusal("dgrad", **POINTWISE) == ""
+
+
 def test_dgrad_reads_dy_and_the_weights_of_the_forward() -> None:
     launch = only(plan("dgrad", dy=1 << 21, weight=1 << 22, dx=1 << 23, out_channels=256))
     source, weight, result = (described(launch, at) for at in launch.tensor_maps)
@@ -146,9 +210,9 @@ def test_wgrad_has_as_many_blocks_as_multiprocessors_where_there_are_more_units(
 @pytest.mark.parametrize(
     "changes, reason",
     [
-        ({"filter_height": 1, "filter_width": 1, "pad_height": 0, "pad_width": 0}, "it has 3x3 filters with stride 1"),
-        ({"height": 4, "width": 4}, "it has images from 8x8 on"),
-        ({"x2_channels": 64}, "it has one input, which is not upsampled"),
+        ({"filter_height": 1, "filter_width": 1, "pad_height": 0, "pad_width": 0}, "it has 3x3 filters in wgrad"),
+        ({"height": 4, "width": 4}, "its 3x3 filters have images from 8x8 on"),
+        ({"x2_channels": 64}, "its 3x3 filters have one input, which is not upsampled"),
         ({"num_groups": 257}, "it has at most 256 groups in wgrad"),
         ({"batch": 2**17, "height": 64, "width": 64, "in_channels": 2048, "out_channels": 1024}, "it has fewer than"),
     ],

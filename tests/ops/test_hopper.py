@@ -25,9 +25,12 @@ def test_explain_says_which_form_serves() -> None:
     assert explained().forms == {"hopper": "in the Hopper form"}
     small = explained(size=4)
     assert small.reasons["hopper"] is None
-    assert small.forms["hopper"].endswith("the Hopper form does not serve this, it has images from 8x8 on")
+    assert small.forms["hopper"].endswith(
+        "the Hopper form does not serve this, its 3x3 filters have images from 8x8 on"
+    )
     assert f"  hopper: supported, {small.forms['hopper']}" in str(small).splitlines()
-    assert "3x3 filters" in explained(filter_size=1).forms["hopper"]
+    assert "3x3 filters" in explained(filter_size=5).forms["hopper"]
+    assert explained(filter_size=1, size=4).forms == {"hopper": "in the Hopper form"}
 
 
 def test_norms_take_the_portable_form() -> None:

@@ -10,6 +10,51 @@
 
 namespace tdc {
 
+// Two neighbouring elements of a row of `channels`; zeros past `live`.
+template <class T>
+__device__ __forceinline__ unsigned hopper_pair_at(const void* base, int row, int channel, int channels, int live) {
+  if (!base || channel >= live) return 0;
+  const T* at = static_cast<const T*>(base) + static_cast<long long>(row) * channels + channel;
+  return __ldg(reinterpret_cast<const unsigned*>(at));
+}
+
+template <class T>
+__device__ __forceinline__ void hopper_add(float (&to)[2], unsigned pair) {
+  to[0] += to_float(T{static_cast<unsigned short>(pair & 0xffffu)});
+  to[1] += to_float(T{static_cast<unsigned short>(pair >> 16)});
+}
+
+// Rounds a warp's sums of 16 rows and 64 channels into a store buffer, which holds the residual where there is one.
+// `add(column, top, bottom)` adds to columns 8 * column + 2 * (lane % 4) and the next of rows lane / 4 and lane / 4
+// + 8. Of the channels `live` are live; `empty`: the sums count as zeros.
+template <class T, bool kResidual, class Add>
+__device__ __forceinline__ void hopper_round(const float* sums, unsigned char* to, int live, bool empty, Add add) {
+  const int lane = threadIdx.x % 32, row = lane % 16;
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    unsigned char* matrix = to + row * 128 + ((2 * j + lane / 16) ^ row % 8) * 16;
+    unsigned own[4] = {0, 0, 0, 0}, rounded[4];
+    if (kResidual) ldmatrix_x4(own, matrix);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int column = 2 * j + h;
+      const float* own_sums = sums + column * 4;
+      float top[2] = {empty ? 0.0f : own_sums[0], empty ? 0.0f : own_sums[1]};
+      float bottom[2] = {empty ? 0.0f : own_sums[2], empty ? 0.0f : own_sums[3]};
+      add(column, top, bottom);
+      if (kResidual) hopper_add<T>(top, own[2 * h]), hopper_add<T>(bottom, own[2 * h + 1]);
+      if (live < 64) {
+        const int dead = column * 8 + lane % 4 * 2 - live;  // channels past the width
+        if (dead >= 0) top[0] = bottom[0] = 0.0f;
+        if (dead >= -1) top[1] = bottom[1] = 0.0f;
+      }
+      rounded[2 * h] = pack<T>(top[0], top[1]);
+      rounded[2 * h + 1] = pack<T>(bottom[0], bottom[1]);
+    }
+    stmatrix_x4(matrix, rounded);
+  }
+}
+
 template <class T, class Tile>
 class HopperEpilogue {
   static constexpr int kPatches = Tile::kPatches / 2, kParts = Tile::kColumns / 64;  // parts: 64 channels
@@ -78,25 +123,13 @@ class HopperEpilogue {
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
       const int channel = work.column + 64 * part + 2 * lane;
-      bias_[part] = pair_at(p_.bias, work.expert, channel, channels, work.live);
+      bias_[part] = hopper_pair_at<T>(p_.bias, work.expert, channel, channels, work.live);
 #pragma unroll
       for (int s = 0; s < kSamples; ++s) {
         const int sample = min(work.first + HopperPatch::of<Tile>(group_, s * kPerSample).sample, p_.routing.batch - 1);
-        sample_bias_[s][part] = pair_at(p_.sample_bias, sample, channel, channels, work.live);
+        sample_bias_[s][part] = hopper_pair_at<T>(p_.sample_bias, sample, channel, channels, work.live);
       }
     }
-  }
-
-  // Two neighbouring elements of a row of `channels`; zeros past `live`.
-  __device__ __forceinline__ static unsigned pair_at(const void* base, int row, int channel, int channels, int live) {
-    if (!base || channel >= live) return 0;
-    const T* at = static_cast<const T*>(base) + static_cast<long long>(row) * channels + channel;
-    return __ldg(reinterpret_cast<const unsigned*>(at));
-  }
-
-  __device__ __forceinline__ static void add(float (&to)[2], unsigned pair) {
-    to[0] += to_float(T{static_cast<unsigned short>(pair & 0xffffu)});
-    to[1] += to_float(T{static_cast<unsigned short>(pair >> 16)});
   }
 
   // Where a warp's part of a patch lies in the result.
@@ -128,41 +161,18 @@ class HopperEpilogue {
     bulk_commit();
   }
 
-  // Rounds 64 channels of the warp's 16 pixels into a store buffer, which holds the residual where there is one.
   template <bool kResidual>
   __device__ __forceinline__ void round(const HopperWork& work, const float (&sums)[Tile::kColumns / 2], int i,
                                         int part, unsigned char* to) {
-    const int lane = threadIdx.x % 32, row = lane % 16;
-    const bool whole = work.live - work.column >= Tile::kColumns, empty = work.depth == 0;
-    const int sample = kSamples == 1 ? 0 : i / kPerSample;
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      unsigned char* matrix = to + row * 128 + ((2 * j + lane / 16) ^ row % 8) * 16;
-      unsigned own[4] = {0, 0, 0, 0}, rounded[4];
-      if (kResidual) ldmatrix_x4(own, matrix);
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int column = 2 * j + h;  // of 8 channels
-        const float* own_sums = sums + part * 32 + column * 4;
-        float top[2] = {empty ? 0.0f : own_sums[0], empty ? 0.0f : own_sums[1]};
-        float bottom[2] = {empty ? 0.0f : own_sums[2], empty ? 0.0f : own_sums[3]};
-        const unsigned bias = shfl(bias_[part], column * 4 + lane % 4);
-        add(top, bias), add(bottom, bias);
-        if (p_.sample_bias) {
-          const unsigned of_sample = shfl(sample_bias_[sample][part], column * 4 + lane % 4);
-          add(top, of_sample), add(bottom, of_sample);
-        }
-        if (kResidual) add(top, own[2 * h]), add(bottom, own[2 * h + 1]);
-        if (!whole) {
-          const int dead = work.column + part * 64 + column * 8 + lane % 4 * 2 - work.live;  // channels past the width
-          if (dead >= 0) top[0] = bottom[0] = 0.0f;
-          if (dead >= -1) top[1] = bottom[1] = 0.0f;
-        }
-        rounded[2 * h] = pack<T>(top[0], top[1]);
-        rounded[2 * h + 1] = pack<T>(bottom[0], bottom[1]);
-      }
-      stmatrix_x4(matrix, rounded);
-    }
+    const int lane = threadIdx.x % 32, sample = kSamples == 1 ? 0 : i / kPerSample;
+    hopper_round<T, kResidual>(sums + part * 32, to, work.live - work.column - part * 64, work.depth == 0,
+                               [&](int column, float (&top)[2], float (&bottom)[2]) {
+                                 const unsigned bias = shfl(bias_[part], column * 4 + lane % 4);
+                                 hopper_add<T>(top, bias), hopper_add<T>(bottom, bias);
+                                 if (!p_.sample_bias) return;
+                                 const unsigned of_sample = shfl(sample_bias_[sample][part], column * 4 + lane % 4);
+                                 hopper_add<T>(top, of_sample), hopper_add<T>(bottom, of_sample);
+                               });
   }
 
   const ConvHopperParams& p_;

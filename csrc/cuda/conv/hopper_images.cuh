@@ -19,11 +19,6 @@
 
 namespace tdc {
 
-constexpr int kHopperPatchBytes = 64 * 2 * kHopperDepth;  // 64 rows of a stage
-constexpr int kHopperSteps = kHopperDepth / 16;           // products along the depth of a stage
-
-__device__ __forceinline__ int hopper_blocks(int depth) { return (depth + kHopperDepth - 1) / kHopperDepth; }
-
 // Loads everything. One thread.
 template <class Tile, bool kForward>
 class HopperProducer {
@@ -107,7 +102,7 @@ class HopperProducer {
 
   const ConvHopperParams& p_;
   const HopperShared<Tile>& shared_;
-  HopperSchedule<Tile> schedule_;
+  HopperSchedule<Tile, ConvHopperParams> schedule_;
   HopperRing sources_, weights_, messages_;
 };
 
@@ -141,7 +136,7 @@ class HopperConsumer {
       mbarrier_wait(&c.message_full[messages_.stage], messages_.parity);
       const HopperWork work = c.messages[messages_.stage];
       warp_sync();
-      release(&c.message_empty[messages_.stage]);
+      hopper_release(&c.message_empty[messages_.stage]);
       messages_.next(kHopperMessages);
       if (work.live < 0) break;
       epilogue.prepare(work);
@@ -161,12 +156,6 @@ class HopperConsumer {
   }
 
  private:
-  // Each warp for itself: nothing rests on the warps of a warpgroup being in step. Every lane must have passed its wait
-  // for the stage, or it may miss the phase: warp_sync or a product comes before.
-  __device__ __forceinline__ static void release(Mbarrier* barrier) {
-    if (threadIdx.x % 32 == 0) mbarrier_arrive(barrier);
-  }
-
   // Which stages the products under way read.
   struct UnderWay {
     unsigned begun = 0;  // 0: there are none yet, and the next ones overwrite the sums
@@ -187,8 +176,8 @@ class HopperConsumer {
     }
     wgmma_wait<0>();
     HopperControl& c = *shared_.control;
-    if (!TDC_PLANTED(HOPPER_EARLY_RELEASE)) release(&c.weights_empty[under_way.weights]);
-    release(&c.source_empty[under_way.source]);
+    if (!TDC_PLANTED(HOPPER_EARLY_RELEASE)) hopper_release(&c.weights_empty[under_way.weights]);
+    hopper_release(&c.source_empty[under_way.source]);
 #pragma unroll
     for (int i = 0; i < kPatches; ++i) wgmma_settle(sums[i]);
   }
@@ -218,11 +207,11 @@ class HopperConsumer {
         }
       }
       wgmma_commit();
-      if (TDC_PLANTED(HOPPER_EARLY_RELEASE)) release(&c.weights_empty[weights_.stage]);
+      if (TDC_PLANTED(HOPPER_EARLY_RELEASE)) hopper_release(&c.weights_empty[weights_.stage]);
       wgmma_wait<1>();  // all but the products just issued
       if (under_way.begun) {
-        if (!TDC_PLANTED(HOPPER_EARLY_RELEASE)) release(&c.weights_empty[under_way.weights]);
-        if (tap == 0) release(&c.source_empty[under_way.source]);
+        if (!TDC_PLANTED(HOPPER_EARLY_RELEASE)) hopper_release(&c.weights_empty[under_way.weights]);
+        if (tap == 0) hopper_release(&c.source_empty[under_way.source]);
       }
       under_way.begun = 1;
       under_way.source = sources_.stage, under_way.weights = weights_.stage;
@@ -244,12 +233,12 @@ class HopperConsumer {
       const int left = work.depth - block * kHopperDepth;
       if (left < kHopperDepth && left % 16) mask(left);
       warp_sync();
-      release(&c.source_empty[sources_.stage]);
+      hopper_release(&c.source_empty[sources_.stage]);
       sources_.next(kHopperSourceStages);
       for (int tap = 0; tap < kHopperTaps; ++tap) {
         mbarrier_wait(&c.weights_full[weights_.stage], weights_.parity);
         warp_sync();
-        release(&c.weights_empty[weights_.stage]);
+        hopper_release(&c.weights_empty[weights_.stage]);
         weights_.next(p_.weight_stages);
       }
     }
@@ -258,17 +247,7 @@ class HopperConsumer {
   // Zeros in the channels past `live` of the source stage, as far as the last 16 that are multiplied reach. Both
   // warpgroups share the pixels and wait for each other.
   __device__ __forceinline__ void mask(int live) {
-    constexpr int kRows = Tile::kSourceBytes / kHopperRow;
-    unsigned char* stage = shared_.source(sources_.stage);
-    for (int row = threadIdx.x - 128; row < kRows; row += 256) {
-      for (int chunk = live / 8; chunk < (live + 15) / 16 * 2; ++chunk) {
-        uint4* at = reinterpret_cast<uint4*>(stage + row * kHopperRow + (chunk ^ row % 8) * 16);
-        uint4 words = load_16(at);
-        words.x = hopper_keep(words.x, live - 8 * chunk), words.y = hopper_keep(words.y, live - 8 * chunk - 2);
-        words.z = hopper_keep(words.z, live - 8 * chunk - 4), words.w = hopper_keep(words.w, live - 8 * chunk - 6);
-        store_16(at, words);
-      }
-    }
+    hopper_clear<256>(shared_.source(sources_.stage), Tile::kSourceBytes / kHopperRow, threadIdx.x - 128, live);
     if (!TDC_PLANTED(HOPPER_NO_ASYNC_FENCE)) async_fence();
     if (!TDC_PLANTED(HOPPER_NO_MASK_BARRIER)) named_barrier_sync(1, 256);
   }
@@ -293,7 +272,8 @@ __device__ __forceinline__ void conv_hopper_images(const ConvHopperParams& p) {
     tensor_map_prefetch(&p.result);
     if (p.has_residual) tensor_map_prefetch(&p.residual);
   }
-  HopperSchedule<Tile>(p, shared.groups).template make<kForward>();  // ends with a barrier, also for the barriers
+  HopperSchedule<Tile, ConvHopperParams>(p, shared.groups)
+      .template make<kForward>();  // ends with a barrier, also for the barriers
   if (group == 0) {
     registers_give<56>();
     if (threadIdx.x == 0) HopperProducer<Tile, kForward>(p, shared).run();

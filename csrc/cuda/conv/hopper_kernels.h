@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/conv/hopper_params.h"
+#include "cuda/conv/hopper_pointwise_params.h"
 #include "cuda/conv/hopper_wgrad_params.h"
 
 #define TDC_HOPPER_IMAGES(X, name, T, Tile, forward) \
@@ -18,6 +19,19 @@
 #define TDC_KERNELS_conv_hopper_dgrad(X)                            \
   TDC_HOPPER_TILES(X, tdc_conv_hopper_dgrad_bf16, tdc::bf16, false) \
   TDC_HOPPER_TILES(X, tdc_conv_hopper_dgrad_fp16, tdc::half, false)
+
+#define TDC_HOPPER_POINTWISE(X, name, T, rows, forward)  \
+  X(name##_##rows##x128, tdc::ConvHopperPointwiseParams, \
+    (tdc::conv_hopper_pointwise<T, tdc::HopperRows##rows, forward>), tdc::kHopperThreads, 1)
+#define TDC_HOPPER_POINTWISE_TILES(X, name, T, forward) \
+  TDC_HOPPER_POINTWISE(X, name, T, 256, forward)        \
+  TDC_HOPPER_POINTWISE(X, name, T, 128, forward)
+
+#define TDC_KERNELS_conv_hopper_pointwise(X)                                             \
+  TDC_HOPPER_POINTWISE_TILES(X, tdc_conv_hopper_pointwise_forward_bf16, tdc::bf16, true) \
+  TDC_HOPPER_POINTWISE_TILES(X, tdc_conv_hopper_pointwise_forward_fp16, tdc::half, true) \
+  TDC_HOPPER_POINTWISE_TILES(X, tdc_conv_hopper_pointwise_dgrad_bf16, tdc::bf16, false)  \
+  TDC_HOPPER_POINTWISE_TILES(X, tdc_conv_hopper_pointwise_dgrad_fp16, tdc::half, false)
 
 #define TDC_HOPPER_WGRAD(X, suffix, T)                                                                               \
   X(tdc_conv_hopper_wgrad_##suffix, tdc::ConvHopperWgradParams, (tdc::conv_hopper_wgrad<T>), tdc::kHopperThreads, 1) \

@@ -68,7 +68,8 @@ std::vector<Launch> launch_images(const ConvArguments& a, const Device& device, 
   }
   p.routing = routing_of(a);
   p.source_channels = static_cast<int>(sources);
-  p.result_channels = static_cast<int>(results);
+  p.result_channels = p.result_seam = static_cast<int>(results);
+  p.rows_per_sample = 1;
   p.tiles_down = static_cast<int>(ceil_div(a.height, 8 * tile.down));
   p.tiles_across = static_cast<int>(ceil_div(a.width, 8 * tile.across));
   p.channel_tiles = static_cast<int>(ceil_div(results, tile.columns));
@@ -96,16 +97,21 @@ std::string hopper_refusal(const ConvArguments& a, const Device& device) {
            std::to_string(device.arch % 10);
   }
   if (a.dtype == 0) return "it has bf16 and fp16, not fp32";
-  if (a.filter_height != 3 || a.filter_width != 3 || a.stride_height != 1 || a.stride_width != 1 || a.pad_height != 1 ||
-      a.pad_width != 1) {
-    return "it has 3x3 filters with stride 1 and padding 1";
+  if (!is_pointwise(a)) {
+    if (a.filter_height != 3 || a.filter_width != 3 || a.stride_height != 1 || a.stride_width != 1 ||
+        a.pad_height != 1 || a.pad_width != 1) {
+      return "it has 3x3 filters with padding 1 and 1x1 filters with padding 0, both with stride 1";
+    }
+    if (a.x2_channels || a.upsample > 1) return "its 3x3 filters have one input, which is not upsampled";
+    if (std::min(a.height, a.width) < kLeastPixels) return "its 3x3 filters have images from 8x8 on";
   }
-  if (a.x2_channels || a.upsample > 1) return "it has one input, which is not upsampled";
-  if (std::min(a.height, a.width) < kLeastPixels) return "it has images from 8x8 on";
-  if (std::min(a.in_channels, a.out_channels) < kLeastChannels || a.in_channels % 8 || a.out_channels % 8) {
+  if (std::min(a.in_channels, a.out_channels) < 8) return "it leaves image channels to the portable form";
+  if (std::min(a.in_channels, a.out_channels) < kLeastChannels || a.x_channels() % 8 || a.x2_channels % 8 ||
+      a.out_channels % 8) {
     return "it has channels from 64 on, in multiples of 8";
   }
-  for (uintptr_t address : {a.x, a.weight, a.bias, a.sample_bias, a.residual, a.y, a.dy, a.dx, a.dweight}) {
+  for (uintptr_t address :
+       {a.x, a.x2, a.weight, a.bias, a.sample_bias, a.residual, a.y, a.dy, a.dx, a.dx2, a.dweight}) {
     if (address % 16) return "it needs addresses that are multiples of 16";
   }
   return "";
@@ -114,17 +120,20 @@ std::string hopper_refusal(const ConvArguments& a, const Device& device) {
 std::string hopper_refusal(const ConvArguments& a, const Device& device, bool forward) {
   const std::string common = hopper_refusal(a, device);
   if (!common.empty()) return common;
+  if (is_pointwise(a)) return hopper_pointwise_refusal(a, device);
   if (a.num_groups > kHopperMostGroups) return "it has at most " + std::to_string(kHopperMostGroups) + " groups";
   if (weight_stages(choose_tile(a, forward), a, device) == 0) return "its stages do not fit into shared memory";
   return "";
 }
 
 std::vector<Launch> launch_hopper_forward(const ConvArguments& arguments, const Device& device) {
-  return launch_images(arguments, device, true);
+  return is_pointwise(arguments) ? launch_hopper_pointwise(arguments, device, true)
+                                 : launch_images(arguments, device, true);
 }
 
 std::vector<Launch> launch_hopper_dgrad(const ConvArguments& arguments, const Device& device) {
-  return launch_images(arguments, device, false);
+  return is_pointwise(arguments) ? launch_hopper_pointwise(arguments, device, false)
+                                 : launch_images(arguments, device, false);
 }
 
 }  // namespace tdc

@@ -1,4 +1,5 @@
-// Plans the Hopper form (conv/hopper_images.cuh, conv/hopper_wgrad.cuh): where it serves, and its launches.
+// Plans the Hopper form (conv/hopper_images.cuh, conv/hopper_pointwise.cuh, conv/hopper_wgrad.cuh): where it serves,
+// and its launches.
 #pragma once
 
 #include <cstddef>
@@ -15,6 +16,12 @@ std::string hopper_refusal(const ConvArguments& arguments, const Device& device)
 // The same of forward or dgrad, and of wgrad.
 std::string hopper_refusal(const ConvArguments& arguments, const Device& device, bool forward);
 std::string hopper_wgrad_refusal(const ConvArguments& arguments, const Device& device);
+
+// Whether it is a matrix product of pixels and channels, which has kernels of its own; their refusal, and launches of
+// forward or dgrad.
+bool is_pointwise(const ConvArguments& arguments);
+std::string hopper_pointwise_refusal(const ConvArguments& arguments, const Device& device);
+std::vector<Launch> launch_hopper_pointwise(const ConvArguments& arguments, const Device& device, bool forward);
 
 // One launch, or none for an empty batch. Only where the form serves.
 std::vector<Launch> launch_hopper_forward(const ConvArguments& arguments, const Device& device);

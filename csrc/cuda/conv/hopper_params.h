@@ -39,12 +39,12 @@ using HopperTile8x8 = HopperTile<1, 1, 4, 128, 1>;
 
 // What the producer tells the consumers about a tile.
 struct HopperWork {
-  int first, count;  // samples
+  int first, count;  // samples, or rows
   int y, x;          // its first pixel
   int column;        // its first channel of the result
   int expert;
   int depth;  // live channels of the source; 0 where no channel of the tile is live
-  int live;   // live channels of the result; -1: there are no more tiles
+  int live;   // live channels of the result, as far as its seam; -1: there are no more tiles
 };
 
 // A group in shared memory, in the order in which tiles are handed out.
@@ -80,6 +80,8 @@ struct alignas(64) ConvHopperParams {
   const void* sample_bias;  // (B, channels of the result) or null
   ConvRouting routing;
   int source_channels, result_channels;
+  int result_seam;                              // no tile has channels on both sides of it
+  int rows_per_sample;                          // 1: tiles consist of samples
   int tiles_down, tiles_across, channel_tiles;  // of an image; of the channels of the result
   int weight_stages;
   int has_residual;

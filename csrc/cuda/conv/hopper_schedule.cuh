@@ -14,10 +14,10 @@
 
 namespace tdc {
 
-template <class Tile>
+template <class Tile, class Params>
 class HopperSchedule {
  public:
-  __device__ __forceinline__ HopperSchedule(const ConvHopperParams& p, HopperGroup* groups) : p_(p), groups_(groups) {}
+  __device__ __forceinline__ HopperSchedule(const Params& p, HopperGroup* groups) : p_(p), groups_(groups) {}
 
   // Fills in the groups. All threads of the block call it; it ends with a barrier.
   template <bool kForward>
@@ -60,7 +60,8 @@ class HopperSchedule {
     const ConvRouting& routing = p_.routing;
     HopperGroup group = {};
     group.first = clamp_to(routing.offsets[g], routing.batch);
-    group.samples = clamp_to(routing.offsets[g + 1] - group.first, routing.batch - group.first);
+    group.samples = clamp_to(routing.offsets[g + 1] - group.first, routing.batch - group.first) * p_.rows_per_sample;
+    group.first *= p_.rows_per_sample;
     group.expert = expert_of_group(routing, g);
     const int* of_source = kForward ? routing.in_widths : routing.out_widths;
     const int* of_result = kForward ? routing.out_widths : routing.in_widths;
@@ -70,13 +71,15 @@ class HopperSchedule {
   }
 
   __device__ __forceinline__ int tiles_per_image() const { return p_.tiles_down * p_.tiles_across; }
-  __device__ __forceinline__ static int live_columns(const HopperGroup& group) {
-    return (group.live + Tile::kColumns - 1) / Tile::kColumns;
+  // Tiles of so many channels, none of which has channels on both sides of the result's seam.
+  __device__ __forceinline__ int columns_of(int channels) const {
+    const int first = min(channels, p_.result_seam);
+    return (first + Tile::kColumns - 1) / Tile::kColumns + (channels - first + Tile::kColumns - 1) / Tile::kColumns;
   }
 
   __device__ __forceinline__ int tiles_of(const HopperGroup& group, int kind) const {
     const int whole = group.samples / Tile::kSamples, part = group.samples % Tile::kSamples ? 1 : 0;
-    const int rows = kind == 0 ? whole : kind == 1 ? part : whole + part, live = live_columns(group);
+    const int rows = kind == 0 ? whole : kind == 1 ? part : whole + part, live = columns_of(group.live);
     return rows * tiles_per_image() * (kind == 2 ? p_.channel_tiles - live : live);
   }
 
@@ -110,9 +113,11 @@ class HopperSchedule {
     }
     const HopperGroup group = groups_[low];
     if (low > 0) tile -= groups_[low - 1].ends[kind];
-    const int live = live_columns(group), columns = kind == 2 ? p_.channel_tiles - live : live;
+    const int live = columns_of(group.live), columns = kind == 2 ? p_.channel_tiles - live : live;
     HopperWork work;
-    work.column = ((kind == 2 ? live : 0) + tile % columns) * Tile::kColumns;
+    const int column = (kind == 2 ? live : 0) + tile % columns, of_second = column - columns_of(p_.result_seam);
+    work.column = of_second < 0 ? column * Tile::kColumns : p_.result_seam + of_second * Tile::kColumns;
+    work.live = of_second < 0 ? min(group.live, p_.result_seam) : group.live;
     tile /= columns;
     work.x = tile % p_.tiles_across * 8 * Tile::kAcross;
     tile /= p_.tiles_across;
@@ -122,11 +127,10 @@ class HopperSchedule {
     work.count = min(Tile::kSamples, group.samples - row * Tile::kSamples);
     work.expert = group.expert;
     work.depth = kind == 2 ? 0 : group.depth;
-    work.live = group.live;
     return work;
   }
 
-  const ConvHopperParams& p_;
+  const Params& p_;
   HopperGroup* groups_;
 };
 

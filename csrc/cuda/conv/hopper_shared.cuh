@@ -16,9 +16,40 @@ struct HopperRing {
   }
 };
 
+// Of a stage: the producer or its copies fill it, the 8 warps of the consumers release it.
+__device__ __forceinline__ void hopper_init_pair(Mbarrier* full, Mbarrier* empty) {
+  mbarrier_init(full, 1);
+  mbarrier_init(empty, 8);
+}
+
+// Each warp for itself: nothing rests on the warps of a warpgroup being in step. Every lane must have passed its wait
+// for the stage, or it may miss the phase: warp_sync or a product comes before.
+__device__ __forceinline__ void hopper_release(Mbarrier* barrier) {
+  if (threadIdx.x % 32 == 0) mbarrier_arrive(barrier);
+}
+
+constexpr int kHopperPatchBytes = 64 * kHopperRow;  // 64 rows of a stage
+constexpr int kHopperSteps = kHopperDepth / 16;     // products along the depth of a stage
+
+__device__ __forceinline__ int hopper_blocks(int depth) { return (depth + kHopperDepth - 1) / kHopperDepth; }
+
 // The first `live` of two 16-bit elements, zeros after them.
 __device__ __forceinline__ unsigned hopper_keep(unsigned pair, int live) {
   return live >= 2 ? pair : live == 1 ? pair & 0xffffu : 0u;
+}
+
+// Zeros in the channels past `live` of rows that TMA has swizzled, as far as the last 16 that are multiplied reach.
+template <int kThreads>
+__device__ __forceinline__ void hopper_clear(unsigned char* rows, int count, int thread, int live) {
+  for (int row = thread; row < count; row += kThreads) {
+    for (int chunk = live / 8; chunk < (live + 15) / 16 * 2; ++chunk) {
+      uint4* at = reinterpret_cast<uint4*>(rows + row * kHopperRow + (chunk ^ row % 8) * 16);
+      uint4 words = load_16(at);
+      words.x = hopper_keep(words.x, live - 8 * chunk), words.y = hopper_keep(words.y, live - 8 * chunk - 2);
+      words.z = hopper_keep(words.z, live - 8 * chunk - 4), words.w = hopper_keep(words.w, live - 8 * chunk - 6);
+      store_16(at, words);
+    }
+  }
 }
 
 template <class Tile>
@@ -44,19 +75,16 @@ struct HopperShared {
     return stores + (warp * Tile::kStoreBuffers + buffer) * kHopperStoreBytes;
   }
 
-  // The producer or its copies fill, the 8 warps of the consumers release. One thread.
+  // One thread.
   __device__ __forceinline__ void init_barriers(int number_of_weight_stages) const {
-    for (int i = 0; i < kHopperSourceStages; ++i) init_pair(&control->source_full[i], &control->source_empty[i]);
-    for (int i = 0; i < number_of_weight_stages; ++i) init_pair(&control->weights_full[i], &control->weights_empty[i]);
-    for (int i = 0; i < kHopperMessages; ++i) init_pair(&control->message_full[i], &control->message_empty[i]);
+    for (int i = 0; i < kHopperSourceStages; ++i) hopper_init_pair(&control->source_full[i], &control->source_empty[i]);
+    for (int i = 0; i < number_of_weight_stages; ++i)
+      hopper_init_pair(&control->weights_full[i], &control->weights_empty[i]);
+    for (int i = 0; i < kHopperMessages; ++i) hopper_init_pair(&control->message_full[i], &control->message_empty[i]);
     for (int warp = 0; warp < 8; ++warp) {
       for (int i = 0; i < Tile::kStoreBuffers; ++i) mbarrier_init(&control->residual_full[warp][i], 1);
     }
     mbarrier_init_fence();
-  }
-  __device__ __forceinline__ static void init_pair(Mbarrier* full, Mbarrier* empty) {
-    mbarrier_init(full, 1);
-    mbarrier_init(empty, 8);
   }
 };
 

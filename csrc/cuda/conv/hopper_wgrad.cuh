@@ -29,13 +29,9 @@ struct HopperWgradShared {
   __device__ __forceinline__ unsigned char* x(int stage) const { return dy(stage) + 2 * kHopperPatch; }
 
   __device__ __forceinline__ void init_barriers(int number_of_stages) const {
-    for (int i = 0; i < number_of_stages; ++i) init_pair(&control->full[i], &control->empty[i]);
-    for (int i = 0; i < kHopperMessages; ++i) init_pair(&control->message_full[i], &control->message_empty[i]);
+    for (int i = 0; i < number_of_stages; ++i) hopper_init_pair(&control->full[i], &control->empty[i]);
+    for (int i = 0; i < kHopperMessages; ++i) hopper_init_pair(&control->message_full[i], &control->message_empty[i]);
     mbarrier_init_fence();
-  }
-  __device__ __forceinline__ static void init_pair(Mbarrier* full, Mbarrier* empty) {
-    mbarrier_init(full, 1);
-    mbarrier_init(empty, 8);
   }
 };
 
@@ -163,16 +159,12 @@ class HopperWgradConsumer {
         store_part(work, sums);
       }
       warp_sync();
-      release(&c.message_empty[messages_.stage]);
+      hopper_release(&c.message_empty[messages_.stage]);
       messages_.next(kHopperMessages);
     }
   }
 
  private:
-  __device__ __forceinline__ static void release(Mbarrier* barrier) {
-    if (threadIdx.x % 32 == 0) mbarrier_arrive(barrier);
-  }
-
   __device__ __forceinline__ void multiply(int patches, Sums& sums) {
     HopperWgradControl& c = *shared_.control;
     constexpr unsigned kHighA = descriptor_high(1024), kHighB = descriptor_high(10 * kHopperRow);
@@ -197,14 +189,14 @@ class HopperWgradConsumer {
         }
       }
       wgmma_commit();
-      if (TDC_PLANTED(HOPPER_EARLY_RELEASE)) release(&c.empty[stage]);
+      if (TDC_PLANTED(HOPPER_EARLY_RELEASE)) hopper_release(&c.empty[stage]);
       wgmma_wait<1>();  // all but the products just issued
-      if (i && !TDC_PLANTED(HOPPER_EARLY_RELEASE)) release(&c.empty[last]);
+      if (i && !TDC_PLANTED(HOPPER_EARLY_RELEASE)) hopper_release(&c.empty[last]);
       last = stage;
       stages_.next(p_.stages);
     }
     wgmma_wait<0>();
-    if (patches && !TDC_PLANTED(HOPPER_EARLY_RELEASE)) release(&c.empty[last]);
+    if (patches && !TDC_PLANTED(HOPPER_EARLY_RELEASE)) hopper_release(&c.empty[last]);
 #pragma unroll
     for (int t = 0; t < kHopperUnitTaps; ++t) wgmma_settle(sums[t]);
   }

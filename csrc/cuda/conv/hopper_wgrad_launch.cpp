@@ -57,6 +57,7 @@ ConvHopperWgradParams params_of(const ConvArguments& a, const Device& device) {
 std::string hopper_wgrad_refusal(const ConvArguments& a, const Device& device) {
   const std::string common = hopper_refusal(a, device);
   if (!common.empty()) return common;
+  if (is_pointwise(a)) return "it has 3x3 filters in wgrad";
   if (a.num_groups > kHopperWgradMostGroups) {
     return "it has at most " + std::to_string(kHopperWgradMostGroups) + " groups in wgrad";
   }

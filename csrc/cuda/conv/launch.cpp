@@ -130,15 +130,6 @@ std::vector<Launch> launch_images(const ConvArguments& a, const Device& device, 
 
 // wgrad.
 
-// n / d = (n * multiplier) >> 32 >> shift for all 0 <= n < 2^31: multiplier = ceil(2^(31 + l) / d), l = ceil(log2 d).
-FastDivisor fast_divisor(int64_t divisor) {
-  int log = 0;
-  while ((int64_t{1} << log) < divisor) ++log;
-  if (log == 0) return {1, 0, 0};
-  const uint64_t multiplier = ((uint64_t{1} << (31 + log)) + static_cast<uint64_t>(divisor) - 1) / divisor;
-  return {static_cast<unsigned>(divisor), static_cast<unsigned>(multiplier), static_cast<unsigned>(log - 1)};
-}
-
 struct WgradTiling {
   bool whole;
   TileChoice tile;

@@ -57,6 +57,14 @@ unsigned blocks_of(std::initializer_list<int64_t> factors, const ConvArguments& 
   return static_cast<unsigned>(blocks);
 }
 
+FastDivisor fast_divisor(int64_t divisor) {
+  int log = 0;
+  while ((int64_t{1} << log) < divisor) ++log;
+  if (log == 0) return {1, 0, 0};
+  const uint64_t multiplier = ((uint64_t{1} << (31 + log)) + static_cast<uint64_t>(divisor) - 1) / divisor;
+  return {static_cast<unsigned>(divisor), static_cast<unsigned>(multiplier), static_cast<unsigned>(log - 1)};
+}
+
 ConvRouting routing_of(const ConvArguments& a) {
   return {pointer<const int>(a.offsets),    pointer<const int>(a.weight_index), pointer<const int>(a.in_widths),
           pointer<const int>(a.out_widths), static_cast<int>(a.batch),          static_cast<int>(a.num_groups),

@@ -40,6 +40,9 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
+// n / d = (n * multiplier) >> 32 >> shift for all 0 <= n < 2^31: multiplier = ceil(2^(31 + l) / d), l = ceil(log2 d).
+FastDivisor fast_divisor(int64_t divisor);
+
 ConvRouting routing_of(const ConvArguments& a);
 ConvGeometry geometry_of(const ConvArguments& a);
 

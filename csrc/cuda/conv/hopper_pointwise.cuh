@@ -1,0 +1,235 @@
+// The Hopper form of 1x1 filters, forward and dgrad: a matrix product for every group by TMA and wgmma, persistent
+// blocks, warps with one task each, as in hopper_images.cuh.
+//
+//   producer     one thread: finds tiles, loads 64 channels of a tile's rows and of its weights into a ring of stages.
+//                Stages of the next tile are loaded while this one is stored
+//   consumers    two warpgroups: multiply half of a tile's rows each, add what is added, store
+//
+// With two inputs the depth is the channels of x, then those of x2: stages hold channels of one of them, so that the
+// seam may be at any multiple of 8. In dgrad no tile of the result has channels of both.
+#pragma once
+
+#include "cuda/device_sm90.cuh"
+#include "cuda/conv/hopper_pointwise_epilogue.cuh"
+#include "cuda/conv/hopper_pointwise_params.h"
+#include "cuda/conv/hopper_schedule.cuh"
+#include "cuda/conv/hopper_shared.cuh"
+
+namespace tdc {
+
+// The live channels of a tile's source, block by block.
+struct HopperDepths {
+  int first, second, of_first;  // live channels of either input; blocks of the first
+
+  __device__ __forceinline__ HopperDepths(int depth, int seam)
+      : first(min(depth, seam)), second(depth - first), of_first(hopper_blocks(first)) {}
+
+  __device__ __forceinline__ int blocks() const { return of_first + hopper_blocks(second); }
+  __device__ __forceinline__ bool is_second(int block) const { return block >= of_first; }
+  // A block's first channel, counted from its input's, and the live ones from there on.
+  __device__ __forceinline__ int channel(int block) const {
+    return (is_second(block) ? block - of_first : block) * kHopperDepth;
+  }
+  __device__ __forceinline__ int left(int block) const { return (is_second(block) ? second : first) - channel(block); }
+};
+
+// Loads everything. One thread.
+template <class Tile, bool kForward>
+class HopperPointwiseProducer {
+  using Params = ConvHopperPointwiseParams;
+
+ public:
+  __device__ __forceinline__ HopperPointwiseProducer(const Params& p, const HopperPointwiseShared<Tile>& shared)
+      : p_(p), shared_(shared), schedule_(p, shared.groups) {}
+
+  __device__ __forceinline__ void run() {
+    for (int tile = blockIdx.x;; tile += gridDim.x) {
+      const HopperWork work = schedule_.find(tile);
+      send(work);
+      if (work.live < 0) return;
+      const HopperDepths depths(work.depth, p_.source_seam);
+      for (int block = 0; block < depths.blocks(); ++block) load(work, depths, block);
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void send(const HopperWork& work) {
+    HopperPointwiseControl& c = *shared_.control;
+    mbarrier_wait(&c.message_empty[messages_.stage], messages_.parity ^ 1);
+    c.messages[messages_.stage] = work;
+    mbarrier_arrive(&c.message_full[messages_.stage]);
+    messages_.next(kHopperMessages);
+  }
+
+  __device__ __forceinline__ void load(const HopperWork& work, const HopperDepths& depths, int block) {
+    HopperPointwiseControl& c = *shared_.control;
+    const int boxes = hopper_product_columns<Tile>(work) / 64, stage = stages_.stage;
+    if (!TDC_PLANTED(HOPPER_NO_EMPTY_WAIT)) {
+      mbarrier_wait(&c.empty[stage], stages_.parity ^ (TDC_PLANTED(HOPPER_WRONG_PHASE) ? 0 : 1));
+    }
+    Mbarrier* full = &c.full[stage];
+    mbarrier_arrive_expect(
+        full, Tile::kSourceBytes + boxes * kHopperPatchBytes - (TDC_PLANTED(HOPPER_WRONG_BYTES) ? 128 : 0));
+    const bool second = depths.is_second(block) && !TDC_PLANTED(HOPPER_WRONG_INPUT);
+    const int channel = depths.channel(block), source = channel + (depths.is_second(block) ? p_.source_seam : 0);
+    const int of_source[4] = {channel, work.first, 0, 0};
+    tma_load(shared_.source(stage), second ? &p_.source2 : &p_.source, full, of_source);
+    for (int i = 0; i < boxes; ++i) {
+      const int result = work.column + 64 * i;
+      const int at[4] = {kForward ? source : result, 0, kForward ? result : source, work.expert};
+      tma_load(shared_.weight(stage) + i * kHopperPatchBytes, &p_.weight, full, at);
+    }
+    stages_.next(p_.stages);
+  }
+
+  const Params& p_;
+  const HopperPointwiseShared<Tile>& shared_;
+  HopperSchedule<Tile, Params> schedule_;
+  HopperRing stages_, messages_;
+};
+
+// One of the two warpgroups that multiply.
+template <class T, class Tile, bool kForward>
+class HopperPointwiseConsumer {
+  static constexpr int kPatches = Tile::kPatches / 2;
+  using Params = ConvHopperPointwiseParams;
+  using Epilogue = HopperPointwiseEpilogue<T, Tile>;
+  using Sums = typename Epilogue::Sums;
+
+ public:
+  __device__ __forceinline__ HopperPointwiseConsumer(const Params& p, const HopperPointwiseShared<Tile>& shared,
+                                                     int group)
+      : p_(p), shared_(shared), group_(group) {}
+
+  __device__ __forceinline__ void run() {
+    HopperPointwiseControl& c = *shared_.control;
+    Epilogue epilogue(p_, shared_, group_);
+    Sums sums;
+    for (;;) {
+      mbarrier_wait(&c.message_full[messages_.stage], messages_.parity);
+      const HopperWork work = c.messages[messages_.stage];
+      warp_sync();  // all lanes have read it
+      hopper_release(&c.message_empty[messages_.stage]);
+      messages_.next(kHopperMessages);
+      if (work.live < 0) break;
+      epilogue.prepare(work);
+      const HopperDepths depths(work.depth, p_.source_seam);
+      if (depths.blocks()) {
+        if (group_ * kPatches * 64 >= work.count) {
+          skip(depths);
+        } else if (hopper_product_columns<Tile>(work) == Tile::kColumns) {
+          multiply<Tile::kColumns>(depths, sums);
+        } else {
+          multiply<64>(depths, sums);
+        }
+      }
+      epilogue.finish(work, sums);
+    }
+    epilogue.end();
+  }
+
+ private:
+  template <int kColumns>
+  __device__ __forceinline__ void multiply(const HopperDepths& depths, Sums& sums) {
+    HopperPointwiseControl& c = *shared_.control;
+    last_ = -1;
+#pragma unroll 1
+    for (int input = 0; input < 2; ++input) {
+      int left = input ? depths.second : depths.first;
+      for (; left > 48; left -= kHopperDepth) multiply_block<kColumns, kHopperSteps>(left, sums);
+      if (left > 32) {
+        multiply_block<kColumns, 3>(left, sums);
+      } else if (left > 16) {
+        multiply_block<kColumns, 2>(left, sums);
+      } else if (left > 0) {
+        multiply_block<kColumns, 1>(left, sums);
+      }
+    }
+    wgmma_wait<0>();
+    if (!TDC_PLANTED(HOPPER_EARLY_RELEASE)) hopper_release(&c.empty[last_]);
+#pragma unroll
+    for (int i = 0; i < kPatches; ++i) wgmma_settle(sums[i]);
+  }
+
+  // A stage, of which the first `live` channels count, in kSteps times 16.
+  template <int kColumns, int kSteps>
+  __device__ __forceinline__ void multiply_block(int live, Sums& sums) {
+    HopperPointwiseControl& c = *shared_.control;
+    constexpr unsigned kHigh = descriptor_high(1024), kStepA = 32 >> 4;
+    constexpr unsigned kStepB = (kForward ? 32 : 16 * kHopperRow) >> 4, kPatchStep = kHopperPatchBytes >> 4;
+    const int stage = stages_.stage;
+    if (!TDC_PLANTED(HOPPER_NO_FULL_WAIT)) mbarrier_wait(&c.full[stage], stages_.parity);
+    if (live < 16 * kSteps) mask(stage, live);
+    const unsigned a = descriptor_low(shared_window(shared_.source(stage)) + group_ * kPatches * kHopperPatchBytes, 16);
+    const unsigned b = descriptor_low(shared_window(shared_.weight(stage)), kHopperPatchBytes);
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) {
+#pragma unroll
+      for (int i = 0; i < kPatches; ++i) {
+        wgmma<T, kColumns, 0, kForward ? 0 : 1>(sums[i], descriptor(a + i * kPatchStep + k * kStepA, kHigh),
+                                                descriptor(b + k * kStepB, kHigh), k ? 1 : last_ >= 0);
+      }
+    }
+    wgmma_commit();
+    if (TDC_PLANTED(HOPPER_EARLY_RELEASE)) hopper_release(&c.empty[stage]);
+    wgmma_wait<1>();  // all but the products just issued
+    if (last_ >= 0 && !TDC_PLANTED(HOPPER_EARLY_RELEASE)) hopper_release(&c.empty[last_]);
+    last_ = stage;
+    stages_.next(p_.stages);
+  }
+
+  // The warpgroup has no rows in this tile.
+  __device__ __forceinline__ void skip(const HopperDepths& depths) {
+    HopperPointwiseControl& c = *shared_.control;
+    for (int block = 0; block < depths.blocks(); ++block) {
+      mbarrier_wait(&c.full[stages_.stage], stages_.parity);
+      warp_sync();
+      hopper_release(&c.empty[stages_.stage]);
+      stages_.next(p_.stages);
+    }
+  }
+
+  // Zeros in the channels past `live` of the warpgroup's rows.
+  __device__ __forceinline__ void mask(int stage, int live) {
+    unsigned char* rows = shared_.source(stage) + group_ * kPatches * kHopperPatchBytes;
+    hopper_clear<128>(rows, kPatches * 64, threadIdx.x % 128, live);
+    if (!TDC_PLANTED(HOPPER_NO_ASYNC_FENCE)) async_fence();
+    if (!TDC_PLANTED(HOPPER_NO_MASK_BARRIER)) named_barrier_sync(1 + group_, 128);
+  }
+
+  const Params& p_;
+  const HopperPointwiseShared<Tile>& shared_;
+  int group_;
+  int last_ =
+      -1;  // the stage that the products under way read; -1: there are none yet, and the next overwrite the sums
+  HopperRing stages_, messages_;
+};
+
+template <class T, class Tile, bool kForward>
+__device__ __forceinline__ void conv_hopper_pointwise(const ConvHopperPointwiseParams& p) {
+#ifdef TDC_SM90A
+  TDC_DYNAMIC_SHARED_1024(memory);
+  const HopperPointwiseShared<Tile> shared(memory, p.stages);
+  const int group = shfl(static_cast<int>(threadIdx.x) / 128, 0);
+  if (threadIdx.x == 0) shared.init_barriers(p.stages);
+  if (threadIdx.x == 32) {
+    tensor_map_prefetch(&p.source);
+    tensor_map_prefetch(&p.weight);
+    tensor_map_prefetch(&p.result);
+  }
+  // Ends with a barrier, also for the barriers.
+  HopperSchedule<Tile, ConvHopperPointwiseParams>(p, shared.groups).template make<kForward>();
+  if (group == 0) {
+    registers_give<56>();
+    if (threadIdx.x == 0) HopperPointwiseProducer<Tile, kForward>(p, shared).run();
+  } else {
+    registers_take<224>();
+    HopperPointwiseConsumer<T, Tile, kForward>(p, shared, group - 1).run();
+  }
+#else
+  trap();
+#endif
+}
+
+}  // namespace tdc

@@ -1,0 +1,173 @@
+// The epilogue of the Hopper form of 1x1 filters: as hopper_epilogue.cuh, but of rows. TMA clips at the end of the
+// tensor, not of the group: where fewer than a warp's 16 rows belong to the group, they are stored one by one.
+#pragma once
+
+#include "cuda/device_sm90.cuh"
+#include "cuda/conv/hopper_epilogue.cuh"
+#include "cuda/conv/hopper_pointwise_params.h"
+#include "cuda/conv/routing.cuh"
+
+namespace tdc {
+
+template <class Tile>
+struct HopperPointwiseShared {
+  unsigned char* stages;  // the source's rows, then the weights
+  unsigned char* stores;
+  HopperPointwiseControl* control;
+  HopperGroup* groups;
+
+  __device__ __forceinline__ HopperPointwiseShared(unsigned char* memory, int number_of_stages)
+      : stages(memory), stores(memory + number_of_stages * Tile::kStageBytes) {
+    control = reinterpret_cast<HopperPointwiseControl*>(stores + 8 * Tile::kStoreBuffers * kHopperStoreBytes);
+    groups = reinterpret_cast<HopperGroup*>(control + 1);
+  }
+
+  __device__ __forceinline__ unsigned char* source(int stage) const { return stages + stage * Tile::kStageBytes; }
+  __device__ __forceinline__ unsigned char* weight(int stage) const { return source(stage) + Tile::kSourceBytes; }
+  __device__ __forceinline__ unsigned char* store(int warp, int buffer) const {
+    return stores + (warp * Tile::kStoreBuffers + buffer) * kHopperStoreBytes;
+  }
+
+  // One thread.
+  __device__ __forceinline__ void init_barriers(int number_of_stages) const {
+    for (int i = 0; i < number_of_stages; ++i) hopper_init_pair(&control->full[i], &control->empty[i]);
+    for (int i = 0; i < kHopperMessages; ++i) hopper_init_pair(&control->message_full[i], &control->message_empty[i]);
+    for (int warp = 0; warp < 8; ++warp) {
+      for (int i = 0; i < Tile::kStoreBuffers; ++i) mbarrier_init(&control->residual_full[warp][i], 1);
+    }
+    mbarrier_init_fence();
+  }
+};
+
+template <class T, class Tile>
+class HopperPointwiseEpilogue {
+  static constexpr int kPatches = Tile::kPatches / 2, kParts = Tile::kColumns / 64;  // parts: 64 channels
+  using Params = ConvHopperPointwiseParams;
+
+ public:
+  using Sums = float[kPatches][Tile::kColumns / 2];
+
+  __device__ __forceinline__ HopperPointwiseEpilogue(const Params& p, const HopperPointwiseShared<Tile>& shared,
+                                                     int group)
+      : p_(p), shared_(shared), group_(group), warp_(shfl(static_cast<int>(threadIdx.x) / 32 % 4, 0)) {}
+
+  // Begins to load what is added to a tile, so that it arrives while the products are made.
+  __device__ __forceinline__ void prepare(const HopperWork& work) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      const int channel = work.column + 64 * part + 2 * lane;
+      bias_[part] = hopper_pair_at<T>(p_.bias, work.expert, channel, p_.result_channels, work.live);
+    }
+    if (!adds_residual(work)) return;
+    for (int i = 0; i < Tile::kStoreBuffers; ++i) load_residual(work, i, (buffer_ + i) % Tile::kStoreBuffers);
+  }
+
+  __device__ __forceinline__ void finish(const HopperWork& work, const Sums& sums) {
+    if (adds_residual(work)) {
+      finish_parts<true>(work, sums);
+    } else {
+      finish_parts<false>(work, sums);
+    }
+  }
+
+  // Shared memory must outlive the last stores.
+  __device__ __forceinline__ void end() {
+    if (threadIdx.x % 32 == 0) bulk_wait_read<0>();
+  }
+
+ private:
+  __device__ __forceinline__ bool adds_residual(const HopperWork& work) const {
+    return p_.has_residual && work.column < work.live;
+  }
+
+  // The warp's first row of a patch, counted from the tile's, and how many of its rows belong to the tile.
+  __device__ __forceinline__ int first_row(int i) const { return (group_ * kPatches + i) * 64 + warp_ * 16; }
+  __device__ __forceinline__ int rows(const HopperWork& work, int i) const {
+    return max(0, min(work.count - first_row(i), 16));
+  }
+
+  template <bool kResidual>
+  __device__ __forceinline__ void finish_parts(const HopperWork& work, const Sums& sums) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int number = 0; number < kPatches * kParts; ++number) {
+      const int i = number / kParts, part = number % kParts;
+      if (rows(work, i) == 0) continue;
+      unsigned char* to = shared_.store(4 * group_ + warp_, buffer_);
+      if (kResidual) {
+        mbarrier_wait(&shared_.control->residual_full[4 * group_ + warp_][buffer_], parities_ >> buffer_ & 1);
+        parities_ ^= 1u << buffer_;
+      } else {
+        if (lane == 0 && !TDC_PLANTED(HOPPER_NO_STORE_WAIT)) bulk_wait_read<Tile::kStoreBuffers - 1>();
+        warp_sync();
+      }
+      round<kResidual>(work, sums[i], i, part, to);
+      if (!TDC_PLANTED(HOPPER_NO_STORE_FENCE)) async_fence();
+      warp_sync();
+      if (lane == 0) store(work, i, part, to);
+      if (kResidual) load_residual(work, number + Tile::kStoreBuffers, buffer_);
+      buffer_ = buffer_ + 1 == Tile::kStoreBuffers ? 0 : buffer_ + 1;
+    }
+  }
+
+  template <bool kResidual>
+  __device__ __forceinline__ void round(const HopperWork& work, const float (&sums)[Tile::kColumns / 2], int i,
+                                        int part, unsigned char* to) {
+    const int lane = threadIdx.x % 32, channel = work.column + part * 64 + lane % 4 * 2;
+    int samples[2] = {};
+    if (p_.sample_bias) {
+      for (int half = 0; half < 2; ++half) {
+        const int row = work.first + first_row(i) + lane / 4 + 8 * half;
+        samples[half] = min(quotient(row, p_.by_rows), p_.routing.batch - 1);
+      }
+    }
+    hopper_round<T, kResidual>(
+        sums + part * 32, to, work.live - work.column - part * 64, work.depth == 0,
+        [&](int column, float (&top)[2], float (&bottom)[2]) {
+          const unsigned bias = shfl(bias_[part], column * 4 + lane % 4);
+          hopper_add<T>(top, bias), hopper_add<T>(bottom, bias);
+          if (!p_.sample_bias) return;
+          const int at = channel + column * 8, channels = p_.result_channels;
+          hopper_add<T>(top, hopper_pair_at<T>(p_.sample_bias, samples[0], at, channels, work.live));
+          hopper_add<T>(bottom, hopper_pair_at<T>(p_.sample_bias, samples[1], at, channels, work.live));
+        });
+  }
+
+  // Loads the residual of a part, counted through the patches, where the tile has so many. The buffer's last store must
+  // have been read.
+  __device__ __forceinline__ void load_residual(const HopperWork& work, int number, int buffer) {
+    const int i = number / kParts;
+    if (i >= kPatches || rows(work, i) == 0 || threadIdx.x % 32 != 0) return;
+    if (!TDC_PLANTED(HOPPER_NO_RESIDUAL_WAIT)) bulk_wait_read<0>();
+    Mbarrier* full = &shared_.control->residual_full[4 * group_ + warp_][buffer];
+    const int at[4] = {work.column + number % kParts * 64, work.first + first_row(i), 0, 0};
+    mbarrier_arrive_expect(full, kHopperStoreBytes);
+    tma_load(shared_.store(4 * group_ + warp_, buffer), &p_.residual, full, at);
+  }
+
+  __device__ __forceinline__ void store(const HopperWork& work, int i, int part, const unsigned char* from) {
+    const bool second = work.column >= p_.result_seam;
+    const int base = second ? p_.result_seam : 0, end = second ? p_.result_channels : p_.result_seam;
+    const int channel = work.column + part * 64, count = TDC_PLANTED(HOPPER_WHOLE_ROWS) ? 16 : rows(work, i);
+    int at[4] = {channel - base, work.first + first_row(i), 0, 0};
+    if (channel < end && count == 16) {
+      tma_store(second ? &p_.result2 : &p_.result, from, at);
+    } else if (channel < end) {
+#pragma unroll 1
+      for (int row = 0; row < count; ++row, ++at[1]) {
+        tma_store(second ? &p_.result2_row : &p_.result_row, from + row * kHopperRow, at);
+      }
+    }
+    bulk_commit();
+  }
+
+  const Params& p_;
+  const HopperPointwiseShared<Tile>& shared_;
+  int group_, warp_;
+  int buffer_ = 0;
+  unsigned parities_ = 0;  // of the residual's barriers
+  unsigned bias_[kParts];  // of two channels: lane l has channels 2 l and 2 l + 1 of each part
+};
+
+}  // namespace tdc

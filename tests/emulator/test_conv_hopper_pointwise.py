@@ -1,0 +1,205 @@
+"""The Hopper form of 1x1 filters (linear layers and two inputs included), run in the emulator, equals one per group."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tdc_fast.kernels.problems import ConvTensors
+from tdc_fast.ops import hopper as hopper_backend
+from tdc_fast.ops.checks import conv_problem
+from tests.cases import ConvCase, widths_of
+from tests.emulator.conv import DTYPES, assert_accurate, conv_case, emulator, results, uneven
+from tests.emulator.harness import AT_RUNTIME, SANITIZED, SCHEDULES, EmulatorError, EmulatorLauncher, plain_only
+from tests.generated import examples
+
+pytestmark = pytest.mark.usefixtures("nan_filled_memory")
+FAMILY = "conv_hopper_pointwise"
+INPUTS = ("x", "x2")
+
+
+@contextmanager
+def hopper(multiprocessors: int = 3, schedule: int = 0) -> Iterator[EmulatorLauncher]:
+    """A Hopper GPU with few SMs, so that a block computes several tiles."""
+    with emulator((90, multiprocessors, 232448), (FAMILY,), **{FAMILY: AT_RUNTIME}) as launcher:
+        launcher.schedule = schedule
+        yield launcher
+
+
+def case_of(**changes: Any) -> ConvCase:
+    settings = {"in_channels": 64, "out_channels": 64, "size": (8, 8), "filter": (1, 1), "padding": (0, 0)}
+    return conv_case(**settings | changes)
+
+
+# Changes to a case, and the tile that forward and dgrad must take.
+EDGES: dict[str, tuple[dict[str, Any], str]] = {
+    "groups of several tiles, several blocks of channels": (
+        {"routing": uneven(3, 0, 2), "size": (15, 17), "in_channels": 136, "out_channels": 200},
+        "256x128",
+    ),
+    "few rows": ({"routing": uneven(1, 2), "size": (8, 8), "in_channels": 72}, "128x128"),
+    "one pixel": ({"routing": uneven(5, 0, 1, 18), "size": (1, 1), "out_channels": 136}, "128x128"),
+    "groups that end in the middle of a warp's rows": ({"routing": uneven(3, 7, 1), "size": (5, 1)}, "128x128"),
+    "widths of no multiple": (
+        {
+            "routing": uneven(1, 1, 1, 1, 0, weight_index=(0, 0, 1, 1, 1)),
+            "size": (9, 15),
+            "in_channels": 152,
+            "out_channels": 144,
+            "in_widths": (37, 152, 0, 100, 8),
+            "out_widths": (144, 3, 64, 129, 0),
+        },
+        "256x128",
+    ),
+    "two inputs whose seam is no multiple of 64": (
+        {"routing": uneven(1, 0, 2), "size": (9, 9), "in_channels": 200, "x2_channels": 112, "out_channels": 136},
+        "128x128",
+    ),
+    "two inputs with widths on both sides of the seam": (
+        {
+            "routing": uneven(2, 1, 1, 1),
+            "in_channels": 152,
+            "x2_channels": 80,
+            "in_widths": (37, 72, 77, 152),
+            "out_widths": (64, 17, 64, 0),
+        },
+        "128x128",
+    ),
+    "nothing is added": ({"routing": uneven(2), "extras": ()}, "128x128"),
+}
+# fp16 differs from bf16 in products and rounding, not in layout; sanitizers look at addresses.
+RAGGED = ("two inputs with widths on both sides of the seam", "groups that end in the middle of a warp's rows")
+EDGE_CASES = [(edge, "bf16") for edge in (RAGGED if SANITIZED else EDGES)]
+EDGE_CASES += [] if SANITIZED else [(RAGGED[0], "fp16")]
+
+
+@pytest.mark.parametrize("edge, dtype", EDGE_CASES)
+def test_edges_are_as_accurate_as_torch(edge: str, dtype: str) -> None:
+    changes, tile = EDGES[edge]
+    with hopper() as launcher:
+        assert_accurate(case_of(**changes), DTYPES[dtype], INPUTS, backend="hopper")
+    expected = [f"tdc_conv_hopper_pointwise_{direction}_{dtype}_{tile}" for direction in ("forward", "dgrad")]
+    assert launcher.launched == expected
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> ConvCase:
+    """Up to four groups of up to two samples each, which may share experts; one input or two."""
+    samples = draw(st.lists(st.integers(0, 2), min_size=1, max_size=4).filter(lambda of: 0 < sum(of) <= 4))
+    experts = draw(st.integers(1, len(samples)))
+    index = tuple(draw(st.integers(0, experts - 1)) for _ in samples)
+    ins, outs = (8 * draw(st.integers(8, 24)) for _ in range(2))
+    return case_of(
+        routing=uneven(*samples, weight_index=(*index[:-1], experts - 1)),
+        in_channels=ins,
+        x2_channels=draw(st.sampled_from([0, 1])) * 8 * draw(st.integers(1, ins // 8 - 1)),
+        out_channels=outs,
+        size=(draw(st.integers(1, 18)), draw(st.integers(1, 9))),
+        in_widths=draw(widths_of(ins, 1, len(samples))),
+        out_widths=draw(widths_of(outs, 1, len(samples))),
+        extras=draw(st.sampled_from([(), ("bias",), ("bias", "sample_bias"), ("residual",)])),
+        seed=draw(st.integers(0, 99)),
+    )
+
+
+def test_any_case_is_as_accurate_as_torch() -> None:
+    @given(case=cases(), schedule=st.sampled_from(SCHEDULES), multiprocessors=st.integers(1, 5))
+    @examples(1 if SANITIZED else 6)
+    def check(case: ConvCase, schedule: int, multiprocessors: int) -> None:
+        with hopper(multiprocessors, schedule) as launcher:
+            assert_accurate(case, torch.bfloat16, INPUTS, backend="hopper")
+        assert len(launcher.launched) == 2
+
+    check()
+
+
+# More steps than stages, several tiles for one block, a ragged depth, a ragged end of a group, a residual.
+ALL_PARTS = case_of(routing=uneven(2, 1), size=(9, 9), in_channels=456, out_channels=136, x2_channels=232)
+
+
+@plain_only
+def test_results_do_not_depend_on_which_thread_goes_first() -> None:
+    found = []
+    for schedule in (1, 3):
+        with hopper(1, schedule):
+            found.append(results(ALL_PARTS, torch.bfloat16, INPUTS, backend="hopper"))
+    first, other = found
+    assert set(first) == {"y", "dx", "dx2"}
+    for name, value in first.items():
+        assert torch.equal(other[name], value), name
+
+
+@plain_only
+def test_what_is_not_live_is_not_multiplied() -> None:
+    """Depth counts in steps of 16 of each input, columns in halves of a tile, rows in halves of a tile."""
+    case = case_of(
+        routing=uneven(1, 1, 2),
+        in_channels=152,
+        x2_channels=80,
+        out_channels=256,
+        in_widths=(152, 33, 77),
+        out_widths=(256, 64, 129),
+        extras=(),
+    )
+    depths, columns = (80 + 80, 48, 80 + 16), (256, 64, 128 + 64)
+    with hopper() as launcher, torch.no_grad():
+        before = launcher.multiply_adds()
+        results(case, torch.bfloat16, (), backend="hopper")
+        done = launcher.multiply_adds() - before
+    assert done == sum(64 * samples * depths[g] * columns[g] for g, samples in enumerate((1, 1, 2)))
+
+
+PLANTS = {
+    "HOPPER_NO_EMPTY_WAIT": "arrivals in a phase|race on byte|in flight",
+    "HOPPER_NO_FULL_WAIT": "in flight|race on byte",
+    "HOPPER_WRONG_PHASE": "deadlock",
+    "HOPPER_WRONG_BYTES": "race on byte|in flight|deadlock",
+    "HOPPER_EARLY_RELEASE": r"race on byte \d+ of the dynamic shared memory: a copy .* writes .* what a product",
+    "HOPPER_NO_ASYNC_FENCE": "a product of warp .* and no async_fence is between",
+    "HOPPER_NO_MASK_BARRIER": r"race on byte \d+ of the dynamic shared memory|no async_fence is between",
+    "HOPPER_NO_STORE_FENCE": "a store of thread .* and no async_fence is between",
+    "HOPPER_NO_STORE_WAIT": "race on byte .* what a store of thread",
+    "HOPPER_NO_RESIDUAL_WAIT": "race on byte .* a copy .* what a store of thread",
+    "HOPPER_WHOLE_ROWS": "global memory",
+}
+
+
+@plain_only
+@pytest.mark.parametrize("plant", PLANTS)
+def test_a_planted_bug_is_reported(plant: str) -> None:
+    changes = {"extras": ("bias",)} if plant == "HOPPER_NO_STORE_WAIT" else {}
+    case = case_of(routing=uneven(2, 2), size=(9, 9), in_channels=392, out_channels=136, **changes)
+    with hopper(3, 3) as launcher, launcher.planted(plant), pytest.raises(EmulatorError, match=PLANTS[plant]):
+        results(case, torch.bfloat16, (), backend="hopper")
+
+
+@plain_only
+def test_a_block_of_the_wrong_input_spoils_the_result() -> None:
+    case = case_of(routing=uneven(1), in_channels=128, x2_channels=64)
+    with hopper() as launcher, launcher.planted("HOPPER_WRONG_INPUT"), pytest.raises(AssertionError):
+        assert_accurate(case, torch.bfloat16, (), backend="hopper")
+
+
+@pytest.mark.parametrize("garbage", [-(2**31), -7, 5, 2**31 - 1])
+def test_no_number_in_device_memory_leads_out_of_bounds(garbage: int) -> None:
+    """Sanitizers check what is read and written; the values do not matter."""
+    case = case_of(routing=uneven(1, 0, 1), size=(5, 3), in_channels=128, x2_channels=56)
+    tensors = {name: t.detach() for name, t in case.tensors(torch.bfloat16).items()}
+    groups = case.routing.num_groups
+    wrong = [torch.full((n,), garbage, dtype=torch.int32) for n in (groups + 1, groups, groups, groups)]
+    for sound in range(4):
+        routing = list(wrong)
+        routing[sound] = torch.zeros_like(routing[sound])
+        extras = {name: tensors[name] for name in ("bias", "sample_bias", "x2")}
+        t = ConvTensors(tensors["x"], tensors["weight"], routing[0], case.routing.plan().tiles, *routing[1:], **extras)
+        problem = conv_problem("routed_conv2d", t, case.stride, case.padding)
+        with hopper() as launcher:
+            y = hopper_backend.conv2d(problem, t)
+            hopper_backend.conv2d_dgrad(problem, torch.ones_like(y), t)
+        assert [kernel.split("_")[4] for kernel in launcher.launched] == ["forward", "dgrad"]
