@@ -25,7 +25,8 @@ from tdc_fast.command_line import (
 from tdc_fast.diffusion.samplers import SpacingName
 from tdc_fast.entry import STOPPED
 from tdc_fast.errors import invalid
-from tdc_fast.evaluation.samples import LabelChoice, draw_samples, load_decoder, read_guidance, write_samples
+from tdc_fast.evaluation.conditions import LabelChoice, read_guidance
+from tdc_fast.evaluation.samples import draw_samples, load_decoder, write_samples
 from tdc_fast.runs.build import named_device
 from tdc_fast.runs.denoisers import Which, placed
 from tdc_fast.runs.limits import PathText, Within, comma_numbers
@@ -79,8 +80,8 @@ class SampleOptions:
     class; or a comma list with one scale per group, from low to high timesteps. A step with scale 1 costs half of
     another one."""
     null_class: Annotated[int, Within(-1, 10**7)] = -1
-    """With --guidance_scale: the label to guide away from; -1 is the label for no class of a run with --label_dropout.
-    Other models that were trained with such a label need it."""
+    """With --guidance_scale: the label that the model was trained with where it got no class; -1 is that of a run with
+    --label_dropout. It is drawn only if --classes names it."""
     seed: Annotated[int, Within(0, 2**63 - 1)] = 0
     """Seed of the noise and the classes."""
     deterministic: bool = False

@@ -64,8 +64,8 @@ class ServeOptions:
     grace: Annotated[float, Within(0, 10**6)] = 30.0
     """Seconds that requests have to finish after SIGTERM; those that do not get 503 with the reason."""
     null_class: Annotated[int, Within(-1, 10**7)] = -1
-    """The label that requests with guidance guide away from; -1 is the label for no class of a run with
-    --label_dropout. Other models that were trained with such a label need it."""
+    """The label that the model was trained with where it got no class, for requests with guidance; -1 is that of a run
+    with --label_dropout. It is no class that can be asked for."""
     deterministic: bool = True
     """Run a single denoiser on the routed kernels, so that its images on the CPU do not depend on what else is served,
     as those of experts never do."""

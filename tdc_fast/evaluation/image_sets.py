@@ -12,8 +12,9 @@ from tdc_fast.data.dataset import ImageDataset, load_dataset
 from tdc_fast.data.image_files import SUFFIX_WORDS, list_images
 from tdc_fast.data.pixels import to_uint8
 from tdc_fast.errors import invalid, require
+from tdc_fast.evaluation.conditions import read_guidance
 from tdc_fast.evaluation.options import EvaluateOptions
-from tdc_fast.evaluation.samples import draw_samples, load_decoder, read_guidance
+from tdc_fast.evaluation.samples import draw_samples, load_decoder
 from tdc_fast.evaluation.statistics import SetStatistics
 from tdc_fast.evaluation.statistics_files import holds_images, holds_statistics, read_reference
 from tdc_fast.runs.build import named_device

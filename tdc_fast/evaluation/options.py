@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from tdc_fast.diffusion.samplers import SamplerName, SpacingName
-from tdc_fast.evaluation.samples import LabelChoice
+from tdc_fast.evaluation.conditions import LabelChoice
 from tdc_fast.runs.denoisers import Which
 from tdc_fast.runs.limits import PathText, Within
 from tdc_fast.runs.precision import DtypeName

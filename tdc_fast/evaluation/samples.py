@@ -5,30 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal, get_args
 from zipfile import BadZipFile
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tdc_fast.atomic import atomic_file, remove_leftovers
 from tdc_fast.data.autoencoder import LatentDecoder
 from tdc_fast.data.pixels import grid_image, to_uint8
-from tdc_fast.diffusion.guidance import GuidedDenoiser, check_scales
 from tdc_fast.diffusion.samplers import SamplerName, SpacingName, sampling_steps
 from tdc_fast.diffusion.sampling_loop import SamplingLoop
 from tdc_fast.errors import invalid
+from tdc_fast.evaluation.conditions import LabelChoice, classes_to_draw, draw_labels, with_guidance
 from tdc_fast.progress import Progress
-from tdc_fast.routing import TimestepGroups
 from tdc_fast.runs.denoisers import TrainedDenoiser
-from tdc_fast.runs.limits import comma_numbers
 from tdc_fast.runs.processes import one_process
 
 GRID_IMAGES = 100
-MOST_GUIDANCE = 1000
-LabelChoice = Literal["uniform", "data"]
-"""How labels are drawn: each class as often as the others, or as often as the training images have it."""
 
 
 @one_process
@@ -70,8 +64,8 @@ def draw_samples(
         eta: noise of DDIM, 0 for none.
         guidance_scale: of classifier-free guidance, or one for each group of timesteps, from low to high; 1 is none.
             At steps with scale 1 the prediction for no class is not computed.
-        null_class: the label to guide away from; None takes the label for no class that the model was trained with
-            (--label_dropout).
+        null_class: the label for no class, which is drawn only if `classes` has it; None takes the one that the model
+            was trained with (--label_dropout).
         labels: draw each class as often as the others, or as often as the training images have it.
         decoder: of the images, where the denoiser draws latents.
 
@@ -84,10 +78,8 @@ def draw_samples(
             there is no decoder, or the other way round.
         FloatingPointError: the model's outputs are no numbers, as after a divergence.
     """
-    for value in classes:
-        check_class("classes", value, denoiser.classes)
-    weights = _class_weights(denoiser, classes or denoiser.classes, labels)
-    model = _guided(denoiser, guidance_scale, null_class)
+    chosen, weights = classes_to_draw(denoiser, classes, labels, null_class)
+    model = with_guidance(denoiser, guidance_scale, null_class)
     _check_decoder(denoiser, "" if decoder is None else "a decoder")
     generator = torch.Generator().manual_seed(seed)
     images, drawn_labels = [], []
@@ -107,7 +99,7 @@ def draw_samples(
             count = min(batch_size, num_samples - first)
             kwargs = {}
             if denoiser.num_classes:
-                drawn_labels.append(draw_labels(classes or denoiser.classes, count, generator, weights))
+                drawn_labels.append(draw_labels(chosen, count, generator, weights))
                 kwargs["y"] = drawn_labels[-1].to(device)
             drawn = loop.draw(
                 (count, *denoiser.image_shape),
@@ -146,109 +138,6 @@ def _check_decoder(denoiser: TrainedDenoiser, vae: str) -> None:
         raise invalid("vae", vae, f"--vae DIR, {made}, as {denoiser.name} draws latents")
     if denoiser.latents is None and vae:
         raise invalid("vae", vae, f"none, as {denoiser.name} draws images")
-
-
-def draw_labels(
-    classes: Sequence[int], count: int, generator: torch.Generator, weights: Sequence[float] | None = None
-) -> Tensor:
-    """Labels int64 (count,) on the CPU.
-
-    Args:
-        classes: the classes.
-        count: how many labels.
-        generator: on the CPU.
-        weights: how likely each class is, up to a factor; None for each as likely as the others.
-    """
-    if weights is None:
-        chosen = torch.randint(len(classes), (count,), generator=generator)
-    else:
-        shares = torch.tensor(weights, dtype=torch.float64)
-        chosen = torch.multinomial(shares, count, replacement=True, generator=generator)
-    return torch.tensor(classes, dtype=torch.int64)[chosen]
-
-
-def _class_weights(denoiser: TrainedDenoiser, classes: Sequence[int], labels: LabelChoice) -> list[float] | None:
-    """How many training images have each class, where labels are drawn so; None for each as likely as the others."""
-    if labels not in get_args(LabelChoice):
-        raise invalid("labels", labels, f"one of {', '.join(get_args(LabelChoice))}")
-    if labels == "uniform" or not denoiser.num_classes:
-        return None
-    if not denoiser.class_counts:
-        remedy = f"uniform, as {denoiser.name} does not record how many images had each class"
-        raise invalid("labels", labels, remedy)
-    counts = dict(zip(denoiser.classes, denoiser.class_counts, strict=True))
-    return [counts[value] for value in classes]
-
-
-def _guided(denoiser: TrainedDenoiser, scale: float | Sequence[float], null_class: int | None) -> nn.Module:
-    """The denoiser's model with guidance, or as it is where that is none."""
-    no_class = denoiser.null_class if null_class is None else null_class
-    scales = tuple(scale) if isinstance(scale, Sequence) else (scale,)
-    groups = denoiser.groups if len(scales) > 1 else None
-    check_guidance(scale, no_class, denoiser.num_classes, groups)
-    if all(one == 1 for one in scales):
-        return denoiser.model
-    assert no_class is not None
-    return GuidedDenoiser(denoiser.model, scale, no_class, groups)
-
-
-def check_class(argument: str, value: int, classes: Sequence[int]) -> None:
-    """Refuse a class that a model was not trained on.
-
-    Args:
-        argument: its name, for errors.
-        value: the class.
-        classes: the model's; empty for a model without classes.
-
-    Raises:
-        ValueError: naming the classes that there are.
-    """
-    if value not in classes:
-        raise invalid(argument, value, f"classes that the model was trained on: {_ranges(classes)}")
-
-
-def check_guidance(
-    scale: float | Sequence[float], null_class: int | None, num_classes: int, groups: TimestepGroups | None = None
-) -> None:
-    """Refuse guidance that a model cannot give.
-
-    Args:
-        scale: the guidance scale, or one for each group of timesteps; 1 asks for none.
-        null_class: the label that stands for no class, or None.
-        num_classes: rows of the model's label embedding; 0 for a model without classes.
-        groups: the model's groups of timesteps; None without.
-
-    Raises:
-        ValueError: naming what is missing.
-    """
-    check_scales(scale, groups)
-    scales = tuple(scale) if isinstance(scale, Sequence) else (scale,)
-    if not scales or not all(0 <= one <= MOST_GUIDANCE for one in scales):
-        remedy = f"a number from 0 to {MOST_GUIDANCE}, or one for each group of timesteps; 1 is no guidance"
-        raise invalid("guidance_scale", scale, remedy)
-    if null_class is not None and not 0 <= null_class < num_classes:
-        rows = (
-            f"a label of the model from 0 to {num_classes - 1}" if num_classes else "none, as the model has no classes"
-        )
-        raise invalid("null_class", null_class, rows)
-    if null_class is None and any(one != 1 for one in scales):
-        remedy = (
-            "1, or --null_class as well: the label that the model was trained with where it got no class (a run with "
-            "--label_dropout knows it)"
-        )
-        raise invalid("guidance_scale", scale, remedy if num_classes else "1, as the model has no classes")
-
-
-def read_guidance(text: str) -> float | list[float]:
-    """The value of --guidance_scale: a number, or a list with one for each group.
-
-    Raises:
-        ValueError: an entry is no finite number, or there is none.
-    """
-    scales: list[float] = comma_numbers("guidance_scale", text, float)
-    if not scales:
-        raise invalid("guidance_scale", text, "a number, or a comma list of one for each group; 1 is no guidance")
-    return scales if len(scales) > 1 else scales[0]
 
 
 def write_samples(directory: Path, images: Tensor, labels: Tensor | None) -> tuple[Path, Path]:
@@ -293,14 +182,3 @@ def _write_picture(path: Path, pixels: np.ndarray) -> None:
     images = torch.from_numpy(pixels[:GRID_IMAGES]).permute(0, 3, 1, 2)
     with atomic_file(path) as file:
         grid_image(images, columns=10, scale=max(1, 64 // images.shape[2])).save(file, format="PNG")
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """Ascending numbers as text, such as "0 to 9, 12"; "none" if there are none."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs) or "none"

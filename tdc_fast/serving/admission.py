@@ -14,7 +14,7 @@ from torch import Tensor
 from tdc_fast.diffusion import Diffusion
 from tdc_fast.diffusion.trajectory import Trajectory
 from tdc_fast.errors import invalid
-from tdc_fast.evaluation.samples import check_class, check_guidance
+from tdc_fast.evaluation.conditions import check_class, check_guidance
 from tdc_fast.routing import TimestepGroups
 from tdc_fast.serving.failures import OutOfMemory, Overloaded
 from tdc_fast.serving.live import LiveRequest, Plan, rows_of

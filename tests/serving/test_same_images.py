@@ -12,7 +12,7 @@ import torch
 
 from tdc_fast.diffusion import Diffusion, GuidedDenoiser, SamplingLoop
 from tdc_fast.diffusion.trajectory import Trajectory
-from tdc_fast.evaluation.samples import draw_labels
+from tdc_fast.evaluation.conditions import draw_labels
 from tdc_fast.graphs import use_capture
 from tdc_fast.nn.one_expert import as_one_expert
 from tdc_fast.serving import Engine, Policy, Request

@@ -15,10 +15,11 @@ from tdc_fast.data.dataset import ImageDataset
 from tdc_fast.diffusion import Diffusion, GuidedDenoiser
 from tdc_fast.diffusion.timestep_samplers import UniformSampler
 from tdc_fast.evaluation import draw_samples
-from tdc_fast.evaluation.samples import draw_labels
+from tdc_fast.evaluation.conditions import draw_labels
 from tdc_fast.runs.build import build_diffusion, build_unet
 from tdc_fast.runs.denoisers import from_checkpoint, from_run, stored_facts
 from tdc_fast.runs.loading import load_run
+from tdc_fast.serving import Engine
 from tdc_fast.train import main, train
 from tdc_fast.training.optimization import LearningRate
 from tdc_fast.training.stage import Stage
@@ -166,6 +167,17 @@ def test_weights_of_improved_diffusion_have_a_row_to_spare_or_are_refused(tmp_pa
     with pytest.raises(ValueError, match=r"1000 classes of the data and one label row for no class \(label_dropout\)"):
         train(config.replace(run_dir=str(tmp_path / "full"), data_dir=""), images)
     assert not (tmp_path / "full").exists()
+
+
+def test_a_label_for_no_class_that_is_named_is_not_drawn_as_a_class(tmp_path):
+    config = small_config(tmp_path, class_cond=True, num_classes=3)
+    torch.save(build_unet(config, 1).state_dict(), tmp_path / "model.pt")
+    denoiser = from_checkpoint(tmp_path / "model.pt", {**config.to_dict(), "in_channels": 1})
+    drawn = [draw_samples(denoiser, 40, steps=1, null_class=null)[1].tolist() for null in (None, 1)]
+    assert [set(labels) for labels in drawn] == [{0, 1, 2}, {0, 2}]
+    assert Engine.of(denoiser, null_class=1).classes == (0, 2) and Engine.of(denoiser).classes == (0, 1, 2)
+    with pytest.raises(ValueError, match="labels: got 'data'; expected uniform, as .*model.pt does not record"):
+        draw_samples(denoiser, 1, steps=1, labels="data")
 
 
 def test_labels_are_drawn_as_often_as_the_training_images_have_them(tmp_path):
