@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tdc_fast.diffusion import LossSecondMomentSampler, SamplingLoop, create_diffusion
+from tdc_fast.diffusion import GuidedDenoiser, LossSecondMomentSampler, SamplingLoop, create_diffusion
 from tdc_fast.graphs import CudaCapture, Graphed, use_capture
+from tdc_fast.routing import TimestepGroups
 from tdc_fast.train import main, train
 from tdc_fast.training.ema import WeightAverages
 from tests.gpu.networks import NUM_TIMESTEPS, batch_for, routed_unet
@@ -111,6 +112,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory):
         "grad_clip": 1.0,
         "ema_ramp": True,
         "batch_size": 12,
+        "class_cond": True,
+        "label_dropout": 0.3,
+        "distillation_weight": 0.5,
     }
     config = small_config(folder, "graphs", precision="bf16", cuda_graph="on", device="cuda", **options)
     train(config)
@@ -132,6 +136,37 @@ def test_training_from_graphs_resumes_bit_for_bit(trained) -> None:
         path.unlink()
     assert main(["--resume", str(folder / "again")]) == 0
     assert [name for name in differences(folder / "graphs", folder / "again") if name.endswith(".pt")] == []
+
+
+def test_guidance_by_group_has_a_graph_with_the_second_prediction_and_one_without() -> None:
+    class ByLabel(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.convolution, self.label = nn.Conv2d(1, 1, 3, padding=1), nn.Embedding(4, 1)
+            self.sizes: list[int] = []
+
+        def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            self.sizes.append(len(x))
+            return self.convolution(x) * self.label(y).view(-1, 1, 1, 1)
+
+    torch.manual_seed(0)
+    model, groups = ByLabel().cuda(), TimestepGroups.from_boundaries([0, 15, 25, 40])
+    guided = GuidedDenoiser(model, (1.0, 4.0, 1.0), 3, groups)
+    diffusion, y = create_diffusion(40, noise_schedule="cosine"), torch.tensor([0, 1, 2], device="cuda")
+
+    def draw(loop: SamplingLoop) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return loop.draw((3, 1, 8, 8), generator=generator, model_kwargs={"y": y}, device="cuda")
+
+    loop = SamplingLoop(diffusion, guided, steps=20)
+    images = draw(loop)
+    assert set(model.sizes) == {3, 6} and loop._steps[y.device].num_graphs == 2
+    ran = len(model.sizes)
+    again = draw(loop)
+    assert len(model.sizes) == ran  # everything was replayed
+    always = draw(SamplingLoop(diffusion, lambda x, t, y: guided(x, t, y), steps=20))
+    torch.testing.assert_close(again, images, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(always, images, rtol=1e-3, atol=1e-3)
 
 
 def test_averages_with_a_ramp_take_few_launches_and_are_those_of_the_cpu() -> None:
