@@ -14,6 +14,7 @@ COMMANDS = {
     "encode": "encode images into latents for train --latents",
     "latency": "measure how long a model's layers take at each width, for budgets in time",
     "convert": "turn weights of diffusers or guided-diffusion into ours, and ours into diffusers'",
+    "merge": "merge experts into one dense model",
     "demo": "train, compare and write a report on scikit-learn's digits",
 }
 

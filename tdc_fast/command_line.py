@@ -197,6 +197,24 @@ def value_of(argv: Sequence[str], flag: str) -> str:
     return value
 
 
+def split_names(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Separate what a command names without a flag from the flags, of which each but --help takes one value.
+
+    Returns:
+        The names, and the flags with their values.
+    """
+    names: list[str] = []
+    flags: list[str] = []
+    wants_value = False
+    for token in arguments:
+        if wants_value or token.startswith("-"):
+            flags.append(token)
+            wants_value = token.startswith("--") and "=" not in token and token != "--help" and not wants_value
+        else:
+            names.append(token)
+    return names, flags
+
+
 def with_bare_value(argv: Sequence[str], flag: str, value: str) -> list[str]:
     """The arguments, where a flag that no value follows gets this one."""
     tokens: list[str] = []

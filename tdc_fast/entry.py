@@ -25,6 +25,7 @@ STOPPED = {
     "encode": "stopped; the same command continues with the first file that is not whole",
     "latency": "stopped; nothing was written",
     "convert": "stopped; nothing was written",
+    "merge": "stopped; nothing was written",
     "demo": "stopped; the same command continues where it was",
 }
 """What each command says after Ctrl-C, unless it knows more."""
@@ -67,4 +68,5 @@ evaluate = functools.partial(start, "evaluate")
 encode = functools.partial(start, "encode")
 latency = functools.partial(start, "latency")
 convert = functools.partial(start, "convert")
+merge = functools.partial(start, "merge")
 demo = functools.partial(start, "demo")

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tdc_fast.atomic import remove_leftovers, write_json
-from tdc_fast.command_line import check_writable, parse_flags, run_command, use_threads
+from tdc_fast.command_line import check_writable, parse_flags, run_command, split_names, use_threads
 from tdc_fast.entry import STOPPED
 from tdc_fast.errors import invalid
 from tdc_fast.evaluation import EvaluateOptions, evaluate
@@ -28,7 +28,7 @@ __all__ = ["EvaluateOptions", "evaluate", "main"]
 
 
 def _evaluate(arguments: list[str]) -> None:
-    names, flags = _split_names(arguments)
+    names, flags = split_names(arguments)
     values = parse_flags(
         {"evaluation": EvaluateOptions},
         flags,
@@ -52,20 +52,6 @@ def _evaluate(arguments: list[str]) -> None:
     write_json(out, result)
     print(describe(result))
     print(f"written to {out}")
-
-
-def _split_names(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Separate the names of the two sets from the flags, of which each but --help takes one value."""
-    names: list[str] = []
-    flags: list[str] = []
-    wants_value = False
-    for token in arguments:
-        if wants_value or token.startswith("-"):
-            flags.append(token)
-            wants_value = token.startswith("--") and "=" not in token and token != "--help" and not wants_value
-        else:
-            names.append(token)
-    return names, flags
 
 
 def main(argv: Sequence[str] | None = None) -> int:

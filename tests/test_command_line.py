@@ -142,6 +142,7 @@ REFUSED = {
     "nll": ([], "no model is named; give either --run DIR or --model_path FILE"),
     "encode": ([], "vae: got ''; expected --vae: the folder of an autoencoder"),
     "latency": ([], "groups: got 0; expected --groups N"),
+    "merge": ([], "no experts are named; give either --run DIR or files of weights before the flags"),
     "convert": ([], "no model is named; give either --run DIR or --model_path FILE"),
     "demo": (["--scale", "0"], "scale: got 0.0; expected a number above 0"),
 }

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Top to bottom. Rooms of one line do not import each other.
 ROOMS = (
     ("__main__",),
-    ("train", "prune", "sample", "serve", "evaluate", "nll", "encode", "latency", "convert", "demo"),
+    ("train", "prune", "sample", "serve", "evaluate", "nll", "encode", "latency", "convert", "merge", "demo"),
     ("command_line",),
     ("experiments",),
     ("report", "serving"),

@@ -18,10 +18,11 @@ from bench.paper.images import images_main
 from bench.paper.recipes import STUDIES, Study
 from bench.paper.run import cpu_minutes, protocol, run_rows
 from bench.paper.summary import summarise, write_table
-from bench.paper.tables import TABLES
+from bench.paper.tables import TABLES, Table, with_merged
 from tdc_fast.command_line import run_command
 from tdc_fast.experiments.assemble import describe_environment
 from tdc_fast.experiments.measure import load_yardsticks
+from tdc_fast.runs.limits import comma_numbers
 
 IMAGES = "images"
 
@@ -51,20 +52,27 @@ def _tables(arguments: list[str]) -> None:
     parser.add_argument("--samples", type=int, default=5000, help="images per draw for the Fréchet distance")
     parser.add_argument("--draws", type=int, default=1, help="draws per model")
     parser.add_argument("--scale", type=float, default=1.0, help="length of training; 1 is what the study says")
+    parser.add_argument(
+        "--merged",
+        default="",
+        help="comma list of scales: further rows, with the experts of each TDC row merged into one dense model; 1 is "
+        "their average, others are task arithmetic",
+    )
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="workers of one thread each")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "paper", help="folder for the runs")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "paper", help="folder for the tables")
     options = parser.parse_args(arguments)
     if options.seeds < 1 or options.samples < 2 or options.draws < 1 or options.scale <= 0:
         parser.error("--seeds and --draws start at 1, --samples at 2, --scale above 0")
+    scales = comma_numbers("merged", options.merged, float)
     study = STUDIES[options.study].scaled(options.scale)
     for name in TABLES if options.table == "all" else [options.table]:
-        _make(name, study, options)
+        _make(with_merged(TABLES[name], scales), study, options)
 
 
-def _make(name: str, study: Study, options: argparse.Namespace) -> None:
+def _make(table: Table, study: Study, options: argparse.Namespace) -> None:
     """Train and measure what a table still lacks, and write the table."""
-    table, seeds = TABLES[name], range(options.seeds)
+    name, seeds = table.name, range(options.seeds)
     how = protocol(study, options.samples, options.draws)
     folder = options.runs / f"{study.name}-{study.baseline_steps}"
     print(f"== {name}: {table.question}", flush=True)
@@ -79,7 +87,8 @@ def _make(name: str, study: Study, options: argparse.Namespace) -> None:
 def _command(table: str, options: argparse.Namespace) -> str:
     """The command that makes the table again, without folders."""
     numbers = " ".join(f"--{name} {getattr(options, name)}" for name in ("seeds", "samples", "draws", "scale"))
-    return f"python -m bench.paper {table} --study {options.study} {numbers}"
+    merged = f" --merged {options.merged}" if options.merged else ""
+    return f"python -m bench.paper {table} --study {options.study} {numbers}{merged}"
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tdc_fast.experiments.contestants import SETTINGS, Contestant
+from tdc_fast.nn.merging import Merging
 from tdc_fast.pruning.budget import budget_law
 from tdc_fast.runs.checkpoint import model_file
 from tdc_fast.runs.config import TrainConfig
@@ -120,6 +121,8 @@ class Recipe:
         mean_budget: prune to the mean of the budgets of the study's experts.
         small_stage1: train stage 1 in the same way.
         from_scratch: a stage 1 of a single step, so that the experts start from practically untrained weights.
+        merging: the experts of another recipe, merged into one dense model; nothing is trained for it.
+        run: key of that recipe, whose run it is; empty for the recipe's own.
     """
 
     key: str
@@ -131,6 +134,20 @@ class Recipe:
     mean_budget: bool = False
     small_stage1: bool = False
     from_scratch: bool = False
+    merging: Merging | None = None
+    run: str = ""
+
+
+def merged(recipe: Recipe, scale: float) -> Recipe:
+    """The recipe of the same experts, merged: base + scale * the mean of (expert - base), their average at 1."""
+    how = "averaged" if scale == 1 else f"merged, scale {scale:g}"
+    return dataclasses.replace(
+        recipe,
+        key=f"{recipe.key}-merged-{scale:g}",
+        label=f"{recipe.label}, {how}",
+        merging=Merging() if scale == 1 else Merging(method="task_arithmetic", scale=scale),
+        run=recipe.key,
+    )
 
 
 def stage1(study: Study, recipe: Recipe, seed: int, folder: Path) -> Contestant:
@@ -167,7 +184,7 @@ def contestant(study: Study, recipe: Recipe, seed: int, folder: Path) -> tuple[C
     """The stage 1 and the model of a recipe, trained with one seed in a folder of their own."""
     first = stage1(study, recipe, seed, folder)
     start = first.config.stage1_steps
-    directory = str(folder / recipe.key)
+    directory = str(folder / (recipe.run or recipe.key))
     batch = {"stage2_batch": study.small_batch} if recipe.small_batch else {}
     budget = {"budgets": f"{mean_budget(study.experts):g}"} if recipe.mean_budget else {}
     if recipe.experts is None:

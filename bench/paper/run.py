@@ -14,7 +14,8 @@ from tdc_fast.atomic import write_json
 from tdc_fast.experiments.assemble import training_phases
 from tdc_fast.experiments.contestants import Contestant
 from tdc_fast.experiments.jobs import Job, run_jobs, train_and_measure, train_contestant
-from tdc_fast.experiments.measure import Measured, MeasuringProtocol, load_measured, prepare_yardsticks
+from tdc_fast.experiments.measure import Measured, MeasuringProtocol, load_measured, measure, prepare_yardsticks
+from tdc_fast.nn.merging import Merging
 from tdc_fast.pruning.memory import read_trials
 from tdc_fast.routing import TimestepGroups
 from tdc_fast.runs.loading import load_run
@@ -86,6 +87,7 @@ def run_rows(
                     f"seed {seed}, {first.key}", train_clocked, (first,), first.progress, first.last_step
                 )
     run_jobs(list(opening.values()), processes, say)
+    mergings = {recipe.key: recipe.merging for recipe in rows if recipe.merging is not None}
     work = [
         Job(
             f"seed {seed}, {key}",
@@ -95,12 +97,22 @@ def run_rows(
             model.last_step,
         )
         for (key, seed), (_, model, result) in plan.items()
-        if not result.exists()
+        if not result.exists() and key not in mergings
+    ]
+    merging_work = [  # after the runs that are merged have been trained
+        Job(f"seed {seed}, {key}", merge_clocked, (model.directory, yardsticks, how, result, mergings[key], key))
+        for (key, seed), (_, model, result) in plan.items()
+        if not result.exists() and key in mergings
     ]
     began = time.monotonic()
     run_jobs(work, processes, say)
-    say(f"{len(work)} models trained and measured in {(time.monotonic() - began) / 60:.1f} minutes")
-    return {recipe.key: [_outcome(*plan[recipe.key, seed]) for seed in seeds] for recipe in rows}
+    run_jobs(merging_work, processes, say)
+    done = len(work) + len(merging_work)
+    say(f"{done} models trained and measured in {(time.monotonic() - began) / 60:.1f} minutes")
+    return {
+        recipe.key: [_outcome(*plan[recipe.key, seed], merged=recipe.merging is not None) for seed in seeds]
+        for recipe in rows
+    }
 
 
 def cpu_minutes(study: Study, rows: Sequence[Recipe], seeds: Sequence[int], folder: Path) -> float | None:
@@ -111,6 +123,7 @@ def cpu_minutes(study: Study, rows: Sequence[Recipe], seeds: Sequence[int], fold
         for recipe in rows
         for run in contestant(study, recipe, seed, folder / f"seed{seed}")
     }
+    runs |= {folder / f"seed{seed}" / recipe.key for seed in seeds for recipe in rows if recipe.merging is not None}
     clocks = [_clock_of(run) for run in runs]
     if not all(clock.is_file() for clock in clocks):
         return None
@@ -129,6 +142,14 @@ def measure_clocked(contestant: Contestant, yardsticks: Path, how: MeasuringProt
         train_and_measure(contestant, yardsticks, how, result)
 
 
+def merge_clocked(
+    run: Path, yardsticks: Path, how: MeasuringProtocol, result: Path, merging: Merging, key: str
+) -> None:
+    """Measure the merged experts of a run and record the CPU time under the key of their recipe."""
+    with _clock(run.with_name(key)):
+        measure(run, yardsticks, how, result, merging)
+
+
 @contextmanager
 def _clock(run: Path) -> Iterator[None]:
     """Add the CPU seconds of this block to those recorded for the run; a killed attempt records nothing."""
@@ -145,9 +166,12 @@ def _clock_of(run: Path) -> Path:
     return run.parent / "cpu_seconds" / f"{run.name}.json"
 
 
-def _outcome(first: Contestant, model: Contestant, result: Path) -> Outcome:
+def _outcome(first: Contestant, model: Contestant, result: Path, *, merged: bool) -> Outcome:
+    """The outcome of a run, or of its experts as one dense model, which costs what they do."""
     run = load_run(model.directory)
     phases, _ = training_phases(load_run(first.directory), run)
+    if merged:
+        return Outcome(load_measured(result), phases, ())
     boundaries = run.groups.boundaries if run.groups else ()
     return Outcome(load_measured(result), phases, boundaries, _best_scores(model.directory / "memory.jsonl"))
 

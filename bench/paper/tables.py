@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from bench.paper.recipes import Recipe
+from bench.paper.recipes import Recipe, merged
 from tdc_fast.errors import invalid
 
 WHOLE = {"k": 1.0}
@@ -70,6 +71,16 @@ class Table:
     name: str
     question: str
     rows: tuple[Recipe, ...]
+
+
+def with_merged(table: Table, scales: Sequence[float]) -> Table:
+    """A table with a further row for each scale after every row of several experts: these, merged."""
+    rows = []
+    for recipe in table.rows:
+        rows.append(recipe)
+        if recipe.experts is not None and recipe.experts.get("groups") != 1:
+            rows += [merged(recipe, scale) for scale in scales]
+    return replace(table, rows=tuple(rows))
 
 
 def _settings() -> tuple[Recipe, ...]:

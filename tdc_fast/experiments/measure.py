@@ -19,10 +19,12 @@ from tdc_fast.evaluation.frechet import Floor, frechet_distance, real_floors
 from tdc_fast.evaluation.heldout import HeldoutLosses, heldout_losses, sampling_macs
 from tdc_fast.evaluation.samples import draw_samples, write_samples
 from tdc_fast.nn.casts import InDtype
+from tdc_fast.nn.merging import Merging
 from tdc_fast.nn.packing import RoutedModel, pack_experts
 from tdc_fast.routing import TimestepGroups
 from tdc_fast.runs.build import build_device, split_data
 from tdc_fast.runs.denoisers import TrainedDenoiser, from_run
+from tdc_fast.runs.merged import merge_run
 from tdc_fast.runs.weights import load_tensors
 
 SAMPLER: SamplerName = "ddim"
@@ -131,7 +133,9 @@ def _real_images(data_dir: str, image_size: int) -> Tensor:
     return to_uint8(load_dataset(data_dir, image_size=image_size).images())
 
 
-def measure(run_directory: Path, yardsticks: Path, protocol: MeasuringProtocol, path: Path) -> None:
+def measure(
+    run_directory: Path, yardsticks: Path, protocol: MeasuringProtocol, path: Path, merging: Merging | None = None
+) -> None:
     """Measure the model of a run and write the result to a file; the first draw goes to the run's samples/.
 
     Models run where and in the precision in which the run was trained.
@@ -141,8 +145,9 @@ def measure(run_directory: Path, yardsticks: Path, protocol: MeasuringProtocol, 
         yardsticks: file that `prepare_yardsticks` wrote.
         protocol: how to measure.
         path: the file to write.
+        merging: measure the run's experts merged into one dense model; its draw goes to samples/ and the file's name.
     """
-    trained = from_run(run_directory)
+    trained = from_run(run_directory) if merging is None else merge_run(from_run(run_directory, "experts"), merging)
     device = build_device(trained.config)
     # A dense denoiser is routed as well, so that all models run on the same, faster kernels.
     model = _routed(trained).to(device)
@@ -172,7 +177,8 @@ def measure(run_directory: Path, yardsticks: Path, protocol: MeasuringProtocol, 
         distances.append(frechet_distance(compared_with.reference, images, compared_with.extractor))
         if shown is None:
             shown = images[:GRID_IMAGES]
-            write_samples(run_directory / "samples", images, labels)
+            folder = run_directory / "samples"
+            write_samples(folder if merging is None else folder / path.stem, images, labels)
     assert shown is not None
     steps = sampling_steps(denoiser.diffusion, SAMPLER, protocol.sampling_steps)
     timesteps = denoiser.diffusion.original_timesteps(torch.tensor(steps))

@@ -77,24 +77,40 @@ def save_checkpoint(directory: Path, step: int, contents: Mapping[str, Any], des
     described = {}
     (directory / commit).with_suffix(".json").unlink(missing_ok=True)  # an older checkpoint of the same step
     for name, content in contents.items():
-        path = directory / name
-        try:
-            with atomic_file(path) as file:
-                torch.save(content, file)
-                file.flush()
-                described[name] = {
-                    "format": FORMAT,
-                    "file": name,
-                    "bytes": file.seek(0, 2),
-                    "sha256": sha256_of(file),
-                    "step": step,
-                    **description,
-                }
-        except RuntimeError as error:  # as torch.save reports a full disk
-            raise write_error(path, error) from error
+        described[name] = _write(directory / name, content, {"step": step, **description})
     described[commit]["files"] = {name: described[name]["sha256"] for name in contents}
     for name in sorted(contents, key=lambda name: name == commit):
         write_json((directory / name).with_suffix(".json"), described[name])
+
+
+def save_file(path: Path, content: Any, description: Mapping[str, Any]) -> None:
+    """Write one file of weights that is no checkpoint of a run, and its description beside it.
+
+    Args:
+        path: a new file, whose name ends in .pt.
+        content: object for `torch.save`.
+        description: JSON values of the description.
+
+    Raises:
+        OSError: a file cannot be written, as on a full disk; names it. Neither is left behind then.
+    """
+    try:
+        write_json(path.with_suffix(".json"), _write(path, content, description))
+    except OSError:
+        path.unlink(missing_ok=True)  # without its description it would be taken for improved-diffusion's
+        raise
+
+
+def _write(path: Path, content: Any, description: Mapping[str, Any]) -> dict[str, Any]:
+    """Write a file; returns its whole description."""
+    try:
+        with atomic_file(path) as file:
+            torch.save(content, file)
+            file.flush()
+            size, checksum = file.seek(0, 2), sha256_of(file)
+    except RuntimeError as error:  # as torch.save reports a full disk
+        raise write_error(path, error) from error
+    return {"format": FORMAT, "file": path.name, "bytes": size, "sha256": checksum, **description}
 
 
 def first_non_finite(content: Any) -> str | None:

@@ -12,8 +12,9 @@ from bench.paper import cost
 from bench.paper.recipes import STUDIES, Recipe, contestant
 from bench.paper.run import cpu_minutes, protocol, run_rows
 from bench.paper.summary import _score_against_loss, as_markdown, summarise
-from bench.paper.tables import TABLES, Table
+from bench.paper.tables import TABLES, Table, with_merged
 from tdc_fast.experiments.measure import load_yardsticks
+from tdc_fast.nn.merging import Merging
 from tdc_fast.runs.config import TrainConfig
 
 STUDY = STUDIES["digits"].scaled(0.01)
@@ -45,7 +46,8 @@ def test_equal_keys_mean_equal_runs(tmp_path):
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory):
     folder = tmp_path_factory.mktemp("paper")
-    rows = (Recipe("uniform", "uniform, C"), Recipe("tdc", "TDC", 0.8, experts={"budgets": "0.7,0.7,1,1"}))
+    tdc = Recipe("tdc", "TDC", 0.8, experts={"budgets": "0.7,0.7,1,1"})
+    rows = with_merged(Table("small", "Does it run?", (Recipe("uniform", "uniform, C"), tdc)), [1.5]).rows
     how = dataclasses.replace(protocol(STUDY, 64, 1), points_per_group=2, sampling_steps=3)
     said: list[str] = []
     outcomes = run_rows(STUDY, rows, range(2), folder, how, 0, said.append)
@@ -59,7 +61,7 @@ def outcome(tmp_path_factory):
 
 def test_a_second_call_trains_nothing(outcome):
     outcomes, again, said, _ = outcome
-    assert said[0].startswith("4 models") and said[1].startswith("0 models")
+    assert said[0].startswith("6 models") and said[1].startswith("0 models")
     assert [o.measured.distances for o in outcomes["tdc"]] == [o.measured.distances for o in again["tdc"]]
 
 
@@ -67,9 +69,25 @@ def test_costs_are_measured_macs_with_pruning_counted(outcome):
     outcomes, _, _, result = outcome
     phases = outcomes["tdc"][0].phases
     assert set(phases) == {"stage 1", "pruning", "stage 2"} and all(phases.values())
-    uniform, tdc = result["rows"]
+    uniform, tdc, _ = result["rows"]
     assert uniform["training_cost"] == 1 and tdc["training_cost"] == pytest.approx(0.8, abs=0.05)
     assert uniform["heldout_against_yardstick"] == [0, 0] and tdc["sampling_cost"] < 1
+
+
+def test_merged_experts_have_rows_that_cost_their_training_and_sample_as_one_dense_model(outcome):
+    _, _, _, result = outcome
+    _, tdc, task = result["rows"]
+    assert task["label"] == "TDC, merged, scale 1.5"
+    assert task["training_cost"] == tdc["training_cost"] and task["sampling_cost"] == 1
+    assert task["heldout_loss"] != tdc["heldout_loss"] and task["search_score"] == []
+
+
+def test_rows_of_several_experts_alone_are_merged():
+    table = with_merged(TABLES["main"], [1.0, 0.5])
+    added = [recipe for recipe in table.rows if recipe.merging is not None]
+    assert [recipe.run for recipe in added] == ["tdc-whole", "tdc-whole", "tdc", "tdc"]
+    assert added[0].merging == Merging() and added[1].merging == Merging(method="task_arithmetic", scale=0.5)
+    assert added[0].label == "TDC, whole experts, C, averaged" and len({recipe.key for recipe in table.rows}) == 12
 
 
 def test_the_table_tells_every_seed_and_wins_are_counted_seed_by_seed(outcome):

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from tdc_fast import demo
+from tdc_fast import demo, merge
 from tdc_fast.evaluation.classifier import train_classifier
 from tdc_fast.experiments import DemoOptions, jobs, measure, run_demo
 from tdc_fast.experiments.contestants import contestants
+from tdc_fast.nn.merging import expert_states
+from tdc_fast.runs.denoisers import from_run
+from tdc_fast.runs.loading import load_run
+from tdc_fast.runs.weights import load_verified
 
 TINY = DemoOptions(scale=0.02, samples=60, draws=2, sampling_steps=2, loss_points=1)
 
@@ -80,6 +85,35 @@ def test_runs_and_samples_are_left_behind(finished):
     for key in ("uniform", "experts", "pruned"):
         assert (finished / key / "samples" / "samples_60x8x8x1.npz").is_file()
     assert (finished / "pruned" / "widths.json").is_file()
+
+
+@pytest.mark.parametrize("missing", ["base", "zero"])
+def test_experts_are_merged_into_one_dense_model_from_the_averages_that_are_sampled(finished, tmp_path, missing):
+    run, out = finished / "pruned", tmp_path / "merged.pt"
+    flags = ["--weights", "1,2,3,4", "--missing", missing]
+    assert merge.main(["--run", str(run), *flags, "--out", str(out)]) == 0
+    states = expert_states(from_run(run, "experts").model, load_run(run).base(), missing)
+    merged = load_verified(out)
+    assert merged.keys() == states[0].keys()
+    for name, value in merged.items():
+        expected = sum(share * state[name] for share, state in zip((0.1, 0.2, 0.3, 0.4), states, strict=True))
+        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
+    raw = load_run(run).experts(ema=False)  # other weights, so that the wrong ones would show
+    assert not torch.equal(raw.expert_state(0)["out.2.weight"], states[0]["out.2.weight"])
+
+
+@pytest.mark.parametrize(
+    ("run", "flags", "message"),
+    [
+        ("experts", ["--weights", "1,2"], "weights: .*each of the 4 experts"),
+        ("experts", ["--base", "base.pt"], "base: .*none together with --run"),
+        ("experts", ["--num_channels", "16"], "num_channels: got 16; expected 4"),
+        ("uniform", [], "experts: .*a run with --groups N"),
+    ],
+)
+def test_experts_that_cannot_be_merged_so_are_refused(finished, tmp_path, capsys, run, flags, message):
+    assert merge.main(["--run", str(finished / run), *flags, "--out", str(tmp_path / "merged.pt")]) == 2
+    assert re.search(message, capsys.readouterr().err) and not list(tmp_path.iterdir())
 
 
 def test_a_second_call_keeps_what_is_finished(finished, numbers, monkeypatch, capsys, one_thread):
