@@ -254,7 +254,12 @@ def can_read(t: Tensor) -> bool:
 
     These are torch.compile, transforms of torch.func that hold the tensor, and traces (torch.func.linearize, make_fx).
     """
-    if t.device.type != "cpu" or torch.compiler.is_compiling():
+    return t.device.type == "cpu" and _is_seen(t)
+
+
+def _is_seen(t: Tensor) -> bool:
+    """Whether the values of a tensor on any device are there to be read."""
+    if torch.compiler.is_compiling():
         return False
     traced = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
     return not traced and not torch._C._functorch.is_functorch_wrapped_tensor(t)
@@ -279,6 +284,32 @@ def check_conv_values(problem: ConvProblem, t: ConvTensors) -> None:
         _check_routing_values(problem.batch, problem.num_experts, t.offsets, t.weight_index)
         _check_width_values("in_widths", t.in_widths, problem.in_channels)
         _check_width_values("out_widths", t.out_widths, problem.out_channels)
+
+
+def check_dead_inputs(name: str, widths: Tensor, groups: Tensor, x: Tensor, x2: Tensor | None) -> None:
+    """Raises ValueError for a value other than 0 at or past the width of its sample's group; waits for a GPU.
+
+    Args:
+        name: What errors call the widths.
+        widths: (N,), checked.
+        groups: (B,), the group of each sample.
+        x: (B, C_1, ...).
+        x2: The last channels, (B, C_2, ...), or None.
+    """
+    live = widths.long()[groups]  # (B,)
+    first = 0
+    for argument, tensor in (("x", x), ("x2", x2)):
+        if tensor is None or tensor.is_meta or not (_is_in_memory(tensor) and _is_seen(tensor)):
+            continue
+        dead = torch.arange(first, first + tensor.shape[1], device=tensor.device) >= live[:, None]  # (B, C)
+        wrong = dead & (tensor != 0).flatten(2).any(2)  # so is NaN
+        first += tensor.shape[1]
+        if wrong.any():
+            sample, channel = (int(index) for index in wrong.nonzero()[0])
+            value = tensor[sample, channel].flatten()
+            found = f"{float(value[value != 0][0])} in channel {channel} of sample {sample}"
+            remedy = f"zeros: its group {int(groups[sample])} has {int(live[sample])} live channels ({name})"
+            raise invalid(argument, found, f"{remedy}, and what routed operators write past them is zero")
 
 
 def check_norm_values(problem: NormProblem, t: NormTensors) -> None:

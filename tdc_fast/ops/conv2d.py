@@ -10,7 +10,7 @@ from torch import Tensor
 from tdc_fast.errors import invalid
 from tdc_fast.kernels.problems import ConvProblem
 from tdc_fast.ops import backends
-from tdc_fast.ops.checks import pair, require_backend_name, require_tensors
+from tdc_fast.ops.checks import check_dead_inputs, pair, require_backend_name, require_tensors
 from tdc_fast.ops.conv2d_operators import forward, forward_problem
 from tdc_fast.ops.plan import RoutingPlan, check_plan, is_plan_of
 
@@ -42,8 +42,11 @@ def routed_conv2d(
     torch.autocast all but fp64 ones are cast, as torch's own convolution does; that includes the residual, so a
     residual stream fused here is in the low precision. Differentiable once, in reverse and in forward mode.
 
-    Channels past a group's width are dead: dead inputs are not read, dead outputs are exact zeros whatever the other
-    arguments hold, and gradients of everything dead are exact zeros.
+    Channels at or past a group's width are dead. Dead channels of x and x2 must be zeros (so finite): that is what
+    routed operators write there, what lets a kernel multiply whole blocks without masks, and what a plan made with
+    `validate=True` checks. Dead weights need not be zeros, only finite. Dead outputs are exact zeros whatever bias,
+    sample_bias, residual and the weights hold there. The gradient of the result may hold anything in dead channels;
+    gradients of everything dead are exact zeros.
 
     With `x2`, the input is torch.cat([x, x2], dim=1); with `upsample=2`, every pixel of it counts for 2 x 2 (nearest
     upsampling). Neither tensor is made: a kernel reads two inputs, and divides the indices of pixels. A backend that
@@ -59,8 +62,8 @@ def routed_conv2d(
         plan: The plan that sorted the batch.
         stride: At least 1; one number or (height, width).
         padding: At least 0; one number or (height, width).
-        in_widths: int32 (N,), live input channels of each group, from 0 to all, x and x2 counted together; None is
-            all. Only the CPU raises for numbers outside this range.
+        in_widths: int32 (N,), live input channels of each group, from 0 to all, x and x2 counted together: it
+            may end in either. None is all. Only the CPU raises for numbers outside this range.
         out_widths: int32 (N,), live output channels of each group, likewise.
         sample_bias: (B, C_out) or None.
         residual: (B, C_out, OH, OW) or None.
@@ -72,7 +75,8 @@ def routed_conv2d(
         (B, C_out, OH, OW) in channels_last memory, OH = (upsample H + 2 padding - R) // stride + 1.
 
     Raises:
-        ValueError: Naming argument, value and remedy.
+        ValueError: Naming argument, value and remedy. Of a plan with `validate=True` also for a dead channel of x or x2
+            that is not zero.
     """
     arguments = (
         x, weight, bias, plan, stride, padding, in_widths, out_widths, sample_bias, residual, x2, upsample
@@ -82,6 +86,8 @@ def routed_conv2d(
     if result is None:
         require_backend_name(backend)
         result = forward.call_first(*_checked(*arguments), backend or "")
+    if in_widths is not None and plan.validate:
+        check_dead_inputs("in_widths", in_widths, plan.groups, x, x2)
     return result
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from tdc_fast.errors import invalid
 from tdc_fast.kernels.problems import NormProblem
 from tdc_fast.ops import backends
-from tdc_fast.ops.checks import require_backend_name, require_integer, require_tensors
+from tdc_fast.ops.checks import check_dead_inputs, require_backend_name, require_integer, require_tensors
 from tdc_fast.ops.group_norm_operators import forward, forward_problem
 from tdc_fast.ops.plan import RoutingPlan, check_plan, is_plan_of
 
@@ -50,8 +50,9 @@ def routed_group_norm(
         num_groups: Norm groups of the full width; must divide C.
         eps: Added to the variance.
         widths: int32 (N,), live channels of each routing group, multiples of C // num_groups, so that the statistics of
-            the norm groups that are kept do not change; None is all. Dead channels are not read; their results and
-            gradients are exact zeros.
+            the norm groups that are kept do not change; None is all. Dead channels of x and x2 must be zeros (so
+            finite), as in `routed_conv2d`; their results and gradients are exact zeros, whatever weight, bias, scale,
+            shift and the gradient of the result hold there.
         scale: (B, C) or None.
         shift: (B, C) or None.
         activation: None or "silu".
@@ -62,7 +63,8 @@ def routed_group_norm(
         (B, C, H, W) in channels_last memory.
 
     Raises:
-        ValueError: Naming argument, value and remedy.
+        ValueError: Naming argument, value and remedy. Of a plan with `validate=True` also for a dead channel of x or x2
+            that is not zero.
     """
     result = None
     if is_plan_of(plan, x) and (activation is None or (isinstance(activation, str) and activation == "silu")):
@@ -74,6 +76,8 @@ def routed_group_norm(
         require_backend_name(backend)
         arguments = _checked(x, weight, bias, plan, num_groups, eps, widths, scale, shift, activation, x2)
         result = forward.call_first(*arguments, backend or "")
+    if widths is not None and plan.validate:
+        check_dead_inputs("widths", widths, plan.groups, x, x2)
     return result[0]
 
 

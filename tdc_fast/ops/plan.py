@@ -172,12 +172,14 @@ class RoutingPlan:
             memory.
         weight_index: int32 (N,), the expert whose weights a group uses (the identity by default).
         num_groups: N.
+        validate: Whether operators check that channels past the widths are zeros, which waits for a GPU. Not kept where
+            a plan goes through torch.compile or a transform.
 
     Raises:
         ValueError: Naming what has a wrong dtype or shape.
     """
 
-    __slots__ = ("groups", "inverse", "num_groups", "offsets", "order", "tiles", "weight_index")
+    __slots__ = ("groups", "inverse", "num_groups", "offsets", "order", "tiles", "validate", "weight_index")
 
     def __init__(
         self,
@@ -188,6 +190,7 @@ class RoutingPlan:
         tiles: Tensor,
         weight_index: Tensor,
         num_groups: int,
+        validate: bool = False,
     ) -> None:
         tensors = {"order": order, "inverse": inverse, "offsets": offsets, "groups": groups, "tiles": tiles}
         tensors["weight_index"] = weight_index
@@ -207,6 +210,7 @@ class RoutingPlan:
         self.tiles = tiles
         self.weight_index = weight_index
         self.num_groups = num_groups
+        self.validate = validate
 
     @classmethod
     def from_groups(
@@ -225,7 +229,9 @@ class RoutingPlan:
             num_groups: N.
             weight_index: (N,) integers likewise, the expert of each group; a tensor must be on the device of groups,
                 anything else is copied there, which waits for a GPU. None is the identity.
-            validate: On a GPU, wait for it and check the group ids now. On the CPU they are always checked.
+            validate: Let every operator that takes the plan check what its widths promise: that the channels of x at or
+                past them are zeros. On a GPU, also wait for it and check the group ids now; on the CPU they are always
+                checked. For finding mistakes: each check reads the whole of x, and waits for a GPU.
 
         Raises:
             ValueError: A group id outside [0, N), a wrong rank or dtype.
@@ -245,7 +251,7 @@ class RoutingPlan:
         order, inverse, offsets, sorted_groups, tiles = routing_plan(
             converted("groups", groups, torch.int64), num_groups
         )
-        return cls(order, inverse, offsets, sorted_groups, tiles, weight_index, num_groups)
+        return cls(order, inverse, offsets, sorted_groups, tiles, weight_index, num_groups, validate)
 
     @property
     def batch_size(self) -> int:
@@ -266,7 +272,7 @@ class RoutingPlan:
         """Returns the same sort with another weight_index (N,), of integers as `from_groups` takes them."""
         weight_index = _checked_weight_index(weight_index, self.num_groups, self.order.device)
         sort = (self.order, self.inverse, self.offsets, self.groups, self.tiles)
-        return RoutingPlan(*sort, weight_index, self.num_groups)
+        return RoutingPlan(*sort, weight_index, self.num_groups, self.validate)
 
     def merged(self, weight_index: Integers, num_experts: int) -> RoutingPlan:
         """The plan of the sorted batch for E experts, where neighbouring groups with one expert become one group.
@@ -276,7 +282,7 @@ class RoutingPlan:
             num_experts: E.
         """
         weight_index = _checked_weight_index(weight_index, self.num_groups, self.order.device)
-        return RoutingPlan.from_groups(weight_index[self.groups], num_experts)
+        return RoutingPlan.from_groups(weight_index[self.groups], num_experts, validate=self.validate)
 
     def repeated(self, times: int, num_experts: int) -> RoutingPlan:
         """The plan of `times` copies of the sorted batch, one after the other, each with groups and experts of its own.
@@ -286,7 +292,7 @@ class RoutingPlan:
         copy = torch.arange(times, dtype=torch.int32, device=self.groups.device)[:, None]
         groups = (self.groups + copy * self.num_groups).flatten()
         weight_index = (self.weight_index + copy * num_experts).flatten()
-        return RoutingPlan.from_groups(groups, times * self.num_groups, weight_index)
+        return RoutingPlan.from_groups(groups, times * self.num_groups, weight_index, validate=self.validate)
 
     def _check_batch(self, x: Tensor) -> None:
         require_tensors(x=x)
@@ -336,7 +342,7 @@ def _flatten(plan: RoutingPlan) -> tuple[list[Any], Any]:
 def _unflatten(tensors: Any, num_groups: Any) -> RoutingPlan:
     plan = RoutingPlan.__new__(RoutingPlan)  # unchecked: the leaves of a tree are not always tensors
     plan.order, plan.inverse, plan.offsets, plan.groups, plan.tiles, plan.weight_index = tensors
-    plan.num_groups = num_groups
+    plan.num_groups, plan.validate = num_groups, False
     return plan
 
 
