@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tdc_fast.diffusion.create import create_diffusion
 from tdc_fast.diffusion.diffusion import Diffusion
+from tdc_fast.diffusion.distillation import distilled_losses
 from tdc_fast.diffusion.guidance import GuidedDenoiser
 from tdc_fast.diffusion.loss_slope import LossSlopeSampler
 from tdc_fast.diffusion.samplers import Dpm2mHistory, ddim_step, ddpm_step, dpmpp_2m_step
@@ -31,6 +32,7 @@ __all__ = [
     "create_timestep_sampler",
     "ddim_step",
     "ddpm_step",
+    "distilled_losses",
     "dpmpp_2m_step",
     "named_betas",
     "sample",

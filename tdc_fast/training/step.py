@@ -8,8 +8,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from tdc_fast.diffusion import Diffusion
-from tdc_fast.diffusion.distillation import distilled_losses
+from tdc_fast.diffusion import Diffusion, distilled_losses
 from tdc_fast.diffusion.protocols import Denoiser
 from tdc_fast.diffusion.timestep_samplers import Draw, TimestepSampler
 from tdc_fast.nn.inference import denoiser_in

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tdc_fast.diffusion import Diffusion, named_betas
-from tdc_fast.diffusion.distillation import distilled_losses
+from tdc_fast.diffusion import Diffusion, distilled_losses, named_betas
 
 T = 40
 

@@ -14,8 +14,9 @@ from tdc_fast import sample
 from tdc_fast.data.dataset import ImageDataset
 from tdc_fast.diffusion import Diffusion, GuidedDenoiser
 from tdc_fast.diffusion.timestep_samplers import UniformSampler
-from tdc_fast.evaluation import draw_samples
+from tdc_fast.evaluation import EvaluateOptions, draw_samples
 from tdc_fast.evaluation.conditions import draw_labels
+from tdc_fast.evaluation.image_sets import load_pair
 from tdc_fast.runs.build import build_diffusion, build_unet
 from tdc_fast.runs.denoisers import from_checkpoint, from_run, stored_facts
 from tdc_fast.runs.loading import load_run
@@ -131,6 +132,17 @@ def test_a_scale_for_each_group_is_that_of_the_runs_groups_for_its_base_too(trai
     assert sample.main(flags) == 2
     said = "guidance_scale: got [1.0, 2.0]; expected one number, or 3 of them: one per group from low to high timesteps"
     assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_evaluate_draws_with_the_guidance_and_the_labels_that_are_asked_for(trained, tmp_path):
+    run, _ = trained
+    np.save(tmp_path / "real.npy", np.zeros((2, 8, 8, 1), np.uint8))
+    options = EvaluateOptions(num_samples=4, steps=6, guidance_scale="1000,1,1", labels="data")
+    drawn, _ = load_pair(str(run), str(tmp_path / "real.npy"), options)
+    asked = {"steps": 6, "guidance_scale": (1000.0, 1.0, 1.0), "labels": "data"}
+    assert torch.equal(drawn.pixels, draw_samples(from_run(run), 4, **asked)[0])
+    for name, other in (("guidance_scale", 1.0), ("labels", "uniform")):
+        assert not torch.equal(drawn.pixels, draw_samples(from_run(run), 4, **{**asked, name: other})[0])
 
 
 def test_the_label_for_no_class_is_no_class_to_sample(trained):
