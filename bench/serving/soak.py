@@ -88,9 +88,11 @@ class Soak:
             *[self._draw] * 6, *[self._watch] * 2, *[self._leave] * 2, self._expire, self._refused, self._malformed,
             self._half_a_body, self._garbage,
         ]  # fmt: skip
+        turns: list[Callable[[random.Random], None]] = []
         while time.monotonic() < end:
             began = time.monotonic()
-            kind = draw.choice(kinds)
+            turns = turns or draw.sample(kinds, len(kinds))  # every kind has its turn, also in a short time
+            kind = turns.pop()
             try:
                 kind(draw)
             except Exception as error:

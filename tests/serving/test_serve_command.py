@@ -7,6 +7,7 @@ import importlib.util
 import io
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 
 from tdc_fast import sample, serve
+from tdc_fast.serving import Request
 from tdc_fast.train import TrainConfig, train
 from tests.serving.http import Client, wait_for
 
@@ -87,32 +89,23 @@ def test_a_run_is_served_with_the_images_of_sample_and_sigterm_finishes_what_is_
 
 
 @needs_server
-def test_a_base_is_served_with_the_images_of_sample_too(run, tmp_path):
+def test_a_base_is_served_with_the_images_of_sample_too(run, tmp_path, monkeypatch):
+    """The command in this process, up to its engine."""
+    from tdc_fast.serving.server import Server
+
+    served = []
+
+    def serve_on(server: Server, listener: socket.socket) -> None:
+        with server._engine as engine:
+            served.append(engine.submit(Request(seed=2, label=1, steps=5, num_images=2)).result(60).images)
+
+    monkeypatch.setattr(Server, "serve_on", serve_on)
     flags = ["--run", str(run), "--which", "base"]
     drawn = ["--seed", "2", "--classes", "1", "--steps", "5", "--num_samples", "2", "--sampler", "ddim"]
     assert sample.main([*flags, *drawn, "--deterministic", "True", "--out", str(tmp_path)]) == 0
-    with command(*flags) as (_, client):
-        wish = {"seed": 2, "label": 1, "steps": 5, "num_images": 2, "format": "npz"}
-        images = np.load(io.BytesIO(client.draw(**wish).body))["arr_0"]
-    assert np.array_equal(images, np.load(tmp_path / "samples_2x8x8x1.npz")["arr_0"])
-
-
-@needs_server
-def test_what_is_not_finished_in_time_fails_with_a_reason(run):
-    answers = []
-    with command("--run", str(run), "--grace", "0.05") as (process, client):
-        wish = {"num_images": 16, "sampler": "ddpm", "steps": 20}
-        asking = [threading.Thread(target=lambda: answers.append(client.draw(**wish))) for _ in range(20)]
-        for thread in asking:
-            thread.start()
-        wait_for(lambda: client.get("/health").json["waiting"] >= 10)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0
-        for thread in asking:
-            thread.join(60)
-    failed = [answer for answer in answers if answer.status == 503]
-    assert len(answers) == 20 and len(failed) >= 10
-    assert all(answer.error["reason"] == "closed" for answer in failed)
+    expected = np.load(tmp_path / "samples_2x8x8x1.npz")["arr_0"]
+    assert serve.main([*flags, "--port", "0"]) == 0
+    assert np.array_equal(served[0].permute(0, 2, 3, 1), expected)
 
 
 @pytest.mark.parametrize(

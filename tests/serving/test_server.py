@@ -5,9 +5,11 @@ from __future__ import annotations
 import base64
 import http.client
 import io
+import signal
 import socket
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
 import numpy as np
@@ -22,6 +24,7 @@ for module in ("fastapi", "uvicorn", "prometheus_client"):
     pytest.importorskip(module, reason=f"no {module}: pip install tdc_fast[serve]")
 
 from tdc_fast.serving.connections import PromptConnection  # noqa: E402  # of the packages above
+from tdc_fast.serving.server import Server, create_app  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -230,6 +233,26 @@ def test_health_says_what_the_model_can_do_and_that_it_closes(held):
     assert client.get("/health").status == 503
     answer = client.draw(steps=2)
     assert (answer.status, answer.error["reason"]) == (503, "closed") and "shutting down" in answer.error["message"]
+
+
+def test_what_is_not_finished_in_time_after_a_signal_fails_with_a_reason():
+    model = Scripted()
+    model.gate.clear()
+    engine = Engine(model, process(), SHAPE, max_batch=1, deterministic=False)
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(3) as pool:
+        engine.start()
+        server = Server(create_app(engine), engine, grace=0.05)
+        serving = pool.submit(server.serve_on, listener)
+        client = Client(listener.getsockname())
+        asked = [pool.submit(client.draw, steps=3) for _ in range(2)]
+        wait_for(lambda: model.reached.is_set() and engine.load() == {"waiting": 1, "running": 1})
+        server.handle_exit(signal.SIGTERM, None)
+        wait_for(lambda: engine._abandon)  # the time is over, with a step in the model
+        model.gate.set()
+        answers = [one.result(60) for one in asked]
+        serving.result(60)
+    assert [(answer.status, answer.error["reason"]) for answer in answers] == [(503, "closed")] * 2
+    assert engine.statistics.outcomes == {"closed": 2}
 
 
 def test_metrics_count_every_answer_image_step_and_place(held):
