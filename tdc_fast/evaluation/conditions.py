@@ -38,7 +38,7 @@ def classes_to_draw(
     """
     for value in classes:
         check_class("classes", value, denoiser.classes)
-    chosen = classes or [value for value in denoiser.classes if value != null_class]
+    chosen = classes or other_classes(denoiser.classes, null_class)
     if labels not in get_args(LabelChoice):
         raise invalid("labels", labels, f"one of {', '.join(get_args(LabelChoice))}")
     if labels == "uniform":
@@ -50,6 +50,18 @@ def classes_to_draw(
         raise invalid("labels", labels, remedy)
     counts = dict(zip(denoiser.classes, denoiser.class_counts, strict=True))
     return chosen, [counts[value] for value in chosen]
+
+
+def other_classes(classes: Sequence[int], null_class: int | None) -> list[int]:
+    """The classes without the label for no class.
+
+    Raises:
+        ValueError: there is no other class.
+    """
+    others = [value for value in classes if value != null_class]
+    if classes and not others:
+        raise invalid("null_class", null_class, "a label for no class beside the model's classes; it is their only one")
+    return others
 
 
 def draw_labels(

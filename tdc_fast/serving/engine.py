@@ -17,7 +17,7 @@ from tdc_fast.data.pixels import to_uint8
 from tdc_fast.diffusion import Diffusion
 from tdc_fast.diffusion.protocols import Denoiser
 from tdc_fast.errors import invalid, is_out_of_memory
-from tdc_fast.evaluation.conditions import draw_labels
+from tdc_fast.evaluation.conditions import draw_labels, other_classes
 from tdc_fast.nn.one_expert import as_one_expert
 from tdc_fast.routing import TimestepGroups
 from tdc_fast.runs.denoisers import TrainedDenoiser, refuse_latents
@@ -156,7 +156,7 @@ class Engine:
             denoiser.model,
             denoiser.diffusion,
             denoiser.image_shape,
-            classes=[value for value in denoiser.classes if value != options["null_class"]],
+            classes=other_classes(denoiser.classes, options["null_class"]),
             num_classes=denoiser.num_classes,
             **options,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -188,6 +189,8 @@ def test_a_label_for_no_class_that_is_named_is_not_drawn_as_a_class(tmp_path):
     drawn = [draw_samples(denoiser, 40, steps=1, null_class=null)[1].tolist() for null in (None, 1)]
     assert [set(labels) for labels in drawn] == [{0, 1, 2}, {0, 2}]
     assert Engine.of(denoiser, null_class=1).classes == (0, 2) and Engine.of(denoiser).classes == (0, 1, 2)
+    with pytest.raises(ValueError, match="null_class: got 2; expected a label .*; it is their only one"):
+        draw_samples(replace(denoiser, classes=(2,)), 1, steps=1, null_class=2)
     with pytest.raises(ValueError, match="labels: got 'data'; expected uniform, as .*model.pt does not record"):
         draw_samples(denoiser, 1, steps=1, labels="data")
 
