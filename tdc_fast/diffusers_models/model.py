@@ -22,7 +22,10 @@ from tdc_fast.routing import TimestepGroups
 
 diffusers = require("diffusers", "diffusers")
 _configuration = require("diffusers.configuration_utils", "diffusers")
-_BASES: Any = (diffusers.ModelMixin, diffusers.ConfigMixin)
+ModelMixin: Any = diffusers.ModelMixin
+"""A pipeline with a TDCModel is loaded only where diffusers finds this name beside the class."""
+_BASES: Any = (ModelMixin, diffusers.ConfigMixin)
+_SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
 
 CODE_FILE = "modeling_tdc.py"
 _CODE = '''"""Loads the packed experts in this folder: AutoModel.from_pretrained(folder, trust_remote_code=True)."""
@@ -105,7 +108,7 @@ class TDCModel(*_BASES):  # type: ignore[misc]
         base_class(type(dense).__name__, type(dense))
         plan = routed.widths
         model = cls.__new__(cls)
-        diffusers.ModelMixin.__init__(model)
+        ModelMixin.__init__(model)
         model.register_to_config(
             base={**_public(dense.config), "_class_name": type(dense).__name__},
             boundaries=list(routed.groups.boundaries),
@@ -169,14 +172,17 @@ class TDCModel(*_BASES):  # type: ignore[misc]
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> TDCModel:
         """Load what `save_pretrained` wrote; arguments as for diffusers' models.
 
-        The model is built whole before its weights are read: `low_cpu_mem_usage` is False.
+        The model is built whole before its weights are read: `low_cpu_mem_usage` is False. A `device_map` may name one
+        device, where the model goes then.
 
         Raises:
-            ValueError: for a `device_map`, which needs a model without memory.
+            ValueError: for a `device_map` that spreads the model: all its layers take one plan of a batch.
         """
-        if kwargs.get("device_map") is not None:
-            raise invalid("device_map", kwargs["device_map"], "None; move the model by .to(device)")
-        return super().from_pretrained(pretrained_model_name_or_path, **{**kwargs, "low_cpu_mem_usage": False})
+        device = _one_device(kwargs.pop("device_map", None))
+        model: TDCModel = super().from_pretrained(
+            pretrained_model_name_or_path, **{**kwargs, "low_cpu_mem_usage": False}
+        )
+        return model if device is None else model.to(device)
 
 
 def base_class(name: Any, actual: type | None = None) -> Any:
@@ -185,6 +191,20 @@ def base_class(name: Any, actual: type | None = None) -> Any:
     if not (isinstance(found, type) and issubclass(found, diffusers.ModelMixin)) or actual not in (None, found):
         raise invalid("base", name, "a class of models that diffusers has, such as UNet2DModel")
     return found
+
+
+def _one_device(device_map: Any) -> torch.device | None:
+    """The device that a device_map names; None for None."""
+    if device_map is None:
+        return None
+    named = [*device_map.values()] if isinstance(device_map, Mapping) else [device_map]
+    remedy = 'one device, such as "cuda" or {"": 0}; layers wait elsewhere by enable_model_cpu_offload() of a pipeline'
+    if len(set(named)) != 1 or named[0] in _SPREAD:
+        raise invalid("device_map", device_map, remedy)
+    try:
+        return torch.device(named[0])
+    except (RuntimeError, TypeError) as error:
+        raise invalid("device_map", device_map, remedy) from error
 
 
 def _public(config: Mapping[str, Any]) -> dict[str, Any]:

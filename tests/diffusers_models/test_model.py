@@ -157,6 +157,15 @@ def test_gradient_checkpointing_and_training_reach_the_experts() -> None:
     assert model.routed.model.conv_in.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("device_map", ["cpu", torch.device("cpu"), {"": "cpu"}])
+def test_a_device_map_may_name_one_device(device_map: Any, tmp_path: Path) -> None:
+    model = TDCModel.from_routed(pruned())
+    model.save_pretrained(tmp_path)
+    loaded = TDCModel.from_pretrained(tmp_path, device_map=device_map)
+    assert next(loaded.parameters()).device == torch.device("cpu")
+    torch.testing.assert_close(output(loaded), output(model))
+
+
 @pytest.mark.parametrize("name", ["unet", "dit"])
 def test_experts_load_in_plain_diffusers(name: str, tmp_path: Path) -> None:
     routed = pruned(name)
@@ -202,5 +211,6 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
         TDCModel(**{**own, "widths": [{}, {}, {}]})
     with pytest.raises(ValueError, match="sample: got None"):
         model(timestep=3)
-    with pytest.raises(ValueError, match="device_map: got 'auto'"):
-        TDCModel.from_pretrained(tmp_path, device_map="auto")
+    for spread in ("auto", "balanced", {"": "disk"}, {"routed.model.conv_in": 0, "routed": "cpu"}, "nowhere", {}):
+        with pytest.raises(ValueError, match="device_map: got .*expected one device"):
+            TDCModel.from_pretrained(tmp_path, device_map=spread)
