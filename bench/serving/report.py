@@ -106,7 +106,8 @@ def goals(results: dict[str, Any]) -> list[tuple[str, str]]:
         spread = f"{statistics.median(ratios):.2f}x ({min(ratios):.2f} to {max(ratios):.2f})"
         found.append(("p99 at 80 % load at most 0.5x that of request-level batches", spread))
     closed = typical_rows(results["closed"])
-    ratio = closed["engine", None]["images_per_second"] / closed["expert by expert", None]["images_per_second"]
+    loop = closed["expert by expert", None]["images_per_second"]
+    ratio = closed["engine", None]["images_per_second"] / loop if loop else math.inf
     experts = results["settings"]["experts"]
     found.append((f"at least 2x the images/s of one batch per expert and step, N = {experts}", f"{ratio:.2f}x"))
     shares = ", ".join(f"{share:.1%} ({sampler})" for sampler, share in results["overhead"].items())
