@@ -66,7 +66,7 @@ def train_experts(
         of_experts = cost.training_macs(model, diffusion, image_shape(run), groups, num_classes(config))
         teacher = None
         if config.distillation_weight:
-            teacher = _teacher(config, base)
+            teacher = _teacher(run, base_state)
             of_experts = of_experts.taught_by(of_base)
         spent = spent_macs(run, of_base)
         steps = cost.stage2_steps(config, of_base, of_experts, spent)
@@ -100,9 +100,10 @@ def train_experts(
     return model
 
 
-def _teacher(config: TrainConfig, base: nn.Module) -> nn.Module:
-    """The base with the weights that the experts start from, frozen, in the precision of training."""
-    dtype = torch.bfloat16 if config.mixed_precision else torch.float32
+def _teacher(run: RunDirectory, base_state: State) -> nn.Module:
+    """A base with the weights that the experts start from, frozen, in the precision of training."""
+    dtype = torch.bfloat16 if run.config.mixed_precision else torch.float32
+    base = build_base(run, base_state)  # its own, as its weights are cast
     return for_inference(base.requires_grad_(False), dtype)
 
 
