@@ -61,6 +61,7 @@ def _constants(
         "NARROW_OUT": out_widths and tile.block_out >= 128,
         "NARROW_IN": in_widths and tile.block_in >= 128,
         "GROUPS": triton.next_power_of_2(p.num_groups),
+        "UP": p.upsample // 2,
         "BOXED": tile.path == "tma",
         "TH": rows,
         "TW": columns,
@@ -212,7 +213,7 @@ def conv_wgrad(
     Sums are in fp32 and in a fixed order.
 
     Args:
-        problem: One that `wgrad_supported` accepts, with at least one sample and upsample 1.
+        problem: One that `wgrad_supported` accepts, with at least one sample.
         dy: (B, C_out, OH, OW) in channels_last memory.
         t: x and x2 in channels_last memory; offsets, weight_index and widths contiguous; the others are not used.
         dweight: (E, C_out, C_in, R, S) in memory order E, C_out, R, S, C_in, or None.

@@ -230,7 +230,7 @@ def problem_key(op: str, p: ConvProblem) -> str:
     dtype = "tf32" if p.tf32 and p.dtype == torch.float32 else str(p.dtype).removeprefix("torch.")
     image = f"b{p.batch} {p.height}x{p.width} {p.in_channels}->{p.out_channels}"
     taps = f"{p.filter[0]}x{p.filter[1]} s{p.stride[0]},{p.stride[1]} p{p.padding[0]},{p.padding[1]}"
-    return f"{op} {dtype} {image} {taps} n{p.num_groups}"
+    return f"{op} {dtype} {image} {taps} n{p.num_groups}" + (f" up{p.upsample}" if p.upsample > 1 else "")
 
 
 def table_name(device_name: str) -> str:

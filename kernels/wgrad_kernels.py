@@ -11,7 +11,8 @@ final; otherwise it is an fp32 partial, and a second launch adds the S partials 
 Where bias gradients are wanted, further programs of the same launch compute them (bias_sums.py).
 
 Operands are loaded through pointers, or (BOXED, sm_90 and later) as TMA boxes of TH * TW = BK pixels, whose zero fill
-outside the image is the padding; wgmma then reads both from shared memory.
+outside the image is the padding; wgmma then reads both from shared memory. Through pointers an upsampled image (UP) is
+read at half of row and column.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ class WgradForm(NamedTuple):
     STRIDE_W: Any
     PRECISION: Any
     GROUPS: Any
+    UP: Any
     BOXED: Any
     TH: Any
     TW: Any
@@ -102,7 +104,8 @@ def _operands(
         sample, pixel = flat // pixels, flat % pixels
         row = pixel // geometry.out_width * FORM.STRIDE_H + place.shift_y
         column = pixel % geometry.out_width * FORM.STRIDE_W + place.shift_x
-        inside = valid & (row >= 0) & (row < height) & (column >= 0) & (column < width)
+        inside = valid & (row >= 0) & (row < height << FORM.UP) & (column >= 0) & (column < width << FORM.UP)
+        row, column = row >> FORM.UP, column >> FORM.UP
         outs = place.column_out + tl.arange(0, BM)
         ins = place.column_in + tl.arange(0, BN)
         # 64 bits for the start of the step, 32 for offsets within it. dy is addressed transposed: an operand that is
@@ -220,6 +223,7 @@ def wgrad_kernel(
     VECTOR_OUT: tl.constexpr,
     PRECISION: tl.constexpr,
     GROUPS: tl.constexpr,
+    UP: tl.constexpr,  # 1: every pixel of x stands for 2 x 2
     NARROW_OUT: tl.constexpr,
     NARROW_IN: tl.constexpr,
     BOXED: tl.constexpr,
@@ -275,8 +279,8 @@ def wgrad_kernel(
         splits=splits, slab=slab,
     )  # fmt: skip
     FORM: tl.constexpr = WgradForm(
-        STRIDE_H=STRIDE_H, STRIDE_W=STRIDE_W, PRECISION=PRECISION, GROUPS=GROUPS, BOXED=BOXED, TH=TH, TW=TW, BM=BM,
-        BN=BN, BK=BK,
+        STRIDE_H=STRIDE_H, STRIDE_W=STRIDE_W, PRECISION=PRECISION, GROUPS=GROUPS, UP=UP, BOXED=BOXED, TH=TH, TW=TW,
+        BM=BM, BN=BN, BK=BK,
     )  # fmt: skip
 
     # Where the second half of the tile is dead in all groups, only the first is computed.

@@ -68,10 +68,11 @@ def wgrad_candidates(problem: ConvProblem, device: Device, path: str | None = No
 
 
 def boxes_can_serve(problem: ConvProblem, tile: WgradTile) -> bool:
-    """Whether TMA can serve: stride 1, 16-byte strides in memory, boxes that divide an image without remainder."""
+    """Whether TMA can serve: stride 1, no upsampling, 16-byte strides in memory, boxes that divide an image."""
     rows, columns = pixel_box(tile, problem)
     return (
         problem.stride == (1, 1)
+        and problem.upsample == 1
         and problem.in_channels % 8 == 0
         and problem.out_channels % 8 == 0
         and rows * columns == tile.block_pixels

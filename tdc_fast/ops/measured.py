@@ -12,9 +12,9 @@ A row says something about problems of the same operator, dtype, filter and stri
 and dtype) whose every size is at most twice and at least half its own. Sizes are the batch, the pixels of an input
 image, channels, and for convolutions the groups. Of the rows that apply, the nearest ones count: those with the least
 sum of |log2(size / size of the row)|. Where several are equally near, such as the same norm with and without SiLU,
-their means count. Padding, live widths and epilogues are not looked at, and x and x2 are one input. Nothing is said about
-convolutions of an upsampled image: backends compute them in ways of their own (triton with merged taps, 4/9 of the
-products), so the time of a convolution of the larger image does not tell which is the fastest.
+their means count. Padding, live widths and epilogues are not looked at, and x and x2 are one input. Nothing is said
+about convolutions of an upsampled image: backends compute them in ways of their own (triton with merged taps, 4/9 of
+the products), so the time of a convolution of the larger image does not tell which is the fastest.
 """
 
 from __future__ import annotations

@@ -25,7 +25,6 @@ from tdc_fast.kernels.problems import ConvProblem, ConvTensors, NormProblem, Nor
 from tdc_fast.kernels.tile_shapes import device_of
 from tdc_fast.kernels.tile_table import tiles_of
 from tdc_fast.ops.checks import check_conv_values, check_norm_values
-from tdc_fast.ops.inputs import upsampled
 from tdc_fast.ops.layout import channel_innermost, dense, empty_channel_innermost, is_channel_innermost, nhwc
 
 name = "triton"
@@ -42,9 +41,10 @@ def supports(problem: Problem) -> str | None:
     if INTERPRETED and problem.dtype == torch.bfloat16:
         return "Triton's interpreter computes bfloat16 wrongly, without an error"
     if isinstance(problem, ConvProblem):
-        reason = conv_supported(problem)
-        if reason is None and problem.op == "routed_conv2d_wgrad":
-            reason = wgrad_supported(problem.unfused())
+        if problem.op == "routed_conv2d_wgrad":
+            reason = conv_supported(problem.unfused()) or wgrad_supported(problem.unfused())
+        else:
+            reason = conv_supported(problem)
     else:
         reason = norm_supported(problem)
     return reason or _device_reason(problem.device)
@@ -107,8 +107,6 @@ def conv2d_wgrad(
             dy.new_zeros(dy.shape[:2]) if mask[2] else None,
         )
     dy, t = nhwc(dy), dense(t)
-    if p.upsample > 1:  # the one pass that makes the upsampled image
-        p, t = p.unfused(), t._replace(x=upsampled(t.x)) if mask[0] else t
     dweight = torch.empty_like(weight) if mask[0] else None  # in the strides of weight, where those are dense
     dbias = dy.new_empty(weight.shape[:2]) if mask[1] else None
     dsample_bias = dy.new_empty(dy.shape[:2]) if mask[2] else None

@@ -13,20 +13,22 @@ pytest.importorskip("triton")
 
 from tdc_fast.kernels.conv_wgrad import wgrad_launches
 from tdc_fast.kernels.tile_shapes import Device
-from tdc_fast.kernels.wgrad_tiles import WgradTile, wgrad_candidates
+from tdc_fast.kernels.wgrad_tiles import WgradTile, choose_wgrad_tile, wgrad_candidates
 from tests.compile_only.triton_build import SHARED_LIMITS, Built, build
 
 DEVICES = {arch: Device(arch, 132, SHARED_LIMITS[arch]) for arch in (80, 90)}
 NEWER = Device(100, 148, SHARED_LIMITS[100])
 
 
-def layer(dtype: torch.dtype = torch.bfloat16, size: int = 32, stride: int = 1, tf32: bool = False) -> ConvProblem:
+def layer(
+    dtype: torch.dtype = torch.bfloat16, size: int = 32, stride: int = 1, tf32: bool = False, upsample: int = 1
+) -> ConvProblem:
     """A 3x3 convolution of 128 samples, of 128 channels to 128."""
-    result = (size - 1) // stride + 1
+    result = (size * upsample - 1) // stride + 1
     return ConvProblem(
         op="routed_conv2d_wgrad", device=torch.device("meta"), dtype=dtype, batch=128, height=size, width=size,
         in_channels=128, out_channels=128, filter=(3, 3), stride=(stride, stride), padding=(1, 1), out_height=result,
-        out_width=result, num_groups=8, num_experts=8, tf32=tf32,
+        out_width=result, num_groups=8, num_experts=8, tf32=tf32, upsample=upsample,
     )  # fmt: skip
 
 
@@ -42,7 +44,7 @@ class Build:
     def __str__(self) -> str:
         p, t = self.problem, self.tile
         dtype = "tf32" if p.tf32 else str(p.dtype).removeprefix("torch.")
-        kind = f"s{p.stride[0]}-{p.width}" + ("" if self.pruned else "-plain")
+        kind = f"s{p.stride[0]}-{p.width}" + ("-up" if p.upsample > 1 else "") + ("" if self.pruned else "-plain")
         return f"sm_{self.arch}-{dtype}-{kind}-{t.path}-{t.block_out}x{t.block_in}-k{self.splits}-b{self.biases}"
 
 
@@ -64,6 +66,9 @@ def everything_that_can_be_chosen() -> list[Build]:
         for problem in (layer(torch.float32), layer(torch.float32, tf32=True)):
             builds += [Build(arch, problem, tile, 2) for tile in wgrad_candidates(problem, device)]
     builds += [Build(90, layer(), tile, 1, pruned=False) for tile in wgrad_candidates(layer(), DEVICES[90])]
+    for device in (*DEVICES.values(), NEWER):
+        upsampled = layer(torch.float16 if device.arch == 80 else torch.bfloat16, size=16, upsample=2)
+        builds.append(Build(device.arch, upsampled, choose_wgrad_tile(upsampled, device), 2))
     return [*builds, Build(100, layer(), wgrad_candidates(layer(), NEWER)[0], 2)]
 
 
@@ -96,7 +101,7 @@ def test_a_tile_compiles_to_the_instructions_it_relies_on(case: Build) -> None:
     assert_fits(built, case.arch)
     halves = case.problem.dtype != torch.float32
     if case.arch > 90:
-        assert built.tma >= 2 and built.count(r"tcgen05\.mma") > 0
+        assert (built.tma >= 2 or built.cp_async_16 > 0) and built.count(r"tcgen05\.mma") > 0
     elif case.tile.path == "tma":
         assert built.tma >= 2 and built.wgmma_from_shared == built.wgmma > 0
     elif halves and case.arch >= 90:

@@ -74,7 +74,9 @@ class Backward:
         x2 = nhwc(tensors["x2"].detach()) if "x2" in tensors else None
         self.tensors = ConvTensors(self.x, self.weight, plan.offsets, plan.tiles, plan.weight_index, *widths, x2=x2)
         geometry = (case.stride, case.padding)
-        self.problem: ConvProblem = conv_problem("routed_conv2d_wgrad", self.tensors, *geometry, dy=self.dy)
+        self.problem: ConvProblem = conv_problem(
+            "routed_conv2d_wgrad", self.tensors, *geometry, upsample=case.upsample, dy=self.dy
+        )
 
     def dweight(self, tile: WgradTile | None = None, splits: int | None = None) -> Tensor:
         out = empty_channel_innermost(self.weight.shape, self.weight.dtype)
@@ -135,6 +137,24 @@ def test_two_inputs_share_one_gradient(tile: WgradTile, x2_channels: int, nan_fi
     )  # fmt: skip
     for splits in (1, 3):
         assert_accurate(case, torch.float16, tile, splits)
+
+
+@pytest.mark.parametrize(
+    ("changes", "dtype", "splits"),
+    [
+        ({"size": (3, 5)}, torch.float32, 3),
+        ({"size": (3, 5), "in_widths": None}, torch.float16, 1),
+        ({"size": (5, 4), "stride": (2, 1), "filter": (3, 1), "padding": (2, 0)}, torch.float32, 1),
+        ({"size": (2, 3), "filter": (1, 5), "padding": (0, 2), "x2_channels": 4}, torch.float16, 3),
+    ],
+    ids=["fp32", "fp16", "strided", "two inputs"],
+)
+def test_an_upsampled_image_is_read_where_it_is(
+    changes: dict[str, Any], dtype: torch.dtype, splits: int, nan_filled_memory: None
+) -> None:
+    """At half of row and column, several samples in a step and several steps in a sample; biases of the large dy."""
+    case = some_case(upsample=2, routing=Routing((0, 2, 2, 1), 3, 3, None), **changes)
+    assert_accurate(case, dtype, SMALL_STEP, splits)
 
 
 @pytest.mark.parametrize("mask", MASKS[1:], ids=str)
