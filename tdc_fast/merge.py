@@ -25,6 +25,7 @@ from tdc_fast.runs.denoisers import TrainedDenoiser, from_checkpoint, from_run, 
 from tdc_fast.runs.limits import PathText, Within, check_limits, comma_numbers
 from tdc_fast.runs.merged import merge_files, merge_run
 from tdc_fast.runs.options import DiffusionOptions, ModelOptions
+from tdc_fast.runs.weights import read_description
 
 __all__ = ["MergeOptions", "main", "merge_files", "merge_run"]
 
@@ -81,7 +82,9 @@ def _merge(arguments: list[str]) -> None:
     merged = _of_run(options, merging) if run else _of_files(names, options, merging, values)
     out.parent.mkdir(parents=True, exist_ok=True)
     save_file(
-        out, merged.model.state_dict(), {**_description(merged), "merged": {"of": run or names, **asdict(merging)}}
+        out,
+        merged.model.state_dict(),
+        {**_description(merged, names[0] if names else ""), "merged": {"of": run or names, **asdict(merging)}},
     )
     print(f"{merged.name}: written to {out}")
     print(f"next: python -m tdc_fast.sample --model_path {out}")
@@ -104,17 +107,15 @@ def _of_files(
     return merge_files(base, [from_checkpoint(name, facts) for name in names], merging)
 
 
-def _description(denoiser: TrainedDenoiser) -> dict[str, Any]:
-    """What is written beside the weights, so that they are used without flags."""
-    counts = {"class_counts": list(denoiser.class_counts)} if denoiser.class_counts else {}
-    return {
-        "stage": "merged",
-        "step": 0,
-        "in_channels": denoiser.channels,
-        "classes": list(denoiser.classes) or None,
-        **counts,
-        "config": denoiser.config.to_dict(),
-    }
+def _description(denoiser: TrainedDenoiser, first: str) -> dict[str, Any]:
+    """What is written beside the weights, so that they are used without flags: as a run, or the first file, has it."""
+    if denoiser.run is not None:
+        known = denoiser.run.directory.description("merged")
+    else:
+        own = {"in_channels": denoiser.channels, "config": denoiser.config.to_dict()}
+        known = own | (read_description(Path(first)) or {})
+    kept = ("in_channels", "classes", "class_counts", "latents", "config")
+    return {"stage": "merged", "step": 0, **{name: known[name] for name in kept if name in known}}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

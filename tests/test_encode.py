@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("diffusers", reason="the extra [diffusers] is not installed")
 pytest.importorskip("sklearn", reason="the extra [demo] is not installed")
 
-from tdc_fast import encode, evaluate, nll, sample, train  # noqa: E402
+from tdc_fast import encode, evaluate, merge, nll, sample, train  # noqa: E402
 from tdc_fast.data.latents import load_latents  # noqa: E402
 from tdc_fast.diffusion.sampling_loop import SamplingLoop  # noqa: E402
 from tdc_fast.runs.checkpoint import ema_file, model_file  # noqa: E402
@@ -103,6 +103,13 @@ def test_a_file_of_weights_remembers_its_latents(place: Path, tmp_path: Path, ca
     assert sample.main(options) == 2 and "--vae DIR" in capsys.readouterr().err
     assert sample.main([*options, *flags(vae=place / "vae")]) == 0
     assert (tmp_path / "samples_2x8x8x1.npz").is_file()
+
+
+def test_merged_experts_remember_their_latents(place: Path, tmp_path: Path, capsys: Any) -> None:
+    assert merge.main(flags(run=place / "run", out=tmp_path / "merged.pt")) == 0
+    options = flags(model_path=tmp_path / "merged.pt", num_samples=2, steps=1, out=tmp_path, sampler="ddim")
+    assert sample.main(options) == 2 and "--vae DIR" in capsys.readouterr().err
+    assert sample.main([*options, *flags(vae=place / "vae")]) == 0
 
 
 def test_what_needs_images_refuses_a_run_on_latents(place: Path, tmp_path: Path, capsys: Any) -> None:

@@ -40,7 +40,7 @@ def merge_files(base: TrainedDenoiser | None, experts: Sequence[TrainedDenoiser]
         merging: how.
 
     Raises:
-        ValueError: task arithmetic without a base, or denoisers that differ in their architecture; names the file.
+        ValueError: task arithmetic without a base, or denoisers that differ in their architecture or latents; names the file.
         FloatingPointError: a merged weight is not finite.
     """
     if merging.method == "task_arithmetic" and base is None:
@@ -49,7 +49,7 @@ def merge_files(base: TrainedDenoiser | None, experts: Sequence[TrainedDenoiser]
     for expert in experts:
         ours, theirs = (_architecture(denoiser) for denoiser in (first, expert))
         if ours != theirs:
-            raise invalid("experts", expert.name, f"a file with the architecture of {first.name}")
+            raise invalid("experts", expert.name, f"a file with the architecture and the data of {first.name}")
     state = first.model.state_dict()
     merged = merge_states(state, [expert.model.state_dict() for expert in experts], merging)
     first.model.load_state_dict(merged)
@@ -58,4 +58,4 @@ def merge_files(base: TrainedDenoiser | None, experts: Sequence[TrainedDenoiser]
 
 def _architecture(denoiser: TrainedDenoiser) -> object:
     assert isinstance(denoiser.model, UNet)
-    return denoiser.model.architecture, denoiser.num_classes
+    return denoiser.model.architecture, denoiser.num_classes, denoiser.latents
