@@ -207,10 +207,33 @@ def test_wgrad_has_as_many_blocks_as_multiprocessors_where_there_are_more_units(
     assert plan("wgrad", in_channels=512, out_channels=512)[0].grid == (132, 1, 1)
 
 
+def test_wgrad_of_1x1_filters_reads_rows_of_both_inputs() -> None:
+    sizes = {**POINTWISE, "in_channels": 384, "x2_channels": 128, "out_channels": 256}
+    products, reduce = plan("wgrad", x=1 << 21, x2=1 << 22, dy=1 << 23, **sizes)[:2]
+    # Two units of 256 channels load 768 channels, three of 128 as many: the larger one is taken.
+    assert products.kernel == "tdc_conv_hopper_wgrad_1x1x256_bf16"
+    assert reduce.kernel == "tdc_conv_hopper_wgrad_reduce_1x1x256_bf16"
+    # 8 experts x 2 x 2 units, of which each is cut into 132 // 32 parts.
+    assert products.grid == (128, 1, 1) and reduce.grid == (32 * 4, 1, 1) and products.shared_bytes <= H100[2]
+    x, dy, x2 = (described(products, at) for at in products.tensor_maps)
+    rows = 128 * 32 * 32
+    assert (x[0], x[5:7], x[10:12]) == (1 << 21, (256, rows), (64, 64))
+    assert (dy[0], dy[5:7], dy[10:12]) == (1 << 23, (256, rows), (64, 64))
+    assert (x2[0], x2[5:7], x2[10:12]) == (1 << 22, (128, rows), (64, 64))
+    workspace = _native.cuda_conv_wgrad_workspace(**arguments("wgrad", H100, **sizes), x2=ALIGNED, hopper=True)
+    assert workspace == 2 * 128 * 2 * 16 * 256 * 16 + 128 * 256 * 4
+
+
+@pytest.mark.parametrize("channels, unit", [(64, 128), (128, 128), (256, 256), (384, 384), (512, 256), (768, 384)])
+def test_the_unit_of_1x1_filters_loads_the_fewest_channels(channels: int, unit: int) -> None:
+    kernel = plan("wgrad", **POINTWISE, in_channels=channels)[0].kernel
+    assert kernel == f"tdc_conv_hopper_wgrad_1x1x{unit}_bf16"
+
+
 @pytest.mark.parametrize(
     "changes, reason",
     [
-        ({"filter_height": 1, "filter_width": 1, "pad_height": 0, "pad_width": 0}, "it has 3x3 filters in wgrad"),
+        ({"filter_height": 1, "filter_width": 1}, "it has 3x3 filters with padding 1 and 1x1 filters with padding 0"),
         ({"height": 4, "width": 4}, "its 3x3 filters have images from 8x8 on"),
         ({"x2_channels": 64}, "its 3x3 filters have one input, which is not upsampled"),
         ({"num_groups": 257}, "it has at most 256 groups in wgrad"),

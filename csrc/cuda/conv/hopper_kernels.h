@@ -33,10 +33,19 @@
   TDC_HOPPER_POINTWISE_TILES(X, tdc_conv_hopper_pointwise_dgrad_bf16, tdc::bf16, false)  \
   TDC_HOPPER_POINTWISE_TILES(X, tdc_conv_hopper_pointwise_dgrad_fp16, tdc::half, false)
 
-#define TDC_HOPPER_WGRAD(X, suffix, T)                                                                               \
-  X(tdc_conv_hopper_wgrad_##suffix, tdc::ConvHopperWgradParams, (tdc::conv_hopper_wgrad<T>), tdc::kHopperThreads, 1) \
-  X(tdc_conv_hopper_wgrad_reduce_##suffix, tdc::ConvHopperWgradParams, (tdc::conv_hopper_wgrad_reduce<T>),           \
+#define TDC_HOPPER_WGRAD(X, suffix, T, Unit)                                                                     \
+  X(tdc_conv_hopper_wgrad_##suffix, tdc::ConvHopperWgradParams, (tdc::conv_hopper_wgrad<T, Unit>),               \
+    tdc::kHopperThreads, 1)                                                                                      \
+  X(tdc_conv_hopper_wgrad_reduce_##suffix, tdc::ConvHopperWgradParams, (tdc::conv_hopper_wgrad_reduce<T, Unit>), \
     tdc::kHopperReduceThreads)
-#define TDC_KERNELS_conv_hopper_wgrad(X) \
-  TDC_HOPPER_WGRAD(X, bf16, tdc::bf16)   \
-  TDC_HOPPER_WGRAD(X, fp16, tdc::half)
+#define TDC_KERNELS_conv_hopper_wgrad(X)                      \
+  TDC_HOPPER_WGRAD(X, bf16, tdc::bf16, tdc::HopperFilterUnit) \
+  TDC_HOPPER_WGRAD(X, fp16, tdc::half, tdc::HopperFilterUnit)
+
+#define TDC_HOPPER_POINTWISE_WGRAD(X, suffix, T)                        \
+  TDC_HOPPER_WGRAD(X, 1x1x128_##suffix, T, tdc::HopperPointwiseUnit<1>) \
+  TDC_HOPPER_WGRAD(X, 1x1x256_##suffix, T, tdc::HopperPointwiseUnit<2>) \
+  TDC_HOPPER_WGRAD(X, 1x1x384_##suffix, T, tdc::HopperPointwiseUnit<3>)
+#define TDC_KERNELS_conv_hopper_pointwise_wgrad(X) \
+  TDC_HOPPER_POINTWISE_WGRAD(X, bf16, tdc::bf16)   \
+  TDC_HOPPER_POINTWISE_WGRAD(X, fp16, tdc::half)

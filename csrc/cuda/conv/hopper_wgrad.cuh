@@ -2,10 +2,11 @@
 // dy[pixel, co] x[its tap, ci], by TMA and wgmma.
 //
 //   producer      one thread: loads patches of dy and x into a ring of stages
-//   consumers     two warpgroups: 64 output channels x 128 input channels x 3 taps each
+//   consumers     two warpgroups: 64 output channels x the unit's taps or blocks of 128 input channels each
 //
 // Both operands have k, the pixels, as their outer dimension. A stage has the patch of dy and that of x in the filter's
-// row, a pixel wider on either side: the three taps read it from another pixel on, as in hopper_images.cuh.
+// row, a pixel wider on either side: the three taps read it from another pixel on, as in hopper_images.cuh. With 1x1
+// filters it has 64 pixels of a group, and of x one to three times 128 channels.
 #pragma once
 
 #include "cuda/device_sm90.cuh"
@@ -15,17 +16,18 @@
 
 namespace tdc {
 
+template <class Unit>
 struct HopperWgradShared {
   unsigned char* stages;
   HopperWgradControl* control;
   HopperWgradGroup* groups;
 
   __device__ __forceinline__ HopperWgradShared(unsigned char* memory, int number_of_stages) : stages(memory) {
-    control = reinterpret_cast<HopperWgradControl*>(memory + number_of_stages * kHopperWgradStage);
+    control = reinterpret_cast<HopperWgradControl*>(memory + number_of_stages * Unit::kStageBytes);
     groups = reinterpret_cast<HopperWgradGroup*>(control + 1);
   }
 
-  __device__ __forceinline__ unsigned char* dy(int stage) const { return stages + stage * kHopperWgradStage; }
+  __device__ __forceinline__ unsigned char* dy(int stage) const { return stages + stage * Unit::kStageBytes; }
   __device__ __forceinline__ unsigned char* x(int stage) const { return dy(stage) + 2 * kHopperPatch; }
 
   __device__ __forceinline__ void init_barriers(int number_of_stages) const {
@@ -36,9 +38,10 @@ struct HopperWgradShared {
 };
 
 // Loads everything. One thread.
+template <class Unit>
 class HopperWgradProducer {
  public:
-  __device__ __forceinline__ HopperWgradProducer(const ConvHopperWgradParams& p, const HopperWgradShared& shared)
+  __device__ __forceinline__ HopperWgradProducer(const ConvHopperWgradParams& p, const HopperWgradShared<Unit>& shared)
       : p_(p), shared_(shared), schedule_(p, shared.groups) {}
 
   __device__ __forceinline__ void run() {
@@ -79,10 +82,10 @@ class HopperWgradProducer {
     int count = 0, patch = unit.patch;
     for (int i = unit.run; length > 0; ++i) {
       const HopperWgradGroup& group = schedule_.group(i);
-      const int left = group.before + group.samples * schedule_.patches_per_sample() - patch;
+      const int left = group.before + schedule_.patches_of(group) - patch;
       if (left <= 0) continue;
       const int here = min(left, length);
-      if (HopperWgradSchedule::is_live(group, unit)) {
+      if (HopperWgradSchedule<Unit>::is_live(group, unit)) {
         if (kLoad) load(unit, group, patch - group.before, here);
         count += here;
       }
@@ -92,34 +95,54 @@ class HopperWgradProducer {
   }
 
   __device__ __forceinline__ void load(const HopperUnit& unit, const HopperWgradGroup& group, int patch, int count) {
-    HopperWgradControl& c = *shared_.control;
-    int across = patch % p_.patches_across, down = patch / p_.patches_across % p_.patches_down;
-    int sample = group.first + patch / p_.patches_across / p_.patches_down;
-    for (; count > 0; --count) {
-      const int stage = stages_.stage;
-      if (!TDC_PLANTED(HOPPER_NO_EMPTY_WAIT)) mbarrier_wait(&c.empty[stage], stages_.parity ^ 1);
-      // Of an expert with one group the dead channels are cut off at the end instead.
-      c.live[stage][0] = group.shared ? group.live_in - unit.in : kHopperUnit;
-      c.live[stage][1] = group.shared ? group.live_out - unit.out : kHopperUnit;
-      mbarrier_arrive_expect(&c.full[stage], kHopperWgradStage);
-      for (int half = 0; half < 2; ++half) {
-        const int of_dy[4] = {unit.out + 64 * half, 8 * across, 8 * down, sample};
-        tma_load(shared_.dy(stage) + half * kHopperPatch, &p_.dy, &c.full[stage], of_dy);
-        const int row = unit.row - (TDC_PLANTED(HOPPER_WRONG_ROW) ? 0 : 1);
-        const int of_x[4] = {unit.in + 64 * half, 8 * across - 1, 8 * down + row, sample};
-        tma_load(shared_.x(stage) + half * kHopperWidePatch, &p_.x, &c.full[stage], of_x);
+    if constexpr (Unit::kPointwise) {
+      const int end = (group.first + group.samples) * p_.pixels;
+      for (int pixel = group.first * p_.pixels + 64 * patch; count > 0; --count, pixel += 64) {
+        const int row_of_x[4] = {unit.in, pixel, 0, 0}, row_of_dy[4] = {unit.out, pixel, 0, 0};
+        load_stage(unit, group, row_of_x, row_of_dy, end - pixel);
       }
-      stages_.next(p_.stages);
-      if (++across == p_.patches_across) {
-        across = 0;
-        if (++down == p_.patches_down) down = 0, ++sample;
+    } else {
+      int across = patch % p_.patches_across, down = patch / p_.patches_across % p_.patches_down;
+      int sample = group.first + patch / p_.patches_across / p_.patches_down;
+      for (; count > 0; --count) {
+        const int row = unit.row - (TDC_PLANTED(HOPPER_WRONG_ROW) ? 0 : 1);
+        const int of_x[4] = {unit.in, 8 * across - 1, 8 * down + row, sample};
+        const int of_dy[4] = {unit.out, 8 * across, 8 * down, sample};
+        load_stage(unit, group, of_x, of_dy, 64);
+        if (++across == p_.patches_across) {
+          across = 0;
+          if (++down == p_.patches_down) down = 0, ++sample;
+        }
       }
     }
   }
 
+  // A patch, of which `pixels` count.
+  __device__ __forceinline__ void load_stage(const HopperUnit& unit, const HopperWgradGroup& group,
+                                             const int (&of_x)[4], const int (&of_dy)[4], int pixels) {
+    HopperWgradControl& c = *shared_.control;
+    const int stage = stages_.stage;
+    if (!TDC_PLANTED(HOPPER_NO_EMPTY_WAIT)) mbarrier_wait(&c.empty[stage], stages_.parity ^ 1);
+    // Of an expert with one group the dead channels are cut off at the end instead.
+    c.live[stage][0] = group.shared ? group.live_in - unit.in : Unit::kIn;
+    c.live[stage][1] = group.shared ? group.live_out - unit.out : kHopperUnit;
+    c.live[stage][2] = TDC_PLANTED(HOPPER_NO_LAST_PIXEL) ? 64 : pixels;
+    mbarrier_arrive_expect(&c.full[stage], Unit::kStageBytes);
+    const bool second = Unit::kPointwise && unit.in >= p_.seam;
+    for (int box = 0; box < Unit::kBoxes; ++box) {
+      const int at[4] = {of_x[0] + 64 * box - (second ? p_.seam : 0), of_x[1], of_x[2], of_x[3]};
+      tma_load(shared_.x(stage) + box * Unit::kBoxBytes, second ? &p_.x2 : &p_.x, &c.full[stage], at);
+    }
+    for (int box = 0; box < 2; ++box) {
+      const int at[4] = {of_dy[0] + 64 * box, of_dy[1], of_dy[2], of_dy[3]};
+      tma_load(shared_.dy(stage) + box * kHopperPatch, &p_.dy, &c.full[stage], at);
+    }
+    stages_.next(p_.stages);
+  }
+
   const ConvHopperWgradParams& p_;
-  const HopperWgradShared& shared_;
-  HopperWgradSchedule schedule_;
+  const HopperWgradShared<Unit>& shared_;
+  HopperWgradSchedule<Unit> schedule_;
   HopperRing stages_, messages_;
 };
 
@@ -130,12 +153,13 @@ __device__ __forceinline__ void store_pair(T* at, float low, float high, int liv
 }
 
 // One of the two warpgroups that multiply.
-template <class T>
+template <class T, class Unit>
 class HopperWgradConsumer {
-  using Sums = float[kHopperUnitTaps][64];
+  static constexpr int kParts = Unit::kParts;
+  using Sums = float[kParts][64];
 
  public:
-  __device__ __forceinline__ HopperWgradConsumer(const ConvHopperWgradParams& p, const HopperWgradShared& shared,
+  __device__ __forceinline__ HopperWgradConsumer(const ConvHopperWgradParams& p, const HopperWgradShared<Unit>& shared,
                                                  int group)
       : p_(p), shared_(shared), group_(group) {}
 
@@ -143,7 +167,7 @@ class HopperWgradConsumer {
     HopperWgradControl& c = *shared_.control;
     Sums sums;
 #pragma unroll
-    for (int t = 0; t < kHopperUnitTaps; ++t) {
+    for (int t = 0; t < kParts; ++t) {
 #pragma unroll
       for (int i = 0; i < 64; ++i) sums[t][i] = 0.0f;
     }
@@ -167,24 +191,27 @@ class HopperWgradConsumer {
  private:
   __device__ __forceinline__ void multiply(int patches, Sums& sums) {
     HopperWgradControl& c = *shared_.control;
-    constexpr unsigned kHighA = descriptor_high(1024), kHighB = descriptor_high(10 * kHopperRow);
-    constexpr unsigned kStepA = 16 * kHopperRow >> 4, kStepB = 2 * 10 * kHopperRow >> 4, kTap = kHopperRow >> 4;
+    constexpr int kLine = (Unit::kPointwise ? 8 : 10) * kHopperRow;  // eight pixels and what is beside them
+    constexpr unsigned kHighA = descriptor_high(1024), kHighB = descriptor_high(kLine);
+    constexpr unsigned kStepA = 16 * kHopperRow >> 4, kStepB = 2 * kLine >> 4;
+    constexpr unsigned kPart = (Unit::kPointwise ? 2 * Unit::kBoxBytes : kHopperRow) >> 4;  // two boxes, or a pixel
     int last = 0;
     for (int i = 0; i < patches; ++i) {
       const int stage = stages_.stage;
       if (!TDC_PLANTED(HOPPER_NO_FULL_WAIT)) mbarrier_wait(&c.full[stage], stages_.parity);
-      const bool ragged = min(c.live[stage][0], c.live[stage][1]) < kHopperUnit;
+      const bool ragged =
+          c.live[stage][0] < Unit::kIn || c.live[stage][1] < kHopperUnit || (Unit::kPointwise && c.live[stage][2] < 64);
       warp_sync();  // all lanes have read it before one releases the stage
       if (ragged) mask(stage);
       const unsigned a = descriptor_low(shared_window(shared_.dy(stage)) + group_ * kHopperPatch, 16);
-      const unsigned b = descriptor_low(shared_window(shared_.x(stage)), kHopperWidePatch);
+      const unsigned b = descriptor_low(shared_window(shared_.x(stage)), Unit::kBoxBytes);
       wgmma_fence();
 #pragma unroll
-      for (int k = 0; k < 4; ++k) {  // 16 pixels: two lines of the patch
+      for (int k = 0; k < 4; ++k) {  // 16 pixels
 #pragma unroll
-        for (int t = 0; t < kHopperUnitTaps; ++t) {
+        for (int t = 0; t < kParts; ++t) {
           wgmma<T, 128, 1, 1>(sums[t], descriptor(a + k * kStepA, kHighA),
-                              descriptor(b + k * kStepB + (TDC_PLANTED(HOPPER_WRONG_TAP) ? 1 : t) * kTap, kHighB),
+                              descriptor(b + k * kStepB + (TDC_PLANTED(HOPPER_WRONG_TAP) ? 1 : t) * kPart, kHighB),
                               k || i);
         }
       }
@@ -198,22 +225,25 @@ class HopperWgradConsumer {
     wgmma_wait<0>();
     if (patches && !TDC_PLANTED(HOPPER_EARLY_RELEASE)) hopper_release(&c.empty[last]);
 #pragma unroll
-    for (int t = 0; t < kHopperUnitTaps; ++t) wgmma_settle(sums[t]);
+    for (int t = 0; t < kParts; ++t) wgmma_settle(sums[t]);
   }
 
-  // Zeros in the channels of a stage that its group has not: another group of the expert may have them. Both warpgroups
-  // share the stage and wait for each other.
+  // Zeros in the channels of a stage that its group has not, as another group of the expert may have them, and in the
+  // pixels of other groups. Both warpgroups share the stage and wait for each other.
   __device__ __forceinline__ void mask(int stage) {
     const HopperWgradControl& c = *shared_.control;
-    clear(shared_.x(stage), 80, c.live[stage][0]);
-    clear(shared_.dy(stage), 64, c.live[stage][1]);
+    clear<Unit::kBoxes, Unit::kBoxBytes / kHopperRow>(shared_.x(stage), c.live[stage][0], c.live[stage][2]);
+    clear<2, 64>(shared_.dy(stage), c.live[stage][1], c.live[stage][2]);
     async_fence();
     named_barrier_sync(1, 256);
   }
-  // Two boxes of 64 channels, one after the other.
-  __device__ __forceinline__ static void clear(unsigned char* boxes, int pixels, int live) {
-    for (int i = threadIdx.x - 128; i < 2 * pixels * 8; i += 256) {
-      const int row = i / 8, chunk = i % 8, left = live - row / pixels * 64 - chunk * 8;  // live channels of it
+  // Boxes of 64 channels, one after the other.
+  template <int kBoxes, int kPixels>
+  __device__ __forceinline__ static void clear(unsigned char* boxes, int live, int live_pixels) {
+    for (int i = threadIdx.x - 128; i < kBoxes * kPixels * 8; i += 256) {
+      const int row = i / 8, chunk = i % 8;
+      int left = live - row / kPixels * 64 - chunk * 8;  // live channels of the chunk
+      if (Unit::kPointwise && row % kPixels >= live_pixels) left = 0;
       if (left >= 8) continue;
       uint4* at = reinterpret_cast<uint4*>(boxes + row * kHopperRow + (chunk ^ row % 8) * 16);
       uint4 words = left > 0 ? load_16(at) : make_uint4(0, 0, 0, 0);
@@ -227,57 +257,59 @@ class HopperWgradConsumer {
   __device__ __forceinline__ void store(const HopperWgradWork& work, const Sums& sums) {
     const int thread = threadIdx.x - 128, lane = thread % 32;
     const int co = thread / 32 * 16 + lane / 4, ci = lane % 4 * 2;
-    const int live = work.live_in - ci, left = p_.in_channels - work.in - ci;
+    const int end = work.in < p_.seam ? p_.seam : p_.in_channels;
+    const int live = work.live_in - ci, left = end - work.in - ci;
     const bool upper = work.out + co < p_.out_channels, lower = work.out + co + 8 < p_.out_channels;
     const bool live_upper = co < work.live_out && work.patches, live_lower = co + 8 < work.live_out && work.patches;
-    const long long line = static_cast<long long>(9) * p_.in_channels;  // from one output channel to the next
+    const long long line = static_cast<long long>(Unit::kTaps) * p_.in_channels;  // from an output channel to the next
     T* at = static_cast<T*>(p_.dweight) +
             (static_cast<long long>(work.expert) * p_.out_channels + work.out + co) * line +
-            static_cast<long long>(work.row) * kHopperUnitTaps * p_.in_channels + work.in + ci;
+            static_cast<long long>(work.row) * kParts * p_.in_channels + work.in + ci;
 #pragma unroll
-    for (int t = 0; t < kHopperUnitTaps; ++t, at += p_.in_channels) {
+    for (int t = 0; t < kParts; ++t, at += Unit::kPointwise ? 128 : p_.in_channels) {
+      const int before = Unit::kPointwise ? 128 * t : 0;  // input channels of earlier parts
 #pragma unroll
       for (int j = 0; j < 16; ++j) {
-        if (8 * j >= left) continue;
+        if (before + 8 * j >= left) continue;
         const float* quad = sums[t] + 4 * j;
-        if (upper) store_pair(at + 8 * j, quad[0], quad[1], live_upper ? live - 8 * j : 0);
-        if (lower) store_pair(at + 8 * line + 8 * j, quad[2], quad[3], live_lower ? live - 8 * j : 0);
+        if (upper) store_pair(at + 8 * j, quad[0], quad[1], live_upper ? live - before - 8 * j : 0);
+        if (lower) store_pair(at + 8 * line + 8 * j, quad[2], quad[3], live_lower ? live - before - 8 * j : 0);
       }
     }
   }
 
   __device__ __forceinline__ void store_part(const HopperWgradWork& work, const Sums& sums) {
     const bool empty = work.patches == 0;
-    float4* to = reinterpret_cast<float4*>(static_cast<unsigned char*>(p_.parts) + work.slot * kHopperPartBytes) +
+    float4* to = reinterpret_cast<float4*>(static_cast<unsigned char*>(p_.parts) + work.slot * kHopperPartBytes<Unit>) +
                  (threadIdx.x - 128);
 #pragma unroll
-    for (int j = 0; j < kHopperQuads; ++j) {
+    for (int j = 0; j < kHopperQuads<Unit>; ++j) {
       const float* quad = sums[j / 16] + j % 16 * 4;
       to[j * 256] = empty ? make_float4(0.0f, 0.0f, 0.0f, 0.0f) : make_float4(quad[0], quad[1], quad[2], quad[3]);
     }
   }
 
   const ConvHopperWgradParams& p_;
-  const HopperWgradShared& shared_;
+  const HopperWgradShared<Unit>& shared_;
   int group_;
   HopperRing stages_, messages_;
 };
 
-template <class T>
+template <class T, class Unit>
 __device__ __forceinline__ void conv_hopper_wgrad(const ConvHopperWgradParams& p) {
 #ifdef TDC_SM90A
   TDC_DYNAMIC_SHARED_1024(memory);
-  const HopperWgradShared shared(memory, p.stages);
+  const HopperWgradShared<Unit> shared(memory, p.stages);
   const int group = shfl(static_cast<int>(threadIdx.x) / 128, 0);
   if (threadIdx.x == 0) shared.init_barriers(p.stages);
   if (threadIdx.x == 32) tensor_map_prefetch(&p.x), tensor_map_prefetch(&p.dy);
-  HopperWgradSchedule(p, shared.groups).make();  // ends with a barrier, also for the barriers
+  HopperWgradSchedule<Unit>(p, shared.groups).make();  // ends with a barrier, also for the barriers
   if (group == 0) {
     registers_give<40>();
-    if (threadIdx.x == 0) HopperWgradProducer(p, shared).run();
+    if (threadIdx.x == 0) HopperWgradProducer<Unit>(p, shared).run();
   } else {
     registers_take<232>();
-    HopperWgradConsumer<T>(p, shared, group - 1).run();
+    HopperWgradConsumer<T, Unit>(p, shared, group - 1).run();
   }
 #else
   trap();
@@ -286,17 +318,18 @@ __device__ __forceinline__ void conv_hopper_wgrad(const ConvHopperWgradParams& p
 
 // Sums the parts of the units that cuts divide, each in the order of the line, and writes zeros into units that have no
 // live channels. Blocks share the quads of a unit.
-template <class T>
+template <class T, class Unit>
 __device__ __forceinline__ void conv_hopper_wgrad_reduce(const ConvHopperWgradParams& p) {
 #ifdef TDC_SM90A
   TDC_DYNAMIC_SHARED(memory);
-  HopperWgradSchedule schedule(p, reinterpret_cast<HopperWgradGroup*>(memory));
+  HopperWgradSchedule<Unit> schedule(p, reinterpret_cast<HopperWgradGroup*>(memory));
   schedule.make();
+  constexpr int kQuads = kHopperQuads<Unit> / kHopperReduceBlocks;
   int block = blockIdx.x;
-  const int first_quad = block % kHopperReduceBlocks * (kHopperQuads / kHopperReduceBlocks);
+  const int first_quad = block % kHopperReduceBlocks * kQuads;
   block /= kHopperReduceBlocks;
-  const int row = block % kHopperUnitTaps, in = block / kHopperUnitTaps % p.in_tiles * kHopperUnit;
-  block /= kHopperUnitTaps * p.in_tiles;
+  const int row = block % Unit::kRows, in = schedule.begin_of_tile(block / Unit::kRows % p.in_tiles);
+  block /= Unit::kRows * p.in_tiles;
   const int out = block % p.out_tiles * kHopperUnit, expert = block / p.out_tiles;
 
   const int run = schedule.run_of(expert), begin = schedule.begin_of_unit(run, row, in, out);
@@ -307,20 +340,23 @@ __device__ __forceinline__ void conv_hopper_wgrad_reduce(const ConvHopperWgradPa
     live_in = schedule.group(run).expert_in, live_out = schedule.group(run).expert_out;
   }
   const int thread = threadIdx.x, lane = thread % 32, co = out + thread / 32 * 16 + lane / 4;
-  for (int i = 0; i < kHopperQuads / kHopperReduceBlocks; ++i) {
-    const int quad = first_quad + i, tap = row * kHopperUnitTaps + quad / 16, ci = in + quad % 16 * 8 + lane % 4 * 2;
+  const int end = schedule.end_of_input(in);
+  for (int i = 0; i < kQuads; ++i) {
+    const int quad = first_quad + i, part_of_unit = quad / 16;
+    const int tap = Unit::kPointwise ? 0 : row * Unit::kParts + part_of_unit;
+    const int ci = in + (Unit::kPointwise ? 128 * part_of_unit : 0) + quad % 16 * 8 + lane % 4 * 2;
     float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     for (int part = from; part <= to; ++part) {
       const auto* parts = reinterpret_cast<const float4*>(static_cast<const unsigned char*>(p.parts) +
-                                                          (2 * part + (part == from ? 1 : 0)) * kHopperPartBytes);
+                                                          (2 * part + (part == from ? 1 : 0)) * kHopperPartBytes<Unit>);
       const float4 v = parts[quad * 256 + thread];
       sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
     }
-    if (ci >= p.in_channels) continue;
+    if (ci >= end) continue;
     T* at = static_cast<T*>(p.dweight) +
-            ((static_cast<long long>(expert) * p.out_channels + co) * 9 + tap) * p.in_channels + ci;
+            ((static_cast<long long>(expert) * p.out_channels + co) * Unit::kTaps + tap) * p.in_channels + ci;
     if (co < p.out_channels) store_pair(at, sum.x, sum.y, co < live_out ? live_in - ci : 0);
-    at += static_cast<long long>(8 * 9) * p.in_channels;
+    at += static_cast<long long>(8 * Unit::kTaps) * p.in_channels;
     if (co + 8 < p.out_channels) store_pair(at, sum.z, sum.w, co + 8 < live_out ? live_in - ci : 0);
   }
 #else

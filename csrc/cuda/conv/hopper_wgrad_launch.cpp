@@ -14,41 +14,85 @@ namespace {
 
 constexpr int kLeastStages = 3;
 
-int64_t in_tiles(const ConvArguments& a) { return ceil_div(a.in_channels, kHopperUnit); }
+struct UnitChoice {
+  const char* name;
+  int in, rows, stage_bytes;
+  int64_t part_bytes;
+};
+
+template <class Unit>
+UnitChoice choice_of(const char* name) {
+  return {name, Unit::kIn, Unit::kRows, Unit::kStageBytes, kHopperPartBytes<Unit>};
+}
+
+// Tiles along the input channels; none has channels of both inputs.
+int64_t in_tiles(const ConvArguments& a, const UnitChoice& unit) {
+  return ceil_div(a.x_channels(), unit.in) + ceil_div(a.x2_channels, unit.in);
+}
+
+// Of the units of 1x1 filters the one that loads the fewest channels per pixel; of equals, the larger.
+UnitChoice choose_unit(const ConvArguments& a) {
+  if (!is_pointwise(a)) return choice_of<HopperFilterUnit>("");
+  UnitChoice best = choice_of<HopperPointwiseUnit<3>>("1x1x384_");
+  const auto loaded = [&](const UnitChoice& unit) { return in_tiles(a, unit) * (unit.in + kHopperUnit); };
+  for (const UnitChoice& unit :
+       {choice_of<HopperPointwiseUnit<2>>("1x1x256_"), choice_of<HopperPointwiseUnit<1>>("1x1x128_")}) {
+    if (loaded(unit) < loaded(best)) best = unit;
+  }
+  return best;
+}
+
 int64_t out_tiles(const ConvArguments& a) { return ceil_div(a.out_channels, kHopperUnit); }
-int64_t units_of_expert(const ConvArguments& a) { return kHopperUnitTaps * in_tiles(a) * out_tiles(a); }
-int64_t patches_of_sample(const ConvArguments& a) { return ceil_div(a.height, 8) * ceil_div(a.width, 8); }
+int64_t units_of_expert(const ConvArguments& a, const UnitChoice& unit) {
+  return unit.rows * in_tiles(a, unit) * out_tiles(a);
+}
+
+// Of all groups, at most.
+int64_t patches(const ConvArguments& a) {
+  return is_pointwise(a) ? a.batch * a.height * a.width / 64 + std::min(a.num_groups, a.batch)
+                         : a.batch * ceil_div(a.height, 8) * ceil_div(a.width, 8);
+}
 
 // As many stages as fit; 0 where too few do.
-int stages(const ConvArguments& a, const Device& device) {
+int stages(const ConvArguments& a, const Device& device, const UnitChoice& unit) {
   int count = kHopperWgradMostStages;
   const int groups = static_cast<int>(a.num_groups);
-  while (count > 0 && hopper_wgrad_shared_bytes(count, groups) > device.shared_limit) --count;
+  while (count > 0 && hopper_wgrad_shared_bytes(unit.stage_bytes, count, groups) > device.shared_limit) --count;
   return count < kLeastStages ? 0 : count;
 }
 
 // As many blocks as SMs; where there are fewer units, so many that even groups cut each into equal parts.
-int blocks(const ConvArguments& a, const Device& device) {
-  const int64_t units = std::min({a.num_experts, a.num_groups, std::max<int64_t>(a.batch, 1)}) * units_of_expert(a);
-  const int64_t processors = device.multiprocessors;
+int blocks(const ConvArguments& a, const Device& device, const UnitChoice& unit) {
+  const int64_t experts = std::min({a.num_experts, a.num_groups, std::max<int64_t>(a.batch, 1)});
+  const int64_t units = experts * units_of_expert(a, unit), processors = device.multiprocessors;
   return static_cast<int>(units < processors ? processors / units * units : processors);
 }
 
-ConvHopperWgradParams params_of(const ConvArguments& a, const Device& device) {
+ConvHopperWgradParams params_of(const ConvArguments& a, const Device& device, const UnitChoice& unit) {
   ConvHopperWgradParams p{};
-  p.x = tensor_map_of(a.x, {a.in_channels, a.width, a.height, a.batch}, {kHopperDepth, 10, 8, 1}, a);
-  p.dy = tensor_map_of(a.dy, {a.out_channels, a.width, a.height, a.batch}, {kHopperDepth, 8, 8, 1}, a);
+  const int64_t pixels = a.height * a.width;
+  if (is_pointwise(a)) {
+    const TensorSizes box = {kHopperDepth, 64, 1, 1};
+    p.x = tensor_map_of(a.x, {a.x_channels(), a.batch * pixels, 1, 1}, box, a);
+    if (a.x2_channels) p.x2 = tensor_map_of(a.x2, {a.x2_channels, a.batch * pixels, 1, 1}, box, a);
+    p.dy = tensor_map_of(a.dy, {a.out_channels, a.batch * pixels, 1, 1}, box, a);
+  } else {
+    p.x = tensor_map_of(a.x, {a.in_channels, a.width, a.height, a.batch}, {kHopperDepth, 10, 8, 1}, a);
+    p.dy = tensor_map_of(a.dy, {a.out_channels, a.width, a.height, a.batch}, {kHopperDepth, 8, 8, 1}, a);
+  }
   p.dweight = pointer<void>(a.dweight);
   p.parts = pointer<void>(a.workspace);
   p.routing = routing_of(a);
   p.in_channels = static_cast<int>(a.in_channels);
   p.out_channels = static_cast<int>(a.out_channels);
-  p.in_tiles = static_cast<int>(in_tiles(a));
+  p.in_tiles = static_cast<int>(in_tiles(a, unit));
   p.out_tiles = static_cast<int>(out_tiles(a));
+  p.seam = static_cast<int>(a.x_channels());
   p.patches_down = static_cast<int>(ceil_div(a.height, 8));
   p.patches_across = static_cast<int>(ceil_div(a.width, 8));
-  p.stages = stages(a, device);
-  p.blocks = blocks(a, device);
+  p.pixels = static_cast<int>(pixels);
+  p.stages = stages(a, device, unit);
+  p.blocks = blocks(a, device, unit);
   return p;
 }
 
@@ -57,31 +101,35 @@ ConvHopperWgradParams params_of(const ConvArguments& a, const Device& device) {
 std::string hopper_wgrad_refusal(const ConvArguments& a, const Device& device) {
   const std::string common = hopper_refusal(a, device);
   if (!common.empty()) return common;
-  if (is_pointwise(a)) return "it has 3x3 filters in wgrad";
   if (a.num_groups > kHopperWgradMostGroups) {
     return "it has at most " + std::to_string(kHopperWgradMostGroups) + " groups in wgrad";
   }
-  if (stages(a, device) == 0) return "its stages do not fit into shared memory";
+  const UnitChoice unit = choose_unit(a);
+  if (stages(a, device, unit) == 0) return "its stages do not fit into shared memory";
   // The line of all work is counted in 32 bits.
-  const int64_t most = std::numeric_limits<int>::max() / units_of_expert(a) / patches_of_sample(a);
-  if (a.batch > most) return "it has fewer than 2^31 patches and units in wgrad";
+  if (patches(a) > std::numeric_limits<int>::max() / units_of_expert(a, unit)) {
+    return "it has fewer than 2^31 patches and units in wgrad";
+  }
   return "";
 }
 
 std::vector<Launch> launch_hopper_wgrad(const ConvArguments& a, const Device& device) {
-  const ConvHopperWgradParams p = params_of(a, device);
+  const UnitChoice unit = choose_unit(a);
+  const ConvHopperWgradParams p = params_of(a, device, unit);
   const int groups = static_cast<int>(a.num_groups);
-  const std::string name = "tdc_conv_hopper_wgrad_", type = storage_name(a);
+  const std::string name = "tdc_conv_hopper_wgrad_", type = std::string(unit.name) + storage_name(a);
   Launch products = launch_of(name + type, static_cast<unsigned>(p.blocks), kHopperThreads,
-                              hopper_wgrad_shared_bytes(p.stages, groups), p, a);
+                              hopper_wgrad_shared_bytes(unit.stage_bytes, p.stages, groups), p, a);
   products.tensor_maps = {offsetof(ConvHopperWgradParams, x), offsetof(ConvHopperWgradParams, dy)};
+  if (a.x2_channels) products.tensor_maps.push_back(offsetof(ConvHopperWgradParams, x2));
   const int table = groups * static_cast<int>(sizeof(HopperWgradGroup));
-  const unsigned reducers = blocks_of({a.num_experts, units_of_expert(a), kHopperReduceBlocks}, a);
+  const unsigned reducers = blocks_of({a.num_experts, units_of_expert(a, unit), kHopperReduceBlocks}, a);
   return {products, launch_of(name + "reduce_" + type, reducers, kHopperReduceThreads, table, p, a)};
 }
 
 size_t hopper_wgrad_workspace(const ConvArguments& a, const Device& device) {
-  return a.dweight ? static_cast<size_t>(2 * blocks(a, device) * kHopperPartBytes) : 0;
+  const UnitChoice unit = choose_unit(a);
+  return a.dweight ? static_cast<size_t>(2 * blocks(a, device, unit) * unit.part_bytes) : 0;
 }
 
 }  // namespace tdc

@@ -5,19 +5,39 @@
 
 namespace tdc {
 
-// The unit of work is 128 output channels x 128 input channels of one filter row of an expert: three taps. Its depth is
-// the pixels of the expert's groups, a patch of 8 x 8 at a time.
-constexpr int kHopperUnit = 128, kHopperUnitTaps = 3;
-constexpr int kHopperPatch = 64 * kHopperRow;                               // bytes of a box of dy
-constexpr int kHopperWidePatch = 80 * kHopperRow;                           // of x: a pixel more on either side
-constexpr int kHopperWgradStage = 2 * kHopperPatch + 2 * kHopperWidePatch;  // two boxes of each
+// The unit of work is 128 output channels of an expert times what a Unit below says. Its depth is the pixels of the
+// expert's groups, a patch of 64 at a time. Two warpgroups have 64 output channels each; a thread sums kParts times 128
+// columns.
+constexpr int kHopperUnit = 128;
+constexpr int kHopperPatch = 64 * kHopperRow;  // bytes of a box of dy; two make a stage's share
+
+// 3x3 filters: 128 input channels of one filter row, three taps of them. A patch is 8 x 8 pixels, a box of x a pixel
+// wider on either side.
+struct HopperFilterUnit {
+  static constexpr bool kPointwise = false;
+  static constexpr int kRows = 3, kTaps = 9, kParts = 3, kIn = 128;
+  static constexpr int kBoxes = 2, kBoxBytes = 80 * kHopperRow;  // of x
+  static constexpr int kStageBytes = 2 * kHopperPatch + kBoxes * kBoxBytes;
+};
+
+// 1x1 filters: kBlocks times 128 input channels of one input. A patch is 64 pixels of a group, one after the other.
+template <int kBlocks>
+struct HopperPointwiseUnit {
+  static constexpr bool kPointwise = true;
+  static constexpr int kRows = 1, kTaps = 1, kParts = kBlocks, kIn = 128 * kBlocks;
+  static constexpr int kBoxes = 2 * kBlocks, kBoxBytes = kHopperPatch;
+  static constexpr int kStageBytes = 2 * kHopperPatch + kBoxes * kBoxBytes;
+};
+
 constexpr int kHopperWgradMostStages = 6;
 constexpr int kHopperWgradMostGroups = 256;
 constexpr int kHopperReduceThreads = 256, kHopperReduceBlocks = 4;  // blocks of a unit
 
-// A thread's 192 sums of a unit are 48 quads; a part of a unit is those of the 256 threads that multiply, quad by quad.
-constexpr int kHopperQuads = kHopperUnitTaps * 16;
-constexpr long long kHopperPartBytes = 16LL * kHopperQuads * 256;
+// A thread's sums of a unit are quads; a part of a unit is those of the 256 threads that multiply, quad by quad.
+template <class Unit>
+constexpr int kHopperQuads = Unit::kParts * 16;
+template <class Unit>
+constexpr long long kHopperPartBytes = 16LL * kHopperQuads<Unit> * 256;
 
 // A part of a unit's depth.
 struct HopperWgradWork {
@@ -43,21 +63,23 @@ struct HopperWgradControl {
   unsigned long long full[kHopperWgradMostStages], empty[kHopperWgradMostStages];
   unsigned long long message_full[kHopperMessages], message_empty[kHopperMessages];
   HopperWgradWork messages[kHopperMessages];
-  int live[kHopperWgradMostStages][2];  // channels of x and of dy in a stage that count, of 128
+  int live[kHopperWgradMostStages][3];  // channels of x and of dy and pixels in a stage that count
 };
 
-constexpr int hopper_wgrad_shared_bytes(int stages, int num_groups) {
-  return stages * kHopperWgradStage + static_cast<int>(sizeof(HopperWgradControl)) +
+constexpr int hopper_wgrad_shared_bytes(int stage_bytes, int stages, int num_groups) {
+  return stages * stage_bytes + static_cast<int>(sizeof(HopperWgradControl)) +
          num_groups * static_cast<int>(sizeof(HopperWgradGroup));
 }
 
 struct alignas(64) ConvHopperWgradParams {
-  TensorMap x, dy;
-  void* dweight;  // (experts, C_out, 3, 3, C_in)
-  void* parts;    // two of each block
+  TensorMap x, x2, dy;  // x2 has no address where there is one input
+  void* dweight;        // (experts, C_out, taps, C_in)
+  void* parts;          // two of each block
   ConvRouting routing;
   int in_channels, out_channels, in_tiles, out_tiles;
-  int patches_down, patches_across;
+  int seam;                          // no unit has input channels on both sides of it
+  int patches_down, patches_across;  // of a sample, of 3x3 filters
+  int pixels;                        // of a sample
   int stages;
   int blocks;  // of the products
 };

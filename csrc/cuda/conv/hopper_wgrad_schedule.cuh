@@ -18,6 +18,7 @@ struct HopperUnit {
   int patch;  // of the expert's
 };
 
+template <class Unit>
 class HopperWgradSchedule {
  public:
   __device__ __forceinline__ HopperWgradSchedule(const ConvHopperWgradParams& p, HopperWgradGroup* groups)
@@ -44,7 +45,7 @@ class HopperWgradSchedule {
       const bool same = h.expert == own.expert;
       if (h.expert < own.expert || (same && other < g)) ++rank;
       if (!same) continue;
-      const int patches = h.samples * patches_per_sample();
+      const int patches = patches_of(h);
       if (other < g) own.before += patches;
       own.patches += patches;
       own.expert_in = max(own.expert_in, h.live_in);
@@ -61,7 +62,10 @@ class HopperWgradSchedule {
 
   __device__ __forceinline__ const HopperWgradGroup& group(int i) const { return groups_[i]; }
   __device__ __forceinline__ int total() const { return groups_[p_.routing.num_groups - 1].end; }
-  __device__ __forceinline__ int patches_per_sample() const { return p_.patches_down * p_.patches_across; }
+  __device__ __forceinline__ int patches_of(const HopperWgradGroup& group) const {
+    return Unit::kPointwise ? (group.samples * p_.pixels + 63) / 64
+                            : group.samples * p_.patches_down * p_.patches_across;
+  }
 
   // Blocks that get a part, and where the i-th part begins.
   __device__ __forceinline__ int parts() const { return min(p_.blocks, total()); }
@@ -88,9 +92,9 @@ class HopperWgradSchedule {
     const HopperWgradGroup& first = groups_[unit.run];
     const int within = position - begin_of_run(unit.run), number = within / first.patches;
     unit.patch = within - number * first.patches;
-    unit.row = number % kHopperUnitTaps;
-    unit.in = number / kHopperUnitTaps % tiles(first.expert_in) * kHopperUnit;
-    unit.out = number / kHopperUnitTaps / tiles(first.expert_in) * kHopperUnit;
+    unit.row = number % Unit::kRows;
+    unit.in = begin_of_tile(number / Unit::kRows % in_tiles(first.expert_in));
+    unit.out = number / Unit::kRows / in_tiles(first.expert_in) * kHopperUnit;
     return unit;
   }
 
@@ -105,7 +109,8 @@ class HopperWgradSchedule {
     if (run < 0) return -1;
     const HopperWgradGroup& first = groups_[run];
     if (in >= first.expert_in || out >= first.expert_out || first.patches == 0) return -1;
-    const int number = (out / kHopperUnit * tiles(first.expert_in) + in / kHopperUnit) * kHopperUnitTaps + row;
+    const int tile = in < p_.seam ? in / Unit::kIn : in_tiles(p_.seam) + (in - p_.seam) / Unit::kIn;
+    const int number = (out / kHopperUnit * in_tiles(first.expert_in) + tile) * Unit::kRows + row;
     return begin_of_run(run) + number * first.patches;
   }
 
@@ -114,8 +119,22 @@ class HopperWgradSchedule {
     return group.live_in > unit.in && group.live_out > unit.out;
   }
 
+  // Tiles of the first `channels` input channels, and where one begins: those of x come before those of x2.
+  __device__ __forceinline__ int in_tiles(int channels) const {
+    const int first = min(channels, p_.seam);
+    return (first + Unit::kIn - 1) / Unit::kIn + (channels - first + Unit::kIn - 1) / Unit::kIn;
+  }
+  __device__ __forceinline__ int begin_of_tile(int tile) const {
+    const int of_second = tile - in_tiles(p_.seam);
+    return of_second < 0 ? tile * Unit::kIn : p_.seam + of_second * Unit::kIn;
+  }
+  // Where the channels of the input end that has a channel.
+  __device__ __forceinline__ int end_of_input(int channel) const {
+    return channel < p_.seam ? p_.seam : p_.in_channels;
+  }
+
  private:
-  __device__ __forceinline__ static int tiles(int channels) { return (channels + kHopperUnit - 1) / kHopperUnit; }
+  __device__ __forceinline__ static int out_tiles(int channels) { return (channels + kHopperUnit - 1) / kHopperUnit; }
   __device__ __forceinline__ int begin_of_run(int run) const { return run > 0 ? groups_[run - 1].end : 0; }
 
   // One warp adds up the shares of the line, and the first groups of the experts.
@@ -127,7 +146,7 @@ class HopperWgradSchedule {
       HopperWgradGroup* own = groups_ + i;
       int sum = 0, first = -1;
       if (i < num_groups) {
-        sum = own->samples * patches_per_sample() * kHopperUnitTaps * tiles(own->expert_in) * tiles(own->expert_out);
+        sum = patches_of(*own) * Unit::kRows * in_tiles(own->expert_in) * out_tiles(own->expert_out);
         if (own->run >= 0) first = i;
       }
       for (int distance = 1; distance < 32; distance *= 2) {

@@ -1,0 +1,167 @@
+"""The Hopper form of wgrad of 1x1 filters, linear layers and two inputs included, equals that of one per group."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tdc_fast.kernels.problems import ConvTensors
+from tdc_fast.ops import hopper as hopper_backend
+from tdc_fast.ops.checks import conv_problem
+from tests.cases import ConvCase
+from tests.emulator.conv import DTYPES, assert_accurate, conv_case, emulator, results, uneven
+from tests.emulator.harness import AT_RUNTIME, SANITIZED, SCHEDULES, EmulatorError, EmulatorLauncher, plain_only
+from tests.emulator.test_conv_hopper_pointwise import cases
+from tests.generated import examples
+
+pytestmark = pytest.mark.usefixtures("nan_filled_memory")
+GRADIENTS = ("weight", "bias", "sample_bias")
+
+
+@contextmanager
+def hopper(multiprocessors: int = 4, schedule: int = 0) -> Iterator[EmulatorLauncher]:
+    """A Hopper GPU with few SMs, so that cuts divide units."""
+    builds = dict.fromkeys(("conv_hopper_pointwise", "conv_hopper_pointwise_wgrad"), AT_RUNTIME)
+    families = (*builds, "conv_wgrad")  # the last one has the sums of biases
+    with emulator((90, multiprocessors, 232448), families, **builds) as launcher:
+        launcher.schedule = schedule
+        yield launcher
+
+
+def case_of(**changes: Any) -> ConvCase:
+    settings = {"in_channels": 64, "out_channels": 64, "size": (8, 8), "filter": (1, 1), "padding": (0, 0)}
+    return conv_case(**settings | {"extras": ("bias", "sample_bias")} | changes)
+
+
+# Changes to a case, the input channels of a unit, and the SMs.
+EDGES: dict[str, tuple[dict[str, Any], int, int]] = {
+    "several units each way": (
+        {"routing": uneven(2), "size": (8, 9), "in_channels": 264, "out_channels": 200},
+        384,
+        3,
+    ),
+    "more SMs than units": ({"routing": uneven(3, 0, 2), "size": (16, 9), "in_channels": 200}, 256, 20),
+    "one pixel": ({"routing": uneven(5, 0, 1, 18), "size": (1, 1), "in_channels": 72, "out_channels": 136}, 128, 3),
+    "two inputs": (
+        {"routing": uneven(1, 2), "size": (5, 9), "in_channels": 536, "x2_channels": 152, "out_channels": 72},
+        384,
+        5,
+    ),
+    "experts that several groups share, and one that none has, with two inputs": (
+        {
+            "routing": uneven(1, 2, 0, 1, 1, weight_index=(2, 0, 2, 2, 0)),
+            "in_channels": 136,
+            "x2_channels": 48,
+            "size": (7, 10),
+            "out_channels": 72,
+            "in_widths": (136, 100, 8, 37, 128),
+            "out_widths": (72, 64, 72, 3, 9),
+        },
+        128,
+        7,
+    ),
+    "widths of single groups": (
+        {
+            "routing": uneven(1, 2, 1),
+            "in_channels": 200,
+            "out_channels": 136,
+            "in_widths": (37, 0, 200),
+            "out_widths": (130, 136, 64),
+        },
+        256,
+        4,
+    ),
+}
+# fp16 differs from bf16 in products and rounding, not in layout; sanitizers look at addresses.
+SHARED = "experts that several groups share, and one that none has, with two inputs"
+EDGE_CASES = [(edge, "bf16") for edge in ([SHARED, "several units each way"] if SANITIZED else EDGES)]
+EDGE_CASES += [] if SANITIZED else [("two inputs", "fp16")]
+
+
+@pytest.mark.parametrize("edge, dtype", EDGE_CASES)
+def test_edges_are_as_accurate_as_torch(edge: str, dtype: str) -> None:
+    changes, channels, multiprocessors = EDGES[edge]
+    with hopper(multiprocessors) as launcher:
+        assert_accurate(case_of(**changes), DTYPES[dtype], GRADIENTS, backend="hopper")
+    unit = f"1x1x{channels}_{dtype}"
+    assert launcher.launched[1:3] == [f"tdc_conv_hopper_wgrad_{unit}", f"tdc_conv_hopper_wgrad_reduce_{unit}"]
+
+
+@plain_only
+def test_any_case_is_as_accurate_as_torch() -> None:
+    @given(case=cases(), schedule=st.sampled_from(SCHEDULES), multiprocessors=st.integers(1, 9))
+    @examples(4)
+    def check(case: ConvCase, schedule: int, multiprocessors: int) -> None:
+        with hopper(multiprocessors, schedule):
+            assert_accurate(case, torch.bfloat16, ("weight",), backend="hopper")
+
+    check()
+
+
+@plain_only
+def test_results_do_not_depend_on_timing() -> None:
+    case = case_of(routing=uneven(2, 3), size=(9, 9))
+    found = []
+    for schedule in (0, 3):
+        with hopper(4, schedule):
+            found.append(results(case, torch.bfloat16, ("weight",), backend="hopper")["dweight"])
+    assert torch.equal(*found)
+
+
+def arguments(case: ConvCase) -> tuple[ConvTensors, Any, torch.Tensor]:
+    tensors = {name: t.detach() for name, t in case.tensors(torch.bfloat16).items()}
+    plan = case.routing.plan()
+    routing = (plan.offsets, plan.tiles, plan.weight_index, None, None)
+    t = ConvTensors(tensors["x"], tensors["weight"], *routing, x2=tensors.get("x2"))
+    dy = torch.randn(case.routing.batch, case.out_channels, *case.size, generator=torch.Generator().manual_seed(1))
+    dy = dy.bfloat16().to(memory_format=torch.channels_last)
+    return t, conv_problem("routed_conv2d_wgrad", t, case.stride, case.padding, dy=dy), dy
+
+
+PLANTS = {
+    "HOPPER_NO_EMPTY_WAIT": "arrivals in a phase|race on byte|in flight",
+    "HOPPER_NO_FULL_WAIT": "in flight|race on byte",
+    "HOPPER_EARLY_RELEASE": r"race on byte \d+ of the dynamic shared memory: a copy .* writes .* what a product",
+}
+
+
+@plain_only
+@pytest.mark.parametrize("plant", PLANTS)
+def test_a_planted_bug_is_reported(plant: str) -> None:
+    with hopper(1, 3) as launcher:
+        t, problem, dy = arguments(case_of(routing=uneven(9)))
+        with launcher.planted(plant), pytest.raises(EmulatorError, match=PLANTS[plant]):
+            hopper_backend.conv2d_wgrad(problem, dy, t, (True, False, False))
+
+
+@plain_only
+@pytest.mark.parametrize("plant", ["HOPPER_WRONG_TAP", "HOPPER_NO_LAST_PIXEL"])
+def test_a_planted_bug_spoils_the_result(plant: str) -> None:
+    """The wrong block of input channels; the pixels of the next group."""
+    with hopper() as launcher:
+        t, problem, dy = arguments(case_of(routing=uneven(1, 1), size=(5, 5), in_channels=256))
+        right, _, _ = hopper_backend.conv2d_wgrad(problem, dy, t, (True, False, False))
+        with launcher.planted(plant):
+            wrong, _, _ = hopper_backend.conv2d_wgrad(problem, dy, t, (True, False, False))
+    assert not torch.allclose(right, wrong, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("garbage", [-(2**31), -7, 5, 2**31 - 1])
+def test_no_number_in_device_memory_leads_out_of_bounds(garbage: int) -> None:
+    """Sanitizers check what is read and written; the values do not matter."""
+    t, problem, dy = arguments(case_of(routing=uneven(1, 0, 1), size=(5, 3), in_channels=128, x2_channels=56))
+    groups = problem.num_groups
+    wrong = [torch.full((n,), garbage, dtype=torch.int32) for n in (groups + 1, groups, groups, groups)]
+    for sound in range(4):
+        routing = list(wrong)
+        routing[sound] = torch.zeros_like(routing[sound])
+        bad = t._replace(offsets=routing[0], weight_index=routing[1], in_widths=routing[2], out_widths=routing[3])
+        with hopper() as launcher:
+            hopper_backend.conv2d_wgrad(problem, dy, bad, (True, False, False))
+        assert len(launcher.launched) == 2
