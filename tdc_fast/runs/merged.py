@@ -40,7 +40,7 @@ def merge_files(base: TrainedDenoiser | None, experts: Sequence[TrainedDenoiser]
         merging: how.
 
     Raises:
-        ValueError: task arithmetic without a base, or denoisers that differ in their architecture or latents; names the file.
+        ValueError: task arithmetic without a base, or denoisers of another architecture or latents; names the file.
         FloatingPointError: a merged weight is not finite.
     """
     if merging.method == "task_arithmetic" and base is None:
