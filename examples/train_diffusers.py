@@ -12,6 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -22,6 +23,8 @@ from diffusers.training_utils import EMAModel
 
 from tdc_fast import TimestepGroups, pack_experts
 from tdc_fast.data.dataset import load_dataset
+from tdc_fast.data.fitting import fit_image
+from tdc_fast.data.pixels import to_unit_range
 from tdc_fast.diffusers_models import TDCModel, save_expert
 from tdc_fast.diffusion import Diffusion
 from tdc_fast.pruning import plan_pruning
@@ -32,7 +35,12 @@ def parse(argv):
     parser = argparse.ArgumentParser(description="Experts per group of timesteps for a UNet of diffusers")
     add = parser.add_argument
     add("--train_data_dir", default="", help="folder of images, an .npz or .npy file, or digits")
-    add("--dataset_name", default="", help="instead: a data set of the hub, read by the package datasets (image)")
+    add(
+        "--dataset_name",
+        default="",
+        help="instead: a data set of the hub or a local folder, read by the package datasets",
+    )
+    add("--dataset_config_name", default=None, help="which configuration of it")
     add("--output_dir", type=Path, required=True)
     add("--resolution", type=int, default=64)
     add("--in_channels", type=int, default=3)
@@ -60,30 +68,53 @@ def parse(argv):
     return options
 
 
-def batches(options, process, world):
-    """Endless batches (B, C, H, W) in [-1, 1]; every process draws its own, from the state that checkpoints restore."""
-    if options.dataset_name:
-        import datasets  # pip install datasets
+class HubImages:
+    """The images of a data set that the package datasets reads, decoded when they are drawn."""
 
-        rows = datasets.load_dataset(options.dataset_name, split="train")
-        folder = options.output_dir / "images"
-        folder.mkdir(parents=True, exist_ok=True)
-        for index, row in enumerate(rows):
-            if index % world == process and not (folder / f"{index}.png").exists():
-                row["image"].save(folder / f"{index}.png")
-        options.train_data_dir = str(folder)
+    def __init__(self, options):
+        try:
+            import datasets
+        except ImportError as error:
+            raise SystemExit(f"--dataset_name needs a package: pip install datasets ({error})") from error
+        self.rows = datasets.load_dataset(options.dataset_name, options.dataset_config_name, split="train")
+        self.column = next((name for name in ("image", "img") if name in self.rows.column_names), None)
+        if self.column is None:
+            raise SystemExit(
+                f"--dataset_name {options.dataset_name}: no column image or img in {self.rows.column_names}"
+            )
+        self.size, self.mode = options.resolution, "L" if options.in_channels == 1 else "RGB"
+
+    def __len__(self):
+        return len(self.rows)
+
+    def batch(self, indices):
+        """Images (B, C, H, W) in [-1, 1], scaled and cropped as `load_dataset` does; no labels."""
+        images = [self.rows[int(index)][self.column].convert(self.mode) for index in indices]
+        pixels = np.stack([fit_image(image, self.size) for image in images])
+        return torch.from_numpy(to_unit_range(pixels)).permute(0, 3, 1, 2), {}
+
+
+def read_images(options):
+    """What to draw from: `batch(indices)` gives images (B, C, H, W) in [-1, 1]."""
+    if options.dataset_name:
+        return HubImages(options)
     name = options.train_data_dir
     size = {} if name == "digits" else {"image_size": options.resolution, "in_channels": options.in_channels}
-    data = load_dataset(name, **size)
+    return load_dataset(name, **size)
+
+
+def batches(images, count):
+    """Endless random batches; every process draws its own, from the state that checkpoints restore."""
     while True:
-        chosen = torch.randint(len(data), (options.train_batch_size,))
-        yield torch.as_tensor(data.batch(chosen.numpy())[0])
+        yield images.batch(torch.randint(len(images), (count,)).numpy())[0]
 
 
 def stage(name, model, timesteps, steps, options, accelerator, scheduler, data):
     """Train a model, its average and its checkpoints; returns the averaged model. A finished stage is only loaded."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate)
-    rate = get_scheduler("cosine", optimizer, num_warmup_steps=options.lr_warmup_steps, num_training_steps=steps)
+    turns = accelerator.num_processes  # of the rate in a step
+    warmup = options.lr_warmup_steps * turns
+    rate = get_scheduler("cosine", optimizer, num_warmup_steps=warmup, num_training_steps=steps * turns)
     ema = EMAModel(model.parameters(), decay=options.ema_max_decay, use_ema_warmup=True)
     model, optimizer, rate = accelerator.prepare(model, optimizer, rate)
     ema.to(accelerator.device)
@@ -111,7 +142,7 @@ def stage(name, model, timesteps, steps, options, accelerator, scheduler, data):
         ema.step(plain.parameters())
         accelerator.log({f"{name}/loss": loss.item()}, step=step)
         if step % options.checkpointing_steps == 0 or step == steps:
-            accelerator.save_state(str(folder / f"step-{step}"))
+            save(folder, step, accelerator)
         if accelerator.is_main_process and (step % options.save_images_steps == 0 or step == steps):
             ema.store(plain.parameters())
             ema.copy_to(plain.parameters())
@@ -121,6 +152,16 @@ def stage(name, model, timesteps, steps, options, accelerator, scheduler, data):
     accelerator._custom_objects.clear()  # the next stage has an average of its own
     accelerator.free_memory()
     return plain
+
+
+def save(folder, step, accelerator):
+    """A checkpoint, which gets its name when every process has written its part."""
+    unfinished = folder / "unfinished"
+    accelerator.save_state(str(unfinished))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        unfinished.rename(folder / f"step-{step}")
+    accelerator.wait_for_everyone()
 
 
 def draw(name, model, step, options, accelerator, scheduler):
@@ -141,7 +182,9 @@ def main(argv=None):
     accelerator = Accelerator(mixed_precision=options.mixed_precision, log_with="tensorboard", project_config=project)
     set_seed(options.seed, device_specific=True)
     accelerator.init_trackers("train_diffusers")
-    data = batches(options, accelerator.process_index, accelerator.num_processes)
+    with accelerator.main_process_first():  # it downloads and prepares, the others find it done
+        images = read_images(options)
+    data = batches(images, options.train_batch_size)
     scheduler = DDPMScheduler(options.ddpm_num_steps, prediction_type=options.prediction_type)
     channels, levels = next(data).shape[1], len(options.block_out_channels)
     base = UNet2DModel(
@@ -157,14 +200,15 @@ def main(argv=None):
     common = (options, accelerator, scheduler, data)
     T = options.ddpm_num_steps
     base = stage("base", base, lambda count: torch.randint(0, T, (count,)), options.base_steps, *common)
-    base.save_pretrained(options.output_dir / "base")
+    if accelerator.is_main_process:
+        base.save_pretrained(options.output_dir / "base")
 
     kinds = {"epsilon": "epsilon", "sample": "x0", "v_prediction": "v"}
     diffusion = Diffusion(scheduler.betas.numpy(), prediction=kinds[options.prediction_type])
     groups = TimestepGroups.snr(diffusion, options.groups)
     torch.manual_seed(options.seed)  # every process finds the same widths
-    images = next(batches(options, 0, 1))[:32]
-    plan = plan_pruning(base.cpu().eval(), groups, diffusion, [images], k=options.k).plan
+    measured = next(batches(images, 32))
+    plan = plan_pruning(base.cpu().eval(), groups, diffusion, [measured], k=options.k).plan
     accelerator.print(plan)
     set_seed(options.seed + 1, device_specific=True)
     model = TDCModel.from_routed(pack_experts(base, groups, plan)).train()
