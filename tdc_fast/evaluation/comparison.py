@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tdc_fast.data.dataset import ImageDataset
 from tdc_fast.errors import invalid
@@ -19,6 +20,7 @@ from tdc_fast.evaluation.options import EvaluateOptions
 from tdc_fast.evaluation.scores import OTHERS, PUBLISHED, describe_metrics, metrics
 from tdc_fast.evaluation.statistics import SetStatistics, gather_statistics
 from tdc_fast.evaluation.statistics_files import cached_statistics, content_key
+from tdc_fast.progress import Progress
 from tdc_fast.routing import TimestepGroups
 from tdc_fast.runs.build import named_device, split_data
 from tdc_fast.runs.denoisers import TrainedDenoiser
@@ -139,11 +141,19 @@ def _statistics(
         return stored
     at_once = min(options.batch_size, getattr(extractor, "images_at_once", options.batch_size))
 
-    def gather() -> SetStatistics:
-        batches = (batch.to(device) for batch in images.batches(at_once))
-        return gather_statistics(batches, len(images), extractor, kept=options.kept_features, seed=options.seed)
-
     fingerprint = getattr(extractor, "fingerprint", "")
+
+    def gather() -> SetStatistics:
+        shown = bool(fingerprint)  # the extractors of this package that have none are done in seconds
+        with Progress(f"features of {images.name}", -(-len(images) // at_once), shown=shown) as progress:
+
+            def batches() -> Iterator[Tensor]:
+                for batch in images.batches(at_once):
+                    yield batch.to(device)
+                    progress.update()  # when the next one is asked for
+
+            return gather_statistics(batches(), len(images), extractor, kept=options.kept_features, seed=options.seed)
+
     if not (keep and fingerprint and isinstance(images.pixels, ImageDataset)):
         found = gather()
     else:

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tdc_fast.errors import invalid
-from tdc_fast.evaluation.features import PrecomputedFeatures
-from tdc_fast.evaluation.moments import Moments, RunningMoments, moments_distance
+from tdc_fast.evaluation.moments import moments_distance, moments_of
 
 
 def frechet_distance(a: Tensor, b: Tensor, extractor: nn.Module, *, batch_size: int = 512) -> float:
@@ -35,15 +34,8 @@ def frechet_distance(a: Tensor, b: Tensor, extractor: nn.Module, *, batch_size: 
             raise invalid(name, f"{len(images)} images", "at least 2, the fewest that have a covariance")
     if batch_size < 1:
         raise invalid("batch_size", batch_size, "at least 1")
-    return moments_distance(*(_moments(images, extractor, batch_size) for images in (a, b)))
-
-
-def _moments(images: Tensor, extractor: nn.Module, batch_size: int) -> Moments:
-    moments = RunningMoments()
     with torch.no_grad():
-        for batch in images.split(batch_size):
-            moments.update(extractor(batch))
-    return moments.result()
+        return moments_distance(*(moments_of(map(extractor, images.split(batch_size))) for images in (a, b)))
 
 
 @dataclass(frozen=True)
@@ -91,14 +83,14 @@ def real_floors(features: Tensor, *, bootstrap_n: int, repetitions: int = 8, see
     if len(features) < 4:
         raise invalid("features", f"{len(features)} images", "a reference of at least 4 images")
     generator = torch.Generator().manual_seed(seed)
-    identity = PrecomputedFeatures(features.shape[1])
     bootstrap, halves = [], []
     half = len(features) // 2
+    whole = moments_of(features)
     for _ in range(repetitions):
         drawn = torch.randint(len(features), (bootstrap_n,), generator=generator)
-        bootstrap.append(frechet_distance(features, features[drawn], identity))
+        bootstrap.append(moments_distance(whole, moments_of(features[drawn])))
         order = torch.randperm(len(features), generator=generator)
-        halves.append(frechet_distance(features[order[:half]], features[order[half : 2 * half]], identity))
+        halves.append(moments_distance(*(moments_of(features[order[i * half : (i + 1) * half]]) for i in range(2))))
     return Floor("bootstrap", bootstrap_n, tuple(bootstrap)), Floor("halves", half, tuple(halves))
 
 

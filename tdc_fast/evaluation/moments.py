@@ -8,12 +8,15 @@ than features are, lose no digits, and no square root of a matrix is taken.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from tdc_fast.errors import invalid
+
+_ROWS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,18 @@ class RunningMoments:
             raise invalid("features", f"those of {self.count} images", "at least 2, the fewest that have a covariance")
         self._compress()
         return Moments(self.count, self._mean, self._rows[0] / math.sqrt(self.count - 1))
+
+
+def moments_of(features: Tensor | Iterable[Tensor]) -> Moments:
+    """The moments of features (M, F), or of batches (B, F) of them.
+
+    Raises:
+        ValueError: there are fewer than two.
+    """
+    running = RunningMoments()
+    for batch in features.split(_ROWS_AT_ONCE) if isinstance(features, Tensor) else features:
+        running.update(batch)
+    return running.result()
 
 
 def moments_distance(a: Moments, b: Moments) -> float:

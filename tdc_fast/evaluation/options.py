@@ -30,7 +30,8 @@ class EvaluateOptions:
     """Size in pixels to which all images but a run's are scaled; 0 scales photos and folders to the size of the other
     set, and leaves other images as they are."""
     num_samples: Annotated[int, Within(1, 10**7)] = 5000
-    """Images drawn from a run; fewer take less time, and their distances compare only with those of as many."""
+    """Images drawn from a run; fewer take less time, and their distances compare only with those of as many. They are
+    held in memory, a byte per value."""
     which: Which = "auto"
     """Which model of a run to sample: its experts, its base, or (auto) the experts if there are any."""
     vae: PathText = ""

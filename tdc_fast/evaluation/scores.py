@@ -99,7 +99,7 @@ def describe_metrics(found: dict[str, Any]) -> list[str]:
             lines.append(f"{LABELS[key]}: {value:.4f}")
         elif "mean" in value:
             spread = "" if value["sd"] is None else f" ± {value['sd']:.5f}"
-            blocks = f"{value['blocks']} blocks of {value['block_size']}"
+            blocks = f"{value['blocks']} {'blocks' if value['blocks'] > 1 else 'block'} of {value['block_size']}"
             lines.append(f"{LABELS[key]}: {value['mean']:.5f}{spread} ({blocks})")
         else:
             scores = (f"{score['mean']:.3f} ± {score['sd']:.3f} ({name})" for name, score in value.items())
