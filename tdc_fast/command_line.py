@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from tdc_fast.distributed import LostProcess, is_of_all, joined, launched_rank
 from tdc_fast.entry import INTERRUPTED
 from tdc_fast.errors import invalid, is_out_of_memory, require
 from tdc_fast.runs.denoisers import TrainedDenoiser, from_checkpoint, from_run, refuse_mismatch, stored_facts
@@ -48,20 +49,24 @@ _OUT_OF_MEMORY = (
 _TRUE, _FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
 
 
-def run_command(command: Callable[[list[str]], None], argv: Sequence[str] | None, *, stopped: str) -> int:
+def run_command(
+    command: Callable[[list[str]], None], argv: Sequence[str] | None, *, stopped: str, many_processes: bool = False
+) -> int:
     """Run a command and return its exit status: 0, 2 when it refuses or fails, 130 after Ctrl-C.
 
     Args:
         command: parses its arguments, does the work and prints the result.
         argv: the arguments; None takes those of the process.
         stopped: what to print after Ctrl-C, unless the interrupt has its own message.
+        many_processes: it also runs as one of the processes that torchrun starts. An error of all of them is printed
+            once; one that a process has alone, by that one.
     """
     try:
-        refuse_many_processes()
-        with _plain_warnings(), _termination_as_interrupt():
+        refuse_many_processes(but_by_torchrun=many_processes)
+        with _plain_warnings(), _termination_as_interrupt(), joined():
             command(list(sys.argv[1:] if argv is None else argv))
     except (ValueError, FloatingPointError, ImportError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        _print_error(error)
         return 2
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
@@ -70,9 +75,16 @@ def run_command(command: Callable[[list[str]], None], argv: Sequence[str] | None
         print(f"error: {_OUT_OF_MEMORY.format(what)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
-        print(str(interrupt) or stopped, file=sys.stderr)
+        if launched_rank() == 0:
+            print(str(interrupt) or stopped, file=sys.stderr)
         return INTERRUPTED
     return 0
+
+
+def _print_error(error: Exception) -> None:
+    rank = launched_rank()
+    if rank == 0 or not (is_of_all(error) or isinstance(error, LostProcess)):
+        print(f"error: {f'process {rank}: ' if rank else ''}{error}", file=sys.stderr)
 
 
 @contextlib.contextmanager

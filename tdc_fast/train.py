@@ -22,6 +22,7 @@ from pathlib import Path
 
 from tdc_fast.command_line import parse_flags, run_command, value_of, with_bare_value
 from tdc_fast.data.latent_files import LatentIndex
+from tdc_fast.distributed import world
 from tdc_fast.entry import STOPPED
 from tdc_fast.errors import invalid
 from tdc_fast.runs.config import TrainConfig, read_options, refuse_changed_options
@@ -108,8 +109,10 @@ def _stored_config(directory: Path, arguments: Sequence[str]) -> TrainConfig | N
 
 
 def _train(arguments: list[str]) -> None:
-    config = parse_command_line(arguments)
+    config = world().from_first(lambda: parse_command_line(arguments))
     run = train(config)
+    if not world().first:
+        return
     if config.stop_after == "never":
         print(f"finished: {run.path}\n{describe_next(run)}")
     else:
@@ -118,4 +121,4 @@ def _train(arguments: list[str]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, train, print; returns the exit status (2 for a refusal, 130 after Ctrl-C)."""
-    return run_command(_train, argv, stopped=STOPPED["train"])
+    return run_command(_train, argv, stopped=STOPPED["train"], many_processes=True)

@@ -27,7 +27,7 @@ ROOMS = (
     ("routing",),
     ("ops",),
     ("kernels", "_native"),
-    ("figures", "graphs", "atomic", "progress", "text_files"),
+    ("figures", "graphs", "atomic", "progress", "text_files", "distributed"),
     ("errors", "entry"),
 )
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -32,6 +32,10 @@ class LossSlopeSampler(StratifiedSampler):
 
     The losses are summed on their device, in a fixed order and in place, so that a CUDA graph can hold `update`. Once
     per window `prepare` reads them.
+
+    Attributes:
+        window: steps of a window.
+        total: adds up a tensor over all processes, where each of several updates with its own samples.
     """
 
     adaptive: ClassVar[bool] = True
@@ -54,6 +58,7 @@ class LossSlopeSampler(StratifiedSampler):
         self._first = self._parts / self._total
         self._inner = torch.tensor(groups.boundaries[1:-1])
         self._total = _TOTAL
+        self.total: Callable[[Tensor], Tensor] = _own
         self._sums = torch.zeros(2, self.num_groups, dtype=torch.float64)  # of losses, and of samples
         self._steps = 0  # of this window
         self._history: list[list[float]] = []  # log of the mean losses (N,) of the last windows
@@ -97,7 +102,7 @@ class LossSlopeSampler(StratifiedSampler):
         self._sums.add_(torch.where(own, values[:, None], 0.0).sum(2))  # not by atomics, whose order is not fixed
 
     def _end_window(self) -> None:
-        (losses, samples), self._steps = self._sums.tolist(), 0
+        (losses, samples), self._steps = self.total(self._sums).tolist(), 0
         self._sums.zero_()
         means = np.array(losses) / np.maximum(samples, 1)
         if not (np.isfinite(means) & (means > 0)).all():  # a group without samples, or a loss that diverged
@@ -109,6 +114,11 @@ class LossSlopeSampler(StratifiedSampler):
             floor = float(self._first @ (gains + 2 * errors))
             target = bounded(self._first, gains + floor) if floor > 0 else self._first
             self._set_shares((shares + target) / 2)
+
+    def settle(self, total: Callable[[Tensor], Tensor], keep: bool) -> None:
+        """See `TimestepSampler.settle`."""
+        sums = total(self._sums)
+        self._sums.copy_(sums if keep else torch.zeros_like(sums))
 
     def _set_shares(self, shares: np.ndarray) -> None:
         """Take the nearest whole parts; what is left over goes to the largest remainders, first ones first."""
@@ -154,6 +164,10 @@ class LossSlopeSampler(StratifiedSampler):
         self._owed = np.asarray(state["owed"], dtype=np.int64)
         self._steps, self._history = int(state["steps"]), history
         self._sums = state["sums"].to(self._sums, copy=True)
+
+
+def _own(sums: Tensor) -> Tensor:
+    return sums
 
 
 def falls(history: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

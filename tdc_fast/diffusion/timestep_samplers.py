@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
@@ -115,6 +116,14 @@ class TimestepSampler:
     def update(self, t: Tensor, losses: Tensor) -> None:
         """Learn from the unweighted losses (B,) at timesteps t (B,); only adaptive samplers do."""
 
+    def settle(self, total: Callable[[Tensor], Tensor], keep: bool) -> None:
+        """Bring together what several processes have learned, each from its own samples.
+
+        Args:
+            total: adds up a tensor over all processes.
+            keep: whether this process goes on with the totals; the others begin anew, so that nothing counts twice.
+        """
+
     def columns(self) -> dict[str, float]:
         """What the log has in columns of its own, by name."""
         return {}
@@ -153,11 +162,11 @@ class LossSecondMomentSampler(TimestepSampler):
     """Importance sampling with probability proportional to sqrt(E[loss**2]) (Nichol and Dhariwal 2021, section 3.3).
 
     Uniform until every timestep has `history_per_term` losses; from then on the last `history_per_term` count, and
-    `uniform_prob` of the probability stays uniform. The weights 1 / (T p) keep the loss unbiased. In a distributed run
-    `update` gathers the losses of all ranks, so that every rank keeps the same probabilities.
+    `uniform_prob` of the probability stays uniform. The weights 1 / (T p) keep the loss unbiased. Of several processes
+    each keeps the same history: `update` gets the losses of the whole batch in all of them.
 
     The history is on the device where timesteps are drawn, and in place, so that a CUDA graph can hold `draw` and
-    `update`; neither waits for the device, except to gather the losses of several ranks.
+    `update`; neither waits for the device.
     """
 
     adaptive = True
@@ -204,9 +213,8 @@ class LossSecondMomentSampler(TimestepSampler):
 
     @torch.no_grad()
     def update(self, t: Tensor, losses: Tensor) -> None:
-        """Add the losses (B,) at timesteps t (B,), of all ranks, to the history."""
-        t, losses = _gathered(t.detach(), losses.detach())
-        t, losses = t.to(self._history.device), losses.to(self._history.device, torch.float64)
+        """Add the losses (B,) at timesteps t (B,) to the history."""
+        t, losses = t.to(self._history.device), losses.detach().to(self._history.device, torch.float64)
         length = self.history_per_term
         # As if appended one by one: of equal timesteps, each loss comes after those earlier in the batch.
         earlier = (t[:, None] == t[None, :]).tril(-1).sum(1)  # (B,)
@@ -323,6 +331,18 @@ class StratifiedSampler(TimestepSampler):
         _check_batch(batch_size)
         return {"groups": torch.from_numpy(_interleaved(self.next_counts(batch_size)))}
 
+    def groups_ahead(self, batch_size: int, ahead: int) -> np.ndarray:
+        """The groups that `prepare` gives the samples of a later batch, int64 (B,), if the shares stay as they are.
+
+        Args:
+            batch_size: B.
+            ahead: how many batches later than the next one.
+        """
+        later = copy.copy(self)
+        for _ in range(ahead):
+            later.next_counts(batch_size)
+        return _interleaved(later.next_counts(batch_size))
+
     def draw(
         self,
         batch_size: int,
@@ -417,16 +437,6 @@ def _interleaved(counts: np.ndarray) -> np.ndarray:
     group = np.repeat(np.arange(len(counts)), counts)
     place = np.concatenate([(np.arange(count) + 0.5) / count for count in counts if count] or [np.zeros(0)])
     return group[np.argsort(place, kind="stable")]
-
-
-def _gathered(t: Tensor, losses: Tensor) -> tuple[Tensor, Tensor]:
-    """The timesteps and losses of all ranks, rank by rank; their own number may differ."""
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return t, losses
-    everyone: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(everyone, (t.cpu(), losses.cpu()))
-    return torch.cat([steps for steps, _ in everyone]), torch.cat([values for _, values in everyone])
 
 
 def _check_keys(state: dict[str, Any], expected: set[str]) -> None:

@@ -74,6 +74,16 @@ def sharers(rows: Rows) -> list[list[int]]:
     return [[group for group, own in enumerate(rows) if own == row] for row in range(max(rows) + 1)]
 
 
+def groups_together(shared: Mapping[str, Rows], num_groups: int) -> Rows:
+    """For each group the number of its set, where groups that share any layer are of one set.
+
+    Args:
+        shared: the shared layers' rows.
+        num_groups: N.
+    """
+    return _joined([*shared.values(), tuple(range(num_groups))])
+
+
 def unit_rows(units: Sequence[PruningUnit], shared: Mapping[str, Rows]) -> dict[str, Rows]:
     """Of every unit whose channels are an axis of a shared layer, which groups must order its atoms alike.
 

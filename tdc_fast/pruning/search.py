@@ -32,6 +32,7 @@ from tdc_fast.nn.width_plan import ExpertUnit, WidthPlan, base_hash
 from tdc_fast.pruning.agents import Agent, resolved_agent
 from tdc_fast.pruning.budget import budget_of, group_fractions
 from tdc_fast.pruning.costs import UnitCosts, one_sample_on_meta, unit_costs
+from tdc_fast.pruning.helpers import Helpers
 from tdc_fast.pruning.importance import Importance, TaylorImportance, balanced, magnitude_importance
 from tdc_fast.pruning.latency.costs import stepped, unit_latencies
 from tdc_fast.pruning.memory import Memory
@@ -89,6 +90,7 @@ def plan_pruning(
     memory_file: str | Path | None = None,
     stand_in: Agent | None = None,
     progress: Progress | None = None,
+    helpers: Helpers | None = None,
     **options: Any,
 ) -> Pruning:
     """Choose how wide every unit of every group's expert is, just below the group's budget.
@@ -111,6 +113,7 @@ def plan_pruning(
             that search is resumed.
         stand_in: agent for the rounds in which `agent` fails; without one a failure ends the search.
         progress: receives the events of the search.
+        helpers: other processes that measure importance and scores; the result does not depend on them.
         **options: fields of `PruningSettings` such as `k=0.6, rounds=4`.
 
     Raises:
@@ -140,6 +143,8 @@ def plan_pruning(
         scorer = DenoisingLoss(
             base, diffusion, data, seed=settings.seed, max_samples=settings.max_samples, dtype=settings.dtype
         )
+    if helpers is not None and scorer is not None:
+        scorer = helpers.sharing(scorer)
     search = _Search(
         base=base,
         digest=base_hash(module),
@@ -153,6 +158,7 @@ def plan_pruning(
         stand_in=stand_in,
         scorer=scorer,
         progress=progress,
+        helpers=helpers,
         macs=macs,
         latency=latency,
         costs=costs,
@@ -188,6 +194,7 @@ class _Search:
     stand_in: Agent | None
     scorer: Scorer | None
     progress: Progress | None
+    helpers: Helpers | None
     macs: UnitCosts
     latency: UnitCosts | None
     costs: UnitCosts  # one of these two: what budgets count
@@ -216,6 +223,7 @@ class _Search:
     def run(self, fractions: tuple[float, ...], memory: Memory) -> Pruning:
         """Search every group in turn."""
         experts: list[_Expert] = []
+        ahead = self._measure_together() if self.helpers is not None and self.settings.importance == "taylor" else 0
         for group, budget in enumerate(self.budgets):
             experts.append(self._whole() if budget >= self.costs.full() else self._pruned(group, memory))
         times = tuple(expert.latency for expert in experts if expert.latency is not None)
@@ -229,10 +237,21 @@ class _Search:
             latency=times,
             latency_budgets=() if in_macs else self.budgets,
         )
-        calibration = sum(expert.calibration_macs for expert in experts) + memory.spent
+        calibration = ahead + sum(expert.calibration_macs for expert in experts) + memory.spent
         trials = tuple(memory.of_group(group) for group in range(len(self.budgets)))
         base_latency = None if self.latency is None else self.latency.full()
         return Pruning(plan, calibration, self.macs.full(), fractions, trials, base_latency)
+
+    def _measure_together(self) -> int:
+        """Have the importance of every group that is pruned measured by all helpers; the MACs that it took."""
+        assert self.helpers is not None
+        groups = [group for group, budget in enumerate(self.budgets) if budget < self.costs.full()]
+        measured, macs = self.helpers.importances([self._interval(group) for group in groups])
+        self._importances.update(zip(groups, measured, strict=True))
+        return macs
+
+    def _interval(self, group: int) -> tuple[int, int]:
+        return self.groups.boundaries[group], self.groups.boundaries[group + 1]
 
     def _whole(self) -> _Expert:
         units = {unit.name: ExpertUnit(tuple(range(unit.num_atoms)), unit.channels) for unit in self.units}
@@ -240,7 +259,7 @@ class _Search:
 
     def _pruned(self, group: int, memory: Memory) -> _Expert:
         settings = self.settings
-        interval = (self.groups.boundaries[group], self.groups.boundaries[group + 1])
+        interval = self._interval(group)
         with MacCounter() as counter:
             importance = self._importance_of_sharers(group)
         budget, tolerance, seed = self.budgets[group], settings.tolerance, settings.seed
@@ -292,8 +311,7 @@ class _Search:
         if given == "magnitude":
             whole = {unit.name: float(self.macs.tables[unit.name][unit.channels]) for unit in self.units}
             return balanced(magnitude_importance(base, self.units), whole)
-        interval = (self.groups.boundaries[group], self.groups.boundaries[group + 1])
-        return self._taylor.of(self.data, interval, seed=self.settings.seed)
+        return self._taylor.of(self.data, self._interval(group), seed=self.settings.seed)
 
 
 def check_reachable(

@@ -1,4 +1,4 @@
-"""Training, pruning and evaluation are one process: starting several of them by a launcher is refused."""
+"""What may run as several processes: training, by torchrun. All else is one process, and refused as one of several."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
+from tdc_fast.distributed.launch import NEEDED, joined, launched
 from tdc_fast.errors import invalid
 
 P = ParamSpec("P")
@@ -21,18 +22,26 @@ _LAUNCHERS = {
 """Environment variables that tell a process how many there are, and what sets them."""
 
 
-def refuse_many_processes() -> None:
+def refuse_many_processes(*, but_by_torchrun: bool = False) -> None:
     """Refuse to run as one of several processes: each would do the whole work, in the same directory.
+
+    Args:
+        but_by_torchrun: the work is divided among the processes that torchrun starts.
 
     Raises:
         ValueError: naming the variable of the environment that says so.
     """
+    if but_by_torchrun and launched() > 1:
+        return
     for name, launcher in _LAUNCHERS.items():
         count = os.environ.get(name, "").strip()
-        if count not in ("", "0", "1"):
-            raise invalid(
-                name, count, f"1: work is not divided among processes yet; start one process, without {launcher}"
-            )
+        if count in ("", "0", "1"):
+            continue
+        if but_by_torchrun:
+            remedy = f"1, or processes that torchrun starts, with {', '.join(NEEDED)} set"
+        else:
+            remedy = f"1: this work is not divided among processes; start one process, without {launcher}"
+        raise invalid(name, count, remedy)
 
 
 def one_process(function: Callable[P, R]) -> Callable[P, R]:
@@ -42,5 +51,17 @@ def one_process(function: Callable[P, R]) -> Callable[P, R]:
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
         refuse_many_processes()
         return function(*args, **kwargs)
+
+    return checked
+
+
+def many_processes(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorate a function that does its job also as one of the processes that torchrun starts, which it joins."""
+
+    @functools.wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        refuse_many_processes(but_by_torchrun=True)
+        with joined():
+            return function(*args, **kwargs)
 
     return checked

@@ -9,6 +9,7 @@ from torch import nn
 
 from tdc_fast.data.dataset import Dataset
 from tdc_fast.diffusion.timestep_samplers import create_timestep_sampler
+from tdc_fast.distributed import GradientSum, world
 from tdc_fast.runs.build import build_device, build_diffusion, build_unet, place
 from tdc_fast.runs.checkpoint import ema_file, find_problem, finished_steps, save_checkpoint, state_file
 from tdc_fast.runs.directory import RunDirectory
@@ -18,6 +19,7 @@ from tdc_fast.training import cost
 from tdc_fast.training.loop import StageLoop
 from tdc_fast.training.optimization import LearningRate
 from tdc_fast.training.phase import State, build_base, image_shape, num_classes, open_stream, write_phase
+from tdc_fast.training.portion import Portion, Shard
 from tdc_fast.training.preview import write_preview
 from tdc_fast.training.random_state import derived_seed, seeded
 from tdc_fast.training.resume_checkpoint import continue_from
@@ -40,7 +42,7 @@ def train_base(run: RunDirectory, dataset: Dataset | None = None) -> State:
         model = place(build_unet(config, run.in_channels), build_device(config))
         macs = cost.training_macs(model, diffusion, image_shape(run), None, num_classes(config))
         if config.base:
-            return _take_base(run, model, macs)
+            return world().from_first(lambda: _take_base(run, model, macs))
         stage = Stage(
             name="base",
             steps=cost.stage1_steps(config),
@@ -51,15 +53,25 @@ def train_base(run: RunDirectory, dataset: Dataset | None = None) -> State:
         )
         sampler = create_timestep_sampler(config.schedule_sampler, diffusion.num_timesteps)
         with closing(open_stream(config, dataset, "base", device=build_device(config))) as stream:
-            loop = StageLoop(run, stage, model, diffusion, stream, sampler, build_groups(config))
+            loop = StageLoop(run, stage, model, diffusion, stream, sampler, build_groups(config), _shard(stage, model))
             if not loop.resume() and config.resume_checkpoint:
                 continue_from(Path(config.resume_checkpoint), loop)
             loop.train()
     write_phase(run, macs, "stage1", steps=loop.step, samples=loop.samples, macs=loop.macs)
-    state = cpu_state(loop.averages.state_dict(config.ema_rates[0]))
-    if config.preview:
+    state = world().from_first(lambda: cpu_state(loop.averages.state_dict(config.ema_rates[0])))
+    if config.preview and world().first:
         write_preview(run, "base", loop.step, build_base(run, state), diffusion)
     return state
+
+
+def _shard(stage: Stage, model: nn.Module) -> Shard | None:
+    """This process's part of every batch; None for one process alone."""
+    this, parameters = world(), list(model.parameters())
+    if this.alone:
+        return None
+    group = this.team(range(this.size), parameters[0].device)
+    portion = Portion(stage.batch_size, this.rank, this.size)
+    return Shard(portion, this, parameters[0].device, GradientSum(parameters, group, this), group)
 
 
 def _take_base(run: RunDirectory, model: nn.Module, macs: cost.SampleMacs) -> State:

@@ -10,6 +10,7 @@ from torch import nn
 from tdc_fast.data.dataset import Dataset
 from tdc_fast.diffusion.loss_slope import LossSlopeSampler
 from tdc_fast.diffusion.timestep_samplers import TimestepSampler, create_timestep_sampler
+from tdc_fast.distributed import world
 from tdc_fast.nn.inference import for_inference
 from tdc_fast.nn.packing import pack_experts
 from tdc_fast.nn.width_plan import WidthPlan, base_hash
@@ -20,6 +21,7 @@ from tdc_fast.runs.directory import RunDirectory
 from tdc_fast.runs.limits import comma_numbers
 from tdc_fast.runs.widths import plan_hash
 from tdc_fast.training import cost
+from tdc_fast.training.expert_parallel import adapt_sampler, take_own_experts
 from tdc_fast.training.loop import StageLoop
 from tdc_fast.training.optimization import LearningRate
 from tdc_fast.training.phase import (
@@ -50,7 +52,8 @@ def train_experts(
         dataset: what to train on; None loads what the configuration names.
 
     Returns:
-        The RoutedModel with the first moving average as its weights, on the training device.
+        The RoutedModel with the first moving average as its weights, on the training device. Of several processes the
+        first has all experts, and each other one its own.
     """
     config = run.config
     groups, diffusion = groups_of(run), build_diffusion(config)
@@ -62,7 +65,8 @@ def train_experts(
             "boundaries": list(groups.boundaries),
         }
         of_base = base_macs(run, base)
-        model = pack_experts(base.train(), groups, widths, shared_layers=config.shared_layers).to(build_device(config))
+        device = build_device(config)
+        model = pack_experts(base.train(), groups, widths, shared_layers=config.shared_layers).to(device)
         of_experts = cost.training_macs(model, diffusion, image_shape(run), groups, num_classes(config))
         teacher = None
         if config.distillation_weight:
@@ -88,15 +92,24 @@ def train_experts(
             origin=origin,
         )
         sampler = _sampler(config, groups, steps)
-        with closing(open_stream(config, dataset, "experts", stage.batch_size, build_device(config))) as stream:
-            loop = StageLoop(run, stage, model, diffusion, stream, sampler, groups)
+        own = None if world().alone else take_own_experts(config, base, model, widths, stage)
+        if own is not None:
+            model, stage = own.model, own.stage
+            adapt_sampler(sampler)
+        with closing(open_stream(config, dataset, "experts", stage.batch_size, device)) as stream:
+            loop = StageLoop(run, stage, model, diffusion, stream, sampler, groups, *(own.place if own else ()))
             loop.resume()
             loop.train()
     facts = {"steps": loop.step, "samples": loop.samples, "macs": loop.macs}
     write_phase(run, of_base, "stage2", experts=of_experts, **facts)
-    model.load_state_dict(loop.averages.state_dict(config.ema_rates[0]))
+    rate = config.ema_rates[0]
+    if own is None:
+        model.load_state_dict(loop.averages.state_dict(rate))
+    else:
+        model = own.with_all_experts(loop.averages, rate)
     model.eval()
-    write_preview(run, "experts", loop.step, model, diffusion)
+    if world().first:
+        write_preview(run, "experts", loop.step, model, diffusion)
     return model
 
 

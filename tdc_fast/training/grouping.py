@@ -11,6 +11,7 @@ from torch import nn
 from tdc_fast.data.dataset import Dataset
 from tdc_fast.diffusion import Diffusion
 from tdc_fast.diffusion.calibration import Batch
+from tdc_fast.distributed import world
 from tdc_fast.grouping import Probes, measure_similarity, probe_losses
 from tdc_fast.grouping.difficulty import in_decibels
 from tdc_fast.grouping.plot import draw_similarity
@@ -32,6 +33,10 @@ def group_timesteps(run: RunDirectory, base_state: State, dataset: Dataset | Non
         base_state: what `train_base` returned.
         dataset: images to measure on; None loads what the configuration names.
     """
+    return world().from_first(lambda: _group_timesteps(run, base_state, dataset))
+
+
+def _group_timesteps(run: RunDirectory, base_state: State, dataset: Dataset | None) -> TimestepGroups:
     config = run.config
     path = run.path / "groups.json"
     if path.is_file():

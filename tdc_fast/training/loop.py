@@ -10,6 +10,7 @@ from copy import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +18,7 @@ from tdc_fast.data.stream import BatchStream
 from tdc_fast.data.transfer import to_device
 from tdc_fast.diffusion import Diffusion
 from tdc_fast.diffusion.timestep_samplers import TimestepSampler
+from tdc_fast.distributed import on_all, world
 from tdc_fast.errors import invalid, require
 from tdc_fast.graphs import CannotCapture, graphed
 from tdc_fast.progress import on_terminal
@@ -34,13 +36,16 @@ from tdc_fast.runs.checkpoint import (
 from tdc_fast.runs.directory import RunDirectory
 from tdc_fast.runs.opening import find_step
 from tdc_fast.runs.weights import read_state
+from tdc_fast.training.holding import Holding, WholeModel
 from tdc_fast.training.interrupts import StopRequest, TrainingInterrupted, how_to_continue
-from tdc_fast.training.optimization import load_moments, optimizer_state
+from tdc_fast.training.optimization import load_moments
+from tdc_fast.training.pace import Pace
+from tdc_fast.training.portion import Shard, groups_in
 from tdc_fast.training.random_state import check_random_state, random_state, restore_random_state
 from tdc_fast.training.stage import Stage
 from tdc_fast.training.step import TrainingStep
 from tdc_fast.training.stored_state import StoredState, read_moments, read_rest
-from tdc_fast.training.telemetry import ProgressLog, speed_words
+from tdc_fast.training.telemetry import MOST_UNSETTLED, ProgressLog, speed_words
 from tdc_fast.training.throughput import Throughput, throughput_on
 
 
@@ -48,6 +53,9 @@ class StageLoop:
     """Trains a model; model, data and sampler are changed in place.
 
     The caller seeds torch's generators; every draw of the stage comes from them.
+
+    As one of several processes (`shard`) it trains on its part of every batch. All call its methods together; the first
+    process writes the files, which are those that one process writes.
 
     Args:
         run: where checkpoints and logs go; its configuration has the optimizer's settings.
@@ -57,6 +65,8 @@ class StageLoop:
         data: batches of images.
         sampler: draws timesteps.
         groups: groups by which losses are logged; None for none.
+        shard: the part of every batch that this process trains on; None for the whole batch.
+        holding: which of the weights this process has; None for all of them.
 
     Attributes:
         step: finished steps.
@@ -72,15 +82,23 @@ class StageLoop:
         data: BatchStream,
         sampler: TimestepSampler,
         groups: TimestepGroups | None,
+        shard: Shard | None = None,
+        holding: Holding | None = None,
     ) -> None:
         config = run.config
         self.run, self.stage, self.model = run, stage, model
         self.data, self.sampler = data, sampler
         self.device = next(model.parameters()).device
         self.step = 0
-        work = TrainingStep(config, stage, model, diffusion, sampler, groups)
+        work = TrainingStep(config, stage, model, diffusion, sampler, groups, shard)
         self.optimizer, self.averages, self.means = work.optimizer, work.averages, work.means
         self.samples_per_group = work.samples_per_group
+        self.shard, self.holding, self._world = shard, holding or WholeModel(model), world()
+        self._settled = 0
+        self._totals = self.samples_per_group
+        if shard is not None:
+            shard.begin_draws()
+            data.part = self._places
         self.wall_seconds = 0.0
         self._work: Callable[..., tuple[Tensor, Tensor]] = work
         if config.cuda_graph != "off":
@@ -89,6 +107,7 @@ class StageLoop:
                 self.device,
                 name=f"the step of stage {stage.name}",
                 modules=[model] if stage.teacher is None else [model, stage.teacher],
+                generators=[] if shard is None else [shard.generator],
                 clone=False,
                 required=config.cuda_graph == "on",
             )
@@ -105,13 +124,13 @@ class StageLoop:
 
     @property
     def samples(self) -> int:
-        """Images that this stage has trained on so far."""
-        return int(self.samples_per_group.sum())
+        """Images that this stage has trained on so far, of several processes as of the last report or checkpoint."""
+        return int(self._totals.sum())
 
     @property
     def macs(self) -> int:
-        """MACs that this stage has spent so far."""
-        samples = self.samples_per_group.tolist()
+        """MACs that this stage has spent on these images."""
+        samples = self._totals.tolist()
         if len(self.stage.macs_per_sample) == 1:
             return sum(samples) * self.stage.macs_per_sample[0]
         return sum(count * macs for count, macs in zip(samples, self.stage.macs_per_sample, strict=True))
@@ -128,15 +147,8 @@ class StageLoop:
         shown = config.progress == "always" or (config.progress == "auto" and on_terminal())
         self.model.train()
         self._warn_of_untrained_averages()
-        board = self.run.path / "tensorboard" / self.stage.name if config.tensorboard else None
-        log = ProgressLog(
-            self.run.log_directory(self.stage.name),
-            self.step,
-            board,
-            quiet=shown,
-            stage=self.stage.name,
-            steps=self.stage.steps,
-        )
+        shown = shown and self._world.first
+        log = self._world.by_first(lambda: self._open_log(quiet=shown))
         bar = _progress_bar(self.stage.name, self.step, self.stage.steps) if shown else None
         throughput = throughput_on(self.device, torch.bfloat16 if config.mixed_precision else torch.float32)
         if throughput is not None:
@@ -144,24 +156,38 @@ class StageLoop:
         self._clock = time.perf_counter()
         try:
             with StopRequest() as stop:
+                pace = Pace(self._world)
                 while not self.finished:
                     self._train_step()
                     if bar is not None:
                         bar.update()
                     if self.step % config.log_interval == 0 or self.finished:
                         self._report(log, bar, throughput)
-                    if self.step % config.save_interval == 0 or self.finished or stop.requested:
-                        log.sync()
+                    elif self.step - self._settled >= MOST_UNSETTLED:
+                        self._settle()
+                    stops = pace.stops_at(self.step, stop.requested)
+                    if self.step % config.save_interval == 0 or self.finished or stops:
+                        if log is not None:
+                            log.sync()
                         self.save()
-                    if stop.requested and not self.finished:
-                        raise TrainingInterrupted(
-                            f"stopped after step {self.step} of stage {self.stage.name}, which is saved; "
-                            + how_to_continue(self.run.path)
+                    if stops:
+                        raise on_all(
+                            TrainingInterrupted(
+                                f"stopped after step {self.step} of stage {self.stage.name}, which is saved; "
+                                + how_to_continue(self.run.path)
+                            )
                         )
         finally:
-            log.close()
+            if log is not None:
+                log.close()
             if bar is not None:
                 bar.close()
+
+    def _open_log(self, quiet: bool) -> ProgressLog:
+        name = self.stage.name
+        board = self.run.path / "tensorboard" / name if self.run.config.tensorboard else None
+        directory = self.run.log_directory(name)
+        return ProgressLog(directory, self.step, board, quiet=quiet, stage=name, steps=self.stage.steps)
 
     def _warn_of_untrained_averages(self) -> None:
         config, steps = self.run.config, self.stage.steps
@@ -178,24 +204,57 @@ class StageLoop:
             )
 
     def _train_step(self) -> None:
+        prepared = self.sampler.prepare(self.stage.batch_size)
+        places: tuple[Tensor, ...] = ()
+        if self.shard is not None:
+            self._groups_now = groups_in(prepared)
+            places = (torch.from_numpy(self._places(0)),)
+            if self.run.config.dropout:
+                self.shard.own_draws(self.run.config.seed, self.stage.name, self.step)
         x, condition = next(self.data)
         rate = torch.tensor(self.stage.learning_rate(self.step), dtype=torch.float64)
         n = torch.tensor(float(self.step + 1), dtype=torch.float64)
-        batch = (x, condition, self.sampler.prepare(len(x)), rate, n)
+        batch = (x, condition, prepared, rate, n, *places)
         try:
             self._work(*to_device(batch, self.device))
         except CannotCapture as error:
             raise invalid("cuda_graph", "on", f"auto or off: {error}") from error
         self.step += 1
 
-    def _report(self, log: ProgressLog, bar: Any, throughput: Throughput | None) -> None:
+    def _places(self, ahead: int) -> np.ndarray:
+        """The places in a batch of the images that this process trains on."""
+        assert self.shard is not None
+        if ahead:
+            return self.shard.portion.later(self.sampler, ahead)
+        return self.shard.portion.places(self._groups_now)
+
+    def _settle(self) -> None:
+        """Bring together in the first process what all have counted since the last time."""
+        self._settled = self.step
+        if self.shard is None:
+            return
+        first, total = self._world.first, self._world.sum
+        self.means.settle(total, first)
+        self._totals = total(self.samples_per_group)
+        self.samples_per_group.copy_(self._totals if first else torch.zeros_like(self._totals))
+        if self.shard.experts is not None:
+            self.sampler.settle(total, first)
+
+    def _finite_means(self) -> dict[str, float | None]:
         means = self.means.take()
-        loss = means.get("loss")
-        for name, mean in {"loss": loss, **means}.items():
+        for name, mean in {"loss": means.get("loss"), **means}.items():
             if mean is not None and not math.isfinite(mean):
                 what = "the loss" if name == "loss" else name
                 raise self._diverged(f"{what} of stage {self.stage.name} is {mean} at step {self.step}")
+        return means
+
+    def _report(self, log: ProgressLog | None, bar: Any, throughput: Throughput | None) -> None:
+        self._settle()
+        means = self._world.from_first(self._finite_means, "telemetry")
         self.wall_seconds += self._lap()
+        if log is None:
+            return
+        loss = means.get("loss")
         row: dict[str, float | int | None] = {
             "step": self.step,
             "samples": self.samples,
@@ -229,13 +288,20 @@ class StageLoop:
             FloatingPointError: weights, averages or optimizer hold infinities or NaN; nothing is written then.
         """
         self.wall_seconds += self._lap()
-        contents: dict[str, Any] = {model_file(self.step): self.model.state_dict()}
-        for rate in self.averages.averages:
-            contents[ema_file(rate, self.step)] = self.averages.state_dict(rate)
-        contents[optimizer_file(self.step)] = optimizer_state(self.optimizer)
+        self._settle()
+        stored = self.holding.gathered(self.averages, self.optimizer)
+        self._world.by_first(lambda: self._write(*stored) if stored is not None else None, "checkpoints")
+
+    def _write(
+        self, model: Mapping[str, Tensor], averages: Mapping[str, Mapping[str, Tensor]], optimizer: Mapping[str, Any]
+    ) -> None:
+        contents: dict[str, Any] = {model_file(self.step): model}
+        for rate, state in averages.items():
+            contents[ema_file(rate, self.step)] = state
+        contents[optimizer_file(self.step)] = optimizer
         contents[state_file(self.step)] = {
             "step": self.step,
-            "random": random_state(),
+            "random": random_state(None if self.shard is None else self.shard.generator),
             "data": self.data.state_dict(),
             "sampler": self.sampler.state_dict(),
             "means": self.means.state_dict(),
@@ -269,13 +335,11 @@ class StageLoop:
             ValueError: the checkpoint is damaged or of another run; names the file and the last good checkpoint.
         """
         expected = {key: value for key, value in self.description().items() if key != "config"}
-        step = find_step(self.run, self.stage.name, expected, self._check)
-        if step is None:
-            discard_after(self.directory, 0)
-            return False
-        self.restore(self.directory, step, exact=True)
-        discard_after(self.directory, step)
-        return True
+        step = self._world.from_first(lambda: find_step(self.run, self.stage.name, expected, self._check))
+        if step is not None:
+            self.restore(self.directory, step, exact=True)
+        self._world.by_first(lambda: discard_after(self.directory, step or 0))
+        return step is not None
 
     def restore(self, directory: Path, step: int, exact: bool) -> None:
         """Load model, averages and optimizer of a checkpoint, once all its files are read and checked.
@@ -288,7 +352,8 @@ class StageLoop:
         Raises:
             ValueError: a file is damaged or does not fit the model; names it.
         """
-        stored = self._read(directory, step, exact)
+        read = self._world.by_first(lambda: self._read(directory, step, exact))
+        stored = self.holding.scattered(read)
         self.model.load_state_dict(stored.model)
         for rate, state in stored.averages.items():
             self.averages.load_state_dict(rate, state)
@@ -300,8 +365,16 @@ class StageLoop:
         self.sampler.load_state_dict(stored.rest["sampler"])
         self.means.load_state_dict(stored.rest["means"])
         self.samples_per_group.copy_(stored.rest["samples_per_group"])
+        self._totals = self.samples_per_group if self.shard is None else self.samples_per_group.clone()
         self.wall_seconds = float(stored.rest["wall_seconds"])
         restore_random_state(stored.rest["random"])
+        if self.shard is not None:
+            self.shard.begin_draws(stored.rest["random"])
+            if not self._world.first:  # what was counted before is the first process's
+                self.means.clear()
+                self.samples_per_group.zero_()
+                if self.shard.experts is not None:
+                    self.sampler.settle(torch.clone, keep=False)
 
     def _data_position(self, position: Mapping[str, int]) -> dict[str, int]:
         """The position in the data of a checkpoint, in batches of the size that holds since it was overridden."""
@@ -318,8 +391,8 @@ class StageLoop:
         self._read(self.directory, step, exact=True)
 
     def _read(self, directory: Path, step: int, exact: bool) -> StoredState:
-        weights = self.model.state_dict()
-        parameters = dict(self.model.named_parameters())
+        weights = self.holding.whole.state_dict()
+        parameters = dict(self.holding.whole.named_parameters())
         return StoredState(
             model=read_state(directory / model_file(step), weights),
             averages={rate: read_state(directory / ema_file(rate, step), weights) for rate in self.averages.averages},

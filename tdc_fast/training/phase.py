@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tdc_fast.data.dataset import Dataset
 from tdc_fast.data.stream import BatchStream
+from tdc_fast.distributed import world
 from tdc_fast.errors import invalid
 from tdc_fast.models.iddpm import UNet
 from tdc_fast.routing import TimestepGroups
@@ -57,7 +58,7 @@ def groups_of(run: RunDirectory) -> TimestepGroups:
     """
     if not run.config.groups:
         raise invalid("groups", run.config.groups, "at least 1 for a stage of experts")
-    return load_groups(run)
+    return world().from_first(lambda: load_groups(run))
 
 
 def image_shape(run: RunDirectory) -> tuple[int, int, int]:
@@ -72,7 +73,7 @@ def num_classes(config: TrainConfig) -> int | None:
 
 def base_macs(run: RunDirectory, base: UNet) -> cost.SampleMacs:
     """MACs per sample of the base, from macs.json if stage 1 has written them, else measured."""
-    known = run.read("macs.json")
+    known = world().from_first(lambda: run.read("macs.json"))
     if known is None:
         return cost.training_macs(base, build_diffusion(run.config), image_shape(run), None, num_classes(run.config))
     per_sample = known["per_sample"]
@@ -88,7 +89,7 @@ def spent_macs(run: RunDirectory, base: cost.SampleMacs) -> int:
         run: the run.
         base: MACs per sample of the base.
     """
-    known = (run.read("macs.json") or {}).get("phases", {})
+    known = (world().from_first(lambda: run.read("macs.json")) or {}).get("phases", {})
     total = 0
     for phase in ("stage1", "grouping", "pruning"):
         macs = known.get(phase, {}).get("macs", 0)
@@ -108,6 +109,8 @@ def write_phase(
         experts: MACs per sample of the experts, once they exist.
         **facts: JSON values about the phase, `macs` among them.
     """
+    if not world().first:
+        return
     known = run.read("macs.json") or {}
     summary = cost.summary(run.config, base, experts, {**known.get("phases", {}), phase: facts})
     if experts is None:  # those of a later phase, in a run that is resumed

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch
 
 from tdc_fast.data.dataset import Dataset
 from tdc_fast.diffusion.calibration import Batch
+from tdc_fast.distributed import world
 from tdc_fast.errors import invalid
 from tdc_fast.grouping import probe_losses
 from tdc_fast.models.iddpm import UNet
@@ -21,9 +22,11 @@ from tdc_fast.nn.width_plan import WidthPlan, base_hash
 from tdc_fast.pruning import Agent, Pruning, PruningSettings, make_agent, plan_pruning
 from tdc_fast.pruning.agents import resolved_agent
 from tdc_fast.pruning.budget import budget_law, budget_of
+from tdc_fast.pruning.importance import Importance, TaylorImportance
 from tdc_fast.pruning.memory import MEMORY_FILE, OtherSearch, set_aside
 from tdc_fast.pruning.plots import draw_search
 from tdc_fast.pruning.progress import BarAndTable
+from tdc_fast.pruning.scoring import DenoisingLoss
 from tdc_fast.pruning.search import check_reachable
 from tdc_fast.routing import TimestepGroups
 from tdc_fast.runs.build import (
@@ -43,6 +46,7 @@ from tdc_fast.runs.processes import one_process
 from tdc_fast.runs.widths import NEXT_PLAN, find_plan, finish_commit, plan_hash
 from tdc_fast.training.base import train_base
 from tdc_fast.training.cost import stage1_steps
+from tdc_fast.training.crew import Crew, taylor_of
 from tdc_fast.training.grouping import group_timesteps
 from tdc_fast.training.interrupts import saying_what_is_safe
 from tdc_fast.training.latency import latency_model, outline_costs, width_step
@@ -65,6 +69,14 @@ def prune_base(run: RunDirectory, base_state: State, dataset: Dataset | None = N
         The plan; None if every expert keeps the whole base.
     """
     base = build_base(run, base_state)
+    plan = world().from_first(lambda: _found_plan(run, base))
+    if plan is not None or not prunes(run.config):
+        return plan
+    return search_run(run, run.config, base, dataset).plan
+
+
+def _found_plan(run: RunDirectory, base: UNet) -> WidthPlan | None:
+    """The run's plan, if it has one; the end of the phase is written down where there is nothing to prune."""
     finish_commit(run)
     path = find_plan(run)
     if path is not None:
@@ -73,8 +85,7 @@ def prune_base(run: RunDirectory, base_state: State, dataset: Dataset | None = N
         return plan
     if not prunes(run.config):
         write_phase(run, base_macs(run, base), "pruning", macs=0)
-        return None
-    return search_run(run, run.config, base, dataset).plan
+    return None
 
 
 @one_process
@@ -133,7 +144,8 @@ def search_run(run: RunDirectory, config: TrainConfig, base: UNet, dataset: Data
     """Search the experts' widths on the run's base and write widths.json, replacing an earlier one.
 
     Resumes the search in the run's memory.jsonl; the memory of a search of other settings is kept as memory.N.jsonl.
-    Draws the search into search.png and widths.png, and together with earlier ones into agents.png.
+    Draws the search into search.png and widths.png, and together with earlier ones into agents.png. Of several
+    processes the first one searches and all of them measure (`tdc_fast.training.crew`).
 
     Args:
         run: the run.
@@ -141,20 +153,53 @@ def search_run(run: RunDirectory, config: TrainConfig, base: UNet, dataset: Data
         base: as `build_base` gives it.
         dataset: images to calibrate on; None loads what the configuration names.
     """
+    with seeded(derived_seed(config.seed, "pruning")):
+        with closing(open_stream(config, dataset, "pruning")) as stream:
+            batches = list(islice(stream, config.calibration_batches))
+        crew = _crew(config, base, batches)
+        return crew.led(lambda: _search_with(crew, run, config, base, batches, dataset))
+
+
+def _crew(config: TrainConfig, base: UNet, batches: Sequence[Batch]) -> Crew:
+    """What the processes of the run measure together."""
+    seed, dtype, diffusion = _seed(config), calibration_dtype(config), build_diffusion(config)
+
+    def taylor() -> Callable[[tuple[int, int]], Importance]:
+        return taylor_of(TaylorImportance(base, base.pruning_units(), diffusion, dtype), batches, seed)
+
+    def scorer() -> DenoisingLoss:
+        most = config.calibration_batches
+        return DenoisingLoss(
+            base, diffusion, batches, max_batches=most, seed=seed, max_samples=config.score_samples, dtype=dtype
+        )
+
+    return Crew(world(), taylor, scorer)
+
+
+def _seed(config: TrainConfig) -> int:
+    """The seed of what a search measures."""
+    return derived_seed(config.seed, "importance") % 2**31
+
+
+def _search_with(
+    crew: Crew,
+    run: RunDirectory,
+    config: TrainConfig,
+    base: UNet,
+    batches: Sequence[Batch],
+    dataset: Dataset | None,
+) -> Pruning:
     finish_commit(run)
     groups = groups_of(run)
     macs = base_macs(run, base)
-    with seeded(derived_seed(config.seed, "pruning")):
-        difficulty, spent = _difficulty(run, config, base, groups, dataset)
-        with closing(open_stream(config, dataset, "pruning")) as stream:
-            batches = list(islice(stream, config.calibration_batches))
-        try:
-            found = _search(run, config, base, groups, batches, difficulty)
-        except OtherSearch as other:
-            kept = set_aside(run.path)
-            print(f"note: {other}; that one is kept as {kept.name}, and a new search begins", flush=True)
-            found = _search(run, config, base, groups, batches, difficulty)
-        draw_search(run.path, found, base.pruning_units())
+    difficulty, spent = _difficulty(run, config, base, groups, dataset)
+    try:
+        found = _search(crew, run, config, base, groups, batches, difficulty)
+    except OtherSearch as other:
+        kept = set_aside(run.path)
+        print(f"note: {other}; that one is kept as {kept.name}, and a new search begins", flush=True)
+        found = _search(crew, run, config, base, groups, batches, difficulty)
+    draw_search(run.path, found, base.pruning_units())
     searched = {name: getattr(config, name) for name in ("agent", "rounds", "candidates", "memory")}
     if config.budget_in != "macs":
         searched["budget_in"] = config.budget_in
@@ -227,6 +272,7 @@ def refuse_other_than_search(stored: TrainConfig, wanted: TrainConfig) -> None:
 
 
 def _search(
+    crew: Crew,
     run: RunDirectory,
     config: TrainConfig,
     base: UNet,
@@ -245,7 +291,7 @@ def _search(
         candidates=config.candidates,
         use_memory=config.memory,
         max_samples=config.score_samples,
-        seed=derived_seed(config.seed, "importance") % 2**31,
+        seed=_seed(config),
         dtype=calibration_dtype(config),
         shared_layers=config.shared_layers,
         budget_in=config.budget_in,
@@ -261,6 +307,7 @@ def _search(
         agent=agent,
         stand_in=stand_in,
         memory_file=run.path / MEMORY_FILE,
+        helpers=None if crew.alone else crew,
         progress=BarAndTable(always=config.progress == "always", bars=config.progress != "never"),
     )
 

@@ -36,12 +36,23 @@ def seeded(seed: int) -> Iterator[None]:
         restore_random_state(before)
 
 
-def random_state() -> dict[str, Any]:
-    """State of the global generators of torch (CPU and CUDA), numpy and Python, in types that load without pickle."""
+def random_state(shared: torch.Generator | None = None) -> dict[str, Any]:
+    """State of the global generators of torch (CPU and CUDA), numpy and Python, in types that load without pickle.
+
+    Args:
+        shared: the generator that several processes draw from alike: its state stands in place of that of the default
+            generators of its kind of device.
+    """
     name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    cpu = torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    if shared is not None and shared.device.type == "cuda":
+        cuda = [shared.get_state()] * len(cuda)
+    elif shared is not None:
+        cpu = shared.get_state()
     return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "torch": cpu,
+        "cuda": cuda,
         "numpy": [str(name), [int(key) for key in keys], int(position), int(has_gauss), float(gauss)],
         "python": random.getstate(),
     }
@@ -67,7 +78,7 @@ def restore_random_state(state: dict[str, Any]) -> None:
     """Restore what `random_state` returned."""
     torch.set_rng_state(state["torch"].cpu())
     if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([one.cpu() for one in state["cuda"]])
+        torch.cuda.set_rng_state_all([one.cpu() for one in state["cuda"][: torch.cuda.device_count()]])
     np.random.set_state(_numpy_state(state))
     random.setstate(_python_state(state))
 

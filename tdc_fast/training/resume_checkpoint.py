@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tdc_fast.distributed import on_all, world
 from tdc_fast.errors import invalid
 from tdc_fast.runs.checkpoint import (
     ema_file,
@@ -44,6 +45,24 @@ def continue_from(path: Path, loop: StageLoop) -> None:
         ValueError: the name has no step, a file beside it is missing or damaged, or the flags describe another model.
             Nothing is restarted silently.
     """
+    exact = world().from_first(lambda: _checked(path, loop))
+    step, directory = step_of(path), path.parent
+    try:
+        loop.restore(directory, step, exact=exact)
+    except ValueError as error:
+        raise on_all(
+            invalid("resume_checkpoint", str(path), f"files of the same model and optimizer beside it: {error}")
+        ) from error
+    if not exact and world().first:  # MACs spent before, as samples of this network
+        spent = (read_description(path) or {}).get("macs")
+        samples = step * loop.stage.batch_size if spent is None else round(spent / loop.stage.macs_per_sample[0])
+        loop.samples_per_group[0] = samples
+    rest = "" if exact else "; data order and random numbers start from the seed"
+    print(f"continuing from {path} at step {step}{rest}")
+
+
+def _checked(path: Path, loop: StageLoop) -> bool:
+    """Whether random numbers and data position can be loaded too, once the files are found to fit."""
     step = step_of(path)
     directory = path.parent
     if path.name != model_file(step):
@@ -58,19 +77,7 @@ def continue_from(path: Path, loop: StageLoop) -> None:
                 f"{name} beside it; without it averages or optimizer would restart (see --ema_rate, or use --base)",
             )
     load_weights(path, config, loop.model, "resume_checkpoint")
-    exact = step in finished_steps(directory) and _same_draws(directory / state_file(step), loop)
-    try:
-        loop.restore(directory, step, exact=exact)
-    except ValueError as error:
-        raise invalid(
-            "resume_checkpoint", str(path), f"files of the same model and optimizer beside it: {error}"
-        ) from error
-    if not exact:  # MACs spent before, as samples of this network
-        spent = (read_description(path) or {}).get("macs")
-        samples = step * loop.stage.batch_size if spent is None else round(spent / loop.stage.macs_per_sample[0])
-        loop.samples_per_group[0] = samples
-    rest = "" if exact else "; data order and random numbers start from the seed"
-    print(f"continuing from {path} at step {step}{rest}")
+    return step in finished_steps(directory) and _same_draws(directory / state_file(step), loop)
 
 
 def _same_draws(path: Path, loop: StageLoop) -> bool:

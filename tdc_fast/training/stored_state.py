@@ -13,7 +13,8 @@ from torch import Tensor
 from tdc_fast.errors import invalid
 from tdc_fast.runs.weights import check_like, load_verified
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""What AdamW keeps of each parameter, besides its number of steps."""
 _REST = {"step", "random", "data", "sampler", "means", "samples_per_group", "wall_seconds"}
 
 
@@ -52,9 +53,9 @@ def read_moments(path: Path, parameters: Mapping[str, Tensor]) -> dict[int, dict
         raise invalid("checkpoint", str(path), f"the state of the model's {len(parameters)} parameters; it has others")
     for (name, parameter), number in zip(parameters.items(), range(len(parameters)), strict=True):
         entry = state[number]
-        if not isinstance(entry, Mapping) or set(entry) != {"step", *_MOMENTS}:
-            raise invalid("checkpoint", str(path), f"step, {' and '.join(_MOMENTS)} of {name}, as AdamW keeps them")
-        for moment in _MOMENTS:
+        if not isinstance(entry, Mapping) or set(entry) != {"step", *MOMENTS}:
+            raise invalid("checkpoint", str(path), f"step, {' and '.join(MOMENTS)} of {name}, as AdamW keeps them")
+        for moment in MOMENTS:
             check_like("checkpoint", path, f"{moment} of {name}", entry[moment], parameter)
         if bool((entry["exp_avg_sq"] < 0).any()):
             raise invalid("checkpoint", str(path), f"squares in exp_avg_sq of {name}; some are negative")

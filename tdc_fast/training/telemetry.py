@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
@@ -22,6 +22,8 @@ from tdc_fast.progress import duration
 from tdc_fast.text_files import parse_json
 
 QUARTILES = 4
+MOST_UNSETTLED = 1024
+"""Steps after which several processes bring together their numbers of the log at the latest."""
 
 
 class RunningMeans:
@@ -29,20 +31,32 @@ class RunningMeans:
 
     Everything stays in tensors on the device until `take`, so that a step never waits for the numbers.
 
+    Of several processes each adds what it computes; `settle` brings that together.
+
     Args:
         num_groups: N.
         device: where the tensors are.
         group_weights: (N,), summing to 1. The overall mean is then the mean of the groups' means with these weights,
             which corrects for stratified sampling.
+        partial_norms: the gradient norms are those of some of the weights, and another process has the others.
     """
 
-    def __init__(self, num_groups: int, device: torch.device, group_weights: Sequence[float] | None = None) -> None:
+    def __init__(
+        self,
+        num_groups: int,
+        device: torch.device,
+        group_weights: Sequence[float] | None = None,
+        partial_norms: bool = False,
+    ) -> None:
         self._bins = 1 + QUARTILES + num_groups
         self._group_weights = group_weights
         self._device = device
         self._sums: dict[str, Tensor] = {}  # (bins,) float64
         self._counts = torch.zeros(self._bins, dtype=torch.float64, device=device)
         self._norms = torch.zeros(2, dtype=torch.float64, device=device)  # sum of gradient norms, steps
+        size = MOST_UNSETTLED if partial_norms else 0
+        self._squares = torch.zeros(size, dtype=torch.float64, device=device)  # of the norms of the last steps
+        self._place = torch.zeros(1, dtype=torch.int64, device=device)  # how many they are
 
     def add(self, losses: dict[str, Tensor], quartiles: Tensor, groups: Tensor | None) -> None:
         """Add a batch.
@@ -66,8 +80,38 @@ class RunningMeans:
 
     def add_gradient_norm(self, norm: Tensor) -> None:
         """Add the gradient norm of a step, 0-dim."""
+        if len(self._squares):
+            self._squares.index_copy_(0, self._place, norm.detach().double().square().view(1))
+            self._place += 1
+            return
         self._norms[0] += norm.detach()
         self._norms[1] += 1
+
+    def settle(self, total: Callable[[Tensor], Tensor], keep: bool) -> None:
+        """Bring together what all processes have added, at the latest after `MOST_UNSETTLED` steps.
+
+        Args:
+            total: adds up a tensor over all processes, fp64 (n,).
+            keep: whether this process has everything afterwards; the others then have nothing.
+        """
+        names = sorted(self._sums)
+        added = total(torch.cat([self._counts, *(self._sums[name] for name in names), self._squares]))
+        counts, *sums = added[: (1 + len(names)) * self._bins].split(self._bins)
+        self._counts.copy_(counts)
+        for name, values in zip(names, sums, strict=True):
+            self._sums[name].copy_(values)
+        if len(self._squares):
+            self._norms[0] += added[-len(self._squares) :].sqrt().sum()
+            self._norms[1] += self._place[0]
+            self._squares.zero_()
+            self._place.zero_()
+        if not keep:
+            self.clear()
+
+    def clear(self) -> None:
+        """Start new means."""
+        for tensor in (self._counts, self._norms, *self._sums.values()):
+            tensor.zero_()
 
     def take(self) -> dict[str, float | None]:
         """The means by column name, None for a bin without samples. Starts new means."""
@@ -84,8 +128,7 @@ class RunningMeans:
                 row[name] = (
                     sum(w * (m or 0.0) for w, m in zip(self._group_weights, means, strict=True)) if whole else None
                 )
-        for tensor in (self._counts, self._norms, *self._sums.values()):
-            tensor.zero_()
+        self.clear()
         return row
 
     def state_dict(self) -> dict[str, Any]:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
 import torch
 
 from tdc_fast.data.dataset import Dataset
+from tdc_fast.distributed import refuse_device, world
 from tdc_fast.errors import invalid
 from tdc_fast.runs.build import build_data, build_device, check_label_rows, refuse_what_cannot_fit
 from tdc_fast.runs.config import TrainConfig
 from tdc_fast.runs.directory import RunDirectory
 from tdc_fast.runs.opening import open_run
-from tdc_fast.runs.processes import one_process
+from tdc_fast.runs.processes import many_processes
 from tdc_fast.training.base import train_base
+from tdc_fast.training.elastic import for_many_processes
 from tdc_fast.training.experts import train_experts
 from tdc_fast.training.grouping import group_timesteps
 from tdc_fast.training.interrupts import TrainingInterrupted, how_to_continue, saying_what_is_safe
@@ -26,9 +31,11 @@ from tdc_fast.training.narration import (
 from tdc_fast.training.pruning import build_agents, prune_base, prunes, refuse_unreachable_budgets
 
 
-@one_process
+@many_processes
 def train(config: TrainConfig, dataset: Dataset | None = None) -> RunDirectory:
     """Run all phases that the configuration asks for, or the rest of them with `config.resume`.
+
+    Started by torchrun, the processes divide the work; the first one writes and prints.
 
     Args:
         config: describes the run.
@@ -47,6 +54,28 @@ def train(config: TrainConfig, dataset: Dataset | None = None) -> RunDirectory:
         raise invalid("config", type(config).__name__, "a TrainConfig")
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
+    wanted, size = config, world().size
+    config = world().from_first(lambda: for_many_processes(wanted, size))
+    given = dataset
+    dataset = world().together(lambda: _checked(config, given))
+    run = world().from_first(lambda: open_run(config, dataset))
+    with saying_what_is_safe(run), _sole_writer(run):
+        print(describe_plan(run, dataset), flush=True)
+        skipped = _report_skipped(dataset, 0)
+        try:
+            _run_phases(run, dataset)
+        except TrainingInterrupted:
+            raise
+        except KeyboardInterrupt as interrupt:  # outside the training loops, where everything is saved already
+            raise TrainingInterrupted("stopped between two stages; " + how_to_continue(run.path)) from interrupt
+        finally:  # corrupt files of a folder too large for memory are found while training
+            _report_skipped(dataset, skipped)
+    return run
+
+
+def _checked(config: TrainConfig, dataset: Dataset | None) -> Dataset:
+    """The images to train on, once nothing is found that the run could not do."""
+    refuse_device(config.device, build_device(config))
     if dataset is None:
         dataset = build_data(config)
     else:
@@ -61,19 +90,15 @@ def train(config: TrainConfig, dataset: Dataset | None = None) -> RunDirectory:
         build_agents(config)  # a library that the search needs is missed here, not after stage 1
         if not config.resume:
             refuse_unreachable_budgets(config, dataset.channels)
-    run = open_run(config, dataset)
-    with saying_what_is_safe(run), run.writing():
-        print(describe_plan(run, dataset), flush=True)
-        skipped = _report_skipped(dataset, 0)
-        try:
-            _run_phases(run, dataset)
-        except TrainingInterrupted:
-            raise
-        except KeyboardInterrupt as interrupt:  # outside the training loops, where everything is saved already
-            raise TrainingInterrupted("stopped between two stages; " + how_to_continue(run.path)) from interrupt
-        finally:  # corrupt files of a folder too large for memory are found while training
-            _report_skipped(dataset, skipped)
-    return run
+    return dataset
+
+
+@contextmanager
+def _sole_writer(run: RunDirectory) -> Iterator[None]:
+    """Lock the run in the process that writes to it."""
+    with ExitStack() as stack:
+        world().by_first(lambda: stack.enter_context(run.writing()))
+        yield
 
 
 def _run_phases(run: RunDirectory, dataset: Dataset) -> None:
@@ -85,10 +110,12 @@ def _run_phases(run: RunDirectory, dataset: Dataset) -> None:
     if run.config.groups < 0:  # their number was not known before
         warn_of_small_batches(run.config, groups.num_groups)
     widths = prune_base(run, base, dataset)
-    print(describe_widths(run, widths), flush=True)
+    if world().first:
+        print(describe_widths(run, widths), flush=True)
     if run.config.stop_after != "pruning":
         train_experts(run, base, widths, dataset)
-        print(describe_cost(run), flush=True)
+        if world().first:
+            print(describe_cost(run), flush=True)
 
 
 def _check_dataset(dataset: Dataset, config: TrainConfig) -> None:

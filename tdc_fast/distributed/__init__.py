@@ -1,0 +1,27 @@
+"""Several processes of one run: who they are, what they tell each other, and how gradients are added up.
+
+launch       the processes that torchrun started, joined
+world        this process among them, and the exchanges of all of them
+gradients    sums of gradients over the processes that train the same weights
+placement    which processes train which experts
+"""
+
+from tdc_fast.distributed.gradients import GradientSum
+from tdc_fast.distributed.launch import joined, launched_rank, refuse_device, restarted
+from tdc_fast.distributed.placement import Team, place_experts
+from tdc_fast.distributed.world import LostProcess, World, is_of_all, on_all, world
+
+__all__ = [
+    "GradientSum",
+    "LostProcess",
+    "Team",
+    "World",
+    "is_of_all",
+    "joined",
+    "launched_rank",
+    "on_all",
+    "place_experts",
+    "refuse_device",
+    "restarted",
+    "world",
+]

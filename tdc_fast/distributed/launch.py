@@ -1,0 +1,106 @@
+"""The processes that torchrun started, joined into one run."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from datetime import timedelta
+from typing import Any
+
+import torch
+
+from tdc_fast.distributed.world import World, as_world, world
+from tdc_fast.errors import invalid
+
+_WAIT = timedelta(days=1)
+"""How long a process waits for the others: one may search widths for hours. A process that ends is noticed at once."""
+NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""Environment variables that torchrun sets."""
+
+
+def launched() -> int:
+    """How many processes torchrun started for this run; 1 without it."""
+    count = os.environ.get("WORLD_SIZE", "").strip()
+    return int(count) if count.isdecimal() and all(os.environ.get(name) for name in NEEDED) else 1
+
+
+def launched_rank() -> int:
+    """The number of this process among those that torchrun started; 0 without it."""
+    return int(os.environ["RANK"]) if launched() > 1 else 0
+
+
+def restarted() -> bool:
+    """Whether torchrun started this process again, after one of the run had failed (`--max-restarts`)."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0").strip() not in ("", "0")
+
+
+@contextmanager
+def joined() -> Iterator[World]:
+    """Within the block this process is one of those that torchrun started, if it did; blocks may be nested.
+
+    Only the first process prints and warns there. They talk by gloo; gradients on a GPU are added up by NCCL.
+
+    Raises:
+        ValueError: torch has no torch.distributed, or there are more processes on this machine than GPUs.
+    """
+    if launched() == 1 or not world().alone:
+        yield world()
+        return
+    import torch.distributed as dist
+
+    if not dist.is_available():
+        raise invalid("WORLD_SIZE", launched(), "1, as this torch is built without torch.distributed")
+    of_ours = not dist.is_initialized()
+    if of_ours:
+        dist.init_process_group("gloo", timeout=_WAIT)
+    local = int(os.environ["LOCAL_RANK"])
+    if torch.cuda.is_available() and local < torch.cuda.device_count():
+        torch.cuda.set_device(local)
+    group = dist.group.WORLD if of_ours else dist.new_group(backend="gloo", timeout=_WAIT)
+    this = World(dist.get_rank(), dist.get_world_size(), group, _team)
+    with as_world(this), _quiet(not this.first):
+        yield this
+    if of_ours:  # not after an error, as the others may be gone
+        dist.destroy_process_group()
+
+
+def refuse_device(name: str, device: torch.device) -> None:
+    """Refuse a device that several processes cannot share out.
+
+    Args:
+        name: as given.
+        device: the device that it means.
+
+    Raises:
+        ValueError: naming --device or torchrun's --nproc_per_node.
+    """
+    if world().alone or device.type != "cuda":
+        return
+    if device.index is not None:
+        raise invalid("device", name, "cuda or auto: each process takes the GPU of its own number on its machine")
+    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if here > gpus:
+        raise invalid("nproc_per_node", here, f"at most {gpus}, the GPUs of this machine; or --device cpu")
+
+
+def _team(ranks: Sequence[int], device: torch.device) -> Any:
+    import torch.distributed as dist
+
+    if device.type == "cuda":
+        return dist.new_group(list(ranks), backend="nccl")
+    return dist.new_group(list(ranks), backend="gloo", timeout=_WAIT)
+
+
+@contextmanager
+def _quiet(quiet: bool) -> Iterator[None]:
+    """Print and warn nothing in the block."""
+    if not quiet:
+        yield
+        return
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+        sys.stdout.flush()

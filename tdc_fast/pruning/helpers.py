@@ -1,0 +1,19 @@
+"""Other processes that measure for a search: the protocol. `tdc_fast.training.crew` has those of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from tdc_fast.pruning.importance import Importance
+from tdc_fast.pruning.scoring import Scorer
+
+
+class Helpers(Protocol):
+    """Measure what a search needs, on the same base and data as its own process would."""
+
+    def importances(self, intervals: Sequence[tuple[int, int]]) -> tuple[list[Importance], int]:
+        """The Taylor importance on the timesteps of each interval (start, stop), and the MACs that it took."""
+
+    def sharing(self, scorer: Scorer) -> Scorer:
+        """A scorer that gives the scores of `scorer`, which helpers have too."""

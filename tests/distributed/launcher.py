@@ -1,0 +1,144 @@
+"""Processes as torchrun starts them, but forked from one that has imported everything, which takes no time."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+PRELOAD = [
+    "torch._dynamo",
+    "matplotlib.pyplot",
+    "tdc_fast.train",
+    "tdc_fast.data.dataset",
+    "tdc_fast.pruning.search",
+    "tyro",
+    "torch.distributed",
+]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Launcher:
+    """Starts functions in several processes with the environment of torchrun."""
+
+    def __init__(self) -> None:
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(PRELOAD)
+
+    def start(self, size: int, function: Callable[..., Any], *args: Any, output: Path, **more: str) -> Sequence[Any]:
+        """One process per rank that calls `function(*args)`; what rank r prints goes to `output` with suffix .r."""
+        port, found = free_port(), []
+        for rank in range(size):
+            here = {
+                "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size,
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1, **more,
+            } if size > 1 else {"OMP_NUM_THREADS": 1, **more}  # fmt: skip
+            variables = {name: str(value) for name, value in here.items()}
+            process = self._context.Process(
+                target=_child, args=(variables, str(output.with_suffix(f".{rank}")), function, args)
+            )
+            process.start()
+            found.append(process)
+        return found
+
+    def run(self, size: int, function: Callable[..., Any], *args: Any, output: Path, **more: str) -> list[str]:
+        """Start, wait for a good end, and return what each process printed."""
+        processes = self.start(size, function, *args, output=output, **more)
+        codes = end(processes)
+        texts = [output.with_suffix(f".{rank}").read_text() for rank in range(size)]
+        assert codes == [0] * size, "\n".join(texts)
+        return texts
+
+
+def end(processes: Sequence[Any], seconds: float = 300) -> list[int | None]:
+    """Wait for processes and return how they ended; None, and killed, where they do not end."""
+    limit = time.monotonic() + seconds
+    for process in processes:
+        process.join(max(limit - time.monotonic(), 0))
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        if process.is_alive():
+            process.kill()
+            process.join()
+    return codes
+
+
+def _child(variables: dict[str, str], output: str, function: Callable[..., Any], args: Sequence[Any]) -> None:
+    os.environ.update(variables)
+    sys.stdout = sys.stderr = open(output, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+    import torch
+
+    torch.set_num_threads(1)
+    os._exit(int(function(*args) or 0))
+
+
+def train_command(argv: Sequence[str], signals: dict[tuple[int, str, int], int] | None = None) -> int:
+    """The command; a process sends itself signals: {(rank, stage, step): number}, at the beginning of the step."""
+    from tdc_fast.train import main
+    from tdc_fast.training.loop import StageLoop
+
+    step = StageLoop._train_step
+
+    def signalled(loop: StageLoop) -> None:
+        number = (signals or {}).get((int(os.environ.get("RANK", "0")), loop.stage.name, loop.step))
+        if number:
+            os.kill(os.getpid(), number)
+        step(loop)
+
+    StageLoop._train_step = signalled  # type: ignore[method-assign]
+    return main(list(argv))
+
+
+def train_counting(argv: Sequence[str]) -> int:
+    """The command; prints the bytes of every call of torch.distributed, by stage and name, and what the run counted."""
+    import torch
+    import torch.distributed as dist
+
+    from tdc_fast.distributed import world
+    from tdc_fast.train import main
+    from tdc_fast.training.loop import StageLoop
+
+    seen: dict[str, int] = {}
+    counted: dict[str, int] = {}
+    stage = [""]
+
+    def watched(name: str) -> None:
+        original = getattr(dist, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            tensors = [value for value in args if isinstance(value, torch.Tensor)]
+            group = kwargs.get("group")
+            sends = name not in ("recv",) and not (name == "broadcast" and dist.get_rank() != args[1])
+            if sends:
+                kind = f"{stage[0]} {name}{'' if group is dist.group.WORLD else ' of a team'}"
+                seen[kind] = seen.get(kind, 0) + tensors[0].nbytes
+            return original(*args, **kwargs)
+
+        setattr(dist, name, call)
+
+    for name in ("all_reduce", "all_gather", "broadcast", "send", "recv"):
+        watched(name)
+    train = StageLoop.train
+
+    def train_stage(loop: StageLoop) -> None:
+        stage[0], before = loop.stage.name, dict(world().sent)
+        train(loop)
+        stage[0] = ""
+        for kind, count in world().sent.items():
+            counted[f"{loop.stage.name} {kind}"] = count - before.get(kind, 0)
+
+    StageLoop.train = train_stage  # type: ignore[method-assign]
+    status = main(list(argv))
+    print(json.dumps({"seen": seen, "counted": counted}), file=sys.stderr)
+    return status

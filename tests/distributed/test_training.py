@@ -1,0 +1,187 @@
+"""Runs of 1, 2 and 4 processes by gloo: the same samples, the same files, and the same experts, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from tdc_fast.runs.checkpoint import find_problem, finished_steps
+from tdc_fast.training import load_run
+from tests.distributed.launcher import Launcher, end, train_command, train_counting
+from tests.training.small_run import TWO_STAGES, differences, flags, rows, small_config
+
+SETTINGS = {
+    **TWO_STAGES, "batch_size": 8, "class_cond": True,
+    "diffusion_steps": 6, "schedule_sampler": "loss-second-moment", "ema_ramp": True, "k": 0.5,
+}  # fmt: skip
+"""The sampler leaves its warm-up after 8 steps of 10; three experts divide neither 8 images nor 2 or 4 processes."""
+RANDOM = {
+    **SETTINGS,
+    "grad_clip": 1.0,
+    "weight_decay": 0.1,
+    "microbatch": 3,
+    "dropout": 0.2,
+    "stage2_slope_windows": 8,
+    "stage2_lr_factors": "1,0.5,0.25",
+}
+
+
+@pytest.fixture(scope="module")
+def launcher():
+    return Launcher()
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, launcher):
+    """One process: the run, and a copy of it from before its experts."""
+    folder = tmp_path_factory.mktemp("alone")
+    config = small_config(folder, "split", **SETTINGS)
+    launcher.run(1, train_command, [*flags(config), "--stop_after", "pruning"], output=folder / "split.txt")
+    shutil.copytree(folder / "split", folder / "one")
+    launcher.run(1, train_command, ["--resume", str(folder / "one")], output=folder / "one.txt")
+    return folder, config
+
+
+@pytest.fixture(scope="module")
+def shared_base(alone, launcher):
+    """Four processes train the base of that run."""
+    folder, config = alone
+    argv = [*flags(config.replace(run_dir=str(folder / "four"), microbatch=1)), "--stop_after", "pruning"]
+    return folder / "four", launcher.run(4, train_counting, argv, output=folder / "four.txt")
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def shared_experts(alone, launcher, request):
+    """Two or four processes go on with the run of one."""
+    folder, _ = alone
+    run = folder / f"experts{request.param}"
+    shutil.copytree(folder / "split", run)
+    said = launcher.run(request.param, train_counting, ["--resume", str(run)], output=folder / f"{run.name}.txt")
+    return run, said
+
+
+def bytes_of(said: list[str]) -> list[dict[str, dict[str, int]]]:
+    return [json.loads(text.splitlines()[-1]) for text in said]
+
+
+def test_four_processes_train_a_base_as_one_does(alone, shared_base):
+    folder, _ = alone
+    one, four = (rows(path / "base" / "progress.csv") for path in (folder / "one", shared_base[0]))
+    assert len(one) == len(four) == 4
+    for left, right in zip(one, four, strict=True):
+        assert left.keys() == right.keys()
+        for name, value in left.items():
+            if name in ("step", "samples", "macs"):
+                assert value == right[name]
+            else:
+                assert float(value or 0) == pytest.approx(float(right[name] or 0), rel=2e-5), name
+    names = [{path.name for path in (run / "base").iterdir()} for run in (folder / "split", shared_base[0])]
+    assert names[0] == names[1]
+    states = [
+        torch.load(run / "base" / "state000010.pt", weights_only=True) for run in (folder / "split", shared_base[0])
+    ]
+    assert torch.equal(states[0]["random"]["torch"], states[1]["random"]["torch"])
+    assert states[0]["data"] == states[1]["data"]
+    torch.testing.assert_close(states[1]["sampler"], states[0]["sampler"], rtol=1e-4, atol=0)
+
+
+def test_gradients_are_sent_once_a_step_whatever_the_microbatches(alone, shared_base):
+    parameters = sum(p.numel() for p in load_run(alone[1].run_dir).base().parameters())
+    for sent in bytes_of(shared_base[1]):
+        assert sent["counted"]["base gradients"] == 10 * 4 * parameters
+        assert sent["seen"]["base all_reduce of a team"] == 10 * 4 * parameters
+
+
+def test_the_same_widths_are_found(alone, shared_base):
+    plans = [json.loads((run / "widths.json").read_text()) for run in (alone[0] / "split", shared_base[0])]
+    assert [expert.keys() for expert in plans[0]["experts"]] == [expert.keys() for expert in plans[1]["experts"]]
+    for left, right in zip(plans[0]["experts"], plans[1]["experts"], strict=True):
+        assert {name: unit["width"] for name, unit in left.items()} == {n: u["width"] for n, u in right.items()}
+
+
+def test_an_expert_of_one_process_is_trained_bit_for_bit_as_in_a_run_of_one(alone, shared_experts):
+    """Alone means: one process has all experts, draws the same samples, and no other process exists."""
+    (folder, _), (run, said) = alone, shared_experts
+    if len(said) == 2:  # every expert has one process: all files are the same, byte for byte
+        found = [name for name in differences(folder / "one", run) if "progress.csv" not in name]
+        assert found == []
+    one, several = load_run(folder / "one").experts(), load_run(run).experts()
+    for expert in range(3):
+        left, right = one.expert_state(expert), several.expert_state(expert)
+        if len(said) == 4 and expert == 0:  # the most expensive one has two processes, which add up gradients
+            torch.testing.assert_close(left, right, rtol=0, atol=2e-3)
+        else:
+            assert all(map(torch.equal, left.values(), right.values()))
+    for left, right in zip(*(rows(path / "experts" / "progress.csv") for path in (folder / "one", run)), strict=True):
+        assert {n: float(v or 0) for n, v in left.items()} == pytest.approx(
+            {n: float(v or 0) for n, v in right.items()}, rel=2e-5
+        )
+
+
+def test_no_gradient_leaves_a_process_in_stage_2(shared_experts):
+    run, said = shared_experts
+    experts = [load_run(run).experts().expert(0)] if len(said) == 4 else []
+    for rank, sent in enumerate(bytes_of(said)):
+        counted = {kind: count for kind, count in sent["counted"].items() if kind.startswith("experts")}
+        seen = {kind: count for kind, count in sent["seen"].items() if kind.startswith("experts")}
+        shared = sum(p.numel() for p in experts[0].parameters()) * 4 * 10 if experts and rank < 2 else 0
+        assert counted.get("experts gradients", 0) == seen.get("experts all_reduce of a team", 0) == shared
+        assert sum(counted.values()) == sum(seen.values())  # nothing is sent that is not counted
+        assert 0 < counted["experts telemetry"] < 200_000
+
+
+def test_only_the_first_process_prints(shared_experts):
+    first, *others = shared_experts[1]
+    assert "experts by process: " in first and "finished: " in first
+    assert all(len(text.splitlines()) == 1 for text in others)  # the counts of this test
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory, launcher):
+    """Two processes, everything random switched on, from beginning to end."""
+    folder = tmp_path_factory.mktemp("two")
+    config = small_config(folder, **RANDOM)
+    launcher.run(2, train_command, flags(config), output=folder / "output.txt")
+    return folder, config
+
+
+def test_stopped_killed_and_resumed_a_run_of_two_ends_bit_for_bit(two, launcher, tmp_path):
+    folder, config = two
+    shutil.copy(folder / "images.npz", tmp_path)
+    run = tmp_path / "run"
+    argv = flags(config.replace(data_dir=str(tmp_path / "images.npz"), run_dir=str(run)))
+
+    def ended(argv, signals, name):
+        processes = launcher.start(2, train_command, argv, signals, output=tmp_path / f"{name}.txt")
+        return end(processes), [(tmp_path / f"{name}.{rank}").read_text() for rank in range(2)]
+
+    # One process gets SIGTERM: both stop after the same step, which is saved.
+    codes, said = ended(argv, {(1, "base", 2): signal.SIGTERM}, "stopped")
+    assert codes == [130, 130], said
+    (step,) = finished_steps(run / "base")[-1:]
+    assert f"stopped after step {step} of stage base, which is saved; continue with: " in said[0] and not said[1]
+    # One process is killed: the other one says so, and the last checkpoint is whole.
+    codes, said = ended(["--resume", str(run)], {(1, "experts", 6): signal.SIGKILL}, "killed")
+    assert codes == [2, -signal.SIGKILL], said
+    assert "error: another process of the run has ended" in said[0]
+    assert "the last good checkpoint is step 4 of stage experts" in said[0]
+    assert finished_steps(run / "experts") == [4] and find_problem(run / "experts", 4, {}) is None
+    codes, said = ended(["--resume", str(run)], {}, "finished")
+    assert codes == [0, 0], said
+    extra = [f"{run}/base/{p.name}" for p in (run / "base").glob(f"*{step:06d}.*")]
+    found = [name for name in differences(folder / "run", run) if name.removesuffix(" is extra") not in extra]
+    assert found == []
+
+
+def test_a_batch_without_a_sample_for_each_process_is_refused_once(launcher, tmp_path):
+    config = small_config(tmp_path, batch_size=1, lr_anneal_steps=4)
+    processes = launcher.start(2, train_command, flags(config), output=tmp_path / "output.txt")
+    codes = end(processes)
+    said = [(tmp_path / f"output.{rank}").read_text() for rank in range(2)]
+    assert codes == [2, 2] and not Path(config.run_dir).exists()
+    assert said == ["error: batch_size: got 1; expected at least 2: an image for each process in every step\n", ""]
