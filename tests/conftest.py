@@ -27,6 +27,8 @@ LONGEST = ("emulator/test_sanitized.py", "interpreter", "sanitizers", "compile_o
 SLOW = (
     "bench",
     "compile_only",
+    "distributed/test_training.py",
+    "distributed/test_torchrun.py",
     "emulator",
     "examples",
     "experiments",

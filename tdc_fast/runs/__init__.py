@@ -6,7 +6,7 @@ Every file of weights is read through `weights`. The files of this folder:
     config       TrainConfig: the options as one checked description
     directory    RunDirectory: the paths and small JSON files of a run
     lock         one writer at a time
-    processes    a command is one process, whatever launched it
+    processes    which commands are one process, and which run under torchrun
     build        device, data, diffusion process and network that a configuration describes
     groups       the timestep groups of a run
     widths       the width plan of a run, committed together with its cost

@@ -131,7 +131,7 @@ class OwnExperts:
             if stored is not None:
                 names = [name for name, _ in self.whole.named_parameters()]
                 values = {name: stored.moments[number][moment] for number, name in enumerate(names)}
-            by_moment[moment] = self._scattered(values)
+            by_moment[moment] = self._scattered(values, zero=True)
         moments = {
             number: {"step": step.clone(), **{moment: by_moment[moment][name] for moment in MOMENTS}}
             for number, (name, _) in enumerate(self._mirror.named_parameters())
@@ -163,8 +163,11 @@ class OwnExperts:
         return state
 
     @torch.no_grad()
-    def _scattered(self, state: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    def _scattered(self, state: Mapping[str, Tensor] | None, zero: bool = False) -> dict[str, Tensor]:
         """This process's share of a state dict of the whole model, or of values of its parameters by name."""
+        self._mirror.load_state_dict(self._model.state_dict())  # for what no expert has; see `_begin`
+        if zero:
+            _make_zero(self._mirror)
         if state is not None:
             self._begin()
             self.whole.load_state_dict({**self._initial, **state})
@@ -182,8 +185,12 @@ class OwnExperts:
         """Reset what no expert's state dict holds, such as the weights inside units of width 0."""
         self.whole.load_state_dict(self._initial)
         if zero:
-            for parameter in self.whole.parameters():
-                parameter.zero_()
+            _make_zero(self.whole)
+
+
+def _make_zero(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.zero_()
 
 
 def _present(value: Any) -> Any:

@@ -165,8 +165,9 @@ class StageLoop:
                         self._report(log, bar, throughput)
                     elif self.step - self._settled >= MOST_UNSETTLED:
                         self._settle()
-                    stops = pace.stops_at(self.step, stop.requested)
-                    if self.step % config.save_interval == 0 or self.finished or stops:
+                    saves = self.step % config.save_interval == 0 or self.finished
+                    stops = pace.stops_at(self.step, stop.requested, waits=saves)
+                    if saves or stops:
                         if log is not None:
                             log.sync()
                         self.save()

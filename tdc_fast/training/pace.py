@@ -22,16 +22,17 @@ class Pace:
         self._next: int | None = None
         self._last = (0, time.monotonic())
 
-    def stops_at(self, step: int, requested: bool) -> bool:
+    def stops_at(self, step: int, requested: bool, waits: bool) -> bool:
         """Whether to stop after a step. All processes call it after every step.
 
         Args:
             step: the number of the step.
             requested: whether this process is asked to.
+            waits: whether the processes wait for each other after this step anyway, as for a checkpoint.
         """
         if self._world.alone:
             return requested
-        if self._next is not None and step < self._next:
+        if self._next is not None and step < self._next and not waits:
             return False
         steps, seconds = step - self._last[0], max(time.monotonic() - self._last[1], 1e-6)
         ahead = 1 if self._next is None else min(max(int(steps * _SECONDS / seconds), 1), _MOST_STEPS)

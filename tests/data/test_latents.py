@@ -114,11 +114,12 @@ def test_a_draw_depends_on_the_seed_and_the_image_alone(digits: ImageDataset, tm
     assert torch.equal(latents.batch(slice(None))[0], latents.batch(slice(None))[0])
 
 
-def test_ranks_together_have_the_epoch_of_one_process(digits: ImageDataset, tmp_path: Path) -> None:
+def test_parts_together_have_the_epoch_of_one_process(digits: ImageDataset, tmp_path: Path) -> None:
     latents = encoded(tmp_path / "latents", digits, random_autoencoder(), flips=True)
 
     def epoch(rank: int, world_size: int, skip: int) -> set[bytes]:
-        stream = BatchStream(latents, 6, seed=1, rank=rank, world_size=world_size, workers=rank)
+        stream = BatchStream(latents, 6, seed=1, workers=rank)
+        stream.part = lambda ahead: np.arange(rank, 6, world_size)
         batches = [next(stream)[0] for _ in range((skip + 1) * stream.batches_per_epoch)]
         stream.close()
         return {x.numpy().tobytes() for x in torch.cat(batches[-stream.batches_per_epoch :])}
