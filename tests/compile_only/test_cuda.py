@@ -111,9 +111,9 @@ def test_every_hopper_kernel_copies_by_tma_and_multiplies_by_wgmma() -> None:
     for kernel in kernels:
         if "reduce" in kernel:
             continue
-        wgrad, pointwise = "wgrad" in kernel, "pointwise" in kernel
+        wgrad, rows = "wgrad" in kernel, "rows" in kernel
         wanted = {"UTMALDG", "HGMMA", "USETMAXREG", "SYNCS"}
-        wanted |= (set() if wgrad else {"UTMASTG"}) | (set() if wgrad or pointwise else {"UTMAPF"})
+        wanted |= (set() if wgrad else {"UTMASTG"}) | (set() if wgrad or rows else {"UTMAPF"})
         assert wanted <= set(re.findall(r"\b[A-Z0-9]+\b", code[kernel])), kernel
         columns = 128 if wgrad else int(kernel.rsplit("x", 1)[1])
         expected = {columns} if wgrad else {columns, max(64, columns // 2)}

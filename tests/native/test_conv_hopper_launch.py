@@ -41,9 +41,9 @@ def test_it_runs_only_where_it_is_asked_for() -> None:
         ({"dtype": 0, "tf32": True}, "it has bf16 and fp16, not fp32"),
         ({"filter_height": 1, "filter_width": 1}, "it has 3x3 filters with padding 1 and 1x1 filters with padding 0"),
         ({"stride_height": 2, "stride_width": 2}, "it has 3x3 filters with padding 1 and 1x1 filters with padding 0"),
-        ({"x2_channels": 64}, "its 3x3 filters have one input, which is not upsampled"),
-        ({"upsample": 2}, "its 3x3 filters have one input, which is not upsampled"),
-        ({"height": 4, "width": 4}, "its 3x3 filters have images from 8x8 on"),
+        ({"x2_channels": 64}, "its 3x3 filters have one input, but on small images"),
+        ({"upsample": 2}, "its input is not upsampled"),
+        ({"height": 7, "width": 7}, "its 3x3 filters have images from 8x8 on, or whose number of pixels"),
         ({"in_channels": 3}, "it leaves image channels to the portable form"),
         ({"out_channels": 6}, "it leaves image channels to the portable form"),
         ({"in_channels": 32}, "it has channels from 64 on, in multiples of 8"),
@@ -120,7 +120,7 @@ POINTWISE = {"filter_height": 1, "filter_width": 1, "pad_height": 0, "pad_width"
 def test_1x1_filters_read_rows_of_both_inputs() -> None:
     sizes = {**POINTWISE, "in_channels": 384, "x2_channels": 128}
     launch = only(plan(x=1 << 21, x2=1 << 22, y=1 << 23, residual=1 << 24, **sizes))
-    assert launch.kernel == "tdc_conv_hopper_pointwise_forward_bf16_256x128"
+    assert launch.kernel == "tdc_conv_hopper_rows_forward_bf16_256x128"
     assert launch.grid == (132, 1, 1) and launch.threads == 384 and launch.shared_bytes <= H100[2]
     x, x2, weight, y, y_row, residual = (described(launch, at) for at in launch.tensor_maps)
     rows = 128 * 32 * 32
@@ -135,7 +135,7 @@ def test_1x1_filters_read_rows_of_both_inputs() -> None:
 def test_dgrad_of_1x1_filters_writes_both_gradients() -> None:
     sizes = {**POINTWISE, "in_channels": 384, "x2_channels": 128}
     launch = only(plan("dgrad", dy=1 << 21, dx=1 << 22, dx2=1 << 23, **sizes))
-    assert launch.kernel == "tdc_conv_hopper_pointwise_dgrad_bf16_256x128"
+    assert launch.kernel == "tdc_conv_hopper_rows_dgrad_bf16_256x128"
     dy, _, dx, dx2, dx_row, dx2_row = (described(launch, at) for at in launch.tensor_maps)
     assert (dy[0], dx[0], dx2[0]) == (1 << 21, 1 << 22, 1 << 23)
     assert (dx[5], dx2[5], dx[11], dx2[11], dx_row[11], dx2_row[11]) == (256, 128, 16, 16, 1, 1)
@@ -143,20 +143,22 @@ def test_dgrad_of_1x1_filters_writes_both_gradients() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes, rows, blocks",
+    "changes, tile, blocks",
     [
-        ({}, 256, 132),
-        ({"height": 8, "width": 8, "batch": 64, "in_channels": 256, "out_channels": 768}, 256, 132),
-        # 256 rows would be 48 tiles
-        ({"height": 4, "width": 4, "batch": 64, "in_channels": 256, "out_channels": 768}, 128, 96),
-        ({"height": 1, "width": 1, "batch": 64, "in_channels": 512, "out_channels": 512}, 128, 32),
+        ({}, "256x128", 132),
+        ({"height": 8, "width": 8, "batch": 64, "in_channels": 256, "out_channels": 768}, "256x128", 132),
+        # 48 tiles of 128x128 in one wave, which take longer than 96 of 128x64
+        ({"height": 4, "width": 4, "batch": 64, "in_channels": 256, "out_channels": 768}, "128x64", 132),
+        # 256 tiles in two waves of 128x64, which take longer than one of 128x128
+        ({"height": 4, "width": 4, "batch": 128, "in_channels": 256, "out_channels": 1024}, "128x128", 132),
+        ({"height": 1, "width": 1, "batch": 64, "in_channels": 512, "out_channels": 512}, "128x64", 64),
     ],
 )
-def test_the_tile_of_1x1_filters_leaves_the_busiest_multiprocessor_the_fewest_rows(
-    changes: dict[str, int], rows: int, blocks: int
+def test_the_tile_of_rows_keeps_the_busiest_multiprocessor_for_the_fewest_clocks(
+    changes: dict[str, int], tile: str, blocks: int
 ) -> None:
     launch = only(plan(**POINTWISE, **changes))
-    assert launch.kernel == f"tdc_conv_hopper_pointwise_forward_bf16_{rows}x128"
+    assert launch.kernel == f"tdc_conv_hopper_rows_forward_bf16_{tile}"
     assert launch.grid == (blocks, 1, 1)
 
 
@@ -211,8 +213,8 @@ def test_wgrad_of_1x1_filters_reads_rows_of_both_inputs() -> None:
     sizes = {**POINTWISE, "in_channels": 384, "x2_channels": 128, "out_channels": 256}
     products, reduce = plan("wgrad", x=1 << 21, x2=1 << 22, dy=1 << 23, **sizes)[:2]
     # Two units of 256 channels load 768 channels, three of 128 as many: the larger one is taken.
-    assert products.kernel == "tdc_conv_hopper_wgrad_1x1x256_bf16"
-    assert reduce.kernel == "tdc_conv_hopper_wgrad_reduce_1x1x256_bf16"
+    assert products.kernel == "tdc_conv_hopper_wgrad_rows256_bf16"
+    assert reduce.kernel == "tdc_conv_hopper_wgrad_reduce_rows256_bf16"
     # 8 experts x 2 x 2 units, of which each is cut into 132 // 32 parts.
     assert products.grid == (128, 1, 1) and reduce.grid == (32 * 4, 1, 1) and products.shared_bytes <= H100[2]
     x, dy, x2 = (described(products, at) for at in products.tensor_maps)
@@ -224,18 +226,33 @@ def test_wgrad_of_1x1_filters_reads_rows_of_both_inputs() -> None:
     assert workspace == 2 * 128 * 2 * 16 * 256 * 16 + 128 * 256 * 4
 
 
+def test_3x3_filters_on_small_images_read_whole_images() -> None:
+    sizes = {"height": 4, "width": 4, "batch": 64, "in_channels": 256, "out_channels": 256}
+    launch = only(plan(x=1 << 21, residual=0, **sizes))
+    assert launch.kernel == "tdc_conv_hopper_rows_forward_bf16_128x64"
+    x, weight, y = (described(launch, at) for at in launch.tensor_maps[:3])
+    assert (x[0], x[5:9], x[10:14]) == (1 << 21, (256, 4, 4, 64), (64, 4, 4, 8))
+    assert weight[5:9] == (256, 9, 256, 8)
+    assert (y[5:7], y[10:12]) == ((256, 64 * 16), (64, 16))
+    products = plan("wgrad", **sizes)[0]
+    # 8 experts x 9 taps x 2 units of 128 x 256 channels
+    assert products.kernel == "tdc_conv_hopper_wgrad_rows256_bf16" and products.grid == (132, 1, 1)
+    x, dy = (described(products, at) for at in products.tensor_maps)
+    assert (x[5:9], x[10:14], dy[5:7], dy[10:12]) == ((256, 4, 4, 64), (64, 4, 4, 4), (256, 1024), (64, 64))
+
+
 @pytest.mark.parametrize("channels, unit", [(64, 128), (128, 128), (256, 256), (384, 384), (512, 256), (768, 384)])
 def test_the_unit_of_1x1_filters_loads_the_fewest_channels(channels: int, unit: int) -> None:
     kernel = plan("wgrad", **POINTWISE, in_channels=channels)[0].kernel
-    assert kernel == f"tdc_conv_hopper_wgrad_1x1x{unit}_bf16"
+    assert kernel == f"tdc_conv_hopper_wgrad_rows{unit}_bf16"
 
 
 @pytest.mark.parametrize(
     "changes, reason",
     [
         ({"filter_height": 1, "filter_width": 1}, "it has 3x3 filters with padding 1 and 1x1 filters with padding 0"),
-        ({"height": 4, "width": 4}, "its 3x3 filters have images from 8x8 on"),
-        ({"x2_channels": 64}, "its 3x3 filters have one input, which is not upsampled"),
+        ({"height": 4, "width": 12}, "its 3x3 filters have images from 8x8 on, or whose number of pixels"),
+        ({"x2_channels": 64}, "its 3x3 filters have one input, but on small images"),
         ({"num_groups": 257}, "it has at most 256 groups in wgrad"),
         ({"batch": 2**17, "height": 64, "width": 64, "in_channels": 2048, "out_channels": 1024}, "it has fewer than"),
     ],

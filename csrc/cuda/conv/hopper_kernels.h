@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cuda/conv/hopper_params.h"
-#include "cuda/conv/hopper_pointwise_params.h"
+#include "cuda/conv/hopper_rows_params.h"
 #include "cuda/conv/hopper_wgrad_params.h"
 
 #define TDC_HOPPER_IMAGES(X, name, T, Tile, forward) \
@@ -20,18 +20,19 @@
   TDC_HOPPER_TILES(X, tdc_conv_hopper_dgrad_bf16, tdc::bf16, false) \
   TDC_HOPPER_TILES(X, tdc_conv_hopper_dgrad_fp16, tdc::half, false)
 
-#define TDC_HOPPER_POINTWISE(X, name, T, rows, forward)  \
-  X(name##_##rows##x128, tdc::ConvHopperPointwiseParams, \
-    (tdc::conv_hopper_pointwise<T, tdc::HopperRows##rows, forward>), tdc::kHopperThreads, 1)
-#define TDC_HOPPER_POINTWISE_TILES(X, name, T, forward) \
-  TDC_HOPPER_POINTWISE(X, name, T, 256, forward)        \
-  TDC_HOPPER_POINTWISE(X, name, T, 128, forward)
+#define TDC_HOPPER_ROWS(X, name, T, tile, forward)                                                        \
+  X(name##_##tile, tdc::ConvHopperRowsParams, (tdc::conv_hopper_rows<T, tdc::HopperRows##tile, forward>), \
+    tdc::kHopperThreads, 1)
+#define TDC_HOPPER_ROWS_TILES(X, name, T, forward) \
+  TDC_HOPPER_ROWS(X, name, T, 256x128, forward)    \
+  TDC_HOPPER_ROWS(X, name, T, 128x128, forward)    \
+  TDC_HOPPER_ROWS(X, name, T, 128x64, forward)
 
-#define TDC_KERNELS_conv_hopper_pointwise(X)                                             \
-  TDC_HOPPER_POINTWISE_TILES(X, tdc_conv_hopper_pointwise_forward_bf16, tdc::bf16, true) \
-  TDC_HOPPER_POINTWISE_TILES(X, tdc_conv_hopper_pointwise_forward_fp16, tdc::half, true) \
-  TDC_HOPPER_POINTWISE_TILES(X, tdc_conv_hopper_pointwise_dgrad_bf16, tdc::bf16, false)  \
-  TDC_HOPPER_POINTWISE_TILES(X, tdc_conv_hopper_pointwise_dgrad_fp16, tdc::half, false)
+#define TDC_KERNELS_conv_hopper_rows(X)                                        \
+  TDC_HOPPER_ROWS_TILES(X, tdc_conv_hopper_rows_forward_bf16, tdc::bf16, true) \
+  TDC_HOPPER_ROWS_TILES(X, tdc_conv_hopper_rows_forward_fp16, tdc::half, true) \
+  TDC_HOPPER_ROWS_TILES(X, tdc_conv_hopper_rows_dgrad_bf16, tdc::bf16, false)  \
+  TDC_HOPPER_ROWS_TILES(X, tdc_conv_hopper_rows_dgrad_fp16, tdc::half, false)
 
 #define TDC_HOPPER_WGRAD(X, suffix, T, Unit)                                                                     \
   X(tdc_conv_hopper_wgrad_##suffix, tdc::ConvHopperWgradParams, (tdc::conv_hopper_wgrad<T, Unit>),               \
@@ -42,10 +43,10 @@
   TDC_HOPPER_WGRAD(X, bf16, tdc::bf16, tdc::HopperFilterUnit) \
   TDC_HOPPER_WGRAD(X, fp16, tdc::half, tdc::HopperFilterUnit)
 
-#define TDC_HOPPER_POINTWISE_WGRAD(X, suffix, T)                        \
-  TDC_HOPPER_WGRAD(X, 1x1x128_##suffix, T, tdc::HopperPointwiseUnit<1>) \
-  TDC_HOPPER_WGRAD(X, 1x1x256_##suffix, T, tdc::HopperPointwiseUnit<2>) \
-  TDC_HOPPER_WGRAD(X, 1x1x384_##suffix, T, tdc::HopperPointwiseUnit<3>)
-#define TDC_KERNELS_conv_hopper_pointwise_wgrad(X) \
-  TDC_HOPPER_POINTWISE_WGRAD(X, bf16, tdc::bf16)   \
-  TDC_HOPPER_POINTWISE_WGRAD(X, fp16, tdc::half)
+#define TDC_HOPPER_ROWS_WGRAD(X, suffix, T)                        \
+  TDC_HOPPER_WGRAD(X, rows128_##suffix, T, tdc::HopperRowsUnit<1>) \
+  TDC_HOPPER_WGRAD(X, rows256_##suffix, T, tdc::HopperRowsUnit<2>) \
+  TDC_HOPPER_WGRAD(X, rows384_##suffix, T, tdc::HopperRowsUnit<3>)
+#define TDC_KERNELS_conv_hopper_rows_wgrad(X) \
+  TDC_HOPPER_ROWS_WGRAD(X, bf16, tdc::bf16)   \
+  TDC_HOPPER_ROWS_WGRAD(X, fp16, tdc::half)

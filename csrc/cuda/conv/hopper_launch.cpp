@@ -97,13 +97,16 @@ std::string hopper_refusal(const ConvArguments& a, const Device& device) {
            std::to_string(device.arch % 10);
   }
   if (a.dtype == 0) return "it has bf16 and fp16, not fp32";
-  if (!is_pointwise(a)) {
+  if (!takes_rows(a)) {
     if (a.filter_height != 3 || a.filter_width != 3 || a.stride_height != 1 || a.stride_width != 1 ||
         a.pad_height != 1 || a.pad_width != 1) {
       return "it has 3x3 filters with padding 1 and 1x1 filters with padding 0, both with stride 1";
     }
-    if (a.x2_channels || a.upsample > 1) return "its 3x3 filters have one input, which is not upsampled";
-    if (std::min(a.height, a.width) < kLeastPixels) return "its 3x3 filters have images from 8x8 on";
+    if (a.upsample > 1) return "its input is not upsampled";
+    if (std::min(a.height, a.width) < kLeastPixels) {
+      return "its 3x3 filters have images from 8x8 on, or whose number of pixels divides 64";
+    }
+    if (a.x2_channels) return "its 3x3 filters have one input, but on small images";
   }
   if (std::min(a.in_channels, a.out_channels) < 8) return "it leaves image channels to the portable form";
   if (std::min(a.in_channels, a.out_channels) < kLeastChannels || a.x_channels() % 8 || a.x2_channels % 8 ||
@@ -120,20 +123,18 @@ std::string hopper_refusal(const ConvArguments& a, const Device& device) {
 std::string hopper_refusal(const ConvArguments& a, const Device& device, bool forward) {
   const std::string common = hopper_refusal(a, device);
   if (!common.empty()) return common;
-  if (is_pointwise(a)) return hopper_pointwise_refusal(a, device);
+  if (takes_rows(a)) return hopper_rows_refusal(a, device);
   if (a.num_groups > kHopperMostGroups) return "it has at most " + std::to_string(kHopperMostGroups) + " groups";
   if (weight_stages(choose_tile(a, forward), a, device) == 0) return "its stages do not fit into shared memory";
   return "";
 }
 
 std::vector<Launch> launch_hopper_forward(const ConvArguments& arguments, const Device& device) {
-  return is_pointwise(arguments) ? launch_hopper_pointwise(arguments, device, true)
-                                 : launch_images(arguments, device, true);
+  return takes_rows(arguments) ? launch_hopper_rows(arguments, device, true) : launch_images(arguments, device, true);
 }
 
 std::vector<Launch> launch_hopper_dgrad(const ConvArguments& arguments, const Device& device) {
-  return is_pointwise(arguments) ? launch_hopper_pointwise(arguments, device, false)
-                                 : launch_images(arguments, device, false);
+  return takes_rows(arguments) ? launch_hopper_rows(arguments, device, false) : launch_images(arguments, device, false);
 }
 
 }  // namespace tdc

@@ -1,4 +1,4 @@
-// Plans the Hopper form (conv/hopper_images.cuh, conv/hopper_pointwise.cuh, conv/hopper_wgrad.cuh): where it serves,
+// Plans the Hopper form (conv/hopper_images.cuh, conv/hopper_rows.cuh, conv/hopper_wgrad.cuh): where it serves,
 // and its launches.
 #pragma once
 
@@ -17,11 +17,11 @@ std::string hopper_refusal(const ConvArguments& arguments, const Device& device)
 std::string hopper_refusal(const ConvArguments& arguments, const Device& device, bool forward);
 std::string hopper_wgrad_refusal(const ConvArguments& arguments, const Device& device);
 
-// Whether it is a matrix product of pixels and channels, which has kernels of its own; their refusal, and launches of
-// forward or dgrad.
-bool is_pointwise(const ConvArguments& arguments);
-std::string hopper_pointwise_refusal(const ConvArguments& arguments, const Device& device);
-std::vector<Launch> launch_hopper_pointwise(const ConvArguments& arguments, const Device& device, bool forward);
+// Whether it is served in the form of rows: 1x1 filters, and 3x3 filters on images of few pixels. Why that form does
+// not serve forward or dgrad, and their launches.
+bool takes_rows(const ConvArguments& arguments);
+std::string hopper_rows_refusal(const ConvArguments& arguments, const Device& device);
+std::vector<Launch> launch_hopper_rows(const ConvArguments& arguments, const Device& device, bool forward);
 
 // One launch, or none for an empty batch. Only where the form serves.
 std::vector<Launch> launch_hopper_forward(const ConvArguments& arguments, const Device& device);

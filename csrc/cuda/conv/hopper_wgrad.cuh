@@ -5,8 +5,8 @@
 //   consumers     two warpgroups: 64 output channels x the unit's taps or blocks of 128 input channels each
 //
 // Both operands have k, the pixels, as their outer dimension. A stage has the patch of dy and that of x in the filter's
-// row, a pixel wider on either side: the three taps read it from another pixel on, as in hopper_images.cuh. With 1x1
-// filters it has 64 pixels of a group, and of x one to three times 128 channels.
+// row, a pixel wider on either side: the three taps read it from another pixel on, as in hopper_images.cuh. In the form
+// of rows it has 64 pixels of a group, and of x, moved by the unit's tap, one to three times 128 channels.
 #pragma once
 
 #include "cuda/device_sm90.cuh"
@@ -95,11 +95,16 @@ class HopperWgradProducer {
   }
 
   __device__ __forceinline__ void load(const HopperUnit& unit, const HopperWgradGroup& group, int patch, int count) {
-    if constexpr (Unit::kPointwise) {
+    if constexpr (Unit::kOfRows) {
       const int end = (group.first + group.samples) * p_.pixels;
       for (int pixel = group.first * p_.pixels + 64 * patch; count > 0; --count, pixel += 64) {
-        const int row_of_x[4] = {unit.in, pixel, 0, 0}, row_of_dy[4] = {unit.out, pixel, 0, 0};
-        load_stage(unit, group, row_of_x, row_of_dy, end - pixel);
+        int of_x[4] = {unit.in, pixel, 0, 0};
+        const int of_dy[4] = {unit.out, pixel, 0, 0};
+        if (p_.taps > 1) {
+          const int row = TDC_PLANTED(HOPPER_WRONG_ROW) ? 4 : unit.row;
+          of_x[1] = row % 3 - 1, of_x[2] = row / 3 - 1, of_x[3] = pixel / p_.pixels;
+        }
+        load_stage(unit, group, of_x, of_dy, end - pixel);
       }
     } else {
       int across = patch % p_.patches_across, down = patch / p_.patches_across % p_.patches_down;
@@ -128,7 +133,7 @@ class HopperWgradProducer {
     c.live[stage][1] = group.shared ? group.live_out - unit.out : kHopperUnit;
     c.live[stage][2] = TDC_PLANTED(HOPPER_NO_LAST_PIXEL) ? 64 : pixels;
     mbarrier_arrive_expect(&c.full[stage], Unit::kStageBytes);
-    const bool second = Unit::kPointwise && unit.in >= p_.seam;
+    const bool second = Unit::kOfRows && unit.in >= p_.seam;
     for (int box = 0; box < Unit::kBoxes; ++box) {
       const int at[4] = {of_x[0] + 64 * box - (second ? p_.seam : 0), of_x[1], of_x[2], of_x[3]};
       tma_load(shared_.x(stage) + box * Unit::kBoxBytes, second ? &p_.x2 : &p_.x, &c.full[stage], at);
@@ -191,16 +196,16 @@ class HopperWgradConsumer {
  private:
   __device__ __forceinline__ void multiply(int patches, Sums& sums) {
     HopperWgradControl& c = *shared_.control;
-    constexpr int kLine = (Unit::kPointwise ? 8 : 10) * kHopperRow;  // eight pixels and what is beside them
+    constexpr int kLine = (Unit::kOfRows ? 8 : 10) * kHopperRow;  // eight pixels and what is beside them
     constexpr unsigned kHighA = descriptor_high(1024), kHighB = descriptor_high(kLine);
     constexpr unsigned kStepA = 16 * kHopperRow >> 4, kStepB = 2 * kLine >> 4;
-    constexpr unsigned kPart = (Unit::kPointwise ? 2 * Unit::kBoxBytes : kHopperRow) >> 4;  // two boxes, or a pixel
+    constexpr unsigned kPart = (Unit::kOfRows ? 2 * Unit::kBoxBytes : kHopperRow) >> 4;  // two boxes, or a pixel
     int last = 0;
     for (int i = 0; i < patches; ++i) {
       const int stage = stages_.stage;
       if (!TDC_PLANTED(HOPPER_NO_FULL_WAIT)) mbarrier_wait(&c.full[stage], stages_.parity);
       const bool ragged =
-          c.live[stage][0] < Unit::kIn || c.live[stage][1] < kHopperUnit || (Unit::kPointwise && c.live[stage][2] < 64);
+          c.live[stage][0] < Unit::kIn || c.live[stage][1] < kHopperUnit || (Unit::kOfRows && c.live[stage][2] < 64);
       warp_sync();  // all lanes have read it before one releases the stage
       if (ragged) mask(stage);
       const unsigned a = descriptor_low(shared_window(shared_.dy(stage)) + group_ * kHopperPatch, 16);
@@ -243,7 +248,7 @@ class HopperWgradConsumer {
     for (int i = threadIdx.x - 128; i < kBoxes * kPixels * 8; i += 256) {
       const int row = i / 8, chunk = i % 8;
       int left = live - row / kPixels * 64 - chunk * 8;  // live channels of the chunk
-      if (Unit::kPointwise && row % kPixels >= live_pixels) left = 0;
+      if (Unit::kOfRows && row % kPixels >= live_pixels) left = 0;
       if (left >= 8) continue;
       uint4* at = reinterpret_cast<uint4*>(boxes + row * kHopperRow + (chunk ^ row % 8) * 16);
       uint4 words = left > 0 ? load_16(at) : make_uint4(0, 0, 0, 0);
@@ -261,13 +266,14 @@ class HopperWgradConsumer {
     const int live = work.live_in - ci, left = end - work.in - ci;
     const bool upper = work.out + co < p_.out_channels, lower = work.out + co + 8 < p_.out_channels;
     const bool live_upper = co < work.live_out && work.patches, live_lower = co + 8 < work.live_out && work.patches;
-    const long long line = static_cast<long long>(Unit::kTaps) * p_.in_channels;  // from an output channel to the next
+    const long long line =
+        static_cast<long long>(Unit::kOfRows ? p_.taps : 9) * p_.in_channels;  // from an output channel to the next
     T* at = static_cast<T*>(p_.dweight) +
             (static_cast<long long>(work.expert) * p_.out_channels + work.out + co) * line +
-            static_cast<long long>(work.row) * kParts * p_.in_channels + work.in + ci;
+            static_cast<long long>(work.row) * (Unit::kOfRows ? 1 : 3) * p_.in_channels + work.in + ci;
 #pragma unroll
-    for (int t = 0; t < kParts; ++t, at += Unit::kPointwise ? 128 : p_.in_channels) {
-      const int before = Unit::kPointwise ? 128 * t : 0;  // input channels of earlier parts
+    for (int t = 0; t < kParts; ++t, at += Unit::kOfRows ? 128 : p_.in_channels) {
+      const int before = Unit::kOfRows ? 128 * t : 0;  // input channels of earlier parts
 #pragma unroll
       for (int j = 0; j < 16; ++j) {
         if (before + 8 * j >= left) continue;
@@ -328,8 +334,8 @@ __device__ __forceinline__ void conv_hopper_wgrad_reduce(const ConvHopperWgradPa
   int block = blockIdx.x;
   const int first_quad = block % kHopperReduceBlocks * kQuads;
   block /= kHopperReduceBlocks;
-  const int row = block % Unit::kRows, in = schedule.begin_of_tile(block / Unit::kRows % p.in_tiles);
-  block /= Unit::kRows * p.in_tiles;
+  const int row = block % p.rows, in = schedule.begin_of_tile(block / p.rows % p.in_tiles);
+  block /= p.rows * p.in_tiles;
   const int out = block % p.out_tiles * kHopperUnit, expert = block / p.out_tiles;
 
   const int run = schedule.run_of(expert), begin = schedule.begin_of_unit(run, row, in, out);
@@ -343,8 +349,8 @@ __device__ __forceinline__ void conv_hopper_wgrad_reduce(const ConvHopperWgradPa
   const int end = schedule.end_of_input(in);
   for (int i = 0; i < kQuads; ++i) {
     const int quad = first_quad + i, part_of_unit = quad / 16;
-    const int tap = Unit::kPointwise ? 0 : row * Unit::kParts + part_of_unit;
-    const int ci = in + (Unit::kPointwise ? 128 * part_of_unit : 0) + quad % 16 * 8 + lane % 4 * 2;
+    const int tap = Unit::kOfRows ? row : row * Unit::kParts + part_of_unit;
+    const int ci = in + (Unit::kOfRows ? 128 * part_of_unit : 0) + quad % 16 * 8 + lane % 4 * 2;
     float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     for (int part = from; part <= to; ++part) {
       const auto* parts = reinterpret_cast<const float4*>(static_cast<const unsigned char*>(p.parts) +
@@ -354,9 +360,9 @@ __device__ __forceinline__ void conv_hopper_wgrad_reduce(const ConvHopperWgradPa
     }
     if (ci >= end) continue;
     T* at = static_cast<T*>(p.dweight) +
-            ((static_cast<long long>(expert) * p.out_channels + co) * Unit::kTaps + tap) * p.in_channels + ci;
+            ((static_cast<long long>(expert) * p.out_channels + co) * p.taps + tap) * p.in_channels + ci;
     if (co < p.out_channels) store_pair(at, sum.x, sum.y, co < live_out ? live_in - ci : 0);
-    at += static_cast<long long>(8 * Unit::kTaps) * p.in_channels;
+    at += static_cast<long long>(8 * p.taps) * p.in_channels;
     if (co + 8 < p.out_channels) store_pair(at, sum.z, sum.w, co + 8 < live_out ? live_in - ci : 0);
   }
 #else

@@ -16,13 +16,13 @@ constexpr int kLeastStages = 3;
 
 struct UnitChoice {
   const char* name;
-  int in, rows, stage_bytes;
+  int in, stage_bytes;
   int64_t part_bytes;
 };
 
 template <class Unit>
 UnitChoice choice_of(const char* name) {
-  return {name, Unit::kIn, Unit::kRows, Unit::kStageBytes, kHopperPartBytes<Unit>};
+  return {name, Unit::kIn, Unit::kStageBytes, kHopperPartBytes<Unit>};
 }
 
 // Tiles along the input channels; none has channels of both inputs.
@@ -30,27 +30,28 @@ int64_t in_tiles(const ConvArguments& a, const UnitChoice& unit) {
   return ceil_div(a.x_channels(), unit.in) + ceil_div(a.x2_channels, unit.in);
 }
 
-// Of the units of 1x1 filters the one that loads the fewest channels per pixel; of equals, the larger.
+// In the form of rows the unit that loads the fewest channels per pixel; of equals, the larger.
 UnitChoice choose_unit(const ConvArguments& a) {
-  if (!is_pointwise(a)) return choice_of<HopperFilterUnit>("");
-  UnitChoice best = choice_of<HopperPointwiseUnit<3>>("1x1x384_");
+  if (!takes_rows(a)) return choice_of<HopperFilterUnit>("");
+  UnitChoice best = choice_of<HopperRowsUnit<3>>("rows384_");
   const auto loaded = [&](const UnitChoice& unit) { return in_tiles(a, unit) * (unit.in + kHopperUnit); };
-  for (const UnitChoice& unit :
-       {choice_of<HopperPointwiseUnit<2>>("1x1x256_"), choice_of<HopperPointwiseUnit<1>>("1x1x128_")}) {
+  for (const UnitChoice& unit : {choice_of<HopperRowsUnit<2>>("rows256_"), choice_of<HopperRowsUnit<1>>("rows128_")}) {
     if (loaded(unit) < loaded(best)) best = unit;
   }
   return best;
 }
 
+// Filter rows, or taps, that units have one of.
+int64_t rows_of_filter(const ConvArguments& a) { return takes_rows(a) ? a.filter_height * a.filter_width : 3; }
 int64_t out_tiles(const ConvArguments& a) { return ceil_div(a.out_channels, kHopperUnit); }
 int64_t units_of_expert(const ConvArguments& a, const UnitChoice& unit) {
-  return unit.rows * in_tiles(a, unit) * out_tiles(a);
+  return rows_of_filter(a) * in_tiles(a, unit) * out_tiles(a);
 }
 
 // Of all groups, at most.
 int64_t patches(const ConvArguments& a) {
-  return is_pointwise(a) ? a.batch * a.height * a.width / 64 + std::min(a.num_groups, a.batch)
-                         : a.batch * ceil_div(a.height, 8) * ceil_div(a.width, 8);
+  return takes_rows(a) ? a.batch * a.height * a.width / 64 + std::min(a.num_groups, a.batch)
+                       : a.batch * ceil_div(a.height, 8) * ceil_div(a.width, 8);
 }
 
 // As many stages as fit; 0 where too few do.
@@ -71,11 +72,15 @@ int blocks(const ConvArguments& a, const Device& device, const UnitChoice& unit)
 ConvHopperWgradParams params_of(const ConvArguments& a, const Device& device, const UnitChoice& unit) {
   ConvHopperWgradParams p{};
   const int64_t pixels = a.height * a.width;
-  if (is_pointwise(a)) {
-    const TensorSizes box = {kHopperDepth, 64, 1, 1};
-    p.x = tensor_map_of(a.x, {a.x_channels(), a.batch * pixels, 1, 1}, box, a);
-    if (a.x2_channels) p.x2 = tensor_map_of(a.x2, {a.x2_channels, a.batch * pixels, 1, 1}, box, a);
-    p.dy = tensor_map_of(a.dy, {a.out_channels, a.batch * pixels, 1, 1}, box, a);
+  if (takes_rows(a)) {
+    const TensorSizes rows = {kHopperDepth, 64, 1, 1}, images = {kHopperDepth, a.width, a.height, 64 / pixels};
+    const auto map_of = [&](uintptr_t address, int64_t channels) {
+      if (a.filter_height == 1) return tensor_map_of(address, {channels, a.batch * pixels, 1, 1}, rows, a);
+      return tensor_map_of(address, {channels, a.width, a.height, a.batch}, images, a);
+    };
+    p.x = map_of(a.x, a.x_channels());
+    if (a.x2_channels) p.x2 = map_of(a.x2, a.x2_channels);
+    p.dy = tensor_map_of(a.dy, {a.out_channels, a.batch * pixels, 1, 1}, rows, a);
   } else {
     p.x = tensor_map_of(a.x, {a.in_channels, a.width, a.height, a.batch}, {kHopperDepth, 10, 8, 1}, a);
     p.dy = tensor_map_of(a.dy, {a.out_channels, a.width, a.height, a.batch}, {kHopperDepth, 8, 8, 1}, a);
@@ -91,6 +96,8 @@ ConvHopperWgradParams params_of(const ConvArguments& a, const Device& device, co
   p.patches_down = static_cast<int>(ceil_div(a.height, 8));
   p.patches_across = static_cast<int>(ceil_div(a.width, 8));
   p.pixels = static_cast<int>(pixels);
+  p.taps = static_cast<int>(a.filter_height * a.filter_width);
+  p.rows = static_cast<int>(rows_of_filter(a));
   p.stages = stages(a, device, unit);
   p.blocks = blocks(a, device, unit);
   return p;

@@ -14,17 +14,18 @@ constexpr int kHopperPatch = 64 * kHopperRow;  // bytes of a box of dy; two make
 // 3x3 filters: 128 input channels of one filter row, three taps of them. A patch is 8 x 8 pixels, a box of x a pixel
 // wider on either side.
 struct HopperFilterUnit {
-  static constexpr bool kPointwise = false;
-  static constexpr int kRows = 3, kTaps = 9, kParts = 3, kIn = 128;
+  static constexpr bool kOfRows = false;
+  static constexpr int kParts = 3, kIn = 128;
   static constexpr int kBoxes = 2, kBoxBytes = 80 * kHopperRow;  // of x
   static constexpr int kStageBytes = 2 * kHopperPatch + kBoxes * kBoxBytes;
 };
 
-// 1x1 filters: kBlocks times 128 input channels of one input. A patch is 64 pixels of a group, one after the other.
+// The form of rows: one tap, kBlocks times 128 input channels of one input. A patch is 64 pixels of a group, one after
+// the other.
 template <int kBlocks>
-struct HopperPointwiseUnit {
-  static constexpr bool kPointwise = true;
-  static constexpr int kRows = 1, kTaps = 1, kParts = kBlocks, kIn = 128 * kBlocks;
+struct HopperRowsUnit {
+  static constexpr bool kOfRows = true;
+  static constexpr int kParts = kBlocks, kIn = 128 * kBlocks;
   static constexpr int kBoxes = 2 * kBlocks, kBoxBytes = kHopperPatch;
   static constexpr int kStageBytes = 2 * kHopperPatch + kBoxes * kBoxBytes;
 };
@@ -41,8 +42,8 @@ constexpr long long kHopperPartBytes = 16LL * kHopperQuads<Unit> * 256;
 
 // A part of a unit's depth.
 struct HopperWgradWork {
-  int expert;  // -1: there is no more work
-  int row, in, out;
+  int expert;             // -1: there is no more work
+  int row, in, out;       // a filter row or a tap
   int live_in, live_out;  // of the expert, counted from the unit's first channels
   int patches;            // that are multiplied
   int slot;               // where the part goes; -1: it is the whole unit
@@ -80,6 +81,7 @@ struct alignas(64) ConvHopperWgradParams {
   int seam;                          // no unit has input channels on both sides of it
   int patches_down, patches_across;  // of a sample, of 3x3 filters
   int pixels;                        // of a sample
+  int taps, rows;                    // of the filter; its rows that units have, in the form of rows its taps
   int stages;
   int blocks;  // of the products
 };

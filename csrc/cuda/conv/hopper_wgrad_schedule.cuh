@@ -63,8 +63,7 @@ class HopperWgradSchedule {
   __device__ __forceinline__ const HopperWgradGroup& group(int i) const { return groups_[i]; }
   __device__ __forceinline__ int total() const { return groups_[p_.routing.num_groups - 1].end; }
   __device__ __forceinline__ int patches_of(const HopperWgradGroup& group) const {
-    return Unit::kPointwise ? (group.samples * p_.pixels + 63) / 64
-                            : group.samples * p_.patches_down * p_.patches_across;
+    return Unit::kOfRows ? (group.samples * p_.pixels + 63) / 64 : group.samples * p_.patches_down * p_.patches_across;
   }
 
   // Blocks that get a part, and where the i-th part begins.
@@ -92,9 +91,9 @@ class HopperWgradSchedule {
     const HopperWgradGroup& first = groups_[unit.run];
     const int within = position - begin_of_run(unit.run), number = within / first.patches;
     unit.patch = within - number * first.patches;
-    unit.row = number % Unit::kRows;
-    unit.in = begin_of_tile(number / Unit::kRows % in_tiles(first.expert_in));
-    unit.out = number / Unit::kRows / in_tiles(first.expert_in) * kHopperUnit;
+    unit.row = number % p_.rows;
+    unit.in = begin_of_tile(number / p_.rows % in_tiles(first.expert_in));
+    unit.out = number / p_.rows / in_tiles(first.expert_in) * kHopperUnit;
     return unit;
   }
 
@@ -110,7 +109,7 @@ class HopperWgradSchedule {
     const HopperWgradGroup& first = groups_[run];
     if (in >= first.expert_in || out >= first.expert_out || first.patches == 0) return -1;
     const int tile = in < p_.seam ? in / Unit::kIn : in_tiles(p_.seam) + (in - p_.seam) / Unit::kIn;
-    const int number = (out / kHopperUnit * in_tiles(first.expert_in) + tile) * Unit::kRows + row;
+    const int number = (out / kHopperUnit * in_tiles(first.expert_in) + tile) * p_.rows + row;
     return begin_of_run(run) + number * first.patches;
   }
 
@@ -146,7 +145,7 @@ class HopperWgradSchedule {
       HopperWgradGroup* own = groups_ + i;
       int sum = 0, first = -1;
       if (i < num_groups) {
-        sum = patches_of(*own) * Unit::kRows * in_tiles(own->expert_in) * out_tiles(own->expert_out);
+        sum = patches_of(*own) * p_.rows * in_tiles(own->expert_in) * out_tiles(own->expert_out);
         if (own->run >= 0) first = i;
       }
       for (int distance = 1; distance < 32; distance *= 2) {

@@ -60,7 +60,7 @@ def test_im2col_and_a_grouped_product_are_the_same_convolution(layer: ConvLayer)
 def test_the_hopper_form_is_timed_beside_the_other_where_it_serves(direction: str) -> None:
     """Where it does not, the backend `hopper` runs what `cuda` runs."""
     run = BenchRun(Machine("cpu"), "cuda", torch.bfloat16, 0.0, 5.0, tiny=True)
-    served, small = ConvLayer("a", 2, 64, 64, 8, 8), ConvLayer("b", 2, 64, 64, 4, 4)
+    served, small = ConvLayer("a", 2, 64, 64, 8, 8), ConvLayer("b", 2, 64, 64, 7, 7)
     with cuda_launch.use_launcher(EmulatorLauncher(facts=(90, 132, 232448))):
         for layer, others in ((served, ["hopper"]), (small, [])):
             problem = conv.Problem(run, conv.Case(layer, 2, False, 1.0, direction))

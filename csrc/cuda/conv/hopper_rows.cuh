@@ -1,17 +1,18 @@
-// The Hopper form of 1x1 filters, forward and dgrad: a matrix product for every group by TMA and wgmma, persistent
-// blocks, warps with one task each, as in hopper_images.cuh.
+// The Hopper form of rows, forward and dgrad: 1x1 filters, and 3x3 filters on images of few pixels. A matrix product
+// for every group by TMA and wgmma, persistent blocks, warps with one task each, as in hopper_images.cuh.
 //
 //   producer     one thread: finds tiles, loads 64 channels of a tile's rows and of its weights into a ring of stages.
 //                Stages of the next tile are loaded while this one is stored
 //   consumers    two warpgroups: multiply half of a tile's rows each, add what is added, store
 //
-// With two inputs the depth is the channels of x, then those of x2: stages hold channels of one of them, so that the
-// seam may be at any multiple of 8. In dgrad no tile of the result has channels of both.
+// Of 3x3 filters each tap has stages of its own: TMA loads whole images moved by the tap, with zeros around them. With
+// two inputs the depth is the channels of x, then those of x2: stages hold channels of one of them, so that the seam
+// may be at any multiple of 8. In dgrad no tile of the result has channels of both.
 #pragma once
 
 #include "cuda/device_sm90.cuh"
-#include "cuda/conv/hopper_pointwise_epilogue.cuh"
-#include "cuda/conv/hopper_pointwise_params.h"
+#include "cuda/conv/hopper_rows_epilogue.cuh"
+#include "cuda/conv/hopper_rows_params.h"
 #include "cuda/conv/hopper_schedule.cuh"
 #include "cuda/conv/hopper_shared.cuh"
 
@@ -35,11 +36,11 @@ struct HopperDepths {
 
 // Loads everything. One thread.
 template <class Tile, bool kForward>
-class HopperPointwiseProducer {
-  using Params = ConvHopperPointwiseParams;
+class HopperRowsProducer {
+  using Params = ConvHopperRowsParams;
 
  public:
-  __device__ __forceinline__ HopperPointwiseProducer(const Params& p, const HopperPointwiseShared<Tile>& shared)
+  __device__ __forceinline__ HopperRowsProducer(const Params& p, const HopperRowsShared<Tile>& shared)
       : p_(p), shared_(shared), schedule_(p, shared.groups) {}
 
   __device__ __forceinline__ void run() {
@@ -48,21 +49,23 @@ class HopperPointwiseProducer {
       send(work);
       if (work.live < 0) return;
       const HopperDepths depths(work.depth, p_.source_seam);
-      for (int block = 0; block < depths.blocks(); ++block) load(work, depths, block);
+      for (int tap = 0; tap < p_.taps; ++tap) {
+        for (int block = 0; block < depths.blocks(); ++block) load(work, depths, tap, block);
+      }
     }
   }
 
  private:
   __device__ __forceinline__ void send(const HopperWork& work) {
-    HopperPointwiseControl& c = *shared_.control;
+    HopperRowsControl& c = *shared_.control;
     mbarrier_wait(&c.message_empty[messages_.stage], messages_.parity ^ 1);
     c.messages[messages_.stage] = work;
     mbarrier_arrive(&c.message_full[messages_.stage]);
     messages_.next(kHopperMessages);
   }
 
-  __device__ __forceinline__ void load(const HopperWork& work, const HopperDepths& depths, int block) {
-    HopperPointwiseControl& c = *shared_.control;
+  __device__ __forceinline__ void load(const HopperWork& work, const HopperDepths& depths, int tap, int block) {
+    HopperRowsControl& c = *shared_.control;
     const int boxes = hopper_product_columns<Tile>(work) / 64, stage = stages_.stage;
     if (!TDC_PLANTED(HOPPER_NO_EMPTY_WAIT)) {
       mbarrier_wait(&c.empty[stage], stages_.parity ^ (TDC_PLANTED(HOPPER_WRONG_PHASE) ? 0 : 1));
@@ -72,37 +75,41 @@ class HopperPointwiseProducer {
         full, Tile::kSourceBytes + boxes * kHopperPatchBytes - (TDC_PLANTED(HOPPER_WRONG_BYTES) ? 128 : 0));
     const bool second = depths.is_second(block) && !TDC_PLANTED(HOPPER_WRONG_INPUT);
     const int channel = depths.channel(block), source = channel + (depths.is_second(block) ? p_.source_seam : 0);
-    const int of_source[4] = {channel, work.first, 0, 0};
+    int of_source[4] = {channel, work.first, 0, 0};
+    if (p_.taps > 1) {
+      of_source[1] = tap % 3 - 1, of_source[2] = tap / 3 - 1, of_source[3] = quotient(work.first, p_.by_rows);
+    }
     tma_load(shared_.source(stage), second ? &p_.source2 : &p_.source, full, of_source);
+    // In dgrad tap t of dx is tap 8 - t of the filter.
+    const int of_filter = (kForward ? tap : p_.taps - 1 - tap) ^ (TDC_PLANTED(HOPPER_WRONG_TAP) && tap == 2 ? 1 : 0);
     for (int i = 0; i < boxes; ++i) {
       const int result = work.column + 64 * i;
-      const int at[4] = {kForward ? source : result, 0, kForward ? result : source, work.expert};
+      const int at[4] = {kForward ? source : result, of_filter, kForward ? result : source, work.expert};
       tma_load(shared_.weight(stage) + i * kHopperPatchBytes, &p_.weight, full, at);
     }
     stages_.next(p_.stages);
   }
 
   const Params& p_;
-  const HopperPointwiseShared<Tile>& shared_;
+  const HopperRowsShared<Tile>& shared_;
   HopperSchedule<Tile, Params> schedule_;
   HopperRing stages_, messages_;
 };
 
 // One of the two warpgroups that multiply.
 template <class T, class Tile, bool kForward>
-class HopperPointwiseConsumer {
+class HopperRowsConsumer {
   static constexpr int kPatches = Tile::kPatches / 2;
-  using Params = ConvHopperPointwiseParams;
-  using Epilogue = HopperPointwiseEpilogue<T, Tile>;
+  using Params = ConvHopperRowsParams;
+  using Epilogue = HopperRowsEpilogue<T, Tile>;
   using Sums = typename Epilogue::Sums;
 
  public:
-  __device__ __forceinline__ HopperPointwiseConsumer(const Params& p, const HopperPointwiseShared<Tile>& shared,
-                                                     int group)
+  __device__ __forceinline__ HopperRowsConsumer(const Params& p, const HopperRowsShared<Tile>& shared, int group)
       : p_(p), shared_(shared), group_(group) {}
 
   __device__ __forceinline__ void run() {
-    HopperPointwiseControl& c = *shared_.control;
+    HopperRowsControl& c = *shared_.control;
     Epilogue epilogue(p_, shared_, group_);
     Sums sums;
     for (;;) {
@@ -117,7 +124,7 @@ class HopperPointwiseConsumer {
       if (depths.blocks()) {
         if (group_ * kPatches * 64 >= work.count) {
           skip(depths);
-        } else if (hopper_product_columns<Tile>(work) == Tile::kColumns) {
+        } else if (Tile::kColumns == 64 || hopper_product_columns<Tile>(work) == Tile::kColumns) {
           multiply<Tile::kColumns>(depths, sums);
         } else {
           multiply<64>(depths, sums);
@@ -131,11 +138,11 @@ class HopperPointwiseConsumer {
  private:
   template <int kColumns>
   __device__ __forceinline__ void multiply(const HopperDepths& depths, Sums& sums) {
-    HopperPointwiseControl& c = *shared_.control;
+    HopperRowsControl& c = *shared_.control;
     last_ = -1;
 #pragma unroll 1
-    for (int input = 0; input < 2; ++input) {
-      int left = input ? depths.second : depths.first;
+    for (int pass = 0; pass < 2 * p_.taps; ++pass) {  // the inputs of every tap
+      int left = pass % 2 ? depths.second : depths.first;
       for (; left > 48; left -= kHopperDepth) multiply_block<kColumns, kHopperSteps>(left, sums);
       if (left > 32) {
         multiply_block<kColumns, 3>(left, sums);
@@ -154,7 +161,7 @@ class HopperPointwiseConsumer {
   // A stage, of which the first `live` channels count, in kSteps times 16.
   template <int kColumns, int kSteps>
   __device__ __forceinline__ void multiply_block(int live, Sums& sums) {
-    HopperPointwiseControl& c = *shared_.control;
+    HopperRowsControl& c = *shared_.control;
     constexpr unsigned kHigh = descriptor_high(1024), kStepA = 32 >> 4;
     constexpr unsigned kStepB = (kForward ? 32 : 16 * kHopperRow) >> 4, kPatchStep = kHopperPatchBytes >> 4;
     const int stage = stages_.stage;
@@ -181,8 +188,8 @@ class HopperPointwiseConsumer {
 
   // The warpgroup has no rows in this tile.
   __device__ __forceinline__ void skip(const HopperDepths& depths) {
-    HopperPointwiseControl& c = *shared_.control;
-    for (int block = 0; block < depths.blocks(); ++block) {
+    HopperRowsControl& c = *shared_.control;
+    for (int i = 0; i < p_.taps * depths.blocks(); ++i) {
       mbarrier_wait(&c.full[stages_.stage], stages_.parity);
       warp_sync();
       hopper_release(&c.empty[stages_.stage]);
@@ -199,7 +206,7 @@ class HopperPointwiseConsumer {
   }
 
   const Params& p_;
-  const HopperPointwiseShared<Tile>& shared_;
+  const HopperRowsShared<Tile>& shared_;
   int group_;
   int last_ =
       -1;  // the stage that the products under way read; -1: there are none yet, and the next overwrite the sums
@@ -207,10 +214,10 @@ class HopperPointwiseConsumer {
 };
 
 template <class T, class Tile, bool kForward>
-__device__ __forceinline__ void conv_hopper_pointwise(const ConvHopperPointwiseParams& p) {
+__device__ __forceinline__ void conv_hopper_rows(const ConvHopperRowsParams& p) {
 #ifdef TDC_SM90A
   TDC_DYNAMIC_SHARED_1024(memory);
-  const HopperPointwiseShared<Tile> shared(memory, p.stages);
+  const HopperRowsShared<Tile> shared(memory, p.stages);
   const int group = shfl(static_cast<int>(threadIdx.x) / 128, 0);
   if (threadIdx.x == 0) shared.init_barriers(p.stages);
   if (threadIdx.x == 32) {
@@ -219,13 +226,13 @@ __device__ __forceinline__ void conv_hopper_pointwise(const ConvHopperPointwiseP
     tensor_map_prefetch(&p.result);
   }
   // Ends with a barrier, also for the barriers.
-  HopperSchedule<Tile, ConvHopperPointwiseParams>(p, shared.groups).template make<kForward>();
+  HopperSchedule<Tile, ConvHopperRowsParams>(p, shared.groups).template make<kForward>();
   if (group == 0) {
     registers_give<56>();
-    if (threadIdx.x == 0) HopperPointwiseProducer<Tile, kForward>(p, shared).run();
+    if (threadIdx.x == 0) HopperRowsProducer<Tile, kForward>(p, shared).run();
   } else {
     registers_take<224>();
-    HopperPointwiseConsumer<T, Tile, kForward>(p, shared, group - 1).run();
+    HopperRowsConsumer<T, Tile, kForward>(p, shared, group - 1).run();
   }
 #else
   trap();

@@ -1,4 +1,4 @@
-"""The Hopper form of 1x1 filters (linear layers and two inputs included), run in the emulator, equals one per group."""
+"""The Hopper form of rows (1x1 filters, linear layers, small images), run in the emulator, equals one per group."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.emulator.harness import AT_RUNTIME, SANITIZED, SCHEDULES, EmulatorErr
 from tests.generated import examples
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
-FAMILY = "conv_hopper_pointwise"
+FAMILY = "conv_hopper_rows"
 INPUTS = ("x", "x2")
 
 
@@ -37,15 +37,21 @@ def case_of(**changes: Any) -> ConvCase:
     return conv_case(**settings | changes)
 
 
-# Changes to a case, and the tile that forward and dgrad must take.
-EDGES: dict[str, tuple[dict[str, Any], str]] = {
+THREE_BY_THREE: dict[str, Any] = {"filter": (3, 3), "padding": (1, 1)}
+# Changes to a case, and the tiles that forward and dgrad must take.
+EDGES: dict[str, tuple[dict[str, Any], str, str]] = {
     "groups of several tiles, several blocks of channels": (
         {"routing": uneven(3, 0, 2), "size": (15, 17), "in_channels": 136, "out_channels": 200},
         "256x128",
+        "256x128",
     ),
-    "few rows": ({"routing": uneven(1, 2), "size": (8, 8), "in_channels": 72}, "128x128"),
-    "one pixel": ({"routing": uneven(5, 0, 1, 18), "size": (1, 1), "out_channels": 136}, "128x128"),
-    "groups that end in the middle of a warp's rows": ({"routing": uneven(3, 7, 1), "size": (5, 1)}, "128x128"),
+    "few rows": ({"routing": uneven(1, 2), "size": (8, 8), "in_channels": 72}, "128x64", "128x128"),
+    "one pixel": ({"routing": uneven(5, 0, 1, 18), "size": (1, 1), "out_channels": 136}, "128x128", "128x64"),
+    "groups that end in the middle of a warp's rows": (
+        {"routing": uneven(3, 7, 1), "size": (5, 1)},
+        "128x64",
+        "128x64",
+    ),
     "widths of no multiple": (
         {
             "routing": uneven(1, 1, 1, 1, 0, weight_index=(0, 0, 1, 1, 1)),
@@ -56,9 +62,11 @@ EDGES: dict[str, tuple[dict[str, Any], str]] = {
             "out_widths": (144, 3, 64, 129, 0),
         },
         "256x128",
+        "256x128",
     ),
     "two inputs whose seam is no multiple of 64": (
         {"routing": uneven(1, 0, 2), "size": (9, 9), "in_channels": 200, "x2_channels": 112, "out_channels": 136},
+        "128x128",
         "128x128",
     ),
     "two inputs with widths on both sides of the seam": (
@@ -69,42 +77,65 @@ EDGES: dict[str, tuple[dict[str, Any], str]] = {
             "in_widths": (37, 72, 77, 152),
             "out_widths": (64, 17, 64, 0),
         },
+        "128x64",
         "128x128",
     ),
-    "nothing is added": ({"routing": uneven(2), "extras": ()}, "128x128"),
+    "images of 4x4": (
+        {"routing": uneven(5, 0, 9, 1), "size": (4, 4), "in_channels": 72, "out_channels": 136, **THREE_BY_THREE},
+        "128x128",
+        "128x128",
+    ),
+    "images of 2x8 and two inputs with widths": (
+        {
+            "routing": uneven(3, 2),
+            "size": (2, 8),
+            "in_channels": 136,
+            "x2_channels": 56,
+            "in_widths": (136, 90),
+            "out_widths": (64, 30),
+            **THREE_BY_THREE,
+        },
+        "128x64",
+        "128x64",
+    ),
+    "nothing is added": ({"routing": uneven(2), "extras": ()}, "128x64", "128x64"),
 }
 # fp16 differs from bf16 in products and rounding, not in layout; sanitizers look at addresses.
-RAGGED = ("two inputs with widths on both sides of the seam", "groups that end in the middle of a warp's rows")
+RAGGED = ("images of 2x8 and two inputs with widths", "groups that end in the middle of a warp's rows")
 EDGE_CASES = [(edge, "bf16") for edge in (RAGGED if SANITIZED else EDGES)]
 EDGE_CASES += [] if SANITIZED else [(RAGGED[0], "fp16")]
 
 
 @pytest.mark.parametrize("edge, dtype", EDGE_CASES)
 def test_edges_are_as_accurate_as_torch(edge: str, dtype: str) -> None:
-    changes, tile = EDGES[edge]
+    changes, *tiles = EDGES[edge]
     with hopper() as launcher:
         assert_accurate(case_of(**changes), DTYPES[dtype], INPUTS, backend="hopper")
-    expected = [f"tdc_conv_hopper_pointwise_{direction}_{dtype}_{tile}" for direction in ("forward", "dgrad")]
-    assert launcher.launched == expected
+    names = [f"tdc_conv_hopper_rows_{direction}_{dtype}_" for direction in ("forward", "dgrad")]
+    assert launcher.launched == [name + tile for name, tile in zip(names, tiles, strict=True)]
 
 
 @st.composite
 def cases(draw: st.DrawFn) -> ConvCase:
-    """Up to four groups of up to two samples each, which may share experts; one input or two."""
+    """Up to four groups of up to two samples each, which may share experts; one input or two; 1x1 filters or 3x3."""
     samples = draw(st.lists(st.integers(0, 2), min_size=1, max_size=4).filter(lambda of: 0 < sum(of) <= 4))
     experts = draw(st.integers(1, len(samples)))
     index = tuple(draw(st.integers(0, experts - 1)) for _ in samples)
     ins, outs = (8 * draw(st.integers(8, 24)) for _ in range(2))
+    size, filter_ = (draw(st.integers(1, 18)), draw(st.integers(1, 9))), {}
+    if draw(st.booleans()):
+        size, filter_ = draw(st.sampled_from([(4, 4), (2, 8), (1, 4), (8, 4), (16, 4), (2, 1)])), THREE_BY_THREE
     return case_of(
         routing=uneven(*samples, weight_index=(*index[:-1], experts - 1)),
         in_channels=ins,
         x2_channels=draw(st.sampled_from([0, 1])) * 8 * draw(st.integers(1, ins // 8 - 1)),
         out_channels=outs,
-        size=(draw(st.integers(1, 18)), draw(st.integers(1, 9))),
+        size=size,
         in_widths=draw(widths_of(ins, 1, len(samples))),
         out_widths=draw(widths_of(outs, 1, len(samples))),
         extras=draw(st.sampled_from([(), ("bias",), ("bias", "sample_bias"), ("residual",)])),
         seed=draw(st.integers(0, 99)),
+        **filter_,
     )
 
 
@@ -180,9 +211,11 @@ def test_a_planted_bug_is_reported(plant: str) -> None:
 
 
 @plain_only
-def test_a_block_of_the_wrong_input_spoils_the_result() -> None:
-    case = case_of(routing=uneven(1), in_channels=128, x2_channels=64)
-    with hopper() as launcher, launcher.planted("HOPPER_WRONG_INPUT"), pytest.raises(AssertionError):
+@pytest.mark.parametrize("plant", ["HOPPER_WRONG_INPUT", "HOPPER_WRONG_TAP"])
+def test_a_planted_bug_spoils_the_result(plant: str) -> None:
+    """A block of the wrong input; the weights of another tap."""
+    case = case_of(routing=uneven(1), size=(4, 4), in_channels=128, x2_channels=64, **THREE_BY_THREE)
+    with hopper() as launcher, launcher.planted(plant), pytest.raises(AssertionError):
         assert_accurate(case, torch.bfloat16, (), backend="hopper")
 
 

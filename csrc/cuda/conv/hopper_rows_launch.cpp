@@ -2,7 +2,7 @@
 #include <cstddef>
 
 #include "cuda/conv/hopper_launch.h"
-#include "cuda/conv/hopper_pointwise_params.h"
+#include "cuda/conv/hopper_rows_params.h"
 #include "cuda/conv/planning.h"
 
 namespace tdc {
@@ -21,7 +21,7 @@ struct TileChoice {
 
 template <class Tile>
 TileChoice choice_of(const char* name) {
-  return {name, Tile::kSamples, Tile::kColumns, hopper_pointwise_shared_bytes<Tile>};
+  return {name, Tile::kSamples, Tile::kColumns, hopper_rows_shared_bytes<Tile>};
 }
 
 // Tiles along the channels of the result; none has channels of both inputs.
@@ -30,41 +30,51 @@ int64_t channel_tiles(const ConvArguments& a, const TileChoice& tile, bool forwa
                  : ceil_div(a.x_channels(), tile.columns) + ceil_div(a.x2_channels, tile.columns);
 }
 
-// The tile with which even groups take less time, counted in rows that the busiest SM computes; of equals, the larger.
+// The tile with which even groups keep the busiest SM for the fewest clocks; of equals, the larger. An SM multiplies
+// 2048 pairs and reads 64 bytes of the L2 cache in a clock.
 TileChoice choose_tile(const ConvArguments& a, const Device& device, bool forward) {
-  const TileChoice large = choice_of<HopperRows256>("256x128"), small = choice_of<HopperRows128>("128x128");
   const int64_t groups = std::min(a.num_groups, a.batch);
-  const auto rows_of_busiest = [&](const TileChoice& tile) {
+  const auto clocks_of_busiest = [&](const TileChoice& tile) {
     const int64_t rows = ceil_div(a.batch, groups) * a.height * a.width;
     const int64_t tiles = groups * ceil_div(rows, tile.rows) * channel_tiles(a, tile, forward);
-    return ceil_div(tiles, device.multiprocessors) * tile.rows;
+    const int64_t products = tile.rows * tile.columns * kHopperDepth / 2048;
+    const int64_t loads = (tile.rows + tile.columns) * kHopperRow / 64;
+    return ceil_div(tiles, device.multiprocessors) * std::max(products, loads);
   };
-  return rows_of_busiest(small) < rows_of_busiest(large) ? small : large;
+  TileChoice best = choice_of<HopperRows256x128>("256x128");
+  for (const TileChoice& tile : {choice_of<HopperRows128x128>("128x128"), choice_of<HopperRows128x64>("128x64")}) {
+    if (clocks_of_busiest(tile) < clocks_of_busiest(best)) best = tile;
+  }
+  return best;
 }
 
 // As many stages as fit; 0 where too few do.
 int stages(const TileChoice& tile, const ConvArguments& a, const Device& device) {
-  int count = kHopperPointwiseMostStages;
+  int count = kHopperRowsMostStages;
   while (count > 0 && tile.shared_bytes(count, static_cast<int>(a.num_groups)) > device.shared_limit) --count;
   return count < kLeastStages ? 0 : count;
 }
 
 }  // namespace
 
-bool is_pointwise(const ConvArguments& a) {
-  return a.filter_height == 1 && a.filter_width == 1 && a.stride_height == 1 && a.stride_width == 1 &&
-         a.pad_height == 0 && a.pad_width == 0 && a.upsample == 1;
+bool takes_rows(const ConvArguments& a) {
+  const auto filter_is = [&](int64_t size, int64_t padding) {
+    return a.filter_height == size && a.filter_width == size && a.pad_height == padding && a.pad_width == padding;
+  };
+  if (a.stride_height != 1 || a.stride_width != 1 || a.upsample != 1) return false;
+  // Whole images, moved by a tap, fill the 64 rows of a product.
+  return filter_is(1, 0) || (filter_is(3, 1) && std::min(a.height, a.width) < 8 && 64 % (a.height * a.width) == 0);
 }
 
-std::string hopper_pointwise_refusal(const ConvArguments& a, const Device& device) {
+std::string hopper_rows_refusal(const ConvArguments& a, const Device& device) {
   if (a.num_groups > kHopperMostGroups) return "it has at most " + std::to_string(kHopperMostGroups) + " groups";
-  if (stages(choice_of<HopperRows256>(""), a, device) == 0) return "its stages do not fit into shared memory";
+  if (stages(choice_of<HopperRows256x128>(""), a, device) == 0) return "its stages do not fit into shared memory";
   return "";
 }
 
-std::vector<Launch> launch_hopper_pointwise(const ConvArguments& a, const Device& device, bool forward) {
+std::vector<Launch> launch_hopper_rows(const ConvArguments& a, const Device& device, bool forward) {
   if (a.batch == 0) return {};
-  using Params = ConvHopperPointwiseParams;
+  using Params = ConvHopperRowsParams;
   const TileChoice tile = choose_tile(a, device, forward);
   const int64_t pixels = a.height * a.width, rows = a.batch * pixels;
   Params p{};
@@ -73,23 +83,31 @@ std::vector<Launch> launch_hopper_pointwise(const ConvArguments& a, const Device
     map = tensor_map_of(address, {channels, rows, 1, 1}, {64, box_rows, 1, 1}, a);
     maps.push_back(static_cast<unsigned>(offset));
   };
+  const int64_t taps = a.filter_height * a.filter_width;
+  const auto describe_source = [&](size_t offset, TensorMap& map, uintptr_t address, int64_t channels) {
+    if (taps == 1) return describe_map(offset, map, address, channels, tile.rows);
+    map =
+        tensor_map_of(address, {channels, a.width, a.height, a.batch}, {64, a.width, a.height, tile.rows / pixels}, a);
+    maps.push_back(static_cast<unsigned>(offset));
+  };
+#define TDC_SOURCE(field, ...) describe_source(offsetof(Params, field), p.field, __VA_ARGS__)
 #define TDC_MAP(field, ...) describe_map(offsetof(Params, field), p.field, __VA_ARGS__)
   const auto describe_result = [&](uintptr_t address, int64_t channels) {
     TDC_MAP(result, address, channels, 16);
     TDC_MAP(result_row, address, channels, 1);
   };
-  p.weight = tensor_map_of(a.weight, {a.in_channels, 1, a.out_channels, a.num_experts}, {64, 1, 64, 1}, a);
+  p.weight = tensor_map_of(a.weight, {a.in_channels, taps, a.out_channels, a.num_experts}, {64, 1, 64, 1}, a);
   maps.push_back(offsetof(Params, weight));
   if (forward) {
-    TDC_MAP(source, a.x, a.x_channels(), tile.rows);
-    if (a.x2_channels) TDC_MAP(source2, a.x2, a.x2_channels, tile.rows);
+    TDC_SOURCE(source, a.x, a.x_channels());
+    if (a.x2_channels) TDC_SOURCE(source2, a.x2, a.x2_channels);
     describe_result(a.y, a.out_channels);
     if (a.residual) TDC_MAP(residual, a.residual, a.out_channels, 16);
     p.bias = pointer<const void>(a.bias);
     p.sample_bias = pointer<const void>(a.sample_bias);
     p.has_residual = a.residual != 0;
   } else {
-    TDC_MAP(source, a.dy, a.out_channels, tile.rows);
+    TDC_SOURCE(source, a.dy, a.out_channels);
     describe_result(a.dx, a.x_channels());
     if (a.x2_channels) {
       TDC_MAP(result2, a.dx2, a.x2_channels, 16);
@@ -97,6 +115,7 @@ std::vector<Launch> launch_hopper_pointwise(const ConvArguments& a, const Device
     }
   }
 #undef TDC_MAP
+#undef TDC_SOURCE
   std::sort(maps.begin(), maps.end());
   p.routing = routing_of(a);
   const int64_t seam = a.x_channels();
@@ -108,13 +127,14 @@ std::vector<Launch> launch_hopper_pointwise(const ConvArguments& a, const Device
   p.by_rows = fast_divisor(pixels);
   p.tiles_down = p.tiles_across = 1;
   p.channel_tiles = static_cast<int>(channel_tiles(a, tile, forward));
+  p.taps = static_cast<int>(taps);
   p.stages = stages(tile, a, device);
 
   // The device counts the tiles; there are at most so many.
   const int64_t most_rows = std::min(rows, rows / tile.rows + std::min(a.num_groups, a.batch));
   const unsigned most = blocks_of({most_rows, p.channel_tiles}, a);
   const std::string kernel =
-      std::string("tdc_conv_hopper_pointwise_") + (forward ? "forward_" : "dgrad_") + storage_name(a) + "_" + tile.name;
+      std::string("tdc_conv_hopper_rows_") + (forward ? "forward_" : "dgrad_") + storage_name(a) + "_" + tile.name;
   Launch launch = launch_of(kernel, std::min(most, static_cast<unsigned>(device.multiprocessors)), kHopperThreads,
                             tile.shared_bytes(p.stages, static_cast<int>(a.num_groups)), p, a);
   launch.tensor_maps = maps;

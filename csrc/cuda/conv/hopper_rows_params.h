@@ -1,14 +1,15 @@
-// What the Hopper form of 1x1 filters receives, and the tiles and shared memory that host and device agree on.
+// What the Hopper form of rows receives, and the tiles and shared memory that host and device agree on.
 #pragma once
 
 #include "cuda/conv/hopper_params.h"
 
 namespace tdc {
 
-// A 1x1 convolution is a matrix product for every group: its pixels are rows. A tile is kPatches times 64 rows, the
-// rows of one wgmma, times kColumns channels of the result; two warpgroups multiply half of the rows each.
+// The form of rows serves 1x1 filters, and 3x3 filters on images of few pixels: a matrix product for every group and
+// tap, whose rows are the pixels of the group's samples. A tile is kPatches times 64 rows, the rows of one wgmma, times
+// kColumns channels of the result; two warpgroups multiply half of the rows each.
 template <int kPatches_, int kColumns_>
-struct HopperRows {
+struct HopperRowsTile {
   static constexpr int kDown = 1, kAcross = 1;
   static constexpr int kPatches = kPatches_, kSamples = 64 * kPatches_, kColumns = kColumns_;
   static constexpr int kStoreBuffers = 2;  // of each warp: 16 rows of 64 channels
@@ -16,13 +17,14 @@ struct HopperRows {
   static constexpr int kStageBytes = kSourceBytes + kWeightBytes;
   static_assert(kPatches % 2 == 0 && kPatches / 2 * kColumns / 2 <= 192, "the sums of a thread fit into its registers");
 };
-using HopperRows256 = HopperRows<4, 128>;
-using HopperRows128 = HopperRows<2, 128>;
+using HopperRows256x128 = HopperRowsTile<4, 128>;
+using HopperRows128x128 = HopperRowsTile<2, 128>;
+using HopperRows128x64 = HopperRowsTile<2, 64>;
 
-constexpr int kHopperPointwiseMostStages = 6;
+constexpr int kHopperRowsMostStages = 6;
 
-struct HopperPointwiseControl {
-  unsigned long long full[kHopperPointwiseMostStages], empty[kHopperPointwiseMostStages];
+struct HopperRowsControl {
+  unsigned long long full[kHopperRowsMostStages], empty[kHopperRowsMostStages];
   unsigned long long message_full[kHopperMessages], message_empty[kHopperMessages];
   unsigned long long residual_full[8][2];  // of each warp's store buffers
   HopperWork messages[kHopperMessages];
@@ -30,15 +32,15 @@ struct HopperPointwiseControl {
 
 // Dynamic shared memory: stages, store buffers (all at multiples of 1024), control, groups.
 template <class Tile>
-constexpr int hopper_pointwise_shared_bytes(int stages, int num_groups) {
+constexpr int hopper_rows_shared_bytes(int stages, int num_groups) {
   return stages * Tile::kStageBytes + 8 * Tile::kStoreBuffers * kHopperStoreBytes +
-         static_cast<int>(sizeof(HopperPointwiseControl)) + num_groups * static_cast<int>(sizeof(HopperGroup));
+         static_cast<int>(sizeof(HopperRowsControl)) + num_groups * static_cast<int>(sizeof(HopperGroup));
 }
 
 // Forward and dgrad. In dgrad the source is dy, the result dx and dx2. Maps of what is absent have no address.
-struct alignas(64) ConvHopperPointwiseParams {
+struct alignas(64) ConvHopperRowsParams {
   TensorMap source, source2;          // boxes of a tile: (channels, rows)
-  TensorMap weight;                   // boxes of 64 x 64 channels: (C_in, 1, C_out, experts)
+  TensorMap weight;                   // boxes of 64 x 64 channels: (C_in, taps, C_out, experts)
   TensorMap result, result2;          // boxes of 16 rows
   TensorMap result_row, result2_row;  // of one row
   TensorMap residual;                 // of 16 rows
@@ -50,6 +52,7 @@ struct alignas(64) ConvHopperPointwiseParams {
   int rows_per_sample;                          // pixels
   FastDivisor by_rows;                          // of a sample
   int tiles_down, tiles_across, channel_tiles;  // 1, 1; of the channels of the result
+  int taps;                                     // 1, or 9 of 3x3 filters with padding 1
   int stages;
   int has_residual;
 };

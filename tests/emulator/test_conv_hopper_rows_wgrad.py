@@ -1,4 +1,4 @@
-"""The Hopper form of wgrad of 1x1 filters, linear layers and two inputs included, equals that of one per group."""
+"""The Hopper form of wgrad of 1x1 filters, linear layers and small images equals that of one per group."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tdc_fast.ops.checks import conv_problem
 from tests.cases import ConvCase
 from tests.emulator.conv import DTYPES, assert_accurate, conv_case, emulator, results, uneven
 from tests.emulator.harness import AT_RUNTIME, SANITIZED, SCHEDULES, EmulatorError, EmulatorLauncher, plain_only
-from tests.emulator.test_conv_hopper_pointwise import cases
+from tests.emulator.test_conv_hopper_rows import THREE_BY_THREE, cases
 from tests.generated import examples
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
@@ -27,7 +27,7 @@ GRADIENTS = ("weight", "bias", "sample_bias")
 @contextmanager
 def hopper(multiprocessors: int = 4, schedule: int = 0) -> Iterator[EmulatorLauncher]:
     """A Hopper GPU with few SMs, so that cuts divide units."""
-    builds = dict.fromkeys(("conv_hopper_pointwise", "conv_hopper_pointwise_wgrad"), AT_RUNTIME)
+    builds = dict.fromkeys(("conv_hopper_rows", "conv_hopper_rows_wgrad"), AT_RUNTIME)
     families = (*builds, "conv_wgrad")  # the last one has the sums of biases
     with emulator((90, multiprocessors, 232448), families, **builds) as launcher:
         launcher.schedule = schedule
@@ -66,6 +66,20 @@ EDGES: dict[str, tuple[dict[str, Any], int, int]] = {
         128,
         7,
     ),
+    "images of 4x4": ({"routing": uneven(5, 0, 9), "size": (4, 4), "out_channels": 136, **THREE_BY_THREE}, 128, 4),
+    "images of 8x4, two inputs, experts that groups share": (
+        {
+            "routing": uneven(1, 3, 1, weight_index=(1, 0, 1)),
+            "size": (8, 4),
+            "in_channels": 264,
+            "x2_channels": 64,
+            "in_widths": (264, 230, 70),
+            "out_widths": (64, 37, 9),
+            **THREE_BY_THREE,
+        },
+        256,
+        5,
+    ),
     "widths of single groups": (
         {
             "routing": uneven(1, 2, 1),
@@ -89,7 +103,7 @@ def test_edges_are_as_accurate_as_torch(edge: str, dtype: str) -> None:
     changes, channels, multiprocessors = EDGES[edge]
     with hopper(multiprocessors) as launcher:
         assert_accurate(case_of(**changes), DTYPES[dtype], GRADIENTS, backend="hopper")
-    unit = f"1x1x{channels}_{dtype}"
+    unit = f"rows{channels}_{dtype}"
     assert launcher.launched[1:3] == [f"tdc_conv_hopper_wgrad_{unit}", f"tdc_conv_hopper_wgrad_reduce_{unit}"]
 
 
@@ -141,11 +155,11 @@ def test_a_planted_bug_is_reported(plant: str) -> None:
 
 
 @plain_only
-@pytest.mark.parametrize("plant", ["HOPPER_WRONG_TAP", "HOPPER_NO_LAST_PIXEL"])
+@pytest.mark.parametrize("plant", ["HOPPER_WRONG_TAP", "HOPPER_NO_LAST_PIXEL", "HOPPER_WRONG_ROW"])
 def test_a_planted_bug_spoils_the_result(plant: str) -> None:
-    """The wrong block of input channels; the pixels of the next group."""
+    """The wrong block of input channels; the pixels of the next group; the wrong tap."""
     with hopper() as launcher:
-        t, problem, dy = arguments(case_of(routing=uneven(1, 1), size=(5, 5), in_channels=256))
+        t, problem, dy = arguments(case_of(routing=uneven(1, 1), size=(4, 4), in_channels=256, **THREE_BY_THREE))
         right, _, _ = hopper_backend.conv2d_wgrad(problem, dy, t, (True, False, False))
         with launcher.planted(plant):
             wrong, _, _ = hopper_backend.conv2d_wgrad(problem, dy, t, (True, False, False))

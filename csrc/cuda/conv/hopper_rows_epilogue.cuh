@@ -1,24 +1,24 @@
-// The epilogue of the Hopper form of 1x1 filters: as hopper_epilogue.cuh, but of rows. TMA clips at the end of the
+// The epilogue of the Hopper form of rows: as hopper_epilogue.cuh, but of rows. TMA clips at the end of the
 // tensor, not of the group: where fewer than a warp's 16 rows belong to the group, they are stored one by one.
 #pragma once
 
 #include "cuda/device_sm90.cuh"
 #include "cuda/conv/hopper_epilogue.cuh"
-#include "cuda/conv/hopper_pointwise_params.h"
+#include "cuda/conv/hopper_rows_params.h"
 #include "cuda/conv/routing.cuh"
 
 namespace tdc {
 
 template <class Tile>
-struct HopperPointwiseShared {
+struct HopperRowsShared {
   unsigned char* stages;  // the source's rows, then the weights
   unsigned char* stores;
-  HopperPointwiseControl* control;
+  HopperRowsControl* control;
   HopperGroup* groups;
 
-  __device__ __forceinline__ HopperPointwiseShared(unsigned char* memory, int number_of_stages)
+  __device__ __forceinline__ HopperRowsShared(unsigned char* memory, int number_of_stages)
       : stages(memory), stores(memory + number_of_stages * Tile::kStageBytes) {
-    control = reinterpret_cast<HopperPointwiseControl*>(stores + 8 * Tile::kStoreBuffers * kHopperStoreBytes);
+    control = reinterpret_cast<HopperRowsControl*>(stores + 8 * Tile::kStoreBuffers * kHopperStoreBytes);
     groups = reinterpret_cast<HopperGroup*>(control + 1);
   }
 
@@ -40,15 +40,14 @@ struct HopperPointwiseShared {
 };
 
 template <class T, class Tile>
-class HopperPointwiseEpilogue {
+class HopperRowsEpilogue {
   static constexpr int kPatches = Tile::kPatches / 2, kParts = Tile::kColumns / 64;  // parts: 64 channels
-  using Params = ConvHopperPointwiseParams;
+  using Params = ConvHopperRowsParams;
 
  public:
   using Sums = float[kPatches][Tile::kColumns / 2];
 
-  __device__ __forceinline__ HopperPointwiseEpilogue(const Params& p, const HopperPointwiseShared<Tile>& shared,
-                                                     int group)
+  __device__ __forceinline__ HopperRowsEpilogue(const Params& p, const HopperRowsShared<Tile>& shared, int group)
       : p_(p), shared_(shared), group_(group), warp_(shfl(static_cast<int>(threadIdx.x) / 32 % 4, 0)) {}
 
   // Begins to load what is added to a tile, so that it arrives while the products are made.
@@ -163,7 +162,7 @@ class HopperPointwiseEpilogue {
   }
 
   const Params& p_;
-  const HopperPointwiseShared<Tile>& shared_;
+  const HopperRowsShared<Tile>& shared_;
   int group_, warp_;
   int buffer_ = 0;
   unsigned parities_ = 0;  // of the residual's barriers
