@@ -102,8 +102,8 @@ class Engine:
         for argument, value in (("max_batch", max_batch), ("max_queue", max_queue), ("max_memory", max_memory)):
             if value < 1:
                 raise invalid(argument, value, "at least 1")
-        if list(sizes) != sorted(set(sizes)) or (sizes and not sizes[0] >= 1):
-            raise invalid("sizes", sizes, "increasing sizes of at least 1")
+        if list(sizes) != sorted(set(sizes)) or (sizes and not 1 <= sizes[0] <= sizes[-1] <= max_batch):
+            raise invalid("sizes", sizes, f"increasing sizes from 1 to {max_batch} (max_batch)")
         if not 0 <= min_fill <= 1:
             raise invalid("min_fill", min_fill, "a share from 0 to 1")
         device = torch.device("cpu")
@@ -238,6 +238,8 @@ class Engine:
 
     def stream(self, request: Request) -> AsyncIterator[Preview | Result]:
         """Previews and then the result, in an event loop; a caller that stops listening gives the request up.
+
+        The request is handed over at once. Whoever never begins to listen does not give it up: it ends by itself.
 
         Raises:
             ValueError: as `submit`, which is called at once.

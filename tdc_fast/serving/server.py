@@ -226,7 +226,8 @@ class Server(uvicorn.Server):
     Args:
         app: the application.
         engine: its engine, which has been started.
-        grace: seconds for requests to finish after the signal; a second Ctrl-C does not wait.
+        grace: seconds for requests to finish after the signal. If a Ctrl-C follows, they fail at once, with a reason;
+            after one more everything ends where it is.
     """
 
     def __init__(self, app: FastAPI, engine: Engine, grace: float) -> None:
@@ -236,14 +237,17 @@ class Server(uvicorn.Server):
         )
         super().__init__(config)
         self._engine, self._grace = engine, grace
+        self._is_hurried = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to shut down: the engine takes no more requests and finishes those that it has."""
         if not self.should_exit:
             closing = {"drain": True, "timeout": self._grace}
             threading.Thread(target=self._engine.close, kwargs=closing, daemon=True).start()
-        elif sig == signal.SIGINT:
+        elif sig == signal.SIGINT and not self._is_hurried:
+            self._is_hurried = True
             threading.Thread(target=self._engine.close, kwargs={"drain": False}, daemon=True).start()
+            return  # uvicorn would end connections that have no answer yet
         super().handle_exit(sig, frame)
 
     def serve_on(self, listener: socket.socket) -> None:

@@ -468,6 +468,7 @@ def test_classes_and_guidance_of_a_model_that_has_none_are_refused():
         ({"max_memory": 4 * 64 * 6 - 1}, "max_memory: got 1535; expected at least 1536 bytes, for one image"),
         ({"sizes": (4, 2)}, "sizes: got"),
         ({"sizes": (0, 2)}, "sizes: got"),
+        ({"sizes": (2, 8)}, r"sizes: got \(2, 8\); expected increasing sizes from 1 to 4 \(max_batch\)"),
         ({"min_fill": 2}, "min_fill: got 2"),
         ({"null_class": 0}, "null_class: got 0; expected none"),
     ],

@@ -235,19 +235,21 @@ def test_health_says_what_the_model_can_do_and_that_it_closes(held):
     assert (answer.status, answer.error["reason"]) == (503, "closed") and "shutting down" in answer.error["message"]
 
 
-def test_what_is_not_finished_in_time_after_a_signal_fails_with_a_reason():
+@pytest.mark.parametrize(("grace", "signals"), [(0.05, [signal.SIGTERM]), (60.0, [signal.SIGTERM, signal.SIGINT])])
+def test_what_is_not_finished_in_time_or_before_a_second_signal_fails_with_a_reason(grace, signals):
     model = Scripted()
     model.gate.clear()
     engine = Engine(model, process(), SHAPE, max_batch=1, deterministic=False)
     with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(3) as pool:
         engine.start()
-        server = Server(create_app(engine), engine, grace=0.05)
+        server = Server(create_app(engine), engine, grace)
         serving = pool.submit(server.serve_on, listener)
         client = Client(listener.getsockname())
         asked = [pool.submit(client.draw, steps=3) for _ in range(2)]
         wait_for(lambda: model.reached.is_set() and engine.load() == {"waiting": 1, "running": 1})
-        server.handle_exit(signal.SIGTERM, None)
-        wait_for(lambda: engine._abandon)  # the time is over, with a step in the model
+        for one in signals:
+            server.handle_exit(one, None)
+        wait_for(lambda: engine._abandon)  # nobody waits any more, and a step is in the model
         model.gate.set()
         answers = [one.result(60) for one in asked]
         serving.result(60)
