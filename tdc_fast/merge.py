@@ -1,7 +1,7 @@
 """Merge experts into one dense model: `python -m tdc_fast.merge --run DIR --out FILE`, or of files instead of a run.
 
-The file is one of weights like a base's, with its configuration beside it: `sample`, `nll`, `serve`, `convert` and
-`evaluate` take it (`--model_path FILE`), and `train --base FILE` starts from it.
+The file is one of weights like a base's, with its configuration beside it: `sample`, `nll`, `serve` and `convert` take
+it (`--model_path FILE`), and `train --base FILE` starts from it.
 """
 
 from __future__ import annotations

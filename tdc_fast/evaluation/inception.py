@@ -84,9 +84,10 @@ def load_inception(weights: str) -> InceptionFeatures:
     """
     path = _downloaded() if weights == DOWNLOAD else Path(weights)
     state = load_tensors(path, "inception_weights")
-    network = InceptionNetwork()
-    _check_state(path, state, network.state_dict())
-    network.load_state_dict(state, strict=False)  # num_batches_tracked is in some of the files; nothing reads it
+    with torch.device("meta"):  # no memory is drawn full of random numbers first
+        network = InceptionNetwork()
+    own = _checked(path, state, network.state_dict())
+    network.load_state_dict(own, strict=False, assign=True)  # torch adds counts of batches that no norm here has
     with open(path, "rb") as file:
         return InceptionFeatures(network, sha256_of(file), str(path))
 
@@ -109,23 +110,24 @@ def _downloaded() -> Path:
     return path
 
 
-def _check_state(path: Path, state: object, expected: Mapping[str, Tensor]) -> None:
+def _checked(path: Path, state: object, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The network's weights, float32, from what a file holds."""
     remedy = "the state dict of FID's Inception, as pytorch-fid and torch-fidelity publish it"
     if not isinstance(state, Mapping):
         raise invalid("inception_weights", f"{path}: a {type(state).__name__}", remedy)
-    names = {name for name in expected if not name.endswith("num_batches_tracked")}
-    missing = sorted(names - state.keys())
-    unknown = sorted(str(name) for name in state.keys() - expected.keys())
+    missing = sorted(expected.keys() - state.keys())
+    unknown = sorted(str(n) for n in state.keys() - expected.keys() if not str(n).endswith("num_batches_tracked"))
     if missing or unknown:
         differences = [f"without {name}" for name in missing[:1]] + [f"with {name}" for name in unknown[:1]]
         raise invalid("inception_weights", f"{path}, {' and '.join(differences)}", remedy)
-    for name in sorted(names):
+    for name in sorted(expected):
         value, shape = state[name], tuple(expected[name].shape)
         if not isinstance(value, Tensor) or tuple(value.shape) != shape or not value.is_floating_point():
             found = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise invalid("inception_weights", f"{path}: {name} is {found}", f"floats of shape {shape}")
         if not value.isfinite().all():
             raise invalid("inception_weights", f"{path}: {name} has infinities or NaN", "finite weights")
+    return {name: state[name].float() for name in expected}
 
 
 def _digest(state: Mapping[str, Tensor]) -> str:

@@ -50,6 +50,7 @@ class _Conv(nn.Module):
         padding = (sides[0] // 2, sides[1] // 2) if same else (0, 0)
         self.conv = nn.Conv2d(inputs, outputs, sides, stride=stride, padding=padding, bias=False)
         self.bn = nn.BatchNorm2d(outputs, eps=1e-3)
+        self.bn.num_batches_tracked = None  # of training; some files of weights have it, some do not
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.bn(self.conv(x)), inplace=True)

@@ -98,7 +98,7 @@ def content_key(name: str, data: ImageDataset, *settings: object) -> str:
     """A hash of a set of images and of all settings that its statistics depend on, in hex.
 
     Args:
-        name: the dataset, folder or file. Of files every byte counts, and in a folder the names.
+        name: the dataset, folder or file. Every byte of the files counts, in the order in which they are read.
         data: the set as it is read, whose size and channels count too.
         settings: whatever else they depend on.
     """
@@ -110,7 +110,7 @@ def content_key(name: str, data: ImageDataset, *settings: object) -> str:
         return digest.hexdigest()
     for file in list_images(path).files if path.is_dir() else [path]:
         with open(file, "rb") as opened:
-            digest.update(f"{file.relative_to(path)} {sha256_of(opened)}\n".encode(errors="surrogateescape"))
+            digest.update(f"{sha256_of(opened)}\n".encode())
     return digest.hexdigest()
 
 

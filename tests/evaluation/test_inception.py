@@ -25,8 +25,6 @@ def state() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     drawn = {}
     for name, value in sorted(InceptionNetwork().state_dict().items()):
-        if name.endswith("num_batches_tracked"):
-            continue
         noise = torch.randn(value.shape, generator=generator)
         if name.endswith("conv.weight") or name == "fc.weight":
             drawn[name] = noise * (2 / noise[0].numel()) ** 0.5
@@ -148,6 +146,14 @@ def _score(logits: torch.Tensor) -> float:
         rows = p[order[[place for place in range(len(p)) if place * 10 // len(p) == part]]]
         values.append(float((rows * (rows / rows.mean(0)).log()).sum(1).mean().exp()))
     return float(np.mean(values))
+
+
+def test_grey_images_have_the_features_of_their_rgb_copies(network, images):
+    extractor, grey = InceptionFeatures(network), images[0][:2, :1]
+    assert torch.equal(extractor(grey), extractor(grey.expand(-1, 3, -1, -1).contiguous()))
+    for wrong in (grey.float(), images[0][:2, :2], images[0][0]):
+        with pytest.raises(ValueError, match="images: got"):
+            extractor(wrong)
 
 
 def test_any_module_that_gives_features_is_an_extractor(files, images):
