@@ -37,5 +37,5 @@ def conv_dgrad(
 
     dx = empty(problem.in_channels - problem.x2_channels)
     dx2 = empty(problem.x2_channels) if problem.x2_channels else None
-    conv_launch("dgrad", problem, dy, t, dx, tile, dx2, epilogue=False).run()
+    conv_launch("dgrad", problem, dy, t, dx, tile, dx2, epilogue=False, dead_zeros=False).run()
     return dx, dx2

@@ -50,7 +50,7 @@ def conv_supported(problem: ConvProblem) -> str | None:
 
 @functools.lru_cache(maxsize=4096)
 def _constants(
-    op: str, p: ConvProblem, tile: ConvTile, widths: bool, narrow: bool
+    op: str, p: ConvProblem, tile: ConvTile, widths: bool, narrow: bool, dead_zeros: bool
 ) -> tuple[tuple[int, ...], dict[str, Any]]:
     """(grid, the arguments that are not tensors)."""
     grid = tile_shapes.pixel_grid(op, p)
@@ -62,10 +62,12 @@ def _constants(
     source_channels, out_channels = tile_shapes.source_channels(op, p), tile_shapes.output_channels(op, p)
     classes = tile_shapes.pixel_classes(op, p)
     halved = tile.path == "tma" and not dgrad and p.stride == (2, 2)
-    # Past the last source channel a box of x holds zeros, or the next pixel if halved. In dgrad the box of weights
-    # extends into the next expert's, which may hold NaN or infinity and have to be masked.
-    filled = tile.path == "tma" and not halved and not dgrad and not p.x2_channels
+    # Past the last channel of a source a box of it holds zeros; halved, or read through pointers, the next pixel. In
+    # dgrad the box of weights extends into the next expert's, which may hold NaN or infinity and have to be masked.
+    bounded = tile.path == "tma" and not halved and not dgrad
     blocked = [source_channels] if dgrad else [p.in_channels - p.x2_channels, p.x2_channels]  # walked one by one
+    whole = not any(channels % tile.block_k for channels in blocked)
+    filled = (bounded or whole) and (dead_zeros or not widths)
     channel_tiles = -(-out_channels // tile.block_channels)
     constants: dict[str, Any] = {
         "source_channels": source_channels,
@@ -91,13 +93,14 @@ def _constants(
         # never drain the pipeline, but such loops have been miscompiled with 8 warps (pytorch issue 173068).
         "TAPS_INNER": p.filter[0] * p.filter[1] > 2 * classes,
         "NARROW": narrow,
-        "TAIL": widths or (any(channels % tile.block_k for channels in blocked) and not filled),
+        "FILLED": filled,
+        "TAIL": not filled and (widths or not whole),
         "BN": tile.block_channels,
         "BK": tile.block_k,
     }
     if tile.path == "tma":
         _, rows, columns = tile_shapes.box_of(tile.block_pixels, *grid)
-        constants |= {"NB": samples, "TH": rows, "TW": columns, "HALVED": halved, "FILLED": filled}
+        constants |= {"NB": samples, "TH": rows, "TW": columns, "HALVED": halved}
         del constants["source_height"], constants["source_width"]
     else:
         constants |= {"BM": tile.block_pixels, "PRECISION": tile_shapes.precision_of(p)}
@@ -115,6 +118,7 @@ def conv_launch(
     out2: Tensor | None = None,
     *,
     epilogue: bool = True,
+    dead_zeros: bool = True,
 ) -> Launch:
     """The launch of a convolution kernel.
 
@@ -128,6 +132,7 @@ def conv_launch(
             tensor map cannot address it.
         out2: dx2 in dgrad with two inputs.
         epilogue: Whether t's bias, sample_bias and residual are added.
+        dead_zeros: Whether the source is zero past its widths, as x is. A gradient that a foreign layer wrote is not.
     """
     if op == "dgrad":
         source2, source_widths, out_widths = None, t.out_widths, t.in_widths
@@ -141,7 +146,7 @@ def conv_launch(
         tile = tile_shapes.choose_tile(op, problem, device, None if aligned else "pointer")
     # Half of a smaller tile would not fill wgmma's 64 rows.
     narrow = tile.block_channels >= 128 and out_widths is not None
-    grid, constants = _constants(op, problem, tile, source_widths is not None, narrow)
+    grid, constants = _constants(op, problem, tile, source_widths is not None, narrow, dead_zeros)
     tensors: dict[str, Tensor | TensorDescriptor | None] = {
         "source": source,
         "source2": source2,
@@ -170,4 +175,4 @@ def conv_launch(
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
     if tile.registers < 255:
         options["maxnreg"] = tile.registers
-    return Launch(kernel, grid, tensors, constants, options, key=(op, problem, tile))
+    return Launch(kernel, grid, tensors, constants, options, key=(op, problem, tile, dead_zeros))

@@ -4,11 +4,12 @@ A program computes a tile of BM pixels x BN channels, accumulated transposed, ac
 TMA kernel, whose epilogue it shares:
 
     program -> (channel tile, chunk of pixels, row of the tile table) and, in dgrad with a stride, a class of pixels
-    loop over taps and blocks of BK source channels: two loads, one product; then one masked block for the tail
+    loop over taps and blocks of BK source channels: two loads, one product; then one masked block for a tail past which
+    there are other values than zeros
 
 "Source" is x in forward and dy in dgrad; "out" is y and dx. Of two inputs, the forward walks one after the other, and
 dgrad writes each its channels. Loads of the main loop have no mask along the channels, so
-that they stay 16 bytes wide for any width; only the tail masks channels past the width.
+that they stay 16 bytes wide for any width; only such a tail masks channels past the width.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ class PointerForm(NamedTuple):
     STRIDE_H: Any
     STRIDE_W: Any
     DGRAD: Any
+    FILLED: Any
     TAPS_INNER: Any
     TAIL: Any
     PRECISION: Any
@@ -133,7 +135,7 @@ def _accumulate(
     """Multiplies all live channels of one source."""
     taps = taps_h.count * taps_w.count
     across = tl.maximum(taps_w.count, 1)  # pipelining divides before it knows that there is a tap
-    blocks = live // FORM.BK
+    blocks = tl.cdiv(live, FORM.BK) if FORM.FILLED else live // FORM.BK
     for outer in range(blocks if FORM.TAPS_INNER else taps):
         for inner in range(taps if FORM.TAPS_INNER else blocks):
             tap = inner if FORM.TAPS_INNER else outer
@@ -220,6 +222,7 @@ def conv_pointer_kernel(
     STRIDE_H: tl.constexpr,
     STRIDE_W: tl.constexpr,
     DGRAD: tl.constexpr,
+    FILLED: tl.constexpr,  # blocks hold zeros past the live source channels
     TAPS_INNER: tl.constexpr,
     TAIL: tl.constexpr,
     NARROW: tl.constexpr,  # where the second half of a tile's channels is dead, only the first is computed
@@ -282,8 +285,8 @@ def conv_pointer_kernel(
     addends = Addends(bias=bias, sample_bias=sample_bias, residual=residual)
     samples = Samples(expert=expert, first=first, count=count, live=live, out_live=out_live)
     FORM: tl.constexpr = PointerForm(
-        S=S, STRIDE_H=STRIDE_H, STRIDE_W=STRIDE_W, DGRAD=DGRAD, TAPS_INNER=TAPS_INNER, TAIL=TAIL, PRECISION=PRECISION,
-        BK=BK,
+        S=S, STRIDE_H=STRIDE_H, STRIDE_W=STRIDE_W, DGRAD=DGRAD, FILLED=FILLED, TAPS_INNER=TAPS_INNER, TAIL=TAIL,
+        PRECISION=PRECISION, BK=BK,
     )  # fmt: skip
     if NARROW and out_live - column <= BN // 2:
         half = column + tl.arange(0, BN // 2)

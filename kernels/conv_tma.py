@@ -189,9 +189,7 @@ def _accumulate(
     BK: tl.constexpr = FORM.BK
     taps = taps_h.count * taps_w.count
     across = tl.maximum(taps_w.count, 1)  # pipelining divides before it knows that there is a tap
-    blocks = live // BK
-    if FORM.FILLED:
-        blocks = tl.where(live == operands.channels, tl.cdiv(live, BK), blocks)
+    blocks = tl.cdiv(live, BK) if FORM.FILLED else live // BK
     for outer in range(blocks if FORM.TAPS_INNER else taps):
         for inner in range(taps if FORM.TAPS_INNER else blocks):
             tap = inner if FORM.TAPS_INNER else outer
@@ -283,7 +281,7 @@ def conv_tma_kernel(
     STRIDE_W: tl.constexpr,
     DGRAD: tl.constexpr,
     HALVED: tl.constexpr,
-    FILLED: tl.constexpr,  # boxes hold zeros past the last source channel
+    FILLED: tl.constexpr,  # boxes hold zeros past the live source channels
     TAPS_INNER: tl.constexpr,
     TAIL: tl.constexpr,
     NARROW: tl.constexpr,  # where the second half of a tile's channels is dead, only the first is computed

@@ -1,7 +1,8 @@
 """The one generator of routed problems for all tests, and the plain torch computation each is compared with.
 
 A case holds shapes and a seed; `tensors(dtype)` makes the same values in any dtype (drawn in bf16, so that no dtype
-sees rounded inputs), with NaN wherever the widths say that nothing may be read.
+sees rounded inputs), with NaN wherever the widths say that nothing may be read, and zeros in the input of a convolution
+past its widths, as the contract has it.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ class ConvCase:
         return height, width
 
     def tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """x, weight, the extras and x2, dead channels NaN, all requiring gradients."""
+        """x, weight, the extras and x2, all requiring gradients; dead channels are zeros in x and x2, else NaN."""
         draw = _Draw(self.seed, dtype)
         batch, experts, out = self.routing.batch, self.routing.num_experts, self.out_channels
         fan_in = self.in_channels * self.filter[0] * self.filter[1]
@@ -83,7 +84,7 @@ class ConvCase:
         }
         for group, _, start, stop in self.routing.segments():
             if self.in_widths is not None:
-                made["x"][start:stop, self.in_widths[group] :] = float("nan")
+                made["x"][start:stop, self.in_widths[group] :] = 0
             if self.out_widths is not None:
                 made["sample_bias"][start:stop, self.out_widths[group] :] = float("nan")
                 made["residual"][start:stop, self.out_widths[group] :] = float("nan")

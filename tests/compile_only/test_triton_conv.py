@@ -79,7 +79,8 @@ def launch_of(case: Build) -> Launch:
     table, index = made(2048, 3, dtype=torch.int32), made(p.num_groups, dtype=torch.int32)
     offsets = made(p.num_groups + 1, dtype=torch.int32)
     t = ConvTensors(x, weight, offsets, table, index, widths, widths, bias, sample_bias, residual, x2)
-    return conv_launch(case.op, p, source, t, out, case.tile, x2 if case.op == "dgrad" else None)
+    dx2, forward = x2 if case.op == "dgrad" else None, case.op == "forward"
+    return conv_launch(case.op, p, source, t, out, case.tile, dx2, dead_zeros=forward)
 
 
 def built(case: Build) -> Built:

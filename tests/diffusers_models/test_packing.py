@@ -19,9 +19,11 @@ from tdc_fast.diffusion import create_diffusion  # noqa: E402
 from tdc_fast.nn.macs import measure_macs  # noqa: E402
 from tdc_fast.nn.per_group import PerGroup  # noqa: E402
 from tdc_fast.nn.units import units_of  # noqa: E402
+from tdc_fast.nn.width_plan import WidthPlan  # noqa: E402
 from tdc_fast.pruning import plan_pruning  # noqa: E402
 from tests.models.test_iddpm import randomise  # noqa: E402
 from tests.nn.test_blocks import shuffled, without_dead_channels  # noqa: E402
+from tests.validating import validate_every_plan  # noqa: E402
 
 GROUPS = TimestepGroups.uniform(1000, 3)
 T = torch.tensor([900, 10, 500, 333, 700])
@@ -146,3 +148,16 @@ def test_the_search_finds_widths_below_the_budget() -> None:
         t, expert = torch.full((2,), start), routed.expert(index)
         assert measure_macs(expert, x, t) == 2 * found.plan.macs[index] <= 2 * found.plan.budgets[index]
         torch.testing.assert_close(routed(x, t).sample, expert(x, t).sample, **CLOSE)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_blocks_of_diffusers_feed_only_zeros_past_the_widths_of_their_experts(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two routed layers they have layers of their own."""
+    make, conditions, _ = MODELS[name]
+    base, checked = randomise(make()), validate_every_plan(monkeypatch)
+    packed = pack_experts(base, GROUPS, WidthPlan.uniform(base, GROUPS.boundaries, [1.0, 0.5, 0.0]))
+    with torch.no_grad():
+        packed(torch.randn(5, 3, 8, 8), T, **conditions)
+    assert "in_widths" in checked

@@ -50,6 +50,9 @@ CASES = {
     "3x3": case_of(),
     "3x3 widths": case_of(**WIDTHS),
     "3x3 widths of whole blocks": case_of(in_widths=(16, 0, 24, 8), out_widths=(16, 8, 0, 24)),
+    "3x3 widths within whole blocks": case_of(
+        in_channels=32, out_channels=32, in_widths=(32, 9, 20, 0), out_widths=(32, 16, 7, 0), extras=()
+    ),
     "3x3 larger than a tile": case_of(size=(6, 7), routing=Routing((1, 0), 2, 2, None), extras=()),
     "3x3 stride 2": case_of(size=(4, 6), stride=(2, 2)),
     "3x3 stride 2 widths": case_of(size=(4, 6), stride=(2, 2), **WIDTHS),
@@ -191,15 +194,15 @@ def test_nan_in_one_expert_does_not_affect_others(tile: ConvTile) -> None:
 
 @pytest.mark.parametrize("tile", [POINTER, TMA], ids=lambda tile: tile.path)
 @pytest.mark.parametrize("x2_channels", [0, 16], ids=["one input", "the second dead"])
-def test_dead_channels_of_the_weights_are_not_used(tile: ConvTile, x2_channels: int) -> None:
+def test_dead_channels_of_the_weights_change_nothing(tile: ConvTile, x2_channels: int) -> None:
     fused = {"in_channels": 40, "x2_channels": x2_channels}
     case = case_of(routing=Routing((0, 1), 2, 2, None), in_widths=(20, 3), out_widths=(21, 24), **fused)
     dy = upstream(case, torch.float16)
     tensors = {name: tensor.detach() for name, tensor in case.tensors(torch.float16).items()}
     expected = run(case, tensors, dy, tile)
     for expert, (live_in, live_out) in enumerate(((20, 21), (3, 24))):
-        tensors["weight"][expert, :, live_in:] = float("nan")
-        tensors["weight"][expert, live_out:] = float("nan")
+        tensors["weight"][expert, :, live_in:] = 1e4
+        tensors["weight"][expert, live_out:] = -1e4
         tensors["bias"][expert, live_out:] = float("nan")
     actual = run(case, tensors, dy, tile)
     for name in expected:

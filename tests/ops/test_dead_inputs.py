@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from tdc_fast import RoutingPlan, TimestepGroups, pack_experts, routed_conv2d, routed_group_norm, routed_linear
 from tdc_fast.models.iddpm import create_unet
 from tdc_fast.nn.width_plan import WidthPlan
-from tdc_fast.ops import conv2d, group_norm
 from tdc_fast.pruning.candidates import CandidateModel
+from tests.validating import validate_every_plan
 
 GROUPS, WIDTHS = torch.tensor([0, 0, 1, 2]), torch.tensor([8, 4, 0], dtype=torch.int32)
 
@@ -74,25 +74,9 @@ def test_plans_that_come_from_a_validating_one_check_as_well() -> None:
 
 
 @pytest.fixture
-def checked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+def checked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """All plans validate; what they checked."""
-    made, seen = RoutingPlan.from_groups.__func__, []
-
-    def validating(cls: type[RoutingPlan], *args: Any, **settings: Any) -> RoutingPlan:
-        plan: RoutingPlan = made(cls, *args, **{**settings, "validate": True})
-        return plan
-
-    def counting(check: Callable[..., None]) -> Callable[..., None]:
-        def count(name: str, *args: Any) -> None:
-            seen.append(name)
-            check(name, *args)
-
-        return count
-
-    monkeypatch.setattr(RoutingPlan, "from_groups", classmethod(validating))
-    for module in (conv2d, group_norm):
-        monkeypatch.setattr(module, "check_dead_inputs", counting(module.check_dead_inputs))
-    yield seen
+    return validate_every_plan(monkeypatch)
 
 
 def unet(**changes: Any) -> nn.Module:
