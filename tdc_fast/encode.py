@@ -103,9 +103,9 @@ def encode(options: EncodeOptions) -> LatentIndex:
         scaling_factor=options.scaling_factor,
         data={name: getattr(options, name) for name in ("data_dir", "on_corrupt", "background")},
     )
-    index = started(folder, index)
     folder.mkdir(parents=True, exist_ok=True)
-    with sole_writer(folder), Progress("encoding images", index.images, unit="image") as shown:
+    with sole_writer(folder, "out"), Progress("encoding images", index.images, unit="image") as shown:
+        index = started(folder, index)
         remove_leftovers(folder)
         if index.encoded:
             print(f"{index.encoded} of {index.images} images are encoded already", flush=True)

@@ -19,6 +19,7 @@ from tdc_fast.diffusion.sampling_loop import SamplingLoop  # noqa: E402
 from tdc_fast.runs.checkpoint import ema_file, model_file  # noqa: E402
 from tdc_fast.runs.config import TrainConfig  # noqa: E402
 from tdc_fast.runs.denoisers import from_run  # noqa: E402
+from tdc_fast.runs.lock import sole_writer  # noqa: E402
 from tdc_fast.serving import Engine  # noqa: E402
 from tests.data.autoencoders import random_autoencoder, write_digits  # noqa: E402
 from tests.training.small_run import SETTINGS  # noqa: E402
@@ -170,6 +171,17 @@ def test_flags_that_contradict_the_latents_are_refused(
     assert not (tmp_path / "run").exists()
 
 
+def test_weights_of_another_space_are_no_base(place: Path, tmp_path: Path) -> None:
+    options = flags(vae=place / "vae", data_dir=place / "digits.npz", out=tmp_path / "rescaled", scaling_factor=2.0)
+    assert encode.main(options) == 0
+    values = {**SMALL, "base": str(place / "run" / "base" / ema_file("0.9", 8)), "groups": 2, "stage2_steps": 1}
+    values |= {"class_cond": True, "k": 1.0, "run_dir": str(tmp_path / "run")}
+    with pytest.raises(ValueError, match="base: .*these were on latents of another AutoencoderKL, or scaled in"):
+        train.train(TrainConfig(**values, latents=str(tmp_path / "rescaled")))
+    assert not (tmp_path / "run").exists()
+    train.train(TrainConfig(**values, latents=str(place / "latents")))
+
+
 def test_encode_goes_on_and_keeps_labels_only_where_there_are(place: Path, tmp_path: Path, capsys: Any) -> None:
     data = write_digits(tmp_path / "plain.npz", 9, labels=False)
     options = flags(vae=place / "vae", data_dir=data, out=tmp_path / "latents", shard_images=4)
@@ -179,6 +191,9 @@ def test_encode_goes_on_and_keeps_labels_only_where_there_are(place: Path, tmp_p
         load_latents(tmp_path / "latents", class_cond=True)
     assert encode.main(options) == 0
     assert "9 of 9 images are encoded already" in capsys.readouterr().out
+    with sole_writer(tmp_path / "latents"):
+        assert encode.main(options) == 2
+        assert "expected a folder that no other process is working on" in capsys.readouterr().err
     assert encode.main([*options, *flags(flips=True)]) == 2
     assert "flips: got True; expected False, with which" in capsys.readouterr().err
 

@@ -23,8 +23,12 @@ LOCK_FILE = ".lock"
 
 
 @contextmanager
-def sole_writer(directory: Path) -> Iterator[None]:
+def sole_writer(directory: Path, argument: str = "run_dir") -> Iterator[None]:
     """Lock a directory for this process. Where the system or the file system has no locks, nothing is locked.
+
+    Args:
+        directory: the directory, which exists.
+        argument: what named it, for the error.
 
     Raises:
         ValueError: another process works on it.
@@ -34,21 +38,21 @@ def sole_writer(directory: Path) -> Iterator[None]:
     else:
         descriptor = os.open(directory / LOCK_FILE, os.O_RDWR | os.O_CREAT)
     try:
-        _lock(descriptor, directory)
+        _lock(descriptor, directory, argument)
         yield
     finally:
         os.close(descriptor)
 
 
-def _lock(descriptor: int, directory: Path) -> None:
+def _lock(descriptor: int, directory: Path, argument: str) -> None:
     try:
         if fcntl is not None:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         elif msvcrt is not None:
             msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
     except (BlockingIOError, PermissionError) as error:
-        raise invalid(
-            "run_dir", str(directory), "a run that no other process is working on: wait for it, or stop it"
-        ) from error
+        kind = "run" if argument == "run_dir" else "folder"
+        remedy = f"a {kind} that no other process is working on: wait for it, or stop it"
+        raise invalid(argument, str(directory), remedy) from error
     except OSError:
         pass  # some network file systems lock nothing

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from tdc_fast.data.dataset import Dataset
-from tdc_fast.data.latents import facts_of
+from tdc_fast.data.latents import LatentFacts, facts_of
 from tdc_fast.errors import invalid
 from tdc_fast.nn.width_plan import WidthPlan
 from tdc_fast.routing import TimestepGroups
@@ -193,13 +193,26 @@ def _decisions(config: TrainConfig, dataset: Dataset) -> dict[str, Any]:
     made_with: Mapping[str, Any] = {}
     if source:
         path = find_base_file(source) if config.base else Path(source)
-        recorded = (read_description(path) or {}).get("config")
+        description = read_description(path) or {}
+        _refuse_other_space(config, path, description, dataset)
+        recorded = description.get("config")
         made_with = recorded if isinstance(recorded, Mapping) else {}
     return {
         "num_classes": _num_classes(config, dataset, made_with),
         "ema_rate": ",".join(config.ema_rates),
         "ema_ramp": _ema_ramp(config, made_with),
     }
+
+
+def _refuse_other_space(config: TrainConfig, path: Path, description: Mapping[str, Any], dataset: Dataset) -> None:
+    """Refuse weights that were trained on other latents, or on images where these are latents."""
+    if "latents" not in description:
+        return
+    theirs, ours = LatentFacts.from_dict(description["latents"], "base", str(path)), facts_of(dataset)
+    if (theirs and theirs.space) != (ours and ours.space):
+        on = "images" if theirs is None else f"latents of another {theirs.space.autoencoder}, or scaled in another way"
+        name = "base" if config.base else "resume_checkpoint"
+        raise invalid(name, getattr(config, name), f"weights that were trained on such data; these were on {on}")
 
 
 def _ema_ramp(config: TrainConfig, made_with: Mapping[str, Any]) -> bool:
