@@ -29,8 +29,9 @@ class InceptionOutputs(NamedTuple):
 
     Attributes:
         pool: (B, 2048), means over the last feature maps: features of FID, KID, precision and recall.
-        spatial: (B, 7 * 17 * 17) at 299 pixels: the first 7 channels of the 1x1 convolution of the third 17x17 block,
-            features of sFID (Nash et al. 2021, arXiv:2103.03841).
+        spatial: (B, 17 * 17 * 7) at 299 pixels: the first 7 channels of the 1x1 convolution of the third 17x17 block,
+            features of sFID (Nash et al. 2021, arXiv:2103.03841). Channels are innermost, as in guided-diffusion, whose
+            stored statistics are in that order.
         logits: (B, 1008), of the classes, without their bias, as the published Inception Scores have them.
     """
 
@@ -208,7 +209,7 @@ class InceptionNetwork(nn.Module):
         x = F.max_pool2d(x, 3, stride=2)
         x = _through(x, self.Mixed_5b, self.Mixed_5c, self.Mixed_5d, self.Mixed_6a, self.Mixed_6b, self.Mixed_6c)
         x = self.Mixed_6d(x)
-        spatial = x[:, :_SPATIAL_CHANNELS].flatten(1)  # the 1x1 convolution comes first in the concatenation
+        spatial = x[:, :_SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)  # of the 1x1 convolution, which comes first
         x = _through(x, self.Mixed_6e, self.Mixed_7a, self.Mixed_7b, self.Mixed_7c)
         pool = x.mean(dim=(2, 3))
         return InceptionOutputs(pool, spatial, pool @ self.fc.weight.T)

@@ -73,7 +73,7 @@ def cache(monkeypatch, tmp_path) -> Path:
 
 
 # torch-fidelity 0.4.0's FeatureExtractorInceptionV3 in float64, with the weights of `state`, on the images of the test:
-# of either image, pool features 0 and 2047 and their sum, spatial features 0 and 20 and their sum, logits 0 and 1007.
+# of either image, pool features 0 and 2047 and the sum of all; two spatial features and the sum; logits 0 and 1007.
 PUBLISHED_NETWORK = {
     299: [[1.8086536, 0.22099660, 817.23126, 1.0004009, 1.3703996, 579.71674, -1.3161254, 2.2284310]],
     75: [
@@ -91,7 +91,9 @@ def test_the_network_gives_what_torch_fidelitys_gives(state, size):
     sized.load_state_dict(state, strict=False)
     expected = torch.tensor(PUBLISHED_NETWORK[size])
     out = sized(images[: len(expected)])
-    columns = [out.pool[:, [0, 2047]], out.pool.sum(1, True), out.spatial[:, [0, 20]], out.spatial.sum(1, True)]
+    # Channels are innermost: (row 1, column 3, channel 0) of 17 columns, or (row 0, column 2, channel 2) of 3.
+    pixel = (1 * 17 + 3) * 7 + 0 if size == 299 else (0 * 3 + 2) * 7 + 2
+    columns = [out.pool[:, [0, 2047]], out.pool.sum(1, True), out.spatial[:, [0, pixel]], out.spatial.sum(1, True)]
     found = torch.cat([*columns, out.logits[:, [0, 1007]]], dim=1)
     torch.testing.assert_close(found, expected, rtol=2e-5, atol=1e-5)
 
