@@ -19,6 +19,7 @@ from tdc_fast.kernels.problems import NormProblem, NormTensors
 from tdc_fast.nn import layers
 from tdc_fast.ops.backends import explain_problem
 from tdc_fast.ops.checks import norm_problem
+from tdc_fast.ops.hopper import STREAM
 
 NUM_GROUPS = 8
 EPS = 1e-5
@@ -158,8 +159,11 @@ def row_of(run: BenchRun, layer: NormLayer, direction: str, width: float, copy_r
         return lambda: machine.captured(problem.ours(direction, backend))
 
     makers: dict[str, Callable[[], Candidate]] = {OURS: lambda: ours, OURS_GRAPH: lambda: machine.captured(ours)}
-    for name in ("triton", "cuda"):
-        if name != what.backend and what.reasons.get(name, "absent") is None:
+    serving = [name for name in ("triton", "cuda", "hopper") if what.reasons.get(name, "absent") is None]
+    if what.forms.get("hopper") != STREAM:  # else its time would be that of `cuda`
+        serving = [name for name in serving if name != "hopper"]
+    for name in serving:
+        if name != what.backend:
             makers[f"{name}, graph"] = in_graph(name)
     fp32, low = problem.layer_sequence(), problem.low_precision_sequence()
     makers["torch"] = lambda: problem.dense(fp32, direction)

@@ -193,7 +193,8 @@ void bind_planners_of_convolutions(py::module_& module) {
 void take_norm(Keywords& keywords, NormArguments& arguments) {
   TAKE(x), TAKE(weight), TAKE(bias), TAKE(scale), TAKE(shift), TAKE(mean), TAKE(rstd), TAKE(offsets);
   TAKE(weight_index), TAKE(widths), TAKE(workspace);
-  TAKE_IF_GIVEN(x2), TAKE_IF_GIVEN(counters), TAKE_IF_GIVEN(scale_stride), TAKE_IF_GIVEN(shift_stride);
+  TAKE_IF_GIVEN(x2), TAKE_IF_GIVEN(counters), TAKE_IF_GIVEN(streamed), TAKE_IF_GIVEN(scale_stride),
+      TAKE_IF_GIVEN(shift_stride);
 }
 
 void take_norm_sizes(Keywords& keywords, NormArguments& arguments) {
@@ -218,6 +219,8 @@ void bind_planners_of_norms(py::module_& module) {
                                 launch_group_norm_backward);
   define<NormBackwardArguments>(module, "cuda_group_norm_backward_workspace", "Bytes of workspace that they need.",
                                 backward, group_norm_backward_workspace);
+  define<NormArguments>(module, "cuda_group_norm_stream_refusal", "Why the forward does not run as a stream, or ''.",
+                        take_norm_sizes, group_norm_stream_refusal);
   for (const bool gradients : {false, true})
     define<NormArguments>(module, gradients ? "cuda_group_norm_backward_refusal" : "cuda_group_norm_forward_refusal",
                           "Why no kernel serves these sizes, or ''.", take_norm_sizes,

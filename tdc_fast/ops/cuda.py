@@ -57,7 +57,7 @@ def supports(problem: Problem) -> str | None:
         backward = problem.op == "routed_group_norm_backward"
         core = native.module
         refuse = core.cuda_group_norm_backward_refusal if backward else core.cuda_group_norm_forward_refusal
-        return refuse(**_norm_sizes(problem), device=launcher.device_facts(problem.device)) or None
+        return refuse(**norm_sizes(problem), device=launcher.device_facts(problem.device)) or None
     return None
 
 
@@ -243,7 +243,8 @@ def conv2d_wgrad(
     return dweight, dbias, dsample_bias
 
 
-def _norm_sizes(p: NormProblem) -> dict[str, Any]:
+def norm_sizes(p: NormProblem) -> dict[str, Any]:
+    """The sizes and the dtype of a group norm as its planners take them."""
     second = {"x2_channels": p.x2_channels} if p.x2_channels else {}
     return second | {
         "dtype": _DTYPE_CODES[p.dtype],
@@ -269,7 +270,7 @@ def _norm_memory(p: NormProblem, t: NormTensors) -> tuple[NormTensors, dict[str,
         "scale_stride": 0 if scale is None else scale.stride(0),
         "shift_stride": 0 if shift is None else shift.stride(0),
     }
-    return t, {"workspace": 0, **_addresses(t), **strides, **_norm_sizes(p)}
+    return t, {"workspace": 0, **_addresses(t), **strides, **norm_sizes(p)}
 
 
 def _rows(tensor: Tensor | None) -> Tensor | None:
@@ -277,8 +278,14 @@ def _rows(tensor: Tensor | None) -> Tensor | None:
     return tensor if tensor is None or tensor.stride(1) == 1 else tensor.contiguous()
 
 
-def group_norm(p: NormProblem, t: NormTensors) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns y (B, C, H, W), channels_last; mean and rstd (B, norm groups) fp32; counters, zeros."""
+def group_norm(p: NormProblem, t: NormTensors, *, streamed: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns y (B, C, H, W), channels_last; mean and rstd (B, norm groups) fp32; counters, zeros.
+
+    Args:
+        p: the problem.
+        t: its tensors.
+        streamed: as a stream where that serves.
+    """
     y = _empty_image(t.x, p.batch, p.channels, p.height, p.width)
     mean = torch.empty((p.batch, p.num_norm_groups), dtype=torch.float32, device=t.x.device)
     rstd = torch.empty_like(mean)
@@ -288,6 +295,8 @@ def group_norm(p: NormProblem, t: NormTensors) -> tuple[Tensor, Tensor, Tensor, 
         return y, mean, rstd, counters
     t, arguments = _norm_memory(p, t)
     arguments |= {"y": y.data_ptr(), "mean": mean.data_ptr(), "rstd": rstd.data_ptr(), "counters": counters.data_ptr()}
+    if streamed:
+        arguments["streamed"] = True
     workspace = _workspace(native.module.cuda_group_norm_forward_workspace, p.device, arguments)
     planner = native.module.cuda_launches_group_norm_forward
     launch_planned(planner, p.device, arguments | {"workspace": address(workspace)})

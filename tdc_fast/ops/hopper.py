@@ -1,4 +1,7 @@
-"""The `hopper` backend: the `cuda` backend with the convolution's Hopper form (TMA and wgmma, csrc/cuda/conv/hopper_*).
+"""The `hopper` backend: the `cuda` backend with forms of its own.
+
+They are the convolution's Hopper form (TMA and wgmma, csrc/cuda/conv/hopper_*), and group norms of many chunks as a
+stream (csrc/cuda/group_norm/stream.cuh).
 
 On a GPU of compute capability 9.0 it serves 3x3 and 1x1 convolutions, linear layers and their gradients in that form
 where it can (`form` says where, and `explain` shows it), everything else as `cuda` does. It runs where it is asked for
@@ -11,17 +14,17 @@ from typing import Any
 
 from torch import Tensor
 
-from tdc_fast.kernels.problems import ConvProblem, ConvTensors, Problem
+from tdc_fast.kernels.problems import ConvProblem, ConvTensors, NormProblem, NormTensors, Problem
 from tdc_fast.ops import cuda, native
 from tdc_fast.ops.cuda_launch import launcher_facts
 
 name = "hopper"
 fuses = cuda.fuses
 only_launches = True
-group_norm = cuda.group_norm
 group_norm_backward = cuda.group_norm_backward
 ARCHITECTURE = 90
 HOPPER_FORM = "in the Hopper form"  # what `form` says of it
+STREAM = "as a stream"
 
 
 def supports(problem: Problem) -> str | None:
@@ -37,8 +40,13 @@ def supports(problem: Problem) -> str | None:
 
 def form(problem: Problem) -> str:
     """In words, which kernels serve a problem that the backend supports, and why not the Hopper form."""
-    if not isinstance(problem, ConvProblem):
-        return "in the portable form: it is no convolution"
+    if isinstance(problem, NormProblem):
+        if problem.op == "routed_group_norm_backward":
+            return "in the portable form"
+        reason = native.module.cuda_group_norm_stream_refusal(
+            **cuda.norm_sizes(problem), device=launcher_facts(problem.device)
+        )
+        return f"in the portable form: it is no stream, {reason}" if reason else STREAM
     refusals = {
         "routed_conv2d": native.module and native.module.cuda_conv_forward_hopper_refusal,
         "routed_conv2d_dgrad": native.module and native.module.cuda_conv_dgrad_hopper_refusal,
@@ -46,6 +54,11 @@ def form(problem: Problem) -> str:
     }
     reason = refusals[problem.op](**cuda.geometry(problem), device=launcher_facts(problem.device))
     return f"in the portable form: the Hopper form does not serve this, {reason}" if reason else HOPPER_FORM
+
+
+def group_norm(p: NormProblem, t: NormTensors) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns y (B, C, H, W), channels_last; mean and rstd (B, norm groups) fp32; counters, zeros."""
+    return cuda.group_norm(p, t, streamed=True)
 
 
 def conv2d(p: ConvProblem, t: ConvTensors) -> Tensor:

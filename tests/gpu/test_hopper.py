@@ -1,13 +1,13 @@
-"""The Hopper form of the convolution on a GPU of compute capability 9.0: accuracy, repetition, graphs."""
+"""The Hopper form of the convolution, and norms as streams, on a GPU of compute capability 9.0."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from tdc_fast import explain, routed_conv2d
-from tdc_fast.ops.hopper import HOPPER_FORM
-from tests.cases import ConvCase, Routing
+from tdc_fast import explain, routed_conv2d, routed_group_norm
+from tdc_fast.ops.hopper import HOPPER_FORM, STREAM
+from tests.cases import ConvCase, NormCase, Routing
 from tests.gpu.problems import BF16, FP16, Precision, Target, moved, plan_on, routed, settings_on, targets
 from tests.gpu.shapes import HOPPER_CASES
 from tests.gpu.test_operators import check
@@ -76,6 +76,31 @@ def test_large_shapes_are_accurate_and_repeatable(name: str, target: Target, nan
         assert_as_accurate_as_torch(y.cpu(), torchs.cpu(), exact.double().cpu(), name, 9 * channels)
         for _ in range(5):
             assert torch.equal(routed(case, tensors, target, plan), y)
+
+
+STREAMS = {
+    "whole vectors": ((12, 3, 0, 49), {"channels": 128, "num_groups": 32, "widths": (128, 64, 32, 4)}),
+    "two inputs": ((9, 30, 25), {"channels": 384, "num_groups": 32, "x2_channels": 128}),
+}
+
+
+@on_hopper
+@pytest.mark.parametrize("precision", [BF16, FP16], ids=str)
+@pytest.mark.parametrize("name", STREAMS)
+def test_norms_as_streams(name: str, precision: Precision, target: Target, nan_filled_memory: None) -> None:
+    samples, changes = STREAMS[name]
+    if target.device == "cpu":
+        samples = tuple(min(n, 1) for n in samples)
+    groups = tuple(group for group, count in enumerate(samples) for _ in range(count))
+    routing, size = Routing(groups, len(samples), len(samples), None), (32, 32) if target.device == "cuda" else (4, 4)
+    settings = {"widths": None, "extras": ("scale", "shift"), "activation": "silu", "layout": "channels_last"}
+    case = NormCase(routing=routing, size=size, seed=1, **(settings | changes))
+    check(case, precision, target, {"sums": 4 * case.routing.batch * size[0] * size[1]})
+    if target.device == "cuda":
+        t = moved(case.tensors(torch.bfloat16), "cuda", case.layout)
+        what = explain(routed_group_norm, t["x"], t["weight"], t["bias"], plan_on(routing, "cuda"), x2=t.get("x2"),
+                       **settings_on(case, "cuda"))  # fmt: skip
+        assert what.forms["hopper"] == STREAM
 
 
 @pytest.mark.gpu

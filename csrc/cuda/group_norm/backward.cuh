@@ -265,7 +265,7 @@ template <class T, int V, bool kTwo, NormStage kStage>
 __device__ __forceinline__ void group_norm_backward(const GroupNormParams& p) {
   TDC_DYNAMIC_SHARED(shared);
   const NormThread thread(p);
-  const NormBlock block = norm_block(p);
+  const NormBlock block = stage_block<kStage>(p);
   const BackwardArrays arrays(p, shared);
   float* row_sums = reinterpret_cast<float*>(shared + p.row_sums);
   T* x_tile = reinterpret_cast<T*>(shared + p.tile);

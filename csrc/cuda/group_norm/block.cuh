@@ -117,14 +117,15 @@ __device__ __forceinline__ int group_of_sample(const GroupNormParams& p, int sam
   return slot[0];
 }
 
-__device__ __forceinline__ NormBlock norm_block(const GroupNormParams& p) {
+// Of chunk item % chunks of sample item / chunks, and a run of pixels.
+__device__ __forceinline__ NormBlock norm_block(const GroupNormParams& p, int item, int run) {
   NormBlock block;
-  block.sample = blockIdx.x / p.chunks;
-  block.first_channel = (blockIdx.x % p.chunks) * p.chunk_channels;
+  block.sample = item / p.chunks;
+  block.first_channel = (item % p.chunks) * p.chunk_channels;
   block.channels = min(p.chunk_channels, p.channels - block.first_channel);
   block.groups = block.channels / p.channels_per_group;
   block.first_group = block.first_channel / p.channels_per_group;
-  block.first_pixel = blockIdx.y * p.pixels_per_block;
+  block.first_pixel = run * p.pixels_per_block;
   block.pixels = min(p.pixels_per_block, p.pixels - block.first_pixel);
 
   const int group = group_of_sample(p, block.sample);
@@ -134,6 +135,16 @@ __device__ __forceinline__ NormBlock norm_block(const GroupNormParams& p) {
   block.live_groups = clamped(live / p.channels_per_group - block.first_group, 0, block.groups);
   block.live = block.live_groups * p.channels_per_group;
   return block;
+}
+
+enum class NormStage { kWhole, kPartial, kApply };
+
+// This block's part. The second launch goes through the tensor backwards: it begins with what the first has read last,
+// which the L2 cache may still hold.
+template <NormStage kStage>
+__device__ __forceinline__ NormBlock stage_block(const GroupNormParams& p) {
+  if (kStage == NormStage::kApply) return norm_block(p, gridDim.x - 1 - blockIdx.x, gridDim.y - 1 - blockIdx.y);
+  return norm_block(p, blockIdx.x, blockIdx.y);
 }
 
 // Start of the block's pixels and channels within a tensor of all channels.

@@ -14,8 +14,6 @@
 
 namespace tdc {
 
-enum class NormStage { kWhole, kPartial, kApply };
-
 constexpr int kMomentFloats = 3;  // pivot, excess, squares: mean = pivot + excess, kept apart to preserve the low bits
 
 // Per channel of the chunk; the sums of the statistics become the coefficients of y.
@@ -251,19 +249,23 @@ __device__ __forceinline__ void normalize(const GroupNormParams& p, const NormBl
   }
 }
 
+// For the backward.
+__device__ __forceinline__ void zero_counters(const GroupNormParams& p) {
+  if (blockIdx.x > 0 || blockIdx.y > 0) return;
+  for (int i = threadIdx.x; i < p.num_counters; i += blockDim.x) p.counters[i] = 0;
+}
+
 template <class T, int V, bool kTwo, NormStage kStage>
 __device__ __forceinline__ void group_norm_forward(const GroupNormParams& p) {
   TDC_DYNAMIC_SHARED(shared);
   const NormThread thread(p);
-  const NormBlock block = norm_block(p);
+  const NormBlock block = stage_block<kStage>(p);
   const ForwardArrays arrays(p, shared);
   float* row_sums = reinterpret_cast<float*>(shared + p.row_sums);
   T* tile = reinterpret_cast<T*>(shared + p.tile);
   const float count = static_cast<float>(block.pixels) * p.channels_per_group;
 
-  if (kStage != NormStage::kApply && blockIdx.x == 0 && blockIdx.y == 0) {
-    for (int i = threadIdx.x; i < p.num_counters; i += blockDim.x) p.counters[i] = 0;
-  }
+  if (kStage != NormStage::kApply) zero_counters(p);
   if (kStage != NormStage::kApply && block.live > 0) {
     load_and_sum<T, V, kTwo>(p, block, thread, tile, row_sums, arrays.multiplier);
     group_means(p, block, arrays.multiplier, arrays.centre, count);

@@ -21,6 +21,8 @@
   TDC_GROUP_NORM_STAGE(X, tdc_group_norm_backward_partial_##suffix, group_norm_backward, T, vector, two, kPartial) \
   TDC_GROUP_NORM_BOUND(X, tdc_group_norm_backward_apply_##suffix, group_norm_backward, T, vector, two, kApply,     \
                        __VA_ARGS__)
+#define TDC_GROUP_NORM_STREAM(X, suffix, T, vector, two) \
+  X(tdc_group_norm_stream_##suffix, tdc::GroupNormParams, (tdc::group_norm_stream<T, vector, two>), 512, 2)
 #define TDC_GROUP_NORM_EXPERT_SUMS(X, suffix, T) \
   X(tdc_group_norm_expert_sums_##suffix, tdc::GroupNormParams, (tdc::group_norm_expert_sums<T>), 512)
 
@@ -49,3 +51,12 @@
   TDC_GROUP_NORM_SPLIT(X, fp32_scalar_two, float, 1, true, 512, 1)     \
   TDC_GROUP_NORM_SPLIT(X, bf16_scalar_two, tdc::bf16, 1, true, 512, 1) \
   TDC_GROUP_NORM_SPLIT(X, fp16_scalar_two, tdc::half, 1, true, 512, 1)
+
+// Another, for the `hopper` backend, see stream.cuh.
+#define TDC_KERNELS_group_norm_stream(X)                        \
+  TDC_GROUP_NORM_STREAM(X, fp32_vector, float, 4, false)        \
+  TDC_GROUP_NORM_STREAM(X, bf16_vector, tdc::bf16, 8, false)    \
+  TDC_GROUP_NORM_STREAM(X, fp16_vector, tdc::half, 8, false)    \
+  TDC_GROUP_NORM_STREAM(X, fp32_vector_two, float, 4, true)     \
+  TDC_GROUP_NORM_STREAM(X, bf16_vector_two, tdc::bf16, 8, true) \
+  TDC_GROUP_NORM_STREAM(X, fp16_vector_two, tdc::half, 8, true)

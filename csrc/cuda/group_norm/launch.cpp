@@ -45,8 +45,14 @@ std::string bad_sizes(const NormArguments& a) {
   return "";
 }
 
+// Whole: no workspace.
 NormSplit forward_split(const NormArguments& a, const Device& device) {
-  return split_group_norm(a, device, false, all_aligned({a.x, a.x2, a.y}));
+  const bool aligned = all_aligned({a.x, a.x2, a.y});
+  if (a.streamed) {
+    const NormSplit stream = stream_group_norm(a, device, aligned);
+    if (stream.refusal.empty()) return stream;
+  }
+  return split_group_norm(a, device, false, aligned);
 }
 
 NormSplit backward_split(const NormBackwardArguments& a, const Device& device) {
@@ -151,6 +157,11 @@ std::string group_norm_refusal(const NormArguments& a, const Device& device, boo
   return bad.empty() ? refusal_of(split_group_norm(a, device, backward, all_aligned({a.x, a.x2, a.y}))) : bad;
 }
 
+std::string group_norm_stream_refusal(const NormArguments& a, const Device& device) {
+  const std::string bad = bad_sizes(a);
+  return bad.empty() ? stream_group_norm(a, device, all_aligned({a.x, a.x2, a.y})).refusal : bad;
+}
+
 size_t group_norm_forward_workspace(const NormArguments& a, const Device& device) {
   require_served(a, bad_sizes(a));
   return moment_floats(a, forward_split(a, device)) * sizeof(float);
@@ -168,6 +179,11 @@ std::vector<Launch> launch_group_norm_forward(const NormArguments& a, const Devi
   const NormSplit s = forward_split(a, device);
   require_served(a, refusal_of(s));
   const GroupNormParams p = params_of(a, s);
+  if (s.stream_blocks) {
+    Launch launch = launch_stage("stream", a, s, p, 1, s.shared_bytes);
+    launch.grid[0] = static_cast<unsigned>(s.stream_blocks);
+    return {launch};
+  }
   if (s.whole) return {launch_stage("whole", a, s, p, 1, s.shared_bytes)};
   return {launch_stage("partial", a, s, p, s.splits, s.shared_bytes),
           launch_stage("apply", a, s, p, s.splits, s.row_sums)};  // needs the channel arrays alone

@@ -10,11 +10,13 @@ constexpr int64_t kWarpThreads = 32, kFewestThreads = 64, kMostThreads = 512;
 // Threads per SM that registers allow (backward holds more coefficients).
 constexpr int64_t kForwardThreadsPerSm = 1024, kBackwardThreadsPerSm = 512;
 constexpr int64_t kVectorsPerThread = 8;  // with fewer, a block does little between its barriers
+constexpr int64_t kLeastRow = 32;         // bytes of a pixel, a sector of L2: of less, two blocks fetch the same bytes
 constexpr int64_t kSector = 64;           // bytes of a pixel that a block should read at least: two sectors of L2
 constexpr int64_t kLine = 128;            // and better: a whole line
 constexpr int64_t kBlocksPerSm = 3;       // while one reads, another computes and a third writes
 constexpr int64_t kRunBytes = 32768;      // of a run of pixels, where one block does not hold them all
 constexpr int64_t kStaticShared = 32;     // static shared memory of the kernels
+constexpr int64_t kBlockShared = 1024;    // that the system takes for itself per block
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -40,13 +42,54 @@ class Splitter {
     if (vector_) {
       for (int tensors = backward_ ? 2 : 1; tensors > 0; --tensors) {
         const NormSplit whole = best_whole(tensors);
-        if (whole.refusal.empty() && !starves(whole)) return whole;
+        if (whole.refusal.empty() && !starves(whole) && !halves_sectors(whole)) return whole;
       }
     }
     return best_runs();
   }
 
+  // The widest rows, up to a line, of which two blocks with two tiles each fit on an SM, or one. A copy fetches a line
+  // into the L2, so that rows of a sector suffice where neighbouring blocks have the rest of it.
+  NormSplit stream() const {
+    NormSplit best;
+    best.refusal = "its channels are no whole 16-byte vectors";
+    if (!vector_) return best;
+    best.refusal = "two tiles of " + std::to_string(kLeastRow) + " bytes a pixel do not fit in shared memory";
+    for (int64_t units = 1; units * unit_ <= a_.channels; ++units) {
+      const int64_t channels = units * unit_, row = channels * element_;
+      if (a_.channels % channels || (row > kLine && units > 1)) continue;
+      if (row < kLeastRow && channels < a_.channels) continue;
+      for (int64_t blocks_per_sm = 2; blocks_per_sm > 0; --blocks_per_sm) {
+        if (blocks_per_sm == 1 && best.refusal.empty()) continue;
+        const NormSplit next = streamed(channels, blocks_per_sm);
+        if (!next.refusal.empty()) continue;
+        best = next;
+        break;
+      }
+    }
+    if (best.refusal.empty() && blocks(best) < 2 * best.stream_blocks) {
+      best.refusal = "its " + std::to_string(blocks(best)) + " chunks are less than two for every block of a GPU";
+    }
+    return best;
+  }
+
  private:
+  NormSplit streamed(int64_t channels, int64_t blocks_per_sm) const {
+    NormSplit s = laid_out(channels, pixels(), 1);
+    if (!s.refusal.empty()) return s;
+    s.whole = true;
+    s.threads = kMostThreads;
+    const int64_t vectors = channels / lane_channels_ * pixels();
+    while (s.threads > kFewestThreads && s.threads * 2 > vectors) s.threads /= 2;
+    lay_out_shared(s, 2);
+    const int64_t taken = s.shared_bytes + kStaticShared + kBlockShared;
+    if (taken * blocks_per_sm > device_.shared_limit + kBlockShared) s.refusal = "too large";
+    // As many rounds as the blocks that run at once need, with equal shares.
+    const int64_t slots = blocks_per_sm * device_.multiprocessors, rounds = ceil_div(blocks(s), slots);
+    s.stream_blocks = std::max<int64_t>(1, ceil_div(blocks(s), std::max<int64_t>(rounds, 1)));
+    return s;
+  }
+
   int64_t pixels() const { return a_.height * a_.width; }
   int64_t blocks(const NormSplit& s) const { return a_.batch * s.chunks; }
 
@@ -63,17 +106,22 @@ class Splitter {
     const int64_t tiles = tensors * s.pixels_per_block * chunk_channels * element_;
     const int64_t vectors = chunk_channels / lane_channels_;
     s.threads = threads_for(vectors, vectors * s.pixels_per_block, arrays + tiles, blocks(s) * s.splits);
-    s.lanes_log2 = std::min(log2_at_least(vectors), log2_at_least(s.threads));
-
-    const int64_t sums = 2, lanes = int64_t{1} << s.lanes_log2;
-    const int64_t rows = lanes < kWarpThreads ? s.threads / kWarpThreads : s.threads / lanes;
-    s.row_sums = round_up(arrays, 16);
-    s.tile = s.row_sums + round_up(sums * rows * lanes * lane_channels_ * 4, 16);
-    s.shared_bytes = s.tile + tiles;
+    lay_out_shared(s, tensors);
     if (s.shared_bytes + kStaticShared > device_.shared_limit) {
       s.refusal = "shared memory does not hold the pixels of " + std::to_string(chunk_channels) + " channels";
     }
     return s;
+  }
+
+  // Where the parts of shared memory are, for this number of threads and of tiles.
+  void lay_out_shared(NormSplit& s, int64_t tiles) const {
+    const int64_t arrays = (backward_ ? 5 : 3) * s.chunk_channels * 4, vectors = s.chunk_channels / lane_channels_;
+    s.lanes_log2 = std::min(log2_at_least(vectors), log2_at_least(s.threads));
+    const int64_t sums = 2, lanes = int64_t{1} << s.lanes_log2;
+    const int64_t rows = lanes < kWarpThreads ? s.threads / kWarpThreads : s.threads / lanes;
+    s.row_sums = round_up(arrays, 16);
+    s.tile = s.row_sums + round_up(sums * rows * lanes * lane_channels_ * 4, 16);
+    s.shared_bytes = s.tile + tiles * s.pixels_per_block * s.chunk_channels * element_;
   }
 
   int64_t threads_for(int64_t vectors_per_pixel, int64_t vectors, int64_t shared, int64_t blocks) const {
@@ -107,6 +155,15 @@ class Splitter {
     return blocks(s) * 4 <= device_.multiprocessors && s.shared_bytes > 2 * kRunBytes;
   }
 
+  // Whether the forward's rows are shorter than what memory delivers, as wider ones would not fit beside each other:
+  // its bytes are fetched and written back twice. Two launches fetch x twice and write once.
+  bool halves_sectors(const NormSplit& s) const {
+    const int64_t next = 2 * s.chunk_channels;
+    return !backward_ && s.chunk_channels * element_ < kLeastRow && a_.channels % next == 0 &&
+           blocks(s) >= 2 * device_.multiprocessors &&
+           laid_out(next, pixels(), s.tensors).shared_bytes * (kBlocksPerSm - 1) > device_.shared_limit;
+  }
+
   // Runs of pixels of at most kRunBytes, shorter where there would be too few blocks.
   NormSplit best_runs() const {
     int64_t channels = unit_;
@@ -131,6 +188,10 @@ class Splitter {
 };
 
 }  // namespace
+
+NormSplit stream_group_norm(const NormArguments& arguments, const Device& device, bool aligned) {
+  return Splitter(arguments, device, false, aligned).stream();
+}
 
 NormSplit split_group_norm(const NormArguments& arguments, const Device& device, bool backward, bool aligned) {
   return Splitter(arguments, device, backward, aligned).split();
