@@ -22,7 +22,7 @@ from tdc_fast.errors import invalid
 from tdc_fast.nn.merging import Merging, Method, Missing
 from tdc_fast.runs.checkpoint import save_file
 from tdc_fast.runs.denoisers import TrainedDenoiser, from_checkpoint, from_run, refuse_mismatch, stored_facts
-from tdc_fast.runs.limits import PathText, Within, check_limits, comma_numbers
+from tdc_fast.runs.limits import PathText, Within, check_limits, check_path, comma_numbers
 from tdc_fast.runs.merged import merge_files, merge_run
 from tdc_fast.runs.options import DiffusionOptions, ModelOptions
 from tdc_fast.runs.weights import read_description
@@ -55,6 +55,8 @@ class MergeOptions:
 
 def _merge(arguments: list[str]) -> None:
     names, flags = split_names(arguments)
+    for name in names:
+        check_path("experts", name)
     run = value_of(flags, "run")
     stored = stored_facts(run=run, model_path=names[0] if names else "") if run or names else {}
     values = parse_flags(

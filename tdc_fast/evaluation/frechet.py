@@ -88,7 +88,7 @@ def real_floors(features: Tensor, *, bootstrap_n: int, repetitions: int = 8, see
     whole = moments_of(features)
     for _ in range(repetitions):
         drawn = torch.randint(len(features), (bootstrap_n,), generator=generator)
-        bootstrap.append(moments_distance(whole, moments_of(features[drawn])))
+        bootstrap.append(moments_distance(whole, moments_of(features[rows] for rows in drawn.split(1024))))
         order = torch.randperm(len(features), generator=generator)
         halves.append(moments_distance(*(moments_of(features[order[i * half : (i + 1) * half]]) for i in range(2))))
     return Floor("bootstrap", bootstrap_n, tuple(bootstrap)), Floor("halves", half, tuple(halves))

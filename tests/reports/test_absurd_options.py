@@ -11,10 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tdc_fast import evaluate, nll, prune, sample, serve, train
+from tdc_fast import evaluate, merge, nll, prune, sample, serve, train
 from tdc_fast.data.dataset import load_dataset
 from tdc_fast.evaluation.options import EvaluateOptions
 from tdc_fast.experiments.demo import DemoOptions
+from tdc_fast.merge import MergeOptions
 from tdc_fast.models.iddpm import create_unet
 from tdc_fast.nll import NllOptions
 from tdc_fast.routing import TimestepGroups
@@ -34,7 +35,7 @@ from tdc_fast.serve import ServeOptions
 from tests.generated import examples
 
 HUGE = 99999999999999999999
-OPTIONS = [SampleOptions, ServeOptions, NllOptions, EvaluateOptions, DemoOptions, TrainConfig]
+OPTIONS = [SampleOptions, ServeOptions, NllOptions, EvaluateOptions, MergeOptions, DemoOptions, TrainConfig]
 LONG = "x" * 300
 
 
@@ -91,7 +92,7 @@ def test_what_no_machine_can_do_is_refused_under_its_name(name, value):
 
 
 @pytest.mark.parametrize(
-    "options", [SampleOptions, ServeOptions, NllOptions, EvaluateOptions, DemoOptions, TrainConfig]
+    "options", [SampleOptions, ServeOptions, NllOptions, EvaluateOptions, MergeOptions, DemoOptions, TrainConfig]
 )
 def test_every_integer_of_every_command_has_a_range(options):
     defaults = {field.name: field.default for field in dataclasses.fields(options)}
@@ -118,6 +119,7 @@ SECTIONS_OF = {
     nll: [NllOptions],
     evaluate: [EvaluateOptions],
     prune: [SearchOptions],
+    merge: [MergeOptions],
 }
 
 
@@ -134,7 +136,7 @@ def test_a_wrong_value_of_any_flag_is_refused_under_its_name(command, capsys, tm
 
 
 @pytest.mark.parametrize(
-    "options", [SampleOptions, ServeOptions, NllOptions, EvaluateOptions, DemoOptions, TrainConfig]
+    "options", [SampleOptions, ServeOptions, NllOptions, EvaluateOptions, MergeOptions, DemoOptions, TrainConfig]
 )
 def test_a_path_with_a_nul_is_refused_under_its_name(options):
     for name in texts(options):
@@ -154,6 +156,11 @@ def test_a_path_with_a_nul_is_refused_under_its_name(options):
         (sample, ["--run", "a\0b"], "run"),
         (sample, ["--model_path", "a\0b"], "model_path"),
         (nll, ["--run", "a\0b"], "run"),
+        (merge, ["--run", "a\0b", "--out", "m.pt"], "run"),
+        (merge, ["--run", LONG, "--out", "m.pt"], "run"),
+        (merge, ["a\0b", "--out", "m.pt"], "experts"),
+        (merge, [LONG, "--out", "m.pt"], "experts"),
+        (merge, [__file__, "--out", f"{LONG}.pt"], "out"),
         (evaluate, ["a\0b", "digits"], "set of images"),
         (evaluate, ["digits", "digits", "--out", f"{LONG}/a.json"], "out"),
         (evaluate, [LONG, "digits"], "set of images"),
