@@ -161,7 +161,15 @@ bool RaceCheck::touch(Cell& cell, const Region* region, uintptr_t address, int t
     cell.in_flight = now.async && region;
     return true;
   }
-  // An earlier record of the same kind that is ordered before this one adds no information.
+  // An earlier record of the same thread or lane adds no information: what comes after this one comes after that one.
+  const auto own = [&](const Record& r) {
+    return r.clock && r.thread == now.thread && r.block == now.block && r.bytes == now.bytes && r.atomic == now.atomic;
+  };
+  for (Record& earlier : cell.more) {
+    if (own(earlier)) return earlier = now, true;
+  }
+  if (own(cell.read)) return cell.read = now, true;
+  // Nor does one of the same kind that is ordered before this one.
   const auto superseded = [&](const Record& r) {
     return r.clock == 0 || (r.atomic == now.atomic && r.bytes == now.bytes && before(r, thread));
   };

@@ -141,7 +141,7 @@ def cases(draw: st.DrawFn) -> ConvCase:
 
 def test_any_case_is_as_accurate_as_torch() -> None:
     @given(case=cases(), schedule=st.sampled_from(SCHEDULES), multiprocessors=st.integers(1, 5))
-    @examples(1 if SANITIZED else 6)
+    @examples(1 if SANITIZED else 5)
     def check(case: ConvCase, schedule: int, multiprocessors: int) -> None:
         with hopper(multiprocessors, schedule) as launcher:
             assert_accurate(case, torch.bfloat16, INPUTS, backend="hopper")
@@ -219,7 +219,7 @@ def test_a_planted_bug_spoils_the_result(plant: str) -> None:
         assert_accurate(case, torch.bfloat16, (), backend="hopper")
 
 
-@pytest.mark.parametrize("garbage", [-(2**31), -7, 5, 2**31 - 1])
+@pytest.mark.parametrize("garbage", [-7, 2**31 - 1])
 def test_no_number_in_device_memory_leads_out_of_bounds(garbage: int) -> None:
     """Sanitizers check what is read and written; the values do not matter."""
     case = case_of(routing=uneven(1, 0, 1), size=(5, 3), in_channels=128, x2_channels=56)

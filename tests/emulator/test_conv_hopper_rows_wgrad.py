@@ -110,7 +110,7 @@ def test_edges_are_as_accurate_as_torch(edge: str, dtype: str) -> None:
 @plain_only
 def test_any_case_is_as_accurate_as_torch() -> None:
     @given(case=cases(), schedule=st.sampled_from(SCHEDULES), multiprocessors=st.integers(1, 9))
-    @examples(4)
+    @examples(3)
     def check(case: ConvCase, schedule: int, multiprocessors: int) -> None:
         with hopper(multiprocessors, schedule):
             assert_accurate(case, torch.bfloat16, ("weight",), backend="hopper")
@@ -155,18 +155,24 @@ def test_a_planted_bug_is_reported(plant: str) -> None:
 
 
 @plain_only
-@pytest.mark.parametrize("plant", ["HOPPER_WRONG_TAP", "HOPPER_NO_LAST_PIXEL", "HOPPER_WRONG_ROW"])
-def test_a_planted_bug_spoils_the_result(plant: str) -> None:
-    """The wrong block of input channels; the pixels of the next group; the wrong tap."""
+@pytest.mark.parametrize(
+    "plant, changes",
+    [
+        ("HOPPER_WRONG_TAP", {"in_channels": 256}),  # the wrong block of input channels
+        ("HOPPER_NO_LAST_PIXEL", {}),  # the pixels of the next group
+        ("HOPPER_WRONG_ROW", THREE_BY_THREE),  # the wrong tap
+    ],
+)
+def test_a_planted_bug_spoils_the_result(plant: str, changes: dict[str, Any]) -> None:
     with hopper() as launcher:
-        t, problem, dy = arguments(case_of(routing=uneven(1, 1), size=(4, 4), in_channels=256, **THREE_BY_THREE))
+        t, problem, dy = arguments(case_of(routing=uneven(1, 1), size=(4, 4), **changes))
         right, _, _ = hopper_backend.conv2d_wgrad(problem, dy, t, (True, False, False))
         with launcher.planted(plant):
             wrong, _, _ = hopper_backend.conv2d_wgrad(problem, dy, t, (True, False, False))
     assert not torch.allclose(right, wrong, rtol=0.1, atol=0.1)
 
 
-@pytest.mark.parametrize("garbage", [-(2**31), -7, 5, 2**31 - 1])
+@pytest.mark.parametrize("garbage", [-7, 2**31 - 1])
 def test_no_number_in_device_memory_leads_out_of_bounds(garbage: int) -> None:
     """Sanitizers check what is read and written; the values do not matter."""
     t, problem, dy = arguments(case_of(routing=uneven(1, 0, 1), size=(5, 3), in_channels=128, x2_channels=56))
