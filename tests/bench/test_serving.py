@@ -145,6 +145,15 @@ def test_simulated_times_are_those_of_the_steps():
     assert [table(rows) for rows in (1, 2, 4, 6)] == [2.0, 3.0, 7.0, 13.0]
 
 
+def test_at_80_percent_load_the_longest_times_are_half_of_those_of_whole_requests():
+    """Simulated with steps of 5 ms and 0.08 ms for each place, about those of the demo's network: nothing is timed."""
+    steps = {"engine": [[1, 0.00508], [2, 0.00516]], "request level": [[1, 0.00508], [2, 0.00516]]}
+    rows = simulation.simulate(steps, [Engine.__init__.__kwdefaults__["max_batch"]], [0.8], 3000)
+    ratio = {row["contestant"]: row["ratio"] for row in rows}
+    assert ratio[f"engine, {Policy().name}"] < 0.5
+    assert ratio["engine, slack"] < ratio["engine, fifo"] < ratio["engine, shortest"] < 0.6
+
+
 def test_the_simulation_runs_and_says_what_was_measured(tmp_path, monkeypatch):
     monkeypatch.setattr("bench.serving.simulation.ROWS", (1, 2))
     flags = ["--batches", "4", "--loads", "0.8", "--requests", "200", "--repeats", "1", "--experts", "2"]
