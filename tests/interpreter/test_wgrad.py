@@ -57,7 +57,7 @@ def some_case(**changes: Any) -> ConvCase:
 
 
 class Backward:
-    """dy and x of a case with NaN in everything dead, and the gradients by kernel, by torch, and in fp64."""
+    """dy of a case with NaN and x with zeros in what is dead, and the gradients by kernel, by torch, and in fp64."""
 
     def __init__(self, case: ConvCase, dtype: torch.dtype) -> None:
         tensors, settings = case.tensors(dtype), case.settings()
@@ -233,7 +233,7 @@ def test_only_live_channels_are_multiplied(
 
 
 def test_groups_that_share_an_expert_add_up_although_their_dead_channels_differ(nan_filled_memory: None) -> None:
-    """A channel that is dead (NaN) in one group and live in the next contributes only where it is live."""
+    """A channel that is dead (NaN in dy) in one group and live in the next contributes only where it is live."""
     case = some_case(routing=Routing((0, 2, 2, 1, 0, 2), 3, 2, (1, 0, 1)), filter=(3, 1), padding=(1, 0))
     assert_accurate(case, torch.float32, SMALL_STEP, 2)
     assert_accurate(case, torch.float32, None, 1)
