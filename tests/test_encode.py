@@ -205,10 +205,10 @@ def test_the_configuration_of_ffhq_runs_from_images_to_samples(tmp_path: Path) -
     folders = flags(vae=tmp_path / "vae", data_dir=tmp_path / "digits.npz", out=tmp_path / "latents", image_size=16)
     assert encode.main(folders) == 0
     smaller = {
-        "latents": tmp_path / "latents", "image_size": 8, "num_channels": 14, "attention_resolutions": "4",
-        "num_res_blocks": 1, "batch_size": 10, "diffusion_steps": 50, "stage1_steps": 2, "stage2_steps": 2, "groups": 2,
-        "rounds": 1, "candidates": 2, "calibration_batches": 1, "run_dir": tmp_path / "run", "tensorboard": False,
-        "progress": "never",
+        "latents": tmp_path / "latents", "image_size": 8, "num_channels": 14, "channel_mult": "1,2",
+        "attention_resolutions": "4", "num_res_blocks": 1, "batch_size": 10, "diffusion_steps": 50, "stage1_steps": 2,
+        "stage2_steps": 2, "groups": 2, "rounds": 1, "candidates": 2, "calibration_batches": 1,
+        "run_dir": tmp_path / "run", "tensorboard": False, "progress": "never",
     }  # fmt: skip
     pytest.importorskip("optuna", reason="the extra [search] is not installed")
     assert train.main(flags(config=ROOT / "bench" / "paper" / "configs" / "ffhq_ldm.yaml", **smaller)) == 0

@@ -59,7 +59,7 @@ class Autoencoder:
         name = _class_name(path)
         try:
             model, report = getattr(diffusers, name).from_pretrained(
-                str(path), torch_dtype=torch.float32, local_files_only=True, output_loading_info=True
+                str(path), local_files_only=True, output_loading_info=True
             )
         except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
             raise invalid("vae", str(folder), f"whole weights of {name}: {brief(str(error))}") from error

@@ -254,6 +254,13 @@ def test_autoencoders_that_do_not_fit_are_refused(digits: ImageDataset, tmp_path
     space = Autoencoder(model).space(8)
     model.save_pretrained(tmp_path / "pipeline" / "vae")
     loaded = Autoencoder.load(tmp_path / "pipeline" / "vae")
+    random_autoencoder().half().save_pretrained(tmp_path / "half")
+    halved = Autoencoder.load(tmp_path / "half").model
+    assert {parameter.dtype for parameter in halved.parameters()} == {torch.float32}
+    (weights,) = (tmp_path / "half").glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="vae: .*whole weights of AutoencoderKL"):
+        Autoencoder.load(tmp_path / "half")
     assert loaded.space(8) == space and loaded.refuse_other(space, "vae") == ""
     with pytest.raises(ValueError, match="vae: .*the folder of its autoencoder, .*pipeline/vae"):
         Autoencoder.load(tmp_path / "pipeline")
