@@ -162,7 +162,7 @@ void bind_planners_of_convolutions(py::module_& module) {
     take_convolution(keywords, arguments);
   };
   const auto dgrad = [](Keywords& keywords, ConvArguments& arguments) {
-    TAKE(dy), TAKE(weight), TAKE(dx), TAKE(tiles), TAKE_IF_GIVEN(dx2);
+    TAKE(dy), TAKE(weight), TAKE(dx), TAKE(tiles), TAKE_IF_GIVEN(dx2), TAKE_IF_GIVEN(workspace);
     take_convolution(keywords, arguments);
   };
   const auto wgrad = [](Keywords& keywords, ConvArguments& arguments) {
@@ -172,6 +172,8 @@ void bind_planners_of_convolutions(py::module_& module) {
   define<ConvArguments>(module, "cuda_launches_conv_forward", "Launches of the routed convolution.", forward,
                         launch_conv_forward);
   define<ConvArguments>(module, "cuda_launches_conv_dgrad", "Launches of its dgrad.", dgrad, launch_conv_dgrad);
+  define<ConvArguments>(module, "cuda_conv_dgrad_workspace", "Bytes of workspace that dgrad needs.", dgrad,
+                        conv_dgrad_workspace);
   define<ConvArguments>(module, "cuda_launches_conv_wgrad", "Launches of its wgrad: dweight, dbias, dsample_bias.",
                         wgrad, launch_conv_wgrad);
   for (const bool is_forward : {false, true})

@@ -194,6 +194,9 @@ def conv2d_dgrad(p: ConvProblem, dy: Tensor, t: ConvTensors, *, hopper: bool = F
     }
     if dx2 is not None:
         arguments["dx2"] = dx2.data_ptr()
+    if p.upsample > 1:
+        workspace = _workspace(native.module.cuda_conv_dgrad_workspace, p.device, arguments)
+        arguments["workspace"] = address(workspace)
     launch_planned(native.module.cuda_launches_conv_dgrad, p.device, arguments)
     return dx, dx2
 

@@ -15,11 +15,14 @@ from tests.emulator.harness import SCHEDULES, EmulatorError, plain_only
 # More steps than stages, several warps, several taps.
 CASE = conv_case(in_channels=40, out_channels=40, size=(9, 8), filter=(3, 1), padding=(1, 0))
 FUSED = conv_case(in_channels=40, out_channels=40, x2_channels=24, size=(4, 4), upsample=2)
+MERGED = conv_case(in_channels=40, out_channels=40, size=(4, 4), upsample=2)
 
 
 def caught(family: str, plant: str, schedule: int) -> bool:
     """Whether the emulator or the comparison with fp64 notices a bug planted in a family of kernels."""
-    case, wanted = (FUSED, ("x",)) if family == "conv_dgrad" else (CASE, ("weight",) if family == "conv_wgrad" else ())
+    case, wanted = (CASE, ("weight",) if family == "conv_wgrad" else ())
+    if family == "conv_dgrad":
+        case, wanted = (MERGED if "MERGES" in plant else FUSED), ("x",)
     with emulator(**{family: plant}) as launcher:
         launcher.schedule = schedule
         try:
@@ -38,6 +41,7 @@ def caught(family: str, plant: str, schedule: int) -> bool:
         ("conv_forward", "CONV_WRONG_TAP"),
         ("conv_wgrad", "CONV_WRONG_TAP"),
         ("conv_dgrad", "CONV_ONE_PIXEL_OF_FOUR"),
+        ("conv_dgrad", "CONV_MERGES_HALF"),
     ],
 )
 def test_a_planted_bug_is_caught_under_every_schedule(family: str, plant: str) -> None:

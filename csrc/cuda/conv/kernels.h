@@ -32,7 +32,12 @@
   X(tdc_conv_expert_sums_##suffix, tdc::ConvExpertSumParams, (tdc::conv_expert_sums<T>), tdc::kConvSumThreads)
 
 #define TDC_KERNELS_conv_forward(X) TDC_CONV_VARIANTS(TDC_CONV_FORWARD, X, tdc_conv_forward)
-#define TDC_KERNELS_conv_dgrad(X) TDC_CONV_VARIANTS(TDC_CONV_DGRAD, X, tdc_conv_dgrad)
+#define TDC_CONV_MERGE(X, suffix, T) \
+  X(tdc_conv_merge_taps_##suffix, tdc::ConvMergeParams, (tdc::conv_merge_taps<T>), tdc::kConvSumThreads)
+#define TDC_KERNELS_conv_dgrad(X)                      \
+  TDC_CONV_VARIANTS(TDC_CONV_DGRAD, X, tdc_conv_dgrad) \
+  TDC_CONV_MERGE(X, bf16, tdc::bf16)                   \
+  TDC_CONV_MERGE(X, fp16, tdc::half)
 #define TDC_KERNELS_conv_wgrad(X)                      \
   TDC_CONV_VARIANTS(TDC_CONV_WGRAD, X, tdc_conv_wgrad) \
   TDC_CONV_SUMS(X, fp32, float)                        \

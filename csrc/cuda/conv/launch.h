@@ -16,7 +16,8 @@ namespace tdc {
 struct ConvArguments {
   uintptr_t x = 0, x2 = 0, weight = 0, bias = 0, sample_bias = 0, residual = 0, y = 0;  // forward
   uintptr_t dy = 0, dx = 0, dx2 = 0;                                                    // dgrad
-  uintptr_t dweight = 0, dbias = 0, dsample_bias = 0, workspace = 0;                    // wgrad
+  uintptr_t dweight = 0, dbias = 0, dsample_bias = 0;                                   // wgrad
+  uintptr_t workspace = 0;                                                              // both gradients
   uintptr_t offsets = 0, tiles = 0, weight_index = 0, in_widths = 0, out_widths = 0;
   int dtype = 0;
   bool tf32 = false;
@@ -34,8 +35,10 @@ struct ConvArguments {
 // and dtypes that no kernel takes. An empty batch needs no launch.
 std::vector<Launch> launch_conv_forward(const ConvArguments& arguments, const Device& device);
 
-// dx and dx2 are written completely. An upsampled image takes stride 1.
+// dx and dx2 are written completely. An upsampled image takes stride 1. `workspace` has conv_dgrad_workspace bytes,
+// 16-byte aligned; without it every product of the upsampled image is computed.
 std::vector<Launch> launch_conv_dgrad(const ConvArguments& arguments, const Device& device);
+size_t conv_dgrad_workspace(const ConvArguments& arguments, const Device& device);
 
 // Each of dweight, dbias and dsample_bias that is not 0 is written completely. `workspace` has conv_wgrad_workspace
 // bytes, 16-byte aligned.

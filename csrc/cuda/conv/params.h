@@ -98,6 +98,15 @@ struct ConvWgradParams {
 // Threads per block of the kernels below.
 constexpr int kConvSumThreads = 256;
 
+// Weights with merged taps (merge.cuh).
+constexpr int kMergeChannels = 32;
+struct ConvMergeParams {
+  const void* weight;  // (experts, C_out, R, S, C_in)
+  void* merged;        // (experts, C_in, R + 1, S + 1, C_out)
+  int in_channels, out_channels, filter_height, filter_width;
+  int in_tiles, out_tiles;  // blocks along C_in and C_out
+};
+
 // dweight = the sum of `splits` arrays of `count` elements, in order, and dbias that of arrays of `bias_count`
 // elements.
 struct ConvReduceParams {
