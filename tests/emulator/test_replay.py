@@ -55,19 +55,24 @@ def test_a_repeated_call_computes_what_its_backend_does(monkeypatch: pytest.Monk
         assert all(map(torch.equal, repeated, results()))
 
 
-def test_a_repeated_call_of_the_hopper_form_describes_its_own_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("size", [3, 1])
+def test_a_repeated_call_of_the_hopper_form_describes_its_own_tensors(
+    size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its addresses are in descriptions of tensor maps, which a launcher for a GPU encodes again."""
     monkeypatch.setattr(checks, "_check_tiles", lambda *_: None)
-    families = ("conv_hopper_forward", "conv_hopper_dgrad", "conv_hopper_wgrad")
+    families: tuple[str, ...] = ("conv_hopper_rows", "conv_hopper_rows_wgrad")
+    if size == 3:
+        families = ("conv_hopper_forward", "conv_hopper_dgrad", "conv_hopper_wgrad")
     libraries = [emulated(family, AT_RUNTIME) for family in families] + [emulated("conv_wgrad")]
     launcher = EmulatorLauncher(*libraries, facts=(90, 132, 232448))
 
     def once(seed: int) -> list[Tensor]:
         torch.manual_seed(seed)
         plan = with_tiles(RoutingPlan.from_groups(torch.tensor([0, 1]), GROUPS))
-        shapes = ((2, 64, 8, 8), (GROUPS, 64, 64, 3, 3), (GROUPS, 64))
+        shapes = ((2, 64, 8, 8), (GROUPS, 64, 64, size, size), (GROUPS, 64))
         tensors = [dense_memory(*shape).bfloat16().requires_grad_() for shape in shapes]
-        y = routed_conv2d(*tensors, plan, padding=1, backend="hopper")
+        y = routed_conv2d(*tensors, plan, padding=size // 2, backend="hopper")
         dy = dense_memory(*y.shape).bfloat16()
         return [y.detach(), *torch.autograd.grad(y, tensors, dy)]
 
