@@ -9,6 +9,7 @@ import pytest
 from tdc_fast.latency import main
 from tdc_fast.nn.width_plan import WidthPlan
 from tdc_fast.pruning.latency import LatencyTable
+from tdc_fast.train import TrainConfig
 from tdc_fast.train import main as train_command
 from tests.training.small_run import TWO_STAGES, flags, small_config
 
@@ -19,7 +20,7 @@ SMALLER = {"channel_mult": "1", "attention_resolutions": "8", "groups": 2}
 def test_a_measured_table_is_what_a_run_of_the_same_flags_is_pruned_with(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    config = small_config(tmp_path, "run", **{**TWO_STAGES, **SMALLER}, stop_after="pruning")
+    config = small_config(tmp_path, "run", **{**TWO_STAGES, **SMALLER, "k": 0.98}, stop_after="pruning")
     table = tmp_path / "times.json"
     assert main([*flags(config), "--out", str(table), "--seconds", "0"]) == 0
     said = capsys.readouterr().out
@@ -30,6 +31,7 @@ def test_a_measured_table_is_what_a_run_of_the_same_flags_is_pruned_with(
     assert f"{len(measured.rows)} times on {measured.setting.device}, float32, batch 6, 2 groups" in said
     in_time = ["--budget_in", "latency", "--latency_table", str(table)]
     assert train_command([*flags(config), *in_time]) == 0
+    assert f"k = 0.98 of the base's time (measured in {table})" in capsys.readouterr().out
     plan = WidthPlan.load(tmp_path / "run" / "widths.json")
     assert plan.latency[1] <= plan.latency_budgets[1] < plan.latency_budgets[0] == plan.latency[0]
 
@@ -52,6 +54,14 @@ def test_a_width_step_is_a_number_of_channels_or_auto(step: str, tmp_path: Path)
     with pytest.raises(ValueError, match="width_step: got .*expected a number of channels from 1 to 8192, or auto"):
         small_config(tmp_path, **TWO_STAGES, width_step=step)
     small_config(tmp_path, **TWO_STAGES, width_step="auto")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("budget_in", "latency"), ("latency_table", "t"), ("width_step", "auto")]
+)
+def test_options_of_time_need_experts(option: str, value: str) -> None:
+    with pytest.raises(ValueError, match=f"{option}: got '{value}'; expected --groups N as well"):
+        TrainConfig(**{option: value})
 
 
 def test_what_cannot_be_measured_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -319,10 +319,12 @@ def _check_ranges(config: TrainConfig) -> None:
         for name in (
             "base",
             "boundaries",
+            "budget_in",
             "budgets",
             "distillation_weight",
             "grouping",
             "k",
+            "latency_table",
             "overlap",
             "shared_layers",
             "stage2_ema_factors",
@@ -331,6 +333,7 @@ def _check_ranges(config: TrainConfig) -> None:
             "stage2_steps",
             "stage2_shares",
             "stop_after",
+            "width_step",
         ):
             if values[name] != _default(name):
                 raise invalid(name, values[name], "--groups N as well, since it applies to experts")

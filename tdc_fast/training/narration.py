@@ -95,7 +95,9 @@ def describe_plan(run: RunDirectory, dataset: Dataset) -> str:
         count = "as many groups as the elbow says" if config.groups < 0 else f"{config.groups} groups"
         how = f"boundaries {config.boundaries}" if config.boundaries else config.grouping
         budgets = f"budgets {config.budgets}" if config.budgets else f"k = {config.k}"
-        budgets += " of the base's time" if config.budget_in == "latency" else ""
+        if config.budget_in == "latency":
+            source = f"measured in {config.latency_table}" if config.latency_table else "estimated from MACs and bytes"
+            budgets += f" of the base's time ({source})"
         lines.append(f"experts: {count} ({how}), {budgets}, agent {config.agent}, rounds: {config.rounds}")
         if config.shared_layers:
             lines.append(f"         neighbouring groups share {config.shared_layers}")
