@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tdc_fast import RoutingPlan, routed_linear
-from tests.cases import ConvCase, NormCase
+from tests.cases import ConvCase, NormCase, Routing
 from tests.gpu.networks import no_synchronisation
 from tests.gpu.problems import (
     BF16,
@@ -28,7 +28,7 @@ from tests.gpu.problems import (
     truncated_to_tf32,
     upstream,
 )
-from tests.gpu.shapes import CONV_CASES, CONV_FORMS, NORM_CASES, NORM_FORMS, UNEVEN
+from tests.gpu.shapes import CONV_CASES, CONV_FORMS, NORM_CASES, NORM_FORMS, UNEVEN, norm
 from tests.tolerance import assert_as_accurate_as_torch
 
 CONVOLUTIONS = [(name, BF16) for name in CONV_CASES] + [(n, p) for p in (FP16, FP32, TF32) for n in CONV_FORMS]
@@ -149,6 +149,26 @@ def test_the_same_bits_twice(case: ConvCase | NormCase, target: Target, nan_fill
         runs.append(gradients(y, leaves, upstream(case, y.shape, torch.bfloat16)))
     for key in runs[0]:
         assert torch.equal(runs[0][key], runs[1][key]), key
+
+
+@on_every_backend
+def test_a_norms_backward_may_run_again(target: Target, nan_filled_memory: None) -> None:
+    """Its blocks count each other: every run finds zeros, none adds up before all have written."""
+    on_gpu = target.device == "cuda"
+    samples, size = ((100, 0, 3, 97), (32, 32)) if on_gpu else ((1, 0, 2, 1), (4, 4))
+    groups = tuple(group for group, count in enumerate(samples) for _ in range(count))
+    case = norm(Routing(groups, 4, 5, (4, 1, 0, 2)), 128, 32, size)
+    leaves = moved(case.tensors(torch.bfloat16), target.device, case.layout)
+    y = routed(case, leaves, target)
+    dy = upstream(case, y.shape, torch.bfloat16).to(target.device)
+    runs = [torch.autograd.grad(y, list(leaves.values()), dy, retain_graph=True) for _ in range(20 if on_gpu else 2)]
+    assert all(torch.equal(a, b) for again in runs[1:] for a, b in zip(again, runs[0], strict=True))
+    exact = {k: t.detach().double().requires_grad_() for k, t in leaves.items()}
+    right = torch.autograd.grad(case.plain(exact), [exact["weight"], exact["bias"]], dy.double())
+    for ours, expected in zip((runs[0][list(leaves).index(k)] for k in ("weight", "bias")), right, strict=True):
+        # The one rounding to bf16 and, relative to the largest, the noise of fp32 sums.
+        torch.testing.assert_close(ours.double(), expected, rtol=2**-7, atol=1e-3 * float(expected.abs().max()))
+        assert not ours[[1, 3]].any()
 
 
 @on_fast_backends
