@@ -7,6 +7,7 @@ other networks and links between GPUs, are estimates and named so.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -131,13 +132,14 @@ def stage2(times: StepTimes, network: Network, batch: float, gpus: int, experts:
     return Step(team.milliseconds, team.exposed, team.megabytes if crosses else 0.0)
 
 
-def table(per_gpu: int = 0) -> str:
-    """Both stages of all configurations, in Markdown.
+def table(per_gpu: int = 0, names: Sequence[str] = tuple(CONFIGS)) -> str:
+    """Both stages of some configurations, in Markdown.
 
     Args:
         per_gpu: images per GPU and step; 0 divides the batch of the configuration.
+        names: keys of `CONFIGS`, "cifar10" among them.
     """
-    configs = {name: TrainConfig.from_file(path) for name, path in CONFIGS.items()}
+    configs = {name: TrainConfig.from_file(CONFIGS[name]) for name in names}
     networks = {name: network_of(config) for name, config in configs.items()}
     rows = ["| | GPUs | images per step | stage 1 ms | waiting | MB sent | stage 2 ms | waiting | MB sent |{}"]
     rows[0] = rows[0].format(" images/s, stage 1 | stage 2 |" if per_gpu else " stage 1 hours | stage 2 hours |")

@@ -142,3 +142,40 @@ def train_counting(argv: Sequence[str]) -> int:
     status = main(list(argv))
     print(json.dumps({"seen": seen, "counted": counted}), file=sys.stderr)
     return status
+
+
+def train_experts_unconnected(run: str, rank: int, size: int, path: str) -> int:
+    """Stage 2 of one process of several, without the others; the averages of its experts go to a file.
+
+    What the others would say is left out, so the rows of its log are of its own experts alone.
+    """
+    import torch
+
+    from tdc_fast.distributed import World
+    from tdc_fast.distributed.world import as_world
+    from tdc_fast.training import RunDirectory, train_experts
+    from tdc_fast.training.base import train_base
+    from tdc_fast.training.pruning import prune_base
+
+    class Unconnected(World):
+        def from_first(self, function: Callable[[], Any], kind: Any = "set-up") -> Any:
+            return function()
+
+        def by_first(self, function: Callable[[], Any], kind: Any = "set-up") -> Any:
+            return None
+
+        def sum(self, values: Any, kind: Any = "telemetry") -> Any:
+            return values.clone()
+
+        def largest(self, *values: int) -> list[int]:
+            return list(values)
+
+        def to_first(self, value: Any, kind: Any) -> list[Any]:
+            return []
+
+    directory = RunDirectory.open(run)
+    base, widths = train_base(directory), prune_base(directory, train_base(directory))
+    with as_world(Unconnected(rank, size)):
+        model = train_experts(directory, base, widths)
+    torch.save([model.expert_state(number) for number in range(model.num_experts)], path)
+    return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -12,23 +13,25 @@ import torch
 
 from tdc_fast.runs.checkpoint import find_problem, finished_steps
 from tdc_fast.training import load_run
-from tests.distributed.launcher import Launcher, end, train_command, train_counting
+from tests.distributed.launcher import (
+    Launcher,
+    end,
+    train_command,
+    train_counting,
+    train_experts_unconnected,
+)
 from tests.training.small_run import TWO_STAGES, differences, flags, rows, small_config
 
 SETTINGS = {
-    **TWO_STAGES, "batch_size": 8, "class_cond": True,
-    "diffusion_steps": 6, "schedule_sampler": "loss-second-moment", "ema_ramp": True, "k": 0.5,
+    **TWO_STAGES, "batch_size": 13, "class_cond": True, "diffusion_steps": 6, "ema_ramp": True, "k": 0.5,
+    "schedule_sampler": "loss-second-moment", "stage2_slope_windows": 8,
+    "agent": "greedy", "rounds": 2, "candidates": 3,
 }  # fmt: skip
-"""The sampler leaves its warm-up after 8 steps of 10; three experts divide neither 8 images nor 2 or 4 processes."""
+"""The sampler leaves its warm-up after 5 steps of 10; 13 images divide among neither 3 experts nor 2 or 4 processes."""
 RANDOM = {
-    **SETTINGS,
-    "grad_clip": 1.0,
-    "weight_decay": 0.1,
-    "microbatch": 3,
-    "dropout": 0.2,
-    "stage2_slope_windows": 8,
-    "stage2_lr_factors": "1,0.5,0.25",
-}
+    **SETTINGS, "agent": "auto", "rounds": 1, "stage2_slope_windows": 0, "stage2_lr_factors": "1,0.5,0.25",
+    "grad_clip": 1.0, "weight_decay": 0.1, "microbatch": 3, "dropout": 0.2, "label_dropout": 0.2,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +41,10 @@ def launcher():
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, launcher):
-    """One process: the run, and a copy of it from before its experts."""
+    """One process: the run, and a copy of it from before its pruning."""
     folder = tmp_path_factory.mktemp("alone")
     config = small_config(folder, "split", **SETTINGS)
-    launcher.run(1, train_command, [*flags(config), "--stop_after", "pruning"], output=folder / "split.txt")
+    launcher.run(1, train_command, [*flags(config), "--stop_after", "stage1"], output=folder / "split.txt")
     shutil.copytree(folder / "split", folder / "one")
     launcher.run(1, train_command, ["--resume", str(folder / "one")], output=folder / "one.txt")
     return folder, config
@@ -51,7 +54,7 @@ def alone(tmp_path_factory, launcher):
 def shared_base(alone, launcher):
     """Four processes train the base of that run."""
     folder, config = alone
-    argv = [*flags(config.replace(run_dir=str(folder / "four"), microbatch=1)), "--stop_after", "pruning"]
+    argv = [*flags(config.replace(run_dir=str(folder / "four"), microbatch=1)), "--stop_after", "stage1"]
     return folder / "four", launcher.run(4, train_counting, argv, output=folder / "four.txt")
 
 
@@ -97,11 +100,11 @@ def test_gradients_are_sent_once_a_step_whatever_the_microbatches(alone, shared_
         assert sent["seen"]["base all_reduce of a team"] == 10 * 4 * parameters
 
 
-def test_the_same_widths_are_found(alone, shared_base):
-    plans = [json.loads((run / "widths.json").read_text()) for run in (alone[0] / "split", shared_base[0])]
-    assert [expert.keys() for expert in plans[0]["experts"]] == [expert.keys() for expert in plans[1]["experts"]]
-    for left, right in zip(plans[0]["experts"], plans[1]["experts"], strict=True):
-        assert {name: unit["width"] for name, unit in left.items()} == {n: u["width"] for n, u in right.items()}
+def test_a_search_finds_and_remembers_the_same(alone, shared_experts):
+    (folder, _), (run, _) = alone, shared_experts
+    for name in ("memory.jsonl", "widths.json", "macs.json"):
+        assert (run / name).read_bytes() == (folder / "one" / name).read_bytes()
+    assert (run / "memory.jsonl").read_text().count('"event": "sensitivity"') == 2
 
 
 def test_an_expert_of_one_process_is_trained_bit_for_bit_as_in_a_run_of_one(alone, shared_experts):
@@ -185,3 +188,19 @@ def test_a_batch_without_a_sample_for_each_process_is_refused_once(launcher, tmp
     said = [(tmp_path / f"output.{rank}").read_text() for rank in range(2)]
     assert codes == [2, 2] and not Path(config.run_dir).exists()
     assert said == ["error: batch_size: got 1; expected at least 2: an image for each process in every step\n", ""]
+
+
+def test_a_process_trains_its_experts_bit_for_bit_as_without_the_others(two, launcher, tmp_path):
+    """Also where gradients are clipped, batches are split and dropout draws: the layout is that of this process."""
+    folder, _ = two
+    run, path = tmp_path / "run", tmp_path / "experts.pt"
+    shutil.copytree(folder / "run", run)
+    shutil.rmtree(run / "experts")
+    launcher.run(1, train_experts_unconnected, str(run), 1, 2, str(path), output=tmp_path / "output.txt")
+    said = (folder / "output.0").read_text()
+    groups = [int(group) for group in re.search(r"process 1: ([\d, ]+) \(", said)[1].split(",")]
+    together, apart = load_run(folder / "run").experts(), torch.load(path, weights_only=True)
+    assert len(groups) == len(apart) == 2
+    for group, state in zip(groups, apart, strict=True):
+        expected = together.expert_state(group)
+        assert state.keys() == expected.keys() and all(torch.equal(state[name], expected[name]) for name in state)
