@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
 
+from tdc_fast.distributed import LostProcess
 from tdc_fast.runs.checkpoint import finished_steps
 from tdc_fast.runs.directory import RunDirectory
 
@@ -46,7 +47,8 @@ def saying_what_is_safe(run: RunDirectory, command: str = "") -> Iterator[None]:
         last = (
             f"the last good checkpoint is step {steps[-1]} of stage {stage}" if steps else "there is no checkpoint yet"
         )
-        raise OSError(f"{cause}; {last}. Once that is mended, {command or how_to_continue(run.path)}") from error
+        kind = LostProcess if isinstance(error, LostProcess) else OSError
+        raise kind(f"{cause}; {last}. Once that is mended, {command or how_to_continue(run.path)}") from error
 
 
 class StopRequest:
