@@ -173,6 +173,9 @@ def train_experts_unconnected(run: str, rank: int, size: int, path: str) -> int:
         def to_first(self, value: Any, kind: Any) -> list[Any]:
             return []
 
+        def team(self, ranks: Any, device: Any) -> Any:
+            return None
+
     directory = RunDirectory.open(run)
     base, widths = train_base(directory), prune_base(directory, train_base(directory))
     with as_world(Unconnected(rank, size)):

@@ -122,7 +122,7 @@ def test_a_search_finds_and_remembers_the_same(alone, shared_experts):
 
 
 def test_experts_are_those_of_a_run_of_one_process(alone, shared_experts):
-    """With two byte for byte; with four, one expert has two processes, and others have narrower tensors: sums differ."""
+    """With two byte for byte; of four, two train one expert, and others have narrower tensors, so that sums differ."""
     (folder, _), (run, said) = alone, shared_experts
     if len(said) == 2:
         assert [name for name in differences(folder / "one", run) if "progress.csv" not in name] == []
