@@ -58,8 +58,15 @@ class RunningClassScore:
         self._classes: Tensor | None = None  # sum of p, (SPLITS, K)
 
     def update(self, logits: Tensor) -> None:
-        """Add the logits (B, K) of the next images."""
-        log_p = logits.detach().to("cpu", torch.float64).log_softmax(dim=1)
+        """Add the logits (B, K) of the next images.
+
+        Raises:
+            FloatingPointError: infinities or NaN.
+        """
+        logits = logits.detach().to("cpu", torch.float64)
+        if not logits.isfinite().all():
+            raise FloatingPointError("the logits hold infinities or NaN; check the extractor and its weights")
+        log_p = logits.log_softmax(dim=1)
         p = log_p.exp()
         part = self._part[self._seen : self._seen + len(logits)]
         self._seen += len(logits)

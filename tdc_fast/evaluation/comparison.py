@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -70,6 +70,7 @@ def evaluate(
     else:
         description = str(getattr(extractor, "description", type(extractor).__name__))
     reference, compared = (first, second) if _is_reference(first, second) else (second, first)
+    _check_lengths((first, second), extractor)
     extractor = extractor.to(device)
     statistics = _statistics(reference, extractor, options, device, keep=True)
     found = metrics(
@@ -124,6 +125,17 @@ def _check_features(options: EvaluateOptions, extractor: nn.Module | None) -> No
         raise invalid("inception_weights", options.inception_weights, f"none with --features {options.features}")
 
 
+def _check_lengths(sets: Sequence[ImageSet], extractor: nn.Module) -> None:
+    """Refuse stored statistics of other features than the extractor's, before images go through it."""
+    length = getattr(extractor, "num_features", None)
+    for images in sets:
+        found = None if images.statistics is None else len(images.statistics.moments.mean)
+        if length is not None and found not in (None, length):
+            raise invalid(
+                "reference", f"{images.name}: statistics of {found} features", f"{length}, as the extractor gives"
+            )
+
+
 def _is_reference(first: ImageSet, second: ImageSet) -> bool:
     """Whether the first of two sets is the reference."""
     if (first.denoiser is None) != (second.denoiser is None):
@@ -157,7 +169,7 @@ def _statistics(
     if not (keep and fingerprint and isinstance(images.pixels, ImageDataset)):
         found = gather()
     else:
-        settings = (fingerprint, images.channels, options.kept_features, options.seed, device.type)
+        settings = (fingerprint, images.channels, images.background, options.kept_features, options.seed, device.type)
         found, path, was_there = cached_statistics(content_key(images.name, images.pixels, *settings), gather)
         if was_there:
             print(f"statistics of {images.name}: read from {path}", flush=True)

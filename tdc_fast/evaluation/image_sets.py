@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from tdc_fast.data.dataset import ImageDataset, load_dataset
-from tdc_fast.data.image_files import SUFFIX_WORDS, list_images
+from tdc_fast.data.image_files import SUFFIX_WORDS, Background, list_images
 from tdc_fast.data.pixels import to_uint8
 from tdc_fast.errors import invalid, require
 from tdc_fast.evaluation.conditions import read_guidance
@@ -33,6 +33,7 @@ class ImageSet:
         pixels: where they are: a dataset, or (M, C, H, W) uint8; None if only their statistics are known.
         denoiser: the denoiser that they were sampled from; None for a dataset.
         channels: colour channels to convert them to; None leaves them as they are.
+        background: the colour that was put behind transparent pixels.
         statistics: statistics that came with them, as in the reference batches of guided-diffusion.
     """
 
@@ -40,6 +41,7 @@ class ImageSet:
     pixels: ImageDataset | Tensor | None
     denoiser: TrainedDenoiser | None = None
     channels: int | None = None
+    background: Background = "white"
     statistics: SetStatistics | None = None
 
     def __len__(self) -> int:
@@ -136,16 +138,20 @@ def _own_size(folder: str) -> int | None:
     files = list_images(Path(folder)).files
     if not files:
         raise invalid("folder", folder, f"a folder with {SUFFIX_WORDS} files, or a run directory")
-    with require("PIL.Image", "demo").open(files[0]) as image:
-        return min(image.size)
+    try:
+        with require("PIL.Image", "demo").open(files[0]) as image:
+            return min(image.size)
+    except Exception as error:  # Pillow raises many kinds for damaged and huge files
+        raise invalid("image", str(files[0]), f"an image that can be decoded ({error})") from error
 
 
 def _read_images(name: str, size: int | None, run: TrainedDenoiser | None = None) -> ImageSet:
     """The images of a dataset; those of a folder as the run that they are compared with reads its folders."""
     if run is None or not _is_folder(name):
         return ImageSet(name, load_dataset(name, image_size=size))
-    channels = 1 if run.image_shape[0] == 1 else 3
-    return ImageSet(name, load_dataset(name, image_size=size, in_channels=channels, background=run.config.background))
+    channels, background = 1 if run.image_shape[0] == 1 else 3, run.config.background
+    images = load_dataset(name, image_size=size, in_channels=channels, background=background)
+    return ImageSet(name, images, background=background)
 
 
 def _reference(name: str, size: int | None) -> ImageSet:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,8 +48,9 @@ def gather_statistics(
         seed: seed of that draw and of the parts of the class score.
 
     Raises:
-        ValueError: there are fewer than two images, or another number than `count`.
-        FloatingPointError: features are no numbers.
+        ValueError: there are fewer than two images, or another number than `count`; or the extractor gives something
+            else than a row of numbers for each image.
+        FloatingPointError: features or logits are no numbers.
     """
     outputs = getattr(extractor, "outputs", None)
     moments, spatial = RunningMoments(), RunningMoments()
@@ -62,15 +64,15 @@ def gather_statistics(
         rows = chosen[moments.count : moments.count + len(images)]
         with torch.no_grad():
             found = None if outputs is None else outputs(images)
-            pool = extractor(images) if found is None else found.pool
+            pool = _checked("features", extractor(images) if found is None else found.pool, len(images))
         if len(rows) != len(images):
             raise invalid("batches", f"more than {count} images", f"{count}")
         moments.update(pool)
         features.append(pool.cpu()[rows].float())
         if found is not None:
-            spatial.update(found.spatial)
+            spatial.update(_checked("spatial features", found.spatial, len(images)))
             if score is not None:
-                score.update(found.logits)
+                score.update(_checked("logits", found.logits, len(images)))
     if moments.count != count:
         raise invalid("batches", f"{moments.count} images", f"{count}")
     return SetStatistics(
@@ -79,3 +81,12 @@ def gather_statistics(
         torch.cat(features),
         score.result() if score is not None else None,
     )
+
+
+def _checked(what: str, values: Any, count: int) -> Tensor:
+    """What an extractor gave for a batch, without its graph, after checking that it is a row for each image."""
+    is_tensor = isinstance(values, Tensor)
+    if not is_tensor or values.dim() != 2 or len(values) != count or not values.shape[1] or values.is_complex():
+        found = f"{what} {values.dtype} {tuple(values.shape)}" if is_tensor else f"{what}: a {type(values).__name__}"
+        raise invalid("extractor", found, f"a tensor of real numbers ({count}, F): a row for each image")
+    return values.detach()

@@ -22,7 +22,7 @@ from tdc_fast.evaluation.moments import Moments
 from tdc_fast.evaluation.statistics import SetStatistics
 from tdc_fast.ops.cuda_nvrtc import cache_directory
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 def holds_statistics(name: str) -> bool:
@@ -83,7 +83,7 @@ def cached_statistics(key: str, compute: Callable[[], SetStatistics]) -> tuple[S
         The statistics, their file, and whether they were there.
     """
     path = cache_directory() / "statistics" / f"{key[:40]}.npz"
-    with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    with contextlib.suppress(Exception):  # of zipfile, zlib and numpy, each with its own for damaged files
         return _read(path, key), path, True
     statistics = compute()
     try:
@@ -124,14 +124,15 @@ def _write(path: Path, key: str, statistics: SetStatistics) -> None:
         arrays["features"] = statistics.features.numpy()
     if statistics.score is not None:
         arrays["score"] = np.array(statistics.score.values)
+    arrays["names"] = np.array(sorted(arrays))  # no checksum of the file covers the names of its arrays
     with atomic_file(path) as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]  # numpy's stub takes them for its own flag
 
 
 def _read(path: Path, key: str) -> SetStatistics:
     with np.load(path, allow_pickle=False) as arrays:
-        if str(arrays["key"]) != key:
-            raise ValueError("statistics of something else")
+        if str(arrays["key"]) != key or {*arrays["names"].tolist(), "names"} != {*arrays.files}:
+            raise ValueError("statistics of something else, or a damaged file")
 
         def moments(prefix: str) -> Moments:
             count = int(arrays[f"{prefix}_count"])

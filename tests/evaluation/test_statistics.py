@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,10 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-from tdc_fast.data.dataset import ImageDataset
-from tdc_fast.evaluation import EvaluateOptions, evaluate
+from tdc_fast.data.dataset import ImageDataset, load_dataset
+from tdc_fast.evaluation import EvaluateOptions, comparison, evaluate
 from tdc_fast.evaluation.comparison import describe
+from tdc_fast.evaluation.image_sets import ImageSet, _read_images
 from tdc_fast.evaluation.statistics import gather_statistics
+from tdc_fast.runs.config import TrainConfig
 
 
 class Outputs(NamedTuple):
@@ -26,6 +30,7 @@ class Small(torch.nn.Module):
     """An extractor that gives all that Inception gives, of images (B, C, 4, 4), and counts the images."""
 
     description = "nine means and corners"
+    num_features = 9
 
     def __init__(self, fingerprint: str = "small") -> None:
         super().__init__()
@@ -115,7 +120,9 @@ def test_statistics_of_the_reference_are_kept_by_the_content_of_its_files(sets, 
     kept = min(cache.iterdir(), key=lambda path: path.stat().st_mtime)
     content = kept.read_bytes()
     others = next(path for path in cache.iterdir() if path != kept).read_bytes()
-    for damaged in (content[: len(content) // 2], b"", b"nonsense", others):
+    directory = content.rindex(b"PK\1\2")  # of the archive: its last entry
+    method, name = (content[:at] + b"\x63" + content[at + 1 :] for at in (directory + 10, content.rindex(b"features")))
+    for damaged in (content[: len(content) // 2], b"", b"nonsense", others, method, name):
         kept.write_bytes(damaged)
         assert again() == 30 and kept.read_bytes() == content  # made again
     assert not list(cache.glob(".*"))
@@ -127,6 +134,27 @@ def test_statistics_of_the_reference_are_kept_by_the_content_of_its_files(sets, 
     assert again() == 30
     image.with_name("zz.png").unlink()  # one image fewer
     assert again() == 29
+
+
+def test_statistics_of_transparent_images_are_kept_by_their_background(sets, tmp_path, monkeypatch):
+    for number, image in enumerate(_pixels(5, 4)):
+        Image.fromarray(np.dstack([image, image[..., 0]])).save(tmp_path / f"{number}.png")
+    generated = tmp_path / "generated"
+    found = []
+    for background in ("white", "black", "white"):
+        data = load_dataset(tmp_path, image_size=4, background=background)
+        pair = ImageSet(sets[0], load_dataset(sets[0])), ImageSet(str(tmp_path), data, background=background)
+        monkeypatch.setattr(comparison, "load_pair", lambda *_, pair=pair, **__: pair)
+        found.append(evaluate(str(generated), str(tmp_path), extractor=Small())["frechet_distance"])
+    assert found[0] == found[2] != found[1]
+
+
+def test_a_folder_is_read_with_the_background_of_the_run_that_it_is_compared_with(sets):
+    class Run:
+        image_shape = (3, 4, 4)
+        config = TrainConfig(background="grey")
+
+    assert _read_images(sets[1], 4, Run()).background == "grey"
 
 
 def test_a_cache_that_cannot_be_written_costs_no_result(sets, monkeypatch, tmp_path, capsys):
@@ -180,9 +208,42 @@ def test_statistics_that_do_not_fit_are_refused_by_the_name_of_the_file(referenc
         evaluate(sets[0], str(reference / "only.npz"), EvaluateOptions(features="random-conv"))
     for arrays, message in (
         ({"mu": np.zeros(9), "sigma": np.eye(8)}, "a mean .F,. and a covariance"),
-        ({"mu": np.zeros(5), "sigma": np.eye(5)}, "only statistics|5 features"),
+        ({"mu": np.zeros(5), "sigma": np.eye(5)}, "reference: got '.*bad.npz: statistics of 5 features'; expected 9"),
         ({"mu": np.zeros(9), "sigma": np.array("x")}, "arrays of numbers"),
     ):
         np.savez(reference / "bad.npz", **arrays)
         with pytest.raises(ValueError, match=message):
             evaluate(sets[0], str(reference / "bad.npz"), extractor=Small())
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (lambda x: (x[:1], x, x), r"features torch.float32 \(1, 48\)'; expected a tensor of real numbers \(20, F\)"),
+        (lambda x: (x[:, :0], x, x), r"features torch.float32 \(20, 0\)"),
+        (lambda x: (None, x, x), "features: a NoneType"),
+        (lambda x: (x + 1j, x, x), "features torch.complex64"),
+        (lambda x: (x, x[:, 0], x), "spatial features"),
+        (lambda x: (x, x, x[:, 0]), "logits"),
+        (lambda x: (x, x, x * torch.nan), "the logits hold infinities or NaN"),
+    ],
+)
+def test_extractors_that_give_no_row_of_numbers_for_each_image_are_refused(broken, message):
+    class Broken(torch.nn.Module):
+        def outputs(self, images: torch.Tensor) -> Outputs:
+            return Outputs(*broken(images.float().flatten(1)))
+
+    images = torch.from_numpy(_pixels(20, 0)).permute(0, 3, 1, 2)
+    with pytest.raises((ValueError, FloatingPointError), match=message):
+        gather_statistics([images], 20, Broken())
+
+
+def test_an_image_that_shows_no_size_is_refused_by_name(tmp_path):
+    """A header of 60000 x 60000 pixels, at which Pillow raises an error of its own."""
+    header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(b"0")), (b"IEND", b"")]
+    parts = [struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks]
+    for content in (b"\x89PNG\r\n\x1a\n" + b"".join(parts), b"nonsense"):
+        (tmp_path / "a.png").write_bytes(content)
+        with pytest.raises(ValueError, match="image: got '.*a.png'; expected an image that can be decoded"):
+            evaluate(str(tmp_path), str(tmp_path))
