@@ -171,6 +171,22 @@ def test_an_interrupted_folder_goes_on_to_the_same_bytes(store: str, digits: Ima
         assert path.read_bytes() == (tmp_path / "stopped" / path.name).read_bytes()
 
 
+def test_shards_that_are_missing_or_damaged_are_made_again(digits: ImageDataset, tmp_path: Path, capsys: Any) -> None:
+    folder, autoencoder = tmp_path / "latents", Autoencoder(random_autoencoder())
+    encoded(folder, digits, autoencoder.model)
+    plan = plan_encoding(digits, autoencoder, shard_images=10)
+    assert started(folder, plan).complete and not capsys.readouterr().out
+    shard = folder / "latents-00001.safetensors"
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    content = before[shard]
+    for damaged in (None, content[:-4], content[:-1] + bytes([content[-1] ^ 1])):
+        shard.unlink() if damaged is None else shard.write_bytes(damaged)
+        index = started(folder, plan)
+        assert index.encoded == 10 and f"{shard} is missing or damaged" in capsys.readouterr().out
+        encode_rest(digits, autoencoder, folder, index, batch_size=8)
+        assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
 def test_a_folder_of_other_latents_is_refused_by_the_setting_that_differs(digits: ImageDataset, tmp_path: Path) -> None:
     autoencoder = Autoencoder(random_autoencoder())
     folder = tmp_path / "latents"
