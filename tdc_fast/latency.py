@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from tdc_fast.command_line import parse_flags, run_command, use_threads, value_of
+from tdc_fast.command_line import check_writable, parse_flags, run_command, use_threads, value_of
 from tdc_fast.entry import STOPPED
 from tdc_fast.errors import invalid
 from tdc_fast.runs.config import TrainConfig, read_options
@@ -69,6 +69,9 @@ def _measure(arguments: list[str]) -> None:
         raise invalid("groups", config.groups, "--groups N, the number of experts in a batch")
     if not out.parent.is_dir():
         raise invalid("out", str(out), "a file in a folder that exists")
+    if out.is_dir():  # refused before everything is measured
+        raise invalid("out", str(out), "the name of a file, such as latency.json in that folder")
+    check_writable(out.parent)
     use_threads(config.num_threads)
     in_channels = RunDirectory.open(directory).in_channels if directory else None
     table, report = measure_table(config, seconds, in_channels)

@@ -58,6 +58,8 @@ def _merge(arguments: list[str]) -> None:
     for name in names:
         check_path("experts", name)
     run = value_of(flags, "run")
+    if run and names:
+        raise invalid("run", run, f"none together with {names[0]}: one of them names the experts")
     stored = stored_facts(run=run, model_path=names[0] if names else "") if run or names else {}
     values = parse_flags(
         {"merging": MergeOptions, "model": ModelOptions, "diffusion": DiffusionOptions},
@@ -66,7 +68,7 @@ def _merge(arguments: list[str]) -> None:
         prog="python -m tdc_fast.merge",
         description="Merge the experts of a run, or files of weights, into one dense model.",
     )
-    if bool(run) == bool(names):
+    if not (run or names):
         raise ValueError("no experts are named; give either --run DIR or files of weights before the flags")
     refuse_mismatch(run or names[0], stored, values)
     options = MergeOptions(**{name: values[name] for name in MergeOptions.__dataclass_fields__})

@@ -68,3 +68,5 @@ def test_what_cannot_be_measured_is_refused(tmp_path: Path, capsys: pytest.Captu
     config = flags(small_config(tmp_path, "run", **TWO_STAGES))
     assert main([*config, "--out", str(tmp_path / "no" / "times.json")]) == 2
     assert "expected a file in a folder that exists" in capsys.readouterr().err
+    assert main([*config, "--out", str(tmp_path)]) == 2
+    assert "expected the name of a file" in capsys.readouterr().err

@@ -83,7 +83,7 @@ def test_what_is_merged_is_used_without_flags_and_as_a_base(files, tmp_path):
         (["a.pt", "b.pt"], "out: got ''; expected a new file"),
         (["a.pt", "b.pt", "--out", "new.txt"], "out: .*ends in .pt"),
         (["a.pt", "b.pt", "--out", "base.pt"], "out: .*a new file"),
-        (["a.pt", "--run", "somewhere", "--out", "new.pt"], "run: got 'somewhere'|either --run DIR or files"),
+        (["a.pt", "--run", "somewhere", "--out", "new.pt"], "run: got 'somewhere'; expected none together with a.pt"),
         (["a.pt", "b.pt", "--weights", "1,2,3", "--out", "new.pt"], "weights: .*each of the 2 experts"),
         (["a.pt", "b.pt", "--weights", "1,x", "--out", "new.pt"], "weights: "),
         (["a.pt", "b.pt", "--scale", "2", "--out", "new.pt"], "scale: .*task_arithmetic"),
