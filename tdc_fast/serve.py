@@ -117,8 +117,8 @@ def _serve(arguments: list[str]) -> None:
     with _listener(options["host"], options["port"]) as listener:
         engine.start()
         host, port = listener.getsockname()[:2]
-        print(f"serving {denoiser.name} on http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
-        Server(app, engine, options["grace"]).serve_on(listener)
+        greeting = f"serving {denoiser.name} on http://{f'[{host}]' if ':' in host else host}:{port}"
+        Server(app, engine, options["grace"], greeting).serve_on(listener)
     outcomes = ", ".join(f"{count} {outcome}" for outcome, count in sorted(engine.statistics.outcomes.items()))
     print(f"stopped; requests: {outcomes or 'none'}")
 

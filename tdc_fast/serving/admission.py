@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from tdc_fast.serving.request import Request
 _COPIES_PER_IMAGE = 6
 """Tensors of an image's size that a live request may keep: x, x0, noise, and their copies while batches change."""
 _MOST_PLANS = 64
+_MOST_ETA = 1000
 
 
 class Admission:
@@ -139,12 +141,15 @@ def _check_types(request: Request) -> None:
         raise invalid("guidance_scale", scale, "a number, or a list of one for each group of timesteps")
     if not isinstance(request.sampler, str):
         raise invalid("sampler", request.sampler, "the name of a sampler")
-    if request.eta == math.inf:
-        raise invalid("eta", request.eta, "a finite number")
+    if request.eta > _MOST_ETA:
+        raise invalid("eta", request.eta, f"a number from 0 to {_MOST_ETA}")
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Whether it is a number in the range of floats."""
+    if isinstance(value, int):
+        return not isinstance(value, bool) and value.bit_length() < sys.float_info.max_exp
+    return isinstance(value, float)
 
 
 def too_large(rows: int, places: int) -> OutOfMemory:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+import h11
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 
@@ -26,7 +27,10 @@ class PromptConnection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
         """The time ends with the headers, and begins again with the first byte after an answer."""
         if self._is_idle() and self._limit is None:
             self._start()
-        super().data_received(data)
+        try:
+            super().data_received(data)
+        except h11.LocalProtocolError:  # uvicorn refuses what cannot be read also where the answer was given already
+            self.transport.abort()
         if not self._is_idle():
             self._stop()
 

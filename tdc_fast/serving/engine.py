@@ -375,7 +375,7 @@ class Engine:
         what = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else 'no message'}"
         kind = OutOfMemory if is_out_of_memory(error) else StepFailed
         if kind is OutOfMemory:
-            rows = sum(live.rows for live in lives)
+            rows = min(sum(live.rows for live in lives), self.places)  # more are lost where batches were changed
             with self._changed:
                 self._places.shrink(rows, time.monotonic())
                 self._is_dirty = True

@@ -64,6 +64,8 @@ def create_app(engine: Engine, *, limits: Limits | None = None, name: str = "") 
             body = await _body(request, limits)
         except ClientDisconnect:
             return Response(status_code=CLIENT_LEFT)
+        except asyncio.CancelledError:  # the server's time to shut down is over
+            return _refusal(503, EngineClosed.reason, "the body did not arrive before the end", retry_after=1.0)
         except TimeoutError:
             return _refusal(408, "timeout", f"the body did not arrive within {limits.body_seconds:g} s")
         if body is None:
@@ -228,16 +230,23 @@ class Server(uvicorn.Server):
         engine: its engine, which has been started.
         grace: seconds for requests to finish after the signal. If a Ctrl-C follows, they fail at once, with a reason;
             after one more everything ends where it is.
+        greeting: printed once requests are taken and signals are handled; "" for nothing.
     """
 
-    def __init__(self, app: FastAPI, engine: Engine, grace: float) -> None:
+    def __init__(self, app: FastAPI, engine: Engine, grace: float, greeting: str = "") -> None:
         seconds = math.ceil(grace) + 5  # for the answers to requests that were not finished in time
         config = uvicorn.Config(
             app, http=PromptConnection, log_level="error", lifespan="off", timeout_graceful_shutdown=seconds, ws="none"
         )
         super().__init__(config)
-        self._engine, self._grace = engine, grace
+        self._engine, self._grace, self._greeting = engine, grace, greeting
         self._is_hurried = False
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to take requests."""
+        await super().startup(sockets)
+        if self._greeting:
+            print(self._greeting, flush=True)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to shut down: the engine takes no more requests and finishes those that it has."""

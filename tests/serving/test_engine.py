@@ -212,6 +212,28 @@ def test_a_step_that_runs_out_of_memory_fails_its_requests_and_halves_the_batch(
     assert engine.statistics.outcomes == {"completed": 3, "out_of_memory": 5}
 
 
+def test_memory_that_runs_out_while_batches_are_changed_halves_the_batch_too(monkeypatch):
+    """Two batches are lost then: more places than one may have."""
+    model = Scripted(lambda call, rows: time.sleep(0.01))
+    engine = engine_of(model, policy=Policy("shortest", patience=1000.0))
+    begin = engine._begin
+
+    def failing(live: LiveRequest) -> None:
+        if live.request.seed == 1:
+            raise MemoryError
+        begin(live)
+
+    monkeypatch.setattr(engine, "_begin", failing)
+    with engine:
+        long = engine.submit(Request(num_images=4, steps=40))
+        assert model.reached.wait(60)
+        short = engine.submit(Request(num_images=4, steps=2, seed=1))
+        for one in (long, short):
+            with pytest.raises(OutOfMemory, match="a step of 4 places ran out of memory"):
+                one.result(60)
+        assert engine.places == 2
+
+
 def test_batches_grow_again_a_while_after_memory_ran_out_and_later_each_time():
     places = Places(12)
     places.shrink(rows=12, now=0.0)
@@ -441,7 +463,10 @@ def guided_engine() -> Engine:
         ({"label": 1.0}, "label: got 1.0; expected an integer"),
         ({"timeout": "3"}, "timeout: got '3'; expected a number"),
         ({"eta": None}, "eta: got None; expected a number"),
-        ({"eta": float("inf")}, "eta: got inf; expected a finite number"),
+        ({"eta": float("inf")}, "eta: got inf; expected a number from 0 to 1000"),
+        ({"eta": 1e200}, r"eta: got 1e\+200; expected a number from 0 to 1000"),
+        ({"eta": 10**400}, "eta: got an integer of 1329 bits; expected a number"),
+        ({"timeout": 10**400}, "timeout: got an integer of 1329 bits; expected a number"),
         ({"sampler": ["ddim"]}, "sampler: got .'ddim'.; expected the name of a sampler"),
     ],
 )

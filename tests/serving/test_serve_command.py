@@ -15,6 +15,7 @@ import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -106,6 +107,21 @@ def test_a_base_is_served_with_the_images_of_sample_too(run, tmp_path, monkeypat
     expected = np.load(tmp_path / "samples_2x8x8x1.npz")["arr_0"]
     assert serve.main([*flags, "--port", "0"]) == 0
     assert np.array_equal(served[0].permute(0, 2, 3, 1), expected)
+
+
+@needs_server
+def test_a_sigterm_right_after_it_says_that_it_serves_is_an_end_like_any_other(run, capsys, monkeypatch):
+    really_print = print
+
+    def say(*words: object, **options: Any) -> None:
+        really_print(*words, **options)
+        if "on http" in str(words):
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr("builtins.print", say)
+    assert serve.main(["--run", str(run), "--port", "0"]) == 0
+    said = capsys.readouterr().out
+    assert "on http://127.0.0.1:" in said and "stopped; requests: none" in said
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 
 import numpy as np
 import pytest
@@ -255,6 +255,32 @@ def test_what_is_not_finished_in_time_or_before_a_second_signal_fails_with_a_rea
         serving.result(60)
     assert [(answer.status, answer.error["reason"]) for answer in answers] == [(503, "closed")] * 2
     assert engine.statistics.outcomes == {"closed": 2}
+
+
+def test_a_body_that_has_not_come_when_the_server_ends_is_503():
+    engine = Engine(Scripted(), process(), SHAPE, deterministic=False)
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
+        engine.start()
+        server = Server(create_app(engine), engine, grace=0.0)
+        server.config.timeout_graceful_shutdown = 1
+        serving = pool.submit(server.serve_on, listener)
+        with Client(listener.getsockname()).sent(b"{", length=100) as connection:
+            wait_for(lambda: server.server_state.tasks)
+            server.handle_exit(signal.SIGTERM, None)
+            answer = connection.makefile("rb").read()
+        serving.result(60)
+    assert b" 503 " in answer.splitlines()[0] and b"the body did not arrive before the end" in answer
+
+
+def test_what_cannot_be_read_after_an_answer_closes_the_connection_in_silence(client, caplog):
+    with socket.create_connection(client.address, timeout=30) as connection:
+        connection.sendall(b"POST /nothing HTTP/1.1\r\nHost: test\r\nTransfer-Encoding: chunked\r\n\r\n")
+        answer = connection.makefile("rb")
+        assert b" 404 " in answer.readline()
+        connection.sendall(b"no length\r\n")
+        with suppress(ConnectionResetError):
+            answer.read()  # to the end of the connection
+    assert client.get("/health").status == 200 and "Fatal error" not in caplog.text
 
 
 def test_metrics_count_every_answer_image_step_and_place(held):
