@@ -23,6 +23,7 @@ from tdc_fast.evaluation.statistics import SetStatistics
 from tdc_fast.ops.cuda_nvrtc import cache_directory
 
 _FORMAT = 2
+_PRINTED_IMAGES = 64
 
 
 def holds_statistics(name: str) -> bool:
@@ -99,7 +100,8 @@ def content_key(name: str, data: ImageDataset, *settings: object) -> str:
 
     Args:
         name: the dataset, folder or file. Every byte of the files counts, in the order in which they are read.
-        data: the set as it is read, whose size and channels count too.
+        data: the set as it was read, whose size and channels count too, and the pixels of some images: files that
+            changed since then have another key than the set that they hold now.
         settings: whatever else they depend on.
     """
     digest = hashlib.sha256(repr((_FORMAT, len(data), data.image_size, data.channels, settings)).encode())
@@ -111,6 +113,8 @@ def content_key(name: str, data: ImageDataset, *settings: object) -> str:
     for file in list_images(path).files if path.is_dir() else [path]:
         with open(file, "rb") as opened:
             digest.update(f"{sha256_of(opened)}\n".encode())
+    some = np.unique(np.linspace(0, len(data) - 1, min(len(data), _PRINTED_IMAGES)).astype(np.int64))
+    digest.update(to_uint8(data.images(some)).numpy().tobytes())
     return digest.hexdigest()
 
 

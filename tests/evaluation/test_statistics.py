@@ -17,6 +17,7 @@ from tdc_fast.evaluation import EvaluateOptions, comparison, evaluate
 from tdc_fast.evaluation.comparison import describe
 from tdc_fast.evaluation.image_sets import ImageSet, _read_images
 from tdc_fast.evaluation.statistics import gather_statistics
+from tdc_fast.evaluation.statistics_files import content_key
 from tdc_fast.runs.config import TrainConfig
 
 
@@ -147,6 +148,13 @@ def test_statistics_of_transparent_images_are_kept_by_their_background(sets, tmp
         monkeypatch.setattr(comparison, "load_pair", lambda *_, pair=pair, **__: pair)
         found.append(evaluate(str(generated), str(tmp_path), extractor=Small())["frechet_distance"])
     assert found[0] == found[2] != found[1]
+
+
+def test_files_that_changed_since_they_were_read_have_a_key_of_their_own(sets):
+    read = load_dataset(sets[0])
+    before = content_key(sets[0], read)
+    np.savez(sets[0], _pixels(20, 7))
+    assert content_key(sets[0], read) not in (before, content_key(sets[0], load_dataset(sets[0])))
 
 
 def test_a_folder_is_read_with_the_background_of_the_run_that_it_is_compared_with(sets):
