@@ -110,7 +110,10 @@ def encode(options: EncodeOptions) -> LatentIndex:
         if index.encoded:
             print(f"{index.encoded} of {index.images} images are encoded already", flush=True)
             shown.update(index.encoded)
-        return encode_rest(dataset, autoencoder, folder, index, batch_size=options.batch_size, on_images=shown.update)
+        index = encode_rest(dataset, autoencoder, folder, index, batch_size=options.batch_size, on_images=shown.update)
+    if dataset.skipped:
+        print(f"left out {dataset.skipped} corrupt image{'s' if dataset.skipped > 1 else ''}", flush=True)
+    return index
 
 
 def _encode(arguments: list[str]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 pytest.importorskip("diffusers", reason="the extra [diffusers] is not installed")
 pytest.importorskip("sklearn", reason="the extra [demo] is not installed")
@@ -128,6 +129,15 @@ def test_a_run_is_compared_by_decoded_samples_and_the_loss_of_its_latents(place:
     assert result["a"]["images"] == 4 and result["b"]["images"] == 24
     (losses,) = result["losses"].values()
     assert f"held-out images of {place / 'latents'}" in losses["images"]
+
+
+def test_corrupt_images_are_left_out_and_counted(place: Path, tmp_path: Path, capsys: Any) -> None:
+    for number in range(3):
+        Image.fromarray(np.full((8, 8), number, np.uint8)).save(tmp_path / f"{number}.png")
+    (tmp_path / "3.png").write_bytes(b"nonsense")
+    options = flags(vae=place / "vae", data_dir=tmp_path, image_size=8, out=tmp_path / "latents", on_corrupt="skip")
+    assert encode.main(options) == 0
+    assert "left out 1 corrupt image\n" in capsys.readouterr().out and len(load_latents(tmp_path / "latents")) == 3
 
 
 def test_a_run_on_latents_resumes_bit_for_bit(place: Path, tmp_path: Path, capsys: Any) -> None:

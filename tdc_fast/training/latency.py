@@ -40,6 +40,20 @@ def latency_model(config: TrainConfig, num_groups: int) -> LatencyModel | None:
     return roofline(config, num_groups) if config.budget_in == "latency" else None
 
 
+def check_table(config: TrainConfig) -> None:
+    """Refuse a table that does not fit the run, as far as that is known while its number of groups is not.
+
+    Args:
+        config: the options of the run.
+
+    Raises:
+        ValueError: the table is damaged, or of another device, dtype or batch.
+    """
+    if config.latency_table:
+        table = LatencyTable.load(config.latency_table)
+        table.check(stage2_setting(config, table.setting.num_groups))
+
+
 def roofline(config: TrainConfig, num_groups: int) -> Roofline:
     """The roofline of the device that experts are trained on."""
     return Roofline.on(build_device(config), _dtype(config), _batch(config), num_groups)

@@ -49,7 +49,7 @@ from tdc_fast.training.cost import stage1_steps
 from tdc_fast.training.crew import Crew, taylor_of
 from tdc_fast.training.grouping import group_timesteps
 from tdc_fast.training.interrupts import saying_what_is_safe
-from tdc_fast.training.latency import latency_model, outline_costs, width_step
+from tdc_fast.training.latency import check_table, latency_model, outline_costs, width_step
 from tdc_fast.training.narration import warn_of_few_calibration_images
 from tdc_fast.training.phase import State, base_macs, build_base, groups_of, open_stream, write_phase
 from tdc_fast.training.random_state import derived_seed, seeded
@@ -238,16 +238,20 @@ def prunes(config: TrainConfig) -> bool:
 def refuse_unreachable_budgets(config: TrainConfig, in_channels: int) -> None:
     """Refuse budgets that no widths of the base meet, before it is trained.
 
-    With an open number of groups (`--groups -1`) they are known, and checked, only after stage 1.
+    With an open number of groups (`--groups -1`) they are known, and checked, only after stage 1; a table of times is
+    checked at once but for its number of groups.
 
     Args:
         config: the options of the run.
         in_channels: channels of its images.
 
     Raises:
-        ValueError: naming --budgets or --k.
+        ValueError: naming --budgets or --k, or what does not fit in the table.
     """
-    if config.groups < 1 or not prunes(config):
+    if not prunes(config):
+        return
+    if config.groups < 1:
+        check_table(config)
         return
     shares = comma_numbers("budgets", config.budgets, float)
     with torch.random.fork_rng(devices=[]):
