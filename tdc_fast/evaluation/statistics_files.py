@@ -113,8 +113,8 @@ def content_key(name: str, data: ImageDataset, *settings: object) -> str:
     for file in list_images(path).files if path.is_dir() else [path]:
         with open(file, "rb") as opened:
             digest.update(f"{sha256_of(opened)}\n".encode())
-    some = np.unique(np.linspace(0, len(data) - 1, min(len(data), _PRINTED_IMAGES)).astype(np.int64))
-    digest.update(to_uint8(data.images(some)).numpy().tobytes())
+    for number in np.unique(np.linspace(0, len(data) - 1, min(len(data), _PRINTED_IMAGES)).astype(np.int64)):
+        digest.update(to_uint8(data.images([number])).numpy().tobytes())
     return digest.hexdigest()
 
 
