@@ -9,7 +9,7 @@ placement    which processes train which experts
 from tdc_fast.distributed.gradients import GradientSum
 from tdc_fast.distributed.launch import joined, launched_rank, refuse_device, restarted
 from tdc_fast.distributed.placement import Team, place_experts
-from tdc_fast.distributed.world import LostProcess, World, is_of_all, on_all, world
+from tdc_fast.distributed.world import LostProcess, World, is_of_all, losses_named, on_all, world
 
 __all__ = [
     "GradientSum",
@@ -19,6 +19,7 @@ __all__ = [
     "is_of_all",
     "joined",
     "launched_rank",
+    "losses_named",
     "on_all",
     "place_experts",
     "refuse_device",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import os
 import sys
 import warnings
@@ -12,9 +14,11 @@ from typing import Any
 
 import torch
 
-from tdc_fast.distributed.world import World, as_world, world
+from tdc_fast.distributed.world import World, as_world, is_of_all, losses_named, world
 from tdc_fast.errors import invalid
 
+_START = timedelta(minutes=30)
+"""How long a process waits for the others at the start."""
 _WAIT = timedelta(days=1)
 """How long a process waits for the others: one may search widths for hours. A process that ends is noticed at once."""
 NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -29,7 +33,8 @@ def launched() -> int:
 
 def launched_rank() -> int:
     """The number of this process among those that torchrun started; 0 without it."""
-    return int(os.environ["RANK"]) if launched() > 1 else 0
+    rank = os.environ.get("RANK", "").strip()
+    return int(rank) if launched() > 1 and rank.isdecimal() else 0
 
 
 def restarted() -> bool:
@@ -44,7 +49,8 @@ def joined() -> Iterator[World]:
     Only the first process prints and warns there. They talk by gloo; gradients on a GPU are added up by NCCL.
 
     Raises:
-        ValueError: torch has no torch.distributed, or there are more processes on this machine than GPUs.
+        ValueError: torch has no torch.distributed, a variable of the environment is none of torchrun's, or the others
+            cannot be found.
     """
     if launched() == 1 or not world().alone:
         yield world()
@@ -53,18 +59,59 @@ def joined() -> Iterator[World]:
 
     if not dist.is_available():
         raise invalid("WORLD_SIZE", launched(), "1, as this torch is built without torch.distributed")
+    _check_variables()
     of_ours = not dist.is_initialized()
     if of_ours:
-        dist.init_process_group("gloo", timeout=_WAIT)
+        _find_others()
     local = int(os.environ["LOCAL_RANK"])
     if torch.cuda.is_available() and local < torch.cuda.device_count():
         torch.cuda.set_device(local)
-    group = dist.group.WORLD if of_ours else dist.new_group(backend="gloo", timeout=_WAIT)
+    group = dist.group.WORLD if of_ours else _team(range(dist.get_world_size()), torch.device("cpu"))
     this = World(dist.get_rank(), dist.get_world_size(), group, _team)
-    with as_world(this), _quiet(not this.first):
-        yield this
-    if of_ours:  # not after an error, as the others may be gone
+    try:
+        with as_world(this), _quiet(not this.first):
+            yield this
+    except BaseException as error:
+        if of_ours and is_of_all(error):  # not after another one, as the others may be gone
+            dist.destroy_process_group()
+        raise
+    if of_ours:
         dist.destroy_process_group()
+
+
+def _check_variables() -> None:
+    for name, end in (("RANK", launched()), ("LOCAL_RANK", launched()), ("MASTER_PORT", 2**16)):
+        text = os.environ[name].strip()
+        if not text.isdecimal() or int(text) >= end:
+            raise invalid(name, text, f"a number below {end}, as torchrun sets it")
+
+
+def _find_others() -> None:
+    """Make the default process group."""
+    import torch.distributed as dist
+
+    try:
+        store, rank, size = _store()
+        # A prefix of its own: what the processes wrote when they were joined before is still there.
+        prefixed = dist.PrefixStore(f"tdc_fast/{next(_joins)}", store)
+        dist.init_process_group("gloo", store=prefixed, rank=rank, world_size=size, timeout=_WAIT)
+    except RuntimeError as error:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        minutes = _START // timedelta(minutes=1)
+        remedy = f"where the {launched()} processes of the run find each other within {minutes} minutes"
+        reason = str(error).strip().partition("\n")[0][:200]
+        raise invalid("MASTER_ADDR, MASTER_PORT", address, f"{remedy} ({reason})") from error
+
+
+@functools.cache
+def _store() -> tuple[Any, int, int]:
+    """What the processes find each other by, the number of this one, and how many there are; one for all joinings."""
+    from torch.distributed.rendezvous import rendezvous
+
+    return next(iter(rendezvous("env://", timeout=_START)))
+
+
+_joins = itertools.count()
 
 
 def refuse_device(name: str, device: torch.device) -> None:
@@ -89,9 +136,10 @@ def refuse_device(name: str, device: torch.device) -> None:
 def _team(ranks: Sequence[int], device: torch.device) -> Any:
     import torch.distributed as dist
 
-    if device.type == "cuda":
-        return dist.new_group(list(ranks), backend="nccl")
-    return dist.new_group(list(ranks), backend="gloo", timeout=_WAIT)
+    with losses_named():
+        if device.type == "cuda":
+            return dist.new_group(list(ranks), backend="nccl")
+        return dist.new_group(list(ranks), backend="gloo", timeout=_WAIT)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import io
 import pickle
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -51,6 +51,7 @@ class World:
         self.rank, self.size = rank, size
         self.sent: Counter[str] = Counter()
         self._group, self._teams = group, teams
+        self._broken_off = False
 
     @property
     def first(self) -> bool:
@@ -72,14 +73,14 @@ class World:
         if self.alone:
             return function()
         outcome = _outcome_alone(function) if self.first else None
-        return _result(self._broadcast(outcome, kind))
+        return _result(self._told(outcome, kind))
 
     def by_first(self, function: Callable[[], R], kind: Kind = "set-up") -> R | None:
         """As `from_first`, but the result stays in the first process; the others get None. All call it."""
         if self.alone:
             return function()
         value, error = _outcome_alone(function) if self.first else (None, None)
-        _result(self._broadcast((None, error), kind))
+        _result(self._told((None, error), kind))
         return value
 
     def together(self, function: Callable[[], R]) -> R:
@@ -89,11 +90,25 @@ class World:
         value, error = _outcome(function)
         for rank, failed in enumerate(self._gather((None, error), "set-up")):
             if failed[1] is not None:
-                first_error = failed[1]
-                if rank:
-                    first_error = type(first_error)(f"process {rank}: {first_error}")
-                return _result((None, first_error))
+                return _result((None, _of_process(rank, failed[1])))
         return value
+
+    @contextmanager
+    def exchange(self) -> Iterator[None]:
+        """Around what the others take part in. After one that is broken off, as by Ctrl-C, there is no other.
+
+        The others wait for the rest of it, so a further one would wait for them; they notice once this process ends.
+
+        Raises:
+            LostProcess: an exchange before was broken off.
+        """
+        if self._broken_off:
+            raise LostProcess("an exchange with the other processes of the run was broken off")
+        try:
+            yield
+        except BaseException:
+            self._broken_off = True
+            raise
 
     def sum(self, values: Tensor, kind: Kind = "telemetry") -> Tensor:
         """The sum over all processes of tensors of one shape, added in the order of the ranks. All call it.
@@ -111,7 +126,7 @@ class World:
 
         own = values.detach().cpu().contiguous()
         parts = [torch.empty_like(own) for _ in range(self.size)]
-        with losses_named():
+        with self.exchange(), losses_named():
             dist.all_gather(parts, own, group=self._group)
         self.sent[kind] += own.nbytes
         total = parts[0]
@@ -126,7 +141,7 @@ class World:
         import torch.distributed as dist
 
         numbers = torch.tensor(values, dtype=torch.int64)
-        with losses_named():
+        with self.exchange(), losses_named():
             dist.all_reduce(numbers, dist.ReduceOp.MAX, group=self._group)
         self.sent["telemetry"] += numbers.nbytes
         return numbers.tolist()
@@ -140,36 +155,45 @@ class World:
         """
         if self.alone:
             return [value]
-        if not self.first:
-            self._send(value, 0, kind)
-            return []
-        return [value, *(self._receive(rank) for rank in range(1, self.size))]
+        with self.exchange():
+            if not self.first:
+                self._send(value, 0, kind)
+                return []
+            return [value, *(self._receive(rank) for rank in range(1, self.size))]
 
     def from_first_to_each(self, make: Callable[[int], R], kind: Kind) -> R:
         """What the first process makes for each one, by rank; one is made and sent at a time. All call it."""
         if self.alone:
             return make(0)
-        if not self.first:
-            return self._receive(0)
-        for rank in range(1, self.size):
-            self._send(make(rank), rank, kind)
-        return make(0)
+        with self.exchange():
+            if not self.first:
+                return self._receive(0)
+            for rank in range(1, self.size):
+                self._send(make(rank), rank, kind)
+            return make(0)
 
     def team(self, ranks: Sequence[int], device: torch.device) -> Any:
         """The process group of some ranks for sums of gradients on a device. All call it, for every team in turn."""
         assert self._teams is not None
         return self._teams(ranks, device)
 
+    def _told(self, outcome: Any, kind: Kind) -> Any:
+        """The outcome of the first process, in all of them."""
+        if self._broken_off and outcome is not None and outcome[1] is not None:
+            raise outcome[1]  # of this process alone: nobody can be told
+        return self._broadcast(outcome, kind)
+
     def _broadcast(self, value: Any, kind: Kind) -> Any:
         import torch.distributed as dist
 
-        content = _packed(value) if self.first else torch.empty(0, dtype=torch.uint8)
-        length = torch.tensor([len(content)])
-        with losses_named():
-            dist.broadcast(length, 0, group=self._group)
-            if not self.first:
-                content = torch.empty(int(length), dtype=torch.uint8)
-            dist.broadcast(content, 0, group=self._group)
+        with self.exchange():
+            content = _packed(value) if self.first else torch.empty(0, dtype=torch.uint8)
+            length = torch.tensor([len(content)])
+            with losses_named():
+                dist.broadcast(length, 0, group=self._group)
+                if not self.first:
+                    content = torch.empty(int(length), dtype=torch.uint8)
+                dist.broadcast(content, 0, group=self._group)
         if self.first:
             self.sent[kind] += content.nbytes + length.nbytes
             return value
@@ -177,9 +201,10 @@ class World:
 
     def _gather(self, value: Any, kind: Kind) -> list[Any]:
         """The values of all processes, in all of them."""
-        values = self.to_first(value, kind)
-        everyone: list[Any] = self._broadcast(values, kind)
-        return everyone
+        with self.exchange():
+            values = self.to_first(value, kind)
+            everyone: list[Any] = self._broadcast(values, kind)
+            return everyone
 
     def _send(self, value: Any, rank: int, kind: Kind) -> None:
         import torch.distributed as dist
@@ -226,6 +251,18 @@ def _outcome_alone(function: Callable[[], R]) -> tuple[Any, BaseException | None
         return _outcome(function)
 
 
+def _of_process(rank: int, error: BaseException) -> BaseException:
+    """The error of a process as all processes raise it, so that a command tells it as it tells that one."""
+    if not rank or isinstance(error, KeyboardInterrupt):
+        return error
+    text = f"process {rank}: {error}"
+    for kind in (type(error), ValueError, OSError):  # some errors are made from other arguments than their text
+        if isinstance(error, kind):
+            with suppress(TypeError):
+                return kind(text)
+    return RuntimeError(text)
+
+
 def _result(outcome: Any) -> Any:
     value, error = outcome
     if error is not None:
@@ -237,12 +274,18 @@ def _packed(value: Any) -> Tensor:
     buffer = io.BytesIO()
     try:
         pickle.dump(value, buffer, protocol=5)
-    except Exception as problem:  # an error whose arguments cannot be sent
-        if not (isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], BaseException)):
+        if _is_error(value):
+            pickle.loads(buffer.getbuffer())
+    except Exception as problem:  # an error that cannot be sent, or made again from its arguments
+        if not _is_error(value):
             raise
         buffer = io.BytesIO()
         pickle.dump((None, RuntimeError(f"{type(value[1]).__name__}: {value[1]} ({problem})")), buffer, protocol=5)
     return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
+
+
+def _is_error(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], BaseException)
 
 
 def _unpacked(content: Tensor) -> Any:

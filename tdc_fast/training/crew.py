@@ -76,8 +76,9 @@ class Crew:
         return self._shared(_SCORES, dataclasses.replace(task, memory=(), earlier=(), measured=None), candidates)
 
     def _shared(self, kind: str, about: Any, items: Sequence[Any]) -> list[Any]:
-        self._world.from_first(lambda: (kind, about, list(items)))
-        parts = self._share(kind, about, list(items))
+        with self._world.exchange():
+            self._world.from_first(lambda: (kind, about, list(items)))
+            parts = self._share(kind, about, list(items))
         results: list[Any] = [None] * len(items)
         for rank, (part, error) in enumerate(parts):
             if error is not None:
@@ -85,12 +86,12 @@ class Crew:
             results[rank :: self._world.size] = part
         return results
 
-    def _share(self, kind: str, about: Any, items: list[Any]) -> list[tuple[list[Any], Exception | None]]:
+    def _share(self, kind: str, about: Any, items: list[Any]) -> list[tuple[list[Any], BaseException | None]]:
         """Measure this process's share of the items; the first process gets all."""
         own = items[self._world.rank :: self._world.size]
         try:
-            outcome: tuple[list[Any], Exception | None] = (self._measured(kind, about, own) if own else [], None)
-        except Exception as error:
+            outcome: tuple[list[Any], BaseException | None] = (self._measured(kind, about, own) if own else [], None)
+        except (Exception, KeyboardInterrupt) as error:  # the others wait for this share
             outcome = [], error
         return self._world.to_first(outcome, "set-up")
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from tdc_fast.diffusion.loss_slope import BOUND, LossSlopeSampler
 from tdc_fast.diffusion.timestep_samplers import TimestepSampler
-from tdc_fast.distributed import GradientSum, Team, place_experts, world
+from tdc_fast.distributed import GradientSum, Team, on_all, place_experts, world
 from tdc_fast.errors import invalid
 from tdc_fast.nn.packing import RoutedModel, pack_experts
 from tdc_fast.nn.sharing import groups_together, shared_rows
@@ -155,4 +155,4 @@ def _refuse_idle_processes(config: TrainConfig, batch: int, shares: Sequence[flo
             name = "stage2_batch" if config.stage2_batch else "batch_size"
             of_all = f"experts {', '.join(map(str, team.groups))} on {len(team.ranks)} processes"
             remedy = f"more, or fewer processes: a step must have a sample for each process ({of_all})"
-            raise invalid(name, batch, remedy)
+            raise on_all(invalid(name, batch, remedy))

@@ -73,7 +73,7 @@ def train_experts(
             teacher = _teacher(run, base_state)
             of_experts = of_experts.taught_by(of_base)
         spent = spent_macs(run, of_base)
-        steps = cost.stage2_steps(config, of_base, of_experts, spent)
+        steps = world().from_first(lambda: cost.stage2_steps(config, of_base, of_experts, spent))
         stage = Stage(
             name="experts",
             steps=steps,

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
 
-from tdc_fast.distributed import LostProcess
+from tdc_fast.distributed import LostProcess, is_of_all, on_all
 from tdc_fast.runs.checkpoint import finished_steps
 from tdc_fast.runs.directory import RunDirectory
 
@@ -48,7 +48,8 @@ def saying_what_is_safe(run: RunDirectory, command: str = "") -> Iterator[None]:
             f"the last good checkpoint is step {steps[-1]} of stage {stage}" if steps else "there is no checkpoint yet"
         )
         kind = LostProcess if isinstance(error, LostProcess) else OSError
-        raise kind(f"{cause}; {last}. Once that is mended, {command or how_to_continue(run.path)}") from error
+        told = kind(f"{cause}; {last}. Once that is mended, {command or how_to_continue(run.path)}")
+        raise (on_all(told) if is_of_all(error) else told) from error
 
 
 class StopRequest:

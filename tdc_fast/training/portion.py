@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tdc_fast.diffusion.timestep_samplers import StratifiedSampler, TimestepSampler
-from tdc_fast.distributed import GradientSum, World
+from tdc_fast.distributed import GradientSum, World, losses_named
 from tdc_fast.training.random_state import derived_seed
 
 
@@ -129,7 +129,8 @@ class Shard:
         own = losses.new_zeros(-(-size // members))
         own[: len(losses)] = losses
         parts = [torch.empty_like(own) for _ in range(members)]
-        dist.all_gather(parts, own, group=self._group)
+        with losses_named():
+            dist.all_gather(parts, own, group=self._group)
         self.world.sent["telemetry"] += own.nbytes
         return torch.stack(parts, 1).flatten()[:size]
 

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 
 from tdc_fast.data.dataset import Dataset
-from tdc_fast.distributed import refuse_device, world
+from tdc_fast.distributed import is_of_all, on_all, refuse_device, world
 from tdc_fast.errors import invalid
 from tdc_fast.runs.build import build_data, build_device, check_label_rows, refuse_what_cannot_fit
 from tdc_fast.runs.config import TrainConfig
@@ -58,6 +58,7 @@ def train(config: TrainConfig, dataset: Dataset | None = None) -> RunDirectory:
     config = world().from_first(lambda: for_many_processes(wanted, size))
     given = dataset
     dataset = world().together(lambda: _checked(config, given))
+    _refuse_other_images(config, dataset)
     run = world().from_first(lambda: open_run(config, dataset))
     with saying_what_is_safe(run), _sole_writer(run):
         print(describe_plan(run, dataset), flush=True)
@@ -67,7 +68,8 @@ def train(config: TrainConfig, dataset: Dataset | None = None) -> RunDirectory:
         except TrainingInterrupted:
             raise
         except KeyboardInterrupt as interrupt:  # outside the training loops, where everything is saved already
-            raise TrainingInterrupted("stopped between two stages; " + how_to_continue(run.path)) from interrupt
+            stopped = TrainingInterrupted("stopped between two stages; " + how_to_continue(run.path))
+            raise (on_all(stopped) if is_of_all(interrupt) else stopped) from interrupt
         finally:  # corrupt files of a folder too large for memory are found while training
             _report_skipped(dataset, skipped)
     return run
@@ -91,6 +93,15 @@ def _checked(config: TrainConfig, dataset: Dataset | None) -> Dataset:
         if not config.resume:
             refuse_unreachable_budgets(config, dataset.channels)
     return dataset
+
+
+def _refuse_other_images(config: TrainConfig, dataset: Dataset) -> None:
+    """ValueError unless all processes have as many images: else their batches would not be parts of one."""
+    most, least = world().largest(len(dataset), -len(dataset))
+    if most != -least:
+        name = "latents" if config.latents else "data_dir"
+        remedy = f"the same images for every process; one has {-least}, and another {most}"
+        raise on_all(invalid(name, getattr(config, name), remedy))
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -84,11 +85,23 @@ def _child(variables: dict[str, str], output: str, function: Callable[..., Any],
 
 
 def train_command(argv: Sequence[str], signals: dict[tuple[int, str, int], int] | None = None) -> int:
-    """The command; a process sends itself signals: {(rank, stage, step): number}, at the beginning of the step."""
+    """The command; a process sends itself signals: {(rank, stage, step): number}, at the beginning of the step.
+
+    Steps of "pruning" are what the process measures for the search.
+    """
     from tdc_fast.train import main
+    from tdc_fast.training.crew import Crew
     from tdc_fast.training.loop import StageLoop
 
-    step = StageLoop._train_step
+    step, measured, measurements = StageLoop._train_step, Crew._measured, itertools.count()
+
+    def signalled_measurement(crew: Crew, *args: Any) -> Any:
+        number = (signals or {}).get((int(os.environ.get("RANK", "0")), "pruning", next(measurements)))
+        if number:
+            os.kill(os.getpid(), number)
+        return measured(crew, *args)
+
+    Crew._measured = signalled_measurement  # type: ignore[method-assign]
 
     def signalled(loop: StageLoop) -> None:
         number = (signals or {}).get((int(os.environ.get("RANK", "0")), loop.stage.name, loop.step))
@@ -98,6 +111,23 @@ def train_command(argv: Sequence[str], signals: dict[tuple[int, str, int], int] 
 
     StageLoop._train_step = signalled  # type: ignore[method-assign]
     return main(list(argv))
+
+
+def train_in(folders: Sequence[str], argv: Sequence[str]) -> int:
+    """The command, in each process with a working directory of its own, as on another machine."""
+    os.chdir(folders[int(os.environ["RANK"])])
+    return train_command(argv)
+
+
+def join_again() -> None:
+    """Join the processes twice; each time print the sum of 1 and 2 from two of them."""
+    import torch
+
+    from tdc_fast.distributed import joined
+
+    for _ in range(2):
+        with joined() as this:
+            print(int(this.sum(torch.tensor(this.rank + 1))), file=sys.stderr)
 
 
 def train_counting(argv: Sequence[str]) -> int:

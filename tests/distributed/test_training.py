@@ -19,8 +19,9 @@ from tests.distributed.launcher import (
     train_command,
     train_counting,
     train_experts_unconnected,
+    train_in,
 )
-from tests.training.small_run import TWO_STAGES, differences, flags, rows, small_config
+from tests.training.small_run import TWO_STAGES, differences, flags, rows, small_config, write_images
 
 SETTINGS = {
     **TWO_STAGES, "batch_size": 13, "class_cond": True, "diffusion_steps": 6, "ema_ramp": True, "k": 0.5,
@@ -188,6 +189,34 @@ def test_stopped_killed_and_resumed_a_run_of_two_ends_bit_for_bit(two, launcher,
     extra = [f"{run}/base/{p.name}" for p in (run / "base").glob(f"*{step:06d}.*")]
     found = [name for name in differences(folder / "run", run) if name.removesuffix(" is extra") not in extra]
     assert found == []
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_during_the_search_stops_all(alone, launcher, tmp_path, rank):
+    run = tmp_path / "run"
+    shutil.copytree(alone[0] / "split", run)
+    signals = {(rank, "pruning", 1): signal.SIGTERM}
+    processes = launcher.start(2, train_command, ["--resume", str(run)], signals, output=tmp_path / "output.txt")
+    codes = end(processes, 60)
+    said = [(tmp_path / f"output.{number}").read_text() for number in range(2)]
+    assert codes == [130, 130] and said[1] == "", said
+    assert f"stopped between two stages; continue with: python -m tdc_fast.train --resume {run}" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("theirs", "said"),
+    [(0, "process 1: data_dir: got 'images.npz'; expected "), (19, "one has 19, and another 20\n")],
+)
+def test_a_machine_without_the_same_images_is_refused_once(launcher, tmp_path, theirs, said):
+    config = small_config(tmp_path, lr_anneal_steps=4)
+    (tmp_path / "other").mkdir()
+    if theirs:
+        write_images(tmp_path / "other", count=theirs)
+    argv = flags(config.replace(data_dir="images.npz"))
+    folders = [str(tmp_path), str(tmp_path / "other")]
+    codes = end(launcher.start(2, train_in, folders, argv, output=tmp_path / "output.txt"))
+    texts = [(tmp_path / f"output.{rank}").read_text() for rank in range(2)]
+    assert codes == [2, 2] and said in texts[0] and texts[1] == "" and not Path(config.run_dir).exists(), texts
 
 
 def test_a_batch_without_a_sample_for_each_process_is_refused_once(launcher, tmp_path):

@@ -36,3 +36,11 @@ def test_a_batch_has_an_image_for_each_process(tmp_path):
     assert for_many_processes(config, 3) == config
     with pytest.raises(ValueError, match=r"^batch_size: got 3; expected at least 4"):
         for_many_processes(config, 4)
+    resumed = config.replace(resume=config.run_dir)
+    assert for_many_processes(resumed.replace(override="batch_size=4"), 4).batch_size == 3  # 4 once it is resumed
+    with pytest.raises(ValueError, match=r"^batch_size: got 2; expected at least 3"):
+        for_many_processes(resumed.replace(override="batch_size=2"), 3)
+    experts = config.replace(groups=2, stage1_steps=1, stage2_steps=1, stage2_batch=2)
+    with pytest.raises(ValueError, match=r"^stage2_batch: got 2; expected at least 3"):
+        for_many_processes(experts, 3)
+    assert for_many_processes(experts.replace(stop_after="stage1"), 3)
