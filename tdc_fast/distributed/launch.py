@@ -66,13 +66,14 @@ def joined() -> Iterator[World]:
     local = int(os.environ["LOCAL_RANK"])
     if torch.cuda.is_available() and local < torch.cuda.device_count():
         torch.cuda.set_device(local)
-    group = dist.group.WORLD if of_ours else _team(range(dist.get_world_size()), torch.device("cpu"))
-    this = World(dist.get_rank(), dist.get_world_size(), group, _team)
+    rank, size = dist.get_rank(), dist.get_world_size()
+    this = World(rank, size, dist.group.WORLD if of_ours else _team(range(size), torch.device("cpu")), _team)
     try:
         with as_world(this), _quiet(not this.first):
             yield this
     except BaseException as error:
         if of_ours and is_of_all(error):  # not after another one, as the others may be gone
+            this.leave()
             dist.destroy_process_group()
         raise
     if of_ours:

@@ -177,6 +177,10 @@ class World:
         assert self._teams is not None
         return self._teams(ranks, device)
 
+    def leave(self) -> None:
+        """Let go of the process group, whose threads end with its last reference; at Python's end it is too late."""
+        self._group = None
+
     def _told(self, outcome: Any, kind: Kind) -> Any:
         """The outcome of the first process, in all of them."""
         if self._broken_off and outcome is not None and outcome[1] is not None:
