@@ -39,7 +39,11 @@ def launched_rank() -> int:
 
 def restarted() -> bool:
     """Whether torchrun started this process again, after one of the run had failed (`--max-restarts`)."""
-    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0").strip() not in ("", "0")
+    return _restarts() not in ("", "0")
+
+
+def _restarts() -> str:
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0").strip()
 
 
 @contextmanager
@@ -93,8 +97,9 @@ def _find_others() -> None:
 
     try:
         store, rank, size = _store()
-        # A prefix of its own: what the processes wrote when they were joined before is still there.
-        prefixed = dist.PrefixStore(f"tdc_fast/{next(_joins)}", store)
+        # A prefix of its own: what was written when processes were joined before is still there, also by those that
+        # torchrun has replaced.
+        prefixed = dist.PrefixStore(f"tdc_fast/{_restarts()}/{next(_joins)}", store)
         dist.init_process_group("gloo", store=prefixed, rank=rank, world_size=size, timeout=_WAIT)
     except RuntimeError as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
