@@ -54,16 +54,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Sets how many examples generated tests try, and gives all test processes one folder for the emulator's builds,
-    which exist once whole or not at all.
+    which exist once whole or not at all, and one for what torch.compile makes.
     """
     generated.factor = config.getoption("--fuzz-factor")
     # Ctrl-C has to reach the commands under test also where it is ignored here, as in `make test &`.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    if "TDC_EMULATOR_BUILD" not in os.environ:
-        folder = tempfile.TemporaryDirectory(prefix="tdc_emulator_")
-        os.environ["TDC_EMULATOR_BUILD"] = folder.name
-        config.add_cleanup(folder.cleanup)
+    # What torch.compile kept of another version of the operators has other arguments than they have here.
+    for variable in ("TDC_EMULATOR_BUILD", "TORCHINDUCTOR_CACHE_DIR"):
+        if variable not in os.environ:
+            folder = tempfile.TemporaryDirectory(prefix=variable.lower())
+            os.environ[variable] = folder.name
+            config.add_cleanup(folder.cleanup)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

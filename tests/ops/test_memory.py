@@ -35,7 +35,7 @@ def cases(batch, channels, size, groups=8):
     widths, everything = (None, None), [True] * 3
     tiled = (plan.offsets, plan.tiles, plan.weight_index)
     norm = (x, b, b, None, None, None)
-    statistics = torch.zeros(2, batch, 32)
+    statistics = (*torch.zeros(2, batch, 32), torch.zeros(groups, 32, dtype=torch.int32))
     rest = (*routing, None, 32, 1e-5, True)
     # The fused ones make neither the concatenation nor the upsampled image.
     small, twice = image(channels, half), ([1, 1], [1, 1], 2)

@@ -74,7 +74,6 @@ CASES: dict[str, Callable[[], Case]] = {
     "group norm": lambda: (routed_group_norm, norm(), {"num_groups": 4, "activation": "silu"}),
     "a norm's widths": lambda: (routed_group_norm, norm(), {"num_groups": 4, "widths": widths(16, 8, 0)}),
 }  # fmt: skip
-COPIES = {"upsampling": 1}  # a gradient that torch's own operators help to compute: of the upsampled image's weights
 
 
 class Names:
@@ -128,8 +127,7 @@ def test_a_repeated_call_launches_what_the_backend_would(
     for _ in range(2):  # the general way, then recorded
         launches(driver, CASES[name](), one_plan)
     replays = [seen.run for seen in eager.seen()]
-    never = [r for r in replays if isinstance(r, Replayed) and r.never_repeats]
-    assert len(never) == COPIES.get(name, 0)
+    assert not any(isinstance(r, Replayed) and r.never_repeats for r in replays)
     last, other_plan = CASES[name](), plan()
     monkeypatch.setattr(torch, "empty_like", keeping)
     repeated = launches(driver, last, other_plan)
