@@ -69,17 +69,20 @@ std::string Block::run(const Kernel& kernel, const Index3& grid, int threads, si
   main_ = &caller;
   num_threads_ = threads;
   failure_.clear();
-  if (!stacks_) stacks_ = std::make_unique<Stacks>(kMaxThreads, kStackBytes);
-  for (size_t t = threads_.size(); t < static_cast<size_t>(threads); ++t) {
-    threads_.push_back(std::make_unique<Thread>(stacks_->stack(t), kStackBytes));
+  // For this launch alone: every stack is two of the process's mappings, of which the system allows 65530, and a
+  // process may hold many libraries, each with a block of its own.
+  const Stacks stacks(static_cast<size_t>(threads), kStackBytes);
+  for (size_t t = 0; t < static_cast<size_t>(threads); ++t) {
+    threads_.push_back(std::make_unique<Thread>(stacks.stack(t), kStackBytes));
   }
-  races_.begin_launch(stacks_->begin(), stacks_->size());
+  races_.begin_launch(stacks.begin(), stacks.size());
   for (unsigned b : schedule_.block_order(grid.x * grid.y * grid.z)) {
     index_ = {b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y};
     run_block(shared_bytes, b);
     if (!failure_.empty()) break;
   }
   shared_.clear();
+  threads_.clear();
   main_ = nullptr;
   return failure_;
 }

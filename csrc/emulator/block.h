@@ -161,7 +161,6 @@ class Block {
   unsigned seed_ = 0;
   Schedule schedule_{0};
   Fiber* main_ = nullptr;
-  std::unique_ptr<Stacks> stacks_;
   std::vector<std::unique_ptr<Thread>> threads_;
   int num_threads_ = 0;
   int done_ = 0;

@@ -103,10 +103,19 @@ Stacks::Stacks(size_t count, size_t bytes) : count_(count), bytes_(bytes) {
   void* memory = mmap(nullptr, size(), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) throw std::bad_alloc();
   memory_ = static_cast<unsigned char*>(memory);
-  for (size_t i = 0; i < count; ++i) mprotect(stack(i) - page, page, PROT_NONE);
+  for (size_t i = 0; i < count; ++i) {
+    if (mprotect(stack(i) - page, page, PROT_NONE) == 0) continue;
+    munmap(memory_, size());
+    throw std::bad_alloc();
+  }
 }
 
-Stacks::~Stacks() { munmap(memory_, size()); }
+Stacks::~Stacks() {
+#if TDC_EMULATOR_ASAN
+  __asan_unpoison_memory_region(memory_, size());  // for what the system puts at this address next
+#endif
+  munmap(memory_, size());
+}
 
 Fiber::~Fiber() {
 #ifdef TDC_EMULATOR_UCONTEXT

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -67,6 +68,21 @@ def test_a_launch_after_a_fault_starts_afresh() -> None:
             run("faults", torch.empty(4), torch.zeros(8), mode=mode, threads=128, shared=1024)
         values = torch.arange(128.0)
         assert torch.equal(run("reverse", torch.empty(128), values, threads=128), values.flip(0))
+
+
+def test_a_launch_gives_back_what_it_mapped() -> None:
+    """Every stack is two mappings. A process that keeps those of many libraries comes to its system's limit of them,
+    and whatever asks for memory next fails."""
+
+    def mappings() -> int:
+        return len(Path("/proc/self/maps").read_text().splitlines())
+
+    before = mappings()
+    for mode in (0, 13):  # a deadlock, a trap
+        with pytest.raises(EmulatorError):
+            run("faults", torch.empty(4), torch.zeros(8), mode=mode, threads=128, shared=1024)
+    run("reverse", torch.empty(128), torch.zeros(128), threads=128)
+    assert mappings() < before + 64
 
 
 @pytest.mark.parametrize(
