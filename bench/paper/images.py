@@ -22,7 +22,7 @@ from bench.paper.recipes import Recipe, Study, contestant, images_study, stage1
 from bench.paper.run import Outcome, protocol, run_rows
 from bench.paper.sizing import Sizing, decide, least_steps, warm_up
 from bench.paper.summary import summarise, write_table
-from bench.paper.tables import TABLES, Table, arm
+from bench.paper.tables import TABLES, Table, arm, with_merged
 from tdc_fast.atomic import write_json
 from tdc_fast.command_line import check_writable, parse_flags
 from tdc_fast.errors import invalid
@@ -31,7 +31,7 @@ from tdc_fast.experiments.folder import begun_with
 from tdc_fast.experiments.measure import MeasuringProtocol, load_yardsticks
 from tdc_fast.report import write_report
 from tdc_fast.runs.build import named_device, split_data
-from tdc_fast.runs.limits import PathText, Within, check_limits
+from tdc_fast.runs.limits import PathText, Within, check_limits, comma_numbers
 from tdc_fast.text_files import read_record
 
 TABLE = TABLES["main"]
@@ -74,6 +74,9 @@ class ImagesOptions:
     """Comma list of further TDC models, each with one lever of stage 2: shared, shared-pairs, shared-convolutions,
     shared-level0, lr-high-snr, lr-low-snr, ema-high-snr, ema-low-snr, slope, distillation, distillation-weak;
     pruned at 0.8 C, or with whole- before the name whole at C."""
+    merged: str = ""
+    """Comma list of scales: further rows, with the experts of each TDC model merged into one dense model; 1 is their
+    average, others are task arithmetic. Nothing is trained for them."""
     samples: Annotated[int, Within(2, 10**7)] = 5000
     """Images per draw of a model."""
     draws: Annotated[int, Within(1, 10**4)] = 3
@@ -151,9 +154,10 @@ _SHORTEST = 4  # steps of a study that is only checked
 
 
 def _table(options: ImagesOptions) -> Table:
-    """The main table with the arms that are asked for, each once."""
+    """The main table with the arms that are asked for, each once, and what is merged of their experts."""
     names = dict.fromkeys(name for part in options.arms.split(",") if (name := part.strip()))
-    return dataclasses.replace(TABLE, rows=(*TABLE.rows, *map(arm, names)))
+    table = dataclasses.replace(TABLE, rows=(*TABLE.rows, *map(arm, names)))
+    return with_merged(table, comma_numbers("merged", options.merged, float))
 
 
 def _study(options: ImagesOptions, steps: int) -> Study:
@@ -234,7 +238,7 @@ def _sizing(
 def _decided(study: Study, table: Table, sizing: Sizing, options: ImagesOptions) -> list[str]:
     """What was decided, in lines."""
     first = stage1(study, table.rows[0], options.seed, Path(options.out))
-    steps = ", ".join(f"{recipe.label}: {sizing.steps[recipe.key]}" for recipe in table.rows)
+    steps = ", ".join(f"{recipe.label}: {sizing.steps[recipe.key]}" for recipe in table.rows if not recipe.merging)
     return [
         f"decided: C is {sizing.baseline_steps} steps of {study.settings['batch_size']} images; all {len(table.rows)} "
         f"models and their measuring take about {sizing.seconds / 60:.1f} of {options.minutes:g} minutes",
@@ -293,6 +297,10 @@ def _is_tdc(recipe: Recipe) -> bool:
 def describe(recipe: Recipe, study: Study) -> str:
     """How a model of the main table is trained after stage 1 and what it is there for, for the report."""
     small, factor = study.small_batch, study.small_factor
+    if recipe.merging is not None:
+        arithmetic = f"by task arithmetic, scale {recipe.merging.scale:g}"
+        how = "averaged" if recipe.merging.method == "average" else arithmetic
+        return f"The experts of {recipe.run} as one dense model, {how}: the same training, without routing or pruning."
     end = f"ends at {recipe.cost:g} C"
     if recipe.experts is None and not recipe.small_batch:
         return f"One denoiser for all timesteps; the learning rate falls to 0 after stage 1, and training {end}."

@@ -51,7 +51,7 @@ class Paces:
 
     Attributes:
         stage1: of stage 1.
-        rows: of what follows it, by the key of the recipe.
+        rows: of what follows it, by the key of the recipe; nothing follows it of merged experts.
         yardsticks: seconds to prepare what samples are compared with.
         measuring: seconds to measure a model.
         elapsed: seconds of the warm-up.
@@ -107,11 +107,11 @@ def decide(study: Study, rows: Sequence[Recipe], paces: Paces, minutes: float, l
     Raises:
         ValueError: the minutes are too few; says how many are enough.
     """
-    shares = {recipe.key: _steps_per_step(study, recipe) for recipe in rows}
+    shares = {recipe.key: _steps_per_step(study, recipe) for recipe in rows if recipe.merging is None}
     first = stage1_share(study, rows[0])
     per_step = first * paces.stage1.step + sum(share * paces.rows[key].step for key, share in shares.items())
     fixed = paces.elapsed + paces.yardsticks + paces.stage1.fixed
-    fixed += sum(paces.rows[key].fixed + paces.measuring for key in shares)
+    fixed += sum(paces.rows[key].fixed for key in shares) + len(rows) * paces.measuring
     steps = int((60 * minutes * (1 - RESERVE) - fixed) / per_step)
     if steps < least:
         enough = math.ceil((fixed + least * per_step) / (1 - RESERVE) / 6) / 10
@@ -164,7 +164,8 @@ def warm_up(
     first = stage1(study, rows[0], seed, folder)
     first = dataclasses.replace(first, key="warm-up, stage 1", label="warm-up, stage 1")
     kinds: list[Recipe] = []
-    for recipe in rows:
+    trained = [recipe for recipe in rows if recipe.merging is None]
+    for recipe in trained:
         if all(_kind(recipe) != _kind(kind) for kind in kinds):
             kinds.append(recipe)
     models = [_briefly(contestant(study, kind, seed, folder)[1]) for kind in kinds]
@@ -178,12 +179,12 @@ def warm_up(
     ]
     seconds = run_jobs(jobs, processes, say)
     paces = [_pace(model, seconds[model.label]) for model in models]
-    of_kind = [next(i for i, kind in enumerate(kinds) if _kind(kind) == _kind(recipe)) for recipe in rows]
+    of_kind = [next(i for i, kind in enumerate(kinds) if _kind(kind) == _kind(recipe)) for recipe in trained]
     some, few = seconds["measuring some"], seconds["measuring few"]
     repeated = how.draws * how.samples / min(how.samples, PART_SAMPLES)
     return Paces(
         stage1=_pace(first, seconds[first.label]),
-        rows={recipe.key: paces[i] for recipe, i in zip(rows, of_kind, strict=True)},
+        rows={recipe.key: paces[i] for recipe, i in zip(trained, of_kind, strict=True)},
         yardsticks=seconds["floors"],
         measuring=how.draws * few + repeated * max(0.0, some - few),
         elapsed=time.monotonic() - began,

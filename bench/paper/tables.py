@@ -79,7 +79,7 @@ def with_merged(table: Table, scales: Sequence[float]) -> Table:
     for recipe in table.rows:
         rows.append(recipe)
         if recipe.experts is not None and recipe.experts.get("groups") != 1:
-            rows += [merged(recipe, scale) for scale in scales]
+            rows += [merged(recipe, scale) for scale in dict.fromkeys(scales)]
     return replace(table, rows=tuple(rows))
 
 

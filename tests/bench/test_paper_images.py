@@ -14,7 +14,7 @@ from bench.paper.images import ImagesOptions, run_images
 from bench.paper.recipes import contestant, images_study
 from bench.paper.run import protocol
 from bench.paper.sizing import Pace, Paces, decide, least_steps
-from bench.paper.tables import TABLES, arm
+from bench.paper.tables import TABLES, arm, with_merged
 from tdc_fast.experiments import measure
 from tdc_fast.experiments.jobs import read_progress
 from tdc_fast.experiments.measure import load_measured
@@ -36,7 +36,7 @@ STEPS = {
     "tdc-whole": 0.5,
     "tdc": 0.3 / 0.85,
 }
-ROW_PACES = {key: Pace(0.02, 2.0) for key in {*KEYS, *small_study.KEYS}}
+ROW_PACES = {key: Pace(0.02, 2.0) for key in {*KEYS, *small_study.TRAINED}}
 PACES = Paces(Pace(0.01, 1.0), ROW_PACES, yardsticks=3.0, measuring=4.0, elapsed=5.0)
 FIXED = 5 + 3 + 1 + 8 * (2 + 4)
 PER_STEP = 0.5 * 0.01 + 0.02 * sum(STEPS.values())
@@ -92,7 +92,7 @@ def numbers(finished) -> dict:
 
 def test_every_kind_of_run_is_timed(finished):
     out, (paces,) = finished
-    assert list(paces.rows) == small_study.KEYS
+    assert list(paces.rows) == small_study.TRAINED
     for pace in (paces.stage1, *paces.rows.values()):
         assert 0 < pace.step < 10 and 0 <= pace.fixed < 60
     assert paces.rows["uniform"] == paces.rows["uniform-80"] != paces.rows["uniform-small-80"]
@@ -107,6 +107,26 @@ def test_all_models_are_trained_at_the_cost_they_stand_for(numbers):
         assert recipe.cost - 1 / 64 <= model["training_cost"] <= recipe.cost + 1 / 64
         assert len(model["frechet_distance"]["draws"]) == 2 and model["heldout_loss"]["num_images"] == 8
         assert (model["sampling_cost"] < 1) == (recipe.key in ("tdc", "lever-shared-pairs"))
+
+
+def test_merged_experts_stand_beside_their_own_in_table_and_report(finished, numbers):
+    """Trained by the same run, sampled as one dense denoiser, and timed for nothing but their measuring."""
+    rows = {row["label"]: row for row in json.loads((finished[0] / "main-images.json").read_text())["rows"]}
+    tdc, dense = rows["TDC, pruned, 0.8 C"], rows["TDC, pruned, 0.8 C, merged, scale 1.5"]
+    assert dense["training_cost"] == tdc["training_cost"] and tdc["sampling_cost"] < 1 == dense["sampling_cost"]
+    model = numbers["models"]["tdc" + small_study.MERGED]
+    assert model["heldout_loss"]["mean"] == dense["heldout_loss"][0] != tdc["heldout_loss"][0]
+    assert "by task arithmetic, scale 1.5: the same training" in (finished[0] / "report.html").read_text()
+    shown = finished[0] / "runs/seed0/tdc/samples" / f"tdc{small_study.MERGED}-24x2"
+    assert (shown / "samples_24x8x8x3.png").is_file()
+
+
+def test_merged_experts_take_the_time_of_measuring_alone():
+    rows = with_merged(TABLES["main"], [1.0, 0.5, 1.0]).rows
+    without, sizing = decide(STUDY, ROWS, PACES, 30, 160), decide(STUDY, rows, PACES, 30, 160)
+    assert len(rows) == 12 and sizing.steps.keys() == without.steps.keys()
+    lost = without.baseline_steps - sizing.baseline_steps
+    assert lost == pytest.approx(4 * PACES.measuring / PER_STEP, abs=1)
 
 
 def test_arms_are_runs_with_their_lever_and_as_many_experts_as_asked_for(finished):
@@ -130,7 +150,7 @@ def test_an_arm_is_tdc_with_one_lever_pruned_or_whole(tmp_path):
 
 def test_the_folder_holds_samples_of_every_model_the_table_and_the_report(finished):
     out, _ = finished
-    for key in small_study.KEYS:
+    for key in small_study.TRAINED:
         assert (out / "runs" / "seed0" / key / "samples" / "samples_24x8x8x3.png").is_file()
     assert "| TDC, pruned, 0.8 C |" in (out / "main-images.md").read_text()
     sizing = json.loads((out / "main-images.json").read_text())["sizing"]
@@ -204,6 +224,7 @@ def test_after_too_few_minutes_the_same_folder_takes_more(options, tmp_path, mon
         (["--data_dir", "nowhere"], "data_dir: got 'nowhere'"),
         (["--minutes", "-1"], "minutes: got -1"),
         (["--groups", "3"], "batch_size: got 128; expected a multiple of --groups 3"),
+        (["--merged", "1,x"], "merged: got '1,x'"),
         (["--arms", "shared,sharp"], "arms: got 'sharp'; expected shared, shared-pairs"),
         (["--channel_mult", "1,2,2,2,2"], "channel_mult"),
     ],
