@@ -8,7 +8,8 @@ BENCH_OUT ?= bench/results
 # Test processes that run side by side; each takes its share of the cores.
 JOBS ?= auto
 BIN := $(VENV)/bin
-PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+# A test process that ends without a word ends the run: xdist may wait forever for what its successor was to do.
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 # Everything that decides what is installed or built; a change reinstalls.
 SOURCES := setup.py pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f '(' -name '*.[ch]' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.cmake' -o -name '*.def' ')')
