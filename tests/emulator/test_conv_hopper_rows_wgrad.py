@@ -21,15 +21,14 @@ from tests.emulator.test_conv_hopper_rows import THREE_BY_THREE, cases
 from tests.generated import examples
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
-GRADIENTS = ("weight", "bias", "sample_bias")
+GRADIENTS = ("weight", "bias")
 
 
 @contextmanager
 def hopper(multiprocessors: int = 4, schedule: int = 0) -> Iterator[EmulatorLauncher]:
     """A Hopper GPU with few SMs, so that cuts divide units."""
     builds = dict.fromkeys(("conv_hopper_rows", "conv_hopper_rows_wgrad"), AT_RUNTIME)
-    families = (*builds, "conv_wgrad")  # the last one has the sums of biases
-    with emulator((90, multiprocessors, 232448), families, **builds) as launcher:
+    with emulator((90, multiprocessors, 232448), builds, **builds) as launcher:
         launcher.schedule = schedule
         yield launcher
 
@@ -104,7 +103,7 @@ def test_edges_are_as_accurate_as_torch(edge: str, dtype: str) -> None:
     with hopper(multiprocessors) as launcher:
         assert_accurate(case_of(**changes), DTYPES[dtype], GRADIENTS, backend="hopper")
     unit = f"rows{channels}_{dtype}"
-    assert launcher.launched[1:3] == [f"tdc_conv_hopper_wgrad_{unit}", f"tdc_conv_hopper_wgrad_reduce_{unit}"]
+    assert launcher.launched[1:] == [f"tdc_conv_hopper_wgrad_{unit}", f"tdc_conv_hopper_wgrad_reduce_{unit}"]
 
 
 @plain_only
@@ -113,7 +112,7 @@ def test_any_case_is_as_accurate_as_torch() -> None:
     @examples(3)
     def check(case: ConvCase, schedule: int, multiprocessors: int) -> None:
         with hopper(multiprocessors, schedule):
-            assert_accurate(case, torch.bfloat16, ("weight",), backend="hopper")
+            assert_accurate(case, torch.bfloat16, GRADIENTS, backend="hopper")
 
     check()
 
@@ -124,8 +123,8 @@ def test_results_do_not_depend_on_timing() -> None:
     found = []
     for schedule in (0, 3):
         with hopper(4, schedule):
-            found.append(results(case, torch.bfloat16, ("weight",), backend="hopper")["dweight"])
-    assert torch.equal(*found)
+            found.append(results(case, torch.bfloat16, GRADIENTS, backend="hopper"))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in ("dweight", "dbias"))
 
 
 def arguments(case: ConvCase) -> tuple[ConvTensors, Any, torch.Tensor]:
@@ -142,6 +141,7 @@ PLANTS = {
     "HOPPER_NO_EMPTY_WAIT": "arrivals in a phase|race on byte|in flight",
     "HOPPER_NO_FULL_WAIT": "in flight|race on byte",
     "HOPPER_EARLY_RELEASE": r"race on byte \d+ of the dynamic shared memory: a copy .* writes .* what a product",
+    "HOPPER_BIAS_BEFORE_MASK": r"race on byte \d+ of the dynamic shared memory",
 }
 
 
@@ -149,27 +149,29 @@ PLANTS = {
 @pytest.mark.parametrize("plant", PLANTS)
 def test_a_planted_bug_is_reported(plant: str) -> None:
     with hopper(1, 3) as launcher:
-        t, problem, dy = arguments(case_of(routing=uneven(9)))
+        t, problem, dy = arguments(case_of(routing=uneven(9), size=(8, 9)))
         with launcher.planted(plant), pytest.raises(EmulatorError, match=PLANTS[plant]):
-            hopper_backend.conv2d_wgrad(problem, dy, t, (True, False, False))
+            hopper_backend.conv2d_wgrad(problem, dy, t, (True, True, False))
 
 
 @plain_only
 @pytest.mark.parametrize(
-    "plant, changes",
+    "plant, changes, spoiled",
     [
-        ("HOPPER_WRONG_TAP", {"in_channels": 256}),  # the wrong block of input channels
-        ("HOPPER_NO_LAST_PIXEL", {}),  # the pixels of the next group
-        ("HOPPER_WRONG_ROW", THREE_BY_THREE),  # the wrong tap
+        ("HOPPER_WRONG_TAP", {"in_channels": 256}, [True, False]),  # the wrong block of input channels
+        ("HOPPER_NO_LAST_PIXEL", {}, [True, True]),  # the pixels of the next group
+        ("HOPPER_WRONG_ROW", THREE_BY_THREE, [True, False]),  # the wrong tap
+        ("HOPPER_BIAS_OF_EVERY_ROW", THREE_BY_THREE, [False, True]),
     ],
 )
-def test_a_planted_bug_spoils_the_result(plant: str, changes: dict[str, Any]) -> None:
+def test_a_planted_bug_spoils_the_result(plant: str, changes: dict[str, Any], spoiled: list[bool]) -> None:
     with hopper() as launcher:
         t, problem, dy = arguments(case_of(routing=uneven(1, 1), size=(4, 4), **changes))
-        right, _, _ = hopper_backend.conv2d_wgrad(problem, dy, t, (True, False, False))
+        right = hopper_backend.conv2d_wgrad(problem, dy, t, (True, True, False))
         with launcher.planted(plant):
-            wrong, _, _ = hopper_backend.conv2d_wgrad(problem, dy, t, (True, False, False))
-    assert not torch.allclose(right, wrong, rtol=0.1, atol=0.1)
+            wrong = hopper_backend.conv2d_wgrad(problem, dy, t, (True, True, False))
+    close = [torch.allclose(a, b, rtol=0.1, atol=0.1) for a, b in zip(right[:2], wrong[:2], strict=True)]
+    assert close == [not spoils for spoils in spoiled]
 
 
 @pytest.mark.parametrize("garbage", [-7, 2**31 - 1])
@@ -183,5 +185,5 @@ def test_no_number_in_device_memory_leads_out_of_bounds(garbage: int) -> None:
         routing[sound] = torch.zeros_like(routing[sound])
         bad = t._replace(offsets=routing[0], weight_index=routing[1], in_widths=routing[2], out_widths=routing[3])
         with hopper() as launcher:
-            hopper_backend.conv2d_wgrad(problem, dy, bad, (True, False, False))
+            hopper_backend.conv2d_wgrad(problem, dy, bad, (True, True, False))
         assert len(launcher.launched) == 2

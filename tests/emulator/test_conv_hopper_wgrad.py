@@ -20,7 +20,7 @@ from tests.emulator.harness import AT_RUNTIME, SANITIZED, SCHEDULES, EmulatorErr
 from tests.generated import examples
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
-GRADIENTS = ("weight", "bias", "sample_bias")
+GRADIENTS = ("weight", "bias")
 KERNELS = ["tdc_conv_hopper_wgrad_{}", "tdc_conv_hopper_wgrad_reduce_{}"]
 
 
@@ -28,7 +28,7 @@ KERNELS = ["tdc_conv_hopper_wgrad_{}", "tdc_conv_hopper_wgrad_reduce_{}"]
 def hopper(multiprocessors: int = 4, schedule: int = 0) -> Iterator[EmulatorLauncher]:
     """A Hopper GPU with few SMs, so that cuts divide units."""
     builds = dict.fromkeys(("conv_hopper_forward", "conv_hopper_wgrad"), AT_RUNTIME)
-    families = (*builds, "conv_wgrad")  # the last one has the sums of biases
+    families = (*builds, "conv_wgrad")  # the last one has the sums of sample biases
     with emulator((90, multiprocessors, 232448), families, **builds) as launcher:
         launcher.schedule = schedule
         yield launcher
@@ -90,7 +90,7 @@ def test_edges_are_as_accurate_as_torch(edge: str, dtype: str) -> None:
     changes, multiprocessors = EDGES[edge]
     with hopper(multiprocessors) as launcher:
         assert_accurate(case_of(**changes), DTYPES[dtype], GRADIENTS, backend="hopper")
-    assert launcher.launched[1:3] == [kernel.format(dtype) for kernel in KERNELS]
+    assert launcher.launched[1:] == [kernel.format(dtype) for kernel in KERNELS]
 
 
 @st.composite
@@ -128,8 +128,17 @@ def test_results_do_not_depend_on_timing() -> None:
     found = []
     for schedule in (0, 3):
         with hopper(4, schedule):
-            found.append(results(case, torch.bfloat16, ("weight",), backend="hopper")["dweight"])
-    assert torch.equal(*found)
+            found.append(results(case, torch.bfloat16, GRADIENTS, backend="hopper"))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in ("dweight", "dbias"))
+
+
+@plain_only
+def test_with_a_sample_bias_the_sums_have_launches_of_their_own() -> None:
+    case = case_of(routing=uneven(2, 0, 1), out_channels=72, out_widths=(72, 8, 37))
+    with hopper(5) as launcher:
+        assert_accurate(case, torch.bfloat16, (*GRADIENTS, "sample_bias"), backend="hopper")
+    sums = ["tdc_conv_sample_sums_bf16", "tdc_conv_expert_sums_bf16"]
+    assert launcher.launched[1:] == [*(kernel.format("bf16") for kernel in KERNELS), *sums]
 
 
 PLANTS = {
@@ -146,19 +155,20 @@ def test_a_planted_bug_is_reported(plant: str) -> None:
     with hopper(3, 3) as launcher:
         t, problem, dy = arguments(case)
         with launcher.planted(plant), pytest.raises(EmulatorError, match=PLANTS[plant]):
-            hopper_backend.conv2d_wgrad(problem, dy, t, (True, False, False))
+            hopper_backend.conv2d_wgrad(problem, dy, t, (True, True, False))
 
 
 @plain_only
-@pytest.mark.parametrize("plant", ["HOPPER_WRONG_TAP", "HOPPER_WRONG_ROW"])
+@pytest.mark.parametrize("plant", ["HOPPER_WRONG_TAP", "HOPPER_WRONG_ROW", "HOPPER_BIAS_OF_EVERY_ROW"])
 def test_a_planted_bug_spoils_the_result(plant: str) -> None:
     case = case_of(routing=uneven(1))
     with hopper() as launcher:
         t, problem, dy = arguments(case)
-        right, _, _ = hopper_backend.conv2d_wgrad(problem, dy, t, (True, False, False))
+        right = hopper_backend.conv2d_wgrad(problem, dy, t, (True, True, False))
         with launcher.planted(plant):
-            wrong, _, _ = hopper_backend.conv2d_wgrad(problem, dy, t, (True, False, False))
-    assert not torch.allclose(right, wrong, rtol=0.1, atol=0.1)
+            wrong = hopper_backend.conv2d_wgrad(problem, dy, t, (True, True, False))
+    close = [torch.allclose(a, b, rtol=0.1, atol=0.1) for a, b in zip(right[:2], wrong[:2], strict=True)]
+    assert close == ([True, False] if "BIAS" in plant else [False, True])
 
 
 def arguments(case: ConvCase) -> tuple[ConvTensors, Any, torch.Tensor]:
@@ -182,5 +192,5 @@ def test_no_number_in_device_memory_leads_out_of_bounds(garbage: int) -> None:
         routing[sound] = torch.zeros_like(routing[sound])
         bad = t._replace(offsets=routing[0], weight_index=routing[1], in_widths=routing[2], out_widths=routing[3])
         with hopper() as launcher:
-            hopper_backend.conv2d_wgrad(problem, dy, bad, (True, False, False))
+            hopper_backend.conv2d_wgrad(problem, dy, bad, (True, True, False))
         assert launcher.launched == [kernel.format("bf16") for kernel in KERNELS]

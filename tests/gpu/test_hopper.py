@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -30,6 +32,19 @@ def test_convolution(name: str, precision: Precision, target: Target, nan_filled
     products = case.filter[0] * case.filter[1] * max(case.in_channels, case.out_channels)
     pixels = case.size[0] * case.size[1]
     check(case, precision, target, {"y": products, "dx": products, "sums": case.routing.batch * pixels})
+
+
+WITH_BIAS = ("widths", "widths of no multiple of 16, small images", "images of 2x8 and two inputs with widths")
+
+
+@on_hopper
+@pytest.mark.parametrize("name", WITH_BIAS)
+def test_bias_gradients_from_the_launches_of_the_weights(name: str, target: Target, nan_filled_memory: None) -> None:
+    """Without a bias per sample; the gradient of the result is NaN in dead channels."""
+    case = replace(HOPPER_CASES[name], extras=("bias",))
+    products = case.filter[0] * case.filter[1] * max(case.in_channels, case.out_channels)
+    pixels = case.size[0] * case.size[1]
+    check(case, BF16, target, {"y": products, "dx": products, "sums": case.routing.batch * pixels})
 
 
 @on_hopper
@@ -77,6 +92,23 @@ def test_large_shapes_are_accurate_and_repeatable(name: str, target: Target, nan
         assert_as_accurate_as_torch(y.cpu(), torchs.cpu(), exact.double().cpu(), name, 9 * channels)
         for _ in range(5):
             assert torch.equal(routed(case, tensors, target, plan), y)
+
+
+@on_hopper
+@pytest.mark.parametrize("name", ["half in one group", "images of 4x4"])
+def test_gradients_of_large_shapes_repeat_bit_by_bit(name: str, target: Target) -> None:
+    samples, channels, side = LARGE[name]
+    if target.device == "cpu":
+        samples, channels, side = tuple(min(n, 1) for n in samples[:2]), 64, 4
+    case = large(samples, channels, side)
+    tensors = moved(case.tensors(torch.bfloat16), target.device, case.layout)
+    plan = plan_on(case.routing, target.device)
+    y = routed(case, tensors, target, plan)
+    wanted, dy = [tensors["weight"], tensors["bias"]], torch.ones_like(y)
+    first = torch.autograd.grad(y, wanted, dy, retain_graph=True)
+    for _ in range(5):
+        again = torch.autograd.grad(y, wanted, dy, retain_graph=True)
+        assert all(map(torch.equal, first, again))
 
 
 STREAMS = {

@@ -205,6 +205,17 @@ def test_wgrad_has_products_sums_of_parts_and_the_sums_of_biases() -> None:
     assert workspace == 2 * 96 * 3 * 16 * 256 * 16 + 128 * 256 * 4
 
 
+def test_wgrad_sums_biases_in_the_launches_of_the_weights() -> None:
+    changes = {"out_channels": 256, "dsample_bias": 0}
+    products, reduce = plan("wgrad", **changes)
+    assert products.kernel == "tdc_conv_hopper_wgrad_bf16" and reduce.kernel == "tdc_conv_hopper_wgrad_reduce_bf16"
+    workspace = _native.cuda_conv_wgrad_workspace(**arguments("wgrad", H100, **changes), hopper=True)
+    # Sums of 128 channels for the two parts of each of 96 blocks, and for 8 experts x 3 filter rows x 2 whole units.
+    assert workspace == 2 * 96 * 3 * 16 * 256 * 16 + (2 * 96 + 8 * 3 * 2) * 128 * 4
+    without = _native.cuda_conv_wgrad_workspace(**arguments("wgrad", H100, **changes, dbias=0), hopper=True)
+    assert without == 2 * 96 * 3 * 16 * 256 * 16
+
+
 def test_wgrad_has_as_many_blocks_as_multiprocessors_where_there_are_more_units() -> None:
     assert plan("wgrad", in_channels=512, out_channels=512)[0].grid == (132, 1, 1)
 

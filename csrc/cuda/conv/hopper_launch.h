@@ -27,7 +27,8 @@ std::vector<Launch> launch_hopper_rows(const ConvArguments& arguments, const Dev
 std::vector<Launch> launch_hopper_forward(const ConvArguments& arguments, const Device& device);
 std::vector<Launch> launch_hopper_dgrad(const ConvArguments& arguments, const Device& device);
 
-// dweight, with hopper_wgrad_workspace bytes at `workspace`. Only where the form serves.
+// dweight, and dbias with it (sums_bias_with_weight); hopper_wgrad_workspace bytes at `workspace`. Only where the form
+// serves.
 std::vector<Launch> launch_hopper_wgrad(const ConvArguments& arguments, const Device& device);
 size_t hopper_wgrad_workspace(const ConvArguments& arguments, const Device& device);
 

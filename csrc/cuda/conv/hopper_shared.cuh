@@ -16,10 +16,10 @@ struct HopperRing {
   }
 };
 
-// Of a stage: the producer or its copies fill it, the 8 warps of the consumers release it.
-__device__ __forceinline__ void hopper_init_pair(Mbarrier* full, Mbarrier* empty) {
+// Of a stage: the producer or its copies fill it, the warps of the consumers release it.
+__device__ __forceinline__ void hopper_init_pair(Mbarrier* full, Mbarrier* empty, int warps = 8) {
   mbarrier_init(full, 1);
-  mbarrier_init(empty, 8);
+  mbarrier_init(empty, warps);
 }
 
 // Each warp for itself: nothing rests on the warps of a warpgroup being in step. Every lane must have passed its wait

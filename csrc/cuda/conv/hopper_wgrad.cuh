@@ -3,6 +3,7 @@
 //
 //   producer      one thread: loads patches of dy and x into a ring of stages
 //   consumers     two warpgroups: 64 output channels x the unit's taps or blocks of 128 input channels each
+//   sums          two warps of the producer's warpgroup, where dbias is wanted: hopper_wgrad_bias.cuh
 //
 // Both operands have k, the pixels, as their outer dimension. A stage has the patch of dy and that of x in the filter's
 // row, a pixel wider on either side: the three taps read it from another pixel on, as in hopper_images.cuh. In the form
@@ -10,32 +11,12 @@
 #pragma once
 
 #include "cuda/device_sm90.cuh"
-#include "cuda/conv/hopper_shared.cuh"
+#include "cuda/conv/hopper_wgrad_bias.cuh"
 #include "cuda/conv/hopper_wgrad_params.h"
 #include "cuda/conv/hopper_wgrad_schedule.cuh"
+#include "cuda/conv/hopper_wgrad_shared.cuh"
 
 namespace tdc {
-
-template <class Unit>
-struct HopperWgradShared {
-  unsigned char* stages;
-  HopperWgradControl* control;
-  HopperWgradGroup* groups;
-
-  __device__ __forceinline__ HopperWgradShared(unsigned char* memory, int number_of_stages) : stages(memory) {
-    control = reinterpret_cast<HopperWgradControl*>(memory + number_of_stages * Unit::kStageBytes);
-    groups = reinterpret_cast<HopperWgradGroup*>(control + 1);
-  }
-
-  __device__ __forceinline__ unsigned char* dy(int stage) const { return stages + stage * Unit::kStageBytes; }
-  __device__ __forceinline__ unsigned char* x(int stage) const { return dy(stage) + 2 * kHopperPatch; }
-
-  __device__ __forceinline__ void init_barriers(int number_of_stages) const {
-    for (int i = 0; i < number_of_stages; ++i) hopper_init_pair(&control->full[i], &control->empty[i]);
-    for (int i = 0; i < kHopperMessages; ++i) hopper_init_pair(&control->message_full[i], &control->message_empty[i]);
-    mbarrier_init_fence();
-  }
-};
 
 // Loads everything. One thread.
 template <class Unit>
@@ -85,7 +66,7 @@ class HopperWgradProducer {
       const int left = group.before + schedule_.patches_of(group) - patch;
       if (left <= 0) continue;
       const int here = min(left, length);
-      if (HopperWgradSchedule<Unit>::is_live(group, unit)) {
+      if (schedule_.is_live(group, unit)) {
         if (kLoad) load(unit, group, patch - group.before, here);
         count += here;
       }
@@ -95,25 +76,26 @@ class HopperWgradProducer {
   }
 
   __device__ __forceinline__ void load(const HopperUnit& unit, const HopperWgradGroup& group, int patch, int count) {
+    int number = group.before + patch;
     if constexpr (Unit::kOfRows) {
       const int end = (group.first + group.samples) * p_.pixels;
-      for (int pixel = group.first * p_.pixels + 64 * patch; count > 0; --count, pixel += 64) {
+      for (int pixel = group.first * p_.pixels + 64 * patch; count > 0; --count, ++number, pixel += 64) {
         int of_x[4] = {unit.in, pixel, 0, 0};
         const int of_dy[4] = {unit.out, pixel, 0, 0};
         if (p_.taps > 1) {
           const int row = TDC_PLANTED(HOPPER_WRONG_ROW) ? 4 : unit.row;
           of_x[1] = row % 3 - 1, of_x[2] = row / 3 - 1, of_x[3] = pixel / p_.pixels;
         }
-        load_stage(unit, group, of_x, of_dy, end - pixel);
+        load_stage(unit, group, of_x, of_dy, end - pixel, number);
       }
     } else {
       int across = patch % p_.patches_across, down = patch / p_.patches_across % p_.patches_down;
       int sample = group.first + patch / p_.patches_across / p_.patches_down;
-      for (; count > 0; --count) {
+      for (; count > 0; --count, ++number) {
         const int row = unit.row - (TDC_PLANTED(HOPPER_WRONG_ROW) ? 0 : 1);
         const int of_x[4] = {unit.in, 8 * across - 1, 8 * down + row, sample};
         const int of_dy[4] = {unit.out, 8 * across, 8 * down, sample};
-        load_stage(unit, group, of_x, of_dy, 64);
+        load_stage(unit, group, of_x, of_dy, 64, number);
         if (++across == p_.patches_across) {
           across = 0;
           if (++down == p_.patches_down) down = 0, ++sample;
@@ -122,9 +104,9 @@ class HopperWgradProducer {
     }
   }
 
-  // A patch, of which `pixels` count.
+  // A patch, of which `pixels` count; its number is the expert's.
   __device__ __forceinline__ void load_stage(const HopperUnit& unit, const HopperWgradGroup& group,
-                                             const int (&of_x)[4], const int (&of_dy)[4], int pixels) {
+                                             const int (&of_x)[4], const int (&of_dy)[4], int pixels, int number) {
     HopperWgradControl& c = *shared_.control;
     const int stage = stages_.stage;
     if (!TDC_PLANTED(HOPPER_NO_EMPTY_WAIT)) mbarrier_wait(&c.empty[stage], stages_.parity ^ 1);
@@ -132,6 +114,7 @@ class HopperWgradProducer {
     c.live[stage][0] = group.shared ? group.live_in - unit.in : Unit::kIn;
     c.live[stage][1] = group.shared ? group.live_out - unit.out : kHopperUnit;
     c.live[stage][2] = TDC_PLANTED(HOPPER_NO_LAST_PIXEL) ? 64 : pixels;
+    c.live[stage][3] = HopperWgradBias<Unit>::takes(p_, unit, number);
     mbarrier_arrive_expect(&c.full[stage], Unit::kStageBytes);
     const bool second = Unit::kOfRows && unit.in >= p_.seam;
     for (int box = 0; box < Unit::kBoxes; ++box) {
@@ -204,8 +187,7 @@ class HopperWgradConsumer {
     for (int i = 0; i < patches; ++i) {
       const int stage = stages_.stage;
       if (!TDC_PLANTED(HOPPER_NO_FULL_WAIT)) mbarrier_wait(&c.full[stage], stages_.parity);
-      const bool ragged =
-          c.live[stage][0] < Unit::kIn || c.live[stage][1] < kHopperUnit || (Unit::kOfRows && c.live[stage][2] < 64);
+      const bool ragged = shared_.is_ragged(stage);
       warp_sync();  // all lanes have read it before one releases the stage
       if (ragged) mask(stage);
       const unsigned a = descriptor_low(shared_window(shared_.dy(stage)) + group_ * kHopperPatch, 16);
@@ -234,13 +216,13 @@ class HopperWgradConsumer {
   }
 
   // Zeros in the channels of a stage that its group has not, as another group of the expert may have them, and in the
-  // pixels of other groups. Both warpgroups share the stage and wait for each other.
+  // pixels of other groups. All that read the stage wait for each other.
   __device__ __forceinline__ void mask(int stage) {
     const HopperWgradControl& c = *shared_.control;
     clear<Unit::kBoxes, Unit::kBoxBytes / kHopperRow>(shared_.x(stage), c.live[stage][0], c.live[stage][2]);
     clear<2, 64>(shared_.dy(stage), c.live[stage][1], c.live[stage][2]);
     async_fence();
-    named_barrier_sync(1, 256);
+    hopper_wgrad_readers_sync(p_);
   }
   // Boxes of 64 channels, one after the other.
   template <int kBoxes, int kPixels>
@@ -307,12 +289,17 @@ __device__ __forceinline__ void conv_hopper_wgrad(const ConvHopperWgradParams& p
   TDC_DYNAMIC_SHARED_1024(memory);
   const HopperWgradShared<Unit> shared(memory, p.stages);
   const int group = shfl(static_cast<int>(threadIdx.x) / 128, 0);
-  if (threadIdx.x == 0) shared.init_barriers(p.stages);
+  if (threadIdx.x == 0) shared.init_barriers(p.stages, hopper_wgrad_readers(p));
   if (threadIdx.x == 32) tensor_map_prefetch(&p.x), tensor_map_prefetch(&p.dy);
   HopperWgradSchedule<Unit>(p, shared.groups).make();  // ends with a barrier, also for the barriers
   if (group == 0) {
     registers_give<40>();
-    if (threadIdx.x == 0) HopperWgradProducer<Unit>(p, shared).run();
+    // One or the other: what outlives the producer costs registers that it has not.
+    if (threadIdx.x >= kHopperBiasThread) {
+      if (p.bias_sums) HopperWgradBias<Unit>(p, shared).template run<T>();
+    } else if (threadIdx.x == 0) {
+      HopperWgradProducer<Unit>(p, shared).run();
+    }
   } else {
     registers_take<232>();
     HopperWgradConsumer<T, Unit>(p, shared, group - 1).run();
@@ -339,6 +326,8 @@ __device__ __forceinline__ void conv_hopper_wgrad_reduce(const ConvHopperWgradPa
   const int out = block % p.out_tiles * kHopperUnit, expert = block / p.out_tiles;
 
   const int run = schedule.run_of(expert), begin = schedule.begin_of_unit(run, row, in, out);
+  if (p.bias_sums && row == 0 && in == 0 && first_quad == 0)
+    HopperWgradBias<Unit>::template add_up<T>(p, schedule, run, expert, out);
   int from = 0, to = -1, live_in = 0, live_out = 0;
   if (begin >= 0) {
     from = schedule.part_of(begin), to = schedule.part_of(begin + schedule.group(run).patches - 1);

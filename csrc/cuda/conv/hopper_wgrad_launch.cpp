@@ -69,6 +69,15 @@ int blocks(const ConvArguments& a, const Device& device, const UnitChoice& unit)
   return static_cast<int>(units < processors ? processors / units * units : processors);
 }
 
+// Bytes of the parts of units, and of the sums of a bias, which come after them.
+int64_t part_bytes(const ConvArguments& a, const Device& device, const UnitChoice& unit) {
+  return 2 * blocks(a, device, unit) * unit.part_bytes;
+}
+int64_t bias_bytes(const ConvArguments& a, const Device& device, const UnitChoice& unit) {
+  const int64_t units = a.num_experts * out_tiles(a) * rows_of_filter(a);
+  return (2 * blocks(a, device, unit) + units) * kHopperUnit * static_cast<int64_t>(sizeof(float));
+}
+
 ConvHopperWgradParams params_of(const ConvArguments& a, const Device& device, const UnitChoice& unit) {
   ConvHopperWgradParams p{};
   const int64_t pixels = a.height * a.width;
@@ -87,6 +96,10 @@ ConvHopperWgradParams params_of(const ConvArguments& a, const Device& device, co
   }
   p.dweight = pointer<void>(a.dweight);
   p.parts = pointer<void>(a.workspace);
+  if (sums_bias_with_weight(a)) {
+    p.dbias = pointer<void>(a.dbias);
+    p.bias_sums = pointer<float>(a.workspace + part_bytes(a, device, unit));
+  }
   p.routing = routing_of(a);
   p.in_channels = static_cast<int>(a.in_channels);
   p.out_channels = static_cast<int>(a.out_channels);
@@ -136,7 +149,8 @@ std::vector<Launch> launch_hopper_wgrad(const ConvArguments& a, const Device& de
 
 size_t hopper_wgrad_workspace(const ConvArguments& a, const Device& device) {
   const UnitChoice unit = choose_unit(a);
-  return a.dweight ? static_cast<size_t>(2 * blocks(a, device, unit) * unit.part_bytes) : 0;
+  if (!a.dweight) return 0;
+  return part_bytes(a, device, unit) + (sums_bias_with_weight(a) ? bias_bytes(a, device, unit) : 0);
 }
 
 }  // namespace tdc

@@ -33,6 +33,8 @@ struct HopperRowsUnit {
 constexpr int kHopperWgradMostStages = 6;
 constexpr int kHopperWgradMostGroups = 256;
 constexpr int kHopperReduceThreads = 256, kHopperReduceBlocks = 4;  // blocks of a unit
+// Warps that sum dy for the bias, 64 channels each, and their first thread.
+constexpr int kHopperBiasWarps = 2, kHopperBiasThread = 128 - 32 * kHopperBiasWarps;
 
 // A thread's sums of a unit are quads; a part of a unit is those of the 256 threads that multiply, quad by quad.
 template <class Unit>
@@ -64,7 +66,8 @@ struct HopperWgradControl {
   unsigned long long full[kHopperWgradMostStages], empty[kHopperWgradMostStages];
   unsigned long long message_full[kHopperMessages], message_empty[kHopperMessages];
   HopperWgradWork messages[kHopperMessages];
-  int live[kHopperWgradMostStages][3];  // channels of x and of dy and pixels in a stage that count
+  // What counts of a stage: channels of x and of dy, pixels; whether the unit sums it for the bias.
+  int live[kHopperWgradMostStages][4];
 };
 
 constexpr int hopper_wgrad_shared_bytes(int stage_bytes, int stages, int num_groups) {
@@ -76,6 +79,8 @@ struct alignas(64) ConvHopperWgradParams {
   TensorMap x, x2, dy;  // x2 has no address where there is one input
   void* dweight;        // (experts, C_out, taps, C_in)
   void* parts;          // two of each block
+  void* dbias;          // (experts, C_out)
+  float* bias_sums;     // kHopperUnit of each part, then of each whole unit (hopper_wgrad_bias.cuh); null: none
   ConvRouting routing;
   int in_channels, out_channels, in_tiles, out_tiles;
   int seam;                          // no unit has input channels on both sides of it

@@ -92,8 +92,8 @@ class HopperWgradSchedule {
     const int within = position - begin_of_run(unit.run), number = within / first.patches;
     unit.patch = within - number * first.patches;
     unit.row = number % p_.rows;
-    unit.in = begin_of_tile(number / p_.rows % in_tiles(first.expert_in));
-    unit.out = number / p_.rows / in_tiles(first.expert_in) * kHopperUnit;
+    unit.in = begin_of_tile(number / p_.rows % in_tiles(reach(first.expert_in)));
+    unit.out = number / p_.rows / in_tiles(reach(first.expert_in)) * kHopperUnit;
     return unit;
   }
 
@@ -107,15 +107,15 @@ class HopperWgradSchedule {
   __device__ __forceinline__ int begin_of_unit(int run, int row, int in, int out) const {
     if (run < 0) return -1;
     const HopperWgradGroup& first = groups_[run];
-    if (in >= first.expert_in || out >= first.expert_out || first.patches == 0) return -1;
+    if (in >= reach(first.expert_in) || out >= first.expert_out || first.patches == 0) return -1;
     const int tile = in < p_.seam ? in / Unit::kIn : in_tiles(p_.seam) + (in - p_.seam) / Unit::kIn;
-    const int number = (out / kHopperUnit * in_tiles(first.expert_in) + tile) * p_.rows + row;
+    const int number = (out / kHopperUnit * in_tiles(reach(first.expert_in)) + tile) * p_.rows + row;
     return begin_of_run(run) + number * first.patches;
   }
 
   // Whether a group has live channels in a unit.
-  __device__ __forceinline__ static bool is_live(const HopperWgradGroup& group, const HopperUnit& unit) {
-    return group.live_in > unit.in && group.live_out > unit.out;
+  __device__ __forceinline__ bool is_live(const HopperWgradGroup& group, const HopperUnit& unit) const {
+    return reach(group.live_in) > unit.in && group.live_out > unit.out;
   }
 
   // Tiles of the first `channels` input channels, and where one begins: those of x come before those of x2.
@@ -134,6 +134,8 @@ class HopperWgradSchedule {
 
  private:
   __device__ __forceinline__ static int out_tiles(int channels) { return (channels + kHopperUnit - 1) / kHopperUnit; }
+  // Input channels that units are for: the sums of the bias need a unit where no channel is live.
+  __device__ __forceinline__ int reach(int live_in) const { return p_.bias_sums ? max(live_in, 1) : live_in; }
   __device__ __forceinline__ int begin_of_run(int run) const { return run > 0 ? groups_[run - 1].end : 0; }
 
   // One warp adds up the shares of the line, and the first groups of the experts.
@@ -145,7 +147,7 @@ class HopperWgradSchedule {
       HopperWgradGroup* own = groups_ + i;
       int sum = 0, first = -1;
       if (i < num_groups) {
-        sum = patches_of(*own) * p_.rows * in_tiles(own->expert_in) * out_tiles(own->expert_out);
+        sum = patches_of(*own) * p_.rows * in_tiles(reach(own->expert_in)) * out_tiles(own->expert_out);
         if (own->run >= 0) first = i;
       }
       for (int distance = 1; distance < 32; distance *= 2) {

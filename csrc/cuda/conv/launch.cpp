@@ -209,15 +209,10 @@ size_t partial_bytes(const ConvArguments& a, const Device& device) {
   return a.dweight && tiling.splits > 1 ? static_cast<size_t>(tiling.splits * ceil_div(weight_elements(a), 4) * 16) : 0;
 }
 
-// Whether dbias comes out of the launches of dweight; in the Hopper form, and where dsample_bias is wanted, it has its
-// own.
-bool sums_bias_with_weight(const ConvArguments& a, const Device& device) {
-  return a.dweight && a.dbias && !a.dsample_bias && wgrad_form(a, device) == ConvForm::kMmaSync;
-}
-
 size_t bias_bytes(const ConvArguments& a, const Device& device) {
   int64_t rows = a.dbias ? a.batch : 0;  // of C_out sums
-  if (sums_bias_with_weight(a, device)) {
+  if (sums_bias_with_weight(a)) {
+    if (wgrad_form(a, device) == ConvForm::kHopper) return 0;  // among its partials
     const int64_t splits = tile_wgrad(a, device).splits;
     rows = splits > 1 ? splits * a.num_experts : 0;
   }
@@ -243,7 +238,7 @@ void add_dweight(const ConvArguments& a, const Device& device, std::vector<Launc
   const std::string kernel = std::string("tdc_conv_wgrad_") + product_name(a) + "_" + tiling.tile.name;
   unsigned blocks = blocks_of({tiling.splits, a.num_experts, taps_of(a), tiling.out_tiles, tiling.in_tiles}, a);
   p.weight_blocks = static_cast<int>(blocks);
-  const bool with_bias = sums_bias_with_weight(a, device);
+  const bool with_bias = sums_bias_with_weight(a);
   if (with_bias) {
     p.bias_tiles = static_cast<int>(ceil_div(a.out_channels, kBiasSumChunks * per_chunk(a)));
     p.dbias = pointer<void>(a.dbias);
@@ -324,7 +319,7 @@ std::vector<Launch> launch_conv_wgrad(const ConvArguments& arguments, const Devi
     add_dweight(arguments, device, launches);
   }
   const size_t partials = partial_bytes(arguments, device);
-  if ((arguments.dbias && !sums_bias_with_weight(arguments, device)) || arguments.dsample_bias) {
+  if ((arguments.dbias && !sums_bias_with_weight(arguments)) || arguments.dsample_bias) {
     add_channel_sums(arguments, pointer<float>(arguments.workspace + partials), launches);
   }
   return launches;

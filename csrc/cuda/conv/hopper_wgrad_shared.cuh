@@ -1,0 +1,48 @@
+// Shared memory of the Hopper form of wgrad: where everything lies, and who reads a stage.
+#pragma once
+
+#include "cuda/device_sm90.cuh"
+#include "cuda/conv/hopper_shared.cuh"
+#include "cuda/conv/hopper_wgrad_params.h"
+
+namespace tdc {
+
+template <class Unit>
+struct HopperWgradShared {
+  unsigned char* stages;
+  HopperWgradControl* control;
+  HopperWgradGroup* groups;
+
+  __device__ __forceinline__ HopperWgradShared(unsigned char* memory, int number_of_stages) : stages(memory) {
+    control = reinterpret_cast<HopperWgradControl*>(memory + number_of_stages * Unit::kStageBytes);
+    groups = reinterpret_cast<HopperWgradGroup*>(control + 1);
+  }
+
+  __device__ __forceinline__ unsigned char* dy(int stage) const { return stages + stage * Unit::kStageBytes; }
+  __device__ __forceinline__ unsigned char* x(int stage) const { return dy(stage) + 2 * kHopperPatch; }
+
+  // One thread. `warps` read the stages: the 8 that multiply and those that sum for the bias.
+  __device__ __forceinline__ void init_barriers(int number_of_stages, int warps) const {
+    for (int i = 0; i < number_of_stages; ++i) hopper_init_pair(&control->full[i], &control->empty[i], warps);
+    for (int i = 0; i < kHopperMessages; ++i) {
+      hopper_init_pair(&control->message_full[i], &control->message_empty[i], warps);
+    }
+    mbarrier_init_fence();
+  }
+
+  // Whether a stage holds what is none of its group's, which the warps that multiply set to zero.
+  __device__ __forceinline__ bool is_ragged(int stage) const {
+    const int (&live)[4] = control->live[stage];
+    return live[0] < Unit::kIn || live[1] < kHopperUnit || (Unit::kOfRows && live[2] < 64);
+  }
+};
+
+// Warps that read a stage, and the barrier of them all.
+__device__ __forceinline__ int hopper_wgrad_readers(const ConvHopperWgradParams& p) {
+  return 8 + (p.bias_sums ? kHopperBiasWarps : 0);
+}
+__device__ __forceinline__ void hopper_wgrad_readers_sync(const ConvHopperWgradParams& p) {
+  named_barrier_sync(1, 32 * hopper_wgrad_readers(p));
+}
+
+}  // namespace tdc
