@@ -20,6 +20,7 @@ from tdc_fast.runs.denoisers import Which, placed
 from tdc_fast.runs.limits import PathText, Within, comma_numbers
 from tdc_fast.runs.precision import DtypeName
 from tdc_fast.serving import Engine, Policy
+from tdc_fast.serving.pauses import short_pauses
 from tdc_fast.serving.policy import PolicyName
 
 __all__ = ["ServeOptions", "main"]
@@ -118,7 +119,8 @@ def _serve(arguments: list[str]) -> None:
         engine.start()
         host, port = listener.getsockname()[:2]
         greeting = f"serving {denoiser.name} on http://{f'[{host}]' if ':' in host else host}:{port}"
-        Server(app, engine, options["grace"], greeting).serve_on(listener)
+        with short_pauses():
+            Server(app, engine, options["grace"], greeting).serve_on(listener)
     outcomes = ", ".join(f"{count} {outcome}" for outcome, count in sorted(engine.statistics.outcomes.items()))
     print(f"stopped; requests: {outcomes or 'none'}")
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import math
+import os
 import platform
 import shlex
 import sys
@@ -18,6 +20,7 @@ from bench.serving.contestants import MODELS, Problem
 from bench.serving.loads import closed_loop, open_loop
 from bench.serving.report import as_markdown, capacity_of, publish
 from tdc_fast.serving import Engine, Request
+from tdc_fast.serving.pauses import short_pauses
 
 OPEN = ("engine", "request level", "dense")
 """Who gets requests at random times; a loop over experts saturates below these rates."""
@@ -30,8 +33,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--experts", type=int, default=8, help="N, the number of experts")
     parser.add_argument("--max_batch", type=int, default=32, help="images in a batch; 32 is what an engine has")
     parser.add_argument("--loads", default="0.5,0.8,0.95", help="offered load as shares of the capacity")
-    parser.add_argument("--seconds", type=float, default=12.0, help="time of each open loop; closed loops take half")
-    parser.add_argument("--repeats", type=int, default=3, help="how often everything is measured, taking turns")
+    parser.add_argument("--seconds", type=float, default=8.0, help="time of each open loop; closed loops take half")
+    parser.add_argument("--repeats", type=int, default=5, help="how often everything is measured, taking turns")
     parser.add_argument("--overhead_steps", type=int, default=200, help="steps in which the engine's share is measured")
     parser.add_argument("--device", default="cpu", help="cpu, or cuda with --model cifar10")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
@@ -84,26 +87,41 @@ def measure(problem: Problem, max_batch: int, loads: list[float], seconds: float
     for repeat in range(repeats):
         for name in list(makers)[:: -1 if repeat % 2 else 1]:
             row = _run(makers[name], lambda server, seed=repeat: closed_loop(server, 2 * max_batch, seconds / 2, seed))
-            results["closed"].append({"contestant": name, "repeat": repeat, **row.to_json()})
-            print(f"{name}: {row.images_per_second:.1f} images/s with {2 * max_batch} clients", flush=True)
+            results["closed"].append({"contestant": name, "repeat": repeat, **row})
+            print(f"{name}: {row['images_per_second']:.1f} images/s with {2 * max_batch} clients", flush=True)
     results["capacity"] = capacity_of(results["closed"])
     for repeat in range(repeats):
         for load in loads:
             rate = load * results["capacity"]
             for name in OPEN[:: -1 if repeat % 2 else 1]:
                 row = _run(makers[name], lambda server, rate=rate, seed=repeat: open_loop(server, rate, seconds, seed))
-                results["open"].append({"contestant": name, "load": load, "repeat": repeat, **row.to_json()})
-                print(f"{name} at {load:.0%}: p50 {row.p50 * 1e3:.0f} ms, p99 {row.p99 * 1e3:.0f} ms", flush=True)
+                results["open"].append({"contestant": name, "load": load, "repeat": repeat, **row})
+                print(f"{name} at {load:.0%}: p50 {row['p50'] * 1e3:.0f} ms, p99 {row['p99'] * 1e3:.0f} ms", flush=True)
     return results
 
 
-def _run(make: Any, load: Any) -> Any:
+def _run(make: Any, load: Any) -> dict[str, Any]:
+    """What a load measures of a contestant, in a process that collects garbage as `tdc_fast.serve` does."""
     server = make()
     server.start()
     try:
-        return load(server)
+        with short_pauses():
+            began, others = time.monotonic(), seconds_of_others()
+            measured = load(server)
+            spent = (seconds_of_others() - others) / (time.monotonic() - began)
     finally:
         server.close(drain=False)
+    return measured.to_json() | {"others": None if math.isnan(spent) else round(spent, 3)}
+
+
+def seconds_of_others() -> float:
+    """Processor time that other processes and other guests of the host have used since the start; NaN if unknown."""
+    try:
+        with open("/proc/stat") as file:
+            ticks = [int(number) for number in file.readline().split()[1:9]]
+    except OSError:
+        return math.nan
+    return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK") - time.process_time()  # less idle and iowait
 
 
 def overhead(problem: Problem, *, steps: int, images: int = 8) -> dict[str, float]:

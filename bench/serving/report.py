@@ -56,8 +56,9 @@ def as_markdown(results: dict[str, Any]) -> str:
         "level*: the same model, whole requests of the same steps in a batch. *expert by expert*: step-level batches, "
         "one forward per expert. *dense*: step-level batches of one dense model.",
         "",
-        f"Everything was measured {settings['repeats']} times, the contestants taking turns, with the same requests at "
-        "the same times for all. Numbers are medians of the repeats; requests are those of all repeats.",
+        f"{_times(settings['repeats'])}, the contestants taking turns, with the same requests at "
+        "the same times for all. Numbers are medians of the repeats; requests are those of all repeats. "
+        + _others(results),
         "",
         "| goal | measured |",
         "|---|---|",
@@ -81,6 +82,19 @@ def as_markdown(results: dict[str, Any]) -> str:
         for (name, load), row in sorted(opened.items(), key=lambda item: (item[0][1], _engine_first(item)))
     ]
     return "\n".join([*lines, *markdown_rows(header, rows)]) + "\n"
+
+
+def _times(repeats: int) -> str:
+    return "Everything was measured once" if repeats == 1 else f"Everything was measured {repeats} times"
+
+
+def _others(results: dict[str, Any]) -> str:
+    """How much of the machine somebody else used meanwhile."""
+    spent = [row["others"] for row in (*results["closed"], *results["open"]) if row.get("others") is not None]
+    if not spent:  # the system does not tell
+        return ""
+    typical, worst = statistics.median(spent), max(spent)
+    return f"Meanwhile other processes used {typical:.2f} processors ({worst:.2f} in the worst run)."
 
 
 def _engine_first(item: tuple[tuple[str, float | None], Any]) -> int:

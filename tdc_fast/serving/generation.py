@@ -16,6 +16,10 @@ _MOST_KEPT = 16
 Listener = Callable[[Preview | None], object]
 
 
+def _nothing() -> None:
+    """Cancels what has ended."""
+
+
 class Generation:
     """The images of one request in the making. Every method may be called from any thread.
 
@@ -139,3 +143,4 @@ class Generation:
             for listener in self._listeners:
                 listener(None)
             self._listeners.clear()
+            self._cancel = _nothing  # so that whoever keeps this does not keep what the engine had of the request

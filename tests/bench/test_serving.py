@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import importlib.util
 import json
+import os
 import time
 from concurrent.futures import Future
 
@@ -52,12 +53,14 @@ def test_the_measurement_runs_and_writes_its_tables(tmp_path, monkeypatch):
     order = [row["contestant"] for row in results["open"]]
     assert order == ["engine", "request level", "dense"] + order[2::-1]
     assert 0 < results["overhead"]["ddim"] < 1 and results["settings"]["repeats"] == 2
+    assert all(row["others"] is None or -1 < row["others"] < os.cpu_count() + 1 for row in results["open"])
     table = (tmp_path / "s.md").read_text()
     assert "p99 at 80 % load" in table and "| 80% | engine |" in table
 
 
 def measured(contestant: str, repeat: int, p99: float, load: float | None = None) -> dict[str, object]:
     row = {"contestant": contestant, "repeat": repeat, "images_per_second": 10.0 * (repeat + 1), "p50": p99 / 2}
+    row["others"] = 0.75 if load and contestant == "dense" and repeat == 2 else 0.02
     return row | {"p99": p99, "requests": 100, "unfinished": repeat} | ({} if load is None else {"load": load})
 
 
@@ -80,7 +83,13 @@ def test_a_report_has_medians_of_the_repeats_and_ratios_of_what_was_measured_tog
     assert dict(goals(MEASUREMENT))["p99 at 80 % load at most 0.5x that of request-level batches"] == (
         "0.50x (0.40 to 0.90)"
     )
-    assert "| 80% | request level | 20.0 | 300 | 600 | 300 | 3 |" in as_markdown(MEASUREMENT)
+    table = as_markdown(MEASUREMENT)
+    assert "| 80% | request level | 20.0 | 300 | 600 | 300 | 3 |" in table
+    assert "measured 3 times" in table and "used 0.02 processors (0.75 in the worst run)" in table
+    once = MEASUREMENT | {"settings": MEASUREMENT["settings"] | {"repeats": 1}, "closed": [], "open": []}
+    once |= {"closed": [row for row in MEASUREMENT["closed"] if not row["repeat"]]}
+    once["closed"] = [{name: row[name] for name in row if name != "others"} for row in once["closed"]]
+    assert "measured once" in as_markdown(once) and "processors" not in as_markdown(once)
     readme, picture = tmp_path / "README.md", tmp_path / "docs" / "serving.svg"
     for _ in range(2):  # the second time replaces what the first one wrote
         readme.write_text("before\n<!-- measured: serving -->\nold\n<!-- end -->\nafter\n")

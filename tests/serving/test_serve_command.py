@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.resources
 import importlib.util
 import io
@@ -97,6 +98,7 @@ def test_a_base_is_served_with_the_images_of_sample_too(run, tmp_path, monkeypat
     served = []
 
     def serve_on(server: Server, listener: socket.socket) -> None:
+        assert gc.get_freeze_count() > 0  # collections of garbage are short while it serves
         with server._engine as engine:
             served.append(engine.submit(Request(seed=2, label=1, steps=5, num_images=2)).result(60).images)
 
