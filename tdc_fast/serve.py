@@ -7,6 +7,7 @@ if __name__ == "__main__":
 
     raise SystemExit(start("serve"))
 
+import math
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from tdc_fast.runs.denoisers import Which, placed
 from tdc_fast.runs.limits import PathText, Within, comma_numbers
 from tdc_fast.runs.precision import DtypeName
 from tdc_fast.serving import Engine, Policy
+from tdc_fast.serving.admission import bytes_per_image
 from tdc_fast.serving.pauses import short_pauses
 from tdc_fast.serving.policy import PolicyName
 
@@ -102,6 +104,9 @@ def _serve(arguments: list[str]) -> None:
     if options["deterministic"]:
         denoiser = denoiser.batch_invariant()
     denoiser = placed(denoiser, device, options["dtype"])
+    least = math.ceil(bytes_per_image(denoiser.image_shape) / 2**20)
+    if options["max_memory"] < least:
+        raise invalid("max_memory", options["max_memory"], f"at least {least} MiB, for one image")
     engine = Engine.of(
         denoiser,
         max_batch=options["max_batch"],

@@ -27,6 +27,11 @@ _MOST_PLANS = 64
 _MOST_ETA = 1000
 
 
+def bytes_per_image(image_shape: tuple[int, int, int]) -> int:
+    """Memory that an image (C, H, W) of a live request may take, in bytes."""
+    return 4 * math.prod(image_shape) * _COPIES_PER_IMAGE
+
+
 class Admission:
     """Checks requests; arguments as those of `Engine`. May be called from any thread."""
 
@@ -48,10 +53,10 @@ class Admission:
         self._diffusion, self._groups, self._max_batch = diffusion, groups, max_batch
         self._classes, self._num_classes, self._null_class = tuple(classes), num_classes, null_class
         self._max_queue = max_queue
-        bytes_per_image = 4 * math.prod(image_shape) * _COPIES_PER_IMAGE
-        if max_memory < bytes_per_image:
-            raise invalid("max_memory", max_memory, f"at least {bytes_per_image} bytes, for one image")
-        self._most_images = max_memory // bytes_per_image
+        least = bytes_per_image(image_shape)
+        if max_memory < least:
+            raise invalid("max_memory", max_memory, f"at least {least} bytes, for one image")
+        self._most_images = max_memory // least
         self._plans: OrderedDict[tuple[Any, ...], Plan] = OrderedDict()
         self._lock = threading.Lock()
 

@@ -29,6 +29,7 @@ class Batch:
         before: the batch that holds the images of some of them; what it holds of others is handed back to them.
         begin: sets generator and labels of a request whose first step comes.
         null_class: the label for no class.
+        places: the most places that it may have.
 
     Attributes:
         lives: who takes part.
@@ -46,6 +47,7 @@ class Batch:
         before: Batch | None,
         begin: Begin,
         null_class: int | None,
+        places: int,
     ) -> None:
         self.lives, self._stepper = tuple(lives), stepper
         counts = [live.request.num_images for live in lives]
@@ -55,7 +57,7 @@ class Batch:
         owner = np.repeat(np.arange(len(lives)), counts)
         guided = np.flatnonzero(np.repeat([live.is_guided for live in lives], counts))
         self.rows = images + len(guided)
-        size = stepper.size_for(self.rows)
+        size = stepper.size_for(self.rows, places)
         self.padding = size - self.rows
         filler = np.zeros(self.padding, dtype=np.int64)
         source = np.concatenate([np.arange(images), guided, filler])  # the place with the image that each place reads

@@ -1,4 +1,4 @@
-"""Connections that do not send the headers of a request are closed; uvicorn would wait for ever."""
+"""Connections of uvicorn that wait for headers for a limited time, and note what they refuse themselves."""
 
 from __future__ import annotations
 
@@ -7,9 +7,14 @@ import asyncio
 import h11
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
+REFUSED = "tdc_fast.refused"
+"""Key of a request's scope: the status with which the connection itself has answered it."""
+
 
 class PromptConnection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
-    """A connection of uvicorn with a limit on the time from its first byte, or its opening, to the end of the headers.
+    """A connection with a limit on the time from its first byte, or its opening, to the end of the headers.
+
+    uvicorn would wait for ever.
 
     Attributes:
         header_seconds: the limit.
@@ -33,6 +38,12 @@ class PromptConnection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
             self.transport.abort()
         if not self._is_idle():
             self._stop()
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is no HTTP, and note it: of a request whose body it was, the application sees only the end."""
+        super().send_400_response(msg)
+        if self.cycle is not None:
+            self.cycle.scope[REFUSED] = 400
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Nothing is left to wait for."""

@@ -62,8 +62,9 @@ class Engine:
         max_queue: requests that may wait for their first step.
         max_memory: bytes that the images of all live requests may take, besides the model's own memory; at least one
             image.
-        sizes: sizes of batches; a batch is padded to the next one. () takes every size as it is, and where
-            steps are CUDA graphs 1, 2, 3, 4, 6, 8, 12, 16, 24, and so on.
+        sizes: sizes of batches; a batch is padded to the next one, unless that has more places than there are since
+            memory ran out. () takes every size as it is, and where steps are CUDA graphs 1, 2, 3, 4, 6, 8, 12, 16, 24,
+            and so on.
         min_fill: where a batch would fill less of its size than this, the last requests wait and the next smaller size
             is filled; 0 for never.
         deterministic: run a single denoiser on the routed kernels, so that its images do not depend on the batch
@@ -324,7 +325,7 @@ class Engine:
         if batch is not None and batch.left and set(chosen) == set(batch.lives):
             return batch
         try:
-            return Batch(self._stepper, chosen, batch, self._begin, self._null_class)
+            return Batch(self._stepper, chosen, batch, self._begin, self._null_class, self.places)
         except Exception as error:
             lost = set(chosen) | set(batch.lives if batch is not None else ())  # their images were on the move
             self._survive(error, [one for one in live if one in lost])

@@ -19,7 +19,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingRes
 from starlette.requests import ClientDisconnect
 
 from tdc_fast.serving.body import GenerateBody, Limits, read_body
-from tdc_fast.serving.connections import PromptConnection
+from tdc_fast.serving.connections import REFUSED, PromptConnection
 from tdc_fast.serving.encoding import as_json, as_npz, as_png, event, preview_event
 from tdc_fast.serving.engine import Engine
 from tdc_fast.serving.failures import (
@@ -147,6 +147,8 @@ class _CountAnswers:
             status = 500
             raise
         finally:
+            if status == CLIENT_LEFT:
+                status = scope.get(REFUSED, CLIENT_LEFT)
             self._metrics.responses[path, status] += 1
 
 

@@ -61,9 +61,12 @@ class Stepper:
             self._compute, device, name="a serving step", modules=modules, max_graphs=max(1, len(self.sizes))
         )
 
-    def size_for(self, rows: int) -> int:
-        """The smallest size of a batch that holds so many rows."""
-        return next((size for size in self.sizes if size >= rows), rows)
+    def size_for(self, rows: int, places: int) -> int:
+        """The smallest size of a batch that holds so many rows and has no more than so many places.
+
+        Where there is none, as after memory ran out, it is the rows: a larger size might not fit either.
+        """
+        return next((size for size in self.sizes if rows <= size <= places), rows)
 
     def empty(self, rows: int) -> Tensor:
         """Images float32 (rows, C, H, W) in the layout of batches, not written."""

@@ -212,6 +212,23 @@ def test_a_step_that_runs_out_of_memory_fails_its_requests_and_halves_the_batch(
     assert engine.statistics.outcomes == {"completed": 3, "out_of_memory": 5}
 
 
+def test_batches_are_not_padded_to_what_memory_ran_out_for():
+    def before(call: int, rows: int) -> None:
+        if rows > 3:
+            raise RuntimeError("CUDA out of memory")
+
+    model = Scripted(before)
+    engine = engine_of(model, max_batch=8, sizes=(6,))
+    lost = [engine.submit(Request(seed=seed, steps=3)) for seed in range(4)]
+    with engine:
+        for one in lost:
+            with pytest.raises(OutOfMemory, match="a step of 4 places ran out of memory"):
+                one.result(60)
+        for images in (2, 1):
+            assert engine.submit(Request(num_images=images, steps=2)).result(60).samples.isfinite().all()
+    assert model.calls == [6, 2, 2, 1, 1] and engine.places == 2
+
+
 def test_memory_that_runs_out_while_batches_are_changed_halves_the_batch_too(monkeypatch):
     """Two batches are lost then: more places than one may have."""
     model = Scripted(lambda call, rows: time.sleep(0.01))

@@ -145,6 +145,13 @@ def test_flags_that_make_no_server_are_refused(run, flags, said, capsys):
     assert said in capsys.readouterr().err
 
 
+@needs_server
+def test_memory_for_less_than_one_image_is_refused_in_the_unit_of_the_flag(run, capsys, monkeypatch):
+    monkeypatch.setattr("tdc_fast.serving.admission._COPIES_PER_IMAGE", 2**13 + 1)  # images of 8x8: 2 MiB and a bit
+    assert serve.main(["--run", str(run), "--max_memory", "2"]) == 2
+    assert "max_memory: got 2; expected at least 3 MiB, for one image" in capsys.readouterr().err
+
+
 def test_without_the_packages_of_the_extra_it_is_named(run, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     monkeypatch.setitem(sys.modules, "fastapi", None)

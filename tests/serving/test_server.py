@@ -283,6 +283,17 @@ def test_what_cannot_be_read_after_an_answer_closes_the_connection_in_silence(cl
     assert client.get("/health").status == 200 and "Fatal error" not in caplog.text
 
 
+def test_a_body_that_is_no_http_is_400_and_counted_so(client):
+    name = 'tdc_http_responses_total{path="/generate",status="%d"}'
+    before = client.metrics()
+    with socket.create_connection(client.address, timeout=30) as connection:
+        connection.sendall(b"POST /generate HTTP/1.1\r\nHost: test\r\nTransfer-Encoding: chunked\r\n\r\n1\r\n{\r\n")
+        connection.sendall(b"no length\r\n")
+        assert b" 400 " in connection.makefile("rb").read().splitlines()[0]
+    wait_for(lambda: client.metrics().get(name % 400, 0) == before.get(name % 400, 0) + 1)
+    assert client.metrics().get(name % 499) == before.get(name % 499)
+
+
 def test_metrics_count_every_answer_image_step_and_place(held):
     client, model, engine = held
     model.gate.set()
