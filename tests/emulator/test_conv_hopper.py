@@ -22,7 +22,7 @@ from tests.generated import examples
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 # The two passes have one source; sanitizers look at addresses, in which they do not differ.
 FAMILIES = ("conv_hopper_forward",) if SANITIZED else ("conv_hopper_forward", "conv_hopper_dgrad")
-GRADIENTS = () if SANITIZED else ("x",)
+GRADIENTS = () if SANITIZED else ("x", "x2")
 
 
 @contextmanager
@@ -82,6 +82,23 @@ EDGES: dict[str, tuple[dict[str, Any], str, str]] = {
         "8x8x4x128",
         "8x8x4x128",
     ),
+    "two inputs whose seam is no multiple of 64": (
+        {"routing": uneven(1), "size": (9, 11), "in_channels": 200, "x2_channels": 112, "out_channels": 72},
+        "16x16x128",
+        "16x16x128",
+    ),
+    "two inputs with widths on both sides of the seam": (
+        {
+            "routing": uneven(2, 1, 1, 1),
+            "size": (8, 8),
+            "in_channels": 152,
+            "x2_channels": 80,
+            "in_widths": (37, 72, 77, 152),
+            "out_widths": (64, 17, 64, 0),
+        },
+        "8x8x4x128",
+        "8x8x4x128",
+    ),
     "more groups than lanes of a warp": (
         {
             "routing": uneven(*[0] * 35, 1, *[0] * 10, 2, 1),
@@ -95,7 +112,7 @@ EDGES: dict[str, tuple[dict[str, Any], str, str]] = {
     "nothing is added": ({"routing": uneven(2), "size": (8, 9), "extras": ()}, "8x8x4x128", "8x8x4x128"),
 }
 # fp16 differs from bf16 in products and rounding, not in layout.
-IN_FP16 = ("large tiles clipped on both sides", "widths of no multiple in small images")
+IN_FP16 = ("large tiles clipped on both sides", "two inputs with widths on both sides of the seam")
 if SANITIZED:
     EDGE_CASES = [(edge, "bf16") for edge in ("large tiles clipped on both sides", IN_FP16[1])]
 else:
@@ -113,7 +130,7 @@ def test_tile_edges_are_as_accurate_as_torch(edge: str, dtype: str) -> None:
 
 @st.composite
 def cases(draw: st.DrawFn) -> ConvCase:
-    """Up to three samples in up to four groups, images and channels of any size that the form serves."""
+    """Up to three samples in up to four groups, one input or two, of any sizes that the form serves."""
     samples = draw(st.lists(st.integers(0, 2), min_size=1, max_size=4).filter(lambda of: 0 < sum(of) <= 3))
     experts = draw(st.integers(1, len(samples)))
     index = tuple(draw(st.integers(0, experts - 1)) for _ in samples)
@@ -121,6 +138,7 @@ def cases(draw: st.DrawFn) -> ConvCase:
     return case_of(
         routing=uneven(*samples, weight_index=(*index[:-1], experts - 1)),
         in_channels=ins,
+        x2_channels=draw(st.sampled_from([0, 1])) * 8 * draw(st.integers(1, ins // 8 - 1)),
         out_channels=outs,
         size=(draw(st.integers(8, 18)), draw(st.integers(8, 12))),
         in_widths=draw(widths_of(ins, 1, len(samples))),
@@ -141,8 +159,8 @@ def test_any_case_is_as_accurate_as_torch() -> None:
     check()
 
 
-# More steps than stages, two tiles for one block, a ragged depth, a residual.
-ALL_PARTS = case_of(routing=uneven(1, 1), in_channels=72, out_channels=72)
+# More steps than stages, two tiles for one block, two inputs, a ragged depth, a residual.
+ALL_PARTS = case_of(routing=uneven(1, 1), in_channels=72, x2_channels=8, out_channels=72)
 
 
 @plain_only
@@ -150,8 +168,9 @@ def test_results_do_not_depend_on_which_thread_goes_first() -> None:
     found = []
     for schedule in (1, 3):
         with hopper(1, schedule):
-            found.append(results(ALL_PARTS, torch.bfloat16, ("x",), backend="hopper"))
+            found.append(results(ALL_PARTS, torch.bfloat16, ("x", "x2"), backend="hopper"))
     first, other = found
+    assert set(first) == {"y", "dx", "dx2"}
     for name, value in first.items():
         assert torch.equal(other[name], value), name
 
@@ -207,6 +226,13 @@ def test_a_planted_bug_spoils_the_result(plant: str, wanted: tuple[str, ...]) ->
     case = case_of(routing=uneven(1), size=(8, 8))
     with hopper() as launcher, launcher.planted(plant), pytest.raises(AssertionError):
         assert_accurate(case, torch.bfloat16, wanted, backend="hopper")
+
+
+@plain_only
+def test_a_block_of_the_wrong_input_spoils_the_result() -> None:
+    case = case_of(routing=uneven(1), size=(8, 8), in_channels=128, x2_channels=64)
+    with hopper() as launcher, launcher.planted("HOPPER_WRONG_INPUT"), pytest.raises(AssertionError):
+        assert_accurate(case, torch.bfloat16, (), backend="hopper")
 
 
 @pytest.mark.parametrize("garbage", [-(2**31), -7, 5, 2**31 - 1])

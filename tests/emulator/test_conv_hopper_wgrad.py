@@ -66,6 +66,16 @@ EDGES: dict[str, tuple[dict[str, Any], int]] = {
         },
         4,
     ),
+    "two inputs whose seam is no multiple of 64": (
+        {
+            "routing": uneven(2, 1, weight_index=(0, 0)),
+            "in_channels": 152,
+            "x2_channels": 80,
+            "in_widths": (37, 152),
+            "out_widths": (64, 9),
+        },
+        3,
+    ),
     "two widths of which one reaches a unit": (
         {
             "routing": uneven(2, 1, weight_index=(0, 0)),
@@ -95,7 +105,7 @@ def test_edges_are_as_accurate_as_torch(edge: str, dtype: str) -> None:
 
 @st.composite
 def cases(draw: st.DrawFn) -> ConvCase:
-    """Up to three samples in up to four groups, which may share experts."""
+    """Up to three samples in up to four groups, which may share experts; one input or two."""
     samples = draw(st.lists(st.integers(0, 2), min_size=1, max_size=4).filter(lambda of: 0 < sum(of) <= 3))
     experts = draw(st.integers(1, len(samples)))
     index = tuple(draw(st.integers(0, experts - 1)) for _ in samples)
@@ -103,6 +113,7 @@ def cases(draw: st.DrawFn) -> ConvCase:
     return case_of(
         routing=uneven(*samples, weight_index=(*index[:-1], experts - 1)),
         in_channels=ins,
+        x2_channels=draw(st.sampled_from([0, 1])) * 8 * draw(st.integers(1, ins // 8 - 1)),
         out_channels=outs,
         size=(draw(st.integers(8, 17)), 8),
         in_widths=draw(widths_of(ins, 1, len(samples))),

@@ -99,6 +99,10 @@ HOPPER_CASES: dict[str, ConvCase] = {
         out_widths=(80, 3, 65),
     ),
     "more groups than samples": conv(Routing((5, 70, 70), 99, 99, None), (64, 64), (8, 8), extras=()),
+    "two inputs": conv(UNEVEN, (384, 128), (16, 16), x2_channels=128),
+    "two inputs of small images, whose seam is no multiple of 64": conv(
+        THREE, (200, 136), (8, 8), x2_channels=112, in_widths=(200, 40, 103), out_widths=(136, 65, 0)
+    ),
     "images of 4x4": conv(Routing((0,) * 9 + (1,) * 6 + (3,), 4, 4, None), (192, 136), (4, 4)),
     "images of 2x8 and two inputs with widths": conv(
         THREE, (200, 136), (2, 8), x2_channels=112, in_widths=(200, 40, 103), out_widths=(136, 65, 0)

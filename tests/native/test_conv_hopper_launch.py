@@ -41,7 +41,7 @@ def test_it_runs_only_where_it_is_asked_for() -> None:
         ({"dtype": 0, "tf32": True}, "it has bf16 and fp16, not fp32"),
         ({"filter_height": 1, "filter_width": 1}, "it has 3x3 filters with padding 1 and 1x1 filters with padding 0"),
         ({"stride_height": 2, "stride_width": 2}, "it has 3x3 filters with padding 1 and 1x1 filters with padding 0"),
-        ({"x2_channels": 64}, "its 3x3 filters have one input, but on small images"),
+        ({"x2_channels": 60}, "it has channels from 64 on, in multiples of 8"),
         ({"upsample": 2}, "its input is not upsampled"),
         ({"height": 7, "width": 7}, "its 3x3 filters have images from 8x8 on, or whose number of pixels"),
         ({"in_channels": 3}, "it leaves image channels to the portable form"),
@@ -102,7 +102,7 @@ def described(launch: Any, at: int) -> tuple[int, ...]:
 
 def test_tensors_are_described_with_their_boxes() -> None:
     launch = only(plan(x=1 << 21, weight=1 << 22, y=1 << 23, residual=1 << 24, out_channels=256, dtype=2))
-    assert launch.tensor_maps == [0, 128, 256, 384]
+    assert launch.tensor_maps == [0, 256, 384, 640]
     source, weight, result, residual = (described(launch, at) for at in launch.tensor_maps)
     of_x = (128 * 2, 32 * 128 * 2, 32 * 32 * 128 * 2, 0, 128, 32, 32, 128, 1)
     assert source == (1 << 21, *of_x, 64, 18, 18, 1, 1, 4, 1)
@@ -111,7 +111,38 @@ def test_tensors_are_described_with_their_boxes() -> None:
     of_y = (256 * 2, 32 * 256 * 2, 32 * 32 * 256 * 2, 0, 256, 32, 32, 128, 1)
     assert result == (1 << 23, *of_y, 64, 8, 2, 1, 1, 4, 1)
     assert residual == (1 << 24, *result[1:])
-    assert only(plan(residual=0)).tensor_maps == [0, 128, 256]
+    assert only(plan(residual=0)).tensor_maps == [0, 256, 384]
+
+
+def test_3x3_filters_read_boxes_of_both_inputs_and_write_both_gradients() -> None:
+    sizes = {"in_channels": 384, "x2_channels": 128, "residual": 0}
+    launch = only(plan(x=1 << 21, x2=1 << 22, **sizes))
+    assert launch.tensor_maps == [0, 128, 256, 384]
+    x, x2, weight, _ = (described(launch, at) for at in launch.tensor_maps)
+    assert (x[0], x[5:9], x[10:14]) == (1 << 21, (256, 32, 32, 128), (64, 18, 18, 1))
+    assert x2 == (1 << 22, 256, 32 * 256, 32 * 32 * 256, 0, 128, *x[6:])
+    assert weight[5:9] == (384, 9, 128, 8)
+    launch = only(plan("dgrad", dx=1 << 22, dx2=1 << 23, in_channels=384, x2_channels=128))
+    assert launch.kernel == "tdc_conv_hopper_dgrad_bf16_16x16x128"
+    assert launch.tensor_maps == [0, 256, 384, 512]
+    dx, dx2 = (described(launch, at) for at in launch.tensor_maps[2:])
+    assert (dx[0], dx[5], dx2[0], dx2[5]) == (1 << 22, 256, 1 << 23, 128)
+    assert dx[6:] == dx2[6:]
+
+
+@pytest.mark.parametrize(
+    "inputs, tile",
+    [
+        ((64, 64), "32x16x64"),
+        ((192, 192), "16x16x192"),
+        # 2 tiles of 192 channels compute as many as 3 of 128.
+        ((192, 128), "16x16x128"),
+        ((96, 96), "16x16x128"),
+    ],
+)
+def test_no_tile_of_dgrad_has_channels_of_both_inputs(inputs: tuple[int, int], tile: str) -> None:
+    launch = only(plan("dgrad", in_channels=sum(inputs), x2_channels=inputs[1]))
+    assert launch.kernel == f"tdc_conv_hopper_dgrad_bf16_{tile}"
 
 
 POINTWISE = {"filter_height": 1, "filter_width": 1, "pad_height": 0, "pad_width": 0}
@@ -201,6 +232,9 @@ def test_wgrad_has_products_sums_of_parts_and_the_sums_of_biases() -> None:
     x, dy = (described(products, at) for at in products.tensor_maps)
     assert (x[0], x[5:9], x[10:14]) == (1 << 21, (128, 32, 32, 128), (64, 10, 8, 1))
     assert (dy[0], dy[5:9], dy[10:14]) == (1 << 22, (256, 32, 32, 128), (64, 8, 8, 1))
+    products = plan("wgrad", x2=1 << 23, x2_channels=56)[0]
+    x, dy, x2 = (described(products, at) for at in products.tensor_maps)
+    assert (x[5], x2[0], x2[5], x2[6:9], x2[10:14]) == (72, 1 << 23, 56, x[6:9], x[10:14])
     workspace = _native.cuda_conv_wgrad_workspace(**arguments("wgrad", H100, out_channels=256), hopper=True)
     assert workspace == 2 * 96 * 3 * 16 * 256 * 16 + 128 * 256 * 4
 
@@ -263,7 +297,7 @@ def test_the_unit_of_1x1_filters_loads_the_fewest_channels(channels: int, unit: 
     [
         ({"filter_height": 1, "filter_width": 1}, "it has 3x3 filters with padding 1 and 1x1 filters with padding 0"),
         ({"height": 4, "width": 12}, "its 3x3 filters have images from 8x8 on, or whose number of pixels"),
-        ({"x2_channels": 64}, "its 3x3 filters have one input, but on small images"),
+        ({"x2_channels": 60}, "it has channels from 64 on, in multiples of 8"),
         ({"num_groups": 257}, "it has at most 256 groups in wgrad"),
         ({"batch": 2**17, "height": 64, "width": 64, "in_channels": 2048, "out_channels": 1024}, "it has fewer than"),
     ],

@@ -30,9 +30,10 @@ __device__ __forceinline__ void hopper_add(float (&to)[2], unsigned pair) {
 template <class T, bool kResidual, class Add>
 __device__ __forceinline__ void hopper_round(const float* sums, unsigned char* to, int live, bool empty, Add add) {
   const int lane = threadIdx.x % 32, row = lane % 16;
+  const int first = row * 128 + (lane / 16 ^ row % 8) * 16;  // the lane's chunk; one number spares registers
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
-    unsigned char* matrix = to + row * 128 + ((2 * j + lane / 16) ^ row % 8) * 16;
+    unsigned char* matrix = to + (first ^ 32 * j);
     unsigned own[4] = {0, 0, 0, 0}, rounded[4];
     if (kResidual) ldmatrix_x4(own, matrix);
 #pragma unroll
@@ -119,10 +120,10 @@ class HopperEpilogue {
   }
 
   __device__ __forceinline__ void load_biases(const HopperWork& work) {
-    const int lane = threadIdx.x % 32, channels = p_.result_channels;
+    const int channels = p_.result_channels;
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
-      const int channel = work.column + 64 * part + 2 * lane;
+      const int channel = work.column + 64 * part + threadIdx.x * 2 % 64;
       bias_[part] = hopper_pair_at<T>(p_.bias, work.expert, channel, channels, work.live);
 #pragma unroll
       for (int s = 0; s < kSamples; ++s) {
@@ -155,9 +156,13 @@ class HopperEpilogue {
   }
 
   __device__ __forceinline__ void store(const HopperWork& work, int i, int part, const unsigned char* from) {
+    const bool second = work.column >= p_.result_seam;
     int at[4];
     place(work, i, part, at);
-    if (at[0] < p_.result_channels) tma_store(&p_.result, from, at);
+    if (at[0] < (second ? p_.result_channels : p_.result_seam)) {
+      at[0] -= second ? p_.result_seam : 0;
+      tma_store(second ? &p_.result2 : &p_.result, from, at);
+    }
     bulk_commit();
   }
 

@@ -8,7 +8,8 @@
 //   weight stage    64 channels of one tap for the channels of the tile, read in place in both directions: k is their
 //                   inner dimension in forward, the outer one in dgrad
 //
-// A patch is 8 x 8 pixels, the rows of one wgmma. Its rows of 8 pixels are one line of the source stage apart.
+// A patch is 8 x 8 pixels, the rows of one wgmma. Its rows of 8 pixels are one line of the source stage apart. With two
+// inputs the depth is the channels of x, then those of x2, and a stage has channels of one of them.
 #pragma once
 
 #include "cuda/device_sm90.cuh"
@@ -33,19 +34,19 @@ class HopperProducer {
       send(work);
       if (work.live < 0) return;
       HopperWork next;
-      const int blocks = hopper_blocks(work.depth);
       tile += gridDim.x;
-      if (blocks == 0) next = schedule_.find(tile);
-      for (int block = 0; block < blocks; ++block) {
-        load_source(work, block);
-        load_weights(work, block, 0);
-        if (block == blocks - 1) {
+      if (work.depth == 0) next = schedule_.find(tile);
+      for (int channel = 0, after; channel < work.depth; channel = after) {
+        after = hopper_next(channel, work.depth, p_.source_seam);
+        load_source(work, channel);
+        load_weights(work, channel, 0);
+        if (after == work.depth) {
           // While the consumers have taps to multiply. All blocks begin a tile at about the same time, which is more
           // than device memory can serve at once: the L2 cache has it by then.
           next = schedule_.find(tile);
           prefetch_source(next);
         }
-        for (int tap = 1; tap < kHopperTaps; ++tap) load_weights(work, block, tap);
+        for (int tap = 1; tap < kHopperTaps; ++tap) load_weights(work, channel, tap);
       }
       work = next;
     }
@@ -60,26 +61,29 @@ class HopperProducer {
     messages_.next(kHopperMessages);
   }
 
-  __device__ __forceinline__ void load_source(const HopperWork& work, int block) {
+  __device__ __forceinline__ void load_source(const HopperWork& work, int channel) {
     HopperControl& c = *shared_.control;
     mbarrier_wait(&c.source_empty[sources_.stage], sources_.parity ^ 1);
     Mbarrier* full = &c.source_full[sources_.stage];
     mbarrier_arrive_expect(full, Tile::kSourceBytes - (TDC_PLANTED(HOPPER_WRONG_BYTES) ? 128 : 0));
-    const int at[4] = {block * kHopperDepth, work.x - 1, work.y - 1, work.first};
-    tma_load(shared_.source(sources_.stage), &p_.source, full, at);
+    const bool second = channel >= p_.source_seam;
+    const int at[4] = {channel - (second ? p_.source_seam : 0), work.x - 1, work.y - 1, work.first};
+    tma_load(shared_.source(sources_.stage), second && !TDC_PLANTED(HOPPER_WRONG_INPUT) ? &p_.source2 : &p_.source,
+             full, at);
     sources_.next(kHopperSourceStages);
   }
 
   __device__ __forceinline__ void prefetch_source(const HopperWork& work) {
 #pragma unroll 1
-    for (int block = 0; block < hopper_blocks(work.depth); ++block) {
-      const int at[4] = {block * kHopperDepth, work.x - 1, work.y - 1, work.first};
-      tma_prefetch(&p_.source, at);
+    for (int channel = 0; channel < work.depth; channel = hopper_next(channel, work.depth, p_.source_seam)) {
+      const bool second = channel >= p_.source_seam;
+      const int at[4] = {channel - (second ? p_.source_seam : 0), work.x - 1, work.y - 1, work.first};
+      tma_prefetch(second ? &p_.source2 : &p_.source, at);
     }
   }
 
   // In dgrad tap t of dx is tap 8 - t of the filter.
-  __device__ __forceinline__ void load_weights(const HopperWork& work, int block, int tap) {
+  __device__ __forceinline__ void load_weights(const HopperWork& work, int channel, int tap) {
     HopperControl& c = *shared_.control;
     const int boxes = hopper_product_columns<Tile>(work) > 64 * (Tile::kColumns / 64 - 1)
                           ? Tile::kColumns / 64
@@ -93,8 +97,8 @@ class HopperProducer {
     const int of_filter =
         (kForward ? tap : kHopperTaps - 1 - tap) ^ (TDC_PLANTED(HOPPER_WRONG_TAP) && tap == 2 ? 1 : 0);
     for (int i = 0; i < boxes; ++i) {
-      const int result = work.column + 64 * i, source = block * kHopperDepth;
-      const int at[4] = {kForward ? source : result, of_filter, kForward ? result : source, work.expert};
+      const int result = work.column + 64 * i;
+      const int at[4] = {kForward ? channel : result, of_filter, kForward ? result : channel, work.expert};
       tma_load(to + i * kHopperPatchBytes, &p_.weight, full, at);
     }
     weights_.next(p_.weight_stages);
@@ -140,10 +144,9 @@ class HopperConsumer {
       messages_.next(kHopperMessages);
       if (work.live < 0) break;
       epilogue.prepare(work);
-      const int blocks = hopper_blocks(work.depth);
-      if (blocks) {
+      if (work.depth) {
         if (HopperPatch::of<Tile>(group_, 0).sample >= work.count) {
-          skip(work, blocks);
+          skip(work);
         } else if (hopper_product_columns<Tile>(work) == Tile::kColumns) {
           multiply<Tile::kColumns>(work, sums);
         } else {
@@ -165,14 +168,19 @@ class HopperConsumer {
   template <int kColumns>
   __device__ __forceinline__ void multiply(const HopperWork& work, Sums& sums) {
     UnderWay under_way;
-    int left = work.depth;
-    for (; left > 48; left -= kHopperDepth) multiply_block<kColumns, kHopperSteps>(left, sums, under_way);
-    if (left > 32) {
-      multiply_block<kColumns, 3>(left, sums, under_way);
-    } else if (left > 16) {
-      multiply_block<kColumns, 2>(left, sums, under_way);
-    } else if (left > 0) {
-      multiply_block<kColumns, 1>(left, sums, under_way);
+#pragma unroll 1
+    for (int channel = 0; channel < work.depth;) {
+      const int left = hopper_end(channel, work.depth, p_.source_seam) - channel;
+      channel += min(left, kHopperDepth);
+      if (left > 48) {
+        multiply_block<kColumns, kHopperSteps>(left, sums, under_way);
+      } else if (left > 32) {
+        multiply_block<kColumns, 3>(left, sums, under_way);
+      } else if (left > 16) {
+        multiply_block<kColumns, 2>(left, sums, under_way);
+      } else {
+        multiply_block<kColumns, 1>(left, sums, under_way);
+      }
     }
     wgmma_wait<0>();
     HopperControl& c = *shared_.control;
@@ -226,11 +234,11 @@ class HopperConsumer {
   }
 
   // The warpgroup has no samples in this tile.
-  __device__ __forceinline__ void skip(const HopperWork& work, int blocks) {
+  __device__ __forceinline__ void skip(const HopperWork& work) {
     HopperControl& c = *shared_.control;
-    for (int block = 0; block < blocks; ++block) {
+    for (int channel = 0; channel < work.depth; channel = hopper_next(channel, work.depth, p_.source_seam)) {
       mbarrier_wait(&c.source_full[sources_.stage], sources_.parity);
-      const int left = work.depth - block * kHopperDepth;
+      const int left = hopper_end(channel, work.depth, p_.source_seam) - channel;
       if (left < kHopperDepth && left % 16) mask(left);
       warp_sync();
       hopper_release(&c.source_empty[sources_.stage]);
@@ -247,7 +255,7 @@ class HopperConsumer {
   // Zeros in the channels past `live` of the source stage, as far as the last 16 that are multiplied reach. Both
   // warpgroups share the pixels and wait for each other.
   __device__ __forceinline__ void mask(int live) {
-    hopper_clear<256>(shared_.source(sources_.stage), Tile::kSourceBytes / kHopperRow, threadIdx.x - 128, live);
+    hopper_clear<256>(shared_.source(sources_.stage), Tile::kSourceBytes / kHopperRow, threadIdx.x % 256, live);
     if (!TDC_PLANTED(HOPPER_NO_ASYNC_FENCE)) async_fence();
     if (!TDC_PLANTED(HOPPER_NO_MASK_BARRIER)) named_barrier_sync(1, 256);
   }

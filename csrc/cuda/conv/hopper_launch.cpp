@@ -27,8 +27,22 @@ TileChoice choice_of(const char* name) {
           Tile::kColumns, Tile::kBoxHeight, Tile::kBoxWidth, hopper_shared_bytes<Tile>};
 }
 
-int64_t source_channels(const ConvArguments& a, bool forward) { return forward ? a.in_channels : a.out_channels; }
-int64_t result_channels(const ConvArguments& a, bool forward) { return forward ? a.out_channels : a.in_channels; }
+// Tensors of a side of the convolution: its input is x and x2, or their gradients.
+struct Side {
+  uintptr_t first, second;
+  int64_t channels, seam;  // of both; of the first
+
+  int64_t of_second() const { return channels - seam; }
+  // No tile has channels of both.
+  int64_t tiles(int64_t columns) const { return ceil_div(seam, columns) + ceil_div(of_second(), columns); }
+};
+
+Side source_of(const ConvArguments& a, bool forward) {
+  return forward ? Side{a.x, a.x2, a.in_channels, a.x_channels()} : Side{a.dy, 0, a.out_channels, a.out_channels};
+}
+Side result_of(const ConvArguments& a, bool forward) {
+  return forward ? Side{a.y, 0, a.out_channels, a.out_channels} : Side{a.dx, a.dx2, a.in_channels, a.x_channels()};
+}
 
 // The tile that computes the fewest pixels and channels outside of the result; of equals, the one that loads fewer
 // pixels around itself. 128 columns go before 192, and 64 take more pixels instead.
@@ -36,11 +50,11 @@ TileChoice choose_tile(const ConvArguments& a, bool forward) {
   const int64_t small = ceil_div(a.height, 8) * ceil_div(a.width, 8) * 64;
   const int64_t large = ceil_div(a.height, 16) * ceil_div(a.width, 16) * 256;
   if (small < large) return choice_of<HopperTile8x8>("8x8x4x128");
-  const int64_t channels = result_channels(a, forward);
+  const Side result = result_of(a, forward);
   const int64_t tall = ceil_div(a.height, 32) * ceil_div(a.width, 16) * 512;
-  if (channels <= 64 && tall <= large) return choice_of<HopperTile32x16>("32x16x64");
-  return ceil_div(channels, 192) * 192 < ceil_div(channels, 128) * 128 ? choice_of<HopperTile16x16Wide>("16x16x192")
-                                                                       : choice_of<HopperTile16x16>("16x16x128");
+  if (std::max(result.seam, result.of_second()) <= 64 && tall <= large) return choice_of<HopperTile32x16>("32x16x64");
+  return result.tiles(192) * 192 < result.tiles(128) * 128 ? choice_of<HopperTile16x16Wide>("16x16x192")
+                                                           : choice_of<HopperTile16x16>("16x16x128");
 }
 
 // As many stages of weights as fit; 0 where too few do.
@@ -53,26 +67,36 @@ int weight_stages(const TileChoice& tile, const ConvArguments& a, const Device& 
 std::vector<Launch> launch_images(const ConvArguments& a, const Device& device, bool forward) {
   if (a.batch == 0) return {};
   const TileChoice tile = choose_tile(a, forward);
-  const int64_t sources = source_channels(a, forward), results = result_channels(a, forward);
-  const TensorSizes of_result = {results, a.width, a.height, a.batch}, stored = {64, 8, 2, 1};
+  const Side source = source_of(a, forward), result = result_of(a, forward);
   ConvHopperParams p{};
-  p.source = tensor_map_of(forward ? a.x : a.dy, {sources, a.width, a.height, a.batch},
-                           {kHopperDepth, tile.box_width, tile.box_height, tile.samples}, a);
+  std::vector<unsigned> maps;
+  const auto describe = [&](TensorMap& map, uintptr_t address, int64_t channels, const TensorSizes& box) {
+    if (channels == 0) return;
+    map = tensor_map_of(address, {channels, a.width, a.height, a.batch}, box, a);
+    maps.push_back(static_cast<unsigned>(reinterpret_cast<char*>(&map) - reinterpret_cast<char*>(&p)));
+  };
+  const TensorSizes loaded = {kHopperDepth, tile.box_width, tile.box_height, tile.samples}, stored = {64, 8, 2, 1};
+  describe(p.source, source.first, source.seam, loaded);
+  describe(p.source2, source.second, source.of_second(), loaded);
   p.weight = tensor_map_of(a.weight, {a.in_channels, kHopperTaps, a.out_channels, a.num_experts}, {64, 1, 64, 1}, a);
-  p.result = tensor_map_of(forward ? a.y : a.dx, of_result, stored, a);
+  maps.push_back(offsetof(ConvHopperParams, weight));
+  describe(p.result, result.first, result.seam, stored);
+  describe(p.result2, result.second, result.of_second(), stored);
   if (forward) {
     p.bias = pointer<const void>(a.bias);
     p.sample_bias = pointer<const void>(a.sample_bias);
     p.has_residual = a.residual != 0;
-    if (p.has_residual) p.residual = tensor_map_of(a.residual, of_result, stored, a);
+    if (p.has_residual) describe(p.residual, a.residual, a.out_channels, stored);
   }
   p.routing = routing_of(a);
-  p.source_channels = static_cast<int>(sources);
-  p.result_channels = p.result_seam = static_cast<int>(results);
+  p.source_channels = static_cast<int>(source.channels);
+  p.source_seam = static_cast<int>(source.seam);
+  p.result_channels = static_cast<int>(result.channels);
+  p.result_seam = static_cast<int>(result.seam);
   p.rows_per_sample = 1;
   p.tiles_down = static_cast<int>(ceil_div(a.height, 8 * tile.down));
   p.tiles_across = static_cast<int>(ceil_div(a.width, 8 * tile.across));
-  p.channel_tiles = static_cast<int>(ceil_div(results, tile.columns));
+  p.channel_tiles = static_cast<int>(result.tiles(tile.columns));
   p.weight_stages = weight_stages(tile, a, device);
 
   // The device counts the tiles; there are at most so many.
@@ -83,9 +107,7 @@ std::vector<Launch> launch_images(const ConvArguments& a, const Device& device, 
       std::string(forward ? "tdc_conv_hopper_forward_" : "tdc_conv_hopper_dgrad_") + storage_name(a) + "_" + tile.name;
   Launch launch = launch_of(kernel, blocks, kHopperThreads,
                             tile.shared_bytes(p.weight_stages, static_cast<int>(a.num_groups)), p, a);
-  launch.tensor_maps = {offsetof(ConvHopperParams, source), offsetof(ConvHopperParams, weight),
-                        offsetof(ConvHopperParams, result)};
-  if (p.has_residual) launch.tensor_maps.push_back(offsetof(ConvHopperParams, residual));
+  launch.tensor_maps = maps;
   return {launch};
 }
 
@@ -106,7 +128,6 @@ std::string hopper_refusal(const ConvArguments& a, const Device& device) {
     if (std::min(a.height, a.width) < kLeastPixels) {
       return "its 3x3 filters have images from 8x8 on, or whose number of pixels divides 64";
     }
-    if (a.x2_channels) return "its 3x3 filters have one input, but on small images";
   }
   if (std::min(a.in_channels, a.out_channels) < 8) return "it leaves image channels to the portable form";
   if (std::min(a.in_channels, a.out_channels) < kLeastChannels || a.x_channels() % 8 || a.x2_channels % 8 ||

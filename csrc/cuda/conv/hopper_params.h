@@ -70,17 +70,17 @@ constexpr int hopper_shared_bytes(int weight_stages, int num_groups) {
          num_groups * static_cast<int>(sizeof(HopperGroup));
 }
 
-// Forward and dgrad. In dgrad the source is dy, the result dx.
+// Forward and dgrad. In dgrad the source is dy, the result dx and dx2. Maps of what is absent have no address.
 struct alignas(64) ConvHopperParams {
-  TensorMap source;         // boxes of a tile with the pixels around it
-  TensorMap weight;         // boxes of 64 x 64 channels of one tap: (C_in, taps, C_out, experts)
-  TensorMap result;         // boxes of 8 x 2 pixels
-  TensorMap residual;       // the same, or without an address
-  const void* bias;         // (experts, channels of the result) or null
-  const void* sample_bias;  // (B, channels of the result) or null
+  TensorMap source, source2;  // boxes of a tile with the pixels around it
+  TensorMap weight;           // boxes of 64 x 64 channels of one tap: (C_in, taps, C_out, experts)
+  TensorMap result, result2;  // boxes of 8 x 2 pixels
+  TensorMap residual;         // the same
+  const void* bias;           // (experts, channels of the result) or null
+  const void* sample_bias;    // (B, channels of the result) or null
   ConvRouting routing;
   int source_channels, result_channels;
-  int result_seam;                              // no tile has channels on both sides of it
+  int source_seam, result_seam;                 // where the channels of source2, result2 begin, or all channels
   int rows_per_sample;                          // 1: tiles consist of samples
   int tiles_down, tiles_across, channel_tiles;  // of an image; of the channels of the result
   int weight_stages;

@@ -33,6 +33,15 @@ constexpr int kHopperSteps = kHopperDepth / 16;     // products along the depth 
 
 __device__ __forceinline__ int hopper_blocks(int depth) { return (depth + kHopperDepth - 1) / kHopperDepth; }
 
+// The depth is the channels of the first input, then those of the second, and no stage has channels of both: where the
+// live ones of the input end that a channel belongs to, and where the stage after the channel's begins.
+__device__ __forceinline__ int hopper_end(int channel, int depth, int seam) {
+  return channel < seam ? min(depth, seam) : depth;
+}
+__device__ __forceinline__ int hopper_next(int channel, int depth, int seam) {
+  return min(channel + kHopperDepth, hopper_end(channel, depth, seam));
+}
+
 // The first `live` of two 16-bit elements, zeros after them.
 __device__ __forceinline__ unsigned hopper_keep(unsigned pair, int live) {
   return live >= 2 ? pair : live == 1 ? pair & 0xffffu : 0u;

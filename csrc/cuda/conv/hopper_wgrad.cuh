@@ -116,7 +116,7 @@ class HopperWgradProducer {
     c.live[stage][2] = TDC_PLANTED(HOPPER_NO_LAST_PIXEL) ? 64 : pixels;
     c.live[stage][3] = HopperWgradBias<Unit>::takes(p_, unit, number);
     mbarrier_arrive_expect(&c.full[stage], Unit::kStageBytes);
-    const bool second = Unit::kOfRows && unit.in >= p_.seam;
+    const bool second = unit.in >= p_.seam;
     for (int box = 0; box < Unit::kBoxes; ++box) {
       const int at[4] = {of_x[0] + 64 * box - (second ? p_.seam : 0), of_x[1], of_x[2], of_x[3]};
       tma_load(shared_.x(stage) + box * Unit::kBoxBytes, second ? &p_.x2 : &p_.x, &c.full[stage], at);

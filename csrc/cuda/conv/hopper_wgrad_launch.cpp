@@ -91,7 +91,11 @@ ConvHopperWgradParams params_of(const ConvArguments& a, const Device& device, co
     if (a.x2_channels) p.x2 = map_of(a.x2, a.x2_channels);
     p.dy = tensor_map_of(a.dy, {a.out_channels, a.batch * pixels, 1, 1}, rows, a);
   } else {
-    p.x = tensor_map_of(a.x, {a.in_channels, a.width, a.height, a.batch}, {kHopperDepth, 10, 8, 1}, a);
+    const auto map_of = [&](uintptr_t address, int64_t channels) {
+      return tensor_map_of(address, {channels, a.width, a.height, a.batch}, {kHopperDepth, 10, 8, 1}, a);
+    };
+    p.x = map_of(a.x, a.x_channels());
+    if (a.x2_channels) p.x2 = map_of(a.x2, a.x2_channels);
     p.dy = tensor_map_of(a.dy, {a.out_channels, a.width, a.height, a.batch}, {kHopperDepth, 8, 8, 1}, a);
   }
   p.dweight = pointer<void>(a.dweight);
