@@ -18,6 +18,7 @@ from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tdc_fast.kernels import recording
+from tdc_fast.kernels.triton_launcher import described_like, direct
 
 _LIMIT = 4096  # launches remembered
 _compiled: dict[Hashable, tuple[Any, Callable[[dict[str, Any]], tuple[Any, ...]]]] = {}
@@ -78,16 +79,18 @@ class Launch:
     def again(self, place: recording.Place) -> recording.Again | None:
         """A function that repeats this launch with other tensors (recording.py); None if Triton compiled nothing.
 
-        It passes Triton's launcher the addresses themselves, and descriptors whose checks this launch has passed.
+        It passes Triton's C function the addresses themselves and tensor maps that are kept (triton_launcher.py). Where
+        that is not possible, it passes Triton's launcher descriptors whose checks this launch has passed.
         """
         found = _compiled.get(self._seen())
         if found is None:
             return None
         kernel, in_order = found
-        arguments = list(in_order(self.arguments))
+        given = in_order(self.arguments)
+        arguments = list(given)
         pointers: list[tuple[int, int, int]] = []  # (position, tensor, bytes past its first)
-        boxes: list[tuple[int, int, dict[str, Any]]] = []  # (position, tensor, the other fields of the descriptor)
-        for position, argument in enumerate(arguments):
+        boxes: list[tuple[int, int]] = []  # (position, tensor) of each descriptor
+        for position, argument in enumerate(given):
             if isinstance(argument, Tensor):
                 address = argument.data_ptr()
                 if address:
@@ -97,27 +100,27 @@ class Launch:
                 source, past = place(argument.base.data_ptr())
                 if past:
                     return None
-                boxes.append((position, source, vars(argument) | {"base": None}))
+                boxes.append((position, source))
                 arguments[position] = None
         grid = (*self.grid, 1, 1)[:3]
         run, function, metadata = kernel.run, kernel.function, kernel.packed_metadata
+        describe = {position: described_like(given[position]) for position, _ in boxes}
 
         def launch(tensors: list[Any], addresses: list[int], stream: int) -> None:
             passed = arguments.copy()
             for position, source, past in pointers:
                 passed[position] = addresses[source] + past
-            for position, source, fields in boxes:
-                passed[position] = descriptor = _new_descriptor(TensorDescriptor)
-                vars(descriptor).update(fields, base=tensors[source])
+            for position, source in boxes:
+                passed[position] = describe[position](tensors[source])
             if _hooked():
                 kernel[grid](*passed, stream=stream)
             else:
                 run(*grid, stream, function, metadata, None, None, None, *passed)
 
-        return launch
-
-
-_new_descriptor = TensorDescriptor.__new__
+        short = direct(kernel, grid, given, pointers, boxes)
+        if short is None:
+            return launch
+        return lambda *call: launch(*call) if _hooked() else short(*call)
 
 
 def _hooked() -> bool:

@@ -56,7 +56,8 @@ class Graphed:
     - Tensors among its arguments are copied into static buffers before each replay. All other tensors that it reads,
       such as weights, are read where they were when it was captured: write into them; after replacing them, call
       `reset`.
-    - Python does not run in a replay: numbers and branches are those of the capture. What changes is a tensor.
+    - Python does not run in a replay: numbers, branches and hooks are those of the capture. What changes is a tensor.
+      After adding a hook, call `reset`.
     - It never waits for the device (`.item()`, `.tolist()`, a copy to the CPU, a condition on a tensor's value).
     - Random numbers come from the default generator of the device, or from one of `generators`. They are then those of
       the function itself, and a saved state of the generator continues as usual.
@@ -288,7 +289,7 @@ def _key(leaves: Sequence[Any], spec: Any, device: torch.device, modules: Sequen
     parts = tuple(
         (leaf.shape, leaf.stride(), leaf.dtype, leaf.device, leaf.requires_grad)
         if isinstance(leaf, Tensor)
-        else (type(leaf), leaf)
+        else (type(leaf), leaf.hex() if isinstance(leaf, float) else leaf)  # as -0.0 == 0.0, and nan != nan
         for leaf in leaves
     )
     modes = (

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Sequence
+from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -57,22 +59,42 @@ class Planned:
         forms = _forms(self.plan, list(places))
         if forms is None:
             return None
-        launcher, device, make = self.launcher, self.device, native.module.Launch
+        launcher, device = self.launcher, self.device
         parts = [
-            (fields, params, [(offset, places[name][0], places[name][1] + past) for offset, name, past in pointers])
+            _part(
+                fields, params, [(offset, places[name][0], places[name][1] + past) for offset, name, past in pointers]
+            )
             for fields, params, pointers in forms
         ]
 
         def launch(tensors: list[Any], addresses: list[int], stream: int) -> None:
-            launches = []
-            for fields, params, pointers in parts:
-                memory = bytearray(params)
-                for offset, source, past in pointers:
-                    _POINTER.pack_into(memory, offset, addresses[source] + past)
-                launches.append(make(**fields, params=bytes(memory)))
-            launcher.run(launches, device)
+            launcher.run([part(addresses) for part in parts], device)
 
         return launch
+
+
+def _part(fields: dict[str, Any], params: bytes, pointers: list[tuple[int, int, int]]) -> Callable[[list[int]], Any]:
+    """A function from the addresses of tensors to a launch.
+
+    Args:
+        fields: All of the launch but its parameters.
+        params: These.
+        pointers: The addresses in them: (offset, tensor, bytes past its first).
+    """
+    ends = [0, *(offset + _POINTER.size for offset, _, _ in pointers)]
+    starts = [*(offset for offset, _, _ in pointers), len(params)]
+    between = [params[end:start] for end, start in zip(ends, starts, strict=True)]
+    count = len(pointers)
+    in_turn = itemgetter(0, *(place for index in range(count) for place in (count + 1 + index, index + 1)))
+    layout = "<" + "Q".join(f"{len(piece)}s" for piece in between)
+    pack, make = struct.Struct(layout).pack, partial(native.module.Launch, **fields)
+    sources = [(tensor, past) for _, tensor, past in pointers]
+
+    def part(addresses: list[int]) -> Any:
+        words = in_turn(between + [addresses[tensor] + past for tensor, past in sources])
+        return make(params=pack(*words))
+
+    return part
 
 
 def _forms(plan: Callable[[dict[str, int]], Sequence[Any]], names: list[str]) -> list[_Form] | None:

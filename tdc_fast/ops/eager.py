@@ -27,7 +27,7 @@ from torch.autograd import forward_ad
 
 from tdc_fast.ops import library
 from tdc_fast.ops.checks import are_in_memory, extents, tf32_is_allowed
-from tdc_fast.ops.replay import Replayed
+from tdc_fast.ops.replay import Replayed, picker
 
 ENVIRONMENT = "TDC_FAST_BACKEND"
 _LIMIT = 4096  # keys remembered
@@ -40,7 +40,9 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack
 _profiling = torch.autograd._profiler_enabled
 _autocasts = torch._C._is_any_autocast_enabled
 _environment = os.environ._data  # type: ignore[attr-defined]  # os.environ.get takes as long as all other checks
-_STRIDED = torch.strided
+_grad_enabled = torch.is_grad_enabled
+_is_nested = vars(torch._C.TensorBase)["is_nested"].__get__
+_nbytes, _storage, _offset = torch.UntypedStorage.nbytes, Tensor.untyped_storage, Tensor.storage_offset
 _VARIABLE = ENVIRONMENT.encode()
 
 
@@ -61,19 +63,44 @@ class Seen:
 
     Attributes:
         matches: Whether tensors have the metadata that its tensors had.
-        spans: The `extents` of its tensors.
         differentiable: Whether one of them requires a gradient.
         run: Computes it, given all arguments.
     """
 
-    __slots__ = ("differentiable", "matches", "run", "spans")
+    __slots__ = ("_held", "_spans", "differentiable", "matches", "run")
 
     def __init__(self, given: Sequence[Tensor], run: Callable[..., Any]) -> None:
         sizes, strides = ([list(of(t)) for t in given] for of in (Tensor.size, Tensor.stride))
         self.matches = _Guards(*given, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
-        self.spans = extents(given)
         self.differentiable = any(t.requires_grad for t in given)
         self.run = run
+        self._spans = extents(given)
+        self._held: Any = None
+
+    def are_in_memory(self, given: Sequence[Tensor]) -> bool:
+        """Whether the storage of every tensor covers it; they must match."""
+        held = [*map(_nbytes, map(_storage, given))], [*map(_offset, given)]
+        if held == self._held:  # storages and places in them as large as those that were found to do
+            return True
+        found = are_in_memory(given, self._spans)
+        if found:
+            self._held = held
+        return found
+
+
+class Alike:
+    """The calls whose arguments have the same types.
+
+    Attributes:
+        given: Of all arguments, those that are tensors.
+        calls: The calls by key.
+    """
+
+    __slots__ = ("calls", "given")
+
+    def __init__(self, types: Sequence[type], tensors: int) -> None:
+        self.given = picker([place for place in range(tensors) if types[place] is not type(None)])
+        self.calls: dict[Hashable, list[Seen]] = {}
 
 
 class Operator:
@@ -95,7 +122,7 @@ class Operator:
         kinds = [str(argument.type) for argument in self.overload._schema.arguments]
         self._tensors = sum(kind in ("Tensor", "Optional[Tensor]") for kind in kinds)
         self._bind = bind
-        self._seen: dict[Hashable, list[Seen]] = {}
+        self._alike: dict[tuple[type, ...], Alike] = {}
         self._apply: Callable[..., Any] | None = None
         self._cast: Callable[..., tuple[Any, ...]] = lambda device, *args: args
         self._is_cast = False
@@ -140,11 +167,13 @@ class Operator:
         Args:
             *args: All its arguments, which need not be right.
         """
-        if _is_compiling() or not _unobserved() or not _are_dense(args[: self._tensors]):
+        if _is_compiling() or not _unobserved():
             return None
         device = self._autocast_device(args)
         if not device:
             return self._again(args)
+        if not _are_dense(args[: self._tensors]):
+            return None
         with library.without_autocast():
             return self._again(self._cast(device, *args))
 
@@ -156,50 +185,56 @@ class Operator:
         return device if torch.is_autocast_enabled(device) else ""
 
     def _again(self, args: tuple[Any, ...]) -> Any:
-        """The result for dense tensors, or None."""
-        tensors = args[: self._tensors]
+        """The result, or None."""
+        alike = self._alike.get((*map(type, args),))
+        if alike is None:
+            return None
+        given = alike.given(args)
+        if any(map(_is_nested, given)):  # at which the guards would end the process
+            return None
         try:
-            alike = self._seen[_key(tensors, args[self._tensors :])]
+            calls = alike.calls[_key(args, self._tensors)]
         except (KeyError, TypeError):  # new, or a setting that has no hash, about which the general way says more
             return None
-        given = [t for t in tensors if t is not None]
-        for seen in alike:
+        for seen in calls:
             if seen.matches(*given):
                 break
         else:
             return None
-        if seen is not alike[0]:
-            alike[:] = [seen, *(other for other in alike if other is not seen)]
-        if not are_in_memory(given, seen.spans):
+        if seen is not calls[0]:
+            calls[:] = [seen, *(other for other in calls if other is not seen)]
+        if not seen.are_in_memory(given):
             return None
-        if seen.differentiable and self._apply is not None and torch.is_grad_enabled():
+        if seen.differentiable and self._apply is not None and _grad_enabled():
             return self._apply(*args, seen.run)
         return seen.run(*args)
 
     def _remember(self, args: tuple[Any, ...]) -> None:
         """Keeps a call that went well."""
-        tensors = args[: self._tensors]
-        given = [t for t in tensors if t is not None]
+        given = [t for t in args[: self._tensors] if t is not None]
         distinct = len(set(map(id, given))) == len(given)  # as the guards want them
         if _Guards is None or not distinct or not library.are_plain(given):
             return
         bound = self._bind(*args)
-        run = library.below_autograd(bound.run)
         if bound.only_launches:
-            run = Replayed(run, given[0].device, self._tensors)
-        if len(self._seen) >= _LIMIT:
-            self._seen.clear()
-        alike = self._seen.setdefault(_key(tensors, args[self._tensors :]), [])
-        alike.insert(0, Seen(given, run))
-        del alike[_MOST_ALIKE:]
+            run: Callable[..., Any] = Replayed(library.below_autograd(bound.run), given[0].device, self._tensors)
+        else:
+            run = library.below_autograd(bound.run)
+        if sum(len(alike.calls) for alike in self._alike.values()) >= _LIMIT:
+            self.forget()
+        types = (*map(type, args),)
+        alike = self._alike.setdefault(types, Alike(types, self._tensors))
+        calls = alike.calls.setdefault(_key(args, self._tensors), [])
+        calls.insert(0, Seen(given, run))
+        del calls[_MOST_ALIKE:]
 
     def seen(self) -> list[Seen]:
         """All calls that are kept."""
-        return [seen for alike in self._seen.values() for seen in alike]
+        return [seen for alike in self._alike.values() for calls in alike.calls.values() for seen in calls]
 
     def forget(self) -> None:
         """Forgets all of them."""
-        self._seen.clear()
+        self._alike.clear()
 
 
 _operators: list[Operator] = []
@@ -222,17 +257,14 @@ def _unobserved() -> bool:
 
 
 def _are_dense(tensors: Sequence[Any]) -> bool:
-    """Whether all are dense tensors, or None but for the first two; the guards end the process at other layouts."""
-    for t in tensors:
-        if t is not None and not (isinstance(t, Tensor) and t.layout is _STRIDED and not t.is_nested):
-            return False
-    return tensors[0] is not None and tensors[1] is not None
+    """Whether all are dense tensors or None, so that autocast's conversions of them go well."""
+    return all(t is None or (isinstance(t, Tensor) and t.layout is torch.strided and not t.is_nested) for t in tensors)
 
 
-def _key(tensors: Sequence[Any], settings: tuple[Any, ...]) -> Hashable:
-    """What the guards do not compare, and two shapes, so that few calls share a key. Types, as True == 1 == 1.0."""
-    first, second = tensors[:2]
+def _key(args: tuple[Any, ...], tensors: int) -> Hashable:
+    """What neither the types of arguments nor the guards tell, and two shapes, so that few calls share a key."""
+    first = args[0]
     return (
-        first.shape, second.shape, settings, *map(type, settings), *[t is None for t in tensors],
-        _environment.get(_VARIABLE), first.dtype is torch.float32 and tf32_is_allowed(),
+        first.shape, args[1].shape, args[tensors:], _environment.get(_VARIABLE),
+        first.dtype is torch.float32 and tf32_is_allowed(),
     )  # fmt: skip

@@ -12,7 +12,9 @@ that was aligned to 16 bytes when the call was recorded must be again; otherwise
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial, reduce
+from operator import itemgetter, or_
 from typing import Any
 
 import torch
@@ -30,6 +32,10 @@ _VIEW = {
     op.default for op in (_aten.permute, _aten.view, _aten.detach, _aten.alias, _aten.unsqueeze, _aten.squeeze)
 } | {_aten.slice.Tensor, _aten.select.int}
 _ALIGNMENT = 16  # bytes
+_data_ptr = Tensor.data_ptr
+_NAMES = {"cpu": "_empty_strided_cpu", "cuda": "_empty_strided_cuda"}
+# Of sizes, strides and a dtype, on the current device; torch's compiler has them to allocate below the dispatcher.
+_EMPTY = {device: getattr(torch._C._dynamo.guards, name, None) for device, name in _NAMES.items()}
 
 
 class Replayed:
@@ -48,7 +54,7 @@ class Replayed:
         """
         self._run, self._tensors = run, tensors
         self._device = device.index if device.type == "cuda" else None
-        self._again: Callable[[list[Any], int], Any] | None = None
+        self._again: Callable[[tuple[Any, ...], int], Any] | None = None
 
     @property
     def never_repeats(self) -> bool:
@@ -62,11 +68,9 @@ class Replayed:
             return self._record(args)
         index = self._device
         if index is None:
-            result = again(list(args[: self._tensors]), 0)
-        elif current_device_is(index):
-            result = again(list(args[: self._tensors]), current_stream(index))
+            result = again(args, 0)
         else:
-            result = None
+            result = again(args, current_stream(index)) if current_device_is(index) else None
         return self._run(*args) if result is None else result
 
     def _record(self, args: tuple[Any, ...]) -> Any:
@@ -76,7 +80,7 @@ class Replayed:
         return result
 
 
-def _never(tensors: list[Any], stream: int) -> None:
+def _never(args: tuple[Any, ...], stream: int) -> None:
     """Stands for a call that cannot be repeated."""
 
 
@@ -104,11 +108,11 @@ class _Allocations(TorchDispatchMode):
 
 def _repetition(
     arguments: list[Any], allocations: _Allocations, launches: list[Recorded], result: Any
-) -> Callable[[list[Any], int], Any] | None:
-    """From what a call did to a function of the tensors of another, and a stream, that does it; None if there is none.
+) -> Callable[[tuple[Any, ...], int], Any] | None:
+    """From what a call did to a function of the arguments of another, and a stream, that does it; None if none does.
 
     Args:
-        arguments: The tensors of the call.
+        arguments: The call's arguments that are tensors or None.
         allocations: What it did in torch.
         launches: What it launched.
         result: A tensor, or a list or tuple of tensors.
@@ -117,20 +121,21 @@ def _repetition(
         return None
     results = [result] if isinstance(result, Tensor) else list(result)
     made = [_final(tensor, results) for tensor in allocations.made]
-    tensors = arguments + made
-    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+    given = [index for index, tensor in enumerate(arguments) if tensor is not None]
+    tensors = [arguments[index] for index in given] + made
+    addresses = [tensor.data_ptr() for tensor in tensors]
 
     def place(address: int) -> tuple[int, int]:
         if addresses.count(address) == 1:
             return addresses.index(address), 0
-        for index in range(len(arguments), len(tensors)):  # arguments may overlap, allocated tensors do not
+        for index in range(len(given), len(tensors)):  # arguments may overlap, allocated tensors do not
             if 0 < address - addresses[index] < tensors[index].nbytes:
                 return index, address - addresses[index]
         raise KeyError(address)
 
     try:
         repeats = [launch.again(place) for launch in launches]
-        places = [_index(made, tensor) + len(arguments) for tensor in results]
+        places = [_index(made, tensor) + len(given) for tensor in results]
     except KeyError:
         return None
     empties = [_allocator(tensor) for tensor in made]
@@ -138,7 +143,7 @@ def _repetition(
         return None
     aligned = [index for index, address in enumerate(addresses) if address % _ALIGNMENT == 0]
     kind = None if isinstance(result, Tensor) else type(result)
-    return _again(empties, repeats, aligned, places, kind)  # type: ignore[arg-type]
+    return _again(picker(given), empties, repeats, picker(aligned), places, kind)  # type: ignore[arg-type]
 
 
 def _final(made: Tensor, results: list[Tensor]) -> Tensor:
@@ -163,23 +168,32 @@ def _allocator(like: Tensor) -> Callable[[], Tensor] | None:
     template = torch.empty_like(like)
     if template.stride() != like.stride():
         return None
+    empty = _EMPTY.get(like.device.type)
+    if empty is not None:
+        return partial(empty, tuple(like.shape), like.stride(), like.dtype)
     template.untyped_storage().resize_(0)  # the metadata is all that is kept
-    return lambda: torch.empty_like(template)
+    return partial(torch.empty_like, template)
+
+
+def picker(places: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
+    """A function from a sequence to its items at some places; operator.itemgetter returns one item by itself."""
+    return itemgetter(*places) if len(places) > 1 else lambda items: [items[place] for place in places]
 
 
 def _again(
-    empties: list[Callable[[], Tensor]], launches: list[Again], aligned: list[int], results: list[int], kind: Any
-) -> Callable[[list[Any], int], Any]:
+    given: Callable[[Sequence[Any]], Sequence[Tensor]],
+    empties: list[Callable[[], Tensor]],
+    launches: list[Again],
+    aligned: Callable[[Sequence[int]], Sequence[int]],
+    results: list[int],
+    kind: Any,
+) -> Callable[[tuple[Any, ...], int], Any]:
     """The function that allocates, takes addresses and launches; it returns None where memory is less aligned."""
 
-    def again(tensors: list[Any], stream: int) -> Any:
-        for empty in empties:
-            tensors.append(empty())
-        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-        bits = 0
-        for place in aligned:
-            bits |= addresses[place]
-        if bits % _ALIGNMENT:
+    def again(args: tuple[Any, ...], stream: int) -> Any:
+        tensors = [*given(args), *[empty() for empty in empties]]
+        addresses = [*map(_data_ptr, tensors)]
+        if reduce(or_, aligned(addresses), 0) % _ALIGNMENT:
             return None
         for launch in launches:
             launch(tensors, addresses, stream)

@@ -93,6 +93,15 @@ def test_arguments_may_be_nested_and_what_is_no_tensor_counts_by_value(tape):
     assert step.num_graphs == 2
 
 
+def test_numbers_count_by_their_bits(tape):
+    step = Graphed(lambda x, factor: x * factor, "cpu", warmup=1)
+    for factor in (0.0, -0.0, 0.0, -0.0, 0.0, -0.0):
+        assert step(torch.ones(1), factor).signbit().item() == (str(factor) == "-0.0")
+    for _ in range(3):
+        assert step(torch.ones(1), float("nan")).isnan().item()
+    assert step.num_graphs == 3
+
+
 @pytest.mark.parametrize(
     "other",
     [

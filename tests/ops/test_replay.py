@@ -5,15 +5,15 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
 from tdc_fast import RoutingPlan, routed_conv2d, routed_group_norm, routed_linear
-from tdc_fast.kernels import recording
-from tdc_fast.ops import backends, eager, native
+from tdc_fast.kernels import launch, recording, triton_launcher
+from tdc_fast.ops import backends, eager, native, replay
 from tdc_fast.ops.cuda_planned import Planned
 from tdc_fast.ops.replay import Replayed
 
@@ -28,6 +28,56 @@ BATCH, GROUPS = 6, 3
 def driver() -> Iterator[StandInDriver]:
     with stand_in_gpu(records=True) as stand_in:
         yield stand_in
+
+
+class Bottom:
+    """What reaches the C functions under Triton's launcher; tensor maps are described by what they were encoded from.
+
+    Attributes:
+        launched: grid and arguments of each launch.
+        ways: Of each launch that can be repeated, the function that does it without Triton's launcher, or None.
+    """
+
+    def __init__(self, stand_in: StandInDriver, patch: pytest.MonkeyPatch) -> None:
+        self.launched: list[tuple[tuple[int, ...], list[Any]]] = []
+        self.ways: list[Any] = []
+        self._maps: list[tuple[Any, int, tuple[Any, ...]]] = []
+        fill, direct = stand_in.utils.fill_tma_descriptor_tiled, launch.direct
+
+        def encode(address: int, *rest: Any) -> Any:
+            self._maps.append((fill(address, *rest), address, rest))
+            return self._maps[-1][0]
+
+        def noted(*arguments: Any) -> Any:
+            self.ways.append(direct(*arguments))
+            return self.ways[-1]
+
+        patch.setattr(stand_in.utils, "fill_tma_descriptor_tiled", encode)
+        patch.setattr(stand_in.utils, "launch", self._launch)
+        patch.setattr(launch, "direct", noted)
+        patch.setattr(triton_launcher, "_MAPS", 2)
+
+    def _launch(self, *given: Any) -> None:
+        self.launched.append((given[:3], [self._described(argument) for argument in given[-1]]))
+
+    def _described(self, argument: Any) -> Any:
+        for encoded, address, rest in self._maps:
+            if encoded is argument:
+                return Map(address, rest)
+        return argument
+
+
+class Map(NamedTuple):
+    """A tensor map."""
+
+    address: int
+    settings: tuple[Any, ...]
+
+
+@pytest.fixture(scope="module")
+def bottom() -> Iterator[Bottom]:
+    with stand_in_gpu() as stand_in, pytest.MonkeyPatch.context() as patch:
+        yield Bottom(stand_in, patch)
 
 
 def plan() -> RoutingPlan:
@@ -86,7 +136,7 @@ class Names:
         return self._names.setdefault(address, f"made {len(self._names)}")
 
 
-def launches(driver: StandInDriver, case: Case, plan: RoutingPlan) -> list[Any]:
+def launches(driver: StandInDriver | Bottom, case: Case, plan: RoutingPlan) -> list[Any]:
     """The launches of a forward and backward; addresses have names, and what is given as a tensor is its address."""
     operator, tensors, settings = case
     wanting = {name: t.detach().requires_grad_() for name, t in tensors.items()}
@@ -102,6 +152,8 @@ def launches(driver: StandInDriver, case: Case, plan: RoutingPlan) -> list[Any]:
     def described(argument: Any) -> Any:
         if isinstance(argument, Tensor):
             return names.of(argument.data_ptr())
+        if isinstance(argument, Map):
+            return names.of(argument.address), *map(str, argument.settings)
         if hasattr(argument, "block_shape"):
             box = (argument.shape, argument.strides, argument.block_shape, argument.padding)
             return names.of(argument.base.data_ptr()), *map(str, box)
@@ -112,29 +164,47 @@ def launches(driver: StandInDriver, case: Case, plan: RoutingPlan) -> list[Any]:
     return found
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_a_repeated_call_launches_what_the_backend_would(
-    driver: StandInDriver, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made, kept = torch.empty_like, []
+def compare_repeated(driver: StandInDriver | Bottom, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asserts that a repeated call launches what the general way does."""
+    kept: list[Tensor] = []
 
-    def keeping(*arguments: Any) -> Tensor:  # so that no address comes twice
-        kept.append(made(*arguments))
-        return kept[-1]
+    def keeping(make: Callable[..., Tensor]) -> Callable[..., Tensor]:  # so that no address comes twice
+        def kept_empty(*arguments: Any) -> Tensor:
+            kept.append(make(*arguments))
+            return kept[-1]
+
+        return kept_empty
 
     backends.forget()
+    for device, empty in replay._EMPTY.items():
+        monkeypatch.setitem(replay._EMPTY, device, keeping(empty))
     one_plan = plan()
     for _ in range(2):  # the general way, then recorded
         launches(driver, CASES[name](), one_plan)
     replays = [seen.run for seen in eager.seen()]
     assert not any(isinstance(r, Replayed) and r.never_repeats for r in replays)
     last, other_plan = CASES[name](), plan()
-    monkeypatch.setattr(torch, "empty_like", keeping)
     repeated = launches(driver, last, other_plan)
     assert kept
     monkeypatch.undo()
     backends.forget()
     assert repeated == launches(driver, last, other_plan)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_repeated_call_launches_what_the_backend_would(
+    driver: StandInDriver, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compare_repeated(driver, name, monkeypatch)
+
+
+@pytest.mark.parametrize("name", ["its epilogue", "widths", "two inputs", "group norm"])
+def test_a_repeated_call_passes_the_driver_what_tritons_launcher_would(
+    bottom: Bottom, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bottom.ways.clear()
+    compare_repeated(bottom, name, monkeypatch)
+    assert bottom.ways and None not in bottom.ways
 
 
 def test_memory_that_is_less_aligned_takes_the_backends_way(driver: StandInDriver) -> None:
@@ -224,8 +294,8 @@ def test_nothing_that_was_recorded_keeps_memory() -> None:
     for _ in range(2):
         result = call(x, None, 3)
     known = {id(t) for t in (*before, result)}
-    storages = [t.untyped_storage() for t in gc_tensors() if id(t) not in known and t.numel() == 1000]
-    assert storages and all(storage.nbytes() == 0 for storage in storages)
+    others = [t for t in gc_tensors() if id(t) not in known and t.numel() == 1000]
+    assert all(t.untyped_storage().nbytes() == 0 for t in others)
 
 
 def gc_tensors() -> list[Tensor]:
