@@ -221,14 +221,17 @@ void bind_planners_of_norms(py::module_& module) {
                                 launch_group_norm_backward);
   define<NormBackwardArguments>(module, "cuda_group_norm_backward_workspace", "Bytes of workspace that they need.",
                                 backward, group_norm_backward_workspace);
-  define<NormArguments>(module, "cuda_group_norm_stream_refusal", "Why the forward does not run as a stream, or ''.",
-                        take_norm_sizes, group_norm_stream_refusal);
-  for (const bool gradients : {false, true})
-    define<NormArguments>(module, gradients ? "cuda_group_norm_backward_refusal" : "cuda_group_norm_forward_refusal",
-                          "Why no kernel serves these sizes, or ''.", take_norm_sizes,
-                          [gradients](const NormArguments& arguments, const Device& device) {
+  for (const bool gradients : {false, true}) {
+    const std::string name = gradients ? "cuda_group_norm_backward" : "cuda_group_norm_forward";
+    define<NormArguments>(module, (name + "_refusal").c_str(), "Why no kernel serves these sizes, or ''.",
+                          take_norm_sizes, [gradients](const NormArguments& arguments, const Device& device) {
                             return group_norm_refusal(arguments, device, gradients);
                           });
+    define<NormArguments>(module, (name + "_stream_refusal").c_str(), "Why they do not run as a stream, or ''.",
+                          take_norm_sizes, [gradients](const NormArguments& arguments, const Device& device) {
+                            return group_norm_stream_refusal(arguments, device, gradients);
+                          });
+  }
 }
 
 void bind_planner_of_packing(py::module_& module) {

@@ -313,8 +313,20 @@ def group_norm_backward(
     rstd: Tensor,
     t: NormTensors,
     mask: tuple[bool, bool, bool, bool, bool, bool],
+    *,
+    streamed: bool = False,
 ) -> tuple[Tensor | None, ...]:
-    """Returns the gradients of x, weight, bias, scale, shift and x2, in their shapes; None where unmasked."""
+    """Returns the gradients of x, weight, bias, scale, shift and x2, in their shapes; None where unmasked.
+
+    Args:
+        p: the problem.
+        dy: the gradient of y.
+        mean: (B, norm groups) fp32, of the forward, as is rstd.
+        rstd: see mean.
+        t: the tensors of the forward, with its counters.
+        mask: which gradients are wanted, in the order of the results.
+        streamed: as a stream where that serves.
+    """
     shapes = ((p.num_experts, p.channels),) * 2 + ((p.batch, p.channels),) * 2
     make = torch.zeros if p.batch == 0 else torch.empty
     dweight, dbias, dscale, dshift = (
@@ -342,6 +354,8 @@ def group_norm_backward(
     }
     if dx2 is not None:
         arguments["dx2"] = dx2.data_ptr()
+    if streamed:
+        arguments["streamed"] = True
     workspace = _workspace(native.module.cuda_group_norm_backward_workspace, p.device, arguments)
     planner = native.module.cuda_launches_group_norm_backward
     launch_planned(planner, p.device, arguments | {"workspace": address(workspace)})

@@ -1,7 +1,7 @@
 """The `hopper` backend: the `cuda` backend with forms of its own.
 
-They are the convolution's Hopper form (TMA and wgmma, csrc/cuda/conv/hopper_*), and group norms of many chunks as a
-stream (csrc/cuda/group_norm/stream.cuh).
+They are the convolution's Hopper form (TMA and wgmma, csrc/cuda/conv/hopper_*), and group norms of many chunks and
+their gradients as a stream (csrc/cuda/group_norm/stream.cuh).
 
 On a GPU of compute capability 9.0 it serves 3x3 and 1x1 convolutions, linear layers and their gradients in that form
 where it can (`form` says where, and `explain` shows it), everything else as `cuda` does. It runs where it is asked for
@@ -21,7 +21,6 @@ from tdc_fast.ops.cuda_launch import launcher_facts
 name = "hopper"
 fuses = cuda.fuses
 only_launches = True
-group_norm_backward = cuda.group_norm_backward
 ARCHITECTURE = 90
 HOPPER_FORM = "in the Hopper form"  # what `form` says of it
 STREAM = "as a stream"
@@ -41,11 +40,13 @@ def supports(problem: Problem) -> str | None:
 def form(problem: Problem) -> str:
     """In words, which kernels serve a problem that the backend supports, and why not the Hopper form."""
     if isinstance(problem, NormProblem):
-        if problem.op == "routed_group_norm_backward":
-            return "in the portable form"
-        reason = native.module.cuda_group_norm_stream_refusal(
-            **cuda.norm_sizes(problem), device=launcher_facts(problem.device)
+        core = native.module
+        refuse = (
+            core.cuda_group_norm_backward_stream_refusal
+            if problem.op == "routed_group_norm_backward"
+            else core.cuda_group_norm_forward_stream_refusal
         )
+        reason = refuse(**cuda.norm_sizes(problem), device=launcher_facts(problem.device))
         return f"in the portable form: it is no stream, {reason}" if reason else STREAM
     refusals = {
         "routed_conv2d": native.module and native.module.cuda_conv_forward_hopper_refusal,
@@ -59,6 +60,18 @@ def form(problem: Problem) -> str:
 def group_norm(p: NormProblem, t: NormTensors) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns y (B, C, H, W), channels_last; mean and rstd (B, norm groups) fp32; counters, zeros."""
     return cuda.group_norm(p, t, streamed=True)
+
+
+def group_norm_backward(
+    p: NormProblem,
+    dy: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    t: NormTensors,
+    mask: tuple[bool, bool, bool, bool, bool, bool],
+) -> tuple[Tensor | None, ...]:
+    """Returns the gradients of x, weight, bias, scale, shift and x2, in their shapes; None where unmasked."""
+    return cuda.group_norm_backward(p, dy, mean, rstd, t, mask, streamed=True)
 
 
 def conv2d(p: ConvProblem, t: ConvTensors) -> Tensor:

@@ -7,7 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tdc_fast import explain, routed_conv2d, routed_group_norm
+from tdc_fast import explain, routed_conv2d
+from tdc_fast.kernels.problems import NormTensors
+from tdc_fast.ops.backends import explain_problem
+from tdc_fast.ops.checks import norm_problem
 from tdc_fast.ops.hopper import HOPPER_FORM, STREAM
 from tests.cases import ConvCase, NormCase, Routing
 from tests.gpu.problems import BF16, FP16, Precision, Target, moved, plan_on, routed, settings_on, targets
@@ -112,8 +115,9 @@ def test_gradients_of_large_shapes_repeat_bit_by_bit(name: str, target: Target) 
 
 
 STREAMS = {
-    "whole vectors": ((12, 3, 0, 49), {"channels": 128, "num_groups": 32, "widths": (128, 64, 32, 4)}),
-    "two inputs": ((9, 30, 25), {"channels": 384, "num_groups": 32, "x2_channels": 128}),
+    "whole vectors": ((12, 3, 0, 49), 32, {"channels": 128, "num_groups": 32, "widths": (128, 64, 32, 4)}),
+    "two inputs": ((9, 30, 25), 32, {"channels": 384, "num_groups": 32, "x2_channels": 128}),
+    "in place": ((5, 0, 12, 23), 64, {"channels": 128, "num_groups": 32, "widths": (128, 64, 32, 4)}),
 }
 
 
@@ -121,19 +125,38 @@ STREAMS = {
 @pytest.mark.parametrize("precision", [BF16, FP16], ids=str)
 @pytest.mark.parametrize("name", STREAMS)
 def test_norms_as_streams(name: str, precision: Precision, target: Target, nan_filled_memory: None) -> None:
-    samples, changes = STREAMS[name]
+    samples, side, changes = STREAMS[name]
     if target.device == "cpu":
-        samples = tuple(min(n, 1) for n in samples)
+        samples, side = tuple(min(n, 1) for n in samples), 4
     groups = tuple(group for group, count in enumerate(samples) for _ in range(count))
-    routing, size = Routing(groups, len(samples), len(samples), None), (32, 32) if target.device == "cuda" else (4, 4)
+    routing = Routing(groups, len(samples), len(samples), None)
     settings = {"widths": None, "extras": ("scale", "shift"), "activation": "silu", "layout": "channels_last"}
-    case = NormCase(routing=routing, size=size, seed=1, **(settings | changes))
-    check(case, precision, target, {"sums": 4 * case.routing.batch * size[0] * size[1]})
+    case = NormCase(routing=routing, size=(side, side), seed=1, **(settings | changes))
+    check(case, precision, target, {"sums": 4 * case.routing.batch * side * side})
     if target.device == "cuda":
-        t = moved(case.tensors(torch.bfloat16), "cuda", case.layout)
-        what = explain(routed_group_norm, t["x"], t["weight"], t["bias"], plan_on(routing, "cuda"), x2=t.get("x2"),
-                       **settings_on(case, "cuda"))  # fmt: skip
-        assert what.forms["hopper"] == STREAM
+        t = {k: v.detach() for k, v in moved(case.tensors(torch.bfloat16), "cuda", case.layout).items()}
+        plan = plan_on(routing, "cuda")
+        tensors = NormTensors(
+            t["x"], t["weight"], t["bias"], plan.offsets, plan.weight_index, None, t["scale"], t["shift"], t.get("x2")
+        )
+        for op in ("routed_group_norm", "routed_group_norm_backward"):
+            what = explain_problem(op, norm_problem(op, tensors, case.num_groups, 1e-5, True))
+            assert what.forms["hopper"] == STREAM, op
+
+
+@on_hopper
+def test_gradients_of_a_stream_repeat_to_the_bit(target: Target) -> None:
+    """Of three samples' experts in turn, whose terms the last item of each adds up."""
+    samples, side = ((22,) * 3, 32) if target.device == "cuda" else ((1,) * 3, 4)
+    groups = tuple(group for group, count in enumerate(samples) for _ in range(count))
+    settings = {"widths": None, "extras": ("scale", "shift"), "activation": "silu", "layout": "channels_last"}
+    case = NormCase(
+        routing=Routing(groups, 3, 3, None), channels=128, num_groups=32, size=(side, side), seed=2, **settings
+    )
+    tensors = moved(case.tensors(torch.bfloat16), target.device, case.layout)
+    y = routed(case, tensors, target, plan_on(case.routing, target.device))
+    once, *others = (torch.autograd.grad(y.sum(), list(tensors.values()), retain_graph=True) for _ in range(6))
+    assert all(torch.equal(a, b) for other in others for a, b in zip(once, other, strict=True))
 
 
 @pytest.mark.gpu

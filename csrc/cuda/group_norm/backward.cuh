@@ -73,6 +73,21 @@ struct ChannelCoefficients {
   }
 };
 
+// Adds dz and dz * d of a pixel to the sums of its channels.
+template <class T, int V>
+__device__ __forceinline__ void add_grads(const Lanes<T, V>& x, const Lanes<T, V>& dy, const ChannelCoefficients<V>& of,
+                                          bool silu, float (&sum)[2][V]) {
+  float x_value[V], dy_value[V];
+  x.unpack(x_value);
+  dy.unpack(dy_value);
+  of.to_grads(x_value, dy_value, silu);
+#pragma unroll
+  for (int i = 0; i < V; ++i) {
+    sum[0][i] += dy_value[i];
+    sum[1][i] += dy_value[i] * x_value[i];
+  }
+}
+
 // Sums of dz and dz * d per channel over the block's pixels; x and dy stay in the tiles when kKeep.
 template <class T, int V, bool kTwo, bool kKeep>
 __device__ __forceinline__ void sum_grads(const GroupNormParams& p, const NormBlock& block, const NormThread& thread,
@@ -109,15 +124,7 @@ __device__ __forceinline__ void sum_grads(const GroupNormParams& p, const NormBl
             x_lanes[u].store(x_tile + pixel * block.channels + c);
             if (p.keeps_dy) dy_lanes[u].store(dy_tile + pixel * block.channels + c);
           }
-          float x_value[V], dy_value[V];
-          x_lanes[u].unpack(x_value);
-          dy_lanes[u].unpack(dy_value);
-          of.to_grads(x_value, dy_value, p.silu);
-#pragma unroll
-          for (int i = 0; i < V; ++i) {
-            sum[0][i] += dy_value[i];
-            sum[1][i] += dy_value[i] * x_value[i];
-          }
+          add_grads(x_lanes[u], dy_lanes[u], of, p.silu, sum);
         }
       }
     }
@@ -198,9 +205,10 @@ __device__ __forceinline__ void finish_grads(const GroupNormParams& p, const Nor
 }
 
 // Writes dx for the block's pixels, from the tiles or from x and dy themselves; zeros for dead channels.
-template <class T, int V, bool kTwo, bool kFromTile>
+template <class T, int V, bool kTwo, bool kFromTile, class Refill = NoRefill>
 __device__ __forceinline__ void input_grads(const GroupNormParams& p, const NormBlock& block, const NormThread& thread,
-                                            const BackwardArrays& arrays, const T* x_tile, const T* dy_tile) {
+                                            const BackwardArrays& arrays, const T* x_tile, const T* dy_tile,
+                                            Refill refill = Refill()) {
   // In flight per thread and tensor; more would spill registers.
   constexpr int kLoads = V == 1 ? 4 : V == 4 && kTwo && !kFromTile ? 1 : 2;
   Input<const T, kTwo> x(p, block, p.x);
@@ -211,7 +219,11 @@ __device__ __forceinline__ void input_grads(const GroupNormParams& p, const Norm
     if (c >= block.channels) break;
     x.choose(p, block, c, p.x, p.x2);
     dx.choose(p, block, c, p.dx, p.dx2);
-    if (kTwo && !dx.first) continue;  // the gradient of the other part is wanted
+    refill.choose(c);
+    if (kTwo && !dx.first) {  // the gradient of the other part is wanted
+      for (int pixel = thread.row; pixel < block.pixels; pixel += thread.rows) refill(pixel);
+      continue;
+    }
     const ChannelCoefficients<V> of(arrays, c);
     float constant[V], centred[V];
 #pragma unroll
@@ -226,7 +238,9 @@ __device__ __forceinline__ void input_grads(const GroupNormParams& p, const Norm
         const int pixel = first + u * thread.rows;
         x_lanes[u].clear();
         dy_lanes[u].clear();
-        if (live == 0 || pixel >= block.pixels) continue;
+        if (pixel >= block.pixels) continue;
+        if (TDC_PLANTED(NORM_REFILLS_EARLY)) refill(pixel);
+        if (live == 0) continue;
         if (kFromTile) {
           x_lanes[u].load(x_tile + pixel * block.channels + c);
         } else {
@@ -242,6 +256,7 @@ __device__ __forceinline__ void input_grads(const GroupNormParams& p, const Norm
       for (int u = 0; u < kLoads; ++u) {
         const int pixel = first + u * thread.rows;
         if (pixel >= block.pixels) break;
+        if (!TDC_PLANTED(NORM_REFILLS_EARLY)) refill(pixel);
         if (live < V) {
           x_lanes[u].clear_from(live);
           dy_lanes[u].clear_from(live);

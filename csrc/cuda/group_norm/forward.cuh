@@ -197,9 +197,9 @@ __device__ __forceinline__ void finish_group(const GroupNormParams& p, const Nor
 }
 
 // Writes y for the block's pixels, from the tile or from x itself; zeros for dead channels.
-template <class T, int V, bool kTwo, bool kFromTile>
+template <class T, int V, bool kTwo, bool kFromTile, class Refill = NoRefill>
 __device__ __forceinline__ void normalize(const GroupNormParams& p, const NormBlock& block, const NormThread& thread,
-                                          const ForwardArrays& arrays, const T* tile) {
+                                          const ForwardArrays& arrays, const T* tile, Refill refill = Refill()) {
   constexpr int kLoads = V == 8 && kTwo && !kFromTile ? 2 : 4;  // more would spill registers
   Input<const T, kTwo> x(p, block, p.x);
   T* y = activations<T>(p, block, p.y);
@@ -207,6 +207,7 @@ __device__ __forceinline__ void normalize(const GroupNormParams& p, const NormBl
     const int c = strip + thread.lane * V, live = clamped(block.live - c, 0, V);
     if (c >= block.channels) break;
     x.choose(p, block, c, p.x, p.x2);
+    refill.choose(c);
     float centre[V] = {}, multiplier[V] = {}, offset[V] = {};
 #pragma unroll
     for (int i = 0; i < V; ++i) {
@@ -220,12 +221,19 @@ __device__ __forceinline__ void normalize(const GroupNormParams& p, const NormBl
       for (int u = 0; u < kLoads; ++u) {
         const int pixel = first + u * thread.rows;
         lanes[u].clear();
-        if (live == 0 || pixel >= block.pixels) continue;
+        if (pixel >= block.pixels) continue;
+        if (TDC_PLANTED(NORM_REFILLS_EARLY)) refill(pixel);
+        if (live == 0) continue;
         if (kFromTile) {
           lanes[u].load(tile + pixel * block.channels + c);
         } else {
           lanes[u].load(x.at(p, pixel, c));
         }
+      }
+#pragma unroll
+      for (int u = 0; u < kLoads; ++u) {
+        const int pixel = first + u * thread.rows;
+        if (pixel < block.pixels && !TDC_PLANTED(NORM_REFILLS_EARLY)) refill(pixel);
       }
 #pragma unroll
       for (int u = 0; u < kLoads; ++u) {

@@ -29,8 +29,12 @@
   TDC_GROUP_NORM_STAGE(X, tdc_group_norm_backward_partial_##suffix, group_norm_backward, T, vector, two, kPartial) \
   TDC_GROUP_NORM_BOUND(X, tdc_group_norm_backward_apply_##suffix, group_norm_backward, T, vector, two, kApply,     \
                        __VA_ARGS__)
-#define TDC_GROUP_NORM_STREAM(X, suffix, T, vector, two) \
-  X(tdc_group_norm_stream_##suffix, tdc::GroupNormParams, (tdc::group_norm_stream<T, vector, two>), 512, 2)
+#define TDC_GROUP_NORM_STREAM(X, suffix, T, vector, two)                                                              \
+  X(tdc_group_norm_stream_##suffix, tdc::GroupNormParams, (tdc::group_norm_stream<T, vector, two, false>), 512, 2)    \
+  X(tdc_group_norm_stream_in_place_##suffix, tdc::GroupNormParams, (tdc::group_norm_stream<T, vector, two, true>),    \
+    512, 1)                                                                                                           \
+  X(tdc_group_norm_backward_stream_##suffix, tdc::GroupNormParams, (tdc::group_norm_backward_stream<T, vector, two>), \
+    512, 1)
 #define TDC_GROUP_NORM_EXPERT_SUMS(X, suffix, T) \
   X(tdc_group_norm_expert_sums_##suffix, tdc::GroupNormParams, (tdc::group_norm_expert_sums<T>), 512)
 
@@ -50,7 +54,7 @@
 
 // A family of its own, which NVRTC compiles where a model has such norms.
 #define TDC_KERNELS_group_norm_two(X)                                  \
-  TDC_GROUP_NORM_WHOLE(X, fp32_vector_two, float, 4, true, 512)        \
+  TDC_GROUP_NORM_WHOLE(X, fp32_vector_two, float, 4, true, 512, 1)     \
   TDC_GROUP_NORM_WHOLE(X, bf16_vector_two, tdc::bf16, 8, true, 512)    \
   TDC_GROUP_NORM_WHOLE(X, fp16_vector_two, tdc::half, 8, true, 512)    \
   TDC_GROUP_NORM_SPLIT(X, fp32_vector_two, float, 4, true, 512, 1)     \

@@ -46,17 +46,20 @@ std::string bad_sizes(const NormArguments& a) {
 }
 
 // Whole: no workspace.
-NormSplit forward_split(const NormArguments& a, const Device& device) {
-  const bool aligned = all_aligned({a.x, a.x2, a.y});
+NormSplit split_of(const NormArguments& a, const Device& device, bool backward, bool aligned) {
   if (a.streamed) {
-    const NormSplit stream = stream_group_norm(a, device, aligned);
+    const NormSplit stream = stream_group_norm(a, device, backward, aligned);
     if (stream.refusal.empty()) return stream;
   }
-  return split_group_norm(a, device, false, aligned);
+  return split_group_norm(a, device, backward, aligned);
+}
+
+NormSplit forward_split(const NormArguments& a, const Device& device) {
+  return split_of(a, device, false, all_aligned({a.x, a.x2, a.y}));
 }
 
 NormSplit backward_split(const NormBackwardArguments& a, const Device& device) {
-  return split_group_norm(a, device, true, all_aligned({a.x, a.x2, a.dy, a.dx, a.dx2}));
+  return split_of(a, device, true, all_aligned({a.x, a.x2, a.dy, a.dx, a.dx2}));
 }
 
 int64_t moment_floats(const NormArguments& a, const NormSplit& s) {
@@ -141,6 +144,13 @@ Launch launch_expert_sums(const NormArguments& a, const GroupNormParams& p) {
   return launch;
 }
 
+// The blocks of a stream, or one for every chunk.
+Launch launch_whole(const char* stage, const NormArguments& a, const NormSplit& s, const GroupNormParams& p) {
+  Launch launch = launch_stage(stage, a, s, p, 1, s.shared_bytes);
+  if (s.stream_blocks) launch.grid[0] = static_cast<unsigned>(s.stream_blocks);
+  return launch;
+}
+
 void require_served(const NormArguments& a, const std::string& refusal) {
   if (!refusal.empty()) throw std::invalid_argument("group_norm: " + refusal + ": " + shapes_of(a));
 }
@@ -157,9 +167,9 @@ std::string group_norm_refusal(const NormArguments& a, const Device& device, boo
   return bad.empty() ? refusal_of(split_group_norm(a, device, backward, all_aligned({a.x, a.x2, a.y}))) : bad;
 }
 
-std::string group_norm_stream_refusal(const NormArguments& a, const Device& device) {
+std::string group_norm_stream_refusal(const NormArguments& a, const Device& device, bool backward) {
   const std::string bad = bad_sizes(a);
-  return bad.empty() ? stream_group_norm(a, device, all_aligned({a.x, a.x2, a.y})).refusal : bad;
+  return bad.empty() ? stream_group_norm(a, device, backward, all_aligned({a.x, a.x2, a.y})).refusal : bad;
 }
 
 size_t group_norm_forward_workspace(const NormArguments& a, const Device& device) {
@@ -179,12 +189,8 @@ std::vector<Launch> launch_group_norm_forward(const NormArguments& a, const Devi
   const NormSplit s = forward_split(a, device);
   require_served(a, refusal_of(s));
   const GroupNormParams p = params_of(a, s);
-  if (s.stream_blocks) {
-    Launch launch = launch_stage("stream", a, s, p, 1, s.shared_bytes);
-    launch.grid[0] = static_cast<unsigned>(s.stream_blocks);
-    return {launch};
-  }
-  if (s.whole) return {launch_stage("whole", a, s, p, 1, s.shared_bytes)};
+  const char* stage = !s.stream_blocks ? "whole" : s.in_place ? "stream_in_place" : "stream";
+  if (s.whole) return {launch_whole(stage, a, s, p)};
   return {launch_stage("partial", a, s, p, s.splits, s.shared_bytes),
           launch_stage("apply", a, s, p, s.splits, s.row_sums)};  // needs the channel arrays alone
 }
@@ -213,7 +219,7 @@ std::vector<Launch> launch_group_norm_backward(const NormBackwardArguments& a, c
   const bool wants_any = wants_input || wants_sums || a.dscale || a.dshift;
   if (a.batch > 0 && wants_any) {
     if (s.whole) {
-      launches.push_back(launch_stage("backward_whole", a, s, p, 1, s.shared_bytes));
+      launches.push_back(launch_whole(s.stream_blocks ? "backward_stream" : "backward_whole", a, s, p));
     } else {
       launches.push_back(launch_stage("backward_partial", a, s, p, s.splits, s.shared_bytes));
       // Without dx and dx2 only the first run's block has something to write.

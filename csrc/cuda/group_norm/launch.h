@@ -39,7 +39,7 @@ struct NormArguments {
   bool silu = false;
   int64_t num_groups = 0;
   int64_t num_experts = 0;
-  bool streamed = false;      // the forward as a stream (stream.cuh), where that serves
+  bool streamed = false;      // as a stream (stream.cuh), where that serves
   int64_t scale_stride = -1;  // elements between the rows of scale and of shift; negative: channels
   int64_t shift_stride = -1;
 };
@@ -58,8 +58,8 @@ struct NormBackwardArguments : NormArguments {
 // Why the kernels cannot serve these sizes, or "": shared memory has to hold a pixel of one norm group.
 std::string group_norm_refusal(const NormArguments& arguments, const Device& device, bool backward);
 
-// Why the forward of these sizes does not run as a stream, or "".
-std::string group_norm_stream_refusal(const NormArguments& arguments, const Device& device);
+// Why these sizes do not run as a stream, or "".
+std::string group_norm_stream_refusal(const NormArguments& arguments, const Device& device, bool backward);
 
 // Bytes of workspace, 16-byte aligned memory of any content. They follow from sizes, the alignment of the addresses and
 // which gradients are wanted; the workspace address itself does not matter.

@@ -48,23 +48,28 @@ class Splitter {
     return best_runs();
   }
 
-  // The widest rows, up to a line, of which two blocks with two tiles each fit on an SM, or one. A copy fetches a line
-  // into the L2, so that rows of a sector suffice where neighbouring blocks have the rest of it.
+  // Of the forward two tiles, else one in place; backward is in place, with a tile of x and dy. Then rows of whole
+  // sectors, two blocks on an SM, and the widest rows up to a line. A copy fetches a line into the L2, so that shorter
+  // rows suffice where neighbouring blocks have the rest of it.
   NormSplit stream() const {
     NormSplit best;
     best.refusal = "its channels are no whole 16-byte vectors";
     if (!vector_) return best;
-    best.refusal = "two tiles of " + std::to_string(kLeastRow) + " bytes a pixel do not fit in shared memory";
+    best.refusal = "the pixels of its chunks do not fit in shared memory";
+    int64_t best_rank = 0;
     for (int64_t units = 1; units * unit_ <= a_.channels; ++units) {
       const int64_t channels = units * unit_, row = channels * element_;
       if (a_.channels % channels || (row > kLine && units > 1)) continue;
-      if (row < kLeastRow && channels < a_.channels) continue;
-      for (int64_t blocks_per_sm = 2; blocks_per_sm > 0; --blocks_per_sm) {
-        if (blocks_per_sm == 1 && best.refusal.empty()) continue;
-        const NormSplit next = streamed(channels, blocks_per_sm);
-        if (!next.refusal.empty()) continue;
-        best = next;
-        break;
+      const bool whole_sectors = row >= kLeastRow || channels == a_.channels;
+      if (!whole_sectors && !backward_) continue;  // `whole` moves them twice as well in backward, not in forward
+      for (int64_t tiles = backward_ ? 1 : 2; tiles > 0; --tiles) {
+        for (int64_t blocks_per_sm = backward_ || tiles == 2 ? 2 : 1; blocks_per_sm > 0; --blocks_per_sm) {
+          const int64_t rank = 4 * tiles + 2 * whole_sectors + blocks_per_sm;
+          const NormSplit next = streamed(channels, tiles, blocks_per_sm);
+          if (!next.refusal.empty() || rank < best_rank) continue;
+          best = next;
+          best_rank = rank;
+        }
       }
     }
     if (best.refusal.empty() && blocks(best) < 2 * best.stream_blocks) {
@@ -74,14 +79,16 @@ class Splitter {
   }
 
  private:
-  NormSplit streamed(int64_t channels, int64_t blocks_per_sm) const {
-    NormSplit s = laid_out(channels, pixels(), 1);
+  NormSplit streamed(int64_t channels, int64_t tiles, int64_t blocks_per_sm) const {
+    const int tensors = backward_ ? 2 : 1;
+    NormSplit s = laid_out(channels, pixels(), tensors);
     if (!s.refusal.empty()) return s;
     s.whole = true;
-    s.threads = kMostThreads;
+    s.in_place = tiles == 1;
+    s.threads = backward_ ? kBackwardThreadsPerSm / blocks_per_sm : kMostThreads;
     const int64_t vectors = channels / lane_channels_ * pixels();
     while (s.threads > kFewestThreads && s.threads * 2 > vectors) s.threads /= 2;
-    lay_out_shared(s, 2);
+    lay_out_shared(s, tiles * tensors);
     const int64_t taken = s.shared_bytes + kStaticShared + kBlockShared;
     if (taken * blocks_per_sm > device_.shared_limit + kBlockShared) s.refusal = "too large";
     // As many rounds as the blocks that run at once need, with equal shares.
@@ -189,8 +196,8 @@ class Splitter {
 
 }  // namespace
 
-NormSplit stream_group_norm(const NormArguments& arguments, const Device& device, bool aligned) {
-  return Splitter(arguments, device, false, aligned).stream();
+NormSplit stream_group_norm(const NormArguments& arguments, const Device& device, bool backward, bool aligned) {
+  return Splitter(arguments, device, backward, aligned).stream();
 }
 
 NormSplit split_group_norm(const NormArguments& arguments, const Device& device, bool backward, bool aligned) {

@@ -14,7 +14,8 @@ struct NormSplit {
   int tensors = 0;      // activations kept in shared memory: x; in backward dy too, where it fits
   int64_t chunk_channels = 0, chunks = 0;
   int64_t pixels_per_block = 0, splits = 1;
-  int64_t stream_blocks = 0;  // of a stream, which has two tiles; 0: a block per chunk or run
+  int64_t stream_blocks = 0;  // of a stream; 0: a block per chunk or run
+  bool in_place = false;      // a stream whose next chunk is copied to where this one was
   int lanes_log2 = 0;
   int64_t threads = 0;
   int64_t row_sums = 0, tile = 0, shared_bytes = 0;  // bytes: where the parts of shared memory start, and all of it
@@ -24,7 +25,7 @@ struct NormSplit {
 // aligned: all activation addresses are multiples of 16.
 NormSplit split_group_norm(const NormArguments& arguments, const Device& device, bool backward, bool aligned);
 
-// The same for a forward as a stream (stream.cuh). Refused where blocks would have less than two chunks each.
-NormSplit stream_group_norm(const NormArguments& arguments, const Device& device, bool aligned);
+// The same as a stream (stream.cuh). Refused where blocks would have less than two chunks each.
+NormSplit stream_group_norm(const NormArguments& arguments, const Device& device, bool backward, bool aligned);
 
 }  // namespace tdc
