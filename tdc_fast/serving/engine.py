@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -353,12 +352,8 @@ class Engine:
             return None
         statistics = self.statistics
         with statistics.lock:
-            statistics.steps += 1
-            statistics.rows += batch.rows
-            statistics.padding += batch.padding
-            statistics.expert_rows += np.bincount(batch.expert_rows, minlength=statistics.num_experts)
-            statistics.forward_seconds = self._stepper.forward_seconds
-            statistics.step_seconds.add(time.perf_counter() - began)
+            seconds = time.perf_counter() - began
+            statistics.count_step(batch.expert_rows, batch.padding, seconds, self._stepper.forward_seconds)
         return batch
 
     def _finish(self, live: LiveRequest, batch: Batch) -> None:

@@ -179,6 +179,8 @@ class _Events(StreamingResponse):
 
 async def _body(request: Request, limits: Limits) -> bytes | None:
     """The body; None if it is too large."""
+    if int(request.headers.get("content-length", 0)) > limits.body:
+        return None
     body = bytearray()
     async with asyncio.timeout(limits.body_seconds):
         async for chunk in request.stream():

@@ -73,8 +73,32 @@ class Statistics:
     def __post_init__(self) -> None:
         self.expert_rows = np.zeros(self.num_experts, dtype=np.int64)
         self.lock = threading.Lock()
+        self._weighted_seconds = self._weighted_rows = 0.0
+
+    def count_step(self, expert_rows: np.ndarray, padding: int, seconds: float, forward_seconds: float) -> None:
+        """Count a step; the lock is held.
+
+        Args:
+            expert_rows: the expert of every row, int64 (rows,).
+            padding: its other places.
+            seconds: what it took.
+            forward_seconds: time in the denoiser in all steps.
+        """
+        rows = len(expert_rows)
+        self.steps += 1
+        self.rows += rows
+        self.padding += padding
+        self.expert_rows += np.bincount(expert_rows, minlength=self.num_experts)
+        self.forward_seconds = forward_seconds
+        self.step_seconds.add(seconds)
+        self._weighted_seconds += rows * seconds
+        self._weighted_rows += rows * rows
 
     @property
     def seconds_per_row(self) -> float:
-        """Mean time of a step, divided among its rows; 0 before the first."""
-        return self.step_seconds.total / self.rows if self.rows else 0.0
+        """Time of a row in full batches, about; 0 before the first step.
+
+        The mean over rows of the time of their step, over that of its rows: steps of few rows, where a row takes
+        longest, hardly count.
+        """
+        return self._weighted_seconds / self._weighted_rows if self._weighted_rows else 0.0

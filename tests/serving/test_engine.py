@@ -24,6 +24,7 @@ from tdc_fast.serving import (
     Request,
     RequestFailed,
     Result,
+    Statistics,
     StepFailed,
 )
 from tdc_fast.serving.live import LiveRequest, Plan
@@ -151,6 +152,18 @@ def test_more_than_may_wait_is_refused_with_the_time_to_come_back(held):
     model.gate.set()
     assert all(one.result(60).samples.shape == (1, *SHAPE) for one in [running, *taken])
     assert engine.statistics.outcomes == {"completed": 4, "overloaded": 1}
+
+
+def test_the_time_of_a_place_is_that_in_full_batches_whatever_came_before():
+    """An hour of single requests does not tell how long a queue takes."""
+    statistics = Statistics(2)
+    for _ in range(1000):
+        statistics.count_step(np.zeros(1, np.int64), 0, 0.010, 1.0)
+    assert statistics.seconds_per_row == pytest.approx(0.010)
+    for _ in range(100):
+        statistics.count_step(np.ones(32, np.int64), 4, 0.064, 2.0)
+    assert statistics.seconds_per_row == pytest.approx(0.002, rel=0.05)
+    assert (statistics.rows, statistics.padding, statistics.expert_rows.tolist()) == (4200, 400, [1000, 3200])
 
 
 def test_images_that_memory_has_no_room_for_are_refused():

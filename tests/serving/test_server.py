@@ -127,11 +127,18 @@ def test_a_body_that_is_too_large_or_does_not_come_is_refused(client):
     assert client.draw(steps=1).status == 200
 
 
-@pytest.mark.parametrize(("sent", "status"), [(b"{", b" 408 "), (b" " * 501, b" 413 ")])
-def test_a_connection_whose_body_was_refused_is_closed(client, sent, status):
+@pytest.mark.parametrize(
+    ("head", "sent", "status"),
+    [
+        (b"Content-Length: 400", b"{", b" 408 "),
+        (b"Content-Length: 501", b"", b" 413 "),  # without waiting for it
+        (b"Transfer-Encoding: chunked", b"1f5\r\n" + b" " * 501 + b"\r\n", b" 413 "),
+    ],
+)
+def test_a_connection_whose_body_was_refused_is_closed(client, head, sent, status):
     """Else a client could send the rest of it for ever."""
     with socket.create_connection(client.address, timeout=30) as connection:
-        connection.sendall(b"POST /generate HTTP/1.1\r\nHost: test\r\nContent-Length: 100000\r\n\r\n" + sent)
+        connection.sendall(b"POST /generate HTTP/1.1\r\nHost: test\r\n" + head + b"\r\n\r\n" + sent)
         answer = connection.makefile("rb").read()  # to the end of the connection
     assert status in answer.splitlines()[0] and b"\r\nconnection: close\r\n" in answer.lower()
 
