@@ -111,7 +111,7 @@ def test_every_hopper_kernel_copies_by_tma_and_multiplies_by_wgmma() -> None:
     for kernel in kernels:
         if "reduce" in kernel:
             continue
-        wgrad, rows = "wgrad" in kernel, "rows" in kernel
+        wgrad, rows = "wgrad" in kernel, "rows" in kernel or "strided" in kernel
         wanted = {"UTMALDG", "HGMMA", "USETMAXREG", "SYNCS"}
         wanted |= (set() if wgrad else {"UTMASTG"}) | (set() if wgrad or rows else {"UTMAPF"})
         assert wanted <= set(re.findall(r"\b[A-Z0-9]+\b", code[kernel])), kernel

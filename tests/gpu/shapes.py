@@ -107,6 +107,18 @@ HOPPER_CASES: dict[str, ConvCase] = {
     "images of 2x8 and two inputs with widths": conv(
         THREE, (200, 136), (2, 8), x2_channels=112, in_widths=(200, 40, 103), out_widths=(136, 65, 0)
     ),
+    "stride 2": conv(UNEVEN, (128, 256), (32, 32), stride=(2, 2)),
+    "stride 2, odd images and widths": conv(
+        Routing((0, 1, 1, 2, 3, 3, 3, 0, 1), 4, 4, None),
+        (136, 264),
+        (35, 18),
+        stride=(2, 2),
+        in_widths=(136, 40, 0, 104),
+        out_widths=(264, 129, 64, 0),
+    ),
+    "stride 2 to images of 4x4": conv(
+        Routing((0,) * 9 + (1,) * 6 + (3,), 4, 4, None), (192, 136), (8, 7), stride=(2, 2), extras=("residual",)
+    ),
     "1x1 filters": conv(UNEVEN, (136, 256), (33, 16), **POINTWISE),
     "tokens": conv(UNEVEN, (64, 192), (77, 1), **POINTWISE),
     "one pixel": conv(THREE, (128, 72), (1, 1), extras=("bias",), **POINTWISE),

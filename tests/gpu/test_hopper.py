@@ -61,31 +61,33 @@ def test_the_form_serves_the_cases(name: str, target: Target) -> None:
     assert what.forms.get("hopper") == (HOPPER_FORM if target.device == "cuda" else None)
 
 
-def large(samples: tuple[int, ...], channels: int, side: int) -> ConvCase:
+def large(samples: tuple[int, ...], channels: int, side: int, stride: int = 1) -> ConvCase:
     """A shape that fills the GPU several times over."""
     groups = tuple(group for group, count in enumerate(samples) for _ in range(count))
     routing = Routing(groups, len(samples), len(samples), None)
-    return ConvCase(routing, channels, channels, (side, side), (3, 3), (1, 1), (1, 1), None, None, ("bias",),
+    return ConvCase(routing, channels, channels, (side, side), (3, 3), (stride, stride), (1, 1), None, None, ("bias",),
                     "channels_last", 5)  # fmt: skip
 
 
-LARGE = {
-    "even groups": ((16,) * 8, 128, 32),
-    "one group": ((128,), 256, 16),
-    "half in one group": ((130, 18, 18, 18, 18, 18, 18, 18), 256, 8),
-    "64 groups": ((1, 3) * 32, 128, 16),
-    "wide tiles": ((3, 5), 192, 64),
-    "images of 4x4": ((16,) * 8, 256, 4),
+LARGE: dict[str, tuple[tuple[int, ...], int, int, int]] = {
+    "even groups": ((16,) * 8, 128, 32, 1),
+    "one group": ((128,), 256, 16, 1),
+    "half in one group": ((130, 18, 18, 18, 18, 18, 18, 18), 256, 8, 1),
+    "64 groups": ((1, 3) * 32, 128, 16, 1),
+    "wide tiles": ((3, 5), 192, 64, 1),
+    "images of 4x4": ((16,) * 8, 256, 4, 1),
+    "stride 2": ((16,) * 8, 128, 32, 2),
+    "stride 2 to images of 4x4": ((3, 29, 8), 256, 8, 2),
 }
 
 
 @on_hopper
 @pytest.mark.parametrize("name", LARGE)
 def test_large_shapes_are_accurate_and_repeatable(name: str, target: Target, nan_filled_memory: None) -> None:
-    samples, channels, side = LARGE[name]
+    samples, channels, side, stride = LARGE[name]
     if target.device == "cpu":
         samples, channels, side = tuple(min(n, 1) for n in samples[:2]), 64, 8
-    case = large(samples, channels, side)
+    case = large(samples, channels, side, stride)
     tensors = {k: t.detach() for k, t in moved(case.tensors(torch.bfloat16), target.device, case.layout).items()}
     plan = plan_on(case.routing, target.device)
     with torch.no_grad():

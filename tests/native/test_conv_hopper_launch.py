@@ -39,8 +39,8 @@ def test_it_runs_only_where_it_is_asked_for() -> None:
         ({"device": A100}, "it needs compute capability 9.0, not 8.0"),
         ({"device": (100, 148, 232448)}, "it needs compute capability 9.0, not 10.0"),
         ({"dtype": 0, "tf32": True}, "it has bf16 and fp16, not fp32"),
-        ({"filter_height": 1, "filter_width": 1}, "it has 3x3 filters with padding 1 and 1x1 filters with padding 0"),
-        ({"stride_height": 2, "stride_width": 2}, "it has 3x3 filters with padding 1 and 1x1 filters with padding 0"),
+        ({"filter_height": 1, "filter_width": 1}, "it has 3x3 filters with padding 1 and stride 1 or 2"),
+        ({"stride_height": 2}, "it has 3x3 filters with padding 1 and stride 1 or 2"),
         ({"x2_channels": 60}, "it has channels from 64 on, in multiples of 8"),
         ({"upsample": 2}, "its input is not upsampled"),
         ({"height": 7, "width": 7}, "its 3x3 filters have images from 8x8 on, or whose number of pixels"),
@@ -209,6 +209,80 @@ def test_what_1x1_filters_do_not_serve_takes_the_portable_form(changes: dict[str
     assert refusal(**POINTWISE) == refusal("dgrad", **POINTWISE) == ""
 
 
+STRIDED = {"stride_height": 2, "stride_width": 2}
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({"pad_height": 0}, "it has 3x3 filters with padding 1 and stride 1 or 2"),
+        ({"stride_width": 1}, "it has 3x3 filters with padding 1 and stride 1 or 2"),
+        ({"height": 3}, "its filters of stride 2 have images from 4x4 on"),
+        ({"x2_channels": 64}, "its filters of stride 2 have one input"),
+        ({"in_channels": 3}, "it leaves image channels to the portable form"),
+        ({"num_groups": 385}, "it has at most 384 groups"),
+        ({"device": (90, 132, 101376)}, "its stages do not fit into shared memory"),
+    ],
+)
+def test_what_stride_2_does_not_serve_takes_the_portable_form(changes: dict[str, Any], reason: str) -> None:
+    for pass_ in ("forward", "dgrad"):
+        assert refusal(pass_, **STRIDED | changes).startswith(reason)
+        assert "hopper" not in only(plan(pass_, **STRIDED | changes)).kernel
+    assert refusal("forward", upsample=2, **STRIDED) == "its input is not upsampled"
+    assert refusal(**STRIDED) == refusal("dgrad", **STRIDED) == ""
+
+
+@pytest.mark.parametrize(
+    "changes, tile, box",
+    [
+        ({}, "256x128", (16, 16, 1)),
+        ({"height": 64, "width": 64, "in_channels": 128}, "256x128", (16, 16, 1)),
+        # 128 tiles of 128 pixels instead of 64 of 256, for 132 SMs
+        ({"batch": 64}, "128x128", (16, 8, 1)),
+        ({"height": 16, "width": 16, "in_channels": 256, "out_channels": 256}, "128x128", (8, 8, 2)),
+        ({"height": 8, "width": 8, "in_channels": 256, "out_channels": 256}, "128x64", (4, 4, 8)),
+        ({"height": 21, "width": 21}, "256x128", (4, 4, 16)),
+        ({"out_channels": 64}, "128x64", (16, 8, 1)),
+    ],
+)
+def test_the_tile_of_stride_2_keeps_the_busiest_multiprocessor_for_the_fewest_clocks(
+    changes: dict[str, int], tile: str, box: tuple[int, int, int]
+) -> None:
+    launch = only(plan(**STRIDED | changes))
+    assert launch.kernel == f"tdc_conv_hopper_strided_forward_bf16_{tile}"
+    assert described(launch, 0)[11:14] == box
+    assert launch.threads == 384 and launch.shared_bytes <= H100[2]
+
+
+def test_stride_2_reads_the_pixels_of_each_parity_as_an_image() -> None:
+    sizes = {**STRIDED, "height": 33, "width": 31, "out_channels": 256}
+    launch = only(plan(x=1 << 21, y=1 << 22, weight=1 << 23, residual=1 << 24, **sizes))
+    *planes, weight, y, residual = (described(launch, at) for at in launch.tensor_maps)
+    box = planes[0][10:14]
+    places = [(down, across) for down in (0, 1) for across in (0, 1)]
+    for plane, (down, across) in zip(planes, places, strict=True):
+        assert plane[0] == (1 << 21) + (down * 31 + across) * 128 * 2
+        assert plane[1:4] == (2 * 128 * 2, 2 * 31 * 128 * 2, 33 * 31 * 128 * 2)
+        assert plane[5:9] == (128, 16 - across, 17 - down, 128) and plane[10:14] == box
+    assert weight[5:9] == (128, 9, 256, 8) and weight[10:14] == (64, 1, 64, 1)
+    assert (y[0], y[5:9], y[10:14]) == (1 << 22, (256, 16, 17, 128), (64, box[1], 16 // box[1], 1))
+    assert residual == (1 << 24, *y[1:])
+    grad = only(plan("dgrad", dy=1 << 21, dx=1 << 22, weight=1 << 23, **sizes))
+    dy, _, *of_dx = (described(grad, at) for at in grad.tensor_maps)
+    assert (dy[0], dy[5:9]) == (1 << 21, y[5:9])
+    assert [m[0] - (1 << 22) for m in of_dx] == [m[0] - (1 << 21) for m in planes]
+    assert [m[1:9] for m in of_dx] == [m[1:9] for m in planes]
+    assert of_dx[3][10:14] == (64, dy[11], 16 // dy[11], 1)
+
+
+def test_dgrad_of_stride_2_has_tiles_of_every_parity() -> None:
+    # 8 samples of a tile of 8 x 16 pixels, times the tiles of channels; four times as many pixels of dx
+    changes = {**STRIDED, "batch": 8, "height": 31, "width": 16, "in_channels": 64}
+    assert only(plan(**changes)).grid == (8 * 2, 1, 1)
+    assert only(plan("dgrad", **changes)).grid == (4 * 8, 1, 1)
+    assert plan(batch=0, **STRIDED) == plan("dgrad", batch=0, **STRIDED) == []
+
+
 def test_dgrad_reads_dy_and_the_weights_of_the_forward() -> None:
     launch = only(plan("dgrad", dy=1 << 21, weight=1 << 22, dx=1 << 23, out_channels=256))
     source, weight, result = (described(launch, at) for at in launch.tensor_maps)
@@ -295,7 +369,8 @@ def test_the_unit_of_1x1_filters_loads_the_fewest_channels(channels: int, unit: 
 @pytest.mark.parametrize(
     "changes, reason",
     [
-        ({"filter_height": 1, "filter_width": 1}, "it has 3x3 filters with padding 1 and 1x1 filters with padding 0"),
+        ({"filter_height": 1, "filter_width": 1}, "it has 3x3 filters with padding 1 and stride 1 or 2"),
+        ({"stride_height": 2, "stride_width": 2}, "its wgrad has stride 1"),
         ({"height": 4, "width": 12}, "its 3x3 filters have images from 8x8 on, or whose number of pixels"),
         ({"x2_channels": 60}, "it has channels from 64 on, in multiples of 8"),
         ({"num_groups": 257}, "it has at most 256 groups in wgrad"),

@@ -30,6 +30,8 @@ def test_explain_says_which_form_serves() -> None:
     assert f"  hopper: supported, {small.forms['hopper']}" in str(small).splitlines()
     assert "3x3 filters" in explained(filter_size=5).forms["hopper"]
     assert explained(filter_size=1, size=4).forms == {"hopper": "in the Hopper form"}
+    assert explained(stride=2).forms == {"hopper": "in the Hopper form"}
+    assert "its filters of stride 2 have images from 4x4 on" in explained(size=3, stride=2).forms["hopper"]
 
 
 def test_norms_are_streams_where_they_are_large() -> None:

@@ -3,6 +3,7 @@
 
 #include "cuda/conv/hopper_params.h"
 #include "cuda/conv/hopper_rows_params.h"
+#include "cuda/conv/hopper_strided_params.h"
 #include "cuda/conv/hopper_wgrad_params.h"
 
 #define TDC_HOPPER_IMAGES(X, name, T, Tile, forward) \
@@ -20,19 +21,22 @@
   TDC_HOPPER_TILES(X, tdc_conv_hopper_dgrad_bf16, tdc::bf16, false) \
   TDC_HOPPER_TILES(X, tdc_conv_hopper_dgrad_fp16, tdc::half, false)
 
-#define TDC_HOPPER_ROWS(X, name, T, tile, forward)                                                        \
-  X(name##_##tile, tdc::ConvHopperRowsParams, (tdc::conv_hopper_rows<T, tdc::HopperRows##tile, forward>), \
-    tdc::kHopperThreads, 1)
-#define TDC_HOPPER_ROWS_TILES(X, name, T, forward) \
-  TDC_HOPPER_ROWS(X, name, T, 256x128, forward)    \
-  TDC_HOPPER_ROWS(X, name, T, 128x128, forward)    \
-  TDC_HOPPER_ROWS(X, name, T, 128x64, forward)
+#define TDC_HOPPER_ROWS(X, name, T, tile, forward, Params, Layout) \
+  X(name##_##tile, Params, (tdc::conv_hopper_rows<T, Layout<tdc::HopperRows##tile, forward>>), tdc::kHopperThreads, 1)
+#define TDC_HOPPER_ROWS_TILES(X, name, T, forward, Params, Layout) \
+  TDC_HOPPER_ROWS(X, name, T, 256x128, forward, Params, Layout)    \
+  TDC_HOPPER_ROWS(X, name, T, 128x128, forward, Params, Layout)    \
+  TDC_HOPPER_ROWS(X, name, T, 128x64, forward, Params, Layout)
+#define TDC_HOPPER_ROWS_PASSES(X, name, Params, Layout)                          \
+  TDC_HOPPER_ROWS_TILES(X, name##_forward_bf16, tdc::bf16, true, Params, Layout) \
+  TDC_HOPPER_ROWS_TILES(X, name##_forward_fp16, tdc::half, true, Params, Layout) \
+  TDC_HOPPER_ROWS_TILES(X, name##_dgrad_bf16, tdc::bf16, false, Params, Layout)  \
+  TDC_HOPPER_ROWS_TILES(X, name##_dgrad_fp16, tdc::half, false, Params, Layout)
 
-#define TDC_KERNELS_conv_hopper_rows(X)                                        \
-  TDC_HOPPER_ROWS_TILES(X, tdc_conv_hopper_rows_forward_bf16, tdc::bf16, true) \
-  TDC_HOPPER_ROWS_TILES(X, tdc_conv_hopper_rows_forward_fp16, tdc::half, true) \
-  TDC_HOPPER_ROWS_TILES(X, tdc_conv_hopper_rows_dgrad_bf16, tdc::bf16, false)  \
-  TDC_HOPPER_ROWS_TILES(X, tdc_conv_hopper_rows_dgrad_fp16, tdc::half, false)
+#define TDC_KERNELS_conv_hopper_rows(X) \
+  TDC_HOPPER_ROWS_PASSES(X, tdc_conv_hopper_rows, tdc::ConvHopperRowsParams, tdc::HopperRowsLayout)
+#define TDC_KERNELS_conv_hopper_strided(X) \
+  TDC_HOPPER_ROWS_PASSES(X, tdc_conv_hopper_strided, tdc::ConvHopperStridedParams, tdc::HopperStridedLayout)
 
 #define TDC_HOPPER_WGRAD(X, suffix, T, Unit)                                                                     \
   X(tdc_conv_hopper_wgrad_##suffix, tdc::ConvHopperWgradParams, (tdc::conv_hopper_wgrad<T, Unit>),               \

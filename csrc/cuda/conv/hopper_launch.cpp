@@ -111,6 +111,11 @@ std::vector<Launch> launch_images(const ConvArguments& a, const Device& device, 
   return {launch};
 }
 
+std::vector<Launch> launch_hopper(const ConvArguments& a, const Device& device, bool forward) {
+  if (takes_rows(a)) return launch_hopper_rows(a, device, forward);
+  return takes_strides(a) ? launch_hopper_strided(a, device, forward) : launch_images(a, device, forward);
+}
+
 }  // namespace
 
 std::string hopper_refusal(const ConvArguments& a, const Device& device) {
@@ -119,10 +124,10 @@ std::string hopper_refusal(const ConvArguments& a, const Device& device) {
            std::to_string(device.arch % 10);
   }
   if (a.dtype == 0) return "it has bf16 and fp16, not fp32";
-  if (!takes_rows(a)) {
+  if (!takes_rows(a) && !takes_strides(a)) {
     if (a.filter_height != 3 || a.filter_width != 3 || a.stride_height != 1 || a.stride_width != 1 ||
         a.pad_height != 1 || a.pad_width != 1) {
-      return "it has 3x3 filters with padding 1 and 1x1 filters with padding 0, both with stride 1";
+      return "it has 3x3 filters with padding 1 and stride 1 or 2, and 1x1 filters with padding 0 and stride 1";
     }
     if (a.upsample > 1) return "its input is not upsampled";
     if (std::min(a.height, a.width) < kLeastPixels) {
@@ -145,17 +150,18 @@ std::string hopper_refusal(const ConvArguments& a, const Device& device, bool fo
   const std::string common = hopper_refusal(a, device);
   if (!common.empty()) return common;
   if (takes_rows(a)) return hopper_rows_refusal(a, device);
+  if (takes_strides(a)) return hopper_strided_refusal(a, device);
   if (a.num_groups > kHopperMostGroups) return "it has at most " + std::to_string(kHopperMostGroups) + " groups";
   if (weight_stages(choose_tile(a, forward), a, device) == 0) return "its stages do not fit into shared memory";
   return "";
 }
 
 std::vector<Launch> launch_hopper_forward(const ConvArguments& arguments, const Device& device) {
-  return takes_rows(arguments) ? launch_hopper_rows(arguments, device, true) : launch_images(arguments, device, true);
+  return launch_hopper(arguments, device, true);
 }
 
 std::vector<Launch> launch_hopper_dgrad(const ConvArguments& arguments, const Device& device) {
-  return takes_rows(arguments) ? launch_hopper_rows(arguments, device, false) : launch_images(arguments, device, false);
+  return launch_hopper(arguments, device, false);
 }
 
 }  // namespace tdc

@@ -1,5 +1,5 @@
-// Plans the Hopper form (conv/hopper_images.cuh, conv/hopper_rows.cuh, conv/hopper_wgrad.cuh): where it serves,
-// and its launches.
+// Plans the Hopper form (conv/hopper_images.cuh, conv/hopper_rows.cuh, conv/hopper_strided.cuh, conv/hopper_wgrad.cuh):
+// where it serves, and its launches.
 #pragma once
 
 #include <cstddef>
@@ -22,6 +22,11 @@ std::string hopper_wgrad_refusal(const ConvArguments& arguments, const Device& d
 bool takes_rows(const ConvArguments& arguments);
 std::string hopper_rows_refusal(const ConvArguments& arguments, const Device& device);
 std::vector<Launch> launch_hopper_rows(const ConvArguments& arguments, const Device& device, bool forward);
+
+// The same of the form of stride 2: 3x3 filters with padding 1.
+bool takes_strides(const ConvArguments& arguments);
+std::string hopper_strided_refusal(const ConvArguments& arguments, const Device& device);
+std::vector<Launch> launch_hopper_strided(const ConvArguments& arguments, const Device& device, bool forward);
 
 // One launch, or none for an empty batch. Only where the form serves.
 std::vector<Launch> launch_hopper_forward(const ConvArguments& arguments, const Device& device);

@@ -45,6 +45,7 @@ struct HopperWork {
   int expert;
   int depth;  // live channels of the source; 0 where no channel of the tile is live
   int live;   // live channels of the result, as far as its seam; -1: there are no more tiles
+  int plane;  // of the result, in dgrad of the form of strides
 };
 
 // A group in shared memory, in the order in which tiles are handed out.

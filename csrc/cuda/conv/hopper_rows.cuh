@@ -1,17 +1,18 @@
-// The Hopper form of rows, forward and dgrad: 1x1 filters, and 3x3 filters on images of few pixels. A matrix product
-// for every group by TMA and wgmma, persistent blocks, warps with one task each, as in hopper_images.cuh.
+// The Hopper forms whose tiles are rows, forward and dgrad: a matrix product for every group and tap by TMA and wgmma,
+// persistent blocks, warps with one task each, as in hopper_images.cuh.
 //
 //   producer     one thread: finds tiles, loads 64 channels of a tile's rows and of its weights into a ring of stages.
 //                Stages of the next tile are loaded while this one is stored
 //   consumers    two warpgroups: multiply half of a tile's rows each, add what is added, store
 //
-// Of 3x3 filters each tap has stages of its own: TMA loads whole images moved by the tap, with zeros around them. With
-// two inputs the depth is the channels of x, then those of x2: stages hold channels of one of them, so that the seam
-// may be at any multiple of 8. In dgrad no tile of the result has channels of both.
+// A layout says where the rows lie in the tensors: in hopper_rows_layout.cuh, for 1x1 filters and small images, and in
+// hopper_strided.cuh. Each tap has stages of its own: TMA loads the rows moved by it, with zeros around the images.
+// With two inputs stages hold channels of one of them, so that the seam may be at any multiple of 8.
 #pragma once
 
 #include "cuda/device_sm90.cuh"
 #include "cuda/conv/hopper_rows_epilogue.cuh"
+#include "cuda/conv/hopper_rows_layout.cuh"
 #include "cuda/conv/hopper_rows_params.h"
 #include "cuda/conv/hopper_schedule.cuh"
 #include "cuda/conv/hopper_shared.cuh"
@@ -35,21 +36,23 @@ struct HopperDepths {
 };
 
 // Loads everything. One thread.
-template <class Tile, bool kForward>
+template <class Layout>
 class HopperRowsProducer {
-  using Params = ConvHopperRowsParams;
+  using Tile = typename Layout::Tile;
+  using Params = typename Layout::Params;
 
  public:
   __device__ __forceinline__ HopperRowsProducer(const Params& p, const HopperRowsShared<Tile>& shared)
-      : p_(p), shared_(shared), schedule_(p, shared.groups) {}
+      : p_(p), layout_(p), shared_(shared), schedule_(p, shared.groups) {}
 
   __device__ __forceinline__ void run() {
     for (int tile = blockIdx.x;; tile += gridDim.x) {
-      const HopperWork work = schedule_.find(tile);
+      const HopperWork work = layout_.find(schedule_, tile);
       send(work);
       if (work.live < 0) return;
-      const HopperDepths depths(work.depth, p_.source_seam);
-      for (int tap = 0; tap < p_.taps; ++tap) {
+      const HopperDepths depths(work.depth, layout_.source_seam());
+      const int taps = layout_.taps(work);
+      for (int tap = 0; tap < taps; ++tap) {
         for (int block = 0; block < depths.blocks(); ++block) load(work, depths, tap, block);
       }
     }
@@ -74,39 +77,38 @@ class HopperRowsProducer {
     mbarrier_arrive_expect(
         full, Tile::kSourceBytes + boxes * kHopperPatchBytes - (TDC_PLANTED(HOPPER_WRONG_BYTES) ? 128 : 0));
     const bool second = depths.is_second(block) && !TDC_PLANTED(HOPPER_WRONG_INPUT);
-    const int channel = depths.channel(block), source = channel + (depths.is_second(block) ? p_.source_seam : 0);
-    int of_source[4] = {channel, work.first, 0, 0};
-    if (p_.taps > 1) {
-      of_source[1] = tap % 3 - 1, of_source[2] = tap / 3 - 1, of_source[3] = quotient(work.first, p_.by_rows);
-    }
-    tma_load(shared_.source(stage), second ? &p_.source2 : &p_.source, full, of_source);
-    // In dgrad tap t of dx is tap 8 - t of the filter.
-    const int of_filter = (kForward ? tap : p_.taps - 1 - tap) ^ (TDC_PLANTED(HOPPER_WRONG_TAP) && tap == 2 ? 1 : 0);
+    const int channel = depths.channel(block);
+    const int source = channel + (depths.is_second(block) ? layout_.source_seam() : 0);
+    layout_.load_source(work, tap, second, channel, shared_.source(stage), full);
+    const int of_filter = layout_.of_filter(work, tap) ^ (TDC_PLANTED(HOPPER_WRONG_TAP) && tap == 2 ? 1 : 0);
     for (int i = 0; i < boxes; ++i) {
       const int result = work.column + 64 * i;
-      const int at[4] = {kForward ? source : result, of_filter, kForward ? result : source, work.expert};
+      const int at[4] = {Layout::kForward ? source : result, of_filter, Layout::kForward ? result : source,
+                         work.expert};
       tma_load(shared_.weight(stage) + i * kHopperPatchBytes, &p_.weight, full, at);
     }
     stages_.next(p_.stages);
   }
 
   const Params& p_;
+  const Layout layout_;
   const HopperRowsShared<Tile>& shared_;
-  HopperSchedule<Tile, Params> schedule_;
+  typename Layout::Schedule schedule_;
   HopperRing stages_, messages_;
 };
 
 // One of the two warpgroups that multiply.
-template <class T, class Tile, bool kForward>
+template <class T, class Layout>
 class HopperRowsConsumer {
+  using Tile = typename Layout::Tile;
+  using Params = typename Layout::Params;
+  using Epilogue = HopperRowsEpilogue<T, Layout>;
   static constexpr int kPatches = Tile::kPatches / 2;
-  using Params = ConvHopperRowsParams;
-  using Epilogue = HopperRowsEpilogue<T, Tile>;
   using Sums = typename Epilogue::Sums;
 
  public:
   __device__ __forceinline__ HopperRowsConsumer(const Params& p, const HopperRowsShared<Tile>& shared, int group)
-      : p_(p), shared_(shared), group_(group) {}
+      : p_(p), layout_(p), shared_(shared), group_(group) {}
 
   __device__ __forceinline__ void run() {
     HopperRowsControl& c = *shared_.control;
@@ -120,14 +122,15 @@ class HopperRowsConsumer {
       messages_.next(kHopperMessages);
       if (work.live < 0) break;
       epilogue.prepare(work);
-      const HopperDepths depths(work.depth, p_.source_seam);
+      const HopperDepths depths(work.depth, layout_.source_seam());
       if (depths.blocks()) {
-        if (group_ * kPatches * 64 >= work.count) {
-          skip(depths);
+        const int taps = layout_.taps(work);
+        if (group_ * kPatches * 64 >= layout_.rows(work)) {
+          skip(depths, taps);
         } else if (Tile::kColumns == 64 || hopper_product_columns<Tile>(work) == Tile::kColumns) {
-          multiply<Tile::kColumns>(depths, sums);
+          multiply<Tile::kColumns>(depths, taps, sums);
         } else {
-          multiply<64>(depths, sums);
+          multiply<64>(depths, taps, sums);
         }
       }
       epilogue.finish(work, sums);
@@ -137,11 +140,11 @@ class HopperRowsConsumer {
 
  private:
   template <int kColumns>
-  __device__ __forceinline__ void multiply(const HopperDepths& depths, Sums& sums) {
+  __device__ __forceinline__ void multiply(const HopperDepths& depths, int taps, Sums& sums) {
     HopperRowsControl& c = *shared_.control;
     last_ = -1;
 #pragma unroll 1
-    for (int pass = 0; pass < 2 * p_.taps; ++pass) {  // the inputs of every tap
+    for (int pass = 0; pass < 2 * taps; ++pass) {  // the inputs of every tap
       int left = pass % 2 ? depths.second : depths.first;
       for (; left > 48; left -= kHopperDepth) multiply_block<kColumns, kHopperSteps>(left, sums);
       if (left > 32) {
@@ -163,7 +166,7 @@ class HopperRowsConsumer {
   __device__ __forceinline__ void multiply_block(int live, Sums& sums) {
     HopperRowsControl& c = *shared_.control;
     constexpr unsigned kHigh = descriptor_high(1024), kStepA = 32 >> 4;
-    constexpr unsigned kStepB = (kForward ? 32 : 16 * kHopperRow) >> 4, kPatchStep = kHopperPatchBytes >> 4;
+    constexpr unsigned kStepB = (Layout::kForward ? 32 : 16 * kHopperRow) >> 4, kPatchStep = kHopperPatchBytes >> 4;
     const int stage = stages_.stage;
     if (!TDC_PLANTED(HOPPER_NO_FULL_WAIT)) mbarrier_wait(&c.full[stage], stages_.parity);
     if (live < 16 * kSteps) mask(stage, live);
@@ -174,8 +177,8 @@ class HopperRowsConsumer {
     for (int k = 0; k < kSteps; ++k) {
 #pragma unroll
       for (int i = 0; i < kPatches; ++i) {
-        wgmma<T, kColumns, 0, kForward ? 0 : 1>(sums[i], descriptor(a + i * kPatchStep + k * kStepA, kHigh),
-                                                descriptor(b + k * kStepB, kHigh), k ? 1 : last_ >= 0);
+        wgmma<T, kColumns, 0, Layout::kForward ? 0 : 1>(sums[i], descriptor(a + i * kPatchStep + k * kStepA, kHigh),
+                                                        descriptor(b + k * kStepB, kHigh), k ? 1 : last_ >= 0);
       }
     }
     wgmma_commit();
@@ -187,9 +190,9 @@ class HopperRowsConsumer {
   }
 
   // The warpgroup has no rows in this tile.
-  __device__ __forceinline__ void skip(const HopperDepths& depths) {
+  __device__ __forceinline__ void skip(const HopperDepths& depths, int taps) {
     HopperRowsControl& c = *shared_.control;
-    for (int i = 0; i < p_.taps * depths.blocks(); ++i) {
+    for (int i = 0; i < taps * depths.blocks(); ++i) {
       mbarrier_wait(&c.full[stages_.stage], stages_.parity);
       warp_sync();
       hopper_release(&c.empty[stages_.stage]);
@@ -206,6 +209,7 @@ class HopperRowsConsumer {
   }
 
   const Params& p_;
+  const Layout layout_;
   const HopperRowsShared<Tile>& shared_;
   int group_;
   int last_ =
@@ -213,26 +217,26 @@ class HopperRowsConsumer {
   HopperRing stages_, messages_;
 };
 
-template <class T, class Tile, bool kForward>
-__device__ __forceinline__ void conv_hopper_rows(const ConvHopperRowsParams& p) {
+template <class T, class Layout>
+__device__ __forceinline__ void conv_hopper_rows(const typename Layout::Params& p) {
 #ifdef TDC_SM90A
+  using Tile = typename Layout::Tile;
   TDC_DYNAMIC_SHARED_1024(memory);
   const HopperRowsShared<Tile> shared(memory, p.stages);
   const int group = shfl(static_cast<int>(threadIdx.x) / 128, 0);
   if (threadIdx.x == 0) shared.init_barriers(p.stages);
   if (threadIdx.x == 32) {
-    tensor_map_prefetch(&p.source);
+    Layout(p).prefetch_maps();
     tensor_map_prefetch(&p.weight);
-    tensor_map_prefetch(&p.result);
   }
   // Ends with a barrier, also for the barriers.
-  HopperSchedule<Tile, ConvHopperRowsParams>(p, shared.groups).template make<kForward>();
+  typename Layout::Schedule(p, shared.groups).template make<Layout::kForward>();
   if (group == 0) {
     registers_give<56>();
-    if (threadIdx.x == 0) HopperRowsProducer<Tile, kForward>(p, shared).run();
+    if (threadIdx.x == 0) HopperRowsProducer<Layout>(p, shared).run();
   } else {
     registers_take<224>();
-    HopperRowsConsumer<T, Tile, kForward>(p, shared, group - 1).run();
+    HopperRowsConsumer<T, Layout>(p, shared, group - 1).run();
   }
 #else
   trap();

@@ -1,11 +1,10 @@
-// The epilogue of the Hopper form of rows: as hopper_epilogue.cuh, but of rows. TMA clips at the end of the
-// tensor, not of the group: where fewer than a warp's 16 rows belong to the group, they are stored one by one.
+// The epilogue of the Hopper forms whose tiles are rows: as hopper_epilogue.cuh, but where 16 rows lie is up to the
+// layout.
 #pragma once
 
 #include "cuda/device_sm90.cuh"
 #include "cuda/conv/hopper_epilogue.cuh"
 #include "cuda/conv/hopper_rows_params.h"
-#include "cuda/conv/routing.cuh"
 
 namespace tdc {
 
@@ -39,16 +38,17 @@ struct HopperRowsShared {
   }
 };
 
-template <class T, class Tile>
+template <class T, class Layout>
 class HopperRowsEpilogue {
+  using Tile = typename Layout::Tile;
+  using Params = typename Layout::Params;
   static constexpr int kPatches = Tile::kPatches / 2, kParts = Tile::kColumns / 64;  // parts: 64 channels
-  using Params = ConvHopperRowsParams;
 
  public:
   using Sums = float[kPatches][Tile::kColumns / 2];
 
   __device__ __forceinline__ HopperRowsEpilogue(const Params& p, const HopperRowsShared<Tile>& shared, int group)
-      : p_(p), shared_(shared), group_(group), warp_(shfl(static_cast<int>(threadIdx.x) / 32 % 4, 0)) {}
+      : p_(p), layout_(p), shared_(shared), group_(group), warp_(shfl(static_cast<int>(threadIdx.x) / 32 % 4, 0)) {}
 
   // Begins to load what is added to a tile, so that it arrives while the products are made.
   __device__ __forceinline__ void prepare(const HopperWork& work) {
@@ -83,7 +83,7 @@ class HopperRowsEpilogue {
   // The warp's first row of a patch, counted from the tile's, and how many of its rows belong to the tile.
   __device__ __forceinline__ int first_row(int i) const { return (group_ * kPatches + i) * 64 + warp_ * 16; }
   __device__ __forceinline__ int rows(const HopperWork& work, int i) const {
-    return max(0, min(work.count - first_row(i), 16));
+    return max(0, min(layout_.rows(work) - first_row(i), 16));
   }
 
   template <bool kResidual>
@@ -117,8 +117,8 @@ class HopperRowsEpilogue {
     int samples[2] = {};
     if (p_.sample_bias) {
       for (int half = 0; half < 2; ++half) {
-        const int row = work.first + first_row(i) + lane / 4 + 8 * half;
-        samples[half] = min(quotient(row, p_.by_rows), p_.routing.batch - 1);
+        const int sample = layout_.sample(work, first_row(i) + lane / 4 + 8 * half);
+        samples[half] = min(sample, p_.routing.batch - 1);
       }
     }
     hopper_round<T, kResidual>(
@@ -140,28 +140,18 @@ class HopperRowsEpilogue {
     if (i >= kPatches || rows(work, i) == 0 || threadIdx.x % 32 != 0) return;
     if (!TDC_PLANTED(HOPPER_NO_RESIDUAL_WAIT)) bulk_wait_read<0>();
     Mbarrier* full = &shared_.control->residual_full[4 * group_ + warp_][buffer];
-    const int at[4] = {work.column + number % kParts * 64, work.first + first_row(i), 0, 0};
     mbarrier_arrive_expect(full, kHopperStoreBytes);
-    tma_load(shared_.store(4 * group_ + warp_, buffer), &p_.residual, full, at);
+    layout_.load_residual(work, first_row(i), work.column + number % kParts * 64,
+                          shared_.store(4 * group_ + warp_, buffer), full);
   }
 
   __device__ __forceinline__ void store(const HopperWork& work, int i, int part, const unsigned char* from) {
-    const bool second = work.column >= p_.result_seam;
-    const int base = second ? p_.result_seam : 0, end = second ? p_.result_channels : p_.result_seam;
-    const int channel = work.column + part * 64, count = TDC_PLANTED(HOPPER_WHOLE_ROWS) ? 16 : rows(work, i);
-    int at[4] = {channel - base, work.first + first_row(i), 0, 0};
-    if (channel < end && count == 16) {
-      tma_store(second ? &p_.result2 : &p_.result, from, at);
-    } else if (channel < end) {
-#pragma unroll 1
-      for (int row = 0; row < count; ++row, ++at[1]) {
-        tma_store(second ? &p_.result2_row : &p_.result_row, from + row * kHopperRow, at);
-      }
-    }
+    layout_.store(work, first_row(i), rows(work, i), work.column + part * 64, from);
     bulk_commit();
   }
 
   const Params& p_;
+  const Layout layout_;
   const HopperRowsShared<Tile>& shared_;
   int group_, warp_;
   int buffer_ = 0;

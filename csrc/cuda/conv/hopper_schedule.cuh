@@ -14,8 +14,18 @@
 
 namespace tdc {
 
+// Samples and pixels of a tile.
+template <class Tile, class Params>
+struct HopperExtent {
+  __device__ __forceinline__ static int samples(const Params&) { return Tile::kSamples; }
+  __device__ __forceinline__ static int height(const Params&) { return 8 * Tile::kDown; }
+  __device__ __forceinline__ static int width(const Params&) { return 8 * Tile::kAcross; }
+};
+
 template <class Tile, class Params>
 class HopperSchedule {
+  using Extent = HopperExtent<Tile, Params>;
+
  public:
   __device__ __forceinline__ HopperSchedule(const Params& p, HopperGroup* groups) : p_(p), groups_(groups) {}
 
@@ -39,6 +49,12 @@ class HopperSchedule {
     block_sync();
     if (threadIdx.x < 32) add_up(num_groups);
     block_sync();
+  }
+
+  // Tiles of the list.
+  __device__ __forceinline__ int total() const {
+    const HopperGroup& last = groups_[p_.routing.num_groups - 1];
+    return last.ends[0] + last.ends[1] + last.ends[2];
   }
 
   // Tile number `tile` of the list.
@@ -78,7 +94,7 @@ class HopperSchedule {
   }
 
   __device__ __forceinline__ int tiles_of(const HopperGroup& group, int kind) const {
-    const int whole = group.samples / Tile::kSamples, part = group.samples % Tile::kSamples ? 1 : 0;
+    const int samples = Extent::samples(p_), whole = group.samples / samples, part = group.samples % samples ? 1 : 0;
     const int rows = kind == 0 ? whole : kind == 1 ? part : whole + part, live = columns_of(group.live);
     return rows * tiles_per_image() * (kind == 2 ? p_.channel_tiles - live : live);
   }
@@ -114,17 +130,17 @@ class HopperSchedule {
     const HopperGroup group = groups_[low];
     if (low > 0) tile -= groups_[low - 1].ends[kind];
     const int live = columns_of(group.live), columns = kind == 2 ? p_.channel_tiles - live : live;
-    HopperWork work;
+    HopperWork work = {};
     const int column = (kind == 2 ? live : 0) + tile % columns, of_second = column - columns_of(p_.result_seam);
     work.column = of_second < 0 ? column * Tile::kColumns : p_.result_seam + of_second * Tile::kColumns;
     work.live = of_second < 0 ? min(group.live, p_.result_seam) : group.live;
     tile /= columns;
-    work.x = tile % p_.tiles_across * 8 * Tile::kAcross;
+    work.x = tile % p_.tiles_across * Extent::width(p_);
     tile /= p_.tiles_across;
-    work.y = tile % p_.tiles_down * 8 * Tile::kDown;
-    const int row = kind == 1 ? group.samples / Tile::kSamples : tile / p_.tiles_down;
-    work.first = group.first + row * Tile::kSamples;
-    work.count = min(Tile::kSamples, group.samples - row * Tile::kSamples);
+    work.y = tile % p_.tiles_down * Extent::height(p_);
+    const int samples = Extent::samples(p_), row = kind == 1 ? group.samples / samples : tile / p_.tiles_down;
+    work.first = group.first + row * samples;
+    work.count = min(samples, group.samples - row * samples);
     work.expert = group.expert;
     work.depth = kind == 2 ? 0 : group.depth;
     return work;

@@ -125,6 +125,7 @@ ConvHopperWgradParams params_of(const ConvArguments& a, const Device& device, co
 std::string hopper_wgrad_refusal(const ConvArguments& a, const Device& device) {
   const std::string common = hopper_refusal(a, device);
   if (!common.empty()) return common;
+  if (takes_strides(a)) return "its wgrad has stride 1";
   if (a.num_groups > kHopperWgradMostGroups) {
     return "it has at most " + std::to_string(kHopperWgradMostGroups) + " groups in wgrad";
   }

@@ -31,7 +31,7 @@ struct Launch {
 
 // A parameter struct as the bytes that the kernel receives. The padding is made zeros where the compiler can do so:
 // then equal parameters have equal bytes, without which no launch is known to be repeatable
-// (tdc_fast/ops/cuda_planned.py).
+// (tdc_fast/ops/cuda_planned.py). gcc (12) does so wrongly in arrays of structs, so that P must have none.
 template <class P>
 std::vector<unsigned char> bytes_of(P params) {
   static_assert(std::is_trivially_copyable<P>::value, "kernel parameters are plain data");

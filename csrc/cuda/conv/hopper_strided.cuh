@@ -1,0 +1,126 @@
+// The Hopper form of stride 2: where the rows of a tile lie for 3x3 filters (hopper_strided_params.h). The rest is
+// hopper_rows.cuh.
+//
+//   forward   tap (r, s) of y at (i, j) is x at (2 i + r - 1, 2 j + s - 1): of the plane of that parity, at (i - 1, .)
+//             where r is 0 and (i, .) where it is 1 or 2
+//   dgrad     dx at (2 i + a, 2 j + b), of plane (a, b), meets the rows of the filter with r - 1 = a mod 2: row 1
+//             with dy at (i, .) where a is 0, rows 0 and 2 with dy at (i + 1, .) and (i, .) where it is 1. Planes have
+//             1, 2, 2 and 4 taps, so no product is wasted. All tiles of the longest plane come first
+#pragma once
+
+#include "cuda/device_sm90.cuh"
+#include "cuda/conv/hopper_rows.cuh"
+#include "cuda/conv/hopper_schedule.cuh"
+#include "cuda/conv/hopper_strided_params.h"
+
+namespace tdc {
+
+template <class Tile>
+struct HopperExtent<Tile, ConvHopperStridedParams> {
+  using Params = ConvHopperStridedParams;
+  __device__ __forceinline__ static int samples(const Params& p) { return p.box_samples; }
+  __device__ __forceinline__ static int height(const Params& p) { return p.box_height; }
+  __device__ __forceinline__ static int width(const Params& p) { return p.box_width; }
+};
+
+template <class Tile_, bool kForward_>
+class HopperStridedLayout {
+ public:
+  using Tile = Tile_;
+  using Params = ConvHopperStridedParams;
+  using Schedule = HopperSchedule<Tile, Params>;
+  static constexpr bool kForward = kForward_;
+
+  __device__ __forceinline__ explicit HopperStridedLayout(const Params& p) : p_(p) {}
+
+  __device__ __forceinline__ void prefetch_maps() const {
+#pragma unroll
+    for (int plane = 0; plane < kHopperPlanes; ++plane) {
+      if (kForward || plane == 0) tensor_map_prefetch(map_of(p_.source, plane));
+      if (!kForward || plane == 0) tensor_map_prefetch(map_of(p_.result, plane));
+    }
+  }
+
+  __device__ __forceinline__ static HopperWork find(const Schedule& schedule, int tile) {
+    if (kForward) return schedule.find(tile);
+    const int total = schedule.total();
+    int plane = kHopperPlanes - 1;
+    for (; plane > 0 && tile >= total; --plane) tile -= total;
+    HopperWork work = schedule.find(tile);
+    work.plane = plane;
+    return work;
+  }
+
+  __device__ __forceinline__ int taps(const HopperWork& work) const {
+    return kForward ? kHopperTaps : (1 + work.plane / 2) * (1 + work.plane % 2);
+  }
+  __device__ __forceinline__ int rows(const HopperWork& work) const { return work.count << p_.box_pixels_log2; }
+  __device__ __forceinline__ int source_seam() const { return p_.source_channels; }
+  __device__ __forceinline__ int of_filter(const HopperWork& work, int tap) const {
+    const Tap at = tap_at(work, tap);
+    return 3 * at.row + at.column;
+  }
+
+  __device__ __forceinline__ void load_source(const HopperWork& work, int tap, bool, int channel, void* to,
+                                              Mbarrier* full) const {
+    const Tap filter = tap_at(work, tap);
+    int plane = 0, down, across;
+    if (kForward) {
+      plane = filter.row == 1 ? 0 : 2;
+      plane += filter.column == 1 ? 0 : 1;
+      down = filter.row == 0 ? -1 : 0, across = filter.column == 0 ? -1 : 0;
+    } else {
+      down = filter.row == 0 ? 1 : 0, across = filter.column == 0 ? 1 : 0;
+    }
+    if (TDC_PLANTED(HOPPER_WRONG_LINE) && down) down = 0;
+    if (TDC_PLANTED(HOPPER_WRONG_PLANE) && kForward) plane ^= plane == 3 ? 1 : 0;
+    const int at[4] = {channel, work.x + across, work.y + down, work.first};
+    tma_load(to, map_of(p_.source, plane), full, at);
+  }
+
+  __device__ __forceinline__ void load_residual(const HopperWork& work, int row, int channel, void* to,
+                                                Mbarrier* full) const {
+    int at[4];
+    place(work, row, channel, at);
+    tma_load(to, &p_.residual, full, at);
+  }
+
+  // TMA clips at the edges of the plane; the 16 rows are of one sample.
+  __device__ __forceinline__ void store(const HopperWork& work, int row, int, int channel,
+                                        const unsigned char* from) const {
+    if (channel >= p_.result_channels) return;
+    int at[4];
+    place(work, row, channel, at);
+    const int plane = work.plane ^ (TDC_PLANTED(HOPPER_WRONG_PLANE) && !kForward && work.plane == 3 ? 1 : 0);
+    tma_store(map_of(p_.result, plane), from, at);
+  }
+
+  __device__ __forceinline__ int sample(const HopperWork& work, int row) const {
+    return work.first + (row >> p_.box_pixels_log2);
+  }
+
+ private:
+  struct Tap {
+    int row, column;  // of the filter
+  };
+
+  __device__ __forceinline__ static Tap tap_at(const HopperWork& work, int tap) {
+    if (kForward) return {tap / 3, tap % 3};
+    const int down = work.plane / 2, across = work.plane % 2;
+    return {down ? tap >> across << 1 : 1, across ? (tap & 1) << 1 : 1};
+  }
+
+  __device__ __forceinline__ static const TensorMap* map_of(const HopperPlaneMaps& maps, int plane) {
+    return plane / 2 ? plane % 2 ? &maps.odd_odd : &maps.odd_even : plane % 2 ? &maps.even_odd : &maps.even_even;
+  }
+
+  // Where 16 rows lie in the result.
+  __device__ __forceinline__ void place(const HopperWork& work, int row, int channel, int (&at)[4]) const {
+    const int within = row & ((1 << p_.box_pixels_log2) - 1);
+    at[0] = channel, at[1] = work.x, at[2] = work.y + (within >> p_.box_width_log2), at[3] = sample(work, row);
+  }
+
+  const Params& p_;
+};
+
+}  // namespace tdc

@@ -1,0 +1,209 @@
+"""The Hopper form of stride 2, run in the emulator, equals one convolution per group."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tdc_fast.kernels.problems import ConvTensors
+from tdc_fast.ops import hopper as hopper_backend
+from tdc_fast.ops.checks import conv_problem
+from tests.cases import ConvCase, widths_of
+from tests.emulator.conv import DTYPES, assert_accurate, conv_case, emulator, results, uneven
+from tests.emulator.harness import AT_RUNTIME, SANITIZED, SCHEDULES, EmulatorError, EmulatorLauncher, plain_only
+from tests.generated import examples
+
+pytestmark = pytest.mark.usefixtures("nan_filled_memory")
+FAMILY = "conv_hopper_strided"
+
+
+@contextmanager
+def hopper(multiprocessors: int = 3, schedule: int = 0) -> Iterator[EmulatorLauncher]:
+    """A Hopper GPU with few SMs, so that a block computes several tiles."""
+    with emulator((90, multiprocessors, 232448), (FAMILY,), **{FAMILY: AT_RUNTIME}) as launcher:
+        launcher.schedule = schedule
+        yield launcher
+
+
+def case_of(**changes: Any) -> ConvCase:
+    return conv_case(**{"in_channels": 64, "out_channels": 64, "size": (8, 8), "stride": (2, 2)} | changes)
+
+
+# Changes to a case, SMs, and the tiles that forward and dgrad must take.
+EDGES: dict[str, tuple[dict[str, Any], int, str, str]] = {
+    "images of 32x32, several blocks of channels": (
+        {"routing": uneven(1), "size": (32, 32), "in_channels": 72, "out_channels": 72, "extras": ("sample_bias",)},
+        1,
+        "256x128",
+        "256x128",
+    ),
+    "odd images of several tiles": ({"routing": uneven(1, 0, 1), "size": (35, 11)}, 3, "128x64", "128x64"),
+    "even and odd sides": ({"routing": uneven(2, 1), "size": (16, 9), "out_channels": 136}, 3, "128x64", "128x64"),
+    "4x4 pixels of many samples": (
+        {"routing": uneven(3, 0, 9), "size": (8, 8), "in_channels": 72, "out_channels": 136},
+        3,
+        "128x128",
+        "128x128",
+    ),
+    "the smallest images": ({"routing": uneven(3, 2), "size": (4, 5), "extras": ("residual",)}, 3, "128x64", "128x64"),
+    "widths of no multiple": (
+        {
+            "routing": uneven(1, 1, 1, 0, weight_index=(0, 0, 1, 1)),
+            "size": (9, 7),
+            "in_channels": 136,
+            "out_channels": 144,
+            "in_widths": (37, 136, 0, 8),
+            "out_widths": (144, 3, 64, 0),
+        },
+        3,
+        "128x128",
+        "128x128",
+    ),
+    "nothing is added": ({"routing": uneven(2), "in_widths": (40,), "extras": ()}, 3, "128x64", "128x64"),
+}
+# fp16 differs from bf16 in products and rounding, not in layout; sanitizers look at addresses.
+RAGGED = ("even and odd sides", "nothing is added")
+EDGE_CASES = [(edge, "bf16") for edge in (RAGGED if SANITIZED else EDGES)]
+EDGE_CASES += [] if SANITIZED else [(RAGGED[1], "fp16")]
+
+
+@pytest.mark.parametrize("edge, dtype", EDGE_CASES)
+def test_edges_are_as_accurate_as_torch(edge: str, dtype: str) -> None:
+    changes, multiprocessors, *tiles = EDGES[edge]
+    with hopper(multiprocessors) as launcher:
+        assert_accurate(case_of(**changes), DTYPES[dtype], ("x",), backend="hopper")
+    names = [f"tdc_conv_hopper_strided_{direction}_{dtype}_" for direction in ("forward", "dgrad")]
+    assert launcher.launched == [name + tile for name, tile in zip(names, tiles, strict=True)]
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> ConvCase:
+    """Up to three samples in up to four groups, which may share experts; images of any size that is served."""
+    samples = draw(st.lists(st.integers(0, 2), min_size=1, max_size=4).filter(lambda of: 0 < sum(of) <= 3))
+    experts = draw(st.integers(1, len(samples)))
+    index = tuple(draw(st.integers(0, experts - 1)) for _ in samples)
+    ins, outs = (8 * draw(st.integers(8, 17)) for _ in range(2))
+    return case_of(
+        routing=uneven(*samples, weight_index=(*index[:-1], experts - 1)),
+        in_channels=ins,
+        out_channels=outs,
+        size=(draw(st.integers(4, 19)), draw(st.integers(4, 19))),
+        in_widths=draw(widths_of(ins, 1, len(samples))),
+        out_widths=draw(widths_of(outs, 1, len(samples))),
+        extras=draw(st.sampled_from([(), ("bias",), ("bias", "sample_bias"), ("residual",)])),
+        seed=draw(st.integers(0, 99)),
+    )
+
+
+def test_any_case_is_as_accurate_as_torch() -> None:
+    @given(case=cases(), schedule=st.sampled_from(SCHEDULES), multiprocessors=st.integers(1, 5))
+    @examples(1 if SANITIZED else 3)
+    def check(case: ConvCase, schedule: int, multiprocessors: int) -> None:
+        with hopper(multiprocessors, schedule) as launcher:
+            assert_accurate(case, torch.bfloat16, ("x",), backend="hopper")
+        assert [kernel.split("_")[3] for kernel in launcher.launched] == ["strided"] * 2
+
+    check()
+
+
+@plain_only
+def test_results_do_not_depend_on_which_thread_goes_first() -> None:
+    """More steps than stages, several tiles for one block, a ragged depth, a residual."""
+    case = case_of(routing=uneven(1, 1), size=(9, 11), in_channels=72, out_channels=72)
+    found = []
+    for schedule in (1, 3):
+        with hopper(1, schedule):
+            found.append(results(case, torch.bfloat16, ("x",), backend="hopper"))
+    first, other = found
+    assert set(first) == {"y", "dx"}
+    for name, value in first.items():
+        assert torch.equal(other[name], value), name
+
+
+@plain_only
+def test_what_is_not_live_is_not_multiplied() -> None:
+    """Nine taps of 128 rows in forward; in dgrad four planes, which share the nine. Widths count as everywhere."""
+    case = case_of(
+        routing=uneven(1, 1, 5),
+        in_channels=136,
+        out_channels=192,
+        in_widths=(136, 33, 77),
+        out_widths=(192, 64, 129),
+        extras=(),
+    )
+    rows = (64, 64, 128)  # of the half of a tile that has samples, or of both
+    with hopper() as launcher:
+        counts = [launcher.multiply_adds()]
+        y = results(case, torch.bfloat16, (), backend="hopper")["y"]
+        counts.append(launcher.multiply_adds())
+        t, problem = arguments(case)
+        hopper_backend.conv2d_dgrad(problem, torch.ones_like(y), t)
+        counts.append(launcher.multiply_adds())
+    assert {kernel.rsplit("_", 1)[1] for kernel in launcher.launched} == {"128x128"}
+    forward = sum(9 * r * k * n for r, k, n in zip(rows, (144, 48, 80), (192, 64, 192), strict=True))
+    dgrad = sum(9 * r * k * n for r, k, n in zip(rows, (192, 64, 144), (192, 64, 128), strict=True))
+    assert [after - before for before, after in zip(counts, counts[1:], strict=False)] == [forward, dgrad]
+
+
+def arguments(case: ConvCase, *routing: torch.Tensor) -> tuple[ConvTensors, Any]:
+    """The tensors and the problem of a case; with other offsets, weight index and widths where given."""
+    tensors = {name: t.detach() for name, t in case.tensors(torch.bfloat16).items()}
+    plan = case.routing.plan()
+    own = [None if w is None else torch.tensor(w, dtype=torch.int32) for w in (case.in_widths, case.out_widths)]
+    offsets, index, ins, outs = routing or (plan.offsets, plan.weight_index, *own)
+    extras = {name: tensors[name] for name in case.extras}
+    t = ConvTensors(tensors["x"], tensors["weight"], offsets, plan.tiles, index, ins, outs, **extras)
+    return t, conv_problem("routed_conv2d", t, case.stride, case.padding)
+
+
+PLANTS = {
+    "HOPPER_NO_EMPTY_WAIT": "arrivals in a phase|race on byte|in flight",
+    "HOPPER_EARLY_RELEASE": r"race on byte \d+ of the dynamic shared memory: a copy .* writes .* what a product",
+    "HOPPER_NO_STORE_WAIT": "race on byte .* what a store of thread",
+    "HOPPER_NO_RESIDUAL_WAIT": "race on byte .* a copy .* what a store of thread",
+}
+
+
+@plain_only
+@pytest.mark.parametrize("plant", PLANTS)
+def test_a_planted_bug_is_reported(plant: str) -> None:
+    extras = ("bias",) if plant == "HOPPER_NO_STORE_WAIT" else ("residual",)
+    case = case_of(routing=uneven(2), size=(17, 17), out_channels=136, extras=extras)
+    with hopper(1, 3) as launcher, launcher.planted(plant), pytest.raises(EmulatorError, match=PLANTS[plant]):
+        results(case, torch.bfloat16, (), backend="hopper")
+
+
+@plain_only
+@pytest.mark.parametrize("wanted", [(), ("x",)], ids=["forward", "dgrad"])
+@pytest.mark.parametrize("plant", ["HOPPER_WRONG_TAP", "HOPPER_WRONG_LINE", "HOPPER_WRONG_PLANE"])
+def test_a_planted_bug_spoils_the_result(plant: str, wanted: tuple[str, ...]) -> None:
+    """The weights of another tap; pixels a line off; those of another parity, read or written."""
+    case = case_of(routing=uneven(1), extras=())
+    with hopper(1) as launcher:
+        right = results(case, torch.bfloat16, wanted, backend="hopper")
+        with launcher.planted(plant):
+            wrong = results(case, torch.bfloat16, wanted, backend="hopper")
+    name = "dx" if wanted else "y"
+    assert not torch.allclose(wrong[name], right[name], rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("garbage", [-7, 2**31 - 1])
+def test_no_number_in_device_memory_leads_out_of_bounds(garbage: int) -> None:
+    """Sanitizers check what is read and written; the values do not matter."""
+    case = case_of(routing=uneven(1, 0, 1), size=(5, 6), extras=("bias", "sample_bias"))
+    groups = case.routing.num_groups
+    wrong = [torch.full((n,), garbage, dtype=torch.int32) for n in (groups + 1, groups, groups, groups)]
+    for sound in range(4):
+        routing = list(wrong)
+        routing[sound] = torch.zeros_like(routing[sound])
+        t, problem = arguments(case, *routing)
+        with hopper() as launcher:
+            y = hopper_backend.conv2d(problem, t)
+            hopper_backend.conv2d_dgrad(problem, torch.ones_like(y), t)
+        assert [kernel.split("_")[4] for kernel in launcher.launched] == ["forward", "dgrad"]
