@@ -107,7 +107,7 @@ HOPPER_CASES: dict[str, ConvCase] = {
     "images of 2x8 and two inputs with widths": conv(
         THREE, (200, 136), (2, 8), x2_channels=112, in_widths=(200, 40, 103), out_widths=(136, 65, 0)
     ),
-    "stride 2": conv(UNEVEN, (128, 256), (32, 32), stride=(2, 2)),
+    "stride 2": conv(UNEVEN, (64, 136), (32, 32), stride=(2, 2)),
     "stride 2, odd images and widths": conv(
         Routing((0, 1, 1, 2, 3, 3, 3, 0, 1), 4, 4, None),
         (136, 264),
