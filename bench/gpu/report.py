@@ -16,12 +16,16 @@ from bench.gpu.goals import judge
 from bench.gpu.rows import BenchRun, Row, row_name
 from bench.gpu.timing import Machine
 from tdc_fast import __version__
+from tdc_fast.ops.measured import KERNEL_VERSIONS
 
 WHOLE_RATES = ("images_per_s", "TFLOPps")  # shown without decimals
 
 
 def facts(run: BenchRun, seconds: float, command: str) -> dict[str, Any]:
-    """The rows of a run and what a reader needs to know with them: date, command, device, versions, goals."""
+    """The rows of a run and what a reader needs to know with them: date, command, device, versions, goals.
+
+    `kernels` are the KERNEL_VERSIONS that were measured.
+    """
     return {
         "date": date.today().isoformat(),
         "command": command,
@@ -30,6 +34,7 @@ def facts(run: BenchRun, seconds: float, command: str) -> dict[str, Any]:
         "seconds": seconds,
         "device": run.machine.describe(),
         "versions": versions(run.machine),
+        "kernels": dict(KERNEL_VERSIONS),
         "clocks_after": run.machine.clocks(),
         "goals": judge(run.rows),
         "not_run": run.not_run,

@@ -2,11 +2,14 @@
 
 `bench/backend_times.py` writes them from a result of `bench.gpu` to kernels/tuned/<device>.backends.json:
 
-    {"version": 1, "device": "NVIDIA H200", "date": ..., "command": ..., "versions": {...}, "rows": [
+    {"device": "NVIDIA H200", "date": ..., "command": ..., "versions": {...},
+     "kernels": {"routed_group_norm": 1, ...}, "rows": [
       {"op": "routed_group_norm", "dtype": "bfloat16", "batch": 64, "pixels": 4096, "channels": 256,
        "ms": {"cuda": 0.32243, "triton": 0.20390}}, ...
       {"op": "routed_conv2d_wgrad", "dtype": "bfloat16", "filter": 3, "stride": 1, "batch": 64, "pixels": 1024,
        "in_channels": 128, "out_channels": 128, "num_groups": 8, "ms": {...}}, ...]}
+
+`kernels` are the versions of the kernels that were measured, see KERNEL_VERSIONS.
 
 A row says something about problems of the same operator, dtype, filter and stride (of a group norm: the same operator
 and dtype) whose every size is at most twice and at least half its own. Sizes are the batch, the pixels of an input
@@ -32,7 +35,15 @@ import torch
 from tdc_fast.kernels import tile_shapes
 from tdc_fast.kernels.problems import ConvProblem, Problem
 
-TIMES_VERSION = 1  # raise it when the kernels' speed changes: tables measured with another version are ignored
+# By operator. Raise one when its kernels change so much that another backend may be the fastest: rows of a table that
+# were measured with another version are ignored.
+KERNEL_VERSIONS: Mapping[str, int] = {
+    "routed_conv2d": 1,
+    "routed_conv2d_dgrad": 1,
+    "routed_conv2d_wgrad": 1,
+    "routed_group_norm": 2,
+    "routed_group_norm_backward": 2,
+}
 GAIN = 0.98  # another backend comes first if it takes at most this fraction of the usual one's time: less is noise
 _FARTHEST = 1.0  # in octaves, by which each size of a problem may differ from a row's
 
@@ -120,7 +131,7 @@ class Table:
 
 @functools.cache
 def load_times(name: str) -> Table | None:
-    """The table of a device; None if there is none of this TIMES_VERSION.
+    """The table of a device, of rows measured with the KERNEL_VERSIONS; None if there is none.
 
     Args:
         name: the driver's name of the device.
@@ -129,10 +140,11 @@ def load_times(name: str) -> Table | None:
     if not path.is_file():
         return None
     table = json.loads(path.read_text())
-    if table.get("version") != TIMES_VERSION:
-        return None
+    versions = table.get("kernels", {})
     rows: dict[Kind, list[tuple[Sizes, Mapping[str, float]]]] = {}
     for row in table["rows"]:
+        if versions.get(row["op"]) != KERNEL_VERSIONS.get(row["op"]):
+            continue
         kind: Kind
         sizes: Sizes
         if "filter" in row:

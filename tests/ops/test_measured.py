@@ -20,6 +20,7 @@ from tdc_fast.ops import backends, measured
 BF16, GPU = torch.bfloat16, torch.device("cuda")
 NORM = NormProblem("routed_group_norm", GPU, BF16, 64, 64, 64, 256, 32, 1e-5, True, 8, 8)
 CONV = ConvProblem("routed_conv2d", GPU, BF16, 64, 32, 32, 128, 128, (3, 3), (1, 1), (1, 1), 32, 32, 8, 8)
+VERSIONS = measured.KERNEL_VERSIONS
 RESULT = ROOT / "bench" / "results" / "gpu-nvidia-h200.json"
 
 
@@ -35,12 +36,15 @@ class StandIn:
 
 @pytest.fixture
 def h200(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Problems on a GPU are on an H200, where Triton and CUDA serve everything."""
+    """Problems on a GPU are on an H200, where Triton and CUDA serve everything, with the kernels that were measured."""
     monkeypatch.setattr(measured, "device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(measured, "KERNEL_VERSIONS", dict.fromkeys(VERSIONS, 1))
     monkeypatch.setattr(backends, "_backends", [StandIn("triton"), StandIn("cuda"), StandIn("reference")])
     backends.forget()
+    measured.load_times.cache_clear()
     yield
     backends.forget()
+    measured.load_times.cache_clear()
 
 
 def chosen(problem: Any) -> str:
@@ -73,12 +77,14 @@ def test_without_times_near_the_problem_the_usual_order_holds(h200: None, monkey
     assert chosen(NORM) == "cuda" and chosen(image) == "triton"
 
 
-def test_a_table_of_other_kernels_is_ignored(h200: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measured, "TIMES_VERSION", 10**6)
+def test_times_of_kernels_that_changed_since_do_not_count(h200: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table is of the first norm kernels, of which CUDA's took 0.322 ms where Triton's took 0.204."""
+    assert chosen(NORM) == "triton"
+    monkeypatch.setattr(measured, "KERNEL_VERSIONS", VERSIONS)
     measured.load_times.cache_clear()
-    assert chosen(NORM) == "cuda"
-    monkeypatch.undo()
-    measured.load_times.cache_clear()
+    for norm in (NORM, replace(NORM, op="routed_group_norm_backward"), replace(NORM, height=4, width=4)):
+        assert measured.times_near(norm) is None and chosen(norm) == "cuda"
+    assert measured.times_near(CONV) is not None and chosen(replace(CONV, in_channels=3)) == "cuda"
 
 
 def test_the_nearest_row_counts_and_rows_of_one_shape_by_their_mean(tmp_path: Path, h200: None, monkeypatch) -> None:
@@ -88,7 +94,7 @@ def test_the_nearest_row_counts_and_rows_of_one_shape_by_their_mean(tmp_path: Pa
         {**row, "channels": 256, "ms": {"cuda": 4.0, "triton": 1.0}},
         {**row, "channels": 384, "ms": {"cuda": 1.0, "triton": 0.985}},  # less than 2 percent: noise
     ]
-    table = {"version": measured.TIMES_VERSION, "date": "today", "rows": rows}
+    table = {"kernels": measured.KERNEL_VERSIONS, "date": "today", "rows": rows}
     (tmp_path / "nvidia_h200.backends.json").write_text(json.dumps(table))
     monkeypatch.setattr(tile_shapes, "TUNED", tmp_path)
     measured.load_times.cache_clear()
@@ -125,7 +131,7 @@ def test_times_of_a_form_that_does_not_serve_two_inputs_do_not_count(tmp_path: P
 
     row = {"op": "routed_conv2d", "dtype": "bfloat16", "filter": 3, "stride": 1, "batch": 64, "pixels": 1024}
     row |= {"in_channels": 128, "out_channels": 128, "num_groups": 8, "ms": {"hopper": 1.0, "triton": 2.0, "cuda": 1.5}}
-    table = {"version": measured.TIMES_VERSION, "date": "today", "rows": [row]}
+    table = {"kernels": measured.KERNEL_VERSIONS, "date": "today", "rows": [row]}
     (tmp_path / "nvidia_h200.backends.json").write_text(json.dumps(table))
     monkeypatch.setattr(tile_shapes, "TUNED", tmp_path)
     monkeypatch.setattr(backends, "_backends", [StandIn("triton"), StandIn("cuda"), Forms("hopper")])
@@ -151,6 +157,14 @@ def test_the_committed_table_is_the_one_of_the_committed_result(tmp_path: Path) 
     assert backend_times.main([str(RESULT), "--out", str(tmp_path)]) == 0
     (written,) = tmp_path.iterdir()
     assert written.read_text() == (ROOT / "kernels" / "tuned" / written.name).read_text()
+
+
+def test_a_result_says_which_kernels_it_measured() -> None:
+    """The table says the same, whatever the kernels are by then; the first results, which do not say, had the first."""
+    old = json.loads(RESULT.read_text())
+    assert set(backend_times.table_of(old)["kernels"].values()) == {1}
+    assert backend_times.table_of({**old, "kernels": {"routed_conv2d": 7}})["kernels"] == {"routed_conv2d": 7}
+    assert set(backend_times.OPERATORS.values()) == set(VERSIONS)
 
 
 def test_a_dry_run_gives_no_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
