@@ -105,7 +105,7 @@ def run_jobs(jobs: Sequence[Job], processes: int, say: Callable[[str], None]) ->
             # Submit no more than the workers can start: a queued job could not be cancelled after Ctrl-C.
             while waiting and len(pending) < workers:
                 job = waiting.pop(0)
-                pending[pool.submit(_in_worker, job)] = job
+                pending[_submit(pool, job)] = job
             done, _ = wait(pending, timeout=REPORT_EVERY_SECONDS, return_when=FIRST_COMPLETED)
             for future in done:
                 job = pending.pop(future)
@@ -128,8 +128,21 @@ def run_jobs(jobs: Sequence[Job], processes: int, say: Callable[[str], None]) ->
     return seconds
 
 
+def _submit(pool: ProcessPoolExecutor, job: Job) -> Future[float]:
+    """Hand a job to the pool. A worker that this starts has Ctrl-C wait until its imports, of seconds, are done."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        return pool.submit(_in_worker, job)
+    from multiprocessing import resource_tracker
+
+    resource_tracker.ensure_running()  # which lets signals through again where it has to start
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
+    try:
+        return pool.submit(_in_worker, job)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an idle worker has nothing to save
     torch.set_num_threads(1)
     os.environ["OPENAI_LOG_FORMAT"] = "csv,log"
 
@@ -137,9 +150,11 @@ def _start_worker() -> None:
 def _in_worker(job: Job) -> float:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
+        if hasattr(signal, "pthread_sigmask"):
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT,))  # raises what came before the job began
         return _timed(job)
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # an idle worker has nothing to save
 
 
 def _timed(job: Job) -> float:

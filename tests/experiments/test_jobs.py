@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -39,3 +41,27 @@ def test_an_interrupted_run_leaves_it_to_the_experiment_to_say_how_to_continue(t
     with pytest.raises(KeyboardInterrupt) as stopped:
         jobs.train_contestant(contestants(tmp_path, 10, 0, control=False)[0])
     assert str(stopped.value) == ""
+
+
+def test_a_worker_that_still_imports_ends_at_ctrl_c_without_beginning_its_job(tmp_path):
+    """It starts with the signal blocked, and takes it where the job would begin."""
+    begun: list[set[int]] = []
+
+    class Pool:
+        def submit(self, function, job):
+            begun.append(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+
+    handler, mask = signal.getsignal(signal.SIGINT), signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    job = jobs.Job("never", Path.touch, (tmp_path / "never",))
+    jobs._submit(Pool(), job)
+    assert signal.SIGINT in begun[0] and signal.pthread_sigmask(signal.SIG_BLOCK, ()) == mask
+    try:
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
+        signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            jobs._in_worker(job)
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    assert not (tmp_path / "never").exists()
