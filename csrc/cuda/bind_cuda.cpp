@@ -159,6 +159,7 @@ void take_convolution(Keywords& keywords, ConvArguments& arguments) {
 void bind_planners_of_convolutions(py::module_& module) {
   const auto forward = [](Keywords& keywords, ConvArguments& arguments) {
     TAKE(x), TAKE(weight), TAKE(bias), TAKE(sample_bias), TAKE(residual), TAKE(y), TAKE(tiles);
+    TAKE_IF_GIVEN(workspace);
     take_convolution(keywords, arguments);
   };
   const auto dgrad = [](Keywords& keywords, ConvArguments& arguments) {
@@ -171,6 +172,8 @@ void bind_planners_of_convolutions(py::module_& module) {
   };
   define<ConvArguments>(module, "cuda_launches_conv_forward", "Launches of the routed convolution.", forward,
                         launch_conv_forward);
+  define<ConvArguments>(module, "cuda_conv_forward_workspace", "Bytes of workspace that it needs.", forward,
+                        conv_forward_workspace);
   define<ConvArguments>(module, "cuda_launches_conv_dgrad", "Launches of its dgrad.", dgrad, launch_conv_dgrad);
   define<ConvArguments>(module, "cuda_conv_dgrad_workspace", "Bytes of workspace that dgrad needs.", dgrad,
                         conv_dgrad_workspace);

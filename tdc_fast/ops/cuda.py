@@ -165,6 +165,9 @@ def conv2d(p: ConvProblem, t: ConvTensors, *, hopper: bool = False) -> Tensor:
         return y
     t = _tiled(p, t)
     arguments = {"y": y.data_ptr(), **_addresses(t), **geometry(p), **_form(hopper)}
+    if hopper and p.upsample > 1:
+        workspace = _workspace(native.module.cuda_conv_forward_workspace, p.device, arguments)
+        arguments["workspace"] = address(workspace)
     launch_planned(native.module.cuda_launches_conv_forward, p.device, arguments)
     return y
 

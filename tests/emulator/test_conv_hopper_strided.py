@@ -1,9 +1,10 @@
-"""The Hopper form of stride 2, run in the emulator, equals one convolution per group."""
+"""The Hopper form of stride 2, in which upsampled images run too, in the emulator: equals one convolution per group."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -83,17 +84,17 @@ def test_edges_are_as_accurate_as_torch(edge: str, dtype: str) -> None:
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> ConvCase:
+def cases(draw: st.DrawFn, most_channels: int = 17, most_pixels: int = 19) -> ConvCase:
     """Up to three samples in up to four groups, which may share experts; images of any size that is served."""
     samples = draw(st.lists(st.integers(0, 2), min_size=1, max_size=4).filter(lambda of: 0 < sum(of) <= 3))
     experts = draw(st.integers(1, len(samples)))
     index = tuple(draw(st.integers(0, experts - 1)) for _ in samples)
-    ins, outs = (8 * draw(st.integers(8, 17)) for _ in range(2))
+    ins, outs = (8 * draw(st.integers(8, most_channels)) for _ in range(2))
     return case_of(
         routing=uneven(*samples, weight_index=(*index[:-1], experts - 1)),
         in_channels=ins,
         out_channels=outs,
-        size=(draw(st.integers(4, 19)), draw(st.integers(4, 19))),
+        size=(draw(st.integers(4, most_pixels)), draw(st.integers(4, most_pixels))),
         in_widths=draw(widths_of(ins, 1, len(samples))),
         out_widths=draw(widths_of(outs, 1, len(samples))),
         extras=draw(st.sampled_from([(), ("bias",), ("bias", "sample_bias"), ("residual",)])),
@@ -207,3 +208,95 @@ def test_no_number_in_device_memory_leads_out_of_bounds(garbage: int) -> None:
             y = hopper_backend.conv2d(problem, t)
             hopper_backend.conv2d_dgrad(problem, torch.ones_like(y), t)
         assert [kernel.split("_")[4] for kernel in launcher.launched] == ["forward", "dgrad"]
+
+
+def upsampled(**changes: Any) -> ConvCase:
+    return conv_case(**{"in_channels": 64, "out_channels": 64, "size": (4, 4), "upsample": 2} | changes)
+
+
+# Changes to a case, SMs, and the tiles that forward and dgrad must take.
+UPSAMPLED: dict[str, tuple[dict[str, Any], int, str, str]] = {
+    "images of 16x16": (
+        {"routing": uneven(1), "size": (16, 16), "out_channels": 72, "extras": ("sample_bias",)},
+        1,
+        "256x128",
+        "128x64",
+    ),
+    "odd images, all that is added": (
+        {"routing": uneven(2, 0, 1, weight_index=(0, 0, 0)), "size": (5, 9), "in_channels": 72, "out_channels": 72},
+        3,
+        "128x128",
+        "128x128",
+    ),
+    "the smallest images, many samples": (
+        {"routing": uneven(3, 9), "size": (2, 3), "extras": ("residual",)},
+        3,
+        "128x64",
+        "128x64",
+    ),
+    "widths of no multiple": (
+        {
+            "routing": uneven(1, 1, 1, 0, weight_index=(0, 0, 1, 1)),
+            "in_channels": 72,
+            "out_channels": 80,
+            "in_widths": (37, 72, 0, 8),
+            "out_widths": (80, 3, 64, 0),
+        },
+        3,
+        "128x128",
+        "128x128",
+    ),
+}
+ODD = "odd images, all that is added"
+UPSAMPLED_CASES = [(edge, "bf16") for edge in ([ODD] if SANITIZED else UPSAMPLED)]
+UPSAMPLED_CASES += [] if SANITIZED else [(ODD, "fp16")]
+
+
+@pytest.mark.parametrize("edge, dtype", UPSAMPLED_CASES)
+def test_upsampled_images_are_as_accurate_as_torch(edge: str, dtype: str) -> None:
+    changes, multiprocessors, *tiles = UPSAMPLED[edge]
+    with hopper(multiprocessors) as launcher:
+        assert_accurate(upsampled(**changes), DTYPES[dtype], ("x",), backend="hopper")
+    merge, name = f"tdc_conv_hopper_merge_taps_{dtype}", "tdc_conv_hopper_strided_{}_" + dtype + "_"
+    forward, dgrad = (name.format(way) + tile for way, tile in zip(("dgrad", "forward"), tiles, strict=True))
+    assert launcher.launched == [merge, forward, merge, dgrad]
+
+
+def test_any_upsampled_image_is_as_accurate_as_torch() -> None:
+    @given(case=cases(most_channels=10, most_pixels=9), schedule=st.sampled_from(SCHEDULES))
+    @examples(1 if SANITIZED else 2)
+    def check(case: ConvCase, schedule: int) -> None:
+        with hopper(schedule=schedule) as launcher:
+            assert_accurate(replace(case, stride=(1, 1), upsample=2), torch.bfloat16, ("x",), backend="hopper")
+        assert [kernel.split("_")[3] for kernel in launcher.launched] == ["merge", "strided"] * 2
+
+    check()
+
+
+@plain_only
+def test_four_ninths_of_the_products_of_upsampled_images_remain() -> None:
+    """16 of the 36 pairs of a tap and one of the 2 x 2 pixels that a pixel stands for, in both passes."""
+    case = upsampled(routing=uneven(8), out_channels=128, out_widths=(70,), in_widths=(40,), extras=())
+    with hopper(1) as launcher:
+        before = launcher.multiply_adds()
+        y = results(case, torch.bfloat16, (), backend="hopper")["y"]
+        forward = launcher.multiply_adds() - before
+        results(case, torch.bfloat16, ("x",), backend="hopper")
+        dgrad = launcher.multiply_adds() - before - 2 * forward
+    assert y.shape == (8, 128, 8, 8)
+    # 8 samples of 4 x 4 pixels; depth in steps of 16, columns of a whole tile and of half of one
+    assert (forward, dgrad) == (16 * 128 * 48 * 128, 16 * 128 * 80 * 64)
+
+
+@plain_only
+@pytest.mark.parametrize("wanted", [(), ("x",)], ids=["forward", "dgrad"])
+@pytest.mark.parametrize("plant", ["HOPPER_WRONG_TAP", "HOPPER_WRONG_LINE", "HOPPER_WRONG_PLANE", "CONV_MERGES_HALF"])
+def test_a_planted_bug_spoils_an_upsampled_image(plant: str, wanted: tuple[str, ...]) -> None:
+    """The weights of another tap; pixels a line off; those of another parity, read or written; taps left out."""
+    case = upsampled(routing=uneven(1), extras=())
+    with hopper(1) as launcher:
+        right = results(case, torch.bfloat16, wanted, backend="hopper")
+        with launcher.planted(plant):
+            wrong = results(case, torch.bfloat16, wanted, backend="hopper")
+    name = "dx" if wanted else "y"
+    assert not torch.allclose(wrong[name], right[name], rtol=0.1, atol=0.1)

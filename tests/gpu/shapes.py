@@ -119,6 +119,18 @@ HOPPER_CASES: dict[str, ConvCase] = {
     "stride 2 to images of 4x4": conv(
         Routing((0,) * 9 + (1,) * 6 + (3,), 4, 4, None), (192, 136), (8, 7), stride=(2, 2), extras=("residual",)
     ),
+    "upsampled": conv(UNEVEN, (136, 256), (16, 16), upsample=2),
+    "upsampled, odd images and widths": conv(
+        Routing((0, 1, 1, 2, 3, 3, 3, 0, 1), 4, 4, None),
+        (136, 264),
+        (9, 5),
+        upsample=2,
+        in_widths=(136, 40, 0, 104),
+        out_widths=(264, 129, 64, 0),
+    ),
+    "upsampled images of 4x4": conv(
+        Routing((0,) * 9 + (1,) * 6 + (3,), 4, 4, None), (192, 136), (4, 4), upsample=2, extras=("residual",)
+    ),
     "1x1 filters": conv(UNEVEN, (136, 256), (33, 16), **POINTWISE),
     "tokens": conv(UNEVEN, (64, 192), (77, 1), **POINTWISE),
     "one pixel": conv(THREE, (128, 72), (1, 1), extras=("bias",), **POINTWISE),

@@ -32,8 +32,8 @@ def a_hopper_gpu(target: Target) -> None:
 @pytest.mark.parametrize("name", HOPPER_CASES)
 def test_convolution(name: str, precision: Precision, target: Target, nan_filled_memory: None) -> None:
     case = HOPPER_CASES[name]
-    products = case.filter[0] * case.filter[1] * max(case.in_channels, case.out_channels)
-    pixels = case.size[0] * case.size[1]
+    products = case.upsample**2 * case.filter[0] * case.filter[1] * max(case.in_channels, case.out_channels)
+    pixels = case.upsample**2 * case.size[0] * case.size[1]
     check(case, precision, target, {"y": products, "dx": products, "sums": case.routing.batch * pixels})
 
 

@@ -42,7 +42,10 @@ def test_it_runs_only_where_it_is_asked_for() -> None:
         ({"filter_height": 1, "filter_width": 1}, "it has 3x3 filters with padding 1 and stride 1 or 2"),
         ({"stride_height": 2}, "it has 3x3 filters with padding 1 and stride 1 or 2"),
         ({"x2_channels": 60}, "it has channels from 64 on, in multiples of 8"),
-        ({"upsample": 2}, "its input is not upsampled"),
+        ({"upsample": 2, "x2_channels": 64}, "it upsamples one input of 3x3 filters with padding 1 and stride 1"),
+        ({"upsample": 2, "pad_height": 0}, "it upsamples one input of 3x3 filters with padding 1 and stride 1"),
+        ({"upsample": 2, "height": 1}, "it upsamples images from 2x2 on"),
+        ({"upsample": 2, "num_groups": 385}, "it has at most 384 groups"),
         ({"height": 7, "width": 7}, "its 3x3 filters have images from 8x8 on, or whose number of pixels"),
         ({"in_channels": 3}, "it leaves image channels to the portable form"),
         ({"out_channels": 6}, "it leaves image channels to the portable form"),
@@ -228,7 +231,7 @@ def test_what_stride_2_does_not_serve_takes_the_portable_form(changes: dict[str,
     for pass_ in ("forward", "dgrad"):
         assert refusal(pass_, **STRIDED | changes).startswith(reason)
         assert "hopper" not in only(plan(pass_, **STRIDED | changes)).kernel
-    assert refusal("forward", upsample=2, **STRIDED) == "its input is not upsampled"
+    assert refusal("forward", upsample=2, **STRIDED).startswith("it upsamples one input of 3x3 filters")
     assert refusal(**STRIDED) == refusal("dgrad", **STRIDED) == ""
 
 
@@ -273,6 +276,41 @@ def test_stride_2_reads_the_pixels_of_each_parity_as_an_image() -> None:
     assert [m[0] - (1 << 22) for m in of_dx] == [m[0] - (1 << 21) for m in planes]
     assert [m[1:9] for m in of_dx] == [m[1:9] for m in planes]
     assert of_dx[3][10:14] == (64, dy[11], 16 // dy[11], 1)
+
+
+def test_an_upsampled_image_is_a_convolution_of_stride_2_on_merged_taps() -> None:
+    sizes = {"upsample": 2, "height": 16, "width": 12, "in_channels": 64, "out_channels": 256}
+    places = {"x": 1 << 21, "y": 1 << 22, "weight": 1 << 23, "residual": 1 << 24, "workspace": 1 << 25}
+    merge, launch = plan(**sizes, **places)
+    assert merge.kernel == "tdc_conv_hopper_merge_taps_bf16" and merge.grid == (8 * 16 * 2 * 8, 1, 1)
+    assert launch.kernel == "tdc_conv_hopper_strided_dgrad_bf16_256x128"
+    x, weight, *planes = (described(launch, at) for at in launch.tensor_maps)
+    assert (x[0], x[5:9]) == (1 << 21, (64, 12, 16, 128))
+    assert (weight[0], weight[5:9]) == (1 << 25, (256, 16, 64, 8))
+    for number, plane in enumerate(planes):
+        parity = number % 4
+        assert plane[0] == (1 << (22 if number < 4 else 24)) + (parity // 2 * 24 + parity % 2) * 256 * 2
+        assert plane[1:4] == (2 * 256 * 2, 2 * 24 * 256 * 2, 32 * 24 * 256 * 2)
+        assert plane[5:9] == (256, 12, 16, 128) and plane[10:14] == (64, 4, 4, 1)
+    assert len(planes) == 8
+    merge, grad = plan("dgrad", **sizes, dy=1 << 22, dx=1 << 21, weight=1 << 23, workspace=1 << 25)
+    assert merge.kernel == "tdc_conv_hopper_merge_taps_bf16"
+    assert grad.kernel == "tdc_conv_hopper_strided_forward_bf16_128x64"
+    *of_dy, weight, dx = (described(grad, at) for at in grad.tensor_maps)
+    assert [m[:9] for m in of_dy] == [m[:9] for m in planes[:4]]
+    assert (weight[0], weight[5:9], dx[0], dx[5:9]) == (1 << 25, (256, 16, 64, 8), 1 << 21, x[5:9])
+    # Without a workspace the portable form takes every tap.
+    assert only(plan(**sizes)).kernel == "tdc_conv_forward_bf16_128x128"
+    assert "hopper" not in only(plan("dgrad", **sizes)).kernel
+
+
+@pytest.mark.parametrize("pass_", ["forward", "dgrad"])
+def test_the_workspace_of_an_upsampled_image_holds_the_merged_taps(pass_: str) -> None:
+    measure = getattr(_native, f"cuda_conv_{pass_}_workspace")
+    own = arguments(pass_, H100, out_channels=256)
+    assert measure(**own, upsample=2, hopper=True) == 8 * 256 * 16 * 128 * 2
+    assert measure(**own | {"batch": 0}, upsample=2, hopper=True) == measure(**own, hopper=True) == 0
+    assert measure(**own, upsample=2) == (0 if pass_ == "forward" else 8 * 256 * 16 * 128 * 2)
 
 
 def test_dgrad_of_stride_2_has_tiles_of_every_parity() -> None:
@@ -373,6 +411,7 @@ def test_the_unit_of_1x1_filters_loads_the_fewest_channels(channels: int, unit: 
         ({"stride_height": 2, "stride_width": 2}, "its wgrad has stride 1"),
         ({"height": 4, "width": 12}, "its 3x3 filters have images from 8x8 on, or whose number of pixels"),
         ({"x2_channels": 60}, "it has channels from 64 on, in multiples of 8"),
+        ({"upsample": 2}, "its wgrad does not upsample images"),
         ({"num_groups": 257}, "it has at most 256 groups in wgrad"),
         ({"batch": 2**17, "height": 64, "width": 64, "in_channels": 2048, "out_channels": 1024}, "it has fewer than"),
     ],
@@ -393,14 +432,14 @@ def test_a_batch_of_nothing_needs_no_launch() -> None:
     assert plan(batch=0) == plan("dgrad", batch=0) == []
 
 
-@pytest.mark.parametrize("hopper", [False, True])
+@pytest.mark.parametrize("settings", [{}, {"hopper": True}, {"hopper": True, "upsample": 2, "workspace": ALIGNED}])
 @pytest.mark.parametrize("pass_", ["forward", "dgrad", "wgrad"])
-def test_padding_of_parameters_is_zeros(pass_: str, hopper: bool) -> None:
+def test_padding_of_parameters_is_zeros(pass_: str, settings: dict[str, Any]) -> None:
     """Else launches with other addresses differ in more than these, and are never repeated."""
     small = {"batch": 2, "num_groups": 2, "num_experts": 2, "out_widths": 0, "sample_bias": 0, "dsample_bias": 0}
-    own = arguments(pass_, H100)
+    own = arguments(pass_, H100, **settings)
     own |= {name: value for name, value in small.items() if name in own}
     names = [name for name, value in own.items() if value is ALIGNED]
     planner = getattr(_native, f"cuda_launches_conv_{pass_}")
     for _ in range(50):  # what memory held before is not always the same
-        assert _forms(lambda addresses: planner(**own | addresses, hopper=hopper), names) is not None
+        assert _forms(lambda addresses: planner(**own | addresses), names) is not None

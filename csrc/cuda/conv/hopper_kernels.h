@@ -35,8 +35,12 @@
 
 #define TDC_KERNELS_conv_hopper_rows(X) \
   TDC_HOPPER_ROWS_PASSES(X, tdc_conv_hopper_rows, tdc::ConvHopperRowsParams, tdc::HopperRowsLayout)
-#define TDC_KERNELS_conv_hopper_strided(X) \
-  TDC_HOPPER_ROWS_PASSES(X, tdc_conv_hopper_strided, tdc::ConvHopperStridedParams, tdc::HopperStridedLayout)
+#define TDC_HOPPER_MERGE(X, suffix, T) \
+  X(tdc_conv_hopper_merge_taps_##suffix, tdc::ConvMergeParams, (tdc::conv_merge_taps<T>), tdc::kConvSumThreads)
+#define TDC_KERNELS_conv_hopper_strided(X)                                                                   \
+  TDC_HOPPER_ROWS_PASSES(X, tdc_conv_hopper_strided, tdc::ConvHopperStridedParams, tdc::HopperStridedLayout) \
+  TDC_HOPPER_MERGE(X, bf16, tdc::bf16)                                                                       \
+  TDC_HOPPER_MERGE(X, fp16, tdc::half)
 
 #define TDC_HOPPER_WGRAD(X, suffix, T, Unit)                                                                     \
   X(tdc_conv_hopper_wgrad_##suffix, tdc::ConvHopperWgradParams, (tdc::conv_hopper_wgrad<T, Unit>),               \

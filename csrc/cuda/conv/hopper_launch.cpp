@@ -113,6 +113,7 @@ std::vector<Launch> launch_images(const ConvArguments& a, const Device& device, 
 
 std::vector<Launch> launch_hopper(const ConvArguments& a, const Device& device, bool forward) {
   if (takes_rows(a)) return launch_hopper_rows(a, device, forward);
+  if (takes_upsampled(a)) return launch_hopper_upsampled(a, device, forward);
   return takes_strides(a) ? launch_hopper_strided(a, device, forward) : launch_images(a, device, forward);
 }
 
@@ -124,12 +125,12 @@ std::string hopper_refusal(const ConvArguments& a, const Device& device) {
            std::to_string(device.arch % 10);
   }
   if (a.dtype == 0) return "it has bf16 and fp16, not fp32";
-  if (!takes_rows(a) && !takes_strides(a)) {
+  if (a.upsample > 1 && !takes_upsampled(a)) return "it upsamples one input of 3x3 filters with padding 1 and stride 1";
+  if (!takes_rows(a) && !takes_strides(a) && !takes_upsampled(a)) {
     if (a.filter_height != 3 || a.filter_width != 3 || a.stride_height != 1 || a.stride_width != 1 ||
         a.pad_height != 1 || a.pad_width != 1) {
       return "it has 3x3 filters with padding 1 and stride 1 or 2, and 1x1 filters with padding 0 and stride 1";
     }
-    if (a.upsample > 1) return "its input is not upsampled";
     if (std::min(a.height, a.width) < kLeastPixels) {
       return "its 3x3 filters have images from 8x8 on, or whose number of pixels divides 64";
     }
@@ -150,6 +151,7 @@ std::string hopper_refusal(const ConvArguments& a, const Device& device, bool fo
   const std::string common = hopper_refusal(a, device);
   if (!common.empty()) return common;
   if (takes_rows(a)) return hopper_rows_refusal(a, device);
+  if (takes_upsampled(a)) return hopper_upsampled_refusal(a, device);
   if (takes_strides(a)) return hopper_strided_refusal(a, device);
   if (a.num_groups > kHopperMostGroups) return "it has at most " + std::to_string(kHopperMostGroups) + " groups";
   if (weight_stages(choose_tile(a, forward), a, device) == 0) return "its stages do not fit into shared memory";

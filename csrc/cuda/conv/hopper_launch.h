@@ -28,7 +28,13 @@ bool takes_strides(const ConvArguments& arguments);
 std::string hopper_strided_refusal(const ConvArguments& arguments, const Device& device);
 std::vector<Launch> launch_hopper_strided(const ConvArguments& arguments, const Device& device, bool forward);
 
-// One launch, or none for an empty batch. Only where the form serves.
+// The same of the images that are upsampled in front of 3x3 filters, one input: taps are merged into the workspace
+// (conv/merge.cuh), and the form of stride 2 takes these.
+bool takes_upsampled(const ConvArguments& arguments);
+std::string hopper_upsampled_refusal(const ConvArguments& arguments, const Device& device);
+std::vector<Launch> launch_hopper_upsampled(const ConvArguments& arguments, const Device& device, bool forward);
+
+// One launch, or two of an upsampled image, or none for an empty batch. Only where the form serves.
 std::vector<Launch> launch_hopper_forward(const ConvArguments& arguments, const Device& device);
 std::vector<Launch> launch_hopper_dgrad(const ConvArguments& arguments, const Device& device);
 

@@ -1,11 +1,12 @@
-// The Hopper form of stride 2: where the rows of a tile lie for 3x3 filters (hopper_strided_params.h). The rest is
-// hopper_rows.cuh.
+// The Hopper form of stride 2: where the rows of a tile lie for 3x3 and 4x4 filters (hopper_strided_params.h). The rest
+// is hopper_rows.cuh.
 //
 //   forward   tap (r, s) of y at (i, j) is x at (2 i + r - 1, 2 j + s - 1): of the plane of that parity, at (i - 1, .)
-//             where r is 0 and (i, .) where it is 1 or 2
-//   dgrad     dx at (2 i + a, 2 j + b), of plane (a, b), meets the rows of the filter with r - 1 = a mod 2: row 1
-//             with dy at (i, .) where a is 0, rows 0 and 2 with dy at (i + 1, .) and (i, .) where it is 1. Planes have
-//             1, 2, 2 and 4 taps, so no product is wasted. All tiles of the longest plane come first
+//             where r is 0, (i, .) where it is 1 or 2, (i + 1, .) where it is 3
+//   dgrad     dx at (2 i + a, 2 j + b), of plane (a, b), meets the rows of the filter with r - 1 = a mod 2: rows 1 and
+//             3 with dy at (i, .) and (i - 1, .) where a is 0, rows 0 and 2 with dy at (i + 1, .) and (i, .) where it
+//             is 1. Planes have 1, 2, 2 and 4 taps of 3x3 filters, 4 of 4x4, so no product is wasted. All tiles of the
+//             longest plane come first
 #pragma once
 
 #include "cuda/device_sm90.cuh"
@@ -52,13 +53,13 @@ class HopperStridedLayout {
   }
 
   __device__ __forceinline__ int taps(const HopperWork& work) const {
-    return kForward ? kHopperTaps : (1 + work.plane / 2) * (1 + work.plane % 2);
+    return kForward ? p_.filter * p_.filter : taps_along(work.plane / 2) * taps_along(work.plane % 2);
   }
   __device__ __forceinline__ int rows(const HopperWork& work) const { return work.count << p_.box_pixels_log2; }
   __device__ __forceinline__ int source_seam() const { return p_.source_channels; }
   __device__ __forceinline__ int of_filter(const HopperWork& work, int tap) const {
     const Tap at = tap_at(work, tap);
-    return 3 * at.row + at.column;
+    return p_.filter * at.row + at.column;
   }
 
   __device__ __forceinline__ void load_source(const HopperWork& work, int tap, bool, int channel, void* to,
@@ -66,11 +67,10 @@ class HopperStridedLayout {
     const Tap filter = tap_at(work, tap);
     int plane = 0, down, across;
     if (kForward) {
-      plane = filter.row == 1 ? 0 : 2;
-      plane += filter.column == 1 ? 0 : 1;
-      down = filter.row == 0 ? -1 : 0, across = filter.column == 0 ? -1 : 0;
+      plane = (filter.row + 1) % 2 * 2 + (filter.column + 1) % 2;
+      down = (filter.row + 1) / 2 - 1, across = (filter.column + 1) / 2 - 1;
     } else {
-      down = filter.row == 0 ? 1 : 0, across = filter.column == 0 ? 1 : 0;
+      down = (work.plane / 2 + 1 - filter.row) / 2, across = (work.plane % 2 + 1 - filter.column) / 2;
     }
     if (TDC_PLANTED(HOPPER_WRONG_LINE) && down) down = 0;
     if (TDC_PLANTED(HOPPER_WRONG_PLANE) && kForward) plane ^= plane == 3 ? 1 : 0;
@@ -82,7 +82,7 @@ class HopperStridedLayout {
                                                 Mbarrier* full) const {
     int at[4];
     place(work, row, channel, at);
-    tma_load(to, &p_.residual, full, at);
+    tma_load(to, map_of(p_.residual, work.plane), full, at);
   }
 
   // TMA clips at the edges of the plane; the 16 rows are of one sample.
@@ -104,10 +104,13 @@ class HopperStridedLayout {
     int row, column;  // of the filter
   };
 
-  __device__ __forceinline__ static Tap tap_at(const HopperWork& work, int tap) {
-    if (kForward) return {tap / 3, tap % 3};
-    const int down = work.plane / 2, across = work.plane % 2;
-    return {down ? tap >> across << 1 : 1, across ? (tap & 1) << 1 : 1};
+  // In dgrad, of pixels of a parity: 1 or 2, every other one of the filter.
+  __device__ __forceinline__ int taps_along(int parity) const { return (p_.filter + parity) / 2; }
+
+  __device__ __forceinline__ Tap tap_at(const HopperWork& work, int tap) const {
+    if (kForward) return {tap / p_.filter, tap % p_.filter};
+    const int down = work.plane / 2, across = work.plane % 2, taps = taps_along(across);
+    return {1 - down + tap / taps * 2, 1 - across + tap % taps * 2};
   }
 
   __device__ __forceinline__ static const TensorMap* map_of(const HopperPlaneMaps& maps, int plane) {

@@ -44,13 +44,15 @@ std::pair<int64_t, int64_t> clocks(const ConvArguments& a, const Device& device,
   const int64_t tiles = groups * ceil_div(ceil_div(a.batch, groups), tile.samples()) * tiles_of_image(a, tile, forward);
   const int64_t products = tile.rows * tile.columns * kHopperDepth / 2048;
   const int64_t of_tap = std::max(products, (tile.rows + tile.columns) * kHopperRow / 64);
-  if (forward) return {ceil_div(tiles, blocks) * kHopperTaps * of_tap, tiles * kHopperTaps * of_tap};
+  const int64_t all_taps = a.filter_height * a.filter_width;
+  if (forward) return {ceil_div(tiles, blocks) * all_taps * of_tap, tiles * all_taps * of_tap};
   int64_t taps = 0, first = 0;  // of the first block, which takes every blocks-th tile; the plane's first tile
-  for (int64_t of_plane : {4, 2, 2, 1}) {
+  const int64_t of_even = a.filter_height / 2, of_odd = (a.filter_height + 1) / 2;  // along an axis
+  for (int64_t of_plane : {of_odd * of_odd, of_odd * of_even, of_even * of_odd, of_even * of_even}) {
     taps += (ceil_div(first + tiles, blocks) - ceil_div(first, blocks)) * of_plane;
     first += tiles;
   }
-  return {taps * of_tap, tiles * kHopperTaps * of_tap};
+  return {taps * of_tap, tiles * all_taps * of_tap};
 }
 
 // The tile with the fewest clocks; of equals, the larger one, in the larger part of an image.
@@ -103,7 +105,6 @@ bool takes_strides(const ConvArguments& a) {
 }
 
 std::string hopper_strided_refusal(const ConvArguments& a, const Device& device) {
-  if (a.upsample > 1) return "its input is not upsampled";
   if (a.x2_channels) return "its filters of stride 2 have one input";
   if (std::min(a.height, a.width) < kLeastPixels) return "its filters of stride 2 have images from 4x4 on";
   if (a.num_groups > kHopperMostGroups) return "it has at most " + std::to_string(kHopperMostGroups) + " groups";
@@ -132,19 +133,20 @@ std::vector<Launch> launch_hopper_strided(const ConvArguments& a, const Device& 
       set(*map, plane_of(address, a.in_channels, plane++, box, a));
     }
   };
-  set(p.weight,
-      tensor_map_of(a.weight, {a.in_channels, kHopperTaps, a.out_channels, a.num_experts}, {64, 1, 64, 1}, a));
+  const int64_t taps = a.filter_height * a.filter_width;
+  set(p.weight, tensor_map_of(a.weight, {a.in_channels, taps, a.out_channels, a.num_experts}, {64, 1, 64, 1}, a));
   if (forward) {
     set_planes(p.source, a.x, loaded);
     set(p.result.even_even, tensor_map_of(a.y, of_y, stored, a));
-    if (a.residual) set(p.residual, tensor_map_of(a.residual, of_y, stored, a));
-    p.bias = pointer<const void>(a.bias);
-    p.sample_bias = pointer<const void>(a.sample_bias);
-    p.has_residual = a.residual != 0;
+    if (a.residual) set(p.residual.even_even, tensor_map_of(a.residual, of_y, stored, a));
   } else {
     set(p.source.even_even, tensor_map_of(a.dy, of_y, loaded, a));
     set_planes(p.result, a.dx, stored);
+    if (a.residual) set_planes(p.residual, a.residual, stored);
   }
+  p.bias = pointer<const void>(a.bias);
+  p.sample_bias = pointer<const void>(a.sample_bias);
+  p.has_residual = a.residual != 0;
   std::sort(maps.begin(), maps.end());
   p.routing = routing_of(a);
   p.source_channels = static_cast<int>(forward ? a.in_channels : a.out_channels);
@@ -158,6 +160,7 @@ std::vector<Launch> launch_hopper_strided(const ConvArguments& a, const Device& 
   p.tiles_down = static_cast<int>(ceil_div(a.out_height(), tile.height));
   p.tiles_across = static_cast<int>(ceil_div(a.out_width(), tile.width));
   p.channel_tiles = static_cast<int>(ceil_div(results, tile.columns));
+  p.filter = static_cast<int>(a.filter_height);
   p.stages = stages(tile, a, device);
 
   // The device counts the tiles; there are at most so many.

@@ -126,6 +126,7 @@ std::string hopper_wgrad_refusal(const ConvArguments& a, const Device& device) {
   const std::string common = hopper_refusal(a, device);
   if (!common.empty()) return common;
   if (takes_strides(a)) return "its wgrad has stride 1";
+  if (a.upsample > 1) return "its wgrad does not upsample images";
   if (a.num_groups > kHopperWgradMostGroups) {
     return "it has at most " + std::to_string(kHopperWgradMostGroups) + " groups in wgrad";
   }

@@ -131,38 +131,22 @@ std::vector<Launch> launch_images(const ConvArguments& a, const Device& device, 
 // dgrad of an upsampled image with merged taps (merge.cuh).
 
 // Not as tf32, which would round the sums of numbers that need no rounding.
-bool merges_taps(const ConvArguments& a, const Device& device) {
+bool merges_taps(const ConvArguments& a) {
   return a.dtype != 0 && a.upsample == 2 && a.x2_channels == 0 && a.batch > 0 && a.stride_height == 1 &&
-         a.stride_width == 1 && a.pad_height < a.filter_height && a.pad_width < a.filter_width &&
-         conv_form(a, device, false) != ConvForm::kHopper;
+         a.stride_width == 1 && a.pad_height < a.filter_height && a.pad_width < a.filter_width;
 }
 
 std::vector<Launch> launch_merged_dgrad(const ConvArguments& a, const Device& device) {
-  ConvMergeParams p{};
-  p.weight = pointer<const void>(a.weight);
-  p.merged = pointer<void>(a.workspace);
-  p.in_channels = static_cast<int>(a.in_channels);
-  p.out_channels = static_cast<int>(a.out_channels);
-  p.filter_height = static_cast<int>(a.filter_height);
-  p.filter_width = static_cast<int>(a.filter_width);
-  p.in_tiles = static_cast<int>(ceil_div(a.in_channels, kMergeChannels));
-  p.out_tiles = static_cast<int>(ceil_div(a.out_channels, kMergeChannels));
-  const int64_t taps = (a.filter_height + 1) * (a.filter_width + 1);
-  std::vector<Launch> launches{launch_of(std::string("tdc_conv_merge_taps_") + storage_name(a),
-                                         blocks_of({a.num_experts, taps, p.in_tiles, p.out_tiles}, a), kConvSumThreads,
-                                         0, p, a)};
-  ConvArguments forward = a;
-  forward.x = a.dy, forward.y = a.dx, forward.weight = a.workspace;
-  forward.bias = forward.sample_bias = forward.residual = 0;
-  forward.height = a.out_height(), forward.width = a.out_width();
-  forward.in_channels = a.out_channels, forward.out_channels = a.in_channels;
-  forward.in_widths = a.out_widths, forward.out_widths = a.in_widths;
-  forward.filter_height = a.filter_height + 1, forward.filter_width = a.filter_width + 1;
-  forward.pad_height = a.filter_height - 1 - a.pad_height, forward.pad_width = a.filter_width - 1 - a.pad_width;
-  forward.stride_height = forward.stride_width = 2;
-  forward.upsample = 1;
-  launches.push_back(launch_images(forward, device, true).front());
-  return launches;
+  return {launch_merge_taps(a, "tdc_conv_merge_taps_"), launch_images(merged_convolution(a), device, true).front()};
+}
+
+// The Hopper form computes upsampled images on merged taps alone.
+bool has_workspace(const ConvArguments& a) { return a.upsample == 1 || a.workspace; }
+
+// Of either form.
+size_t merged_bytes(const ConvArguments& a) {
+  return a.num_experts * a.out_channels * (a.filter_height + 1) * (a.filter_width + 1) * a.in_channels *
+         element_bytes(a);
 }
 
 // wgrad.
@@ -292,21 +276,25 @@ void add_channel_sums(const ConvArguments& a, float* sums, std::vector<Launch>& 
 }  // namespace
 
 std::vector<Launch> launch_conv_forward(const ConvArguments& arguments, const Device& device) {
-  return conv_form(arguments, device, true) == ConvForm::kHopper ? launch_hopper_forward(arguments, device)
-                                                                 : launch_images(arguments, device, true);
+  const bool hopper = conv_form(arguments, device, true) == ConvForm::kHopper;
+  return hopper && has_workspace(arguments) ? launch_hopper_forward(arguments, device)
+                                            : launch_images(arguments, device, true);
 }
 
 std::vector<Launch> launch_conv_dgrad(const ConvArguments& arguments, const Device& device) {
-  if (conv_form(arguments, device, false) == ConvForm::kHopper) return launch_hopper_dgrad(arguments, device);
-  return arguments.workspace && merges_taps(arguments, device) ? launch_merged_dgrad(arguments, device)
-                                                               : launch_images(arguments, device, false);
+  const bool hopper = conv_form(arguments, device, false) == ConvForm::kHopper;
+  if (hopper && has_workspace(arguments)) return launch_hopper_dgrad(arguments, device);
+  return arguments.workspace && merges_taps(arguments) ? launch_merged_dgrad(arguments, device)
+                                                       : launch_images(arguments, device, false);
 }
 
-size_t conv_dgrad_workspace(const ConvArguments& a, const Device& device) {
+size_t conv_forward_workspace(const ConvArguments& a, const Device& device) {
+  return a.upsample > 1 && a.batch > 0 && conv_form(a, device, true) == ConvForm::kHopper ? merged_bytes(a) : 0;
+}
+
+size_t conv_dgrad_workspace(const ConvArguments& a, const Device&) {
   check(a);
-  if (!merges_taps(a, device)) return 0;
-  return a.num_experts * a.out_channels * (a.filter_height + 1) * (a.filter_width + 1) * a.in_channels *
-         element_bytes(a);
+  return merges_taps(a) ? merged_bytes(a) : 0;
 }
 
 std::vector<Launch> launch_conv_wgrad(const ConvArguments& arguments, const Device& device) {

@@ -17,7 +17,7 @@ struct ConvArguments {
   uintptr_t x = 0, x2 = 0, weight = 0, bias = 0, sample_bias = 0, residual = 0, y = 0;  // forward
   uintptr_t dy = 0, dx = 0, dx2 = 0;                                                    // dgrad
   uintptr_t dweight = 0, dbias = 0, dsample_bias = 0;                                   // wgrad
-  uintptr_t workspace = 0;                                                              // both gradients
+  uintptr_t workspace = 0;                                                              // all
   uintptr_t offsets = 0, tiles = 0, weight_index = 0, in_widths = 0, out_widths = 0;
   int dtype = 0;
   bool tf32 = false;
@@ -32,8 +32,10 @@ struct ConvArguments {
 };
 
 // y = routed conv2d of x, plus bias, sample_bias and residual where given. All throw std::invalid_argument for sizes
-// and dtypes that no kernel takes. An empty batch needs no launch.
+// and dtypes that no kernel takes. An empty batch needs no launch. `workspace` has conv_forward_workspace bytes,
+// 16-byte aligned; without it every product of an upsampled image is computed.
 std::vector<Launch> launch_conv_forward(const ConvArguments& arguments, const Device& device);
+size_t conv_forward_workspace(const ConvArguments& arguments, const Device& device);
 
 // dx and dx2 are written completely. An upsampled image takes stride 1. `workspace` has conv_dgrad_workspace bytes,
 // 16-byte aligned; without it every product of the upsampled image is computed.

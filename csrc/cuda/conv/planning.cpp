@@ -106,4 +106,32 @@ TensorMap tensor_map_of(uintptr_t address, const TensorSizes& sizes, const Tenso
   return map;
 }
 
+Launch launch_merge_taps(const ConvArguments& a, const char* name) {
+  ConvMergeParams p{};
+  p.weight = pointer<const void>(a.weight);
+  p.merged = pointer<void>(a.workspace);
+  p.in_channels = static_cast<int>(a.in_channels);
+  p.out_channels = static_cast<int>(a.out_channels);
+  p.filter_height = static_cast<int>(a.filter_height);
+  p.filter_width = static_cast<int>(a.filter_width);
+  p.in_tiles = static_cast<int>(ceil_div(a.in_channels, kMergeChannels));
+  p.out_tiles = static_cast<int>(ceil_div(a.out_channels, kMergeChannels));
+  const int64_t taps = (a.filter_height + 1) * (a.filter_width + 1);
+  return launch_of(std::string(name) + storage_name(a), blocks_of({a.num_experts, taps, p.in_tiles, p.out_tiles}, a),
+                   kConvSumThreads, 0, p, a);
+}
+
+ConvArguments merged_convolution(const ConvArguments& a) {
+  ConvArguments merged = a;
+  merged.x = a.dy, merged.y = a.dx, merged.dy = a.x, merged.dx = a.y, merged.weight = a.workspace;
+  merged.height = a.out_height(), merged.width = a.out_width();
+  merged.in_channels = a.out_channels, merged.out_channels = a.in_channels;
+  merged.in_widths = a.out_widths, merged.out_widths = a.in_widths;
+  merged.filter_height = a.filter_height + 1, merged.filter_width = a.filter_width + 1;
+  merged.pad_height = a.filter_height - 1 - a.pad_height, merged.pad_width = a.filter_width - 1 - a.pad_width;
+  merged.stride_height = merged.stride_width = 2;
+  merged.upsample = 1;
+  return merged;
+}
+
 }  // namespace tdc::conv

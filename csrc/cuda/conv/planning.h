@@ -59,6 +59,12 @@ bool whole_inputs(uintptr_t x, uintptr_t x2, const ConvArguments& a);
 using TensorSizes = std::array<int64_t, 4>;
 TensorMap tensor_map_of(uintptr_t address, const TensorSizes& sizes, const TensorSizes& box, const ConvArguments& a);
 
+// Of an image that is upsampled, with stride 1: the launch that merges taps into the workspace (merge.cuh), named by
+// what stands before the dtype, and the convolution on them. This one leads from y to x, with stride 2: its forward
+// computes dx, its dgrad y.
+Launch launch_merge_taps(const ConvArguments& a, const char* name);
+ConvArguments merged_convolution(const ConvArguments& a);
+
 template <class Params>
 Launch launch_of(std::string kernel, unsigned blocks, int threads, int shared_bytes, const Params& params,
                  const ConvArguments& a) {
