@@ -135,8 +135,9 @@ class TDCModel(*_BASES):  # type: ignore[misc]
         Raises:
             ValueError: for arguments that cannot be divided among the experts (see `RoutedModel`).
         """
-        place, _ = timestep_argument(self.routed.model)
-        names = list(inspect.signature(self.routed.model.forward).parameters)
+        denoiser = dense_module(self.routed.model)
+        place, _ = timestep_argument(denoiser)
+        names = list(inspect.signature(denoiser.forward).parameters)
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         for name in (names[0], names[1 + place]):
             if given.get(name) is None:

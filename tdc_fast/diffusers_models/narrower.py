@@ -12,6 +12,8 @@ def narrower(base: type) -> type:
     """The class `Narrower<base>`: the base's arguments and `unit_widths`, inner channels by the path of the block."""
     import inspect
 
+    from diffusers import ConfigMixin, ModelMixin
+
     def init(self: Any, *args: Any, unit_widths: Any = None, auto_map: Any = None, **kwargs: Any) -> None:
         base.__init__(self, *args, **kwargs)  # type: ignore[misc]
         self.register_to_config(unit_widths=unit_widths, auto_map=auto_map)
@@ -22,4 +24,6 @@ def narrower(base: type) -> type:
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in ("unit_widths", "auto_map")
     ]
     init.__signature__ = given.replace(parameters=[*given.parameters.values(), *own])  # type: ignore[attr-defined]
-    return type(f"Narrower{base.__name__}", (base,), {"__init__": init, "__module__": __name__})
+    # Transformer2DModel loads in a way of its own, which looks the class up by name and fails on any other name.
+    loading = {"from_pretrained": vars(ModelMixin)["from_pretrained"], "from_config": vars(ConfigMixin)["from_config"]}
+    return type(f"Narrower{base.__name__}", (base,), {"__init__": init, "__module__": __name__, **loading})

@@ -5,7 +5,7 @@ This file needs torch alone: a copy of it is written beside a pruned expert that
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -168,8 +168,9 @@ class SkipPath(nn.Module):
         self.upsample, self.downsample = getattr(block, "upsample", None), getattr(block, "downsample", None)
         self.conv_shortcut, self.scale = block.conv_shortcut, block.output_scale_factor
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The skip path of x (B, C, H, W); other arguments are left aside."""
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The skip path of the first argument (B, C, H, W); the others are left aside."""
+        x = _first_of(args, kwargs)
         resample = self.upsample or self.downsample
         x = x if resample is None else resample(x)
         x = x if self.conv_shortcut is None else self.conv_shortcut(x)
@@ -184,6 +185,13 @@ class NoChange(nn.Module):
         self.residual = getattr(block, "residual_connection", False)
         self.scale = getattr(block, "rescale_output_factor", 1.0)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Zeros like x, or x itself where the block adds it; other arguments are left aside."""
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Zeros like the first argument, or itself where the block adds it; the others are left aside."""
+        x = _first_of(args, kwargs)
         return x / self.scale if self.residual else torch.zeros_like(x)
+
+
+def _first_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """What a block changes: its first argument, which some callers name."""
+    x: Tensor = args[0] if args else next(iter(kwargs.values()))
+    return x

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import traceback
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from tdc_fast.errors import invalid
-from tdc_fast.nn.per_group import holders, own_parameters
+from tdc_fast.errors import invalid, is_out_of_memory
+from tdc_fast.nn.leaf import RoutedLeaf
+from tdc_fast.nn.per_group import PerGroup, holders, own_parameters
 
 
 def find_leaves(base: nn.Module) -> dict[str, nn.Module]:
@@ -59,11 +62,56 @@ def _check_packable(name: str, module: nn.Module) -> None:
     elif isinstance(module, nn.Embedding | nn.EmbeddingBag):
         if module.sparse:
             remedy = "sparse=False: gradients of the experts are stacked"
+        elif module.max_norm is not None:
+            remedy = "max_norm=None: a look-up would change the table"
     elif parametrize.is_parametrized(module):
         remedy = "plain parameters: torch.nn.utils.parametrize.remove_parametrizations"
+    elif isinstance(module, nn.ParameterList | nn.ParameterDict):
+        if any(True for _ in module.children()):
+            kind, remedy = f"a {kind} within a {kind}", "one list of parameters, without others in it"
     elif isinstance(module, torch.jit.ScriptModule):
         remedy = "the Python module that the script was made from"
     elif isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
         remedy = "the model itself, .module"
+    elif "forward" in vars(module) and not hasattr(module, "_orig_mod"):  # torch.compile makes a new one in a copy
+        kind = f"{kind} whose forward was replaced"
+        remedy = "the forward of its class, which finds the expert's weights: remove hooks such as accelerate's"
+    else:
+        made = [name for name, value in vars(module).items() if isinstance(value, Tensor) and value.grad_fn is not None]
+        if made:
+            kind = f"{kind} with {made[0]} computed from parameters"
+            remedy = "parameters alone: torch.nn.utils.remove_weight_norm, or a detached tensor"
     if remedy:
         raise invalid(f"module {name!r}", kind, remedy)
+
+
+def with_path(error: ValueError, model: nn.Module) -> ValueError:
+    """The error of a packed model's forward, with the path of the routed leaf that raised it if one did."""
+    leaves = [module for module in _running_when(error) if isinstance(module, RoutedLeaf)]
+    if not leaves or isinstance(leaves[-1], PerGroup):  # which tells its own path
+        return error
+    remedy = ""
+    if str(error).startswith("plan: "):
+        remedy = ". Layers of a packed model take one entry per sample in their first dimension, no more"
+    return ValueError(f"module {_path_of(leaves[-1], model)!r}: {error}{remedy}")
+
+
+def note_path(error: RuntimeError, model: nn.Module) -> None:
+    """Adds to the error of a packed model's forward, as a note, the path of the module that raised it."""
+    known = set(model.modules())
+    running = [module for module in _running_when(error) if module in known]
+    if running and not is_out_of_memory(error):
+        error.add_note(
+            f"raised in module {_path_of(running[-1], model)!r} of a packed model, whose layers hold the weights of "
+            "all experts, (E, ...): a module that computes with another one's parameters needs parameters of its own"
+        )
+
+
+def _running_when(error: Exception) -> list[nn.Module]:
+    """The modules whose methods ran when the error was raised, the innermost last."""
+    selves = (frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__))
+    return [module for module in selves if isinstance(module, nn.Module)]
+
+
+def _path_of(wanted: nn.Module, model: nn.Module) -> str:
+    return next(name for name, module in model.named_modules() if module is wanted)

@@ -15,8 +15,8 @@ from tdc_fast.nn.architectures import check_same_architecture, joined
 from tdc_fast.nn.blocks import narrow
 from tdc_fast.nn.casts import Copies, autocast_key
 from tdc_fast.nn.leaf import LiveAxis, RoutedLeaf
-from tdc_fast.nn.leaves import find_leaves
-from tdc_fast.nn.per_group import PerGroup, pack_per_group, stacked_parameters
+from tdc_fast.nn.leaves import find_leaves, note_path, with_path
+from tdc_fast.nn.per_group import PerGroup, dense_module, pack_per_group, stacked_parameters
 from tdc_fast.nn.plan_scope import PlanScope, Running
 from tdc_fast.nn.sample_arguments import RESULT, checked_names, map_samples
 from tdc_fast.nn.sharing import Rows, in_common_orders, shared_rows, sharers
@@ -60,7 +60,7 @@ class RoutedModel(nn.Module):
         super().__init__()
         self.model, self.groups, self.widths, self.routing = model, groups, widths, routing
         self.per_sample = per_sample
-        self._timestep = timestep_argument(model)
+        self._timestep = timestep_argument(dense_module(model))
         self.skeleton: tuple[nn.Module, ...] = ()
         leaves = self.routed_leaves().values()
         self._computing = [leaf for leaf in leaves if leaf.in_autocast_dtype]
@@ -118,7 +118,13 @@ class RoutedModel(nn.Module):
             args = (*args[:place], plan.sort(t), *args[place:])
         shared = {how: leaf.shared_plan(plan) for how, leaf in self._sharing.items()}
         running = Running(plan, self._copies(x.device), shared)
-        out = self.routing.run(self.model, running, plan.sort(x), *args, **kwargs)
+        try:
+            out = self.routing.run(self.model, running, plan.sort(x), *args, **kwargs)
+        except ValueError as error:
+            raise with_path(error, self.model) from error
+        except RuntimeError as error:
+            note_path(error, self.model)
+            raise
         if isinstance(out, Tensor):
             return plan.unsort(out)
         if named is not None and not any(name.partition(".")[0] == RESULT for name in named):
@@ -152,7 +158,7 @@ class RoutedModel(nn.Module):
         """The names of the first `count` arguments of the model after x and t."""
         if count == 0:
             return []
-        names = other_arguments(self.model)
+        names = other_arguments(dense_module(self.model))
         return [*names[:count], *(f"args.{index}" for index in range(len(names), count))]
 
     def routed_leaves(self) -> dict[str, RoutedLeaf]:
@@ -215,11 +221,12 @@ class RoutedModel(nn.Module):
             leaf.load_expert(index, {key: state[joined(name, key)] for key in leaf.own_parameters()})
 
     def _leaves_of(self, expert: int) -> dict[str, RoutedLeaf]:
-        """The routed leaves that this expert has: all but those inside a unit of width 0."""
-        leaves = self.routed_leaves()
+        """The routed leaves that this expert has, all but those inside a unit of width 0, by all their paths."""
+        named = self.model.named_modules(remove_duplicate=False)
+        leaves = {name: leaf for name, leaf in named if isinstance(leaf, RoutedLeaf)}
         if self.widths is None or all(unit.width for unit in self.widths.experts[expert].values()):
             return leaves
-        present = {name for name, _ in self._narrowed(self.widths, expert).named_modules()}
+        present = {name for name, _ in self._narrowed(self.widths, expert).named_modules(remove_duplicate=False)}
         return {name: leaf for name, leaf in leaves.items() if name in present}
 
     def _narrowed(self, widths: WidthPlan, expert: int) -> nn.Module:
@@ -233,7 +240,7 @@ class RoutedModel(nn.Module):
 
     def _buffers_of_model(self) -> dict[str, Tensor]:
         """Persistent buffers outside the leaves, which the experts share."""
-        parameters = {name for name, _ in self.model.named_parameters()}
+        parameters = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
         return {name: value for name, value in self.model.state_dict().items() if name not in parameters}
 
     def _check_expert(self, index: int) -> None:

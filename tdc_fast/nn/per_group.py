@@ -29,10 +29,18 @@ from tdc_fast.ops.plan import RoutingPlan
 
 
 def holders(module: nn.Module) -> dict[str, nn.Module]:
-    """The children of which a module reads the parameters itself: lists of parameters, and a projection of torch's."""
+    """The children that stay what they are in a module.
+
+    These are lists of parameters, the projection of which torch's attention reads the parameters itself, and the norm
+    of which diffusers' attention asks for the class.
+    """
     whole = isinstance(module, nn.MultiheadAttention)
-    children = module.named_children()
-    return {name: child for name, child in children if whole or isinstance(child, nn.ParameterList | nn.ParameterDict)}
+    asked = "norm_cross" if hasattr(module, "norm_encoder_hidden_states") else None
+    return {
+        name: child
+        for name, child in module.named_children()
+        if whole or name == asked or isinstance(child, nn.ParameterList | nn.ParameterDict)
+    }
 
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -120,6 +128,7 @@ class PerGroup(RoutedLeaf):
             view = self._of_expert({name: of_rows[row] for name, of_rows in experts.items()})
             given = _slices((args, kwargs), slice(start, stop), batch, self._path)
             results.append(self._run(view, start, stop, *given))
+            self._buffers.update({name: view._buffers[name] for name in self._own_buffers})  # it may assign to them
         sizes = [stop - start for _, start, stop in parts]
         return _put_together(results, sizes, self._path)
 

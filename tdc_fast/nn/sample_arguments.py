@@ -64,6 +64,8 @@ def map_samples(
                 for key, child in zip(keys, children, strict=True)
             ]
             return node.unflatten_fn(parts, context)
+        if isinstance(leaf, Tensor) and leaf.is_nested:
+            raise invalid(full, "a nested tensor", "a dense one: convert it with to_padded_tensor()")
         if not isinstance(leaf, Tensor):
             if per_sample is None or any(
                 f"{full}.".startswith(f"{w}.") or w.startswith(f"{full}.") for w in per_sample

@@ -29,10 +29,12 @@ def one_per_sample(t: Any, x: Tensor) -> Tensor:
     batch = x.shape[0]
     if isinstance(t, Real) and not isinstance(t, bool):
         value, dtype = (int(t), torch.int64) if isinstance(t, Integral) else (float(t), torch.float32)
+        if not abs(value) < 2**63:
+            raise invalid("t", t, "a timestep, a finite number")
         return torch.full((batch,), value, dtype=dtype, device=x.device)
     if not isinstance(t, Tensor):
         raise invalid("t", t, f"a number, or a torch tensor with one timestep for each of the {batch} samples")
-    if t.dtype == torch.bool or t.dtype.is_complex:
+    if t.dtype == torch.bool or t.dtype.is_complex or (t.is_floating_point() and t.dtype.itemsize == 1):
         raise invalid("t", t.dtype, "timesteps, integers or floats")
     if tuple(t.shape) not in ((), (1,), (batch,)):
         raise invalid("t", tuple(t.shape), f"one timestep for each of the {batch} samples, or one for all")

@@ -40,7 +40,7 @@ def routed_twin(
         leaf = _twin(layer, num_experts, out, in_)
     if leaf is None or isinstance(leaf, _NEVER_PRUNED):
         if out is not None or in_ is not None:
-            raise invalid(f"module {name!r}", repr(layer), "a layer whose channels can be pruned; leave out its unit")
+            raise invalid(f"module {name!r}", repr(layer), "a layer without hooks whose channels can be pruned, or its unit left out")
         if leaf is None:
             return None
     leaf.template = (copy.deepcopy(layer).to("meta"),)
@@ -53,6 +53,7 @@ def routed_twin(
     return leaf
 
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _NEVER_PRUNED = (RoutedEmbedding, RoutedLayerNorm, RoutedMultiheadAttention)
 
 
@@ -62,6 +63,8 @@ def _twin(layer: nn.Module, experts: int, out: LiveAxis | None, in_: LiveAxis | 
     def sized(axis: LiveAxis | None, channels: int) -> int:
         return channels if axis is None else axis.size
 
+    if any(getattr(layer, hooks) for hooks in _HOOKS):
+        return None  # they are called with the dense layer
     kind = type(layer)
     if kind in (nn.Conv2d, layers.Conv2d):
         assert isinstance(layer, nn.Conv2d)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -168,11 +169,14 @@ def with_memory(model: nn.Module, like: Tensor) -> nn.Module:
 
 
 def _blocks(model: nn.Module) -> dict[str, Block]:
-    """The outermost blocks of a model by path."""
+    """The outermost blocks of a model by path, without those of which a layer is also in another place."""
     found: dict[str, Block] = {}
+    places = Counter(module for _, module in model.named_modules(remove_duplicate=False))
     for path, module in model.named_modules():
         block = block_of(module) if path else None
-        if block is not None and not any(path.startswith(f"{outer}.") for outer in found):
+        if block is None or any(path.startswith(f"{outer}.") for outer in found):
+            continue
+        if all(places[module.get_submodule(axis.layer)] == 1 for axis in block.axes):
             found[path] = block
     return found
 

@@ -65,6 +65,15 @@ def transformer() -> Transformer2DModel:
     )  # fmt: skip
 
 
+def simple_cross_unet() -> UNet2DConditionModel:
+    """Attention to text that is normalised there; it asks for the class of the norm, so it runs once per group."""
+    types = {"down_block_types": ("SimpleCrossAttnDownBlock2D",), "up_block_types": ("SimpleCrossAttnUpBlock2D",)}
+    return UNet2DConditionModel(
+        **{**LEVELS, "block_out_channels": (32,)}, **types, mid_block_type=None, attention_head_dim=8,
+        cross_attention_dim=32, cross_attention_norm="group_norm",
+    )  # fmt: skip
+
+
 LABELS, TEXT = torch.tensor([0, 2, 1, 0, 2]), torch.randn(5, 3, 6, generator=torch.Generator().manual_seed(4))
 MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Tensor], int]] = {  # model, conditions, units
     "unet": (unet, {}, 8 + 4),
@@ -120,6 +129,13 @@ def test_a_pruned_expert_is_the_base_without_its_dead_channels(name: str) -> Non
         assert type(expert) is type(base)
         sizes.append(sum(parameter.numel() for parameter in expert.parameters()))
     assert sizes[0] > sizes[1] > sizes[2]
+
+
+def test_attention_that_asks_for_the_class_of_its_norm_is_packed() -> None:
+    experts, text = [randomise(simple_cross_unet(), seed) for seed in range(3)], torch.randn(5, 3, 32)
+    routed = pack_experts(experts, GROUPS)
+    expected = [experts[g](images()[[i]], T[[i]], text[[i]]).sample for i, g in enumerate(GROUPS.group_of(T))]
+    torch.testing.assert_close(routed(images(), T, text).sample, torch.cat(expected), **CLOSE)
 
 
 def test_gradient_checkpointing_of_diffusers_recomputes_under_its_own_plan() -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 import threading
 from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -56,6 +58,20 @@ class SelfAttention(nn.Module):
         return y if weights is None else torch.cat([y, weights.flatten(1)[:, None, :8].expand_as(y)], dim=1)
 
 
+class Twice(nn.Module):
+    """One layer under three names, beside one with a hook that reads its weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+        self.again = nn.Sequential(nn.Tanh(), self.first)
+        self.further = nn.ModuleList([self.again, nn.Linear(8, 8)])
+        self.further[1].register_forward_hook(lambda layer, args, y: y * layer.weight.sum())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.further[1](self.again(self.first(x)))
+
+
 IMAGE, TOKENS = (4, 6, 6), (5, 8)
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], bool]] = {  # layer, shape of a sample, per group
     "layer norm": (lambda: nn.LayerNorm(8), TOKENS, False),
@@ -83,6 +99,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], bool]] = {  # 
     "attention with a bias of keys": (lambda: SelfAttention(add_bias_kv=True, batch_first=True), TOKENS, True),
     "an encoder layer": (lambda: nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True), TOKENS, False),
     "parameters of no layer": (lambda: Scaled(8), TOKENS, True),
+    "a layer under several names, and one with a hook": (Twice, TOKENS, True),
     "layers beside a parameter": (lambda: Block(8), TOKENS, True),
 }  # fmt: skip
 
@@ -111,7 +128,9 @@ def test_every_sample_gets_its_own_experts_layer(name: str) -> None:
             )
         back = routed.expert(index)
         assert repr(back) == repr(expert)
-        assert all(torch.equal(value, back.state_dict()[key]) for key, value in expert.state_dict().items())
+        for state in (back.state_dict(), routed.expert_state(index)):
+            assert state.keys() == expert.state_dict().keys()
+            assert all(torch.equal(value, state[key]) for key, value in expert.state_dict().items())
     routed.load_expert_state(0, routed.expert_state(3))
     torch.testing.assert_close(routed.expert(0)(x, T), experts[3](x, T))
 
@@ -239,6 +258,46 @@ def test_groups_share_modules_that_run_once_per_group() -> None:
     assert not torch.allclose(found[~first], dense[~first], **CLOSE)
 
 
+class Counts(nn.Module):
+    """Assigns to a buffer in its forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+        self.register_buffer("samples", torch.tensor(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.samples = self.samples + len(x)
+        return x * self.weight
+
+
+def test_what_a_module_assigns_to_its_buffers_stays() -> None:
+    routed = pack_experts(Around(Counts()), GROUPS)
+    for _ in range(2):
+        routed(torch.randn(6, 3), T)
+    assert routed.model.layer.samples == 12 and routed.expert(1).layer.samples == 12
+
+
+class Folded(nn.Module):
+    """Takes the tokens of all samples as one batch, or computes with the weights of another layer."""
+
+    def __init__(self, tied: bool) -> None:
+        super().__init__()
+        self.dense, self.tied = nn.Linear(3, 3), tied
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.dense.weight) if self.tied else self.dense(x.flatten(0, 1)).view_as(x)
+
+
+def test_a_module_that_turns_out_not_to_fit_is_named_with_its_path() -> None:
+    x = torch.randn(6, 5, 3)
+    with pytest.raises(ValueError, match=r"module 'layer.0.dense': plan: .* of 30 samples. Layers of a packed model"):
+        pack_experts(Around(nn.Sequential(Folded(False))), GROUPS)(x, T)
+    with pytest.raises(RuntimeError) as raised:
+        pack_experts(Around(nn.Sequential(Folded(True))), GROUPS)(x, T)
+    assert "raised in module 'layer.0' of a packed model" in raised.value.__notes__[0]
+
+
 class Odd(nn.Module):
     """A module that takes and returns what cannot be divided into groups."""
 
@@ -265,6 +324,21 @@ def tied() -> nn.Module:
     return model
 
 
+def weight_normed() -> nn.Module:
+    layer = nn.Linear(3, 3)
+    magnitude = nn.Parameter(torch.ones(3, 1))
+    del layer.weight
+    layer.weight_g, layer.weight = magnitude, magnitude * 2  # what torch.nn.utils.weight_norm leaves behind
+    return nn.Sequential(layer)
+
+
+def replaced() -> nn.Module:
+    """As hooks of accelerate do it."""
+    model = nn.Sequential(nn.ReLU(), nn.Linear(3, 3))
+    model[1].forward = functools.partial(type(model[1]).forward, model[1])
+    return model
+
+
 class Crowded(nn.Module):
     """Names that a packed module needs for itself."""
 
@@ -284,6 +358,10 @@ class Crowded(nn.Module):
         (lambda: nn.Sequential(nn.LazyLinear(3)), "parameter 0.weight: .* expected a model that has run once"),
         (lambda: nn.Sequential(nn.Embedding(3, 3, sparse=True)), "module '0': .* expected sparse=False"),
         (lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 3))), "remove_parametrizations"),
+        (lambda: nn.Sequential(nn.Embedding(3, 3, max_norm=1.0)), "module '0': .* expected max_norm=None"),
+        (lambda: nn.Sequential(nn.ParameterList([nn.ParameterList()])), "a ParameterList within a ParameterList"),
+        (weight_normed, "module '0': got 'Linear with weight computed from parameters'; .*remove_weight_norm"),
+        (replaced, "module '1': got 'Linear whose forward was replaced'; expected the forward of its class"),
         (tied, "parameter 1.weight: got 'shared with 0.weight'; expected parameters of its own"),
         (lambda: nn.Sequential(nn.ReLU(), Crowded()), "module '1': got 'dense'; expected another name"),
     ],

@@ -163,6 +163,21 @@ def test_units_are_what_each_block_has_inside() -> None:
     }
 
 
+def test_a_block_in_two_places_is_no_unit() -> None:
+    """Its layers would need one width in both."""
+    model = Net()
+    model.again, model.mlp.copy = model.first, nn.Sequential(model.mlp.net[2])  # type: ignore[assignment]
+    assert {unit.name for unit in units_of(model)} == {"second", "own", "cross"}
+
+
+def test_a_block_without_inner_channels_takes_its_input_by_name() -> None:
+    model, (x, _) = Net(), inputs()
+    narrow(model, {"first": 0, "mlp": 0})
+    emb = torch.zeros(5, 8)
+    torch.testing.assert_close(model.first(x=x, emb=emb), model.first(x, emb))
+    assert torch.equal(model.mlp(x=x), torch.zeros_like(x))
+
+
 def test_a_pruned_expert_is_the_base_without_its_dead_channels_packed_and_alone() -> None:
     model = randomise(Net(), 0).double()
     widths = [WIDTHS[0], {**WIDTHS[1], "second": 8}, WIDTHS[2]]

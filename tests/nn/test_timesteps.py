@@ -34,6 +34,17 @@ class Further(Net):
         return super().forward(x, timestep, scale)
 
 
+class Shifted(Further):
+    """Has a parameter of its own, so it is run once per group."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.randn(()))
+
+    def forward(self, x: Tensor, scale: Tensor | None = None, timestep: Any = None) -> Tensor:  # type: ignore[override]
+        return self.shift + super().forward(x, scale, timestep)
+
+
 def experts(kind: type[Net] = Net) -> list[Net]:
     torch.manual_seed(1)
     return [kind() for _ in range(4)]
@@ -55,8 +66,9 @@ def test_timesteps_that_are_whole_numbers_reach_the_model_in_their_own_dtype(dty
     torch.testing.assert_close(pack_experts(dense, GROUPS)(X, t), expected)
 
 
-def test_timesteps_are_passed_where_the_model_takes_them() -> None:
-    dense, t, scale = experts(Further), torch.tensor([99, 0, 30]), torch.tensor([1.0, 2.0, 3.0])
+@pytest.mark.parametrize("kind", [Further, Shifted])
+def test_timesteps_are_passed_where_the_model_takes_them(kind: type[Net]) -> None:
+    dense, t, scale = experts(kind), torch.tensor([99, 0, 30]), torch.tensor([1.0, 2.0, 3.0])
     routed = pack_experts(dense, GROUPS)
     for arguments, keywords in (((), {}), ((scale,), {}), ((), {"scale": scale})):
         used = scale if arguments or keywords else None
@@ -79,6 +91,9 @@ def test_timesteps_are_passed_where_the_model_takes_them() -> None:
         (torch.tensor([1, 2]), r"t: got \(2,\); expected one timestep for each of the 3 samples, or one for all"),
         (torch.tensor([True, False, True]), "t: got torch.bool"),
         (True, "t: got True"),
+        (float("inf"), "t: got inf; expected a timestep, a finite number"),
+        (2**70, "t: got 1180591620717411303424; expected a timestep"),
+        (torch.zeros(3, dtype=torch.float8_e4m3fn), "t: got torch.float8_e4m3fn; expected timesteps"),
         ([1, 2, 3], r"t: got \[1, 2, 3\]"),
         (100, "t: got 100; expected timesteps in"),
     ],
