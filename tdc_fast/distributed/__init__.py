@@ -1,6 +1,7 @@
 """Several processes of one run: who they are, what they tell each other, and how gradients are added up.
 
 launch       the processes that torchrun started, joined
+connections  those between them, which end when a machine no longer answers
 world        this process among them, and the exchanges of all of them
 gradients    sums of gradients over the processes that train the same weights
 placement    which processes train which experts

@@ -14,13 +14,15 @@ from typing import Any
 
 import torch
 
+from tdc_fast.distributed.connections import watched
 from tdc_fast.distributed.world import World, as_world, is_of_all, losses_named, world
 from tdc_fast.errors import invalid
 
 _START = timedelta(minutes=30)
 """How long a process waits for the others at the start."""
 _WAIT = timedelta(days=1)
-"""How long a process waits for the others: one may search widths for hours. A process that ends is noticed at once."""
+"""How long a process waits for the others: one may search widths for hours. A process that ends is noticed at once, and
+a machine that does not answer after minutes (`tdc_fast.distributed.connections`)."""
 NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """Environment variables that torchrun sets."""
 
@@ -100,7 +102,8 @@ def _find_others() -> None:
         # A prefix of its own: what was written when processes were joined before is still there, also by those that
         # torchrun has replaced.
         prefixed = dist.PrefixStore(f"tdc_fast/{_restarts()}/{next(_joins)}", store)
-        dist.init_process_group("gloo", store=prefixed, rank=rank, world_size=size, timeout=_WAIT)
+        with watched():
+            dist.init_process_group("gloo", store=prefixed, rank=rank, world_size=size, timeout=_WAIT)
     except RuntimeError as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         minutes = _START // timedelta(minutes=1)
@@ -145,7 +148,8 @@ def _team(ranks: Sequence[int], device: torch.device) -> Any:
     with losses_named():
         if device.type == "cuda":
             return dist.new_group(list(ranks), backend="nccl")
-        return dist.new_group(list(ranks), backend="gloo", timeout=_WAIT)
+        with watched():
+            return dist.new_group(list(ranks), backend="gloo", timeout=_WAIT)
 
 
 @contextmanager

@@ -41,15 +41,37 @@ def saying_what_is_safe(run: RunDirectory, command: str = "") -> Iterator[None]:
         yield
     except OSError as error:
         cause = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
-        stages = ("experts", "base") if run.config.groups else ("base",)
-        saved = ((stage, finished_steps(run.stage_directory(stage))) for stage in stages)
-        stage, steps = next((found for found in saved if found[1]), ("", []))
-        last = (
-            f"the last good checkpoint is step {steps[-1]} of stage {stage}" if steps else "there is no checkpoint yet"
-        )
         kind = LostProcess if isinstance(error, LostProcess) else OSError
-        told = kind(f"{cause}; {last}. Once that is mended, {command or how_to_continue(run.path)}")
+        told = kind(f"{cause}; {_last_checkpoint(run)}. Once that is mended, {command or how_to_continue(run.path)}")
         raise (on_all(told) if is_of_all(error) else told) from error
+
+
+@contextmanager
+def interrupts_named(run: RunDirectory, stage: str = "") -> Iterator[None]:
+    """Let a Ctrl-C that stops the block at once say where it did, what is saved, and how to go on.
+
+    Args:
+        run: the run that the block works on.
+        stage: the stage that the block trains; "" outside of them, where everything is saved already.
+
+    Raises:
+        TrainingInterrupted: in place of any other KeyboardInterrupt.
+    """
+    try:
+        yield
+    except TrainingInterrupted:
+        raise
+    except KeyboardInterrupt as interrupt:
+        where = f"stopped at once in stage {stage}; {_last_checkpoint(run)}" if stage else "stopped between two stages"
+        told = TrainingInterrupted(f"{where}; {how_to_continue(run.path)}")
+        raise (on_all(told) if is_of_all(interrupt) else told) from interrupt
+
+
+def _last_checkpoint(run: RunDirectory) -> str:
+    stages = ("experts", "base") if run.config.groups else ("base",)
+    saved = ((stage, finished_steps(run.stage_directory(stage))) for stage in stages)
+    stage, steps = next((found for found in saved if found[1]), ("", []))
+    return f"the last good checkpoint is step {steps[-1]} of stage {stage}" if steps else "there is no checkpoint yet"
 
 
 class StopRequest:

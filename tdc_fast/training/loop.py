@@ -37,7 +37,7 @@ from tdc_fast.runs.directory import RunDirectory
 from tdc_fast.runs.opening import find_step
 from tdc_fast.runs.weights import read_state
 from tdc_fast.training.holding import Holding, WholeModel
-from tdc_fast.training.interrupts import StopRequest, TrainingInterrupted, how_to_continue
+from tdc_fast.training.interrupts import StopRequest, TrainingInterrupted, how_to_continue, interrupts_named
 from tdc_fast.training.optimization import load_moments
 from tdc_fast.training.pace import Pace
 from tdc_fast.training.portion import Shard, groups_in
@@ -155,7 +155,7 @@ class StageLoop:
             throughput.start(self.samples, self.macs)
         self._clock = time.perf_counter()
         try:
-            with StopRequest() as stop:
+            with interrupts_named(self.run, self.stage.name), StopRequest() as stop:
                 pace = Pace(self._world)
                 while not self.finished:
                     self._train_step()

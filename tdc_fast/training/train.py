@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 
 from tdc_fast.data.dataset import Dataset
-from tdc_fast.distributed import is_of_all, on_all, refuse_device, world
+from tdc_fast.distributed import on_all, refuse_device, world
 from tdc_fast.errors import invalid
 from tdc_fast.runs.build import build_data, build_device, check_label_rows, refuse_what_cannot_fit
 from tdc_fast.runs.config import TrainConfig
@@ -19,7 +19,7 @@ from tdc_fast.training.base import train_base
 from tdc_fast.training.elastic import for_many_processes
 from tdc_fast.training.experts import train_experts
 from tdc_fast.training.grouping import group_timesteps
-from tdc_fast.training.interrupts import TrainingInterrupted, how_to_continue, saying_what_is_safe
+from tdc_fast.training.interrupts import interrupts_named, saying_what_is_safe
 from tdc_fast.training.narration import (
     describe_cost,
     describe_groups,
@@ -47,7 +47,7 @@ def train(config: TrainConfig, dataset: Dataset | None = None) -> RunDirectory:
 
     Raises:
         ValueError: an impossible configuration, or a checkpoint that is damaged or foreign.
-        TrainingInterrupted: stopped by Ctrl-C after saving.
+        TrainingInterrupted: stopped by Ctrl-C; says what is saved and how to go on.
         OSError: a file cannot be written or read; says what is safe and how to go on.
     """
     if not isinstance(config, TrainConfig):
@@ -60,16 +60,11 @@ def train(config: TrainConfig, dataset: Dataset | None = None) -> RunDirectory:
     dataset = world().together(lambda: _checked(config, given))
     _refuse_other_images(config, dataset)
     run = world().from_first(lambda: open_run(config, dataset))
-    with saying_what_is_safe(run), _sole_writer(run):
+    with saying_what_is_safe(run), interrupts_named(run), _sole_writer(run):
         print(describe_plan(run, dataset), flush=True)
         skipped = _report_skipped(dataset, 0)
         try:
             _run_phases(run, dataset)
-        except TrainingInterrupted:
-            raise
-        except KeyboardInterrupt as interrupt:  # outside the training loops, where everything is saved already
-            stopped = TrainingInterrupted("stopped between two stages; " + how_to_continue(run.path))
-            raise (on_all(stopped) if is_of_all(interrupt) else stopped) from interrupt
         finally:  # corrupt files of a folder too large for memory are found while training
             _report_skipped(dataset, skipped)
     return run

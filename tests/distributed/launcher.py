@@ -6,10 +6,12 @@ import itertools
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ PRELOAD = [
     "tdc_fast.data.dataset",
     "tdc_fast.pruning.search",
     "tyro",
-    "torch.distributed",
+    "torch.distributed.run",
 ]
 
 
@@ -113,6 +115,55 @@ def train_command(argv: Sequence[str], signals: dict[tuple[int, str, int], int] 
     return main(list(argv))
 
 
+def torchrun(arguments: Sequence[str], output: str) -> int:
+    """torchrun itself, whose processes are forked as those of `Launcher` are.
+
+    The process with rank 1 is killed at step 12 of the base. Started again, it has torchrun stopped at step 25.
+
+    Args:
+        arguments: of torchrun, with `-m tdc_fast.train`.
+        output: where its processes print to.
+    """
+    import torch.distributed.run as command
+
+    multiprocessing.set_forkserver_preload(PRELOAD)  # of this process
+    launch = command.elastic_launch
+
+    def forked(config: Any, entrypoint: str) -> Callable[..., Any]:
+        def started(*parts: str) -> Any:
+            assert (entrypoint, *parts[:3]) == (sys.executable, "-u", "-m", "tdc_fast.train")
+            return launch(config, _started_by_torchrun)(parts[3:], output, os.getpid())
+
+        config.start_method = "forkserver"
+        return started
+
+    command.elastic_launch = forked  # type: ignore[assignment]
+    command.main(list(arguments))
+    return 0
+
+
+def _started_by_torchrun(argv: Sequence[str], output: str, agent: int) -> None:
+    import torch
+
+    sys.stdout = sys.stderr = open(output, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+    torch.set_num_threads(1)
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        status = train_command(argv, {(1, "base", 12): signal.SIGKILL})
+    else:
+        signal.signal(signal.SIGUSR1, lambda number, frame: _stopped_by(agent))
+        status = train_command(argv, {(1, "base", 25): signal.SIGUSR1})
+    os._exit(status)
+
+
+def _stopped_by(agent: int) -> None:
+    """Send SIGTERM to torchrun, and go on once it has passed it on to this process."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    os.kill(agent, signal.SIGTERM)
+    signal.sigwait([signal.SIGTERM])
+    os.kill(os.getpid(), signal.SIGTERM)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+
+
 def train_in(folders: Sequence[str], argv: Sequence[str]) -> int:
     """The command, in each process with a working directory of its own, as on another machine."""
     os.chdir(folders[int(os.environ["RANK"])])
@@ -120,14 +171,24 @@ def train_in(folders: Sequence[str], argv: Sequence[str]) -> int:
 
 
 def join_again() -> None:
-    """Join the processes twice; each time print the sum of 1 and 2 from two of them."""
+    """Join the processes twice; each time print the sum of 1 and 2 from two of them, and if a connection is watched."""
     import torch
 
     from tdc_fast.distributed import joined
 
     for _ in range(2):
         with joined() as this:
-            print(int(this.sum(torch.tensor(this.rank + 1))), file=sys.stderr)
+            print(int(this.sum(torch.tensor(this.rank + 1))), has_watched_connection(), file=sys.stderr)
+
+
+def has_watched_connection() -> bool:
+    """Whether the system asks, on a connection of this process, if the other side is still there."""
+    for name in os.listdir("/dev/fd"):
+        with suppress(OSError), socket.socket(fileno=os.dup(int(name))) as found:
+            found.getpeername()
+            if found.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE):
+                return True
+    return False
 
 
 def train_counting(argv: Sequence[str]) -> int:

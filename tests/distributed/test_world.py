@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import socket
+from pathlib import Path
+
 import pytest
 import torch
 
 from tdc_fast.distributed import LostProcess, World, is_of_all, joined
+from tdc_fast.distributed.connections import UNANSWERED, watched
 from tests.distributed.launcher import Launcher, free_port, join_again
 
 
@@ -84,5 +88,21 @@ def test_processes_that_torchrun_started_are_joined_more_than_once(tmp_path):
     port = free_port()
     store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
     more = {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    assert Launcher().run(2, join_again, output=tmp_path / "output.txt", **more) == ["3\n3\n", "3\n3\n"]
+    assert Launcher().run(2, join_again, output=tmp_path / "output.txt", **more) == ["3 True\n3 True\n"] * 2
     del store
+
+
+@pytest.mark.skipif(not Path("/dev/fd").exists(), reason="the system does not list the files of a process")
+def test_the_system_asks_whether_the_other_side_of_a_new_connection_is_still_there():
+    """Else a machine that goes away without a word is waited for as long as a search may take."""
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as before:
+        with watched():
+            one = socket.create_connection(server.getsockname())
+            other, another = socket.socketpair()
+        with one, other, another:
+            asked = {each: each.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) for each in (before, one, other)}
+            assert list(asked.values()) == [0, 1, 0]
+            if hasattr(socket, "TCP_KEEPIDLE"):
+                names = ("TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT", "TCP_USER_TIMEOUT")
+                idle, every, count, unsent = (one.getsockopt(socket.IPPROTO_TCP, getattr(socket, n)) for n in names)
+                assert idle + every * count == unsent / 1000 == UNANSWERED == 300

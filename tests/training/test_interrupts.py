@@ -7,7 +7,10 @@ import signal
 
 import pytest
 
-from tdc_fast.training.interrupts import StopRequest
+from tdc_fast.train import train
+from tdc_fast.training.interrupts import StopRequest, TrainingInterrupted
+from tdc_fast.training.loop import StageLoop
+from tests.training.small_run import small_config
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -39,3 +42,23 @@ def test_a_signal_that_was_ignored_stays_ignored():
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(
+    ("step", "last"), [(2, "there is no checkpoint yet"), (6, "the last good checkpoint is step 4 of stage base")]
+)
+def test_a_second_ctrl_c_in_a_stage_says_what_is_saved(step, last, tmp_path, monkeypatch):
+    train_step = StageLoop._train_step
+
+    def interrupted(loop):
+        if loop.step == step:
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGINT)
+        train_step(loop)
+
+    monkeypatch.setattr(StageLoop, "_train_step", interrupted)
+    config = small_config(tmp_path, lr_anneal_steps=8)
+    with pytest.raises(TrainingInterrupted) as stopped:
+        train(config)
+    again = f"continue with: python -m tdc_fast.train --resume {config.run_dir}"
+    assert str(stopped.value) == f"stopped at once in stage base; {last}; {again}"
