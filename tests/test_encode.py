@@ -57,6 +57,23 @@ def test_a_run_takes_size_channels_and_classes_from_its_latents(place: Path) -> 
     assert "--vae DIR" in said and "nll" not in said
 
 
+def test_latents_that_were_damaged_are_refused_before_the_run_begins(place: Path, tmp_path: Path, capsys: Any) -> None:
+    """One bit, in the middle of the numbers: sizes and headers are as they were."""
+    shutil.copytree(place / "latents", tmp_path / "latents")
+    shard = tmp_path / "latents" / "latents-00001.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-100] ^= 1
+    shard.write_bytes(content)
+    size = {name: value for name, value in SMALL.items() if name != "image_size"}
+    argv = flags(latents=tmp_path / "latents", run_dir=tmp_path / "run", **size, lr_anneal_steps=1)
+    assert train.main(argv) == 2 and not (tmp_path / "run").exists()
+    said = f"error: latents: got '{shard}'; expected the content that index.json lists; it is damaged"
+    assert said in capsys.readouterr().err
+    options = flags(vae=place / "vae", data_dir=place / "digits.npz", out=tmp_path / "latents", flips=True)
+    assert encode.main([*options, *flags(shard_images=10)]) == 0
+    load_latents(tmp_path / "latents").shards.check_contents()
+
+
 def test_samples_are_decoded_as_a_pipeline_of_diffusers_decodes(place: Path, tmp_path: Path, capsys: Any) -> None:
     options = flags(run=place / "run", vae=place / "vae", num_samples=6, batch_size=6, steps=4, seed=3, out=tmp_path)
     assert sample.main([*options, *flags(sampler="ddim")]) == 0

@@ -107,7 +107,7 @@ def started(folder: Path, index: LatentIndex) -> LatentIndex:
             remedy = f"{brief(before.get(name))}, with which {folder} was begun; or another --out"
             raise invalid(name, value, remedy)
     for number, shard in enumerate(found.shards):
-        if not _is_whole(folder / shard.file, shard):
+        if not shard.is_whole_in(folder):
             print(f"{folder / shard.file} is missing or damaged: it and the files after it are made again", flush=True)
             return replace(found, shards=found.shards[:number])
     return found
@@ -205,13 +205,6 @@ def _stored(encoded: Tensor, index: LatentIndex, first: int) -> Tensor:
         what = "the autoencoder's output" if not bool(encoded.isfinite().all()) else f"the output in {index.dtype}"
         raise FloatingPointError(f"{what} holds infinities or NaN for an image from number {first} on")
     return stored
-
-
-def _is_whole(path: Path, shard: Shard) -> bool:
-    if not path.is_file() or path.stat().st_size != shard.bytes:
-        return False
-    with open(path, "rb") as file:
-        return sha256_of(file) == shard.sha256
 
 
 def _settings(index: LatentIndex) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tdc_fast.atomic import write_json
+from tdc_fast.atomic import sha256_of, write_json
 from tdc_fast.data.latent_space import LatentSpace
 from tdc_fast.errors import brief, invalid
 from tdc_fast.text_files import read_record
@@ -44,6 +44,14 @@ class Shard:
     images: int
     bytes: int
     sha256: str
+
+    def is_whole_in(self, folder: Path) -> bool:
+        """Whether a folder has the file as it was written; reads all of it."""
+        path = folder / self.file
+        if not path.is_file() or path.stat().st_size != self.bytes:
+            return False
+        with open(path, "rb") as file:
+            return sha256_of(file) == self.sha256
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ placement    which processes train which experts
 """
 
 from tdc_fast.distributed.gradients import GradientSum
-from tdc_fast.distributed.launch import joined, launched_rank, refuse_device, restarted
+from tdc_fast.distributed.launch import first_on_machine, joined, launched_rank, refuse_device, restarted
 from tdc_fast.distributed.placement import Team, place_experts
 from tdc_fast.distributed.world import LostProcess, World, is_of_all, losses_named, on_all, world
 
@@ -17,6 +17,7 @@ __all__ = [
     "LostProcess",
     "Team",
     "World",
+    "first_on_machine",
     "is_of_all",
     "joined",
     "launched_rank",

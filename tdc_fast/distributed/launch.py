@@ -39,6 +39,11 @@ def launched_rank() -> int:
     return int(rank) if launched() > 1 and rank.isdecimal() else 0
 
 
+def first_on_machine() -> bool:
+    """Whether this process is the first of its run on its machine, which checks what all of them read there."""
+    return world().alone or int(os.environ["LOCAL_RANK"]) == 0
+
+
 def restarted() -> bool:
     """Whether torchrun started this process again, after one of the run had failed (`--max-restarts`)."""
     return _restarts() not in ("", "0")

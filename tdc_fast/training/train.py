@@ -8,7 +8,8 @@ from contextlib import ExitStack, contextmanager
 import torch
 
 from tdc_fast.data.dataset import Dataset
-from tdc_fast.distributed import on_all, refuse_device, world
+from tdc_fast.data.latents import LatentDataset
+from tdc_fast.distributed import first_on_machine, on_all, refuse_device, world
 from tdc_fast.errors import invalid
 from tdc_fast.runs.build import build_data, build_device, check_label_rows, refuse_what_cannot_fit
 from tdc_fast.runs.config import TrainConfig
@@ -87,6 +88,8 @@ def _checked(config: TrainConfig, dataset: Dataset | None) -> Dataset:
         build_agents(config)  # a library that the search needs is missed here, not after stage 1
         if not config.resume:
             refuse_unreachable_budgets(config, dataset.channels)
+    if isinstance(dataset, LatentDataset) and first_on_machine():
+        dataset.shards.check_contents()
     return dataset
 
 

@@ -156,12 +156,11 @@ def _started_by_torchrun(argv: Sequence[str], output: str, agent: int) -> None:
 
 
 def _stopped_by(agent: int) -> None:
-    """Send SIGTERM to torchrun, and go on once it has passed it on to this process."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    """Send SIGTERM to torchrun, and go on once it has passed it on: the first one gives the next ones back."""
+    handler = signal.getsignal(signal.SIGTERM)
     os.kill(agent, signal.SIGTERM)
-    signal.sigwait([signal.SIGTERM])
-    os.kill(os.getpid(), signal.SIGTERM)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+    while signal.getsignal(signal.SIGTERM) == handler:
+        time.sleep(0.01)
 
 
 def train_in(folders: Sequence[str], argv: Sequence[str]) -> int:
