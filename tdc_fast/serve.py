@@ -16,6 +16,7 @@ from typing import Annotated
 from tdc_fast.command_line import load_denoiser, parse_denoiser_flags, run_command, use_threads
 from tdc_fast.entry import STOPPED
 from tdc_fast.errors import invalid, require
+from tdc_fast.evaluation.samples import load_decoder
 from tdc_fast.runs.build import named_device
 from tdc_fast.runs.denoisers import Which, placed
 from tdc_fast.runs.limits import PathText, Within, comma_numbers
@@ -38,6 +39,8 @@ class ServeOptions:
     """Which model of --run: its experts, its base, or (auto) the experts if there are any."""
     model_path: PathText = ""
     """Instead of --run: a weight file of tdc_fast or improved-diffusion, with the flags of the model as in sampling."""
+    vae: PathText = ""
+    """For a model of latents: folder of the autoencoder of diffusers that made them, which decodes the images."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 for all. There is no authentication."""
     port: Annotated[int, Within(0, 65535)] = 8000
@@ -73,7 +76,7 @@ class ServeOptions:
     """Run a single denoiser on the routed kernels, so that its images on the CPU do not depend on what else is served,
     as those of experts never do."""
     clip_denoised: bool = True
-    """Clip every predicted image to [-1, 1]."""
+    """Clip every predicted image to [-1, 1]; latents are never clipped."""
     dtype: DtypeName = "auto"
     """float32, bfloat16 or float16; auto is that of training on a GPU, and float32 on the CPU."""
     num_threads: Annotated[int, Within(0, 2**10)] = 0
@@ -103,6 +106,7 @@ def _serve(arguments: list[str]) -> None:
     denoiser = load_denoiser(options)
     if options["deterministic"]:
         denoiser = denoiser.batch_invariant()
+    decoder = load_decoder(denoiser, options["vae"], device)
     denoiser = placed(denoiser, device, options["dtype"])
     least = math.ceil(bytes_per_image(denoiser.image_shape) / 2**20)
     if options["max_memory"] < least:
@@ -117,6 +121,7 @@ def _serve(arguments: list[str]) -> None:
         null_class=None if options["null_class"] < 0 else options["null_class"],
         deterministic=options["deterministic"],
         clip_denoised=options["clip_denoised"],
+        decoder=decoder,
     )
     limits = Limits(images, options["max_steps"], options["max_seconds"], options["max_body"])
     app = create_app(engine, limits=limits, name=denoiser.name)

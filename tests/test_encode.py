@@ -14,14 +14,16 @@ from PIL import Image
 pytest.importorskip("diffusers", reason="the extra [diffusers] is not installed")
 pytest.importorskip("sklearn", reason="the extra [demo] is not installed")
 
-from tdc_fast import encode, evaluate, merge, nll, sample, train  # noqa: E402
+from tdc_fast import encode, evaluate, merge, nll, sample, serve, train  # noqa: E402
+from tdc_fast.data.autoencoder import LatentDecoder  # noqa: E402
 from tdc_fast.data.latents import load_latents  # noqa: E402
 from tdc_fast.diffusion.sampling_loop import SamplingLoop  # noqa: E402
+from tdc_fast.evaluation.samples import draw_samples  # noqa: E402
 from tdc_fast.runs.checkpoint import ema_file, model_file  # noqa: E402
 from tdc_fast.runs.config import TrainConfig  # noqa: E402
 from tdc_fast.runs.denoisers import from_run  # noqa: E402
 from tdc_fast.runs.lock import sole_writer  # noqa: E402
-from tdc_fast.serving import Engine  # noqa: E402
+from tdc_fast.serving import Engine, Request  # noqa: E402
 from tests.data.autoencoders import random_autoencoder, write_digits  # noqa: E402
 from tests.training.small_run import SETTINGS  # noqa: E402
 
@@ -134,10 +136,37 @@ def test_merged_experts_remember_their_latents(place: Path, tmp_path: Path, caps
 def test_what_needs_images_refuses_a_run_on_latents(place: Path, tmp_path: Path, capsys: Any) -> None:
     assert nll.main(flags(run=place / "run", out=tmp_path)) == 2
     assert "one of images: bits per dimension are of pixels" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="one of images: nothing is decoded while it serves"):
+    with pytest.raises(ValueError, match="vae: got ''; expected --vae DIR"):
         Engine.of(from_run(place / "run"))
     assert evaluate.main([str(place / "run"), str(place / "digits.npz"), *flags(num_samples=4, steps=1)]) == 2
     assert "--vae DIR" in capsys.readouterr().err
+
+
+def test_an_engine_decodes_what_sample_decodes_and_its_previews(place: Path, tmp_path: Path) -> None:
+    denoiser = from_run(place / "run")
+    decoder = LatentDecoder.load(str(place / "vae"), denoiser.latents)
+    with Engine.of(denoiser, decoder=decoder) as engine:
+        assert engine.image_shape == (1, 8, 8)
+        generation = engine.submit(Request(num_images=3, seed=5, steps=4, preview_every=2))
+        previews, result = list(generation.previews()), generation.result(60)
+    expected, labels = draw_samples(denoiser, 3, steps=4, seed=5, decoder=decoder)
+    assert torch.equal(result.images, expected) and torch.equal(result.labels, labels)
+    assert {preview.images.shape for preview in previews} == {(3, 1, 8, 8)}
+    assert engine.statistics.outcomes == {"completed": 1}
+
+
+def test_a_server_takes_the_autoencoder_of_its_run_alone(place: Path, capsys: Any, monkeypatch: Any) -> None:
+    pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
+    served = []
+    monkeypatch.setattr(Engine, "of", lambda denoiser, **options: served.append(options["decoder"]) or stop())
+    assert serve.main(flags(run=place / "run", port=0)) == 2
+    assert "vae: got ''; expected --vae DIR" in capsys.readouterr().err and not served
+    assert serve.main(flags(run=place / "run", vae=place / "vae", port=0)) == 130
+    assert served[0].image_shape == (1, 8, 8)
+
+
+def stop() -> None:
+    raise KeyboardInterrupt
 
 
 def test_a_run_is_compared_by_decoded_samples_and_the_loss_of_its_latents(place: Path, tmp_path: Path) -> None:

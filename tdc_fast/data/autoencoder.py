@@ -161,6 +161,11 @@ class LatentDecoder:
     def __init__(self, autoencoder: Autoencoder, space: LatentSpace, batch_size: int = 8) -> None:
         self._autoencoder, self._space, self._batch_size = autoencoder, space, batch_size
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(channels, pixels, pixels) of the images."""
+        return self._space.image_channels, self._space.image_size, self._space.image_size
+
     @classmethod
     def load(
         cls, folder: str, space: LatentSpace, device: torch.device | str = "cpu", batch_size: int = 8
@@ -183,8 +188,9 @@ class LatentDecoder:
         return cls(autoencoder, space, batch_size)
 
     def __call__(self, latents: Tensor) -> Tensor:
-        """Images, about in [-1, 1], of latents as a denoiser draws them (B, C, H, W)."""
-        unscaled = self._space.unscaled(latents.float()).split(self._batch_size)
+        """Images, about in [-1, 1], of latents as a denoiser draws them (B, C, H, W), from any device."""
+        device = next(self._autoencoder.model.parameters()).device
+        unscaled = self._space.unscaled(latents.to(device).float()).split(self._batch_size)
         return torch.cat([self._autoencoder.decode(part) for part in unscaled])
 
 

@@ -80,7 +80,7 @@ def draw_samples(
     """
     chosen, weights = classes_to_draw(denoiser, classes, labels, null_class)
     model = with_guidance(denoiser, guidance_scale, null_class)
-    _check_decoder(denoiser, "" if decoder is None else "a decoder")
+    check_decoder(denoiser, "" if decoder is None else "a decoder")
     generator = torch.Generator().manual_seed(seed)
     images, drawn_labels = [], []
     batches = range(0, num_samples, batch_size)
@@ -128,11 +128,20 @@ def load_decoder(denoiser: TrainedDenoiser, vae: str, device: torch.device | str
     Raises:
         ValueError: naming --vae, which is missing, not needed, or not the one that made the latents.
     """
-    _check_decoder(denoiser, vae)
+    check_decoder(denoiser, vae)
     return None if denoiser.latents is None else LatentDecoder.load(vae, denoiser.latents, device)
 
 
-def _check_decoder(denoiser: TrainedDenoiser, vae: str) -> None:
+def check_decoder(denoiser: TrainedDenoiser, vae: str) -> None:
+    """Refuse a denoiser of latents without an autoencoder, and one of images with it.
+
+    Args:
+        denoiser: the denoiser.
+        vae: what names the autoencoder; "" for none.
+
+    Raises:
+        ValueError: naming --vae.
+    """
     if denoiser.latents is not None and not vae:
         made = f"the folder of the {denoiser.latents.autoencoder} that made them"
         raise invalid("vae", vae, f"--vae DIR, {made}, as {denoiser.name} draws latents")

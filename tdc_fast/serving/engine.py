@@ -10,16 +10,18 @@ from contextlib import suppress
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from tdc_fast.data.autoencoder import LatentDecoder
 from tdc_fast.data.pixels import to_uint8
 from tdc_fast.diffusion import Diffusion
 from tdc_fast.diffusion.protocols import Denoiser
 from tdc_fast.errors import invalid, is_out_of_memory
 from tdc_fast.evaluation.conditions import draw_labels, other_classes
+from tdc_fast.evaluation.samples import check_decoder
 from tdc_fast.nn.one_expert import as_one_expert
 from tdc_fast.routing import TimestepGroups
-from tdc_fast.runs.denoisers import TrainedDenoiser, refuse_latents
+from tdc_fast.runs.denoisers import TrainedDenoiser
 from tdc_fast.serving.admission import Admission, too_large
 from tdc_fast.serving.batch import Batch
 from tdc_fast.serving.failures import (
@@ -69,11 +71,13 @@ class Engine:
         deterministic: run a single denoiser on the routed kernels, so that its images do not depend on the batch
             either. A packed model's never do.
         clip_denoised: limit every predicted image to [-1, 1].
+        decoder: makes images of the latents that the model draws; no step is taken meanwhile. `max_memory` does not
+            count them.
 
     Attributes:
         statistics: what has been done.
         max_batch: as given.
-        image_shape: as given.
+        image_shape: (C, H, W) of a request's images.
         classes: as given.
         diffusion: as given.
 
@@ -98,6 +102,7 @@ class Engine:
         min_fill: float = 0.9,
         deterministic: bool = True,
         clip_denoised: bool = True,
+        decoder: LatentDecoder | None = None,
     ) -> None:
         for argument, value in (("max_batch", max_batch), ("max_queue", max_queue), ("max_memory", max_memory)):
             if value < 1:
@@ -119,7 +124,8 @@ class Engine:
             diffusion, groups, image_shape, max_batch,
             classes=classes, num_classes=num_classes, null_class=null_class, max_queue=max_queue, max_memory=max_memory,
         )  # fmt: skip
-        self.image_shape, self.max_batch, self.classes = image_shape, max_batch, tuple(classes)
+        self.image_shape = image_shape if decoder is None else decoder.image_shape
+        self.max_batch, self.classes, self._decoder = max_batch, tuple(classes), decoder
         self.diffusion = diffusion
         self._null_class, self._policy, self._min_fill = null_class, policy or Policy(), min_fill
         self._stepper = Stepper(
@@ -145,11 +151,14 @@ class Engine:
         Args:
             denoiser: the denoiser.
             **options: as those of `Engine`; without `null_class` it is the label that the denoiser was trained with.
+                Latents are never clipped.
 
         Raises:
-            ValueError: it draws latents.
+            ValueError: it draws latents and there is no decoder, or the other way round.
         """
-        refuse_latents(denoiser, "nothing is decoded while it serves; tdc_fast.sample --vae DIR draws its images")
+        check_decoder(denoiser, "a decoder" if options.get("decoder") else "")
+        if denoiser.latents is not None:
+            options["clip_denoised"] = False
         if options.get("null_class") is None:
             options["null_class"] = denoiser.null_class
         return cls(
@@ -345,7 +354,7 @@ class Engine:
                 if not live.remaining:
                     self._finish(live, batch)
                 elif live.request.preview_every and live.position % live.request.preview_every == 0:
-                    images = to_uint8(batch.predicted(live))
+                    images = to_uint8(self._decoded(batch.predicted(live)))
                     live.generation.show(Preview(live.position, live.plan.timesteps.size, images))
         except Exception as error:
             self._survive(error, batch.lives)
@@ -357,7 +366,7 @@ class Engine:
         return batch
 
     def _finish(self, live: LiveRequest, batch: Batch) -> None:
-        samples = batch.images(live)
+        samples = self._decoded(batch.images(live))
         if not samples.isfinite().all():
             self._end(live, Diverged("the images hold infinities or NaN: the weights or the guidance diverge"))
             return
@@ -365,6 +374,9 @@ class Engine:
         assert live.started is not None
         result = Result(samples, live.labels, live.started - live.submitted, now - live.submitted)
         self._end(live, result)
+
+    def _decoded(self, drawn: Tensor) -> Tensor:
+        return drawn if self._decoder is None else self._decoder(drawn).cpu()
 
     def _survive(self, error: Exception, lives: Sequence[LiveRequest]) -> None:
         """After a step that raised: its requests fail, and where memory ran out, batches get smaller for a while."""

@@ -59,7 +59,7 @@ class Result:
     """The images of a request.
 
     Attributes:
-        samples: float32 (M, C, H, W) on the CPU, as the sampler left them.
+        samples: float32 (M, C, H, W) on the CPU, as the sampler left them, or of latents as they were decoded.
         labels: the classes, int64 (M,); None for an unconditional model.
         waited: seconds until the first step began.
         took: seconds from `submit` to the last step.

@@ -197,7 +197,7 @@ def test_a_signal_during_the_search_stops_all(alone, launcher, tmp_path, rank):
     shutil.copytree(alone[0] / "split", run)
     signals = {(rank, "pruning", 1): signal.SIGTERM}
     processes = launcher.start(2, train_command, ["--resume", str(run)], signals, output=tmp_path / "output.txt")
-    codes = end(processes, 60)
+    codes = end(processes)
     said = [(tmp_path / f"output.{number}").read_text() for number in range(2)]
     assert codes == [130, 130] and said[1] == "", said
     assert f"stopped between two stages; continue with: python -m tdc_fast.train --resume {run}" in said[0]
