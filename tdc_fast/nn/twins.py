@@ -40,7 +40,8 @@ def routed_twin(
         leaf = _twin(layer, num_experts, out, in_)
     if leaf is None or isinstance(leaf, _NEVER_PRUNED):
         if out is not None or in_ is not None:
-            raise invalid(f"module {name!r}", repr(layer), "a layer whose channels can be pruned, without hooks; or leave out its unit")
+            remedy = "a layer whose channels can be pruned, without hooks; or leave out its unit"
+            raise invalid(f"module {name!r}", repr(layer), remedy)
         if leaf is None:
             return None
     leaf.template = (copy.deepcopy(layer).to("meta"),)
