@@ -120,10 +120,15 @@ class Launch:
         short = direct(kernel, grid, given, pointers, boxes)
         if short is None:
             return launch
-        return lambda *call: launch(*call) if _hooked() else short(*call)
+
+        def launch_directly(tensors: list[Any], addresses: list[int], stream: int) -> None:
+            (launch if _hooked() else short)(tensors, addresses, stream)
+
+        return launch_directly
 
 
 def _hooked() -> bool:
     """Whether a profiler wants to hear of launches."""
-    hooks = (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook)
-    return any(getattr(hook, "calls", hook) for hook in hooks)
+    runtime = knobs.runtime
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))

@@ -172,7 +172,7 @@ _wgrad_op = eager.Operator(
 
 def _save(ctx: Any, args: tuple[Any, ...], y: Tensor) -> None:
     x, weight, _, _, _, x2, *routing, stride, padding, upsample, backend = args
-    ctx.input_size = x.shape[2:], 0 if x2 is None else x2.shape[1]
+    ctx.input_size = (x.size(2), x.size(3)), 0 if x2 is None else x2.size(1)  # a slice of a shape takes 1 us
     ctx.settings, ctx.backend = _hashable(stride, padding, upsample), backend
     only_wgrad_reads_x = any(ctx.needs_input_grad[1:4])
     inputs = (x, x2) if only_wgrad_reads_x else (None, None)

@@ -57,7 +57,7 @@ def routed_linear(
         backend=backend,
     )
     # Not an index, whose gradient is a zero-filled copy.
-    return y.view(y.shape[:2]) if x.dim() == 2 else y.squeeze(-1).transpose(1, 2)
+    return y.flatten(1) if x.dim() == 2 else y.squeeze(-1).transpose(1, 2)
 
 
 def _check(x: Tensor, weight: Tensor, residual: Tensor | None) -> None:
