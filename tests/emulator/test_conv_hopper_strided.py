@@ -21,13 +21,13 @@ from tests.emulator.harness import AT_RUNTIME, SANITIZED, SCHEDULES, EmulatorErr
 from tests.generated import examples
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
-FAMILY = "conv_hopper_strided"
+FAMILIES = ("conv_hopper_strided", "conv_hopper_rows_wgrad")
 
 
 @contextmanager
 def hopper(multiprocessors: int = 3, schedule: int = 0) -> Iterator[EmulatorLauncher]:
-    """A Hopper GPU with few SMs, so that a block computes several tiles."""
-    with emulator((90, multiprocessors, 232448), (FAMILY,), **{FAMILY: AT_RUNTIME}) as launcher:
+    """A Hopper GPU with few SMs, so that a block computes several tiles, and that cuts divide units of wgrad."""
+    with emulator((90, multiprocessors, 232448), FAMILIES, **dict.fromkeys(FAMILIES, AT_RUNTIME)) as launcher:
         launcher.schedule = schedule
         yield launcher
 
@@ -104,11 +104,11 @@ def cases(draw: st.DrawFn, most_channels: int = 17, most_pixels: int = 19) -> Co
 
 def test_any_case_is_as_accurate_as_torch() -> None:
     @given(case=cases(), schedule=st.sampled_from(SCHEDULES), multiprocessors=st.integers(1, 5))
-    @examples(1 if SANITIZED else 3)
+    @examples(1 if SANITIZED else 2)
     def check(case: ConvCase, schedule: int, multiprocessors: int) -> None:
         with hopper(multiprocessors, schedule) as launcher:
-            assert_accurate(case, torch.bfloat16, ("x",), backend="hopper")
-        assert [kernel.split("_")[3] for kernel in launcher.launched] == ["strided"] * 2
+            assert_accurate(case, torch.bfloat16, ("x", "weight"), backend="hopper")
+        assert [kernel.split("_")[3] for kernel in launcher.launched] == ["strided", "strided", "wgrad", "wgrad"]
 
     check()
 
@@ -208,6 +208,52 @@ def test_no_number_in_device_memory_leads_out_of_bounds(garbage: int) -> None:
             y = hopper_backend.conv2d(problem, t)
             hopper_backend.conv2d_dgrad(problem, torch.ones_like(y), t)
         assert [kernel.split("_")[4] for kernel in launcher.launched] == ["forward", "dgrad"]
+
+
+# Changes to a case, the input channels of a unit, and the SMs.
+WGRAD_EDGES: dict[str, tuple[dict[str, Any], int, int]] = {
+    "patches of 8x8, odd images": ({"routing": uneven(1), "size": (17, 30), "in_channels": 136}, 256, 4),
+    "4x4 pixels of four samples, groups that end within": ({"routing": uneven(1, 5, 0, 1), "size": (8, 7)}, 128, 5),
+    "experts that several groups share, and one that none has": (
+        {
+            "routing": uneven(1, 2, 0, 1, 1, weight_index=(2, 0, 2, 2, 0)),
+            "size": (5, 4),
+            "in_channels": 136,
+            "out_channels": 72,
+            "in_widths": (136, 100, 8, 37, 128),
+            "out_widths": (72, 64, 72, 3, 9),
+            "extras": ("bias", "sample_bias"),
+        },
+        256,
+        4,
+    ),
+}
+WGRAD_CASES = [(edge, "bf16") for edge in (list(WGRAD_EDGES)[1:3] if SANITIZED else WGRAD_EDGES)]
+WGRAD_CASES += [] if SANITIZED else [("patches of 8x8, odd images", "fp16")]
+
+
+@pytest.mark.parametrize("edge, dtype", WGRAD_CASES)
+def test_wgrad_is_as_accurate_as_torch(edge: str, dtype: str) -> None:
+    changes, channels, multiprocessors = WGRAD_EDGES[edge]
+    case = case_of(**{"extras": ("bias",)} | changes)
+    with hopper(multiprocessors) as launcher:
+        assert_accurate(case, DTYPES[dtype], ("weight", "bias"), backend="hopper")
+    unit = f"rows{channels}_{dtype}"
+    assert launcher.launched[1:] == [f"tdc_conv_hopper_wgrad_{unit}", f"tdc_conv_hopper_wgrad_reduce_{unit}"]
+
+
+@plain_only
+def test_a_bug_planted_in_wgrad_spoils_the_result() -> None:
+    """The tap of another line; the samples of the next group in a patch that is not full."""
+    t, problem = arguments(case_of(routing=uneven(1, 3), extras=()))
+    dy = torch.randn(4, 64, 4, 4, generator=torch.Generator().manual_seed(1)).bfloat16()
+    dy = dy.to(memory_format=torch.channels_last)
+    found = []
+    with hopper(1) as launcher:
+        for plant in ("", "HOPPER_WRONG_ROW", "HOPPER_NO_LAST_PIXEL"):
+            with launcher.planted(plant):
+                found.append(hopper_backend.conv2d_wgrad(problem, dy, t, (True, False, False))[0])
+    assert not any(torch.allclose(wrong, found[0], rtol=0.1, atol=0.1) for wrong in found[1:])
 
 
 def upsampled(**changes: Any) -> ConvCase:

@@ -231,8 +231,9 @@ def test_what_stride_2_does_not_serve_takes_the_portable_form(changes: dict[str,
     for pass_ in ("forward", "dgrad"):
         assert refusal(pass_, **STRIDED | changes).startswith(reason)
         assert "hopper" not in only(plan(pass_, **STRIDED | changes)).kernel
+    assert refusal("wgrad", **STRIDED | changes)
     assert refusal("forward", upsample=2, **STRIDED).startswith("it upsamples one input of 3x3 filters")
-    assert refusal(**STRIDED) == refusal("dgrad", **STRIDED) == ""
+    assert refusal(**STRIDED) == refusal("dgrad", **STRIDED) == refusal("wgrad", **STRIDED) == ""
 
 
 @pytest.mark.parametrize(
@@ -276,6 +277,29 @@ def test_stride_2_reads_the_pixels_of_each_parity_as_an_image() -> None:
     assert [m[0] - (1 << 22) for m in of_dx] == [m[0] - (1 << 21) for m in planes]
     assert [m[1:9] for m in of_dx] == [m[1:9] for m in planes]
     assert of_dx[3][10:14] == (64, dy[11], 16 // dy[11], 1)
+
+
+@pytest.mark.parametrize(
+    "height, width, box, patches",
+    [(32, 32, (8, 8, 1), (2, 2)), (9, 8, (4, 4, 4), (2, 1)), (21, 23, (4, 4, 4), (3, 3)), (13, 64, (8, 8, 1), (1, 4))],
+)
+def test_wgrad_of_stride_2_has_the_fewest_patches(
+    height: int, width: int, box: tuple[int, int, int], patches: tuple[int, int]
+) -> None:
+    sizes = {**STRIDED, "height": height, "width": width, "out_channels": 256}
+    products, reduce = plan("wgrad", x=1 << 21, dy=1 << 22, **sizes)[:2]
+    assert products.kernel == "tdc_conv_hopper_wgrad_rows128_bf16"
+    # 8 experts x 9 taps x 2 units: more than SMs
+    assert products.grid == (132, 1, 1) and reduce.grid == (8 * 9 * 2 * 4, 1, 1)
+    x, dy, *planes = (described(products, at) for at in products.tensor_maps)
+    assert dy[5:9] == (256, (width + 1) // 2, (height + 1) // 2, 128)
+    places = [(down, across) for down in (0, 1) for across in (0, 1)]
+    for plane, (down, across) in zip((x, *planes), places, strict=True):
+        assert plane[0] == (1 << 21) + (down * width + across) * 128 * 2
+        assert plane[5:9] == (128, (width + 1 - across) // 2, (height + 1 - down) // 2, 128)
+        assert plane[11:14] == dy[11:14] == box
+    down, across = patches
+    assert (down, across) == (-(-dy[7] // box[1]), -(-dy[6] // box[0]))
 
 
 def test_an_upsampled_image_is_a_convolution_of_stride_2_on_merged_taps() -> None:
@@ -408,7 +432,7 @@ def test_the_unit_of_1x1_filters_loads_the_fewest_channels(channels: int, unit: 
     "changes, reason",
     [
         ({"filter_height": 1, "filter_width": 1}, "it has 3x3 filters with padding 1 and stride 1 or 2"),
-        ({"stride_height": 2, "stride_width": 2}, "its wgrad has stride 1"),
+        ({"stride_height": 2, "stride_width": 2, "width": 3}, "its filters of stride 2 have images from 4x4 on"),
         ({"height": 4, "width": 12}, "its 3x3 filters have images from 8x8 on, or whose number of pixels"),
         ({"x2_channels": 60}, "it has channels from 64 on, in multiples of 8"),
         ({"upsample": 2}, "its wgrad does not upsample images"),

@@ -79,18 +79,6 @@ int stages(const TileChoice& tile, const ConvArguments& a, const Device& device)
   return count < kLeastStages ? 0 : count;
 }
 
-// The pixels of an image whose row and column have the parity of a plane, as a tensor of their own.
-TensorMap plane_of(uintptr_t address, int64_t channels, int plane, const TensorSizes& box, const ConvArguments& a) {
-  const int64_t down = plane / 2, across = plane % 2;
-  const TensorSizes sizes = {channels, (a.width - across + 1) / 2, (a.height - down + 1) / 2, a.batch};
-  TensorMap map =
-      tensor_map_of(address + static_cast<uintptr_t>(2 * (down * a.width + across) * channels), sizes, box, a);
-  map.strides[0] = static_cast<unsigned long long>(4 * channels);
-  map.strides[1] = static_cast<unsigned long long>(4 * a.width * channels);
-  map.strides[2] = static_cast<unsigned long long>(2 * a.height * a.width * channels);
-  return map;
-}
-
 int log2_of(int64_t power) {
   int log = 0;
   while ((int64_t{1} << log) < power) ++log;

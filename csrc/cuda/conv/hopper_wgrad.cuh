@@ -7,7 +7,8 @@
 //
 // Both operands have k, the pixels, as their outer dimension. A stage has the patch of dy and that of x in the filter's
 // row, a pixel wider on either side: the three taps read it from another pixel on, as in hopper_images.cuh. In the form
-// of rows it has 64 pixels of a group, and of x, moved by the unit's tap, one to three times 128 channels.
+// of rows it has 64 pixels of a group, and of x, moved by the unit's tap, one to three times 128 channels; so also with
+// stride 2.
 #pragma once
 
 #include "cuda/device_sm90.cuh"
@@ -78,6 +79,10 @@ class HopperWgradProducer {
   __device__ __forceinline__ void load(const HopperUnit& unit, const HopperWgradGroup& group, int patch, int count) {
     int number = group.before + patch;
     if constexpr (Unit::kOfRows) {
+      if (p_.patch_samples) {
+        load_strided(unit, group, patch, count);
+        return;
+      }
       const int end = (group.first + group.samples) * p_.pixels;
       for (int pixel = group.first * p_.pixels + 64 * patch; count > 0; --count, ++number, pixel += 64) {
         int of_x[4] = {unit.in, pixel, 0, 0};
@@ -86,7 +91,7 @@ class HopperWgradProducer {
           const int row = TDC_PLANTED(HOPPER_WRONG_ROW) ? 4 : unit.row;
           of_x[1] = row % 3 - 1, of_x[2] = row / 3 - 1, of_x[3] = pixel / p_.pixels;
         }
-        load_stage(unit, group, of_x, of_dy, end - pixel, number);
+        load_stage(unit, group, x_of(unit), of_x, of_dy, end - pixel, number);
       }
     } else {
       int across = patch % p_.patches_across, down = patch / p_.patches_across % p_.patches_down;
@@ -95,7 +100,7 @@ class HopperWgradProducer {
         const int row = unit.row - (TDC_PLANTED(HOPPER_WRONG_ROW) ? 0 : 1);
         const int of_x[4] = {unit.in, 8 * across - 1, 8 * down + row, sample};
         const int of_dy[4] = {unit.out, 8 * across, 8 * down, sample};
-        load_stage(unit, group, of_x, of_dy, 64, number);
+        load_stage(unit, group, x_of(unit), of_x, of_dy, 64, number);
         if (++across == p_.patches_across) {
           across = 0;
           if (++down == p_.patches_down) down = 0, ++sample;
@@ -104,8 +109,27 @@ class HopperWgradProducer {
     }
   }
 
+  // Patches of stride 2: those of dy as boxes, those of x as boxes of a plane, a pixel back where the tap is 0.
+  __device__ __forceinline__ void load_strided(const HopperUnit& unit, const HopperWgradGroup& group, int patch,
+                                               int count) {
+    const int row = TDC_PLANTED(HOPPER_WRONG_ROW) ? 1 : unit.row / 3, column = unit.row % 3;
+    const TensorMap* x = row == 1 ? column == 1 ? &p_.x : &p_.x_even_odd : column == 1 ? &p_.x_odd_even : &p_.x_odd_odd;
+    for (; count > 0; --count, ++patch) {
+      const int across = patch % p_.patches_across, rest = patch / p_.patches_across;
+      const int down = rest % p_.patches_down, before = rest / p_.patches_down * p_.patch_samples;
+      const int of_dy[4] = {unit.out, across * p_.patch_side, down * p_.patch_side, group.first + before};
+      const int of_x[4] = {unit.in, of_dy[1] - (column == 0), of_dy[2] - (row == 0), of_dy[3]};
+      const int pixels = (group.samples - before) * p_.patch_side * p_.patch_side;
+      load_stage(unit, group, x, of_x, of_dy, pixels, group.before + patch);
+    }
+  }
+
+  __device__ __forceinline__ const TensorMap* x_of(const HopperUnit& unit) const {
+    return unit.in >= p_.seam ? &p_.x2 : &p_.x;
+  }
+
   // A patch, of which `pixels` count; its number is the expert's.
-  __device__ __forceinline__ void load_stage(const HopperUnit& unit, const HopperWgradGroup& group,
+  __device__ __forceinline__ void load_stage(const HopperUnit& unit, const HopperWgradGroup& group, const TensorMap* x,
                                              const int (&of_x)[4], const int (&of_dy)[4], int pixels, int number) {
     HopperWgradControl& c = *shared_.control;
     const int stage = stages_.stage;
@@ -116,10 +140,10 @@ class HopperWgradProducer {
     c.live[stage][2] = TDC_PLANTED(HOPPER_NO_LAST_PIXEL) ? 64 : pixels;
     c.live[stage][3] = HopperWgradBias<Unit>::takes(p_, unit, number);
     mbarrier_arrive_expect(&c.full[stage], Unit::kStageBytes);
-    const bool second = unit.in >= p_.seam;
+    const int seam = unit.in >= p_.seam ? p_.seam : 0;
     for (int box = 0; box < Unit::kBoxes; ++box) {
-      const int at[4] = {of_x[0] + 64 * box - (second ? p_.seam : 0), of_x[1], of_x[2], of_x[3]};
-      tma_load(shared_.x(stage) + box * Unit::kBoxBytes, second ? &p_.x2 : &p_.x, &c.full[stage], at);
+      const int at[4] = {of_x[0] + 64 * box - seam, of_x[1], of_x[2], of_x[3]};
+      tma_load(shared_.x(stage) + box * Unit::kBoxBytes, x, &c.full[stage], at);
     }
     for (int box = 0; box < 2; ++box) {
       const int at[4] = {of_dy[0] + 64 * box, of_dy[1], of_dy[2], of_dy[3]};

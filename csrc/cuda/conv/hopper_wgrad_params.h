@@ -21,7 +21,8 @@ struct HopperFilterUnit {
 };
 
 // The form of rows: one tap, kBlocks times 128 input channels of one input. A patch is 64 pixels of a group, one after
-// the other.
+// the other. With stride 2 it is 8 x 8 pixels of a sample or 4 x 4 of four samples of a group, and those of x come from
+// the plane (hopper_strided_params.h) that the tap meets.
 template <int kBlocks>
 struct HopperRowsUnit {
   static constexpr bool kOfRows = true;
@@ -76,15 +77,17 @@ constexpr int hopper_wgrad_shared_bytes(int stage_bytes, int stages, int num_gro
 }
 
 struct alignas(64) ConvHopperWgradParams {
-  TensorMap x, x2, dy;  // x2 has no address where there is one input
-  void* dweight;        // (experts, C_out, taps, C_in)
-  void* parts;          // two of each block
-  void* dbias;          // (experts, C_out)
-  float* bias_sums;     // kHopperUnit of each part, then of each whole unit (hopper_wgrad_bias.cuh); null: none
+  TensorMap x, x2, dy;                          // x2 has no address where there is one input
+  TensorMap x_even_odd, x_odd_even, x_odd_odd;  // of stride 2: planes by rows and columns, of which x is even, even
+  void* dweight;                                // (experts, C_out, taps, C_in)
+  void* parts;                                  // two of each block
+  void* dbias;                                  // (experts, C_out)
+  float* bias_sums;  // kHopperUnit of each part, then of each whole unit (hopper_wgrad_bias.cuh); null: none
   ConvRouting routing;
   int in_channels, out_channels, in_tiles, out_tiles;
   int seam;                          // no unit has input channels on both sides of it
   int patches_down, patches_across;  // of a sample, of 3x3 filters
+  int patch_samples, patch_side;     // of stride 2: samples of a patch, lines and columns of it; else 0
   int pixels;                        // of a sample
   int taps, rows;                    // of the filter; its rows that units have, in the form of rows its taps
   int stages;

@@ -63,7 +63,9 @@ class HopperWgradSchedule {
   __device__ __forceinline__ const HopperWgradGroup& group(int i) const { return groups_[i]; }
   __device__ __forceinline__ int total() const { return groups_[p_.routing.num_groups - 1].end; }
   __device__ __forceinline__ int patches_of(const HopperWgradGroup& group) const {
-    return Unit::kOfRows ? (group.samples * p_.pixels + 63) / 64 : group.samples * p_.patches_down * p_.patches_across;
+    if (Unit::kOfRows && !p_.patch_samples) return (group.samples * p_.pixels + 63) / 64;
+    const int samples = Unit::kOfRows ? (group.samples + p_.patch_samples - 1) / p_.patch_samples : group.samples;
+    return samples * p_.patches_down * p_.patches_across;
   }
 
   // Blocks that get a part, and where the i-th part begins.

@@ -106,6 +106,17 @@ TensorMap tensor_map_of(uintptr_t address, const TensorSizes& sizes, const Tenso
   return map;
 }
 
+TensorMap plane_of(uintptr_t address, int64_t channels, int plane, const TensorSizes& box, const ConvArguments& a) {
+  const int64_t down = plane / 2, across = plane % 2;
+  const TensorSizes sizes = {channels, (a.width - across + 1) / 2, (a.height - down + 1) / 2, a.batch};
+  TensorMap map =
+      tensor_map_of(address + static_cast<uintptr_t>(2 * (down * a.width + across) * channels), sizes, box, a);
+  map.strides[0] = static_cast<unsigned long long>(4 * channels);
+  map.strides[1] = static_cast<unsigned long long>(4 * a.width * channels);
+  map.strides[2] = static_cast<unsigned long long>(2 * a.height * a.width * channels);
+  return map;
+}
+
 Launch launch_merge_taps(const ConvArguments& a, const char* name) {
   ConvMergeParams p{};
   p.weight = pointer<const void>(a.weight);

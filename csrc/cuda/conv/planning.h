@@ -59,6 +59,10 @@ bool whole_inputs(uintptr_t x, uintptr_t x2, const ConvArguments& a);
 using TensorSizes = std::array<int64_t, 4>;
 TensorMap tensor_map_of(uintptr_t address, const TensorSizes& sizes, const TensorSizes& box, const ConvArguments& a);
 
+// The pixels of an image whose row and column have the parity of a plane, 2 * (row % 2) + column % 2, as a tensor of
+// their own.
+TensorMap plane_of(uintptr_t address, int64_t channels, int plane, const TensorSizes& box, const ConvArguments& a);
+
 // Of an image that is upsampled, with stride 1: the launch that merges taps into the workspace (merge.cuh), named by
 // what stands before the dtype, and the convolution on them. This one leads from y to x, with stride 2: its forward
 // computes dx, its dgrad y.
