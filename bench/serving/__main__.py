@@ -44,7 +44,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--publish", action="store_true", help="also update the picture and the README")
     parser.add_argument("--note", default="", help="a sentence for the table, such as what else ran on the machine")
     options = parser.parse_args(argv)
-    loads = [float(load) for load in options.loads.split(",")]
+    for name in ("experts", "max_batch", "seconds", "repeats", "overhead_steps"):
+        if not 0 < getattr(options, name) < math.inf:
+            parser.error(f"--{name} takes a number above 0")
+    loads = shares(options.loads)
+    if not loads:
+        parser.error("--loads takes numbers above 0, separated by commas")
     if options.publish and not (0.8 in loads and options.out.resolve().is_relative_to(ROOT)):
         parser.error("--publish needs 0.8 among --loads, and --out within the repository")
     if options.threads:
@@ -74,6 +79,15 @@ def main(argv: list[str] | None = None) -> int:
     print(table)
     print(f"written: {options.out / name}.json and .md")
     return 0
+
+
+def shares(text: str) -> list[float]:
+    """The loads of a comma list; none if one of them is no number above 0."""
+    try:
+        loads = [float(load) for load in text.split(",")]
+    except ValueError:
+        return []
+    return loads if all(0 < load < math.inf for load in loads) else []
 
 
 def measure(problem: Problem, max_batch: int, loads: list[float], seconds: float, repeats: int) -> dict[str, Any]:

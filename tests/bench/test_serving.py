@@ -58,6 +58,16 @@ def test_the_measurement_runs_and_writes_its_tables(tmp_path, monkeypatch):
     assert "p99 at 80 % load" in table and "| 80% | engine |" in table
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [("--repeats", "0"), ("--seconds", "nan"), ("--max_batch", "-1"), ("--loads", "0.8,x"), ("--loads", "0.8,0")],
+)
+def test_what_cannot_be_measured_is_refused_by_the_name_of_its_flag(flags, capsys):
+    with pytest.raises(SystemExit):
+        main([*flags])
+    assert f"error: {flags[0]} takes" in capsys.readouterr().err
+
+
 def measured(contestant: str, repeat: int, p99: float, load: float | None = None) -> dict[str, object]:
     row = {"contestant": contestant, "repeat": repeat, "images_per_second": 10.0 * (repeat + 1), "p50": p99 / 2}
     row["others"] = 0.75 if load and contestant == "dense" and repeat == 2 else 0.02
