@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -61,40 +62,43 @@ def test_the_form_serves_the_cases(name: str, target: Target) -> None:
     assert what.forms.get("hopper") == (HOPPER_FORM if target.device == "cuda" else None)
 
 
-def large(samples: tuple[int, ...], channels: int, side: int, stride: int = 1) -> ConvCase:
+def large(samples: tuple[int, ...], channels: int, side: int, **changes: Any) -> ConvCase:
     """A shape that fills the GPU several times over."""
     groups = tuple(group for group, count in enumerate(samples) for _ in range(count))
     routing = Routing(groups, len(samples), len(samples), None)
-    return ConvCase(routing, channels, channels, (side, side), (3, 3), (stride, stride), (1, 1), None, None, ("bias",),
+    case = ConvCase(routing, channels, channels, (side, side), (3, 3), (1, 1), (1, 1), None, None, ("bias",),
                     "channels_last", 5)  # fmt: skip
+    return replace(case, **changes)
 
 
-LARGE: dict[str, tuple[tuple[int, ...], int, int, int]] = {
-    "even groups": ((16,) * 8, 128, 32, 1),
-    "one group": ((128,), 256, 16, 1),
-    "half in one group": ((130, 18, 18, 18, 18, 18, 18, 18), 256, 8, 1),
-    "64 groups": ((1, 3) * 32, 128, 16, 1),
-    "wide tiles": ((3, 5), 192, 64, 1),
-    "images of 4x4": ((16,) * 8, 256, 4, 1),
-    "stride 2": ((16,) * 8, 128, 32, 2),
-    "stride 2 to images of 4x4": ((3, 29, 8), 256, 8, 2),
+LARGE: dict[str, tuple[tuple[int, ...], int, int, dict[str, Any]]] = {
+    "even groups": ((16,) * 8, 128, 32, {}),
+    "one group": ((128,), 256, 16, {}),
+    "half in one group": ((130, 18, 18, 18, 18, 18, 18, 18), 256, 8, {}),
+    "64 groups": ((1, 3) * 32, 128, 16, {}),
+    "wide tiles": ((3, 5), 192, 64, {}),
+    "images of 4x4": ((16,) * 8, 256, 4, {}),
+    "two inputs": ((16,) * 8, 256, 16, {"x2_channels": 56}),
+    "stride 2": ((16,) * 8, 128, 32, {"stride": (2, 2)}),
+    "stride 2 to images of 4x4": ((3, 29, 8), 256, 8, {"stride": (2, 2)}),
+    "upsampled": ((16,) * 8, 128, 16, {"upsample": 2}),
 }
 
 
 @on_hopper
 @pytest.mark.parametrize("name", LARGE)
 def test_large_shapes_are_accurate_and_repeatable(name: str, target: Target, nan_filled_memory: None) -> None:
-    samples, channels, side, stride = LARGE[name]
+    samples, channels, side, changes = LARGE[name]
     if target.device == "cpu":
         samples, channels, side = tuple(min(n, 1) for n in samples[:2]), 64, 8
-    case = large(samples, channels, side, stride)
+    case = large(samples, channels, side, **changes)
     tensors = {k: t.detach() for k, t in moved(case.tensors(torch.bfloat16), target.device, case.layout).items()}
     plan = plan_on(case.routing, target.device)
     with torch.no_grad():
         y = routed(case, tensors, target, plan)
         torchs = case.plain(tensors)
         exact = case.plain({k: t.float() for k, t in tensors.items()})  # fp32 sums of exact products
-        assert_as_accurate_as_torch(y.cpu(), torchs.cpu(), exact.double().cpu(), name, 9 * channels)
+        assert_as_accurate_as_torch(y.cpu(), torchs.cpu(), exact.double().cpu(), name, 9 * case.upsample**2 * channels)
         for _ in range(5):
             assert torch.equal(routed(case, tensors, target, plan), y)
 
@@ -102,7 +106,7 @@ def test_large_shapes_are_accurate_and_repeatable(name: str, target: Target, nan
 @on_hopper
 @pytest.mark.parametrize("name", ["half in one group", "images of 4x4"])
 def test_gradients_of_large_shapes_repeat_bit_by_bit(name: str, target: Target) -> None:
-    samples, channels, side = LARGE[name]
+    samples, channels, side, _ = LARGE[name]
     if target.device == "cpu":
         samples, channels, side = tuple(min(n, 1) for n in samples[:2]), 64, 4
     case = large(samples, channels, side)
