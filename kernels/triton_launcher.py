@@ -47,16 +47,19 @@ def direct(
     stream, passed = object(), []
     try:
         signature, maps = kernel.src.signature, getattr(kernel.metadata, "tensordesc_meta", None) or []
-        bottom = module.triton.runtime.driver.active.utils.launch
+        bottom = _bottom(launcher.launch)
         if launcher.global_scratch_size or launcher.profile_scratch_size or len(maps) != len(boxes) or None in maps:
             return None
         watched = copy.copy(launcher)
         watched.launch = module.wrap_handle_tensordesc(lambda *given: passed.append(given), signature, maps)
         watched(*grid, stream, kernel.function, kernel.packed_metadata, None, None, None, *arguments)
         (given,) = passed
-        before, (*after, last) = given[: given.index(stream)], given[given.index(stream) + 1 :]
+        before, after = given[: given.index(stream)], given[given.index(stream) + 1 :]
+        apart = not isinstance(after[-1], (list, tuple))  # Triton 3.6 has no sequence for the kernel's arguments
+        count = sum(1 + 2 * len(a.shape) if isinstance(a, TensorDescriptor) else 1 for a in arguments)
+        after, last = (after[:-count], after[-count:]) if apart else (after[:-1], after[-1])
         places = _places(arguments, last, module.PyCUtensorMap)
-    except (AttributeError, IndexError, TypeError, ValueError):  # another version of Triton
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):  # another version of Triton
         return None
     if places is None:
         return None
@@ -83,9 +86,15 @@ def direct(
                     known.clear()
                 encoded = known[address] = encode(describe(tensors[tensor]), metadata)[0]
             passed[at] = encoded
-        bottom(*before, stream, *after, passed)
+        bottom(*before, stream, *after, *(passed if apart else (passed,)))
 
     return launch
+
+
+def _bottom(launch: Any) -> Any:
+    """The C function; where a kernel has descriptors, Triton's function that walks its arguments holds it."""
+    held = getattr(launch, "__closure__", None)
+    return dict(zip(launch.__code__.co_freevars, held, strict=True))["launcher"].cell_contents if held else launch
 
 
 def _places(arguments: Sequence[Any], passed: Sequence[Any], map_type: type) -> list[int] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import sys
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -42,7 +43,14 @@ class Bottom:
         self.launched: list[tuple[tuple[int, ...], list[Any]]] = []
         self.ways: list[Any] = []
         self._maps: list[tuple[Any, int, tuple[Any, ...]]] = []
-        fill, direct = stand_in.utils.fill_tma_descriptor_tiled, launch.direct
+        module, note = sys.modules[stand_in.launcher_cls.__module__], self._launch
+        name = next(n for n in ("fill_tma_descriptor_tiled", "fill_tma_descriptor") if hasattr(stand_in.utils, n))
+        fill, direct = getattr(stand_in.utils, name), launch.direct
+
+        class Launcher(stand_in.launcher_cls):
+            def __init__(self, source: Any, metadata: Any) -> None:
+                super().__init__(source, metadata)
+                self.launch = module.wrap_handle_tensordesc(note, source.signature, metadata.tensordesc_meta)
 
         def encode(address: int, *rest: Any) -> Any:
             self._maps.append((fill(address, *rest), address, rest))
@@ -52,13 +60,16 @@ class Bottom:
             self.ways.append(direct(*arguments))
             return self.ways[-1]
 
-        patch.setattr(stand_in.utils, "fill_tma_descriptor_tiled", encode)
-        patch.setattr(stand_in.utils, "launch", self._launch)
+        Launcher.__module__ = module.__name__
+        patch.setattr(stand_in, "launcher_cls", Launcher)
+        patch.setattr(stand_in.utils, name, encode)
         patch.setattr(launch, "direct", noted)
         patch.setattr(triton_launcher, "_MAPS", 2)
+        self._apart = getattr(module, "_BASE_ARGS_FORMAT_LEN", None)  # Triton 3.6: where the kernel's arguments begin
 
     def _launch(self, *given: Any) -> None:
-        self.launched.append((given[:3], [self._described(argument) for argument in given[-1]]))
+        arguments = given[-1] if self._apart is None else given[self._apart :]
+        self.launched.append((given[:3], [self._described(argument) for argument in arguments]))
 
     def _described(self, argument: Any) -> Any:
         for encoded, address, rest in self._maps:
