@@ -104,6 +104,8 @@ def measure(problem: Problem, max_batch: int, loads: list[float], seconds: float
             results["closed"].append({"contestant": name, "repeat": repeat, **row})
             print(f"{name}: {row['images_per_second']:.1f} images/s with {2 * max_batch} clients", flush=True)
     results["capacity"] = capacity_of(results["closed"])
+    if not results["capacity"]:
+        raise SystemExit("error: no image was completed in the closed loops; --seconds takes a longer time")
     for repeat in range(repeats):
         for load in loads:
             rate = load * results["capacity"]

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from bench.serving import simulation
-from bench.serving.__main__ import main
+from bench.serving.__main__ import main, measure
 from bench.serving.contestants import Problem
-from bench.serving.loads import open_loop
+from bench.serving.loads import Measured, open_loop
 from bench.serving.report import README, as_markdown, capacity_of, goals, publish
 from bench.serving.simulation import POLICIES, Arrivals, interpolated, simulate_engine, simulate_request_level
 from bench.serving.soak import growth_of, problems_of
@@ -66,6 +66,21 @@ def test_what_cannot_be_measured_is_refused_by_the_name_of_its_flag(flags, capsy
     with pytest.raises(SystemExit):
         main([*flags])
     assert f"error: {flags[0]} takes" in capsys.readouterr().err
+
+
+def test_a_measurement_in_which_nothing_was_completed_says_so(monkeypatch):
+    class Idle:
+        def contestants(self, max_batch: int) -> dict[str, type[Idle]]:
+            return {"engine": Idle, "request level": Idle}
+
+        def start(self) -> None: ...
+
+        def close(self, *, drain: bool) -> None: ...
+
+    nothing = Measured(0.0, 0.0, float("nan"), float("nan"), requests=0, unfinished=0)
+    monkeypatch.setattr("bench.serving.__main__.closed_loop", lambda *_: nothing)
+    with pytest.raises(SystemExit, match="no image was completed in the closed loops; --seconds"):
+        measure(Idle(), 4, [0.8], 1.0, 1)  # type: ignore[arg-type]
 
 
 def measured(contestant: str, repeat: int, p99: float, load: float | None = None) -> dict[str, object]:
