@@ -32,7 +32,7 @@ from tdc_fast.runs.denoisers import FACTS, from_checkpoint, from_run
 from tdc_fast.runs.limits import PathText, Within
 from tdc_fast.runs.unet_flags import flags_of
 from tdc_fast.runs.weights import load_verified
-from tdc_fast.text_files import read_json
+from tdc_fast.text_files import read_record
 
 __all__ = ["ConvertOptions", "main"]
 
@@ -74,6 +74,8 @@ def _convert(arguments: list[str]) -> None:
             if options[name] not in (-1, False):
                 raise invalid(name, options[name], "only together with --guided True")
     if options["model_path"] and source.is_dir():
+        if options["guided"]:
+            raise invalid("guided", True, "False: --model_path is a folder of diffusers, no file of guided-diffusion")
         _write_state(out, _from_folder(source))
     elif options["guided"]:
         _write_state(out, _from_guided(source, options))
@@ -87,7 +89,7 @@ def _from_folder(folder: Path) -> UNet:
     from tdc_fast.diffusers_models.unets import diffusers, from_diffusers
 
     config = folder / "config.json"
-    name = read_json(config).get("_class_name") if config.is_file() else None
+    name = read_record(config).get("_class_name") if config.is_file() else None
     if name != "UNet2DModel":
         raise invalid("model_path", str(folder), f"a folder with a UNet2DModel of diffusers; this has {name}")
     try:

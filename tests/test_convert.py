@@ -98,6 +98,9 @@ def test_heads_of_one_size_are_one_number_of_heads_or_refused() -> None:
         (["--model_path", "unet.pt", "--out", "new", "--num_head_channels", "8"], "num_head_channels: got 8"),
         ([*GUIDED, "unet.pt", "--out", "new", "--resblock_updown", "True"], "resblock_updown: got True"),
         ([*GUIDED, "up.pt", "--out", "new"], "resblock_updown: got True"),
+        ([*GUIDED, "list", "--out", "new"], "guided: got True; expected False: --model_path is a folder of diffusers"),
+        (["--model_path", "list", "--out", "new"], r"config.json: got 'list.config.json'; .* it holds \[1\]"),
+        (["--model_path", "cut", "--out", "new"], "config.json: got 'cut.config.json'; .* it does not parse"),
         ([*GUIDED, "unet.pt", "--out", "new", "--num_res_blocks", "2"], "model_path: .* a file that fits the flags"),
     ],
 )  # fmt: skip
@@ -108,7 +111,10 @@ def test_what_cannot_be_converted_is_refused_and_leaves_nothing(
     state = unet().state_dict()
     torch.save(state, "unet.pt")
     torch.save({**state, "output_blocks.1.2.in_layers.0.weight": torch.ones(3)}, "up.pt")
+    for name, text in (("list", "[1]"), ("cut", "{")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(text)
     given = {name: value for name, value in FLAGS.items() if f"--{name}" not in arguments}
     assert convert.main([*arguments, *words(given)]) == 2
     assert re.search(message, capsys.readouterr().err)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["unet.pt", "up.pt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut", "list", "unet.pt", "up.pt"]
