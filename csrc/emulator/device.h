@@ -144,6 +144,8 @@ inline void store_16(void* address, uint4 value, TDC_CALLER) {
   *static_cast<uint4*>(address) = value;
 }
 
+inline void prefetch(const void* global) { (void)*static_cast<const volatile unsigned char*>(global); }
+
 inline void cp_async_16(void* shared, const void* global, bool live, TDC_CALLER) {
   check_aligned(TDC_SITE("cp_async_16"), global, 16);
   emulator::block.copy(TDC_SITE("cp_async_16"), shared, global, 16, live);

@@ -124,10 +124,11 @@ TDC_KERNEL(self_test_stages, SelfTestParams, 32) {
   static_cast<float*>(p.out)[lane] = sum;
 }
 
-// out[i] = in[i] where other[i] is set, else 0, by 4-byte copies.
+// out[i] = in[i] where other[i] is set, else 0, by 4-byte copies of what was asked for before.
 TDC_KERNEL(self_test_copy_4, SelfTestParams, 32) {
   TDC_SHARED(int, values, 32);
   const int lane = static_cast<int>(threadIdx.x);
+  prefetch(static_cast<const int*>(p.in) + lane);
   cp_async_4(&values[lane], static_cast<const int*>(p.in) + lane, static_cast<const int*>(p.other)[lane] != 0);
   cp_async_commit();
   cp_async_wait<0>();

@@ -304,6 +304,16 @@ def test_rows_shorter_than_a_sector_of_memory_take_two_launches() -> None:
     assert len(forward(**square(8, 64, 256))) == 1  # few blocks: less is fetched twice than a launch costs
 
 
+@pytest.mark.parametrize(("channels", "threads"), [(384, 128), (512, 128), (640, 128), (768, 128), (1024, 128)])
+def test_blocks_that_fit_beside_each_other_leave_less_than_a_third_of_the_threads_unused(
+    channels: int, threads: int
+) -> None:
+    """Of 512 that registers allow in backward. Of 640 channels five blocks of 64 threads fit; four of 128 do more."""
+    (launch,) = backward(**square(64, 16, channels))
+    assert launch.kernel == "tdc_group_norm_backward_whole_bf16_vector" and launch.threads == threads
+    assert launch.threads * min(4, H200[2] // launch.shared_bytes) * 3 > 512 * 2
+
+
 @pytest.mark.parametrize("op", ["routed_group_norm", "routed_group_norm_backward"])
 def test_explain_says_which_form_serves(op: str) -> None:
     case = some_case(**WIDE)

@@ -203,6 +203,20 @@ struct NormCoefficients {
   }
 };
 
+// Asks for the coefficients of the block's live channels, so that who reads them later does not wait for memory.
+template <class T>
+__device__ __forceinline__ void prefetch_coefficients(const GroupNormParams& p, const NormBlock& block) {
+  constexpr int kStep = 16 / sizeof(T);  // finer than a sector of the L2, as chunks begin anywhere in one
+  for (int c = threadIdx.x * kStep; c < block.live; c += blockDim.x * kStep) {
+    const int channel = block.first_channel + c;
+    const long long of_expert = static_cast<long long>(block.expert) * p.channels + channel;
+    if (p.weight) prefetch(static_cast<const T*>(p.weight) + of_expert);
+    if (p.bias) prefetch(static_cast<const T*>(p.bias) + of_expert);
+    if (p.scale) prefetch(static_cast<const T*>(p.scale) + block.sample * p.scale_stride + channel);
+    if (p.shift) prefetch(static_cast<const T*>(p.shift) + block.sample * p.shift_stride + channel);
+  }
+}
+
 // A thread's place in the block: which vector of a pixel, and which of the pixels that the block takes at a time.
 struct NormThread {
   int lane, lanes, row, rows;

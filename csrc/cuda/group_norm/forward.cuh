@@ -274,6 +274,7 @@ __device__ __forceinline__ void group_norm_forward(const GroupNormParams& p) {
   const float count = static_cast<float>(block.pixels) * p.channels_per_group;
 
   if (kStage != NormStage::kApply) zero_counters(p);
+  if (kStage != NormStage::kPartial) prefetch_coefficients<T>(p, block);
   if (kStage != NormStage::kApply && block.live > 0) {
     load_and_sum<T, V, kTwo>(p, block, thread, tile, row_sums, arrays.multiplier);
     group_means(p, block, arrays.multiplier, arrays.centre, count);

@@ -136,8 +136,9 @@ class Splitter {
     const int64_t fit = device_.shared_limit / std::max<int64_t>(shared, 1);
     const int64_t blocks_per_sm = std::max<int64_t>(1, std::min(fit, ceil_div(blocks, device_.multiprocessors)));
     const int64_t wanted = std::max(ceil_div(vectors, kVectorsPerThread), vectors_per_pixel);
+    const auto running = [&](int64_t threads) { return threads * std::min(blocks_per_sm, per_sm / threads); };
     int64_t threads = kFewestThreads;
-    while (threads < kMostThreads && threads < wanted && threads * 2 * blocks_per_sm <= per_sm) threads *= 2;
+    while (threads < kMostThreads && threads < wanted && running(2 * threads) * 2 >= running(threads) * 3) threads *= 2;
     return threads;
   }
 

@@ -109,7 +109,10 @@ __device__ __forceinline__ void group_norm_stream(const GroupNormParams& p) {
   for (int item = blockIdx.x; item < items; item += gridDim.x) {
     const bool more = item + static_cast<int>(gridDim.x) < items;
     NormBlock next = block;
-    if (more) next = norm_block(p, item + gridDim.x, 0);
+    if (more) {
+      next = norm_block(p, item + gridDim.x, 0);
+      prefetch_coefficients<T>(p, next);
+    }
     T* tile = tiles + turn * tile_elements;
     if constexpr (!kInPlace) {
       turn ^= 1;
@@ -166,6 +169,15 @@ __device__ __forceinline__ void sum_item_grads(const GroupNormParams& p, const N
   }
 }
 
+// As prefetch_coefficients, of mean and rstd.
+__device__ __forceinline__ void prefetch_statistics(const GroupNormParams& p, const NormBlock& block) {
+  const long long first = static_cast<long long>(block.sample) * p.norm_groups + block.first_group;
+  for (int g = threadIdx.x; g < block.live_groups; g += blockDim.x) {
+    prefetch(p.mean + first + g);
+    prefetch(p.rstd + first + g);
+  }
+}
+
 template <class T, int V, bool kTwo>
 __device__ __forceinline__ void group_norm_backward_stream(const GroupNormParams& p) {
   TDC_DYNAMIC_SHARED(shared);
@@ -185,7 +197,11 @@ __device__ __forceinline__ void group_norm_backward_stream(const GroupNormParams
     // All are done with the item before, and know this one, before the arrays are written and the next is looked up.
     if (!TDC_PLANTED(NORM_STREAM_NO_FIRST_BARRIER)) block_sync();
     NormBlock next = block;
-    if (more) next = norm_block(p, item + gridDim.x, 0);
+    if (more) {
+      next = norm_block(p, item + gridDim.x, 0);
+      prefetch_coefficients<T>(p, next);
+      prefetch_statistics(p, next);
+    }
     backward_coefficients<T>(p, block, arrays);
     if (!TDC_PLANTED(NORM_STREAM_WAITS_FOR_NOTHING)) cp_async_wait<0>();
     if (block.live > 0) sum_item_grads<T, V>(p, block, thread, arrays, x_tile, dy_tile, row_sums);
