@@ -102,7 +102,8 @@ class Launch:
                     return None
                 boxes.append((position, source))
                 arguments[position] = None
-        grid = (*self.grid, 1, 1)[:3]
+        x, y, z = (*self.grid, 1, 1)[:3]
+        grid = (x, y, z)
         run, function, metadata = kernel.run, kernel.function, kernel.packed_metadata
         describe = {position: described_like(given[position]) for position, _ in boxes}
 
