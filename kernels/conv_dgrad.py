@@ -23,7 +23,8 @@ def conv_dgrad(
 
     Args:
         problem: One that `conv_supported` accepts.
-        dy: (B, C_out, OH, OW) in channels_last memory. Its dead channels are not used.
+        dy: (B, C_out, OH, OW) in channels_last memory. Its dead channels are not used, except where the problem's
+            `dead_zeros` says that they are zeros.
         t: As in `conv_forward`; x and the epilogue's tensors are not used.
         tile: Overrides the choice (benches and tests).
 
@@ -37,5 +38,5 @@ def conv_dgrad(
 
     dx = empty(problem.in_channels - problem.x2_channels)
     dx2 = empty(problem.x2_channels) if problem.x2_channels else None
-    conv_launch("dgrad", problem, dy, t, dx, tile, dx2, epilogue=False, dead_zeros=False).run()
+    conv_launch("dgrad", problem, dy, t, dx, tile, dx2, epilogue=False, dead_zeros=problem.dead_zeros).run()
     return dx, dx2

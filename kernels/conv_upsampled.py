@@ -104,4 +104,4 @@ def upsampled_forward(problem: ConvProblem, t: ConvTensors) -> Tensor:
 def upsampled_dgrad(problem: ConvProblem, dy: Tensor, t: ConvTensors) -> Tensor:
     """Computes dx (B, C_in, H, W) in two launches, as `conv_dgrad` does for other problems."""
     plain = t._replace(bias=None, sample_bias=None, residual=None)
-    return conv_forward(problem.adjoint(), _adjoint(plain, dy), dead_zeros=False)
+    return conv_forward(problem.adjoint(), _adjoint(plain, dy), dead_zeros=problem.dead_zeros)

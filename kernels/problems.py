@@ -38,6 +38,7 @@ class ConvProblem:
     tf32: bool = False  # fp32 products may be rounded to tf32; the CPU backends never do
     x2_channels: int = 0  # the last input channels, which x2 holds; 0: there is no x2
     upsample: int = 1  # 2: every pixel of the input stands for 2 x 2
+    dead_zeros: bool = False  # of a dgrad: whether dy is known to be zero past the widths
 
     @property
     def fused(self) -> tuple[str, ...]:

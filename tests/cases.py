@@ -236,6 +236,19 @@ def routings(draw: st.DrawFn) -> Routing:
     return Routing(tuple(groups), num_groups, num_experts, tuple(index))
 
 
+def upstream(case: ConvCase | NormCase, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """A fixed gradient of the result, the same values for every dtype, with NaN in dead channels.
+
+    Autograd may hand over what a layer of another library left there.
+    """
+    dy = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16).to(dtype)
+    widths = case.out_widths if isinstance(case, ConvCase) else case.widths
+    if widths is not None:
+        for group, _, start, stop in case.routing.segments():
+            dy[start:stop, widths[group] :] = float("nan")
+    return dy
+
+
 def widths_of(channels: int, step: int, num_groups: int) -> st.SearchStrategy[tuple[int, ...] | None]:
     """No widths, or one per group from 0 to all, multiples of `step`."""
     width = st.integers(0, channels // step).map(lambda n: n * step)

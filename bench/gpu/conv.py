@@ -105,6 +105,8 @@ class Problem:
         self.plan = RoutingPlan.from_groups(groups, n)
         self.live_in = live_channels(layer.in_channels, case.width)
         self.live_out = live_channels(layer.out_channels, case.width)
+        self.x[:, self.live_in :] = 0  # as routed operators leave them
+        self.dy[:, self.live_out :] = 0
 
     def widths(self) -> dict[str, Any]:
         """The operator's arguments in_widths and out_widths (N,); none at full width."""
@@ -139,7 +141,9 @@ class Problem:
         }  # fmt: skip
         if self.case.direction == "dgrad":
             op, size = torch.ops.tdc_fast.routed_conv2d_dgrad, [self.layer.height, self.layer.width]
-            return lambda: op(dy=self.dy, weight=self.weight, image_size=size, x2_channels=0, **routing)
+            return lambda: op(
+                dy=self.dy, weight=self.weight, image_size=size, x2_channels=0, dead_zeros=True, **routing
+            )
         wgrad, mask = torch.ops.tdc_fast.routed_conv2d_wgrad, [True, True, False]
         del routing["tiles"]
         return lambda: wgrad(dy=self.dy, x=self.x, x2=None, weight=self.weight, mask=mask, **routing)

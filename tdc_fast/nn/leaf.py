@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from tdc_fast.errors import invalid
 from tdc_fast.nn.plan_scope import PlanScope, Running, Sharing
 from tdc_fast.nn.sharing import Rows
 from tdc_fast.ops.checks import check_memory
+from tdc_fast.ops.dead_channels import note_widths, noted_widths
 from tdc_fast.routing import RoutingPlan
 
 
@@ -93,6 +95,17 @@ class RoutedLeaf(nn.Module):
         device = next(self.parameters()).device
         self.out_widths = None if out is None else out.widths(device)
         self.in_widths = None if in_ is None else in_.widths(device)
+        for widths, axis in ((self.out_widths, out), (self.in_widths, in_)):
+            if widths is not None and axis is not None:
+                note_widths(widths, tuple(count * axis.copies for count in axis.counts))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        noted = {name: noted_widths(getattr(self, name)) for name in ("out_widths", "in_widths")}
+        result = super()._apply(fn, recurse)  # on another device buffers are other tensors
+        for name, numbers in noted.items():
+            if numbers is not None:
+                note_widths(getattr(self, name), numbers)
+        return result
 
     def share(self, rows: Rows) -> None:
         """Lets groups share weights: for each group its row of the parameters, in ascending order unless pruned."""

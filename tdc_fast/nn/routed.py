@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -83,7 +84,7 @@ class RoutedConv2d(RoutedLeaf):
             upsample=upsample,
         )
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RoutedConv2d:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Applies `fn`, such as a change of dtype or memory format, to weights as torch's Conv2d has them.
 
         The weight is seen as (E * C_out, C_in, R, S), so `to(memory_format=torch.channels_last)` means what it means

@@ -8,6 +8,7 @@ Their schemas are flat lists of arguments; everything below them takes ConvTenso
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from tdc_fast.kernels.problems import ConvProblem, ConvTensors
 from tdc_fast.ops import backends, eager, library
 from tdc_fast.ops.checks import check_conv_values, check_memory, conv_problem, converted, tf32_is_allowed
+from tdc_fast.ops.dead_channels import are_zeros, note_zeros
 from tdc_fast.ops.layout import empty_nhwc
 from tdc_fast.ops.reference import live_channels
 
@@ -108,12 +110,14 @@ forward = eager.Operator(
 
 
 def _dgrad(dy: Tensor, *args: Any) -> eager.Bound:
-    *tensors, image_size, x2_channels, stride, padding, upsample, backend = args
+    *tensors, image_size, x2_channels, stride, padding, upsample, dead_zeros, backend = args
     t, settings = _tensors_of_dgrad(*tensors), _hashable(stride, padding, upsample)
     problem, chosen = _choose("routed_conv2d_dgrad", t, settings, backend, dy, tuple(image_size), x2_channels)
+    if dead_zeros:
+        problem = replace(problem, dead_zeros=True)
 
     def run(dy: Tensor, *args: Any) -> list[Tensor]:
-        t = _tensors_of_dgrad(*args[:-6])
+        t = _tensors_of_dgrad(*args[:-7])
         dx, dx2 = _run(chosen.conv2d_dgrad, problem, t, dy, t)
         return [dx] if dx2 is None else [dx, dx2]
 
@@ -121,17 +125,17 @@ def _dgrad(dy: Tensor, *args: Any) -> eager.Bound:
 
 
 def _dgrad_fake(dy: Tensor, *args: Any) -> list[Tensor]:
-    *tensors, image_size, x2_channels, stride, padding, upsample, _ = args
+    *tensors, image_size, x2_channels, stride, padding, upsample, _, _ = args
     t, size = _tensors_of_dgrad(*tensors), {"image_size": image_size, "x2_channels": x2_channels}
     p = conv_problem("routed_conv2d_dgrad", t, *_hashable(stride, padding, upsample), dy=dy, **size)
     channels = [p.in_channels - x2_channels] + ([x2_channels] if x2_channels else [])
     return [empty_nhwc(dy, p.batch, count, p.height, p.width) for count in channels]
 
 
-# One gradient for x, and one for x2 where there is one.
+# One gradient for x, and one for x2 where there is one. dead_zeros: dy is known to be zero past out_widths.
 _dgrad_op = eager.Operator(
     f"routed_conv2d_dgrad(Tensor dy, Tensor weight, {_TILED_SCHEMA}, SymInt[2] image_size, SymInt x2_channels, "
-    f"{_SETTINGS_SCHEMA}, str backend) -> Tensor[]",
+    f"{_SETTINGS_SCHEMA}, bool dead_zeros, str backend) -> Tensor[]",
     _dgrad,
     _dgrad_fake,
 )
@@ -186,21 +190,24 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     needs = ctx.needs_input_grad
     dx = dx2 = dweight = dbias = dsample_bias = dresidual = None
     input_moves, mask = needs[0] or needs[5], needs[1:4]
+    dead_zeros = are_zeros(dy, out_widths, offsets)
     if not (dy.is_contiguous(memory_format=torch.channels_last) and (input_moves or any(mask))):
         # dgrad and wgrad check what they read, but this may be the first to read it
         check_memory(dy=dy, offsets=offsets, out_widths=out_widths)
         dy = dy.contiguous(memory_format=torch.channels_last)  # once, for dgrad and wgrad
     if input_moves:
-        settings = (*ctx.input_size, *ctx.settings, ctx.backend)
+        settings = (*ctx.input_size, *ctx.settings, dead_zeros, ctx.backend)
         dx, *others = _dgrad_op.call(dy, weight, offsets, tiles, *widths, *settings)
         dx2 = others[0] if others else None
+        if dx2 is None:
+            note_zeros(dx, widths[-2], offsets)
     if any(mask):
         settings = (*ctx.settings, mask, ctx.backend)
         grads = _wgrad_op.call(dy, x, x2, weight, offsets, *widths, *settings)
         dweight, dbias, dsample_bias = (grad if wanted else None for grad, wanted in zip(grads, mask, strict=True))
     if needs[4]:
         dresidual = dy
-        if out_widths is not None:
+        if out_widths is not None and not dead_zeros:
             live = live_channels(out_widths, offsets, dy.shape[0], dy.shape[1])
             dresidual = torch.where(live[:, :, None, None], dy, 0)
     return dx, dweight, dbias, dsample_bias, dresidual, dx2, *(None,) * 9

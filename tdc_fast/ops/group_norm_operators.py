@@ -16,6 +16,7 @@ from torch import Tensor
 from tdc_fast.kernels.problems import NormProblem, NormTensors
 from tdc_fast.ops import backends, eager, library
 from tdc_fast.ops.checks import accumulate_dtype, check_memory, check_norm_values, converted, norm_problem
+from tdc_fast.ops.dead_channels import note_zeros
 from tdc_fast.ops.layout import empty_nhwc
 from tdc_fast.ops.reference import group_norm_tangent as norm_tangent
 
@@ -132,6 +133,9 @@ def _gradients(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ..
         return (None,) * 13
     mask = ctx.needs_input_grad[:6]
     grads = _backward_op.call(dy, *ctx.saved_tensors, *ctx.settings, mask, ctx.backend)
+    *_, offsets, _, widths = ctx.saved_tensors
+    if mask[0] and not mask[5]:
+        note_zeros(grads[0], widths, offsets)
     remaining = iter(grads)
     return (*(next(remaining) if wanted else None for wanted in mask), *(None,) * 7)
 

@@ -29,18 +29,20 @@ DEVICES = {arch: Device(arch, 132, limit) for arch, limit in SHARED_LIMITS.items
 
 @dataclass(frozen=True)
 class Build:
-    """One kernel: what it computes, with which tile, for which GPU. `full` has widths and every addend."""
+    """One kernel: what it computes, with which tile, for which GPU. `full` has widths and every addend; `known`: dy is
+    known to be zero past the widths."""
 
     arch: int
     op: str
     problem: ConvProblem
     tile: ConvTile
     full: bool = True
+    known: bool = False
 
     def __str__(self) -> str:
         p, t = self.problem, self.tile
         dtype = "tf32" if p.tf32 else str(p.dtype).removeprefix("torch.")
-        two = "-two" if p.x2_channels else ""
+        two = ("-two" if p.x2_channels else "") + ("-known" if self.known else "")
         kind = f"{p.filter[0]}x{p.filter[1]}s{p.stride[0]}{two}" + ("" if self.full else "-plain")
         return f"sm_{self.arch}-{self.op}-{dtype}-{kind}-{t.path}-{t.block_pixels}x{t.block_channels}x{t.block_k}"
 
@@ -80,7 +82,7 @@ def launch_of(case: Build) -> Launch:
     offsets = made(p.num_groups + 1, dtype=torch.int32)
     t = ConvTensors(x, weight, offsets, table, index, widths, widths, bias, sample_bias, residual, x2)
     dx2, forward = x2 if case.op == "dgrad" else None, case.op == "forward"
-    return conv_launch(case.op, p, source, t, out, case.tile, dx2, dead_zeros=forward)
+    return conv_launch(case.op, p, source, t, out, case.tile, dx2, dead_zeros=forward or case.known)
 
 
 def built(case: Build) -> Built:
@@ -114,6 +116,8 @@ def all_builds() -> list[Build]:
         builds += [Build(90, op, pointwise, tile, full=False) for tile in candidates(op, pointwise, DEVICES[90])[:1]]
         builds += [Build(80, op, strided, tile) for tile in candidates(op, strided, DEVICES[80])[:1]]
         builds += [Build(100, op, half, tile) for tile in candidates(op, half, DEVICES[100], "tma")[1:2]]
+    known = replace(Build(90, "dgrad", half, candidates("dgrad", half, DEVICES[90], "tma")[0]), known=True)
+    builds += [known, replace(known, arch=80, tile=candidates("dgrad", half, DEVICES[80])[0])]
     few = problem_of(torch.bfloat16, channels=3)
     return [*builds, *(Build(80, "forward", few, tile) for tile in candidates("forward", few, DEVICES[80])[:1])]
 
@@ -165,6 +169,17 @@ def test_every_tile_compiles_to_the_instructions_it_relies_on(
         assert (code.wgmma if case.arch == 90 else code.mma) > 0
         assert case.problem.in_channels % 8 or code.cp_async_16 > 0
     assert bool(code.count(r"cvt\.rna\.tf32")) == case.problem.tf32, "factors are rounded to tf32, not cut"
+
+
+def test_a_gradient_known_to_be_zero_past_its_widths_needs_half_of_the_products_code(
+    results: dict[Build, Built | BaseException],
+) -> None:
+    """No masked block, whose dy passes through registers."""
+    for case, code in results.items():
+        other = results.get(replace(case, known=False))
+        if case.known and isinstance(code, Built) and isinstance(other, Built):
+            assert (2 * code.wgmma, 2 * code.mma) == (other.wgmma, other.mma)
+            assert code.registers < other.registers and code.wgmma == code.wgmma_from_shared
 
 
 def test_the_pipeline_is_as_deep_as_the_tile_says(results: dict[Build, Built | BaseException]) -> None:

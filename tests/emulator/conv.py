@@ -70,7 +70,7 @@ def results(
 ) -> dict[str, Tensor]:
     """The output and the gradients of some inputs, of all by default, from the kernels."""
     tensors = differentiable(case.tensors(dtype), wanted)
-    return outcome(routed(case, tensors, backend=backend), tensors)
+    return outcome(routed(case, tensors, backend=backend), tensors, case)
 
 
 def assert_accurate(
@@ -79,8 +79,8 @@ def assert_accurate(
     """The kernels' results for a case are as near to fp64 as torch's."""
     ours = results(case, dtype, wanted, backend)
     plain, exact = (differentiable(case.tensors(d), wanted) for d in (dtype, torch.float64))
-    torchs = outcome(case.plain(plain), plain)
-    reference = outcome(routed(case, exact, backend="reference"), exact)
+    torchs = outcome(case.plain(plain), plain, case)
+    reference = outcome(routed(case, exact, backend="reference"), exact, case)
     taps, pixels = case.upsample**2 * case.filter[0] * case.filter[1], case.out_size[0] * case.out_size[1]
     for name in ours:
         of_products = name in ("y", "dx", "dx2")
@@ -92,5 +92,5 @@ def differentiable(tensors: dict[str, Tensor], wanted: Iterable[str] | None) -> 
     return {n: t if wanted is None else t.detach().requires_grad_(n in wanted) for n, t in tensors.items()}
 
 
-def outcome(y: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return gradients(y, {name: t for name, t in tensors.items() if t.requires_grad})
+def outcome(y: Tensor, tensors: dict[str, Tensor], case: ConvCase) -> dict[str, Tensor]:
+    return gradients(y, {name: t for name, t in tensors.items() if t.requires_grad}, case)

@@ -118,16 +118,6 @@ def routed(
     return routed_group_norm(tensors["x"], tensors["weight"], tensors["bias"], plan, **arguments, **extras)
 
 
-def upstream(case: ConvCase | NormCase, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """A fixed gradient of the result, the same values for every dtype and device, with NaN in dead channels."""
-    dy = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16).to(dtype)
-    widths = case.out_widths if isinstance(case, ConvCase) else case.widths
-    if widths is not None:
-        for group, _, start, stop in case.routing.segments():
-            dy[start:stop, widths[group] :] = float("nan")
-    return dy
-
-
 def gradients(y: Tensor, tensors: dict[str, Tensor], dy: Tensor) -> dict[str, Tensor]:
     """The result and the gradient of every input, on the CPU."""
     if y.requires_grad:

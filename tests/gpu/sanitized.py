@@ -12,8 +12,8 @@ import torch
 
 from tdc_fast import RoutingPlan
 from tdc_fast.ops.pack import pack_channels
-from tests.cases import ConvCase, NormCase
-from tests.gpu.problems import Target, gradients, moved, refusal, routed, upstream
+from tests.cases import ConvCase, NormCase, upstream
+from tests.gpu.problems import Target, gradients, moved, refusal, routed
 from tests.gpu.shapes import THREE, UNEVEN, conv, norm
 
 CASES: list[ConvCase | NormCase] = [

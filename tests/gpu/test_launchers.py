@@ -9,9 +9,9 @@ import torch
 
 from tdc_fast import RoutingPlan
 from tdc_fast.ops import cuda_device, cuda_launch, cuda_native, cuda_nvrtc, native
-from tests.cases import ConvCase, NormCase
+from tests.cases import ConvCase, NormCase, upstream
 from tests.emulator.harness import EmulatorLauncher, emulated
-from tests.gpu.problems import Target, gradients, moved, on_device, routed, upstream
+from tests.gpu.problems import Target, gradients, moved, on_device, routed
 from tests.gpu.shapes import CONV_CASES, NORM_CASES
 
 CASES = {

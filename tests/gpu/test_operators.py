@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tdc_fast import RoutingPlan, routed_linear
-from tests.cases import ConvCase, NormCase, Routing
+from tdc_fast import RoutingPlan, routed_conv2d, routed_group_norm, routed_linear
+from tdc_fast.ops.dead_channels import note_widths
+from tests.cases import ConvCase, NormCase, Routing, upstream
 from tests.gpu.networks import no_synchronisation
 from tests.gpu.problems import (
     BF16,
@@ -26,7 +27,6 @@ from tests.gpu.problems import (
     routed,
     settings_on,
     truncated_to_tf32,
-    upstream,
 )
 from tests.gpu.shapes import CONV_CASES, CONV_FORMS, NORM_CASES, NORM_FORMS, UNEVEN, norm
 from tests.tolerance import assert_as_accurate_as_torch
@@ -101,6 +101,30 @@ def test_group_norm(name: str, precision: Precision, target: Target, nan_filled_
     case = NORM_CASES[name]
     # Terms are products of dy, 1 + scale and the slope of SiLU, about 2 in size: as noisy as four of size 1.
     check(case, precision, target, {"sums": 4 * case.routing.batch * case.size[0] * case.size[1]})
+
+
+@on_fast_backends
+@pytest.mark.parametrize("upsample", [1, 2])
+def test_a_gradient_known_to_be_zero_in_dead_channels_needs_no_mask(upsample: int, target: Target) -> None:
+    """What a convolution gets from a norm of the same widths, with and without the note that says so."""
+    generator, numbers = torch.Generator().manual_seed(0), (136, 40, 0, 104)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(target.device, torch.bfloat16)
+
+    x = random(UNEVEN.batch, 64, 8, 8).to(memory_format=torch.channels_last).requires_grad_()
+    weight, affine, plan = random(4, 136, 64, 3, 3), (random(4, 136), random(4, 136)), plan_on(UNEVEN, target.device)
+    dy = random(UNEVEN.batch, 136, 8 * upsample, 8 * upsample)
+    found = []
+    for noted in (True, False):
+        of_conv, of_norm = (torch.tensor(numbers, dtype=torch.int32, device=target.device) for _ in range(2))
+        if noted:
+            note_widths(of_conv, numbers), note_widths(of_norm, numbers)
+        settings = {"padding": 1, "upsample": upsample, "out_widths": of_conv, "backend": target.backend}
+        y = routed_conv2d(x, weight, None, plan, **settings)
+        y = routed_group_norm(y, *affine, plan, num_groups=17, widths=of_norm, backend=target.backend)
+        found.append(torch.autograd.grad(y, x, dy)[0])
+    torch.testing.assert_close(*found)
 
 
 @on_every_backend

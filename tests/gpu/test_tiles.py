@@ -15,8 +15,8 @@ from tdc_fast.kernels.tile_table import tiles_of
 from tdc_fast.ops import reference
 from tdc_fast.ops.checks import conv_problem
 from tdc_fast.ops.layout import channel_innermost, dense, nhwc
-from tests.cases import ConvCase, Routing
-from tests.gpu.problems import gradients, moved, on_device, plan_on, settings_on, upstream
+from tests.cases import ConvCase, Routing, upstream
+from tests.gpu.problems import gradients, moved, on_device, plan_on, settings_on
 from tests.gpu.shapes import CONV_CASES, CONV_FORMS, conv
 from tests.tolerance import assert_as_accurate_as_torch
 

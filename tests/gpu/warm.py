@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from tests.cases import upstream
 from tests.gpu import test_operators, test_tiles
 from tests.gpu.networks import batch_for, routed_unet
-from tests.gpu.problems import Precision, Target, gradients, moved, routed, upstream
+from tests.gpu.problems import Precision, Target, gradients, moved, routed
 from tests.gpu.shapes import CONV_CASES, NORM_CASES
 from tests.gpu.test_networks import gradients_of
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from tdc_fast import RoutingPlan, explain, routed_conv2d, routed_group_norm, routed_linear
 from tdc_fast.nn.packing import RoutedModel, pack_experts
 from tdc_fast.ops.layout import channel_innermost
-from tests.cases import ConvCase, Routing
+from tests.cases import ConvCase, Routing, upstream
 from tests.nn.test_packing import GROUPS, shuffled_plan, unet
 from tests.tolerance import assert_as_accurate_as_torch
 
@@ -43,9 +43,12 @@ def routed(case: ConvCase, tensors: dict[str, Tensor], backend: str = "triton") 
     return routed_conv2d(tensors["x"], *affine, case.routing.plan(), **case.settings(), **extras, backend=backend)
 
 
-def gradients(y: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The output, and the gradient of every input for some fixed upstream gradient."""
-    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16).to(y.dtype)
+def gradients(y: Tensor, tensors: dict[str, Tensor], case: ConvCase | None = None) -> dict[str, Tensor]:
+    """The output, and the gradient of every input for some fixed upstream gradient, with NaN where the case is dead."""
+    if case is None:
+        dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16).to(y.dtype)
+    else:
+        dy = upstream(case, y.shape, y.dtype)
     grads = torch.autograd.grad(y, list(tensors.values()), dy)
     return {"y": y.detach(), **{f"d{name}": grad for name, grad in zip(tensors, grads, strict=True)}}
 
@@ -74,9 +77,9 @@ def test_a_convolution_and_the_gradients_of_all_its_inputs(
 ) -> None:
     case = conv_case(**fused)
     tensors, copies, exact = case.tensors(dtype), case.tensors(dtype), case.tensors(torch.float64)
-    ours = gradients(routed(case, tensors), tensors)
-    torchs = gradients(case.plain(copies), copies)
-    right = gradients(routed(case, exact, "reference"), exact)
+    ours = gradients(routed(case, tensors), tensors, case)
+    torchs = gradients(case.plain(copies), copies, case)
+    right = gradients(routed(case, exact, "reference"), exact, case)
     for name in ours:
         assert_as_accurate_as_torch(ours[name], torchs[name], right[name], name, terms=64)
 

@@ -108,7 +108,9 @@ def upstream(case: ConvCase, dtype: torch.dtype) -> Tensor:
     return dy.contiguous(memory_format=torch.channels_last)
 
 
-def run(case: ConvCase, tensors: dict[str, Tensor], dy: Tensor, tile: ConvTile, **overrides: Any) -> dict[str, Tensor]:
+def run(
+    case: ConvCase, tensors: dict[str, Tensor], dy: Tensor, tile: ConvTile, dead_zeros: bool = False, **overrides: Any
+) -> dict[str, Tensor]:
     """y and dx by the kernels."""
     plan = case.routing.plan()
     given = {name: tensor.detach() for name, tensor in tensors.items()}
@@ -123,7 +125,7 @@ def run(case: ConvCase, tensors: dict[str, Tensor], dy: Tensor, tile: ConvTile, 
     index = arguments["weight_index"]
     extras = (given.get("bias"), given.get("sample_bias"), residual)
     t = ConvTensors(x, weight, plan.offsets, plan.tiles, index, *widths, *extras, x2)
-    problem = conv_problem("routed_conv2d", t, case.stride, case.padding)
+    problem = replace(conv_problem("routed_conv2d", t, case.stride, case.padding), dead_zeros=dead_zeros)
     t = t._replace(tiles=tile_table(plan.offsets, problem.batch))
     dx, dx2 = conv_dgrad(problem, dy, t, tile=tile)
     return {"y": conv_forward(problem, t, tile=tile), "dx": dx} | ({} if dx2 is None else {"dx2": dx2})
@@ -156,6 +158,18 @@ def test_forward_and_dgrad_are_as_accurate_as_torch(
     case: ConvCase, tile: ConvTile, dtype: torch.dtype, nan_filled_memory: None
 ) -> None:
     check(case, tile, dtype)
+
+
+@pytest.mark.parametrize(("tile", "dtype"), [(POINTER, torch.float32), (TMA, torch.float16)], ids=["pointer", "tma"])
+def test_where_dead_gradients_are_known_to_be_zeros_nothing_is_masked(
+    tile: ConvTile, dtype: torch.dtype, nan_filled_memory: None
+) -> None:
+    """The results are those of the masked kernels, on a gradient that is NaN there."""
+    case = case_of(**WIDTHS)
+    dy = upstream(case, dtype)
+    zeros = torch.where(dy.isnan(), 0, dy)
+    masked = run(case, case.tensors(dtype), dy, tile)["dx"]
+    assert torch.equal(run(case, case.tensors(dtype), zeros, tile, dead_zeros=True)["dx"], masked)
 
 
 def test_the_pointer_path_serves_any_problem(nan_filled_memory: None) -> None:

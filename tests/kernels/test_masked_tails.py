@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -81,3 +82,7 @@ def test_only_a_gradient_is_taken_for_a_source_that_may_hold_anything(monkeypatc
     conv_upsampled.upsampled_forward(problem, t)
     conv_upsampled.upsampled_dgrad(problem, dy, t)
     assert told == [True, False, True, False]
+    known = replace(problem, dead_zeros=True)
+    conv_dgrad.conv_dgrad(known, dy, t)
+    conv_upsampled.upsampled_dgrad(known, dy, t)
+    assert told[4:] == [True, True]

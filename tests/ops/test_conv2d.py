@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tdc_fast import RoutingPlan, explain, routed_conv2d
 from tdc_fast.ops import available_backends
-from tests.cases import ConvCase, Routing, conv_cases
+from tests.cases import ConvCase, Routing, conv_cases, upstream
 from tests.tolerance import assert_as_accurate_as_torch
 
 SERVED = [
@@ -37,9 +37,9 @@ def routed(case: ConvCase, tensors: dict[str, Tensor], **overrides: Any) -> Tens
     return routed_conv2d(tensors["x"], tensors["weight"], tensors.get("bias"), case.routing.plan(), **arguments)
 
 
-def gradients(y: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The output, and the gradient of every input for some fixed upstream gradient."""
-    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16).to(y.dtype)
+def gradients(y: Tensor, tensors: dict[str, Tensor], case: ConvCase) -> dict[str, Tensor]:
+    """The output, and the gradient of every input for the case's upstream gradient."""
+    dy = upstream(case, y.shape, y.dtype)
     if y.requires_grad:
         grads = torch.autograd.grad(y, list(tensors.values()), dy, allow_unused=True, materialize_grads=True)
     else:  # a batch of nothing
@@ -69,8 +69,8 @@ def random_case(**changes: Any) -> ConvCase:
 @settings(max_examples=60, deadline=None, derandomize=True)
 def test_the_reference_equals_one_convolution_per_group(case: ConvCase) -> None:
     tensors, copies = case.tensors(torch.float64), case.tensors(torch.float64)
-    ours = gradients(routed(case, tensors, backend="reference"), tensors)
-    plain = gradients(case.plain(copies), copies)
+    ours = gradients(routed(case, tensors, backend="reference"), tensors, case)
+    plain = gradients(case.plain(copies), copies, case)
     for name in ours:
         torch.testing.assert_close(ours[name], plain[name], rtol=1e-11, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
 
@@ -81,9 +81,9 @@ def test_every_backend_is_as_accurate_as_torch(backend: str, dtype: torch.dtype,
     @settings(max_examples=80, deadline=None, derandomize=True)
     def check(case: ConvCase) -> None:
         tensors, copies, exact = case.tensors(dtype), case.tensors(dtype), case.tensors(torch.float64)
-        ours = gradients(routed(case, tensors, backend=backend), tensors)
-        torchs = gradients(case.plain(copies), copies)
-        reference = gradients(routed(case, exact, backend="reference"), exact)
+        ours = gradients(routed(case, tensors, backend=backend), tensors, case)
+        torchs = gradients(case.plain(copies), copies, case)
+        reference = gradients(routed(case, exact, backend="reference"), exact, case)
         taps, pixels = case.filter[0] * case.filter[1], case.out_size[0] * case.out_size[1]
         forward_terms = taps * max(case.in_channels, case.out_channels)
         for name in ours:
@@ -105,12 +105,12 @@ def test_the_result_is_channels_last(backend: str, dtype: torch.dtype) -> None:
 def test_weights_may_have_any_strides(backend: str, dtype: torch.dtype) -> None:
     case = random_case()
     plain = case.tensors(dtype)
-    expected = gradients(routed(case, plain, backend=backend), plain)
+    expected = gradients(routed(case, plain, backend=backend), plain, case)
     views = case.tensors(dtype)
     for name, by in (("weight", (3, 4, 1, 0, 2)), ("bias", (1, 0)), ("sample_bias", (1, 0))):
         inverse = sorted(range(len(by)), key=by.__getitem__)
         views[name] = plain[name].detach().permute(by).contiguous().permute(inverse).requires_grad_()
-    actual = gradients(routed(case, views, backend=backend), views)
+    actual = gradients(routed(case, views, backend=backend), views, case)
     for name in expected:
         assert torch.equal(actual[name], expected[name]), name
     shared = plain["weight"].detach()[:1].expand(3, -1, -1, -1, -1)  # one expert's weights for all
@@ -162,7 +162,7 @@ def test_an_expert_that_nobody_uses_has_zero_gradient(
 ) -> None:
     case = random_case(routing=Routing((0, 2), 3, 4, (3, 1, 0)))
     tensors = case.tensors(dtype)
-    grads = gradients(routed(case, tensors, backend=backend), tensors)
+    grads = gradients(routed(case, tensors, backend=backend), tensors, case)
     for name in ("dweight", "dbias"):
         for unused in (1, 2):
             assert torch.equal(grads[name][unused], torch.zeros_like(grads[name][unused])), name
@@ -172,8 +172,8 @@ def test_an_expert_that_nobody_uses_has_zero_gradient(
 def test_an_expert_shared_by_groups_of_other_widths_sums_their_gradients(backend: str, dtype: torch.dtype) -> None:
     case = random_case(routing=Routing((0, 2, 2, 1, 0, 2), 3, 2, (1, 0, 1)))
     tensors, copies, exact = case.tensors(dtype), case.tensors(dtype), case.tensors(torch.float64)
-    ours = gradients(routed(case, tensors, backend=backend), tensors)
-    torchs, plain = gradients(case.plain(copies), copies), gradients(case.plain(exact), exact)
+    ours = gradients(routed(case, tensors, backend=backend), tensors, case)
+    torchs, plain = gradients(case.plain(copies), copies, case), gradients(case.plain(exact), exact, case)
     for name in ours:
         assert_as_accurate_as_torch(ours[name], torchs[name], plain[name], name, terms=128)
 
@@ -183,7 +183,7 @@ def test_two_backward_runs_are_bitwise_equal(backend: str, dtype: torch.dtype) -
     case = random_case(routing=Routing(tuple(i * 7 % 5 for i in range(24)), 5, 2, (0, 1, 1, 0, 1)), size=(9, 9),
                        in_widths=None, out_widths=None)  # fmt: skip
     tensors = case.tensors(dtype)
-    first, second = (gradients(routed(case, tensors, backend=backend), tensors) for _ in range(2))
+    first, second = (gradients(routed(case, tensors, backend=backend), tensors, case) for _ in range(2))
     for name in first:
         assert torch.equal(first[name], second[name]), name
 
@@ -196,7 +196,7 @@ def test_the_number_of_threads_does_not_change_a_bit() -> None:
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            results.append(gradients(routed(case, tensors, backend="cpu"), tensors))
+            results.append(gradients(routed(case, tensors, backend="cpu"), tensors, case))
     finally:
         torch.set_num_threads(before)
     for name in results[0]:

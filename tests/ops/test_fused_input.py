@@ -21,14 +21,18 @@ from tests.tolerance import assert_as_accurate_as_torch
 Case = ConvCase | NormCase
 
 
-def run(case: Case, tensors: dict[str, Tensor], backend: str | None = None) -> dict[str, Tensor]:
+def gradients(case: Case, y: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The output and the gradient of every tensor."""
+    return conv.gradients(y, tensors, case) if isinstance(case, ConvCase) else norm.gradients(y, tensors)
+
+
+def run(case: Case, tensors: dict[str, Tensor], backend: str | None = None) -> dict[str, Tensor]:
     module: Any = conv if isinstance(case, ConvCase) else norm
-    return module.gradients(module.routed(case, tensors, backend=backend), tensors)
+    return gradients(case, module.routed(case, tensors, backend=backend), tensors)
 
 
 def plain(case: Case, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return conv.gradients(case.plain(tensors), tensors)
+    return gradients(case, case.plain(tensors), tensors)
 
 
 # Widths on both sides of the seam and on it; a seam inside a vector, a panel and a norm group.

@@ -44,7 +44,7 @@ def cases(batch, channels, size, groups=8):
     return {
         "conv forward": ([x, w, b], lambda: [routed_conv2d(x, w, b, plan, padding=1)]),
         "conv dgrad": (
-            [dy, w], lambda: op.routed_conv2d_dgrad(dy, w, *tiled, *widths, [size, size], 0, *geometry, "cpu")
+            [dy, w], lambda: op.routed_conv2d_dgrad(dy, w, *tiled, *widths, [size, size], 0, *geometry, False, "cpu")
         ),
         "conv wgrad": (
             [dy, x, w],
@@ -56,7 +56,7 @@ def cases(batch, channels, size, groups=8):
         ),
         "upsampling forward": ([small, w], lambda: [routed_conv2d(small, w, None, plan, padding=1, upsample=2)]),
         "upsampling dgrad": (
-            [dy, w], lambda: op.routed_conv2d_dgrad(dy, w, *tiled, *widths, [half, half], 0, *twice, "cpu")
+            [dy, w], lambda: op.routed_conv2d_dgrad(dy, w, *tiled, *widths, [half, half], 0, *twice, False, "cpu")
         ),
         "upsampling wgrad": (
             [dy, small, w],
@@ -65,7 +65,7 @@ def cases(batch, channels, size, groups=8):
         "two inputs forward": ([first, second, w2], lambda: [routed_conv2d(first, w2, None, plan, x2=second)]),
         "two inputs dgrad": (
             [dy2, w2],
-            lambda: op.routed_conv2d_dgrad(dy2, w2, *tiled, *widths, [size, size], channels // 2, *flat, "cpu"),
+            lambda: op.routed_conv2d_dgrad(dy2, w2, *tiled, *widths, [size, size], channels // 2, *flat, False, "cpu"),
         ),
         "two inputs wgrad": (
             [dy2, first, second, w2],

@@ -37,7 +37,7 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[Any, tuple[Any, ...]]]:
     dy = torch.randn(6, 9, *conv.out_size, dtype=dtype).to(memory_format=torch.channels_last)
     yield ops.routing_plan.default, (torch.tensor([1, 0, 2]), 4)
     yield ops.permute_samples.default, (torch.randn(6, 2, dtype=dtype, requires_grad=True), plan.order, plan.inverse)
-    yield ops.routed_conv2d_dgrad.default, (dy, c["weight"], *tiled, *widths, list(conv.size), 0, *geometry, "")
+    yield ops.routed_conv2d_dgrad.default, (dy, c["weight"], *tiled, *widths, list(conv.size), 0, *geometry, False, "")
     for mask in ([True, True, True], [False, True, False]):
         yield ops.routed_conv2d_wgrad.default, (dy, c["x"], None, c["weight"], *routing, *widths, *geometry, mask, "")
     plain = clean(conv)
@@ -50,7 +50,7 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[Any, tuple[Any, ...]]]:
     c, geometry = clean(fused), (list(fused.stride), list(fused.padding), fused.upsample)
     yield ops.routed_conv2d.default, (*wanting(clean(fused)), *tiled, *widths, *geometry, "")
     dy = torch.randn(6, 9, *fused.out_size, dtype=dtype).to(memory_format=torch.channels_last)
-    yield ops.routed_conv2d_dgrad.default, (dy, c["weight"], *tiled, *widths, list(fused.size), 4, *geometry, "")
+    yield ops.routed_conv2d_dgrad.default, (dy, c["weight"], *tiled, *widths, list(fused.size), 4, *geometry, False, "")
     inputs = (c["x"], c["x2"], c["weight"])
     yield ops.routed_conv2d_wgrad.default, (dy, *inputs, *routing, *widths, *geometry, [True] * 3, "")
     n, rest = clean(norm), (4, 1e-5, True)

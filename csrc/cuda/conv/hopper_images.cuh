@@ -197,7 +197,7 @@ class HopperConsumer {
     constexpr unsigned kHighA = descriptor_high(Tile::kBoxWidth * kHopperRow), kHighB = descriptor_high(1024);
     constexpr unsigned kStepA = 32 >> 4, kStepB = (kForward ? 32 : 16 * kHopperRow) >> 4;
     mbarrier_wait(&c.source_full[sources_.stage], sources_.parity);
-    if (live < 16 * kSteps) mask(live);
+    if (!kForward && live < 16 * kSteps) mask(live);
     unsigned from = shared_window(shared_.source(0)) + sources_.stage * Tile::kSourceStride;
     int across = 0;
     for (int tap = 0; tap < kHopperTaps; ++tap) {
@@ -239,7 +239,7 @@ class HopperConsumer {
     for (int channel = 0; channel < work.depth; channel = hopper_next(channel, work.depth, p_.source_seam)) {
       mbarrier_wait(&c.source_full[sources_.stage], sources_.parity);
       const int left = hopper_end(channel, work.depth, p_.source_seam) - channel;
-      if (left < kHopperDepth && left % 16) mask(left);
+      if (!kForward && left < kHopperDepth && left % 16) mask(left);
       warp_sync();
       hopper_release(&c.source_empty[sources_.stage]);
       sources_.next(kHopperSourceStages);
@@ -252,8 +252,8 @@ class HopperConsumer {
     }
   }
 
-  // Zeros in the channels past `live` of the source stage, as far as the last 16 that are multiplied reach. Both
-  // warpgroups share the pixels and wait for each other.
+  // Zeros in the channels past `live` of the source stage, as far as the last 16 that are multiplied reach: x is zero
+  // there, a gradient may hold anything. Both warpgroups share the pixels and wait for each other.
   __device__ __forceinline__ void mask(int live) {
     hopper_clear<256>(shared_.source(sources_.stage), Tile::kSourceBytes / kHopperRow, threadIdx.x % 256, live);
     if (!TDC_PLANTED(HOPPER_NO_ASYNC_FENCE)) async_fence();

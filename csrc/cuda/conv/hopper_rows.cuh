@@ -169,7 +169,7 @@ class HopperRowsConsumer {
     constexpr unsigned kStepB = (Layout::kForward ? 32 : 16 * kHopperRow) >> 4, kPatchStep = kHopperPatchBytes >> 4;
     const int stage = stages_.stage;
     if (!TDC_PLANTED(HOPPER_NO_FULL_WAIT)) mbarrier_wait(&c.full[stage], stages_.parity);
-    if (live < 16 * kSteps) mask(stage, live);
+    if (!Layout::kForward && live < 16 * kSteps) mask(stage, live);
     const unsigned a = descriptor_low(shared_window(shared_.source(stage)) + group_ * kPatches * kHopperPatchBytes, 16);
     const unsigned b = descriptor_low(shared_window(shared_.weight(stage)), kHopperPatchBytes);
     wgmma_fence();
@@ -200,7 +200,7 @@ class HopperRowsConsumer {
     }
   }
 
-  // Zeros in the channels past `live` of the warpgroup's rows.
+  // Zeros in the channels past `live` of the warpgroup's rows: x is zero there, a gradient may hold anything.
   __device__ __forceinline__ void mask(int stage, int live) {
     unsigned char* rows = shared_.source(stage) + group_ * kPatches * kHopperPatchBytes;
     hopper_clear<128>(rows, kPatches * 64, threadIdx.x % 128, live);

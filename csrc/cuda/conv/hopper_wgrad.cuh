@@ -135,10 +135,9 @@ class HopperWgradProducer {
     const int stage = stages_.stage;
     if (!TDC_PLANTED(HOPPER_NO_EMPTY_WAIT)) mbarrier_wait(&c.empty[stage], stages_.parity ^ 1);
     // Of an expert with one group the dead channels are cut off at the end instead.
-    c.live[stage][0] = group.shared ? group.live_in - unit.in : Unit::kIn;
-    c.live[stage][1] = group.shared ? group.live_out - unit.out : kHopperUnit;
-    c.live[stage][2] = TDC_PLANTED(HOPPER_NO_LAST_PIXEL) ? 64 : pixels;
-    c.live[stage][3] = HopperWgradBias<Unit>::takes(p_, unit, number);
+    c.stages[stage].live_out = group.shared ? group.live_out - unit.out : kHopperUnit;
+    c.stages[stage].pixels = TDC_PLANTED(HOPPER_NO_LAST_PIXEL) ? 64 : pixels;
+    c.stages[stage].of_bias = HopperWgradBias<Unit>::takes(p_, unit, number);
     mbarrier_arrive_expect(&c.full[stage], Unit::kStageBytes);
     const int seam = unit.in >= p_.seam ? p_.seam : 0;
     for (int box = 0; box < Unit::kBoxes; ++box) {
@@ -239,22 +238,23 @@ class HopperWgradConsumer {
     for (int t = 0; t < kParts; ++t) wgmma_settle(sums[t]);
   }
 
-  // Zeros in the channels of a stage that its group has not, as another group of the expert may have them, and in the
-  // pixels of other groups. All that read the stage wait for each other.
+  // Zeros in the channels of dy that the stage's group has not, as another group of the expert may have them: a
+  // gradient may hold anything there, where x is zero. And in the pixels of other groups. All that read the stage wait
+  // for each other.
   __device__ __forceinline__ void mask(int stage) {
-    const HopperWgradControl& c = *shared_.control;
-    clear<Unit::kBoxes, Unit::kBoxBytes / kHopperRow>(shared_.x(stage), c.live[stage][0], c.live[stage][2]);
-    clear<2, 64>(shared_.dy(stage), c.live[stage][1], c.live[stage][2]);
+    const HopperWgradStage& what = shared_.control->stages[stage];
+    if (Unit::kOfRows) clear<Unit::kBoxes>(shared_.x(stage), Unit::kIn, what.pixels);
+    clear<2>(shared_.dy(stage), what.live_out, what.pixels);
     async_fence();
     hopper_wgrad_readers_sync(p_);
   }
   // Boxes of 64 channels, one after the other.
-  template <int kBoxes, int kPixels>
+  template <int kBoxes>
   __device__ __forceinline__ static void clear(unsigned char* boxes, int live, int live_pixels) {
-    for (int i = threadIdx.x - 128; i < kBoxes * kPixels * 8; i += 256) {
+    for (int i = threadIdx.x - 128; i < kBoxes * 64 * 8; i += 256) {
       const int row = i / 8, chunk = i % 8;
-      int left = live - row / kPixels * 64 - chunk * 8;  // live channels of the chunk
-      if (Unit::kOfRows && row % kPixels >= live_pixels) left = 0;
+      int left = live - row / 64 * 64 - chunk * 8;  // live channels of the chunk
+      if (Unit::kOfRows && row % 64 >= live_pixels) left = 0;
       if (left >= 8) continue;
       uint4* at = reinterpret_cast<uint4*>(boxes + row * kHopperRow + (chunk ^ row % 8) * 16);
       uint4 words = left > 0 ? load_16(at) : make_uint4(0, 0, 0, 0);

@@ -80,7 +80,7 @@ class HopperWgradBias {
     HopperWgradControl& c = *shared_.control;
     const int stage = stages_.stage, lane = threadIdx.x % 32, chunk = lane % 8;
     mbarrier_wait(&c.full[stage], stages_.parity);
-    const bool ragged = shared_.is_ragged(stage), taken = c.live[stage][3];
+    const bool ragged = shared_.is_ragged(stage), taken = c.stages[stage].of_bias;
     if (ragged && !TDC_PLANTED(HOPPER_BIAS_BEFORE_MASK)) hopper_wgrad_readers_sync(p_);
     if (taken) {
       const unsigned char* pixels = shared_.dy(stage) + box_ * kHopperPatch;

@@ -63,12 +63,17 @@ struct HopperWgradGroup {
   int end;                    // of the group's share of the line of all work
 };
 
+// What counts of a stage. Aligned, as a multiplication by 12 takes registers that the producer has not.
+struct alignas(16) HopperWgradStage {
+  int live_out, pixels;
+  int of_bias;  // the unit sums it for the bias
+};
+
 struct HopperWgradControl {
   unsigned long long full[kHopperWgradMostStages], empty[kHopperWgradMostStages];
   unsigned long long message_full[kHopperMessages], message_empty[kHopperMessages];
   HopperWgradWork messages[kHopperMessages];
-  // What counts of a stage: channels of x and of dy, pixels; whether the unit sums it for the bias.
-  int live[kHopperWgradMostStages][4];
+  HopperWgradStage stages[kHopperWgradMostStages];
 };
 
 constexpr int hopper_wgrad_shared_bytes(int stage_bytes, int stages, int num_groups) {

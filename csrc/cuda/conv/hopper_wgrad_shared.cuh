@@ -32,8 +32,8 @@ struct HopperWgradShared {
 
   // Whether a stage holds what is none of its group's, which the warps that multiply set to zero.
   __device__ __forceinline__ bool is_ragged(int stage) const {
-    const int (&live)[4] = control->live[stage];
-    return live[0] < Unit::kIn || live[1] < kHopperUnit || (Unit::kOfRows && live[2] < 64);
+    const HopperWgradStage& what = control->stages[stage];
+    return what.live_out < kHopperUnit || (Unit::kOfRows && what.pixels < 64);
   }
 };
 
