@@ -91,7 +91,8 @@ def _merge(arguments: list[str]) -> None:
         {**_description(merged, names[0] if names else ""), "merged": {"of": run or names, **asdict(merging)}},
     )
     print(f"{merged.name}: written to {out}")
-    print(f"next: python -m tdc_fast.sample --model_path {out}")
+    decoder = "" if merged.latents is None else " --vae DIR"
+    print(f"next: python -m tdc_fast.sample --model_path {out}{decoder}")
 
 
 def _of_run(options: MergeOptions, merging: Merging) -> TrainedDenoiser:

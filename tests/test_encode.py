@@ -128,6 +128,7 @@ def test_a_file_of_weights_remembers_its_latents(place: Path, tmp_path: Path, ca
 
 def test_merged_experts_remember_their_latents(place: Path, tmp_path: Path, capsys: Any) -> None:
     assert merge.main(flags(run=place / "run", out=tmp_path / "merged.pt")) == 0
+    assert capsys.readouterr().out.endswith(f"--model_path {tmp_path / 'merged.pt'} --vae DIR\n")
     options = flags(model_path=tmp_path / "merged.pt", num_samples=2, steps=1, out=tmp_path, sampler="ddim")
     assert sample.main(options) == 2 and "--vae DIR" in capsys.readouterr().err
     assert sample.main([*options, *flags(vae=place / "vae")]) == 0
