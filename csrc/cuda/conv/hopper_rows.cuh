@@ -169,7 +169,7 @@ class HopperRowsConsumer {
     constexpr unsigned kStepB = (Layout::kForward ? 32 : 16 * kHopperRow) >> 4, kPatchStep = kHopperPatchBytes >> 4;
     const int stage = stages_.stage;
     if (!TDC_PLANTED(HOPPER_NO_FULL_WAIT)) mbarrier_wait(&c.full[stage], stages_.parity);
-    if (!Layout::kForward && live < 16 * kSteps) mask(stage, live);
+    if (layout_.reads_gradient() && live < 16 * kSteps) mask(stage, live);
     const unsigned a = descriptor_low(shared_window(shared_.source(stage)) + group_ * kPatches * kHopperPatchBytes, 16);
     const unsigned b = descriptor_low(shared_window(shared_.weight(stage)), kHopperPatchBytes);
     wgmma_fence();

@@ -29,6 +29,8 @@ class HopperRowsLayout {
   __device__ __forceinline__ int taps(const HopperWork&) const { return p_.taps; }
   __device__ __forceinline__ int rows(const HopperWork& work) const { return work.count; }
   __device__ __forceinline__ int source_seam() const { return p_.source_seam; }
+  // Whether the source is a gradient, which may hold anything past its width.
+  __device__ __forceinline__ static constexpr bool reads_gradient() { return !kForward; }
 
   // The tap of the filter: in dgrad tap t of dx is tap 8 - t of it.
   __device__ __forceinline__ int of_filter(const HopperWork&, int tap) const {

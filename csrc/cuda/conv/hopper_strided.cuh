@@ -57,6 +57,8 @@ class HopperStridedLayout {
   }
   __device__ __forceinline__ int rows(const HopperWork& work) const { return work.count << p_.box_pixels_log2; }
   __device__ __forceinline__ int source_seam() const { return p_.source_channels; }
+  // 4x4 filters are those of upsampled images, whose dgrad is the forward here.
+  __device__ __forceinline__ bool reads_gradient() const { return kForward == (p_.filter == 4); }
   __device__ __forceinline__ int of_filter(const HopperWork& work, int tap) const {
     const Tap at = tap_at(work, tap);
     return p_.filter * at.row + at.column;
