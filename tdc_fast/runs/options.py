@@ -211,8 +211,8 @@ class TdcOptions:
     shares."""
     stage2_ema_factors: str = ""
     """Comma list of N factors above 0, one per group from low to high timesteps, on the length of the averages of
-    --ema_rate, 1 / (1 - rate), in stage 2: at rate 0.999, a factor of 2 averages as rate 0.9995 does. Empty is 1 for
-    all."""
+    --ema_rate, 1 / (1 - rate), in stage 2: at rate 0.999, a factor of 2 averages as rate 0.9995 does. It is also on the
+    length that --ema_ramp allows. Empty is 1 for all."""
     shared_layers: str = ""
     """Layers whose weights neighbouring groups share in stage 2, so that they learn from the samples of all of them:
     comma list of convolutions, attention, norms, embeddings, level0 (the images' resolution), level1, ..., middle, or

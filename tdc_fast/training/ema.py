@@ -19,7 +19,7 @@ class WeightAverages:
         ramp: use `min(rate, (1 + n) / (10 + n))` at the n-th update (n from 1), so that a short run forgets its
             start.
         lengths: of a routed model, each group's length of averaging, 1 / (1 - rate), as a multiple of that of the
-            rates; none for 1 everywhere. Rows that groups share have the mean of theirs.
+            rates and of the ramp; none for 1 everywhere. Rows that groups share have the mean of theirs.
 
     Attributes:
         averages: {rate: averages of the parameters}.
@@ -35,15 +35,16 @@ class WeightAverages:
         self.averages: dict[str, list[Tensor]] = {rate: [weight.clone() for weight in self._weights] for rate in rates}
         self._parts = [part for rate in rates for part in self._parts_of(rate, lengths)]
 
-    def _parts_of(self, rate: str, lengths: Sequence[float]) -> list[tuple[float, list[Tensor], list[Tensor]]]:
-        """The averages of a rate in parts of one rate each: (the part's rate, its averages, its weights)."""
+    def _parts_of(self, rate: str, lengths: Sequence[float]) -> list[tuple[float, float, list[Tensor], list[Tensor]]]:
+        """The averages of a rate in parts of one length each: (the part's rate, its length, averages, weights)."""
         averages = self.averages[rate]
         if not lengths:
-            return [(float(rate), averages, self._weights)]
+            return [(float(rate), 1.0, averages, self._weights)]
         of = {id(parameter): average for parameter, average in zip(self._model.parameters(), averages, strict=True)}
         return [
             (
                 1.0 - (1.0 - float(rate)) / length,
+                length,
                 [of[id(parameter)][rows] for parameter, rows in parts],
                 [parameter.detach()[rows] for parameter, rows in parts],
             )
@@ -57,10 +58,11 @@ class WeightAverages:
         Args:
             n: number of the step, counted from 1: float64, 0-dim, on the device. It is never read back.
         """
-        for rate, averages, weights in self._parts:
+        most = (1 + n) / (10 + n)
+        for rate, length, averages, weights in self._parts:
             if self._ramp:
-                share = (1.0 - ((1 + n) / (10 + n)).clamp(max=rate)).float()
-                _move(averages, weights, share)
+                ramp = most if length == 1.0 else (1.0 - (1.0 - most) / length).clamp(min=0.0)
+                _move(averages, weights, (1.0 - ramp.clamp(max=rate)).float())
             else:
                 torch._foreach_lerp_(averages, weights, 1.0 - rate)
 

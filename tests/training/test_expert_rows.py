@@ -30,7 +30,7 @@ def gradients(model: nn.Module, step: int) -> None:
         parameter.grad = torch.empty_like(parameter).copy_(drawn)  # in the memory order that the optimizer expects
 
 
-def train(model: RoutedModel, factors: list[float], averages: WeightAverages | None = None) -> RoutedModel:
+def train(model: RoutedModel, factors: list[float]) -> RoutedModel:
     optimizer = create_optimizer(model, 1e-2, weight_decay=0.1)
     slow = SlowRows(blocks_of(model), factors)
     for step in range(STEPS):
@@ -38,8 +38,6 @@ def train(model: RoutedModel, factors: list[float], averages: WeightAverages | N
         slow.keep()
         optimizer.step()
         slow.move_back()
-        if averages is not None:
-            averages.update(torch.tensor(float(step + 1), dtype=torch.float64))
     return model
 
 
@@ -81,14 +79,21 @@ def test_averages_of_a_group_are_those_of_its_own_length(ramp: bool):
     lengths = [1.0, 2.0, 0.5, 0.1]
     model = experts()
     averages = WeightAverages(model, ("0.9", "0.99"), ramp, lengths)
-    train(model, [1.0] * 4, averages)
-    for rate in ("0.9", "0.99"):
-        for row, length in enumerate(lengths):
-            alone, own = experts(), f"{1 - (1 - float(rate)) / length:.12f}"
-            right = WeightAverages(alone, (own,), ramp)
-            train(alone, [1.0] * 4, right)
-            for ours, theirs in zip(averages.averages[rate], right.averages[own], strict=True):
-                torch.testing.assert_close(ours[row], theirs[row], rtol=1e-6, atol=1e-7)
+    right = {rate: [p.detach().double() for p in model.parameters()] for rate in averages.averages}
+    factor = torch.tensor(lengths, dtype=torch.float64)
+    draw = torch.Generator().manual_seed(0)
+    for n in range(1, 200):
+        for parameter in model.parameters():
+            parameter.data.copy_(torch.randn(parameter.shape, generator=draw))
+        averages.update(torch.tensor(float(n), dtype=torch.float64))
+        for rate, rows in right.items():
+            shortest = 9 / (10 + n) if ramp else 0.0  # the ramp's 1 - rate
+            share = (max(1 - float(rate), shortest) / factor).clamp(max=1)
+            for average, weight in zip(rows, model.parameters(), strict=True):
+                average.lerp_(weight.detach().double(), share.view(-1, *[1] * (weight.dim() - 1)))
+    for rate, rows in right.items():
+        for ours, theirs in zip(averages.averages[rate], rows, strict=True):
+            torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-6)
 
 
 def test_shared_weights_get_the_mean_of_their_groups_gradients_and_are_clipped_apart():
