@@ -132,8 +132,9 @@ def _gradients(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ..
     if dy is None:
         return (None,) * 13
     mask = ctx.needs_input_grad[:6]
-    grads = _backward_op.call(dy, *ctx.saved_tensors, *ctx.settings, mask, ctx.backend)
-    *_, offsets, _, widths = ctx.saved_tensors
+    saved = ctx.saved_tensors  # once: torch's checkpoint unpacks no tensor twice
+    grads = _backward_op.call(dy, *saved, *ctx.settings, mask, ctx.backend)
+    *_, offsets, _, widths = saved
     if mask[0] and not mask[5]:
         note_zeros(grads[0], widths, offsets)
     remaining = iter(grads)

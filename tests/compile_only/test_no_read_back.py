@@ -34,6 +34,7 @@ ALLOWED = {
         [("tdc_fast/ops/checks.py", "check_dead_inputs", name) for name in ("int", "float", "nonzero")],
         "only with validate=True, which is documented to wait",
     ),
+    ("kernels/launch.py", "_hooked", "bool"): "of lists of functions",
     ("tdc_fast/nn/leaf.py", "widths", "tensor"): "while packing, not in a forward",
     ("tdc_fast/nn/leaf.py", "share", "tensor"): "while packing, not in a forward",
     ("tdc_fast/nn/routed.py", "forward", "int"): HOST,
