@@ -45,6 +45,11 @@ class UnitCosts:
         """Cost of the cheapest choice of widths."""
         return self.fixed + sum(min(table.values()) for table in self.tables.values())
 
+    def at_widths_of(self, units: Sequence[PruningUnit]) -> UnitCosts:
+        """The costs at the widths that these units allow, which may step more coarsely than those that were costed."""
+        tables = {unit.name: {width: self.tables[unit.name][width] for width in unit.widths()} for unit in units}
+        return UnitCosts(self.fixed, tables, self.measure)
+
     def paying(self, unit: PruningUnit) -> tuple[int, ...]:
         """The allowed widths of a unit that are worth choosing, ascending.
 

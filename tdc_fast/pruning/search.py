@@ -136,6 +136,7 @@ def plan_pruning(
     latency = None if settings.latency is None else unit_latencies(base, *sample, settings.latency)
     if settings.width_step != 1:
         units = stepped(base, units, *sample, settings.width_step)
+        macs, latency = macs.at_widths_of(units), None if latency is None else latency.at_widths_of(units)
     costs = macs if settings.budget_in == "macs" or latency is None else latency
     budgets = tuple(budget_of(fraction, costs.full()) for fraction in fractions)
     check_reachable(settings.k, budgets, costs.least(), costs.full(), settings.k_name, costs.measure)

@@ -9,6 +9,7 @@ import torch
 from tdc_fast.nn.macs import measure_macs
 from tdc_fast.pruning.costs import UnitCosts
 from tdc_fast.pruning.latency import LatencyModel, LatencyTable, Layer, Roofline, Setting, unit_latencies
+from tdc_fast.pruning.latency.costs import stepped
 from tdc_fast.runs.build import build_device, outline_unet
 from tdc_fast.runs.config import TrainConfig
 
@@ -76,6 +77,9 @@ def outline_costs(config: TrainConfig, in_channels: int) -> tuple[int, int, str]
     model = latency_model(config, config.groups)
     if config.budget_in == "latency" and model is not None:
         costs: UnitCosts = unit_latencies(base, x, labels, model)
+        if config.width_step != "1":
+            units = stepped(base, base.pruning_units(), x, labels, width_step(config, config.groups))
+            costs = costs.at_widths_of(units)
         return costs.least(), costs.full(), costs.measure
     smallest = base.with_widths({unit.name: min(unit.widths()) for unit in base.pruning_units()})
     least, full = (measure_macs(network.to("meta"), x, t, **labels) for network in (smallest, base))

@@ -21,7 +21,7 @@ from tdc_fast.pruning import PruningSettings, plan_pruning, project, prune
 from tdc_fast.pruning.budget import budget_of
 from tdc_fast.pruning.costs import UnitCosts
 from tdc_fast.pruning.latency import LatencyTable, Layer, Roofline, Setting, unit_latencies
-from tdc_fast.pruning.latency.costs import all_layers
+from tdc_fast.pruning.latency.costs import all_layers, stepped
 from tdc_fast.pruning.latency.timing import layer_nanoseconds, median_error, rank_correlation
 from tdc_fast.pruning.memory import read_trials
 from tdc_fast.routing import TimestepGroups
@@ -165,6 +165,28 @@ def test_widths_step_in_what_is_asked_for_wherever_a_units_channels_allow(
         prune(unet, groups, diffusion, images, k=0.4, width_step=0)
 
 
+def test_the_smallest_budget_in_time_is_that_of_the_widths_in_steps(
+    unet: UNet, diffusion: Diffusion, images: list[Tensor]
+) -> None:
+    """A width between the steps may be the cheapest of all, but is not to be had."""
+    model, groups = table_of(unet, images[0]), TimestepGroups.uniform(1000, 2)
+
+    def time(layer: Layer) -> int:
+        return 1 if layer.kind == "conv2d" and 8 in (layer.live_in, layer.live_out) else model.rows[layer]
+
+    cheap = LatencyTable(SETTING, {layer: time(layer) for layer in model.rows})
+    coarse = stepped(unet, unet.pruning_units(), images[0], {}, 16)
+    costs = unit_latencies(unet, images[0], {}, cheap)
+    least, full = costs.at_widths_of(coarse).least(), costs.full()
+    assert costs.least() < least < full
+    settings = {"importance": "magnitude", "budget_in": "latency", "latency": cheap, "width_step": 16}
+    share = (costs.least() + least) / 2 / full
+    with pytest.raises(ValueError, match=rf"k: got .* the smallest reachable budget is {least}"):
+        prune(unet, groups, diffusion, images, k=(1.0, share), **settings)
+    plan = prune(unet, groups, diffusion, images, k=(1.0, 1.01 * least / full), **settings)
+    assert least <= plan.latency[1] <= plan.latency_budgets[1]
+
+
 def test_budgets_in_time_need_a_model_of_it_and_say_what_they_lack(unet: UNet, images: list[Tensor]) -> None:
     with pytest.raises(ValueError, match="latency: got None; expected a model of the time"):
         PruningSettings(k=0.5, budget_in="latency")
@@ -215,6 +237,7 @@ def test_a_table_is_the_same_after_it_was_stored_and_is_of_one_setting(tmp_path:
         (lambda data: data["rows"].append(data["rows"][0]), r"rows\[1\]: got 'conv2d 64-128 8x8 3x3'; expected every"),
         (lambda data: data["rows"][0].update(ns=0), r"rows\[0\]: ns: got 0; expected an integer of at least 1"),
         (lambda data: data["rows"][0].update(ns=2.5), r"rows\[0\]: ns: got 2.5"),
+        (lambda data: data["rows"][0].update(ns=10**19), r"rows\[0\]: ns: got 10{19}; expected at most"),
         (lambda data: data["rows"][0].update(kind="dense"), r"rows\[0\]: kind: got 'dense'"),
         (lambda data: data["rows"][0].update(filter=3), r"rows\[0\]: filter: got 3; expected a pair"),
         (lambda data: data["rows"][0].update(live_out=129), r"rows\[0\]: got .*expected at most as many live"),

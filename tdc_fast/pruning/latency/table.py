@@ -28,6 +28,7 @@ from tdc_fast.pruning.latency.setting import Setting
 from tdc_fast.text_files import read_json
 
 _VERSION = 1
+_MOST = 10**15  # nanoseconds of a layer, 11 days: sums over a network's layers stay far below 2^63
 _HEAD = ("version", *(entry.name for entry in dataclasses.fields(Setting)), "facts", "rows")
 _PAIRS = ("filter", "stride", "padding")
 _ROW = (*(entry.name for entry in dataclasses.fields(Layer)), "ns")
@@ -147,6 +148,8 @@ def _row(where: str, data: Any) -> tuple[Layer, int]:
         if wanted == 2:
             values[name] = tuple(numbers)
     ns = values.pop("ns")
+    if ns > _MOST:
+        raise invalid(f"{where}: ns", ns, f"at most {_MOST} nanoseconds")
     layer = Layer(**values)
     if layer.live_in > layer.in_channels or layer.live_out > layer.out_channels:
         raise invalid(where, str(layer), "at most as many live channels as there are")
