@@ -5,10 +5,11 @@
 // Besides these names a kernel uses threadIdx, blockIdx, blockDim, gridDim and C's float functions; blocks are 1-D.
 // Pointers to shared memory are ordinary pointers: the wrappers convert them to shared-window addresses.
 //
-//   TDC_KERNEL(name, Params, threads[, blocks]) { ... p ... }
+//   TDC_KERNEL(name, Params, threads[, blocks[, cluster]]) { ... p ... }
 //                                      kernel that takes one plain struct `p`; registers are capped so that `blocks`
-//                                      fit on one SM; the emulator registers it by name
-//   TDC_DEFINE_KERNEL(name, Params, (function), threads[, blocks])
+//                                      fit on one SM; `cluster` blocks that are neighbours in y form a cluster, from
+//                                      sm_90 on (device_sm90.cuh); the emulator registers it by name
+//   TDC_DEFINE_KERNEL(name, Params, (function), threads[, blocks[, cluster]])
 //                                      a kernel that calls function(p)
 //   TDC_SHARED(type, name, count)      static shared array, 16-byte aligned; in the emulator a separate allocation
 //   TDC_DYNAMIC_SHARED(name)           `unsigned char* name`: the launch's shared_bytes, 16-byte aligned; in the
@@ -46,7 +47,7 @@
 //     make the same call, and a deadlock when threads wait forever or for threads that have exited. The emulator runs
 //     blocks one after another, and a thread until it waits: spinning on memory never ends.
 //
-// Hopper's mbarriers, TMA boxes and wgmma are in device_sm90.cuh.
+// Clusters and Hopper's mbarriers, TMA boxes and wgmma are in device_sm90.cuh.
 
 // TDC_PLANTED(X) depends on what TDC_PLANT_X expands to: 1 (planted) gives TDC_PLANT_SHIFT_1, which moves `true` to the
 // second argument.
@@ -76,8 +77,19 @@ struct half {
 #include "emulator/device.h"
 #else
 
+// With three bounds the last one is the cluster, which the host does not see, nor an architecture that has none.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#define TDC_CLUSTER_DIMS(cluster) __cluster_dims__(1, cluster, 1)
+#else
+#define TDC_CLUSTER_DIMS(cluster)
+#endif
+#define TDC_BOUNDS_1(threads) __launch_bounds__(threads)
+#define TDC_BOUNDS_2(threads, blocks) __launch_bounds__(threads, blocks)
+#define TDC_BOUNDS_3(threads, blocks, cluster) __launch_bounds__(threads, blocks) TDC_CLUSTER_DIMS(cluster)
+#define TDC_BOUNDS_OF(one, two, three, bounds, ...) bounds
+#define TDC_BOUNDS(...) TDC_BOUNDS_OF(__VA_ARGS__, TDC_BOUNDS_3, TDC_BOUNDS_2, TDC_BOUNDS_1, )(__VA_ARGS__)
 #define TDC_KERNEL(name, Params, ...) \
-  extern "C" __global__ void __launch_bounds__(__VA_ARGS__) name(const __grid_constant__ Params p)
+  extern "C" __global__ void TDC_BOUNDS(__VA_ARGS__) name(const __grid_constant__ Params p)
 #define TDC_SHARED(type, name, count) __shared__ __align__(16) type name[count]
 #define TDC_DYNAMIC_SHARED(name)                                         \
   extern __shared__ __align__(16) unsigned char tdc_dynamic_shared_16[]; \

@@ -10,6 +10,14 @@
 //   mbarrier_wait(barrier, parity)     until the phase of that parity has ended; parity 1 passes in a fresh barrier
 //   async_fence                        orders the thread's own accesses to shared memory before later ones by TMA and
 //                                      wgmma (the "async proxy")
+//   cluster_rank, cluster_blocks       this block's place among the blocks of its cluster (TDC_KERNEL says how many:
+//                                      neighbours in y), and their number
+//   cluster_arrive, cluster_wait       the barrier of all threads of the cluster, for whole warps, in two halves: what
+//                                      a thread did before it arrives is seen by all that have waited. Every arrival
+//                                      has its wait
+//   cluster_shared(address, rank)      the same place in the shared memory of another block of the cluster, which
+//                                      ordinary loads and stores reach: after one barrier of the cluster, as the other
+//                                      may not have begun before, and before another that it waits for, as it ends
 //   tma_load<D>(to, map, barrier, at)  a box whose first element is at[0..D): completes its full size in bytes, also
 //                                      where it lies outside of the tensor. `to` is a multiple of 128
 //   tma_prefetch<D>(map, at)           the same, into the L2 cache
@@ -27,7 +35,8 @@
 // The emulator carries out a copy to shared memory as late as the schedule lets it, a product and the reads of a store
 // in the wait that covers them, and fills what is under way with NaN. It reports, whatever the schedule: data touched
 // before the wait that covers it, a stage overwritten before its readers have arrived, a missing async_fence,
-// wgmma_fence or mbarrier_init_fence, registers taken that nobody gave, stores unread when their thread exits.
+// wgmma_fence or mbarrier_init_fence, registers taken that nobody gave, stores unread when their thread exits, another
+// block's shared memory touched when that need not have begun or may have ended.
 
 #include "cuda/device.cuh"
 #include "cuda/tensor_map.h"
@@ -98,6 +107,29 @@ __device__ __forceinline__ void mbarrier_wait(Mbarrier* barrier, unsigned parity
   } while (!done);
 }
 __device__ __forceinline__ void async_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// The cluster.
+
+__device__ __forceinline__ int cluster_rank() {
+  unsigned rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return static_cast<int>(rank);
+}
+__device__ __forceinline__ int cluster_blocks() {
+  unsigned blocks;
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(blocks));
+  return static_cast<int>(blocks);
+}
+__device__ __forceinline__ void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+template <class T>
+__device__ __forceinline__ T* cluster_shared(T* shared, int rank) {
+  unsigned long long there;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(shared), "r"(rank));
+  return reinterpret_cast<T*>(there);
+}
 
 // The copy engine.
 

@@ -16,16 +16,17 @@ using Access = RaceCheck::Access;
 
 }  // namespace
 
-void Async::begin_block(int threads) {
+void Async::begin_cluster(int threads, int blocks) {
   barriers_.clear();
   loads_.clear();
   stores_.clear();
   warps_.clear();
   warps_.resize(static_cast<size_t>((threads + kWarp - 1) / kWarp));
   // What a compiler may give a block that has an SM for itself.
-  const int registers = std::min(kRegisters / threads / kRegisterUnit * kRegisterUnit, kMostRegisters - kRegisterUnit);
+  const int registers =
+      std::min(kRegisters / (threads / blocks) / kRegisterUnit * kRegisterUnit, kMostRegisters - kRegisterUnit);
   for (Warp& warp : warps_) warp.registers = registers;
-  free_registers_ = 0;
+  free_registers_.assign(static_cast<size_t>(blocks), 0);
   waiting_for_registers_.clear();
 }
 
@@ -107,7 +108,12 @@ Async::Box Async::box_of(const Site& site, const TensorMap* map, const void* sha
                          std::to_string(map->dimensions) + " dimensions");
   }
   block.check_shared(site, shared, static_cast<size_t>(box_bytes(*map)), 128);
-  return {*map, static_cast<unsigned char*>(const_cast<void*>(shared)), std::vector<int>(at, at + dimensions), 0};
+  return {*map,
+          static_cast<unsigned char*>(const_cast<void*>(shared)),
+          block.window_of(site, shared),
+          block.rank(),
+          std::vector<int>(at, at + dimensions),
+          0};
 }
 
 void Async::load(const Site& site, void* to, const TensorMap* map, void* barrier, const int* at, int dimensions) {
@@ -122,7 +128,7 @@ void Async::load(const Site& site, void* to, const TensorMap* map, void* barrier
   if (!block.races_.async_access(thread, signalled.lane, box.clock, to, bytes, Access::kWrite, place)) {
     block.fail(block.races_.wrong());
   }
-  for_each_chunk(*map, at, block.window_of(site, to), [&](unsigned, uintptr_t global) {
+  for_each_chunk(*map, at, box.window, [&](unsigned, uintptr_t global) {
     if (global) block.note(reinterpret_cast<const void*>(global), 16, Access::kRead, place);
   });
   std::memset(to, kPoison, bytes);
@@ -139,9 +145,8 @@ void Async::deliver(size_t i) {
   const Load load = loads_[i];
   loads_.erase(loads_.begin() + static_cast<std::ptrdiff_t>(i));
   const Box& box = load.box;
-  const unsigned window = block.window_of(Site(), box.shared);
-  for_each_chunk(box.map, box.at.data(), window, [&](unsigned shared, uintptr_t global) {
-    unsigned char* to = box.shared + (shared - window);
+  for_each_chunk(box.map, box.at.data(), box.window, [&](unsigned shared, uintptr_t global) {
+    unsigned char* to = box.shared + (shared - box.window);
     if (global) {
       std::memcpy(to, reinterpret_cast<const void*>(global), 16);
     } else {
@@ -175,7 +180,7 @@ void Async::store(const Site& site, const TensorMap* map, const void* from, cons
   if (!block.races_.async_access(thread, own.lane, box.clock, from, bytes, Access::kRead, place)) {
     block.fail(block.races_.wrong());
   }
-  for_each_chunk(*map, at, block.window_of(site, from), [&](unsigned, uintptr_t global) {
+  for_each_chunk(*map, at, box.window, [&](unsigned, uintptr_t global) {
     if (global) block.note(reinterpret_cast<const void*>(global), 16, Access::kWrite, place);
   });
   own.open.push_back(std::move(box));
@@ -187,14 +192,13 @@ void Async::commit_stores() {
   own.open.clear();
 }
 
-void Async::wait_for_reads(const Site& site, int unread) {
+void Async::wait_for_reads(int unread) {
   const int thread = block.current_->number;
   Stores& own = stores_[thread];
   for (; own.groups.size() > static_cast<size_t>(unread); own.groups.pop_front()) {
     for (const Box& box : own.groups.front()) {
-      const unsigned window = block.window_of(site, box.shared);
-      for_each_chunk(box.map, box.at.data(), window, [&](unsigned shared, uintptr_t global) {
-        if (global) std::memcpy(reinterpret_cast<void*>(global), box.shared + (shared - window), 16);
+      for_each_chunk(box.map, box.at.data(), box.window, [&](unsigned shared, uintptr_t global) {
+        if (global) std::memcpy(reinterpret_cast<void*>(global), box.shared + (shared - box.window), 16);
       });
       block.races_.acquire(thread, own.lane, box.clock);
     }
@@ -305,7 +309,7 @@ void Async::give_registers(const Site& site, int registers) {
     block.fail(
         site, "gives up registers to have " + std::to_string(registers) + ", but has " + std::to_string(own.registers));
   }
-  free_registers_ += (own.registers - registers) * kWarp;
+  free_registers_[static_cast<size_t>(block.rank())] += (own.registers - registers) * kWarp;
   own.registers = registers;
   for (int t = waiting_for_registers_.first(); t >= 0; t = waiting_for_registers_.first(t + 1)) block.wake(t);
   waiting_for_registers_.clear();
@@ -322,11 +326,12 @@ void Async::take_registers(const Site& site, int registers) {
     block.fail(site,
                "takes registers to have " + std::to_string(registers) + ", but has " + std::to_string(own.registers));
   }
-  while ((registers - own.registers) * kWarp > free_registers_) {
+  int& free = free_registers_[static_cast<size_t>(block.rank())];
+  while ((registers - own.registers) * kWarp > free) {
     waiting_for_registers_.insert(block.current_->number);
     block.wait(Thread::State::kRegisters, site);
   }
-  free_registers_ -= (registers - own.registers) * kWarp;
+  free -= (registers - own.registers) * kWarp;
   own.registers = registers;
 }
 
@@ -340,11 +345,11 @@ void Async::at_exit() {
   if (!warp().products.idle()) block.fail(who + "products of its warp are under way");
 }
 
-void Async::at_end() {
-  if (!loads_.empty()) {
-    block.failure_ = "the block ends while " + std::to_string(loads_.size()) +
-                     " copies to its shared memory are under " + "way" + block.where();
-  }
+void Async::at_end(int rank) {
+  const auto of_block = [rank](const Load& load) { return load.box.rank == rank; };
+  const auto under_way = std::count_if(loads_.begin(), loads_.end(), of_block);
+  if (under_way == 0) return;
+  block.fail("the block ends while " + std::to_string(under_way) + " copies to its shared memory are under way");
 }
 
 }  // namespace tdc::emulator

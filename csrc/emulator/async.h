@@ -23,7 +23,7 @@ struct Site;
 // that only a thread that has waited for it is ordered after it.
 class Async {
  public:
-  void begin_block(int threads);
+  void begin_cluster(int threads, int blocks);
 
   void init_barrier(const Site& site, void* barrier, int count);
   void fence_barriers();
@@ -34,7 +34,7 @@ class Async {
   void load(const Site& site, void* to, const TensorMap* map, void* barrier, const int* at, int dimensions);
   void store(const Site& site, const TensorMap* map, const void* from, const int* at, int dimensions);
   void commit_stores();
-  void wait_for_reads(const Site& site, int unread);
+  void wait_for_reads(int unread);
 
   // Collective over a warp; `d` is the running thread's own.
   void multiply(const Site& site, const Product& product, float* d);
@@ -49,9 +49,9 @@ class Async {
   bool deliver();
   // Lets copies arrive as the schedule says, before it chooses the next thread.
   void take_turn(Schedule& schedule);
-  // Fails if the running thread, or the block, leaves something behind.
+  // Fails if the running thread, or its block of this rank, leaves something behind.
   void at_exit();
-  void at_end();
+  void at_end(int rank);
   // What a thread that waits for a barrier lacks, for the report of a deadlock.
   std::string missing(const void* barrier) const;
 
@@ -68,6 +68,8 @@ class Async {
   struct Box {
     TensorMap map;
     unsigned char* shared;
+    unsigned window;  // its address
+    int rank;         // of its block
     std::vector<int> at;
     uint32_t clock;  // of its lane
   };
@@ -100,7 +102,7 @@ class Async {
   std::vector<Load> loads_;
   std::unordered_map<int, Stores> stores_;
   std::vector<Warp> warps_;
-  int free_registers_ = 0;
+  std::vector<int> free_registers_;  // of each block
   ThreadSet waiting_for_registers_;
 };
 

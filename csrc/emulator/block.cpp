@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
-#include <new>
 #include <numeric>
 
 namespace tdc::emulator {
@@ -14,10 +13,7 @@ namespace {
 
 // Sanitized frames are several times as large.
 constexpr size_t kStackBytes = TDC_EMULATOR_ASAN ? 512 << 10 : 128 << 10;
-constexpr size_t kSharedAlignment = 1024;
 constexpr unsigned char kPoison = 0xFF;
-// Where dynamic shared memory begins in the window: what the system reserves comes before.
-constexpr unsigned kWindow = 1024;
 
 std::string number_text(const Index3& i) {
   return "(" + std::to_string(i.x) + ", " + std::to_string(i.y) + ", " + std::to_string(i.z) + ")";
@@ -48,14 +44,13 @@ std::string Site::text() const {
   return std::string(operation) + " at " + (slash ? slash + 1 : file) + ":" + std::to_string(line);
 }
 
-Index3 Block::thread_index() const { return {static_cast<unsigned>(current_->number), 0, 0}; }
-Index3 Block::block_index() const { return index_; }
+Index3 Block::thread_index() const { return {static_cast<unsigned>(current_->number) % size_.x, 0, 0}; }
+Index3 Block::block_index() const { return {first_.x, first_.y + static_cast<unsigned>(rank()), first_.z}; }
 Index3 Block::block_size() const { return size_; }
 Index3 Block::grid_size() const { return grid_; }
 int Block::lane() const { return current_->lane(); }
-unsigned char* Block::dynamic_shared() const { return shared_.front().bytes.get(); }
-
-void Block::Free::operator()(unsigned char* bytes) const { std::free(bytes); }
+int Block::blocks() const { return cluster_; }
+int Block::rank() const { return cluster_ == 1 ? 0 : rank_of(current_->number); }
 
 std::string Block::run(const Kernel& kernel, const Index3& grid, int threads, size_t shared_bytes, const void* params,
                        unsigned seed) {
@@ -67,18 +62,20 @@ std::string Block::run(const Kernel& kernel, const Index3& grid, int threads, si
   seed_ = seed;
   schedule_ = Schedule(seed);
   main_ = &caller;
-  num_threads_ = threads;
+  cluster_ = kernel.cluster;
+  num_threads_ = threads * cluster_;
   failure_.clear();
   // For this launch alone: every stack is two of the process's mappings, of which the system allows 65530, and a
   // process may hold many libraries, each with a block of its own.
-  const Stacks stacks(static_cast<size_t>(threads), kStackBytes);
-  for (size_t t = 0; t < static_cast<size_t>(threads); ++t) {
+  const Stacks stacks(static_cast<size_t>(num_threads_), kStackBytes);
+  for (size_t t = 0; t < static_cast<size_t>(num_threads_); ++t) {
     threads_.push_back(std::make_unique<Thread>(stacks.stack(t), kStackBytes));
   }
   races_.begin_launch(stacks.begin(), stacks.size());
-  for (unsigned b : schedule_.block_order(grid.x * grid.y * grid.z)) {
-    index_ = {b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y};
-    run_block(shared_bytes, b);
+  const auto along = static_cast<unsigned>(cluster_), rows = grid.y / along;
+  for (unsigned c : schedule_.block_order(grid.x * rows * grid.z)) {
+    first_ = {c % grid.x, c / grid.x % rows * along, c / grid.x / rows};
+    run_cluster(shared_bytes, c);
     if (!failure_.empty()) break;
   }
   shared_.clear();
@@ -87,19 +84,24 @@ std::string Block::run(const Kernel& kernel, const Index3& grid, int threads, si
   return failure_;
 }
 
-void Block::run_block(size_t shared_bytes, unsigned block_number) {
+void Block::run_cluster(size_t shared_bytes, unsigned number) {
+  const auto blocks = static_cast<size_t>(cluster_);
   schedule_.arrange_threads(num_threads_);
+  races_.begin_cluster(num_threads_, cluster_, number);
   shared_.clear();
-  races_.begin_block(num_threads_, block_number);
-  add_shared(nullptr, shared_bytes, "the dynamic shared memory");
+  shared_.resize(blocks);
+  for (int rank = 0; rank < cluster_; ++rank) add_shared(rank, nullptr, shared_bytes, "the dynamic shared memory");
   warps_.assign(static_cast<size_t>((num_threads_ + kWarp - 1) / kWarp), Warp());
-  for (Barrier& barrier : barriers_) barrier = Barrier();
-  async_.begin_block(num_threads_);
+  barriers_.assign(blocks * kBarriers, Barrier());
+  cluster_barrier_ = {};
+  cluster_barrier_.missing = num_threads_;
+  async_.begin_cluster(num_threads_, cluster_);
   ready_.clear();
-  done_ = 0;
+  alive_.assign(blocks, static_cast<int>(size_.x));
   for (int t = 0; t < num_threads_; ++t) {
     Thread& thread = *threads_[static_cast<size_t>(t)];
     thread.number = t;
+    thread.arrived = thread.waited = 0;
     thread.copies.clear();
     thread.groups.clear();
     thread.open = 0;
@@ -111,19 +113,38 @@ void Block::run_block(size_t shared_bytes, unsigned block_number) {
   main_->switch_to(current_->fiber);
   current_ = nullptr;
   RaceCheck::active = false;
-  if (failure_.empty() && done_ < num_threads_) failure_ = stuck();
-  if (failure_.empty()) async_.at_end();
+  if (!failure_.empty()) return;
+  if (std::accumulate(alive_.begin(), alive_.end(), 0) > 0) {
+    failure_ = stuck();
+  } else if (!races_.remote_accesses_end_in_time()) {
+    failure_ = races_.wrong() + where();
+  }
 }
 
 void Block::thread_main() {
   block.kernel_->call(block.params_);
   block.async_.at_exit();
+  block.end_thread();
   Thread& self = *block.current_;
-  self.state = Thread::State::kDone;
-  block.ready_.erase(block.schedule_.rank_of(self.number));
-  ++block.done_;
   block.current_ = block.next();
   self.fiber.leave_for(block.current_ ? block.current_->fiber : *block.main_);
+}
+
+// What is left of a block that ends is NaN for others of its cluster.
+void Block::end_thread() {
+  Thread& self = *current_;
+  const int own = rank();
+  if (--alive_[static_cast<size_t>(own)] == 0) {
+    async_.at_end(own);
+    if (cluster_ > 1) {
+      for (const Shared& shared : shared_[static_cast<size_t>(own)]) {
+        std::memset(shared.bytes.get(), kPoison, shared.size);
+      }
+    }
+  }
+  self.state = Thread::State::kDone;
+  ready_.erase(schedule_.rank_of(self.number));
+  if (self.arrived == cluster_barrier_.phase && --cluster_barrier_.missing == 0) complete_cluster_barrier();
 }
 
 Thread* Block::next() {
@@ -151,7 +172,7 @@ void Block::wait(Thread::State state, const Site& site) {
 }
 
 void Block::fail(const Site& site, const std::string& what) {
-  fail(site.text() + ", thread " + std::to_string(current_->number) + ": " + what);
+  fail(site.text() + ", thread " + std::to_string(thread_index().x) + ": " + what);
 }
 
 void Block::fail(const std::string& what) {
@@ -241,8 +262,8 @@ void Block::note(const void* address, size_t bytes, RaceCheck::Access kind, cons
 }
 
 void Block::barrier(const Site& site, int id, int threads, bool wait_here) {
-  Barrier& at = barriers_[id];
-  const int self = current_->number;
+  const int number = rank() * kBarriers + id, self = current_->number;
+  Barrier& at = barriers_[static_cast<size_t>(number)];
   if (at.arrived == 0) at.expected = threads;
   if (at.expected != threads) {
     fail(site, "barrier " + std::to_string(id) + " was opened for " + std::to_string(at.expected) +
@@ -254,19 +275,20 @@ void Block::barrier(const Site& site, int id, int threads, bool wait_here) {
   races_.release(self, at.clock);
   if (wait_here) {
     at.waiting.insert(self);
-    current_->barrier = id;
+    current_->barrier = number;
     current_->site = site;
   }
   if (at.arrived == at.expected) {
-    release(site, id);
+    release(site, number);
   } else if (wait_here) {
     wait(Thread::State::kBarrier, site);
   }
 }
 
 // A warp must arrive at a barrier as a whole, from one place in the kernel.
-void Block::release(const Site& site, int id) {
-  Barrier& at = barriers_[id];
+void Block::release(const Site& site, int barrier) {
+  Barrier& at = barriers_[static_cast<size_t>(barrier)];
+  const int id = barrier % kBarriers;
   for (int first = at.who.first(); first >= 0; first = at.who.first((first / kWarp + 1) * kWarp)) {
     const int warp = first / kWarp;
     for (int t = warp * kWarp; t < warp * kWarp + lanes_of(warp); ++t) {
@@ -288,70 +310,51 @@ void Block::release(const Site& site, int id) {
   at = Barrier();
 }
 
-void Block::add_shared(const void* key, size_t bytes, const std::string& name) {
-  void* memory = nullptr;
-  if (posix_memalign(&memory, kSharedAlignment, bytes) != 0) throw std::bad_alloc();
-  std::memset(memory, kPoison, bytes);
-  races_.add_region(memory, bytes, name);
-  shared_.push_back({key, bytes, name, std::unique_ptr<unsigned char, Free>(static_cast<unsigned char*>(memory))});
+// Whole warps arrive and wait. An exited thread is not waited for.
+void Block::cluster_arrive(const Site& site) {
+  const auto arrive = [](void* const* operands, int lanes) {
+    auto& barrier = block.cluster_barrier_;
+    const int first = block.current_->number / kWarp * kWarp;
+    for (int t = first; t < first + lanes; ++t) {
+      Thread& thread = *block.threads_[static_cast<size_t>(t)];
+      if (thread.arrived != thread.waited) {
+        block.fail(*static_cast<const Site*>(operands[0]),
+                   "came again to the cluster's barrier without a cluster_wait");
+      }
+      ++thread.arrived;
+      block.races_.release(t, barrier.arrived);
+    }
+    barrier.missing -= lanes;
+    if (barrier.missing == 0) block.complete_cluster_barrier();
+  };
+  warp_collective(site, arrive, const_cast<Site*>(&site));
 }
 
-unsigned char* Block::static_shared(const void* key, size_t bytes, const char* name) {
-  for (Shared& shared : shared_) {
-    if (shared.key == key) return shared.bytes.get();
-  }
-  add_shared(key, bytes, std::string("the shared array ") + name);
-  return shared_.back().bytes.get();
+void Block::complete_cluster_barrier() {
+  auto& at = cluster_barrier_;
+  ++at.phase;
+  at.missing = std::accumulate(alive_.begin(), alive_.end(), 0);
+  std::swap(at.done, at.arrived);
+  at.arrived.clear();
+  for (int t = at.waiting.first(); t >= 0; t = at.waiting.first(t + 1)) wake(t);
+  at.waiting.clear();
 }
 
-unsigned Block::window_of(const Site& site, const void* shared) {
-  check_shared(site, shared, 1, 1);
-  const auto offset = static_cast<const unsigned char*>(shared) - dynamic_shared();
-  if (offset < 0 || static_cast<size_t>(offset) >= shared_.front().size) {
-    fail(site, "only the dynamic shared memory has window addresses, not " + place_in_shared(shared));
+void Block::cluster_wait(const Site& site) {
+  warp_collective(site, [](void* const*, int) {}, nullptr);
+  Thread& self = *current_;
+  if (self.arrived == self.waited) fail(site, "no cluster_arrive came before");
+  ++self.waited;
+  if (self.arrived > cluster_barrier_.phase) {
+    cluster_barrier_.waiting.insert(self.number);
+    wait(Thread::State::kCluster, site);
   }
-  return kWindow + static_cast<unsigned>(offset);
-}
-
-unsigned char* Block::pointer_to(const Site& site, unsigned window, unsigned bytes) {
-  if (window < kWindow || window + bytes > kWindow + shared_.front().size) {
-    fail(site, std::to_string(bytes) + " bytes at window address " + std::to_string(window) +
-                   " are not in the dynamic shared memory, which has " + std::to_string(kWindow) + " to " +
-                   std::to_string(kWindow + shared_.front().size));
-  }
-  return dynamic_shared() + (window - kWindow);
-}
-
-std::string Block::place_in_shared(const void* address) const {
-  const auto at = reinterpret_cast<uintptr_t>(address);
-  for (const Shared& shared : shared_) {
-    const auto begin = reinterpret_cast<uintptr_t>(shared.bytes.get());
-    if (at - begin < shared.size) return "byte " + std::to_string(at - begin) + " of " + shared.name;
-  }
-  return "an address outside of shared memory";
-}
-
-void Block::check_shared(const Site& site, const void* address, size_t bytes, size_t alignment) {
-  constexpr size_t kNear = 1 << 16;
-  const auto at = reinterpret_cast<uintptr_t>(address);
-  std::string nearest;
-  for (const Shared& shared : shared_) {
-    const auto begin = reinterpret_cast<uintptr_t>(shared.bytes.get());
-    const auto end = begin + shared.size;
-    if (at >= end && at - end < kNear)
-      nearest = ": it is " + std::to_string(at - end) + " past the end of " + shared.name;
-    if (at < begin || at >= end) continue;
-    const std::string which = "byte " + std::to_string(at - begin) + " of " + shared.name;
-    if (at % alignment) fail(site, "misaligned: " + which + " is no multiple of " + std::to_string(alignment));
-    if (at + bytes <= end) return;
-    fail(site, std::to_string(bytes) + " bytes from " + which + " on, which has " + std::to_string(shared.size));
-  }
-  fail(site, "the address does not lie in shared memory" + nearest);
+  races_.acquire(self.number, cluster_barrier_.done);
 }
 
 std::string Block::where() const {
-  return "\nin kernel " + std::string(kernel_->name) + ", block " + number_text(index_) + " of " + number_text(grid_) +
-         ", " + std::to_string(num_threads_) + " threads, schedule " + std::to_string(seed_);
+  return "\nin kernel " + std::string(kernel_->name) + ", block " + number_text(current_ ? block_index() : first_) +
+         " of " + number_text(grid_) + ", " + std::to_string(size_.x) + " threads, schedule " + std::to_string(seed_);
 }
 
 // Which threads wait for what; threads that wait for the same thing are listed together.
@@ -366,17 +369,21 @@ std::string Block::stuck() const {
              std::to_string(warps_[static_cast<size_t>(warp)].arrived) + " of " + std::to_string(lanes_of(warp)) +
              " lanes came)";
     } else if (thread.state == Thread::State::kBarrier) {
-      const Barrier& at = barriers_[thread.barrier];
-      kind = "wait at barrier " + std::to_string(thread.barrier) + " in " + thread.site.text() + " (" +
+      const Barrier& at = barriers_[static_cast<size_t>(thread.barrier)];
+      kind = "wait at barrier " + std::to_string(thread.barrier % kBarriers) + " in " + thread.site.text() + " (" +
              std::to_string(at.arrived) + " of " + std::to_string(at.expected) + " threads came)";
+    } else if (thread.state == Thread::State::kCluster) {
+      kind = "wait at the cluster's barrier in " + thread.site.text() + " (" +
+             std::to_string(cluster_barrier_.missing) + " threads of the cluster have not come)";
     } else if (thread.state == Thread::State::kMbarrier) {
       kind = "wait in " + thread.site.text() + " " + async_.missing(thread.waits_for);
     } else if (thread.state == Thread::State::kRegisters) {
       kind = "wait for registers in " + thread.site.text();
     }
+    if (cluster_ > 1) kind = "of rank " + std::to_string(rank_of(t)) + " " + kind;
     auto same = std::find_if(kinds.begin(), kinds.end(), [&](const auto& known) { return known.first == kind; });
     if (same == kinds.end()) same = kinds.insert(kinds.end(), {kind, {}});
-    same->second.push_back(t);
+    same->second.push_back(t % static_cast<int>(size_.x));
   }
   std::string text = "deadlock:";
   for (const auto& [kind, numbers] : kinds) text += "\n  threads " + ranges(numbers) + " " + kind;

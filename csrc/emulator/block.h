@@ -40,14 +40,15 @@ struct Copy {
 struct Thread {
   Thread(unsigned char* stack, size_t bytes) : fiber(stack, bytes) {}
 
-  enum class State { kReady, kWarp, kBarrier, kMbarrier, kRegisters, kDone };
+  enum class State { kReady, kWarp, kBarrier, kCluster, kMbarrier, kRegisters, kDone };
 
   Fiber fiber;
-  int number = 0;  // in the block
+  int number = 0;  // in the cluster
   State state = State::kReady;
-  Site site;                        // of the wait
-  int barrier = 0;                  // waited at
-  const void* waits_for = nullptr;  // an mbarrier
+  Site site;                         // of the wait
+  int barrier = 0;                   // waited at: an index of the cluster's
+  unsigned arrived = 0, waited = 0;  // phases of the cluster's barrier that it has arrived in, and waited for
+  const void* waits_for = nullptr;   // an mbarrier
   std::vector<Copy> copies;
   std::vector<unsigned> groups;  // copies per committed group, oldest first
   unsigned open = 0;             // copies since the last commit
@@ -58,12 +59,14 @@ struct Thread {
 struct Kernel {
   const char* name;
   int max_threads;  // its launch bound
+  int cluster;      // blocks of a cluster
   unsigned params_bytes;
   void (*call)(const void* params);
 };
 
-// The running block: its threads, barriers and shared memory. Blocks run one after another; a thread runs until it has
-// to wait, then the schedule picks the next. What is Hopper's is in `async`.
+// The running cluster of blocks, mostly of one: their threads, barriers and shared memory. Clusters run one after
+// another; a thread runs until it has to wait, then the schedule picks the next. Threads and warps are numbered through
+// the cluster, whose blocks have whole warps. What is Hopper's is in `async`.
 class Block {
  public:
   // Runs every block of a grid. Returns what went wrong, or "".
@@ -84,6 +87,14 @@ class Block {
   void whole_warp_collective(const Site& site, Complete complete, void* operand);
   void barrier(const Site& site, int id, int threads, bool wait);
   void warp_sync(const Site& site);
+
+  // Of the cluster: the running block's rank, how many there are, and their barrier.
+  int rank() const;
+  int blocks() const;
+  void cluster_arrive(const Site& site);
+  void cluster_wait(const Site& site);
+  // The place in the shared memory of the block of this rank that `shared` is in the running block's.
+  void* shared_of(const Site& site, const void* shared, int rank);
 
   // Asynchronous copies of the running thread; a wait writes all but the `in_flight` newest groups.
   void copy(const Site& site, void* shared, const void* global, unsigned bytes, bool live);
@@ -145,30 +156,43 @@ class Block {
   };
 
   static void thread_main();
-  void run_block(size_t shared_bytes, unsigned block_number);
-  void add_shared(const void* key, size_t bytes, const std::string& name);
+  void run_cluster(size_t shared_bytes, unsigned number);
+  unsigned char* add_shared(int rank, const void* key, size_t bytes, const std::string& name);
+  // The array in the shared memory of a block, made when first asked for.
+  unsigned char* shared_array(int rank, const void* key, size_t bytes, const std::string& name);
+  const Shared& dynamic() const { return shared_[static_cast<size_t>(rank())].front(); }
+  int rank_of(int thread) const { return thread / static_cast<int>(size_.x); }
+  void end_thread();
   Thread* next();
   void wait(Thread::State state, const Site& site);
   void wake(int thread);
-  void release(const Site& site, int id);
+  void release(const Site& site, int barrier);
+  void complete_cluster_barrier();
   int lanes_of(int warp) const;
   std::string where() const;
   std::string stuck() const;
 
   const Kernel* kernel_ = nullptr;
   const void* params_ = nullptr;
-  Index3 grid_, size_, index_;
+  Index3 grid_, size_, first_;  // first_: the cluster's first block
+  int cluster_ = 1;
   unsigned seed_ = 0;
   Schedule schedule_{0};
   Fiber* main_ = nullptr;
   std::vector<std::unique_ptr<Thread>> threads_;
-  int num_threads_ = 0;
-  int done_ = 0;
+  int num_threads_ = 0;     // of the cluster
+  std::vector<int> alive_;  // threads of each block
   Thread* current_ = nullptr;
   ThreadSet ready_;  // of ranks
   std::vector<Warp> warps_;
-  Barrier barriers_[kBarriers];
-  std::vector<Shared> shared_;
+  std::vector<Barrier> barriers_;  // kBarriers for each block
+  struct {
+    unsigned phase = 0;
+    int missing = 0;  // arrivals
+    RaceCheck::Clock arrived, done;
+    ThreadSet waiting;
+  } cluster_barrier_;
+  std::vector<std::vector<Shared>> shared_;  // of each block, the dynamic first
   RaceCheck races_;
   Async async_;
   std::string failure_;

@@ -74,11 +74,12 @@ T __ldg(const T* address) {
 // Kernels and shared memory.
 
 #define TDC_KERNEL_THREADS(threads, ...) threads
-#define TDC_KERNEL(name, Params, ...)                                 \
-  extern "C" void name(const Params p);                               \
-  static const ::tdc::emulator::Registration name##_registration(     \
-      {#name, TDC_KERNEL_THREADS(__VA_ARGS__, ), sizeof(Params),      \
-       [](const void* p) { name(*static_cast<const Params*>(p)); }}); \
+#define TDC_KERNEL_CLUSTER(threads, blocks, cluster, ...) cluster
+#define TDC_KERNEL(name, Params, ...)                                                                     \
+  extern "C" void name(const Params p);                                                                   \
+  static const ::tdc::emulator::Registration name##_registration(                                         \
+      {#name, TDC_KERNEL_THREADS(__VA_ARGS__, ), TDC_KERNEL_CLUSTER(__VA_ARGS__, 1, 1, ), sizeof(Params), \
+       [](const void* p) { name(*static_cast<const Params*>(p)); }});                                     \
   extern "C" void name(const Params p)
 
 #define TDC_SHARED(type, name, count)                     \

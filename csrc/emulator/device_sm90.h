@@ -28,6 +28,17 @@ inline void mbarrier_wait(Mbarrier* barrier, unsigned parity, TDC_CALLER) {
 }
 inline void async_fence() { emulator::block.async().fence(); }
 
+// The cluster.
+
+inline int cluster_rank() { return emulator::block.rank(); }
+inline int cluster_blocks() { return emulator::block.blocks(); }
+inline void cluster_arrive(TDC_CALLER) { emulator::block.cluster_arrive(TDC_SITE("cluster_arrive")); }
+inline void cluster_wait(TDC_CALLER) { emulator::block.cluster_wait(TDC_SITE("cluster_wait")); }
+template <class T>
+inline T* cluster_shared(T* shared, int rank, TDC_CALLER) {
+  return static_cast<T*>(emulator::block.shared_of(TDC_SITE("cluster_shared"), shared, rank));
+}
+
 // The copy engine.
 
 inline void tensor_map_prefetch(const TensorMap*) {}
@@ -44,8 +55,8 @@ inline void tma_store(const TensorMap* map, const void* from, const int (&at)[kD
 }
 inline void bulk_commit() { emulator::block.async().commit_stores(); }
 template <int kUnread>
-inline void bulk_wait_read(TDC_CALLER) {
-  emulator::block.async().wait_for_reads(TDC_SITE("bulk_wait_read"), kUnread);
+inline void bulk_wait_read() {
+  emulator::block.async().wait_for_reads(kUnread);
 }
 
 // Matrix products.

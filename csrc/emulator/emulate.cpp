@@ -44,6 +44,12 @@ std::string launch(const char* name, const unsigned grid[3], unsigned threads, u
     return which + "got a grid of (" + std::to_string(grid[0]) + ", " + std::to_string(grid[1]) + ", " +
            std::to_string(grid[2]) + "); each is at least 1, the second and third at most 65535";
   }
+  const auto cluster = static_cast<unsigned>(kernel.cluster);
+  if (cluster > 1 && (grid[1] % cluster || threads % kWarp || threads * cluster > kMaxThreads)) {
+    return which + "got a grid of " + std::to_string(grid[1]) + " blocks in y, of " + std::to_string(threads) +
+           " threads each: clusters are of " + std::to_string(cluster) + " whole blocks of whole warps, together " +
+           std::to_string(kMaxThreads) + " threads at most";
+  }
   // Aligned like a parameter struct.
   struct alignas(64) Chunk {
     unsigned char bytes[64];

@@ -18,12 +18,14 @@ void RaceCheck::begin_launch(const void* begin, size_t bytes) {
   last_page_ = ~uintptr_t{0};
 }
 
-void RaceCheck::begin_block(int threads, unsigned number) {
+void RaceCheck::begin_cluster(int threads, int blocks, unsigned number) {
   if (!enabled) return;
   ++era_;
   number_ = number;
   num_regions_ = 0;
   threads_ = static_cast<size_t>(threads);
+  blocks_ = static_cast<size_t>(blocks);
+  if (blocks > 1) remote_.assign(threads_ * blocks_, Record());
   clocks_.resize(threads_);
   for (size_t t = 0; t < threads_; ++t) {
     clocks_[t].assign(threads_, 0);
@@ -37,13 +39,14 @@ void RaceCheck::begin_block(int threads, unsigned number) {
   operations_.clear();
 }
 
-void RaceCheck::add_region(const void* begin, size_t bytes, const std::string& name) {
+void RaceCheck::add_region(const void* begin, size_t bytes, const std::string& name, int rank) {
   if (!enabled || bytes == 0) return;
   if (regions_.size() == num_regions_) regions_.emplace_back();
   Region& region = regions_[num_regions_++];
   region.begin = reinterpret_cast<uintptr_t>(begin);
   region.bytes = bytes;
   region.name = name;
+  region.rank = rank;
   const size_t chunks = (region.begin + bytes - 1) / kChunk - region.begin / kChunk + 1;
   if (region.chunks.size() < chunks) region.chunks.resize(chunks);
 }
@@ -108,9 +111,14 @@ bool RaceCheck::each_cell(uintptr_t begin, size_t bytes, bool overwrite, Visit v
   return true;
 }
 
+std::string RaceCheck::thread_text(size_t thread) const {
+  const std::string text = "thread " + std::to_string(thread % (threads_ / blocks_));
+  return blocks_ == 1 ? text : text + " of rank " + std::to_string(rank_of(thread));
+}
+
 std::string RaceCheck::who(const Record& record) const {
   const bool lane = record.block == number_ && record.thread >= threads_;
-  const std::string thread = lane ? lane_names_[record.thread - threads_] : "thread " + std::to_string(record.thread);
+  const std::string thread = lane ? lane_names_[record.thread - threads_] : thread_text(record.thread);
   return record.block == number_ ? thread : thread + " of block number " + std::to_string(record.block);
 }
 
@@ -143,6 +151,9 @@ bool RaceCheck::touch(Cell& cell, const Region* region, uintptr_t address, int t
     const bool conflict = now.write || r.write || r.atomic != now.atomic;
     return r.clock && r.bytes & now.bytes && conflict && (!before(r, thread) || (r.write && cell.in_flight));
   };
+  if (blocks_ > 1 && region && region->rank != rank_of(static_cast<size_t>(thread)) && !reaches(*region, thread, now)) {
+    return false;
+  }
   if (race_with(cell.write)) return found_race(cell, region, address, now, cell.write);
   if (race_with(cell.read)) return found_race(cell, region, address, now, cell.read);
   for (const Record& earlier : cell.more) {
@@ -194,6 +205,41 @@ bool RaceCheck::access(int thread, const void* address, size_t bytes, Access kin
   if (!touch_all(thread, now, address, bytes)) return false;
   const auto begin = reinterpret_cast<uintptr_t>(address);
   if (now.atomic && region_of(begin) == nullptr) publish(thread, begin);
+  return true;
+}
+
+bool RaceCheck::reaches(const Region& region, int thread, const Record& now) {
+  const Clock& known = clocks_[static_cast<size_t>(thread)];
+  const size_t each = threads_ / blocks_, first = static_cast<size_t>(region.rank) * each;
+  if (std::all_of(known.begin() + static_cast<std::ptrdiff_t>(first),
+                  known.begin() + static_cast<std::ptrdiff_t>(first + each),
+                  [](uint32_t clock) { return clock == 0; })) {
+    wrong_ = who(now) + (now.write ? " writes " : " reads ") + place_text(now.place) + " " + region.name +
+             ", whose block need not have begun: no barrier of the cluster is before";
+    return false;
+  }
+  Record& last = remote_[static_cast<size_t>(thread) * blocks_ + static_cast<size_t>(region.rank)];
+  last = now;
+  last.clock = known[static_cast<size_t>(thread)];
+  return true;
+}
+
+bool RaceCheck::remote_accesses_end_in_time() {
+  if (!enabled || blocks_ == 1) return true;
+  const size_t each = threads_ / blocks_;
+  for (size_t thread = 0; thread < threads_; ++thread) {
+    for (size_t rank = 0; rank < blocks_; ++rank) {
+      const Record& last = remote_[thread * blocks_ + rank];
+      if (last.clock == 0) continue;
+      const auto first = clocks_.begin() + static_cast<std::ptrdiff_t>(rank * each);
+      const auto waited = [&](const Clock& clock) { return clock[thread] >= last.clock; };
+      if (std::any_of(first, first + static_cast<std::ptrdiff_t>(each), waited)) continue;
+      wrong_ = thread_text(thread) + (last.write ? " writes " : " reads ") + place_text(last.place) +
+               " the shared memory of rank " + std::to_string(rank) +
+               ", whose block may have ended: none of its threads waits for a barrier of the cluster after that";
+      return false;
+    }
+  }
   return true;
 }
 
@@ -335,57 +381,3 @@ std::string place_text(const void* place) {
 }
 
 }  // namespace tdc::emulator
-
-// What -fsanitize=thread makes compiled code call.
-
-#define TDC_HOOK extern "C" __attribute__((visibility("hidden"), noinline))
-#define TDC_ACCESS(kind, address, bytes)                                                             \
-  using tdc::emulator::RaceCheck;                                                                    \
-  if (RaceCheck::active) {                                                                           \
-    tdc::emulator::block.note(address, bytes, RaceCheck::Access::kind, __builtin_return_address(0)); \
-  }
-#define TDC_HOOKS(bytes)                                                                              \
-  TDC_HOOK void __tsan_read##bytes(void* address){                                                    \
-      TDC_ACCESS(kRead, address, bytes)} TDC_HOOK void __tsan_write##bytes(void* address){            \
-      TDC_ACCESS(kWrite, address, bytes)} TDC_HOOK void __tsan_unaligned_read##bytes(void* address){  \
-      TDC_ACCESS(kRead, address, bytes)} TDC_HOOK void __tsan_unaligned_write##bytes(void* address) { \
-    TDC_ACCESS(kWrite, address, bytes)                                                                \
-  }
-
-TDC_HOOKS(1)
-TDC_HOOKS(2)
-TDC_HOOKS(4)
-TDC_HOOKS(8)
-TDC_HOOKS(16)
-TDC_HOOK void __tsan_read_range(void* address, size_t bytes){TDC_ACCESS(kRead, address, bytes)} TDC_HOOK
-    void __tsan_write_range(void* address, size_t bytes){TDC_ACCESS(kWrite, address, bytes)} TDC_HOOK
-    void __tsan_init() {
-  tdc::emulator::RaceCheck::enabled = true;
-}
-TDC_HOOK void __tsan_func_entry(void*) {}
-TDC_HOOK void __tsan_func_exit() {}
-TDC_HOOK void __tsan_vptr_update(void**, void*) {}
-TDC_HOOK void __tsan_vptr_read(void**) {}
-// Clang's.
-TDC_HOOK void* __tsan_memcpy(void* to, const void* from, size_t bytes) {
-  {
-    TDC_ACCESS(kRead, from, bytes)
-  }
-  {
-    TDC_ACCESS(kWrite, to, bytes)
-  }
-  return std::memcpy(to, from, bytes);
-}
-TDC_HOOK void* __tsan_memmove(void* to, const void* from, size_t bytes) {
-  {
-    TDC_ACCESS(kRead, from, bytes)
-  }
-  {
-    TDC_ACCESS(kWrite, to, bytes)
-  }
-  return std::memmove(to, from, bytes);
-}
-TDC_HOOK void* __tsan_memset(void* to, int value, size_t bytes) {
-  TDC_ACCESS(kWrite, to, bytes)
-  return std::memset(to, value, bytes);
-}

@@ -14,10 +14,13 @@ namespace tdc::emulator {
 // an element that two blocks write is mostly a race, even if they write the same): what a thread did before a
 // device_fence and then an atomic comes before what a thread of a later block does after an atomic of its own on the
 // same address and then a device_fence. Every access is seen, because the kernels are compiled with
-// -fsanitize=thread, and races.cpp implements the functions that this inserts calls to. The method is that of
+// -fsanitize=thread, and hooks.cpp implements the functions that this inserts calls to. The method is that of
 // FastTrack (Flanagan and Freund, PLDI 2009): a vector clock per thread, the last write and the reads since then per
 // cell of memory. Barriers and warp_sync order memory; shuffles, ballots, ldmatrix and mma do not. A cp_async is a
 // write that no thread may touch from its issue to its wait.
+//
+// The blocks of a cluster are threads of one program, which share their clocks. What one touches in another's shared
+// memory comes after something that shows that the other has begun, and before something that the other waits for.
 //
 // What Hopper's units do on behalf of a thread has a lane of the clocks of its own: it comes after what the thread did
 // before, and only a thread that has waited for it comes after it. It sees what threads wrote only if they fenced.
@@ -33,8 +36,10 @@ class RaceCheck {
 
   // Accesses in [begin, begin + bytes), the threads' stacks, are not checked.
   void begin_launch(const void* begin, size_t bytes);
-  void begin_block(int threads, unsigned number);
-  void add_region(const void* begin, size_t bytes, const std::string& name);
+  // `blocks` of as many threads each; threads are numbered through them.
+  void begin_cluster(int threads, int blocks, unsigned number);
+  // Shared memory, of the block of a rank.
+  void add_region(const void* begin, size_t bytes, const std::string& name, int rank);
 
   // Each returns false at a race, which wrong() then describes. `place` is an address in the kernel's code.
   bool access(int thread, const void* address, size_t bytes, Access kind, const void* place);
@@ -59,6 +64,9 @@ class RaceCheck {
   void add(Clock& clock, int lane, uint32_t operation);
   void acquire(int thread, int lane, uint32_t operation);
 
+  // At the end of a cluster: whether what threads touched in another block's shared memory was ordered before its end.
+  bool remote_accesses_end_in_time();
+
   const std::string& wrong() const { return wrong_; }
 
   // Release: `clock` covers what `thread` did so far. Acquire: what `clock` covers is ordered before its next accesses.
@@ -73,8 +81,8 @@ class RaceCheck {
 
   struct Record {
     const void* place = nullptr;
-    uint32_t clock = 0;  // of `thread` at the access; 0: no access
-    uint32_t block = 0;
+    uint32_t clock = 0;   // of `thread` at the access; 0: no access
+    uint32_t block = 0;   // the number of its cluster
     uint16_t thread = 0;  // or lane
     uint8_t bytes = 0;    // bit i: byte i of the cell
     bool write = false, atomic = false, async = false;
@@ -107,6 +115,7 @@ class RaceCheck {
     uintptr_t begin = 0;
     size_t bytes = 0;
     std::string name;
+    int rank = 0;
     std::vector<Chunk> chunks;
   };
 
@@ -132,16 +141,22 @@ class RaceCheck {
   std::string who(const Record& record) const;
   static std::string what(const Region* region, uintptr_t address);
 
-  uint64_t era_ = 0;     // counts blocks
-  uint32_t number_ = 0;  // of the block in its grid
+  // Whether the access of a thread to another block's shared memory is after that block has begun; noted if so.
+  bool reaches(const Region& region, int thread, const Record& now);
+  int rank_of(size_t thread) const { return static_cast<int>(thread / (threads_ / blocks_)); }
+  std::string thread_text(size_t thread) const;
+
+  uint64_t era_ = 0;     // counts clusters
+  uint32_t number_ = 0;  // of the cluster in its grid
   uintptr_t stacks_ = 0, stacks_bytes_ = 0;
-  size_t threads_ = 0;
+  size_t threads_ = 0, blocks_ = 1;
   std::vector<Clock> clocks_;                                        // [threads][threads + lanes]
   std::vector<std::vector<uint32_t>> fences_;                        // [threads]: own clocks, ascending
   std::unordered_map<uintptr_t, std::vector<Published>> published_;  // in this launch, by an atomic's address
   std::vector<Clock> fenced_clocks_;                                 // [threads] at the last device_fence
   std::vector<std::vector<std::pair<uintptr_t, size_t>>> found_;     // [threads] by atomics since then
   std::vector<Acquired> acquired_;                                   // by this block
+  std::vector<Record> remote_;  // [threads][blocks]: the last accesses to their shared memory
   std::vector<std::string> lane_names_;
   std::vector<uint32_t> operations_;  // [lanes] so far
   std::vector<Region> regions_;

@@ -7,7 +7,7 @@
 
 namespace tdc::emulator {
 
-constexpr int kMaxThreads = 1024;
+constexpr int kMaxThreads = 2048;  // of a cluster
 constexpr int kWarp = 32;
 
 // A set of numbers below kMaxThreads.
@@ -38,7 +38,7 @@ class Schedule {
   explicit Schedule(unsigned seed) : seed_(seed), state_(seed * 0x9E3779B97F4A7C15u + 0x1234567u) {}
 
   std::vector<unsigned> block_order(unsigned blocks);
-  // Ranks of the threads of a block: thread_at(rank) is preferred to those of higher rank.
+  // Ranks of the threads of a cluster: thread_at(rank) is preferred to those of higher rank.
   void arrange_threads(int threads);
   int thread_at(int rank) const { return thread_at_[static_cast<size_t>(rank)]; }
   int rank_of(int thread) const { return rank_of_[static_cast<size_t>(thread)]; }

@@ -1,7 +1,7 @@
 #pragma once
 
-// Kernels that test what the emulator has of Hopper (cuda/device_sm90.cuh): boxes, encodings of operands, and a
-// pipeline with every kind of wait, in which a bug is planted by number.
+// Kernels that test what the emulator has of Hopper (cuda/device_sm90.cuh): boxes, encodings of operands, a pipeline
+// with every kind of wait, and a cluster; in the last two a bug is planted by number.
 #include "cuda/device_sm90.cuh"
 
 namespace tdc {
@@ -218,6 +218,62 @@ TDC_KERNEL(self_test_pipeline, PipelineParams, 384, 1) {
     }
   }
   if (lane == 0 && !bug(kNoStoreWait)) bulk_wait_read<0>();
+}
+
+// The bugs of the cluster below; tests/emulator/test_cluster.py has their messages.
+enum ClusterBug {
+  kNoClusterBug,
+  kNoFirstBarrier,
+  kNoFirstWait,
+  kNoSecondBarrier,
+  kNoLastBarrier,
+  kNoLastWait,
+  kArrivesTwice,
+  kWaitsAlone,
+  kHalfAWarp,
+  kOneOwner,
+  kWrongRank,
+  kSomeLeave,  // no bug: what has exited is not waited for
+};
+
+struct ClusterTestParams {
+  const int* in;  // (blocks, 64)
+  int* out;       // (blocks, 2, 64)
+  int bug;
+};
+
+// Of each cluster of four blocks: out[block][0][i] is what all of them have at 63 - i, added up in the order of ranks,
+// and out[block][1][i] what the block before has at i.
+TDC_KERNEL(self_test_cluster, ClusterTestParams, 64, 1, 4) {
+  TDC_DYNAMIC_SHARED(memory);
+  TDC_SHARED(int, received, 64);
+  const auto bug = [&](int which) { return p.bug == which; };
+  const int rank = cluster_rank(), blocks = cluster_blocks(), thread = static_cast<int>(threadIdx.x);
+  const int block = blockIdx.y * gridDim.x + blockIdx.x;
+  int* own = reinterpret_cast<int*>(memory);
+  own[thread] = p.in[block * 64 + thread];
+  if (bug(kSomeLeave) && rank == 2 && thread >= 32) return;
+  if (bug(kHalfAWarp) && thread % 32 < 16) return;
+  if (!bug(kNoFirstBarrier) && !bug(kWaitsAlone)) cluster_arrive();
+  if (bug(kArrivesTwice)) cluster_arrive();
+  if (!bug(kNoFirstBarrier) && !bug(kNoFirstWait)) cluster_wait();
+  int sum = 0;
+  for (int r = 0; r < blocks + (bug(kWrongRank) ? 1 : 0); ++r) {
+    if (bug(kSomeLeave) && r == 2 && thread < 32) continue;
+    sum += cluster_shared(own, r)[63 - thread];
+  }
+  cluster_shared(received, bug(kOneOwner) ? 0 : (rank + 1) % blocks)[thread] = own[thread];
+  p.out[block * 128 + thread] = sum;
+  if (!bug(kNoSecondBarrier)) cluster_arrive();
+  if (bug(kNoFirstWait)) cluster_wait();
+  if (!bug(kNoSecondBarrier)) cluster_wait();
+  p.out[block * 128 + 64 + thread] = received[thread];
+  if (!bug(kNoLastBarrier) && !bug(kNoLastWait)) return;
+  // Of the next block, which waits for nothing after this.
+  p.out[block * 128 + thread] += cluster_shared(own, (rank + 1) % blocks)[thread];
+  if (bug(kNoLastBarrier)) return;
+  cluster_arrive();
+  if (rank != 1) cluster_wait();
 }
 
 // The encodings of cuda/device_sm90.cuh, bit by bit.

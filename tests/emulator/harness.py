@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 # Kernels of the emulator's own: of every wrapper of device.cuh, and of device_sm90.cuh.
 SELF_TESTS = ("self_test", "self_test_sm90")
-RUNTIME = ("async", "block", "emulate", "fiber", "matrix", "races", "schedule", "tensor", "wgmma")
+RUNTIME = ("async", "block", "emulate", "fiber", "hooks", "matrix", "races", "schedule", "shared", "tensor", "wgmma")
 # What builds a family so that any planted bug can be chosen at run time, see EmulatedLibrary.planted.
 AT_RUNTIME = "PLANTS_AT_RUNTIME"
 COMPILER = shutil.which("g++")
@@ -57,7 +57,7 @@ _FLAGS = [
 ]
 # -O0 compiles in less than half the time of -O1, which the small problems of the tests do not win back.
 _SANITIZE = ["-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
-# The calls this compiles in at every access are answered by csrc/emulator/races.cpp, not by the sanitizer's library.
+# The calls this compiles in at every access are answered by csrc/emulator/hooks.cpp, not by the sanitizer's library.
 _RACE_CHECK = ["-fsanitize=thread"]
 
 
