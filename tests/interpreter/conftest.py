@@ -19,6 +19,11 @@ collect_ignore = [
     if (path.name == "test_interpreter.py") is INTERPRETING
 ]
 
+if INTERPRETING:
+    from tests.interpreter.lean import make_lean
+
+    make_lean()
+
 
 @pytest.fixture
 def multiply_adds(monkeypatch: pytest.MonkeyPatch) -> list[int]:
