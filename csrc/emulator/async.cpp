@@ -19,6 +19,7 @@ using Access = RaceCheck::Access;
 void Async::begin_cluster(int threads, int blocks) {
   barriers_.clear();
   loads_.clear();
+  prefetched_.clear();
   stores_.clear();
   warps_.clear();
   warps_.resize(static_cast<size_t>((threads + kWarp - 1) / kWarp));
@@ -123,6 +124,7 @@ void Async::load(const Site& site, void* to, const TensorMap* map, void* barrier
   Barrier& signalled = barrier_of(site, barrier);
   if (!signalled.fenced) block.fail(site, "no mbarrier_init_fence after the init of " + block.place_in_shared(barrier));
   Box box = box_of(site, map, to, at, dimensions);
+  prefetched_[box.rank].erase({map, box.at});
   box.clock = block.races_.next_operation(signalled.lane);
   const auto bytes = static_cast<size_t>(box_bytes(*map));
   if (!block.races_.async_access(thread, signalled.lane, box.clock, to, bytes, Access::kWrite, place)) {
@@ -133,6 +135,12 @@ void Async::load(const Site& site, void* to, const TensorMap* map, void* barrier
   });
   std::memset(to, kPoison, bytes);
   loads_.push_back({box, barrier});
+}
+
+void Async::prefetch(const Site& site, const TensorMap* map, const int* at, int dimensions) {
+  const std::string wrong = wrong_with(*map);
+  if (!wrong.empty()) block.fail(site, wrong);
+  prefetched_[block.rank()].insert({map, std::vector<int>(at, at + dimensions)});
 }
 
 bool Async::deliver() {
@@ -348,8 +356,13 @@ void Async::at_exit() {
 void Async::at_end(int rank) {
   const auto of_block = [rank](const Load& load) { return load.box.rank == rank; };
   const auto under_way = std::count_if(loads_.begin(), loads_.end(), of_block);
-  if (under_way == 0) return;
-  block.fail("the block ends while " + std::to_string(under_way) + " copies to its shared memory are under way");
+  if (under_way) {
+    block.fail("the block ends while " + std::to_string(under_way) + " copies to its shared memory are under way");
+  }
+  const auto& left = prefetched_[rank];
+  if (!left.empty()) {
+    block.fail("the block ends without the load of " + std::to_string(left.size()) + " boxes that it prefetched");
+  }
 }
 
 }  // namespace tdc::emulator

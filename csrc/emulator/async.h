@@ -2,8 +2,10 @@
 
 #include <cstdint>
 #include <list>
+#include <set>
 #include <string>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "cuda/tensor_map.h"
@@ -32,6 +34,8 @@ class Async {
   void fence();
 
   void load(const Site& site, void* to, const TensorMap* map, void* barrier, const int* at, int dimensions);
+  // A box that the block must load later.
+  void prefetch(const Site& site, const TensorMap* map, const int* at, int dimensions);
   void store(const Site& site, const TensorMap* map, const void* from, const int* at, int dimensions);
   void commit_stores();
   void wait_for_reads(int unread);
@@ -100,6 +104,8 @@ class Async {
 
   std::unordered_map<uintptr_t, Barrier> barriers_;
   std::vector<Load> loads_;
+  // Boxes of each block that are prefetched and not loaded.
+  std::unordered_map<int, std::set<std::pair<const TensorMap*, std::vector<int>>>> prefetched_;
   std::unordered_map<int, Stores> stores_;
   std::vector<Warp> warps_;
   std::vector<int> free_registers_;  // of each block

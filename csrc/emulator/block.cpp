@@ -5,6 +5,8 @@
 #include <cstring>
 #include <numeric>
 
+#include "emulator/matrix.h"
+
 namespace tdc::emulator {
 
 Block block;
@@ -65,6 +67,7 @@ std::string Block::run(const Kernel& kernel, const Index3& grid, int threads, si
   cluster_ = kernel.cluster;
   num_threads_ = threads * cluster_;
   failure_.clear();
+  busiest_ = 0;
   // For this launch alone: every stack is two of the process's mappings, of which the system allows 65530, and a
   // process may hold many libraries, each with a block of its own.
   const Stacks stacks(static_cast<size_t>(num_threads_), kStackBytes);
@@ -75,7 +78,9 @@ std::string Block::run(const Kernel& kernel, const Index3& grid, int threads, si
   const auto along = static_cast<unsigned>(cluster_), rows = grid.y / along;
   for (unsigned c : schedule_.block_order(grid.x * rows * grid.z)) {
     first_ = {c % grid.x, c / grid.x % rows * along, c / grid.x / rows};
+    const unsigned long long before = multiply_adds();
     run_cluster(shared_bytes, c);
+    busiest_ = std::max(busiest_, multiply_adds() - before);
     if (!failure_.empty()) break;
   }
   shared_.clear();

@@ -128,6 +128,8 @@ class Block {
   [[noreturn]] void fail(const Site& site, const std::string& what);
 
   Async& async() { return async_; }
+  // The most multiply-adds of matrix instructions that a block, or a cluster of them, of the last launch has run.
+  unsigned long long busiest() const { return busiest_; }
 
  private:
   friend class Async;
@@ -196,6 +198,7 @@ class Block {
   RaceCheck races_;
   Async async_;
   std::string failure_;
+  unsigned long long busiest_ = 0;
 };
 
 extern Block block;

@@ -48,7 +48,9 @@ inline void tma_load(void* to, const TensorMap* map, Mbarrier* barrier, const in
   emulator::block.async().load(TDC_SITE("tma_load"), to, map, barrier, at, kDimensions);
 }
 template <int kDimensions>
-inline void tma_prefetch(const TensorMap*, const int (&)[kDimensions]) {}
+inline void tma_prefetch(const TensorMap* map, const int (&at)[kDimensions], TDC_CALLER) {
+  emulator::block.async().prefetch(TDC_SITE("tma_prefetch"), map, at, kDimensions);
+}
 template <int kDimensions>
 inline void tma_store(const TensorMap* map, const void* from, const int (&at)[kDimensions], TDC_CALLER) {
   emulator::block.async().store(TDC_SITE("tma_store"), map, from, at, kDimensions);

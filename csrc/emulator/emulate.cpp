@@ -90,6 +90,9 @@ TDC_EXPORT void tdc_plant(const char* name) { tdc::emulator::planted = name; }
 // Multiply-adds of the matrix instructions that this library has run.
 TDC_EXPORT unsigned long long tdc_multiply_adds() { return tdc::emulator::multiply_adds(); }
 
+// The most of them that a block, or a cluster of them, of the last launch has run.
+TDC_EXPORT unsigned long long tdc_busiest_block() { return tdc::emulator::block.busiest(); }
+
 // The names of all kernels of this library, one per line.
 TDC_EXPORT const char* tdc_emulated_kernels() {
   static std::string names;

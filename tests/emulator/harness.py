@@ -73,6 +73,7 @@ class EmulatedLibrary:
         self._library = ctypes.CDLL(str(path))
         self._library.tdc_emulated_kernels.restype = ctypes.c_char_p
         self._library.tdc_multiply_adds.restype = ctypes.c_ulonglong
+        self._library.tdc_busiest_block.restype = ctypes.c_ulonglong
         self.kernels = tuple(self._library.tdc_emulated_kernels().decode().split())
 
     def launch(
@@ -97,6 +98,10 @@ class EmulatedLibrary:
     def multiply_adds(self) -> int:
         """Multiply-adds of the matrix instructions run so far."""
         return int(self._library.tdc_multiply_adds())
+
+    def busiest_block(self) -> int:
+        """The most multiply-adds of matrix instructions that one block of the last launch has run."""
+        return int(self._library.tdc_busiest_block())
 
     @contextlib.contextmanager
     def without_race_check(self) -> Iterator[None]:
@@ -147,6 +152,10 @@ class EmulatorLauncher:
     def multiply_adds(self) -> int:
         """Multiply-adds of the matrix instructions run so far."""
         return sum(library.multiply_adds() for library in set(self._library_of.values()))
+
+    def busiest_block(self) -> int:
+        """The most multiply-adds that one block of the last launch has run."""
+        return self._library_of[self.launched[-1]].busiest_block()
 
     @contextlib.contextmanager
     def planted(self, bug: str) -> Iterator[None]:

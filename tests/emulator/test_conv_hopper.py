@@ -41,12 +41,22 @@ def case_of(**changes: Any) -> ConvCase:
 # Changes to a case, and the tiles that forward and dgrad must take.
 EDGES: dict[str, tuple[dict[str, Any], str, str]] = {
     "images of two tiles, several blocks of channels": (
-        {"routing": uneven(0, 1), "size": (32, 16), "in_channels": 72, "out_channels": 256},
+        {
+            "routing": uneven(0, 1),
+            "size": (32, 16),
+            "in_channels": 72,
+            "out_channels": 256,
+            "out_widths": (256, 250),
+        },
         "16x16x128",
         "16x16x128",
     ),
     "large tiles clipped on both sides": ({"routing": uneven(1, 1), "size": (9, 11)}, "16x16x128", "16x16x128"),
-    "small tiles clipped on one side": ({"routing": uneven(5, 0, 1), "size": (9, 8)}, "8x8x4x128", "8x8x4x128"),
+    "small tiles clipped on one side": (
+        {"routing": uneven(5, 0, 1), "size": (9, 8), "out_widths": (57, 64, 64)},
+        "8x8x4x128",
+        "8x8x4x128",
+    ),
     "wide tiles": ({"routing": uneven(1, 1), "out_channels": 192}, "16x16x192", "16x16x128"),
     "tall tiles of 64 channels": (
         {"routing": uneven(1, 1), "size": (25, 9), "in_widths": (64, 24), "out_widths": (64, 37)},
@@ -196,6 +206,23 @@ def test_what_is_not_live_is_not_multiplied() -> None:
     assert done == sum(9 * 64 * patches[g] * depths[g] * halves[g] for g in range(3))
 
 
+@plain_only
+def test_blocks_get_equal_work_whatever_the_widths_and_sizes_of_groups() -> None:
+    """The deepest tiles come first, so that a block that gets one of them gets fewer of the others."""
+    case = case_of(
+        routing=uneven(1, 1, 1, 1, 1, 1),
+        in_channels=128,
+        in_widths=(128, 16, 64, 16, 64, 128),
+        size=(16, 9),
+        extras=(),
+    )
+    with hopper(2) as launcher, torch.no_grad():
+        before = launcher.multiply_adds()
+        results(case, torch.bfloat16, (), backend="hopper")
+        mean = (launcher.multiply_adds() - before) / 2
+        assert launcher.busiest_block() <= 1.1 * mean
+
+
 PLANTS = {
     "HOPPER_NO_EMPTY_WAIT": "arrivals in a phase|race on byte|in flight",
     "HOPPER_NO_FULL_WAIT": "in flight|race on byte",
@@ -207,6 +234,7 @@ PLANTS = {
     "HOPPER_NO_STORE_FENCE": "a store of thread .* and no async_fence is between",
     "HOPPER_NO_STORE_WAIT": "race on byte .* what a store of thread",
     "HOPPER_NO_RESIDUAL_WAIT": "race on byte .* a copy .* what a store of thread",
+    "HOPPER_WRONG_PREFETCH": "the block ends without the load of 2 boxes that it prefetched",
 }
 
 

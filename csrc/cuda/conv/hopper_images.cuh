@@ -77,7 +77,8 @@ class HopperProducer {
 #pragma unroll 1
     for (int channel = 0; channel < work.depth; channel = hopper_next(channel, work.depth, p_.source_seam)) {
       const bool second = channel >= p_.source_seam;
-      const int at[4] = {channel - (second ? p_.source_seam : 0), work.x - 1, work.y - 1, work.first};
+      const int y = work.y - (TDC_PLANTED(HOPPER_WRONG_PREFETCH) ? 2 : 1);
+      const int at[4] = {channel - (second ? p_.source_seam : 0), work.x - 1, y, work.first};
       tma_prefetch(second ? &p_.source2 : &p_.source, at);
     }
   }
