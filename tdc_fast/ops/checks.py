@@ -297,13 +297,11 @@ def check_dead_inputs(name: str, widths: Tensor, groups: Tensor, x: Tensor, x2: 
         x2: The last channels, (B, C_2, ...), or None.
     """
     live = widths.long()[groups]  # (B,)
-    first = 0
-    for argument, tensor in (("x", x), ("x2", x2)):
+    for argument, tensor, first in (("x", x, 0), ("x2", x2, x.shape[1])):
         if tensor is None or tensor.is_meta or not (_is_in_memory(tensor) and _is_seen(tensor)):
             continue
         dead = torch.arange(first, first + tensor.shape[1], device=tensor.device) >= live[:, None]  # (B, C)
         wrong = dead & (tensor != 0).flatten(2).any(2)  # so is NaN
-        first += tensor.shape[1]
         if wrong.any():
             sample, channel = (int(index) for index in wrong.nonzero()[0])
             value = tensor[sample, channel].flatten()

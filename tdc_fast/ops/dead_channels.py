@@ -4,6 +4,7 @@ Autograd may hand a convolution whatever a layer of another library left in the 
 of our operators wrote that gradient, zeros are there, and a kernel need not mask them. So an operator notes on the
 gradient that it returns up to which widths it is not zero, and the operator that receives this very tensor reads the
 note. A sum of two gradients is another tensor or another version of it; what a tracing torch passes on is not noted.
+Autograd's versions tell who wrote to a tensor, but for what goes around them: a hook must not write through `.data`.
 
 Layers have width tensors of their own, whose numbers are on the device. `note_widths` tells them on the host.
 """

@@ -73,6 +73,20 @@ def test_plans_that_come_from_a_validating_one_check_as_well() -> None:
         conv(wrong, plan.with_weight_index([0, 1, 1]))
 
 
+def test_what_a_transform_holds_is_passed_over_and_the_rest_is_checked() -> None:
+    wrong = images()
+    wrong[2, 5] = 1
+    first, second = wrong.split([5, 3], dim=1)
+    plan = RoutingPlan.from_groups(GROUPS, 3, validate=True)
+
+    def result(x: Tensor, x2: Tensor) -> Tensor:
+        return routed_conv2d(x, torch.ones(3, 2, 8, 1, 1), None, plan, in_widths=WIDTHS, x2=x2)
+
+    torch.func.jvp(lambda x2: result(first, x2), (second,), (second,))
+    with pytest.raises(ValueError, match="x2: got '1.0 in channel 0 of sample 2'"):
+        torch.func.jvp(lambda x: result(x, second), (first,), (first,))
+
+
 @pytest.fixture
 def checked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """All plans validate; what they checked."""
