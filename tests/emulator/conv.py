@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tdc_fast.ops import cuda_launch
 from tests.cases import ConvCase, Routing
-from tests.emulator.harness import EmulatorLauncher, emulated
+from tests.emulator.harness import AT_RUNTIME, EmulatorLauncher, emulated
 from tests.ops.test_conv2d import gradients, routed
 from tests.tolerance import assert_as_accurate_as_torch
 
@@ -52,9 +52,10 @@ def emulator(
 ) -> Iterator[EmulatorLauncher]:
     """The launcher of the kernels of some families; within the block fp32 products may be rounded to tf32.
 
-    plants: family = bug builds that family with a bug planted.
+    plants: family = bug builds that family with a bug planted; else bugs can be planted at run time, so that one
+        build serves all tests.
     """
-    libraries = [emulated(family, *filter(None, [plants.get(family)])) for family in families]
+    libraries = [emulated(family, plants.get(family, AT_RUNTIME)) for family in families]
     launcher = EmulatorLauncher(*libraries, facts=facts)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")

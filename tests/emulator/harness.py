@@ -27,8 +27,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tdc_fast.ops import cuda_families
-
 if TYPE_CHECKING:
     import torch
 
@@ -203,6 +201,8 @@ def _unit(family: str) -> Path:
     """The translation unit of a family; one that follows from families.def is written to the build folder."""
     if family in SELF_TESTS:
         return CSRC / "emulator" / f"{family}_kernels.cuh"
+    from tdc_fast.ops import cuda_families  # with torch, whose import takes seconds under ASan
+
     unit = build_folder() / f"{family}.cu"
     partial = unit.with_name(f"{unit.name}.{os.getpid()}")
     partial.write_text(cuda_families.translation_unit(family))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING, Any
 
-from tests.emulator.harness import emulated
+from tests.emulator.harness import AT_RUNTIME, emulated
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,11 +20,13 @@ def launch(
     threads: int = 32,
     shared: int = 0,
     schedule: int = 0,
-    plants: tuple[str, ...] = (),
+    plant: str = "",
 ) -> None:
     """Runs `self_test_<kernel>`. addresses: in, other, out. The rest are fields of SelfTestParams and of the launch."""
+    library = emulated("self_test", AT_RUNTIME)
     params = struct.pack("=QQQii", *addresses, count, mode)
-    emulated("self_test", *plants).launch(f"self_test_{kernel}", grid, threads, shared, params, schedule)
+    with library.planted(plant):
+        library.launch(f"self_test_{kernel}", grid, threads, shared, params, schedule)
 
 
 def run(kernel: str, out: Tensor, source: Tensor | None = None, other: Tensor | None = None, **settings: Any) -> Tensor:

@@ -23,7 +23,7 @@ def caught(family: str, plant: str, schedule: int) -> bool:
     case, wanted = (CASE, ("weight",) if family == "conv_wgrad" else ())
     if family == "conv_dgrad":
         case, wanted = (MERGED if "MERGES" in plant else FUSED), ("x",)
-    with emulator(**{family: plant}) as launcher:
+    with emulator(families=(family,)) as launcher, launcher.planted(plant):
         launcher.schedule = schedule
         try:
             assert_accurate(case, torch.bfloat16, wanted)

@@ -11,7 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.emulator.harness import ROOT, SANITIZED, SCHEDULES, EmulatorError, emulated, plain_only, sanitizer_runtime
+from tests.emulator.harness import (
+    AT_RUNTIME,
+    ROOT,
+    SANITIZED,
+    SCHEDULES,
+    EmulatorError,
+    emulated,
+    plain_only,
+    sanitizer_runtime,
+)
 from tests.emulator.harness import sanitized_environment as environment
 from tests.emulator.self_test import run
 
@@ -101,7 +110,7 @@ def test_a_wrong_launch_is_refused(kernel: str, settings: dict, message: str) ->
 
 def test_parameters_of_the_wrong_size_are_refused() -> None:
     with pytest.raises(EmulatorError, match="got 8 bytes of parameters, its struct has 32"):
-        emulated("self_test").launch("self_test_reverse", (1, 1, 1), 32, 0, bytes(8), 0)
+        emulated("self_test", AT_RUNTIME).launch("self_test_reverse", (1, 1, 1), 32, 0, bytes(8), 0)
 
 
 @pytest.mark.parametrize("mode", [0, 1])
@@ -114,27 +123,27 @@ def test_a_register_that_nobody_wrote_is_no_plausible_value() -> None:
     assert (out.isnan() | (out.abs() > 1e37)).all()
 
 
-def stages_are_right(schedule: int, *plants: str) -> bool:
+def stages_are_right(schedule: int, plant: str = "") -> bool:
     rows = (torch.arange(9 * 128).view(9, 128) % 37).float()
-    out = run("stages", torch.empty(32), rows, count=9, shared=3 * 512, schedule=schedule, plants=plants)
+    out = run("stages", torch.empty(32), rows, count=9, shared=3 * 512, schedule=schedule, plant=plant)
     return torch.equal(out, rows.view(9, 32, 4).sum((0, 2)).flip(0))
 
 
-def reverse_is_right(schedule: int, *plants: str) -> bool:
+def reverse_is_right(schedule: int, plant: str = "") -> bool:
     values = torch.arange(128.0)
-    out = run("reverse", torch.empty(128), values, threads=128, schedule=schedule, plants=plants)
+    out = run("reverse", torch.empty(128), values, threads=128, schedule=schedule, plant=plant)
     return torch.equal(out, values.flip(0))
 
 
-def producer_is_right(schedule: int, *plants: str) -> bool:
+def producer_is_right(schedule: int, plant: str = "") -> bool:
     rows = torch.arange(7 * 32.0).view(7, 32)
-    out = run("producer", torch.empty(7, 32), rows, count=7, threads=64, schedule=schedule, plants=plants)
+    out = run("producer", torch.empty(7, 32), rows, count=7, threads=64, schedule=schedule, plant=plant)
     return torch.equal(out, 2 * rows.flip(1))
 
 
-def warp_reverse_is_right(schedule: int, *plants: str) -> bool:
+def warp_reverse_is_right(schedule: int, plant: str = "") -> bool:
     values = torch.arange(32.0)
-    out = run("warp_reverse", torch.empty(32), values, schedule=schedule, plants=plants)
+    out = run("warp_reverse", torch.empty(32), values, schedule=schedule, plant=plant)
     return torch.equal(out, values.flip(0))
 
 
@@ -174,7 +183,7 @@ def test_a_missing_wait_or_barrier_spoils_the_result_under_some_schedule(plant: 
         except EmulatorError as error:
             return "race" not in str(error)
 
-    with emulated("self_test", plant).without_race_check():
+    with emulated("self_test", AT_RUNTIME).without_race_check():
         assert any(spoiled(schedule) for schedule in SCHEDULES)
 
 
@@ -216,11 +225,11 @@ def test_races_on_global_memory_are_reported(mode: int, schedule: int) -> None:
         run("global", out, source, mode=mode, grid=(2, 1, 1), schedule=schedule)
 
 
-def last_block_is_right(schedule: int, *plants: str) -> bool:
+def last_block_is_right(schedule: int, plant: str = "") -> bool:
     values, counter = torch.arange(5, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
     sums = [
         run("last_block", torch.empty(6, dtype=torch.int32), values, counter, grid=(5, 1, 1), threads=64,
-            schedule=schedule, plants=plants)[0]
+            schedule=schedule, plant=plant)[0]
         for _ in range(2)
     ]  # fmt: skip
     return sums == [10, 10] and counter == 0

@@ -37,9 +37,8 @@ pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 
 
 @contextmanager
-def emulator(facts: tuple[int, int, int] = ROOMY, schedule: int = 0, plant: str = "") -> Iterator[EmulatorLauncher]:
-    planted = emulated("group_norm", *([plant] if plant else []))
-    libraries = [planted] if plant else [planted, emulated("group_norm_two")]
+def emulator(facts: tuple[int, int, int] = ROOMY, schedule: int = 0) -> Iterator[EmulatorLauncher]:
+    libraries = [emulated(family, AT_RUNTIME) for family in ("group_norm", "group_norm_two")]
     launcher = EmulatorLauncher(*libraries, schedule=schedule, facts=facts)
     with cuda_launch.use_launcher(launcher):
         yield launcher
@@ -351,7 +350,7 @@ def test_a_planted_bug_is_caught(plant: str) -> None:
     def passes(schedule: int, facts: tuple[int, int, int]) -> bool:
         case = some_case(**STRADDLING, size=(17, 13))
         try:
-            with emulator(facts, schedule, AT_RUNTIME) as launcher, launcher.planted(plant):
+            with emulator(facts, schedule) as launcher, launcher.planted(plant):
                 assert_matches_torch(case, torch.float32)
                 assert_twice_the_same(case)
         except (AssertionError, EmulatorError):

@@ -48,8 +48,8 @@ pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 
 
 @contextmanager
-def emulator(facts: tuple[int, int, int] = ONE_SM, schedule: int = 0, *plants: str) -> Iterator[EmulatorLauncher]:
-    libraries = emulated("group_norm_stream", *plants), emulated("group_norm"), emulated("group_norm_two")
+def emulator(facts: tuple[int, int, int] = ONE_SM, schedule: int = 0) -> Iterator[EmulatorLauncher]:
+    libraries = [emulated(family, AT_RUNTIME) for family in ("group_norm_stream", "group_norm", "group_norm_two")]
     launcher = EmulatorLauncher(*libraries, schedule=schedule, facts=facts)
     with cuda_launch.use_launcher(launcher):
         yield launcher
@@ -174,7 +174,7 @@ def results_of(case: NormCase, dtype: torch.dtype, backward: bool, plant: str = 
     """y twice, or every gradient twice from one forward; the bug is planted in that pass alone."""
     facts = ONE_SM if backward else tight(case, dtype) if plant in IN_PLACE else ONE_SM
     tensors, results = case.tensors(dtype), []
-    with emulator(facts, schedule, AT_RUNTIME):
+    with emulator(facts, schedule):
         stream = emulated("group_norm_stream", AT_RUNTIME)
         with stream.planted("" if backward else plant):
             y = [routed(case, tensors, "hopper") for _ in range(1 if backward else 2)]

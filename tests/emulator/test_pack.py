@@ -13,16 +13,24 @@ from torch import Tensor
 from tdc_fast.ops import cuda_launch
 from tdc_fast.ops.layout import empty_channel_innermost
 from tdc_fast.ops.pack import pack_channels
-from tests.emulator.harness import SANITIZED, SCHEDULES, EmulatorError, EmulatorLauncher, emulated, plain_only
+from tests.emulator.harness import (
+    AT_RUNTIME,
+    SANITIZED,
+    SCHEDULES,
+    EmulatorError,
+    EmulatorLauncher,
+    emulated,
+    plain_only,
+)
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 WAYS = ["kernel", "torch"]
 
 
-def with_kernels(way: str = "kernel", *plants: str, schedule: int = 0):
+def with_kernels(way: str = "kernel", schedule: int = 0):
     if way == "torch":
         return nullcontext()
-    return cuda_launch.use_launcher(EmulatorLauncher(emulated("pack", *plants), schedule=schedule))
+    return cuda_launch.use_launcher(EmulatorLauncher(emulated("pack", AT_RUNTIME), schedule=schedule))
 
 
 def expected(source: Tensor, orders: list[Tensor | None], widths: list[Tensor | None], experts: int) -> Tensor:
@@ -108,7 +116,7 @@ def test_every_tensor_is_one_launch_under_any_schedule() -> None:
     problem = conv_problem()
     exact = pack_channels(**problem)
     for schedule in SCHEDULES:
-        launcher = EmulatorLauncher(emulated("pack"), schedule=schedule)
+        launcher = EmulatorLauncher(emulated("pack", AT_RUNTIME), schedule=schedule)
         with cuda_launch.use_launcher(launcher):
             assert torch.equal(pack_channels(**problem), exact)
         assert launcher.launched == ["tdc_pack_experts_4"]
@@ -128,7 +136,7 @@ def test_an_order_that_points_outside_stops_the_kernel(outside: int) -> None:
 def test_taps_at_no_even_distance_are_gathered_by_torch() -> None:
     problem = conv_problem()
     exact = pack_channels(**problem)
-    launcher = EmulatorLauncher(emulated("pack"))
+    launcher = EmulatorLauncher(emulated("pack", AT_RUNTIME))
     with cuda_launch.use_launcher(launcher):
         wide = torch.zeros(1, 6, 10, 3, 5)
         wide[..., :3] = problem["source"]
@@ -139,7 +147,7 @@ def test_taps_at_no_even_distance_are_gathered_by_torch() -> None:
 @plain_only
 def test_a_channel_past_the_width_is_caught() -> None:
     problem = conv_problem()
-    with with_kernels("kernel", "PACK_ONE_PAST_WIDTH"):
+    with with_kernels(), emulated("pack", AT_RUNTIME).planted("PACK_ONE_PAST_WIDTH"):
         assert not torch.equal(pack_channels(**problem), expected_of(problem))
 
 

@@ -11,17 +11,27 @@ from torch import Tensor
 from tdc_fast import _native
 from tdc_fast.kernels import tile_table as tiles
 from tdc_fast.ops import cuda, cuda_launch
-from tests.emulator.harness import FACTS, SANITIZED, SCHEDULES, EmulatorError, EmulatorLauncher, emulated, plain_only
+from tests.emulator.harness import (
+    AT_RUNTIME,
+    FACTS,
+    SANITIZED,
+    SCHEDULES,
+    EmulatorError,
+    EmulatorLauncher,
+    emulated,
+    plain_only,
+)
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 NAMES = ("order", "inverse", "offsets", "groups", "tiles")
 
 
 def planned(
-    groups: Tensor, num_groups: int, *plants: str, schedule: int = 0, shared_limit: int = FACTS[2]
+    groups: Tensor, num_groups: int, plant: str = "", schedule: int = 0, shared_limit: int = FACTS[2]
 ) -> dict[str, Tensor]:
-    launcher = EmulatorLauncher(emulated("plan", *plants), schedule=schedule, facts=(*FACTS[:2], shared_limit))
-    with cuda_launch.use_launcher(launcher):
+    library, facts = emulated("plan", AT_RUNTIME), (*FACTS[:2], shared_limit)
+    launcher = EmulatorLauncher(library, schedule=schedule, facts=facts)
+    with cuda_launch.use_launcher(launcher), library.planted(plant):
         made = cuda.routing_plan(groups, num_groups)
     assert made is not None and launcher.launched == ["tdc_routing_plan"]
     return dict(zip(NAMES, made, strict=True))
@@ -36,9 +46,9 @@ def expected(groups: Tensor, num_groups: int) -> dict[str, Tensor]:
 
 
 def assert_right(
-    groups: Tensor, num_groups: int, *plants: str, schedule: int = 0, shared_limit: int = FACTS[2]
+    groups: Tensor, num_groups: int, plant: str = "", schedule: int = 0, shared_limit: int = FACTS[2]
 ) -> None:
-    made = planned(groups, num_groups, *plants, schedule=schedule, shared_limit=shared_limit)
+    made = planned(groups, num_groups, plant, schedule=schedule, shared_limit=shared_limit)
     for name, exact in expected(groups, num_groups).items():
         assert torch.equal(made[name], exact), f"{name} of {len(groups)} samples in {num_groups} groups"
         assert made[name].dtype == exact.dtype, name
@@ -80,7 +90,7 @@ def test_support_ends_where_shared_memory_does(arch: tuple[int, int, int]) -> No
     most = arch[2] // 8
     assert _native.cuda_routing_plan_supported(num_groups=most - 200, device=arch)
     assert not _native.cuda_routing_plan_supported(num_groups=most, device=arch)
-    with cuda_launch.use_launcher(EmulatorLauncher(emulated("plan"), facts=arch)):
+    with cuda_launch.use_launcher(EmulatorLauncher(emulated("plan", AT_RUNTIME), facts=arch)):
         assert cuda.routing_plan(torch.zeros(1, dtype=torch.int64), most) is None
 
 

@@ -10,7 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.emulator.harness import CSRC, RUNTIME, SELF_TESTS, EmulatedLibrary, build, build_folder, compile_to
+from tests.emulator.harness import (
+    AT_RUNTIME,
+    CSRC,
+    RUNTIME,
+    SELF_TESTS,
+    EmulatedLibrary,
+    build,
+    build_folder,
+    compile_to,
+)
 from tests.emulator.harness import plain_only as pytestmark  # noqa: F401  the name is what pytest looks for
 
 ARCHITECTURES = ("80", "90a")
@@ -22,7 +31,7 @@ every_wrapper = pytest.mark.parametrize(
 
 def test_switching_stacks_through_ucontext_runs_the_same_kernels() -> None:
     """This is how stacks are switched on processors other than x86-64 and arm64."""
-    folder, library = build_folder(), build("self_test")
+    folder, library = build_folder(), build("self_test", (AT_RUNTIME,))
     fiber, ours = folder / "fiber-ucontext.o", folder / "self_test-ucontext.so"
     compile_to(["-c", "-O2", "-DTDC_EMULATOR_UCONTEXT", str(CSRC / "emulator/fiber.cpp")], fiber)
     others = [str(folder / f"{name}-plain.o") for name in RUNTIME if name != "fiber"]

@@ -41,7 +41,7 @@ def results() -> list[Tensor]:
 def test_a_repeated_call_computes_what_its_backend_does(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "_check_tiles", lambda *_: None)  # a plan in host memory has none
     launcher = EmulatorLauncher(
-        *(emulated(family) for family in (*FAMILIES, "group_norm", "group_norm_two")), facts=MANY_SMS
+        *(emulated(family, AT_RUNTIME) for family in (*FAMILIES, "group_norm", "group_norm_two")), facts=MANY_SMS
     )
     with cuda_launch.use_launcher(launcher):
         for seed in (0, 1, 2):
@@ -64,7 +64,7 @@ def test_a_repeated_call_of_the_hopper_form_describes_its_own_tensors(
     families: tuple[str, ...] = ("conv_hopper_rows", "conv_hopper_rows_wgrad")
     if size == 3:
         families = ("conv_hopper_forward", "conv_hopper_dgrad", "conv_hopper_wgrad")
-    libraries = [emulated(family, AT_RUNTIME) for family in families] + [emulated("conv_wgrad")]
+    libraries = [emulated(family, AT_RUNTIME) for family in (*families, "conv_wgrad")]
     launcher = EmulatorLauncher(*libraries, facts=(90, 132, 232448))
 
     def once(seed: int) -> list[Tensor]:
