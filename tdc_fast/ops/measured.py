@@ -40,7 +40,7 @@ from tdc_fast.kernels.problems import ConvProblem, Problem
 KERNEL_VERSIONS: Mapping[str, int] = {
     "routed_conv2d": 1,
     "routed_conv2d_dgrad": 1,
-    "routed_conv2d_wgrad": 1,
+    "routed_conv2d_wgrad": 2,
     "routed_group_norm": 2,
     "routed_group_norm_backward": 2,
 }

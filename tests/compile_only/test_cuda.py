@@ -33,7 +33,8 @@ def tool() -> str:
 
 def assert_nothing_spills(found: dict[str, Resources], arch: str) -> None:
     spilling = {name: used for name, used in found.items() if used.stack or used.local}
-    assert not spilling, f"{arch}: {spilling}"
+    remedy = "In Hopper kernels compare what registers_give and registers_take leave to producer and consumers"
+    assert not spilling, f"{arch}: these spill registers or use a stack: {spilling}. {remedy}"
     assert max(used.registers for used in found.values()) <= 255
 
 
@@ -109,7 +110,7 @@ def test_every_hopper_kernel_copies_by_tma_and_multiplies_by_wgmma() -> None:
     code = dict(re.findall(r"Function : (\w+)\n(.*?)(?=Function : |\Z)", text, re.DOTALL))
     assert set(code) == set(kernels)
     for kernel in kernels:
-        if "reduce" in kernel or "merge" in kernel:
+        if "reduce" in kernel or "merge" in kernel or "window" in kernel:
             continue
         wgrad, rows = "wgrad" in kernel, "rows" in kernel or "strided" in kernel
         wanted = {"UTMALDG", "HGMMA", "USETMAXREG", "SYNCS"}

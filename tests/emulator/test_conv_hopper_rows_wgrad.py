@@ -16,7 +16,7 @@ from tdc_fast.ops import hopper as hopper_backend
 from tdc_fast.ops.checks import conv_problem
 from tests.cases import ConvCase
 from tests.emulator.conv import DTYPES, assert_accurate, conv_case, emulator, results, uneven
-from tests.emulator.harness import AT_RUNTIME, SANITIZED, SCHEDULES, EmulatorError, EmulatorLauncher, plain_only
+from tests.emulator.harness import SANITIZED, SCHEDULES, EmulatorError, EmulatorLauncher, plain_only
 from tests.emulator.test_conv_hopper_rows import THREE_BY_THREE, cases
 from tests.generated import examples
 
@@ -27,8 +27,9 @@ GRADIENTS = ("weight", "bias")
 @contextmanager
 def hopper(multiprocessors: int = 4, schedule: int = 0) -> Iterator[EmulatorLauncher]:
     """A Hopper GPU with few SMs, so that cuts divide units."""
-    builds = dict.fromkeys(("conv_hopper_rows", "conv_hopper_rows_wgrad"), AT_RUNTIME)
-    with emulator((90, multiprocessors, 232448), builds, **builds) as launcher:
+    # The last one has the sums of biases of images of few pixels.
+    families = ("conv_hopper_rows", "conv_hopper_rows_wgrad", "conv_wgrad")
+    with emulator((90, multiprocessors, 232448), families) as launcher:
         launcher.schedule = schedule
         yield launcher
 
@@ -95,15 +96,21 @@ EDGES: dict[str, tuple[dict[str, Any], int, int]] = {
 SHARED = "experts that several groups share, and one that none has, with two inputs"
 EDGE_CASES = [(edge, "bf16") for edge in ([SHARED, "several units each way"] if SANITIZED else EDGES)]
 EDGE_CASES += [] if SANITIZED else [("two inputs", "fp16")]
+# Where the biases of samples have gradients, too.
+WITH_SAMPLES = (SHARED, "several units each way", "one pixel", "two inputs", "images of 4x4")
 
 
 @pytest.mark.parametrize("edge, dtype", EDGE_CASES)
 def test_edges_are_as_accurate_as_torch(edge: str, dtype: str) -> None:
     changes, channels, multiprocessors = EDGES[edge]
+    wanted = (*GRADIENTS, "sample_bias") if edge in WITH_SAMPLES else GRADIENTS
     with hopper(multiprocessors) as launcher:
-        assert_accurate(case_of(**changes), DTYPES[dtype], GRADIENTS, backend="hopper")
+        assert_accurate(case_of(**changes), DTYPES[dtype], wanted, backend="hopper")
     unit = f"rows{channels}_{dtype}"
-    assert launcher.launched[1:] == [f"tdc_conv_hopper_wgrad_{unit}", f"tdc_conv_hopper_wgrad_reduce_{unit}"]
+    expected = [f"tdc_conv_hopper_wgrad_{unit}", f"tdc_conv_hopper_wgrad_reduce_{unit}"]
+    if edge == "one pixel":
+        expected += ["tdc_conv_sample_sums_bf16", "tdc_conv_expert_sums_bf16"]
+    assert launcher.launched[1:] == expected
 
 
 @plain_only
@@ -177,7 +184,7 @@ def test_a_planted_bug_spoils_the_result(plant: str, changes: dict[str, Any], sp
 @pytest.mark.parametrize("garbage", [-7, 2**31 - 1])
 def test_no_number_in_device_memory_leads_out_of_bounds(garbage: int) -> None:
     """Sanitizers check what is read and written; the values do not matter."""
-    t, problem, dy = arguments(case_of(routing=uneven(1, 0, 1), size=(5, 3), in_channels=128, x2_channels=56))
+    t, problem, dy = arguments(case_of(routing=uneven(1, 0, 1), size=(5, 4), in_channels=128, x2_channels=56))
     groups = problem.num_groups
     wrong = [torch.full((n,), garbage, dtype=torch.int32) for n in (groups + 1, groups, groups, groups)]
     for sound in range(4):
@@ -185,5 +192,5 @@ def test_no_number_in_device_memory_leads_out_of_bounds(garbage: int) -> None:
         routing[sound] = torch.zeros_like(routing[sound])
         bad = t._replace(offsets=routing[0], weight_index=routing[1], in_widths=routing[2], out_widths=routing[3])
         with hopper() as launcher:
-            hopper_backend.conv2d_wgrad(problem, dy, bad, (True, True, False))
+            hopper_backend.conv2d_wgrad(problem, dy, bad, (True, True, True))
         assert len(launcher.launched) == 2

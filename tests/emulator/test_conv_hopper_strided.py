@@ -22,6 +22,7 @@ from tests.generated import examples
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 FAMILIES = ("conv_hopper_strided", "conv_hopper_rows_wgrad")
+EVERY = ("x", "weight", "bias", "sample_bias")  # gradient that the kernels compute
 
 
 @contextmanager
@@ -107,7 +108,7 @@ def test_any_case_is_as_accurate_as_torch() -> None:
     @examples(1 if SANITIZED else 2)
     def check(case: ConvCase, schedule: int, multiprocessors: int) -> None:
         with hopper(multiprocessors, schedule) as launcher:
-            assert_accurate(case, torch.bfloat16, ("x", "weight"), backend="hopper")
+            assert_accurate(case, torch.bfloat16, EVERY, backend="hopper")
         assert [kernel.split("_")[3] for kernel in launcher.launched] == ["strided", "strided", "wgrad", "wgrad"]
 
     check()
@@ -160,7 +161,7 @@ def arguments(case: ConvCase, *routing: torch.Tensor) -> tuple[ConvTensors, Any]
     offsets, index, ins, outs = routing or (plan.offsets, plan.weight_index, *own)
     extras = {name: tensors[name] for name in case.extras}
     t = ConvTensors(tensors["x"], tensors["weight"], offsets, plan.tiles, index, ins, outs, **extras)
-    return t, conv_problem("routed_conv2d", t, case.stride, case.padding)
+    return t, conv_problem("routed_conv2d", t, case.stride, case.padding, case.upsample)
 
 
 PLANTS = {
@@ -213,7 +214,12 @@ def test_no_number_in_device_memory_leads_out_of_bounds(garbage: int) -> None:
 # Changes to a case, the input channels of a unit, and the SMs.
 WGRAD_EDGES: dict[str, tuple[dict[str, Any], int, int]] = {
     "patches of 8x8, odd images": ({"routing": uneven(1), "size": (17, 30), "in_channels": 136}, 256, 4),
-    "4x4 pixels of four samples, groups that end within": ({"routing": uneven(1, 5, 0, 1), "size": (8, 7)}, 128, 5),
+    "4x4 pixels of four samples, groups that end within": (
+        {"routing": uneven(1, 5, 0, 1), "size": (8, 7), "extras": ("bias", "sample_bias")},
+        128,
+        5,
+    ),
+    "cuts within samples": ({"routing": uneven(1, 2), "size": (32, 31), "extras": ("sample_bias",)}, 128, 36),
     "experts that several groups share, and one that none has": (
         {
             "routing": uneven(1, 2, 0, 1, 1, weight_index=(2, 0, 2, 2, 0)),
@@ -228,7 +234,7 @@ WGRAD_EDGES: dict[str, tuple[dict[str, Any], int, int]] = {
         4,
     ),
 }
-WGRAD_CASES = [(edge, "bf16") for edge in (list(WGRAD_EDGES)[1:3] if SANITIZED else WGRAD_EDGES)]
+WGRAD_CASES = [(edge, "bf16") for edge in (list(WGRAD_EDGES)[1::2] if SANITIZED else WGRAD_EDGES)]
 WGRAD_CASES += [] if SANITIZED else [("patches of 8x8, odd images", "fp16")]
 
 
@@ -237,7 +243,7 @@ def test_wgrad_is_as_accurate_as_torch(edge: str, dtype: str) -> None:
     changes, channels, multiprocessors = WGRAD_EDGES[edge]
     case = case_of(**{"extras": ("bias",)} | changes)
     with hopper(multiprocessors) as launcher:
-        assert_accurate(case, DTYPES[dtype], ("weight", "bias"), backend="hopper")
+        assert_accurate(case, DTYPES[dtype], EVERY[1:], backend="hopper")
     unit = f"rows{channels}_{dtype}"
     assert launcher.launched[1:] == [f"tdc_conv_hopper_wgrad_{unit}", f"tdc_conv_hopper_wgrad_reduce_{unit}"]
 
@@ -260,7 +266,7 @@ def upsampled(**changes: Any) -> ConvCase:
     return conv_case(**{"in_channels": 64, "out_channels": 64, "size": (4, 4), "upsample": 2} | changes)
 
 
-# Changes to a case, SMs, and the tiles that forward and dgrad must take.
+# Changes to a case, SMs, and the tiles that forward and dgrad must take. Units of wgrad have 128 input channels.
 UPSAMPLED: dict[str, tuple[dict[str, Any], int, str, str]] = {
     "images of 16x16": (
         {"routing": uneven(1), "size": (16, 16), "out_channels": 72, "extras": ("sample_bias",)},
@@ -302,10 +308,11 @@ UPSAMPLED_CASES += [] if SANITIZED else [(ODD, "fp16")]
 def test_upsampled_images_are_as_accurate_as_torch(edge: str, dtype: str) -> None:
     changes, multiprocessors, *tiles = UPSAMPLED[edge]
     with hopper(multiprocessors) as launcher:
-        assert_accurate(upsampled(**changes), DTYPES[dtype], ("x",), backend="hopper")
+        assert_accurate(upsampled(**changes), DTYPES[dtype], EVERY, backend="hopper")
     merge, name = f"tdc_conv_hopper_merge_taps_{dtype}", "tdc_conv_hopper_strided_{}_" + dtype + "_"
     forward, dgrad = (name.format(way) + tile for way, tile in zip(("dgrad", "forward"), tiles, strict=True))
-    assert launcher.launched == [merge, forward, merge, dgrad]
+    wgrad = [f"tdc_conv_hopper_{part}_{dtype}" for part in ("window_sums", "wgrad_rows128", "wgrad_reduce_rows128")]
+    assert launcher.launched == [merge, forward, merge, dgrad, *wgrad]
 
 
 def test_any_upsampled_image_is_as_accurate_as_torch() -> None:
@@ -313,8 +320,9 @@ def test_any_upsampled_image_is_as_accurate_as_torch() -> None:
     @examples(1 if SANITIZED else 2)
     def check(case: ConvCase, schedule: int) -> None:
         with hopper(schedule=schedule) as launcher:
-            assert_accurate(replace(case, stride=(1, 1), upsample=2), torch.bfloat16, ("x",), backend="hopper")
-        assert [kernel.split("_")[3] for kernel in launcher.launched] == ["merge", "strided"] * 2
+            assert_accurate(replace(case, stride=(1, 1), upsample=2), torch.bfloat16, EVERY, backend="hopper")
+        kinds = ["merge", "strided"] * 2 + ["window", "wgrad", "wgrad"]
+        assert [kernel.split("_")[3] for kernel in launcher.launched] == kinds
 
     check()
 
@@ -346,3 +354,42 @@ def test_a_planted_bug_spoils_an_upsampled_image(plant: str, wanted: tuple[str, 
             wrong = results(case, torch.bfloat16, wanted, backend="hopper")
     name = "dx" if wanted else "y"
     assert not torch.allclose(wrong[name], right[name], rtol=0.1, atol=0.1)
+
+
+@plain_only
+def test_a_quarter_of_the_products_of_an_upsampled_image_remain_in_wgrad() -> None:
+    """9 taps that meet a window each instead of 4 pixels."""
+    t, problem = arguments(upsampled(routing=uneven(8), size=(8, 8), extras=()))
+    with hopper(1) as launcher:
+        before = launcher.multiply_adds()
+        hopper_backend.conv2d_wgrad(problem, torch.ones(8, 64, 16, 16).bfloat16(), t, (True, False, False))
+        # 8 samples of 8 x 8 pixels, units of 128 x 128 channels
+        assert launcher.multiply_adds() - before == 9 * 8 * 64 * 128 * 128
+
+
+@plain_only
+@pytest.mark.parametrize(
+    "plant, close",
+    [("CONV_HALF_WINDOW", [False] * 3), ("HOPPER_WRONG_ROW", [False, True, True])],
+    ids=["half of each window", "the tap of another line"],
+)
+def test_a_bug_planted_in_wgrad_spoils_an_upsampled_image(plant: str, close: list[bool]) -> None:
+    t, problem = arguments(upsampled(routing=uneven(1, 3), extras=("bias", "sample_bias")))
+    dy = torch.randn(4, 64, 8, 8, generator=torch.Generator().manual_seed(1)).bfloat16()
+    dy = dy.to(memory_format=torch.channels_last)
+    with hopper(1) as launcher:
+        right = hopper_backend.conv2d_wgrad(problem, dy, t, (True, True, True))
+        with launcher.planted(plant):
+            wrong = hopper_backend.conv2d_wgrad(problem, dy, t, (True, True, True))
+    assert [torch.allclose(a, b, rtol=0.1, atol=0.1) for a, b in zip(right, wrong, strict=True)] == close
+
+
+@pytest.mark.parametrize("garbage", [-7, 2**31 - 1])
+def test_no_number_in_device_memory_leads_wgrad_of_an_upsampled_image_out_of_bounds(garbage: int) -> None:
+    case = upsampled(routing=uneven(1, 0, 1), size=(3, 2), extras=("bias", "sample_bias"))
+    groups = case.routing.num_groups
+    wrong = [torch.full((n,), garbage, dtype=torch.int32) for n in (groups + 1, groups, groups, groups)]
+    t, problem = arguments(case, *wrong)
+    with hopper() as launcher:
+        hopper_backend.conv2d_wgrad(problem, torch.ones(2, 64, 6, 4).bfloat16(), t, (True, True, True))
+    assert len(launcher.launched) == 3

@@ -16,7 +16,7 @@ from tdc_fast.ops import hopper as hopper_backend
 from tdc_fast.ops.checks import conv_problem
 from tests.cases import ConvCase, widths_of
 from tests.emulator.conv import DTYPES, assert_accurate, conv_case, emulator, results, uneven
-from tests.emulator.harness import AT_RUNTIME, SANITIZED, SCHEDULES, EmulatorError, EmulatorLauncher, plain_only
+from tests.emulator.harness import SANITIZED, SCHEDULES, EmulatorError, EmulatorLauncher, plain_only
 from tests.generated import examples
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
@@ -27,9 +27,7 @@ KERNELS = ["tdc_conv_hopper_wgrad_{}", "tdc_conv_hopper_wgrad_reduce_{}"]
 @contextmanager
 def hopper(multiprocessors: int = 4, schedule: int = 0) -> Iterator[EmulatorLauncher]:
     """A Hopper GPU with few SMs, so that cuts divide units."""
-    builds = dict.fromkeys(("conv_hopper_forward", "conv_hopper_wgrad"), AT_RUNTIME)
-    families = (*builds, "conv_wgrad")  # the last one has the sums of sample biases
-    with emulator((90, multiprocessors, 232448), families, **builds) as launcher:
+    with emulator((90, multiprocessors, 232448), ("conv_hopper_forward", "conv_hopper_wgrad")) as launcher:
         launcher.schedule = schedule
         yield launcher
 
@@ -91,6 +89,8 @@ EDGES: dict[str, tuple[dict[str, Any], int]] = {
 
 # fp16 differs from bf16 in products and rounding, not in layout; sanitizers look at addresses.
 SHARED = "experts that several groups share, and one that none has"
+# Where the biases of samples have gradients, too; cuts go through samples.
+WITH_SAMPLES = (SHARED, "more SMs than units", "clipped images", "several units each way", "widths of single groups")
 EDGE_CASES = [(edge, "bf16") for edge in ([SHARED, "clipped images"] if SANITIZED else EDGES)]
 EDGE_CASES += [] if SANITIZED else [("several units each way", "fp16")]
 
@@ -98,8 +98,9 @@ EDGE_CASES += [] if SANITIZED else [("several units each way", "fp16")]
 @pytest.mark.parametrize("edge, dtype", EDGE_CASES)
 def test_edges_are_as_accurate_as_torch(edge: str, dtype: str) -> None:
     changes, multiprocessors = EDGES[edge]
+    wanted = (*GRADIENTS, "sample_bias") if edge in WITH_SAMPLES else GRADIENTS
     with hopper(multiprocessors) as launcher:
-        assert_accurate(case_of(**changes), DTYPES[dtype], GRADIENTS, backend="hopper")
+        assert_accurate(case_of(**changes), DTYPES[dtype], wanted, backend="hopper")
     assert launcher.launched[1:] == [kernel.format(dtype) for kernel in KERNELS]
 
 
@@ -124,11 +125,13 @@ def cases(draw: st.DrawFn) -> ConvCase:
 
 @plain_only
 def test_any_case_is_as_accurate_as_torch() -> None:
-    @given(case=cases(), schedule=st.sampled_from(SCHEDULES), multiprocessors=st.integers(1, 9))
+    wanted = st.sampled_from([GRADIENTS, (*GRADIENTS, "sample_bias")])
+
+    @given(case=cases(), schedule=st.sampled_from(SCHEDULES), multiprocessors=st.integers(1, 9), wanted=wanted)
     @examples(3)
-    def check(case: ConvCase, schedule: int, multiprocessors: int) -> None:
+    def check(case: ConvCase, schedule: int, multiprocessors: int, wanted: tuple[str, ...]) -> None:
         with hopper(multiprocessors, schedule):
-            assert_accurate(case, torch.bfloat16, GRADIENTS, backend="hopper")
+            assert_accurate(case, torch.bfloat16, wanted, backend="hopper")
 
     check()
 
@@ -139,17 +142,22 @@ def test_results_do_not_depend_on_timing() -> None:
     found = []
     for schedule in (0, 3):
         with hopper(4, schedule):
-            found.append(results(case, torch.bfloat16, GRADIENTS, backend="hopper"))
-    assert all(torch.equal(found[0][name], found[1][name]) for name in ("dweight", "dbias"))
+            found.append(results(case, torch.bfloat16, (*GRADIENTS, "sample_bias"), backend="hopper"))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in ("dweight", "dbias", "dsample_bias"))
 
 
 @plain_only
-def test_with_a_sample_bias_the_sums_have_launches_of_their_own() -> None:
-    case = case_of(routing=uneven(2, 0, 1), out_channels=72, out_widths=(72, 8, 37))
-    with hopper(5) as launcher:
-        assert_accurate(case, torch.bfloat16, (*GRADIENTS, "sample_bias"), backend="hopper")
-    sums = ["tdc_conv_sample_sums_bf16", "tdc_conv_expert_sums_bf16"]
-    assert launcher.launched[1:] == [*(kernel.format("bf16") for kernel in KERNELS), *sums]
+@pytest.mark.parametrize("plant", ["HOPPER_SAMPLE_CUT_IN_PLACE", "HOPPER_SAMPLE_GOES_ON"])
+def test_a_bug_planted_in_the_sums_of_samples_spoils_them(plant: str) -> None:
+    """What a block begins within a sample, stored over what another has of it; sums that go on with the next sample."""
+    case = case_of(routing=uneven(7), size=(16, 8))
+    with hopper(6) as launcher:
+        t, problem, dy = arguments(case)
+        right = hopper_backend.conv2d_wgrad(problem, dy, t, (True, True, True))
+        with launcher.planted(plant):
+            wrong = hopper_backend.conv2d_wgrad(problem, dy, t, (True, True, True))
+    close = [torch.allclose(a, b, rtol=0.1, atol=0.1) for a, b in zip(right, wrong, strict=True)]
+    assert close == [True, False, False]
 
 
 PLANTS = {
@@ -203,5 +211,5 @@ def test_no_number_in_device_memory_leads_out_of_bounds(garbage: int) -> None:
         routing[sound] = torch.zeros_like(routing[sound])
         bad = t._replace(offsets=routing[0], weight_index=routing[1], in_widths=routing[2], out_widths=routing[3])
         with hopper() as launcher:
-            hopper_backend.conv2d_wgrad(problem, dy, bad, (True, True, False))
+            hopper_backend.conv2d_wgrad(problem, dy, bad, (True, True, True))
         assert launcher.launched == [kernel.format("bf16") for kernel in KERNELS]

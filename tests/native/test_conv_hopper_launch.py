@@ -287,10 +287,10 @@ def test_wgrad_of_stride_2_has_the_fewest_patches(
     height: int, width: int, box: tuple[int, int, int], patches: tuple[int, int]
 ) -> None:
     sizes = {**STRIDED, "height": height, "width": width, "out_channels": 256}
-    products, reduce = plan("wgrad", x=1 << 21, dy=1 << 22, **sizes)[:2]
+    products, reduce = plan("wgrad", x=1 << 21, dy=1 << 22, dsample_bias=0, **sizes)
     assert products.kernel == "tdc_conv_hopper_wgrad_rows128_bf16"
     # 8 experts x 9 taps x 2 units: more than SMs
-    assert products.grid == (132, 1, 1) and reduce.grid == (8 * 9 * 2 * 4, 1, 1)
+    assert products.grid == (132, 1, 1) and reduce.grid == (3 * 132, 1, 1)
     x, dy, *planes = (described(products, at) for at in products.tensor_maps)
     assert dy[5:9] == (256, (width + 1) // 2, (height + 1) // 2, 128)
     places = [(down, across) for down in (0, 1) for across in (0, 1)]
@@ -300,6 +300,38 @@ def test_wgrad_of_stride_2_has_the_fewest_patches(
         assert plane[11:14] == dy[11:14] == box
     down, across = patches
     assert (down, across) == (-(-dy[7] // box[1]), -(-dy[6] // box[0]))
+
+
+def test_wgrad_of_stride_2_that_sums_samples_has_patches_of_one_sample() -> None:
+    sizes = {**STRIDED, "height": 9, "width": 8}
+    boxes = [described(plan("wgrad", **sizes, dsample_bias=bias)[0], 256)[11:14] for bias in (0, ALIGNED)]
+    assert boxes == [(4, 4, 4), (8, 8, 1)]
+    # Or of four samples, which it ends.
+    assert described(plan("wgrad", **sizes | {"height": 8})[0], 256)[11:14] == (4, 4, 4)
+
+
+def test_wgrad_of_an_upsampled_image_reads_planes_of_windows() -> None:
+    sizes = {"upsample": 2, "height": 16, "width": 12, "in_channels": 64, "out_channels": 256}
+    windows, products, reduce = plan("wgrad", x=1 << 21, dy=1 << 22, workspace=1 << 25, **sizes)
+    assert windows.kernel == "tdc_conv_hopper_window_sums_bf16" and windows.grid == (128 * 4, 1, 1)
+    assert products.kernel == "tdc_conv_hopper_wgrad_rows128_bf16"
+    assert reduce.kernel == "tdc_conv_hopper_wgrad_reduce_rows128_bf16"
+    # 8 experts x 9 taps x 2 units: more than SMs
+    assert products.grid == (132, 1, 1)
+    x, even_even, *others = (described(products, at) for at in products.tensor_maps)
+    assert (x[0], x[5:9], x[10:14]) == (1 << 21, (64, 12, 16, 128), (64, 4, 4, 4))
+    places = [(down, across) for down in (0, 1) for across in (0, 1)]
+    for plane, (down, across) in zip((even_even, *others), places, strict=True):
+        assert plane[0] == (1 << 25) + (down * 25 + across) * 256 * 2
+        assert plane[1:4] == (2 * 256 * 2, 2 * 25 * 256 * 2, 33 * 25 * 256 * 2)
+        assert plane[5:9] == (256, 13 - across, 17 - down, 128) and plane[10:14] == x[10:14]
+    measure = _native.cuda_conv_wgrad_workspace
+    parts = 33 * 25 * 128 * 256 * 2 + 2 * 132 * 1 * 16 * 256 * 16
+    own = arguments("wgrad", H100, **sizes)
+    assert measure(**own, hopper=True) == parts + 128 * 256 * 4
+    assert measure(**own | {"dbias": 0, "dsample_bias": 0}, hopper=True) == parts
+    # Strips of lines where there are few samples
+    assert plan("wgrad", **sizes | {"batch": 8})[0].grid == (8 * 4 * 9, 1, 1)
 
 
 def test_an_upsampled_image_is_a_convolution_of_stride_2_on_merged_taps() -> None:
@@ -353,18 +385,17 @@ def test_dgrad_reads_dy_and_the_weights_of_the_forward() -> None:
     assert (result[0], result[5:9]) == (1 << 23, (128, 32, 32, 128))
 
 
-def test_wgrad_has_products_sums_of_parts_and_the_sums_of_biases() -> None:
+def test_wgrad_has_products_and_sums_of_parts_and_biases() -> None:
     launches = plan("wgrad", x=1 << 21, dy=1 << 22, out_channels=256)
     assert [launch.kernel for launch in launches] == [
         "tdc_conv_hopper_wgrad_bf16",
         "tdc_conv_hopper_wgrad_reduce_bf16",
-        "tdc_conv_sample_sums_bf16",
-        "tdc_conv_expert_sums_bf16",
     ]
-    products, reduce = launches[:2]
+    products, reduce = launches
     # 8 experts x 3 filter rows x 2 x 1 units: 48, of which each is cut into 132 // 48 parts.
     assert products.grid == (96, 1, 1) and products.threads == 384 and products.shared_bytes <= H100[2]
-    assert reduce.grid == (48 * 4, 1, 1)
+    assert reduce.grid == (3 * 132, 1, 1)
+    assert plan("wgrad", num_experts=1)[1].grid == (3 * 16, 1, 1)  # slices of 3 units
     x, dy = (described(products, at) for at in products.tensor_maps)
     assert (x[0], x[5:9], x[10:14]) == (1 << 21, (128, 32, 32, 128), (64, 10, 8, 1))
     assert (dy[0], dy[5:9], dy[10:14]) == (1 << 22, (256, 32, 32, 128), (64, 8, 8, 1))
@@ -372,7 +403,8 @@ def test_wgrad_has_products_sums_of_parts_and_the_sums_of_biases() -> None:
     x, dy, x2 = (described(products, at) for at in products.tensor_maps)
     assert (x[5], x2[0], x2[5], x2[6:9], x2[10:14]) == (72, 1 << 23, 56, x[6:9], x[10:14])
     workspace = _native.cuda_conv_wgrad_workspace(**arguments("wgrad", H100, out_channels=256), hopper=True)
-    assert workspace == 2 * 96 * 3 * 16 * 256 * 16 + 128 * 256 * 4
+    # Two parts of each block, sums that blocks begin within samples, and those of 128 samples.
+    assert workspace == 2 * 96 * 3 * 16 * 256 * 16 + 96 * 128 * 4 + 128 * 256 * 4
 
 
 def test_wgrad_sums_biases_in_the_launches_of_the_weights() -> None:
@@ -397,14 +429,14 @@ def test_wgrad_of_1x1_filters_reads_rows_of_both_inputs() -> None:
     assert products.kernel == "tdc_conv_hopper_wgrad_rows256_bf16"
     assert reduce.kernel == "tdc_conv_hopper_wgrad_reduce_rows256_bf16"
     # 8 experts x 2 x 2 units, of which each is cut into 132 // 32 parts.
-    assert products.grid == (128, 1, 1) and reduce.grid == (32 * 4, 1, 1) and products.shared_bytes <= H100[2]
+    assert products.grid == (128, 1, 1) and reduce.grid == (3 * 132, 1, 1) and products.shared_bytes <= H100[2]
     x, dy, x2 = (described(products, at) for at in products.tensor_maps)
     rows = 128 * 32 * 32
     assert (x[0], x[5:7], x[10:12]) == (1 << 21, (256, rows), (64, 64))
     assert (dy[0], dy[5:7], dy[10:12]) == (1 << 23, (256, rows), (64, 64))
     assert (x2[0], x2[5:7], x2[10:12]) == (1 << 22, (128, rows), (64, 64))
     workspace = _native.cuda_conv_wgrad_workspace(**arguments("wgrad", H100, **sizes), x2=ALIGNED, hopper=True)
-    assert workspace == 2 * 128 * 2 * 16 * 256 * 16 + 128 * 256 * 4
+    assert workspace == 2 * 128 * 2 * 16 * 256 * 16 + 128 * 128 * 4 + 128 * 256 * 4
 
 
 def test_3x3_filters_on_small_images_read_whole_images() -> None:
@@ -435,7 +467,8 @@ def test_the_unit_of_1x1_filters_loads_the_fewest_channels(channels: int, unit: 
         ({"stride_height": 2, "stride_width": 2, "width": 3}, "its filters of stride 2 have images from 4x4 on"),
         ({"height": 4, "width": 12}, "its 3x3 filters have images from 8x8 on, or whose number of pixels"),
         ({"x2_channels": 60}, "it has channels from 64 on, in multiples of 8"),
-        ({"upsample": 2}, "its wgrad does not upsample images"),
+        ({"upsample": 2, "height": 1}, "it upsamples images from 2x2 on"),
+        ({"upsample": 2, "x2_channels": 64}, "it upsamples one input of 3x3 filters with padding 1 and stride 1"),
         ({"num_groups": 257}, "it has at most 256 groups in wgrad"),
         ({"batch": 2**17, "height": 64, "width": 64, "in_channels": 2048, "out_channels": 1024}, "it has fewer than"),
     ],
@@ -443,6 +476,13 @@ def test_the_unit_of_1x1_filters_loads_the_fewest_channels(channels: int, unit: 
 def test_a_wgrad_that_it_does_not_serve_takes_the_portable_form(changes: dict[str, Any], reason: str) -> None:
     assert refusal("wgrad", **changes).startswith(reason)
     assert all("hopper" not in launch.kernel for launch in plan("wgrad", **changes))
+
+
+def test_images_of_few_pixels_have_sums_of_samples_of_the_portable_form() -> None:
+    sizes = {**POINTWISE, "height": 5, "width": 3}
+    sums = ["tdc_conv_sample_sums_bf16", "tdc_conv_expert_sums_bf16"]
+    assert [launch.kernel for launch in plan("wgrad", **sizes)][2:] == sums
+    assert len(plan("wgrad", **sizes, dsample_bias=0)) == len(plan("wgrad", **sizes | {"width": 4})) == 2
 
 
 def test_sums_of_biases_alone_are_those_of_the_portable_form() -> None:

@@ -13,9 +13,9 @@ pytestmark = pytest.mark.skipif(native.module is None, reason="the native module
 H200, A100 = (90, 132, 232448), (80, 108, 166912)
 
 
-def explained(facts: tuple[int, int, int] = H200, size: int = 16, filter_size: int = 3, **settings):
+def explained(facts: tuple[int, int, int] = H200, size: int = 16, filter_size: int = 3, channels: int = 64, **settings):
     plan = RoutingPlan.from_groups(torch.tensor([0, 1]), 2)
-    x = torch.empty(2, 64, size, size, dtype=torch.bfloat16)
+    x = torch.empty(2, channels, size, size, dtype=torch.bfloat16)
     weight = torch.empty(2, 64, 64, filter_size, filter_size, dtype=torch.bfloat16)
     with cuda_launch.use_launcher(EmulatorLauncher(facts=facts)):
         return explain(routed_conv2d, x, weight, None, plan, padding=filter_size // 2, **settings)
@@ -32,6 +32,14 @@ def test_explain_says_which_form_serves() -> None:
     assert explained(filter_size=1, size=4).forms == {"hopper": "in the Hopper form"}
     assert explained(stride=2).forms == {"hopper": "in the Hopper form"}
     assert "its filters of stride 2 have images from 4x4 on" in explained(size=3, stride=2).forms["hopper"]
+
+
+def test_explain_says_that_two_inputs_are_not_upsampled_in_the_hopper_form() -> None:
+    assert explained(upsample=2).forms == {"hopper": "in the Hopper form"}
+    half = torch.empty(2, 32, 16, 16, dtype=torch.bfloat16)
+    reason = "it upsamples one input of 3x3 filters with padding 1 and stride 1"
+    assert explained(channels=32, x2=half, upsample=2).forms["hopper"].endswith(reason)
+    assert explained(channels=32, x2=half).forms == {"hopper": "in the Hopper form"}
 
 
 def test_norms_are_streams_where_they_are_large() -> None:

@@ -85,6 +85,9 @@ def test_times_of_kernels_that_changed_since_do_not_count(h200: None, monkeypatc
     for norm in (NORM, replace(NORM, op="routed_group_norm_backward"), replace(NORM, height=4, width=4)):
         assert measured.times_near(norm) is None and chosen(norm) == "cuda"
     assert measured.times_near(CONV) is not None and chosen(replace(CONV, in_channels=3)) == "cuda"
+    # Bias gradients had launches of their own.
+    wgrad = replace(CONV, op="routed_conv2d_wgrad", in_channels=256, filter=(1, 1), padding=(0, 0))
+    assert measured.times_near(wgrad) is None and chosen(wgrad) == "triton"
 
 
 def test_the_nearest_row_counts_and_rows_of_one_shape_by_their_mean(tmp_path: Path, h200: None, monkeypatch) -> None:

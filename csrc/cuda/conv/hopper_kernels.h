@@ -46,7 +46,7 @@
   X(tdc_conv_hopper_wgrad_##suffix, tdc::ConvHopperWgradParams, (tdc::conv_hopper_wgrad<T, Unit>),               \
     tdc::kHopperThreads, 1)                                                                                      \
   X(tdc_conv_hopper_wgrad_reduce_##suffix, tdc::ConvHopperWgradParams, (tdc::conv_hopper_wgrad_reduce<T, Unit>), \
-    tdc::kHopperReduceThreads)
+    tdc::kHopperReduceThreads, tdc::kHopperReduceBlocks)
 #define TDC_KERNELS_conv_hopper_wgrad(X)                      \
   TDC_HOPPER_WGRAD(X, bf16, tdc::bf16, tdc::HopperFilterUnit) \
   TDC_HOPPER_WGRAD(X, fp16, tdc::half, tdc::HopperFilterUnit)
@@ -55,6 +55,10 @@
   TDC_HOPPER_WGRAD(X, rows128_##suffix, T, tdc::HopperRowsUnit<1>) \
   TDC_HOPPER_WGRAD(X, rows256_##suffix, T, tdc::HopperRowsUnit<2>) \
   TDC_HOPPER_WGRAD(X, rows384_##suffix, T, tdc::HopperRowsUnit<3>)
+#define TDC_HOPPER_WINDOWS(X, suffix, T) \
+  X(tdc_conv_hopper_window_sums_##suffix, tdc::ConvWindowSumParams, (tdc::conv_window_sums<T>), tdc::kWindowSumThreads)
 #define TDC_KERNELS_conv_hopper_rows_wgrad(X) \
   TDC_HOPPER_ROWS_WGRAD(X, bf16, tdc::bf16)   \
-  TDC_HOPPER_ROWS_WGRAD(X, fp16, tdc::half)
+  TDC_HOPPER_ROWS_WGRAD(X, fp16, tdc::half)   \
+  TDC_HOPPER_WINDOWS(X, bf16, tdc::bf16)      \
+  TDC_HOPPER_WINDOWS(X, fp16, tdc::half)

@@ -29,7 +29,7 @@ std::string hopper_strided_refusal(const ConvArguments& arguments, const Device&
 std::vector<Launch> launch_hopper_strided(const ConvArguments& arguments, const Device& device, bool forward);
 
 // The same of the images that are upsampled in front of 3x3 filters, one input: taps are merged into the workspace
-// (conv/merge.cuh), and the form of stride 2 takes these.
+// (conv/merge.cuh), and the form of stride 2 takes these. In wgrad windows of dy are summed there (window_sums.cuh).
 bool takes_upsampled(const ConvArguments& arguments);
 std::string hopper_upsampled_refusal(const ConvArguments& arguments, const Device& device);
 std::vector<Launch> launch_hopper_upsampled(const ConvArguments& arguments, const Device& device, bool forward);
@@ -38,8 +38,11 @@ std::vector<Launch> launch_hopper_upsampled(const ConvArguments& arguments, cons
 std::vector<Launch> launch_hopper_forward(const ConvArguments& arguments, const Device& device);
 std::vector<Launch> launch_hopper_dgrad(const ConvArguments& arguments, const Device& device);
 
-// dweight, and dbias with it (sums_bias_with_weight); hopper_wgrad_workspace bytes at `workspace`. Only where the form
-// serves.
+// Whether the launches of dweight also sum dbias and dsample_bias, where these are wanted.
+bool hopper_sums_biases(const ConvArguments& arguments);
+
+// dweight, and with it the biases' gradients (hopper_sums_biases); hopper_wgrad_workspace bytes at `workspace`. Only
+// where the form serves.
 std::vector<Launch> launch_hopper_wgrad(const ConvArguments& arguments, const Device& device);
 size_t hopper_wgrad_workspace(const ConvArguments& arguments, const Device& device);
 

@@ -8,7 +8,7 @@
 // Both operands have k, the pixels, as their outer dimension. A stage has the patch of dy and that of x in the filter's
 // row, a pixel wider on either side: the three taps read it from another pixel on, as in hopper_images.cuh. In the form
 // of rows it has 64 pixels of a group, and of x, moved by the unit's tap, one to three times 128 channels; so also with
-// stride 2.
+// stride 2 and, where the window sums of dy stand for it (window_sums.cuh), with upsampling.
 #pragma once
 
 #include "cuda/device_sm90.cuh"
@@ -77,30 +77,29 @@ class HopperWgradProducer {
   }
 
   __device__ __forceinline__ void load(const HopperUnit& unit, const HopperWgradGroup& group, int patch, int count) {
-    int number = group.before + patch;
     if constexpr (Unit::kOfRows) {
       if (p_.patch_samples) {
-        load_strided(unit, group, patch, count);
+        load_boxes(unit, group, patch, count);
         return;
       }
       const int end = (group.first + group.samples) * p_.pixels;
-      for (int pixel = group.first * p_.pixels + 64 * patch; count > 0; --count, ++number, pixel += 64) {
+      for (int pixel = group.first * p_.pixels + 64 * patch; count > 0; --count, pixel += 64) {
         int of_x[4] = {unit.in, pixel, 0, 0};
         const int of_dy[4] = {unit.out, pixel, 0, 0};
         if (p_.taps > 1) {
           const int row = TDC_PLANTED(HOPPER_WRONG_ROW) ? 4 : unit.row;
           of_x[1] = row % 3 - 1, of_x[2] = row / 3 - 1, of_x[3] = pixel / p_.pixels;
         }
-        load_stage(unit, group, x_of(unit), of_x, of_dy, end - pixel, number);
+        load_stage(unit, group, x_of(unit), &p_.dy, of_x, of_dy, end - pixel, pixel);
       }
     } else {
       int across = patch % p_.patches_across, down = patch / p_.patches_across % p_.patches_down;
       int sample = group.first + patch / p_.patches_across / p_.patches_down;
-      for (; count > 0; --count, ++number) {
+      for (int first_row = group.first * p_.sample_rows + 64 * patch; count > 0; --count, first_row += 64) {
         const int row = unit.row - (TDC_PLANTED(HOPPER_WRONG_ROW) ? 0 : 1);
         const int of_x[4] = {unit.in, 8 * across - 1, 8 * down + row, sample};
         const int of_dy[4] = {unit.out, 8 * across, 8 * down, sample};
-        load_stage(unit, group, x_of(unit), of_x, of_dy, 64, number);
+        load_stage(unit, group, x_of(unit), &p_.dy, of_x, of_dy, 64, first_row);
         if (++across == p_.patches_across) {
           across = 0;
           if (++down == p_.patches_down) down = 0, ++sample;
@@ -109,35 +108,46 @@ class HopperWgradProducer {
     }
   }
 
-  // Patches of stride 2: those of dy as boxes, those of x as boxes of a plane, a pixel back where the tap is 0.
-  __device__ __forceinline__ void load_strided(const HopperUnit& unit, const HopperWgradGroup& group, int patch,
-                                               int count) {
+  // Patches that are boxes. With stride 2 those of x are of the plane that the tap meets, a pixel back where the tap is
+  // 0; with upsampling those of dy's window sums are, a pixel on where it is 0.
+  __device__ __forceinline__ void load_boxes(const HopperUnit& unit, const HopperWgradGroup& group, int patch,
+                                             int count) {
     const int row = TDC_PLANTED(HOPPER_WRONG_ROW) ? 1 : unit.row / 3, column = unit.row % 3;
-    const TensorMap* x = row == 1 ? column == 1 ? &p_.x : &p_.x_even_odd : column == 1 ? &p_.x_odd_even : &p_.x_odd_odd;
+    const int step = p_.upsampled ? 1 : -1;
     for (; count > 0; --count, ++patch) {
       const int across = patch % p_.patches_across, rest = patch / p_.patches_across;
       const int down = rest % p_.patches_down, before = rest / p_.patches_down * p_.patch_samples;
-      const int of_dy[4] = {unit.out, across * p_.patch_side, down * p_.patch_side, group.first + before};
-      const int of_x[4] = {unit.in, of_dy[1] - (column == 0), of_dy[2] - (row == 0), of_dy[3]};
+      int of_box[4] = {unit.out, across * p_.patch_side, down * p_.patch_side, group.first + before};
+      int of_plane[4] = {unit.in, of_box[1] + (column == 0 ? step : 0), of_box[2] + (row == 0 ? step : 0), of_box[3]};
       const int pixels = (group.samples - before) * p_.patch_side * p_.patch_side;
-      load_stage(unit, group, x, of_x, of_dy, pixels, group.before + patch);
+      const int first_row = group.first * p_.sample_rows + 64 * patch;
+      if (p_.upsampled) {
+        of_box[0] = unit.in, of_plane[0] = unit.out;
+        load_stage(unit, group, &p_.x, plane_of(p_.dy, row == 1, column == 1), of_box, of_plane, pixels, first_row);
+      } else {
+        load_stage(unit, group, plane_of(p_.x, row != 1, column != 1), &p_.dy, of_plane, of_box, pixels, first_row);
+      }
     }
+  }
+  __device__ __forceinline__ const TensorMap* plane_of(const TensorMap& even_even, bool down, bool across) const {
+    return down ? across ? &p_.odd_odd : &p_.odd_even : across ? &p_.even_odd : &even_even;
   }
 
   __device__ __forceinline__ const TensorMap* x_of(const HopperUnit& unit) const {
     return unit.in >= p_.seam ? &p_.x2 : &p_.x;
   }
 
-  // A patch, of which `pixels` count; its number is the expert's.
+  // A patch, of which `pixels` count.
   __device__ __forceinline__ void load_stage(const HopperUnit& unit, const HopperWgradGroup& group, const TensorMap* x,
-                                             const int (&of_x)[4], const int (&of_dy)[4], int pixels, int number) {
+                                             const TensorMap* dy, const int (&of_x)[4], const int (&of_dy)[4],
+                                             int pixels, int first_row) {
     HopperWgradControl& c = *shared_.control;
     const int stage = stages_.stage;
     if (!TDC_PLANTED(HOPPER_NO_EMPTY_WAIT)) mbarrier_wait(&c.empty[stage], stages_.parity ^ 1);
     // Of an expert with one group the dead channels are cut off at the end instead.
     c.stages[stage].live_out = group.shared ? group.live_out - unit.out : kHopperUnit;
     c.stages[stage].pixels = TDC_PLANTED(HOPPER_NO_LAST_PIXEL) ? 64 : pixels;
-    c.stages[stage].of_bias = HopperWgradBias<Unit>::takes(p_, unit, number);
+    c.stages[stage].first_row = first_row;
     mbarrier_arrive_expect(&c.full[stage], Unit::kStageBytes);
     const int seam = unit.in >= p_.seam ? p_.seam : 0;
     for (int box = 0; box < Unit::kBoxes; ++box) {
@@ -146,7 +156,7 @@ class HopperWgradProducer {
     }
     for (int box = 0; box < 2; ++box) {
       const int at[4] = {of_dy[0] + 64 * box, of_dy[1], of_dy[2], of_dy[3]};
-      tma_load(shared_.dy(stage) + box * kHopperPatch, &p_.dy, &c.full[stage], at);
+      tma_load(shared_.dy(stage) + box * kHopperPatch, dy, &c.full[stage], at);
     }
     stages_.next(p_.stages);
   }
@@ -317,7 +327,7 @@ __device__ __forceinline__ void conv_hopper_wgrad(const ConvHopperWgradParams& p
   if (threadIdx.x == 32) tensor_map_prefetch(&p.x), tensor_map_prefetch(&p.dy);
   HopperWgradSchedule<Unit>(p, shared.groups).make();  // ends with a barrier, also for the barriers
   if (group == 0) {
-    registers_give<40>();
+    registers_give<56>();
     // One or the other: what outlives the producer costs registers that it has not.
     if (threadIdx.x >= kHopperBiasThread) {
       if (p.bias_sums) HopperWgradBias<Unit>(p, shared).template run<T>();
@@ -325,7 +335,7 @@ __device__ __forceinline__ void conv_hopper_wgrad(const ConvHopperWgradParams& p
       HopperWgradProducer<Unit>(p, shared).run();
     }
   } else {
-    registers_take<232>();
+    registers_take<224>();
     HopperWgradConsumer<T, Unit>(p, shared, group - 1).run();
   }
 #else
@@ -333,50 +343,69 @@ __device__ __forceinline__ void conv_hopper_wgrad(const ConvHopperWgradParams& p
 #endif
 }
 
-// Sums the parts of the units that cuts divide, each in the order of the line, and writes zeros into units that have no
-// live channels. Blocks share the quads of a unit.
+// A slice of a unit: so many quads of sums of all threads that multiplied.
 template <class T, class Unit>
-__device__ __forceinline__ void conv_hopper_wgrad_reduce(const ConvHopperWgradParams& p) {
-#ifdef TDC_SM90A
-  TDC_DYNAMIC_SHARED(memory);
-  HopperWgradSchedule<Unit> schedule(p, reinterpret_cast<HopperWgradGroup*>(memory));
-  schedule.make();
-  constexpr int kQuads = kHopperQuads<Unit> / kHopperReduceBlocks;
-  int block = blockIdx.x;
-  const int first_quad = block % kHopperReduceBlocks * kQuads;
-  block /= kHopperReduceBlocks;
-  const int row = block % p.rows, in = schedule.begin_of_tile(block / p.rows % p.in_tiles);
-  block /= p.rows * p.in_tiles;
-  const int out = block % p.out_tiles * kHopperUnit, expert = block / p.out_tiles;
-
-  const int run = schedule.run_of(expert), begin = schedule.begin_of_unit(run, row, in, out);
-  if (p.bias_sums && row == 0 && in == 0 && first_quad == 0)
-    HopperWgradBias<Unit>::template add_up<T>(p, schedule, run, expert, out);
+__device__ __forceinline__ void hopper_wgrad_reduce_slice(const ConvHopperWgradParams& p,
+                                                          const HopperWgradSchedule<Unit>& schedule,
+                                                          const HopperUnit& unit, int expert, int slice) {
+  constexpr int kQuads = kHopperQuads<Unit> / kHopperReduceSlices;
+  const int run = schedule.run_of(expert), begin = schedule.begin_of_unit(run, unit.row, unit.in, unit.out);
   int from = 0, to = -1, live_in = 0, live_out = 0;
   if (begin >= 0) {
     from = schedule.part_of(begin), to = schedule.part_of(begin + schedule.group(run).patches - 1);
     if (from == to) return;  // the unit is whole
     live_in = schedule.group(run).expert_in, live_out = schedule.group(run).expert_out;
   }
-  const int thread = threadIdx.x, lane = thread % 32, co = out + thread / 32 * 16 + lane / 4;
-  const int end = schedule.end_of_input(in);
-  for (int i = 0; i < kQuads; ++i) {
-    const int quad = first_quad + i, part_of_unit = quad / 16;
-    const int tap = Unit::kOfRows ? row : row * Unit::kParts + part_of_unit;
-    const int ci = in + (Unit::kOfRows ? 128 * part_of_unit : 0) + quad % 16 * 8 + lane % 4 * 2;
-    float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    for (int part = from; part <= to; ++part) {
-      const auto* parts = reinterpret_cast<const float4*>(static_cast<const unsigned char*>(p.parts) +
-                                                          (2 * part + (part == from ? 1 : 0)) * kHopperPartBytes<Unit>);
-      const float4 v = parts[quad * 256 + thread];
-      sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+  const int first = slice * kQuads, thread = threadIdx.x;
+  float4 sums[kQuads];
+#pragma unroll
+  for (int q = 0; q < kQuads; ++q) sums[q] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll 2
+  for (int part = from; part <= to; ++part) {
+    const auto* quads = reinterpret_cast<const float4*>(static_cast<const unsigned char*>(p.parts) +
+                                                        (2 * part + (part == from ? 1 : 0)) * kHopperPartBytes<Unit>);
+#pragma unroll
+    for (int q = 0; q < kQuads; ++q) {
+      const float4 v = quads[(first + q) * 256 + thread];
+      sums[q].x += v.x, sums[q].y += v.y, sums[q].z += v.z, sums[q].w += v.w;
     }
+  }
+  const int lane = thread % 32, co = unit.out + thread / 32 * 16 + lane / 4, end = schedule.end_of_input(unit.in);
+#pragma unroll
+  for (int q = 0; q < kQuads; ++q) {
+    const int quad = first + q, part_of_unit = quad / 16;
+    const int tap = Unit::kOfRows ? unit.row : unit.row * Unit::kParts + part_of_unit;
+    const int ci = unit.in + (Unit::kOfRows ? 128 * part_of_unit : 0) + quad % 16 * 8 + lane % 4 * 2;
     if (ci >= end) continue;
     T* at = static_cast<T*>(p.dweight) +
             ((static_cast<long long>(expert) * p.out_channels + co) * p.taps + tap) * p.in_channels + ci;
-    if (co < p.out_channels) store_pair(at, sum.x, sum.y, co < live_out ? live_in - ci : 0);
+    if (co < p.out_channels) store_pair(at, sums[q].x, sums[q].y, co < live_out ? live_in - ci : 0);
     at += static_cast<long long>(8 * p.taps) * p.in_channels;
-    if (co + 8 < p.out_channels) store_pair(at, sum.z, sum.w, co + 8 < live_out ? live_in - ci : 0);
+    if (co + 8 < p.out_channels) store_pair(at, sums[q].z, sums[q].w, co + 8 < live_out ? live_in - ci : 0);
+  }
+}
+
+// Sums the parts of the units that cuts divide, each in the order of the line, and writes zeros into units that have no
+// live channels; and the gradients of biases. Blocks take slices of units in turn.
+template <class T, class Unit>
+__device__ __forceinline__ void conv_hopper_wgrad_reduce(const ConvHopperWgradParams& p) {
+#ifdef TDC_SM90A
+  TDC_DYNAMIC_SHARED(memory);
+  HopperWgradSchedule<Unit> schedule(p, reinterpret_cast<HopperWgradGroup*>(memory));
+  schedule.make();
+  const int slices = p.routing.num_experts * p.out_tiles * p.in_tiles * p.rows * kHopperReduceSlices;
+  for (int i = blockIdx.x; i < slices; i += gridDim.x) {
+    const int slice = i % kHopperReduceSlices;
+    int rest = i / kHopperReduceSlices;
+    HopperUnit unit;
+    unit.row = rest % p.rows, rest /= p.rows;
+    unit.in = schedule.begin_of_tile(rest % p.in_tiles), rest /= p.in_tiles;
+    unit.out = rest % p.out_tiles * kHopperUnit;
+    const int expert = rest / p.out_tiles;
+    if (unit.row == 0 && unit.in == 0 && slice == 0) {
+      HopperBiasSums<T, Unit>(p, schedule, expert, unit.out).add_up();
+    }
+    hopper_wgrad_reduce_slice<T>(p, schedule, unit, expert, slice);
   }
 #else
   trap();

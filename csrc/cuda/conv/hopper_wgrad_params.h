@@ -9,7 +9,8 @@ namespace tdc {
 // expert's groups, a patch of 64 at a time. Two warpgroups have 64 output channels each; a thread sums kParts times 128
 // columns.
 constexpr int kHopperUnit = 128;
-constexpr int kHopperPatch = 64 * kHopperRow;  // bytes of a box of dy; two make a stage's share
+constexpr int kHopperPatchRows = 64;
+constexpr int kHopperPatch = kHopperPatchRows * kHopperRow;  // bytes of a box of dy; two make a stage's share
 
 // 3x3 filters: 128 input channels of one filter row, three taps of them. A patch is 8 x 8 pixels, a box of x a pixel
 // wider on either side.
@@ -22,7 +23,8 @@ struct HopperFilterUnit {
 
 // The form of rows: one tap, kBlocks times 128 input channels of one input. A patch is 64 pixels of a group, one after
 // the other. With stride 2 it is 8 x 8 pixels of a sample or 4 x 4 of four samples of a group, and those of x come from
-// the plane (hopper_strided_params.h) that the tap meets.
+// the plane (hopper_strided_params.h) that the tap meets. With upsampling it is such pixels of x, and what stands for
+// dy comes from a plane of its window sums (window_sums.cuh).
 template <int kBlocks>
 struct HopperRowsUnit {
   static constexpr bool kOfRows = true;
@@ -33,7 +35,8 @@ struct HopperRowsUnit {
 
 constexpr int kHopperWgradMostStages = 6;
 constexpr int kHopperWgradMostGroups = 256;
-constexpr int kHopperReduceThreads = 256, kHopperReduceBlocks = 4;  // blocks of a unit
+// Threads of the second kernel; equal slices of a unit, which its blocks share, and blocks per SM, at most.
+constexpr int kHopperReduceThreads = 256, kHopperReduceSlices = 16, kHopperReduceBlocks = 3;
 // Warps that sum dy for the bias, 64 channels each, and their first thread.
 constexpr int kHopperBiasWarps = 2, kHopperBiasThread = 128 - 32 * kHopperBiasWarps;
 
@@ -66,7 +69,7 @@ struct HopperWgradGroup {
 // What counts of a stage. Aligned, as a multiplication by 12 takes registers that the producer has not.
 struct alignas(16) HopperWgradStage {
   int live_out, pixels;
-  int of_bias;  // the unit sums it for the bias
+  int first_row;  // of dy, of which a sample has sample_rows
 };
 
 struct HopperWgradControl {
@@ -82,21 +85,42 @@ constexpr int hopper_wgrad_shared_bytes(int stage_bytes, int stages, int num_gro
 }
 
 struct alignas(64) ConvHopperWgradParams {
-  TensorMap x, x2, dy;                          // x2 has no address where there is one input
-  TensorMap x_even_odd, x_odd_even, x_odd_odd;  // of stride 2: planes by rows and columns, of which x is even, even
-  void* dweight;                                // (experts, C_out, taps, C_in)
-  void* parts;                                  // two of each block
-  void* dbias;                                  // (experts, C_out)
-  float* bias_sums;  // kHopperUnit of each part, then of each whole unit (hopper_wgrad_bias.cuh); null: none
+  TensorMap x, x2, dy;  // x2 has no address where there is one input
+  // Planes by rows and columns, of which x is even, even with stride 2, dy with upsampling, where it is the window
+  // sums.
+  TensorMap even_odd, odd_even, odd_odd;
+  void* dweight;       // (experts, C_out, taps, C_in)
+  void* parts;         // two of each block
+  void* dbias;         // (experts, C_out) or null
+  void* dsample_bias;  // (B, C_out) or null
+  float* bias_sums;    // what this kernel sums for biases (hopper_wgrad_bias.cuh); null: nothing
+  float* sample_sums;  // (sample_parts, B, out_tiles * kHopperUnit): sums of each sample; null: biases need none
   ConvRouting routing;
   int in_channels, out_channels, in_tiles, out_tiles;
-  int seam;                          // no unit has input channels on both sides of it
-  int patches_down, patches_across;  // of a sample, of 3x3 filters
-  int patch_samples, patch_side;     // of stride 2: samples of a patch, lines and columns of it; else 0
-  int pixels;                        // of a sample
-  int taps, rows;                    // of the filter; its rows that units have, in the form of rows its taps
+  int seam;                                  // no unit has input channels on both sides of it
+  int patches_down, patches_across;          // of a sample, of 3x3 filters
+  int patch_samples, patch_side;             // of patches that are boxes of the form of rows; else 0
+  int upsampled;                             // these are of x, and dy has planes
+  int sample_rows;                           // of dy, of a sample
+  FastDivisor by_sample_rows, by_turn_rows;  // rows of dy that a filter row or tap sums for biases before the next
+  int sample_parts;                          // sums that make up that of a sample
+  int pixels;                                // of a sample
+  int taps, rows;                            // of the filter; its rows that units have, in the form of rows its taps
   int stages;
   int blocks;  // of the products
+};
+
+// Sums of dy over all windows of 2 x 2 pixels, and over the samples: window_sums.cuh.
+constexpr int kWindowSumThreads = 256, kWindowSumChunks = 8;  // chunks of 8 channels of a block
+struct ConvWindowSumParams {
+  const void* dy;
+  void* windows;       // (B, height + 1, width + 1, channels)
+  float* sample_sums;  // (strips, B, pitch) or null
+  ConvRouting routing;
+  FastDivisor by_columns;  // width + 1
+  int height, width, channels;
+  int strips, lines;  // of the windows of a sample; lines of a strip
+  int channel_tiles, pitch;
 };
 
 }  // namespace tdc

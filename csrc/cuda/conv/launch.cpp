@@ -187,6 +187,11 @@ ConvForm wgrad_form(const ConvArguments& a, const Device& device) {
   return a.hopper && a.batch > 0 && hopper_wgrad_refusal(a, device).empty() ? ConvForm::kHopper : ConvForm::kMmaSync;
 }
 
+// Whether the launches of dweight have all sums of biases that are wanted.
+bool has_biases_with_weight(const ConvArguments& a, const Device& device) {
+  return wgrad_form(a, device) == ConvForm::kHopper ? hopper_sums_biases(a) : sums_bias_with_weight(a);
+}
+
 size_t partial_bytes(const ConvArguments& a, const Device& device) {
   if (wgrad_form(a, device) == ConvForm::kHopper) return hopper_wgrad_workspace(a, device);
   const WgradTiling tiling = tile_wgrad(a, device);
@@ -195,7 +200,7 @@ size_t partial_bytes(const ConvArguments& a, const Device& device) {
 
 size_t bias_bytes(const ConvArguments& a, const Device& device) {
   int64_t rows = a.dbias ? a.batch : 0;  // of C_out sums
-  if (sums_bias_with_weight(a)) {
+  if (has_biases_with_weight(a, device)) {
     if (wgrad_form(a, device) == ConvForm::kHopper) return 0;  // among its partials
     const int64_t splits = tile_wgrad(a, device).splits;
     rows = splits > 1 ? splits * a.num_experts : 0;
@@ -307,7 +312,7 @@ std::vector<Launch> launch_conv_wgrad(const ConvArguments& arguments, const Devi
     add_dweight(arguments, device, launches);
   }
   const size_t partials = partial_bytes(arguments, device);
-  if ((arguments.dbias && !sums_bias_with_weight(arguments)) || arguments.dsample_bias) {
+  if ((arguments.dbias || arguments.dsample_bias) && !has_biases_with_weight(arguments, device)) {
     add_channel_sums(arguments, pointer<float>(arguments.workspace + partials), launches);
   }
   return launches;

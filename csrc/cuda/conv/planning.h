@@ -32,7 +32,8 @@ void require(bool holds, const char* what, const ConvArguments& a);
 // Throws std::invalid_argument where the sizes and dtypes are none that kernels take.
 void check(const ConvArguments& a);
 
-// Whether dbias comes out of the launches of dweight; where dsample_bias is wanted, both have their own.
+// Whether dbias comes out of the launches of dweight in the portable form; where dsample_bias is wanted, both have
+// their own.
 inline bool sums_bias_with_weight(const ConvArguments& a) { return a.dweight && a.dbias && !a.dsample_bias; }
 
 // The product of numbers of blocks; throws where a grid is too large.
