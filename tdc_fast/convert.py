@@ -31,7 +31,7 @@ from tdc_fast.runs.config import TrainConfig
 from tdc_fast.runs.denoisers import FACTS, from_checkpoint, from_run
 from tdc_fast.runs.limits import PathText, Within
 from tdc_fast.runs.unet_flags import flags_of
-from tdc_fast.runs.weights import load_verified
+from tdc_fast.runs.weights import check_finite, load_verified
 from tdc_fast.text_files import read_record
 
 __all__ = ["ConvertOptions", "main"]
@@ -96,6 +96,7 @@ def _from_folder(folder: Path) -> UNet:
         model = diffusers.UNet2DModel.from_pretrained(str(folder), use_safetensors=True, local_files_only=True)
     except (OSError, ValueError, TypeError, RuntimeError) as error:
         raise invalid("model_path", str(folder), f"a whole UNet2DModel of diffusers ({error})") from error
+    check_finite("model_path", folder, model.state_dict())
     return from_diffusers(model)
 
 
@@ -106,6 +107,7 @@ def _from_guided(path: Path, options: Mapping[str, Any]) -> UNet:
     state = load_verified(path, "model_path")
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise invalid("model_path", str(path), "a state dict: names of parameters and their tensors")
+    check_finite("model_path", path, state)
     facts, size = dict(options), options["num_head_channels"]
     if size != -1:
         facts["num_heads"], facts["num_heads_upsample"] = num_heads_of(state, size), -1

@@ -102,6 +102,8 @@ def test_heads_of_one_size_are_one_number_of_heads_or_refused() -> None:
         (["--model_path", "list", "--out", "new"], r"config.json: got 'list.config.json'; .* it holds \[1\]"),
         (["--model_path", "cut", "--out", "new"], "config.json: got 'cut.config.json'; .* it does not parse"),
         ([*GUIDED, "unet.pt", "--out", "new", "--num_res_blocks", "2"], "model_path: .* a file that fits the flags"),
+        (["--model_path", "nan.pt", "--out", "new"], "model_path: .* finite weights; out.2.bias holds .* NaN"),
+        ([*GUIDED, "nan.pt", "--out", "new"], "model_path: .* finite weights; out.2.bias holds .* NaN"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_converted_is_refused_and_leaves_nothing(
@@ -111,10 +113,27 @@ def test_what_cannot_be_converted_is_refused_and_leaves_nothing(
     state = unet().state_dict()
     torch.save(state, "unet.pt")
     torch.save({**state, "output_blocks.1.2.in_layers.0.weight": torch.ones(3)}, "up.pt")
+    torch.save({**state, "out.2.bias": torch.tensor([1.0, float("nan"), 0.0])}, "nan.pt")
     for name, text in (("list", "[1]"), ("cut", "{")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(text)
     given = {name: value for name, value in FLAGS.items() if f"--{name}" not in arguments}
     assert convert.main([*arguments, *words(given)]) == 2
     assert re.search(message, capsys.readouterr().err)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut", "list", "unet.pt", "up.pt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut", "list", "nan.pt", "unet.pt", "up.pt"]
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_folder_of_diffusers_with_weights_that_are_not_finite_is_refused(
+    value: str, tmp_path: Path, capsys: Any
+) -> None:
+    pytest.importorskip("diffusers", reason="the extra [diffusers] is not installed")
+    from tdc_fast.diffusers_models.unets import to_diffusers
+
+    theirs = to_diffusers(unet())
+    with torch.no_grad():
+        theirs.conv_out.bias[1] = float(value)
+    theirs.save_pretrained(tmp_path / "folder")
+    assert convert.main(["--model_path", str(tmp_path / "folder"), "--out", str(tmp_path / "back.pt")]) == 2
+    assert "finite weights; conv_out.bias holds infinities or NaN" in capsys.readouterr().err
+    assert not (tmp_path / "back.pt").exists()

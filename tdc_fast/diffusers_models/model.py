@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from tdc_fast.nn.per_group import dense_module
 from tdc_fast.nn.timesteps import one_per_sample, timestep_argument
 from tdc_fast.nn.units import units_of
 from tdc_fast.nn.width_plan import ExpertUnit, WidthPlan
+from tdc_fast.ops.checks import can_read
 from tdc_fast.routing import TimestepGroups
 
 diffusers = require("diffusers", "diffusers")
@@ -39,8 +41,10 @@ __all__ = ["TDCModel"]
 class TDCModel(*_BASES):  # type: ignore[misc]
     """Experts per group of timesteps in place of a denoiser of diffusers.
 
-    It is called as the denoiser is, by any pipeline and scheduler: every sample gets the expert of its timestep. Where
-    a scheduler makes timesteps between the trained ones, the nearest decides, within 0 to T - 1::
+    It is called as the denoiser is, by any pipeline and scheduler that passes timesteps: every sample gets the expert
+    of its timestep. Where a scheduler makes timesteps between the trained ones, the nearest decides. Schedulers that
+    pass noise levels instead, such as EDMEulerScheduler and IPNDMScheduler, cannot be used; timesteps in host memory
+    are checked for that (a GPU would have to be waited for)::
 
         model = TDCModel.from_routed(pack_experts(unet, groups, widths))
         DDIMPipeline(model, scheduler)(batch_size=4)
@@ -133,7 +137,8 @@ class TDCModel(*_BASES):  # type: ignore[misc]
         The timestep is a number, a tensor of one number or one of each sample (B,).
 
         Raises:
-            ValueError: for arguments that cannot be divided among the experts (see `RoutedModel`).
+            ValueError: for arguments that cannot be divided among the experts (see `RoutedModel`), and for a timestep
+                outside 0 to T.
         """
         denoiser = dense_module(self.routed.model)
         place, _ = timestep_argument(denoiser)
@@ -143,8 +148,9 @@ class TDCModel(*_BASES):  # type: ignore[misc]
             if given.get(name) is None:
                 raise invalid(name, None, "an argument of every call")
         x, t = given.pop(names[0]), given.pop(names[1 + place])
-        t = one_per_sample(t, x)
-        return self.routed(x, t, expert_ids=self._experts_of(t), **given)
+        of_samples = one_per_sample(t, x)
+        _check_range(t, self.routed.groups.num_timesteps)
+        return self.routed(x, of_samples, expert_ids=self._experts_of(of_samples), **given)
 
     def _experts_of(self, t: Tensor) -> Tensor:
         groups = self.routed.groups
@@ -206,6 +212,24 @@ def _one_device(device_map: Any) -> torch.device | None:
         return torch.device(named[0])
     except (RuntimeError, TypeError) as error:
         raise invalid("device_map", device_map, remedy) from error
+
+
+def _check_range(t: float | Tensor, num_timesteps: int) -> None:
+    """ValueError, or a warning where it is not certain, for timesteps in host memory that are none."""
+    value = torch.as_tensor(t)
+    if not value.numel() or not can_read(value):
+        return
+    low, high = (float(bound) for bound in torch.aminmax(value.to(torch.float64)))
+    remedy = (
+        "It chooses the expert; noise levels, as EDMEulerScheduler, EDMDPMSolverMultistepScheduler and IPNDMScheduler "
+        "pass them, do not: take a scheduler that passes timesteps, such as DDIMScheduler or EulerDiscreteScheduler, "
+        f"with num_train_timesteps={num_timesteps}"
+    )
+    if not 0 <= low <= high <= num_timesteps:  # those of flow matching go from T to 1
+        wrong = low if low < 0 else high
+        raise invalid("timestep", wrong, f"one from 0 to {num_timesteps - 1}. {remedy}")
+    if 0 < low < 1:
+        warnings.warn(f"timestep: between 0 and 1, which is rare for timesteps. {remedy}", stacklevel=3)
 
 
 def _public(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -49,15 +49,17 @@ class Graphed:
     The first `warmup` calls with a signature run the function as it is, on a stream of its own; the next one captures
     it and replays at once. So every call has the effect of one call of the function. A signature is: shapes, strides,
     dtypes and devices of the tensors among the arguments, at any depth of tuples, lists and dicts; everything else in
-    the arguments by value; grad mode, autocast, and whether each of `modules` is training.
+    the arguments by value; grad mode, autocast, and whether each of `modules`, and each module in them, is training;
+    torch's settings of what an operator computes with: the default dtype, the precision of fp32 products, determinism,
+    and which kernels cuDNN and attention may take.
 
     What the function must keep to:
 
-    - Tensors among its arguments are copied into static buffers before each replay. All other tensors that it reads,
-      such as weights, are read where they were when it was captured: write into them; after replacing them, call
-      `reset`.
+    - Tensors among its arguments are copied into static buffers before each replay, and are not written into. All other
+      tensors that it reads, such as weights, are read where they were when it was captured: write into them; after
+      replacing them, call `reset`.
     - Python does not run in a replay: numbers, branches and hooks are those of the capture. What changes is a tensor.
-      After adding a hook, call `reset`.
+      After adding a hook or another module, call `reset`.
     - It never waits for the device (`.item()`, `.tolist()`, a copy to the CPU, a condition on a tensor's value).
     - Random numbers come from the default generator of the device, or from one of `generators`. They are then those of
       the function itself, and a saved state of the generator continues as usual.
@@ -115,6 +117,7 @@ class Graphed:
         self._device = _with_index(torch.device(device))
         self._name = name or getattr(function, "__name__", type(function).__name__)
         self._modules, self._generators = tuple(modules), tuple(generators)
+        self._with_modes = _all_modules(self._modules)
         self._clone, self._warmup, self._max_graphs, self._required = clone, warmup, max_graphs, required
         self._fixed_flops = fixed_flops
         self._signatures: OrderedDict[_Key, _Signature] = OrderedDict()
@@ -135,7 +138,7 @@ class Graphed:
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         with _lock:
             try:
-                entry = self._entry(_key(leaves, spec, self._device, self._modules))
+                entry = self._entry(_key(leaves, spec, self._device, self._with_modes))
             except TypeError:
                 self._give_up("an argument that is no tensor cannot be compared between calls: it has no hash")
                 return self._function(*args, **kwargs)
@@ -160,6 +163,7 @@ class Graphed:
         """Drop all graphs: the next calls warm up and capture again."""
         with _lock:
             self._signatures.clear()
+            self._with_modes = _all_modules(self._modules)
 
     @property
     def num_graphs(self) -> int:
@@ -178,10 +182,12 @@ class Graphed:
 
     def _run(self, entry: _Signature, tensors: Sequence[Tensor], args: Any, kwargs: Any) -> Any:
         """Run the function as it is, and look for what would keep it from being captured."""
+        before = _versions(tensors)
         result, waits = current_capture().warm_up(lambda: self._function(*args, **kwargs), self._device)
         entry.calls += 1
         if entry.calls == self._warmup:
-            obstacle = self._obstacle(tensors, result) or waits
+            written = "" if before == _versions(tensors) else "it writes into an argument, of which a graph has a copy"
+            obstacle = self._obstacle(tensors, result) or written or waits
             if obstacle:
                 self._give_up(obstacle)
         return result
@@ -285,6 +291,15 @@ class _Key:
         return isinstance(other, _Key) and self._parts == other._parts
 
 
+def _all_modules(modules: Sequence[nn.Module]) -> list[nn.Module]:
+    return [inner for module in modules for inner in module.modules()]
+
+
+def _versions(tensors: Sequence[Tensor]) -> list[int]:
+    """What changes when a tensor is written into; tensors of the inference mode do not count that."""
+    return [tensor._version for tensor in tensors if not tensor.is_inference()]
+
+
 def _key(leaves: Sequence[Any], spec: Any, device: torch.device, modules: Sequence[nn.Module]) -> _Key:
     parts = tuple(
         (leaf.shape, leaf.stride(), leaf.dtype, leaf.device, leaf.requires_grad)
@@ -296,9 +311,27 @@ def _key(leaves: Sequence[Any], spec: Any, device: torch.device, modules: Sequen
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
         torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type),
-        tuple(module.training for module in modules),
+        bytes([module.training for module in modules]),
     )
-    return _Key(spec, parts, modes)
+    return _Key(spec, parts, modes, _settings())
+
+
+def _settings() -> tuple[Hashable, ...]:
+    """The settings of torch that decide what operators compute, or in which kernel; a graph keeps those it had."""
+    cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
+    return (
+        torch.get_default_dtype(),
+        cuda.matmul.fp32_precision,  # torch.set_float32_matmul_precision sets it too
+        cudnn.conv.fp32_precision,  # type: ignore[attr-defined]
+        cudnn.enabled,
+        cudnn.benchmark,
+        cudnn.deterministic,
+        torch.are_deterministic_algorithms_enabled(),
+        cuda.flash_sdp_enabled(),
+        cuda.mem_efficient_sdp_enabled(),
+        cuda.cudnn_sdp_enabled(),
+        cuda.math_sdp_enabled(),
+    )
 
 
 def _with_index(device: torch.device) -> torch.device:

@@ -45,15 +45,28 @@ class Copies:
         self._parameters = [
             parameter for parameter in parameters if parameter.dtype == torch.float32
         ]  # keeps ids valid
+        self._dtype = dtype
         trained = [p for p in self._parameters if p.requires_grad and torch.is_grad_enabled()]
         fixed = [p for p in self._parameters if not (p.requires_grad and torch.is_grad_enabled())]
         self._copies = dict(zip(map(id, fixed), _cast([p.detach() for p in fixed], dtype), strict=True))
         if trained:
             self._copies.update(zip(map(id, trained), _Cast.apply(dtype, *trained), strict=True))
 
-    def of(self, parameter: Tensor) -> Tensor:
-        """The copy of a parameter, or the parameter itself where it has none."""
-        return self._copies.get(id(parameter), parameter)
+    def of(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:
+        """The copy of a parameter for an input of a dtype.
+
+        It is the parameter itself where it has none, and where autocast is not in the dtype of the copies: a part of a
+        model may have switched it off.
+        """
+        copy = self._copies.get(id(parameter))
+        if copy is None:
+            return parameter
+        if copy.dtype == dtype or self._autocast_is_theirs(parameter.device.type):
+            return copy
+        return parameter
+
+    def _autocast_is_theirs(self, device: str) -> bool:
+        return torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == self._dtype
 
 
 def autocast_key(device: torch.device) -> Key | None:

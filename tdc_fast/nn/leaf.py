@@ -147,8 +147,14 @@ class RoutedLeaf(nn.Module):
         known = running.shared.get(self.sharing) if running is not None and plan is running.plan else None
         return known or self.shared_plan(plan)
 
-    def operands(self, plan: RoutingPlan | None = None) -> tuple[Tensor, Tensor | None, RoutingPlan]:
+    def operands(
+        self, dtype: torch.dtype, plan: RoutingPlan | None = None
+    ) -> tuple[Tensor, Tensor | None, RoutingPlan]:
         """What a forward computes with.
+
+        Args:
+            dtype: of the layer's input.
+            plan: of the groups; None takes that of the running forward.
 
         Returns:
             The weight, the bias and the `current_plan`. Under autocast weight and bias are copies in the lower
@@ -157,7 +163,8 @@ class RoutedLeaf(nn.Module):
         running = None if self.routing is None else self.routing.running
         weight, bias = self.weight, self.bias
         if running is not None and running.copies is not None:
-            weight, bias = running.copies.of(weight), None if bias is None else running.copies.of(bias)
+            of = running.copies.of
+            weight, bias = of(weight, dtype), None if bias is None else of(bias, dtype)
         if bias is not None and self.closing_gate is not None:
             if not torch.compiler.is_compiling():
                 check_memory(bias=bias)
@@ -217,6 +224,12 @@ class RoutedLeaf(nn.Module):
 
     def _dense_shape(self, name: str, shape: Sequence[int]) -> tuple[int, ...]:
         return tuple(shape)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of the module calls others, so that it must be called and not only computed."""
+    forward = module._forward_hooks or module._forward_pre_hooks
+    return bool(forward or module._backward_hooks or module._backward_pre_hooks)
 
 
 def _running_plan(running: Running | None) -> RoutingPlan:

@@ -64,6 +64,8 @@ def _check_packable(name: str, module: nn.Module) -> None:
             remedy = "sparse=False: gradients of the experts are stacked"
         elif module.max_norm is not None:
             remedy = "max_norm=None: a look-up would change the table"
+    elif kind == "AdaLayerNorm" and getattr(module, "chunk_dim", 1) == 0:  # of diffusers, in VQ-Diffusion's transformer
+        remedy = "a norm with a scale and shift for each sample: this one has those of one timestep for the whole batch"
     elif parametrize.is_parametrized(module):
         remedy = "plain parameters: torch.nn.utils.parametrize.remove_parametrizations"
     elif isinstance(module, nn.ParameterList | nn.ParameterDict):

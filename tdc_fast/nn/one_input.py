@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tdc_fast.nn.layers import Linear
+from tdc_fast.nn.leaf import has_hooks
 from tdc_fast.nn.routed import RoutedLinear
 from tdc_fast.ops import routed_linear
 from tdc_fast.routing import RoutingPlan
@@ -31,14 +32,14 @@ def chunks_in_one_launch(
 
     Returns:
         For each layer its chunks, (B, C_out / count) each; None where the layers had better run one after the other: on
-        the CPU, where stacking their weights would take longer than it saves, layers that are not routed, and those
-        of which groups share some and not others.
+        the CPU, where stacking their weights would take longer than it saves, layers that are not routed or have
+        hooks, and those of which groups share some and not others.
     """
     if not launches_cost(x.device):
         return None
     routed = [layer for layer in layers if isinstance(layer, RoutedLinear)]
     plain = any(layer.bias is None or layer.in_widths is not None or layer.closing_gate is not None for layer in routed)
-    if not routed or plain or len({layer.rows for layer in routed}) > 1:
+    if not routed or plain or any(map(has_hooks, routed)) or len({layer.rows for layer in routed}) > 1:
         return None
     pruned = next((layer for layer in routed if layer.out_widths is not None), routed[0])  # needs all groups apart
     return _in_one_launch(routed, x, count, pruned.current_plan(None))
@@ -53,7 +54,7 @@ def _in_one_launch(
     weights: list[Tensor] = []  # (count, E, most, C_in) for each layer
     biases: list[Tensor] = []  # (count, E, most)
     for layer in layers:
-        weight, bias, _ = layer.operands()
+        weight, bias, _ = layer.operands(x.dtype)
         assert bias is not None
         weights.append(_padded(layer.apart(weight, count), most))
         biases.append(_padded(layer.apart(bias, count), most))

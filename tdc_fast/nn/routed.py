@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tdc_fast.errors import invalid
-from tdc_fast.nn.leaf import RoutedLeaf
+from tdc_fast.nn.leaf import RoutedLeaf, has_hooks
 from tdc_fast.ops import routed_conv2d, routed_group_norm, routed_linear
 from tdc_fast.ops.checks import can_read, check_memory
 from tdc_fast.ops.layout import empty_channel_innermost
@@ -73,7 +73,7 @@ class RoutedConv2d(RoutedLeaf):
         """
         return routed_conv2d(
             x,
-            *self.operands(plan),
+            *self.operands(x.dtype, plan),
             stride=self.stride,
             padding=self.padding,
             in_widths=self.in_widths,
@@ -139,7 +139,7 @@ class RoutedLinear(RoutedLeaf):
             return self._stacked(tokens, plan, added).unflatten(1, x.shape[1:-1])
         return routed_linear(
             x,
-            *self.operands(plan),
+            *self.operands(x.dtype, plan),
             in_widths=self.in_widths,
             out_widths=self.out_widths,
             residual=residual,
@@ -147,7 +147,7 @@ class RoutedLinear(RoutedLeaf):
 
     def chunks(self, x: Tensor, count: int, plan: RoutingPlan | None = None) -> tuple[Tensor, ...]:
         """The output of x in the `count` blocks of channels of the dense layout, each (..., C_out / count)."""
-        if self._interleaves(count):
+        if self._interleaves(count) and not has_hooks(self):
             return self._stacked(x, plan).unflatten(-1, (-1, count)).unbind(-1)
         return self(x, plan).chunk(count, dim=-1)
 
@@ -217,7 +217,7 @@ class RoutedGroupNorm(RoutedLeaf):
             Like x, or (B, C, H, W) with x2, in the dtype of x.
         """
         image = x if x.dim() == 4 else x.reshape(x.shape[0], x.shape[1], -1, 1)
-        weight, bias, plan = self.operands(plan)
+        weight, bias, plan = self.operands(x.dtype, plan)
         if bias is None or weight.dtype != x.dtype:  # a norm of fp32 under autocast computes in fp32
             weight, bias = self.weight, self.bias
         y = routed_group_norm(

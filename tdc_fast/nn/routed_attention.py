@@ -101,18 +101,19 @@ class RoutedMultiheadAttention(RoutedLeaf):
             weights = weights.mean(1) if average_attn_weights else weights
         else:
             h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-        y = routed_linear(h.transpose(1, 2).flatten(2), *self._output_projection(), plan)
+        weight, bias = (self._computed_in(value, h) for value in (self.out_proj.weight, self.out_proj.bias))
+        y = routed_linear(h.transpose(1, 2).flatten(2), weight, bias, plan)
         return y if self.batch_first else y.transpose(0, 1), weights
 
     def _projected(self, query: Tensor, key: Tensor, value: Tensor, plan: RoutingPlan) -> tuple[Tensor, ...]:
         """q, k and v (B, T, D); inputs that are the same are projected in one launch."""
         inputs = [query, key, value]
-        bias = self._computed_in(self.in_proj_bias)
+        bias = self._computed_in(self.in_proj_bias, query)
         if self.in_proj_weight is None:
             separate = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-            weights = [self._computed_in(weight) for weight in separate]
+            weights = [self._computed_in(weight, query) for weight in separate]
         else:
-            whole = self._computed_in(self.in_proj_weight)
+            whole = self._computed_in(self.in_proj_weight, query)
             same = 3 if query is key and key is value else 1
             sizes = [self.embed_dim] * 3 if same == 1 else [3 * self.embed_dim]
             weights = list(whole.split(sizes, dim=1))
@@ -137,15 +138,12 @@ class RoutedMultiheadAttention(RoutedLeaf):
             mask = padding if mask is None else mask + padding
         return mask
 
-    def _output_projection(self) -> tuple[Tensor, Tensor | None]:
-        return self._computed_in(self.out_proj.weight), self._computed_in(self.out_proj.bias)
-
-    def _computed_in(self, parameter: Any) -> Any:
-        """The parameter, under autocast its copy in the lower precision; None for None."""
+    def _computed_in(self, parameter: Any, x: Tensor) -> Any:
+        """The parameter for an input x, under autocast its copy in the lower precision; None for None."""
         running = None if self.routing is None else self.routing.running
         if parameter is None or running is None or running.copies is None:
             return parameter
-        return running.copies.of(parameter)
+        return running.copies.of(parameter, x.dtype)
 
     def extra_repr(self) -> str:
         """The sizes, for `repr`."""

@@ -9,7 +9,7 @@ from torch import nn
 
 from tdc_fast.errors import invalid
 from tdc_fast.nn import layers
-from tdc_fast.nn.leaf import LiveAxis, RoutedLeaf
+from tdc_fast.nn.leaf import LiveAxis, RoutedLeaf, has_hooks
 from tdc_fast.nn.routed import (
     RoutedConv1d,
     RoutedConv2d,
@@ -54,7 +54,6 @@ def routed_twin(
     return leaf
 
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _NEVER_PRUNED = (RoutedEmbedding, RoutedLayerNorm, RoutedMultiheadAttention)
 
 
@@ -64,7 +63,7 @@ def _twin(layer: nn.Module, experts: int, out: LiveAxis | None, in_: LiveAxis | 
     def sized(axis: LiveAxis | None, channels: int) -> int:
         return channels if axis is None else axis.size
 
-    if any(getattr(layer, hooks) for hooks in _HOOKS):
+    if has_hooks(layer):
         return None  # they are called with the dense layer
     kind = type(layer)
     if kind in (nn.Conv2d, layers.Conv2d):

@@ -360,7 +360,8 @@ def _check_x2(x2: Tensor, x: Tensor) -> int:
     """Checks the second input of an operator and returns its channels."""
     if x2.dim() != 4 or x2.shape[1] < 1 or x2.shape[0] != x.shape[0] or x2.shape[2:] != x.shape[2:]:
         batch, _, height, width = x.shape
-        raise invalid("x2", tuple(x2.shape), f"shape ({batch}, C, {height}, {width}), like x but for its channels")
+        remedy = f"shape ({batch}, C, {height}, {width}) with C at least 1, like x but for its channels"
+        raise invalid("x2", tuple(x2.shape), remedy)
     _check_like("x2", x2, x)
     return x2.shape[1]
 

@@ -85,7 +85,8 @@ def _part(fields: dict[str, Any], params: bytes, pointers: list[tuple[int, int, 
     starts = [*(offset for offset, _, _ in pointers), len(params)]
     between = [params[end:start] for end, start in zip(ends, starts, strict=True)]
     count = len(pointers)
-    in_turn = itemgetter(0, *(place for index in range(count) for place in (count + 1 + index, index + 1)))
+    order = [0, *(place for index in range(count) for place in (count + 1 + index, index + 1))]
+    in_turn: Callable[..., tuple[Any, ...]] = itemgetter(*order) if count else tuple  # one item would come alone
     layout = "<" + "Q".join(f"{len(piece)}s" for piece in between)
     pack, make = struct.Struct(layout).pack, partial(native.module.Launch, **fields)
     sources = [(tensor, past) for _, tensor, past in pointers]

@@ -24,7 +24,7 @@ from tdc_fast.atomic import sha256_of
 from tdc_fast.errors import invalid
 from tdc_fast.models.iddpm import UNet
 from tdc_fast.runs.build import build_unet, place
-from tdc_fast.runs.checkpoint import finished_steps
+from tdc_fast.runs.checkpoint import finished_steps, first_non_finite
 from tdc_fast.runs.config import TrainConfig
 from tdc_fast.runs.directory import RunDirectory
 from tdc_fast.runs.options import DiffusionOptions, ModelOptions
@@ -252,7 +252,13 @@ def check_like(argument: str, path: Path, name: str, value: Any, expected: Tenso
         wanted = f"{_kind(expected)} of shape {tuple(expected.shape)}"
         have = f"{_kind(value)} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else _kind(value)
         raise invalid(argument, str(path), f"{name} as {wanted}; it is {have}")
-    if not bool(value.isfinite().all()):
+    check_finite(argument, path, {name: value})
+
+
+def check_finite(argument: str, path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """ValueError, naming the file and the tensor, where one of them holds infinities or NaN."""
+    name = first_non_finite(tensors)
+    if name is not None:
         raise invalid(argument, str(path), f"finite weights; {name} holds infinities or NaN, as after a divergence")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ from diffusers import (  # noqa: E402
     DDPMScheduler,
     DiTPipeline,
     DiTTransformer2DModel,
+    EDMEulerScheduler,
     EulerDiscreteScheduler,
+    IPNDMScheduler,
     UNet2DModel,
 )
 
@@ -197,6 +200,21 @@ def test_two_experts_are_the_two_denoisers_of_a_pipeline_with_a_boundary(tmp_pat
         )
     with pytest.raises(ValueError, match="routed: got '3 groups'; expected a packed model of two"):
         save_two_experts(pruned(), tmp_path)
+
+
+@pytest.mark.parametrize("kind", [EDMEulerScheduler, IPNDMScheduler])
+def test_noise_levels_in_place_of_timesteps_are_not_taken_in_silence(kind: Any) -> None:
+    model, scheduler = TDCModel.from_routed(pruned()), kind()
+    scheduler.set_timesteps(5)
+    given = [float(t) for t in scheduler.timesteps]
+    if min(given) < 0:
+        with pytest.raises(ValueError, match="timestep: got -.*; expected one from 0 to 999. .* DDIMScheduler"):
+            [model(images(), t) for t in scheduler.timesteps if t < 0]
+    with pytest.warns(UserWarning, match="timestep: between 0 and 1, .* IPNDMScheduler"):
+        model(images(), next(t for t in scheduler.timesteps if 0 < t < 1))
+    for beyond in (1001, 5000.5, torch.tensor(math.nan), torch.tensor([3, 999, -1, 7, 0])):
+        with pytest.raises(ValueError, match=r"timestep: got (1001|5000.5|nan|-1).*num_train_timesteps=1000"):
+            model(images(), beyond)
 
 
 def test_what_does_not_fit_is_named(tmp_path: Path) -> None:

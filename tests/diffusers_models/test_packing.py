@@ -177,3 +177,11 @@ def test_blocks_of_diffusers_feed_only_zeros_past_the_widths_of_their_experts(
     with torch.no_grad():
         packed(torch.randn(5, 3, 8, 8), T, **conditions)
     assert "in_widths" in checked
+
+
+def test_a_norm_of_one_timestep_for_the_whole_batch_is_refused_by_path() -> None:
+    """VQ-Diffusion's transformer takes its scale and shift along the batch."""
+    shape = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1, "sample_size": 4}
+    model = Transformer2DModel(**shape, num_vector_embeds=12, num_embeds_ada_norm=100)
+    with pytest.raises(ValueError, match=r"module 'transformer_blocks.0.norm1': got 'AdaLayerNorm'; expected a norm"):
+        pack_experts(model, TimestepGroups.uniform(100, 4))

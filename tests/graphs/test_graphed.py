@@ -129,6 +129,45 @@ def test_a_module_that_trains_and_one_that_does_not_have_graphs_of_their_own(tap
         assert step(torch.ones(2)).tolist() == [1, 1]
 
 
+def test_a_part_of_a_module_that_trains_counts_too(tape):
+    model = nn.Sequential(nn.Dropout(1.0))
+    step = Graphed(model, "cpu", modules=[model], warmup=1)
+    step(torch.ones(2)), step(torch.ones(2))
+    model[0].eval()
+    for _ in range(3):
+        assert step(torch.ones(2)).tolist() == [1, 1]
+    model[0] = nn.Dropout(1.0)
+    step.reset()
+    for _ in range(3):
+        assert step(torch.ones(2)).tolist() == [0, 0]
+
+
+def attribute(owner, name):
+    return lambda: getattr(owner, name), lambda value: setattr(owner, name, value)
+
+
+SETTINGS = {
+    "default dtype": (torch.get_default_dtype, torch.set_default_dtype, torch.float64),
+    "matrix precision": (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "high"),
+    "TF32 of cuDNN": (*attribute(torch.backends.cudnn, "allow_tf32"), False),
+    "cuDNN's determinism": (*attribute(torch.backends.cudnn, "deterministic"), True),
+    "determinism": (torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms, True),
+    "fused attention": (torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.enable_flash_sdp, False),
+}
+
+
+@pytest.mark.parametrize(("read", "change", "other"), SETTINGS.values(), ids=SETTINGS)
+def test_a_setting_of_torch_that_decides_what_is_computed_has_graphs_of_its_own(tape, read, change, other):
+    step, before = Graphed(lambda x: (x + 1, read()), "cpu", warmup=1), read()
+    step(torch.ones(2)), step(torch.ones(2))
+    change(other)
+    try:
+        assert [step(torch.ones(2))[1] for _ in range(3)] == [other] * 3
+    finally:
+        change(before)
+    assert step(torch.ones(2))[1] == before and step.num_graphs == 2
+
+
 def _under(context, step, x):
     with context:
         return step(x)
@@ -184,8 +223,9 @@ def reading(x):
         (nn.Linear(1, 1), [], torch.ones(1), "its result requires a gradient"),
         (lambda x, y=None: x, [], [torch.ones(1), bytearray(b"1")], "has no hash"),
         (lambda x: x, [], torch.ones(1, device="meta"), "an argument is on meta, not on cpu"),
+        (lambda x: x.add_(1), [], torch.ones(1), "it writes into an argument"),
     ],
-    ids=["hook", "item", "gradient of an input", "gradient of a result", "unhashable", "device"],
+    ids=["hook", "item", "gradient of an input", "gradient of a result", "unhashable", "device", "in place"],
 )
 def test_what_cannot_be_captured_runs_as_it_is_and_one_line_says_why(tape, caplog, function, modules, argument, reason):
     step = Graphed(function, "cpu", name="step", modules=modules)

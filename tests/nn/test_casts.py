@@ -18,8 +18,10 @@ from tdc_fast.nn import attention, packing
 from tdc_fast.nn.casts import Copies
 from tdc_fast.nn.packing import RoutedModel, pack_experts
 from tdc_fast.routing import TimestepGroups
+from tests.models.test_iddpm import randomise
 from tests.nn.test_packing import GROUPS, PRUNED, batch, shuffled_plan, unet
 from tests.reports.test_routed_forward import gradients, packed, samples
+from tests.tolerance import assert_as_accurate_as_torch
 
 
 class Casts(TorchDispatchMode):
@@ -206,6 +208,38 @@ def test_a_norm_that_gets_fp32_keeps_its_parameters_in_fp32() -> None:
     expected = routed(x, t)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(routed(x, t), expected)
+
+
+class PartlyInFp32(nn.Module):
+    """As networks do that keep a part in fp32: autocast is switched off there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.after = nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+        self.linear, self.norm = nn.Linear(8, 8), nn.GroupNorm(2, 8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        h = self.before(x)
+        with torch.autocast("cpu", enabled=False):
+            tokens = self.linear(self.norm(h.float()).flatten(2).transpose(1, 2))
+            tokens = self.attention(tokens, tokens, tokens, need_weights=False)[0]
+        assert tokens.dtype == torch.float32
+        return self.after(tokens.transpose(1, 2).view_as(h))
+
+
+def test_where_a_model_switches_autocast_off_its_parameters_are_in_fp32() -> None:
+    experts = [randomise(PartlyInFp32(), seed) for seed in range(4)]
+    groups = TimestepGroups.uniform(100, 4)
+    routed = pack_experts(experts, groups)
+    x, t = torch.randn(4, 4, 6, 6), torch.tensor([1, 30, 60, 99])
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = routed(x, t)
+        plain = torch.cat([expert(x[i : i + 1], t[i : i + 1]) for i, expert in enumerate(experts)])
+    ours.float().sum().backward()
+    assert all(parameter.grad is not None for parameter in routed.parameters())
+    exact = torch.cat([expert(x[i : i + 1], t[i : i + 1]) for i, expert in enumerate(experts)])
+    assert_as_accurate_as_torch(ours, plain, exact)
 
 
 def test_transforms_and_forward_mode_go_through_layers_that_cast_for_themselves() -> None:

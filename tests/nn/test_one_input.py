@@ -131,6 +131,25 @@ def test_a_packed_unet_embeds_in_one_launch(
         torch.testing.assert_close(ours, right, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("pruned", [False, True], ids=["whole", "pruned"])
+def test_a_hook_sees_what_the_dense_layer_gives(pruned: bool, one_launch: None) -> None:
+    model = unet(use_scale_shift_norm=True)
+    routed = pack_experts(model, GROUPS, shuffled_plan(model, PRUNED) if pruned else None)
+    x, t, y = batch()
+    t = torch.full_like(t, 999)  # all of the last expert
+    expected, expert = routed(x, t, y=y), routed.expert(2)
+    name = next(name for name, _ in expert.named_modules() if name.endswith("emb_layers.1"))
+    seen: list[Tensor] = []
+    for layer in (routed.model.get_submodule(name), expert.get_submodule(name)):
+        layer.register_forward_hook(lambda module, given, result: seen.append(result.detach()))
+    torch.testing.assert_close(routed(x, t, y=y), expected, rtol=1e-4, atol=1e-4)
+    expert(x, t, y=y)
+    ours, theirs = (value.unflatten(-1, (2, -1)) for value in seen)  # scales, then shifts
+    width = theirs.shape[-1]
+    torch.testing.assert_close(ours[..., :width], theirs, rtol=1e-4, atol=1e-5)
+    assert not ours[..., width:].any()
+
+
 class Embeds(nn.Module):
     def __init__(self) -> None:
         super().__init__()

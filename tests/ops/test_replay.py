@@ -345,6 +345,9 @@ class TestPlanned:
 
         assert self.repeated(plan, size=5, eps=1e-5) == [((1, 1, 1), (64, 5, 128, 152)), ((5, 1, 1), (0, 64))]
 
+    def test_a_launch_without_addresses_is_repeated_as_it_is(self) -> None:
+        assert self.repeated(lambda x, y: [self.launch(7), self.launch(y)]) == [((1, 1, 1), (7,)), ((1, 1, 1), (128,))]
+
     @pytest.mark.parametrize(
         "plan",
         [
