@@ -40,7 +40,7 @@ lint: $(STAMP) ## ruff, mypy and clang-format
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(MAKE) --no-print-directory types
-	@$(BIN)/clang-format --dry-run --Werror $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+	@$(BIN)/clang-format --dry-run --Werror $(shell find csrc tdc_fast/ops/host_sources -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 types: $(STAMP) ## mypy, which finds kernels/ under its installed name
 	@mkdir -p build/mypy/tdc_fast && ln -sfn ../../../kernels build/mypy/tdc_fast/kernels

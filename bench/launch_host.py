@@ -12,6 +12,7 @@ Forward: of tensors that want no gradient. Graph: a forward that records the gra
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -24,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.stand_in_gpu import dense_memory, stand_in_gpu, with_tiles
-from tdc_fast.ops import eager
+from tdc_fast.ops import eager, host
 
 BATCH, GROUPS, CHANNELS, SIZE = 64, 8, 128, 16
 ROUNDS, CALLS = 40, 20
@@ -132,6 +133,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--general", action="store_true", help="remember no call: each is checked anew, by the dispatcher"
     )
+    parser.add_argument("--python", action="store_true", help="repeat calls in Python, without the extension in C++")
     options = parser.parse_args(arguments)
     try:
         import triton  # noqa: F401
@@ -141,7 +143,8 @@ def main(arguments: list[str] | None = None) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(1)
     remembering = patch.object(eager, "_Guards", None) if options.general else nullcontext()
-    with remembering, nullcontext() if device == "cuda" else stand_in_gpu():
+    repeating = patch.dict(os.environ, {host.VARIABLE: "off" if options.python else "on"})
+    with repeating, remembering, nullcontext() if device == "cuda" else stand_in_gpu():
         yardsticks = torch_calls(device)
         routed = {backend: routed_calls(device, backend) for backend in ("triton", "cuda")}
         print(f"host microseconds per call, and times torch's ({device}, torch {torch.__version__})")

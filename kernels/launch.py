@@ -77,7 +77,7 @@ class Launch:
         return self.kernel, self.key, *alignment
 
     def again(self, place: recording.Place) -> recording.Again | None:
-        """A function that repeats this launch with other tensors (recording.py); None if Triton compiled nothing.
+        """What repeats this launch with other tensors (recording.py); None if Triton compiled nothing.
 
         It passes Triton's C function the addresses themselves and tensor maps that are kept (triton_launcher.py). Where
         that is not possible, it passes Triton's launcher descriptors whose checks this launch has passed.
@@ -120,12 +120,13 @@ class Launch:
 
         short = direct(kernel, grid, given, pointers, boxes)
         if short is None:
-            return launch
+            return recording.Again(launch)
+        run_directly = short.runner()
 
         def launch_directly(tensors: list[Any], addresses: list[int], stream: int) -> None:
-            (launch if _hooked() else short)(tensors, addresses, stream)
+            (launch if _hooked() else run_directly)(tensors, addresses, stream)
 
-        return launch_directly
+        return recording.Again(launch_directly, short)
 
 
 def _hooked() -> bool:

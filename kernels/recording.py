@@ -5,18 +5,29 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 # Of an address: which tensor of a call it lies in, and how many bytes past its first; KeyError if that is not certain.
 Place = Callable[[int], tuple[int, int]]
-Again = Callable[[list[Any], list[int], int], None]  # of the tensors of a call, their addresses and a stream
+
+
+class Again(NamedTuple):
+    """Launches with the tensors of another call.
+
+    Attributes:
+        run: Starts them, given the tensors of a call, their addresses and a stream.
+        form: What they are made of, where the extension in C++ (tdc_fast/ops/host_sources) can start them itself.
+    """
+
+    run: Callable[[list[Any], list[int], int], None]
+    form: Any = None
 
 
 class Recorded(Protocol):
     """Launches that can be repeated."""
 
     def again(self, place: Place) -> Again | None:
-        """A function that repeats them with other tensors, as well aligned; None where that cannot be done."""
+        """What repeats them with other tensors, as well aligned; None where that cannot be done."""
 
 
 class _Recording(threading.local):

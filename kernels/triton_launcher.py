@@ -11,17 +11,75 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
-
-from tdc_fast.kernels.recording import Again
 
 _LAUNCHERS = "triton.backends.nvidia.driver"
 _MAPS = 256  # tensor maps kept of one argument
-# Position, tensor, its descriptor, what Triton knows of the descriptor, maps by address.
-_Box = tuple[int, int, Callable[[Any], TensorDescriptor], Any, dict[int, Any]]
+
+
+@dataclass(slots=True)
+class DirectLaunch:
+    """A launch through Triton's C function, with arguments that are replaced by those of another call.
+
+    Attributes:
+        function: The C function. It is called with `before`, a stream, `after` and the kernel's arguments.
+        before: Its first arguments.
+        after: Its arguments after the stream.
+        arguments: Those of the kernel, as C has them.
+        apart: Whether it takes these one by one, not in a list (Triton 3.6).
+        pointers: (place among them, tensor, bytes past its first) of each address.
+        boxes: (place among them, tensor, function of the tensor that encodes a tensor map) of each tensor map.
+    """
+
+    function: Callable[..., Any]
+    before: Sequence[Any]
+    after: Sequence[Any]
+    arguments: list[Any]
+    apart: bool
+    pointers: list[tuple[int, int, int]]
+    boxes: list[tuple[int, int, Callable[[Any], Any]]]
+
+    @property
+    def kind(self) -> str:
+        """How the extension in C++ knows it."""
+        return "triton"
+
+    @property
+    def most_maps(self) -> int:
+        """How many tensor maps of one argument may be kept, by address."""
+        return _MAPS
+
+    @property
+    def hooks(self) -> Any:
+        """What has Triton's hooks, which want to hear of launches."""
+        return knobs.runtime
+
+    def runner(self) -> Callable[[list[Any], list[int], int], None]:
+        """What starts it, as `recording.Again.run`."""
+        function, before, after, arguments, apart = self.function, self.before, self.after, self.arguments, self.apart
+        pointers = self.pointers
+        boxes: list[tuple[int, int, Callable[[Any], Any], dict[int, Any]]] = [(*box, {}) for box in self.boxes]
+
+        def launch(tensors: list[Any], addresses: list[int], stream: int) -> None:
+            passed = arguments.copy()
+            for at, tensor, past in pointers:
+                passed[at] = addresses[tensor] + past
+            for at, tensor, encode, known in boxes:
+                address = addresses[tensor]
+                encoded = known.get(address)
+                if encoded is None:
+                    if len(known) >= _MAPS:
+                        known.clear()
+                    encoded = known[address] = encode(tensors[tensor])
+                passed[at] = encoded
+            function(*before, stream, *after, *(passed if apart else (passed,)))
+
+        return launch
 
 
 def direct(
@@ -30,8 +88,8 @@ def direct(
     arguments: Sequence[Any],
     pointers: Sequence[tuple[int, int, int]],
     boxes: Sequence[tuple[int, int]],
-) -> Again | None:
-    """A function that repeats a launch through Triton's C function; None where that is not the one known here.
+) -> DirectLaunch | None:
+    """What repeats a launch through Triton's C function; None where that is not the one known here.
 
     Args:
         kernel: A compiled kernel.
@@ -68,27 +126,17 @@ def direct(
         if isinstance(argument, (Tensor, TensorDescriptor)):
             template[places[position]] = 0  # also where there is no memory
     at_pointers = [(places[position], tensor, past) for position, tensor, past in pointers]
-    at_boxes: list[_Box] = [
-        (places[position], tensor, described_like(arguments[position]), metadata, {})
-        for (position, tensor), metadata in zip(boxes, maps, strict=True)
-    ]
     encode = module.make_tensordesc_arg
 
-    def launch(tensors: list[Any], addresses: list[int], stream: int) -> None:
-        passed = template.copy()
-        for at, tensor, past in at_pointers:
-            passed[at] = addresses[tensor] + past
-        for at, tensor, describe, metadata, known in at_boxes:
-            address = addresses[tensor]
-            encoded = known.get(address)
-            if encoded is None:
-                if len(known) >= _MAPS:
-                    known.clear()
-                encoded = known[address] = encode(describe(tensors[tensor]), metadata)[0]
-            passed[at] = encoded
-        bottom(*before, stream, *after, *(passed if apart else (passed,)))
+    def encoder(descriptor: TensorDescriptor, metadata: Any) -> Callable[[Any], Any]:
+        describe = described_like(descriptor)
+        return lambda tensor: encode(describe(tensor), metadata)[0]
 
-    return launch
+    at_boxes = [
+        (places[position], tensor, encoder(arguments[position], metadata))
+        for (position, tensor), metadata in zip(boxes, maps, strict=True)
+    ]
+    return DirectLaunch(bottom, before, after, template, apart, at_pointers, at_boxes)
 
 
 def _bottom(launch: Any) -> Any:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import tempfile
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -53,15 +55,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Sets how many examples generated tests try, and gives all test processes one folder for the emulator's builds,
-    which exist once whole or not at all, and one for what torch.compile makes.
+    """Sets how many examples generated tests try, and gives all test processes one folder for the emulator's builds and
+    one for the extension in C++, which exist once whole or not at all, and one for what torch.compile makes.
     """
     generated.factor = config.getoption("--fuzz-factor")
     # Ctrl-C has to reach the commands under test also where it is ignored here, as in `make test &`.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.default_int_handler)
     # What torch.compile kept of another version of the operators has other arguments than they have here.
-    for variable in ("TDC_EMULATOR_BUILD", "TORCHINDUCTOR_CACHE_DIR"):
+    for variable in ("TDC_EMULATOR_BUILD", "TDC_HOST_BUILD", "TORCHINDUCTOR_CACHE_DIR"):
         if variable not in os.environ:
             folder = tempfile.TemporaryDirectory(prefix=variable.lower())
             os.environ[variable] = folder.name
@@ -99,3 +101,31 @@ def nan_filled_memory():
     yield
     torch.use_deterministic_algorithms(before[0])
     torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+@pytest.fixture
+def host_extension(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Lets the extension in C++ repeat the calls of a test, on every device."""
+    from tdc_fast.ops import backends, cuda_nvrtc, host
+
+    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        pytest.skip("needs a C++ compiler")
+    monkeypatch.setenv(host.VARIABLE, "on")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(cuda_nvrtc.CACHE_VARIABLE, os.environ["TDC_HOST_BUILD"])
+        assert host.extension(torch.device("cpu")) is not None
+    backends.forget()
+    yield
+    backends.forget()
+
+
+@pytest.fixture(params=["in Python", "in C++"])
+def repeating(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs a test twice: calls are repeated in Python, and by the extension in C++."""
+    from tdc_fast.ops import backends, host
+
+    if request.param == "in C++":
+        request.getfixturevalue("host_extension")
+    else:
+        monkeypatch.setenv(host.VARIABLE, "off")
+        backends.forget()

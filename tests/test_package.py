@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,14 @@ def test_cuda_sources_install_below_the_package():
     folder = Path(importlib_origin("tdc_fast.cuda_sources")).parent
     shipped = {str(path.relative_to(folder)) for path in folder.rglob("*")}
     assert {"families.def", "device.cuh", "conv/images.cuh", "conv/params.h", "plan/kernels.h"} <= shipped
+
+
+def test_the_sources_of_the_extension_are_package_data():
+    """They are compiled on the machine that uses them, so a wheel must have them all."""
+    folder = ROOT / "tdc_fast" / "ops"
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    shipped = {path for pattern in settings["package-data"]["tdc_fast.ops"] for path in folder.glob(pattern)}
+    assert shipped == set((folder / "host_sources").iterdir()) and folder / "host_sources" / "host.cpp" in shipped
 
 
 def importlib_origin(name: str) -> str:

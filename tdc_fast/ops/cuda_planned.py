@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
 from typing import Any
@@ -23,6 +24,7 @@ _POINTER = struct.Struct("<Q")
 _LARGEST_SIZE = 2**32  # what is larger must be an address
 _APART = 2**40  # distance of invented addresses; what lies between is an offset into a workspace
 
+_Pointers = list[tuple[int, int, int]]  # (offset, tensor, bytes past its first)
 # All of a launch but its parameters; the parameters; the addresses in them: (offset, name, bytes past its address)
 _Form = tuple[dict[str, Any], bytes, list[tuple[int, str, int]]]
 
@@ -47,7 +49,7 @@ class Planned:
         self.plan, self.arguments, self.launcher, self.device = plan, arguments, launcher, device
 
     def again(self, place: Place) -> Again | None:
-        """A function that repeats the launches (recording.py); None where addresses decide more than their bytes."""
+        """What repeats the launches (recording.py); None where addresses decide more than their bytes."""
         places: dict[str, tuple[int, int]] = {}
         for name, value in self.arguments.items():
             if type(value) is int and value:
@@ -59,27 +61,53 @@ class Planned:
         forms = _forms(self.plan, list(places))
         if forms is None:
             return None
-        launcher, device = self.launcher, self.device
-        parts = [
-            _part(
-                fields, params, [(offset, places[name][0], places[name][1] + past) for offset, name, past in pointers]
-            )
+        located = [
+            (fields, params, [(offset, places[name][0], places[name][1] + past) for offset, name, past in pointers])
             for fields, params, pointers in forms
         ]
+        form = PlannedLaunches(self.launcher.run, self.device, native.module.Launch, located)
+        return Again(form.runner(), form)
+
+
+@dataclass(slots=True)
+class PlannedLaunches:
+    """Planned launches with the addresses of another call in their parameters.
+
+    Attributes:
+        run: Runs launches on a device.
+        device: Where.
+        make: Makes a launch of its fields, as keywords.
+        forms: Of each launch all fields but its parameters; these; and the addresses in them.
+    """
+
+    run: Callable[[Sequence[Any], torch.device], None]
+    device: torch.device
+    make: Callable[..., Any]
+    forms: list[tuple[dict[str, Any], bytes, _Pointers]]
+
+    @property
+    def kind(self) -> str:
+        """How the extension in C++ knows them."""
+        return "planned"
+
+    def runner(self) -> Callable[[list[Any], list[int], int], None]:
+        """What starts them, as `recording.Again.run`."""
+        run, device = self.run, self.device
+        parts = [_part(partial(self.make, **fields), params, pointers) for fields, params, pointers in self.forms]
 
         def launch(tensors: list[Any], addresses: list[int], stream: int) -> None:
-            launcher.run([part(addresses) for part in parts], device)
+            run([part(addresses) for part in parts], device)
 
         return launch
 
 
-def _part(fields: dict[str, Any], params: bytes, pointers: list[tuple[int, int, int]]) -> Callable[[list[int]], Any]:
+def _part(make: Callable[..., Any], params: bytes, pointers: _Pointers) -> Callable[[list[int]], Any]:
     """A function from the addresses of tensors to a launch.
 
     Args:
-        fields: All of the launch but its parameters.
+        make: Makes it of its parameters.
         params: These.
-        pointers: The addresses in them: (offset, tensor, bytes past its first).
+        pointers: The addresses in them.
     """
     ends = [0, *(offset + _POINTER.size for offset, _, _ in pointers)]
     starts = [*(offset for offset, _, _ in pointers), len(params)]
@@ -88,7 +116,7 @@ def _part(fields: dict[str, Any], params: bytes, pointers: list[tuple[int, int, 
     order = [0, *(place for index in range(count) for place in (count + 1 + index, index + 1))]
     in_turn: Callable[..., tuple[Any, ...]] = itemgetter(*order) if count else tuple  # one item would come alone
     layout = "<" + "Q".join(f"{len(piece)}s" for piece in between)
-    pack, make = struct.Struct(layout).pack, partial(native.module.Launch, **fields)
+    pack = struct.Struct(layout).pack
     sources = [(tensor, past) for _, tensor, past in pointers]
 
     def part(addresses: list[int]) -> Any:

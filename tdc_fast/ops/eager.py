@@ -12,6 +12,9 @@ to is kept, for calls that
 * have tensors that are still in memory, which is checked for every call.
 
 Anything else goes the general way, which raises what it always raised.
+
+On a GPU the calls are also kept by an extension in C++, where there is one (host.py): it finds, repeats and
+differentiates them in less time, and leaves what it does not find to the code here.
 """
 
 from __future__ import annotations
@@ -19,13 +22,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
+from operator import is_
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from tdc_fast.ops import library
+from tdc_fast.ops import host, library
 from tdc_fast.ops.checks import are_in_memory, extents, tf32_is_allowed
 from tdc_fast.ops.replay import Replayed, picker
 
@@ -103,6 +108,41 @@ class Alike:
         self.calls: dict[Hashable, list[Seen]] = {}
 
 
+class Context:
+    """Stands for the context of torch.autograd.Function in the functions that `Operator.add_autograd` takes.
+
+    Attributes:
+        needs_input_grad: Whether each tensor of a call requires a gradient.
+        saved_tensors: What `save` saved.
+        constant: The results that have no gradient.
+        materializes: Whether an absent gradient counts as zeros.
+    """
+
+    def __init__(self, needs_input_grad: Sequence[bool]) -> None:
+        self.needs_input_grad = tuple(needs_input_grad)
+        self.saved_tensors: tuple[Any, ...] = ()
+        self.constant: tuple[Tensor, ...] = ()
+        self.materializes = True
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        """As torch's."""
+        self.saved_tensors = tensors
+
+    def mark_non_differentiable(self, *tensors: Tensor) -> None:
+        """As torch's."""
+        self.constant = tensors
+
+    def set_materialize_grads(self, value: bool) -> None:
+        """As torch's."""
+        self.materializes = value
+
+    def of(self, saved: tuple[Any, ...]) -> Context:
+        """The same of a call that saved other tensors."""
+        context = Context.__new__(Context)
+        vars(context).update(vars(self), saved_tensors=saved)
+        return context
+
+
 class Operator:
     """A registered operator that may be called without the dispatcher.
 
@@ -123,7 +163,11 @@ class Operator:
         self._tensors = sum(kind in ("Tensor", "Optional[Tensor]") for kind in kinds)
         self._bind = bind
         self._alike: dict[tuple[type, ...], Alike] = {}
+        self._calls: Any = None  # those that the extension in C++ keeps
+        self._find: Callable[..., Any] = self._find_in_python
         self._apply: Callable[..., Any] | None = None
+        self._save: Callable[..., None] | None = None
+        self._backward: Callable[..., Any] | None = None
         self._cast: Callable[..., tuple[Any, ...]] = lambda device, *args: args
         self._is_cast = False
         _operators.append(self)
@@ -133,6 +177,7 @@ class Operator:
     ) -> None:
         """As `library.add_autograd`."""
         self._apply = library.add_autograd(self.overload, save, backward, tangent)
+        self._save, self._backward = save, backward
 
     def add_autocast(self, cast: Callable[..., tuple[Any, ...]]) -> None:
         """As `library.add_autocast`."""
@@ -158,7 +203,10 @@ class Operator:
         if not _is_compiling() and _unobserved():
             device = self._autocast_device(args)
             with library.without_autocast() if device else nullcontext():
-                self._remember(self._cast(device, *args) if device else args)
+                cast = self._cast(device, *args) if device else args
+                seen = self._remember(cast)
+            if seen is not None and all(map(is_, cast, args)):
+                self._remember_in_extension(args, result, seen.run)
         return result
 
     def call_again(self, *args: Any) -> Any:
@@ -167,7 +215,11 @@ class Operator:
         Args:
             *args: All its arguments, which need not be right.
         """
-        if _is_compiling() or not _unobserved():
+        return None if _is_compiling() else self._find(*args)
+
+    def _find_in_python(self, *args: Any) -> Any:
+        """The result where an earlier call that is kept here was like this one, else None."""
+        if not _unobserved():
             return None
         device = self._autocast_device(args)
         if not device:
@@ -209,12 +261,12 @@ class Operator:
             return self._apply(*args, seen.run)
         return seen.run(*args)
 
-    def _remember(self, args: tuple[Any, ...]) -> None:
-        """Keeps a call that went well."""
+    def _remember(self, args: tuple[Any, ...]) -> Seen | None:
+        """Keeps a call that went well, where that can be done, and returns it."""
         given = [t for t in args[: self._tensors] if t is not None]
         distinct = len(set(map(id, given))) == len(given)  # as the guards want them
         if _Guards is None or not distinct or not library.are_plain(given):
-            return
+            return None
         bound = self._bind(*args)
         if bound.only_launches:
             run: Callable[..., Any] = Replayed(library.below_autograd(bound.run), given[0].device, self._tensors)
@@ -227,6 +279,61 @@ class Operator:
         calls = alike.calls.setdefault(_key(args, self._tensors), [])
         calls.insert(0, Seen(given, run))
         del calls[_MOST_ALIKE:]
+        return calls[0]
+
+    def _remember_in_extension(self, args: tuple[Any, ...], result: Any, run: Callable[..., Any]) -> None:
+        """Keeps a call in the extension in C++ too, where there is one."""
+        extension = host.extension(args[0].device)
+        if extension is None:
+            return
+        if self._calls is None:
+            self._calls = extension.Calls(self._settings())
+            self._find = self._calls
+        self._calls.add(args, run, isinstance(run, Replayed), self._derivative(args, result))
+
+    def _settings(self) -> SimpleNamespace:
+        """What the extension has to know of the operator."""
+        return SimpleNamespace(
+            count=len(self.overload._schema.arguments),
+            tensors=self._tensors,
+            is_cast=self._is_cast,
+            otherwise=self._find_in_python,
+            watchers=(_dispatch_modes, _function_mode, _profiling),
+            forward_ad=vars(forward_ad),
+            variables=_environment,
+            variable=_VARIABLE,
+            tf32_is_allowed=tf32_is_allowed,
+            device=getattr(torch._C, "_cuda_getDevice", None),
+            stream=getattr(torch._C, "_cuda_getCurrentRawStream", None),
+            most=_LIMIT,
+            most_alike=_MOST_ALIKE,
+        )
+
+    def _derivative(self, args: tuple[Any, ...], result: Any) -> tuple[Any, ...] | None:
+        """How the extension records the graph of a call and its likes: what `save` does with its arguments.
+
+        Returns:
+            The name of the node, `backward` for it, what it takes in the place of torch's context, the places of the
+            tensors to save (-1 - i for result i, the number of tensors for none), those of the results that have a
+            gradient, and whether an absent gradient counts as zeros. None for an operator that has no derivative.
+        """
+        if self._save is None or self._backward is None:
+            return None
+        given, results = args[: self._tensors], [result] if isinstance(result, Tensor) else list(result)
+        context = Context([isinstance(t, Tensor) and t.requires_grad for t in given])
+        self._save(context, args, result)
+        numbers = {id(t): place for place, t in enumerate(given) if t is not None}
+        numbers |= {id(t): -1 - place for place, t in enumerate(results)}
+        saved = [self._tensors if t is None else numbers[id(t)] for t in context.saved_tensors]
+        constant = [id(t) for t in context.constant]
+        moving = [place for place, t in enumerate(results) if id(t) not in constant]
+        context.saved_tensors = context.constant = ()  # of which no memory is kept
+        backward = self._backward
+
+        def gradients(context: Context, saved: tuple[Any, ...], grads: tuple[Any, ...]) -> Any:
+            return backward(context.of(saved), *grads)
+
+        return f"{self.overload._opname}Backward", gradients, context, saved, moving, context.materializes
 
     def seen(self) -> list[Seen]:
         """All calls that are kept."""
@@ -235,6 +342,7 @@ class Operator:
     def forget(self) -> None:
         """Forgets all of them."""
         self._alike.clear()
+        self._calls, self._find = None, self._find_in_python
 
 
 _operators: list[Operator] = []

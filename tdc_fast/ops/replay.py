@@ -8,6 +8,8 @@ allocate, to take all addresses, and to launch.
 Only a call that can be repeated so is: every operator of torch within it must allocate or make a view (a copy into
 another memory order is neither), and every tensor of a launch must be an argument or lie in an allocated one. Memory
 that was aligned to 16 bytes when the call was recorded must be again; otherwise the backend does the call.
+
+Where there is the extension in C++ (host.py), a recording is a program of it, else a function in Python (`_again`).
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tdc_fast.kernels.recording import Again, Recorded, recorded
+from tdc_fast.ops import host
 from tdc_fast.ops.cuda_device import current_device_is, current_stream
 
 _aten = torch.ops.aten
@@ -39,9 +42,13 @@ _EMPTY = {device: getattr(torch._C._dynamo.guards, name, None) for device, name 
 
 
 class Replayed:
-    """A function of tensors and settings that is recorded at its first call and repeated at later ones."""
+    """A function of tensors and settings that is recorded at its first call and repeated at later ones.
 
-    __slots__ = ("_again", "_device", "_run", "_tensors")
+    Attributes:
+        again: Repeats it, given the arguments and a stream; None until it was recorded.
+    """
+
+    __slots__ = ("_device", "_index", "_run", "_tensors", "again")
 
     def __init__(self, run: Callable[..., Any], device: torch.device, tensors: int) -> None:
         """Wraps a function.
@@ -52,21 +59,21 @@ class Replayed:
             device: Where the tensors are.
             tensors: How many of its arguments are tensors or None; they come first.
         """
-        self._run, self._tensors = run, tensors
-        self._device = device.index if device.type == "cuda" else None
-        self._again: Callable[[tuple[Any, ...], int], Any] | None = None
+        self._run, self._tensors, self._device = run, tensors, device
+        self._index = device.index if device.type == "cuda" else None
+        self.again: Callable[[tuple[Any, ...], int], Any] | None = None
 
     @property
     def never_repeats(self) -> bool:
         """Whether the recorded call turned out to be one that the backend has to do every time."""
-        return self._again is _never
+        return self.again is _never
 
     def __call__(self, *args: Any) -> Any:
         """The result of `run`."""
-        again = self._again
+        again = self.again
         if again is None:
             return self._record(args)
-        index = self._device
+        index = self._index
         if index is None:
             result = again(args, 0)
         else:
@@ -76,7 +83,9 @@ class Replayed:
     def _record(self, args: tuple[Any, ...]) -> Any:
         with _Allocations() as allocations, recorded() as launches:
             result = self._run(*args)
-        self._again = _repetition(list(args[: self._tensors]), allocations, launches, result) or _never
+        extension = host.extension(self._device)
+        make = _again if extension is None else extension.Program
+        self.again = _repetition(list(args[: self._tensors]), allocations, launches, result, make) or _never
         return result
 
 
@@ -107,7 +116,11 @@ class _Allocations(TorchDispatchMode):
 
 
 def _repetition(
-    arguments: list[Any], allocations: _Allocations, launches: list[Recorded], result: Any
+    arguments: list[Any],
+    allocations: _Allocations,
+    launches: list[Recorded],
+    result: Any,
+    make: Callable[..., Callable[[tuple[Any, ...], int], Any]],
 ) -> Callable[[tuple[Any, ...], int], Any] | None:
     """From what a call did to a function of the arguments of another, and a stream, that does it; None if none does.
 
@@ -116,6 +129,7 @@ def _repetition(
         allocations: What it did in torch.
         launches: What it launched.
         result: A tensor, or a list or tuple of tensors.
+        make: `_again`, or what takes its place in the extension in C++.
     """
     if not allocations.nothing_else:
         return None
@@ -143,7 +157,7 @@ def _repetition(
         return None
     aligned = [index for index, address in enumerate(addresses) if address % _ALIGNMENT == 0]
     kind = None if isinstance(result, Tensor) else type(result)
-    return _again(picker(given), empties, repeats, picker(aligned), places, kind)  # type: ignore[arg-type]
+    return make(given, empties, repeats, aligned, places, kind)
 
 
 def _final(made: Tensor, results: list[Tensor]) -> Tensor:
@@ -181,22 +195,33 @@ def picker(places: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
 
 
 def _again(
-    given: Callable[[Sequence[Any]], Sequence[Tensor]],
+    given: list[int],
     empties: list[Callable[[], Tensor]],
     launches: list[Again],
-    aligned: Callable[[Sequence[int]], Sequence[int]],
+    aligned: list[int],
     results: list[int],
     kind: Any,
 ) -> Callable[[tuple[Any, ...], int], Any]:
-    """The function that allocates, takes addresses and launches; it returns None where memory is less aligned."""
+    """The function that allocates, takes addresses and launches; it returns None where memory is less aligned.
+
+    Args:
+        given: Which arguments are tensors.
+        empties: What allocates; these tensors come after those that are given.
+        launches: What launches.
+        aligned: Which tensors have to be aligned.
+        results: Which tensors are results.
+        kind: None for one result that is a tensor, else the type of their list.
+    """
+    of_arguments, to_check = picker(given), picker(aligned)
+    runs = [launch.run for launch in launches]
 
     def again(args: tuple[Any, ...], stream: int) -> Any:
-        tensors = [*given(args), *[empty() for empty in empties]]
+        tensors = [*of_arguments(args), *[empty() for empty in empties]]
         addresses = [*map(_data_ptr, tensors)]
-        if reduce(or_, aligned(addresses), 0) % _ALIGNMENT:
+        if reduce(or_, to_check(addresses), 0) % _ALIGNMENT:
             return None
-        for launch in launches:
-            launch(tensors, addresses, stream)
+        for run in runs:
+            run(tensors, addresses, stream)
         return tensors[results[0]] if kind is None else kind([tensors[place] for place in results])
 
     return again

@@ -17,7 +17,7 @@ ROW = re.compile(r"^(\w+), (\w+) +" + r" +".join([r"(-?[\d.]+) +(-?[\d.]+)x"] * 
 
 @pytest.mark.slow
 def test_every_operator_has_a_row_beside_torchs(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], host_extension: None
 ) -> None:
     for name, value in {"BATCH": 8, "GROUPS": 2, "CHANNELS": 32, "SIZE": 4, "CALLS": 2}.items():
         monkeypatch.setattr(launch_host, name, value)

@@ -15,6 +15,7 @@ from tdc_fast.ops.replay import Replayed
 from tests.emulator.conv import FAMILIES, MANY_SMS
 from tests.emulator.harness import AT_RUNTIME, EmulatorLauncher, emulated
 
+pytestmark = pytest.mark.usefixtures("repeating")
 BATCH, GROUPS = 4, 2
 
 

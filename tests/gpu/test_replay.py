@@ -16,7 +16,7 @@ from tdc_fast import RoutingPlan, routed_conv2d, routed_group_norm, routed_linea
 from tdc_fast.ops import backends, eager
 from tdc_fast.ops.replay import Replayed
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("repeating")]
 BATCH, GROUPS, CHANNELS = 8, 4, 64
 Call = partial[list[Tensor]]  # its keywords are the tensors
 

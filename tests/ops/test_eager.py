@@ -39,7 +39,7 @@ def norm_tensors() -> dict[str, Any]:
 
 
 @pytest.fixture(autouse=True)
-def nothing_seen() -> None:
+def nothing_seen(repeating: None) -> None:
     backends.forget()
 
 

@@ -25,6 +25,9 @@ from bench.stand_in_gpu import StandInDriver, dense_memory, stand_in_gpu, with_t
 BATCH, GROUPS = 6, 3
 
 
+pytestmark = pytest.mark.usefixtures("repeating")
+
+
 @pytest.fixture(scope="module")
 def driver() -> Iterator[StandInDriver]:
     with stand_in_gpu(records=True) as stand_in:
@@ -240,7 +243,11 @@ class Noted:
 
     def again(self, place: recording.Place) -> recording.Again:
         places = [place(address) for address in self.addresses]
-        return lambda tensors, addresses, stream: self.calls.append([addresses[p] + past for p, past in places])
+
+        def note(tensors: list[Tensor], addresses: list[int], stream: int) -> None:
+            self.calls.append([addresses[p] + past for p, past in places])
+
+        return recording.Again(note)
 
 
 def replayed(function: Callable[..., Any]) -> tuple[Replayed, list[int]]:
@@ -336,7 +343,7 @@ class TestPlanned:
         again = planned.again({self.x.data_ptr(): (0, 0), self.y.data_ptr(): (1, 8)}.__getitem__)
         if again is None:
             return None
-        again([], [64, 120], 0)
+        again.run([], [64, 120], 0)
         return [(launch.grid, struct.unpack(f"<{len(launch.params) // 8}Q", launch.params)) for launch in ran]
 
     def test_every_address_is_replaced_and_nothing_else(self) -> None:
