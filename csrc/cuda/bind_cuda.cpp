@@ -230,9 +230,9 @@ void bind_planners_of_norms(py::module_& module) {
                           take_norm_sizes, [gradients](const NormArguments& arguments, const Device& device) {
                             return group_norm_refusal(arguments, device, gradients);
                           });
-    define<NormArguments>(module, (name + "_stream_refusal").c_str(), "Why they do not run as a stream, or ''.",
+    define<NormArguments>(module, (name + "_hopper_form").c_str(), "How they run as `streamed`, in words.",
                           take_norm_sizes, [gradients](const NormArguments& arguments, const Device& device) {
-                            return group_norm_stream_refusal(arguments, device, gradients);
+                            return group_norm_hopper_form(arguments, device, gradients);
                           });
   }
 }

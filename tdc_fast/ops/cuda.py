@@ -290,7 +290,7 @@ def group_norm(p: NormProblem, t: NormTensors, *, streamed: bool = False) -> tup
     Args:
         p: the problem.
         t: its tensors.
-        streamed: as a stream where that serves.
+        streamed: as a stream or by clusters, where these serve.
     """
     y = _empty_image(t.x, p.batch, p.channels, p.height, p.width)
     mean = torch.empty((p.batch, p.num_norm_groups), dtype=torch.float32, device=t.x.device)
@@ -328,7 +328,7 @@ def group_norm_backward(
         rstd: see mean.
         t: the tensors of the forward, with its counters.
         mask: which gradients are wanted, in the order of the results.
-        streamed: as a stream where that serves.
+        streamed: as a stream or by clusters, where these serve.
     """
     shapes = ((p.num_experts, p.channels),) * 2 + ((p.batch, p.channels),) * 2
     make = torch.zeros if p.batch == 0 else torch.empty

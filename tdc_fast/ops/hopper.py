@@ -1,7 +1,8 @@
 """The `hopper` backend: the `cuda` backend with forms of its own.
 
-They are the convolution's Hopper form (TMA and wgmma, csrc/cuda/conv/hopper_*), and group norms of many chunks and
-their gradients as a stream (csrc/cuda/group_norm/stream.cuh).
+They are the convolution's Hopper form (TMA and wgmma, csrc/cuda/conv/hopper_*), and group norms and their gradients as
+a stream, where there are many chunks (csrc/cuda/group_norm/stream.cuh), or by clusters, where images are large
+(csrc/cuda/group_norm/cluster.cuh).
 
 On a GPU of compute capability 9.0 it serves 3x3 and 1x1 convolutions, linear layers and their gradients in that form
 where it can (`form` says where, and `explain` shows it), everything else as `cuda` does. It runs where it is asked for
@@ -23,7 +24,7 @@ fuses = cuda.fuses
 only_launches = True
 ARCHITECTURE = 90
 HOPPER_FORM = "in the Hopper form"  # what `form` says of it
-STREAM = "as a stream"
+NORM_FORMS = ("as a stream", "by clusters")  # and of norms that do not run as in `cuda`
 
 
 def supports(problem: Problem) -> str | None:
@@ -41,13 +42,12 @@ def form(problem: Problem) -> str:
     """In words, which kernels serve a problem that the backend supports, and why not the Hopper form."""
     if isinstance(problem, NormProblem):
         core = native.module
-        refuse = (
-            core.cuda_group_norm_backward_stream_refusal
+        form_of = (
+            core.cuda_group_norm_backward_hopper_form
             if problem.op == "routed_group_norm_backward"
-            else core.cuda_group_norm_forward_stream_refusal
+            else core.cuda_group_norm_forward_hopper_form
         )
-        reason = refuse(**cuda.norm_sizes(problem), device=launcher_facts(problem.device))
-        return f"in the portable form: it is no stream, {reason}" if reason else STREAM
+        return str(form_of(**cuda.norm_sizes(problem), device=launcher_facts(problem.device)))
     refusals = {
         "routed_conv2d": native.module and native.module.cuda_conv_forward_hopper_refusal,
         "routed_conv2d_dgrad": native.module and native.module.cuda_conv_dgrad_hopper_refusal,

@@ -12,7 +12,7 @@ from tdc_fast import explain, routed_conv2d
 from tdc_fast.kernels.problems import NormTensors
 from tdc_fast.ops.backends import explain_problem
 from tdc_fast.ops.checks import norm_problem
-from tdc_fast.ops.hopper import HOPPER_FORM, STREAM
+from tdc_fast.ops.hopper import HOPPER_FORM, NORM_FORMS
 from tests.cases import ConvCase, NormCase, Routing
 from tests.gpu.problems import BF16, FP16, Precision, Target, moved, plan_on, routed, settings_on, targets
 from tests.gpu.shapes import HOPPER_CASES
@@ -123,14 +123,16 @@ def test_gradients_of_large_shapes_repeat_bit_by_bit(name: str, target: Target) 
 STREAMS = {
     "whole vectors": ((12, 3, 0, 49), 32, {"channels": 128, "num_groups": 32, "widths": (128, 64, 32, 4)}),
     "two inputs": ((9, 30, 25), 32, {"channels": 384, "num_groups": 32, "x2_channels": 128}),
-    "in place": ((5, 0, 12, 23), 64, {"channels": 128, "num_groups": 32, "widths": (128, 64, 32, 4)}),
+    "by clusters": ((5, 0, 12, 23), 64, {"channels": 128, "num_groups": 32, "widths": (128, 64, 32, 4)}),
 }
 
 
 @on_hopper
 @pytest.mark.parametrize("precision", [BF16, FP16], ids=str)
 @pytest.mark.parametrize("name", STREAMS)
-def test_norms_as_streams(name: str, precision: Precision, target: Target, nan_filled_memory: None) -> None:
+def test_norms_as_streams_and_by_clusters(
+    name: str, precision: Precision, target: Target, nan_filled_memory: None
+) -> None:
     samples, side, changes = STREAMS[name]
     if target.device == "cpu":
         samples, side = tuple(min(n, 1) for n in samples), 4
@@ -147,7 +149,7 @@ def test_norms_as_streams(name: str, precision: Precision, target: Target, nan_f
         )
         for op in ("routed_group_norm", "routed_group_norm_backward"):
             what = explain_problem(op, norm_problem(op, tensors, case.num_groups, 1e-5, True))
-            assert what.forms["hopper"] == STREAM, op
+            assert what.forms["hopper"] == NORM_FORMS[name == "by clusters"], op
 
 
 @on_hopper

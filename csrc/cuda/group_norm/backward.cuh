@@ -137,16 +137,17 @@ __device__ __forceinline__ float* partial_sums(const GroupNormParams& p, const N
   return p.partials + row * p.channels + block.first_channel;
 }
 
-// Adds up the sums of all runs of pixels, in their order.
+// Adds up the sums of all runs of pixels, in their order: sums_of(run, 0) of dz, sums_of(run, 1) of dz * d.
+template <class SumsOf>
 __device__ __forceinline__ void merge_sums(const GroupNormParams& p, const NormBlock& block,
-                                           const BackwardArrays& arrays) {
+                                           const BackwardArrays& arrays, const SumsOf& sums_of) {
   for (int c = threadIdx.x; c < block.live; c += blockDim.x) {
     float sum_dz = 0, sum_dz_centred = 0;
     const int splits = TDC_PLANTED(NORM_DROPS_LAST_RUN) ? p.splits - 1 : p.splits;
 #pragma unroll 1
     for (int split = 0; split < splits; ++split) {
-      sum_dz += partial_sums(p, block, split, 0)[c];
-      sum_dz_centred += partial_sums(p, block, split, 1)[c];
+      sum_dz += sums_of(split, 0)[c];
+      sum_dz_centred += sums_of(split, 1)[c];
     }
     arrays.sum_dz[c] = sum_dz;
     arrays.sum_dz_centred[c] = sum_dz_centred;
@@ -203,6 +204,13 @@ __device__ __forceinline__ void finish_grads(const GroupNormParams& p, const Nor
   }
   block_sync();
 }
+
+// What the kernels of one item per block do with a vector's place in the tile once it has been read for the last time;
+// streams (stream.cuh) start the copy of their next item's there.
+struct NoRefill {
+  __device__ __forceinline__ void choose(int) {}  // the vectors that begin at this channel of the chunk come next
+  __device__ __forceinline__ void operator()(int) const {}  // of this pixel
+};
 
 // Writes dx for the block's pixels, from the tiles or from x and dy themselves; zeros for dead channels.
 template <class T, int V, bool kTwo, bool kFromTile, class Refill = NoRefill>
@@ -296,7 +304,9 @@ __device__ __forceinline__ void group_norm_backward(const GroupNormParams& p) {
       partial_sums(p, block, blockIdx.y, 1)[c] = arrays.sum_dz_centred[c];
     }
   } else {
-    if (kStage == NormStage::kApply) merge_sums(p, block, arrays);
+    if (kStage == NormStage::kApply) {
+      merge_sums(p, block, arrays, [&](int run, int which) { return partial_sums(p, block, run, which); });
+    }
     finish_grads<T>(p, block, arrays);
     const bool sums_experts = p.counters && blockIdx.y == 0;
     ExpertArrival arrival;

@@ -181,13 +181,6 @@ struct Input {
   }
 };
 
-// What the kernels of one item per block do with a vector's place in the tile once it has been read for the last time;
-// streams (stream.cuh) start the copy of their next item's there.
-struct NoRefill {
-  __device__ __forceinline__ void choose(int) {}  // the vectors that begin at this channel of the chunk come next
-  __device__ __forceinline__ void operator()(int) const {}  // of this pixel
-};
-
 // The coefficients of channel c of the chunk. Absent tensors stand for a weight of ones, any other zeros.
 template <class T>
 struct NormCoefficients {

@@ -123,6 +123,12 @@ __device__ __forceinline__ GroupMoments block_moments(const GroupNormParams& p, 
   return moments;
 }
 
+__device__ __forceinline__ void put_moments(float* to, const GroupMoments& moments) {
+  to[0] = moments.pivot;
+  to[1] = moments.excess;
+  to[2] = moments.squares;
+}
+
 __device__ __forceinline__ float* partial_moments(const GroupNormParams& p, int sample, int split, int group) {
   const long long row = static_cast<long long>(sample) * p.splits + split;
   return p.partials + (row * p.norm_groups + group) * kMomentFloats;
@@ -133,22 +139,21 @@ __device__ __forceinline__ void write_partial_moments(const GroupNormParams& p, 
   for (int g = threadIdx.x / kNormWarp; g < block.live_groups; g += blockDim.x / kNormWarp) {
     const GroupMoments moments = block_moments(p, arrays, g, count);
     if (threadIdx.x % kNormWarp) continue;
-    float* part = partial_moments(p, block.sample, blockIdx.y, block.first_group + g);
-    part[0] = moments.pivot;
-    part[1] = moments.excess;
-    part[2] = moments.squares;
+    put_moments(partial_moments(p, block.sample, blockIdx.y, block.first_group + g), moments);
   }
 }
 
-// The moments of group g over all runs of pixels, relative to the pivot of the first; lanes take runs in turn.
-__device__ __forceinline__ GroupMoments merged_moments(const GroupNormParams& p, const NormBlock& block, int g) {
-  const int lane = threadIdx.x % kNormWarp, group = block.first_group + g;
+// The moments of a group over all runs of pixels, those of a run at moments_of(run), relative to the pivot of the
+// first; lanes take runs in turn.
+template <class MomentsOf>
+__device__ __forceinline__ GroupMoments merged_moments(const GroupNormParams& p, const MomentsOf& moments_of) {
+  const int lane = threadIdx.x % kNormWarp;
   GroupMoments merged;
-  merged.pivot = *partial_moments(p, block.sample, 0, group);
+  merged.pivot = *moments_of(0);
   float sum = 0;
 #pragma unroll 1
   for (int split = lane; split < p.splits; split += kNormWarp) {
-    const float* part = partial_moments(p, block.sample, split, group);
+    const float* part = moments_of(split);
     const int pixels = min(p.pixels_per_block, p.pixels - split * p.pixels_per_block);
     sum += ((part[0] - merged.pivot) + part[1]) * (TDC_PLANTED(NORM_ALL_RUNS_ALIKE) ? p.pixels_per_block : pixels);
   }
@@ -157,7 +162,7 @@ __device__ __forceinline__ GroupMoments merged_moments(const GroupNormParams& p,
   const int per_group = p.channels_per_group;
 #pragma unroll 1
   for (int split = lane; split < p.splits; split += kNormWarp) {
-    const float* part = partial_moments(p, block.sample, split, group);
+    const float* part = moments_of(split);
     const int pixels = min(p.pixels_per_block, p.pixels - split * p.pixels_per_block);
     const float difference = ((part[0] - merged.pivot) + part[1]) - merged.excess;
     squares += part[2] + difference * difference * (static_cast<float>(pixels) * per_group);
@@ -197,9 +202,9 @@ __device__ __forceinline__ void finish_group(const GroupNormParams& p, const Nor
 }
 
 // Writes y for the block's pixels, from the tile or from x itself; zeros for dead channels.
-template <class T, int V, bool kTwo, bool kFromTile, class Refill = NoRefill>
+template <class T, int V, bool kTwo, bool kFromTile>
 __device__ __forceinline__ void normalize(const GroupNormParams& p, const NormBlock& block, const NormThread& thread,
-                                          const ForwardArrays& arrays, const T* tile, Refill refill = Refill()) {
+                                          const ForwardArrays& arrays, const T* tile) {
   constexpr int kLoads = V == 8 && kTwo && !kFromTile ? 2 : 4;  // more would spill registers
   Input<const T, kTwo> x(p, block, p.x);
   T* y = activations<T>(p, block, p.y);
@@ -207,7 +212,6 @@ __device__ __forceinline__ void normalize(const GroupNormParams& p, const NormBl
     const int c = strip + thread.lane * V, live = clamped(block.live - c, 0, V);
     if (c >= block.channels) break;
     x.choose(p, block, c, p.x, p.x2);
-    refill.choose(c);
     float centre[V] = {}, multiplier[V] = {}, offset[V] = {};
 #pragma unroll
     for (int i = 0; i < V; ++i) {
@@ -221,19 +225,12 @@ __device__ __forceinline__ void normalize(const GroupNormParams& p, const NormBl
       for (int u = 0; u < kLoads; ++u) {
         const int pixel = first + u * thread.rows;
         lanes[u].clear();
-        if (pixel >= block.pixels) continue;
-        if (TDC_PLANTED(NORM_REFILLS_EARLY)) refill(pixel);
-        if (live == 0) continue;
+        if (pixel >= block.pixels || live == 0) continue;
         if (kFromTile) {
           lanes[u].load(tile + pixel * block.channels + c);
         } else {
           lanes[u].load(x.at(p, pixel, c));
         }
-      }
-#pragma unroll
-      for (int u = 0; u < kLoads; ++u) {
-        const int pixel = first + u * thread.rows;
-        if (pixel < block.pixels && !TDC_PLANTED(NORM_REFILLS_EARLY)) refill(pixel);
       }
 #pragma unroll
       for (int u = 0; u < kLoads; ++u) {
@@ -286,7 +283,8 @@ __device__ __forceinline__ void group_norm_forward(const GroupNormParams& p) {
     for (int g = threadIdx.x / kNormWarp; g < block.groups; g += blockDim.x / kNormWarp) {
       GroupMoments moments = {0, 0, 0};
       if (g < block.live_groups) {
-        moments = kStage == NormStage::kWhole ? block_moments(p, arrays, g, count) : merged_moments(p, block, g);
+        const auto of_run = [&](int run) { return partial_moments(p, block.sample, run, block.first_group + g); };
+        moments = kStage == NormStage::kWhole ? block_moments(p, arrays, g, count) : merged_moments(p, of_run);
       }
       finish_group<T>(p, block, arrays, g, moments);
     }

@@ -30,11 +30,14 @@
   TDC_GROUP_NORM_BOUND(X, tdc_group_norm_backward_apply_##suffix, group_norm_backward, T, vector, two, kApply,     \
                        __VA_ARGS__)
 #define TDC_GROUP_NORM_STREAM(X, suffix, T, vector, two)                                                              \
-  X(tdc_group_norm_stream_##suffix, tdc::GroupNormParams, (tdc::group_norm_stream<T, vector, two, false>), 512, 2)    \
-  X(tdc_group_norm_stream_in_place_##suffix, tdc::GroupNormParams, (tdc::group_norm_stream<T, vector, two, true>),    \
-    512, 1)                                                                                                           \
+  X(tdc_group_norm_stream_##suffix, tdc::GroupNormParams, (tdc::group_norm_stream<T, vector, two>), 512, 2)           \
   X(tdc_group_norm_backward_stream_##suffix, tdc::GroupNormParams, (tdc::group_norm_backward_stream<T, vector, two>), \
     512, 1)
+// The last bound: blocks of a cluster, kNormCluster of split.h.
+#define TDC_GROUP_NORM_CLUSTER(X, suffix, T, vector, two)                                                        \
+  X(tdc_group_norm_cluster_##suffix, tdc::GroupNormParams, (tdc::group_norm_cluster<T, vector, two>), 512, 2, 4) \
+  X(tdc_group_norm_backward_cluster_##suffix, tdc::GroupNormParams,                                              \
+    (tdc::group_norm_backward_cluster<T, vector, two>), 512, 1, 4)
 #define TDC_GROUP_NORM_EXPERT_SUMS(X, suffix, T) \
   X(tdc_group_norm_expert_sums_##suffix, tdc::GroupNormParams, (tdc::group_norm_expert_sums<T>), 512)
 
@@ -72,3 +75,12 @@
   TDC_GROUP_NORM_STREAM(X, fp32_vector_two, float, 4, true)     \
   TDC_GROUP_NORM_STREAM(X, bf16_vector_two, tdc::bf16, 8, true) \
   TDC_GROUP_NORM_STREAM(X, fp16_vector_two, tdc::half, 8, true)
+
+// And for clusters, see cluster.cuh.
+#define TDC_KERNELS_group_norm_cluster(X)                        \
+  TDC_GROUP_NORM_CLUSTER(X, fp32_vector, float, 4, false)        \
+  TDC_GROUP_NORM_CLUSTER(X, bf16_vector, tdc::bf16, 8, false)    \
+  TDC_GROUP_NORM_CLUSTER(X, fp16_vector, tdc::half, 8, false)    \
+  TDC_GROUP_NORM_CLUSTER(X, fp32_vector_two, float, 4, true)     \
+  TDC_GROUP_NORM_CLUSTER(X, bf16_vector_two, tdc::bf16, 8, true) \
+  TDC_GROUP_NORM_CLUSTER(X, fp16_vector_two, tdc::half, 8, true)

@@ -45,13 +45,8 @@ std::string bad_sizes(const NormArguments& a) {
   return "";
 }
 
-// Whole: no workspace.
 NormSplit split_of(const NormArguments& a, const Device& device, bool backward, bool aligned) {
-  if (a.streamed) {
-    const NormSplit stream = stream_group_norm(a, device, backward, aligned);
-    if (stream.refusal.empty()) return stream;
-  }
-  return split_group_norm(a, device, backward, aligned);
+  return (a.streamed ? hopper_group_norm : split_group_norm)(a, device, backward, aligned);
 }
 
 NormSplit forward_split(const NormArguments& a, const Device& device) {
@@ -62,12 +57,15 @@ NormSplit backward_split(const NormBackwardArguments& a, const Device& device) {
   return split_of(a, device, true, all_aligned({a.x, a.x2, a.dy, a.dx, a.dx2}));
 }
 
+bool one_launch(const NormSplit& s) { return s.whole || s.cluster; }
+
+// Of the workspace, by which two launches are connected.
 int64_t moment_floats(const NormArguments& a, const NormSplit& s) {
-  return s.whole ? 0 : a.batch * s.splits * a.num_norm_groups * 3;
+  return one_launch(s) ? 0 : a.batch * s.splits * a.num_norm_groups * 3;
 }
 
 int64_t sum_floats(const NormArguments& a, const NormSplit& s) {
-  return s.whole ? 0 : a.batch * s.splits * 2 * a.channels;
+  return one_launch(s) ? 0 : a.batch * s.splits * 2 * a.channels;
 }
 
 template <class T>
@@ -144,9 +142,10 @@ Launch launch_expert_sums(const NormArguments& a, const GroupNormParams& p) {
   return launch;
 }
 
-// The blocks of a stream, or one for every chunk.
-Launch launch_whole(const char* stage, const NormArguments& a, const NormSplit& s, const GroupNormParams& p) {
-  Launch launch = launch_stage(stage, a, s, p, 1, s.shared_bytes);
+// The blocks of a stream, a cluster for every chunk, or a block.
+Launch launch_one(const std::string& prefix, const NormArguments& a, const NormSplit& s, const GroupNormParams& p) {
+  const std::string stage = prefix + (s.cluster ? "cluster" : s.stream_blocks ? "stream" : "whole");
+  Launch launch = launch_stage(stage.c_str(), a, s, p, s.splits, s.shared_bytes);
   if (s.stream_blocks) launch.grid[0] = static_cast<unsigned>(s.stream_blocks);
   return launch;
 }
@@ -167,9 +166,15 @@ std::string group_norm_refusal(const NormArguments& a, const Device& device, boo
   return bad.empty() ? refusal_of(split_group_norm(a, device, backward, all_aligned({a.x, a.x2, a.y}))) : bad;
 }
 
-std::string group_norm_stream_refusal(const NormArguments& a, const Device& device, bool backward) {
+std::string group_norm_hopper_form(const NormArguments& a, const Device& device, bool backward) {
   const std::string bad = bad_sizes(a);
-  return bad.empty() ? stream_group_norm(a, device, backward, all_aligned({a.x, a.x2, a.y})).refusal : bad;
+  if (!bad.empty()) return bad;
+  const bool aligned = all_aligned({a.x, a.x2, a.y});
+  const NormSplit s = hopper_group_norm(a, device, backward, aligned);
+  if (s.cluster) return "by clusters";
+  if (s.stream_blocks) return "as a stream";
+  return "in the portable form: it is no stream, " + stream_group_norm(a, device, backward, aligned).refusal +
+         ", and not by clusters, " + cluster_group_norm(a, device, backward, aligned).refusal;
 }
 
 size_t group_norm_forward_workspace(const NormArguments& a, const Device& device) {
@@ -189,8 +194,7 @@ std::vector<Launch> launch_group_norm_forward(const NormArguments& a, const Devi
   const NormSplit s = forward_split(a, device);
   require_served(a, refusal_of(s));
   const GroupNormParams p = params_of(a, s);
-  const char* stage = !s.stream_blocks ? "whole" : s.in_place ? "stream_in_place" : "stream";
-  if (s.whole) return {launch_whole(stage, a, s, p)};
+  if (one_launch(s)) return {launch_one("", a, s, p)};
   return {launch_stage("partial", a, s, p, s.splits, s.shared_bytes),
           launch_stage("apply", a, s, p, s.splits, s.row_sums)};  // needs the channel arrays alone
 }
@@ -218,8 +222,8 @@ std::vector<Launch> launch_group_norm_backward(const NormBackwardArguments& a, c
   const bool wants_input = a.dx || a.dx2;
   const bool wants_any = wants_input || wants_sums || a.dscale || a.dshift;
   if (a.batch > 0 && wants_any) {
-    if (s.whole) {
-      launches.push_back(launch_whole(s.stream_blocks ? "backward_stream" : "backward_whole", a, s, p));
+    if (one_launch(s)) {
+      launches.push_back(launch_one("backward_", a, s, p));
     } else {
       launches.push_back(launch_stage("backward_partial", a, s, p, s.splits, s.shared_bytes));
       // Without dx and dx2 only the first run's block has something to write.

@@ -39,7 +39,7 @@ struct NormArguments {
   bool silu = false;
   int64_t num_groups = 0;
   int64_t num_experts = 0;
-  bool streamed = false;      // as a stream (stream.cuh), where that serves
+  bool streamed = false;      // as a stream (stream.cuh) or by clusters (cluster.cuh), where these serve
   int64_t scale_stride = -1;  // elements between the rows of scale and of shift; negative: channels
   int64_t shift_stride = -1;
 };
@@ -58,17 +58,17 @@ struct NormBackwardArguments : NormArguments {
 // Why the kernels cannot serve these sizes, or "": shared memory has to hold a pixel of one norm group.
 std::string group_norm_refusal(const NormArguments& arguments, const Device& device, bool backward);
 
-// Why these sizes do not run as a stream, or "".
-std::string group_norm_stream_refusal(const NormArguments& arguments, const Device& device, bool backward);
+// How these sizes run where `streamed`, in words, and why not otherwise.
+std::string group_norm_hopper_form(const NormArguments& arguments, const Device& device, bool backward);
 
 // Bytes of workspace, 16-byte aligned memory of any content. They follow from sizes, the alignment of the addresses and
 // which gradients are wanted; the workspace address itself does not matter.
 size_t group_norm_forward_workspace(const NormArguments& arguments, const Device& device);
 size_t group_norm_backward_workspace(const NormBackwardArguments& arguments, const Device& device);
 
-// One launch where a sample's pixels fit in shared memory chunk by chunk, else two; backward has one more for dweight
-// and dbias where it has no counters or many samples. Backward without samples still writes the zeros of dweight and
-// dbias. Throws std::invalid_argument with what group_norm_refusal says.
+// One launch where a sample's pixels fit in shared memory chunk by chunk (of a block or a cluster), else two; backward
+// has one more for dweight and dbias where it has no counters or many samples. Backward without samples still writes
+// the zeros of dweight and dbias. Throws std::invalid_argument with what group_norm_refusal says.
 std::vector<Launch> launch_group_norm_forward(const NormArguments& arguments, const Device& device);
 std::vector<Launch> launch_group_norm_backward(const NormBackwardArguments& arguments, const Device& device);
 

@@ -48,9 +48,9 @@ class Splitter {
     return best_runs();
   }
 
-  // Of the forward two tiles, else one in place; backward is in place, with a tile of x and dy. Then rows of whole
-  // sectors, two blocks on an SM, and the widest rows up to a line. A copy fetches a line into the L2, so that shorter
-  // rows suffice where neighbouring blocks have the rest of it.
+  // Forward has two tiles, backward one of x and dy, whose places are filled again one by one. Rows of whole sectors,
+  // two blocks on an SM, and the widest rows up to a line. A copy fetches a line into the L2, so that shorter rows
+  // suffice where neighbouring blocks have the rest of it.
   NormSplit stream() const {
     NormSplit best;
     best.refusal = "its channels are no whole 16-byte vectors";
@@ -62,14 +62,12 @@ class Splitter {
       if (a_.channels % channels || (row > kLine && units > 1)) continue;
       const bool whole_sectors = row >= kLeastRow || channels == a_.channels;
       if (!whole_sectors && !backward_) continue;  // `whole` moves them twice as well in backward, not in forward
-      for (int64_t tiles = backward_ ? 1 : 2; tiles > 0; --tiles) {
-        for (int64_t blocks_per_sm = backward_ || tiles == 2 ? 2 : 1; blocks_per_sm > 0; --blocks_per_sm) {
-          const int64_t rank = 4 * tiles + 2 * whole_sectors + blocks_per_sm;
-          const NormSplit next = streamed(channels, tiles, blocks_per_sm);
-          if (!next.refusal.empty() || rank < best_rank) continue;
-          best = next;
-          best_rank = rank;
-        }
+      for (int64_t blocks_per_sm = 2; blocks_per_sm > 0; --blocks_per_sm) {
+        const int64_t rank = 2 * whole_sectors + blocks_per_sm;
+        const NormSplit next = streamed(channels, blocks_per_sm);
+        if (!next.refusal.empty() || rank < best_rank) continue;
+        best = next;
+        best_rank = rank;
       }
     }
     if (best.refusal.empty() && blocks(best) < 2 * best.stream_blocks) {
@@ -78,17 +76,58 @@ class Splitter {
     return best;
   }
 
+  // For images too large for two blocks on an SM. Rows of whole sectors where two fit there, and the widest up to a
+  // line that leave every SM a block.
+  NormSplit clustered() const {
+    NormSplit best;
+    best.refusal = "clusters are for compute capability 9.0";
+    if (device_.arch != 90) return best;
+    best.refusal = "its channels are no whole 16-byte vectors";
+    if (!vector_) return best;
+    const int64_t run = ceil_div(pixels(), kNormCluster), tensors = backward_ ? 2 : 1;
+    best.refusal = "two blocks on an SM hold all pixels of their chunks";
+    if (2 * tensors * pixels() * std::max(kSector, unit_ * element_) <= device_.shared_limit) return best;
+    best.refusal = "the shared memory of a cluster does not hold the pixels of its chunks";
+    if (ceil_div(pixels(), run) != kNormCluster) return best;
+    int64_t best_rank = 0;
+    for (int64_t units = 1; units * unit_ <= a_.channels; ++units) {
+      const int64_t channels = units * unit_, row = channels * element_;
+      if (a_.channels % channels || (row > kLine && units > 1)) continue;
+      const NormSplit next = laid_out(channels, run, static_cast<int>(tensors), true);
+      const int64_t rank = 2 * std::min<int64_t>(blocks_on_an_sm(next), 2) + (row % kLeastRow == 0);
+      const bool starves = best_rank > 0 && blocks(next) * kNormCluster < device_.multiprocessors;
+      if (!next.refusal.empty() || rank < best_rank || starves) continue;
+      best = next;
+      best_rank = rank;
+    }
+    return best;
+  }
+
+  NormSplit hopper() const {
+    const NormSplit streaming = stream();
+    if (streaming.refusal.empty() && blocks_on_an_sm(streaming) >= 2) return streaming;
+    const NormSplit portable = split();
+    const bool wide = portable.chunk_channels * element_ >= kLeastRow || portable.chunks == 1;
+    if (portable.whole && wide && blocks_on_an_sm(portable) >= 2) return portable;
+    const NormSplit clusters = clustered();
+    if (clusters.refusal.empty()) return clusters;
+    return streaming.refusal.empty() ? streaming : portable;
+  }
+
  private:
-  NormSplit streamed(int64_t channels, int64_t tiles, int64_t blocks_per_sm) const {
+  int64_t blocks_on_an_sm(const NormSplit& s) const {
+    return (device_.shared_limit + kBlockShared) / (s.shared_bytes + kStaticShared + kBlockShared);
+  }
+
+  NormSplit streamed(int64_t channels, int64_t blocks_per_sm) const {
     const int tensors = backward_ ? 2 : 1;
     NormSplit s = laid_out(channels, pixels(), tensors);
     if (!s.refusal.empty()) return s;
     s.whole = true;
-    s.in_place = tiles == 1;
     s.threads = backward_ ? kBackwardThreadsPerSm / blocks_per_sm : kMostThreads;
     const int64_t vectors = channels / lane_channels_ * pixels();
     while (s.threads > kFewestThreads && s.threads * 2 > vectors) s.threads /= 2;
-    lay_out_shared(s, tiles * tensors);
+    lay_out_shared(s, 2);  // of x, or x and dy
     const int64_t taken = s.shared_bytes + kStaticShared + kBlockShared;
     if (taken * blocks_per_sm > device_.shared_limit + kBlockShared) s.refusal = "too large";
     // As many rounds as the blocks that run at once need, with equal shares.
@@ -101,15 +140,16 @@ class Splitter {
   int64_t blocks(const NormSplit& s) const { return a_.batch * s.chunks; }
 
   // The split with chunks of this many channels, runs of this many pixels, and `tensors` activations kept.
-  NormSplit laid_out(int64_t chunk_channels, int64_t pixels_per_block, int tensors) const {
+  NormSplit laid_out(int64_t chunk_channels, int64_t pixels_per_block, int tensors, bool cluster = false) const {
     NormSplit s;
+    s.cluster = cluster;
     s.vector = vector_;
     s.tensors = tensors;
     s.chunk_channels = chunk_channels;
     s.chunks = a_.channels / chunk_channels;
     s.pixels_per_block = std::max<int64_t>(pixels_per_block, 1);
     s.splits = std::max<int64_t>(1, ceil_div(pixels(), s.pixels_per_block));
-    const int64_t arrays = (backward_ ? 5 : 3) * chunk_channels * 4;
+    const int64_t arrays = arrays_of(s);
     const int64_t tiles = tensors * s.pixels_per_block * chunk_channels * element_;
     const int64_t vectors = chunk_channels / lane_channels_;
     s.threads = threads_for(vectors, vectors * s.pixels_per_block, arrays + tiles, blocks(s) * s.splits);
@@ -120,9 +160,15 @@ class Splitter {
     return s;
   }
 
+  // Bytes of a float for each channel; in a cluster also what its blocks read of each other: two sums, or three moments
+  // of each norm group.
+  int64_t arrays_of(const NormSplit& s) const {
+    return ((backward_ ? 5 : 3) + (s.cluster ? backward_ ? 2 : 3 : 0)) * s.chunk_channels * 4;
+  }
+
   // Where the parts of shared memory are, for this number of threads and of tiles.
   void lay_out_shared(NormSplit& s, int64_t tiles) const {
-    const int64_t arrays = (backward_ ? 5 : 3) * s.chunk_channels * 4, vectors = s.chunk_channels / lane_channels_;
+    const int64_t arrays = arrays_of(s), vectors = s.chunk_channels / lane_channels_;
     s.lanes_log2 = std::min(log2_at_least(vectors), log2_at_least(s.threads));
     const int64_t sums = 2, lanes = int64_t{1} << s.lanes_log2;
     const int64_t rows = lanes < kWarpThreads ? s.threads / kWarpThreads : s.threads / lanes;
@@ -199,6 +245,14 @@ class Splitter {
 
 NormSplit stream_group_norm(const NormArguments& arguments, const Device& device, bool backward, bool aligned) {
   return Splitter(arguments, device, backward, aligned).stream();
+}
+
+NormSplit cluster_group_norm(const NormArguments& arguments, const Device& device, bool backward, bool aligned) {
+  return Splitter(arguments, device, backward, aligned).clustered();
+}
+
+NormSplit hopper_group_norm(const NormArguments& arguments, const Device& device, bool backward, bool aligned) {
+  return Splitter(arguments, device, backward, aligned).hopper();
 }
 
 NormSplit split_group_norm(const NormArguments& arguments, const Device& device, bool backward, bool aligned) {

@@ -8,6 +8,8 @@
 
 namespace tdc {
 
+constexpr int64_t kNormCluster = 4;  // blocks of a cluster, as in kernels.h
+
 struct NormSplit {
   bool vector = false;  // 16-byte accesses
   bool whole = false;   // one launch, with all pixels of a chunk in one block
@@ -15,7 +17,7 @@ struct NormSplit {
   int64_t chunk_channels = 0, chunks = 0;
   int64_t pixels_per_block = 0, splits = 1;
   int64_t stream_blocks = 0;  // of a stream; 0: a block per chunk or run
-  bool in_place = false;      // a stream whose next chunk is copied to where this one was
+  bool cluster = false;       // runs of the blocks of a cluster
   int lanes_log2 = 0;
   int64_t threads = 0;
   int64_t row_sums = 0, tile = 0, shared_bytes = 0;  // bytes: where the parts of shared memory start, and all of it
@@ -27,5 +29,12 @@ NormSplit split_group_norm(const NormArguments& arguments, const Device& device,
 
 // The same as a stream (stream.cuh). Refused where blocks would have less than two chunks each.
 NormSplit stream_group_norm(const NormArguments& arguments, const Device& device, bool backward, bool aligned);
+
+// The same by clusters (cluster.cuh).
+NormSplit cluster_group_norm(const NormArguments& arguments, const Device& device, bool backward, bool aligned);
+
+// As a stream where two of its blocks fit on an SM, so that one computes while the other copies; as split_group_norm
+// says where two blocks fit that see all pixels; else by clusters.
+NormSplit hopper_group_norm(const NormArguments& arguments, const Device& device, bool backward, bool aligned);
 
 }  // namespace tdc

@@ -2,14 +2,14 @@
 // items, with the copies of a block's next item in flight while it works on this one. All copies are 16 bytes each,
 // straight to shared memory: no register waits for memory.
 //
-//   forward            two tiles: the copies of the next item are started before this one is summed, normalised,
-//   written
+//   forward     two tiles: the copies of the next item are started before this one is summed, normalised, written
 //     copies    | item 0 | item 1 | item 2 | ...
 //     the rest           | item 0 | item 1 | ...
 //
-//   forward in place   one tile, where two do not fit, and backward, whose tile is x and dy: as soon as a thread has
-//     copies    | 0 |        | 1    |        | ...     read a vector for the last time, it starts the copy of the next
-//     sums          | 0 |           | 1 |              item's to the same place
+//   backward    one tile of x and dy: as soon as a thread has read a vector for the last time, it starts the copy of
+//   the
+//     copies    | 0 |        | 1    |        | ...     next item's to the same place
+//     sums          | 0 |           | 1 |
 //     results            | 0    |        | 1    |
 //
 // A thread copies what it alone reads, so its own wait is all that orders them, and a place is free again as soon as
@@ -89,7 +89,7 @@ __device__ __forceinline__ void sum_item(const NormBlock& block, const NormThrea
   }
 }
 
-template <class T, int V, bool kTwo, bool kInPlace>
+template <class T, int V, bool kTwo>
 __device__ __forceinline__ void group_norm_stream(const GroupNormParams& p) {
   TDC_DYNAMIC_SHARED(shared);
   const NormThread thread(p);
@@ -114,13 +114,11 @@ __device__ __forceinline__ void group_norm_stream(const GroupNormParams& p) {
       prefetch_coefficients<T>(p, next);
     }
     T* tile = tiles + turn * tile_elements;
-    if constexpr (!kInPlace) {
-      turn ^= 1;
-      if (TDC_PLANTED(NORM_STREAM_ONE_TILE)) turn = 0;
-      if (more) Copy(p, next, true, tiles + turn * tile_elements).template all<V>(thread);
-      if (more || !TDC_PLANTED(NORM_STREAM_NO_LAST_GROUP)) cp_async_commit();  // the wait below is for this item
-    }
-    if (!TDC_PLANTED(NORM_STREAM_WAITS_FOR_NOTHING)) cp_async_wait<kInPlace ? 0 : 1>();
+    turn ^= 1;
+    if (TDC_PLANTED(NORM_STREAM_ONE_TILE)) turn = 0;
+    if (more) Copy(p, next, true, tiles + turn * tile_elements).template all<V>(thread);
+    if (more || !TDC_PLANTED(NORM_STREAM_NO_LAST_GROUP)) cp_async_commit();
+    if (!TDC_PLANTED(NORM_STREAM_WAITS_FOR_NOTHING)) cp_async_wait<1>();  // for this item
     if (block.live > 0) {
       sum_item<T, V>(block, thread, tile, row_sums, arrays.multiplier);
       group_means(p, block, arrays.multiplier, arrays.centre, count);
@@ -133,12 +131,7 @@ __device__ __forceinline__ void group_norm_stream(const GroupNormParams& p) {
       finish_group<T>(p, block, arrays, g, live ? block_moments(p, arrays, g, count) : GroupMoments{0, 0, 0});
     }
     block_sync();
-    if constexpr (kInPlace) {
-      normalize<T, V, kTwo, true>(p, block, thread, arrays, tile, Copy(p, next, more, tile));
-      cp_async_commit();
-    } else {
-      normalize<T, V, kTwo, true>(p, block, thread, arrays, tile);
-    }
+    normalize<T, V, kTwo, true>(p, block, thread, arrays, tile);
     block = next;
   }
 }
