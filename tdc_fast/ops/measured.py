@@ -41,8 +41,8 @@ KERNEL_VERSIONS: Mapping[str, int] = {
     "routed_conv2d": 1,
     "routed_conv2d_dgrad": 1,
     "routed_conv2d_wgrad": 2,
-    "routed_group_norm": 2,
-    "routed_group_norm_backward": 2,
+    "routed_group_norm": 3,
+    "routed_group_norm_backward": 3,
 }
 GAIN = 0.98  # another backend comes first if it takes at most this fraction of the usual one's time: less is noise
 _FARTHEST = 1.0  # in octaves, by which each size of a problem may differ from a row's

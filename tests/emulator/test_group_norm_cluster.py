@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
@@ -40,15 +40,12 @@ pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 
 @functools.cache
 def _facts(dtype: int, **sizes: int) -> tuple[int, int, int]:
-    for limit in range(512, 1 << 17, 32):
-        device = (90, 1, limit)
-        plan = (
-            launch.kernel
-            for planner in (forward, backward)
-            for launch in planner(device=device, streamed=True, dtype=dtype, **sizes)
-        )
-        if [form_of(kernel) for kernel in plan] == FORMS:
-            return device
+    for limit in range(512, 1 << 17, 64):
+        settings: dict[str, Any] = {"device": (90, 1, limit), "streamed": True, "dtype": dtype, **sizes}
+        with suppress(ValueError):  # no kernel fits
+            plan = [launch.kernel for planner in (forward, backward) for launch in planner(**settings)]
+            if [form_of(kernel) for kernel in plan] == FORMS:
+                return 90, 1, limit
     raise AssertionError(f"no device takes clusters for {sizes}")
 
 
@@ -182,7 +179,7 @@ def test_forward_of_large_images_has_whole_sectors_and_two_blocks_on_an_sm(
     assert launch.kernel == "tdc_group_norm_cluster_bf16_vector"
     assert tuple(launch.grid) == (batch * channels // row, 4, 1)
     tile = size * size // 4 * row * 2
-    assert tile < launch.shared_bytes < tile + 8192
+    assert tile < launch.shared_bytes < tile + 12288
     assert blocks_per_sm * (launch.shared_bytes + 1024) <= H200[2] + 1024 < (blocks_per_sm + 1) * (tile + 1024)
     assert launch.threads * blocks_per_sm >= 512
 
@@ -198,7 +195,7 @@ def test_backward_of_large_images_keeps_x_and_dy(
     assert launch.kernel == "tdc_group_norm_backward_cluster_bf16_vector"
     assert tuple(launch.grid) == (batch * channels // row, 4, 1)
     tiles = 2 * size * size // 4 * row * 2
-    assert tiles < launch.shared_bytes < tiles + 8192
+    assert tiles < launch.shared_bytes < tiles + 12288
     assert blocks_per_sm * (launch.shared_bytes + 1024) <= H200[2] + 1024
 
 
