@@ -9,7 +9,6 @@
 namespace tdc::emulator {
 namespace {
 
-constexpr unsigned char kPoison = 0xFF;
 constexpr int kRegisters = 65536, kRegisterUnit = 8, kLeastRegisters = 24, kMostRegisters = 256;
 
 using Access = RaceCheck::Access;

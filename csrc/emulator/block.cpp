@@ -15,7 +15,6 @@ namespace {
 
 // Sanitized frames are several times as large.
 constexpr size_t kStackBytes = TDC_EMULATOR_ASAN ? 512 << 10 : 128 << 10;
-constexpr unsigned char kPoison = 0xFF;
 
 std::string number_text(const Index3& i) {
   return "(" + std::to_string(i.x) + ", " + std::to_string(i.y) + ", " + std::to_string(i.z) + ")";

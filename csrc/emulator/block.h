@@ -12,7 +12,8 @@
 
 namespace tdc::emulator {
 
-constexpr int kBarriers = 16;  // 0 is block_sync's
+constexpr int kBarriers = 16;            // 0 is block_sync's
+constexpr unsigned char kPoison = 0xFF;  // the bytes of memory that nobody wrote
 
 struct Index3 {
   unsigned x = 0, y = 0, z = 0;

@@ -9,7 +9,6 @@ namespace tdc::emulator {
 namespace {
 
 constexpr size_t kAlignment = 1024;
-constexpr unsigned char kPoison = 0xFF;
 // Where dynamic shared memory begins in the window: what the system reserves comes before.
 constexpr unsigned kWindow = 1024;
 

@@ -8,7 +8,7 @@
 namespace tdc::emulator {
 namespace {
 
-constexpr int kRows = 16, kDepth = 16, kPerRow = 64;  // kPerRow: elements in 128 bytes
+constexpr int kWarpRows = 16, kDepth = 16, kPerRow = 64;  // kPerRow: elements in 128 bytes
 
 // The element of a fragment: registers 4 j .. 4 j + 3 of a lane are two columns of a row and of the row 8 below.
 struct Place {
@@ -64,7 +64,7 @@ void Products::issue(const Product& product, int row, float* const (&registers)[
     sums = sums_.insert(sums_.end(), Sums());
     std::memcpy(sums->registers, registers, sizeof(registers));
     sums->columns = product.columns;
-    sums->values.resize(static_cast<size_t>(kRows * product.columns));
+    sums->values.resize(static_cast<size_t>(kWarpRows * product.columns));
     for (int lane = 0; lane < 32; ++lane) {
       for (int i = 0; i < product.columns / 2; ++i) {
         const Place at = place_of(lane, i);
@@ -95,16 +95,16 @@ void Products::carry_out(const Pending& pending, const Memory& memory) {
   const Product& p = pending.product;
   Sums& sums = *pending.sums;
   const auto columns = static_cast<size_t>(p.columns);
-  float a[kDepth * kRows];
+  float a[kDepth * kWarpRows];
   std::vector<float> b(kDepth * columns);
-  read(p.a, pending.row, kRows, p.half, memory, a);
+  read(p.a, pending.row, kWarpRows, p.half, memory, a);
   read(p.b, 0, p.columns, p.half, memory, b.data());
-  count_multiply_adds(kRows * kDepth * p.columns);
+  count_multiply_adds(kWarpRows * kDepth * p.columns);
   if (!p.add) std::fill(sums.values.begin(), sums.values.end(), 0.0f);
-  for (size_t row = 0; row < kRows; ++row) {
+  for (size_t row = 0; row < kWarpRows; ++row) {
     float* to = sums.values.data() + row * columns;
     for (size_t k = 0; k < kDepth; ++k) {
-      const float factor = a[k * kRows + row];
+      const float factor = a[k * kWarpRows + row];
       const float* from = b.data() + k * columns;
       for (size_t n = 0; n < columns; ++n) to[n] += factor * from[n];
     }

@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 # Kernels of the emulator's own: of every wrapper of device.cuh, and of device_sm90.cuh.
 SELF_TESTS = ("self_test", "self_test_sm90")
-RUNTIME = ("async", "block", "emulate", "fiber", "hooks", "matrix", "races", "schedule", "shared", "tensor", "wgmma")
+RUNTIME = ("fiber", "runtime")
 # What builds a family so that any planted bug can be chosen at run time, see EmulatedLibrary.planted.
 AT_RUNTIME = "PLANTS_AT_RUNTIME"
 COMPILER = shutil.which("g++")
