@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ast
 import re
-import subprocess
+import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,12 +22,20 @@ pytestmark = pytest.mark.slow
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
 
 
-def run_example(name: str, *arguments: str | Path) -> str:
-    """The output of an example that ends well."""
-    command = [sys.executable, str(ROOT / "examples" / name), *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture
+def run_example(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs an example as a script, in this process, which has imported all that it needs; returns its output."""
+
+    def run(name: str, *arguments: str | Path) -> str:
+        path = str(ROOT / "examples" / name)
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setattr(sys, "argv", [path, *map(str, arguments)])
+        capsys.readouterr()
+        with torch.random.fork_rng(devices=[]):
+            runpy.run_path(path, run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
 
 
 def number_after(text: str, output: str) -> float:
@@ -35,14 +44,16 @@ def number_after(text: str, output: str) -> float:
     return float(found)
 
 
-def test_a_module_of_ones_own_gives_what_its_experts_give_one_by_one() -> None:
+def test_a_module_of_ones_own_gives_what_its_experts_give_one_by_one(run_example: Callable[..., str]) -> None:
     output = run_example("route_your_own_module.py")
     assert 0 <= number_after("largest difference from one expert after the other:", output) < 1e-5
     assert "one slice per expert: (4, 32, 3, 3, 3)" in output
     assert "expert 0: SmallDenoiser with 1891 parameters" in output
 
 
-def test_training_from_python_leaves_a_run_with_experts_of_falling_width(tmp_path: Path) -> None:
+def test_training_from_python_leaves_a_run_with_experts_of_falling_width(
+    tmp_path: Path, run_example: Callable[..., str]
+) -> None:
     output = run_example("train_from_python.py", tmp_path / "run")
     run = load_run(tmp_path / "run")
     assert run.widths is not None and run.groups is not None
@@ -52,7 +63,9 @@ def test_training_from_python_leaves_a_run_with_experts_of_falling_width(tmp_pat
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 3
 
 
-def test_the_search_asks_the_agent_of_ones_own_and_keeps_the_best_of_its_candidates(tmp_path: Path) -> None:
+def test_the_search_asks_the_agent_of_ones_own_and_keeps_the_best_of_its_candidates(
+    tmp_path: Path, run_example: Callable[..., str]
+) -> None:
     output = run_example("prune_with_your_own_agent.py", tmp_path)
     assert "output of a mixed batch: (4, 1, 8, 8)" in output
     trials = read_trials(tmp_path / "memory.jsonl")
@@ -63,14 +76,16 @@ def test_the_search_asks_the_agent_of_ones_own_and_keeps_the_best_of_its_candida
         assert plan.expert_widths(group) == best.widths
 
 
-def test_requests_that_came_at_different_times_share_a_batch() -> None:
+def test_requests_that_came_at_different_times_share_a_batch(run_example: Callable[..., str]) -> None:
     output = run_example("sample_a_mixed_batch.py")
     assert "tick 15: timesteps of the batch: [40, 40, 70, 110, 110, 160]" in output
     assert "finished 6 images in 32 ticks" in output
     assert 0 <= number_after("sampled alone:", output) < 1e-4
 
 
-def test_a_checkpoint_of_improved_diffusion_is_sampled_and_split(tmp_path: Path) -> None:
+def test_a_checkpoint_of_improved_diffusion_is_sampled_and_split(
+    tmp_path: Path, run_example: Callable[..., str]
+) -> None:
     output = run_example("convert_improved_diffusion.py", tmp_path)
     assert (tmp_path / "samples" / "samples_4x8x8x3.npz").is_file()
     assert "expert 0 is again a file for improved-diffusion: True" in output

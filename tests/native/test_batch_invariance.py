@@ -20,7 +20,7 @@ from tests.cases import ConvCase, NormCase, Routing, conv_cases, norm_cases
 
 PER_SAMPLE = ("x", "x2", "sample_bias", "residual", "scale", "shift")
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
-BOUNDED = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+BOUNDED = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 Operator = Callable[[dict[str, Tensor], RoutingPlan], Tensor]
 
 
