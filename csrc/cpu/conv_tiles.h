@@ -68,10 +68,15 @@ inline void finish_partial(const GatherTile& tile, const ConvPixel& pixel, const
   }
 }
 
+// Zeros past the live width; in whole vectors, as a pixel has too few bytes for a call of memset to pay.
 template <typename T>
 inline void zero_tail(const GatherTile& tile) {
-  const size_t bytes = static_cast<size_t>(tile.channels - tile.live) * sizeof(T);
-  for (int p = 0; p < tile.num_pixels; ++p) std::memset(static_cast<T*>(tile.pixels[p].out) + tile.live, 0, bytes);
+  for (int p = 0; p < tile.num_pixels; ++p) {
+    T* out = static_cast<T*>(tile.pixels[p].out);
+    int64_t channel = tile.live;
+    for (; channel + kLanes <= tile.channels; channel += kLanes) store(out + channel, Vec{});
+    if (channel < tile.channels) store_upto(out + channel, Vec{}, static_cast<int>(tile.channels - channel));
+  }
 }
 
 // Rounding errors grow with the length of a sum, so runs of about this many products are summed separately.
