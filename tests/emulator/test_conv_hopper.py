@@ -75,7 +75,7 @@ EDGES: dict[str, tuple[dict[str, Any], str, str]] = {
             "in_channels": 152,
             "out_channels": 144,
             "in_widths": (37, 152, 0, 100, 8),
-            "out_widths": (144, 3, 64, 129, 0),
+            "out_widths": (90, 3, 64, 129, 0),
         },
         "16x16x192",
         "16x16x192",
@@ -221,6 +221,17 @@ def test_blocks_get_equal_work_whatever_the_widths_and_sizes_of_groups() -> None
         results(case, torch.bfloat16, (), backend="hopper")
         mean = (launcher.multiply_adds() - before) / 2
         assert launcher.busiest_block() <= 1.1 * mean
+
+
+@plain_only
+def test_a_block_gets_more_tiles_than_there_are_messages() -> None:
+    """Tiles without live channels are over at once, so that the producer is as far ahead as it may be."""
+    case = case_of(routing=uneven(1, 1, 1, 1, 1, 1), size=(8, 8), out_widths=(0, 0, 64, 0, 0, 0), extras=("bias",))
+    with hopper(1, 3) as launcher:
+        assert_accurate(case, torch.bfloat16, (), backend="hopper")
+        message = r"race on byte \d+ of the dynamic shared memory: thread 0 writes|deadlock"
+        with launcher.planted("HOPPER_NO_MESSAGE_WAIT"), pytest.raises(EmulatorError, match=message):
+            results(case, torch.bfloat16, (), backend="hopper")
 
 
 PLANTS = {

@@ -186,6 +186,17 @@ def test_what_is_not_live_is_not_multiplied() -> None:
     assert done == sum(64 * samples * depths[g] * columns[g] for g, samples in enumerate((1, 1, 2)))
 
 
+@plain_only
+def test_a_block_gets_more_tiles_than_there_are_messages() -> None:
+    """Tiles without live channels are over at once, so that the producer is as far ahead as it may be."""
+    case = case_of(routing=uneven(1, 1, 1, 1, 1, 1), size=(8, 8), out_widths=(0, 0, 64, 0, 0, 0), extras=("bias",))
+    with hopper(1, 3) as launcher:
+        assert_accurate(case, torch.bfloat16, (), backend="hopper")
+        message = r"race on byte \d+ of the dynamic shared memory: thread 0 writes|deadlock"
+        with launcher.planted("HOPPER_NO_MESSAGE_WAIT"), pytest.raises(EmulatorError, match=message):
+            results(case, torch.bfloat16, (), backend="hopper")
+
+
 PLANTS = {
     "HOPPER_NO_EMPTY_WAIT": "arrivals in a phase|race on byte|in flight",
     "HOPPER_NO_FULL_WAIT": "in flight|race on byte",

@@ -74,15 +74,19 @@ EDGES: dict[str, tuple[dict[str, Any], int]] = {
         },
         3,
     ),
-    "two widths of which one reaches a unit": (
+    "units and parts of units that no width reaches": (
         {
-            "routing": uneven(2, 1, weight_index=(0, 0)),
+            "routing": uneven(1, 2, weight_index=(0, 0)),
             "in_channels": 136,
             "out_channels": 136,
-            "in_widths": (64, 136),
-            "out_widths": (136, 0),
+            "in_widths": (136, 64),
+            "out_widths": (0, 136),
         },
-        3,
+        5,
+    ),
+    "an expert's groups on both sides of a warp's 32": (
+        {"routing": uneven(1, *[0] * 32, 1, 0, 2, weight_index=(0,) * 20 + (1,) * 16)},
+        5,
     ),
 }
 
@@ -160,7 +164,21 @@ def test_a_bug_planted_in_the_sums_of_samples_spoils_them(plant: str) -> None:
     assert close == [True, False, False]
 
 
+@plain_only
+def test_what_is_not_live_is_not_multiplied() -> None:
+    """Of the first group nothing, of the second one of two units of input channels and both of output channels."""
+    changes, multiprocessors = EDGES["units and parts of units that no width reaches"]
+    t, problem, dy = arguments(case_of(**changes))
+    with hopper(multiprocessors) as launcher:
+        before = launcher.multiply_adds()
+        hopper_backend.conv2d_wgrad(problem, dy, t, (True, True, False))
+        done = launcher.multiply_adds() - before
+    patches, units = 2, 2 * 3
+    assert done == patches * units * 64 * 128 * 3 * 128
+
+
 PLANTS = {
+    "HOPPER_NO_MESSAGE_WAIT": r"race on byte \d+ of the dynamic shared memory: thread 0 writes|deadlock",
     "HOPPER_NO_EMPTY_WAIT": "arrivals in a phase|race on byte|in flight",
     "HOPPER_NO_FULL_WAIT": "in flight|race on byte",
     "HOPPER_EARLY_RELEASE": r"race on byte \d+ of the dynamic shared memory: a copy .* writes .* what a product",
@@ -170,8 +188,10 @@ PLANTS = {
 @plain_only
 @pytest.mark.parametrize("plant", PLANTS)
 def test_a_planted_bug_is_reported(plant: str) -> None:
-    case = case_of(routing=uneven(9))
-    with hopper(3, 3) as launcher:
+    case, multiprocessors = case_of(routing=uneven(9)), 3
+    if plant == "HOPPER_NO_MESSAGE_WAIT":  # one block has more units than there are messages, of one patch each
+        case, multiprocessors = case_of(routing=uneven(1, 1)), 1
+    with hopper(multiprocessors, 3) as launcher:
         t, problem, dy = arguments(case)
         with launcher.planted(plant), pytest.raises(EmulatorError, match=PLANTS[plant]):
             hopper_backend.conv2d_wgrad(problem, dy, t, (True, True, False))
@@ -193,7 +213,8 @@ def test_a_planted_bug_spoils_the_result(plant: str) -> None:
 def arguments(case: ConvCase) -> tuple[ConvTensors, Any, torch.Tensor]:
     tensors = {name: t.detach() for name, t in case.tensors(torch.bfloat16).items()}
     plan = case.routing.plan()
-    routing = (plan.offsets, plan.tiles, plan.weight_index, None, None)
+    settings = case.settings()
+    routing = (plan.offsets, plan.tiles, plan.weight_index, settings["in_widths"], settings["out_widths"])
     t = ConvTensors(tensors["x"], tensors["weight"], *routing)
     dy = torch.randn(case.routing.batch, case.out_channels, *case.size, generator=torch.Generator().manual_seed(1))
     dy = dy.bfloat16().to(memory_format=torch.channels_last)

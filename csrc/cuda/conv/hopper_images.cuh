@@ -55,7 +55,9 @@ class HopperProducer {
  private:
   __device__ __forceinline__ void send(const HopperWork& work) {
     HopperControl& c = *shared_.control;
-    mbarrier_wait(&c.message_empty[messages_.stage], messages_.parity ^ 1);
+    if (!TDC_PLANTED(HOPPER_NO_MESSAGE_WAIT)) {
+      mbarrier_wait(&c.message_empty[messages_.stage], messages_.parity ^ 1);
+    }
     c.messages[messages_.stage] = work;
     mbarrier_arrive(&c.message_full[messages_.stage]);
     messages_.next(kHopperMessages);
