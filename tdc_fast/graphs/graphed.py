@@ -231,6 +231,7 @@ class Graphed:
         given = iter(static)
         args, kwargs = _pytree.tree_unflatten([next(given) if isinstance(v, Tensor) else v for v in leaves], spec)
         self._captures += 1
+        torch.clear_autocast_cache()  # weights that were cast before the capture would not be cast in a replay
         try:
             entry.recording = current_capture().record(
                 lambda: self._function(*args, **kwargs), self._device, self._generators
@@ -239,6 +240,8 @@ class Graphed:
             reason = str(error).strip().partition("\n")[0]
             self._give_up(f"the capture failed: {type(error).__name__}: {reason}")
             return
+        finally:
+            torch.clear_autocast_cache()  # what was cast in it is in the memory of the graph
         entry.inputs = static
 
     @torch.no_grad()

@@ -204,6 +204,19 @@ def test_endless_new_signatures_end_in_one_line_and_the_graphs_there_are_stay(ta
     assert step.num_graphs == 1
 
 
+def test_weights_that_autocast_has_cast_before_the_capture_are_cast_again_in_every_replay(tape):
+    """Around several calls it keeps the copies of the first one, and frees them in the end."""
+    model = nn.Linear(1, 1, bias=False)
+    step = Graphed(lambda x: model(x).detach(), "cpu", modules=[model], warmup=1)
+    for value in (1.0, 2.0, 3.0):
+        nn.init.constant_(model.weight, value)
+        with torch.autocast("cpu", torch.bfloat16):
+            step(torch.ones(1, 1)), step(torch.ones(1, 1))
+            assert step(torch.ones(1, 1)).item() == value
+            assert model(torch.ones(1, 1)).item() == value  # what the capture made is not left to others
+    assert tape.replays == 8
+
+
 def hooked() -> nn.Module:
     model = nn.Sequential(nn.Linear(1, 1))
     model[0].register_forward_hook(lambda *_: None)
