@@ -7,8 +7,10 @@
 #include <algorithm>
 #include <string>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
+#include "cuda/conv/few_launch.h"
 #include "cuda/conv/hopper_launch.h"
 #include "cuda/conv/launch.h"
 #include "cuda/launch/families.h"
@@ -191,6 +193,16 @@ void bind_planners_of_convolutions(py::module_& module) {
       module, "cuda_conv_wgrad_hopper_refusal", "The same of its wgrad.",
       [](Keywords& keywords, ConvArguments& arguments) { take_convolution_sizes(keywords, arguments); },
       hopper_wgrad_refusal);
+  for (const auto& [direction, name] : {std::pair{ConvDirection::kForward, "cuda_conv_forward_few_refusal"},
+                                        std::pair{ConvDirection::kDgrad, "cuda_conv_dgrad_few_refusal"},
+                                        std::pair{ConvDirection::kWgrad, "cuda_conv_wgrad_few_refusal"}}) {
+    define<ConvArguments>(
+        module, name, "Why no kernel for few channels serves this direction of a convolution, or ''. Takes sizes only.",
+        [](Keywords& keywords, ConvArguments& arguments) { take_convolution_sizes(keywords, arguments); },
+        [direction = direction](const ConvArguments& arguments, const Device& device) {
+          return few_refusal(arguments, device, direction);
+        });
+  }
   define<ConvArguments>(module, "cuda_conv_wgrad_workspace", "Bytes of workspace that wgrad needs.", wgrad,
                         conv_wgrad_workspace);
 }

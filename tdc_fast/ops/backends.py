@@ -53,7 +53,8 @@ class Backend(Protocol):
     An attribute `fuses`, such as ("x2", "upsample"), says what it has of the things that a call may fuse into reading
     its input; without one, it has none. `only_launches = True` says that all that its functions do, apart from torch's
     operators, is to launch kernels in ways that ops/replay.py can repeat. A backend with
-    several kinds of kernels may have form(problem), which says in words which ones serve a problem that it supports.
+    several kinds of kernels may have form(problem), which says in words which ones serve a problem that it supports,
+    and leads(problem), which says whether they come first in the usual order.
     """
 
     name: str
@@ -106,13 +107,20 @@ def _servers(problem: Problem, times: Times | None) -> Iterator[tuple[Any, str |
         problem: What is to run.
         times: Measured times, None for the usual order.
     """
-    usual = _ORDER[type(problem)]
+    usual = _usual(problem)
     order = usual if times is None else times.order(usual)
     ordered = sorted(_backends, key=lambda backend: order.index(backend.name) if backend.name in order else -1)
     if not problem.fused:
         return ((backend, backend.supports(problem)) for backend in ordered)
     servers = [_server(backend, problem) for backend in ordered]
     return iter(sorted(servers, key=lambda found: (found[0].name == "reference", isinstance(found[0], Unfused))))
+
+
+def _usual(problem: Problem) -> tuple[str, ...]:
+    """The usual order of backends for a problem, where those that lead come first but for the CPU's."""
+    usual = _ORDER[type(problem)]
+    leaders = [backend.name for backend in _backends if hasattr(backend, "leads") and backend.leads(problem)]
+    return tuple(sorted(usual, key=lambda name: name != "cpu" and name not in leaders)) if leaders else usual
 
 
 def _times_of(problem: Problem) -> Times | None:

@@ -26,6 +26,10 @@ class LazyTriton:
         except ImportError as error:
             return f"triton cannot be imported: pip install 'tdc_fast[gpu]' ({error})"
 
+    def leads(self, problem: Problem) -> bool:
+        """It has no kernels that come first out of turn; said here, for to ask the module would import it."""
+        return False
+
     def module(self) -> Any:
         """tdc_fast.ops.triton. ImportError where triton is not installed."""
         return importlib.import_module("tdc_fast.ops.triton")

@@ -29,6 +29,7 @@ name = "cuda"
 only_launches = True
 fuses = ("x2", "upsample")  # of what a call may fuse into reading its input
 _LATER = ("x2", "counters")  # what planners take only where it is given
+FEW_CHANNELS = "in the form of few channels"  # what `form` says of csrc/cuda/conv/few_*
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -59,6 +60,27 @@ def supports(problem: Problem) -> str | None:
         refuse = core.cuda_group_norm_backward_refusal if backward else core.cuda_group_norm_forward_refusal
         return refuse(**norm_sizes(problem), device=launcher.device_facts(problem.device)) or None
     return None
+
+
+def form(problem: Problem) -> str:
+    """In words, which kernels serve a problem that the backend supports; "" for the general ones."""
+    if not isinstance(problem, ConvProblem):
+        return ""
+    core = native.module
+    refuse = {
+        "routed_conv2d": core.cuda_conv_forward_few_refusal,
+        "routed_conv2d_dgrad": core.cuda_conv_dgrad_few_refusal,
+        "routed_conv2d_wgrad": core.cuda_conv_wgrad_few_refusal,
+    }[problem.op]
+    return "" if refuse(**geometry(problem), device=launcher_facts(problem.device)) else FEW_CHANNELS
+
+
+def leads(problem: Problem) -> bool:
+    """Whether the backend comes first on a GPU where nothing was measured: in the form of few channels.
+
+    That reads the image of many channels once, others read it once per tap or pad the few channels to a whole block.
+    """
+    return supports(problem) is None and form(problem) == FEW_CHANNELS
 
 
 def _workspace(measure: Any, device: torch.device, arguments: dict[str, Any]) -> Tensor | None:

@@ -48,6 +48,9 @@ def form(problem: Problem) -> str:
             else core.cuda_group_norm_forward_hopper_form
         )
         return str(form_of(**cuda.norm_sizes(problem), device=launcher_facts(problem.device)))
+    few_channels = cuda.form(problem)
+    if few_channels:
+        return few_channels
     refusals = {
         "routed_conv2d": native.module and native.module.cuda_conv_forward_hopper_refusal,
         "routed_conv2d_dgrad": native.module and native.module.cuda_conv_dgrad_hopper_refusal,

@@ -35,16 +35,18 @@ import torch
 from tdc_fast.kernels import tile_shapes
 from tdc_fast.kernels.problems import ConvProblem, Problem
 
-# By operator. Raise one when its kernels change so much that another backend may be the fastest: rows of a table that
-# were measured with another version are ignored.
+# By operator, and by the part of it that `_version_of` tells apart. Raise one when its kernels change so much that
+# another backend may be the fastest: rows of a table that were measured with another version are ignored.
 KERNEL_VERSIONS: Mapping[str, int] = {
     "routed_conv2d": 1,
     "routed_conv2d_dgrad": 1,
     "routed_conv2d_wgrad": 2,
     "routed_group_norm": 3,
     "routed_group_norm_backward": 3,
+    **dict.fromkeys([f"routed_conv2d{which}, few channels" for which in ("", "_dgrad", "_wgrad")], 2),
 }
 GAIN = 0.98  # another backend comes first if it takes at most this fraction of the usual one's time: less is noise
+_FEW = 7  # channels of an image at most, for which `cuda` has kernels of its own
 _FARTHEST = 1.0  # in octaves, by which each size of a problem may differ from a row's
 
 Kind = tuple[Any, ...]
@@ -143,7 +145,9 @@ def load_times(name: str) -> Table | None:
     versions = table.get("kernels", {})
     rows: dict[Kind, list[tuple[Sizes, Mapping[str, float]]]] = {}
     for row in table["rows"]:
-        if versions.get(row["op"]) != KERNEL_VERSIONS.get(row["op"]):
+        version = _version_of(row)
+        # Tables that do not know of a part of an operator were measured with the first kernels of it.
+        if versions.get(version, 1 if version != row["op"] else None) != KERNEL_VERSIONS.get(version):
             continue
         kind: Kind
         sizes: Sizes
@@ -160,6 +164,12 @@ def load_times(name: str) -> Table | None:
 def file_name(device_name: str) -> str:
     """Name of a device's table in kernels/tuned: "nvidia_h200.backends.json"."""
     return f"{tile_shapes.table_name(device_name)}.backends.json"
+
+
+def _version_of(row: Mapping[str, Any]) -> str:
+    """The key in KERNEL_VERSIONS of the kernels that a row was measured with."""
+    few = f"{row['op']}, few channels"
+    return few if few in KERNEL_VERSIONS and min(row["in_channels"], row["out_channels"]) <= _FEW else row["op"]
 
 
 def _described(p: Problem) -> tuple[Kind, Sizes]:

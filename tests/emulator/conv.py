@@ -16,7 +16,7 @@ from tests.ops.test_conv2d import gradients, routed
 from tests.tolerance import assert_as_accurate_as_torch
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32}
-FAMILIES = ("conv_forward", "conv_dgrad", "conv_wgrad")
+FAMILIES = ("conv_forward", "conv_dgrad", "conv_wgrad", "conv_few_images", "conv_few_wgrad")
 # (compute capability * 10, SMs, bytes of shared memory of a block). With one SM the planner chooses
 # the 128 tile where the channels fill it; with many SMs it chooses small tiles and splits.
 ONE_SM, MANY_SMS = (80, 1, 166912), (80, 1000, 166912)
@@ -87,6 +87,45 @@ def assert_accurate(
         of_products = name in ("y", "dx", "dx2")
         terms = taps * max(case.in_channels, case.out_channels) if of_products else case.routing.batch * pixels
         assert_as_accurate_as_torch(ours[name], torchs[name], reference[name], f"{name} of {case}", max(terms, 64))
+
+
+def assert_nothing_dead_is_used(case: ConvCase, dtype: torch.dtype) -> None:
+    """Dead weights, biases and upstream gradients do not change a bit of the results; dead outputs are zeros.
+
+    case: with a bias and one per sample, and an expert for each group.
+    """
+    inputs = ("x", "x2") if case.x2_channels else ("x",)
+    live_in, live_out = case.in_widths or (), case.out_widths or ()
+
+    def computed(filler: float) -> dict[str, Tensor]:
+        tensors = case.tensors(dtype)
+        with torch.no_grad():
+            for group in range(case.routing.num_groups):
+                tensors["weight"][group, live_out[group] :] = filler
+                tensors["weight"][group, :, live_in[group] :] = filler
+                tensors["bias"][group, live_out[group] :] = filler
+        y = routed(case, tensors, backend="cuda")
+        dy = torch.ones_like(y)
+        for group, _, start, stop in case.routing.segments():
+            dy[start:stop, live_out[group] :] = filler
+        names = (*inputs, "weight", "bias", "sample_bias")
+        grads = dict(zip(names, torch.autograd.grad(y, [tensors[n] for n in names], dy), strict=True))
+        dx = torch.cat([grads.pop(name) for name in inputs], dim=1)
+        return {"y": y.detach(), "dx": dx, **{f"d{name}": grad for name, grad in grads.items()}}
+
+    zeros, nans = computed(0.0), computed(float("nan"))
+    for name, value in zeros.items():
+        assert torch.equal(nans[name], value), name
+    for group, expert, start, stop in case.routing.segments():
+        dead = (
+            nans["y"][start:stop, live_out[group] :],
+            nans["dx"][start:stop, live_in[group] :],
+            nans["dsample_bias"][start:stop, live_out[group] :],
+            nans["dbias"][expert, live_out[group] :],
+            nans["dweight"][expert, live_out[group] :],
+            nans["dweight"][expert, :, live_in[group] :],
+        )
+        assert all(not values.any() for values in dead)
 
 
 def differentiable(tensors: dict[str, Tensor], wanted: Iterable[str] | None) -> dict[str, Tensor]:

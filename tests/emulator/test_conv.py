@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings
-from torch import Tensor
 
 from tdc_fast import explain, routed_conv2d
 from tests.cases import ConvCase, conv_cases
@@ -17,6 +16,7 @@ from tests.emulator.conv import (
     MANY_SMS,
     ONE_SM,
     assert_accurate,
+    assert_nothing_dead_is_used,
     conv_case,
     differentiable,
     emulator,
@@ -155,48 +155,16 @@ def test_tile_edges_are_as_accurate_as_torch(edge: str, dtype: str) -> None:
     ids=["whole chunks", "any channels", "fused"],
 )
 def test_nothing_dead_is_used(channels: tuple[int, int], fused: dict[str, Any], dtype: str) -> None:
-    """Dead weights, biases and upstream gradients do not change a bit of the results; dead outputs are zeros."""
-    live_in, live_out = (33, 8), (3, 70)
     case = conv_case(
         routing=uneven(1, 2),
         in_channels=channels[0],
         out_channels=channels[1],
-        in_widths=live_in,
-        out_widths=live_out,
+        in_widths=(33, 8),
+        out_widths=(3, 70),
         **fused,
     )
-    inputs = ("x", "x2") if fused else ("x",)
-
-    def computed(filler: float) -> dict[str, Tensor]:
-        tensors = case.tensors(DTYPES[dtype])
-        with torch.no_grad():
-            for group in range(2):  # each with its own expert
-                tensors["weight"][group, live_out[group] :] = filler
-                tensors["weight"][group, :, live_in[group] :] = filler
-                tensors["bias"][group, live_out[group] :] = filler
-        y = routed(case, tensors, backend="cuda")
-        dy = torch.ones_like(y)
-        for group, _, start, stop in case.routing.segments():
-            dy[start:stop, live_out[group] :] = filler
-        names = (*inputs, "weight", "bias", "sample_bias")
-        grads = dict(zip(names, torch.autograd.grad(y, [tensors[n] for n in names], dy), strict=True))
-        dx = torch.cat([grads.pop(name) for name in inputs], dim=1)
-        return {"y": y.detach(), "dx": dx, **{f"d{name}": grad for name, grad in grads.items()}}
-
     with emulator():
-        zeros, nans = computed(0.0), computed(float("nan"))
-    for name, value in zeros.items():
-        assert torch.equal(nans[name], value), name
-    for group, expert, start, stop in case.routing.segments():
-        dead = (
-            nans["y"][start:stop, live_out[group] :],
-            nans["dx"][start:stop, live_in[group] :],
-            nans["dsample_bias"][start:stop, live_out[group] :],
-            nans["dbias"][expert, live_out[group] :],
-            nans["dweight"][expert, live_out[group] :],
-            nans["dweight"][expert, :, live_in[group] :],
-        )
-        assert all(not values.any() for values in dead)
+        assert_nothing_dead_is_used(case, DTYPES[dtype])
 
 
 @plain_only

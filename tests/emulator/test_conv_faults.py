@@ -15,6 +15,8 @@ from tests.emulator.harness import SCHEDULES, EmulatorError, plain_only
 # More steps than stages, several warps, several taps.
 CASE = conv_case(in_channels=40, out_channels=40, size=(9, 8), filter=(3, 1), padding=(1, 0))
 FUSED = conv_case(in_channels=40, out_channels=40, x2_channels=24, size=(4, 4), upsample=2)
+FEW = {"size": (8, 9), "extras": ("bias",)}
+FIRST, LAST = conv_case(in_channels=3, **FEW), conv_case(out_channels=6, **FEW)
 MERGED = conv_case(in_channels=40, out_channels=40, size=(4, 4), upsample=2)
 
 
@@ -56,7 +58,7 @@ def test_a_missing_barrier_is_caught_under_some_schedule() -> None:
 GARBAGE = (-(2**31), -7, 5, 2**31 - 1)
 
 
-@pytest.mark.parametrize("case", [CASE, FUSED], ids=["plain", "fused"])
+@pytest.mark.parametrize("case", [CASE, FUSED, FIRST, LAST], ids=["plain", "fused", "first", "last"])
 @pytest.mark.parametrize("garbage", GARBAGE)
 def test_no_number_in_device_memory_leads_out_of_bounds(garbage: int, case: ConvCase) -> None:
     """Sanitizers check what is read and written; the values do not matter."""

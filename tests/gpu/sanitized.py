@@ -22,6 +22,8 @@ CASES: list[ConvCase | NormCase] = [
     conv(THREE, (64, 64), (5, 1), filter=(1, 1), padding=(0, 0)),
     conv(THREE, (104, 72), (5, 3), x2_channels=40, upsample=2, in_widths=(104, 8, 70), out_widths=(72, 40, 8)),
     conv(THREE, (19, 9), (7, 5), x2_channels=6, in_widths=(19, 4, 15)),
+    conv(UNEVEN, (3, 40), (9, 11)),
+    conv(THREE, (40, 6), (24, 24), in_widths=(40, 8, 37), out_widths=(6, 0, 4)),
     norm(THREE, 24, 6, (7, 5), widths=(24, 8, 12)),
     norm(THREE, 64, 2, (48, 48)),
     norm(THREE, 48, 4, (7, 5), widths=(48, 24, 36), x2_channels=16),

@@ -55,6 +55,10 @@ CONV_CASES: dict[str, ConvCase] = {
     "one large group": conv(Routing((1,) * 9, 3, 3, None), (40, 24), (12, 12)),
     "image channels in": conv(UNEVEN, (3, 32), (8, 8), extras=("bias",)),
     "image channels out": conv(UNEVEN, (32, 6), (8, 8), extras=("bias",)),
+    "image channels in, several runs": conv(UNEVEN, (3, 136), (40, 33)),
+    "image channels out, several runs and widths": conv(
+        Routing((0, 2, 2, 1, 0, 2), 3, 2, (1, 0, 1)), (200, 6), (33, 40), in_widths=(200, 16, 37), out_widths=(6, 3, 5)
+    ),
     "a strided input": conv(THREE, (16, 16), (6, 6), layout="strided"),
     "two inputs": conv(UNEVEN, (384, 256), (16, 16), filter=(1, 1), padding=(0, 0), x2_channels=128),
     "two inputs, 3x3 and widths": conv(

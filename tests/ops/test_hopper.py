@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from tdc_fast import RoutingPlan, explain, routed_conv2d, routed_group_norm
+from tdc_fast.kernels.problems import ConvProblem
 from tdc_fast.ops import cuda_launch, native
+from tdc_fast.ops.backends import explain_problem
 from tests.emulator.harness import EmulatorLauncher
 
 pytestmark = pytest.mark.skipif(native.module is None, reason="the native module is not built")
@@ -40,6 +44,27 @@ def test_explain_says_that_two_inputs_are_not_upsampled_in_the_hopper_form() -> 
     reason = "it upsamples one input of 3x3 filters with padding 1 and stride 1"
     assert explained(channels=32, x2=half, upsample=2).forms["hopper"].endswith(reason)
     assert explained(channels=32, x2=half).forms == {"hopper": "in the Hopper form"}
+
+
+@pytest.mark.parametrize("op", ["routed_conv2d", "routed_conv2d_dgrad", "routed_conv2d_wgrad"])
+def test_image_channels_have_a_form_of_their_own_which_comes_first_on_a_gpu(op: str) -> None:
+    cpu = torch.device("cpu")
+    first = ConvProblem(op, cpu, torch.bfloat16, 4, 16, 16, 3, 64, (3, 3), (1, 1), (1, 1), 16, 16, 2, 2)
+    with cuda_launch.use_launcher(EmulatorLauncher(facts=H200)):
+        for layer in (first, replace(first, in_channels=320, out_channels=6)):
+            found = explain_problem(op, layer)
+            assert found.forms["cuda"] == found.forms["hopper"] == "in the form of few channels"
+            assert list(found.reasons) == ["cpu", "cuda", "triton", "hopper", "reference"]
+        for other in (
+            {"in_channels": 8}, {"out_channels": 60}, {"stride": (2, 2), "out_height": 8, "out_width": 8},
+            {"padding": (0, 0), "out_height": 14, "out_width": 14}, {"upsample": 2, "out_height": 32, "out_width": 32},
+            {"in_channels": 7, "x2_channels": 3}, {"height": 7, "width": 7, "out_height": 7, "out_width": 7},
+            {"dtype": torch.float32, "tf32": True}, {"width": 4096, "out_width": 4096},
+            {"filter": (5, 5), "padding": (2, 2)},
+        ):  # fmt: skip
+            problem = replace(first, **other)
+            found = explain_problem(op, problem)
+            assert "cuda" not in found.forms and (problem.fused or list(found.reasons)[1] == "triton"), other
 
 
 def test_norms_are_streams_where_they_are_large() -> None:

@@ -4,6 +4,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "cuda/conv/few_launch.h"
 #include "cuda/conv/hopper_launch.h"
 #include "cuda/conv/params.h"
 #include "cuda/conv/planning.h"
@@ -17,7 +18,7 @@ namespace {
 constexpr int64_t kMostSamplesPerTile = 256;  // of the tile table
 
 // How a convolution is computed.
-enum class ConvForm { kMmaSync, kHopper };
+enum class ConvForm { kMmaSync, kHopper, kFew };
 
 void require_architecture(const Device& device) {
   if (device.arch >= 80) return;
@@ -25,10 +26,12 @@ void require_architecture(const Device& device) {
                               "." + std::to_string(device.arch % 10) + "; the kernels need 8.0 or newer");
 }
 
-// The Hopper form where it is asked for and serves, mma.sync elsewhere.
+// The form of few channels where it serves, the Hopper form where it is asked for and serves, mma.sync elsewhere.
 ConvForm conv_form(const ConvArguments& a, const Device& device, bool forward) {
   check(a);
   require_architecture(device);
+  const ConvDirection direction = forward ? ConvDirection::kForward : ConvDirection::kDgrad;
+  if (few_refusal(a, device, direction).empty()) return ConvForm::kFew;
   return a.hopper && hopper_refusal(a, device, forward).empty() ? ConvForm::kHopper : ConvForm::kMmaSync;
 }
 
@@ -184,6 +187,7 @@ WgradTiling tile_wgrad(const ConvArguments& a, const Device& device) {
 }
 
 ConvForm wgrad_form(const ConvArguments& a, const Device& device) {
+  if (a.batch > 0 && few_refusal(a, device, ConvDirection::kWgrad).empty()) return ConvForm::kFew;
   return a.hopper && a.batch > 0 && hopper_wgrad_refusal(a, device).empty() ? ConvForm::kHopper : ConvForm::kMmaSync;
 }
 
@@ -193,7 +197,9 @@ bool has_biases_with_weight(const ConvArguments& a, const Device& device) {
 }
 
 size_t partial_bytes(const ConvArguments& a, const Device& device) {
-  if (wgrad_form(a, device) == ConvForm::kHopper) return hopper_wgrad_workspace(a, device);
+  const ConvForm form = wgrad_form(a, device);
+  if (form == ConvForm::kHopper) return hopper_wgrad_workspace(a, device);
+  if (form == ConvForm::kFew) return a.dweight ? few_wgrad_workspace(a, device) : 0;
   const WgradTiling tiling = tile_wgrad(a, device);
   return a.dweight && tiling.splits > 1 ? static_cast<size_t>(tiling.splits * ceil_div(weight_elements(a), 4) * 16) : 0;
 }
@@ -201,7 +207,7 @@ size_t partial_bytes(const ConvArguments& a, const Device& device) {
 size_t bias_bytes(const ConvArguments& a, const Device& device) {
   int64_t rows = a.dbias ? a.batch : 0;  // of C_out sums
   if (has_biases_with_weight(a, device)) {
-    if (wgrad_form(a, device) == ConvForm::kHopper) return 0;  // among its partials
+    if (wgrad_form(a, device) != ConvForm::kMmaSync) return 0;  // among its partials
     const int64_t splits = tile_wgrad(a, device).splits;
     rows = splits > 1 ? splits * a.num_experts : 0;
   }
@@ -281,14 +287,16 @@ void add_channel_sums(const ConvArguments& a, float* sums, std::vector<Launch>& 
 }  // namespace
 
 std::vector<Launch> launch_conv_forward(const ConvArguments& arguments, const Device& device) {
-  const bool hopper = conv_form(arguments, device, true) == ConvForm::kHopper;
-  return hopper && has_workspace(arguments) ? launch_hopper_forward(arguments, device)
-                                            : launch_images(arguments, device, true);
+  const ConvForm form = conv_form(arguments, device, true);
+  if (form == ConvForm::kFew) return launch_few_images(arguments, device, ConvDirection::kForward);
+  return form == ConvForm::kHopper && has_workspace(arguments) ? launch_hopper_forward(arguments, device)
+                                                               : launch_images(arguments, device, true);
 }
 
 std::vector<Launch> launch_conv_dgrad(const ConvArguments& arguments, const Device& device) {
-  const bool hopper = conv_form(arguments, device, false) == ConvForm::kHopper;
-  if (hopper && has_workspace(arguments)) return launch_hopper_dgrad(arguments, device);
+  const ConvForm form = conv_form(arguments, device, false);
+  if (form == ConvForm::kFew) return launch_few_images(arguments, device, ConvDirection::kDgrad);
+  if (form == ConvForm::kHopper && has_workspace(arguments)) return launch_hopper_dgrad(arguments, device);
   return arguments.workspace && merges_taps(arguments) ? launch_merged_dgrad(arguments, device)
                                                        : launch_images(arguments, device, false);
 }
@@ -306,7 +314,10 @@ std::vector<Launch> launch_conv_wgrad(const ConvArguments& arguments, const Devi
   check(arguments);
   require_architecture(device);
   std::vector<Launch> launches;
-  if (arguments.dweight && wgrad_form(arguments, device) == ConvForm::kHopper) {
+  const ConvForm form = wgrad_form(arguments, device);
+  if (arguments.dweight && form == ConvForm::kFew) {
+    launches = launch_few_wgrad(arguments, device);
+  } else if (arguments.dweight && form == ConvForm::kHopper) {
     launches = launch_hopper_wgrad(arguments, device);
   } else if (arguments.dweight) {
     add_dweight(arguments, device, launches);

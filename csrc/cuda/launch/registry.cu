@@ -1,5 +1,6 @@
 #include "cuda/launch/registry.h"
 
+#include "cuda/conv/few_kernels.h"
 #include "cuda/conv/hopper_kernels.h"
 #include "cuda/conv/kernels.h"
 #include "cuda/group_norm/kernels.h"
