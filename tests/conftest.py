@@ -23,7 +23,21 @@ if WORKERS > 1:  # test processes, and what they start, share the cores
 
 FOLDER = Path(__file__).parent
 # Files that take longest begin first, so that parallel processes end together (`-n 2 --dist loadfile`).
-LONGEST = ("emulator/test_sanitized.py", "interpreter", "sanitizers", "compile_only", "emulator", "training")
+LONGEST = (
+    "emulator/test_sanitized.py",
+    "sanitizers",
+    "interpreter",
+    "compile_only",
+    "emulator",
+    "training",
+    "distributed",
+    "bench",
+    "reports",
+    "native",
+    "examples",
+    "experiments",
+    "test_",
+)
 
 # What `make test-fast` leaves out: compilers, emulators, benches, whole training runs, and the log of inputs tried.
 SLOW = (
