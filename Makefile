@@ -15,7 +15,7 @@ PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reor
 SOURCES := setup.py pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f '(' -name '*.[ch]' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.cmake' -o -name '*.def' ')')
 STAMP := $(VENV)/.installed-dev
 
-.PHONY: help install demo test test-fast lint types docs bench clean
+.PHONY: help install demo test test-fast lint style types docs bench clean
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
 
@@ -35,20 +35,24 @@ demo: $(STAMP) ## the demo: train, prune, fine-tune, sample and compare on real 
 	@echo "==> running the demo on scikit-learn's digits (about 4 minutes on 2 cores) -> $(DEMO_OUT)"
 	@$(BIN)/python -m tdc_fast.demo --out $(DEMO_OUT)
 
-lint: $(STAMP) ## ruff, mypy and clang-format
-	@echo "==> ruff, mypy and clang-format"
+lint: style types ## ruff, mypy and clang-format
+
+style: $(STAMP) ## ruff and clang-format
+	@echo "==> ruff and clang-format"
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(MAKE) --no-print-directory types
 	@$(BIN)/clang-format --dry-run --Werror $(shell find csrc tdc_fast/ops/host_sources -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 types: $(STAMP) ## mypy, which finds kernels/ under its installed name
 	@mkdir -p build/mypy/tdc_fast && ln -sfn ../../../kernels build/mypy/tdc_fast/kernels
 	@$(BIN)/mypy
 
-test: lint ## all tests and lint
-	@echo "==> pytest"
-	@$(PYTEST)
+# mypy runs while the tests begin, and takes a minute; a wrong type fails the run after them.
+test: style ## all tests and lint
+	@echo "==> mypy and pytest"
+	@mkdir -p build; $(MAKE) --no-print-directory types > build/types.log 2>&1 & types=$$!; \
+	$(PYTEST); tests=$$?; \
+	wait $$types || { cat build/types.log; exit 1; }; exit $$tests
 
 test-fast: $(STAMP) ## the tests of the inner loop, in two minutes
 	@echo "==> pytest, without the tests marked slow"

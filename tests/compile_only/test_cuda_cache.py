@@ -101,9 +101,9 @@ from tdc_fast.ops import cuda_nvrtc
 cuda_nvrtc.read_sources = lambda family: {{"cuda/tiny.cuh": {TINY!r}}}
 print(cuda_nvrtc.cubin_of("plan", "sm_80").hex())
 """
-    running = [subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    running = [subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) for _ in range(2)]
     outputs = {process.communicate()[0] for process in running}
-    assert [process.returncode for process in running] == [0, 0, 0]
+    assert [process.returncode for process in running] == [0, 0]
     assert len(outputs) == 1 and outputs.pop().strip()
     [entry] = cache.iterdir()
     assert cuda_nvrtc._read_entry(entry)
