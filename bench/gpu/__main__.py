@@ -171,7 +171,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="sections to run")
     parser.add_argument("--seconds", type=float, default=500.0, help="time for everything (default: %(default)s)")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    parser.add_argument("--backend", default="", help="triton, cuda or reference (default: the fastest)")
+    parser.add_argument("--backend", default="", help="triton, cuda, hopper or reference (default: the fastest)")
     parser.add_argument("--compile-seconds", type=float, default=45.0, help="limit for one torch.compile peer")
     parser.add_argument(
         "--train-seconds", type=float, default=TRAIN_SECONDS, help="of a run of tdc_fast.train (default: %(default)s)"

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tdc_fast.errors import invalid
-from tdc_fast.nn.attention import qkv_attention
+from tdc_fast.nn.attention import picks_heads, qkv_attention
 from tdc_fast.nn.layers import (
     Conv2d,
     GroupNorm,
@@ -214,9 +214,9 @@ class AttentionBlock(nn.Module):
         return from_tokens(self.proj_out(h, residual=to_tokens(x)), x.shape[2], x.shape[3])
 
     def _live_heads(self) -> Tensor | None:
-        """Which heads each sample of the running plan has, bool (B, heads); None where all have all."""
+        """Which heads each sample of the running plan has, bool (B, heads); None where all have all or are computed."""
         widths = getattr(self.qkv, "out_widths", None)
-        if widths is None or self.routing is None or self.routing.plan is None:
+        if widths is None or self.routing is None or self.routing.plan is None or not picks_heads(widths.device):
             return None
         heads = torch.arange(self.width // self.head_dim, device=widths.device)
         return heads < widths[self.routing.plan.groups, None] // (3 * self.head_dim)

@@ -40,12 +40,17 @@ def qkv_attention(qkv: Tensor, head_dim: int, live: Tensor | None = None) -> Ten
     batch, tokens, channels = qkv.shape
     heads = channels // (3 * head_dim)
     split = qkv.view(batch, tokens, heads, 3, head_dim)
-    if live is not None and not qkv.is_cuda and not torch.compiler.is_compiling():
-        sample, head = live.nonzero(as_tuple=True)  # a size that depends on data: a GPU would wait here
+    if live is not None and picks_heads(qkv.device):
+        sample, head = live.nonzero(as_tuple=True)
         out = _attend(split[sample, :, head].unsqueeze(2)).squeeze(2)  # each live head as a sample of one head
         everywhere = out.new_zeros(batch, tokens, heads, head_dim).transpose(1, 2).index_put((sample, head), out)
         return everywhere.transpose(1, 2).reshape(batch, tokens, heads * head_dim)
     return _attend(split).reshape(batch, tokens, heads * head_dim)
+
+
+def picks_heads(device: torch.device) -> bool:
+    """Whether heads that a sample has not are left out there: their number depends on data, for which a GPU waits."""
+    return device.type != "cuda" and not torch.compiler.is_compiling()
 
 
 def _attend(qkv: Tensor) -> Tensor:

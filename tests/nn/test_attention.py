@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from tdc_fast.models.blocks import AttentionBlock
 from tdc_fast.nn.attention import qkv_attention
+from tdc_fast.nn.packing import pack_experts
 from tests.models.test_iddpm import randomise
-from tests.nn.test_packing import batch, unet
+from tests.nn.test_packing import GROUPS as PACKED
+from tests.nn.test_packing import PRUNED, batch, shuffled_plan, unet
 from tests.operators import Recorded
 from tests.tolerance import assert_as_accurate_as_torch
 
@@ -83,6 +85,18 @@ def test_a_cpu_with_products_of_bf16_takes_them_one_by_one_while_the_scores_are_
         qkv_attention(qkv, 8, live).sum().backward()
     assert (called["bmm"], called["_softmax"]) == ((6, 1) if tokens == 64 else (0, 0))
     assert called["_scaled_dot_product_flash_attention_for_cpu"] == (tokens != 64)
+
+
+def test_where_all_heads_are_computed_nobody_asks_which_ones_live(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = unet()
+    routed = pack_experts(model, PACKED, shuffled_plan(model, PRUNED))
+    x, t, y = batch(5)
+    with Recorded() as asked:
+        expected = routed(x, t, y=y)
+    monkeypatch.setattr("tdc_fast.models.blocks.picks_heads", lambda device: False)  # as on a GPU
+    with Recorded() as called:
+        torch.testing.assert_close(routed(x, t, y=y), expected, rtol=1e-4, atol=1e-4)
+    assert asked["nonzero"] and asked["lt"] > called["lt"] == 0 and not called["nonzero"]
 
 
 def test_no_head_alive_is_no_attention() -> None:
