@@ -104,7 +104,9 @@ def layer_of(row: Row) -> tuple[int, Layer]:
 
 
 def _counts(row: Row) -> bool:
-    if row["section"] != "conv" or row["direction"] != "forward" or row["uneven"] or "failed" in row:
+    if row["section"] != "conv" or row["direction"] != "forward" or "failed" in row:
+        return False
+    if row["uneven"] or row.get("mixed"):
         return False
     return OURS_GRAPH in row["ms"] and not row["wrong"]
 

@@ -23,7 +23,9 @@ from tdc_fast.ops.hopper import HOPPER_FORM
 
 DIRECTIONS = ("forward", "dgrad", "wgrad")
 NUM_GROUPS = (8, 1, 4, 16)
-WIDTHS = (1.0, 0.5, 0.75)
+FIRST_WIDTHS = (1.0, 0.5, 0.75)  # those that goals are about
+WIDTHS = (*FIRST_WIDTHS, 0.25, 0.625)
+MIXED = (1.0, 0.75, 0.5, 0.25)  # of the groups in turn
 WRONG = 2e-2  # relative error above which a row is reported as wrong; bf16 rounding alone gives about 4e-3
 
 
@@ -37,6 +39,7 @@ class Case:
         uneven: half of the batch is in group 0.
         width: live fraction of the channels.
         direction: "forward", "dgrad" or "wgrad".
+        mixed: the groups have the widths of MIXED, of which `width` is the mean.
     """
 
     layer: ConvLayer
@@ -44,29 +47,37 @@ class Case:
     uneven: bool
     width: float
     direction: str
+    mixed: bool = False
+
+    @property
+    def widths(self) -> list[float]:
+        """The live fraction of each group."""
+        return [MIXED[g % len(MIXED)] if self.mixed else self.width for g in range(self.num_groups)]
 
 
 def cases(design: list[ConvLayer], models: list[ConvLayer]) -> Iterator[Case]:
     """Every combination of layer, groups, width and direction; those that the goals are about come first."""
     for layer in design:
-        yield from (Case(layer, 8, False, width, d) for width in WIDTHS for d in DIRECTIONS)
+        yield from (Case(layer, 8, False, width, d) for width in FIRST_WIDTHS for d in DIRECTIONS)
     for width, directions in ((1.0, DIRECTIONS[:1]), (0.5, DIRECTIONS[:1]), (1.0, DIRECTIONS[1:])):
         for layer in models:
             yield from (Case(layer, 8, False, width, d) for d in directions)
     for source in (design, models):
         for num_groups in NUM_GROUPS:
             for uneven in (False, True) if num_groups > 1 else (False,):
-                for width in WIDTHS:
+                widths = [(width, False) for width in (WIDTHS if num_groups == 8 else FIRST_WIDTHS)]
+                widths += [(sum(MIXED) / len(MIXED), True)] if num_groups == 8 else []
+                for width, mixed in widths:
                     for direction in DIRECTIONS:
                         for layer in source:
-                            case = Case(layer, num_groups, uneven, width, direction)
+                            case = Case(layer, num_groups, uneven, width, direction, mixed)
                             if not _earlier(case, in_design=source is design):
                                 yield case
 
 
 def _earlier(case: Case, *, in_design: bool) -> bool:
     """Whether this case is among the first ones."""
-    if case.num_groups != 8 or case.uneven:
+    if case.num_groups != 8 or case.uneven or case.width not in FIRST_WIDTHS:
         return False
     return in_design or case.width == 1.0 or (case.width == 0.5 and case.direction == "forward")
 
@@ -81,8 +92,7 @@ class Problem:
         bias: (N, C_out).
         sizes: samples per group.
         plan: the plan of these groups.
-        live_in: live input channels.
-        live_out: live output channels.
+        live: live input and output channels of each group.
     """
 
     def __init__(self, run: BenchRun, case: Case) -> None:
@@ -103,17 +113,24 @@ class Problem:
         self.sizes = peers.group_sizes(layer.batch, n, uneven=case.uneven)
         groups = torch.arange(n).repeat_interleave(torch.tensor(self.sizes)).to(run.machine.device)
         self.plan = RoutingPlan.from_groups(groups, n)
-        self.live_in = live_channels(layer.in_channels, case.width)
-        self.live_out = live_channels(layer.out_channels, case.width)
-        self.x[:, self.live_in :] = 0  # as routed operators leave them
-        self.dy[:, self.live_out :] = 0
+        sides = (layer.in_channels, layer.out_channels)
+        self.live = [tuple(live_channels(channels, width) for channels in sides) for width in case.widths]
+        for group, samples in peers.segments_of(self.sizes):
+            live_in, live_out = self.live[group]
+            self.x[samples, live_in:] = 0  # as routed operators leave them
+            self.dy[samples, live_out:] = 0
 
     def widths(self) -> dict[str, Any]:
         """The operator's arguments in_widths and out_widths (N,); none at full width."""
         if self.case.width == 1.0:
             return {}
-        whole = torch.ones(self.case.num_groups, dtype=torch.int32, device=self.x.device)
-        return {"in_widths": whole * self.live_in, "out_widths": whole * self.live_out}
+        live = torch.tensor(self.live, dtype=torch.int32, device=self.x.device)
+        return {"in_widths": live[:, 0].contiguous(), "out_widths": live[:, 1].contiguous()}
+
+    def flops(self) -> float:
+        """FLOPs of the live channels."""
+        shares = zip(self.live, self.sizes, strict=True)
+        return sum(self.layer.flops(*live) * size for live, size in shares) / self.layer.batch
 
     def tensors(self) -> ConvTensors:
         """The tensors as the backends take them, without widths."""
@@ -165,25 +182,26 @@ class Problem:
 
     def segments(self) -> list[Callable[[], Any]]:
         """One cuDNN call per expert with only its live channels: the loop's experts are physically smaller models."""
-        x, dy = self.x[:, : self.live_in], self.dy[:, : self.live_out]
-        x, dy = (t.contiguous(memory_format=torch.channels_last) for t in (x, dy))
         calls = []
         for expert, samples in peers.segments_of(self.sizes):
-            weight = self.weight[expert, : self.live_out, : self.live_in]
-            weight = weight.contiguous(memory_format=torch.channels_last)
-            calls.append(self.conv(x[samples], dy[samples], weight, self.bias[expert, : self.live_out].contiguous()))
+            live_in, live_out = self.live[expert]
+            parts = self.x[samples, :live_in], self.dy[samples, :live_out], self.weight[expert, :live_out, :live_in]
+            x, dy, weight = (part.contiguous(memory_format=torch.channels_last) for part in parts)
+            calls.append(self.conv(x, dy, weight, self.bias[expert, :live_out].contiguous()))
         return calls
 
     def error(self, ours: Any) -> float:
-        """Relative difference of a result (for wgrad: of its dweight) from the loop's."""
-        direction = self.case.direction
-        parts = [call() for call in self.segments()]
-        if direction == "wgrad":
-            used = [expert for expert, _ in peers.segments_of(self.sizes)]
-            expected = torch.stack([part[1] for part in parts])
-            return relative_error(ours[used, : self.live_out, : self.live_in], expected)
-        expected = torch.cat(parts if direction == "forward" else [part[0] for part in parts])
-        return relative_error(ours[:, : expected.shape[1]], expected)
+        """Relative difference of a result (for wgrad: of its dweight) from the loop's, zeros past the widths."""
+        expected = torch.zeros_like(ours)
+        for (expert, samples), call in zip(peers.segments_of(self.sizes), self.segments(), strict=True):
+            part, (live_in, live_out) = call(), self.live[expert]
+            if self.case.direction == "wgrad":
+                expected[expert, :live_out, :live_in] = part[1]
+            elif self.case.direction == "forward":
+                expected[samples, :live_out] = part
+            else:
+                expected[samples, :live_in] = part[0]
+        return relative_error(ours, expected)
 
 
 def live_channels(channels: int, width: float) -> int:
@@ -227,7 +245,7 @@ def row_of(run: BenchRun, case: Case) -> dict[str, Any]:
     result = measure(run, makers, compiles=("compiled loop",))
     outcome = ours()
     error = problem.error(outcome if case.direction == "forward" else outcome[0])
-    flops = case.layer.flops(problem.live_in, problem.live_out)
+    flops = problem.flops()
     best = best_of_ours(result)
     return {
         "source": case.layer.source,
@@ -253,4 +271,5 @@ def run_section(run: BenchRun, design: list[ConvLayer], models: list[ConvLayer],
             "width": case.width,
             "direction": case.direction,
         }
+        labels |= {"mixed": True} if case.mixed else {}
         run.row("conv", str(case.layer), labels, budget, partial(row_of, run, case))

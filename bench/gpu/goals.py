@@ -59,18 +59,24 @@ def _quotient(name: str, ours: str = OURS) -> Callable[[Row], float | None]:
     return lambda row: row["ms"][ours] / row["ms"][name] if {name, ours} <= row["ms"].keys() else None
 
 
-def _speed_of_cudnn(row: Row) -> float | None:
-    if not _is(row, "conv", **EIGHT_EVEN, width=1.0, filter=3, direction="forward"):
-        return None
-    times = row["ms"]
-    return times["dense, graph"] / times[OURS_GRAPH] if {"dense, graph", OURS_GRAPH} <= times.keys() else None
+def _speed_of_cudnn(direction: str) -> Callable[[Row], float | None]:
+    def value(row: Row) -> float | None:
+        if not _is(row, "conv", **EIGHT_EVEN, width=1.0, filter=3, direction=direction):
+            return None
+        times = row["ms"]
+        return times["dense, graph"] / times[OURS_GRAPH] if {"dense, graph", OURS_GRAPH} <= times.keys() else None
+
+    return value
 
 
-def _half_width_cost(row: Row) -> float | None:
-    concerned = (
-        _is(row, "conv", **EIGHT_EVEN, width=0.5) and min(row["channels"]) >= 16
-    )  # image channels are never pruned
-    return row["ratios"].get("full width, graph") if concerned else None
+def _cost_at(width: float) -> Callable[[Row], float | None]:
+    """The share of the cost of full width, of the large shapes that the kernels were designed for."""
+
+    def value(row: Row) -> float | None:
+        concerned = _is(row, "conv", **EIGHT_EVEN, width=width, source="design")
+        return row["ratios"].get("full width, graph") if concerned else None
+
+    return value
 
 
 def _of_run(kind: str, name: str) -> Callable[[Row], float | None]:
@@ -100,8 +106,12 @@ GOALS = (
     ),
     Goal("UNet forward, N = 8: best loop peer / ours at best", _unet("forward", _over_best_loop), 2.0, True),
     Goal("UNet training step, N = 8: best loop peer / ours", _unet("training step", _over_best_loop), 1.5, True),
-    Goal("3x3 layers, N = 8: speed of dense cuDNN, forward, both in a graph", _speed_of_cudnn, 0.9, True),
-    Goal("Convolutions at 50% widths, N = 8: cost / full width", _half_width_cost, 0.35, False),
+    *(
+        Goal(f"3x3 layers, N = 8: speed of dense cuDNN, {what}, both in a graph", _speed_of_cudnn(what), 1.0, True)
+        for what in ("forward", "dgrad", "wgrad")
+    ),
+    Goal("Large convolutions at 50% widths, N = 8: cost / full width", _cost_at(0.5), 0.30, False),
+    Goal("Large convolutions at 75% widths, N = 8: cost / full width", _cost_at(0.75), 0.62, False),
     Goal("Group norm: bandwidth / measured copy", _of_copy, 0.85, True),
 )
 

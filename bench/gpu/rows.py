@@ -93,7 +93,8 @@ class BenchRun:
 def row_name(row: Row) -> str:
     """A row's layer, direction, groups and width, in one line."""
     uneven = ", uneven" if row.get("uneven") else ""
-    return f"{row['layer']} {row['direction']}, N {row['num_groups']}{uneven}, {row['width']:.0%}"
+    width = f"{row['width']:.0%}" if not row.get("mixed") else "mixed widths"
+    return f"{row['layer']} {row['direction']}, N {row['num_groups']}{uneven}, {width}"
 
 
 def is_graph(name: str) -> bool:

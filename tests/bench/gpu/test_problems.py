@@ -28,12 +28,28 @@ def test_the_unets_layers_are_those_of_the_published_models() -> None:
 def test_every_combination_is_a_case_once_and_the_goals_come_first() -> None:
     design, models = design_layers(), unet_layers("CIFAR-10", UNETS["CIFAR-10"], 64)[0]
     cases = list(conv.cases(design, models))
-    assert len(set(cases)) == len(cases) == (len(design) + len(models)) * 7 * 3 * 3
+    assert len(set(cases)) == len(cases) == (len(design) + len(models)) * (7 * 3 + 2 * 3) * 3
     first = cases[: len(design) * 9 + len(models) * 4]
     assert all(case.num_groups == 8 and not case.uneven for case in first)
     goals = first[len(design) * 9 : len(design) * 9 + len(models) * 2]
     assert {(case.layer, case.width) for case in goals} == {*itertools.product(models, (1.0, 0.5))}
     assert {case.direction for case in goals} == {"forward"}
+
+
+@pytest.mark.parametrize("direction", conv.DIRECTIONS)
+def test_groups_of_mixed_widths_are_compared_with_a_loop_of_smaller_experts(direction: str) -> None:
+    layer = ConvLayer("a", 9, 32, 64, 5, 5)
+    run = BenchRun(Machine("cpu"), "reference", torch.float32, 0.0, 5.0, tiny=True)
+    problem = conv.Problem(run, conv.Case(layer, 4, True, 0.625, direction, mixed=True))
+    assert problem.live == [(32, 64), (24, 48), (16, 32), (8, 16)]
+    sizes = peers.group_sizes(9, 4, uneven=True)
+    assert problem.flops() == sum(size * 2 * 25 * 9 * i * o for size, (i, o) in zip(sizes, problem.live, strict=True))
+    result = problem.ours("reference", problem.widths())()
+    result = result if direction == "forward" else result[0]
+    assert problem.error(result) < 1e-5
+    wrong = result.clone()
+    wrong[-1, -1] = 1  # of a dead channel
+    assert problem.error(wrong) > 1e-3
 
 
 @pytest.mark.parametrize("uneven", [False, True])

@@ -38,9 +38,16 @@ def test_a_dry_run_times_every_section_and_peer(tmp_path: Path) -> None:
     peers = {name for row in rows if row["section"] == "conv" for name in row["ratios"]}
     loops = {"loop", "loop, graph", "streams", "streams, graph", "compiled loop"}
     assert peers == loops | {"dense", "dense, graph", "grouped_mm", "full width, graph"}
-    assert {(r["num_groups"], r["uneven"], r["width"], r["direction"]) for r in rows if r["section"] == "conv"} == {
-        *itertools.product((4, 8, 16), (False, True), (1.0, 0.75, 0.5), conv.DIRECTIONS),
-        *itertools.product((1,), (False,), (1.0, 0.75, 0.5), conv.DIRECTIONS),
+    widths = [(width, False) for width in conv.WIDTHS]
+    found = {
+        (r["num_groups"], r["uneven"], (r["width"], r.get("mixed", False)), r["direction"])
+        for r in rows
+        if r["section"] == "conv"
+    }
+    assert found == {
+        *itertools.product((8,), (False, True), [*widths, (0.625, True)], conv.DIRECTIONS),
+        *itertools.product((4, 16), (False, True), widths[:3], conv.DIRECTIONS),
+        *itertools.product((1,), (False,), widths[:3], conv.DIRECTIONS),
     }
     first = [row for row in rows if row["section"] in ("unet", "training", "sampling")][:5]
     assert [row["direction"] for row in first] == [
