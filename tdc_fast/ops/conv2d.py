@@ -6,6 +6,7 @@ import inspect
 from typing import Any
 
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from tdc_fast.errors import invalid
 from tdc_fast.kernels.problems import ConvProblem
@@ -78,14 +79,18 @@ def routed_conv2d(
         ValueError: Naming argument, value and remedy. Of a plan with `validate=True` also for a dead channel of x or x2
             that is not zero.
     """
-    arguments = (
-        x, weight, bias, plan, stride, padding, in_widths, out_widths, sample_bias, residual, x2, upsample
-    )  # fmt: skip
-    flat = _flat(*arguments, backend)
-    result = None if flat is None else forward.call_again(*flat)
+    flat = None
+    if not is_compiling() and is_plan_of(plan, x):
+        flat = _flat(
+            x, weight, bias, plan, stride, padding, in_widths, out_widths, sample_bias, residual, x2, upsample, backend
+        )
+    result = None if flat is None else forward.find(*flat)
     if result is None:
         require_backend_name(backend)
-        result = forward.call_first(*_checked(*arguments), backend or "")
+        arguments = _checked(
+            x, weight, bias, plan, stride, padding, in_widths, out_widths, sample_bias, residual, x2, upsample
+        )
+        result = forward.call_first(*arguments, backend or "")
     if in_widths is not None and plan.validate:
         check_dead_inputs("in_widths", in_widths, plan.groups, x, x2)
     return result
@@ -107,14 +112,14 @@ def _flat(
     backend: str | None,
 ) -> tuple[Any, ...] | None:
     """The arguments of the registered operator, in its order and unchecked; None where they are surely wrong."""
-    if not is_plan_of(plan, x):
-        return None
     try:
-        settings = pair("stride", stride, 1), pair("padding", padding, 0), upsample, "" if backend is None else backend
+        stride, padding = pair("stride", stride, 1), pair("padding", padding, 0)
     except ValueError:
         return None
-    routing = (plan.offsets, plan.tiles, plan.weight_index, in_widths, out_widths)
-    return (x, weight, bias, sample_bias, residual, x2, *routing, *settings)
+    return (
+        x, weight, bias, sample_bias, residual, x2, plan.offsets, plan.tiles, plan.weight_index, in_widths, out_widths,
+        stride, padding, upsample, "" if backend is None else backend,
+    )  # fmt: skip
 
 
 def _checked(

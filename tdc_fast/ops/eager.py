@@ -148,6 +148,8 @@ class Operator:
 
     Attributes:
         overload: The operator itself, as torch calls it.
+        find: The result for all arguments, which need not be right, where an earlier call was like this one, else None.
+            Not to be called while torch traces (torch.compiler.is_compiling).
     """
 
     def __init__(self, schema: str, bind: Callable[..., Bound], fake: Callable[..., Any]) -> None:
@@ -164,7 +166,7 @@ class Operator:
         self._bind = bind
         self._alike: dict[tuple[type, ...], Alike] = {}
         self._calls: Any = None  # those that the extension in C++ keeps
-        self._find: Callable[..., Any] = self._find_in_python
+        self.find: Callable[..., Any] = self._find_in_python
         self._apply: Callable[..., Any] | None = None
         self._save: Callable[..., None] | None = None
         self._backward: Callable[..., Any] | None = None
@@ -190,11 +192,11 @@ class Operator:
         Args:
             *args: All its arguments, hashable where they are not tensors.
         """
-        result = self.call_again(*args)
+        result = None if _is_compiling() else self.find(*args)
         return self.call_first(*args) if result is None else result
 
     def call_first(self, *args: Any) -> Any:
-        """The result for right arguments, the general way, after `call_again` found none.
+        """The result for right arguments, the general way, after `find` found none.
 
         Args:
             *args: As of `call`.
@@ -208,14 +210,6 @@ class Operator:
             if seen is not None and all(map(is_, cast, args)):
                 self._remember_in_extension(args, result, seen.run)
         return result
-
-    def call_again(self, *args: Any) -> Any:
-        """The result where an earlier call was like this one, else None.
-
-        Args:
-            *args: All its arguments, which need not be right.
-        """
-        return None if _is_compiling() else self._find(*args)
 
     def _find_in_python(self, *args: Any) -> Any:
         """The result where an earlier call that is kept here was like this one, else None."""
@@ -288,7 +282,7 @@ class Operator:
             return
         if self._calls is None:
             self._calls = extension.Calls(self._settings())
-            self._find = self._calls
+            self.find = self._calls
         self._calls.add(args, run, isinstance(run, Replayed), self._derivative(args, result))
 
     def _settings(self) -> SimpleNamespace:
@@ -342,7 +336,7 @@ class Operator:
     def forget(self) -> None:
         """Forgets all of them."""
         self._alike.clear()
-        self._calls, self._find = None, self._find_in_python
+        self._calls, self.find = None, self._find_in_python
 
 
 _operators: list[Operator] = []

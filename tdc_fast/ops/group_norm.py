@@ -6,6 +6,7 @@ import inspect
 from typing import Any
 
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from tdc_fast.errors import invalid
 from tdc_fast.kernels.problems import NormProblem
@@ -67,8 +68,9 @@ def routed_group_norm(
             that is not zero.
     """
     result = None
-    if is_plan_of(plan, x) and (activation is None or (isinstance(activation, str) and activation == "silu")):
-        result = forward.call_again(
+    known = activation is None or (isinstance(activation, str) and activation == "silu")
+    if known and not is_compiling() and is_plan_of(plan, x):
+        result = forward.find(
             x, weight, bias, scale, shift, x2, plan.offsets, plan.weight_index, widths, num_groups, eps,
             activation == "silu", "" if backend is None else backend,
         )  # fmt: skip
