@@ -37,6 +37,7 @@ ALLOWED = {
     ("kernels/launch.py", "_hooked", "bool"): "of lists of functions",
     ("tdc_fast/nn/leaf.py", "widths", "tensor"): "while packing, not in a forward",
     ("tdc_fast/nn/leaf.py", "share", "tensor"): "while packing, not in a forward",
+    ("tdc_fast/nn/leaf.py", "has_hooks", "bool"): "of dictionaries of functions",
     ("tdc_fast/nn/routed.py", "forward", "int"): HOST,
     ("tdc_fast/nn/attention.py", "qkv_attention", "nonzero"): HOST,
     ("tdc_fast/nn/timesteps.py", "one_per_sample", "int"): "of a Python number",
