@@ -19,10 +19,14 @@ int64_t many_of(const ConvArguments& a) { return std::max(a.in_channels, a.out_c
 int64_t entries_of(const ConvArguments& a) { return a.filter_height * a.filter_width * few_of(a); }
 
 int64_t pitch_of(const ConvArguments& a) { return (a.width + a.filter_width - 1) * few_of(a); }
-// Rows of pixels whose patch fits into shared memory.
+// Bytes of a table of the places of `rows` rows of pixels and of a stage that ends past them.
+int64_t table_bytes(const ConvArguments& a, int64_t rows) {
+  return ceil_div((rows * a.width + kConvDepth) * 2, 16) * 16;
+}
+// Rows of pixels whose patch and table fit into shared memory.
 int64_t band_of(const ConvArguments& a) {
-  const int64_t rows = (kFewPatchBytes - 16) / 2 / pitch_of(a);
-  return std::min(a.height, rows - (a.filter_height - 1));
+  const int64_t around = (a.filter_height - 1) * pitch_of(a) * 2 + kConvDepth * 2 + 16;
+  return std::min(a.height, (kFewPatchBytes - around) / ((pitch_of(a) + a.width) * 2));
 }
 
 // Of all directions.
@@ -194,6 +198,7 @@ std::vector<Launch> launch_few_wgrad(const ConvArguments& a, const Device& devic
   p.geometry = few_geometry_of(a);
   p.few_outputs = few_outputs(a);
   p.entries = static_cast<int>(split.entries);
+  p.table_bytes = static_cast<int>(table_bytes(a, p.geometry.band));
   p.units = static_cast<int>(split.units);
   p.shares = static_cast<int>(split.shares);
   p.channel_tiles = static_cast<int>(split.channel_tiles);

@@ -15,7 +15,8 @@ constexpr int kFewMost = 7;  // one less than a chunk
 // Entries that a kernel has room for. In wgrad one more than there are: it may be a row of ones.
 constexpr int kFewEntries = 32, kFewMostEntries = 64;
 
-// Bytes of a patch of the few in shared memory: the rows of pixels that a block works on, and those around them.
+// Bytes of a patch of the few in shared memory: the rows of pixels that a block works on, and those around them; in
+// wgrad with a table of the pixels' places before it.
 constexpr int kFewPatchBytes = 16384;
 
 struct ConvFewGeometry {
@@ -65,6 +66,7 @@ struct ConvFewWgradParams {
   ConvFewGeometry geometry;
   int few_outputs;                   // 1: the few are dy, else x
   int entries;                       // with one for dbias, which comes last
+  int table_bytes;                   // of places
   int units;                         // of all pixels of the batch, kConvDepth each
   int shares;                        // equal parts of the units
   int channel_tiles, tile_channels;  // blocks of a share, and channels that each has

@@ -8,9 +8,6 @@
 
 namespace tdc {
 
-// Cells in front of the patch: a zero, and one for a row of ones.
-constexpr int kFewCells = 2;
-
 // The distance of an entry, tap * few + channel, from the first element that a pixel meets. `flipped`: the tap goes the
 // other way, from a pixel of the result to the pixels that contribute to its gradient.
 __device__ __forceinline__ int few_distance(const ConvFewGeometry& g, int entry, bool flipped) {
@@ -29,12 +26,6 @@ class FewPatch {
   __device__ __forceinline__ FewPatch(const ConvFewGeometry& g, void* memory)
       : g_(g), cells_(static_cast<unsigned short*>(memory)) {}
 
-  // The constants. One thread.
-  __device__ __forceinline__ void set_cells() {
-    cells_[0] = 0;
-    cells_[1] = from_float<T>(1.0f).bits;
-  }
-
   // Loads the rows of a sample from `first_row` on that pixels of `rows` rows meet; channels from `live` on are zeros.
   // All threads of the block.
   __device__ __forceinline__ void load(const T* image, int sample, int first_row, int rows, int live, int threads) {
@@ -47,14 +38,14 @@ class FewPatch {
       bool inside = static_cast<unsigned>(y) < static_cast<unsigned>(g_.height) &&
                     static_cast<unsigned>(at) < static_cast<unsigned>(per_row);
       if (live < g_.few && inside) inside = at - quotient(at, g_.by_few) * g_.few < live;
-      cells_[kFewCells + i] = inside ? source[y * per_row + at].bits : static_cast<unsigned short>(0);
+      cells_[i] = inside ? source[y * per_row + at].bits : static_cast<unsigned short>(0);
     }
   }
 
   // Where the pixel `index` of the rows loaded, counted from the first one, meets its first element.
   __device__ __forceinline__ int place(int index) const {
     const int row = quotient(index, g_.by_width);
-    return kFewCells + row * g_.pitch + (index - row * g_.width) * g_.few;
+    return row * g_.pitch + (index - row * g_.width) * g_.few;
   }
 
   __device__ __forceinline__ unsigned at(int place) const { return cells_[place]; }

@@ -151,12 +151,14 @@ class FewToMany {
       unsigned a[4];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int low = step * 4 + half * 2;
+        // Elements of entries that do not exist are not used, whatever they are: only the last ones do not.
+        const unsigned keep = (exists_ >> (step * 4 + half * 2) & 1 ? 0xffffu : 0u) |
+                              (exists_ >> (step * 4 + half * 2 + 1) & 1 ? 0xffff0000u : 0u);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          const unsigned first = exists_ >> low & 1 ? patch_.at(places[i] + distance_[step][half * 2]) : 0u;
-          const unsigned second = exists_ >> (low + 1) & 1 ? patch_.at(places[i] + distance_[step][half * 2 + 1]) : 0u;
-          a[half * 2 + i] = first | second << 16;
+          const unsigned first = patch_.at(places[i] + distance_[step][half * 2]);
+          const unsigned second = patch_.at(places[i] + distance_[step][half * 2 + 1]);
+          a[half * 2 + i] = (first | second << 16) & keep;
         }
       }
 #pragma unroll

@@ -37,7 +37,8 @@ class FewWgrad {
 
  public:
   __device__ __forceinline__ FewWgrad(const ConvFewWgradParams& p, unsigned char* shared)
-      : p_(p), stages_(shared), patch_(p.geometry, shared + kFewStages * kStageBytes) {
+      : p_(p), stages_(shared), places_(shared + kFewStages * kStageBytes),
+        patch_(p.geometry, shared + kFewStages * kStageBytes + p.table_bytes) {
     first_channel_ = blockIdx.x % p.channel_tiles * p.tile_channels;
     end_channel_ = min(first_channel_ + p.tile_channels, p.geometry.many);
     const int warp = threadIdx.x / 32, entries = p.geometry.filter_height * p.geometry.filter_width * p.geometry.few;
@@ -48,10 +49,10 @@ class FewWgrad {
       const int entry = first_entry_ + threadIdx.x % 32 / 4 + i * 8;
       const bool exists = entry < entries;
       const bool is_one = entry == entries && !p.few_outputs && p.dbias;
-      distance_[i] = exists ? few_distance(p.geometry, entry, p.few_outputs) : is_one ? 1 : 0;
-      keep_[i] = exists ? -1 : 0;
+      distance_[i] = exists ? few_distance(p.geometry, entry, p.few_outputs) : 0;
+      keep_[i] = exists ? 0xffffffffu : 0u;
+      ones_[i] = is_one ? from_float<T>(1.0f).bits * 0x10001u : 0u;
     }
-    if (threadIdx.x == 0) patch_.set_cells();
   }
 
   // Sums a share and writes it.
@@ -87,13 +88,18 @@ class FewWgrad {
     for (int stage = 0; stage < kFewStages - 1; ++stage) load(stage);
     const int rows = quotient(end - 1, g.by_width) - first_row + 1;
     patch_.load(static_cast<const T*>(p_.few), sample, first_row, rows, p_.few_outputs ? out : in, kThreads);
+    // A table of where the pixels lie in the patch, in whole stages.
+    for (int i = threadIdx.x; i < steps * kConvDepth; i += kThreads) {
+      reinterpret_cast<unsigned short*>(places_)[i] =
+          static_cast<unsigned short>(patch_.place(min(first - before + i, end - 1 - before)));
+    }
     int oldest = 0, next = kFewStages - 1;
     for (int step = 0; step < steps; ++step) {
       if (!TDC_PLANTED(FEW_NO_WAIT)) cp_async_wait<kFewStages - 2>();
       if (!TDC_PLANTED(FEW_NO_BARRIER)) block_sync();
       load(next);
       if (first_channel_ + first_column_ < end_channel_) {
-        multiply(stages_ + oldest * kStageBytes, first - before + step * kConvDepth, end - before);
+        multiply(stages_ + oldest * kStageBytes, step * kConvDepth, end - first);
       }
       oldest = oldest + 1 == kFewStages ? 0 : oldest + 1;
       next = next + 1 == kFewStages ? 0 : next + 1;
@@ -120,7 +126,7 @@ class FewWgrad {
     pixel_ += kConvDepth;
   }
 
-  // `pixel` is the stage's first one, counted as in the patch; those from `end` on do not exist.
+  // `pixel` is the stage's first one, counted from the run's; those from `end` on do not exist.
   __device__ __forceinline__ void multiply(const unsigned char* stage, int pixel, int end) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
@@ -128,13 +134,14 @@ class FewWgrad {
       unsigned a[4];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int first = pixel + step * 16 + half * 8 + lane % 4 * 2, last = end - 1;
-        const int low = patch_.place(min(first, last)), high = patch_.place(min(first + 1, last));
-        const unsigned exist = first < last ? 0xffffffffu : first == last ? 0xffffu : 0u;
+        const int first = pixel + step * 16 + half * 8 + lane % 4 * 2;
+        const unsigned pair = *reinterpret_cast<const unsigned*>(places_ + first * 2);
+        const int low = static_cast<int>(pair & 0xffffu), high = static_cast<int>(pair >> 16);
+        const unsigned exist = first + 1 < end ? 0xffffffffu : first < end ? 0xffffu : 0u;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          a[half * 2 + i] =
-              (patch_.at((low & keep_[i]) + distance_[i]) | patch_.at((high & keep_[i]) + distance_[i]) << 16) & exist;
+          const unsigned elements = patch_.at(low + distance_[i]) | patch_.at(high + distance_[i]) << 16;
+          a[half * 2 + i] = (elements & exist & keep_[i]) | ones_[i];
         }
       }
 #pragma unroll
@@ -146,7 +153,7 @@ class FewWgrad {
         mma_16x8x16(sums_[j + 1], a, right, T());
       }
       if (sums_bias_) {
-        const unsigned one = patch_.at(1), ones[2] = {one * 0x10001u, one * 0x10001u};
+        const unsigned one = from_float<T>(1.0f).bits * 0x10001u, ones[2] = {one, one};
         mma_16x8x16(bias_, a, ones, T());
       }
     }
@@ -181,11 +188,13 @@ class FewWgrad {
 
   const ConvFewWgradParams& p_;
   unsigned char* stages_;
+  unsigned char* places_;  // 16 bits each
   FewPatch<T> patch_;
   int first_channel_, end_channel_;  // of the tile
   int first_entry_, first_column_;   // of the warp in the tile
   bool sums_bias_;                   // with a column of ones
-  int distance_[2], keep_[2];        // of the thread's entries; 0 instead of -1: it is a constant's cell
+  int distance_[2];                  // of the thread's entries
+  unsigned keep_[2], ones_[2];       // 0: there is no such entry; a pair of ones: the entry for the bias
   // The run of pixels:
   const T* source_ = nullptr;           // of the sample
   int pixel_ = 0, end_ = 0, live_ = 0;  // the next to be loaded; past the last; past the last live channel
