@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
-# Kernels of the emulator's own: of every wrapper of device.cuh, and of device_sm90.cuh.
-SELF_TESTS = ("self_test", "self_test_sm90")
+# Kernels of the emulator's own: of every wrapper of device.cuh and of device_sm90.cuh, and of the schedules of tiles.
+SELF_TESTS = ("self_test", "self_test_sm90", "hopper_schedules")
 RUNTIME = ("fiber", "runtime")
 # What builds a family so that any planted bug can be chosen at run time, see EmulatedLibrary.planted.
 AT_RUNTIME = "PLANTS_AT_RUNTIME"

@@ -289,7 +289,6 @@ def test_wgrad_of_stride_2_has_the_fewest_patches(
     sizes = {**STRIDED, "height": height, "width": width, "out_channels": 256}
     products, reduce = plan("wgrad", x=1 << 21, dy=1 << 22, dsample_bias=0, **sizes)
     assert products.kernel == "tdc_conv_hopper_wgrad_rows128_bf16"
-    # 8 experts x 9 taps x 2 units: more than SMs
     assert products.grid == (132, 1, 1) and reduce.grid == (3 * 132, 1, 1)
     x, dy, *planes = (described(products, at) for at in products.tensor_maps)
     assert dy[5:9] == (256, (width + 1) // 2, (height + 1) // 2, 128)
@@ -316,7 +315,6 @@ def test_wgrad_of_an_upsampled_image_reads_planes_of_windows() -> None:
     assert windows.kernel == "tdc_conv_hopper_window_sums_bf16" and windows.grid == (128 * 4, 1, 1)
     assert products.kernel == "tdc_conv_hopper_wgrad_rows128_bf16"
     assert reduce.kernel == "tdc_conv_hopper_wgrad_reduce_rows128_bf16"
-    # 8 experts x 9 taps x 2 units: more than SMs
     assert products.grid == (132, 1, 1)
     x, even_even, *others = (described(products, at) for at in products.tensor_maps)
     assert (x[0], x[5:9], x[10:14]) == (1 << 21, (64, 12, 16, 128), (64, 4, 4, 4))
@@ -392,8 +390,7 @@ def test_wgrad_has_products_and_sums_of_parts_and_biases() -> None:
         "tdc_conv_hopper_wgrad_reduce_bf16",
     ]
     products, reduce = launches
-    # 8 experts x 3 filter rows x 2 x 1 units: 48, of which each is cut into 132 // 48 parts.
-    assert products.grid == (96, 1, 1) and products.threads == 384 and products.shared_bytes <= H100[2]
+    assert products.grid == (132, 1, 1) and products.threads == 384 and products.shared_bytes <= H100[2]
     assert reduce.grid == (3 * 132, 1, 1)
     assert plan("wgrad", num_experts=1)[1].grid == (3 * 16, 1, 1)  # slices of 3 units
     x, dy = (described(products, at) for at in products.tensor_maps)
@@ -404,7 +401,7 @@ def test_wgrad_has_products_and_sums_of_parts_and_biases() -> None:
     assert (x[5], x2[0], x2[5], x2[6:9], x2[10:14]) == (72, 1 << 23, 56, x[6:9], x[10:14])
     workspace = _native.cuda_conv_wgrad_workspace(**arguments("wgrad", H100, out_channels=256), hopper=True)
     # Two parts of each block, sums that blocks begin within samples, and those of 128 samples.
-    assert workspace == 2 * 96 * 3 * 16 * 256 * 16 + 96 * 128 * 4 + 128 * 256 * 4
+    assert workspace == 2 * 132 * 3 * 16 * 256 * 16 + 132 * 128 * 4 + 128 * 256 * 4
 
 
 def test_wgrad_sums_biases_in_the_launches_of_the_weights() -> None:
@@ -412,14 +409,10 @@ def test_wgrad_sums_biases_in_the_launches_of_the_weights() -> None:
     products, reduce = plan("wgrad", **changes)
     assert products.kernel == "tdc_conv_hopper_wgrad_bf16" and reduce.kernel == "tdc_conv_hopper_wgrad_reduce_bf16"
     workspace = _native.cuda_conv_wgrad_workspace(**arguments("wgrad", H100, **changes), hopper=True)
-    # Sums of 128 channels for the two parts of each of 96 blocks, and for 8 experts x 3 filter rows x 2 whole units.
-    assert workspace == 2 * 96 * 3 * 16 * 256 * 16 + (2 * 96 + 8 * 3 * 2) * 128 * 4
+    # Sums of 128 channels for the two parts of each of 132 blocks, and for 8 experts x 3 filter rows x 2 whole units.
+    assert workspace == 2 * 132 * 3 * 16 * 256 * 16 + (2 * 132 + 8 * 3 * 2) * 128 * 4
     without = _native.cuda_conv_wgrad_workspace(**arguments("wgrad", H100, **changes, dbias=0), hopper=True)
-    assert without == 2 * 96 * 3 * 16 * 256 * 16
-
-
-def test_wgrad_has_as_many_blocks_as_multiprocessors_where_there_are_more_units() -> None:
-    assert plan("wgrad", in_channels=512, out_channels=512)[0].grid == (132, 1, 1)
+    assert without == 2 * 132 * 3 * 16 * 256 * 16
 
 
 def test_wgrad_of_1x1_filters_reads_rows_of_both_inputs() -> None:
@@ -428,15 +421,14 @@ def test_wgrad_of_1x1_filters_reads_rows_of_both_inputs() -> None:
     # Two units of 256 channels load 768 channels, three of 128 as many: the larger one is taken.
     assert products.kernel == "tdc_conv_hopper_wgrad_rows256_bf16"
     assert reduce.kernel == "tdc_conv_hopper_wgrad_reduce_rows256_bf16"
-    # 8 experts x 2 x 2 units, of which each is cut into 132 // 32 parts.
-    assert products.grid == (128, 1, 1) and reduce.grid == (3 * 132, 1, 1) and products.shared_bytes <= H100[2]
+    assert products.grid == (132, 1, 1) and reduce.grid == (3 * 132, 1, 1) and products.shared_bytes <= H100[2]
     x, dy, x2 = (described(products, at) for at in products.tensor_maps)
     rows = 128 * 32 * 32
     assert (x[0], x[5:7], x[10:12]) == (1 << 21, (256, rows), (64, 64))
     assert (dy[0], dy[5:7], dy[10:12]) == (1 << 23, (256, rows), (64, 64))
     assert (x2[0], x2[5:7], x2[10:12]) == (1 << 22, (128, rows), (64, 64))
     workspace = _native.cuda_conv_wgrad_workspace(**arguments("wgrad", H100, **sizes), x2=ALIGNED, hopper=True)
-    assert workspace == 2 * 128 * 2 * 16 * 256 * 16 + 128 * 128 * 4 + 128 * 256 * 4
+    assert workspace == 2 * 132 * 2 * 16 * 256 * 16 + 132 * 128 * 4 + 128 * 256 * 4
 
 
 def test_3x3_filters_on_small_images_read_whole_images() -> None:

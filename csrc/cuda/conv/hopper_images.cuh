@@ -28,13 +28,12 @@ class HopperProducer {
       : p_(p), shared_(shared), schedule_(p, shared.groups) {}
 
   __device__ __forceinline__ void run() {
-    int tile = blockIdx.x;
-    HopperWork work = schedule_.find(tile);
-    for (;;) {
+    HopperWork work = schedule_.find(blockIdx.x);
+    for (int turn = 1;; ++turn) {
       send(work);
       if (work.live < 0) return;
       HopperWork next;
-      tile += gridDim.x;
+      const int tile = hopper_tile(turn, blockIdx.x, gridDim.x);
       if (work.depth == 0) next = schedule_.find(tile);
       for (int channel = 0, after; channel < work.depth; channel = after) {
         after = hopper_next(channel, work.depth, p_.source_seam);

@@ -46,8 +46,8 @@ class HopperRowsProducer {
       : p_(p), layout_(p), shared_(shared), schedule_(p, shared.groups) {}
 
   __device__ __forceinline__ void run() {
-    for (int tile = blockIdx.x;; tile += gridDim.x) {
-      const HopperWork work = layout_.find(schedule_, tile);
+    for (int turn = 0;; ++turn) {
+      const HopperWork work = layout_.find(schedule_, hopper_tile(turn, blockIdx.x, gridDim.x));
       send(work);
       if (work.live < 0) return;
       const HopperDepths depths(work.depth, layout_.source_seam());

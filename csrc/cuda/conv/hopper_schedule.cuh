@@ -1,8 +1,9 @@
-// Which tiles there are and who computes them, known on the device alone: block b takes tiles b, b + blocks, ... of a
-// list in which the expensive ones come first, so that any group sizes and widths leave the blocks about equal work.
+// Which tiles there are and who computes them, known on the device alone: blocks take turns at a list in which the
+// expensive ones come first, so that any group sizes and widths leave them about equal work.
 //
 //   class 0   tiles with live channels and all of their samples; groups with more live channels of the source first
-//   class 1   the same, of what is left of each group when its samples are no multiple of a tile's
+//   class 1   the same, of what is left of each group when its samples are no multiple of a tile's; of equal groups
+//             those with more left first
 //   class 2   tiles without a live channel, which only write zeros
 //
 // Within a group tiles of the same pixels are neighbours, so that these are in the L2 cache.
@@ -13,6 +14,12 @@
 #include "cuda/conv/routing.cuh"
 
 namespace tdc {
+
+// The tile that a block takes in a turn. Every other turn goes backwards, so that who had the cheapest tile of a turn
+// gets the dearest of the next.
+__device__ __forceinline__ int hopper_tile(int turn, int block, int blocks) {
+  return turn * blocks + (turn % 2 && !TDC_PLANTED(HOPPER_TURNS_FORWARD) ? blocks - 1 - block : block);
+}
 
 // Samples and pixels of a tile.
 template <class Tile, class Params>
@@ -40,9 +47,11 @@ class HopperSchedule {
     }
     block_sync();
     int rank = 0;
+    const int samples = Extent::samples(p_), left = own.samples % samples;
     for (int other = 0; g < num_groups && other < num_groups; ++other) {
-      const int depth = groups_[other].depth;
-      rank += depth > own.depth || (depth == own.depth && other < g) ? 1 : 0;
+      const int depth = groups_[other].depth, left_of_other = groups_[other].samples % samples;
+      const bool same = depth == own.depth, before = left_of_other > left || (left_of_other == left && other < g);
+      rank += depth > own.depth || (same && before) ? 1 : 0;
     }
     block_sync();
     if (g < num_groups) groups_[rank] = own;

@@ -31,6 +31,10 @@ class HopperWgradProducer {
     const int begin = part < parts ? schedule_.cut(part) : 0, end = part < parts ? schedule_.cut(part + 1) : 0;
     for (int position = begin; position < end;) {
       const HopperUnit unit = schedule_.find(position);
+      if (unit.patch < 0) {
+        position -= unit.patch;
+        continue;
+      }
       const HopperWgradGroup& first = schedule_.group(unit.run);
       const int length = min(first.patches - unit.patch, end - position);
       const bool starts = unit.patch == 0, whole = starts && length == first.patches;

@@ -93,8 +93,10 @@ int stages(const ConvArguments& a, const Device& device, const UnitChoice& unit)
   return count < kLeastStages ? 0 : count;
 }
 
-// As many blocks as SMs; where there are fewer units, so many that even groups cut each into equal parts.
-int blocks(const ConvArguments& a, const Device& device, const UnitChoice& unit) {
+// As many blocks as SMs. Where there are fewer units, so many of them work when groups are even that each unit is cut
+// into equal parts.
+int blocks(const Device& device) { return device.multiprocessors; }
+int equal_parts(const ConvArguments& a, const Device& device, const UnitChoice& unit) {
   const int64_t experts = std::min({a.num_experts, a.num_groups, std::max<int64_t>(a.batch, 1)});
   const int64_t units = experts * units_of_expert(a, unit), processors = device.multiprocessors;
   return static_cast<int>(units < processors ? processors / units * units : processors);
@@ -121,7 +123,7 @@ struct Workspace {
 
   Workspace(const ConvArguments& a, const Device& device, const UnitChoice& unit) {
     const int64_t unit_sums = kHopperUnit * static_cast<int64_t>(sizeof(float));
-    const int64_t of_all_samples = a.batch * out_tiles(a) * unit_sums, number = blocks(a, device, unit);
+    const int64_t of_all_samples = a.batch * out_tiles(a) * unit_sums, number = blocks(device);
     const bool biases = hopper_sums_biases(a);
     parts = 2 * number * unit.part_bytes;
     if (takes_upsampled(a)) {
@@ -212,7 +214,8 @@ ConvHopperWgradParams params_of(const ConvArguments& a, const Device& device, co
   p.taps = static_cast<int>(a.filter_height * a.filter_width);
   p.rows = static_cast<int>(rows_of_filter(a));
   p.stages = stages(a, device, unit);
-  p.blocks = blocks(a, device, unit);
+  p.blocks = blocks(device);
+  p.equal_parts = equal_parts(a, device, unit);
   return p;
 }
 
@@ -261,7 +264,8 @@ std::string hopper_wgrad_refusal(const ConvArguments& a, const Device& device) {
   const UnitChoice unit = choose_unit(a);
   if (stages(a, device, unit) == 0) return "its stages do not fit into shared memory";
   // The line of all work is counted in 32 bits, and so are the rows of patches.
-  if (patches(a) > std::numeric_limits<int>::max() / std::max<int64_t>(64, units_of_expert(a, unit))) {
+  const int64_t line = patches(a) + kHopperUnitEnd<HopperRowsUnit<1>> * a.num_experts;
+  if (line > std::numeric_limits<int>::max() / std::max<int64_t>(64, units_of_expert(a, unit))) {
     return "it has fewer than 2^31 patches and units in wgrad";
   }
   return "";

@@ -46,6 +46,11 @@ constexpr int kHopperQuads = Unit::kParts * 16;
 template <class Unit>
 constexpr long long kHopperPartBytes = 16LL * kHopperQuads<Unit> * 256;
 
+// The time of a unit's end, in which its sums leave the registers, in patches: about 2700 clocks, which multiply 5
+// times 64 pixels x 128 x 128 channels (measured in a prototype of the forward, between tiles).
+template <class Unit>
+constexpr int kHopperUnitEnd = (5 + Unit::kParts / 2) / Unit::kParts;
+
 // A part of a unit's depth.
 struct HopperWgradWork {
   int expert;             // -1: there is no more work
@@ -64,6 +69,7 @@ struct HopperWgradGroup {
   int expert_in, expert_out;  // the largest widths of them
   int shared;                 // there are several
   int end;                    // of the group's share of the line of all work
+  int are_equal;              // of the first group: whether equal parts are whole parts of units
 };
 
 // What counts of a stage. Aligned, as a multiplication by 12 takes registers that the producer has not.
@@ -107,7 +113,7 @@ struct alignas(64) ConvHopperWgradParams {
   int pixels;                                // of a sample
   int taps, rows;                            // of the filter; its rows that units have, in the form of rows its taps
   int stages;
-  int blocks;  // of the products
+  int blocks, equal_parts;  // of the products; parts where all units are as large
 };
 
 // Sums of dy over all windows of 2 x 2 pixels, and over the samples: window_sums.cuh.

@@ -3,6 +3,9 @@
 //
 //   line     expert after expert; of an expert its units with live channels; of a unit the patches of the expert's
 //            groups. Units that a cut divides are summed from their parts, in the line's order, by a second kernel
+//   parts    where all units have equally many patches, as many as cut each into equal parts; else one per SM, and
+//            before its patches a unit takes as much of the line as its end takes time: who gets many small units has
+//            fewer patches
 #pragma once
 
 #include "cuda/device_sm90.cuh"
@@ -15,7 +18,7 @@ namespace tdc {
 struct HopperUnit {
   int run;  // the first group of its expert
   int row, in, out;
-  int patch;  // of the expert's
+  int patch;  // of the expert's; negative: so much before the first
 };
 
 template <class Unit>
@@ -69,7 +72,7 @@ class HopperWgradSchedule {
   }
 
   // Blocks that get a part, and where the i-th part begins.
-  __device__ __forceinline__ int parts() const { return min(p_.blocks, total()); }
+  __device__ __forceinline__ int parts() const { return min(groups_->are_equal ? p_.equal_parts : p_.blocks, total()); }
   __device__ __forceinline__ int cut(int i) const {
     return static_cast<int>(static_cast<long long>(i) * total() / max(1, parts()));
   }
@@ -91,15 +94,16 @@ class HopperWgradSchedule {
     HopperUnit unit;
     unit.run = groups_[low].run;
     const HopperWgradGroup& first = groups_[unit.run];
-    const int within = position - begin_of_run(unit.run), number = within / first.patches;
-    unit.patch = within - number * first.patches;
+    const int within = position - begin_of_run(unit.run), length = before_unit() + first.patches;
+    const int number = within / length;
+    unit.patch = within - number * length - before_unit();
     unit.row = number % p_.rows;
     unit.in = begin_of_tile(number / p_.rows % in_tiles(reach(first.expert_in)));
     unit.out = number / p_.rows / in_tiles(reach(first.expert_in)) * kHopperUnit;
     return unit;
   }
 
-  // The first group of an expert, or -1; and the position at which a live unit of it begins, or -1.
+  // The first group of an expert, or -1; and the position of the first patch of a live unit of it, or -1.
   __device__ __forceinline__ int run_of(int expert) const {
     for (int i = 0; i < p_.routing.num_groups; ++i) {
       if (groups_[i].expert == expert) return i;
@@ -112,7 +116,7 @@ class HopperWgradSchedule {
     if (in >= reach(first.expert_in) || out >= first.expert_out || first.patches == 0) return -1;
     const int tile = in < p_.seam ? in / Unit::kIn : in_tiles(p_.seam) + (in - p_.seam) / Unit::kIn;
     const int number = (out / kHopperUnit * in_tiles(reach(first.expert_in)) + tile) * p_.rows + row;
-    return begin_of_run(run) + number * first.patches;
+    return begin_of_run(run) + number * (before_unit() + first.patches) + before_unit();
   }
 
   // Whether a group has live channels in a unit.
@@ -139,10 +143,29 @@ class HopperWgradSchedule {
   // Input channels that units are for: the sums of the bias need a unit where no channel is live.
   __device__ __forceinline__ int reach(int live_in) const { return p_.bias_sums ? max(live_in, 1) : live_in; }
   __device__ __forceinline__ int begin_of_run(int run) const { return run > 0 ? groups_[run - 1].end : 0; }
+  // What a unit takes of the line before its patches.
+  __device__ __forceinline__ int before_unit() const {
+    return groups_->are_equal || TDC_PLANTED(HOPPER_UNITS_END_AT_ONCE) ? 0 : kHopperUnitEnd<Unit>;
+  }
+  __device__ __forceinline__ int units_of(const HopperWgradGroup& group) const {
+    return group.run < 0 || !group.patches ? 0
+                                           : p_.rows * in_tiles(reach(group.expert_in)) * out_tiles(group.expert_out);
+  }
 
   // One warp adds up the shares of the line, and the first groups of the experts.
   __device__ __forceinline__ void add_up(int num_groups) {
     const int lane = threadIdx.x;
+    int most = 0, fewest = 1 << 30, units = 0;  // patches of a unit
+    for (int i = lane; i < num_groups; i += 32) {
+      const int own = units_of(groups_[i]), patches = groups_[i].patches;
+      if (own) most = max(most, patches), fewest = min(fewest, patches), units += own;
+    }
+    for (int mask = 16; mask > 0; mask /= 2) {
+      most = max(most, shfl_xor(most, mask)), fewest = min(fewest, shfl_xor(fewest, mask));
+      units += shfl_xor(units, mask);
+    }
+    if (lane == 0) groups_->are_equal = most == fewest && p_.equal_parts % units == 0;
+    warp_sync();
     int before = 0, run = 0;
     for (int base = 0; base < num_groups; base += 32) {
       const int i = base + lane;
@@ -150,6 +173,7 @@ class HopperWgradSchedule {
       int sum = 0, first = -1;
       if (i < num_groups) {
         sum = patches_of(*own) * p_.rows * in_tiles(reach(own->expert_in)) * out_tiles(own->expert_out);
+        sum += units_of(*own) * before_unit();
         if (own->run >= 0) first = i;
       }
       for (int distance = 1; distance < 32; distance *= 2) {

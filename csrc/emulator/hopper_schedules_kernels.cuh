@@ -1,0 +1,111 @@
+#pragma once
+
+// What the schedules of Hopper's convolutions leave to each block, in clocks of a model: products at the tensor core's
+// rate, and so much for the rest of a tile or a part of a unit. One thread walks as the producers of all blocks do.
+#include "cuda/conv/hopper_images.cuh"
+#include "cuda/conv/hopper_rows.cuh"
+#include "cuda/conv/hopper_strided.cuh"
+#include "cuda/conv/hopper_wgrad.cuh"
+
+namespace tdc {
+
+// The parameters of a launch, and where its blocks' clocks go.
+template <class Params>
+struct alignas(64) ScheduleParams {
+  Params launch;
+  long long* clocks;  // (blocks)
+  int blocks;
+  int rest;  // clocks of a tile or a part besides its products
+};
+
+constexpr int kProductsOfClock = 2048;  // multiply-adds of an SM
+
+// The form of images as the form of rows has its layouts.
+template <class Tile_, bool kForward_>
+struct ScheduledImages {
+  using Tile = Tile_;
+  using Params = ConvHopperParams;
+  using Schedule = HopperSchedule<Tile, Params>;
+  static constexpr bool kForward = kForward_;
+  const Params& p;
+
+  __device__ explicit ScheduledImages(const Params& params) : p(params) {}
+  __device__ static HopperWork find(const Schedule& schedule, int tile) { return schedule.find(tile); }
+  __device__ int taps(const HopperWork&) const { return kHopperTaps; }
+  __device__ int rows(const HopperWork& work) const { return work.count * Tile::kPatches * 64 / Tile::kSamples; }
+};
+
+template <class Layout>
+__device__ void clocks_of_tiles(const ScheduleParams<typename Layout::Params>& p) {
+  using Tile = typename Layout::Tile;
+  TDC_DYNAMIC_SHARED(memory);
+  typename Layout::Schedule schedule(p.launch, reinterpret_cast<HopperGroup*>(memory));
+  schedule.template make<Layout::kForward>();
+  if (threadIdx.x != 0) return;
+  const Layout layout(p.launch);
+  constexpr int kHalf = Tile::kPatches * 32;  // rows of a warpgroup
+  for (int block = 0; block < p.blocks; ++block) {
+    long long clocks = 0;
+    for (int turn = 0;; ++turn) {
+      const HopperWork work = layout.find(schedule, hopper_tile(turn, block, p.blocks));
+      if (work.live < 0) break;
+      const long long rows = layout.rows(work) > kHalf ? 2 * kHalf : kHalf, depth = (work.depth + 15) / 16 * 16;
+      clocks += rows * depth * layout.taps(work) * hopper_product_columns<Tile>(work) / kProductsOfClock + p.rest;
+    }
+    p.clocks[block] = clocks;
+  }
+}
+
+template <class Unit>
+__device__ void clocks_of_parts(const ScheduleParams<ConvHopperWgradParams>& p) {
+  TDC_DYNAMIC_SHARED(memory);
+  HopperWgradSchedule<Unit> schedule(p.launch, reinterpret_cast<HopperWgradGroup*>(memory));
+  schedule.make();
+  if (threadIdx.x != 0) return;
+  for (int block = 0; block < p.blocks; ++block) {
+    long long clocks = 0;
+    const bool works = block < schedule.parts();
+    for (int at = works ? schedule.cut(block) : 0, end = works ? schedule.cut(block + 1) : 0; at < end;) {
+      const HopperUnit unit = schedule.find(at);
+      if (unit.patch < 0) {
+        at -= unit.patch;
+        continue;
+      }
+      const int patches = min(schedule.group(unit.run).patches - unit.patch, end - at);
+      clocks += 64LL * kHopperUnit * 128 * Unit::kParts / kProductsOfClock * patches + p.rest;
+      at += patches;
+    }
+    p.clocks[block] = clocks;
+  }
+}
+
+#define TDC_SCHEDULE(name, Params, function) \
+  TDC_DEFINE_KERNEL(schedule_##name, tdc::ScheduleParams<tdc::Params>, function, 64)
+#define TDC_SCHEDULE_IMAGES(pass, tile, Tile, forward)                 \
+  TDC_SCHEDULE(tdc_conv_hopper_##pass##_bf16_##tile, ConvHopperParams, \
+               (tdc::clocks_of_tiles<tdc::ScheduledImages<tdc::Tile, forward>>))
+#define TDC_SCHEDULE_ROWS(form, pass, tile, forward, Params, Layout)  \
+  TDC_SCHEDULE(tdc_conv_hopper_##form##_##pass##_bf16_##tile, Params, \
+               (tdc::clocks_of_tiles<tdc::Layout<tdc::HopperRows##tile, forward>>))
+#define TDC_SCHEDULE_PASS(pass, forward)                                                           \
+  TDC_SCHEDULE_IMAGES(pass, 16x16x128, HopperTile16x16, forward)                                   \
+  TDC_SCHEDULE_IMAGES(pass, 16x16x192, HopperTile16x16Wide, forward)                               \
+  TDC_SCHEDULE_IMAGES(pass, 32x16x64, HopperTile32x16, forward)                                    \
+  TDC_SCHEDULE_IMAGES(pass, 8x8x4x128, HopperTile8x8, forward)                                     \
+  TDC_SCHEDULE_ROWS(rows, pass, 256x128, forward, ConvHopperRowsParams, HopperRowsLayout)          \
+  TDC_SCHEDULE_ROWS(rows, pass, 128x128, forward, ConvHopperRowsParams, HopperRowsLayout)          \
+  TDC_SCHEDULE_ROWS(rows, pass, 128x64, forward, ConvHopperRowsParams, HopperRowsLayout)           \
+  TDC_SCHEDULE_ROWS(strided, pass, 256x128, forward, ConvHopperStridedParams, HopperStridedLayout) \
+  TDC_SCHEDULE_ROWS(strided, pass, 128x128, forward, ConvHopperStridedParams, HopperStridedLayout) \
+  TDC_SCHEDULE_ROWS(strided, pass, 128x64, forward, ConvHopperStridedParams, HopperStridedLayout)
+#define TDC_SCHEDULE_WGRAD(unit, Unit) \
+  TDC_SCHEDULE(tdc_conv_hopper_wgrad_##unit, ConvHopperWgradParams, (tdc::clocks_of_parts<tdc::Unit>))
+
+TDC_SCHEDULE_PASS(forward, true)
+TDC_SCHEDULE_PASS(dgrad, false)
+TDC_SCHEDULE_WGRAD(bf16, HopperFilterUnit)
+TDC_SCHEDULE_WGRAD(rows128_bf16, HopperRowsUnit<1>)
+TDC_SCHEDULE_WGRAD(rows256_bf16, HopperRowsUnit<2>)
+TDC_SCHEDULE_WGRAD(rows384_bf16, HopperRowsUnit<3>)
+
+}  // namespace tdc

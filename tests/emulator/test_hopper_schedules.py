@@ -1,0 +1,149 @@
+"""Groups of any sizes leave the blocks of Hopper's convolutions about equal work, in every layer of both UNets.
+
+The kernels' schedules run in the emulator with the planners' parameters (hopper_schedules_kernels.cuh) and say what
+each block takes, in clocks of a model: products at the tensor core's rate, and constants measured of a prototype.
+"""
+
+from __future__ import annotations
+
+import heapq
+import struct
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from bench.gpu.layers import UNETS, layers_of
+from tdc_fast import _native
+from tests.emulator.harness import AT_RUNTIME, EmulatedLibrary, emulated
+from tests.emulator.harness import plain_only as pytestmark  # noqa: F401  the name is what pytest looks for
+from tests.native.test_conv_launch import H100, arguments
+
+START = 10_600  # clocks until a block's first products, in a prototype on an H200
+REST = 2_700  # clocks of a tile, or a part of a unit of wgrad, besides its products
+MOST = 1.15  # times what even groups take
+GROUPS = 8
+
+
+@dataclass(frozen=True)
+class Layer:
+    in_channels: int
+    out_channels: int
+    height: int
+    width: int
+    filter: int
+    stride: int
+    upsample: int = 1
+
+    def sizes(self) -> dict[str, int]:
+        across = 1 if self.width == 1 else self.filter
+        return {
+            "in_channels": self.in_channels,
+            "out_channels": self.out_channels,
+            "height": self.height,
+            "width": self.width,
+            "filter_height": self.filter,
+            "filter_width": across,
+            "stride_height": self.stride,
+            "stride_width": self.stride,
+            "pad_height": self.filter // 2,
+            "pad_width": across // 2,
+            "upsample": self.upsample,
+        }
+
+
+@pytest.fixture(scope="module")
+def layers() -> list[Layer]:
+    """The layers of both UNets; two blocks of each level have every one of them."""
+    found, _ = layers_of({name: {**flags, "num_res_blocks": 2} for name, flags in UNETS.items()}, 64)
+    made = {Layer(c.in_channels, c.out_channels, c.height, c.width, c.filter, c.stride) for c in found}
+    sides = ((256, 4), (256, 8), (256, 16), (512, 8), (384, 16), (256, 32))
+    made |= {Layer(channels, channels, side, side, 3, 1, upsample=2) for channels, side in sides}
+    assert len(made) > 60
+    return sorted(made, key=str)
+
+
+@pytest.fixture(scope="module")
+def library() -> EmulatedLibrary:
+    return emulated("hopper_schedules", AT_RUNTIME)
+
+
+def clocks(library: EmulatedLibrary, layer: Layer, pass_: str, samples: list[int], blocks: int = 0) -> list[int]:
+    """What each block of a launch takes, or of so many blocks; nothing where another form serves."""
+    offsets = torch.tensor([0, *torch.tensor(samples).cumsum(0).tolist()], dtype=torch.int32)
+    none = {"weight_index": 0, "in_widths": 0, "out_widths": 0, "sample_bias": 0, "residual": 0, "dsample_bias": 0}
+    given = arguments(pass_, H100, batch=sum(samples), num_groups=len(samples), num_experts=len(samples))
+    given |= {name: value for name, value in none.items() if name in given} | layer.sizes()
+    given |= {"offsets": offsets.data_ptr(), "workspace": 1 << 20}
+    launches = getattr(_native, f"cuda_launches_conv_{pass_}")(**given, hopper=True)
+    for launch in launches:
+        if f"schedule_{launch.kernel}" not in library.kernels:
+            continue
+        taken = torch.zeros(blocks or launch.grid[0], dtype=torch.int64)
+        params = launch.params + bytes(-len(launch.params) % 64)
+        params += struct.pack("=Q2i48x", taken.data_ptr(), len(taken), REST)
+        library.launch(f"schedule_{launch.kernel}", (1, 1, 1), 64, 96 * len(samples), params, 0)
+        return taken.tolist()
+    assert all("hopper" not in launch.kernel for launch in launches)
+    return []
+
+
+def shares(batch: int, groups: int) -> list[int]:
+    return [batch // groups + (i < batch % groups) for i in range(groups)]
+
+
+def half_in_one(batch: int) -> list[int]:
+    return [batch // 2, *shares(batch - batch // 2, GROUPS - 1)]
+
+
+def ratios(library: EmulatedLibrary, layers: list[Layer], pass_: str, batch: int) -> dict[Layer, float]:
+    """What half of the batch in one group costs, in times of even groups."""
+    found = {}
+    for layer in layers:
+        even = clocks(library, layer, pass_, shares(batch, GROUPS))
+        if even:
+            uneven = clocks(library, layer, pass_, half_in_one(batch))
+            found[layer] = (START + max(uneven)) / (START + max(even))
+    return found
+
+
+def longest_first(tiles: list[int], blocks: int) -> int:
+    """What the busiest block takes where each tile, the longest first, goes to the block with the least work."""
+    heap = [0] * blocks
+    for tile in sorted(tiles, reverse=True):
+        heapq.heapreplace(heap, heap[0] + tile)
+    return max(heap)
+
+
+@pytest.mark.parametrize("batch", [64, 128])
+def test_wgrad_of_uneven_groups_costs_little_more_than_of_even_ones(
+    library: EmulatedLibrary, layers: list[Layer], batch: int
+) -> None:
+    found = ratios(library, layers, "wgrad", batch)
+    assert len(found) > 60 and max(found.values()) <= MOST, max(found.items(), key=lambda item: item[1])
+    if batch == 64:
+        with library.planted("HOPPER_UNITS_END_AT_ONCE"):
+            assert max(ratios(library, layers, "wgrad", batch).values()) > MOST
+
+
+@pytest.mark.parametrize("pass_, batch", [("forward", 64), ("dgrad", 64), ("forward", 128), ("dgrad", 128)])
+def test_tiles_of_uneven_groups_are_shared_as_well_as_tiles_can_be(
+    library: EmulatedLibrary, layers: list[Layer], pass_: str, batch: int
+) -> None:
+    """Where even groups just fill a wave, no SM is left for parts of tiles, and sharing tiles cannot help."""
+    found = ratios(library, layers, pass_, batch)
+    dear = [layer for layer, ratio in found.items() if ratio > MOST]
+    assert len(found) > 60 and len(dear) <= 14 and max(found.values()) <= 1.65
+    for layer in dear:
+        taken = clocks(library, layer, pass_, half_in_one(batch))
+        tiles = clocks(library, layer, pass_, half_in_one(batch), blocks=4096)
+        assert tiles[-1] == 0 and sum(tiles) == sum(taken)
+        assert max(taken) <= 1.01 * longest_first(tiles, len(taken)), layer
+
+
+def test_every_other_turn_goes_backwards(library: EmulatedLibrary) -> None:
+    """256 samples of 8x8: 120 whole tiles and 14 with two or three samples of four, for 132 blocks."""
+    layer = Layer(256, 256, 8, 8, 3, 1)
+    assert max(ratios(library, [layer], "forward", 256).values()) <= MOST
+    with library.planted("HOPPER_TURNS_FORWARD"):
+        assert max(ratios(library, [layer], "forward", 256).values()) > MOST
