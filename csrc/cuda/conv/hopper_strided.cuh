@@ -5,8 +5,8 @@
 //             where r is 0, (i, .) where it is 1 or 2, (i + 1, .) where it is 3
 //   dgrad     dx at (2 i + a, 2 j + b), of plane (a, b), meets the rows of the filter with r - 1 = a mod 2: rows 1 and
 //             3 with dy at (i, .) and (i - 1, .) where a is 0, rows 0 and 2 with dy at (i + 1, .) and (i, .) where it
-//             is 1. Planes have 1, 2, 2 and 4 taps of 3x3 filters, 4 of 4x4, so no product is wasted. All tiles of the
-//             longest plane come first
+//             is 1. Planes have 1, 2, 2 and 4 taps of 3x3 filters, 4 of 4x4, so no product is wasted. Of 3x3 filters
+//             all tiles of the longest plane come first, of 4x4 those of the same pixels of dy are neighbours
 #pragma once
 
 #include "cuda/device_sm90.cuh"
@@ -42,8 +42,13 @@ class HopperStridedLayout {
     }
   }
 
-  __device__ __forceinline__ static HopperWork find(const Schedule& schedule, int tile) {
+  __device__ __forceinline__ HopperWork find(const Schedule& schedule, int tile) const {
     if (kForward) return schedule.find(tile);
+    if (p_.filter == 4) {
+      HopperWork work = schedule.find(tile / kHopperPlanes);
+      work.plane = tile % kHopperPlanes;
+      return work;
+    }
     const int total = schedule.total();
     int plane = kHopperPlanes - 1;
     for (; plane > 0 && tile >= total; --plane) tile -= total;
