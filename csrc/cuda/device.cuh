@@ -23,6 +23,7 @@
 //   reciprocal                         1 / x within 1 ulp, subnormals as zero; the emulator divides
 //   exp_approx                         e^x by ex2.approx, subnormals as zero; the emulator takes expf
 //   load_16, store_16                  16 bytes at once, shared or global; the emulator reports a misaligned address
+//   keep_before(integer)               what computes or loads it stays before this place in the program
 //   prefetch                           asks for the sector of an address in global memory to be brought to the L2; the
 //                                      emulator reads a byte there
 //   cp_async_16, cp_async_4            asynchronous copy to shared memory, zeros unless `live`; the emulator fills the
@@ -170,6 +171,7 @@ __device__ __forceinline__ float exp_approx(float value) {
 __device__ __forceinline__ uint4 load_16(const void* address) { return *static_cast<const uint4*>(address); }
 __device__ __forceinline__ void store_16(void* address, uint4 value) { *static_cast<uint4*>(address) = value; }
 
+__device__ __forceinline__ void keep_before(int& value) { asm volatile("" : "+r"(value)); }
 __device__ __forceinline__ void prefetch(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
 
 __device__ __forceinline__ unsigned shared_window(const void* shared) {

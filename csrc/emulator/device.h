@@ -145,6 +145,7 @@ inline void store_16(void* address, uint4 value, TDC_CALLER) {
   *static_cast<uint4*>(address) = value;
 }
 
+inline void keep_before(int&) {}
 inline void prefetch(const void* global) { (void)*static_cast<const volatile unsigned char*>(global); }
 
 inline void cp_async_16(void* shared, const void* global, bool live, TDC_CALLER) {

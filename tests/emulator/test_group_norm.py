@@ -111,6 +111,7 @@ def test_any_problem_is_as_accurate_as_torch(dtype: str, facts: tuple[int, int, 
 
 ONE_SAMPLE = Routing((0,), 4, 3, (2, 1, 0, 2))
 SIXTEEN_BYTES = {"channels": 32, "num_groups": 4}  # whole vectors in every dtype
+MANY_PIXELS = {"size": (17, 13), "routing": Routing((3,), 4, 3, (2, 1, 0, 2))}
 STRADDLING = {"channels": 24, "num_groups": 8, "widths": (24, 3, 9, 15)}  # live channels end within a vector
 SEAM = {"channels": 48, "num_groups": 4, "x2_channels": 16, "widths": (48, 12, 24, 36)}  # in the third norm group
 ODD = {"channels": 15, "num_groups": 5, "widths": (15, 0, 3, 9)}
@@ -119,6 +120,8 @@ RUNS = ["partial", "apply", "backward_partial", "backward_apply"]
 PATHS = {
     "a sample at once": (SIXTEEN_BYTES, ROOMY, "vector", WHOLE),
     "vectors with dead channels": (STRADDLING, ROOMY, "vector", WHOLE),
+    # Copies wait until it is known which channels are dead.
+    "a chunk of many pixels": (SIXTEEN_BYTES | MANY_PIXELS, (80, 1, ROOMY[2]), "vector", WHOLE),
     # One sample: of more the forward, whose rows are short, is in runs. See also the test of what is kept.
     "dy read twice": (SIXTEEN_BYTES | {"size": (9, 8), "routing": ONE_SAMPLE}, TIGHT, "vector", WHOLE),
     "runs of pixels": (SIXTEEN_BYTES | {"size": (17, 13)}, TIGHT, "vector", RUNS),
@@ -309,6 +312,7 @@ def test_group_numbers_that_make_no_sense_stay_within_bounds(x2_channels: int) -
 
 
 PLANTED = {
+    "NORM_WAITS_FOR_NOTHING": "x that is read before its copies have arrived",
     "NORM_NO_SUM_BARRIER": "a barrier missing between writing and adding the sums of each warp",
     "NORM_NO_COEFFICIENT_BARRIER": "a barrier missing between the coefficients and their use",
     "NORM_READS_DEAD": "dead channels not cleared when x is read again",

@@ -88,10 +88,10 @@ __device__ __forceinline__ void add_grads(const Lanes<T, V>& x, const Lanes<T, V
   }
 }
 
-// Sums of dz and dz * d per channel over the block's pixels; x and dy stay in the tiles when kKeep.
+// Sums of dz and dz * d per channel over the block's pixels; x stays in the tile when kKeep.
 template <class T, int V, bool kTwo, bool kKeep>
 __device__ __forceinline__ void sum_grads(const GroupNormParams& p, const NormBlock& block, const NormThread& thread,
-                                          const BackwardArrays& arrays, T* x_tile, T* dy_tile, float* row_sums) {
+                                          const BackwardArrays& arrays, T* x_tile, float* row_sums) {
   constexpr int kLoads = V == 1 ? 4 : 2;  // in flight per thread and tensor
   Input<const T, kTwo> x(p, block, p.x);
   const T* dy = activations<T>(p, block, p.dy);
@@ -120,12 +120,35 @@ __device__ __forceinline__ void sum_grads(const GroupNormParams& p, const NormBl
             x_lanes[u].clear_from(live);
             dy_lanes[u].clear_from(live);
           }
-          if (kKeep) {
-            x_lanes[u].store(x_tile + pixel * block.channels + c);
-            if (p.keeps_dy) dy_lanes[u].store(dy_tile + pixel * block.channels + c);
-          }
+          if (kKeep) x_lanes[u].store(x_tile + pixel * block.channels + c);
           add_grads(x_lanes[u], dy_lanes[u], of, p.silu, sum);
         }
+      }
+    }
+    sum_rows<V, 2>(sum, thread, row_sums, arrays.sum_dz + strip, p.chunk_channels, block.channels - strip);
+  }
+}
+
+// Sums of dz and dz * d per channel over a tile of x and dy.
+template <class T, int V>
+__device__ __forceinline__ void sum_item_grads(const GroupNormParams& p, const NormBlock& block,
+                                               const NormThread& thread, const BackwardArrays& arrays, const T* x_tile,
+                                               const T* dy_tile, float* row_sums) {
+  for (int strip = 0; strip < block.channels; strip += thread.lanes * V) {
+    const int c = strip + thread.lane * V, live = clamped(block.live - c, 0, V);
+    float sum[2][V] = {};
+    if (live > 0) {
+      const ChannelCoefficients<V> of(arrays, c);
+#pragma unroll 2
+      for (int pixel = thread.row; pixel < block.pixels; pixel += thread.rows) {
+        Lanes<T, V> x_lanes, dy_lanes;
+        x_lanes.load(x_tile + pixel * block.channels + c);
+        dy_lanes.load(dy_tile + pixel * block.channels + c);
+        if (live < V) {
+          x_lanes.clear_from(live);
+          dy_lanes.clear_from(live);
+        }
+        add_grads(x_lanes, dy_lanes, of, p.silu, sum);
       }
     }
     sum_rows<V, 2>(sum, thread, row_sums, arrays.sum_dz + strip, p.chunk_channels, block.channels - strip);
@@ -288,15 +311,35 @@ template <class T, int V, bool kTwo, NormStage kStage>
 __device__ __forceinline__ void group_norm_backward(const GroupNormParams& p) {
   TDC_DYNAMIC_SHARED(shared);
   const NormThread thread(p);
-  const NormBlock block = stage_block<kStage>(p);
+  NormBlock block = stage_place<kStage>(p);
   const BackwardArrays arrays(p, shared);
   float* row_sums = reinterpret_cast<float*>(shared + p.row_sums);
   T* x_tile = reinterpret_cast<T*>(shared + p.tile);
   T* dy_tile = x_tile + p.pixels_per_block * p.chunk_channels;
+  const bool copies = kStage == NormStage::kWhole && p.keeps_dy;
+  const bool early = copies && p.copies_all;
 
+  if (!early) route(p, block);
+  if (copies) {
+    ItemCopy<T, kTwo, true>(p, block, true, x_tile).template all<V>(thread);
+    cp_async_commit();
+  }
+  if (early) {
+    prefetch_sample<T>(p, block);
+    prefetch_statistics(p, block);
+    route(p, block);
+  }
+  const bool sums_experts = kStage != NormStage::kPartial && p.counters && blockIdx.y == 0;
+  ExpertArrival arrival;
+  if (sums_experts) arrival.count(p, block);
   backward_coefficients<T>(p, block, arrays);
+  if (copies && !TDC_PLANTED(NORM_WAITS_FOR_NOTHING)) cp_async_wait<0>();
   if (kStage != NormStage::kApply && block.live > 0) {
-    sum_grads<T, V, kTwo, kStage == NormStage::kWhole>(p, block, thread, arrays, x_tile, dy_tile, row_sums);
+    if (copies) {
+      sum_item_grads<T, V>(p, block, thread, arrays, x_tile, dy_tile, row_sums);
+    } else {
+      sum_grads<T, V, kTwo, kStage == NormStage::kWhole>(p, block, thread, arrays, x_tile, row_sums);
+    }
   }
   if constexpr (kStage == NormStage::kPartial) {
     for (int c = threadIdx.x; c < block.live; c += blockDim.x) {
@@ -308,8 +351,6 @@ __device__ __forceinline__ void group_norm_backward(const GroupNormParams& p) {
       merge_sums(p, block, arrays, [&](int run, int which) { return partial_sums(p, block, run, which); });
     }
     finish_grads<T>(p, block, arrays);
-    const bool sums_experts = p.counters && blockIdx.y == 0;
-    ExpertArrival arrival;
     if (sums_experts) {
       zero_unused_experts<T>(p, block);
       arrival.arrive(p, block);

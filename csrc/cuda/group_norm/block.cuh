@@ -104,36 +104,46 @@ struct NormBlock {
 
 __device__ __forceinline__ int clamped(int value, int low, int high) { return min(max(value, low), high); }
 
-// The routing group that owns the sample; -1 when the offsets do not cover it. All threads search at once: a
-// binary search would wait for memory at every step. The two barriers also keep `slot` from being reused too early.
-__device__ __forceinline__ int group_of_sample(const GroupNormParams& p, int sample) {
-  TDC_SHARED(int, slot, 1);
-  if (threadIdx.x == 0) slot[0] = -1;
-  block_sync();
-  for (int g = threadIdx.x; g < p.num_groups; g += blockDim.x) {
-    if (p.offsets[g] <= sample && sample < p.offsets[g + 1]) slot[0] = g;
-  }
-  block_sync();
-  return slot[0];
-}
-
-// Of chunk item % chunks of sample item / chunks, and a run of pixels.
-__device__ __forceinline__ NormBlock norm_block(const GroupNormParams& p, int item, int run) {
+// The place of chunk item % chunks of sample item / chunks, and a run of pixels. Its expert and live channels are not
+// known before memory has answered: all channels count as live.
+__device__ __forceinline__ NormBlock norm_place(const GroupNormParams& p, int item, int run) {
   NormBlock block;
   block.sample = item / p.chunks;
+  block.expert = 0;
   block.first_channel = (item % p.chunks) * p.chunk_channels;
-  block.channels = min(p.chunk_channels, p.channels - block.first_channel);
-  block.groups = block.channels / p.channels_per_group;
+  block.channels = block.live = min(p.chunk_channels, p.channels - block.first_channel);
+  block.groups = block.live_groups = block.channels / p.channels_per_group;
   block.first_group = block.first_channel / p.channels_per_group;
   block.first_pixel = run * p.pixels_per_block;
   block.pixels = min(p.pixels_per_block, p.pixels - block.first_pixel);
+  return block;
+}
 
-  const int group = group_of_sample(p, block.sample);
-  int live = 0;
-  if (group >= 0) live = p.widths ? p.widths[group] : p.channels;
-  block.expert = group >= 0 ? clamped(p.weight_index[group], 0, p.num_experts - 1) : 0;
-  block.live_groups = clamped(live / p.channels_per_group - block.first_group, 0, block.groups);
+// Looks up the expert and the live channels of the block's sample; none are live where the offsets do not cover it. All
+// threads search at once, and ask for what they would find before they know: one wait for memory in all, where a binary
+// search would wait at every step. The two barriers also keep `found` from being reused too early.
+__device__ __forceinline__ void route(const GroupNormParams& p, NormBlock& block) {
+  TDC_SHARED(int, found, 2);
+  if (threadIdx.x == 0) found[0] = found[1] = 0;
+  block_sync();
+  for (int g = threadIdx.x; g < p.num_groups; g += blockDim.x) {
+    const int first = p.offsets[g], past = p.offsets[g + 1];
+    int expert = p.weight_index[g], live = p.widths ? p.widths[g] : p.channels;
+    keep_before(expert), keep_before(live);
+    if (first <= block.sample && block.sample < past) {
+      found[0] = expert;
+      found[1] = live;
+    }
+  }
+  block_sync();
+  block.expert = clamped(found[0], 0, p.num_experts - 1);
+  block.live_groups = clamped(found[1] / p.channels_per_group - block.first_group, 0, block.groups);
   block.live = block.live_groups * p.channels_per_group;
+}
+
+__device__ __forceinline__ NormBlock norm_block(const GroupNormParams& p, int item, int run) {
+  NormBlock block = norm_place(p, item, run);
+  route(p, block);
   return block;
 }
 
@@ -142,9 +152,9 @@ enum class NormStage { kWhole, kPartial, kApply };
 // This block's part. The second launch goes through the tensor backwards: it begins with what the first has read last,
 // which the L2 cache may still hold.
 template <NormStage kStage>
-__device__ __forceinline__ NormBlock stage_block(const GroupNormParams& p) {
-  if (kStage == NormStage::kApply) return norm_block(p, gridDim.x - 1 - blockIdx.x, gridDim.y - 1 - blockIdx.y);
-  return norm_block(p, blockIdx.x, blockIdx.y);
+__device__ __forceinline__ NormBlock stage_place(const GroupNormParams& p) {
+  if (kStage == NormStage::kApply) return norm_place(p, gridDim.x - 1 - blockIdx.x, gridDim.y - 1 - blockIdx.y);
+  return norm_place(p, blockIdx.x, blockIdx.y);
 }
 
 // Start of the block's pixels and channels within a tensor of all channels.
@@ -181,6 +191,59 @@ struct Input {
   }
 };
 
+// A thread's place in the block: which vector of a pixel, and which of the pixels that the block takes at a time.
+struct NormThread {
+  int lane, lanes, row, rows;
+
+  __device__ __forceinline__ explicit NormThread(const GroupNormParams& p)
+      : lane(threadIdx.x & ((1 << p.lanes_log2) - 1)), lanes(1 << p.lanes_log2), row(threadIdx.x >> p.lanes_log2),
+        rows(blockDim.x >> p.lanes_log2) {}
+};
+
+// Starts copies of the live vectors of a block, straight to the calling thread's places in a tile of x, or of x and dy:
+// no register waits for memory. A thread copies what it alone reads, so that its own cp_async_wait is all that orders
+// them.
+template <class T, bool kTwo, bool kGrads>
+class ItemCopy {
+ public:
+  // Nothing is copied unless `any`.
+  __device__ __forceinline__ ItemCopy(const GroupNormParams& p, const NormBlock& block, bool any, T* tile)
+      : p_(p), block_(block), any_(any), tile_(tile), x_(p, block, p.x),
+        dy_(kGrads ? activations<const T>(p, block, p.dy) : nullptr) {}
+
+  __device__ __forceinline__ void choose(int c) {
+    c_ = c;
+    live_ = any_ && c < block_.live;
+    x_.choose(p_, block_, c, p_.x, p_.x2);
+  }
+  __device__ __forceinline__ void operator()(int pixel) const {
+    if (!live_) return;
+    T* to = tile_ + pixel * block_.channels + c_;
+    cp_async_16(to, x_.at(p_, pixel, c_), true);
+    if constexpr (kGrads) {
+      cp_async_16(to + block_.pixels * block_.channels, dy_ + static_cast<long long>(pixel) * p_.channels + c_, true);
+    }
+  }
+
+  template <int V>
+  __device__ __forceinline__ void all(const NormThread& thread) {
+    for (int c = thread.lane * V; c < block_.live; c += thread.lanes * V) {
+      choose(c);
+#pragma unroll 4
+      for (int pixel = thread.row; pixel < block_.pixels; pixel += thread.rows) (*this)(pixel);
+    }
+  }
+
+ private:
+  const GroupNormParams& p_;
+  const NormBlock& block_;
+  bool any_, live_ = false;
+  T* tile_;
+  Input<const T, kTwo> x_;
+  const T* dy_;
+  int c_ = 0;
+};
+
 // The coefficients of channel c of the chunk. Absent tensors stand for a weight of ones, any other zeros.
 template <class T>
 struct NormCoefficients {
@@ -196,6 +259,26 @@ struct NormCoefficients {
   }
 };
 
+// Asks for the sample's scale and shift, for which no expert need be known.
+template <class T>
+__device__ __forceinline__ void prefetch_sample(const GroupNormParams& p, const NormBlock& block) {
+  constexpr int kStep = 16 / sizeof(T);
+  for (int c = threadIdx.x * kStep; c < block.channels; c += blockDim.x * kStep) {
+    const int channel = block.first_channel + c;
+    if (p.scale) prefetch(static_cast<const T*>(p.scale) + block.sample * p.scale_stride + channel);
+    if (p.shift) prefetch(static_cast<const T*>(p.shift) + block.sample * p.shift_stride + channel);
+  }
+}
+
+// As this, of mean and rstd.
+__device__ __forceinline__ void prefetch_statistics(const GroupNormParams& p, const NormBlock& block) {
+  const long long first = static_cast<long long>(block.sample) * p.norm_groups + block.first_group;
+  for (int g = threadIdx.x; g < block.live_groups; g += blockDim.x) {
+    prefetch(p.mean + first + g);
+    prefetch(p.rstd + first + g);
+  }
+}
+
 // Asks for the coefficients of the block's live channels, so that who reads them later does not wait for memory.
 template <class T>
 __device__ __forceinline__ void prefetch_coefficients(const GroupNormParams& p, const NormBlock& block) {
@@ -209,15 +292,6 @@ __device__ __forceinline__ void prefetch_coefficients(const GroupNormParams& p, 
     if (p.shift) prefetch(static_cast<const T*>(p.shift) + block.sample * p.shift_stride + channel);
   }
 }
-
-// A thread's place in the block: which vector of a pixel, and which of the pixels that the block takes at a time.
-struct NormThread {
-  int lane, lanes, row, rows;
-
-  __device__ __forceinline__ explicit NormThread(const GroupNormParams& p)
-      : lane(threadIdx.x & ((1 << p.lanes_log2) - 1)), lanes(1 << p.lanes_log2), row(threadIdx.x >> p.lanes_log2),
-        rows(blockDim.x >> p.lanes_log2) {}
-};
 
 __device__ __forceinline__ float warp_sum(float value) {
   for (int distance = kNormWarp / 2; distance > 0; distance /= 2) value += shfl_xor(value, distance);

@@ -30,7 +30,7 @@ __device__ __forceinline__ void group_norm_cluster(const GroupNormParams& p) {
   const NormThread thread(p);
   const NormBlock block = norm_block(p, blockIdx.x, blockIdx.y);
   const ForwardArrays arrays(p, shared);
-  float* moments = arrays.centre + p.chunk_channels;
+  float* moments = arrays.base + p.chunk_channels;
   float* row_sums = reinterpret_cast<float*>(shared + p.row_sums);
   T* tile = reinterpret_cast<T*>(shared + p.tile);
   const float count = static_cast<float>(block.pixels) * p.channels_per_group;
@@ -51,8 +51,8 @@ __device__ __forceinline__ void group_norm_cluster(const GroupNormParams& p) {
   }
   if (!TDC_PLANTED(NORM_CLUSTER_READS_EARLY)) cluster_arrive(), cluster_wait();
   for (int g = threadIdx.x / kNormWarp; g < block.groups; g += blockDim.x / kNormWarp) {
-    finish_group<T>(p, block, arrays, g,
-                    g < block.live_groups ? cluster_moments(p, moments, g) : GroupMoments{0, 0, 0});
+    finish_group(p, block, arrays, g, g < block.live_groups ? cluster_moments(p, moments, g) : GroupMoments{0, 0, 0},
+                 [&](int c) { return affine_of<T>(p, block, c); });
   }
   if (!TDC_PLANTED(NORM_CLUSTER_ENDS_EARLY)) cluster_arrive();
   if (!TDC_PLANTED(NORM_NO_COEFFICIENT_BARRIER)) block_sync();
@@ -79,6 +79,9 @@ __device__ __forceinline__ void group_norm_backward_cluster(const GroupNormParam
 
   ItemCopy<T, kTwo, true>(p, block, true, x_tile).template all<V>(thread);
   cp_async_commit();
+  const bool sums_experts = p.counters && blockIdx.y == 0;
+  ExpertArrival arrival;
+  if (sums_experts) arrival.count(p, block);
   backward_coefficients<T>(p, block, arrays);
   cp_async_wait<0>();
   if (block.live > 0) sum_item_grads<T, V>(p, block, thread, own, x_tile, dy_tile, row_sums);
@@ -87,8 +90,6 @@ __device__ __forceinline__ void group_norm_backward_cluster(const GroupNormParam
              [&](int rank, int which) { return cluster_shared(which ? own.sum_dz_centred : own.sum_dz, rank); });
   if (!TDC_PLANTED(NORM_CLUSTER_ENDS_EARLY)) cluster_arrive();
   finish_grads<T>(p, block, arrays);
-  const bool sums_experts = p.counters && blockIdx.y == 0;
-  ExpertArrival arrival;
   if (sums_experts) {
     zero_unused_experts<T>(p, block);
     arrival.arrive(p, block);

@@ -67,7 +67,13 @@ __device__ __forceinline__ void zero_unused_experts(const GroupNormParams& p, co
 
 // Counts the blocks of one expert and chunk that have written their sample's terms.
 struct ExpertArrival {
+  int samples = 0;  // of the first warp: those of the expert, a block for each
   int arrived = 0;  // of thread 0: blocks before this one
+
+  // Where waiting for memory is hidden by waiting for x. All threads call it.
+  __device__ __forceinline__ void count(const GroupNormParams& p, const NormBlock& block) {
+    if (threadIdx.x < kNormWarp) samples = samples_of_expert(p, block.expert);
+  }
 
   // After a barrier behind the terms. What follows hides the latency of the counter.
   __device__ __forceinline__ void arrive(const GroupNormParams& p, const NormBlock& block) {
@@ -80,7 +86,6 @@ struct ExpertArrival {
   template <class T>
   __device__ __forceinline__ void finish(const GroupNormParams& p, const NormBlock& block) const {
     TDC_SHARED(int, last, 1);
-    const int samples = threadIdx.x < kNormWarp ? samples_of_expert(p, block.expert) : 0;
     if (threadIdx.x == 0) {
       last[0] = arrived == samples - (TDC_PLANTED(NORM_SUMS_TOO_EARLY) ? 2 : 1);
       if (last[0] && !TDC_PLANTED(NORM_KEEPS_COUNTER)) atomic_add_int(counter(p, block), -samples);

@@ -1,6 +1,8 @@
 // Group norm forward: y = act(((x - mean) * rstd * weight + bias) * (1 + scale) + shift).
 //
-//   whole    one block sees all pixels of its chunk: x is read once, kept in shared memory, y written
+//   whole    one block sees all pixels of its chunk: x is read once, kept in shared memory, y written. Its copies start
+//            before the block knows its expert and width where dead channels are few or small (`copies_all`), so that a
+//            small image waits for memory twice: for x and all that is looked up, then for the expert's weight and bias
 //   partial  where that does not fit: the moments of the block's pixels, for `apply` to merge
 //   apply    merges the moments of all runs of pixels, then reads x again and writes y
 //
@@ -19,11 +21,23 @@ constexpr int kMomentFloats = 3;  // pivot, excess, squares: mean = pivot + exce
 // Per channel of the chunk; the sums of the statistics become the coefficients of y.
 struct ForwardArrays {
   float *multiplier, *offset, *centre;  // y = act((x - centre) * multiplier + offset)
+  float *slope, *base;                  // of `whole`: multiplier = rstd * slope, offset = base, but for rounding
 
   __device__ __forceinline__ ForwardArrays(const GroupNormParams& p, unsigned char* shared)
       : multiplier(reinterpret_cast<float*>(shared + p.channel_arrays)), offset(multiplier + p.chunk_channels),
-        centre(offset + p.chunk_channels) {}
+        centre(offset + p.chunk_channels), slope(centre + p.chunk_channels), base(slope + p.chunk_channels) {}
 };
+
+// act(normalised * slope + base)
+struct Affine {
+  float slope, base;
+};
+
+template <class T>
+__device__ __forceinline__ Affine affine_of(const GroupNormParams& p, const NormBlock& block, int c) {
+  const NormCoefficients<T> of(p, block, c);
+  return {of.weight * of.gain, of.bias * of.gain + of.shift};
+}
 
 // Copies the live part of the block's share into the tile and writes the sum of each channel to `totals`.
 template <class T, int V, bool kTwo>
@@ -171,10 +185,12 @@ __device__ __forceinline__ GroupMoments merged_moments(const GroupNormParams& p,
   return merged;
 }
 
-// Writes mean and rstd of group g, and the coefficients of its channels. One warp calls it.
-template <class T>
+// Writes mean and rstd of group g, and the coefficients of its channels, whose affines are affine_at(c). One warp calls
+// it.
+template <class AffineAt>
 __device__ __forceinline__ void finish_group(const GroupNormParams& p, const NormBlock& block,
-                                             const ForwardArrays& arrays, int g, const GroupMoments& moments) {
+                                             const ForwardArrays& arrays, int g, const GroupMoments& moments,
+                                             const AffineAt& affine_at) {
   const int lane = threadIdx.x % kNormWarp, per_group = p.channels_per_group;
   const bool live = g < block.live_groups;
   const float count = static_cast<float>(p.pixels) * per_group;
@@ -190,10 +206,9 @@ __device__ __forceinline__ void finish_group(const GroupNormParams& p, const Nor
   for (int c = g * per_group + lane; c < (g + 1) * per_group; c += kNormWarp) {
     float multiplier = 0, offset = 0;
     if (live) {
-      const NormCoefficients<T> of(p, block, c);
-      const float slope = rstd * of.weight;
-      multiplier = slope * of.gain;
-      offset = (of.bias + error * slope) * of.gain + of.shift;
+      const Affine affine = affine_at(c);
+      multiplier = rstd * affine.slope;
+      offset = affine.base + error * multiplier;
     }
     arrays.multiplier[c] = multiplier;
     arrays.offset[c] = offset;
@@ -254,6 +269,33 @@ __device__ __forceinline__ void normalize(const GroupNormParams& p, const NormBl
   }
 }
 
+// Sums of each channel over a tile; dead channels that share a vector with live ones become zeros in it.
+template <class T, int V>
+__device__ __forceinline__ void sum_item(const NormBlock& block, const NormThread& thread, T* tile, float* row_sums,
+                                         float* totals) {
+  for (int strip = 0; strip < block.channels; strip += thread.lanes * V) {
+    const int c = strip + thread.lane * V, live = clamped(block.live - c, 0, V);
+    float sum[1][V] = {};
+    if (live > 0) {
+#pragma unroll 4
+      for (int pixel = thread.row; pixel < block.pixels; pixel += thread.rows) {
+        T* at = tile + pixel * block.channels + c;
+        Lanes<T, V> lanes;
+        lanes.load(at);
+        if (live < V) {
+          lanes.clear_from(live);
+          lanes.store(at);
+        }
+        float value[V];
+        lanes.unpack(value);
+#pragma unroll
+        for (int i = 0; i < V; ++i) sum[0][i] += value[i];
+      }
+    }
+    sum_rows<V, 1>(sum, thread, row_sums, totals + strip, 0, block.channels - strip);
+  }
+}
+
 // For the backward.
 __device__ __forceinline__ void zero_counters(const GroupNormParams& p) {
   if (blockIdx.x > 0 || blockIdx.y > 0) return;
@@ -264,29 +306,52 @@ template <class T, int V, bool kTwo, NormStage kStage>
 __device__ __forceinline__ void group_norm_forward(const GroupNormParams& p) {
   TDC_DYNAMIC_SHARED(shared);
   const NormThread thread(p);
-  const NormBlock block = stage_block<kStage>(p);
+  NormBlock block = stage_place<kStage>(p);
   const ForwardArrays arrays(p, shared);
   float* row_sums = reinterpret_cast<float*>(shared + p.row_sums);
   T* tile = reinterpret_cast<T*>(shared + p.tile);
   const float count = static_cast<float>(block.pixels) * p.channels_per_group;
+  const bool early = kStage == NormStage::kWhole && p.copies_all;
 
+  if (!early) route(p, block);
+  if constexpr (kStage == NormStage::kWhole) {
+    ItemCopy<T, kTwo, false>(p, block, true, tile).template all<V>(thread);
+    cp_async_commit();
+    prefetch_sample<T>(p, block);
+  }
   if (kStage != NormStage::kApply) zero_counters(p);
-  if (kStage != NormStage::kPartial) prefetch_coefficients<T>(p, block);
+  if (early) route(p, block);
+  if constexpr (kStage == NormStage::kWhole) {
+    for (int c = threadIdx.x; c < block.live; c += blockDim.x) {
+      const Affine affine = affine_of<T>(p, block, c);
+      arrays.slope[c] = affine.slope;
+      arrays.base[c] = affine.base;
+    }
+    if (!TDC_PLANTED(NORM_WAITS_FOR_NOTHING)) cp_async_wait<0>();
+  }
+  if (kStage == NormStage::kApply) prefetch_coefficients<T>(p, block);
   if (kStage != NormStage::kApply && block.live > 0) {
-    load_and_sum<T, V, kTwo>(p, block, thread, tile, row_sums, arrays.multiplier);
+    if (kStage == NormStage::kWhole) {
+      sum_item<T, V>(block, thread, tile, row_sums, arrays.multiplier);
+    } else {
+      load_and_sum<T, V, kTwo>(p, block, thread, tile, row_sums, arrays.multiplier);
+    }
     group_means(p, block, arrays.multiplier, arrays.centre, count);
     sum_centred<T, V>(block, thread, tile, row_sums, arrays.centre, arrays.multiplier, p.chunk_channels);
   }
   if constexpr (kStage == NormStage::kPartial) {
     write_partial_moments(p, block, arrays, count);
   } else {
+    const auto affine_at = [&](int c) {
+      return kStage == NormStage::kWhole ? Affine{arrays.slope[c], arrays.base[c]} : affine_of<T>(p, block, c);
+    };
     for (int g = threadIdx.x / kNormWarp; g < block.groups; g += blockDim.x / kNormWarp) {
       GroupMoments moments = {0, 0, 0};
       if (g < block.live_groups) {
         const auto of_run = [&](int run) { return partial_moments(p, block.sample, run, block.first_group + g); };
         moments = kStage == NormStage::kWhole ? block_moments(p, arrays, g, count) : merged_moments(p, of_run);
       }
-      finish_group<T>(p, block, arrays, g, moments);
+      finish_group(p, block, arrays, g, moments, affine_at);
     }
     if (!TDC_PLANTED(NORM_NO_COEFFICIENT_BARRIER)) block_sync();
     normalize<T, V, kTwo, kStage == NormStage::kWhole>(p, block, thread, arrays, tile);

@@ -14,6 +14,9 @@ constexpr unsigned kSumThreads = 512, kSumChannels = 32;
 // With more samples, which may all be one expert's, a warp takes longer to add them up than a launch.
 constexpr int64_t kMostSummedAtOnce = 256;
 
+// Elements of a chunk of which it costs less to read dead ones than to wait until it is known which are dead.
+constexpr int64_t kMostCopiedDead = 4096;
+
 bool all_aligned(std::initializer_list<uintptr_t> addresses) {
   for (const uintptr_t address : addresses) {
     if (address % 16) return false;
@@ -106,6 +109,7 @@ GroupNormParams params_of(const NormArguments& a, const NormSplit& s) {
   p.channel_arrays = 0;
   p.row_sums = static_cast<int>(s.row_sums);
   p.tile = static_cast<int>(s.tile);
+  p.copies_all = !a.widths || s.pixels_per_block * s.chunk_channels <= kMostCopiedDead;
   p.keeps_dy = s.tensors == 2;
   p.x2 = at<const void>(a.x2);
   p.x_channels = static_cast<int>(a.channels - a.x2_channels);

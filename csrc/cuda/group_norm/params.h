@@ -47,6 +47,7 @@ struct GroupNormParams {
   int channel_arrays;  // float per channel of the chunk, one array after the other
   int row_sums;        // scratch of the sums over threads
   int tile;            // the block's activations, x and then dy
+  int copies_all;      // copies of dead channels, too, which so need not wait until it is known which are dead
   int keeps_dy;        // 0: too large, dy is read twice; what a block has just read is still in the L2 cache
   // The second input and its gradient, and the channels of the first.
   const void* x2;

@@ -163,7 +163,7 @@ class Splitter {
   // Bytes of a float for each channel; in a cluster also what its blocks read of each other: two sums, or three moments
   // of each norm group.
   int64_t arrays_of(const NormSplit& s) const {
-    return ((backward_ ? 5 : 3) + (s.cluster ? backward_ ? 2 : 3 : 0)) * s.chunk_channels * 4;
+    return (5 + (s.cluster ? backward_ ? 2 : 3 : 0)) * s.chunk_channels * 4;
   }
 
   // Where the parts of shared memory are, for this number of threads and of tiles.
