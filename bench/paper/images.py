@@ -10,6 +10,7 @@ second call goes on where the first was stopped.
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -329,5 +330,5 @@ def _command(options: ImagesOptions) -> str:
         for field in dataclasses.fields(ImagesOptions)
         if field.name != "out" and getattr(options, field.name) != field.default
     }
-    flags = " ".join(f"--{name} {value}" for name, value in changed.items())
+    flags = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in changed.items())
     return f"python -m bench.paper {TABLE.name} --study images {flags}"

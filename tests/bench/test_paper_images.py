@@ -236,6 +236,11 @@ def test_impossible_options_are_refused_before_anything_is_written(flags, said, 
     assert said in capsys.readouterr().err and not out.exists()
 
 
+def test_the_command_beside_a_table_can_be_pasted_into_a_shell():
+    said = images._command(ImagesOptions(data_dir="my photos", attention_resolutions=""))
+    assert said.endswith("--study images --data_dir 'my photos' --attention_resolutions ''")
+
+
 def test_only_the_main_table_has_this_study(capsys):
     assert command.main(["agents", "--study", "images"]) == 2
     assert "table: got 'agents'" in capsys.readouterr().err
