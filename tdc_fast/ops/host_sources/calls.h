@@ -92,7 +92,7 @@ class Calls {
   void clear() { entries_.clear(), kept_ = 0; }
   size_t size() const { return kept_; }
 
-  // Keeps a call. differentiable: also where there is no derivative, for operators without one.
+  // Keeps a call that went well.
   void add(PyObject* const* args, std::shared_ptr<Entry> entry) {
     Signature signature;
     if (!describe(args, signature)) return;
