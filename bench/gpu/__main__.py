@@ -77,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
     command = shlex.join(["python", "-m", "bench.gpu", *(sys.argv[1:] if arguments is None else arguments)])
 
     def finish() -> None:
-        found = results | facts(run, time.monotonic() - start, command)
+        found = results | facts(run, work, time.monotonic() - start, command)
         name = options.name or slug(f"gpu-{found['device']['name']}")
         table = as_markdown(found)
         write_results(found, table, options.out, name)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bench.gpu import peers
 from bench.gpu.layers import ConvLayer
-from bench.gpu.rows import OURS, OURS_GRAPH, BenchRun, best_of_ours, measure, relative_error
+from bench.gpu.rows import OURS, OURS_GRAPH, BenchRun, Row, best_of_ours, measure, relative_error
 from bench.gpu.timing import Budget, Candidate
 from tdc_fast import RoutingPlan, routed_conv2d
 from tdc_fast.kernels.problems import ConvProblem, ConvTensors
@@ -26,6 +26,8 @@ NUM_GROUPS = (8, 1, 4, 16)
 FIRST_WIDTHS = (1.0, 0.5, 0.75)  # those that goals are about
 WIDTHS = (*FIRST_WIDTHS, 0.25, 0.625)
 MIXED = (1.0, 0.75, 0.5, 0.25)  # of the groups in turn
+SUMS = "conv, sums"  # the section of their rows
+SUMMED = {OURS_GRAPH, "dense, graph"}
 WRONG = 2e-2  # relative error above which a row is reported as wrong; bf16 rounding alone gives about 4e-3
 
 
@@ -249,6 +251,7 @@ def row_of(run: BenchRun, case: Case) -> dict[str, Any]:
     best = best_of_ours(result)
     return {
         "source": case.layer.source,
+        "shape": case.layer.shape,
         "uses": case.layer.uses,
         "filter": case.layer.filter,
         "stride": case.layer.stride,
@@ -273,3 +276,36 @@ def run_section(run: BenchRun, design: list[ConvLayer], models: list[ConvLayer],
         }
         labels |= {"mixed": True} if case.mixed else {}
         run.row("conv", str(case.layer), labels, budget, partial(row_of, run, case))
+
+
+def sums(rows: list[Row], convs_of: dict[str, list[ConvLayer]], empty_launch: float) -> list[Row]:
+    """For each UNet and direction a row with the time of all its convolutions, less an empty launch for each.
+
+    Args:
+        rows: those of the layers; of the sums, N = 8 even groups at full width count.
+        convs_of: the distinct convolutions of each UNet, by its name.
+        empty_launch: milliseconds.
+
+    Returns:
+        No row where a layer was not measured, or is wrong.
+    """
+    times: dict[tuple[str, str], Row] = {}
+    for row in rows:
+        if row["section"] != "conv" or "failed" in row or row["wrong"]:
+            continue
+        if (row["num_groups"], row["uneven"], row["width"]) == (8, False, 1.0) and row["ms"].keys() >= SUMMED:
+            times[row["shape"], row["direction"]] = row["ms"]
+    found = []
+    for name, layers in convs_of.items():
+        for direction in DIRECTIONS:
+            parts = [(layer.uses, times.get((layer.shape, direction))) for layer in layers]
+            if all(ms for _, ms in parts):
+                total = {
+                    peer: sum(uses * (ms[peer] - empty_launch) for uses, ms in parts if ms) for peer in sorted(SUMMED)
+                }
+                found.append({
+                    "section": SUMS, "source": name, "layer": f"{name}: all convolutions", "direction": direction,
+                    "num_groups": 8, "uneven": False, "width": 1.0, "backend": "", "ms": total, "absent": {},
+                    "ratios": {"dense, graph": total[OURS_GRAPH] / total["dense, graph"]}, "error": 0.0, "wrong": False,
+                })  # fmt: skip
+    return found

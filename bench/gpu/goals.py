@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from bench.gpu.conv import SUMS
 from bench.gpu.rows import OURS, OURS_GRAPH, Row, best_of_ours, row_name
 from bench.gpu.sampling import FORWARDS
 from bench.gpu.train_run import CAPTURED, RUN, STAGE1
 from bench.gpu.unet import COMPILED
 
 EIGHT_EVEN = {"num_groups": 8, "uneven": False}  # the groups of rows that goals are about
+# Milliseconds of forward, dgrad and wgrad.
+CONV_SUMS = {"CIFAR-10": (1.9, 1.9, 2.4), "ImageNet64": (6.6, 6.7, 7.5)}
+NORM_SIZES = {"32 MB and more": (32.0, math.inf), "8 to 32 MB": (8.0, 32.0)}
 LOOPS = ("loop", "loop, graph", "streams", "streams, graph", "compiled loop")
 
 
@@ -79,6 +84,20 @@ def _cost_at(width: float) -> Callable[[Row], float | None]:
     return value
 
 
+def _pruned(row: Row) -> float | None:
+    """What a UNet of pruned experts costs, over its share of the MACs."""
+    full = row["ratios"].get("full width, graph") if _is(row, "unet", direction="forward", width=0.5) else None
+    return None if full is None else full / row["share_of_macs"]
+
+
+def _of_even(row: Row) -> float | None:
+    return row.get("of_even") if _is(row, "conv", num_groups=8, uneven=True, width=1.0) else None
+
+
+def _of_eight(row: Row) -> float | None:
+    return row.get("of_eight") if _is(row, "growth", num_groups=64) else None
+
+
 def _of_run(kind: str, name: str) -> Callable[[Row], float | None]:
     return lambda row: row[kind].get(name) if _is(row, "training", direction=RUN) else None
 
@@ -87,14 +106,29 @@ def _of_forwards(row: Row) -> float | None:
     return row["ratios"].get(FORWARDS) if _is(row, "sampling") else None
 
 
-def _of_copy(row: Row) -> float | None:
-    return row["of_copy"] if _is(row, "group norm", width=1.0) else None
+def _of_sum(name: str, direction: str) -> Callable[[Row], float | None]:
+    return lambda row: row["ms"][OURS_GRAPH] if _is(row, SUMS, source=name, direction=direction) else None
+
+
+def _norm_of_copy(direction: str, least: float, most: float) -> Callable[[Row], float | None]:
+    """Of tensors of `least` to less than `most` megabytes."""
+
+    def value(row: Row) -> float | None:
+        concerned = _is(row, "group norm", width=1.0, direction=direction) and least <= row["megabytes"] < most
+        return row["net_of_copy"] if concerned else None
+
+    return value
+
+
+def _small_norm(row: Row) -> float | None:
+    return row["net_us"] if _is(row, "group norm", width=1.0) and 4 <= max(row["size"]) <= 8 else None
 
 
 _TO_COMPILED = _quotient(COMPILED, OURS_GRAPH)
 
 GOALS = (
     Goal("UNet forward, N = 8, graphs: time / compiled dense", _unet("forward", _TO_COMPILED), 0.75, False),
+    Goal("UNet forward, N = 8, graphs: the same, further goal", _unet("forward", _TO_COMPILED), 0.6, False),
     Goal("UNet training step, N = 8, graphs: time / compiled dense", _unet("training step", _TO_COMPILED), 0.75, False),
     Goal("tdc_fast.train, stage 2: time / captured step", _of_run("ratios", CAPTURED), 1.05, False),
     Goal("tdc_fast.train, stage 2: steps per second (H200)", _of_run("steps_per_s", OURS), 26.5, True),
@@ -112,13 +146,52 @@ GOALS = (
     ),
     Goal("Large convolutions at 50% widths, N = 8: cost / full width", _cost_at(0.5), 0.30, False),
     Goal("Large convolutions at 75% widths, N = 8: cost / full width", _cost_at(0.75), 0.62, False),
-    Goal("Group norm: bandwidth / measured copy", _of_copy, 0.85, True),
+    Goal("UNet forward at 50% widths, graphs: (time / full width) / share of MACs", _pruned, 1.1, False),
+    Goal("Convolutions, half of the batch in one of 8 groups: time / even groups", _of_even, 1.15, False),
+    Goal("UNet, 64 experts: time / 8 experts, graphs", _of_eight, 1.1, False),
+    *(
+        Goal(
+            f"{name}, sum of its convolutions, {what}: ms less an empty launch each (H200)",
+            _of_sum(name, what),
+            limit,
+            False,
+        )
+        for name, limits in CONV_SUMS.items()
+        for what, limit in zip(("forward", "dgrad", "wgrad"), limits, strict=True)
+    ),
+    *(
+        Goal(
+            f"Group norm {what}, {size}: bandwidth less an empty launch / copy",
+            _norm_of_copy(what, *bounds),
+            limit,
+            True,
+        )
+        for what, limits in (("forward", (0.75, 0.6)), ("backward", (0.6, 0.5)))
+        for (size, bounds), limit in zip(NORM_SIZES.items(), limits, strict=True)
+    ),
+    Goal("Group norm, 4x4 to 8x8: microseconds less an empty launch (H200)", _small_norm, 3.0, False),
 )
+
+
+def _with_pairs(rows: list[Row]) -> list[Row]:
+    """The rows, with `of_even` and `of_eight`: time in a graph over that of even groups, and of eight experts."""
+    times = {_case(row): row["ms"][OURS_GRAPH] for row in rows if OURS_GRAPH in row["ms"]}
+
+    def pair(row: Row, name: str, **others: Any) -> Row:
+        other = times.get(_case(row | others))
+        return row if other is None or OURS_GRAPH not in row["ms"] else row | {name: row["ms"][OURS_GRAPH] / other}
+
+    return [pair(pair(row, "of_even", uneven=False), "of_eight", num_groups=8) for row in rows]
+
+
+def _case(row: Row) -> tuple[Any, ...]:
+    keys = ("section", "layer", "direction", "width", "mixed", "num_groups", "uneven")
+    return tuple(row.get(key) for key in keys)
 
 
 def judge(rows: Iterable[Row]) -> list[dict[str, Any]]:
     """For each goal: how many rows it is about, how many meet it, median and worst, and the worst rows that miss it."""
-    usable = [row for row in rows if "failed" not in row and not row["wrong"]]
+    usable = _with_pairs([row for row in rows if "failed" not in row and not row["wrong"]])
     verdicts = []
     for goal in GOALS:
         values = [(value, row) for row in usable if (value := goal.value(row)) is not None]

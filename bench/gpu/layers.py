@@ -58,9 +58,14 @@ class ConvLayer:
     uses: int = 1
 
     def __str__(self) -> str:
+        return f"{self.source}: {self.shape}"
+
+    @property
+    def shape(self) -> str:
+        """All that its time depends on."""
         step = "" if self.stride == 1 else f" /{self.stride}"
         channels = f"{self.in_channels}-{self.out_channels}"
-        return f"{self.source}: B{self.batch} {channels} {self.height}x{self.width} {self.filter}x{self.filter}{step}"
+        return f"B{self.batch} {channels} {self.height}x{self.width} {self.filter}x{self.filter}{step}"
 
     @property
     def out_size(self) -> tuple[int, int]:
@@ -166,6 +171,7 @@ class Workload:
         design: the convolutions that the kernels were designed for.
         convs: the distinct convolutions of all UNets.
         norms: the distinct group norms of all UNets.
+        convs_of: the distinct convolutions of each UNet, by its name.
     """
 
     unets: dict[str, dict[str, Any]]
@@ -173,26 +179,32 @@ class Workload:
     design: list[ConvLayer]
     convs: list[ConvLayer]
     norms: list[NormLayer]
+    convs_of: dict[str, list[ConvLayer]]
 
 
 def workload(*, tiny: bool) -> Workload:
     """The UNets and their layers; tiny ones, and one layer of each kind, for a dry run."""
     unets, batch = (TINY_UNETS, 8) if tiny else (UNETS, UNET_BATCH)
-    convs, norms = layers_of(unets, batch)
+    found = {name: unet_layers(name, flags, batch) for name, flags in unets.items()}
+    convs_of = {name: convs for name, (convs, _) in found.items()}
+    convs, norms = all_layers(found)
     if tiny:
         convs = _one_of_each(convs, lambda conv: (conv.filter, conv.stride))
+        convs_of = dict.fromkeys(unets, convs)
         norms = _one_of_each(norms, lambda norm: (norm.silu, norm.modulated))
-    return Workload(unets, batch, design_layers(tiny=tiny), convs, norms)
+    return Workload(unets, batch, design_layers(tiny=tiny), convs, norms, convs_of)
 
 
-def layers_of(unets: dict[str, dict[str, Any]], batch: int) -> tuple[list[ConvLayer], list[NormLayer]]:
-    """The layers of all UNets; a layer that several have is listed with the first."""
-    convs: dict[tuple[Any, ...], ConvLayer] = {}
+def all_layers(
+    found: dict[str, tuple[list[ConvLayer], list[NormLayer]]],
+) -> tuple[list[ConvLayer], list[NormLayer]]:
+    """The distinct layers of all UNets; a layer that several have is listed with the first."""
+    convs: dict[str, ConvLayer] = {}
     norms: dict[tuple[Any, ...], NormLayer] = {}
-    for name, flags in unets.items():
-        for conv in unet_layers(name, flags, batch)[0]:
-            convs.setdefault((conv.in_channels, conv.out_channels, conv.height, conv.filter, conv.stride), conv)
-        for norm in unet_layers(name, flags, batch)[1]:
+    for its_convs, its_norms in found.values():
+        for conv in its_convs:
+            convs.setdefault(conv.shape, conv)
+        for norm in its_norms:
             norms.setdefault((norm.channels, norm.height, norm.width, norm.silu, norm.modulated), norm)
     return list(convs.values()), list(norms.values())
 

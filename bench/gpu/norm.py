@@ -149,7 +149,10 @@ class Problem:
 
 
 def row_of(run: BenchRun, layer: NormLayer, direction: str, width: float, copy_rate: float) -> dict[str, Any]:
-    """Time a layer and return the fields of its row; `copy_rate` is that of a measured copy in TB/s."""
+    """Time a layer and return the fields of its row; `copy_rate` is that of a measured copy in TB/s.
+
+    `net_us` and `net_of_copy` are of our time in a graph less an empty launch.
+    """
     problem = Problem(run, layer, width)
     machine = run.machine
     what = explain_problem(direction, problem.described(direction), run.backend)
@@ -172,7 +175,8 @@ def row_of(run: BenchRun, layer: NormLayer, direction: str, width: float, copy_r
         makers["torch, graph"] = lambda: machine.captured(problem.dense(fp32, direction))
     result = measure(run, makers)
     best = best_of_ours(result)
-    rate = problem.bytes_moved(direction) / best / 1e9
+    moved = problem.bytes_moved(direction)
+    rate, net = moved / best / 1e9, result["ms"].get(OURS_GRAPH, best) - machine.empty_launch
     error = problem.error(run.backend)
     return {
         "uses": layer.uses,
@@ -181,6 +185,10 @@ def row_of(run: BenchRun, layer: NormLayer, direction: str, width: float, copy_r
         "wrong": not error <= WRONG,
         "TBps": rate,
         "of_copy": rate / copy_rate,
+        "size": [layer.height, layer.width],
+        "megabytes": layer.elements * problem.x.element_size() / 1e6,
+        "net_us": 1e3 * net,
+        "net_of_copy": moved / max(net, 1e-6) / 1e9 / copy_rate,
         **result,
     }
 

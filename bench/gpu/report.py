@@ -11,21 +11,24 @@ from typing import Any
 import torch
 
 from bench.files import ROOT, markdown_rows
-from bench.gpu import growth
+from bench.gpu import conv, growth
 from bench.gpu.goals import judge
+from bench.gpu.layers import Workload
 from bench.gpu.rows import BenchRun, Row, row_name
 from bench.gpu.timing import Machine
 from tdc_fast import __version__
 from tdc_fast.ops.measured import KERNEL_VERSIONS
 
+RATES = ("images_per_s", "TFLOPps", "TBps", "of_copy", "net_of_copy", "net_us")
 WHOLE_RATES = ("images_per_s", "TFLOPps")  # shown without decimals
 
 
-def facts(run: BenchRun, seconds: float, command: str) -> dict[str, Any]:
+def facts(run: BenchRun, work: Workload, seconds: float, command: str) -> dict[str, Any]:
     """The rows of a run and what a reader needs to know with them: date, command, device, versions, goals.
 
     `kernels` are the KERNEL_VERSIONS that were measured.
     """
+    rows = run.rows + conv.sums(run.rows, work.convs_of, run.machine.empty_launch)
     return {
         "date": date.today().isoformat(),
         "command": command,
@@ -36,9 +39,9 @@ def facts(run: BenchRun, seconds: float, command: str) -> dict[str, Any]:
         "versions": versions(run.machine),
         "kernels": dict(KERNEL_VERSIONS),
         "clocks_after": run.machine.clocks(),
-        "goals": judge(run.rows),
+        "goals": judge(rows),
         "not_run": run.not_run,
-        "rows": run.rows,
+        "rows": rows,
     }
 
 
@@ -94,13 +97,14 @@ def as_markdown(results: dict[str, Any]) -> str:
         f"torch {versions['torch']}, CUDA {versions['cuda']}, cuDNN {versions['cudnn']}, triton {versions['triton']}, "
         f"driver {versions['driver']}.",
         f"Measured ceilings: copy {ceilings['copy_TBps']:.2f} TB/s, bf16 matrix product "
-        f"{ceilings['matmul_TFLOPps']:.0f} TFLOP/s. Clocks before: {_clocks(results['clocks_before'])}; "
-        f"after: {_clocks(results['clocks_after'])}.",
+        f"{ceilings['matmul_TFLOPps']:.0f} TFLOP/s, empty launch {1e3 * ceilings['empty_launch_ms']:.1f} us. "
+        f"Clocks before: {_clocks(results['clocks_before'])}; after: {_clocks(results['clocks_after'])}.",
         "",
         "Medians in milliseconds over interleaved rounds. `x` columns are ours / peer, medians of per-round quotients: "
         "below 1, ours is faster. A peer in a CUDA graph is compared with ours in a graph. The L2 is flushed before "
-        "every timed layer. The loop peers get their samples sorted and their segments' bounds for free; *dense* is "
-        "one expert over the whole batch, *compiled dense* the same under torch.compile. Rows of tdc_fast.train have "
+        "every timed layer. From sums of convolutions, `net_of_copy` and `net_us` an empty launch is subtracted, for "
+        "each layer. The loop peers get their samples sorted and their segments' bounds for free; *dense* is one "
+        "expert over the whole batch, *compiled dense* the same under torch.compile. Rows of tdc_fast.train have "
         "milliseconds per step of a real run. In the goals, ours and the loop are the faster of eager and in a graph.",
     ]
     if results["dry_run"]:
@@ -116,7 +120,7 @@ def as_markdown(results: dict[str, Any]) -> str:
     rows = [row for row in results["rows"] if row["section"] == "growth" and "failed" not in row]
     if rows:
         lines += ["", "## growth with N and B, in a CUDA graph", "", *growth.table(rows), *_absent(rows)]
-    for section in ("unet", "training", "sampling", "conv", "group norm"):
+    for section in ("unet", "training", "sampling", conv.SUMS, "conv", "group norm"):
         rows = [row for row in results["rows"] if row["section"] == section and "failed" not in row]
         for source in dict.fromkeys(row.get("source", "") for row in rows):
             part = [row for row in rows if row.get("source", "") == source]
@@ -144,7 +148,7 @@ def _table(rows: list[Row]) -> list[str]:
     """A table with a column for every candidate that occurs in a row."""
     names = list(dict.fromkeys(name for row in rows for name in row["ms"]))
     peers = list(dict.fromkeys(name for row in rows for name in row["ratios"]))
-    rates = [key for key in ("images_per_s", "TFLOPps", "TBps", "of_copy") if any(key in row for row in rows)]
+    rates = [key for key in RATES if any(key in row for row in rows)]
     header = ["case", "backend", *rates, *(f"{n} ms" for n in names), *(f"x {p}" for p in peers)]
     lines = []
     for row in rows:

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -208,15 +209,32 @@ class Machine:
             "l2_MiB": round(getattr(p, "L2_cache_size", 0) / 2**20, 1),
         }
 
+    @cached_property
+    def empty_launch(self) -> float:
+        """Measured milliseconds of a kernel that does nothing, in a graph, timed like a layer; 0 on the CPU."""
+        if not self.is_cuda:
+            return 0.0
+        empty = self.captured(lambda: torch.cuda._sleep(0))  # its kernel counts clocks, here none
+        return statistics.median(self.times({"empty": empty}, flush=True)["empty"])
+
     def ceilings(self) -> dict[str, float]:
-        """Measured: device-to-device copy in TB/s (bytes read plus written) and a bf16 matrix product in TFLOP/s."""
+        """Measured limits of the device.
+
+        Returns:
+            `copy_TBps`, a copy within its memory (bytes read plus written), `matmul_TFLOPps`, a bf16 matrix product,
+            and `empty_launch_ms`.
+        """
         size, side = (1 << 31, 8192) if self.is_cuda else (1 << 16, 64)
         source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=self.device)
         target = torch.empty_like(source)
         a, b = (torch.randn(side, side, device=self.device).to(torch.bfloat16) for _ in range(2))
         measured = self.times({"copy": lambda: target.copy_(source), "matmul": lambda: a @ b}, flush=False, rounds=10)
         copy, matmul = (statistics.median(measured[name]) for name in ("copy", "matmul"))
-        return {"copy_TBps": 2 * size / copy / 1e9, "matmul_TFLOPps": 2 * side**3 / matmul / 1e9}
+        return {
+            "copy_TBps": 2 * size / copy / 1e9,
+            "matmul_TFLOPps": 2 * side**3 / matmul / 1e9,
+            "empty_launch_ms": self.empty_launch,
+        }
 
 
 def _number(text: str) -> float | str:

@@ -7,6 +7,7 @@ training step here is forward, loss and backward with weights in the dtype of th
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -21,6 +22,7 @@ from bench.gpu.rows import OURS, OURS_GRAPH, BenchRun, measure, relative_error
 from bench.gpu.timing import Budget, Candidate
 from tdc_fast import TimestepGroups, WidthPlan, pack_experts
 from tdc_fast.models.iddpm import create_unet
+from tdc_fast.nn.macs import measure_macs
 
 NUM_TIMESTEPS = 1000
 COMPILED, OURS_COMPILED = "compiled dense, graph", "ours compiled, graph"
@@ -138,6 +140,12 @@ class Problem:
         with torch.no_grad():
             self.routed(self.x, self.t)
 
+    def share_of_macs(self) -> float:
+        """MACs of the experts, each over as many samples, over those of the base."""
+        x, t = self.x[:1], self.t[:1]
+        of_experts = [measure_macs(expert, x, t) for expert in self.experts]
+        return statistics.mean(of_experts) / measure_macs(self.base, x, t)
+
     def error(self) -> float:
         """Relative difference of the routed forward from the loop's."""
         with torch.no_grad():
@@ -204,6 +212,8 @@ def row_of(run: BenchRun, flags: dict[str, Any], batch: int, case: Case) -> dict
     error = problem.error()  # before training changes the weights
     with torch.set_grad_enabled(case.what != "forward"):
         result = measure(run, makers, flush=False, compiles=(COMPILED, OURS_COMPILED, COMPILED_LOOP))
+    if case.width < 1.0:
+        result["share_of_macs"] = problem.share_of_macs()
     return {"batch": batch, "backend": run.backend or "fastest", "error": error, "wrong": not error <= WRONG, **result}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bench.gpu.conv import SUMS
 from bench.gpu.goals import judge
 from bench.gpu.rows import OURS
 from bench.gpu.sampling import FORWARDS
@@ -16,7 +17,7 @@ def row(section: str, direction: str, width: float = 1.0, **ms: float) -> dict:
     return {
         "section": section, "layer": "x", "direction": direction, "width": width, "num_groups": 8, "uneven": False,
         "filter": 3, "stride": 1, "channels": [128, 128], "ms": times, "ratios": ratios, "wrong": False,
-        "error": 0.0, "absent": {}, "of_copy": 0.9, "source": "design",
+        "error": 0.0, "absent": {}, "source": "design", "megabytes": 1.0, "size": [16, 16],
     }  # fmt: skip
 
 
@@ -30,7 +31,15 @@ def test_goals_are_met_or_missed_by_the_rows_they_are_about() -> None:
         row("conv", "dgrad", width=0.5, ours=1.0) | {"ratios": {"full width, graph": 0.3}},
         row("conv", "dgrad", width=0.75, ours=1.0) | {"ratios": {"full width, graph": 0.63}},
         row("conv", "dgrad", width=0.5, ours=1.0) | {"ratios": {"full width, graph": 0.6}, "source": "CIFAR-10"},
-        row("group norm", "forward", ours=1.0, ours_graph=1.0),
+        *(
+            row("group norm", direction) | {"megabytes": megabytes, "net_of_copy": of_copy, "size": [32, 32]}
+            for direction in ("forward", "backward")
+            for megabytes, of_copy in ((33.6, 0.74), (32.0, 0.76), (16.8, 0.61), (8.4, 0.51), (4.2, 0.1))
+        ),
+        row("group norm", "forward") | {"megabytes": 0.5, "net_us": 2.9, "size": [4, 4]},
+        row("group norm", "backward") | {"megabytes": 2.1, "net_us": 3.2, "size": [8, 8]},
+        row(SUMS, "forward", ours_graph=1.8) | {"source": "CIFAR-10"},
+        row(SUMS, "wgrad", ours_graph=7.6) | {"source": "ImageNet64"},
     ]
     run = row("training", RUN, **{OURS: 31.6, STAGE1: 25.0, CAPTURED: 30.0})
     rows.append(run | {"steps_per_s": {name: 1e3 / ms for name, ms in run["ms"].items()}})
@@ -43,6 +52,7 @@ def test_goals_are_met_or_missed_by_the_rows_they_are_about() -> None:
     cudnn = "3x3 layers, N = 8: speed of dense cuDNN, forward, both in a graph"
     assert met == {
         "UNet forward, N = 8, graphs: time / compiled dense": (1, 1),  # 3 / 4
+        "UNet forward, N = 8, graphs: the same, further goal": (0, 1),
         "UNet training step, N = 8, graphs: time / compiled dense": (0, 0),
         "tdc_fast.train, stage 2: time / captured step": (0, 1),  # 31.6 / 30
         "tdc_fast.train, stage 2: steps per second (H200)": (1, 1),  # 1000 / 31.6
@@ -57,9 +67,36 @@ def test_goals_are_met_or_missed_by_the_rows_they_are_about() -> None:
         cudnn.replace("forward", "wgrad"): (0, 1),
         "Large convolutions at 50% widths, N = 8: cost / full width": (1, 1),
         "Large convolutions at 75% widths, N = 8: cost / full width": (0, 1),
-        "Group norm: bandwidth / measured copy": (1, 1),
+        "UNet forward at 50% widths, graphs: (time / full width) / share of MACs": (0, 0),
+        "Convolutions, half of the batch in one of 8 groups: time / even groups": (3, 3),
+        "UNet, 64 experts: time / 8 experts, graphs": (0, 0),
+        **{name: (0, 0) for name in verdicts if "sum of its convolutions" in name},
+        "CIFAR-10, sum of its convolutions, forward: ms less an empty launch each (H200)": (1, 1),
+        "ImageNet64, sum of its convolutions, wgrad: ms less an empty launch each (H200)": (0, 1),
+        "Group norm forward, 32 MB and more: bandwidth less an empty launch / copy": (1, 2),
+        "Group norm forward, 8 to 32 MB: bandwidth less an empty launch / copy": (1, 2),
+        "Group norm backward, 32 MB and more: bandwidth less an empty launch / copy": (2, 2),
+        "Group norm backward, 8 to 32 MB: bandwidth less an empty launch / copy": (2, 2),
+        "Group norm, 4x4 to 8x8: microseconds less an empty launch (H200)": (1, 2),
     }
     assert verdicts[cudnn]["worst"] == 0.5
     assert [miss["value"] for miss in verdicts[cudnn]["missed"]] == [0.5]
     rows[2]["wrong"] = True
     assert next(v for v in judge(rows) if v["goal"].startswith("3x3"))["rows"] == 1, "a wrong row is no proof"
+
+
+def test_a_row_is_compared_with_its_like_of_even_groups_or_eight_experts() -> None:
+    rows = [
+        row("conv", "dgrad", ours=1.0, ours_graph=1.0),
+        row("conv", "dgrad", ours=1.0, ours_graph=1.2) | {"uneven": True},
+        row("conv", "wgrad", ours=1.0, ours_graph=2.0) | {"uneven": True},  # whose like was not measured
+        row("growth", "forward", ours_graph=4.0),
+        row("growth", "forward", ours_graph=4.2) | {"num_groups": 64},
+        row("growth", "training step", ours_graph=4.0),
+        row("growth", "training step", ours_graph=4.8) | {"num_groups": 64},
+        row("unet", "forward", width=0.5, ours=1.0) | {"ratios": {"full width, graph": 0.375}, "share_of_macs": 0.3125},
+    ]
+    found = {v["goal"]: (v["met"], v["rows"], v["worst"]) for v in judge(rows)}
+    assert found["Convolutions, half of the batch in one of 8 groups: time / even groups"] == (0, 1, 1.2)
+    assert found["UNet, 64 experts: time / 8 experts, graphs"] == (1, 2, 1.2)
+    assert found["UNet forward at 50% widths, graphs: (time / full width) / share of MACs"] == (0, 1, 1.2)

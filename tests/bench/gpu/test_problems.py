@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -81,3 +82,26 @@ def test_the_hopper_form_is_timed_beside_the_other_where_it_serves(direction: st
         for layer, others in ((served, ["hopper"]), (small, [])):
             problem = conv.Problem(run, conv.Case(layer, 2, False, 1.0, direction))
             assert conv.explained(problem, "cuda") == ("cuda", others)
+
+
+def test_a_sum_counts_every_use_of_every_layer_less_a_launch() -> None:
+    one, two = ConvLayer("a", 4, 8, 8, 6, 6, uses=3), ConvLayer("b", 4, 8, 16, 6, 6, uses=2)
+    labels = {"section": "conv", "num_groups": 8, "uneven": False, "width": 1.0, "wrong": False}
+
+    def row(layer: ConvLayer, direction: str, ours: float, **other: object) -> dict:
+        return labels | {
+            "shape": layer.shape, "direction": direction, "ms": {"ours, graph": ours, "dense, graph": 2 * ours}, **other
+        }  # fmt: skip
+
+    rows = [
+        row(one, "forward", 0.5), row(two, "forward", 0.25), row(one, "dgrad", 0.5), row(two, "dgrad", 1.0, wrong=True),
+        row(one, "forward", 9.0, width=0.5), row(one, "forward", 9.0, num_groups=4),
+        row(one, "forward", 9.0, uneven=True),
+    ]  # fmt: skip
+    in_both = [replace(one, source="b", uses=1), two]
+    found = {(row["source"], row["direction"]): row["ms"] for row in conv.sums(rows, {"a": [one], "b": in_both}, 0.125)}
+    assert found == {
+        ("a", "forward"): {"ours, graph": 3 * 0.375, "dense, graph": 3 * 0.875},
+        ("a", "dgrad"): {"ours, graph": 3 * 0.375, "dense, graph": 3 * 0.875},
+        ("b", "forward"): {"ours, graph": 0.375 + 2 * 0.125, "dense, graph": 0.875 + 2 * 0.375},
+    }, "no sum where a layer is wrong or absent"
