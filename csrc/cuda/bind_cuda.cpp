@@ -183,6 +183,17 @@ void bind_planners_of_convolutions(py::module_& module) {
                         wgrad, launch_conv_wgrad);
   for (const bool is_forward : {false, true})
     define<ConvArguments>(
+        module, is_forward ? "cuda_conv_forward_hopper_choices" : "cuda_conv_dgrad_hopper_choices",
+        "[(tile, clocks by the model)] of the Hopper form's forward or dgrad, the chosen one first. Takes sizes only.",
+        [](Keywords& keywords, ConvArguments& arguments) { take_convolution_sizes(keywords, arguments); },
+        [is_forward](const ConvArguments& arguments, const Device& device) {
+          std::vector<std::pair<std::string, int64_t>> choices;
+          for (const HopperChoice& choice : hopper_choices(arguments, device, is_forward))
+            choices.emplace_back(choice.kernel, choice.clocks);
+          return choices;
+        });
+  for (const bool is_forward : {false, true})
+    define<ConvArguments>(
         module, is_forward ? "cuda_conv_forward_hopper_refusal" : "cuda_conv_dgrad_hopper_refusal",
         "Why the Hopper form does not serve a convolution or its dgrad, or ''. Takes sizes only.",
         [](Keywords& keywords, ConvArguments& arguments) { take_convolution_sizes(keywords, arguments); },

@@ -18,6 +18,9 @@
 //   cluster_shared(address, rank)      the same place in the shared memory of another block of the cluster, which
 //                                      ordinary loads and stores reach: after one barrier of the cluster, as the other
 //                                      may not have begun before, and before another that it waits for, as it ends
+//   mbarrier_arrive_at(barrier, rank)  mbarrier_arrive at the same barrier of another block of the cluster, after the
+//                                      thread's accesses to shared memory and those that warp_sync ordered before
+//   mbarrier_wait_cluster(barrier, parity)   mbarrier_wait for such arrivals, and what came before them
 //   tma_load<D>(to, map, barrier, at)  a box whose first element is at[0..D): completes its full size in bytes, also
 //                                      where it lies outside of the tensor. `to` is a multiple of 128
 //   tma_prefetch<D>(map, at)           the same, into the L2 cache
@@ -129,6 +132,25 @@ __device__ __forceinline__ T* cluster_shared(T* shared, int rank) {
   unsigned long long there;
   asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(shared), "r"(rank));
   return reinterpret_cast<T*>(there);
+}
+
+__device__ __forceinline__ void mbarrier_arrive_at(Mbarrier* barrier, int rank) {
+  asm volatile(
+      "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(shared_window(barrier)),
+      "r"(rank)
+      : "memory");
+}
+__device__ __forceinline__ void mbarrier_wait_cluster(Mbarrier* barrier, unsigned parity) {
+  unsigned done;
+  do {
+    asm volatile(
+        "{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n}"
+        : "=r"(done)
+        : "r"(shared_window(barrier)), "r"(parity)
+        : "memory");
+  } while (!done);
 }
 
 // The copy engine.

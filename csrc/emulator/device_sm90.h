@@ -39,6 +39,15 @@ inline T* cluster_shared(T* shared, int rank, TDC_CALLER) {
   return static_cast<T*>(emulator::block.shared_of(TDC_SITE("cluster_shared"), shared, rank));
 }
 
+inline void mbarrier_arrive_at(Mbarrier* barrier, int rank, TDC_CALLER) {
+  const emulator::Site site = TDC_SITE("mbarrier_arrive_at");
+  emulator::block.async().arrive(site, emulator::block.shared_of(site, barrier, rank), 0);
+}
+// Blocks of a cluster run together: no scope is narrower.
+inline void mbarrier_wait_cluster(Mbarrier* barrier, unsigned parity, TDC_CALLER) {
+  emulator::block.async().wait(TDC_SITE("mbarrier_wait_cluster"), barrier, parity);
+}
+
 // The copy engine.
 
 inline void tensor_map_prefetch(const TensorMap*) {}

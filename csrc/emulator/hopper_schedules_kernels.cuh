@@ -35,7 +35,8 @@ struct ScheduledImages {
   __device__ int rows(const HopperWork& work) const { return work.count * Tile::kPatches * 64 / Tile::kSamples; }
 };
 
-template <class Layout>
+// The blocks of a cluster take the same tiles and share their depth: a block stands for all of its cluster.
+template <class Layout, int kSplit = 1>
 __device__ void clocks_of_tiles(const ScheduleParams<typename Layout::Params>& p) {
   using Tile = typename Layout::Tile;
   TDC_DYNAMIC_SHARED(memory);
@@ -50,7 +51,8 @@ __device__ void clocks_of_tiles(const ScheduleParams<typename Layout::Params>& p
       const HopperWork work = layout.find(schedule, hopper_tile(turn, block, p.blocks));
       if (work.live < 0) break;
       const long long rows = layout.rows(work) > kHalf ? 2 * kHalf : kHalf, depth = (work.depth + 15) / 16 * 16;
-      clocks += rows * depth * layout.taps(work) * hopper_product_columns<Tile>(work) / kProductsOfClock + p.rest;
+      clocks +=
+          rows * depth * layout.taps(work) * hopper_product_columns<Tile>(work) / kProductsOfClock / kSplit + p.rest;
     }
     p.clocks[block] = clocks;
   }
@@ -87,7 +89,13 @@ __device__ void clocks_of_parts(const ScheduleParams<ConvHopperWgradParams>& p) 
 #define TDC_SCHEDULE_ROWS(form, pass, tile, forward, Params, Layout)  \
   TDC_SCHEDULE(tdc_conv_hopper_##form##_##pass##_bf16_##tile, Params, \
                (tdc::clocks_of_tiles<tdc::Layout<tdc::HopperRows##tile, forward>>))
+#define TDC_SCHEDULE_SPLIT(pass, split, forward)                                               \
+  TDC_SCHEDULE(tdc_conv_hopper_rows_split##split##_##pass##_bf16_128x64, ConvHopperRowsParams, \
+               (tdc::clocks_of_tiles<tdc::HopperRowsLayout<tdc::HopperRowsSplit##split##_128x64, forward>, split>))
 #define TDC_SCHEDULE_PASS(pass, forward)                                                           \
+  TDC_SCHEDULE_SPLIT(pass, 2, forward)                                                             \
+  TDC_SCHEDULE_SPLIT(pass, 4, forward)                                                             \
+  TDC_SCHEDULE_IMAGES(pass, 8x8x2x64, HopperTile8x8Quarter, forward)                               \
   TDC_SCHEDULE_IMAGES(pass, 16x16x128, HopperTile16x16, forward)                                   \
   TDC_SCHEDULE_IMAGES(pass, 16x16x192, HopperTile16x16Wide, forward)                               \
   TDC_SCHEDULE_IMAGES(pass, 32x16x64, HopperTile32x16, forward)                                    \

@@ -133,7 +133,7 @@ def test_tiles_of_uneven_groups_are_shared_as_well_as_tiles_can_be(
     """Where even groups just fill a wave, no SM is left for parts of tiles, and sharing tiles cannot help."""
     found = ratios(library, layers, pass_, batch)
     dear = [layer for layer, ratio in found.items() if ratio > MOST]
-    assert len(found) > 60 and len(dear) <= 13 and max(found.values()) <= 1.5
+    assert len(found) > 60 and len(dear) <= 15 and max(found.values()) <= 1.5
     for layer in dear:
         taken = clocks(library, layer, pass_, half_in_one(batch))
         tiles = clocks(library, layer, pass_, half_in_one(batch), blocks=4096)

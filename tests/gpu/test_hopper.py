@@ -167,11 +167,15 @@ def test_gradients_of_a_stream_repeat_to_the_bit(target: Target) -> None:
     assert all(torch.equal(a, b) for other in others for a, b in zip(once, other, strict=True))
 
 
+on_cuda = pytest.mark.parametrize("target", [Target("cuda", "hopper")], ids=["hopper"])
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("target", [Target("cuda", "hopper")], ids=["hopper"])
-def test_a_captured_convolution_follows_its_inputs(target: Target) -> None:
+@on_cuda
+@pytest.mark.parametrize("side, channels", [(16, 128), (4, 256)], ids=["16x16", "4x4, clusters"])
+def test_a_captured_convolution_follows_its_inputs(side: int, channels: int, target: Target) -> None:
     """Tensor maps are parameters of the graph's nodes: new contents at the same addresses are what it computes."""
-    case = large((3, 0, 5), 128, 16)
+    case = large((3, 0, 5), channels, side)
     tensors = {k: t.detach() for k, t in moved(case.tensors(torch.bfloat16), "cuda", case.layout).items()}
     plan = plan_on(case.routing, "cuda")
     with torch.no_grad():
@@ -184,3 +188,22 @@ def test_a_captured_convolution_follows_its_inputs(target: Target) -> None:
             tensors["x"].normal_()
             graph.replay()
             assert torch.equal(y, routed(case, tensors, target, plan))
+
+
+@pytest.mark.gpu
+@on_cuda
+def test_clusters_on_two_streams_at_once_have_equal_bits(target: Target) -> None:
+    """Blocks of two launches share the SMs; what a cluster exchanges is its own."""
+    case = large((20, 0, 30, 14), 256, 4)
+    tensors = {k: t.detach() for k, t in moved(case.tensors(torch.bfloat16), "cuda", case.layout).items()}
+    plan = plan_on(case.routing, "cuda")
+    with torch.no_grad():
+        expected = routed(case, tensors, target, plan)
+        torch.cuda.synchronize()
+        streams, found = [torch.cuda.Stream() for _ in range(2)], []
+        for _ in range(50):
+            for stream in streams:
+                with torch.cuda.stream(stream):
+                    found.append(routed(case, tensors, target, plan))
+        torch.cuda.synchronize()
+    assert all(torch.equal(y, expected) for y in found)

@@ -74,7 +74,7 @@ def test_an_address_that_tma_cannot_take_is_refused() -> None:
         ({"out_channels": 576}, "16x16x192"),
         ({"out_channels": 64}, "32x16x64"),
         ({"out_channels": 64, "height": 16, "width": 16}, "16x16x128"),
-        ({"height": 8, "width": 8}, "8x8x4x128"),
+        ({"height": 8, "width": 8, "batch": 1024}, "8x8x4x128"),
         ({"height": 24, "width": 24}, "8x8x4x128"),  # 9 tiles of 8x8 instead of 4 of 16x16
         ({"height": 12, "width": 12}, "16x16x128"),
     ],
@@ -87,9 +87,9 @@ def test_the_tile_computes_as_little_outside_of_the_result_as_possible(changes: 
 
 def test_a_launch_has_a_block_for_every_multiprocessor_or_for_every_tile() -> None:
     assert only(plan()).grid == (132, 1, 1)
-    assert only(plan(batch=8, height=16, width=16, out_channels=256)).grid == (8 * 2, 1, 1)
-    # 4 samples of a tile: at most 40 // 4 + 8 groups rows.
-    assert only(plan(batch=40, height=8, width=8)).grid == (18, 1, 1)
+    assert only(plan(batch=64, height=16, width=16, out_channels=256)).grid == (64 * 2, 1, 1)
+    # 2 samples of a tile: at most 40 // 2 + 8 groups rows, of 2 x 64 channels.
+    assert only(plan(batch=40, height=8, width=16)).grid == (28 * 2 * 2, 1, 1)
 
 
 def test_stages_of_weights_fill_what_the_groups_leave_of_shared_memory() -> None:
@@ -434,7 +434,7 @@ def test_wgrad_of_1x1_filters_reads_rows_of_both_inputs() -> None:
 def test_3x3_filters_on_small_images_read_whole_images() -> None:
     sizes = {"height": 4, "width": 4, "batch": 64, "in_channels": 256, "out_channels": 256}
     launch = only(plan(x=1 << 21, residual=0, **sizes))
-    assert launch.kernel == "tdc_conv_hopper_rows_forward_bf16_128x64"
+    assert launch.kernel == "tdc_conv_hopper_rows_split4_forward_bf16_128x64"
     x, weight, y = (described(launch, at) for at in launch.tensor_maps[:3])
     assert (x[0], x[5:9], x[10:14]) == (1 << 21, (256, 4, 4, 64), (64, 4, 4, 8))
     assert weight[5:9] == (256, 9, 256, 8)

@@ -1,4 +1,5 @@
-// The kernels of the convolution's Hopper form: X(name, Params, (function), threads, blocks per SM).
+// The kernels of the convolution's Hopper form: X(name, Params, (function), threads, blocks per SM[, blocks of a
+// cluster]).
 #pragma once
 
 #include "cuda/conv/hopper_params.h"
@@ -12,7 +13,8 @@
   TDC_HOPPER_IMAGES(X, name##_16x16x128, T, tdc::HopperTile16x16, forward)     \
   TDC_HOPPER_IMAGES(X, name##_16x16x192, T, tdc::HopperTile16x16Wide, forward) \
   TDC_HOPPER_IMAGES(X, name##_32x16x64, T, tdc::HopperTile32x16, forward)      \
-  TDC_HOPPER_IMAGES(X, name##_8x8x4x128, T, tdc::HopperTile8x8, forward)
+  TDC_HOPPER_IMAGES(X, name##_8x8x4x128, T, tdc::HopperTile8x8, forward)       \
+  TDC_HOPPER_IMAGES(X, name##_8x8x2x64, T, tdc::HopperTile8x8Quarter, forward)
 
 #define TDC_KERNELS_conv_hopper_forward(X)                           \
   TDC_HOPPER_TILES(X, tdc_conv_hopper_forward_bf16, tdc::bf16, true) \
@@ -32,6 +34,20 @@
   TDC_HOPPER_ROWS_TILES(X, name##_forward_fp16, tdc::half, true, Params, Layout) \
   TDC_HOPPER_ROWS_TILES(X, name##_dgrad_bf16, tdc::bf16, false, Params, Layout)  \
   TDC_HOPPER_ROWS_TILES(X, name##_dgrad_fp16, tdc::half, false, Params, Layout)
+
+// Clusters of `split` blocks.
+#define TDC_HOPPER_SPLIT(X, name, T, split, tile, forward)                                            \
+  X(name##_##tile, tdc::ConvHopperRowsParams,                                                         \
+    (tdc::conv_hopper_rows<T, tdc::HopperRowsLayout<tdc::HopperRowsSplit##split##_##tile, forward>>), \
+    tdc::kHopperThreads, 1, split)
+#define TDC_HOPPER_SPLIT_TYPES(X, split, pass, forward)                                                     \
+  TDC_HOPPER_SPLIT(X, tdc_conv_hopper_rows_split##split##_##pass##_bf16, tdc::bf16, split, 128x64, forward) \
+  TDC_HOPPER_SPLIT(X, tdc_conv_hopper_rows_split##split##_##pass##_fp16, tdc::half, split, 128x64, forward)
+#define TDC_KERNELS_conv_hopper_rows_split(X) \
+  TDC_HOPPER_SPLIT_TYPES(X, 2, forward, true) \
+  TDC_HOPPER_SPLIT_TYPES(X, 2, dgrad, false)  \
+  TDC_HOPPER_SPLIT_TYPES(X, 4, forward, true) \
+  TDC_HOPPER_SPLIT_TYPES(X, 4, dgrad, false)
 
 #define TDC_KERNELS_conv_hopper_rows(X) \
   TDC_HOPPER_ROWS_PASSES(X, tdc_conv_hopper_rows, tdc::ConvHopperRowsParams, tdc::HopperRowsLayout)

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstddef>
 
+#include "cuda/conv/hopper_model.h"
 #include "cuda/conv/hopper_params.h"
 #include "cuda/conv/planning.h"
 
@@ -17,14 +18,21 @@ constexpr int kLeastWeightStages = 2;
 
 struct TileChoice {
   const char* name;
-  int down, across, samples, columns, box_height, box_width;
+  int down, across, samples, columns, box_height, box_width, source_bytes;
   int (*shared_bytes)(int weight_stages, int num_groups);
 };
 
 template <class Tile>
 TileChoice choice_of(const char* name) {
-  return {name,           Tile::kDown,      Tile::kAcross,   Tile::kSamples,
-          Tile::kColumns, Tile::kBoxHeight, Tile::kBoxWidth, hopper_shared_bytes<Tile>};
+  return {name,
+          Tile::kDown,
+          Tile::kAcross,
+          Tile::kSamples,
+          Tile::kColumns,
+          Tile::kBoxHeight,
+          Tile::kBoxWidth,
+          Tile::kSourceBytes,
+          hopper_shared_bytes<Tile>};
 }
 
 // Tensors of a side of the convolution: its input is x and x2, or their gradients.
@@ -44,9 +52,22 @@ Side result_of(const ConvArguments& a, bool forward) {
   return forward ? Side{a.y, 0, a.out_channels, a.out_channels} : Side{a.dx, a.dx2, a.in_channels, a.x_channels()};
 }
 
-// The tile that computes the fewest pixels and channels outside of the result; of equals, the one that loads fewer
-// pixels around itself. 128 columns go before 192, and 64 take more pixels instead.
-TileChoice choose_tile(const ConvArguments& a, bool forward) {
+// Clocks of the busiest SM. A source is loaded once for all taps.
+int64_t clocks(const ConvArguments& a, const Device& device, bool forward, const TileChoice& tile) {
+  const Side source = source_of(a, forward), result = result_of(a, forward);
+  const int64_t pixels = 64 * tile.down * tile.across, samples = even_samples(a), rest = samples % tile.samples;
+  const int64_t of_row = ceil_div(a.height, 8 * tile.down) * ceil_div(a.width, 8 * tile.across) *
+                         result.tiles(tile.columns) * even_groups(a);
+  const int64_t columns = hopper_mean_columns(tile.columns, result.seam, result.of_second());
+  const HopperTileCost cost{tile.samples * pixels, columns, tile.source_bytes / kHopperTaps};
+  const HopperTiles tiles{samples / tile.samples * of_row, rest ? of_row : 0, rest * pixels,
+                          hopper_steps(kHopperTaps, source.seam, source.of_second())};
+  return hopper_clocks(cost, tiles, device, 1);
+}
+
+// Of the large tiles the one that computes the fewest pixels and channels outside of the result; of equals, the one
+// that loads fewer pixels around itself. 128 columns go before 192, and 64 take more pixels instead.
+TileChoice choose_large_tile(const ConvArguments& a, bool forward) {
   const int64_t small = ceil_div(a.height, 8) * ceil_div(a.width, 8) * 64;
   const int64_t large = ceil_div(a.height, 16) * ceil_div(a.width, 16) * 256;
   if (small < large) return choice_of<HopperTile8x8>("8x8x4x128");
@@ -55,6 +76,21 @@ TileChoice choose_tile(const ConvArguments& a, bool forward) {
   if (std::max(result.seam, result.of_second()) <= 64 && tall <= large) return choice_of<HopperTile32x16>("32x16x64");
   return result.tiles(192) * 192 < result.tiles(128) * 128 ? choice_of<HopperTile16x16Wide>("16x16x192")
                                                            : choice_of<HopperTile16x16>("16x16x128");
+}
+
+TileChoice quarter_tile() { return choice_of<HopperTile8x8Quarter>("8x8x2x64"); }
+
+// A large tile, or a quarter of one where the large ones would leave SMs idle.
+TileChoice choose_tile(const ConvArguments& a, const Device& device, bool forward) {
+  const TileChoice large = choose_large_tile(a, forward), quarter = quarter_tile();
+  return clocks(a, device, forward, quarter) < clocks(a, device, forward, large) ? quarter : large;
+}
+
+// The form of rows reads each pixel once per tap: it must be faster by a tenth.
+bool runs_as_rows(const ConvArguments& a, const Device& device, bool forward) {
+  if (!may_take_rows(a)) return takes_rows(a);
+  const int64_t as_images = clocks(a, device, forward, choose_tile(a, device, forward));
+  return hopper_rows_choices(a, device, forward).front().clocks < as_images / 10 * 9;
 }
 
 // As many stages of weights as fit; 0 where too few do.
@@ -66,7 +102,7 @@ int weight_stages(const TileChoice& tile, const ConvArguments& a, const Device& 
 
 std::vector<Launch> launch_images(const ConvArguments& a, const Device& device, bool forward) {
   if (a.batch == 0) return {};
-  const TileChoice tile = choose_tile(a, forward);
+  const TileChoice tile = choose_tile(a, device, forward);
   const Side source = source_of(a, forward), result = result_of(a, forward);
   ConvHopperParams p{};
   std::vector<unsigned> maps;
@@ -112,7 +148,7 @@ std::vector<Launch> launch_images(const ConvArguments& a, const Device& device, 
 }
 
 std::vector<Launch> launch_hopper(const ConvArguments& a, const Device& device, bool forward) {
-  if (takes_rows(a)) return launch_hopper_rows(a, device, forward);
+  if (runs_as_rows(a, device, forward)) return launch_hopper_rows(a, device, forward);
   if (takes_upsampled(a)) return launch_hopper_upsampled(a, device, forward);
   return takes_strides(a) ? launch_hopper_strided(a, device, forward) : launch_images(a, device, forward);
 }
@@ -150,12 +186,26 @@ std::string hopper_refusal(const ConvArguments& a, const Device& device) {
 std::string hopper_refusal(const ConvArguments& a, const Device& device, bool forward) {
   const std::string common = hopper_refusal(a, device);
   if (!common.empty()) return common;
-  if (takes_rows(a)) return hopper_rows_refusal(a, device);
+  if (runs_as_rows(a, device, forward)) return hopper_rows_refusal(a, device);
   if (takes_upsampled(a)) return hopper_upsampled_refusal(a, device);
   if (takes_strides(a)) return hopper_strided_refusal(a, device);
   if (a.num_groups > kHopperMostGroups) return "it has at most " + std::to_string(kHopperMostGroups) + " groups";
-  if (weight_stages(choose_tile(a, forward), a, device) == 0) return "its stages do not fit into shared memory";
+  if (weight_stages(choose_tile(a, device, forward), a, device) == 0) return "its stages do not fit into shared memory";
   return "";
+}
+
+std::vector<HopperChoice> hopper_choices(const ConvArguments& a, const Device& device, bool forward) {
+  if (takes_upsampled(a) || takes_strides(a)) return {};
+  if (takes_rows(a)) return hopper_rows_choices(a, device, forward);
+  const TileChoice chosen = choose_tile(a, device, forward);
+  std::vector<HopperChoice> choices = {{chosen.name, clocks(a, device, forward, chosen)}};
+  for (const TileChoice& tile : {choose_large_tile(a, forward), quarter_tile()}) {
+    if (std::string(tile.name) != chosen.name) choices.push_back({tile.name, clocks(a, device, forward, tile)});
+  }
+  if (!may_take_rows(a)) return choices;
+  const std::vector<HopperChoice> rows = hopper_rows_choices(a, device, forward);
+  choices.insert(runs_as_rows(a, device, forward) ? choices.begin() : choices.end(), rows.begin(), rows.end());
+  return choices;
 }
 
 std::vector<Launch> launch_hopper_forward(const ConvArguments& arguments, const Device& device) {

@@ -23,6 +23,20 @@ bool takes_rows(const ConvArguments& arguments);
 std::string hopper_rows_refusal(const ConvArguments& arguments, const Device& device);
 std::vector<Launch> launch_hopper_rows(const ConvArguments& arguments, const Device& device, bool forward);
 
+// A kernel that may run, without its element type, and the clocks that it takes by the model (conv/hopper_model.h).
+struct HopperChoice {
+  std::string kernel;
+  int64_t clocks;
+};
+
+// Whether forward and dgrad are served in the form of images and in that of rows; the tiles of the latter, the chosen
+// one first.
+bool may_take_rows(const ConvArguments& arguments);
+std::vector<HopperChoice> hopper_rows_choices(const ConvArguments& arguments, const Device& device, bool forward);
+
+// All tiles of forward or dgrad where these are chosen by the model, the chosen one first: stride 1, not upsampled.
+std::vector<HopperChoice> hopper_choices(const ConvArguments& arguments, const Device& device, bool forward);
+
 // The same of the form of stride 2: 3x3 filters with padding 1.
 bool takes_strides(const ConvArguments& arguments);
 std::string hopper_strided_refusal(const ConvArguments& arguments, const Device& device);

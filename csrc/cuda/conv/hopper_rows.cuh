@@ -5,6 +5,8 @@
 //                Stages of the next tile are loaded while this one is stored
 //   consumers    two warpgroups: multiply half of a tile's rows each, add what is added, store
 //
+// Where the depth is split, the blocks of a cluster take the same tiles and other steps of them: hopper_split.cuh.
+//
 // A layout says where the rows lie in the tensors: in hopper_rows_layout.cuh, for 1x1 filters and small images, and in
 // hopper_strided.cuh. Each tap has stages of its own: TMA loads the rows moved by it, with zeros around the images.
 // With two inputs stages hold channels of one of them, so that the seam may be at any multiple of 8.
@@ -16,6 +18,7 @@
 #include "cuda/conv/hopper_rows_params.h"
 #include "cuda/conv/hopper_schedule.cuh"
 #include "cuda/conv/hopper_shared.cuh"
+#include "cuda/conv/hopper_split.cuh"
 
 namespace tdc {
 
@@ -46,14 +49,19 @@ class HopperRowsProducer {
       : p_(p), layout_(p), shared_(shared), schedule_(p, shared.groups) {}
 
   __device__ __forceinline__ void run() {
+    const int rank = HopperSplit<Tile>::rank();
     for (int turn = 0;; ++turn) {
       const HopperWork work = layout_.find(schedule_, hopper_tile(turn, blockIdx.x, gridDim.x));
       send(work);
       if (work.live < 0) return;
       const HopperDepths depths(work.depth, layout_.source_seam());
-      const int taps = layout_.taps(work);
-      for (int tap = 0; tap < taps; ++tap) {
-        for (int block = 0; block < depths.blocks(); ++block) load(work, depths, tap, block);
+      const int blocks = depths.blocks(), steps = layout_.taps(work) * blocks;
+      if (steps == 0) continue;
+      int step = HopperSplit<Tile>::first(steps, rank);
+      const int end = HopperSplit<Tile>::first(steps, rank + 1);
+      for (int tap = step / blocks, block = step % blocks; step < end; ++step) {
+        load(work, depths, tap, block);
+        if (++block == blocks) block = 0, ++tap;
       }
     }
   }
@@ -110,7 +118,8 @@ class HopperRowsConsumer {
 
  public:
   __device__ __forceinline__ HopperRowsConsumer(const Params& p, const HopperRowsShared<Tile>& shared, int group)
-      : p_(p), layout_(p), shared_(shared), group_(group) {}
+      : p_(p), layout_(p), shared_(shared), group_(group), warp_(shfl(static_cast<int>(threadIdx.x) / 32 % 4, 0)),
+        split_(shared, 4 * group + warp_) {}
 
   __device__ __forceinline__ void run() {
     HopperRowsControl& c = *shared_.control;
@@ -123,37 +132,46 @@ class HopperRowsConsumer {
       hopper_release(&c.message_empty[messages_.stage]);
       messages_.next(kHopperMessages);
       if (work.live < 0) break;
-      epilogue.prepare(work);
+      const bool own = Tile::kSplit == 1 || split_.own();
+      if (own) epilogue.prepare(work);
       const HopperDepths depths(work.depth, layout_.source_seam());
-      if (depths.blocks()) {
-        const int taps = layout_.taps(work);
+      const int steps = layout_.taps(work) * depths.blocks(), rank = HopperSplit<Tile>::rank();
+      const int first = HopperSplit<Tile>::first(steps, rank), end = HopperSplit<Tile>::first(steps, rank + 1);
+      if (first < end) {
         if (group_ * kPatches * 64 >= layout_.rows(work)) {
-          skip(depths, taps);
+          skip(end - first);
         } else if (Tile::kColumns == 64 || hopper_product_columns<Tile>(work) == Tile::kColumns) {
-          multiply<Tile::kColumns>(depths, taps, sums);
+          multiply<Tile::kColumns>(depths, first, end, sums);
         } else {
-          multiply<64>(depths, taps, sums);
+          multiply<64>(depths, first, end, sums);
         }
       }
-      epilogue.finish(work, sums);
+      if constexpr (Tile::kSplit > 1) {
+        if (steps && group_ * 64 + warp_ * 16 < layout_.rows(work)) split_.combine(steps, sums[0]);
+      }
+      if (own) epilogue.finish(work, sums);
     }
     epilogue.end();
   }
 
  private:
   template <int kColumns>
-  __device__ __forceinline__ void multiply(const HopperDepths& depths, int taps, Sums& sums) {
+  __device__ __forceinline__ void multiply(const HopperDepths& depths, int first, int end, Sums& sums) {
     HopperRowsControl& c = *shared_.control;
     last_ = -1;
+    const int blocks = depths.blocks();
+    int block = first % blocks;
 #pragma unroll 1
-    for (int pass = 0; pass < 2 * taps; ++pass) {  // the inputs of every tap
-      int left = pass % 2 ? depths.second : depths.first;
-      for (; left > 48; left -= kHopperDepth) multiply_block<kColumns, kHopperSteps>(left, sums);
-      if (left > 32) {
+    for (int step = first; step < end; ++step) {
+      const int left = depths.left(block);
+      if (++block == blocks) block = 0;
+      if (left > 48) {
+        multiply_block<kColumns, kHopperSteps>(left, sums);
+      } else if (left > 32) {
         multiply_block<kColumns, 3>(left, sums);
       } else if (left > 16) {
         multiply_block<kColumns, 2>(left, sums);
-      } else if (left > 0) {
+      } else {
         multiply_block<kColumns, 1>(left, sums);
       }
     }
@@ -192,9 +210,9 @@ class HopperRowsConsumer {
   }
 
   // The warpgroup has no rows in this tile.
-  __device__ __forceinline__ void skip(const HopperDepths& depths, int taps) {
+  __device__ __forceinline__ void skip(int steps) {
     HopperRowsControl& c = *shared_.control;
-    for (int i = 0; i < taps * depths.blocks(); ++i) {
+    for (int i = 0; i < steps; ++i) {
       mbarrier_wait(&c.full[stages_.stage], stages_.parity);
       warp_sync();
       hopper_release(&c.empty[stages_.stage]);
@@ -213,10 +231,11 @@ class HopperRowsConsumer {
   const Params& p_;
   const Layout layout_;
   const HopperRowsShared<Tile>& shared_;
-  int group_;
-  int last_ =
-      -1;  // the stage that the products under way read; -1: there are none yet, and the next overwrite the sums
+  int group_, warp_;
+  // The stage that the products under way read; -1: there are none yet, and the next overwrite the sums.
+  int last_ = -1;
   HopperRing stages_, messages_;
+  HopperSplit<Tile> split_;
 };
 
 template <class T, class Layout>
@@ -233,12 +252,17 @@ __device__ __forceinline__ void conv_hopper_rows(const typename Layout::Params& 
   }
   // Ends with a barrier, also for the barriers.
   typename Layout::Schedule(p, shared.groups).template make<Layout::kForward>();
+  if (Tile::kSplit > 1 && !TDC_PLANTED(HOPPER_NO_CLUSTER_BEGIN)) cluster_arrive(), cluster_wait();
   if (group == 0) {
     registers_give<56>();
     if (threadIdx.x == 0) HopperRowsProducer<Layout>(p, shared).run();
   } else {
     registers_take<224>();
     HopperRowsConsumer<T, Layout>(p, shared, group - 1).run();
+  }
+  if (Tile::kSplit > 1 && !TDC_PLANTED(HOPPER_NO_CLUSTER_END)) {
+    warp_sync();  // one thread of its warp was the producer
+    cluster_arrive(), cluster_wait();
   }
 #else
   trap();

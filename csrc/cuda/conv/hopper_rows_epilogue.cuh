@@ -11,13 +11,14 @@ namespace tdc {
 template <class Tile>
 struct HopperRowsShared {
   unsigned char* stages;  // the source's rows, then the weights
-  unsigned char* stores;
+  unsigned char *stores, *parts;
   HopperRowsControl* control;
   HopperGroup* groups;
 
   __device__ __forceinline__ HopperRowsShared(unsigned char* memory, int number_of_stages)
       : stages(memory), stores(memory + number_of_stages * Tile::kStageBytes) {
-    control = reinterpret_cast<HopperRowsControl*>(stores + 8 * Tile::kStoreBuffers * kHopperStoreBytes);
+    parts = stores + 8 * Tile::kStoreBuffers * kHopperStoreBytes;
+    control = reinterpret_cast<HopperRowsControl*>(parts + Tile::kPartBytes);
     groups = reinterpret_cast<HopperGroup*>(control + 1);
   }
 
@@ -33,6 +34,9 @@ struct HopperRowsShared {
     for (int i = 0; i < kHopperMessages; ++i) hopper_init_pair(&control->message_full[i], &control->message_empty[i]);
     for (int warp = 0; warp < 8; ++warp) {
       for (int i = 0; i < Tile::kStoreBuffers; ++i) mbarrier_init(&control->residual_full[warp][i], 1);
+      if (Tile::kSplit == 1) continue;
+      mbarrier_init(&control->part_full[warp], Tile::kSplit - 1);
+      mbarrier_init(&control->part_empty[warp], 1);
     }
     mbarrier_init_fence();
   }

@@ -2,6 +2,7 @@
 #include <cstddef>
 
 #include "cuda/conv/hopper_launch.h"
+#include "cuda/conv/hopper_model.h"
 #include "cuda/conv/hopper_rows_params.h"
 #include "cuda/conv/planning.h"
 
@@ -14,14 +15,18 @@ namespace {
 constexpr int kLeastStages = 3;
 
 struct TileChoice {
-  const char* name;
-  int rows, columns;
+  const char *split, *name;
+  int rows, columns, blocks;  // blocks of a cluster
   int (*shared_bytes)(int stages, int num_groups);
 };
 
 template <class Tile>
-TileChoice choice_of(const char* name) {
-  return {name, Tile::kSamples, Tile::kColumns, hopper_rows_shared_bytes<Tile>};
+TileChoice choice_of(const char* split, const char* name) {
+  return {split, name, Tile::kSamples, Tile::kColumns, Tile::kSplit, hopper_rows_shared_bytes<Tile>};
+}
+
+bool filter_is(const ConvArguments& a, int64_t size, int64_t padding) {
+  return a.filter_height == size && a.filter_width == size && a.pad_height == padding && a.pad_width == padding;
 }
 
 // Tiles along the channels of the result; none has channels of both inputs.
@@ -30,22 +35,26 @@ int64_t channel_tiles(const ConvArguments& a, const TileChoice& tile, bool forwa
                  : ceil_div(a.x_channels(), tile.columns) + ceil_div(a.x2_channels, tile.columns);
 }
 
-// The tile with which even groups keep the busiest SM for the fewest clocks; of equals, the larger. An SM multiplies
-// 2048 pairs and reads 64 bytes of the L2 cache in a clock.
-TileChoice choose_tile(const ConvArguments& a, const Device& device, bool forward) {
-  const int64_t groups = std::min(a.num_groups, a.batch);
-  const auto clocks_of_busiest = [&](const TileChoice& tile) {
-    const int64_t rows = ceil_div(a.batch, groups) * a.height * a.width;
-    const int64_t tiles = groups * ceil_div(rows, tile.rows) * channel_tiles(a, tile, forward);
-    const int64_t products = tile.rows * tile.columns * kHopperDepth / 2048;
-    const int64_t loads = (tile.rows + tile.columns) * kHopperRow / 64;
-    return ceil_div(tiles, device.multiprocessors) * std::max(products, loads);
-  };
-  TileChoice best = choice_of<HopperRows256x128>("256x128");
-  for (const TileChoice& tile : {choice_of<HopperRows128x128>("128x128"), choice_of<HopperRows128x64>("128x64")}) {
-    if (clocks_of_busiest(tile) < clocks_of_busiest(best)) best = tile;
-  }
-  return best;
+int64_t clocks(const ConvArguments& a, const Device& device, bool forward, const TileChoice& tile) {
+  const int64_t rows = even_samples(a) * a.height * a.width, rest = rows % tile.rows;
+  const int64_t of_row = channel_tiles(a, tile, forward) * even_groups(a), taps = a.filter_height * a.filter_width;
+  const int64_t steps =
+      forward ? hopper_steps(taps, a.x_channels(), a.x2_channels) : hopper_steps(taps, a.out_channels, 0);
+  const HopperTileCost cost{tile.rows, tile.columns, tile.rows * kHopperRow};
+  return hopper_clocks(cost, {rows / tile.rows * of_row, rest ? of_row : 0, rest, steps}, device, tile.blocks);
+}
+
+// The tiles, the one that keeps the busiest SM for the fewest clocks first; of equals the larger, with the fewer
+// blocks. Only where tiles leave SMs idle does a cluster gain.
+std::vector<TileChoice> tiles_by_clocks(const ConvArguments& a, const Device& device, bool forward) {
+  std::vector<TileChoice> tiles = {
+      choice_of<HopperRows256x128>("", "256x128"), choice_of<HopperRows128x128>("", "128x128"),
+      choice_of<HopperRows128x64>("", "128x64"), choice_of<HopperRowsSplit2_128x64>("split2_", "128x64"),
+      choice_of<HopperRowsSplit4_128x64>("split4_", "128x64")};
+  std::stable_sort(tiles.begin(), tiles.end(), [&](const TileChoice& one, const TileChoice& other) {
+    return clocks(a, device, forward, one) < clocks(a, device, forward, other);
+  });
+  return tiles;
 }
 
 // As many stages as fit; 0 where too few do.
@@ -58,24 +67,35 @@ int stages(const TileChoice& tile, const ConvArguments& a, const Device& device)
 }  // namespace
 
 bool takes_rows(const ConvArguments& a) {
-  const auto filter_is = [&](int64_t size, int64_t padding) {
-    return a.filter_height == size && a.filter_width == size && a.pad_height == padding && a.pad_width == padding;
-  };
   if (a.stride_height != 1 || a.stride_width != 1 || a.upsample != 1) return false;
   // Whole images, moved by a tap, fill the 64 rows of a product.
-  return filter_is(1, 0) || (filter_is(3, 1) && std::min(a.height, a.width) < 8 && 64 % (a.height * a.width) == 0);
+  return filter_is(a, 1, 0) ||
+         (filter_is(a, 3, 1) && std::min(a.height, a.width) < 8 && 64 % (a.height * a.width) == 0);
+}
+
+bool may_take_rows(const ConvArguments& a) {
+  return a.height == 8 && a.width == 8 && filter_is(a, 3, 1) && a.stride_height == 1 && a.stride_width == 1 &&
+         a.upsample == 1;
 }
 
 std::string hopper_rows_refusal(const ConvArguments& a, const Device& device) {
   if (a.num_groups > kHopperMostGroups) return "it has at most " + std::to_string(kHopperMostGroups) + " groups";
-  if (stages(choice_of<HopperRows256x128>(""), a, device) == 0) return "its stages do not fit into shared memory";
+  if (stages(choice_of<HopperRows256x128>("", ""), a, device) == 0) return "its stages do not fit into shared memory";
   return "";
+}
+
+std::vector<HopperChoice> hopper_rows_choices(const ConvArguments& a, const Device& device, bool forward) {
+  std::vector<HopperChoice> choices;
+  for (const TileChoice& tile : tiles_by_clocks(a, device, forward)) {
+    choices.push_back({std::string("rows_") + tile.split + tile.name, clocks(a, device, forward, tile)});
+  }
+  return choices;
 }
 
 std::vector<Launch> launch_hopper_rows(const ConvArguments& a, const Device& device, bool forward) {
   if (a.batch == 0) return {};
   using Params = ConvHopperRowsParams;
-  const TileChoice tile = choose_tile(a, device, forward);
+  const TileChoice tile = tiles_by_clocks(a, device, forward).front();
   const int64_t pixels = a.height * a.width, rows = a.batch * pixels;
   Params p{};
   std::vector<unsigned> maps;
@@ -133,10 +153,12 @@ std::vector<Launch> launch_hopper_rows(const ConvArguments& a, const Device& dev
   // The device counts the tiles; there are at most so many.
   const int64_t most_rows = std::min(rows, rows / tile.rows + std::min(a.num_groups, a.batch));
   const unsigned most = blocks_of({most_rows, p.channel_tiles}, a);
-  const std::string kernel =
-      std::string("tdc_conv_hopper_rows_") + (forward ? "forward_" : "dgrad_") + storage_name(a) + "_" + tile.name;
-  Launch launch = launch_of(kernel, std::min(most, static_cast<unsigned>(device.multiprocessors)), kHopperThreads,
+  const int64_t clusters = std::min<int64_t>(most, hopper_clusters(device, tile.blocks));
+  const std::string kernel = std::string("tdc_conv_hopper_rows_") + tile.split + (forward ? "forward_" : "dgrad_") +
+                             storage_name(a) + "_" + tile.name;
+  Launch launch = launch_of(kernel, static_cast<unsigned>(clusters), kHopperThreads,
                             tile.shared_bytes(p.stages, static_cast<int>(a.num_groups)), p, a);
+  launch.grid[1] = static_cast<unsigned>(tile.blocks);
   launch.tensor_maps = maps;
   return {launch};
 }

@@ -7,33 +7,43 @@ namespace tdc {
 
 // The form of rows serves 1x1 filters, and 3x3 filters on images of few pixels: a matrix product for every group and
 // tap, whose rows are the pixels of the group's samples. A tile is kPatches times 64 rows, the rows of one wgmma, times
-// kColumns channels of the result; two warpgroups multiply half of the rows each.
-template <int kPatches_, int kColumns_>
+// kColumns channels of the result; two warpgroups multiply half of the rows each. Where a result has fewer tiles than
+// there are SMs, the depth is split: a cluster of kSplit blocks computes a tile, each a part of the taps and channels,
+// and the rows of each warp are added up and stored by one of them (hopper_split.cuh).
+template <int kPatches_, int kColumns_, int kSplit_ = 1>
 struct HopperRowsTile {
   static constexpr int kDown = 1, kAcross = 1;
   static constexpr int kPatches = kPatches_, kSamples = 64 * kPatches_, kColumns = kColumns_;
   static constexpr int kStoreBuffers = 2;  // of each warp: 16 rows of 64 channels
   static constexpr int kSourceBytes = kSamples * kHopperRow, kWeightBytes = kColumns * kHopperRow;
   static constexpr int kStageBytes = kSourceBytes + kWeightBytes;
+  static constexpr int kSplit = kSplit_;
+  // The sums of a warp, and those that the other blocks send to the warps of one.
+  static constexpr int kWarpSumBytes = 16 * kColumns * 4;
+  static constexpr int kPartBytes = (kSplit - 1) * (8 / kSplit) * kWarpSumBytes;
   static_assert(kPatches % 2 == 0 && kPatches / 2 * kColumns / 2 <= 192, "the sums of a thread fit into its registers");
+  static_assert(8 % kSplit == 0 && (kSplit == 1 || kPatches == 2), "a block adds up the rows of whole warps, 16 each");
 };
 using HopperRows256x128 = HopperRowsTile<4, 128>;
 using HopperRows128x128 = HopperRowsTile<2, 128>;
 using HopperRows128x64 = HopperRowsTile<2, 64>;
+using HopperRowsSplit2_128x64 = HopperRowsTile<2, 64, 2>;
+using HopperRowsSplit4_128x64 = HopperRowsTile<2, 64, 4>;
 
 constexpr int kHopperRowsMostStages = 6;
 
 struct HopperRowsControl {
   unsigned long long full[kHopperRowsMostStages], empty[kHopperRowsMostStages];
   unsigned long long message_full[kHopperMessages], message_empty[kHopperMessages];
-  unsigned long long residual_full[8][2];  // of each warp's store buffers
+  unsigned long long residual_full[8][2];          // of each warp's store buffers
+  unsigned long long part_full[8], part_empty[8];  // of each warp's sums, where the depth is split
   HopperWork messages[kHopperMessages];
 };
 
-// Dynamic shared memory: stages, store buffers (all at multiples of 1024), control, groups.
+// Dynamic shared memory: stages, store buffers, sums of other blocks (all at multiples of 1024), control, groups.
 template <class Tile>
 constexpr int hopper_rows_shared_bytes(int stages, int num_groups) {
-  return stages * Tile::kStageBytes + 8 * Tile::kStoreBuffers * kHopperStoreBytes +
+  return stages * Tile::kStageBytes + 8 * Tile::kStoreBuffers * kHopperStoreBytes + Tile::kPartBytes +
          static_cast<int>(sizeof(HopperRowsControl)) + num_groups * static_cast<int>(sizeof(HopperGroup));
 }
 

@@ -1,0 +1,118 @@
+"""The model of clocks by which the Hopper form chooses tiles, for every layer of two public UNets. No kernel runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tdc_fast import _native
+from tests.native.test_conv_hopper_launch import plan, sizes
+from tests.native.test_conv_launch import H100, only
+
+PASSES = ("forward", "dgrad")
+# (filter, height, width, input channels, output channels) of the layers of stride 1 that are not of image channels.
+CIFAR10 = [
+    *((1, 4, 4, 512, 256), (1, 8, 8, 512, 256), (1, 16, 1, 256, 256), (1, 16, 1, 256, 768), (1, 16, 16, 128, 256)),
+    *((1, 16, 16, 384, 256), (1, 16, 16, 512, 256), (1, 32, 32, 256, 128), (1, 32, 32, 384, 128)),
+    *((1, 64, 1, 256, 256), (1, 64, 1, 256, 768), (1, 256, 1, 256, 256), (1, 256, 1, 256, 768)),
+    *((3, 4, 4, 256, 256), (3, 4, 4, 512, 256), (3, 8, 8, 256, 256), (3, 8, 8, 512, 256), (3, 16, 16, 128, 256)),
+    *((3, 16, 16, 256, 256), (3, 16, 16, 384, 256), (3, 16, 16, 512, 256), (3, 32, 32, 128, 128)),
+    *((3, 32, 32, 256, 128), (3, 32, 32, 384, 128)),
+]
+IMAGENET64 = [
+    *((1, 8, 8, 384, 512), (1, 8, 8, 896, 512), (1, 8, 8, 1024, 512), (1, 16, 16, 256, 384), (1, 16, 16, 640, 384)),
+    *((1, 16, 16, 768, 384), (1, 16, 16, 896, 384), (1, 32, 32, 128, 256), (1, 32, 32, 384, 256)),
+    *((1, 32, 32, 512, 256), (1, 32, 32, 640, 256), (1, 64, 1, 512, 512), (1, 64, 1, 512, 1536)),
+    *((1, 64, 64, 256, 128), (1, 64, 64, 384, 128), (1, 256, 1, 384, 384), (1, 256, 1, 384, 1152)),
+    *((3, 8, 8, 384, 512), (3, 8, 8, 512, 512), (3, 8, 8, 896, 512), (3, 8, 8, 1024, 512), (3, 16, 16, 256, 384)),
+    *((3, 16, 16, 384, 384), (3, 16, 16, 640, 384), (3, 16, 16, 768, 384), (3, 16, 16, 896, 384)),
+    *((3, 32, 32, 128, 256), (3, 32, 32, 256, 256), (3, 32, 32, 384, 256), (3, 32, 32, 512, 256)),
+    *((3, 32, 32, 640, 256), (3, 64, 64, 128, 128), (3, 64, 64, 256, 128), (3, 64, 64, 384, 128)),
+]
+LAYERS = CIFAR10 + IMAGENET64
+DRAM_BYTES = 2400  # of an H200, in a clock
+TENSOR_CORES = 132 * 2048  # multiply-adds in a clock
+
+
+def settings(layer: tuple[int, int, int, int, int], batch: int, groups: int) -> dict[str, Any]:
+    filter_, height, width, ins, outs = layer
+    shape = {"batch": batch, "height": height, "width": width, "in_channels": ins, "out_channels": outs}
+    padding = {"pad_height": filter_ // 2, "pad_width": filter_ // 2}
+    return (
+        shape
+        | padding
+        | {"filter_height": filter_, "filter_width": filter_}
+        | {"num_groups": groups, "num_experts": groups}
+    )
+
+
+def choices(pass_: str, **changes: Any) -> dict[str, int]:
+    """Clocks by tile, the chosen one first."""
+    return dict(getattr(_native, f"cuda_conv_{pass_}_hopper_choices")(**sizes(**changes)))
+
+
+def problems(
+    batches: tuple[int, ...] = (16, 64, 512), groups: tuple[int, ...] = (1, 8, 64)
+) -> Iterator[tuple[str, Any]]:
+    for layer in LAYERS:
+        for batch in batches:
+            for count in groups:
+                for pass_ in PASSES:
+                    yield pass_, settings(layer, batch, count)
+
+
+def test_what_runs_is_the_first_choice() -> None:
+    for pass_, own in problems(groups=(1, 8)):
+        kernel = only(plan(pass_, **own)).kernel
+        assert kernel.removeprefix("tdc_conv_hopper_").replace(f"{pass_}_bf16_", "") == next(
+            iter(choices(pass_, **own))
+        )
+
+
+def test_no_layer_takes_longer_by_splitting_or_by_small_tiles() -> None:
+    split = 0
+    for pass_, own in problems():
+        clocks = choices(pass_, **own)
+        chosen = next(iter(clocks))
+        # Images go as rows only where these are faster by a tenth.
+        assert clocks[chosen] <= min(clocks.values()) / (0.9 if not chosen.startswith("rows") else 1) + 10, own
+        split += "split" in chosen
+    assert split >= 50
+
+
+@pytest.mark.parametrize("layer", [(3, 4, 4, 256, 256), (3, 4, 4, 512, 256), (3, 8, 8, 256, 256), (3, 8, 8, 512, 256)])
+def test_small_images_keep_all_multiprocessors_busy(layer: tuple[int, int, int, int, int]) -> None:
+    """64 samples of 8 experts: 4x4 images by clusters of four blocks, 8x8 images by tiles of two samples."""
+    clocks = choices("forward", **settings(layer, 64, 8))
+    chosen = next(iter(clocks))
+    height, ins, outs = layer[1], layer[3], layer[4]
+    assert chosen == ("rows_split4_128x64" if height == 4 else "8x8x2x64")
+    large = clocks["rows_128x64" if height == 4 else "8x8x4x128"]
+    assert clocks[chosen] <= (0.5 if height == 4 else 0.36) * large
+    launch = only(plan(**settings(layer, 64, 8)))
+    assert 128 <= launch.grid[0] * launch.grid[1] <= H100[1]
+    products = 64 * height**2 * 9 * ins * outs / TENSOR_CORES
+    assert clocks[chosen] <= (3.1 if height == 4 else 1.6) * products
+
+
+def test_64_experts_cost_little_more_than_reading_their_weights() -> None:
+    """64 samples of 64 experts against 8 experts, or the time in which memory delivers the weights, the longer one.
+
+    1x1 filters have as few as 4 steps, so that the ends of tiles weigh more.
+    """
+    for pass_, own in problems(batches=(64,), groups=(8,)):
+        eight, many = (
+            next(iter(choices(pass_, **own | {"num_groups": n, "num_experts": n}).values())) for n in (8, 64)
+        )
+        taps = own["filter_height"] ** 2
+        weights = 64 * taps * own["in_channels"] * own["out_channels"] * 2 / DRAM_BYTES
+        assert many <= (1.1 if taps == 9 and own["height"] != 16 else 1.5) * max(eight, weights), own
+
+
+def test_clusters_stay_within_the_multiprocessors_of_a_gpc() -> None:
+    small = settings((3, 4, 4, 256, 256), 64, 8)
+    assert only(plan(**small)).grid == (32, 4, 1)
+    assert only(plan(device=(90, 114, 232448), **small)).grid == (57, 2, 1)  # 28 clusters of 4 would need two rounds
+    assert "split" not in only(plan(device=(90, 1, 232448), **small)).kernel
