@@ -7,7 +7,6 @@ depends on. It appears there whole or not at all, and one process at a time comp
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import logging
 import os
@@ -25,6 +24,11 @@ from pathlib import Path
 import torch
 
 from tdc_fast.ops.cuda_nvrtc import CACHE_VARIABLE, cache_directory
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 _SOURCES = Path(__file__).parent / "host_sources"
 _OPTIONS = ("-std=c++20", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-w")
@@ -109,7 +113,8 @@ def _output(command: list[str]) -> str:
 
 @contextmanager
 def _one_at_a_time(path: Path) -> Iterator[None]:
-    """Holds a lock of all processes that share the cache; it ends with the process."""
+    """Holds a lock of all processes that share the cache, where the system has one; it ends with the process."""
     with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from bench.gpu.layers import UNETS, layers_of
+from bench.gpu.layers import UNETS, all_layers, unet_layers
 from tdc_fast import _native
 from tests.emulator.harness import AT_RUNTIME, EmulatedLibrary, emulated
 from tests.emulator.harness import plain_only as pytestmark  # noqa: F401  the name is what pytest looks for
@@ -55,7 +55,7 @@ class Layer:
 @pytest.fixture(scope="module")
 def layers() -> list[Layer]:
     """The layers of both UNets; two blocks of each level have every one of them."""
-    found, _ = layers_of({name: {**flags, "num_res_blocks": 2} for name, flags in UNETS.items()}, 64)
+    found, _ = all_layers({n: unet_layers(n, {**flags, "num_res_blocks": 2}, 64) for n, flags in UNETS.items()})
     made = {Layer(c.in_channels, c.out_channels, c.height, c.width, c.filter, c.stride) for c in found}
     sides = ((256, 4), (256, 8), (256, 16), (512, 8), (384, 16), (256, 32))
     made |= {Layer(channels, channels, side, side, 3, 1, upsample=2) for channels, side in sides}

@@ -71,14 +71,29 @@ def test_a_tile_that_does_not_fit_shared_memory_is_not_chosen() -> None:
         ("forward", {"in_channels": 12}),
         ("forward", {"x": ALIGNED + 2}),
         ("forward", {"weight": ALIGNED + 8}),
-        ("dgrad", {"out_channels": 3}),
-        ("dgrad", {"in_channels": 3}),
-        ("wgrad", {"in_channels": 3}),
+        ("dgrad", {"out_channels": 12}),
+        ("dgrad", {"in_channels": 12}),
+        ("wgrad", {"in_channels": 12}),
         ("wgrad", {"dy": ALIGNED + 4}),
     ],
 )
 def test_what_16_byte_loads_cannot_serve_takes_the_kernels_for_any_channels(pass_: str, changes: dict) -> None:
     assert plan(pass_, **changes)[0].kernel == f"tdc_conv_{pass_}_bf16_64x64_any"
+
+
+@pytest.mark.parametrize(
+    "pass_, changes, kernel",
+    [
+        ("forward", {"in_channels": 3}, "few_to_many"),
+        ("forward", {"out_channels": 3}, "many_to_few"),
+        ("dgrad", {"out_channels": 3}, "few_to_many"),
+        ("dgrad", {"in_channels": 3}, "many_to_few"),
+        ("wgrad", {"in_channels": 3}, "few_wgrad"),
+        ("wgrad", {"out_channels": 3}, "few_wgrad"),
+    ],
+)
+def test_image_channels_have_kernels_of_their_own(pass_: str, changes: dict[str, int], kernel: str) -> None:
+    assert plan(pass_, **changes)[0].kernel.startswith(f"tdc_conv_{kernel}_bf16_")
 
 
 def test_tf32_loads_four_channels_at_once() -> None:
