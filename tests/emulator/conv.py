@@ -6,12 +6,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from tdc_fast.ops import cuda_launch
 from tests.cases import ConvCase, Routing
-from tests.emulator.harness import AT_RUNTIME, EmulatorLauncher, emulated
+from tests.emulator.harness import AT_RUNTIME, EmulatorError, EmulatorLauncher, emulated
 from tests.ops.test_conv2d import gradients, routed
 from tests.tolerance import assert_as_accurate_as_torch
 
@@ -134,3 +135,17 @@ def differentiable(tensors: dict[str, Tensor], wanted: Iterable[str] | None) -> 
 
 def outcome(y: Tensor, tensors: dict[str, Tensor], case: ConvCase) -> dict[str, Tensor]:
     return gradients(y, {name: t for name, t in tensors.items() if t.requires_grad}, case)
+
+
+# Of six groups one has live channels: the producer is as far ahead of the warps that multiply as it may be.
+TILES_THAT_ARE_OVER_AT_ONCE: dict[str, Any] = {
+    "routing": uneven(1, 1, 1, 1, 1, 1), "out_widths": (0, 0, 64, 0, 0, 0), "extras": ("bias",),
+}  # fmt: skip
+
+
+def assert_messages_are_waited_for(launcher: EmulatorLauncher, case: ConvCase) -> None:
+    """Asserts that a block may have more tiles than the ring of messages holds, and is caught without its wait."""
+    assert_accurate(case, torch.bfloat16, (), backend="hopper")
+    message = r"race on byte \d+ of the dynamic shared memory: thread 0 writes|deadlock"
+    with launcher.planted("HOPPER_NO_MESSAGE_WAIT"), pytest.raises(EmulatorError, match=message):
+        results(case, torch.bfloat16, (), backend="hopper")

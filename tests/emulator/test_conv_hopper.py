@@ -15,7 +15,16 @@ from tdc_fast.kernels.problems import ConvTensors
 from tdc_fast.ops import hopper as hopper_backend
 from tdc_fast.ops.checks import conv_problem
 from tests.cases import ConvCase, widths_of
-from tests.emulator.conv import DTYPES, assert_accurate, conv_case, emulator, results, uneven
+from tests.emulator.conv import (
+    DTYPES,
+    TILES_THAT_ARE_OVER_AT_ONCE,
+    assert_accurate,
+    assert_messages_are_waited_for,
+    conv_case,
+    emulator,
+    results,
+    uneven,
+)
 from tests.emulator.harness import AT_RUNTIME, SANITIZED, SCHEDULES, EmulatorError, EmulatorLauncher, plain_only
 from tests.generated import examples
 
@@ -225,13 +234,9 @@ def test_blocks_get_equal_work_whatever_the_widths_and_sizes_of_groups() -> None
 
 @plain_only
 def test_a_block_gets_more_tiles_than_there_are_messages() -> None:
-    """Tiles without live channels are over at once, so that the producer is as far ahead as it may be."""
-    case = case_of(routing=uneven(1, 1, 1, 1, 1, 1), size=(8, 8), out_widths=(0, 0, 64, 0, 0, 0), extras=("bias",))
+    case = case_of(size=(8, 8), **TILES_THAT_ARE_OVER_AT_ONCE)
     with hopper(1, 3) as launcher:
-        assert_accurate(case, torch.bfloat16, (), backend="hopper")
-        message = r"race on byte \d+ of the dynamic shared memory: thread 0 writes|deadlock"
-        with launcher.planted("HOPPER_NO_MESSAGE_WAIT"), pytest.raises(EmulatorError, match=message):
-            results(case, torch.bfloat16, (), backend="hopper")
+        assert_messages_are_waited_for(launcher, case)
 
 
 PLANTS = {
