@@ -2,10 +2,15 @@
 
 The speed of a shared machine changes from second to second, so candidates timed one after the other are not
 comparable. Here every round times each candidate once: changes of speed affect all equally and cancel in ratios.
+
+What ran before decides what is left in the caches and in the heap: a convolution of a third of a millisecond takes half
+as long again after a candidate that touches much memory. So the order of the peers goes through all their permutations:
+every candidate follows every other one equally often.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import statistics
 import time
@@ -37,9 +42,11 @@ def compare(benchmark, ours: Candidate, peers: Mapping[str, Candidate], *, round
     rounds = rounds or default_rounds()
     seconds: dict[str, list[float]] = {name: [] for name in peers}
     own: list[float] = []
+    orders = itertools.cycle(itertools.permutations(peers))
 
     def run_peers() -> None:
-        for name, peer in peers.items():
+        for name in next(orders):
+            peer = peers[name]
             start = time.perf_counter()
             peer()
             seconds[name].append(time.perf_counter() - start)

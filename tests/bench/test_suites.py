@@ -28,7 +28,7 @@ def test_candidates_take_turns_and_warm_up_rounds_do_not_count():
     benchmark = OneRound()
     peers = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
     compare(benchmark, lambda: calls.append("ours"), peers, rounds=2)
-    assert calls == ["a", "b", "ours"] * 4
+    assert calls == ["a", "b", "ours", "b", "a", "ours"] * 2  # nobody always finds the same caches
     assert benchmark.extra_info["peers_ms"].keys() == benchmark.extra_info["ratios"].keys() == {"a", "b"}
 
 
