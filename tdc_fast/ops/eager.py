@@ -9,6 +9,7 @@ to is kept, for calls that
 * have the same settings, environment and precision of fp32 products;
 * have tensors of the same types, dispatch keys, dtypes, devices, sizes, strides and `requires_grad`, which one call of
   a guard of torch's compiler compares; the keys tell of torch.func, autocast and inference mode, too;
+* have one tensor in several places where the earlier call had;
 * have tensors that are still in memory, which is checked for every call.
 
 Anything else goes the general way, which raises what it always raised.
@@ -94,17 +95,18 @@ class Seen:
 
 
 class Alike:
-    """The calls whose arguments have the same types.
+    """The calls whose arguments have the same types, and of which the same are one tensor.
 
     Attributes:
-        given: Of all arguments, those that are tensors.
+        given: Of all arguments, those that are tensors, each tensor once: as the guards want them.
         calls: The calls by key.
     """
 
     __slots__ = ("calls", "given")
 
-    def __init__(self, types: Sequence[type], tensors: int) -> None:
-        self.given = picker([place for place in range(tensors) if types[place] is not type(None)])
+    def __init__(self, args: Sequence[Any], shared: Sequence[int]) -> None:
+        firsts = shared or range(len(args))
+        self.given = picker([place for place, first in enumerate(firsts) if place == first and args[place] is not None])
         self.calls: dict[Hashable, list[Seen]] = {}
 
 
@@ -164,7 +166,7 @@ class Operator:
         kinds = [str(argument.type) for argument in self.overload._schema.arguments]
         self._tensors = sum(kind in ("Tensor", "Optional[Tensor]") for kind in kinds)
         self._bind = bind
-        self._alike: dict[tuple[type, ...], Alike] = {}
+        self._alike: dict[Hashable, Alike] = {}
         self._calls: Any = None  # those that the extension in C++ keeps
         self.find: Callable[..., Any] = self._find_in_python
         self._apply: Callable[..., Any] | None = None
@@ -207,7 +209,8 @@ class Operator:
             with library.without_autocast() if device else nullcontext():
                 cast = self._cast(device, *args) if device else args
                 seen = self._remember(cast)
-            if seen is not None and all(map(is_, cast, args)):
+            # The extension tells tensors apart by their identity.
+            if seen is not None and all(map(is_, cast, args)) and not _shared(args[: self._tensors]):
                 self._remember_in_extension(args, result, seen.run)
         return result
 
@@ -232,7 +235,14 @@ class Operator:
 
     def _again(self, args: tuple[Any, ...]) -> Any:
         """The result, or None."""
-        alike = self._alike.get((*map(type, args),))
+        result = self._again_of((*map(type, args),), args)
+        if result is None and (shared := _shared(args[: self._tensors])):
+            return self._again_of((*map(type, args), shared), args)
+        return result
+
+    def _again_of(self, kind: Hashable, args: tuple[Any, ...]) -> Any:
+        """The result where a call of this kind was like this one, else None."""
+        alike = self._alike.get(kind)
         if alike is None:
             return None
         given = alike.given(args)
@@ -257,19 +267,21 @@ class Operator:
 
     def _remember(self, args: tuple[Any, ...]) -> Seen | None:
         """Keeps a call that went well, where that can be done, and returns it."""
-        given = [t for t in args[: self._tensors] if t is not None]
-        distinct = len(set(map(id, given))) == len(given)  # as the guards want them
-        if _Guards is None or not distinct or not library.are_plain(given):
+        tensors = args[: self._tensors]
+        shared = _shared(tensors)
+        alike = Alike(tensors, shared)
+        given = alike.given(args)
+        if _Guards is None or not library.are_plain(given):
             return None
         bound = self._bind(*args)
-        if bound.only_launches:
+        if bound.only_launches and not shared:
             run: Callable[..., Any] = Replayed(library.below_autograd(bound.run), given[0].device, self._tensors)
         else:
             run = library.below_autograd(bound.run)
         if sum(len(alike.calls) for alike in self._alike.values()) >= _LIMIT:
             self.forget()
-        types = (*map(type, args),)
-        alike = self._alike.setdefault(types, Alike(types, self._tensors))
+        kind = (*map(type, args), shared) if shared else (*map(type, args),)
+        alike = self._alike.setdefault(kind, alike)
         calls = alike.calls.setdefault(_key(args, self._tensors), [])
         calls.insert(0, Seen(given, run))
         del calls[_MOST_ALIKE:]
@@ -356,6 +368,15 @@ def seen() -> list[Seen]:
 def _unobserved() -> bool:
     """Whether nothing that the guards cannot see watches a call."""
     return not (_dispatch_modes() or _function_mode() or _profiling() or forward_ad._current_level >= 0)
+
+
+def _shared(tensors: Sequence[Any]) -> tuple[int, ...]:
+    """For each tensor the place at which it is first given; () where all are different."""
+    given = [id(t) for t in tensors if t is not None]
+    if len(set(given)) == len(given):
+        return ()
+    places: dict[int, int] = {}
+    return tuple([places.setdefault(id(t), place) for place, t in enumerate(tensors)])
 
 
 def _are_dense(tensors: Sequence[Any]) -> bool:

@@ -65,6 +65,32 @@ def test_a_call_like_an_earlier_one_is_not_checked_again(general_way_raises: Cal
     assert routed_group_norm(**norm_tensors(), activation="silu").shape == (3, 4, 5, 5)
 
 
+def test_a_call_with_one_tensor_in_two_places_is_told_from_one_with_two(
+    general_way_raises: Callable[[], None],
+) -> None:
+    arguments = tensors(channels=6) | {"padding": 1}
+    x, widths = arguments["x"], torch.tensor([4, 6], dtype=torch.int32)
+    x[:2, 4:] = 0  # dead in group 0
+    x.requires_grad_()
+
+    def results(**others: Tensor) -> list[Tensor]:
+        y = routed_conv2d(**arguments | others)
+        return [y, *torch.autograd.grad(y.square().sum(), x)]
+
+    def results_of_all() -> list[list[Tensor]]:
+        return [
+            results(residual=x, in_widths=widths, out_widths=widths),
+            results(residual=x, in_widths=widths, out_widths=widths.clone()),
+            results(residual=x.clone(), in_widths=widths.clone(), out_widths=widths.clone()),
+        ]
+
+    expected = results_of_all()[-1]
+    general_way_raises()
+    for found in results_of_all():
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other)
+
+
 CHANGES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "another shape": lambda a: a | tensors(channels=8),
     "another batch": lambda a: a | tensors(batch=4),
