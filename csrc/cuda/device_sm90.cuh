@@ -233,6 +233,7 @@ __device__ __forceinline__ void wgmma_settle(float (&d)[kCount]) {
   "%23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define TDC_TEXT_48 TDC_TEXT_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
 #define TDC_TEXT_64 TDC_TEXT_48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define TDC_TEXT_72 TDC_TEXT_64 ", %64, %65, %66, %67, %68, %69, %70, %71"
 #define TDC_TEXT_96                                                                                             \
   TDC_TEXT_64                                                                                                   \
   ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, " \
@@ -250,7 +251,8 @@ __device__ __forceinline__ void wgmma_settle(float (&d)[kCount]) {
 
 template <class T, int kColumns, int kOuterA, int kOuterB>
 __device__ __forceinline__ void wgmma(float* d, unsigned long long a, unsigned long long b, unsigned add) {
-  static_assert(kColumns == 64 || kColumns == 96 || kColumns == 128 || kColumns == 192, "the widths written out");
+  static_assert(kColumns == 64 || kColumns == 96 || kColumns == 128 || kColumns == 144 || kColumns == 192,
+                "the widths written out");
 #define TDC_WGMMA_OF(element)                                                                                  \
   if constexpr (kColumns == 64) {                                                                              \
     TDC_WGMMA(64, element, TDC_TEXT_32, kOuterA, kOuterB, "%32", "%33", "%34", "%35", "%36", TDC_SUMS_32(0));  \
@@ -260,6 +262,9 @@ __device__ __forceinline__ void wgmma(float* d, unsigned long long a, unsigned l
   } else if constexpr (kColumns == 128) {                                                                      \
     TDC_WGMMA(128, element, TDC_TEXT_64, kOuterA, kOuterB, "%64", "%65", "%66", "%67", "%68", TDC_SUMS_32(0),  \
               TDC_SUMS_32(32));                                                                                \
+  } else if constexpr (kColumns == 144) {                                                                      \
+    TDC_WGMMA(144, element, TDC_TEXT_72, kOuterA, kOuterB, "%72", "%73", "%74", "%75", "%76", TDC_SUMS_32(0),  \
+              TDC_SUMS_32(32), TDC_SUMS_8(64));                                                                \
   } else {                                                                                                     \
     TDC_WGMMA(192, element, TDC_TEXT_96, kOuterA, kOuterB, "%96", "%97", "%98", "%99", "%100", TDC_SUMS_32(0), \
               TDC_SUMS_32(32), TDC_SUMS_32(64));                                                               \

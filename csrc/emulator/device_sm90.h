@@ -83,6 +83,7 @@ inline void wgmma_settle(float (&)[kCount]) {}
 
 template <class T, int kColumns, int kOuterA, int kOuterB>
 inline void wgmma(float* d, unsigned long long a, unsigned long long b, unsigned add, TDC_CALLER) {
+  static_assert(kColumns % 8 == 0 && kColumns >= 8 && kColumns <= 256, "the widths that there are");
   const emulator::Product product{{a, kOuterA == 1}, {b, kOuterB == 1}, kColumns, kIsHalf<T>, add != 0};
   emulator::block.async().multiply(TDC_SITE("wgmma"), product, d);
 }

@@ -103,8 +103,10 @@ TDC_KERNEL(self_test_wgmma, HopperTestParams, 128) {
       return multiply_boxes<half, 64, 0, 0>(p, shared, b);
     case 4:
       return multiply_boxes<half, 96, 0, 0>(p, shared, b);
-    default:
+    case 5:
       return multiply_boxes<half, 192, 0, 0>(p, shared, b);
+    default:
+      return multiply_boxes<half, 144, 0, 0>(p, shared, b);
   }
 }
 

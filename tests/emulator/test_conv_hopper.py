@@ -96,10 +96,23 @@ EDGES: dict[str, tuple[dict[str, Any], str, str]] = {
             "in_channels": 80,
             "out_channels": 128,
             "in_widths": (65, 16, 47),
-            "out_widths": (17, 128, 64),
+            "out_widths": (77, 128, 64),
         },
         "8x8x4x128",
         "8x8x4x128",
+    ),
+    "three quarters of a tile's columns, two inputs": (
+        {
+            "routing": uneven(1, 1),
+            "size": (9, 11),
+            "in_channels": 168,
+            "x2_channels": 96,
+            "out_channels": 128,
+            "in_widths": (168, 66),
+            "out_widths": (96, 97),
+        },
+        "16x16x128",
+        "16x16x128",
     ),
     "two inputs whose seam is no multiple of 64": (
         {"routing": uneven(1), "size": (9, 11), "in_channels": 200, "x2_channels": 112, "out_channels": 72},
@@ -116,7 +129,7 @@ EDGES: dict[str, tuple[dict[str, Any], str, str]] = {
             "out_widths": (64, 17, 64, 0),
         },
         "8x8x2x64",
-        "8x8x2x64",
+        "8x8x4x128",
     ),
     "more groups than lanes of a warp": (
         {
@@ -131,9 +144,9 @@ EDGES: dict[str, tuple[dict[str, Any], str, str]] = {
     "nothing is added": ({"routing": uneven(2), "size": (8, 9), "extras": ()}, "8x8x2x64", "8x8x2x64"),
 }
 # fp16 differs from bf16 in products and rounding, not in layout.
-IN_FP16 = ("large tiles clipped on both sides", "two inputs with widths on both sides of the seam")
+IN_FP16 = ("two inputs with widths on both sides of the seam", "three quarters of a tile's columns, two inputs")
 if SANITIZED:
-    EDGE_CASES = [(edge, "bf16") for edge in ("large tiles clipped on both sides", IN_FP16[1])]
+    EDGE_CASES = [(edge, "bf16") for edge in ("large tiles clipped on both sides", IN_FP16[0])]
 else:
     EDGE_CASES = [(edge, "bf16") for edge in EDGES] + [(edge, "fp16") for edge in IN_FP16]
 
@@ -206,13 +219,25 @@ def test_what_is_not_live_is_not_multiplied() -> None:
         out_widths=(256, 64, 129),
         extras=(),
     )
-    halves = {0: 256, 1: 64, 2: 128 + 64}  # columns of each group
+    columns = {0: 256, 1: 64, 2: 128 + 64}  # of each group
     depths, patches = {0: 128, 1: 48, 2: 64}, {0: 1, 1: 1, 2: 3}
     with hopper() as launcher, torch.no_grad():
         before = launcher.multiply_adds()
         results(case, torch.bfloat16, (), backend="hopper")
         done = launcher.multiply_adds() - before
-    assert done == sum(9 * 64 * patches[g] * depths[g] * halves[g] for g in range(3))
+    assert done == sum(9 * 64 * patches[g] * depths[g] * columns[g] for g in range(3))
+
+
+@plain_only
+def test_three_quarters_of_the_channels_take_nine_sixteenths_of_the_products() -> None:
+    widths = {"in_widths": (96,), "out_widths": (96,)}
+    case = case_of(routing=uneven(1), size=(9, 9), in_channels=128, out_channels=128, extras=(), **widths)
+    with hopper(1) as launcher:
+        before = launcher.multiply_adds()
+        results(case, torch.bfloat16, ("x",), backend="hopper")
+        done = launcher.multiply_adds() - before
+    assert all(kernel.endswith("16x16x128") for kernel in launcher.launched)
+    assert done == 2 * 9 * 256 * 96 * 96
 
 
 @plain_only
@@ -271,6 +296,18 @@ def test_a_planted_bug_spoils_the_result(plant: str, wanted: tuple[str, ...]) ->
     case = case_of(routing=uneven(1), size=(8, 8))
     with hopper() as launcher, launcher.planted(plant), pytest.raises(AssertionError):
         assert_accurate(case, torch.bfloat16, wanted, backend="hopper")
+
+
+@plain_only
+@pytest.mark.parametrize("wanted", [(), ("x",)], ids=["forward", "dgrad"])
+def test_three_quarters_of_the_columns_for_one_channel_more_spoil_the_result(wanted: tuple[str, ...]) -> None:
+    widths = {"in_widths": (97,), "out_widths": (64,)} if wanted else {"in_widths": (64,), "out_widths": (97,)}
+    case = case_of(routing=uneven(1), size=(9, 9), in_channels=128, out_channels=128, extras=(), **widths)
+    with hopper(1) as launcher:
+        assert_accurate(case, torch.bfloat16, wanted, backend="hopper")
+        with launcher.planted("HOPPER_NARROW_COLUMNS"), pytest.raises(AssertionError):
+            assert_accurate(case, torch.bfloat16, wanted, backend="hopper")
+    assert all(kernel.endswith("16x16x128") for kernel in launcher.launched)
 
 
 @plain_only

@@ -74,7 +74,14 @@ EDGES: dict[str, tuple[dict[str, Any], str, str]] = {
         "256x128",
     ),
     "two inputs whose seam is no multiple of 64": (
-        {"routing": uneven(1, 0, 2), "size": (9, 9), "in_channels": 200, "x2_channels": 112, "out_channels": 136},
+        {
+            "routing": uneven(1, 0, 2),
+            "size": (9, 9),
+            "in_channels": 200,
+            "x2_channels": 112,
+            "in_widths": (200, 0, 90),
+            "out_channels": 136,
+        },
         "128x64",
         "128x128",
     ),
@@ -177,17 +184,17 @@ def test_results_do_not_depend_on_which_thread_goes_first() -> None:
 
 @plain_only
 def test_what_is_not_live_is_not_multiplied() -> None:
-    """Depth counts in steps of 16 of each input, columns in halves of a tile, rows in halves of a tile."""
+    """Depth counts in steps of 16 of each input, columns in quarters of a tile, rows in halves of a tile."""
     case = case_of(
         routing=uneven(1, 1, 2),
         in_channels=152,
         x2_channels=80,
         out_channels=256,
         in_widths=(152, 33, 77),
-        out_widths=(256, 64, 129),
+        out_widths=(256, 96, 129),
         extras=(),
     )
-    depths, columns = (80 + 80, 48, 80 + 16), (256, 64, 128 + 64)
+    depths, columns = (80 + 80, 48, 80 + 16), (256, 96, 128 + 64)
     with hopper() as launcher, torch.no_grad():
         before = launcher.multiply_adds()
         results(case, torch.bfloat16, (), backend="hopper")
@@ -225,6 +232,20 @@ def test_a_planted_bug_is_reported(plant: str) -> None:
     case = case_of(routing=uneven(2, 2), size=(9, 9), in_channels=392, out_channels=136, **changes)
     with hopper(4, 3) as launcher, launcher.planted(plant), pytest.raises(EmulatorError, match=PLANTS[plant]):
         results(case, torch.bfloat16, wanted, backend="hopper")
+
+
+@plain_only
+def test_three_quarters_of_the_columns_for_one_channel_more_spoil_the_result() -> None:
+    widths = {"in_widths": (97,), "out_widths": (97,)}
+    case = case_of(routing=uneven(2), size=(16, 16), in_channels=128, out_channels=128, extras=(), **widths)
+    with hopper(1) as launcher:
+        right = results(case, torch.bfloat16, ("x",), backend="hopper")
+        with launcher.planted("HOPPER_NARROW_COLUMNS"):
+            wrong = results(case, torch.bfloat16, ("x",), backend="hopper")
+    assert [kernel.rsplit("_", 1)[1] for kernel in launcher.launched] == ["256x128"] * 4
+    for name, value in right.items():
+        differs = (wrong[name] != value).any(dim=(0, 2, 3))
+        assert differs[96] and not differs[:96].any() and not differs[97:].any(), name
 
 
 @plain_only

@@ -60,8 +60,8 @@ EDGES: dict[str, tuple[dict[str, Any], int, str, str]] = {
             "size": (9, 7),
             "in_channels": 136,
             "out_channels": 144,
-            "in_widths": (37, 136, 0, 8),
-            "out_widths": (144, 3, 64, 0),
+            "in_widths": (67, 136, 0, 8),
+            "out_widths": (144, 3, 95, 0),
         },
         3,
         "128x128",
@@ -136,7 +136,7 @@ def test_what_is_not_live_is_not_multiplied() -> None:
         in_channels=136,
         out_channels=192,
         in_widths=(136, 33, 77),
-        out_widths=(192, 64, 129),
+        out_widths=(192, 90, 129),
         extras=(),
     )
     rows = (64, 64, 128)  # of the half of a tile that has samples, or of both
@@ -148,8 +148,8 @@ def test_what_is_not_live_is_not_multiplied() -> None:
         hopper_backend.conv2d_dgrad(problem, torch.ones_like(y), t)
         counts.append(launcher.multiply_adds())
     assert {kernel.rsplit("_", 1)[1] for kernel in launcher.launched} == {"128x128"}
-    forward = sum(9 * r * k * n for r, k, n in zip(rows, (144, 48, 80), (192, 64, 192), strict=True))
-    dgrad = sum(9 * r * k * n for r, k, n in zip(rows, (192, 64, 144), (192, 64, 128), strict=True))
+    forward = sum(9 * r * k * n for r, k, n in zip(rows, (144, 48, 80), (192, 96, 192), strict=True))
+    dgrad = sum(9 * r * k * n for r, k, n in zip(rows, (192, 96, 144), (192, 64, 96), strict=True))
     assert [after - before for before, after in zip(counts, counts[1:], strict=False)] == [forward, dgrad]
 
 
@@ -338,8 +338,8 @@ def test_four_ninths_of_the_products_of_upsampled_images_remain() -> None:
         results(case, torch.bfloat16, ("x",), backend="hopper")
         dgrad = launcher.multiply_adds() - before - 2 * forward
     assert y.shape == (8, 128, 8, 8)
-    # 8 samples of 4 x 4 pixels; depth in steps of 16, columns of a whole tile and of half of one
-    assert (forward, dgrad) == (16 * 128 * 48 * 128, 16 * 128 * 80 * 64)
+    # 8 samples of 4 x 4 pixels; depth in steps of 16, columns of three quarters of a tile and of half of one
+    assert (forward, dgrad) == (16 * 128 * 48 * 96, 16 * 128 * 80 * 64)
 
 
 @plain_only

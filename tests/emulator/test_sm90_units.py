@@ -135,7 +135,7 @@ def test_an_encoding_verified_on_the_hardware_gives_the_product(case: str) -> No
     assert torch.equal(ours, exact)
 
 
-@pytest.mark.parametrize("mode, columns, boxes", [(3, 64, 1), (4, 96, 2), (5, 192, 3)])
+@pytest.mark.parametrize("mode, columns, boxes", [(3, 64, 1), (4, 96, 2), (5, 192, 3), (6, 144, 3)])
 def test_every_width_of_the_product_is_right(mode: int, columns: int, boxes: int) -> None:
     b = Encoding(False, (1, 1, 64 * boxes, 64), (64, 64, 1, 1), 16, 1024, 32, boxes=boxes)
     a, w = numbers(1, 1, 64, 64, dtype=torch.float16), numbers(*b.tensor, dtype=torch.float16, seed=5)

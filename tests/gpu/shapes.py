@@ -102,6 +102,12 @@ HOPPER_CASES: dict[str, ConvCase] = {
         in_widths=(37, 96, 9),
         out_widths=(80, 3, 65),
     ),
+    "three quarters of a tile's columns, two inputs": conv(
+        THREE, (232, 128), (16, 16), x2_channels=104, in_widths=(232, 97, 90), out_widths=(96, 97, 72)
+    ),
+    "three quarters of a wide tile's columns": conv(
+        THREE, (192, 192), (16, 16), in_widths=(144, 145, 97), out_widths=(144, 145, 97)
+    ),
     "more groups than samples": conv(Routing((5, 70, 70), 99, 99, None), (64, 64), (8, 8), extras=()),
     "two inputs": conv(UNEVEN, (384, 128), (16, 16), x2_channels=128),
     "two inputs of small images, whose seam is no multiple of 64": conv(

@@ -87,9 +87,7 @@ class HopperProducer {
   // In dgrad tap t of dx is tap 8 - t of the filter.
   __device__ __forceinline__ void load_weights(const HopperWork& work, int channel, int tap) {
     HopperControl& c = *shared_.control;
-    const int boxes = hopper_product_columns<Tile>(work) > 64 * (Tile::kColumns / 64 - 1)
-                          ? Tile::kColumns / 64
-                          : (Tile::kColumns / 2 + 63) / 64;
+    const int boxes = hopper_weight_boxes<Tile>(work);
     if (!TDC_PLANTED(HOPPER_NO_EMPTY_WAIT)) {
       mbarrier_wait(&c.weights_empty[weights_.stage], weights_.parity ^ (TDC_PLANTED(HOPPER_WRONG_PHASE) ? 0 : 1));
     }
@@ -149,10 +147,12 @@ class HopperConsumer {
       if (work.depth) {
         if (HopperPatch::of<Tile>(group_, 0).sample >= work.count) {
           skip(work);
-        } else if (hopper_product_columns<Tile>(work) == Tile::kColumns) {
+        } else if (const int columns = hopper_product_columns<Tile>(work); columns == Tile::kColumns) {
           multiply<Tile::kColumns>(work, sums);
+        } else if (columns == Tile::kThreeQuarters) {
+          multiply<Tile::kThreeQuarters>(work, sums);
         } else {
-          multiply<(Tile::kColumns > 64 ? Tile::kColumns / 2 : 64)>(work, sums);
+          multiply<Tile::kHalf>(work, sums);
         }
       }
       epilogue.finish(work, sums);

@@ -29,12 +29,12 @@ inline int64_t hopper_steps(int64_t taps, int64_t first, int64_t second) {
   return taps * (ceil_div(first, kHopperDepth) + ceil_div(second, kHopperDepth));
 }
 
-// Columns that the tiles of a result multiply on average: half of a tile's, from 64 on, where it has no more channels.
+// Columns that the tiles of a result multiply on average, by the channels that each has.
 inline int64_t hopper_mean_columns(int64_t columns, int64_t first, int64_t second) {
   int64_t sum = 0, tiles = 0;
   for (const int64_t channels : {first, second}) {
-    const int64_t rest = channels % columns, half = std::max<int64_t>(64, columns / 2);
-    sum += channels / columns * columns + (rest == 0 ? 0 : rest <= half ? half : columns);
+    const int64_t rest = channels % columns, half = hopper_half(columns), more = hopper_three_quarters(columns);
+    sum += channels / columns * columns + (rest == 0 ? 0 : rest <= half ? half : rest <= more ? more : columns);
     tiles += ceil_div(channels, columns);
   }
   return ceil_div(sum, tiles);

@@ -16,12 +16,17 @@ constexpr int kHopperMessages = 4;            // tiles that the producer may be 
 constexpr int kHopperStoreBytes = 2048;       // a store buffer
 constexpr int kHopperMostGroups = kHopperThreads;
 
+// A product of a tile has all columns of it, three quarters of them or half, but no fewer than 64.
+constexpr int hopper_three_quarters(int columns) { return columns == 64 ? 64 : columns / 4 * 3; }
+constexpr int hopper_half(int columns) { return columns == 64 ? 64 : columns / 2; }
+
 // The filter is 3 x 3 with padding 1 and stride 1. The unit of work is a patch: 8 x 8 pixels of one sample, the 64 rows
 // of one wgmma. A tile is kDown x kAcross patches of each of kSamples samples, times kColumns channels of the result;
 // two warpgroups multiply half of the patches each.
 template <int kDown_, int kAcross_, int kSamples_, int kColumns_, int kStoreBuffers_>
 struct HopperTile {
   static constexpr int kDown = kDown_, kAcross = kAcross_, kSamples = kSamples_, kColumns = kColumns_;
+  static constexpr int kThreeQuarters = hopper_three_quarters(kColumns), kHalf = hopper_half(kColumns);
   static constexpr int kPatches = kDown * kAcross * kSamples;
   static constexpr int kStoreBuffers = kStoreBuffers_;  // of each warp: 16 pixels of 64 channels
   static constexpr int kRegistersOfSums = kPatches / 2 * kColumns / 2;

@@ -79,7 +79,7 @@ class HopperRowsProducer {
 
   __device__ __forceinline__ void load(const HopperWork& work, const HopperDepths& depths, int tap, int block) {
     HopperRowsControl& c = *shared_.control;
-    const int boxes = hopper_product_columns<Tile>(work) / 64, stage = stages_.stage;
+    const int boxes = hopper_weight_boxes<Tile>(work), stage = stages_.stage;
     if (!TDC_PLANTED(HOPPER_NO_EMPTY_WAIT)) {
       mbarrier_wait(&c.empty[stage], stages_.parity ^ (TDC_PLANTED(HOPPER_WRONG_PHASE) ? 0 : 1));
     }
@@ -140,10 +140,12 @@ class HopperRowsConsumer {
       if (first < end) {
         if (group_ * kPatches * 64 >= layout_.rows(work)) {
           skip(end - first);
-        } else if (Tile::kColumns == 64 || hopper_product_columns<Tile>(work) == Tile::kColumns) {
+        } else if (const int columns = hopper_product_columns<Tile>(work); columns == Tile::kColumns) {
           multiply<Tile::kColumns>(depths, first, end, sums);
+        } else if (columns == Tile::kThreeQuarters) {
+          multiply<Tile::kThreeQuarters>(depths, first, end, sums);
         } else {
-          multiply<64>(depths, first, end, sums);
+          multiply<Tile::kHalf>(depths, first, end, sums);
         }
       }
       if constexpr (Tile::kSplit > 1) {

@@ -97,10 +97,16 @@ struct HopperShared {
   }
 };
 
-// Columns of the products of a tile: half of them suffice where no more channels are live, but no fewer than 64.
+// Columns of the products of a tile, by its live channels: half of them, three quarters or all.
 template <class Tile>
 __device__ __forceinline__ int hopper_product_columns(const HopperWork& work) {
-  return Tile::kColumns == 64 || work.live - work.column > Tile::kColumns / 2 ? Tile::kColumns : Tile::kColumns / 2;
+  const int live = work.live - work.column - (TDC_PLANTED(HOPPER_NARROW_COLUMNS) ? 1 : 0);
+  return live <= Tile::kHalf ? Tile::kHalf : live <= Tile::kThreeQuarters ? Tile::kThreeQuarters : Tile::kColumns;
+}
+// Boxes of 64 columns that they read.
+template <class Tile>
+__device__ __forceinline__ int hopper_weight_boxes(const HopperWork& work) {
+  return (hopper_product_columns<Tile>(work) + 63) / 64;
 }
 
 // The i-th patch of a warpgroup, as pixels and a sample of the tile.
