@@ -232,6 +232,20 @@ def test_only_live_channels_are_multiplied(
     assert sum(multiply_adds) == 16 * 3 * counted
 
 
+@pytest.mark.parametrize("blocks", [(64, 64), (64, 128), (128, 64)], ids=str)
+def test_a_tile_of_64_channels_is_not_halved(
+    blocks: tuple[int, int], multiply_adds: list[int], nan_filled_memory: None
+) -> None:
+    """Half of it would not fill wgmma's 64 rows; of a tile of 128 channels the dead half is skipped."""
+    case = some_case(
+        routing=Routing((0,), 1, 1, None), in_channels=128, out_channels=128, in_widths=(32,), out_widths=(32,),
+        size=(4, 4), filter=(1, 1), padding=(0, 0),
+    )  # fmt: skip
+    tile = replace(WIDE, block_out=blocks[0], block_in=blocks[1])
+    assert_accurate(case, torch.float16, tile, 1, (True, False, False))
+    assert sum(multiply_adds) == 16 * 64 * 64  # pixels, output and input channels
+
+
 def test_groups_that_share_an_expert_add_up_although_their_dead_channels_differ(nan_filled_memory: None) -> None:
     """A channel that is dead (NaN in dy) in one group and live in the next contributes only where it is live."""
     case = some_case(routing=Routing((0, 2, 2, 1, 0, 2), 3, 2, (1, 0, 1)), filter=(3, 1), padding=(1, 0))
