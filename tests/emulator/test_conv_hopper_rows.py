@@ -249,9 +249,9 @@ def test_three_quarters_of_the_columns_for_one_channel_more_spoil_the_result() -
 
 
 @plain_only
-@pytest.mark.parametrize("plant", ["HOPPER_WRONG_INPUT", "HOPPER_WRONG_TAP"])
+@pytest.mark.parametrize("plant", ["HOPPER_WRONG_INPUT", "HOPPER_WRONG_TAP", "HOPPER_WRONG_OFFSET"])
 def test_a_planted_bug_spoils_the_result(plant: str) -> None:
-    """A block of the wrong input; the weights of another tap."""
+    """A block of the wrong input; the weights of another tap; channels of x against the weights of others."""
     case = case_of(routing=uneven(1), size=(4, 4), in_channels=128, x2_channels=64, **THREE_BY_THREE)
     with hopper(1) as launcher, launcher.planted(plant), pytest.raises(AssertionError):
         assert_accurate(case, torch.bfloat16, (), backend="hopper")

@@ -147,6 +147,8 @@ def arguments(case: ConvCase) -> tuple[ConvTensors, Any, torch.Tensor]:
 PLANTS = {
     "HOPPER_NO_EMPTY_WAIT": "arrivals in a phase|race on byte|in flight",
     "HOPPER_NO_FULL_WAIT": "in flight|race on byte",
+    "HOPPER_WRONG_PHASE": "deadlock",
+    "HOPPER_WRONG_BYTES": "race on byte|in flight|deadlock",
     "HOPPER_EARLY_RELEASE": r"race on byte \d+ of the dynamic shared memory: a copy .* writes .* what a product",
     "HOPPER_BIAS_BEFORE_MASK": r"race on byte \d+ of the dynamic shared memory",
 }

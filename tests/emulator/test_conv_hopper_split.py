@@ -107,6 +107,11 @@ def test_equal_samples_have_equal_results_wherever_they_are_in_a_tile() -> None:
 
 
 PLANTS = {
+    "HOPPER_NO_EMPTY_WAIT": "arrivals in a phase|race on byte|in flight",
+    "HOPPER_NO_FULL_WAIT": "in flight|race on byte",
+    "HOPPER_WRONG_PHASE": "deadlock",
+    "HOPPER_WRONG_BYTES": "race on byte|in flight|deadlock",
+    "HOPPER_EARLY_RELEASE": r"race on byte \d+ of the dynamic shared memory.*: a copy .* writes .* what a product",
     "HOPPER_NO_PART_WAIT": "arrivals in a phase|race on byte",
     "HOPPER_NO_PART_FULL_WAIT": "race on byte|deadlock",
     "HOPPER_NO_CLUSTER_BEGIN": "whose block need not have begun",
@@ -118,3 +123,10 @@ PLANTS = {
 def test_a_planted_bug_is_reported(plant: str) -> None:
     with hopper(4) as launcher, launcher.planted(plant), pytest.raises(EmulatorError, match=PLANTS[plant]):
         results(case_of(**SEVERAL), torch.bfloat16, (), backend="hopper")
+
+
+@pytest.mark.parametrize("plant", ["HOPPER_WRONG_TAP", "HOPPER_WRONG_OFFSET"])
+def test_a_planted_bug_spoils_the_result(plant: str) -> None:
+    """The weights of another tap; channels of x against the weights of others."""
+    with hopper(4) as launcher, launcher.planted(plant), pytest.raises(AssertionError):
+        assert_accurate(case_of(**SEVERAL), torch.bfloat16, (), backend="hopper")

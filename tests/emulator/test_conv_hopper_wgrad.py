@@ -181,6 +181,8 @@ PLANTS = {
     "HOPPER_NO_MESSAGE_WAIT": r"race on byte \d+ of the dynamic shared memory: thread 0 writes|deadlock",
     "HOPPER_NO_EMPTY_WAIT": "arrivals in a phase|race on byte|in flight",
     "HOPPER_NO_FULL_WAIT": "in flight|race on byte",
+    "HOPPER_WRONG_PHASE": "deadlock",
+    "HOPPER_WRONG_BYTES": "race on byte|in flight|deadlock",
     "HOPPER_EARLY_RELEASE": r"race on byte \d+ of the dynamic shared memory: a copy .* writes .* what a product",
 }
 

@@ -192,7 +192,9 @@ class HopperRowsConsumer {
     const int stage = stages_.stage;
     if (!TDC_PLANTED(HOPPER_NO_FULL_WAIT)) mbarrier_wait(&c.full[stage], stages_.parity);
     if (layout_.reads_gradient() && live < 16 * kSteps) mask(stage, live);
-    const unsigned a = descriptor_low(shared_window(shared_.source(stage)) + group_ * kPatches * kHopperPatchBytes, 16);
+    const unsigned first =
+        descriptor_low(shared_window(shared_.source(stage)) + group_ * kPatches * kHopperPatchBytes, 16);
+    const unsigned a = first + (TDC_PLANTED(HOPPER_WRONG_OFFSET) ? kStepA : 0);
     const unsigned b = descriptor_low(shared_window(shared_.weight(stage)), kHopperPatchBytes);
     wgmma_fence();
 #pragma unroll

@@ -149,12 +149,14 @@ class HopperWgradProducer {
                                              int pixels, int first_row) {
     HopperWgradControl& c = *shared_.control;
     const int stage = stages_.stage;
-    if (!TDC_PLANTED(HOPPER_NO_EMPTY_WAIT)) mbarrier_wait(&c.empty[stage], stages_.parity ^ 1);
+    if (!TDC_PLANTED(HOPPER_NO_EMPTY_WAIT)) {
+      mbarrier_wait(&c.empty[stage], stages_.parity ^ (TDC_PLANTED(HOPPER_WRONG_PHASE) ? 0 : 1));
+    }
     // Of an expert with one group the dead channels are cut off at the end instead.
     c.stages[stage].live_out = group.shared ? group.live_out - unit.out : kHopperUnit;
     c.stages[stage].pixels = TDC_PLANTED(HOPPER_NO_LAST_PIXEL) ? 64 : pixels;
     c.stages[stage].first_row = first_row;
-    mbarrier_arrive_expect(&c.full[stage], Unit::kStageBytes);
+    mbarrier_arrive_expect(&c.full[stage], Unit::kStageBytes - (TDC_PLANTED(HOPPER_WRONG_BYTES) ? 128 : 0));
     const int seam = unit.in >= p_.seam ? p_.seam : 0;
     for (int box = 0; box < Unit::kBoxes; ++box) {
       const int at[4] = {of_x[0] + 64 * box - seam, of_x[1], of_x[2], of_x[3]};
