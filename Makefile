@@ -15,8 +15,9 @@ PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reor
 SOURCES := setup.py pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f '(' -name '*.[ch]' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.cmake' -o -name '*.def' ')')
 STAMP := $(VENV)/.installed-dev
 
-# What processes of the tests import: its bytecode is written once, as containers often set PYTHONDONTWRITEBYTECODE, under
-# which each of a hundred processes would compile torch for seconds. Bytecode of all that pip installs takes minutes.
+# What processes of the tests import beside this checkout: its bytecode is written once, as containers often set
+# PYTHONDONTWRITEBYTECODE, under which each of a hundred processes would compile torch for seconds. Bytecode of all that
+# pip installs takes minutes.
 BYTECODE := torch._dynamo, torch._inductor.compile_fx, torch.distributed.run, torch.utils.tensorboard, matplotlib.pyplot, \
   sklearn.datasets, tyro, optuna, openai, fastapi, uvicorn, prometheus_client, diffusers, transformers, accelerate, \
   torchmetrics, triton, hypothesis, pytest, xdist, mkdocs
@@ -34,6 +35,7 @@ $(STAMP): $(SOURCES) | $(BIN)/python
 	@echo "==> installing tdc_fast and what its tests, demo and benches need into $(VENV) (torch is large; the native core builds in a minute or two)"
 	@$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e '.[dev]'
 	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -c "import $(BYTECODE)"
+	@$(BIN)/python -m compileall -q tdc_fast kernels bench
 	@touch $(STAMP)
 
 install: $(STAMP) ## install this checkout, with what its tests, demo and benches need

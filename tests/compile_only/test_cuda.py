@@ -1,7 +1,8 @@
 """Every CUDA kernel compiles for every architecture, ahead of time and by NVRTC, without spilling a register.
 
 What nvcc made is read back from the module that was installed. NVRTC compiles here: every family for every
-architecture, or where nvcc has built all of that, one family of every source for one architecture.
+architecture, or where nvcc has built all of that, one family of every source for one architecture, and of kernels that
+differ in the 16-bit type alone one.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import itertools
 import os
 import re
 import subprocess
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -58,9 +61,24 @@ def test_nvcc_built_every_kernel_for_every_architecture_without_spills(capsys: p
     show(f"nvcc, {native.module.cuda_runtime_version()}", table(found), capsys)
 
 
+def of_one_type(kernels: Iterable[str]) -> list[str]:
+    """Of kernels that differ in the 16-bit type alone one, of each type in turn; all others too."""
+    forms = sorted({name.replace("_bf16", "_TYPE").replace("_fp16", "_TYPE") for name in kernels})
+    return [form.replace("TYPE", ("bf16", "fp16")[turn % 2]) for turn, form in enumerate(forms)]
+
+
+@dataclass(frozen=True)
+class Job:
+    """Kernels of a family that NVRTC compiles for an architecture."""
+
+    family: str
+    arch: int
+    kernels: tuple[str, ...]
+
+
 @functools.cache
-def compiled() -> dict[tuple[str, int], tuple[bytes, str]]:
-    """(cubin, log) of families for architectures, two compilers at a time."""
+def compiled() -> dict[Job, tuple[bytes, str]]:
+    """(cubin, log) of kernels for architectures, two compilers at a time."""
     reason = cuda_nvrtc.unavailable(ARCHITECTURES[0])
     if reason is not None:
         pytest.skip(reason)
@@ -70,17 +88,25 @@ def compiled() -> dict[tuple[str, int], tuple[bytes, str]]:
         return dict(zip(jobs, made, strict=True))
 
 
-def chosen(families: list[str], architectures: list[int]) -> list[tuple[str, int]]:
+def chosen(families: list[str], architectures: list[int]) -> list[Job]:
     """What NVRTC compiles: all, or where nvcc has compiled all, one family of every source, for its own or the next
-    architecture."""
+    architecture, in one 16-bit type."""
+    kernels = native.module.cuda_kernels
     if not built_by_nvcc(architectures):
-        return list(itertools.product(families, architectures))
+        return [Job(family, arch, tuple(kernels[family])) for family in families for arch in architectures]
     units = {family: cuda_families.translation_unit(family).splitlines() for family in families}
     of_source: dict[str, str] = {}
     for family in sorted(families, key=lambda family: (-len(units[family]), family)):
         of_source.setdefault(units[family][0], family)
     turns = itertools.cycle(architectures)
-    return [(f, 90 if "hopper" in f or "cluster" in f else next(turns)) for f in of_source.values()]
+    return [
+        Job(
+            family,
+            90 if "hopper" in family or "cluster" in family else next(turns),
+            tuple(of_one_type(kernels[family])),
+        )
+        for family in of_source.values()
+    ]
 
 
 def built_by_nvcc(architectures: list[int]) -> bool:
@@ -89,8 +115,24 @@ def built_by_nvcc(architectures: list[int]) -> bool:
     return {f"{target}-real" for target in targets} <= set(native.module.cuda_architectures.split())
 
 
-def _compile(job: tuple[str, int]) -> tuple[bytes, str]:
-    return cuda_nvrtc.compile_family(job[0], cuda_nvrtc.target(job[1]), ("--ptxas-options=-v",))
+def _compile(job: Job) -> tuple[bytes, str]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda_nvrtc, "read_sources", lambda family: sources_of(family, job.kernels))
+        return cuda_nvrtc.compile_family(job.family, cuda_nvrtc.target(job.arch), ("--ptxas-options=-v",))
+
+
+def sources_of(family: str, kernels: tuple[str, ...]) -> dict[str, str]:
+    """The sources of a family, whose translation unit defines these of its kernels."""
+    every = f"TDC_KERNELS_{family}(TDC_DEFINE_KERNEL)\n"
+    sources = cuda_families.read_sources(family)
+    unit = next(iter(sources))
+    assert sources[unit].endswith(every)
+    defined = "".join(
+        f"#define TDC_CHOOSE_{name}(...) {'TDC_DEFINE_KERNEL(__VA_ARGS__)' if name in kernels else ''}\n"
+        for name in native.module.cuda_kernels[family]
+    )
+    choose = f"#define TDC_CHOOSE(name, ...) TDC_CHOOSE_##name(name, __VA_ARGS__)\nTDC_KERNELS_{family}(TDC_CHOOSE)\n"
+    return sources | {unit: sources[unit].removesuffix(every) + defined + choose}
 
 
 def known() -> list[int]:
@@ -99,11 +141,11 @@ def known() -> list[int]:
 
 def test_nvrtc_compiles_kernels_of_every_source_without_spills(capsys: pytest.CaptureFixture[str]) -> None:
     found: dict[str, dict[str, Resources]] = {}
-    for (family, arch), (cubin, log) in compiled().items():
+    for job, (cubin, log) in compiled().items():
         assert cubin.startswith(b"\x7fELF")
         kernels = resources_in_log(log)
-        assert set(kernels) == set(native.module.cuda_kernels[family])
-        found.setdefault(cuda_nvrtc.target(arch), {}).update(kernels)
+        assert set(kernels) == set(job.kernels) and kernels
+        found.setdefault(cuda_nvrtc.target(job.arch), {}).update(kernels)
     assert set(found) == {cuda_nvrtc.target(arch) for arch in known()}
     for name, kernels in found.items():
         assert_nothing_spills(kernels, name)
@@ -125,9 +167,8 @@ def test_every_hopper_kernel_copies_by_tma_and_multiplies_by_wgmma() -> None:
     if "90a-real" not in native.module.cuda_architectures:
         pytest.skip("the native module was built without nvcc")
     families = [names for family, names in native.module.cuda_kernels.items() if "hopper" in family]
-    forms = {name.replace("_bf16", "_TYPE").replace("_fp16", "_TYPE") for name in itertools.chain(*families)}
-    forms = {form for form in forms if not any(part in form for part in ("reduce", "merge", "window"))}
-    kernels = [form.replace("TYPE", ("bf16", "fp16")[turn % 2]) for turn, form in enumerate(sorted(forms))]
+    others = ("reduce", "merge", "window")
+    kernels = of_one_type(name for name in itertools.chain(*families) if not any(part in name for part in others))
     assert kernels
     command = [tool(), "-sass", "-arch", "sm_90a", "-fun", ",".join(kernels), native.module.__file__]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout

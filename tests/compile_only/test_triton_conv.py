@@ -7,6 +7,7 @@ tile spills or exceeds the device's shared memory.
 from __future__ import annotations
 
 import concurrent.futures
+import itertools
 import multiprocessing
 import os
 from concurrent.futures.process import BrokenProcessPool
@@ -91,22 +92,21 @@ def built(case: Build) -> Built:
 
 
 def all_builds() -> list[Build]:
-    """Every tile that `choose_tile` can return, forward and dgrad, with strides where those change the kernel."""
+    """Every tile that `choose_tile` can return, forward and dgrad, with strides where those change the kernel.
+
+    Each tile of 16 bits is built once with all addends, once without, in one type each, which take turns.
+    """
     half = problem_of(torch.bfloat16)
-    kinds = [half, replace(half, dtype=torch.float16), problem_of(torch.float32, True), problem_of(torch.float32)]
-    builds = [
-        Build(arch, op, problem, tile)
-        for arch in (80, 90)
-        for op in ("forward", "dgrad")
-        for problem in kinds
-        for tile in candidates(op, problem, DEVICES[arch])
-    ]
-    builds += [
-        Build(arch, op, half, tile, full=False)
-        for arch in (80, 90)
-        for op in ("forward", "dgrad")
-        for tile in candidates(op, half, DEVICES[arch])
-    ]
+    builds = []
+    for arch, op in itertools.product((80, 90), ("forward", "dgrad")):
+        for problem in (problem_of(torch.float32, True), problem_of(torch.float32)):
+            builds += [Build(arch, op, problem, tile) for tile in candidates(op, problem, DEVICES[arch])]
+        for turn, tile in enumerate(candidates(op, half, DEVICES[arch])):
+            types = (torch.bfloat16, torch.float16)[:: -1 if turn % 2 else 1]
+            builds += [
+                Build(arch, op, replace(half, dtype=dtype), tile, full)
+                for dtype, full in zip(types, (True, False), strict=True)
+            ]
     for op in ("forward", "dgrad"):
         strided, pointwise = problem_of(torch.bfloat16, stride=2), problem_of(torch.bfloat16, taps=1)
         two = problem_of(torch.bfloat16, taps=1, channels=384, x2_channels=128)  # a skip connection on the way up
@@ -175,9 +175,9 @@ def test_a_gradient_known_to_be_zero_past_its_widths_needs_half_of_the_products_
     results: dict[Build, Built | BaseException],
 ) -> None:
     """No masked block, whose dy passes through registers."""
-    for case, code in results.items():
-        other = results.get(replace(case, known=False))
-        if case.known and isinstance(code, Built) and isinstance(other, Built):
+    for case in (case for case in ALL if case.known):
+        code, other = results[case], results[replace(case, known=False)]
+        if isinstance(code, Built) and isinstance(other, Built):
             assert (2 * code.wgmma, 2 * code.mma) == (other.wgmma, other.mma)
             assert code.registers < other.registers and code.wgmma == code.wgmma_from_shared
 
