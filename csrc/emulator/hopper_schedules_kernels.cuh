@@ -73,8 +73,11 @@ __device__ void clocks_of_parts(const ScheduleParams<ConvHopperWgradParams>& p) 
         at -= unit.patch;
         continue;
       }
-      const int patches = min(schedule.group(unit.run).patches - unit.patch, end - at);
-      clocks += 64LL * kHopperUnit * 128 * Unit::kParts / kProductsOfClock * patches + p.rest;
+      const HopperWgradGroup& first = schedule.group(unit.run);
+      const int patches = min(first.patches - unit.patch, end - at);
+      const int rows = first.expert_out - unit.out > 64 ? kHopperUnit : 64;
+      const int columns = hopper_wgrad_columns<Unit>(first.expert_in - unit.in);
+      clocks += 64LL * rows * columns * Unit::kParts / kProductsOfClock * patches + p.rest;
       at += patches;
     }
     p.clocks[block] = clocks;

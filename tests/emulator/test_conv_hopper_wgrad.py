@@ -74,6 +74,16 @@ EDGES: dict[str, tuple[dict[str, Any], int]] = {
         },
         3,
     ),
+    "three quarters of a unit's columns": (
+        {
+            "routing": uneven(1, 2, 1),
+            "in_channels": 128,
+            "out_channels": 128,
+            "in_widths": (96, 97, 65),
+            "out_widths": (96, 64, 9),
+        },
+        5,
+    ),
     "units and parts of units that no width reaches": (
         {
             "routing": uneven(1, 2, weight_index=(0, 0)),
@@ -166,15 +176,32 @@ def test_a_bug_planted_in_the_sums_of_samples_spoils_them(plant: str) -> None:
 
 @plain_only
 def test_what_is_not_live_is_not_multiplied() -> None:
-    """Of the first group nothing, of the second one of two units of input channels and both of output channels."""
+    """Of the first group nothing, of the second one of two units of input channels and both of output channels, of
+    whose second one 64 channels."""
     changes, multiprocessors = EDGES["units and parts of units that no width reaches"]
     t, problem, dy = arguments(case_of(**changes))
     with hopper(multiprocessors) as launcher:
         before = launcher.multiply_adds()
         hopper_backend.conv2d_wgrad(problem, dy, t, (True, True, False))
         done = launcher.multiply_adds() - before
-    patches, units = 2, 2 * 3
-    assert done == patches * units * 64 * 128 * 3 * 128
+    patches, rows = 2, 3
+    assert done == patches * rows * 64 * (128 + 64) * 3 * 128
+
+
+@plain_only
+@pytest.mark.parametrize("live, columns", [(96, 96), (97, 128), (64, 64), (65, 96)])
+def test_columns_of_a_unit_are_those_that_its_live_channels_need(live: int, columns: int) -> None:
+    case = case_of(routing=uneven(1), in_channels=128, in_widths=(live,))
+    t, problem, dy = arguments(case)
+    with hopper() as launcher:
+        before = launcher.multiply_adds()
+        right, *_ = hopper_backend.conv2d_wgrad(problem, dy, t, (True, False, False))
+        done = launcher.multiply_adds() - before
+        with launcher.planted("HOPPER_NARROW_COLUMNS"):
+            wrong, *_ = hopper_backend.conv2d_wgrad(problem, dy, t, (True, False, False))
+    assert done == 64 * 9 * 64 * columns
+    differs = (wrong != right).any(dim=(0, 1, 3, 4)).nonzero().flatten()
+    assert differs.tolist() == ([live - 1] if live in (65, 97) else [])
 
 
 PLANTS = {

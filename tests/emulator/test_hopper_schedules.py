@@ -155,20 +155,36 @@ def test_tiles_of_uneven_groups_are_shared_as_well_as_tiles_can_be(
         assert max(taken) <= 1.01 * longest_first(tiles, len(taken)), layer
 
 
+def shares_of_products(library: EmulatedLibrary, layers: list[Layer], pass_: str, width: float) -> dict[Layer, float]:
+    """The share of the products that is left at a width, of layers that the form serves."""
+    found = {}
+    for layer in layers:
+        whole, part = (sum(clocks(library, layer, pass_, shares(128, GROUPS), width=w, rest=0)) for w in (1, width))
+        if whole:
+            found[layer] = part / whole
+    assert len(found) > 30
+    return found
+
+
 @pytest.mark.parametrize("pass_", ["forward", "dgrad"])
 def test_three_quarters_of_the_channels_take_little_more_than_nine_sixteenths_of_the_products(
     library: EmulatedLibrary, layers: list[Layer], pass_: str
 ) -> None:
     """Of 384 channels 288 are left, and the 32 in the last tile count as 64."""
-    shares_of = {}
-    for layer in layers:
-        whole, part = (sum(clocks(library, layer, pass_, shares(128, GROUPS), width=w, rest=0)) for w in (1, 0.75))
-        if whole:
-            shares_of[layer] = part / whole
-    assert len(shares_of) > 60
-    for layer, share in shares_of.items():
+    for layer, share in shares_of_products(library, layers, pass_, 0.75).items():
         results = layer.out_channels if pass_ == "forward" else layer.in_channels
         assert 0.5625 <= share <= (0.62 if results % 384 else 0.625), layer
+
+
+@pytest.mark.parametrize("width, least, most, of_128", [(0.75, 0.5625, 0.834, 0.75), (0.5, 0.25, 0.5, 0.25)])
+def test_products_of_wgrad_fall_with_the_widths(
+    library: EmulatedLibrary, layers: list[Layer], width: float, least: float, most: float, of_128: float
+) -> None:
+    """A warpgroup multiplies 64 output channels: 96 of them count as 128."""
+    of_3x3 = [layer for layer in layers if layer.filter == 3]
+    found = shares_of_products(library, of_3x3, "wgrad", width)
+    assert least <= min(found.values()) and max(found.values()) <= most
+    assert all(found[layer] == of_128 for layer in of_3x3 if layer.in_channels == layer.out_channels == 128)
 
 
 def test_every_other_turn_goes_backwards(library: EmulatedLibrary) -> None:

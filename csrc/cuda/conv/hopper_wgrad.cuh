@@ -204,8 +204,7 @@ class HopperWgradConsumer {
       mbarrier_wait(&c.message_full[messages_.stage], messages_.parity);
       const HopperWgradWork& work = c.messages[messages_.stage];  // stays there, to spare registers
       if (work.expert < 0) return;
-      const int patches = work.patches;
-      multiply(patches, sums);
+      multiply_live(work, sums);
       if (work.slot < 0) {
         store(work, sums);
       } else {
@@ -218,6 +217,21 @@ class HopperWgradConsumer {
   }
 
  private:
+  // What no channel is live for is not multiplied: columns of input channels, or all output channels of the warpgroup.
+  __device__ __forceinline__ void multiply_live(const HopperWgradWork& work, Sums& sums) {
+    const int patches = work.patches, columns = hopper_wgrad_columns<Unit>(work.live_in);
+    if (64 * group_ >= work.live_out) {
+      skip(patches);
+    } else if (columns == 128) {
+      multiply<128>(patches, sums);
+    } else if (columns == 96) {
+      multiply<96>(patches, sums);
+    } else {
+      multiply<64>(patches, sums);
+    }
+  }
+
+  template <int kColumns>
   __device__ __forceinline__ void multiply(int patches, Sums& sums) {
     HopperWgradControl& c = *shared_.control;
     constexpr int kLine = (Unit::kOfRows ? 8 : 10) * kHopperRow;  // eight pixels and what is beside them
@@ -238,9 +252,9 @@ class HopperWgradConsumer {
       for (int k = 0; k < 4; ++k) {  // 16 pixels
 #pragma unroll
         for (int t = 0; t < kParts; ++t) {
-          wgmma<T, 128, 1, 1>(sums[t], descriptor(a + k * kStepA, kHighA),
-                              descriptor(b + k * kStepB + (TDC_PLANTED(HOPPER_WRONG_TAP) ? 1 : t) * kPart, kHighB),
-                              k || i);
+          wgmma<T, kColumns, 1, 1>(sums[t], descriptor(a + k * kStepA, kHighA),
+                                   descriptor(b + k * kStepB + (TDC_PLANTED(HOPPER_WRONG_TAP) ? 1 : t) * kPart, kHighB),
+                                   k || i);
         }
       }
       wgmma_commit();
@@ -254,6 +268,19 @@ class HopperWgradConsumer {
     if (patches && !TDC_PLANTED(HOPPER_EARLY_RELEASE)) hopper_release(&c.empty[last]);
 #pragma unroll
     for (int t = 0; t < kParts; ++t) wgmma_settle(sums[t]);
+  }
+
+  __device__ __forceinline__ void skip(int patches) {
+    HopperWgradControl& c = *shared_.control;
+    for (int i = 0; i < patches; ++i) {
+      const int stage = stages_.stage;
+      mbarrier_wait(&c.full[stage], stages_.parity);
+      const bool ragged = shared_.is_ragged(stage);
+      warp_sync();
+      if (ragged) mask(stage);
+      hopper_release(&c.empty[stage]);
+      stages_.next(p_.stages);
+    }
   }
 
   // Zeros in the channels of dy that the stage's group has not, as another group of the expert may have them: a

@@ -37,6 +37,14 @@ struct HopperWgradShared {
   }
 };
 
+// Columns of the products of a unit with so many live input channels, of each of its parts.
+template <class Unit>
+__device__ __forceinline__ int hopper_wgrad_columns(int live_in) {
+  if (Unit::kIn > 128) return 128;
+  live_in -= TDC_PLANTED(HOPPER_NARROW_COLUMNS) ? 1 : 0;
+  return live_in <= 64 ? 64 : live_in <= 96 ? 96 : 128;
+}
+
 // Warps that read a stage, and the barrier of them all.
 __device__ __forceinline__ int hopper_wgrad_readers(const ConvHopperWgradParams& p) {
   return 8 + (p.bias_sums ? kHopperBiasWarps : 0);
