@@ -1,8 +1,10 @@
 #pragma once
 
 // What the schedules of Hopper's convolutions leave to each block, in clocks of a model: products at the tensor core's
-// rate, and so much for the rest of a tile or a part of a unit. One thread walks as the producers of all blocks do.
+// rate, for the rest of a tile what the planners count, and for that of a part of a unit as much as the test says. One
+// thread walks as the producers of all blocks do.
 #include "cuda/conv/hopper_images.cuh"
+#include "cuda/conv/hopper_model.h"
 #include "cuda/conv/hopper_rows.cuh"
 #include "cuda/conv/hopper_strided.cuh"
 #include "cuda/conv/hopper_wgrad.cuh"
@@ -15,7 +17,7 @@ struct alignas(64) ScheduleParams {
   Params launch;
   long long* clocks;  // (blocks)
   int blocks;
-  int rest;  // clocks of a tile or a part besides its products
+  int rest;  // clocks of a part of a unit besides its products; 0: products alone, of tiles, too
 };
 
 constexpr int kProductsOfClock = 2048;  // multiply-adds of an SM
@@ -31,6 +33,7 @@ struct ScheduledImages {
 
   __device__ explicit ScheduledImages(const Params& params) : p(params) {}
   __device__ static HopperWork find(const Schedule& schedule, int tile) { return schedule.find(tile); }
+  __device__ static constexpr int copies() { return 1; }
   __device__ int taps(const HopperWork&) const { return kHopperTaps; }
   __device__ int rows(const HopperWork& work) const { return work.count * Tile::kPatches * 64 / Tile::kSamples; }
 };
@@ -47,12 +50,15 @@ __device__ void clocks_of_tiles(const ScheduleParams<typename Layout::Params>& p
   constexpr int kHalf = Tile::kPatches * 32;  // rows of a warpgroup
   for (int block = 0; block < p.blocks; ++block) {
     long long clocks = 0;
-    for (int turn = 0;; ++turn) {
-      const HopperWork work = layout.find(schedule, hopper_tile(turn, block, p.blocks));
+    HopperTurns<typename Layout::Schedule> turns(schedule, block, p.blocks, layout.taps({}), layout.copies());
+    for (;;) {
+      const HopperWork work = layout.find(schedule, turns.next());
       if (work.live < 0) break;
-      const long long rows = layout.rows(work) > kHalf ? 2 * kHalf : kHalf, depth = (work.depth + 15) / 16 * 16;
-      clocks +=
-          rows * depth * layout.taps(work) * hopper_product_columns<Tile>(work) / kProductsOfClock / kSplit + p.rest;
+      const int columns = hopper_product_columns<Tile>(work), step = columns == Tile::kColumns ? 64 : kHalf;
+      const long long rows = (layout.rows(work) + step - 1) / step * step, depth = (work.depth + 15) / 16 * 16;
+      const int stored = 64 * min(2 * ((layout.rows(work) + 63) / 64), Tile::kPatches);
+      clocks += rows * depth * layout.taps(work) * columns / kProductsOfClock / kSplit +
+                (p.rest ? conv::hopper_tile_clocks({stored, Tile::kColumns, 0}, kSplit) : 0);
     }
     p.clocks[block] = clocks;
   }

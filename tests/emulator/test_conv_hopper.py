@@ -91,7 +91,7 @@ EDGES: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
     "widths of no multiple in small images": (
         {
-            "routing": uneven(2, 6, 3),
+            "routing": uneven(2, 7, 3),
             "size": (8, 8),
             "in_channels": 80,
             "out_channels": 128,
@@ -308,6 +308,15 @@ def test_three_quarters_of_the_columns_for_one_channel_more_spoil_the_result(wan
         with launcher.planted("HOPPER_NARROW_COLUMNS"), pytest.raises(AssertionError):
             assert_accurate(case, torch.bfloat16, wanted, backend="hopper")
     assert all(kernel.endswith("16x16x128") for kernel in launcher.launched)
+
+
+@plain_only
+@pytest.mark.parametrize("plant, error", [("HOPPER_ONE_PATCH", AssertionError), ("HOPPER_SHARED_TWICE", EmulatorError)])
+def test_a_planted_bug_in_what_is_left_of_groups_is_found(plant: str, error: type[Exception]) -> None:
+    """Five whole tiles of four samples and six with one or two, for three blocks."""
+    case = case_of(routing=uneven(21, 1, 1, 1, 2, 1), size=(8, 8), out_channels=128)
+    with hopper() as launcher, launcher.planted(plant), pytest.raises(error):
+        assert_accurate(case, torch.bfloat16, (), backend="hopper")
 
 
 @plain_only

@@ -257,6 +257,15 @@ def test_a_planted_bug_spoils_the_result(plant: str) -> None:
         assert_accurate(case, torch.bfloat16, (), backend="hopper")
 
 
+@plain_only
+@pytest.mark.parametrize("plant, error", [("HOPPER_ONE_PATCH", AssertionError), ("HOPPER_SHARED_TWICE", EmulatorError)])
+def test_a_planted_bug_in_what_is_left_of_groups_is_found(plant: str, error: type[Exception]) -> None:
+    """Four whole tiles of 256 rows and six with 64 or 128, for three blocks."""
+    case = case_of(routing=uneven(17, 1, 1, 1, 2, 1), out_channels=128)
+    with hopper() as launcher, launcher.planted(plant), pytest.raises(error):
+        assert_accurate(case, torch.bfloat16, (), backend="hopper")
+
+
 @pytest.mark.parametrize("garbage", [-7, 2**31 - 1])
 def test_no_number_in_device_memory_leads_out_of_bounds(garbage: int) -> None:
     """Sanitizers check what is read and written; the values do not matter."""

@@ -1,12 +1,12 @@
 """Groups of any sizes leave the blocks of Hopper's convolutions about equal work, in every layer of both UNets.
 
 The kernels' schedules run in the emulator with the planners' parameters (hopper_schedules_kernels.cuh) and say what
-each block takes, in clocks of a model: products at the tensor core's rate, and constants measured of a prototype.
+each block takes, in clocks of a model: products at the tensor core's rate, and for the rest of a tile what the planners
+count (cuda/conv/hopper_model.h).
 """
 
 from __future__ import annotations
 
-import heapq
 import struct
 from dataclasses import dataclass
 
@@ -20,7 +20,7 @@ from tests.emulator.harness import plain_only as pytestmark  # noqa: F401  the n
 from tests.native.test_conv_launch import H100, arguments
 
 START = 10_600  # clocks until a block's first products, in a prototype on an H200
-REST = 2_700  # clocks of a tile, or a part of a unit of wgrad, besides its products
+REST = 2_700  # clocks of a part of a unit of wgrad, besides its products
 MOST = 1.15  # times what even groups take
 GROUPS = 8
 
@@ -80,6 +80,7 @@ def clocks(
     """What each block of a launch takes, or of so many blocks; nothing where another form serves.
 
     width: the live share of the channels on both sides.
+    rest: clocks of a part of a unit of wgrad besides its products; 0: products alone, of tiles, too.
     """
     offsets = torch.tensor([0, *torch.tensor(samples).cumsum(0).tolist()], dtype=torch.int32)
     none = {"weight_index": 0, "in_widths": 0, "out_widths": 0, "sample_bias": 0, "residual": 0, "dsample_bias": 0}
@@ -121,14 +122,6 @@ def ratios(library: EmulatedLibrary, layers: list[Layer], pass_: str, batch: int
     return found
 
 
-def longest_first(tiles: list[int], blocks: int) -> int:
-    """What the busiest block takes where each tile, the longest first, goes to the block with the least work."""
-    heap = [0] * blocks
-    for tile in sorted(tiles, reverse=True):
-        heapq.heapreplace(heap, heap[0] + tile)
-    return max(heap)
-
-
 @pytest.mark.parametrize("batch", [64, 128])
 def test_wgrad_of_uneven_groups_costs_little_more_than_of_even_ones(
     library: EmulatedLibrary, layers: list[Layer], batch: int
@@ -141,18 +134,30 @@ def test_wgrad_of_uneven_groups_costs_little_more_than_of_even_ones(
 
 
 @pytest.mark.parametrize("pass_, batch", [("forward", 64), ("dgrad", 64), ("forward", 128), ("dgrad", 128)])
-def test_tiles_of_uneven_groups_are_shared_as_well_as_tiles_can_be(
+def test_tiles_of_uneven_groups_cost_little_more_but_on_images_of_16_pixels(
     library: EmulatedLibrary, layers: list[Layer], pass_: str, batch: int
 ) -> None:
-    """Where even groups just fill a wave, no SM is left for parts of tiles, and sharing tiles cannot help."""
+    """On 16 pixels what is left of a group are 1 to 6 of the 8 samples of a tile, which cost half of it or all."""
     found = ratios(library, layers, pass_, batch)
-    dear = [layer for layer, ratio in found.items() if ratio > MOST]
-    assert len(found) > 60 and len(dear) <= 15 and max(found.values()) <= 1.5
-    for layer in dear:
-        taken = clocks(library, layer, pass_, half_in_one(batch))
-        tiles = clocks(library, layer, pass_, half_in_one(batch), blocks=4096)
-        assert tiles[-1] == 0 and sum(tiles) == sum(taken)
-        assert max(taken) <= 1.01 * longest_first(tiles, len(taken)), layer
+    dear = {layer: ratio for layer, ratio in found.items() if ratio > MOST}
+    assert len(found) > 60 and len(dear) <= 4, dear
+    assert all(layer.height * layer.width == 16 for layer in dear) and max(found.values()) <= 1.34, dear
+
+
+@pytest.mark.parametrize("pass_", ["forward", "dgrad"])
+def test_blocks_share_all_tiles(library: EmulatedLibrary, layers: list[Layer], pass_: str) -> None:
+    for layer in layers:
+        for samples in (half_in_one(64), [3, 0, 17, 1, 1, 40, 2, 0]):
+            taken = clocks(library, layer, pass_, samples)
+            assert sum(taken) == sum(clocks(library, layer, pass_, samples, blocks=4096)), (layer, samples)
+
+
+def test_what_is_left_of_groups_goes_to_blocks_without_a_whole_tile(library: EmulatedLibrary) -> None:
+    """128 samples of 8x8: 120 whole tiles, and of seven groups one or two samples, four tiles each, for 132 blocks."""
+    layer = Layer(512, 512, 8, 8, 3, 1)
+    assert max(ratios(library, [layer], "dgrad", 128).values()) <= 1.05
+    with library.planted("HOPPER_REST_NOT_SHARED"):
+        assert max(ratios(library, [layer], "dgrad", 128).values()) > MOST
 
 
 def shares_of_products(library: EmulatedLibrary, layers: list[Layer], pass_: str, width: float) -> dict[Layer, float]:
@@ -188,8 +193,8 @@ def test_products_of_wgrad_fall_with_the_widths(
 
 
 def test_every_other_turn_goes_backwards(library: EmulatedLibrary) -> None:
-    """256 samples of 8x8: 120 whole tiles and 14 with two or three samples of four, for 132 blocks."""
-    layer = Layer(256, 256, 8, 8, 3, 1)
-    assert max(ratios(library, [layer], "forward", 256).values()) <= MOST
+    """With stride 2 the planes of dx, which differ in taps, come one after the other."""
+    layer = Layer(256, 256, 8, 8, 3, 2)
+    assert max(ratios(library, [layer], "dgrad", 128).values()) <= 1.05
     with library.planted("HOPPER_TURNS_FORWARD"):
-        assert max(ratios(library, [layer], "forward", 256).values()) > MOST
+        assert max(ratios(library, [layer], "dgrad", 128).values()) > MOST

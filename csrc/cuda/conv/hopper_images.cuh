@@ -28,24 +28,26 @@ class HopperProducer {
       : p_(p), shared_(shared), schedule_(p, shared.groups) {}
 
   __device__ __forceinline__ void run() {
-    HopperWork work = schedule_.find(blockIdx.x);
-    for (int turn = 1;; ++turn) {
+    HopperTurns<HopperSchedule<Tile, ConvHopperParams>> turns(schedule_, blockIdx.x, gridDim.x, kHopperTaps);
+    HopperWork work = schedule_.find(turns.next());
+    for (;;) {
       send(work);
       if (work.live < 0) return;
       HopperWork next;
-      const int tile = hopper_tile(turn, blockIdx.x, gridDim.x);
-      if (work.depth == 0) next = schedule_.find(tile);
-      for (int channel = 0, after; channel < work.depth; channel = after) {
+      for (int channel = 0, after;; channel = after) {
         after = hopper_next(channel, work.depth, p_.source_seam);
-        load_source(work, channel);
-        load_weights(work, channel, 0);
+        if (work.depth) {
+          load_source(work, channel);
+          load_weights(work, channel, 0);
+        }
         if (after == work.depth) {
           // While the consumers have taps to multiply. All blocks begin a tile at about the same time, which is more
           // than device memory can serve at once: the L2 cache has it by then.
-          next = schedule_.find(tile);
+          next = schedule_.find(turns.next());
           prefetch_source(next);
         }
-        for (int tap = 1; tap < kHopperTaps; ++tap) load_weights(work, channel, tap);
+        for (int tap = 1; work.depth && tap < kHopperTaps; ++tap) load_weights(work, channel, tap);
+        if (after == work.depth) break;
       }
       work = next;
     }
@@ -114,6 +116,8 @@ class HopperProducer {
 template <class T, class Tile, bool kForward>
 class HopperConsumer {
   static constexpr int kPatches = Tile::kPatches / 2;
+  // Whether a tile may end after the first of the warpgroup's patches.
+  static constexpr bool kMayHaveOne = kPatches == 2 && Tile::kSamples == Tile::kPatches;
   using Sums = typename HopperEpilogue<T, Tile>::Sums;
 
  public:
@@ -148,11 +152,15 @@ class HopperConsumer {
         if (HopperPatch::of<Tile>(group_, 0).sample >= work.count) {
           skip(work);
         } else if (const int columns = hopper_product_columns<Tile>(work); columns == Tile::kColumns) {
-          multiply<Tile::kColumns>(work, sums);
+          if (kMayHaveOne && (HopperPatch::of<Tile>(group_, 1).sample >= work.count || TDC_PLANTED(HOPPER_ONE_PATCH))) {
+            multiply<Tile::kColumns, kMayHaveOne ? 1 : kPatches>(work, sums);
+          } else {
+            multiply<Tile::kColumns, kPatches>(work, sums);
+          }
         } else if (columns == Tile::kThreeQuarters) {
-          multiply<Tile::kThreeQuarters>(work, sums);
+          multiply<Tile::kThreeQuarters, kPatches>(work, sums);
         } else {
-          multiply<Tile::kHalf>(work, sums);
+          multiply<Tile::kHalf, kPatches>(work, sums);
         }
       }
       epilogue.finish(work, sums);
@@ -167,7 +175,8 @@ class HopperConsumer {
     int source = 0, weights = 0;
   };
 
-  template <int kColumns>
+  // The first kLive of the patches.
+  template <int kColumns, int kLive>
   __device__ __forceinline__ void multiply(const HopperWork& work, Sums& sums) {
     UnderWay under_way;
 #pragma unroll 1
@@ -175,13 +184,13 @@ class HopperConsumer {
       const int left = hopper_end(channel, work.depth, p_.source_seam) - channel;
       channel += min(left, kHopperDepth);
       if (left > 48) {
-        multiply_block<kColumns, kHopperSteps>(left, sums, under_way);
+        multiply_block<kColumns, kLive, kHopperSteps>(left, sums, under_way);
       } else if (left > 32) {
-        multiply_block<kColumns, 3>(left, sums, under_way);
+        multiply_block<kColumns, kLive, 3>(left, sums, under_way);
       } else if (left > 16) {
-        multiply_block<kColumns, 2>(left, sums, under_way);
+        multiply_block<kColumns, kLive, 2>(left, sums, under_way);
       } else {
-        multiply_block<kColumns, 1>(left, sums, under_way);
+        multiply_block<kColumns, kLive, 1>(left, sums, under_way);
       }
     }
     wgmma_wait<0>();
@@ -189,11 +198,11 @@ class HopperConsumer {
     if (!TDC_PLANTED(HOPPER_EARLY_RELEASE)) hopper_release(&c.weights_empty[under_way.weights]);
     hopper_release(&c.source_empty[under_way.source]);
 #pragma unroll
-    for (int i = 0; i < kPatches; ++i) wgmma_settle(sums[i]);
+    for (int i = 0; i < kLive; ++i) wgmma_settle(sums[i]);
   }
 
   // All taps of one source stage, of which the first `live` channels count, in kSteps times 16.
-  template <int kColumns, int kSteps>
+  template <int kColumns, int kLive, int kSteps>
   __device__ __forceinline__ void multiply_block(int live, Sums& sums, UnderWay& under_way) {
     HopperControl& c = *shared_.control;
     constexpr unsigned kHighA = descriptor_high(Tile::kBoxWidth * kHopperRow), kHighB = descriptor_high(1024);
@@ -210,7 +219,7 @@ class HopperConsumer {
 #pragma unroll
       for (int k = 0; k < kSteps; ++k) {
 #pragma unroll
-        for (int i = 0; i < kPatches; ++i) {
+        for (int i = 0; i < kLive; ++i) {
           wgmma<T, kColumns, 0, kForward ? 0 : 1>(
               sums[i], descriptor(descriptor_low(from + patches_[i], 16) + k * kStepA, kHighA),
               descriptor(low_b + k * kStepB, kHighB), k ? 1 : under_way.begun);

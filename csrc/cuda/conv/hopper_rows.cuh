@@ -50,8 +50,9 @@ class HopperRowsProducer {
 
   __device__ __forceinline__ void run() {
     const int rank = HopperSplit<Tile>::rank();
-    for (int turn = 0;; ++turn) {
-      const HopperWork work = layout_.find(schedule_, hopper_tile(turn, blockIdx.x, gridDim.x));
+    HopperTurns<typename Layout::Schedule> turns(schedule_, blockIdx.x, gridDim.x, layout_.taps({}), layout_.copies());
+    for (;;) {
+      const HopperWork work = layout_.find(schedule_, turns.next());
       send(work);
       if (work.live < 0) return;
       const HopperDepths depths(work.depth, layout_.source_seam());
@@ -114,6 +115,8 @@ class HopperRowsConsumer {
   using Params = typename Layout::Params;
   using Epilogue = HopperRowsEpilogue<T, Layout>;
   static constexpr int kPatches = Tile::kPatches / 2;
+  // Whether a tile may end after the first of the warpgroup's patches.
+  static constexpr bool kMayHaveOne = kPatches == 2;
   using Sums = typename Epilogue::Sums;
 
  public:
@@ -141,11 +144,15 @@ class HopperRowsConsumer {
         if (group_ * kPatches * 64 >= layout_.rows(work)) {
           skip(end - first);
         } else if (const int columns = hopper_product_columns<Tile>(work); columns == Tile::kColumns) {
-          multiply<Tile::kColumns>(depths, first, end, sums);
+          if (kMayHaveOne && ((group_ * kPatches + 1) * 64 >= layout_.rows(work) || TDC_PLANTED(HOPPER_ONE_PATCH))) {
+            multiply<Tile::kColumns, kMayHaveOne ? 1 : kPatches>(depths, first, end, sums);
+          } else {
+            multiply<Tile::kColumns, kPatches>(depths, first, end, sums);
+          }
         } else if (columns == Tile::kThreeQuarters) {
-          multiply<Tile::kThreeQuarters>(depths, first, end, sums);
+          multiply<Tile::kThreeQuarters, kPatches>(depths, first, end, sums);
         } else {
-          multiply<Tile::kHalf>(depths, first, end, sums);
+          multiply<Tile::kHalf, kPatches>(depths, first, end, sums);
         }
       }
       if constexpr (Tile::kSplit > 1) {
@@ -157,7 +164,8 @@ class HopperRowsConsumer {
   }
 
  private:
-  template <int kColumns>
+  // The first kLive of the patches.
+  template <int kColumns, int kLive>
   __device__ __forceinline__ void multiply(const HopperDepths& depths, int first, int end, Sums& sums) {
     HopperRowsControl& c = *shared_.control;
     last_ = -1;
@@ -168,23 +176,23 @@ class HopperRowsConsumer {
       const int left = depths.left(block);
       if (++block == blocks) block = 0;
       if (left > 48) {
-        multiply_block<kColumns, kHopperSteps>(left, sums);
+        multiply_block<kColumns, kLive, kHopperSteps>(left, sums);
       } else if (left > 32) {
-        multiply_block<kColumns, 3>(left, sums);
+        multiply_block<kColumns, kLive, 3>(left, sums);
       } else if (left > 16) {
-        multiply_block<kColumns, 2>(left, sums);
+        multiply_block<kColumns, kLive, 2>(left, sums);
       } else {
-        multiply_block<kColumns, 1>(left, sums);
+        multiply_block<kColumns, kLive, 1>(left, sums);
       }
     }
     wgmma_wait<0>();
     if (!TDC_PLANTED(HOPPER_EARLY_RELEASE)) hopper_release(&c.empty[last_]);
 #pragma unroll
-    for (int i = 0; i < kPatches; ++i) wgmma_settle(sums[i]);
+    for (int i = 0; i < kLive; ++i) wgmma_settle(sums[i]);
   }
 
   // A stage, of which the first `live` channels count, in kSteps times 16.
-  template <int kColumns, int kSteps>
+  template <int kColumns, int kLive, int kSteps>
   __device__ __forceinline__ void multiply_block(int live, Sums& sums) {
     HopperRowsControl& c = *shared_.control;
     constexpr unsigned kHigh = descriptor_high(1024), kStepA = 32 >> 4;
@@ -200,7 +208,7 @@ class HopperRowsConsumer {
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
 #pragma unroll
-      for (int i = 0; i < kPatches; ++i) {
+      for (int i = 0; i < kLive; ++i) {
         wgmma<T, kColumns, 0, Layout::kForward ? 0 : 1>(sums[i], descriptor(a + i * kPatchStep + k * kStepA, kHigh),
                                                         descriptor(b + k * kStepB, kHigh), k ? 1 : last_ >= 0);
       }

@@ -26,6 +26,7 @@ class HopperRowsLayout {
 
   // Tile number `tile`; its taps; how many of its rows belong to the group.
   __device__ __forceinline__ static HopperWork find(const Schedule& schedule, int tile) { return schedule.find(tile); }
+  __device__ __forceinline__ static constexpr int copies() { return 1; }  // of HopperTurns
   __device__ __forceinline__ int taps(const HopperWork&) const { return p_.taps; }
   __device__ __forceinline__ int rows(const HopperWork& work) const { return work.count; }
   __device__ __forceinline__ int source_seam() const { return p_.source_seam; }

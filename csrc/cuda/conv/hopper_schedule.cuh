@@ -6,20 +6,16 @@
 //             those with more left first
 //   class 2   tiles without a live channel, which only write zeros
 //
-// Within a group tiles of the same pixels are neighbours, so that these are in the L2 cache.
+// Within a group tiles of the same pixels are neighbours, so that these are in the L2 cache. Blocks that find no tile
+// of class 0 in the last turn of it share class 1 until they have about as much work as the others (HopperTurns).
 #pragma once
 
 #include "cuda/device_sm90.cuh"
 #include "cuda/conv/hopper_params.h"
+#include "cuda/conv/hopper_shared.cuh"
 #include "cuda/conv/routing.cuh"
 
 namespace tdc {
-
-// The tile that a block takes in a turn. Every other turn goes backwards, so that who had the cheapest tile of a turn
-// gets the dearest of the next.
-__device__ __forceinline__ int hopper_tile(int turn, int block, int blocks) {
-  return turn * blocks + (turn % 2 && !TDC_PLANTED(HOPPER_TURNS_FORWARD) ? blocks - 1 - block : block);
-}
 
 // Samples and pixels of a tile.
 template <class Tile, class Params>
@@ -64,6 +60,19 @@ class HopperSchedule {
   __device__ __forceinline__ int total() const {
     const HopperGroup& last = groups_[p_.routing.num_groups - 1];
     return last.ends[0] + last.ends[1] + last.ends[2];
+  }
+
+  // Tiles of class 0; of classes 0 and 1.
+  __device__ __forceinline__ int whole() const { return groups_[p_.routing.num_groups - 1].ends[0]; }
+  __device__ __forceinline__ int live() const { return whole() + groups_[p_.routing.num_groups - 1].ends[1]; }
+
+  // About what a tile of class 0 or 1 takes: the products of its patches, and 2,000 clocks to begin and store it.
+  __device__ __forceinline__ int clocks(int tile, int taps) const {
+    const int all = whole(), kind = tile < all ? 0 : 1, samples = Extent::samples(p_);
+    const HopperGroup& group = groups_[group_of(tile - kind * all, kind)];
+    const int count = kind ? group.samples % samples : samples;
+    const int patches = (count * Tile::kPatches + samples - 1) / samples;
+    return patches * ((group.depth + 15) / 16) * taps * (Tile::kColumns / 2) + 2000;
   }
 
   // Tile number `tile` of the list.
@@ -126,8 +135,9 @@ class HopperSchedule {
     }
   }
 
-  __device__ __forceinline__ HopperWork place(int tile, int kind) const {
-    int low = 0, high = p_.routing.num_groups - 1;  // the first group that ends past the tile
+  // The first group that ends past a tile of a class.
+  __device__ __forceinline__ int group_of(int tile, int kind) const {
+    int low = 0, high = p_.routing.num_groups - 1;
     while (low < high) {
       const int middle = (low + high) / 2;
       if (groups_[middle].ends[kind] > tile) {
@@ -136,6 +146,11 @@ class HopperSchedule {
         low = middle + 1;
       }
     }
+    return low;
+  }
+
+  __device__ __forceinline__ HopperWork place(int tile, int kind) const {
+    const int low = group_of(tile, kind);
     const HopperGroup group = groups_[low];
     if (low > 0) tile -= groups_[low - 1].ends[kind];
     const int live = columns_of(group.live), columns = kind == 2 ? p_.channel_tiles - live : live;
@@ -157,6 +172,65 @@ class HopperSchedule {
 
   const Params& p_;
   HopperGroup* groups_;
+};
+
+// The tiles that a block takes, one after the other. In a turn each block takes one; every other turn goes backwards,
+// so that who had the cheapest tile of a turn gets the dearest of the next. Where the last tiles of class 0 are too few
+// for a turn, the blocks without one have as many turns among themselves, at tiles of class 1, as fit into the time of
+// a whole tile.
+template <class Schedule>
+class HopperTurns {
+ public:
+  // The list has so many tiles for each one of the schedule's, which are equal; 0: it has another order.
+  __device__ __forceinline__ HopperTurns(const Schedule& schedule, int block, int blocks, int taps, int copies = 1)
+      : schedule_(schedule), block_(block), blocks_(blocks), taps_(taps), copies_(copies) {}
+
+  __device__ __forceinline__ int next() {
+    if (sharing_) {
+      const int tile = share();
+      if (tile >= 0) return tile;
+    }
+    const int place = backward_ ? blocks_ - 1 - block_ : block_, tile = first_ + place;
+    const int whole = schedule_.whole() * copies_ - first_;
+    first_ += blocks_;
+    backward_ = !backward_ && !TDC_PLANTED(HOPPER_TURNS_FORWARD);
+    if (0 < whole && whole < blocks_ && !TDC_PLANTED(HOPPER_REST_NOT_SHARED)) {
+      sharing_ = true, own_ = place - whole, free_ = blocks_ - whole, dearest_ = first_ - 1;
+    }
+    return tile;
+  }
+
+ private:
+  __device__ __forceinline__ int clocks(int tile) const { return schedule_.clocks(tile / copies_, taps_); }
+
+  // The next tile that is shared; -1: this block gets none, and all take turns again.
+  __device__ __forceinline__ int share() {
+    const int whole = schedule_.whole() * copies_, live = schedule_.live() * copies_;
+    const int most = clocks(whole - 1);
+    while (first_ < live) {
+      taken_ += clocks(dearest_);
+      if (taken_ > most) break;
+      if (TDC_PLANTED(HOPPER_SHARED_TWICE) && own_ < 0) break;
+      const int tile = first_ + free_ - 1 - own_;
+      dearest_ = first_;
+      first_ += free_;
+      if (own_ >= 0) return tile;
+    }
+    sharing_ = false;
+    // Who has less comes first: the blocks with a whole tile where the others have more.
+    if (taken_ > most) backward_ = !backward_;
+    return -1;
+  }
+
+  const Schedule& schedule_;
+  const int block_, blocks_, taps_, copies_;
+  int first_ = 0;  // tile of the turn
+  bool backward_ = false;
+  bool sharing_ = false;
+  int own_ = 0, free_ = 0;  // the block's place among those without a whole tile, if not negative; how many these are
+  // Of the last of these, which got the cheapest tile of the first turn, and then the dearest of each: its last tile;
+  // clocks of those before.
+  int dearest_ = 0, taken_ = 0;
 };
 
 }  // namespace tdc

@@ -57,6 +57,9 @@ class HopperStridedLayout {
     return work;
   }
 
+  // Of HopperTurns. Tiles of different planes are equal only of 4x4 filters.
+  __device__ __forceinline__ int copies() const { return kForward ? 1 : p_.filter == 4 ? kHopperPlanes : 0; }
+
   __device__ __forceinline__ int taps(const HopperWork& work) const {
     return kForward ? p_.filter * p_.filter : taps_along(work.plane / 2) * taps_along(work.plane % 2);
   }
