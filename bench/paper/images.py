@@ -26,6 +26,7 @@ from bench.paper.summary import summarise, write_table
 from bench.paper.tables import TABLES, Table, arm, with_merged
 from tdc_fast.atomic import write_json
 from tdc_fast.command_line import check_writable, parse_flags
+from tdc_fast.data.image_sources import OnCorrupt
 from tdc_fast.errors import invalid
 from tdc_fast.experiments.assemble import Subject, compare_runs, describe_environment
 from tdc_fast.experiments.folder import begun_with
@@ -49,6 +50,8 @@ class ImagesOptions:
 
     data_dir: PathText = ""
     """Folder of images (searched recursively), an .npz or .npy array, or the name of a built-in set: digits, photos."""
+    on_corrupt: OnCorrupt = "error"
+    """What to do with an unreadable image: refuse it by name before anything is trained, or leave it out (skip)."""
     minutes: Annotated[float, Within(0, 10**6)] = 60.0
     """Minutes for everything: warm-up, training of all models, measuring. They decide how many steps all train."""
     device: str = "auto"
@@ -131,6 +134,8 @@ def run_images(options: ImagesOptions, *, in_process: bool = False) -> Path:
         print(f"[{minutes}:{seconds:02d}] {text}", flush=True)
 
     check_limits(ImagesOptions, vars(options))
+    if not options.minutes:
+        raise invalid("minutes", options.minutes, "a number above 0")
     check_writable(Path(options.out))
     out, processes = Path(options.out), 0 if in_process else 1
     study, table = _study(options, _SHORTEST), _table(options)
@@ -171,7 +176,7 @@ def _study(options: ImagesOptions, steps: int) -> Study:
     if options.batch_size % options.groups:
         remedy = f"a multiple of --groups {options.groups}, as the experts share a batch"
         raise invalid("batch_size", options.batch_size, remedy)
-    names = ("image_size", "num_channels", "channel_mult", "num_res_blocks", "attention_resolutions")
+    names = ("on_corrupt", "image_size", "num_channels", "channel_mult", "num_res_blocks", "attention_resolutions")
     study = images_study(
         options.data_dir,
         options.batch_size,

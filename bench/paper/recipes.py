@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tdc_fast.data.image_sources import OnCorrupt
 from tdc_fast.experiments.contestants import SETTINGS, Contestant
 from tdc_fast.nn.merging import Merging
 from tdc_fast.pruning.budget import budget_law
@@ -42,6 +43,11 @@ class Study:
     def scaled(self, scale: float) -> Study:
         """The same study with `scale` times the steps."""
         return dataclasses.replace(self, baseline_steps=max(16, round(scale * self.baseline_steps)))
+
+    @property
+    def dataset(self) -> tuple[str, int, OnCorrupt]:
+        """Its images: their name or path, their size, and what to do with unreadable ones."""
+        return self.settings["data_dir"], self.settings["image_size"], self.settings.get("on_corrupt", "error")
 
     @property
     def small_batch(self) -> int:

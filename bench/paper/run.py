@@ -13,7 +13,7 @@ from bench.paper.recipes import Recipe, Study, contestant
 from tdc_fast.atomic import write_json
 from tdc_fast.experiments.assemble import training_phases
 from tdc_fast.experiments.contestants import Contestant
-from tdc_fast.experiments.jobs import Job, run_jobs, train_and_measure, train_contestant
+from tdc_fast.experiments.jobs import MEASURING, Job, run_jobs, train_and_measure, train_contestant
 from tdc_fast.experiments.measure import Measured, MeasuringProtocol, load_measured, measure, prepare_yardsticks
 from tdc_fast.nn.merging import Merging
 from tdc_fast.pruning.memory import read_trials
@@ -72,10 +72,7 @@ def run_rows(
     plan: dict[tuple[str, int], tuple[Contestant, Contestant, Path]] = {}
     opening: dict[Path, Job] = {}
     if not yardsticks.exists():
-        settings = study.settings
-        opening[yardsticks] = Job(
-            "yardsticks", prepare_yardsticks, (yardsticks, how.samples, settings["data_dir"], settings["image_size"])
-        )
+        opening[yardsticks] = Job("yardsticks", prepare_yardsticks, (yardsticks, how.samples, *study.dataset))
     for seed in seeds:
         home = folder / f"seed{seed}"
         for recipe in rows:
@@ -95,6 +92,7 @@ def run_rows(
             (model, yardsticks, how, result),
             model.progress,
             model.last_step,
+            MEASURING,
         )
         for (key, seed), (_, model, result) in plan.items()
         if not result.exists() and key not in mergings

@@ -170,9 +170,8 @@ def warm_up(
             kinds.append(recipe)
     models = [_briefly(contestant(study, kind, seed, folder)[1]) for kind in kinds]
     yardsticks = folder / "yardsticks.pt"
-    settings = study.settings
     jobs = [
-        Job("floors", prepare_yardsticks, (yardsticks, how.samples, settings["data_dir"], settings["image_size"])),
+        Job("floors", prepare_yardsticks, (yardsticks, how.samples, *study.dataset)),
         training_job(first),
         *map(training_job, models),
         *_measuring_jobs(models[0], yardsticks, how, folder),

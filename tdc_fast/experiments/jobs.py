@@ -27,6 +27,7 @@ from tdc_fast.training.interrupts import TrainingInterrupted
 from tdc_fast.training.train import train
 
 REPORT_EVERY_SECONDS = 15.0
+MEASURING = "drawing and comparing samples"
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Job:
         arguments: what to call it with.
         progress: the progress.csv of its training, from which its progress is reported; None reports none.
         steps: the step at which that training ends; 0 where it is not known.
+        then: what follows that training in the job, for its progress.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Job:
     arguments: tuple[Any, ...]
     progress: Path | None = None
     steps: int = 0
+    then: str = ""
 
 
 def train_contestant(contestant: Contestant) -> None:
@@ -78,7 +81,7 @@ def training_job(contestant: Contestant) -> Job:
 def contest_job(contestant: Contestant, yardsticks: Path, protocol: MeasuringProtocol, measured: Path) -> Job:
     """The job that trains and measures a contestant; arguments as for `train_and_measure`."""
     arguments = (contestant, yardsticks, protocol, measured)
-    return Job(contestant.label, train_and_measure, arguments, contestant.progress, contestant.last_step)
+    return Job(contestant.label, train_and_measure, arguments, contestant.progress, contestant.last_step, MEASURING)
 
 
 def run_jobs(jobs: Sequence[Job], processes: int, say: Callable[[str], None]) -> dict[str, float]:
@@ -180,7 +183,7 @@ def _progress_line(job: Job, shown: dict[str, int]) -> str:
         return ""
     shown[job.name] = step
     if step == job.steps:
-        return f"{job.name}: trained, now drawing and comparing samples"
+        return f"{job.name}: trained{', now ' if job.then else ''}{job.then}"
     of = f" of {job.steps}" if job.steps else ""
     return f"{job.name}: step {step}{of}, loss {float(rows[-1]['loss']):.4f}"
 

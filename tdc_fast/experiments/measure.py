@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tdc_fast.atomic import atomic_file
 from tdc_fast.data.dataset import load_dataset
+from tdc_fast.data.image_sources import OnCorrupt
 from tdc_fast.data.pixels import to_uint8
 from tdc_fast.diffusion.samplers import SamplerName, sampling_steps
 from tdc_fast.evaluation.classifier import DigitsClassifier, train_classifier
@@ -90,7 +91,9 @@ class Yardsticks:
     floors: tuple[Floor, ...]
 
 
-def prepare_yardsticks(path: Path, samples: int, data_dir: str = "digits", image_size: int = 8) -> None:
+def prepare_yardsticks(
+    path: Path, samples: int, data_dir: str = "digits", image_size: int = 8, on_corrupt: OnCorrupt = "error"
+) -> None:
     """Choose the feature space, measure the floors of the distance, and write both to a file.
 
     The features of 8x8 digits come from a classifier trained on them, those of other images from a random network.
@@ -100,9 +103,11 @@ def prepare_yardsticks(path: Path, samples: int, data_dir: str = "digits", image
         samples: images per draw, which the floors depend on.
         data_dir: dataset of the real images.
         image_size: their size in pixels.
+        on_corrupt: whether an image that cannot be decoded is an error or is left out.
     """
-    content: dict[str, Any] = {"data_dir": data_dir, "image_size": image_size, "classifier": None}
-    reference = _real_images(data_dir, image_size)
+    content: dict[str, Any] = {"data_dir": data_dir, "image_size": image_size, "on_corrupt": on_corrupt}
+    content["classifier"] = None
+    reference = _real_images(data_dir, image_size, on_corrupt)
     extractor: nn.Module
     if (data_dir, image_size) == ("digits", 8):
         trained = train_classifier()
@@ -119,7 +124,7 @@ def prepare_yardsticks(path: Path, samples: int, data_dir: str = "digits", image
 def load_yardsticks(path: Path) -> Yardsticks:
     """Read what `prepare_yardsticks` wrote."""
     content = load_tensors(path)
-    reference = _real_images(content["data_dir"], content["image_size"])
+    reference = _real_images(content["data_dir"], content["image_size"], content.get("on_corrupt", "error"))
     extractor: nn.Module = RandomConvFeatures(reference.shape[1])
     if content["classifier"] is not None:
         extractor = DigitsClassifier().eval().requires_grad_(False)
@@ -128,9 +133,9 @@ def load_yardsticks(path: Path) -> Yardsticks:
     return Yardsticks(reference, extractor, content["feature_space"], floors)
 
 
-def _real_images(data_dir: str, image_size: int) -> Tensor:
+def _real_images(data_dir: str, image_size: int, on_corrupt: OnCorrupt) -> Tensor:
     """All images of a named dataset, training and held out, as uint8 (M, C, H, W)."""
-    return to_uint8(load_dataset(data_dir, image_size=image_size).images())
+    return to_uint8(load_dataset(data_dir, image_size=image_size, on_corrupt=on_corrupt).images())
 
 
 def measure(

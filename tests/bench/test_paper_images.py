@@ -6,7 +6,9 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from bench.paper import __main__ as command
 from bench.paper import images, run
@@ -223,6 +225,7 @@ def test_after_too_few_minutes_the_same_folder_takes_more(options, tmp_path, mon
         (["--batch_size", "6"], "batch_size: got 6"),
         (["--data_dir", "nowhere"], "data_dir: got 'nowhere'"),
         (["--minutes", "-1"], "minutes: got -1"),
+        (["--minutes", "0"], "minutes: got 0"),
         (["--groups", "3"], "batch_size: got 128; expected a multiple of --groups 3"),
         (["--merged", "1,x"], "merged: got '1,x'"),
         (["--arms", "shared,sharp"], "arms: got 'sharp'; expected shared, shared-pairs"),
@@ -234,6 +237,24 @@ def test_impossible_options_are_refused_before_anything_is_written(flags, said, 
     base = ["--study", "images", "--data_dir", options.data_dir, "--image_size", "8", "--channel_mult", "1,2"]
     assert command.main(["main", *base, "--device", "cpu", "--out", str(out), *flags]) == 2
     assert said in capsys.readouterr().err and not out.exists()
+
+
+def test_an_unreadable_image_is_refused_by_name_or_left_out(options, tmp_path):
+    pixels = np.random.default_rng(1).integers(0, 256, (12, 8, 8, 3), dtype=np.uint8)
+    for number, image in enumerate(pixels):
+        Image.fromarray(image).save(tmp_path / f"{number}.png")
+    (tmp_path / "broken.png").write_bytes(b"not an image")
+    corrupt = replace(options, data_dir=str(tmp_path), out=str(tmp_path / "out"))
+    with pytest.raises(ValueError, match=r"broken\.png"):
+        run_images(corrupt, in_process=True)
+    study = images._study(replace(corrupt, on_corrupt="skip"), 64)
+    assert images._training_images(study, TABLES["main"], corrupt) == 10  # of 12, a fifth of which is held out
+    measure.prepare_yardsticks(tmp_path / "yardsticks.pt", 4, *study.dataset)
+    assert np.array_equal(
+        sorted(measure.load_yardsticks(tmp_path / "yardsticks.pt").reference.sum(dim=(1, 2, 3)).tolist()),
+        sorted(pixels.sum(axis=(1, 2, 3)).tolist()),
+    )
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_command_beside_a_table_can_be_pasted_into_a_shell():

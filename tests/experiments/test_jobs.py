@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,16 @@ def test_the_worker_pool_runs_jobs_and_raises_their_errors(tmp_path):
     with pytest.raises(FileNotFoundError):
         jobs.run_jobs([bad], 1, said.append)
     assert any(line.startswith("bad: ") and "missing" in line for line in said)
+
+
+def test_progress_says_what_follows_training_where_something_does(tmp_path):
+    progress = tmp_path / "progress.csv"
+    progress.write_text("step,loss\n8,0.5\n")
+    trained = jobs.Job("stage 1", print, (), progress, 8)
+    assert jobs._progress_line(trained, {}) == "stage 1: trained"
+    measured = jobs.contest_job(contestants(tmp_path, 10, 0, control=False)[0], progress, None, progress)
+    measured = replace(measured, progress=progress, steps=8)
+    assert jobs._progress_line(measured, {}) == "uniform, C: trained, now drawing and comparing samples"
 
 
 def test_an_error_ends_the_experiment_before_another_job_begins(tmp_path):
