@@ -10,7 +10,15 @@ started as a whole:
 `graphed` is for code that also runs where nothing can be captured: there it returns the function itself.
 """
 
-from tdc_fast.graphs.capture import Capture, CudaCapture, Recording, captures_on, outside_captures, use_capture
+from tdc_fast.graphs.capture import (
+    Capture,
+    CudaCapture,
+    Recording,
+    captures_on,
+    is_capturing,
+    outside_captures,
+    use_capture,
+)
 from tdc_fast.graphs.graphed import CannotCapture, Graphed, graphed
 
 __all__ = [
@@ -21,6 +29,7 @@ __all__ = [
     "Recording",
     "captures_on",
     "graphed",
+    "is_capturing",
     "outside_captures",
     "use_capture",
 ]

@@ -195,6 +195,11 @@ def captures_on(device: torch.device) -> bool:
     return _capture.serves(device)
 
 
+def is_capturing() -> bool:
+    """Whether what this thread queues now is captured, by a `Graphed` function or by torch.cuda.graph."""
+    return _capture.capturing or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
+
+
 @contextmanager
 def use_capture(capture: Capture) -> Iterator[None]:
     """Within the block this captures, also on devices that have no graphs: tests record on the CPU so."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -95,9 +95,21 @@ class RoutedLeaf(nn.Module):
         device = next(self.parameters()).device
         self.out_widths = None if out is None else out.widths(device)
         self.in_widths = None if in_ is None else in_.widths(device)
-        for widths, axis in ((self.out_widths, out), (self.in_widths, in_)):
+        for widths, numbers in self._widths():
+            note_widths(widths, numbers)
+
+    def _widths(self) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
+        """The width tensors with the numbers that they were made of."""
+        for widths, axis in ((self.out_widths, self.live_out), (self.in_widths, self.live_in)):
             if widths is not None and axis is not None:
-                note_widths(widths, tuple(count * axis.copies for count in axis.counts))
+                yield widths, tuple(count * axis.copies for count in axis.counts)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Fills a copy, deep or unpickled; its width tensors are others, without notes."""
+        super().__setstate__(state)
+        for widths, numbers in self._widths():
+            if widths.device.type != "meta" and widths.tolist() == list(numbers):  # nobody has written to them
+                note_widths(widths, numbers)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         noted = {name: noted_widths(getattr(self, name)) for name in ("out_widths", "in_widths")}

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from tdc_fast.errors import invalid
+from tdc_fast.graphs import is_capturing
 from tdc_fast.nn.architectures import check_same_architecture, joined
 from tdc_fast.nn.blocks import narrow
 from tdc_fast.nn.casts import Copies, autocast_key
 from tdc_fast.nn.leaf import LiveAxis, RoutedLeaf
 from tdc_fast.nn.leaves import find_leaves, note_path, with_path
 from tdc_fast.nn.per_group import PerGroup, dense_module, pack_per_group, stacked_parameters
-from tdc_fast.nn.plan_scope import PlanScope, Running
+from tdc_fast.nn.plan_scope import Kept, PlanScope, Running
 from tdc_fast.nn.sample_arguments import RESULT, checked_names, map_samples
 from tdc_fast.nn.sharing import Rows, in_common_orders, shared_rows, sharers
 from tdc_fast.nn.stacking import apart_where_closed, check_equal, fill, slices_by_leaf
@@ -135,9 +136,10 @@ class RoutedModel(nn.Module):
     def cast_once(self) -> Iterator[None]:
         """Forwards in the block share one cast of the parameters under autocast, where each would make its own.
 
-        For the microbatches of a step, with their backwards: the parameters must not change inside.
+        For the microbatches of a step, with their backwards: the parameters must not change inside. A CUDA graph that
+        is captured inside has casts of its own, as its replays may come after the block.
         """
-        before, self.routing.kept = self.routing.kept, {}
+        before, self.routing.kept = self.routing.kept, Kept(is_capturing(), {})
         try:
             yield
         finally:
@@ -148,7 +150,8 @@ class RoutedModel(nn.Module):
         key = autocast_key(device)
         if key is None:
             return None
-        kept = {} if self.routing.kept is None else self.routing.kept
+        within = self.routing.kept
+        kept = {} if within is None or within.captured != is_capturing() else within.copies
         if key not in kept:
             parameters = (value for leaf in self._computing for value in leaf.own_parameters().values())
             kept[key] = Copies(parameters, key[0])

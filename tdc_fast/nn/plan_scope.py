@@ -35,6 +35,13 @@ class Running(NamedTuple):
     shared: Mapping[Sharing | None, RoutingPlan] = MappingProxyType({})
 
 
+class Kept(NamedTuple):
+    """The copies that the forwards of a `cast_once` share, and whether its block began inside a capture."""
+
+    captured: bool
+    copies: dict[Key, Copies]
+
+
 class PlanScope(threading.local):
     """Gives the routed layers of a model the plan of the forward that they run in.
 
@@ -42,11 +49,11 @@ class PlanScope(threading.local):
     but not a `contextvars.ContextVar`.)
 
     Attributes:
-        kept: the copies that the forwards of a `cast_once` share; None outside one.
+        kept: what the forwards of a `cast_once` share; None outside one.
     """
 
     def __init__(self) -> None:
-        self.kept: dict[Key, Copies] | None = None
+        self.kept: Kept | None = None
         self._running: Running | None = None
         self._state_at_entry: tuple[bool, Any] = (False, None)
         self._recomputes = False

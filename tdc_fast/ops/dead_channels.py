@@ -7,6 +7,9 @@ note. A sum of two gradients is another tensor or another version of it; what a 
 Autograd's versions tell who wrote to a tensor, but for what goes around them: a hook must not write through `.data`.
 
 Layers have width tensors of their own, whose numbers are on the device. `note_widths` tells them on the host.
+
+A note holds for the tensor that it names by its `id`: copies of a tensor take its notes along, but count its versions
+anew.
 """
 
 from __future__ import annotations
@@ -23,15 +26,15 @@ def note_widths(widths: Tensor, numbers: tuple[int, ...]) -> None:
         widths: int32 (N,).
         numbers: What it holds.
     """
-    widths.__dict__[_WIDTHS] = widths._version, numbers
+    widths.__dict__[_WIDTHS] = id(widths), widths._version, numbers
 
 
 def noted_widths(widths: Tensor | None) -> tuple[int, ...] | None:
     """The numbers that are noted on a width tensor, or None."""
     if widths is None:
         return None
-    version, numbers = widths.__dict__.get(_WIDTHS, (None, None))
-    return numbers if version == widths._version else None
+    of, version, numbers = widths.__dict__.get(_WIDTHS, (None, None, None))
+    return numbers if of == id(widths) and version == widths._version else None
 
 
 def note_zeros(gradient: Tensor | None, widths: Tensor | None, offsets: Tensor) -> None:
@@ -43,7 +46,7 @@ def note_zeros(gradient: Tensor | None, widths: Tensor | None, offsets: Tensor) 
         offsets: First sample of each group and their end, int32 (N + 1,).
     """
     if widths is not None and type(gradient) is Tensor and not gradient.is_inference():
-        gradient.__dict__[_GRADIENT] = gradient._version, widths, offsets
+        gradient.__dict__[_GRADIENT] = id(gradient), gradient._version, widths, offsets
 
 
 def are_zeros(gradient: Tensor, widths: Tensor | None, offsets: Tensor) -> bool:
@@ -53,8 +56,10 @@ def are_zeros(gradient: Tensor, widths: Tensor | None, offsets: Tensor) -> bool:
     note = gradient.__dict__.get(_GRADIENT)
     if note is None or gradient.is_inference():
         return False
-    version, of, starts = note
-    return version == gradient._version and _is_same(starts, offsets) and (_is_same(of, widths) or _agree(of, widths))
+    of, version, live, starts = note
+    if of != id(gradient) or version != gradient._version or not _is_same(starts, offsets):
+        return False
+    return _is_same(live, widths) or _agree(live, widths)
 
 
 def _is_same(one: Tensor, other: Tensor) -> bool:

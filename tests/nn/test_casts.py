@@ -6,6 +6,7 @@ import copy
 import gc
 import weakref
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,10 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tdc_fast.graphs import Graphed, use_capture
 from tdc_fast.nn import attention, packing
 from tdc_fast.nn.casts import Copies
 from tdc_fast.nn.packing import RoutedModel, pack_experts
 from tdc_fast.routing import TimestepGroups
+from tests.graphs.tape import TapeCapture
 from tests.models.test_iddpm import randomise
 from tests.nn.test_packing import GROUPS, PRUNED, batch, shuffled_plan, unet
 from tests.reports.test_routed_forward import gradients, packed, samples
@@ -182,6 +185,40 @@ def test_microbatches_share_one_cast_that_ends_with_the_step() -> None:
         for parameter in routed.parameters():
             parameter.mul_(2)
         assert not torch.equal(routed(x, t), before)
+
+
+def test_a_graph_that_is_captured_within_cast_once_has_casts_of_its_own() -> None:
+    """Its replays come after the block, and after the parameters have changed."""
+    routed, (x, t) = packed(), samples(0)
+
+    @torch.no_grad()
+    def forward(x: Tensor, t: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return routed(x, t)
+
+    with use_capture(TapeCapture()):
+        inner, outer = Graphed(forward, "cpu", warmup=1), Graphed(in_microbatches(routed, forward), "cpu", warmup=1)
+        with routed.cast_once():
+            for _ in range(3):
+                inner(x, t)
+        for _ in range(3):
+            outer(x, t)
+        with torch.no_grad():
+            for parameter in routed.parameters():
+                parameter.mul_(2)
+        assert inner.num_graphs == outer.num_graphs == 1
+        assert torch.equal(inner(x, t), forward(x, t))
+        assert torch.equal(outer(x, t), forward(x, t))
+
+
+def in_microbatches(routed: RoutedModel, forward: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    def parts(x: Tensor, t: Tensor) -> Tensor:
+        with Casts() as casts, routed.cast_once():
+            out = torch.cat([forward(x[part], t[part]) for part in (slice(0, 3), slice(3, 8))])
+        assert len(casts.at_once) == 1
+        return out
+
+    return parts
 
 
 def test_a_copy_of_a_model_casts_its_own_parameters() -> None:

@@ -3,6 +3,8 @@ used."""
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +16,7 @@ from tdc_fast import RoutingPlan, pack_experts, routed_conv2d, routed_group_norm
 from tdc_fast.nn.leaf import LiveAxis
 from tdc_fast.nn.routed import RoutedConv2d, RoutedGroupNorm
 from tdc_fast.ops import conv2d_operators
-from tdc_fast.ops.dead_channels import note_widths
+from tdc_fast.ops.dead_channels import note_widths, noted_widths
 from tests.nn.test_packing import GROUPS, PRUNED, batch, shuffled_plan, unet
 
 WIDTHS, CHANNELS = (4, 8, 6), 8  # norm groups of two channels
@@ -135,6 +137,44 @@ def test_leaves_of_a_model_tell_their_widths_on_any_device(told: list[bool]) -> 
     conv.out_widths = torch.tensor(CHANNELS).repeat(3).int()  # others, of which nobody has told
     norm(conv(x, plan), plan).sum().backward()
     assert told[-1] is False
+
+
+def copied(module: nn.Module) -> nn.Module:
+    return copy.deepcopy(module)
+
+
+def pickled(module: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(module))
+
+
+@pytest.mark.parametrize("twin", [copied, pickled])
+@pytest.mark.parametrize("written", [False, True])
+def test_copies_of_a_model_tell_their_widths(
+    twin: Callable[[nn.Module], nn.Module], written: bool, told: list[bool]
+) -> None:
+    axis = LiveAxis(WIDTHS, 1)
+    layers = nn.ModuleList([RoutedConv2d(3, CHANNELS, CHANNELS, 3, padding=1), RoutedGroupNorm(3, 4, CHANNELS)])
+    for layer in layers:
+        layer.set_live(axis, None)
+    if written:
+        layers[0].out_widths.fill_(CHANNELS)
+    conv, norm = twin(layers)
+    plan = RoutingPlan.from_groups(torch.tensor([0, 1, 2]), 3)
+    norm(conv(torch.randn(3, CHANNELS, 3, 3, requires_grad=True), plan), plan).sum().backward()
+    assert told == [not written]
+
+
+def test_a_copy_of_a_width_tensor_is_not_told_of(told: list[bool]) -> None:
+    """It has the note, but its versions may come to the same number with other contents."""
+    layers, live = Layers(), torch.tensor(WIDTHS, dtype=torch.int32)
+    live.add_(0), live.add_(0)
+    note_widths(live, WIDTHS)
+    other = copy.deepcopy(live)
+    for _ in range(5):
+        assert other._version <= 5 and noted_widths(other) is None
+        other.clamp_(max=6)
+    layers.norm(layers.conv(layers.x, other), live).sum().backward()
+    assert told == [False]
 
 
 def test_residual_blocks_of_a_pruned_model_need_no_mask(told: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
