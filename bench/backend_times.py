@@ -17,8 +17,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench.files import ROOT
+from bench.files import ROOT, read_result
 from bench.gpu.rows import OURS_GRAPH, Row
+from tdc_fast.atomic import write_bytes
 from tdc_fast.errors import invalid
 from tdc_fast.ops.measured import file_name
 
@@ -41,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: the command line without the program's name; None for the process's own.
 
     Returns:
-        The exit code: 0, 2 when the result is no measurement or times no two backends.
+        The exit code: 0, 2 when the result is no measurement of bench.gpu or times no two backends.
     """
     parser = argparse.ArgumentParser(prog="python -m bench.backend_times", description=__doc__.partition("\n\n")[0])
     parser.add_argument("result", type=Path, help="JSON file that bench.gpu wrote")
@@ -49,13 +50,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=folder, help="folder of the table (default: kernels/tuned)")
     options = parser.parse_args(arguments)
     try:
-        table = table_of(json.loads(options.result.read_text()))
+        table = table_of(read_result(options.result))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / file_name(table["device"])
-    path.write_text(as_text(table))
+    write_bytes(path, as_text(table).encode())
     print(f"written: {path} ({len(table['rows'])} rows)")
     return 0
 

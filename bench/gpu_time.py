@@ -13,7 +13,6 @@ of every kind. `--dry-run` runs a tiny UNet on the CPU and shows torch's operato
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Callable, Iterable
@@ -25,10 +24,12 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from bench.files import whole_number
 from bench.gpu import step, unet
 from bench.gpu.layers import workload
 from bench.gpu.rows import BenchRun
 from bench.gpu.timing import Machine
+from tdc_fast.atomic import write_json
 
 # The first kind whose pattern is in a kernel's name, or in that of an operator (dry run).
 KINDS = {
@@ -86,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         facts = {"what": options.what, "device": machine.describe(), "kernels": [asdict(k) for k in found]}
-        options.out.write_text(json.dumps(facts, indent=1) + "\n")
+        write_json(options.out, facts)
     return 0
 
 
@@ -97,8 +98,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("what", choices=("forward", "step", "whole"), metavar="WHAT")
     parser.add_argument("--dense", action="store_true", help="one dense model in place of the experts")
-    parser.add_argument("--num-groups", type=int, default=8)
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--num-groups", type=whole_number, default=8)
+    parser.add_argument("--batch", type=whole_number, default=64)
     parser.add_argument("--width", type=float, default=1.0, help="mean width of the experts' pruning units")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--kernels", type=int, default=0, help="longest kernels to show per kind")

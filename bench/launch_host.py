@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.files import whole_number
 from bench.stand_in_gpu import dense_memory, stand_in_gpu, with_tiles
 from tdc_fast.ops import eager, host
 
@@ -129,7 +130,7 @@ def measured(peers: dict[str, dict[str, Call]], device: str, rounds: int) -> dic
 def main(arguments: list[str] | None = None) -> int:
     """Print the tables and return the exit code: 0, or 2 without Triton."""
     parser = argparse.ArgumentParser(prog="python -m bench.launch_host", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--rounds", type=whole_number, default=ROUNDS)
     parser.add_argument(
         "--general", action="store_true", help="remember no call: each is checked anew, by the dispatcher"
     )

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import csv
 import io
-import json
 import os
 import re
 import shutil
@@ -26,11 +25,12 @@ from typing import Any
 
 import torch
 
-from bench.files import ROOT
+from bench.files import ROOT, whole_number
 from bench.gpu import conv, norm
 from bench.gpu.layers import ConvLayer, NormLayer
 from bench.gpu.rows import BenchRun
 from bench.gpu.timing import Machine
+from tdc_fast.atomic import write_json
 
 # Names of metrics differ between chips: whole sections are collected, and figures are found by pattern. Where several
 # metrics match a pattern the largest counts (tensor pipes have one per kind of product).
@@ -73,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(as_table(kernels))
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps({"layer": options.layer, "kernels": kernels}, indent=1) + "\n")
+        write_json(options.out, {"layer": options.layer, "kernels": kernels})
     return 0 if kernels else 1
 
 
@@ -85,7 +85,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("layer", nargs="+", help="conv B C_IN C_OUT SIZE FILTER STRIDE, or norm B C SIZE GROUPS")
     parser.add_argument("--direction", default="forward", help="forward, dgrad, wgrad; of a norm forward, backward")
     parser.add_argument("--backend", default="", help="triton or cuda (default: the fastest)")
-    parser.add_argument("--num-groups", type=int, default=8)
+    parser.add_argument("--num-groups", type=whole_number, default=8)
     parser.add_argument("--width", type=float, default=1.0, help="live part of the channels")
     parser.add_argument("--dense", action="store_true", help="profile cuDNN's dense convolution instead")
     parser.add_argument("--out", type=Path, help="JSON file for the figures")

@@ -11,14 +11,13 @@ are shares of a model's own time.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.files import markdown_rows
+from bench.files import markdown_rows, read_result
 from bench.gpu.conv import live_channels
 from bench.gpu.rows import OURS_GRAPH, Row
 from tdc_fast.errors import invalid
@@ -42,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.roofline", description=__doc__.partition("\n\n")[0])
     parser.add_argument("result", type=Path, help="JSON file that bench.gpu wrote")
     try:
-        print("\n".join(table_of(json.loads(parser.parse_args(arguments).result.read_text()))))
+        print("\n".join(table_of(read_result(parser.parse_args(arguments).result))))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

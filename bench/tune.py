@@ -29,10 +29,12 @@ from typing import Any
 
 import torch
 
+from bench.files import seconds, whole_number
 from bench.gpu.conv import Case, Problem
 from bench.gpu.layers import UNET_BATCH, UNETS, ConvLayer, design_layers, unet_layers
 from bench.gpu.rows import BenchRun
 from bench.gpu.timing import Budget, Machine
+from tdc_fast.atomic import write_bytes
 from tdc_fast.kernels.problems import ConvProblem
 
 OPS = ("forward", "dgrad", "wgrad")
@@ -106,10 +108,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--layers", nargs="+", default=["design", *UNETS], choices=["design", *UNETS])
     parser.add_argument("--ops", nargs="+", default=list(OPS), choices=list(OPS))
-    parser.add_argument("--num-groups", nargs="+", type=int, default=[8])
-    parser.add_argument("--batch", type=int, default=UNET_BATCH, help="of the UNets' layers (default: %(default)s)")
+    parser.add_argument("--num-groups", nargs="+", type=whole_number, default=[8])
+    parser.add_argument(
+        "--batch", type=whole_number, default=UNET_BATCH, help="of UNets' layers (default: %(default)s)"
+    )
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
-    parser.add_argument("--seconds", type=float, default=500.0, help="stop after so long (default: %(default)s)")
+    parser.add_argument("--seconds", type=seconds, default=500.0, help="stop after so long (default: %(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU, Triton's interpreter")
     options = parser.parse_args(arguments)
     if options.out is None:  # the kernels would take a dry run's numbers for measured ones
@@ -260,7 +264,7 @@ class Table:
         }
         lines = [f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in facts.items()]
         lines += [f"  {json.dumps(name)}: {_by_line(getattr(self, name))}" for name in ("tiles", "wgrad")]
-        path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+        write_bytes(path, ("{\n" + ",\n".join(lines) + "\n}\n").encode())
         return path
 
 

@@ -24,14 +24,14 @@ from unittest.mock import patch
 
 import torch
 
-from bench.files import slug, write_results
+from bench.files import seconds, slug, write_results
 from bench.gpu import conv, growth, norm, sampling, step, train_run, unet
 from bench.gpu.layers import Workload, workload
 from bench.gpu.report import as_markdown, facts
 from bench.gpu.rows import OURS_GRAPH, BenchRun
 from bench.gpu.timing import Budget, Machine
 from bench.gpu.warming import start_warming, warm
-from tdc_fast.ops.backends import ENVIRONMENT
+from tdc_fast.ops.backends import ENVIRONMENT, available_backends
 
 SECTIONS = ("unet", "training", "sampling", "growth", "norm", "conv")
 # Seconds, the most that each part may take. The convolutions come last and get what the others leave.
@@ -169,12 +169,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder for the JSON file and the Markdown table")
     parser.add_argument("--name", default="", help="file name without ending (default: from the device)")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="sections to run")
-    parser.add_argument("--seconds", type=float, default=500.0, help="time for everything (default: %(default)s)")
+    parser.add_argument("--seconds", type=seconds, default=500.0, help="time for everything (default: %(default)s)")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--backend", default="", help="triton, cuda, hopper or reference (default: the fastest)")
-    parser.add_argument("--compile-seconds", type=float, default=45.0, help="limit for one torch.compile peer")
+    parser.add_argument("--compile-seconds", type=seconds, default=45.0, help="limit for one torch.compile peer")
     parser.add_argument(
-        "--train-seconds", type=float, default=TRAIN_SECONDS, help="of a run of tdc_fast.train (default: %(default)s)"
+        "--train-seconds", type=seconds, default=TRAIN_SECONDS, help="of a run of tdc_fast.train (default: %(default)s)"
     )
     parser.add_argument("--images", type=Path, help=".npz of uint8 images (arr_0) that run trains on (default: noise)")
     processes = min(8, (os.cpu_count() or 2) // 2)
@@ -185,6 +185,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--warm", default="", help=argparse.SUPPRESS)  # "i/n": compile the i-th of n shares and exit
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU, reference backend")
     options = parser.parse_args(arguments)
+    # All that would fail minutes later, or row by row.
+    if options.backend and options.backend not in available_backends():
+        parser.error(f"--backend takes one of {', '.join(available_backends())}, not {options.backend!r}")
+    if options.images and not options.images.is_file():
+        parser.error(f"--images: there is no file {options.images}")
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out: {options.out} cannot be made: {error.strerror}")
     if options.dry_run:
         options.warm_processes, options.train_seconds = 0, 0.5
     return options

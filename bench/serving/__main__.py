@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from bench.files import ROOT, slug, write_results
+from bench.files import ROOT, device, slug, write_results
 from bench.serving.contestants import MODELS, Problem
 from bench.serving.loads import closed_loop, open_loop
 from bench.serving.report import as_markdown, capacity_of, publish
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=8.0, help="time of each open loop; closed loops take half")
     parser.add_argument("--repeats", type=int, default=5, help="how often everything is measured, taking turns")
     parser.add_argument("--overhead_steps", type=int, default=200, help="steps in which the engine's share is measured")
-    parser.add_argument("--device", default="cpu", help="cpu, or cuda with --model cifar10")
+    parser.add_argument("--device", type=device, default="cpu", help="cpu, or cuda with --model cifar10")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 keeps the default of torch")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder for the two files")
@@ -54,13 +54,12 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--publish needs 0.8 among --loads, and --out within the repository")
     if options.threads:
         torch.set_num_threads(options.threads)
-    device = torch.device(options.device)
-    problem = Problem(options.model, options.experts, device, getattr(torch, options.dtype))
+    problem = Problem(options.model, options.experts, options.device, getattr(torch, options.dtype))
     began = time.monotonic()
     results: dict[str, Any] = {
         "date": date.today().isoformat(),
         "command": shlex.join(["python", "-m", "bench.serving", *(sys.argv[1:] if argv is None else argv)]),
-        "machine": machine_of(device),
+        "machine": machine_of(options.device),
         "note": options.note,
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "settings": {

@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.files import ROOT, markdown_rows, slug, write_results
-from bench.serving.__main__ import machine_of
+from bench.files import ROOT, device, markdown_rows, slug, whole_number, write_results
+from bench.serving.__main__ import machine_of, shares
 from bench.serving.contestants import MODELS, Contestant, Problem, whole_requests
 from bench.serving.loads import random_request
 from tdc_fast.serving import Engine, Policy, Request
@@ -243,29 +243,34 @@ def main(argv: list[str] | None = None) -> int:
     """Measure the times of steps, simulate, print the table, and write a JSON and a Markdown file."""
     parser = argparse.ArgumentParser(prog="python -m bench.serving.simulation", description=__doc__)
     parser.add_argument("--model", choices=sorted(MODELS), default="digits", help="the network")
-    parser.add_argument("--experts", type=int, default=8, help="N, the number of experts")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--batches", default="16,32,64", help="comma list of max_batch")
+    parser.add_argument("--experts", type=whole_number, default=8, help="N, the number of experts")
+    parser.add_argument("--device", type=device, default="cpu", help="cpu or cuda")
+    parser.add_argument("--batches", type=counts, default="16,32,64", help="comma list of max_batch")
     parser.add_argument("--loads", default="0.5,0.8,0.95", help="offered load as shares of the capacity")
-    parser.add_argument("--requests", type=int, default=20000, help="requests in each row")
-    parser.add_argument("--repeats", type=int, default=3, help="how often steps are measured; the least time counts")
+    parser.add_argument("--requests", type=whole_number, default=20000, help="requests in each row")
+    parser.add_argument(
+        "--repeats", type=whole_number, default=3, help="measurements of a step, of which the least counts"
+    )
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 keeps the default of torch")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder for the two files")
     parser.add_argument("--name", default="", help="file name without ending")
     options = parser.parse_args(argv)
+    loads = shares(options.loads)
+    if not loads:
+        parser.error("--loads takes numbers above 0, separated by commas")
     if options.threads:
         torch.set_num_threads(options.threads)
-    device = torch.device(options.device)
     began = time.monotonic()
     # One thread takes as long on an idle processor as it computes, whatever else the machine does now.
-    clock = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
-    steps = measure_steps(Problem(options.model, options.experts, device, torch.float32), options.repeats, clock)
+    clock = time.process_time if options.device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+    steps = measure_steps(
+        Problem(options.model, options.experts, options.device, torch.float32), options.repeats, clock
+    )
     print(f"steps measured in {time.monotonic() - began:.0f} s", flush=True)
-    batches, loads = [int(n) for n in options.batches.split(",")], [float(load) for load in options.loads.split(",")]
     results: dict[str, Any] = {
         "date": date.today().isoformat(),
         "command": shlex.join(["python", "-m", "bench.serving.simulation", *(sys.argv[1:] if argv is None else argv)]),
-        "machine": machine_of(device),
+        "machine": machine_of(options.device),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "settings": {
             "model": options.model,
@@ -276,7 +281,7 @@ def main(argv: list[str] | None = None) -> int:
         "step_seconds": {name: [[r, round(s, 6)] for r, s in table] for name, table in steps.items()},
         "simulated": [
             {key: round(value, 5) if isinstance(value, float) else value for key, value in row.items()}
-            for row in simulate(steps, batches, loads, options.requests)
+            for row in simulate(steps, options.batches, loads, options.requests)
         ],
     }
     table = as_markdown(results)
@@ -284,6 +289,11 @@ def main(argv: list[str] | None = None) -> int:
     write_results(results, table, options.out, name)
     print(table)
     return 0
+
+
+def counts(text: str) -> list[int]:
+    """Whole numbers above 0 of a comma list, as argparse's `type`."""
+    return [whole_number(part) for part in text.split(",")]
 
 
 if __name__ == "__main__":

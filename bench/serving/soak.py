@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 
+from bench.files import seconds
 from tdc_fast.models.iddpm import create_unet
 
 MODEL = {"image_size": 8, "num_channels": 8, "num_res_blocks": 1, "channel_mult": "1,2", "attention_resolutions": "4"}
@@ -244,7 +245,7 @@ def growth_of(resident: list[float]) -> float:
 def main(argv: list[str] | None = None) -> int:
     """Soak a server; returns 1 if anything is wrong."""
     parser = argparse.ArgumentParser(prog="python -m bench.serving.soak", description=__doc__)
-    parser.add_argument("--minutes", type=float, default=30.0, help="how long")
+    parser.add_argument("--minutes", type=seconds, default=30.0, help="how long")
     parser.add_argument("--rate", type=float, default=20.0, help="requests per second")
     parser.add_argument("--clients", type=int, default=12, help="clients that ask at the same time")
     parser.add_argument("--run", default="", help="a run directory to serve, unconditional; empty for random weights")
