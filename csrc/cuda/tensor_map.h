@@ -5,7 +5,7 @@ namespace tdc {
 
 // A tensor of 16-bit elements in device memory and the shape of a box of it. Dimensions are numbered from the innermost
 // one. A planner fills it in; a launcher for a GPU replaces it, in the parameters of the launch, by the driver's
-// encoding, which has the same size; the emulator reads it as it is.
+// encoding, which has the same size and is opaque; the launcher for the emulator does so by an encoding of its own.
 //
 // A box in shared memory has rows of 128 bytes, its innermost extent, with 128-byte swizzle: bits 7 to 9 of an address
 // are XORed into bits 4 to 6. Elements of a box that lie outside the tensor are loaded as zeros and are not stored.

@@ -100,15 +100,22 @@ void Async::fence() { block.races_.fence(block.current_->number); }
 
 // The copy engine.
 
-Async::Box Async::box_of(const Site& site, const TensorMap* map, const void* shared, const int* at, int dimensions) {
-  const std::string wrong = wrong_with(*map);
-  if (!wrong.empty()) block.fail(site, wrong);
-  if (map->dimensions != dimensions) {
-    block.fail(site, std::to_string(dimensions) + " coordinates for a tensor map of " +
-                         std::to_string(map->dimensions) + " dimensions");
+TensorMap Async::decoded_map(const Site& site, const TensorMap* map, int dimensions) {
+  TensorMap decoded;
+  if (!decode(*map, decoded)) {
+    block.fail(site, "no encoded tensor map: its place is not among those of the launch's tensor_maps");
   }
-  block.check_shared(site, shared, static_cast<size_t>(box_bytes(*map)), 128);
-  return {*map,
+  if (dimensions && decoded.dimensions != dimensions) {
+    block.fail(site, std::to_string(dimensions) + " coordinates for a tensor map of " +
+                         std::to_string(decoded.dimensions) + " dimensions");
+  }
+  return decoded;
+}
+
+Async::Box Async::box_of(const Site& site, const TensorMap* map, const void* shared, const int* at, int dimensions) {
+  const TensorMap decoded = decoded_map(site, map, dimensions);
+  block.check_shared(site, shared, static_cast<size_t>(box_bytes(decoded)), 128);
+  return {decoded,
           static_cast<unsigned char*>(const_cast<void*>(shared)),
           block.window_of(site, shared),
           block.rank(),
@@ -125,11 +132,11 @@ void Async::load(const Site& site, void* to, const TensorMap* map, void* barrier
   Box box = box_of(site, map, to, at, dimensions);
   prefetched_[box.rank].erase({map, box.at});
   box.clock = block.races_.next_operation(signalled.lane);
-  const auto bytes = static_cast<size_t>(box_bytes(*map));
+  const auto bytes = static_cast<size_t>(box_bytes(box.map));
   if (!block.races_.async_access(thread, signalled.lane, box.clock, to, bytes, Access::kWrite, place)) {
     block.fail(block.races_.wrong());
   }
-  for_each_chunk(*map, at, box.window, [&](unsigned, uintptr_t global) {
+  for_each_chunk(box.map, at, box.window, [&](unsigned, uintptr_t global) {
     if (global) block.note(reinterpret_cast<const void*>(global), 16, Access::kRead, place);
   });
   std::memset(to, kPoison, bytes);
@@ -137,8 +144,7 @@ void Async::load(const Site& site, void* to, const TensorMap* map, void* barrier
 }
 
 void Async::prefetch(const Site& site, const TensorMap* map, const int* at, int dimensions) {
-  const std::string wrong = wrong_with(*map);
-  if (!wrong.empty()) block.fail(site, wrong);
+  decoded_map(site, map, dimensions);
   prefetched_[block.rank()].insert({map, std::vector<int>(at, at + dimensions)});
 }
 
@@ -183,11 +189,11 @@ void Async::store(const Site& site, const TensorMap* map, const void* from, cons
   if (own.lane < 0) own.lane = block.races_.add_lane("a store of thread " + std::to_string(thread));
   Box box = box_of(site, map, from, at, dimensions);
   box.clock = block.races_.next_operation(own.lane);
-  const auto bytes = static_cast<size_t>(box_bytes(*map));
+  const auto bytes = static_cast<size_t>(box_bytes(box.map));
   if (!block.races_.async_access(thread, own.lane, box.clock, from, bytes, Access::kRead, place)) {
     block.fail(block.races_.wrong());
   }
-  for_each_chunk(*map, at, box.window, [&](unsigned, uintptr_t global) {
+  for_each_chunk(box.map, at, box.window, [&](unsigned, uintptr_t global) {
     if (global) block.note(reinterpret_cast<const void*>(global), 16, Access::kWrite, place);
   });
   own.open.push_back(std::move(box));

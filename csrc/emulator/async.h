@@ -33,6 +33,8 @@ class Async {
   void wait(const Site& site, void* barrier, unsigned parity);
   void fence();
 
+  // A map as it was described; fails where none was encoded, or not one of so many dimensions, if these are given.
+  TensorMap decoded_map(const Site& site, const TensorMap* map, int dimensions = 0);
   void load(const Site& site, void* to, const TensorMap* map, void* barrier, const int* at, int dimensions);
   // A box that the block must load later.
   void prefetch(const Site& site, const TensorMap* map, const int* at, int dimensions);

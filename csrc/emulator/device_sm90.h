@@ -50,7 +50,9 @@ inline void mbarrier_wait_cluster(Mbarrier* barrier, unsigned parity, TDC_CALLER
 
 // The copy engine.
 
-inline void tensor_map_prefetch(const TensorMap*) {}
+inline void tensor_map_prefetch(const TensorMap* map, TDC_CALLER) {
+  emulator::block.async().decoded_map(TDC_SITE("tensor_map_prefetch"), map);
+}
 
 template <int kDimensions>
 inline void tma_load(void* to, const TensorMap* map, Mbarrier* barrier, const int (&at)[kDimensions], TDC_CALLER) {

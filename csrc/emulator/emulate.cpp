@@ -9,6 +9,7 @@
 #include "emulator/block.h"
 #include "emulator/matrix.h"
 #include "emulator/registry.h"
+#include "emulator/tensor.h"
 
 namespace tdc::emulator {
 namespace {
@@ -79,6 +80,16 @@ TDC_EXPORT int tdc_emulate(const char* kernel, const unsigned grid[3], unsigned 
       tdc::emulator::launch(kernel, grid, threads, shared_bytes, params, params_bytes, schedule_seed);
   std::snprintf(message, static_cast<size_t>(message_size), "%s", failure.c_str());
   return failure.empty() ? 0 : 1;
+}
+
+// Encodes the tensor map at an address. Returns 0, or 1 with why the driver would refuse it in `message`.
+TDC_EXPORT int tdc_encode(void* at, char* message, int message_size) {
+  tdc::TensorMap map;  // aligned as `at` need not be
+  std::memcpy(&map, at, sizeof(map));
+  const std::string wrong = tdc::emulator::encode(map);
+  std::memcpy(at, &map, sizeof(map));
+  std::snprintf(message, static_cast<size_t>(message_size), "%s", wrong.c_str());
+  return wrong.empty() ? 0 : 1;
 }
 
 // Turns the race check off and on: without it a race has its effect on the data, as on a GPU.

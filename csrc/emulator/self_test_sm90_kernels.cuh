@@ -1,7 +1,7 @@
 #pragma once
 
-// Kernels that test what the emulator has of Hopper (cuda/device_sm90.cuh): boxes, encodings of operands, a pipeline
-// with every kind of wait, and a cluster; in the last two a bug is planted by number.
+// Kernels that test Hopper's units (cuda/device_sm90.cuh) in the emulator and, by the same tests, on a GPU: boxes,
+// encodings of operands, a pipeline with every kind of wait, and a cluster; in the last two a bug is planted by number.
 #include "cuda/device_sm90.cuh"
 
 namespace tdc {
@@ -15,6 +15,7 @@ struct alignas(64) HopperTestParams {
   int start_a, start_b, leading_a, leading_b, stride_a, stride_b, step_a, step_b;  // bytes
   int count;
   int mode;
+  int dimensions;  // of a, and of b in mode 1 of the box: a kernel cannot read them from a map
 };
 
 __device__ inline void init_barriers(Mbarrier* barriers, int number, int count) {
@@ -25,8 +26,8 @@ __device__ inline void init_barriers(Mbarrier* barriers, int number, int count) 
   block_sync();
 }
 
-// Loads a box and writes its bytes to `out` as they lie in shared memory, `count` chunks of 16 bytes; with mode 1
-// stores the box through map b instead.
+// Loads a box and writes its bytes to `out` as they lie in shared memory, `count` chunks of 16 bytes. With mode 1 it
+// stores the box through map b instead, with mode 2 row after row of 128 bytes, through a map of boxes of a row.
 TDC_KERNEL(self_test_box, HopperTestParams, 32) {
   TDC_DYNAMIC_SHARED_1024(shared);
   TDC_SHARED(Mbarrier, barrier, 1);
@@ -34,18 +35,25 @@ TDC_KERNEL(self_test_box, HopperTestParams, 32) {
   if (threadIdx.x == 0) {
     mbarrier_arrive_expect(barrier, 16 * p.count);
     const int at3[3] = {p.at[0], p.at[1], p.at[2]}, at4[4] = {p.at[0], p.at[1], p.at[2], p.at[3]};
-    if (p.a.dimensions == 3) tma_load(shared, &p.a, barrier, at3);
-    if (p.a.dimensions == 4) tma_load(shared, &p.a, barrier, at4);
-    if (p.a.dimensions == 5) tma_load(shared, &p.a, barrier, p.at);
+    if (p.dimensions == 3) tma_load(shared, &p.a, barrier, at3);
+    if (p.dimensions == 4) tma_load(shared, &p.a, barrier, at4);
+    if (p.dimensions == 5) tma_load(shared, &p.a, barrier, p.at);
   }
   mbarrier_wait(barrier, 0);
   if (p.mode == 0) {
     for (int i = threadIdx.x; i < p.count; i += 32) store_16(static_cast<uint4*>(p.out) + i, load_16(shared + 16 * i));
+  } else if (threadIdx.x == 0 && p.mode == 2) {
+    for (int row = 0; row < p.count / 8; ++row) {
+      const int at3[3] = {p.at[0], p.at[1] + row, p.at[2]};
+      tma_store(&p.b, shared + 128 * row, at3);
+    }
+    bulk_commit();
+    bulk_wait_read<0>();
   } else if (threadIdx.x == 0) {
     const int at3[3] = {p.at[0], p.at[1], p.at[2]}, at4[4] = {p.at[0], p.at[1], p.at[2], p.at[3]};
-    if (p.b.dimensions == 3) tma_store(&p.b, shared, at3);
-    if (p.b.dimensions == 4) tma_store(&p.b, shared, at4);
-    if (p.b.dimensions == 5) tma_store(&p.b, shared, p.at);
+    if (p.dimensions == 3) tma_store(&p.b, shared, at3);
+    if (p.dimensions == 4) tma_store(&p.b, shared, at4);
+    if (p.dimensions == 5) tma_store(&p.b, shared, p.at);
     bulk_commit();
     bulk_wait_read<0>();
   }
@@ -54,9 +62,11 @@ TDC_KERNEL(self_test_box, HopperTestParams, 32) {
 // out (64, columns) = a (64 x 64) b (64 x columns) of one box of a at place `at` and `boxes_b` of b, next to each other
 // in channels, through descriptors that start, step and stride as the parameters say.
 template <class T, int kColumns, int kOuterA, int kOuterB>
-__device__ inline void multiply_boxes(const HopperTestParams& p, const unsigned char* a, const unsigned char* b) {
+__device__ __forceinline__ void multiply_boxes(const HopperTestParams& p, const unsigned char* a,
+                                               const unsigned char* b) {
   float sums[kColumns / 2];
   wgmma_fence();
+#pragma unroll
   for (int k = 0; k < 4; ++k) {
     wgmma<T, kColumns, kOuterA, kOuterB>(
         sums,
@@ -70,6 +80,7 @@ __device__ inline void multiply_boxes(const HopperTestParams& p, const unsigned 
   wgmma_wait<0>();
   wgmma_settle(sums);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+#pragma unroll
   for (int i = 0; i < kColumns / 2; ++i) {
     const int row = 16 * warp + lane / 4 + i % 4 / 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
     static_cast<float*>(p.out)[row * kColumns + column] = sums[i];
@@ -88,7 +99,7 @@ TDC_KERNEL(self_test_wgmma, HopperTestParams, 128) {
     for (int i = 0; i < p.boxes_b; ++i) {
       const int at_b[4] = {64 * i, 0, 0, 0}, rows[4] = {0, 64 * i, 0, 0};
       // With k inside, further columns are further rows.
-      tma_load(b + i * p.distance_b, &p.b, barrier, p.mode == 0 || p.mode > 2 ? rows : at_b);
+      tma_load(b + i * p.distance_b, &p.b, barrier, p.mode == 0 || (p.mode > 2 && p.mode < 7) ? rows : at_b);
     }
   }
   mbarrier_wait(barrier, 0);
@@ -105,8 +116,20 @@ TDC_KERNEL(self_test_wgmma, HopperTestParams, 128) {
       return multiply_boxes<half, 96, 0, 0>(p, shared, b);
     case 5:
       return multiply_boxes<half, 192, 0, 0>(p, shared, b);
-    default:
+    case 6:
       return multiply_boxes<half, 144, 0, 0>(p, shared, b);
+    case 7:
+      return multiply_boxes<bf16, 64, 0, 1>(p, shared, b);
+    case 8:
+      return multiply_boxes<half, 96, 0, 1>(p, shared, b);
+    case 9:
+      return multiply_boxes<bf16, 144, 0, 1>(p, shared, b);
+    case 10:
+      return multiply_boxes<half, 192, 0, 1>(p, shared, b);
+    case 11:
+      return multiply_boxes<half, 64, 1, 1>(p, shared, b);
+    default:
+      return multiply_boxes<bf16, 96, 1, 1>(p, shared, b);
   }
 }
 

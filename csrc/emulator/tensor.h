@@ -8,8 +8,10 @@
 
 namespace tdc::emulator {
 
-// "" or why the driver would not encode a map.
-std::string wrong_with(const TensorMap& map);
+// Does what the driver does before a launch: "", or why it would not encode a map. An encoded map is opaque to kernels.
+std::string encode(TensorMap& map);
+// What was encoded, false where that is none.
+bool decode(const TensorMap& encoded, TensorMap& map);
 
 // Bytes of a box in shared memory.
 int box_bytes(const TensorMap& map);

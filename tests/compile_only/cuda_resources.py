@@ -14,6 +14,8 @@ _LOGGED = re.compile(
     r"(?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
     re.DOTALL,
 )
+# "/*0a10*/  @!P0 BRA 0x3a0 ;" in SASS: address, predicate, operation, operands.
+_INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,6})\*/\s+(@\S+ )?(\S+)([^;]*);", re.MULTILINE)
 _ARCH = re.compile(r"^arch = (\w+)", re.MULTILINE)
 
 
@@ -75,3 +77,41 @@ def table(found: dict[str, dict[str, Resources]]) -> str:
         cells = (found[arch].get(kernel) for arch in archs)
         lines.append(f"{kernel:48}" + "".join(f"{f'{r.registers}, {r.shared}' if r else '-':>14}" for r in cells))
     return "\n".join(lines)
+
+
+def registers_moved(code: str) -> list[tuple[str, int, int]]:
+    """Where warpgroups give and take registers, in the SASS of a kernel: (DEALLOC or TRY_ALLOC, registers of a thread
+    from there on, how many of them instructions name that can be reached from there)."""
+    instructions = [(int(at, 16), bool(guard), *rest) for at, guard, *rest in _INSTRUCTION.findall(code)]
+    index_of = {at: index for index, (at, *_) in enumerate(instructions)}
+    moved = []
+    for start, (_, _, operation, operands) in enumerate(instructions):
+        if not operation.startswith("USETMAXREG"):
+            continue
+        reached: set[int] = set()
+        waiting, named = [start + 1], 0
+        while waiting:
+            index = waiting.pop()
+            if index in reached or index >= len(instructions):
+                continue
+            reached.add(index)
+            _, guarded, name, used = instructions[index]
+            named = max(named, _registers_named(name, used))
+            if name == "BRA":
+                waiting += [index_of[int(target, 16)] for target in re.findall(r"0x([0-9a-f]+)", used)]
+                guarded = guarded or "P" in used  # a uniform predicate is an operand
+            if guarded or name not in ("BRA", "EXIT"):
+                waiting.append(index + 1)
+        moved.append((operation.split(".")[1], int(re.findall(r"0x([0-9a-f]+)", operands)[-1], 16), named))
+    return moved
+
+
+def _registers_named(operation: str, operands: str) -> int:
+    """One more than the number of the last register that an instruction reads or writes."""
+    registers = [int(number) for number in re.findall(r"\bR(\d+)\b", operands)]
+    if not registers:
+        return 0
+    columns = re.match(r"HGMMA\.64x(\d+)x16", operation)
+    width = int(columns[1]) // 2 if columns else 4 if ".128" in operation else 2 if ".64" in operation else 1
+    data = registers[-1] if operation.startswith("ST") else registers[0]
+    return max(*registers, data + width - 1) + 1

@@ -21,7 +21,15 @@ from pathlib import Path
 import pytest
 
 from tdc_fast.ops import cuda_families, cuda_nvrtc, native
-from tests.compile_only.cuda_resources import Resources, cuobjdump, resources_in_log, resources_of, table
+from tests.compile_only.cuda_resources import (
+    Resources,
+    cuobjdump,
+    registers_moved,
+    resources_in_log,
+    resources_of,
+    table,
+)
+from tests.gpu import units
 
 pytestmark = pytest.mark.skipif(native.module is None, reason="the native module is not built")
 ARCHITECTURES = (80, 90, 100)
@@ -40,6 +48,16 @@ def assert_nothing_spills(found: dict[str, Resources], arch: str) -> None:
     remedy = "In Hopper kernels compare what registers_give and registers_take leave to producer and consumers"
     assert not spilling, f"{arch}: these spill registers or use a stack: {spilling}. {remedy}"
     assert max(used.registers for used in found.values()) <= 255
+
+
+def assert_registers_suffice(kernel: str, at_entry: int, moved: list[tuple[str, int, int]]) -> None:
+    """A block of three warpgroups has what the first gives and two take; they would wait for more for ever."""
+    registers = {operation: own for operation, own, _ in moved}
+    assert set(registers) == {"DEALLOC", "TRY_ALLOC"}, (kernel, moved)
+    assert registers["DEALLOC"] + 2 * registers["TRY_ALLOC"] <= 3 * at_entry, (kernel, at_entry, moved)
+    assert 384 * at_entry <= 65536
+    for _, own, named in moved:
+        assert 0 < named <= own, (kernel, moved)
 
 
 def show(title: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -159,6 +177,32 @@ def test_nvrtc_has_nothing_to_warn_about() -> None:
         assert "C75" not in log and "wgmma" not in log, f"{job}: {log}"
 
 
+def test_the_kernels_that_test_hoppers_units_compile() -> None:
+    reason = cuda_nvrtc.unavailable(90)
+    if reason is not None:
+        pytest.skip(reason)
+    cubin, log = units.compiled("--ptxas-options=-v")
+    assert cubin.startswith(b"\x7fELF") and "warning" not in log, log
+    assert set(resources_in_log(log)) == {f"self_test_{name}" for name in ("box", "wgmma", "pipeline", "cluster")}
+
+
+def test_registers_are_counted_where_a_warpgroup_has_them() -> None:
+    code = """
+        /*0000*/                   MOV R167, RZ ;
+        /*0010*/               @P0 BRA 0x60 ;
+        /*0020*/                   USETMAXREG.DEALLOC.CTAPOOL 0x38 ;
+        /*0030*/                   LDS.128 R52, [R2+0x10] ;
+        /*0040*/                   BRA UP0, 0x30 ;
+        /*0050*/                   EXIT ;
+        /*0060*/                   USETMAXREG.TRY_ALLOC.CTAPOOL UP0, 0xe0 ;
+        /*0070*/                   HGMMA.64x96x16.F32.BF16 R24, gdesc[UR8], R24, UP0 ;
+        /*0080*/                   STG.E.64 desc[UR8][R4.64], R200 ;
+        /*0090*/                   EXIT ;
+        /*00a0*/                   MOV R220, RZ ;
+    """
+    assert registers_moved(code) == [("DEALLOC", 56, 56), ("TRY_ALLOC", 224, 202)]
+
+
 def test_every_hopper_kernel_copies_by_tma_and_multiplies_by_wgmma() -> None:
     """SASS: UTMALDG, UTMASTG, UTMAPF: TMA's loads, stores, prefetches; HGMMA: wgmma; USETMAXREG moves registers.
 
@@ -174,7 +218,9 @@ def test_every_hopper_kernel_copies_by_tma_and_multiplies_by_wgmma() -> None:
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     code = dict(function.split("\n", 1) for function in text.split("Function : ")[1:])
     assert set(code) == set(kernels)
+    used = resources_of(Path(native.module.__file__), tool())["sm_90a"]
     for kernel in kernels:
+        assert_registers_suffice(kernel, used[kernel].registers, registers_moved(code[kernel]))
         wgrad, rows = "wgrad" in kernel, "rows" in kernel or "strided" in kernel
         wanted = {"UTMALDG", "HGMMA", "USETMAXREG", "SYNCS"}
         wanted |= (set() if wgrad else {"UTMASTG"}) | (set() if wgrad or rows else {"UTMAPF"})

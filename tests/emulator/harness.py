@@ -93,6 +93,17 @@ class EmulatedLibrary:
         if failed:
             raise EmulatorError(self._with_lines(message.value.decode(errors="replace")))
 
+    def encoded(self, params: bytes, places: Iterable[int]) -> bytes:
+        """Parameters with the tensor maps at these places encoded, as the driver does; an EmulatorError where it would
+        refuse one."""
+        memory, message = ctypes.create_string_buffer(params, len(params)), ctypes.create_string_buffer(1 << 10)
+        for place in places:
+            if place % 64 or place + 128 > len(params):
+                raise EmulatorError(f"no tensor map can be at byte {place} of {len(params)}")
+            if self._library.tdc_encode(ctypes.byref(memory, place), message, len(message)):
+                raise EmulatorError(f"{message.value.decode()}, at byte {place} of the parameters")
+        return memory.raw
+
     def multiply_adds(self) -> int:
         """Multiply-adds of the matrix instructions run so far."""
         return int(self._library.tdc_multiply_adds())
@@ -172,8 +183,9 @@ class EmulatorLauncher:
             if library is None:
                 known = ", ".join(sorted(self._library_of))
                 raise EmulatorError(f"no emulated kernel {launch.kernel!r} ({launch.shapes}); there are: {known}")
-            params, shared = bytes(launch.params), launch.shared_bytes
+            shared = launch.shared_bytes
             try:
+                params = library.encoded(bytes(launch.params), launch.tensor_maps)
                 library.launch(launch.kernel, launch.grid, launch.threads, shared, params, self.schedule)
             except EmulatorError as error:
                 raise EmulatorError(f"{error}\nshapes: {launch.shapes}") from None

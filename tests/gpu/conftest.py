@@ -1,4 +1,7 @@
-"""Before the tests that need a GPU: several processes compile their Triton kernels, and the sanitized runs begin."""
+"""Before the tests that need a GPU: several processes compile their Triton kernels, and the sanitized runs begin.
+
+A test whose kernels hang is named and ends the run, and so does one that leaves the GPU unusable for those after it.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,12 @@ import pytest
 import torch
 
 from tests.gpu import sanitizer
+from tests.gpu.watching import watched_gpu
 
 ROOT = Path(__file__).resolve().parents[2]
 WORTH_IT = 40  # tests on a GPU; for fewer, compiling what they need is faster
 SECONDS = 90
+HANGS_AFTER = 300.0  # seconds of a test, or as many as its file says by this name
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -54,3 +59,22 @@ def watched(
     yield runs
     for run in runs.values():
         run.stop()
+
+
+@pytest.fixture(autouse=True)
+def gpu_answers(request: pytest.FixtureRequest) -> Iterator[None]:
+    if request.node.get_closest_marker("gpu") is None or not torch.cuda.is_available():
+        yield
+        return
+    name, capture = request.node.nodeid, request.config.pluginmanager.getplugin("capturemanager")
+
+    def end() -> None:
+        with capture.global_and_fixture_disabled():
+            print(f"\nthe GPU does not answer: {name}", flush=True)
+        os._exit(3)
+
+    def stop(error: RuntimeError) -> None:
+        request.session.shouldstop = f"{name} leaves the GPU unusable: {error}"
+
+    with watched_gpu(getattr(request.module, "HANGS_AFTER", HANGS_AFTER), end, stop):
+        yield

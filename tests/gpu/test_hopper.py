@@ -19,6 +19,7 @@ from tests.gpu.shapes import HOPPER_CASES
 from tests.gpu.test_operators import check
 from tests.tolerance import assert_as_accurate_as_torch
 
+HANGS_AFTER = 120.0  # seconds
 on_hopper = pytest.mark.parametrize("target", targets("hopper"))
 
 
