@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -39,6 +40,7 @@ WARM_SECONDS, HEADLINE_SECONDS, STEP_SECONDS, SAMPLING_SECONDS, RESERVE_SECONDS 
 GROWTH_SECONDS, UNET_SECONDS, NORM_SECONDS = 60.0, 60.0, 40.0
 TRAIN_SECONDS = 60.0  # of the real run
 GRACE_SECONDS = 20.0  # past the limit; if the run still has not ended by then, a kernel hangs
+ROW_SECONDS = 180.0  # that no row takes, less the real run: compilers included
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -85,9 +87,12 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"written: {options.out / name}.json and .md")
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
-    hanging = when_it_hangs(start + options.seconds + GRACE_SECONDS, finish)
+    give_up = partial(when_it_hangs, run, finish)
+    hanging = threading.Timer(max(0.0, start + options.seconds + GRACE_SECONDS - time.monotonic()), give_up)
+    hanging.daemon = True
     if run.machine.is_cuda:
         hanging.start()
+        run.row_limit, run.give_up = ROW_SECONDS + options.train_seconds, give_up
     try:
         with torch.no_grad(), requested(options.backend):
             for name, section in sections_of(options, run, work, budget, results["ceilings"]["copy_TBps"]):
@@ -147,20 +152,14 @@ def requested(backend: str) -> Iterator[None]:
         yield
 
 
-def when_it_hangs(end: float, finish: Callable[[], None]) -> threading.Timer:
-    """A timer, not yet started, that calls `finish` at `end` and ends the process: the main thread waits in CUDA."""
-
-    def give_up() -> None:
-        try:
-            print("the device does not answer; what was measured until then:", flush=True)
-            finish()
-        finally:
-            sys.stdout.flush()
-            os._exit(3)
-
-    timer = threading.Timer(max(0.0, end - time.monotonic()), give_up)
-    timer.daemon = True
-    return timer
+def when_it_hangs(run: BenchRun, finish: Callable[[], None]) -> None:
+    """Names the row under way, calls `finish` and ends the process, from another thread: the main one waits in CUDA."""
+    try:
+        print(f"the device does not answer in: {run.under_way}; what was measured until then:", flush=True)
+        finish()
+    finally:
+        sys.stdout.flush()
+        os._exit(3)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

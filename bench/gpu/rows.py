@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import statistics
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -34,6 +35,9 @@ class BenchRun:
         tiny: a dry run: one round, tiny shapes.
         rows: the rows.
         not_run: rows per section for which there was no time.
+        under_way: the section, layer and labels of the row being measured; "" between rows.
+        row_limit: seconds that no row takes unless a kernel hangs.
+        give_up: called in another thread when a row has taken longer; None: nothing is.
     """
 
     machine: Machine
@@ -44,6 +48,9 @@ class BenchRun:
     tiny: bool
     rows: list[dict[str, Any]] = field(default_factory=list)
     not_run: dict[str, int] = field(default_factory=dict)
+    under_way: str = ""
+    row_limit: float = 0.0
+    give_up: Callable[[], None] | None = None
 
     def row(
         self, section: str, layer: str, labels: dict[str, Any], budget: Budget, measured: Callable[[], dict[str, Any]]
@@ -61,11 +68,20 @@ class BenchRun:
             self.not_run[section] = self.not_run.get(section, 0) + 1
             return
         row: dict[str, Any] = {"section": section, "layer": layer, **labels}
+        self.under_way = f"{section}, {layer}, {labels}"
+        hanging = threading.Timer(self.row_limit, self.give_up) if self.give_up else None
+        if hanging:
+            hanging.daemon = True
+            hanging.start()
         try:
             row |= measured()
         except FAILURES as error:
             row["failed"] = " ".join(f"{type(error).__name__}: {error}".split())[:400]
-            print(f"failed: {section}, {layer}, {labels}: {row['failed']}", flush=True)
+            print(f"failed: {self.under_way}: {row['failed']}", flush=True)
+        finally:
+            if hanging:
+                hanging.cancel()
+            self.under_way = ""
         self.rows.append(row)
         try:
             self.give_memory_back()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import threading
 import time
 from pathlib import Path
 
@@ -126,10 +127,22 @@ def test_a_device_that_hangs_ends_the_run_with_what_was_measured(
 ) -> None:
     log: list[object] = []
     monkeypatch.setattr(os, "_exit", log.append)
-    timer = command.when_it_hangs(time.monotonic(), lambda: log.append("written"))
-    timer.start()
-    timer.join(10)
-    assert log == ["written", 3] and "does not answer" in capsys.readouterr().out
+    run, ended = BenchRun(Machine("cpu"), "reference", torch.bfloat16, 0.0, 5.0, tiny=True), threading.Event()
+
+    def give_up() -> None:
+        command.when_it_hangs(run, lambda: log.append("written"))
+        ended.set()
+
+    run.row_limit, run.give_up = 0.01, give_up
+    run.row("conv", "a layer", {"direction": "dgrad"}, Budget(60), lambda: {"hung": ended.wait(30)})
+    assert log == ["written", 3]
+    said = capsys.readouterr().out
+    assert "the device does not answer in: conv, a layer, {'direction': 'dgrad'}; what was measured" in said
+    run.row_limit = 0.1
+    run.row("conv", "one that ends", {}, Budget(60), dict)
+    time.sleep(0.2)
+    assert log == ["written", 3]
+    assert run.under_way == ""
 
 
 def test_the_command_is_written_as_it_was_given(tmp_path: Path) -> None:
