@@ -18,9 +18,18 @@ STAMP := $(VENV)/.installed-dev
 # What processes of the tests import beside this checkout: its bytecode is written once, as containers often set
 # PYTHONDONTWRITEBYTECODE, under which each of a hundred processes would compile torch for seconds. Bytecode of all that
 # pip installs takes minutes.
-BYTECODE := torch._dynamo, torch._inductor.compile_fx, torch.distributed.run, torch.utils.tensorboard, matplotlib.pyplot, \
-  sklearn.datasets, tyro, optuna, openai, fastapi, uvicorn, prometheus_client, diffusers, transformers, accelerate, \
-  torchmetrics, triton, hypothesis, pytest, xdist, mkdocs
+BYTECODE := torch._dynamo torch._inductor.compile_fx torch.distributed.run torch.utils.tensorboard matplotlib.pyplot \
+  sklearn.datasets tyro optuna openai fastapi uvicorn prometheus_client diffusers transformers accelerate \
+  torchmetrics triton hypothesis pytest xdist mkdocs
+define IMPORT_ALL
+import importlib, sys
+for name in sys.argv[1:]:
+    try:
+        importlib.import_module(name)
+    except Exception as error:
+        print(f"warning: {name} cannot be imported; what needs it will fail: {type(error).__name__}: {error}", file=sys.stderr)
+endef
+export IMPORT_ALL
 
 .PHONY: help install demo test test-fast lint style types docs bench clean
 help: ## list the targets
@@ -34,7 +43,7 @@ $(BIN)/python:
 $(STAMP): $(SOURCES) | $(BIN)/python
 	@echo "==> installing tdc_fast and what its tests, demo and benches need into $(VENV) (torch is large; the native core builds in a minute or two)"
 	@$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e '.[dev]'
-	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -c "import $(BYTECODE)"
+	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -c "$$IMPORT_ALL" $(BYTECODE)
 	@$(BIN)/python -m compileall -q tdc_fast kernels bench
 	@touch $(STAMP)
 

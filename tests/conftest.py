@@ -24,7 +24,7 @@ if WORKERS > 1:  # test processes, and what they start, share the cores
 FOLDER = Path(__file__).parent
 # Files that take longest begin first, so that parallel processes end together (`-n 2 --dist loadfile`).
 LONGEST = (
-    "emulator/test_sanitized.py",
+    "emulator/test_sanitized",
     "sanitizers",
     "interpreter",
     "compile_only",

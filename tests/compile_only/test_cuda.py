@@ -1,8 +1,8 @@
 """Every CUDA kernel compiles for every architecture, ahead of time and by NVRTC, without spilling a register.
 
 What nvcc made is read back from the module that was installed. NVRTC compiles here: every family for every
-architecture, or where nvcc has built all of that, one family of every source for one architecture, and of kernels that
-differ in the 16-bit type alone one.
+architecture, or where nvcc has built all of that, one family of every source for one architecture, and one of the
+kernels that differ in the 16-bit type or the tile alone.
 """
 
 from __future__ import annotations
@@ -85,6 +85,16 @@ def of_one_type(kernels: Iterable[str]) -> list[str]:
     return [form.replace("TYPE", ("bf16", "fp16")[turn % 2]) for turn, form in enumerate(forms)]
 
 
+def of_one_tile(kernels: Iterable[str]) -> list[str]:
+    """Of kernels that differ in the numbers of their tile alone, and in the 16-bit type, one: of each form in turn
+    another tile."""
+    templates: dict[str, list[str]] = {}
+    for name in of_one_type(kernels):
+        form = re.sub(r"(?<!fp)\d+(x\d+)*", "#", re.sub("bf16|fp16", "half", name))
+        templates.setdefault(form, []).append(name)
+    return [names[turn % len(names)] for turn, names in enumerate(templates.values())]
+
+
 @dataclass(frozen=True)
 class Job:
     """Kernels of a family that NVRTC compiles for an architecture."""
@@ -108,7 +118,7 @@ def compiled() -> dict[Job, tuple[bytes, str]]:
 
 def chosen(families: list[str], architectures: list[int]) -> list[Job]:
     """What NVRTC compiles: all, or where nvcc has compiled all, one family of every source, for its own or the next
-    architecture, in one 16-bit type."""
+    architecture, in one 16-bit type and with one tile."""
     kernels = native.module.cuda_kernels
     if not built_by_nvcc(architectures):
         return [Job(family, arch, tuple(kernels[family])) for family in families for arch in architectures]
@@ -121,7 +131,7 @@ def chosen(families: list[str], architectures: list[int]) -> list[Job]:
         Job(
             family,
             90 if "hopper" in family or "cluster" in family else next(turns),
-            tuple(of_one_type(kernels[family])),
+            tuple(of_one_tile(kernels[family])),
         )
         for family in of_source.values()
     ]
