@@ -6,7 +6,7 @@ the dry run finds mistakes in a test without a GPU.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from tdc_fast import RoutingPlan, explain, routed_conv2d, routed_group_norm
+from tdc_fast.ops import cuda_launch
+from tdc_fast.ops.cuda_device import Facts, Launcher
 from tests.cases import ConvCase, NormCase, Routing, laid_out
 
 
@@ -79,6 +81,35 @@ FP32, TF32 = Precision("fp32", torch.float32), Precision("tf32", torch.float32, 
 def truncated_to_tf32(tensor: Tensor) -> Tensor:
     """fp32 values as tensor cores read them: truncated to 10 bits of mantissa."""
     return (tensor.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32).view(tensor.shape)
+
+
+FEW_SMS = 2
+
+
+class FewSms:
+    """A launcher that says of its GPU that it has few SMs: planners choose large tiles, each block computes many."""
+
+    def __init__(self, launcher: Launcher) -> None:
+        self.name, self._launcher = launcher.name, launcher
+
+    def device_facts(self, device: torch.device) -> Facts:
+        arch, _, shared = self._launcher.device_facts(device)
+        return arch, FEW_SMS, shared
+
+    def run(self, launches: Sequence[Any], device: torch.device) -> None:
+        self._launcher.run(launches, device)
+
+
+@contextmanager
+def on_sms(few: bool) -> Iterator[None]:
+    """Within the block the kernels of the current GPU run on few of its SMs, or on all."""
+    if not few:
+        yield
+        return
+    launcher, reason = cuda_launch.launcher_for(torch.device("cuda"))
+    assert launcher is not None, reason
+    with cuda_launch.use_launcher(FewSms(launcher)):
+        yield
 
 
 def plan_on(routing: Routing, device: str) -> RoutingPlan:

@@ -80,11 +80,12 @@ CONV_CASES: dict[str, ConvCase] = {
 CONV_FORMS = ("several tiles and K-steps", "odd channels", "stride 2", "tokens", "widths")
 
 POINTWISE: dict[str, Any] = {"filter": (1, 1), "padding": (0, 0)}
-# What the convolution's Hopper form serves: its tiles, and what ends in the middle of one.
+# What the convolution's Hopper form serves: its tiles, and what ends in the middle of one. On all SMs of a GPU these
+# run in small tiles and by clusters, on few in large ones: together in every kernel (tests/native/test_gpu_cases.py).
 HOPPER_CASES: dict[str, ConvCase] = {
     "tiles of 16x16": conv(UNEVEN, (128, 256), (32, 16)),
     "wide tiles": conv(THREE, (64, 192), (16, 16)),
-    "tall tiles of 64 channels": conv(UNEVEN, (72, 64), (32, 24)),
+    "tall tiles of 64 channels": conv(Routing((0, 0, 0), 1, 1, None), (64, 64), (32, 32)),
     "four samples of a tile": conv(Routing((0,) * 9 + (1,) * 6 + (3,), 4, 4, None), (192, 128), (8, 8)),
     "clipped images": conv(THREE, (72, 136), (11, 21)),
     "clipped small tiles": conv(THREE, (64, 64), (9, 8), extras=("residual",)),
@@ -141,7 +142,10 @@ HOPPER_CASES: dict[str, ConvCase] = {
     "upsampled images of 4x4": conv(
         Routing((0,) * 9 + (1,) * 6 + (3,), 4, 4, None), (192, 136), (4, 4), upsample=2, extras=("residual",)
     ),
+    "clusters of two": conv(Routing((0,) * 20, 1, 1, None), (128, 256), (8, 8)),
+    "clusters of two in dgrad": conv(Routing((0,) * 20, 1, 1, None), (256, 128), (8, 8)),
     "1x1 filters": conv(UNEVEN, (136, 256), (33, 16), **POINTWISE),
+    "units of 384 channels": conv(THREE, (384, 136), (5, 7), **POINTWISE),
     "tokens": conv(UNEVEN, (64, 192), (77, 1), **POINTWISE),
     "one pixel": conv(THREE, (128, 72), (1, 1), extras=("bias",), **POINTWISE),
     "1x1 filters over two inputs with widths": conv(

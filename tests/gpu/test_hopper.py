@@ -14,7 +14,7 @@ from tdc_fast.ops.backends import explain_problem
 from tdc_fast.ops.checks import norm_problem
 from tdc_fast.ops.hopper import HOPPER_FORM, NORM_FORMS
 from tests.cases import ConvCase, NormCase, Routing
-from tests.gpu.problems import BF16, FP16, Precision, Target, moved, plan_on, routed, settings_on, targets
+from tests.gpu.problems import BF16, FP16, Precision, Target, moved, on_sms, plan_on, routed, settings_on, targets
 from tests.gpu.shapes import HOPPER_CASES
 from tests.gpu.test_operators import check
 from tests.tolerance import assert_as_accurate_as_torch
@@ -29,14 +29,29 @@ def a_hopper_gpu(target: Target) -> None:
         pytest.skip("the form is for compute capability 9.0")
 
 
-@on_hopper
-@pytest.mark.parametrize("precision", [BF16, FP16], ids=str)
+HOPPER = Target("cuda", "hopper")
+# On few SMs planners choose large tiles, on all the small ones and clusters.
+on_all_sms_and_few = pytest.mark.parametrize(
+    ("target", "few", "precision"),
+    [
+        *(
+            pytest.param(HOPPER, few, precision, marks=pytest.mark.gpu, id=f"{precision}, {sms} SMs")
+            for few, sms in ((False, "all"), (True, "few"))
+            for precision in (BF16, FP16)
+        ),
+        pytest.param(Target("cpu", "reference"), False, BF16, id="dry-run"),
+    ],
+)
+
+
+@on_all_sms_and_few
 @pytest.mark.parametrize("name", HOPPER_CASES)
-def test_convolution(name: str, precision: Precision, target: Target, nan_filled_memory: None) -> None:
+def test_convolution(name: str, target: Target, few: bool, precision: Precision, nan_filled_memory: None) -> None:
     case = HOPPER_CASES[name]
     products = case.upsample**2 * case.filter[0] * case.filter[1] * max(case.in_channels, case.out_channels)
     pixels = case.upsample**2 * case.size[0] * case.size[1]
-    check(case, precision, target, {"y": products, "dx": products, "sums": case.routing.batch * pixels})
+    with on_sms(few):
+        check(case, precision, target, {"y": products, "dx": products, "sums": case.routing.batch * pixels})
 
 
 WITH_BIAS = ("widths", "widths of no multiple of 16, small images", "images of 2x8 and two inputs with widths")

@@ -31,4 +31,4 @@ def test_it_finds_nothing(backend: str, tool: str, watched: dict[tuple[str, str]
 def test_the_watched_program_runs(capsys: pytest.CaptureFixture[str]) -> None:
     """The dry run: the same program with the reference backend on the CPU."""
     sanitized.main("reference", "cpu")
-    assert f"ran {len(sanitized.CASES)} cases on reference" in capsys.readouterr().out
+    assert f"ran {len(sanitized.cases_of('reference'))} cases on reference" in capsys.readouterr().out
