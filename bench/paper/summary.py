@@ -143,7 +143,7 @@ def as_markdown(result: dict[str, Any]) -> str:
     floors = "; ".join(f"{floor['kind']} {floor['mean']:.3g}" for floor in frechet["floors"])
     lines += [
         "",
-        f"Seeds {', '.join(map(str, result['seeds']))}; mean ± standard deviation over them. C is "
+        f"{_about_seeds(result['seeds'])} C is "
         f"{result['C']['steps']} uniform steps, {result['C']['macs']:.3g} MACs; costs are counted MACs, pruning and "
         f"calibration included. "
         f"Fréchet distance: {frechet['samples']} samples, {frechet['draws']} draw(s), {frechet['sampler']}, in "
@@ -156,6 +156,11 @@ def as_markdown(result: dict[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _about_seeds(seeds: Sequence[int]) -> str:
+    named = ", ".join(map(str, seeds))
+    return f"Seeds {named}; mean ± standard deviation over them." if len(seeds) > 1 else f"Seed {named}."
 
 
 def _took(cpu_minutes: float | None) -> str:

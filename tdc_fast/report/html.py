@@ -195,8 +195,10 @@ def _widths(comparison: Comparison) -> str:
 
 
 def _curves(comparison: Comparison) -> str:
+    merged = len(plots.trained(comparison)) < len(comparison.models)
     note = (
-        "Running means of the training loss. Models that share stage 1 share its line. Training losses are noisy: "
+        "Running means of the training loss. Models that share stage 1 share its line"
+        f"{'; merged experts have the line of their experts' if merged else ''}. Training losses are noisy: "
         "compare models by the held-out loss."
     )
     return _figure(plots.loss_curves(comparison), "loss curves") + f'<p class="note">{note}</p>'

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
+from colorsys import hls_to_rgb
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -44,9 +45,32 @@ def smooth(values: Sequence[float | None], window: int) -> np.ndarray:
 
 
 def colour(comparison: Comparison, model: ModelResult) -> str:
-    """The model's colour in every figure and table."""
-    tints = FAMILY_COLOURS[model.family]
-    return tints[comparison.place_in_family(model) % len(tints)]
+    """The model's colour in every figure and table, which no other model has."""
+    tints, place = FAMILY_COLOURS[model.family], comparison.place_in_family(model)
+    if place < len(tints):
+        return tints[place]
+    # Hues a golden section apart, so that neighbours in the legend differ most.
+    further = place - len(tints)
+    strength = 0.6 if model.family == "experts" else 0.3
+    shares = hls_to_rgb((0.35 + 0.618 * further) % 1, (0.35, 0.5, 0.65)[further % 3], strength)
+    return "#" + "".join(f"{round(255 * share):02x}" for share in shares)
+
+
+def _legend(figure: Figure, most_columns: int) -> None:
+    """A legend above the axes, in as many columns as fit; the figure grows by all of its rows but one."""
+    labels = figure.axes[0].get_legend_handles_labels()[1]
+    for columns in range(min(most_columns, len(labels)), 0, -1):
+        legend = figure.legend(loc="outside upper center", ncols=columns, frameon=False, fontsize=9)
+        if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            figure.set_figheight(figure.get_figheight() + 0.19 * (-(-len(labels) // columns) - 1))
+            return
+        legend.remove()
+
+
+def trained(comparison: Comparison) -> list[ModelResult]:
+    """The models with training curves of their own; merged experts have that of the experts, which come first."""
+    models = comparison.models
+    return [model for place, model in enumerate(models) if all(model.curve != other.curve for other in models[:place])]
 
 
 def loss_curves(comparison: Comparison) -> str:
@@ -58,7 +82,7 @@ def loss_curves(comparison: Comparison) -> str:
     total = comparison.yardstick.training_macs
     for group in range(num_groups):
         axis = axes.flat[group]
-        for model in comparison.models:
+        for model in trained(comparison):
             label = model.label if group == 0 else None
             _draw_curve(axis, model.curve, group, total, colour(comparison, model), label)
         start, stop = comparison.boundaries[group], comparison.boundaries[group + 1]
@@ -67,7 +91,7 @@ def loss_curves(comparison: Comparison) -> str:
         axis.set_visible(False)
     figure.supxlabel("training compute (C)", color=MUTED, fontsize=10)
     figure.supylabel("training loss", color=MUTED, fontsize=10)
-    figure.legend(loc="outside upper center", ncols=min(5, len(comparison.models)), frameon=False, fontsize=9)
+    _legend(figure, most_columns=5)
     return _svg(figure)
 
 
@@ -175,7 +199,7 @@ def heldout_differences(comparison: Comparison) -> str:
     axis.set_xticks(range(len(labels)), labels)
     axis.set_xlim(-0.6, len(labels) - 0.4)
     axis.set_ylabel(f"loss against {comparison.yardstick.label} (%)", fontsize=9)
-    figure.legend(loc="outside upper center", ncols=min(4, len(others)), frameon=False, fontsize=9)
+    _legend(figure, most_columns=4)
     return _svg(figure)
 
 

@@ -99,6 +99,9 @@ def test_the_table_tells_every_seed_and_wins_are_counted_seed_by_seed(outcome):
     json.dumps(result, allow_nan=False)
     text = as_markdown({**result, "date": "2000-01-01", "command": "x"})
     assert f"| {tdc['better_on_loss']} / {tdc['better_on_frechet']} of 2 |" in text and "C is 40 uniform steps" in text
+    assert "Seeds 0, 1; mean ± standard deviation over them." in text
+    one = {**result, "seeds": [0], "date": "2000-01-01", "command": "x"}
+    assert "\nSeed 0. C is" in as_markdown(one) and "over them" not in as_markdown(one)
 
 
 @pytest.mark.parametrize(

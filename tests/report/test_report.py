@@ -14,10 +14,10 @@ import torch
 from tdc_fast.data.pixels import grid_image
 from tdc_fast.evaluation.frechet import DistanceSpread, Floor
 from tdc_fast.evaluation.heldout import HeldoutLosses
-from tdc_fast.report import Comparison, ModelResult, render_report, write_report
+from tdc_fast.report import Comparison, ModelResult, html, plots, render_report, write_report
 from tdc_fast.report.findings import frechet_verdict, headline, heldout_verdict, versus
 from tdc_fast.report.numbers import Curve, ExpertWidths
-from tdc_fast.report.plots import smooth, snr_curve
+from tdc_fast.report.plots import colour, smooth, snr_curve
 
 SECTIONS = ["numbers", "samples", "heldout", "distance", "groups", "widths", "curves", "compute", "limits", "settings"]
 
@@ -92,6 +92,42 @@ def test_the_page_has_every_section_and_refers_to_nothing_outside_itself(compari
     assert len(parser.references) >= 8
     assert all(reference.startswith("data:image/") for reference in parser.references)
     assert not re.search(r"@import|url\(|<script|<link", page)
+
+
+def _many(comparison: Comparison) -> Comparison:
+    """Twelve models with long names; the last two are merged from the experts before them."""
+    first, pruned = comparison.models
+    name = "experts pruned to their budgets, with the level of highest resolution shared"
+    experts = [
+        replace(pruned, label=f"{name}, {i}", curve=replace(pruned.curve, macs=(1e9, 5e9, 6e9 + i))) for i in range(9)
+    ]
+    merged = [replace(expert, label=f"{expert.label}, averaged") for expert in experts[-2:]]
+    return replace(comparison, models=(first, *experts, *merged))
+
+
+def test_every_model_has_a_colour_of_its_own(comparison):
+    many = _many(comparison)
+    assert len({colour(many, model) for model in many.models}) == 12
+
+
+def test_legends_name_every_line_within_the_figure(comparison, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plots, "_svg", lambda figure: figures.append(figure) or "")
+    plots.loss_curves(_many(comparison))
+    plots.heldout_differences(_many(comparison))
+    for figure, count in zip(figures, (10, 11), strict=True):  # merged experts have no curve; the first is the zero
+        (legend,) = figure.legends
+        figure.draw_without_rendering()
+        assert len(legend.get_texts()) == count
+        box, panel = legend.get_window_extent(), figure.axes[0].get_window_extent()
+        assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 and panel.y1 < box.y0 and box.y1 <= figure.bbox.y1
+        assert panel.height > 100
+
+
+def test_the_note_on_curves_says_where_those_of_merged_experts_are(comparison, monkeypatch):
+    monkeypatch.setattr(plots, "loss_curves", lambda _: "")
+    said = "merged experts have the line of their experts"
+    assert said in html._curves(_many(comparison)) and said not in html._curves(comparison)
 
 
 def test_text_from_outside_is_escaped(comparison):
