@@ -49,7 +49,8 @@ class Build:
 
 
 def everything_that_can_be_chosen() -> list[Build]:
-    """Each tile with and without widths, 16-bit types in both forms, boxes of every shape; with bias gradients.
+    """Each tile with widths, of which the largest need the most registers without them too; 16-bit types in both forms,
+    boxes of every shape; with bias gradients.
 
     The other settings are spread over these.
     """
@@ -65,7 +66,8 @@ def everything_that_can_be_chosen() -> list[Build]:
             builds.append(Build(arch, problem, tile, 1 + index % 3, biases=1 + index % 2))
         for problem in (layer(torch.float32), layer(torch.float32, tf32=True)):
             builds += [Build(arch, problem, tile, 2) for tile in wgrad_candidates(problem, device)]
-    builds += [Build(90, layer(), tile, 1, pruned=False) for tile in wgrad_candidates(layer(), DEVICES[90])]
+    largest = {tile.path: tile for tile in reversed(wgrad_candidates(layer(), DEVICES[90]))}
+    builds += [Build(90, layer(), tile, 1, pruned=False) for tile in largest.values()]
     for device in (*DEVICES.values(), NEWER):
         upsampled = layer(torch.float16 if device.arch == 80 else torch.bfloat16, size=16, upsample=2)
         builds.append(Build(device.arch, upsampled, choose_wgrad_tile(upsampled, device), 2))
