@@ -1,192 +1,78 @@
-// The epilogue of the Hopper form: bias, sample bias and residual are added in fp32, dead channels become zeros, and
-// each warp stores its 16 pixels of a patch, 64 channels at a time, by TMA, which clips at the edges of the image.
-//
-// The residual takes the same way backwards: TMA brings its box into the store buffer before the sums are ready.
+// The epilogue of the Hopper form of images: the rows of a warp are two lines of a patch, which TMA clips at the edges
+// of the image.
 #pragma once
 
 #include "cuda/device_sm90.cuh"
+#include "cuda/conv/hopper_epilogue_base.cuh"
 #include "cuda/conv/hopper_params.h"
 #include "cuda/conv/hopper_shared.cuh"
 
 namespace tdc {
 
-// Two neighbouring elements of a row of `channels`; zeros past `live`.
-template <class T>
-__device__ __forceinline__ unsigned hopper_pair_at(const void* base, int row, int channel, int channels, int live) {
-  if (!base || channel >= live) return 0;
-  const T* at = static_cast<const T*>(base) + static_cast<long long>(row) * channels + channel;
-  return __ldg(reinterpret_cast<const unsigned*>(at));
-}
-
-template <class T>
-__device__ __forceinline__ void hopper_add(float (&to)[2], unsigned pair) {
-  to[0] += to_float(T{static_cast<unsigned short>(pair & 0xffffu)});
-  to[1] += to_float(T{static_cast<unsigned short>(pair >> 16)});
-}
-
-// Rounds a warp's sums of 16 rows and 64 channels into a store buffer, which holds the residual where there is one.
-// `add(column, top, bottom)` adds to columns 8 * column + 2 * (lane % 4) and the next of rows lane / 4 and lane / 4
-// + 8. Of the channels `live` are live; `empty`: the sums count as zeros.
-template <class T, bool kResidual, class Add>
-__device__ __forceinline__ void hopper_round(const float* sums, unsigned char* to, int live, bool empty, Add add) {
-  const int lane = threadIdx.x % 32, row = lane % 16;
-  const int first = row * 128 + (lane / 16 ^ row % 8) * 16;  // the lane's chunk; one number spares registers
-#pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    unsigned char* matrix = to + (first ^ 32 * j);
-    unsigned own[4] = {0, 0, 0, 0}, rounded[4];
-    if (kResidual) ldmatrix_x4(own, matrix);
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int column = 2 * j + h;
-      const float* own_sums = sums + column * 4;
-      float top[2] = {empty ? 0.0f : own_sums[0], empty ? 0.0f : own_sums[1]};
-      float bottom[2] = {empty ? 0.0f : own_sums[2], empty ? 0.0f : own_sums[3]};
-      add(column, top, bottom);
-      if (kResidual) hopper_add<T>(top, own[2 * h]), hopper_add<T>(bottom, own[2 * h + 1]);
-      if (live < 64) {
-        const int dead = column * 8 + lane % 4 * 2 - live;  // channels past the width
-        if (dead >= 0) top[0] = bottom[0] = 0.0f;
-        if (dead >= -1) top[1] = bottom[1] = 0.0f;
-      }
-      rounded[2 * h] = pack<T>(top[0], top[1]);
-      rounded[2 * h + 1] = pack<T>(bottom[0], bottom[1]);
-    }
-    stmatrix_x4(matrix, rounded);
-  }
-}
-
 template <class T, class Tile>
-class HopperEpilogue {
-  static constexpr int kPatches = Tile::kPatches / 2, kParts = Tile::kColumns / 64;  // parts: 64 channels
-  static constexpr int kPerSample = Tile::kDown * Tile::kAcross;                     // patches
-  static constexpr int kSamples = kPatches < kPerSample ? 1 : kPatches / kPerSample;
+class HopperEpilogue
+    : public HopperEpilogueBase<HopperEpilogue<T, Tile>, T, Tile, ConvHopperParams, HopperShared<Tile>> {
+  using Base = HopperEpilogueBase<HopperEpilogue, T, Tile, ConvHopperParams, HopperShared<Tile>>;
+  friend Base;
+  using Base::p_, Base::group_, Base::kParts;
+  static constexpr int kPerSample = Tile::kDown * Tile::kAcross;  // patches
+  static constexpr int kSamples = Base::kPatches < kPerSample ? 1 : Base::kPatches / kPerSample;
   static constexpr bool kEarly = Tile::kRegistersOfSums <= 128;  // there are registers to hold the biases meanwhile
 
  public:
-  using Sums = float[kPatches][Tile::kColumns / 2];
-
   __device__ __forceinline__ HopperEpilogue(const ConvHopperParams& p, const HopperShared<Tile>& shared, int group)
-      : p_(p), shared_(shared), group_(group), warp_(shfl(static_cast<int>(threadIdx.x) / 32 % 4, 0)) {}
-
-  // Begins to load what is added to a tile, so that it arrives while the products are made.
-  __device__ __forceinline__ void prepare(const HopperWork& work) {
-    if (kEarly) load_biases(work);
-    if (!adds_residual(work)) return;
-    for (int i = 0; i < Tile::kStoreBuffers; ++i) load_residual(work, i, (buffer_ + i) % Tile::kStoreBuffers);
-  }
-
-  __device__ __forceinline__ void finish(const HopperWork& work, const Sums& sums) {
-    if (!kEarly) load_biases(work);
-    if (adds_residual(work)) {
-      finish_parts<true>(work, sums);
-    } else {
-      finish_parts<false>(work, sums);
-    }
-  }
-
-  // Shared memory must outlive the last stores.
-  __device__ __forceinline__ void end() {
-    if (threadIdx.x % 32 == 0) bulk_wait_read<0>();
-  }
+      : Base(p, shared, group) {}
 
  private:
-  __device__ __forceinline__ bool adds_residual(const HopperWork& work) const {
-    return p_.has_residual && work.column < work.live;
-  }
-
-  template <bool kResidual>
-  __device__ __forceinline__ void finish_parts(const HopperWork& work, const Sums& sums) {
-    const int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int number = 0; number < kPatches * kParts; ++number) {
-      const int i = number / kParts, part = number % kParts;
-      if (HopperPatch::of<Tile>(group_, i).sample >= work.count) continue;
-      unsigned char* to = shared_.store(4 * group_ + warp_, buffer_);
-      if (kResidual) {
-        mbarrier_wait(&shared_.control->residual_full[4 * group_ + warp_][buffer_], parities_ >> buffer_ & 1);
-        parities_ ^= 1u << buffer_;
-      } else {
-        if (lane == 0 && !TDC_PLANTED(HOPPER_NO_STORE_WAIT)) bulk_wait_read<Tile::kStoreBuffers - 1>();
-        warp_sync();
-      }
-      round<kResidual>(work, sums[i], i, part, to);
-      if (!TDC_PLANTED(HOPPER_NO_STORE_FENCE)) async_fence();
-      warp_sync();
-      if (lane == 0) store(work, i, part, to);
-      if (kResidual) load_residual(work, number + Tile::kStoreBuffers, buffer_);
-      buffer_ = buffer_ + 1 == Tile::kStoreBuffers ? 0 : buffer_ + 1;
-    }
+  __device__ __forceinline__ bool has_rows(const HopperWork& work, int i) const {
+    return HopperPatch::of<Tile>(group_, i).sample < work.count;
   }
 
   __device__ __forceinline__ void load_biases(const HopperWork& work) {
-    const int channels = p_.result_channels;
+    this->load_bias(work);
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
-      const int channel = work.column + 64 * part + threadIdx.x * 2 % 64;
-      bias_[part] = hopper_pair_at<T>(p_.bias, work.expert, channel, channels, work.live);
 #pragma unroll
       for (int s = 0; s < kSamples; ++s) {
         const int sample = min(work.first + HopperPatch::of<Tile>(group_, s * kPerSample).sample, p_.routing.batch - 1);
-        sample_bias_[s][part] = hopper_pair_at<T>(p_.sample_bias, sample, channel, channels, work.live);
+        sample_bias_[s][part] =
+            hopper_pair_at<T>(p_.sample_bias, sample, Base::own_channel(work, part), p_.result_channels, work.live);
       }
     }
   }
 
-  // Where a warp's part of a patch lies in the result.
-  __device__ __forceinline__ void place(const HopperWork& work, int i, int part, int (&at)[4]) const {
+  __device__ __forceinline__ auto sample_bias(const HopperWork&, int i, int part) const {
+    const int sample = kSamples == 1 ? 0 : i / kPerSample;
+    return [this, sample, part](int column, float (&top)[2], float (&bottom)[2]) {
+      const unsigned of_sample = shfl(sample_bias_[sample][part], column * 4 + threadIdx.x % 4);
+      hopper_add<T>(top, of_sample), hopper_add<T>(bottom, of_sample);
+    };
+  }
+
+  __device__ __forceinline__ void load_box(const HopperWork& work, int i, int channel, void* to, Mbarrier* full) const {
+    int at[4];
+    place(work, i, channel, at);
+    tma_load(to, &p_.residual, full, at);
+  }
+
+  __device__ __forceinline__ void store_box(const HopperWork& work, int i, int channel, const void* from) const {
+    const bool second = work.column >= p_.result_seam;
+    if (channel >= (second ? p_.result_channels : p_.result_seam)) return;
+    int at[4];
+    place(work, i, channel - (second ? p_.result_seam : 0), at);
+    tma_store(second ? &p_.result2 : &p_.result, from, at);
+  }
+
+  // Where the warp's part of a patch lies in the result.
+  __device__ __forceinline__ void place(const HopperWork& work, int i, int channel, int (&at)[4]) const {
     const HopperPatch patch = HopperPatch::of<Tile>(group_, i);
-    at[0] = work.column + 64 * part;
+    at[0] = channel;
     at[1] = work.x + patch.x;
-    at[2] = work.y + patch.y + 2 * warp_;
+    at[2] = work.y + patch.y + 2 * this->warp_;
     at[3] = work.first + patch.sample;
   }
 
-  // Loads the residual of a part, counted through the patches, where the tile has so many. The buffer's last store must
-  // have been read.
-  __device__ __forceinline__ void load_residual(const HopperWork& work, int number, int buffer) {
-    const int i = number / kParts;
-    if (i >= kPatches || HopperPatch::of<Tile>(group_, i).sample >= work.count || threadIdx.x % 32 != 0) return;
-    if (!TDC_PLANTED(HOPPER_NO_RESIDUAL_WAIT)) bulk_wait_read<0>();
-    Mbarrier* full = &shared_.control->residual_full[4 * group_ + warp_][buffer];
-    int at[4];
-    place(work, i, number % kParts, at);
-    mbarrier_arrive_expect(full, kHopperStoreBytes);
-    tma_load(shared_.store(4 * group_ + warp_, buffer), &p_.residual, full, at);
-  }
-
-  __device__ __forceinline__ void store(const HopperWork& work, int i, int part, const unsigned char* from) {
-    const bool second = work.column >= p_.result_seam;
-    int at[4];
-    place(work, i, part, at);
-    if (at[0] < (second ? p_.result_channels : p_.result_seam)) {
-      at[0] -= second ? p_.result_seam : 0;
-      tma_store(second ? &p_.result2 : &p_.result, from, at);
-    }
-    bulk_commit();
-  }
-
-  template <bool kResidual>
-  __device__ __forceinline__ void round(const HopperWork& work, const float (&sums)[Tile::kColumns / 2], int i,
-                                        int part, unsigned char* to) {
-    const int lane = threadIdx.x % 32, sample = kSamples == 1 ? 0 : i / kPerSample;
-    hopper_round<T, kResidual>(sums + part * 32, to, work.live - work.column - part * 64, work.depth == 0,
-                               [&](int column, float (&top)[2], float (&bottom)[2]) {
-                                 const unsigned bias = shfl(bias_[part], column * 4 + lane % 4);
-                                 hopper_add<T>(top, bias), hopper_add<T>(bottom, bias);
-                                 if (!p_.sample_bias) return;
-                                 const unsigned of_sample = shfl(sample_bias_[sample][part], column * 4 + lane % 4);
-                                 hopper_add<T>(top, of_sample), hopper_add<T>(bottom, of_sample);
-                               });
-  }
-
-  const ConvHopperParams& p_;
-  const HopperShared<Tile>& shared_;
-  int group_, warp_;
-  int buffer_ = 0;
-  unsigned parities_ = 0;                   // of the residual's barriers
-  unsigned bias_[kParts];                   // of two channels: lane l has channels 2 l and 2 l + 1 of each part
-  unsigned sample_bias_[kSamples][kParts];  // the same, of the warpgroup's samples
+  unsigned sample_bias_[kSamples][kParts];  // as Base::bias_, of the warpgroup's samples
 };
 
 }  // namespace tdc
