@@ -11,7 +11,8 @@ from torch.compiler import is_compiling
 from tdc_fast.errors import invalid
 from tdc_fast.kernels.problems import ConvProblem
 from tdc_fast.ops import backends
-from tdc_fast.ops.checks import check_dead_inputs, pair, require_backend_name, require_tensors
+from tdc_fast.ops.check_values import check_dead_inputs
+from tdc_fast.ops.checks import pair, require_backend_name, require_tensors
 from tdc_fast.ops.conv2d_operators import forward, forward_problem
 from tdc_fast.ops.plan import RoutingPlan, check_plan, is_plan_of
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from tdc_fast.kernels.problems import ConvProblem, ConvTensors
 from tdc_fast.ops import backends, eager, library
-from tdc_fast.ops.checks import check_conv_values, check_memory, conv_problem, converted, tf32_is_allowed
+from tdc_fast.ops.check_values import check_conv_values
+from tdc_fast.ops.checks import check_memory, conv_problem, converted, tf32_is_allowed
 from tdc_fast.ops.dead_channels import are_zeros, note_zeros
 from tdc_fast.ops.layout import empty_nhwc
 from tdc_fast.ops.reference import live_channels

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tdc_fast.kernels.problems import ConvProblem, ConvTensors, NormProblem, NormTensors, Problem
 from tdc_fast.ops import native
-from tdc_fast.ops.checks import check_conv_values, check_norm_values
+from tdc_fast.ops.check_values import check_conv_values, check_norm_values
 from tdc_fast.ops.layout import dense, nhwc
 from tdc_fast.ops.native import address
 

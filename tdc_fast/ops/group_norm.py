@@ -11,7 +11,8 @@ from torch.compiler import is_compiling
 from tdc_fast.errors import invalid
 from tdc_fast.kernels.problems import NormProblem
 from tdc_fast.ops import backends
-from tdc_fast.ops.checks import check_dead_inputs, require_backend_name, require_integer, require_tensors
+from tdc_fast.ops.check_values import check_dead_inputs
+from tdc_fast.ops.checks import require_backend_name, require_integer, require_tensors
 from tdc_fast.ops.group_norm_operators import forward, forward_problem
 from tdc_fast.ops.plan import RoutingPlan, check_plan, is_plan_of
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from tdc_fast.kernels.problems import NormProblem, NormTensors
 from tdc_fast.ops import backends, eager, library
-from tdc_fast.ops.checks import accumulate_dtype, check_memory, check_norm_values, converted, norm_problem
+from tdc_fast.ops.check_values import check_norm_values
+from tdc_fast.ops.checks import accumulate_dtype, check_memory, converted, norm_problem
 from tdc_fast.ops.dead_channels import note_zeros
 from tdc_fast.ops.layout import empty_nhwc
 from tdc_fast.ops.reference import group_norm_tangent as norm_tangent

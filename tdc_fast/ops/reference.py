@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn import grad as conv_grad
 
 from tdc_fast.kernels.problems import ConvProblem, ConvTensors, NormProblem, NormTensors, Problem
-from tdc_fast.ops.checks import accumulate_dtype, check_conv_values, check_norm_values
+from tdc_fast.ops.check_values import check_conv_values, check_norm_values
+from tdc_fast.ops.checks import accumulate_dtype
 from tdc_fast.ops.inputs import joined, split_channels, upsampled
 
 name = "reference"

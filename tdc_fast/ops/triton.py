@@ -24,7 +24,7 @@ from tdc_fast.kernels.group_norm import norm_supported
 from tdc_fast.kernels.problems import ConvProblem, ConvTensors, NormProblem, NormTensors, Problem
 from tdc_fast.kernels.tile_shapes import device_of
 from tdc_fast.kernels.tile_table import tiles_of
-from tdc_fast.ops.checks import check_conv_values, check_norm_values
+from tdc_fast.ops.check_values import check_conv_values, check_norm_values
 from tdc_fast.ops.layout import channel_innermost, dense, empty_channel_innermost, is_channel_innermost, nhwc
 
 name = "triton"
