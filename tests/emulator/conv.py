@@ -137,6 +137,16 @@ def outcome(y: Tensor, tensors: dict[str, Tensor], case: ConvCase) -> dict[str, 
     return gradients(y, {name: t for name, t in tensors.items() if t.requires_grad}, case)
 
 
+def assert_a_mask_is_missed(launcher: EmulatorLauncher, case: ConvCase) -> None:
+    """Asserts that dx is right though dy has values past the width, and wrong without the mask of those.
+
+    case: with a width of output channels that is no multiple of 16.
+    """
+    assert_accurate(case, torch.bfloat16, ("x",), backend="hopper")
+    with launcher.planted("HOPPER_NO_MASK"), pytest.raises(AssertionError):
+        assert_accurate(case, torch.bfloat16, ("x",), backend="hopper")
+
+
 # Of six groups one has live channels: the producer is as far ahead of the warps that multiply as it may be.
 TILES_THAT_ARE_OVER_AT_ONCE: dict[str, Any] = {
     "routing": uneven(1, 1, 1, 1, 1, 1), "out_widths": (0, 0, 64, 0, 0, 0), "extras": ("bias",),

@@ -9,7 +9,7 @@ from tdc_fast.kernels.problems import ConvTensors
 from tdc_fast.ops import cuda
 from tdc_fast.ops.checks import conv_problem
 from tests.cases import ConvCase
-from tests.emulator.conv import assert_accurate, conv_case, emulator
+from tests.emulator.conv import assert_accurate, assert_nothing_dead_is_used, conv_case, emulator, uneven
 from tests.emulator.harness import SCHEDULES, EmulatorError, plain_only
 
 # More steps than stages, several warps, several taps.
@@ -53,6 +53,15 @@ def test_a_planted_bug_is_caught_under_every_schedule(family: str, plant: str) -
 @plain_only
 def test_a_missing_barrier_is_caught_under_some_schedule() -> None:
     assert any(caught("conv_forward", "CONV_NO_BARRIER", schedule) for schedule in SCHEDULES)
+
+
+@plain_only
+@pytest.mark.parametrize("plant", ["CONV_KEEPS_DEAD", "CONV_KEEPS_DEAD_WEIGHTS", "CONV_STORES_DEAD"])
+def test_dead_channels_that_are_used_or_stored_are_noticed(plant: str) -> None:
+    """Those of dy and of the weights in the last 16 bytes that have live ones; results past the width."""
+    case = conv_case(routing=uneven(1, 1), in_channels=40, out_channels=40, in_widths=(33, 8), out_widths=(3, 37))
+    with emulator() as launcher, launcher.planted(plant), pytest.raises(AssertionError):
+        assert_nothing_dead_is_used(case, torch.bfloat16)
 
 
 GARBAGE = (-(2**31), -7, 5, 2**31 - 1)

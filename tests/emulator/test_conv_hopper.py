@@ -18,6 +18,7 @@ from tests.cases import ConvCase, widths_of
 from tests.emulator.conv import (
     DTYPES,
     TILES_THAT_ARE_OVER_AT_ONCE,
+    assert_a_mask_is_missed,
     assert_accurate,
     assert_messages_are_waited_for,
     conv_case,
@@ -317,6 +318,12 @@ def test_a_planted_bug_in_what_is_left_of_groups_is_found(plant: str, error: typ
     case = case_of(routing=uneven(21, 1, 1, 1, 2, 1), size=(8, 8), out_channels=128)
     with hopper() as launcher, launcher.planted(plant), pytest.raises(error):
         assert_accurate(case, torch.bfloat16, (), backend="hopper")
+
+
+@plain_only
+def test_values_of_a_gradient_past_its_width_spoil_the_result_without_the_mask() -> None:
+    with hopper(1) as launcher:
+        assert_a_mask_is_missed(launcher, case_of(routing=uneven(1, 1), size=(8, 8), out_widths=(37, 64), extras=()))
 
 
 @plain_only

@@ -18,6 +18,7 @@ from tests.cases import ConvCase, widths_of
 from tests.emulator.conv import (
     DTYPES,
     TILES_THAT_ARE_OVER_AT_ONCE,
+    assert_a_mask_is_missed,
     assert_accurate,
     assert_messages_are_waited_for,
     conv_case,
@@ -255,6 +256,12 @@ def test_a_planted_bug_spoils_the_result(plant: str) -> None:
     case = case_of(routing=uneven(1), size=(4, 4), in_channels=128, x2_channels=64, **THREE_BY_THREE)
     with hopper(1) as launcher, launcher.planted(plant), pytest.raises(AssertionError):
         assert_accurate(case, torch.bfloat16, (), backend="hopper")
+
+
+@plain_only
+def test_values_of_a_gradient_past_its_width_spoil_the_result_without_the_mask() -> None:
+    with hopper(1) as launcher:
+        assert_a_mask_is_missed(launcher, case_of(routing=uneven(1), size=(8, 8), out_widths=(37,), extras=()))
 
 
 @plain_only

@@ -152,6 +152,32 @@ PLANTS = {
     "HOPPER_EARLY_RELEASE": r"race on byte \d+ of the dynamic shared memory: a copy .* writes .* what a product",
     "HOPPER_BIAS_BEFORE_MASK": r"race on byte \d+ of the dynamic shared memory",
 }
+MASKS = {
+    "HOPPER_NO_ASYNC_FENCE": "a product of warp .* and no async_fence is between",
+    "HOPPER_NO_MASK_BARRIER": r"race on byte \d+ of the dynamic shared memory|no async_fence is between",
+}
+
+
+# Two groups of one expert, of which the first has fewer channels: its dy is masked, and so are the pixels of its end.
+TWO_WIDTHS: dict[str, Any] = {
+    "routing": uneven(1, 1, weight_index=(0, 0)), "size": (5, 9), "out_widths": (37, 64), "extras": ()
+}  # fmt: skip
+
+
+@plain_only
+def test_values_of_a_gradient_past_its_width_spoil_the_result_without_the_mask() -> None:
+    case = case_of(**TWO_WIDTHS)
+    with hopper(1) as launcher:
+        assert_accurate(case, torch.bfloat16, ("weight",), backend="hopper")
+        with launcher.planted("HOPPER_NO_MASK"), pytest.raises(AssertionError):
+            assert_accurate(case, torch.bfloat16, ("weight",), backend="hopper")
+
+
+@plain_only
+@pytest.mark.parametrize("plant", MASKS)
+def test_a_bug_planted_in_the_mask_is_reported(plant: str) -> None:
+    with hopper(1, 3) as launcher, launcher.planted(plant), pytest.raises(EmulatorError, match=MASKS[plant]):
+        results(case_of(**TWO_WIDTHS), torch.bfloat16, ("weight",), backend="hopper")
 
 
 @plain_only

@@ -8,21 +8,24 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from tests.cases import ConvCase
+from tests.cases import ConvCase, widths_of
 from tests.emulator.conv import DTYPES, assert_accurate, conv_case, emulator, results, uneven
-from tests.emulator.harness import EmulatorError, EmulatorLauncher, plain_only
+from tests.emulator.harness import SCHEDULES, EmulatorError, EmulatorLauncher, plain_only
+from tests.generated import examples
 from tests.ops.test_conv2d import routed
 
 # Under sanitizers the form of rows runs: this one differs in where sums lie, which the race check sees.
 pytestmark = [pytest.mark.usefixtures("nan_filled_memory"), plain_only]
-FAMILY = "conv_hopper_rows_split"
+FAMILIES = ("conv_hopper_rows_split", "conv_hopper_rows")
 
 
 @contextmanager
 def hopper(multiprocessors: int, schedule: int = 0) -> Iterator[EmulatorLauncher]:
     """A Hopper GPU with more SMs than tiles. Clusters of 4 blocks need 16."""
-    with emulator((90, multiprocessors, 232448), (FAMILY,)) as launcher:
+    with emulator((90, multiprocessors, 232448), FAMILIES) as launcher:
         launcher.schedule = schedule
         yield launcher
 
@@ -74,6 +77,44 @@ def test_edges_are_as_accurate_as_torch(edge: str, dtype: str) -> None:
     with hopper(multiprocessors) as launcher:
         assert_accurate(case_of(**changes), DTYPES[dtype], inputs, backend="hopper")
     assert launcher.launched == [f"tdc_conv_hopper_rows_{kernel.format(dtype)}" for kernel in kernels]
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> ConvCase:
+    """Up to four groups of few samples, which may share experts; deep enough for clusters."""
+    samples = draw(st.lists(st.integers(0, 3), min_size=1, max_size=4).filter(lambda of: 0 < sum(of) <= 5))
+    experts = draw(st.integers(1, len(samples)))
+    index = tuple(draw(st.integers(0, experts - 1)) for _ in samples)
+    size, filter_, least = draw(st.sampled_from([(4, 4), (2, 8), (1, 4), (8, 4)])), {}, 8
+    if draw(st.booleans()):
+        size, filter_, least = (draw(st.integers(1, 9)), draw(st.integers(1, 5))), POINTWISE, 65
+    ins, outs = (8 * draw(st.integers(least, least + 9)) for _ in range(2))
+    return case_of(
+        routing=uneven(*samples, weight_index=(*index[:-1], experts - 1)),
+        in_channels=ins,
+        x2_channels=draw(st.sampled_from([0, 1])) * 8 * draw(st.integers(1, ins // 8 - 1)),
+        out_channels=outs,
+        size=size,
+        in_widths=draw(widths_of(ins, 1, len(samples))),
+        out_widths=draw(widths_of(outs, 1, len(samples))),
+        extras=draw(st.sampled_from([(), ("bias",), ("bias", "sample_bias"), ("residual",)])),
+        seed=draw(st.integers(0, 99)),
+        **filter_,
+    )
+
+
+def test_any_case_is_as_accurate_as_torch() -> None:
+    """With 264 SMs clusters have four blocks; with 48 two, four, or there are none."""
+
+    @given(case=cases(), schedule=st.sampled_from(SCHEDULES), multiprocessors=st.sampled_from([264, 48]))
+    @examples(3)
+    def check(case: ConvCase, schedule: int, multiprocessors: int) -> None:
+        with hopper(multiprocessors, schedule) as launcher:
+            assert_accurate(case, torch.bfloat16, ("x", "x2"), backend="hopper")
+        assert len(launcher.launched) == 2
+        assert multiprocessors == 48 or all("split4" in kernel for kernel in launcher.launched)
+
+    check()
 
 
 def test_results_do_not_depend_on_which_thread_goes_first() -> None:

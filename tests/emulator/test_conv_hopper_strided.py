@@ -16,7 +16,7 @@ from tdc_fast.kernels.problems import ConvTensors
 from tdc_fast.ops import hopper as hopper_backend
 from tdc_fast.ops.checks import conv_problem
 from tests.cases import ConvCase, widths_of
-from tests.emulator.conv import DTYPES, assert_accurate, conv_case, emulator, results, uneven
+from tests.emulator.conv import DTYPES, assert_a_mask_is_missed, assert_accurate, conv_case, emulator, results, uneven
 from tests.emulator.harness import AT_RUNTIME, SANITIZED, SCHEDULES, EmulatorError, EmulatorLauncher, plain_only
 from tests.generated import examples
 
@@ -331,6 +331,12 @@ def test_a_planted_bug_spoils_the_result(form: str, plant: str, wanted: tuple[st
     case = (case_of if form == "strided" else upsampled)(routing=uneven(1), extras=())
     with hopper(1) as launcher, launcher.planted(plant), pytest.raises(AssertionError):
         assert_accurate(case, torch.bfloat16, wanted, backend="hopper")
+
+
+@plain_only
+def test_values_of_a_gradient_past_its_width_spoil_the_result_without_the_mask() -> None:
+    with hopper(1) as launcher:
+        assert_a_mask_is_missed(launcher, case_of(routing=uneven(1), size=(8, 8), out_widths=(37,), extras=()))
 
 
 @plain_only

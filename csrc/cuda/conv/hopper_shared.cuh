@@ -50,6 +50,7 @@ __device__ __forceinline__ unsigned hopper_keep(unsigned pair, int live) {
 // Zeros in the channels past `live` of rows that TMA has swizzled, as far as the last 16 that are multiplied reach.
 template <int kThreads>
 __device__ __forceinline__ void hopper_clear(unsigned char* rows, int count, int thread, int live) {
+  if (TDC_PLANTED(HOPPER_NO_MASK)) return;
   for (int row = thread; row < count; row += kThreads) {
     for (int chunk = live / 8; chunk < (live + 15) / 16 * 2; ++chunk) {
       uint4* at = reinterpret_cast<uint4*>(rows + row * kHopperRow + (chunk ^ row % 8) * 16);

@@ -135,12 +135,13 @@ class HopperWgradConsumer {
     const HopperWgradStage& what = shared_.control->stages[stage];
     if (Unit::kOfRows) clear<Unit::kBoxes>(shared_.x(stage), Unit::kIn, what.pixels);
     clear<2>(shared_.dy(stage), what.live_out, what.pixels);
-    async_fence();
-    hopper_wgrad_readers_sync(p_);
+    if (!TDC_PLANTED(HOPPER_NO_ASYNC_FENCE)) async_fence();
+    if (!TDC_PLANTED(HOPPER_NO_MASK_BARRIER)) hopper_wgrad_readers_sync(p_);
   }
   // Boxes of 64 channels, one after the other.
   template <int kBoxes>
   __device__ __forceinline__ static void clear(unsigned char* boxes, int live, int live_pixels) {
+    if (TDC_PLANTED(HOPPER_NO_MASK)) return;
     for (int i = threadIdx.x - 128; i < kBoxes * 64 * 8; i += 256) {
       const int row = i / 8, chunk = i % 8;
       int left = live - row / 64 * 64 - chunk * 8;  // live channels of the chunk

@@ -228,7 +228,8 @@ class ConvImageLoader {
     const T* from[Pixels::kCopies];
 #pragma unroll
     for (int i = 0; i < Pixels::kCopies; ++i) from[i] = pixels_[i] + channel_;
-    const int live = end_ - channel_ - Pixels::chunk() * kPerChunk<T>;
+    const int left = end_ - channel_ - Pixels::chunk() * kPerChunk<T>;
+    const int live = TDC_PLANTED(CONV_KEEPS_DEAD) && left > 0 ? kPerChunk<T> : left;
     copy_share<Pixels, kVector>(shared, source_, from, inside_, live);
   }
 
@@ -245,7 +246,8 @@ class ConvImageLoader {
       from[i] = lines_[i] + step;
       exists |= Weights::line(i) < lines ? 1u << i : 0u;
     }
-    copy_share<Weights, kVector>(shared, weight_, from, exists, live);
+    copy_share<Weights, kVector>(shared, weight_, from, exists,
+                                 TDC_PLANTED(CONV_KEEPS_DEAD_WEIGHTS) && live > 0 ? kPerChunk<T> : live);
   }
 
   const ConvImageParams& p_;
@@ -306,7 +308,7 @@ __device__ __forceinline__ void conv_images(const ConvImageParams& p) {
     if (forward && p.residual) add_chunk(values, static_cast<const T*>(p.residual) + place, count, p.vector_result);
 #pragma unroll
     for (int v = 0; v < kPerChunk<T>; ++v) {
-      if (channel + v >= tile.live_result) values[v] = 0.0f;
+      if (channel + v >= tile.live_result && !TDC_PLANTED(CONV_STORES_DEAD)) values[v] = 0.0f;
     }
     store_chunk(result + place, values, count, p.vector_result);
   });
