@@ -36,6 +36,7 @@ ALLOWED = {
     ),
     ("kernels/launch.py", "_hooked", "bool"): "of lists of functions",
     ("tdc_fast/nn/leaf.py", "widths", "tensor"): "while packing, not in a forward",
+    ("tdc_fast/nn/leaf.py", "__setstate__", "tolist"): "while a module is copied or read from a file, not in a forward",
     ("tdc_fast/nn/leaf.py", "share", "tensor"): "while packing, not in a forward",
     ("tdc_fast/nn/leaf.py", "has_hooks", "bool"): "of dictionaries of functions",
     ("tdc_fast/nn/routed.py", "forward", "int"): HOST,
