@@ -147,6 +147,24 @@ def assert_a_mask_is_missed(launcher: EmulatorLauncher, case: ConvCase) -> None:
         assert_accurate(case, torch.bfloat16, ("x",), backend="hopper")
 
 
+# Planted bugs that several Hopper forms have, and what the emulator says of them: in the ring of stages, in the mask of
+# what is in a stage, and in the epilogue's stores.
+RING_PLANTS = {
+    "HOPPER_NO_EMPTY_WAIT": "arrivals in a phase|race on byte|in flight",
+    "HOPPER_NO_FULL_WAIT": "in flight|race on byte",
+    "HOPPER_WRONG_PHASE": "deadlock",
+    "HOPPER_WRONG_BYTES": "race on byte|in flight|deadlock",
+    "HOPPER_EARLY_RELEASE": r"race on byte \d+ of the dynamic shared memory.*: a copy .* writes .* what a product",
+}
+MASK_PLANTS = {
+    "HOPPER_NO_ASYNC_FENCE": "a product of warp .* and no async_fence is between",
+    "HOPPER_NO_MASK_BARRIER": r"race on byte \d+ of the dynamic shared memory|no async_fence is between",
+}
+STORE_PLANTS = {
+    "HOPPER_NO_STORE_FENCE": "a store of thread .* and no async_fence is between",
+    "HOPPER_NO_STORE_WAIT": "race on byte .* what a store of thread",
+    "HOPPER_NO_RESIDUAL_WAIT": "race on byte .* a copy .* what a store of thread",
+}
 # Of six groups one has live channels: the producer is as far ahead of the warps that multiply as it may be.
 TILES_THAT_ARE_OVER_AT_ONCE: dict[str, Any] = {
     "routing": uneven(1, 1, 1, 1, 1, 1), "out_widths": (0, 0, 64, 0, 0, 0), "extras": ("bias",),

@@ -17,6 +17,9 @@ from tdc_fast.ops.checks import conv_problem
 from tests.cases import ConvCase, widths_of
 from tests.emulator.conv import (
     DTYPES,
+    MASK_PLANTS,
+    RING_PLANTS,
+    STORE_PLANTS,
     TILES_THAT_ARE_OVER_AT_ONCE,
     assert_a_mask_is_missed,
     assert_accurate,
@@ -266,16 +269,9 @@ def test_a_block_gets_more_tiles_than_there_are_messages() -> None:
 
 
 PLANTS = {
-    "HOPPER_NO_EMPTY_WAIT": "arrivals in a phase|race on byte|in flight",
-    "HOPPER_NO_FULL_WAIT": "in flight|race on byte",
-    "HOPPER_WRONG_PHASE": "deadlock",
-    "HOPPER_WRONG_BYTES": "race on byte|in flight|deadlock",
-    "HOPPER_EARLY_RELEASE": r"race on byte \d+ of the dynamic shared memory: a copy .* writes .* what a product",
-    "HOPPER_NO_ASYNC_FENCE": "a product of warp .* and no async_fence is between",
-    "HOPPER_NO_MASK_BARRIER": r"race on byte \d+ of the dynamic shared memory|no async_fence is between",
-    "HOPPER_NO_STORE_FENCE": "a store of thread .* and no async_fence is between",
-    "HOPPER_NO_STORE_WAIT": "race on byte .* what a store of thread",
-    "HOPPER_NO_RESIDUAL_WAIT": "race on byte .* a copy .* what a store of thread",
+    **RING_PLANTS,
+    **MASK_PLANTS,
+    **STORE_PLANTS,
     "HOPPER_WRONG_PREFETCH": "the block ends without the load of 2 boxes that it prefetched",
 }
 
@@ -284,7 +280,7 @@ PLANTS = {
 @pytest.mark.parametrize("plant", PLANTS)
 def test_a_planted_bug_is_reported(plant: str) -> None:
     residual = {"extras": ("bias",)} if plant == "HOPPER_NO_STORE_WAIT" else {}
-    wanted = ("x",) if plant in ("HOPPER_NO_ASYNC_FENCE", "HOPPER_NO_MASK_BARRIER") else ()  # only dgrad masks
+    wanted = ("x",) if plant in MASK_PLANTS else ()  # only dgrad masks
     case = case_of(routing=uneven(1, 1), in_channels=72, out_channels=72, **residual)
     with hopper(1, 3) as launcher, launcher.planted(plant), pytest.raises(EmulatorError, match=PLANTS[plant]):
         results(case, torch.bfloat16, wanted, backend="hopper")

@@ -15,7 +15,7 @@ from tdc_fast.kernels.problems import ConvTensors
 from tdc_fast.ops import hopper as hopper_backend
 from tdc_fast.ops.checks import conv_problem
 from tests.cases import ConvCase
-from tests.emulator.conv import DTYPES, assert_accurate, conv_case, emulator, results, uneven
+from tests.emulator.conv import DTYPES, MASK_PLANTS, RING_PLANTS, assert_accurate, conv_case, emulator, results, uneven
 from tests.emulator.harness import SANITIZED, SCHEDULES, EmulatorError, EmulatorLauncher, plain_only
 from tests.emulator.test_conv_hopper_rows import THREE_BY_THREE, cases
 from tests.generated import examples
@@ -145,16 +145,8 @@ def arguments(case: ConvCase) -> tuple[ConvTensors, Any, torch.Tensor]:
 
 
 PLANTS = {
-    "HOPPER_NO_EMPTY_WAIT": "arrivals in a phase|race on byte|in flight",
-    "HOPPER_NO_FULL_WAIT": "in flight|race on byte",
-    "HOPPER_WRONG_PHASE": "deadlock",
-    "HOPPER_WRONG_BYTES": "race on byte|in flight|deadlock",
-    "HOPPER_EARLY_RELEASE": r"race on byte \d+ of the dynamic shared memory: a copy .* writes .* what a product",
+    **RING_PLANTS,
     "HOPPER_BIAS_BEFORE_MASK": r"race on byte \d+ of the dynamic shared memory",
-}
-MASKS = {
-    "HOPPER_NO_ASYNC_FENCE": "a product of warp .* and no async_fence is between",
-    "HOPPER_NO_MASK_BARRIER": r"race on byte \d+ of the dynamic shared memory|no async_fence is between",
 }
 
 
@@ -174,9 +166,9 @@ def test_values_of_a_gradient_past_its_width_spoil_the_result_without_the_mask()
 
 
 @plain_only
-@pytest.mark.parametrize("plant", MASKS)
+@pytest.mark.parametrize("plant", MASK_PLANTS)
 def test_a_bug_planted_in_the_mask_is_reported(plant: str) -> None:
-    with hopper(1, 3) as launcher, launcher.planted(plant), pytest.raises(EmulatorError, match=MASKS[plant]):
+    with hopper(1, 3) as launcher, launcher.planted(plant), pytest.raises(EmulatorError, match=MASK_PLANTS[plant]):
         results(case_of(**TWO_WIDTHS), torch.bfloat16, ("weight",), backend="hopper")
 
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.cases import ConvCase, widths_of
-from tests.emulator.conv import DTYPES, assert_accurate, conv_case, emulator, results, uneven
+from tests.emulator.conv import DTYPES, RING_PLANTS, assert_accurate, conv_case, emulator, results, uneven
 from tests.emulator.harness import SCHEDULES, EmulatorError, EmulatorLauncher, plain_only
 from tests.generated import examples
 from tests.ops.test_conv2d import routed
@@ -148,11 +148,7 @@ def test_equal_samples_have_equal_results_wherever_they_are_in_a_tile() -> None:
 
 
 PLANTS = {
-    "HOPPER_NO_EMPTY_WAIT": "arrivals in a phase|race on byte|in flight",
-    "HOPPER_NO_FULL_WAIT": "in flight|race on byte",
-    "HOPPER_WRONG_PHASE": "deadlock",
-    "HOPPER_WRONG_BYTES": "race on byte|in flight|deadlock",
-    "HOPPER_EARLY_RELEASE": r"race on byte \d+ of the dynamic shared memory.*: a copy .* writes .* what a product",
+    **RING_PLANTS,
     "HOPPER_NO_PART_WAIT": "arrivals in a phase|race on byte",
     "HOPPER_NO_PART_FULL_WAIT": "race on byte|deadlock",
     "HOPPER_NO_CLUSTER_BEGIN": "whose block need not have begun",

@@ -16,7 +16,17 @@ from tdc_fast.kernels.problems import ConvTensors
 from tdc_fast.ops import hopper as hopper_backend
 from tdc_fast.ops.checks import conv_problem
 from tests.cases import ConvCase, widths_of
-from tests.emulator.conv import DTYPES, assert_a_mask_is_missed, assert_accurate, conv_case, emulator, results, uneven
+from tests.emulator.conv import (
+    DTYPES,
+    RING_PLANTS,
+    STORE_PLANTS,
+    assert_a_mask_is_missed,
+    assert_accurate,
+    conv_case,
+    emulator,
+    results,
+    uneven,
+)
 from tests.emulator.harness import AT_RUNTIME, SANITIZED, SCHEDULES, EmulatorError, EmulatorLauncher, plain_only
 from tests.generated import examples
 
@@ -164,15 +174,7 @@ def arguments(case: ConvCase, *routing: torch.Tensor) -> tuple[ConvTensors, Any]
     return t, conv_problem("routed_conv2d", t, case.stride, case.padding, case.upsample)
 
 
-PLANTS = {
-    "HOPPER_NO_EMPTY_WAIT": "arrivals in a phase|race on byte|in flight",
-    "HOPPER_NO_FULL_WAIT": "in flight|race on byte",
-    "HOPPER_WRONG_PHASE": "deadlock",
-    "HOPPER_WRONG_BYTES": "race on byte|in flight|deadlock",
-    "HOPPER_EARLY_RELEASE": r"race on byte \d+ of the dynamic shared memory: a copy .* writes .* what a product",
-    "HOPPER_NO_STORE_WAIT": "race on byte .* what a store of thread",
-    "HOPPER_NO_RESIDUAL_WAIT": "race on byte .* a copy .* what a store of thread",
-}
+PLANTS = {**RING_PLANTS, **STORE_PLANTS}
 
 
 @plain_only

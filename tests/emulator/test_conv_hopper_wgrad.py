@@ -15,7 +15,7 @@ from tdc_fast.kernels.problems import ConvTensors
 from tdc_fast.ops import hopper as hopper_backend
 from tdc_fast.ops.checks import conv_problem
 from tests.cases import ConvCase, widths_of
-from tests.emulator.conv import DTYPES, assert_accurate, conv_case, emulator, results, uneven
+from tests.emulator.conv import DTYPES, RING_PLANTS, assert_accurate, conv_case, emulator, results, uneven
 from tests.emulator.harness import SANITIZED, SCHEDULES, EmulatorError, EmulatorLauncher, plain_only
 from tests.generated import examples
 
@@ -206,11 +206,7 @@ def test_columns_of_a_unit_are_those_that_its_live_channels_need(live: int, colu
 
 PLANTS = {
     "HOPPER_NO_MESSAGE_WAIT": r"race on byte \d+ of the dynamic shared memory: thread 0 writes|deadlock",
-    "HOPPER_NO_EMPTY_WAIT": "arrivals in a phase|race on byte|in flight",
-    "HOPPER_NO_FULL_WAIT": "in flight|race on byte",
-    "HOPPER_WRONG_PHASE": "deadlock",
-    "HOPPER_WRONG_BYTES": "race on byte|in flight|deadlock",
-    "HOPPER_EARLY_RELEASE": r"race on byte \d+ of the dynamic shared memory: a copy .* writes .* what a product",
+    **RING_PLANTS,
 }
 
 
