@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,15 +27,21 @@ class Goal:
 
     Attributes:
         name: what the ratio is, as the table shows it.
-        value: the ratio of a row; None for a row that the goal is not about or that lacks a peer.
+        labels: section, direction and so on of the rows that the goal is about.
+        value: the ratio of such a row; None for one that the goal is not about after all or that lacks a peer.
         limit: the ratio to reach.
         at_least: whether a larger ratio is better.
     """
 
     name: str
+    labels: Mapping[str, Any]
     value: Callable[[Row], float | None]
     limit: float
     at_least: bool
+
+    def is_about(self, row: Row) -> bool:
+        """Whether the row has the labels; one that failed has no others."""
+        return all(row.get(key) == value for key, value in self.labels.items())
 
     def met(self, value: float) -> bool:
         """Whether the ratio `value` reaches the limit."""
@@ -47,12 +53,9 @@ def _best_loop(row: Row) -> float | None:
     return min(times, default=None)
 
 
-def _is(row: Row, section: str, **labels: Any) -> bool:
-    return row["section"] == section and all(row.get(key) == value for key, value in labels.items())
-
-
-def _unet(what: str, measure: Callable[[Row], float | None]) -> Callable[[Row], float | None]:
-    return lambda row: measure(row) if _is(row, "unet", **EIGHT_EVEN, width=1.0, direction=what) else None
+def _unet(what: str) -> dict[str, Any]:
+    """The labels of whole experts' rows."""
+    return {"section": "unet", **EIGHT_EVEN, "width": 1.0, "direction": what}
 
 
 def _over_best_loop(row: Row) -> float | None:
@@ -64,95 +67,103 @@ def _quotient(name: str, ours: str = OURS) -> Callable[[Row], float | None]:
     return lambda row: row["ms"][ours] / row["ms"][name] if {name, ours} <= row["ms"].keys() else None
 
 
-def _speed_of_cudnn(direction: str) -> Callable[[Row], float | None]:
-    def value(row: Row) -> float | None:
-        if not _is(row, "conv", **EIGHT_EVEN, width=1.0, filter=3, direction=direction):
-            return None
-        times = row["ms"]
-        return times["dense, graph"] / times[OURS_GRAPH] if {"dense, graph", OURS_GRAPH} <= times.keys() else None
-
-    return value
+def _speed_of_cudnn(row: Row) -> float | None:
+    times = row["ms"]
+    if row["filter"] != 3 or not {"dense, graph", OURS_GRAPH} <= times.keys():
+        return None
+    return times["dense, graph"] / times[OURS_GRAPH]
 
 
-def _cost_at(width: float) -> Callable[[Row], float | None]:
+def _of_large(row: Row) -> float | None:
     """The share of the cost of full width, of the large shapes that the kernels were designed for."""
-
-    def value(row: Row) -> float | None:
-        concerned = _is(row, "conv", **EIGHT_EVEN, width=width, source="design")
-        return row["ratios"].get("full width, graph") if concerned else None
-
-    return value
+    return row["ratios"].get("full width, graph") if row["source"] == "design" else None
 
 
 def _pruned(row: Row) -> float | None:
     """What a UNet of pruned experts costs, over its share of the MACs."""
-    full = row["ratios"].get("full width, graph") if _is(row, "unet", direction="forward", width=0.5) else None
+    full = row["ratios"].get("full width, graph")
     return None if full is None else full / row["share_of_macs"]
 
 
-def _of_even(row: Row) -> float | None:
-    return row.get("of_even") if _is(row, "conv", num_groups=8, uneven=True, width=1.0) else None
+def _entry(kind: str, name: str) -> Callable[[Row], float | None]:
+    return lambda row: row[kind].get(name)
 
 
-def _of_eight(row: Row) -> float | None:
-    return row.get("of_eight") if _is(row, "growth", num_groups=64) else None
+def _of_sum(name: str) -> Callable[[Row], float | None]:
+    return lambda row: row["ms"][OURS_GRAPH] if row["source"] == name else None
 
 
-def _of_run(kind: str, name: str) -> Callable[[Row], float | None]:
-    return lambda row: row[kind].get(name) if _is(row, "training", direction=RUN) else None
-
-
-def _of_forwards(row: Row) -> float | None:
-    return row["ratios"].get(FORWARDS) if _is(row, "sampling") else None
-
-
-def _of_sum(name: str, direction: str) -> Callable[[Row], float | None]:
-    return lambda row: row["ms"][OURS_GRAPH] if _is(row, SUMS, source=name, direction=direction) else None
-
-
-def _norm_of_copy(direction: str, least: float, most: float) -> Callable[[Row], float | None]:
+def _norm_of_copy(least: float, most: float) -> Callable[[Row], float | None]:
     """Of tensors of `least` to less than `most` megabytes."""
-
-    def value(row: Row) -> float | None:
-        concerned = _is(row, "group norm", width=1.0, direction=direction) and least <= row["megabytes"] < most
-        return row["net_of_copy"] if concerned else None
-
-    return value
+    return lambda row: row["net_of_copy"] if least <= row["megabytes"] < most else None
 
 
 def _small_norm(row: Row) -> float | None:
-    return row["net_us"] if _is(row, "group norm", width=1.0) and 4 <= max(row["size"]) <= 8 else None
+    return row["net_us"] if 4 <= max(row["size"]) <= 8 else None
 
 
 _TO_COMPILED = _quotient(COMPILED, OURS_GRAPH)
+_FORWARD, _STEP, _RUN = _unet("forward"), _unet("training step"), {"section": "training", "direction": RUN}
+_SAMPLING, _NORM = {"section": "sampling"}, {"section": "group norm", "width": 1.0}
 
 GOALS = (
-    Goal("UNet forward, N = 8, graphs: time / compiled dense", _unet("forward", _TO_COMPILED), 0.75, False),
-    Goal("UNet forward, N = 8, graphs: the same, further goal", _unet("forward", _TO_COMPILED), 0.6, False),
-    Goal("UNet training step, N = 8, graphs: time / compiled dense", _unet("training step", _TO_COMPILED), 0.75, False),
-    Goal("tdc_fast.train, stage 2: time / captured step", _of_run("ratios", CAPTURED), 1.05, False),
-    Goal("tdc_fast.train, stage 2: steps per second (H200)", _of_run("steps_per_s", OURS), 26.5, True),
-    Goal("tdc_fast.train, stage 1: steps per second (H200)", _of_run("steps_per_s", STAGE1), 44.0, True),
-    Goal("Sampling, DDIM-50: time / 50 captured forwards", _of_forwards, 1.1, False),
-    Goal("UNet forward, N = 8: time / dense, both eager", _unet("forward", _quotient("dense")), 1.0, False),
-    Goal(
-        "UNet forward, N = 8: in a graph / dense, eager", _unet("forward", _quotient("dense", OURS_GRAPH)), 1.0, False
-    ),
-    Goal("UNet forward, N = 8: best loop peer / ours at best", _unet("forward", _over_best_loop), 2.0, True),
-    Goal("UNet training step, N = 8: best loop peer / ours", _unet("training step", _over_best_loop), 1.5, True),
+    Goal("UNet forward, N = 8, graphs: time / compiled dense", _FORWARD, _TO_COMPILED, 0.75, False),
+    Goal("UNet forward, N = 8, graphs: the same, further goal", _FORWARD, _TO_COMPILED, 0.6, False),
+    Goal("UNet training step, N = 8, graphs: time / compiled dense", _STEP, _TO_COMPILED, 0.75, False),
+    Goal("tdc_fast.train, stage 2: time / captured step", _RUN, _entry("ratios", CAPTURED), 1.05, False),
+    Goal("tdc_fast.train, stage 2: steps per second (H200)", _RUN, _entry("steps_per_s", OURS), 26.5, True),
+    Goal("tdc_fast.train, stage 1: steps per second (H200)", _RUN, _entry("steps_per_s", STAGE1), 44.0, True),
+    Goal("Sampling, DDIM-50: time / 50 captured forwards", _SAMPLING, _entry("ratios", FORWARDS), 1.1, False),
+    Goal("UNet forward, N = 8: time / dense, both eager", _FORWARD, _quotient("dense"), 1.0, False),
+    Goal("UNet forward, N = 8: in a graph / dense, eager", _FORWARD, _quotient("dense", OURS_GRAPH), 1.0, False),
+    Goal("UNet forward, N = 8: best loop peer / ours at best", _FORWARD, _over_best_loop, 2.0, True),
+    Goal("UNet training step, N = 8: best loop peer / ours", _STEP, _over_best_loop, 1.5, True),
     *(
-        Goal(f"3x3 layers, N = 8: speed of dense cuDNN, {what}, both in a graph", _speed_of_cudnn(what), 1.0, True)
+        Goal(
+            f"3x3 layers, N = 8: speed of dense cuDNN, {what}, both in a graph",
+            {"section": "conv", **EIGHT_EVEN, "width": 1.0, "direction": what},
+            _speed_of_cudnn,
+            1.0,
+            True,
+        )
         for what in ("forward", "dgrad", "wgrad")
     ),
-    Goal("Large convolutions at 50% widths, N = 8: cost / full width", _cost_at(0.5), 0.30, False),
-    Goal("Large convolutions at 75% widths, N = 8: cost / full width", _cost_at(0.75), 0.62, False),
-    Goal("UNet forward at 50% widths, graphs: (time / full width) / share of MACs", _pruned, 1.1, False),
-    Goal("Convolutions, half of the batch in one of 8 groups: time / even groups", _of_even, 1.15, False),
-    Goal("UNet, 64 experts: time / 8 experts, graphs", _of_eight, 1.1, False),
+    *(
+        Goal(
+            f"Large convolutions at {width:.0%} widths, N = 8: cost / full width",
+            {"section": "conv", **EIGHT_EVEN, "width": width},
+            _of_large,
+            limit,
+            False,
+        )
+        for width, limit in ((0.5, 0.30), (0.75, 0.62))
+    ),
+    Goal(
+        "UNet forward at 50% widths, graphs: (time / full width) / share of MACs",
+        {"section": "unet", "direction": "forward", "width": 0.5},
+        _pruned,
+        1.1,
+        False,
+    ),
+    Goal(
+        "Convolutions, half of the batch in one of 8 groups: time / even groups",
+        {"section": "conv", "num_groups": 8, "uneven": True, "width": 1.0},
+        lambda row: row.get("of_even"),
+        1.15,
+        False,
+    ),
+    Goal(
+        "UNet, 64 experts: time / 8 experts, graphs",
+        {"section": "growth", "num_groups": 64},
+        lambda row: row.get("of_eight"),
+        1.1,
+        False,
+    ),
     *(
         Goal(
             f"{name}, sum of its convolutions, {what}: ms less an empty launch each (H200)",
-            _of_sum(name, what),
+            {"section": SUMS, "direction": what},
+            _of_sum(name),
             limit,
             False,
         )
@@ -162,14 +173,15 @@ GOALS = (
     *(
         Goal(
             f"Group norm {what}, {size}: bandwidth less an empty launch / copy",
-            _norm_of_copy(what, *bounds),
+            {**_NORM, "direction": what},
+            _norm_of_copy(*bounds),
             limit,
             True,
         )
         for what, limits in (("forward", (0.75, 0.6)), ("backward", (0.6, 0.5)))
         for (size, bounds), limit in zip(NORM_SIZES.items(), limits, strict=True)
     ),
-    Goal("Group norm, 4x4 to 8x8: microseconds less an empty launch (H200)", _small_norm, 3.0, False),
+    Goal("Group norm, 4x4 to 8x8: microseconds less an empty launch (H200)", _NORM, _small_norm, 3.0, False),
 )
 
 
@@ -190,11 +202,17 @@ def _case(row: Row) -> tuple[Any, ...]:
 
 
 def judge(rows: Iterable[Row]) -> list[dict[str, Any]]:
-    """For each goal: how many rows it is about, how many meet it, median and worst, and the worst rows that miss it."""
+    """For each goal: how many rows have its ratio, how many meet it, median and worst, and the worst that miss it.
+
+    `failed` counts the rows with the goal's labels that failed or are wrong: of them nothing is known.
+    """
+    rows = list(rows)
     usable = _with_pairs([row for row in rows if "failed" not in row and not row["wrong"]])
+    unusable = [row for row in rows if "failed" in row or row["wrong"]]
     verdicts = []
     for goal in GOALS:
-        values = [(value, row) for row in usable if (value := goal.value(row)) is not None]
+        about = [row for row in usable if goal.is_about(row)]
+        values = [(value, row) for row in about if (value := goal.value(row)) is not None]
         missed = [(value, row) for value, row in values if not goal.met(value)]
         missed.sort(key=lambda pair: pair[0], reverse=not goal.at_least)
         numbers = [value for value, _ in values]
@@ -203,6 +221,7 @@ def judge(rows: Iterable[Row]) -> list[dict[str, Any]]:
             "limit": f"{'>=' if goal.at_least else '<='} {goal.limit}",
             "rows": len(values),
             "met": len(values) - len(missed),
+            "failed": sum(map(goal.is_about, unusable)),
             "median": statistics.median(numbers) if numbers else None,
             "worst": (min(numbers) if goal.at_least else max(numbers)) if numbers else None,
             "missed": [{"row": row_name(row), "value": value} for value, row in missed[:12]],

@@ -136,6 +136,8 @@ def _goal_table(verdicts: list[dict[str, Any]]) -> list[str]:
     rows = []
     for v in verdicts:
         verdict = "not measured" if not v["rows"] else "met" if v["met"] == v["rows"] else "missed"
+        if v["failed"]:  # "met" by the others would be no proof
+            verdict = f"{verdict if verdict == 'missed' else 'open'}, {v['failed']} failed"
         numbers = ["" if v[key] is None else f"{v[key]:.2f}" for key in ("median", "worst")]
         rows.append([v["goal"], v["limit"], verdict, f"{v['met']} of {v['rows']}", *numbers])
     lines = [*markdown_rows(["goal", "limit", "", "met by", "median", "worst"], rows), ""]

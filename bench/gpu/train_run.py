@@ -61,7 +61,9 @@ def row_of(run: BenchRun, flags: dict[str, Any], batch: int, seconds: float, ima
     captured = [
         row["ms"][OURS_GRAPH]
         for row in run.rows
-        if row["direction"] == step.WHOLE and row.get("batch") == batch and OURS_GRAPH in row.get("ms", {})
+        if (row["direction"], row["width"], row.get("batch")) == (step.WHOLE, 1.0, batch)
+        and not row["wrong"]
+        and OURS_GRAPH in row["ms"]
     ]
     if captured:
         ms[CAPTURED] = captured[0]

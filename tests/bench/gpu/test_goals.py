@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bench.gpu import step, train_run
 from bench.gpu.conv import SUMS
 from bench.gpu.goals import judge
-from bench.gpu.rows import OURS
+from bench.gpu.report import _goal_table
+from bench.gpu.rows import OURS, OURS_GRAPH, BenchRun
 from bench.gpu.sampling import FORWARDS
+from bench.gpu.timing import Machine
 from bench.gpu.train_run import CAPTURED, RUN, STAGE1
 from bench.gpu.unet import COMPILED
+
+LABELS = ("section", "layer", "direction", "width", "num_groups", "uneven")  # all that a row has that failed
+CONFIG = SimpleNamespace(mixed_precision=None)
 
 
 def row(section: str, direction: str, width: float = 1.0, **ms: float) -> dict:
@@ -100,3 +111,38 @@ def test_a_row_is_compared_with_its_like_of_even_groups_or_eight_experts() -> No
     assert found["Convolutions, half of the batch in one of 8 groups: time / even groups"] == (0, 1, 1.2)
     assert found["UNet, 64 experts: time / 8 experts, graphs"] == (1, 2, 1.2)
     assert found["UNet forward at 50% widths, graphs: (time / full width) / share of MACs"] == (0, 1, 1.2)
+
+
+def test_a_goal_is_open_while_a_row_that_it_is_about_failed() -> None:
+    rows = [
+        row("conv", "forward", ours=1.0, ours_graph=1.0, dense_graph=1.05),
+        row("conv", "forward", ours=1.0, ours_graph=1.0, dense_graph=1.05) | {"wrong": True},
+        {key: row("conv", "forward")[key] for key in LABELS} | {"failed": "RuntimeError: no"},
+        {key: row("conv", "dgrad")[key] for key in LABELS} | {"failed": "RuntimeError: no"},
+        row("conv", "wgrad", ours=1.0, ours_graph=1.0, dense_graph=0.9),
+        {key: row("conv", "wgrad", width=0.5)[key] for key in LABELS} | {"failed": "RuntimeError: no"},
+    ]
+    verdicts = judge(rows)
+    of_cudnn = [(v["met"], v["rows"], v["failed"]) for v in verdicts if v["goal"].startswith("3x3")]
+    assert of_cudnn == [(1, 1, 2), (0, 0, 1), (0, 1, 0)]
+    lines = [line for line in _goal_table(verdicts) if line.startswith("| 3x3")]
+    assert [line.split(" | ")[2] for line in lines] == ["open, 2 failed", "open, 1 failed", "missed"]
+
+
+@pytest.mark.parametrize("other", [{"width": 0.75}, {"wrong": True}, {"batch": 128}])
+def test_a_run_is_compared_with_the_captured_step_of_whole_experts(
+    other: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run and the recipe are made up; the rest is the function that makes the row."""
+    run = BenchRun(Machine("cpu"), "reference", torch.bfloat16, 0.0, 0.0, tiny=True)
+    step_row = row("training", step.WHOLE, ours=40.0, ours_graph=25.0) | {"batch": 64}
+    failed = {key: step_row[key] for key in LABELS} | {"failed": "RuntimeError: no"}
+    run.rows += [failed, step_row | other | {"ms": {OURS_GRAPH: 1.0}}, step_row]
+    monkeypatch.setattr(train_run, "train", lambda *_, **__: None)
+    monkeypatch.setattr(train_run, "ms_per_step", lambda log: 25.0 if "base" in log.parts else 26.0)
+    monkeypatch.setattr(train_run.step, "Problem", lambda *_: SimpleNamespace(base=0, diffusion=0, config=CONFIG))
+    monkeypatch.setattr(train_run, "Recipe", lambda *_, **__: SimpleNamespace(steps_per_second=lambda *_, **__: 10.0))
+    found = train_run.row_of(run, {"image_size": 8}, 64, 60.0, None)
+    assert found["ms"] == {OURS: 26.0, STAGE1: 25.0, step.RECIPE: 100.0, CAPTURED: 25.0}
+    assert found["ratios"] == {step.RECIPE: 0.26, CAPTURED: 1.04}
+    assert found["steps_per_s"][OURS] == 1000 / 26 and found["steps_per_s"][STAGE1] == 40.0
