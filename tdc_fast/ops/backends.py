@@ -308,9 +308,10 @@ def explain_problem(operator: str, problem: Problem, requested: str | None = Non
         return Explanation(operator, chosen, f"{origin}={asked!r}", reasons, copies, forms)
     chosen = next(backend for backend, reason in reasons.items() if reason is None)
     because = "the fastest that supports the call, "
-    serving = [name for name, reason in reasons.items() if reason is None and times is not None and name in times.ms]
-    measured = chosen in serving and len(serving) > 1
-    because += str(times) if measured else "in the usual order"
+    # A backend that copies first comes after those that do not, whatever its kernel takes: times say nothing about it.
+    ranked = [name for name, reason in reasons.items() if reason is None and (name in copies) == (chosen in copies)]
+    ms = {} if times is None else {name: times.ms[name] for name in ranked if name in times.ms}
+    because += str(replace(times, ms=ms)) if times and chosen in ms and len(ms) > 1 else "in the usual order"
     return Explanation(operator, chosen, because, reasons, copies, forms)
 
 

@@ -60,7 +60,7 @@ class Times:
     Attributes:
         device: the driver's name of the device.
         date: of the measurement.
-        shape: sizes of the nearest row, in words.
+        shape: sizes of the nearest rows, in words.
         ms: milliseconds by backend.
     """
 
@@ -110,7 +110,8 @@ def times_near(problem: Problem) -> Times | None:
     nearest = near[min(near)]
     common = set.intersection(*(set(ms) for _, ms in nearest))
     means = {backend: statistics.fmean(ms[backend] for _, ms in nearest) for backend in sorted(common)}
-    return Times(name, table.date, _in_words(nearest[0][0]), means)
+    shapes = dict.fromkeys(_in_words(sizes) for sizes, _ in nearest)
+    return Times(name, table.date, " and ".join(shapes) + (", on average" if len(shapes) > 1 else ""), means)
 
 
 def device_name(device: torch.device) -> str:

@@ -119,6 +119,8 @@ def test_a_backend_that_copies_first_is_not_faster_for_its_kernel(h200: None, mo
     copying = [StandIn("triton", fuses=()), StandIn("cuda"), StandIn("reference")]
     monkeypatch.setattr(backends, "_backends", copying)
     assert chosen(two) == "cuda" and chosen(NORM) == "triton"
+    said = backends.explain_problem("routed_group_norm", two)  # that Triton's kernel is faster did not decide
+    assert said.backend == "cuda" and said.because == "the fastest that supports the call, in the usual order"
 
 
 def test_an_upsampled_image_takes_the_usual_order(h200: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,6 +147,14 @@ def test_times_of_a_form_that_does_not_serve_two_inputs_do_not_count(tmp_path: P
     measured.load_times.cache_clear()
     assert chosen(CONV) == "hopper" and chosen(replace(CONV, x2_channels=64)) == "cuda"
     measured.load_times.cache_clear()
+
+
+def test_explain_names_every_shape_whose_times_were_averaged(h200: None) -> None:
+    between = replace(NORM, height=16, width=32)  # as far from 16x16 as from 32x32
+    assert (
+        "at 64 images of 1024 pixels, 256 channels and 64 images of 256 pixels, 256 channels, on average: "
+        in backends.explain_problem("routed_group_norm", between).because
+    )
 
 
 def test_explain_says_what_decided(h200: None) -> None:
