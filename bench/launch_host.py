@@ -7,6 +7,9 @@ cuDNN and on the launches of the convolution and of the bias is missing. So with
 The driver's own time is in no column.
 
 Forward: of tensors that want no gradient. Graph: a forward that records the graph. Backward: what it adds to that.
+
+The last lines are what `tdc_fast.graphs` takes for a replay besides the graph's own launch: it compares the signature
+of the call with those that were captured, and torch clones the results. They are of the CPU, with a GPU too.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -25,7 +29,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.files import whole_number
+from bench.gpu.layers import UNETS
 from bench.stand_in_gpu import dense_memory, stand_in_gpu, with_tiles
+from tdc_fast.graphs import Graphed, use_capture
+from tdc_fast.models.iddpm import create_unet
 from tdc_fast.ops import eager, host
 
 BATCH, GROUPS, CHANNELS, SIZE = 64, 8, 128, 16
@@ -127,6 +134,48 @@ def measured(peers: dict[str, dict[str, Call]], device: str, rounds: int) -> dic
     return table
 
 
+class NoGraph:
+    """A capture of nothing, and its recording, whose replays do nothing."""
+
+    capturing = False
+
+    def serves(self, device: torch.device) -> bool:
+        """Every device."""
+        return True
+
+    def begin(self, device: torch.device) -> None:
+        """Nothing to wait for."""
+
+    def warm_up(self, function: Call, device: torch.device) -> tuple[Any, str]:
+        """Runs the function."""
+        return function(), ""
+
+    def record(self, function: Call, device: torch.device, generators: Any) -> NoGraph:
+        """Runs the function for its results."""
+        self.outputs = function()
+        return self
+
+    def replay(self) -> None:
+        """Nothing."""
+
+
+def replays(rounds: int) -> dict[str, float]:
+    """Microseconds of host time around a replay with the arguments of a sampling step, with and without a UNet.
+
+    A signature holds whether each module is training.
+    """
+    with torch.device("meta"):  # its modules are counted and not run
+        unet = create_unet(**UNETS["CIFAR-10"])
+    # Small, as a CPU copies them itself.
+    x, t, weights = torch.randn(1, 3, 2, 2), torch.zeros(1, dtype=torch.int64), torch.randn(6, 1)
+    calls: dict[str, Call] = {}
+    with use_capture(NoGraph()):
+        for modules in ([unet], []):
+            step = Graphed(lambda x, t, weights: t, "cpu", modules=modules)
+            calls[f"{len(list(unet.modules())) if modules else 'no'} modules"] = partial(step, x, t, weights)
+        return fastest(calls, "cpu", rounds)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Print the tables and return the exit code: 0, or 2 without Triton."""
     parser = argparse.ArgumentParser(prog="python -m bench.launch_host", description=__doc__.split("\n\n")[0])
@@ -156,6 +205,8 @@ def main(arguments: list[str] | None = None) -> int:
             for peer, row in table.items():
                 cells = (f"{row[name]:9.1f} {row[name] / table['torch'][name]:6.2f}x" for name in PASSES)
                 print(f"{operator + ', ' + peer:<22}" + "".join(cells))
+        for model, microseconds in replays(options.rounds).items():
+            print(f"replay of a graph, {model}: {microseconds:.1f}")
     return 0
 
 
