@@ -7,6 +7,8 @@ import time
 
 import torch
 
+from tdc_fast.distributed import world
+
 REPETITIONS = 20
 
 
@@ -14,7 +16,7 @@ class Throughput:
     """Rates since the last row of the log, as wall-clock columns.
 
     Args:
-        matrix_rate: FLOP/s of the device.
+        matrix_rate: FLOP/s of all devices that the samples are spread over.
     """
 
     def __init__(self, matrix_rate: float) -> None:
@@ -50,10 +52,10 @@ def throughput_on(device: torch.device, dtype: torch.dtype) -> Throughput | None
     """What measures a stage on a device; None on the CPU, where progress does not show it.
 
     Args:
-        device: where the stage runs.
+        device: where the stage runs. Every process of the run has a device of this kind.
         dtype: that of its matrix products.
     """
-    return Throughput(matrix_rate(device, dtype)) if device.type == "cuda" else None
+    return Throughput(world().size * matrix_rate(device, dtype)) if device.type == "cuda" else None
 
 
 @functools.cache

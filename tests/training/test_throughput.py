@@ -7,6 +7,7 @@ import csv
 import pytest
 import torch
 
+from tdc_fast.distributed.world import World, as_world
 from tdc_fast.train import train
 from tdc_fast.training import throughput
 from tdc_fast.training.throughput import Throughput, matrix_rate, throughput_on
@@ -28,6 +29,16 @@ def test_the_matrix_rate_is_measured_once_and_draws_from_no_generator_of_torch()
     assert 1e6 < rate < 1e15 and matrix_rate(torch.device("cpu"), torch.float32, 48) == rate
     assert torch.equal(torch.get_rng_state(), before)
     assert throughput_on(torch.device("cpu"), torch.float32) is None
+
+
+def test_the_samples_of_several_processes_are_measured_by_the_rate_of_all_their_devices(monkeypatch):
+    now = iter([10.0, 12.0])
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: next(now))
+    monkeypatch.setattr(throughput, "matrix_rate", lambda device, dtype: 1000.0)
+    with as_world(World(rank=0, size=4)):
+        rates = throughput_on(torch.device("cuda", 0), torch.bfloat16)
+    rates.start(0, 0)
+    assert rates.columns(40, 2000) == {"wall_samples_per_second": 20.0, "wall_mfu": 0.5}  # 2 * 2000 MACs in 2 s
 
 
 @pytest.mark.parametrize("measured", [True, False])
