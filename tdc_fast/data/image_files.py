@@ -102,6 +102,8 @@ def read_image(path: Path, size: int, channels: int, background: Background) -> 
     """
     from PIL import Image
 
+    if _is_special(path):  # since the folder was listed
+        raise ValueError("it is no regular file")
     with Image.open(path, formats=_FORMATS) as image:
         if image.width * image.height > PIXEL_LIMIT:
             raise ValueError(f"{image.width} x {image.height} pixels are more than {PIXEL_LIMIT}")

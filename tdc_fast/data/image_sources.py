@@ -203,6 +203,8 @@ class FolderSource:
             if self._on_corrupt == "error":
                 remedy = f"an image that can be decoded ({error}): remove it, or set on_corrupt='skip'"
                 raise invalid("image", str(file), remedy) from error
+            if not file.parent.is_dir():  # moved or unmounted: none of its images is corrupt
+                raise invalid("data_dir", str(file.parent), "a folder that stays there while it is read") from error
             self.corrupt.add(position)
             return None
 

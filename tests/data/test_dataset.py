@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor, wait
+
 import numpy as np
 import pytest
 import torch
@@ -90,6 +93,28 @@ def test_a_folder_of_nothing_but_corrupt_images_is_an_error(tmp_path, cache_byte
     (tmp_path / "a.png").write_bytes(b"junk")
     with pytest.raises(ValueError, match="decoded"):
         load_dataset(tmp_path, image_size=4, on_corrupt="skip", cache_bytes=cache_bytes).images()
+
+
+def test_a_folder_that_is_gone_is_no_folder_of_corrupt_images(folder):
+    dataset = load_dataset(folder, image_size=8, on_corrupt="skip", cache_bytes=0)
+    folder.rename(folder.with_name("elsewhere"))
+    with pytest.raises(ValueError, match="data_dir: got .*a folder that stays there while it is read"):
+        dataset.images()
+    assert dataset.skipped == 0
+
+
+def test_a_pipe_that_took_an_images_place_is_not_waited_for(tmp_path):
+    (tmp_path / "a.png").touch()
+    dataset = load_dataset(tmp_path, image_size=8, cache_bytes=0)
+    (tmp_path / "a.png").unlink()
+    os.mkfifo(tmp_path / "a.png")
+    with ThreadPoolExecutor(1) as thread:
+        read = thread.submit(dataset.images)
+        wait([read], timeout=10)
+        if not read.done():
+            os.close(os.open(tmp_path / "a.png", os.O_WRONLY))  # lets the thread end
+        with pytest.raises(ValueError, match="no regular file"):
+            read.result()
 
 
 def test_digits_are_1797_grey_images_of_ten_classes():
