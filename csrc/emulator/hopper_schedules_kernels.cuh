@@ -105,6 +105,7 @@ __device__ void clocks_of_parts(const ScheduleParams<ConvHopperWgradParams>& p) 
   TDC_SCHEDULE_SPLIT(pass, 2, forward)                                                             \
   TDC_SCHEDULE_SPLIT(pass, 4, forward)                                                             \
   TDC_SCHEDULE_IMAGES(pass, 8x8x2x64, HopperTile8x8Quarter, forward)                               \
+  TDC_SCHEDULE_IMAGES(pass, 16x8x64, HopperTile16x8Quarter, forward)                               \
   TDC_SCHEDULE_IMAGES(pass, 16x16x128, HopperTile16x16, forward)                                   \
   TDC_SCHEDULE_IMAGES(pass, 16x16x192, HopperTile16x16Wide, forward)                               \
   TDC_SCHEDULE_IMAGES(pass, 32x16x64, HopperTile32x16, forward)                                    \

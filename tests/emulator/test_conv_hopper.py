@@ -70,6 +70,19 @@ EDGES: dict[str, tuple[dict[str, Any], str, str]] = {
         "8x8x2x64",
         "8x8x2x64",
     ),
+    "small tiles of one sample": (
+        {
+            "routing": uneven(1, 3, 0, 1, weight_index=(0, 1, 2, 2)),
+            "size": (15, 9),
+            "in_channels": 72,
+            "x2_channels": 8,
+            "out_channels": 72,
+            "in_widths": (72, 37, 8, 64),
+            "out_widths": (72, 41, 64, 3),
+        },
+        "16x8x64",
+        "16x8x64",
+    ),
     "wide tiles": ({"routing": uneven(1, 1), "out_channels": 192}, "16x16x192", "16x16x128"),
     "tall tiles of 64 channels": (
         {"routing": uneven(1, 1), "size": (25, 9), "in_widths": (64, 24), "out_widths": (64, 37)},

@@ -17,9 +17,9 @@ from bench.gpu.layers import UNETS, all_layers, unet_layers
 from tdc_fast import _native
 from tests.emulator.harness import AT_RUNTIME, EmulatedLibrary, emulated
 from tests.emulator.harness import plain_only as pytestmark  # noqa: F401  the name is what pytest looks for
+from tests.native.test_conv_hopper_model import START
 from tests.native.test_conv_launch import H100, arguments
 
-START = 10_600  # clocks until a block's first products, in a prototype on an H200
 REST = 2_700  # clocks of a part of a unit of wgrad, besides its products
 MOST = 1.15  # times what even groups take
 GROUPS = 8

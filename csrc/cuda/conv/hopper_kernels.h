@@ -14,7 +14,8 @@
   TDC_HOPPER_IMAGES(X, name##_16x16x192, T, tdc::HopperTile16x16Wide, forward) \
   TDC_HOPPER_IMAGES(X, name##_32x16x64, T, tdc::HopperTile32x16, forward)      \
   TDC_HOPPER_IMAGES(X, name##_8x8x4x128, T, tdc::HopperTile8x8, forward)       \
-  TDC_HOPPER_IMAGES(X, name##_8x8x2x64, T, tdc::HopperTile8x8Quarter, forward)
+  TDC_HOPPER_IMAGES(X, name##_8x8x2x64, T, tdc::HopperTile8x8Quarter, forward) \
+  TDC_HOPPER_IMAGES(X, name##_16x8x64, T, tdc::HopperTile16x8Quarter, forward)
 
 #define TDC_KERNELS_conv_hopper_forward(X)                           \
   TDC_HOPPER_TILES(X, tdc_conv_hopper_forward_bf16, tdc::bf16, true) \

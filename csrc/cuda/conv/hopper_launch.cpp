@@ -78,12 +78,18 @@ TileChoice choose_large_tile(const ConvArguments& a, bool forward) {
                                                            : choice_of<HopperTile16x16>("16x16x128");
 }
 
-TileChoice quarter_tile() { return choice_of<HopperTile8x8Quarter>("8x8x2x64"); }
-
-// A large tile, or a quarter of one where the large ones would leave SMs idle.
+// A large tile, or a quarter of one where the large ones would leave SMs idle: of two samples, or of one, which groups
+// of odd or single samples fill. The one with the fewest clocks; of equals the first of these.
+std::vector<TileChoice> tiles_by_clocks(const ConvArguments& a, const Device& device, bool forward) {
+  std::vector<TileChoice> tiles = {choose_large_tile(a, forward), choice_of<HopperTile8x8Quarter>("8x8x2x64"),
+                                   choice_of<HopperTile16x8Quarter>("16x8x64")};
+  std::stable_sort(tiles.begin(), tiles.end(), [&](const TileChoice& one, const TileChoice& other) {
+    return clocks(a, device, forward, one) < clocks(a, device, forward, other);
+  });
+  return tiles;
+}
 TileChoice choose_tile(const ConvArguments& a, const Device& device, bool forward) {
-  const TileChoice large = choose_large_tile(a, forward), quarter = quarter_tile();
-  return clocks(a, device, forward, quarter) < clocks(a, device, forward, large) ? quarter : large;
+  return tiles_by_clocks(a, device, forward).front();
 }
 
 // The form of rows reads each pixel once per tap: it must be faster by a tenth.
@@ -197,10 +203,9 @@ std::string hopper_refusal(const ConvArguments& a, const Device& device, bool fo
 std::vector<HopperChoice> hopper_choices(const ConvArguments& a, const Device& device, bool forward) {
   if (takes_upsampled(a) || takes_strides(a)) return {};
   if (takes_rows(a)) return hopper_rows_choices(a, device, forward);
-  const TileChoice chosen = choose_tile(a, device, forward);
-  std::vector<HopperChoice> choices = {{chosen.name, clocks(a, device, forward, chosen)}};
-  for (const TileChoice& tile : {choose_large_tile(a, forward), quarter_tile()}) {
-    if (std::string(tile.name) != chosen.name) choices.push_back({tile.name, clocks(a, device, forward, tile)});
+  std::vector<HopperChoice> choices;
+  for (const TileChoice& tile : tiles_by_clocks(a, device, forward)) {
+    choices.push_back({tile.name, clocks(a, device, forward, tile)});
   }
   if (!may_take_rows(a)) return choices;
   const std::vector<HopperChoice> rows = hopper_rows_choices(a, device, forward);

@@ -42,6 +42,7 @@ using HopperTile16x16Wide = HopperTile<2, 2, 1, 192, 2>;
 using HopperTile32x16 = HopperTile<4, 2, 1, 64, 2>;
 using HopperTile8x8 = HopperTile<1, 1, 4, 128, 1>;
 using HopperTile8x8Quarter = HopperTile<1, 1, 2, 64, 2>;
+using HopperTile16x8Quarter = HopperTile<2, 1, 1, 64, 2>;  // of one sample
 
 // What the producer tells the consumers about a tile.
 struct HopperWork {
