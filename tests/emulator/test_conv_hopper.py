@@ -72,18 +72,17 @@ EDGES: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
     "small tiles of one sample": (
         {
-            "routing": uneven(1, 3, 0, 1, weight_index=(0, 1, 2, 2)),
-            "size": (15, 9),
+            "routing": uneven(1, 0, 1, 1, weight_index=(0, 1, 1, 2)),
+            "size": (15, 8),
             "in_channels": 72,
             "x2_channels": 8,
-            "out_channels": 72,
-            "in_widths": (72, 37, 8, 64),
-            "out_widths": (72, 41, 64, 3),
+            "in_widths": (72, 8, 37, 66),
+            "out_widths": (64, 64, 41, 3),
         },
         "16x8x64",
         "16x8x64",
     ),
-    "wide tiles": ({"routing": uneven(1, 1), "out_channels": 192}, "16x16x192", "16x16x128"),
+    "wide tiles": ({"routing": uneven(1, 1, 1), "out_channels": 192}, "16x16x192", "16x16x128"),
     "tall tiles of 64 channels": (
         {"routing": uneven(1, 1), "size": (25, 9), "in_widths": (64, 24), "out_widths": (64, 37)},
         "32x16x64",
@@ -104,7 +103,7 @@ EDGES: dict[str, tuple[dict[str, Any], str, str]] = {
             "out_widths": (90, 3, 64, 129, 0),
         },
         "16x16x192",
-        "16x16x192",
+        "16x8x64",
     ),
     "widths of no multiple in small images": (
         {
@@ -133,7 +132,7 @@ EDGES: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
     "two inputs whose seam is no multiple of 64": (
         {"routing": uneven(1), "size": (9, 11), "in_channels": 200, "x2_channels": 112, "out_channels": 72},
-        "16x16x128",
+        "16x8x64",
         "16x16x128",
     ),
     "two inputs with widths on both sides of the seam": (
