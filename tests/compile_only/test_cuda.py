@@ -239,3 +239,6 @@ def test_every_hopper_kernel_copies_by_tma_and_multiplies_by_wgmma() -> None:
         one = columns == 64 or "rows256" in kernel or "rows384" in kernel
         expected = {columns} if one else {columns, columns * 3 // 4, columns // 2}
         assert set(map(int, re.findall(r"HGMMA\.64x(\d+)x16", code[kernel]))) == expected, kernel
+        # Of each group of products one ends it, and the next wait leaves it under way: none waits for every product.
+        groups = len(re.findall(r"HGMMA[^;]*gsb0", code[kernel]))
+        assert groups == code[kernel].count("WARPGROUP.DEPBAR.LE gsb0, 0x1") > 0, kernel
