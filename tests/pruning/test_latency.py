@@ -17,14 +17,17 @@ from tdc_fast.diffusion import Diffusion
 from tdc_fast.kernels.tile_shapes import Device, choose_tile
 from tdc_fast.models.iddpm import UNet
 from tdc_fast.nn.width_plan import WidthPlan
+from tdc_fast.ops import cuda_launch, native
+from tdc_fast.ops.backends import ENVIRONMENT
 from tdc_fast.pruning import PruningSettings, plan_pruning, project, prune
 from tdc_fast.pruning.budget import budget_of
 from tdc_fast.pruning.costs import UnitCosts
-from tdc_fast.pruning.latency import LatencyTable, Layer, Roofline, Setting, unit_latencies
+from tdc_fast.pruning.latency import LatencyTable, Layer, Roofline, Setting, roofline, unit_latencies
 from tdc_fast.pruning.latency.costs import all_layers, stepped
 from tdc_fast.pruning.latency.timing import layer_nanoseconds, median_error, rank_correlation
 from tdc_fast.pruning.memory import read_trials
 from tdc_fast.routing import TimestepGroups
+from tests.emulator.harness import EmulatorLauncher
 from tests.pruning.tiny import RecordedDiffusion, task_of, tiny_batches, tiny_net
 
 SETTING = Setting("a test's device", "float32", 32, 4)
@@ -274,6 +277,42 @@ def test_a_roofline_of_a_gpu_rises_in_the_steps_of_the_tiles_that_its_kernels_ru
         rises = [width for width, (now, then) in pairs if then > 1.03 * now]
         assert rises and all(width % step == 0 for width in rises)
     assert model.nanoseconds(conv.narrowed("out", 0)) < 0.5 * model.nanoseconds(conv)
+
+
+@pytest.mark.skipif(native.module is None, reason="the native module is not built")
+def test_a_roofline_takes_the_steps_of_the_backend_that_will_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(roofline, "device_of", lambda device: H200)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: H200.name)
+    model = Roofline.on(torch.device("cuda"), torch.bfloat16, 128, 8)
+    portable = dataclasses.replace(model, is_hopper=None)
+    conv = Layer("conv2d", 256, 256, 32, 32, 256, 256, (3, 3), (1, 1), (1, 1))
+    thin, image = (dataclasses.replace(conv, out_channels=out, live_out=out) for out in (192, 6))
+    narrow = dataclasses.replace(conv, height=8, width=8)
+    odd = dataclasses.replace(conv, filter=(5, 5), padding=(2, 2))
+    half = dataclasses.replace(conv, stride=(2, 2))
+    with cuda_launch.use_launcher(EmulatorLauncher(facts=(H200.arch, H200.multiprocessors, H200.shared_limit))):
+        monkeypatch.setenv(ENVIRONMENT, "triton")
+        for layer in (conv.narrowed("out", 248), conv.narrowed("in", 248)):
+            assert model.step(layer) == portable.step(layer) and model.nanoseconds(layer) == portable.nanoseconds(layer)
+        monkeypatch.setenv(ENVIRONMENT, "hopper")
+        for layer, step in ((conv, 32), (thin, 48), (half, 32)):
+            assert model.step(layer.narrowed("out", 100)) == step and model.step(layer.narrowed("in", 248)) == 16
+        small = dataclasses.replace(model, setting=dataclasses.replace(model.setting, batch=8))
+        assert small.step(narrow.narrowed("out", 100)) == 64  # tiles of 64 columns
+        for layer in (odd, image):
+            narrowed = layer.narrowed("in", 100)
+            assert model.step(narrowed) == portable.step(narrowed)
+            assert model.nanoseconds(narrowed) == portable.nanoseconds(narrowed)
+
+        def share(layer: Layer, live_in: int, live_out: int) -> float:
+            narrowed = dataclasses.replace(layer, live_in=live_in, live_out=live_out)
+            return round(model._gpu_seconds(narrowed, H200) / model._gpu_seconds(layer, H200), 9)
+
+        for layer in (conv, half):
+            assert share(layer, 256, 33) == share(layer, 256, 64) == 0.25 and share(layer, 256, 65) == 96 / 256
+            assert share(layer, 256, 97) == 0.5 and share(layer, 65, 256) == 80 / 256
+            assert share(layer, 128, 128) == 0.25 and share(layer, 192, 192) == 0.5625 and share(layer, 256, 0) == 0
+        assert share(thin, 256, 97) == 0.75 and share(thin, 256, 96) == 0.5
 
 
 def test_a_roofline_of_a_cpu_rises_in_whole_panels_and_with_fewer_threads() -> None:

@@ -4,8 +4,9 @@ A layer takes the longer of the time of its MACs and the time of its bytes, plus
 of whole tiles: a tile with one live channel costs what a full one does, as in the kernels.
 
 * GPU: a convolution runs on the tile that `kernels.tile_shapes` chooses for it, in waves of one program per
-  multiprocessor. The rates are those measured on an H200 (bench/results/gpu-nvidia-h200.md), per multiprocessor; other
-  GPUs are taken to have its balance of arithmetic, bandwidth and launches.
+  multiprocessor, or as hopper.py says where the backend that would run it has the Hopper form for it. The rates are
+  those measured on an H200 (bench/results/gpu-nvidia-h200.md), per multiprocessor; other GPUs are taken to have its
+  balance of arithmetic, bandwidth and launches.
 * CPU: the kernels compute panels of two vectors of output channels. The rates are those of one core of an AMD EPYC with
   AVX2; other processors are taken to have its balance.
 
@@ -16,6 +17,7 @@ is needed, measure a table.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +25,7 @@ import torch
 from tdc_fast.kernels.problems import ConvProblem
 from tdc_fast.kernels.tile_shapes import Device, choose_tile, device_of, programs, tile_rate
 from tdc_fast.ops import native
+from tdc_fast.pruning.latency import hopper
 from tdc_fast.pruning.latency.layers import Layer
 from tdc_fast.pruning.latency.setting import Setting
 
@@ -45,6 +48,7 @@ class Roofline:
     Attributes:
         setting: where and how they run.
         gpu: the device that GPU kernels' tiles are chosen for; None for the CPU.
+        is_hopper: says which convolutions run in the Hopper form on it; None: none do.
         threads: of the CPU.
         panel: output channels that a CPU kernel computes together.
     """
@@ -53,6 +57,7 @@ class Roofline:
     gpu: Device | None = None
     threads: int = 1
     panel: int = 16
+    is_hopper: Callable[[ConvProblem], bool] | None = None
 
     @classmethod
     def on(cls, device: torch.device, dtype: torch.dtype, batch: int, num_groups: int) -> Roofline:
@@ -66,7 +71,7 @@ class Roofline:
         """
         setting = Setting.on(device, dtype, batch, num_groups)
         if device.type == "cuda":
-            return cls(setting, device_of(device))
+            return cls(setting, device_of(device), is_hopper=hopper.runs_in_hopper_form)
         isa = "" if native.module is None else native.module.cpu_isa()
         return cls(setting, None, torch.get_num_threads(), _PANEL_VECTORS * _LANES.get(isa, 4))
 
@@ -88,8 +93,11 @@ class Roofline:
         """
         if self.gpu is None:
             return self.panel if layer.live_out < layer.out_channels else 1
-        tile = choose_tile("forward", self._problem(layer), self.gpu)
-        return tile.block_channels if layer.live_out < layer.out_channels else tile.block_k
+        problem, narrows_out = self._problem(layer), layer.live_out < layer.out_channels
+        if self.is_hopper is not None and self.is_hopper(problem):
+            return hopper.column_step(problem, self.gpu) if narrows_out else hopper.DEPTH
+        tile = choose_tile("forward", problem, self.gpu)
+        return tile.block_channels if narrows_out else tile.block_k
 
     def _bytes(self, layer: Layer) -> int:
         """Bytes read and written: live input channels and weights, and all output channels, dead ones being zeroed."""
@@ -117,6 +125,8 @@ class Roofline:
         if not layer.live_in or not layer.live_out:
             return 0.0
         problem = self._problem(layer)
+        if self.is_hopper is not None and self.is_hopper(problem):
+            return hopper.clocks(problem, gpu, layer.live_in, layer.live_out) * hopper.PAIRS / _GPU_MACS
         tile = choose_tile("forward", problem, gpu)
         rate = tile_rate("forward", problem, gpu, tile)
         all_tiles = -(-layer.out_channels // tile.block_channels)

@@ -1,0 +1,66 @@
+"""The Hopper form of convolutions, as a roofline needs it: where it runs, its time at fewer live channels, its steps.
+
+At full width the time is that of the model by which the form chooses its tiles (csrc/cuda/conv/hopper_model.h). Fewer
+live channels take the share of its products: the depth in steps of 16 channels, and of a tile's columns all, three
+quarters or half, but no fewer than 64. That share is by the model: no committed result has times of it.
+"""
+
+from __future__ import annotations
+
+import math
+
+from tdc_fast.kernels.problems import ConvProblem
+from tdc_fast.kernels.tile_shapes import Device
+from tdc_fast.ops import cuda, hopper, native
+from tdc_fast.ops.backends import explain_problem
+
+DEPTH = 16  # channels of a product's depth
+LEAST_COLUMNS = 64
+PAIRS = 2048  # multiply-adds of a multiprocessor in a clock
+
+
+def runs_in_hopper_form(problem: ConvProblem) -> bool:
+    """Whether the backend that would run a forward runs it in the Hopper form."""
+    found = explain_problem(problem.op, problem)
+    return found.backend == hopper.name and found.forms.get(hopper.name) == hopper.HOPPER_FORM
+
+
+def clocks(problem: ConvProblem, gpu: Device, live_in: int, live_out: int) -> float:
+    """Clocks of a forward in the Hopper form, of the multiprocessor that is busy the longest.
+
+    Args:
+        problem: at full width.
+        gpu: what runs it.
+        live_in: live input channels.
+        live_out: live output channels.
+    """
+    columns, full = _tile(problem, gpu)
+    depth = math.ceil(live_in / DEPTH) / math.ceil(problem.in_channels / DEPTH)
+    return full * depth * _multiplied(live_out, columns) / _multiplied(problem.out_channels, columns)
+
+
+def column_step(problem: ConvProblem, gpu: Device) -> int:
+    """The live output channels in whose multiples a tile multiplies fewer columns."""
+    columns, _ = _tile(problem, gpu)
+    return columns // 4 if columns > LEAST_COLUMNS else columns
+
+
+def _tile(problem: ConvProblem, gpu: Device) -> tuple[int, float]:
+    """Columns of the tile that the form chooses, and its clocks at full width; with stride 2 those of its products."""
+    if native.module is None:
+        raise RuntimeError("the Hopper form is part of the native module, which is not built")
+    facts = (gpu.arch, gpu.multiprocessors, gpu.shared_limit)
+    choices = native.module.cuda_conv_forward_hopper_choices(**cuda.geometry(problem), device=facts)
+    if choices:
+        name, found = choices[0]
+        return int(name.rpartition("x")[2]), found
+    pixels = problem.batch * problem.out_height * problem.out_width
+    channels = problem.in_channels * _multiplied(problem.out_channels, 128)
+    return 128, pixels * channels * math.prod(problem.filter) / PAIRS / gpu.multiprocessors
+
+
+def _multiplied(live: int, columns: int) -> int:
+    """Columns that tiles multiply for so many live output channels."""
+    whole, rest = divmod(live, columns)
+    sizes = [size for size in (columns // 2, columns // 4 * 3, columns) if size >= LEAST_COLUMNS]
+    return whole * columns + (next(size for size in sizes if size >= rest) if rest else 0)
