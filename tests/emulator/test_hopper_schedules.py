@@ -175,10 +175,11 @@ def shares_of_products(library: EmulatedLibrary, layers: list[Layer], pass_: str
 def test_three_quarters_of_the_channels_take_little_more_than_nine_sixteenths_of_the_products(
     library: EmulatedLibrary, layers: list[Layer], pass_: str
 ) -> None:
-    """Of 384 channels 288 are left, and the 32 in the last tile count as 64."""
+    """Of 384 channels 288 are left, and in tiles of 128 the 32 in the last one count as 64; those of 192 suit them."""
     for layer, share in shares_of_products(library, layers, pass_, 0.75).items():
         results = layer.out_channels if pass_ == "forward" else layer.in_channels
-        assert 0.5625 <= share <= (0.62 if results % 384 else 0.625), layer
+        in_wide_tiles = layer.filter == 3 and layer.stride == layer.upsample == 1 and layer.height in (16, 32)
+        assert 0.5625 <= share <= (0.62 if results % 384 or in_wide_tiles else 0.625), layer
 
 
 @pytest.mark.parametrize("width, least, most, of_128", [(0.75, 0.5625, 0.834, 0.75), (0.5, 0.25, 0.5, 0.25)])

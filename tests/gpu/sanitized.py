@@ -33,6 +33,8 @@ CASES: list[ConvCase | NormCase] = [
 
 # Together, on few SMs and on all, they run every kernel of the Hopper form (tests/native/test_gpu_cases.py).
 OF_HOPPER = (
+    "tiles of 16x16",
+    "small tiles of one sample",
     "wide tiles",
     "tall tiles of 64 channels",
     "widths",

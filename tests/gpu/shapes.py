@@ -89,6 +89,9 @@ HOPPER_CASES: dict[str, ConvCase] = {
     "four samples of a tile": conv(Routing((0,) * 9 + (1,) * 6 + (3,), 4, 4, None), (192, 128), (8, 8)),
     "clipped images": conv(THREE, (72, 136), (11, 21)),
     "clipped small tiles": conv(THREE, (64, 64), (9, 8), extras=("residual",)),
+    "small tiles of one sample": conv(
+        Routing((0, 2, 3), 4, 3, (0, 1, 1, 2)), (72, 64), (15, 8), in_widths=(72, 8, 37, 66), out_widths=(64, 64, 41, 3)
+    ),
     "widths": conv(
         Routing((0, 1, 1, 2, 3, 3, 3, 0, 1), 4, 4, None),
         (136, 264),

@@ -72,6 +72,7 @@ def test_an_address_that_tma_cannot_take_is_refused() -> None:
         ({"height": 16, "width": 16, "out_channels": 256}, "16x16x128"),
         ({"out_channels": 192}, "16x16x192"),
         ({"out_channels": 576}, "16x16x192"),
+        ({"out_channels": 384}, "16x16x192"),
         ({"out_channels": 64}, "32x16x64"),
         ({"out_channels": 64, "height": 16, "width": 16}, "16x16x128"),
         ({"height": 8, "width": 8, "batch": 1024}, "8x8x4x128"),
