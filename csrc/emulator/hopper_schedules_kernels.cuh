@@ -83,7 +83,8 @@ __device__ void clocks_of_parts(const ScheduleParams<ConvHopperWgradParams>& p) 
       const int patches = min(first.patches - unit.patch, end - at);
       const int rows = first.expert_out - unit.out > 64 ? kHopperUnit : 64;
       const int columns = hopper_wgrad_columns<Unit>(first.expert_in - unit.in);
-      clocks += 64LL * rows * columns * Unit::kParts / kProductsOfClock * patches + p.rest;
+      const int taps = Unit::kOfRows ? 1 : Unit::kParts;
+      clocks += 64LL * rows * columns * taps / kProductsOfClock * patches + p.rest;
       at += patches;
     }
     p.clocks[block] = clocks;

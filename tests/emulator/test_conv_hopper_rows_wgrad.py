@@ -125,6 +125,35 @@ def test_any_case_is_as_accurate_as_torch() -> None:
 
 
 @plain_only
+@pytest.mark.parametrize(
+    "channels, live, columns",
+    [
+        (384, 64, 64),
+        (384, 128, 128),
+        (384, 129, 192),
+        (384, 192, 192),
+        (384, 257, 320),
+        (384, 321, 384),
+        (256, 100, 128),
+    ],
+)
+def test_blocks_of_a_unit_are_those_that_its_live_channels_need(channels: int, live: int, columns: int) -> None:
+    """The unit after it finds what its sums hold from this one, in blocks that it does not multiply."""
+    case = case_of(routing=uneven(1, 1), in_channels=channels, in_widths=(channels, live), extras=())
+    t, problem, dy = arguments(case)
+    with hopper(1) as launcher:
+        before = launcher.multiply_adds()
+        right, *_ = hopper_backend.conv2d_wgrad(problem, dy, t, (True, False, False))
+        done = launcher.multiply_adds() - before
+        with launcher.planted("HOPPER_NARROW_COLUMNS"):
+            wrong, *_ = hopper_backend.conv2d_wgrad(problem, dy, t, (True, False, False))
+    assert launcher.launched[0] == f"tdc_conv_hopper_wgrad_rows{channels}_bf16"
+    assert done == 64 * 64 * (channels + columns)
+    differs = (wrong != right).any(dim=(1, 3, 4)).nonzero().tolist()
+    assert differs == ([[1, live - 1]] if live % 64 == 1 else [])
+
+
+@plain_only
 def test_results_do_not_depend_on_timing() -> None:
     case = case_of(routing=uneven(2, 3), size=(9, 9))
     found = []
@@ -136,8 +165,8 @@ def test_results_do_not_depend_on_timing() -> None:
 
 def arguments(case: ConvCase) -> tuple[ConvTensors, Any, torch.Tensor]:
     tensors = {name: t.detach() for name, t in case.tensors(torch.bfloat16).items()}
-    plan = case.routing.plan()
-    routing = (plan.offsets, plan.tiles, plan.weight_index, None, None)
+    plan, settings = case.routing.plan(), case.settings()
+    routing = (plan.offsets, plan.tiles, plan.weight_index, settings["in_widths"], settings["out_widths"])
     t = ConvTensors(tensors["x"], tensors["weight"], *routing, x2=tensors.get("x2"))
     dy = torch.randn(case.routing.batch, case.out_channels, *case.size, generator=torch.Generator().manual_seed(1))
     dy = dy.bfloat16().to(memory_format=torch.channels_last)

@@ -182,15 +182,14 @@ def test_three_quarters_of_the_channels_take_little_more_than_nine_sixteenths_of
         assert 0.5625 <= share <= (0.62 if results % 384 or in_wide_tiles else 0.625), layer
 
 
-@pytest.mark.parametrize("width, least, most, of_128", [(0.75, 0.5625, 0.834, 0.75), (0.5, 0.25, 0.5, 0.25)])
+@pytest.mark.parametrize("width, least, most, of_128", [(0.75, 0.5625, 0.834, 0.75), (0.5, 0.25, 0.25, 0.25)])
 def test_products_of_wgrad_fall_with_the_widths(
     library: EmulatedLibrary, layers: list[Layer], width: float, least: float, most: float, of_128: float
 ) -> None:
-    """A warpgroup multiplies 64 output channels: 96 of them count as 128."""
-    of_3x3 = [layer for layer in layers if layer.filter == 3]
-    found = shares_of_products(library, of_3x3, "wgrad", width)
+    """Output channels count in multiples of 64, as a warpgroup has them; so do inputs in units of 256 and 384."""
+    found = shares_of_products(library, layers, "wgrad", width)
     assert least <= min(found.values()) and max(found.values()) <= most
-    assert all(found[layer] == of_128 for layer in of_3x3 if layer.in_channels == layer.out_channels == 128)
+    assert all(found[layer] == of_128 for layer in found if layer.in_channels == layer.out_channels == 128)
 
 
 def test_every_other_turn_goes_backwards(library: EmulatedLibrary) -> None:

@@ -62,11 +62,14 @@ class HopperWgradConsumer {
   }
 
  private:
-  // What no channel is live for is not multiplied: columns of input channels, or all output channels of the warpgroup.
+  // What no channel is live for is not multiplied: columns or blocks of input channels, or all output channels of the
+  // warpgroup.
   __device__ __forceinline__ void multiply_live(const HopperWgradWork& work, Sums& sums) {
     const int patches = work.patches, columns = hopper_wgrad_columns<Unit>(work.live_in);
     if (64 * group_ >= work.live_out) {
       skip(patches);
+    } else if constexpr (Unit::kIn > 128) {
+      multiply_blocks<Unit::kIn>(columns, patches, sums);
     } else if (columns == 128) {
       multiply<128>(patches, sums);
     } else if (columns == 96) {
@@ -76,7 +79,20 @@ class HopperWgradConsumer {
     }
   }
 
+  // So many columns at most, of blocks of 128 input channels.
   template <int kColumns>
+  __device__ __forceinline__ void multiply_blocks(int columns, int patches, Sums& sums) {
+    if constexpr (kColumns > 64) {
+      if (columns < kColumns) {
+        multiply_blocks<kColumns - 64>(columns, patches, sums);
+        return;
+      }
+    }
+    multiply<128, (kColumns + 127) / 128, kColumns % 128 ? 64 : 128>(patches, sums);
+  }
+
+  // The first kLive parts of the sums, kLast columns of the last of them.
+  template <int kColumns, int kLive = kParts, int kLast = kColumns>
   __device__ __forceinline__ void multiply(int patches, Sums& sums) {
     HopperWgradControl& c = *shared_.control;
     constexpr int kLine = (Unit::kOfRows ? 8 : 10) * kHopperRow;  // eight pixels and what is beside them
@@ -96,10 +112,14 @@ class HopperWgradConsumer {
 #pragma unroll
       for (int k = 0; k < 4; ++k) {  // 16 pixels
 #pragma unroll
-        for (int t = 0; t < kParts; ++t) {
-          wgmma<T, kColumns, 1, 1>(sums[t], descriptor(a + k * kStepA, kHighA),
-                                   descriptor(b + k * kStepB + (TDC_PLANTED(HOPPER_WRONG_TAP) ? 1 : t) * kPart, kHighB),
-                                   k || i);
+        for (int t = 0; t < kLive; ++t) {
+          const unsigned part = (TDC_PLANTED(HOPPER_WRONG_TAP) ? 1 : t) * kPart;
+          const auto of_dy = descriptor(a + k * kStepA, kHighA), of_x = descriptor(b + k * kStepB + part, kHighB);
+          if (t < kLive - 1) {
+            wgmma<T, kColumns, 1, 1>(sums[t], of_dy, of_x, k || i);
+          } else {
+            wgmma<T, kLast, 1, 1>(sums[t], of_dy, of_x, k || i);
+          }
         }
       }
       wgmma_commit();
@@ -112,7 +132,7 @@ class HopperWgradConsumer {
     wgmma_wait<0>();
     if (patches && !TDC_PLANTED(HOPPER_EARLY_RELEASE)) hopper_release(&c.empty[last]);
 #pragma unroll
-    for (int t = 0; t < kParts; ++t) wgmma_settle(sums[t]);
+    for (int t = 0; t < kLive; ++t) wgmma_settle(sums[t]);
   }
 
   __device__ __forceinline__ void skip(int patches) {

@@ -37,11 +37,12 @@ struct HopperWgradShared {
   }
 };
 
-// Columns of the products of a unit with so many live input channels, of each of its parts.
+// Columns of the products of a unit with so many live input channels: of each tap, or of all of its blocks of 128 where
+// it has several.
 template <class Unit>
 __device__ __forceinline__ int hopper_wgrad_columns(int live_in) {
-  if (Unit::kIn > 128) return 128;
   live_in -= TDC_PLANTED(HOPPER_NARROW_COLUMNS) ? 1 : 0;
+  if (Unit::kIn > 128) return min(max((live_in + 63) / 64 * 64, 64), Unit::kIn);
   return live_in <= 64 ? 64 : live_in <= 96 ? 96 : 128;
 }
 
