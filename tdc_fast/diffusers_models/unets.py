@@ -47,7 +47,8 @@ def to_diffusers(unet: UNet) -> Any:
     if unet.widths:
         raise invalid("unet.widths", unet.widths, "a whole UNet; narrower blocks have no twin here")
     if unet.timestep_scale != 1:
-        raise invalid("unet.timestep_scale", unet.timestep_scale, "1: schedulers of diffusers pass whole timesteps")
+        remedy = "1 (1000 timesteps, or --rescale_timesteps False): schedulers of diffusers pass whole timesteps"
+        raise invalid("unet.timestep_scale", unet.timestep_scale, remedy)
     if not own["conv_resample"]:
         raise invalid("conv_resample", False, "True: UNet2DModel averages no pixels")
     sizes = {module.head_dim for module in unet.modules() if isinstance(module, AttentionBlock)}

@@ -324,6 +324,7 @@ class StageLoop:
         return FloatingPointError(
             f"{what}. Nothing of this step is saved; {last}. Lower the learning rate and limit the gradients: "
             f"{how_to_continue(self.run.path)} --override {name}={getattr(config, name) / 10:g},grad_clip=1"
+            + (" (and --resume_step for an earlier checkpoint, where that one is ruined already)" if steps[1:] else "")
         )
 
     def resume(self) -> bool:
