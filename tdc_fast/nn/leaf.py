@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tdc_fast.errors import invalid
 from tdc_fast.nn.plan_scope import PlanScope, Running, Sharing
 from tdc_fast.nn.sharing import Rows
-from tdc_fast.ops.checks import check_memory
+from tdc_fast.ops.checks import check_memory, is_in_memory
 from tdc_fast.ops.dead_channels import note_widths, noted_widths
 from tdc_fast.routing import RoutingPlan
 
@@ -108,7 +108,8 @@ class RoutedLeaf(nn.Module):
         """Fills a copy, deep or unpickled; its width tensors are others, without notes."""
         super().__setstate__(state)
         for widths, numbers in self._widths():
-            if widths.device.type != "meta" and widths.tolist() == list(numbers):  # nobody has written to them
+            has_values = is_in_memory(widths) and not widths.is_meta
+            if has_values and widths.tolist() == list(numbers):  # nobody has written to them
                 note_widths(widths, numbers)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
 from tdc_fast import RoutingPlan, pack_experts, routed_conv2d, routed_group_norm
 from tdc_fast.nn.leaf import LiveAxis
@@ -162,6 +163,14 @@ def test_copies_of_a_model_tell_their_widths(
     plan = RoutingPlan.from_groups(torch.tensor([0, 1, 2]), 3)
     norm(conv(torch.randn(3, CHANNELS, 3, 3, requires_grad=True), plan), plan).sum().backward()
     assert told == [not written]
+
+
+def test_a_model_can_be_copied_without_its_values() -> None:
+    layer = RoutedConv2d(3, CHANNELS, CHANNELS, 3, padding=1)
+    layer.set_live(LiveAxis(WIDTHS, 1), None)
+    with FakeCopyMode(FakeTensorMode()):
+        assert noted_widths(copy.deepcopy(layer).out_widths) is None
+    assert noted_widths(copy.deepcopy(layer.to("meta")).out_widths) is None
 
 
 def test_a_copy_of_a_width_tensor_is_not_told_of(told: list[bool]) -> None:
