@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import dataclasses
+import functools
 import inspect
 import io
 import itertools
@@ -164,7 +165,8 @@ def parse_flags(
                 prog=prog,
                 description=description,
                 use_underscores=True,
-                config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
+                # Without comments, for which tyro would read the sources of modules: `_flag_class` gives every text.
+                config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff, tyro.conf.HelptextFromCommentsOff),
             )
     except SystemExit as usage:
         if usage.code:
@@ -364,6 +366,7 @@ def _flag_class(tyro: Any, section: type, defaults: Mapping[str, Any], *, hidden
     return dataclasses.make_dataclass(section.__name__, fields, namespace={"__doc__": section.__doc__})
 
 
+@functools.cache
 def _help_texts(section: type) -> dict[str, str]:
     """The string under each field of a dataclass and of its bases, on one line."""
     texts = {}
