@@ -14,6 +14,7 @@ from torch import Tensor
 from tdc_fast.kernels.problems import ConvProblem, ConvTensors, NormProblem, NormTensors, Problem
 from tdc_fast.kernels.tile_table import tiles_of, total_rows
 from tdc_fast.ops import native
+from tdc_fast.ops.cuda_device import Facts
 from tdc_fast.ops.cuda_launch import launch_planned, launcher_facts, launcher_for, serves
 from tdc_fast.ops.layout import (
     aligned,
@@ -64,15 +65,18 @@ def supports(problem: Problem) -> str | None:
 
 def form(problem: Problem) -> str:
     """In words, which kernels serve a problem that the backend supports; "" for the general ones."""
-    if not isinstance(problem, ConvProblem):
-        return ""
+    return form_of_conv(problem, launcher_facts(problem.device)) if isinstance(problem, ConvProblem) else ""
+
+
+def form_of_conv(problem: ConvProblem, facts: Facts) -> str:
+    """What `form` says of a convolution on a device with these facts, which need not be here."""
     core = native.module
     refuse = {
         "routed_conv2d": core.cuda_conv_forward_few_refusal,
         "routed_conv2d_dgrad": core.cuda_conv_dgrad_few_refusal,
         "routed_conv2d_wgrad": core.cuda_conv_wgrad_few_refusal,
     }[problem.op]
-    return "" if refuse(**geometry(problem), device=launcher_facts(problem.device)) else FEW_CHANNELS
+    return "" if refuse(**geometry(problem), device=facts) else FEW_CHANNELS
 
 
 def leads(problem: Problem) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tdc_fast.kernels.problems import ConvProblem, ConvTensors, NormProblem, NormTensors, Problem
 from tdc_fast.ops import cuda, native
+from tdc_fast.ops.cuda_device import Facts
 from tdc_fast.ops.cuda_launch import launcher_facts
 
 name = "hopper"
@@ -48,7 +49,12 @@ def form(problem: Problem) -> str:
             else core.cuda_group_norm_forward_hopper_form
         )
         return str(form_of(**cuda.norm_sizes(problem), device=launcher_facts(problem.device)))
-    few_channels = cuda.form(problem)
+    return form_of_conv(problem, launcher_facts(problem.device))
+
+
+def form_of_conv(problem: ConvProblem, facts: Facts) -> str:
+    """What `form` says of a convolution on a device with these facts, which need not be here."""
+    few_channels = cuda.form_of_conv(problem, facts)
     if few_channels:
         return few_channels
     refusals = {
@@ -56,7 +62,7 @@ def form(problem: Problem) -> str:
         "routed_conv2d_dgrad": native.module and native.module.cuda_conv_dgrad_hopper_refusal,
         "routed_conv2d_wgrad": native.module and native.module.cuda_conv_wgrad_hopper_refusal,
     }
-    reason = refusals[problem.op](**cuda.geometry(problem), device=launcher_facts(problem.device))
+    reason = refusals[problem.op](**cuda.geometry(problem), device=facts)
     return f"in the portable form: the Hopper form does not serve this, {reason}" if reason else HOPPER_FORM
 
 

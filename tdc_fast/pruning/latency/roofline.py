@@ -94,10 +94,14 @@ class Roofline:
         if self.gpu is None:
             return self.panel if layer.live_out < layer.out_channels else 1
         problem, narrows_out = self._problem(layer), layer.live_out < layer.out_channels
-        if self.is_hopper is not None and self.is_hopper(problem):
+        if self.in_hopper_form(layer):
             return hopper.column_step(problem, self.gpu) if narrows_out else hopper.DEPTH
         tile = choose_tile("forward", problem, self.gpu)
         return tile.block_channels if narrows_out else tile.block_k
+
+    def in_hopper_form(self, layer: Layer) -> bool:
+        """Whether a convolution is estimated in the Hopper form."""
+        return self.is_hopper is not None and self.is_hopper(self._problem(layer))
 
     def _bytes(self, layer: Layer) -> int:
         """Bytes read and written: live input channels and weights, and all output channels, dead ones being zeroed."""
@@ -125,7 +129,7 @@ class Roofline:
         if not layer.live_in or not layer.live_out:
             return 0.0
         problem = self._problem(layer)
-        if self.is_hopper is not None and self.is_hopper(problem):
+        if self.in_hopper_form(layer):
             return hopper.clocks(problem, gpu, layer.live_in, layer.live_out) * hopper.PAIRS / _GPU_MACS
         tile = choose_tile("forward", problem, gpu)
         rate = tile_rate("forward", problem, gpu, tile)
