@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 from tdc_fast.ops import cuda_launch
-from tests.cases import ConvCase, Routing
+from tests.cases import ConvCase, Routing, widths_of
 from tests.emulator.harness import AT_RUNTIME, EmulatorError, EmulatorLauncher, emulated
 from tests.ops.test_conv2d import gradients, routed
 from tests.tolerance import assert_as_accurate_as_torch
@@ -45,6 +46,34 @@ def uneven(*samples: int, weight_index: tuple[int, ...] | None = None) -> Routin
     """Groups of the given numbers of samples."""
     groups = tuple(group for group, count in enumerate(samples) for _ in range(count))
     return Routing(groups, len(samples), 1 + max(weight_index) if weight_index else len(samples), weight_index)
+
+
+@st.composite
+def hopper_settings(
+    draw: st.DrawFn, *, of_group: int, of_batch: int, eights: tuple[int, int], two_inputs: bool = True
+) -> dict[str, Any]:
+    """All of a generated case of a Hopper form but its images: up to four groups, which may share experts.
+
+    of_group, of_batch: the most samples of a group, and of all.
+    eights: the fewest and the most channels on either side, in eights.
+    """
+    samples = draw(
+        st.lists(st.integers(0, of_group), min_size=1, max_size=4).filter(lambda of: 0 < sum(of) <= of_batch)
+    )
+    experts = draw(st.integers(1, len(samples)))
+    index = tuple(draw(st.integers(0, experts - 1)) for _ in samples)
+    ins, outs = (8 * draw(st.integers(*eights)) for _ in range(2))
+    x2 = {"x2_channels": draw(st.sampled_from([0, 1])) * 8 * draw(st.integers(1, ins // 8 - 1))} if two_inputs else {}
+    return {
+        "routing": uneven(*samples, weight_index=(*index[:-1], experts - 1)),
+        "in_channels": ins,
+        "out_channels": outs,
+        "in_widths": draw(widths_of(ins, 1, len(samples))),
+        "out_widths": draw(widths_of(outs, 1, len(samples))),
+        "extras": draw(st.sampled_from([(), ("bias",), ("bias", "sample_bias"), ("residual",)])),
+        "seed": draw(st.integers(0, 99)),
+        **x2,
+    }
 
 
 @contextmanager

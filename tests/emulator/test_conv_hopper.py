@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tdc_fast.kernels.problems import ConvTensors
 from tdc_fast.ops import hopper as hopper_backend
 from tdc_fast.ops.checks import conv_problem
-from tests.cases import ConvCase, widths_of
+from tests.cases import ConvCase
 from tests.emulator.conv import (
     DTYPES,
     MASK_PLANTS,
@@ -26,6 +26,7 @@ from tests.emulator.conv import (
     assert_messages_are_waited_for,
     conv_case,
     emulator,
+    hopper_settings,
     results,
     uneven,
 )
@@ -178,22 +179,10 @@ def test_tile_edges_are_as_accurate_as_torch(edge: str, dtype: str) -> None:
 
 @st.composite
 def cases(draw: st.DrawFn) -> ConvCase:
-    """Up to three samples in up to four groups, one input or two, of any sizes that the form serves."""
-    samples = draw(st.lists(st.integers(0, 2), min_size=1, max_size=4).filter(lambda of: 0 < sum(of) <= 3))
-    experts = draw(st.integers(1, len(samples)))
-    index = tuple(draw(st.integers(0, experts - 1)) for _ in samples)
-    ins, outs = (8 * draw(st.integers(8, 18)) for _ in range(2))
-    return case_of(
-        routing=uneven(*samples, weight_index=(*index[:-1], experts - 1)),
-        in_channels=ins,
-        x2_channels=draw(st.sampled_from([0, 1])) * 8 * draw(st.integers(1, ins // 8 - 1)),
-        out_channels=outs,
-        size=(draw(st.integers(9, 18)), draw(st.integers(8, 12))),  # 8x8 may take the form of rows
-        in_widths=draw(widths_of(ins, 1, len(samples))),
-        out_widths=draw(widths_of(outs, 1, len(samples))),
-        extras=draw(st.sampled_from([(), ("bias",), ("bias", "sample_bias"), ("residual",)])),
-        seed=draw(st.integers(0, 99)),
-    )
+    """One input or two, of any sizes that the form serves."""
+    settings = draw(hopper_settings(of_group=2, of_batch=3, eights=(8, 18)))
+    size = draw(st.integers(9, 18)), draw(st.integers(8, 12))  # 8x8 may take the form of rows
+    return case_of(size=size, **settings)
 
 
 def test_any_case_is_as_accurate_as_torch() -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tdc_fast.kernels.problems import ConvTensors
 from tdc_fast.ops import hopper as hopper_backend
 from tdc_fast.ops.checks import conv_problem
-from tests.cases import ConvCase, widths_of
+from tests.cases import ConvCase
 from tests.emulator.conv import (
     DTYPES,
     MASK_PLANTS,
@@ -26,6 +26,7 @@ from tests.emulator.conv import (
     assert_messages_are_waited_for,
     conv_case,
     emulator,
+    hopper_settings,
     results,
     uneven,
 )
@@ -137,26 +138,12 @@ def test_edges_are_as_accurate_as_torch(edge: str, dtype: str) -> None:
 
 @st.composite
 def cases(draw: st.DrawFn) -> ConvCase:
-    """Up to four groups of up to two samples each, which may share experts; one input or two; 1x1 filters or 3x3."""
-    samples = draw(st.lists(st.integers(0, 2), min_size=1, max_size=4).filter(lambda of: 0 < sum(of) <= 4))
-    experts = draw(st.integers(1, len(samples)))
-    index = tuple(draw(st.integers(0, experts - 1)) for _ in samples)
-    ins, outs = (8 * draw(st.integers(8, 24)) for _ in range(2))
-    size, filter_ = (draw(st.integers(1, 18)), draw(st.integers(1, 9))), {}
+    """One input or two; 1x1 filters or 3x3."""
+    settings = draw(hopper_settings(of_group=2, of_batch=4, eights=(8, 24)))
     if draw(st.booleans()):
-        size, filter_ = draw(st.sampled_from([(4, 4), (2, 8), (1, 4), (8, 4), (16, 4), (2, 1)])), THREE_BY_THREE
-    return case_of(
-        routing=uneven(*samples, weight_index=(*index[:-1], experts - 1)),
-        in_channels=ins,
-        x2_channels=draw(st.sampled_from([0, 1])) * 8 * draw(st.integers(1, ins // 8 - 1)),
-        out_channels=outs,
-        size=size,
-        in_widths=draw(widths_of(ins, 1, len(samples))),
-        out_widths=draw(widths_of(outs, 1, len(samples))),
-        extras=draw(st.sampled_from([(), ("bias",), ("bias", "sample_bias"), ("residual",)])),
-        seed=draw(st.integers(0, 99)),
-        **filter_,
-    )
+        size = draw(st.sampled_from([(4, 4), (2, 8), (1, 4), (8, 4), (16, 4), (2, 1)]))
+        return case_of(size=size, **THREE_BY_THREE, **settings)
+    return case_of(size=(draw(st.integers(1, 18)), draw(st.integers(1, 9))), **settings)
 
 
 def test_any_case_is_as_accurate_as_torch() -> None:

@@ -11,8 +11,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.cases import ConvCase, widths_of
-from tests.emulator.conv import DTYPES, RING_PLANTS, assert_accurate, conv_case, emulator, results, uneven
+from tests.cases import ConvCase
+from tests.emulator.conv import (
+    DTYPES,
+    RING_PLANTS,
+    assert_accurate,
+    conv_case,
+    emulator,
+    hopper_settings,
+    results,
+    uneven,
+)
 from tests.emulator.harness import SCHEDULES, EmulatorError, EmulatorLauncher, plain_only
 from tests.generated import examples
 from tests.ops.test_conv2d import routed
@@ -81,26 +90,13 @@ def test_edges_are_as_accurate_as_torch(edge: str, dtype: str) -> None:
 
 @st.composite
 def cases(draw: st.DrawFn) -> ConvCase:
-    """Up to four groups of few samples, which may share experts; deep enough for clusters."""
-    samples = draw(st.lists(st.integers(0, 3), min_size=1, max_size=4).filter(lambda of: 0 < sum(of) <= 5))
-    experts = draw(st.integers(1, len(samples)))
-    index = tuple(draw(st.integers(0, experts - 1)) for _ in samples)
-    size, filter_, least = draw(st.sampled_from([(4, 4), (2, 8), (1, 4), (8, 4)])), {}, 8
+    """Few samples, deep enough for clusters; one input or two; 1x1 filters or 3x3."""
     if draw(st.booleans()):
         size, filter_, least = (draw(st.integers(1, 9)), draw(st.integers(1, 5))), POINTWISE, 65
-    ins, outs = (8 * draw(st.integers(least, least + 9)) for _ in range(2))
-    return case_of(
-        routing=uneven(*samples, weight_index=(*index[:-1], experts - 1)),
-        in_channels=ins,
-        x2_channels=draw(st.sampled_from([0, 1])) * 8 * draw(st.integers(1, ins // 8 - 1)),
-        out_channels=outs,
-        size=size,
-        in_widths=draw(widths_of(ins, 1, len(samples))),
-        out_widths=draw(widths_of(outs, 1, len(samples))),
-        extras=draw(st.sampled_from([(), ("bias",), ("bias", "sample_bias"), ("residual",)])),
-        seed=draw(st.integers(0, 99)),
-        **filter_,
-    )
+    else:
+        size, filter_, least = draw(st.sampled_from([(4, 4), (2, 8), (1, 4), (8, 4)])), {}, 8
+    settings = draw(hopper_settings(of_group=3, of_batch=5, eights=(least, least + 9)))
+    return case_of(size=size, **filter_, **settings)
 
 
 def test_any_case_is_as_accurate_as_torch() -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tdc_fast.kernels.problems import ConvTensors
 from tdc_fast.ops import hopper as hopper_backend
 from tdc_fast.ops.checks import conv_problem
-from tests.cases import ConvCase, widths_of
+from tests.cases import ConvCase
 from tests.emulator.conv import (
     DTYPES,
     RING_PLANTS,
@@ -24,6 +24,7 @@ from tests.emulator.conv import (
     assert_accurate,
     conv_case,
     emulator,
+    hopper_settings,
     results,
     uneven,
 )
@@ -95,22 +96,10 @@ def test_edges_are_as_accurate_as_torch(edge: str, dtype: str) -> None:
 
 
 @st.composite
-def cases(draw: st.DrawFn, most_channels: int = 17, most_pixels: int = 19) -> ConvCase:
-    """Up to three samples in up to four groups, which may share experts; images of any size that is served."""
-    samples = draw(st.lists(st.integers(0, 2), min_size=1, max_size=4).filter(lambda of: 0 < sum(of) <= 3))
-    experts = draw(st.integers(1, len(samples)))
-    index = tuple(draw(st.integers(0, experts - 1)) for _ in samples)
-    ins, outs = (8 * draw(st.integers(8, most_channels)) for _ in range(2))
-    return case_of(
-        routing=uneven(*samples, weight_index=(*index[:-1], experts - 1)),
-        in_channels=ins,
-        out_channels=outs,
-        size=(draw(st.integers(4, most_pixels)), draw(st.integers(4, most_pixels))),
-        in_widths=draw(widths_of(ins, 1, len(samples))),
-        out_widths=draw(widths_of(outs, 1, len(samples))),
-        extras=draw(st.sampled_from([(), ("bias",), ("bias", "sample_bias"), ("residual",)])),
-        seed=draw(st.integers(0, 99)),
-    )
+def cases(draw: st.DrawFn, most_eights: int = 17, most_pixels: int = 19) -> ConvCase:
+    """Images of any size that is served."""
+    settings = draw(hopper_settings(of_group=2, of_batch=3, eights=(8, most_eights), two_inputs=False))
+    return case_of(size=(draw(st.integers(4, most_pixels)), draw(st.integers(4, most_pixels))), **settings)
 
 
 def test_any_case_is_as_accurate_as_torch() -> None:
@@ -293,7 +282,7 @@ def test_upsampled_images_are_as_accurate_as_torch(edge: str, dtype: str) -> Non
 
 
 def test_any_upsampled_image_is_as_accurate_as_torch() -> None:
-    @given(case=cases(most_channels=10, most_pixels=9), schedule=st.sampled_from(SCHEDULES))
+    @given(case=cases(most_eights=10, most_pixels=9), schedule=st.sampled_from(SCHEDULES))
     @examples(1 if SANITIZED else 2)
     def check(case: ConvCase, schedule: int) -> None:
         with hopper(schedule=schedule) as launcher:

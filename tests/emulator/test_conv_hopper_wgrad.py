@@ -14,8 +14,17 @@ from hypothesis import strategies as st
 from tdc_fast.kernels.problems import ConvTensors
 from tdc_fast.ops import hopper as hopper_backend
 from tdc_fast.ops.checks import conv_problem
-from tests.cases import ConvCase, widths_of
-from tests.emulator.conv import DTYPES, RING_PLANTS, assert_accurate, conv_case, emulator, results, uneven
+from tests.cases import ConvCase
+from tests.emulator.conv import (
+    DTYPES,
+    RING_PLANTS,
+    assert_accurate,
+    conv_case,
+    emulator,
+    hopper_settings,
+    results,
+    uneven,
+)
 from tests.emulator.harness import SANITIZED, SCHEDULES, EmulatorError, EmulatorLauncher, plain_only
 from tests.generated import examples
 
@@ -120,21 +129,9 @@ def test_edges_are_as_accurate_as_torch(edge: str, dtype: str) -> None:
 
 @st.composite
 def cases(draw: st.DrawFn) -> ConvCase:
-    """Up to three samples in up to four groups, which may share experts; one input or two."""
-    samples = draw(st.lists(st.integers(0, 2), min_size=1, max_size=4).filter(lambda of: 0 < sum(of) <= 3))
-    experts = draw(st.integers(1, len(samples)))
-    index = tuple(draw(st.integers(0, experts - 1)) for _ in samples)
-    ins, outs = (8 * draw(st.integers(8, 18)) for _ in range(2))
-    return case_of(
-        routing=uneven(*samples, weight_index=(*index[:-1], experts - 1)),
-        in_channels=ins,
-        x2_channels=draw(st.sampled_from([0, 1])) * 8 * draw(st.integers(1, ins // 8 - 1)),
-        out_channels=outs,
-        size=(draw(st.integers(8, 17)), 8),
-        in_widths=draw(widths_of(ins, 1, len(samples))),
-        out_widths=draw(widths_of(outs, 1, len(samples))),
-        seed=draw(st.integers(0, 99)),
-    )
+    """One input or two; the biases whose gradients the form has."""
+    settings = draw(hopper_settings(of_group=2, of_batch=3, eights=(8, 18))) | {"extras": ("bias", "sample_bias")}
+    return case_of(size=(draw(st.integers(9, 17)), 8), **settings)  # 8x8 may take the form of rows
 
 
 @plain_only
