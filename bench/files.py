@@ -53,6 +53,14 @@ def whole_number(text: str) -> int:
     return int(text)
 
 
+def share(text: str) -> tuple[int, int]:
+    """One of equal shares, such as "0/4", the first of four, as argparse's `type`."""
+    index, slash, count = text.partition("/")
+    if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no share: 0/4 is the first of four")
+    return int(index), int(count)
+
+
 def seconds(text: str) -> float:
     """A finite number of at least 0, as argparse's `type`."""
     try:

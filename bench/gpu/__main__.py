@@ -25,7 +25,7 @@ from unittest.mock import patch
 
 import torch
 
-from bench.files import seconds, slug, write_results
+from bench.files import seconds, share, slug, write_results
 from bench.gpu import conv, growth, norm, sampling, step, train_run, unet
 from bench.gpu.layers import Workload, workload
 from bench.gpu.report import as_markdown, facts
@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
     work = workload(tiny=options.dry_run)
     if options.warm:
         with requested(options.backend):
-            return warm(run, work, *map(int, options.warm.split("/")))
+            return warm(run, work, *options.warm)
 
     budget = Budget(options.seconds - RESERVE_SECONDS)
     results: dict[str, Any] = {"clocks_before": run.machine.clocks(), "ceilings": run.machine.ceilings()}
@@ -181,7 +181,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--warm-processes", type=int, default=processes,
         help="processes that compile kernels into the disk cache first, 0 for none (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--warm", default="", help=argparse.SUPPRESS)  # "i/n": compile the i-th of n shares and exit
+    parser.add_argument("--warm", type=share, help=argparse.SUPPRESS)  # compile a share of the kernels and exit
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU, reference backend")
     options = parser.parse_args(arguments)
     # All that would fail minutes later, or row by row.

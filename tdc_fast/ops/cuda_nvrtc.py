@@ -11,6 +11,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import struct
 import threading
 import warnings
 from collections.abc import Sequence
@@ -75,9 +76,17 @@ def compile_family(family: str, arch_name: str, options: Sequence[str] = ()) -> 
             log = nvrtc.getProgramLog(program)
             kernels = ", ".join(native.module.cuda_kernels.get(family, [family]))
             raise RuntimeError(f"NVRTC could not compile {kernels} for {arch_name} ({error}):\n{log}") from error
-        return nvrtc.getCUBIN(program), nvrtc.getProgramLog(program)
+        return _whole(nvrtc.getCUBIN(program)), nvrtc.getProgramLog(program)
     finally:
         nvrtc.destroyProgram(program)
+
+
+def _whole(cubin: bytes) -> bytes:
+    """A cubin with its last byte, a zero, which cupy takes for the end of a string: nvdisasm refuses it without."""
+    segments, sections = struct.unpack_from("<QQ", cubin, 0x20)  # of an ELF header: where the two tables begin
+    segment_size, segment_count, section_size, section_count = struct.unpack_from("<HHHH", cubin, 0x36)
+    end = max(segments + segment_size * segment_count, sections + section_size * section_count)
+    return cubin.ljust(end, b"\0") if len(cubin) == end - 1 else cubin
 
 
 def cache_path(family: str, arch_name: str) -> Path:

@@ -178,6 +178,10 @@ class StageLoop:
                                 + how_to_continue(self.run.path)
                             )
                         )
+        except FloatingPointError as error:
+            if log is not None:
+                log.say(str(error))
+            raise
         finally:
             if log is not None:
                 log.close()

@@ -20,6 +20,8 @@ REFUSED = {
         f"--out {HERE}/out --dry-run --backend foo",
         f"--out {HERE}/out --dry-run --images {MISSING}",
         f"--out {HERE}/file/out --dry-run",
+        f"--out {HERE}/out --dry-run --warm 3",
+        f"--out {HERE}/out --dry-run --warm 4/4",
     ],
     "bench.gpu_time": ["whole --dry-run --batch 0", "whole --dry-run --num-groups -1"],
     "bench.serving.__main__": ["--device cuda", "--device nonsense"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +48,19 @@ def test_a_second_use_finds_what_the_first_one_compiled(cache: Path, compilation
     assert compilations == ["sm_80"]
     [entry] = cache.iterdir()
     assert entry.name.startswith("plan-sm_80-") and entry.suffix == ".cubin"
+
+
+def test_a_cubin_is_as_long_as_its_header_says(compilations: list[str]) -> None:
+    """cupy leaves out the last byte; the driver does not notice, the disassembler does."""
+    cubin, _ = cuda_nvrtc.compile_family(FAMILY, "sm_80")
+    tables = [(0x20, 0x36), (0x28, 0x3A)]  # of segments and sections: where the place, and the size and number, are
+    ends = []
+    for place, sizes in tables:
+        size, number = struct.unpack_from("<HH", cubin, sizes)
+        ends.append(struct.unpack_from("<Q", cubin, place)[0] + size * number)
+    assert len(cubin) == max(ends)
+    # One that is whole stays as it is.
+    assert cuda_nvrtc._whole(cubin) == cuda_nvrtc._whole(cubin[:-1]) == cubin
 
 
 def test_another_architecture_source_option_or_compiler_is_another_entry(

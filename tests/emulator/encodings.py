@@ -17,12 +17,33 @@ def numbers(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> 
     return torch.randint(-4, 5, shape, generator=generator).to(dtype)
 
 
+class Box(NamedTuple):
+    """A box of a tensor, the innermost dimension first, and where it begins."""
+
+    shape: tuple[int, ...]
+    box: tuple[int, ...]
+    at: tuple[int, ...]
+    # The tensor is every other line and column of images of odd height, so that the stride of samples is no multiple of
+    # that of lines.
+    plane: bool = False
+
+    def stored(self, tensor: Tensor, device: str) -> Tensor:
+        """The tensor in the memory of a device."""
+        if not self.plane:
+            return tensor.to(device)
+        samples, height, width, channels = tensor.shape
+        images = torch.zeros(samples, 2 * height - 1, 2 * width - 1, channels, dtype=tensor.dtype, device=device)
+        images[:, ::2, ::2] = tensor.to(device)
+        return images[:, ::2, ::2]
+
+
 BOXES = {
-    "inside": ((2, 9, 10, 128), (64, 4, 3, 2), (64, 5, 6, 0)),
-    "past the first pixel": ((2, 8, 8, 64), (64, 10, 10, 1), (0, -1, -1, 1)),
-    "past the last pixel, sample and channel": ((3, 8, 8, 72), (64, 4, 4, 2), (64, 6, 6, 2)),
-    "three dimensions": ((3, 20, 64), (64, 16, 2), (0, 8, 2)),
-    "five dimensions": ((2, 3, 4, 5, 64), (64, 2, 3, 2, 2), (0, 4, -1, 1, 1)),
+    "inside": Box((2, 9, 10, 128), (64, 4, 3, 2), (64, 5, 6, 0)),
+    "past the first pixel": Box((2, 8, 8, 64), (64, 10, 10, 1), (0, -1, -1, 1)),
+    "past the last pixel, sample and channel": Box((3, 8, 8, 72), (64, 4, 4, 2), (64, 6, 6, 2)),
+    "three dimensions": Box((3, 20, 64), (64, 16, 2), (0, 8, 2)),
+    "five dimensions": Box((2, 3, 4, 5, 64), (64, 2, 3, 2, 2), (0, 4, -1, 1, 1)),
+    "a plane of images of odd height": Box((3, 5, 6, 128), (64, 4, 4, 2), (64, 3, 2, 1), plane=True),
 }
 
 
@@ -116,19 +137,19 @@ def product(
 
 def loaded(case: str, machine: Machine = EMULATED) -> Tensor:
     """A box as it lies in shared memory, and how it should."""
-    shape, box, at = BOXES[case]
+    shape, box, at, _ = BOXES[case]
     tensor = numbers(*shape)
     expected = sm90.box_of(tensor, box, at)
-    there, out = tensor.to(machine.device), torch.empty_like(expected, device=machine.device)
+    there, out = BOXES[case].stored(tensor, machine.device), torch.empty_like(expected, device=machine.device)
     sm90.run("box", sm90.tensor_map(there, box), NO_MAP, out, at=at, count=expected.numel() // 8, machine=machine)
     return torch.stack([out.cpu(), sm90.swizzled(expected, window=1024)])
 
 
 def stored(case: str, machine: Machine = EMULATED) -> Tensor:
     """A tensor into which a box of another was stored, and what it should be."""
-    shape, box, at = BOXES[case]
+    shape, box, at, _ = BOXES[case]
     source, target = numbers(*shape), torch.full(shape, 99, dtype=torch.bfloat16)
-    there = [tensor.to(machine.device) for tensor in (source, target)]
+    there = [BOXES[case].stored(tensor, machine.device) for tensor in (source, target)]
     maps = [sm90.tensor_map(tensor, box) for tensor in there]
     sm90.run("box", *maps, at=at, count=sm90.box_of(source, box, at).numel() // 8, mode=1, machine=machine)
     inner = zip(reversed(shape), box, at, strict=True)

@@ -6,11 +6,13 @@ ends badly when the sanitizer sees nothing. Each case is named before it runs: t
 
 from __future__ import annotations
 
+import argparse
 import sys
 
 import torch
 
 from tdc_fast import RoutingPlan
+from tdc_fast.ops.backends import available_backends
 from tdc_fast.ops.pack import pack_channels
 from tests.cases import ConvCase, NormCase, upstream
 from tests.gpu.problems import Target, gradients, moved, on_sms, refusal, routed
@@ -87,5 +89,17 @@ def main(backend: str, device: str = "cuda") -> None:
     print(f"ran {ran} cases on {backend}")
 
 
+def command(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.gpu.sanitized", description=__doc__.partition("\n\n")[0])
+    parser.add_argument("backend", choices=available_backends())
+    parser.add_argument("device", nargs="?", default="cuda", help="cpu, or a GPU (default)")
+    options = parser.parse_args(arguments)
+    if options.device != "cpu" and not torch.cuda.is_available():
+        print("tests.gpu.sanitized needs an NVIDIA GPU (torch.cuda.is_available() is False)", file=sys.stderr)
+        return 2
+    main(options.backend, options.device)
+    return 0
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    sys.exit(command())

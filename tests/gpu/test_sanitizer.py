@@ -28,6 +28,12 @@ def test_it_finds_nothing(backend: str, tool: str, watched: dict[tuple[str, str]
     assert f"ran {len(sanitized.cases_of(backend))} cases on {backend}" in output, output[-2000:]
 
 
+def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert sanitized.command(["hopper"]) == 2
+    assert "needs an NVIDIA GPU" in capsys.readouterr().err
+
+
 def test_the_watched_program_runs(capsys: pytest.CaptureFixture[str]) -> None:
     """The dry run: the same program with the reference backend on the CPU."""
     sanitized.main("reference", "cpu")

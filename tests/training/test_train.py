@@ -389,8 +389,12 @@ def test_held_out_images_are_not_trained_on(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(folder, capsys):
-    assert main(flags(small_config(folder, "diverged", lr_anneal_steps=60, lr=1e30))) == 2
-    assert "the loss of stage base is" in capsys.readouterr().err
+    config = small_config(folder, "diverged", lr_anneal_steps=60, lr=1e30)
+    assert main(flags(config)) == 2
+    said = capsys.readouterr().err
+    assert "the loss of stage base is" in said
+    last = (folder / "diverged" / "log.txt").read_text().splitlines()[-1]
+    assert last.startswith("the loss of stage base is") and last in said
 
 
 def test_the_callers_random_numbers_are_left_alone(folder):
