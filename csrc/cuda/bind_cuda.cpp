@@ -184,12 +184,13 @@ void bind_planners_of_convolutions(py::module_& module) {
   for (const bool is_forward : {false, true})
     define<ConvArguments>(
         module, is_forward ? "cuda_conv_forward_hopper_choices" : "cuda_conv_dgrad_hopper_choices",
-        "[(tile, clocks by the model)] of the Hopper form's forward or dgrad, the chosen one first. Takes sizes only.",
+        "[(tile, clocks by the model, columns that its products may have)] of the Hopper form's forward or dgrad, the "
+        "chosen one first. Takes sizes only.",
         [](Keywords& keywords, ConvArguments& arguments) { take_convolution_sizes(keywords, arguments); },
         [is_forward](const ConvArguments& arguments, const Device& device) {
-          std::vector<std::pair<std::string, int64_t>> choices;
+          std::vector<std::tuple<std::string, int64_t, std::array<int, 3>>> choices;
           for (const HopperChoice& choice : hopper_choices(arguments, device, is_forward))
-            choices.emplace_back(choice.kernel, choice.clocks);
+            choices.emplace_back(choice.kernel, choice.clocks, choice.columns);
           return choices;
         });
   for (const bool is_forward : {false, true})

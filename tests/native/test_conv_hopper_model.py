@@ -51,7 +51,8 @@ def settings(layer: tuple[int, int, int, int, int], batch: int, groups: int) -> 
 
 def choices(pass_: str, **changes: Any) -> dict[str, int]:
     """Clocks by tile, the chosen one first."""
-    return dict(getattr(_native, f"cuda_conv_{pass_}_hopper_choices")(**sizes(**changes)))
+    found = getattr(_native, f"cuda_conv_{pass_}_hopper_choices")(**sizes(**changes))
+    return {tile: clocks for tile, clocks, _ in found}
 
 
 def problems(

@@ -22,7 +22,7 @@ from tdc_fast.ops.backends import ENVIRONMENT
 from tdc_fast.pruning import PruningSettings, plan_pruning, project, prune
 from tdc_fast.pruning.budget import budget_of
 from tdc_fast.pruning.costs import UnitCosts
-from tdc_fast.pruning.latency import LatencyTable, Layer, Roofline, Setting, roofline, unit_latencies
+from tdc_fast.pruning.latency import LatencyTable, Layer, Roofline, Setting, hopper, roofline, unit_latencies
 from tdc_fast.pruning.latency.costs import all_layers, stepped
 from tdc_fast.pruning.latency.timing import layer_nanoseconds, median_error, rank_correlation
 from tdc_fast.pruning.memory import read_trials
@@ -313,6 +313,41 @@ def test_a_roofline_takes_the_steps_of_the_backend_that_will_run(monkeypatch: py
             assert share(layer, 256, 97) == 0.5 and share(layer, 65, 256) == 80 / 256
             assert share(layer, 128, 128) == 0.25 and share(layer, 192, 192) == 0.5625 and share(layer, 256, 0) == 0
         assert share(thin, 256, 97) == 0.75 and share(thin, 256, 96) == 0.5
+
+
+UPSAMPLED = Layer("conv2d", 256, 256, 16, 16, 256, 256, (3, 3), (1, 1), (1, 1), upsample=2)
+
+
+@pytest.mark.parametrize(("taps", "met"), [(1, 1), (3, 2), (5, 3)])
+def test_a_roofline_of_a_cpu_counts_a_pixel_of_an_upsampled_image_once(taps: int, met: int) -> None:
+    layer = dataclasses.replace(UPSAMPLED, filter=(taps, taps), padding=(taps // 2, taps // 2))
+    assert Roofline(SETTING)._cpu_macs(layer) == SETTING.batch * 32 * 32 * met**2 * 256 * 256
+
+
+def test_a_roofline_of_a_gpu_counts_merged_taps_of_an_upsampled_image_and_their_launch() -> None:
+    model = Roofline(Setting("NVIDIA H200", "bfloat16", 128, 8), H200)
+    plain = dataclasses.replace(UPSAMPLED, height=32, width=32, upsample=1)
+    assert model._gpu_seconds(UPSAMPLED, H200) == pytest.approx(4 / 9 * model._gpu_seconds(plain, H200))
+    small, weights = 128 * 16 * 16 * 256, 8 * 256 * 256
+    assert model._bytes(plain) == 2 * (2 * 4 * small + 9 * weights)
+    assert model._bytes(UPSAMPLED) == 2 * (5 * small + (9 + 16 + 16) * weights)
+    strided = dataclasses.replace(UPSAMPLED, stride=(2, 2))  # no kernel upsamples for it: torch does
+    assert model._gpu_seconds(strided, H200) == model._gpu_seconds(dataclasses.replace(plain, stride=(2, 2)), H200)
+    tiny = dataclasses.replace(UPSAMPLED, height=1, width=1, in_channels=8, out_channels=8, live_in=8, live_out=8)
+    assert 9600 < model.nanoseconds(tiny) < 11000  # two empty launches of 4.8 us
+
+
+@pytest.mark.skipif(native.module is None, reason="the native module is not built")
+def test_clocks_of_the_hopper_form_with_strides_and_upsampled_images() -> None:
+    """In tiles of 256 pixels and 128 channels, whose step of 64 channels takes 1024 clocks, on 132 multiprocessors."""
+    model = Roofline(Setting("NVIDIA H200", "bfloat16", 128, 8), H200)
+    strided = dataclasses.replace(UPSAMPLED, height=32, width=32, stride=(2, 2), upsample=1)
+    tiles, steps = 128 * 2, 256 // 64
+    assert hopper.clocks(model._problem(strided), H200, 256, 256) == math.ceil(tiles / 132) * 9 * steps * 1024
+    upsampled = model._problem(UPSAMPLED)
+    assert hopper.clocks(upsampled, H200, 256, 256) == math.ceil(4 * tiles / 132) * 4 * steps * 1024
+    assert hopper.clocks(upsampled, H200, 128, 192) == 0.5 * 0.75 * hopper.clocks(upsampled, H200, 256, 256)
+    assert hopper.column_step(upsampled, H200) == 32
 
 
 def test_a_roofline_of_a_cpu_rises_in_whole_panels_and_with_fewer_threads() -> None:

@@ -19,6 +19,7 @@ constexpr int kLeastWeightStages = 2;
 struct TileChoice {
   const char* name;
   int down, across, samples, columns, box_height, box_width, source_bytes;
+  std::array<int, 3> products;  // columns of each
   int (*shared_bytes)(int weight_stages, int num_groups);
 };
 
@@ -32,6 +33,7 @@ TileChoice choice_of(const char* name) {
           Tile::kBoxHeight,
           Tile::kBoxWidth,
           Tile::kSourceBytes,
+          {Tile::kHalf, Tile::kThreeQuarters, Tile::kColumns},
           hopper_shared_bytes<Tile>};
 }
 
@@ -204,11 +206,12 @@ std::string hopper_refusal(const ConvArguments& a, const Device& device, bool fo
 }
 
 std::vector<HopperChoice> hopper_choices(const ConvArguments& a, const Device& device, bool forward) {
-  if (takes_upsampled(a) || takes_strides(a)) return {};
+  if (takes_upsampled(a)) return hopper_strided_choices(merged_convolution(a), device, !forward);
+  if (takes_strides(a)) return hopper_strided_choices(a, device, forward);
   if (takes_rows(a)) return hopper_rows_choices(a, device, forward);
   std::vector<HopperChoice> choices;
   for (const TileChoice& tile : tiles_by_clocks(a, device, forward)) {
-    choices.push_back({tile.name, clocks(a, device, forward, tile)});
+    choices.push_back({tile.name, clocks(a, device, forward, tile), tile.products});
   }
   if (!may_take_rows(a)) return choices;
   const std::vector<HopperChoice> rows = hopper_rows_choices(a, device, forward);

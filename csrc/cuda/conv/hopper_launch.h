@@ -2,6 +2,7 @@
 // where it serves, and its launches.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <string>
 #include <vector>
@@ -23,10 +24,12 @@ bool takes_rows(const ConvArguments& arguments);
 std::string hopper_rows_refusal(const ConvArguments& arguments, const Device& device);
 std::vector<Launch> launch_hopper_rows(const ConvArguments& arguments, const Device& device, bool forward);
 
-// A kernel that may run, without its element type, and the clocks that it takes by the model (conv/hopper_model.h).
+// A kernel that may run, without its element type; the clocks that it takes by the model (conv/hopper_model.h); the
+// columns that a product may have, from the fewest up to all of a tile's.
 struct HopperChoice {
   std::string kernel;
   int64_t clocks;
+  std::array<int, 3> columns;
 };
 
 // Whether forward and dgrad are served in the form of images and in that of rows; the tiles of the latter, the chosen
@@ -34,12 +37,13 @@ struct HopperChoice {
 bool may_take_rows(const ConvArguments& arguments);
 std::vector<HopperChoice> hopper_rows_choices(const ConvArguments& arguments, const Device& device, bool forward);
 
-// All tiles of forward or dgrad where these are chosen by the model, the chosen one first: stride 1, not upsampled.
+// All tiles of forward or dgrad, the chosen one first.
 std::vector<HopperChoice> hopper_choices(const ConvArguments& arguments, const Device& device, bool forward);
 
-// The same of the form of stride 2: 3x3 filters with padding 1.
+// The same of the form of stride 2: 3x3 filters with padding 1. Its clocks are those of products alone.
 bool takes_strides(const ConvArguments& arguments);
 std::string hopper_strided_refusal(const ConvArguments& arguments, const Device& device);
+std::vector<HopperChoice> hopper_strided_choices(const ConvArguments& arguments, const Device& device, bool forward);
 std::vector<Launch> launch_hopper_strided(const ConvArguments& arguments, const Device& device, bool forward);
 
 // The same of the images that are upsampled in front of 3x3 filters, one input: taps are merged into the workspace

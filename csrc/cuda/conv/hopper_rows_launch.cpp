@@ -16,13 +16,20 @@ constexpr int kLeastStages = 3;
 
 struct TileChoice {
   const char *split, *name;
-  int rows, columns, blocks;  // blocks of a cluster
+  int rows, columns, blocks;    // blocks of a cluster
+  std::array<int, 3> products;  // columns of each
   int (*shared_bytes)(int stages, int num_groups);
 };
 
 template <class Tile>
 TileChoice choice_of(const char* split, const char* name) {
-  return {split, name, Tile::kSamples, Tile::kColumns, Tile::kSplit, hopper_rows_shared_bytes<Tile>};
+  return {split,
+          name,
+          Tile::kSamples,
+          Tile::kColumns,
+          Tile::kSplit,
+          {Tile::kHalf, Tile::kThreeQuarters, Tile::kColumns},
+          hopper_rows_shared_bytes<Tile>};
 }
 
 bool filter_is(const ConvArguments& a, int64_t size, int64_t padding) {
@@ -87,7 +94,7 @@ std::string hopper_rows_refusal(const ConvArguments& a, const Device& device) {
 std::vector<HopperChoice> hopper_rows_choices(const ConvArguments& a, const Device& device, bool forward) {
   std::vector<HopperChoice> choices;
   for (const TileChoice& tile : tiles_by_clocks(a, device, forward)) {
-    choices.push_back({std::string("rows_") + tile.split + tile.name, clocks(a, device, forward, tile)});
+    choices.push_back({std::string("rows_") + tile.split + tile.name, clocks(a, device, forward, tile), tile.products});
   }
   return choices;
 }

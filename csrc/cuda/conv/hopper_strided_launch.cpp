@@ -17,6 +17,7 @@ constexpr int kLeastStages = 3, kLeastPixels = 4;
 struct TileChoice {
   const char* name;
   int64_t rows, columns;
+  std::array<int, 3> products;  // columns of each
   int (*shared_bytes)(int stages, int num_groups);
   int64_t width, height;  // of the box
 
@@ -25,7 +26,13 @@ struct TileChoice {
 
 template <class Tile>
 TileChoice choice_of(const char* name) {
-  return {name, Tile::kSamples, Tile::kColumns, hopper_rows_shared_bytes<Tile>, 0, 0};
+  return {name,
+          Tile::kSamples,
+          Tile::kColumns,
+          {Tile::kHalf, Tile::kThreeQuarters, Tile::kColumns},
+          hopper_rows_shared_bytes<Tile>,
+          0,
+          0};
 }
 
 int64_t result_channels(const ConvArguments& a, bool forward) { return forward ? a.out_channels : a.in_channels; }
@@ -37,8 +44,8 @@ int64_t tiles_of_image(const ConvArguments& a, const TileChoice& tile, bool forw
          ceil_div(result_channels(a, forward), tile.columns);
 }
 
-// Clocks of the busiest SM with even groups, and of all SMs. An SM multiplies 2048 pairs and reads 64 bytes of the L2
-// cache in a clock.
+// Clocks of the busiest SM with even groups, and of all SMs, in 64 channels of the source. An SM multiplies 2048 pairs
+// and reads 64 bytes of the L2 cache in a clock.
 std::pair<int64_t, int64_t> clocks(const ConvArguments& a, const Device& device, bool forward, const TileChoice& tile) {
   const int64_t groups = std::max<int64_t>(1, std::min(a.num_groups, a.batch)), blocks = device.multiprocessors;
   const int64_t tiles = groups * ceil_div(ceil_div(a.batch, groups), tile.samples()) * tiles_of_image(a, tile, forward);
@@ -55,21 +62,21 @@ std::pair<int64_t, int64_t> clocks(const ConvArguments& a, const Device& device,
   return {taps * of_tap, tiles * all_taps * of_tap};
 }
 
-// The tile with the fewest clocks; of equals, the larger one, in the larger part of an image.
-TileChoice choose_tile(const ConvArguments& a, const Device& device, bool forward) {
-  TileChoice best{};
-  std::pair<int64_t, int64_t> fewest;
+// The tiles, the one with the fewest clocks first; of equals the larger one, in the larger part of an image.
+std::vector<TileChoice> tiles_by_clocks(const ConvArguments& a, const Device& device, bool forward) {
+  std::vector<TileChoice> tiles;
   for (TileChoice tile : {choice_of<HopperRows256x128>("256x128"), choice_of<HopperRows128x128>("128x128"),
                           choice_of<HopperRows128x64>("128x64")}) {
     for (auto [width, height] : {std::array<int64_t, 2>{16, 16}, {16, 8}, {8, 16}, {8, 8}, {4, 4}}) {
       if (width * height > tile.rows) continue;
       tile.width = width, tile.height = height;
-      const auto own = clocks(a, device, forward, tile);
-      if (best.name && own >= fewest) continue;
-      best = tile, fewest = own;
+      tiles.push_back(tile);
     }
   }
-  return best;
+  std::stable_sort(tiles.begin(), tiles.end(), [&](const TileChoice& one, const TileChoice& other) {
+    return clocks(a, device, forward, one) < clocks(a, device, forward, other);
+  });
+  return tiles;
 }
 
 // As many stages as fit; 0 where too few do.
@@ -100,10 +107,20 @@ std::string hopper_strided_refusal(const ConvArguments& a, const Device& device)
   return "";
 }
 
+std::vector<HopperChoice> hopper_strided_choices(const ConvArguments& a, const Device& device, bool forward) {
+  const int64_t steps = ceil_div(forward ? a.in_channels : a.out_channels, kHopperDepth);
+  std::vector<HopperChoice> choices;
+  for (const TileChoice& tile : tiles_by_clocks(a, device, forward)) {
+    const int64_t of_step = clocks(a, device, forward, tile).first;
+    choices.push_back({std::string("strided_") + tile.name, steps * of_step, tile.products});
+  }
+  return choices;
+}
+
 std::vector<Launch> launch_hopper_strided(const ConvArguments& a, const Device& device, bool forward) {
   if (a.batch == 0) return {};
   using Params = ConvHopperStridedParams;
-  const TileChoice tile = choose_tile(a, device, forward);
+  const TileChoice tile = tiles_by_clocks(a, device, forward).front();
   const int64_t results = result_channels(a, forward);
   const TensorSizes loaded = {kHopperDepth, tile.width, tile.height, tile.samples()};
   const TensorSizes stored = {kHopperDepth, tile.width, 16 / tile.width, 1};

@@ -1,8 +1,9 @@
 """The Hopper form of convolutions, as a roofline needs it: where it runs, its time at fewer live channels, its steps.
 
-At full width the time is that of the model by which the form chooses its tiles (csrc/cuda/conv/hopper_model.h). Fewer
-live channels take the share of its products: the depth in steps of 16 channels, and of a tile's columns all, three
-quarters or half, but no fewer than 64. That share is by the model: no committed result has times of it.
+At full width the time is that of the model by which the form chooses its tiles (csrc/cuda/conv/hopper_model.h); with
+stride 2 and of upsampled images, which are computed as the gradient of stride 2 on merged taps, that of the products.
+Fewer live channels take the share of the products: the depth in steps of 16 channels, and of a tile's columns as many
+as its products may have. That share is by the model: no committed result has times of it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from tdc_fast.ops import cuda, hopper, native
 from tdc_fast.ops.backends import explain_problem
 
 DEPTH = 16  # channels of a product's depth
-LEAST_COLUMNS = 64
 PAIRS = 2048  # multiply-adds of a multiprocessor in a clock
 
 
@@ -34,33 +34,27 @@ def clocks(problem: ConvProblem, gpu: Device, live_in: int, live_out: int) -> fl
         live_in: live input channels.
         live_out: live output channels.
     """
-    columns, full = _tile(problem, gpu)
+    full, columns = _tile(problem, gpu)
     depth = math.ceil(live_in / DEPTH) / math.ceil(problem.in_channels / DEPTH)
     return full * depth * _multiplied(live_out, columns) / _multiplied(problem.out_channels, columns)
 
 
 def column_step(problem: ConvProblem, gpu: Device) -> int:
     """The live output channels in whose multiples a tile multiplies fewer columns."""
-    columns, _ = _tile(problem, gpu)
-    return columns // 4 if columns > LEAST_COLUMNS else columns
+    _, (*fewer, columns) = _tile(problem, gpu)
+    return columns - max([size for size in fewer if size < columns], default=0)
 
 
-def _tile(problem: ConvProblem, gpu: Device) -> tuple[int, float]:
-    """Columns of the tile that the form chooses, and its clocks at full width; with stride 2 those of its products."""
+def _tile(problem: ConvProblem, gpu: Device) -> tuple[int, tuple[int, ...]]:
+    """Clocks at full width of the tile that the form chooses, and the columns that its products may have."""
     if native.module is None:
         raise RuntimeError("the Hopper form is part of the native module, which is not built")
     facts = (gpu.arch, gpu.multiprocessors, gpu.shared_limit)
-    choices = native.module.cuda_conv_forward_hopper_choices(**cuda.geometry(problem), device=facts)
-    if choices:
-        name, found = choices[0]
-        return int(name.rpartition("x")[2]), found
-    pixels = problem.batch * problem.out_height * problem.out_width
-    channels = problem.in_channels * _multiplied(problem.out_channels, 128)
-    return 128, pixels * channels * math.prod(problem.filter) / PAIRS / gpu.multiprocessors
+    (_, clocks, columns), *_ = native.module.cuda_conv_forward_hopper_choices(**cuda.geometry(problem), device=facts)
+    return clocks, tuple(columns)
 
 
-def _multiplied(live: int, columns: int) -> int:
+def _multiplied(live: int, columns: tuple[int, ...]) -> int:
     """Columns that tiles multiply for so many live output channels."""
-    whole, rest = divmod(live, columns)
-    sizes = [size for size in (columns // 2, columns // 4 * 3, columns) if size >= LEAST_COLUMNS]
-    return whole * columns + (next(size for size in sizes if size >= rest) if rest else 0)
+    rest = live % columns[-1]
+    return live - rest + (min(size for size in columns if size >= rest) if rest else 0)
