@@ -1,6 +1,5 @@
 # What CMakeLists.txt builds from this folder. Planning a launch is plain C++ and always built; kernels only with nvcc.
-file(GLOB cuda_planners RELATIVE ${CMAKE_CURRENT_SOURCE_DIR} CONFIGURE_DEPENDS csrc/cuda/*/*.cpp)
-list(APPEND TDC_FAST_SOURCES ${cuda_planners})
+file(GLOB TDC_FAST_CUDA_PLANNERS RELATIVE ${CMAKE_CURRENT_SOURCE_DIR} CONFIGURE_DEPENDS csrc/cuda/*/*.cpp)
 list(APPEND TDC_FAST_BINDINGS csrc/cuda/bind_cuda.cpp)
 set(TDC_FAST_CUDA_SOURCES csrc/cuda/launch/launch.cu csrc/cuda/launch/registry.cu csrc/cuda/launch/runtime.cu)
 # One generated source per family, so that they compile in parallel.
