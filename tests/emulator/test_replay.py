@@ -13,9 +13,10 @@ from tdc_fast import RoutingPlan, routed_conv2d, routed_group_norm
 from tdc_fast.ops import backends, checks, cuda_launch, eager
 from tdc_fast.ops.replay import Replayed
 from tests.emulator.conv import FAMILIES, MANY_SMS
-from tests.emulator.harness import AT_RUNTIME, EmulatorLauncher, emulated
+from tests.emulator.harness import AT_RUNTIME, EmulatorLauncher, emulated, plain_only
 
-pytestmark = pytest.mark.usefixtures("repeating")
+# A call that is repeated with the addresses of an earlier one has other results, which needs no sanitizer to be seen.
+pytestmark = [pytest.mark.usefixtures("repeating"), plain_only]
 BATCH, GROUPS = 4, 2
 
 
@@ -45,14 +46,14 @@ def test_a_repeated_call_computes_what_its_backend_does(monkeypatch: pytest.Monk
         *(emulated(family, AT_RUNTIME) for family in (*FAMILIES, "group_norm", "group_norm_two")), facts=MANY_SMS
     )
     with cuda_launch.use_launcher(launcher):
-        for seed in (0, 1, 2):
+        for seed in (0, 1, 2, 3):
             torch.manual_seed(seed)
             repeated = results()
         calls = [seen.run for seen in eager.seen()]
         assert len(calls) == 10
         assert not any(isinstance(call, Replayed) and call.never_repeats for call in calls)
         backends.forget()
-        torch.manual_seed(2)
+        torch.manual_seed(3)
         assert all(map(torch.equal, repeated, results()))
 
 
@@ -78,10 +79,10 @@ def test_a_repeated_call_of_the_hopper_form_describes_its_own_tensors(
         return [y.detach(), *torch.autograd.grad(y, tensors, dy)]
 
     with cuda_launch.use_launcher(launcher):
-        first, *_, repeated = [once(seed) for seed in (0, 1, 2)]
+        first, *_, repeated = [once(seed) for seed in (0, 1, 2, 3)]
         calls = [seen.run for seen in eager.seen()]
         assert len(calls) == 3
         assert not any(isinstance(call, Replayed) and call.never_repeats for call in calls)
         backends.forget()
-        assert all(map(torch.equal, repeated, once(2)))
+        assert all(map(torch.equal, repeated, once(3)))
         assert not torch.equal(first[0], repeated[0])
