@@ -2,25 +2,23 @@
 
 What nvcc made is read back from the module that was installed. NVRTC compiles here: every family for every
 architecture, or where nvcc has built all of that, one family of every source for one architecture, and one of the
-kernels that differ in the 16-bit type or the tile alone.
+kernels that differ in the type or the tile alone.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
-import os
 import re
 import subprocess
 from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 
 from tdc_fast.ops import cuda_families, cuda_nvrtc, native
+from tests.chosen_kernels import unit_of
 from tests.compile_only.cuda_resources import (
     Resources,
     cuobjdump,
@@ -86,11 +84,11 @@ def of_one_type(kernels: Iterable[str]) -> list[str]:
 
 
 def of_one_tile(kernels: Iterable[str]) -> list[str]:
-    """Of kernels that differ in the numbers of their tile alone, and in the 16-bit type, one: of each form in turn
-    another tile."""
+    """Of kernels that differ in the numbers of their tile and in the type of what they read and write alone, one: of
+    each form in turn another tile and type. Products in tf32 are code of their own."""
     templates: dict[str, list[str]] = {}
     for name in of_one_type(kernels):
-        form = re.sub(r"(?<!fp)\d+(x\d+)*", "#", re.sub("bf16|fp16", "half", name))
+        form = re.sub(r"\d+(x\d+)*", "#", re.sub("bf16|fp16|fp32", "TYPE", name.replace("tf32", "tf")))
         templates.setdefault(form, []).append(name)
     return [names[turn % len(names)] for turn, names in enumerate(templates.values())]
 
@@ -106,19 +104,16 @@ class Job:
 
 @functools.cache
 def compiled() -> dict[Job, tuple[bytes, str]]:
-    """(cubin, log) of kernels for architectures, two compilers at a time."""
+    """(cubin, log) of kernels for architectures."""
     reason = cuda_nvrtc.unavailable(ARCHITECTURES[0])
     if reason is not None:
         pytest.skip(reason)
-    jobs = chosen(sorted(native.module.cuda_kernels, reverse=True), known())
-    with ProcessPoolExecutor(min(2, os.cpu_count() or 1), mp_context=get_context("spawn")) as pool:
-        made = pool.map(_compile, jobs)
-        return dict(zip(jobs, made, strict=True))
+    return {job: _compile(job) for job in chosen(sorted(native.module.cuda_kernels, reverse=True), known())}
 
 
 def chosen(families: list[str], architectures: list[int]) -> list[Job]:
     """What NVRTC compiles: all, or where nvcc has compiled all, one family of every source, for its own or the next
-    architecture, in one 16-bit type and with one tile."""
+    architecture, in one type and with one tile."""
     kernels = native.module.cuda_kernels
     if not built_by_nvcc(architectures):
         return [Job(family, arch, tuple(kernels[family])) for family in families for arch in architectures]
@@ -151,16 +146,8 @@ def _compile(job: Job) -> tuple[bytes, str]:
 
 def sources_of(family: str, kernels: tuple[str, ...]) -> dict[str, str]:
     """The sources of a family, whose translation unit defines these of its kernels."""
-    every = f"TDC_KERNELS_{family}(TDC_DEFINE_KERNEL)\n"
     sources = cuda_families.read_sources(family)
-    unit = next(iter(sources))
-    assert sources[unit].endswith(every)
-    defined = "".join(
-        f"#define TDC_CHOOSE_{name}(...) {'TDC_DEFINE_KERNEL(__VA_ARGS__)' if name in kernels else ''}\n"
-        for name in native.module.cuda_kernels[family]
-    )
-    choose = f"#define TDC_CHOOSE(name, ...) TDC_CHOOSE_##name(name, __VA_ARGS__)\nTDC_KERNELS_{family}(TDC_CHOOSE)\n"
-    return sources | {unit: sources[unit].removesuffix(every) + defined + choose}
+    return sources | {next(iter(sources)): unit_of(family, kernels)}
 
 
 def known() -> list[int]:
