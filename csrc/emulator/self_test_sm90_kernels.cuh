@@ -301,6 +301,40 @@ TDC_KERNEL(self_test_cluster, ClusterTestParams, 64, 1, 4) {
   if (rank != 1) cluster_wait();
 }
 
+// In each cluster of four blocks every block sends kRounds times its numbers to the next one, which waits for them at
+// an mbarrier of its own, and tells the sender's that it has read them: out[block][0][i] is made of the sender's 63 -
+// i.
+TDC_KERNEL(self_test_cluster_ring, ClusterTestParams, 64, 1, 4) {
+  constexpr int kRounds = 4;
+  TDC_SHARED(Mbarrier, full, 1);
+  TDC_SHARED(Mbarrier, empty, 1);
+  TDC_SHARED(uint4, received, 64);
+  const int rank = cluster_rank(), blocks = cluster_blocks(), thread = static_cast<int>(threadIdx.x);
+  const int next = (rank + 1) % blocks, before = (rank + blocks - 1) % blocks;
+  const int block = blockIdx.y * gridDim.x + blockIdx.x, own = p.in[block * 64 + thread];
+  if (thread == 0) {
+    mbarrier_init(full, 2), mbarrier_init(empty, 2);  // warps
+    mbarrier_init_fence();
+  }
+  warp_sync();
+  cluster_arrive(), cluster_wait();
+  int sum = 0;
+  for (int round = 0; round < kRounds; ++round) {
+    if (p.bug != 1) mbarrier_wait_cluster(empty, (round & 1) ^ 1);
+    const unsigned sent = static_cast<unsigned>(own + round);
+    store_16(cluster_shared(received + thread, next), make_uint4(sent, 0, 0, sent + 1));
+    warp_sync();
+    if (thread % 32 == 0) mbarrier_arrive_at(full, next);
+    if (p.bug != 2) mbarrier_wait_cluster(full, round & 1);
+    const uint4 words = load_16(received + 63 - thread);
+    sum = 3 * sum + static_cast<int>(words.x) + static_cast<int>(words.w);
+    warp_sync();
+    if (thread % 32 == 0) mbarrier_arrive_at(empty, before);
+  }
+  p.out[block * 128 + thread] = sum;
+  cluster_arrive(), cluster_wait();
+}
+
 // The encodings of cuda/device_sm90.cuh, bit by bit.
 static_assert(descriptor(descriptor_low(0x400, 16), descriptor_high(1024)) == 0x4000004000010040ull, "rows in order");
 static_assert(descriptor(descriptor_low(0x400 + 19 * 128, 16), descriptor_high(18 * 128)) == 0x40000090000100D8ull,

@@ -180,7 +180,8 @@ def test_the_kernels_that_test_hoppers_units_compile() -> None:
         pytest.skip(reason)
     cubin, log = units.compiled("--ptxas-options=-v")
     assert cubin.startswith(b"\x7fELF") and "warning" not in log, log
-    assert set(resources_in_log(log)) == {f"self_test_{name}" for name in ("box", "wgmma", "pipeline", "cluster")}
+    names = ("box", "wgmma", "pipeline", "cluster", "cluster_ring")
+    assert set(resources_in_log(log)) == {f"self_test_{name}" for name in names}
 
 
 def test_registers_are_counted_where_a_warpgroup_has_them() -> None:

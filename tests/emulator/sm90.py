@@ -157,3 +157,16 @@ def expected_exchange(values: Tensor) -> Tensor:
     clusters = values.view(2, 4, 2, 64)  # (cluster in y, rank, x, 64)
     sums = clusters.sum(1, dtype=torch.int32, keepdim=True).flip(3).expand_as(clusters)
     return torch.stack([sums, clusters.roll(1, 1)], 3).reshape(BLOCKS, 2, 64)
+
+
+def passed_on(bug: int = 0, machine: Machine = EMULATED) -> Tensor:
+    """What blocks of clusters make of what they sent each other through mbarriers, and what it should be."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randint(-1000, 1000, (BLOCKS, 64), generator=generator, dtype=torch.int32)
+    there, out = values.to(machine.device), torch.full((BLOCKS, 2, 64), -1, dtype=torch.int32, device=machine.device)
+    machine.launch("cluster_ring", GRID, 64, 0, struct.pack("=QQi4x", there.data_ptr(), out.data_ptr(), bug))
+    received = values.view(2, 4, 2, 64).roll(1, 1).flip(3).reshape(BLOCKS, 64)
+    expected = torch.zeros_like(received)
+    for number in range(4):
+        expected = 3 * expected + 2 * (received + number) + 1
+    return torch.stack([out[:, 0].cpu(), expected])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.emulator.harness import SCHEDULES, EmulatorError, emulated, plain_only
-from tests.emulator.sm90 import BLOCKS, Emulated, exchanged, expected_exchange
+from tests.emulator.sm90 import BLOCKS, Emulated, exchanged, expected_exchange, passed_on
 
 BEGUN = "whose block need not have begun: no barrier of the cluster is before"
 ENDED = r"whose block may have ended: none of its threads waits for a barrier of the cluster after that"
@@ -29,6 +29,20 @@ BUGS = {
 def test_blocks_of_a_cluster_reach_each_others_shared_memory(schedule: int) -> None:
     values, out = exchanged(machine=Emulated(schedule))
     assert torch.equal(out, expected_exchange(values))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_blocks_of_a_cluster_wait_for_each_other_at_mbarriers(schedule: int) -> None:
+    assert torch.equal(*passed_on(machine=Emulated(schedule)))
+
+
+@plain_only
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("bug", [1, 2], ids=["no wait before sending", "no wait before reading"])
+def test_a_wait_that_is_missing_is_reported(bug: int, schedule: int) -> None:
+    """Or a thread is a phase behind and waits for one that is over."""
+    with pytest.raises(EmulatorError, match="race on byte .* of the shared array received|deadlock"):
+        passed_on(bug, Emulated(schedule))
 
 
 @plain_only

@@ -11,7 +11,7 @@ import torch
 
 from tdc_fast.ops import cuda_nvrtc, native
 from tests.emulator.encodings import BOXES, ENCODINGS, WIDTHS, loaded, numbers, product, stored, stored_by_rows
-from tests.emulator.sm90 import exchanged, expected_exchange, pipeline
+from tests.emulator.sm90 import exchanged, expected_exchange, passed_on, pipeline
 from tests.gpu.units import OnGpu
 
 pytestmark = pytest.mark.gpu
@@ -62,3 +62,7 @@ def test_a_pipeline_gives_the_product(gpu: OnGpu) -> None:
 def test_blocks_of_a_cluster_reach_each_others_shared_memory(gpu: OnGpu) -> None:
     values, out = exchanged(machine=gpu)
     assert torch.equal(out, expected_exchange(values))
+
+
+def test_blocks_of_a_cluster_wait_for_each_other_at_mbarriers(gpu: OnGpu) -> None:
+    assert torch.equal(*passed_on(machine=gpu))
