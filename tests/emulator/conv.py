@@ -13,11 +13,14 @@ from torch import Tensor
 
 from tdc_fast.ops import cuda_launch
 from tests.cases import ConvCase, Routing, widths_of
-from tests.emulator.harness import AT_RUNTIME, EmulatorError, EmulatorLauncher, emulated
+from tests.emulator.harness import AT_RUNTIME, SANITIZED, EmulatorError, EmulatorLauncher, emulated
 from tests.ops.test_conv2d import gradients, routed
 from tests.tolerance import assert_as_accurate_as_torch
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32}
+if SANITIZED:
+    del DTYPES["fp16"]  # is not built there
+HALVES = [name for name in DTYPES if name != "tf32"]
 FAMILIES = ("conv_forward", "conv_dgrad", "conv_wgrad", "conv_few_images", "conv_few_wgrad")
 # (compute capability * 10, SMs, bytes of shared memory of a block). With one SM the planner chooses
 # the 128 tile where the channels fill it; with many SMs it chooses small tiles and splits.

@@ -209,15 +209,20 @@ def compiler() -> str:
     return COMPILER
 
 
-def _unit(family: str) -> Path:
-    """The translation unit of a family; one that follows from families.def is written to the build folder."""
+def _unit(family: str, sanitize: bool) -> Path:
+    """The translation unit of a family; one that follows from families.def is written to the build folder.
+
+    Under sanitizers without the kernels for fp16: their addresses are those of the kernels for bf16.
+    """
     if family in SELF_TESTS:
         return CSRC / "emulator" / f"{family}_kernels.cuh"
-    from tdc_fast.ops import cuda_families  # with torch, whose import takes seconds under ASan
+    from tdc_fast.ops import native  # with torch, whose import takes seconds under ASan
+    from tests.chosen_kernels import unit_of
 
-    unit = build_folder() / f"{family}.cu"
+    kernels = [name for name in native.module.cuda_kernels[family] if not (sanitize and "_fp16" in name)]
+    unit = build_folder() / f"{family}{'-sanitized' if sanitize else ''}.cu"
     partial = unit.with_name(f"{unit.name}.{os.getpid()}")
-    partial.write_text(cuda_families.translation_unit(family))
+    partial.write_text(unit_of(family, kernels))
     return partial.replace(unit)
 
 
@@ -236,7 +241,7 @@ def build(family: str, plants: tuple[str, ...] = (), sanitize: bool = False) -> 
     planted = [f"-DTDC_{plant}" if plant == AT_RUNTIME else f"-DTDC_PLANT_{plant}=1" for plant in plants]
     # Hopper's kernels leave the work to the emulator, so that -O0, which compiles eight times as fast, costs nothing.
     level = ["-O0"] if "hopper" in family else []
-    jobs[target] = ["-g1", *checks, *level, *planted, "-x", "c++", str(_unit(family))]
+    jobs[target] = ["-g1", *checks, *level, *planted, "-x", "c++", str(_unit(family, sanitize))]
     missing = [(["-c", *arguments], made) for made, arguments in jobs.items() if not made.exists()]
     with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
         list(pool.map(lambda job: compile_to(*job), missing))

@@ -13,6 +13,7 @@ from tdc_fast import explain, routed_conv2d
 from tests.cases import ConvCase, conv_cases
 from tests.emulator.conv import (
     DTYPES,
+    HALVES,
     MANY_SMS,
     ONE_SM,
     assert_accurate,
@@ -201,7 +202,7 @@ def test_two_inputs_are_read_where_they_are_and_upsampled_as_they_are_read() -> 
     assert said.reasons["cuda"] is None and "cuda" not in said.copies
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize(
     "changes",
     [
@@ -302,7 +303,7 @@ def test_only_live_channels_and_taps_that_reach_are_multiplied(changes: dict[str
     assert done == expected_multiply_adds(case, side, warp_rows)
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("dtype", HALVES)
 def test_what_is_added_to_the_product_is_rounded_with_it_once(dtype: str) -> None:
     """Small integers and quarters: every sum is exact in fp32, so that only the rounding of the result is left."""
     case = conv_case(in_widths=(24, 8, 13), out_widths=(16, 8, 11))

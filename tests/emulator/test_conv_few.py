@@ -10,6 +10,8 @@ import torch
 
 from tests.cases import ConvCase
 from tests.emulator.conv import (
+    DTYPES,
+    HALVES,
     assert_accurate,
     assert_nothing_dead_is_used,
     conv_case,
@@ -70,7 +72,7 @@ def test_results_and_gradients_are_as_accurate_as_torchs(name: str) -> None:
     number = list(LAYERS).index(name)
     extras = EXTRAS[number % len(EXTRAS)]
     with few_emulator() as launcher:
-        assert_accurate(layer(name, extras), (torch.bfloat16, torch.float16)[number % 2])
+        assert_accurate(layer(name, extras), DTYPES[HALVES[number % len(HALVES)]])
     widens = LAYERS[name]["in_channels"] < LAYERS[name]["out_channels"]
     images = [kernel for kernel in launcher.launched if "_to_" in kernel]
     assert len(images) == 2 and images[0].startswith("tdc_conv_few_to_many" if widens else "tdc_conv_many_to_few")

@@ -83,7 +83,7 @@ def test_any_problem_is_as_accurate_as_torch() -> None:
     @settings(max_examples=6 if SANITIZED else 12, deadline=None, derandomize=True)
     @given(case=large_images())
     def check(case: NormCase) -> None:
-        dtype = list(DTYPES.values())[case.seed % 3]
+        dtype = list(DTYPES.values())[case.seed % len(DTYPES)]
         with emulator(case, dtype, SCHEDULES[case.seed % len(SCHEDULES)]) as launcher:
             assert_matches_torch(case, dtype, "hopper")
         assert [form_of(kernel) for kernel in launcher.launched] == FORMS
@@ -120,6 +120,7 @@ def results_of(case: NormCase, plant: str = "", schedule: int = 0) -> dict[str, 
         return gradients(case, routed(case, tensors, "hopper"), tensors)
 
 
+@plain_only
 @pytest.mark.parametrize("changes", [STRADDLING, SEAM], ids=["dead channels", "two inputs"])
 def test_no_schedule_changes_a_bit(changes: dict[str, Any]) -> None:
     case = some_case(routing=THREE, size=(7, 5), **changes)

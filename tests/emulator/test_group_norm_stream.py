@@ -79,7 +79,7 @@ def test_any_problem_is_as_accurate_as_torch() -> None:
     @given(case=streams())
     def check(case: NormCase) -> None:
         launcher.schedule = SCHEDULES[case.seed % len(SCHEDULES)]
-        assert_matches_torch(case, list(DTYPES.values())[case.seed % 3], "hopper")
+        assert_matches_torch(case, list(DTYPES.values())[case.seed % len(DTYPES)], "hopper")
         assert [form_of(kernel) for kernel in launcher.launched[-2:]] == ["stream", "backward_stream"]
 
     with emulator() as launcher:
@@ -112,6 +112,7 @@ def test_of_many_samples_the_affines_gradients_are_summed_in_a_launch_of_their_o
     ]
 
 
+@plain_only
 @every_width
 def test_no_schedule_changes_a_bit(changes: dict[str, Any]) -> None:
     case, results = some_case(**changes), []
