@@ -1,8 +1,8 @@
 #pragma once
 
 // What the schedules of Hopper's convolutions leave to each block, in clocks of a model: products at the tensor core's
-// rate, for the rest of a tile what the planners count, and for that of a part of a unit as much as the test says. One
-// thread walks as the producers of all blocks do.
+// rate, for the rest of a tile what the planners count, and for that of a part of a unit as much as the test says. A
+// patch of wgrad takes at least as long as its load. One thread walks as the producers of all blocks do.
 #include "cuda/conv/hopper_images.cuh"
 #include "cuda/conv/hopper_model.h"
 #include "cuda/conv/hopper_rows.cuh"
@@ -20,7 +20,7 @@ struct alignas(64) ScheduleParams {
   int rest;  // clocks of a part of a unit besides its products; 0: products alone, of tiles, too
 };
 
-constexpr int kProductsOfClock = 2048;  // multiply-adds of an SM
+constexpr int kProductsOfClock = 2048, kLoadedInClock = 64;  // multiply-adds of an SM; bytes from the L2 cache
 
 // The form of images as the form of rows has its layouts.
 template <class Tile_, bool kForward_>
@@ -75,17 +75,15 @@ __device__ void clocks_of_parts(const ScheduleParams<ConvHopperWgradParams>& p) 
     const bool works = block < schedule.parts();
     for (int at = works ? schedule.cut(block) : 0, end = works ? schedule.cut(block + 1) : 0; at < end;) {
       const HopperUnit unit = schedule.find(at);
-      if (unit.patch < 0) {
-        at -= unit.patch;
-        continue;
-      }
       const HopperWgradGroup& first = schedule.group(unit.run);
-      const int patches = min(first.patches - unit.patch, end - at);
+      const int patches = schedule.patch_from(unit, end) - schedule.patch_from(unit, at);
+      at = unit.begin + first.patches * unit.of_patch;
+      if (patches == 0) continue;
       const int rows = first.expert_out - unit.out > 64 ? kHopperUnit : 64;
       const int columns = hopper_wgrad_columns<Unit>(first.expert_in - unit.in);
       const int taps = Unit::kOfRows ? 1 : Unit::kParts;
-      clocks += 64LL * rows * columns * taps / kProductsOfClock * patches + p.rest;
-      at += patches;
+      const int products = 64 * rows * columns * taps / kProductsOfClock, loads = Unit::kStageBytes / kLoadedInClock;
+      clocks += 1LL * patches * (p.rest ? max(products, loads) : products) + p.rest;
     }
     p.clocks[block] = clocks;
   }

@@ -232,6 +232,20 @@ def test_a_planted_bug_spoils_the_result(plant: str) -> None:
     assert close == ([True, False] if "BIAS" in plant else [False, True])
 
 
+@plain_only
+def test_patches_of_narrow_units_take_less_of_the_line_and_each_has_one_block() -> None:
+    """72 and 64 output channels, so that patches differ and cuts fall into them."""
+    case = case_of(routing=uneven(3, 4), out_channels=72, out_widths=(72, 64))
+    t, problem, dy = arguments(case)
+    with hopper(5) as launcher:
+        right, *_ = hopper_backend.conv2d_wgrad(problem, dy, t, (True, False, False))
+        with launcher.planted("HOPPER_EQUAL_PATCHES"):
+            equal, *_ = hopper_backend.conv2d_wgrad(problem, dy, t, (True, False, False))
+        with launcher.planted("HOPPER_PATCH_TWICE"):
+            wrong, *_ = hopper_backend.conv2d_wgrad(problem, dy, t, (True, False, False))
+    assert torch.allclose(right, equal, rtol=0.1, atol=0.1) and not torch.allclose(right, wrong, rtol=0.1, atol=0.1)
+
+
 def arguments(case: ConvCase) -> tuple[ConvTensors, Any, torch.Tensor]:
     tensors = {name: t.detach() for name, t in case.tensors(torch.bfloat16).items()}
     plan = case.routing.plan()

@@ -8,11 +8,13 @@ count (cuda/conv/hopper_model.h).
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
 import torch
 
+from bench.gpu.conv import MIXED
 from bench.gpu.layers import UNETS, all_layers, unet_layers
 from tdc_fast import _native
 from tests.emulator.harness import AT_RUNTIME, EmulatedLibrary, emulated
@@ -21,6 +23,7 @@ from tests.native.test_conv_hopper_model import START
 from tests.native.test_conv_launch import H100, arguments
 
 REST = 2_700  # clocks of a part of a unit of wgrad, besides its products
+CUTS = 34_000  # clocks that cuts anywhere in the line of wgrad cost more than equal parts of units
 MOST = 1.15  # times what even groups take
 GROUPS = 8
 
@@ -74,21 +77,22 @@ def clocks(
     pass_: str,
     samples: list[int],
     blocks: int = 0,
-    width: float = 1.0,
+    width: float | Sequence[float] = 1.0,
     rest: int = REST,
 ) -> list[int]:
     """What each block of a launch takes, or of so many blocks; nothing where another form serves.
 
-    width: the live share of the channels on both sides.
-    rest: clocks of a part of a unit of wgrad besides its products; 0: products alone, of tiles, too.
+    width: the live share of the channels on both sides, of all groups or of each.
+    rest: clocks of a part of a unit of wgrad besides its patches; 0: products alone, of tiles, too.
     """
     offsets = torch.tensor([0, *torch.tensor(samples).cumsum(0).tolist()], dtype=torch.int32)
     none = {"weight_index": 0, "in_widths": 0, "out_widths": 0, "sample_bias": 0, "residual": 0, "dsample_bias": 0}
     given = arguments(pass_, H100, batch=sum(samples), num_groups=len(samples), num_experts=len(samples))
     given |= {name: value for name, value in none.items() if name in given} | layer.sizes()
     given |= {"offsets": offsets.data_ptr(), "workspace": 1 << 20}
-    widths = torch.tensor([layer.in_channels, layer.out_channels]).mul(width).int()[:, None].repeat(1, len(samples))
-    if width < 1:
+    live = torch.tensor([width] * len(samples) if isinstance(width, float) else width)
+    widths = torch.tensor([[layer.in_channels], [layer.out_channels]]).mul(live).int()
+    if live.min() < 1:
         given |= {"in_widths": widths[0].data_ptr(), "out_widths": widths[1].data_ptr()}
     launches = getattr(_native, f"cuda_launches_conv_{pass_}")(**given, hopper=True)
     for launch in launches:
@@ -160,11 +164,55 @@ def test_what_is_left_of_groups_goes_to_blocks_without_a_whole_tile(library: Emu
         assert max(ratios(library, [layer], "dgrad", 128).values()) > MOST
 
 
+def most_over_mean(library: EmulatedLibrary, layers: list[Layer], width: float | Sequence[float]) -> dict[Layer, float]:
+    """Clocks of wgrad that the busiest block takes more than 1.1 times the mean of all, with even groups."""
+    found = {}
+    for layer in layers:
+        if taken := clocks(library, layer, "wgrad", shares(128, GROUPS), width=width):
+            found[layer] = max(taken) - 1.1 * sum(taken) / H100[1]
+    assert len(found) > 60
+    return found
+
+
+@pytest.mark.parametrize("widths", [(0.75,), MIXED, (1.0, 0.5)])
+def test_wgrad_of_any_widths_leaves_blocks_equal_work(
+    library: EmulatedLibrary, layers: list[Layer], widths: Sequence[float]
+) -> None:
+    """Of units of few live channels a part has more patches. Equal parts of equal units may leave SMs idle."""
+    found = most_over_mean(library, layers, given := tuple(widths) * (GROUPS // len(widths)))
+    assert max(found.values()) <= CUTS + 3 * REST, max(found.items(), key=lambda item: item[1])
+    with library.planted("HOPPER_EQUAL_PATCHES"):
+        assert max(most_over_mean(library, layers, given).values()) > 3 * CUTS
+
+
+def test_wgrad_of_equal_units_leaves_blocks_idle_only_where_cuts_cost_more(
+    library: EmulatedLibrary, layers: list[Layer]
+) -> None:
+    found = most_over_mean(library, layers, 1.0)
+    assert max(found.values()) <= CUTS + 3 * REST, max(found.items(), key=lambda item: item[1])
+    with library.planted("HOPPER_BLOCKS_STAY_IDLE"):
+        assert max(most_over_mean(library, layers, 1.0).values()) > 10 * CUTS
+
+
+@pytest.mark.parametrize("layer, batch, working", [
+    (Layer(128, 128, 32, 32, 3, 1), 128, 120),
+    (Layer(256, 256, 16, 16, 3, 1), 128, 96),
+    (Layer(256, 256, 8, 8, 3, 1), 256, 96),
+    (Layer(256, 256, 64, 64, 3, 1), 64, 132),
+])  # fmt: skip
+def test_equal_units_are_cut_into_equal_parts_where_a_prototype_was_faster_so(
+    library: EmulatedLibrary, layer: Layer, batch: int, working: int
+) -> None:
+    """The first three were measured on an H200: 71, 76 and 48 us against 78, 82 and 59 on all SMs."""
+    taken = clocks(library, layer, "wgrad", shares(batch, GROUPS))
+    assert sum(clocks > 0 for clocks in taken) == working
+
+
 def shares_of_products(library: EmulatedLibrary, layers: list[Layer], pass_: str, width: float) -> dict[Layer, float]:
     """The share of the products that is left at a width, of layers that the form serves."""
     found = {}
     for layer in layers:
-        whole, part = (sum(clocks(library, layer, pass_, shares(128, GROUPS), width=w, rest=0)) for w in (1, width))
+        whole, part = (sum(clocks(library, layer, pass_, shares(128, GROUPS), width=w, rest=0)) for w in (1.0, width))
         if whole:
             found[layer] = part / whole
     assert len(found) > 30

@@ -247,15 +247,16 @@ __device__ __forceinline__ void conv_hopper_wgrad(const ConvHopperWgradParams& p
 // A slice of a unit: so many quads of sums of all threads that multiplied.
 template <class T, class Unit>
 __device__ __forceinline__ void hopper_wgrad_reduce_slice(const ConvHopperWgradParams& p,
-                                                          const HopperWgradSchedule<Unit>& schedule,
-                                                          const HopperUnit& unit, int expert, int slice) {
+                                                          const HopperWgradSchedule<Unit>& schedule, HopperUnit unit,
+                                                          int expert, int slice) {
   constexpr int kQuads = kHopperQuads<Unit> / kHopperReduceSlices;
-  const int run = schedule.run_of(expert), begin = schedule.begin_of_unit(run, unit.row, unit.in, unit.out);
+  unit.run = schedule.run_of(expert);
   int from = 0, to = -1, live_in = 0, live_out = 0;
-  if (begin >= 0) {
-    from = schedule.part_of(begin), to = schedule.part_of(begin + schedule.group(run).patches - 1);
+  if (schedule.locate(unit)) {
+    const HopperWgradGroup& group = schedule.group(unit.run);
+    from = schedule.part_of(unit, 0), to = schedule.part_of(unit, group.patches - 1);
     if (from == to) return;  // the unit is whole
-    live_in = schedule.group(run).expert_in, live_out = schedule.group(run).expert_out;
+    live_in = group.expert_in, live_out = group.expert_out;
   }
   const int first = slice * kQuads, thread = threadIdx.x;
   float4 sums[kQuads];

@@ -176,9 +176,9 @@ class HopperBiasSums {
     if (channel >= kHopperUnit || out_ + channel >= p_.out_channels) return;
     float sum = 0.0f;
     for (int row = 0; row < p_.rows; ++row) {
-      const int begin = schedule_.begin_of_unit(run_, row, 0, out_);
-      if (begin < 0 || out_ + channel >= schedule_.group(run_).expert_out) break;
-      const int from = schedule_.part_of(begin), to = schedule_.part_of(begin + schedule_.group(run_).patches - 1);
+      HopperUnit unit{run_, row, 0, out_};
+      if (!schedule_.locate(unit) || out_ + channel >= schedule_.group(run_).expert_out) break;
+      const int from = schedule_.part_of(unit, 0), to = schedule_.part_of(unit, schedule_.group(run_).patches - 1);
       if (from == to) sum += hopper_sums_of_unit(p_, expert_, row, out_)[channel];
       for (int part = from; from < to && part <= to; ++part) {
         sum += hopper_sums_of_part(p_, 2 * part + (part == from ? 1 : 0))[channel];
@@ -219,9 +219,10 @@ class HopperBiasSums {
     if (!p_.bias_sums) return sum;
     const int first_row = s * p_.sample_rows, first = first_row / 64, last = (first_row + p_.sample_rows - 1) / 64;
     const int turn = quotient(group.first * p_.sample_rows + 64 * first, p_.by_turn_rows) % p_.rows;
-    const int begin = schedule_.begin_of_unit(run_, turn, 0, out_) + group.before;
-    const int end = schedule_.part_of(begin + last);
-    for (int part = schedule_.part_of(begin + first) + 1; part <= end; ++part) {
+    HopperUnit unit{run_, turn, 0, out_};
+    schedule_.locate(unit);
+    const int end = schedule_.part_of(unit, group.before + last);
+    for (int part = schedule_.part_of(unit, group.before + first) + 1; part <= end; ++part) {
       sum = added(sum, at(hopper_sums_of_part(p_, part) + channel - out_));
     }
     return sum;

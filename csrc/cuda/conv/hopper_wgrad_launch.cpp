@@ -17,12 +17,12 @@ constexpr int kLeastStages = 3;
 struct UnitChoice {
   const char* name;
   int in, stage_bytes;
-  int64_t part_bytes;
+  int64_t part_bytes, most_patch;
 };
 
 template <class Unit>
 UnitChoice choice_of(const char* name) {
-  return {name, Unit::kIn, Unit::kStageBytes, kHopperPartBytes<Unit>};
+  return {name, Unit::kIn, Unit::kStageBytes, kHopperPartBytes<Unit>, kHopperMostPatch<Unit>};
 }
 
 // Tiles along the input channels; none has channels of both inputs.
@@ -264,9 +264,9 @@ std::string hopper_wgrad_refusal(const ConvArguments& a, const Device& device) {
   const UnitChoice unit = choose_unit(a);
   if (stages(a, device, unit) == 0) return "its stages do not fit into shared memory";
   // The line of all work is counted in 32 bits, and so are the rows of patches.
-  const int64_t line = patches(a) + kHopperUnitEnd<HopperRowsUnit<1>> * a.num_experts;
-  if (line > std::numeric_limits<int>::max() / std::max<int64_t>(64, units_of_expert(a, unit))) {
-    return "it has fewer than 2^31 patches and units in wgrad";
+  const int64_t line = patches(a) * unit.most_patch + kHopperUnitEnd * a.num_experts;
+  if (line > std::numeric_limits<int>::max() / std::max<int64_t>(8, units_of_expert(a, unit))) {
+    return "it takes more than 2^31 times 64 clocks in wgrad";
   }
   return "";
 }

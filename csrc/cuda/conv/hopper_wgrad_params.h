@@ -46,10 +46,17 @@ constexpr int kHopperQuads = Unit::kParts * 16;
 template <class Unit>
 constexpr long long kHopperPartBytes = 16LL * kHopperQuads<Unit> * 256;
 
-// The time of a unit's end, in which its sums leave the registers, in patches: about 2700 clocks, which multiply 5
-// times 64 pixels x 128 x 128 channels (measured in a prototype of the forward, between tiles).
+// Times in which the line of all work is counted, 64 clocks each. Of a unit's end, in which its sums leave the
+// registers: about 2700 clocks (measured in a prototype of the forward, between tiles). Of a patch: its products, 2048
+// in a clock, at most those of all channels of the unit; at least those in which 64 bytes per clock load it.
+constexpr int kHopperUnitEnd = 42;
+// What cuts anywhere in the line cost more than those that divide all units into equal parts, or none: 34,000 clocks
+// (in a prototype on an H200, 132 blocks against 96 or 120: 12 to 20 us more than their products say).
+constexpr int kHopperCuts = 530;
 template <class Unit>
-constexpr int kHopperUnitEnd = (5 + Unit::kParts / 2) / Unit::kParts;
+constexpr int kHopperMostPatch = 64 * kHopperUnit * Unit::kParts * 128 / 2048 / 64;
+template <class Unit>
+constexpr int kHopperLeastPatch = Unit::kStageBytes / 64 / 64;
 
 // A part of a unit's depth.
 struct HopperWgradWork {
@@ -68,8 +75,10 @@ struct HopperWgradGroup {
   int patches;                // of all groups of the expert
   int expert_in, expert_out;  // the largest widths of them
   int shared;                 // there are several
-  int end;                    // of the group's share of the line of all work
-  int are_equal;              // of the first group: whether equal parts are whole parts of units
+  int end;                    // of the expert's share of the line of all work
+  int length;                 // of the units of 128 output channels in it, if all of these are live
+  // Of the first group in the list: what a unit takes of the line before its patches; parts of the line.
+  int unit_end, parts;
 };
 
 // What counts of a stage. Aligned, as a multiplication by 12 takes registers that the producer has not.

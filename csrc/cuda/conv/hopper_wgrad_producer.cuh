@@ -21,21 +21,18 @@ class HopperWgradProducer {
     const int begin = part < parts ? schedule_.cut(part) : 0, end = part < parts ? schedule_.cut(part + 1) : 0;
     for (int position = begin; position < end;) {
       const HopperUnit unit = schedule_.find(position);
-      if (unit.patch < 0) {
-        position -= unit.patch;
-        continue;
-      }
       const HopperWgradGroup& first = schedule_.group(unit.run);
-      const int length = min(first.patches - unit.patch, end - position);
-      const bool starts = unit.patch == 0, whole = starts && length == first.patches;
+      const int patch = schedule_.patch_from(unit, position), length = schedule_.patch_from(unit, end) - patch;
+      position = unit.begin + first.patches * unit.of_patch;
+      if (length == 0) continue;
+      const bool starts = patch == 0, whole = length == first.patches;
       HopperWgradWork work;
       work.expert = first.expert, work.row = unit.row, work.in = unit.in, work.out = unit.out;
       work.live_in = first.expert_in - unit.in, work.live_out = first.expert_out - unit.out;
-      work.patches = walk<false>(unit, length);
+      work.patches = walk<false>(unit, patch, length);
       work.slot = whole ? -1 : 2 * part + (starts ? 1 : 0);
       send(work);
-      walk<true>(unit, length);
-      position += length;
+      walk<true>(unit, patch, length);
     }
     HopperWgradWork none = {};
     none.expert = -1;
@@ -53,11 +50,11 @@ class HopperWgradProducer {
     messages_.next(kHopperMessages);
   }
 
-  // Goes through `length` patches of a unit, group after group; loads those of groups with live channels there, or
-  // counts them.
+  // Goes through `length` patches of a unit from `patch` on, group after group; loads those of groups with live
+  // channels there, or counts them.
   template <bool kLoad>
-  __device__ __forceinline__ int walk(const HopperUnit& unit, int length) {
-    int count = 0, patch = unit.patch;
+  __device__ __forceinline__ int walk(const HopperUnit& unit, int patch, int length) {
+    int count = 0;
     for (int i = unit.run; length > 0; ++i) {
       const HopperWgradGroup& group = schedule_.group(i);
       const int left = group.before + schedule_.patches_of(group) - patch;

@@ -46,6 +46,14 @@ __device__ __forceinline__ int hopper_wgrad_columns(int live_in) {
   return live_in <= 64 ? 64 : live_in <= 96 ? 96 : 128;
 }
 
+// The time of a patch of a unit with so many live channels: kHopperUnitEnd says how it is counted.
+template <class Unit>
+__device__ __forceinline__ int hopper_wgrad_patch(int live_in, int live_out) {
+  if (TDC_PLANTED(HOPPER_EQUAL_PATCHES)) return kHopperMostPatch<Unit>;
+  const int columns = hopper_wgrad_columns<Unit>(live_in) * (Unit::kOfRows ? 1 : Unit::kParts);
+  return max(columns / (live_out > 64 ? 16 : 32), kHopperLeastPatch<Unit>);
+}
+
 // Warps that read a stage, and the barrier of them all.
 __device__ __forceinline__ int hopper_wgrad_readers(const ConvHopperWgradParams& p) {
   return 8 + (p.bias_sums ? kHopperBiasWarps : 0);
