@@ -463,7 +463,7 @@ def test_the_unit_of_1x1_filters_loads_the_fewest_channels(channels: int, unit: 
         ({"upsample": 2, "height": 1}, "it upsamples images from 2x2 on"),
         ({"upsample": 2, "x2_channels": 64}, "it upsamples one input of 3x3 filters with padding 1 and stride 1"),
         ({"num_groups": 257}, "it has at most 256 groups in wgrad"),
-        ({"batch": 2**17, "height": 64, "width": 64, "in_channels": 2048, "out_channels": 1024}, "it has fewer than"),
+        ({"batch": 2**17, "height": 64, "width": 64, "in_channels": 2048, "out_channels": 1024}, "it takes less than"),
     ],
 )
 def test_a_wgrad_that_it_does_not_serve_takes_the_portable_form(changes: dict[str, Any], reason: str) -> None:

@@ -266,7 +266,7 @@ std::string hopper_wgrad_refusal(const ConvArguments& a, const Device& device) {
   // The line of all work is counted in 32 bits, and so are the rows of patches.
   const int64_t line = patches(a) * unit.most_patch + kHopperUnitEnd * a.num_experts;
   if (line > std::numeric_limits<int>::max() / std::max<int64_t>(8, units_of_expert(a, unit))) {
-    return "it takes more than 2^31 times 64 clocks in wgrad";
+    return "it takes less than 2^37 clocks in wgrad";
   }
   return "";
 }
