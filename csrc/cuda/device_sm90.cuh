@@ -228,9 +228,9 @@ __device__ __forceinline__ void wgmma_settle(float (&d)[kCount]) {
 #define TDC_WGMMA_TEXT(columns, element, registers, a, b, add, ta, tb)                                          \
   "{\n.reg .pred p;\nsetp.ne.b32 p, " add ", 0;\nwgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." element \
   "." element " {" registers "}, " a ", " b ", p, 1, 1, " ta ", " tb ";\n}"
-#define TDC_TEXT_32                                                                                           \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, " \
-  "%23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define TDC_TEXT_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define TDC_TEXT_24 TDC_TEXT_16 ", %16, %17, %18, %19, %20, %21, %22, %23"
+#define TDC_TEXT_32 TDC_TEXT_24 ", %24, %25, %26, %27, %28, %29, %30, %31"
 #define TDC_TEXT_48 TDC_TEXT_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
 #define TDC_TEXT_64 TDC_TEXT_48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define TDC_TEXT_72 TDC_TEXT_64 ", %64, %65, %66, %67, %68, %69, %70, %71"
@@ -251,10 +251,16 @@ __device__ __forceinline__ void wgmma_settle(float (&d)[kCount]) {
 
 template <class T, int kColumns, int kOuterA, int kOuterB>
 __device__ __forceinline__ void wgmma(float* d, unsigned long long a, unsigned long long b, unsigned add) {
-  static_assert(kColumns == 64 || kColumns == 96 || kColumns == 128 || kColumns == 144 || kColumns == 192,
+  static_assert(kColumns == 32 || kColumns == 48 || kColumns == 64 || kColumns == 96 || kColumns == 128 ||
+                    kColumns == 144 || kColumns == 192,
                 "the widths written out");
 #define TDC_WGMMA_OF(element)                                                                                  \
-  if constexpr (kColumns == 64) {                                                                              \
+  if constexpr (kColumns == 32) {                                                                              \
+    TDC_WGMMA(32, element, TDC_TEXT_16, kOuterA, kOuterB, "%16", "%17", "%18", "%19", "%20", TDC_SUMS_16(0));  \
+  } else if constexpr (kColumns == 48) {                                                                       \
+    TDC_WGMMA(48, element, TDC_TEXT_24, kOuterA, kOuterB, "%24", "%25", "%26", "%27", "%28", TDC_SUMS_16(0),   \
+              TDC_SUMS_8(16));                                                                                 \
+  } else if constexpr (kColumns == 64) {                                                                       \
     TDC_WGMMA(64, element, TDC_TEXT_32, kOuterA, kOuterB, "%32", "%33", "%34", "%35", "%36", TDC_SUMS_32(0));  \
   } else if constexpr (kColumns == 96) {                                                                       \
     TDC_WGMMA(96, element, TDC_TEXT_48, kOuterA, kOuterB, "%48", "%49", "%50", "%51", "%52", TDC_SUMS_32(0),   \

@@ -128,8 +128,16 @@ TDC_KERNEL(self_test_wgmma, HopperTestParams, 128) {
       return multiply_boxes<half, 192, 0, 1>(p, shared, b);
     case 11:
       return multiply_boxes<half, 64, 1, 1>(p, shared, b);
-    default:
+    case 12:
       return multiply_boxes<bf16, 96, 1, 1>(p, shared, b);
+    case 13:
+      return multiply_boxes<half, 32, 0, 0>(p, shared, b);
+    case 14:
+      return multiply_boxes<bf16, 48, 0, 0>(p, shared, b);
+    case 15:
+      return multiply_boxes<bf16, 32, 0, 1>(p, shared, b);
+    default:
+      return multiply_boxes<half, 48, 0, 1>(p, shared, b);
   }
 }
 

@@ -107,13 +107,13 @@ PATCH = patch(18, 18, 19, False)
 # Columns, a, b, mode of the kernel: every width that a kernel multiplies, also those that end inside a box of 64.
 WIDTHS = {
     **{f"k inside, {columns} columns": (columns, ROWS, inner(boxes), mode)
-       for mode, columns, boxes in ((3, 64, 1), (4, 96, 2), (5, 192, 3), (6, 144, 3))},
+       for mode, columns, boxes in ((3, 64, 1), (4, 96, 2), (5, 192, 3), (6, 144, 3), (13, 32, 1), (14, 48, 1))},
     **{f"k of b outside, {columns} columns": (columns, ROWS, outer(boxes), mode)
-       for mode, columns, boxes in ((7, 64, 1), (8, 96, 2), (9, 144, 3), (10, 192, 3))},
+       for mode, columns, boxes in ((7, 64, 1), (8, 96, 2), (9, 144, 3), (10, 192, 3), (15, 32, 1), (16, 48, 1))},
     **{f"k outside, {columns} columns of a patch": (columns, ROWS_OUTER, patch(10, 8, 1, True, boxes=2), mode)
        for mode, columns in ((11, 64), (12, 96))},
 }  # fmt: skip
-HALVES = (3, 4, 5, 6, 8, 10, 11)  # modes in fp16
+HALVES = (3, 4, 5, 6, 8, 10, 11, 13, 16)  # modes in fp16
 
 
 def product(

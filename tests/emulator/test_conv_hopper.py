@@ -196,6 +196,19 @@ def test_any_case_is_as_accurate_as_torch() -> None:
     check()
 
 
+@plain_only
+def test_any_widths_of_tall_tiles_are_as_accurate_as_torch() -> None:
+    @given(width=st.tuples(*[st.integers(1, 64)] * 2), extras=st.sampled_from([("bias", "sample_bias"), ("residual",)]))
+    @examples(3)
+    def check(width: tuple[int, int], extras: tuple[str, ...]) -> None:
+        own = {"in_widths": width[:1], "out_widths": width[1:], "extras": extras}
+        with hopper(1) as launcher:
+            assert_accurate(case_of(routing=uneven(1), size=(25, 9), **own), torch.bfloat16, GRADIENTS, "hopper")
+        assert all(kernel.endswith("32x16x64") for kernel in launcher.launched)
+
+    check()
+
+
 # More steps than stages, two tiles for one block, two inputs, a ragged depth, a residual.
 ALL_PARTS = case_of(routing=uneven(1, 1), in_channels=72, x2_channels=8, out_channels=72)
 
@@ -243,6 +256,17 @@ def test_three_quarters_of_the_channels_take_nine_sixteenths_of_the_products() -
         done = launcher.multiply_adds() - before
     assert all(kernel.endswith("16x16x128") for kernel in launcher.launched)
     assert done == 2 * 9 * 256 * 96 * 96
+
+
+@plain_only
+def test_tall_tiles_multiply_half_of_their_columns_or_three_quarters() -> None:
+    case = case_of(routing=uneven(1, 1, 1), size=(25, 9), in_widths=(16,) * 3, out_widths=(32, 33, 49), extras=())
+    with hopper(1) as launcher:
+        before = launcher.multiply_adds()
+        results(case, torch.bfloat16, (), backend="hopper")
+        done = launcher.multiply_adds() - before
+    assert launcher.launched == ["tdc_conv_hopper_forward_bf16_32x16x64"]
+    assert done == 9 * 512 * 16 * (32 + 48 + 64)
 
 
 @plain_only
@@ -298,14 +322,20 @@ def test_a_planted_bug_spoils_the_result(plant: str, wanted: tuple[str, ...]) ->
 
 @plain_only
 @pytest.mark.parametrize("wanted", [(), ("x",)], ids=["forward", "dgrad"])
-def test_three_quarters_of_the_columns_for_one_channel_more_spoil_the_result(wanted: tuple[str, ...]) -> None:
-    widths = {"in_widths": (97,), "out_widths": (64,)} if wanted else {"in_widths": (64,), "out_widths": (97,)}
-    case = case_of(routing=uneven(1), size=(9, 9), in_channels=128, out_channels=128, extras=(), **widths)
+@pytest.mark.parametrize(
+    "channels, live, size, tile",
+    [(128, 97, (9, 9), "16x16x128"), (64, 33, (25, 9), "32x16x64")],
+)
+def test_columns_for_one_channel_fewer_spoil_the_result(
+    channels: int, live: int, size: tuple[int, int], tile: str, wanted: tuple[str, ...]
+) -> None:
+    widths = {"in_widths": (live,), "out_widths": (64,)} if wanted else {"in_widths": (64,), "out_widths": (live,)}
+    case = case_of(routing=uneven(1), size=size, in_channels=channels, out_channels=channels, extras=(), **widths)
     with hopper(1) as launcher:
         assert_accurate(case, torch.bfloat16, wanted, backend="hopper")
         with launcher.planted("HOPPER_NARROW_COLUMNS"), pytest.raises(AssertionError):
             assert_accurate(case, torch.bfloat16, wanted, backend="hopper")
-    assert all(kernel.endswith("16x16x128") for kernel in launcher.launched)
+    assert all(kernel.endswith(tile) for kernel in launcher.launched)
 
 
 @plain_only

@@ -124,6 +124,14 @@ def test_groups_of_single_samples_fill_small_tiles_of_one() -> None:
     assert next(iter(single)) == "16x8x64" and single["16x8x64"] == even["16x8x64"] < 0.7 * single["8x8x2x64"]
 
 
+def test_products_of_few_columns_save_half_of_their_share() -> None:
+    """Shared memory delivers the 64 rows of a product in half of the time that 64 columns take."""
+    layer = settings((3, 32, 32, 64, 64), 128, 8)  # 256 tiles of 512 pixels
+    two = layer | {"in_channels": 96, "x2_channels": 32}  # for either input; 64 and 32 columns
+    assert choices("dgrad", **layer)["32x16x64"] == 2 * (9 * 1024 + 600 + 512 * 64 // 14)
+    assert choices("dgrad", **two)["32x16x64"] == 4 * (9 * (1024 + 768) // 2 + 600 + 512 * 48 // 14)
+
+
 def test_clusters_stay_within_the_multiprocessors_of_a_gpc() -> None:
     small = settings((3, 4, 4, 256, 256), 64, 8)
     assert only(plan(**small)).grid == (32, 4, 1)

@@ -286,7 +286,7 @@ def test_a_roofline_takes_the_steps_of_the_backend_that_will_run(monkeypatch: py
     model = Roofline.on(torch.device("cuda"), torch.bfloat16, 128, 8)
     portable = dataclasses.replace(model, is_hopper=None)
     conv = Layer("conv2d", 256, 256, 32, 32, 256, 256, (3, 3), (1, 1), (1, 1))
-    thin, image = (dataclasses.replace(conv, out_channels=out, live_out=out) for out in (192, 6))
+    thin, tall, image = (dataclasses.replace(conv, out_channels=out, live_out=out) for out in (192, 64, 6))
     narrow = dataclasses.replace(conv, height=8, width=8)
     odd = dataclasses.replace(conv, filter=(5, 5), padding=(2, 2))
     half = dataclasses.replace(conv, stride=(2, 2))
@@ -295,8 +295,8 @@ def test_a_roofline_takes_the_steps_of_the_backend_that_will_run(monkeypatch: py
         for layer in (conv.narrowed("out", 248), conv.narrowed("in", 248)):
             assert model.step(layer) == portable.step(layer) and model.nanoseconds(layer) == portable.nanoseconds(layer)
         monkeypatch.setenv(ENVIRONMENT, "hopper")
-        for layer, step in ((conv, 32), (thin, 48), (half, 32)):
-            assert model.step(layer.narrowed("out", 100)) == step and model.step(layer.narrowed("in", 248)) == 16
+        for layer, step in ((conv, 32), (thin, 48), (half, 32), (tall, 16)):
+            assert model.step(layer.narrowed("out", 50)) == step and model.step(layer.narrowed("in", 248)) == 16
         small = dataclasses.replace(model, setting=dataclasses.replace(model.setting, batch=8))
         assert small.step(narrow.narrowed("out", 100)) == 64  # tiles of 64 columns
         for layer in (odd, image):
@@ -313,6 +313,9 @@ def test_a_roofline_takes_the_steps_of_the_backend_that_will_run(monkeypatch: py
             assert share(layer, 256, 97) == 0.5 and share(layer, 65, 256) == 80 / 256
             assert share(layer, 128, 128) == 0.25 and share(layer, 192, 192) == 0.5625 and share(layer, 256, 0) == 0
         assert share(thin, 256, 97) == 0.75 and share(thin, 256, 96) == 0.5
+        # Products of fewer than 64 columns wait for shared memory.
+        assert share(tall, 256, 32) == 0.75 and share(tall, 256, 33) == share(tall, 256, 48) == 0.875
+        assert share(tall, 256, 49) == 1
 
 
 UPSAMPLED = Layer("conv2d", 256, 256, 16, 16, 256, 256, (3, 3), (1, 1), (1, 1), upsample=2)

@@ -60,7 +60,7 @@ int64_t clocks(const ConvArguments& a, const Device& device, bool forward, const
   const int64_t pixels = 64 * tile.down * tile.across, samples = even_samples(a), rest = samples % tile.samples;
   const int64_t of_row = ceil_div(a.height, 8 * tile.down) * ceil_div(a.width, 8 * tile.across) *
                          result.tiles(tile.columns) * even_groups(a);
-  const int64_t columns = hopper_mean_columns(tile.columns, result.seam, result.of_second());
+  const int64_t columns = hopper_mean_columns(tile.products, result.seam, result.of_second());
   const HopperTileCost cost{tile.samples * pixels, columns, tile.source_bytes / kHopperTaps};
   const HopperTiles tiles{samples / tile.samples * of_row, rest ? of_row : 0, rest * pixels,
                           hopper_steps(kHopperTaps, source.seam, source.of_second())};

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <limits>
 
@@ -29,22 +30,27 @@ inline int64_t hopper_steps(int64_t taps, int64_t first, int64_t second) {
   return taps * (ceil_div(first, kHopperDepth) + ceil_div(second, kHopperDepth));
 }
 
-// Columns that the tiles of a result multiply on average, by the channels that each has.
-inline int64_t hopper_mean_columns(int64_t columns, int64_t first, int64_t second) {
+// Columns that the tiles of a result multiply on average, by the channels that each has and the columns that a product
+// may have, from the fewest up to all.
+inline int64_t hopper_mean_columns(const std::array<int, 3>& products, int64_t first, int64_t second) {
+  const int64_t columns = products.back();
   int64_t sum = 0, tiles = 0;
   for (const int64_t channels : {first, second}) {
-    const int64_t rest = channels % columns, half = hopper_half(columns), more = hopper_three_quarters(columns);
-    sum += channels / columns * columns + (rest == 0 ? 0 : rest <= half ? half : rest <= more ? more : columns);
+    const int64_t rest = channels % columns;
+    sum += channels - rest + (rest ? *std::lower_bound(products.begin(), products.end(), rest) : 0);
     tiles += ceil_div(channels, columns);
   }
   return ceil_div(sum, tiles);
 }
 
-// An SM multiplies 2048 pairs in a clock and reads 64 bytes of the L2 cache, of weights that other SMs read at the same
-// time 24. A warpgroup without rows multiplies nothing.
+// An SM multiplies 2048 pairs in a clock. It reads 64 bytes of the L2 cache, of weights that other SMs read at the same
+// time 24, and 128 of shared memory: a product's 64 rows and 64 columns take as long to read as to multiply, and fewer
+// columns longer. A warpgroup without rows multiplies nothing.
 inline int64_t hopper_step_clocks(const HopperTileCost& tile, int64_t live_rows) {
   const int64_t rows = 2 * live_rows <= tile.rows ? tile.rows / 2 : tile.rows, weights = tile.columns * kHopperRow;
-  return std::max({rows * tile.columns * kHopperDepth / 2048, (tile.source_bytes + weights) / 64, weights / 24});
+  const int64_t read = (rows + rows / 64 * tile.columns) * kHopperRow;
+  return std::max(
+      {rows * tile.columns * kHopperDepth / 2048, read / 128, (tile.source_bytes + weights) / 64, weights / 24});
 }
 
 // Clusters of so many blocks that run at once, a block per SM. A cluster lies in one of the card's GPCs, which have 16

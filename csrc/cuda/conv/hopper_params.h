@@ -16,9 +16,12 @@ constexpr int kHopperMessages = 4;            // tiles that the producer may be 
 constexpr int kHopperStoreBytes = 2048;       // a store buffer
 constexpr int kHopperMostGroups = kHopperThreads;
 
-// A product of a tile has all columns of it, three quarters of them or half, but no fewer than 64.
-constexpr int hopper_three_quarters(int columns) { return columns == 64 ? 64 : columns / 4 * 3; }
-constexpr int hopper_half(int columns) { return columns == 64 ? 64 : columns / 2; }
+// A product of a tile has all columns of it, three quarters of them or half, but no fewer than the tile's least: 64
+// where the loads of a step take longer than products of 64 columns (hopper_model.h).
+constexpr int hopper_three_quarters(int columns, int least) {
+  return columns / 4 * 3 < least ? least : columns / 4 * 3;
+}
+constexpr int hopper_half(int columns, int least) { return columns / 2 < least ? least : columns / 2; }
 
 // The filter is 3 x 3 with padding 1 and stride 1. The unit of work is a patch: 8 x 8 pixels of one sample, the 64 rows
 // of one wgmma. A tile is kDown x kAcross patches of each of kSamples samples, times kColumns channels of the result;
@@ -26,8 +29,10 @@ constexpr int hopper_half(int columns) { return columns == 64 ? 64 : columns / 2
 template <int kDown_, int kAcross_, int kSamples_, int kColumns_, int kStoreBuffers_>
 struct HopperTile {
   static constexpr int kDown = kDown_, kAcross = kAcross_, kSamples = kSamples_, kColumns = kColumns_;
-  static constexpr int kThreeQuarters = hopper_three_quarters(kColumns), kHalf = hopper_half(kColumns);
   static constexpr int kPatches = kDown * kAcross * kSamples;
+  static constexpr int kLeastColumns = kPatches == 8 ? 32 : 64;  // eight patches take longer than their loads
+  static constexpr int kThreeQuarters = hopper_three_quarters(kColumns, kLeastColumns);
+  static constexpr int kHalf = hopper_half(kColumns, kLeastColumns);
   static constexpr int kStoreBuffers = kStoreBuffers_;  // of each warp: 16 pixels of 64 channels
   static constexpr int kRegistersOfSums = kPatches / 2 * kColumns / 2;
   // A stage of the source: the pixels of a tile and those around them, at a multiple of 1024 bytes.

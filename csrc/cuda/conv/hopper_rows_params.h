@@ -14,7 +14,7 @@ template <int kPatches_, int kColumns_, int kSplit_ = 1>
 struct HopperRowsTile {
   static constexpr int kDown = 1, kAcross = 1;
   static constexpr int kPatches = kPatches_, kSamples = 64 * kPatches_, kColumns = kColumns_;
-  static constexpr int kThreeQuarters = hopper_three_quarters(kColumns), kHalf = hopper_half(kColumns);
+  static constexpr int kThreeQuarters = hopper_three_quarters(kColumns, 64), kHalf = hopper_half(kColumns, 64);
   static constexpr int kStoreBuffers = 2;  // of each warp: 16 rows of 64 channels
   static constexpr int kSourceBytes = kSamples * kHopperRow, kWeightBytes = kColumns * kHopperRow;
   static constexpr int kStageBytes = kSourceBytes + kWeightBytes;
