@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tdc_fast import RoutingPlan
-from tdc_fast.ops import conv2d, group_norm
+from tdc_fast.ops import conv2d, group_norm, linear
 
 
 def validate_every_plan(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -27,6 +27,6 @@ def validate_every_plan(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return count
 
     monkeypatch.setattr(RoutingPlan, "from_groups", classmethod(validating))
-    for module in (conv2d, group_norm):
+    for module in (conv2d, group_norm, linear):
         monkeypatch.setattr(module, "check_dead_inputs", counting(module.check_dead_inputs))
     return seen

@@ -23,8 +23,8 @@ from tdc_fast.ops.layout import empty_nhwc
 from tdc_fast.ops.reference import live_channels
 
 _WIDTHS_SCHEMA = "Tensor weight_index, Tensor? in_widths, Tensor? out_widths"
-_ROUTING_SCHEMA = f"Tensor offsets, {_WIDTHS_SCHEMA}"
-_TILED_SCHEMA = f"Tensor offsets, Tensor tiles, {_WIDTHS_SCHEMA}"
+ROUTING_SCHEMA = f"Tensor offsets, {_WIDTHS_SCHEMA}"
+TILED_SCHEMA = f"Tensor offsets, Tensor tiles, {_WIDTHS_SCHEMA}"
 _SETTINGS_SCHEMA = "int[2] stride, int[2] padding, int upsample"
 _Settings = tuple[tuple[int, int], tuple[int, int], int]
 
@@ -104,7 +104,7 @@ def _forward_fake(*args: Any) -> Tensor:
 
 forward = eager.Operator(
     "routed_conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor? sample_bias, Tensor? residual, "
-    f"Tensor? x2, {_TILED_SCHEMA}, {_SETTINGS_SCHEMA}, str backend) -> Tensor",
+    f"Tensor? x2, {TILED_SCHEMA}, {_SETTINGS_SCHEMA}, str backend) -> Tensor",
     _forward,
     _forward_fake,
 )
@@ -134,8 +134,8 @@ def _dgrad_fake(dy: Tensor, *args: Any) -> list[Tensor]:
 
 
 # One gradient for x, and one for x2 where there is one. dead_zeros: dy is known to be zero past out_widths.
-_dgrad_op = eager.Operator(
-    f"routed_conv2d_dgrad(Tensor dy, Tensor weight, {_TILED_SCHEMA}, SymInt[2] image_size, SymInt x2_channels, "
+dgrad = eager.Operator(
+    f"routed_conv2d_dgrad(Tensor dy, Tensor weight, {TILED_SCHEMA}, SymInt[2] image_size, SymInt x2_channels, "
     f"{_SETTINGS_SCHEMA}, bool dead_zeros, str backend) -> Tensor[]",
     _dgrad,
     _dgrad_fake,
@@ -167,8 +167,8 @@ def _wgrad_fake(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 
 # Gradients that `mask` does not ask for come back as empty tensors: a schema has no optional results.
-_wgrad_op = eager.Operator(
-    f"routed_conv2d_wgrad(Tensor dy, Tensor x, Tensor? x2, Tensor weight, {_ROUTING_SCHEMA}, {_SETTINGS_SCHEMA}, "
+wgrad = eager.Operator(
+    f"routed_conv2d_wgrad(Tensor dy, Tensor x, Tensor? x2, Tensor weight, {ROUTING_SCHEMA}, {_SETTINGS_SCHEMA}, "
     "bool[3] mask, str backend) -> (Tensor, Tensor, Tensor)",
     _wgrad,
     _wgrad_fake,
@@ -184,6 +184,24 @@ def _save(ctx: Any, args: tuple[Any, ...], y: Tensor) -> None:
     ctx.save_for_backward(*inputs, weight, *routing)
 
 
+def dense_gradient(
+    dy: Tensor, memory_format: torch.memory_format, is_read: bool, offsets: Tensor, out_widths: Tensor | None
+) -> Tensor:
+    """Returns dy in dense memory, once for dgrad and wgrad, which check what they read; `is_read`: one of them runs."""
+    if is_read and dy.is_contiguous(memory_format=memory_format):
+        return dy
+    check_memory(dy=dy, offsets=offsets, out_widths=out_widths)
+    return dy.contiguous(memory_format=memory_format)
+
+
+def live_part(dy: Tensor, offsets: Tensor, out_widths: Tensor | None) -> Tensor:
+    """Returns images dy (B, C, H, W) with zeros in dead channels."""
+    if out_widths is None:
+        return dy
+    live = live_channels(out_widths, offsets, dy.shape[0], dy.shape[1])
+    return torch.where(live[:, :, None, None], dy, 0)
+
+
 @library.once_differentiable
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, x2, weight, offsets, tiles, *widths = ctx.saved_tensors
@@ -192,25 +210,19 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     dx = dx2 = dweight = dbias = dsample_bias = dresidual = None
     input_moves, mask = needs[0] or needs[5], needs[1:4]
     dead_zeros = are_zeros(dy, out_widths, offsets)
-    if not (dy.is_contiguous(memory_format=torch.channels_last) and (input_moves or any(mask))):
-        # dgrad and wgrad check what they read, but this may be the first to read it
-        check_memory(dy=dy, offsets=offsets, out_widths=out_widths)
-        dy = dy.contiguous(memory_format=torch.channels_last)  # once, for dgrad and wgrad
+    dy = dense_gradient(dy, torch.channels_last, input_moves or any(mask), offsets, out_widths)
     if input_moves:
         settings = (*ctx.input_size, *ctx.settings, dead_zeros, ctx.backend)
-        dx, *others = _dgrad_op.call(dy, weight, offsets, tiles, *widths, *settings)
+        dx, *others = dgrad.call(dy, weight, offsets, tiles, *widths, *settings)
         dx2 = others[0] if others else None
         if dx2 is None:
             note_zeros(dx, widths[-2], offsets)
     if any(mask):
         settings = (*ctx.settings, mask, ctx.backend)
-        grads = _wgrad_op.call(dy, x, x2, weight, offsets, *widths, *settings)
+        grads = wgrad.call(dy, x, x2, weight, offsets, *widths, *settings)
         dweight, dbias, dsample_bias = (grad if wanted else None for grad, wanted in zip(grads, mask, strict=True))
     if needs[4]:
-        dresidual = dy
-        if out_widths is not None and not dead_zeros:
-            live = live_channels(out_widths, offsets, dy.shape[0], dy.shape[1])
-            dresidual = torch.where(live[:, :, None, None], dy, 0)
+        dresidual = dy if dead_zeros else live_part(dy, offsets, out_widths)
     return dx, dweight, dbias, dsample_bias, dresidual, dx2, *(None,) * 9
 
 
@@ -229,22 +241,24 @@ def _tangent(args: tuple[Any, ...], tangents: tuple[Tensor | None, ...]) -> Tens
     return along_weight + forward.overload(dx, weight, None, None, None, dx2, *rest) if input_moves else along_weight
 
 
-_ARGUMENTS = [argument.name for argument in forward.overload._schema.arguments]
-
-
-def _cast(device_type: str, *args: Any) -> tuple[Any, ...]:
-    dtype = torch.get_autocast_dtype(device_type)
+def cast_all(operator: eager.Operator) -> Callable[..., tuple[Any, ...]]:
+    """What `operator.add_autocast` takes: all floating tensors but those of fp64 get the dtype of autocast."""
+    names = [argument.name for argument in operator.overload._schema.arguments]
 
     def is_cast(dtype: torch.dtype) -> bool:
         return dtype.is_floating_point and dtype != torch.float64
 
-    return tuple(
-        [
-            converted(name, arg, dtype) if isinstance(arg, Tensor) and is_cast(arg.dtype) else arg
-            for name, arg in zip(_ARGUMENTS, args, strict=True)
-        ]
-    )
+    def cast(device_type: str, *args: Any) -> tuple[Any, ...]:
+        dtype = torch.get_autocast_dtype(device_type)
+        return tuple(
+            [
+                converted(name, arg, dtype) if isinstance(arg, Tensor) and is_cast(arg.dtype) else arg
+                for name, arg in zip(names, args, strict=True)
+            ]
+        )
+
+    return cast
 
 
 forward.add_autograd(_save, _backward, _tangent)
-forward.add_autocast(_cast)
+forward.add_autocast(cast_all(forward))

@@ -41,7 +41,7 @@ def note_zeros(gradient: Tensor | None, widths: Tensor | None, offsets: Tensor) 
     """Notes on a gradient that it is zero in dead channels, until it is written to.
 
     Args:
-        gradient: (B, C, H, W), sorted by group.
+        gradient: (B, C, H, W), or of a linear layer (B, C) or (B, T, C); sorted by group.
         widths: Live channels of each group, int32 (N,); None where all are live.
         offsets: First sample of each group and their end, int32 (N + 1,).
     """

@@ -150,6 +150,8 @@ class Operator:
 
     Attributes:
         overload: The operator itself, as torch calls it.
+        bind: As given.
+        fake: As given.
         find: The result for all arguments, which need not be right, where an earlier call was like this one, else None.
             Not to be called while torch traces (torch.compiler.is_compiling).
     """
@@ -165,7 +167,7 @@ class Operator:
         self.overload = library.define(schema, lambda *args: bind(*args).run(*args), fake)
         kinds = [str(argument.type) for argument in self.overload._schema.arguments]
         self._tensors = sum(kind in ("Tensor", "Optional[Tensor]") for kind in kinds)
-        self._bind = bind
+        self.bind, self.fake = bind, fake
         self._alike: dict[Hashable, Alike] = {}
         self._calls: Any = None  # those that the extension in C++ keeps
         self.find: Callable[..., Any] = self._find_in_python
@@ -273,7 +275,7 @@ class Operator:
         given = alike.given(args)
         if _Guards is None or not library.are_plain(given):
             return None
-        bound = self._bind(*args)
+        bound = self.bind(*args)
         if bound.only_launches and not shared:
             run: Callable[..., Any] = Replayed(library.below_autograd(bound.run), given[0].device, self._tensors)
         else:

@@ -8,6 +8,7 @@ tensors) count as full. Torch's fused attention counts on the CPU as it does on 
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
@@ -34,8 +35,8 @@ def _convolution(
     out_widths: Tensor | None,
 ) -> int:
     """FLOPs of one pass, where the forward's output has shape `output`, (B, C_out, OH, OW)."""
-    _, out_channels, in_channels, rows, columns = weight.shape
-    per_pair = 2 * output[2] * output[3] * rows * columns  # of one sample, one input and one output channel
+    _, out_channels, in_channels, *taps = weight.shape
+    per_pair = 2 * math.prod(output[2:]) * math.prod(taps)  # of one sample, one input and one output channel
     groups = offsets.shape[0] - 1
     bounds = _values(offsets)
     live_in = None if in_widths is None else _values(in_widths)
@@ -69,12 +70,35 @@ def _wgrad(
     return _convolution(dy.shape, weight, offsets, in_widths, out_widths) if mask[0] else 0
 
 
+def _image(tokens: Sequence[int]) -> tuple[int, ...]:
+    """The shape of (B, C) or (B, T, C) as of an image: (B, C) or (B, C, T)."""
+    return (tokens[0], tokens[-1], *tokens[1:-1])
+
+
+def _linear_forward(x: Tensor, *args: Any, out_val: Tensor, **_: Any) -> int:
+    weight, _, _, offsets, _, _, in_widths, out_widths = args[:8]
+    return _convolution(_image(out_val.shape), weight, offsets, in_widths, out_widths)
+
+
+def _linear_dgrad(dy: Tensor, *args: Any, **_: Any) -> int:
+    weight, offsets, _, _, in_widths, out_widths = args[:6]
+    return _convolution(_image(dy.shape), weight, offsets, in_widths, out_widths)
+
+
+def _linear_wgrad(dy: Tensor, x: Tensor, *args: Any, **_: Any) -> int:
+    weight, offsets, _, in_widths, out_widths, mask = args[:6]
+    return _convolution(_image(dy.shape), weight, offsets, in_widths, out_widths) if mask[0] else 0
+
+
 def _register_now(counter: ModuleType) -> None:
     ops, aten = torch.ops.tdc_fast, torch.ops.aten
     formulas = {
         ops.routed_conv2d: _forward,
         ops.routed_conv2d_dgrad: _dgrad,
         ops.routed_conv2d_wgrad: _wgrad,
+        ops.routed_linear: _linear_forward,
+        ops.routed_linear_dgrad: _linear_dgrad,
+        ops.routed_linear_wgrad: _linear_wgrad,
         aten._scaled_dot_product_flash_attention_for_cpu: counter.sdpa_flop,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: counter.sdpa_backward_flop,
     }

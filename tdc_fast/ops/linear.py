@@ -1,17 +1,19 @@
-"""routed_linear: the routed convolution of T tokens viewed as an image of T x 1 pixels, without copies."""
+"""routed_linear: the public function and its contract. What it calls is registered in linear_operators.py."""
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import Tensor
+from torch.compiler import is_compiling
 
-from tdc_fast.errors import invalid
+from tdc_fast.kernels.problems import ConvProblem
 from tdc_fast.ops import backends
-from tdc_fast.ops.checks import check_memory, require_tensors
-from tdc_fast.ops.conv2d import describe as describe_conv2d
-from tdc_fast.ops.conv2d import routed_conv2d
-from tdc_fast.ops.plan import RoutingPlan
+from tdc_fast.ops.check_values import check_dead_inputs
+from tdc_fast.ops.checks import require_backend_name, require_tensors
+from tdc_fast.ops.linear_operators import forward, forward_problem, image_of
+from tdc_fast.ops.plan import RoutingPlan, check_plan, is_plan_of
 
 
 def routed_linear(
@@ -45,57 +47,39 @@ def routed_linear(
     Raises:
         ValueError: Naming argument, value and remedy.
     """
-    image, filters, added = _as_images(x, weight, residual)
-    y = routed_conv2d(
-        image,
-        filters,
-        bias,
-        plan,
-        in_widths=in_widths,
-        out_widths=out_widths,
-        residual=added,
-        backend=backend,
-    )
-    # Not an index, whose gradient is a zero-filled copy.
-    return y.flatten(1) if x.dim() == 2 else y.squeeze(-1).transpose(1, 2)
+    result = None
+    if not is_compiling() and is_plan_of(plan, x):
+        result = forward.find(
+            x, weight, bias, residual, plan.offsets, plan.tiles, plan.weight_index, in_widths, out_widths,
+            "" if backend is None else backend,
+        )  # fmt: skip
+    if result is None:
+        require_backend_name(backend)
+        result = forward.call_first(*_checked(x, weight, bias, plan, in_widths, out_widths, residual), backend or "")
+    if in_widths is not None and plan.validate:
+        check_dead_inputs("in_widths", in_widths, plan.groups, image_of("x", x), None)
+    return result
 
 
-def _check(x: Tensor, weight: Tensor, residual: Tensor | None) -> None:
-    require_tensors(("residual",), x=x, weight=weight, residual=residual)
-    if x.dim() not in (2, 3):
-        raise invalid("x", tuple(x.shape), "shape (B, C_in) or (B, T, C_in)")
-    if weight.dim() != 3:
-        raise invalid("weight", tuple(weight.shape), "rank 3: (E, C_out, C_in)")
-    if residual is not None and (residual.dim() != x.dim() or residual.shape[:-1] != x.shape[:-1]):
-        shape = (*x.shape[:-1], weight.shape[1])
-        raise invalid("residual", tuple(residual.shape), f"shape {shape}")
-
-
-def _as_images(x: Tensor, weight: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The arguments, checked, as the convolution takes them."""
-    _check(x, weight, residual)
-    try:
-        filters = weight.view(*weight.shape, 1, 1)
-        return _as_image(x), filters, None if residual is None else _as_image(residual)
-    except RuntimeError:  # torch refuses to view memory that was freed
-        check_memory(x=x, weight=weight, residual=residual)
-        raise
-
-
-def _as_image(x: Tensor) -> Tensor:
-    """Views (B, C) as (B, C, 1, 1) and (B, T, C) as (B, C, T, 1), channels_last when x is contiguous."""
-    return x.view(*x.shape, 1, 1) if x.dim() == 2 else x.transpose(1, 2).unsqueeze(-1)
-
-
-@backends.describes("routed_linear")
-def _describe(
+def _checked(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     plan: RoutingPlan,
-    *,
-    residual: Tensor | None = None,
-    **rest: Any,
-) -> Any:
-    image, filters, added = _as_images(x, weight, residual)
-    return describe_conv2d(image, filters, bias, plan, residual=added, **rest)
+    in_widths: Tensor | None,
+    out_widths: Tensor | None,
+    residual: Tensor | None,
+) -> tuple[Any, ...]:
+    """The arguments of the registered operator but `backend`; ValueError for one of the wrong type."""
+    optional = {"bias": bias, "in_widths": in_widths, "out_widths": out_widths, "residual": residual}
+    require_tensors(tuple(optional), x=x, weight=weight, **optional)
+    check_plan(x, plan)
+    return x, weight, bias, residual, plan.offsets, plan.tiles, plan.weight_index, in_widths, out_widths
+
+
+@backends.describes("routed_linear")
+def _describe(*args: Any, **settings: Any) -> ConvProblem:
+    call = inspect.signature(routed_linear).bind(*args, **settings)
+    call.apply_defaults()
+    del call.arguments["backend"]
+    return forward_problem(*_checked(**call.arguments))

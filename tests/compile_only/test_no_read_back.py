@@ -50,7 +50,7 @@ DEVICE_PATH = [
     *("tdc_fast/ops/cuda.py", "tdc_fast/ops/cuda_launch.py", "tdc_fast/ops/cuda_device.py"),
     *("tdc_fast/ops/cuda_native.py", "tdc_fast/ops/cuda_nvrtc.py", "tdc_fast/ops/triton.py", "tdc_fast/ops/pack.py"),
     *("tdc_fast/ops/conv2d.py", "tdc_fast/ops/group_norm.py", "tdc_fast/ops/linear.py", "tdc_fast/ops/plan.py"),
-    *("tdc_fast/ops/conv2d_operators.py", "tdc_fast/ops/group_norm_operators.py"),
+    *("tdc_fast/ops/conv2d_operators.py", "tdc_fast/ops/linear_operators.py", "tdc_fast/ops/group_norm_operators.py"),
     *("kernels/tile_table.py", "tdc_fast/ops/layout.py", "tdc_fast/ops/library.py", "tdc_fast/ops/checks.py"),
     "tdc_fast/ops/check_values.py",
     *("tdc_fast/nn/plan_scope.py", "tdc_fast/nn/leaf.py", "tdc_fast/nn/routed.py", "tdc_fast/nn/layers.py"),

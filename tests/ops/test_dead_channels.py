@@ -27,14 +27,14 @@ WIDTHS, CHANNELS = (4, 8, 6), 8  # norm groups of two channels
 def told(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """What every dgrad was told about the dead channels of its dy."""
     found: list[bool] = []
-    place = [argument.name for argument in conv2d_operators._dgrad_op.overload._schema.arguments].index("dead_zeros")
-    call = conv2d_operators._dgrad_op.call
+    place = [argument.name for argument in conv2d_operators.dgrad.overload._schema.arguments].index("dead_zeros")
+    call = conv2d_operators.dgrad.call
 
     def listening(*args: Any) -> Any:
         found.append(args[place])
         return call(*args)
 
-    monkeypatch.setattr(conv2d_operators._dgrad_op, "call", listening)
+    monkeypatch.setattr(conv2d_operators.dgrad, "call", listening)
     return found
 
 
@@ -188,13 +188,13 @@ def test_a_copy_of_a_width_tensor_is_not_told_of(told: list[bool]) -> None:
 
 def test_residual_blocks_of_a_pruned_model_need_no_mask(told: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
     """What their first convolution returns goes to their second norm alone."""
-    listening, pruned = conv2d_operators._dgrad_op.call, []
+    listening, pruned = conv2d_operators.dgrad.call, []
 
     def noting(dy: Tensor, weight: Tensor, *args: Any) -> Any:
         pruned.append(weight.shape[-1] == 3 and args[4] is not None)  # out_widths
         return listening(dy, weight, *args)
 
-    monkeypatch.setattr(conv2d_operators._dgrad_op, "call", noting)
+    monkeypatch.setattr(conv2d_operators.dgrad, "call", noting)
     model = pack_experts(unet(), GROUPS, shuffled_plan(unet(), PRUNED))
     x, t, y = batch()
     model(x, t, y=y).square().sum().backward()

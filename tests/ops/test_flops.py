@@ -47,8 +47,16 @@ def test_what_is_not_computed_does_not_count() -> None:
 
 def test_linear_layers_count_as_matrix_products_and_norms_as_nothing() -> None:
     plan = RoutingPlan.from_groups(torch.tensor([0, 1]), 2)
-    x, weight = torch.randn(2, 5, 3), torch.randn(2, 4, 3)
-    assert flops(lambda: routed_linear(x, weight, None, plan))["routed_conv2d"] == 2 * 2 * 5 * 3 * 4
+    weight, bias = torch.randn(2, 4, 3), torch.randn(2, 4, requires_grad=True)
+    for shape, tokens in (((2, 5, 3), 5), ((2, 3), 1)):
+        x = torch.randn(shape, requires_grad=True)
+        assert flops(lambda x=x: routed_linear(x, weight, bias, plan).sum().backward()) == {
+            "routed_linear": 2 * 2 * tokens * 3 * 4, "routed_linear_dgrad": 2 * 2 * tokens * 3 * 4,
+            "routed_linear_wgrad": 0,
+        }  # fmt: skip
+    x, widths = torch.randn(2, 5, 3), torch.tensor([1, 3], dtype=torch.int32)
+    counted = flops(lambda: routed_linear(x, weight.requires_grad_(), bias, plan, in_widths=widths).sum().backward())
+    assert counted == {"routed_linear": 2 * 5 * (1 + 3) * 4, "routed_linear_wgrad": 2 * 5 * (1 + 3) * 4}
     norm = lambda: routed_group_norm(torch.randn(2, 4, 3, 3), *torch.randn(2, 2, 4), plan, num_groups=2)  # noqa: E731
     assert sum(flops(norm).values()) == 0
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from tdc_fast import RoutingPlan, routed_conv2d, routed_group_norm
-from tdc_fast.ops import backends, conv2d, eager, group_norm, host, host_build
+from tdc_fast import RoutingPlan, routed_conv2d, routed_group_norm, routed_linear
+from tdc_fast.ops import backends, conv2d, eager, group_norm, host, host_build, linear
 from tdc_fast.ops.cuda_nvrtc import CACHE_VARIABLE
 
 CPU = torch.device("cpu")
@@ -31,6 +31,7 @@ OPERATORS: dict[str, tuple[Callable[..., Tensor], Any, tuple[tuple[int, ...], ..
         routed_group_norm, group_norm.forward, ((4, 4, 5, 5), (2, 4), (2, 4)),
         {"num_groups": 2, "activation": "silu", "backend": "reference"},
     ),
+    "routed_linear": (routed_linear, linear.forward, ((4, 5, 4), (2, 6, 4), (2, 6)), {"backend": "reference"}),
 }  # fmt: skip
 cases = pytest.mark.parametrize("name", OPERATORS)
 

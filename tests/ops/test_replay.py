@@ -135,6 +135,12 @@ CASES: dict[str, Callable[[], Case]] = {
         {"x": dense_memory(BATCH, 16), "weight": dense_memory(GROUPS, 16, 16), "bias": dense_memory(GROUPS, 16)},
         {},
     ),
+    "tokens": lambda: (
+        routed_linear,
+        {name: dense_memory(*shape) for name, shape in (("x", (BATCH, 6, 16)), ("weight", (GROUPS, 16, 16)),
+                                                        ("residual", (BATCH, 6, 16)))},
+        {"in_widths": widths(16, 8, 0), "out_widths": widths(8, 8, 16)},
+    ),
     "group norm": lambda: (routed_group_norm, norm(), {"num_groups": 4, "activation": "silu"}),
     "a norm's widths": lambda: (routed_group_norm, norm(), {"num_groups": 4, "widths": widths(16, 8, 0)}),
 }  # fmt: skip

@@ -188,7 +188,7 @@ BACKWARD = {
     conv: ("x", "weight", "in_widths", "out_widths", "offsets", "weight_index", "dy"),
     conv_of_two: ("x", "x2", "weight", "dy"),
     norm_of_two: ("x", "x2", "weight", "dy"),
-    linear: ("x", "weight", "offsets", "weight_index"),  # of dy, torch makes a view, which it refuses itself
+    linear: ("x", "weight", "offsets", "weight_index", "dy"),
     norm: ("x", "weight", "bias", "scale", "shift", "widths", "offsets", "weight_index", "dy"),
     sort: ("plan",),
 }
