@@ -26,11 +26,11 @@ _SETTINGS = (1, 1), (0, 0), 1  # stride, padding, upsampling
 
 def image_of(name: str, tokens: Tensor) -> Tensor:
     """Views (B, C) as (B, C, 1, 1) and (B, T, C) as (B, C, T, 1), channels_last when the tokens are contiguous."""
-    if tokens.dim() == 2:
-        return tokens[:, :, None, None]
-    if tokens.dim() != 3:
+    if tokens.dim() not in (2, 3):
         raise invalid(name, tuple(tokens.shape), "shape (B, C) or (B, T, C)")
-    return tokens.permute(0, 2, 1).unsqueeze(-1)
+    if tokens.dim() == 2:
+        return _view(name, tokens, lambda t: t[:, :, None, None])
+    return _view(name, tokens, lambda t: t.permute(0, 2, 1).unsqueeze(-1))
 
 
 def _tokens_of(image: Tensor, like: Tensor) -> Tensor:
@@ -41,7 +41,16 @@ def _tokens_of(image: Tensor, like: Tensor) -> Tensor:
 def _filters(weight: Tensor) -> Tensor:
     if weight.dim() != 3:
         raise invalid("weight", tuple(weight.shape), "rank 3: (E, C_out, C_in)")
-    return weight[..., None, None]
+    return _view("weight", weight, lambda t: t[..., None, None])
+
+
+def _view(name: str, tensor: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
+    """A view of a tensor, or ValueError where its memory was freed."""
+    try:
+        return make(tensor)
+    except RuntimeError:  # torch refuses
+        check_memory(**{name: tensor})
+        raise
 
 
 def _images(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, *rest: Any) -> tuple[Any, ...]:
@@ -84,16 +93,8 @@ def _operator(
         results: From what that returns, and its arguments, to its results.
     """
 
-    def viewed(*args: Any) -> tuple[Any, ...]:
-        try:
-            return images(*args)
-        except RuntimeError:  # torch refuses to view memory that was freed
-            names = [argument.name for argument in operator.overload._schema.arguments]
-            check_memory(**{name: arg for name, arg in zip(names, args, strict=True) if isinstance(arg, Tensor)})
-            raise
-
     def bind(*args: Any) -> eager.Bound:
-        bound = of_images.bind(*viewed(*args))
+        bound = of_images.bind(*images(*args))
 
         def run(*args: Any) -> Any:
             found = results(bound.run(*images(*args)), *args)
@@ -103,10 +104,9 @@ def _operator(
         return eager.Bound(run, bound.only_launches)
 
     def fake(*args: Any) -> Any:
-        return results(of_images.fake(*viewed(*args)), *args)
+        return results(of_images.fake(*images(*args)), *args)
 
-    operator = eager.Operator(schema, bind, fake)
-    return operator
+    return eager.Operator(schema, bind, fake)
 
 
 forward = _operator(

@@ -53,15 +53,13 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[Any, tuple[Any, ...]]]:
     yield ops.routed_conv2d_dgrad.default, (dy, c["weight"], *tiled, *widths, list(fused.size), 4, *geometry, False, "")
     inputs = (c["x"], c["x2"], c["weight"])
     yield ops.routed_conv2d_wgrad.default, (dy, *inputs, *routing, *widths, *geometry, [True] * 3, "")
-    for middle in ((), (3,)):
+    for middle, mask in (((), [True, True]), ((3,), [False, True])):
         shapes = ((6, *middle, 11), (3, 9, 11), (3, 9), (6, *middle, 9))
         x, weight, bias, residual = (torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes)
         yield ops.routed_linear.default, (x, weight, bias, residual, *tiled, *widths, "")
         x, weight, dy = x.detach(), weight.detach(), residual.detach()
-        yield ops.routed_linear.default, (x, weight, None, None, *tiled, None, None, "")
         yield ops.routed_linear_dgrad.default, (dy, weight, *tiled, *widths, False, "")
-        for mask in ([True, True], [False, True]):
-            yield ops.routed_linear_wgrad.default, (dy, x, weight, *routing, *widths, mask, "")
+        yield ops.routed_linear_wgrad.default, (dy, x, weight, *routing, *widths, mask, "")
     n, rest = clean(norm), (4, 1e-5, True)
     yield ops.routed_group_norm.default, (*wanting(clean(norm)), None, *routing, norm.settings()["widths"], *rest, "")
     y, *statistics = ops.routed_group_norm.default(*n.values(), None, *routing, None, *rest, "")

@@ -152,13 +152,17 @@ def test_a_view_may_end_where_its_storage_does_and_not_one_byte_later(make: Call
             call(**{**tensors, name: view})
 
 
-@pytest.mark.parametrize("name", [*conv()[1], "plan"])
-def test_explain_reads_nothing_that_was_freed(name: str) -> None:
-    _, tensors = conv()
+EXPLAINED = {conv: (routed_conv2d, {"padding": 1}), linear: (routed_linear, {})}
+
+
+@pytest.mark.parametrize(("make", "name"), [(make, name) for make in EXPLAINED for name in (*make()[1], "plan")])
+def test_explain_reads_nothing_that_was_freed(make: Callable[[], Call], name: str) -> None:
+    operator, settings = EXPLAINED[make]
+    _, tensors = make()
     broken = plan()
     shrink(broken.offsets if name == "plan" else tensors[name], 0)
     with pytest.raises(ValueError, match=REFUSED.format("offsets" if name == "plan" else name)):
-        explain(routed_conv2d, plan=broken, padding=1, **tensors)
+        explain(operator, plan=broken, **settings, **tensors)
 
 
 @pytest.mark.parametrize(
