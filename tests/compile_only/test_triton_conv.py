@@ -6,11 +6,8 @@ tile spills or exceeds the device's shared memory.
 
 from __future__ import annotations
 
-import concurrent.futures
+import functools
 import itertools
-import multiprocessing
-import os
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 
 import pytest
@@ -86,6 +83,7 @@ def launch_of(case: Build) -> Launch:
     return conv_launch(case.op, p, source, t, out, case.tile, dx2, dead_zeros=forward or case.known)
 
 
+@functools.cache
 def built(case: Build) -> Built:
     launch = launch_of(case)
     return build(launch.kernel, launch.arguments, case.arch, launch.options)
@@ -94,19 +92,19 @@ def built(case: Build) -> Built:
 def all_builds() -> list[Build]:
     """Every tile that `choose_tile` can return, forward and dgrad, with strides where those change the kernel.
 
-    Each tile of 16 bits is built once with all addends, once without, in one type each, which take turns.
+    Each tile of 16 bits is built with all addends, in types that take turns; the largest, whose registers are the
+    scarcest, without any as well.
     """
     half = problem_of(torch.bfloat16)
     builds = []
     for arch, op in itertools.product((80, 90), ("forward", "dgrad")):
         for problem in (problem_of(torch.float32, True), problem_of(torch.float32)):
             builds += [Build(arch, op, problem, tile) for tile in candidates(op, problem, DEVICES[arch])]
-        for turn, tile in enumerate(candidates(op, half, DEVICES[arch])):
-            types = (torch.bfloat16, torch.float16)[:: -1 if turn % 2 else 1]
-            builds += [
-                Build(arch, op, replace(half, dtype=dtype), tile, full)
-                for dtype, full in zip(types, (True, False), strict=True)
-            ]
+        tiles = candidates(op, half, DEVICES[arch])
+        for turn, tile in enumerate(tiles):
+            builds.append(Build(arch, op, replace(half, dtype=(torch.bfloat16, torch.float16)[turn % 2]), tile))
+        largest = {tile.path: tile for tile in reversed(tiles)}
+        builds += [Build(arch, op, half, tile, full=False) for tile in largest.values()]
     for op in ("forward", "dgrad"):
         strided, pointwise = problem_of(torch.bfloat16, stride=2), problem_of(torch.bfloat16, taps=1)
         two = problem_of(torch.bfloat16, taps=1, channels=384, x2_channels=128)  # a skip connection on the way up
@@ -125,30 +123,9 @@ def all_builds() -> list[Build]:
 ALL = all_builds()
 
 
-def built_side_by_side(cases: list[Build]) -> dict[Build, Built | BaseException]:
-    """Compiles in several processes: each case takes a second or two of one core."""
-    workers = min(4, os.cpu_count() or 1)
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
-        futures = {case: pool.submit(built, case) for case in cases}
-        return {case: future.exception() or future.result() for case, future in futures.items()}
-
-
-@pytest.fixture(scope="module")
-def results() -> dict[Build, Built | BaseException]:
-    """All builds. If a process dies, the builds of the other processes fail too and are tried again."""
-    first = built_side_by_side(ALL)
-    lost = [case for case, code in first.items() if isinstance(code, BrokenProcessPool)]
-    return first | built_side_by_side(lost) if lost else first
-
-
 @pytest.mark.parametrize("case", ALL, ids=str)
-def test_every_tile_compiles_to_the_instructions_it_relies_on(
-    case: Build, results: dict[Build, Built | BaseException]
-) -> None:
-    code = results[case]
-    if isinstance(code, BaseException):
-        raise code
+def test_every_tile_compiles_to_the_instructions_it_relies_on(case: Build) -> None:
+    code = built(case)
     assert code.shared <= SHARED_LIMITS[case.arch]
     assert code.stack == 0, f"{code.stack} bytes of local memory, {code.registers} registers"
     exact = case.problem.dtype == torch.float32 and not case.problem.tf32
@@ -171,18 +148,15 @@ def test_every_tile_compiles_to_the_instructions_it_relies_on(
     assert bool(code.count(r"cvt\.rna\.tf32")) == case.problem.tf32, "factors are rounded to tf32, not cut"
 
 
-def test_a_gradient_known_to_be_zero_past_its_widths_needs_half_of_the_products_code(
-    results: dict[Build, Built | BaseException],
-) -> None:
+def test_a_gradient_known_to_be_zero_past_its_widths_needs_half_of_the_products_code() -> None:
     """No masked block, whose dy passes through registers."""
     for case in (case for case in ALL if case.known):
-        code, other = results[case], results[replace(case, known=False)]
-        if isinstance(code, Built) and isinstance(other, Built):
-            assert (2 * code.wgmma, 2 * code.mma) == (other.wgmma, other.mma)
-            assert code.registers < other.registers and code.wgmma == code.wgmma_from_shared
+        code, other = built(case), built(replace(case, known=False))
+        assert (2 * code.wgmma, 2 * code.mma) == (other.wgmma, other.mma)
+        assert code.registers < other.registers and code.wgmma == code.wgmma_from_shared
 
 
-def test_the_pipeline_is_as_deep_as_the_tile_says(results: dict[Build, Built | BaseException]) -> None:
-    for case, code in results.items():
-        if case.tile.path == "tma" and case.arch == 90 and isinstance(code, Built):
-            assert code.shared >= case.tile.shared_bytes(2), str(case)
+def test_the_pipeline_is_as_deep_as_the_tile_says() -> None:
+    for case in ALL:
+        if case.tile.path == "tma" and case.arch == 90:
+            assert built(case).shared >= case.tile.shared_bytes(2), str(case)
