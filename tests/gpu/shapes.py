@@ -85,7 +85,7 @@ POINTWISE: dict[str, Any] = {"filter": (1, 1), "padding": (0, 0)}
 HOPPER_CASES: dict[str, ConvCase] = {
     "tiles of 16x16": conv(UNEVEN, (128, 256), (32, 16)),
     "wide tiles": conv(THREE, (64, 192), (16, 16)),
-    "tall tiles of 64 channels": conv(Routing((0, 0, 0), 1, 1, None), (64, 64), (32, 32)),
+    "tall tiles of 64 channels": conv(THREE, (64, 64), (32, 32), in_widths=(64, 21, 40), out_widths=(37, 64, 8)),
     "four samples of a tile": conv(Routing((0,) * 9 + (1,) * 6 + (3,), 4, 4, None), (192, 128), (8, 8)),
     "clipped images": conv(THREE, (72, 136), (11, 21)),
     "clipped small tiles": conv(THREE, (64, 64), (9, 8), extras=("residual",)),
