@@ -38,6 +38,18 @@ struct ScheduledImages {
   __device__ int rows(const HopperWork& work) const { return work.count * Tile::kPatches * 64 / Tile::kSamples; }
 };
 
+// The warps, of 16 rows each, of the block of a cluster that has the most of a tile's.
+template <class Tile>
+__device__ int most_warps(int rows) {
+  int most = 0;
+  for (int block = 0; block < Tile::kSplit; ++block) {
+    int own = 0;
+    for (int warp = 0; 16 * warp < rows; ++warp) own += HopperSplit<Tile>::owner_of(warp) == block ? 1 : 0;
+    most = max(most, own);
+  }
+  return most;
+}
+
 // The blocks of a cluster take the same tiles and share their depth: a block stands for all of its cluster.
 template <class Layout, int kSplit = 1>
 __device__ void clocks_of_tiles(const ScheduleParams<typename Layout::Params>& p) {
@@ -57,8 +69,10 @@ __device__ void clocks_of_tiles(const ScheduleParams<typename Layout::Params>& p
       const int columns = hopper_product_columns<Tile>(work), step = columns == Tile::kColumns ? 64 : kHalf;
       const long long rows = (layout.rows(work) + step - 1) / step * step, depth = (work.depth + 15) / 16 * 16;
       const int stored = 64 * min(2 * ((layout.rows(work) + 63) / 64), Tile::kPatches);
+      int shared_rows = stored;
+      if constexpr (kSplit > 1) shared_rows = 16 * kSplit * most_warps<Tile>(layout.rows(work));
       clocks += rows * depth * layout.taps(work) * columns / kProductsOfClock / kSplit +
-                (p.rest ? conv::hopper_tile_clocks({stored, Tile::kColumns, 0}, kSplit) : 0);
+                (p.rest ? conv::hopper_tile_clocks({stored, Tile::kColumns, 0}, kSplit, shared_rows) : 0);
     }
     p.clocks[block] = clocks;
   }

@@ -145,7 +145,7 @@ def test_tiles_of_uneven_groups_cost_little_more_but_on_images_of_16_pixels(
     found = ratios(library, layers, pass_, batch)
     dear = {layer: ratio for layer, ratio in found.items() if ratio > MOST}
     assert len(found) > 60 and len(dear) <= 4, dear
-    assert all(layer.height * layer.width == 16 for layer in dear) and max(found.values()) <= 1.34, dear
+    assert all(layer.height * layer.width == 16 for layer in dear) and max(found.values()) <= 1.29, dear
 
 
 @pytest.mark.parametrize("pass_", ["forward", "dgrad"])

@@ -59,11 +59,13 @@ inline int64_t hopper_clusters(const Device& device, int64_t blocks) {
   return blocks <= 2 ? device.multiprocessors / blocks : device.multiprocessors / 16 * 16 / blocks;
 }
 
-// From the last product of a tile to the first of the next. The blocks of a cluster share the rows, and send each other
-// the sums of those that they do not store, 12 bytes in a clock.
-inline int64_t hopper_tile_clocks(const HopperTileCost& tile, int64_t blocks) {
-  const int64_t results = tile.rows * tile.columns;
-  return 600 + results / 14 / blocks + (blocks > 1 ? 600 + results * 4 / 12 * (blocks - 1) / blocks : 0);
+// From the last product of a tile to the first of the next. The blocks of a cluster share the live rows, 16 at a time,
+// and send each other the sums of those that they do not store, 12 bytes in a clock.
+inline int64_t hopper_tile_clocks(const HopperTileCost& tile, int64_t blocks, int64_t live_rows) {
+  const int64_t stored = 600 + tile.rows * tile.columns / 14 / blocks;
+  if (blocks == 1) return stored;
+  const int64_t own = ceil_div(live_rows, 16 * blocks) * 16 * tile.columns;  // results of a block
+  return stored + 600 + own * 4 / 12 * (blocks - 1);
 }
 
 // Of tiles that clusters of so many blocks compute. Cluster 0 takes every n-th of n clusters, those with all of their
@@ -74,7 +76,8 @@ inline int64_t hopper_clocks(const HopperTileCost& tile, const HopperTiles& tile
   if (clusters == 0) return std::numeric_limits<int64_t>::max();
   const int64_t whole = ceil_div(tiles.whole, clusters), part = ceil_div(tiles.whole + tiles.part, clusters) - whole;
   return whole * steps * hopper_step_clocks(tile, tile.rows) +
-         part * steps * hopper_step_clocks(tile, tiles.part_rows) + (whole + part) * hopper_tile_clocks(tile, blocks);
+         part * steps * hopper_step_clocks(tile, tiles.part_rows) +
+         whole * hopper_tile_clocks(tile, blocks, tile.rows) + part * hopper_tile_clocks(tile, blocks, tiles.part_rows);
 }
 
 // Samples of a group when groups are even.

@@ -3,7 +3,7 @@
 // A step is 64 channels of one tap; block r has steps r / kSplit to (r + 1) / kSplit of them. Each warp's 16 rows
 // belong to one block: the others store their sums of them into its shared memory, and it adds all in the order of the
 // blocks, whichever of them it is itself. So the result depends neither on timing nor on which rows of a tile a sample
-// has.
+// has. Warps belong to the blocks in turn, so that these share a tile of few rows, too.
 #pragma once
 
 #include "cuda/device_sm90.cuh"
@@ -14,7 +14,7 @@ namespace tdc {
 
 template <class Tile>
 class HopperSplit {
-  static constexpr int kSplit = Tile::kSplit, kSums = Tile::kColumns / 2, kWarps = 8 / kSplit;  // warps of a block
+  static constexpr int kSplit = Tile::kSplit, kSums = Tile::kColumns / 2;
 
  public:
   // Of one of the eight warps that multiply.
@@ -25,7 +25,8 @@ class HopperSplit {
   // The first step of a block, of so many.
   __device__ __forceinline__ static int first(int steps, int rank) { return steps * rank / kSplit; }
 
-  // Whether this block stores the warp's rows.
+  // The block that stores a warp's rows; whether it is this one.
+  __device__ __forceinline__ static int owner_of(int warp) { return warp % kSplit; }
   __device__ __forceinline__ bool own() const { return rank_ == owner(); }
 
   // Adds the sums of all blocks up, in the one whose rows they are.
@@ -39,14 +40,14 @@ class HopperSplit {
   }
 
  private:
-  __device__ __forceinline__ int owner() const { return warp_ / kWarps; }
+  __device__ __forceinline__ int owner() const { return owner_of(warp_); }
   __device__ __forceinline__ static bool has_steps(int steps, int rank) {
     return first(steps, rank) < first(steps, rank + 1);
   }
 
   // Where the warp's sums of another block lie in the owner's shared memory: four of each lane, then the next four.
   __device__ __forceinline__ unsigned char* slot(int from, int lane) const {
-    const int number = warp_ % kWarps * (kSplit - 1) + from - (from > owner() ? 1 : 0);
+    const int number = warp_ / kSplit * (kSplit - 1) + from - (from > owner() ? 1 : 0);
     return shared_.parts + number * Tile::kWarpSumBytes + lane * 16;
   }
 
