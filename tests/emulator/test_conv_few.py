@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -51,6 +52,13 @@ LAYERS: dict[str, dict[str, Any]] = {
     "one channel": {"in_channels": 8, "out_channels": 1, "size": (13, 5), "routing": uneven(1, 2)},
     "first, several runs": {"in_channels": 3, "out_channels": 16, "size": (24, 24), "routing": uneven(1, 2)},
     "last, several runs and steps": {"in_channels": 16, "out_channels": 3, "size": (24, 24), "routing": uneven(2, 1)},
+    "first, a large group and small ones": {
+        "in_channels": 3,
+        "out_channels": 16,
+        "size": (16, 16),
+        "routing": uneven(0, 4, 1, 0, 1, 1, 1, weight_index=(0, 3, 1, 1, 0, 2, 3)),
+        "out_widths": (16, 16, 9, 4, 16, 0, 8),
+    },
     "a filter of one": {"in_channels": 24, "out_channels": 4, "filter": (1, 1), "padding": (0, 0), "size": (8, 9)},
     "a flat filter": {"in_channels": 2, "out_channels": 24, "filter": (5, 3), "padding": (2, 1), "size": (7, 10)},
 }
@@ -81,6 +89,31 @@ def test_results_and_gradients_are_as_accurate_as_torchs(name: str) -> None:
     assert len(wgrads) == 2 and all("few_wgrad" in kernel for kernel in wgrads)
     # The bias comes out of the same launches, but where there are biases per sample.
     assert any("sums" in kernel for kernel in launcher.launched) == ("sample_bias" in extras)
+
+
+@plain_only
+def test_blocks_of_wgrad_have_equal_work_whatever_the_groups() -> None:
+    """Even groups, half of the batch in one, and all of it; the first launch multiplies, the second one adds."""
+    found = []
+    for samples in ((2,) * 8, (8, 2, 1, 1, 1, 1, 1, 1), (0, 16, 0)):
+        case = conv_case(in_channels=3, out_channels=16, size=(16, 16), routing=uneven(*samples), extras=())
+        with few_emulator() as launcher:
+            found.append(busiest_of_each(launcher, case)["tdc_conv_few_wgrad_bf16_32"])
+    assert found[0] > 0 and len(set(found)) == 1
+
+
+def busiest_of_each(launcher: EmulatorLauncher, case: ConvCase) -> dict[str, int]:
+    """The most multiply-adds that a block of each launch has run."""
+    found, run = {}, launcher.run
+
+    def one_by_one(launches: Iterable[Any], device: torch.device | None = None) -> None:
+        for launch in launches:
+            run([launch], device)
+            found[launch.kernel] = launcher.busiest_block()
+
+    launcher.run = one_by_one  # type: ignore[method-assign]
+    results(case, torch.bfloat16, ("weight",))
+    return found
 
 
 DEAD = {
