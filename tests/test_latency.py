@@ -42,7 +42,7 @@ def test_budgets_that_no_widths_meet_and_tables_that_do_not_fit_are_refused_befo
     config = small_config(tmp_path, "run", **{**TWO_STAGES, **SMALLER, "k": 0.02}, budget_in="latency")
     assert train_command(flags(config)) == 2
     said = capsys.readouterr().err
-    assert "k: got 0.02; expected a larger one: group 0 is allowed" in said and " ns," in said
+    assert "k: got 0.02; expected a larger one: the easiest group is allowed" in said and " ns," in said
     missing = config.replace(k=0.9, latency_table=str(tmp_path / "missing.json"))
     assert train_command(flags(missing)) == 2
     assert "missing.json is not a valid latency table" in capsys.readouterr().err

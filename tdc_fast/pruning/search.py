@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import json
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -139,7 +139,8 @@ def plan_pruning(
         macs, latency = macs.at_widths_of(units), None if latency is None else latency.at_widths_of(units)
     costs = macs if settings.budget_in == "macs" or latency is None else latency
     budgets = tuple(budget_of(fraction, costs.full()) for fraction in fractions)
-    check_reachable(settings.k, budgets, costs.least(), costs.full(), settings.k_name, costs.measure)
+    named = {f"group {group}": budget for group, budget in enumerate(budgets)}
+    check_reachable(settings.k, named, costs.least(), costs.full(), settings.k_name, costs.measure)
     if scorer is None and not getattr(agent, "one_shot", False):
         scorer = DenoisingLoss(
             base, diffusion, data, seed=settings.seed, max_samples=settings.max_samples, dtype=settings.dtype
@@ -316,13 +317,13 @@ class _Search:
 
 
 def check_reachable(
-    k: object, budgets: Sequence[int], least: int, full: int, k_name: str = "k", measure: str = "MACs"
+    k: object, budgets: Mapping[str, int], least: int, full: int, k_name: str = "k", measure: str = "MACs"
 ) -> None:
     """Refuse budgets that no choice of widths meets.
 
     Args:
         k: what the budgets came from.
-        budgets: cost allowed to each group.
+        budgets: cost allowed to each group, by what errors call it.
         least: cost of the base with every unit at its cheapest width.
         full: cost of the whole base.
         k_name: what errors call `k`.
@@ -331,12 +332,12 @@ def check_reachable(
     Raises:
         ValueError: naming `k_name`, the group and the smallest share that can be reached.
     """
-    for group, budget in enumerate(budgets):
+    for group, budget in budgets.items():
         if budget < least:
             raise invalid(
                 k_name,
                 k,
-                f"a larger one: group {group} is allowed {budget} {measure}, and the smallest reachable budget is "
+                f"a larger one: {group} is allowed {budget} {measure}, and the smallest reachable budget is "
                 f"{least} ({least / full:.4f} of the base)",
             )
 

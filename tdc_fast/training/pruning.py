@@ -256,9 +256,12 @@ def refuse_unreachable_budgets(config: TrainConfig, in_channels: int) -> None:
     shares = comma_numbers("budgets", config.budgets, float)
     with torch.random.fork_rng(devices=[]):
         least, full, measure = outline_costs(config, in_channels)
-    budgets = [budget_of(share, full) for share in shares or budget_law(config.groups, config.k)[:1]]
+    if shares:
+        allowed = {f"group {group}": budget_of(share, full) for group, share in enumerate(shares)}
+    else:  # which group is the easiest may be known only after stage 1
+        allowed = {"the easiest group": budget_of(budget_law(config.groups, config.k)[0], full)}
     name = "budgets" if shares else "k"
-    check_reachable(getattr(config, name), budgets, least, full, name, measure)
+    check_reachable(getattr(config, name), allowed, least, full, name, measure)
 
 
 def refuse_other_than_search(stored: TrainConfig, wanted: TrainConfig) -> None:
