@@ -46,8 +46,9 @@ def test_budgets_that_no_widths_meet_and_tables_that_do_not_fit_are_refused_befo
     missing = config.replace(k=0.9, latency_table=str(tmp_path / "missing.json"))
     assert train_command(flags(missing)) == 2
     assert "missing.json is not a valid latency table" in capsys.readouterr().err
-    assert train_command(flags(missing.replace(groups=-1, grouping="similarity"))) == 2
-    assert "missing.json is not a valid latency table" in capsys.readouterr().err
+    for changes in ({"groups": -1, "grouping": "similarity"}, {"k": 1.0}):
+        assert train_command(flags(missing.replace(**changes))) == 2
+        assert "missing.json is not a valid latency table" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

@@ -240,7 +240,7 @@ def set_aside(directory: Path) -> Path:
 def searches_of(directory: Path) -> dict[str, list[Trial]]:
     """The trials of every search that a run directory holds and that scored anything, oldest first: {label: trials}.
 
-    The label is the agent's name, with a number where several searches had the same.
+    The label is the agent's name, with ", in time" where budgets were, and a number where several had the same.
     """
     files = sorted(directory.glob("memory.*.jsonl"), key=lambda path: int(path.suffixes[0][1:]))
     found: dict[str, list[Trial]] = {}
@@ -248,7 +248,7 @@ def searches_of(directory: Path) -> dict[str, list[Trial]]:
         trials = read_trials(path) if path.is_file() else []
         if not any(trial.score is not None for trial in trials):
             continue
-        name = trials[0].agent
+        name = trials[0].agent if trials[0].latency is None else f"{trials[0].agent}, in time"
         repeated = sum(label == name or label.startswith(name + " ") for label in found)
         found[name if not repeated else f"{name} {repeated + 1}"] = trials
     return found

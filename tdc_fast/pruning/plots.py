@@ -96,7 +96,10 @@ def search_plot(trials: Sequence[Sequence[Trial]], plan: WidthPlan) -> bytes:
 
 
 def widths_plot(plan: WidthPlan, units: Sequence[PruningUnit]) -> bytes:
-    """A PNG: the share of live channels of every unit (rows, from input to output) in every expert (columns)."""
+    """A PNG: the share of live channels of every unit (rows, from input to output) in every expert (columns).
+
+    Below each expert are its timesteps, its MACs and its estimated time, where the plan has them.
+    """
     experts = range(len(plan.experts))
     live = np.array([[plan.experts[e][unit.name].width for e in experts] for unit in units], dtype=float)
     share = live / np.array([unit.channels for unit in units], dtype=float)[:, None]
@@ -108,8 +111,7 @@ def widths_plot(plan: WidthPlan, units: Sequence[PruningUnit]) -> bytes:
             tint = "white" if share[row, expert] > 0.6 else INK
             text = f"{int(live[row, expert])} / {unit.channels}" if live[row, expert] else "skipped"
             axis.text(expert, row, text, ha="center", va="center", color=tint, fontsize=8)
-    spans = zip(plan.boundaries, plan.boundaries[1:], strict=False)
-    axis.set_xticks(experts, [f"expert {e}\nt {a} to {b - 1}" for e, (a, b) in enumerate(spans)])
+    axis.set_xticks(experts, [_described(plan, expert) for expert in experts])
     axis.set_yticks(
         range(len(units)), [f"{unit.name}{' (heads)' if unit.kind == 'attention' else ''}" for unit in units]
     )
@@ -119,6 +121,15 @@ def widths_plot(plan: WidthPlan, units: Sequence[PruningUnit]) -> bytes:
     bar.ax.tick_params(colors=MUTED, labelsize=8, length=0)
     bar.outline.set_visible(False)
     return png(figure)
+
+
+def _described(plan: WidthPlan, expert: int) -> str:
+    lines = [f"expert {expert}", f"t {plan.boundaries[expert]} to {plan.boundaries[expert + 1] - 1}"]
+    if plan.macs:
+        lines.append(f"{plan.macs[expert] / 1e6:.4g} M MACs")
+    if plan.latency:
+        lines.append(f"{plan.latency[expert] / 1e6:.4g} ms")
+    return "\n".join(lines)
 
 
 def agent_comparison(searches: Mapping[str, Sequence[Trial]]) -> bytes:

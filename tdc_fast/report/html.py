@@ -178,11 +178,15 @@ def _distance(comparison: Comparison) -> str:
 
 
 def _groups(comparison: Comparison) -> str:
+    plan = comparison.widths
     note = (
         "SNR(t) = 10 log10(ᾱ / (1 − ᾱ)). The higher the SNR, the harder the noise is to predict. The hardest group "
-        "keeps the whole base model. Bars: the share of the base's compute that each pruned expert may use, and the "
-        "share that its widths take."
+        "keeps the whole base model. Bars: the share of the base's MACs that each pruned expert's widths take"
+        f"{', and the share that it may use' if plan.budgets else ''}."
     )
+    if plan.latency_ms:
+        may = " and what it may take" if plan.latency_budgets_ms else ""
+        note += f" Milliseconds: the estimated time of one forward of a batch of the expert's samples{may}."
     return _figure(plots.snr_curve(comparison), "SNR curve, groups and budgets") + f'<p class="note">{note}</p>'
 
 

@@ -137,7 +137,7 @@ def snr_curve(comparison: Comparison) -> str:
     for axis in (top, bottom):
         axis.grid(False)
         axis.set_xlim(0, boundaries[-1])
-    bottom.set_ylim(0, 1.3)
+    bottom.set_ylim(0, 1.5 if plan.latency_ms else 1.3)  # room for a second line
     bottom.set_ylabel("expert's MACs / base", fontsize=9)
     bottom.set_xlabel("timestep t (0: almost clean, right end: noise)", fontsize=9)
     bottom.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=9)

@@ -239,7 +239,7 @@ def refuse_unreachable_budgets(config: TrainConfig, in_channels: int) -> None:
     """Refuse budgets that no widths of the base meet, before it is trained.
 
     With an open number of groups (`--groups -1`) they are known, and checked, only after stage 1; a table of times is
-    checked at once but for its number of groups.
+    checked at once but for its number of groups, also where nothing is pruned.
 
     Args:
         config: the options of the run.
@@ -248,9 +248,7 @@ def refuse_unreachable_budgets(config: TrainConfig, in_channels: int) -> None:
     Raises:
         ValueError: naming --budgets or --k, or what does not fit in the table.
     """
-    if not prunes(config):
-        return
-    if config.groups < 1:
+    if config.groups < 1 or not prunes(config):
         check_table(config)
         return
     shares = comma_numbers("budgets", config.budgets, float)

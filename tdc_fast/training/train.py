@@ -86,8 +86,8 @@ def _checked(config: TrainConfig, dataset: Dataset | None) -> Dataset:
     if prunes(config):
         warn_of_few_calibration_images(config)
         build_agents(config)  # a library that the search needs is missed here, not after stage 1
-        if not config.resume:
-            refuse_unreachable_budgets(config, dataset.channels)
+    if not config.resume:
+        refuse_unreachable_budgets(config, dataset.channels)
     if isinstance(dataset, LatentDataset) and first_on_machine():
         dataset.shards.check_contents()
     return dataset

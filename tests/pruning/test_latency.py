@@ -25,7 +25,7 @@ from tdc_fast.pruning.costs import UnitCosts
 from tdc_fast.pruning.latency import LatencyTable, Layer, Roofline, Setting, hopper, roofline, unit_latencies
 from tdc_fast.pruning.latency.costs import all_layers, stepped
 from tdc_fast.pruning.latency.timing import layer_nanoseconds, median_error, rank_correlation
-from tdc_fast.pruning.memory import read_trials
+from tdc_fast.pruning.memory import read_trials, searches_of
 from tdc_fast.routing import TimestepGroups
 from tests.emulator.harness import EmulatorLauncher
 from tests.pruning.tiny import RecordedDiffusion, task_of, tiny_batches, tiny_net
@@ -123,6 +123,7 @@ def test_agents_search_within_the_time_and_their_trials_tell_it(agent: str, tmp_
     costs = unit_latencies(net, tiny_batches()[0], {}, model)
     trials = read_trials(tmp_path / "memory.jsonl")
     assert list(found.trials[0]) == trials and len(trials) == 6
+    assert list(searches_of(tmp_path)) == [f"{agent}, in time"]
     for trial in trials:
         assert trial.latency == trial.cost == costs.total(trial.widths) <= found.plan.latency_budgets[0]
     assert found.plan.latency == (costs.total(found.plan.expert_widths(0)),)

@@ -220,4 +220,12 @@ def test_experts_with_budgets_in_time_show_their_macs_and_their_time(comparison)
     assert (told["budgets"], told["latency_ms"], told["latency_budgets_ms"]) == ([], [4.2, 3.41], [4.2, 3.45])
     only_told = replace(in_time, budgets=(1.0, 0.6), latency_budgets_ms=())
     assert {"0.595 of 0.600", "3.41 ms"} <= set(texts_of(snr_curve(replace(comparison, widths=only_told))))
+    may_use, may_take = "the share that it may use", "what it may take"
+    for plan, told, hidden in (
+        (in_time, ("Milliseconds", may_take), (may_use,)),
+        (only_told, ("Milliseconds", may_use), (may_take,)),
+        (comparison.widths, (may_use,), ("Milliseconds", may_take)),
+    ):
+        page = html._groups(replace(comparison, widths=plan))
+        assert all(text in page for text in told) and not any(text in page for text in hidden)
     assert "latency_ms" not in comparison.widths.to_json()
