@@ -142,7 +142,7 @@ def _costs_by_module(template: Any, units: Sequence[PruningUnit], sample: Sample
     for j in range(max((len(unit.widths()) for unit in units), default=1)):
         widths = {unit.name: unit.widths()[min(j, len(unit.widths()) - 1)] for unit in units}
         model = with_widths(template, widths)
-        with torch.no_grad(), MacCounter() as counter:
+        with torch.no_grad(), MacCounter(by_module=True) as counter:
             model(x, t, **kwargs)
         for name in names:
             counts[name][widths[name]] = counter.inside(f"{type(model).__name__}.{name}")
