@@ -181,7 +181,7 @@ def test_the_embedding_is_one_launch_with_the_results_of_many(
     with Recorded() as apart:
         expected_loss, expected = gradients_of(model, *batch)
     blocks = sum(unit.kind == "resblock" for unit in model.model.pruning_units())
-    assert together["routed_conv2d"] == apart["routed_conv2d"] - blocks + 1
+    assert together["routed_linear"] == apart["routed_linear"] - blocks + 1
     torch.testing.assert_close(loss, expected_loss)
     for name, grad in expected.items():
         torch.testing.assert_close(grads[name], grad, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")

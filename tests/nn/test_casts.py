@@ -100,7 +100,7 @@ def test_a_training_step_casts_each_parameter_once_and_no_activation(
     assert all(sorted(cast) == sorted(shapes) for _, cast in casts.at_once)
     images = {tuple(x.shape), tuple(out.shape)}  # they come and leave in fp32
     assert casts.images <= images
-    vectors = {(len(x), 32, 1, 1), (len(x), 128)}  # the sinusoids; SiLU and labels, which are computed in fp32
+    vectors = {(len(x), 32), (len(x), 128)}  # the sinusoids; SiLU and labels, which are computed in fp32
     assert {shape for _, shape in casts.copied} == images | vectors
     assert casts.copied["bfloat16", tuple(x.shape)] == casts.copied["bfloat16", tuple(out.shape)] == 1
     assert sum(casts.copied.values()) <= 12, casts.copied

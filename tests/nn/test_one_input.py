@@ -88,7 +88,7 @@ def test_one_launch_gives_outputs_gradients_and_macs_of_many(
     request.getfixturevalue("one_launch")
     with Recorded() as called:
         one_out, one_grads, _ = results(made, plan, copies)
-    assert called["routed_conv2d"] == called["routed_conv2d_dgrad"] == called["routed_conv2d_wgrad"] == 1
+    assert called["routed_linear"] == called["routed_linear_dgrad"] == called["routed_linear_wgrad"] == 1
     for ours, right in zip((*one_out, *one_grads), (*out, *grads), strict=True):
         torch.testing.assert_close(ours, right, rtol=1e-12, atol=1e-12)
     assert results(made, plan, copies)[2] == macs
@@ -121,7 +121,7 @@ def test_a_packed_unet_embeds_in_one_launch(
             out = routed(x, t, y=y)
         out.square().sum().backward()
         macs = measure_macs(routed, x, t, y=y)
-        return [out, *(parameter.grad for parameter in routed.parameters())], called["routed_conv2d"], macs
+        return [out, *(parameter.grad for parameter in routed.parameters())], called["routed_linear"], macs
 
     expected, launches, macs = run()
     request.getfixturevalue("one_launch")
