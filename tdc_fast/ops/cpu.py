@@ -1,11 +1,14 @@
 """The `cpu` backend: passes addresses to the native kernels of tdc_fast._native.
 
+What it does before that follows from the metadata of the tensors, so a call like an earlier one skips it (replay.py).
+
 fp32 and bf16 in host memory. The caller has checked shapes; native code checks the numbers in offsets, weight_index and
 widths before it indexes with them, and raises ValueError.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,10 +18,11 @@ from tdc_fast.kernels.problems import ConvProblem, ConvTensors, NormProblem, Nor
 from tdc_fast.ops import native
 from tdc_fast.ops.check_values import check_conv_values, check_norm_values
 from tdc_fast.ops.layout import dense, nhwc
-from tdc_fast.ops.native import address
+from tdc_fast.ops.native_call import NativeCall
 
 name = "cpu"
 fuses = ("x2", "upsample")
+only_launches = True
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
 _NHWC = torch.channels_last
 _NORM_GRADS = ("dx", "dweight", "dbias", "dscale", "dshift", "dx2")
@@ -62,13 +66,20 @@ def routing_plan(groups: Tensor, num_groups: int) -> tuple[Tensor, Tensor, Tenso
     return order, inverse, offsets, bad
 
 
-def _routing(t: ConvTensors) -> dict[str, int]:
-    return {
-        "offsets": t.offsets.data_ptr(),
-        "weight_index": t.weight_index.data_ptr(),
-        "in_widths": address(t.in_widths),
-        "out_widths": address(t.out_widths),
-    }
+def _call(method: str, p: ConvProblem, t: ConvTensors, strides: tuple[int, ...], **operands: Tensor | None) -> None:
+    """Calls the native convolution.
+
+    Args:
+        method: "forward", "dgrad" or "wgrad".
+        p: The problem.
+        t: Its tensors, dense.
+        strides: Of the weight, or of its gradient.
+        **operands: What the method takes besides the routing, in its order.
+    """
+    function = getattr(native.module.Conv2d(**_geometry(p, strides)), method)
+    routing: dict[str, Tensor | None] = {"offsets": t.offsets, "weight_index": t.weight_index}
+    routing |= {"in_widths": t.in_widths, "out_widths": t.out_widths}
+    NativeCall(function, operands | routing, t, partial(check_conv_values, p)).run()
 
 
 def _geometry(p: ConvProblem, weight_strides: tuple[int, ...]) -> dict[str, Any]:
@@ -90,7 +101,6 @@ def _geometry(p: ConvProblem, weight_strides: tuple[int, ...]) -> dict[str, Any]
         "x2_channels": p.x2_channels,
         "upsample": p.upsample,
         "weight_strides": weight_strides,
-        "threads": torch.get_num_threads(),
     }
 
 
@@ -101,20 +111,8 @@ def conv2d(p: ConvProblem, t: ConvTensors) -> Tensor:
         check_conv_values(p, t)
         return y
     t = dense(t)
-    native.module.conv2d_forward(
-        x=t.x.data_ptr(),
-        x2=address(t.x2),
-        weight=t.weight.data_ptr(),
-        bias=address(t.bias),
-        sample_bias=address(t.sample_bias),
-        residual=address(t.residual),
-        y=y.data_ptr(),
-        offsets=t.offsets.data_ptr(),
-        weight_index=t.weight_index.data_ptr(),
-        in_widths=address(t.in_widths),
-        out_widths=address(t.out_widths),
-        **_geometry(p, t.weight.stride()),
-    )
+    operands = {"x": t.x, "x2": t.x2, "weight": t.weight, "bias": t.bias, "sample_bias": t.sample_bias}
+    _call("forward", p, t, t.weight.stride(), **operands, residual=t.residual, y=y)
     return y
 
 
@@ -125,14 +123,7 @@ def conv2d_dgrad(p: ConvProblem, dy: Tensor, t: ConvTensors) -> tuple[Tensor, Te
         check_conv_values(p, t)
         return dx, dx2
     dy, t = nhwc(dy), dense(t)
-    native.module.conv2d_dgrad(
-        dy=dy.data_ptr(),
-        dx=dx.data_ptr(),
-        dx2=address(dx2),
-        weight=t.weight.data_ptr(),
-        **_routing(t),
-        **_geometry(p, t.weight.stride()),
-    )
+    _call("dgrad", p, t, t.weight.stride(), dy=dy, weight=t.weight, dx=dx, dx2=dx2)
     return dx, dx2
 
 
@@ -159,44 +150,40 @@ def conv2d_wgrad(
         check_conv_values(p, t)
         return dweight, dbias, dsample_bias
     dy, t = nhwc(dy), dense(t)
-    native.module.conv2d_wgrad(
-        x=t.x.data_ptr(),
-        x2=address(t.x2),
-        dy=dy.data_ptr(),
-        dweight=address(dweight),
-        dbias=address(dbias),
-        dsample_bias=address(dsample_bias),
-        **_routing(t),
-        **_geometry(p, t.weight.stride() if dweight is None else dweight.stride()),
-    )
+    strides = t.weight.stride() if dweight is None else dweight.stride()
+    operands = {"x": t.x, "x2": t.x2, "dy": dy, "dweight": dweight, "dbias": dbias, "dsample_bias": dsample_bias}
+    _call("wgrad", p, t, strides, **operands)
     return dweight, dbias, dsample_bias
 
 
-def _norm_arguments(p: NormProblem, t: NormTensors) -> dict[str, Any]:
-    """The arguments that forward and backward share."""
-    return {
-        "x": t.x.data_ptr(),
-        "x2": address(t.x2),
-        "weight": t.weight.data_ptr(),
-        "bias": t.bias.data_ptr(),
-        "scale": address(t.scale),
-        "shift": address(t.shift),
-        "offsets": t.offsets.data_ptr(),
-        "weight_index": t.weight_index.data_ptr(),
-        "widths": address(t.widths),
-        "dtype": _DTYPE_CODES[p.dtype],
-        "batch": p.batch,
-        "height": p.height,
-        "width": p.width,
-        "channels": p.channels,
-        "num_norm_groups": p.num_norm_groups,
-        "eps": p.eps,
-        "silu": p.silu,
-        "num_groups": p.num_groups,
-        "num_experts": p.num_experts,
-        "x2_channels": p.x2_channels,
-        "threads": torch.get_num_threads(),
-    }
+def _norm_call(method: str, p: NormProblem, t: NormTensors, operands: dict[str, Tensor | None]) -> None:
+    """Calls the native group norm.
+
+    Args:
+        method: "forward" or "backward".
+        p: The problem.
+        t: Its tensors, dense.
+        operands: What the method takes besides the routing, in its order.
+    """
+    norm = native.module.GroupNorm(
+        dtype=_DTYPE_CODES[p.dtype],
+        batch=p.batch,
+        height=p.height,
+        width=p.width,
+        channels=p.channels,
+        num_norm_groups=p.num_norm_groups,
+        eps=p.eps,
+        silu=p.silu,
+        num_groups=p.num_groups,
+        num_experts=p.num_experts,
+        x2_channels=p.x2_channels,
+    )
+    routing = {"offsets": t.offsets, "weight_index": t.weight_index, "widths": t.widths}
+    NativeCall(getattr(norm, method), operands | routing, t, partial(check_norm_values, p)).run()
+
+
+def _norm_inputs(t: NormTensors) -> dict[str, Tensor | None]:
+    return {"x": t.x, "x2": t.x2, "weight": t.weight, "bias": t.bias, "scale": t.scale, "shift": t.shift}
 
 
 def group_norm(p: NormProblem, t: NormTensors) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -204,14 +191,12 @@ def group_norm(p: NormProblem, t: NormTensors) -> tuple[Tensor, Tensor, Tensor, 
     y = torch.empty((p.batch, p.channels, p.height, p.width), dtype=p.dtype, memory_format=_NHWC)
     mean = torch.empty((p.batch, p.num_norm_groups), dtype=torch.float32)
     rstd = torch.empty((p.batch, p.num_norm_groups), dtype=torch.float32)
-    counters = torch.zeros((p.num_experts, p.num_norm_groups), dtype=torch.int32)
+    counters = torch.empty((p.num_experts, p.num_norm_groups), dtype=torch.int32)
     if p.batch == 0:
         check_norm_values(p, t)
-        return y, mean, rstd, counters
+        return y, mean, rstd, counters.zero_()
     t = dense(t)
-    native.module.group_norm_forward(
-        y=y.data_ptr(), mean=mean.data_ptr(), rstd=rstd.data_ptr(), **_norm_arguments(p, t)
-    )
+    _norm_call("forward", p, t, _norm_inputs(t) | {"y": y, "mean": mean, "rstd": rstd, "counters": counters})
     return y, mean, rstd, counters
 
 
@@ -235,11 +220,6 @@ def group_norm_backward(
         check_norm_values(p, t)
         return grads
     dy, mean, rstd, t = nhwc(dy), mean.contiguous(), rstd.contiguous(), dense(t)
-    native.module.group_norm_backward(
-        dy=dy.data_ptr(),
-        mean=mean.data_ptr(),
-        rstd=rstd.data_ptr(),
-        **dict(zip(_NORM_GRADS, map(address, grads), strict=True)),
-        **_norm_arguments(p, t),
-    )
+    operands = {"dy": dy, **_norm_inputs(t), "mean": mean, "rstd": rstd}
+    _norm_call("backward", p, t, operands | dict(zip(_NORM_GRADS, grads, strict=True)))
     return grads

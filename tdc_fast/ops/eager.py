@@ -68,20 +68,43 @@ class Seen:
     """A call that went well.
 
     Attributes:
-        matches: Whether tensors have the metadata that its tensors had.
+        matches: Whether tensors have the metadata that its tensors had, and are all different.
         differentiable: Whether one of them requires a gradient.
         run: Computes it, given all arguments.
     """
 
-    __slots__ = ("_held", "_spans", "differentiable", "matches", "run")
+    __slots__ = ("_held", "_once", "_repeated", "_spans", "differentiable", "matches", "run")
 
-    def __init__(self, given: Sequence[Tensor], run: Callable[..., Any]) -> None:
+    def __init__(self, args: Sequence[Any], tensors: int, run: Callable[..., Any]) -> None:
+        """Keeps it.
+
+        Args:
+            args: Its arguments.
+            tensors: How many of them, the first ones, are tensors or None.
+            run: Computes it.
+        """
+        firsts = list(enumerate(_shared(args[:tensors]) or range(tensors)))
+        self._once = picker([place for place, first in firsts if place == first and args[place] is not None])
+        self._repeated = [(place, first) for place, first in firsts if place != first and args[place] is not None]
+        given = self._once(args)
         sizes, strides = ([list(of(t)) for t in given] for of in (Tensor.size, Tensor.stride))
         self.matches = _Guards(*given, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
         self.differentiable = any(t.requires_grad for t in given)
         self.run = run
         self._spans = extents(given)
         self._held: Any = None
+
+    def given(self, args: Sequence[Any]) -> Sequence[Tensor] | None:
+        """The tensors among the arguments of a call of the same types, each once; None where the call is another.
+
+        It is where one tensor is not in the same places, and where one is nested, at which `matches` would end the
+        process.
+        """
+        for place, first in self._repeated:
+            if args[place] is not args[first]:
+                return None
+        given = self._once(args)
+        return None if any(map(_is_nested, given)) else given
 
     def are_in_memory(self, given: Sequence[Tensor]) -> bool:
         """Whether the storage of every tensor covers it; they must match."""
@@ -92,22 +115,6 @@ class Seen:
         if found:
             self._held = held
         return found
-
-
-class Alike:
-    """The calls whose arguments have the same types, and of which the same are one tensor.
-
-    Attributes:
-        given: Of all arguments, those that are tensors, each tensor once: as the guards want them.
-        calls: The calls by key.
-    """
-
-    __slots__ = ("calls", "given")
-
-    def __init__(self, args: Sequence[Any], shared: Sequence[int]) -> None:
-        firsts = shared or range(len(args))
-        self.given = picker([place for place, first in enumerate(firsts) if place == first and args[place] is not None])
-        self.calls: dict[Hashable, list[Seen]] = {}
 
 
 class Context:
@@ -168,7 +175,7 @@ class Operator:
         kinds = [str(argument.type) for argument in self.overload._schema.arguments]
         self._tensors = sum(kind in ("Tensor", "Optional[Tensor]") for kind in kinds)
         self.bind, self.fake = bind, fake
-        self._alike: dict[Hashable, Alike] = {}
+        self._kept: dict[Hashable, dict[Hashable, list[Seen]]] = {}  # by the types of all arguments, then by `_key`
         self._calls: Any = None  # those that the extension in C++ keeps
         self.find: Callable[..., Any] = self._find_in_python
         self._apply: Callable[..., Any] | None = None
@@ -236,26 +243,17 @@ class Operator:
         return device if torch.is_autocast_enabled(device) else ""
 
     def _again(self, args: tuple[Any, ...]) -> Any:
-        """The result, or None."""
-        result = self._again_of((*map(type, args),), args)
-        if result is None and (shared := _shared(args[: self._tensors])):
-            return self._again_of((*map(type, args), shared), args)
-        return result
-
-    def _again_of(self, kind: Hashable, args: tuple[Any, ...]) -> Any:
-        """The result where a call of this kind was like this one, else None."""
-        alike = self._alike.get(kind)
-        if alike is None:
-            return None
-        given = alike.given(args)
-        if any(map(_is_nested, given)):  # at which the guards would end the process
+        """The result where a call that is kept here was like this one, else None."""
+        kept = self._kept.get((*map(type, args),))
+        if kept is None:
             return None
         try:
-            calls = alike.calls[_key(args, self._tensors)]
+            calls = kept[_key(args, self._tensors)]
         except (KeyError, TypeError):  # new, or a setting that has no hash, about which the general way says more
             return None
         for seen in calls:
-            if seen.matches(*given):
+            given = seen.given(args)
+            if given is not None and seen.matches(*given):
                 break
         else:
             return None
@@ -269,23 +267,17 @@ class Operator:
 
     def _remember(self, args: tuple[Any, ...]) -> Seen | None:
         """Keeps a call that went well, where that can be done, and returns it."""
-        tensors = args[: self._tensors]
-        shared = _shared(tensors)
-        alike = Alike(tensors, shared)
-        given = alike.given(args)
+        given = [t for t in args[: self._tensors] if t is not None]
         if _Guards is None or not library.are_plain(given):
             return None
         bound = self.bind(*args)
-        if bound.only_launches and not shared:
-            run: Callable[..., Any] = Replayed(library.below_autograd(bound.run), given[0].device, self._tensors)
-        else:
-            run = library.below_autograd(bound.run)
-        if sum(len(alike.calls) for alike in self._alike.values()) >= _LIMIT:
+        run = library.below_autograd(bound.run)
+        if bound.only_launches:
+            run = Replayed(run, given[0].device, self._tensors)
+        if sum(map(len, self._kept.values())) >= _LIMIT:
             self.forget()
-        kind = (*map(type, args), shared) if shared else (*map(type, args),)
-        alike = self._alike.setdefault(kind, alike)
-        calls = alike.calls.setdefault(_key(args, self._tensors), [])
-        calls.insert(0, Seen(given, run))
+        calls = self._kept.setdefault((*map(type, args),), {}).setdefault(_key(args, self._tensors), [])
+        calls.insert(0, Seen(args, self._tensors, run))
         del calls[_MOST_ALIKE:]
         return calls[0]
 
@@ -345,11 +337,11 @@ class Operator:
 
     def seen(self) -> list[Seen]:
         """All calls that are kept."""
-        return [seen for alike in self._alike.values() for calls in alike.calls.values() for seen in calls]
+        return [seen for kept in self._kept.values() for calls in kept.values() for seen in calls]
 
     def forget(self) -> None:
         """Forgets all of them."""
-        self._alike.clear()
+        self._kept.clear()
         self._calls, self.find = None, self._find_in_python
 
 

@@ -1,5 +1,7 @@
 """Calls that only allocate tensors and launch kernels: done once by the backend, then repeated from a recording.
 
+A call of a native kernel for host memory counts as a launch (native_call.py).
+
 What a backend does between its entry and its launches depends on the metadata of the tensors alone: tiles, grids,
 scalar arguments, sizes of results and of workspaces. So the recording holds a list of tensors to allocate and a list of
 launches, whose tensors are places among the arguments of the call and in the allocated ones. To repeat it is to
@@ -135,7 +137,9 @@ def _repetition(
         return None
     results = [result] if isinstance(result, Tensor) else list(result)
     made = [_final(tensor, results) for tensor in allocations.made]
-    given = [index for index, tensor in enumerate(arguments) if tensor is not None]
+    # Each tensor once: a call in which others are one tensor is not repeated from this one (eager.py).
+    firsts = {id(tensor): index for index, tensor in reversed([*enumerate(arguments)]) if tensor is not None}
+    given = sorted(firsts.values())
     tensors = [arguments[index] for index in given] + made
     addresses = [tensor.data_ptr() for tensor in tensors]
 

@@ -91,7 +91,7 @@ class Run:
                 self.residual[a:b, out:] = NAN
                 self.sample_bias[a:b, out:] = NAN
 
-    def geometry(self) -> dict[str, object]:
+    def routing(self) -> dict[str, int]:
         case = self.case
         tensors = {"offsets": self.offsets, "weight_index": torch.tensor(self.index, dtype=torch.int32)}
         if case.in_widths is not None:
@@ -99,8 +99,11 @@ class Run:
         if case.out_widths is not None:
             tensors["out_widths"] = torch.tensor(self.out_widths, dtype=torch.int32)
         self.kept = tensors
+        return {name: address(tensor) for name, tensor in tensors.items()} | {"threads": case.threads}
+
+    def geometry(self) -> dict[str, object]:
+        case = self.case
         return dict(
-            {name: address(tensor) for name, tensor in tensors.items()},
             dtype=int(case.dtype == torch.bfloat16),
             batch=case.batch,
             height=case.image[0],
@@ -116,33 +119,33 @@ class Run:
             num_groups=len(case.sizes),
             num_experts=case.experts,
             weight_strides=self.weight.stride(),
-            threads=case.threads,
         )
 
     def native(self) -> dict[str, torch.Tensor]:
-        case, geometry = self.case, self.geometry()
+        case, routing = self.case, self.routing()
         y = poisoned((case.batch, case.channels[1], *case.out_image), case.dtype)
-        _native.conv2d_forward(
+        conv = _native.Conv2d(**self.geometry())
+        conv.forward(
             x=address(self.x),
             weight=address(self.weight),
             bias=address(self.bias),
             sample_bias=address(self.sample_bias),
             residual=address(self.residual),
             y=address(y),
-            **geometry,
+            **routing,
         )
         dx = poisoned((case.batch, case.channels[0], *case.image), case.dtype)
-        _native.conv2d_dgrad(dy=address(self.dy), weight=address(self.weight), dx=address(dx), **geometry)
+        conv.dgrad(dy=address(self.dy), weight=address(self.weight), dx=address(dx), **routing)
         dweight = torch.full_like(self.weight, NAN)
         dbias = poisoned((case.experts, case.channels[1]), case.dtype)
         dsample_bias = poisoned((case.batch, case.channels[1]), case.dtype)
-        _native.conv2d_wgrad(
+        conv.wgrad(
             x=address(self.x),
             dy=address(self.dy),
             dweight=address(dweight),
             dbias=address(dbias),
             dsample_bias=address(dsample_bias),
-            **geometry,
+            **routing,
         )
         return {"y": y, "dx": dx, "dweight": dweight, "dbias": dbias, "dsample_bias": dsample_bias}
 

@@ -40,27 +40,28 @@ class Native:
         self.widths = None if case.widths is None else torch.tensor(case.widths, dtype=torch.int32)
         self.mean = torch.full((routing.batch, case.num_groups), float("nan"))
         self.rstd = poisoned(self.mean)
+        self.routing = {"offsets": address(self.offsets), "weight_index": address(self.index)}
+        self.routing |= {"widths": address(self.widths), "threads": threads}
         self.geometry = {
-            **{"offsets": address(self.offsets), "weight_index": address(self.index)},
-            **{"widths": address(self.widths), "dtype": int(x.dtype == torch.bfloat16)},
+            "dtype": int(x.dtype == torch.bfloat16),
             **{"batch": routing.batch, "height": x.shape[2], "width": x.shape[3], "channels": case.channels},
             **{"num_norm_groups": case.num_groups, "eps": eps, "silu": case.activation == "silu"},
-            **{"num_groups": routing.num_groups, "num_experts": routing.num_experts, "threads": threads},
+            **{"num_groups": routing.num_groups, "num_experts": routing.num_experts},
         }
 
-    def _shared(self) -> dict[str, int | float | bool]:
+    def _shared(self) -> dict[str, int]:
         inputs = {name: address(self.tensors.get(name)) for name in GRADS}
-        return inputs | {"mean": address(self.mean), "rstd": address(self.rstd)} | self.geometry
+        return inputs | {"mean": address(self.mean), "rstd": address(self.rstd)} | self.routing
 
     def forward(self) -> Tensor:
         y = poisoned(self.tensors["x"])
-        _native.group_norm_forward(y=address(y), **self._shared())
+        _native.GroupNorm(**self.geometry).forward(y=address(y), **self._shared())
         return y
 
     def backward(self, dy: Tensor, wanted: tuple[str, ...] = GRADS) -> dict[str, Tensor]:
         dy = dy.contiguous(memory_format=torch.channels_last)
         grads = {name: poisoned(self.tensors[name]) for name in wanted if name in self.tensors}
-        _native.group_norm_backward(
+        _native.GroupNorm(**self.geometry).backward(
             dy=address(dy), **{f"d{name}": address(grads.get(name)) for name in GRADS}, **self._shared()
         )
         return grads

@@ -306,6 +306,6 @@ def test_the_number_of_remembered_calls_is_limited(monkeypatch: pytest.MonkeyPat
         for columns in (6, 7, 8):
             arguments = tensors(channels)
             routed_conv2d(**arguments | {"bias": torch.randn(2, columns)[:, :6]})
-            kept = [calls for alike in conv2d.forward._alike.values() for calls in alike.calls.values()]
+            kept = [calls for kept in conv2d.forward._kept.values() for calls in kept.values()]
             assert len(kept) <= 2
             assert max(map(len, kept)) <= 2
