@@ -186,7 +186,7 @@ def test_dgrad_of_1x1_filters_writes_both_gradients() -> None:
         ({"height": 4, "width": 4, "batch": 64, "in_channels": 256, "out_channels": 768}, "128x64", 132),
         # 256 tiles in two waves of 128x64, which take longer than one of 128x128
         ({"height": 4, "width": 4, "batch": 128, "in_channels": 256, "out_channels": 1024}, "128x128", 132),
-        ({"height": 1, "width": 1, "batch": 64, "in_channels": 128, "out_channels": 512}, "128x64", 64),
+        ({"height": 1, "width": 1, "batch": 64, "in_channels": 512, "out_channels": 512}, "128x64", 64),
     ],
 )
 def test_the_tile_of_rows_keeps_the_busiest_multiprocessor_for_the_fewest_clocks(

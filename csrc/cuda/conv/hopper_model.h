@@ -68,8 +68,8 @@ inline int64_t hopper_tile_clocks(const HopperTileCost& tile, int64_t blocks, in
   return stored + 600 + own * 4 / 12 * (blocks - 1);
 }
 
-// Of tiles that clusters of so many blocks compute. Cluster 0 takes every n-th of n clusters, those with all of their
-// samples first.
+// Of tiles that clusters of so many blocks compute; what these send each other counts as that of whole tiles. Cluster 0
+// takes every n-th of n clusters, those with all of their samples first.
 inline int64_t hopper_clocks(const HopperTileCost& tile, const HopperTiles& tiles, const Device& device,
                              int64_t blocks) {
   const int64_t clusters = hopper_clusters(device, blocks), steps = ceil_div(tiles.steps, blocks);
@@ -77,7 +77,7 @@ inline int64_t hopper_clocks(const HopperTileCost& tile, const HopperTiles& tile
   const int64_t whole = ceil_div(tiles.whole, clusters), part = ceil_div(tiles.whole + tiles.part, clusters) - whole;
   return whole * steps * hopper_step_clocks(tile, tile.rows) +
          part * steps * hopper_step_clocks(tile, tiles.part_rows) +
-         whole * hopper_tile_clocks(tile, blocks, tile.rows) + part * hopper_tile_clocks(tile, blocks, tiles.part_rows);
+         (whole + part) * hopper_tile_clocks(tile, blocks, tile.rows);
 }
 
 // Samples of a group when groups are even.
