@@ -27,8 +27,8 @@ GRADIENTS = ("weight", "bias")
 @contextmanager
 def hopper(multiprocessors: int = 4, schedule: int = 0) -> Iterator[EmulatorLauncher]:
     """A Hopper GPU with few SMs, so that cuts divide units."""
-    # The last one has the sums of biases of images of few pixels.
-    families = ("conv_hopper_rows", "conv_hopper_rows_wgrad", "conv_wgrad")
+    # A forward of few tiles may be split. The last one has the sums of biases of images of few pixels.
+    families = ("conv_hopper_rows", "conv_hopper_rows_split", "conv_hopper_rows_wgrad", "conv_wgrad")
     with emulator((90, multiprocessors, 232448), families) as launcher:
         launcher.schedule = schedule
         yield launcher
