@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from tdc_fast.diffusion.gaussian import (
 from tdc_fast.diffusion.protocols import Denoiser, prediction_of
 from tdc_fast.diffusion.respacing import Spacing, respaced_betas, spaced_timesteps
 from tdc_fast.errors import invalid
+from tdc_fast.routing import TimestepGroups
 
 Prediction = Literal["epsilon", "x0", "v"]
 Variance = Literal["fixed_small", "fixed_large", "learned_range"]
@@ -84,7 +86,8 @@ class Diffusion:
             timestep_scale: the factor that the denoiser applies to timesteps.
 
         Raises:
-            ValueError: for betas outside (0, 1], an unknown option or a map of another length.
+            ValueError: for betas outside (0, 1], an unknown option, a map of another length or one that does not
+                increase, or a scale that is not a number above 0.
         """
         try:
             betas = np.array(betas, dtype=np.float64)
@@ -107,7 +110,14 @@ class Diffusion:
         self.timestep_map = tuple(range(len(betas))) if timestep_map is None else tuple(timestep_map)
         if len(self.timestep_map) != self.num_timesteps:
             raise invalid("timestep_map", f"{len(self.timestep_map)} entries", f"one per beta ({self.num_timesteps})")
+        if self.timestep_map[0] < 0 or any(a >= b for a, b in itertools.pairwise(self.timestep_map)):
+            raise invalid("timestep_map", self.timestep_map, "increasing original timesteps, from 0 on")
         self.original_num_timesteps = original_num_timesteps or self.timestep_map[-1] + 1
+        if self.original_num_timesteps <= self.timestep_map[-1]:
+            remedy = f"more than the last mapped timestep, {self.timestep_map[-1]}"
+            raise invalid("original_num_timesteps", original_num_timesteps, remedy)
+        if not 0 < timestep_scale < math.inf:
+            raise invalid("timestep_scale", timestep_scale, "a finite number above 0")
         self._build_tables(betas)
         self._on_device: dict[tuple[str, torch.device], Tensor] = {}
 
@@ -188,6 +198,13 @@ class Diffusion:
     def original_timesteps(self, t: Tensor) -> Tensor:
         """The integer timesteps (B,) that the denoiser gets for steps `t` (B,)."""
         return self.table("_original_timesteps", t)
+
+    def check_groups(self, model: Denoiser) -> None:
+        """ValueError for a packed model whose groups divide another number of timesteps than this process has."""
+        groups = getattr(model, "groups", None)
+        if isinstance(groups, TimestepGroups) and groups.num_timesteps != self.original_num_timesteps:
+            remedy = f"groups of the process's {self.original_num_timesteps} timesteps (diffusion_steps)"
+            raise invalid("model", f"one whose groups divide {groups.num_timesteps} timesteps", remedy)
 
     def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x0 noised to step t: a draw of q(x_t | x0) = N(sqrt(alpha_bar) x0, 1 - alpha_bar), like x0.
@@ -330,7 +347,11 @@ class Diffusion:
             mse, rescaled_mse: mean squared error of the predicted noise (or x0, or v); rescaled_mse multiplies vb by
             T / 1000. kl, rescaled_kl: the bound's term in bits per dimension; rescaled_kl multiplies it by T, which
             estimates the whole bound.
+
+        Raises:
+            ValueError: for wrong timesteps or a wrong shape, or a packed model whose groups have other timesteps.
         """
+        self.check_groups(model)
         if noise is None:
             noise = torch.randn_like(x0)
         x_t = self.q_sample(x0, t, noise)

@@ -6,8 +6,10 @@ to different next steps. A sample with t = -1 is finished and is returned unchan
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -88,8 +90,9 @@ def ddim_step(
         model_kwargs: further arguments of the model.
 
     Raises:
-        ValueError: for wrong timesteps.
+        ValueError: for wrong timesteps, or an eta that is not a finite number from 0 on.
     """
+    check_eta(eta)
     t_next = _next_steps(t, t_next)
     output = _predict(diffusion, model, x, t, model_kwargs)
     if eta > 0 and noise is None:
@@ -168,6 +171,12 @@ def dpmpp_2m_step(
     return result, Dpm2mHistory(_keep_finished(x0, history.x0, t), torch.where(t < 0, history.t, t))
 
 
+def check_eta(eta: float) -> None:
+    """ValueError unless the noise of DDIM is a finite number from 0 on."""
+    if not isinstance(eta, Real) or not 0 <= float(eta) < math.inf:
+        raise invalid("eta", eta, "0 (deterministic) or a finite number above it")
+
+
 def sampling_steps(
     diffusion: Diffusion, sampler: SamplerName, steps: int | None = None, spacing: SpacingName = "auto"
 ) -> tuple[int, ...]:
@@ -230,6 +239,7 @@ def _predict(
     To leave finished samples out would change the batch's shape and wait for the device.
     """
     check_timesteps(t, x, diffusion.num_timesteps, lowest=FINISHED)
+    diffusion.check_groups(model)
     return prediction_of(model(x, diffusion.original_timesteps(t.clamp(min=0)), **(model_kwargs or {})))
 
 

@@ -55,6 +55,7 @@ class SamplingLoop:
         clip_denoised: bool = True,
     ) -> None:
         self._trajectory = Trajectory.plan(diffusion, sampler, steps, spacing, eta)
+        diffusion.check_groups(model)
         _warn_of_idle_experts(model, self._trajectory)
         self._diffusion, self._model, self._sampler, self._clip_denoised = diffusion, model, sampler, clip_denoised
         self._steps: dict[torch.device, Callable[..., tuple[Tensor, Tensor]]] = {}

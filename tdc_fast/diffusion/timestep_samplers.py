@@ -162,8 +162,9 @@ class LossSecondMomentSampler(TimestepSampler):
     """Importance sampling with probability proportional to sqrt(E[loss**2]) (Nichol and Dhariwal 2021, section 3.3).
 
     Uniform until every timestep has `history_per_term` losses; from then on the last `history_per_term` count, and
-    `uniform_prob` of the probability stays uniform. The weights 1 / (T p) keep the loss unbiased. Of several processes
-    each keeps the same history: `update` gets the losses of the whole batch in all of them.
+    `uniform_prob` of the probability stays uniform. Uniform, too, while all of these losses are 0 or one of them is not
+    finite. The weights 1 / (T p) keep the loss unbiased. Of several processes each keeps the same history: `update`
+    gets the losses of the whole batch in all of them.
 
     The history is on the device where timesteps are drawn, and in place, so that a CUDA graph can hold `draw` and
     `update`; neither waits for the device.
@@ -176,6 +177,8 @@ class LossSecondMomentSampler(TimestepSampler):
             raise invalid("num_timesteps", num_timesteps, "at least one timestep")
         if history_per_term < 1:
             raise invalid("history_per_term", history_per_term, "at least one loss")
+        if not 0 <= uniform_prob <= 1:
+            raise invalid("uniform_prob", uniform_prob, "a share of the probability, from 0 to 1")
         self.num_timesteps = num_timesteps
         self.history_per_term = history_per_term
         self.uniform_prob = uniform_prob
@@ -189,9 +192,10 @@ class LossSecondMomentSampler(TimestepSampler):
 
     def _probabilities(self) -> Tensor:
         weights = self._history.square().mean(1).sqrt()
-        weights = weights / weights.sum() * (1 - self.uniform_prob) + self.uniform_prob / self.num_timesteps
-        complete = (self._counts == self.history_per_term).all()
-        return torch.where(complete, weights / weights.sum(), 1 / self.num_timesteps)
+        total = weights.sum()
+        weights = weights / total * (1 - self.uniform_prob) + self.uniform_prob / self.num_timesteps
+        usable = (self._counts == self.history_per_term).all() & total.isfinite() & (total > 0)
+        return torch.where(usable, weights / weights.sum(), 1 / self.num_timesteps)
 
     def draw(
         self,

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from tdc_fast.diffusion.diffusion import Diffusion
-from tdc_fast.diffusion.samplers import FINISHED, SamplerName, SpacingName, sampling_steps
+from tdc_fast.diffusion.samplers import FINISHED, SamplerName, SpacingName, check_eta, sampling_steps
 from tdc_fast.diffusion.updates import ddim_weights, ddpm_weights, dpmpp_2m_weights
-from tdc_fast.errors import invalid
 
 
 @dataclass(frozen=True)
@@ -50,8 +49,7 @@ class Trajectory:
         Raises:
             ValueError: for an unknown sampler or spacing, steps that the process does not have, or a negative eta.
         """
-        if not eta >= 0:
-            raise invalid("eta", eta, "0 (deterministic) or a number above it")
+        check_eta(eta)
         visited = sampling_steps(diffusion, sampler, steps, spacing)
         process = diffusion if len(visited) == diffusion.num_timesteps else diffusion.with_timesteps(visited)
         t = torch.arange(process.num_timesteps - 1, -1, -1)

@@ -229,6 +229,8 @@ class UNet(nn.Module):
         for name, value in (("x", x), ("timesteps", timesteps)):
             if not isinstance(value, Tensor):
                 raise invalid(name, value, "a torch tensor")
+        if not x.is_floating_point():
+            raise invalid("x", x.dtype, "images in a floating-point dtype, such as float32 in [-1, 1]")
         if x.dim() != 4 or x.shape[1] != self.in_channels:
             raise invalid("x", tuple(x.shape), f"shape (B, {self.in_channels}, H, W)")
         if not (x.shape[2] and x.shape[3]) or x.shape[2] % self.stride or x.shape[3] % self.stride:

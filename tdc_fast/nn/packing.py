@@ -26,6 +26,7 @@ from tdc_fast.nn.timesteps import groups_of, one_per_sample, other_arguments, ti
 from tdc_fast.nn.twins import routed_twin
 from tdc_fast.nn.units import Prunable, PruningUnit, module_of, set_unit_width, units_of, with_memory, without_weights
 from tdc_fast.nn.width_plan import WidthPlan, base_hash
+from tdc_fast.ops.checks import require_tensors
 from tdc_fast.ops.plan import Integers, as_integers
 from tdc_fast.routing import RoutingPlan, TimestepGroups
 
@@ -99,7 +100,8 @@ class RoutedModel(nn.Module):
                 argument that may have entries per sample but cannot be sorted: an array of numpy or a list of texts of
                 length B, or tensors in an object of another kind.
         """
-        if not isinstance(x, Tensor) or not x.dim():
+        require_tensors(x=x)
+        if not x.dim():
             raise invalid("x", x, "a torch tensor with one entry per sample")
         t = one_per_sample(t, x)
         ids = groups_of(self.groups, t) if expert_ids is None else as_integers("expert_ids", expert_ids, t.device)

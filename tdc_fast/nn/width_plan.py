@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,8 @@ class WidthPlan:
     ) -> WidthPlan:
         """Every unit at a fraction of its width, rounded down to a step; the first channels are kept.
 
+        A fraction of less than a step removes a unit: its block computes the residual path alone.
+
         Args:
             base: the denoiser.
             boundaries: the timestep groups' boundaries, N + 1 integers.
@@ -134,7 +137,7 @@ class WidthPlan:
             raise invalid("fraction", fraction, f"a number from 0 to 1, or {count} of them")
         experts = [
             {
-                unit.name: ExpertUnit(tuple(range(unit.num_atoms)), int(unit.channels * part / unit.step) * unit.step)
+                unit.name: ExpertUnit(tuple(range(unit.num_atoms)), _part_of(unit.channels, part, unit.step))
                 for unit in units
             }
             for part in fractions
@@ -240,6 +243,11 @@ def _check_keys(where: str, data: Any, expected: set[str], optional: Iterable[st
 
 def _is_integer(value: Any) -> bool:
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def _part_of(channels: int, part: float, step: int) -> int:
+    """A fraction of a width, rounded down to a step; of the decimal number that is meant, as 100 * 0.29 is 28.999."""
+    return int(Fraction(str(part)) * channels / step) * step
 
 
 def _is_number(value: Any) -> bool:

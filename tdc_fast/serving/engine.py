@@ -50,7 +50,8 @@ class Engine:
     in the engine. Use it as a context manager, or call `close`.
 
     Args:
-        model: the denoiser, called as model(x, t), or model(x, t, y=labels) where there are classes.
+        model: the denoiser, called as model(x, t), or model(x, t, y=labels) where there are classes. A module is put
+            into evaluation mode and stays in it.
         diffusion: its process.
         image_shape: (C, H, W).
         max_batch: places in a batch: images, a guided one counting twice. It is also the most that a request may ask
@@ -105,12 +106,15 @@ class Engine:
         decoder: LatentDecoder | None = None,
     ) -> None:
         for argument, value in (("max_batch", max_batch), ("max_queue", max_queue), ("max_memory", max_memory)):
-            if value < 1:
-                raise invalid(argument, value, "at least 1")
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise invalid(argument, value, "an integer of at least 1")
+        if isinstance(sizes, str) or not all(type(size) is int for size in sizes):
+            raise invalid("sizes", sizes, f"increasing integers from 1 to {max_batch} (max_batch)")
         if list(sizes) != sorted(set(sizes)) or (sizes and not 1 <= sizes[0] <= sizes[-1] <= max_batch):
             raise invalid("sizes", sizes, f"increasing sizes from 1 to {max_batch} (max_batch)")
         if not 0 <= min_fill <= 1:
             raise invalid("min_fill", min_fill, "a share from 0 to 1")
+        diffusion.check_groups(model)
         device = torch.device("cpu")
         if isinstance(model, nn.Module):
             device = next((parameter.device for parameter in model.parameters()), device)
@@ -181,9 +185,12 @@ class Engine:
         """Start the thread that owns the model; returns once steps that are CUDA graphs have been captured.
 
         Raises:
+            EngineClosed: the engine was closed before; make another one.
             Exception: what the model raised meanwhile; the engine is closed then.
         """
-        if self._thread is None and not self._closing:
+        if self._closing:
+            raise EngineClosed("the engine was closed and cannot start again: make another one")
+        if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="tdc_fast engine", daemon=True)
             self._thread.start()
             self._ready.wait()

@@ -143,6 +143,11 @@ def test_a_denoiser_of_the_wrong_shape_is_refused_with_the_shape_it_should_have(
         ({"betas": [0.1], "variance": "learned"}, "variance"),
         ({"betas": [0.1], "loss": "l1"}, "loss"),
         ({"betas": [0.1], "timestep_map": (0, 1)}, "timestep_map"),
+        ({"betas": [0.1, 0.2], "timestep_map": (1, 0)}, "timestep_map"),
+        ({"betas": [0.1, 0.2], "timestep_map": (-1, 0)}, "timestep_map"),
+        ({"betas": [0.1, 0.2], "timestep_map": (0, 5), "original_num_timesteps": 5}, "original_num_timesteps"),
+        ({"betas": [0.1], "timestep_scale": float("nan")}, "timestep_scale"),
+        ({"betas": [0.1], "timestep_scale": 0.0}, "timestep_scale"),
     ],
 )
 def test_what_is_no_process_is_refused_by_name(options, argument):

@@ -314,6 +314,9 @@ def test_what_cannot_be_sampled_is_refused_by_name():
         sample(diffusion, image_model, 3)
     with pytest.raises(ValueError, match="eta: got -1"):
         sample(diffusion, image_model, x.shape, eta=-1)
+    for eta in (-1, float("nan"), float("inf"), "1"):
+        with pytest.raises(ValueError, match="eta: got"):
+            ddim_step(diffusion, image_model, x, torch.tensor([5, 5]), eta=eta)
     with pytest.raises(ValueError, match="t_next"):
         ddim_step(diffusion, image_model, x, torch.tensor([5, 5]), torch.tensor([5, 4]))
     with pytest.raises(ValueError, match="t_next"):

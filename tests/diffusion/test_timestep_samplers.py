@@ -181,6 +181,24 @@ def test_a_graph_holds_the_draw_and_the_memory_of_losses():
     assert all(torch.equal(value, held.state_dict()[name]) for name, value in plain.state_dict().items())
 
 
+@pytest.mark.parametrize("losses", [(0.0, 0.0, 0.0), (1.0, float("nan"), 2.0), (1.0, float("inf"), 2.0)])
+def test_losses_that_tell_no_importance_leave_the_draw_uniform_until_better_ones_come(losses):
+    sampler, t = LossSecondMomentSampler(3, history_per_term=2), torch.arange(3)
+    for _ in range(2):
+        sampler.update(t, torch.tensor(losses))
+    assert sampler.probabilities() == pytest.approx([1 / 3] * 3)
+    assert torch.equal(sampler.draw(6, {}).weights, torch.ones(6))
+    for _ in range(2):
+        sampler.update(t, torch.tensor([1.0, 2.0, 1.0]))
+    assert sampler.probabilities() == pytest.approx([0.25, 0.5, 0.25], abs=1e-3)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])
+def test_a_uniform_share_is_a_probability(share):
+    with pytest.raises(ValueError, match="uniform_prob: got"):
+        LossSecondMomentSampler(4, uniform_prob=share)
+
+
 def test_importance_sampling_draws_by_its_probabilities():
     sampler = LossSecondMomentSampler(4, history_per_term=1, uniform_prob=0.0)
     sampler.update(torch.arange(4), torch.tensor([1.0, 2.0, 3.0, 4.0]))

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from tdc_fast.diffusion import create_diffusion, ddpm_step, sample
 from tdc_fast.models.iddpm import UNet
 from tdc_fast.nn.packing import RoutedModel, pack_experts
 from tdc_fast.nn.width_plan import ExpertUnit, WidthPlan, base_hash
 from tdc_fast.routing import TimestepGroups
+from tdc_fast.serving import Engine
 from tests.models.test_iddpm import SMALL, randomise
 
 GROUPS = TimestepGroups.from_boundaries([0, 100, 400, 1000])
@@ -355,3 +357,27 @@ def test_packing_keeps_mode_dtype_and_frozen_parameters():
     assert routed.model.out[2].weight.dtype == torch.float64
     assert not routed.model.out[2].bias.requires_grad and routed.model.out[2].weight.requires_grad
     assert not routed.expert(0).training
+
+
+@pytest.mark.parametrize("steps", [20, 200])
+def test_a_process_of_other_timesteps_than_the_groups_divide_is_refused(steps):
+    model, diffusion = pack_experts(UNet(**SMALL), TimestepGroups.uniform(100, 4)), create_diffusion(steps)
+    x, t = torch.zeros(2, SMALL["in_channels"], 8, 8), torch.zeros(2, dtype=torch.int64)
+    message = f"model: got 'one whose groups divide 100 timesteps'; expected groups of the process's {steps} timesteps"
+    for use in (
+        lambda: diffusion.training_losses(model, x, t),
+        lambda: sample(diffusion, model, x.shape, steps=2),
+        lambda: ddpm_step(diffusion, model, x, t),
+        lambda: Engine(model, diffusion, x.shape[1:]),
+    ):
+        with pytest.raises(ValueError, match=message):
+            use()
+
+
+def test_inputs_that_are_no_dense_images_are_refused_by_name():
+    model, t = pack_experts(UNet(**SMALL), TimestepGroups.uniform(100, 4)), torch.zeros(2, dtype=torch.int64)
+    x = torch.zeros(2, SMALL["in_channels"], 8, 8)
+    nested = torch.nested.nested_tensor([x[0], x[1]])
+    for wrong, message in ((nested, "a nested tensor"), (x.to_sparse(), "sparse"), (x.cfloat(), "complex64")):
+        with pytest.raises(ValueError, match=f"^x: got .*{message}"):
+            model(wrong, t)

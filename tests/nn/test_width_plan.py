@@ -10,6 +10,7 @@ from torch import nn
 
 from tdc_fast.models.iddpm import UNet
 from tdc_fast.nn.width_plan import ExpertUnit, WidthPlan, base_hash
+from tests.pruning.tiny import TinyNet
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +34,11 @@ def test_a_uniform_plan_keeps_a_fraction_of_every_unit(plan, base):
     assert plan.expert_widths(0) == {unit.name: unit.channels for unit in base.pruning_units()}
     assert plan.expert_widths(1) == {unit.name: unit.channels // 2 for unit in base.pruning_units()}
     assert plan.max_width("middle_block.1") == 8
+
+
+def test_a_fraction_is_the_decimal_number_that_is_meant():
+    plan = WidthPlan.uniform(TinyNet(channels=(100, 6)), (0, 1000), 0.29)  # 100 * 0.29 is 28.999999999999996
+    assert list(plan.expert_widths(0).values()) == [29, 1]
 
 
 @pytest.mark.parametrize(

@@ -518,6 +518,9 @@ def test_classes_and_guidance_of_a_model_that_has_none_are_refused():
     ("options", "message"),
     [
         ({"max_batch": 0}, "max_batch: got 0"),
+        ({"max_batch": 2.5}, "max_batch: got 2.5; expected an integer"),
+        ({"max_batch": "4"}, "max_batch: got '4'; expected an integer"),
+        ({"sizes": "ab"}, "sizes: got 'ab'"),
         ({"max_queue": 0}, "max_queue: got 0"),
         ({"max_memory": 0}, "max_memory: got 0"),
         ({"max_memory": 4 * 64 * 6 - 1}, "max_memory: got 1535; expected at least 1536 bytes, for one image"),
@@ -531,6 +534,14 @@ def test_classes_and_guidance_of_a_model_that_has_none_are_refused():
 def test_options_that_make_no_engine_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         engine_of(Scripted(), **options)
+
+
+def test_an_engine_that_was_closed_does_not_start_again():
+    engine = engine_of(Scripted())
+    with engine:
+        pass
+    with pytest.raises(EngineClosed, match="make another one"):
+        engine.start()
 
 
 def test_statistics_add_up():
