@@ -38,16 +38,21 @@ from tdc_fast.ops.replay import Replayed, picker
 ENVIRONMENT = "TDC_FAST_BACKEND"
 _LIMIT = 4096  # keys remembered
 _MOST_ALIKE = 16  # calls remembered of one key
-_Guards: Any = getattr(torch._C._dynamo.guards, "TensorGuards", None)  # a torch without it takes the general way
+
+try:  # what torch tells in private of who watches a call, and of tensors; a torch without it takes the general way
+    _Guards: Any = torch._C._dynamo.guards.TensorGuards
+    _function_mode: Any = torch._C._is_torch_function_mode_enabled
+    _dispatch_modes: Any = torch._C._len_torch_dispatch_stack
+    _profiling: Any = torch.autograd._profiler_enabled
+    _autocasts: Any = torch._C._is_any_autocast_enabled
+    _is_nested: Any = vars(torch._C.TensorBase)["is_nested"].__get__
+    _is_told = True
+except (AttributeError, KeyError):
+    _is_told = False
 
 _is_compiling = torch.compiler.is_compiling
-_function_mode = torch._C._is_torch_function_mode_enabled
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_profiling = torch.autograd._profiler_enabled
-_autocasts = torch._C._is_any_autocast_enabled
 _environment = os.environ._data  # type: ignore[attr-defined]  # os.environ.get takes as long as all other checks
 _grad_enabled = torch.is_grad_enabled
-_is_nested = vars(torch._C.TensorBase)["is_nested"].__get__
 _nbytes, _storage, _offset = torch.UntypedStorage.nbytes, Tensor.untyped_storage, Tensor.storage_offset
 _VARIABLE = ENVIRONMENT.encode()
 
@@ -268,7 +273,7 @@ class Operator:
     def _remember(self, args: tuple[Any, ...]) -> Seen | None:
         """Keeps a call that went well, where that can be done, and returns it."""
         given = [t for t in args[: self._tensors] if t is not None]
-        if _Guards is None or not library.are_plain(given):
+        if not library.are_plain(given):
             return None
         bound = self.bind(*args)
         run = library.below_autograd(bound.run)
@@ -361,7 +366,7 @@ def seen() -> list[Seen]:
 
 def _unobserved() -> bool:
     """Whether nothing that the guards cannot see watches a call."""
-    return not (_dispatch_modes() or _function_mode() or _profiling() or forward_ad._current_level >= 0)
+    return _is_told and not (_dispatch_modes() or _function_mode() or _profiling() or forward_ad._current_level >= 0)
 
 
 def _shared(tensors: Sequence[Any]) -> tuple[int, ...]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -297,6 +298,31 @@ def test_the_graph_is_recorded_where_gradients_are_on(general_way_raises: Callab
     with torch.no_grad():
         assert not routed_conv2d(**arguments).requires_grad
     assert routed_conv2d(**arguments).requires_grad
+
+
+@pytest.mark.parametrize(
+    "place, name",
+    [
+        (torch._C._dynamo.guards, "TensorGuards"),
+        (torch._C, "_is_torch_function_mode_enabled"),
+        (torch._C, "_len_torch_dispatch_stack"),
+        (torch._C, "_is_any_autocast_enabled"),
+        (torch.autograd, "_profiler_enabled"),
+    ],
+    ids=lambda part: part if isinstance(part, str) else "",
+)
+def test_a_torch_that_does_not_tell_what_watches_a_call_takes_the_general_way(
+    place: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = ModuleType("another")
+    with monkeypatch.context() as patch:
+        patch.delattr(place, name)
+        exec(compile(Path(eager.__file__).read_text(), "eager", "exec"), vars(module))
+    assert not module._unobserved() and eager._unobserved()
+    monkeypatch.setattr(eager, "_is_told", False)
+    arguments = tensors()
+    first, second = (routed_conv2d(**arguments, padding=1) for _ in range(2))
+    assert torch.equal(first, second) and not eager.seen()
 
 
 def test_the_number_of_remembered_calls_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
