@@ -185,7 +185,7 @@ void bind_planners_of_convolutions(py::module_& module) {
     define<ConvArguments>(
         module, is_forward ? "cuda_conv_forward_hopper_choices" : "cuda_conv_dgrad_hopper_choices",
         "[(tile, clocks by the model, columns that its products may have)] of the Hopper form's forward or dgrad, the "
-        "chosen one first. Takes sizes only.",
+        "chosen one first. Takes sizes only; raises ValueError where the form does not serve.",
         [](Keywords& keywords, ConvArguments& arguments) { take_convolution_sizes(keywords, arguments); },
         [is_forward](const ConvArguments& arguments, const Device& device) {
           std::vector<std::tuple<std::string, int64_t, std::array<int, 3>>> choices;

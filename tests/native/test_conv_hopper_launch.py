@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from typing import Any
 
@@ -59,6 +60,27 @@ def test_what_it_does_not_serve_takes_the_portable_form(changes: dict[str, Any],
     for pass_ in ("forward", "dgrad"):
         assert refusal(pass_, **changes).startswith(reason)
         assert "hopper" not in only(plan(pass_, **changes)).kernel
+
+
+@pytest.mark.parametrize("pass_", ["forward", "dgrad"])
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        *(({name: 0}, "a size is out of range") for name in ("height", "width", "in_channels", "out_channels")),
+        ({"batch": -1}, "a size is out of range"),  # the others would overflow the clocks
+        ({"batch": 1 << 20, "height": 1 << 20}, "the batch has more than 2^30 pixels"),
+        ({"in_channels": 32}, "it has channels from 64 on"),
+    ],
+)
+def test_sizes_that_the_model_cannot_count_are_refused(pass_: str, changes: dict[str, int], reason: str) -> None:
+    with pytest.raises(ValueError, match=f"routed convolution: {re.escape(reason)}"):
+        getattr(_native, f"cuda_conv_{pass_}_hopper_choices")(**sizes(**changes))
+
+
+@pytest.mark.parametrize("pass_", ["forward", "dgrad", "wgrad"])
+@pytest.mark.parametrize("side", ["height", "width"])
+def test_images_without_pixels_are_refused(pass_: str, side: str) -> None:
+    assert refusal(pass_, **{side: 0}) == "it needs images of at least one pixel"
 
 
 def test_an_address_that_tma_cannot_take_is_refused() -> None:

@@ -172,6 +172,7 @@ std::string hopper_refusal(const ConvArguments& a, const Device& device) {
            std::to_string(device.arch % 10);
   }
   if (a.dtype == 0) return "it has bf16 and fp16, not fp32";
+  if (std::min(a.height, a.width) < 1) return "it needs images of at least one pixel";
   if (a.upsample > 1 && !takes_upsampled(a)) return "it upsamples one input of 3x3 filters with padding 1 and stride 1";
   if (!takes_rows(a) && !takes_strides(a) && !takes_upsampled(a)) {
     if (a.filter_height != 3 || a.filter_width != 3 || a.stride_height != 1 || a.stride_width != 1 ||
@@ -206,6 +207,9 @@ std::string hopper_refusal(const ConvArguments& a, const Device& device, bool fo
 }
 
 std::vector<HopperChoice> hopper_choices(const ConvArguments& a, const Device& device, bool forward) {
+  check(a);
+  const std::string refusal = hopper_refusal(a, device, forward);
+  require(refusal.empty(), refusal.c_str(), a);
   if (takes_upsampled(a)) return hopper_strided_choices(merged_convolution(a), device, !forward);
   if (takes_strides(a)) return hopper_strided_choices(a, device, forward);
   if (takes_rows(a)) return hopper_rows_choices(a, device, forward);

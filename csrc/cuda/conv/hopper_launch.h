@@ -37,7 +37,8 @@ struct HopperChoice {
 bool may_take_rows(const ConvArguments& arguments);
 std::vector<HopperChoice> hopper_rows_choices(const ConvArguments& arguments, const Device& device, bool forward);
 
-// All tiles of forward or dgrad, the chosen one first.
+// All tiles of forward or dgrad, the chosen one first. Throws std::invalid_argument for sizes that the form does not
+// serve.
 std::vector<HopperChoice> hopper_choices(const ConvArguments& arguments, const Device& device, bool forward);
 
 // The same of the form of stride 2: 3x3 filters with padding 1. Its clocks are those of products alone.
