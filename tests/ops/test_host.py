@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from tdc_fast import RoutingPlan, routed_conv2d, routed_group_norm, routed_linear
-from tdc_fast.ops import backends, conv2d, eager, group_norm, host, host_build, linear
+from tdc_fast.ops import backends, conv2d, eager, group_norm, host, host_build, linear, native
 from tdc_fast.ops.cuda_nvrtc import CACHE_VARIABLE
 
 CPU = torch.device("cpu")
@@ -89,6 +89,25 @@ def test_a_second_call_is_found_and_has_the_results_of_the_general_way(
     with torch.no_grad():
         assert not run(name, tensors).requires_grad
     assert in_extension(name) == 1
+
+
+@pytest.mark.skipif(native.module is None, reason=native.why_missing or "the native module is there")
+def test_what_is_recorded_tells_tensors_apart_that_were_one(host_extension: None) -> None:
+    plan = RoutingPlan.from_groups(torch.tensor([0, 1, 0, 1]), 2)
+    x, added = torch.randn(4, 3, 4), torch.randn(4, 3, 4)
+    weight = torch.randn(2, 4, 4)
+    live, other = (torch.tensor(widths, dtype=torch.int32) for widths in ([4, 4], [1, 3]))
+
+    def call(residual: Tensor, out_widths: Tensor) -> Tensor:
+        widths = {"in_widths": live, "out_widths": out_widths}
+        return routed_linear(x, weight, None, plan, residual=residual, **widths, backend="cpu")
+
+    for residual, out_widths in ((x, other), (added, live)):
+        backends.forget()
+        expected = call(added, other)
+        call(residual, out_widths)
+        for _ in range(2):
+            assert torch.equal(call(added, other), expected)
 
 
 def saved_by(name: str, tensors: list[Tensor]) -> list[tuple[torch.Size, torch.dtype]]:

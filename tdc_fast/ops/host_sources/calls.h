@@ -2,6 +2,7 @@
 // does whatever is not found here.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <memory>
 #include <unordered_map>
@@ -61,6 +62,13 @@ struct Signature {
   uint64_t hash = 14695981039346656037ull;
 
   void mix(uint64_t word) { hash = (hash ^ word) * 1099511628211ull; }
+
+  // Whether one tensor is in several places.
+  bool repeats_a_tensor() const {
+    for (size_t i = 1; i < tensors.size(); ++i)
+      if (tensors[i] && std::find(tensors.begin(), tensors.begin() + i, tensors[i]) != tensors.begin() + i) return true;
+    return false;
+  }
 };
 
 struct Entry {
@@ -71,7 +79,7 @@ struct Entry {
   int autocast;
   bool tf32, differentiable;
   py::object run;  // Python's way to compute it
-  bool records;    // whether `run` comes to hold a program
+  bool records;    // whether `run` comes to hold a program, which has to be recorded with tensors that all differ
   std::shared_ptr<Program> program;
   std::shared_ptr<Derivative> derivative;
 };
@@ -118,7 +126,7 @@ class Calls {
     Signature signature;
     if (!describe(args, signature)) return nullptr;
     const std::shared_ptr<Entry> entry = find(args, signature);
-    if (!entry) return nullptr;
+    if (!entry || (entry->records && signature.repeats_a_tensor())) return nullptr;
     const bool graph = entry->derivative && entry->differentiable && at::GradMode::is_enabled();
     std::optional<c10::impl::ExcludeDispatchKeyGuard> below;
     if (signature.autocast >= 0) below.emplace(autocast_keys());
