@@ -200,8 +200,10 @@ def sampling_steps(
     if spacing not in get_args(SpacingName):
         raise invalid("spacing", spacing, "one of " + ", ".join(get_args(SpacingName)))
     total = diffusion.num_timesteps
-    if steps is not None and not (isinstance(steps, int) and 1 <= steps <= total):
-        raise invalid("steps", steps, f"1 to {total} steps")
+    if steps is not None:
+        if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or not 1 <= steps <= total:
+            raise invalid("steps", steps, f"1 to {total} steps")
+        steps = int(steps)
     if sampler == "dpm++2m" and spacing == "auto":
         return _even_in_log_snr(diffusion, steps)
     if steps is None:

@@ -141,8 +141,7 @@ class UniformSampler(TimestepSampler):
     """All timesteps equally likely, all weights 1."""
 
     def __init__(self, num_timesteps: int) -> None:
-        if num_timesteps < 1:
-            raise invalid("num_timesteps", num_timesteps, "at least one timestep")
+        _check_count("num_timesteps", num_timesteps, "at least one timestep")
         self.num_timesteps = num_timesteps
 
     def draw(
@@ -173,10 +172,8 @@ class LossSecondMomentSampler(TimestepSampler):
     adaptive = True
 
     def __init__(self, num_timesteps: int, history_per_term: int = 10, uniform_prob: float = 0.001) -> None:
-        if num_timesteps < 1:
-            raise invalid("num_timesteps", num_timesteps, "at least one timestep")
-        if history_per_term < 1:
-            raise invalid("history_per_term", history_per_term, "at least one loss")
+        _check_count("num_timesteps", num_timesteps, "at least one timestep")
+        _check_count("history_per_term", history_per_term, "at least one loss")
         if not 0 <= uniform_prob <= 1:
             raise invalid("uniform_prob", uniform_prob, "a share of the probability, from 0 to 1")
         self.num_timesteps = num_timesteps
@@ -411,6 +408,11 @@ def create_timestep_sampler(
             raise invalid("groups", f"{groups.boundaries[-1]} timesteps", f"groups of {num_timesteps} timesteps")
         return StratifiedSampler(groups, shares, weighting=weighting, overlap=overlap)
     raise invalid("schedule_sampler", name, "'uniform', 'loss-second-moment' or 'stratified'")
+
+
+def _check_count(argument: str, value: int, least: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+        raise invalid(argument, value, f"an integer, {least}")
 
 
 def _check_batch(batch_size: int) -> None:

@@ -54,10 +54,11 @@ def pair(name: str, value: int | tuple[int, int] | list[int], minimum: int) -> t
         first, second = value
         if type(first) is type(second) is int and minimum <= first < _MOST and minimum <= second < _MOST:
             return value
-    values = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, (tuple, list)) else ()
-    if len(values) != 2 or not all(isinstance(v, int) and minimum <= v < _MOST for v in values):
+    integers = (int, np.integer)
+    values = (value, value) if isinstance(value, integers) else tuple(value) if isinstance(value, (tuple, list)) else ()
+    if len(values) != 2 or not all(isinstance(v, integers) and minimum <= v < _MOST for v in values):
         raise invalid(name, value, f"an int or a pair of ints, each at least {minimum} (and below {_MOST})")
-    return values[0], values[1]
+    return int(values[0]), int(values[1])
 
 
 def conv_problem(

@@ -308,8 +308,10 @@ def test_what_cannot_be_sampled_is_refused_by_name():
         sample(diffusion, image_model, x.shape, sampler="euler")
     with pytest.raises(ValueError, match="steps"):
         sample(diffusion, image_model, x.shape, steps=101)
-    with pytest.raises(ValueError, match="steps: got 2.5"):
-        sample(diffusion, image_model, x.shape, steps=2.5)
+    for steps in (2.5, True):
+        with pytest.raises(ValueError, match=f"steps: got {steps}"):
+            sample(diffusion, image_model, x.shape, steps=steps)
+    assert sampling_steps(diffusion, "ddim", np.int64(4)) == (0, 25, 50, 75)
     with pytest.raises(ValueError, match="shape: got 3"):
         sample(diffusion, image_model, 3)
     with pytest.raises(ValueError, match="eta: got -1"):

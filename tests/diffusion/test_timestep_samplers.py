@@ -273,6 +273,9 @@ def test_float_shares_mean_what_they_say():
     ("call", "argument"),
     [
         (lambda: UniformSampler(0), "num_timesteps"),
+        (lambda: UniformSampler(2.5), "num_timesteps"),
+        (lambda: LossSecondMomentSampler("3"), "num_timesteps"),
+        (lambda: LossSecondMomentSampler(3, history_per_term=2.5), "history_per_term"),
         (lambda: StratifiedSampler(GROUPS, [1, 1]), "shares"),
         (lambda: StratifiedSampler(GROUPS, [1, 0, 1]), "shares"),
         (lambda: StratifiedSampler(GROUPS, [1, float("nan"), 1]), "shares"),
