@@ -121,6 +121,23 @@ def test_stages_of_weights_fill_what_the_groups_leave_of_shared_memory() -> None
     assert stages == [7, 7, 6, 6] and max(used) <= H100[2]
 
 
+@pytest.mark.parametrize(
+    "changes, columns, source, buffers, stages",
+    [
+        ({"out_channels": 192}, 192, 18 * 18, 16, 4),
+        ({"out_channels": 64}, 64, 34 * 18, 16, 5),
+        ({"height": 8, "width": 8, "batch": 1024}, 128, 4 * 10 * 10, 8, 6),
+        ({"height": 8, "width": 16, "batch": 40}, 64, 2 * 10 * 10, 16, 8),
+    ],
+)
+def test_every_tile_has_4_to_8_stages_of_weights(
+    changes: dict[str, int], columns: int, source: int, buffers: int, stages: int
+) -> None:
+    """What is left of shared memory beside sources and store buffers; control data and 8 groups take less than one."""
+    left = only(plan(**changes)).shared_bytes - 2 * -(-128 * source // 1024) * 1024 - buffers * 2048
+    assert left // (128 * columns) == stages
+
+
 def described(launch: Any, at: int) -> tuple[int, ...]:
     """address, strides, sizes, box, dimensions, half of a TensorMap."""
     return struct.unpack_from("=5Q10I2i", launch.params, at)
