@@ -51,6 +51,7 @@ EDGES: dict[str, tuple[dict[str, Any], int]] = {
     "fewer SMs than units": ({"routing": uneven(3, 0, 2)}, 4),
     "more SMs than units": ({"routing": uneven(2, 0, 1), "size": (16, 8)}, 20),
     "more SMs than patches": ({"routing": uneven(1, 1)}, 20),
+    "more SMs than patches of units that cuts divide": ({"routing": uneven(2)}, 20),
     "several units each way": ({"routing": uneven(2), "in_channels": 136, "out_channels": 200}, 5),
     "clipped images": ({"routing": uneven(1, 1), "size": (9, 11), "in_channels": 72}, 4),
     "experts that several groups share, and one that none has": (
