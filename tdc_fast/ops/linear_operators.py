@@ -57,8 +57,15 @@ def _images(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | N
     """The forward's arguments as the convolution's forward takes them."""
     *routing, backend = rest
     image, filters = image_of("x", x), _filters(weight)
-    if residual is not None and (residual.dim() != x.dim() or residual.shape[:-1] != x.shape[:-1]):
-        raise invalid("residual", tuple(residual.shape), f"shape {(*x.shape[:-1], weight.shape[1])}")
+    experts, channels, in_channels = weight.shape
+    if not (x.shape[-1] and image.shape[2]):
+        raise invalid("x", tuple(x.shape), "tokens and channels of at least 1")
+    if not (experts and channels):
+        raise invalid("weight", tuple(weight.shape), "E and C_out of at least 1")
+    if in_channels != x.shape[-1]:
+        raise invalid("weight", tuple(weight.shape), f"C_in to be the {x.shape[-1]} channels of x")
+    if residual is not None and tuple(residual.shape) != (*x.shape[:-1], channels):
+        raise invalid("residual", tuple(residual.shape), f"shape {(*x.shape[:-1], channels)}")
     added = None if residual is None else image_of("residual", residual)
     return image, filters, bias, None, added, None, *routing, *_SETTINGS, backend
 
