@@ -3,7 +3,8 @@
 At full width the time is that of the model by which the form chooses its tiles (csrc/cuda/conv/hopper_model.h); with
 stride 2 and of upsampled images, which are computed as the gradient of stride 2 on merged taps, that of the products.
 Fewer live channels take the share of the products: the depth in steps of 16 channels, and of a tile's columns as many
-as its products may have. That share is by the model: no committed result has times of it.
+as its products may have, where fewer than 64 save half of their share. All of that is by the model: no committed result
+has times of it.
 """
 
 from __future__ import annotations
