@@ -58,6 +58,19 @@ def test_every_public_name_resolves(name):
     assert getattr(tdc_fast, name).__name__ == name
 
 
+def test_calls_and_their_repetition_do_not_import_torchs_compiler():
+    code = """
+import sys, torch
+from tdc_fast import RoutingPlan, routed_linear
+plan = RoutingPlan.from_groups([0, 1], 2)
+x, weight = torch.randn(2, 4).requires_grad_(), torch.randn(2, 4, 4).requires_grad_()
+for _ in range(3):
+    routed_linear(x, weight, None, plan).sum().backward()
+print("torch._dynamo" in sys.modules)
+"""
+    assert run_python(code).strip() == "False"
+
+
 def test_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'routed_conv3d'"):
         _ = tdc_fast.routed_conv3d

@@ -108,6 +108,14 @@ class _Allocations(TorchDispatchMode):
         self.made: list[Tensor] = []
         self.nothing_else = True
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Whether torch wraps `__torch_dispatch__` so that its compiler does not trace it.
+
+        The wrapper imports the compiler, which takes a second, and which skips what runs within a mode anyway.
+        """
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if func in _ALLOCATE:
