@@ -254,8 +254,8 @@ class Operator:
             return None
         try:
             calls = kept[_key(args, self._tensors)]
-        except (KeyError, TypeError):  # new, or a setting that has no hash, about which the general way says more
-            return None
+        except (KeyError, TypeError, RuntimeError):
+            return None  # it is new, or a setting has no hash, or a nested tensor no shape: the general way says more
         for seen in calls:
             given = seen.given(args)
             if given is not None and seen.matches(*given):
