@@ -28,6 +28,7 @@ ALLOWED = {
     ("tdc_fast/ops/plan.py", "_permute", "tolist"): "for the text of an error that torch raises in host memory only",
     ("tdc_fast/ops/pack.py", "_check_order", "int"): HOST,
     ("tdc_fast/ops/cuda_native.py", "build_covers", "int"): "of a string",
+    ("tdc_fast/ops/checks.py", "pair", "int"): "of Python's and numpy's integers",
     ("tdc_fast/ops/check_values.py", "_check_routing_values", "tolist"): HOST,
     ("tdc_fast/ops/check_values.py", "_check_width_values", "tolist"): HOST,
     **dict.fromkeys(
