@@ -20,13 +20,13 @@ from tdc_fast.prune import main, prune_run
 from tdc_fast.pruning.latency import LatencyTable, unit_latencies
 from tdc_fast.pruning.latency.costs import all_layers
 from tdc_fast.pruning.memory import read_trials, searches_of
-from tdc_fast.runs.build import outline_unet
+from tdc_fast.runs.build import build_data, outline_unet
 from tdc_fast.runs.directory import RunDirectory
 from tdc_fast.train import TrainConfig, train
 from tdc_fast.train import main as train_command
 from tdc_fast.training import load_run
 from tdc_fast.training.latency import stage2_setting
-from tdc_fast.training.narration import describe_widths
+from tdc_fast.training.narration import describe_plan, describe_widths
 from tests.training.small_run import SETTINGS, TWO_STAGES, flags, small_config, write_images
 
 SEARCH = ["--rounds", "2", "--candidates", "3", "--progress", "never"]
@@ -96,7 +96,12 @@ def test_a_run_is_searched_in_time_with_a_table_of_its_own_setting(
         assert plan.latency[group] == costs.total(plan.expert_widths(group)) <= plan.latency_budgets[group]
     assert f"{plan.latency[2] / costs.full():.4f} of its estimated time" in capsys.readouterr().out
     assert json.loads((run / "macs.json").read_text())["phases"]["pruning"]["budget_in"] == "latency"
-    assert "ms a batch, estimated (budgets " in describe_widths(RunDirectory.open(run), plan)
+    opened = RunDirectory.open(run)
+    assert "ms a batch, estimated (budgets " in describe_widths(opened, plan)
+    said = describe_plan(opened, build_data(config))  # that of the run's own options until it was pruned
+    assert f"k = 0.7 of the base's time (measured in {tmp_path / 'own.json'}), agent auto, rounds: 1" in said
+    assert main(["--run", str(run), "--progress", "never", "--agent", "taylor"]) == 0
+    assert "k = 0.7, agent taylor, rounds: 1" in describe_plan(opened, build_data(config))
 
 
 @pytest.mark.usefixtures("without_pictures")

@@ -96,7 +96,6 @@ def _settings() -> tuple[Recipe, ...]:
         row("loss", "high loss counts as hard", difficulty="loss"),
         row("loss-reversed", "low loss counts as hard", difficulty="loss-reversed"),
         row("by-hand", "budgets and shares of the batch by hand", **BY_HAND),
-        *LEVERS.values(),
     )
 
 
@@ -155,8 +154,7 @@ TABLES = {
         ),
         Table(
             "settings",
-            "How much do k, the number of groups, the grouping, the order of difficulty and every lever of stage 2 "
-            "matter? (all at 0.8 C)",
+            "How much do k, the number of groups, the grouping and the order of difficulty matter? (all at 0.8 C)",
             (UNIFORM, UNIFORM_80, *_settings()),
         ),
         Table(

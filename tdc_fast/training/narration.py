@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from typing import Any
 
 import torch
 
@@ -95,16 +96,27 @@ def describe_plan(run: RunDirectory, dataset: Dataset) -> str:
         count = "as many groups as the elbow says" if config.groups < 0 else f"{config.groups} groups"
         how = f"boundaries {config.boundaries}" if config.boundaries else config.grouping
         budgets = f"budgets {config.budgets}" if config.budgets else f"k = {config.k}"
-        if config.budget_in == "latency":
-            source = f"measured in {config.latency_table}" if config.latency_table else "estimated from MACs and bytes"
-            budgets += f" of the base's time ({source})"
-        lines.append(f"experts: {count} ({how}), {budgets}, agent {config.agent}, rounds: {config.rounds}")
+        search = _search_options(run)
+        if search["budget_in"] == "latency":
+            table = search["latency_table"]
+            budgets += f" of the base's time ({f'measured in {table}' if table else 'estimated from MACs and bytes'})"
+        lines.append(f"experts: {count} ({how}), {budgets}, agent {search['agent']}, rounds: {search['rounds']}")
         if config.shared_layers:
             lines.append(f"         neighbouring groups share {config.shared_layers}")
         steps2 = config.stage2_steps or f"as many as --total_share {config.total_share} allows:"
         lines.append(f"stage 2: {steps2} steps of {config.stage2_batch or config.batch_size} images over all experts")
     saved = f"a checkpoint every {config.save_interval} steps, a row of progress.csv every {config.log_interval}"
     return "\n".join([*lines, f"files:   {saved}"])
+
+
+def _search_options(run: RunDirectory) -> dict[str, Any]:
+    """What the widths are, or will be, searched with: `tdc_fast.prune` may have taken other options than the run's."""
+    phases = (run.read("macs.json") or {}).get("phases", {})
+    done = phases.get("pruning", {})
+    if "agent" in done:
+        return {"budget_in": "macs", "latency_table": "", **done}
+    names = ("budget_in", "latency_table", "agent", "rounds")
+    return {name: getattr(run.config, name) for name in names}
 
 
 def _describe_source(run: RunDirectory) -> str:

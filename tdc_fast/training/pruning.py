@@ -202,7 +202,7 @@ def _search_with(
     draw_search(run.path, found, base.pruning_units())
     searched = {name: getattr(config, name) for name in ("agent", "rounds", "candidates", "memory")}
     if config.budget_in != "macs":
-        searched["budget_in"] = config.budget_in
+        searched |= {"budget_in": config.budget_in, "latency_table": config.latency_table}
     found.plan.save(run.path / NEXT_PLAN)
     hashed = plan_hash(found.plan)
     write_phase(run, macs, "pruning", macs=found.calibration_macs + spent, **searched, widths_hash=hashed)

@@ -7,6 +7,7 @@ import json
 
 import pytest
 
+from bench.files import ROOT
 from bench.paper import __main__ as command
 from bench.paper import cost
 from bench.paper.recipes import STUDIES, Recipe, contestant
@@ -41,6 +42,17 @@ def test_equal_keys_mean_equal_runs(tmp_path):
         for recipe in table.rows:
             config = contestant(STUDY, recipe, 0, tmp_path)[1].config.to_dict()
             assert configs.setdefault(recipe.key, config) == config
+
+
+RESULTS = sorted((ROOT / "bench" / "results" / "paper").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_a_committed_table_has_the_rows_and_the_question_that_its_command_makes_today(path):
+    result = json.loads(path.read_text())
+    table = TABLES[result["table"]]
+    assert [row["label"] for row in result["rows"]] == [recipe.label for recipe in table.rows]
+    assert result["question"] == table.question and path.stem == f"{table.name}-{result['study']}"
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import time
 import typing
 
 import pytest
@@ -258,25 +257,41 @@ def test_a_command_with_any_value_of_any_option_ends_with_an_error_and_leaves_no
     assert not list(folder.iterdir())
 
 
+class Counted(int):
+    """An integer that refuses to be multiplied once for each of many groups."""
+
+    left = 2**17
+
+    def __mul__(self, other):
+        self.left -= 1
+        assert self.left, "a boundary is computed for every group"
+        return int(self) * other
+
+
+def counted(numbers):
+    """Numbers of which no more are read than there may be boundaries."""
+    for place, number in enumerate(numbers):
+        assert place < 2**17, "boundaries are read without end"
+        yield number
+
+
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: TimestepGroups.uniform(2**31 - 1, 2**31 - 1),
+        lambda: TimestepGroups.uniform(Counted(2**31 - 1), 2**31 - 1),
         lambda: TimestepGroups.uniform(2**80, 4),
-        lambda: TimestepGroups.from_boundaries(range(2**31)),
-        lambda: TimestepGroups.from_boundaries(itertools.count()),
+        lambda: TimestepGroups.from_boundaries(counted(range(2**31))),
+        lambda: TimestepGroups.from_boundaries(counted(itertools.count())),
         lambda: TimestepGroups.from_boundaries([0, 2**80]),
     ],
 )
-def test_more_groups_than_anyone_can_use_are_refused_at_once(make):
-    begin = time.monotonic()
+def test_more_groups_than_anyone_can_use_are_refused_without_counting_them(make):
     with pytest.raises(ValueError, match="^num_groups|^num_timesteps|^boundaries"):
         make()
-    assert time.monotonic() - begin < 5
 
 
-def test_few_groups_of_many_timesteps_are_fast():
-    assert TimestepGroups.uniform(2**31 - 1, 8).num_groups == 8
+def test_few_groups_of_many_timesteps_are_made_without_counting_timesteps():
+    assert TimestepGroups.uniform(Counted(2**31 - 1), 8).num_groups == 8
 
 
 def test_images_that_do_not_fit_the_memory_are_refused_by_name():
