@@ -96,15 +96,14 @@ class RunDirectory:
             raise invalid(
                 "run_dir", str(path), f"a directory without a run; continue the one there with --resume {path}"
             )
-        if (path / "progress.csv").exists() and not config.resume_checkpoint:
-            raise invalid("run_dir", str(path), "a directory without another program's progress.csv")
+        logs = (
+            os.environ.get("OPENAI_LOGDIR") if not config.run_dir and os.environ.get("DIFFUSION_BLOB_LOGDIR") else None
+        )
+        _refuse_files_of_others(path, Path(logs or path), continues=bool(config.resume_checkpoint))
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise invalid("run_dir", str(path), f"a directory that can be made ({error.strerror})") from error
-        logs = (
-            os.environ.get("OPENAI_LOGDIR") if not config.run_dir and os.environ.get("DIFFUSION_BLOB_LOGDIR") else None
-        )
         facts = {
             "format": FORMAT,
             "identity": config.identity,
@@ -185,7 +184,9 @@ class RunDirectory:
 
     def log_directory(self, stage: str) -> Path:
         """progress.csv and log.txt of a stage."""
-        return self._logs or self.stage_directory(stage)
+        if self._logs is None:
+            return self.stage_directory(stage)
+        return self._logs / stage if self.config.groups else self._logs
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -247,6 +248,25 @@ def _are_counts(counts: Any, classes: list[int] | None) -> bool:
     if not isinstance(counts, list) or len(counts) != len(classes or ()):
         return False
     return all(type(count) is int and count > 0 for count in counts)
+
+
+def _refuse_files_of_others(path: Path, logs: Path, continues: bool) -> None:
+    """Refuse directories with files of the names of a run's, which a new run would replace.
+
+    Args:
+        path: the directory of the new run.
+        logs: where its logs go.
+        continues: it continues another one's checkpoint, and with it the log that is there.
+
+    Raises:
+        ValueError: naming the file.
+    """
+    if (path / "config.json").exists() and not (path / "run.json").exists():
+        raise invalid("run_dir", str(path), "a directory without another program's config.json")
+    for name in () if continues else ("progress.csv", "progress.json"):
+        for folder, argument in {logs: "OPENAI_LOGDIR", path: "run_dir"}.items():
+            if (folder / name).exists():
+                raise invalid(argument, str(folder), f"a directory without another program's {name}")
 
 
 def _has_begun(path: Path) -> bool:

@@ -25,6 +25,7 @@ from tdc_fast.training import load_run, prune_base, train_base, train_experts
 from tdc_fast.training.phase import build_base
 from tests.training.small_run import TWO_STAGES, differences, flags, rows, small_config, write_images
 
+STAGES = ("base", "experts")
 IMAGES = data.ImageDataset.from_array(np.zeros((1, 8, 8, 1), np.uint8))
 
 
@@ -81,7 +82,19 @@ def test_logs_go_where_the_environment_says(folder, tmp_path, monkeypatch):
     run = train(small_config(folder, lr_anneal_steps=2).replace(run_dir=""))
     assert run.path == tmp_path / "blobs"
     assert (tmp_path / "blobs" / "ema_0.9_000002.pt").exists()
-    assert (tmp_path / "logs" / "progress.csv").exists()
+    log = (tmp_path / "logs" / "progress.csv").read_text()
+    monkeypatch.setenv("DIFFUSION_BLOB_LOGDIR", str(tmp_path / "others"))
+    with pytest.raises(ValueError, match="OPENAI_LOGDIR: got .*logs"):
+        train(small_config(folder, lr_anneal_steps=1).replace(run_dir=""))
+    assert (tmp_path / "logs" / "progress.csv").read_text() == log
+
+
+def test_each_stage_has_a_log_of_its_own_where_the_environment_says(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("DIFFUSION_BLOB_LOGDIR", str(tmp_path / "blobs"))
+    monkeypatch.setenv("OPENAI_LOGDIR", str(tmp_path / "logs"))
+    train(small_config(folder, ema_ramp=True, groups=1, k=1, stage1_steps=6, stage2_steps=3).replace(run_dir=""))
+    steps = {stage: [row["step"] for row in rows(tmp_path / "logs" / stage / "progress.csv")] for stage in STAGES}
+    assert steps == {"base": ["3", "6"], "experts": ["3"]}
 
 
 def test_a_two_stage_run_is_complete(two_stages):
@@ -98,7 +111,7 @@ def test_a_two_stage_run_is_complete(two_stages):
         "samples/base_000010.png",
         "samples/experts_000010.png",
     } <= names
-    for stage in ("base", "experts"):
+    for stage in STAGES:
         assert {"loss_g0", "loss_g1", "loss_g2", "macs"} <= set(rows(two_stages.path / stage / "progress.csv")[0])
 
 
@@ -427,3 +440,11 @@ def test_another_programs_log_is_never_overwritten(folder, tmp_path):
     with pytest.raises(ValueError, match="progress.csv"):
         train(small_config(folder, lr_anneal_steps=1).replace(run_dir=str(tmp_path)))
     assert (tmp_path / "progress.csv").read_text() == "step,loss\n1,2\n"
+
+
+@pytest.mark.parametrize("name", ["progress.json", "config.json"])
+def test_a_file_of_another_program_is_never_overwritten(folder, tmp_path, name):
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(ValueError, match=name):
+        train(small_config(folder, lr_anneal_steps=1).replace(run_dir=str(tmp_path)))
+    assert (tmp_path / name).read_text() == "{}"
