@@ -59,7 +59,7 @@ void group_norm_backward(const GroupNormProblem& problem, const GroupNormInputs&
   // Each sample writes its terms of dweight and dbias; a window of samples bounds the memory for them.
   constexpr int64_t kShareFloats = 1 << 20;
   const int64_t window = std::min(problem.batch, std::max<int64_t>(1, kShareFloats / (2 * channels)));
-  const BlockSchedule schedule(window, blocks.count, problem.threads);
+  const BlockSchedule schedule(window, blocks.count, useful_threads(problem));
   const SlotStorage<float> shares(wants_affine ? window : 0, 2 * channels);
   const SlotStorage<float> block_sums(schedule.slots(), blocks.count * 2 * channels);
   const SlotStorage<double> sums(schedule.slots(), 2 * channels);

@@ -35,7 +35,7 @@ void group_norm_forward(const GroupNormProblem& problem, const GroupNormInputs& 
   const SampleView view(problem);
   const RowBlocks& blocks = view.blocks;
   const int64_t channels = problem.channels, norm_groups = problem.num_norm_groups;
-  const BlockSchedule schedule(problem.batch, blocks.count, problem.threads);
+  const BlockSchedule schedule(problem.batch, blocks.count, useful_threads(problem));
   const SlotStorage<float> scratch(schedule.threads(), 3 * channels);
   const SlotStorage<double> moments(schedule.slots(), blocks.count * 2 * norm_groups);
   const SlotStorage<float> affines(schedule.slots(), 3 * channels + norm_groups);
