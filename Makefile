@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 DEMO_OUT ?= runs/demo
 BENCH_OUT ?= bench/results
+GPU_OUT ?= runs/gpu
 # Test processes that run side by side; each takes its share of the cores.
 JOBS ?= auto
 BIN := $(VENV)/bin
@@ -31,7 +32,7 @@ for name in sys.argv[1:]:
 endef
 export IMPORT_ALL
 
-.PHONY: help install demo test test-fast lint style types docs bench clean
+.PHONY: help install demo test test-fast lint style types docs bench gpu clean
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
 
@@ -83,6 +84,10 @@ docs: $(STAMP) ## the documentation, with the API reference -> build/site/index.
 bench: $(STAMP) ## throughput suites -> bench/results/
 	@echo "==> throughput suites -> $(BENCH_OUT)"
 	@$(BIN)/python -m bench --out $(BENCH_OUT)
+
+gpu: $(STAMP) ## everything that needs an NVIDIA GPU, tests and measurements, in an hour -> runs/gpu/
+	@echo "==> tests and measurements on the GPU -> $(GPU_OUT)"
+	@$(BIN)/python -m bench.gpu_all --out $(GPU_OUT)
 
 clean: ## remove .venv and everything that was built
 	rm -rf $(VENV) build *.egg-info tdc_fast/_native*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
