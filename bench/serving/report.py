@@ -11,6 +11,7 @@ import math
 import re
 import statistics
 import sys
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -159,25 +160,27 @@ def in_words(results: dict[str, Any], table: str) -> str:
     """What the README says of a measurement; `table` is where its table is."""
     opened, closed = typical_rows(results["open"]), typical_rows(results["closed"])
     engine, whole = opened["engine", 0.8], opened["request level", 0.8]
-    throughput = [closed[name, None]["images_per_second"] for name in ("engine", "expert by expert")]
+    names = ("engine", "dense", "expert by expert")
+    drawn = [f"{closed[name, None]['images_per_second']:.0f}" for name in names]
     machine = results["machine"]
     cores = "one thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
     ratio = statistics.median(p99_ratios(results, 0.8))
     text = (
         f"On {cores} of an {machine['name']} ({results['date']}), with the {results['settings']['model']} model and "
-        f"N = {results['settings']['experts']} experts, 99 % of the requests\n"
-        f"were answered within {engine['p99'] * 1e3:.0f} ms at 80 % load; batches of whole requests took "
-        f"{whole['p99'] * 1e3:.0f} ms ({ratio:.2f}x in the median of\n"
-        f"the repeats; the goal is 0.5x). A loop over the experts served {throughput[1]:.0f} images/s, "
-        f"the engine {throughput[0]:.0f} ([table]({table}))."
+        f"N = {results['settings']['experts']} experts, 99 % of the requests were answered within "
+        f"{engine['p99'] * 1e3:.0f} ms at 80 % load; with batches of whole requests it took "
+        f"{whole['p99'] * 1e3:.0f} ms (ratio {ratio:.2f}, the median of the repeats; the goal is 0.5). With all "
+        f"clients busy the engine drew {drawn[0]} images/s, one dense model {drawn[1]}, and a loop over the experts "
+        f"{drawn[2]} ([table]({table}))."
     )
     if ("engine", 0.95) in opened:
         near, others = opened["engine", 0.95], opened["request level", 0.95]
         text += (
-            f"\nAt 95 % load the engine's median was {near['p50'] * 1e3:.0f} ms, at {near['images_per_second']:.0f} "
-            f"images/s; that of whole requests {others['p50'] * 1e3:.0f} ms, at {others['images_per_second']:.0f}."
+            f" At 95 % load the median time of a request was {near['p50'] * 1e3:.0f} ms with the engine, at "
+            f"{near['images_per_second']:.0f} images/s, and {others['p50'] * 1e3:.0f} ms with batches of whole "
+            f"requests, at {others['images_per_second']:.0f} images/s."
         )
-    return text
+    return textwrap.fill(text, 118, break_long_words=False, break_on_hyphens=False)
 
 
 def publish(results: dict[str, Any], table: Path, *, picture: Path = PICTURE, readme: Path = README) -> None:

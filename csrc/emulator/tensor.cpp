@@ -19,7 +19,7 @@ void hide(TensorMap& map) {
   map.reserved[0] = mark;
 }
 
-// "" or why the driver would not encode a map. Strides need not be multiples of each other: docs/kernels.md.
+// "" or why the driver would not encode a map. Strides need not be multiples of each other: docs/design/hopper.md.
 std::string wrong_with(const TensorMap& map) {
   const auto say = [](const char* what, unsigned long long value) {
     return std::string("the tensor map's ") + what + " is " + std::to_string(value);
