@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from tdc_fast.latency import main
 from tdc_fast.nn.width_plan import WidthPlan
 from tdc_fast.pruning.latency import LatencyTable
+from tdc_fast.pruning.latency.problems import backends_of
 from tdc_fast.train import TrainConfig
 from tdc_fast.train import main as train_command
 from tests.training.small_run import TWO_STAGES, flags, small_config
@@ -28,6 +30,9 @@ def test_a_measured_table_is_what_a_run_of_the_same_flags_is_pruned_with(
     assert "the table predicts whole models at 0%, 25%, 50%, 75%, 100% of the widths with rank" in said
     measured = LatencyTable.load(table)
     assert measured.setting.batch == 6 and measured.setting.num_groups == 2
+    assert measured.backends == backends_of(measured.rows, measured.setting, torch.device("cpu"))
+    assert measured.backends.keys() == {"conv2d", "linear", "group_norm"}
+    assert f"backends: conv2d {measured.backends['conv2d'][0]}, " in said
     assert f"{len(measured.rows)} times on {measured.setting.device}, float32, batch 6, 2 groups" in said
     in_time = ["--budget_in", "latency", "--latency_table", str(table)]
     assert train_command([*flags(config), *in_time]) == 0

@@ -83,11 +83,17 @@ def test_a_run_is_searched_in_time_with_a_table_of_its_own_setting(
     base, x = outline_unet(config, 1), torch.zeros(1, 1, 8, 8)
     rows = {layer: 10 + layer.live_in * layer.live_out for layer in all_layers(base, x, {})}
     table = LatencyTable(stage2_setting(config, 3), rows)
-    for name, setting in {"own": table.setting, "other": dataclasses.replace(table.setting, batch=7)}.items():
-        dataclasses.replace(table, setting=setting).save(tmp_path / f"{name}.json")
+    for name, changes in {
+        "own": {},
+        "other": {"setting": dataclasses.replace(table.setting, batch=7)},
+        "foreign": {"backends": {"conv2d": ("triton",)}},
+    }.items():
+        dataclasses.replace(table, **changes).save(tmp_path / f"{name}.json")
     in_time = ["--run", str(run), "--progress", "never", "--budget_in", "latency", "--latency_table"]
     assert main([*in_time, str(tmp_path / "other.json")]) == 2
     assert "other.json: batch: got 7; expected 6, as in this run" in capsys.readouterr().err
+    assert main([*in_time, str(tmp_path / "foreign.json")]) == 2
+    assert "foreign.json: backend of conv2d: got 'triton'; expected" in capsys.readouterr().err
     assert main([*in_time, str(tmp_path / "own.json")]) == 0
     costs = unit_latencies(base, x, {}, table)
     plan = WidthPlan.load(run / "widths.json")

@@ -32,11 +32,11 @@ def latency_model(config: TrainConfig, num_groups: int) -> LatencyModel | None:
         num_groups: N.
 
     Raises:
-        ValueError: the table is damaged, or of another device, dtype, batch or number of groups.
+        ValueError: the table is damaged, or of another device, dtype, batch or number of groups, or of other backends.
     """
     if config.latency_table:
         table = LatencyTable.load(config.latency_table)
-        table.check(stage2_setting(config, num_groups))
+        table.check(stage2_setting(config, num_groups), build_device(config))
         return table
     return roofline(config, num_groups) if config.budget_in == "latency" else None
 
@@ -48,11 +48,11 @@ def check_table(config: TrainConfig) -> None:
         config: the options of the run.
 
     Raises:
-        ValueError: the table is damaged, or of another device, dtype or batch.
+        ValueError: the table is damaged, or of another device, dtype, batch or other backends.
     """
     if config.latency_table:
         table = LatencyTable.load(config.latency_table)
-        table.check(stage2_setting(config, table.setting.num_groups))
+        table.check(stage2_setting(config, table.setting.num_groups), build_device(config))
 
 
 def roofline(config: TrainConfig, num_groups: int) -> Roofline:

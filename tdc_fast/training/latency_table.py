@@ -11,6 +11,7 @@ import tdc_fast
 from tdc_fast.progress import Progress
 from tdc_fast.pruning.latency import LatencyTable, Layer, unit_latencies
 from tdc_fast.pruning.latency.costs import all_layers
+from tdc_fast.pruning.latency.problems import backends_of
 from tdc_fast.pruning.latency.timing import (
     layer_nanoseconds,
     mean_over_experts,
@@ -53,10 +54,11 @@ def measure_table(
         for layer in layers:
             rows[layer] = layer_nanoseconds(layer, setting, device, seconds)
             progress.update()
-    table = LatencyTable(setting, rows, _facts())
+    table = LatencyTable(setting, rows, _facts(), backends=backends_of(layers, setting, device))
     estimated = [roofline(config, config.groups).nanoseconds(layer) for layer in layers]
     lines = [
         f"{len(rows)} times on {setting.device}, {setting.dtype}, batch {setting.batch}, {setting.num_groups} groups",
+        "backends: " + ", ".join(f"{kind} {' and '.join(names)}" for kind, names in table.backends.items()),
         f"MACs and bytes predict these layers with {_quality(estimated, list(rows.values()))}",
     ]
     if setting.num_groups > 1:

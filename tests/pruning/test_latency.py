@@ -1,4 +1,4 @@
-"""Budgets in time: the widths that pay are taken, whatever MACs say, and tables that cannot be used are refused."""
+"""Budgets in time: the widths that pay are taken, whatever MACs say; rooflines."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from tdc_fast.pruning.budget import budget_of
 from tdc_fast.pruning.costs import UnitCosts
 from tdc_fast.pruning.latency import LatencyTable, Layer, Roofline, Setting, hopper, roofline, unit_latencies
 from tdc_fast.pruning.latency.costs import all_layers, stepped
+from tdc_fast.pruning.latency.problems import backends_of
 from tdc_fast.pruning.latency.timing import layer_nanoseconds, median_error, rank_correlation
 from tdc_fast.pruning.memory import read_trials, searches_of
 from tdc_fast.routing import TimestepGroups
@@ -203,68 +204,6 @@ def test_budgets_in_time_need_a_model_of_it_and_say_what_they_lack(unet: UNet, i
         unit_latencies(unet, images[0], {}, partial)
 
 
-CONV = Layer("conv2d", 64, 128, 8, 8, 64, 128, (3, 3), (1, 1), (1, 1))
-
-
-def test_a_width_that_was_not_measured_takes_as_long_as_the_next_wider_one() -> None:
-    rows = {CONV: 50, CONV.narrowed("out", 96): 70, CONV.narrowed("out", 64): 30, CONV.narrowed("in", 32): 20}
-    table = LatencyTable(SETTING, rows)
-    of = {live: table.nanoseconds(CONV.narrowed("out", live)) for live in (128, 120, 96, 90, 64, 8, 0)}
-    assert of == {128: 50, 120: 50, 96: 70, 90: 70, 64: 30, 8: 30, 0: 30}
-    assert table.nanoseconds(CONV.narrowed("in", 8)) == 20 and table.nanoseconds(CONV.narrowed("in", 40)) == 50
-    with pytest.raises(ValueError, match="no row for conv2d 64-128 16x8 3x3"):
-        table.nanoseconds(dataclasses.replace(CONV, height=16))
-    without_full = LatencyTable(SETTING, {CONV.narrowed("out", 64): 30})
-    with pytest.raises(ValueError, match=r"no row for conv2d 64-128 \(72 live\)"):
-        without_full.nanoseconds(CONV.narrowed("out", 72))
-
-
-def test_a_table_is_the_same_after_it_was_stored_and_is_of_one_setting(tmp_path: Path) -> None:
-    table = LatencyTable(SETTING, {CONV: 50, CONV.narrowed("out", 0): 3}, {"date": "today"})
-    table.save(tmp_path / "times.json")
-    read = LatencyTable.load(tmp_path / "times.json")
-    assert (read.setting, read.rows, read.facts) == (table.setting, table.rows, table.facts)
-    read.check(SETTING)
-    for name, value in {"device": "NVIDIA H200", "dtype": "bfloat16", "batch": 64, "num_groups": 8}.items():
-        with pytest.raises(ValueError, match=f"times.json: {name}: got .*{value!r}, as in this run"):
-            read.check(dataclasses.replace(SETTING, **{name: value}))
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (lambda data: data.pop("batch"), "table: got"),
-        (lambda data: data.update(version=2), "version: got 2"),
-        (lambda data: data.update(dtype="int8"), "dtype: got 'int8'"),
-        (lambda data: data.update(num_groups=0), "num_groups: got 0"),
-        (lambda data: data.update(rows=[]), "rows: got"),
-        (lambda data: data["rows"].append(data["rows"][0]), r"rows\[1\]: got 'conv2d 64-128 8x8 3x3'; expected every"),
-        (lambda data: data["rows"][0].update(ns=0), r"rows\[0\]: ns: got 0; expected an integer of at least 1"),
-        (lambda data: data["rows"][0].update(ns=2.5), r"rows\[0\]: ns: got 2.5"),
-        (lambda data: data["rows"][0].update(ns=10**19), r"rows\[0\]: ns: got 10{19}; expected at most"),
-        (lambda data: data["rows"][0].update(kind="dense"), r"rows\[0\]: kind: got 'dense'"),
-        (lambda data: data["rows"][0].update(filter=3), r"rows\[0\]: filter: got 3; expected a pair"),
-        (lambda data: data["rows"][0].update(live_out=129), r"rows\[0\]: got .*expected at most as many live"),
-        (lambda data: data["rows"][0].pop("stride"), r"rows\[0\]: got \['stride'\]"),
-    ],
-)
-def test_a_damaged_table_is_refused_by_file_and_field(change, said: str, tmp_path: Path) -> None:
-    path = tmp_path / "times.json"
-    LatencyTable(SETTING, {CONV: 50}).save(path)
-    data = json.loads(path.read_text())
-    change(data)
-    path.write_text(json.dumps(data))
-    with pytest.raises(ValueError, match=f"times.json is not a valid latency table: {said}"):
-        LatencyTable.load(path)
-
-
-def test_a_file_that_is_no_table_is_refused_by_name(tmp_path: Path) -> None:
-    (tmp_path / "times.json").write_text("{")
-    for name in ("times.json", "missing.json"):
-        with pytest.raises(ValueError, match=f"{name} is not a valid latency table"):
-            LatencyTable.load(tmp_path / name)
-
-
 def test_a_roofline_of_a_gpu_rises_in_the_steps_of_the_tiles_that_its_kernels_run_on() -> None:
     model = Roofline(Setting("NVIDIA H200", "bfloat16", 128, 8), H200)
     conv = Layer("conv2d", 256, 256, 32, 32, 256, 256, (3, 3), (1, 1), (1, 1))
@@ -295,7 +234,9 @@ def test_a_roofline_takes_the_steps_of_the_backend_that_will_run(monkeypatch: py
         monkeypatch.setenv(ENVIRONMENT, "triton")
         for layer in (conv.narrowed("out", 248), conv.narrowed("in", 248)):
             assert model.step(layer) == portable.step(layer) and model.nanoseconds(layer) == portable.nanoseconds(layer)
-        monkeypatch.setenv(ENVIRONMENT, "hopper")
+        for backend in ("cuda", "hopper"):
+            monkeypatch.setenv(ENVIRONMENT, backend)
+            assert backends_of([conv, image], model.setting, torch.device("cuda")) == {"conv2d": (backend,)}
         for layer, step in ((conv, 32), (thin, 48), (half, 32), (tall, 16)):
             assert model.step(layer.narrowed("out", 50)) == step and model.step(layer.narrowed("in", 248)) == 16
         small = dataclasses.replace(model, setting=dataclasses.replace(model.setting, batch=8))

@@ -28,6 +28,7 @@ from tdc_fast.kernels.tile_shapes import Device, choose_tile, device_of, pixel_c
 from tdc_fast.ops import native
 from tdc_fast.pruning.latency import hopper
 from tdc_fast.pruning.latency.layers import Layer
+from tdc_fast.pruning.latency.problems import conv_problem
 from tdc_fast.pruning.latency.setting import Setting
 
 _H200_MULTIPROCESSORS = 132
@@ -155,12 +156,7 @@ class Roofline:
 
     def _problem(self, layer: Layer) -> ConvProblem:
         """The convolution at its full shape, as the kernels' choice of tiles takes it."""
-        s = self.setting
-        return ConvProblem(
-            "routed_conv2d", torch.device("cuda"), s.torch_dtype, s.batch, layer.height, layer.width,
-            layer.in_channels, layer.out_channels, layer.filter, layer.stride, layer.padding, *layer.out_size,
-            s.num_groups, s.num_groups, upsample=layer.upsample,
-        )  # fmt: skip
+        return conv_problem(layer, self.setting, torch.device("cuda"))
 
 
 def _merges_taps(layer: Layer | ConvProblem) -> bool:

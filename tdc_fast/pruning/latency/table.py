@@ -1,13 +1,14 @@
 """A table of measured times of layers, in a JSON file that is checked on load. `tdc_fast.latency` measures one.
 
     {"version": 1, "device": "NVIDIA H200", "dtype": "bfloat16", "batch": 64, "num_groups": 8, "facts": {"date": ...},
+     "backends": {"conv2d": ["triton"], "linear": ["triton"], "group_norm": ["cuda"]},
      "rows": [{"kind": "conv2d", "in_channels": 128, "out_channels": 128, "live_in": 128, "live_out": 96, ...,
                "ns": 41200}, ...]}
 
 A row has the fields of `Layer` and the nanoseconds of one forward. A layer whose live channels were not measured takes
 as long as the next wider one that was: of the rows of its full shape with at least as many live channels on both sides,
 the nearest counts (the fewest live channels in all; of equally near ones the longer time). So a search gains nothing
-from widths that nobody measured.
+from widths that nobody measured. Tables of earlier versions have no "backends"; those are not checked.
 """
 
 from __future__ import annotations
@@ -21,15 +22,20 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tdc_fast.atomic import atomic_file
 from tdc_fast.errors import invalid
+from tdc_fast.ops.backends import ENVIRONMENT
 from tdc_fast.pruning.latency.layers import KINDS, Layer
+from tdc_fast.pruning.latency.problems import backends_of
 from tdc_fast.pruning.latency.setting import Setting
 from tdc_fast.text_files import read_json
 
 _VERSION = 1
 _MOST = 10**15  # nanoseconds of a layer, 11 days: sums over a network's layers stay far below 2^63
 _HEAD = ("version", *(entry.name for entry in dataclasses.fields(Setting)), "facts", "rows")
+_LATER = ("backends",)  # not in the files of earlier versions
 _PAIRS = ("filter", "stride", "padding")
 _ROW = (*(entry.name for entry in dataclasses.fields(Layer)), "ns")
 
@@ -43,12 +49,14 @@ class LatencyTable:
         rows: {layer: nanoseconds of one forward}.
         facts: JSON values about the measurement, such as its date and the versions of packages.
         source: what errors call the table, such as its file.
+        backends: by kind of layer the backends that ran it, as `backends_of` gives them; {} where that is not known.
     """
 
     setting: Setting
     rows: Mapping[Layer, int]
     facts: Mapping[str, Any] = field(default_factory=dict)
     source: str = "the latency table"
+    backends: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def nanoseconds(self, layer: Layer) -> int:
         """The time of a layer: its own row's, or that of the next wider one.
@@ -69,8 +77,12 @@ class LatencyTable:
             raise invalid(self.source, f"no row for {layer}", remedy)
         return -min(wider)[1]
 
-    def check(self, setting: Setting) -> None:
-        """Refuse another setting than the table's own.
+    def check(self, setting: Setting, device: torch.device | None = None) -> None:
+        """Refuse another setting than the table's own, and other backends than those that it was measured with.
+
+        Args:
+            setting: where and how the layers are to run.
+            device: the device itself, which the choice of backends needs; None does not compare them.
 
         Raises:
             ValueError: naming what differs.
@@ -80,10 +92,20 @@ class LatencyTable:
             if mine != wanted:
                 remedy = f"{wanted!r}, as in this run; python -m tdc_fast.latency measures a table for it"
                 raise invalid(f"{self.source}: {entry.name}", mine, remedy)
+        if device is None or not self.backends:
+            return
+        forced = os.environ.get(ENVIRONMENT)
+        run = f"this run with {ENVIRONMENT}={forced}" if forced else "this run"
+        for kind, names in backends_of(self.rows, setting, device).items():
+            measured = self.backends.get(kind, names)
+            if measured != names:
+                remedy = f"{' and '.join(names)}, as in {run}; python -m tdc_fast.latency measures a table for it"
+                raise invalid(f"{self.source}: backend of {kind}", " and ".join(measured), remedy)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the table as JSON, a row on each line."""
         head = {"version": _VERSION, **dataclasses.asdict(self.setting), "facts": dict(self.facts)}
+        head |= {"backends": {kind: list(names) for kind, names in self.backends.items()}} if self.backends else {}
         rows = [json.dumps({**dataclasses.asdict(layer), "ns": ns}) for layer, ns in self.rows.items()]
         text = json.dumps(head)[:-1] + ', "rows": [\n' + ",\n".join(rows) + "\n]}\n"
         with atomic_file(Path(path)) as file:
@@ -98,7 +120,7 @@ class LatencyTable:
         """
         try:
             data = read_json(Path(path))
-            _check_fields("table", data, _HEAD)
+            _check_fields("table", data, _HEAD, _LATER)
             if type(data["version"]) is not int or data["version"] != _VERSION:
                 raise invalid("version", data["version"], f"{_VERSION}, the version of tables this release reads")
             setting = Setting(**{entry.name: data[entry.name] for entry in dataclasses.fields(Setting)})
@@ -112,7 +134,7 @@ class LatencyTable:
                 if layer in rows:
                     raise invalid(f"rows[{number}]", str(layer), "every layer once")
                 rows[layer] = ns
-            return cls(setting, rows, data["facts"], str(path))
+            return cls(setting, rows, data["facts"], str(path), _backends(data.get("backends", {})))
         except (ValueError, OSError) as error:
             raise ValueError(f"{path} is not a valid latency table: {error}") from error
 
@@ -124,9 +146,18 @@ class LatencyTable:
         return found
 
 
-def _check_fields(where: str, data: Any, expected: tuple[str, ...]) -> None:
-    if not isinstance(data, dict) or set(data) != set(expected):
-        odd = sorted(set(expected).symmetric_difference(data)) if isinstance(data, dict) else data
+def _backends(data: Any) -> dict[str, tuple[str, ...]]:
+    """The backends by kind of layer, from their lists."""
+    pairs = data.items() if isinstance(data, dict) else [("", None)]
+    for kind, names in pairs:
+        if kind not in KINDS or not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise invalid("backends", data, f"a list of names for any of {KINDS}")
+    return {kind: tuple(names) for kind, names in pairs}
+
+
+def _check_fields(where: str, data: Any, expected: tuple[str, ...], optional: tuple[str, ...] = ()) -> None:
+    if not isinstance(data, dict) or set(data) - set(optional) != set(expected):
+        odd = sorted(set(expected).symmetric_difference(set(data) - set(optional))) if isinstance(data, dict) else data
         raise invalid(where, odd, f"an object with exactly the fields {sorted(expected)}")
 
 
@@ -142,15 +173,18 @@ def _row(where: str, data: Any) -> tuple[Layer, int]:
         least = 0 if name in ("live_in", "live_out", "padding") else 1
         numbers = value if name in _PAIRS and isinstance(value, list) else [value]
         wanted = 2 if name in _PAIRS else 1
-        if len(numbers) != wanted or not all(type(number) is int and number >= least for number in numbers):
+        most = _MOST if name == "ns" else 2**31 - 1
+        if len(numbers) != wanted or not all(type(number) is int and least <= number <= most for number in numbers):
             kind = "a pair of integers" if wanted == 2 else "an integer"
-            raise invalid(f"{where}: {name}", value, f"{kind} of at least {least}")
+            raise invalid(f"{where}: {name}", value, f"{kind} of at least {least} and at most {most}")
         if wanted == 2:
             values[name] = tuple(numbers)
     ns = values.pop("ns")
-    if ns > _MOST:
-        raise invalid(f"{where}: ns", ns, f"at most {_MOST} nanoseconds")
     layer = Layer(**values)
+    if min(layer.out_size) < 1 or layer.upsample > 2:
+        raise invalid(
+            where, str(layer), "a filter that fits in its padded image, of its own size or upsampled to twice"
+        )
     if layer.live_in > layer.in_channels or layer.live_out > layer.out_channels:
         raise invalid(where, str(layer), "at most as many live channels as there are")
     return layer, ns
