@@ -51,10 +51,10 @@ class ServeOptions:
     """Comma list of batch sizes; a batch is padded to the next one. Empty takes every size on the CPU, and 1, 2,
     3, 4, 6, 8, 12, 16, 24 and so on on a GPU, where each size is a CUDA graph."""
     policy: PolicyName = "slack"
-    """Who goes first when not all fit into the batch: who came first (fifo), who came first where a request counts as
-    having come one step earlier for each of its steps (slack), or who has the fewest steps to do (shortest)."""
+    """Which request goes first when not all fit into the batch: the first to arrive (fifo), the same where a request
+    counts as one step older for each of its steps (slack), or the one with the fewest remaining steps (shortest)."""
     patience: Annotated[float, Within(0.001, 10**9)] = 4.0
-    """With --policy shortest: steps of waiting that weigh as much as one step to do; nobody starves."""
+    """With --policy shortest: so many steps of waiting count as one remaining step less."""
     max_queue: Annotated[int, Within(1, 10**6)] = 256
     """Requests that may wait; more get 503 with Retry-After."""
     max_memory: Annotated[int, Within(1, 2**20)] = 1024

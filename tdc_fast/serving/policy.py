@@ -16,17 +16,17 @@ PolicyName = Literal["slack", "fifo", "shortest"]
 class Policy:
     """Who goes first when not all fit into the batch. The order is decided anew before every step.
 
-    slack: who came first, where a request counts as having come one step earlier for each of its steps: the least slack
-    first, if all had the same time. It keeps the longest times down. fifo: who came first. shortest: who has the fewest
-    steps to do, where each `patience` engine steps of age count as one step less; most are done sooner, and long ones
-    later.
+    slack: the request that arrived first, where a request counts as one step older for each of its steps. This
+    shortens the longest latencies. fifo: the request that arrived first. shortest: the request with the fewest
+    remaining steps, where each `patience` engine steps of age count as one step less; most requests finish sooner,
+    and long ones later.
 
     A request's rank depends on its own steps and arrival alone, does not grow, and whoever is first takes part in every
     step. So only a bounded number of later requests can ever go before it, and it ends.
 
     Attributes:
         name: "slack", "fifo" or "shortest".
-        patience: engine steps of waiting that weigh as much as one step to do; of "shortest" alone.
+        patience: engine steps of waiting that count as one remaining step less; only of "shortest".
 
     Raises:
         ValueError: there is no such policy.
