@@ -62,6 +62,7 @@ def run_command(
         many_processes: it also runs as one of the processes that torchrun starts. An error of all of them is printed
             once; one that a process has alone, by that one.
     """
+    _print_any_text()
     try:
         refuse_many_processes(but_by_torchrun=many_processes)
         with _plain_warnings(), _termination_as_interrupt(), joined():
@@ -80,6 +81,13 @@ def run_command(
             print(str(interrupt) or stopped, file=sys.stderr)
         return INTERRUPTED
     return 0
+
+
+def _print_any_text() -> None:
+    """Let no command fail because a name, of a file perhaps, has characters that the terminal's encoding lacks."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _print_error(error: Exception) -> None:

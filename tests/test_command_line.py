@@ -116,6 +116,20 @@ def test_a_command_that_fails_prints_one_line_and_returns_its_status(failure, st
     assert capsys.readouterr().err == said
 
 
+def test_a_name_that_the_terminal_cannot_show_stops_no_command(monkeypatch):
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding="ascii") for _ in range(2)]
+    monkeypatch.setattr(sys, "stdout", streams[0])
+    monkeypatch.setattr(sys, "stderr", streams[1])
+
+    def command(arguments):
+        print("left out caf\udce9.png")
+        raise ValueError("image: got é.png")
+
+    assert run_command(command, [], stopped="") == 2
+    said = [stream.seek(0) or stream.read() for stream in streams]
+    assert said == ["left out caf\\udce9.png\n", "error: image: got \\xe9.png\n"]
+
+
 def test_a_command_that_ends_well_returns_0_and_gets_its_arguments():
     seen = []
     assert run_command(seen.extend, ["a", "--b"], stopped="") == 0 and seen == ["a", "--b"]
