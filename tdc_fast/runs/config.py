@@ -72,8 +72,12 @@ ADDED = frozenset(
 )
 """Options that runs made before they existed do not have."""
 
+MOVES = ("data_dir", "latents")
+"""Options that --override may change where the data of a run are at another place than when it began."""
+
 MAY_BE_OVERRIDDEN = frozenset(
     {
+        *MOVES,
         "lr",
         "weight_decay",
         "batch_size",
@@ -180,6 +184,10 @@ class TrainConfig(DataOptions, ModelOptions, DiffusionOptions, OptimizerOptions,
             changes[name] = words.get(value.lower(), value)
         changed = self.replace(override="", **changes)
         return {name: getattr(changed, name) for name in changes}
+
+    def with_moved_data(self) -> TrainConfig:
+        """The configuration with the place of the data that `override` names, if it does."""
+        return self.replace(override="", **{name: value for name, value in self.overrides.items() if name in MOVES})
 
     @property
     def mixed_precision(self) -> bool:
@@ -424,7 +432,8 @@ def refuse_changed_options(run: TrainConfig, wanted: TrainConfig) -> None:
     """
     for name, value in wanted.to_dict().items():
         if name not in MAY_CHANGE_ON_RESUME and getattr(run, name) != value:
-            raise invalid(name, value, f"{getattr(run, name)!r} as the resumed run has it; a new run may differ")
+            how = f"--override {name}={value} changes it" if name in MAY_BE_OVERRIDDEN else "a new run may differ"
+            raise invalid(name, value, f"{getattr(run, name)!r} as the resumed run has it; {how}")
 
 
 def keep_decisions(run: TrainConfig, wanted: TrainConfig) -> TrainConfig:

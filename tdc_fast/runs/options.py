@@ -283,7 +283,7 @@ class RunOptions:
     """With --resume: the checkpoint of the interrupted stage to continue from; -1 is the latest."""
     override: str = ""
     """With --resume: comma list of settings of the optimizer that change from here on, such as lr=5e-5,batch_size=16.
-    They are recorded in run.json and hold for the rest of the run."""
+    They are recorded in run.json and hold for the rest of the run. data_dir=DIR says where the images are now."""
     resume_checkpoint: PathText = ""
     """improved-diffusion's flag: continue from model{step}.pt, with the optimizer and the averages beside it."""
     stop_after: Literal["never", "stage1", "pruning"] = "never"

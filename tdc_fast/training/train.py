@@ -75,7 +75,7 @@ def _checked(config: TrainConfig, dataset: Dataset | None) -> Dataset:
     """The images to train on, once nothing is found that the run could not do."""
     refuse_device(config.device, build_device(config))
     if dataset is None:
-        dataset = build_data(config)
+        dataset = build_data(config.with_moved_data())
     else:
         _check_dataset(dataset, config)
     # A weight, its gradient, two moments of AdamW, and averages; weights from before a step at rates of their own.

@@ -80,6 +80,24 @@ def test_a_diverged_run_goes_on_from_its_last_finite_checkpoint_with_a_lower_rat
     assert json.loads((path / "model000012.json").read_text())["config"]["lr"] == 1e-4
 
 
+def test_a_run_goes_on_with_images_that_moved_and_with_no_others(tmp_path, capsys):
+    config = small_config(tmp_path, "moved", lr_anneal_steps=2, class_cond=True)
+    path, images, moved = Path(config.run_dir), tmp_path / "images.npz", tmp_path / "elsewhere.npz"
+    assert main(flags(config)) == 0
+    shutil.copy(images, moved)
+    assert main(["--resume", str(path), "--data_dir", str(moved)]) == 2
+    assert f"as the resumed run has it; --override data_dir={moved} changes it" in capsys.readouterr().err
+    images.unlink()
+    assert main(["--resume", str(path), "--override", f"data_dir={moved},lr_anneal_steps=3"]) == 0
+    assert main(["--resume", str(path), "--override", "lr_anneal_steps=4"]) == 0  # it knows the place now
+    assert load_run(path).config.data_dir == str(moved) and load_run(path).steps("base")[-1] == 4
+    capsys.readouterr()
+    pixels = np.load(moved)["arr_0"]
+    np.savez(tmp_path / "others.npz", arr_0=pixels, arr_1=np.zeros(len(pixels), int))
+    assert main(["--resume", str(path), "--override", f"data_dir={tmp_path / 'others.npz'}"]) == 2
+    assert "expected the images that the run began with; these have other classes" in capsys.readouterr().err
+
+
 def test_an_override_holds_for_the_rest_of_the_run_and_leaves_the_rest_alone(folder, capsys):
     config = small_config(folder, "overridden", lr_anneal_steps=4)
     path = Path(config.run_dir)
