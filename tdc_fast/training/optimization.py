@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tdc_fast.training.stored_state import MOMENTS
+
 
 @dataclass(frozen=True)
 class LearningRate:
@@ -66,7 +68,17 @@ def load_moments(optimizer: torch.optim.Optimizer, moments: Mapping[int, Mapping
     """Take AdamW's state by number of the parameter; the settings and the tensor of the rate stay the optimizer's."""
     rate = rate_of(optimizer)
     settings = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": dict(moments), "param_groups": settings})
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    # The fused kernels read all tensors of a parameter in the order of their memory: the strides have to be its own.
+    with torch.no_grad():
+        state = {
+            number: {
+                "step": torch.tensor(float(entry["step"])),
+                **{name: torch.empty_like(parameters[number]).copy_(entry[name]) for name in MOMENTS},
+            }
+            for number, entry in moments.items()
+        }
+    optimizer.load_state_dict({"state": state, "param_groups": settings})
     for group in optimizer.param_groups:
         group["lr"] = rate
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tdc_fast.errors import invalid
@@ -49,6 +50,7 @@ def read_moments(path: Path, parameters: Mapping[str, Tensor]) -> dict[int, dict
     state = content.get("state") if isinstance(content, Mapping) else None
     if not isinstance(state, Mapping):
         raise invalid("checkpoint", str(path), "an optimizer's state dict")
+    state = _by_parameter(path, state, parameters)
     if set(state) != set(range(len(parameters))):
         raise invalid("checkpoint", str(path), f"the state of the model's {len(parameters)} parameters; it has others")
     for (name, parameter), number in zip(parameters.items(), range(len(parameters)), strict=True):
@@ -61,6 +63,22 @@ def read_moments(path: Path, parameters: Mapping[str, Tensor]) -> dict[int, dict
             raise invalid("checkpoint", str(path), f"squares in exp_avg_sq of {name}; some are negative")
         _check_step(path, name, entry["step"])
     return {number: dict(entry) for number, entry in state.items()}
+
+
+def _by_parameter(path: Path, state: Mapping[Any, Any], parameters: Mapping[str, Tensor]) -> Mapping[Any, Any]:
+    """AdamW's state by number of the parameter, where improved-diffusion's --use_fp16 True has all in one tensor."""
+    flat = state.get(0)
+    if len(state) != 1 or len(parameters) == 1 or not isinstance(flat, Mapping):
+        return state
+    sizes = [parameter.numel() for parameter in parameters.values()]
+    parts = {}
+    for moment in MOMENTS:
+        check_like("checkpoint", path, f"{moment} of all", flat.get(moment), torch.empty(sum(sizes), device="meta"))
+        parts[moment] = flat[moment].split(sizes)
+    return {
+        number: {**flat, **{moment: parts[moment][number].view(parameter.shape) for moment in MOMENTS}}
+        for number, parameter in enumerate(parameters.values())
+    }
 
 
 def _check_step(path: Path, name: str, step: object) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tdc_fast.training.optimization import LearningRate, gradient_norm
+from tdc_fast.training.optimization import LearningRate, create_optimizer, gradient_norm, load_moments
 from tests.operators import Recorded
 
 
@@ -25,6 +25,31 @@ def test_the_rate_anneals_as_improved_diffusions_does():
 def test_warm_up_and_a_late_fall():
     rate = LearningRate(1.0, warmup=2, anneal_start=4, anneal_end=8)
     assert [rate(step) for step in range(8)] == [0.5, 1.0, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25]
+
+
+def test_loaded_moments_are_those_of_their_own_weights_whatever_their_memory_order():
+    """In files of improved-diffusion they are contiguous, and one number of steps may be that of all weights."""
+    torch.manual_seed(0)
+    layer = nn.Conv2d(4, 6, 3).double().to(memory_format=torch.channels_last)
+    twin = [parameter.detach().clone().contiguous() for parameter in layer.parameters()]
+    optimizer, steps = create_optimizer(layer, 0.1, 0.01), torch.tensor(5.0)
+    moments = {
+        i: {"step": steps, "exp_avg": torch.randn(p.shape), "exp_avg_sq": torch.rand(p.shape)}
+        for i, p in enumerate(twin)
+    }
+    load_moments(optimizer, moments)
+    for step in (6, 7):
+        for number, parameter in enumerate(layer.parameters()):
+            parameter.grad = torch.randn_like(parameter)
+            first, second = (moments[number][name].double() for name in ("exp_avg", "exp_avg_sq"))
+            first = 0.9 * first + 0.1 * parameter.grad
+            second = 0.999 * second + 0.001 * parameter.grad**2
+            moments[number] |= {"exp_avg": first, "exp_avg_sq": second}
+            move = first / (1 - 0.9**step) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
+            twin[number] = twin[number] * (1 - 0.1 * 0.01) - 0.1 * move
+        optimizer.step()
+        for parameter, expected in zip(layer.parameters(), twin, strict=True):
+            torch.testing.assert_close(parameter.detach(), expected, rtol=1e-10, atol=1e-10)
 
 
 def test_the_norm_is_that_before_clipping():

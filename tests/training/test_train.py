@@ -23,6 +23,7 @@ from tdc_fast.runs.weights import load_tensors
 from tdc_fast.train import main, train
 from tdc_fast.training import load_run, prune_base, train_base, train_experts
 from tdc_fast.training.phase import build_base
+from tdc_fast.training.stored_state import MOMENTS, read_moments
 from tests.training.small_run import TWO_STAGES, differences, flags, rows, small_config, write_images
 
 STAGES = ("base", "experts")
@@ -418,8 +419,9 @@ def test_the_callers_random_numbers_are_left_alone(folder):
     assert torch.equal(torch.rand(1), expected)
 
 
-def test_improved_diffusions_own_checkpoint_goes_on(folder, tmp_path, plain):
-    """Its files have nothing beside them, and its optimizer's file has an older torch's layout."""
+@pytest.mark.parametrize("use_fp16", [False, True])
+def test_improved_diffusions_own_checkpoint_goes_on(folder, tmp_path, plain, use_fp16):
+    """Its files have nothing beside them, and its optimizer's file has an older torch's layout; in fp16 one tensor."""
     for name in ("model000004.pt", "ema_0.9_000004.pt", "ema_0.99_000004.pt"):
         (tmp_path / name).write_bytes((plain.path / name).read_bytes())
     optimizer = load_tensors(plain.path / "opt000004.pt")
@@ -427,12 +429,18 @@ def test_improved_diffusions_own_checkpoint_goes_on(folder, tmp_path, plain):
     optimizer["param_groups"] = [{key: group[key] for key in kept} for group in optimizer["param_groups"]]
     for state in optimizer["state"].values():
         state["step"] = int(state["step"])
+    whole = optimizer["state"]
+    if use_fp16:
+        flat = {name: torch.cat([state[name].flatten() for state in whole.values()]) for name in MOMENTS}
+        optimizer["state"] = {0: {"step": torch.tensor(4.0), **flat}}
     torch.save(optimizer, tmp_path / "opt000004.pt")
-    config = small_config(folder, "theirs", lr_anneal_steps=8, learn_sigma=True)
+    config = small_config(folder, f"theirs_{use_fp16}", lr_anneal_steps=5, learn_sigma=True)
     run = train(config.replace(resume_checkpoint=str(tmp_path / "model000004.pt")))
-    assert load_run(run.path).steps("base") == [8]
-    state = load_tensors(run.path / "opt000008.pt")["state"]
-    assert {int(entry["step"]) for entry in state.values()} == {8}
+    assert load_run(run.path).steps("base") == [5]
+    state = load_tensors(run.path / "opt000005.pt")["state"]
+    assert {int(entry["step"]) for entry in state.values()} == {5}
+    read = read_moments(tmp_path / "opt000004.pt", dict(build_unet(config, 1).named_parameters()))
+    assert all(torch.equal(read[number][name], entry[name]) for number, entry in whole.items() for name in MOMENTS)
 
 
 def test_another_programs_log_is_never_overwritten(folder, tmp_path):
