@@ -73,7 +73,7 @@ def _by_parameter(path: Path, state: Mapping[Any, Any], parameters: Mapping[str,
     sizes = [parameter.numel() for parameter in parameters.values()]
     parts = {}
     for moment in MOMENTS:
-        check_like("checkpoint", path, f"{moment} of all", flat.get(moment), torch.empty(sum(sizes), device="meta"))
+        check_like("checkpoint", path, f"{moment} of all", flat.get(moment), torch.empty(1).expand(sum(sizes)))
         parts[moment] = flat[moment].split(sizes)
     return {
         number: {**flat, **{moment: parts[moment][number].view(parameter.shape) for moment in MOMENTS}}
