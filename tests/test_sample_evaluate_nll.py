@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -17,7 +18,7 @@ from PIL import Image
 from tdc_fast import evaluate, nll, sample
 from tdc_fast.evaluation import comparison, draw_samples, heldout_losses, train_classifier
 from tdc_fast.evaluation.image_sets import load_pair
-from tdc_fast.evaluation.likelihood import bits_per_dimension
+from tdc_fast.evaluation.likelihood import bits_per_dimension, images_to_measure
 from tdc_fast.models.iddpm import create_unet
 from tdc_fast.routing import TimestepGroups
 from tdc_fast.runs.denoisers import from_checkpoint, from_run, placed, stored_facts
@@ -205,6 +206,17 @@ def test_image_size_brings_sets_of_different_sizes_together(sets, tmp_path):
         assert [tuple(one.shape) for one in pair] == [(3, 6, 6), (3, 6, 6)]
 
 
+def test_folders_of_images_of_several_sizes_are_scaled_only_where_a_size_is_named(sets, tmp_path):
+    for number, size in enumerate([(12, 20), (20, 12), (16, 16)]):
+        Image.new("RGB", size).save(tmp_path / f"{number}.png")
+    for names in [(sets / "folder", tmp_path), (tmp_path, tmp_path)]:
+        with pytest.raises(ValueError, match="image_size: got 0; expected .* has 12 pixels, and .*2.png 16"):
+            load_pair(*map(str, names), evaluate.EvaluateOptions())
+    assert load_pair(str(sets / "same.npz"), str(tmp_path), evaluate.EvaluateOptions())[1].shape[1:] == (12, 12)
+    (tmp_path / "2.png").unlink()
+    assert load_pair(str(sets / "folder"), str(tmp_path), evaluate.EvaluateOptions())[1].shape[1:] == (12, 12)
+
+
 def test_different_images_have_a_distance_above_zero(sets, tmp_path):
     result = evaluate.evaluate(str(sets / "rgb.npz"), str(sets / "folder"), evaluate.EvaluateOptions())
     assert result["frechet_distance"] > 0.01
@@ -316,6 +328,19 @@ def test_a_file_of_weights_knows_the_precision_that_it_was_trained_in(run, tmp_p
         assert named_dtype("auto", gpu, True) == torch.float32 and named_dtype("float16", gpu, True) == torch.float16
         with pytest.raises(ValueError, match="^dtype: got 'bfloat16'; expected float32 or float16, as a T4 has no"):
             named_dtype("bfloat16", gpu, True)
+
+
+def test_likelihood_reads_a_folder_as_training_does_and_refuses_one_of_other_classes(run, tmp_path):
+    for name in ("0_a", "1_a", "1_b"):
+        Image.new("RGBA", (8, 8)).save(tmp_path / f"{name}.png")  # nothing but background
+    for which, config in enumerate([{"background": "black"}, {"background": "white"}]):
+        denoiser = from_run(run)
+        denoiser = replace(denoiser, config=denoiser.config.replace(**config))
+        with pytest.raises(ValueError, match="data_dir: .* all 10 classes .*it has 2"):
+            images_to_measure(denoiser, str(tmp_path), 3)
+        x0, labels, _ = images_to_measure(replace(denoiser, class_counts=()), str(tmp_path), 3)
+        assert x0.shape == (3, 1, 8, 8) and labels.tolist() == [0, 1, 1]
+        assert x0.unique().tolist() == [2 * which - 1]
 
 
 def test_likelihood_refuses_a_device_that_is_not_there(run, tmp_path, assert_refused):

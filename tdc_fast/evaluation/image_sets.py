@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -103,8 +103,8 @@ def load_pair(a: str, b: str, options: EvaluateOptions, *, with_statistics: bool
         if sets[name].pixels is not None:
             size = size or sets[name].shape[-1]
     run = next((found.denoiser for found in sets.values() if found.denoiser), None)
+    size = size or _own_size([name for name in dict.fromkeys(scaled) if name != "photos"])
     for name in scaled:
-        size = size or _own_size(name)
         sets[name] = _read_images(name, size, run)
     first, second = sets[a], sets[b]
     for name, images in ((a, first), (b, second)):
@@ -132,17 +132,28 @@ def _is_folder(name: str) -> bool:
     return name not in ("digits", "photos") and Path(name).is_dir() and not is_run(name)
 
 
-def _own_size(folder: str) -> int | None:
-    if folder == "photos":
-        return None
-    files = list_images(Path(folder)).files
-    if not files:
-        raise invalid("folder", folder, f"a folder with {SUFFIX_WORDS} files, or a run directory")
-    try:
-        with require("PIL.Image", "demo").open(files[0]) as image:
-            return min(image.size)
-    except Exception as error:  # Pillow raises many kinds for damaged and huge files
-        raise invalid("image", str(files[0]), f"an image that can be decoded ({error})") from error
+def _own_size(folders: Sequence[str]) -> int | None:
+    """The size of the images of folders, the shorter side; None without folders.
+
+    Raises:
+        ValueError: they differ in it, or a file is no image, or there are none.
+    """
+    found: dict[int, Path] = {}
+    for folder in folders:
+        files = list_images(Path(folder)).files
+        if not files:
+            raise invalid("folder", folder, f"a folder with {SUFFIX_WORDS} files, or a run directory")
+        for file in files:
+            try:
+                with require("PIL.Image", "demo").open(file) as image:
+                    found.setdefault(min(image.size), file)
+            except Exception as error:  # Pillow raises many kinds for damaged and huge files
+                raise invalid("image", str(file), f"an image that can be decoded ({error})") from error
+    if len(found) > 1:
+        (one, first), (other, second) = list(found.items())[:2]
+        remedy = f"a size to scale all images to: {first} has {one} pixels, and {second} {other}"
+        raise invalid("image_size", 0, remedy)
+    return next(iter(found), None)
 
 
 def _read_images(name: str, size: int | None, run: TrainedDenoiser | None = None) -> ImageSet:

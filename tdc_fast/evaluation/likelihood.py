@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tdc_fast.atomic import atomic_file, remove_leftovers, write_json
-from tdc_fast.data.dataset import load_dataset
+from tdc_fast.data.dataset import DIGITS, PHOTOS, load_dataset
 from tdc_fast.diffusion.likelihood import StepTerms, bound
 from tdc_fast.errors import invalid
 from tdc_fast.progress import Progress
@@ -76,7 +76,16 @@ def images_to_measure(denoiser: TrainedDenoiser, data_dir: str, limit: int) -> t
     refuse_latents(denoiser, "bits per dimension are of pixels; tdc_fast.evaluate measures its held-out loss")
     config = denoiser.config
     if data_dir:
-        data: Data = load_dataset(data_dir, image_size=denoiser.image_size, class_cond=bool(denoiser.num_classes))
+        is_folder = data_dir not in (DIGITS, PHOTOS) and Path(data_dir).is_dir()
+        data: Data = load_dataset(
+            data_dir,
+            image_size=denoiser.image_size,
+            class_cond=bool(denoiser.num_classes),
+            in_channels=denoiser.channels if is_folder else None,
+            background=config.background,
+        )
+        if is_folder:
+            _refuse_other_classes(denoiser, data_dir, data.num_classes)
         source = f"the first of {data_dir}"
     elif config.data_dir:
         trained_on, heldout = split_data(config)
@@ -91,6 +100,20 @@ def images_to_measure(denoiser: TrainedDenoiser, data_dir: str, limit: int) -> t
             "data_dir", data_dir or config.data_dir, f"images of shape {denoiser.image_shape}, as the model takes"
         )
     return x0, kwargs.get("y"), source
+
+
+def _refuse_other_classes(denoiser: TrainedDenoiser, folder: str, classes: int) -> None:
+    """Refuse a folder with another number of classes than the training images had: they are numbered by its own names.
+
+    Weights of improved-diffusion do not record how many there were.
+    """
+    had = len(denoiser.classes)
+    if denoiser.num_classes and denoiser.class_counts and classes != had:
+        remedy = (
+            f"a folder with images of all {had} classes that the model was trained on, as a folder's classes are "
+            f"numbered by its own file names (it has {classes}), or an .npz file with their numbers"
+        )
+        raise invalid("data_dir", folder, remedy)
 
 
 def write_terms(directory: Path, terms: dict[str, np.ndarray], count: int, dtype: str = "float32") -> None:

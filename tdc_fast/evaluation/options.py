@@ -27,8 +27,8 @@ class EvaluateOptions:
     """Images of a set, drawn at random, on which kernel distance, precision and recall are measured, as they compare
     images one by one; distances of means and covariances take all images."""
     image_size: Annotated[int, Within(0, 2**14)] = 0
-    """Size in pixels to which all images but a run's are scaled; 0 scales photos and folders to the size of the other
-    set, and leaves other images as they are."""
+    """Size in pixels to which all images but a run's are scaled; 0 scales photos and folders to the size of a run or
+    an array, and leaves other images as they are: those of folders must then all have the same shorter side."""
     num_samples: Annotated[int, Within(1, 10**7)] = 5000
     """Images drawn from a run; fewer take less time, and their distances compare only with those of as many. They are
     held in memory, a byte per value."""

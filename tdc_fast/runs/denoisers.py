@@ -252,6 +252,8 @@ def from_checkpoint(path: str | Path, facts: Mapping[str, Any]) -> TrainedDenois
         config = config.replace(precision="bf16")
     if trained.get("label_dropout"):
         config = config.replace(label_dropout=trained["label_dropout"])
+    if trained.get("background"):
+        config = config.replace(background=trained["background"])
     return TrainedDenoiser(
         model=model.eval(),
         diffusion=build_diffusion(config),
