@@ -13,7 +13,7 @@ COMMANDS = {
     "evaluate": "compare two sets of images, or a run with images",
     "encode": "encode images into latents for train --latents",
     "latency": "measure how long a model's layers take at each width, for budgets in time",
-    "convert": "turn weights of diffusers or guided-diffusion into ours, and ours into diffusers'",
+    "convert": "convert weights of diffusers or guided-diffusion to this library, and back to diffusers",
     "merge": "merge experts into one dense model",
     "demo": "train, compare and write a report on scikit-learn's digits",
 }

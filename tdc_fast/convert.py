@@ -42,19 +42,19 @@ class ConvertOptions:
     """What to convert, and where to."""
 
     run: PathText = ""
-    """Run directory, whose base becomes a folder of diffusers."""
+    """Run directory, whose base is written as a folder for diffusers."""
     model_path: PathText = ""
     """Instead of --run: a folder of diffusers (UNet2DModel), or a file of weights."""
     out: PathText = ""
     """The file (.pt) or, for diffusers, the folder to write; it must not exist."""
     guided: bool = False
-    """The file is of guided-diffusion; the flags are those that it was trained with."""
+    """The file is from guided-diffusion; also give the flags that it was trained with."""
     num_head_channels: Annotated[int, Within(-1, 2**13)] = -1
-    """Channels of an attention head of guided-diffusion, in place of --num_heads; -1 for none."""
+    """With --guided True: channels per attention head, instead of --num_heads; -1 uses --num_heads."""
     use_new_attention_order: bool = False
-    """The order of q, k and v of guided-diffusion."""
+    """With --guided True: the model's order of q, k and v."""
     resblock_updown: bool = False
-    """Residual blocks of guided-diffusion that resample; True is refused."""
+    """With --guided True: residual blocks that resample; True is not supported."""
 
 
 def _convert(arguments: list[str]) -> None:

@@ -35,30 +35,30 @@ class EncodeOptions:
     vae: PathText = ""
     """Folder of an AutoencoderKL or VQModel of diffusers: config.json and the weights. It computes in float32."""
     data_dir: PathText = ""
-    """Images: a folder, an .npz or .npy file, digits or photos, as for training. Labels are kept where there are."""
+    """Images: a folder, an .npz or .npy file, digits or photos, as for training. Labels are kept if there are any."""
     out: PathText = ""
-    """Folder for the latents. If it holds a part of them, the rest is encoded."""
+    """Folder for the latents. If some of them are already there, the rest is encoded."""
     image_size: Annotated[int, Within(0, 2**14)] = 0
-    """Height and width of the images in pixels, which folders need; 0 takes other images as they are."""
+    """Height and width of the images in pixels, required for folders; 0 takes other images as they are."""
     on_corrupt: Literal["error", "skip"] = "error"
     """What to do with an unreadable image: stop and name it, or leave it out."""
     background: Literal["white", "grey", "black"] = "white"
     """Colour behind the transparent pixels of a folder's images."""
     store: Literal["auto", "moments", "samples"] = "auto"
-    """What to keep of an image: moments, from which training draws a latent anew in each epoch; samples, one latent for
-    good. auto keeps moments if the autoencoder has them."""
+    """What to store for an image: moments, from which training draws a new latent in each epoch; or samples, one fixed
+    latent. auto stores moments if the autoencoder has them."""
     flips: bool = False
-    """Encode the mirror image of each image as well; training takes one of both in each epoch."""
+    """Also encode the mirror image of each image; training takes one of the two in each epoch."""
     scaling_factor: Annotated[float, Within(0, 10**6)] = 0.0
-    """What latents are multiplied by for the denoiser; 0 takes that of the autoencoder's config.json."""
+    """Factor by which latents are multiplied for the denoiser; 0 takes that of the autoencoder's config.json."""
     stored_dtype: StoredDtype = "float32"
     """Precision of the files; float16 takes half the space."""
     seed: Annotated[int, Within(0, 2**63 - 1)] = 0
     """Seed of the latents of --store samples."""
     batch_size: Annotated[int, Within(1, 2**16)] = 16
-    """Images at once."""
+    """Images in one batch."""
     shard_images: Annotated[int, Within(1, 10**7)] = 8192
-    """Images per file; an interrupted command goes on with the first file that is not whole."""
+    """Images per file; an interrupted command continues with the first incomplete file."""
     num_threads: Annotated[int, Within(0, 2**10)] = 0
     """CPU threads; 0 keeps the default of torch."""
     device: str = "cpu"

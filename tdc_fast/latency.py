@@ -46,7 +46,7 @@ class LatencyOptions:
     out: PathText = "latency.json"
     """The file to write."""
     seconds: Annotated[float, Within(0, 3600)] = 0.05
-    """About how long to measure each layer at each width; at least 5 forwards of it."""
+    """Seconds for which each layer is measured at each width, approximately; at least 5 forwards."""
 
 
 def _measure(arguments: list[str]) -> None:

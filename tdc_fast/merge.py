@@ -35,20 +35,22 @@ class MergeOptions:
     """What to merge, how, and where to."""
 
     run: PathText = ""
-    """Run directory whose experts are merged, with the averages (EMA) that it is sampled with. Instead of it, files of
-    weights of one architecture may be named before the flags."""
+    """Run directory whose experts are merged, with the averages (EMA) that it is sampled with. Instead, name files of
+    weights of one architecture before the flags."""
     base: PathText = ""
-    """With files: the weights that they were trained from, which task_arithmetic needs. A run has its base."""
+    """With files: the weights that they were trained from, which task_arithmetic needs. With --run it is the base of
+    the run."""
     method: Method = "average"
     """average: the sum of w_i expert_i. task_arithmetic: base + scale * the sum of w_i (expert_i - base)."""
     weights: str = ""
     """Comma list of w_i, one for each expert, from low to high timesteps; empty takes 1 / N each. An average divides
     them by their sum."""
     scale: Annotated[float, Within(-1000, 1000)] = 1.0
-    """Of task_arithmetic: 0 gives the base, 1 with equal weights the average, more goes further from the base."""
+    """With task_arithmetic: 0 gives the base, 1 with equal weights the average, more moves further away from the
+    base."""
     missing: Missing = "base"
-    """What a pruned expert has in the channels that it lacks: base, the weights of the base there; or zero, with which
-    it computes what it does."""
+    """Weights in the channels that a pruned expert lacks: base, the weights of the base; or zero, with which the expert
+    computes the same as before."""
     out: PathText = ""
     """The file (.pt) to write; it must not exist."""
 

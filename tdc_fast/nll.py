@@ -48,7 +48,7 @@ class NllOptions:
     num_samples: Annotated[int, Within(1, 10**7)] = 1000
     """Maximum number of images."""
     batch_size: Annotated[int, Within(1, 2**20)] = 1
-    """Images at once."""
+    """Images in one batch."""
     clip_denoised: bool = True
     """Clip every predicted image to [-1, 1]."""
     seed: Annotated[int, Within(0, 2**63 - 1)] = 0
@@ -58,8 +58,8 @@ class NllOptions:
     device: str = "cpu"
     """auto, cpu, cuda or cuda:N."""
     dtype: DtypeName = "auto"
-    """Precision of the model: float32, bfloat16 or float16 (on a GPU). auto is that of training on a GPU, and float32
-    on the CPU. The diffusion process computes in float32."""
+    """Precision of the model: float32, bfloat16 or float16 (on a GPU). auto is the precision of training on a GPU, and
+    float32 on the CPU. The diffusion process computes in float32."""
     out: PathText = ""
     """Folder for the files; empty takes nll/ of the run, or with --model_path DIFFUSION_BLOB_LOGDIR, OPENAI_LOGDIR or
     a new temporary folder."""

@@ -46,11 +46,11 @@ class SampleOptions:
     which: Which = "auto"
     """Which model of --run: its experts, its base, or (auto) the experts if there are any."""
     model_path: PathText = ""
-    """Instead of --run: a weight file of tdc_fast or improved-diffusion. The configuration stored beside a file of
-    tdc_fast is used, and flags that contradict it are refused; for others, the flags of the model must be given."""
+    """Instead of --run: a weight file of tdc_fast or improved-diffusion. For a file of tdc_fast the configuration
+    stored beside it is used, and flags that contradict it are an error; for others, give the flags of the model."""
     vae: PathText = ""
-    """For a model of latents: folder of the autoencoder of diffusers that made them, which decodes the samples. Another
-    one is refused."""
+    """For a model of latents: folder of the autoencoder of diffusers with which they were encoded; it decodes the
+    samples. Another encoder is an error."""
     num_samples: Annotated[int, Within(0, 10**7)] = 0
     """Number of images; 0 takes 100 with --run, and improved-diffusion's 10000 with --model_path."""
     batch_size: Annotated[int, Within(0, 2**20)] = 0
@@ -65,7 +65,7 @@ class SampleOptions:
     spacing: SpacingName = "auto"
     """How --steps are spread over the timesteps: leading (multiples of T // steps from 0), trailing (T / steps counted
     down from the last timestep) or linspace (evenly, with both ends), as in diffusers. auto is multiples of T / steps
-    from 0 for ddim, linspace for ddpm, and even in log SNR for dpm++2m."""
+    from 0 for ddim, linspace for ddpm, and equal steps in log SNR for dpm++2m."""
     clip_denoised: bool = True
     """Clip every predicted image to [-1, 1]; latents are never clipped."""
     classes: str = ""
@@ -73,27 +73,27 @@ class SampleOptions:
     eta: Annotated[float, Within(0, 1000)] = 0.0
     """Noise of ddim: 0 is deterministic, 1 has the variance of ddpm with --sigma_small True."""
     labels: LabelChoice = "uniform"
-    """For class-conditional models: draw each class as often as the others, or as often as the training images have
-    it (data)."""
+    """For class-conditional models: draw all classes equally often (uniform), or as often as they occur in the training
+    images (data)."""
     guidance_scale: str = "1"
     """For class-conditional models: scale of classifier-free guidance from 0 to 1000, 1 for none, 0 for images of no
-    class; or a comma list with one scale per group, from low to high timesteps. A step with scale 1 costs half of
-    another one."""
+    class; or a comma list with one scale per group, from low to high timesteps. A step with scale 1 costs half as much
+    as with another scale."""
     null_class: Annotated[int, Within(-1, 10**7)] = -1
-    """With --guidance_scale: the label that the model was trained with where it got no class; -1 is that of a run with
-    --label_dropout. It is drawn only if --classes names it."""
+    """With --guidance_scale: the label for no class that the model was trained with; -1 is that of a run with
+    --label_dropout. It is sampled only if --classes has it."""
     seed: Annotated[int, Within(0, 2**63 - 1)] = 0
     """Seed of the noise and the classes."""
     deterministic: bool = False
-    """Run a single denoiser on the routed kernels too, so that its images on the CPU do not depend on what else is in
-    the batch, as those of experts never do; `tdc_fast.serve` does."""
+    """Run a single denoiser on the routed kernels too, so that on the CPU its images do not depend on the rest of the
+    batch (those of experts never do). `tdc_fast.serve` does this by default."""
     num_threads: Annotated[int, Within(0, 2**10)] = 0
     """CPU threads; 0 keeps the default of torch."""
     device: str = "cpu"
     """auto, cpu, cuda or cuda:N."""
     dtype: DtypeName = "auto"
-    """Precision of the model: float32, bfloat16 or float16 (on a GPU). auto is that of training on a GPU, and float32
-    on the CPU. The diffusion process computes in float32."""
+    """Precision of the model: float32, bfloat16 or float16 (on a GPU). auto is the precision of training on a GPU, and
+    float32 on the CPU. The diffusion process computes in float32."""
     out: PathText = ""
     """Folder for the .npz and the .png file; empty takes samples/ of the run, or with --model_path
     DIFFUSION_BLOB_LOGDIR, OPENAI_LOGDIR or a new temporary folder."""

@@ -31,7 +31,7 @@ __all__ = ["ServeOptions", "main"]
 
 @dataclass(frozen=True, kw_only=True)
 class ServeOptions:
-    """Which model to serve, where, and how much of it at once."""
+    """Which model to serve, on which address, and limits."""
 
     run: PathText = ""
     """Run directory to serve."""
@@ -40,13 +40,14 @@ class ServeOptions:
     model_path: PathText = ""
     """Instead of --run: a weight file of tdc_fast or improved-diffusion, with the flags of the model as in sampling."""
     vae: PathText = ""
-    """For a model of latents: folder of the autoencoder of diffusers that made them, which decodes the images."""
+    """For a model of latents: folder of the autoencoder of diffusers with which they were encoded; it decodes the
+    images."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 for all. There is no authentication."""
     port: Annotated[int, Within(0, 65535)] = 8000
     """Port; 0 takes a free one and prints it."""
     max_batch: Annotated[int, Within(1, 2**16)] = 32
-    """Images in one step of the model; a guided image counts twice."""
+    """Maximum number of images in one step of the model; an image with guidance counts twice."""
     sizes: str = ""
     """Comma list of batch sizes; a batch is padded to the next one. Empty takes every size on the CPU, and 1, 2,
     3, 4, 6, 8, 12, 16, 24 and so on on a GPU, where each size is a CUDA graph."""
@@ -56,29 +57,30 @@ class ServeOptions:
     patience: Annotated[float, Within(0.001, 10**9)] = 4.0
     """With --policy shortest: so many steps of waiting count as one remaining step less."""
     max_queue: Annotated[int, Within(1, 10**6)] = 256
-    """Requests that may wait; more get 503 with Retry-After."""
+    """Maximum number of waiting requests; more get 503 with Retry-After."""
     max_memory: Annotated[int, Within(1, 2**20)] = 1024
-    """MiB that the images of all requests may take, besides the model."""
+    """Maximum memory of the images of all requests in MiB, in addition to the model."""
     max_images: Annotated[int, Within(0, 2**16)] = 0
-    """Images in one request; 0 takes 16, or --max_batch if that is less."""
+    """Maximum number of images in one request; 0 takes 16, or --max_batch if that is less."""
     max_steps: Annotated[int, Within(1, 10**6)] = 1000
-    """Sampling steps in one request."""
+    """Maximum number of sampling steps in one request."""
     max_seconds: Annotated[float, Within(0.001, 10**6)] = 60.0
-    """Time of one request, after which it fails with 504."""
+    """Maximum time of one request, after which it fails with 504."""
     max_body: Annotated[int, Within(16, 2**30)] = 2**16
-    """Bytes of a request's body."""
+    """Maximum number of bytes in a request's body."""
     grace: Annotated[float, Within(0, 10**6)] = 30.0
-    """Seconds that requests have to finish after SIGTERM; those that do not get 503 with the reason."""
+    """Seconds that current requests have to finish after SIGTERM; then they get 503."""
     null_class: Annotated[int, Within(-1, 10**7)] = -1
-    """The label that the model was trained with where it got no class, for requests with guidance; -1 is that of a run
-    with --label_dropout. It is no class that can be asked for."""
+    """The label for no class that the model was trained with, for requests with guidance; -1 is that of a run with
+    --label_dropout. Requests cannot ask for it."""
     deterministic: bool = True
-    """Run a single denoiser on the routed kernels, so that its images on the CPU do not depend on what else is served,
-    as those of experts never do."""
+    """Run a single denoiser on the routed kernels, so that on the CPU its images do not depend on other requests (those
+    of experts never do)."""
     clip_denoised: bool = True
     """Clip every predicted image to [-1, 1]; latents are never clipped."""
     dtype: DtypeName = "auto"
-    """float32, bfloat16 or float16; auto is that of training on a GPU, and float32 on the CPU."""
+    """Precision of the model: float32, bfloat16 or float16; auto is the precision of training on a GPU, and float32 on
+    the CPU."""
     num_threads: Annotated[int, Within(0, 2**10)] = 0
     """CPU threads; 0 keeps the default of torch."""
     device: str = "cpu"

@@ -21,21 +21,21 @@ class EvaluateOptions:
     grey images; random-conv: 64 features of a fixed random network; inception: those of --inception_weights; auto:
     inception if there are such weights, digits for 8x8 grey images, else random-conv."""
     inception_weights: PathText = ""
-    """Weights of FID's Inception network: a file as torch-fidelity and pytorch-fid publish it, or "download" for
-    torch-fidelity's. Results are called FID only if the file has the published checksum."""
+    """Weights of FID's Inception network: the file that torch-fidelity and pytorch-fid use, or "download" to download
+    it. Results are called FID only if the file has the published checksum."""
     kept_features: Annotated[int, Within(4, 10**6)] = 10_000
-    """Images of a set, drawn at random, on which kernel distance, precision and recall are measured, as they compare
-    images one by one; distances of means and covariances take all images."""
+    """Number of randomly chosen images of a set for kernel distance, precision and recall, which compare images in
+    pairs; distances of means and covariances use all images."""
     image_size: Annotated[int, Within(0, 2**14)] = 0
-    """Size in pixels to which all images but a run's are scaled; 0 scales photos and folders to the size of a run or
-    an array, and leaves other images as they are: those of folders must then all have the same shorter side."""
+    """Size in pixels to which images are scaled, except those of a run; 0 scales photos and folders to the size of a
+    run or an array, and leaves other images as they are: images of a folder must then have the same shorter side."""
     num_samples: Annotated[int, Within(1, 10**7)] = 5000
-    """Images drawn from a run; fewer take less time, and their distances compare only with those of as many. They are
-    held in memory, a byte per value."""
+    """Images drawn from a run. Distances are comparable only for the same number of images. The images take one byte
+    per value in memory."""
     which: Which = "auto"
     """Which model of a run to sample: its experts, its base, or (auto) the experts if there are any."""
     vae: PathText = ""
-    """For a run on latents: folder of the autoencoder that made them, which decodes its samples."""
+    """For a run on latents: folder of the autoencoder with which they were encoded; it decodes the samples."""
     sampler: SamplerName = "ddim"
     """Sampler for a run."""
     steps: Annotated[int, Within(1, 10**6)] = 25
@@ -44,11 +44,11 @@ class EvaluateOptions:
     """How the steps are spread over the timesteps: leading, trailing or linspace, as in diffusers; auto is the
     sampler's own."""
     guidance_scale: str = "1"
-    """Scale of classifier-free guidance for a class-conditional run that was trained with --label_dropout; or a comma
-    list with one scale per group, from low to high timesteps. 1 is none."""
+    """Scale of classifier-free guidance for a class-conditional run that was trained with --label_dropout, or a comma
+    list with one scale per group, from low to high timesteps. 1 is no guidance."""
     labels: LabelChoice = "uniform"
-    """Classes of the images drawn from a class-conditional run: each as often as the others, or as often as its
-    training images have it (data)."""
+    """Classes of the images drawn from a class-conditional run: all equally often (uniform), or as often as they occur
+    in its training images (data)."""
     batch_size: Annotated[int, Within(1, 2**20)] = 500
     """Images per batch, for sampling, features and losses."""
     loss_images: Annotated[int, Within(1, 10**6)] = 512

@@ -24,15 +24,15 @@ class DataOptions:
     """Folder of images (searched recursively; class = file name up to the first "_"), an .npz or .npy array, or the
     name of a built-in set: digits, photos."""
     latents: PathText = ""
-    """Instead of --data_dir: folder of latents that tdc_fast.encode wrote. --image_size is the height and width of the
-    latents, which is its default then."""
+    """Instead of --data_dir: folder of latents that tdc_fast.encode wrote. The default of --image_size is then the
+    height and width of the latents."""
     on_corrupt: Literal["error", "skip"] = "error"
     """What to do with an unreadable image: stop the run and name it, or leave it out and count it."""
     background: Literal["white", "grey", "black"] = "white"
     """Colour behind the transparent pixels of a folder's images."""
     workers: Annotated[int, Within(0, 64)] = 1
-    """Threads that load batches while the step before trains; 0 loads each batch when it is needed, as is always done
-    on the CPU with images that are in memory."""
+    """Threads that load the next batches during a training step; 0 loads each batch when it is needed, as is always
+    done on the CPU for images in memory."""
     heldout: float = 0.0
     """Share of the images (0 to below 1) kept from training for evaluation, chosen by --heldout_seed."""
     heldout_seed: Annotated[int, Within(0, 2**63 - 1)] = 0
@@ -44,9 +44,10 @@ class ModelOptions:
     """The denoiser: improved-diffusion's UNet."""
 
     image_size: Annotated[int, Within(1, 2**14)] = 64
-    """Height and width of the images in pixels; any size that the levels of --channel_mult divide."""
+    """Height and width of the images in pixels; it must be divisible by 2 once for each level of --channel_mult after
+    the first."""
     in_channels: Annotated[int, Within(0, 2**10)] = 0
-    """Channels of the images; 0 takes what the data has (3 for folders). 1 reads a folder's images as grey."""
+    """Channels of the images; 0 takes the number of the data (3 for folders). 1 reads a folder's images as grey."""
     num_channels: Annotated[int, Within(1, 2**13)] = 128
     """Channels of the first level."""
     channel_mult: str = ""
@@ -64,8 +65,8 @@ class ModelOptions:
     class_cond: bool = False
     """Condition on the class label of each image."""
     num_classes: Annotated[int, Within(0, 10**7)] = 0
-    """Rows of the label embedding, with --class_cond True; 0 takes as many as the data has classes, one more with
-    --label_dropout, and for files of improved-diffusion the 1000 that they always have."""
+    """With --class_cond True: rows of the label embedding. 0 takes the number of classes of the data, one more with
+    --label_dropout, and 1000 for files of improved-diffusion, which always have 1000."""
     use_checkpoint: bool = False
     """Recompute activations in the backward pass: less memory, more MACs (they are counted)."""
     use_scale_shift_norm: bool = True
@@ -79,7 +80,7 @@ class DiffusionOptions:
     diffusion_steps: Annotated[int, Within(1, 10**6)] = 1000
     """T, the number of timesteps."""
     noise_schedule: Literal["linear", "cosine"] = "linear"
-    """How alpha_bar falls with the timestep."""
+    """How alpha_bar decreases with the timestep."""
     timestep_respacing: str = ""
     """Train on a subset of the timesteps: a count, a comma list of counts per section, or "ddimN"; empty means all."""
     learn_sigma: bool = False
@@ -114,7 +115,8 @@ class OptimizerOptions:
     """Train for this many steps while the learning rate falls linearly to 0; 0 trains without end (or to
     --stage1_steps) at a constant rate. Applies to stage 1; see --stage2_anneal."""
     lr_anneal_start: Annotated[int, Within(0, 10**12)] = 0
-    """Step at which that fall begins; the learning rate is constant before. 0 is improved-diffusion's behaviour."""
+    """With --lr_anneal_steps: step at which the learning rate begins to fall; it is constant before. 0 is
+    improved-diffusion's behaviour."""
     warmup_steps: Annotated[int, Within(0, 10**12)] = 0
     """Steps over which the learning rate rises linearly from 0 at the start of each stage."""
     grad_clip: Annotated[float, Within(0)] = 0.0
@@ -124,9 +126,9 @@ class OptimizerOptions:
     """Comma list of rates of the exponential moving averages of the weights; the first is used for sampling and for
     splitting the base into experts. Empty is improved-diffusion's 0.9999."""
     ema_ramp: bool | None = None
-    """Limit the rate after n steps to (1 + n) / (10 + n), so that short runs forget their start; False is
-    improved-diffusion's plain average. Without the flag: True, but False with --ema_rate, and with --resume_checkpoint
-    as the averages in that checkpoint were made."""
+    """Limit the rate after n steps to (1 + n) / (10 + n), so that the average of a short run forgets the initial
+    weights; False is improved-diffusion's plain average. Without the flag: True, but False with --ema_rate, and with
+    --resume_checkpoint as in that checkpoint."""
     schedule_sampler: Literal["uniform", "loss-second-moment"] = "uniform"
     """How stage 1 draws timesteps."""
     label_dropout: float = 0.0
@@ -136,7 +138,7 @@ class OptimizerOptions:
     """bf16 runs the model under autocast with fp32 weights, optimizer and averages."""
     cuda_graph: Literal["auto", "on", "off"] = "auto"
     """Run the whole training step from a CUDA graph, so that the GPU does not wait for Python. auto: on a GPU, with a
-    line on the terminal where the step cannot be captured; on refuses to train without a graph."""
+    printed line if the step cannot be captured; on: the same, but that is an error; off: never."""
     use_fp16: bool = False
     """improved-diffusion's switch for mixed precision; here it means --precision bf16, whose range needs no loss
     scaling, so lg_loss_scale is always 0."""
@@ -150,7 +152,7 @@ class TdcOptions:
 
     groups: Annotated[int, Within(-1, 2**12)] = 0
     """Number N of timestep groups and of experts; 0 is plain improved-diffusion training without a second stage; -1
-    takes the elbow of --grouping similarity or difficulty, at most --max_groups."""
+    chooses the number by the elbow method, with --grouping similarity or difficulty, at most --max_groups."""
     grouping: Literal["uniform", "snr", "difficulty", "similarity"] = "uniform"
     """Groups of equal width in timesteps or in decibels of the signal-to-noise ratio; or measured on the trained base:
     timesteps of similar difficulty (see --difficulty), or with similar loss gradients."""
@@ -172,15 +174,16 @@ class TdcOptions:
     """Soft boundaries: in stage 2 each expert also trains on this share (0 to 1) of each neighbour's timesteps, the
     nearest ones."""
     difficulty: Literal["snr", "snr-reversed", "loss", "loss-reversed"] = "snr"
-    """Which groups count as hard and keep more of the base: those of high SNR or of high measured loss; reversed,
-    those of low. --grouping difficulty divides by the same measure."""
+    """Which groups count as hard and keep more of the base: those of high SNR or of high measured loss; with -reversed,
+    those of low SNR or loss. --grouping difficulty uses the same measure."""
     k: float = 0.6
     """Lower bound of the budgets as a share of the base's MACs (see --budget_in), 0 < k <= 1; group i of N from easy to
     hard gets i/N + (N - i)/N * k. 1 does not prune."""
     budgets: str = ""
     """Comma list of N shares of the base's MACs, one per group from low to high timesteps, instead of --k."""
     importance: Literal["taylor", "magnitude"] = "taylor"
-    """What decides which channels are kept: first-order loss change on the group's own timesteps, or weight norm."""
+    """What decides which channels are kept: first-order change of the loss on the group's own timesteps (taylor), or
+    the norm of the weights (magnitude)."""
     calibration_batches: Annotated[int, Within(1, 10**6)] = 4
     """Batches of --batch_size images on which importance is measured, for each group."""
     base: PathText = ""
@@ -206,23 +209,23 @@ class TdcOptions:
     """Comma list of N factors above 0 and at most 1, one per group from low to high timesteps: each group's learning
     rate as a share of --stage2_lr. Empty is 1 for all."""
     stage2_slope_windows: Annotated[int, Within(0, 10**6)] = 0
-    """Divide stage 2 into this many windows, at least 8, and after each of them shift shares of the batch to the groups
-    whose loss still falls, within half and twice their --stage2_shares; progress.csv has the shares. 0 keeps the
-    shares."""
+    """Divide stage 2 into this many windows, at least 8. After each window, shares of the batch move to the groups
+    whose loss still falls, between half and twice their --stage2_shares; progress.csv has the shares. 0 keeps the
+    shares constant."""
     stage2_ema_factors: str = ""
-    """Comma list of N factors above 0, one per group from low to high timesteps, on the length of the averages of
-    --ema_rate, 1 / (1 - rate), in stage 2: at rate 0.999, a factor of 2 averages as rate 0.9995 does. It is also on the
+    """Comma list of N factors above 0, one per group from low to high timesteps. In stage 2 they multiply the length 1
+    / (1 - rate) of the averages of --ema_rate: a factor of 2 turns rate 0.999 into 0.9995. They also multiply the
     length that --ema_ramp allows. Empty is 1 for all."""
     shared_layers: str = ""
-    """Layers whose weights neighbouring groups share in stage 2, so that they learn from the samples of all of them:
+    """Layers whose weights the groups share in stage 2, so that these weights learn from the samples of all groups:
     comma list of convolutions, attention, norms, embeddings, level0 (the images' resolution), level1, ..., middle, or
-    patterns of layer names such as input_blocks.*; NAME:K has sets of K neighbouring groups instead of all of them, and
-    NAME:1 makes an exception from what stands before it. All but norms and embeddings: convolutions,attention. Empty
+    patterns of layer names such as input_blocks.*. With NAME:K, sets of K neighbouring groups share instead of all
+    groups; NAME:1 makes an exception to earlier terms. For all but norms and embeddings: convolutions,attention. Empty
     shares nothing."""
     distillation_weight: Annotated[float, Within(0)] = 0.0
-    """Weight in the loss of stage 2 of the squared difference between an expert's prediction and that of the frozen
-    base (the averaged weights that the experts start from) at the same noisy image. The base's forward pass counts as
-    training cost. 0 leaves it out."""
+    """Weight of a term in the loss of stage 2: the squared difference between the predictions of an expert and of the
+    frozen base (the averaged weights that the experts start from) for the same noisy image. The base's forward pass
+    counts as training cost. 0 omits the term."""
     stage2_anneal: bool = True
     """Let the learning rate of stage 2 fall linearly to 0."""
 
@@ -232,27 +235,28 @@ class SearchOptions:
     """The search for every expert's widths within its budget (proxy-based pruning)."""
 
     agent: Literal["auto", "taylor", "magnitude", "random", "greedy", "evolution", "tpe", "llm"] = "auto"
-    """Who proposes widths. taylor and magnitude propose once, the widths that keep the most of that importance; the
-    others search with scored candidates: at random, by loss per MAC, by evolution, by optuna's estimator, or by asking
-    a language model. auto is the one-shot answer by --importance for one round, and tpe for more."""
+    """How widths are proposed. taylor and magnitude propose once: the widths that keep the most of that importance. The
+    others search with scored candidates: random widths, by loss per MAC (greedy), by evolution, by optuna's estimator
+    (tpe), or by a language model (llm). auto is --importance for one round, and tpe for more."""
     rounds: Annotated[int, Within(1, 10**6)] = 1
     """Rounds of proposing and scoring, for each group."""
     candidates: Annotated[int, Within(1, 2**12)] = 8
     """Candidates per round; they are scored in one routed batch."""
     budget_in: Literal["macs", "latency"] = "macs"
-    """What budgets are shares of: the base's MACs, or its estimated time on this device, so that experts get the widths
-    that its kernels are faster at."""
+    """What budgets are shares of: the base's MACs, or its estimated time on this device, so that experts get widths
+    that run faster there."""
     latency_table: PathText = ""
-    """File of times that python -m tdc_fast.latency measured on this device, for --budget_in latency. With budgets in
-    MACs, the widths' times are only told. Empty estimates them from MACs and bytes."""
+    """File of times that python -m tdc_fast.latency measured on this device, for --budget_in latency. Empty estimates
+    times from MACs and bytes. With budgets in MACs, it only adds estimated times to the plan."""
     width_step: str = "1"
-    """Let the widths of convolutions be multiples of this many channels wherever their number allows; auto takes what
-    this device's kernels step in. Widths are always whole normalisation groups, and of 8 channels where possible."""
+    """Widths of convolutions are multiples of this many channels where possible; auto takes the step of this device's
+    kernels. Widths are always whole normalisation groups, and multiples of 8 channels where possible."""
     memory: bool = True
-    """Show the agent what was tried, in this group and in earlier ones. memory.jsonl is written either way."""
+    """Give the agent the results of earlier candidates, of this group and of earlier ones. memory.jsonl is written in
+    both cases."""
     calibration_dtype: DtypeName = "auto"
     """Precision in which the base is measured: importance, scores of candidates, losses and gradients by timestep.
-    float32, bfloat16 or float16 (on a GPU); auto is that of training on a GPU, and float32 on the CPU."""
+    float32, bfloat16 or float16 (on a GPU); auto is the precision of training on a GPU, and float32 on the CPU."""
     score_samples: Annotated[int, Within(1, 2**20)] = 1024
     """Samples in one pass of scoring, over all candidates together; limits its memory."""
     llm_model: str = ""
@@ -263,9 +267,9 @@ class SearchOptions:
     llm_timeout: Annotated[float, Within(0.001, 10**6)] = 60.0
     """Seconds after which a call counts as failed."""
     llm_retries: Annotated[int, Within(0, 1000)] = 3
-    """How often a failed call or an unusable answer is asked again, in each round."""
+    """Retries after a failed call or an unusable answer, per round."""
     llm_calls: Annotated[int, Within(1, 10**9)] = 100
-    """Calls allowed in the whole search; later rounds are the --llm_fallback's."""
+    """Calls allowed in the whole search; after that, --llm_fallback proposes."""
     llm_fallback: Literal["random", "greedy", "evolution", "tpe"] = "evolution"
     """Agent for the rounds in which the language model has no usable answer."""
 
@@ -282,8 +286,8 @@ class RunOptions:
     resume_step: Annotated[int, Within(-1, 10**12)] = -1
     """With --resume: the checkpoint of the interrupted stage to continue from; -1 is the latest."""
     override: str = ""
-    """With --resume: comma list of settings of the optimizer that change from here on, such as lr=5e-5,batch_size=16.
-    They are recorded in run.json and hold for the rest of the run. data_dir=DIR says where the images are now."""
+    """With --resume: comma list of optimizer settings to change, such as lr=5e-5,batch_size=16. They are recorded in
+    run.json and apply to the rest of the run. data_dir=DIR gives the new place of the images, if they were moved."""
     resume_checkpoint: PathText = ""
     """improved-diffusion's flag: continue from model{step}.pt, with the optimizer and the averages beside it."""
     stop_after: Literal["never", "stage1", "pruning"] = "never"
