@@ -1,6 +1,6 @@
-"""Several processes of one run: who they are, what they tell each other, and how gradients are added up.
+"""The processes of one run: their ranks, the messages between them, and sums of gradients.
 
-launch       the processes that torchrun started, joined
+launch       joining the processes that torchrun started
 connections  those between them, which end when a machine no longer answers
 world        this process among them, and the exchanges of all of them
 gradients    sums of gradients over the processes that train the same weights

@@ -1,1 +1,1 @@
-"""Dense layers, their routed twins, pruning units, width plans, and packing experts into one routed model."""
+"""Dense layers, routed layers, pruning units, width plans, and packing experts into one routed model."""

@@ -79,7 +79,7 @@ def for_inference(
     cast, once, so that they take half the memory; it then computes under autocast, norms of a dense model and
     embeddings in fp32. The fp32 weights are lost: load them again to train.
 
-    An expert as a plain module runs on the routed kernels so::
+    To run an expert that is a plain module on the routed kernels::
 
         expert = for_inference(routed.expert(2).cuda(), torch.bfloat16)
 

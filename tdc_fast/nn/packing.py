@@ -37,7 +37,7 @@ class RoutedModel(nn.Module):
     A state dict also holds the group boundaries and the units' widths; loading one that differs in them is an error.
 
     Attributes:
-        model: the base's structure with routed leaves, whose parameters stack the experts, (E, ...).
+        model: the base with routed layers, whose parameters are those of all experts, (E, ...).
         groups: which expert a timestep belongs to.
         widths: the `WidthPlan` of pruned experts, else None.
         routing: holds the plan of the running forward.

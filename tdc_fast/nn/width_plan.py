@@ -56,7 +56,7 @@ class WidthPlan:
     """How wide every unit of every expert is; `print` shows a table of it.
 
     Sequences and mappings are copied, and numpy's numbers become Python's. Every way to make a plan, `load` included,
-    refuses the same with a ValueError that names the field.
+    makes the same checks and raises a ValueError that names the field.
 
     Attributes:
         base_hash: `base_hash` of the model that the orders refer to.

@@ -44,15 +44,15 @@ def routed_conv2d(
     torch.autocast all but fp64 ones are cast, as torch's own convolution does; that includes the residual, so a
     residual stream fused here is in the low precision. Differentiable once, in reverse and in forward mode.
 
-    Channels at or past a group's width are dead. Dead channels of x and x2 must be zeros (so finite): that is what
-    routed operators write there, what lets a kernel multiply whole blocks without masks, and what a plan made with
-    `validate=True` checks. Dead weights need not be zeros, only finite. Dead outputs are exact zeros whatever bias,
-    sample_bias, residual and the weights hold there. The gradient of the result may hold anything in dead channels;
-    gradients of everything dead are exact zeros.
+    Channels at or past a group's width are dead. Dead channels of x and x2 must be zero: routed operators write zeros
+    there, kernels rely on it to multiply whole blocks without masks, and a plan made with `validate=True` checks it.
+    Dead weights must be finite; they need not be zero. Dead outputs are exact zeros, whatever the values of bias,
+    sample_bias, residual and weights there. The gradient of the result may have any values in dead channels; gradients
+    of everything dead are exact zeros.
 
-    With `x2`, the input is torch.cat([x, x2], dim=1); with `upsample=2`, every pixel of it counts for 2 x 2 (nearest
-    upsampling). Neither tensor is made: a kernel reads two inputs, and divides the indices of pixels. A backend that
-    has no such kernel makes them first, which costs a copy; `explain` says so.
+    With `x2`, the input is torch.cat([x, x2], dim=1); with `upsample=2`, it is enlarged to twice its height and width
+    (nearest upsampling). Kernels read x and x2 directly, and neither tensor is made. A backend without such a kernel
+    makes it first, which costs a copy; `explain` says so.
 
         h = routed_conv2d(x, weight, bias, plan, padding=1, upsample=2)  # (B, C_out, 2 H, 2 W)
         h = routed_conv2d(h, weight_1x1, None, plan, x2=skip)  # weight_1x1 (E, C_out, C_h + C_skip, 1, 1)

@@ -41,8 +41,9 @@ def routed_group_norm(
     follow it: the statistics are in fp32 anyway, and the next layer casts back to the low precision. Differentiable
     once, in reverse and in forward mode.
 
-    With `x2`, the input is torch.cat([x, x2], dim=1), which is not made: a kernel reads two inputs, and norm groups may
-    straddle the seam. A backend that has no such kernel makes it first, which costs a copy; `explain` says so.
+    With `x2`, the input is torch.cat([x, x2], dim=1), which is not made: kernels read x and x2 directly, and a norm
+    group may have channels of both. A backend without such a kernel makes it first, which costs a copy; `explain` says
+    so.
 
     Args:
         x: (B, C, H, W), any strides; with x2 (B, C - C_2, H, W).

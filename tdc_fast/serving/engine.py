@@ -182,7 +182,7 @@ class Engine:
         self.close(drain=exception[0] is None)
 
     def start(self) -> None:
-        """Start the thread that owns the model; returns once steps that are CUDA graphs have been captured.
+        """Start the thread that runs the model; returns once steps that are CUDA graphs have been captured.
 
         Raises:
             EngineClosed: the engine was closed before; make another one.
@@ -198,7 +198,7 @@ class Engine:
                 raise self._failure
 
     def close(self, *, drain: bool = True, timeout: float | None = None) -> None:
-        """Take no more requests and end the thread.
+        """Accept no more requests and end the thread.
 
         Args:
             drain: finish what is live; False fails it with `EngineClosed`.
@@ -218,7 +218,7 @@ class Engine:
         self._thread.join()
 
     def submit(self, request: Request) -> Generation:
-        """Hand a request over; from any thread.
+        """Submit a request; from any thread.
 
         Raises:
             ValueError: naming the field of the request that the model or the engine cannot serve.
@@ -244,7 +244,7 @@ class Engine:
         return generation
 
     async def generate(self, request: Request) -> Result:
-        """Draw images from an event loop; a caller that is cancelled gives the request up.
+        """Draw images from an event loop; cancelling the caller cancels the request.
 
         Raises:
             ValueError: as `submit`.
@@ -253,7 +253,7 @@ class Engine:
         return await self.submit(request).wait()
 
     def stream(self, request: Request) -> AsyncIterator[Preview | Result]:
-        """Previews and then the result, in an event loop; a caller that stops listening gives the request up.
+        """Previews and then the result, in an event loop; if the caller stops listening, the request is cancelled.
 
         The request is handed over at once. Whoever never begins to listen does not give it up: it ends by itself.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class RequestFailed(RuntimeError):
-    """A request that was not refused for its values, and still got no images; the message says why.
+    """A valid request that got no images; the message says why.
 
     Attributes:
         reason: a word for the kind of failure.
@@ -14,7 +14,7 @@ class RequestFailed(RuntimeError):
 
 
 class Overloaded(RequestFailed):
-    """The engine has as much waiting work as it takes.
+    """As much work is already waiting as the engine accepts.
 
     Attributes:
         retry_after: seconds after which it is worth trying again, at least 1.
@@ -28,7 +28,7 @@ class Overloaded(RequestFailed):
 
 
 class Cancelled(RequestFailed):
-    """The caller gave the request up."""
+    """The caller cancelled the request."""
 
     reason = "cancelled"
 

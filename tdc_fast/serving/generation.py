@@ -21,7 +21,7 @@ def _nothing() -> None:
 
 
 class Generation:
-    """The images of one request in the making. Every method may be called from any thread.
+    """The images of one request while they are computed. Every method may be called from any thread.
 
     Args:
         request: what was asked for.
@@ -45,7 +45,7 @@ class Generation:
         return self._future.done()
 
     def cancel(self) -> None:
-        """Give the request up; the step that is running goes on, the next one is without it."""
+        """Cancel the request; the current step continues, and the next one does not include it."""
         if not self.done():
             self._cancel()
 
@@ -62,7 +62,7 @@ class Generation:
         return self._future.result(timeout)
 
     async def wait(self) -> Result:
-        """Wait for the images in an event loop; a caller that is cancelled gives the request up.
+        """Wait for the images in an event loop; cancelling the caller cancels the request.
 
         Raises:
             RequestFailed: as `result`.
@@ -92,7 +92,7 @@ class Generation:
     async def stream(self) -> AsyncIterator[Preview | Result]:
         """The last preview there is, all later ones and then the result, in an event loop.
 
-        A caller that stops listening gives the request up. One that is slow misses previews: at most 16 are kept.
+        If the caller stops listening, the request is cancelled. A slow caller misses previews: at most 16 are kept.
 
         Raises:
             RequestFailed: as `result`.

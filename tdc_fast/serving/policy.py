@@ -14,7 +14,7 @@ PolicyName = Literal["slack", "fifo", "shortest"]
 
 @dataclass(frozen=True)
 class Policy:
-    """Who goes first when not all fit into the batch. The order is decided anew before every step.
+    """Which requests go first when not all fit into the batch. The order is decided again before every step.
 
     slack: the request that arrived first, where a request counts as one step older for each of its steps. This
     shortens the longest latencies. fifo: the request that arrived first. shortest: the request with the fewest
@@ -50,7 +50,7 @@ class Policy:
         return live.remaining + live.arrived / self.patience, live.number
 
     def choose(self, waiting: Sequence[LiveRequest], places: int) -> list[LiveRequest]:
-        """Who takes part in a step of so many places: in order of rank, whoever still fits."""
+        """The requests of a step with so many places: in the order of rank, those that fit."""
         chosen = []
         for live in sorted(waiting, key=self.rank):
             if live.rows <= places:

@@ -41,7 +41,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Preview:
-    """The images as they are predicted to become.
+    """The final images, as they are predicted at this step.
 
     Attributes:
         step: how many steps are done.

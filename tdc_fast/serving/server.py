@@ -153,7 +153,7 @@ class _CountAnswers:
 
 
 class _Events(StreamingResponse):
-    """Previews and the result as server-sent events; a client that leaves gives the request up."""
+    """Previews and the result as server-sent events; a client that disconnects cancels the request."""
 
     def __init__(self, generation: Generation, headers: dict[str, str]) -> None:
         super().__init__(self._events(generation), media_type="text/event-stream", headers=headers)
