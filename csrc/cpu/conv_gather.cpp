@@ -1,5 +1,5 @@
-// The host side of forward and dgrad: packs the live weights of every expert into panels, then computes chunks of
-// pixels of all groups, in one parallel region.
+// The host side of forward and dgrad: computes chunks of pixels of all groups in one parallel region, which packs the
+// live weights of an expert into panels when the first chunk needs them.
 #include "cpu/conv_geometry.h"
 
 #include <algorithm>
@@ -14,6 +14,7 @@ namespace tdc {
 namespace {
 
 constexpr int64_t kSourceLimit = int64_t{192} << 10;  // bytes of source per task: it shares L2 with a panel
+constexpr int64_t kWeightLimit = int64_t{640} << 10;  // bytes of packed weights that chunk after chunk finds in L2
 constexpr int64_t kChunkPixels = 128;
 constexpr int64_t kLeastPixels = 64;                 // fewer would leave tiles of image corners too small
 constexpr int64_t kTasksWanted = 32;                 // enough for an even load, from shapes alone
@@ -58,12 +59,13 @@ class Gather {
     if (p_.batch == 0) return;
     plan_experts();
     plan_chunks();
-    while (panels_.next_wave()) {
+    const int threads = macs_ < kParallelMacs ? 1 : p_.threads;
+    while (panels_.next_wave(threads)) {
       work_.tasks.clear();
       work_.costs.clear();
       for (int64_t g = 0; g < p_.num_groups; ++g)
         if (p_.expert(g) >= panels_.first_expert() && p_.expert(g) <= panels_.last_expert()) plan_group(g);
-      work_.shares.run(work_.costs, macs_ < kParallelMacs ? 1 : p_.threads, [&](int64_t task) { compute(task); });
+      work_.shares.run(work_.costs, threads, [&](int64_t task, int thread) { compute(task, thread); });
     }
   }
 
@@ -114,13 +116,16 @@ class Gather {
     const int64_t total = panels_.count(live_dest(g));
     const int64_t begin = std::min(e.begin, total), end = std::min(e.end, total);
     if (begin == end && !(total == 0 && e.begin == 0)) return;
-    const int64_t ranges = std::max<int64_t>(1, std::min(panel_ranges_, end - begin));
+    const int64_t weights = num_taps() * panels_.tap_rows(e) * panel_ * 4 * (end - begin);
+    const int64_t wanted = std::max(panel_ranges_, ceil_div(weights, kWeightLimit));
+    const int64_t ranges = std::max<int64_t>(1, std::min(wanted, end - begin));
     const int64_t first = p_.offsets[g], samples = p_.offsets[g + 1] - first;
     const int64_t sample_ranges = ceil_div(samples, chunk_samples_),
                   row_ranges = ceil_div(geo_.rows.indices, chunk_rows_);
-    for (int64_t i = 0; i < sample_ranges; ++i)
-      for (int64_t b = 0; b < row_ranges; ++b)
-        for (int64_t s = 0; s < ranges; ++s)
+    // All chunks with one range of panels, then all with the next.
+    for (int64_t s = 0; s < ranges; ++s)
+      for (int64_t i = 0; i < sample_ranges; ++i)
+        for (int64_t b = 0; b < row_ranges; ++b)
           add_task({g, first + samples * i / sample_ranges, first + samples * (i + 1) / sample_ranges,
                     geo_.rows.indices * b / row_ranges, geo_.rows.indices * (b + 1) / row_ranges,
                     begin + (end - begin) * s / ranges, begin + (end - begin) * (s + 1) / ranges});
@@ -128,6 +133,7 @@ class Gather {
 
   void add_task(const Task& task) {
     work_.tasks.push_back(task);
+    panels_.expect(p_.expert(task.group), task.panel_begin, task.panel_end);
     const int64_t rows = (task.sample_end - task.sample_begin) * (task.row_end - task.row_begin);
     work_.costs.push_back(rows * (live_source(task.group) + 4) * (task.panel_end - task.panel_begin + 1));
   }
@@ -156,10 +162,10 @@ class Gather {
     int64_t pixel, line, image;  // floats from pixel to pixel, row to row, sample to sample
   };
 
-  void compute(int64_t index) const {
+  void compute(int64_t index, int thread) const {
     const Task& task = work_.tasks[index];
     if (task.panel_begin == task.panel_end) return zero_rows(task);
-    panels_.prepare(p_.expert(task.group), task.panel_begin, task.panel_end);
+    panels_.prepare(p_.expert(task.group), task.panel_begin, task.panel_end, thread);
     LocalMemory& memory = local();
     const SourceView source = copies_source() ? copy_source(task, memory) : view_source(task);
     int64_t init_stride = 0;
@@ -207,6 +213,7 @@ class Gather {
     // Usually this thread continues with the next task.
     Prefetch next(*this, index + 1, task.panel_end - task.panel_begin, pixel_count);
     run_tiles(task, classes, counts.classes, pixels, taps, next);
+    panels_.release(p_.expert(task.group), task.panel_begin, task.panel_end, thread);
   }
 
   // Fetches the source of the next task into the cache, a little after every tile.

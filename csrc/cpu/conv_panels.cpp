@@ -40,47 +40,73 @@ int64_t PackedPanels::row(const Expert& e, int64_t panel) const {
   return (lanes + kernels_->lanes - 1) / kernels_->lanes * kernels_->lanes;
 }
 
-bool PackedPanels::next_wave() {
+bool PackedPanels::next_wave(int threads) {
   if (next_expert_ >= problem_->num_experts) return false;
   first_ = next_expert_;
-  int64_t floats = 0, panels = 0;
+  int64_t panels = 0;
+  slot_floats_ = 0;
   for (bool full = false; next_expert_ < problem_->num_experts && !full;) {
     Expert& e = experts_[next_expert_];
     last_ = next_expert_;
-    e.begin = next_panel_, e.memory = floats, e.state = panels;
+    e.begin = next_panel_, e.first = panels;
     const int64_t total = count(e.lanes);
     for (; next_panel_ < total; ++next_panel_, ++panels) {
-      const int64_t size = num_taps() * tap_rows(e) * row(e, next_panel_);
-      full = floats > 0 && (floats + size) * 4 > kPackedLimit;
+      const int64_t floats = std::max(slot_floats_, num_taps() * tap_rows(e) * row(e, next_panel_));
+      full = panels > 0 && (panels + 1) * floats * 4 > kPackedLimit;
       if (full) break;
-      floats += size;
+      slot_floats_ = floats;
     }
     e.end = next_panel_;
     if (!full) ++next_expert_, next_panel_ = 0;
   }
-  packed_ = packed_memory_.get<float>(std::max<int64_t>(floats, 1));
-  states_ = states_memory_.get<std::atomic<uint32_t>>(panels + 1);
-  for (int64_t i = 0; i < panels; ++i) new (states_ + i) std::atomic<uint32_t>(kUnpacked);
+  slots_ = packed_memory_.get<float>(std::max<int64_t>(panels * slot_floats_, 1));
+  unused_.store(0, std::memory_order_relaxed);
+  free_.resize(std::max(1, threads));
+  for (FreeSlots& free : free_) free.slots.clear();
+  panels_ = panels_memory_.get<Panel>(panels + 1);
+  for (int64_t i = 0; i < panels; ++i) new (panels_ + i) Panel;
   return true;
 }
 
-void PackedPanels::prepare(int64_t expert, int64_t begin, int64_t end) const {
+void PackedPanels::expect(int64_t expert, int64_t begin, int64_t end) {
   const Expert& e = experts_[expert];
-  std::atomic<uint32_t>* states = states_ + e.state;
-  for (int64_t panel = begin; panel < end; ++panel) {
-    std::atomic<uint32_t>& state = states[panel - e.begin];
-    uint32_t seen = state.load(std::memory_order_relaxed);
-    if (seen == kUnpacked && state.compare_exchange_strong(seen, kBeingPacked, std::memory_order_relaxed)) {
-      pack(expert, panel);
-      state.store(kReady, std::memory_order_release);
+  for (int64_t panel = begin; panel < end; ++panel) at(e, panel).tasks.fetch_add(1, std::memory_order_relaxed);
+}
+
+void PackedPanels::prepare(int64_t expert, int64_t begin, int64_t end, int thread) {
+  const Expert& e = experts_[expert];
+  for (int64_t i = begin; i < end; ++i) {
+    Panel& panel = at(e, i);
+    uint32_t seen = panel.state.load(std::memory_order_relaxed);
+    if (seen == kUnpacked && panel.state.compare_exchange_strong(seen, kBeingPacked, std::memory_order_relaxed)) {
+      panel.packed = take_slot(thread);
+      pack(expert, i, panel.packed);
+      panel.state.store(kReady, std::memory_order_release);
     }
   }
-  for (int64_t panel = begin; panel < end; ++panel)
-    for (int spins = 0; states[panel - e.begin].load(std::memory_order_acquire) != kReady;)
+  for (int64_t i = begin; i < end; ++i)
+    for (int spins = 0; at(e, i).state.load(std::memory_order_acquire) != kReady;)
       if (++spins > 256) std::this_thread::yield();
 }
 
-void PackedPanels::pack(int64_t expert, int64_t panel) const {
+void PackedPanels::release(int64_t expert, int64_t begin, int64_t end, int thread) {
+  const Expert& e = experts_[expert];
+  for (int64_t i = begin; i < end; ++i) {
+    Panel& panel = at(e, i);
+    // Acquires what the other tasks have read: the next panel in this memory is written after that.
+    if (panel.tasks.fetch_sub(1, std::memory_order_acq_rel) == 1) free_[thread].slots.push_back(panel.packed);
+  }
+}
+
+float* PackedPanels::take_slot(int thread) {
+  std::vector<float*>& free = free_[thread].slots;
+  if (free.empty()) return slots_ + unused_.fetch_add(1, std::memory_order_relaxed) * slot_floats_;
+  float* slot = free.back();
+  free.pop_back();
+  return slot;
+}
+
+void PackedPanels::pack(int64_t expert, int64_t panel, float* packed) const {
   const Expert& e = experts_[expert];
   const int64_t element = problem_->dtype == DType::kFloat32 ? 4 : 2;
   const int64_t first = expert * problem_->weight_strides[0] + panel * lanes_per_panel_ * geometry_->lane_stride;
@@ -94,17 +120,16 @@ void PackedPanels::pack(int64_t expert, int64_t panel) const {
   pack.taps = geometry_->tap_weights.data();
   pack.tap_at = geometry_->tap_at.empty() ? nullptr : geometry_->tap_at.data();
   pack.num_taps = static_cast<int64_t>(geometry_->tap_weights.size());
-  pack.packed = packed_ + offset(e, panel);
+  pack.packed = packed;
   pack.tap_rows = tap_rows(e);
   pack.row = row(e, panel);
   const auto pack_taps = kernels_->pack[static_cast<int>(problem_->dtype)];
   if (!geometry_->merged) return pack_taps(pack);
   static thread_local Scratch memory;
-  float* const merged = pack.packed;
   const int64_t tap_floats = pack.tap_rows * pack.row;
   pack.packed = memory.get<float>(pack.num_taps * tap_floats);
   pack_taps(pack);
-  merge_taps(pack.packed, tap_floats, merged);
+  merge_taps(pack.packed, tap_floats, packed);
 }
 
 // Adds the packed weights of the filter that meet in a tap, for every tap.

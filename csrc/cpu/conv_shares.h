@@ -16,19 +16,19 @@ namespace tdc {
 // that core's cache from operator to operator; a thread that is done takes tasks from the end of another's share.
 class WorkShares {
  public:
-  // costs.size() < 2^32 tasks.
+  // fn(task, thread); costs.size() < 2^32 tasks.
   template <typename Fn>
   void run(const std::vector<int64_t>& costs, int threads, Fn&& fn) {
     const int64_t tasks = static_cast<int64_t>(costs.size());
     if (tasks == 0) return;
     threads_ = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, tasks)));
     if (threads_ == 1) {
-      for (int64_t task = 0; task < tasks; ++task) fn(task);
+      for (int64_t task = 0; task < tasks; ++task) fn(task, 0);
       return;
     }
     split(costs);
     parallel_for(threads_, threads_, [&](int64_t, int thread) {
-      for (int64_t task; (task = next(thread)) >= 0;) fn(task);
+      for (int64_t task; (task = next(thread)) >= 0;) fn(task, thread);
     });
   }
 

@@ -58,7 +58,7 @@ class Wgrad {
 
     const int64_t products = static_cast<int64_t>(plan_.tasks.size());
     const int64_t sums = products + static_cast<int64_t>(plan_.bias_tasks.size());
-    work_.shares.run(plan_.costs, plan_.macs < kParallelMacs ? 1 : p_.threads, [&](int64_t task) {
+    work_.shares.run(plan_.costs, plan_.macs < kParallelMacs ? 1 : p_.threads, [&](int64_t task, int) {
       if (task < products)
         multiply(plan_.tasks[task]);
       else if (task < sums)

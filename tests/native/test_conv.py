@@ -244,6 +244,7 @@ NAMED = {
     "bf16": Case((2, 3), (8, 8), (33, 48), dtype=torch.bfloat16, channels_last_weight=True),
     "no padding": Case((2,), (9, 9), (4, 6), padding=(0, 0)),
     "more weights than one wave packs": Case((1, 1), (2, 2), (448, 448)),
+    "many chunks, several ranges of panels": Case((20, 0, 12), (8, 8), (40, 136)),
 }
 
 
@@ -252,7 +253,16 @@ def test_named_case(name: str) -> None:
     check(NAMED[name])
 
 
-@pytest.mark.parametrize("name", ["whole panels", "large image in row bands", "one expert at several widths", "tokens"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "whole panels",
+        "large image in row bands",
+        "one expert at several widths",
+        "tokens",
+        "many chunks, several ranges of panels",
+    ],
+)
 def test_results_are_bitwise_equal_for_any_number_of_threads(name: str) -> None:
     from dataclasses import replace
 
