@@ -73,13 +73,14 @@ def headline(comparison: Comparison, candidate_key: str, baseline_key: str) -> s
     outcomes = {heldout_verdict(candidate, baseline).outcome, frechet_verdict(candidate, baseline).outcome}
     saved = 1 - comparison.training_cost(candidate) / comparison.training_cost(baseline)
     less = f"With {saved:.0%} less training compute, the pruned experts"
+    worse = f"The claim is not confirmed. {less} are worse"
     shown = {
         frozenset({"better"}): f"{less} beat the uniform baseline on both measures",
         frozenset({"better", "level"}): f"{less} beat the uniform baseline on one measure and are level on the other",
         frozenset({"level"}): f"{less} are level with the uniform baseline on both measures",
         frozenset({"better", "worse"}): f"{less} are better on one measure and worse on the other",
-        frozenset({"level", "worse"}): f"The claim does not show. {less} are worse on one measure, level on the other",
-        frozenset({"worse"}): f"The claim does not show. {less} are worse on both measures",
+        frozenset({"level", "worse"}): f"{worse} on one measure, level on the other",
+        frozenset({"worse"}): f"{worse} on both measures",
     }
     return f"{shown[frozenset(outcomes)]}, in this run."
 

@@ -165,11 +165,11 @@ def test_both_files_are_written_and_the_json_holds_the_numbers(comparison, tmp_p
     ("loss", "distances", "expected"),
     [
         (0.19, (1.5, 1.6, 1.55), "beat the uniform baseline on both"),
-        (0.21, (2.5, 2.6, 2.55), "does not show.*worse on both"),
+        (0.21, (2.5, 2.6, 2.55), "not confirmed.*worse on both"),
         (0.21, (1.5, 1.6, 1.55), "better on one measure and worse on the other"),
         (0.2, (2.0, 2.1, 2.05), "level with the uniform baseline on both"),
         (0.19, (1.0, 2.1, 3.05), "on one measure and are level on the other"),
-        (0.21, (1.0, 2.1, 3.05), "does not show.*worse on one measure, level"),
+        (0.21, (1.0, 2.1, 3.05), "not confirmed.*worse on one measure, level"),
     ],
 )
 def test_the_headline_follows_the_numbers(comparison, loss, distances, expected):
