@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 # Of an address: which tensor of a call it lies in, and how many bytes past its first; KeyError if that is not certain.
@@ -43,12 +42,6 @@ def note(launches: Recorded) -> None:
         _recording.launches.append(launches)
 
 
-@contextmanager
-def recorded() -> Iterator[list[Recorded]]:
-    """The launches that this thread starts within the block."""
-    launches: list[Recorded] = []
+def record_into(launches: list[Recorded] | None) -> None:
+    """Adds the launches that this thread starts from now on to a list; None ends that."""
     _recording.launches = launches
-    try:
-        yield launches
-    finally:
-        _recording.launches = None

@@ -1,12 +1,15 @@
-"""How tdc_fast reports a bad argument and a missing optional package, and how memory that ran out is told."""
+"""How tdc_fast reports a bad argument and a missing package, what counts as an integer, and memory that ran out."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
+from numbers import Integral
 from types import ModuleType
+from typing import TypeGuard
 
 _SHOWN = 160
+_LARGEST_INT32 = 2**31 - 1
 _BRACKETS: dict[type, tuple[str, str]] = {
     list: ("[", "]"),
     tuple: ("(", ")"),
@@ -25,6 +28,30 @@ def invalid(argument: str, value: object, remedy: str) -> ValueError:
         remedy: what it should be, or what to do: the message continues with it after "expected".
     """
     return ValueError(f"{_cut(argument)}: got {brief(value)}; expected {remedy}")
+
+
+def is_integer(value: object) -> TypeGuard[int]:
+    """Whether a value is an integer of Python or numpy. A bool, a whole float and a tensor are none."""
+    return type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))
+
+
+def integer(argument: str, value: object, least: int = 1, most: int = _LARGEST_INT32) -> int:
+    """Returns a count or an index that a caller gave, as a Python int.
+
+    Args:
+        argument: its name, as the caller wrote it.
+        value: what `is_integer` accepts.
+        least: the smallest value allowed.
+        most: the largest value allowed.
+
+    Raises:
+        ValueError: it is no integer, or out of range.
+    """
+    if is_integer(value) and least <= value <= most:
+        return int(value)
+    too_large = is_integer(value) and value > most
+    wanted = f"from {least} to {most}" if too_large or most != _LARGEST_INT32 else f"of at least {least}"
+    raise invalid(argument, value, f"an integer {wanted}")
 
 
 def brief(value: object) -> str:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from tdc_fast.atomic import write_json
-from tdc_fast.errors import invalid
-from tdc_fast.ops.checks import can_read, check_memory, require_integer, require_tensors
+from tdc_fast.errors import integer, invalid, is_integer
+from tdc_fast.ops.checks import can_read, check_memory, require_tensors
 from tdc_fast.ops.plan import INTEGER_DTYPES, RoutingPlan
 from tdc_fast.text_files import read_json
 
@@ -46,7 +46,7 @@ class TimestepGroups:
         if not isinstance(boundaries, Iterable):
             raise invalid("boundaries", boundaries, "a sequence of integers")
         for value in itertools.islice(boundaries, _MOST_GROUPS + 2):
-            if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+            if not is_integer(value):
                 raise invalid("boundaries", value, "integers")
             values.append(int(value))
         if len(values) < 2 or values[0] != 0 or any(a >= b for a, b in itertools.pairwise(values)):
@@ -67,7 +67,7 @@ class TimestepGroups:
     @classmethod
     def uniform(cls, num_timesteps: int, num_groups: int) -> TimestepGroups:
         """Groups of equal width in t, as equal as T and N allow; ValueError unless 1 <= N <= T."""
-        _check_counts(num_timesteps, num_groups)
+        num_timesteps, num_groups = _checked_counts(num_timesteps, num_groups)
         return cls([num_timesteps * g // num_groups for g in range(num_groups + 1)], "uniform")
 
     @classmethod
@@ -92,7 +92,7 @@ class TimestepGroups:
         """
         alpha_bar = _alpha_bar(schedule)
         num_timesteps = len(alpha_bar)
-        _check_counts(num_timesteps, num_groups)
+        num_timesteps, num_groups = _checked_counts(num_timesteps, num_groups)
         with np.errstate(divide="ignore"):
             snr_db = 10.0 * (np.log10(alpha_bar) - np.log10(1.0 - alpha_bar))
         high, low = float(snr_db[0]), float(snr_db[-1])
@@ -227,13 +227,12 @@ class TimestepGroups:
         self.__init__(state["boundaries"], state["strategy"])  # type: ignore[misc]
 
 
-def _check_counts(num_timesteps: int, num_groups: int) -> None:
-    require_integer("num_timesteps", num_timesteps)
-    require_integer("num_groups", num_groups)
-    if not 1 <= num_timesteps <= _MOST_TIMESTEPS:
-        raise invalid("num_timesteps", num_timesteps, f"1 to {_MOST_TIMESTEPS}")
-    if not 1 <= num_groups <= min(num_timesteps, _MOST_GROUPS):
+def _checked_counts(num_timesteps: int, num_groups: int) -> tuple[int, int]:
+    """Returns T and N; ValueError unless there is a timestep for every group."""
+    num_timesteps, num_groups = integer("num_timesteps", num_timesteps), integer("num_groups", num_groups)
+    if num_groups > min(num_timesteps, _MOST_GROUPS):
         raise invalid("num_groups", num_groups, f"1 to num_timesteps = {num_timesteps}, and at most {_MOST_GROUPS}")
+    return num_timesteps, num_groups
 
 
 def _alpha_bar(schedule: Any) -> np.ndarray:

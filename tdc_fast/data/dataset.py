@@ -16,7 +16,7 @@ from tdc_fast.data.image_files import BACKGROUNDS, SUFFIX_WORDS, Background, lis
 from tdc_fast.data.image_sources import ArraySource, FolderSource, ImageSource, OnCorrupt, PhotoSource
 from tdc_fast.data.pixels import to_unit_range
 from tdc_fast.data.splitting import split_positions
-from tdc_fast.errors import invalid, require
+from tdc_fast.errors import integer, invalid, require
 
 DIGITS = "digits"
 PHOTOS = "photos"
@@ -229,8 +229,7 @@ def load_dataset(
     """
     if on_corrupt not in ("error", "skip"):
         raise invalid("on_corrupt", on_corrupt, "'error' or 'skip'")
-    if image_size is not None and not (isinstance(image_size, int) and image_size >= 1):
-        raise invalid("image_size", image_size, "a positive number of pixels")
+    image_size = None if image_size is None else integer("image_size", image_size)
     if background not in BACKGROUNDS:
         raise invalid("background", background, f"one of {', '.join(BACKGROUNDS)}")
     if not isinstance(name_or_path, (str, Path)):

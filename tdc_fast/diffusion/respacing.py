@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tdc_fast.errors import invalid
+from tdc_fast.errors import integer, invalid, is_integer
 
 Spacing = str | int | Sequence[int]
 
@@ -73,7 +73,7 @@ def _section_counts(spacing: Spacing) -> list[int]:
         if isinstance(spacing, str):
             counts = [int(part) for part in spacing.split(",")]
         else:
-            counts = [int(spacing)] if isinstance(spacing, int) else [int(count) for count in spacing]
+            counts = [int(spacing)] if is_integer(spacing) else [integer("count", count, 0) for count in spacing]
     except (TypeError, ValueError):
         counts = []
     if not counts or min(counts) < 0 or sum(counts) == 0:

@@ -20,7 +20,7 @@ from tdc_fast.diffusion.diffusion import Diffusion, check_timesteps
 from tdc_fast.diffusion.gaussian import draw_noise
 from tdc_fast.diffusion.protocols import Denoiser, prediction_of
 from tdc_fast.diffusion.updates import advance, ddim_weights, ddpm_weights, dpmpp_2m_weights, half_log_snr
-from tdc_fast.errors import invalid
+from tdc_fast.errors import integer, invalid
 
 SamplerName = Literal["ddpm", "ddim", "dpm++2m"]
 SpacingName = Literal["auto", "leading", "trailing", "linspace"]
@@ -201,9 +201,7 @@ def sampling_steps(
         raise invalid("spacing", spacing, "one of " + ", ".join(get_args(SpacingName)))
     total = diffusion.num_timesteps
     if steps is not None:
-        if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or not 1 <= steps <= total:
-            raise invalid("steps", steps, f"1 to {total} steps")
-        steps = int(steps)
+        steps = integer("steps", steps, 1, total)
     if sampler == "dpm++2m" and spacing == "auto":
         return _even_in_log_snr(diffusion, steps)
     if steps is None:

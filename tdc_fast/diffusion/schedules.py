@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tdc_fast.errors import invalid
+from tdc_fast.errors import integer, invalid
 
 MAX_BETA = 0.999
 """Largest beta of the cosine schedule: its last step would remove all signal, which no step could reverse."""
@@ -25,8 +25,7 @@ def named_betas(name: str, num_timesteps: int) -> np.ndarray:
     Raises:
         ValueError: for an unknown name or a T below 1.
     """
-    if not isinstance(num_timesteps, int) or num_timesteps < 1:
-        raise invalid("num_timesteps", num_timesteps, "at least one step")
+    num_timesteps = integer("num_timesteps", num_timesteps)
     if name == "linear":
         scale = 1000 / num_timesteps
         return np.linspace(scale * 0.0001, scale * 0.02, num_timesteps, dtype=np.float64)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tdc_fast.errors import invalid
+from tdc_fast.errors import integer, invalid
 
 Weighting = Literal["unbiased", "per_group", "none"]
 
@@ -85,7 +85,7 @@ class TimestepSampler:
         Returns:
             Tensors (B,) on the CPU, to be given to `draw` on its device.
         """
-        _check_batch(batch_size)
+        integer("batch_size", batch_size, 0)
         return {}
 
     def draw(
@@ -141,8 +141,7 @@ class UniformSampler(TimestepSampler):
     """All timesteps equally likely, all weights 1."""
 
     def __init__(self, num_timesteps: int) -> None:
-        _check_count("num_timesteps", num_timesteps, "at least one timestep")
-        self.num_timesteps = num_timesteps
+        self.num_timesteps = integer("num_timesteps", num_timesteps)
 
     def draw(
         self,
@@ -172,12 +171,10 @@ class LossSecondMomentSampler(TimestepSampler):
     adaptive = True
 
     def __init__(self, num_timesteps: int, history_per_term: int = 10, uniform_prob: float = 0.001) -> None:
-        _check_count("num_timesteps", num_timesteps, "at least one timestep")
-        _check_count("history_per_term", history_per_term, "at least one loss")
         if not 0 <= uniform_prob <= 1:
             raise invalid("uniform_prob", uniform_prob, "a share of the probability, from 0 to 1")
-        self.num_timesteps = num_timesteps
-        self.history_per_term = history_per_term
+        self.num_timesteps = integer("num_timesteps", num_timesteps)
+        self.history_per_term = integer("history_per_term", history_per_term)
         self.uniform_prob = uniform_prob
         self._history = torch.zeros(num_timesteps, history_per_term, dtype=torch.float64)  # oldest first
         self._counts = torch.zeros(num_timesteps, dtype=torch.int64)
@@ -329,7 +326,7 @@ class StratifiedSampler(TimestepSampler):
 
     def prepare(self, batch_size: int, *, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """The group of each sample, int64 (B,)."""
-        _check_batch(batch_size)
+        batch_size = integer("batch_size", batch_size, 0)
         return {"groups": torch.from_numpy(_interleaved(self.next_counts(batch_size)))}
 
     def groups_ahead(self, batch_size: int, ahead: int) -> np.ndarray:
@@ -408,16 +405,6 @@ def create_timestep_sampler(
             raise invalid("groups", f"{groups.boundaries[-1]} timesteps", f"groups of {num_timesteps} timesteps")
         return StratifiedSampler(groups, shares, weighting=weighting, overlap=overlap)
     raise invalid("schedule_sampler", name, "'uniform', 'loss-second-moment' or 'stratified'")
-
-
-def _check_count(argument: str, value: int, least: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-        raise invalid(argument, value, f"an integer, {least}")
-
-
-def _check_batch(batch_size: int) -> None:
-    if not isinstance(batch_size, int) or batch_size < 0:
-        raise invalid("batch_size", batch_size, "a number of samples, 0 or more")
 
 
 def _home(generator: torch.Generator | None) -> torch.device:

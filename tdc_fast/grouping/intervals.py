@@ -13,8 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tdc_fast.errors import invalid
-from tdc_fast.ops.checks import require_integer
+from tdc_fast.errors import integer, invalid
 
 
 @dataclass(frozen=True)
@@ -100,10 +99,10 @@ def divide(
     """
     items = len(cost) - 1
     choosing = num_intervals is None
-    require_integer("max_intervals" if choosing else "num_groups", max_intervals if choosing else num_intervals)
-    most = min(max_intervals, items) if num_intervals is None else num_intervals
-    if not 1 <= most <= items:
-        raise invalid("max_groups" if choosing else "num_groups", most, f"1 to {items}, the number of probes")
+    if num_intervals is None:
+        most = min(integer("max_groups", max_intervals), items)
+    else:
+        most = integer("num_groups", num_intervals, 1, items)
     if near and (choosing or len(near) != most + 1 or within < 0):
         raise invalid("near", near, f"{most + 1} cuts, and a distance of at least 0")
     best = np.full((most + 1, items + 1), np.inf)

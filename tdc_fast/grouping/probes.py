@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tdc_fast.errors import invalid
-from tdc_fast.ops.checks import require_integer
+from tdc_fast.errors import integer, invalid
 from tdc_fast.routing import TimestepGroups
 
 
@@ -43,9 +42,7 @@ class Probes:
         Raises:
             ValueError: there are more probes than timesteps.
         """
-        require_integer("num_probes", count)
-        if not 1 <= count <= num_timesteps:
-            raise invalid("num_probes", count, f"1 to the {num_timesteps} timesteps")
+        count = integer("num_probes", count, 1, integer("num_timesteps", num_timesteps))
         return cls(tuple(num_timesteps * p // count for p in range(count + 1)))
 
     @property

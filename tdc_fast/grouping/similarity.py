@@ -26,12 +26,11 @@ from torch import Tensor, nn
 from tdc_fast.atomic import write_json
 from tdc_fast.diffusion.calibration import Batch, Calibration
 from tdc_fast.diffusion.protocols import DiffusionProcess
-from tdc_fast.errors import invalid
+from tdc_fast.errors import integer, invalid
 from tdc_fast.grouping.intervals import Division, divide, scatter_of_similarity
 from tdc_fast.grouping.probes import Probes
 from tdc_fast.nn.inference import denoiser_in
 from tdc_fast.nn.modes import evaluating
-from tdc_fast.ops.checks import require_integer
 from tdc_fast.routing import TimestepGroups
 from tdc_fast.text_files import read_json
 
@@ -74,9 +73,7 @@ class TaskSimilarity:
         Raises:
             ValueError: an argument is out of range.
         """
-        require_integer("within", within)
-        if within < 0:
-            raise invalid("within", within, "a number of timesteps, 0 or more")
+        within = integer("within", within, 0)
         boundaries = groups.boundaries if isinstance(groups, TimestepGroups) else groups
         cuts = self.probes.nearest_cuts(boundaries)
         step = self.probes.num_timesteps / len(self.probes)

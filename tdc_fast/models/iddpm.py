@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tdc_fast.errors import invalid
+from tdc_fast.errors import integer, invalid, is_integer
 from tdc_fast.models.blocks import (
     AttentionBlock,
     Downsample,
@@ -94,20 +94,17 @@ class UNet(nn.Module):
         super().__init__()
         if dims != 2:
             raise invalid("dims", dims, "2 (images)")
-        sizes = {
-            "image_size": image_size, "in_channels": in_channels, "model_channels": model_channels,
-            "out_channels": out_channels, "num_classes": 1 if num_classes is None else num_classes,
-            "num_heads": num_heads, "num_res_blocks": num_res_blocks,
-        }  # fmt: skip
-        for name, size in sizes.items():
-            if not isinstance(size, int) or size < 1:
-                raise invalid(name, size, "an integer of at least 1")
+        image_size, in_channels = integer("image_size", image_size), integer("in_channels", in_channels)
+        model_channels, out_channels = integer("model_channels", model_channels), integer("out_channels", out_channels)
+        num_heads, num_res_blocks = integer("num_heads", num_heads), integer("num_res_blocks", num_res_blocks)
+        num_classes = None if num_classes is None else integer("num_classes", num_classes)
         if not 0 <= dropout < 1:
             raise invalid("dropout", dropout, "a probability from 0 to below 1")
-        if not channel_mult or not all(isinstance(mult, int) and mult >= 1 for mult in channel_mult):
+        if not channel_mult or not all(is_integer(mult) and mult >= 1 for mult in channel_mult):
             raise invalid("channel_mult", channel_mult, "one multiplier of at least 1 per level")
+        channel_mult = tuple(map(int, channel_mult))
         self.stride = 2 ** (len(channel_mult) - 1)
-        if image_size < 1 or image_size % self.stride:
+        if image_size % self.stride:
             raise invalid("image_size", image_size, f"a multiple of {self.stride} for {len(channel_mult)} levels")
         own_upsample = num_heads_upsample != -1
         if not own_upsample:

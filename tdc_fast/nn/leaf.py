@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from tdc_fast.errors import invalid
+from tdc_fast.errors import integer, invalid
 from tdc_fast.nn.plan_scope import PlanScope, Running, Sharing
 from tdc_fast.nn.sharing import Rows
 from tdc_fast.ops.checks import check_memory, is_in_memory
@@ -45,8 +45,8 @@ class LiveAxis:
         return torch.tensor([count * self.copies for count in self.counts], dtype=torch.int32, device=device)
 
     def positions(self, expert: int) -> Tensor:
-        """Stacked position of every entry of the expert's dense axis, int64."""
-        entries = torch.arange(self.counts[expert])
+        """Stacked position of every entry of the expert's dense axis, int64, in host memory."""
+        entries = torch.arange(self.counts[expert], device="cpu")
         return torch.cat([entries * self.copies + copy for copy in range(self.copies)])
 
 
@@ -76,9 +76,7 @@ class RoutedLeaf(nn.Module):
 
     def __init__(self, num_experts: int) -> None:
         super().__init__()
-        if num_experts < 1:
-            raise invalid("num_experts", num_experts, "at least 1")
-        self.num_experts = num_experts
+        self.num_experts = integer("num_experts", num_experts)
         self.rows: Rows | None = None
         self.routing: PlanScope | None = None
         self.live_out: LiveAxis | None = None
@@ -230,7 +228,7 @@ class RoutedLeaf(nn.Module):
         """Indices of the expert's live entries on the channel axes of its slice of a parameter."""
         axes = (self.live_out, self.live_in)[: parameter.dim() - 1]
         positions = [
-            torch.arange(size) if axis is None else axis.positions(expert)
+            torch.arange(size, device="cpu") if axis is None else axis.positions(expert)
             for size, axis in zip(parameter.shape[1:3], axes, strict=True)
         ]
         return tuple(index.to(parameter.device) for index in torch.meshgrid(*positions, indexing="ij"))

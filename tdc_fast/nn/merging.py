@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -42,7 +43,7 @@ class Merging:
         for name, known in (("method", ("average", "task_arithmetic")), ("missing", ("base", "zero"))):
             if getattr(self, name) not in known:
                 raise invalid(name, getattr(self, name), " or ".join(known))
-        finite = all(torch.tensor(value, dtype=torch.float64).isfinite() for value in (*self.weights, self.scale))
+        finite = all(math.isfinite(value) for value in (*self.weights, self.scale))
         if not finite:
             raise invalid("weights", self.weights, "finite numbers, and a finite scale")
         if self.method == "average":
@@ -87,7 +88,7 @@ def full_state(
         for length, dim in zip(value.shape, ("out", "in"), strict=False):  # further axes are a filter's
             entry = slices.get(name.rpartition(".")[0], {}).get(dim)
             if entry is None or units is None:
-                index.append(torch.arange(length))
+                index.append(torch.arange(length, device="cpu"))
             else:
                 unit, part = entry
                 kept = units[unit.name]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tdc_fast.errors import invalid
+from tdc_fast.errors import integer, invalid
 from tdc_fast.graphs import is_capturing
 from tdc_fast.nn.architectures import check_same_architecture, joined
 from tdc_fast.nn.blocks import narrow
@@ -182,7 +182,7 @@ class RoutedModel(nn.Module):
         `index` its output equals this model's. It runs on torch's kernels; `tdc_fast.for_inference` runs it on the
         routed ones, and in 16 bits.
         """
-        self._check_expert(index)
+        index = integer("index", index, 0, self.num_experts - 1)
         if self.widths is not None:
             dense = self._narrowed(self.widths, index)
             dense.load_state_dict(self.expert_state(index))
@@ -199,7 +199,7 @@ class RoutedModel(nn.Module):
 
     def expert_state(self, index: int) -> dict[str, Tensor]:
         """The state dict of `expert(index)`: the dense model's keys, copies at their own live sizes."""
-        self._check_expert(index)
+        index = integer("index", index, 0, self.num_experts - 1)
         state = {
             joined(name, key): value
             for name, leaf in self._leaves_of(index).items()
@@ -247,10 +247,6 @@ class RoutedModel(nn.Module):
         """Persistent buffers outside the leaves, which the experts share."""
         parameters = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
         return {name: value for name, value in self.model.state_dict().items() if name not in parameters}
-
-    def _check_expert(self, index: int) -> None:
-        if not hasattr(index, "__index__") or not 0 <= index < self.num_experts:
-            raise invalid("index", index, f"an expert from 0 to {self.num_experts - 1}")
 
     def _identity(self) -> dict[str, Tensor]:
         """What a state dict holds to tell which experts it is of."""
@@ -360,8 +356,8 @@ def pack_experts(
             leaf.share(rows)
         fill(leaf, layers_of_leaf, slices.get(name, {}), widths, members)
         if closes:
-            gate = torch.tensor([[axes["in"].counts[groups[0]] > 0] for groups in members])
-            leaf.closing_gate = gate.to(next(leaf.parameters()).device)
+            gate = [[axes["in"].counts[groups[0]] > 0] for groups in members]
+            leaf.closing_gate = torch.tensor(gate, device=next(leaf.parameters()).device)
         memo[id(layer)] = leaf
     pack_per_group(base, per_group, rows_of, memo)
     model = copy.deepcopy(base, memo)

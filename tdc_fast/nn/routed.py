@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tdc_fast.errors import invalid
+from tdc_fast.errors import integer, invalid
 from tdc_fast.nn.leaf import RoutedLeaf, has_hooks
 from tdc_fast.ops import routed_conv2d, routed_group_norm, routed_linear
-from tdc_fast.ops.checks import can_read, check_memory
+from tdc_fast.ops.checks import can_read, check_memory, pair
 from tdc_fast.ops.layout import empty_channel_innermost
 from tdc_fast.routing import RoutingPlan
 
@@ -41,7 +41,7 @@ class RoutedConv2d(RoutedLeaf):
         bias: bool = True,
     ) -> None:
         super().__init__(num_experts)
-        filter_size = (kernel_size, kernel_size) if isinstance(kernel_size, int) else tuple(kernel_size)
+        filter_size = pair("kernel_size", kernel_size, 1)
         self.in_channels, self.out_channels, self.kernel_size = in_channels, out_channels, filter_size
         self.stride, self.padding = stride, padding
         self.weight = nn.Parameter(empty_channel_innermost((num_experts, out_channels, in_channels, *filter_size)))
@@ -187,7 +187,8 @@ class RoutedGroupNorm(RoutedLeaf):
 
     def __init__(self, num_experts: int, num_groups: int, num_channels: int, eps: float = 1e-5) -> None:
         super().__init__(num_experts)
-        if num_groups < 1 or num_channels % num_groups:
+        num_groups = integer("num_groups", num_groups)
+        if num_channels % num_groups:
             raise invalid("num_groups", num_groups, f"a divisor of the {num_channels} channels")
         self.num_groups, self.num_channels, self.eps = num_groups, num_channels, eps
         self.weight = nn.Parameter(torch.ones(num_experts, num_channels))

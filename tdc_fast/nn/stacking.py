@@ -50,14 +50,16 @@ def fill(
     for dim, (unit, part) in slices.items():
         axis = leaf.live_out if dim == "out" else leaf.live_in
         assert widths is not None and axis is not None
-        order = torch.zeros(leaf.num_experts, axis.size, dtype=torch.int32)  # stacked position -> dense channel
+        # Stacked position -> dense channel.
+        order = torch.zeros(leaf.num_experts, axis.size, dtype=torch.int32, device="cpu")
         widest = [max(groups, key=axis.counts.__getitem__) for groups in members]
         for row, group in enumerate(widest):
             entry = widths.experts[group][unit.name]
             channels = torch.cat(unit.kept_rows(entry.order, entry.width, part))
             order[row, axis.positions(group)] = channels.to(torch.int32)
-        live = torch.tensor([axis.counts[group] * axis.copies for group in widest], dtype=torch.int32)
-        cuts |= {f"{dim}_order": order.to(device), f"{dim}_widths": live.to(device)}
+        live = [axis.counts[group] * axis.copies for group in widest]
+        cuts[f"{dim}_order"] = order.to(device)
+        cuts[f"{dim}_widths"] = torch.tensor(live, dtype=torch.int32, device=device)
     for name, parameter in leaf.named_parameters():
         dense = [layer.get_parameter(name).to(parameter.device, parameter.dtype) for layer in layers]
         source = dense[0][None] if len(dense) == 1 else torch.stack(dense)

@@ -74,11 +74,11 @@ class PruningUnit:
             part: the axis.
 
         Returns:
-            Indices, int64, one tensor per copy.
+            Indices, int64 in host memory, one tensor per copy.
         """
-        atoms = torch.as_tensor(list(order[: width // self.atom]), dtype=torch.int64)
+        atoms = torch.tensor(list(order[: width // self.atom]), dtype=torch.int64, device="cpu")
         span = self.atom * part.scale
-        rows = (atoms[:, None] * span + torch.arange(span)).flatten()
+        rows = (atoms[:, None] * span + torch.arange(span, device="cpu")).flatten()
         return [rows + copy * self.channels * part.scale for copy in range(part.copies)]
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from tdc_fast.atomic import atomic_file
-from tdc_fast.errors import invalid
+from tdc_fast.errors import invalid, is_integer
 from tdc_fast.nn.units import Prunable, PruningUnit, module_of, units_of
 from tdc_fast.routing import TimestepGroups
 from tdc_fast.text_files import read_json
@@ -29,9 +29,15 @@ _OPTIONAL = ("latency", "latency_budgets")  # not in the file where there is non
 
 
 def base_hash(module: nn.Module) -> str:
-    """The sha256 (hex) of the state dict's names, dtypes, shapes and bytes; independent of device and memory format."""
+    """The sha256 (hex) of the state dict's names, dtypes, shapes and bytes; independent of device and memory format.
+
+    Raises:
+        ValueError: a tensor of the state dict is on the meta device, so it has no bytes.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
+        if tensor.is_meta:
+            raise invalid("base", f"{name} on the meta device", "a model whose weights have values: load them first")
         value = tensor.detach().to("cpu").contiguous()
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
         digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
@@ -241,17 +247,13 @@ def _check_keys(where: str, data: Any, expected: set[str], optional: Iterable[st
         raise invalid(f"{where}: {name}", data[name], f"only the fields {sorted(expected.union(optional))}")
 
 
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-
-
 def _part_of(channels: int, part: float, step: int) -> int:
     """A fraction of a width, rounded down to a step; of the decimal number that is meant, as 100 * 0.29 is 28.999."""
     return int(Fraction(str(part)) * channels / step) * step
 
 
 def _is_number(value: Any) -> bool:
-    return _is_integer(value) or isinstance(value, (float, np.floating))
+    return is_integer(value) or isinstance(value, (float, np.floating))
 
 
 def _numbers(where: str, values: Any) -> tuple[float, ...]:
@@ -261,7 +263,7 @@ def _numbers(where: str, values: Any) -> tuple[float, ...]:
     for value in values:
         if not _is_number(value) or not 0 <= value <= sys.float_info.max:
             raise invalid(where, value, "finite numbers of at least 0")
-    return tuple(int(value) if _is_integer(value) else float(value) for value in values)
+    return tuple(int(value) if is_integer(value) else float(value) for value in values)
 
 
 def _units(where: str, expert: Any) -> dict[str, ExpertUnit]:
@@ -274,10 +276,10 @@ def _units(where: str, expert: Any) -> dict[str, ExpertUnit]:
             raise invalid(where, name, "names of units as keys")
         if not isinstance(unit, ExpertUnit):
             raise invalid(f"{where}[{name!r}]", unit, "an ExpertUnit")
-        if not _is_integer(unit.width) or unit.width < 0:
+        if not is_integer(unit.width) or unit.width < 0:
             raise invalid(f"{where}[{name!r}].width", unit.width, "a number of channels, an integer")
         order = unit.order
-        if not isinstance(order, (list, tuple, range, np.ndarray)) or not all(map(_is_integer, order)):
+        if not isinstance(order, (list, tuple, range, np.ndarray)) or not all(map(is_integer, order)):
             raise invalid(f"{where}[{name!r}].order", order, "a sequence of integers")
         units[name] = ExpertUnit(tuple(map(int, order)), int(unit.width))
     return units

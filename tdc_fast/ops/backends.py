@@ -161,7 +161,8 @@ def select(problem: Problem, requested: str) -> Any:
         if reason is None:
             return server
         if requested:
-            raise invalid(asked_by, requested, f"one that supports this call of {problem.op}: {reason}")
+            call = "the backward of this call" if problem.op.endswith(("grad", "backward")) else "this call"
+            raise invalid(asked_by, requested, f"one that supports {call}: {reason}")
     if requested:
         raise invalid(asked_by, requested, f"one of {available_backends()}")
     raise RuntimeError(f"no backend supports {problem}")  # unreachable: the reference supports everything

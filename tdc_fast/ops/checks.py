@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from tdc_fast.errors import invalid
+from tdc_fast.errors import invalid, is_integer
 from tdc_fast.kernels.problems import ConvProblem, ConvTensors, NormProblem, NormTensors
 from tdc_fast.kernels.tile_table import total_rows
 
@@ -34,12 +33,6 @@ def require_tensors(optional: tuple[str, ...] = (), **arguments: Any) -> None:
             raise invalid(name, value, "a torch tensor" + (" or None" if name in optional else ""))
 
 
-def require_integer(name: str, value: Any) -> None:
-    """Raises ValueError for anything but an integer of at most 32 bits."""
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not -(2**31) <= value < 2**31:
-        raise invalid(name, value, "an integer")
-
-
 def require_backend_name(backend: Any) -> None:
     """Raises ValueError for a backend that is neither a name nor None."""
     if backend is not None and not isinstance(backend, str):
@@ -54,9 +47,8 @@ def pair(name: str, value: int | tuple[int, int] | list[int], minimum: int) -> t
         first, second = value
         if type(first) is type(second) is int and minimum <= first < _MOST and minimum <= second < _MOST:
             return value
-    integers = (int, np.integer)
-    values = (value, value) if isinstance(value, integers) else tuple(value) if isinstance(value, (tuple, list)) else ()
-    if len(values) != 2 or not all(isinstance(v, integers) and minimum <= v < _MOST for v in values):
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    if len(values) != 2 or not all(is_integer(v) and minimum <= v < _MOST for v in values):
         raise invalid(name, value, f"an int or a pair of ints, each at least {minimum} (and below {_MOST})")
     return int(values[0]), int(values[1])
 
@@ -341,7 +333,10 @@ def _check_widths(name: str, widths: Tensor | None, groups: int, x: Tensor) -> N
     if widths is None:
         return
     if widths.dim() != 1 or widths.shape[0] != groups or widths.dtype != torch.int32:
-        raise invalid(name, describe(widths), f"int32 of shape ({groups},), one width per group")
+        remedy = f"int32 of shape ({groups},), one width per group"
+        if widths.dtype != torch.int32:
+            remedy += f": once, before the calls, {name} = {name}.to(torch.int32)"
+        raise invalid(name, describe(widths), remedy)
     if widths.device != x.device:
         raise invalid(name, widths.device, f"{x.device}, where x is: move it there")
 

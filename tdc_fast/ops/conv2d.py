@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from tdc_fast.errors import invalid
+from tdc_fast.errors import integer
 from tdc_fast.kernels.problems import ConvProblem
 from tdc_fast.ops import backends
 from tdc_fast.ops.check_values import check_dead_inputs
@@ -150,8 +150,7 @@ def _checked(
         out_widths=out_widths,
     )
     check_plan(x, plan)
-    if type(upsample) is not int or not 1 <= upsample <= 2:
-        raise invalid("upsample", upsample, "1 or 2")
+    upsample = integer("upsample", upsample, 1, 2)
     routing = (plan.offsets, plan.tiles, plan.weight_index, in_widths, out_widths)
     settings = (pair("stride", stride, 1), pair("padding", padding, 0), upsample)
     return (x, weight, bias, sample_bias, residual, x2, *routing, *settings)

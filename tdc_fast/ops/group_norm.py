@@ -8,11 +8,11 @@ from typing import Any
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from tdc_fast.errors import invalid
+from tdc_fast.errors import integer, invalid
 from tdc_fast.kernels.problems import NormProblem
 from tdc_fast.ops import backends
 from tdc_fast.ops.check_values import check_dead_inputs
-from tdc_fast.ops.checks import require_backend_name, require_integer, require_tensors
+from tdc_fast.ops.checks import require_backend_name, require_tensors
 from tdc_fast.ops.group_norm_operators import forward, forward_problem
 from tdc_fast.ops.plan import RoutingPlan, check_plan, is_plan_of
 
@@ -102,7 +102,7 @@ def _checked(
     optional = ("widths", "scale", "shift", "x2")
     require_tensors(optional, x=x, weight=weight, bias=bias, widths=widths, scale=scale, shift=shift, x2=x2)
     check_plan(x, plan)
-    require_integer("num_groups", num_groups)
+    num_groups = integer("num_groups", num_groups)
     if not isinstance(eps, (float, int)):
         raise invalid("eps", eps, "a positive number")
     if activation is not None and not (isinstance(activation, str) and activation == "silu"):

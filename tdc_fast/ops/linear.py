@@ -32,7 +32,7 @@ def routed_linear(
     dtypes, autocast, dead channels and gradients are as in `routed_conv2d`.
 
     Args:
-        x: (B, C_in) or (B, T, C_in).
+        x: (B, C_in) or (B, T, C_in); B and T may be 0.
         weight: (E, C_out, C_in).
         bias: (E, C_out) or None.
         plan: The plan that sorted the batch.

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tdc_fast.errors import invalid
@@ -25,17 +26,25 @@ _SETTINGS = (1, 1), (0, 0), 1  # stride, padding, upsampling
 
 
 def image_of(name: str, tokens: Tensor) -> Tensor:
-    """Views (B, C) as (B, C, 1, 1) and (B, T, C) as (B, C, T, 1), channels_last when the tokens are contiguous."""
+    """Views (B, C) as (B, C, 1, 1) and (B, T, C) as (B, C, T, 1), channels_last when the tokens are contiguous.
+
+    No backend takes an image without pixels: T = 0 gives the image of one token, which is zero.
+    """
     if tokens.dim() not in (2, 3):
         raise invalid(name, tuple(tokens.shape), "shape (B, C) or (B, T, C)")
     if tokens.dim() == 2:
         return _view(name, tokens, lambda t: t[:, :, None, None])
+    if not tokens.shape[1]:
+        tokens = F.pad(tokens, (0, 0, 0, 1))
     return _view(name, tokens, lambda t: t.permute(0, 2, 1).unsqueeze(-1))
 
 
 def _tokens_of(image: Tensor, like: Tensor) -> Tensor:
     """The view that `image_of` was made from, of the rank of `like`."""
-    return image[:, :, 0, 0] if like.dim() == 2 else image[..., 0].permute(0, 2, 1)
+    if like.dim() == 2:
+        return image[:, :, 0, 0]
+    tokens = image[..., 0].permute(0, 2, 1)
+    return tokens if like.shape[1] else tokens[:, :0]
 
 
 def _filters(weight: Tensor) -> Tensor:
@@ -58,8 +67,8 @@ def _images(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | N
     *routing, backend = rest
     image, filters = image_of("x", x), _filters(weight)
     experts, channels, in_channels = weight.shape
-    if not (x.shape[-1] and image.shape[2]):
-        raise invalid("x", tuple(x.shape), "tokens and channels of at least 1")
+    if not x.shape[-1]:
+        raise invalid("x", tuple(x.shape), "at least 1 channel")
     if not (experts and channels):
         raise invalid("weight", tuple(weight.shape), "E and C_out of at least 1")
     if in_channels != x.shape[-1]:

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-from tdc_fast.errors import invalid
+from tdc_fast.errors import integer, invalid
 from tdc_fast.kernels.tile_table import no_tiles, tile_table, total_rows
 from tdc_fast.ops import cpu, cuda, library, native
-from tdc_fast.ops.checks import check_memory, converted, describe, require_integer, require_tensors
+from tdc_fast.ops.checks import check_memory, converted, describe, require_tensors
 
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -237,9 +237,7 @@ class RoutingPlan:
             ValueError: A group id outside [0, N), a wrong rank or dtype.
         """
         groups = as_integers("groups", groups)
-        require_integer("num_groups", num_groups)
-        if num_groups < 1:
-            raise invalid("num_groups", num_groups, "at least 1")
+        num_groups = integer("num_groups", num_groups)
         if weight_index is None:
             weight_index = torch.arange(num_groups, dtype=torch.int32, device=groups.device)
         else:

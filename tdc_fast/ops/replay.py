@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tdc_fast.kernels.recording import Again, Recorded, recorded
+from tdc_fast.kernels.recording import Again, Recorded, record_into
 from tdc_fast.ops import host
 from tdc_fast.ops.cuda_device import current_device_is, current_stream
 
@@ -83,8 +83,15 @@ class Replayed:
         return self._run(*args) if result is None else result
 
     def _record(self, args: tuple[Any, ...]) -> Any:
-        with _Allocations() as allocations, recorded() as launches:
-            result = self._run(*args)
+        launches: list[Recorded] = []
+        try:
+            with _Allocations() as allocations:
+                record_into(launches)
+                result = self._run(*args)
+            record_into(None)
+        except BaseException:
+            _end_recording()
+            raise
         extension = host.extension(self._device)
         make = _again if extension is None else extension.Program
         self.again = _repetition(list(args[: self._tensors]), allocations, launches, result, make) or _never
@@ -123,6 +130,22 @@ class _Allocations(TorchDispatchMode):
         elif func not in _VIEW:
             self.nothing_else = False
         return out
+
+
+def _end_recording() -> None:
+    """Ends what a recording began, also where Ctrl-C came while its mode of torch was entered or left.
+
+    Both are code in Python, which an interrupt can end half way. No other mode is active where a call is recorded
+    (eager.py).
+    """
+    record_into(None)
+    while torch._C._len_torch_dispatch_stack():
+        torch._C._pop_torch_dispatch_stack(None)
+    with _Allocations() as mode:  # its end restores what torch notes besides: here, that no mode is active
+        for name, before in vars(mode).items():
+            if name.startswith("old_"):
+                before.clear()
+                before.append(False)
 
 
 def _repetition(

@@ -14,7 +14,7 @@ from typing import cast
 
 import numpy as np
 
-from tdc_fast.errors import invalid
+from tdc_fast.errors import integer, invalid
 
 DIFFICULTIES = ("snr", "snr-reversed")
 
@@ -29,8 +29,7 @@ def budget_law(num_groups: int, k: float) -> tuple[float, ...]:
     Raises:
         ValueError: an argument is out of range.
     """
-    if isinstance(num_groups, bool) or not isinstance(num_groups, int) or num_groups < 1:
-        raise invalid("num_groups", num_groups, "an integer of at least 1")
+    num_groups = integer("num_groups", num_groups)
     if isinstance(k, bool) or not isinstance(k, (int, float, np.number)) or not 0 < k <= 1:
         raise invalid("k", k, "a number with 0 < k <= 1 (1 leaves every group whole)")
     bound = Fraction(str(float(k)))  # exactly the decimal as written, so that equal shares stay equal

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from tdc_fast.errors import invalid
+from tdc_fast.errors import integer, invalid
 from tdc_fast.nn.units import PruningUnit
 from tdc_fast.pruning.costs import UnitCosts
 from tdc_fast.pruning.solver import Solution, UnitTable, solve
@@ -56,6 +56,4 @@ def check_proposal(units: Sequence[PruningUnit], proposal: Mapping[str, int]) ->
         odd = sorted(names.symmetric_difference(proposal))
         raise invalid("proposal", odd, "one width for each unit of the task, and no others")
     for unit in units:
-        wanted = proposal[unit.name]
-        if isinstance(wanted, bool) or not isinstance(wanted, int) or not 0 <= wanted <= unit.channels:
-            raise invalid(f"proposal[{unit.name!r}]", wanted, f"an integer width from 0 to {unit.channels}")
+        integer(f"proposal[{unit.name!r}]", proposal[unit.name], 0, unit.channels)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tdc_fast.diffusion import Diffusion
 from tdc_fast.diffusion.trajectory import Trajectory
-from tdc_fast.errors import invalid
+from tdc_fast.errors import invalid, is_integer
 from tdc_fast.evaluation.conditions import check_class, check_guidance
 from tdc_fast.routing import TimestepGroups
 from tdc_fast.serving.failures import OutOfMemory, Overloaded
@@ -135,7 +135,7 @@ def _check_types(request: Request) -> None:
     """Refuse values that no step can be computed from: they would fail whoever shares the step."""
     for name in ("num_images", "seed", "steps", "label", "preview_every"):
         value = getattr(request, name)
-        if isinstance(value, bool) or not (isinstance(value, int) or (name == "label" and value is None)):
+        if not (is_integer(value) or (name == "label" and value is None)):
             raise invalid(name, value, "an integer")
     for name in ("eta", "timeout"):
         value = getattr(request, name)
@@ -152,8 +152,8 @@ def _check_types(request: Request) -> None:
 
 def _is_number(value: object) -> bool:
     """Whether it is a number in the range of floats."""
-    if isinstance(value, int):
-        return not isinstance(value, bool) and value.bit_length() < sys.float_info.max_exp
+    if is_integer(value):
+        return int(value).bit_length() < sys.float_info.max_exp
     return isinstance(value, float)
 
 

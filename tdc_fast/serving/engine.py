@@ -16,7 +16,7 @@ from tdc_fast.data.autoencoder import LatentDecoder
 from tdc_fast.data.pixels import to_uint8
 from tdc_fast.diffusion import Diffusion
 from tdc_fast.diffusion.protocols import Denoiser
-from tdc_fast.errors import invalid, is_out_of_memory
+from tdc_fast.errors import integer, invalid, is_integer, is_out_of_memory
 from tdc_fast.evaluation.conditions import draw_labels, other_classes
 from tdc_fast.evaluation.samples import check_decoder
 from tdc_fast.nn.one_expert import as_one_expert
@@ -105,11 +105,11 @@ class Engine:
         clip_denoised: bool = True,
         decoder: LatentDecoder | None = None,
     ) -> None:
-        for argument, value in (("max_batch", max_batch), ("max_queue", max_queue), ("max_memory", max_memory)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise invalid(argument, value, "an integer of at least 1")
-        if isinstance(sizes, str) or not all(type(size) is int for size in sizes):
+        max_batch, max_queue = integer("max_batch", max_batch), integer("max_queue", max_queue)
+        max_memory = integer("max_memory", max_memory, 1, 2**63 - 1)
+        if isinstance(sizes, str) or not all(map(is_integer, sizes)):
             raise invalid("sizes", sizes, f"increasing integers from 1 to {max_batch} (max_batch)")
+        sizes = tuple(map(int, sizes))
         if list(sizes) != sorted(set(sizes)) or (sizes and not 1 <= sizes[0] <= sizes[-1] <= max_batch):
             raise invalid("sizes", sizes, f"increasing sizes from 1 to {max_batch} (max_batch)")
         if not 0 <= min_fill <= 1:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tdc_fast.data.pixels import to_uint8
 from tdc_fast.diffusion.samplers import SamplerName
+from tdc_fast.errors import is_integer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,12 @@ class Request:
     guidance_scale: float | Sequence[float] = 1.0
     preview_every: int = 0
     timeout: float | None = None
+
+    def __post_init__(self) -> None:
+        """Makes numpy's integers Python's; what else may be wrong is told when the request is submitted."""
+        for name, value in vars(self).items():
+            if is_integer(value):
+                object.__setattr__(self, name, int(value))
 
 
 @dataclass(frozen=True)

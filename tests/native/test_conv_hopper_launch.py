@@ -503,11 +503,15 @@ def test_the_unit_of_1x1_filters_loads_the_fewest_channels(channels: int, unit: 
         ({"upsample": 2, "x2_channels": 64}, "it upsamples one input of 3x3 filters with padding 1 and stride 1"),
         ({"num_groups": 257}, "it has at most 256 groups in wgrad"),
         ({"batch": 2**17, "height": 64, "width": 64, "in_channels": 2048, "out_channels": 1024}, "it takes less than"),
+        # Only the patches of one sample, which dsample_bias takes, are too many.
+        ({**STRIDED, "batch": 2**17, "height": 18, "width": 18, "in_channels": 1024, "out_channels": 1024}, "it takes"),
     ],
 )
 def test_a_wgrad_that_it_does_not_serve_takes_the_portable_form(changes: dict[str, Any], reason: str) -> None:
     assert refusal("wgrad", **changes).startswith(reason)
-    assert all("hopper" not in launch.kernel for launch in plan("wgrad", **changes))
+    for dsample_bias in (0, ALIGNED):
+        launches = plan("wgrad", **changes, dsample_bias=dsample_bias)
+        assert all("hopper" not in launch.kernel for launch in launches)
 
 
 def test_images_of_few_pixels_have_sums_of_samples_of_the_portable_form() -> None:

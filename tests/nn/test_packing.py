@@ -324,6 +324,23 @@ def test_a_width_plan_of_another_base_or_grouping_is_refused_by_name():
         pack_experts(model, TimestepGroups.uniform(1000, 3), plan)
 
 
+def test_torchs_default_device_does_not_decide_where_experts_are_packed():
+    model = unet()
+    plan = shuffled_plan(model, PRUNED)
+    expected = pack_experts(model, GROUPS, plan)
+    with torch.device("meta"):
+        packed = pack_experts(model, GROUPS, plan)
+        states = [packed.expert_state(index) for index in range(3)]
+        packed.load_expert_state(1, states[1])
+        with pytest.raises(ValueError, match=r"^base: got '[\w.]+ on the meta device'; expected a model whose weights"):
+            pack_experts(UNet(**SMALL), GROUPS, plan)
+    for name, value in expected.state_dict().items():
+        assert torch.equal(packed.state_dict()[name], value), name
+    for index, state in enumerate(states):
+        own = expected.expert_state(index)
+        assert own.keys() == state.keys() and all(torch.equal(own[name], value) for name, value in state.items())
+
+
 def test_a_sample_may_be_sent_to_another_expert_than_its_timesteps():
     model = pack_experts([unet(seed) for seed in range(3)], GROUPS)
     x, t, y = batch()

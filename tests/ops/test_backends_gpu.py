@@ -73,7 +73,7 @@ def test_a_backend_of_another_device_says_where_tensors_should_be(backend: str, 
 def test_asked_for_by_name_on_host_memory_a_gpu_backend_raises_with_its_reason(backend: str) -> None:
     plan = RoutingPlan.from_groups(torch.tensor([0, 1]), 2)
     x, affine = torch.zeros(2, 4, 3, 3), torch.zeros(2, 2, 4)
-    expected = f"^backend: got '{backend}'; expected one that supports this call of .*live on a CUDA device, not on cpu"
+    expected = f"^backend: got '{backend}'; expected one that supports this call: .*live on a CUDA device, not on cpu"
     with pytest.raises(ValueError, match=expected):
         routed_conv2d(x, torch.zeros(2, 4, 4, 1, 1), None, plan, backend=backend)
     with pytest.raises(ValueError, match=expected):

@@ -248,7 +248,7 @@ def test_the_second_input_and_the_upsampling_are_checked() -> None:
         with pytest.raises(ValueError, match=expected):
             routed_conv2d(x, weight, None, plan, padding=1, x2=x2)
     for upsample in (0, 3, 2.0, True, (2, 2)):
-        with pytest.raises(ValueError, match="^upsample: got .*; expected 1 or 2"):
+        with pytest.raises(ValueError, match="^upsample: got .*; expected an integer from 1 to 2"):
             routed_conv2d(torch.zeros(2, 7, 4, 4), weight, None, plan, upsample=upsample)
     ones = torch.ones(1, 7)
     with pytest.raises(ValueError, match=r"^x2: got \(2, 4, 4, 5\)"):

@@ -39,7 +39,7 @@ def plain(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_it_equals_one_linear_layer_per_group(dtype: torch.dtype) -> None:
     @given(
-        routing=routings(), tokens=st.none() | st.integers(1, 5), channels=st.tuples(*[st.integers(1, 17)] * 2),
+        routing=routings(), tokens=st.none() | st.integers(0, 5), channels=st.tuples(*[st.integers(1, 17)] * 2),
         bias=st.booleans(), residual=st.booleans(), strided=st.booleans(), pruned=st.booleans(),
         seed=st.integers(0, 999),
     )  # fmt: skip
@@ -102,7 +102,6 @@ def test_widths_apply_to_tokens_as_to_pixels() -> None:
     ("argument", "change"),
     [
         ("x", torch.zeros(2, 3, 4, 1)),
-        ("x", torch.zeros(2, 0, 4)),
         ("x", torch.zeros(2, 3, 0)),
         ("x", None),
         ("weight", torch.zeros(2, 6, 4, 1)),
@@ -115,6 +114,7 @@ def test_widths_apply_to_tokens_as_to_pixels() -> None:
         ("residual", torch.zeros(2, 6)),
         ("residual", torch.zeros(2, 3, 5)),
         ("residual", torch.zeros(2, 1, 6)),
+        ("residual", torch.zeros(2, 0, 6)),
     ],
 )
 def test_a_wrong_shape_is_named_as_it_was_given(argument: str, change: Any) -> None:
@@ -123,6 +123,29 @@ def test_a_wrong_shape_is_named_as_it_was_given(argument: str, change: Any) -> N
     value = tuple(change.shape) if isinstance(change, Tensor) else change
     with pytest.raises(ValueError, match=re.escape(f"{argument}: got {value}; ")):
         routed_linear(**arguments, plan=plan)
+
+
+def test_without_tokens_the_result_has_none_and_the_weights_do_not_move() -> None:
+    plan, weight = RoutingPlan.from_groups(torch.tensor([0, 1]), 2), torch.randn(2, 6, 4, requires_grad=True)
+    x, bias = torch.randn(2, 0, 4, requires_grad=True), torch.randn(2, 6, requires_grad=True)
+    for _ in range(2):  # the general way, then repeated
+        y = routed_linear(x, weight, bias, plan, residual=torch.zeros(2, 0, 6))
+        assert y.shape == (2, 0, 6) and y.is_contiguous()
+        dx, dweight, dbias = torch.autograd.grad(y.sum(), (x, weight, bias))
+        assert dx.shape == x.shape and not dweight.any() and not dbias.any()
+    with pytest.raises(ValueError, match=re.escape("residual: got (2, 1, 6); expected shape (2, 0, 6)")):
+        routed_linear(x, weight, bias, plan, residual=torch.zeros(2, 1, 6))
+
+
+def test_an_error_about_backends_names_no_other_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, x, weight = RoutingPlan.from_groups(torch.tensor([0, 1]), 2), torch.zeros(2, 4), torch.zeros(2, 6, 4)
+    expected = "expected one that supports this call: its tensors live on a CUDA device, not on cpu$"
+    with pytest.raises(ValueError, match=f"^backend: got 'triton'; {expected}"):
+        routed_linear(x, weight, None, plan, backend="triton")
+    y = routed_linear(x.requires_grad_(), weight, None, plan)
+    monkeypatch.setenv("TDC_FAST_BACKEND", "triton")
+    with pytest.raises(ValueError, match="^TDC_FAST_BACKEND: got 'triton'; expected one that supports the backward"):
+        y.sum().backward()
 
 
 def layer(*middle: int, dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], Callable[..., Tensor]]:
@@ -136,13 +159,13 @@ def layer(*middle: int, dtype: torch.dtype = torch.float32) -> tuple[list[Tensor
     return tensors, lambda x, w, b, r: routed_linear(x * alive, w, b, plan, residual=r, **live)
 
 
-@pytest.mark.parametrize("middle", [(), (3,)])
+@pytest.mark.parametrize("middle", [(), (3,), (0,)])
 def test_gradcheck(middle: tuple[int, ...]) -> None:
     tensors, function = layer(*middle, dtype=torch.float64)
     assert torch.autograd.gradcheck(function, tensors, fast_mode=True)
 
 
-@pytest.mark.parametrize("middle", [(), (3,)])
+@pytest.mark.parametrize("middle", [(), (3,), (0,)])
 def test_compiled_as_one_graph_it_gives_the_same(middle: tuple[int, ...]) -> None:
     tensors, function = layer(*middle)
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")

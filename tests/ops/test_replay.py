@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor
+from torch.utils import _python_dispatch
 
 from tdc_fast import RoutingPlan, routed_conv2d, routed_group_norm, routed_linear
 from tdc_fast.kernels import launch, recording, triton_launcher
@@ -309,6 +310,47 @@ def test_what_does_more_than_to_allocate_and_launch_is_never_repeated(function: 
     for _ in range(3):
         call(torch.randn(8), None, 3)
     assert len(runs) == 3
+
+
+def state_of_modes() -> list[Any]:
+    """What torch and the recording note while a call is recorded."""
+    noted = {name: value for name, value in vars(_python_dispatch).items() if name.startswith("_is_in_")}
+    return [noted, torch._C._len_torch_dispatch_stack(), recording._recording.launches]
+
+
+def test_an_interrupt_at_any_instruction_of_a_recording_leaves_nothing_active() -> None:
+    before = state_of_modes()
+    traced = (_python_dispatch.__file__, recording.__file__, replay.__file__)
+    count = 0
+
+    def interrupt_at(instruction: int) -> Any:
+        def trace(frame: Any, event: str, _: Any) -> Any:
+            nonlocal count
+            if frame.f_code.co_filename not in traced or frame.f_code.co_name == "_end_recording":
+                return None
+            frame.f_trace_opcodes = True
+            if event == "opcode":
+                count += 1
+                if count == instruction:
+                    raise KeyboardInterrupt
+            return trace
+
+        return trace
+
+    instruction, is_interrupted = 0, True
+    while is_interrupted:
+        instruction, count, is_interrupted = instruction + 1, 0, False
+        call, _ = replayed(lambda x, y, n: torch.empty_like(x))
+        usual = sys.gettrace()
+        sys.settrace(interrupt_at(instruction))
+        try:
+            call(torch.randn(8), None, 3)
+        except KeyboardInterrupt:
+            is_interrupted = True
+        finally:
+            sys.settrace(usual)
+        assert state_of_modes() == before, instruction
+    assert instruction > 300
 
 
 def test_nothing_that_was_recorded_keeps_memory() -> None:

@@ -169,8 +169,8 @@ MISBEHAVIOUR: dict[str, tuple[Reply, str]] = {
     "wrong schema": (says('{"answers": []}'), "one key"),
     "no candidates": (says('{"candidates": []}'), "empty"),
     "a candidate too few keys": (says('{"candidates": [{"widths": {}}]}'), "keys"),
-    "impossible widths": (says(good(99, 1)), "an integer width from 0 to 4"),
-    "negative widths": (says(good(1, -1)), "an integer width from 0 to 6"),
+    "impossible widths": (says(good(99, 1)), "an integer from 0 to 4"),
+    "negative widths": (says(good(1, -1)), "an integer from 0 to 6"),
     "fractions": (says(json.dumps({"candidates": [{"widths": widths(1.5, 1), "reason": ""}]})), "integer"),
     "unknown units": (says('{"candidates": [{"widths": {"conv": 1}, "reason": ""}]}'), "one width for each unit"),
 }

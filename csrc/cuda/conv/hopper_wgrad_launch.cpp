@@ -263,8 +263,12 @@ std::string hopper_wgrad_refusal(const ConvArguments& a, const Device& device) {
   }
   const UnitChoice unit = choose_unit(a);
   if (stages(a, device, unit) == 0) return "its stages do not fit into shared memory";
+  // Which patches there are depends on whether dsample_bias is wanted; whether the form serves does not.
+  ConvArguments without = a, with = a;
+  without.dsample_bias = 0, with.dsample_bias = 1;
+  const int64_t most_patches = std::max(patches(without), patches(with));
   // The line of all work is counted in 32 bits, and so are the rows of patches.
-  const int64_t line = patches(a) * unit.most_patch + kHopperUnitEnd * a.num_experts;
+  const int64_t line = most_patches * unit.most_patch + kHopperUnitEnd * a.num_experts;
   if (line > std::numeric_limits<int>::max() / std::max<int64_t>(8, units_of_expert(a, unit))) {
     return "it takes less than 2^37 clocks in wgrad";
   }

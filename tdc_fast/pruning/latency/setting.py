@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from tdc_fast.errors import invalid
+from tdc_fast.errors import integer, invalid
 from tdc_fast.nn.inference import DTYPES
 
 
@@ -37,9 +37,7 @@ class Setting:
         if self.dtype not in [str(dtype).removeprefix("torch.") for dtype in DTYPES]:
             raise invalid("dtype", self.dtype, "float32, bfloat16 or float16")
         for name in ("batch", "num_groups"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise invalid(name, value, "an integer of at least 1")
+            object.__setattr__(self, name, integer(name, getattr(self, name)))
 
     @classmethod
     def on(cls, device: torch.device, dtype: torch.dtype, batch: int, num_groups: int) -> Setting:
