@@ -21,7 +21,7 @@ from tdc_fast.evaluation.image_sets import load_pair
 from tdc_fast.evaluation.likelihood import bits_per_dimension, images_to_measure
 from tdc_fast.models.iddpm import create_unet
 from tdc_fast.routing import TimestepGroups
-from tdc_fast.runs.denoisers import from_checkpoint, from_run, placed, stored_facts
+from tdc_fast.runs.denoisers import from_checkpoint, from_run, placed, split_of, stored_facts
 from tdc_fast.runs.precision import named_dtype
 from tdc_fast.train import TrainConfig, train
 from tests.models.test_iddpm import randomise
@@ -341,6 +341,14 @@ def test_likelihood_reads_a_folder_as_training_does_and_refuses_one_of_other_cla
         x0, labels, _ = images_to_measure(replace(denoiser, class_counts=()), str(tmp_path), 3)
         assert x0.shape == (3, 1, 8, 8) and labels.tolist() == [0, 1, 1]
         assert x0.unique().tolist() == [2 * which - 1]
+
+
+def test_images_that_changed_since_training_have_no_held_out_ones(run):
+    denoiser = from_run(run)
+    assert len(split_of(denoiser)[1]) == 359
+    changed = replace(denoiser, config=denoiser.config.replace(heldout_seed=1))  # as when the folder has other images
+    with pytest.raises(ValueError, match="data_dir: got 'digits'; expected the images as .* was trained on them"):
+        split_of(changed)
 
 
 def test_likelihood_refuses_a_device_that_is_not_there(run, tmp_path, assert_refused):

@@ -22,8 +22,8 @@ from tdc_fast.evaluation.statistics import SetStatistics, gather_statistics
 from tdc_fast.evaluation.statistics_files import cached_statistics, content_key
 from tdc_fast.progress import Progress
 from tdc_fast.routing import TimestepGroups
-from tdc_fast.runs.build import named_device, split_data
-from tdc_fast.runs.denoisers import TrainedDenoiser
+from tdc_fast.runs.build import named_device
+from tdc_fast.runs.denoisers import TrainedDenoiser, split_of
 from tdc_fast.runs.groups import build_groups
 from tdc_fast.runs.limits import check_limits
 from tdc_fast.runs.precision import named_dtype
@@ -203,7 +203,7 @@ def _losses(denoiser: TrainedDenoiser, other: ImageSet, options: EvaluateOptions
     if groups is None or groups.num_timesteps != steps:  # uniform training, or on a subset of the timesteps
         groups = TimestepGroups.uniform(steps, min(4, steps))
     if config.heldout:
-        heldout = split_data(config)[1]
+        heldout = split_of(denoiser)[1]
         assert heldout is not None
         x0, kwargs = heldout.batch(slice(0, options.loss_images))
         images = f"the first {len(x0)} held-out images of {config.latents or config.data_dir}"

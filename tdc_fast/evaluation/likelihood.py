@@ -13,8 +13,8 @@ from tdc_fast.data.dataset import DIGITS, PHOTOS, load_dataset
 from tdc_fast.diffusion.likelihood import StepTerms, bound
 from tdc_fast.errors import invalid
 from tdc_fast.progress import Progress
-from tdc_fast.runs.build import Data, split_data
-from tdc_fast.runs.denoisers import TrainedDenoiser, refuse_latents
+from tdc_fast.runs.build import Data
+from tdc_fast.runs.denoisers import TrainedDenoiser, refuse_latents, split_of
 from tdc_fast.runs.processes import one_process
 
 
@@ -88,7 +88,7 @@ def images_to_measure(denoiser: TrainedDenoiser, data_dir: str, limit: int) -> t
             _refuse_other_classes(denoiser, data_dir, data.num_classes)
         source = f"the first of {data_dir}"
     elif config.data_dir:
-        trained_on, heldout = split_data(config)
+        trained_on, heldout = split_of(denoiser)
         data = trained_on if heldout is None else heldout
         kind = "training images, as it held out none," if heldout is None else "held-out images"
         source = f"the first of the run's {kind} of {config.data_dir}"

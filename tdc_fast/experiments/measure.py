@@ -23,8 +23,8 @@ from tdc_fast.nn.casts import InDtype
 from tdc_fast.nn.merging import Merging
 from tdc_fast.nn.packing import RoutedModel, pack_experts
 from tdc_fast.routing import TimestepGroups
-from tdc_fast.runs.build import build_device, split_data
-from tdc_fast.runs.denoisers import TrainedDenoiser, from_run
+from tdc_fast.runs.build import build_device
+from tdc_fast.runs.denoisers import TrainedDenoiser, from_run, split_of
 from tdc_fast.runs.merged import merge_run
 from tdc_fast.runs.weights import load_tensors
 
@@ -158,7 +158,7 @@ def measure(
     model = _routed(trained).to(device)
     denoiser = replace(trained, model=InDtype(model, torch.bfloat16) if trained.config.mixed_precision else model)
     compared_with = load_yardsticks(yardsticks)
-    heldout_images = split_data(denoiser.config)[1]
+    heldout_images = split_of(denoiser)[1]
     assert heldout_images is not None
     losses = heldout_losses(
         denoiser.model,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -105,6 +107,14 @@ def split_data(config: TrainConfig) -> tuple[Data, Data | None]:
     except ValueError as error:
         remedy = f"a share that leaves some of the {len(dataset)} images, or places of photographs, to train on"
         raise invalid("heldout", config.heldout, remedy) from error
+
+
+def split_digest(config: TrainConfig, dataset: object) -> str | None:
+    """A digest of which images are trained on, where some are held out; None otherwise, or where it is not known."""
+    indices = getattr(dataset, "indices", None)
+    if not config.heldout or not isinstance(indices, np.ndarray):
+        return None
+    return hashlib.sha256(indices.astype(np.int64).tobytes()).hexdigest()
 
 
 def check_label_rows(config: TrainConfig, classes: int, source: str) -> None:

@@ -20,7 +20,14 @@ from tdc_fast.nn.one_expert import as_one_expert
 from tdc_fast.nn.packing import RoutedModel
 from tdc_fast.routing import TimestepGroups
 from tdc_fast.runs.averages import UNTRAINED, initial_share
-from tdc_fast.runs.build import build_diffusion, build_unet, refuse_what_cannot_fit
+from tdc_fast.runs.build import (
+    Data,
+    build_diffusion,
+    build_unet,
+    refuse_what_cannot_fit,
+    split_data,
+    split_digest,
+)
 from tdc_fast.runs.config import TrainConfig
 from tdc_fast.runs.loading import Run, load_run
 from tdc_fast.runs.options import DiffusionOptions, ModelOptions
@@ -117,6 +124,21 @@ class TrainedDenoiser:
         if isinstance(self.model, RoutedModel):
             return self
         return replace(self, model=as_one_expert(self.model, self.diffusion.original_num_timesteps))
+
+
+def split_of(denoiser: TrainedDenoiser) -> tuple[Data, Data | None]:
+    """The images or latents that a denoiser was trained on, and those that were held out from it, if any.
+
+    Raises:
+        ValueError: they are missing, or were changed since, so that others are held out now.
+    """
+    config = denoiser.config
+    trained_on, heldout = split_data(config)
+    recorded = None if denoiser.run is None else denoiser.run.directory.split
+    if heldout is not None and recorded not in (None, split_digest(config, trained_on)):
+        remedy = f"the images as {denoiser.name} was trained on them; they changed, and now others are held out"
+        raise invalid("data_dir", config.latents or config.data_dir, remedy)
+    return trained_on, heldout
 
 
 def refuse_latents(denoiser: TrainedDenoiser, what: str) -> None:

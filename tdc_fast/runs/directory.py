@@ -49,6 +49,7 @@ class RunDirectory:
         classes: the classes that its training images have; None if it is unconditional, or older than this record.
         class_counts: how many training images have each of them; None likewise.
         latents: the space of its latents, and what was trained on; None for a run on images.
+        split: digest of which images are trained on, where others are held out; None otherwise, or in older runs.
         identity: identity of the configuration that the run began with, which its checkpoints carry.
         overridden: names of the options that were changed since.
     """
@@ -60,6 +61,7 @@ class RunDirectory:
         self.classes: list[int] | None = facts.get("classes")
         self.class_counts: list[int] | None = facts.get("class_counts")
         self.latents: LatentFacts | None = LatentFacts.from_dict(facts.get("latents"), "run", str(path / "run.json"))
+        self.split: str | None = facts.get("split")
         self.identity: str = facts["identity"]
         self.overridden = {name for entry in facts.get("overrides", []) for name in entry["changes"]}
         self._logs = Path(facts["logs"]) if facts.get("logs") else None
@@ -75,6 +77,7 @@ class RunDirectory:
         in_channels: int,
         class_counts: Mapping[int, int] | None = None,
         latents: LatentFacts | None = None,
+        split: str | None = None,
     ) -> RunDirectory:
         """Make the directory of a new run, named by the configuration or the environment.
 
@@ -84,6 +87,7 @@ class RunDirectory:
             class_counts: how many training images have each class that occurs in them, by ascending class; None for
                 an unconditional run.
             latents: what it must know of its latents; None for a run on images.
+            split: digest of which images are trained on, where others are held out.
 
         Raises:
             ValueError: another run is there.
@@ -111,6 +115,7 @@ class RunDirectory:
             "classes": None if class_counts is None else list(class_counts),
             "class_counts": None if class_counts is None else list(class_counts.values()),
             "latents": None if latents is None else latents.to_dict(),
+            "split": split,
             "logs": logs,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "versions": {"python": platform.python_version(), "torch": torch.__version__},

@@ -15,7 +15,7 @@ from tdc_fast.data.latents import LatentFacts, facts_of
 from tdc_fast.errors import invalid
 from tdc_fast.nn.width_plan import WidthPlan
 from tdc_fast.routing import TimestepGroups
-from tdc_fast.runs.build import calibration_dtype, check_cuda_graph, check_shared_layers
+from tdc_fast.runs.build import calibration_dtype, check_cuda_graph, check_shared_layers, split_digest
 from tdc_fast.runs.checkpoint import choose_checkpoint, finished_steps, step_of
 from tdc_fast.runs.config import IMPROVED_DIFFUSION_CLASSES, TrainConfig, keep_decisions, refuse_changed_options
 from tdc_fast.runs.directory import RunDirectory, default_directory
@@ -52,7 +52,8 @@ def open_run(config: TrainConfig, dataset: Dataset) -> RunDirectory:
     config = config.replace(**config.overrides).replace(override="")
     config = config.replace(**_decisions(config, dataset))
     groups = build_groups(config, report=True)
-    run = RunDirectory.create(config, dataset.channels, count_classes(dataset), facts_of(dataset))
+    split = split_digest(config, dataset)
+    run = RunDirectory.create(config, dataset.channels, count_classes(dataset), facts_of(dataset), split)
     if groups is not None:
         groups.save(run.path / "groups.json")
     return run
