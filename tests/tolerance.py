@@ -35,4 +35,40 @@ def assert_as_accurate_as_torch(
     assert ours.shape == exact.shape, f"{what}: shape {tuple(ours.shape)}, expected {tuple(exact.shape)}"
     assert ours.dtype == torchs.dtype, f"{what}: dtype {ours.dtype}, expected {torchs.dtype}"
     error, allowed = max_error(ours, exact), 2 * max_error(torchs, exact) + rounding_floor(ours.dtype, exact, terms)
-    assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g} (twice torch's, plus rounding)"
+    assert error <= allowed, (
+        f"{what}: error {error:.3g}, allowed {allowed:.3g} (twice torch's, plus rounding); "
+        f"{places(ours, exact, allowed)}"
+    )
+
+
+def assert_same(ours: Tensor, expected: Tensor, what: str = "result") -> None:
+    """Equal in every element; NaN equals nothing."""
+    assert ours.shape == expected.shape, f"{what}: shape {tuple(ours.shape)}, expected {tuple(expected.shape)}"
+    assert torch.equal(ours, expected), f"{what}: {places(ours, expected, 0.0)}"
+
+
+def places(ours: Tensor, expected: Tensor, allowed: float) -> str:
+    """How many elements differ by more than `allowed` or are NaN, in which indices of each dimension, and the first."""
+    ours, expected = ours.detach().double().cpu(), expected.detach().double().cpu()
+    wrong = ~((ours - expected).abs() <= allowed)
+    at = wrong.nonzero()
+    if not len(at):
+        return "no element is wrong"
+    first = tuple(at[0].tolist())
+    indices = [f"{_ranges(at[:, d].unique().tolist())} of {size}" for d, size in enumerate(wrong.shape)]
+    return (
+        f"{len(at)} of {wrong.numel()} elements are wrong ({int(ours.isnan().sum())} NaN), in dimensions "
+        f"[{'; '.join(indices)}]; first {first}: {ours[first].item():.6g}, expected {expected[first].item():.6g}"
+    )
+
+
+def _ranges(indices: list[int], most: int = 4) -> str:
+    """Ascending numbers as ranges, such as "0-3, 8"."""
+    ranges: list[list[int]] = []
+    for index in indices:
+        if ranges and index == ranges[-1][1] + 1:
+            ranges[-1][1] = index
+        else:
+            ranges.append([index, index])
+    texts = [f"{low}-{high}" if high > low else str(low) for low, high in ranges]
+    return ", ".join(texts[:most]) + (f", ... ({len(indices)})" if len(texts) > most else "")

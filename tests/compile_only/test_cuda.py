@@ -27,7 +27,7 @@ from tests.compile_only.cuda_resources import (
     resources_of,
     table,
 )
-from tests.gpu import units
+from tests.gpu import hangs, restarting, units
 
 pytestmark = pytest.mark.skipif(native.module is None, reason="the native module is not built")
 ARCHITECTURES = (80, 90, 100)
@@ -182,6 +182,19 @@ def test_the_kernels_that_test_hoppers_units_compile() -> None:
     assert cubin.startswith(b"\x7fELF") and "warning" not in log, log
     names = ("box", "wgmma", "pipeline", "cluster", "cluster_ring")
     assert set(resources_in_log(log)) == {f"self_test_{name}" for name in names}
+
+
+def test_kernels_that_report_hangs_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    reason = cuda_nvrtc.unavailable(90)
+    if reason is not None:
+        pytest.skip(reason)
+    monkeypatch.setenv(restarting.ALONE, "1")
+    cubin, log = units.compiled()
+    assert b"waits for %s" in cubin and b"full + stage" in cubin and "error" not in log
+    kernel = "tdc_conv_hopper_rows_forward_bf16_128x64"
+    sources = hangs.sources_of(kernel)
+    assert sources[hangs.HEADER].endswith(hangs.WAITS.read_text(encoding="utf-8"))
+    assert f"TDC_CHOOSE_{kernel}(...) TDC_DEFINE_KERNEL" in next(iter(sources.values()))
 
 
 def test_registers_are_counted_where_a_warpgroup_has_them() -> None:
