@@ -44,7 +44,7 @@ def main(folder: Path, checkpoint: Path) -> None:
 
     images = np.random.default_rng(0).integers(0, 256, (64, 8, 8, 3), dtype=np.uint8)  # your training images
     config = TrainConfig(**MODEL, **DIFFUSION, base=str(checkpoint), run_dir=str(folder / "run"), groups=2, k=0.6,
-                         batch_size=8, stage2_steps=10, calibration_batches=1, tensorboard=False)  # fmt: skip
+                         batch_size=8, stage2_steps=10, calibration_batches=2, tensorboard=False)  # fmt: skip
     run = load_run(train(config, ImageDataset.from_array(images)).path)
     base_macs, expert_macs = max(run.widths.macs), run.widths.macs
     print("share of the base's MACs that each expert keeps:", [round(macs / base_macs, 2) for macs in expert_macs])

@@ -1,7 +1,8 @@
 """Route a module of your own: several experts in one model, one launch per layer.
 
 Any module can be packed whose forward takes (x, t) and treats every sample of the batch on its own. Conv2d, 1x1 Conv1d,
-Linear, GroupNorm and Embedding layers have routed kernels; every other layer runs once per group.
+Linear, GroupNorm, LayerNorm, Embedding and MultiheadAttention layers are computed for all samples at once; every other
+module with parameters runs once per group.
 
     python examples/route_your_own_module.py
 """

@@ -1,7 +1,8 @@
 """Sample one batch of images at different timesteps, as a server does for requests that arrive one by one.
 
 Every function of `tdc_fast.diffusion` takes a timestep per sample, and a routed model runs each sample through the
-expert of its own timestep. So requests that began at different times share one batch, and none changes another's image.
+expert of its own timestep. So requests that began at different times share one batch, and do not change each other's
+images.
 
     python examples/sample_a_mixed_batch.py
 """

@@ -1,6 +1,11 @@
-"""Train a UNet of diffusers on images of your own, then experts for groups of timesteps, each pruned to its budget.
+r"""Train a UNet of diffusers on images of your own, then experts for groups of timesteps, each pruned to its budget.
 
     accelerate launch examples/train_diffusers.py --train_data_dir images/ --output_dir out --groups 4 --k 0.6
+
+A first try, small enough for a CPU:
+
+    python examples/train_diffusers.py --train_data_dir digits --output_dir out --resolution 8 --groups 2 \
+        --block_out_channels 16 32 --base_steps 20 --expert_steps 20 --ddpm_num_inference_steps 10
 
 It has the shape of diffusers' script for unconditional training (accelerate, EMA, checkpoints, samples to TensorBoard)
 with a second stage: the base is pruned per group of timesteps, and all experts train in one model, a `TDCModel`. The
@@ -49,7 +54,7 @@ def parse(argv):
     add("--base_steps", type=int, default=10000)
     add("--expert_steps", type=int, default=6000)
     add("--groups", type=int, default=4)
-    add("--k", type=float, default=0.6, help="mean share of the base's MACs that experts keep")
+    add("--k", type=float, default=0.6, help="lower bound of the shares of the base's MACs that experts keep")
     add("--learning_rate", type=float, default=1e-4)
     add("--lr_warmup_steps", type=int, default=100)
     add("--ema_max_decay", type=float, default=0.9999)

@@ -26,7 +26,7 @@ def discs(count: int, size: int = 8) -> np.ndarray:
 
 
 def main(run_dir: str) -> None:
-    """Train three experts on discs and print what the run directory holds."""
+    """Train three experts on discs and print what the run directory contains."""
     config = TrainConfig(
         run_dir=run_dir,
         image_size=8,
@@ -38,9 +38,8 @@ def main(run_dir: str) -> None:
         noise_schedule="cosine",
         batch_size=16,
         lr=1e-3,
-        ema_rate="0.99",
         groups=3,  # three experts; groups=0 is plain training
-        k=0.6,  # the law of budgets: the hardest group keeps the whole base
+        k=0.6,  # budgets: the hardest group keeps the whole base, the easiest about this share
         stage1_steps=60,
         stage2_steps=40,
         log_interval=20,
