@@ -2,7 +2,8 @@
 
 A step is one command, or several side by side; what each prints goes to a log in DIR. A step that fails or is stopped
 at its limit does not keep the others from running. The same command continues where the last one ended: `--seconds`
-divides the work, an hour on an H200, into as many calls as wanted. DIR/steps.json says how each step ended.
+divides the work, an hour on an H200, into as many calls as wanted. DIR/steps.json says how each step ended. Tests that
+DIR/*.tests have noted do not run again: delete these files to repeat them.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -59,7 +61,10 @@ def steps(out: Path, processes: int) -> list[Step]:
         return Step(name, seconds, (tuple(command.split()),), result)
 
     def tests(name: str, seconds: int, files: Sequence[str]) -> Step:
-        return Step(name, seconds, tuple(("-m", "pytest", "-m", "gpu", "-v", f"tests/gpu/{file}") for file in files))
+        runner = ("-m", "tests.gpu.restarting", "--seconds", str(seconds - 20))
+        return Step(
+            name, seconds, tuple((*runner, "--record", f"{out}/{file}.tests", f"tests/gpu/{file}") for file in files)
+        )
 
     first = ["test_hopper_units.py"]
     hopper = ["test_hopper.py", "test_host.py", "test_replay.py"]
@@ -108,7 +113,7 @@ def run_step(step: Step, out: Path, seconds: float) -> dict[str, object]:
             )
     ends = [ended(process, start + seconds) for process in running]
     commands = [
-        {"command": " ".join(("python", *command)), "log": log.name, "ended": end, "last_line": last_line(log)}
+        {"command": " ".join(("python", *command)), "log": log.name, "ended": end, "said": last_words(log)}
         for command, log, end in zip(step.commands, logs, ends, strict=True)
     ]
     return {"seconds": round(time.monotonic() - start, 1), "commands": commands}
@@ -125,10 +130,11 @@ def ended(process: subprocess.Popen[bytes], until: float) -> str:
     return "passed" if code == 0 else f"exit code {code}"
 
 
-def last_line(log: Path) -> str:
-    """The last line that is not empty; pytest's is its summary."""
+def last_words(log: Path) -> str:
+    """The last line that counts tests, or the last line of all."""
     lines = log.read_text(errors="replace").strip().splitlines()
-    return lines[-1][:300] if lines else ""
+    counts = [line for line in lines if re.match(r"\d+ [A-Za-z ]+(, \d+ |$)", line)]
+    return (counts or lines or [""])[-1][:300]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -188,7 +194,7 @@ def run_all(everything: Sequence[Step], out: Path, seconds: float, only: Sequenc
             write_json(record, done)
         for command in done[step.name]["commands"]:  # type: ignore[attr-defined]
             good = good and command["ended"] == "passed"
-            print(f"{step.name}: {command['ended']}: {command['command']}\n    {command['last_line']}", flush=True)
+            print(f"{step.name}: {command['ended']}: {command['command']}\n    {command['said']}", flush=True)
     return 0 if good else 1
 
 
