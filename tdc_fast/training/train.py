@@ -134,6 +134,10 @@ def _check_dataset(dataset: Dataset, config: TrainConfig) -> None:
         raise invalid("image_size", config.image_size, f"{dataset.image_size}, as the images of dataset have")
     if config.class_cond and dataset.labels is None:
         raise invalid("class_cond", config.class_cond, "False, as dataset has no labels")
+    if not config.class_cond and dataset.labels is not None:
+        raise invalid("class_cond", config.class_cond, "True, as dataset has labels, or a dataset without them")
+    if config.in_channels not in (0, dataset.channels):
+        raise invalid("in_channels", config.in_channels, f"{dataset.channels}, as the images of dataset have")
     check_label_rows(config, dataset.num_classes, "dataset")
 
 

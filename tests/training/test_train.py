@@ -378,9 +378,15 @@ def test_corrupt_images_stop_the_run_or_are_left_out_and_counted(cache_bytes, tm
 
 def test_a_given_dataset_has_to_fit_the_configuration(folder):
     images = data.load_dataset(str(small_config(folder).data_dir), image_size=8)
-    for changes, said in (({"image_size": 16}, "image_size: got 16; expected 8"), ({"class_cond": True}, "class_cond")):
+    labelled = data.load_dataset(str(small_config(folder).data_dir), image_size=8, class_cond=True)
+    for given, changes, said in (
+        (images, {"image_size": 16}, "image_size: got 16; expected 8"),
+        (images, {"class_cond": True}, "class_cond: got True; expected False"),
+        (images, {"in_channels": 3}, "in_channels: got 3; expected 1"),
+        (labelled, {}, "class_cond: got False; expected True, as dataset has labels"),
+    ):
         with pytest.raises(ValueError, match=said):
-            train(small_config(folder, "given", **changes), images)
+            train(small_config(folder, "given", **changes), given)
 
 
 def test_a_run_directory_that_cannot_be_made_is_refused_by_name(folder):
