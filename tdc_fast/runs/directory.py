@@ -116,7 +116,7 @@ class RunDirectory:
             "class_counts": None if class_counts is None else list(class_counts.values()),
             "latents": None if latents is None else latents.to_dict(),
             "split": split,
-            "logs": logs,
+            "logs": logs and os.path.abspath(logs),  # the run may be continued from another working directory
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "threads": torch.get_num_threads(),

@@ -79,8 +79,10 @@ def test_every_checkpoint_has_its_configuration_beside_it(two_stages):
 
 def test_logs_go_where_the_environment_says(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("DIFFUSION_BLOB_LOGDIR", str(tmp_path / "blobs"))
-    monkeypatch.setenv("OPENAI_LOGDIR", str(tmp_path / "logs"))
+    monkeypatch.setenv("OPENAI_LOGDIR", "logs")
+    monkeypatch.chdir(tmp_path)
     run = train(small_config(folder, lr_anneal_steps=2).replace(run_dir=""))
+    assert json.loads((run.path / "run.json").read_text())["logs"] == str(tmp_path / "logs")
     assert run.path == tmp_path / "blobs"
     assert (tmp_path / "blobs" / "ema_0.9_000002.pt").exists()
     log = (tmp_path / "logs" / "progress.csv").read_text()
