@@ -32,6 +32,7 @@ from tdc_fast.runs.directory import default_directory
 from tdc_fast.runs.limits import check_limits, check_path
 from tdc_fast.runs.options import DiffusionOptions, ModelOptions
 from tdc_fast.runs.processes import refuse_many_processes
+from tdc_fast.runs.weights import read_description
 
 BASIC = frozenset(
     {
@@ -43,6 +44,11 @@ BASIC = frozenset(
     }
 )
 """The flags that `-h` shows; `--help` shows all."""
+NOT_SHOWN_BY_WEIGHTS = (
+    *("diffusion_steps", "noise_schedule", "rescale_timesteps", "predict_xstart", "predict_v"),
+    *("sigma_small", "num_heads", "num_heads_upsample"),
+)
+"""The flags that neither names nor shapes of weights contradict."""
 _OUT_OF_MEMORY = (
     "out of memory ({}); lower --batch_size (in training also --microbatch, in a search also --score_samples), or take "
     "a smaller network or smaller images: --num_channels, --image_size"
@@ -287,7 +293,12 @@ def load_denoiser(values: Mapping[str, Any]) -> TrainedDenoiser:
     """The denoiser that the flags of `parse_denoiser_flags` name."""
     if values["run"]:
         return from_run(values["run"], values["which"], values["timestep_respacing"])
-    return from_checkpoint(values["model_path"], values)
+    denoiser = from_checkpoint(values["model_path"], values)
+    if read_description(Path(values["model_path"])) is None:
+        flags = " ".join(f"--{name} {values[name]}" for name in NOT_SHOWN_BY_WEIGHTS)
+        risk = f"A wrong value of these gives wrong results without an error: {flags}"
+        print(f"note: {values['model_path']} does not record how it was trained. {risk}", file=sys.stderr)
+    return denoiser
 
 
 def output_directory(values: Mapping[str, Any], name: str) -> Path:

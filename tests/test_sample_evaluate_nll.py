@@ -92,13 +92,16 @@ def test_the_same_seed_gives_the_same_images_and_another_one_others(run, tmp_pat
     assert not np.array_equal(images[0], images[2])
 
 
-def test_a_command_line_of_image_sample_runs_on_foreign_weights(foreign_weights, tmp_path):
+def test_a_command_line_of_image_sample_runs_on_foreign_weights(foreign_weights, tmp_path, capsys):
     sample.main([*MODEL, "--model_path", str(foreign_weights), "--num_samples", "3", "--batch_size", "2",
                  "--clip_denoised", "True", "--use_ddim", "True", "--timestep_respacing", "ddim5",
                  "--out", str(tmp_path)])  # fmt: skip
     archive = np.load(tmp_path / "samples_3x8x8x3.npz")
     assert archive["arr_0"].shape == (3, 8, 8, 3)
     assert "arr_1" not in archive.files
+    assert (
+        "without an error: --diffusion_steps 100 --noise_schedule linear" in capsys.readouterr().err
+    )  # flags that may be wrong
 
 
 def test_weights_that_do_not_fit_the_flags_are_refused_with_the_flags_that_would(
