@@ -43,6 +43,17 @@ def warn_of_small_batches(config: TrainConfig, num_groups: int) -> None:
         )
 
 
+def warn_of_idle_steps(config: TrainConfig) -> None:
+    """Warn where stage 1 goes on after its learning rate has fallen to 0."""
+    steps, end = cost.stage1_steps(config) or 0, config.lr_anneal_steps
+    if not config.base and 0 < end < steps:
+        warnings.warn(
+            f"the learning rate is 0 from step {end} on (--lr_anneal_steps), and stage 1 has {steps} steps "
+            f"(--stage1_steps): the last {steps - end} train nothing",
+            stacklevel=2,
+        )
+
+
 def warn_of_few_calibration_images(config: TrainConfig) -> None:
     """Warn where pruning is decided by a handful of images."""
     measured = config.calibration_batches * config.batch_size

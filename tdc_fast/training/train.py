@@ -27,6 +27,7 @@ from tdc_fast.training.narration import (
     describe_plan,
     describe_widths,
     warn_of_few_calibration_images,
+    warn_of_idle_steps,
     warn_of_small_batches,
 )
 from tdc_fast.training.pruning import build_agents, prune_base, prunes, refuse_unreachable_budgets
@@ -81,6 +82,7 @@ def _checked(config: TrainConfig, dataset: Dataset | None) -> Dataset:
     # A weight, its gradient, two moments of AdamW, and averages; weights from before a step at rates of their own.
     copies = 4 + len(config.ema_rates) + bool(config.stage2_lr_factors)
     refuse_what_cannot_fit(config, dataset.channels, build_device(config), copies=copies)
+    warn_of_idle_steps(config)
     if config.groups > 0:
         warn_of_small_batches(config, config.groups)
     if prunes(config):

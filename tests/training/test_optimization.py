@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
 
+from tdc_fast.training import TrainConfig
+from tdc_fast.training.narration import warn_of_idle_steps
 from tdc_fast.training.optimization import LearningRate, create_optimizer, gradient_norm, load_moments
 from tests.operators import Recorded
 
@@ -25,6 +29,18 @@ def test_the_rate_anneals_as_improved_diffusions_does():
 def test_warm_up_and_a_late_fall():
     rate = LearningRate(1.0, warmup=2, anneal_start=4, anneal_end=8)
     assert [rate(step) for step in range(8)] == [0.5, 1.0, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25]
+
+
+@pytest.mark.parametrize(
+    ("changes", "warned"),
+    [({"lr_anneal_steps": 9}, True), ({"lr_anneal_steps": 10}, False), ({}, False), ({"baseline_steps": 40}, False)],
+)
+def test_steps_after_the_rate_has_fallen_to_0_are_warned_of(changes, warned):
+    config = TrainConfig(data_dir="digits", image_size=8, groups=2, stage1_steps=10, stage2_steps=5, **changes)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warn_of_idle_steps(config)
+    assert [str(one.message).partition(":")[2] for one in caught] == [" the last 1 train nothing"] * warned
 
 
 def test_loaded_moments_are_those_of_their_own_weights_whatever_their_memory_order():
