@@ -48,7 +48,7 @@ class NllOptions:
     num_samples: Annotated[int, Within(1, 10**7)] = 1000
     """Maximum number of images."""
     batch_size: Annotated[int, Within(1, 2**20)] = 1
-    """Images in one batch."""
+    """Images in one batch; every batch takes a forward per timestep. 1 is the default of improved-diffusion."""
     clip_denoised: bool = True
     """Clip every predicted image to [-1, 1]."""
     seed: Annotated[int, Within(0, 2**63 - 1)] = 0
