@@ -104,7 +104,7 @@ class OptimizerOptions:
     """Optimizer, learning rate, averaging and precision."""
 
     batch_size: Annotated[int, Within(1, 2**20)] = 1
-    """Images per step."""
+    """Images per step, of all processes together; improved-diffusion's is that of each process."""
     microbatch: Annotated[int, Within(-1, 2**20)] = -1
     """Split each step's batch into pieces of this many images to save memory; -1 or 0 does not split."""
     lr: Annotated[float, Within(0)] = 1e-4

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from tdc_fast.data.dataset import Dataset
+from tdc_fast.distributed import world
 from tdc_fast.nn.macs import measure_macs
 from tdc_fast.nn.width_plan import WidthPlan
 from tdc_fast.routing import TimestepGroups
@@ -99,7 +100,8 @@ def describe_plan(run: RunDirectory, dataset: Dataset) -> str:
     ]
     lines.append(f"         attention {_describe_attention(config)}")
     steps = cost.stage1_steps(config)
-    stage1 = f"{'no limit of' if steps is None else steps} steps of {config.batch_size} images"
+    shared = "" if world().alone else f", of all {world().size} processes together"
+    stage1 = f"{'no limit of' if steps is None else steps} steps of {config.batch_size} images{shared}"
     if not config.groups:
         lines.append(f"train:   {stage1}")
     else:

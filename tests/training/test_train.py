@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tdc_fast.data import dataset as data
 from tdc_fast.diffusion import Diffusion
+from tdc_fast.distributed.world import World, as_world
 from tdc_fast.routing import TimestepGroups
 from tdc_fast.runs import build
 from tdc_fast.runs.build import build_unet
@@ -22,6 +23,7 @@ from tdc_fast.runs.unet_flags import flags_of
 from tdc_fast.runs.weights import load_tensors
 from tdc_fast.train import main, train
 from tdc_fast.training import load_run, prune_base, train_base, train_experts
+from tdc_fast.training.narration import describe_plan
 from tdc_fast.training.phase import build_base
 from tdc_fast.training.stored_state import MOMENTS, read_moments
 from tests.training.small_run import TWO_STAGES, differences, flags, rows, small_config, write_images
@@ -58,6 +60,13 @@ def test_plain_training_writes_improved_diffusions_files_and_columns(plain):
         ("6", "36"),
         ("8", "48"),
     ]
+
+
+def test_the_plan_says_that_several_processes_share_a_batch(plain):
+    """improved-diffusion's --batch_size is that of each process."""
+    assert "train:   8 steps of 6 images\n" in describe_plan(plain, IMAGES)
+    with as_world(World(rank=0, size=8)):
+        assert "train:   8 steps of 6 images, of all 8 processes together\n" in describe_plan(plain, IMAGES)
 
 
 def test_weight_files_are_plain_fp32_state_dicts_of_the_flags_model(plain):
