@@ -57,7 +57,7 @@ def test_budgets_that_no_widths_meet_and_tables_that_do_not_fit_are_refused_befo
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("step", ["0", "-8", "8.5", "wide", "9000", ""])
+@pytest.mark.parametrize("step", ["0", "-8", "8.5", "wide", "9000", "0000000819299", ""])
 def test_a_width_step_is_a_number_of_channels_or_auto(step: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="width_step: got .*expected a number of channels from 1 to 8192, or auto"):
         small_config(tmp_path, **TWO_STAGES, width_step=step)

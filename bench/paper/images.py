@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from bench.paper.recipes import Recipe, Study, contestant, images_study, stage1
-from bench.paper.run import Outcome, protocol, run_rows
+from bench.paper.run import Outcome, protocol, refuse_what_time_forbids, run_rows
 from bench.paper.sizing import Sizing, decide, least_steps, warm_up
 from bench.paper.summary import summarise, write_table
 from bench.paper.tables import TABLES, Table, arm, with_merged
@@ -34,6 +34,7 @@ from tdc_fast.experiments.measure import MeasuringProtocol, load_yardsticks
 from tdc_fast.report import write_report
 from tdc_fast.runs.build import named_device, split_data
 from tdc_fast.runs.limits import PathText, Within, check_limits, comma_numbers
+from tdc_fast.runs.options import TimeOptions
 from tdc_fast.text_files import read_record
 
 TABLE = TABLES["main"]
@@ -45,7 +46,7 @@ SEED_NOTE = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImagesOptions:
+class ImagesOptions(TimeOptions):
     """TDC and all its controls on your own images."""
 
     data_dir: PathText = ""
@@ -186,7 +187,8 @@ def _study(options: ImagesOptions, steps: int) -> Study:
         device=str(device),
         precision="bf16" if device.type == "cuda" else "fp32",
     )
-    return dataclasses.replace(study, sampling_steps=options.sampling_steps, loss_points=options.loss_points)
+    study = dataclasses.replace(study, sampling_steps=options.sampling_steps, loss_points=options.loss_points)
+    return dataclasses.replace(study.in_time(options), name=study.name)  # the folder is of these options alone
 
 
 def _training_images(study: Study, table: Table, options: ImagesOptions) -> int:
@@ -220,12 +222,14 @@ def _sizing(
     """What an earlier call decided, or what this one decides after a warm-up."""
     out, recorded = Path(options.out), _recorded(options)
     record, decision, warm = out / "study.json", out / "sizing.json", out / "warmup"
-    if begun_with(record, recorded, "study", leftovers=(decision.name, warm.name)):
+    if begun_with(record, recorded, "study", ImagesOptions, leftovers=(decision.name, warm.name)):
         try:
             return Sizing(**read_record(decision)["decided"])
         except (KeyError, TypeError) as error:
             remedy = "the steps that the study in this folder decided on; begin anew with another --out"
             raise invalid("out", str(decision), remedy) from error
+    if study.tells_time:
+        refuse_what_time_forbids(study, table.rows, out)
     shutil.rmtree(warm, ignore_errors=True)  # of a call that was stopped in it
     say(f"warm-up: a few steps of every kind of run, to divide {options.minutes:g} minutes")
     try:
@@ -321,7 +325,8 @@ def describe(recipe: Recipe, study: Study) -> str:
             f"One expert for all timesteps, {'pruned to the mean of the budgets, ' if pruned else ''}trained as the "
             f"experts are, on {small} images per step: the recipe without groups. Training {end}."
         )
-    how = f"pruned to their budgets (k = {study.experts['k']})" if pruned else "whole"
+    of_time = " of the base's time" if study.experts.get("budget_in") == "latency" else ""
+    how = f"pruned to their budgets (k = {study.experts['k']}{of_time})" if pruned else "whole"
     ranges = {name: f"{first:g} to {last:g}" for name, (first, last) in recipe.by_group.items()}
     levers = {name: value for name, value in {**recipe.experts, **ranges}.items() if name != "k"}
     also = "".join(f", --{name} {value}" for name, value in levers.items())

@@ -18,6 +18,10 @@ from tdc_fast.pruning.budget import budget_law
 from tdc_fast.runs.checkpoint import model_file
 from tdc_fast.runs.config import TrainConfig
 from tdc_fast.runs.limits import comma_numbers
+from tdc_fast.runs.options import TimeOptions, time_options
+
+TIMED = "-latency"
+"""What the name of a study ends with where its experts' budgets or widths follow time."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,18 @@ class Study:
     def scaled(self, scale: float) -> Study:
         """The same study with `scale` times the steps."""
         return dataclasses.replace(self, baseline_steps=max(16, round(scale * self.baseline_steps)))
+
+    def in_time(self, options: TimeOptions) -> Study:
+        """The same study with experts whose budgets or widths follow the time that layers take."""
+        time = time_options(options)
+        if time == time_options(TimeOptions()):
+            return self
+        return dataclasses.replace(self, name=f"{self.name}{TIMED}", experts={**self.experts, **time})
+
+    @property
+    def tells_time(self) -> bool:
+        """Whether its plans tell the estimated time of experts."""
+        return self.experts.get("budget_in") == "latency" or bool(self.experts.get("latency_table"))
 
     @property
     def dataset(self) -> tuple[str, int, OnCorrupt]:
@@ -71,6 +87,7 @@ IMAGES = {
     "lr": 3e-4,
     "ema_rate": "0.999",
     "ema_ramp": True,
+    "num_threads": 1,  # of the worker that trains, also where what its times are is asked elsewhere
     "tensorboard": False,
     "progress": "never",
 }
@@ -206,7 +223,11 @@ def contestant(study: Study, recipe: Recipe, seed: int, folder: Path) -> tuple[C
             batch_size=study.small_batch if recipe.small_batch else study.settings["batch_size"],
         )
     else:
-        groups = int({**study.experts, **recipe.experts}["groups"])
+        experts = {**study.experts, **recipe.experts, **batch}
+        groups = int(experts["groups"])
+        # A table is of the study's own batch and number of groups: times of other experts are estimated without it.
+        same = all(experts[name] == study.experts[name] for name in ("groups", "stage2_batch"))
+        table = {} if same else {"latency_table": ""}
         config = first.config.replace(
             **{
                 **study.experts,
@@ -214,6 +235,7 @@ def contestant(study: Study, recipe: Recipe, seed: int, folder: Path) -> tuple[C
                 **{name: _in_equal_ratios(ends, groups) for name, ends in recipe.by_group.items()},
                 **batch,
                 **budget,
+                **table,
                 "run_dir": directory,
                 "base": str(first.directory),
                 "batch_size": study.settings["batch_size"],

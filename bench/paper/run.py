@@ -18,7 +18,9 @@ from tdc_fast.experiments.measure import Measured, MeasuringProtocol, load_measu
 from tdc_fast.nn.merging import Merging
 from tdc_fast.pruning.memory import read_trials
 from tdc_fast.routing import TimestepGroups
+from tdc_fast.runs.build import build_data
 from tdc_fast.runs.loading import load_run
+from tdc_fast.training.pruning import refuse_unreachable_budgets
 
 LOSS_INTERVALS = 4  # the held-out loss is measured by quarter of the timesteps, for any groups
 
@@ -111,6 +113,28 @@ def run_rows(
         recipe.key: [_outcome(*plan[recipe.key, seed], merged=recipe.merging is not None) for seed in seeds]
         for recipe in rows
     }
+
+
+def refuse_what_time_forbids(study: Study, rows: Sequence[Recipe], folder: Path) -> None:
+    """Refuse a table of times that does not fit, and budgets in time that no widths meet, before anything is trained.
+
+    Args:
+        study: the study.
+        rows: its models.
+        folder: of its runs.
+
+    Raises:
+        ValueError: naming the model and what does not fit.
+    """
+    channels = None
+    for recipe in rows:
+        if recipe.experts is not None and recipe.merging is None:
+            config = contestant(study, recipe, 0, folder)[1].config
+            channels = channels or build_data(config).channels
+            try:
+                refuse_unreachable_budgets(config, channels)
+            except ValueError as error:
+                raise ValueError(f"{recipe.label}: {error}") from error
 
 
 def cpu_minutes(study: Study, rows: Sequence[Recipe], seeds: Sequence[int], folder: Path) -> float | None:

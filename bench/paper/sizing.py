@@ -13,11 +13,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from bench.paper.recipes import Recipe, Study, contestant, mean_budget, stage1, stage1_share
 from tdc_fast.errors import invalid
 from tdc_fast.experiments.contestants import Contestant
 from tdc_fast.experiments.jobs import Job, read_progress, run_jobs, training_job
 from tdc_fast.experiments.measure import MeasuringProtocol, measure, prepare_yardsticks
+from tdc_fast.runs.loading import load_run
 
 WARM_STEPS = 30
 """Steps of each kind of run; those of its first row are not timed."""
@@ -39,10 +42,12 @@ class Pace:
     Attributes:
         step: seconds per step.
         fixed: seconds of a run besides its steps: reading the data, compiling and capturing, pruning, checkpoints.
+        macs: MACs of a sample of its experts as a share of the base's, where their budgets are in time and do not say.
     """
 
     step: float
     fixed: float
+    macs: float | None = None
 
 
 @dataclass(frozen=True)
@@ -107,7 +112,11 @@ def decide(study: Study, rows: Sequence[Recipe], paces: Paces, minutes: float, l
     Raises:
         ValueError: the minutes are too few; says how many are enough.
     """
-    shares = {recipe.key: _steps_per_step(study, recipe) for recipe in rows if recipe.merging is None}
+    shares = {
+        recipe.key: _steps_per_step(study, recipe, paces.rows[recipe.key].macs)
+        for recipe in rows
+        if recipe.merging is None
+    }
     first = stage1_share(study, rows[0])
     per_step = first * paces.stage1.step + sum(share * paces.rows[key].step for key, share in shares.items())
     fixed = paces.elapsed + paces.yardsticks + paces.stage1.fixed
@@ -125,14 +134,20 @@ def decide(study: Study, rows: Sequence[Recipe], paces: Paces, minutes: float, l
     return Sizing(steps, fixed + steps * per_step, {key: round(share * steps) for key, share in shares.items()})
 
 
-def _steps_per_step(study: Study, recipe: Recipe) -> float:
-    """Steps of a recipe after stage 1 for each step of C; what pruning costs is taken from them later."""
+def _steps_per_step(study: Study, recipe: Recipe, macs: float | None) -> float:
+    """Steps of a recipe after stage 1 for each step of C; what pruning costs is taken from them later.
+
+    Args:
+        study: the study.
+        recipe: the recipe.
+        macs: MACs of a sample of its experts as a share of the base's; None where its budgets say them.
+    """
     left = recipe.cost - stage1_share(study, recipe)
     if recipe.experts is None:
         return left * (study.small_factor if recipe.small_batch else 1)
     experts = {**study.experts, **({} if recipe.mean_budget else recipe.experts)}
     batch = study.small_batch if recipe.small_batch else int(experts["stage2_batch"])
-    return left * int(study.settings["batch_size"]) / batch / mean_budget(experts)
+    return left * int(study.settings["batch_size"]) / batch / (macs or mean_budget(experts))
 
 
 def warm_up(
@@ -205,7 +220,15 @@ def _pace(model: Contestant, seconds: float) -> Pace:
     rows = [(int(row["step"]), float(row["wall_seconds"])) for row in read_progress(model.progress)]
     (first, began), (last, ended) = rows[0], rows[-1]
     step = (ended - began) / (last - first)
-    return Pace(step, max(0.0, seconds - WARM_STEPS * step))
+    return Pace(step, max(0.0, seconds - WARM_STEPS * step), _macs_of_times(model))
+
+
+def _macs_of_times(model: Contestant) -> float | None:
+    """The MACs of a sample of experts whose budgets are in time, as a share of the base's; None for other models."""
+    if not model.config.groups or model.config.budget_in != "latency":
+        return None
+    forward = (load_run(model.directory).macs or {})["per_sample"]["forward"]
+    return float(np.mean(forward["experts"])) / forward["base"]
 
 
 def _measuring_jobs(model: Contestant, yardsticks: Path, how: MeasuringProtocol, folder: Path) -> list[Job]:

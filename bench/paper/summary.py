@@ -27,7 +27,7 @@ def summarise(
 ) -> dict[str, Any]:
     """Collect all numbers of a table, as its JSON file holds them."""
     first = outcomes[table.rows[0].key]
-    rows = [_row(recipe.label, outcomes[recipe.key], first) for recipe in table.rows]
+    rows = [_row(recipe.label, outcomes[recipe.key], first, study.tells_time) for recipe in table.rows]
     return {
         "table": table.name,
         "question": table.question,
@@ -53,7 +53,13 @@ def summarise(
     }
 
 
-def _row(label: str, ours: Sequence[Outcome], yardstick: Sequence[Outcome]) -> dict[str, Any]:
+def _sampling_time(ours: Sequence[Outcome]) -> float | None:
+    shares = [outcome.measured.time_share for outcome in ours]
+    known = [share for share in shares if share is not None]
+    return statistics.mean(known) if len(known) == len(shares) else None
+
+
+def _row(label: str, ours: Sequence[Outcome], yardstick: Sequence[Outcome], in_time: bool) -> dict[str, Any]:
     losses = [outcome.measured.heldout.mean for outcome in ours]
     relative = [
         compare(a.measured.heldout, b.measured.heldout)[0].relative for a, b in zip(ours, yardstick, strict=True)
@@ -69,6 +75,7 @@ def _row(label: str, ours: Sequence[Outcome], yardstick: Sequence[Outcome]) -> d
         "sampling_cost": statistics.mean(
             a.measured.macs_per_image / b.measured.macs_per_image for a, b in zip(ours, yardstick, strict=True)
         ),
+        **({"sampling_time": _sampling_time(ours)} if in_time else {}),
         "sampling_macs_per_image": [outcome.measured.macs_per_image for outcome in ours],
         "heldout_loss": losses,
         "heldout_loss_by_quarter": [statistics.mean(quarter) for quarter in quarters],
@@ -120,20 +127,23 @@ def as_markdown(result: dict[str, Any]) -> str:
     """The table as Markdown, with mean ± standard deviation over seeds and how it was measured."""
     seeds = len(result["seeds"])
     searched = any(row["search_score"] for row in result["rows"])
+    in_time = "sampling_time" in result["rows"][0]
     lines = [
         f"# {result['table']}: {result['study']}",
         "",
         result["question"],
         "",
-        "| model | training cost | sampling MACs | held-out loss | against the first row | by quarter, high to low SNR "
-        "| Fréchet distance | better on loss / distance |" + (" best score found |" if searched else ""),
-        "|---|---|---|---|---|---|---|---|" + ("---|" if searched else ""),
+        f"| model | training cost | sampling MACs |{' sampling time |' if in_time else ''} held-out loss | against the "
+        "first row | by quarter, high to low SNR | Fréchet distance | better on loss / distance |"
+        + (" best score found |" if searched else ""),
+        "|---|---|---|---|---|---|---|---|" + "---|" * (searched + in_time),
     ]
     for row in result["rows"]:
         quarters = " ".join(f"{value:.4f}".lstrip("0") for value in row["heldout_loss_by_quarter"])
         relative = [100 * value for value in row["heldout_against_yardstick"]]
         lines.append(
             f"| {row['label']} | {row['training_cost']:.2f} C | {row['sampling_cost']:.2f} "
+            f"{_time_cell(row['sampling_time']) if in_time else ''}"
             f"| {spread(row['heldout_loss'], 5)} | {spread(relative, 2)} % | {quarters} "
             f"| {spread(row['frechet_distance'], 3)} "
             f"| {row['better_on_loss']} / {row['better_on_frechet']} of {seeds} |"
@@ -145,7 +155,7 @@ def as_markdown(result: dict[str, Any]) -> str:
         "",
         f"{_about_seeds(result['seeds'])} C is "
         f"{result['C']['steps']} uniform steps, {result['C']['macs']:.3g} MACs; costs are counted MACs, pruning and "
-        f"calibration included. "
+        f"calibration included. {_ABOUT_TIME if in_time else ''}"
         f"Fréchet distance: {frechet['samples']} samples, {frechet['draws']} draw(s), {frechet['sampler']}, in "
         f"{frechet['feature_space']}; real against real: {floors}.",
         *(["", _about_scores(result["score_against_loss"])] if searched else []),
@@ -156,6 +166,13 @@ def as_markdown(result: dict[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+_ABOUT_TIME = "Sampling time: estimated, as a share of the base's. "
+
+
+def _time_cell(share: float | None) -> str:
+    return "| — " if share is None else f"| {share:.2f} "
 
 
 def _about_seeds(seeds: Sequence[int]) -> str:

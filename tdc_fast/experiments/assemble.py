@@ -17,12 +17,15 @@ import tdc_fast
 from tdc_fast.evaluation.frechet import DistanceSpread
 from tdc_fast.experiments.contestants import Contestant
 from tdc_fast.experiments.jobs import read_progress
-from tdc_fast.experiments.measure import Measured, MeasuringProtocol, Yardsticks
+from tdc_fast.experiments.measure import Measured, MeasuringProtocol, Yardsticks, base_time
 from tdc_fast.pruning.latency.setting import processor_name
 from tdc_fast.report.numbers import Comparison, Curve, ExpertWidths, ModelResult
 from tdc_fast.runs.loading import Run, load_run
 
-EXPERT_SETTINGS = ("groups", "grouping", "difficulty", "k", "importance", "calibration_batches", "stage2_batch")
+EXPERT_SETTINGS = (
+    *("groups", "grouping", "difficulty", "k", "budget_in", "latency_table", "width_step", "importance"),
+    *("calibration_batches", "stage2_batch"),
+)
 """The settings of the pruned experts that a report lists."""
 
 
@@ -91,7 +94,7 @@ def compare_runs(
         settings={
             "model and training": {name: value for name, value in subject.settings.items() if value != ""},
             "this job": subject.options,
-            "experts": {name: getattr(pruned.config, name) for name in EXPERT_SETTINGS},
+            "experts": {name: value for name in EXPERT_SETTINGS if (value := getattr(pruned.config, name)) != ""},
         },
         environment=describe_environment(),
         seed_note=subject.seed_note,
@@ -125,6 +128,7 @@ def _result(stage1: Run, model: Contestant, measured: Measured, protocol: Measur
         frechet=DistanceSpread(protocol.samples, measured.distances),
         curve=_curve((before, after), len(protocol.boundaries) - 1),
         samples=measured.samples,
+        sampling_time=measured.time_share,
     )
 
 
@@ -195,7 +199,7 @@ def _widths(run: Run) -> ExpertWidths:
     plan = run.widths
     assert plan is not None
     units = run.base().pruning_units()
-    whole = (run.macs or {})["per_sample"]["forward"]["base"]
+    whole, base = (run.macs or {})["per_sample"]["forward"]["base"], base_time(run)
     return ExpertWidths(
         units=tuple(unit.name for unit in units),
         channels=tuple(unit.channels for unit in units),
@@ -204,8 +208,9 @@ def _widths(run: Run) -> ExpertWidths:
         ),
         budgets=tuple(budget / whole for budget in plan.budgets),
         macs=tuple(macs / whole for macs in plan.macs),
-        latency_ms=tuple(ns / 1e6 for ns in plan.latency),
-        latency_budgets_ms=tuple(ns / 1e6 for ns in plan.latency_budgets),
+        times=tuple(ns / base for ns in plan.latency) if base else (),
+        time_budgets=tuple(ns / base for ns in plan.latency_budgets) if base else (),
+        base_ms=(base or 0) / 1e6,
         boundaries=plan.boundaries,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -91,7 +92,9 @@ def stage1(out: Path, baseline_steps: int, seed: int) -> Contestant:
     return Contestant("stage1", "stage 1", "shared by all", config)
 
 
-def contestants(out: Path, baseline_steps: int, seed: int, control: bool) -> tuple[Contestant, ...]:
+def contestants(
+    out: Path, baseline_steps: int, seed: int, control: bool, time: Mapping[str, str] | None = None
+) -> tuple[Contestant, ...]:
     """All models of the demo, the yardstick (the uniform baseline at cost C) first.
 
     Args:
@@ -99,6 +102,7 @@ def contestants(out: Path, baseline_steps: int, seed: int, control: bool) -> tup
         baseline_steps: steps of the uniform baseline at cost C.
         seed: training seed.
         control: include the uniform baseline with small batches.
+        time: options of `TimeOptions` for the pruned experts; None takes their defaults.
     """
     first = stage1(out, baseline_steps, seed)
     start = round(STAGE1_SHARE * baseline_steps)
@@ -115,7 +119,7 @@ def contestants(out: Path, baseline_steps: int, seed: int, control: bool) -> tup
             **changes,
         )
 
-    def experts(name: str, cost: float, k: float) -> TrainConfig:
+    def experts(name: str, cost: float, k: float, **changes: str) -> TrainConfig:
         return first.config.replace(
             run_dir=str(out / name),
             base=str(first.directory),
@@ -126,8 +130,11 @@ def contestants(out: Path, baseline_steps: int, seed: int, control: bool) -> tup
             stage2_batch=STAGE2_BATCH,
             baseline_steps=baseline_steps,
             total_share=cost,
+            **changes,
         )
 
+    changes = dict(time or {})
+    of_time = " of the base's time" if changes.get("budget_in") == "latency" else ""
     found = [
         Contestant(
             "uniform",
@@ -150,8 +157,9 @@ def contestants(out: Path, baseline_steps: int, seed: int, control: bool) -> tup
         Contestant(
             "pruned",
             "experts, pruned, 0.8 C",
-            f"{NUM_GROUPS} experts pruned to their budgets (k = {PRUNED_K}) and fine-tuned on their own timesteps.",
-            experts("pruned", REDUCED_COST, PRUNED_K),
+            f"{NUM_GROUPS} experts pruned to their budgets (k = {PRUNED_K}{of_time}) and fine-tuned on their own "
+            "timesteps.",
+            experts("pruned", REDUCED_COST, PRUNED_K, **changes),
         ),
     ]
     if control:

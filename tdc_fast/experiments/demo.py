@@ -20,6 +20,8 @@ from tdc_fast.report import write_report
 from tdc_fast.routing import TimestepGroups
 from tdc_fast.runs.groups import build_groups
 from tdc_fast.runs.limits import PathText, Within, check_limits
+from tdc_fast.runs.options import TimeOptions, time_options
+from tdc_fast.training.pruning import refuse_unreachable_budgets
 
 FULL_STEPS = 3000
 SEED_NOTE = (
@@ -33,7 +35,7 @@ NO_SMALL_BATCH_CONTROL = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class DemoOptions:
+class DemoOptions(TimeOptions):
     """Baselines and experts on scikit-learn's digits, and a report that compares them."""
 
     out: PathText = "runs/demo"
@@ -79,10 +81,10 @@ def run_demo(options: DemoOptions, *, in_process: bool = False) -> Path:
     _check(options)
     out = Path(options.out)
     _claim(out, options)
-    steps = max(8, round(FULL_STEPS * options.scale))
+    steps = _baseline_steps(options)
     first = stage1(out, steps, options.seed)
-    models = contestants(out, steps, options.seed, options.control)
-    groups = build_groups(next(model for model in models if model.key == "pruned").config)
+    models = _contestants(options)
+    groups = build_groups(_pruned(models).config)
     assert groups is not None
     protocol = _protocol(options, groups)
     processes = 0 if in_process else options.processes or cpu_count() or 1
@@ -119,9 +121,24 @@ def _check(options: DemoOptions) -> None:
 def _claim(out: Path, options: DemoOptions) -> None:
     """Record the options in the folder, or check that it was started with the same ones."""
     recorded, path = _recorded_options(options), out / "demo.json"
-    if not begun_with(path, recorded, "demo"):
+    if not begun_with(path, recorded, "demo", DemoOptions):
+        refuse_unreachable_budgets(_pruned(_contestants(options)).config, in_channels=1)
         out.mkdir(parents=True, exist_ok=True)
         write_json(path, recorded)
+
+
+def _baseline_steps(options: DemoOptions) -> int:
+    """C in steps."""
+    return max(8, round(FULL_STEPS * options.scale))
+
+
+def _contestants(options: DemoOptions) -> tuple[Contestant, ...]:
+    steps = _baseline_steps(options)
+    return contestants(Path(options.out), steps, options.seed, options.control, time_options(options))
+
+
+def _pruned(models: Sequence[Contestant]) -> Contestant:
+    return next(model for model in models if model.key == "pruned")
 
 
 def _subject(options: DemoOptions) -> Subject:

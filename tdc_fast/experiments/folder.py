@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,16 @@ from tdc_fast.errors import invalid
 from tdc_fast.text_files import read_record
 
 
-def begun_with(record: Path, options: Mapping[str, Any], what: str, leftovers: Collection[str] = ()) -> bool:
+def begun_with(
+    record: Path, options: Mapping[str, Any], what: str, kind: type, leftovers: Collection[str] = ()
+) -> bool:
     """Whether an experiment with these options has begun in the folder of `record`, which says so.
 
     Args:
         record: the file of the options, as JSON, that the caller writes when the experiment begins.
         options: the options that decide the numbers.
         what: the experiment, for messages.
+        kind: the dataclass of the options, with the defaults that options newer than the record had.
         leftovers: names that may be in the folder before the record is.
 
     Returns:
@@ -27,7 +31,8 @@ def begun_with(record: Path, options: Mapping[str, Any], what: str, leftovers: C
     """
     out = record.parent
     if record.is_file():
-        for name, value in read_record(record).items():
+        defaults = {field.name: field.default for field in dataclasses.fields(kind) if field.name in options}
+        for name, value in {**defaults, **read_record(record)}.items():
             if options.get(name) != value:
                 raise invalid(name, options.get(name), f"{value!r}, as in the {what} begun in {out}, or another --out")
         print(f"continuing the {what} in {out}: what is finished is kept")

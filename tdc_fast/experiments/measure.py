@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from tdc_fast.nn.packing import RoutedModel, pack_experts
 from tdc_fast.routing import TimestepGroups
 from tdc_fast.runs.build import build_device
 from tdc_fast.runs.denoisers import TrainedDenoiser, from_run, split_of
+from tdc_fast.runs.loading import Run, load_run
 from tdc_fast.runs.merged import merge_run
 from tdc_fast.runs.weights import load_tensors
 
@@ -65,6 +67,7 @@ class Measured:
         samples: the first images of the first draw, (M, C, H, W) uint8, M at most 100.
         macs_per_image: MACs of sampling one image.
         parameters: parameters in use.
+        time_share: estimated time of sampling one image as a share of the base's; None where none was estimated.
     """
 
     heldout: HeldoutLosses
@@ -72,6 +75,7 @@ class Measured:
     samples: Tensor
     macs_per_image: int
     parameters: int
+    time_share: float | None = None
 
 
 @dataclass(frozen=True)
@@ -196,6 +200,7 @@ def measure(
         "samples": shown,
         "macs_per_image": sampling_macs(model, timesteps.to(device), denoiser.image_shape),
         "parameters": count_parameters(trained.model),
+        "time_share": 1.0 if merging else sampling_time(load_run(run_directory), timesteps),
     }
     _save(path, content)
 
@@ -215,7 +220,30 @@ def load_measured(path: Path) -> Measured:
         samples=content["samples"],
         macs_per_image=content["macs_per_image"],
         parameters=content["parameters"],
+        time_share=content.get("time_share"),
     )
+
+
+def base_time(run: Run) -> float | None:
+    """The estimated nanoseconds of a run's whole base, as its experts' times are told; None where none are."""
+    pruning = (run.macs or {}).get("phases", {}).get("pruning", {})
+    return pruning.get("base_latency") if run.widths is not None and run.widths.latency else None
+
+
+def sampling_time(run: Run, timesteps: Tensor) -> float | None:
+    """The estimated time of a run's model over some timesteps as a share of the base's; None where none is estimated.
+
+    A model whose experts are whole, or that has none, is the base.
+
+    Args:
+        run: the run.
+        timesteps: those of the process that it was trained with, integers (S,).
+    """
+    if run.widths is None or run.groups is None:
+        return 1.0
+    base = base_time(run)
+    times = [run.widths.latency[group] for group in run.groups.group_of(timesteps).tolist()] if base else []
+    return statistics.fmean(times) / base if base else None
 
 
 def _routed(denoiser: TrainedDenoiser) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import itertools
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 from tdc_fast.atomic import atomic_file, write_json
 from tdc_fast.evaluation.heldout import compare
 from tdc_fast.report import findings, plots
-from tdc_fast.report.numbers import Comparison, ModelResult
+from tdc_fast.report.numbers import Comparison, ExpertWidths, ModelResult
 from tdc_fast.report.style import STYLE
 
 LEVEL_NOTE = (
@@ -109,7 +110,7 @@ def _plus_minus(value: float, spread: float, digits: str) -> str:
 
 
 def _numbers(comparison: Comparison) -> str:
-    groups = range(len(comparison.boundaries) - 1)
+    groups, in_time = range(len(comparison.boundaries) - 1), bool(comparison.widths.times)
     rows = []
     for model in comparison.models:
         overall, _ = compare(model.heldout, comparison.yardstick.heldout)
@@ -121,6 +122,7 @@ def _numbers(comparison: Comparison) -> str:
                 _swatch(comparison, model),
                 f"{comparison.training_cost(model):.3f} C",
                 f"{comparison.sampling_cost(model):.3f}",
+                *([_share(model.sampling_time)] if in_time else []),
                 f"{model.heldout.mean:.5f}",
                 against,
                 *(f"{model.heldout.per_group[g]:.4f}" for g in groups),
@@ -128,7 +130,8 @@ def _numbers(comparison: Comparison) -> str:
             ]
         )
     head = [
-        "model", "training cost", "cost per image", "held-out loss", "against the first",
+        "model", "training cost", "cost per image", *(["time per image"] if in_time else []), "held-out loss",
+        "against the first",
         *(f"{comparison.interval} {g}" for g in groups), "Fréchet distance",
     ]  # fmt: skip
     first = comparison.models[0]
@@ -139,7 +142,9 @@ def _numbers(comparison: Comparison) -> str:
     note = (
         f"Lower is better throughout; {comparison.interval} 0 has the least noise. C is the measured training compute "
         f"of the first model, {first.training_macs:.3e} MACs; cost per image counts every step of the sampler with the "
-        f"expert of that step ({first.sampling_macs / 1e6:.1f} M MACs for the first model). Held-out loss: "
+        f"expert of that step ({first.sampling_macs / 1e6:.1f} M MACs for the first model)"
+        f"{'; time per image is estimated likewise, as a share of the time of the base' if in_time else ''}. "
+        "Held-out loss: "
         f"{first.heldout.num_images} images, {len(first.heldout.timesteps[0])} fixed timesteps for each "
         f"{comparison.interval}, the same noise for all models; ± is the standard error of the paired difference. "
         "Fréchet distance: "
@@ -147,6 +152,10 @@ def _numbers(comparison: Comparison) -> str:
         f"standard deviation over the draws. Real against real: {floors}."
     )
     return _table(head, rows, "numbers") + f'<p class="note">{html.escape(note)}</p>'
+
+
+def _share(value: float | None) -> str:
+    return "—" if value is None else f"{value:.3f}"
 
 
 def _samples(comparison: Comparison) -> str:
@@ -184,10 +193,27 @@ def _groups(comparison: Comparison) -> str:
         "keeps the whole base model. Bars: the share of the base's MACs that each pruned expert's widths take"
         f"{', and the share that it may use' if plan.budgets else ''}."
     )
-    if plan.latency_ms:
-        may = " and what it may take" if plan.latency_budgets_ms else ""
-        note += f" Milliseconds: the estimated time of one forward of a batch of the expert's samples{may}."
-    return _figure(plots.snr_curve(comparison), "SNR curve, groups and budgets") + f'<p class="note">{note}</p>'
+    if plan.times:
+        note += (
+            " Time: the estimated time of one forward of a batch of the expert's samples, as a share of that of the "
+            f"whole base, {plan.base_ms:.4g} ms."
+        )
+    figure = _figure(plots.snr_curve(comparison), "SNR curve, groups and budgets")
+    return figure + _experts(plan) + f'<p class="note">{note}</p>'
+
+
+def _experts(plan: ExpertWidths) -> str:
+    """A table of what each expert costs, with its budget where there is one."""
+    columns = {
+        "MACs / base": plan.macs, "budget in MACs": plan.budgets, "time / base": plan.times,
+        "budget in time": plan.time_budgets,
+    }  # fmt: skip
+    shown = {name: values for name, values in columns.items() if values}
+    rows = [
+        [f"{group}", f"{start} to {stop - 1}", *(f"{values[group]:.4f}" for values in shown.values())]
+        for group, (start, stop) in enumerate(itertools.pairwise(plan.boundaries))
+    ]
+    return _table(("group", "timesteps", *shown), rows, "numbers")
 
 
 def _widths(comparison: Comparison) -> str:

@@ -45,6 +45,7 @@ class ModelResult:
         frechet: Fréchet distances of its draws.
         curve: training loss against compute.
         samples: images (M, C, H, W) uint8 for the grid.
+        sampling_time: estimated time of sampling one image as a share of the base's; None where none was estimated.
     """
 
     key: str
@@ -59,6 +60,7 @@ class ModelResult:
     frechet: DistanceSpread
     curve: Curve
     samples: Tensor
+    sampling_time: float | None = None
 
     @property
     def training_macs(self) -> float:
@@ -68,7 +70,7 @@ class ModelResult:
 
 @dataclass(frozen=True)
 class ExpertWidths:
-    """The widths of a width plan, the MACs of its experts as shares of the base's, and their estimated time.
+    """The widths of a width plan, and the MACs and the estimated time of its experts as shares of the base's.
 
     Attributes:
         units: names of the prunable units.
@@ -77,8 +79,9 @@ class ExpertWidths:
         budgets: MACs that each expert may use; () where budgets are in time.
         macs: MACs that each expert uses.
         boundaries: boundaries of the experts' groups of timesteps, from 0 to T.
-        latency_ms: estimated milliseconds of a batch, for each expert; () where not estimated.
-        latency_budgets_ms: those that each expert may use; () where budgets are in MACs.
+        times: estimated time of each expert; () where not estimated.
+        time_budgets: time that each expert may take; () where budgets are in MACs.
+        base_ms: estimated milliseconds of one forward of the whole base on a batch.
     """
 
     units: tuple[str, ...]
@@ -87,8 +90,9 @@ class ExpertWidths:
     budgets: tuple[float, ...]
     macs: tuple[float, ...]
     boundaries: tuple[int, ...]
-    latency_ms: tuple[float, ...] = ()
-    latency_budgets_ms: tuple[float, ...] = ()
+    times: tuple[float, ...] = ()
+    time_budgets: tuple[float, ...] = ()
+    base_ms: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         """The widths as report.json holds them."""
@@ -100,8 +104,8 @@ class ExpertWidths:
             "budgets": list(self.budgets),
             "macs": list(self.macs),
             "boundaries": list(self.boundaries),
-            **({"latency_ms": list(self.latency_ms)} if self.latency_ms else {}),
-            **({"latency_budgets_ms": list(self.latency_budgets_ms)} if self.latency_budgets_ms else {}),
+            **({"times": list(self.times), "base_ms": self.base_ms} if self.times else {}),
+            **({"time_budgets": list(self.time_budgets)} if self.time_budgets else {}),
         }
 
 
@@ -186,6 +190,11 @@ class Comparison:
                 "parameters": model.parameters,
                 "sampling_macs_per_image": model.sampling_macs,
                 "sampling_cost": self.sampling_cost(model),
+                **(
+                    {}
+                    if model.sampling_time is None or not self.widths.times
+                    else {"sampling_time": model.sampling_time}
+                ),
                 "heldout_loss": model.heldout.to_json(),
                 "heldout_against_yardstick": {
                     "mean": overall.to_json(),

@@ -137,7 +137,7 @@ def snr_curve(comparison: Comparison) -> str:
     for axis in (top, bottom):
         axis.grid(False)
         axis.set_xlim(0, boundaries[-1])
-    bottom.set_ylim(0, 1.5 if plan.latency_ms else 1.3)  # room for a second line
+    bottom.set_ylim(0, 1.5 if plan.times else 1.3)  # room for a second line
     bottom.set_ylabel("expert's MACs / base", fontsize=9)
     bottom.set_xlabel("timestep t (0: almost clean, right end: noise)", fontsize=9)
     bottom.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=9)
@@ -147,9 +147,9 @@ def snr_curve(comparison: Comparison) -> str:
 def _cost_of(plan: ExpertWidths, group: int) -> str:
     """An expert's MACs and its estimated time, each with its budget where there is one."""
     text = f"{plan.macs[group]:.3f}" + (f" of {plan.budgets[group]:.3f}" if plan.budgets else "")
-    if plan.latency_ms:
-        allowed = f" of {plan.latency_budgets_ms[group]:.3g}" if plan.latency_budgets_ms else ""
-        text += f"\n{plan.latency_ms[group]:.3g}{allowed} ms"
+    if plan.times:
+        allowed = f" of {plan.time_budgets[group]:.3f}" if plan.time_budgets else ""
+        text += f"\ntime {plan.times[group]:.3f}{allowed}"
     return text
 
 

@@ -364,7 +364,7 @@ def _check_search(config: TrainConfig) -> None:
     if config.agent == "taylor" and config.importance == "magnitude":
         raise invalid("agent", config.agent, "magnitude, or --importance taylor: one importance decides both")
     step = config.width_step
-    if step != "auto" and not (step.isdecimal() and step.isascii() and 1 <= int(step[:9]) <= 2**13):
+    if step != "auto" and not (step.isdecimal() and step.isascii() and len(step) < 5 and 1 <= int(step) <= 2**13):
         raise invalid("width_step", step, "a number of channels from 1 to 8192, or auto")
     if config.agent == "llm" and not config.llm_model:
         raise invalid("llm_model", config.llm_model, "the name of a model, which --agent llm asks")

@@ -9,7 +9,7 @@ The string under a field is its help text on the command line; the range of a nu
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated, Literal
 
 from tdc_fast.runs.limits import PathText, Within
@@ -231,7 +231,27 @@ class TdcOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchOptions:
+class TimeOptions:
+    """What the experts' budgets count, and in what steps their widths go."""
+
+    budget_in: Literal["macs", "latency"] = "macs"
+    """What budgets are shares of: the base's MACs, or its estimated time on this device, so that experts get widths
+    that run faster there."""
+    latency_table: PathText = ""
+    """File of times that python -m tdc_fast.latency measured on this device, for --budget_in latency. Empty estimates
+    times from MACs and bytes. With budgets in MACs, it only adds estimated times to the plan."""
+    width_step: str = "1"
+    """Widths of convolutions are multiples of this many channels where possible; auto takes the step of this device's
+    kernels. Widths are always whole normalisation groups, and multiples of 8 channels where possible."""
+
+
+def time_options(options: TimeOptions) -> dict[str, str]:
+    """The options of `TimeOptions` alone, of options that have others too."""
+    return {field.name: getattr(options, field.name) for field in fields(TimeOptions)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchOptions(TimeOptions):
     """The search for every expert's widths within its budget (proxy-based pruning)."""
 
     agent: Literal["auto", "taylor", "magnitude", "random", "greedy", "evolution", "tpe", "llm"] = "auto"
@@ -242,15 +262,6 @@ class SearchOptions:
     """Rounds of proposing and scoring, for each group."""
     candidates: Annotated[int, Within(1, 2**12)] = 8
     """Candidates per round; they are scored in one routed batch."""
-    budget_in: Literal["macs", "latency"] = "macs"
-    """What budgets are shares of: the base's MACs, or its estimated time on this device, so that experts get widths
-    that run faster there."""
-    latency_table: PathText = ""
-    """File of times that python -m tdc_fast.latency measured on this device, for --budget_in latency. Empty estimates
-    times from MACs and bytes. With budgets in MACs, it only adds estimated times to the plan."""
-    width_step: str = "1"
-    """Widths of convolutions are multiples of this many channels where possible; auto takes the step of this device's
-    kernels. Widths are always whole normalisation groups, and multiples of 8 channels where possible."""
     memory: bool = True
     """Give the agent the results of earlier candidates, of this group and of earlier ones. memory.jsonl is written in
     both cases."""

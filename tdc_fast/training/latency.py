@@ -21,7 +21,7 @@ def stage2_setting(config: TrainConfig, num_groups: int) -> Setting:
         config: the options of the run.
         num_groups: N.
     """
-    return Setting.on(build_device(config), _dtype(config), _batch(config), num_groups)
+    return Setting.on(build_device(config), _dtype(config), _batch(config), num_groups, config.num_threads)
 
 
 def latency_model(config: TrainConfig, num_groups: int) -> LatencyModel | None:
@@ -57,7 +57,7 @@ def check_table(config: TrainConfig) -> None:
 
 def roofline(config: TrainConfig, num_groups: int) -> Roofline:
     """The roofline of the device that experts are trained on."""
-    return Roofline.on(build_device(config), _dtype(config), _batch(config), num_groups)
+    return Roofline.on(build_device(config), _dtype(config), _batch(config), num_groups, config.num_threads)
 
 
 def outline_costs(config: TrainConfig, in_channels: int) -> tuple[int, int, str]:

@@ -203,6 +203,8 @@ def _search_with(
     searched = {name: getattr(config, name) for name in ("agent", "rounds", "candidates", "memory")}
     if config.budget_in != "macs":
         searched |= {"budget_in": config.budget_in, "latency_table": config.latency_table}
+    if found.base_latency is not None:
+        searched["base_latency"] = found.base_latency
     found.plan.save(run.path / NEXT_PLAN)
     hashed = plan_hash(found.plan)
     write_phase(run, macs, "pruning", macs=found.calibration_macs + spent, **searched, widths_hash=hashed)

@@ -10,15 +10,19 @@ import pytest
 from bench.files import ROOT
 from bench.paper import __main__ as command
 from bench.paper import cost
+from bench.paper.images import ImagesOptions
 from bench.paper.recipes import STUDIES, Recipe, contestant
 from bench.paper.run import cpu_minutes, protocol, run_rows
 from bench.paper.summary import _score_against_loss, as_markdown, summarise
 from bench.paper.tables import TABLES, Table, with_merged
+from tdc_fast.experiments import DemoOptions
 from tdc_fast.experiments.measure import load_yardsticks
 from tdc_fast.nn.merging import Merging
 from tdc_fast.runs.config import TrainConfig
+from tdc_fast.runs.options import SearchOptions, TimeOptions, time_options
 
 STUDY = STUDIES["digits"].scaled(0.01)
+IN_TIME = STUDY.in_time(TimeOptions(budget_in="latency"))
 
 
 @pytest.mark.parametrize("study", STUDIES.values(), ids=STUDIES)
@@ -62,13 +66,13 @@ def outcome(tmp_path_factory):
     rows = with_merged(Table("small", "Does it run?", (Recipe("uniform", "uniform, C"), tdc)), [1.5]).rows
     how = dataclasses.replace(protocol(STUDY, 64, 1), points_per_group=2, sampling_steps=3)
     said: list[str] = []
-    outcomes = run_rows(STUDY, rows, range(2), folder, how, 0, said.append)
-    again = run_rows(STUDY, rows, range(2), folder, how, 0, said.append)
+    outcomes = run_rows(IN_TIME, rows, range(2), folder, how, 0, said.append)
+    again = run_rows(IN_TIME, rows, range(2), folder, how, 0, said.append)
     yardsticks = load_yardsticks(folder / "yardsticks-64.pt")
     table = Table("small", "Does it run?", rows)
     environment = {"machine": "here", "torch": "2", "tdc_fast": "0"}
-    minutes = cpu_minutes(STUDY, rows, range(2), folder)
-    return outcomes, again, said, summarise(table, STUDY, outcomes, range(2), how, yardsticks, environment, minutes)
+    minutes = cpu_minutes(IN_TIME, rows, range(2), folder)
+    return outcomes, again, said, summarise(table, IN_TIME, outcomes, range(2), how, yardsticks, environment, minutes)
 
 
 def test_a_second_call_trains_nothing(outcome):
@@ -84,6 +88,78 @@ def test_costs_are_measured_macs_with_pruning_counted(outcome):
     uniform, tdc, _ = result["rows"]
     assert uniform["training_cost"] == 1 and tdc["training_cost"] == pytest.approx(0.8, abs=0.05)
     assert uniform["heldout_against_yardstick"] == [0, 0] and tdc["sampling_cost"] < 1
+
+
+def test_a_table_with_budgets_in_time_tells_the_sampling_time_beside_the_macs(outcome):
+    _, _, _, result = outcome
+    uniform, tdc, merged = result["rows"]
+    assert uniform["sampling_time"] == merged["sampling_time"] == 1
+    # By hand 0.7, 0.7, 1, 1 of the base's time; three steps, of which the groups of t = 0, 333 and 666 are taken.
+    assert tdc["sampling_time"] == pytest.approx((0.7 + 0.7 + 1) / 3, abs=0.01) != tdc["sampling_cost"]
+    text = as_markdown({**result, "date": "2000-01-01", "command": "x"})
+    head, rule, row = (
+        line for line in text.splitlines() if line.startswith("|") and "merged" not in line and "uniform" not in line
+    )
+    assert head.count("|") == rule.count("|") == row.count("|") and "| sampling MACs | sampling time |" in head
+    assert f"| {tdc['sampling_cost']:.2f} | {tdc['sampling_time']:.2f} |" in row
+    assert "Sampling time: estimated, as a share of the base's." in text
+    rows = [{name: value for name, value in row.items() if name != "sampling_time"} for row in result["rows"]]
+    plain = as_markdown({**result, "rows": rows, "date": "2000-01-01", "command": "x"})
+    assert "time" not in plain.splitlines()[4] and plain.splitlines()[4].count("|") == plain.splitlines()[5].count("|")
+
+
+def test_commands_of_experiments_have_the_flags_of_training_itself():
+    for options in (SearchOptions, TrainConfig, DemoOptions, ImagesOptions, command.TablesOptions):
+        assert issubclass(options, TimeOptions)
+        assert all(name not in vars(options).get("__annotations__", {}) for name in time_options(TimeOptions()))
+
+
+def test_a_study_in_time_prunes_in_time_and_has_files_of_its_own(tmp_path):
+    options = TimeOptions(budget_in="latency", latency_table="t.json", width_step="auto")
+    study = STUDY.in_time(options)
+    assert (study.name, STUDY.in_time(TimeOptions()), study.tells_time) == ("digits-latency", STUDY, True)
+    rows = {recipe.key: recipe for table in TABLES.values() for recipe in table.rows}
+    configs = {key: contestant(study, rows[key], 0, tmp_path)[1].config for key in ("tdc", "one-pruned", "settings-n2")}
+    assert {config.budget_in for config in configs.values()} == {"latency"}
+    assert [config.latency_table for config in configs.values()] == ["t.json", "", ""]  # of 4 groups, 32 images
+    flags = {"seeds": 1, "merged": "1,0.5"}
+    said = command._command("main", command.TablesOptions(**flags, **time_options(options)))
+    assert said.endswith("--scale 1.0 --merged 1,0.5 --budget_in latency --latency_table t.json --width_step auto")
+
+
+def test_budgets_in_time_that_cannot_be_met_are_refused_before_anything_is_trained(tmp_path, capsys):
+    flags = [
+        "--study",
+        "digits",
+        "--runs",
+        str(tmp_path / "runs"),
+        "--out",
+        str(tmp_path / "out"),
+        "--budget_in",
+        "latency",
+    ]
+    assert command.main(["settings", *flags]) == 2  # by the roofline; k = 0.4 allows the easiest group 0.55
+    assert "error: k = 0.4: k: got 0.4; expected a larger one: the easiest group is allowed" in capsys.readouterr().err
+    assert command.main(["main", *flags, "--latency_table", str(tmp_path / "none.json")]) == 2
+    assert "none.json is not a valid latency table" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ([], "table: got ''; expected one of main, stages"),
+        (["main", "levers"], "table: got 'main levers'"),
+        (["main", "--study", "cifar"], "study: got 'cifar'; expected one of digits, digits-wide"),
+        (["main", "--seeds", "0"], "seeds: got 0"),
+        (["main", "--samples", "1"], "samples: got 1"),
+        (["main", "--scale", "nan"], "scale: got nan"),
+        (["main", "--width_step", "0"], "width_step: got '0'"),
+    ],
+)
+def test_wrong_options_of_a_table_are_refused_by_name(flags, said, tmp_path, capsys):
+    assert command.main([*flags, "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 2
+    assert said in capsys.readouterr().err and list(tmp_path.iterdir()) == []
 
 
 def test_merged_experts_have_rows_that_cost_their_training_and_sample_as_one_dense_model(outcome):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from bench.paper import __main__ as command
@@ -20,7 +21,11 @@ from bench.paper.tables import TABLES, arm, with_merged
 from tdc_fast.experiments import measure
 from tdc_fast.experiments.jobs import read_progress
 from tdc_fast.experiments.measure import load_measured
+from tdc_fast.pruning.latency import LatencyTable
+from tdc_fast.pruning.latency.costs import all_layers
+from tdc_fast.runs.build import outline_unet
 from tdc_fast.runs.loading import load_run
+from tdc_fast.training.latency import stage2_setting
 from tests.bench import small_study
 
 ROWS = TABLES["main"].rows
@@ -83,8 +88,19 @@ def options(tmp_path_factory) -> ImagesOptions:
 
 
 @pytest.fixture(scope="module")
-def finished(options) -> tuple[Path, list[Paces]]:
-    return Path(options.out), small_study.run(options, PACES)
+def in_time(options) -> ImagesOptions:
+    """With budgets in the time of a table."""
+    config = contestant(images._study(options, small_study.STEPS), arm("shared"), 0, Path(options.out))[1].config
+    layers = all_layers(outline_unet(config, 3), torch.zeros(1, 3, 8, 8), {})
+    rows = {layer: 100 + layer.live_in * layer.live_out * layer.height for layer in layers}
+    path = Path(options.data_dir).with_name("times.json")
+    LatencyTable(stage2_setting(config, config.groups), rows).save(path)
+    return replace(options, budget_in="latency", latency_table=str(path))
+
+
+@pytest.fixture(scope="module")
+def finished(in_time) -> tuple[Path, list[Paces]]:
+    return Path(in_time.out), small_study.run(in_time, PACES)
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +115,24 @@ def test_every_kind_of_run_is_timed(finished):
         assert 0 < pace.step < 10 and 0 <= pace.fixed < 60
     assert paces.rows["uniform"] == paces.rows["uniform-80"] != paces.rows["uniform-small-80"]
     assert paces.measuring > 0 and not (out / "warmup").exists()
+    assert {key for key, pace in paces.rows.items() if pace.macs} == {"one", "tdc", *small_study.ARMS.values()}
+    assert paces.rows["one"].macs == paces.rows["lever-slope-whole"].macs == 1 > paces.rows["tdc"].macs > 0.5
+
+
+def test_experts_whose_budgets_are_in_time_have_the_steps_that_their_macs_allow():
+    paces = replace(PACES, rows={**ROW_PACES, "tdc": Pace(0.02, 2.0, macs=0.5)})
+    sizing = decide(STUDY, ROWS, paces, 30, 160)
+    assert sizing.steps["tdc"] == round(0.3 / 0.5 * sizing.baseline_steps)
+
+
+def test_budgets_in_time_are_told_beside_macs_in_table_and_report(finished, numbers):
+    out, _ = finished
+    plan = numbers["widths"]
+    assert plan["time_budgets"] == pytest.approx([1, 0.8], abs=0.01) and plan["times"][1] <= plan["time_budgets"][1]
+    assert numbers["models"]["tdc"]["sampling_time"] == pytest.approx((plan["times"][0] + plan["times"][1]) / 2)
+    assert numbers["models"]["tdc" + small_study.MERGED]["sampling_time"] == 1
+    assert "| sampling MACs | sampling time | held-out loss |" in (out / "main-images.md").read_text()
+    assert "(k = 0.6 of the base&#x27;s time)" in (out / "report.html").read_text()
 
 
 def test_all_models_are_trained_at_the_cost_they_stand_for(numbers):
@@ -168,6 +202,7 @@ def test_models_that_were_trained_in_bf16_are_measured_in_it(finished, options, 
     trained = measure.from_run(runs / "seed0" / "tdc")
     half = replace(trained, config=trained.config.replace(precision="bf16"))
     monkeypatch.setattr(measure, "from_run", lambda _: half)
+    monkeypatch.setattr(measure, "load_run", lambda _: load_run(runs / "seed0" / "tdc"))
     how = replace(protocol(STUDY, 24, 1), sampling_steps=4, points_per_group=2)
     measure.measure(tmp_path, runs / "yardsticks-24.pt", how, tmp_path / "half.pt")
     after = load_measured(tmp_path / "half.pt")
@@ -177,12 +212,12 @@ def test_models_that_were_trained_in_bf16_are_measured_in_it(finished, options, 
     assert after.macs_per_image == before.macs_per_image and after.parameters == before.parameters
 
 
-def test_a_second_call_goes_on_with_what_was_decided(finished, numbers, options, monkeypatch, capsys):
+def test_a_second_call_goes_on_with_what_was_decided(finished, numbers, in_time, monkeypatch, capsys):
     for name in ("warm_up", "decide"):
         monkeypatch.setattr(images, name, lambda *_: pytest.fail("sized again"))
     monkeypatch.setattr(images, "TABLE", small_study.TABLE)
     monkeypatch.setattr(run, "run_jobs", lambda jobs, *_: pytest.fail("trained again") if jobs else {})
-    run_images(options, in_process=True)
+    run_images(in_time, in_process=True)
     again = json.loads((finished[0] / "report.json").read_text())
     assert {**again, "seconds": {}} == {**numbers, "seconds": {}}
     said = capsys.readouterr().out
@@ -191,11 +226,15 @@ def test_a_second_call_goes_on_with_what_was_decided(finished, numbers, options,
 
 @pytest.mark.parametrize(
     ("changes", "said"),
-    [({"minutes": 2}, "minutes: got 2; expected 1"), ({"num_channels": 8}, "num_channels: got 8; expected 4")],
+    [
+        ({"minutes": 2}, "minutes: got 2; expected 1"),
+        ({"num_channels": 8}, "num_channels: got 8; expected 4"),
+        ({"budget_in": "macs"}, "budget_in: got 'macs'; expected 'latency'"),
+    ],
 )
-def test_other_settings_are_refused_by_name(changes, said, finished, options):
+def test_other_settings_are_refused_by_name(changes, said, finished, in_time):
     with pytest.raises(ValueError, match=said):
-        run_images(replace(options, **changes), in_process=True)
+        run_images(replace(in_time, **changes), in_process=True)
 
 
 @pytest.mark.parametrize("text", [None, "{}", '{"decided": {"steps": 3}}', "[1]"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,9 +16,14 @@ from tdc_fast.evaluation.classifier import train_classifier
 from tdc_fast.experiments import DemoOptions, jobs, measure, run_demo
 from tdc_fast.experiments.contestants import contestants
 from tdc_fast.nn.merging import expert_states
+from tdc_fast.pruning.latency import LatencyTable
+from tdc_fast.pruning.latency.costs import all_layers
+from tdc_fast.runs.build import outline_unet
 from tdc_fast.runs.denoisers import from_run
 from tdc_fast.runs.loading import load_run
+from tdc_fast.runs.options import time_options
 from tdc_fast.runs.weights import load_verified
+from tdc_fast.training.latency import stage2_setting
 
 TINY = DemoOptions(scale=0.02, samples=60, draws=2, sampling_steps=2, loss_points=1)
 
@@ -32,12 +38,23 @@ def one_thread():
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, one_thread) -> Path:
-    out = tmp_path_factory.mktemp("demo") / "out"
+def options(tmp_path_factory) -> DemoOptions:
+    """With budgets in the time of a table in which layers take longer on large images than their MACs say."""
+    folder = tmp_path_factory.mktemp("demo")
+    config = contestants(folder, 60, 0, control=False)[-1].config
+    layers = all_layers(outline_unet(config, 1), torch.zeros(1, 1, 8, 8), {})
+    rows = {layer: 100 + layer.live_in * layer.live_out * layer.height for layer in layers}
+    LatencyTable(stage2_setting(config, config.groups), rows).save(folder / "times.json")
+    in_time = {"budget_in": "latency", "latency_table": str(folder / "times.json")}
+    return replace(TINY, out=str(folder / "out"), **in_time)
+
+
+@pytest.fixture(scope="module")
+def finished(options, one_thread) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measure, "train_classifier", lambda: train_classifier(epochs=2))
-        run_demo(replace(TINY, out=str(out)), in_process=True)
-    return out
+        run_demo(options, in_process=True)
+    return Path(options.out)
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +85,21 @@ def test_pruned_experts_cost_less_per_image_and_whole_ones_the_same(numbers):
     cost = {key: model["sampling_cost"] for key, model in numbers["models"].items()}
     assert cost["experts"] == cost["uniform"] == 1
     assert 0.7 < cost["pruned"] < 1
-    plan = numbers["widths"]
-    assert all(0.99 * budget <= macs <= budget for budget, macs in zip(plan["budgets"], plan["macs"], strict=True))
+
+
+def test_budgets_in_time_are_met_and_the_report_tells_time_beside_macs(finished, numbers):
+    plan, models = numbers["widths"], numbers["models"]
+    assert plan["budgets"] == [] and plan["time_budgets"] == pytest.approx([1, 0.9, 0.8, 0.7], abs=1e-3)
+    pairs = zip(plan["time_budgets"], plan["times"], strict=True)
+    assert all(0.99 * budget <= time <= budget for budget, time in pairs) and plan["macs"] != plan["times"]
+    assert models["uniform"]["sampling_time"] == models["experts"]["sampling_time"] == 1
+    # Two steps, at t = 0 and 500: those of experts 0 and 2.
+    assert models["pruned"]["sampling_time"] == pytest.approx((plan["times"][0] + plan["times"][2]) / 2)
+    page = (finished / "report.html").read_text()
+    assert "<th>cost per image</th><th>time per image</th>" in page and "(k = 0.6 of the base&#x27;s time)" in page
+    assert "<th>MACs / base</th><th>time / base</th><th>budget in time</th>" in page
+    row = f"<td>{plan['macs'][2]:.4f}</td><td>{plan['times'][2]:.4f}</td><td>{plan['time_budgets'][2]:.4f}</td>"
+    assert row in page and numbers["settings"]["experts"]["budget_in"] == "latency"
 
 
 def test_all_are_measured_alike(numbers):
@@ -116,11 +146,11 @@ def test_experts_that_cannot_be_merged_so_are_refused(finished, tmp_path, capsys
     assert re.search(message, capsys.readouterr().err) and not list(tmp_path.iterdir())
 
 
-def test_a_second_call_keeps_what_is_finished(finished, numbers, monkeypatch, capsys, one_thread):
+def test_a_second_call_keeps_what_is_finished(finished, options, numbers, monkeypatch, capsys, one_thread):
     monkeypatch.setattr(jobs, "measure", lambda *_: pytest.fail("measured again"))
     checkpoints = sorted(finished.glob("**/ema_*.pt"))
     before = [path.stat().st_mtime_ns for path in checkpoints]
-    run_demo(replace(TINY, out=str(finished)), in_process=True)
+    run_demo(options, in_process=True)
     assert sorted(finished.glob("**/ema_*.pt")) == checkpoints
     assert [path.stat().st_mtime_ns for path in checkpoints] == before
     again = json.loads((finished / "report.json").read_text())
@@ -128,14 +158,15 @@ def test_a_second_call_keeps_what_is_finished(finished, numbers, monkeypatch, ca
     assert "continuing" in capsys.readouterr().out
 
 
-def test_one_model_made_again_elsewhere_has_the_same_numbers(finished, numbers, tmp_path, one_thread):
+def test_one_model_made_again_elsewhere_has_the_same_numbers(finished, options, numbers, tmp_path, one_thread):
     from tdc_fast.experiments.contestants import stage1
     from tdc_fast.experiments.demo import FULL_STEPS
     from tdc_fast.experiments.measure import MeasuringProtocol, load_measured
 
     out, steps = tmp_path / "again", round(FULL_STEPS * TINY.scale)
     jobs.train_contestant(stage1(out, steps, 0))
-    pruned = next(model for model in contestants(out, steps, 0, control=False) if model.key == "pruned")
+    models = contestants(out, steps, 0, control=False, time=time_options(options))
+    pruned = next(model for model in models if model.key == "pruned")
     protocol = MeasuringProtocol(
         draws=2, samples=60, sampling_steps=2, points_per_group=1, boundaries=(0, 250, 500, 750, 1000)
     )
@@ -146,16 +177,40 @@ def test_one_model_made_again_elsewhere_has_the_same_numbers(finished, numbers, 
     assert list(measured.heldout.per_group) == first["heldout_loss"]["per_group"]
 
 
-def test_a_folder_of_another_demo_or_with_other_files_is_refused(finished, tmp_path, capsys):
+def test_a_folder_of_another_demo_or_with_other_files_is_refused(finished, options, tmp_path, capsys):
     with pytest.raises(ValueError, match="seed: got 7; expected 0"):
-        run_demo(replace(TINY, out=str(finished), seed=7), in_process=True)
+        run_demo(replace(options, seed=7), in_process=True)
+    with pytest.raises(ValueError, match="budget_in: got 'macs'; expected 'latency'"):
+        run_demo(replace(options, budget_in="macs"), in_process=True)
+    older = json.loads((finished / "demo.json").read_text())  # of a release without budgets in time
+    for name in time_options(options):
+        del older[name]
+    (tmp_path / "older").mkdir()
+    (tmp_path / "older" / "demo.json").write_text(json.dumps(older))
+    with pytest.raises(ValueError, match="budget_in: got 'latency'; expected 'macs'"):
+        run_demo(replace(options, out=str(tmp_path / "older")), in_process=True)
+    shutil.rmtree(tmp_path / "older")
     (tmp_path / "notes.txt").write_text("mine")
     assert demo.main(["--out", str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith("error: out: got")
 
 
-@pytest.mark.parametrize(("flag", "value"), [("--scale", "0"), ("--samples", "1"), ("--draws", "0")])
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("--scale", "0"), ("--samples", "1"), ("--draws", "0"), ("--width_step", "8.5"), ("--budget_in", "seconds")],
+)
 def test_impossible_options_are_refused_before_anything_is_written(flag, value, tmp_path, capsys):
     assert demo.main(["--out", str(tmp_path / "out"), flag, value]) == 2
-    assert capsys.readouterr().err.startswith(f"error: {flag[2:]}: got")
+    assert capsys.readouterr().err.startswith((f"error: {flag[2:]}: got", f"error: invalid choice '{value}'"))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_table_of_times_that_does_not_fit_is_refused_before_anything_is_written(options, tmp_path, capsys):
+    table = LatencyTable.load(options.latency_table)
+    other, slow = tmp_path / "other.json", tmp_path / "slow.json"
+    replace(table, setting=replace(table.setting, batch=64)).save(other)
+    replace(table, rows=dict.fromkeys(table.rows, 1000)).save(slow)  # which no width makes faster
+    out = ["--out", str(tmp_path / "out"), "--budget_in", "latency", "--latency_table"]
+    for path, said in ((other, "batch: got 64; expected 32, as in this run"), (slow, "k: got 0.6; expected a larger")):
+        assert demo.main([*out, str(path)]) == 2
+        assert said in capsys.readouterr().err and not (tmp_path / "out").exists()

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from tdc_fast.pruning.budget import budget_of
 from tdc_fast.pruning.costs import UnitCosts
 from tdc_fast.pruning.latency import LatencyTable, Layer, Roofline, Setting, hopper, roofline, unit_latencies
 from tdc_fast.pruning.latency.costs import all_layers, stepped
+from tdc_fast.pruning.latency.layers import layers_of
 from tdc_fast.pruning.latency.problems import backends_of
 from tdc_fast.pruning.latency.timing import layer_nanoseconds, median_error, rank_correlation
 from tdc_fast.pruning.memory import read_trials, searches_of
@@ -202,6 +204,55 @@ def test_budgets_in_time_need_a_model_of_it_and_say_what_they_lack(unet: UNet, i
     partial = LatencyTable(SETTING, {layer: table.rows[layer] for layer in known}, source="times.json")
     with pytest.raises(ValueError, match=r"times.json: got 'no row for group_norm .* 8x8'; .*tdc_fast.latency"):
         unit_latencies(unet, images[0], {}, partial)
+
+
+@pytest.mark.parametrize("ns", [-5, 2.5, math.nan, math.inf, True, "7", 10**30])
+def test_a_model_of_time_that_gives_no_number_of_nanoseconds_is_refused(
+    ns: Any, unet: UNet, images: list[Tensor]
+) -> None:
+    table = LatencyTable(SETTING, dict.fromkeys(all_layers(unet, images[0], {}), ns))
+    with pytest.raises(ValueError, match="latency: got .*; expected for .* a whole number of nanoseconds from 0 to 10"):
+        unit_latencies(unet, images[0], {}, table)
+
+
+def test_times_are_added_as_pythons_integers_and_not_all_of_them_are_zero(unet: UNet, images: list[Tensor]) -> None:
+    layers = all_layers(unet, images[0], {})
+    costs = unit_latencies(unet, images[0], {}, LatencyTable(SETTING, dict.fromkeys(layers, np.int64(3))))
+    json.dumps([costs.fixed, costs.tables])
+    with pytest.raises(ValueError, match="latency: got '0 ns for every layer'"):
+        unit_latencies(unet, images[0], {}, LatencyTable(SETTING, dict.fromkeys(layers, 0)))
+
+
+def test_a_plans_time_is_that_of_its_layers_with_the_channels_that_each_pruned_network_has(
+    unet: UNet, images: list[Tensor]
+) -> None:
+    """Found by running the pruned network itself: full shapes of the base, live channels of the expert."""
+    layers = all_layers(unet, images[0], {})
+    table = LatencyTable(SETTING, {layer: 1 + 7919 * place % 997 for place, layer in enumerate(layers)})
+    costs, units, rng = unit_latencies(unet, images[0], {}, table), unet.pruning_units(), np.random.default_rng(0)
+    full = layers_of(unet.with_widths({}).to("meta"), images[0])
+    for trial in range(6):
+        widths = {unit.name: int(rng.choice(unit.widths()[min(trial, 1) :])) for unit in units}  # at first also 0
+        pruned = layers_of(unet.with_widths(widths).to("meta"), images[0])
+        total = 0
+        for path, calls in full.items():
+            owner = next((unit for unit in units if path in {part.module for part in unit.slices}), None)
+            for place, layer in enumerate(calls):
+                if path in pruned:
+                    live = pruned[path][place]
+                    layer = dataclasses.replace(layer, live_in=live.in_channels, live_out=live.out_channels)
+                elif owner:  # a unit of width 0 has none of its layers
+                    for dim in (part.dim for part in owner.slices if part.module == path):
+                        layer = layer.narrowed(dim, 0)
+                total += table.rows[layer]
+        for unit in units:
+            if unit.kind == "attention":
+                tokens = full[next(part.module for part in unit.slices if part.scale == 3)][0].height
+                live = (3 * widths[unit.name], widths[unit.name])
+                heads = unit.num_atoms
+                shape = (3 * unit.channels, unit.channels, tokens, 1)
+                total += table.rows[Layer("attention", *shape, *live, num_groups=heads)]
+        assert total == costs.total(widths)
 
 
 def test_a_roofline_of_a_gpu_rises_in_the_steps_of_the_tiles_that_its_kernels_run_on() -> None:

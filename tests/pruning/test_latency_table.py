@@ -63,6 +63,7 @@ def test_a_table_is_the_same_after_it_was_stored_and_is_of_one_setting(tmp_path:
         (lambda data: data["rows"][0].pop("stride"), r"rows\[0\]: got \['stride'\]"),
         (lambda data: data["rows"][0].update(in_channels=10**30), r"rows\[0\]: in_channels: got 10{30}; expected an"),
         (lambda data: data["rows"][0].update(filter=[11, 3]), r"rows\[0\]: got .*expected a filter that fits in its"),
+        (lambda data: data["rows"][0].update(kind="group_norm"), r"rows\[0\]: got .*as many channels on both sides"),
         (lambda data: data["rows"][0].update(upsample=3), r"rows\[0\]: got .*or upsampled to twice"),
         (lambda data: data.update(backends=["cpu"]), r"backends: got \['cpu'\]; expected a list of names for any of"),
         (lambda data: data.update(backends={"conv2d": "cpu"}), "backends: got {'conv2d': 'cpu'}"),

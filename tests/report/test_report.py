@@ -212,20 +212,34 @@ def texts_of(picture: str) -> list[str]:
     return [line for text in re.findall("<!-- (.*?) -->", svg, re.DOTALL) for line in text.split("\n")]
 
 
-def test_experts_with_budgets_in_time_show_their_macs_and_their_time(comparison):
-    in_time = replace(comparison.widths, budgets=(), latency_ms=(4.2, 3.41), latency_budgets_ms=(4.2, 3.45))
-    drawn = texts_of(snr_curve(replace(comparison, widths=in_time)))
-    assert {"0.595", "3.41 of 3.45 ms"} <= set(drawn)
+def test_experts_with_budgets_in_time_show_the_shares_of_macs_and_of_time(comparison):
+    in_time = replace(comparison.widths, budgets=(), times=(1.0, 0.712), time_budgets=(1.0, 0.72), base_ms=4.2)
+    only_told = replace(in_time, budgets=(1.0, 0.6), time_budgets=())
+    for plan, drawn in ((in_time, {"0.595", "time 0.712 of 0.720"}), (only_told, {"0.595 of 0.600", "time 0.712"})):
+        assert drawn <= set(texts_of(snr_curve(replace(comparison, widths=plan))))
     told = in_time.to_json()
-    assert (told["budgets"], told["latency_ms"], told["latency_budgets_ms"]) == ([], [4.2, 3.41], [4.2, 3.45])
-    only_told = replace(in_time, budgets=(1.0, 0.6), latency_budgets_ms=())
-    assert {"0.595 of 0.600", "3.41 ms"} <= set(texts_of(snr_curve(replace(comparison, widths=only_told))))
-    may_use, may_take = "the share that it may use", "what it may take"
-    for plan, told, hidden in (
-        (in_time, ("Milliseconds", may_take), (may_use,)),
-        (only_told, ("Milliseconds", may_use), (may_take,)),
-        (comparison.widths, (may_use,), ("Milliseconds", may_take)),
-    ):
+    assert (told["budgets"], told["times"], told["time_budgets"], told["base_ms"]) == ([], [1, 0.712], [1, 0.72], 4.2)
+    assert not {"times", "time_budgets", "base_ms"} & comparison.widths.to_json().keys()
+    heads = {
+        "<th>MACs / base</th><th>time / base</th><th>budget in time</th></tr>": in_time,
+        "<th>MACs / base</th><th>budget in MACs</th><th>time / base</th></tr>": only_told,
+        "<th>MACs / base</th><th>budget in MACs</th></tr>": comparison.widths,
+    }
+    for head, plan in heads.items():
         page = html._groups(replace(comparison, widths=plan))
-        assert all(text in page for text in told) and not any(text in page for text in hidden)
-    assert "latency_ms" not in comparison.widths.to_json()
+        assert head in page and ("whole base, 4.2 ms" in page) == bool(plan.times)
+    assert "<td>1</td><td>5 to 9</td><td>0.5950</td><td>0.7120</td><td>0.7200</td>" in html._groups(
+        replace(comparison, widths=in_time)
+    )
+
+
+def test_models_show_their_time_per_image_beside_their_macs_where_it_is_estimated(comparison):
+    base, pruned = comparison.models
+    models = (replace(base, sampling_time=1.0), replace(pruned, sampling_time=0.856))
+    timed = replace(comparison, models=models, widths=replace(comparison.widths, times=(1.0, 0.7), base_ms=4.2))
+    page = html._numbers(timed)
+    assert "<th>cost per image</th><th>time per image</th>" in page and "<td>0.800</td><td>0.856</td>" in page
+    assert timed.to_json()["models"]["pruned"]["sampling_time"] == 0.856
+    assert "<td>—</td>" in html._numbers(replace(timed, models=(models[0], pruned)))  # whose plan tells none
+    assert "time per image" not in html._numbers(comparison)
+    assert "sampling_time" not in comparison.to_json()["models"]["pruned"]

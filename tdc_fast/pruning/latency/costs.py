@@ -12,12 +12,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
 from tdc_fast.errors import invalid
 from tdc_fast.nn.units import Prunable, PruningUnit, units_of, with_widths
 from tdc_fast.pruning.costs import UnitCosts
-from tdc_fast.pruning.latency.layers import LatencyModel, Layer, layers_of
+from tdc_fast.pruning.latency.layers import MOST, LatencyModel, Layer, layers_of
 
 
 def unit_latencies(
@@ -32,7 +33,8 @@ def unit_latencies(
         model: estimates the time of layers.
 
     Raises:
-        ValueError: two units share a layer, or the model knows nothing about one of the layers.
+        ValueError: two units share a layer, or the model knows nothing about one of the layers, or gives no number of
+            nanoseconds for it.
     """
     layers, units = _layers(base, x, model_kwargs), units_of(base)
     tables: dict[str, dict[int, int]] = {unit.name: {} for unit in units}
@@ -44,9 +46,20 @@ def unit_latencies(
                 raise invalid("base", f"layer {part.module} of {owners[part.module]} and {unit.name}", remedy)
         for width in unit.widths():
             at_width = layers_at(unit, width, layers)
-            tables[unit.name][width] = sum(model.nanoseconds(layer) for layer in at_width)
+            tables[unit.name][width] = sum(_nanoseconds(model, layer) for layer in at_width)
     rest = [layer for path, calls in layers.items() if path not in owners for layer in calls]
-    return UnitCosts(sum(model.nanoseconds(layer) for layer in rest), tables, "ns")
+    costs = UnitCosts(sum(_nanoseconds(model, layer) for layer in rest), tables, "ns")
+    if not costs.full():
+        raise invalid("latency", "0 ns for every layer", "times of which budgets can be shares")
+    return costs
+
+
+def _nanoseconds(model: LatencyModel, layer: Layer) -> int:
+    """What a model estimates for a layer, which the exact solver adds up."""
+    found = model.nanoseconds(layer)
+    if isinstance(found, bool) or not isinstance(found, (int, np.integer)) or not 0 <= found <= MOST:
+        raise invalid("latency", found, f"for {layer} a whole number of nanoseconds from 0 to {MOST}")
+    return int(found)
 
 
 def layers_at(unit: PruningUnit, width: int, layers: Mapping[str, Sequence[Layer]]) -> list[Layer]:

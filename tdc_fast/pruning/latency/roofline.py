@@ -62,20 +62,21 @@ class Roofline:
     is_hopper: Callable[[ConvProblem], bool] | None = None
 
     @classmethod
-    def on(cls, device: torch.device, dtype: torch.dtype, batch: int, num_groups: int) -> Roofline:
+    def on(cls, device: torch.device, dtype: torch.dtype, batch: int, num_groups: int, threads: int = 0) -> Roofline:
         """The roofline of a device of this machine.
 
         Args:
-            device: a GPU, or the CPU with as many threads as torch has.
+            device: a GPU, or the CPU.
             dtype: what the layers compute in.
             batch: samples of a forward, over all groups.
             num_groups: N.
+            threads: of the CPU; 0 for as many as torch has now.
         """
-        setting = Setting.on(device, dtype, batch, num_groups)
+        setting = Setting.on(device, dtype, batch, num_groups, threads)
         if device.type == "cuda":
             return cls(setting, device_of(device), is_hopper=hopper.runs_in_hopper_form)
         isa = "" if native.module is None else native.module.cpu_isa()
-        return cls(setting, None, torch.get_num_threads(), _PANEL_VECTORS * _LANES.get(isa, 4))
+        return cls(setting, None, threads or torch.get_num_threads(), _PANEL_VECTORS * _LANES.get(isa, 4))
 
     def nanoseconds(self, layer: Layer) -> int:
         """The estimated time of a layer."""

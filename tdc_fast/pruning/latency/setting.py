@@ -40,9 +40,9 @@ class Setting:
             object.__setattr__(self, name, integer(name, getattr(self, name)))
 
     @classmethod
-    def on(cls, device: torch.device, dtype: torch.dtype, batch: int, num_groups: int) -> Setting:
-        """The setting on a device of this machine."""
-        return cls(device_name(device), str(dtype).removeprefix("torch."), batch, num_groups)
+    def on(cls, device: torch.device, dtype: torch.dtype, batch: int, num_groups: int, threads: int = 0) -> Setting:
+        """The setting on a device of this machine; on the CPU with so many threads, 0 for as many as torch has now."""
+        return cls(device_name(device, threads), str(dtype).removeprefix("torch."), batch, num_groups)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -51,11 +51,11 @@ class Setting:
         return found
 
 
-def device_name(device: torch.device) -> str:
-    """The name of a GPU as its driver has it, or of the processor with the number of torch's threads."""
+def device_name(device: torch.device, threads: int = 0) -> str:
+    """The name of a GPU as its driver has it, or of the processor with a number of threads, 0 for that of torch."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    count = torch.get_num_threads()
+    count = threads or torch.get_num_threads()
     return f"{processor_name()}, {count} thread{'s' if count > 1 else ''}"
 
 

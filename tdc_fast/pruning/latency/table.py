@@ -27,13 +27,12 @@ import torch
 from tdc_fast.atomic import atomic_file
 from tdc_fast.errors import invalid
 from tdc_fast.ops.backends import ENVIRONMENT
-from tdc_fast.pruning.latency.layers import KINDS, Layer
+from tdc_fast.pruning.latency.layers import KINDS, MOST, Layer
 from tdc_fast.pruning.latency.problems import backends_of
 from tdc_fast.pruning.latency.setting import Setting
 from tdc_fast.text_files import read_json
 
 _VERSION = 1
-_MOST = 10**15  # nanoseconds of a layer, 11 days: sums over a network's layers stay far below 2^63
 _HEAD = ("version", *(entry.name for entry in dataclasses.fields(Setting)), "facts", "rows")
 _LATER = ("backends",)  # not in the files of earlier versions
 _PAIRS = ("filter", "stride", "padding")
@@ -148,11 +147,12 @@ class LatencyTable:
 
 def _backends(data: Any) -> dict[str, tuple[str, ...]]:
     """The backends by kind of layer, from their lists."""
-    pairs = data.items() if isinstance(data, dict) else [("", None)]
-    for kind, names in pairs:
+    found: dict[str, tuple[str, ...]] = {}
+    for kind, names in data.items() if isinstance(data, dict) else [("", None)]:
         if kind not in KINDS or not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise invalid("backends", data, f"a list of names for any of {KINDS}")
-    return {kind: tuple(names) for kind, names in pairs}
+        found[kind] = tuple(names)
+    return found
 
 
 def _check_fields(where: str, data: Any, expected: tuple[str, ...], optional: tuple[str, ...] = ()) -> None:
@@ -173,7 +173,7 @@ def _row(where: str, data: Any) -> tuple[Layer, int]:
         least = 0 if name in ("live_in", "live_out", "padding") else 1
         numbers = value if name in _PAIRS and isinstance(value, list) else [value]
         wanted = 2 if name in _PAIRS else 1
-        most = _MOST if name == "ns" else 2**31 - 1
+        most = MOST if name == "ns" else 2**31 - 1
         if len(numbers) != wanted or not all(type(number) is int and least <= number <= most for number in numbers):
             kind = "a pair of integers" if wanted == 2 else "an integer"
             raise invalid(f"{where}: {name}", value, f"{kind} of at least {least} and at most {most}")
@@ -185,6 +185,8 @@ def _row(where: str, data: Any) -> tuple[Layer, int]:
         raise invalid(
             where, str(layer), "a filter that fits in its padded image, of its own size or upsampled to twice"
         )
+    if layer.kind == "group_norm" and (layer.in_channels % layer.num_groups or layer.in_channels != layer.out_channels):
+        raise invalid(where, str(layer), f"as many channels on both sides, in {layer.num_groups} equal groups")
     if layer.live_in > layer.in_channels or layer.live_out > layer.out_channels:
         raise invalid(where, str(layer), "at most as many live channels as there are")
     return layer, ns
