@@ -81,6 +81,8 @@ class SamplingLoop:
             device = None if device is None else torch.device(device)
         except (RuntimeError, TypeError) as error:
             raise invalid("device", device, 'a device of torch, such as "cpu" or "cuda:0"') from error
+        if noise is not None and tuple(noise.shape) != tuple(shape):
+            raise invalid("noise", f"shape {tuple(noise.shape)}", f"x_T of the shape of the samples, {tuple(shape)}")
         x = torch.empty(tuple(shape), device=device, memory_format=_memory_format(len(shape)))
         x = draw_noise(x, generator) if noise is None else noise.to(x)
         step, trajectory = self._step_on(x.device), self._trajectory
@@ -168,7 +170,7 @@ def sample(
         float32 samples (B, C, ...), in [-1, 1] when `clip_denoised`.
 
     Raises:
-        ValueError: for an unknown sampler, or steps that the process does not have.
+        ValueError: for an unknown sampler, steps that the process does not have, or noise of another shape.
     """
     loop = SamplingLoop(
         diffusion, model, sampler=sampler, steps=steps, spacing=spacing, eta=eta, clip_denoised=clip_denoised

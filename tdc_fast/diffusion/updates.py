@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tdc_fast.diffusion.diffusion import Diffusion
 from tdc_fast.diffusion.gaussian import arithmetic_dtype, interpolated_log_variance
+from tdc_fast.errors import invalid
 
 
 class StepWeights(NamedTuple):
@@ -114,8 +115,11 @@ def advance(
         The samples after the step, and the predicted x0, each like x.
 
     Raises:
-        ValueError: the output does not have the shape that the process requires.
+        ValueError: the output does not have the shape that the process requires, or noise or last_x0 not that of x.
     """
+    for name, value in (("noise", noise), ("last_x0", last_x0)):
+        if value is not None and value.shape != x.shape:
+            raise invalid(name, f"shape {tuple(value.shape)}", f"the shape of x, {tuple(x.shape)}")
     prediction, values = diffusion.split_output(output, x)
     x = x.to(arithmetic_dtype(x))
     w = StepWeights(*weights.to(x.dtype).view(len(weights), -1, *([1] * (x.dim() - 1))).unbind())

@@ -316,6 +316,12 @@ def test_what_cannot_be_sampled_is_refused_by_name():
         sample(diffusion, image_model, 3)
     with pytest.raises(ValueError, match="eta: got -1"):
         sample(diffusion, image_model, x.shape, eta=-1)
+    with pytest.raises(ValueError, match=r"noise: got 'shape \(1, 1, 2, 2\)'; expected .*\(2, 1, 2, 2\)"):
+        sample(diffusion, image_model, x.shape, noise=x[:1])
+    with pytest.raises(ValueError, match="noise: got 'shape"):
+        ddpm_step(diffusion, image_model, x, torch.tensor([5, 5]), noise=x[:1])
+    with pytest.raises(ValueError, match="last_x0: got 'shape"):
+        dpmpp_2m_step(diffusion, image_model, x, torch.tensor([5, 5]), history=Dpm2mHistory.empty(x[:1]))
     for eta in (-1, float("nan"), float("inf"), "1"):
         with pytest.raises(ValueError, match="eta: got"):
             ddim_step(diffusion, image_model, x, torch.tensor([5, 5]), eta=eta)
