@@ -88,7 +88,8 @@ def _attention(module: Any) -> Block | None:
     norms = [getattr(module, name, None) for name in ("norm_q", "norm_k")]
     if any(norm is not None and any(p.numel() != size for p in norm.parameters()) for norm in norms):
         return None  # a norm across the heads
-    if any(getattr(module, name, None) is not None for name in ("add_q_proj", "add_k_proj", "add_v_proj")):
+    others = ("add_q_proj", "add_k_proj", "add_v_proj", "to_qkv", "to_kv")  # the last two of `fuse_qkv_projections()`
+    if any(getattr(module, name, None) is not None for name in others):
         return None
     axes = [Axis(name, "out") for name in ("to_q", "to_k", "to_v")] + [Axis("to_out.0", "in")]
     return Block("attention", channels, size, tuple(axes))

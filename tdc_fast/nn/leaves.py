@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 from tdc_fast.errors import invalid, is_out_of_memory
 from tdc_fast.nn.leaf import RoutedLeaf
@@ -66,6 +67,10 @@ def _check_packable(name: str, module: nn.Module) -> None:
             remedy = "max_norm=None: a look-up would change the table"
     elif kind == "AdaLayerNorm" and getattr(module, "chunk_dim", 1) == 0:  # of diffusers, in VQ-Diffusion's transformer
         remedy = "a norm with a scale and shift for each sample: this one has those of one timestep for the whole batch"
+    elif isinstance(module, RoutedLeaf):
+        remedy = "a dense model: this one is packed already, and expert(i) of it is dense"
+    elif any(isinstance(hook, SpectralNorm) for hook in module._forward_pre_hooks.values()):
+        kind, remedy = f"{kind} with spectral_norm", "plain parameters: torch.nn.utils.remove_spectral_norm"
     elif parametrize.is_parametrized(module):
         remedy = "plain parameters: torch.nn.utils.parametrize.remove_parametrizations"
     elif isinstance(module, nn.ParameterList | nn.ParameterDict):

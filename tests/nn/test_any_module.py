@@ -361,6 +361,8 @@ class Crowded(nn.Module):
         (lambda: nn.Sequential(nn.Embedding(3, 3, max_norm=1.0)), "module '0': .* expected max_norm=None"),
         (lambda: nn.Sequential(nn.ParameterList([nn.ParameterList()])), "a ParameterList within a ParameterList"),
         (weight_normed, "module '0': got 'Linear with weight computed from parameters'; .*remove_weight_norm"),
+        (lambda: nn.Sequential(nn.utils.spectral_norm(nn.Linear(3, 3))), "module '0': .*remove_spectral_norm"),
+        (lambda: pack_experts(nn.Sequential(nn.Linear(3, 3)), GROUPS), "module 'model.0': .* is packed already"),
         (replaced, "module '1': got 'Linear whose forward was replaced'; expected the forward of its class"),
         (tied, "parameter 1.weight: got 'shared with 0.weight'; expected parameters of its own"),
         (lambda: nn.Sequential(nn.ReLU(), Crowded()), "module '1': got 'dense'; expected another name"),

@@ -236,6 +236,7 @@ def broken(name: str, value: Any) -> nn.Module:
         broken("to_k", nn.Linear(8, 4)),
         broken("norm_q", nn.LayerNorm(12)),
         broken("add_k_proj", nn.Linear(8, 12)),
+        broken("to_qkv", nn.Linear(8, 36)),
         broken("conv2", nn.Conv2d(16, 8, 3, groups=2)),
         broken("time_embedding_norm", "ada_group"),
         nn.Linear(3, 3),
