@@ -188,14 +188,16 @@ class Engine:
             EngineClosed: the engine was closed before; make another one.
             Exception: what the model raised meanwhile; the engine is closed then.
         """
-        if self._closing:
-            raise EngineClosed("the engine was closed and cannot start again: make another one")
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name="tdc_fast engine", daemon=True)
-            self._thread.start()
-            self._ready.wait()
-            if self._failure is not None:
-                raise self._failure
+        with self._changed:
+            if self._closing:
+                raise EngineClosed("the engine was closed and cannot start again: make another one")
+            if self._thread is None:
+                thread = threading.Thread(target=self._work, name="tdc_fast engine", daemon=True)
+                thread.start()
+                self._thread = thread
+        self._ready.wait()
+        if self._failure is not None:
+            raise self._failure
 
     def close(self, *, drain: bool = True, timeout: float | None = None) -> None:
         """Accept no more requests and end the thread.
@@ -223,8 +225,11 @@ class Engine:
         Raises:
             ValueError: naming the field of the request that the model or the engine cannot serve.
             Overloaded: too much is waiting already.
-            EngineClosed: the engine takes no more requests.
+            EngineClosed: the engine takes no more requests, or was started before this process was forked.
         """
+        if self._thread is not None and not (self._closing or self._thread.is_alive()):
+            # A fork copies neither the thread nor a lock that it may hold.
+            raise EngineClosed("the engine was started before this process was forked: start one in this process")
         plan = self._admission.check(request)
         with self._changed:
             try:

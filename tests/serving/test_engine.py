@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 import threading
 import time
 
@@ -542,6 +543,42 @@ def test_an_engine_that_was_closed_does_not_start_again():
         pass
     with pytest.raises(EngineClosed, match="make another one"):
         engine.start()
+
+
+def test_threads_that_start_an_engine_at_once_start_one_thread(monkeypatch):
+    made = []
+
+    class Slow(threading.Thread):
+        def __init__(self, **options):
+            time.sleep(0.02)
+            super().__init__(**options)
+            made.append(self)
+
+    with engine_of(Scripted()) as other:
+        one = engine_of(Scripted())
+        monkeypatch.setattr("tdc_fast.serving.engine.threading.Thread", Slow)
+        starters = [type(other._thread)(target=one.start) for _ in range(3)]
+        for starter in starters:
+            starter.start()
+        for starter in starters:
+            starter.join()
+        one.close()
+    assert len(made) == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_an_engine_that_was_started_before_a_fork_refuses_what_comes_after_it():
+    with engine_of(Scripted()) as engine:
+        child = os.fork()
+        if not child:
+            try:
+                engine.submit(Request(steps=2))
+            except EngineClosed as error:
+                os._exit("before this process was forked" in str(error))
+            finally:
+                os._exit(2)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+        assert engine.submit(Request(steps=2)).result(60).samples.shape == (1, *SHAPE)
 
 
 def test_statistics_add_up():
