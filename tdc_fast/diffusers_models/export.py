@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tdc_fast.atomic import write_bytes, write_json
-from tdc_fast.diffusers_models.model import base_class
+from tdc_fast.diffusers_models.model import base_class, check_no_adapters
 from tdc_fast.diffusers_models.narrower import narrower
 from tdc_fast.errors import invalid
 from tdc_fast.nn import blocks
@@ -33,8 +33,9 @@ def save_expert(routed: RoutedModel, index: int, folder: str | os.PathLike[str],
         **options: as for `save_pretrained` of diffusers' models.
 
     Raises:
-        ValueError: no such expert, or a model of another class.
+        ValueError: no such expert, a model of another class, or layers with adapters, such as LoRA.
     """
+    check_no_adapters(routed)
     expert: Any = routed.expert(index)
     base = base_class(type(expert).__name__, type(expert))
     widths = {} if routed.widths is None else routed.widths.expert_widths(index)

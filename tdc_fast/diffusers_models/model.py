@@ -131,19 +131,30 @@ class TDCModel(*_BASES):  # type: ignore[misc]
         own = self._internal_dict
         return _configuration.FrozenDict({**_public(own["base"]), **own})
 
+    @property
+    def groups(self) -> TimestepGroups:
+        """Which expert a timestep belongs to."""
+        return self.routed.groups
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The denoiser's output; arguments as for the denoiser, `return_dict` among them.
 
         The timestep is a number, a tensor of one number or one of each sample (B,).
 
         Raises:
-            ValueError: for arguments that cannot be divided among the experts (see `RoutedModel`), and for a timestep
-                outside 0 to T.
+            ValueError: for arguments that cannot be divided among the experts (see `RoutedModel`), for more arguments
+                than the denoiser takes or one that is given twice, and for a timestep outside 0 to T.
         """
         denoiser = dense_module(self.routed.model)
         place, _ = timestep_argument(denoiser)
         names = list(inspect.signature(denoiser.forward).parameters)
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        given = dict(zip(names, args, strict=False))
+        if len(args) > len(names):
+            raise invalid("arguments", f"{len(args)} in order", f"at most {len(names)}, as the denoiser has: {names}")
+        for name in kwargs:
+            if name in given:
+                raise invalid(name, "two values", "one: it was given in order and by name")
+        given |= kwargs
         for name in (names[0], names[1 + place]):
             if given.get(name) is None:
                 raise invalid(name, None, "an argument of every call")
@@ -166,7 +177,11 @@ class TDCModel(*_BASES):  # type: ignore[misc]
         Args:
             save_directory: the folder.
             **kwargs: as for diffusers' models: `max_shard_size`, `variant` and so on.
+
+        Raises:
+            ValueError: for layers with adapters, such as LoRA, which the configuration does not make.
         """
+        check_no_adapters(self.routed)
         hook = self.register_state_dict_post_hook(_contiguous)
         try:
             super().save_pretrained(save_directory, **kwargs)
@@ -176,20 +191,25 @@ class TDCModel(*_BASES):  # type: ignore[misc]
             write_bytes(Path(save_directory) / CODE_FILE, _CODE.encode())
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> TDCModel:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
         """Load what `save_pretrained` wrote; arguments as for diffusers' models.
 
         The model is built whole before its weights are read: `low_cpu_mem_usage` is False. A `device_map` may name one
         device, where the model goes then.
 
         Raises:
-            ValueError: for a `device_map` that spreads the model: all its layers take one plan of a batch.
+            ValueError: for a `device_map` that spreads the model, as all its layers take one plan of a batch, and for
+                weights that are not in the file: diffusers would only warn, and leave random ones.
         """
         device = _one_device(kwargs.pop("device_map", None))
-        model: TDCModel = super().from_pretrained(
-            pretrained_model_name_or_path, **{**kwargs, "low_cpu_mem_usage": False}
+        asks_how_it_went = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, **{**kwargs, "low_cpu_mem_usage": False, "output_loading_info": True}
         )
-        return model if device is None else model.to(device)
+        for name in info["missing_keys"]:
+            raise invalid("weights", f"none for {name}", "a file of all weights that its config.json asks for")
+        model = model if device is None else model.to(device)
+        return (model, info) if asks_how_it_went else model
 
 
 def base_class(name: Any, actual: type | None = None) -> Any:
@@ -198,6 +218,14 @@ def base_class(name: Any, actual: type | None = None) -> Any:
     if not (isinstance(found, type) and issubclass(found, diffusers.ModelMixin)) or actual not in (None, found):
         raise invalid("base", name, "a class of models that diffusers has, such as UNet2DModel")
     return found
+
+
+def check_no_adapters(model: nn.Module) -> None:
+    """ValueError for layers that peft has wrapped: what is saved of them fits no model that a configuration makes."""
+    for name, module in model.named_modules():
+        if hasattr(module, "base_layer"):
+            remedy = "plain layers: pack the experts again after fuse_lora() and unload_lora() of each expert(i)"
+            raise invalid(f"module {name!r}", "a layer with adapters", remedy)
 
 
 def _one_device(device_map: Any) -> torch.device | None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.utils import _pytree
 
 Key = tuple[torch.dtype, bool]  # dtype; whether gradients are recorded
 
@@ -25,10 +26,10 @@ class InDtype(nn.Module):
         super().__init__()
         self.denoiser, self.dtype = denoiser, dtype
 
-    def forward(self, x: Tensor, t: Tensor, /, **condition: Any) -> Tensor:
-        """The output for x (B, ...) at the timesteps t (B,)."""
+    def forward(self, x: Tensor, t: Tensor, /, **condition: Any) -> Any:
+        """The output for x (B, ...) at the timesteps t (B,): a tensor, or what holds tensors."""
         with torch.autocast(x.device.type, dtype=self.dtype) if x.device.type != "meta" else nullcontext():
-            return self.denoiser(x, t, **condition).float()
+            return _pytree.tree_map_only(Tensor, Tensor.float, self.denoiser(x, t, **condition))
 
 
 class Copies:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tdc_fast.diffusion import Diffusion
 from tdc_fast.diffusion.guidance import guide
-from tdc_fast.diffusion.protocols import Denoiser
+from tdc_fast.diffusion.protocols import Denoiser, prediction_of
 from tdc_fast.diffusion.updates import StepWeights, advance
 from tdc_fast.graphs import captures_on, graphed
 
@@ -120,7 +120,7 @@ class Stepper:
             x = torch.index_select(x, 0, source, out=torch.empty_like(x))
         conditions = {} if tensors["labels"] is None else {"y": tensors["labels"]}
         began = time.perf_counter()
-        output = self._model(x, tensors["t"], **conditions)
+        output = prediction_of(self._model(x, tensors["t"], **conditions))
         self.forward_seconds += time.perf_counter() - began
         if tensors["partner"] is not None:
             unconditional = output.index_select(0, tensors["partner"])

@@ -27,12 +27,15 @@ from diffusers import (  # noqa: E402
     IPNDMScheduler,
     UNet2DModel,
 )
+from safetensors.torch import load_file, save_file  # noqa: E402
 
-from tdc_fast import TimestepGroups, pack_experts  # noqa: E402
+from tdc_fast import TimestepGroups, for_inference, pack_experts  # noqa: E402
 from tdc_fast.diffusers_models import TDCModel, save_expert, save_two_experts  # noqa: E402
+from tdc_fast.diffusion import create_diffusion, sample  # noqa: E402
 from tdc_fast.nn.packing import RoutedModel  # noqa: E402
 from tdc_fast.nn.units import units_of  # noqa: E402
 from tdc_fast.ops.layout import is_channel_innermost  # noqa: E402
+from tdc_fast.serving import Engine, Request  # noqa: E402
 from tests.diffusers_models.test_packing import CLOSE, GROUPS, MODELS, TEXT, TOKENS, T, images, made  # noqa: E402
 from tests.models.test_iddpm import randomise  # noqa: E402
 from tests.nn.test_blocks import shuffled  # noqa: E402
@@ -217,6 +220,61 @@ def test_noise_levels_in_place_of_timesteps_are_not_taken_in_silence(kind: Any) 
             model(images(), beyond)
 
 
+def test_weights_that_a_file_lacks_are_not_left_random(tmp_path: Path) -> None:
+    TDCModel.from_routed(pack_experts(made("unet"), GROUPS)).save_pretrained(tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    loaded, info = TDCModel.from_pretrained(tmp_path, output_loading_info=True, device_map="cpu")
+    assert isinstance(loaded, TDCModel) and not info["missing_keys"]
+    del weights["routed.model.conv_in.bias"]
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"weights: got 'none for routed.model.conv_in.bias'; expected a file of all"):
+        TDCModel.from_pretrained(tmp_path)
+
+
+class Adapted(nn.Module):
+    """A layer as peft wraps it."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base_layer(x)
+
+
+def test_layers_with_adapters_are_not_saved_under_names_that_no_model_has(tmp_path: Path) -> None:
+    base = made("unet")
+    base.conv_in = Adapted(base.conv_in)
+    routed = pack_experts(base, GROUPS)
+    model = TDCModel.from_routed(routed)
+    torch.testing.assert_close(output(model), output(base), **CLOSE)
+    for save in (model.save_pretrained, lambda folder: save_expert(routed, 0, folder)):
+        with pytest.raises(ValueError, match=r"module 'model.conv_in': got 'a layer with adapters'; .*fuse_lora\(\)"):
+            save(tmp_path)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_its_images_are_drawn_and_served_and_its_groups_are_those_of_the_process() -> None:
+    routed = pack_experts([made("unet", seed) for seed in range(3)], GROUPS)
+    diffusion = create_diffusion(1000)
+    for model in (routed, TDCModel.from_routed(routed)):
+        with Engine(model, diffusion, (3, 8, 8)) as engine:
+            served = engine.submit(Request(seed=3, steps=4)).result(60).samples
+        drawn = sample(diffusion, model, (1, 3, 8, 8), steps=4, generator=torch.Generator().manual_seed(3))
+        assert torch.equal(served, drawn) and engine.statistics.expert_rows.tolist() == [2, 1, 1]
+        with pytest.raises(ValueError, match="groups divide 1000 timesteps"):
+            sample(create_diffusion(500), model, (1, 3, 8, 8), steps=4)
+
+
+def test_in_16_bits_its_output_is_in_fp32() -> None:
+    routed = pack_experts(made("unet"), GROUPS)
+    expected = routed(images(), T)
+    found = for_inference(routed, torch.bfloat16)(images(), T)
+    assert type(found) is type(expected) and found.sample.dtype == torch.float32
+    torch.testing.assert_close(found.sample, expected.sample, rtol=0.05, atol=0.05)
+
+
 def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     model = TDCModel.from_routed(pruned())
     own = {name: value for name, value in model._internal_dict.items() if not name.startswith("_")}
@@ -230,6 +288,10 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
         TDCModel(**{**own, "widths": [{}, {}, {}]})
     with pytest.raises(ValueError, match="sample: got None"):
         model(timestep=3)
+    with pytest.raises(ValueError, match="timestep: got 'two values'; expected one"):
+        model(images(), 3, timestep=4)
+    with pytest.raises(ValueError, match="arguments: got '5 in order'; expected at most 4, as the denoiser has"):
+        model(images(), 3, None, True, None)
     for spread in ("auto", "balanced", {"": "disk"}, {"routed.model.conv_in": 0, "routed": "cpu"}, "nowhere", {}):
         with pytest.raises(ValueError, match="device_map: got .*expected one device"):
             TDCModel.from_pretrained(tmp_path, device_map=spread)
