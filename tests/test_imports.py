@@ -1,6 +1,6 @@
 """Imports point down: every module imports only from rooms below its own, and no two files import each other.
 
-The rooms are those of CONTRIBUTING.md. All imports count, also those inside functions, under TYPE_CHECKING and by
+The packages are those of CONTRIBUTING.md. All imports count, also those inside functions, under TYPE_CHECKING and by
 `importlib.import_module`: what a reader has to follow is the same.
 """
 
