@@ -301,7 +301,8 @@ class UNet(nn.Module):
         first = next(self.parameters())
         with torch.device("meta"):
             model = UNet.from_recipe({**self.recipe(), "widths": {**self.widths, **widths}})
-        return model.to(first.dtype).to_empty(device=first.device).train(self.training)
+        model = model.to(first.dtype).train(self.training)
+        return model if first.is_meta else model.to_empty(device=first.device)
 
 
 def _checked_width(name: str, unnamed: dict[str, int], channels: int, atom: int) -> int:

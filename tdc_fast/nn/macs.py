@@ -12,20 +12,11 @@ from torch.utils.flop_counter import FlopCounterMode, _FlopCounterMode
 
 
 class MacCounter:
-    """Context manager that counts the MACs of what runs inside it, forward and backward.
+    """Context manager that counts the MACs of what runs inside it, forward and backward."""
 
-    Args:
-        by_module: whether `inside` will be asked; following the modules takes a third of the time.
-
-    Attributes:
-        macs: the count, after the block; half of FlopCounterMode's FLOPs.
-    """
-
-    def __init__(self, *, by_module: bool = False) -> None:
-        self.macs = 0
+    def __init__(self) -> None:
         self._counter = _Counter(display=False)
-        if not by_module:
-            self._counter.mod_tracker = _NoModules()  # type: ignore[assignment]
+        self._counter.mod_tracker = _NoModules()  # type: ignore[assignment]
 
     def __enter__(self) -> MacCounter:
         self._counter.__enter__()
@@ -33,11 +24,11 @@ class MacCounter:
 
     def __exit__(self, *exception: Any) -> None:
         self._counter.__exit__(*exception)
-        self.macs = self._counter.get_total_flops() // 2
 
-    def inside(self, module: str) -> int:
-        """MACs counted within a module, given the name that FlopCounterMode has for it; 0 if it never ran."""
-        return sum(self._counter.get_flop_counts().get(module, {}).values()) // 2
+    @property
+    def macs(self) -> int:
+        """The count so far; half of FlopCounterMode's FLOPs."""
+        return self._counter.get_total_flops() // 2
 
 
 class _Counter(FlopCounterMode):
@@ -73,7 +64,7 @@ def _is_elementary(func: Any) -> bool:
 
 
 class _NoModules:
-    """Stands in for FlopCounterMode's tracker: everything is counted for the whole."""
+    """Stands in for FlopCounterMode's tracker of modules, which takes a third of the time."""
 
     parents = frozenset({"Global"})
 

@@ -6,7 +6,8 @@ these functions and checks that they add up. Time comes from a latency model (`t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,13 +143,33 @@ def _costs_by_module(template: Any, units: Sequence[PruningUnit], sample: Sample
     for j in range(max((len(unit.widths()) for unit in units), default=1)):
         widths = {unit.name: unit.widths()[min(j, len(unit.widths()) - 1)] for unit in units}
         model = with_widths(template, widths)
-        with torch.no_grad(), MacCounter(by_module=True) as counter:
+        with torch.no_grad(), MacCounter() as counter, _macs_inside(model, names, counter) as inside:
             model(x, t, **kwargs)
         for name in names:
-            counts[name][widths[name]] = counter.inside(f"{type(model).__name__}.{name}")
-        rest.add(counter.macs - sum(counts[name][widths[name]] for name in names))
+            counts[name][widths[name]] = inside[name]
+        rest.add(counter.macs - sum(inside.values()))
     if len(rest) != 1:
         return None
     base = {name: counts[name][0] for name in names}  # e.g. a block's skip path, which pruning leaves
     tables = {name: {w: macs - base[name] for w, macs in counts[name].items()} for name in names}
     return UnitCosts(rest.pop() + sum(base.values()), tables)
+
+
+@contextmanager
+def _macs_inside(model: nn.Module, names: Sequence[str], counter: MacCounter) -> Iterator[dict[str, int]]:
+    """{name of a module: MACs that are counted within it}, filled as the model runs; 0 for one that never runs."""
+    inside = dict.fromkeys(names, 0)
+
+    def add(name: str, macs: int) -> None:
+        inside[name] += macs
+
+    handles = []
+    for name in names:
+        module = model.get_submodule(name)
+        handles.append(module.register_forward_pre_hook(lambda *_, name=name: add(name, -counter.macs)))
+        handles.append(module.register_forward_hook(lambda *_, name=name: add(name, counter.macs)))
+    try:
+        yield inside
+    finally:
+        for handle in handles:
+            handle.remove()

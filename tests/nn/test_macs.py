@@ -15,7 +15,7 @@ from tdc_fast.nn.macs import MacCounter
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("mode", [contextlib.nullcontext, torch.no_grad, torch.inference_mode])
-def test_macs_are_half_of_torchs_flops_in_all_and_in_each_module(mode: Any, device: str) -> None:
+def test_macs_are_half_of_torchs_flops(mode: Any, device: str) -> None:
     """In inference mode torch itself has not yet taken operators such as linear apart."""
     model = create_unet(image_size=8, num_channels=8, in_channels=1, channel_mult=(1, 2)).to(device)
     x, t = torch.zeros(2, 1, 8, 8, device=device), torch.zeros(2, dtype=torch.int64, device=device)
@@ -28,10 +28,6 @@ def test_macs_are_half_of_torchs_flops_in_all_and_in_each_module(mode: Any, devi
 
     with FlopCounterMode(display=False) as counter:
         run()
-    with MacCounter() as alone:
+    with MacCounter() as ours:
         run()
-    with MacCounter(by_module=True) as each:
-        run()
-    assert 2 * alone.macs == 2 * each.macs == counter.get_total_flops() > 0
-    for module, flops in counter.get_flop_counts().items():
-        assert 2 * each.inside(module) == sum(flops.values())
+    assert 2 * ours.macs == counter.get_total_flops() > 0
