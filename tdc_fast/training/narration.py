@@ -87,10 +87,9 @@ def describe_plan(run: RunDirectory, dataset: Dataset) -> str:
     """What the run is going to do: data, model, steps of each phase, and files, as lines of text."""
     config, size = run.config, run.config.image_size
     model = outline_unet(config, run.in_channels)
-    with torch.device("meta"):
-        t = torch.zeros(1, dtype=torch.int64)
-        labels = {"y": t} if config.class_cond else {}
-        macs = measure_macs(model, torch.zeros(1, run.in_channels, size, size), t, **labels)
+    x = torch.zeros(1, run.in_channels, size, size, device="meta")
+    t = torch.zeros(1, dtype=torch.int64, device="meta")
+    macs = measure_macs(model, x, t, **({"y": t} if config.class_cond else {}))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     held_out = f"; {config.heldout:.0%} of the set is held out" if config.heldout else ""
     lines = [
