@@ -1,6 +1,6 @@
 // The host side of forward and dgrad: computes chunks of pixels of all groups in one parallel region, which packs the
 // live weights of an expert into panels when the first chunk needs them.
-#include "cpu/conv_geometry.h"
+#include "cpu/conv_gather_plan.h"
 
 #include <algorithm>
 #include <cstring>
@@ -13,29 +13,15 @@
 namespace tdc {
 namespace {
 
-constexpr int64_t kSourceLimit = int64_t{192} << 10;  // bytes of source per task: it shares L2 with a panel
-constexpr int64_t kWeightLimit = int64_t{640} << 10;  // bytes of packed weights that chunk after chunk finds in L2
-constexpr int64_t kChunkPixels = 128;
-constexpr int64_t kLeastPixels = 64;                 // fewer would leave tiles of image corners too small
-constexpr int64_t kTasksWanted = 32;                 // enough for an even load, from shapes alone
-constexpr int64_t kParallelMacs = int64_t{1} << 19;  // below, waking a thread costs more than it saves
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-struct Task {
-  int64_t group, sample_begin, sample_end, row_begin, row_end, panel_begin, panel_end;
-};
-
 struct Workspace {  // of the calling thread, read by all
   GatherGeometry geometry;
   PackedPanels panels;
-  std::vector<Task> tasks;
-  std::vector<int64_t> costs;  // of the tasks
+  GatherPlan plan;
   WorkShares shares;
 };
 
 struct LocalMemory {  // of each thread
-  Scratch source, pixels, classes, taps, init;
+  Scratch source, pixels, classes, taps, init, row_taps;
 };
 
 struct Operands {
@@ -47,96 +33,27 @@ class Gather {
  public:
   Gather(const Conv2dProblem& problem, bool dgrad, const Operands& operands, Workspace& work)
       : p_(problem), dgrad_(dgrad), op_(operands), work_(work), geo_(work.geometry), panels_(work.panels),
-        kernels_(TDC_ISA_CALL(conv_kernels)) {
+        plan_(work.plan), kernels_(TDC_ISA_CALL(conv_kernels)) {
     type_ = static_cast<int>(p_.dtype);
     element_ = p_.dtype == DType::kFloat32 ? 4 : 2;
     geo_.set(p_, dgrad);
     panels_.reset(p_, geo_, kernels_, operands.weight);
     panel_ = panels_.lanes_per_panel();
+    in_rows_ = kernels_.row[type_] && geo_.columns.fits_row_tiles();
   }
 
   void run() {
     if (p_.batch == 0) return;
-    plan_experts();
-    plan_chunks();
-    const int threads = macs_ < kParallelMacs ? 1 : p_.threads;
-    while (panels_.next_wave(threads)) {
-      work_.tasks.clear();
-      work_.costs.clear();
-      for (int64_t g = 0; g < p_.num_groups; ++g)
-        if (p_.expert(g) >= panels_.first_expert() && p_.expert(g) <= panels_.last_expert()) plan_group(g);
-      work_.shares.run(work_.costs, threads, [&](int64_t task, int thread) { compute(task, thread); });
+    plan_.set(p_, geo_, panels_, dgrad_, op_.sample_bias != nullptr);
+    while (panels_.next_wave(plan_.threads())) {
+      plan_.set_tasks();
+      work_.shares.run(plan_.costs(), plan_.threads(), [&](int64_t task, int thread) { compute(task, thread); });
     }
   }
 
  private:
-  int64_t live_source(int64_t g) const { return dgrad_ ? p_.live_out(g) : p_.live_in(g); }
-  int64_t live_dest(int64_t g) const { return dgrad_ ? p_.live_in(g) : p_.live_out(g); }
-  int64_t num_taps() const { return geo_.num_taps(); }
   // Whether a task copies its source to fp32: in bf16, and to bring two inputs together.
   bool copies_source() const { return type_ != 0 || op_.source2; }
-
-  void plan_experts() {
-    for (int64_t g = 0; g < p_.num_groups; ++g) {
-      const int64_t samples = p_.offsets[g + 1] - p_.offsets[g];
-      if (samples == 0) continue;
-      panels_.widen(p_.expert(g), live_dest(g), live_source(g));
-      depth_ = std::max(depth_, live_source(g)), lanes_ = std::max(lanes_, live_dest(g));
-      macs_ += samples * geo_.rows.indices * geo_.columns.indices * num_taps() * live_source(g) * live_dest(g);
-    }
-  }
-
-  // Chunks of whole small images or of rows of a large one, sized by shapes alone.
-  void plan_chunks() {
-    const int64_t rows = geo_.rows.indices, image = rows * geo_.columns.indices;
-    const int64_t pixels = p_.batch * image;
-    const int64_t wanted = std::min(kChunkPixels, std::max<int64_t>(kLeastPixels, pixels / kTasksWanted));
-    const int64_t line = geo_.columns.source_size * depth_ * 4;  // bytes of a source row in fp32
-    chunk_samples_ = 1;
-    chunk_rows_ = rows;
-    if (image >= wanted) {
-      int64_t most_rows = std::max<int64_t>(1, wanted / geo_.columns.indices);
-      const int64_t extra = geo_.rows.max_tap - geo_.rows.min_tap;
-      while (most_rows > 1 && ((most_rows - 1) * geo_.rows.source_step + extra + 1) * line > kSourceLimit) --most_rows;
-      chunk_rows_ = ceil_div(rows, ceil_div(rows, most_rows));
-    } else {
-      const int64_t samples = std::min(wanted / image, kSourceLimit / (geo_.rows.source_size * line));
-      chunk_samples_ = std::max<int64_t>(1, samples);
-      if (op_.sample_bias) chunk_samples_ = std::max<int64_t>(1, std::min(chunk_samples_, (int64_t{1} << 15) / lanes_));
-    }
-    // With few chunks, the panels are divided among tasks as well.
-    int64_t chunks = 0;
-    for (int64_t g = 0; g < p_.num_groups; ++g)
-      chunks += ceil_div(p_.offsets[g + 1] - p_.offsets[g], chunk_samples_) * ceil_div(rows, chunk_rows_);
-    panel_ranges_ = ceil_div(kTasksWanted, std::max<int64_t>(chunks, 1));
-  }
-
-  void plan_group(int64_t g) {
-    const PackedPanels::Expert& e = panels_.expert(p_.expert(g));
-    const int64_t total = panels_.count(live_dest(g));
-    const int64_t begin = std::min(e.begin, total), end = std::min(e.end, total);
-    if (begin == end && !(total == 0 && e.begin == 0)) return;
-    const int64_t weights = num_taps() * panels_.tap_rows(e) * panel_ * 4 * (end - begin);
-    const int64_t wanted = std::max(panel_ranges_, ceil_div(weights, kWeightLimit));
-    const int64_t ranges = std::max<int64_t>(1, std::min(wanted, end - begin));
-    const int64_t first = p_.offsets[g], samples = p_.offsets[g + 1] - first;
-    const int64_t sample_ranges = ceil_div(samples, chunk_samples_),
-                  row_ranges = ceil_div(geo_.rows.indices, chunk_rows_);
-    // All chunks with one range of panels, then all with the next.
-    for (int64_t s = 0; s < ranges; ++s)
-      for (int64_t i = 0; i < sample_ranges; ++i)
-        for (int64_t b = 0; b < row_ranges; ++b)
-          add_task({g, first + samples * i / sample_ranges, first + samples * (i + 1) / sample_ranges,
-                    geo_.rows.indices * b / row_ranges, geo_.rows.indices * (b + 1) / row_ranges,
-                    begin + (end - begin) * s / ranges, begin + (end - begin) * (s + 1) / ranges});
-  }
-
-  void add_task(const Task& task) {
-    work_.tasks.push_back(task);
-    panels_.expect(p_.expert(task.group), task.panel_begin, task.panel_end);
-    const int64_t rows = (task.sample_end - task.sample_begin) * (task.row_end - task.row_begin);
-    work_.costs.push_back(rows * (live_source(task.group) + 4) * (task.panel_end - task.panel_begin + 1));
-  }
 
   static LocalMemory& local() {
     static thread_local LocalMemory memory;
@@ -163,7 +80,7 @@ class Gather {
   };
 
   void compute(int64_t index, int thread) const {
-    const Task& task = work_.tasks[index];
+    const GatherTask& task = plan_.tasks()[index];
     if (task.panel_begin == task.panel_end) return zero_rows(task);
     panels_.prepare(p_.expert(task.group), task.panel_begin, task.panel_end, thread);
     LocalMemory& memory = local();
@@ -172,6 +89,12 @@ class Gather {
     const float* init = initial_rows(task, memory, init_stride);
 
     const int64_t samples = task.sample_end - task.sample_begin, rows = task.row_end - task.row_begin;
+    if (in_rows_) {
+      Prefetch next(*this, index + 1, task.panel_end - task.panel_begin,
+                    samples * rows * geo_.rows.dest_step * geo_.columns.dest_size);
+      run_rows(task, source, init, init_stride, memory.row_taps, next);
+      return panels_.release(p_.expert(task.group), task.panel_begin, task.panel_end, thread);
+    }
     ConvPixel* pixels = memory.pixels.get<ConvPixel>(samples * rows * geo_.rows.dest_step * geo_.columns.dest_size);
     Counts counts = count_classes(task);
     Class* classes = memory.classes.get<Class>(counts.classes + 1);
@@ -220,15 +143,15 @@ class Gather {
   class Prefetch {
    public:
     Prefetch(const Gather& gather, int64_t index, int64_t panels, int64_t pixels) {
-      if (gather.copies_source() || index >= static_cast<int64_t>(gather.work_.tasks.size())) return;
-      const Task& task = gather.work_.tasks[index];
+      if (gather.copies_source() || index >= static_cast<int64_t>(gather.plan_.tasks().size())) return;
+      const GatherTask& task = gather.plan_.tasks()[index];
       const Axis& rows = gather.geo_.rows;
       const int64_t line = gather.geo_.columns.source_size;
       const int64_t begin = std::max<int64_t>(0, task.row_begin * rows.source_step + rows.min_tap);
       const int64_t end = std::min(rows.source_size, (task.row_end - 1) * rows.source_step + rows.max_tap + 1);
       const int64_t last = (task.sample_end - 1) * rows.source_size + end;
       stride_ = gather.geo_.source_channels;
-      live_ = gather.live_source(task.group);
+      live_ = gather.plan_.live_source(task.group);
       at_ = static_cast<const float*>(gather.op_.source) +
             (task.sample_begin * rows.source_size + begin) * line * stride_;
       left_ = live_ == 0 ? 0 : std::max<int64_t>(0, (last - task.sample_begin * rows.source_size - begin) * line);
@@ -250,7 +173,7 @@ class Gather {
     int64_t classes = 0, taps = 0;
   };
 
-  Counts count_classes(const Task& task) const {
+  Counts count_classes(const GatherTask& task) const {
     Counts counts;
     each_class(task, [&](size_t, const AxisPhase&, const AxisRun& i_run, int64_t, int64_t, const AxisPhase&,
                          const AxisRun& j_run) {
@@ -261,7 +184,7 @@ class Gather {
   }
 
   template <typename Fn>
-  void each_class(const Task& task, Fn&& fn) const {
+  void each_class(const GatherTask& task, Fn&& fn) const {
     size_t phase = 0;
     for (const AxisPhase& row : geo_.rows.phases) {
       for (const AxisPhase& column : geo_.columns.phases) {
@@ -275,20 +198,68 @@ class Gather {
     }
   }
 
-  void run_tiles(const Task& task, const Class* classes, int64_t num_classes, const ConvPixel* pixels,
-                 const GatherTap* taps, Prefetch& next) const {
+  // All tiles of a task in row tiles.
+  void run_rows(const GatherTask& task, const SourceView& source, const float* init, int64_t init_stride,
+                Scratch& memory, Prefetch& next) const {
     const PackedPanels::Expert& e = panels_.expert(p_.expert(task.group));
-    GatherTile tile;
-    tile.depth = live_source(task.group);
-    tile.live = live_dest(task.group);
-    tile.channels = geo_.dest_channels;
+    const int64_t tap_size = panels_.tap_rows(e), width = geo_.columns.dest_size;
+    const bool reversed = geo_.columns.phases[0].taps[0] == 1;
+    RowTile tile;
+    tile.step = source.pixel;
     for (int64_t panel = task.panel_begin; panel < task.panel_end; ++panel) {
-      tile.channel = panel * panel_;
-      tile.row = panels_.row(e, panel);
-      tile.weights = panels_.weights(e, panel);
-      const int64_t vectors = ceil_div(tile.live - tile.channel, kernels_.lanes);
-      tile.vectors = static_cast<int>(std::min<int64_t>(kPanelVectors, vectors));
-      tile.last = tile.channel + panel_ >= tile.live;
+      set_panel(task, panel, tile);
+      for (size_t phase = 0; phase < geo_.rows.phases.size(); ++phase) {
+        const AxisPhase& row = geo_.rows.phases[phase];
+        RowTap* taps = memory.get<RowTap>(row.taps.size() + 1);
+        for (size_t r = 0; r < row.taps.size(); ++r) {
+          taps[r].source = row.taps[r] * source.line;
+          for (int s = 0; s < 3; ++s)
+            taps[r].weights[s] = (geo_.first_tap[phase] + r * 3 + (reversed ? 2 - s : s)) * tap_size;
+        }
+        for (const AxisRun& run : row.runs) {
+          const int64_t begin = std::max(run.begin, task.row_begin), end = std::min(run.end, task.row_end);
+          tile.taps = taps + run.tap_begin;
+          tile.num_taps = tile.depth == 0 ? 0 : run.tap_end - run.tap_begin;
+          for (int64_t n = 0; n < task.sample_end - task.sample_begin; ++n) {
+            tile.first.init = init + n * init_stride;
+            for (int64_t i = begin; i < end; ++i) {
+              const int64_t line = (task.sample_begin + n) * geo_.rows.dest_size + i * geo_.rows.dest_step + row.phase;
+              for (int64_t j = 0; j < width; j += kRowPixels) {
+                const int64_t to = (line * width + j) * geo_.dest_channels * element_;
+                tile.first.source =
+                    source.base + n * source.image + i * geo_.rows.source_step * source.line + j * source.pixel;
+                tile.first.residual = op_.residual ? static_cast<const char*>(op_.residual) + to : nullptr;
+                tile.first.out = static_cast<char*>(op_.dest) + to;
+                tile.left = j > 0;
+                tile.right = j + kRowPixels < width;
+                kernels_.row[type_](tile);
+                next.advance(kRowPixels);
+              }
+            }
+          }
+        }
+      }
+    }
+  }
+
+  void set_panel(const GatherTask& task, int64_t panel, PanelTile& tile) const {
+    const PackedPanels::Expert& e = panels_.expert(p_.expert(task.group));
+    tile.depth = plan_.live_source(task.group);
+    tile.live = plan_.live_dest(task.group);
+    tile.channels = geo_.dest_channels;
+    tile.channel = panel * panel_;
+    tile.row = panels_.row(e, panel);
+    tile.weights = panels_.weights(e, panel);
+    const int64_t vectors = ceil_div(tile.live - tile.channel, kernels_.lanes);
+    tile.vectors = static_cast<int>(std::min<int64_t>(kPanelVectors, vectors));
+    tile.last = tile.channel + panel_ >= tile.live;
+  }
+
+  void run_tiles(const GatherTask& task, const Class* classes, int64_t num_classes, const ConvPixel* pixels,
+                 const GatherTap* taps, Prefetch& next) const {
+    GatherTile tile;
+    for (int64_t panel = task.panel_begin; panel < task.panel_end; ++panel) {
+      set_panel(task, panel, tile);
       for (const Class* c = classes; c != classes + num_classes; ++c) {
         tile.taps = taps + c->tap_begin;
         tile.num_taps = tile.depth == 0 ? 0 : c->tap_end - c->tap_begin;
@@ -307,7 +278,7 @@ class Gather {
     }
   }
 
-  SourceView view_source(const Task& task) const {
+  SourceView view_source(const GatherTask& task) const {
     SourceView view = {nullptr, geo_.source_channels, 0, 0};
     view.line = view.pixel * geo_.columns.source_size;
     view.image = view.line * geo_.rows.source_size;
@@ -316,9 +287,9 @@ class Gather {
   }
 
   // The live channels of the source rows that the task reads, of both inputs, in fp32.
-  SourceView copy_source(const Task& task, LocalMemory& memory) const {
+  SourceView copy_source(const GatherTask& task, LocalMemory& memory) const {
     const Axis& rows = geo_.rows;
-    const int64_t depth = live_source(task.group), columns = geo_.columns.source_size;
+    const int64_t depth = plan_.live_source(task.group), columns = geo_.columns.source_size;
     const int64_t begin = std::max<int64_t>(0, task.row_begin * rows.source_step + rows.min_tap);
     const int64_t end =
         std::max(begin, std::min(rows.source_size, (task.row_end - 1) * rows.source_step + rows.max_tap + 1));
@@ -338,9 +309,9 @@ class Gather {
   }
 
   // bias (+ sample_bias) of the task's panels in fp32, zero past the live width: one row, or one per sample.
-  const float* initial_rows(const Task& task, LocalMemory& memory, int64_t& stride) const {
+  const float* initial_rows(const GatherTask& task, LocalMemory& memory, int64_t& stride) const {
     const int64_t begin = task.panel_begin * panel_, width = (task.panel_end - task.panel_begin) * panel_;
-    const int64_t live = std::min(width, live_dest(task.group) - begin);
+    const int64_t live = std::min(width, plan_.live_dest(task.group) - begin);
     const int64_t rows = op_.sample_bias ? task.sample_end - task.sample_begin : 1;
     float* init = memory.init.get<float>((rows + 1) * width);
     stride = op_.sample_bias ? width : 0;
@@ -362,7 +333,7 @@ class Gather {
     return init - begin;
   }
 
-  void zero_rows(const Task& task) const {
+  void zero_rows(const GatherTask& task) const {
     const int64_t line = geo_.columns.dest_size * geo_.dest_channels * element_;
     const int64_t begin = task.row_begin * geo_.rows.dest_step;
     const int64_t end = std::min(task.row_end * geo_.rows.dest_step, geo_.rows.dest_size);
@@ -376,11 +347,11 @@ class Gather {
   Workspace& work_;
   GatherGeometry& geo_;
   PackedPanels& panels_;
+  GatherPlan& plan_;
   const ConvKernels& kernels_;
   int type_;
-  int64_t panel_, element_, macs_ = 0;
-  int64_t depth_ = 1, lanes_ = 1;  // the widest group's
-  int64_t chunk_rows_ = 0, chunk_samples_ = 0, panel_ranges_ = 1;
+  int64_t panel_, element_;
+  bool in_rows_;
 };
 
 Workspace& workspace() {

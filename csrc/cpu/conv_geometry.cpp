@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <numeric>
 
+#include "cpu/conv_kernels.h"
+
 namespace tdc {
 namespace {
 
@@ -48,6 +50,11 @@ void Axis::set_dgrad(int64_t source, int64_t dest, int64_t filter, int64_t strid
     }
   }
   finish();
+}
+
+bool Axis::fits_row_tiles() const {
+  if (phases.size() != 1 || source_step != 1 || source_size != dest_size || dest_size % kRowPixels != 0) return false;
+  return phases[0].taps.size() == 3 && min_tap == -1 && max_tap == 1;
 }
 
 void Axis::finish() {

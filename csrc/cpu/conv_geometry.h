@@ -39,6 +39,8 @@ struct Axis {
   void set_forward(int64_t source, int64_t dest, int64_t filter, int64_t stride, int64_t pad, int64_t upsample);
   // dx from dy: stride splits the destination into phases, each with the taps that reach it.
   void set_dgrad(int64_t source, int64_t dest, int64_t filter, int64_t stride, int64_t pad, int64_t upsample);
+  // Whether row tiles serve these columns: three adjacent taps, and as many positions on both sides.
+  bool fits_row_tiles() const;
 
  private:
   void finish();

@@ -40,6 +40,19 @@ void gather(const GatherTile& tile) {
                        : choose_gather<T, 1, kWide>(pixels, TileSizes{}))(tile);
 }
 
+#if defined(TDC_FAST_ISA_avx512)
+template <typename T>
+void row(const RowTile& tile) {
+  static constexpr void (*table[2][2][2])(const RowTile&) = {
+      {{row_tile<T, 1, false, false>, row_tile<T, 1, false, true>},
+       {row_tile<T, 1, true, false>, row_tile<T, 1, true, true>}},
+      {{row_tile<T, 2, false, false>, row_tile<T, 2, false, true>},
+       {row_tile<T, 2, true, false>, row_tile<T, 2, true, true>}},
+  };
+  table[tile.vectors - 1][tile.left][tile.right](tile);
+}
+#endif
+
 void outer(const OuterTile& tile) {
   (tile.vectors == 2 ? choose_outer<2>(tile.rows, TileSizes{}) : choose_outer<1>(tile.rows, TileSizes{}))(tile);
 }
@@ -51,6 +64,11 @@ const ConvKernels& conv_kernels() {
       kLanes,
       kPixels,
       {gather<float>, gather<Bf16>},
+#if defined(TDC_FAST_ISA_avx512)
+      {row<float>, row<Bf16>},
+#else
+      {nullptr, nullptr},
+#endif
       outer,
       {pack_panel<float>, pack_panel<Bf16>},
       {unpack_panel<float>, unpack_panel<Bf16>},

@@ -19,6 +19,18 @@ struct ConvPixel {
   void* out;             // (channels)
 };
 
+// What all tiles of a panel have in common.
+struct PanelTile {
+  int vectors;      // 1 .. kPanelVectors
+  int64_t channel;  // first output channel of the panel
+  int64_t depth;
+  const float* weights;  // rows of `row` floats
+  int64_t row;
+  int64_t live;      // output channels in use; the last panel also zeroes [live, channels)
+  int64_t channels;  // of an output pixel
+  bool last;         // the panel that ends at `live`
+};
+
 struct GatherTap {
   ptrdiff_t source;  // element offset from a pixel's source
   ptrdiff_t weight;  // first packed row
@@ -29,19 +41,31 @@ struct GatherTap {
 //
 // out[p, k] = sum over taps and depth c of source[p][tap.source + c] * weights[tap.weight + c, k] + init[p, k]
 // (+ residual).
-struct GatherTile {
+struct GatherTile : PanelTile {
   const ConvPixel* pixels;
-  int num_pixels;   // 1 .. ConvKernels::pixels, half as many at most if narrow
-  int vectors;      // 1 .. kPanelVectors
-  bool narrow;      // more chains of sums for each pixel, for images that cannot fill tiles
-  int64_t channel;  // first output channel of the panel
+  int num_pixels;  // 1 .. ConvKernels::pixels, half as many at most if narrow
+  bool narrow;     // more chains of sums for each pixel, for images that cannot fill tiles
   const GatherTap* taps;
-  int64_t num_taps, depth;
-  const float* weights;  // rows of `row` floats
-  int64_t row;
-  int64_t live;      // output channels in use; the last panel also zeroes [live, channels)
-  int64_t channels;  // of an output pixel
-  bool last;         // the panel that ends at `live`
+  int64_t num_taps;
+};
+
+// A row of a filter with three columns.
+struct RowTap {
+  ptrdiff_t source;      // element offset from a pixel's source
+  ptrdiff_t weights[3];  // first packed rows for the source pixel before it, for this one and for the one after it
+};
+
+// kRowPixels adjacent pixels of a row, of a convolution with three columns and stride 1. A source value is read once
+// for the three pixels that it contributes to, so loads do not set the pace, and pixels at the ends of an image share
+// the tile of the others. Sums are those of a gather tile, in another order, which follows from taps and depth alone.
+constexpr int kRowPixels = 8;
+
+struct RowTile : PanelTile {
+  ConvPixel first;   // the others follow it in all its tensors but init
+  ptrdiff_t step;    // floats from source pixel to source pixel
+  bool left, right;  // whether the source has pixels before the first and after the last
+  const RowTap* taps;
+  int64_t num_taps;
 };
 
 // Elements of one output pixel in the operands of an outer tile.
@@ -92,6 +116,7 @@ struct ConvKernels {
   int pixels;  // pixels (rows) of a full register tile
   // Tables indexed by dtype where the types in memory matter.
   void (*gather[2])(const GatherTile&);
+  void (*row[2])(const RowTile&);  // null where the registers are too few
   void (*outer)(const OuterTile&);
   void (*pack[2])(const PanelPack&);
   void (*unpack[2])(const PanelUnpack&);

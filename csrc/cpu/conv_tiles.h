@@ -43,7 +43,7 @@ inline void accumulate(Vec (&sums)[P][V], const float* weights, Source x) {
 
 // Brings the lines that a tile will write, and its residual, into L1 while the tile multiplies.
 template <typename T, int V>
-inline void fetch_output(const GatherTile& tile, const ConvPixel& pixel) {
+inline void fetch_output(const PanelTile& tile, const ConvPixel& pixel) {
 #pragma GCC unroll 4
   for (size_t byte = 0; byte < V * kLanes * sizeof(T); byte += 64) {
     const size_t at = static_cast<size_t>(tile.channel) * sizeof(T) + byte;
@@ -54,7 +54,7 @@ inline void fetch_output(const GatherTile& tile, const ConvPixel& pixel) {
 
 // The last panel of a pixel: residual, rounding, and zeros past the live width.
 template <typename T, int V>
-inline void finish_partial(const GatherTile& tile, const ConvPixel& pixel, const Vec (&sums)[V]) {
+inline void finish_partial(const PanelTile& tile, const ConvPixel& pixel, const Vec (&sums)[V]) {
   T* out = static_cast<T*>(pixel.out);
   const T* residual = static_cast<const T*>(pixel.residual);
 #pragma GCC unroll 4
@@ -70,13 +70,28 @@ inline void finish_partial(const GatherTile& tile, const ConvPixel& pixel, const
 
 // Zeros past the live width; in whole vectors, as a pixel has too few bytes for a call of memset to pay.
 template <typename T>
-inline void zero_tail(const GatherTile& tile) {
-  for (int p = 0; p < tile.num_pixels; ++p) {
-    T* out = static_cast<T*>(tile.pixels[p].out);
-    int64_t channel = tile.live;
-    for (; channel + kLanes <= tile.channels; channel += kLanes) store(out + channel, Vec{});
-    if (channel < tile.channels) store_upto(out + channel, Vec{}, static_cast<int>(tile.channels - channel));
+inline void zero_tail(const PanelTile& tile, void* pixel) {
+  T* out = static_cast<T*>(pixel);
+  int64_t channel = tile.live;
+  for (; channel + kLanes <= tile.channels; channel += kLanes) store(out + channel, Vec{});
+  if (channel < tile.channels) store_upto(out + channel, Vec{}, static_cast<int>(tile.channels - channel));
+}
+
+// Adds bias and residual and writes a pixel.
+template <typename T, int V>
+inline __attribute__((always_inline)) void finish(const PanelTile& tile, const ConvPixel& pixel, Vec (&sums)[V]) {
+  // The bias is added last: a sum that started from it would round every product to its magnitude.
+#pragma GCC unroll 4
+  for (int v = 0; v < V; ++v) sums[v] += load(pixel.init + tile.channel + v * kLanes);
+  if (tile.channel + V * kLanes > tile.live) return finish_partial<T, V>(tile, pixel, sums);
+  T* out = static_cast<T*>(pixel.out) + tile.channel;
+  if (pixel.residual) {
+    const T* residual = static_cast<const T*>(pixel.residual) + tile.channel;
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) sums[v] += load(residual + v * kLanes);
   }
+#pragma GCC unroll 4
+  for (int v = 0; v < V; ++v) store(out + v * kLanes, sums[v]);
 }
 
 // Rounding errors grow with the length of a sum, so runs of about this many products are summed separately.
@@ -155,27 +170,96 @@ void gather_tile(const GatherTile& tile) {
       for (int v = 0; v < V; ++v) sums[p][v] += load(totals + (p * V + v) * kLanes);
   }
 
-  const bool whole = tile.channel + V * kLanes <= tile.live;
+#pragma GCC unroll 8
+  for (int p = 0; p < P; ++p) finish<T, V>(tile, tile.pixels[p], sums[p]);
+  if (tile.last && tile.channels > tile.live)
+    for (int p = 0; p < P; ++p) zero_tail<T>(tile, tile.pixels[p].out);
+}
+
+// sums[p] += x(p - 1) * w[0] + x(p) * w[1] + x(p + 1) * w[2], for one channel of the source. x(-1) and x(P) exist only
+// if Left and Right.
+template <int P, int V, bool Left, bool Right, typename Source>
+inline __attribute__((always_inline)) void accumulate_row(Vec (&sums)[P][V], const float* const (&weights)[3],
+                                                          ptrdiff_t at, Source x) {
+  Vec w[3][V];
+#pragma GCC unroll 3
+  for (int s = 0; s < 3; ++s)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      w[s][v] = load(weights[s] + at + v * kLanes);
+      keep_in_register(w[s][v]);
+    }
+#pragma GCC unroll 10
+  for (int q = Left ? -1 : 0; q < P + (Right ? 1 : 0); ++q) {
+    Vec value = x(q) - Vec{};  // in all lanes
+    keep_in_register(value);
+#pragma GCC unroll 3
+    for (int s = 2; s >= 0; --s)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v)
+        if (const int p = q + 1 - s; p >= 0 && p < P) sums[p][v] += w[s][v] * value;
+  }
+}
+
+template <typename T, int V, bool Left, bool Right>
+void row_tile(const RowTile& tile) {
+  constexpr int P = kRowPixels;
+  const auto pixel = [&](int p) {
+    ConvPixel at = tile.first;
+    at.out = static_cast<T*>(at.out) + p * tile.channels;
+    if (at.residual) at.residual = static_cast<const T*>(at.residual) + p * tile.channels;
+    return at;
+  };
+#pragma GCC unroll 8
+  for (int p = 0; p < P; ++p) fetch_output<T, V>(tile, pixel(p));
+
+  // As in a gather tile, but a run may end within a row of taps. Only the sums of one run are in registers: with more,
+  // compilers keep some of them in memory.
+  alignas(64) float memory[P * V * kLanes];
+  float* totals = memory;
+  asm("" : "+r"(totals) : : "memory");
+  const ptrdiff_t row = tile.row, step = tile.step, parts = tile.depth * 3 / kRun + 1;
+  const bool in_runs = tile.num_taps * tile.depth * 3 > kRun + kRun / 2;
+  const RowTap *tap = tile.taps, *last = tap + tile.num_taps;
+  ptrdiff_t part = 0, begin = 0;
+  bool first = true;
+  do {
+    Vec sums[P][V] = {};
+    for (ptrdiff_t left = in_runs ? kRun : PTRDIFF_MAX; tap != last && left > 0;) {
+      const float* weights[3];
+#pragma GCC unroll 3
+      for (int s = 0; s < 3; ++s) weights[s] = tile.weights + tap->weights[s] * row;
+      // Few pointers serve all pixels: an address has room for another pixel or two.
+      const float* source[4];
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) source[i] = tile.first.source + tap->source + (3 * i - 1) * step;
+      const ptrdiff_t end = tile.depth * (part + 1) / parts;
+      for (ptrdiff_t c = begin; c != end; ++c)
+        accumulate_row<P, V, Left, Right>(sums, weights, c * row,
+                                          [&](int q) { return source[(q + 1) / 3][(q + 1) % 3 * step + c]; });
+      left -= (end - begin) * 3;
+      begin = end;
+      if (++part == parts) part = begin = 0, ++tap;
+    }
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) {
+        float* total = totals + (p * V + v) * kLanes;
+        store(total, first ? sums[p][v] : load(total) + sums[p][v]);
+      }
+    first = false;
+  } while (tap != last);
+
 #pragma GCC unroll 8
   for (int p = 0; p < P; ++p) {
-    const ConvPixel& pixel = tile.pixels[p];
-    // The bias is added last: a sum that started from it would round every product to its magnitude.
+    Vec sums[V];
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) sums[p][v] += load(pixel.init + tile.channel + v * kLanes);
-    if (whole) {
-      T* out = static_cast<T*>(pixel.out) + tile.channel;
-      if (pixel.residual) {
-        const T* residual = static_cast<const T*>(pixel.residual) + tile.channel;
-#pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) sums[p][v] += load(residual + v * kLanes);
-      }
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) store(out + v * kLanes, sums[p][v]);
-    } else {
-      finish_partial<T, V>(tile, pixel, sums[p]);
-    }
+    for (int v = 0; v < V; ++v) sums[v] = load(totals + (p * V + v) * kLanes);
+    finish<T, V>(tile, pixel(p), sums);
   }
-  if (tile.last && tile.channels > tile.live) zero_tail<T>(tile);
+  if (tile.last && tile.channels > tile.live)
+    for (int p = 0; p < P; ++p) zero_tail<T>(tile, pixel(p).out);
 }
 
 template <int P, int V>

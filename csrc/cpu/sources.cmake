@@ -6,6 +6,7 @@ list(APPEND TDC_FAST_ISA_SOURCES
 list(APPEND TDC_FAST_SOURCES
   csrc/cpu/conv.cpp
   csrc/cpu/conv_gather.cpp
+  csrc/cpu/conv_gather_plan.cpp
   csrc/cpu/conv_geometry.cpp
   csrc/cpu/conv_panels.cpp
   csrc/cpu/conv_wgrad.cpp

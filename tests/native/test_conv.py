@@ -245,6 +245,9 @@ NAMED = {
     "no padding": Case((2,), (9, 9), (4, 6), padding=(0, 0)),
     "more weights than one wave packs": Case((1, 1), (2, 2), (448, 448)),
     "many chunks, several ranges of panels": Case((20, 0, 12), (8, 8), (40, 136)),
+    "rows of three row tiles": Case((2, 1, 1), (5, 24), (90, 44), in_widths=(90, 0, 20), out_widths=(44, 20, 17)),
+    "rows of two row tiles, bf16": Case((2, 1), (6, 16), (50, 20), dtype=torch.bfloat16),
+    "row tiles with stride 2 over rows": Case((2, 1), (9, 8), (10, 24), kernel=(5, 3), stride=(2, 1)),
 }
 
 
@@ -261,6 +264,7 @@ def test_named_case(name: str) -> None:
         "one expert at several widths",
         "tokens",
         "many chunks, several ranges of panels",
+        "rows of three row tiles",
     ],
 )
 def test_results_are_bitwise_equal_for_any_number_of_threads(name: str) -> None:
