@@ -64,6 +64,9 @@ constexpr bool kIsHalf<half> = true;
 //
 // The first row may be at any multiple of 128 bytes: the hardware swizzles by absolute address, and the base offset
 // (bits 49 to 51) stays 0. So a patch of 8 x 8 pixels in a wider box is a matrix whose stride is the width of the box.
+// In a cluster an address has the block's rank in bits 24 and on, where a descriptor has other fields: own_window is
+// the address without it.
+__device__ __forceinline__ constexpr unsigned own_window(unsigned window) { return window & 0x3ffff; }
 __device__ __forceinline__ constexpr unsigned descriptor_low(unsigned window, unsigned leading) {
   return window >> 4 | leading >> 4 << 16;
 }

@@ -8,7 +8,8 @@
 namespace tdc {
 
 inline unsigned shared_window(const void* shared, TDC_CALLER) {
-  return emulator::block.window_of(TDC_SITE("shared_window"), shared);
+  const unsigned window = emulator::block.window_of(TDC_SITE("shared_window"), shared);
+  return window | static_cast<unsigned>(emulator::block.rank()) << 24;  // as the hardware's addresses
 }
 
 // Barriers.

@@ -41,6 +41,11 @@ void read(const Operand& operand, int row, int rows, bool half, const Products::
 std::string Operand::wrong() const {
   if (descriptor >> 62 != 1) return "its layout is " + std::to_string(descriptor >> 62) + ", not 1: 128-byte swizzle";
   if (descriptor >> 49 & 7) return "its base offset is " + std::to_string(descriptor >> 49 & 7) + ", not 0";
+  const unsigned leading = static_cast<unsigned>(descriptor >> 16 & 0x3FFF) * 16;
+  if (leading != 16 && leading % 1024) {
+    return "its leading offset is " + std::to_string(leading) +
+           ", neither 16 nor a multiple of 1024: the address may have more than 18 bits";
+  }
   return "";
 }
 

@@ -147,6 +147,7 @@ PLANTS = {
     **RING_PLANTS,
     "HOPPER_NO_PART_WAIT": "arrivals in a phase|race on byte",
     "HOPPER_NO_PART_FULL_WAIT": "race on byte|deadlock",
+    "HOPPER_RANK_IN_OPERAND": "its leading offset is 272, .* more than 18 bits",
     "HOPPER_NO_CLUSTER_BEGIN": "whose block need not have begun",
     "HOPPER_NO_CLUSTER_END": "whose block may have ended",
 }

@@ -200,10 +200,9 @@ class HopperRowsConsumer {
     const int stage = stages_.stage;
     if (!TDC_PLANTED(HOPPER_NO_FULL_WAIT)) mbarrier_wait(&c.full[stage], stages_.parity);
     if (layout_.reads_gradient() && live < 16 * kSteps) mask(stage, live);
-    const unsigned first =
-        descriptor_low(shared_window(shared_.source(stage)) + group_ * kPatches * kHopperPatchBytes, 16);
+    const unsigned first = descriptor_low(window(shared_.source(stage)) + group_ * kPatches * kHopperPatchBytes, 16);
     const unsigned a = first + (TDC_PLANTED(HOPPER_WRONG_OFFSET) ? kStepA : 0);
-    const unsigned b = descriptor_low(shared_window(shared_.weight(stage)), kHopperPatchBytes);
+    const unsigned b = descriptor_low(window(shared_.weight(stage)), kHopperPatchBytes);
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
@@ -219,6 +218,11 @@ class HopperRowsConsumer {
     if (last_ >= 0 && !TDC_PLANTED(HOPPER_EARLY_RELEASE)) hopper_release(&c.empty[last_]);
     last_ = stage;
     stages_.next(p_.stages);
+  }
+
+  __device__ __forceinline__ static unsigned window(const unsigned char* operand) {
+    const unsigned window = shared_window(operand);
+    return Tile::kSplit > 1 && !TDC_PLANTED(HOPPER_RANK_IN_OPERAND) ? own_window(window) : window;
   }
 
   // The warpgroup has no rows in this tile.
