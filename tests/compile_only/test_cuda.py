@@ -27,6 +27,7 @@ from tests.compile_only.cuda_resources import (
     resources_of,
     table,
 )
+from tests.emulator.harness import CSRC
 from tests.gpu import hangs, restarting, units
 
 pytestmark = pytest.mark.skipif(native.module is None, reason="the native module is not built")
@@ -58,6 +59,15 @@ def assert_registers_suffice(kernel: str, at_entry: int, moved: list[tuple[str, 
         assert 0 < named <= own, (kernel, moved)
 
 
+def assert_planners_count_static_shared(found: dict[str, Resources]) -> None:
+    """Of group norms, which fill the rest of shared memory."""
+    source = (CSRC / "cuda" / "group_norm" / "split.cpp").read_text(encoding="utf-8")
+    counted = int(re.findall(r"kStaticShared = (\d+);", source)[0])
+    for kernel, used in found.items():
+        if "group_norm" in kernel and "expert_sums" not in kernel:
+            assert used.shared <= counted, (kernel, used, counted)
+
+
 def show(title: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:
     with capsys.disabled():
         print(f"\n{title}\n{text}")
@@ -73,6 +83,8 @@ def test_nvcc_built_every_kernel_for_every_architecture_without_spills(capsys: p
         kernels = found[f"sm_{arch}"]
         assert set(kernels) == KERNELS, f"sm_{arch}"
         assert_nothing_spills(kernels, arch)
+        if arch == "80":
+            assert_planners_count_static_shared(kernels)
     assert "virtual" in native.module.cuda_architectures  # PTX, for what comes after
     show(f"nvcc, {native.module.cuda_runtime_version()}", table(found), capsys)
 
@@ -172,6 +184,7 @@ def test_nvrtc_compiles_kernels_of_every_source_without_spills(capsys: pytest.Ca
     assert set(found) == {cuda_nvrtc.target(arch) for arch in known()}
     for name, kernels in found.items():
         assert_nothing_spills(kernels, name)
+        assert_planners_count_static_shared(kernels)
     show("NVRTC", table(found), capsys)
 
 

@@ -322,6 +322,17 @@ def test_a_planted_bug_spoils_the_result(plant: str, wanted: tuple[str, ...]) ->
 
 @plain_only
 @pytest.mark.parametrize("wanted", [(), ("x",)], ids=["forward", "dgrad"])
+def test_sums_of_another_tile_are_not_those_of_one_without_channels(wanted: tuple[str, ...]) -> None:
+    widths = {"out_widths" if wanted else "in_widths": (64, 0)}
+    case = case_of(routing=uneven(1, 1), size=(8, 8), extras=("bias",), **widths)
+    with hopper(1) as launcher:
+        assert_accurate(case, torch.bfloat16, wanted, backend="hopper")
+        with launcher.planted("HOPPER_OLD_SUMS"), pytest.raises(AssertionError):
+            assert_accurate(case, torch.bfloat16, wanted, backend="hopper")
+
+
+@plain_only
+@pytest.mark.parametrize("wanted", [(), ("x",)], ids=["forward", "dgrad"])
 @pytest.mark.parametrize(
     "channels, live, size, tile",
     [(128, 97, (9, 9), "16x16x128"), (64, 33, (25, 9), "32x16x64")],

@@ -26,9 +26,9 @@ __device__ __forceinline__ void hopper_add(float (&to)[2], unsigned pair) {
 
 // Rounds a warp's sums of 16 rows and 64 channels into a store buffer, which holds the residual where there is one.
 // `add(column, top, bottom)` adds to columns 8 * column + 2 * (lane % 4) and the next of rows lane / 4 and lane / 4
-// + 8. Of the channels `live` are live; `empty`: the sums count as zeros.
+// + 8. Of the channels `live` are live.
 template <class T, bool kResidual, class Add>
-__device__ __forceinline__ void hopper_round(const float* sums, unsigned char* to, int live, bool empty, Add add) {
+__device__ __forceinline__ void hopper_round(const float* sums, unsigned char* to, int live, Add add) {
   const int lane = threadIdx.x % 32, row = lane % 16;
   const int first = row * 128 + (lane / 16 ^ row % 8) * 16;  // the lane's chunk; one number spares registers
 #pragma unroll
@@ -40,8 +40,7 @@ __device__ __forceinline__ void hopper_round(const float* sums, unsigned char* t
     for (int h = 0; h < 2; ++h) {
       const int column = 2 * j + h;
       const float* own_sums = sums + column * 4;
-      float top[2] = {empty ? 0.0f : own_sums[0], empty ? 0.0f : own_sums[1]};
-      float bottom[2] = {empty ? 0.0f : own_sums[2], empty ? 0.0f : own_sums[3]};
+      float top[2] = {own_sums[0], own_sums[1]}, bottom[2] = {own_sums[2], own_sums[3]};
       add(column, top, bottom);
       if (kResidual) hopper_add<T>(top, own[2 * h]), hopper_add<T>(bottom, own[2 * h + 1]);
       if (live < 64) {
@@ -77,7 +76,15 @@ class HopperEpilogueBase {
     for (int i = 0; i < Tile::kStoreBuffers; ++i) load_residual(work, i, (buffer_ + i) % Tile::kStoreBuffers);
   }
 
-  __device__ __forceinline__ void finish(const HopperWork& work, const Sums& sums) {
+  __device__ __forceinline__ void finish(const HopperWork& work, Sums& sums) {
+    if (work.depth == 0 && !TDC_PLANTED(HOPPER_OLD_SUMS)) {  // nothing was multiplied
+      wgmma_wait<0>();  // there are none: without it ptxas waits for every product before the next (C7515)
+#pragma unroll
+      for (int i = 0; i < kPatches; ++i) {
+#pragma unroll
+        for (int j = 0; j < Tile::kColumns / 2; ++j) sums[i][j] = 0.0f;
+      }
+    }
     if (!Own::kEarly) own().load_biases(work);
     if (adds_residual(work)) {
       finish_parts<true>(work, sums);
@@ -149,7 +156,7 @@ class HopperEpilogueBase {
                                         int part, unsigned char* to) {
     const int lane = threadIdx.x % 32;
     const auto add_sample_bias = own().sample_bias(work, i, part);
-    hopper_round<T, kResidual>(sums + part * 32, to, work.live - work.column - part * 64, work.depth == 0,
+    hopper_round<T, kResidual>(sums + part * 32, to, work.live - work.column - part * 64,
                                [&](int column, float (&top)[2], float (&bottom)[2]) {
                                  const unsigned bias = shfl(bias_[part], column * 4 + lane % 4);
                                  hopper_add<T>(top, bias), hopper_add<T>(bottom, bias);

@@ -118,9 +118,13 @@ class HopperStridedLayout {
   __device__ __forceinline__ int taps_along(int parity) const { return (p_.filter + parity) / 2; }
 
   __device__ __forceinline__ Tap tap_at(const HopperWork& work, int tap) const {
-    if (kForward) return {tap / p_.filter, tap % p_.filter};
-    const int down = work.plane / 2, across = work.plane % 2, taps = taps_along(across);
-    return {1 - down + tap / taps * 2, 1 - across + tap % taps * 2};
+    // For every step: divisors that the compiler knows.
+    if (kForward) {
+      const int row = p_.filter == 4 ? tap / 4 : tap / 3;
+      return {row, tap - row * p_.filter};
+    }
+    const int down = work.plane / 2, across = work.plane % 2, second = taps_along(across) - 1;
+    return {1 - down + (tap >> second) * 2, 1 - across + (tap & second) * 2};
   }
 
   __device__ __forceinline__ static const TensorMap* map_of(const HopperPlaneMaps& maps, int plane) {

@@ -75,14 +75,13 @@ class HopperWgradProducer {
         load_boxes(unit, group, patch, count);
         return;
       }
-      const int end = (group.first + group.samples) * p_.pixels;
-      for (int pixel = group.first * p_.pixels + 64 * patch; count > 0; --count, pixel += 64) {
+      const int end = (group.first + group.samples) * p_.pixels, row = TDC_PLANTED(HOPPER_WRONG_ROW) ? 4 : unit.row;
+      const int samples = 64 / p_.pixels;  // of a patch, where there are several taps
+      int sample = group.first + samples * patch;
+      for (int pixel = group.first * p_.pixels + 64 * patch; count > 0; --count, pixel += 64, sample += samples) {
         int of_x[4] = {unit.in, pixel, 0, 0};
         const int of_dy[4] = {unit.out, pixel, 0, 0};
-        if (p_.taps > 1) {
-          const int row = TDC_PLANTED(HOPPER_WRONG_ROW) ? 4 : unit.row;
-          of_x[1] = row % 3 - 1, of_x[2] = row / 3 - 1, of_x[3] = pixel / p_.pixels;
-        }
+        if (p_.taps > 1) of_x[1] = row % 3 - 1, of_x[2] = row / 3 - 1, of_x[3] = sample;
         load_stage(unit, group, x_of(unit), &p_.dy, of_x, of_dy, end - pixel, pixel);
       }
     } else {
@@ -107,18 +106,21 @@ class HopperWgradProducer {
                                              int count) {
     const int row = TDC_PLANTED(HOPPER_WRONG_ROW) ? 1 : unit.row / 3, column = unit.row % 3;
     const int step = p_.upsampled ? 1 : -1;
-    for (; count > 0; --count, ++patch) {
-      const int across = patch % p_.patches_across, rest = patch / p_.patches_across;
-      const int down = rest % p_.patches_down, before = rest / p_.patches_down * p_.patch_samples;
+    int across = patch % p_.patches_across, down = patch / p_.patches_across % p_.patches_down;
+    int before = patch / p_.patches_across / p_.patches_down * p_.patch_samples;
+    for (int first_row = group.first * p_.sample_rows + 64 * patch; count > 0; --count, first_row += 64) {
       int of_box[4] = {unit.out, across * p_.patch_side, down * p_.patch_side, group.first + before};
       int of_plane[4] = {unit.in, of_box[1] + (column == 0 ? step : 0), of_box[2] + (row == 0 ? step : 0), of_box[3]};
       const int pixels = (group.samples - before) * p_.patch_side * p_.patch_side;
-      const int first_row = group.first * p_.sample_rows + 64 * patch;
       if (p_.upsampled) {
         of_box[0] = unit.in, of_plane[0] = unit.out;
         load_stage(unit, group, &p_.x, plane_of(p_.dy, row == 1, column == 1), of_box, of_plane, pixels, first_row);
       } else {
         load_stage(unit, group, plane_of(p_.x, row != 1, column != 1), &p_.dy, of_plane, of_box, pixels, first_row);
+      }
+      if (++across == p_.patches_across) {
+        across = 0;
+        if (++down == p_.patches_down) down = 0, before += p_.patch_samples;
       }
     }
   }

@@ -15,7 +15,7 @@ constexpr int64_t kSector = 64;           // bytes of a pixel that a block shoul
 constexpr int64_t kLine = 128;            // and better: a whole line
 constexpr int64_t kBlocksPerSm = 3;       // while one reads, another computes and a third writes
 constexpr int64_t kRunBytes = 32768;      // of a run of pixels, where one block does not hold them all
-constexpr int64_t kStaticShared = 32;     // static shared memory of the kernels
+constexpr int64_t kStaticShared = 48;     // most static shared memory of a kernel
 constexpr int64_t kBlockShared = 1024;    // that the system takes for itself per block
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
