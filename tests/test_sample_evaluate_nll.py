@@ -352,6 +352,8 @@ def test_images_that_changed_since_training_have_no_held_out_ones(run):
     changed = replace(denoiser, config=denoiser.config.replace(heldout_seed=1))  # as when the folder has other images
     with pytest.raises(ValueError, match="data_dir: got 'digits'; expected the images as .* was trained on them"):
         split_of(changed)
+    images = comparison.ImageSet("images", torch.zeros(2, 1, 8, 8, dtype=torch.uint8))
+    assert "data_dir" in comparison._losses(changed, images, evaluate.EvaluateOptions())["skipped"]
 
 
 def test_likelihood_refuses_a_device_that_is_not_there(run, tmp_path, assert_refused):
