@@ -17,8 +17,8 @@ class Trajectory:
     """The S steps of a sampler, in the order in which they are taken.
 
     Attributes:
-        timesteps: the original timesteps that the denoiser gets, int64 (S,), falling.
-        weights: the eight rows of `StepWeights` for every step, float64 (8, S).
+        timesteps: the original timesteps that the denoiser gets, int64 (S,) on the CPU, falling.
+        weights: the eight rows of `StepWeights` for every step, float64 (8, S) on the CPU.
         draws_noise: every step draws noise.
         remembers: a step reads the x0 of the step before.
     """
@@ -52,13 +52,13 @@ class Trajectory:
         check_eta(eta)
         visited = sampling_steps(diffusion, sampler, steps, spacing)
         process = diffusion if len(visited) == diffusion.num_timesteps else diffusion.with_timesteps(visited)
-        t = torch.arange(process.num_timesteps - 1, -1, -1)
+        t = torch.arange(process.num_timesteps - 1, -1, -1, device="cpu")
         if sampler == "ddpm":
             weights = ddpm_weights(process, t)
         elif sampler == "ddim":
             weights = ddim_weights(process, t, t - 1, eta)
         else:
-            t_last = torch.cat([torch.tensor([FINISHED]), t[:-1]])
+            t_last = torch.cat([t.new_tensor([FINISHED]), t[:-1]])
             weights = dpmpp_2m_weights(process, t, t - 1, t_last)
         return cls(
             timesteps=process.original_timesteps(t),

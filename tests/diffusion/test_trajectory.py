@@ -63,3 +63,11 @@ def test_a_samples_bits_do_not_depend_on_the_batch_nor_on_what_the_others_do(lea
 def test_an_eta_that_is_no_amount_of_noise_is_refused(eta):
     with pytest.raises(ValueError, match="eta: got"):
         SamplingLoop(create_diffusion(20), lambda x, t: x, eta=eta)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++2m"])
+def test_it_is_in_host_memory_whatever_the_default_device(sampler):
+    expected = Trajectory.plan(create_diffusion(30), sampler, 5)
+    with torch.device("meta"):
+        way = Trajectory.plan(create_diffusion(30), sampler, 5)
+    assert torch.equal(way.timesteps, expected.timesteps) and torch.equal(way.weights, expected.weights)
