@@ -24,6 +24,7 @@ from tdc_fast.entry import STOPPED
 from tdc_fast.errors import invalid
 from tdc_fast.runs.config import TrainConfig, read_options
 from tdc_fast.runs.directory import RunDirectory
+from tdc_fast.runs.groups import load_groups
 from tdc_fast.runs.limits import PathText, Within
 from tdc_fast.runs.options import SECTIONS
 from tdc_fast.training.latency_table import measure_table
@@ -51,7 +52,8 @@ class LatencyOptions:
 
 def _measure(arguments: list[str]) -> None:
     directory, file = value_of(arguments, "run"), value_of(arguments, "config")
-    defaults = RunDirectory.open(directory).config.to_dict() if directory else {}
+    run = RunDirectory.open(directory) if directory else None
+    defaults = run.config.to_dict() if run else {}
     defaults |= read_options(file) if file else {}
     TrainConfig.from_dict(defaults)  # refuses a bad key or value of the file by name
     values = parse_flags(
@@ -65,6 +67,8 @@ def _measure(arguments: list[str]) -> None:
     for name in ("run", "config"):
         values.pop(name)
     config = TrainConfig.from_dict(values)
+    if config.groups < 0 and run and (run.path / "groups.json").is_file():
+        config = config.replace(groups=load_groups(run).num_groups)
     if config.groups < 1:
         raise invalid("groups", config.groups, "--groups N, the number of experts in a batch")
     if not out.parent.is_dir():
@@ -73,8 +77,7 @@ def _measure(arguments: list[str]) -> None:
         raise invalid("out", str(out), "the name of a file, such as latency.json in that folder")
     check_writable(out.parent)
     use_threads(config.num_threads)
-    in_channels = RunDirectory.open(directory).in_channels if directory else None
-    table, report = measure_table(config, seconds, in_channels)
+    table, report = measure_table(config, seconds, run.in_channels if run else None)
     table.save(out)
     print(f"{report}\nwritten: {out}\nnext: --budget_in latency --latency_table {out}")
 

@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from tdc_fast import latency
 from tdc_fast.latency import main
 from tdc_fast.nn.width_plan import WidthPlan
 from tdc_fast.pruning.latency import LatencyTable
 from tdc_fast.pruning.latency.problems import backends_of
-from tdc_fast.train import TrainConfig
+from tdc_fast.routing import TimestepGroups
+from tdc_fast.train import TrainConfig, train
 from tdc_fast.train import main as train_command
 from tests.training.small_run import TWO_STAGES, flags, small_config
 
@@ -55,6 +57,22 @@ def test_budgets_that_no_widths_meet_and_tables_that_do_not_fit_are_refused_befo
         assert train_command(flags(missing.replace(**changes))) == 2
         assert "missing.json is not a valid latency table" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_measured_how_many_groups_it_has_tells_the_number_itself(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(latency, "measure_table", lambda config, *_: pytest.fail(f"{config.groups} groups"))
+    open_groups = {**TWO_STAGES, **SMALLER, "groups": -1, "grouping": "similarity"}
+    run = train(small_config(tmp_path, "run", **open_groups, stop_after="stage1"))
+    groups = tmp_path / "run" / "groups.json"
+    command = ["--run", str(tmp_path / "run"), "--out", str(tmp_path / "times.json")]
+    assert main(command) == 2 and "groups: got -1; expected --groups N" in capsys.readouterr().err
+    TimestepGroups.uniform(run.config.diffusion_steps, 4).save(groups)
+    with pytest.raises(pytest.fail.Exception, match="4 groups"):
+        main(command)
+    with pytest.raises(pytest.fail.Exception, match="2 groups"):
+        main([*command, "--groups", "2"])
 
 
 @pytest.mark.parametrize("step", ["0", "-8", "8.5", "wide", "9000", "0000000819299", ""])
