@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from tdc_fast.errors import integer, invalid, is_integer
+from tdc_fast.errors import integer, invalid
 
 Spacing = str | int | Sequence[int]
 
@@ -73,7 +73,8 @@ def _section_counts(spacing: Spacing) -> list[int]:
         if isinstance(spacing, str):
             counts = [int(part) for part in spacing.split(",")]
         else:
-            counts = [int(spacing)] if is_integer(spacing) else [integer("count", count, 0) for count in spacing]
+            given = spacing if isinstance(spacing, Iterable) else [spacing]
+            counts = [integer("count", count, 0) for count in given]
     except (TypeError, ValueError):
         counts = []
     if not counts or min(counts) < 0 or sum(counts) == 0:

@@ -24,13 +24,13 @@ from tdc_fast.nn.layers import (
     TokenConv1d,
     from_tokens,
     group_count,
-    joined,
     to_tokens,
 )
 from tdc_fast.nn.one_input import chunks_in_one_launch
 from tdc_fast.nn.plan_scope import PlanScope, checkpoint
 from tdc_fast.nn.units import PruningUnit, UnitSlice, width_step
 from tdc_fast.ops import reads_two_inputs
+from tdc_fast.ops.inputs import joined
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:

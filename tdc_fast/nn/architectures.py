@@ -52,13 +52,13 @@ def _named_parts(expert: nn.Module) -> tuple[Iterable[tuple[str, Any]], ...]:
 
 def _check_same_settings(expert: str, name: str, module: nn.Module, first: nn.Module) -> None:
     if type(module) is not type(first):
-        raise invalid(joined(expert, name), type(module).__name__, f"a {type(first).__name__}, as in experts[0]")
+        raise invalid(dotted_path(expert, name), type(module).__name__, f"a {type(first).__name__}, as in experts[0]")
     own, others = _settings(module), _settings(first)
     for key in sorted(own.keys() | others.keys()):
         value, wanted = own.get(key, "missing"), others.get(key, "missing")
         if value != wanted or type(value) is not type(wanted):
             remedy = f"{wanted!r}, as in experts[0]: packed experts differ in their parameters alone"
-            raise invalid(joined(expert, name, key), value, remedy)
+            raise invalid(dotted_path(expert, name, key), value, remedy)
 
 
 def _settings(module: nn.Module) -> dict[str, Any]:
@@ -77,6 +77,6 @@ def _is_plain(value: Any) -> bool:
     return named or value is None or isinstance(value, bool | int | float | str | torch.dtype)
 
 
-def joined(*names: str) -> str:
+def dotted_path(*names: str) -> str:
     """The path of a module or of what it has; a model's own name is empty."""
     return ".".join(name for name in names if name)

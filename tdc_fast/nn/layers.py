@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from tdc_fast.errors import invalid
+from tdc_fast.ops.inputs import joined
 
 
 def group_count(channels: int, limit: int = 32) -> int:
@@ -22,11 +23,6 @@ def group_count(channels: int, limit: int = 32) -> int:
     groups, 48 have 24).
     """
     return next(groups for groups in range(min(limit, channels), 0, -1) if channels % groups == 0)
-
-
-def joined(x: Tensor, x2: Tensor | None) -> Tensor:
-    """The channels of x (B, C, H, W), then those of x2 where it is given."""
-    return x if x2 is None else torch.cat([x, x2], dim=1)
 
 
 class Conv2d(nn.Conv2d):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tdc_fast.errors import integer, invalid
 from tdc_fast.graphs import is_capturing
-from tdc_fast.nn.architectures import check_same_architecture, joined
+from tdc_fast.nn.architectures import check_same_architecture, dotted_path
 from tdc_fast.nn.blocks import narrow
 from tdc_fast.nn.casts import Copies, autocast_key
 from tdc_fast.nn.leaf import LiveAxis, RoutedLeaf
@@ -201,7 +201,7 @@ class RoutedModel(nn.Module):
         """The state dict of `expert(index)`: the dense model's keys, copies at their own live sizes."""
         index = integer("index", index, 0, self.num_experts - 1)
         state = {
-            joined(name, key): value
+            dotted_path(name, key): value
             for name, leaf in self._leaves_of(index).items()
             for key, value in leaf.expert_state(index).items()
         }
@@ -223,7 +223,7 @@ class RoutedModel(nn.Module):
             if value.shape != state[name].shape:
                 raise invalid(f"state[{name!r}]", tuple(state[name].shape), f"shape {tuple(value.shape)}")
         for name, leaf in self._leaves_of(index).items():
-            leaf.load_expert(index, {key: state[joined(name, key)] for key in leaf.own_parameters()})
+            leaf.load_expert(index, {key: state[dotted_path(name, key)] for key in leaf.own_parameters()})
 
     def _leaves_of(self, expert: int) -> dict[str, RoutedLeaf]:
         """The routed leaves that this expert has, all but those inside a unit of width 0, by all their paths."""

@@ -238,10 +238,10 @@ def _put_together(results: list[Any], sizes: list[int], path: str) -> Any:
     leaves, spec = zip(*(_pytree.tree_flatten(result) for result in results), strict=True)
     if any(other != spec[0] for other in spec):
         raise invalid(f"results of {path!r}", "another structure from group to group", "the same one for all groups")
-    return _pytree.tree_unflatten([_joined(parts, sizes, path) for parts in zip(*leaves, strict=True)], spec[0])
+    return _pytree.tree_unflatten([_concatenated(parts, sizes, path) for parts in zip(*leaves, strict=True)], spec[0])
 
 
-def _joined(parts: Sequence[Any], sizes: list[int], path: str) -> Any:
+def _concatenated(parts: Sequence[Any], sizes: list[int], path: str) -> Any:
     if not isinstance(parts[0], Tensor):
         return parts[0]
     if all(part.shape[:1] == (size,) for part, size in zip(parts, sizes, strict=True)):

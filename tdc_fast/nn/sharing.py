@@ -81,7 +81,7 @@ def groups_together(shared: Mapping[str, Rows], num_groups: int) -> Rows:
         shared: the shared layers' rows.
         num_groups: N.
     """
-    return _joined([*shared.values(), tuple(range(num_groups))])
+    return _common_runs([*shared.values(), tuple(range(num_groups))])
 
 
 def unit_rows(units: Sequence[PruningUnit], shared: Mapping[str, Rows]) -> dict[str, Rows]:
@@ -98,17 +98,17 @@ def unit_rows(units: Sequence[PruningUnit], shared: Mapping[str, Rows]) -> dict[
     for unit in units:
         of_unit = [shared[part.module] for part in unit.slices if part.module in shared]
         if of_unit:
-            found[unit.name] = _joined(of_unit)
+            found[unit.name] = _common_runs(of_unit)
     return found
 
 
-def _joined(partitions: Sequence[Rows]) -> Rows:
+def _common_runs(partitions: Sequence[Rows]) -> Rows:
     """The finest division into runs of neighbours that splits no set of any of the divisions."""
-    joined, number = [0], 0
+    runs, number = [0], 0
     for group in range(1, len(partitions[0])):
         number += all(rows[group] != rows[group - 1] for rows in partitions)
-        joined.append(number)
-    return tuple(joined)
+        runs.append(number)
+    return tuple(runs)
 
 
 def in_common_orders(widths: WidthPlan, units: Sequence[PruningUnit], shared: Mapping[str, Rows]) -> WidthPlan:

@@ -11,7 +11,7 @@ group_norm returns y, mean, rstd and counters (NormTensors), which group_norm_ba
 
 A call may fuse two things into reading its input: "x2", a second tensor with the last channels, and "upsample", nearest
 upsampling. A backend says in `fuses` which of them it has. Where it has not, or does not support the problem, the call
-goes through `Unfused` (composition.py), which makes the tensor first and gives the backend a problem without.
+goes through `Unfused` (unfused.py), which makes the tensor first and gives the backend a problem without.
 
 The `backend` argument decides first, then the environment variable TDC_FAST_BACKEND; otherwise the fastest backend that
 supports the problem runs. Which one is fastest, measured times say where the device has some near the problem
@@ -28,6 +28,7 @@ builtin.py registers these:
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -40,9 +41,9 @@ from tdc_fast.errors import invalid
 from tdc_fast.kernels.problems import ConvProblem, ConvTensors, NormProblem, NormTensors, Problem
 from tdc_fast.ops import eager
 from tdc_fast.ops.checks import are_in_memory, check_memory, extents, require_backend_name, signature
-from tdc_fast.ops.composition import Unfused
 from tdc_fast.ops.eager import ENVIRONMENT as ENVIRONMENT
 from tdc_fast.ops.measured import Times, times_near
+from tdc_fast.ops.unfused import Unfused
 
 _MEMO_LIMIT = 4096
 
@@ -71,7 +72,7 @@ _ORDER: dict[type, tuple[str, ...]] = {
 }
 _memo: dict[Any, tuple[Any, Any, list[int]]] = {}
 _reads_two: dict[Any, bool] = {}
-_describers: dict[str, Callable[..., Problem]] = {}
+_explained: dict[str, tuple[inspect.Signature, Callable[..., Problem]]] = {}  # by the names of public operators
 
 
 def available_backends() -> list[str]:
@@ -220,14 +221,14 @@ def remembered(
     return problem, backend
 
 
-def describes(operator: str) -> Callable[[Callable[..., Problem]], Callable[..., Problem]]:
-    """Decorates the function that turns the arguments of a public operator into its problem, for `explain`."""
+def explains(operator: Callable[..., Tensor], problem_of: Callable[..., Problem]) -> None:
+    """Makes a public operator known to `explain`.
 
-    def register_describer(describe: Callable[..., Problem]) -> Callable[..., Problem]:
-        _describers[operator] = describe
-        return describe
-
-    return register_describer
+    Args:
+        operator: The function that users call; it has an argument `backend`.
+        problem_of: Takes all its other arguments by name, checks them and returns the problem of the call.
+    """
+    _explained[operator.__name__] = inspect.signature(operator), problem_of
 
 
 @dataclass(frozen=True)
@@ -280,11 +281,14 @@ def explain(operator: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Ex
         ValueError: The one that the call itself would raise for wrong arguments.
     """
     name = operator if isinstance(operator, str) else getattr(operator, "__name__", repr(operator))
-    if name not in _describers:
-        raise invalid("operator", name, f"one of {sorted(_describers)}")
-    requested = kwargs.pop("backend", None)
+    if name not in _explained:
+        raise invalid("operator", name, f"one of {sorted(_explained)}")
+    parameters, problem_of = _explained[name]
+    call = parameters.bind(*args, **kwargs)
+    call.apply_defaults()
+    requested = call.arguments.pop("backend")
     require_backend_name(requested)
-    return explain_problem(name, _describers[name](*args, **kwargs), requested)
+    return explain_problem(name, problem_of(**call.arguments), requested)
 
 
 def explain_problem(operator: str, problem: Problem, requested: str | None = None) -> Explanation:

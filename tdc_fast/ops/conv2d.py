@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 from torch import Tensor
 from torch.compiler import is_compiling
 
 from tdc_fast.errors import integer
-from tdc_fast.kernels.problems import ConvProblem
 from tdc_fast.ops import backends
 from tdc_fast.ops.check_values import check_dead_inputs
 from tdc_fast.ops.checks import pair, require_backend_name, require_tensors
@@ -80,12 +78,13 @@ def routed_conv2d(
         ValueError: Naming argument, value and remedy. Of a plan with `validate=True` also for a dead channel of x or x2
             that is not zero.
     """
-    flat = None
+    stride, padding = pair("stride", stride, 1), pair("padding", padding, 0)
+    result = None
     if not is_compiling() and is_plan_of(plan, x):
-        flat = _flat(
-            x, weight, bias, plan, stride, padding, in_widths, out_widths, sample_bias, residual, x2, upsample, backend
-        )
-    result = None if flat is None else forward.find(*flat)
+        result = forward.find(
+            x, weight, bias, sample_bias, residual, x2, plan.offsets, plan.tiles, plan.weight_index, in_widths,
+            out_widths, stride, padding, upsample, "" if backend is None else backend,
+        )  # fmt: skip
     if result is None:
         require_backend_name(backend)
         arguments = _checked(
@@ -95,32 +94,6 @@ def routed_conv2d(
     if in_widths is not None and plan.validate:
         check_dead_inputs("in_widths", in_widths, plan.groups, x, x2)
     return result
-
-
-def _flat(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    plan: RoutingPlan,
-    stride: int | tuple[int, int],
-    padding: int | tuple[int, int],
-    in_widths: Tensor | None,
-    out_widths: Tensor | None,
-    sample_bias: Tensor | None,
-    residual: Tensor | None,
-    x2: Tensor | None,
-    upsample: int,
-    backend: str | None,
-) -> tuple[Any, ...] | None:
-    """The arguments of the registered operator, in its order and unchecked; None where they are surely wrong."""
-    try:
-        stride, padding = pair("stride", stride, 1), pair("padding", padding, 0)
-    except ValueError:
-        return None
-    return (
-        x, weight, bias, sample_bias, residual, x2, plan.offsets, plan.tiles, plan.weight_index, in_widths, out_widths,
-        stride, padding, upsample, "" if backend is None else backend,
-    )  # fmt: skip
 
 
 def _checked(
@@ -156,10 +129,4 @@ def _checked(
     return (x, weight, bias, sample_bias, residual, x2, *routing, *settings)
 
 
-@backends.describes("routed_conv2d")
-def describe(*args: Any, **settings: Any) -> ConvProblem:
-    """The problem of the call routed_conv2d(*args, **settings)."""
-    call = inspect.signature(routed_conv2d).bind(*args, **settings)
-    call.apply_defaults()
-    del call.arguments["backend"]
-    return forward_problem(*_checked(**call.arguments))
+backends.explains(routed_conv2d, lambda **arguments: forward_problem(*_checked(**arguments)))

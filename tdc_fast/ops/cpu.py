@@ -17,14 +17,13 @@ from torch import Tensor
 from tdc_fast.kernels.problems import ConvProblem, ConvTensors, NormProblem, NormTensors, Problem
 from tdc_fast.ops import native
 from tdc_fast.ops.check_values import check_conv_values, check_norm_values
-from tdc_fast.ops.layout import dense, nhwc
+from tdc_fast.ops.layout import dense, empty_nhwc, empty_norm_gradients, empty_wgrad, nhwc
 from tdc_fast.ops.native_call import NativeCall
 
 name = "cpu"
 fuses = ("x2", "upsample")
 only_launches = True
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
-_NHWC = torch.channels_last
 _NORM_GRADS = ("dx", "dweight", "dbias", "dscale", "dshift", "dx2")
 
 
@@ -106,7 +105,7 @@ def _geometry(p: ConvProblem, weight_strides: tuple[int, ...]) -> dict[str, Any]
 
 def conv2d(p: ConvProblem, t: ConvTensors) -> Tensor:
     """Returns y (B, C_out, OH, OW), channels_last."""
-    y = torch.empty((p.batch, p.out_channels, p.out_height, p.out_width), dtype=p.dtype, memory_format=_NHWC)
+    y = empty_nhwc(t.x, p.batch, p.out_channels, p.out_height, p.out_width)
     if p.batch == 0:
         check_conv_values(p, t)
         return y
@@ -118,7 +117,8 @@ def conv2d(p: ConvProblem, t: ConvTensors) -> Tensor:
 
 def conv2d_dgrad(p: ConvProblem, dy: Tensor, t: ConvTensors) -> tuple[Tensor, Tensor | None]:
     """Returns dx (B, C_in - C_2, H, W) and dx2 (B, C_2, H, W) or None, channels_last."""
-    dx, dx2 = _empty_inputs(p, p.in_channels)
+    dx = empty_nhwc(dy, p.batch, p.in_channels - p.x2_channels, p.height, p.width)
+    dx2 = empty_nhwc(dy, p.batch, p.x2_channels, p.height, p.width) if p.x2_channels else None
     if p.batch == 0:
         check_conv_values(p, t)
         return dx, dx2
@@ -127,25 +127,11 @@ def conv2d_dgrad(p: ConvProblem, dy: Tensor, t: ConvTensors) -> tuple[Tensor, Te
     return dx, dx2
 
 
-def _empty_inputs(p: ConvProblem | NormProblem, channels: int) -> tuple[Tensor, Tensor | None]:
-    """Uninitialised gradients of x and, where there is one, x2."""
-
-    def empty(count: int) -> Tensor:
-        return torch.empty((p.batch, count, p.height, p.width), dtype=p.dtype, memory_format=_NHWC)
-
-    return empty(channels - p.x2_channels), empty(p.x2_channels) if p.x2_channels else None
-
-
 def conv2d_wgrad(
     p: ConvProblem, dy: Tensor, t: ConvTensors, mask: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Returns dweight in the strides of weight, dbias (E, C_out), dsample_bias (B, C_out); None where unmasked."""
-    make = torch.zeros if p.batch == 0 else torch.empty
-    dweight = None
-    if mask[0]:
-        dweight = torch.zeros_like(t.weight) if p.batch == 0 else torch.empty_like(t.weight)
-    dbias = make((p.num_experts, p.out_channels), dtype=p.dtype) if mask[1] else None
-    dsample_bias = make((p.batch, p.out_channels), dtype=p.dtype) if mask[2] else None
+    dweight, dbias, dsample_bias = empty_wgrad(p, t.weight, mask)
     if p.batch == 0:
         check_conv_values(p, t)
         return dweight, dbias, dsample_bias
@@ -188,7 +174,7 @@ def _norm_inputs(t: NormTensors) -> dict[str, Tensor | None]:
 
 def group_norm(p: NormProblem, t: NormTensors) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns y (B, C, H, W), channels_last; mean and rstd (B, norm groups) fp32; counters."""
-    y = torch.empty((p.batch, p.channels, p.height, p.width), dtype=p.dtype, memory_format=_NHWC)
+    y = empty_nhwc(t.x, p.batch, p.channels, p.height, p.width)
     mean = torch.empty((p.batch, p.num_norm_groups), dtype=torch.float32)
     rstd = torch.empty((p.batch, p.num_norm_groups), dtype=torch.float32)
     counters = torch.empty((p.num_experts, p.num_norm_groups), dtype=torch.int32)
@@ -209,13 +195,7 @@ def group_norm_backward(
     mask: tuple[bool, bool, bool, bool, bool, bool],
 ) -> tuple[Tensor | None, ...]:
     """Returns the gradients of x, weight, bias, scale, shift and x2, in their shapes; None where unmasked."""
-    shapes = ((p.num_experts, p.channels),) * 2 + ((p.batch, p.channels),) * 2
-    make = torch.zeros if p.batch == 0 else torch.empty
-    small = [make(s, dtype=p.dtype) if wanted else None for s, wanted in zip(shapes, mask[1:5], strict=True)]
-    dx = dx2 = None
-    if mask[0] or mask[5]:
-        dx, dx2 = _empty_inputs(p, p.channels)
-    grads = (dx if mask[0] else None, *small, dx2 if mask[5] else None)
+    grads = empty_norm_gradients(p, dy, mask)
     if p.batch == 0:
         check_norm_values(p, t)
         return grads

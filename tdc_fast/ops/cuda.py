@@ -21,6 +21,9 @@ from tdc_fast.ops.layout import (
     channel_innermost,
     dense,
     empty_channel_innermost,
+    empty_nhwc,
+    empty_norm_gradients,
+    empty_wgrad,
     is_channel_innermost,
     nhwc,
 )
@@ -29,7 +32,7 @@ from tdc_fast.ops.native import address, addresses
 name = "cuda"
 only_launches = True
 fuses = ("x2", "upsample")  # of what a call may fuse into reading its input
-_LATER = ("x2", "counters")  # what planners take only where it is given
+_IF_GIVEN = ("x2", "counters")  # what planners take only where it is given
 FEW_CHANNELS = "in the form of few channels"  # what `form` says of csrc/cuda/conv/few_*
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -96,10 +99,6 @@ def _workspace(measure: Any, device: torch.device, arguments: dict[str, Any]) ->
 def _ready(t: ConvTensors) -> ConvTensors:
     """Returns the tensors in dense memory, aligned for 16-byte loads (index lists and the weight are left as is)."""
     return type(t)._make([x if x is None or x.dim() in (1, 5) else aligned(x) for x in dense(t)])
-
-
-def _empty_image(like: Tensor, *shape: int) -> Tensor:
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
 def routing_plan(groups: Tensor, num_groups: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None:
@@ -175,7 +174,7 @@ def _form(hopper: bool) -> dict[str, bool]:
 
 def _addresses(t: ConvTensors | NormTensors) -> dict[str, int]:
     """Addresses by field name."""
-    return {name: place for name, place in addresses(t).items() if place or name not in _LATER}
+    return {name: place for name, place in addresses(t).items() if place or name not in _IF_GIVEN}
 
 
 def conv2d(p: ConvProblem, t: ConvTensors, *, hopper: bool = False) -> Tensor:
@@ -186,7 +185,7 @@ def conv2d(p: ConvProblem, t: ConvTensors, *, hopper: bool = False) -> Tensor:
         t: its tensors.
         hopper: in the Hopper form where that serves.
     """
-    y = _empty_image(t.x, p.batch, p.out_channels, p.out_height, p.out_width)
+    y = empty_nhwc(t.x, p.batch, p.out_channels, p.out_height, p.out_width)
     if p.batch == 0:
         return y
     t = _tiled(p, t)
@@ -207,8 +206,8 @@ def conv2d_dgrad(p: ConvProblem, dy: Tensor, t: ConvTensors, *, hopper: bool = F
         t: the tensors of the forward.
         hopper: in the Hopper form where that serves.
     """
-    dx = _empty_image(dy, p.batch, p.in_channels - p.x2_channels, p.height, p.width)
-    dx2 = _empty_image(dy, p.batch, p.x2_channels, p.height, p.width) if p.x2_channels else None
+    dx = empty_nhwc(dy, p.batch, p.in_channels - p.x2_channels, p.height, p.width)
+    dx2 = empty_nhwc(dy, p.batch, p.x2_channels, p.height, p.width) if p.x2_channels else None
     if p.batch == 0:
         return dx, dx2
     dy, t = aligned(nhwc(dy)), _tiled(p, t)
@@ -243,12 +242,7 @@ def conv2d_wgrad(
 
     The kernel writes dweight channel-innermost; where weight has other strides, it is copied into those.
     """
-    make = torch.zeros if p.batch == 0 else torch.empty
-    dweight = None
-    if mask[0]:
-        dweight = torch.zeros_like(t.weight) if p.batch == 0 else torch.empty_like(t.weight)
-    dbias = make((p.num_experts, p.out_channels), dtype=p.dtype, device=dy.device) if mask[1] else None
-    dsample_bias = make((p.batch, p.out_channels), dtype=p.dtype, device=dy.device) if mask[2] else None
+    dweight, dbias, dsample_bias = empty_wgrad(p, t.weight, mask)
     if p.batch == 0:
         return dweight, dbias, dsample_bias
     written = dweight
@@ -318,7 +312,7 @@ def group_norm(p: NormProblem, t: NormTensors, *, streamed: bool = False) -> tup
         t: its tensors.
         streamed: as a stream or by clusters, where these serve.
     """
-    y = _empty_image(t.x, p.batch, p.channels, p.height, p.width)
+    y = empty_nhwc(t.x, p.batch, p.channels, p.height, p.width)
     mean = torch.empty((p.batch, p.num_norm_groups), dtype=torch.float32, device=t.x.device)
     rstd = torch.empty_like(mean)
     make = torch.zeros if p.batch == 0 else torch.empty
@@ -356,19 +350,10 @@ def group_norm_backward(
         mask: which gradients are wanted, in the order of the results.
         streamed: as a stream or by clusters, where these serve.
     """
-    shapes = ((p.num_experts, p.channels),) * 2 + ((p.batch, p.channels),) * 2
-    make = torch.zeros if p.batch == 0 else torch.empty
-    dweight, dbias, dscale, dshift = (
-        make(shape, dtype=p.dtype, device=dy.device) if wanted else None
-        for shape, wanted in zip(shapes, mask[1:5], strict=True)
-    )
-    parts = (p.channels - p.x2_channels, p.x2_channels)
-    dx, dx2 = (
-        _empty_image(dy, p.batch, channels, p.height, p.width) if wanted else None
-        for channels, wanted in zip(parts, (mask[0], mask[5]), strict=True)
-    )
+    grads = empty_norm_gradients(p, dy, mask)
     if p.batch == 0:
-        return dx, dweight, dbias, dscale, dshift, dx2
+        return grads
+    dx, dweight, dbias, dscale, dshift, dx2 = grads
     t, arguments = _norm_memory(p, t)
     dy, mean, rstd = aligned(nhwc(dy)), mean.contiguous(), rstd.contiguous()
     arguments |= {
@@ -388,4 +373,4 @@ def group_norm_backward(
     workspace = _workspace(native.module.cuda_group_norm_backward_workspace, p.device, arguments)
     planner = native.module.cuda_launches_group_norm_backward
     launch_planned(planner, p.device, arguments | {"workspace": address(workspace)})
-    return dx, dweight, dbias, dscale, dshift, dx2
+    return grads

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 from torch import Tensor
 from torch.compiler import is_compiling
 
 from tdc_fast.errors import integer, invalid
-from tdc_fast.kernels.problems import NormProblem
 from tdc_fast.ops import backends
 from tdc_fast.ops.check_values import check_dead_inputs
 from tdc_fast.ops.checks import require_backend_name, require_tensors
@@ -111,9 +109,4 @@ def _checked(
     return (x, weight, bias, scale, shift, x2, *routing, num_groups, eps, activation == "silu")
 
 
-@backends.describes("routed_group_norm")
-def _describe(*args: Any, **settings: Any) -> NormProblem:
-    call = inspect.signature(routed_group_norm).bind(*args, **settings)
-    call.apply_defaults()
-    del call.arguments["backend"]
-    return forward_problem(*_checked(**call.arguments))
+backends.explains(routed_group_norm, lambda **arguments: forward_problem(*_checked(**arguments)))

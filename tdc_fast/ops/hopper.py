@@ -57,12 +57,13 @@ def form_of_conv(problem: ConvProblem, facts: Facts) -> str:
     few_channels = cuda.form_of_conv(problem, facts)
     if few_channels:
         return few_channels
-    refusals = {
-        "routed_conv2d": native.module and native.module.cuda_conv_forward_hopper_refusal,
-        "routed_conv2d_dgrad": native.module and native.module.cuda_conv_dgrad_hopper_refusal,
-        "routed_conv2d_wgrad": native.module and native.module.cuda_conv_wgrad_hopper_refusal,
-    }
-    reason = refusals[problem.op](**cuda.geometry(problem), device=facts)
+    core = native.module
+    refuse = {
+        "routed_conv2d": core.cuda_conv_forward_hopper_refusal,
+        "routed_conv2d_dgrad": core.cuda_conv_dgrad_hopper_refusal,
+        "routed_conv2d_wgrad": core.cuda_conv_wgrad_hopper_refusal,
+    }[problem.op]
+    reason = refuse(**cuda.geometry(problem), device=facts)
     return f"in the portable form: the Hopper form does not serve this, {reason}" if reason else HOPPER_FORM
 
 

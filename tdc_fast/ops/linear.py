@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from tdc_fast.kernels.problems import ConvProblem
 from tdc_fast.ops import backends
 from tdc_fast.ops.check_values import check_dead_inputs
 from tdc_fast.ops.checks import require_backend_name, require_tensors
@@ -77,9 +75,4 @@ def _checked(
     return x, weight, bias, residual, plan.offsets, plan.tiles, plan.weight_index, in_widths, out_widths
 
 
-@backends.describes("routed_linear")
-def _describe(*args: Any, **settings: Any) -> ConvProblem:
-    call = inspect.signature(routed_linear).bind(*args, **settings)
-    call.apply_defaults()
-    del call.arguments["backend"]
-    return forward_problem(*_checked(**call.arguments))
+backends.explains(routed_linear, lambda **arguments: forward_problem(*_checked(**arguments)))

@@ -29,9 +29,14 @@ _Plan = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # order, inverse, offsets
 
 
 def as_integers(name: str, value: Any, device: torch.device | None = None) -> Tensor:
-    """Returns integers as a tensor: a tensor itself, a sequence or numpy array as int64 on `device` (the CPU if None).
+    """Returns integers as a tensor: a tensor itself, a sequence or a numpy array as int64 on a device.
 
     Copying a sequence or an array to a GPU waits for it.
+
+    Args:
+        name: What errors call them.
+        value: The integers.
+        device: Where a sequence or an array goes; None is torch's default device.
 
     Raises:
         ValueError: naming what does not hold integers.
@@ -225,7 +230,7 @@ class RoutingPlan:
 
         Args:
             groups: (B,) integers, the group of each sample: a tensor of any integer dtype, a numpy array or a sequence
-                (these two are put on the CPU). B = 0 and groups without samples are allowed.
+                (these two are put on torch's default device). B = 0 and groups without samples are allowed.
             num_groups: N.
             weight_index: (N,) integers likewise, the expert of each group; a tensor must be on the device of groups,
                 anything else is copied there, which waits for a GPU. None is the identity.

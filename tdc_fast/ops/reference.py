@@ -39,7 +39,7 @@ def _segments(t: ConvTensors) -> Iterator[tuple[slice, int, int, int]]:
             yield slice(bounds[group], bounds[group + 1]), experts[group], live_in[group], live_out[group]
 
 
-def _empty_nhwc(like: Tensor, channels: int, height: int, width: int) -> Tensor:
+def _zeros_nhwc(like: Tensor, channels: int, height: int, width: int) -> Tensor:
     shape = (like.shape[0], channels, height, width)
     return torch.zeros(shape, dtype=like.dtype, device=like.device).to(memory_format=torch.channels_last)
 
@@ -48,7 +48,7 @@ def conv2d(problem: ConvProblem, t: ConvTensors) -> Tensor:
     """Returns y (B, C_out, OH, OW), channels_last."""
     check_conv_values(problem, t)
     x, acc = _whole_input(problem, t), accumulate_dtype(t.x.dtype)
-    y = _empty_nhwc(x, problem.out_channels, problem.out_height, problem.out_width)
+    y = _zeros_nhwc(x, problem.out_channels, problem.out_height, problem.out_width)
     for samples, expert, live_in, live_out in _segments(t):
         if live_out == 0:
             continue
@@ -72,7 +72,7 @@ def conv2d_dgrad(problem: ConvProblem, dy: Tensor, t: ConvTensors) -> tuple[Tens
     """Returns dx (B, C_in - C_2, H, W) and dx2 (B, C_2, H, W) or None, channels_last."""
     check_conv_values(problem, t)
     acc, up = accumulate_dtype(dy.dtype), problem.upsample
-    dx = _empty_nhwc(dy, problem.in_channels, problem.height, problem.width)
+    dx = _zeros_nhwc(dy, problem.in_channels, problem.height, problem.width)
     for samples, expert, live_in, live_out in _segments(t):
         if live_in == 0 or live_out == 0:
             continue

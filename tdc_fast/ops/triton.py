@@ -25,7 +25,14 @@ from tdc_fast.kernels.problems import ConvProblem, ConvTensors, NormProblem, Nor
 from tdc_fast.kernels.tile_shapes import device_of
 from tdc_fast.kernels.tile_table import tiles_of
 from tdc_fast.ops.check_values import check_conv_values, check_norm_values
-from tdc_fast.ops.layout import channel_innermost, dense, empty_channel_innermost, is_channel_innermost, nhwc
+from tdc_fast.ops.layout import (
+    channel_innermost,
+    dense,
+    empty_channel_innermost,
+    empty_wgrad,
+    is_channel_innermost,
+    nhwc,
+)
 
 name = "triton"
 fuses = ("x2", "upsample")
@@ -100,16 +107,10 @@ def conv2d_wgrad(
     """Returns dweight in the strides of weight, dbias (E, C_out), dsample_bias (B, C_out); None where unmasked."""
     check_conv_values(p, t)
     weight = t.weight
+    dweight, dbias, dsample_bias = empty_wgrad(p, weight, mask)
     if p.batch == 0:
-        return (
-            torch.zeros_like(weight) if mask[0] else None,
-            weight.new_zeros(weight.shape[:2]) if mask[1] else None,
-            dy.new_zeros(dy.shape[:2]) if mask[2] else None,
-        )
+        return dweight, dbias, dsample_bias
     dy, t = nhwc(dy), dense(t)
-    dweight = torch.empty_like(weight) if mask[0] else None  # in the strides of weight, where those are dense
-    dbias = dy.new_empty(weight.shape[:2]) if mask[1] else None
-    dsample_bias = dy.new_empty(dy.shape[:2]) if mask[2] else None
     written = dweight
     if dweight is not None and not is_channel_innermost(dweight):
         written = empty_channel_innermost(weight.shape, weight.dtype, weight.device)
