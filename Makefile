@@ -15,6 +15,7 @@ PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reor
 # Everything that decides what is installed or built; a change reinstalls.
 SOURCES := setup.py pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f '(' -name '*.[ch]' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.cmake' -o -name '*.def' ')')
 STAMP := $(VENV)/.installed-dev
+BYTECODE_STAMP := $(VENV)/.bytecode-dev
 
 # What processes of the tests import beside this checkout: its bytecode is written once, as containers often set
 # PYTHONDONTWRITEBYTECODE, under which each of a hundred processes would compile torch for seconds. Bytecode of all that
@@ -44,13 +45,16 @@ $(BIN)/python:
 $(STAMP): $(SOURCES) | $(BIN)/python
 	@echo "==> installing tdc_fast and what its tests, demo and benches need into $(VENV) (torch is large; the native core builds in a minute or two)"
 	@$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e '.[dev]'
-	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -c "$$IMPORT_ALL" $(BYTECODE)
-	@$(BIN)/python -m compileall -q tdc_fast kernels bench
 	@touch $(STAMP)
 
-install: $(STAMP) ## install this checkout, with what its tests, demo and benches need
+$(BYTECODE_STAMP): $(STAMP)
+	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -c "$$IMPORT_ALL" $(BYTECODE)
+	@$(BIN)/python -m compileall -q tdc_fast kernels bench
+	@touch $(BYTECODE_STAMP)
 
-demo: $(STAMP) ## the demo: train, prune, fine-tune, sample and compare on real images -> runs/demo/report.html
+install: $(BYTECODE_STAMP) ## install this checkout, with what its tests, demo and benches need
+
+demo: $(BYTECODE_STAMP) ## the demo: train, prune, fine-tune, sample and compare on real images -> runs/demo/report.html
 	@echo "==> running the demo on scikit-learn's digits (about 4 minutes on 2 cores) -> $(DEMO_OUT)"
 	@$(BIN)/python -m tdc_fast.demo --out $(DEMO_OUT)
 
@@ -66,22 +70,23 @@ types: $(STAMP) ## mypy, which finds kernels/ under its installed name
 	@mkdir -p build/mypy/tdc_fast && ln -sfn ../../../kernels build/mypy/tdc_fast/kernels
 	@$(BIN)/mypy
 
-# mypy runs while the tests begin, and takes a minute; a wrong type fails the run after them.
+# mypy, which takes a minute, runs while bytecode is written (by one process) and the tests begin; a wrong type fails the
+# run after them.
 test: style ## all tests and lint
 	@echo "==> mypy and pytest"
 	@mkdir -p build; $(MAKE) --no-print-directory types > build/types.log 2>&1 & types=$$!; \
-	$(PYTEST); tests=$$?; \
+	$(MAKE) --no-print-directory --silent $(BYTECODE_STAMP) && $(PYTEST); tests=$$?; \
 	wait $$types || { cat build/types.log; exit 1; }; exit $$tests
 
-test-fast: $(STAMP) ## the tests of the inner loop, in two minutes
+test-fast: $(BYTECODE_STAMP) ## the tests of the inner loop, in two minutes
 	@echo "==> pytest, without the tests marked slow"
 	@$(PYTEST) -m "not slow"
 
-docs: $(STAMP) ## the documentation, with the API reference -> build/site/index.html
+docs: $(BYTECODE_STAMP) ## the documentation, with the API reference -> build/site/index.html
 	@echo "==> mkdocs, where a warning is an error -> build/site"
 	@$(BIN)/mkdocs build --quiet --strict
 
-bench: $(STAMP) ## throughput suites -> bench/results/
+bench: $(BYTECODE_STAMP) ## throughput suites -> bench/results/
 	@echo "==> throughput suites -> $(BENCH_OUT)"
 	@$(BIN)/python -m bench --out $(BENCH_OUT)
 
