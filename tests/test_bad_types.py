@@ -12,7 +12,7 @@ from tdc_fast.diffusion.sampling_loop import sample
 from tdc_fast.models.iddpm import create_unet
 from tdc_fast.train import train
 
-PROCESS = create_diffusion(diffusion_steps=20)
+PROCESS = create_diffusion(diffusion_steps=20, noise_schedule="cosine")
 SHAPE = (2, 1, 4, 4)
 
 

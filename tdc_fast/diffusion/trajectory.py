@@ -10,6 +10,7 @@ from torch import Tensor
 from tdc_fast.diffusion.diffusion import Diffusion
 from tdc_fast.diffusion.samplers import FINISHED, SamplerName, SpacingName, check_eta, sampling_steps
 from tdc_fast.diffusion.updates import ddim_weights, ddpm_weights, dpmpp_2m_weights
+from tdc_fast.errors import invalid
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ class Trajectory:
             eta: noise of DDIM, 0 for none; the other samplers have no such setting.
 
         Raises:
-            ValueError: for an unknown sampler or spacing, steps that the process does not have, or a negative eta.
+            ValueError: for an unknown sampler or spacing, steps that the process does not have, a negative eta, or a step
+                where nothing of x0 is left and the denoiser predicts the noise.
         """
         check_eta(eta)
         visited = sampling_steps(diffusion, sampler, steps, spacing)
@@ -60,8 +62,14 @@ class Trajectory:
         else:
             t_last = torch.cat([t.new_tensor([FINISHED]), t[:-1]])
             weights = dpmpp_2m_weights(process, t, t - 1, t_last)
+        timesteps = process.original_timesteps(t)
+        if diffusion.prediction == "epsilon" and not weights.x_in_x0.isfinite().all():
+            remedy = (
+                "a model that predicts x0 or v, a schedule that keeps something of x0 there, or steps that leave it out"
+            )
+            raise invalid("steps", f"timestep {timesteps[0]}, where alpha_bar is 0", remedy)
         return cls(
-            timesteps=process.original_timesteps(t),
+            timesteps=timesteps,
             weights=torch.stack(weights),
             draws_noise=sampler == "ddpm" or (sampler == "ddim" and eta > 0),
             remembers=sampler == "dpm++2m",

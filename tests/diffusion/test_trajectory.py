@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 
-from tdc_fast.diffusion import SamplingLoop, create_diffusion, ddim_step, ddpm_step, dpmpp_2m_step
+from tdc_fast.diffusion import Diffusion, SamplingLoop, create_diffusion, ddim_step, ddpm_step, dpmpp_2m_step
 from tdc_fast.diffusion.trajectory import Trajectory
 from tdc_fast.diffusion.updates import advance
 
@@ -71,3 +72,14 @@ def test_it_is_in_host_memory_whatever_the_default_device(sampler):
     with torch.device("meta"):
         way = Trajectory.plan(create_diffusion(30), sampler, 5)
     assert torch.equal(way.timesteps, expected.timesteps) and torch.equal(way.weights, expected.weights)
+
+
+@pytest.mark.filterwarnings("ignore:divide by zero")
+def test_noise_is_not_predicted_where_nothing_of_x0_is_left():
+    betas = np.append(np.linspace(0.01, 0.2, 9), 1.0)
+    with pytest.raises(ValueError, match="steps: got 'timestep 9, where alpha_bar is 0'; expected a model"):
+        Trajectory.plan(Diffusion(betas), "ddim")
+    assert len(Trajectory.plan(Diffusion(betas), "ddim", 5)) == 5  # from timestep 8 on
+    for prediction, sampler in itertools.product(("x0", "v"), ("ddpm", "ddim", "dpm++2m")):
+        drawn = SamplingLoop(Diffusion(betas, prediction=prediction), lambda x, t: x / 2, sampler=sampler).draw((2, 1))
+        assert drawn.isfinite().all()
