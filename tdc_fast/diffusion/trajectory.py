@@ -48,8 +48,8 @@ class Trajectory:
             eta: noise of DDIM, 0 for none; the other samplers have no such setting.
 
         Raises:
-            ValueError: for an unknown sampler or spacing, steps that the process does not have, a negative eta, or a step
-                where nothing of x0 is left and the denoiser predicts the noise.
+            ValueError: for an unknown sampler or spacing, steps that the process does not have, a negative eta, or a
+                step at which nothing of x0 is left where the denoiser predicts the noise.
         """
         check_eta(eta)
         visited = sampling_steps(diffusion, sampler, steps, spacing)
