@@ -234,6 +234,12 @@ int main() {
   shifted.offsets = {0, 2, 3};
   shifted.in_widths = {40, 19};
   run_case(shifted, 103);
+  Case rows;  // three row tiles beside each other, whole and partial panels, long sums and none
+  rows.problem = shape(5, 24, 50, 40, 3, 1, 1);
+  rows.problem.x2_channels = 11;
+  rows.offsets = {0, 1, 2, 3};
+  rows.in_widths = {50, 0, 20}, rows.out_widths = {40, 40, 3};
+  run_case(rows, 104);
   refuses_a_width_past_the_channels();
   return report("conv_test");
 }
