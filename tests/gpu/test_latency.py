@@ -60,7 +60,9 @@ def test_a_table_measured_on_the_gpu_is_what_its_run_is_pruned_with(
     table = tmp_path / "times.json"
     assert main([*flags(config), "--out", str(table), "--seconds", "0.001"]) == 0
     assert "the table predicts whole models" in capsys.readouterr().out
-    assert LatencyTable.load(table).setting.device == torch.cuda.get_device_name()
+    measured = LatencyTable.load(table)
+    assert measured.setting.device == torch.cuda.get_device_name()
+    assert measured.backends.keys() == {"conv2d", "linear", "group_norm"}
     in_time = ["--budget_in", "latency", "--latency_table", str(table), "--width_step", "auto"]
     status, said = train_command([*flags(config), *in_time]), capsys.readouterr().err
     if status == 2:  # launches of so small a network take most of its time, and no width saves them
