@@ -182,7 +182,7 @@ class RoutedModel(nn.Module):
         `index` its output equals this model's. It runs on torch's kernels; `tdc_fast.for_inference` runs it on the
         routed ones, and in 16 bits.
         """
-        index = integer("index", index, 0, self.num_experts - 1)
+        index = self._checked_index(index)
         if self.widths is not None:
             dense = self._narrowed(self.widths, index)
             dense.load_state_dict(self.expert_state(index))
@@ -197,9 +197,15 @@ class RoutedModel(nn.Module):
             _set_routing(dense, None)
         return dense
 
+    def _checked_index(self, index: int | Tensor) -> int:
+        """The number of an expert, which may be an element of a tensor of numbers."""
+        if isinstance(index, Tensor) and index.dim() == 0 and not index.is_meta:
+            index = index.item()
+        return integer("index", index, 0, self.num_experts - 1)
+
     def expert_state(self, index: int) -> dict[str, Tensor]:
         """The state dict of `expert(index)`: the dense model's keys, copies at their own live sizes."""
-        index = integer("index", index, 0, self.num_experts - 1)
+        index = self._checked_index(index)
         state = {
             dotted_path(name, key): value
             for name, leaf in self._leaves_of(index).items()
