@@ -199,9 +199,10 @@ class RoutedModel(nn.Module):
 
     def _checked_index(self, index: int | Tensor) -> int:
         """The number of an expert, which may be an element of a tensor of numbers."""
+        number: object = index
         if isinstance(index, Tensor) and index.dim() == 0 and not index.is_meta:
-            index = index.item()
-        return integer("index", index, 0, self.num_experts - 1)
+            number = index.item()
+        return integer("index", number, 0, self.num_experts - 1)
 
     def expert_state(self, index: int) -> dict[str, Tensor]:
         """The state dict of `expert(index)`: the dense model's keys, copies at their own live sizes."""
