@@ -128,8 +128,9 @@ class Diffusion:
         self.alphas_cumprod_prev = np.append(1.0, self.alphas_cumprod[:-1])
         self.sqrt_alphas_cumprod = np.sqrt(self.alphas_cumprod)
         self.sqrt_one_minus_alphas_cumprod = np.sqrt(1.0 - self.alphas_cumprod)
-        self.sqrt_recip_alphas_cumprod = np.sqrt(1.0 / self.alphas_cumprod)
-        self.sqrt_recipm1_alphas_cumprod = np.sqrt(1.0 / self.alphas_cumprod - 1)
+        with np.errstate(divide="ignore"):  # infinite after a beta of 1
+            self.sqrt_recip_alphas_cumprod = np.sqrt(1.0 / self.alphas_cumprod)
+            self.sqrt_recipm1_alphas_cumprod = np.sqrt(1.0 / self.alphas_cumprod - 1)
         remaining = 1.0 - self.alphas_cumprod
         self.posterior_variance = betas * (1.0 - self.alphas_cumprod_prev) / remaining
         # The variance at t = 0 is zero; its logarithm takes the value at t = 1.
@@ -162,7 +163,8 @@ class Diffusion:
 
     def snr_db(self) -> np.ndarray:
         """Signal-to-noise ratio 10 * log10(alpha_bar / (1 - alpha_bar)) in decibels, float64 (T,)."""
-        return 10.0 * (np.log10(self.alphas_cumprod) - np.log10(1.0 - self.alphas_cumprod))
+        with np.errstate(divide="ignore"):
+            return 10.0 * (np.log10(self.alphas_cumprod) - np.log10(1.0 - self.alphas_cumprod))
 
     def respaced(self, spacing: Spacing) -> Diffusion:
         """The process of only some of these steps; see `respacing.spaced_timesteps` for `spacing`."""
@@ -248,9 +250,9 @@ class Diffusion:
 
     def epsilon_from_x0(self, x_t: Tensor, t: Tensor, x0: Tensor) -> Tensor:
         """The noise in `x_t` when `x0` is the clean sample."""
-        return (self.coefficient("sqrt_recip_alphas_cumprod", t, x_t) * x_t - x0) / self.coefficient(
-            "sqrt_recipm1_alphas_cumprod", t, x_t
-        )
+        # Not from the reciprocals of alpha_bar, which may be 0 at the last step.
+        signal = self.coefficient("sqrt_alphas_cumprod", t, x_t) * x0
+        return (x_t - signal) / self.coefficient("sqrt_one_minus_alphas_cumprod", t, x_t)
 
     def velocity(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Noise turned towards x0: sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) x0 (Salimans and Ho 2022, section 4)."""

@@ -19,6 +19,7 @@ from torch import Tensor
 from tdc_fast.diffusion.diffusion import Diffusion, check_timesteps
 from tdc_fast.diffusion.gaussian import draw_noise
 from tdc_fast.diffusion.protocols import Denoiser, prediction_of
+from tdc_fast.diffusion.respacing import spaced_timesteps
 from tdc_fast.diffusion.updates import advance, ddim_weights, ddpm_weights, dpmpp_2m_weights, half_log_snr
 from tdc_fast.errors import integer, invalid
 
@@ -185,8 +186,8 @@ def sampling_steps(
     Args:
         diffusion: the process.
         sampler: "ddpm" spreads the steps evenly with both ends, as the spacing "25". "ddim" takes multiples of
-            T / steps, starting at 0, as the spacing "ddim25" but for any count. "dpm++2m" spreads them evenly in half
-            log SNR, which is the time of that solver, from step 0 to the last step above -5.1.
+            T / steps, starting at 0, for any count; where it divides T, as the spacing "ddim25". "dpm++2m" spreads them
+            evenly in half log SNR, which is the time of that solver, from step 0 to the last step above -5.1.
         steps: how many; None for all of them ("dpm++2m": all above -5.1).
         spacing: "auto" is what the sampler does, as above. The others are those of diffusers' DDIM and DDPM schedulers,
             step by step: "leading" takes multiples of T // steps, starting at 0; "trailing" counts T / steps down from
@@ -210,25 +211,26 @@ def sampling_steps(
         return tuple(index * total // steps for index in range(steps))
     if spacing == "leading":
         return tuple(index * (total // steps) for index in range(steps))
-    if spacing == "trailing":
-        return tuple(round(total - index * total / steps) - 1 for index in reversed(range(steps)))
-    return tuple(round(index * (total - 1) / max(1, steps - 1)) for index in range(steps))
+    if spacing == "auto":
+        return spaced_timesteps(total, steps)
+    if spacing == "trailing":  # diffusers' arithmetic, halves included; it may give one entry too many, for step -1
+        return tuple(int(t) - 1 for t in np.arange(total, 0, -total / steps).round()[:steps][::-1])
+    return tuple(int(t) for t in np.linspace(0, total - 1, steps).round())
 
 
 def _even_in_log_snr(diffusion: Diffusion, steps: int | None) -> tuple[int, ...]:
     falling = half_log_snr(torch.from_numpy(diffusion.alphas_cumprod)).numpy()  # (T,)
     usable = max(1, int((falling >= LOWEST_LOG_SNR).sum()))
-    if steps is None:
-        return tuple(range(usable))
-    last = max(usable, steps) - 1
+    if steps is None or steps >= usable:  # all of them, and further ones only as asked; the last may have alpha_bar 0
+        return tuple(range(steps or usable))
     if steps == 1:
-        return (last,)
-    targets = np.linspace(falling[0], falling[last], steps)
+        return (usable - 1,)
+    targets = np.linspace(falling[0], falling[usable - 1], steps)
     nearest = np.interp(-targets, -falling, np.arange(diffusion.num_timesteps)).round().astype(int)
     # Where targets are closer together than timesteps, take neighbours: each index once, none past the last.
     rank = np.arange(steps)
     distinct = np.maximum.accumulate(nearest - rank) + rank
-    return tuple(int(t) for t in np.minimum(distinct, last - rank[::-1]))
+    return tuple(int(t) for t in np.minimum(distinct, usable - 1 - rank[::-1]))
 
 
 def _predict(

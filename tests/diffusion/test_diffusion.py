@@ -67,6 +67,12 @@ def test_the_true_answer_gives_the_true_posterior_and_the_clean_sample(predictio
     torch.testing.assert_close(diffusion.epsilon_from_x0(x_t, t, x0), noise, rtol=1e-6, atol=1e-6)
 
 
+def test_where_nothing_is_left_of_x0_the_sample_is_its_own_noise():
+    diffusion = Diffusion(np.array([0.1, 0.5, 1.0]), prediction="v")
+    x_t, x0 = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    assert torch.equal(diffusion.epsilon_from_x0(x_t, torch.tensor([2, 2]), x0), x_t)
+
+
 def test_clipping_limits_the_predicted_sample_and_moves_the_mean_with_it():
     diffusion = process(prediction="x0")
     x0, x_t, t = every_step(2)

@@ -16,6 +16,7 @@ from tdc_fast.diffusion import (
     named_betas,
     sample,
 )
+from tdc_fast.diffusion.respacing import spaced_timesteps
 from tdc_fast.diffusion.samplers import sampling_steps
 
 SAMPLERS = ["ddpm", "ddim", "dpm++2m"]
@@ -291,6 +292,22 @@ def test_the_steps_visited_suit_the_sampler():
     assert visited[0] == 0 and 950 < visited[-1] < 999
     np.testing.assert_allclose(np.diff(diffusion.snr_db()[list(visited)]), -5, atol=1.5)
     assert sampling_steps(diffusion, "dpm++2m") == tuple(range(visited[-1] + 1))
+
+
+def test_steps_are_those_of_the_spacings_of_the_same_count():
+    diffusion = create_diffusion(100)
+    for count in range(1, 101):  # some of their positions are halves, which improved-diffusion reaches by a sum
+        assert sampling_steps(diffusion, "ddpm", count) == spaced_timesteps(100, count)
+        if 100 % count == 0 and count > 1:
+            assert sampling_steps(diffusion, "ddim", count) == spaced_timesteps(100, f"ddim{count}")
+
+
+def test_dpm_solver_starts_where_nothing_is_left_of_x0_if_it_takes_every_step():
+    diffusion = create_diffusion(20, predict_v=True)
+    assert diffusion.alphas_cumprod[-1] == 0
+    assert sampling_steps(diffusion, "dpm++2m", 20) == tuple(range(20))
+    assert sampling_steps(diffusion, "dpm++2m", 18) == tuple(range(18))
+    assert sampling_steps(diffusion, "dpm++2m", 1) == sampling_steps(diffusion, "dpm++2m")[-1:]
 
 
 @pytest.mark.parametrize(("name", "schedule"), list(itertools.product(SAMPLERS, ["linear", "cosine"])))

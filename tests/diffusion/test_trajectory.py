@@ -74,7 +74,7 @@ def test_it_is_in_host_memory_whatever_the_default_device(sampler):
     assert torch.equal(way.timesteps, expected.timesteps) and torch.equal(way.weights, expected.weights)
 
 
-@pytest.mark.filterwarnings("ignore:divide by zero")
+@pytest.mark.filterwarnings("error")
 def test_noise_is_not_predicted_where_nothing_of_x0_is_left():
     betas = np.append(np.linspace(0.01, 0.2, 9), 1.0)
     with pytest.raises(ValueError, match="steps: got 'timestep 9, where alpha_bar is 0'; expected a model"):
