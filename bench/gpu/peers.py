@@ -55,18 +55,14 @@ def on_streams(machine: Machine, calls: Sequence[Callable[[], Any]]) -> Candidat
     return run
 
 
-def loop_peers(
-    machine: Machine, calls: Sequence[Callable[[], Any]], *, graphs: bool = True
-) -> dict[str, Callable[[], Candidate]]:
+def loop_peers(machine: Machine, calls: Sequence[Callable[[], Any]]) -> dict[str, Callable[[], Candidate]]:
     """The forms of the loop over segments, as functions that make the candidate (a capture can fail)."""
-    makers: dict[str, Callable[[], Candidate]] = {
+    return {
         "loop": lambda: sequence(calls),
         "streams": lambda: on_streams(machine, calls),
+        "loop, graph": lambda: machine.captured(sequence(calls)),
+        "streams, graph": lambda: machine.captured(on_streams(machine, calls)),
     }
-    if graphs:
-        makers["loop, graph"] = lambda: machine.captured(sequence(calls))
-        makers["streams, graph"] = lambda: machine.captured(on_streams(machine, calls))
-    return makers
 
 
 def compiled(machine: Machine, function: Callable[..., Any], *args: Any) -> Candidate:

@@ -139,9 +139,9 @@ def seconds_of_others() -> float:
     return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK") - time.process_time()  # less idle and iowait
 
 
-def overhead(problem: Problem, *, steps: int, images: int = 8) -> dict[str, float]:
+def overhead(problem: Problem, *, steps: int) -> dict[str, float]:
     """What the engine adds to the forward, as a share of it, in a batch of 8 that does not change, by sampler."""
-    shares = {}
+    shares, images = {}, 8
     for sampler in ("ddim", "ddpm", "dpm++2m"):
         engine = problem.contestants(images)["engine"]()
         assert isinstance(engine, Engine)

@@ -167,16 +167,13 @@ class LatentDecoder:
         return self._space.image_channels, self._space.image_size, self._space.image_size
 
     @classmethod
-    def load(
-        cls, folder: str, space: LatentSpace, device: torch.device | str = "cpu", batch_size: int = 8
-    ) -> LatentDecoder:
+    def load(cls, folder: str, space: LatentSpace, device: torch.device | str = "cpu") -> LatentDecoder:
         """The decoder in a folder of diffusers; a note is printed where it is not the one that belongs to the encoder.
 
         Args:
             folder: as for `Autoencoder.load`.
             space: of the latents.
             device: where it computes.
-            batch_size: images at once.
 
         Raises:
             ValueError: there is none, or its encoder did not make these latents.
@@ -185,7 +182,7 @@ class LatentDecoder:
         note = autoencoder.refuse_other(space, folder)
         if note:
             print(f"note: {note}", flush=True)
-        return cls(autoencoder, space, batch_size)
+        return cls(autoencoder, space)
 
     def __call__(self, latents: Tensor) -> Tensor:
         """Images, about in [-1, 1], of latents as a denoiser draws them (B, C, H, W), from any device."""

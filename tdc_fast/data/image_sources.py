@@ -217,14 +217,13 @@ class PhotoSource:
 
     Args:
         image_size: size of a patch in pixels.
-        patches: number of patches.
     """
 
     slow = False
     channels = 3
     skipped = 0
 
-    def __init__(self, image_size: int, patches: int = PHOTO_PATCHES) -> None:
+    def __init__(self, image_size: int) -> None:
         photos = require("sklearn.datasets", extra="demo").load_sample_images().images
         self.image_size = image_size
         self.corrupt: set[int] = set()
@@ -240,7 +239,7 @@ class PhotoSource:
                 for left in range(0, width - side + 1, side)
             ]
         rng = np.random.default_rng(image_size)
-        self._block_ids = np.arange(patches) % len(blocks)
+        self._block_ids = np.arange(PHOTO_PATCHES) % len(blocks)
         corners = np.array(blocks)[self._block_ids]  # (N, 4)
         self.photo_ids = corners[:, 0].astype(np.int64)
         spare = corners[:, 3] - image_size + 1

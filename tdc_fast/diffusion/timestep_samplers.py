@@ -179,12 +179,8 @@ class LossSecondMomentSampler(TimestepSampler):
         self._history = torch.zeros(num_timesteps, history_per_term, dtype=torch.float64)  # oldest first
         self._counts = torch.zeros(num_timesteps, dtype=torch.int64)
 
-    def probabilities(self) -> np.ndarray:
+    def probabilities(self) -> Tensor:
         """The current probability of each timestep, float64 (T,)."""
-        found: np.ndarray = self._probabilities().cpu().numpy()
-        return found
-
-    def _probabilities(self) -> Tensor:
         weights = self._history.square().mean(1).sqrt()
         total = weights.sum()
         weights = weights / total * (1 - self.uniform_prob) + self.uniform_prob / self.num_timesteps
@@ -202,7 +198,7 @@ class LossSecondMomentSampler(TimestepSampler):
         """See `TimestepSampler.draw`."""
         home = torch.device("cpu" if device is None else device)
         self._history, self._counts = self._history.to(home), self._counts.to(home)
-        p = self._probabilities()
+        p = self.probabilities()
         u = torch.rand(batch_size, generator=generator, device=home, dtype=torch.float64)
         # Two rows, as a GPU adds up a single one in an order that may change from run to run.
         sums = p.expand(2, -1).cumsum(1)[0]

@@ -61,13 +61,12 @@ class RandomConvFeatures(nn.Module):
         return torch.cat([maps.mean(dim=2), maps.std(dim=2, correction=0)], dim=1)
 
 
-def extract(images: Tensor, extractor: nn.Module, batch_size: int = 512) -> Tensor:
+def extract(images: Tensor, extractor: nn.Module) -> Tensor:
     """Extract the features of a set of images in batches.
 
     Args:
         images: (M, C, H, W) uint8.
         extractor: module that maps a batch of images to features (B, F).
-        batch_size: images at once.
 
     Returns:
         Features (M, F) float64, the precision that their covariance needs.
@@ -78,4 +77,4 @@ def extract(images: Tensor, extractor: nn.Module, batch_size: int = 512) -> Tens
     if images.dtype != torch.uint8 or images.dim() != 4:
         raise invalid("images", f"{images.dtype} {tuple(images.shape)}", "uint8 images (M, C, H, W)")
     with torch.no_grad():
-        return torch.cat([extractor(batch).double() for batch in images.split(batch_size)])
+        return torch.cat([extractor(batch).double() for batch in images.split(512)])

@@ -65,14 +65,13 @@ class Floor:
         }
 
 
-def real_floors(features: Tensor, *, bootstrap_n: int, repetitions: int = 8, seed: int = 0) -> tuple[Floor, Floor]:
+def real_floors(features: Tensor, *, bootstrap_n: int, repetitions: int = 8) -> tuple[Floor, Floor]:
     """Both floors of a reference set.
 
     Args:
         features: (M, F), features of the reference images.
         bootstrap_n: images in each bootstrap draw: as many as the samples that are compared with the reference.
         repetitions: distances per floor.
-        seed: seed of the draws.
 
     Returns:
         The bootstrap floor and the floor of the halves.
@@ -82,7 +81,7 @@ def real_floors(features: Tensor, *, bootstrap_n: int, repetitions: int = 8, see
     """
     if len(features) < 4:
         raise invalid("features", f"{len(features)} images", "a reference of at least 4 images")
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     bootstrap, halves = [], []
     half = len(features) // 2
     whole = moments_of(features)

@@ -221,12 +221,7 @@ def _paired(candidate: Tensor, baseline: Tensor) -> Difference:
     return Difference(float(difference.mean()) / reference, error / reference)
 
 
-def sampling_macs(
-    model: nn.Module,
-    timesteps: Tensor,
-    image_shape: tuple[int, int, int],
-    model_kwargs: Mapping[str, Tensor] | None = None,
-) -> int:
+def sampling_macs(model: nn.Module, timesteps: Tensor, image_shape: tuple[int, int, int]) -> int:
     """MACs of sampling one image, counted by torch's FlopCounterMode.
 
     The model is called once on a batch with one image at each timestep, so a routed model spends on each timestep what
@@ -237,7 +232,6 @@ def sampling_macs(
         timesteps: (S,) int64, the original timesteps at which the sampler calls the model; a timestep at which it calls
             the model twice appears twice.
         image_shape: (C, H, W).
-        model_kwargs: tensors with leading dimension S.
 
     Returns:
         MACs of the whole chain; divided by S, the mean cost of a step.
@@ -249,4 +243,4 @@ def sampling_macs(
         raise invalid("timesteps", tuple(timesteps.shape), "the sampler's timesteps, as a (S,) tensor")
     x = torch.zeros(len(timesteps), *image_shape, device=timesteps.device)
     with evaluating(model):
-        return measure_macs(model, x, timesteps, **(model_kwargs or {}))
+        return measure_macs(model, x, timesteps)

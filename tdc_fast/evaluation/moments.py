@@ -34,13 +34,12 @@ class Moments:
     root: Tensor
 
     @classmethod
-    def from_covariance(cls, mean: Tensor, covariance: Tensor, count: int = 0) -> Moments:
-        """Moments from a stored mean and covariance.
+    def from_covariance(cls, mean: Tensor, covariance: Tensor) -> Moments:
+        """Moments from a stored mean and covariance, of an unknown number of feature vectors.
 
         Args:
             mean: (F,).
             covariance: (F, F), symmetric and positive semi-definite up to rounding to float32.
-            count: number of feature vectors; 0 if it is not known.
 
         Raises:
             ValueError: another shape, values that are no numbers, or a matrix that is no covariance.
@@ -57,7 +56,7 @@ class Moments:
         values, vectors = torch.linalg.eigh((covariance + covariance.T) / 2)
         if values[0] < -1e-3 * scale:
             raise invalid("covariance", f"a matrix with the eigenvalue {float(values[0]):.3g}", "eigenvalues from 0 up")
-        return cls(count, mean, values.clamp_min(0).sqrt()[:, None] * vectors.T)
+        return cls(0, mean, values.clamp_min(0).sqrt()[:, None] * vectors.T)
 
     @property
     def covariance(self) -> Tensor:

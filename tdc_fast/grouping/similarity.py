@@ -135,8 +135,8 @@ def measure_similarity(
     data = list(islice(batches, max_batches))
     if not data:
         raise invalid("batches", data, "at least one batch of calibration data")
-    gradients = _gradients(model, diffusion, dtype)
-    sketches = torch.stack([_sketch_of(gradients, model, data, probe, seed) for probe in probes])
+    gradients = mean_gradients(model, diffusion, dtype)
+    sketches = torch.stack([gradient_sketch(gradients, model, data, probe, seed) for probe in probes])
     norms = sketches.norm(dim=1)
     for probe, norm in zip(probes, norms.tolist(), strict=True):
         if not 0 < norm < float("inf"):
@@ -147,22 +147,7 @@ def measure_similarity(
     return TaskSimilarity(probes, (matrix + matrix.T) / 2)
 
 
-def gradient_sketch(
-    model: nn.Module, diffusion: DiffusionProcess, batches: Sequence[Batch], probe: tuple[int, int], *, seed: int = 0
-) -> Tensor:
-    """The random projection of the loss gradient at the timesteps of a probe, float64 (SKETCH_SIZE,).
-
-    Args:
-        model: the base. It is left unchanged.
-        diffusion: the process that it was trained with.
-        batches: x0 (B, ...) or (x0, model_kwargs).
-        probe: timesteps (start, stop).
-        seed: seed of timesteps, noise and projection.
-    """
-    return _sketch_of(_gradients(model, diffusion), model, batches, probe, seed)
-
-
-def _gradients(
+def mean_gradients(
     model: nn.Module, diffusion: DiffusionProcess, dtype: torch.dtype = torch.float32
 ) -> Calibration[tuple[Tensor | None, ...]]:
     """The gradients of a batch's mean loss, one per parameter."""
@@ -174,13 +159,22 @@ def _gradients(
     return Calibration(model, diffusion, of, denoiser_in(model, dtype))
 
 
-def _sketch_of(
+def gradient_sketch(
     gradients: Calibration[tuple[Tensor | None, ...]],
     model: nn.Module,
     batches: Sequence[Batch],
     probe: tuple[int, int],
-    seed: int,
+    seed: int = 0,
 ) -> Tensor:
+    """The random projection of the loss gradient at the timesteps of a probe, float64 (SKETCH_SIZE,).
+
+    Args:
+        gradients: what `mean_gradients` returned for the model.
+        model: the base. It is left unchanged.
+        batches: x0 (B, ...) or (x0, model_kwargs).
+        probe: timesteps (start, stop).
+        seed: seed of timesteps, noise and projection.
+    """
     parameters = list(model.parameters())
     flags = [parameter.requires_grad for parameter in parameters]
     sketch = torch.zeros(SKETCH_SIZE, dtype=torch.float64, device=parameters[0].device)

@@ -16,13 +16,13 @@ from tdc_fast.errors import invalid
 from tdc_fast.ops.inputs import joined
 
 
-def group_count(channels: int, limit: int = 32) -> int:
-    """Largest number of normalisation groups that is at most `limit` and divides `channels`.
+def group_count(channels: int) -> int:
+    """Largest number of normalisation groups that is at most 32 and divides `channels`.
 
     It is 32 wherever improved-diffusion's GroupNorm(32) is defined; other channel counts work too (8 channels have 8
     groups, 48 have 24).
     """
-    return next(groups for groups in range(min(limit, channels), 0, -1) if channels % groups == 0)
+    return next(groups for groups in range(min(32, channels), 0, -1) if channels % groups == 0)
 
 
 class Conv2d(nn.Conv2d):
@@ -119,8 +119,8 @@ class Linear(nn.Linear):
 class TokenConv1d(nn.Conv1d):
     """A 1x1 Conv1d, weight (C_out, C_in, 1), on tokens (B, T, C_in): a view of channels_last images."""
 
-    def __init__(self, in_channels: int, out_channels: int, bias: bool = True) -> None:
-        super().__init__(in_channels, out_channels, 1, bias=bias)
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor, *, residual: Tensor | None = None) -> Tensor:
         """Map x (B, T, C_in) to (B, T, C_out) and add the residual (B, T, C_out)."""

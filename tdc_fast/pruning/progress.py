@@ -82,13 +82,12 @@ class BarAndTable(Progress):
             sys.stdout.flush()
 
 
-def best_table(task: Task, trials: Sequence[Trial], shown: int = SHOWN) -> str:
+def best_table(task: Task, trials: Sequence[Trial]) -> str:
     """The best trials of a group as a table: rank, score, share of the budget, round, agent and reason.
 
     Args:
         task: the group's task.
         trials: all trials of the group.
-        shown: rows at most.
     """
     scored = sorted((trial for trial in trials if trial.score is not None), key=lambda trial: trial.score or 0.0)
     distinct = list({tuple(trial.widths.items()): trial for trial in reversed(scored)}.values())[::-1]
@@ -96,7 +95,7 @@ def best_table(task: Task, trials: Sequence[Trial], shown: int = SHOWN) -> str:
     start, stop = task.interval
     head = f"group {task.group} (t {start} to {stop - 1}), after round {last + 1}: {len(distinct)} candidates scored"
     rows = [("", "score", "of budget", "round", "agent", "why")]
-    for rank, trial in enumerate(distinct[:shown], start=1):
+    for rank, trial in enumerate(distinct[:SHOWN], start=1):
         share = f"{trial.cost / task.budget:.2%}"
         rows.append((str(rank), f"{trial.score:.6g}", share, str(trial.round + 1), trial.agent, trial.reason[:60]))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]

@@ -223,15 +223,12 @@ def frechet_draws(comparison: Comparison) -> str:
     return _svg(figure)
 
 
-def sample_grid(images: Tensor, columns: int = 10, scale: int = 4, gap: int = 1) -> str:
-    """A picture of images in rows, as a data URI.
+def sample_grid(images: Tensor) -> str:
+    """A picture of images in rows of 10, four times as large, as a data URI.
 
     Args:
         images: (M, C, H, W) uint8, C 1 or 3.
-        columns: images per row.
-        scale: pixels of the picture per pixel of an image, in each direction.
-        gap: pixels between images, before scaling.
     """
     buffer = io.BytesIO()
-    grid_image(images, columns, scale, gap).save(buffer, format="PNG")
+    grid_image(images, columns=10, scale=4, gap=1).save(buffer, format="PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

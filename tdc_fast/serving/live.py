@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from tdc_fast.diffusion.trajectory import Trajectory
-from tdc_fast.serving.failures import RequestFailed
 from tdc_fast.serving.generation import Generation
 from tdc_fast.serving.request import Request
 
@@ -124,10 +123,6 @@ class LiveRequest:
         """Places that all its steps to do take together."""
         coming = self._guided[self.position :]
         return self.request.num_images * int(len(coming) + np.count_nonzero(coming))
-
-    def fail(self, failure: RequestFailed) -> None:
-        """End it without images."""
-        self.generation.finish(failure)
 
 
 def rows_of(request: Request) -> int:

@@ -192,7 +192,7 @@ def _search_with(
     finish_commit(run)
     groups = groups_of(run)
     macs = base_macs(run, base)
-    difficulty, spent = _difficulty(run, config, base, groups, dataset)
+    difficulty, spent = _difficulty(config, base, groups, dataset)
     try:
         found = _search(crew, run, config, base, groups, batches, difficulty)
     except OtherSearch as other:
@@ -320,7 +320,7 @@ def _search(
 
 
 def _difficulty(
-    run: RunDirectory, config: TrainConfig, base: UNet, groups: TimestepGroups, dataset: Dataset | None
+    config: TrainConfig, base: UNet, groups: TimestepGroups, dataset: Dataset | None
 ) -> tuple[str | list[float], int]:
     """The difficulty of the groups: an order by SNR, or each group's measured loss; and the MACs of measuring it."""
     if "loss" not in config.difficulty:

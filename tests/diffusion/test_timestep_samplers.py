@@ -111,10 +111,10 @@ def test_uniform_timesteps_cover_every_step_equally():
 def test_second_moments_count_only_when_every_step_has_its_history():
     sampler = LossSecondMomentSampler(3, history_per_term=2, uniform_prob=0.1)
     sampler.update(torch.tensor([0, 1, 2, 0, 1]), torch.tensor([5.0, 2.0, 3.0, 1.0, 2.0]))
-    np.testing.assert_array_equal(sampler.probabilities(), 1 / 3)
+    np.testing.assert_array_equal(sampler.probabilities().numpy(), 1 / 3)
     sampler.update(torch.tensor([2, 0]), torch.tensor([4.0, 7.0]))
     moments = np.sqrt([(1 + 49) / 2, (4 + 4) / 2, (9 + 16) / 2])  # step 0 forgot its first loss
-    np.testing.assert_allclose(sampler.probabilities(), 0.9 * moments / moments.sum() + 0.1 / 3)
+    np.testing.assert_allclose(sampler.probabilities().numpy(), 0.9 * moments / moments.sum() + 0.1 / 3)
 
 
 class ImprovedDiffusions:
@@ -152,7 +152,7 @@ def test_losses_are_remembered_as_improved_diffusion_does_it(history):
         theirs.update(t, losses.double())
         state = sampler.state_dict()
         assert np.array_equal(state["history"], theirs.history) and np.array_equal(state["counts"], theirs.counts)
-        np.testing.assert_allclose(sampler.probabilities(), theirs.weights(), rtol=1e-14)
+        np.testing.assert_allclose(sampler.probabilities().numpy(), theirs.weights(), rtol=1e-14)
         complete += bool((theirs.counts == history).all())
     assert 0 < complete < 9
 
@@ -186,11 +186,11 @@ def test_losses_that_tell_no_importance_leave_the_draw_uniform_until_better_ones
     sampler, t = LossSecondMomentSampler(3, history_per_term=2), torch.arange(3)
     for _ in range(2):
         sampler.update(t, torch.tensor(losses))
-    assert sampler.probabilities() == pytest.approx([1 / 3] * 3)
+    assert sampler.probabilities().numpy() == pytest.approx([1 / 3] * 3)
     assert torch.equal(sampler.draw(6, {}).weights, torch.ones(6))
     for _ in range(2):
         sampler.update(t, torch.tensor([1.0, 2.0, 1.0]))
-    assert sampler.probabilities() == pytest.approx([0.25, 0.5, 0.25], abs=1e-3)
+    assert sampler.probabilities().numpy() == pytest.approx([0.25, 0.5, 0.25], abs=1e-3)
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])
