@@ -26,7 +26,7 @@ from tdc_fast.kernels.launch import Launch
 from tdc_fast.kernels.problems import ConvProblem, ConvTensors
 from tdc_fast.kernels.split_sums import share_start, sum_splits_launch, widest_access
 
-_MOST_CHANNELS = 32  # short programs: they come last in a launch
+_MAX_CHANNELS = 32  # short programs: they come last in a launch
 _TILE_ELEMENTS = 1024  # per warp: every thread has four loads of 16 bytes in flight, and registers suffice
 _WARPS = 8
 _MAX_SPLITS = 64
@@ -166,7 +166,7 @@ def sum_tile(p: ConvProblem, per_sample: bool, warps: int) -> tuple[int, int, in
         per_sample: whether the sums of each sample are wanted.
         warps: of a program.
     """
-    channels = min(_MOST_CHANNELS, max(16, triton.next_power_of_2(p.out_channels)))
+    channels = min(_MAX_CHANNELS, max(16, triton.next_power_of_2(p.out_channels)))
     rows, pixels = _TILE_ELEMENTS * warps // channels, p.out_height * p.out_width
     if not per_sample:
         return 1, rows, channels

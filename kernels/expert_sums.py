@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tdc_fast.kernels.launch import Launch
 
-MOST_AT_ONCE = 256  # of more samples, which may all be one expert's, a program takes longer for the sums than a launch
+MAX_AT_ONCE = 256  # of more samples, which may all be one expert's, a program takes longer for the sums than a launch
 _BLOCK_SAMPLES = tl.constexpr(8)
 _BLOCK_CHANNELS = 128
 _INTEGERS = ("batch", "channels", "num_groups", "num_experts")

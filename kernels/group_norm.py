@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from tdc_fast.kernels.expert_sums import MOST_AT_ONCE, sum_per_expert
+from tdc_fast.kernels.expert_sums import MAX_AT_ONCE, sum_per_expert
 from tdc_fast.kernels.launch import Launch
 from tdc_fast.kernels.norm_kernels import norm_backward_kernel, norm_forward_kernel
 from tdc_fast.kernels.problems import NormProblem, NormTensors
@@ -167,7 +167,7 @@ def group_norm_backward(
         "dshift": t.x.new_empty(per_sample) if mask[4] else None,
     }
     dweight, dbias = (torch.empty_like(t.weight) if wanted else None for wanted in mask[1:3])
-    at_once = (mask[1] or mask[2]) and t.counters is not None and 0 < p.batch <= MOST_AT_ONCE
+    at_once = (mask[1] or mask[2]) and t.counters is not None and 0 < p.batch <= MAX_AT_ONCE
     summed = {"dweight": dweight, "dbias": dbias} if at_once else {"dweight": None, "dbias": None, "counters": None}
     norm_backward_launch(p, {**t._asdict(), "dy": dy, "mean": mean, "rstd": rstd, **made, **summed}).run()
     if not at_once:

@@ -22,8 +22,8 @@ from tdc_fast.text_files import read_json
 __all__ = ["RoutingPlan", "TimestepGroups"]
 
 _FORMAT_VERSION = 1
-_MOST_GROUPS = 2**16
-_MOST_TIMESTEPS = 2**53
+_MAX_GROUPS = 2**16
+_MAX_TIMESTEPS = 2**53
 
 
 class TimestepGroups:
@@ -45,14 +45,14 @@ class TimestepGroups:
         values = []
         if not isinstance(boundaries, Iterable):
             raise invalid("boundaries", boundaries, "a sequence of integers")
-        for value in itertools.islice(boundaries, _MOST_GROUPS + 2):
+        for value in itertools.islice(boundaries, _MAX_GROUPS + 2):
             if not is_integer(value):
                 raise invalid("boundaries", value, "integers")
             values.append(int(value))
         if len(values) < 2 or values[0] != 0 or any(a >= b for a, b in itertools.pairwise(values)):
             raise invalid("boundaries", values, "values that start at 0, increase strictly and end at num_timesteps")
-        if len(values) > _MOST_GROUPS + 1 or values[-1] > _MOST_TIMESTEPS:
-            raise invalid("boundaries", values, f"at most {_MOST_GROUPS} groups of {_MOST_TIMESTEPS} timesteps")
+        if len(values) > _MAX_GROUPS + 1 or values[-1] > _MAX_TIMESTEPS:
+            raise invalid("boundaries", values, f"at most {_MAX_GROUPS} groups of {_MAX_TIMESTEPS} timesteps")
         if not isinstance(strategy, str):
             raise invalid("strategy", strategy, "a string")
         self.boundaries = tuple(values)
@@ -230,8 +230,8 @@ class TimestepGroups:
 def _checked_counts(num_timesteps: int, num_groups: int) -> tuple[int, int]:
     """Returns T and N; ValueError unless there is a timestep for every group."""
     num_timesteps, num_groups = integer("num_timesteps", num_timesteps), integer("num_groups", num_groups)
-    if num_groups > min(num_timesteps, _MOST_GROUPS):
-        raise invalid("num_groups", num_groups, f"1 to num_timesteps = {num_timesteps}, and at most {_MOST_GROUPS}")
+    if num_groups > min(num_timesteps, _MAX_GROUPS):
+        raise invalid("num_groups", num_groups, f"1 to num_timesteps = {num_timesteps}, and at most {_MAX_GROUPS}")
     return num_timesteps, num_groups
 
 

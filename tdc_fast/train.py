@@ -30,7 +30,7 @@ from tdc_fast.runs.directory import RunDirectory, default_directory
 from tdc_fast.runs.limits import PathText
 from tdc_fast.runs.opening import refuse_two_directories
 from tdc_fast.runs.options import SECTIONS, RunOptions
-from tdc_fast.training.narration import describe_next
+from tdc_fast.training.messages import describe_next
 from tdc_fast.training.train import train
 
 __all__ = ["TrainConfig", "main", "train"]

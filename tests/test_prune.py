@@ -26,7 +26,7 @@ from tdc_fast.train import TrainConfig, train
 from tdc_fast.train import main as train_command
 from tdc_fast.training import load_run
 from tdc_fast.training.latency import stage2_setting
-from tdc_fast.training.narration import describe_plan, describe_widths
+from tdc_fast.training.messages import describe_plan, describe_widths
 from tests.training.small_run import SETTINGS, TWO_STAGES, flags, small_config, write_images
 
 SEARCH = ["--rounds", "2", "--candidates", "3", "--progress", "never"]

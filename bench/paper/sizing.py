@@ -30,7 +30,7 @@ PART_SAMPLES = 500
 """Samples that are drawn to see how long measuring a model takes: one batch."""
 RESERVE = 0.1
 """Share of the minutes that is left for what the warm-up does not see."""
-MOST_NEEDED = 2000
+MAX_NEEDED = 2000
 PASSES = 20
 CALIBRATIONS = 10
 
@@ -96,7 +96,7 @@ def least_steps(study: Study, num_images: int) -> int:
     """
     passes = PASSES * math.ceil(num_images / int(study.settings["batch_size"]))
     calibration = int(study.settings.get("calibration_batches", 4)) * int(study.experts["groups"])
-    return max(CALIBRATIONS * calibration, min(MOST_NEEDED, passes))
+    return max(CALIBRATIONS * calibration, min(MAX_NEEDED, passes))
 
 
 def decide(study: Study, rows: Sequence[Recipe], paces: Paces, minutes: float, least: int) -> Sizing:

@@ -12,13 +12,13 @@ from torch import Tensor
 from tdc_fast.diffusion.timestep_samplers import Draw, Groups, StratifiedSampler
 from tdc_fast.errors import invalid
 
-FITTED = 8
+_MAX_WINDOWS = 8
 """The slope of a group's loss is that of a line through at most this many windows, the last ones."""
-FEWEST = 4
+_MIN_WINDOWS = 4
 """Windows before the first slope is measured."""
-BOUND = 2.0
+MAX_FACTOR = 2.0
 """A share stays within this factor of where it began, upwards and downwards."""
-_TOTAL = 10_000  # shares are whole numbers of this many parts
+_PARTS = 10_000  # shares are whole numbers of this many parts
 
 
 class LossSlopeSampler(StratifiedSampler):
@@ -27,8 +27,8 @@ class LossSlopeSampler(StratifiedSampler):
     The mean loss L_g of every group is taken over a window. A line is fitted to log L_g over the last windows; its fall
     per window, at least 0, is f_g, and e_g its standard error. A sample of the group buys the relative fall
     b_g = f_g / share_g. The target is the first shares times b_g + mean of (b + 2 e / share) over the groups, in
-    proportion, but each within a factor of `BOUND` of the first one; the shares move half of the way to it. So groups
-    keep their first shares where falls are noise.
+    proportion, but each within a factor of `MAX_FACTOR` of the first one; the shares move half of the way to it. So
+    groups keep their first shares where falls are noise.
 
     The losses are summed on their device, in a fixed order and in place, so that a CUDA graph can hold `update`. Once
     per window `prepare` reads them.
@@ -57,7 +57,7 @@ class LossSlopeSampler(StratifiedSampler):
         self.window = window
         self._first = self._parts / self._total
         self._inner = torch.tensor(groups.boundaries[1:-1])
-        self._total = _TOTAL
+        self._total = _PARTS
         self.total: Callable[[Tensor], Tensor] = _own
         self._sums = torch.zeros(2, self.num_groups, dtype=torch.float64)  # of losses, and of samples
         self._steps = 0  # of this window
@@ -67,7 +67,7 @@ class LossSlopeSampler(StratifiedSampler):
     @property
     def shares(self) -> list[float]:
         """The current share of the batch of each group; they sum to 1."""
-        return [part / _TOTAL for part in self._parts.tolist()]
+        return [part / _PARTS for part in self._parts.tolist()]
 
     def prepare(self, batch_size: int, *, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """The group of each sample, int64 (B,), and its weight at the current shares, float32 (B,).
@@ -107,8 +107,8 @@ class LossSlopeSampler(StratifiedSampler):
         means = np.array(losses) / np.maximum(samples, 1)
         if not (np.isfinite(means) & (means > 0)).all():  # a group without samples, or a loss that diverged
             return
-        self._history = [*self._history, np.log(means).tolist()][-FITTED:]
-        if len(self._history) >= FEWEST:
+        self._history = [*self._history, np.log(means).tolist()][-_MAX_WINDOWS:]
+        if len(self._history) >= _MIN_WINDOWS:
             shares = np.array(self.shares)
             gains, errors = (values / shares for values in falls(np.array(self._history)))
             floor = float(self._first @ (gains + 2 * errors))
@@ -122,14 +122,14 @@ class LossSlopeSampler(StratifiedSampler):
 
     def _set_shares(self, shares: np.ndarray) -> None:
         """Take the nearest whole parts; what is left over goes to the largest remainders, first ones first."""
-        exact = shares / shares.sum() * _TOTAL
+        exact = shares / shares.sum() * _PARTS
         parts = np.maximum(np.floor(exact).astype(np.int64), 1)
         order = np.argsort(-(exact - parts), kind="stable")
-        left = _TOTAL - int(parts.sum())
+        left = _PARTS - int(parts.sum())
         parts[order[: max(left, 0)]] += 1
         parts[int(parts.argmax())] += min(left, 0)
         self._parts = parts
-        self._weights = torch.from_numpy(_TOTAL / (self.num_groups * parts)).float()
+        self._weights = torch.from_numpy(_PARTS / (self.num_groups * parts)).float()
 
     def columns(self) -> dict[str, float]:
         """See `TimestepSampler.columns`."""
@@ -156,11 +156,11 @@ class LossSlopeSampler(StratifiedSampler):
             if list(state[key]) != mine[key]:
                 raise invalid(f"state[{key!r}]", state[key], f"{mine[key]}, from the same groups and shares")
         parts, history = np.asarray(state["parts"], dtype=np.int64), [list(map(float, w)) for w in state["history"]]
-        if parts.shape != (self.num_groups,) or parts.min() < 1 or parts.sum() != _TOTAL:
-            raise invalid("state['parts']", state["parts"], f"{self.num_groups} parts of {_TOTAL}")
+        if parts.shape != (self.num_groups,) or parts.min() < 1 or parts.sum() != _PARTS:
+            raise invalid("state['parts']", state["parts"], f"{self.num_groups} parts of {_PARTS}")
         if any(len(window) != self.num_groups for window in history) or state["sums"].shape != mine["sums"].shape:
             raise invalid("state['history']", len(history), f"losses of {self.num_groups} groups")
-        self._set_shares(parts / _TOTAL)
+        self._set_shares(parts / _PARTS)
         self._owed = np.asarray(state["owed"], dtype=np.int64)
         self._steps, self._history = int(state["steps"]), history
         self._sums = state["sums"].to(self._sums, copy=True)
@@ -181,12 +181,12 @@ def falls(history: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def bounded(first: np.ndarray, gains: np.ndarray) -> np.ndarray:
-    """Shares (N,) that sum to 1: `first` in proportion to positive gains, each within a factor of `BOUND`."""
+    """Shares (N,) that sum to 1: `first` in proportion to positive gains, each within a factor of `MAX_FACTOR`."""
 
     def at(scale: float) -> np.ndarray:
-        return first * np.clip(scale * gains, 1 / BOUND, BOUND)
+        return first * np.clip(scale * gains, 1 / MAX_FACTOR, MAX_FACTOR)
 
-    low, high = 0.0, BOUND / gains.min()  # where all have the least, and the most
+    low, high = 0.0, MAX_FACTOR / gains.min()  # where all have the least, and the most
     for _ in range(80):
         middle = (low + high) / 2
         low, high = (middle, high) if at(middle).sum() < 1 else (low, middle)

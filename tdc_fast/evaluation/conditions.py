@@ -14,7 +14,7 @@ from tdc_fast.routing import TimestepGroups
 from tdc_fast.runs.denoisers import TrainedDenoiser
 from tdc_fast.runs.limits import comma_numbers
 
-MOST_GUIDANCE = 1000
+MAX_GUIDANCE = 1000
 LabelChoice = Literal["uniform", "data"]
 """How labels are drawn: each class as often as the others, or as often as the training images have it."""
 
@@ -135,8 +135,8 @@ def check_guidance(
     """
     check_scales(scale, groups)
     scales = tuple(scale) if isinstance(scale, Sequence) else (scale,)
-    if not scales or not all(0 <= one <= MOST_GUIDANCE for one in scales):
-        remedy = f"a number from 0 to {MOST_GUIDANCE}, or one for each group of timesteps; 1 is no guidance"
+    if not scales or not all(0 <= one <= MAX_GUIDANCE for one in scales):
+        remedy = f"a number from 0 to {MAX_GUIDANCE}, or one for each group of timesteps; 1 is no guidance"
         raise invalid("guidance_scale", scale, remedy)
     if null_class is not None and not 0 <= null_class < num_classes:
         rows = (

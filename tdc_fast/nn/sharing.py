@@ -16,7 +16,7 @@ from tdc_fast.nn.width_plan import ExpertUnit, WidthPlan
 Rows = tuple[int, ...]
 """For each of the N groups its row of a layer's stacked weights; rows are numbered in the order of the groups."""
 
-MOST_TERMS = 1000
+MAX_TERMS = 1000
 
 
 def shared_rows(
@@ -64,8 +64,8 @@ def _terms(shared_layers: str | Sequence[str]) -> list[str]:
     if not isinstance(parts, Sequence) or not all(isinstance(part, str) for part in parts):
         raise invalid("shared_layers", shared_layers, "a comma list of names or patterns of layers, or a sequence")
     terms = [part.strip() for part in parts if part.strip()]
-    if len(terms) > MOST_TERMS:
-        raise invalid("shared_layers", f"{len(terms)} terms", f"at most {MOST_TERMS}; a pattern names many layers")
+    if len(terms) > MAX_TERMS:
+        raise invalid("shared_layers", f"{len(terms)} terms", f"at most {MAX_TERMS}; a pattern names many layers")
     return terms
 
 

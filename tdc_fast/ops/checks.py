@@ -16,7 +16,7 @@ from tdc_fast.errors import invalid, is_integer
 from tdc_fast.kernels.problems import ConvProblem, ConvTensors, NormProblem, NormTensors
 from tdc_fast.kernels.tile_table import total_rows
 
-_MOST = 2**20  # pixels that a stride or a padding may be
+_MAX_PIXELS = 2**20  # pixels that a stride or a padding may be
 _STRIDED = torch.strided
 _PYTHON = torch._C.DispatchKey.Python
 _FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -41,15 +41,15 @@ def require_backend_name(backend: Any) -> None:
 
 def pair(name: str, value: int | tuple[int, int] | list[int], minimum: int) -> tuple[int, int]:
     """Returns an int or a pair of ints as a pair; ValueError for one below `minimum`."""
-    if type(value) is int and minimum <= value < _MOST:
+    if type(value) is int and minimum <= value < _MAX_PIXELS:
         return value, value
     if type(value) is tuple and len(value) == 2:
         first, second = value
-        if type(first) is type(second) is int and minimum <= first < _MOST and minimum <= second < _MOST:
+        if type(first) is type(second) is int and minimum <= first < _MAX_PIXELS and minimum <= second < _MAX_PIXELS:
             return value
     values = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
-    if len(values) != 2 or not all(is_integer(v) and minimum <= v < _MOST for v in values):
-        raise invalid(name, value, f"an int or a pair of ints, each at least {minimum} (and below {_MOST})")
+    if len(values) != 2 or not all(is_integer(v) and minimum <= v < _MAX_PIXELS for v in values):
+        raise invalid(name, value, f"an int or a pair of ints, each at least {minimum} (and below {_MAX_PIXELS})")
     return int(values[0]), int(values[1])
 
 

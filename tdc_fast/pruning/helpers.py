@@ -1,4 +1,4 @@
-"""Other processes that measure for a search: the protocol. `tdc_fast.training.crew` has those of a run."""
+"""Other processes that measure for a search: the protocol. `tdc_fast.training.parallel_search` has those of a run."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from tdc_fast.errors import invalid
 
-MOST_TEXT = 100_000
+MAX_TEXT = 100_000
 """Characters of the longest text that an option takes; the boundaries of a thousand groups are about 5000."""
 
 
@@ -86,8 +86,8 @@ def check_limits(options: type, values: Mapping[str, Any]) -> None:
             raise invalid(name, values[name], limit.words)
     for name in typing.get_type_hints(options):
         value = values.get(name)
-        if isinstance(value, str) and ("\0" in value or len(value) > MOST_TEXT):
-            raise invalid(name, value, f"text of at most {MOST_TEXT} characters, none of them NUL")
+        if isinstance(value, str) and ("\0" in value or len(value) > MAX_TEXT):
+            raise invalid(name, value, f"text of at most {MAX_TEXT} characters, none of them NUL")
 
 
 def comma_numbers(name: str, text: str, kind: type) -> list[Any]:

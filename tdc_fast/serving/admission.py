@@ -23,8 +23,8 @@ from tdc_fast.serving.request import Request
 
 _COPIES_PER_IMAGE = 6
 """Tensors of an image's size that a live request may keep: x, x0, noise, and their copies while batches change."""
-_MOST_PLANS = 64
-_MOST_ETA = 1000
+_MAX_PLANS = 64
+_MAX_ETA = 1000
 
 
 def bytes_per_image(image_shape: tuple[int, int, int]) -> int:
@@ -96,7 +96,7 @@ class Admission:
             if key not in self._plans:
                 trajectory = Trajectory.plan(self._diffusion, request.sampler, request.steps, eta=request.eta)
                 self._plans[key] = Plan.of(trajectory, self._experts_of)
-                if len(self._plans) > _MOST_PLANS:
+                if len(self._plans) > _MAX_PLANS:
                     self._plans.popitem(last=False)
             self._plans.move_to_end(key)
             return self._plans[key]
@@ -146,8 +146,8 @@ def _check_types(request: Request) -> None:
         raise invalid("guidance_scale", scale, "a number, or a list of one for each group of timesteps")
     if not isinstance(request.sampler, str):
         raise invalid("sampler", request.sampler, "the name of a sampler")
-    if request.eta > _MOST_ETA:
-        raise invalid("eta", request.eta, f"a number from 0 to {_MOST_ETA}")
+    if request.eta > _MAX_ETA:
+        raise invalid("eta", request.eta, f"a number from 0 to {_MAX_ETA}")
 
 
 def _is_number(value: object) -> bool:

@@ -12,7 +12,7 @@ from contextlib import suppress
 from tdc_fast.serving.failures import RequestFailed
 from tdc_fast.serving.request import Preview, Request, Result
 
-_MOST_KEPT = 16
+_MAX_KEPT = 16
 Listener = Callable[[Preview | None], object]
 
 
@@ -81,7 +81,7 @@ class Generation:
         received: queue.SimpleQueue[Preview | None] = queue.SimpleQueue()
 
         def keep(preview: Preview | None) -> None:
-            if received.qsize() >= _MOST_KEPT:
+            if received.qsize() >= _MAX_KEPT:
                 with suppress(queue.Empty):  # it was read meanwhile
                     received.get_nowait()
             received.put(preview)
@@ -101,7 +101,7 @@ class Generation:
         loop = asyncio.get_running_loop()
 
         def keep(preview: Preview | None) -> None:
-            if received.qsize() >= _MOST_KEPT:
+            if received.qsize() >= _MAX_KEPT:
                 received.get_nowait()
             received.put_nowait(preview)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from tdc_fast.diffusion.loss_slope import BOUND, LossSlopeSampler
+from tdc_fast.diffusion.loss_slope import MAX_FACTOR, LossSlopeSampler
 from tdc_fast.diffusion.timestep_samplers import TimestepSampler
 from tdc_fast.distributed import GradientSum, Team, on_all, place_experts, world
 from tdc_fast.errors import invalid
@@ -23,8 +23,8 @@ from tdc_fast.nn.width_plan import WidthPlan
 from tdc_fast.routing import TimestepGroups
 from tdc_fast.runs.config import TrainConfig
 from tdc_fast.training import cost
+from tdc_fast.training.distributed_state import OwnExperts
 from tdc_fast.training.ema import WeightAverages
-from tdc_fast.training.holding import OwnExperts
 from tdc_fast.training.portion import Portion, Shard, subset
 from tdc_fast.training.stage import Stage
 
@@ -37,28 +37,28 @@ class OwnStage:
         model: the experts of this process.
         stage: the stage with the settings of these experts.
         shard: their samples.
-        holding: how their weights become those of all experts.
+        state: how their weights become those of all experts.
     """
 
     model: RoutedModel
     stage: Stage
     shard: Shard
-    holding: OwnExperts
+    state: OwnExperts
 
     @property
     def place(self) -> tuple[Shard, OwnExperts]:
         """What a `StageLoop` needs to know of it."""
-        return self.shard, self.holding
+        return self.shard, self.state
 
     def with_all_experts(self, averages: WeightAverages, rate: str) -> RoutedModel:
         """In the first process the model of all experts with the averages of a rate as its weights, else its own's."""
         device = next(self.model.parameters()).device
-        state = self.holding.whole_state(averages.averages[rate])
-        if state is None:
+        averaged = self.state.whole_state(averages.averages[rate])
+        if averaged is None:
             self.model.load_state_dict(averages.state_dict(rate))
             return self.model
-        self.holding.whole.load_state_dict(state)
-        return self.holding.whole.to(device)
+        self.state.whole.load_state_dict(averaged)
+        return self.state.whole.to(device)
 
 
 def take_own_experts(
@@ -85,7 +85,7 @@ def take_own_experts(
     team = next(team for team in teams if this.rank in team.ranks)
     model = pack_own(base, groups, widths, config.shared_layers, team.groups)
     device = next(model.parameters()).device
-    holding = OwnExperts(model, copy.deepcopy(whole).cpu() if this.first else None, teams, this)
+    state = OwnExperts(model, copy.deepcopy(whole).cpu() if this.first else None, teams, this)
     portion = Portion(stage.batch_size, team.ranks.index(this.rank), len(team.ranks), team.groups)
     group, gradients = None, None
     for other in teams:  # all processes make all groups
@@ -99,7 +99,7 @@ def take_own_experts(
         ema_lengths=subset(stage.ema_lengths, team.groups),
     )
     print(describe_teams(teams, costs))
-    return OwnStage(model, own, Shard(portion, this, device, gradients, group, groups.num_groups), holding)
+    return OwnStage(model, own, Shard(portion, this, device, gradients, group, groups.num_groups), state)
 
 
 def pack_own(
@@ -147,7 +147,7 @@ def describe_teams(teams: Sequence[Team], costs: Sequence[float]) -> str:
 
 def _refuse_idle_processes(config: TrainConfig, batch: int, shares: Sequence[float], teams: Sequence[Team]) -> None:
     """ValueError unless every step has a sample for each process."""
-    least = 1 / BOUND if config.stage2_slope_windows else 1.0
+    least = 1 / MAX_FACTOR if config.stage2_slope_windows else 1.0
     for team in teams:
         # A group is never a whole sample away from its share, so it has at least the whole samples below it.
         samples = sum(int(batch * least * shares[group] + 1e-9) for group in team.groups)

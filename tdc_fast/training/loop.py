@@ -36,16 +36,16 @@ from tdc_fast.runs.checkpoint import (
 from tdc_fast.runs.directory import RunDirectory
 from tdc_fast.runs.opening import find_step
 from tdc_fast.runs.weights import read_state
-from tdc_fast.training.holding import Holding, WholeModel
+from tdc_fast.training.distributed_state import DistributedState, WholeModel
 from tdc_fast.training.interrupts import StopRequest, TrainingInterrupted, how_to_continue, interrupts_named
 from tdc_fast.training.optimization import load_moments
-from tdc_fast.training.pace import Pace
 from tdc_fast.training.portion import Shard, groups_in
 from tdc_fast.training.random_state import check_random_state, random_state, restore_random_state
 from tdc_fast.training.stage import Stage
 from tdc_fast.training.step import TrainingStep
+from tdc_fast.training.stop_agreement import StopAgreement
 from tdc_fast.training.stored_state import StoredState, read_moments, read_rest
-from tdc_fast.training.telemetry import MOST_UNSETTLED, ProgressLog, speed_words
+from tdc_fast.training.telemetry import MAX_UNSETTLED, ProgressLog, speed_words
 from tdc_fast.training.throughput import Throughput, throughput_on
 
 
@@ -66,7 +66,7 @@ class StageLoop:
         sampler: draws timesteps.
         groups: groups by which losses are logged; None for none.
         shard: the part of every batch that this process trains on; None for the whole batch.
-        holding: which of the weights this process has; None for all of them.
+        distributed_state: which of the weights this process has; None for all of them.
 
     Attributes:
         step: finished steps.
@@ -83,7 +83,7 @@ class StageLoop:
         sampler: TimestepSampler,
         groups: TimestepGroups | None,
         shard: Shard | None = None,
-        holding: Holding | None = None,
+        distributed_state: DistributedState | None = None,
     ) -> None:
         config = run.config
         self.run, self.stage, self.model = run, stage, model
@@ -93,7 +93,7 @@ class StageLoop:
         work = TrainingStep(config, stage, model, diffusion, sampler, groups, shard)
         self.optimizer, self.averages, self.means = work.optimizer, work.averages, work.means
         self.samples_per_group = work.samples_per_group
-        self.shard, self.holding, self._world = shard, holding or WholeModel(model), world()
+        self.shard, self.distributed_state, self._world = shard, distributed_state or WholeModel(model), world()
         self._settled = 0
         self._totals = self.samples_per_group
         if shard is not None:
@@ -156,17 +156,17 @@ class StageLoop:
         self._clock = time.perf_counter()
         try:
             with interrupts_named(self.run, self.stage.name), StopRequest() as stop:
-                pace = Pace(self._world)
+                agreement = StopAgreement(self._world)
                 while not self.finished:
                     self._train_step()
                     if bar is not None:
                         bar.update()
                     if self.step % config.log_interval == 0 or self.finished:
                         self._report(log, bar, throughput)
-                    elif self.step - self._settled >= MOST_UNSETTLED:
+                    elif self.step - self._settled >= MAX_UNSETTLED:
                         self._settle()
                     saves = self.step % config.save_interval == 0 or self.finished
-                    stops = pace.stops_at(self.step, stop.requested, waits=saves)
+                    stops = agreement.stops_at(self.step, stop.requested, waits=saves)
                     if saves or stops:
                         if log is not None:
                             log.sync()
@@ -294,7 +294,7 @@ class StageLoop:
         """
         self.wall_seconds += self._lap()
         self._settle()
-        stored = self.holding.gathered(self.averages, self.optimizer)
+        stored = self.distributed_state.gathered(self.averages, self.optimizer)
         self._world.by_first(lambda: self._write(*stored) if stored is not None else None, "checkpoints")
 
     def _write(
@@ -359,7 +359,7 @@ class StageLoop:
             ValueError: a file is damaged or does not fit the model; names it.
         """
         read = self._world.by_first(lambda: self._read(directory, step, exact))
-        stored = self.holding.scattered(read)
+        stored = self.distributed_state.scattered(read)
         self.model.load_state_dict(stored.model)
         for rate, state in stored.averages.items():
             self.averages.load_state_dict(rate, state)
@@ -397,8 +397,8 @@ class StageLoop:
         self._read(self.directory, step, exact=True)
 
     def _read(self, directory: Path, step: int, exact: bool) -> StoredState:
-        weights = self.holding.whole.state_dict()
-        parameters = dict(self.holding.whole.named_parameters())
+        weights = self.distributed_state.whole.state_dict()
+        parameters = dict(self.distributed_state.whole.named_parameters())
         return StoredState(
             model=read_state(directory / model_file(step), weights),
             averages={rate: read_state(directory / ema_file(rate, step), weights) for rate in self.averages.averages},

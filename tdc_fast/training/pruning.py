@@ -46,11 +46,11 @@ from tdc_fast.runs.processes import one_process
 from tdc_fast.runs.widths import NEXT_PLAN, find_plan, finish_commit, plan_hash
 from tdc_fast.training.base import train_base
 from tdc_fast.training.cost import stage1_steps
-from tdc_fast.training.crew import Crew, taylor_of
 from tdc_fast.training.grouping import group_timesteps
 from tdc_fast.training.interrupts import saying_what_is_safe
 from tdc_fast.training.latency import check_table, latency_model, outline_costs, width_step
-from tdc_fast.training.narration import warn_of_few_calibration_images
+from tdc_fast.training.messages import warn_of_few_calibration_images
+from tdc_fast.training.parallel_search import ParallelSearch
 from tdc_fast.training.phase import State, base_macs, build_base, groups_of, open_stream, write_phase
 from tdc_fast.training.random_state import derived_seed, seeded
 
@@ -145,7 +145,7 @@ def search_run(run: RunDirectory, config: TrainConfig, base: UNet, dataset: Data
 
     Resumes the search in the run's memory.jsonl; the memory of a search of other settings is kept as memory.N.jsonl.
     Draws the search into search.png and widths.png, and together with earlier ones into agents.png. Of several
-    processes the first one searches and all of them measure (`tdc_fast.training.crew`).
+    processes the first one searches and all of them measure (`tdc_fast.training.parallel_search`).
 
     Args:
         run: the run.
@@ -156,16 +156,17 @@ def search_run(run: RunDirectory, config: TrainConfig, base: UNet, dataset: Data
     with seeded(derived_seed(config.seed, "pruning")):
         with closing(open_stream(config, dataset, "pruning")) as stream:
             batches = list(islice(stream, config.calibration_batches))
-        crew = _crew(config, base, batches)
-        return crew.led(lambda: _search_with(crew, run, config, base, batches, dataset))
+        parallel = _parallel_search(config, base, batches)
+        return parallel.run(lambda: _search_with(parallel, run, config, base, batches, dataset))
 
 
-def _crew(config: TrainConfig, base: UNet, batches: Sequence[Batch]) -> Crew:
+def _parallel_search(config: TrainConfig, base: UNet, batches: Sequence[Batch]) -> ParallelSearch:
     """What the processes of the run measure together."""
     seed, dtype, diffusion = _seed(config), calibration_dtype(config), build_diffusion(config)
 
     def taylor() -> Callable[[tuple[int, int]], Importance]:
-        return taylor_of(TaylorImportance(base, base.pruning_units(), diffusion, dtype), batches, seed)
+        measure = TaylorImportance(base, base.pruning_units(), diffusion, dtype)
+        return lambda interval: measure.of(batches, interval, seed=seed)
 
     def scorer() -> DenoisingLoss:
         most = config.calibration_batches
@@ -173,7 +174,7 @@ def _crew(config: TrainConfig, base: UNet, batches: Sequence[Batch]) -> Crew:
             base, diffusion, batches, max_batches=most, seed=seed, max_samples=config.score_samples, dtype=dtype
         )
 
-    return Crew(world(), taylor, scorer)
+    return ParallelSearch(world(), taylor, scorer)
 
 
 def _seed(config: TrainConfig) -> int:
@@ -182,7 +183,7 @@ def _seed(config: TrainConfig) -> int:
 
 
 def _search_with(
-    crew: Crew,
+    parallel: ParallelSearch,
     run: RunDirectory,
     config: TrainConfig,
     base: UNet,
@@ -194,11 +195,11 @@ def _search_with(
     macs = base_macs(run, base)
     difficulty, spent = _difficulty(config, base, groups, dataset)
     try:
-        found = _search(crew, run, config, base, groups, batches, difficulty)
+        found = _search(parallel, run, config, base, groups, batches, difficulty)
     except OtherSearch as other:
         kept = set_aside(run.path)
         print(f"note: {other}; that one is kept as {kept.name}, and a new search begins", flush=True)
-        found = _search(crew, run, config, base, groups, batches, difficulty)
+        found = _search(parallel, run, config, base, groups, batches, difficulty)
     draw_search(run.path, found, base.pruning_units())
     searched = {name: getattr(config, name) for name in ("agent", "rounds", "candidates", "memory")}
     if config.budget_in != "macs":
@@ -279,7 +280,7 @@ def refuse_other_than_search(stored: TrainConfig, wanted: TrainConfig) -> None:
 
 
 def _search(
-    crew: Crew,
+    parallel: ParallelSearch,
     run: RunDirectory,
     config: TrainConfig,
     base: UNet,
@@ -314,7 +315,7 @@ def _search(
         agent=agent,
         stand_in=stand_in,
         memory_file=run.path / MEMORY_FILE,
-        helpers=None if crew.alone else crew,
+        helpers=None if parallel.alone else parallel,
         progress=BarAndTable(always=config.progress == "always", bars=config.progress != "never"),
     )
 

@@ -22,7 +22,7 @@ from tdc_fast.progress import duration
 from tdc_fast.text_files import parse_json
 
 QUARTILES = 4
-MOST_UNSETTLED = 1024
+MAX_UNSETTLED = 1024
 """Steps after which several processes bring together their numbers of the log at the latest."""
 
 
@@ -54,7 +54,7 @@ class RunningMeans:
         self._sums: dict[str, Tensor] = {}  # (bins,) float64
         self._counts = torch.zeros(self._bins, dtype=torch.float64, device=device)
         self._norms = torch.zeros(2, dtype=torch.float64, device=device)  # sum of gradient norms, steps
-        size = MOST_UNSETTLED if partial_norms else 0
+        size = MAX_UNSETTLED if partial_norms else 0
         self._squares = torch.zeros(size, dtype=torch.float64, device=device)  # of the norms of the last steps
         self._place = torch.zeros(1, dtype=torch.int64, device=device)  # how many they are
 
@@ -88,7 +88,7 @@ class RunningMeans:
         self._norms[1] += 1
 
     def settle(self, total: Callable[[Tensor], Tensor], keep: bool) -> None:
-        """Bring together what all processes have added, at the latest after `MOST_UNSETTLED` steps.
+        """Bring together what all processes have added, at the latest after `MAX_UNSETTLED` steps.
 
         Args:
             total: adds up a tensor over all processes, fp64 (n,).

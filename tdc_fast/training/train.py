@@ -21,7 +21,7 @@ from tdc_fast.training.elastic import for_many_processes
 from tdc_fast.training.experts import train_experts
 from tdc_fast.training.grouping import group_timesteps
 from tdc_fast.training.interrupts import interrupts_named, saying_what_is_safe
-from tdc_fast.training.narration import (
+from tdc_fast.training.messages import (
     describe_cost,
     describe_groups,
     describe_plan,

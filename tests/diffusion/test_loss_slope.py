@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tdc_fast.diffusion.loss_slope import BOUND, LossSlopeSampler, bounded, falls
+from tdc_fast.diffusion.loss_slope import MAX_FACTOR, LossSlopeSampler, bounded, falls
 from tdc_fast.routing import TimestepGroups
 
 GROUPS = TimestepGroups.uniform(60, 3)
@@ -25,7 +25,7 @@ def run(sampler: LossSlopeSampler, rates: list[float], steps: int, batch: int = 
         counts += np.bincount(drawn.groups, minlength=3)
         assert sum(sampler.shares) == pytest.approx(1)
         ratios = np.array(sampler.shares) / FIRST
-        assert (ratios > 1 / BOUND - 1e-3).all() and (ratios < BOUND + 1e-3).all()
+        assert (ratios > 1 / MAX_FACTOR - 1e-3).all() and (ratios < MAX_FACTOR + 1e-3).all()
     return counts
 
 

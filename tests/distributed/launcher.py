@@ -92,18 +92,18 @@ def train_command(argv: Sequence[str], signals: dict[tuple[int, str, int], int] 
     Steps of "pruning" are what the process measures for the search.
     """
     from tdc_fast.train import main
-    from tdc_fast.training.crew import Crew
     from tdc_fast.training.loop import StageLoop
+    from tdc_fast.training.parallel_search import ParallelSearch
 
-    step, measured, measurements = StageLoop._train_step, Crew._measured, itertools.count()
+    step, measured, measurements = StageLoop._train_step, ParallelSearch._measured, itertools.count()
 
-    def signalled_measurement(crew: Crew, *args: Any) -> Any:
+    def signalled_measurement(search: ParallelSearch, *args: Any) -> Any:
         number = (signals or {}).get((int(os.environ.get("RANK", "0")), "pruning", next(measurements)))
         if number:
             os.kill(os.getpid(), number)
-        return measured(crew, *args)
+        return measured(search, *args)
 
-    Crew._measured = signalled_measurement  # type: ignore[method-assign]
+    ParallelSearch._measured = signalled_measurement  # type: ignore[method-assign]
 
     def signalled(loop: StageLoop) -> None:
         number = (signals or {}).get((int(os.environ.get("RANK", "0")), loop.stage.name, loop.step))

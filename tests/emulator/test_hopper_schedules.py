@@ -24,7 +24,7 @@ from tests.native.test_conv_launch import H100, arguments
 
 REST = 2_700  # clocks of a part of a unit of wgrad, besides its products
 CUTS = 34_000  # clocks that cuts anywhere in the line of wgrad cost more than equal parts of units
-MOST = 1.15  # times what even groups take
+MAX_RATIO = 1.15  # times what even groups take
 GROUPS = 8
 
 
@@ -131,10 +131,10 @@ def test_wgrad_of_uneven_groups_costs_little_more_than_of_even_ones(
     library: EmulatedLibrary, layers: list[Layer], batch: int
 ) -> None:
     found = ratios(library, layers, "wgrad", batch)
-    assert len(found) > 60 and max(found.values()) <= MOST, max(found.items(), key=lambda item: item[1])
+    assert len(found) > 60 and max(found.values()) <= MAX_RATIO, max(found.items(), key=lambda item: item[1])
     if batch == 64:
         with library.planted("HOPPER_UNITS_END_AT_ONCE"):
-            assert max(ratios(library, layers, "wgrad", batch).values()) > MOST
+            assert max(ratios(library, layers, "wgrad", batch).values()) > MAX_RATIO
 
 
 @pytest.mark.parametrize("pass_, batch", [("forward", 64), ("dgrad", 64), ("forward", 128), ("dgrad", 128)])
@@ -143,7 +143,7 @@ def test_tiles_of_uneven_groups_cost_little_more_but_on_images_of_16_pixels(
 ) -> None:
     """On 16 pixels what is left of a group are 1 to 6 of the 8 samples of a tile, which cost half of it or all."""
     found = ratios(library, layers, pass_, batch)
-    dear = {layer: ratio for layer, ratio in found.items() if ratio > MOST}
+    dear = {layer: ratio for layer, ratio in found.items() if ratio > MAX_RATIO}
     assert len(found) > 60 and len(dear) <= 4, dear
     assert all(layer.height * layer.width == 16 for layer in dear) and max(found.values()) <= 1.29, dear
 
@@ -161,7 +161,7 @@ def test_what_is_left_of_groups_goes_to_blocks_without_a_whole_tile(library: Emu
     layer = Layer(512, 512, 8, 8, 3, 1)
     assert max(ratios(library, [layer], "dgrad", 128).values()) <= 1.05
     with library.planted("HOPPER_REST_NOT_SHARED"):
-        assert max(ratios(library, [layer], "dgrad", 128).values()) > MOST
+        assert max(ratios(library, [layer], "dgrad", 128).values()) > MAX_RATIO
 
 
 def most_over_mean(library: EmulatedLibrary, layers: list[Layer], width: float | Sequence[float]) -> dict[Layer, float]:
@@ -249,4 +249,4 @@ def test_every_other_turn_goes_backwards(library: EmulatedLibrary) -> None:
     layer = Layer(256, 256, 8, 8, 3, 2)
     assert max(ratios(library, [layer], "dgrad", 128).values()) <= 1.05
     with library.planted("HOPPER_TURNS_FORWARD"):
-        assert max(ratios(library, [layer], "dgrad", 128).values()) > MOST
+        assert max(ratios(library, [layer], "dgrad", 128).values()) > MAX_RATIO

@@ -48,7 +48,7 @@ OF_HOPPER = (
     "1x1 filters",
     "units of 384 channels",
 )
-MOST_ERROR = 2e-2  # of a gradient, as a share of it: bf16's rounding, of merged weights too
+MAX_ERROR = 2e-2  # of a gradient, as a share of it: bf16's rounding, of merged weights too
 
 
 def cases_of(backend: str) -> list[tuple[ConvCase | NormCase, bool]]:
@@ -83,7 +83,7 @@ def main(backend: str, device: str = "cuda") -> None:
         for name in ours:
             exact = theirs[name].float()
             error = (ours[name].float() - exact).norm() / exact.norm().clamp_min(1e-6)
-            assert error <= MOST_ERROR, f"{name}: {error:.3g}"
+            assert error <= MAX_ERROR, f"{name}: {error:.3g}"
         ran += 1
     assert ran >= 3, f"{backend} served {ran} of {len(cases_of(backend))} cases"
     print(f"ran {ran} cases on {backend}")

@@ -181,7 +181,7 @@ def test_a_launch_of_its_own_sums_the_affines_gradients_of_many_samples(monkeypa
     case = some_case(routing=Routing((0, 1, 2, 2, 0, 1), 4, 3, (2, 0, 2, 1)), widths=(12, 3, 6, 0))
     tensors = case.tensors(torch.float32)
     at_once = gradients(routed(case, tensors), tensors)
-    monkeypatch.setattr("tdc_fast.kernels.group_norm.MOST_AT_ONCE", 0)
+    monkeypatch.setattr("tdc_fast.kernels.group_norm.MAX_AT_ONCE", 0)
     apart = gradients(routed(case, tensors), tensors)
     assert all(torch.equal(at_once[name], apart[name]) for name in at_once)
 

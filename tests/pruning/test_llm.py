@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tdc_fast.pruning.agents import AgentFailed, Chance, ChatEndpoint, Llm
+from tdc_fast.pruning.agents import AgentFailed, ChatEndpoint, Llm, RandomWidths
 from tdc_fast.pruning.agents.llm import read_answer
 from tdc_fast.pruning.agents.llm_prompt import SCHEMA, user_message
 from tdc_fast.pruning.memory import Memory
@@ -197,7 +197,7 @@ def test_what_goes_wrong_for_ever_ends_with_another_agent_and_the_search_goes_on
     with Memory(tmp_path / "m.jsonl") as memory:
         best = search_widths(
             the_task(), agent_of(server, waits, timeout=10, retries=2), Narrowest(), rounds=2, candidates=3,
-            memory=memory, stand_in=Chance(),
+            memory=memory, stand_in=RandomWidths(),
         )  # fmt: skip
     assert best.agent == "random" and best.score is not None
     assert len(server.requests) == 6 == memory.calls
@@ -268,7 +268,7 @@ def test_calls_are_limited_over_the_whole_search_also_after_it_was_cut_off(serve
     for rounds in (1, 2, 4):
         with Memory(tmp_path / "m.jsonl") as memory:
             agent = agent_of(server, timeout=10, max_calls=2)
-            search_widths(the_task(), agent, Narrowest(), rounds=rounds, memory=memory, stand_in=Chance())
+            search_widths(the_task(), agent, Narrowest(), rounds=rounds, memory=memory, stand_in=RandomWidths())
     assert len(server.requests) == 2 == memory.calls
     assert [memory.rounds[0, r].agent for r in range(4)] == ["llm", "llm", "random", "random"]
     assert "all 2 calls allowed are used" in memory.rounds[0, 2].notes[0]
@@ -294,7 +294,7 @@ def test_usable_candidates_are_kept_and_the_others_named() -> None:
 def test_the_question_shows_architecture_budget_memory_and_earlier_groups() -> None:
     memory = Memory()
     for group in range(2):
-        search_widths(the_task(group=group), Chance(), Narrowest(), rounds=2, candidates=2, memory=memory)
+        search_widths(the_task(group=group), RandomWidths(), Narrowest(), rounds=2, candidates=2, memory=memory)
     task = the_task(group=1, round=2, memory=memory.of_group(1), earlier=memory.of_group(0))
     asked = json.loads(user_message(task, 4))
     assert asked["group"]["budget_macs"] == BUDGET and asked["group"]["timesteps"] == [0, 10]

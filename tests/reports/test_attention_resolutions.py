@@ -9,7 +9,7 @@ from tdc_fast.runs.build import build_unet
 from tdc_fast.runs.config import TrainConfig
 from tdc_fast.runs.directory import RunDirectory
 from tdc_fast.runs.unet_flags import attention_sizes, differing_flags
-from tdc_fast.training.narration import describe_plan
+from tdc_fast.training.messages import describe_plan
 
 
 def config_of(size: int, **flags) -> TrainConfig:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tdc_fast import train
-from tdc_fast.training.narration import warn_of_small_batches
+from tdc_fast.training.messages import warn_of_small_batches
 from tests.training.small_run import TWO_STAGES, flags, small_config
 
 ROOT = Path(__file__).resolve().parents[2]

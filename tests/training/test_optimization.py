@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tdc_fast.training import TrainConfig
-from tdc_fast.training.narration import warn_of_idle_steps
+from tdc_fast.training.messages import warn_of_idle_steps
 from tdc_fast.training.optimization import LearningRate, create_optimizer, gradient_norm, load_moments
 from tests.operators import Recorded
 

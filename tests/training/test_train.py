@@ -23,7 +23,7 @@ from tdc_fast.runs.unet_flags import flags_of
 from tdc_fast.runs.weights import load_tensors
 from tdc_fast.train import main, train
 from tdc_fast.training import load_run, prune_base, train_base, train_experts
-from tdc_fast.training.narration import describe_plan
+from tdc_fast.training.messages import describe_plan
 from tdc_fast.training.phase import build_base
 from tdc_fast.training.stored_state import MOMENTS, read_moments
 from tests.training.small_run import TWO_STAGES, differences, flags, rows, small_config, write_images

@@ -6,20 +6,20 @@ from collections.abc import Callable
 from typing import Any
 
 from tdc_fast.errors import invalid
-from tdc_fast.pruning.agents.chance import Chance
 from tdc_fast.pruning.agents.evolution import Evolution
 from tdc_fast.pruning.agents.greedy import Greedy
 from tdc_fast.pruning.agents.llm import Llm
 from tdc_fast.pruning.agents.llm_client import ChatEndpoint
 from tdc_fast.pruning.agents.one_shot import MostImportant
 from tdc_fast.pruning.agents.protocol import Agent, AgentFailed
+from tdc_fast.pruning.agents.random_widths import RandomWidths
 from tdc_fast.pruning.agents.tpe import Tpe
 
 __all__ = [
     "AGENTS",
     "Agent",
     "AgentFailed",
-    "Chance",
+    "RandomWidths",
     "ChatEndpoint",
     "Evolution",
     "Greedy",
@@ -38,7 +38,7 @@ def _llm(model: str = "", url: str = "", timeout: float = 60.0, retries: int = 3
 AGENTS: dict[str, Callable[..., Agent]] = {
     "taylor": lambda: MostImportant("taylor"),
     "magnitude": lambda: MostImportant("magnitude"),
-    "random": Chance,
+    "random": RandomWidths,
     "greedy": Greedy,
     "evolution": Evolution,
     "tpe": Tpe,

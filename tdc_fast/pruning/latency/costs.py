@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tdc_fast.errors import invalid
 from tdc_fast.nn.units import Prunable, PruningUnit, units_of, with_widths
 from tdc_fast.pruning.costs import UnitCosts
-from tdc_fast.pruning.latency.layers import MOST, LatencyModel, Layer, layers_of
+from tdc_fast.pruning.latency.layers import MAX_NANOSECONDS, LatencyModel, Layer, layers_of
 
 
 def unit_latencies(
@@ -57,8 +57,8 @@ def unit_latencies(
 def _nanoseconds(model: LatencyModel, layer: Layer) -> int:
     """What a model estimates for a layer, which the exact solver adds up."""
     found = model.nanoseconds(layer)
-    if isinstance(found, bool) or not isinstance(found, (int, np.integer)) or not 0 <= found <= MOST:
-        raise invalid("latency", found, f"for {layer} a whole number of nanoseconds from 0 to {MOST}")
+    if isinstance(found, bool) or not isinstance(found, (int, np.integer)) or not 0 <= found <= MAX_NANOSECONDS:
+        raise invalid("latency", found, f"for {layer} a whole number of nanoseconds from 0 to {MAX_NANOSECONDS}")
     return int(found)
 
 

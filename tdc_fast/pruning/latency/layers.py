@@ -15,7 +15,7 @@ from tdc_fast.pruning.costs import one_sample_on_meta
 
 Kind = Literal["conv2d", "linear", "group_norm", "attention"]
 KINDS: tuple[str, ...] = get_args(Kind)
-MOST = 10**15
+MAX_NANOSECONDS = 10**15
 """Nanoseconds that a layer may take, 11 days: sums over a network's layers stay far below 2^63."""
 
 

@@ -27,7 +27,7 @@ import torch
 from tdc_fast.atomic import atomic_file
 from tdc_fast.errors import invalid
 from tdc_fast.ops.backends import ENVIRONMENT
-from tdc_fast.pruning.latency.layers import KINDS, MOST, Layer
+from tdc_fast.pruning.latency.layers import KINDS, MAX_NANOSECONDS, Layer
 from tdc_fast.pruning.latency.problems import backends_of
 from tdc_fast.pruning.latency.setting import Setting
 from tdc_fast.text_files import read_json
@@ -173,7 +173,7 @@ def _row(where: str, data: Any) -> tuple[Layer, int]:
         least = 0 if name in ("live_in", "live_out", "padding") else 1
         numbers = value if name in _PAIRS and isinstance(value, list) else [value]
         wanted = 2 if name in _PAIRS else 1
-        most = MOST if name == "ns" else 2**31 - 1
+        most = MAX_NANOSECONDS if name == "ns" else 2**31 - 1
         if len(numbers) != wanted or not all(type(number) is int and least <= number <= most for number in numbers):
             kind = "a pair of integers" if wanted == 2 else "an integer"
             raise invalid(f"{where}: {name}", value, f"{kind} of at least {least} and at most {most}")

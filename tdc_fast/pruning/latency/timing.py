@@ -21,7 +21,7 @@ from tdc_fast.pruning.latency.layers import Layer
 from tdc_fast.pruning.latency.setting import Setting
 from tdc_fast.routing import RoutingPlan, TimestepGroups
 
-_LEAST_ROUNDS = 5
+_MIN_ROUNDS = 5
 _CALLS = 8  # of a layer in one CUDA graph, so that starting the graph hardly counts
 
 
@@ -110,7 +110,7 @@ def _median_time(call: Callable[[], Any], device: torch.device, seconds: float) 
     times: list[float] = []
     call()
     end = time.perf_counter() + seconds
-    while len(times) < _LEAST_ROUNDS or time.perf_counter() < end:
+    while len(times) < _MIN_ROUNDS or time.perf_counter() < end:
         start = time.perf_counter()
         call()
         times.append(time.perf_counter() - start)
@@ -128,7 +128,7 @@ def _in_graph(call: Callable[[], Any], seconds: float) -> int:
         kept = [call() for _ in range(_CALLS)]
     times: list[float] = []
     end = time.perf_counter() + seconds
-    while len(times) < _LEAST_ROUNDS or time.perf_counter() < end:
+    while len(times) < _MIN_ROUNDS or time.perf_counter() < end:
         begin, finish = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         graph.replay()

@@ -36,7 +36,7 @@ class Gathered(NamedTuple):
     optimizer: dict[str, Any]
 
 
-class Holding(Protocol):
+class DistributedState(Protocol):
     """What a process has of a model that several train.
 
     Attributes:
@@ -63,14 +63,14 @@ class WholeModel:
         self.whole = model
 
     def gathered(self, averages: WeightAverages, optimizer: torch.optim.Optimizer) -> Gathered | None:
-        """See `Holding.gathered`; nothing is copied."""
+        """See `DistributedState.gathered`; nothing is copied."""
         if not world().first:
             return None
         averaged = {rate: averages.state_dict(rate) for rate in averages.averages}
         return Gathered(self.whole.state_dict(), averaged, optimizer_state(optimizer))
 
     def scattered(self, stored: StoredState | None) -> StoredState:
-        """See `Holding.scattered`."""
+        """See `DistributedState.scattered`."""
         return world().from_first(lambda: _present(stored), "checkpoints")
 
 
@@ -94,7 +94,7 @@ class OwnExperts:
             self._initial = {name: value.clone() for name, value in whole.state_dict().items()}
 
     def gathered(self, averages: WeightAverages, optimizer: torch.optim.Optimizer) -> Gathered | None:
-        """See `Holding.gathered`. Only what an expert has is sent: a pruned one its live channels."""
+        """See `DistributedState.gathered`. Only what an expert has is sent: a pruned one its live channels."""
         parameters = list(self._model.parameters())
         model = self.whole_state([parameter.detach() for parameter in parameters])
         averaged = {rate: self.whole_state(values) for rate, values in averages.averages.items()}
@@ -118,7 +118,7 @@ class OwnExperts:
         return Gathered(model, present, {"state": numbered, "param_groups": settings})
 
     def scattered(self, stored: StoredState | None) -> StoredState:
-        """See `Holding.scattered`. One kind of numbers is sent at a time."""
+        """See `DistributedState.scattered`. One kind of numbers is sent at a time."""
         rates, rest = self._world.from_first(
             lambda: (list(_present(stored).averages), _present(stored).rest), "checkpoints"
         )

@@ -12,7 +12,7 @@ from tdc_fast import train
 from tdc_fast.figures import new_figure
 from tdc_fast.progress import Progress
 from tdc_fast.pruning.plots import _robust_limits
-from tdc_fast.training.narration import _short
+from tdc_fast.training.messages import _short
 from tdc_fast.training.telemetry import ProgressLog
 from tests.training.small_run import TWO_STAGES, flags, small_config
 

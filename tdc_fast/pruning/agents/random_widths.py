@@ -8,7 +8,7 @@ from tdc_fast.pruning.agents.starts import distinct
 from tdc_fast.pruning.task import Proposal, Task
 
 
-class Chance:
+class RandomWidths:
     """Draws every unit's width uniformly from the allowed ones; the projection then moves it onto the budget."""
 
     name = "random"

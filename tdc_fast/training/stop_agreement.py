@@ -7,10 +7,10 @@ import time
 from tdc_fast.distributed import World
 
 _SECONDS = 1.0
-_MOST_STEPS = 1000
+_MAX_STEPS = 1000
 
 
-class Pace:
+class StopAgreement:
     """Lets all processes of a run stop after the same step, whichever of them a signal reached.
 
     Args:
@@ -35,7 +35,7 @@ class Pace:
         if self._next is not None and step < self._next and not waits:
             return False
         steps, seconds = step - self._last[0], max(time.monotonic() - self._last[1], 1e-6)
-        ahead = 1 if self._next is None else min(max(int(steps * _SECONDS / seconds), 1), _MOST_STEPS)
+        ahead = 1 if self._next is None else min(max(int(steps * _SECONDS / seconds), 1), _MAX_STEPS)
         stops, ahead = self._world.largest(int(requested), ahead if self._world.first else 0)
         self._last, self._next = (step, time.monotonic()), step + ahead
         return bool(stops)

@@ -13,19 +13,20 @@ from typing import Any, TypeVar
 
 from tdc_fast.distributed import LostProcess, World
 from tdc_fast.nn.macs import MacCounter
-from tdc_fast.pruning.importance import Importance, TaylorImportance
+from tdc_fast.pruning.importance import Importance
 from tdc_fast.pruning.scoring import Scorer
 from tdc_fast.pruning.task import Task, Widths
 
 R = TypeVar("R")
 Interval = tuple[int, int]
+_IMPORTANCE, _SCORES = "importance", "scores"  # what is measured
 
 
-class Crew:
+class ParallelSearch:
     """Shares out the measurements of a search.
 
     Args:
-        world: the processes; all make a crew of the same base and data.
+        world: the processes; all make one of the same base and data.
         taylor: makes what measures the importance on the timesteps of a group, given the interval.
         scorer: makes what scores candidates; not called where nothing is scored.
     """
@@ -42,8 +43,8 @@ class Crew:
         """Whether there is no other process."""
         return self._world.alone
 
-    def led(self, search: Callable[[], R]) -> R:
-        """The result of a search that the first process makes, for which the others measure. All call it."""
+    def run(self, search: Callable[[], R]) -> R:
+        """Run a search in the first process while the others measure for it; all call this, and all get its result."""
         if self._world.alone:
             return search()
         if not self._world.first:
@@ -109,27 +110,19 @@ class Crew:
 
 
 class _SharedScorer:
-    """See `Crew.sharing`."""
+    """See `ParallelSearch.sharing`."""
 
-    def __init__(self, samples: int, crew: Crew) -> None:
-        self.samples, self._crew = samples, crew
+    def __init__(self, samples: int, search: ParallelSearch) -> None:
+        self.samples, self._search = samples, search
 
     def score(
         self, task: Task, candidates: Sequence[Widths], advance: Callable[[int], None] = lambda count: None
     ) -> Sequence[float]:
         """See `Scorer.score`."""
-        scores = self._crew.scores(task, candidates)
+        scores = self._search.scores(task, candidates)
         advance(len(candidates))
         return scores
 
 
-_IMPORTANCE, _SCORES = "importance", "scores"
-
-
 def _nothing() -> Any:
     return None
-
-
-def taylor_of(measure: TaylorImportance, batches: Any, seed: int) -> Callable[[Interval], Importance]:
-    """What measures the importance on the timesteps of an interval."""
-    return lambda interval: measure.of(batches, interval, seed=seed)
