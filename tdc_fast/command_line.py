@@ -26,7 +26,7 @@ import torch
 
 from tdc_fast.distributed import LostProcess, is_of_all, joined, launched_rank
 from tdc_fast.entry import INTERRUPTED
-from tdc_fast.errors import invalid, is_out_of_memory, require
+from tdc_fast.errors import invalid, is_out_of_memory
 from tdc_fast.runs.denoisers import TrainedDenoiser, from_checkpoint, from_run, refuse_mismatch, stored_facts
 from tdc_fast.runs.directory import default_directory
 from tdc_fast.runs.limits import check_limits, check_path
@@ -162,7 +162,8 @@ def parse_flags(
             that its section declares.
         SystemExit: after `--help`, with status 0.
     """
-    tyro = require("tyro", "demo")
+    import tyro
+
     is_short = "-h" in argv
     if is_short:
         description += "\n\nThe most used flags; --help explains all of them."
@@ -173,7 +174,7 @@ def parse_flags(
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            parsed = tyro.cli(
+            parsed: Any = tyro.cli(
                 dataclasses.make_dataclass("Flags", fields),
                 args=_with_boolean_words(argv, sections),
                 prog=prog,

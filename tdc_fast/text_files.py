@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from tdc_fast.errors import brief, invalid, require
+from tdc_fast.errors import brief, invalid
 
 JSON_BYTES = 2**28
 YAML_BYTES = 2**18
@@ -63,9 +63,9 @@ def read_yaml(path: Path) -> Any:
         OSError: the file cannot be read.
         ValueError: it is no regular file, too large, not UTF-8, not YAML, too deep, has a key twice or a number such as
             010, or its aliases repeat too much.
-        ImportError: PyYAML is not installed.
     """
-    yaml = require("yaml", extra="demo")
+    import yaml
+
     text = _read_text(path, YAML_BYTES)
     try:
         depth = 0

@@ -8,8 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tdc_fast.errors import require
-
 
 def to_uint8(images: Tensor) -> Tensor:
     """Convert images in [-1, 1], of any shape and float dtype, to uint8, rounded and clipped."""
@@ -28,7 +26,8 @@ def grid_image(images: Tensor, columns: int = 10, scale: int = 1, gap: int = 1) 
     Returns:
         A PIL image.
     """
-    pillow = require("PIL.Image", "demo")
+    from PIL import Image
+
     count, channels, height, width = images.shape
     columns = min(columns, count)
     rows = -(-count // columns)
@@ -36,7 +35,7 @@ def grid_image(images: Tensor, columns: int = 10, scale: int = 1, gap: int = 1) 
     for i, image in enumerate(images.permute(0, 2, 3, 1).cpu().numpy()):
         top, left = (i // columns) * (height + gap) + gap, (i % columns) * (width + gap) + gap
         canvas[top : top + height, left : left + width] = image
-    picture = pillow.fromarray(canvas[..., 0] if channels == 1 else canvas)
+    picture = Image.fromarray(canvas[..., 0] if channels == 1 else canvas)
     return picture.resize((picture.width * scale, picture.height * scale), resample=0)
 
 

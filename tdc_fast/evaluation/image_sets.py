@@ -11,7 +11,7 @@ from torch import Tensor
 from tdc_fast.data.dataset import ImageDataset, load_dataset
 from tdc_fast.data.image_files import SUFFIX_WORDS, Background, list_images
 from tdc_fast.data.pixels import to_uint8
-from tdc_fast.errors import invalid, require
+from tdc_fast.errors import invalid
 from tdc_fast.evaluation.conditions import read_guidance
 from tdc_fast.evaluation.options import EvaluateOptions
 from tdc_fast.evaluation.samples import draw_samples, load_decoder
@@ -138,6 +138,8 @@ def _own_size(folders: Sequence[str]) -> int | None:
     Raises:
         ValueError: they differ in it, or a file is no image, or there are none.
     """
+    from PIL import Image
+
     found: dict[int, Path] = {}
     for folder in folders:
         files = list_images(Path(folder)).files
@@ -145,7 +147,7 @@ def _own_size(folders: Sequence[str]) -> int | None:
             raise invalid("folder", folder, f"a folder with {SUFFIX_WORDS} files, or a run directory")
         for file in files:
             try:
-                with require("PIL.Image", "demo").open(file) as image:
+                with Image.open(file) as image:
                     found.setdefault(min(image.size), file)
             except Exception as error:  # Pillow raises many kinds for damaged and huge files
                 raise invalid("image", str(file), f"an image that can be decoded ({error})") from error

@@ -1,21 +1,19 @@
-"""The `hopper` backend: the `cuda` backend with forms of its own.
+"""The `hopper` backend: the `cuda` backend with further kernels for compute capability 9.0.
 
-They are the convolution's Hopper form (TMA and wgmma, csrc/cuda/conv/hopper_*), and group norms and their gradients as
-a stream, where there are many chunks (csrc/cuda/group_norm/stream.cuh), or by clusters, where images are large
-(csrc/cuda/group_norm/cluster.cuh).
+These are convolutions and their gradients with TMA and wgmma (the "Hopper form", csrc/cuda/conv/hopper_*), and group
+norms and their gradients as a stream, where there are many chunks (csrc/cuda/group_norm/stream.cuh), or by clusters,
+where images are large (csrc/cuda/group_norm/cluster.cuh). `form` says which calls these kernels serve, and `explain`
+shows it; everything else runs as in `cuda`.
 
-On a GPU of compute capability 9.0 it serves 3x3 and 1x1 convolutions, linear layers and their gradients in that form
-where it can (`form` says where, and `explain` shows it), everything else as `cuda` does. It runs where it is asked for
-by name, as a `backend` or in TDC_FAST_BACKEND, and where measured times of the device say that it is the fastest.
+The backend runs where it is asked for by name, as a `backend` or in TDC_FAST_BACKEND, and where measured times of the
+device say that it is the fastest.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import functools
 
-from torch import Tensor
-
-from tdc_fast.kernels.problems import ConvProblem, ConvTensors, NormProblem, NormTensors, Problem
+from tdc_fast.kernels.problems import ConvProblem, NormProblem, Problem
 from tdc_fast.ops import cuda, native
 from tdc_fast.ops.cuda_device import Facts
 from tdc_fast.ops.cuda_launch import launcher_facts
@@ -67,35 +65,9 @@ def form_of_conv(problem: ConvProblem, facts: Facts) -> str:
     return f"in the portable form: the Hopper form does not serve this, {reason}" if reason else HOPPER_FORM
 
 
-def group_norm(p: NormProblem, t: NormTensors) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns y (B, C, H, W), channels_last; mean and rstd (B, norm groups) fp32; counters, zeros."""
-    return cuda.group_norm(p, t, streamed=True)
-
-
-def group_norm_backward(
-    p: NormProblem,
-    dy: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    t: NormTensors,
-    mask: tuple[bool, bool, bool, bool, bool, bool],
-) -> tuple[Tensor | None, ...]:
-    """Returns the gradients of x, weight, bias, scale, shift and x2, in their shapes; None where unmasked."""
-    return cuda.group_norm_backward(p, dy, mean, rstd, t, mask, streamed=True)
-
-
-def conv2d(p: ConvProblem, t: ConvTensors) -> Tensor:
-    """Returns y (B, C_out, OH, OW), channels_last."""
-    return cuda.conv2d(p, t, hopper=True)
-
-
-def conv2d_dgrad(p: ConvProblem, dy: Tensor, t: ConvTensors) -> tuple[Tensor, Any]:
-    """Returns dx and dx2 or None, as `cuda` does."""
-    return cuda.conv2d_dgrad(p, dy, t, hopper=True)
-
-
-def conv2d_wgrad(
-    p: ConvProblem, dy: Tensor, t: ConvTensors, mask: tuple[bool, bool, bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Returns dweight, dbias (E, C_out), dsample_bias (B, C_out); None where unmasked."""
-    return cuda.conv2d_wgrad(p, dy, t, mask, hopper=True)
+# As in `cuda`, with the kernels above where these serve.
+conv2d = functools.partial(cuda.conv2d, hopper=True)
+conv2d_dgrad = functools.partial(cuda.conv2d_dgrad, hopper=True)
+conv2d_wgrad = functools.partial(cuda.conv2d_wgrad, hopper=True)
+group_norm = functools.partial(cuda.group_norm, streamed=True)
+group_norm_backward = functools.partial(cuda.group_norm_backward, streamed=True)

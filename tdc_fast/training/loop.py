@@ -19,7 +19,7 @@ from tdc_fast.data.transfer import to_device
 from tdc_fast.diffusion import Diffusion
 from tdc_fast.diffusion.timestep_samplers import TimestepSampler
 from tdc_fast.distributed import on_all, world
-from tdc_fast.errors import invalid, require
+from tdc_fast.errors import invalid
 from tdc_fast.graphs import CannotCapture, graphed
 from tdc_fast.progress import on_terminal
 from tdc_fast.routing import TimestepGroups
@@ -421,5 +421,6 @@ class StageLoop:
 
 
 def _progress_bar(name: str, step: int, steps: int | None) -> Any:
-    tqdm = require("tqdm", extra="demo").tqdm
+    from tqdm import tqdm
+
     return tqdm(total=steps, initial=step, desc=f"training {name}", unit="step", dynamic_ncols=True, smoothing=0.05)

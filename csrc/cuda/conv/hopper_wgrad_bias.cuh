@@ -4,8 +4,7 @@
 //   which patches     those of the units with the expert's first input channels. Their filter rows (in the form of rows
 //                     their taps) take turns, so that none of them reads all patches twice
 //   dbias alone       the sums of a part of a unit go to the part's place in the workspace, those of a whole unit to
-//   the
-//                     unit's. The second kernel adds them in order
+//                     that of the unit. The second kernel adds them in order
 //   dsample_bias      turns are of whole samples. The sums of a sample go to its place; where cuts divide it, what a
 //                     block begins within it goes to the block's place. The second kernel adds these to dsample_bias,
 //                     and the samples of an expert to dbias

@@ -6,9 +6,8 @@
 //     copies    | item 0 | item 1 | item 2 | ...
 //     the rest           | item 0 | item 1 | ...
 //
-//   backward    one tile of x and dy: as soon as a thread has read a vector for the last time, it starts the copy of
-//   the
-//     copies    | 0 |        | 1    |        | ...     next item's to the same place
+//   backward    one tile of x and dy: a thread that has read a vector for the last time copies the next item's there
+//     copies    | 0 |        | 1    |        | ...
 //     sums          | 0 |           | 1 |
 //     results            | 0    |        | 1    |
 //
