@@ -28,10 +28,8 @@ def conv_supported(problem: ConvProblem) -> str | None:
     """None, or why these kernels cannot run forward and dgrad of the problem."""
     if problem.dtype not in _DTYPES:
         return f"it has float32, bfloat16 and float16, not {problem.dtype}"
-    if problem.filter[0] % 2 == 0 or problem.filter[1] % 2 == 0:
-        return f"it has odd filters, not {problem.filter}"
-    if max(problem.stride) > 2:
-        return f"it has strides 1 and 2, not {problem.stride}"
+    if (reason := problem.refusal()) is not None:
+        return reason
     if problem.upsample > 1:
         if problem.x2_channels or problem.stride != (1, 1) or any(map(ge, problem.padding, problem.filter)):
             return "it upsamples one input, at stride 1, with less padding than the filter has taps"

@@ -40,6 +40,12 @@ class ConvProblem:
     upsample: int = 1  # 2: every pixel of the input stands for 2 x 2
     dead_zeros: bool = False  # of a dgrad: whether dy is known to be zero past the widths
 
+    def refusal(self) -> str | None:
+        """Why no kernel serves the filter or the stride, on whatever device; None where they are served."""
+        if self.filter[0] % 2 == 0 or self.filter[1] % 2 == 0:
+            return f"it has odd filters, not {self.filter}"
+        return f"it has strides 1 and 2, not {self.stride}" if max(self.stride) > 2 else None
+
     @property
     def fused(self) -> tuple[str, ...]:
         """What is fused into reading the input: "x2", "upsample"."""

@@ -9,7 +9,6 @@ widths before it indexes with them, and raises ValueError.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +22,7 @@ from tdc_fast.ops.native_call import NativeCall
 name = "cpu"
 fuses = ("x2", "upsample")
 only_launches = True
-_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
+_DTYPES = (torch.float32, torch.bfloat16)
 _NORM_GRADS = ("dx", "dweight", "dbias", "dscale", "dshift", "dx2")
 
 
@@ -33,14 +32,9 @@ def supports(problem: Problem) -> str | None:
         return native.why_missing
     if problem.device.type != "cpu":
         return f"its tensors live in host memory, not on {problem.device}"
-    if problem.dtype not in _DTYPE_CODES:
+    if problem.dtype not in _DTYPES:
         return f"it has float32 and bfloat16, not {problem.dtype}"
-    if isinstance(problem, ConvProblem):
-        if problem.filter[0] % 2 == 0 or problem.filter[1] % 2 == 0:
-            return f"it has odd filters, not {problem.filter}"
-        if problem.stride[0] > 2 or problem.stride[1] > 2:
-            return f"it has strides 1 and 2, not {problem.stride}"
-    return None
+    return problem.refusal() if isinstance(problem, ConvProblem) else None
 
 
 def routing_plan(groups: Tensor, num_groups: int) -> tuple[Tensor, Tensor, Tensor, int]:
@@ -75,32 +69,11 @@ def _call(method: str, p: ConvProblem, t: ConvTensors, strides: tuple[int, ...],
         strides: Of the weight, or of its gradient.
         **operands: What the method takes besides the routing, in its order.
     """
-    function = getattr(native.module.Conv2d(**_geometry(p, strides)), method)
+    fused = {"x2_channels": p.x2_channels, "upsample": p.upsample}
+    function = getattr(native.module.Conv2d(**native.conv_sizes(p), **fused, weight_strides=strides), method)
     routing: dict[str, Tensor | None] = {"offsets": t.offsets, "weight_index": t.weight_index}
     routing |= {"in_widths": t.in_widths, "out_widths": t.out_widths}
     NativeCall(function, operands | routing, t, partial(check_conv_values, p)).run()
-
-
-def _geometry(p: ConvProblem, weight_strides: tuple[int, ...]) -> dict[str, Any]:
-    return {
-        "dtype": _DTYPE_CODES[p.dtype],
-        "batch": p.batch,
-        "height": p.height,
-        "width": p.width,
-        "in_channels": p.in_channels,
-        "out_channels": p.out_channels,
-        "filter_height": p.filter[0],
-        "filter_width": p.filter[1],
-        "stride_height": p.stride[0],
-        "stride_width": p.stride[1],
-        "pad_height": p.padding[0],
-        "pad_width": p.padding[1],
-        "num_groups": p.num_groups,
-        "num_experts": p.num_experts,
-        "x2_channels": p.x2_channels,
-        "upsample": p.upsample,
-        "weight_strides": weight_strides,
-    }
 
 
 def conv2d(p: ConvProblem, t: ConvTensors) -> Tensor:
@@ -151,19 +124,7 @@ def _norm_call(method: str, p: NormProblem, t: NormTensors, operands: dict[str, 
         t: Its tensors, dense.
         operands: What the method takes besides the routing, in its order.
     """
-    norm = native.module.GroupNorm(
-        dtype=_DTYPE_CODES[p.dtype],
-        batch=p.batch,
-        height=p.height,
-        width=p.width,
-        channels=p.channels,
-        num_norm_groups=p.num_norm_groups,
-        eps=p.eps,
-        silu=p.silu,
-        num_groups=p.num_groups,
-        num_experts=p.num_experts,
-        x2_channels=p.x2_channels,
-    )
+    norm = native.module.GroupNorm(**native.norm_sizes(p), x2_channels=p.x2_channels)
     routing = {"offsets": t.offsets, "weight_index": t.weight_index, "widths": t.widths}
     NativeCall(getattr(norm, method), operands | routing, t, partial(check_norm_values, p)).run()
 

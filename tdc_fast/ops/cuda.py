@@ -34,14 +34,13 @@ only_launches = True
 fuses = ("x2", "upsample")  # of what a call may fuse into reading its input
 _IF_GIVEN = ("x2", "counters")  # what planners take only where it is given
 FEW_CHANNELS = "in the form of few channels"  # what `form` says of csrc/cuda/conv/few_*
-_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def supports(problem: Problem) -> str | None:
     """None where the backend serves the problem, else the reason why not."""
     if not serves(problem.device):
         return f"its tensors live on a CUDA device, not on {problem.device}"
-    if problem.dtype not in _DTYPE_CODES:
+    if problem.dtype not in native.DTYPE_CODES:
         return f"it has float32, bfloat16 and float16, not {problem.dtype}"
     if isinstance(problem, ConvProblem):
         if problem.dtype == torch.float32 and not problem.tf32:
@@ -49,15 +48,13 @@ def supports(problem: Problem) -> str | None:
                 "its float32 convolution rounds products to tf32, which "
                 'torch.set_float32_matmul_precision("high") would allow'
             )
-        if problem.filter[0] % 2 == 0 or problem.filter[1] % 2 == 0:
-            return f"it has odd filters, not {problem.filter}"
-        if problem.stride[0] > 2 or problem.stride[1] > 2:
-            return f"it has strides 1 and 2, not {problem.stride}"
+        if (reason := problem.refusal()) is not None:
+            return reason
         if problem.op == "routed_conv2d_dgrad" and problem.upsample > 1 and problem.stride != (1, 1):
             return f"its gradient of an upsampled image has stride 1, not {problem.stride}"
-    launcher, reason = launcher_for(problem.device)
+    launcher, missing = launcher_for(problem.device)
     if launcher is None:
-        return reason
+        return missing
     if isinstance(problem, NormProblem):
         backward = problem.op == "routed_group_norm_backward"
         core = native.module
@@ -149,23 +146,7 @@ def _routing(t: ConvTensors) -> dict[str, int]:
 def geometry(p: ConvProblem) -> dict[str, Any]:
     """The sizes and the dtype of a convolution as its planners take them."""
     fused = {"x2_channels": p.x2_channels, "upsample": p.upsample} if p.fused else {}
-    return fused | {
-        "dtype": _DTYPE_CODES[p.dtype],
-        "tf32": p.tf32,
-        "batch": p.batch,
-        "height": p.height,
-        "width": p.width,
-        "in_channels": p.in_channels,
-        "out_channels": p.out_channels,
-        "filter_height": p.filter[0],
-        "filter_width": p.filter[1],
-        "stride_height": p.stride[0],
-        "stride_width": p.stride[1],
-        "pad_height": p.padding[0],
-        "pad_width": p.padding[1],
-        "num_groups": p.num_groups,
-        "num_experts": p.num_experts,
-    }
+    return {**fused, "tf32": p.tf32, **native.conv_sizes(p)}
 
 
 def _form(hopper: bool) -> dict[str, bool]:
@@ -272,18 +253,7 @@ def conv2d_wgrad(
 def norm_sizes(p: NormProblem) -> dict[str, Any]:
     """The sizes and the dtype of a group norm as its planners take them."""
     second = {"x2_channels": p.x2_channels} if p.x2_channels else {}
-    return second | {
-        "dtype": _DTYPE_CODES[p.dtype],
-        "batch": p.batch,
-        "height": p.height,
-        "width": p.width,
-        "channels": p.channels,
-        "num_norm_groups": p.num_norm_groups,
-        "eps": p.eps,
-        "silu": p.silu,
-        "num_groups": p.num_groups,
-        "num_experts": p.num_experts,
-    }
+    return {**second, **native.norm_sizes(p)}
 
 
 def _norm_memory(p: NormProblem, t: NormTensors) -> tuple[NormTensors, dict[str, Any]]:
