@@ -75,12 +75,16 @@ void PackedPanels::expect(int64_t expert, int64_t begin, int64_t end) {
 
 void PackedPanels::prepare(int64_t expert, int64_t begin, int64_t end, int thread) {
   const Expert& e = experts_[expert];
+  // Memory first, for the largest panel: once a panel's state says that it is being packed, nothing may throw, since
+  // the other threads wait for it.
+  static thread_local Scratch memory;
+  float* filter = geometry_->merged ? memory.get<float>(filter_taps() * tap_rows(e) * row(e, begin)) : nullptr;
   for (int64_t i = begin; i < end; ++i) {
     Panel& panel = at(e, i);
     uint32_t seen = panel.state.load(std::memory_order_relaxed);
     if (seen == kUnpacked && panel.state.compare_exchange_strong(seen, kBeingPacked, std::memory_order_relaxed)) {
       panel.packed = take_slot(thread);
-      pack(expert, i, panel.packed);
+      pack(expert, i, panel.packed, filter);
       panel.state.store(kReady, std::memory_order_release);
     }
   }
@@ -98,7 +102,7 @@ void PackedPanels::release(int64_t expert, int64_t begin, int64_t end, int threa
   }
 }
 
-float* PackedPanels::take_slot(int thread) {
+float* PackedPanels::take_slot(int thread) noexcept {
   std::vector<float*>& free = free_[thread].slots;
   if (free.empty()) return slots_ + unused_.fetch_add(1, std::memory_order_relaxed) * slot_floats_;
   float* slot = free.back();
@@ -106,7 +110,7 @@ float* PackedPanels::take_slot(int thread) {
   return slot;
 }
 
-void PackedPanels::pack(int64_t expert, int64_t panel, float* packed) const {
+void PackedPanels::pack(int64_t expert, int64_t panel, float* packed, float* filter) const noexcept {
   const Expert& e = experts_[expert];
   const int64_t element = problem_->dtype == DType::kFloat32 ? 4 : 2;
   const int64_t first = expert * problem_->weight_strides[0] + panel * lanes_per_panel_ * geometry_->lane_stride;
@@ -119,17 +123,12 @@ void PackedPanels::pack(int64_t expert, int64_t panel, float* packed) const {
   pack.depth = e.depth;
   pack.taps = geometry_->tap_weights.data();
   pack.tap_at = geometry_->tap_at.empty() ? nullptr : geometry_->tap_at.data();
-  pack.num_taps = static_cast<int64_t>(geometry_->tap_weights.size());
-  pack.packed = packed;
+  pack.num_taps = filter_taps();
+  pack.packed = geometry_->merged ? filter : packed;
   pack.tap_rows = tap_rows(e);
   pack.row = row(e, panel);
-  const auto pack_taps = kernels_->pack[static_cast<int>(problem_->dtype)];
-  if (!geometry_->merged) return pack_taps(pack);
-  static thread_local Scratch memory;
-  const int64_t tap_floats = pack.tap_rows * pack.row;
-  pack.packed = memory.get<float>(pack.num_taps * tap_floats);
-  pack_taps(pack);
-  merge_taps(pack.packed, tap_floats, packed);
+  kernels_->pack[static_cast<int>(problem_->dtype)](pack);
+  if (geometry_->merged) merge_taps(filter, pack.tap_rows * pack.row, packed);
 }
 
 // Adds the packed weights of the filter that meet in a tap, for every tap.

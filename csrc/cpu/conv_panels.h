@@ -58,9 +58,11 @@ class PackedPanels {
 
   Panel& at(const Expert& e, int64_t panel) const { return panels_[e.first + panel - e.begin]; }
   int64_t num_taps() const { return geometry_->num_taps(); }
+  int64_t filter_taps() const { return static_cast<int64_t>(geometry_->tap_weights.size()); }  // before they are merged
   // Memory for a panel: the last that this thread has freed, else memory that none has used.
-  float* take_slot(int thread);
-  void pack(int64_t expert, int64_t panel, float* packed) const;
+  float* take_slot(int thread) noexcept;
+  // `filter` is memory for the unmerged taps of a panel, where they are merged.
+  void pack(int64_t expert, int64_t panel, float* packed, float* filter) const noexcept;
   void merge_taps(const float* filter, int64_t tap_floats, float* packed) const;
 
   const Conv2dProblem* problem_ = nullptr;
