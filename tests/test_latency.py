@@ -12,6 +12,7 @@ from tdc_fast.latency import main
 from tdc_fast.nn.width_plan import WidthPlan
 from tdc_fast.pruning.latency import LatencyTable
 from tdc_fast.pruning.latency.problems import backends_of
+from tdc_fast.pruning.latency.setting import instruction_set
 from tdc_fast.routing import TimestepGroups
 from tdc_fast.train import TrainConfig, train
 from tdc_fast.train import main as train_command
@@ -33,6 +34,7 @@ def test_a_measured_table_is_what_a_run_of_the_same_flags_is_pruned_with(
     measured = LatencyTable.load(table)
     assert measured.setting.batch == 6 and measured.setting.num_groups == 2
     assert measured.backends == backends_of(measured.rows, measured.setting, torch.device("cpu"))
+    assert measured.instruction_set == instruction_set(torch.device("cpu"))
     assert measured.backends.keys() == {"conv2d", "linear", "group_norm"}
     assert f"backends: conv2d {measured.backends['conv2d'][0]}, " in said
     assert f"{len(measured.rows)} times on {measured.setting.device}, float32, batch 6, 2 groups" in said

@@ -12,6 +12,7 @@ from tdc_fast.progress import Progress
 from tdc_fast.pruning.latency import LatencyTable, Layer, unit_latencies
 from tdc_fast.pruning.latency.costs import all_layers
 from tdc_fast.pruning.latency.problems import backends_of
+from tdc_fast.pruning.latency.setting import instruction_set
 from tdc_fast.pruning.latency.timing import (
     layer_nanoseconds,
     mean_over_experts,
@@ -54,7 +55,9 @@ def measure_table(
         for layer in layers:
             rows[layer] = layer_nanoseconds(layer, setting, device, seconds)
             progress.update()
-    table = LatencyTable(setting, rows, _facts(), backends=backends_of(layers, setting, device))
+    table = LatencyTable(
+        setting, rows, _facts(), backends=backends_of(layers, setting, device), instruction_set=instruction_set(device)
+    )
     estimated = [roofline(config, config.groups).nanoseconds(layer) for layer in layers]
     lines = [
         f"{len(rows)} times on {setting.device}, {setting.dtype}, batch {setting.batch}, {setting.num_groups} groups",

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from tdc_fast.ops import native
 from tdc_fast.ops.backends import ENVIRONMENT
 from tdc_fast.pruning.latency import LatencyTable, Layer, Setting
 from tdc_fast.pruning.latency.problems import backends_of
+from tdc_fast.pruning.latency.setting import instruction_set
 
 SETTING = Setting("a test's device", "float32", 32, 4)
 
@@ -67,6 +69,7 @@ def test_a_table_is_the_same_after_it_was_stored_and_is_of_one_setting(tmp_path:
         (lambda data: data["rows"][0].update(upsample=3), r"rows\[0\]: got .*or upsampled to twice"),
         (lambda data: data.update(backends=["cpu"]), r"backends: got \['cpu'\]; expected a list of names for any of"),
         (lambda data: data.update(backends={"conv2d": "cpu"}), "backends: got {'conv2d': 'cpu'}"),
+        (lambda data: data.update(instruction_set=512), "instruction_set: got 512; expected the name"),
         (lambda data: data.update(backends={"dense": ["cpu"]}), "backends: got {'dense'"),
     ],
 )
@@ -121,3 +124,19 @@ def test_a_table_is_of_the_backends_that_it_was_measured_with(tmp_path: Path, mo
         monkeypatch.setenv(ENVIRONMENT, "reference")
         with pytest.raises(ValueError, match="got 'cpu'; expected reference, as in this run with TDC_FAST_BACKEND=ref"):
             forced.check(SETTING, cpu)
+
+
+@pytest.mark.skipif(native.module is None, reason="the native module is not built")
+def test_a_table_is_of_the_instruction_set_that_it_was_measured_with(tmp_path: Path) -> None:
+    cpu = torch.device("cpu")
+    mine = instruction_set(cpu)
+    other = next(name for name in ("portable", "avx2") if name != mine)
+    for name in (mine, other, ""):
+        LatencyTable(SETTING, {CONV: 9}, instruction_set=name).save(tmp_path / "times.json")
+        read = LatencyTable.load(tmp_path / "times.json")
+        assert read.instruction_set == name
+        if name != other:
+            read.check(SETTING, cpu)
+            continue
+        with pytest.raises(ValueError, match=f"times.json: instruction_set: got '{other}'; expected {mine}, as in"):
+            read.check(SETTING, cpu)

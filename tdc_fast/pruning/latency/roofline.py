@@ -25,11 +25,10 @@ import torch
 
 from tdc_fast.kernels.problems import ConvProblem
 from tdc_fast.kernels.tile_shapes import Device, choose_tile, device_of, pixel_classes, programs, tile_rate
-from tdc_fast.ops import native
 from tdc_fast.pruning.latency import hopper
 from tdc_fast.pruning.latency.layers import Layer
 from tdc_fast.pruning.latency.problems import conv_problem
-from tdc_fast.pruning.latency.setting import Setting
+from tdc_fast.pruning.latency.setting import Setting, instruction_set
 
 _H200_MULTIPROCESSORS = 132
 _GPU_MACS = 772.6e12 / 2 / _H200_MULTIPROCESSORS  # per second and multiprocessor: a bf16 matrix product
@@ -75,8 +74,8 @@ class Roofline:
         setting = Setting.on(device, dtype, batch, num_groups, threads)
         if device.type == "cuda":
             return cls(setting, device_of(device), is_hopper=hopper.runs_in_hopper_form)
-        isa = "" if native.module is None else native.module.cpu_isa()
-        return cls(setting, None, threads or torch.get_num_threads(), _PANEL_VECTORS * _LANES.get(isa, 4))
+        panel = _PANEL_VECTORS * _LANES.get(instruction_set(device), 4)
+        return cls(setting, None, threads or torch.get_num_threads(), panel)
 
     def nanoseconds(self, layer: Layer) -> int:
         """The estimated time of a layer."""

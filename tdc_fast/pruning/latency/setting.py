@@ -10,6 +10,7 @@ import torch
 
 from tdc_fast.errors import integer, invalid
 from tdc_fast.nn.inference import DTYPES
+from tdc_fast.ops import native
 
 
 @dataclass(frozen=True)
@@ -67,3 +68,8 @@ def processor_name() -> str:
         return platform.processor() or "unknown processor"
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or "unknown processor"
+
+
+def instruction_set(device: torch.device) -> str:
+    """The instruction set of the kernels on a device, such as "avx2"; "" on a GPU and without the native module."""
+    return str(native.module.cpu_isa()) if device.type == "cpu" and native.module is not None else ""

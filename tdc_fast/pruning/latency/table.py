@@ -1,14 +1,15 @@
 """A table of measured times of layers, in a JSON file that is checked on load. `tdc_fast.latency` measures one.
 
     {"version": 1, "device": "NVIDIA H200", "dtype": "bfloat16", "batch": 64, "num_groups": 8, "facts": {"date": ...},
-     "backends": {"conv2d": ["triton"], "linear": ["triton"], "group_norm": ["cuda"]},
+     "backends": {"conv2d": ["triton"], "linear": ["triton"], "group_norm": ["cuda"]}, "instruction_set": "",
      "rows": [{"kind": "conv2d", "in_channels": 128, "out_channels": 128, "live_in": 128, "live_out": 96, ...,
                "ns": 41200}, ...]}
 
 A row has the fields of `Layer` and the nanoseconds of one forward. A layer whose live channels were not measured takes
 as long as the next wider one that was: of the rows of its full shape with at least as many live channels on both sides,
 the nearest counts (the fewest live channels in all; of equally near ones the longer time). So a search gains nothing
-from widths that nobody measured. Tables of earlier versions have no "backends"; those are not checked.
+from widths that nobody measured. Tables of earlier versions have no "backends" and no "instruction_set" (that of the
+CPU kernels; "" on a GPU); those are not checked.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ from tdc_fast.errors import invalid
 from tdc_fast.ops.backends import ENVIRONMENT
 from tdc_fast.pruning.latency.layers import KINDS, MAX_NANOSECONDS, Layer
 from tdc_fast.pruning.latency.problems import backends_of
-from tdc_fast.pruning.latency.setting import Setting
+from tdc_fast.pruning.latency.setting import Setting, instruction_set
 from tdc_fast.text_files import read_json
 
 _VERSION = 1
 _HEAD = ("version", *(entry.name for entry in dataclasses.fields(Setting)), "facts", "rows")
-_LATER = ("backends",)  # not in the files of earlier versions
+_LATER = ("backends", "instruction_set")  # not in the files of earlier versions
 _PAIRS = ("filter", "stride", "padding")
 _ROW = (*(entry.name for entry in dataclasses.fields(Layer)), "ns")
 
@@ -49,6 +50,7 @@ class LatencyTable:
         facts: JSON values about the measurement, such as its date and the versions of packages.
         source: what errors call the table, such as its file.
         backends: by kind of layer the backends that ran it, as `backends_of` gives them; {} where that is not known.
+        instruction_set: of the CPU kernels, as `instruction_set` gives it; "" on a GPU and where that is not known.
     """
 
     setting: Setting
@@ -56,6 +58,7 @@ class LatencyTable:
     facts: Mapping[str, Any] = field(default_factory=dict)
     source: str = "the latency table"
     backends: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    instruction_set: str = ""
 
     def nanoseconds(self, layer: Layer) -> int:
         """The time of a layer: its own row's, or that of the next wider one.
@@ -77,11 +80,11 @@ class LatencyTable:
         return -min(wider)[1]
 
     def check(self, setting: Setting, device: torch.device | None = None) -> None:
-        """Refuse another setting than the table's own, and other backends than those that it was measured with.
+        """Refuse another setting than the table's own, and other backends or another instruction set.
 
         Args:
             setting: where and how the layers are to run.
-            device: the device itself, which the choice of backends needs; None does not compare them.
+            device: the device itself, which the choice of backends needs; None compares only the setting.
 
         Raises:
             ValueError: naming what differs.
@@ -91,7 +94,13 @@ class LatencyTable:
             if mine != wanted:
                 remedy = f"{wanted!r}, as in this run; python -m tdc_fast.latency measures a table for it"
                 raise invalid(f"{self.source}: {entry.name}", mine, remedy)
-        if device is None or not self.backends:
+        if device is None:
+            return
+        wanted = instruction_set(device)
+        if self.instruction_set not in ("", wanted):
+            remedy = f"{wanted or 'none'}, as in this run; python -m tdc_fast.latency measures a table for it"
+            raise invalid(f"{self.source}: instruction_set", self.instruction_set, remedy)
+        if not self.backends:
             return
         forced = os.environ.get(ENVIRONMENT)
         run = f"this run with {ENVIRONMENT}={forced}" if forced else "this run"
@@ -105,6 +114,7 @@ class LatencyTable:
         """Write the table as JSON, a row on each line."""
         head = {"version": _VERSION, **dataclasses.asdict(self.setting), "facts": dict(self.facts)}
         head |= {"backends": {kind: list(names) for kind, names in self.backends.items()}} if self.backends else {}
+        head |= {"instruction_set": self.instruction_set} if self.instruction_set else {}
         rows = [json.dumps({**dataclasses.asdict(layer), "ns": ns}) for layer, ns in self.rows.items()]
         text = json.dumps(head)[:-1] + ', "rows": [\n' + ",\n".join(rows) + "\n]}\n"
         with atomic_file(Path(path)) as file:
@@ -133,7 +143,10 @@ class LatencyTable:
                 if layer in rows:
                     raise invalid(f"rows[{number}]", str(layer), "every layer once")
                 rows[layer] = ns
-            return cls(setting, rows, data["facts"], str(path), _backends(data.get("backends", {})))
+            isa = data.get("instruction_set", "")
+            if not isinstance(isa, str):
+                raise invalid("instruction_set", isa, "the name of an instruction set")
+            return cls(setting, rows, data["facts"], str(path), _backends(data.get("backends", {})), isa)
         except (ValueError, OSError) as error:
             raise ValueError(f"{path} is not a valid latency table: {error}") from error
 
