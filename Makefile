@@ -9,6 +9,8 @@ GPU_OUT ?= runs/gpu
 # Test processes that run side by side; each takes its share of the cores.
 JOBS ?= auto
 BIN := $(VENV)/bin
+# Under another name than MAKE, so that `make -n` prints a line that contains it, and does not run it.
+SUBMAKE := $(MAKE) --no-print-directory
 # A test process that ends without a word ends the run: xdist may wait forever for what its successor was to do.
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
@@ -74,8 +76,8 @@ types: $(STAMP) ## mypy, which finds kernels/ under its installed name
 # run after them.
 test: style ## all tests and lint
 	@echo "==> mypy and pytest"
-	@mkdir -p build; $(MAKE) --no-print-directory types > build/types.log 2>&1 & types=$$!; \
-	$(MAKE) --no-print-directory --silent $(BYTECODE_STAMP) && $(PYTEST); tests=$$?; \
+	@mkdir -p build; $(SUBMAKE) types > build/types.log 2>&1 & types=$$!; \
+	$(SUBMAKE) --silent $(BYTECODE_STAMP) && $(PYTEST); tests=$$?; \
 	wait $$types || { cat build/types.log; exit 1; }; exit $$tests
 
 test-fast: $(BYTECODE_STAMP) ## the tests of the inner loop, in two minutes

@@ -4,7 +4,7 @@ The table is for `--budget_in latency --latency_table FILE` of `tdc_fast.train` 
 batch, number of groups and precision are those of a run, or of the flags that it is to be trained with::
 
     python -m tdc_fast.latency --out latency.json --data_dir images/ --image_size 32 --num_channels 128 \
-        --num_res_blocks 3 --batch_size 128 --precision bf16 --groups 8 --stage1_steps 60000 --stage2_steps 60000
+        --num_res_blocks 3 --batch_size 128 --precision bf16 --groups 8
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ if __name__ == "__main__":
 
     raise SystemExit(start("latency"))
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from tdc_fast.command_line import check_writable, parse_flags, run_command, use_threads, value_of
 from tdc_fast.entry import STOPPED
@@ -50,12 +50,24 @@ class LatencyOptions:
     """Seconds for which each layer is measured at each width, approximately; at least 5 forwards."""
 
 
+def _config(values: Mapping[str, Any]) -> TrainConfig:
+    """The options, which need not say how long to train."""
+    given = {name for name, value in values.items() if value}
+    steps = {}
+    if "groups" in given and "baseline_steps" not in given:
+        if not given & {"base", "stage1_steps", "lr_anneal_steps"}:
+            steps["stage1_steps"] = 1
+        if "stage2_steps" not in given:
+            steps["stage2_steps"] = 1
+    return TrainConfig.from_dict({**values, **steps})
+
+
 def _measure(arguments: list[str]) -> None:
     directory, file = value_of(arguments, "run"), value_of(arguments, "config")
     run = RunDirectory.open(directory) if directory else None
     defaults = run.config.to_dict() if run else {}
     defaults |= read_options(file) if file else {}
-    TrainConfig.from_dict(defaults)  # refuses a bad key or value of the file by name
+    _config(defaults)  # refuses a bad key or value of the file by name
     values = parse_flags(
         {"latency": LatencyOptions, **SECTIONS},
         arguments,
@@ -66,7 +78,7 @@ def _measure(arguments: list[str]) -> None:
     out, seconds = Path(values.pop("out")), values.pop("seconds")
     for name in ("run", "config"):
         values.pop(name)
-    config = TrainConfig.from_dict(values)
+    config = _config(values)
     if config.groups < 0 and run and (run.path / "groups.json").is_file():
         config = config.replace(groups=load_groups(run).num_groups)
     if config.groups < 1:
@@ -77,7 +89,9 @@ def _measure(arguments: list[str]) -> None:
         raise invalid("out", str(out), "the name of a file, such as latency.json in that folder")
     check_writable(out.parent)
     use_threads(config.num_threads)
-    table, report = measure_table(config, seconds, run.in_channels if run else None)
+    without_data = not (config.data_dir or config.latents)
+    channels = run.in_channels if run else 3 if without_data and not config.in_channels else None
+    table, report = measure_table(config, seconds, channels)
     table.save(out)
     print(f"{report}\nwritten: {out}\nnext: --budget_in latency --latency_table {out}")
 

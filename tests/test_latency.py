@@ -98,3 +98,13 @@ def test_what_cannot_be_measured_is_refused(tmp_path: Path, capsys: pytest.Captu
     assert "expected a file in a folder that exists" in capsys.readouterr().err
     assert main([*config, "--out", str(tmp_path)]) == 2
     assert "expected the name of a file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", [[], ["--baseline_steps", "9"], ["--lr_anneal_steps", "9"], ["--in_channels", "1"]])
+def test_a_model_without_data_and_numbers_of_steps_is_measured(tmp_path: Path, given: list[str]) -> None:
+    out = tmp_path / "times.json"
+    model = {"image_size": 8, "num_channels": 8, "num_res_blocks": 1, "attention_resolutions": 8, "channel_mult": 1}
+    options = [f"--{name}={value}" for name, value in (model | {"batch_size": 4, "groups": 2, "num_heads": 1}).items()]
+    assert main([*options, *given, "--out", str(out), "--seconds", "0"]) == 0
+    channels = {layer.in_channels for layer in LatencyTable.load(out).rows if layer.kind == "conv2d"}
+    assert min(channels) == (1 if given[:1] == ["--in_channels"] else 3)

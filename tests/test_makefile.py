@@ -24,6 +24,14 @@ def test_make_help_has_a_line_for_every_target() -> None:
     assert sorted(described) == sorted(targets.split())
 
 
+def test_make_n_prints_what_every_target_would_run_and_runs_nothing(tmp_path: Path) -> None:
+    (targets,) = re.findall(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.M)
+    ours = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    command = ["make", "-n", f"VENV={tmp_path / 'venv'}", *targets.split()]
+    output = subprocess.run(command, cwd=ROOT, env=ours, capture_output=True, text=True, check=True, timeout=60).stdout
+    assert "-m pytest" in output and not (tmp_path / "venv").exists()
+
+
 def test_make_install_warns_of_a_package_that_cannot_be_imported_and_goes_on(tmp_path: Path) -> None:
     """In an environment whose Python installs nothing and writes no bytecode, but imports."""
     python, broken = tmp_path / "bin/python", tmp_path / "broken_package.py"

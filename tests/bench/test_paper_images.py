@@ -112,7 +112,7 @@ def test_every_kind_of_run_is_timed(finished):
     out, (paces,) = finished
     assert list(paces.rows) == small_study.TRAINED
     for pace in (paces.stage1, *paces.rows.values()):
-        assert 0 < pace.step < 10 and 0 <= pace.fixed < 60
+        assert 0 < pace.step < paces.elapsed and 0 <= pace.fixed < paces.elapsed
     assert paces.rows["uniform"] == paces.rows["uniform-80"] != paces.rows["uniform-small-80"]
     assert paces.measuring > 0 and not (out / "warmup").exists()
     assert {key for key, pace in paces.rows.items() if pace.macs} == {"one", "tdc", *small_study.ARMS.values()}
