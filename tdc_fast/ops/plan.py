@@ -239,10 +239,12 @@ class RoutingPlan:
                 checked. For finding mistakes: each check reads the whole of x, and waits for a GPU.
 
         Raises:
-            ValueError: A group id outside [0, N), a wrong rank or dtype.
+            ValueError: A group id outside [0, N), a wrong rank or dtype, `validate` for groups on the meta device.
         """
         groups = as_integers("groups", groups)
         num_groups = integer("num_groups", num_groups)
+        if validate and groups.is_meta:
+            raise invalid("validate", validate, "False for groups on the meta device, which have no values to check")
         if weight_index is None:
             weight_index = torch.arange(num_groups, dtype=torch.int32, device=groups.device)
         else:

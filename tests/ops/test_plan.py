@@ -121,3 +121,10 @@ def test_a_plan_is_a_pytree() -> None:
     leaves, spec = _pytree.tree_flatten(plan)
     assert len(leaves) == 6
     assert torch.equal(_pytree.tree_unflatten(leaves, spec).order, plan.order)
+
+
+def test_groups_without_values_are_not_validated() -> None:
+    groups = torch.zeros(4, dtype=torch.int64, device="meta")
+    with pytest.raises(ValueError, match="validate: got True; expected False for groups on the meta device"):
+        RoutingPlan.from_groups(groups, 2, validate=True)
+    assert RoutingPlan.from_groups(groups, 2).order.is_meta
