@@ -11,7 +11,7 @@ import importlib.resources
 import re
 
 SOURCES = "tdc_fast.cuda_sources"  # csrc/cuda, installed as package data
-_FAMILY = re.compile(r"^FAMILY\((\w+), (.+)\)$", re.MULTILINE)
+_FAMILY = re.compile(r"^(?:HOPPER_)?FAMILY\((\w+), (.+)\)$", re.MULTILINE)
 _INCLUDE = re.compile(r'^\s*#\s*include\s+"(cuda/[^"]+)"', re.MULTILINE)
 
 

@@ -7,8 +7,9 @@
 #include "cuda/pack/kernels.h"
 #include "cuda/plan/kernels.h"
 
-// Each kernel is defined in the object file of its family.
-#define DECLARE(name, Params, ...) extern "C" __global__ void name(const __grid_constant__ Params p);
+// Each kernel is defined in the object file of its family, where nvcc makes the function of this name that is its
+// handle.
+#define DECLARE(name, Params, ...) extern "C" void name(Params p);
 #define FAMILY(family, ...) TDC_KERNELS_##family(DECLARE)
 #include "cuda/families.def"
 #undef FAMILY
