@@ -15,7 +15,8 @@ from bench.paper.recipes import STUDIES, Recipe, contestant
 from bench.paper.run import cpu_minutes, protocol, run_rows
 from bench.paper.summary import _score_against_loss, as_markdown, summarise
 from bench.paper.tables import TABLES, Table, with_merged
-from tdc_fast.experiments import DemoOptions
+from tdc_fast.evaluation.classifier import train_classifier
+from tdc_fast.experiments import DemoOptions, measure
 from tdc_fast.experiments.measure import load_yardsticks
 from tdc_fast.nn.merging import Merging
 from tdc_fast.runs.config import TrainConfig
@@ -66,7 +67,9 @@ def outcome(tmp_path_factory):
     rows = with_merged(Table("small", "Does it run?", (Recipe("uniform", "uniform, C"), tdc)), [1.5]).rows
     how = dataclasses.replace(protocol(STUDY, 64, 1), points_per_group=2, sampling_steps=3)
     said: list[str] = []
-    outcomes = run_rows(IN_TIME, rows, range(2), folder, how, 0, said.append)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure, "train_classifier", lambda: train_classifier(epochs=2))
+        outcomes = run_rows(IN_TIME, rows, range(2), folder, how, 0, said.append)
     again = run_rows(IN_TIME, rows, range(2), folder, how, 0, said.append)
     yardsticks = load_yardsticks(folder / "yardsticks-64.pt")
     table = Table("small", "Does it run?", rows)
