@@ -190,7 +190,7 @@ class ProgressLog:
             _write(self._log, text + "\n")
 
     def row(self, values: dict[str, float | int | None]) -> None:
-        """Write one row; the columns of the first row are those of the file."""
+        """Write one row; columns that progress.csv does not have yet are added to it, empty in its earlier rows."""
         if self._csv_path:
             self._append_csv(values)
         if self._json:
@@ -236,10 +236,13 @@ class ProgressLog:
 
     def _append_csv(self, values: dict[str, float | int | None]) -> None:
         assert self._csv_path is not None
-        if not self._columns:
-            self._columns = list(values)
-            with atomic_file(self._csv_path) as file:
-                file.write((",".join(self._columns) + "\n").encode())
+        added = [name for name in values if name not in self._columns]
+        if added:
+            if self._csv is not None:
+                self._csv.close()
+                self._csv = None
+            _add_columns(self._csv_path, self._columns, added)
+            self._columns = [*self._columns, *added]
         if self._csv is None:
             self._csv = _append_to(self._csv_path)
         line = io.StringIO()
@@ -284,6 +287,15 @@ def _drop_later_rows(path: Path, step: int) -> list[str]:
     with atomic_file(path) as file:
         file.write("".join(",".join(row) + "\n" for row in [columns, *rows]).encode())
     return columns
+
+
+def _add_columns(path: Path, columns: list[str], added: list[str]) -> None:
+    """Rewrite a progress.csv with further columns, empty in the rows that it has; a new one gets its header."""
+    with writing_to(path):
+        rows = path.read_text(encoding="utf-8").splitlines()[1:] if columns else []
+        lines = [",".join([*columns, *added]), *(row + "," * len(added) for row in rows)]
+        with atomic_file(path) as file:
+            file.write("".join(line + "\n" for line in lines).encode())
 
 
 def _json_lines(path: Path, step: int) -> TextIO:

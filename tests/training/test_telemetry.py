@@ -70,6 +70,20 @@ def test_a_resumed_log_drops_rows_after_the_checkpoint_and_half_rows_and_keeps_t
     assert "resumed at step 20" in (tmp_path / "log.txt").read_text()
 
 
+def test_columns_that_first_appear_later_are_added_to_the_file(tmp_path):
+    log_rows(tmp_path, 0, [10, 20])
+    log = ProgressLog(tmp_path, 20)
+    for step in (30, 40):
+        log.row({"step": step, "vb": 2.0, "mfu": 0.5})
+    log.row({"step": 50, "loss": 1.0, "lr": 0.1})
+    log.close()
+    header, *rows = (tmp_path / "progress.csv").read_text().splitlines()
+    assert header == "step,loss,vb,mfu,lr"
+    assert rows == ["10,5.0,,,", "20,10.0,,,", "30,,2.0,0.5,", "40,,2.0,0.5,", "50,1.0,,,0.1"]
+    ProgressLog(tmp_path, 30).close()
+    assert (tmp_path / "progress.csv").read_text().splitlines() == [header, *rows[:3]]
+
+
 @pytest.mark.parametrize("content", [b"step,loss\nten,5.0\n", b"loss\n5.0\n", b"\xff\xfe\n"])
 def test_a_damaged_log_is_refused_by_name_when_a_run_goes_on(tmp_path, content):
     (tmp_path / "progress.csv").write_bytes(content)
