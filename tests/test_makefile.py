@@ -52,7 +52,7 @@ def test_make_install_warns_of_a_package_that_cannot_be_imported_and_goes_on(tmp
 def test_make_n_test_only_prints(tmp_path: Path) -> None:
     python = tmp_path / "bin/python"
     python.parent.mkdir()
-    python.write_text(f"#!/bin/sh\necho \"$@\" >> {tmp_path}/ran\n")
+    python.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/ran\n')
     python.chmod(0o755)
     ours = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
     command = ["make", "-n", "test", f"VENV={tmp_path}"]

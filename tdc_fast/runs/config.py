@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 import math
+import os
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from urllib.parse import urlsplit
 
 from tdc_fast.errors import invalid
 from tdc_fast.runs.levers import check_levers
-from tdc_fast.runs.limits import check_limits, comma_numbers
+from tdc_fast.runs.limits import check_limits, comma_numbers, path_options
 from tdc_fast.runs.options import (
     SECTIONS,
     DataOptions,
@@ -208,6 +209,8 @@ class TrainConfig(DataOptions, ModelOptions, DiffusionOptions, OptimizerOptions,
 def read_options(path: str | Path) -> dict[str, Any]:
     """The flag names and values in a YAML or JSON file, unchecked.
 
+    In YAML, which people write, `~` at the start of a path is the home folder, as on a shell.
+
     Raises:
         ValueError: the file is missing, unreadable as its kind, or not a mapping.
     """
@@ -221,7 +224,10 @@ def read_options(path: str | Path) -> dict[str, Any]:
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise invalid("config", str(path), "a mapping of flag names to values")
-    return values
+    if path.suffix == ".json":  # as a run's own config.json, whose paths are what the shell made of them
+        return values
+    texts = {name: values[name] for name in path_options(TrainConfig) if isinstance(values.get(name), str)}
+    return values | {name: os.path.expanduser(text) for name, text in texts.items()}
 
 
 @functools.cache

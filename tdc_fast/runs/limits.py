@@ -69,6 +69,15 @@ def _limits(options: type) -> dict[str, Within | AsPath]:
     return {name: part for name, part in found if isinstance(part, (Within, AsPath))}
 
 
+def path_options(options: type) -> list[str]:
+    """The names of the options that name files or folders.
+
+    Args:
+        options: the dataclass that declares the options.
+    """
+    return [name for name, limit in _limits(options).items() if isinstance(limit, AsPath)]
+
+
 def check_limits(options: type, values: Mapping[str, Any]) -> None:
     """Check the values of options against what their declarations say.
 

@@ -87,6 +87,17 @@ def test_a_yaml_file_fills_in_what_the_command_line_leaves_out(tmp_path):
     assert TrainConfig.from_file(path) == config.replace(batch_size=32)
 
 
+def test_paths_in_a_yaml_file_may_begin_at_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    path = tmp_path / "run.yaml"
+    path.write_text("run_dir: ~/x\nresume_checkpoint: plain/~/y\ndata_dir: ~/images\n")
+    config = parse_command_line(["--config", str(path)])
+    paths = config.run_dir, config.data_dir, config.resume_checkpoint
+    assert paths == ("/home/someone/x", "/home/someone/images", "plain/~/y")
+    path.with_suffix(".json").write_text(json.dumps({"run_dir": "~/x"}))
+    assert TrainConfig.from_file(path.with_suffix(".json")).run_dir == "~/x"
+
+
 def test_a_configuration_survives_json():
     config = TrainConfig(groups=3, stage1_steps=5, stage2_steps=6, k=0.5)
     assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
