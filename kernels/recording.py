@@ -1,4 +1,4 @@
-"""What the launches of one call were, so that they can be repeated (tdc_fast/ops/replay.py)."""
+"""Records the launches of a call, so that they can be repeated (tdc_fast/ops/replay.py)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where every command begins: Ctrl-C and SIGTERM end it in one sentence while its imports, which take seconds, load.
+"""Where every command begins: Ctrl-C and SIGTERM end it with one line, also while its imports load for seconds.
 
 `python -m tdc_fast.train` and `tdc-train` come here first, so nothing may be imported here that takes time.
 """

@@ -1,4 +1,4 @@
-"""The conditions of images that are drawn: their classes and their guidance, and what may be asked for."""
+"""Class labels and guidance of samples: checking them, drawing labels, and the model with guidance."""
 
 from __future__ import annotations
 

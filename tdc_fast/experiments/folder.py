@@ -1,4 +1,4 @@
-"""The folder of an experiment: it goes on where the same options began it, and is refused to others."""
+"""The folder of an experiment: the same options continue it, others are an error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether modules differ in the values of their parameters alone, as experts of one packed model do."""
+"""Checks that experts have one architecture: they may differ in the values of their parameters alone."""
 
 from __future__ import annotations
 

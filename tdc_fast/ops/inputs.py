@@ -1,4 +1,4 @@
-"""What a kernel that reads two inputs, or upsamples as it reads, spares: the tensors themselves."""
+"""The joined or upsampled input of an operator, for kernels that do not read it from its parts."""
 
 from __future__ import annotations
 

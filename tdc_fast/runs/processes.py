@@ -1,4 +1,4 @@
-"""What may run as several processes: training, by torchrun. All else is one process, and refused as one of several."""
+"""Only training may run as several processes, under torchrun; all else refuses to be one of several."""
 
 from __future__ import annotations
 

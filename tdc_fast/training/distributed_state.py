@@ -1,4 +1,4 @@
-"""Which weights of a stage a process has, and how they become the files that one process writes, and come out of them.
+"""The weights that a process has of a stage: gathered into the checkpoint that one process writes, and back.
 
 The experts of several processes travel as dense state dicts, one per expert, whose layout does not depend on which
 experts a process has. So a run goes on with another number of processes.

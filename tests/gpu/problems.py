@@ -26,10 +26,6 @@ class Target:
     device: str
     backend: str
 
-    @property
-    def is_dry_run(self) -> bool:
-        return self.device == "cpu"
-
 
 def targets(*backends: str) -> list[Any]:
     """pytest parameters: these backends on a GPU, and the reference on the CPU."""

@@ -71,10 +71,6 @@ def check(operator: Operator, routing: Routing, tensors: dict[str, Tensor], keep
         assert torch.equal(value, whole[name][keep]), name
 
 
-def has_samples(case: ConvCase | NormCase) -> bool:
-    return case.routing.batch > 0
-
-
 def kept_samples(data: st.DataObject, batch: int) -> list[int]:
     return sorted(data.draw(st.sets(st.integers(0, batch - 1), min_size=1, max_size=batch), label="keep"))
 

@@ -1,4 +1,4 @@
-"""The routed calls that layers are, as the choice of backends takes them, and the backends that would run them."""
+"""Layers as operator problems, for which a backend can be chosen, and the backends that would run them."""
 
 from __future__ import annotations
 
