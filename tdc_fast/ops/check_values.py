@@ -6,12 +6,26 @@ code indexes with them; on a GPU, reading them would stall the host.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from tdc_fast.errors import invalid
 from tdc_fast.kernels.problems import ConvProblem, ConvTensors, NormProblem, NormTensors
 from tdc_fast.ops.checks import is_in_memory, is_seen
+
+
+def run_or_explain(
+    kernel: Callable[..., Any], check: Callable[[Any, Any], None], problem: Any, t: Any, *args: Any
+) -> Any:
+    """Runs a backend's function. Backends check the numbers that they index with; the error of `check` says more."""
+    try:
+        return kernel(problem, *args)
+    except ValueError:
+        check(problem, t)
+        raise
 
 
 def check_conv_values(problem: ConvProblem, t: ConvTensors) -> None:

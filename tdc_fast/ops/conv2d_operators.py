@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tdc_fast.kernels.problems import ConvProblem, ConvTensors
 from tdc_fast.ops import backends, eager, library
-from tdc_fast.ops.check_values import check_conv_values
+from tdc_fast.ops.check_values import check_conv_values, run_or_explain
 from tdc_fast.ops.checks import check_memory, conv_problem, converted, tf32_is_allowed
 from tdc_fast.ops.dead_channels import are_zeros, note_zeros
 from tdc_fast.ops.layout import empty_nhwc
@@ -68,15 +68,6 @@ def _choose(
     return backends.remembered(key, t, describe, backend, dy=dy)
 
 
-def _run(kernel: Callable[..., Any], problem: ConvProblem, t: ConvTensors, *args: Any) -> Any:
-    """Runs a backend's function. Backends check the numbers that they index with; our own error says more."""
-    try:
-        return kernel(problem, *args)
-    except ValueError:
-        check_conv_values(problem, t)
-        raise
-
-
 def forward_problem(*args: Any) -> ConvProblem:
     """The problem of the forward's arguments but `backend`; raises the ValueErrors that the forward would raise."""
     t = _tensors(args[:-3])
@@ -91,7 +82,7 @@ def _forward(*args: Any) -> eager.Bound:
 
     def run(*args: Any) -> Tensor:
         t = _tensors(args[:-4])
-        return _run(chosen.conv2d, problem, t, t)
+        return run_or_explain(chosen.conv2d, check_conv_values, problem, t, t)
 
     return eager.Bound(run, backends.only_launches(chosen))
 
@@ -119,7 +110,7 @@ def _dgrad(dy: Tensor, *args: Any) -> eager.Bound:
 
     def run(dy: Tensor, *args: Any) -> list[Tensor]:
         t = _tensors_of_dgrad(*args[:-7])
-        dx, dx2 = _run(chosen.conv2d_dgrad, problem, t, dy, t)
+        dx, dx2 = run_or_explain(chosen.conv2d_dgrad, check_conv_values, problem, t, dy, t)
         return [dx] if dx2 is None else [dx, dx2]
 
     return eager.Bound(run, backends.only_launches(chosen))
@@ -149,7 +140,7 @@ def _wgrad(dy: Tensor, *args: Any) -> eager.Bound:
 
     def run(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
         t = _tensors_of_wgrad(*args[:-5])
-        grads = _run(chosen.conv2d_wgrad, problem, t, dy, t, tuple(mask))
+        grads = run_or_explain(chosen.conv2d_wgrad, check_conv_values, problem, t, dy, t, tuple(mask))
         return tuple(dy.new_empty(0) if grad is None else grad for grad in grads)
 
     return eager.Bound(run, backends.only_launches(chosen))

@@ -7,7 +7,6 @@ Their schemas are flat lists of arguments; everything below them takes NormTenso
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from tdc_fast.kernels.problems import NormProblem, NormTensors
 from tdc_fast.ops import backends, eager, library
-from tdc_fast.ops.check_values import check_norm_values
+from tdc_fast.ops.check_values import check_norm_values, run_or_explain
 from tdc_fast.ops.checks import accumulate_dtype, check_memory, converted, norm_problem
 from tdc_fast.ops.dead_channels import note_zeros
 from tdc_fast.ops.layout import empty_nhwc
@@ -39,15 +38,6 @@ def forward_problem(*args: Any) -> NormProblem:
     return problem
 
 
-def _run(kernel: Callable[..., Any], problem: NormProblem, t: NormTensors, *args: Any) -> Any:
-    """Runs a backend's function. Backends check the numbers that they index with; our own error says more."""
-    try:
-        return kernel(problem, *args)
-    except ValueError:
-        check_norm_values(problem, t)
-        raise
-
-
 def _forward(*args: Any) -> eager.Bound:
     t, settings, backend = _tensors(args[:-4]), args[-4:-1], args[-1]
 
@@ -58,7 +48,7 @@ def _forward(*args: Any) -> eager.Bound:
 
     def run(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         t = _tensors(args[:-4])
-        return _run(chosen.group_norm, problem, t, t)
+        return run_or_explain(chosen.group_norm, check_norm_values, problem, t, t)
 
     return eager.Bound(run, backends.only_launches(chosen))
 
@@ -94,7 +84,9 @@ def _backward(dy: Tensor, *args: Any) -> eager.Bound:
     def run(dy: Tensor, *args: Any) -> list[Tensor]:
         *inputs, mean, rstd, counters, offsets, weight_index, widths, _, _, _, _, _ = args
         t = _tensors((*inputs, offsets, weight_index, widths), counters)
-        grads = _run(chosen.group_norm_backward, problem, t, dy, mean, rstd, t, tuple(mask))
+        grads = run_or_explain(
+            chosen.group_norm_backward, check_norm_values, problem, t, dy, mean, rstd, t, tuple(mask)
+        )
         return [grad for grad in grads if grad is not None]
 
     return eager.Bound(run, backends.only_launches(chosen))
