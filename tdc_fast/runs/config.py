@@ -149,8 +149,11 @@ class TrainConfig(DataOptions, ModelOptions, DiffusionOptions, OptimizerOptions,
 
     @property
     def ema_rates(self) -> tuple[str, ...]:
-        """The rates as they were written, since they are part of file names: `ema_0.9999_000100.pt`."""
-        return tuple(part.strip() for part in (self.ema_rate or IMPROVED_DIFFUSION_EMA_RATE).split(","))
+        """The rates as text, as in file names: `ema_0.9999_000100.pt`, also for `--ema_rate .9999`.
+
+        As in improved-diffusion, it is Python's text of the number and not the one that was written.
+        """
+        return tuple(map(_text_of_number, (self.ema_rate or IMPROVED_DIFFUSION_EMA_RATE).split(",")))
 
     @property
     def label_rows(self) -> int:
@@ -228,6 +231,14 @@ def read_options(path: str | Path) -> dict[str, Any]:
         return values
     texts = {name: values[name] for name in path_options(TrainConfig) if isinstance(values.get(name), str)}
     return values | {name: os.path.expanduser(text) for name, text in texts.items()}
+
+
+def _text_of_number(text: str) -> str:
+    """Python's text of a number; what is none is left for the check that names the option."""
+    try:
+        return str(float(text))
+    except ValueError:
+        return text.strip()
 
 
 @functools.cache

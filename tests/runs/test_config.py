@@ -63,6 +63,7 @@ def test_a_published_command_line_parses_to_what_it_says():
     )
     config = parse_command_line([*line.split(), "--ema_rate", "0.9999,0.999"])
     assert config.ema_rates == ("0.9999", "0.999")
+    assert config.replace(ema_rate=".9999, 0.9990,1e-5").ema_rates == ("0.9999", "0.999", "1e-05")  # as in its files
     assert (config.learn_sigma, config.use_kl, config.class_cond, config.microbatch) == (True, True, False, -1)
     assert (config.lr, config.schedule_sampler, config.data_dir) == (1e-4, "loss-second-moment", "/data/cifar_train")
     assert config.groups == 0
@@ -116,6 +117,7 @@ def test_a_configuration_survives_json():
         ({"ema_rate": "0.9,x"}, "ema_rate"),
         ({"ema_rate": "1.5"}, "ema_rate: got '1.5'"),
         ({"ema_rate": "0.9,0.9"}, "ema_rate"),
+        ({"ema_rate": "0.9,.9"}, "ema_rate: got '0.9,.9'; expected every rate once"),
         ({"microbatch": -2}, "microbatch"),
         ({"lr": float("nan")}, "lr: got nan"),
         ({"lr": "nan"}, "lr: got nan"),
