@@ -36,12 +36,13 @@ def measure_table(
     Args:
         config: the options of the run, with a number of groups.
         seconds: about how long to measure each layer.
-        in_channels: channels of its images; None takes --in_channels, or what the data has.
+        in_channels: channels of its images; None takes --in_channels, or what the data has, or 3.
 
     Returns:
         The table, and lines about how well models predict: the roofline the layers, and the table whole models.
     """
-    channels = in_channels or config.in_channels or build_data(config).channels
+    has_data = config.data_dir or config.latents
+    channels = in_channels or config.in_channels or (build_data(config).channels if has_data else 3)
     device, setting = build_device(config), stage2_setting(config, config.groups)
     refuse_what_cannot_fit(config, channels, device, config.groups)
     torch.manual_seed(0)
