@@ -50,6 +50,9 @@ def test_the_site_builds_without_a_warning(checkout: Path) -> None:
 
 
 def test_a_broken_link_and_an_undocumented_public_name_fail_the_build(checkout: Path) -> None:
+    for page in (checkout / "docs" / "api").iterdir():
+        if page.stem not in ("grouping", "data"):
+            page.unlink()  # each takes a second
     page = checkout / "docs" / "results.md"
     page.write_text(page.read_text() + "\n[gone](../bench/results/gone.md) [no heading](method.md#gone)\n")
     (checkout / "docs" / "api" / "grouping.md").write_text("# grouping\n\n::: tdc_fast.grouping.elbow\n")
