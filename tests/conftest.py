@@ -76,7 +76,7 @@ def pytest_configure(config: pytest.Config) -> None:
     # Ctrl-C has to reach the commands under test also where it is ignored here, as in `make test &`.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    # torch.compile believes what the processor says of its vectors, and does not compile a program for each kind to see.
+    # torch.compile believes what the processor says of its vectors, and compiles no program for each kind to see.
     os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
     # What torch.compile kept of another version of the operators has other arguments than they have here.
     for variable in ("TDC_EMULATOR_BUILD", "TDC_HOST_BUILD", "TORCHINDUCTOR_CACHE_DIR"):
