@@ -79,6 +79,8 @@ def routed_conv2d(
             that is not zero.
     """
     stride, padding = pair("stride", stride, 1), pair("padding", padding, 0)
+    if type(upsample) is not int:  # calls are found by the types of their settings
+        upsample = integer("upsample", upsample, 1, 2)
     result = None
     if not is_compiling() and is_plan_of(plan, x):
         result = forward.find(

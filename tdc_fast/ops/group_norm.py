@@ -67,6 +67,8 @@ def routed_group_norm(
         ValueError: Naming argument, value and remedy. Of a plan with `validate=True` also for a dead channel of x or x2
             that is not zero.
     """
+    if type(num_groups) is not int:  # calls are found by the types of their settings
+        num_groups = integer("num_groups", num_groups)
     result = None
     known = activation is None or (isinstance(activation, str) and activation == "silu")
     if known and not is_compiling() and is_plan_of(plan, x):

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -155,7 +156,7 @@ def test_so_does_a_group_norm(general_way_raises: Callable[[], None], change: st
     arguments = norm_tensors()
     routed_group_norm(**arguments)
     general_way_raises()
-    other = {"num_groups": 2.0, "activation": "relu", "plan": plan_of(4), "eps": 1e-4}
+    other = {"num_groups": 4, "activation": "relu", "plan": plan_of(4), "eps": 1e-4}
     with pytest.raises(GeneralWay):
         routed_group_norm(**arguments | {change: other[change]})
 
@@ -341,3 +342,21 @@ def test_the_number_of_remembered_calls_is_limited(monkeypatch: pytest.MonkeyPat
             kept = [calls for kept in conv2d.forward._kept.values() for calls in kept.values()]
             assert len(kept) <= 2
             assert max(map(len, kept)) <= 2
+
+
+def test_integers_of_numpy_are_found_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, two, one = RoutingPlan.from_groups(torch.tensor([0, 1]), 2), np.int64(2), np.int64(1)
+    x, weight = torch.randn(2, 4, 4, 4), torch.randn(2, 4, 4, 3, 3)
+    affine = torch.randn(2, 4)
+
+    def calls() -> list[torch.Tensor]:
+        return [
+            routed_conv2d(x, weight, None, plan, stride=one, padding=(one, one), upsample=two),
+            routed_group_norm(x, affine, affine, plan, num_groups=two),
+        ]
+
+    first = calls()
+    with pytest.raises(ValueError, match=r"^num_groups: got 2.0"):  # which equals an integer
+        routed_group_norm(x, affine, affine, plan, num_groups=2.0)
+    monkeypatch.setattr(eager.Operator, "call_first", lambda self, *args: pytest.fail("the general way"))
+    assert all(map(torch.equal, first, calls()))
