@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree
 
 from tdc_fast.errors import integer, invalid
 from tdc_fast.graphs import is_capturing
@@ -120,7 +121,9 @@ class RoutedModel(nn.Module):
         else:
             args = (*args[:place], plan.sort(t), *args[place:])
         shared = {how: leaf.shared_plan(plan) for how, leaf in self._sharing.items()}
-        running = Running(plan, self._copies(x.device), shared)
+        leaves = _pytree.tree_leaves((args, kwargs))
+        numbers = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim == 1)
+        running = Running(plan, self._copies(x.device), shared, numbers)
         try:
             out = self.routing.run(self.model, running, plan.sort(x), *args, **kwargs)
         except ValueError as error:

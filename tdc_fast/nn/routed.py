@@ -252,7 +252,12 @@ class RoutedEmbedding(RoutedLeaf):
         self.weight = nn.Parameter(torch.randn(num_experts, num_embeddings, embedding_dim))
 
     def forward(self, index: Tensor, plan: RoutingPlan | None = None) -> Tensor:
-        """Look up integer ids `index` (B, ...), sorted by the plan, in each sample's table: (B, ..., D)."""
+        """Look up integer ids `index` (B, ...), sorted by the plan, in each sample's table: (B, ..., D).
+
+        Raises:
+            ValueError: for ids that the table does not have, or of another number of samples; and in host memory for
+                positions that all samples share, where there are as many as samples (B >= 8).
+        """
         plan = self.current_plan(plan)
         if tuple(index.shape[:1]) not in ((1,), (plan.batch_size,)):
             remedy = f"ids of each of the {plan.batch_size} samples, (B, ...); expand what all samples share"
@@ -262,9 +267,24 @@ class RoutedEmbedding(RoutedLeaf):
             low, high = (int(bound) for bound in torch.aminmax(index))
             if low < 0 or high >= self.num_embeddings:  # would read another expert's table
                 raise invalid("index", low if low < 0 else high, f"ids in [0, {self.num_embeddings})")
+            if self._are_positions(index, plan):
+                remedy = "positions, which all samples share, with a dimension for the samples: arange(n)[None]"
+                raise invalid("index", f"the numbers from 0 to {high}", remedy)
         expert = plan.weight_index[plan.groups].to(index.dtype)
         rows = index + expert.view(-1, *[1] * (index.dim() - 1)) * self.num_embeddings
         return F.embedding(rows, self.weight.flatten(0, 1))
+
+    def _are_positions(self, index: Tensor, plan: RoutingPlan) -> bool:
+        """Whether a row of ids is rather arange(B), made in the forward for all samples, than an id per sample.
+
+        Where all samples have the same expert it makes no difference. Fewer than 8 could well be labels.
+        """
+        running = None if self.routing is None else self.routing.running
+        if running is None or index.ndim != 1 or len(index) < 8 or bool((plan.groups == plan.groups[0]).all()):
+            return False
+        if not torch.equal(index, torch.arange(len(index), dtype=index.dtype)):
+            return False
+        return all(given.untyped_storage().data_ptr() != index.untyped_storage().data_ptr() for given in running.ids)
 
     def extra_repr(self) -> str:
         """The sizes, for `repr`."""

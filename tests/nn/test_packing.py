@@ -296,6 +296,35 @@ def test_any_module_of_supported_layers_can_be_packed():
     assert type(back) is Foreign and torch.equal(back(x, t)["eps"], experts[1](x, t)["eps"])
 
 
+class WithPositions(nn.Module):
+    """Adds an embedding of positions, and one of labels, to tokens."""
+
+    def __init__(self, row: bool) -> None:
+        super().__init__()
+        self.pos, self.label, self.row = nn.Embedding(8, 4), nn.Embedding(8, 4), row
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        positions = torch.arange(x.shape[1])
+        return x + self.pos(positions[None] if self.row else positions) + self.label(y)[:, None]
+
+
+def test_positions_that_all_samples_share_are_not_taken_for_an_id_per_sample():
+    experts = [randomise(WithPositions(row=True), seed) for seed in range(3)]
+    x, t, y = torch.randn(8, 8, 4), torch.arange(8) * GROUPS.num_timesteps // 8, torch.arange(8)
+    out = pack_experts(experts, GROUPS)(x, t, y)  # labels from 0 to 7 are labels
+    for i, g in enumerate(GROUPS.group_of(t)):
+        torch.testing.assert_close(out[i], experts[g](x[i, None], t[i, None], y[i, None])[0], **CLOSE)
+    for expert in experts:
+        expert.row = False
+    routed = pack_experts(experts, GROUPS)
+    with pytest.raises(
+        ValueError, match=r"pos.*: index: got 'the numbers from 0 to 7'; expected .*arange\(n\)\[None\]"
+    ):
+        routed(x, t, y)
+    same = t[:1].expand(8)  # one expert: nothing to mistake
+    torch.testing.assert_close(routed(x, same, y), experts[0](x, same, y), **CLOSE)
+
+
 def test_what_cannot_be_packed_is_named():
     tied = Foreign()
     tied.norm.weight = tied.body[0].weight
