@@ -45,7 +45,7 @@ $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV)
 
 $(STAMP): $(SOURCES) | $(BIN)/python
-	@echo "==> installing tdc_fast and what its tests, demo and benches need into $(VENV) (torch is large; the native core builds in a minute or two)"
+	@echo "==> installing tdc_fast and what its tests, demo and benches need into $(VENV) (torch is large; the native core builds in a minute, with nvcc in four)"
 	@$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e '.[dev]'
 	@touch $(STAMP)
 
