@@ -37,10 +37,9 @@
 //   named_barrier_sync|arrive(id, n)   id 1 to 15, n threads in all, a multiple of 32; give id as a constant
 //   shfl, shfl_xor, shfl_down, shfl_up, ballot    whole warp, 4-byte values
 //   atomic_add_int, atomic_add_float, atomic_max_int    return the old value
-//   device_fence                       orders memory between blocks: what all threads of a block wrote before a
-//   barrier, a
-//                                      fence and an atomic of one of them is what a block sees that finds the atomic's
-//                                      effect by one of its own, and then has a fence and a barrier
+//   device_fence                       orders memory between blocks. One block: all threads write, a barrier, then one
+//                                      thread has the fence and an atomic. Another: a thread finds the atomic's effect
+//                                      by one of its own, then has the fence, then a barrier: all see what was written
 //   trap
 //     Builds for tests also check every access for races: block_sync, named barriers and warp_sync order memory;
 //     shuffles, ballot, ldmatrix and mma do not, and two blocks are ordered by fences around atomics alone.
