@@ -208,6 +208,18 @@ class Diffusion:
             remedy = f"groups of the process's {self.original_num_timesteps} timesteps (diffusion_steps)"
             raise invalid("model", f"one whose groups divide {groups.num_timesteps} timesteps", remedy)
 
+    def check_x0_is_defined(self, argument: str) -> None:
+        """ValueError where the denoiser predicts the noise at a timestep at which nothing of x0 is left in x_t.
+
+        Args:
+            argument: what the caller calls the choice of timesteps.
+        """
+        if self.prediction == "epsilon" and self.alphas_cumprod[-1] == 0:
+            remedy = (
+                "a model that predicts x0 or v, a schedule that keeps something of x0 there, or steps that leave it out"
+            )
+            raise invalid(argument, f"timestep {self.timestep_map[-1]}, where alpha_bar is 0", remedy)
+
     def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x0 noised to step t: a draw of q(x_t | x0) = N(sqrt(alpha_bar) x0, 1 - alpha_bar), like x0.
 

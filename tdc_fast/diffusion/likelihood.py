@@ -44,9 +44,13 @@ class StepTerms:
         diffusion: the process.
         model: the denoiser.
         clip_denoised: limit the predicted x0 to [-1, 1].
+
+    Raises:
+        ValueError: the denoiser predicts the noise at a timestep at which nothing of x0 is left.
     """
 
     def __init__(self, diffusion: Diffusion, model: Denoiser, clip_denoised: bool = True) -> None:
+        diffusion.check_x0_is_defined("timestep_respacing")
         self.diffusion = diffusion
         self._model, self._clip_denoised = model, clip_denoised
         self._graphed: dict[torch.device, Callable[..., Terms]] = {}

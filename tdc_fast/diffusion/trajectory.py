@@ -10,7 +10,6 @@ from torch import Tensor
 from tdc_fast.diffusion.diffusion import Diffusion
 from tdc_fast.diffusion.samplers import FINISHED, SamplerName, SpacingName, check_eta, sampling_steps
 from tdc_fast.diffusion.updates import ddim_weights, ddpm_weights, dpmpp_2m_weights
-from tdc_fast.errors import invalid
 
 
 @dataclass(frozen=True)
@@ -54,6 +53,7 @@ class Trajectory:
         check_eta(eta)
         visited = sampling_steps(diffusion, sampler, steps, spacing)
         process = diffusion if len(visited) == diffusion.num_timesteps else diffusion.with_timesteps(visited)
+        process.check_x0_is_defined("steps")
         t = torch.arange(process.num_timesteps - 1, -1, -1, device="cpu")
         if sampler == "ddpm":
             weights = ddpm_weights(process, t)
@@ -62,14 +62,8 @@ class Trajectory:
         else:
             t_last = torch.cat([t.new_tensor([FINISHED]), t[:-1]])
             weights = dpmpp_2m_weights(process, t, t - 1, t_last)
-        timesteps = process.original_timesteps(t)
-        if diffusion.prediction == "epsilon" and not weights.x_in_x0.isfinite().all():
-            remedy = (
-                "a model that predicts x0 or v, a schedule that keeps something of x0 there, or steps that leave it out"
-            )
-            raise invalid("steps", f"timestep {timesteps[0]}, where alpha_bar is 0", remedy)
         return cls(
-            timesteps=timesteps,
+            timesteps=process.original_timesteps(t),
             weights=torch.stack(weights),
             draws_noise=sampler == "ddpm" or (sampler == "ddim" and eta > 0),
             remembers=sampler == "dpm++2m",

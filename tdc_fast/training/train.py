@@ -11,7 +11,7 @@ from tdc_fast.data.dataset import Dataset
 from tdc_fast.data.latents import LatentDataset
 from tdc_fast.distributed import first_on_machine, on_all, refuse_device, world
 from tdc_fast.errors import invalid
-from tdc_fast.runs.build import build_data, build_device, check_label_rows, refuse_what_cannot_fit
+from tdc_fast.runs.build import build_data, build_device, build_diffusion, check_label_rows, refuse_what_cannot_fit
 from tdc_fast.runs.config import TrainConfig
 from tdc_fast.runs.directory import RunDirectory
 from tdc_fast.runs.opening import open_run
@@ -75,6 +75,7 @@ def train(config: TrainConfig, dataset: Dataset | None = None) -> RunDirectory:
 def _checked(config: TrainConfig, dataset: Dataset | None) -> Dataset:
     """The images to train on, once nothing is found that the run could not do."""
     refuse_device(config.device, build_device(config))
+    build_diffusion(config).check_x0_is_defined("diffusion_steps")
     if dataset is None:
         dataset = build_data(config.with_moved_data())
     else:

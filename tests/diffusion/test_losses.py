@@ -123,6 +123,16 @@ def test_prior_bits_are_the_divergence_of_the_last_marginal_from_a_standard_norm
     torch.testing.assert_close(result.total, result.vb.sum(1) + result.prior)
 
 
+def test_a_bound_where_the_noise_does_not_say_what_x0_is_is_refused():
+    diffusion = Diffusion(named_betas("linear", 20))  # its last beta is 1
+    with pytest.raises(ValueError, match="timestep_respacing: got 'timestep 19, where alpha_bar is 0'; expected a"):
+        StepTerms(diffusion, Affine(False))
+    StepTerms(diffusion.respaced("ddim10"), Affine(False))  # from timestep 18 on
+    diffusion = Diffusion(named_betas("linear", 20), prediction="v")
+    result = bound(StepTerms(diffusion, Affine(False)), draw(2, 1, 4, 4))
+    assert all(terms.isfinite().all() for terms in vars(result).values())
+
+
 def test_a_bound_from_graphs_is_the_bound_without_them():
     diffusion, model, tape = make(variance="learned_range"), Affine(True), TapeCapture()
     batches = [draw(3, 1, 2, 2, seed=seed) for seed in (1, 2)]

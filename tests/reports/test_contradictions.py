@@ -36,6 +36,13 @@ def test_a_k_that_cannot_be_met_is_refused_by_its_name_before_anything_is_traine
     assert not (tmp_path / "run").exists()
 
 
+def test_noise_is_not_predicted_to_where_nothing_is_left_of_the_image(tmp_path, refused):
+    config = small_config(tmp_path, noise_schedule="linear", diffusion_steps=20, learn_sigma=True, lr_anneal_steps=1)
+    refused("diffusion_steps: got 'timestep 19, where alpha_bar is 0'; expected a model that", train, flags(config))
+    assert not (tmp_path / "run").exists()
+    assert train.main(flags(config.replace(predict_v=True))) == 0
+
+
 def test_the_search_names_budgets_too(tmp_path, refused):
     config = small_config(tmp_path, **{**SHORT, "budgets": "0.9,1,1", "stop_after": "stage1"})
     train.train(config)
