@@ -72,8 +72,6 @@ types: $(STAMP) ## mypy, which finds kernels/ under its installed name
 	@mkdir -p build/mypy/tdc_fast && ln -sfn ../../../kernels build/mypy/tdc_fast/kernels
 	@$(BIN)/mypy
 
-# make runs a line with $(MAKE) in it even under -n, which is to print only.
-SUBMAKE := $(MAKE) --no-print-directory
 # mypy, which takes a minute, runs while bytecode is written (by one process) and the tests begin; a wrong type fails the
 # run after them.
 test: style ## all tests and lint

@@ -89,9 +89,7 @@ def _measure(arguments: list[str]) -> None:
         raise invalid("out", str(out), "the name of a file, such as latency.json in that folder")
     check_writable(out.parent)
     use_threads(config.num_threads)
-    without_data = not (config.data_dir or config.latents)
-    channels = run.in_channels if run else 3 if without_data and not config.in_channels else None
-    table, report = measure_table(config, seconds, channels)
+    table, report = measure_table(config, seconds, run.in_channels if run else None)
     table.save(out)
     print(f"{report}\nwritten: {out}\nnext: --budget_in latency --latency_table {out}")
 

@@ -92,18 +92,6 @@ def test_options_of_time_need_experts(option: str, value: str) -> None:
         TrainConfig(**{option: value})
 
 
-def test_neither_data_nor_numbers_of_steps_are_needed(tmp_path: Path) -> None:
-    config = small_config(tmp_path, "run", **{**TWO_STAGES, **SMALLER})
-    network = ("--image_size", "--num_channels", "--num_res_blocks", "--channel_mult", "--num_heads", "--batch_size")
-    given = flags(config)
-    kept = [
-        part for name, value in zip(given[::2], given[1::2], strict=True) if name in network for part in (name, value)
-    ]
-    table = tmp_path / "times.json"
-    assert main([*kept, "--groups", "2", "--attention_resolutions", "8", "--out", str(table), "--seconds", "0"]) == 0
-    assert any(row.in_channels == 3 for row in LatencyTable.load(table).rows)
-
-
 def test_what_cannot_be_measured_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     config = flags(small_config(tmp_path, "run", **TWO_STAGES))
     assert main([*config, "--out", str(tmp_path / "no" / "times.json")]) == 2

@@ -47,15 +47,3 @@ def test_make_install_warns_of_a_package_that_cannot_be_imported_and_goes_on(tmp
     (warning,) = result.stderr.splitlines()
     assert "broken_package cannot be imported" in warning and "no attribute of that name" in warning
     assert (tmp_path / ".installed-dev").exists()
-
-
-def test_make_n_test_only_prints(tmp_path: Path) -> None:
-    python = tmp_path / "bin/python"
-    python.parent.mkdir()
-    python.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/ran\n')
-    python.chmod(0o755)
-    ours = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
-    command = ["make", "-n", "test", f"VENV={tmp_path}"]
-    result = subprocess.run(command, cwd=ROOT, env=ours, capture_output=True, text=True, timeout=60)
-    assert result.returncode == 0, result.stderr
-    assert "-m pytest" in result.stdout and not (tmp_path / "ran").exists()
