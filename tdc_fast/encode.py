@@ -91,7 +91,7 @@ def encode(options: EncodeOptions) -> LatentIndex:
         on_corrupt=options.on_corrupt,
         in_channels=int(autoencoder.model.config.in_channels),
         background=options.background,
-    )
+    ).without_corrupt()
     index = plan_encoding(
         dataset,
         autoencoder,

@@ -183,6 +183,10 @@ class ImageDataset:
             pixels[corrupt] = self.source.fetch(self.indices[positions[corrupt]])
         raise invalid("data_dir", f"{len(self)} images", "at least one that can be decoded")
 
+    def without_corrupt(self) -> ImageDataset:
+        """The dataset without the images that were found to be corrupt so far."""
+        return self._take(np.flatnonzero(~np.isin(self.indices, list(self.source.corrupt))))
+
     def _take(self, positions: np.ndarray) -> ImageDataset:
         labels = None if self.labels is None else self.labels[positions]
         return replace(self, indices=self.indices[positions], labels=labels)
@@ -217,11 +221,12 @@ def load_dataset(
         name_or_path: one of the above. Names take precedence over paths: write "./digits" for a folder of that name.
         image_size: height and width in pixels; None takes the images as they are.
         class_cond: load labels too; None loads them where the data has them.
-        on_corrupt: "error" refuses a file that cannot be decoded by name; "skip" leaves it out and counts it.
+        on_corrupt: "error" refuses a file that cannot be decoded by name; "skip" puts the next good image and its
+            class in its place, so that all others keep theirs, and counts it.
         in_channels: colour channels that the images must have; None takes what the data has, and RGB for folders.
         background: colour behind the transparent pixels of a folder's images: "white", "grey" or "black".
         cache_bytes: a folder of at most this many decoded bytes is decoded, and so checked, at once. A larger one is
-            decoded as it is read; "skip" then replaces a corrupt image and its class by the next good one.
+            decoded as it is read.
 
     Raises:
         ValueError: the data is missing, empty, corrupt or of a wrong shape.
@@ -290,15 +295,14 @@ def _listed(folder: Path, image_size: int | None) -> tuple[list[Path], int]:
 
 def _load_folder(folder: FolderSource, files: list[Path], cache_bytes: int) -> tuple[ImageSource, np.ndarray]:
     classes = [file.name.split("_")[0] for file in files]
-    # Numbered before corrupt files are left out, so that a damaged file does not change the classes of the others.
     ids = {name: number for number, name in enumerate(sorted(set(classes)))}
     labels = np.array([ids[name] for name in classes], dtype=np.int64)
     if len(files) * folder.image_size**2 * folder.channels > cache_bytes:
         return folder, labels
-    source, kept = folder.decoded()
-    if not kept:
+    source = folder.decoded()
+    if source.skipped == len(files):
         raise invalid("data_dir", str(files[0].parent), f"images that can be decoded; none of the {len(files)} can")
-    return source, labels[kept]
+    return source, labels
 
 
 def _load_array(path: Path, image_size: int | None, class_cond: bool) -> tuple[ImageSource, np.ndarray | None]:

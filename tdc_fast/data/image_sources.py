@@ -65,18 +65,21 @@ class ArraySource:
 
     Args:
         images: (N, H, W, C), uint8, or float in [-1, 1].
-        skipped: number of corrupt images that were left out of them.
         from_zero: the values are floats in [0, 1] instead.
     """
 
     slow = False
 
-    def __init__(self, images: np.ndarray, skipped: int = 0, *, from_zero: bool = False) -> None:
+    def __init__(self, images: np.ndarray, *, from_zero: bool = False) -> None:
         self._images = images
         self._from_zero = from_zero
-        self.skipped = skipped
         self.corrupt: set[int] = set()
         self.image_size, self.channels = images.shape[1], images.shape[3]
+
+    @property
+    def skipped(self) -> int:
+        """Number of corrupt images."""
+        return len(self.corrupt)
 
     @classmethod
     def checked(cls, images: np.ndarray, name: str, image_size: int | None) -> ArraySource:
@@ -180,13 +183,11 @@ class FolderSource:
         """See `ImageSource`."""
         return indices
 
-    def decoded(self) -> tuple[ArraySource, list[int]]:
-        """Decode all images into memory; also returns the positions of those that could be decoded."""
-        images = self._in_threads(self._decode_or_none, range(len(self._files)))
-        kept = [position for position, image in enumerate(images) if image is not None]
-        shape = (0, self.image_size, self.image_size, self.channels)
-        stacked = np.stack([images[position] for position in kept]) if kept else np.zeros(shape, np.uint8)
-        return ArraySource(stacked, skipped=len(images) - len(kept)), kept
+    def decoded(self) -> ArraySource:
+        """All images in memory; those that cannot be decoded are zeros and in `corrupt`, as in `fetch`."""
+        images = ArraySource(self.fetch(np.arange(len(self._files))))
+        images.corrupt = self.corrupt
+        return images
 
     def _in_threads(self, decode: Callable[[int], Any], indices: Any) -> list[Any]:
         with ThreadPoolExecutor(DECODING_THREADS, thread_name_prefix="decode") as pool:
@@ -201,7 +202,10 @@ class FolderSource:
         # Pillow's decoders raise many kinds of error for damaged files, some of them its own, some SyntaxError.
         except Exception as error:
             if self._on_corrupt == "error":
-                remedy = f"an image that can be decoded ({error}): remove it, or set on_corrupt='skip'"
+                remedy = (
+                    f"an image that can be decoded ({error}): restore it, or set on_corrupt='skip' (a resumed run "
+                    "takes it as --override on_corrupt=skip)"
+                )
                 raise invalid("image", str(file), remedy) from error
             if not file.parent.is_dir():  # moved or unmounted: none of its images is corrupt
                 raise invalid("data_dir", str(file.parent), "a folder that stays there while it is read") from error

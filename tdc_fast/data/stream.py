@@ -105,9 +105,10 @@ class BatchStream:
         """
         for name, mine in self._identity().items():
             if state.get(name) != mine:
-                raise invalid(
-                    f"state[{name!r}]", state.get(name), f"{mine}, as this stream has: the same data and settings"
-                )
+                remedy = f"{mine}, as this stream has: the same data and settings"
+                if name == "images":
+                    remedy += " (an empty file may stand for a missing image, with --override on_corrupt=skip)"
+                raise invalid(f"state[{name!r}]", state.get(name), remedy)
         epoch, index = state.get("epoch", -1), state.get("index", -1)
         if epoch < 0 or not 0 <= index < self.batches_per_epoch:
             raise invalid("state", state, f"an epoch from 0 and an index below {self.batches_per_epoch}")

@@ -139,7 +139,7 @@ def load_yardsticks(path: Path) -> Yardsticks:
 
 def _real_images(data_dir: str, image_size: int, on_corrupt: OnCorrupt) -> Tensor:
     """All images of a named dataset, training and held out, as uint8 (M, C, H, W)."""
-    return to_uint8(load_dataset(data_dir, image_size=image_size, on_corrupt=on_corrupt).images())
+    return to_uint8(load_dataset(data_dir, image_size=image_size, on_corrupt=on_corrupt).without_corrupt().images())
 
 
 def measure(

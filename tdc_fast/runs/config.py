@@ -79,6 +79,7 @@ MOVES = ("data_dir", "latents")
 MAY_BE_OVERRIDDEN = frozenset(
     {
         *MOVES,
+        "on_corrupt",
         "lr",
         "weight_decay",
         "batch_size",
@@ -190,8 +191,10 @@ class TrainConfig(DataOptions, ModelOptions, DiffusionOptions, OptimizerOptions,
         return {name: getattr(changed, name) for name in changes}
 
     def with_moved_data(self) -> TrainConfig:
-        """The configuration with the place of the data that `override` names, if it does."""
-        return self.replace(override="", **{name: value for name, value in self.overrides.items() if name in MOVES})
+        """The configuration with what `override` says about the data: its place, and what to do with damaged images."""
+        return self.replace(
+            override="", **{name: value for name, value in self.overrides.items() if name in (*MOVES, "on_corrupt")}
+        )
 
     @property
     def mixed_precision(self) -> bool:

@@ -77,7 +77,8 @@ def _continued(path: Path, config: TrainConfig, dataset: Dataset) -> RunDirector
         raise invalid("data_dir", config.data_dir, f"images of {run.in_channels} channels, as the run had")
     counts = count_classes(dataset)
     if counts and run.class_counts and counts != dict(zip(run.classes or [], run.class_counts, strict=True)):
-        remedy = "the images that the run began with; these have other classes, or other numbers of images of them"
+        remedy = "the images that the run began with; these have other classes, or other numbers of images of them "
+        remedy += "(an empty file may stand for a missing image, with --override on_corrupt=skip)"
         raise invalid("data_dir", config.latents or config.data_dir, remedy)
     if run.latents != facts_of(dataset):
         remedy = "the latents, of the same autoencoder and scale, that the run began with"

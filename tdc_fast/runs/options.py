@@ -27,7 +27,7 @@ class DataOptions:
     """Instead of --data_dir: folder of latents that tdc_fast.encode wrote. The default of --image_size is then the
     height and width of the latents."""
     on_corrupt: Literal["error", "skip"] = "error"
-    """What to do with an unreadable image: stop the run and name it, or leave it out and count it."""
+    """What to do with an unreadable image: stop the run and name it, or take the next good one instead and count it."""
     background: Literal["white", "grey", "black"] = "white"
     """Colour behind the transparent pixels of a folder's images."""
     workers: Annotated[int, Within(0, 64)] = 1
