@@ -204,6 +204,9 @@ inline __attribute__((always_inline)) void accumulate_row(Vec (&sums)[P][V], con
 template <typename T, int V, bool Left, bool Right>
 void row_tile(const RowTile& tile) {
   constexpr int P = kRowPixels;
+  // With one vector, each pixel has two chains of sums (even and odd channels): 8 sums, each used three times in a row,
+  // would wait for one another.
+  constexpr int kC = V == 1 ? 2 : 1;
   const auto pixel = [&](int p) {
     ConvPixel at = tile.first;
     at.out = static_cast<T*>(at.out) + p * tile.channels;
@@ -224,7 +227,8 @@ void row_tile(const RowTile& tile) {
   ptrdiff_t part = 0, begin = 0;
   bool first = true;
   do {
-    Vec sums[P][V] = {};
+    Vec chains[kC][P][V] = {};
+    Vec(&sums)[P][V] = chains[0];
     for (ptrdiff_t left = in_runs ? kRun : PTRDIFF_MAX; tap != last && left > 0;) {
       const float* weights[3];
 #pragma GCC unroll 3
@@ -234,13 +238,21 @@ void row_tile(const RowTile& tile) {
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) source[i] = tile.first.source + tap->source + (3 * i - 1) * step;
       const ptrdiff_t end = tile.depth * (part + 1) / parts;
-      for (ptrdiff_t c = begin; c != end; ++c)
-        accumulate_row<P, V, Left, Right>(sums, weights, c * row,
+      const auto add = [&](Vec(&to)[P][V], ptrdiff_t c) __attribute__((always_inline)) {
+        accumulate_row<P, V, Left, Right>(to, weights, c * row,
                                           [&](int q) { return source[(q + 1) / 3][(q + 1) % 3 * step + c]; });
+      };
+      ptrdiff_t c = begin;
+      for (; end - c >= kC; c += kC)
+#pragma GCC unroll 2
+        for (int k = 0; k < kC; ++k) add(chains[k], c + k);
+      if constexpr (kC > 1)
+        if (c != end) add(sums, c);
       left -= (end - begin) * 3;
       begin = end;
       if (++part == parts) part = begin = 0, ++tap;
     }
+    add_chains(chains);
 #pragma GCC unroll 8
     for (int p = 0; p < P; ++p)
 #pragma GCC unroll 4
