@@ -246,6 +246,7 @@ NAMED = {
     "more weights than one wave packs": Case((1, 1), (2, 2), (448, 448)),
     "many chunks, several ranges of panels": Case((20, 0, 12), (8, 8), (40, 136)),
     "rows of three row tiles": Case((2, 1, 1), (5, 24), (90, 44), in_widths=(90, 0, 20), out_widths=(44, 20, 17)),
+    "row tiles of one vector": Case((2, 1, 2), (5, 16), (35, 16), in_widths=(35, 1, 20), out_widths=(16, 9, 3)),
     "rows of two row tiles, bf16": Case((2, 1), (6, 16), (50, 20), dtype=torch.bfloat16),
     "row tiles with stride 2 over rows": Case((2, 1), (9, 8), (10, 24), kernel=(5, 3), stride=(2, 1)),
 }
