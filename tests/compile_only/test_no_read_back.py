@@ -41,6 +41,8 @@ ALLOWED = {
     ("tdc_fast/nn/leaf.py", "share", "tensor"): "while packing, not in a forward",
     ("tdc_fast/nn/leaf.py", "has_hooks", "bool"): "of dictionaries of functions",
     ("tdc_fast/nn/routed.py", "forward", "int"): HOST,
+    ("tdc_fast/nn/routed.py", "_are_positions", "bool"): HOST,
+    ("tdc_fast/nn/routed.py", "_are_positions", "equal"): HOST,
     ("tdc_fast/nn/attention.py", "qkv_attention", "nonzero"): HOST,
     ("tdc_fast/nn/timesteps.py", "one_per_sample", "int"): "of a Python number",
     ("tdc_fast/nn/timesteps.py", "one_per_sample", "float"): "of a Python number",

@@ -113,7 +113,6 @@ CHANGES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     | {"plan": SimpleNamespace(**{name: getattr(a["plan"], name) for name in RoutingPlan.__slots__})},
     "more groups": lambda a: a | {"plan": RoutingPlan.from_groups(torch.arange(3), 3, [0, 1, 0])},
     "another padding": lambda a: a | {"padding": 0},
-    "an upsampling that equals it": lambda a: a | {"upsample": True},
     "another backend": lambda a: a | {"backend": "reference"},
     "no tensor": lambda a: a | {"x": [1.0]},
     "a number": lambda a: a | {"x": torch.tensor(1.0)},
@@ -134,13 +133,14 @@ def test_a_call_that_differs_goes_the_general_way(general_way_raises: Callable[[
         routed_conv2d(**CHANGES[change](arguments))
 
 
-@pytest.mark.parametrize("padding", [1.0, (1.0, 1.0), [[1], 1], True])
-def test_a_padding_that_equals_an_integer_is_refused(padding: Any) -> None:
-    arguments = tensors()
+@pytest.mark.parametrize("value", [1.0, (1.0, 1.0), [[1], 1], True])
+@pytest.mark.parametrize("argument", ["padding", "upsample"])
+def test_what_equals_an_integer_is_refused(argument: str, value: Any) -> None:
+    arguments = tensors() | {"padding": 1, "upsample": 1}
     for _ in range(3):
-        routed_conv2d(**arguments | {"padding": 1})
-        with pytest.raises(ValueError, match="^padding: got"):
-            routed_conv2d(**arguments | {"padding": padding})
+        routed_conv2d(**arguments)
+        with pytest.raises(ValueError, match=f"^{argument}: got"):
+            routed_conv2d(**arguments | {argument: value})
 
 
 def test_a_backend_that_is_false_is_refused() -> None:
