@@ -121,9 +121,11 @@ class RoutedModel(nn.Module):
         else:
             args = (*args[:place], plan.sort(t), *args[place:])
         shared = {how: leaf.shared_plan(plan) for how, leaf in self._sharing.items()}
-        leaves = _pytree.tree_leaves((args, kwargs))
-        numbers = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim == 1)
-        running = Running(plan, self._copies(x.device), shared, numbers)
+        given_ids: tuple[Tensor, ...] = ()
+        if x.device.type == "cpu":  # only there are ids read
+            leaves = _pytree.tree_leaves((args, kwargs))
+            given_ids = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim == 1)
+        running = Running(plan, self._copies(x.device), shared, given_ids)
         try:
             out = self.routing.run(self.model, running, plan.sort(x), *args, **kwargs)
         except ValueError as error:

@@ -28,7 +28,8 @@ class Running(NamedTuple):
         plan: the plan that sorted the batch.
         copies: the parameters in the dtype of autocast, or None.
         shared: the plans of layers whose weights groups share, by how they share.
-        ids: what the model was given with a number per sample, sorted by the plan, such as timesteps and labels.
+        ids: what the model was given with a number per sample, sorted by the plan, such as timesteps and labels; empty
+            on a GPU.
     """
 
     plan: RoutingPlan
