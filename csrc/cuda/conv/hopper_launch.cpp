@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <utility>
 
 #include "cuda/conv/hopper_model.h"
 #include "cuda/conv/hopper_params.h"
@@ -88,10 +89,7 @@ TileChoice choose_large_tile(const ConvArguments& a, const Device& device, bool 
 std::vector<TileChoice> tiles_by_clocks(const ConvArguments& a, const Device& device, bool forward) {
   std::vector<TileChoice> tiles = {choose_large_tile(a, device, forward), choice_of<HopperTile8x8Quarter>("8x8x2x64"),
                                    choice_of<HopperTile16x8Quarter>("16x8x64")};
-  std::stable_sort(tiles.begin(), tiles.end(), [&](const TileChoice& one, const TileChoice& other) {
-    return clocks(a, device, forward, one) < clocks(a, device, forward, other);
-  });
-  return tiles;
+  return by_clocks(std::move(tiles), [&](const TileChoice& tile) { return clocks(a, device, forward, tile); });
 }
 TileChoice choose_tile(const ConvArguments& a, const Device& device, bool forward) {
   return tiles_by_clocks(a, device, forward).front();
@@ -106,9 +104,7 @@ bool runs_as_rows(const ConvArguments& a, const Device& device, bool forward) {
 
 // As many stages of weights as fit; 0 where too few do.
 int weight_stages(const TileChoice& tile, const ConvArguments& a, const Device& device) {
-  int stages = kHopperMostWeightStages;
-  while (stages > 0 && tile.shared_bytes(stages, static_cast<int>(a.num_groups)) > device.shared_limit) --stages;
-  return stages < kLeastWeightStages ? 0 : stages;
+  return most_stages(kLeastWeightStages, kHopperMostWeightStages, a, device, tile.shared_bytes);
 }
 
 std::vector<Launch> launch_images(const ConvArguments& a, const Device& device, bool forward) {

@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <cstddef>
+#include <utility>
 
 #include "cuda/conv/hopper_launch.h"
 #include "cuda/conv/hopper_model.h"
@@ -58,17 +59,12 @@ std::vector<TileChoice> tiles_by_clocks(const ConvArguments& a, const Device& de
       choice_of<HopperRows256x128>("", "256x128"), choice_of<HopperRows128x128>("", "128x128"),
       choice_of<HopperRows128x64>("", "128x64"), choice_of<HopperRowsSplit2_128x64>("split2_", "128x64"),
       choice_of<HopperRowsSplit4_128x64>("split4_", "128x64")};
-  std::stable_sort(tiles.begin(), tiles.end(), [&](const TileChoice& one, const TileChoice& other) {
-    return clocks(a, device, forward, one) < clocks(a, device, forward, other);
-  });
-  return tiles;
+  return by_clocks(std::move(tiles), [&](const TileChoice& tile) { return clocks(a, device, forward, tile); });
 }
 
 // As many stages as fit; 0 where too few do.
 int stages(const TileChoice& tile, const ConvArguments& a, const Device& device) {
-  int count = kHopperRowsMostStages;
-  while (count > 0 && tile.shared_bytes(count, static_cast<int>(a.num_groups)) > device.shared_limit) --count;
-  return count < kLeastStages ? 0 : count;
+  return most_stages(kLeastStages, kHopperRowsMostStages, a, device, tile.shared_bytes);
 }
 
 }  // namespace

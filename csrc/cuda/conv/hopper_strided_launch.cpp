@@ -73,17 +73,12 @@ std::vector<TileChoice> tiles_by_clocks(const ConvArguments& a, const Device& de
       tiles.push_back(tile);
     }
   }
-  std::stable_sort(tiles.begin(), tiles.end(), [&](const TileChoice& one, const TileChoice& other) {
-    return clocks(a, device, forward, one) < clocks(a, device, forward, other);
-  });
-  return tiles;
+  return by_clocks(std::move(tiles), [&](const TileChoice& tile) { return clocks(a, device, forward, tile); });
 }
 
 // As many stages as fit; 0 where too few do.
 int stages(const TileChoice& tile, const ConvArguments& a, const Device& device) {
-  int count = kHopperRowsMostStages;
-  while (count > 0 && tile.shared_bytes(count, static_cast<int>(a.num_groups)) > device.shared_limit) --count;
-  return count < kLeastStages ? 0 : count;
+  return most_stages(kLeastStages, kHopperRowsMostStages, a, device, tile.shared_bytes);
 }
 
 int log2_of(int64_t power) {

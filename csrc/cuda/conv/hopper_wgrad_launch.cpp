@@ -87,10 +87,9 @@ int64_t patches(const ConvArguments& a) {
 
 // As many stages as fit; 0 where too few do.
 int stages(const ConvArguments& a, const Device& device, const UnitChoice& unit) {
-  int count = kHopperWgradMostStages;
-  const int groups = static_cast<int>(a.num_groups);
-  while (count > 0 && hopper_wgrad_shared_bytes(unit.stage_bytes, count, groups) > device.shared_limit) --count;
-  return count < kLeastStages ? 0 : count;
+  return most_stages(kLeastStages, kHopperWgradMostStages, a, device, [&](int count, int num_groups) {
+    return hopper_wgrad_shared_bytes(unit.stage_bytes, count, num_groups);
+  });
 }
 
 // As many blocks as SMs. Where there are fewer units, so many of them work when groups are even that each unit is cut

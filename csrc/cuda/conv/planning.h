@@ -1,11 +1,13 @@
 // What the planners of all forms of the convolution share: descriptions, checks, parameters.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <initializer_list>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "cuda/conv/launch.h"
 #include "cuda/conv/params.h"
@@ -69,6 +71,22 @@ TensorMap plane_of(uintptr_t address, int64_t channels, int plane, const TensorS
 // computes dx, its dgrad y.
 Launch launch_merge_taps(const ConvArguments& a, const char* name);
 ConvArguments merged_convolution(const ConvArguments& a);
+
+// Tiles in the order of the clocks that they take, the fewest first; those that take as many stay in their order.
+template <class Tile, class Clocks>
+std::vector<Tile> by_clocks(std::vector<Tile> tiles, const Clocks& clocks_of) {
+  std::stable_sort(tiles.begin(), tiles.end(),
+                   [&](const Tile& one, const Tile& other) { return clocks_of(one) < clocks_of(other); });
+  return tiles;
+}
+
+// The most stages, from `least` to `most`, whose shared_bytes(stages, num_groups) a block can have; 0 where none fits.
+template <class SharedBytes>
+int most_stages(int least, int most, const ConvArguments& a, const Device& device, const SharedBytes& shared_bytes) {
+  for (int stages = most; stages >= least; --stages)
+    if (shared_bytes(stages, static_cast<int>(a.num_groups)) <= device.shared_limit) return stages;
+  return 0;
+}
 
 template <class Params>
 Launch launch_of(std::string kernel, unsigned blocks, int threads, int shared_bytes, const Params& params,
