@@ -15,7 +15,7 @@ SUBMAKE := $(MAKE) --no-print-directory
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 # Everything that decides what is installed or built; a change reinstalls.
-SOURCES := setup.py pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f '(' -name '*.[ch]' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.cmake' -o -name '*.def' ')')
+SOURCES := setup.py pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f '(' -name '*.[ch]' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cmake' -o -name '*.def' ')')
 STAMP := $(VENV)/.installed-dev
 BYTECODE_STAMP := $(VENV)/.bytecode-dev
 
@@ -66,7 +66,7 @@ style: $(STAMP) ## ruff and clang-format
 	@echo "==> ruff and clang-format"
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(BIN)/clang-format --dry-run --Werror $(shell find csrc tdc_fast/ops/host_sources -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+	@$(BIN)/clang-format --dry-run --Werror $(shell find csrc tdc_fast/ops/host_sources -name '*.cpp' -o -name '*.h' -o -name '*.cuh')
 
 types: $(STAMP) ## mypy, which finds kernels/ under its installed name
 	@mkdir -p build/mypy/tdc_fast && ln -sfn ../../../kernels build/mypy/tdc_fast/kernels

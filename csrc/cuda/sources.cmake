@@ -1,11 +1,11 @@
-# What CMakeLists.txt builds from this folder. Planning a launch is plain C++ and always built; kernels only with nvcc.
+# What CMakeLists.txt builds from this folder. Planning a launch is plain C++ and always built; kernels, and what starts
+# them through the CUDA runtime, only where there is nvcc.
 file(GLOB TDC_FAST_CUDA_PLANNERS RELATIVE ${CMAKE_CURRENT_SOURCE_DIR} CONFIGURE_DEPENDS csrc/cuda/*/*.cpp)
 list(APPEND TDC_FAST_BINDINGS csrc/cuda/bind_cuda.cpp)
 set(TDC_FAST_CUDA_SOURCES "")
 set(TDC_FAST_HOPPER_SOURCES "")
-# What calls the CUDA runtime has no device code: the host's compiler takes a fifth of nvcc's time for it.
-set(TDC_FAST_CUDA_HOST_SOURCES csrc/cuda/launch/launch.cu csrc/cuda/launch/registry.cu csrc/cuda/launch/runtime.cu)
-set_source_files_properties(${TDC_FAST_CUDA_HOST_SOURCES} PROPERTIES LANGUAGE CXX)
+set(TDC_FAST_CUDA_HOST_SOURCES csrc/cuda/launch/launch.cpp csrc/cuda/launch/registry.cpp csrc/cuda/launch/runtime.cpp)
+list(REMOVE_ITEM TDC_FAST_CUDA_PLANNERS ${TDC_FAST_CUDA_HOST_SOURCES})
 # One generated source per family, so that they compile in parallel.
 set(cuda_families csrc/cuda/families.def)
 set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${cuda_families})

@@ -206,7 +206,7 @@ def test_native_asks_for_shared_memory_and_blames_no_launch_for_the_one_before(t
     (tmp_path / "cuda_runtime_api.h").write_text(RUNTIME)
     (tmp_path / "program.cpp").write_text(PROGRAM)
     launch = CSRC / "cuda" / "launch"
-    sources = ["-x", "c++", str(launch / "launch.cu"), str(launch / "tensor_maps.cpp"), str(tmp_path / "program.cpp")]
+    sources = [str(launch / "launch.cpp"), str(launch / "tensor_maps.cpp"), str(tmp_path / "program.cpp")]
     command = [compiler(), "-std=c++17", f"-I{tmp_path}", f"-I{CSRC}", *sources, "-o", str(tmp_path / "program")]
     subprocess.run(command, check=True, timeout=300)
     said = subprocess.run([tmp_path / "program"], check=True, timeout=60, capture_output=True, text=True).stdout

@@ -18,7 +18,7 @@ using KernelTable = std::unordered_map<std::string, const void*>;
 const KernelTable& kernel_table();
 
 // Starts the launches in order on `stream` of device number `device`. Raises std::runtime_error with the kernel's name,
-// its shapes and CUDA's message as soon as a call fails.
+// its shapes and CUDA's message as soon as a call fails. Several threads may call it at once.
 void cuda_launch(const std::vector<Launch>& launches, int device, uintptr_t stream);
 
 }  // namespace tdc
