@@ -288,6 +288,7 @@ void bind_cuda(py::module_& module) {
   module.def("cuda_device_count", &cuda_device_count, "GPUs that can be used now; 0 without a driver.");
   module.def("cuda_runtime_version", &cuda_runtime_version, "CUDART_VERSION of the build, such as 13000.");
   module.def("cuda_launch", &cuda_launch, py::arg("launches"), py::arg("device"), py::arg("stream"),
+             py::call_guard<py::gil_scoped_release>(),  // the launches are copies; CUDA waits if its queue is full
              "Starts launches in order on a stream (its address, 0 = default) of a device number. Raises RuntimeError "
              "naming kernel, shapes and CUDA's message.");
 #endif
