@@ -71,7 +71,8 @@ class SampleOptions:
     classes: str = ""
     """For class-conditional models: comma list of the classes to sample; empty samples all classes."""
     eta: Annotated[float, Within(0, 1000)] = 0.0
-    """Noise of ddim: 0 is deterministic, 1 has the variance of ddpm with --sigma_small True."""
+    """Noise of ddim: 0 is deterministic, 1 has the variance of ddpm with --sigma_small True. Other samplers take only
+    0."""
     labels: LabelChoice = "uniform"
     """For class-conditional models: draw all classes equally often (uniform), or as often as they occur in the training
     images (data)."""

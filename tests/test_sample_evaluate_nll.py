@@ -360,6 +360,11 @@ def test_likelihood_refuses_a_device_that_is_not_there(run, tmp_path, assert_ref
     assert_refused("device: got 'cuda:9'", nll, ["--run", str(run), "--device", "cuda:9", "--out", str(tmp_path / "o")])
 
 
+def test_an_eta_that_the_sampler_would_ignore_is_refused(run, assert_refused):
+    flags = ["--run", str(run), "--sampler", "dpm++2m", "--steps", "3", "--eta", "0.5"]
+    assert_refused(r"eta: got 0.5; expected 0 with the sampler dpm\+\+2m", sample, flags)
+
+
 def test_guidance_moves_the_images_and_a_scale_of_one_changes_nothing(run, tmp_path):
     flags = ["--run", str(run), "--num_samples", "3", "--sampler", "ddim", "--steps", "3", "--eta", "0.5"]
     images = []

@@ -10,6 +10,7 @@ from torch import Tensor
 from tdc_fast.diffusion.diffusion import Diffusion
 from tdc_fast.diffusion.samplers import FINISHED, SamplerName, SpacingName, check_eta, sampling_steps
 from tdc_fast.diffusion.updates import ddim_weights, ddpm_weights, dpmpp_2m_weights
+from tdc_fast.errors import invalid
 
 
 @dataclass(frozen=True)
@@ -44,14 +45,16 @@ class Trajectory:
             sampler: "ddpm", "ddim" or "dpm++2m".
             steps: how many steps to visit; None visits those of `diffusion` (see `sampling_steps`).
             spacing: how the steps are spread over the timesteps.
-            eta: noise of DDIM, 0 for none; the other samplers have no such setting.
+            eta: noise of DDIM, 0 for none; the other samplers take only 0.
 
         Raises:
-            ValueError: for an unknown sampler or spacing, steps that the process does not have, a negative eta, or a
-                step at which nothing of x0 is left where the denoiser predicts the noise.
+            ValueError: for an unknown sampler or spacing, steps that the process does not have, an eta that is negative
+                or not of DDIM, or a step at which nothing of x0 is left where the denoiser predicts the noise.
         """
         check_eta(eta)
         visited = sampling_steps(diffusion, sampler, steps, spacing)
+        if eta and sampler != "ddim":
+            raise invalid("eta", eta, f"0 with the sampler {sampler}: only ddim has this setting")
         process = diffusion if len(visited) == diffusion.num_timesteps else diffusion.with_timesteps(visited)
         process.check_x0_is_defined("steps")
         t = torch.arange(process.num_timesteps - 1, -1, -1, device="cpu")

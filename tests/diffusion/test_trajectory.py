@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -64,6 +65,12 @@ def test_a_samples_bits_do_not_depend_on_the_batch_nor_on_what_the_others_do(lea
 def test_an_eta_that_is_no_amount_of_noise_is_refused(eta):
     with pytest.raises(ValueError, match="eta: got"):
         SamplingLoop(create_diffusion(20), lambda x, t: x, eta=eta)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "dpm++2m"])
+def test_eta_is_refused_by_a_sampler_that_has_no_such_setting(sampler):
+    with pytest.raises(ValueError, match=re.escape(f"eta: got 0.5; expected 0 with the sampler {sampler}")):
+        Trajectory.plan(create_diffusion(20), sampler, eta=0.5)
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++2m"])

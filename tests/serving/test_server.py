@@ -98,6 +98,8 @@ def test_events_are_previews_and_then_the_result(client):
         ({"guidance_scale": [2, 1]}, "guidance_scale", "guidance_scale: got [2.0, 1.0]; expected one number, or 4 of"),
         ({"guidance_scale": "2"}, "guidance_scale", "guidance_scale: got '2'; expected a valid number"),
         ({"eta": -1}, "eta", "eta: got -1"),
+        ({"eta": None}, "eta", "eta: got None; expected a valid number"),
+        ({"eta": 0.5, "sampler": "dpm++2m"}, "eta", "eta: got 0.5; expected 0 with the sampler dpm++2m"),
         ({"timeout": 31}, "timeout", "timeout: got 31.0; expected at most 30, a limit of this server"),
         ({"timeout": 0}, "timeout", "timeout: got 0"),
         ({"format": "bmp"}, "format", "format: got 'bmp'; expected \"png\", \"npz\", \"json\" or \"events\""),
