@@ -73,8 +73,8 @@ def launch_of(
 def test_a_layer_compiles(layer: tuple[int, int, int, torch.dtype], backward: bool, arch: int) -> None:
     launch = launch_of(*layer, backward)
     built = build(launch.kernel, launch.arguments, arch, launch.options)
-    # ptxas keeps to 128 registers, and saves two of the backward's last part before its loops.
-    assert built.stack <= 8 * backward, f"{built.stack} bytes of local memory per thread"
+    # ptxas keeps to 128 registers, and saves two (Triton 3.6: four) of the backward's last part before its loops.
+    assert built.stack <= 16 * backward, f"{built.stack} bytes of local memory per thread"
     assert built.shared <= SHARED_LIMITS[arch]
     assert not built.count(r"\bred\.")  # gradients are sums in one order
     assert built.count(r"\batom\.") == built.count(r"\batom\.global\.gpu\.acq_rel\.add\.[us]32") == backward
