@@ -195,12 +195,12 @@ def main(arguments: list[str] | None = None) -> int:
     remembering = patch.object(eager, "_Guards", None) if options.general else nullcontext()
     repeating = patch.dict(os.environ, {host.VARIABLE: "off" if options.python else "on"})
     with repeating, remembering, nullcontext() if device == "cuda" else stand_in_gpu():
-        yardsticks = torch_calls(device)
+        baselines = torch_calls(device)
         routed = {backend: routed_calls(device, backend) for backend in ("triton", "cuda")}
         print(f"host microseconds per call, and times torch's ({device}, torch {torch.__version__})")
         print(f"{'':<22}" + "".join(f"{name:>17}" for name in PASSES))
-        for operator, yardstick in yardsticks.items():
-            peers = {"torch": yardstick, **{backend: calls[operator] for backend, calls in routed.items()}}
+        for operator, baseline in baselines.items():
+            peers = {"torch": baseline, **{backend: calls[operator] for backend, calls in routed.items()}}
             table = measured(peers, device, options.rounds)
             for peer, row in table.items():
                 cells = (f"{row[name]:9.1f} {row[name] / table['torch'][name]:6.2f}x" for name in PASSES)

@@ -1,7 +1,7 @@
 """The whole UNet on a GPU, routed over N experts: forward and training step, against one dense model and the loop.
 
 The routed model gets the mixed batch unsorted, so its time includes plan, sort and unsort; the loop gets its samples
-sorted, with the segments' bounds known. The yardstick is one dense model under torch.compile in a CUDA graph. A
+sorted, with the segments' bounds known. The baseline is one dense model under torch.compile in a CUDA graph. A
 training step here is forward, loss and backward with weights in the dtype of the run; step.py has the whole one.
 """
 

@@ -1,4 +1,4 @@
-"""`python -m bench.paper main|stages|settings|levers|agents|all`: the paper's tables at small scale.
+"""`python -m bench.paper main|stages|settings|variants|agents|all`: the paper's tables at small scale.
 
 It may be stopped at any time; the same command continues. Runs go to --runs, tables to --out. With --budget_in latency
 the budgets of pruned experts are shares of the base's time, and the tables tell both. `--study images` makes the main
@@ -28,7 +28,7 @@ from tdc_fast.command_line import parse_flags, run_command, split_names
 from tdc_fast.errors import invalid
 from tdc_fast.experiments.assemble import describe_environment
 from tdc_fast.experiments.folder import begun_with
-from tdc_fast.experiments.measure import load_yardsticks
+from tdc_fast.experiments.measure import load_reference
 from tdc_fast.runs.limits import PathText, Within, comma_numbers
 from tdc_fast.runs.options import TimeOptions, time_options
 
@@ -104,9 +104,9 @@ def _make(table: Table, study: Study, options: TablesOptions) -> None:
             write_json(record, time)
     processes = options.processes or os.cpu_count() or 1
     outcomes = run_rows(study, table.rows, seeds, folder, how, processes, lambda text: print(text, flush=True))
-    yardsticks = load_yardsticks(folder / f"yardsticks-{how.samples}.pt")
+    reference = load_reference(folder / f"reference-{how.samples}.pt")
     minutes = cpu_minutes(study, table.rows, seeds, folder)
-    result = summarise(table, study, outcomes, seeds, how, yardsticks, describe_environment(), minutes)
+    result = summarise(table, study, outcomes, seeds, how, reference, describe_environment(), minutes)
     result |= {"date": date.today().isoformat(), "command": _command(name, options)}
     print(write_table(result, Path(options.out)))
 

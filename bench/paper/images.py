@@ -23,14 +23,14 @@ from bench.paper.recipes import Recipe, Study, contestant, images_study, stage1
 from bench.paper.run import Outcome, protocol, refuse_what_time_forbids, run_rows
 from bench.paper.sizing import Sizing, decide, least_steps, warm_up
 from bench.paper.summary import summarise, write_table
-from bench.paper.tables import TABLES, Table, arm, with_merged
+from bench.paper.tables import TABLES, Table, variant, with_merged
 from tdc_fast.atomic import write_json
 from tdc_fast.command_line import check_writable, parse_flags
 from tdc_fast.data.image_sources import OnCorrupt
 from tdc_fast.errors import invalid
 from tdc_fast.experiments.assemble import Subject, compare_runs, describe_environment
 from tdc_fast.experiments.folder import begun_with
-from tdc_fast.experiments.measure import MeasuringProtocol, load_yardsticks
+from tdc_fast.experiments.measure import MeasuringProtocol, load_reference
 from tdc_fast.report import write_report
 from tdc_fast.runs.build import named_device, split_data
 from tdc_fast.runs.limits import PathText, Within, check_limits, comma_numbers
@@ -75,8 +75,8 @@ class ImagesOptions(TimeOptions):
     """Images per step, of stage 2 over all experts together; the small batch of the controls is the share of one."""
     groups: Annotated[int, Within(2, 2**12)] = 4
     """Groups of timesteps of the TDC models, each with an expert."""
-    arms: str = ""
-    """Comma list of further TDC models, each with one lever of stage 2: shared, shared-pairs, shared-convolutions,
+    variants: str = ""
+    """Comma list of further TDC models, each with one option of stage 2: shared, shared-pairs, shared-convolutions,
     shared-level0, lr-high-snr, lr-low-snr, ema-high-snr, ema-low-snr, slope, distillation, distillation-weak;
     pruned at 0.8 C, or with whole- before the name whole at C."""
     merged: str = ""
@@ -161,9 +161,9 @@ _SHORTEST = 4  # steps of a study that is only checked
 
 
 def _table(options: ImagesOptions) -> Table:
-    """The main table with the arms that are asked for, each once, and what is merged of their experts."""
-    names = dict.fromkeys(name for part in options.arms.split(",") if (name := part.strip()))
-    table = dataclasses.replace(TABLE, rows=(*TABLE.rows, *map(arm, names)))
+    """The main table with the variants that are asked for, each once, and what is merged of their experts."""
+    names = dict.fromkeys(name for part in options.variants.split(",") if (name := part.strip()))
+    table = dataclasses.replace(TABLE, rows=(*TABLE.rows, *map(variant, names)))
     return with_merged(table, comma_numbers("merged", options.merged, float))
 
 
@@ -266,10 +266,8 @@ def _write(
     seconds: float,
 ) -> Path:
     """Write table and report; returns the path of the report."""
-    out, yardsticks = Path(options.out), load_yardsticks(runs / f"yardsticks-{how.samples}.pt")
-    result = summarise(
-        table, study, outcomes, [options.seed], how, yardsticks, describe_environment(), cpu_minutes=None
-    )
+    out, reference = Path(options.out), load_reference(runs / f"reference-{how.samples}.pt")
+    result = summarise(table, study, outcomes, [options.seed], how, reference, describe_environment(), cpu_minutes=None)
     result |= {
         "sizing": read_record(out / "sizing.json"),
         "date": date.today().isoformat(),
@@ -295,7 +293,7 @@ def _write(
         seed_note=SEED_NOTE,
     )
     measured = {key: ours[0].measured for key, ours in outcomes.items()}
-    comparison = compare_runs(subject, pairs[0][0], models, measured, yardsticks, how, {"last call": seconds})
+    comparison = compare_runs(subject, pairs[0][0], models, measured, reference, how, {"last call": seconds})
     baselines = tuple(recipe.key for recipe in table.rows if not _is_tdc(recipe))
     return write_report(comparison, out, CANDIDATE, baselines)
 
@@ -328,8 +326,8 @@ def describe(recipe: Recipe, study: Study) -> str:
     of_time = " of the base's time" if study.experts.get("budget_in") == "latency" else ""
     how = f"pruned to their budgets (k = {study.experts['k']}{of_time})" if pruned else "whole"
     ranges = {name: f"{first:g} to {last:g}" for name, (first, last) in recipe.by_group.items()}
-    levers = {name: value for name, value in {**recipe.experts, **ranges}.items() if name != "k"}
-    also = "".join(f", --{name} {value}" for name, value in levers.items())
+    changed = {name: value for name, value in {**recipe.experts, **ranges}.items() if name != "k"}
+    also = "".join(f", --{name} {value}" for name, value in changed.items())
     return f"{study.experts['groups']} experts, {how}, each fine-tuned on its own timesteps{also}. Training {end}."
 
 

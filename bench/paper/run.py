@@ -14,7 +14,7 @@ from tdc_fast.atomic import write_json
 from tdc_fast.experiments.assemble import training_phases
 from tdc_fast.experiments.contestants import Contestant
 from tdc_fast.experiments.jobs import MEASURING, Job, run_jobs, train_and_measure, train_contestant
-from tdc_fast.experiments.measure import Measured, MeasuringProtocol, load_measured, measure, prepare_yardsticks
+from tdc_fast.experiments.measure import Measured, MeasuringProtocol, load_measured, measure, prepare_reference
 from tdc_fast.nn.merging import Merging
 from tdc_fast.pruning.memory import read_trials
 from tdc_fast.routing import TimestepGroups
@@ -70,11 +70,11 @@ def run_rows(
     say: Callable[[str], None],
 ) -> dict[str, list[Outcome]]:
     """Train and measure all rows with all seeds; returns the outcomes by recipe key, one per seed."""
-    yardsticks = folder / f"yardsticks-{how.samples}.pt"
+    reference = folder / f"reference-{how.samples}.pt"
     plan: dict[tuple[str, int], tuple[Contestant, Contestant, Path]] = {}
     opening: dict[Path, Job] = {}
-    if not yardsticks.exists():
-        opening[yardsticks] = Job("yardsticks", prepare_yardsticks, (yardsticks, how.samples, *study.dataset))
+    if not reference.exists():
+        opening[reference] = Job("reference", prepare_reference, (reference, how.samples, *study.dataset))
     for seed in seeds:
         home = folder / f"seed{seed}"
         for recipe in rows:
@@ -91,7 +91,7 @@ def run_rows(
         Job(
             f"seed {seed}, {key}",
             measure_clocked,
-            (model, yardsticks, how, result),
+            (model, reference, how, result),
             model.progress,
             model.last_step,
             MEASURING,
@@ -100,7 +100,7 @@ def run_rows(
         if not result.exists() and key not in mergings
     ]
     merging_work = [  # after the runs that are merged have been trained
-        Job(f"seed {seed}, {key}", merge_clocked, (model.directory, yardsticks, how, result, mergings[key], key))
+        Job(f"seed {seed}, {key}", merge_clocked, (model.directory, reference, how, result, mergings[key], key))
         for (key, seed), (_, model, result) in plan.items()
         if not result.exists() and key in mergings
     ]
@@ -158,18 +158,16 @@ def train_clocked(contestant: Contestant) -> None:
         train_contestant(contestant)
 
 
-def measure_clocked(contestant: Contestant, yardsticks: Path, how: MeasuringProtocol, result: Path) -> None:
+def measure_clocked(contestant: Contestant, reference: Path, how: MeasuringProtocol, result: Path) -> None:
     """Train and measure a run and record its CPU time."""
     with _clock(contestant.directory):
-        train_and_measure(contestant, yardsticks, how, result)
+        train_and_measure(contestant, reference, how, result)
 
 
-def merge_clocked(
-    run: Path, yardsticks: Path, how: MeasuringProtocol, result: Path, merging: Merging, key: str
-) -> None:
+def merge_clocked(run: Path, reference: Path, how: MeasuringProtocol, result: Path, merging: Merging, key: str) -> None:
     """Measure the merged experts of a run and record the CPU time under the key of their recipe."""
     with _clock(run.with_name(key)):
-        measure(run, yardsticks, how, result, merging)
+        measure(run, reference, how, result, merging)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from bench.paper.recipes import Recipe, Study, contestant, mean_budget, stage1, 
 from tdc_fast.errors import invalid
 from tdc_fast.experiments.contestants import Contestant
 from tdc_fast.experiments.jobs import Job, read_progress, run_jobs, training_job
-from tdc_fast.experiments.measure import MeasuringProtocol, measure, prepare_yardsticks
+from tdc_fast.experiments.measure import MeasuringProtocol, measure, prepare_reference
 from tdc_fast.runs.loading import load_run
 
 WARM_STEPS = 30
@@ -57,14 +57,14 @@ class Paces:
     Attributes:
         stage1: of stage 1.
         rows: of what follows it, by the key of the recipe; nothing follows it of merged experts.
-        yardsticks: seconds to prepare what samples are compared with.
+        reference: seconds to prepare what samples are compared with.
         measuring: seconds to measure a model.
         elapsed: seconds of the warm-up.
     """
 
     stage1: Pace
     rows: dict[str, Pace]
-    yardsticks: float
+    reference: float
     measuring: float
     elapsed: float
 
@@ -119,7 +119,7 @@ def decide(study: Study, rows: Sequence[Recipe], paces: Paces, minutes: float, l
     }
     first = stage1_share(study, rows[0])
     per_step = first * paces.stage1.step + sum(share * paces.rows[key].step for key, share in shares.items())
-    fixed = paces.elapsed + paces.yardsticks + paces.stage1.fixed
+    fixed = paces.elapsed + paces.reference + paces.stage1.fixed
     fixed += sum(paces.rows[key].fixed for key in shares) + len(rows) * paces.measuring
     steps = int((60 * minutes * (1 - RESERVE) - fixed) / per_step)
     if steps < least:
@@ -184,12 +184,12 @@ def warm_up(
         if all(_kind(recipe) != _kind(kind) for kind in kinds):
             kinds.append(recipe)
     models = [_briefly(contestant(study, kind, seed, folder)[1]) for kind in kinds]
-    yardsticks = folder / "yardsticks.pt"
+    reference = folder / "reference.pt"
     jobs = [
-        Job("floors", prepare_yardsticks, (yardsticks, how.samples, *study.dataset)),
+        Job("floors", prepare_reference, (reference, how.samples, *study.dataset)),
         training_job(first),
         *map(training_job, models),
-        *_measuring_jobs(models[0], yardsticks, how, folder),
+        *_measuring_jobs(models[0], reference, how, folder),
     ]
     seconds = run_jobs(jobs, processes, say)
     paces = [_pace(model, seconds[model.label]) for model in models]
@@ -199,7 +199,7 @@ def warm_up(
     return Paces(
         stage1=_pace(first, seconds[first.label]),
         rows={recipe.key: paces[i] for recipe, i in zip(trained, of_kind, strict=True)},
-        yardsticks=seconds["floors"],
+        reference=seconds["floors"],
         measuring=how.draws * few + repeated * max(0.0, some - few),
         elapsed=time.monotonic() - began,
     )
@@ -231,14 +231,14 @@ def _macs_of_times(model: Contestant) -> float | None:
     return float(np.mean(forward["experts"])) / forward["base"]
 
 
-def _measuring_jobs(model: Contestant, yardsticks: Path, how: MeasuringProtocol, folder: Path) -> list[Job]:
+def _measuring_jobs(model: Contestant, reference: Path, how: MeasuringProtocol, folder: Path) -> list[Job]:
     """Measuring a model on few samples and on some, each after a first time in which kernels are compiled."""
     samples = min(how.samples, PART_SAMPLES)
     points = max(1, round(how.points_per_group * samples / (how.samples * how.draws)))
     some = dataclasses.replace(how, draws=1, samples=samples, points_per_group=points)
     few = dataclasses.replace(how, draws=1, samples=2, points_per_group=1)
     return [
-        Job(name, measure, (model.directory, yardsticks, part, folder / f"{name}.pt"))
+        Job(name, measure, (model.directory, reference, part, folder / f"{name}.pt"))
         for name, part in (
             ("first measuring of some", some),
             ("first measuring of few", few),

@@ -1,4 +1,4 @@
-"""A table from its outcomes: means and spreads over seeds, and in how many seeds a row beats the yardstick."""
+"""A table from its outcomes: means and spreads over seeds, and in how many seeds a row beats the baseline."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bench.paper.run import Outcome
 from bench.paper.tables import Table
 from tdc_fast.atomic import write_json
 from tdc_fast.evaluation.heldout import compare
-from tdc_fast.experiments.measure import MeasuringProtocol, Yardsticks
+from tdc_fast.experiments.measure import MeasuringProtocol, Reference
 
 
 def summarise(
@@ -21,7 +21,7 @@ def summarise(
     outcomes: dict[str, list[Outcome]],
     seeds: Sequence[int],
     how: MeasuringProtocol,
-    yardsticks: Yardsticks,
+    reference: Reference,
     environment: dict[str, str],
     cpu_minutes: float | None,
 ) -> dict[str, Any]:
@@ -37,11 +37,11 @@ def summarise(
         "rows": rows,
         "score_against_loss": _score_against_loss(rows),
         "frechet": {
-            "feature_space": yardsticks.feature_space,
+            "feature_space": reference.feature_space,
             "samples": how.samples,
             "draws": how.draws,
             "sampler": f"DDIM, {how.sampling_steps} steps",
-            "floors": [floor.to_json() for floor in yardsticks.floors],
+            "floors": [floor.to_json() for floor in reference.floors],
         },
         "settings": {"model and training": dict(study.settings), "TDC": dict(study.experts)},
         "recipes": {
@@ -59,27 +59,27 @@ def _sampling_time(ours: Sequence[Outcome]) -> float | None:
     return statistics.mean(known) if len(known) == len(shares) else None
 
 
-def _row(label: str, ours: Sequence[Outcome], yardstick: Sequence[Outcome], in_time: bool) -> dict[str, Any]:
+def _row(label: str, ours: Sequence[Outcome], baseline: Sequence[Outcome], in_time: bool) -> dict[str, Any]:
     losses = [outcome.measured.heldout.mean for outcome in ours]
     relative = [
-        compare(a.measured.heldout, b.measured.heldout)[0].relative for a, b in zip(ours, yardstick, strict=True)
+        compare(a.measured.heldout, b.measured.heldout)[0].relative for a, b in zip(ours, baseline, strict=True)
     ]
     distances = [statistics.mean(outcome.measured.distances) for outcome in ours]
-    theirs = [statistics.mean(outcome.measured.distances) for outcome in yardstick]
+    theirs = [statistics.mean(outcome.measured.distances) for outcome in baseline]
     quarters = zip(*(outcome.measured.heldout.per_group for outcome in ours), strict=True)
     return {
         "label": label,
         "training_cost": statistics.mean(
-            a.training_macs / b.training_macs for a, b in zip(ours, yardstick, strict=True)
+            a.training_macs / b.training_macs for a, b in zip(ours, baseline, strict=True)
         ),
         "sampling_cost": statistics.mean(
-            a.measured.macs_per_image / b.measured.macs_per_image for a, b in zip(ours, yardstick, strict=True)
+            a.measured.macs_per_image / b.measured.macs_per_image for a, b in zip(ours, baseline, strict=True)
         ),
         **({"sampling_time": _sampling_time(ours)} if in_time else {}),
         "sampling_macs_per_image": [outcome.measured.macs_per_image for outcome in ours],
         "heldout_loss": losses,
         "heldout_loss_by_quarter": [statistics.mean(quarter) for quarter in quarters],
-        "heldout_against_yardstick": relative,
+        "heldout_against_baseline": relative,
         "frechet_distance": distances,
         "frechet_draws": [list(outcome.measured.distances) for outcome in ours],
         "better_on_loss": sum(value < 0 for value in relative),
@@ -140,7 +140,7 @@ def as_markdown(result: dict[str, Any]) -> str:
     ]
     for row in result["rows"]:
         quarters = " ".join(f"{value:.4f}".lstrip("0") for value in row["heldout_loss_by_quarter"])
-        relative = [100 * value for value in row["heldout_against_yardstick"]]
+        relative = [100 * value for value in row["heldout_against_baseline"]]
         lines.append(
             f"| {row['label']} | {row['training_cost']:.2f} C | {row['sampling_cost']:.2f} "
             f"{_time_cell(row['sampling_time']) if in_time else ''}"

@@ -22,43 +22,43 @@ TDC_WHOLE = Recipe("tdc-whole", "TDC, whole experts, C", experts=WHOLE)
 TDC = Recipe("tdc", "TDC, pruned, 0.8 C", 0.8, experts={})
 
 
-def _lever(name: str, label: str, **changes: Any) -> Recipe:
+def _option(name: str, label: str, **changes: Any) -> Recipe:
     by_group = {key: ends for key, ends in changes.items() if isinstance(ends, tuple)}
     experts = {key: value for key, value in changes.items() if key not in by_group}
-    return Recipe(f"lever-{name}", f"TDC, pruned, 0.8 C, {label}", 0.8, experts=experts, by_group=by_group)
+    return Recipe(f"variant-{name}", f"TDC, pruned, 0.8 C, {label}", 0.8, experts=experts, by_group=by_group)
 
 
 PAIRS = "convolutions:2,attention:2"
-LEVERS = {
-    recipe.key.removeprefix("lever-"): recipe
+VARIANTS = {
+    recipe.key.removeprefix("variant-"): recipe
     for recipe in (
-        _lever("shared", "convolutions and attention shared", shared_layers="convolutions,attention"),
-        _lever("shared-pairs", "convolutions and attention shared by pairs", shared_layers=PAIRS),
-        _lever("shared-convolutions", "convolutions shared", shared_layers="convolutions"),
-        _lever("shared-level0", "the level of highest resolution shared", shared_layers="level0"),
-        _lever("lr-high-snr", "learning rate 1 to 0.5 from high to low SNR", stage2_lr_factors=(1.0, 0.5)),
-        _lever("lr-low-snr", "learning rate 0.5 to 1 from high to low SNR", stage2_lr_factors=(0.5, 1.0)),
-        _lever("ema-high-snr", "averages 4 to 1 times as long from high to low SNR", stage2_ema_factors=(4.0, 1.0)),
-        _lever("ema-low-snr", "averages 1 to 4 times as long from high to low SNR", stage2_ema_factors=(1.0, 4.0)),
-        _lever("slope", "shares of the batch by the slope of the loss", stage2_slope_windows=32),
-        _lever("distillation", "distillation from the base, weight 1", distillation_weight=1.0),
-        _lever("distillation-weak", "distillation from the base, weight 0.1", distillation_weight=0.1),
+        _option("shared", "convolutions and attention shared", shared_layers="convolutions,attention"),
+        _option("shared-pairs", "convolutions and attention shared by pairs", shared_layers=PAIRS),
+        _option("shared-convolutions", "convolutions shared", shared_layers="convolutions"),
+        _option("shared-level0", "the level of highest resolution shared", shared_layers="level0"),
+        _option("lr-high-snr", "learning rate 1 to 0.5 from high to low SNR", stage2_lr_factors=(1.0, 0.5)),
+        _option("lr-low-snr", "learning rate 0.5 to 1 from high to low SNR", stage2_lr_factors=(0.5, 1.0)),
+        _option("ema-high-snr", "averages 4 to 1 times as long from high to low SNR", stage2_ema_factors=(4.0, 1.0)),
+        _option("ema-low-snr", "averages 1 to 4 times as long from high to low SNR", stage2_ema_factors=(1.0, 4.0)),
+        _option("slope", "shares of the batch by the slope of the loss", stage2_slope_windows=32),
+        _option("distillation", "distillation from the base, weight 1", distillation_weight=1.0),
+        _option("distillation-weak", "distillation from the base, weight 0.1", distillation_weight=0.1),
     )
 }
-"""Models that differ from TDC in one thing, by the name that `--arms` has for it."""
-WHOLE_ARM = "whole-"
+"""Models that differ from TDC in one thing, by the name that `--variants` has for it."""
+WHOLE_EXPERTS = "whole-"
 
 
-def arm(name: str) -> Recipe:
-    """The recipe of an arm: a name of `LEVERS`, or `whole-` and such a name for whole experts at C.
+def variant(name: str) -> Recipe:
+    """The recipe of a variant: a name of `VARIANTS`, or `whole-` and such a name for whole experts at C.
 
     Raises:
-        ValueError: there is no such arm.
+        ValueError: there is no such variant.
     """
-    recipe = LEVERS.get(name.removeprefix(WHOLE_ARM))
+    recipe = VARIANTS.get(name.removeprefix(WHOLE_EXPERTS))
     if recipe is None:
-        raise invalid("arms", name, f"{', '.join(LEVERS)}, or {WHOLE_ARM} before one of them")
-    if not name.startswith(WHOLE_ARM):
+        raise invalid("variants", name, f"{', '.join(VARIANTS)}, or {WHOLE_EXPERTS} before one of them")
+    if not name.startswith(WHOLE_EXPERTS):
         return recipe
     label = recipe.label.replace("pruned, 0.8 C", "whole experts, C")
     return replace(recipe, key=f"{recipe.key}-whole", label=label, cost=1.0, experts={**WHOLE, **recipe.experts})  # type: ignore[dict-item]
@@ -66,7 +66,7 @@ def arm(name: str) -> Recipe:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of models, the yardstick first."""
+    """Rows of models, the baseline first."""
 
     name: str
     question: str
@@ -158,7 +158,9 @@ TABLES = {
             (UNIFORM, UNIFORM_80, *_settings()),
         ),
         Table(
-            "levers", "How much does every lever of stage 2 matter? (all at 0.8 C)", (UNIFORM, TDC, *LEVERS.values())
+            "variants",
+            "How much does each option of stage 2 matter? (all at 0.8 C)",
+            (UNIFORM, TDC, *VARIANTS.values()),
         ),
         Table(
             "agents",

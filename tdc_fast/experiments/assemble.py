@@ -17,7 +17,7 @@ import tdc_fast
 from tdc_fast.evaluation.frechet import DistanceSpread
 from tdc_fast.experiments.contestants import Contestant
 from tdc_fast.experiments.jobs import read_progress
-from tdc_fast.experiments.measure import Measured, MeasuringProtocol, Yardsticks, base_time
+from tdc_fast.experiments.measure import Measured, MeasuringProtocol, Reference, base_time
 from tdc_fast.pruning.latency.setting import processor_name
 from tdc_fast.report.numbers import Comparison, Curve, ExpertWidths, ModelResult
 from tdc_fast.runs.loading import Run, load_run
@@ -59,7 +59,7 @@ def compare_runs(
     first: Contestant,
     models: Sequence[Contestant],
     measured: dict[str, Measured],
-    yardsticks: Yardsticks,
+    reference: Reference,
     protocol: MeasuringProtocol,
     seconds: dict[str, float],
 ) -> Comparison:
@@ -68,16 +68,15 @@ def compare_runs(
     Args:
         subject: what it is about.
         first: the shared stage 1.
-        models: the compared models, the yardstick first.
+        models: the compared models, the baseline first.
         measured: measurements by the key of the model.
-        yardsticks: what the samples were compared with.
+        reference: what the samples were compared with.
         protocol: how the models were measured.
         seconds: time taken, by job.
     """
     stage1 = load_run(first.directory)
     results = tuple(_result(stage1, model, measured[model.key], protocol) for model in models)
-    reference = yardsticks.reference
-    chosen = torch.randperm(len(reference), generator=torch.Generator().manual_seed(0))[:100]
+    chosen = torch.randperm(len(reference.images), generator=torch.Generator().manual_seed(0))[:100]
     pruned = next(model for model in models if model.key == subject.pruned)
     return Comparison(
         title=subject.title,
@@ -86,11 +85,11 @@ def compare_runs(
         boundaries=protocol.boundaries,
         snr_db=tuple(float(value) for value in stage1.diffusion.snr_db()),
         widths=_widths(load_run(pruned.directory)),
-        floors=yardsticks.floors,
-        feature_space=yardsticks.feature_space,
-        reference=f"all {len(reference)} real {subject.images}",
+        floors=reference.floors,
+        feature_space=reference.feature_space,
+        reference=f"all {len(reference.images)} real {subject.images}",
         sampler=f"DDIM, {protocol.sampling_steps} steps",
-        real_images=reference[chosen],
+        real_images=reference.images[chosen],
         settings={
             "model and training": {name: value for name, value in subject.settings.items() if value != ""},
             "this job": subject.options,

@@ -95,7 +95,7 @@ def stage1(out: Path, baseline_steps: int, seed: int) -> Contestant:
 def contestants(
     out: Path, baseline_steps: int, seed: int, control: bool, time: Mapping[str, str] | None = None
 ) -> tuple[Contestant, ...]:
-    """All models of the demo, the yardstick (the uniform baseline at cost C) first.
+    """All models of the demo, the baseline (the uniform baseline at cost C) first.
 
     Args:
         out: folder of the runs.

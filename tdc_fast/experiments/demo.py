@@ -15,7 +15,7 @@ from tdc_fast.experiments.assemble import Subject, compare_runs
 from tdc_fast.experiments.contestants import SETTINGS, Contestant, contestants, stage1
 from tdc_fast.experiments.folder import begun_with
 from tdc_fast.experiments.jobs import Job, contest_job, run_jobs, training_job
-from tdc_fast.experiments.measure import MeasuringProtocol, load_measured, load_yardsticks, prepare_yardsticks
+from tdc_fast.experiments.measure import MeasuringProtocol, load_measured, load_reference, prepare_reference
 from tdc_fast.report import write_report
 from tdc_fast.routing import TimestepGroups
 from tdc_fast.runs.groups import build_groups
@@ -89,13 +89,13 @@ def run_demo(options: DemoOptions, *, in_process: bool = False) -> Path:
     protocol = _protocol(options, groups)
     processes = 0 if in_process else options.processes or cpu_count() or 1
     say(f"C is {steps} steps of a uniform baseline on 64 digits each; {len(models)} models, then the report")
-    yardsticks = out / "measured" / "yardsticks.pt"
+    reference = out / "measured" / "reference.pt"
     results = {model.key: out / "measured" / f"{model.key}.pt" for model in models}
     opening = [training_job(first)]
-    if not yardsticks.exists():
-        opening.append(Job("classifier and floors", prepare_yardsticks, (yardsticks, options.samples)))
+    if not reference.exists():
+        opening.append(Job("classifier and floors", prepare_reference, (reference, options.samples)))
     seconds = run_jobs(opening, processes, say)
-    jobs = [contest_job(model, yardsticks, protocol, results[model.key]) for model in _longest_first(models)]
+    jobs = [contest_job(model, reference, protocol, results[model.key]) for model in _longest_first(models)]
     seconds.update(run_jobs(jobs, processes, say))
     say("writing the report")
     comparison = compare_runs(
@@ -103,7 +103,7 @@ def run_demo(options: DemoOptions, *, in_process: bool = False) -> Path:
         first,
         models,
         {key: load_measured(path) for key, path in results.items()},
-        load_yardsticks(yardsticks),
+        load_reference(reference),
         protocol,
         {**seconds, "all": time.monotonic() - began},
     )

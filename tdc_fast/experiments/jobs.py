@@ -65,11 +65,11 @@ def train_contestant(contestant: Contestant) -> None:
         raise KeyboardInterrupt from interrupted
 
 
-def train_and_measure(contestant: Contestant, yardsticks: Path, protocol: MeasuringProtocol, measured: Path) -> None:
+def train_and_measure(contestant: Contestant, reference: Path, protocol: MeasuringProtocol, measured: Path) -> None:
     """Train a contestant, then measure it; what an earlier attempt has finished is kept."""
     train_contestant(contestant)
     if not measured.exists():
-        measure(contestant.directory, yardsticks, protocol, measured)
+        measure(contestant.directory, reference, protocol, measured)
 
 
 def training_job(contestant: Contestant) -> Job:
@@ -78,9 +78,9 @@ def training_job(contestant: Contestant) -> Job:
     return Job(contestant.label, train_contestant, arguments, contestant.progress, contestant.last_step)
 
 
-def contest_job(contestant: Contestant, yardsticks: Path, protocol: MeasuringProtocol, measured: Path) -> Job:
+def contest_job(contestant: Contestant, reference: Path, protocol: MeasuringProtocol, measured: Path) -> Job:
     """The job that trains and measures a contestant; arguments as for `train_and_measure`."""
-    arguments = (contestant, yardsticks, protocol, measured)
+    arguments = (contestant, reference, protocol, measured)
     return Job(contestant.label, train_and_measure, arguments, contestant.progress, contestant.last_step, MEASURING)
 
 

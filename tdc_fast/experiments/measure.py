@@ -79,23 +79,23 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Yardsticks:
+class Reference:
     """What samples are compared with.
 
     Attributes:
-        reference: real images (M, C, H, W) uint8.
+        images: real images (M, C, H, W) uint8.
         extractor: the feature extractor.
         feature_space: its description.
         floors: distances between real images in this feature space.
     """
 
-    reference: Tensor
+    images: Tensor
     extractor: nn.Module
     feature_space: str
     floors: tuple[Floor, ...]
 
 
-def prepare_yardsticks(
+def prepare_reference(
     path: Path, samples: int, data_dir: str = "digits", image_size: int = 8, on_corrupt: OnCorrupt = "error"
 ) -> None:
     """Choose the feature space, measure the floors of the distance, and write both to a file.
@@ -111,30 +111,30 @@ def prepare_yardsticks(
     """
     content: dict[str, Any] = {"data_dir": data_dir, "image_size": image_size, "on_corrupt": on_corrupt}
     content["classifier"] = None
-    reference = _real_images(data_dir, image_size, on_corrupt)
+    images = _real_images(data_dir, image_size, on_corrupt)
     extractor: nn.Module
     if (data_dir, image_size) == ("digits", 8):
         trained = train_classifier()
         extractor, content["classifier"] = trained.model, trained.model.state_dict()
         content["feature_space"] = f"{trained.model.description}, {trained.accuracy:.1%} accurate on held-out digits"
     else:
-        extractor = RandomConvFeatures(reference.shape[1])
+        extractor = RandomConvFeatures(images.shape[1])
         content["feature_space"] = extractor.description
-    floors = real_floors(extract(reference, extractor), bootstrap_n=samples)
+    floors = real_floors(extract(images, extractor), bootstrap_n=samples)
     content["floors"] = [(floor.kind, floor.n, list(floor.values)) for floor in floors]
     _save(path, content)
 
 
-def load_yardsticks(path: Path) -> Yardsticks:
-    """Read what `prepare_yardsticks` wrote."""
+def load_reference(path: Path) -> Reference:
+    """Read what `prepare_reference` wrote."""
     content = load_tensors(path)
-    reference = _real_images(content["data_dir"], content["image_size"], content.get("on_corrupt", "error"))
-    extractor: nn.Module = RandomConvFeatures(reference.shape[1])
+    images = _real_images(content["data_dir"], content["image_size"], content.get("on_corrupt", "error"))
+    extractor: nn.Module = RandomConvFeatures(images.shape[1])
     if content["classifier"] is not None:
         extractor = DigitsClassifier().eval().requires_grad_(False)
         extractor.load_state_dict(content["classifier"])
     floors = tuple(Floor(kind, n, tuple(values)) for kind, n, values in content["floors"])
-    return Yardsticks(reference, extractor, content["feature_space"], floors)
+    return Reference(images, extractor, content["feature_space"], floors)
 
 
 def _real_images(data_dir: str, image_size: int, on_corrupt: OnCorrupt) -> Tensor:
@@ -143,7 +143,7 @@ def _real_images(data_dir: str, image_size: int, on_corrupt: OnCorrupt) -> Tenso
 
 
 def measure(
-    run_directory: Path, yardsticks: Path, protocol: MeasuringProtocol, path: Path, merging: Merging | None = None
+    run_directory: Path, reference: Path, protocol: MeasuringProtocol, path: Path, merging: Merging | None = None
 ) -> None:
     """Measure the model of a run and write the result to a file; the first draw goes to the run's samples/.
 
@@ -151,7 +151,7 @@ def measure(
 
     Args:
         run_directory: the run.
-        yardsticks: file that `prepare_yardsticks` wrote.
+        reference: file that `prepare_reference` wrote.
         protocol: how to measure.
         path: the file to write.
         merging: measure the run's experts merged into one dense model; its draw goes to samples/ and the file's name.
@@ -161,7 +161,7 @@ def measure(
     # A dense denoiser is routed as well, so that all models run on the same, faster kernels.
     model = _routed(trained).to(device)
     denoiser = replace(trained, model=InDtype(model, torch.bfloat16) if trained.config.mixed_precision else model)
-    compared_with = load_yardsticks(yardsticks)
+    real = load_reference(reference)
     heldout_images = split_of(denoiser)[1]
     assert heldout_images is not None
     losses = heldout_losses(
@@ -183,7 +183,7 @@ def measure(
             seed=protocol.first_seed + draw,
             device=str(device),
         )
-        distances.append(frechet_distance(compared_with.reference, images, compared_with.extractor))
+        distances.append(frechet_distance(real.images, images, real.extractor))
         if shown is None:
             shown = images[:GRID_IMAGES]
             folder = run_directory / "samples"

@@ -113,8 +113,8 @@ def _numbers(comparison: Comparison) -> str:
     groups, in_time = range(len(comparison.boundaries) - 1), bool(comparison.widths.times)
     rows = []
     for model in comparison.models:
-        overall, _ = compare(model.heldout, comparison.yardstick.heldout)
-        against = "—" if model is comparison.yardstick else (
+        overall, _ = compare(model.heldout, comparison.baseline.heldout)
+        against = "—" if model is comparison.baseline else (
             _plus_minus(100 * overall.relative, 100 * overall.standard_error, ".2f") + " %"
         )  # fmt: skip
         rows.append(
@@ -238,7 +238,7 @@ def _compute(comparison: Comparison) -> str:
     phases: list[str] = []
     for model in sorted(comparison.models, key=lambda model: -len(model.phases)):
         phases += [phase for phase in model.phases if phase not in phases]
-    total = comparison.yardstick.training_macs
+    total = comparison.baseline.training_macs
     rows = []
     for model in comparison.models:
         shares = [f"{model.phases[phase] / total:.4f}" if phase in model.phases else "—" for phase in phases]

@@ -116,7 +116,7 @@ class Comparison:
     Attributes:
         title: heading of the report.
         subtitle: what is compared, in one sentence.
-        models: the models; the first is the yardstick, whose training cost is C.
+        models: the models; the first is the baseline, whose training cost is C.
         boundaries: boundaries of the intervals of timesteps by which losses are told, from 0 to T.
         snr_db: signal-to-noise ratio of each timestep in decibels.
         widths: widths of the pruned experts.
@@ -150,7 +150,7 @@ class Comparison:
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
-    def yardstick(self) -> ModelResult:
+    def baseline(self) -> ModelResult:
         """The model that the others are compared with."""
         return self.models[0]
 
@@ -168,18 +168,18 @@ class Comparison:
         return [other for other in self.models if other.family == model.family].index(model)
 
     def training_cost(self, model: ModelResult) -> float:
-        """Training MACs as a fraction of the yardstick's."""
-        return model.training_macs / self.yardstick.training_macs
+        """Training MACs as a fraction of the baseline's."""
+        return model.training_macs / self.baseline.training_macs
 
     def sampling_cost(self, model: ModelResult) -> float:
-        """MACs of one sampled image as a fraction of the yardstick's."""
-        return model.sampling_macs / self.yardstick.sampling_macs
+        """MACs of one sampled image as a fraction of the baseline's."""
+        return model.sampling_macs / self.baseline.sampling_macs
 
     def to_json(self) -> dict[str, Any]:
         """Every number of the report; all but `seconds` are the same each time."""
         models = {}
         for model in self.models:
-            overall, per_group = compare(model.heldout, self.yardstick.heldout)
+            overall, per_group = compare(model.heldout, self.baseline.heldout)
             models[model.key] = {
                 "label": model.label,
                 "description": model.description,
@@ -196,7 +196,7 @@ class Comparison:
                     else {"sampling_time": model.sampling_time}
                 ),
                 "heldout_loss": model.heldout.to_json(),
-                "heldout_against_yardstick": {
+                "heldout_against_baseline": {
                     "mean": overall.to_json(),
                     "per_group": [difference.to_json() for difference in per_group],
                 },
@@ -206,7 +206,7 @@ class Comparison:
         return {
             "version": 1,
             "title": self.title,
-            "yardstick": self.yardstick.key,
+            "baseline": self.baseline.key,
             "models": models,
             "groups": {"boundaries": list(self.boundaries), "snr_db": list(self.snr_db)},
             "widths": self.widths.to_json(),

@@ -79,7 +79,7 @@ def loss_curves(comparison: Comparison) -> str:
     columns = min(4, num_groups)
     rows = -(-num_groups // columns)
     figure, axes = new_figure(11, 2.9 * rows + 0.5, rows, columns, sharex=True)
-    total = comparison.yardstick.training_macs
+    total = comparison.baseline.training_macs
     for group in range(num_groups):
         axis = axes.flat[group]
         for model in trained(comparison):
@@ -177,7 +177,7 @@ def width_heatmap(comparison: Comparison) -> str:
 
 
 def heldout_differences(comparison: Comparison) -> str:
-    """Held-out loss relative to the yardstick, overall and by group, with two standard errors either side."""
+    """Held-out loss relative to the baseline, overall and by group, with two standard errors either side."""
     figure, axes = new_figure(11, 3.2)
     axis = axes[0, 0]
     others = comparison.models[1:]
@@ -185,7 +185,7 @@ def heldout_differences(comparison: Comparison) -> str:
     labels = ["all timesteps", *(f"{comparison.interval} {g}" for g in range(num_groups))]
     pitch = min(0.16, 0.8 / max(1, len(others)))
     for place, model in enumerate(others):
-        overall, per_group = compare(model.heldout, comparison.yardstick.heldout)
+        overall, per_group = compare(model.heldout, comparison.baseline.heldout)
         differences = [overall, *per_group]
         x = np.arange(len(labels)) + (place - (len(others) - 1) / 2) * pitch
         axis.errorbar(
@@ -194,11 +194,11 @@ def heldout_differences(comparison: Comparison) -> str:
             yerr=[200 * d.standard_error for d in differences],
             fmt="o", markersize=6, capsize=3, linewidth=1.4, color=colour(comparison, model), label=model.label,
         )  # fmt: skip
-    axis.axhline(0, color=colour(comparison, comparison.yardstick), linewidth=1.4)
+    axis.axhline(0, color=colour(comparison, comparison.baseline), linewidth=1.4)
     axis.axvline(0.5, color=RULE, linewidth=1)
     axis.set_xticks(range(len(labels)), labels)
     axis.set_xlim(-0.6, len(labels) - 0.4)
-    axis.set_ylabel(f"loss against {comparison.yardstick.label} (%)", fontsize=9)
+    axis.set_ylabel(f"loss against {comparison.baseline.label} (%)", fontsize=9)
     _legend(figure, most_columns=4)
     return _svg(figure)
 

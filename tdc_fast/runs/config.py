@@ -17,7 +17,6 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from tdc_fast.errors import invalid
-from tdc_fast.runs.levers import check_levers
 from tdc_fast.runs.limits import check_limits, comma_numbers, path_options
 from tdc_fast.runs.options import (
     SECTIONS,
@@ -29,6 +28,7 @@ from tdc_fast.runs.options import (
     SearchOptions,
     TdcOptions,
 )
+from tdc_fast.runs.stage2_options import check_stage2_options
 from tdc_fast.text_files import read_json, read_yaml
 
 MAY_CHANGE_ON_RESUME = frozenset(
@@ -428,7 +428,7 @@ def _check_tdc(config: TrainConfig) -> None:
         budgets = comma_numbers("budgets", config.budgets, float)
         if len(budgets) != config.groups or not all(0 < share <= 1 for share in budgets):
             raise invalid("budgets", config.budgets, f"{config.groups} shares above 0 and at most 1, one per group")
-    check_levers(config, config.ema_rates)
+    check_stage2_options(config, config.ema_rates)
     if config.timestep_respacing:
         raise invalid("timestep_respacing", config.timestep_respacing, "nothing, since groups divide all timesteps")
     for name in ("stage1_share", "total_share"):

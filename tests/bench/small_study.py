@@ -15,10 +15,10 @@ from bench.paper.sizing import Paces
 from bench.paper.tables import TABLES
 
 OF_THE_TABLE = ["uniform", "uniform-80", "uniform-small-80", "one", "tdc"]
-ARMS = {"shared-pairs": "lever-shared-pairs", "whole-slope": "lever-slope-whole"}
-TRAINED = [*OF_THE_TABLE, *ARMS.values()]
+VARIANTS = {"shared-pairs": "variant-shared-pairs", "whole-slope": "variant-slope-whole"}
+TRAINED = [*OF_THE_TABLE, *VARIANTS.values()]
 MERGED = "-merged-1.5"
-KEYS = [key for name in TRAINED for key in (name, name + MERGED) if key == name or name in ("tdc", *ARMS.values())]
+KEYS = [key for name in TRAINED for key in (name, name + MERGED) if key == name or name in ("tdc", *VARIANTS.values())]
 TABLE = replace(TABLES["main"], rows=tuple(row for row in TABLES["main"].rows if row.key in OF_THE_TABLE))
 STEPS = 64  # the fewest of which pruning's calibration leaves some
 
@@ -39,7 +39,7 @@ def options_in(folder: Path, device: str, **changes: Any) -> ImagesOptions:
         attention_resolutions="",
         batch_size=8,
         groups=2,
-        arms=",".join(ARMS),
+        variants=",".join(VARIANTS),
         merged="1.5",
         samples=24,
         draws=2,

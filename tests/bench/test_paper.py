@@ -17,7 +17,7 @@ from bench.paper.summary import _score_against_loss, as_markdown, summarise
 from bench.paper.tables import TABLES, Table, with_merged
 from tdc_fast.evaluation.classifier import train_classifier
 from tdc_fast.experiments import DemoOptions, measure
-from tdc_fast.experiments.measure import load_yardsticks
+from tdc_fast.experiments.measure import load_reference
 from tdc_fast.nn.merging import Merging
 from tdc_fast.runs.config import TrainConfig
 from tdc_fast.runs.options import SearchOptions, TimeOptions, time_options
@@ -71,11 +71,11 @@ def outcome(tmp_path_factory):
         patch.setattr(measure, "train_classifier", lambda: train_classifier(epochs=2))
         outcomes = run_rows(IN_TIME, rows, range(2), folder, how, 0, said.append)
     again = run_rows(IN_TIME, rows, range(2), folder, how, 0, said.append)
-    yardsticks = load_yardsticks(folder / "yardsticks-64.pt")
+    reference = load_reference(folder / "reference-64.pt")
     table = Table("small", "Does it run?", rows)
     environment = {"machine": "here", "torch": "2", "tdc_fast": "0"}
     minutes = cpu_minutes(IN_TIME, rows, range(2), folder)
-    return outcomes, again, said, summarise(table, IN_TIME, outcomes, range(2), how, yardsticks, environment, minutes)
+    return outcomes, again, said, summarise(table, IN_TIME, outcomes, range(2), how, reference, environment, minutes)
 
 
 def test_a_second_call_trains_nothing(outcome):
@@ -90,7 +90,7 @@ def test_costs_are_measured_macs_with_pruning_counted(outcome):
     assert set(phases) == {"stage 1", "pruning", "stage 2"} and all(phases.values())
     uniform, tdc, _ = result["rows"]
     assert uniform["training_cost"] == 1 and tdc["training_cost"] == pytest.approx(0.8, abs=0.05)
-    assert uniform["heldout_against_yardstick"] == [0, 0] and tdc["sampling_cost"] < 1
+    assert uniform["heldout_against_baseline"] == [0, 0] and tdc["sampling_cost"] < 1
 
 
 def test_a_table_with_budgets_in_time_tells_the_sampling_time_beside_the_macs(outcome):
@@ -152,7 +152,7 @@ def test_budgets_in_time_that_cannot_be_met_are_refused_before_anything_is_train
     ("flags", "said"),
     [
         ([], "table: got ''; expected one of main, stages"),
-        (["main", "levers"], "table: got 'main levers'"),
+        (["main", "variants"], "table: got 'main variants'"),
         (["main", "--study", "cifar"], "study: got 'cifar'; expected one of digits, digits-wide"),
         (["main", "--seeds", "0"], "seeds: got 0"),
         (["main", "--samples", "1"], "samples: got 1"),
@@ -185,7 +185,7 @@ def test_the_table_tells_every_seed_and_wins_are_counted_seed_by_seed(outcome):
     _, _, _, result = outcome
     tdc = result["rows"][1]
     assert len(tdc["heldout_loss"]) == len(tdc["frechet_distance"]) == 2
-    assert tdc["better_on_loss"] == sum(value < 0 for value in tdc["heldout_against_yardstick"])
+    assert tdc["better_on_loss"] == sum(value < 0 for value in tdc["heldout_against_baseline"])
     assert 0 < result["cpu_minutes"] < 30
     json.dumps(result, allow_nan=False)
     text = as_markdown({**result, "date": "2000-01-01", "command": "x"})

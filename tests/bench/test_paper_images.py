@@ -17,7 +17,7 @@ from bench.paper.images import ImagesOptions, run_images
 from bench.paper.recipes import contestant, images_study
 from bench.paper.run import protocol
 from bench.paper.sizing import Pace, Paces, decide, least_steps
-from bench.paper.tables import TABLES, arm, with_merged
+from bench.paper.tables import TABLES, variant, with_merged
 from tdc_fast.experiments import measure
 from tdc_fast.experiments.jobs import read_progress
 from tdc_fast.experiments.measure import load_measured
@@ -44,7 +44,7 @@ STEPS = {
     "tdc": 0.3 / 0.85,
 }
 ROW_PACES = {key: Pace(0.02, 2.0) for key in {*KEYS, *small_study.TRAINED}}
-PACES = Paces(Pace(0.01, 1.0), ROW_PACES, yardsticks=3.0, measuring=4.0, elapsed=5.0)
+PACES = Paces(Pace(0.01, 1.0), ROW_PACES, reference=3.0, measuring=4.0, elapsed=5.0)
 FIXED = 5 + 3 + 1 + 8 * (2 + 4)
 PER_STEP = 0.5 * 0.01 + 0.02 * sum(STEPS.values())
 
@@ -90,7 +90,7 @@ def options(tmp_path_factory) -> ImagesOptions:
 @pytest.fixture(scope="module")
 def in_time(options) -> ImagesOptions:
     """With budgets in the time of a table."""
-    config = contestant(images._study(options, small_study.STEPS), arm("shared"), 0, Path(options.out))[1].config
+    config = contestant(images._study(options, small_study.STEPS), variant("shared"), 0, Path(options.out))[1].config
     layers = all_layers(outline_unet(config, 3), torch.zeros(1, 3, 8, 8), {})
     rows = {layer: 100 + layer.live_in * layer.live_out * layer.height for layer in layers}
     path = Path(options.data_dir).with_name("times.json")
@@ -115,8 +115,8 @@ def test_every_kind_of_run_is_timed(finished):
         assert 0 < pace.step < paces.elapsed and 0 <= pace.fixed < paces.elapsed
     assert paces.rows["uniform"] == paces.rows["uniform-80"] != paces.rows["uniform-small-80"]
     assert paces.measuring > 0 and not (out / "warmup").exists()
-    assert {key for key, pace in paces.rows.items() if pace.macs} == {"one", "tdc", *small_study.ARMS.values()}
-    assert paces.rows["one"].macs == paces.rows["lever-slope-whole"].macs == 1 > paces.rows["tdc"].macs > 0.5
+    assert {key for key, pace in paces.rows.items() if pace.macs} == {"one", "tdc", *small_study.VARIANTS.values()}
+    assert paces.rows["one"].macs == paces.rows["variant-slope-whole"].macs == 1 > paces.rows["tdc"].macs > 0.5
 
 
 def test_experts_whose_budgets_are_in_time_have_the_steps_that_their_macs_allow():
@@ -137,12 +137,12 @@ def test_budgets_in_time_are_told_beside_macs_in_table_and_report(finished, numb
 
 def test_all_models_are_trained_at_the_cost_they_stand_for(numbers):
     assert list(numbers["models"]) == small_study.KEYS
-    for recipe in (*small_study.TABLE.rows, *map(arm, small_study.ARMS)):
+    for recipe in (*small_study.TABLE.rows, *map(variant, small_study.VARIANTS)):
         model = numbers["models"][recipe.key]
         # Experts stop at the last whole step within their budget, pruning included.
         assert recipe.cost - 1 / 64 <= model["training_cost"] <= recipe.cost + 1 / 64
         assert len(model["frechet_distance"]["draws"]) == 2 and model["heldout_loss"]["num_images"] == 8
-        assert (model["sampling_cost"] < 1) == (recipe.key in ("tdc", "lever-shared-pairs"))
+        assert (model["sampling_cost"] < 1) == (recipe.key in ("tdc", "variant-shared-pairs"))
 
 
 def test_merged_experts_stand_beside_their_own_in_table_and_report(finished, numbers):
@@ -165,22 +165,22 @@ def test_merged_experts_take_the_time_of_measuring_alone():
     assert lost == pytest.approx(4 * PACES.measuring / PER_STEP, abs=1)
 
 
-def test_arms_are_runs_with_their_lever_and_as_many_experts_as_asked_for(finished):
+def test_variants_are_runs_with_their_option_and_as_many_experts_as_asked_for(finished):
     runs = finished[0] / "runs" / "seed0"
-    shared, slope = (load_run(runs / key) for key in small_study.ARMS.values())
+    shared, slope = (load_run(runs / key) for key in small_study.VARIANTS.values())
     assert shared.config.groups == slope.config.groups == 2 and shared.config.k == 0.6 and slope.config.k == 1
     assert shared.experts().shared["input_blocks.0.0"] == (0, 0) and slope.experts().shared == {}
-    rows = read_progress(runs / "lever-slope-whole" / "experts" / "progress.csv")
+    rows = read_progress(runs / "variant-slope-whole" / "experts" / "progress.csv")
     assert rows[0]["share_g0"] == "0.5" != rows[-1]["share_g0"]  # the first slope is seen after four steps
     assert "--stage2_slope_windows 32" in (finished[0] / "report.html").read_text()
 
 
-def test_an_arm_is_tdc_with_one_lever_pruned_or_whole(tmp_path):
+def test_a_variant_is_tdc_with_one_option_pruned_or_whole(tmp_path):
     study = images_study("there.npz", 128, 8000, groups=8)
-    rates = contestant(study, arm("whole-lr-high-snr"), 0, tmp_path)[1].config
+    rates = contestant(study, variant("whole-lr-high-snr"), 0, tmp_path)[1].config
     assert rates.stage2_lr_factors == "1,0.905724,0.820335,0.742997,0.67295,0.609507,0.552045,0.5"
     assert (rates.groups, rates.k, rates.total_share, rates.stage2_batch) == (8, 1.0, 1.0, 128)
-    assert contestant(study, arm("shared-level0"), 0, tmp_path)[1].config.shared_layers == "level0"
+    assert contestant(study, variant("shared-level0"), 0, tmp_path)[1].config.shared_layers == "level0"
     assert study.small_batch == 16 and decide(study, ROWS, PACES, 30, 160).baseline_steps > 160
 
 
@@ -204,7 +204,7 @@ def test_models_that_were_trained_in_bf16_are_measured_in_it(finished, options, 
     monkeypatch.setattr(measure, "from_run", lambda _: half)
     monkeypatch.setattr(measure, "load_run", lambda _: load_run(runs / "seed0" / "tdc"))
     how = replace(protocol(STUDY, 24, 1), sampling_steps=4, points_per_group=2)
-    measure.measure(tmp_path, runs / "yardsticks-24.pt", how, tmp_path / "half.pt")
+    measure.measure(tmp_path, runs / "reference-24.pt", how, tmp_path / "half.pt")
     after = load_measured(tmp_path / "half.pt")
     assert (
         after.heldout.mean == pytest.approx(before.heldout.mean, rel=1e-2) and after.heldout.mean != before.heldout.mean
@@ -267,7 +267,7 @@ def test_after_too_few_minutes_the_same_folder_takes_more(options, tmp_path, mon
         (["--minutes", "0"], "minutes: got 0"),
         (["--groups", "3"], "batch_size: got 128; expected a multiple of --groups 3"),
         (["--merged", "1,x"], "merged: got '1,x'"),
-        (["--arms", "shared,sharp"], "arms: got 'sharp'; expected shared, shared-pairs"),
+        (["--variants", "shared,sharp"], "variants: got 'sharp'; expected shared, shared-pairs"),
         (["--channel_mult", "1,2,2,2,2"], "channel_mult"),
     ],
 )
@@ -288,9 +288,9 @@ def test_an_unreadable_image_is_refused_by_name_or_left_out(options, tmp_path):
         run_images(corrupt, in_process=True)
     study = images._study(replace(corrupt, on_corrupt="skip"), 64)
     assert images._training_images(study, TABLES["main"], corrupt) == 10  # of 12, a fifth of which is held out
-    measure.prepare_yardsticks(tmp_path / "yardsticks.pt", 4, *study.dataset)
+    measure.prepare_reference(tmp_path / "reference.pt", 4, *study.dataset)
     assert np.array_equal(
-        sorted(measure.load_yardsticks(tmp_path / "yardsticks.pt").reference.sum(dim=(1, 2, 3)).tolist()),
+        sorted(measure.load_reference(tmp_path / "reference.pt").images.sum(dim=(1, 2, 3)).tolist()),
         sorted(pixels.sum(axis=(1, 2, 3)).tolist()),
     )
     assert not (tmp_path / "out").exists()

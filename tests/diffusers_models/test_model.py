@@ -98,7 +98,7 @@ def schedule(kind: Any = DDPMScheduler) -> Any:
 
 @pytest.mark.parametrize("kind", ["ddpm", "ddim"])
 def test_a_pipeline_draws_with_the_expert_of_each_step(kind: str) -> None:
-    """The yardstick calls the plain expert at every step."""
+    """The reference calls the plain expert at every step."""
     routed = pruned()
     pipeline = DDPMPipeline if kind == "ddpm" else DDIMPipeline
     scheduler = schedule(DDPMScheduler if kind == "ddpm" else DDIMScheduler)

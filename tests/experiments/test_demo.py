@@ -170,7 +170,7 @@ def test_one_model_made_again_elsewhere_has_the_same_numbers(finished, options, 
     protocol = MeasuringProtocol(
         draws=2, samples=60, sampling_steps=2, points_per_group=1, boundaries=(0, 250, 500, 750, 1000)
     )
-    jobs.train_and_measure(pruned, finished / "measured" / "yardsticks.pt", protocol, out / "pruned.pt")
+    jobs.train_and_measure(pruned, finished / "measured" / "reference.pt", protocol, out / "pruned.pt")
     measured = load_measured(out / "pruned.pt")
     first = numbers["models"]["pruned"]
     assert list(measured.distances) == first["frechet_distance"]["draws"]

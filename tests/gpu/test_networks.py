@@ -51,7 +51,7 @@ def test_every_sample_gets_its_experts_result(device: str, pruned: bool, shared:
 @on_device
 @pruned
 def test_weights_that_groups_share_get_the_sum_of_their_gradients_without_waiting(device: str, pruned: bool) -> None:
-    """The yardstick has the same weights in every group, each with a gradient of its own."""
+    """The reference has the same weights in every group, each with a gradient of its own."""
     shared = routed_unet(device, torch.float32, pruned=pruned, shared_layers=SHARED)
     apart = routed_unet(device, torch.float32, pruned=pruned)
     for group in range(NUM_GROUPS):

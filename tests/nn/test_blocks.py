@@ -133,7 +133,7 @@ def shuffled(model: nn.Module, widths: list[dict[str, int]], groups: TimestepGro
 
 
 def without_dead_channels(model: nn.Module, plan: WidthPlan, expert: int) -> nn.Module:
-    """The whole model, where nothing reads what the expert does not keep: the yardstick of pruning."""
+    """The whole model, where nothing reads what the expert does not keep: the reference of pruning."""
     masked = copy.deepcopy(model)
     for unit in units_of(model):
         entry = plan.experts[expert][unit.name]

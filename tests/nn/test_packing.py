@@ -84,7 +84,7 @@ def test_every_sample_gets_its_own_expert_forward_and_backward():
 
 @pytest.mark.parametrize("scale_shift", [False, True])
 def test_a_pruned_expert_is_the_base_without_its_dead_channels(scale_shift):
-    """The yardstick is the base itself: what reads a dead channel is zeroed, a unit of width 0 is its skip path."""
+    """The reference is the base itself: what reads a dead channel is zeroed, a unit of width 0 is its skip path."""
     model = unet(use_scale_shift_norm=scale_shift)
     plan = shuffled_plan(model, PRUNED)
     routed = pack_experts(model, GROUPS, plan)

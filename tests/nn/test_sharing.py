@@ -96,7 +96,7 @@ def how(request: pytest.FixtureRequest) -> str:
 
 @pytest.mark.parametrize("pruned", [False, True], ids=["whole", "pruned"])
 def test_outputs_and_gradients_are_those_of_experts_with_equal_weights(how: str, pruned: bool):
-    """The yardstick is the model in which no group shares: its gradients, added up where weights are equal."""
+    """The reference is the model in which no group shares: its gradients, added up where weights are equal."""
     model = unet(use_scale_shift_norm=True)
     plan = nested_plan(model, PRUNED) if pruned else None
     shared = randomise(pack_experts(model, GROUPS, plan, shared_layers=how), seed=5)

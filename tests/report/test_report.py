@@ -156,7 +156,7 @@ def test_both_files_are_written_and_the_json_holds_the_numbers(comparison, tmp_p
     assert page.name == "report.html"
     assert numbers["models"]["pruned"]["training_cost"] == pytest.approx(0.8)
     assert numbers["models"]["pruned"]["frechet_distance"]["n"] == 5000
-    assert numbers["models"]["base"]["heldout_against_yardstick"]["mean"]["relative"] == 0
+    assert numbers["models"]["base"]["heldout_against_baseline"]["mean"]["relative"] == 0
     assert numbers["frechet_floors"][1]["n"] == 898
     assert numbers["widths"]["units"][1] == {"name": "block.b", "channels": 8, "widths": [8, 0]}
 

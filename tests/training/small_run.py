@@ -30,7 +30,7 @@ SETTINGS: dict[str, Any] = {
     "tensorboard": False,
     "progress": "never",
 }
-LEVERS: dict[str, Any] = {
+STAGE2_OPTIONS: dict[str, Any] = {
     "shared_layers": "convolutions,attention,level1:2", "stage2_lr_factors": "1,0.5,0.25",
     "stage2_ema_factors": "1,2,0.5", "stage2_slope_windows": 10, "distillation_weight": 0.5,
 }  # fmt: skip

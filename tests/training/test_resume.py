@@ -20,7 +20,7 @@ from tdc_fast.experiments.measure import count_parameters
 from tdc_fast.train import main, train
 from tdc_fast.training import RunDirectory, load_run
 from tests.training.small_run import (
-    LEVERS,
+    STAGE2_OPTIONS,
     TWO_STAGES,
     differences,
     flags,
@@ -66,7 +66,7 @@ def unkilled(tmp_path_factory, processes):
     folder = tmp_path_factory.mktemp("unkilled")
     # Three timesteps: the loss-aware sampler leaves its warm-up. Seven images: three groups do not divide them.
     random_parts = {"dropout": 0.2, "schedule_sampler": "loss-second-moment", "diffusion_steps": 3, "batch_size": 7}
-    config = small_config(folder, grad_clip=1.0, **random_parts, **LEVERS, **TWO_STAGES)
+    config = small_config(folder, grad_clip=1.0, **random_parts, **STAGE2_OPTIONS, **TWO_STAGES)
     began = time.monotonic()
     process = processes(flags(config), folder / "output.txt")
     process.join()

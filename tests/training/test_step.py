@@ -21,7 +21,7 @@ from tdc_fast.training.stage import Stage
 from tdc_fast.training.step import TrainingStep
 from tests.graphs.tape import TapeCapture
 from tests.operators import Recorded
-from tests.training.small_run import LEVERS, TWO_STAGES, differences, flags, rows, small_config
+from tests.training.small_run import STAGE2_OPTIONS, TWO_STAGES, differences, flags, rows, small_config
 
 STAGES = {**TWO_STAGES, "stage1_steps": 5, "stage2_steps": 6}
 RUNS = {
@@ -30,7 +30,7 @@ RUNS = {
         "stage2_slope_windows": 8,
     },
     "random parts, losses that a sampler reads, soft boundaries, experts that share and differ in rates": {
-        **STAGES, **LEVERS, "stage2_slope_windows": 0, "dropout": 0.2, "diffusion_steps": 8,
+        **STAGES, **STAGE2_OPTIONS, "stage2_slope_windows": 0, "dropout": 0.2, "diffusion_steps": 8,
         "schedule_sampler": "loss-second-moment", "overlap": 0.3, "batch_size": 7, "class_cond": True,
         "label_dropout": 0.3,
     },

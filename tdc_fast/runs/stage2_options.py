@@ -1,4 +1,4 @@
-"""Checks of the levers of stage 2: what differs from group to group besides widths."""
+"""Checks of the options of stage 2 that differ from group to group."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tdc_fast.runs.limits import comma_numbers
 from tdc_fast.runs.options import TdcOptions
 
 
-def check_levers(config: TdcOptions, ema_rates: Sequence[str]) -> None:
+def check_stage2_options(config: TdcOptions, ema_rates: Sequence[str]) -> None:
     """Check the windows of stage 2, and the factors per group on its learning rate and on its averages.
 
     Args:
