@@ -94,20 +94,17 @@ class TDCModel(*_BASES):  # type: ignore[misc]
         )
 
     @classmethod
-    def from_routed(cls, routed: RoutedModel, shared_layers: str = "") -> TDCModel:
+    def from_routed(cls, routed: RoutedModel) -> TDCModel:
         """The model around a packed model of a class of diffusers, which it holds itself, not a copy.
 
         Args:
             routed: the packed model.
-            shared_layers: what it was packed with.
 
         Raises:
             ValueError: the packed model is of another class.
         """
         if not isinstance(routed, RoutedModel):
             raise invalid("routed", type(routed).__name__, "a RoutedModel, which pack_experts makes")
-        if bool(routed.shared) != bool(shared_layers):
-            raise invalid("shared_layers", shared_layers, f"what pack_experts was given; shared are {[*routed.shared]}")
         dense: Any = dense_module(routed.model)
         base_class(type(dense).__name__, type(dense))
         plan = routed.widths
@@ -119,7 +116,7 @@ class TDCModel(*_BASES):  # type: ignore[misc]
             widths=None if plan is None else [plan.expert_widths(index) for index in range(routed.num_experts)],
             base_hash="" if plan is None else plan.base_hash,
             per_sample=None if routed.per_sample is None else list(routed.per_sample),
-            shared_layers=shared_layers,
+            shared_layers=routed.shared_layers,
             auto_map={"AutoModel": f"{Path(CODE_FILE).stem}.{cls.__name__}"},
         )
         model.routed = routed

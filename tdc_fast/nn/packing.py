@@ -43,6 +43,7 @@ class RoutedModel(nn.Module):
         widths: the `WidthPlan` of pruned experts, else None.
         routing: holds the plan of the running forward.
         per_sample: the arguments that have an entry per sample, as `pack_experts` takes them.
+        shared_layers: as `pack_experts` takes them, in one string.
         num_experts: N, one per group.
         skeleton: the base without weights, in a tuple, where pruned experts are cut from it: for a module that has not
             `with_widths` itself; else ().
@@ -59,10 +60,11 @@ class RoutedModel(nn.Module):
         widths: WidthPlan | None,
         routing: PlanScope,
         per_sample: tuple[str, ...] | None = None,
+        shared_layers: str = "",
     ) -> None:
         super().__init__()
         self.model, self.groups, self.widths, self.routing = model, groups, widths, routing
-        self.per_sample = per_sample
+        self.per_sample, self.shared_layers = per_sample, shared_layers
         self._timestep = timestep_argument(dense_module(model))
         self.skeleton: tuple[nn.Module, ...] = ()
         leaves = self.routed_leaves().values()
@@ -376,7 +378,8 @@ def pack_experts(
     for unit in units:
         set_unit_width(model, unit, widths.max_width(unit.name))  # type: ignore[union-attr]
     _set_routing(model, routing)
-    routed = RoutedModel(model, groups, widths, routing, names).train(base.training)
+    terms = shared_layers if isinstance(shared_layers, str) else ",".join(shared_layers)
+    routed = RoutedModel(model, groups, widths, routing, names, terms).train(base.training)
     if widths is not None and not isinstance(base, Prunable):
         routed.skeleton = (without_weights(base),)
     return routed
