@@ -29,7 +29,9 @@ _MAX_TIMESTEPS = 2**53
 class TimestepGroups:
     """N contiguous, non-empty intervals that cover the timesteps [0, T); group 0 holds timestep 0.
 
-    Immutable. Iterating gives (start, stop) of each group; groups with the same intervals are equal.
+    `TimestepGroups([0, 250, 1000])` has the groups [0, 250) and [250, 1000); boundaries that do not start at 0 and
+    increase strictly are a ValueError. Immutable. Iterating gives (start, stop) of each group; groups with the same
+    intervals are equal.
 
     Attributes:
         boundaries: N + 1 strictly increasing integers from 0 to T; group g is [boundaries[g], boundaries[g + 1]).
@@ -58,11 +60,6 @@ class TimestepGroups:
         self.boundaries = tuple(values)
         self.strategy = strategy
         self._inner: dict[torch.device, Tensor] = {}  # first timestep of groups 1..N-1, per device
-
-    @classmethod
-    def from_boundaries(cls, boundaries: Sequence[int], *, strategy: str = "boundaries") -> TimestepGroups:
-        """Groups with the given N + 1 boundaries, from 0 to T; ValueError unless they increase strictly."""
-        return cls(boundaries, strategy)
 
     @classmethod
     def uniform(cls, num_timesteps: int, num_groups: int) -> TimestepGroups:

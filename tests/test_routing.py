@@ -105,14 +105,14 @@ def test_group_of_keeps_shape_and_device_for_any_integer_dtype(dtype: torch.dtyp
         ("num_timesteps", lambda: TimestepGroups.uniform("10", 2)),
         ("num_groups", lambda: TimestepGroups.uniform(10, 2.0)),
         ("clip_db", lambda: TimestepGroups.snr(cosine_alpha_bar(), 2, clip_db=20)),
-        ("boundaries", lambda: TimestepGroups.from_boundaries(10)),
+        ("boundaries", lambda: TimestepGroups(10)),
         ("t", lambda: TimestepGroups.uniform(10, 2).group_of([1])),
         ("groups file", lambda: TimestepGroups.load("no/such/groups.json")),
-        ("boundaries", lambda: TimestepGroups.from_boundaries([0])),
-        ("boundaries", lambda: TimestepGroups.from_boundaries([1, 5])),
-        ("boundaries", lambda: TimestepGroups.from_boundaries([0, 5, 5])),
-        ("boundaries", lambda: TimestepGroups.from_boundaries([0, 2.5, 5])),
-        ("boundaries", lambda: TimestepGroups.from_boundaries([0, True, 5])),
+        ("boundaries", lambda: TimestepGroups([0])),
+        ("boundaries", lambda: TimestepGroups([1, 5])),
+        ("boundaries", lambda: TimestepGroups([0, 5, 5])),
+        ("boundaries", lambda: TimestepGroups([0, 2.5, 5])),
+        ("boundaries", lambda: TimestepGroups([0, True, 5])),
         ("schedule", lambda: TimestepGroups.snr(np.array([0.1, 0.9]), 2)),
         ("schedule", lambda: TimestepGroups.snr(np.array([1.1, 0.9]), 2)),
         ("schedule", lambda: TimestepGroups.snr(np.array([0.5, np.nan]), 2)),
@@ -179,7 +179,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
 def test_groups_are_values() -> None:
     groups = TimestepGroups.uniform(10, 2)
     groups.group_of(torch.tensor([3]))
-    assert groups == TimestepGroups.from_boundaries([0, 5, 10]) != TimestepGroups.uniform(10, 5)
-    assert hash(groups) == hash(TimestepGroups.from_boundaries([0, 5, 10]))
+    assert groups == TimestepGroups([0, 5, 10]) != TimestepGroups.uniform(10, 5)
+    assert hash(groups) == hash(TimestepGroups([0, 5, 10]))
     assert pickle.loads(pickle.dumps(groups)) == copy.deepcopy(groups) == groups
     assert eval(repr(groups)) == groups

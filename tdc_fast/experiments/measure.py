@@ -168,7 +168,7 @@ def measure(
         denoiser.model,
         denoiser.diffusion,
         heldout_images.batch(slice(None))[0].to(device),
-        TimestepGroups.from_boundaries(protocol.boundaries),
+        TimestepGroups(protocol.boundaries),
         points_per_group=protocol.points_per_group,
         seed=protocol.loss_seed,
     )

@@ -81,7 +81,7 @@ def build_groups(config: TrainConfig, *, report: bool = False) -> TimestepGroups
             raise invalid(
                 "boundaries", config.boundaries, f"the last one to be --diffusion_steps, {config.diffusion_steps}"
             )
-        return TimestepGroups.from_boundaries(bounds)
+        return TimestepGroups(bounds)
     if config.grouping == "uniform":
         return TimestepGroups.uniform(config.diffusion_steps, config.groups)
     limits = comma_numbers("snr_range", config.snr_range, float)

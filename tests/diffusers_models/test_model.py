@@ -81,6 +81,16 @@ def test_a_folder_alone_gives_the_model_again(name: str, tmp_path: Path) -> None
     assert again.dtype == torch.bfloat16 and again.routed.groups == GROUPS
 
 
+@pytest.mark.parametrize("layers", ["conv_in,mid_block*:2", ["conv_in", "mid_block*:2"]])
+def test_a_folder_tells_which_layers_the_experts_share(layers: str | list[str], tmp_path: Path) -> None:
+    routed = pack_experts(made("unet"), GROUPS, shared_layers=layers)
+    model = TDCModel.from_routed(routed)
+    model.save_pretrained(tmp_path)
+    loaded = TDCModel.from_pretrained(tmp_path)
+    assert loaded.routed.shared == routed.shared and "conv_in" in routed.shared
+    torch.testing.assert_close(output(loaded), output(model))
+
+
 def test_weights_are_sharded_where_they_are_large(tmp_path: Path) -> None:
     model = TDCModel.from_routed(pack_experts(made("unet"), GROUPS, per_sample=()))
     model.save_pretrained(tmp_path, max_shard_size="100KB")
@@ -193,7 +203,7 @@ def test_experts_load_in_plain_diffusers(name: str, tmp_path: Path) -> None:
 
 
 def test_two_experts_are_the_two_denoisers_of_a_pipeline_with_a_boundary(tmp_path: Path) -> None:
-    groups = TimestepGroups.from_boundaries([0, 875, 1000])
+    groups = TimestepGroups([0, 875, 1000])
     experts = [made("dit", seed) for seed in range(2)]
     assert save_two_experts(pack_experts(experts, groups), tmp_path) == 0.875
     assert json.loads((tmp_path / "boundary.json").read_text()) == {"boundary_ratio": 0.875}

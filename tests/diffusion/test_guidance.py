@@ -11,7 +11,7 @@ from tdc_fast.graphs import use_capture
 from tdc_fast.routing import TimestepGroups
 from tests.graphs.tape import TapeCapture
 
-GROUPS = TimestepGroups.from_boundaries([0, 10, 25, 40])
+GROUPS = TimestepGroups([0, 10, 25, 40])
 
 
 class ByLabel(torch.nn.Module):

@@ -19,8 +19,7 @@ from tdc_fast.graphs import graphed, use_capture
 from tdc_fast.routing import TimestepGroups
 from tests.graphs.tape import TapeCapture
 
-edges = TimestepGroups.from_boundaries
-GROUPS = edges([0, 10, 40, 100])
+GROUPS = TimestepGroups([0, 10, 40, 100])
 ALL = {
     "uniform": lambda: UniformSampler(100),
     "loss-second-moment": lambda: LossSecondMomentSampler(100, history_per_term=2),
@@ -214,7 +213,7 @@ def test_importance_sampling_draws_by_its_probabilities():
     steps=st.integers(1, 60),
 )
 def test_no_group_is_ever_a_whole_sample_away_from_its_share(shares, batch, steps):
-    groups = edges(tuple(range(0, 10 * len(shares) + 1, 10)))
+    groups = TimestepGroups(tuple(range(0, 10 * len(shares) + 1, 10)))
     sampler = StratifiedSampler(groups, shares)
     exact, total = np.array(shares) / sum(shares), np.zeros(len(shares))
     for step in range(1, steps + 1):
@@ -225,14 +224,14 @@ def test_no_group_is_ever_a_whole_sample_away_from_its_share(shares, batch, step
 
 
 def test_shares_are_exact_after_as_many_steps_as_make_them_whole():
-    sampler = StratifiedSampler(edges((0, 1, 2, 3, 4, 5)))
+    sampler = StratifiedSampler(TimestepGroups((0, 1, 2, 3, 4, 5)))
     counts = [sampler.next_counts(7) for _ in range(5)]
     assert np.array_equal(np.sum(counts, axis=0), [7] * 5)
     assert all(count.max() - count.min() == 1 for count in counts)
 
 
 def test_a_changing_batch_size_still_evens_out():
-    sampler, total, drawn = StratifiedSampler(edges((0, 1, 2, 3)), [0.2, 0.3, 0.5]), np.zeros(3), 0
+    sampler, total, drawn = StratifiedSampler(TimestepGroups((0, 1, 2, 3)), [0.2, 0.3, 0.5]), np.zeros(3), 0
     for step in range(200):
         size = 1 + step * 7 % 13
         total, drawn = total + sampler.next_counts(size), drawn + size
@@ -263,9 +262,9 @@ def test_weights_are_as_documented(weighting, expected):
 
 
 def test_float_shares_mean_what_they_say():
-    sampler = StratifiedSampler(edges((0, 1, 2, 3)), [0.1, 0.2, 0.7])
+    sampler = StratifiedSampler(TimestepGroups((0, 1, 2, 3)), [0.1, 0.2, 0.7])
     assert sampler.next_counts(10).tolist() == [1, 2, 7]
-    wide = StratifiedSampler(edges(tuple(range(9))), [1 / 3 + i * 0.0123456789 for i in range(8)])
+    wide = StratifiedSampler(TimestepGroups(tuple(range(9))), [1 / 3 + i * 0.0123456789 for i in range(8)])
     assert wide.next_counts(1000).sum() == 1000
 
 
@@ -297,7 +296,7 @@ def test_samplers_are_found_by_the_names_of_the_command_line():
 
 
 def test_overlap_draws_from_the_neighbours_and_says_for_which_group():
-    groups = edges([0, 40, 60, 100])
+    groups = TimestepGroups([0, 40, 60, 100])
     assert groups.overlapping(0.25) == ((0, 45), (30, 70), (55, 100))
     sampler = StratifiedSampler(groups, weighting="per_group", overlap=0.25)
     t, weights, group = sampler.draw(3000, sampler.prepare(3000), generator=torch.Generator().manual_seed(0))

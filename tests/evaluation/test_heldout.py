@@ -13,7 +13,7 @@ from tdc_fast.routing import TimestepGroups
 from tests.graphs.tape import TapeCapture
 
 DIFFUSION = create_diffusion(diffusion_steps=40, noise_schedule="cosine", rescale_learned_sigmas=False)
-GROUPS = TimestepGroups.from_boundaries([0, 10, 40])
+GROUPS = TimestepGroups([0, 10, 40])
 
 
 class ScaledInput(nn.Module):
@@ -104,7 +104,7 @@ def test_class_labels_follow_their_images(x0):
 
 
 def test_the_grid_lies_in_the_middle_of_equal_parts_and_covers_narrow_groups_whole():
-    groups = TimestepGroups.from_boundaries([0, 2, 102])
+    groups = TimestepGroups([0, 2, 102])
     assert timestep_grid(groups, 5) == ((0, 1), (12, 32, 52, 72, 92))
 
 

@@ -13,7 +13,7 @@ from tdc_fast.models.iddpm import create_unet
 from tdc_fast.nn.packing import RoutedModel
 
 NUM_TIMESTEPS, NUM_GROUPS = 100, 4
-GROUPS = TimestepGroups.from_boundaries([0, 10, 30, 70, NUM_TIMESTEPS])
+GROUPS = TimestepGroups([0, 10, 30, 70, NUM_TIMESTEPS])
 WIDTHS = (1.0, 0.5, 0.75, 0.25)  # of each expert's units
 
 

@@ -150,7 +150,7 @@ def test_guidance_by_group_has_a_graph_with_the_second_prediction_and_one_withou
             return self.convolution(x) * self.label(y).view(-1, 1, 1, 1)
 
     torch.manual_seed(0)
-    model, groups = ByLabel().cuda(), TimestepGroups.from_boundaries([0, 15, 25, 40])
+    model, groups = ByLabel().cuda(), TimestepGroups([0, 15, 25, 40])
     guided = GuidedDenoiser(model, (1.0, 4.0, 1.0), 3, groups)
     diffusion, y = create_diffusion(40, noise_schedule="cosine"), torch.tensor([0, 1, 2], device="cuda")
 

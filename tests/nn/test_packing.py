@@ -17,7 +17,7 @@ from tdc_fast.routing import TimestepGroups
 from tdc_fast.serving import Engine
 from tests.models.test_iddpm import SMALL, randomise
 
-GROUPS = TimestepGroups.from_boundaries([0, 100, 400, 1000])
+GROUPS = TimestepGroups([0, 100, 400, 1000])
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
@@ -245,7 +245,7 @@ def test_a_state_dict_of_other_experts_is_refused_by_name():
     narrower = [PRUNED[0], PRUNED[1], {**PRUNED[2], "input_blocks.1.0": 16}]
     with pytest.raises(RuntimeError, match="unit_widths"):
         routed.load_state_dict(pack_experts(model, GROUPS, shuffled_plan(model, narrower)).state_dict())
-    moved = TimestepGroups.from_boundaries([0, 100, 500, 1000])
+    moved = TimestepGroups([0, 100, 500, 1000])
     with pytest.raises(RuntimeError, match="group_boundaries"):
         pack_experts(model, moved).load_state_dict(pack_experts(model, GROUPS).state_dict())
 

@@ -133,7 +133,7 @@ def test_nothing_is_pruned_or_calibrated_where_every_budget_is_the_base(num_grou
 
 def test_each_groups_importance_comes_from_its_own_timesteps() -> None:
     diffusion = RecordedDiffusion()
-    groups = TimestepGroups.from_boundaries([0, 30, 70, 100])
+    groups = TimestepGroups([0, 30, 70, 100])
     plan_pruning(tiny_net(), groups, diffusion, tiny_batches(2), k=0.6)
     seen = [(int(t.min()) // 10, int(t.max()) // 10) for t in diffusion.timesteps]
     assert seen == [(3, 6), (3, 6), (7, 9), (7, 9)]

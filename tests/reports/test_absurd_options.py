@@ -280,9 +280,9 @@ def counted(numbers):
     [
         lambda: TimestepGroups.uniform(Counted(2**31 - 1), 2**31 - 1),
         lambda: TimestepGroups.uniform(2**80, 4),
-        lambda: TimestepGroups.from_boundaries(counted(range(2**31))),
-        lambda: TimestepGroups.from_boundaries(counted(itertools.count())),
-        lambda: TimestepGroups.from_boundaries([0, 2**80]),
+        lambda: TimestepGroups(counted(range(2**31))),
+        lambda: TimestepGroups(counted(itertools.count())),
+        lambda: TimestepGroups([0, 2**80]),
     ],
 )
 def test_more_groups_than_anyone_can_use_are_refused_without_counting_them(make):

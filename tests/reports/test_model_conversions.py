@@ -66,7 +66,7 @@ def test_a_packed_model_is_where_its_base_is() -> None:
 
 def test_a_state_dict_of_other_experts_is_refused_wherever_the_model_is() -> None:
     base = create_unet(image_size=8, num_channels=8, num_res_blocks=1, attention_resolutions="", channel_mult="1")
-    other = pack_experts(base, TimestepGroups.from_boundaries([0, 1, 2, 100])).state_dict()
+    other = pack_experts(base, TimestepGroups([0, 1, 2, 100])).state_dict()
     model = pack_experts(base, GROUPS)
     for target in (model, copy.deepcopy(model).to("meta")):
         with pytest.raises(RuntimeError, match="group_boundaries: got"):

@@ -31,7 +31,7 @@ def unet(seed: int = 0, *, learn_sigma: bool = False, class_cond: bool = True) -
 
 def experts(*, pruned: bool = False, learn_sigma: bool = False, class_cond: bool = True) -> RoutedModel:
     """Four experts of different weights, or of one base at different widths."""
-    groups = TimestepGroups.from_boundaries([0, 5, 12, 30, NUM_TIMESTEPS])
+    groups = TimestepGroups([0, 5, 12, 30, NUM_TIMESTEPS])
     options = {"learn_sigma": learn_sigma, "class_cond": class_cond}
     if pruned:
         base = unet(**options)
