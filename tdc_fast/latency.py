@@ -82,7 +82,8 @@ def _measure(arguments: list[str]) -> None:
     if config.groups < 0 and run and (run.path / "groups.json").is_file():
         config = config.replace(groups=load_groups(run).num_groups)
     if config.groups < 1:
-        raise invalid("groups", config.groups, "--groups N, the number of experts in a batch")
+        remedy = "--groups N, the number of experts in a batch; --run DIR knows it after a run has made its groups"
+        raise invalid("groups", config.groups, remedy)
     if not out.parent.is_dir():
         raise invalid("out", str(out), "a file in a folder that exists")
     if out.is_dir():  # refused before everything is measured
