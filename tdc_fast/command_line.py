@@ -27,6 +27,7 @@ import torch
 from tdc_fast.distributed import LostProcess, is_of_all, joined, launched_rank
 from tdc_fast.entry import INTERRUPTED
 from tdc_fast.errors import invalid, is_out_of_memory
+from tdc_fast.runs.config import NO_SUPER_RESOLUTION, SUPER_RESOLUTION
 from tdc_fast.runs.denoisers import TrainedDenoiser, from_checkpoint, from_run, refuse_mismatch, stored_facts
 from tdc_fast.runs.directory import default_directory
 from tdc_fast.runs.limits import check_limits, check_path
@@ -164,6 +165,9 @@ def parse_flags(
     """
     import tyro
 
+    for token, value in _pairs(argv):
+        if token[2:] in SUPER_RESOLUTION:
+            raise invalid(token, value, NO_SUPER_RESOLUTION)
     is_short = "-h" in argv
     if is_short:
         description += "\n\nThe most used flags; --help explains all of them."

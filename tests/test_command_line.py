@@ -78,6 +78,11 @@ def test_unknown_flags_and_values_are_refused_in_one_line(encoding, monkeypatch)
         assert " -" not in str(refused.value).replace(" --", "") and "---" not in str(refused.value)
 
 
+def test_flags_for_super_resolution_are_told_apart_from_typing_errors():
+    with pytest.raises(ValueError, match="--large_size: got '256'; expected no such flag: super-resolution is not"):
+        _parse("--name", "large_size", "--large-size", "256")
+
+
 def test_a_value_can_be_read_before_the_rest_is_parsed():
     assert value_of(["--a", "1", "--model-path", "f.pt"], "model_path") == "f.pt"
     assert value_of(["--model_path=f.pt"], "model_path") == "f.pt"

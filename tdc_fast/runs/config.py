@@ -31,6 +31,9 @@ from tdc_fast.runs.options import (
 from tdc_fast.runs.stage2_options import check_stage2_options
 from tdc_fast.text_files import read_json, read_yaml
 
+SUPER_RESOLUTION = ("large_size", "small_size", "base_samples")
+"""Flags of improved-diffusion's super_res_train.py and super_res_sample.py."""
+NO_SUPER_RESOLUTION = "no such flag: super-resolution is not supported"
 MAY_CHANGE_ON_RESUME = frozenset(
     {
         "run_dir",
@@ -254,6 +257,8 @@ def _default(name: str) -> Any:
 
 
 def _unknown_remedy(name: str) -> str:
+    if name in SUPER_RESOLUTION:
+        return NO_SUPER_RESOLUTION
     close = difflib.get_close_matches(name[:100], _field_types(), n=1)
     return f"a known flag; did you mean {close[0]!r}?" if close else "a known flag; --help lists all of them"
 

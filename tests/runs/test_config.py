@@ -108,6 +108,7 @@ def test_a_configuration_survives_json():
     ("values", "said"),
     [
         ({"batchsize": 3}, "batchsize: got 3; expected a known flag; did you mean 'batch_size'"),
+        ({"large_size": 256}, "large_size: got 256; expected no such flag: super-resolution is not supported"),
         ({"batch_size": "many"}, "batch_size: got 'many'"),
         ({"batch_size": 0}, "batch_size: got 0"),
         ({"batch_size": 2.5}, "batch_size: got 2.5; expected a whole number"),
