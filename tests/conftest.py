@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import signal
@@ -87,9 +88,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=_turn)
+    items.sort(key=lambda item: _turn(item.path))
     for item in items:
-        if _place(item).startswith(SLOW):
+        if _place(item.path).startswith(SLOW):
             item.add_marker(pytest.mark.slow)
     if torch.cuda.is_available():
         return
@@ -99,13 +100,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(skip)
 
 
-def _place(item: pytest.Item) -> str:
-    """The path of an item's file below tests/."""
-    return item.path.relative_to(FOLDER).as_posix() if item.path.is_relative_to(FOLDER) else ""
+@functools.cache
+def _place(file: Path) -> str:
+    """A file's path below tests/."""
+    return file.relative_to(FOLDER).as_posix() if file.is_relative_to(FOLDER) else ""
 
 
-def _turn(item: pytest.Item) -> int:
-    return next((turn for turn, start in enumerate(LONGEST) if _place(item).startswith(start)), len(LONGEST))
+@functools.cache
+def _turn(file: Path) -> int:
+    return next((turn for turn, start in enumerate(LONGEST) if _place(file).startswith(start)), len(LONGEST))
 
 
 @pytest.fixture
