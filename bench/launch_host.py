@@ -33,7 +33,7 @@ from bench.gpu.layers import UNETS
 from bench.stand_in_gpu import dense_memory, stand_in_gpu, with_tiles
 from tdc_fast.graphs import Graphed, use_capture
 from tdc_fast.models.iddpm import create_unet
-from tdc_fast.ops import eager, host
+from tdc_fast.ops import call_cache, host
 
 BATCH, GROUPS, CHANNELS, SIZE = 64, 8, 128, 16
 ROUNDS, CALLS = 40, 20
@@ -192,7 +192,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(1)
-    remembering = patch.object(eager, "_Guards", None) if options.general else nullcontext()
+    remembering = patch.object(call_cache, "_Guards", None) if options.general else nullcontext()
     repeating = patch.dict(os.environ, {host.VARIABLE: "off" if options.python else "on"})
     with repeating, remembering, nullcontext() if device == "cuda" else stand_in_gpu():
         baselines = torch_calls(device)

@@ -39,9 +39,9 @@ from torch import Tensor
 
 from tdc_fast.errors import invalid
 from tdc_fast.kernels.problems import ConvProblem, ConvTensors, NormProblem, NormTensors, Problem
-from tdc_fast.ops import eager
+from tdc_fast.ops import call_cache
+from tdc_fast.ops.call_cache import ENVIRONMENT as ENVIRONMENT
 from tdc_fast.ops.checks import are_in_memory, check_memory, extents, require_backend_name, signature
-from tdc_fast.ops.eager import ENVIRONMENT as ENVIRONMENT
 from tdc_fast.ops.measured import Times, times_near
 from tdc_fast.ops.unfused import Unfused
 
@@ -96,7 +96,7 @@ def forget() -> None:
     """Forgets every choice made so far, after a change in what backends support."""
     _memo.clear()
     _reads_two.clear()
-    eager.forget()
+    call_cache.forget()
 
 
 def _servers(problem: Problem, times: Times | None) -> Iterator[tuple[Any, str | None]]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tdc_fast.kernels.problems import ConvProblem, ConvTensors
-from tdc_fast.ops import backends, eager, library
+from tdc_fast.ops import backends, call_cache, library
 from tdc_fast.ops.check_values import check_conv_values, run_or_explain
 from tdc_fast.ops.checks import check_memory, conv_problem, converted, tf32_is_allowed
 from tdc_fast.ops.dead_channels import are_zeros, note_zeros
@@ -77,14 +77,14 @@ def forward_problem(*args: Any) -> ConvProblem:
     return problem
 
 
-def _forward(*args: Any) -> eager.Bound:
+def _forward(*args: Any) -> call_cache.Bound:
     problem, chosen = _choose("routed_conv2d", _tensors(args[:-4]), _hashable(*args[-4:-1]), args[-1])
 
     def run(*args: Any) -> Tensor:
         t = _tensors(args[:-4])
         return run_or_explain(chosen.conv2d, check_conv_values, problem, t, t)
 
-    return eager.Bound(run, backends.only_launches(chosen))
+    return call_cache.Bound(run, backends.only_launches(chosen))
 
 
 def _forward_fake(*args: Any) -> Tensor:
@@ -93,7 +93,7 @@ def _forward_fake(*args: Any) -> Tensor:
     return empty_nhwc(t.x, p.batch, p.out_channels, p.out_height, p.out_width)
 
 
-forward = eager.Operator(
+forward = call_cache.Operator(
     "routed_conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor? sample_bias, Tensor? residual, "
     f"Tensor? x2, {TILED_SCHEMA}, {_SETTINGS_SCHEMA}, str backend) -> Tensor",
     _forward,
@@ -101,7 +101,7 @@ forward = eager.Operator(
 )
 
 
-def _dgrad(dy: Tensor, *args: Any) -> eager.Bound:
+def _dgrad(dy: Tensor, *args: Any) -> call_cache.Bound:
     *tensors, image_size, x2_channels, stride, padding, upsample, dead_zeros, backend = args
     t, settings = _tensors_of_dgrad(*tensors), _hashable(stride, padding, upsample)
     problem, chosen = _choose("routed_conv2d_dgrad", t, settings, backend, dy, tuple(image_size), x2_channels)
@@ -113,7 +113,7 @@ def _dgrad(dy: Tensor, *args: Any) -> eager.Bound:
         dx, dx2 = run_or_explain(chosen.conv2d_dgrad, check_conv_values, problem, t, dy, t)
         return [dx] if dx2 is None else [dx, dx2]
 
-    return eager.Bound(run, backends.only_launches(chosen))
+    return call_cache.Bound(run, backends.only_launches(chosen))
 
 
 def _dgrad_fake(dy: Tensor, *args: Any) -> list[Tensor]:
@@ -125,7 +125,7 @@ def _dgrad_fake(dy: Tensor, *args: Any) -> list[Tensor]:
 
 
 # One gradient for x, and one for x2 where there is one. dead_zeros: dy is known to be zero past out_widths.
-dgrad = eager.Operator(
+dgrad = call_cache.Operator(
     f"routed_conv2d_dgrad(Tensor dy, Tensor weight, {TILED_SCHEMA}, SymInt[2] image_size, SymInt x2_channels, "
     f"{_SETTINGS_SCHEMA}, bool dead_zeros, str backend) -> Tensor[]",
     _dgrad,
@@ -133,7 +133,7 @@ dgrad = eager.Operator(
 )
 
 
-def _wgrad(dy: Tensor, *args: Any) -> eager.Bound:
+def _wgrad(dy: Tensor, *args: Any) -> call_cache.Bound:
     *tensors, stride, padding, upsample, mask, backend = args
     t = _tensors_of_wgrad(*tensors)
     problem, chosen = _choose("routed_conv2d_wgrad", t, _hashable(stride, padding, upsample), backend, dy)
@@ -143,7 +143,7 @@ def _wgrad(dy: Tensor, *args: Any) -> eager.Bound:
         grads = run_or_explain(chosen.conv2d_wgrad, check_conv_values, problem, t, dy, t, tuple(mask))
         return tuple(dy.new_empty(0) if grad is None else grad for grad in grads)
 
-    return eager.Bound(run, backends.only_launches(chosen))
+    return call_cache.Bound(run, backends.only_launches(chosen))
 
 
 def _wgrad_fake(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -158,7 +158,7 @@ def _wgrad_fake(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 
 # Gradients that `mask` does not ask for come back as empty tensors: a schema has no optional results.
-wgrad = eager.Operator(
+wgrad = call_cache.Operator(
     f"routed_conv2d_wgrad(Tensor dy, Tensor x, Tensor? x2, Tensor weight, {ROUTING_SCHEMA}, {_SETTINGS_SCHEMA}, "
     "bool[3] mask, str backend) -> (Tensor, Tensor, Tensor)",
     _wgrad,
@@ -232,7 +232,7 @@ def _tangent(args: tuple[Any, ...], tangents: tuple[Tensor | None, ...]) -> Tens
     return along_weight + forward.overload(dx, weight, None, None, None, dx2, *rest) if input_moves else along_weight
 
 
-def cast_all(operator: eager.Operator) -> Callable[..., tuple[Any, ...]]:
+def cast_all(operator: call_cache.Operator) -> Callable[..., tuple[Any, ...]]:
     """What `operator.add_autocast` takes: all floating tensors but those of fp64 get the dtype of autocast."""
     names = [argument.name for argument in operator.overload._schema.arguments]
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tdc_fast.kernels.problems import NormProblem, NormTensors
-from tdc_fast.ops import backends, eager, library
+from tdc_fast.ops import backends, call_cache, library
 from tdc_fast.ops.check_values import check_norm_values, run_or_explain
 from tdc_fast.ops.checks import accumulate_dtype, check_memory, converted, norm_problem
 from tdc_fast.ops.dead_channels import note_zeros
@@ -38,7 +38,7 @@ def forward_problem(*args: Any) -> NormProblem:
     return problem
 
 
-def _forward(*args: Any) -> eager.Bound:
+def _forward(*args: Any) -> call_cache.Bound:
     t, settings, backend = _tensors(args[:-4]), args[-4:-1], args[-1]
 
     def describe() -> NormProblem:
@@ -50,7 +50,7 @@ def _forward(*args: Any) -> eager.Bound:
         t = _tensors(args[:-4])
         return run_or_explain(chosen.group_norm, check_norm_values, problem, t, t)
 
-    return eager.Bound(run, backends.only_launches(chosen))
+    return call_cache.Bound(run, backends.only_launches(chosen))
 
 
 def _forward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -62,7 +62,7 @@ def _forward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return y, t.x.new_empty(shape, dtype=dtype), t.x.new_empty(shape, dtype=dtype), counters
 
 
-forward = eager.Operator(
+forward = call_cache.Operator(
     "routed_group_norm(Tensor x, Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, Tensor? x2, "
     f"Tensor offsets, Tensor weight_index, Tensor? widths, {_SETTINGS_SCHEMA}, str backend) -> "
     "(Tensor, Tensor, Tensor, Tensor)",
@@ -71,7 +71,7 @@ forward = eager.Operator(
 )
 
 
-def _backward(dy: Tensor, *args: Any) -> eager.Bound:
+def _backward(dy: Tensor, *args: Any) -> call_cache.Bound:
     *inputs, mean, rstd, counters, offsets, weight_index, widths, num_groups, eps, silu, mask, backend = args
     t, settings = _tensors((*inputs, offsets, weight_index, widths), counters), (num_groups, eps, silu)
 
@@ -89,7 +89,7 @@ def _backward(dy: Tensor, *args: Any) -> eager.Bound:
         )
         return [grad for grad in grads if grad is not None]
 
-    return eager.Bound(run, backends.only_launches(chosen))
+    return call_cache.Bound(run, backends.only_launches(chosen))
 
 
 def _backward_fake(dy: Tensor, *args: Any) -> list[Tensor]:
@@ -102,7 +102,7 @@ def _backward_fake(dy: Tensor, *args: Any) -> list[Tensor]:
 
 # The gradients that `mask` asks for, in the order of x, weight, bias, scale, shift, x2. `counters` holds zeros again at
 # the end, so nothing is written as far as torch can tell.
-_backward_op = eager.Operator(
+_backward_op = call_cache.Operator(
     "routed_group_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, "
     "Tensor? x2, Tensor mean, Tensor rstd, Tensor counters, Tensor offsets, Tensor weight_index, Tensor? widths, "
     f"{_SETTINGS_SCHEMA}, bool[6] mask, str backend) -> Tensor[]",

@@ -1,7 +1,7 @@
 """The extension in C++ that repeats calls with little host time (host_sources/), where there is one.
 
 It is used for tensors on a CUDA device, where a call only has to launch. Without it, or where it cannot be compiled,
-the same is done in Python (eager.py, replay.py), which takes two to three times as long.
+the same is done in Python (call_cache.py, replay.py), which takes two to three times as long.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ so that no registered operator is ever called from inside another:
     Python key  torch's modes live here: FlopCounterMode, FakeTensorMode, torch.compile's tracing
     CPU, CUDA   the implementation, which checks its arguments and picks a backend
 
-A call like an earlier one goes past all of them (eager.py).
+A call like an earlier one goes past all of them (call_cache.py).
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from tdc_fast.errors import invalid
 from tdc_fast.kernels.problems import ConvProblem
+from tdc_fast.ops import call_cache, library
 from tdc_fast.ops import conv2d_operators as conv2d
-from tdc_fast.ops import eager, library
 from tdc_fast.ops.checks import check_memory
 from tdc_fast.ops.dead_channels import are_zeros, note_zeros
 
@@ -98,8 +98,8 @@ def _weight_gradient(grads: tuple[Tensor, ...], *args: Any) -> tuple[Tensor, Ten
 
 
 def _operator(
-    of_images: eager.Operator, schema: str, images: Callable[..., tuple[Any, ...]], results: Callable[..., Any]
-) -> eager.Operator:
+    of_images: call_cache.Operator, schema: str, images: Callable[..., tuple[Any, ...]], results: Callable[..., Any]
+) -> call_cache.Operator:
     """Registers an operator on tokens.
 
     Args:
@@ -109,7 +109,7 @@ def _operator(
         results: From what that returns, and its arguments, to its results.
     """
 
-    def bind(*args: Any) -> eager.Bound:
+    def bind(*args: Any) -> call_cache.Bound:
         bound = of_images.bind(*images(*args))
 
         def run(*args: Any) -> Any:
@@ -117,12 +117,12 @@ def _operator(
             # To torch no view of another tensor: it refuses to write to a view that a node of its graph returned.
             return found.data if isinstance(found, Tensor) else tuple([grad.data for grad in found])
 
-        return eager.Bound(run, bound.only_launches)
+        return call_cache.Bound(run, bound.only_launches)
 
     def fake(*args: Any) -> Any:
         return results(of_images.fake(*images(*args)), *args)
 
-    return eager.Operator(schema, bind, fake)
+    return call_cache.Operator(schema, bind, fake)
 
 
 forward = _operator(

@@ -136,7 +136,7 @@ def _end_recording() -> None:
     """Ends what a recording began, also where Ctrl-C came while its mode of torch was entered or left.
 
     Both are code in Python, which an interrupt can end half way. No other mode is active where a call is recorded
-    (eager.py).
+    (call_cache.py).
     """
     record_into(None)
     while torch._C._len_torch_dispatch_stack():
@@ -168,7 +168,7 @@ def _repetition(
         return None
     results = [result] if isinstance(result, Tensor) else list(result)
     made = [_final(tensor, results) for tensor in allocations.made]
-    # Each tensor once: a call in which others are one tensor is not repeated from this one (eager.py).
+    # Each tensor once: a call in which others are one tensor is not repeated from this one (call_cache.py).
     firsts = {id(tensor): index for index, tensor in reversed([*enumerate(arguments)]) if tensor is not None}
     given = sorted(firsts.values())
     tensors = [arguments[index] for index in given] + made

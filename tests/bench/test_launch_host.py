@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("triton")
 
 from bench import launch_host
-from tdc_fast.ops import eager
+from tdc_fast.ops import call_cache
 from tdc_fast.ops.replay import Replayed
 
 ROW = re.compile(r"^(\w+), (\w+) +" + r" +".join([r"(-?[\d.]+) +(-?[\d.]+)x"] * 3) + "$", re.MULTILINE)
@@ -27,7 +27,7 @@ def test_every_operator_has_a_row_beside_torchs(
 
     def noted(*arguments: object) -> dict[str, dict[str, float]]:
         table = measured(*arguments)  # type: ignore[arg-type]
-        runs.extend(seen.run for seen in eager.seen())
+        runs.extend(call.run for call in call_cache.cached_calls())
         return table
 
     monkeypatch.setattr(launch_host, "measured", noted)

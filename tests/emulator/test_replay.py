@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bench.stand_in_gpu import dense_memory, with_tiles
 from tdc_fast import RoutingPlan, routed_conv2d, routed_group_norm
-from tdc_fast.ops import backends, checks, cuda_launch, eager
+from tdc_fast.ops import backends, call_cache, checks, cuda_launch
 from tdc_fast.ops.replay import Replayed
 from tests.emulator.conv import FAMILIES, MANY_SMS
 from tests.emulator.harness import AT_RUNTIME, EmulatorLauncher, emulated, plain_only
@@ -49,7 +49,7 @@ def test_a_repeated_call_computes_what_its_backend_does(monkeypatch: pytest.Monk
         for seed in (0, 1, 2, 3):
             torch.manual_seed(seed)
             repeated = results()
-        calls = [seen.run for seen in eager.seen()]
+        calls = [call.run for call in call_cache.cached_calls()]
         assert len(calls) == 10
         assert not any(isinstance(call, Replayed) and call.never_repeats for call in calls)
         backends.forget()
@@ -80,7 +80,7 @@ def test_a_repeated_call_of_the_hopper_form_describes_its_own_tensors(
 
     with cuda_launch.use_launcher(launcher):
         first, *_, repeated = [once(seed) for seed in (0, 1, 2, 3)]
-        calls = [seen.run for seen in eager.seen()]
+        calls = [call.run for call in call_cache.cached_calls()]
         assert len(calls) == 3
         assert not any(isinstance(call, Replayed) and call.never_repeats for call in calls)
         backends.forget()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bench.stand_in_gpu import dense_memory
 from tdc_fast import RoutingPlan, routed_conv2d, routed_group_norm, routed_linear
-from tdc_fast.ops import backends, eager
+from tdc_fast.ops import backends, call_cache
 from tdc_fast.ops.replay import Replayed
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("repeating")]
@@ -60,13 +60,13 @@ def repeated_and_not(name: str, backend: str, around: Callable[[Call], list[Tens
     backends.forget()
     for seed in (0, 1):  # the general way, then recorded
         call_of(name, backend, seed)()
-    runs = [seen.run for seen in eager.seen()]
+    runs = [call.run for call in call_cache.cached_calls()]
     assert runs and all(isinstance(run, Replayed) and not run.never_repeats for run in runs)
     call = call_of(name, backend, 2)
     torch.cuda.synchronize()
     repeated = around(call)
     torch.cuda.synchronize()
-    assert len(eager.seen()) == len(runs)
+    assert len(call_cache.cached_calls()) == len(runs)
     backends.forget()
     for one, other in zip(repeated, call(), strict=True):
         assert torch.equal(one, other)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from tdc_fast import RoutingPlan, routed_conv2d, routed_group_norm, routed_linear
-from tdc_fast.ops import backends, conv2d, eager, group_norm, host, host_build, linear, native
+from tdc_fast.ops import backends, call_cache, conv2d, group_norm, host, host_build, linear, native
 from tdc_fast.ops.cuda_nvrtc import CACHE_VARIABLE
 
 CPU = torch.device("cpu")
@@ -62,7 +62,7 @@ def only_extension(host_extension: None, monkeypatch: pytest.MonkeyPatch) -> Cal
         def not_found(*args: Any) -> Any:
             raise AssertionError("not found by the extension")
 
-        for operator in eager._operators:
+        for operator in call_cache._operators:
             if operator._calls is not None:
                 monkeypatch.setattr(operator, "_find_in_python", not_found)
             monkeypatch.setattr(operator, "_again", not_found)
@@ -261,7 +261,7 @@ def test_inference_mode_and_training_are_kept_apart(name: str, host_extension: N
 
 
 def test_forgetting_and_the_limit(host_extension: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(eager, "_LIMIT", 3)
+    monkeypatch.setattr(call_cache, "_LIMIT", 3)
     for samples in range(1, 9):
         x, *rest = tensors_of("routed_conv2d")
         plan = RoutingPlan.from_groups(torch.zeros(samples, dtype=torch.int64), 2)
@@ -327,7 +327,7 @@ def test_where_it_cannot_be_compiled_the_log_says_why_and_calls_are_repeated_in_
     assert all("compiling" in other.getMessage() for other in before) and len(before) <= 1
     assert record.name == "tdc_fast.host" and re.search(reason, record.getMessage())
     assert torch.equal(ys[0], ys[2])
-    assert len(eager.seen()) == 1 and in_extension("routed_conv2d") == 0
+    assert len(call_cache.cached_calls()) == 1 and in_extension("routed_conv2d") == 0
 
 
 def test_it_is_compiled_once_however_many_ask(not_loaded: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tdc_fast import RoutingPlan, routed_conv2d, routed_group_norm, routed_linear
-from tdc_fast.ops import backends, cpu, eager, native, native_call
+from tdc_fast.ops import backends, call_cache, cpu, native, native_call
 from tdc_fast.ops.replay import Replayed
 
 pytestmark = [
@@ -95,7 +95,7 @@ def test_a_repeated_call_does_what_the_backend_does(name: str, monkeypatch: pyte
     backends.forget()
     for _ in range(2):  # the general way, then recorded
         results(case, case[1]())
-    kept = [seen.run for seen in eager.seen()]
+    kept = [call.run for call in call_cache.cached_calls()]
     assert kept and all(isinstance(run, Replayed) and not run.never_repeats for run in kept)
 
     def refuse(*_: Any) -> None:

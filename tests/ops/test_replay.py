@@ -15,7 +15,7 @@ from torch.utils import _python_dispatch
 
 from tdc_fast import RoutingPlan, routed_conv2d, routed_group_norm, routed_linear
 from tdc_fast.kernels import launch, recording, triton_launcher
-from tdc_fast.ops import backends, eager, native, replay
+from tdc_fast.ops import backends, call_cache, native, replay
 from tdc_fast.ops.cuda_planned import Planned
 from tdc_fast.ops.replay import Replayed
 
@@ -202,7 +202,7 @@ def compare_repeated(driver: StandInDriver | Bottom, name: str, monkeypatch: pyt
     one_plan = plan()
     for _ in range(2):  # the general way, then recorded
         launches(driver, CASES[name](), one_plan)
-    replays = [seen.run for seen in eager.seen()]
+    replays = [call.run for call in call_cache.cached_calls()]
     assert not any(isinstance(r, Replayed) and r.never_repeats for r in replays)
     last, other_plan = CASES[name](), plan()
     repeated = launches(driver, last, other_plan)

@@ -1,5 +1,5 @@
-// The calls of one operator that went well, and how they are repeated: the C++ form of eager.py, which fills it in and
-// does whatever is not found here.
+// The calls of one operator that went well, and how they are repeated: the C++ form of call_cache.py, which fills it in
+// and does whatever is not found here.
 #pragma once
 
 #include <algorithm>
@@ -86,7 +86,7 @@ struct Entry {
 
 class Calls {
  public:
-  // Of `Operator.calls` in eager.py:
+  // Of `Operator.calls` in call_cache.py:
   size_t count, tensors;             // arguments, and those that are tensors, which come first
   bool is_cast;                      // whether autocast changes the arguments
   py::object otherwise;              // what does a call that is not found

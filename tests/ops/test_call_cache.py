@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from tdc_fast import RoutingPlan, routed_conv2d, routed_group_norm
-from tdc_fast.ops import backends, conv2d, eager, group_norm
+from tdc_fast.ops import backends, call_cache, conv2d, group_norm
 from tests.ops.test_conv2d import gradients, random_case, routed
 from tests.ops.test_group_norm import gradients as norm_gradients
 from tests.ops.test_group_norm import routed as routed_norm
@@ -200,7 +200,7 @@ def test_later_calls_compute_what_the_general_way_computes(backend: str) -> None
         return [t.nan_to_num() for t in found]
 
     later = [results(seed) for seed in (0, 1, 2)][-1]
-    assert len(eager.seen()) == 5  # both forwards, dgrad, wgrad and the norm's backward, once each
+    assert len(call_cache.cached_calls()) == 5  # both forwards, dgrad, wgrad and the norm's backward, once each
     backends.forget()
     for one, other in zip(later, results(2), strict=True):
         assert torch.equal(one, other)
@@ -268,7 +268,7 @@ def test_what_wraps_tensors_sees_every_call() -> None:
     for call in range(3):
         routed_conv2d(**arguments)
         assert Logged.calls == call + 1
-    assert eager.seen() == []
+    assert call_cache.cached_calls() == []
 
 
 def test_autocast_is_done_at_every_call(general_way_raises: Callable[[], None]) -> None:
@@ -324,17 +324,17 @@ def test_a_torch_that_does_not_tell_what_watches_a_call_takes_the_general_way(
     module = ModuleType("another")
     with monkeypatch.context() as patch:
         patch.delattr(place, name)
-        exec(compile(Path(eager.__file__).read_text(), "eager", "exec"), vars(module))
-    assert not module._unobserved() and eager._unobserved()
-    monkeypatch.setattr(eager, "_is_told", False)
+        exec(compile(Path(call_cache.__file__).read_text(), "call_cache", "exec"), vars(module))
+    assert not module._unobserved() and call_cache._unobserved()
+    monkeypatch.setattr(call_cache, "_is_told", False)
     arguments = tensors()
     first, second = (routed_conv2d(**arguments, padding=1) for _ in range(2))
-    assert torch.equal(first, second) and not eager.seen()
+    assert torch.equal(first, second) and not call_cache.cached_calls()
 
 
 def test_the_number_of_remembered_calls_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(eager, "_LIMIT", 2)
-    monkeypatch.setattr(eager, "_MOST_ALIKE", 2)
+    monkeypatch.setattr(call_cache, "_LIMIT", 2)
+    monkeypatch.setattr(call_cache, "_MOST_ALIKE", 2)
     for channels in (1, 2, 3, 4):
         for columns in (6, 7, 8):
             arguments = tensors(channels)
@@ -358,5 +358,5 @@ def test_integers_of_numpy_are_found_again(monkeypatch: pytest.MonkeyPatch) -> N
     first = calls()
     with pytest.raises(ValueError, match=r"^num_groups: got 2.0"):  # which equals an integer
         routed_group_norm(x, affine, affine, plan, num_groups=2.0)
-    monkeypatch.setattr(eager.Operator, "call_first", lambda self, *args: pytest.fail("the general way"))
+    monkeypatch.setattr(call_cache.Operator, "call_first", lambda self, *args: pytest.fail("the general way"))
     assert all(map(torch.equal, first, calls()))

@@ -1,4 +1,4 @@
-"""Calls like an earlier one, which skip torch's dispatcher and every check that the earlier call passed.
+"""A cache of operator calls: a call like an earlier one skips torch's dispatcher and all checks that that one passed.
 
 A call of a registered operator goes the general way: autocast, autograd, torch's modes, the checks of the arguments,
 the choice of a backend. All of that depends on the settings, the metadata of the tensors and torch's state alone, but
@@ -69,7 +69,7 @@ class Bound(NamedTuple):
     only_launches: bool
 
 
-class Seen:
+class CachedCall:
     """A call that went well.
 
     Attributes:
@@ -158,7 +158,7 @@ class Context:
 
 
 class Operator:
-    """A registered operator that may be called without the dispatcher.
+    """A registered operator with a cache of its calls.
 
     Attributes:
         overload: The operator itself, as torch calls it.
@@ -180,7 +180,8 @@ class Operator:
         kinds = [str(argument.type) for argument in self.overload._schema.arguments]
         self._tensors = sum(kind in ("Tensor", "Optional[Tensor]") for kind in kinds)
         self.bind, self.fake = bind, fake
-        self._kept: dict[Hashable, dict[Hashable, list[Seen]]] = {}  # by the types of all arguments, then by `_key`
+        # By the types of all arguments, then by `_key`.
+        self._kept: dict[Hashable, dict[Hashable, list[CachedCall]]] = {}
         self._calls: Any = None  # those that the extension in C++ keeps
         self.find: Callable[..., Any] = self._find_in_python
         self._apply: Callable[..., Any] | None = None
@@ -222,10 +223,10 @@ class Operator:
             device = self._autocast_device(args)
             with library.without_autocast() if device else nullcontext():
                 cast = self._cast(device, *args) if device else args
-                seen = self._remember(cast)
+                call = self._remember(cast)
             # The extension tells tensors apart by their identity.
-            if seen is not None and all(map(is_, cast, args)) and not _shared(args[: self._tensors]):
-                self._remember_in_extension(args, result, seen.run)
+            if call is not None and all(map(is_, cast, args)) and not _shared(args[: self._tensors]):
+                self._remember_in_extension(args, result, call.run)
         return result
 
     def _find_in_python(self, *args: Any) -> Any:
@@ -256,21 +257,21 @@ class Operator:
             calls = kept[_key(args, self._tensors)]
         except (KeyError, TypeError, RuntimeError):
             return None  # it is new, or a setting has no hash, or a nested tensor no shape: the general way says more
-        for seen in calls:
-            given = seen.given(args)
-            if given is not None and seen.matches(*given):
+        for call in calls:
+            given = call.given(args)
+            if given is not None and call.matches(*given):
                 break
         else:
             return None
-        if seen is not calls[0]:
-            calls[:] = [seen, *(other for other in calls if other is not seen)]
-        if not seen.are_in_memory(given):
+        if call is not calls[0]:
+            calls[:] = [call, *(other for other in calls if other is not call)]
+        if not call.are_in_memory(given):
             return None
-        if seen.differentiable and self._apply is not None and _grad_enabled():
-            return self._apply(*args, seen.run)
-        return seen.run(*args)
+        if call.differentiable and self._apply is not None and _grad_enabled():
+            return self._apply(*args, call.run)
+        return call.run(*args)
 
-    def _remember(self, args: tuple[Any, ...]) -> Seen | None:
+    def _remember(self, args: tuple[Any, ...]) -> CachedCall | None:
         """Keeps a call that went well, where that can be done, and returns it."""
         given = [t for t in args[: self._tensors] if t is not None]
         if not library.are_plain(given):
@@ -282,7 +283,7 @@ class Operator:
         if sum(map(len, self._kept.values())) >= _LIMIT:
             self.forget()
         calls = self._kept.setdefault((*map(type, args),), {}).setdefault(_key(args, self._tensors), [])
-        calls.insert(0, Seen(args, self._tensors, run))
+        calls.insert(0, CachedCall(args, self._tensors, run))
         del calls[_MOST_ALIKE:]
         return calls[0]
 
@@ -340,9 +341,9 @@ class Operator:
 
         return f"{self.overload._opname}Backward", gradients, context, saved, moving, context.materializes
 
-    def seen(self) -> list[Seen]:
+    def cached_calls(self) -> list[CachedCall]:
         """All calls that are kept."""
-        return [seen for kept in self._kept.values() for calls in kept.values() for seen in calls]
+        return [call for kept in self._kept.values() for calls in kept.values() for call in calls]
 
     def forget(self) -> None:
         """Forgets all of them."""
@@ -359,9 +360,9 @@ def forget() -> None:
         operator.forget()
 
 
-def seen() -> list[Seen]:
+def cached_calls() -> list[CachedCall]:
     """The calls of every operator that are kept."""
-    return [call for operator in _operators for call in operator.seen()]
+    return [call for operator in _operators for call in operator.cached_calls()]
 
 
 def _unobserved() -> bool:
