@@ -49,6 +49,16 @@ def run(finished_stage1: Path, tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
+def test_weights_that_a_run_does_not_have_yet_are_refused_with_the_command_that_trains_them(
+    finished_stage1: Path,
+) -> None:
+    run = load_run(finished_stage1)
+    with pytest.raises(ValueError, match=f"expected a run with weights of its experts; .* --resume {finished_stage1}"):
+        run.experts()
+    with pytest.raises(ValueError, match=r"step: got 3; expected one of which .*base has weights: .*10"):
+        run.base(step=3)
+
+
 def test_a_finished_stage_1_is_searched_by_itself_and_stage_2_takes_the_widths(
     run: Path, capsys: pytest.CaptureFixture
 ) -> None:

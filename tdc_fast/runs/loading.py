@@ -114,12 +114,11 @@ class Run:
     def _weight_file(self, stage: str, ema: bool | str, step: int) -> Path:
         directory = self.directory.stage_directory(stage)
         steps = finished_steps(directory)
-        if not steps or (step != -1 and step not in steps):
-            raise invalid(
-                "run",
-                str(directory),
-                f"a finished checkpoint{'' if step == -1 else f' of step {step}'}; it has {steps}",
-            )
+        if not steps:
+            remedy = f"a run with weights of its {stage}; python -m tdc_fast.train --resume {self.path} continues it"
+            raise invalid("run", str(self.path), remedy)
+        if step != -1 and step not in steps:
+            raise invalid("step", step, f"one of which {directory} has weights: {', '.join(map(str, steps))}")
         chosen = steps[-1] if step == -1 else step
         rate = self.config.ema_rates[0] if ema is True else ema
         return directory / (ema_file(str(rate), chosen) if rate else model_file(chosen))
