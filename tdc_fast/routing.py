@@ -140,7 +140,7 @@ class TimestepGroups:
         traces. On a GPU the check would have to wait. Such a timestep then belongs to the nearest group.
 
         Raises:
-            ValueError: t has another dtype, such a timestep, or is mapped over by torch.vmap.
+            ValueError: t is not of an integer dtype, has such a timestep, or is mapped over by torch.vmap.
         """
         require_tensors(t=t)
         if t.dtype not in INTEGER_DTYPES:

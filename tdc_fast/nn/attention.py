@@ -1,6 +1,6 @@
 """The self-attention of improved-diffusion's UNet, differentiable any number of times.
 
-On a GPU it is one of torch's fused kernels; on the CPU what is fastest of what gives a sample the same bits in every
+On a GPU it is one of torch's fused kernels; on the CPU the fastest way that gives a sample the same bits in every
 batch.
 """
 
@@ -49,7 +49,7 @@ def qkv_attention(qkv: Tensor, head_dim: int, live: Tensor | None = None) -> Ten
 
 
 def picks_heads(device: torch.device) -> bool:
-    """Whether heads that a sample has not are left out there: their number depends on data, for which a GPU waits."""
+    """Whether heads that a sample lacks are skipped on this device. Not on a GPU, which would have to wait."""
     return device.type != "cuda" and not torch.compiler.is_compiling()
 
 

@@ -20,7 +20,7 @@ class Axis:
     Attributes:
         layer: the layer's path within the block.
         dim: "out" or "in".
-        copies: how many times over they are there, one block of channels after the other.
+        copies: how many consecutive blocks of these channels the axis has.
     """
 
     layer: str
@@ -35,8 +35,8 @@ class Block:
     Attributes:
         kind: "resblock", "attention" or "feed_forward".
         channels: its inner channels.
-        atom: those that stay or go together: of one norm group, of one head, or a single one.
-        axes: where they are.
+        atom: channels that are kept or removed together: those of one norm group, of one head, or a single channel.
+        axes: the axes of its layers that have these channels.
     """
 
     kind: str
@@ -113,7 +113,7 @@ def _feed_forward(module: Any) -> Block | None:
 
 
 def narrow(model: nn.Module, widths: Mapping[str, int]) -> None:
-    """Cuts the blocks of a model to fewer inner channels, in place; which ones stay must be decided by their order.
+    """Cuts the blocks of a model to their first inner channels, in place; so sort the channels before, if it matters.
 
     Args:
         model: the dense model.
@@ -170,7 +170,7 @@ class SkipPath(nn.Module):
         self.conv_shortcut, self.scale = block.conv_shortcut, block.output_scale_factor
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The skip path of the first argument (B, C, H, W); the others are left aside."""
+        """The skip path of the first argument (B, C, H, W); the others are ignored."""
         x = _first_of(args, kwargs)
         resample = self.upsample or self.downsample
         x = x if resample is None else resample(x)
@@ -187,7 +187,7 @@ class NoChange(nn.Module):
         self.scale = getattr(block, "rescale_output_factor", 1.0)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Zeros like the first argument, or itself where the block adds it; the others are left aside."""
+        """Zeros like the first argument, or itself where the block adds it; the others are ignored."""
         x = _first_of(args, kwargs)
         return x / self.scale if self.residual else torch.zeros_like(x)
 

@@ -33,12 +33,12 @@ class InDtype(nn.Module):
 
 
 class Copies:
-    """Copies of the fp32 ones among some parameters in a lower precision. Gradients flow back to the parameters.
+    """Copies of fp32 parameters in a lower precision. Gradients flow back to the parameters.
 
-    They hold until a parameter changes.
+    They are valid until a parameter changes.
 
     Args:
-        parameters: they and nothing else have copies.
+        parameters: those to copy; the ones that are not fp32 get no copy.
         dtype: of the copies.
     """
 
@@ -71,7 +71,7 @@ class Copies:
 
 
 def autocast_key(device: torch.device) -> Key | None:
-    """What copies of parameters are for, under autocast; None where there should be none.
+    """The key of the copies that autocast needs now; None where no copies should be made.
 
     A compiler fuses casts itself, and transforms of functions do not pass through them.
     """

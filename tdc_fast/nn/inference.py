@@ -1,6 +1,6 @@
 """How a denoiser computes: its precision, and whether a dense one runs on torch's kernels or on the routed ones.
 
-Its output is always in fp32, as losses and samplers, the arithmetic of the diffusion process, are.
+Its output is always in fp32, because losses and samplers compute in fp32.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def denoiser_in(model: nn.Module, dtype: torch.dtype) -> Callable[..., Tensor]:
-    """A model in a precision, with its weights as they are: gradients arrive at them.
+    """A model that computes in a given precision. Its weights keep their own and receive gradients.
 
     Args:
         model: a denoiser, dense or packed, on its device.
@@ -32,7 +32,7 @@ def denoiser_in(model: nn.Module, dtype: torch.dtype) -> Callable[..., Tensor]:
             they round their factors to TF32.)
 
     Returns:
-        What is called as the model is, with integer timesteps, and gives fp32.
+        A module that is called as the model is, with integer timesteps, and returns fp32.
     """
     if dtype == torch.float32:
         return model
@@ -85,7 +85,7 @@ def for_inference(
 
     Args:
         model: a denoiser, called as model(x, t, **condition), dense or packed, on its device.
-        dtype: float32 leaves the weights as they are.
+        dtype: what it computes in; float32 does not cast the weights.
         routed_kernels: run a dense model on the routed kernels, as one expert. None does so where they are faster than
             torch's: on a GPU in bfloat16 and float16, and on the CPU in float32 for models with convolutions. (UNets
             take from 0.7 to 1.0 times torch's time there, the less the larger the batch; in bfloat16 from 0.8 to 1.4

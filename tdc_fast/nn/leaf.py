@@ -39,7 +39,7 @@ class LiveAxis:
         return max(self.counts) * self.copies
 
     def widths(self, device: torch.device | None = None) -> Tensor | None:
-        """Live prefix per group, int32 (N,); None when every one uses the whole stacked axis."""
+        """Number of live entries of each group, int32 (N,); None when all groups use the whole stacked axis."""
         if min(self.counts) == max(self.counts):
             return None
         return torch.tensor([count * self.copies for count in self.counts], dtype=torch.int32, device=device)
@@ -119,20 +119,20 @@ class RoutedLeaf(nn.Module):
         return result
 
     def share(self, rows: Rows) -> None:
-        """Lets groups share weights: for each group its row of the parameters, in ascending order unless pruned."""
+        """Lets groups share weights. `rows` has for each group its row of the parameters, ascending unless pruned."""
         self.rows = rows
         device = next(self.parameters()).device
         self.weight_index = torch.tensor(rows, dtype=torch.int32, device=device)
 
     @property
     def sharing(self) -> Sharing | None:
-        """What decides the plan of this leaf: `rows`, and whether groups that share can be one; None without rows."""
+        """The key of this leaf's plan: `rows`, and whether groups that share count as one group; None without rows."""
         return None if self.rows is None else (self.rows, self.out_widths is None and self.in_widths is None)
 
     def shared_plan(self, plan: RoutingPlan) -> RoutingPlan:
         """The plan of the groups as a leaf that shares weights needs it.
 
-        Groups that share are one, with more samples to fill a tile, unless their widths tell them apart.
+        Groups that share weights count as one group, which fills tiles better, unless their widths differ.
         """
         assert self.weight_index is not None and self.sharing is not None
         if self.sharing[1]:
@@ -238,7 +238,7 @@ class RoutedLeaf(nn.Module):
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether a call of the module calls others, so that it must be called and not only computed."""
+    """Whether the module has hooks, so that its `__call__` must run."""
     forward = module._forward_hooks or module._forward_pre_hooks
     return bool(forward or module._backward_hooks or module._backward_pre_hooks)
 

@@ -30,8 +30,8 @@ class Merging:
             weights that sum to 1, both are the same.
         weights: w_i, one for each expert; () for 1 / N each. An average divides them by their sum.
         scale: of task arithmetic.
-        missing: what a pruned expert has in the channels that it lacks: the base's weights, or zeros, with which it
-            computes what it does.
+        missing: what fills the channels that a pruned expert lacks: "base", the base's weights, or "zero", with which
+            the expert computes the same as before.
     """
 
     method: Method = "average"

@@ -73,12 +73,12 @@ def as_one_expert(model: nn.Module, num_timesteps: int) -> RoutedModel:
 
 
 def kernels_serve(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether routed operators run on kernels for GPUs there, so that one expert is worth it."""
+    """Whether routed operators run on GPU kernels on this device, so that packing one expert is worth it."""
     return device.type == "cuda" and _backend(device, dtype) in ("triton", "cuda", "hopper")
 
 
 def cpu_kernels_serve(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether routed operators run on the kernels for CPUs there."""
+    """Whether routed operators run on the CPU kernels on this device."""
     return device.type == "cpu" and _backend(device, dtype) == "cpu"
 
 

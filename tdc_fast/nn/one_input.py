@@ -16,7 +16,7 @@ from tdc_fast.routing import RoutingPlan
 
 
 def launches_cost(device: torch.device) -> bool:
-    """Whether a launch costs more there than copying its weights, as it does on a GPU."""
+    """Whether a launch on this device costs more than copying the weights, as it does on a GPU."""
     return device.type == "cuda"
 
 
@@ -31,9 +31,9 @@ def chunks_in_one_launch(
         count: chunks per layer.
 
     Returns:
-        For each layer its chunks, (B, C_out / count) each; None where the layers had better run one after the other: on
-        the CPU, where stacking their weights would take longer than it saves, layers that are not routed or have
-        hooks, and those of which groups share some and not others.
+        For each layer its chunks, (B, C_out / count) each; None where the layers should run one after the other: on
+        the CPU, where stacking their weights would take longer than it saves, for layers that are not routed or have
+        hooks, and where groups share some of the layers only.
     """
     if not launches_cost(x.device):
         return None

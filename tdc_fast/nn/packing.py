@@ -45,8 +45,8 @@ class RoutedModel(nn.Module):
         per_sample: the arguments that have an entry per sample, as `pack_experts` takes them.
         shared_layers: as `pack_experts` takes them, in one string.
         num_experts: N, one per group.
-        skeleton: the base without weights, in a tuple, where pruned experts are cut from it: for a module that has not
-            `with_widths` itself; else ().
+        skeleton: (the base without weights,), from which pruned experts are cut; () if no expert is pruned, or if the
+            base has a method `with_widths`.
         shared: the layers of which groups share the weights, by path: for each group its row of the parameters.
     """
 
@@ -143,7 +143,7 @@ class RoutedModel(nn.Module):
 
     @contextmanager
     def cast_once(self) -> Iterator[None]:
-        """Forwards in the block share one cast of the parameters under autocast, where each would make its own.
+        """Within the block, forwards under autocast share one cast of the parameters; outside, each makes its own.
 
         For the microbatches of a step, with their backwards: the parameters must not change inside. A CUDA graph that
         is captured inside has casts of its own, as its replays may come after the block.

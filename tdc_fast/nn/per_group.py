@@ -29,10 +29,10 @@ from tdc_fast.ops.plan import RoutingPlan
 
 
 def holders(module: nn.Module) -> dict[str, nn.Module]:
-    """The children that stay what they are in a module.
+    """The children of a module that are not packed on their own.
 
-    These are lists of parameters, the projection of which torch's attention reads the parameters itself, and the norm
-    of which diffusers' attention asks for the class.
+    These are lists of parameters, the output projection of torch's attention, which reads its parameters
+    directly, and the norm of diffusers' attention, which checks its class.
     """
     whole = isinstance(module, nn.MultiheadAttention)
     asked = "norm_cross" if hasattr(module, "norm_encoder_hidden_states") else None
@@ -44,7 +44,7 @@ def holders(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that a module's own forward reads, by name: those of no child, and those of its `holders`."""
+    """The parameters that a module's own forward reads, by name: its direct ones, and those of its `holders`."""
     own = dict(module.named_parameters(recurse=False))
     for name, child in holders(module).items():
         own |= {f"{name}.{key}": parameter for key, parameter in child.named_parameters()}

@@ -122,8 +122,8 @@ class RoutedLinear(RoutedLeaf):
     def forward(self, x: Tensor, plan: RoutingPlan | None = None, *, residual: Tensor | None = None) -> Tensor:
         """Map x (B, ..., C_in), sorted by the plan, to (B, ..., C_out) and add the residual (B, ..., C_out).
 
-        Blocks of channels stand one after the other, as in the dense layer; where experts have other widths, putting
-        them so costs a copy, which `chunks` spares.
+        Blocks of channels are consecutive, as in the dense layer. If experts differ in width this needs a copy, which
+        `chunks` avoids.
         """
         copies = 1 if self.live_out is None else self.live_out.copies
         if copies == 1:

@@ -43,10 +43,7 @@ def one_per_sample(t: Any, x: Tensor) -> Tensor:
 
 
 def original_index(t: Tensor) -> Tensor:
-    """Timesteps (B,) as integers; ValueError for a fraction, which on a GPU would have to be waited for.
-
-    There, fractions go to the nearest integer.
-    """
+    """Timesteps (B,) as integers; ValueError for a fraction, which a GPU rounds instead, as a check would wait."""
     if not t.dtype.is_floating_point:
         return t
     index = t.round()

@@ -10,12 +10,13 @@ it serves, each of a problem and a named tuple of tensors (kernels/problems.py):
 group_norm returns y, mean, rstd and counters (NormTensors), which group_norm_backward finds in its tensors.
 
 A call may fuse two things into reading its input: "x2", a second tensor with the last channels, and "upsample", nearest
-upsampling. A backend says in `fuses` which of them it has. Where it has not, or does not support the problem, the call
-goes through `Unfused` (unfused.py), which makes the tensor first and gives the backend a problem without.
+upsampling. A backend says in `fuses` which of them it has. Where it lacks one, or does not support the problem, the
+call goes through `Unfused` (unfused.py), which makes the tensor first and gives the backend a problem without it.
 
 The `backend` argument decides first, then the environment variable TDC_FAST_BACKEND; otherwise the fastest backend that
-supports the problem runs. Which one is fastest, measured times say where the device has some near the problem
-(measured.py), elsewhere a usual order per operator. A backend chosen by name that cannot serve raises with its reason.
+supports the problem runs. Where the device has measured times of a similar problem, they decide which one is fastest
+(measured.py); elsewhere each operator has a usual order. A backend chosen by name that cannot serve raises with its
+reason.
 builtin.py registers these:
 
     cpu        C++ for host memory: fp32, bf16
@@ -51,11 +52,12 @@ _MEMO_LIMIT = 4096
 class Backend(Protocol):
     """What `register` takes: it has a function for every problem that `supports` accepts.
 
-    An attribute `fuses`, such as ("x2", "upsample"), says what it has of the things that a call may fuse into reading
-    its input; without one, it has none. `only_launches = True` says that all that its functions do, apart from torch's
-    operators, is to launch kernels in ways that ops/replay.py can repeat. A backend with
-    several kinds of kernels may have form(problem), which says in words which ones serve a problem that it supports,
-    and leads(problem), which says whether they come first in the usual order.
+    Optional attributes:
+        fuses: which of "x2" and "upsample" its kernels do while they read their input; without it, none.
+        only_launches: True if its functions only call torch's operators and launch kernels in ways that ops/replay.py
+            can repeat.
+        form(problem): names the kernels that serve a problem, for a backend with several kinds.
+        leads(problem): whether these kernels come first in the usual order.
     """
 
     name: str
@@ -170,12 +172,12 @@ def select(problem: Problem, requested: str) -> Any:
 
 
 def only_launches(server: Any) -> bool:
-    """Whether launches and torch's operators are all that the functions of what `select` returned consist of."""
+    """Whether the functions of a backend that `select` returned only launch kernels and call torch's operators."""
     return getattr(server, "only_launches", False)
 
 
 def reads_two_inputs(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether x and x2 are read where they are, by the backend that runs a group norm like a UNet's.
+    """Whether the backend of a group norm like a UNet's reads x and x2 directly.
 
     A model that needs the joined tensor more than once makes it itself where they are not, instead of once per call.
     """

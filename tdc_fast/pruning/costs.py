@@ -47,7 +47,7 @@ class UnitCosts:
         return self.fixed + sum(min(table.values()) for table in self.tables.values())
 
     def at_widths_of(self, units: Sequence[PruningUnit]) -> UnitCosts:
-        """The costs at the widths that these units allow, which may step more coarsely than those that were costed."""
+        """The costs at the widths that these units allow, which may be fewer than those with known costs."""
         tables = {unit.name: {width: self.tables[unit.name][width] for width in unit.widths()} for unit in units}
         return UnitCosts(self.fixed, tables, self.measure)
 

@@ -10,10 +10,10 @@ from tdc_fast.pruning.scoring import Scorer
 
 
 class Helpers(Protocol):
-    """Measure what a search needs, on the same base and data as its own process would."""
+    """What other processes measure for a search, on the same base and data."""
 
     def importances(self, intervals: Sequence[tuple[int, int]]) -> tuple[list[Importance], int]:
         """The Taylor importance on the timesteps of each interval (start, stop), and the MACs that it took."""
 
     def sharing(self, scorer: Scorer) -> Scorer:
-        """A scorer that gives the scores of `scorer`, which helpers have too."""
+        """A scorer with the same results as `scorer` that divides the candidates among the processes."""

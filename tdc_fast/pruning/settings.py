@@ -42,7 +42,7 @@ class PruningSettings:
         k_name: what errors call `k`, such as the flag that it came from.
         budget_in: what budgets count, "macs", or "latency": the time that `latency` estimates.
         latency: estimates the time of layers (`LatencyTable`, `Roofline`), for budgets in time; with budgets in MACs
-            the plan only tells it. None estimates nothing.
+            the plan only records it. None estimates nothing.
         width_step: steps the widths of convolutions by a multiple of this many channels wherever the unit allows, or
             by what a function of the narrowed layer gives, such as `Roofline.step`; never finer than the units' own.
 

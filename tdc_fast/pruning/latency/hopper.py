@@ -1,10 +1,10 @@
 """The Hopper form of convolutions, as a roofline needs it: where it runs, its time at fewer live channels, its steps.
 
-At full width the time is that of the model by which the form chooses its tiles (csrc/cuda/conv/hopper_model.h); with
-stride 2 and of upsampled images, which are computed as the gradient of stride 2 on merged taps, that of the products.
-Fewer live channels take the share of the products: the depth in steps of 16 channels, and of a tile's columns as many
-as its products may have, where fewer than 64 save half of their share. All of that is by the model: no committed result
-has times of it.
+At full width the time is that of the model by which the form chooses its tiles (csrc/cuda/conv/hopper_model.h). With
+stride 2, and for upsampled images, which are computed as a gradient with stride 2 on merged taps, that model counts
+products only. With fewer live channels the time falls with the number of products: in steps of 16 input channels, and
+of the columns that a tile's products may have; below 64 columns half of the saved products count. No committed result
+has measured any of this.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def clocks(problem: ConvProblem, gpu: Device, live_in: int, live_out: int) -> fl
 
 
 def column_step(problem: ConvProblem, gpu: Device) -> int:
-    """The live output channels in whose multiples a tile multiplies fewer columns."""
+    """The step in live output channels at which a tile multiplies fewer columns."""
     _, (*fewer, columns) = _tile(problem, gpu)
     return columns - max([size for size in fewer if size < columns], default=0)
 

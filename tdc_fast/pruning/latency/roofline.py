@@ -91,7 +91,7 @@ class Roofline:
         )
 
     def step(self, layer: Layer) -> int:
-        """The live channels in whose multiples the time of a convolution rises, on the axis that is narrowed.
+        """The step, in live channels on the narrowed axis, at which the time of a convolution rises.
 
         Args:
             layer: with fewer live channels than all on one side.
