@@ -36,7 +36,7 @@ class SamplingLoop:
         steps: how many steps to visit, spread as suits the sampler (see `sampling_steps`); None visits those of
             `diffusion` (respace it for improved-diffusion's spacings).
         spacing: how the steps are spread over the timesteps (see `sampling_steps`).
-        eta: noise of DDIM, 0 for none.
+        eta: noise of DDIM, 0 for none; the other samplers take only 0.
         clip_denoised: limit the predicted x0 to [-1, 1].
 
     Raises:
@@ -160,7 +160,7 @@ def sample(
         clip_denoised: limit the predicted x0 to [-1, 1].
         model_kwargs: further arguments of the model.
         progress: show a progress bar.
-        eta: noise of DDIM, 0 for none.
+        eta: noise of DDIM, 0 for none; the other samplers take only 0.
         device: where to sample; None for torch's default device.
         noise: x_T (shape), instead of a draw.
         spacing: how the steps are spread over the timesteps (see `sampling_steps`).

@@ -61,7 +61,7 @@ def draw_samples(
         device: where the model is.
         progress: show a bar on a terminal, else print lines with the time left.
         spacing: how the steps are spread over the timesteps, as in `tdc_fast.diffusion.samplers.sampling_steps`.
-        eta: noise of DDIM, 0 for none.
+        eta: noise of DDIM, 0 for none; the other samplers take only 0.
         guidance_scale: of classifier-free guidance, or one for each group of timesteps, from low to high; 1 is none.
             At steps with scale 1 the prediction for no class is not computed.
         null_class: the label for no class, which is drawn only if `classes` has it; None takes the one that the model

@@ -46,7 +46,7 @@ class GenerateBody(BaseModel):
     seed: Annotated[int | None, Field(ge=0, le=_LARGEST, description="seed of noise and classes; none for any")] = None
     steps: Annotated[int | None, Field(ge=1, le=_LARGEST, description="sampling steps; none for 50")] = None
     sampler: SamplerName = "ddim"
-    eta: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False, description="noise of ddim")] = 0.0
+    eta: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False, description="noise of ddim alone")] = 0.0
     label: Annotated[int | None, Field(ge=0, le=_LARGEST, description="class; none draws one per image")] = None
     guidance_scale: Annotated[_Scale | list[_Scale], Field(description="one, or one per group; 1 for none")] = 1.0
     preview_every: Annotated[int, Field(ge=0, le=_LARGEST, description="steps between previews; events only")] = 0

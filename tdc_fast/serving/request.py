@@ -21,7 +21,7 @@ class Request:
         seed: of the noise, and of the classes where `label` is None.
         steps: sampling steps, 1 to T.
         sampler: "ddim", "ddpm" or "dpm++2m".
-        eta: noise of DDIM, 0 for none; at most 1000.
+        eta: noise of DDIM, 0 for none, at most 1000; the other samplers take only 0.
         label: the class of all images; None draws one for each image, of a class-conditional model.
         guidance_scale: of classifier-free guidance, or one for each group of timesteps, from low to high; 1 for none.
             In steps with another scale an image takes the place of two in a batch.
