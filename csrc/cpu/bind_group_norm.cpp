@@ -18,9 +18,9 @@ T* at(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-GroupNormProblem make_problem(int dtype, int64_t batch, int64_t height, int64_t width, int64_t channels,
-                              int64_t num_norm_groups, double eps, bool silu, int64_t num_groups, int64_t num_experts,
-                              int64_t x2_channels) {
+GroupNormProblem make_norm(int dtype, int64_t batch, int64_t height, int64_t width, int64_t channels,
+                           int64_t num_norm_groups, double eps, bool silu, int64_t num_groups, int64_t num_experts,
+                           int64_t x2_channels) {
   GroupNormProblem p;
   p.dtype = static_cast<DType>(dtype);
   p.batch = batch, p.height = height, p.width = width;
@@ -39,9 +39,9 @@ GroupNormProblem routed(GroupNormProblem p, Address offsets, Address weight_inde
   return p;
 }
 
-void forward(const GroupNormProblem& p, Address x, Address x2, Address weight, Address bias, Address scale,
-             Address shift, Address y, Address mean, Address rstd, Address counters, Address offsets,
-             Address weight_index, Address widths, int threads) {
+void norm_forward(const GroupNormProblem& p, Address x, Address x2, Address weight, Address bias, Address scale,
+                  Address shift, Address y, Address mean, Address rstd, Address counters, Address offsets,
+                  Address weight_index, Address widths, int threads) {
   const GroupNormProblem problem = routed(p, offsets, weight_index, widths, threads);
   py::gil_scoped_release release;
   group_norm_forward(problem, {at(x), at(weight), at(bias), at(scale), at(shift), at(x2)}, at(y), at<float>(mean),
@@ -49,9 +49,10 @@ void forward(const GroupNormProblem& p, Address x, Address x2, Address weight, A
   if (counters) std::memset(at(counters), 0, problem.num_experts * problem.num_norm_groups * sizeof(int32_t));
 }
 
-void backward(const GroupNormProblem& p, Address dy, Address x, Address x2, Address weight, Address bias, Address scale,
-              Address shift, Address mean, Address rstd, Address dx, Address dweight, Address dbias, Address dscale,
-              Address dshift, Address dx2, Address offsets, Address weight_index, Address widths, int threads) {
+void norm_backward(const GroupNormProblem& p, Address dy, Address x, Address x2, Address weight, Address bias,
+                   Address scale, Address shift, Address mean, Address rstd, Address dx, Address dweight, Address dbias,
+                   Address dscale, Address dshift, Address dx2, Address offsets, Address weight_index, Address widths,
+                   int threads) {
   const GroupNormProblem problem = routed(p, offsets, weight_index, widths, threads);
   py::gil_scoped_release release;
   group_norm_backward(problem, {at(x), at(weight), at(bias), at(scale), at(shift), at(x2)}, at(dy),
@@ -67,17 +68,17 @@ void bind_group_norm(py::module_& module) {
                                "A routed group norm of one geometry, whose tensors are still missing; see "
                                "csrc/cpu/group_norm.h. Its methods take addresses and a number of threads; arguments "
                                "in their order cost the least time.")
-      .def(py::init(&make_problem), py::kw_only(), py::arg("dtype"), py::arg("batch"), py::arg("height"),
-           py::arg("width"), py::arg("channels"), py::arg("num_norm_groups"), py::arg("eps"), py::arg("silu"),
-           py::arg("num_groups"), py::arg("num_experts"), py::arg("x2_channels") = 0)
-      .def("forward", &forward, py::arg("x"), optional("x2"), optional("weight"), optional("bias"), optional("scale"),
-           optional("shift"), py::arg("y"), py::arg("mean"), py::arg("rstd"), optional("counters"), py::arg("offsets"),
-           optional("weight_index"), optional("widths"), py::arg("threads"),
+      .def(py::init(&make_norm), py::kw_only(), py::arg("dtype"), py::arg("batch"), py::arg("height"), py::arg("width"),
+           py::arg("channels"), py::arg("num_norm_groups"), py::arg("eps"), py::arg("silu"), py::arg("num_groups"),
+           py::arg("num_experts"), py::arg("x2_channels") = 0)
+      .def("forward", &norm_forward, py::arg("x"), optional("x2"), optional("weight"), optional("bias"),
+           optional("scale"), optional("shift"), py::arg("y"), py::arg("mean"), py::arg("rstd"), optional("counters"),
+           py::arg("offsets"), optional("weight_index"), optional("widths"), py::arg("threads"),
            "y, mean and rstd of the routed group norm; counters become zeros.")
-      .def("backward", &backward, py::arg("dy"), py::arg("x"), optional("x2"), optional("weight"), optional("bias"),
-           optional("scale"), optional("shift"), py::arg("mean"), py::arg("rstd"), optional("dx"), optional("dweight"),
-           optional("dbias"), optional("dscale"), optional("dshift"), optional("dx2"), py::arg("offsets"),
-           optional("weight_index"), optional("widths"), py::arg("threads"),
+      .def("backward", &norm_backward, py::arg("dy"), py::arg("x"), optional("x2"), optional("weight"),
+           optional("bias"), optional("scale"), optional("shift"), py::arg("mean"), py::arg("rstd"), optional("dx"),
+           optional("dweight"), optional("dbias"), optional("dscale"), optional("dshift"), optional("dx2"),
+           py::arg("offsets"), optional("weight_index"), optional("widths"), py::arg("threads"),
            "The gradients of the routed group norm, each where given.");
 }
 
