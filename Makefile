@@ -35,9 +35,26 @@ for name in sys.argv[1:]:
 endef
 export IMPORT_ALL
 
-.PHONY: help install demo test test-fast lint style types docs bench gpu clean
+# What '.[dev]' requires, a line each: pip cannot be asked for it without this project itself.
+define REQUIREMENTS
+import tomllib
+with open("pyproject.toml", "rb") as file:
+    project = tomllib.load(file)["project"]
+def required(requirements):
+    for requirement in requirements:
+        name, _, extras = requirement.rstrip("]").partition("[")
+        if name == project["name"]:
+            for extra in extras.split(","):
+                yield from required(project["optional-dependencies"][extra])
+        else:
+            yield requirement
+print(*required([*project["dependencies"], "tdc_fast[dev]"]), sep="\n")
+endef
+export REQUIREMENTS
+
+.PHONY: help install dependencies checkout demo test test-fast lint style types docs bench gpu clean
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 
 $(BIN)/python:
 	@echo "==> creating $(VENV) with $$($(PYTHON) --version)"
@@ -46,8 +63,16 @@ $(BIN)/python:
 
 $(STAMP): $(SOURCES) | $(BIN)/python
 	@echo "==> installing tdc_fast and what its tests, demo and benches need into $(VENV) (torch is large; the native core builds in a minute, with nvcc in four)"
-	@$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e '.[dev]'
+	@$(SUBMAKE) -j2 dependencies checkout
 	@touch $(STAMP)
+
+# The two halves of `pip install -e '.[dev]'`, of which the second compiles for minutes: install runs them side by side.
+dependencies: | $(BIN)/python ## the packages that this checkout needs, which is one half of install
+	@mkdir -p build && $(BIN)/python -c "$$REQUIREMENTS" > build/requirements.txt
+	@$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -r build/requirements.txt
+
+checkout: | $(BIN)/python ## this checkout alone, with its native core, which is the other half
+	@$(BIN)/python -m pip install --quiet --no-compile --no-deps -e .
 
 $(BYTECODE_STAMP): $(STAMP)
 	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -c "$$IMPORT_ALL" $(BYTECODE)
