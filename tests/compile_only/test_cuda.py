@@ -3,7 +3,8 @@ register.
 
 What nvcc made is read back from the module that was installed. NVRTC compiles here: every family for every
 architecture, or where nvcc has built all of that, one family of every source for one architecture, and one of the
-kernels that differ in the type, the tile or the pass alone. Families of the `hopper` backend are for sm_90a alone.
+kernels that differ in the type, the tile, the access or the pass alone. Families of the `hopper` backend are for
+sm_90a alone.
 """
 
 from __future__ import annotations
@@ -113,12 +114,14 @@ def of_one_pass(kernels: Iterable[str]) -> list[str]:
 
 
 def of_one_tile(kernels: Iterable[str]) -> list[str]:
-    """Of kernels that differ in the numbers of their tile, in their pass and in the type of what they read and write
-    alone, one: of each form in turn another. Products in tf32 are code of their own."""
+    """Of kernels that differ in the numbers of their tile, in their pass, in how many inputs they have, in how they
+    access them and in the type of what they read and write alone, one: of each form in turn another. Products in tf32
+    are code of their own."""
     templates: dict[str, list[str]] = {}
     for name in of_one_type(kernels):
         form = re.sub(r"\d+(x\d+)*", "#", re.sub("bf16|fp16|fp32", "TYPE", name.replace("tf32", "tf")))
-        templates.setdefault(re.sub("forward|dgrad", "PASS", form), []).append(name)
+        form = re.sub("_(any|scalar|vector|two)", "", re.sub("forward|dgrad", "PASS", form))
+        templates.setdefault(form, []).append(name)
     return [names[turn % len(names)] for turn, names in enumerate(templates.values())]
 
 
