@@ -13,6 +13,7 @@
 //   panel        up to kPanelVectors vectors of adjacent channels of the result: the width of a register tile
 //   tile         sums held in registers: some pixels (wgrad: input channels) by the channels of one panel
 //   row tile     the tile of 8 adjacent pixels of a row, where the filter has three columns
+//   flat tile    the tile of adjacent pixels by two panels, where the filter has one pixel and stride 1
 //   chunk        pixels of one group that a task works on: whole samples, or a range of rows of one sample
 //   block        wgrad: kDepthBlock adjacent input channels
 //   weight tile  wgrad: a range of panels by a range of blocks of one expert's dweight, whose sums stay in the cache

@@ -9,9 +9,12 @@
 #include "cpu/conv_panels.h"
 #include "cpu/conv_scratch.h"
 #include "cpu/conv_shares.h"
+#include "cpu/conv_source_prefetch.h"
 
 namespace tdc {
 namespace {
+
+constexpr int64_t kFlatLimit = int64_t{24} << 10;  // bytes of a pair of panels: they stay in L1 from tile to tile
 
 struct Workspace {  // of the calling thread, read by all
   GatherGeometry geometry;
@@ -40,6 +43,8 @@ class Gather {
     panels_.reset(p_, geo_, kernels_, operands.weight);
     panel_ = panels_.lanes_per_panel();
     in_rows_ = kernels_.row[type_] && geo_.columns.fits_row_tiles();
+    flat_ = kernels_.flat[type_] && geo_.rows.is_identity() && geo_.columns.is_identity() &&
+            !is_narrow(geo_.rows.phases[0].runs[0], geo_.columns.phases[0].runs[0]);
   }
 
   void run() {
@@ -88,14 +93,27 @@ class Gather {
     int64_t init_stride = 0;
     const float* init = initial_rows(task, memory, init_stride);
 
-    const int64_t samples = task.sample_end - task.sample_begin, rows = task.row_end - task.row_begin;
-    if (in_rows_) {
-      Prefetch next(*this, index + 1, task.panel_end - task.panel_begin,
-                    samples * rows * geo_.rows.dest_step * geo_.columns.dest_size);
+    const int64_t pixels = (task.sample_end - task.sample_begin) * (task.row_end - task.row_begin) *
+                           geo_.rows.dest_step * geo_.columns.dest_size;
+    GatherTask rest = task;
+    if (flat_ && plan_.live_source(task.group) * 2 * panel_ * 4 <= kFlatLimit)
+      rest.panel_begin = run_flat(task, source, init, init_stride);
+    // Usually this thread continues with the next task.
+    SourcePrefetch next;
+    if (!copies_source() && index + 1 < static_cast<int64_t>(plan_.tasks().size()))
+      next.set(plan_, geo_, op_.source, index + 1, (rest.panel_end - rest.panel_begin) * pixels);
+    if (in_rows_)
       run_rows(task, source, init, init_stride, memory.row_taps, next);
-      return panels_.release(p_.expert(task.group), task.panel_begin, task.panel_end, thread);
-    }
-    ConvPixel* pixels = memory.pixels.get<ConvPixel>(samples * rows * geo_.rows.dest_step * geo_.columns.dest_size);
+    else if (rest.panel_begin < rest.panel_end)
+      run_lists(rest, source, init, init_stride, pixels, memory, next);
+    panels_.release(p_.expert(task.group), task.panel_begin, task.panel_end, thread);
+  }
+
+  // All tiles of a task in gather tiles: lists its pixels, by class, and the taps of each class.
+  void run_lists(const GatherTask& task, const SourceView& source, const float* init, int64_t init_stride,
+                 int64_t num_pixels, LocalMemory& memory, SourcePrefetch& next) const {
+    const int64_t samples = task.sample_end - task.sample_begin;
+    ConvPixel* pixels = memory.pixels.get<ConvPixel>(num_pixels);
     Counts counts = count_classes(task);
     Class* classes = memory.classes.get<Class>(counts.classes + 1);
     GatherTap* taps = memory.taps.get<GatherTap>(counts.taps + 1);
@@ -133,41 +151,8 @@ class Gather {
                                  (geo_.first_tap[phase] + r * static_cast<int64_t>(column.taps.size()) + s) * tap_size};
       c.tap_end = counts.taps;
     });
-    // Usually this thread continues with the next task.
-    Prefetch next(*this, index + 1, task.panel_end - task.panel_begin, pixel_count);
     run_tiles(task, classes, counts.classes, pixels, taps, next);
-    panels_.release(p_.expert(task.group), task.panel_begin, task.panel_end, thread);
   }
-
-  // Fetches the source of the next task into the cache, a little after every tile.
-  class Prefetch {
-   public:
-    Prefetch(const Gather& gather, int64_t index, int64_t panels, int64_t pixels) {
-      if (gather.copies_source() || index >= static_cast<int64_t>(gather.plan_.tasks().size())) return;
-      const GatherTask& task = gather.plan_.tasks()[index];
-      const Axis& rows = gather.geo_.rows;
-      const int64_t line = gather.geo_.columns.source_size;
-      const int64_t begin = std::max<int64_t>(0, task.row_begin * rows.source_step + rows.min_tap);
-      const int64_t end = std::min(rows.source_size, (task.row_end - 1) * rows.source_step + rows.max_tap + 1);
-      const int64_t last = (task.sample_end - 1) * rows.source_size + end;
-      stride_ = gather.geo_.source_channels;
-      live_ = gather.plan_.live_source(task.group);
-      at_ = static_cast<const float*>(gather.op_.source) +
-            (task.sample_begin * rows.source_size + begin) * line * stride_;
-      left_ = live_ == 0 ? 0 : std::max<int64_t>(0, (last - task.sample_begin * rows.source_size - begin) * line);
-      per_pixel_ = ceil_div(left_ * 64, std::max<int64_t>(1, panels * pixels));
-    }
-
-    void advance(int64_t pixels) {
-      credit_ += pixels * per_pixel_;
-      for (; left_ > 0 && credit_ >= 64; credit_ -= 64, --left_, at_ += stride_)
-        for (int64_t c = 0; c < live_; c += 16) __builtin_prefetch(at_ + c, 0, 2);
-    }
-
-   private:
-    const float* at_ = nullptr;
-    int64_t stride_ = 0, live_ = 0, left_ = 0, per_pixel_ = 0, credit_ = 0;  // credit: 64ths of a pixel
-  };
 
   struct Counts {
     int64_t classes = 0, taps = 0;
@@ -200,7 +185,7 @@ class Gather {
 
   // All tiles of a task in row tiles.
   void run_rows(const GatherTask& task, const SourceView& source, const float* init, int64_t init_stride,
-                Scratch& memory, Prefetch& next) const {
+                Scratch& memory, SourcePrefetch& next) const {
     const PackedPanels::Expert& e = panels_.expert(p_.expert(task.group));
     const int64_t tap_size = panels_.tap_rows(e), width = geo_.columns.dest_size;
     const bool reversed = geo_.columns.phases[0].taps[0] == 1;
@@ -242,6 +227,40 @@ class Gather {
     }
   }
 
+  // All pixels by pairs of full panels in flat tiles. Returns the first panel that is left.
+  int64_t run_flat(const GatherTask& task, const SourceView& source, const float* init, int64_t init_stride) const {
+    // Pixels follow each other across rows and samples, but those of a sample may have an init of their own.
+    const int64_t width = geo_.columns.dest_size, samples = task.sample_end - task.sample_begin;
+    const int64_t pixels = samples * (task.row_end - task.row_begin) * width;
+    const int64_t runs = init_stride ? samples : 1, count = pixels / runs, tiles = ceil_div(count, kFlatPixels);
+    const int64_t first = (task.sample_begin * geo_.rows.dest_size + task.row_begin) * width;
+    const float* const from = source.base + task.row_begin * source.line;
+    FlatTile tile;
+    tile.step = source.pixel;
+    int64_t panel = task.panel_begin;
+    for (; panel + 1 < task.panel_end; panel += 2) {
+      set_panel(task, panel + 1, tile);
+      if (tile.vectors < kPanelVectors) break;
+      const bool last = tile.last;
+      tile.next_weights = tile.weights;
+      set_panel(task, panel, tile);
+      tile.last = last;
+      for (int64_t run = 0; run < runs; ++run) {
+        tile.first.init = init + run * init_stride;
+        for (int64_t i = 0; i < tiles; ++i) {
+          const int64_t begin = run * count + count * i / tiles, end = run * count + count * (i + 1) / tiles;
+          const int64_t to = (first + begin) * geo_.dest_channels * element_;
+          tile.first.source = from + begin * source.pixel;
+          tile.first.residual = op_.residual ? static_cast<const char*>(op_.residual) + to : nullptr;
+          tile.first.out = static_cast<char*>(op_.dest) + to;
+          tile.num_pixels = static_cast<int>(end - begin);
+          kernels_.flat[type_](tile);
+        }
+      }
+    }
+    return panel;
+  }
+
   void set_panel(const GatherTask& task, int64_t panel, PanelTile& tile) const {
     const PackedPanels::Expert& e = panels_.expert(p_.expert(task.group));
     tile.depth = plan_.live_source(task.group);
@@ -256,7 +275,7 @@ class Gather {
   }
 
   void run_tiles(const GatherTask& task, const Class* classes, int64_t num_classes, const ConvPixel* pixels,
-                 const GatherTap* taps, Prefetch& next) const {
+                 const GatherTap* taps, SourcePrefetch& next) const {
     GatherTile tile;
     for (int64_t panel = task.panel_begin; panel < task.panel_end; ++panel) {
       set_panel(task, panel, tile);
@@ -351,7 +370,7 @@ class Gather {
   const ConvKernels& kernels_;
   int type_;
   int64_t panel_, element_;
-  bool in_rows_;
+  bool in_rows_, flat_;
 };
 
 Workspace& workspace() {

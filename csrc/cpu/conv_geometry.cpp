@@ -57,6 +57,11 @@ bool Axis::fits_row_tiles() const {
   return phases[0].taps.size() == 3 && min_tap == -1 && max_tap == 1;
 }
 
+bool Axis::is_identity() const {
+  if (phases.size() != 1 || source_step != 1 || source_size != dest_size) return false;
+  return phases[0].taps.size() == 1 && phases[0].taps[0] == 0;
+}
+
 void Axis::finish() {
   indices = (dest_size + dest_step - 1) / dest_step;
   min_tap = max_tap = 0;

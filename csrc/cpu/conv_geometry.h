@@ -41,6 +41,8 @@ struct Axis {
   void set_dgrad(int64_t source, int64_t dest, int64_t filter, int64_t stride, int64_t pad, int64_t upsample);
   // Whether row tiles serve these columns: three adjacent taps, and as many positions on both sides.
   bool fits_row_tiles() const;
+  // Whether every position meets the same position of the source, and no other.
+  bool is_identity() const;
 
  private:
   void finish();

@@ -51,6 +51,17 @@ void row(const RowTile& tile) {
   };
   table[tile.vectors - 1][tile.left][tile.right](tile);
 }
+
+template <typename T, int... P>
+void flat(const FlatTile& tile, std::integer_sequence<int, P...>) {
+  static constexpr void (*table[])(const FlatTile&) = {flat_tile<T, P + 1>...};
+  table[tile.num_pixels - 1](tile);
+}
+
+template <typename T>
+void flat(const FlatTile& tile) {
+  flat<T>(tile, std::make_integer_sequence<int, kFlatPixels>{});
+}
 #endif
 
 void outer(const OuterTile& tile) {
@@ -66,7 +77,9 @@ const ConvKernels& conv_kernels() {
       {gather<float>, gather<Bf16>},
 #if defined(TDC_FAST_ISA_avx512)
       {row<float>, row<Bf16>},
+      {flat<float>, flat<Bf16>},
 #else
+      {nullptr, nullptr},
       {nullptr, nullptr},
 #endif
       outer,

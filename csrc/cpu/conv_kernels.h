@@ -68,6 +68,17 @@ struct RowTile : PanelTile {
   int64_t num_taps;
 };
 
+// 1 .. kFlatPixels adjacent pixels of a filter of one pixel with stride 1, by two adjacent panels, both of
+// kPanelVectors vectors. Sums are those of a gather tile that is not narrow.
+constexpr int kFlatPixels = 6;
+
+struct FlatTile : PanelTile {
+  const float* next_weights;  // of the second panel
+  ConvPixel first;            // the others follow it in all its tensors but init
+  ptrdiff_t step;             // floats from source pixel to source pixel
+  int num_pixels;
+};
+
 // Elements of one output pixel in the operands of an outer tile.
 struct PixelPair {
   int32_t x, dy;
@@ -116,7 +127,8 @@ struct ConvKernels {
   int pixels;  // pixels (rows) of a full register tile
   // Tables indexed by dtype where the types in memory matter.
   void (*gather[2])(const GatherTile&);
-  void (*row[2])(const RowTile&);  // null where the registers are too few
+  void (*row[2])(const RowTile&);    // null where the registers are too few
+  void (*flat[2])(const FlatTile&);  // likewise
   void (*outer)(const OuterTile&);
   void (*pack[2])(const PanelPack&);
   void (*unpack[2])(const PanelUnpack&);

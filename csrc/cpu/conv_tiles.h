@@ -24,13 +24,13 @@ inline __attribute__((always_inline)) void keep_in_register([[maybe_unused]] Vec
 #endif
 }
 
-// sums[p] += x(p) * (weights[0], .., weights[V - 1])
-template <int P, int V, typename Source>
-inline void accumulate(Vec (&sums)[P][V], const float* weights, Source x) {
+// sums[p] += x(p) * (weights(0), .., weights(V - 1)), where weights(v) is where vector v is.
+template <int P, int V, typename Weights, typename Source>
+inline __attribute__((always_inline)) void accumulate(Vec (&sums)[P][V], Weights weights, Source x) {
   Vec w[V];
 #pragma GCC unroll 4
   for (int v = 0; v < V; ++v) {
-    w[v] = load(weights + v * kLanes);
+    w[v] = load(weights(v));
     keep_in_register(w[v]);
   }
 #pragma GCC unroll 8
@@ -39,6 +39,10 @@ inline void accumulate(Vec (&sums)[P][V], const float* weights, Source x) {
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) sums[p][v] += w[v] * scalar;
   }
+}
+
+inline auto vectors_from(const float* first) {
+  return [first](int v) { return first + v * kLanes; };
 }
 
 // Brings the lines that a tile will write, and its residual, into L1 while the tile multiplies.
@@ -139,13 +143,13 @@ void gather_tile(const GatherTile& tile) {
         asm("" : "+r"(at));
 #pragma GCC unroll 4
         for (int c = 0; c < kC; ++c, weights += row)
-          accumulate<P, V>(chains[c], weights, [&](int p) { return source[p][at + c]; });
+          accumulate<P, V>(chains[c], vectors_from(weights), [&](int p) { return source[p][at + c]; });
       }
     }
     for (; at != end; ++at) {
       // One opaque index for all pixels: otherwise compilers keep a pointer per pixel and spill them at every tap.
       asm("" : "+r"(at));
-      accumulate<P, V>(sums, weights, [&](int p) { return source[p][at]; });
+      accumulate<P, V>(sums, vectors_from(weights), [&](int p) { return source[p][at]; });
       weights += row;
     }
     if ((left -= tile.depth) <= 0) {
@@ -201,18 +205,21 @@ inline __attribute__((always_inline)) void accumulate_row(Vec (&sums)[P][V], con
   }
 }
 
+// Where pixel p of adjacent ones is written, and its residual.
+template <typename T>
+inline ConvPixel pixel_of(const PanelTile& tile, ConvPixel first, int p) {
+  first.out = static_cast<T*>(first.out) + p * tile.channels;
+  if (first.residual) first.residual = static_cast<const T*>(first.residual) + p * tile.channels;
+  return first;
+}
+
 template <typename T, int V, bool Left, bool Right>
 void row_tile(const RowTile& tile) {
   constexpr int P = kRowPixels;
   // With one vector, each pixel has two chains of sums (even and odd channels): 8 sums, each used three times in a row,
   // would wait for one another.
   constexpr int kC = V == 1 ? 2 : 1;
-  const auto pixel = [&](int p) {
-    ConvPixel at = tile.first;
-    at.out = static_cast<T*>(at.out) + p * tile.channels;
-    if (at.residual) at.residual = static_cast<const T*>(at.residual) + p * tile.channels;
-    return at;
-  };
+  const auto pixel = [&](int p) { return pixel_of<T>(tile, tile.first, p); };
 #pragma GCC unroll 8
   for (int p = 0; p < P; ++p) fetch_output<T, V>(tile, pixel(p));
 
@@ -274,13 +281,36 @@ void row_tile(const RowTile& tile) {
     for (int p = 0; p < P; ++p) zero_tail<T>(tile, pixel(p).out);
 }
 
+// Adjacent pixels by the vectors of two panels. The output is not fetched beforehand: the lines of so short a sum would
+// arrive after the sum is done, and hold up those of the source.
+template <typename T, int P>
+void flat_tile(const FlatTile& tile) {
+  constexpr int V = 2 * kPanelVectors;
+  const float* source[2];
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) source[i] = tile.first.source + 3 * i * tile.step;
+  const float* weights[2] = {tile.weights, tile.next_weights};
+  Vec sums[P][V] = {};
+  for (ptrdiff_t at = 0; at != tile.depth; ++at) {
+    accumulate<P, V>(
+        sums, [&](int v) { return weights[v / kPanelVectors] + v % kPanelVectors * kLanes; },
+        [&](int p) { return source[p / 3][p % 3 * tile.step + at]; });
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) weights[i] += tile.row;
+  }
+#pragma GCC unroll 8
+  for (int p = 0; p < P; ++p) finish<T, V>(tile, pixel_of<T>(tile, tile.first, p), sums[p]);
+  if (tile.last && tile.channels > tile.live)
+    for (int p = 0; p < P; ++p) zero_tail<T>(tile, pixel_of<T>(tile, tile.first, p).out);
+}
+
 template <int P, int V>
 void outer_tile(const OuterTile& tile) {
   // A chunk is summed from zero and added as a whole, so that rounding errors grow with its length, not the batch's.
   Vec sums[P][V] = {};
   for (const PixelPair *pixel = tile.pixels, *end = pixel + tile.num_pixels; pixel != end; ++pixel) {
     const float* source = tile.source + pixel->x;
-    accumulate<P, V>(sums, tile.dy + pixel->dy, [&](int p) { return source[p]; });
+    accumulate<P, V>(sums, vectors_from(tile.dy + pixel->dy), [&](int p) { return source[p]; });
   }
 
 #pragma GCC unroll 8

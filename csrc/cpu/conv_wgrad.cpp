@@ -46,6 +46,8 @@ class Wgrad {
     panel_ = plan_.panel_lanes;
     out_h_ = plan_.out_height, out_w_ = plan_.out_width;
     taps_ = plan_.num_taps();
+    x_step_ = plan_.in_place ? p_.in_channels : kDepthBlock;
+    dy_step_ = plan_.in_place ? p_.out_channels : panel_;
   }
 
   void run() {
@@ -58,7 +60,8 @@ class Wgrad {
 
     const int64_t products = static_cast<int64_t>(plan_.tasks.size());
     const int64_t sums = products + static_cast<int64_t>(plan_.bias_tasks.size());
-    work_.shares.run(plan_.costs, plan_.macs < kParallelMacs ? 1 : p_.threads, [&](int64_t task, int) {
+    work_.shares.run(plan_.costs, plan_.macs < kParallelMacs ? 1 : p_.threads, [&](int64_t index, int) {
+      const int64_t task = plan_.order[index];
       if (task < products)
         multiply(plan_.tasks[task]);
       else if (task < sums)
@@ -121,7 +124,8 @@ class Wgrad {
         static_cast<char*>(memory.pairs.reserve(taps_ * (sizeof(int64_t) + lists.capacity * sizeof(PixelPair))));
     lists.counts = reinterpret_cast<int64_t*>(storage);
     lists.pairs = reinterpret_cast<PixelPair*>(storage + taps_ * sizeof(int64_t));
-    const int64_t input_image = (lists.input_end - lists.input_begin) * p_.width;
+    const int64_t input_rows = plan_.in_place ? p_.height : lists.input_end - lists.input_begin;
+    const int64_t input_image = input_rows * p_.width;
     for (int64_t t = 0; t < taps_; ++t) {
       const WgradPlan::SumTap& tap = plan_.sum_taps[t];
       const int64_t s = tap.column_tap, columns = ceil_div(out_w_ - tap.column_phase, across.dest_step);
@@ -136,8 +140,8 @@ class Wgrad {
           const int64_t x = n * input_image + (y - lists.input_begin) * p_.width + s;
           const int64_t dy = (n * rows + i - chunk.row_begin) * out_w_ + tap.column_phase;
           for (int64_t j = j_begin; j < j_end; ++j)
-            *pair++ = {static_cast<int32_t>((x + j * across.source_step) * kDepthBlock),
-                       static_cast<int32_t>((dy + j * across.dest_step) * panel_)};
+            *pair++ = {static_cast<int32_t>((x + j * across.source_step) * x_step_),
+                       static_cast<int32_t>((dy + j * across.dest_step) * dy_step_)};
         }
       }
       lists.counts[t] = pair - (lists.pairs + t * lists.capacity);
@@ -150,12 +154,14 @@ class Wgrad {
     const int64_t live_panels = std::min(weight_tile.panel_end, ceil_div(p_.live_out(chunk.group), panel_));
     if (live_panels <= weight_tile.panel_begin) return;
     list_pixels(chunk, memory, lists);
-    const float* dy = copy_dy(weight_tile, chunk, live_panels, memory);
-    const int64_t dy_panel = chunk.samples() * chunk.rows() * out_w_ * panel_;
+    const bool in_place = plan_.in_place;
+    const float* dy = in_place ? find_dy(weight_tile, chunk) : copy_dy(weight_tile, chunk, live_panels, memory);
+    const int64_t dy_panel = in_place ? panel_ : chunk.samples() * chunk.rows() * out_w_ * panel_;
     for (int64_t block = weight_tile.block_begin; block < weight_tile.block_end; ++block) {
       const int64_t live = std::min(kDepthBlock, p_.live_in(chunk.group) - block * kDepthBlock);
       if (live <= 0) break;
-      const float* source = copy_source(chunk, block, live, memory, lists);
+      const float* source =
+          in_place ? find_source(chunk, block, lists) : copy_source(chunk, block, live, memory, lists);
       const int64_t depth = plan_.block_depth(e, block), tiles = ceil_div(live, kernels_.pixels);
       for (int64_t panel = weight_tile.panel_begin; panel < live_panels; ++panel) {
         OuterTile tile;
@@ -183,6 +189,16 @@ class Wgrad {
   // Output channels of a panel that are live in the chunk's group.
   int64_t live_lanes(const Chunk& chunk, int64_t panel) const {
     return std::min<int64_t>(panel_, p_.live_out(chunk.group) - panel * panel_);
+  }
+
+  // The same as copy_dy and copy_source give, in the tensors themselves.
+  const float* find_dy(const WeightTile& weight_tile, const Chunk& chunk) const {
+    const int64_t pixel = (chunk.sample_begin * out_h_ + chunk.row_begin) * out_w_;
+    return static_cast<const float*>(op_.dy) + pixel * p_.out_channels + weight_tile.panel_begin * panel_;
+  }
+  const float* find_source(const Chunk& chunk, int64_t block, const PixelLists& lists) const {
+    const int64_t pixel = (chunk.sample_begin * p_.height + lists.input_begin) * p_.width;
+    return static_cast<const float*>(op_.x) + pixel * p_.in_channels + block * kDepthBlock;
   }
 
   // The chunk's dy, panel by panel, pixels of panel_ floats: whole vectors of live lanes, zero past the live width.
@@ -331,6 +347,7 @@ class Wgrad {
   const ConvKernels& kernels_;
   int type_;
   int64_t panel_, element_, out_h_, out_w_, taps_;
+  int64_t x_step_, dy_step_;  // floats from pixel to pixel in the operands of an outer tile
   float *partial_sums_ = nullptr, *bias_sums_ = nullptr;
   std::atomic<int64_t>* counters_ = nullptr;
 };

@@ -3,9 +3,11 @@
 namespace tdc {
 namespace {
 
-constexpr int64_t kChunkPixels = 128;                // a panel of dy and a block of x of one chunk fit in L1 together
-constexpr int64_t kSumsLimit = int64_t{384} << 10;   // bytes of sums per task: they stay in L2
-constexpr int64_t kPartialLimit = int64_t{4} << 20;  // bytes of partial sums
+constexpr int64_t kChunkPixels = 128;                 // a panel of dy and a block of x of one chunk fit in L1 together
+constexpr int64_t kInPlacePixels = 64;                // the same where neither is copied,
+constexpr int64_t kInPlaceLimit = int64_t{64} << 10;  // if all channels of these pixels take at most these bytes
+constexpr int64_t kSumsLimit = int64_t{384} << 10;    // bytes of sums per task: they stay in L2
+constexpr int64_t kPartialLimit = int64_t{4} << 20;   // bytes of partial sums
 constexpr int64_t kTasksWanted = 32;
 constexpr int64_t kPanelTaps = 9;  // a copied block of x is used for at least this many pairs of a tap and a panel,
 constexpr int64_t kDyLimit = int64_t{256} << 10;  // unless the chunk's dy would take more bytes than this
@@ -18,14 +20,14 @@ void WgradPlan::make(const Conv2dProblem& problem, int vector_lanes, bool dweigh
   problem_ = &problem;
   vector_lanes_ = vector_lanes;
   panel_lanes = vector_lanes * kPanelVectors;
-  tiles.clear(), tasks.clear(), taps.clear(), bias_tasks.clear(), costs.clear();
+  tiles.clear(), tasks.clear(), taps.clear(), bias_tasks.clear(), order.clear(), costs.clear();
   macs = partial_floats = tile_counters = 0;
   plan_taps();
   plan_chunks();
   plan_experts();
   if (dweight) plan_tiles();
   if (biases) plan_biases();
-  plan_costs(dweight);
+  plan_order(dweight);
 }
 
 void WgradPlan::plan_taps() {
@@ -45,11 +47,24 @@ void WgradPlan::plan_taps() {
 void WgradPlan::plan_chunks() {
   out_height = problem_->out_height(), out_width = problem_->out_width();
   image_ = out_height * out_width;
+  in_place = fits_in_place();
+  const int64_t pixels = in_place ? kInPlacePixels : kChunkPixels;
   chunk_samples_ = row_ranges_ = 1;
-  if (image_ >= kChunkPixels)
-    row_ranges_ = ceil_div(out_height, std::max<int64_t>(1, kChunkPixels / out_width));
+  if (image_ >= pixels)
+    row_ranges_ = ceil_div(out_height, std::max<int64_t>(1, pixels / out_width));
   else
-    chunk_samples_ = std::max<int64_t>(1, kChunkPixels / image_);
+    chunk_samples_ = std::max<int64_t>(1, pixels / image_);
+}
+
+// With one tap, a copy would be read no more often than the original. Copies convert bf16, join two inputs and put
+// zeros past a live width within a vector.
+bool WgradPlan::fits_in_place() const {
+  const Conv2dProblem& p = *problem_;
+  if (num_taps() != 1 || p.dtype != DType::kFloat32 || p.x2_channels) return false;
+  if (std::max(kInPlacePixels, out_width) * (p.in_channels + p.out_channels) * 4 > kInPlaceLimit) return false;
+  for (int64_t g = 0; g < p.num_groups; ++g)
+    if (p.live_out(g) % vector_lanes_ != 0) return false;
+  return true;
 }
 
 int64_t WgradPlan::group_chunks(int64_t group) const {
@@ -124,14 +139,21 @@ void WgradPlan::plan_biases() {
   }
 }
 
-void WgradPlan::plan_costs(bool dweight) {
-  for (const Task& task : tasks) {
-    const WeightTile& tile = tiles[task.tile];
-    const int64_t products = (tile.panel_end - tile.panel_begin) * (tile.block_end - tile.block_begin) * num_taps();
-    costs.push_back(experts[tile.expert].chunks * products * 64 / (tile.splits * num_phases()) + 1);
+void WgradPlan::plan_order(bool dweight) {
+  const auto add = [&](int64_t task, int64_t cost) { order.push_back(task), costs.push_back(cost); };
+  const int64_t num_tasks = static_cast<int64_t>(tasks.size()), num_biases = static_cast<int64_t>(bias_tasks.size());
+  int64_t task = 0, bias = 0;
+  for (int64_t expert = 0; expert < problem_->num_experts; ++expert) {
+    const int64_t chunks = experts[expert].chunks;
+    for (; task < num_tasks && tiles[tasks[task].tile].expert == expert; ++task) {
+      const WeightTile& tile = tiles[tasks[task].tile];
+      const int64_t products = (tile.panel_end - tile.panel_begin) * (tile.block_end - tile.block_begin) * num_taps();
+      add(task, chunks * products * 64 / (tile.splits * num_phases()) + 1);
+    }
+    for (; bias < num_biases && bias_tasks[bias].expert == expert; ++bias)
+      add(num_tasks + bias, chunks * 8 / bias_tasks[bias].splits + 1);
+    if (dweight) add(num_tasks + num_biases + expert, 1);
   }
-  for (const BiasTask& task : bias_tasks) costs.push_back(experts[task.expert].chunks * 8 / task.splits + 1);
-  if (dweight) costs.insert(costs.end(), problem_->num_experts, 1);
 }
 
 }  // namespace tdc

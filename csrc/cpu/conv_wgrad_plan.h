@@ -59,11 +59,15 @@ class WgradPlan {
   std::vector<WeightTile> tiles;
   std::vector<Task> tasks;
   std::vector<BiasTask> bias_tasks;
-  std::vector<int64_t> costs;  // of tasks, then of bias_tasks, then of clearing each expert's dead channels
+  // Numbers of tasks, then of bias_tasks, then of the experts, whose dead channels are cleared. One expert follows the
+  // other, so that its dy is in the cache when it is read for the biases.
+  std::vector<int64_t> order;
+  std::vector<int64_t> costs;  // in this order
   int64_t macs = 0;            // of all tasks
   int64_t partial_floats = 0;  // partial sums of all tiles with several splits
   int64_t tile_counters = 0;   // tiles with several splits
   int64_t panel_lanes = 0;     // of a full panel
+  bool in_place = false;       // products read x and dy where they are; otherwise copies of them
   int64_t out_height = 0, out_width = 0;
 
   int64_t num_taps() const { return static_cast<int64_t>(sum_taps.size()); }
@@ -96,10 +100,11 @@ class WgradPlan {
  private:
   void plan_taps();
   void plan_chunks();
+  bool fits_in_place() const;
   void plan_experts();
   void plan_tiles();
   void plan_biases();
-  void plan_costs(bool dweight);
+  void plan_order(bool dweight);
 
   const Conv2dProblem* problem_ = nullptr;
   int64_t vector_lanes_ = 1, image_ = 0;

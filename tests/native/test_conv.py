@@ -240,6 +240,19 @@ NAMED = {
         (2, 1, 2), (6, 6), (48, 40), in_widths=(48, 17, 32), out_widths=(9, 40, 24), weight_index=(0, 0, 0)
     ),
     "filter wider than the image": Case((2, 1), (2, 1), (3, 4), kernel=(7, 5), padding=(3, 2)),
+    "1x1 by pairs of panels": Case(
+        (70, 69, 1), (3, 5), (72, 92), kernel=(1, 1), padding=(0, 0), in_widths=(72, 64, 0), out_widths=(92, 60, 5)
+    ),
+    "1x1 by pairs of panels, bf16": Case(
+        (70, 71), (2, 7), (9, 64), kernel=(1, 1), padding=(0, 0), dtype=torch.bfloat16
+    ),
+    "1x1 whose samples share a run of pixels": Case(
+        (120, 80), (2, 5), (12, 64), kernel=(1, 1), padding=(0, 0), extras=False
+    ),
+    "1x1 in chunks of rows": Case((2, 1), (9, 16), (17, 48), kernel=(1, 1), padding=(0, 0), in_widths=(17, 3)),
+    "1x1 with stride 2, chunks of several samples": Case(
+        (4, 1), (8, 6), (20, 48), kernel=(1, 1), stride=(2, 2), padding=(0, 0)
+    ),
     "1x1 with stride 2": Case((2, 1), (7, 6), (12, 20), kernel=(1, 1), stride=(2, 2), padding=(0, 0)),
     "bf16": Case((2, 3), (8, 8), (33, 48), dtype=torch.bfloat16, channels_last_weight=True),
     "no padding": Case((2,), (9, 9), (4, 6), padding=(0, 0)),
