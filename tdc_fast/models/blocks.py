@@ -27,7 +27,7 @@ from tdc_fast.nn.layers import (
     to_tokens,
 )
 from tdc_fast.nn.one_input import chunks_in_one_launch
-from tdc_fast.nn.plan_scope import PlanScope, checkpoint
+from tdc_fast.nn.plan_scope import UsesPlan, checkpoint
 from tdc_fast.nn.units import PruningUnit, UnitSlice, width_step
 from tdc_fast.ops import reads_two_inputs
 from tdc_fast.ops.inputs import joined
@@ -71,7 +71,7 @@ def group_norm(channels: int, groups: int | None = None) -> GroupNorm:
     return GroupNorm(groups or group_count(channels), channels)
 
 
-class ResBlock(nn.Module):
+class ResBlock(UsesPlan, nn.Module):
     """Residual block with the timestep embedding between its two convolutions.
 
     It computes norm, SiLU, convolution; adds the embedding, or applies it as scale and shift of the second norm; then
@@ -93,7 +93,6 @@ class ResBlock(nn.Module):
         self.out_channels, self.width = out_channels, width
         self.atom = out_channels // group_count(out_channels)
         self.use_checkpoint, self.use_scale_shift_norm = use_checkpoint, use_scale_shift_norm
-        self.routing: PlanScope | None = None
         if width:
             emb_width = 2 * width if use_scale_shift_norm else width
             self.in_layers = nn.Sequential(group_norm(channels), nn.SiLU(), Conv2d(channels, width, 3, padding=1))
@@ -176,7 +175,7 @@ def head_dim(channels: int, num_heads: int, argument: str = "num_heads") -> int:
     return channels // num_heads
 
 
-class AttentionBlock(nn.Module):
+class AttentionBlock(UsesPlan, nn.Module):
     """Residual self-attention over all positions.
 
     Attributes:
@@ -189,7 +188,6 @@ class AttentionBlock(nn.Module):
         super().__init__()
         width = channels if width is None else width
         self.width, self.head_dim, self.use_checkpoint = width, head_dim(channels, num_heads), use_checkpoint
-        self.routing: PlanScope | None = None
         if width:
             self.norm = group_norm(channels)
             self.qkv = TokenConv1d(channels, 3 * width)

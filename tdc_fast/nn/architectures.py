@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree
 
 from tdc_fast.errors import invalid
 
@@ -19,13 +20,16 @@ def check_same_architecture(experts: Sequence[nn.Module]) -> None:
 
     Args:
         experts: The modules. Compared are the types of their submodules, attributes that are numbers, strings, named
-            functions or sequences of these, the names and shapes of parameters, and the buffers.
+            functions or sequences of these, tensors, modules that are no submodules, the names and shapes of
+            parameters, and the buffers.
 
     Raises:
         ValueError: Naming the first module, attribute, parameter or buffer that is not as in expert 0.
     """
     modules, parameters, buffers = (dict(named) for named in _named_parts(experts[0]))
     for index, expert in enumerate(experts[1:], 1):
+        if expert is experts[0]:
+            continue
         own_modules, own_parameters, own_buffers = (dict(named) for named in _named_parts(expert))
         for mine, theirs in ((modules, own_modules), (parameters, own_parameters), (buffers, own_buffers)):
             for name in sorted(mine.keys() ^ theirs.keys()):
@@ -39,6 +43,9 @@ def check_same_architecture(experts: Sequence[nn.Module]) -> None:
         for name, buffer in own_buffers.items():
             if not torch.equal(buffer, buffers[name]):
                 raise invalid(f"experts[{index}].{name}", "another buffer", "the buffer of experts[0]")
+        known = set(own_modules.values()), set(modules.values())
+        for name, module in own_modules.items():
+            _check_same_hidden(f"experts[{index}]", name, module, modules[name], known)
 
 
 def _named_parts(expert: nn.Module) -> tuple[Iterable[tuple[str, Any]], ...]:
@@ -59,6 +66,38 @@ def _check_same_settings(expert: str, name: str, module: nn.Module, first: nn.Mo
         if value != wanted or type(value) is not type(wanted):
             remedy = f"{wanted!r}, as in experts[0]: packed experts differ in their parameters alone"
             raise invalid(dotted_path(expert, name, key), value, remedy)
+
+
+def _check_same_hidden(
+    expert: str, name: str, module: nn.Module, first: nn.Module, known: tuple[Collection[nn.Module], ...]
+) -> None:
+    """Compares tensors that are no buffers, and modules that are no submodules, such as those in a list of Python."""
+    (own, tensors), (others, _) = (_hidden(m, k) for m, k in zip((module, first), known, strict=True))
+    for key, value in own.items():
+        other = others.get(key)
+        if other is None or value.shape != other.shape or not torch.equal(value, other):
+            what = "another tensor" if key in tensors else "a layer with other weights, which is no submodule"
+            remedy = "what experts[0] has there: weights that the experts do not share belong into submodules"
+            raise invalid(dotted_path(expert, name, key), what, remedy)
+
+
+def _hidden(module: nn.Module, known: Collection[nn.Module]) -> tuple[dict[str, Tensor], set[str]]:
+    """Tensors by the path at which a module holds them beside its parameters, buffers and submodules."""
+    found: dict[str, Tensor] = {}
+    tensors: set[str] = set()
+    for key, attribute in vars(module).items():
+        if key in ("_parameters", "_buffers", "_modules"):
+            continue
+        if not isinstance(attribute, Tensor | nn.Module | list | tuple | dict):  # most are numbers
+            continue
+        for path, value in _pytree.tree_leaves_with_path(attribute):
+            full = key + _pytree.keystr(path)
+            if isinstance(value, Tensor):
+                found[full] = value
+                tensors.add(full)
+            elif isinstance(value, nn.Module) and value not in known:
+                found |= {f"{full}.{name}": inside for name, inside in value.state_dict().items()}
+    return found, tensors
 
 
 def _settings(module: nn.Module) -> dict[str, Any]:

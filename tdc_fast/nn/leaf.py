@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tdc_fast.errors import integer, invalid
-from tdc_fast.nn.plan_scope import PlanScope, Running, Sharing
+from tdc_fast.nn.plan_scope import Running, Sharing, UsesPlan
 from tdc_fast.nn.sharing import Rows
 from tdc_fast.ops.checks import check_memory, is_in_memory
 from tdc_fast.ops.dead_channels import note_widths, noted_widths
@@ -50,7 +50,7 @@ class LiveAxis:
         return torch.cat([entries * self.copies + copy for copy in range(self.copies)])
 
 
-class RoutedLeaf(nn.Module):
+class RoutedLeaf(UsesPlan, nn.Module):
     """What all routed leaves share: the plan, the live axes, and moving one expert's weights in and out.
 
     Attributes:
@@ -78,7 +78,7 @@ class RoutedLeaf(nn.Module):
         super().__init__()
         self.num_experts = integer("num_experts", num_experts)
         self.rows: Rows | None = None
-        self.routing: PlanScope | None = None
+        self.routing = None
         self.live_out: LiveAxis | None = None
         self.live_in: LiveAxis | None = None
         self.template: tuple[nn.Module, ...] = ()

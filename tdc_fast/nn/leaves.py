@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Collection
+from types import CellType, FunctionType
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,8 @@ from tdc_fast.errors import invalid, is_out_of_memory
 from tdc_fast.nn.leaf import RoutedLeaf
 from tdc_fast.nn.per_group import PerGroup, holders, own_parameters
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
 
 def find_leaves(base: nn.Module) -> dict[str, nn.Module]:
     """The modules with parameters of their own, by path; those in lists of parameters belong to the list's owner.
@@ -25,8 +29,10 @@ def find_leaves(base: nn.Module) -> dict[str, nn.Module]:
     leaves: dict[str, nn.Module] = {}
     owner: dict[int, str] = {}
     read_by_parent: set[nn.Module] = set()
+    known = set(base.modules())
     for name, module in base.named_modules():
         _check_packable(name, module)
+        _check_functions(name, module, known)
         if module in read_by_parent:
             continue
         read_by_parent.update(holders(module).values())
@@ -90,6 +96,21 @@ def _check_packable(name: str, module: nn.Module) -> None:
             remedy = "parameters alone: torch.nn.utils.remove_weight_norm, or a detached tensor"
     if remedy:
         raise invalid(f"module {name!r}", kind, remedy)
+
+
+def _check_functions(name: str, module: nn.Module, known: Collection[nn.Module]) -> None:
+    """Raises ValueError for a function that computes with the model's own layers: so would a copy of it."""
+    named = vars(module) | {f"{key}[{i}]": hook for key in _HOOKS for i, hook in vars(module)[key].items()}
+    for key, function in named.items():
+        if not isinstance(function, FunctionType) or hasattr(module, "_orig_mod"):  # torch.compile makes a new one
+            continue
+        held = [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]
+        for value in (*held, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
+            has_parameters = isinstance(value, nn.Module) and value in known and any(True for _ in value.parameters())
+            if has_parameters or isinstance(value, nn.Parameter):
+                path = f"{name}.{key}" if name else key
+                remedy = "a method: in the packed model this function would still use the weights of the original"
+                raise invalid(path, f"a function that holds a {type(value).__name__}", remedy)
 
 
 def with_path(error: ValueError, model: nn.Module) -> ValueError:

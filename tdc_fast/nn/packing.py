@@ -19,7 +19,7 @@ from tdc_fast.nn.casts import Copies, autocast_key
 from tdc_fast.nn.leaf import LiveAxis, RoutedLeaf
 from tdc_fast.nn.leaves import find_leaves, note_path, with_path
 from tdc_fast.nn.per_group import PerGroup, dense_module, pack_per_group, stacked_parameters
-from tdc_fast.nn.plan_scope import Kept, PlanScope, Running
+from tdc_fast.nn.plan_scope import Kept, PlanScope, Running, UsesPlan
 from tdc_fast.nn.sample_arguments import RESULT, checked_names, map_samples
 from tdc_fast.nn.sharing import Rows, in_common_orders, shared_rows, sharers
 from tdc_fast.nn.stacking import apart_where_closed, check_equal, fill, slices_by_leaf
@@ -34,6 +34,8 @@ from tdc_fast.routing import RoutingPlan, TimestepGroups
 
 class RoutedModel(nn.Module):
     """One model that computes every sample with the expert of its timestep's group; `pack_experts` makes it.
+
+    Its modules, and hooks on them, see the samples sorted by group; what the model returns is in the caller's order.
 
     A state dict also holds the group boundaries and the units' widths; loading one that differs in them is an error.
 
@@ -301,6 +303,7 @@ def pack_experts(
     all samples at once; every other module with parameters of its own, convolutions with groups or dilation among them,
     runs once per group (`tdc_fast.nn.per_group`). A parameter that a module reads from another one, and what draws
     statistics from the batch, cannot be routed. The inputs are not changed.
+    `tdc_fast.nn.verification.check_against_experts` shows whether a model of your own computes what its experts do.
 
     Args:
         base_or_experts: the base, or a sequence of N models; model i serves group i.
@@ -387,5 +390,5 @@ def pack_experts(
 
 def _set_routing(model: nn.Module, routing: PlanScope | None) -> None:
     for module in model.modules():
-        if hasattr(module, "routing"):
-            module.routing = routing  # type: ignore[assignment]
+        if isinstance(module, UsesPlan):
+            module.routing = routing

@@ -12,8 +12,12 @@ neither captured in CUDA graphs nor compiled as one graph.
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
+import operator
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from types import MethodType
 from typing import Any
 
 import torch
@@ -79,6 +83,8 @@ class PerGroup(RoutedLeaf):
         self._parameters, self._modules = module._parameters, module._modules
         module._buffers = self._buffers
         self._own_buffers = own
+        # Attributes and hooks that are its own methods: `self.branch = self._first`.
+        self._with_methods = [key for key, value in vars(module).items() if _rebound(value, module, self) is not value]
         for name, parameter in stacked.items():
             holder, _, key = name.rpartition(".")
             (self._modules[holder] if holder else self)._parameters[key] = parameter  # type: ignore[union-attr]
@@ -104,6 +110,11 @@ class PerGroup(RoutedLeaf):
         """The stacked parameters by name."""
         return {name: self.get_parameter(name) for name in self._stacked}
 
+    def _current_parameters(self) -> dict[str, Tensor]:
+        """The same, or the tensors that stand in their places for a call (`torch.func.functional_call`)."""
+        owners = (name.rpartition(".") for name in self._stacked)
+        return {f"{owner}{dot}{key}": getattr(self.get_submodule(owner), key) for owner, dot, key in owners}
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward, for one group after the other.
 
@@ -122,7 +133,7 @@ class PerGroup(RoutedLeaf):
         plan = self.current_plan(None)
         bounds, rows = plan.offsets.tolist(), plan.weight_index.tolist()
         parts = [(rows[g], a, b) for g, (a, b) in enumerate(itertools.pairwise(bounds)) if a < b] or [(rows[0], 0, 0)]
-        experts = {name: parameter.unbind(0) for name, parameter in self.own_parameters().items()}
+        experts = {name: parameter.unbind(0) for name, parameter in self._current_parameters().items()}
         results, batch = [], plan.batch_size
         for row, start, stop in parts:
             view = self._of_expert({name: of_rows[row] for name, of_rows in experts.items()})
@@ -149,6 +160,7 @@ class PerGroup(RoutedLeaf):
         for name, holder in holders(inner).items():
             modules[name] = _with_parameters(holder, dict(holder._parameters))
         view = _with_parameters(inner, dict(self._parameters))
+        view.__dict__.update({key: _rebound(vars(view)[key], inner, view) for key in self._with_methods})
         view.__dict__.update(_modules=modules, training=self.training)
         view.__dict__["_buffers"] = {name: self._buffers[name] for name in self._own_buffers}
         for name, value in parameters.items():
@@ -172,6 +184,7 @@ class PerGroup(RoutedLeaf):
         state = self.expert_state(expert)
         own = {name: nn.Parameter(value, self.get_parameter(name).requires_grad) for name, value in state.items()}
         module = self._of_expert(own)
+        memo = memo | {id(module): module, id(self._inner[0]): module}  # what it holds may refer to it
         module.__dict__.update({key: copy.deepcopy(value, memo) for key, value in vars(module).items()})
         return module
 
@@ -225,6 +238,22 @@ def _with_parameters(module: nn.Module, parameters: dict[str, Any]) -> nn.Module
     twin = object.__new__(type(module))
     twin.__dict__ = {**module.__dict__, "_parameters": parameters}
     return twin
+
+
+def _rebound(value: Any, inner: nn.Module, view: nn.Module) -> Any:
+    """A method of `inner` as that of `view`, also in a partial function, a container or hooks; else the value."""
+    if isinstance(value, MethodType) and value.__self__ is inner:
+        return MethodType(value.__func__, view)
+    if type(value) is functools.partial:
+        function = _rebound(value.func, inner, view)
+        return value if function is value.func else functools.partial(function, *value.args, **value.keywords)
+    if type(value) in (list, tuple):
+        parts = [_rebound(part, inner, view) for part in value]
+        return value if all(map(operator.is_, parts, value)) else type(value)(parts)
+    if type(value) in (dict, OrderedDict):
+        values = _rebound([*value.values()], inner, view)
+        return value if all(map(operator.is_, values, value.values())) else type(value)(zip(value, values, strict=True))
+    return value
 
 
 def _slices(given: Any, part: slice, batch: int, path: str) -> Any:

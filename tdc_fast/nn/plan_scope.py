@@ -45,6 +45,15 @@ class Kept(NamedTuple):
     copies: dict[Key, Copies]
 
 
+class UsesPlan:
+    """A module that asks for the running forward; packing sets its `routing`.
+
+    A class of its own, so that a module of the user's may have an attribute of that name.
+    """
+
+    routing: PlanScope | None = None
+
+
 class PlanScope(threading.local):
     """Gives the routed layers of a model the plan of the forward that they run in.
 

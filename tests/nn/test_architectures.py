@@ -20,6 +20,8 @@ class Denoiser(nn.Module):
         self.norm, self.conv = nn.GroupNorm(2, 4), nn.Conv2d(4, 4, 3, padding=1)
         self.activation: Any = torch.relu
         self.scales = [1.0, 2.0]
+        self.mean, self.frozen = torch.zeros(4, 1, 1), [nn.Conv2d(4, 4, 1)]  # no buffer, no submodule
+        self.same = (self.conv, self.frozen)
         self.register_buffer("table", torch.ones(4, 1, 1), persistent=False)
 
     def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -40,6 +42,11 @@ def changed(change: Callable[[Denoiser], object]) -> list[nn.Module]:
         (lambda m: setattr(m, "activation", torch.sigmoid), "experts[1].activation: got <built-in method sigmoid"),
         (lambda m: setattr(m, "scales", [1.0, 3.0]), "experts[1].scales: got [1.0, 3.0]; expected [1.0, 2.0]"),
         (lambda m: setattr(m, "table", torch.zeros(4, 1, 1)), "experts[1].table: got 'another buffer'"),
+        (
+            lambda m: setattr(m, "mean", m.mean + 1),
+            "experts[1].mean: got 'another tensor'; expected what experts[0] has",
+        ),
+        (lambda m: nn.init.ones_(m.frozen[0].weight), "experts[1].frozen[0].weight: got 'a layer with other weights"),
         (lambda m: setattr(m, "conv", nn.Conv2d(4, 4, 1)), "experts[1].conv.kernel_size: got (1, 1); expected (3, 3)"),
         (lambda m: setattr(m, "conv", nn.Identity()), "experts[1]: got 'conv.bias'"),
         (lambda m: setattr(m, "extra", nn.ReLU()), "experts[1]: got 'extra'"),
