@@ -342,6 +342,7 @@ def test_an_interrupt_at_any_instruction_of_a_recording_leaves_nothing_active() 
         instruction, count, is_interrupted = instruction + 1, 0, False
         call, _ = replayed(lambda x, y, n: torch.empty_like(x))
         usual = sys.gettrace()
+        sys._getframe().f_trace_opcodes = True  # Python 3.12 has to see it set before it traces
         sys.settrace(interrupt_at(instruction))
         try:
             call(torch.randn(8), None, 3)
