@@ -4,8 +4,8 @@ namespace tdc {
 namespace {
 
 constexpr int64_t kChunkPixels = 128;                 // a panel of dy and a block of x of one chunk fit in L1 together
-constexpr int64_t kInPlacePixels = 64;                // the same where neither is copied,
-constexpr int64_t kInPlaceLimit = int64_t{64} << 10;  // if all channels of these pixels take at most these bytes
+constexpr int64_t kOneTapPixels = 64;                 // the same with one tap, where neither need be copied
+constexpr int64_t kInPlaceLimit = int64_t{64} << 10;  // bytes of all channels of these pixels, if none is copied
 constexpr int64_t kSumsLimit = int64_t{384} << 10;    // bytes of sums per task: they stay in L2
 constexpr int64_t kPartialLimit = int64_t{4} << 20;   // bytes of partial sums
 constexpr int64_t kTasksWanted = 32;
@@ -48,7 +48,8 @@ void WgradPlan::plan_chunks() {
   out_height = problem_->out_height(), out_width = problem_->out_width();
   image_ = out_height * out_width;
   in_place = fits_in_place();
-  const int64_t pixels = in_place ? kInPlacePixels : kChunkPixels;
+  // Not by `in_place`, which other groups' widths decide: an expert's sums have the same order beside other experts.
+  const int64_t pixels = num_taps() == 1 && problem_->dtype == DType::kFloat32 ? kOneTapPixels : kChunkPixels;
   chunk_samples_ = row_ranges_ = 1;
   if (image_ >= pixels)
     row_ranges_ = ceil_div(out_height, std::max<int64_t>(1, pixels / out_width));
@@ -61,7 +62,7 @@ void WgradPlan::plan_chunks() {
 bool WgradPlan::fits_in_place() const {
   const Conv2dProblem& p = *problem_;
   if (num_taps() != 1 || p.dtype != DType::kFloat32 || p.x2_channels) return false;
-  if (std::max(kInPlacePixels, out_width) * (p.in_channels + p.out_channels) * 4 > kInPlaceLimit) return false;
+  if (std::max(kOneTapPixels, out_width) * (p.in_channels + p.out_channels) * 4 > kInPlaceLimit) return false;
   for (int64_t g = 0; g < p.num_groups; ++g)
     if (p.live_out(g) % vector_lanes_ != 0) return false;
   return true;

@@ -335,4 +335,4 @@ def test_a_run_that_diverges_commits_nothing_and_says_how_to_go_on(folder, capsy
     assert "there is no checkpoint before it" in said
     assert f"python -m tdc_fast.train --resume {path} --override lr=" in said
     assert sample.main(["--run", str(path)]) == 2
-    assert "finished checkpoint" in capsys.readouterr().err
+    assert "expected a run with weights of its base" in capsys.readouterr().err
